@@ -1,0 +1,99 @@
+# `make` lists the targets. Needs Python 3.11 or newer with pip, and bash; everything else lands in .venv.
+#
+#   PYTHON=...   the Python that .venv is made from (default: the first of python3, python3.12, python3.11
+#                that is 3.11 or newer)
+#   ARGS=...     further arguments for `make demo` and `make gpu`; `make tests ARGS='-k fork'` for a few tests
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types tests gpu clean
+
+PYTHON ?= python3 python3.12 python3.11
+GPU_PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/ready
+ROOT := $(CURDIR)
+CODE := kvpager kernels integrations
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+demo: $(STAMP) ## see paging at work: a small model, on the CPU, offline
+	@$(BIN)/kvpager demo $(ARGS)
+
+test: lint types tests ## everything CI checks: lint, types, tests
+
+lint: $(STAMP) ## ruff: rules and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP) ## ruff: mend what can be mended, format the rest
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+# kernels/ and integrations/ are kvpager's subpackages through __path__, which mypy cannot follow:
+# it is shown a folder of links laid out like the wheel, and its paths are turned back.
+types: $(STAMP) ## mypy --strict over the library
+	@set -euo pipefail; \
+	tree=$$(mktemp -d); trap 'rm -rf "$$tree"' EXIT; mkdir "$$tree/kvpager"; \
+	ln -s "$(ROOT)"/kvpager/* "$(ROOT)/kernels" "$(ROOT)/integrations" "$$tree/kvpager/"; \
+	cd "$$tree"; \
+	"$(ROOT)/$(BIN)/mypy" --strict --config-file "$(ROOT)/pyproject.toml" \
+	  --cache-dir "$(ROOT)/.mypy_cache" --explicit-package-bases kvpager \
+	  | sed -E 's#^kvpager/(kernels|integrations)/#\1/#'
+
+tests: $(STAMP) ## the test suite alone
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+# Runs in the Python that is there: a GPU machine has its own torch, which nothing here may replace.
+gpu: ## the GPU tests, in the current Python, where torch finds a GPU
+	@state=0; $(GPU_PYTHON) -c "$$GPU_PROBE" || state=$$?; \
+	case $$state in 0) ;; 3) exit 0 ;; *) exit $$state ;; esac; \
+	$(GPU_PYTHON) -m pytest -m gpu tests $(ARGS) || state=$$?; \
+	if [ $$state = 5 ]; then echo "make gpu: no test is marked gpu, so nothing was checked."; exit 0; fi; \
+	exit $$state
+
+define GPU_PROBE
+import sys
+try:
+    import torch
+except ImportError as error:
+    print(f"make gpu: skipped, because torch cannot be imported by {sys.executable}: {error}")
+    sys.exit(3)
+if not torch.cuda.is_available():
+    print(f"make gpu: skipped, because torch {torch.__version__} finds no GPU on this machine.")
+    sys.exit(3)
+print(f"make gpu: {torch.cuda.get_device_name()}, torch {torch.__version__}")
+endef
+export GPU_PROBE
+
+clean: ## remove .venv, caches and builds
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find $(CODE) tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# One environment, remade when what it holds is to change. A Python without ensurepip (some Linux
+# distributions keep it in a package of its own) still works: its pip fills the environment from outside.
+$(STAMP): pyproject.toml constraints.txt
+	@set -euo pipefail; \
+	python=; \
+	for candidate in $(PYTHON); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	start=$$SECONDS; \
+	echo "Setting up .venv with $$("$$python" --version) (once; PyTorch makes it a minute or more) ..."; \
+	if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  "$$python" -m venv --clear .venv >/dev/null 2>&1 || "$$python" -m venv --clear --without-pip .venv; \
+	fi; \
+	if $(BIN)/python -m pip --version >/dev/null 2>&1; \
+	then pip=($(BIN)/python -m pip); \
+	else pip=("$$python" -m pip --python $(BIN)/python); fi; \
+	"$${pip[@]}" install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	touch $(STAMP); \
+	echo "Ready after $$((SECONDS - start)) s: $$($(BIN)/python -c 'import importlib.metadata as m; print(", ".join(f"{n} {m.version(n)}" for n in ("torch", "transformers", "numpy")))')"

@@ -1,0 +1,366 @@
+"""Every kernel in plain torch: what the fast ones have to compute, on any device.
+
+These functions are the specification and the fallback. They use vectorised torch operations only,
+so they are quick enough to serve, and they trust their arguments: the entry points beside this
+file (`paged_attention.py`, ...) check and document them. Maths is float32, or float64 where the
+query is; results are rounded once, at the end.
+"""
+
+# T tokens, R rows, H query heads, K kv heads, G = H // K query heads per kv head, D head dim,
+# Q query tokens of a row (columns, right-aligned: the last column is each row's newest query),
+# N kv tokens of a tile. A block table entry of -1 is no block; a slot of -1 is no slot.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# One kv tile holds about this many tokens, all rows together: its fp32 copy stays in the cache
+# of a CPU core, while the fixed cost of a tile (some 100 us of torch calls) is spread wide.
+TILE_TOKENS = 8192
+TILE_TOKENS_PER_ROW = 1024
+# The scores of one tile, in elements: what bounds the memory of a long prefill.
+TILE_SCORES = 1 << 22
+
+
+def append_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+) -> None:
+    """Write key [T, K, Dk] and value [T, K, Dv] to `slots` [T] of the caches. O(T)."""
+    kept = slots >= 0
+    if not bool(kept.all()):
+        key, value, slots = key[kept], value[kept], slots[kept]
+    block_size = key_cache.shape[1]
+    where = (slots // block_size, slots % block_size)
+    key_cache.index_put_(where, key)
+    value_cache.index_put_(where, value)
+
+
+def gather_kv(cache: Tensor, block_tables: Tensor, kv_lens: Tensor, length: int) -> Tensor:
+    """The last `length` tokens of every row, right-aligned: [R, length, K, D]. O(R * length)."""
+    rows, columns = block_tables.shape
+    block_size = cache.shape[1]
+    if columns == 0 or cache.shape[0] == 0:
+        return cache.new_zeros(rows, length, *cache.shape[2:])
+    tokens = torch.arange(length, device=cache.device)
+    positions = kv_lens.long()[:, None] - length + tokens
+    column = torch.div(positions, block_size, rounding_mode="floor")
+    blocks = block_tables.gather(1, column.clamp(0, columns - 1)).long()
+    found = (positions >= 0) & (column < columns) & (blocks >= 0)
+    gathered = cache[blocks.clamp(min=0), positions % block_size]
+    return gathered.masked_fill_(~found[:, :, None, None], 0)
+
+
+def copy_blocks(storage: Tensor, copies: Tensor) -> None:
+    """Copy whole blocks of `storage` [blocks, ...] for pairs [n, 2]. O(n * block bytes)."""
+    kept = copies[(copies >= 0).all(1)].long()
+    # index_select makes a copy, so every read is done before the first write.
+    storage.index_copy_(0, kept[:, 1], storage.index_select(0, kept[:, 0]))
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    query_starts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+) -> Tensor:
+    """Attention of query [T, H, D] over the blocks of its rows: [T, H, Dv]. O(H * D * T * kv).
+
+    KV is read tile by tile and the softmax is kept online: a running maximum and sum per query,
+    with what was summed so far rescaled when the maximum rises (Milakov & Gimelshein 2018, "Online
+    normalizer calculation for softmax"; FlashAttention, Dao et al. 2022, for the tiles).
+    """
+    output = query.new_zeros(*query.shape[:2], value_cache.shape[3])
+    rows, num_query_heads = block_tables.shape[0], query.shape[1]
+    if query.numel() == 0 or rows == 0:
+        return output
+    ends, query_lens, longest = _query_lengths(query, rows, query_starts)
+    if mask is not None and mask.shape[2] < longest:
+        raise ValueError(
+            f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass all of them"
+        )
+    cells = _Cells(
+        tables=block_tables,
+        kv_lens=kv_lens.long(),
+        kv_starts=torch.zeros_like(kv_lens, dtype=torch.int64)
+        if kv_starts is None
+        else kv_starts.long().clamp(min=0),
+        query_lens=query_lens,
+        longest=longest,
+        causal=causal,
+        window=window,
+        mask=mask,
+    )
+    tokens_per_row = max(1, min(TILE_TOKENS_PER_ROW, TILE_TOKENS // rows))
+    tile = _Tile(
+        key_cache=key_cache,
+        value_cache=value_cache,
+        blocks=max(1, tokens_per_row // key_cache.shape[1]),
+        scale=query.shape[2] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    columns = max(16, TILE_SCORES // (rows * num_query_heads * tokens_per_row))
+    for first in range(0, longest, columns):
+        last = min(first + columns, longest)
+        index = ends[:, None] - longest + torch.arange(first, last, device=query.device)
+        real = index >= (ends - query_lens)[:, None]
+        chosen = _chosen(real.any(1))
+        if chosen is not None:
+            index, real = index[chosen], real[chosen]
+        attended = _attend(tile, cells.take(chosen, first, last), query[index.clamp(min=0)])
+        output[index[real]] = attended[real].to(output.dtype)
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """How tiles are read and scored, the same for all of them."""
+
+    key_cache: Tensor
+    value_cache: Tensor
+    blocks: int  # table columns per tile
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """Which query may look at which kv token, for the query columns `first` to `last`."""
+
+    tables: Tensor  # [R, max_blocks]
+    kv_lens: Tensor  # [R] int64, as are the two below
+    kv_starts: Tensor
+    query_lens: Tensor
+    longest: int  # query columns of the whole call
+    causal: bool
+    window: int | None
+    mask: Tensor | None
+    first: int = 0
+    last: int = 0
+
+    def take(self, rows: Tensor | None, first: int | None = None, last: int | None = None) -> _Cells:
+        """The same for some rows (None: all) and, if given, for other columns."""
+        cells = self
+        if first is not None and last is not None:
+            cells = replace(cells, first=first, last=last)
+        if rows is None:
+            return cells
+        several = self.mask is not None and self.mask.shape[0] > 1
+        return replace(
+            cells,
+            tables=self.tables[rows],
+            kv_lens=self.kv_lens[rows],
+            kv_starts=self.kv_starts[rows],
+            query_lens=self.query_lens[rows],
+            mask=self.mask[rows] if several and self.mask is not None else self.mask,
+        )
+
+    def positions(self) -> Tensor:
+        """Position of every query column in its row: int64 [R, Q]; negative: it has none."""
+        columns = torch.arange(self.first, self.last, device=self.kv_lens.device)
+        position = self.kv_lens[:, None] - self.longest + columns
+        # Columns that only pad a row with few queries see nothing, so they keep no slot alive.
+        real = columns >= self.longest - self.query_lens[:, None]
+        return torch.where(real, position, -1)
+
+    def reach(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Kv tokens that some query of a row sees [low, high), and that all see: each int64 [R]."""
+        start = self.kv_lens - self.longest
+        newest = start + self.last - 1
+        oldest = start + torch.clamp(self.longest - self.query_lens, min=self.first)
+        low, full_low = self.kv_starts, self.kv_starts
+        if self.window is not None:
+            low = torch.maximum(low, oldest.clamp(min=0) - self.window + 1)
+            full_low = torch.maximum(full_low, newest - self.window + 1)
+        high, full_high = newest + 1, oldest + 1
+        if not self.causal:
+            high = torch.where(newest >= 0, self.kv_lens, 0)
+            full_high = torch.where(oldest >= 0, self.kv_lens, 0)
+        return low, high, full_low, full_high
+
+    def visible(self, start: int, stop: int) -> Tensor:
+        """Which query sees which kv token of [start, stop), the mask apart: bool [R, 1, Q, N]."""
+        block_size = (stop - start) // max(1, self.tables.shape[1])
+        position = self.positions()[:, :, None]
+        token = torch.arange(start, stop, device=position.device)
+        held = (self.tables >= 0).repeat_interleave(block_size, 1)
+        held &= (token >= self.kv_starts[:, None]) & (token < self.kv_lens[:, None])
+        seen = held[:, None, :] & (position >= 0)
+        if self.causal:
+            seen &= token <= position
+        if self.window is not None:
+            seen &= token > position - self.window
+        return seen[:, None]
+
+    def mask_of(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """The mask's part for kv tokens [start, stop): may look, and bias: [R, 1 or H, Q, N]."""
+        assert self.mask is not None
+        offset = self.mask.shape[2] - self.longest
+        part = self.mask[:, :, offset + self.first : offset + self.last]
+        width = part.shape[3]
+        token = torch.arange(start, stop, device=part.device)
+        column = token - self.kv_lens[:, None] + width
+        inside = ((column >= 0) & (column < width))[:, None, None, :]
+        index = column.clamp(0, width - 1)[:, None, None, :]
+        part = part.expand(len(column), -1, -1, -1)
+        part = part.gather(3, index.expand(*part.shape[:3], -1))
+        if part.dtype == torch.bool:
+            return part & inside, None
+        # Libraries write "may not look" as -inf or as the lowest number of the mask's dtype.
+        return (part > torch.finfo(part.dtype).min) & inside, part
+
+
+def _query_lengths(
+    query: Tensor, rows: int, query_starts: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """Where each row's queries end in the packed tokens, how many it has, and the most of them."""
+    if query_starts is None:
+        ones = torch.ones(rows, dtype=torch.int64, device=query.device)
+        return ones.cumsum(0), ones, 1
+    starts = query_starts.long()
+    lengths = starts.diff()
+    return starts[1:], lengths, int(lengths.max())
+
+
+def _chosen(wanted: Tensor) -> Tensor | None:
+    """Indices of the rows that are `wanted`, or None for all of them, which need no copy."""
+    return None if bool(wanted.all()) else wanted.nonzero().squeeze(1)
+
+
+def _attend(tile: _Tile, cells: _Cells, query: Tensor) -> Tensor:
+    """Attention of right-aligned query [R, Q, H, D]: [R, Q, H, Dv] in the dtype of the maths."""
+    R, Q, H, D = query.shape
+    K, Dv = tile.value_cache.shape[2:]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    grouped = query.to(dtype).view(R, Q, K, H // K, D).permute(0, 2, 3, 1, 4)
+    scaled = (grouped * tile.scale).reshape(R, K, H // K * Q, D)
+    # The lowest number instead of -inf: a query that has seen nothing yet needs no special case.
+    highest = scaled.new_full((R, K, H // K, Q), torch.finfo(dtype).min)
+    total = torch.zeros_like(highest)
+    summed = scaled.new_zeros(R, K, H // K * Q, Dv)
+    if tile.sinks is not None:
+        highest = highest.copy_(tile.sinks.view(K, H // K, 1))
+        total.fill_(1)
+    for rows, part, start, stop, masked in _tiles(tile, cells):
+        state = (highest, total, summed)
+        if rows is None:
+            _add_tile(tile, part, scaled, state, start, stop, masked)
+            continue
+        some = tuple(tensor[rows] for tensor in state)
+        _add_tile(tile, part, scaled[rows], (some[0], some[1], some[2]), start, stop, masked)
+        for tensor, changed in zip(state, some, strict=True):
+            tensor[rows] = changed
+    total = total.masked_fill_(total == 0, 1)  # sees nothing: 0 / 1
+    result = summed.view(R, K, H // K, Q, Dv) / total[..., None]
+    return result.permute(0, 3, 1, 2, 4).reshape(R, Q, H, Dv)
+
+
+def _tiles(
+    tile: _Tile, cells: _Cells
+) -> Iterator[tuple[Tensor | None, _Cells, int, int, bool]]:
+    """The tiles that some row needs: its rows (None: all), their cells, tokens, and if any is hidden."""
+    block_size = tile.key_cache.shape[1]
+    low, high, full_low, full_high = cells.reach()
+    columns = -(-max(0, int(high.max())) // block_size)
+    if columns > cells.tables.shape[1]:
+        raise ValueError(
+            f"kv_lens reaches {int(high.max())} tokens, but block_tables has room for "
+            f"{cells.tables.shape[1] * block_size} per row; pass wider tables"
+        )
+    edges = torch.arange(0, columns, tile.blocks, device=low.device) * block_size
+    ends = (edges + tile.blocks * block_size).clamp(max=columns * block_size)
+    needed = (low < ends[:, None]) & (high > edges[:, None])
+    full = (full_low <= edges[:, None]) & (full_high >= ends[:, None])
+    if cells.mask is not None:
+        full = torch.zeros_like(full)
+    summary = torch.stack((needed.any(1), needed.all(1), (full | ~needed).all(1)), 1)
+    for index, (some, every, plain) in enumerate(summary.tolist()):
+        if not some:
+            continue
+        rows = None if every else needed[index].nonzero().squeeze(1)
+        part = cells.take(rows)
+        first = index * tile.blocks
+        last = min(first + tile.blocks, columns)
+        part = replace(part, tables=part.tables[:, first:last])
+        # A block that was given back may stand as -1 in the middle of a table.
+        hidden = not plain or bool((part.tables < 0).any())
+        yield rows, part, first * block_size, last * block_size, hidden
+
+
+def _add_tile(
+    tile: _Tile,
+    cells: _Cells,
+    query: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    start: int,
+    stop: int,
+    masked: bool,
+) -> None:
+    """Fold kv tokens [start, stop) into `state`: maximum, sum of weights, weighted values."""
+    highest, total, summed = state
+    keys = _read(tile.key_cache, cells.tables, query.dtype)
+    values = _read(tile.value_cache, cells.tables, query.dtype)
+    scores = _matmul(query, keys.transpose(2, 3)).view(*highest.shape, stop - start)
+    if tile.softcap is not None:
+        scores = scores.div_(tile.softcap).tanh_().mul_(tile.softcap)
+    if masked:
+        scores, seen = _hide(cells, scores, start, stop)
+        # 0 * NaN is NaN: what nobody may see has to be gone, not only weigh nothing.
+        values.masked_fill_(~seen[:, None, :, None], 0)
+    new_highest = torch.maximum(highest, scores.amax(-1))
+    rescale = torch.exp(highest - new_highest)
+    weights = scores.sub_(new_highest[..., None]).exp_()
+    highest.copy_(new_highest)
+    total.mul_(rescale).add_(weights.sum(-1))
+    summed.mul_(rescale.flatten(2)[..., None])
+    summed.add_(_matmul(weights.flatten(2, 3), values))
+
+
+def _hide(cells: _Cells, scores: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Scores [R, K, G, Q, N] with hidden ones at -inf, and the tokens that some query sees [R, N]."""
+    visible = cells.visible(start, stop)
+    if cells.mask is not None:
+        allowed, bias = cells.mask_of(start, stop)
+        visible = visible & allowed
+        if bias is not None:
+            scores = scores + _per_group(bias, scores)
+    scores = scores.masked_fill_(~_per_group(visible, scores), float("-inf"))
+    return scores, visible.any(2).any(1)
+
+
+def _per_group(tensor: Tensor, scores: Tensor) -> Tensor:
+    """[R, 1 or H, Q, N] as [R, 1 or K, 1 or G, Q, N], to broadcast over scores."""
+    groups = scores.shape[1:3] if tensor.shape[1] > 1 else (1, 1)
+    return tensor.unflatten(1, groups)
+
+
+def _read(cache: Tensor, tables: Tensor, dtype: torch.dtype) -> Tensor:
+    """The blocks of `tables` [R, n] as one contiguous tensor of `dtype`: [R, K, n * block, D]."""
+    R, n = tables.shape
+    _, block_size, K, D = cache.shape
+    blocks = cache.index_select(0, tables.clamp(min=0).flatten())
+    tokens = blocks.view(R, n * block_size, K, D).transpose(1, 2)
+    # One pass converts and brings a head's tokens together, so that the matmuls copy nothing.
+    return torch.empty(tokens.shape, dtype=dtype, device=cache.device).copy_(tokens)
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """[R, K, a, b] @ [R, K, b, c] without the copies of the general matmul."""
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(
+        *left.shape[:3], right.shape[3]
+    )

@@ -1,0 +1,72 @@
+"""Paged KV-cache memory for PyTorch LLM inference.
+
+`BlockManager` decides where every token's key and value live and never imports torch;
+`BlockStorage` holds the tensors and carries the plans out; `patch` puts both behind a transformers
+model in one line. Importing this package is cheap: a name is loaded when it is first used.
+"""
+
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+
+# A checkout keeps kernels/ and integrations/ beside this package; a wheel holds them inside it.
+_checkout = _Path(__file__).resolve().parent.parent
+if (_checkout / "kernels" / "copy_blocks.py").is_file():
+    __path__.append(str(_checkout))
+
+if TYPE_CHECKING:
+    from kvpager.errors import KVPagerError, OutOfBlocks, StaleSequence
+    from kvpager.integrations.huggingface.patching import PagedCache, Patch, patch
+    from kvpager.manager import BlockManager
+    from kvpager.sequences import Sequence
+    from kvpager.storage import BlockStorage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockManager",
+    "BlockStorage",
+    "KVPagerError",
+    "OutOfBlocks",
+    "PagedCache",
+    "Patch",
+    "Sequence",
+    "StaleSequence",
+    "patch",
+]
+
+_HOME = {
+    "BlockManager": "kvpager.manager",
+    "BlockStorage": "kvpager.storage",
+    "KVPagerError": "kvpager.errors",
+    "OutOfBlocks": "kvpager.errors",
+    "PagedCache": "kvpager.integrations.huggingface.patching",
+    "Patch": "kvpager.integrations.huggingface.patching",
+    "Sequence": "kvpager.sequences",
+    "StaleSequence": "kvpager.errors",
+    "patch": "kvpager.integrations.huggingface.patching",
+}
+
+# Hidden from type checkers, which would otherwise take every misspelt name for a lazy one.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Load a public name's module at its first use. O(1) afterwards: the name is kept here."""
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        try:
+            value = getattr(import_module(_HOME[name]), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "transformers":
+                raise
+            raise ImportError(
+                f"kvpager.{name} needs transformers, which is not installed: "
+                "pip install 'kvpager[transformers]'"
+            ) from error
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

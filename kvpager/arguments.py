@@ -1,0 +1,108 @@
+"""Reading what callers pass: one place for the checks, so that every message reads alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+_INT32 = np.iinfo(np.int32)
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is a whole number and not a truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def count(name: str, value: int, *, at_least: int = 0) -> int:
+    """`value` as an int of at least `at_least`."""
+    if not is_int(value):
+        raise TypeError(f"{name} {value!r}: expected an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} {value}: expected at least {at_least}")
+    return int(value)
+
+
+def block_size(value: int) -> int:
+    """A power of two of at least 1."""
+    size = count("block_size", value, at_least=1)
+    if size & (size - 1):
+        raise ValueError(f"block_size {size}: expected a power of two, such as 16")
+    return size
+
+
+def within(name: str, value: int, lengths: Int64) -> None:
+    """Refuse a token number beyond the end of a sequence."""
+    if np.any(lengths < value):
+        raise ValueError(f"{name} {value}: the sequence has {int(lengths.min())} tokens only")
+
+
+def namespace(value: str | None) -> None:
+    """A namespace is a string, so that 1, 1.0 and True can never be the same tenant."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"namespace {value!r}: expected a str or None, got {type(value).__name__}")
+
+
+def token_ids(value: ArrayLike) -> Int32:
+    """One-dimensional token ids as int32."""
+    ids = np.asarray(value)
+    if ids.ndim != 1:
+        raise ValueError(f"token ids of shape {ids.shape}: expected one dimension")
+    if not ids.size:
+        return np.empty(0, np.int32)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"token ids of dtype {ids.dtype}: expected integers")
+    if ids.max() > _INT32.max or ids.min() < _INT32.min:
+        raise ValueError(f"token id {ids[np.abs(ids).argmax()]}: expected 32-bit integers")
+    return ids.astype(np.int32)
+
+
+def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
+    """A prompt's length, and its ids where it has any."""
+    if is_int(value):
+        return count("prompt", value), None  # type: ignore[arg-type]
+    if isinstance(value, bool | float | str | bytes):
+        raise TypeError(f"prompt {value!r}: expected token ids or a count of tokens")
+    ids = token_ids(value)
+    return len(ids), ids
+
+
+def new_tokens(
+    target: Any, num_sequences: int, tokens: Any, counts: ArrayLike | None
+) -> tuple[list[Int32], Int64]:
+    """The ids to append to each sequence (none where unknown), and how many tokens each gets."""
+    if counts is not None:
+        if not (is_int(tokens) and tokens == 1):
+            raise ValueError("give either tokens or counts, not both")
+        per_row = np.asarray(counts)
+        if per_row.shape != (num_sequences,) or (per_row.size and per_row.dtype.kind not in "iu"):
+            raise ValueError(f"counts {counts!r}: expected one int for each of {num_sequences}")
+        if per_row.size and per_row.min() < 0:
+            raise ValueError(f"counts {counts!r}: expected at least 0 each")
+        return [], per_row.astype(np.int64)
+    if is_int(tokens):
+        return [], np.full(num_sequences, count("tokens", tokens), np.int64)
+    ids = _ids_by_sequence(target, num_sequences, tokens)
+    return ids, np.array([len(row) for row in ids], np.int64)
+
+
+def _ids_by_sequence(target: Any, num_sequences: int, tokens: Any) -> list[Int32]:
+    from kvpager.sequences import Sequence
+
+    if isinstance(tokens, bool | float | str | bytes) or not isinstance(tokens, Iterable):
+        raise TypeError(f"tokens {tokens!r}: expected a count or token ids")
+    if isinstance(target, Sequence):
+        return [token_ids(tokens)]  # type: ignore[arg-type]
+    rows = list(tokens)
+    if len(rows) != num_sequences:
+        raise ValueError(
+            f"token ids for {len(rows)} sequences, but {num_sequences} were named; "
+            "give one id, or one list of ids, for each"
+        )
+    return [token_ids(np.atleast_1d(np.asarray(row))) for row in rows]

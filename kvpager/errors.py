@@ -1,0 +1,54 @@
+"""Every error kvpager raises on purpose.
+
+    KVPagerError
+    ├── OutOfBlocks          a tier has too few blocks left; nothing has changed
+    ├── StaleSequence        the handle was freed, or belongs to another manager
+    ├── SequenceSwapped      the sequence is in host memory; swap it back first
+    └── BrokenInvariant      `check()` found the books wrong: a bug, never an operating condition
+
+Bad arguments raise `ValueError` or `TypeError` with the value, the bound and what to do.
+"""
+
+from __future__ import annotations
+
+
+class KVPagerError(Exception):
+    """Base of all errors raised by kvpager."""
+
+
+class OutOfBlocks(KVPagerError):
+    """A tier cannot give the blocks an operation needs. Nothing has changed.
+
+    Attributes: `need`, `free`, `evictable` and `total`, in blocks, and the `tier`.
+    """
+
+    def __init__(
+        self,
+        need: int,
+        free: int,
+        evictable: int,
+        total: int,
+        tier: str = "device",
+        advice: str = "free a sequence or raise num_blocks",
+    ) -> None:
+        super().__init__(
+            f"need {need} {tier} block{'s' if need != 1 else ''}, {free} free, "
+            f"{evictable} evictable of {total}; {advice}"
+        )
+        self.need = need
+        self.free = free
+        self.evictable = evictable
+        self.total = total
+        self.tier = tier
+
+
+class StaleSequence(KVPagerError):
+    """A sequence handle was used after `free`, or with a manager that did not make it."""
+
+
+class SequenceSwapped(KVPagerError):
+    """The operation needs a sequence whose blocks are on the device, and this one is on the host."""
+
+
+class BrokenInvariant(KVPagerError):
+    """The manager's books contradict themselves. The message names the broken law."""

@@ -1,0 +1,47 @@
+"""What the control plane asks of the data plane: plain arrays, so that they can cross a process.
+
+Plans are applied in the order in which the manager gave them, each before the writes of its
+step. Under that rule a block may be handed out again as soon as a plan that reads it exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tier = Literal["device", "host"]
+
+NO_COPIES: NDArray[np.int32] = np.empty((0, 2), np.int32)
+NO_COPIES.flags.writeable = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Blocks to move between tiers.
+
+    `copies` is int32 [n, 2]: a block of tier `source`, and the block of tier `destination` that
+    receives its bytes. No destination is also a source.
+    """
+
+    copies: NDArray[np.int32]
+    source: Tier
+    destination: Tier
+
+    def __len__(self) -> int:
+        return len(self.copies)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where the tokens of one `append` go.
+
+    `slots` is int64 [tokens], `block * block_size + offset`, sequence by sequence in the order
+    given. `copies` is int32 [n, 2]: blocks to copy on the device before anything is written,
+    because another holder still reads the source (copy-on-write).
+    """
+
+    slots: NDArray[np.int64]
+    copies: NDArray[np.int32]

@@ -1,0 +1,217 @@
+"""Which token prefixes already have their blocks in the pool.
+
+One tree per namespace; a node is one full, committed block and its tokens. A match compares the
+tokens themselves, so no hash can collide, and never looks at another namespace's tree, so no
+tenant can hit another's blocks. Sharing prefixes through a tree is SGLang's RadixAttention
+(Zheng et al., 2024); reusing part of the next block is TensorRT-LLM's.
+
+Nodes leave from the tips, least recently used first: a longer prefix is less likely to be shared.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.errors import BrokenInvariant
+
+Int32 = NDArray[np.int32]
+
+
+class Node:
+    """A cached block: its tokens, the block before it, and the blocks seen after it."""
+
+    __slots__ = ("attached", "block", "children", "depth", "last_used", "parent", "tokens")
+
+    def __init__(self, parent: Node | Root, tokens: Int32, block: int) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.block = block
+        self.children: Children = {}
+        self.depth: int = parent.depth + 1
+        self.last_used = 0
+        self.attached = True
+
+    def __lt__(self, other: Node) -> bool:  # the heap's order among equals: the deeper one first
+        return self.depth > other.depth
+
+
+class Root:
+    """Where a namespace's prefixes begin."""
+
+    __slots__ = ("attached", "children", "depth", "namespace")
+
+    def __init__(self, namespace: str | None) -> None:
+        self.namespace = namespace
+        self.children: Children = {}
+        self.depth = 0
+        self.attached = True
+
+
+# First token -> all tokens -> node. The first level bounds the search for a partial match.
+Children = dict[int, dict[bytes, Node]]
+
+
+class Match(NamedTuple):
+    """The longest known prefix: whole blocks, then `num_partial` tokens of `partial_block`."""
+
+    node: Node | Root
+    blocks: list[int]
+    partial_block: int
+    num_partial: int
+
+
+def _common_prefix(a: Int32, b: Int32) -> int:
+    length = min(len(a), len(b))
+    differ = a[:length] != b[:length]
+    return int(differ.argmax()) if differ.any() else length
+
+
+class PrefixIndex:
+    """Committed full blocks by their tokens, and the order in which idle ones may leave."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self._roots: dict[str | None, Root] = {}
+        self._node_of: dict[int, Node] = {}  # by block
+        self._idle: list[tuple[int, Node]] = []  # heap of (last used, node); entries may be outdated
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._node_of)
+
+    def root(self, namespace: str | None) -> Root:
+        """Where the prefixes of `namespace` begin; made on first use. O(1)."""
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = Root(namespace)
+        return root
+
+    def match(self, namespace: str | None, tokens: Int32) -> Match:
+        """The longest prefix of `tokens` that is known in `namespace`. O(tokens)."""
+        node: Node | Root | None = self._roots.get(namespace)
+        blocks: list[int] = []
+        if node is None:
+            return Match(Root(namespace), blocks, 0, 0)
+        start = 0
+        while start + self.block_size <= len(tokens):
+            child = self._child(node, tokens[start : start + self.block_size])
+            if child is None:
+                break
+            blocks.append(child.block)
+            node = child
+            start += self.block_size
+        partial = self._partial(node, tokens[start:])
+        return Match(node, blocks, *partial)
+
+    def publish(self, parent: Node | Root, tokens: Int32, block: int) -> tuple[Node, bool]:
+        """Offer `block`, which holds `tokens` after `parent`. O(block_size).
+
+        Returns the node for these tokens and whether it is new; when an equal block is offered
+        already, that one stays and `block` remains its sequence's own.
+        """
+        child = self._child(parent, tokens)
+        if child is not None:
+            return child, False
+        node = Node(parent, tokens.copy(), block)
+        parent.children.setdefault(int(tokens[0]), {})[tokens.tobytes()] = node
+        self._node_of[block] = node
+        return node, True
+
+    def retire(self, blocks: Iterable[int]) -> None:
+        """No table holds these cached blocks any more: they may be evicted. O(blocks)."""
+        self._clock += 1
+        for block in blocks:
+            node = self._node_of[block]
+            node.last_used = self._clock
+            if not node.children:
+                heapq.heappush(self._idle, (self._clock, node))
+
+    def evict(self, count: int, refs: Int32) -> list[int]:
+        """Forget blocks until `count` that no table holds are gone. O(count log n).
+
+        There must be so many. Returns all blocks forgotten: idle tips, and only when there are
+        no more of those, idle blocks together with everything the tree knows after them.
+        """
+        forgotten: list[int] = []
+        while count > 0:
+            node = self._pop_idle_tip(refs) or next(
+                node for node in self._node_of.values() if not refs[node.block]
+            )
+            for gone in self._subtree(node):
+                forgotten.append(gone.block)
+                gone.attached = False
+                del self._node_of[gone.block]
+                count -= not refs[gone.block]
+            self._unlink(node)
+        return forgotten
+
+    def _pop_idle_tip(self, refs: Int32) -> Node | None:
+        while self._idle:
+            last_used, node = heapq.heappop(self._idle)
+            # Outdated entries are dropped: the node is pushed anew when it is an idle tip again.
+            current = node.attached and node.last_used == last_used
+            if current and not refs[node.block] and not node.children:
+                return node
+        return None
+
+    def _unlink(self, node: Node) -> None:
+        parent, first = node.parent, int(node.tokens[0])
+        siblings = parent.children[first]
+        del siblings[node.tokens.tobytes()]
+        if not siblings:
+            del parent.children[first]
+        if parent.children:
+            return
+        if isinstance(parent, Node):
+            heapq.heappush(self._idle, (parent.last_used, parent))
+        elif self._roots.get(parent.namespace) is parent:
+            # Tenants come and go: an empty tree must not stay behind.
+            parent.attached = False
+            del self._roots[parent.namespace]
+
+    def _child(self, node: Node | Root, tokens: Int32) -> Node | None:
+        siblings = node.children.get(int(tokens[0]))
+        return siblings.get(tokens.tobytes()) if siblings else None
+
+    def _partial(self, node: Node | Root, tokens: Int32) -> tuple[int, int]:
+        if not len(tokens):
+            return 0, 0
+        best, best_length = 0, 0
+        for child in node.children.get(int(tokens[0]), {}).values():
+            length = _common_prefix(child.tokens, tokens)
+            if length > best_length:
+                best, best_length = child.block, length
+        return best, best_length
+
+    def _subtree(self, start: Node | Root) -> Iterator[Node]:
+        """`start`, where it is a block, and every node after it."""
+        stack: list[Node | Root] = [start]
+        while stack:
+            node = stack.pop()
+            if isinstance(node, Node):
+                yield node
+            for siblings in node.children.values():
+                stack.extend(siblings.values())
+
+    def check(self, cached: NDArray[np.bool_], refs: Int32) -> None:
+        """Raise `BrokenInvariant` unless tree, look-up and pool tell the same story. O(n)."""
+        nodes = [node for root in self._roots.values() for node in self._subtree(root)]
+        blocks = [node.block for node in nodes]
+        if len(set(blocks)) != len(blocks):
+            raise BrokenInvariant("prefix index: a block stands twice in the trees")
+        if {node.block: node for node in nodes} != self._node_of:
+            raise BrokenInvariant("prefix index: trees and look-up by block differ")
+        if set(blocks) != set(np.flatnonzero(cached).tolist()):
+            raise BrokenInvariant("prefix index: its blocks are not those the pool marks as cached")
+        current = {id(node) for used, node in self._idle if used == node.last_used}
+        for node in nodes:
+            if not node.attached or len(node.tokens) != self.block_size:
+                raise BrokenInvariant(f"prefix index: block {node.block} is not a full, known block")
+            if not node.children and not refs[node.block] and id(node) not in current:
+                raise BrokenInvariant(f"prefix index: idle block {node.block} can never be evicted")
+

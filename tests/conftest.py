@@ -1,0 +1,66 @@
+"""What every test stands on: no network, few threads, and GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Read when torch and transformers are first imported, and inherited by subprocesses.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The tensors of the tests are small: more threads than this only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+
+try:
+    import hypothesis
+except ImportError:  # a GPU machine needs torch and pytest only
+    pass
+else:
+    # A slow machine is no failure: no test asserts on time.
+    hypothesis.settings.register_profile(
+        "kvpager",
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+        print_blob=True,
+    )
+    hypothesis.settings.load_profile("kvpager")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under `-m gpu`, import only files that hold GPU tests: the others may need more packages."""
+    if config.option.markexpr != "gpu" or not collection_path.name.startswith("test_"):
+        return None
+    return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests, with the reason, where torch finds no GPU."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason=f"torch {torch.__version__} finds no GPU on this machine")
+        for item in gpu_items:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> PreTrainedModel:
+    """The bundled model in float32. Shared by all tests: undo whatever you patch."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    from kvpager.testing import tiny_llama_path
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_llama_path(), dtype=torch.float32
+    )
+    return model.eval()
