@@ -181,7 +181,8 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     model.generation_config = GenerationConfig(
         do_sample=False, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16()
+    model.save_pretrained(folder)
     ByT5Tokenizer(extra_ids=0, model_max_length=4096).save_pretrained(folder)
 
 

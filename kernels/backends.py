@@ -1,7 +1,7 @@
 """Which function runs an operation on a device type.
 
-    append_kv(...)  ──▶  select("append_kv", device)  ──▶  the registered function of that device type
-                                                      └─▶  or the plain torch twin in `reference.py`
+    append_kv(...)  ──▶  select("append_kv", device)  ──▶  the function registered for that device
+                                                      └─▶  or the plain torch twin, `reference.py`
 
 A faster kernel joins with one `register` call and says why it was chosen (or, registering the
 twin itself, why it was not); `active` shows the outcome, for `kvpager env`. The registry decides
@@ -48,7 +48,7 @@ def register(operation: str, device_type: str, function: Kernel, reason: str) ->
 
 
 def select(operation: str, device: torch.device) -> Kernel:
-    """The function that runs `operation` on `device`; the reference where none is registered. O(1)."""
+    """The function that runs `operation` on `device`: the registered one or the twin. O(1)."""
     entry = _registered.get((operation, device.type))
     if entry is not None:
         return entry[0]
@@ -57,7 +57,7 @@ def select(operation: str, device: torch.device) -> Kernel:
 
 
 def active() -> dict[str, dict[str, Active]]:
-    """What runs where: device type -> operation -> (backend, reason), both sorted. O(registered)."""
+    """What runs where: device type -> operation -> (backend, reason). O(registered)."""
     devices = {"cpu", "cuda"} | {device_type for _, device_type in _registered}
     return {
         device_type: {operation: _active(operation, device_type) for operation in _REFERENCE}

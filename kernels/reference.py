@@ -43,15 +43,16 @@ def gather_kv(cache: Tensor, block_tables: Tensor, kv_lens: Tensor, length: int)
     """The last `length` tokens of every row, right-aligned: [R, length, K, D]. O(R * length)."""
     rows, columns = block_tables.shape
     block_size = cache.shape[1]
-    if columns == 0 or cache.shape[0] == 0:
+    if length == 0 or columns == 0 or cache.shape[0] == 0:
         return cache.new_zeros(rows, length, *cache.shape[2:])
-    tokens = torch.arange(length, device=cache.device)
-    positions = kv_lens.long()[:, None] - length + tokens
+    positions = kv_lens.long()[:, None] - length + torch.arange(length, device=cache.device)
     column = torch.div(positions, block_size, rounding_mode="floor")
     blocks = block_tables.gather(1, column.clamp(0, columns - 1)).long()
     found = (positions >= 0) & (column < columns) & (blocks >= 0)
     gathered = cache[blocks.clamp(min=0), positions % block_size]
-    return gathered.masked_fill_(~found[:, :, None, None], 0)
+    # Few tokens or none: cheaper than a masked pass over all of them.
+    gathered[~found] = 0
+    return gathered
 
 
 def copy_blocks(storage: Tensor, copies: Tensor) -> None:
@@ -90,7 +91,7 @@ def paged_attention(
     ends, query_lens, longest = _query_lengths(query, rows, query_starts)
     if mask is not None and mask.shape[2] < longest:
         raise ValueError(
-            f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass all of them"
+            f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
         )
     cells = _Cells(
         tables=block_tables,
@@ -121,7 +122,9 @@ def paged_attention(
         chosen = _chosen(real.any(1))
         if chosen is not None:
             index, real = index[chosen], real[chosen]
-        attended = _attend(tile, cells.take(chosen, first, last), query[index.clamp(min=0)])
+        attended = _attend(
+            tile, replace(cells, first=first, last=last).take(chosen), query[index.clamp(min=0)]
+        )
         output[index[real]] = attended[real].to(output.dtype)
     return output
 
@@ -153,16 +156,13 @@ class _Cells:
     first: int = 0
     last: int = 0
 
-    def take(self, rows: Tensor | None, first: int | None = None, last: int | None = None) -> _Cells:
-        """The same for some rows (None: all) and, if given, for other columns."""
-        cells = self
-        if first is not None and last is not None:
-            cells = replace(cells, first=first, last=last)
+    def take(self, rows: Tensor | None) -> _Cells:
+        """The same for some rows; None: all of them."""
         if rows is None:
-            return cells
+            return self
         several = self.mask is not None and self.mask.shape[0] > 1
         return replace(
-            cells,
+            self,
             tables=self.tables[rows],
             kv_lens=self.kv_lens[rows],
             kv_starts=self.kv_starts[rows],
@@ -206,23 +206,6 @@ class _Cells:
         if self.window is not None:
             seen &= token > position - self.window
         return seen[:, None]
-
-    def mask_of(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """The mask's part for kv tokens [start, stop): may look, and bias: [R, 1 or H, Q, N]."""
-        assert self.mask is not None
-        offset = self.mask.shape[2] - self.longest
-        part = self.mask[:, :, offset + self.first : offset + self.last]
-        width = part.shape[3]
-        token = torch.arange(start, stop, device=part.device)
-        column = token - self.kv_lens[:, None] + width
-        inside = ((column >= 0) & (column < width))[:, None, None, :]
-        index = column.clamp(0, width - 1)[:, None, None, :]
-        part = part.expand(len(column), -1, -1, -1)
-        part = part.gather(3, index.expand(*part.shape[:3], -1))
-        if part.dtype == torch.bool:
-            return part & inside, None
-        # Libraries write "may not look" as -inf or as the lowest number of the mask's dtype.
-        return (part > torch.finfo(part.dtype).min) & inside, part
 
 
 def _query_lengths(
@@ -270,10 +253,9 @@ def _attend(tile: _Tile, cells: _Cells, query: Tensor) -> Tensor:
     return result.permute(0, 3, 1, 2, 4).reshape(R, Q, H, Dv)
 
 
-def _tiles(
-    tile: _Tile, cells: _Cells
-) -> Iterator[tuple[Tensor | None, _Cells, int, int, bool]]:
-    """The tiles that some row needs: its rows (None: all), their cells, tokens, and if any is hidden."""
+def _tiles(tile: _Tile, cells: _Cells) -> Iterator[tuple[Tensor | None, _Cells, int, int, bool]]:
+    """The tiles that some row needs: rows (None: all), their cells, tokens from and to, and
+    whether some of those are hidden from some query."""
     block_size = tile.key_cache.shape[1]
     low, high, full_low, full_high = cells.reach()
     columns = -(-max(0, int(high.max())) // block_size)
@@ -321,7 +303,7 @@ def _add_tile(
     if masked:
         scores, seen = _hide(cells, scores, start, stop)
         # 0 * NaN is NaN: what nobody may see has to be gone, not only weigh nothing.
-        values.masked_fill_(~seen[:, None, :, None], 0)
+        values.transpose(1, 2)[~seen] = 0
     new_highest = torch.maximum(highest, scores.amax(-1))
     rescale = torch.exp(highest - new_highest)
     weights = scores.sub_(new_highest[..., None]).exp_()
@@ -332,10 +314,10 @@ def _add_tile(
 
 
 def _hide(cells: _Cells, scores: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Scores [R, K, G, Q, N] with hidden ones at -inf, and the tokens that some query sees [R, N]."""
+    """Scores [R, K, G, Q, N], the hidden ones -inf, and which tokens some query sees [R, N]."""
     visible = cells.visible(start, stop)
     if cells.mask is not None:
-        allowed, bias = cells.mask_of(start, stop)
+        allowed, bias = _mask_tile(cells.mask, cells, start, stop)
         visible = visible & allowed
         if bias is not None:
             scores = scores + _per_group(bias, scores)
@@ -343,10 +325,28 @@ def _hide(cells: _Cells, scores: Tensor, start: int, stop: int) -> tuple[Tensor,
     return scores, visible.any(2).any(1)
 
 
+def _mask_tile(mask: Tensor, cells: _Cells, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    """The mask's part for kv tokens [start, stop): may look, and bias, each [R, 1 or H, Q, N]."""
+    offset = mask.shape[2] - cells.longest
+    part = mask[:, :, offset + cells.first : offset + cells.last]
+    width = part.shape[3]
+    token = torch.arange(start, stop, device=part.device)
+    column = token - cells.kv_lens[:, None] + width
+    inside = ((column >= 0) & (column < width))[:, None, None, :]
+    index = column.clamp(0, width - 1)[:, None, None, :]
+    part = part.expand(len(column), -1, -1, -1)
+    part = part.gather(3, index.expand(*part.shape[:3], -1))
+    if part.dtype == torch.bool:
+        return part & inside, None
+    # Libraries write "may not look" as -inf or as the lowest number of the mask's dtype.
+    return (part > torch.finfo(part.dtype).min) & inside, part
+
+
 def _per_group(tensor: Tensor, scores: Tensor) -> Tensor:
     """[R, 1 or H, Q, N] as [R, 1 or K, 1 or G, Q, N], to broadcast over scores."""
-    groups = scores.shape[1:3] if tensor.shape[1] > 1 else (1, 1)
-    return tensor.unflatten(1, groups)
+    R, heads, Q, N = tensor.shape
+    K, G = scores.shape[1:3] if heads > 1 else (1, 1)
+    return tensor.reshape(R, K, G, Q, N)
 
 
 def _read(cache: Tensor, tables: Tensor, dtype: torch.dtype) -> Tensor:
@@ -361,6 +361,4 @@ def _read(cache: Tensor, tables: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
     """[R, K, a, b] @ [R, K, b, c] without the copies of the general matmul."""
-    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(
-        *left.shape[:3], right.shape[3]
-    )
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:3], right.shape[3])

@@ -65,6 +65,21 @@ class BlockManager:
         """Blocks of the host tier. O(1)."""
         return self._host.num_blocks
 
+    @property
+    def num_free_blocks(self) -> int:
+        """Device blocks that can be had without evicting anything. O(1)."""
+        return self._pool.num_free
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Device blocks that sequences hold, shared ones counted once. O(1)."""
+        return self._pool.num_held
+
+    @property
+    def num_evicted_blocks(self) -> int:
+        """Cached blocks given up since the manager began. O(1)."""
+        return self._totals["evicted"]
+
     # ---------------------------------------------------------------- allocate, fork, free
 
     def allocate(self, prompt: int | ArrayLike, *, namespace: str | None = None) -> Sequence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -79,15 +80,34 @@ def test_version_is_the_same_everywhere(pyproject: dict[str, Any]) -> None:
     assert kvpager.__version__ == pyproject["project"]["version"]
 
 
-def test_transformers_never_takes_our_folder_for_the_kernels_package() -> None:
+def test_transformers_runs_nothing_of_ours_as_the_kernels_package() -> None:
     pytest.importorskip("transformers")
-    seen = run_python(
-        "import json, sys, transformers, transformers.integrations.hub_kernels\n"
-        "module = sys.modules.get('kernels')\n"
-        "print(json.dumps(None if module is None else [*module.__path__]))",
+    available, files = run_python(
+        "import json, sys, transformers.integrations.hub_kernels\n"
+        "from transformers.utils import is_kernels_available\n"
+        "files = [getattr(module, '__file__', None) for name, module in sys.modules.items()\n"
+        "         if name.partition('.')[0] == 'kernels']\n"
+        "print(json.dumps([is_kernels_available(), files]))",
         cwd=ROOT,
     )
-    assert seen is None or str(ROOT / "kernels") not in seen
+    assert [file for file in files if file and Path(file).is_relative_to(ROOT / "kernels")] == []
+    if not any(package.name == "kernels" for package in importlib.metadata.distributions()):
+        assert not available  # our folder alone must not pass for the package
+
+
+def test_installed_kernels_package_wins_over_our_folder(tmp_path: Path) -> None:
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    found = run_python(
+        "import json, sys\n"
+        "sys.path.append(sys.argv[1])  # site-packages, too, stands behind the current folder\n"
+        "import kernels\n"
+        "print(json.dumps(kernels.__file__))",
+        str(tmp_path),
+        cwd=ROOT,
+    )
+    assert Path(found) == package / "__init__.py"
 
 
 # --- what importing costs -------------------------------------------------------------------------

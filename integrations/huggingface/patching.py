@@ -1,0 +1,365 @@
+"""`kvpager.patch`: the one line that puts paging behind transformers, and takes it out again."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import configuration_utils
+from transformers.modeling_utils import AttentionInterface
+
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.attention import reading_in_place
+from kvpager.integrations.huggingface.cache import PagedCache, unpaged
+from kvpager.integrations.huggingface.pools import PagedMemory
+from kvpager.integrations.huggingface.prompts import PromptCache, prefill
+
+__all__ = ["PagedCache", "Patch", "PatchStats", "patch"]
+
+logger = logging.getLogger("kvpager")
+
+_lock = threading.RLock()
+_active: list[Patch] = []  # in the order they were made; the last one that covers a model serves it
+_undo: list[Callable[[], None]] = []
+_scope = threading.local()  # .patch: the patch that serves the cache being made, on this thread
+
+
+@dataclass(frozen=True, slots=True)
+class PatchStats:
+    """What a patch's pools hold now, and what happened in them since the patch was made.
+
+    Blocks count once however many sequences share them; `used_bytes` are the bytes of slots that
+    hold a token, so `held_bytes - used_bytes` is wasted in open tail blocks.
+    """
+
+    num_blocks: int
+    num_held_blocks: int
+    num_shared_blocks: int
+    num_cached_blocks: int
+    num_sequences: int
+    reserved_bytes: int
+    held_bytes: int
+    used_bytes: int
+    cached_bytes: int
+    peak_held_bytes: int
+    copied_blocks: int
+    evicted_blocks: int
+    gathers: int
+    in_place_reads: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+
+
+class Patch:
+    """Paging is on for a model, or for all of them, until `undo`. Made by `patch`."""
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        memory: PagedMemory,
+        prompts: PromptCache | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.memory = memory
+        self.prompts = prompts
+        self.dtype = dtype
+        self._covers_all = model is None
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._configs: list[Any] = []
+        if model is not None:
+            self._models.update(m for m in model.modules() if isinstance(m, GenerationMixin))
+            configs = [m.config for m in model.modules() if hasattr(m, "config")]
+            self._configs = list({id(config): config for config in configs}.values())
+
+    def covers(self, model: nn.Module) -> bool:
+        """Whether this patch serves `model`. O(1)."""
+        return self._covers_all or model in self._models
+
+    def covers_config(self, config: Any) -> bool:
+        """Whether this patch serves caches made for `config`. O(configurations of the model)."""
+        return self._covers_all or any(config is known for known in self._configs)
+
+    def stats(self) -> PatchStats:
+        """Counts of now, and totals since the patch was made. O(blocks)."""
+        pools = self.memory.pools()
+        for pool in pools:
+            pool.settle()
+        stats = [(pool.manager.stats(), pool.block_bytes) for pool in pools]
+        counters = self.memory.counters
+        return PatchStats(
+            num_blocks=sum(s.num_blocks for s, _ in stats),
+            num_held_blocks=sum(s.num_held for s, _ in stats),
+            num_shared_blocks=sum(s.num_shared for s, _ in stats),
+            num_cached_blocks=sum(s.num_cached for s, _ in stats),
+            num_sequences=sum(s.num_sequences for s, _ in stats),
+            reserved_bytes=self.memory.reserved_bytes,
+            held_bytes=sum(s.num_held * size for s, size in stats),
+            used_bytes=sum(s.num_tokens * size // s.block_size for s, size in stats),
+            cached_bytes=sum(s.num_cached * size for s, size in stats),
+            peak_held_bytes=counters.peak_held_bytes,
+            copied_blocks=counters.copied_blocks,
+            evicted_blocks=counters.evicted_blocks,
+            gathers=counters.gathers,
+            in_place_reads=counters.in_place_reads,
+            prefix_query_tokens=sum(s.prefix_query_tokens for s, _ in stats),
+            prefix_hit_tokens=sum(s.prefix_hit_tokens for s, _ in stats),
+        )
+
+    def clear(self) -> None:
+        """Give cached prefixes up, and all memory that no live cache needs. O(cached blocks)."""
+        self.memory.clear()
+
+    def undo(self) -> None:
+        """Take the patch out: transformers is as it was found. Caches made so far keep working.
+
+        Raises: `KVPagerError` where it was undone before.
+        """
+        with _lock:
+            if self not in _active:
+                raise KVPagerError("this patch was undone already; make a new one with patch()")
+            _active.remove(self)
+            if not _active:
+                _uninstall()
+        self.memory.clear()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self in _active:
+            self.undo()
+
+
+def patch(
+    model: nn.Module | None = None,
+    *,
+    memory: int | str | None = None,
+    block_size: int = 16,
+    dtype: torch.dtype | str | None = None,
+    prefix_cache: bool = False,
+    namespace: str | None = None,
+    in_place: bool = True,
+) -> Patch:
+    """Keep the KV cache of a transformers model - or of every model - in shared blocks.
+
+        with kvpager.patch(model):
+            model.generate(...)             # the same tokens, in less memory
+
+    Args:
+        model: the model to serve; None serves every model of the process.
+        memory: the most bytes its pools may reserve, such as `"4GiB"`; None lets them grow as
+            needed and gives the memory back when the last cache is dropped.
+        block_size: token slots of a block, a power of two.
+        dtype: the dtype keys and values must have; None for the model's own.
+        prefix_cache: keep prompts' blocks between calls, so that a prompt that begins like an
+            earlier one computes only what is new. Takes memory until `clear` or `undo`.
+        namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
+        in_place: let `sdpa` read blocks in place; False gathers them for every read.
+
+    Nothing else in the program changes: `generate`, beams, sampling, assisted decoding, chunked
+    prefill and `copy.deepcopy(cache)` work as before. `undo()`, or leaving `with`, restores
+    transformers exactly.
+
+    Raises: `TypeError`, `ValueError` for arguments that make no sense; nothing has changed then.
+    """
+    if model is not None and not _generative(model):
+        raise TypeError(
+            f"patch: expected a transformers model that can generate, got {type(model).__name__}; "
+            "patch() without a model serves every model"
+        )
+    if namespace is not None and not isinstance(namespace, str):
+        raise TypeError(f"namespace {namespace!r}: expected a str or None")
+    paged_memory = PagedMemory(memory, block_size, keep_pools=prefix_cache, in_place=in_place)
+    made = Patch(
+        model,
+        paged_memory,
+        PromptCache(namespace) if prefix_cache else None,
+        _checked_dtype(dtype, model),
+    )
+    with _lock:
+        if not _active:
+            _install()
+        _active.append(made)
+    return made
+
+
+def _generative(model: object) -> bool:
+    return isinstance(model, nn.Module) and any(
+        isinstance(module, GenerationMixin) for module in model.modules()
+    )
+
+
+def _checked_dtype(dtype: torch.dtype | str | None, model: nn.Module | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r}: expected a floating dtype such as torch.bfloat16")
+    if model is not None:
+        present = {parameter.dtype for parameter in model.parameters()}
+        if found not in present:
+            names = ", ".join(sorted(str(p).removeprefix("torch.") for p in present))
+            raise ValueError(
+                f"dtype {found}: the model has {names}; keys and values take the model's dtype"
+            )
+    return found
+
+
+# -------------------------------------------------------------------- the hooks
+
+
+def _install() -> None:
+    """Put the hooks in. Every one is taken out by `_uninstall`, the last first."""
+    _replace(DynamicCache, "__init__", _paging_init)
+    _replace(GenerationMixin, "_prepare_cache_for_generation", _scoped_prepare)
+    _replace(GenerationMixin, "_prefill", _paging_prefill)
+    _replace(
+        configuration_utils,
+        "ALL_CACHE_IMPLEMENTATIONS",
+        lambda original: (*original, "kvpager"),
+    )
+    attention = AttentionInterface._global_mapping["sdpa"]
+    AttentionInterface.register("sdpa", reading_in_place(attention))
+    _undo.append(lambda: AttentionInterface.register("sdpa", attention))
+
+
+def _uninstall() -> None:
+    while _undo:
+        _undo.pop()()
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name, None)
+    if original is None:
+        # A private hook that this transformers does without: what it serves is an optimisation.
+        logger.warning("transformers has no %s.%s: paging works without it", owner.__name__, name)
+        return
+    setattr(owner, name, wrap(original))
+    _undo.append(lambda: setattr(owner, name, original))
+
+
+def _paging_init(original: Callable[..., None]) -> Callable[..., None]:
+    """`DynamicCache.__init__`: what it builds is paged afterwards, wherever it is built."""
+
+    @functools.wraps(original)
+    def __init__(self: DynamicCache, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if type(self) is DynamicCache and not torch.compiler.is_compiling():
+            config = kwargs.get("config", args[1] if len(args) > 1 else None)
+            _page(self, _patch_in_scope(config))
+
+    return __init__
+
+
+def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_prepare_cache_for_generation`: here it is known which model a cache is for."""
+
+    @functools.wraps(original)
+    def prepare(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        wanted = generation_config.cache_implementation == "kvpager"
+        serving = _patch_for(self, wanted=wanted)
+        outer = getattr(_scope, "patch", None)
+        _scope.patch = serving or _NOBODY
+        try:
+            result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            _scope.patch = outer
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, EncoderDecoderCache):
+            _page(cache.self_attention_cache, serving)
+            _page(cache.cross_attention_cache, serving)
+        else:
+            _page(cache, serving)
+        return result
+
+    return prepare
+
+
+def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_prefill`: here the prompt's ids and padding are known."""
+
+    @functools.wraps(original)
+    def _prefill(
+        self: Any,
+        input_ids: torch.Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        cache = model_kwargs.get("past_key_values")
+        serving = _patch_for(self)
+        usual = (
+            serving is not None
+            and isinstance(cache, PagedCache)
+            and not args
+            and kwargs.get("is_first_iteration", True)
+            and not self.config.is_encoder_decoder
+            and model_kwargs.get("inputs_embeds") is None
+        )
+        if not usual:
+            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if cache.get_seq_length():
+            _check_padding_is_still_hidden(cache, model_kwargs.get("attention_mask"))
+            return original(self, input_ids, generation_config, model_kwargs, **kwargs)
+        prompts = serving.prompts  # type: ignore[union-attr]
+        return prefill(
+            original, prompts, self, input_ids, generation_config, model_kwargs, **kwargs
+        )
+
+    return _prefill
+
+
+_NOBODY: Any = object()
+
+
+def _patch_in_scope(config: Any) -> Patch | None:
+    scoped = getattr(_scope, "patch", None)
+    if scoped is not None:
+        return None if scoped is _NOBODY else scoped
+    return next((made for made in reversed(_active) if made.covers_config(config)), None)
+
+
+def _patch_for(model: Any, *, wanted: bool = False) -> Patch | None:
+    """The patch that serves `model`; if paging is `wanted` by name, any active one will do."""
+    found = next((made for made in reversed(_active) if made.covers(model)), None)
+    if found is None and wanted and _active:
+        return _active[-1]
+    return found
+
+
+def _page(cache: Any, serving: Patch | None) -> None:
+    if serving is not None and unpaged(cache):
+        PagedCache.convert(cache, serving.memory)
+
+
+def _check_padding_is_still_hidden(cache: PagedCache, mask: torch.Tensor | None) -> None:
+    """Padding was never stored, so a later call may not look at it either."""
+    padding = max((int(group.padding.max(initial=0)) for group in cache.groups), default=0)
+    if not padding:
+        return
+    group = next(group for group in cache.groups if len(group.padding))
+    columns = torch.arange(padding)
+    hidden = columns < torch.from_numpy(group.padding)[:, None]
+    if mask is None or mask.dim() != 2 or bool((mask[:, :padding].cpu() != 0)[hidden].any()):
+        raise ValueError(
+            "this cache was begun with left padding, which takes no blocks: pass the "
+            "attention_mask of the whole sequence, with zeros where the padding was"
+        )

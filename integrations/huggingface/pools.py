@@ -1,0 +1,308 @@
+"""Block pools that size themselves, under one bound on memory.
+
+A `PagedPool` is a manager and the storages it decides about. It starts with nothing, grows when
+blocks run out, and gives cached prefixes up first. It lives as long as a cache uses it, so the
+memory goes back when the last cache dies; with prefix caching it lives as long as its memory.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from kvpager import arguments
+from kvpager.errors import OutOfBlocks
+from kvpager.kernels.append_kv import append_kv
+from kvpager.manager import BlockManager
+from kvpager.plan import Step
+from kvpager.sequences import Sequence
+from kvpager.storage import BlockStorage, LayerShape
+
+_T = TypeVar("_T")
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", start=1)}
+
+
+def parse_memory(memory: int | str | None) -> int | None:
+    """`"4GiB"`, `"500 MB"` or a number of bytes, as bytes; None stays None (no bound)."""
+    if memory is None:
+        return None
+    if arguments.is_int(memory):
+        return arguments.count("memory", int(memory), at_least=1)
+    if not isinstance(memory, str):
+        raise TypeError(f"memory {memory!r}: expected bytes or a text such as '4GiB'")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"memory {memory!r}: expected a size such as '4GiB', '500MB' or 1073741824")
+    return arguments.count("memory", int(float(match[1]) * _UNITS[match[2]]), at_least=1)
+
+
+class LayerKind(NamedTuple):
+    """What makes layers storable side by side."""
+
+    shape: LayerShape
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Counters:
+    """What happened in all pools of one memory, those that are gone included."""
+
+    def __init__(self) -> None:
+        self.gathers = 0
+        self.in_place_reads = 0
+        self.copied_blocks = 0
+        self.evicted_blocks = 0
+        self.peak_held_bytes = 0
+
+
+class PagedMemory:
+    """The pools of one patch: their common block size, bound and counters.
+
+    Args:
+        memory: the most bytes all pools together may reserve; None for no bound.
+        block_size: token slots of a block.
+        keep_pools: keep pools (and the prefixes cached in them) when no cache uses them.
+        in_place: let attention functions read blocks in place; else every read gathers.
+    """
+
+    def __init__(
+        self,
+        memory: int | str | None,
+        block_size: int,
+        *,
+        keep_pools: bool = False,
+        in_place: bool = True,
+    ) -> None:
+        self.bound = parse_memory(memory)
+        self.block_size = arguments.block_size(block_size)
+        self.keep_pools = keep_pools
+        self.in_place = in_place
+        self.counters = Counters()
+        self.lock = threading.RLock()
+        self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
+        self._kept: set[PagedPool] = set()
+
+    def pool(self, layout: object) -> PagedPool:
+        """The pool for caches of this layout; made on first use. O(1)."""
+        with self.lock:
+            pool = self._pools.get(layout)
+            if pool is None:
+                pool = self._pools[layout] = PagedPool(self)
+            if self.keep_pools:
+                self._kept.add(pool)
+            return pool
+
+    def find_pool(self, layout: object) -> PagedPool | None:
+        """The pool for this layout, if there is one. O(1)."""
+        with self.lock:
+            return self._pools.get(layout)
+
+    def new_pool(self) -> PagedPool:
+        """A pool of a cache's own, for one whose layout is not known beforehand. O(1)."""
+        with self.lock:
+            pool = PagedPool(self)
+            self._pools[object()] = pool
+            return pool
+
+    def pools(self) -> list[PagedPool]:
+        """The pools alive now."""
+        with self.lock:
+            return list(self._pools.values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of all storages. O(pools)."""
+        return sum(pool.reserved_bytes for pool in self.pools())
+
+    def claim(self, num_bytes: int, claimant: PagedPool) -> bool:
+        """Whether the bound leaves room for `num_bytes` more. O(pools).
+
+        Pools that hold nothing but cached prefixes go first.
+        """
+        with self.lock:
+            if self.bound is None or self.reserved_bytes + num_bytes <= self.bound:
+                return True
+            for pool in self._kept - {claimant}:
+                pool.settle()
+                if not pool.manager.num_held_blocks:
+                    self._kept.discard(pool)
+            del pool
+            return self.reserved_bytes + num_bytes <= self.bound
+
+    def clear(self) -> None:
+        """Let cached prefixes go, and the pools no cache uses. O(cached blocks)."""
+        for pool in self.pools():
+            pool.manager.drop_cached()
+        with self.lock:
+            self._kept.clear()
+
+
+class PagedPool:
+    """A block manager and the storages that its decisions apply to, one per kind of layer."""
+
+    def __init__(self, memory: PagedMemory) -> None:
+        self.memory = memory
+        self.block_size = memory.block_size
+        self.manager = BlockManager(1, memory.block_size)
+        self.lock = threading.RLock()
+        self._storages: list[tuple[LayerKind, range, BlockStorage]] = []
+        self._dropped: deque[Sequence] = deque()
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block over all storages. O(storages)."""
+        return sum(storage.block_bytes for _, _, storage in self._storages)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of all storages. O(storages)."""
+        return sum(storage.nbytes for _, _, storage in self._storages)
+
+    def storage(self, kind: LayerKind, layer: int, num_layers: int) -> tuple[BlockStorage, int]:
+        """Where layer number `layer` of `num_layers` is kept, and its number there.
+
+        The first layer of a kind makes room for all layers from it on, which models nearly
+        always shape alike; so one block is one run of bytes. O(storages).
+
+        Raises: `OutOfBlocks` where a new storage does not fit in the memory.
+        """
+        with self.lock:
+            for known, layers, storage in self._storages:
+                if known == kind and layer in layers:
+                    return storage, layer - layers.start
+            layers = range(layer, num_layers)
+            shapes = [kind.shape] * len(layers)
+            num_blocks = self.manager.num_blocks
+            itemsize = kind.dtype.itemsize * self.block_size
+            size = sum(s.num_kv_heads * (s.head_dim + s.value_head_dim) for s in shapes) * itemsize
+            with self.memory.lock:
+                if not self.memory.claim(num_blocks * size, self):
+                    raise self._out_of_blocks(num_blocks)
+                storage = self._reserve(
+                    lambda: BlockStorage(
+                        num_blocks, self.block_size, shapes, dtype=kind.dtype, device=kind.device
+                    ),
+                    num_blocks,
+                )
+                self._storages.append((kind, layers, storage))
+            return storage, 0
+
+    def allocate(self, prompt: ArrayLike, namespace: str | None) -> Sequence:
+        """Like `BlockManager.allocate`, growing where needed and carrying out its copies."""
+        with self.lock:
+            length, _ = arguments.prompt(prompt)
+            need = -(-length // self.block_size)
+            sequence = self._growing(
+                need, lambda: self.manager.allocate(prompt, namespace=namespace)
+            )
+            self._copy(sequence.copies)
+            return sequence
+
+    def append(
+        self, sequences: list[Sequence], counts: NDArray[np.int64], ids: list[NDArray[np.int32]]
+    ) -> Step:
+        """Like `BlockManager.append`, growing where needed and carrying out its copies.
+
+        `ids` are the new tokens' ids where they are known, else an empty list.
+        """
+        with self.lock:
+            # Each sequence needs a copy of its tail at the worst, and its whole blocks.
+            need = int((-(-counts // self.block_size)).sum()) + len(sequences)
+            step = self._growing(
+                need,
+                lambda: (
+                    self.manager.append(sequences, ids)
+                    if ids
+                    else self.manager.append(sequences, counts=counts)
+                ),
+            )
+            self._copy(step.copies)
+            counters = self.memory.counters
+            held = self.manager.num_held_blocks * self.block_bytes
+            counters.peak_held_bytes = max(counters.peak_held_bytes, held)
+            return step
+
+    def write(self, storage: BlockStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Write keys and values [tokens, heads, dim] to `slots`. O(tokens)."""
+        # Growing copies the storage: a write to the old one after that copy would be lost.
+        with self.lock:
+            append_kv(key, value, *storage.layer(layer), slots)
+
+    def discard(self, sequences: list[Sequence]) -> None:
+        """Free `sequences` soon: safe to call from a finaliser, at any moment. O(1)."""
+        # A finaliser may run inside any call of this thread, also one that is halfway through the
+        # manager's books, so it only leaves word; the next operation acts on it.
+        self._dropped.extend(sequences)
+
+    def settle(self) -> None:
+        """Free what finalisers left behind. O(blocks freed)."""
+        with self.lock:
+            while self._dropped:
+                self.manager.free(self._dropped.popleft())
+
+    def _growing(self, need: int, operation: Callable[[], _T]) -> _T:
+        """Do `operation`, which takes `need` blocks at the most, with more blocks where it must."""
+        self.settle()
+        evicted = self.manager.num_evicted_blocks
+        if self.memory.keep_pools and self.memory.bound is not None:
+            # A bound is there to be used: fill it before giving cached prefixes up.
+            self._grow(need - self.manager.num_free_blocks, need, or_fail=False)
+        try:
+            result = operation()
+        except OutOfBlocks as error:
+            shortage = error.need - error.free - error.evictable
+            self._grow(shortage, error.need, or_fail=True)
+            result = operation()
+        self.memory.counters.evicted_blocks += self.manager.num_evicted_blocks - evicted
+        return result
+
+    def _grow(self, shortage: int, need: int, *, or_fail: bool) -> None:
+        """Make `shortage` more blocks, and some more ahead where the bound allows it."""
+        if shortage <= 0:
+            return
+        with self.memory.lock:
+            current, block_bytes = self.manager.num_blocks, self.block_bytes
+            for extra in (max(shortage, current // 4), shortage):
+                if self.memory.claim(extra * block_bytes, self):
+                    self._resize(current + extra, need)
+                    return
+        if or_fail:
+            raise self._out_of_blocks(need)
+
+    def _resize(self, num_blocks: int, need: int) -> None:
+        # Storages first: should one fail, the manager never learns of blocks without room.
+        for _, _, storage in self._storages:
+            if storage.num_blocks < num_blocks:
+                self._reserve(partial(storage.grow, num_blocks), need)
+        self.manager.grow(num_blocks)
+
+    def _reserve(self, make: Callable[[], _T], need: int) -> _T:
+        try:
+            return make()
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            raise self._out_of_blocks(need) from error
+
+    def _out_of_blocks(self, need: int) -> OutOfBlocks:
+        stats = self.manager.stats()
+        bound = self.memory.bound
+        advice = "drop a cache that is no longer needed or use a device with more memory"
+        if bound is not None:
+            advice = f"drop a cache that is no longer needed or raise memory above {bound} bytes"
+        return OutOfBlocks(need, stats.num_free, stats.num_cached, stats.num_blocks, advice=advice)
+
+    def _copy(self, copies: NDArray[np.int32]) -> None:
+        if len(copies):
+            for _, _, storage in self._storages:
+                storage.copy(copies)
+            self.memory.counters.copied_blocks += len(copies)

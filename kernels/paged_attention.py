@@ -1,0 +1,169 @@
+"""Attention that reads keys and values where they are: in the blocks of a paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpager.kernels.arguments import (
+    require_device,
+    require_dims,
+    require_integers,
+    require_rows,
+    require_same,
+    require_shape,
+)
+from kvpager.kernels.backends import select
+
+
+@torch.no_grad()
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    query_starts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+) -> Tensor:
+    """Attention of packed queries over their rows' blocks. O(kv tokens seen * query heads * dims).
+
+    Returns [tokens, query_heads, value_head_dim] in the dtype of `query`; sums are float32 at
+    least. Serves decode, prefill, chunked prefill over a cached prefix, and any mix of them.
+
+    Tensors, all on one device:
+
+    - `query` [tokens, query_heads, head_dim]: the rows' query tokens, one row after the other.
+      `query_heads` is a multiple of `kv_heads`; query head h reads kv head
+      `h // (query_heads // kv_heads)` (GQA, Ainslie et al., 2023).
+    - `key_cache` [blocks, block_size, kv_heads, head_dim] and `value_cache` [.., value_head_dim],
+      of the dtype of `query`: the views of `BlockStorage.layer`.
+    - `block_tables` int32 [rows, max_blocks]; -1 is no block, and its tokens are seen by nobody.
+    - `kv_lens` int32 or int64 [rows]: tokens of each row in the cache, its queries' own included.
+    - `query_starts` int32 or int64 [rows + 1]: row r has the queries `query_starts[r]` to
+      `query_starts[r + 1]`. Leave it out when every row has one query (decode).
+
+    A row's queries are its last tokens: query i of n stands at position `kv_len - n + i`. A query
+    at a negative position is padding and gives 0, as does a query that may see nothing.
+
+    Options:
+
+    - `scale` of the scores; `head_dim ** -0.5` unless given.
+    - `causal`: a query sees no later token. `False`: it sees all of its row (cross attention).
+    - `window`: a query at position p sees only tokens after `p - window`, at least 1.
+    - `softcap`: scores become `softcap * tanh(score / softcap)`, after scale and before mask.
+    - `sinks` [query_heads]: one more logit per head that takes weight and has no value.
+    - `mask` [1 or rows, 1 or query_heads, max queries, kv], bool (True: may look) or float (added
+      to the scores; -inf or the dtype's lowest number: may not look). It is **right-aligned** both
+      ways: its last column is each row's last token, its last row each row's last query, so
+      left-padded batches need no special case. Tokens before its first column are not seen.
+      `causal` and `window` still hold: pass `causal=False` when the mask already says it.
+    - `kv_starts` int32 or int64 [rows]: tokens before it are not read.
+
+    Slots that no query of a row may see are never used in arithmetic, so stale NaNs in them are
+    harmless. `ValueError` and `TypeError` for wrong shapes, dtypes, devices and options; the values
+    of tensors are not looked at, because that would wait for the GPU.
+
+    Block tables are PagedAttention's (Kwon et al., 2023), the online softmax is that of Milakov &
+    Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
+    """
+    _check_caches(query, key_cache, value_cache)
+    rows = require_rows(block_tables, kv_lens)
+    _check_rows(rows, query, query_starts, kv_starts)
+    _check_options(window, softcap)
+    _check_biases(rows, query, sinks, mask)
+    require_device(
+        key_cache,
+        query=query,
+        value_cache=value_cache,
+        block_tables=block_tables,
+        kv_lens=kv_lens,
+        query_starts=query_starts,
+        kv_starts=kv_starts,
+        sinks=sinks,
+        mask=mask,
+    )
+    output: Tensor = select("paged_attention", key_cache.device)(
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        kv_lens,
+        query_starts,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        mask=mask,
+        kv_starts=kv_starts,
+    )
+    return output
+
+
+def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+    require_dims("query", query, "[tokens, query_heads, head_dim]", 3)
+    require_dims("key_cache", key_cache, "[blocks, block_size, kv_heads, head_dim]", 4)
+    require_dims("value_cache", value_cache, "[blocks, block_size, kv_heads, head_dim]", 4)
+    cache_shape = (*key_cache.shape[:3], value_cache.shape[3])
+    require_shape("value_cache", value_cache, cache_shape, "key_cache's blocks and heads")
+    query_heads, kv_heads = query.shape[1], key_cache.shape[2]
+    if query_heads % kv_heads:
+        raise ValueError(f"{query_heads} query heads are no multiple of {kv_heads} kv heads")
+    if query.shape[2] != key_cache.shape[3]:
+        raise ValueError(
+            f"query has head_dim {query.shape[2]}, but key_cache has {key_cache.shape[3]}"
+        )
+    if not query.is_floating_point():
+        raise TypeError(f"query is {query.dtype}; pass a floating dtype")
+    require_same("query", query, "key_cache", key_cache)
+    require_same("query", query, "value_cache", value_cache)
+
+
+def _check_rows(
+    rows: int, query: Tensor, query_starts: Tensor | None, kv_starts: Tensor | None
+) -> None:
+    if query_starts is None:
+        if query.shape[0] != rows:
+            raise ValueError(
+                f"query has {query.shape[0]} tokens for {rows} rows; "
+                "pass query_starts unless every row has one"
+            )
+    else:
+        require_shape("query_starts", query_starts, (rows + 1,), "[rows + 1]")
+        require_integers("query_starts", query_starts)
+    if kv_starts is not None:
+        require_shape("kv_starts", kv_starts, (rows,), "[rows]")
+        require_integers("kv_starts", kv_starts)
+
+
+def _check_options(window: int | None, softcap: float | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; pass at least 1 token, or None for no window")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; pass more than 0, or None for no cap")
+
+
+def _check_biases(rows: int, query: Tensor, sinks: Tensor | None, mask: Tensor | None) -> None:
+    query_heads = query.shape[1]
+    if sinks is not None:
+        require_shape("sinks", sinks, (query_heads,), "[query_heads]")
+        if not sinks.is_floating_point():
+            raise TypeError(f"sinks is {sinks.dtype}; pass a floating dtype")
+    if mask is None:
+        return
+    require_dims("mask", mask, "[1 or rows, 1 or query_heads, max queries, kv]", 4)
+    if mask.shape[0] not in (1, rows) or mask.shape[1] not in (1, query_heads):
+        raise ValueError(
+            f"mask has shape {list(mask.shape)}; "
+            f"pass [1 or {rows}, 1 or {query_heads}, max queries, kv]"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask is {mask.dtype}; pass torch.bool or a floating dtype")

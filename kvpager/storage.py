@@ -1,0 +1,253 @@
+"""The bytes of the blocks: one tensor per tier, block after block.
+
+    tier    [ block 0 ][ block 1 ][ block 2 ] ...                           one tensor
+    block   [ layer 0: key | value ][ layer 1: key | value ] ...            one run of bytes
+    key     [ block_size, kv_heads, head_dim ]       value  [ block_size, kv_heads, value_head_dim ]
+
+With equal sizes this is exactly `[blocks, layers, 2, block_size, kv_heads, head_dim]`. Because a
+block is one run through all layers, copy-on-write is one memory copy, a swap one DMA and a remote
+put one buffer; layer-first storage needs two per layer. `BlockStorage` knows nothing of
+`BlockManager`: it holds tensors and carries out plans, whoever made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvpager.kernels.copy_blocks import copy_blocks
+from kvpager.plan import Plan, Tier
+
+LayerCache = tuple[Tensor, Tensor]
+
+
+class LayerShape(NamedTuple):
+    """What one layer keeps per token: a key and a value for each kv head."""
+
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+
+    @property
+    def elements_per_token(self) -> int:
+        """Numbers per token: key and value of all heads. O(1)."""
+        return self.num_kv_heads * (self.head_dim + self.value_head_dim)
+
+
+class BlockStorage:
+    """Block-first key and value tensors for the layers of one group on one device.
+
+    `layers` may differ in heads and head sizes. `num_host_blocks` more blocks are kept in host
+    memory to swap to, page-locked when `device` is a GPU. Errors of the allocation itself
+    (`torch.OutOfMemoryError`, `RuntimeError`) are torch's.
+
+    Memory is not zeroed: pages never written cost nothing on a CPU, and no kernel reads a slot
+    that was never written.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        layers: Sequence[LayerShape],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        num_host_blocks: int = 0,
+    ) -> None:
+        """O(1) on a CPU, O(bytes) where memory has to be page-locked.
+
+        `ValueError` unless sizes are positive and `block_size` is a power of two; `TypeError`
+        unless `dtype` is floating.
+        """
+        self._block_size = _power_of_two("block_size", block_size)
+        self._layers = _layer_shapes(layers)
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}; pass a floating dtype such as torch.bfloat16")
+        _at_least("num_blocks", num_blocks, 1)
+        _at_least("num_host_blocks", num_host_blocks, 0)
+        run = block_size * sum(layer.elements_per_token for layer in self._layers)
+        self._device_tier = torch.empty(num_blocks, run, dtype=dtype, device=device)
+        pinned = self._device_tier.is_cuda and num_host_blocks > 0
+        self._host_tier = torch.empty(num_host_blocks, run, dtype=dtype, pin_memory=pinned)
+        self._caches = self._layer_views()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks on the device."""
+        return self._device_tier.shape[0]
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks in host memory."""
+        return self._host_tier.shape[0]
+
+    @property
+    def block_size(self) -> int:
+        """Token slots per block."""
+        return self._block_size
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """The layers' shapes, in order."""
+        return self._layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every key and value."""
+        return self._device_tier.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the device blocks are."""
+        return self._device_tier.device
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all layers."""
+        return self._device_tier.shape[1] * self._device_tier.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all device blocks."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of all host blocks."""
+        return self.num_host_blocks * self.block_bytes
+
+    def tier(self, tier: Tier = "device") -> Tensor:
+        """A tier's whole tensor [blocks, elements per block], to move bytes by hand. O(1).
+
+        After `grow` the device tier is another tensor: ask again.
+        """
+        return self._device_tier if tier == "device" else self._host_tier
+
+    def layer(self, index: int) -> LayerCache:
+        """A layer's key and value cache: views [blocks, block_size, kv_heads, head_dim]. O(1).
+
+        Writing to them writes to the storage. One block's slots are contiguous, blocks lie
+        `block_bytes` apart (so `.view(-1, ...)` over blocks is not possible). After `grow` they
+        are other views: ask again. `IndexError` if there is no such layer.
+        """
+        if not 0 <= index < len(self._layers):
+            raise IndexError(f"layer {index} does not exist; the storage has {len(self._layers)}")
+        return self._caches[index]
+
+    def copy(self, copies: NDArray[np.int32]) -> None:
+        """Copy device blocks for pairs (source, destination), int32 [n, 2]. O(n * block_bytes).
+
+        What `Step.copies` asks for, before the step's tokens are written. All reads happen before
+        all writes. A pair with a negative entry is skipped. `ValueError` for a block that does
+        not exist.
+        """
+        if len(copies) == 0:
+            return
+        _check_copies(copies, self.num_blocks, self.num_blocks, lowest=-1)
+        # torch.tensor copies: arrays of a plan may be read-only, which torch cannot share.
+        copy_blocks(self._device_tier, torch.tensor(copies, device=self.device))
+
+    def apply(self, plan: Plan) -> None:
+        """Carry out a plan: move blocks between device and host. O(n * block_bytes).
+
+        A copy within one tier reads everything before it writes. On a GPU the copies run in order
+        on the current stream, and this call waits for those whose bytes the host may read next.
+        `ValueError` for a block that does not exist.
+        """
+        if len(plan) == 0:
+            return
+        source, destination = self.tier(plan.source), self.tier(plan.destination)
+        _check_copies(plan.copies, len(source), len(destination), lowest=0)
+        if plan.source == plan.destination:
+            copy_blocks(source, torch.tensor(plan.copies, device=source.device))
+            return
+        for start, target, count in _runs(plan.copies):
+            destination[target : target + count].copy_(
+                source[start : start + count], non_blocking=True
+            )
+        # The other way round needs no wait: kernels that read the blocks queue behind the copies.
+        if source.is_cuda and plan.destination == "host":
+            torch.cuda.current_stream(source.device).synchronize()
+
+    def grow(self, num_blocks: int) -> None:
+        """Raise the device tier to `num_blocks`, keeping every byte. O(nbytes).
+
+        Old and new tensor exist side by side for a moment. Views and tensors handed out before
+        still show the old storage. `ValueError` if that is fewer blocks than now; when memory
+        does not suffice, torch raises and nothing has changed.
+        """
+        if num_blocks < self.num_blocks:
+            raise ValueError(
+                f"num_blocks is {num_blocks}, but there are {self.num_blocks}; storage only grows"
+            )
+        if num_blocks == self.num_blocks:
+            return
+        larger = self._device_tier.new_empty(num_blocks, self._device_tier.shape[1])
+        larger[: self.num_blocks].copy_(self._device_tier)
+        self._device_tier = larger
+        self._caches = self._layer_views()
+
+    def _layer_views(self) -> list[LayerCache]:
+        caches = []
+        offset = 0
+        for heads, key_dim, value_dim in self._layers:
+            key, offset = self._view(offset, heads, key_dim)
+            value, offset = self._view(offset, heads, value_dim)
+            caches.append((key, value))
+        return caches
+
+    def _view(self, offset: int, heads: int, dim: int) -> tuple[Tensor, int]:
+        end = offset + self._block_size * heads * dim
+        run = self._device_tier[:, offset:end]
+        return run.view(-1, self._block_size, heads, dim), end
+
+
+def _runs(copies: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
+    """Pairs as runs of consecutive blocks (source, destination, blocks): fewer, larger copies."""
+    breaks = np.flatnonzero(np.any(np.diff(copies, axis=0) != 1, axis=1)) + 1
+    starts = [0, *breaks.tolist()]
+    for start, end in zip(starts, [*starts[1:], len(copies)], strict=True):
+        yield int(copies[start, 0]), int(copies[start, 1]), end - start
+
+
+def _check_copies(
+    copies: NDArray[np.int32], num_sources: int, num_destinations: int, lowest: int
+) -> None:
+    """`ValueError` unless `copies` is [n, 2] and names existing blocks. O(n)."""
+    if copies.ndim != 2 or copies.shape[1] != 2:
+        raise ValueError(f"copies has shape {list(copies.shape)}; pass int32 [n, 2]")
+    for column, name, bound in ((0, "source", num_sources), (1, "destination", num_destinations)):
+        blocks = copies[:, column]
+        wrong = blocks[(blocks < lowest) | (blocks >= bound)]
+        if len(wrong):
+            raise ValueError(
+                f"{name} block {wrong[0]} does not exist; pass {lowest} to {bound - 1}"
+                + (" (-1 skips the pair)" if lowest < 0 else "")
+            )
+
+
+def _layer_shapes(layers: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
+    if len(layers) == 0:
+        raise ValueError("layers is empty; pass a LayerShape for every layer")
+    shapes = tuple(LayerShape(*layer) for layer in layers)
+    for index, shape in enumerate(shapes):
+        for name, size in zip(LayerShape._fields, shape, strict=True):
+            _at_least(f"layers[{index}].{name}", size, 1)
+    return shapes
+
+
+def _power_of_two(name: str, value: int) -> int:
+    if value < 1 or value & (value - 1):
+        raise ValueError(f"{name} is {value}; pass a power of two, such as 16")
+    return value
+
+
+def _at_least(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise ValueError(f"{name} is {value}; pass {lowest} or more")

@@ -1,0 +1,217 @@
+"""BlockStorage: where every byte lies, and that copies, swaps and growth keep it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvpager.plan import NO_COPIES, Plan, Tier
+from kvpager.storage import BlockStorage, LayerShape
+
+EQUAL = [LayerShape(2, 8, 8)] * 3
+UNEQUAL = [LayerShape(2, 8, 4), LayerShape(1, 16, 16), LayerShape(3, 2, 6)]
+
+
+def numbered(device: str = "cpu", layers: Any = EQUAL, **options: Any) -> BlockStorage:
+    """A storage whose elements all differ, in both tiers."""
+    storage = BlockStorage(6, 4, layers, dtype=torch.float32, device=device, **options)
+    for tier in (storage.tier("device"), storage.tier("host")):
+        tier.copy_(torch.arange(tier.numel(), dtype=torch.float32).view(tier.shape))
+    storage.tier("host").neg_()
+    return storage
+
+
+def pairs(*copies: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.array(copies, np.int32).reshape(-1, 2)
+
+
+def move(source: Tier, destination: Tier, *copies: tuple[int, int]) -> Plan:
+    return Plan(pairs(*copies), source, destination)
+
+
+def test_equal_layers_are_the_documented_six_dimensions() -> None:
+    storage = numbered()
+    whole = storage.tier().view(6, 3, 2, 4, 2, 8)
+    for index in range(3):
+        key, value = storage.layer(index)
+        assert torch.equal(key, whole[:, index, 0])
+        assert torch.equal(value, whole[:, index, 1])
+
+
+@pytest.mark.parametrize("layers", [EQUAL, UNEQUAL])
+def test_a_block_is_one_run_of_bytes_key_before_value_layer_after_layer(layers: Any) -> None:
+    storage = numbered(layers=layers)
+    for block in range(storage.num_blocks):
+        address = storage.tier().data_ptr() + block * storage.block_bytes
+        for index in range(len(layers)):
+            for cache in storage.layer(index):
+                assert cache[block].is_contiguous()
+                assert cache[block].data_ptr() == address
+                address += cache[block].nbytes
+        assert address == storage.tier().data_ptr() + (block + 1) * storage.block_bytes
+
+
+def test_layers_may_differ_in_heads_and_head_sizes() -> None:
+    storage = numbered(layers=UNEQUAL)
+    for index, (heads, key_dim, value_dim) in enumerate(UNEQUAL):
+        key, value = storage.layer(index)
+        assert key.shape == (6, 4, heads, key_dim)
+        assert value.shape == (6, 4, heads, value_dim)
+
+
+def test_layer_views_write_through() -> None:
+    storage = numbered()
+    storage.layer(1)[1][5, 3, 1, 7] = 123.0
+    assert storage.tier().view(6, 3, 2, 4, 2, 8)[5, 1, 1, 3, 1, 7] == 123.0
+
+
+def test_sizes_are_reported_in_bytes_and_blocks() -> None:
+    storage = BlockStorage(8, 16, EQUAL, dtype=torch.bfloat16, num_host_blocks=3)
+    assert storage.block_bytes == 3 * 2 * 16 * 2 * 8 * 2
+    assert storage.nbytes == 8 * storage.block_bytes
+    assert storage.host_nbytes == 3 * storage.block_bytes
+    assert (storage.num_blocks, storage.num_host_blocks, storage.block_size) == (8, 3, 16)
+    assert storage.layers == tuple(EQUAL)
+    assert storage.dtype == torch.bfloat16
+    assert storage.device == torch.device("cpu")
+
+
+def test_copy_moves_whole_blocks_and_reads_before_it_writes() -> None:
+    storage = numbered()
+    before = storage.tier().clone()
+    storage.copy(pairs((0, 1), (1, 2), (2, 0), (-1, 5)))
+    assert torch.equal(storage.tier()[[1, 2, 0]], before[[0, 1, 2]])
+    assert torch.equal(storage.tier()[3:], before[3:])
+
+
+def test_copying_nothing_changes_nothing() -> None:
+    storage = numbered()
+    before = storage.tier().clone()
+    storage.copy(NO_COPIES)
+    storage.apply(Plan(NO_COPIES, "device", "host"))
+    assert torch.equal(storage.tier(), before)
+
+
+def test_copies_of_a_plan_may_be_read_only() -> None:
+    storage = numbered()
+    copies = pairs((0, 1))
+    copies.flags.writeable = False
+    storage.copy(copies)
+    assert torch.equal(storage.tier()[1], storage.tier()[0])
+
+
+MOVES = [
+    ((0, 3), (1, 4), (2, 5)),  # one run
+    ((0, 0), (2, 1), (3, 2), (5, 5)),  # runs broken in the source
+    ((0, 1), (1, 0)),  # descending in the destination
+    ((4, 2),),
+]
+
+
+@pytest.mark.parametrize("copies", MOVES)
+@pytest.mark.parametrize(("source", "destination"), [("device", "host"), ("host", "device")])
+def test_a_plan_moves_exactly_its_blocks_bit_by_bit(
+    source: Tier, destination: Tier, copies: tuple[tuple[int, int], ...]
+) -> None:
+    check_move(numbered(num_host_blocks=6), source, destination, copies)
+
+
+def check_move(
+    storage: BlockStorage, source: Tier, destination: Tier, copies: tuple[tuple[int, int], ...]
+) -> None:
+    sources = storage.tier(source).clone()
+    expected = storage.tier(destination).clone()
+    for block, target in copies:
+        expected[target] = sources[block].to(expected.device)
+    storage.apply(move(source, destination, *copies))
+    assert torch.equal(storage.tier(destination), expected)
+    assert torch.equal(storage.tier(source), sources)
+
+
+def test_a_plan_within_one_tier_reads_before_it_writes() -> None:
+    storage = numbered(num_host_blocks=4)
+    before = storage.tier("host").clone()
+    storage.apply(move("host", "host", (0, 1), (1, 0)))
+    assert torch.equal(storage.tier("host")[:2], before[[1, 0]])
+
+
+def test_growing_keeps_every_byte_and_renews_the_views() -> None:
+    storage = numbered(num_host_blocks=2)
+    before, host = storage.tier().clone(), storage.tier("host").clone()
+    storage.grow(6)
+    storage.grow(9)
+    assert storage.num_blocks == 9
+    assert torch.equal(storage.tier()[:6], before)
+    assert torch.equal(storage.tier("host"), host)
+    key, _ = storage.layer(2)
+    assert key.shape[0] == 9
+    key[8] = 7.0
+    assert torch.equal(storage.tier().view(9, 3, 2, 4, 2, 8)[8, 2, 0], torch.full((4, 2, 8), 7.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_blocks": 0}, "num_blocks is 0; pass 1 or more"),
+        ({"block_size": 12}, "block_size is 12; pass a power of two"),
+        ({"block_size": 0}, "block_size is 0; pass a power of two"),
+        ({"layers": []}, "layers is empty"),
+        ({"layers": [LayerShape(2, 0, 8)]}, r"layers\[0\].head_dim is 0"),
+        ({"num_host_blocks": -1}, "num_host_blocks is -1; pass 0 or more"),
+    ],
+)
+def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str) -> None:
+    sizes: dict[str, Any] = {"num_blocks": 4, "block_size": 16, "layers": EQUAL, **changes}
+    with pytest.raises(ValueError, match=message):
+        BlockStorage(**sizes, dtype=torch.float32)
+
+
+def test_an_integer_dtype_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"dtype is torch.int8; pass a floating dtype"):
+        BlockStorage(4, 16, EQUAL, dtype=torch.int8)
+
+
+def test_blocks_that_do_not_exist_are_refused_and_nothing_moves() -> None:
+    storage = numbered(num_host_blocks=2)
+    before = storage.tier().clone()
+    with pytest.raises(ValueError, match="destination block 6 does not exist; pass -1 to 5"):
+        storage.copy(pairs((0, 1), (0, 6)))
+    with pytest.raises(ValueError, match="source block 2 does not exist; pass 0 to 1"):
+        storage.apply(move("host", "device", (0, 0), (2, 1)))
+    with pytest.raises(ValueError, match=r"copies has shape \[2\]; pass int32 \[n, 2\]"):
+        storage.copy(np.array([0, 1], np.int32))
+    assert torch.equal(storage.tier(), before)
+
+
+def test_a_layer_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(IndexError, match="layer 3 does not exist; the storage has 3"):
+        numbered().layer(3)
+
+
+def test_storage_never_shrinks() -> None:
+    with pytest.raises(ValueError, match="num_blocks is 5, but there are 6; storage only grows"):
+        numbered().grow(5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("copies", MOVES)
+@pytest.mark.parametrize(("source", "destination"), [("device", "host"), ("host", "device")])
+def test_gpu_blocks_swap_with_page_locked_memory(
+    source: Tier, destination: Tier, copies: tuple[tuple[int, int], ...]
+) -> None:
+    storage = numbered("cuda", num_host_blocks=6)
+    assert storage.tier("host").is_pinned()
+    check_move(storage, source, destination, copies)
+
+
+@pytest.mark.gpu
+def test_gpu_copy_and_growth_keep_every_byte() -> None:
+    storage = numbered("cuda")
+    before = storage.tier().clone()
+    storage.copy(pairs((0, 1), (1, 0), (-1, 3)))
+    storage.grow(9)
+    assert torch.equal(storage.tier()[:2], before[[1, 0]])
+    assert torch.equal(storage.tier()[2:6], before[2:])
