@@ -50,9 +50,14 @@ def gather_kv(cache: Tensor, block_tables: Tensor, kv_lens: Tensor, length: int)
     blocks = block_tables.gather(1, column.clamp(0, columns - 1)).long()
     found = (positions >= 0) & (column < columns) & (blocks >= 0)
     gathered = cache[blocks.clamp(min=0), positions % block_size]
-    # Few tokens or none: cheaper than a masked pass over all of them.
-    gathered[~found] = 0
+    _clear(gathered, ~found)
     return gathered
+
+
+def _clear(tokens: Tensor, which: Tensor) -> None:
+    """Zero the tokens [R, N, K, D] that `which` [R, N] names, in place."""
+    # They are few or none: indices cost less than a masked pass over everything.
+    tokens[which.nonzero(as_tuple=True)] = 0
 
 
 def copy_blocks(storage: Tensor, copies: Tensor) -> None:
@@ -303,7 +308,7 @@ def _add_tile(
     if masked:
         scores, seen = _hide(cells, scores, start, stop)
         # 0 * NaN is NaN: what nobody may see has to be gone, not only weigh nothing.
-        values.transpose(1, 2)[~seen] = 0
+        _clear(values.transpose(1, 2), ~seen)
     new_highest = torch.maximum(highest, scores.amax(-1))
     rescale = torch.exp(highest - new_highest)
     weights = scores.sub_(new_highest[..., None]).exp_()
