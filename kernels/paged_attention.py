@@ -51,7 +51,7 @@ def paged_attention(
       `query_starts[r + 1]`. Leave it out when every row has one query (decode).
 
     A row's queries are its last tokens: query i of n stands at position `kv_len - n + i`. A query
-    at a negative position is padding and gives 0, as does a query that may see nothing.
+    that may see nothing gives 0; so does a causal one at a negative position (left padding).
 
     Options:
 

@@ -175,13 +175,12 @@ class _Cells:
             mask=self.mask[rows] if several and self.mask is not None else self.mask,
         )
 
-    def positions(self) -> Tensor:
-        """Position of every query column in its row: int64 [R, Q]; negative: it has none."""
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Position of every query column in its row, and whether it is a query: each [R, Q]."""
         columns = torch.arange(self.first, self.last, device=self.kv_lens.device)
-        position = self.kv_lens[:, None] - self.longest + columns
         # Columns that only pad a row with few queries see nothing, so they keep no slot alive.
         real = columns >= self.longest - self.query_lens[:, None]
-        return torch.where(real, position, -1)
+        return self.kv_lens[:, None] - self.longest + columns, real
 
     def reach(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Kv tokens that some query of a row sees [low, high), and that all see: each int64 [R]."""
@@ -194,18 +193,17 @@ class _Cells:
             full_low = torch.maximum(full_low, newest - self.window + 1)
         high, full_high = newest + 1, oldest + 1
         if not self.causal:
-            high = torch.where(newest >= 0, self.kv_lens, 0)
-            full_high = torch.where(oldest >= 0, self.kv_lens, 0)
+            high = full_high = self.kv_lens
         return low, high, full_low, full_high
 
     def visible(self, start: int, stop: int) -> Tensor:
         """Which query sees which kv token of [start, stop), the mask apart: bool [R, 1, Q, N]."""
         block_size = (stop - start) // max(1, self.tables.shape[1])
-        position = self.positions()[:, :, None]
+        position, real = (tensor[:, :, None] for tensor in self.positions())
         token = torch.arange(start, stop, device=position.device)
         held = (self.tables >= 0).repeat_interleave(block_size, 1)
         held &= (token >= self.kv_starts[:, None]) & (token < self.kv_lens[:, None])
-        seen = held[:, None, :] & (position >= 0)
+        seen = held[:, None, :] & real
         if self.causal:
             seen &= token <= position
         if self.window is not None:

@@ -47,7 +47,7 @@ class StaleSequence(KVPagerError):
 
 
 class SequenceSwapped(KVPagerError):
-    """The operation needs a sequence whose blocks are on the device, and this one is on the host."""
+    """The operation needs a sequence on the device, and this one is on the host."""
 
 
 class BrokenInvariant(KVPagerError):

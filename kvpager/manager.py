@@ -392,7 +392,7 @@ class BlockManager:
             self._pool.grow(num_blocks)
 
     def drop_cached(self) -> int:
-        """Evict everything that only the prefix index keeps; how many blocks that freed. O(cached)."""
+        """Evict all that only the prefix index keeps; how many blocks that freed. O(cached)."""
         with self._lock:
             count = self._pool.num_cached_only
             self._evict(count)
@@ -462,7 +462,8 @@ class BlockManager:
         owners = np.repeat(np.arange(len(rows)), num_tokens)
         positions = starts[owners] + _ranks(num_tokens)
         blocks = self._rows.tables[rows[owners], positions // self.block_size]
-        return blocks.astype(np.int64) * self.block_size + positions % self.block_size
+        slots: Int64 = blocks.astype(np.int64) * self.block_size + positions % self.block_size
+        return slots
 
     def stats(self) -> Stats:
         """Counts of now and totals since the manager began. O(blocks + sequences)."""

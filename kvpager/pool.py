@@ -59,7 +59,10 @@ class BlockPool:
         self.num_blocks = num_blocks
 
     def take(self, count: int) -> Int32:
-        """Hand out `count` blocks, each held once: int32 [count]. The caller made sure. O(count)."""
+        """Hand out `count` blocks, each held once: int32 [count]. O(count).
+
+        The caller made sure that there are so many.
+        """
         from_stack = min(count, self._stack_size)
         self._stack_size -= from_stack
         blocks = np.empty(count, np.int32)
@@ -85,9 +88,9 @@ class BlockPool:
         idle = blocks[refs == 0]
         kept = self.cached[idle]
         self._push(idle[~kept])
-        idle = idle[kept]
-        self.num_cached_only += len(idle)
-        return idle
+        cached_only: Int32 = idle[kept]
+        self.num_cached_only += len(cached_only)
+        return cached_only
 
     def cache(self, block: int) -> None:
         """The prefix index now holds `block`, which a table holds too. O(1)."""
@@ -127,7 +130,8 @@ class BlockPool:
         cached_only = int(np.count_nonzero(self.cached & (self.refs == 0)))
         if cached_only != self.num_cached_only:
             raise BrokenInvariant(
-                f"{tier} pool: {self.num_cached_only} blocks counted as cached only, {cached_only} are"
+                f"{tier} pool: counts {self.num_cached_only} blocks as cached only, "
+                f"but {cached_only} are"
             )
         held = int(np.count_nonzero(self.refs))
         if held + cached_only + self.num_free != self.num_blocks:

@@ -78,7 +78,7 @@ class PrefixIndex:
         self.block_size = block_size
         self._roots: dict[str | None, Root] = {}
         self._node_of: dict[int, Node] = {}  # by block
-        self._idle: list[tuple[int, Node]] = []  # heap of (last used, node); entries may be outdated
+        self._idle: list[tuple[int, Node]] = []  # heap of (last used, node), some outdated
         self._clock = 0
 
     def __len__(self) -> int:
@@ -211,7 +211,6 @@ class PrefixIndex:
         current = {id(node) for used, node in self._idle if used == node.last_used}
         for node in nodes:
             if not node.attached or len(node.tokens) != self.block_size:
-                raise BrokenInvariant(f"prefix index: block {node.block} is not a full, known block")
+                raise BrokenInvariant(f"prefix index: block {node.block} is not a full block")
             if not node.children and not refs[node.block] and id(node) not in current:
                 raise BrokenInvariant(f"prefix index: idle block {node.block} can never be evicted")
-

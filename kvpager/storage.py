@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvpager import arguments
 from kvpager.kernels.copy_blocks import copy_blocks
 from kvpager.plan import Plan, Tier
 
@@ -65,17 +66,19 @@ class BlockStorage:
         `ValueError` unless sizes are positive and `block_size` is a power of two; `TypeError`
         unless `dtype` is floating.
         """
-        self._block_size = _power_of_two("block_size", block_size)
+        self._block_size = arguments.block_size(block_size)
         self._layers = _layer_shapes(layers)
         if not dtype.is_floating_point:
             raise TypeError(f"dtype is {dtype}; pass a floating dtype such as torch.bfloat16")
-        _at_least("num_blocks", num_blocks, 1)
-        _at_least("num_host_blocks", num_host_blocks, 0)
+        arguments.count("num_blocks", num_blocks, at_least=1)
+        arguments.count("num_host_blocks", num_host_blocks)
         run = block_size * sum(layer.elements_per_token for layer in self._layers)
-        self._device_tier = torch.empty(num_blocks, run, dtype=dtype, device=device)
-        pinned = self._device_tier.is_cuda and num_host_blocks > 0
-        self._host_tier = torch.empty(num_host_blocks, run, dtype=dtype, pin_memory=pinned)
-        self._caches = self._layer_views()
+        # Made in inference mode, the storage could never be written outside of it.
+        with torch.inference_mode(False):
+            self._device_tier = torch.empty(num_blocks, run, dtype=dtype, device=device)
+            pinned = self._device_tier.is_cuda and num_host_blocks > 0
+            self._host_tier = torch.empty(num_host_blocks, run, dtype=dtype, pin_memory=pinned)
+            self._caches = self._layer_views()
 
     @property
     def num_blocks(self) -> int:
@@ -188,10 +191,11 @@ class BlockStorage:
             )
         if num_blocks == self.num_blocks:
             return
-        larger = self._device_tier.new_empty(num_blocks, self._device_tier.shape[1])
-        larger[: self.num_blocks].copy_(self._device_tier)
-        self._device_tier = larger
-        self._caches = self._layer_views()
+        with torch.inference_mode(False):
+            larger = self._device_tier.new_empty(num_blocks, self._device_tier.shape[1])
+            larger[: self.num_blocks].copy_(self._device_tier)
+            self._device_tier = larger
+            self._caches = self._layer_views()
 
     def _layer_views(self) -> list[LayerCache]:
         caches = []
@@ -238,16 +242,5 @@ def _layer_shapes(layers: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
     shapes = tuple(LayerShape(*layer) for layer in layers)
     for index, shape in enumerate(shapes):
         for name, size in zip(LayerShape._fields, shape, strict=True):
-            _at_least(f"layers[{index}].{name}", size, 1)
+            arguments.count(f"layers[{index}].{name}", size, at_least=1)
     return shapes
-
-
-def _power_of_two(name: str, value: int) -> int:
-    if value < 1 or value & (value - 1):
-        raise ValueError(f"{name} is {value}; pass a power of two, such as 16")
-    return value
-
-
-def _at_least(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
-        raise ValueError(f"{name} is {value}; pass {lowest} or more")

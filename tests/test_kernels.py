@@ -167,7 +167,7 @@ def seen_by(case: Case, mask: Tensor | None, row: int, query: int, head: int) ->
     queries, length = case.rows[row]
     position = length - queries + query
     seen = torch.zeros(length, dtype=torch.bool)
-    if position < 0:
+    if position < 0 and case.causal:
         return seen
     for token in range(length):
         looks = token <= position or not case.causal

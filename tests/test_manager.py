@@ -46,7 +46,8 @@ def test_the_whole_pool_can_be_allocated(manager: BlockManager) -> None:
 
 def test_an_empty_sequence_holds_nothing_and_can_grow(manager: BlockManager) -> None:
     sequence = manager.allocate([])
-    assert len(sequence) == 0 and bool(sequence)
+    assert len(sequence) == 0
+    assert bool(sequence)
     assert manager.append(sequence, 1).slots.shape == (1,)
 
 
@@ -139,7 +140,8 @@ def test_a_freed_prompt_stays_cached_until_its_room_is_needed(manager: BlockMana
     assert manager.allocate(prompt(13)).num_cached_tokens == 12
     manager.check()
     other = manager.allocate(16)
-    assert manager.stats().num_cached == 0 and manager.stats().total_evicted == 1
+    assert manager.stats().num_cached == 0
+    assert manager.stats().total_evicted == 1
     assert len(manager.block_table(other)) == 4
 
 
@@ -186,7 +188,8 @@ def test_when_a_twins_blocks_are_evicted_the_rest_offers_its_own(manager: BlockM
 def test_a_fork_shares_every_block_and_copies_nothing(manager: BlockManager) -> None:
     parent = manager.allocate(6)
     children = manager.fork(parent, 3)
-    assert manager.stats().num_held == 2 and manager.stats().num_shared == 2
+    assert manager.stats().num_held == 2
+    assert manager.stats().num_shared == 2
     for child in children:
         assert manager.block_table(child).tolist() == manager.block_table(parent).tolist()
 
@@ -197,7 +200,8 @@ def test_writing_into_a_shared_block_copies_it_first(manager: BlockManager) -> N
     tail = manager.block_table(parent)[1]
     step = manager.append(child, 1)
     own = manager.block_table(child)[1]
-    assert step.copies.tolist() == [[tail, own]] and own != tail
+    assert step.copies.tolist() == [[tail, own]]
+    assert own != tail
     assert step.slots.tolist() == [own * 4 + 2]
     # The parent is alone with its tail now and writes in place.
     assert len(manager.append(parent, 1).copies) == 0
@@ -275,7 +279,8 @@ def test_a_sequence_twice_in_a_batch_is_refused(manager: BlockManager) -> None:
 def test_block_tables_are_padded_with_minus_one(manager: BlockManager) -> None:
     sequences = [manager.allocate(9), manager.allocate(2)]
     tables = manager.block_tables(sequences)
-    assert tables.shape == (2, 3) and tables.dtype == np.int32
+    assert tables.shape == (2, 3)
+    assert tables.dtype == np.int32
     assert tables[1, 1:].tolist() == [-1, -1]
     assert tables[0].tolist() == manager.block_table(sequences[0]).tolist()
 
@@ -286,7 +291,8 @@ def test_block_tables_are_padded_with_minus_one(manager: BlockManager) -> None:
 def test_truncate_gives_whole_blocks_back(manager: BlockManager) -> None:
     sequence = manager.allocate(12)
     manager.truncate(sequence, 5)
-    assert len(sequence) == 5 and manager.stats().num_free == 6
+    assert len(sequence) == 5
+    assert manager.stats().num_free == 6
     manager.truncate(sequence, 0)
     assert manager.stats().num_free == 8
 
@@ -321,7 +327,8 @@ def test_swap_moves_blocks_out_and_back(manager: BlockManager) -> None:
     plan = manager.swap(sequence, "host")
     assert (plan.source, plan.destination) == ("device", "host")
     assert plan.copies[:, 0].tolist() == table.tolist()
-    assert manager.stats().num_free == 8 and manager.stats().num_host_free == 1
+    assert manager.stats().num_free == 8
+    assert manager.stats().num_host_free == 1
     back = manager.swap(sequence, "device")
     assert back.copies[:, 0].tolist() == plan.copies[:, 1].tolist()
     assert manager.block_table(sequence).tolist() == back.copies[:, 1].tolist()

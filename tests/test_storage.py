@@ -155,12 +155,12 @@ def test_growing_keeps_every_byte_and_renews_the_views() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_blocks": 0}, "num_blocks is 0; pass 1 or more"),
-        ({"block_size": 12}, "block_size is 12; pass a power of two"),
-        ({"block_size": 0}, "block_size is 0; pass a power of two"),
+        ({"num_blocks": 0}, "num_blocks 0: expected at least 1"),
+        ({"block_size": 12}, "block_size 12: expected a power of two"),
+        ({"block_size": 0}, "block_size 0: expected at least 1"),
         ({"layers": []}, "layers is empty"),
-        ({"layers": [LayerShape(2, 0, 8)]}, r"layers\[0\].head_dim is 0"),
-        ({"num_host_blocks": -1}, "num_host_blocks is -1; pass 0 or more"),
+        ({"layers": [LayerShape(2, 0, 8)]}, r"layers\[0\].head_dim 0: expected at least 1"),
+        ({"num_host_blocks": -1}, "num_host_blocks -1: expected at least 0"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.groups import LayerGroup
+from kvpager.integrations.huggingface.groups import LayerGroup, PagedView
 from kvpager.integrations.huggingface.handles import paged_pair
 from kvpager.integrations.huggingface.pools import LayerKind, PagedMemory
 from kvpager.storage import BlockStorage, LayerShape
@@ -35,7 +35,7 @@ class PagedLayer(DynamicLayer):
         self.num_columns = 0
         self.storage: BlockStorage | None = None
         self.kind: LayerKind | None = None
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     # `keys` and `values` are made when asked for, so that nobody holds on to stale ones.
     @property
@@ -77,13 +77,14 @@ class PagedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens [rows, kv_heads, new, dim]; return handles to all that is visible."""
+        """Write new tokens [rows, kv_heads, new, dim]; return handles to all that is visible."""
         if torch.compiler.is_compiling() or not self._can_store(key_states, value_states):
             self._leave_blocks()
             return self.update(key_states, value_states, *args, **kwargs)
         if self.storage is None:
             self.lazy_initialization(key_states, value_states)
-        assert self.storage is not None and self.group.pool is not None
+        assert self.storage is not None
+        assert self.group.pool is not None
         rows, heads, num_new, _ = key_states.shape
         start, stop = self.num_columns, self.num_columns + num_new
         if start == self.group.num_columns:
@@ -108,10 +109,11 @@ class PagedLayer(DynamicLayer):
         return self.kind is None or (key.dtype, key.device) == (self.kind.dtype, self.kind.device)
 
     def _handles(self, start: int) -> tuple[Tensor, Tensor]:
+        return paged_pair(self._view(start))
+
+    def _view(self, start: int) -> PagedView:
         assert self.storage is not None
-        return paged_pair(
-            self.group.view(self.storage, self.storage_layer, start, self.num_columns)
-        )
+        return self.group.view(self.storage, self.storage_layer, start, self.num_columns)
 
     def _before_step(self) -> None:
         """What the group's first layer does before a step adds columns."""
@@ -140,12 +142,17 @@ class PagedLayer(DynamicLayer):
         layer.group = group
         return layer
 
-    def _on_the_cache(self, *args: Any) -> None:
-        raise KVPagerError(
-            "the layers of a paged cache share their blocks: call this on the cache, not on a layer"
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        raise _on_the_cache("crop")
 
-    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _on_the_cache
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise _on_the_cache("reorder_cache")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise _on_the_cache("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise _on_the_cache("batch_select_indices")
 
     def _plain_state(self) -> dict[str, Any]:
         """The attributes of the transformers layer this one turns into."""
@@ -155,18 +162,21 @@ class PagedLayer(DynamicLayer):
 
     def _leave_blocks(self) -> None:
         """Become the plain transformers layer, with the same content."""
-        keys, values = (None, None) if not self.num_columns else self._handles(
-            self._first_stored_column()
-        )  # fmt: skip
-        state = {"is_initialized": self.is_initialized, **self._plain_state()}
-        if keys is not None and values is not None:
-            state |= {"keys": keys.dense().contiguous(), "values": values.dense().contiguous()}
-            state |= {"dtype": self.dtype, "device": self.device}
-        else:
-            state |= {"keys": None, "values": None, "is_initialized": False}
+        state: dict[str, Any] = {"keys": None, "values": None, "is_initialized": False}
+        if self.storage is not None and self.num_columns:
+            keys, values = self._view(self._first_stored_column()).dense()
+            state = {"keys": keys.contiguous(), "values": values.contiguous()}
+            state |= {"dtype": self.dtype, "device": self.device, "is_initialized": True}
+        state |= self._plain_state()
         self.__dict__.clear()
         self.__class__ = self._plain_class  # type: ignore[assignment]
         self.__dict__.update(state)
+
+
+def _on_the_cache(method: str) -> KVPagerError:
+    return KVPagerError(
+        f"{method}: the layers of a paged cache share their blocks; call it on the cache instead"
+    )
 
 
 class PagedSlidingWindowLayer(PagedLayer):
@@ -221,7 +231,7 @@ class PagedCache(DynamicCache):
         memory: the most bytes to reserve, such as `"4GiB"`; None for no bound.
         block_size: token slots of a block, a power of two.
 
-    Raises: `ValueError`, `TypeError`; later `OutOfBlocks`, from the forward pass that finds no room.
+    Raises: `ValueError`, `TypeError`; `OutOfBlocks` from a forward pass that finds no room.
     """
 
     def __init__(
@@ -267,7 +277,8 @@ class PagedCache(DynamicCache):
         """Layers come as they are first written, all into one group."""
         self.groups = [group]
         layers = self.layers  # not self: a cycle would keep the blocks until the next collection
-        self.layer_class_to_replicate = lambda: PagedLayer(group, len(layers))
+        make: Any = lambda: PagedLayer(group, len(layers))  # noqa: E731
+        self.layer_class_to_replicate = make
 
     # ---------------------------------------------------------------- operations on the batch
 

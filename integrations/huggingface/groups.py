@@ -67,7 +67,7 @@ class PagedView:
         return (self.kv_lens - (self.stop - self.start)).clamp_(min=0)
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Contiguous [rows, kv_heads, columns, dim] keys and values; padding is zero. Gathers once."""
+        """Keys and values as [rows, kv_heads, columns, dim]; padding is zero. Gathers once."""
         if self._dense is None:
             self.group.count_gather()
             length = self.stop - self.start
@@ -227,8 +227,11 @@ class LayerGroup:
         manager = self.pool.manager
         self._freeze_views()
         unused = dict(enumerate(self.sequences))
-        chosen = [unused.pop(row, None) or manager.fork(self.sequences[row]) for row in rows]
-        manager.free(list(unused.values()))
+        # The first to name a row takes it over, further ones fork it.
+        chosen = [
+            unused.pop(row) if row in unused else manager.fork(self.sequences[row]) for row in rows
+        ]
+        manager.free(unused.values())
         self.sequences[:] = chosen
         self.padding = self.padding[np.asarray(rows, np.int64)]
         if self.prompt is not None:

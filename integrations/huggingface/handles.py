@@ -28,7 +28,7 @@ class PagedTensor(torch.Tensor):
     def __new__(cls, view: PagedView, which: int) -> PagedTensor:
         cache = view.caches()[which]
         shape = (len(view.kv_lens), cache.shape[2], view.stop - view.start, cache.shape[3])
-        handle: PagedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        handle: PagedTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=cache.dtype, device=cache.device
         )
         handle.view_of = view
@@ -58,7 +58,7 @@ class PagedTensor(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the disabled form
         cls,
         func: Callable[..., Any],
         types: Any,
@@ -79,7 +79,7 @@ class PagedTensor(torch.Tensor):
 _METADATA = {
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__,
     torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
     torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]

@@ -304,25 +304,17 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        cache = model_kwargs.get("past_key_values")
-        serving = _patch_for(self)
-        usual = (
-            serving is not None
-            and isinstance(cache, PagedCache)
-            and not args
-            and kwargs.get("is_first_iteration", True)
-            and not self.config.is_encoder_decoder
-            and model_kwargs.get("inputs_embeds") is None
-        )
-        if not usual:
-            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        serving, cache = _patch_for(self), model_kwargs.get("past_key_values")
+        arguments = (self, input_ids, generation_config, model_kwargs)
+        if serving is None or not isinstance(cache, PagedCache) or args:
+            return original(*arguments, *args, **kwargs)
         if cache.get_seq_length():
             _check_padding_is_still_hidden(cache, model_kwargs.get("attention_mask"))
-            return original(self, input_ids, generation_config, model_kwargs, **kwargs)
-        prompts = serving.prompts  # type: ignore[union-attr]
-        return prefill(
-            original, prompts, self, input_ids, generation_config, model_kwargs, **kwargs
-        )
+            return original(*arguments, **kwargs)
+        is_first = kwargs.get("is_first_iteration", True) and not self.config.is_encoder_decoder
+        if not is_first or model_kwargs.get("inputs_embeds") is not None:
+            return original(*arguments, **kwargs)
+        return prefill(original, serving.prompts, *arguments, **kwargs)
 
     return _prefill
 

@@ -43,7 +43,7 @@ def parse_memory(memory: int | str | None) -> int | None:
         raise TypeError(f"memory {memory!r}: expected bytes or a text such as '4GiB'")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"memory {memory!r}: expected a size such as '4GiB', '500MB' or 1073741824")
+        raise ValueError(f"memory {memory!r}: expected a size such as '4GiB', '500MB' or 10**9")
     return arguments.count("memory", int(float(match[1]) * _UNITS[match[2]]), at_least=1)
 
 
@@ -184,8 +184,8 @@ class PagedPool:
             layers = range(layer, num_layers)
             shapes = [kind.shape] * len(layers)
             num_blocks = self.manager.num_blocks
-            itemsize = kind.dtype.itemsize * self.block_size
-            size = sum(s.num_kv_heads * (s.head_dim + s.value_head_dim) for s in shapes) * itemsize
+            size = sum(shape.elements_per_token for shape in shapes)
+            size *= self.block_size * kind.dtype.itemsize
             with self.memory.lock:
                 if not self.memory.claim(num_blocks * size, self):
                     raise self._out_of_blocks(num_blocks)
@@ -233,7 +233,9 @@ class PagedPool:
             counters.peak_held_bytes = max(counters.peak_held_bytes, held)
             return step
 
-    def write(self, storage: BlockStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    def write(
+        self, storage: BlockStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor
+    ) -> None:
         """Write keys and values [tokens, heads, dim] to `slots`. O(tokens)."""
         # Growing copies the storage: a write to the old one after that copy would be lost.
         with self.lock:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache import PagedCache
-from kvpager.integrations.huggingface.groups import LayerGroup, Prompt
+from kvpager.integrations.huggingface.groups import Prompt
 from kvpager.integrations.huggingface.pools import PagedPool
+from kvpager.sequences import Sequence
 
 Prefill = Callable[..., Any]
 
@@ -62,7 +63,7 @@ class PromptCache:
         group.prompt = Prompt(rows, self.namespace_of(model))
         pool = cache.memory.find_pool(self._layouts.get(model))
         if pool is not None:
-            _reuse(cache, group, pool, rows, padding)
+            _reuse(cache, pool, group.prompt, padding)
 
     def publish(self, model: nn.Module, cache: PagedCache) -> None:
         """The prompt has been computed: its full blocks may be reused. O(blocks)."""
@@ -75,13 +76,12 @@ class PromptCache:
 Padding = NDArray[np.int64]
 
 
-def _reuse(
-    cache: PagedCache, group: LayerGroup, pool: PagedPool, rows: list[Any], padding: Padding
-) -> None:
-    sequences = []
+def _reuse(cache: PagedCache, pool: PagedPool, prompt: Prompt, padding: Padding) -> None:
+    rows, namespace = prompt.rows, prompt.namespace
+    sequences: list[Sequence] = []
     try:
         for row in rows:
-            sequences.append(pool.allocate(row, group.prompt.namespace))  # type: ignore[union-attr]
+            sequences.append(pool.allocate(row, namespace))  # noqa: PERF401 - freed on failure
     except KVPagerError:
         pool.manager.free(sequences)
         raise
@@ -93,7 +93,7 @@ def _reuse(
         return
     for sequence, pad in zip(sequences, padding.tolist(), strict=True):
         pool.manager.truncate(sequence, max(num_columns - pad, 0))
-    group.adopt(pool, sequences, num_columns)
+    cache.groups[0].adopt(pool, sequences, num_columns)
     for layer in cache.paged_layers():
         layer.num_columns = num_columns
 
@@ -171,7 +171,8 @@ def _left_padding(input_ids: Tensor, mask: Tensor | None) -> Padding:
         return none
     here = mask.cpu().numpy() != 0
     padding = here.argmax(axis=1)
-    left_padded = (here == (np.arange(columns) >= padding[:, None])).all() and here.any(axis=1).all()
+    behind = np.arange(columns) >= padding[:, None]
+    left_padded = (here == behind).all() and here.any(axis=1).all()
     return padding if left_padded else none
 
 
