@@ -51,10 +51,16 @@ class PagedView:
         self.tables, self.kv_lens = group.device_tables(storage.device, stop)
         self._dense: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def is_paged(self) -> bool:
-        """Whether the blocks may be read in place still."""
-        return self._dense is None
+    def shows_the_same_as(self, other: PagedView) -> bool:
+        """Whether both may be read in place still, and read the same. O(1)."""
+        if self._dense is not None or other._dense is not None:
+            return False
+        # Of one group, with nothing changed since: then the tables are one tensor.
+        return self is other or (
+            self.tables is other.tables
+            and self.storage is other.storage
+            and (self.layer, self.start, self.stop) == (other.layer, other.start, other.stop)
+        )
 
     def caches(self) -> tuple[Tensor, Tensor]:
         """The layer's key and value blocks, [blocks, block_size, kv_heads, dim] each."""

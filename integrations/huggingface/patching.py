@@ -68,11 +68,9 @@ class Patch:
         model: nn.Module | None,
         memory: PagedMemory,
         prompts: PromptCache | None,
-        dtype: torch.dtype | None,
     ) -> None:
         self.memory = memory
         self.prompts = prompts
-        self.dtype = dtype
         self._covers_all = model is None
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._configs: list[Any] = []
@@ -184,13 +182,14 @@ def patch(
         )
     if namespace is not None and not isinstance(namespace, str):
         raise TypeError(f"namespace {namespace!r}: expected a str or None")
-    paged_memory = PagedMemory(memory, block_size, keep_pools=prefix_cache, in_place=in_place)
-    made = Patch(
-        model,
-        paged_memory,
-        PromptCache(namespace) if prefix_cache else None,
-        _checked_dtype(dtype, model),
+    paged_memory = PagedMemory(
+        memory,
+        block_size,
+        keep_pools=prefix_cache,
+        in_place=in_place,
+        dtype=_checked_dtype(dtype, model),
     )
+    made = Patch(model, paged_memory, PromptCache(namespace) if prefix_cache else None)
     with _lock:
         if not _active:
             _install()

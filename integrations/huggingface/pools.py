@@ -74,6 +74,7 @@ class PagedMemory:
         block_size: token slots of a block.
         keep_pools: keep pools (and the prefixes cached in them) when no cache uses them.
         in_place: let attention functions read blocks in place; else every read gathers.
+        dtype: what keys and values must be; None for anything.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class PagedMemory:
         *,
         keep_pools: bool = False,
         in_place: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.bound = parse_memory(memory)
         self.block_size = arguments.block_size(block_size)
         self.keep_pools = keep_pools
         self.in_place = in_place
+        self.dtype = dtype
         self.counters = Counters()
         self.lock = threading.RLock()
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
@@ -119,6 +122,11 @@ class PagedMemory:
         """The pools alive now."""
         with self.lock:
             return list(self._pools.values())
+
+    def note_peak(self) -> None:
+        """More blocks are held now. O(pools)."""
+        held = sum(pool.held_bytes for pool in self.pools())
+        self.counters.peak_held_bytes = max(self.counters.peak_held_bytes, held)
 
     @property
     def reserved_bytes(self) -> int:
@@ -165,6 +173,11 @@ class PagedPool:
         return sum(storage.block_bytes for _, _, storage in self._storages)
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of the blocks that sequences hold, shared ones counted once. O(storages)."""
+        return self.manager.num_held_blocks * self.block_bytes
+
+    @property
     def reserved_bytes(self) -> int:
         """Bytes of all storages. O(storages)."""
         return sum(storage.nbytes for _, _, storage in self._storages)
@@ -175,8 +188,13 @@ class PagedPool:
         The first layer of a kind makes room for all layers from it on, which models nearly
         always shape alike; so one block is one run of bytes. O(storages).
 
-        Raises: `OutOfBlocks` where a new storage does not fit in the memory.
+        Raises: `OutOfBlocks` where a new storage does not fit in the memory; `ValueError` for
+        another dtype than the one asked for.
         """
+        if self.memory.dtype not in (None, kind.dtype):
+            raise ValueError(
+                f"keys and values are {kind.dtype}, but dtype={self.memory.dtype} was asked for"
+            )
         with self.lock:
             for known, layers, storage in self._storages:
                 if known == kind and layer in layers:
@@ -228,9 +246,7 @@ class PagedPool:
                 ),
             )
             self._copy(step.copies)
-            counters = self.memory.counters
-            held = self.manager.num_held_blocks * self.block_bytes
-            counters.peak_held_bytes = max(counters.peak_held_bytes, held)
+            self.memory.note_peak()
             return step
 
     def write(

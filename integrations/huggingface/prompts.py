@@ -34,6 +34,9 @@ Prefill = Callable[..., Any]
 # padding. With any other one in play, rows are neither merged nor reused.
 _UNDERSTOOD = {"attention_mask", "position_ids"}
 
+# Numbers looked at per weight tensor to notice that it was written.
+_SAMPLES = 16
+
 
 class PromptCache:
     """Which pool each model's prompts are in, and under which namespace."""
@@ -207,9 +210,10 @@ def _to_int32(ids: Tensor) -> NDArray[np.int32]:
 
 def _weights_state(model: nn.Module) -> object:
     """Changes when a parameter is replaced, moved, cast or written, or an adapter is switched."""
+    weights = list(itertools.chain(model.parameters(), model.buffers()))
     tensors = tuple(
         (id(tensor), tensor.data_ptr(), tensor.dtype, str(tensor.device), _version(tensor))
-        for tensor in itertools.chain(model.parameters(), model.buffers())
+        for tensor in weights
     )
     adapters = tuple(
         (str(getattr(module, "active_adapters", None)), getattr(module, "disable_adapters", None))
@@ -217,9 +221,22 @@ def _weights_state(model: nn.Module) -> object:
         if hasattr(module, "active_adapters")
     )
     config = getattr(model, "config", None)
-    return tensors, adapters, model.training, getattr(config, "_attn_implementation", None)
+    attention = getattr(config, "_attn_implementation", None)
+    return tensors, _sample(weights), adapters, model.training, attention
 
 
 def _version(tensor: Tensor) -> int:
     # Inference tensors have no version; nothing can write to them outside inference mode.
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _sample(tensors: list[Tensor]) -> tuple[float, ...]:
+    """A few numbers of each tensor: what is written through `.data` leaves no other trace."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.numel() and tensor.is_contiguous() and tensor.device.type != "meta":
+                flat = tensor.detach().view(-1)
+                few = flat[:: -(-flat.numel() // _SAMPLES)].to(torch.float64)
+                by_device.setdefault(tensor.device, []).append(few)
+        return tuple(x for few in by_device.values() for x in torch.cat(few).tolist())
