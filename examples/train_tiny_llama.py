@@ -5,7 +5,7 @@ docstrings of the standard library. Tokens are UTF-8 bytes (`ByT5Tokenizer`, no 
 
     python examples/train_tiny_llama.py --out tiny_llama
 
-The default run takes about 15 minutes on two CPU cores.
+The default run takes about 15 minutes on two free CPU cores.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def bits_per_byte(model: LlamaForCausalLM, stream: torch.Tensor, length: int = 1
 
 def build_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the embedding and the norms."""
-    # At equal steps Muon's loss is 0.25 bits per byte lower than AdamW's alone, at 10 % more time.
+    # After 350 steps its loss was 0.25 bits per byte below AdamW alone, for 7 % more time.
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     matrix_ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in matrix_ids]
