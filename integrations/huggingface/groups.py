@@ -191,9 +191,11 @@ class LayerGroup:
             size = self.pool.block_size
             tokens = np.arange(start, stop) - self.padding[:, None]
             tables = self.pool.manager.block_tables(self.sequences)
-            rows = np.arange(self.num_rows)[:, None]
-            slots = tables[rows, tokens // size].astype(np.int64) * size + tokens % size
-            slots[tokens < 0] = -1
+            slots = np.full(tokens.shape, -1, np.int64)
+            rows, columns = np.nonzero(tokens >= 0)
+            tokens = tokens[rows, columns]
+            slots[rows, columns] = tables[rows, tokens // size].astype(np.int64) * size
+            slots[rows, columns] += tokens % size
             self._slots = key, torch.from_numpy(slots.reshape(-1)).to(device)
         return self._slots[1]
 
