@@ -37,10 +37,24 @@ def block_size(value: int) -> int:
     return size
 
 
-def within(name: str, value: int, lengths: Int64) -> None:
-    """Refuse a token number beyond the end of a sequence."""
-    if np.any(lengths < value):
-        raise ValueError(f"{name} {value}: the sequence has {int(lengths.min())} tokens only")
+def within(name: str, value: int | Int64, lengths: Int64) -> None:
+    """Refuse a token number beyond the end of a sequence; `value` is one for all, or one each."""
+    beyond = np.flatnonzero(lengths < value)
+    if len(beyond):
+        wrong = np.broadcast_to(value, lengths.shape)[beyond[0]]
+        raise ValueError(f"{name} {wrong}: the sequence has {lengths[beyond[0]]} tokens only")
+
+
+def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:
+    """One whole number of at least 0 for each sequence; a single one stands for all."""
+    numbers = np.asarray(value)
+    if numbers.shape not in ((), (num_sequences,)):
+        raise ValueError(f"{name} {value!r}: expected one int, or one for each of {num_sequences}")
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise TypeError(f"{name} {value!r}: expected ints, got {numbers.dtype}")
+    if numbers.size and numbers.min() < 0:
+        raise ValueError(f"{name} {value!r}: expected at least 0")
+    return np.broadcast_to(numbers.astype(np.int64), (num_sequences,))
 
 
 def namespace(value: str | None) -> None:
@@ -74,18 +88,13 @@ def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
 
 
 def new_tokens(
-    target: Any, num_sequences: int, tokens: Any, counts: ArrayLike | None
+    target: Any, num_sequences: int, tokens: Any, new_counts: ArrayLike | None
 ) -> tuple[list[Int32], Int64]:
     """The ids to append to each sequence (none where unknown), and how many tokens each gets."""
-    if counts is not None:
+    if new_counts is not None:
         if not (is_int(tokens) and tokens == 1):
             raise ValueError("give either tokens or counts, not both")
-        per_row = np.asarray(counts)
-        if per_row.shape != (num_sequences,) or (per_row.size and per_row.dtype.kind not in "iu"):
-            raise ValueError(f"counts {counts!r}: expected one int for each of {num_sequences}")
-        if per_row.size and per_row.min() < 0:
-            raise ValueError(f"counts {counts!r}: expected at least 0 each")
-        return [], per_row.astype(np.int64)
+        return [], counts("counts", new_counts, num_sequences)
     if is_int(tokens):
         return [], np.full(num_sequences, count("tokens", tokens), np.int64)
     ids = _ids_by_sequence(target, num_sequences, tokens)

@@ -27,7 +27,7 @@ from kvpager.plan import NO_COPIES, Plan, Step, Tier
 from kvpager.pool import BlockPool
 from kvpager.prefix import PrefixIndex
 from kvpager.sequences import Batch, Content, Sequence, SequenceTable
-from kvpager.stats import Stats
+from kvpager.stats import BlockState, Stats
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -314,8 +314,8 @@ class BlockManager:
         """
         with self._lock:
             batch = self._resident(sequences)
-            starts = np.broadcast_to(np.asarray(start, np.int64), batch.rows.shape)
-            arguments.within("start", int(starts.max(initial=0)), self._rows.lengths[batch.rows])
+            starts = arguments.counts("start", start, len(batch))
+            arguments.within("start", starts, self._rows.lengths[batch.rows])
             rows = self._rows
             firsts = starts // self.block_size
             moved = np.flatnonzero(firsts > rows.first_blocks[batch.rows])
@@ -464,6 +464,15 @@ class BlockManager:
         blocks = self._rows.tables[rows[owners], positions // self.block_size]
         slots: Int64 = blocks.astype(np.int64) * self.block_size + positions % self.block_size
         return slots
+
+    def block_states(self) -> NDArray[np.uint8]:
+        """A `BlockState` for every device block, uint8 [num_blocks]. O(num_blocks)."""
+        with self._lock:
+            pool = self._pool
+            states = np.where(pool.cached, BlockState.CACHED, BlockState.FREE).astype(np.uint8)
+            states[pool.refs == 1] = BlockState.HELD
+            states[pool.refs > 1] = BlockState.SHARED
+            return states
 
     def stats(self) -> Stats:
         """Counts of now and totals since the manager began. O(blocks + sequences)."""

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
+
+
+class BlockState(IntEnum):
+    """Who keeps a device block."""
+
+    FREE = 0
+    CACHED = 1  # the prefix index alone
+    HELD = 2  # one block table
+    SHARED = 3  # several block tables
 
 
 @dataclass(frozen=True, slots=True)

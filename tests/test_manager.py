@@ -13,6 +13,7 @@ from kvpager import BlockManager, KVPagerError, OutOfBlocks, StaleSequence
 from kvpager.errors import BrokenInvariant, SequenceSwapped
 from kvpager.manager import Batch
 from kvpager.sequences import Sequence
+from kvpager.stats import BlockState
 
 
 @pytest.fixture
@@ -549,3 +550,27 @@ def test_errors_share_one_base() -> None:
 def test_the_control_plane_never_imports_torch() -> None:
     code = "import sys, kvpager.manager; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_slide_takes_a_start_for_each_sequence(manager: BlockManager) -> None:
+    long, short = manager.allocate(16), manager.allocate(3)
+    manager.slide([long, short], [8, 1])
+    assert manager.block_table(long)[:2].tolist() == [-1, -1]
+    with pytest.raises(ValueError, match="start 4: the sequence has 3 tokens only"):
+        manager.slide([long, short], [9, 4])
+    with pytest.raises(ValueError, match="expected one int, or one for each of 2"):
+        manager.slide([long, short], [1, 2, 3])
+
+
+def test_every_block_is_in_exactly_one_state(manager: BlockManager) -> None:
+    manager.free(committed(manager, prompt(8)))
+    manager.fork(manager.allocate(4))
+    manager.allocate(4)
+    states = manager.block_states()
+    counts = {state: int((states == state).sum()) for state in BlockState}
+    assert counts == {
+        BlockState.FREE: 4,
+        BlockState.CACHED: 2,
+        BlockState.HELD: 1,
+        BlockState.SHARED: 1,
+    }

@@ -141,12 +141,14 @@ class PagedMemory:
         with self.lock:
             if self.bound is None or self.reserved_bytes + num_bytes <= self.bound:
                 return True
-            for pool in self._kept - {claimant}:
-                pool.settle()
-                if not pool.manager.num_held_blocks:
-                    self._kept.discard(pool)
-            del pool
+            self._drop_idle_pools(claimant)
             return self.reserved_bytes + num_bytes <= self.bound
+
+    def _drop_idle_pools(self, claimant: PagedPool) -> None:
+        for pool in self._kept - {claimant}:
+            pool.settle()
+            if not pool.manager.num_held_blocks:
+                self._kept.discard(pool)  # the last reference, unless a cache still has one
 
     def clear(self) -> None:
         """Let cached prefixes go, and the pools no cache uses. O(cached blocks)."""

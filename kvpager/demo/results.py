@@ -1,0 +1,172 @@
+"""What a run found: the figures of both sides of every scenario, and their JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import kvpager
+from kvpager.demo.measuring import States
+from kvpager.demo.scenarios import Scenario
+from kvpager.demo.settings import Settings
+from kvpager.integrations.huggingface.patching import PatchStats
+from kvpager.stats import BlockState
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first token that differs: where, which, and how close a choice it was.
+
+    `logit_margin` is the logit of transformers' token less that of kvpager's, computed by
+    transformers; near 0, rounding decided.
+    """
+
+    call: int
+    row: int
+    position: int  # among the generated tokens
+    expected: int | None
+    got: int | None
+    logit_margin: float | None
+
+    def __str__(self) -> str:
+        margin = "" if self.logit_margin is None else f", logit margin {self.logit_margin:.3g}"
+        call = f"call {self.call}, " if self.call else ""
+        return (
+            f"{call}row {self.row}, new token {self.position}: transformers {self.expected}, "
+            f"kvpager {self.got}{margin}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowText:
+    """A prompt's end and what followed it."""
+
+    prompt_tokens: int
+    prompt_end: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallFigures:
+    """What one call of `generate` took from kvpager's pool."""
+
+    prompt_tokens: int  # of all rows
+    prefix_hit_tokens: int
+    new_blocks: int  # not in the pool before, neither held nor cached
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Transformers' own cache."""
+
+    reserved_bytes: int
+    needed_bytes: int
+    seconds: float
+    limit_tokens: int | None
+    known_length_tokens: int
+    known_length_bytes: int
+    limit_bytes: int | None
+
+    @property
+    def wasted_bytes(self) -> int:
+        """Bytes of padding and of second copies."""
+        return self.reserved_bytes - self.needed_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """kvpager's pool, while the caches are alive."""
+
+    stats: PatchStats
+    block_bytes: int
+    calls: tuple[CallFigures, ...]
+    states: tuple[States, ...]
+    seconds: float
+
+    @property
+    def open_bytes(self) -> int:
+        """Bytes of held blocks' slots that no token is in yet."""
+        return self.stats.held_bytes - self.stats.used_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One scenario on both sides."""
+
+    scenario: Scenario
+    texts: tuple[RowText, ...]
+    num_compared: int
+    difference: Difference | None
+    plain: Plain
+    paged: Paged
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data. O(rows + blocks)."""
+        plain, paged = self.plain, self.paged
+        states = np.concatenate([*paged.states, np.empty(0, np.int8)])
+        return {
+            "key": self.scenario.key,
+            "title": self.scenario.title,
+            "rows": self.scenario.rows_alive,
+            "identical": self.difference is None,
+            "difference": self.difference and dataclasses.asdict(self.difference),
+            "compared_tokens": self.num_compared,
+            "texts": [dataclasses.asdict(text) for text in self.texts],
+            "dynamic_cache": {
+                "reserved_bytes": plain.reserved_bytes,
+                "used_bytes": plain.needed_bytes,
+                "wasted_bytes": plain.wasted_bytes,
+                "seconds": plain.seconds,
+            },
+            "kvpager": {
+                **dataclasses.asdict(paged.stats),
+                "needed_bytes": plain.needed_bytes,
+                "wasted_bytes": paged.stats.held_bytes - plain.needed_bytes,
+                "open_bytes": paged.open_bytes,
+                "block_bytes": paged.block_bytes,
+                "blocks_by_state": {
+                    state.name.lower(): int((states == state).sum()) for state in BlockState
+                },
+                "calls": [dataclasses.asdict(call) for call in paged.calls],
+                "seconds": paged.seconds,
+            },
+            "contiguous": {
+                "known_length_tokens": plain.known_length_tokens,
+                "known_length_bytes": plain.known_length_bytes,
+                "model_limit_tokens": plain.limit_tokens,
+                "model_limit_bytes": plain.limit_bytes,
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All scenarios of one run."""
+
+    settings: Settings
+    model: str
+    device: str
+    dtype: str
+    scenarios: tuple[Result, ...]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every token of every scenario is transformers' own."""
+        return all(result.difference is None for result in self.scenarios)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, ready for `json.dumps`."""
+        return {
+            "kvpager": kvpager.__version__,
+            "model": self.model,
+            "device": self.device,
+            "dtype": self.dtype,
+            "block_size": self.settings.block_size,
+            "new_tokens": self.settings.new_tokens,
+            "memory": self.settings.memory,
+            "identical": self.identical,
+            "scenarios": [result.as_json() for result in self.scenarios],
+        }

@@ -1,0 +1,355 @@
+"""Load the model, run every scenario with transformers' cache and with kvpager, compare."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import kvpager
+from kvpager.demo import measuring, report
+from kvpager.demo.results import CallFigures, Difference, Paged, Plain, Result, Results, RowText
+from kvpager.demo.scenarios import Row, Scenario, build
+from kvpager.demo.settings import BadInput, Settings
+from kvpager.integrations.huggingface.patching import PatchStats
+from kvpager.testing import tiny_llama_path
+
+WARM_UP_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What one call of `generate` gave: the returned rows, on the CPU, and its cache."""
+
+    prompts: tuple[Row, ...]
+    rows: list[Row]  # new tokens alone
+    cache: Any
+    seconds: float
+
+
+class Engine:
+    """A model, its tokenizer, and how to generate with them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.device = settings.found_device()
+        self.name = settings.model or "the bundled tiny Llama"
+        self.model, self.tokenizer = _load(settings, self.device)
+        self.max_positions = _max_positions(self.model.config)
+        eos = self.model.generation_config.eos_token_id
+        self.eos = eos if eos is not None else self.tokenizer.eos_token_id
+        first_eos = self.eos[0] if isinstance(self.eos, list) else self.eos
+        pad = self.tokenizer.pad_token_id
+        self.pad: int = next((token for token in (pad, first_eos) if token is not None), 0)
+
+    @property
+    def dtype(self) -> str:
+        """What keys and values are computed in."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def place(self) -> str:
+        """The device, and the threads of a CPU."""
+        if self.device.type != "cpu":
+            return str(self.device)
+        threads = torch.get_num_threads()
+        return f"{self.device} ({threads} thread{'s' if threads > 1 else ''})"
+
+    def tokenize(self, text: str) -> Row:
+        """Token ids, without the end-of-text token that some tokenizers append. O(text)."""
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        while ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        return ids
+
+    def decode(self, ids: Row) -> str:
+        """The text of token ids. O(tokens)."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def generate(self, prompts: tuple[Row, ...], scenario: Scenario, num_tokens: int) -> Generated:
+        """One call: greedy or beams, exactly `num_tokens` new tokens for every row."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in prompts])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        measuring.synchronize(self.device)
+        start = time.perf_counter()
+        output = self.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=self._config(scenario, num_tokens),
+        )
+        measuring.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        new = output.sequences[:, width:].tolist()
+        return Generated(prompts, new, output.past_key_values, seconds)
+
+    def _config(self, scenario: Scenario, num_tokens: int) -> Any:
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,  # no row ends early, so that the figures compare
+            do_sample=False,
+            num_beams=scenario.num_beams,
+            num_return_sequences=scenario.num_returned,
+            pad_token_id=self.pad,
+            eos_token_id=self.eos,
+            return_dict_in_generate=True,
+            use_cache=True,
+        )
+
+    @torch.inference_mode()
+    def logit_margin(self, ids: Row, expected: int, got: int) -> float:
+        """Transformers' logit of `expected` less that of `got`, after `ids`. O(tokens)."""
+        logits = self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
+        return float(logits[expected].float() - logits[got].float())
+
+
+def _load(settings: Settings, device: torch.device) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = settings.model or str(tiny_llama_path())
+    dtype = settings.dtype or ("auto" if settings.model else "float32")
+    if settings.model and _looks_like_path(name) and not Path(name).expanduser().is_dir():
+        raise BadInput(f"model {name!r}: there is no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadInput(f"model {name!r} cannot be loaded: {reason}") from None
+    try:
+        return model.to(device).eval(), tokenizer
+    except torch.OutOfMemoryError:
+        raise BadInput(f"model {name!r} does not fit on {device}; try --dtype bfloat16") from None
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _max_positions(config: Any) -> int | None:
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+# -------------------------------------------------------------------- both sides
+
+
+def generate_plain(engine: Engine, scenario: Scenario) -> tuple[list[Generated], Plain]:
+    """The scenario with transformers' own cache, and what that takes."""
+    done: list[Generated] = []
+    for prompts in scenario.calls:
+        if not scenario.keep_caches and done:
+            done[-1] = _without_cache(done[-1])
+        done.append(engine.generate(prompts, scenario, engine.settings.new_tokens))
+    alive = [call for call in done if call.cache is not None]
+    layers = measuring.layer_bytes(alive[-1].cache)
+    longest = max(len(row) for call in alive for row in call.prompts)
+    num_rows, known = scenario.rows_alive, longest + engine.settings.new_tokens
+    limit = engine.max_positions
+    held = known - 1
+    plain = Plain(
+        reserved_bytes=sum(measuring.reserved_bytes(call.cache) for call in alive),
+        needed_bytes=measuring.needed_bytes(layers, _held_rows(scenario, alive)),
+        seconds=sum(call.seconds for call in done),
+        limit_tokens=limit,
+        known_length_tokens=known,
+        known_length_bytes=measuring.contiguous_bytes(layers, num_rows, known, held),
+        limit_bytes=limit and measuring.contiguous_bytes(layers, num_rows, limit, held),
+    )
+    return [_without_cache(call) for call in done], plain
+
+
+def _held_rows(scenario: Scenario, alive: Sequence[Generated]) -> list[measuring.HeldRow]:
+    # The last token's key and value are never computed: nothing follows it.
+    if scenario.num_beams > 1:
+        (call,) = alive
+        (prompt,) = call.prompts
+        length = len(prompt) + len(call.rows[0]) - 1
+        return measuring.rows_by_keys(call.cache, len(prompt), length)
+    return measuring.rows_by_ids(
+        [
+            prompt + row[:-1]
+            for call in alive
+            for prompt, row in zip(call.prompts, call.rows, strict=True)
+        ]
+    )
+
+
+def _without_cache(call: Generated) -> Generated:
+    return Generated(call.prompts, call.rows, None, call.seconds)
+
+
+def generate_paged(engine: Engine, scenario: Scenario) -> tuple[list[Generated], Paged]:
+    """The scenario with kvpager, and what that takes."""
+    settings = engine.settings
+    with kvpager.patch(
+        engine.model,
+        memory=settings.memory,
+        block_size=settings.block_size,
+        prefix_cache=scenario.prefix_cache,
+    ) as patch:
+        done: list[Generated] = []
+        figures: list[CallFigures] = []
+        for prompts in scenario.calls:
+            if not scenario.keep_caches and done:
+                done[-1] = _without_cache(done[-1])
+            before = patch.stats()
+            done.append(engine.generate(prompts, scenario, settings.new_tokens))
+            figures.append(_call_figures(prompts, before, patch.stats()))
+        stats = patch.stats()
+        paged = Paged(
+            stats=stats,
+            block_bytes=stats.reserved_bytes // max(stats.num_blocks, 1),
+            calls=tuple(figures),
+            states=tuple(measuring.block_states([call.cache for call in done])),
+            seconds=sum(call.seconds for call in done),
+        )
+        return [_without_cache(call) for call in done], paged
+
+
+def _call_figures(prompts: tuple[Row, ...], before: PatchStats, after: PatchStats) -> CallFigures:
+    def kept(stats: PatchStats) -> int:
+        return stats.num_held_blocks + stats.num_cached_blocks + stats.evicted_blocks
+
+    return CallFigures(
+        prompt_tokens=sum(map(len, prompts)),
+        prefix_hit_tokens=after.prefix_hit_tokens - before.prefix_hit_tokens,
+        new_blocks=kept(after) - kept(before),
+    )
+
+
+# -------------------------------------------------------------------- comparing
+
+
+def first_difference(
+    engine: Engine, expected: Sequence[Generated], got: Sequence[Generated]
+) -> Difference | None:
+    """Where kvpager's tokens first differ from transformers'. O(tokens)."""
+    for number, (theirs, ours) in enumerate(zip(expected, got, strict=True), start=1):
+        call = number if len(expected) > 1 else 0
+        for row, (a, b) in enumerate(zip(theirs.rows, ours.rows, strict=True)):
+            if a == b:
+                continue
+            pairs = zip(a, b, strict=False)
+            shorter = min(len(a), len(b))
+            at = next((i for i, (x, y) in enumerate(pairs) if x != y), shorter)
+            margin = None
+            if at < shorter:
+                prompt = theirs.prompts[row * len(theirs.prompts) // len(theirs.rows)]
+                margin = engine.logit_margin(prompt + a[:at], a[at], b[at])
+            expected_id, got_id = (line[at] if at < len(line) else None for line in (a, b))
+            return Difference(call, row + 1, at + 1, expected_id, got_id, margin)
+    return None
+
+
+def compare(engine: Engine, scenario: Scenario) -> Result:
+    """Run one scenario on both sides."""
+    expected, plain = generate_plain(engine, scenario)
+    got, paged = generate_paged(engine, scenario)
+    texts = tuple(
+        RowText(len(prompt), engine.decode(prompt[-24:]), engine.decode(row))
+        for call in got
+        for prompt, row in zip(_repeated(call), call.rows, strict=True)
+    )
+    return Result(
+        scenario=scenario,
+        texts=texts,
+        num_compared=sum(len(row) for call in expected for row in call.rows),
+        difference=first_difference(engine, expected, got),
+        plain=plain,
+        paged=paged,
+    )
+
+
+def _repeated(call: Generated) -> list[Row]:
+    times = len(call.rows) // len(call.prompts)
+    return [prompt for prompt in call.prompts for _ in range(times)]
+
+
+def run(settings: Settings, *, quiet: bool = False) -> tuple[Results, Console]:
+    """All scenarios, printed as they are done unless `quiet`.
+
+    Raises: `BadInput`; `OutOfBlocks` where `--memory` is too little.
+    """
+    console = Console(quiet=quiet)
+    with _quiet_transformers(), _few_threads(settings):
+        return _run(settings, console), console
+
+
+def _run(settings: Settings, console: Console) -> Results:
+    with _status(console, "loading the model"):
+        engine = Engine(settings)
+        scenarios = build(settings, engine.tokenize, engine.max_positions)
+        _warm_up(engine, scenarios[0])
+    report.show_heading(console, engine.name, engine.dtype, engine.place, settings)
+    done = []
+    for scenario in scenarios:
+        with _status(console, f"({scenario.key}) {scenario.title}"):
+            result = compare(engine, scenario)
+        report.show_result(console, result, settings)
+        done.append(result)
+    results = Results(settings, engine.name, str(engine.device), engine.dtype, tuple(done))
+    report.show_summary(console, results)
+    return results
+
+
+def _warm_up(engine: Engine, scenario: Scenario) -> None:
+    """What only the first call pays for - kernels, threads - falls on neither side."""
+    prompts = scenario.calls[0][:1]
+    engine.generate(prompts, scenario, WARM_UP_TOKENS)
+    settings = engine.settings
+    with kvpager.patch(engine.model, memory=settings.memory, block_size=settings.block_size):
+        engine.generate(prompts, scenario, WARM_UP_TOKENS)
+
+
+@contextlib.contextmanager
+def _few_threads(settings: Settings) -> Iterator[None]:
+    """One thread for the bundled model, on both sides; afterwards as it was."""
+    # It is so small that threads gain nothing, and wait for each other where a CPU is busy: ten
+    # times slower then.
+    threads = torch.get_num_threads()
+    if settings.model is None:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No hints and no progress bars between our lines; afterwards as it was."""
+    from transformers.utils import logging
+
+    hub = getLogger("huggingface_hub")
+    level, hub_level, bars = logging.get_verbosity(), hub.level, logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub.setLevel(ERROR)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        hub.setLevel(hub_level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _status(console: Console, text: str) -> Iterator[None]:
+    """A spinner, on a terminal alone."""
+    if not console.is_terminal or console.quiet:
+        yield
+        return
+    with console.status(f"{text} ..."):
+        yield

@@ -1,0 +1,74 @@
+"""What `kvpager demo` was asked for; bad input is refused before anything heavy loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvpager import arguments
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+class BadInput(Exception):
+    """Something the user can mend; its text is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options of one run. None stands for the default that depends on model or machine."""
+
+    model: str | None = None
+    prompts: tuple[str, ...] = ()
+    new_tokens: int = 32
+    device: str | None = None
+    dtype: str | None = None
+    block_size: int = 16
+    memory: str | None = None
+
+    def check(self) -> None:
+        """Refuse what makes no sense on any machine. O(prompts). Raises `BadInput`."""
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise BadInput(f"dtype {self.dtype!r}: choose from {', '.join(DTYPES)}")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise BadInput("prompt '': expected some text")
+        try:
+            arguments.count("new tokens", self.new_tokens, at_least=1)
+            arguments.block_size(self.block_size)
+            if self.memory is not None:
+                from kvpager.integrations.huggingface.pools import parse_memory
+
+                parse_memory(self.memory)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+
+    def found_device(self) -> torch.device:
+        """The device to run on. Raises `BadInput` where it is not there."""
+        import torch
+
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise BadInput(
+                f"device {name!r}: expected a name such as cpu, cuda or cuda:1"
+            ) from None
+        if device.type == "meta":
+            raise BadInput("device 'meta': it computes nothing; choose cpu or cuda")
+        try:
+            torch.empty(1, device=device).cpu()
+        except (AssertionError, ImportError, NotImplementedError, RuntimeError):
+            raise BadInput(
+                f"device {name!r}: torch {torch.__version__} finds no such device here; "
+                f"there is {_devices()}"
+            ) from None
+        return device
+
+
+def _devices() -> str:
+    import torch
+
+    return ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
