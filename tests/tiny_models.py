@@ -77,7 +77,11 @@ _DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "word_embed_proj_dim": 64,
         },
     ),
-    "bloom": ("BloomForCausalLM", "BloomConfig", {**_TOKENS, "hidden_size": 64, "n_layer": 2, "n_head": 4, "tie_word_embeddings": False}),
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {**_TOKENS, "hidden_size": 64, "n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
+    ),
     "falcon": (
         "FalconForCausalLM",
         "FalconConfig",
@@ -166,10 +170,7 @@ _ALL = _DECODERS | _ENCODER_DECODERS
 _GAIN = {"bloom": 3.0, "t5": 2.5, "bart": 4.0, "opt": 3.0}
 
 DECODERS = list(_DECODERS)
-ENCODER_# How wide weights are spread; more where text would be constant otherwise.
-_GAIN = {"bloom": 3.0, "t5": 2.5, "bart": 4.0, "opt": 3.0}
-
-DECODERS = list(_ENCODER_DECODERS)
+ENCODER_DECODERS = list(_ENCODER_DECODERS)
 
 
 def tiny_model(name: str, *, seed: int = 0, attention: str | None = None) -> PreTrainedModel:
@@ -200,3 +201,13 @@ def prompts(lengths: list[int], *, seed: int = 0) -> dict[str, torch.Tensor]:
         input_ids[row, columns - length :] = ids
         mask[row, columns - length :] = 1
     return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def assert_equal_but_for_near_ties(paged: Any, expected: Any, prompt_length: int) -> None:
+    """Two exact attentions round bf16 differently: a token may differ only where two are level."""
+    for row in range(len(expected.sequences)):
+        differ = (paged.sequences[row] != expected.sequences[row]).nonzero()
+        if len(differ):
+            step = int(differ[0]) - prompt_length
+            best, second = expected.logits[step][row].float().topk(2).values.tolist()
+            assert best - second < 0.25, f"row {row}, step {step}: margin {best - second}"

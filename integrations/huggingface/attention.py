@@ -18,6 +18,10 @@ from kvpager.integrations.huggingface.groups import PagedView
 from kvpager.integrations.huggingface.handles import common_view
 from kvpager.kernels.paged_attention import paged_attention
 
+# The kernel could serve these, but transformers' own `sdpa` refuses or ignores them, and a patched
+# model has to do as the unpatched one.
+_LEFT_TO_TRANSFORMERS = ("softcap", "s_aux")
+
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -54,15 +58,15 @@ def _attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> Tensor | None:
     """The attention output [rows, q_len, query_heads, value_dim], or None if not covered."""
     rows, query_heads, q_len, _head_dim = query.shape
     kv_len = view.stop - view.start
     key_cache, value_cache = view.caches()
     if dropout or rows != len(view.kv_lens) or query.dtype != key_cache.dtype:
+        return None
+    if any(others.get(name) is not None for name in _LEFT_TO_TRANSFORMERS):
         return None
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (q_len, kv_len)):
         return None
@@ -87,8 +91,6 @@ def _attend(
         starts,
         scale=scaling,
         causal=causal,
-        softcap=softcap,
-        sinks=s_aux,
         mask=mask,
         kv_starts=view.kv_starts(),
     )

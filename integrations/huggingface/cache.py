@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -18,6 +20,8 @@ from kvpager.storage import BlockStorage, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
+# Before 5.18, a positive number given to `crop` is the length to crop to.
+_CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.18")
 
 
 class PagedLayer(DynamicLayer):
@@ -326,6 +330,9 @@ class PagedCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns of every row. O(rows + blocks)."""
+        tokens_to_remove = int(tokens_to_remove)  # some callers pass a tensor
+        if tokens_to_remove > 0 and _CROPS_TO_A_LENGTH:
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): expected a negative number, how many tokens to remove"

@@ -232,14 +232,29 @@ def _install() -> None:
         "ALL_CACHE_IMPLEMENTATIONS",
         lambda original: (*original, "kvpager"),
     )
-    attention = AttentionInterface._global_mapping["sdpa"]
-    AttentionInterface.register("sdpa", reading_in_place(attention))
-    _undo.append(lambda: AttentionInterface.register("sdpa", attention))
+    registered = AttentionInterface._global_mapping
+    original, ours = registered["sdpa"], reading_in_place(registered["sdpa"])
+    AttentionInterface.register("sdpa", ours)
+    _undo.append(
+        lambda: _restore(
+            "the sdpa attention",
+            registered["sdpa"] is ours,
+            lambda: AttentionInterface.register("sdpa", original),
+        )
+    )
 
 
 def _uninstall() -> None:
     while _undo:
         _undo.pop()()
+
+
+def _restore(what: str, is_ours: bool, restore: Callable[[], None]) -> None:
+    if is_ours:
+        restore()
+    else:
+        # Somebody patched over us, and may call what it found, which is inert from now on.
+        logger.warning("%s was replaced while patched, and is left as it is", what)
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
@@ -248,8 +263,15 @@ def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
         # A private hook that this transformers does without: what it serves is an optimisation.
         logger.warning("transformers has no %s.%s: paging works without it", owner.__name__, name)
         return
-    setattr(owner, name, wrap(original))
-    _undo.append(lambda: setattr(owner, name, original))
+    ours = wrap(original)
+    setattr(owner, name, ours)
+    _undo.append(
+        lambda: _restore(
+            f"{owner.__name__}.{name}",
+            getattr(owner, name) is ours,
+            lambda: setattr(owner, name, original),
+        )
+    )
 
 
 def _paging_init(original: Callable[..., None]) -> Callable[..., None]:

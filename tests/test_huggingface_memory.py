@@ -1,0 +1,480 @@
+"""What paging is for: little waste, shared prompts, prefixes kept, a bound that holds."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import tiny_models  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+
+import kvpager  # noqa: E402
+
+BLOCK = 16
+
+
+@functools.cache
+def llama() -> PreTrainedModel:
+    return tiny_models.tiny_model("llama")
+
+
+@functools.cache
+def long_prompt() -> torch.Tensor:
+    return tiny_models.prompts([1000], seed=4)["input_ids"]
+
+
+def generate(model: PreTrainedModel, inputs: Any, **options: Any) -> Any:
+    if isinstance(inputs, torch.Tensor):
+        inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, **options}
+    return model.generate(**inputs, return_dict_in_generate=True, **options)
+
+
+def tokens(model: PreTrainedModel, inputs: Any, **options: Any) -> torch.Tensor:
+    result: torch.Tensor = generate(model, inputs, **options).sequences
+    return result
+
+
+class Prefilled:
+    """Counts the prompt columns that a model really computes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.columns: list[int] = []
+        embeddings = model.get_input_embeddings()
+        self.hook = embeddings.register_forward_hook(
+            lambda _module, inputs, _output: self.columns.append(inputs[0].shape[1])
+        )
+
+    def __enter__(self) -> Prefilled:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.hook.remove()
+
+
+# ---------------------------------------------------------------- waste and sharing
+
+
+def test_only_the_open_tail_blocks_are_wasted() -> None:
+    lengths = [5, 100, 33, 64, 250]
+    with kvpager.patch(llama()) as patch:
+        output = generate(llama(), tiny_models.prompts(lengths))
+        stats = patch.stats()
+        block_bytes = stats.held_bytes // stats.num_held_blocks
+        assert stats.held_bytes - stats.used_bytes < len(lengths) * block_bytes
+        per_row = [-(-(length + 7) // BLOCK) for length in lengths]
+        assert stats.num_held_blocks == sum(per_row)
+        del output
+
+
+def test_layers_with_a_window_give_back_what_slid_out_of_it() -> None:
+    model = tiny_models.tiny_model("mistral")
+    with kvpager.patch(model, block_size=4) as patch:
+        output = generate(model, tiny_models.prompts([50]), max_new_tokens=40)
+        assert patch.stats().num_held_blocks <= 4
+        del output
+
+
+def test_four_beams_share_their_prompt() -> None:
+    def peak_and_held(**options: Any) -> tuple[int, int]:
+        with kvpager.patch(llama()) as patch:
+            output = generate(llama(), long_prompt(), **options)
+            stats = patch.stats()
+            del output
+            return stats.peak_held_bytes, stats.num_held_blocks
+
+    one_peak, one_held = peak_and_held()
+    peak, held = peak_and_held(num_beams=4)
+    assert held < 1.2 * one_held
+    assert peak < 1.2 * one_peak
+
+
+@pytest.mark.parametrize("chunk", [None, 100])
+@pytest.mark.parametrize("mode", [{"num_beams": 4}, {"do_sample": True, "num_return_sequences": 4}])
+def test_repeated_prompts_are_computed_once(mode: dict[str, Any], chunk: int | None) -> None:
+    options = {**mode, "prefill_chunk_size": chunk}
+    torch.manual_seed(3)
+    plain = tokens(llama(), long_prompt(), **options)
+    rows = []
+    hook = (
+        llama()
+        .model.layers[0]
+        .register_forward_pre_hook(lambda _module, inputs: rows.append(inputs[0].shape[:2]))
+    )
+    torch.manual_seed(3)
+    with kvpager.patch(llama()):
+        paged = tokens(llama(), long_prompt(), **options)
+    hook.remove()
+    assert torch.equal(paged, plain)
+    assert {shape[0] for shape in rows if shape[1] > 1} == {1}
+
+
+def test_dropping_the_cache_frees_its_blocks_and_the_pools() -> None:
+    with kvpager.patch(llama()) as patch:
+        output = generate(llama(), long_prompt())
+        assert patch.stats().reserved_bytes > 0
+        del output
+        gc.collect()
+        stats = patch.stats()
+        assert (stats.num_held_blocks, stats.num_sequences) == (0, 0)
+        assert stats.reserved_bytes == 0
+
+
+def test_no_garbage_collection_is_needed_to_free_a_cache() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with kvpager.patch(llama()) as patch:
+            cache = generate(llama(), tiny_models.prompts([20])).past_key_values
+            del cache
+            assert patch.stats().reserved_bytes == 0
+            cache = kvpager.PagedCache()
+            memory = cache.memory
+            cache.update(*torch.zeros(2, 1, 2, 9, 4), 0)
+            del cache
+            assert memory.reserved_bytes == 0
+    finally:
+        gc.enable()
+
+
+# ---------------------------------------------------------------- prefixes between calls
+
+
+def test_a_second_call_computes_only_what_is_new() -> None:
+    first = torch.cat([long_prompt(), torch.tensor([[5, 6, 7]])], dim=1)
+    second = torch.cat([long_prompt(), torch.tensor([[8, 9, 10, 11]])], dim=1)
+    plain = [tokens(llama(), ids) for ids in (first, second)]
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        assert torch.equal(tokens(llama(), first), plain[0])
+        before = patch.stats()
+        with Prefilled(llama()) as computed:
+            output = generate(llama(), second)
+        assert torch.equal(output.sequences, plain[1])
+        assert max(computed.columns) <= BLOCK + 4
+        after = patch.stats()
+        # 1,003 of 1,004 prompt tokens and 7 new ones; 62 full blocks were there.
+        assert after.num_held_blocks - after.num_shared_blocks <= 64
+        assert after.num_held_blocks + after.num_cached_blocks <= before.num_cached_blocks + 2
+        assert after.prefix_hit_tokens - before.prefix_hit_tokens >= 992
+        assert torch.equal(tokens(llama(), second, num_beams=3), _beams(second))
+
+
+def _beams(ids: torch.Tensor) -> torch.Tensor:
+    # Undone patches leave no trace, so this may be asked for while one is active elsewhere.
+    plain = copy.deepcopy(llama())
+    return tokens(plain, ids, num_beams=3)
+
+
+def test_the_same_prompt_again_computes_one_token() -> None:
+    plain = tokens(llama(), long_prompt())
+    with kvpager.patch(llama(), prefix_cache=True):
+        for wanted in (1000, BLOCK):
+            with Prefilled(llama()) as computed:
+                assert torch.equal(tokens(llama(), long_prompt()), plain)
+            assert max(computed.columns) <= wanted
+
+
+def test_a_shorter_prompt_may_use_part_of_a_longer_one() -> None:
+    plain = tokens(llama(), long_prompt()[:, :500])
+    with kvpager.patch(llama(), prefix_cache=True):
+        generate(llama(), long_prompt())
+        with Prefilled(llama()) as computed:
+            assert torch.equal(tokens(llama(), long_prompt()[:, :500]), plain)
+        assert max(computed.columns) <= BLOCK
+
+
+@pytest.mark.parametrize("lengths", [[60, 60], [60, 40], [33, 60], [80, 33, 50]], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_reuse_is_right_whatever_the_left_padding(lengths: list[int], mode: dict[str, Any]) -> None:
+    shared = tiny_models.prompts([30], seed=8)["input_ids"][0]
+    inputs = tiny_models.prompts(lengths)
+    for row, length in enumerate(lengths):
+        start = max(lengths) - length
+        inputs["input_ids"][row, start : start + 30] = shared
+    single = {"input_ids": inputs["input_ids"][:1, max(lengths) - lengths[0] :]}
+    single["attention_mask"] = torch.ones_like(single["input_ids"])
+    plain = [tokens(llama(), batch, **mode) for batch in (single, inputs)]
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        for _ in range(2):
+            assert torch.equal(tokens(llama(), single, **mode), plain[0])
+            assert torch.equal(tokens(llama(), inputs, **mode), plain[1])
+        assert patch.stats().prefix_hit_tokens > 0
+        for pool in patch.memory.pools():
+            pool.manager.check()
+
+
+def test_random_calls_with_shared_prefixes_give_the_same_tokens() -> None:
+    generator = torch.Generator().manual_seed(1)
+    reference = copy.deepcopy(llama())
+    with kvpager.patch(llama(), prefix_cache=True, block_size=4) as patch:
+        for _ in range(12):
+            lengths = torch.randint(5, 60, (3,), generator=generator).tolist()
+            inputs = tiny_models.prompts(lengths)
+            for row, length in enumerate(lengths):
+                ids = long_prompt()[0, :length].clone()
+                change = int(torch.randint(0, length, (1,), generator=generator))
+                ids[change:] = torch.randint(3, 6, (length - change,), generator=generator)
+                inputs["input_ids"][row, max(lengths) - length :] = ids
+            options: dict[str, Any] = {"num_beams": 1 + len(lengths) * (lengths[0] % 2)}
+            assert torch.equal(
+                tokens(llama(), inputs, **options), tokens(reference, inputs, **options)
+            )
+            for pool in patch.memory.pools():
+                pool.manager.check()
+        assert patch.stats().prefix_hit_tokens > 0
+
+
+def test_text_that_was_generated_is_not_taken_for_a_prompt() -> None:
+    plain = tokens(llama(), long_prompt()[:, :40])
+    with kvpager.patch(llama(), prefix_cache=True):
+        output = generate(llama(), long_prompt()[:, :40])
+        assert torch.equal(output.sequences, plain)
+        cache = output.past_key_values
+        cache.crop(-20)
+        cache.update(*torch.full((2, 1, 2, 20, 16), 9.0), 0)
+        cache.update(*torch.full((2, 1, 2, 20, 16), 9.0), 1)
+        assert torch.equal(tokens(llama(), long_prompt()[:, :40]), plain)
+
+
+def test_namespaces_share_nothing() -> None:
+    with kvpager.patch(llama(), prefix_cache=True, namespace="acme") as outer:
+        generate(llama(), long_prompt())
+        with kvpager.patch(llama(), prefix_cache=True, namespace="umbrella") as inner:
+            with Prefilled(llama()) as computed:
+                generate(llama(), long_prompt())
+            assert max(computed.columns) == 1000
+            assert inner.stats().prefix_hit_tokens == 0
+        assert outer.stats().prefix_hit_tokens == 0
+
+
+def test_models_of_one_shape_share_nothing() -> None:
+    other = tiny_models.tiny_model("llama", seed=5)
+    plain = tokens(other, long_prompt())
+    with kvpager.patch(prefix_cache=True) as patch:
+        generate(llama(), long_prompt())
+        assert torch.equal(tokens(other, long_prompt()), plain)
+        assert patch.stats().prefix_hit_tokens == 0
+
+
+def _scale_in_place(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(0.5)
+
+
+def _scale_data(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.k_proj.weight.data.mul_(0.5)
+
+
+def _replace(model: PreTrainedModel) -> None:
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    model.model.layers[0].self_attn.v_proj.weight = torch.nn.Parameter(weight.detach() * 0.5)
+
+
+def _load(model: PreTrainedModel) -> None:
+    model.load_state_dict(tiny_models.tiny_model("llama", seed=5).state_dict())
+
+
+def _load_assign(model: PreTrainedModel) -> None:
+    model.load_state_dict(tiny_models.tiny_model("llama", seed=5).state_dict(), assign=True)
+
+
+def _optimise(model: PreTrainedModel) -> None:
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    ids = long_prompt()[:, :20]
+    model(ids, labels=ids).loss.backward()
+    optimiser.step()
+
+
+def _cast(model: PreTrainedModel) -> None:
+    model.to(torch.bfloat16)
+
+
+def _there_and_back(model: PreTrainedModel) -> None:
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+def _rope(model: PreTrainedModel) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _scale_in_place,
+        _scale_data,
+        _replace,
+        _load,
+        _load_assign,
+        _optimise,
+        _cast,
+        _there_and_back,
+        _rope,
+    ],
+)
+def test_changed_weights_never_reuse_what_the_old_ones_wrote(change: Any) -> None:
+    model = tiny_models.tiny_model("llama")
+    ids = long_prompt()[:, :100]
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        generate(model, ids)
+        change(model)
+        assert patch.stats().prefix_hit_tokens == 0
+        paged = tokens(model, ids)
+        assert patch.stats().prefix_hit_tokens == 0
+    assert torch.equal(paged, tokens(model, ids))
+
+
+def test_custom_position_ids_are_not_reused() -> None:
+    ids = long_prompt()[:, :60]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    moved = {**inputs, "position_ids": torch.arange(60)[None] * 2}
+    plain = [tokens(llama(), batch) for batch in (inputs, moved)]
+    for order in ((0, 1, 0), (1, 0, 1)):
+        with kvpager.patch(llama(), prefix_cache=True):
+            for number in order:
+                assert torch.equal(tokens(llama(), (inputs, moved)[number]), plain[number])
+
+
+def test_models_with_windows_are_right_with_a_prefix_cache() -> None:
+    for name in ("mistral", "gemma3", "qwen3_next", "gpt2"):
+        model = tiny_models.tiny_model(name)
+        inputs = tiny_models.prompts([60, 33])
+        plain = tokens(model, inputs)
+        with kvpager.patch(model, prefix_cache=True):
+            for _ in range(2):
+                assert torch.equal(tokens(model, inputs), plain)
+
+
+def test_clear_gives_cached_prefixes_up() -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        generate(llama(), long_prompt())
+        assert patch.stats().cached_bytes > 0
+        patch.clear()
+        gc.collect()
+        assert (patch.stats().cached_bytes, patch.stats().reserved_bytes) == (0, 0)
+        generate(llama(), long_prompt())
+
+
+def test_a_live_cache_survives_clear() -> None:
+    ids = long_prompt()[:, :60]
+    plain = tokens(llama(), ids, max_new_tokens=16)
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        first = generate(llama(), ids)
+        patch.clear()
+        generate(llama(), tiny_models.prompts([70], seed=9))
+        second = generate(llama(), first.sequences, past_key_values=first.past_key_values)
+        assert torch.equal(second.sequences, plain)
+
+
+# ---------------------------------------------------------------- the bound
+
+
+@functools.cache
+def _block_bytes() -> int:
+    with kvpager.patch(llama()) as patch:
+        output = generate(llama(), tiny_models.prompts([20]))
+        stats = patch.stats()
+        del output
+    return stats.held_bytes // stats.num_held_blocks
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("prefix_cache", [False, True], ids=["no prefixes", "prefix cache"])
+def test_what_fits_the_bound_gives_the_same_tokens(
+    prefix_cache: bool, mode: dict[str, Any]
+) -> None:
+    ids = long_prompt()[:, :100]
+    plain = tokens(llama(), ids, **mode)
+    memory = 16 * _block_bytes()
+    with kvpager.patch(llama(), memory=memory, prefix_cache=prefix_cache) as patch:
+        for _ in range(3):
+            assert torch.equal(tokens(llama(), ids, **mode), plain)
+        assert patch.stats().reserved_bytes <= memory
+
+
+def test_a_prompt_that_just_fits_is_served() -> None:
+    ids = long_prompt()[:, :100]  # 100 + 7 tokens: 7 blocks
+    with kvpager.patch(llama(), memory=7 * _block_bytes()):
+        tokens(llama(), ids)
+
+
+def test_cached_prefixes_are_given_up_first() -> None:
+    batches = [tiny_models.prompts([100], seed=seed) for seed in range(6)]
+    plain = [tokens(llama(), batch) for batch in batches]
+    memory = 16 * _block_bytes()
+    with kvpager.patch(llama(), memory=memory, prefix_cache=True) as patch:
+        for _ in range(2):
+            for batch, expected in zip(batches, plain, strict=True):
+                assert torch.equal(tokens(llama(), batch), expected)
+                assert patch.stats().reserved_bytes <= memory
+        assert patch.stats().evicted_blocks > 0
+        for pool in patch.memory.pools():
+            pool.manager.check()
+
+
+def test_another_models_cached_prefixes_are_given_up_too() -> None:
+    other = tiny_models.tiny_model("gpt2")
+    with kvpager.patch(memory=10 * _block_bytes(), prefix_cache=True):
+        for _ in range(2):
+            tokens(llama(), long_prompt()[:, :100])
+            tokens(other, long_prompt()[:, :30])
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prefill_chunk_size": 16}], ids=str)
+@pytest.mark.parametrize("prefix_cache", [False, True], ids=["no prefixes", "prefix cache"])
+def test_what_does_not_fit_says_so_and_leaves_the_pool_usable(
+    prefix_cache: bool, mode: dict[str, Any]
+) -> None:
+    short = long_prompt()[:, :50]
+    plain = tokens(llama(), short)
+    with kvpager.patch(llama(), memory=8 * _block_bytes(), prefix_cache=prefix_cache) as patch:
+        for _ in range(2):
+            with pytest.raises(kvpager.OutOfBlocks, match=r"need \d+ .* free, .* of \d+; .*memory"):
+                generate(llama(), long_prompt(), **mode)
+            gc.collect()
+            assert patch.stats().num_held_blocks == 0
+            assert torch.equal(tokens(llama(), short), plain)
+        for pool in patch.memory.pools():
+            pool.manager.check()
+
+
+def test_running_out_while_decoding_leaves_the_pool_usable() -> None:
+    ids = long_prompt()[:, :100]
+    plain = tokens(llama(), ids)
+    with kvpager.patch(llama(), memory=8 * _block_bytes()) as patch:
+        with pytest.raises(kvpager.OutOfBlocks):
+            generate(llama(), ids, max_new_tokens=40)
+        gc.collect()
+        assert patch.stats().num_held_blocks == 0
+        assert torch.equal(tokens(llama(), ids), plain)
+
+
+def test_a_cache_that_could_not_grow_keeps_what_it_held() -> None:
+    cache = kvpager.PagedCache(llama().config, memory=8 * _block_bytes())
+    ids = long_prompt()[:, :200]
+    with torch.no_grad():
+        llama()(ids[:, :100], past_key_values=cache)
+        before = [torch.clone(layer.keys) for layer in cache.layers]
+        with pytest.raises(kvpager.OutOfBlocks):
+            llama()(ids[:, 100:], past_key_values=cache)
+        assert cache.get_seq_length() == 100
+        assert all(
+            torch.equal(torch.clone(a.keys), b) for a, b in zip(cache.layers, before, strict=True)
+        )
+        paged = llama()(ids[:, 100:120], past_key_values=cache).logits
+        plain = llama()(ids[:, :120]).logits[:, 100:]
+    torch.testing.assert_close(paged, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_a_bound_below_one_block_is_out_of_blocks_too() -> None:
+    with (
+        kvpager.patch(llama(), memory=8),
+        pytest.raises(kvpager.OutOfBlocks, match="memory above 8"),
+    ):
+        tokens(llama(), tiny_models.prompts([5]))
