@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 import kvpager
 from kvpager.commands import app
 from kvpager.demo import measuring, report, session
-from kvpager.demo.measuring import BlockState, HeldRow
+from kvpager.demo.measuring import HeldRow
 from kvpager.environment import is_inside
+from kvpager.stats import BlockState
 from kvpager.testing import tiny_llama_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,7 +219,7 @@ def test_shared_tokens_count_once() -> None:
 def test_block_map_is_bounded() -> None:
     import numpy as np
 
-    states = np.array([BlockState.SHARED] * 60 + [BlockState.FREE] * 41, np.int8)
+    states = np.array([BlockState.SHARED] * 60 + [BlockState.FREE] * 41, np.uint8)
     cells, blocks_per_cell = report.summarise(states, 20)
     assert blocks_per_cell == 6
     assert cells.tolist() == [BlockState.SHARED] * 10 + [BlockState.FREE] * 7
