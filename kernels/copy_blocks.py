@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvpager.kernels.arguments import require_device, require_dims, require_integers
 from kvpager.kernels.backends import select
 
 
+@torch.no_grad()
 def copy_blocks(storage: Tensor, copies: Tensor) -> None:
     """Copy block to block for every pair (source, destination). O(pairs * block bytes).
 

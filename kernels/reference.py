@@ -240,7 +240,9 @@ def _attend(tile: _Tile, cells: _Cells, query: Tensor) -> Tensor:
     total = torch.zeros_like(highest)
     summed = scaled.new_zeros(R, K, H // K * Q, Dv)
     if tile.sinks is not None:
-        highest = highest.copy_(tile.sinks.view(K, H // K, 1))
+        # A sink of -inf is none; as a maximum it would make NaNs.
+        sinks = tile.sinks.to(dtype).clamp(min=torch.finfo(dtype).min)
+        highest = highest.copy_(sinks.view(K, H // K, 1))
         total.fill_(1)
     for rows, part, start, stop, masked in _tiles(tile, cells):
         state = (highest, total, summed)

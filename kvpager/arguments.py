@@ -13,6 +13,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 _INT32 = np.iinfo(np.int32)
+COUNT_MAX = int(_INT32.max)  # blocks of a pool and tokens of a sequence are numbered in int32
 
 
 def is_int(value: Any) -> bool:
@@ -20,12 +21,14 @@ def is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def count(name: str, value: int, *, at_least: int = 0) -> int:
-    """`value` as an int of at least `at_least`."""
+def count(name: str, value: int, *, at_least: int = 0, at_most: int = COUNT_MAX) -> int:
+    """`value` as a plain int within bounds; NumPy's own wrap around in arithmetic."""
     if not is_int(value):
         raise TypeError(f"{name} {value!r}: expected an int, got {type(value).__name__}")
     if value < at_least:
         raise ValueError(f"{name} {value}: expected at least {at_least}")
+    if value > at_most:
+        raise ValueError(f"{name} {value}: expected at most {at_most}")
     return int(value)
 
 
@@ -52,8 +55,8 @@ def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:
         raise ValueError(f"{name} {value!r}: expected one int, or one for each of {num_sequences}")
     if numbers.size and numbers.dtype.kind not in "iu":
         raise TypeError(f"{name} {value!r}: expected ints, got {numbers.dtype}")
-    if numbers.size and numbers.min() < 0:
-        raise ValueError(f"{name} {value!r}: expected at least 0")
+    if numbers.size and (numbers.min() < 0 or numbers.max() > COUNT_MAX):
+        raise ValueError(f"{name} {value!r}: expected 0 to {COUNT_MAX} each")
     return np.broadcast_to(numbers.astype(np.int64), (num_sequences,))
 
 
@@ -88,27 +91,31 @@ def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
 
 
 def new_tokens(
-    target: Any, num_sequences: int, tokens: Any, new_counts: ArrayLike | None
+    num_sequences: int | None, tokens: Any, new_counts: ArrayLike | None
 ) -> tuple[list[Int32], Int64]:
-    """The ids to append to each sequence (none where unknown), and how many tokens each gets."""
+    """The ids to append to each sequence (none where unknown), and how many tokens each gets.
+
+    `num_sequences` is None where a single handle was named, whose ids stand in one plain list.
+    """
+    is_single, num_sequences = num_sequences is None, num_sequences or int(num_sequences is None)
     if new_counts is not None:
         if not (is_int(tokens) and tokens == 1):
             raise ValueError("give either tokens or counts, not both")
         return [], counts("counts", new_counts, num_sequences)
     if is_int(tokens):
         return [], np.full(num_sequences, count("tokens", tokens), np.int64)
-    ids = _ids_by_sequence(target, num_sequences, tokens)
+    ids = [token_ids(_listed(tokens))] if is_single else _ids_each(num_sequences, tokens)
     return ids, np.array([len(row) for row in ids], np.int64)
 
 
-def _ids_by_sequence(target: Any, num_sequences: int, tokens: Any) -> list[Int32]:
-    from kvpager.sequences import Sequence
-
+def _listed(tokens: Any) -> Any:
     if isinstance(tokens, bool | float | str | bytes) or not isinstance(tokens, Iterable):
         raise TypeError(f"tokens {tokens!r}: expected a count or token ids")
-    if isinstance(target, Sequence):
-        return [token_ids(tokens)]  # type: ignore[arg-type]
-    rows = list(tokens)
+    return tokens if hasattr(tokens, "__len__") else list(tokens)
+
+
+def _ids_each(num_sequences: int, tokens: Any) -> list[Int32]:
+    rows = list(_listed(tokens))
     if len(rows) != num_sequences:
         raise ValueError(
             f"token ids for {len(rows)} sequences, but {num_sequences} were named; "

@@ -19,7 +19,7 @@ class KVPagerError(Exception):
 class OutOfBlocks(KVPagerError):
     """A tier cannot give the blocks an operation needs. Nothing has changed.
 
-    Attributes: `need`, `free`, `evictable` and `total`, in blocks, and the `tier`.
+    Attributes: `need`, `free`, `evictable` and `total`, in blocks; `tier` and `advice`.
     """
 
     def __init__(
@@ -40,6 +40,12 @@ class OutOfBlocks(KVPagerError):
         self.evictable = evictable
         self.total = total
         self.tier = tier
+        self.advice = advice
+
+    def __reduce__(self) -> tuple[type[OutOfBlocks], tuple[object, ...]]:
+        # Exceptions are rebuilt from their message, which is not what this one is made from.
+        made_from = (self.need, self.free, self.evictable, self.total, self.tier, self.advice)
+        return type(self), made_from
 
 
 class StaleSequence(KVPagerError):

@@ -32,6 +32,7 @@ from kvpager.stats import BlockState, Stats
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Target = Sequence | Batch | Iterable[Sequence]
+NO_BLOCKS: Int32 = np.empty(0, np.int32)
 
 
 class BlockManager:
@@ -100,20 +101,14 @@ class BlockManager:
         with self._lock:
             content = Content(namespace)
             if ids is None:
-                return self._begin(content, length, np.empty(0, np.int32), NO_COPIES, 0)
+                return self._begin(content, length, NO_BLOCKS, [], 0)
             match = self._index.match(namespace, ids[: max(length - 1, 0)])
             shared = np.array(match.blocks, np.int32)
             num_cached = len(shared) * self.block_size + match.num_partial
-            # The block to copy from must not be evicted to make room for its own copy.
+            # Copies come before all writes, so the block to copy from may be evicted meanwhile,
+            # and even be handed to this very sequence.
             source = [match.partial_block] if match.num_partial else []
-            kept = np.array(match.blocks + source, np.int32)
-            self._pool.share(kept)
-            try:
-                sequence = self._begin(content, length, shared, source, num_cached)
-            except OutOfBlocks:
-                self._release(kept)
-                raise
-            self._release(kept[len(shared) :])
+            sequence = self._begin(content, length, shared, source, num_cached)
             content.extend(ids)
             content.node = match.node if shared.size else None
             self._totals["queried"] += length
@@ -125,20 +120,23 @@ class BlockManager:
         content: Content,
         length: int,
         shared: Int32,
-        copy_from: Iterable[int],
+        copy_from: list[int],
         num_cached: int,
     ) -> Sequence:
         num_blocks = -(-length // self.block_size)
-        fresh = self._take(num_blocks - len(shared))
+        self._require(num_blocks - len(shared), reviving=shared)
         rows = self._rows
-        row = rows.add(content)
         rows.widen(num_blocks)
+        row = rows.add(content)
+        self._pool.share(shared)
+        fresh = self._take(num_blocks - len(shared))
         rows.tables[row, : len(shared)] = shared
         rows.tables[row, len(shared) : num_blocks] = fresh
         rows.num_blocks[row] = num_blocks
         rows.lengths[row] = length
         rows.committed[row] = num_cached
-        copies = np.array([(block, fresh[0]) for block in copy_from], np.int32).reshape(-1, 2)
+        pairs = [(block, fresh[0]) for block in copy_from if block != fresh[0]]
+        copies = np.array(pairs, np.int32).reshape(-1, 2)
         self._totals["copied"] += len(copies)
         return Sequence(self, row, int(rows.generations[row]), num_cached, copies)
 
@@ -149,19 +147,19 @@ class BlockManager:
     def fork(self, sequence: Sequence, count: int | None = None) -> Sequence | list[Sequence]:
         """A second sequence - with `count`, a list of so many - that shares every block.
 
-        No data moves; whoever first writes into a shared block gets a copy of it. O(blocks) each.
+        No data moves; whoever first writes into a shared block gets a copy of it. O(tokens) each.
         Raises: `StaleSequence`, `SequenceSwapped`.
         """
         times = 1 if count is None else arguments.count("count", count)
         with self._lock:
-            row = int(self._resident(sequence).rows[0])
-            self._pool.share(self._rows.device_blocks(row), times)
-            children = [self._fork_row(row) for _ in range(times)]
+            parent = self._resident_row(sequence)
+            children = [self._fork_row(parent) for _ in range(times)]
         return children[0] if count is None else children
 
     def _fork_row(self, parent: int) -> Sequence:
         rows = self._rows
         row = rows.add(rows.content(parent).copy())
+        self._pool.share(rows.device_blocks(parent))
         num_blocks = rows.num_blocks[parent]
         rows.tables[row, :num_blocks] = rows.tables[parent, :num_blocks]
         for column in (rows.num_blocks, rows.first_blocks, rows.lengths, rows.committed):
@@ -174,8 +172,9 @@ class BlockManager:
         Committed full blocks of known tokens stay cached until their room is needed.
         Raises: `StaleSequence` for a handle that was freed already or is not of this manager.
         """
+        named = _listed(sequences)
         with self._lock:
-            for row in self._resolve(sequences).rows.tolist():
+            for row in self._resolve(named).rows.tolist():
                 self._release(self._rows.device_blocks(row))
                 self._release_host(row)
                 self._rows.drop(row)
@@ -202,17 +201,22 @@ class BlockManager:
 
         Raises: `OutOfBlocks`, `StaleSequence`, `SequenceSwapped`, `ValueError`, `TypeError`.
         """
+        named = _listed(sequences)
+        # Before the lock: whatever the caller's iterables do, they do it now.
+        num_named = None if isinstance(named, Sequence) else len(named)
+        ids, num_new = arguments.new_tokens(num_named, tokens, counts)
         with self._lock:
-            batch = self._resident(sequences)
-            ids, num_new = arguments.new_tokens(sequences, len(batch), tokens, counts)
-            rows, table = batch.rows, self._rows
+            rows, table = self._resident(named).rows, self._rows
             lengths = table.lengths[rows]
+            longest = int((lengths + num_new).max(initial=0))
+            arguments.count("tokens of a sequence", longest)
             ends = -(-(lengths + num_new) // self.block_size)
             num_fresh = ends - table.num_blocks[rows]
             writers, tails = self._shared_tails(rows, lengths, num_new)
+            self._require(len(writers) + int(num_fresh.sum()))
+            table.widen(int(ends.max(initial=0)))
             taken = self._take(len(writers) + int(num_fresh.sum()))
 
-            table.widen(int(ends.max(initial=0)))
             copies = np.stack([tails, taken[: len(writers)]], axis=1)
             table.tables[rows[writers], lengths[writers] // self.block_size] = copies[:, 1]
             for tail in tails:  # one by one: several writers may leave the same block
@@ -250,11 +254,12 @@ class BlockManager:
         Full blocks of known tokens become reusable. O(blocks that became full).
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for more tokens than there are.
         """
+        named = _listed(sequences)
+        length = None if length is None else arguments.count("length", length)
         with self._lock:
-            batch = self._resident(sequences)
+            batch = self._resident(named)
             lengths = self._rows.lengths[batch.rows]
             if length is not None:
-                arguments.count("length", length)
                 arguments.within("length", length, lengths)
                 lengths = np.full_like(lengths, length)
             committed = np.maximum(self._rows.committed[batch.rows], lengths)
@@ -265,9 +270,10 @@ class BlockManager:
     def _publish(self, row: int, num_committed: int) -> None:
         content = self._rows.content(row)
         end = min(num_committed, content.known) // self.block_size
-        if not content.publishable or content.num_published >= end:
+        is_attached = content.node is not None and content.node.attached
+        if not content.publishable or (content.num_published >= end and is_attached) or not end:
             return
-        if content.node is None or not content.node.attached:
+        if content.node is None or not is_attached:
             # Where a twin's block was published in place of ours and is evicted by now, the
             # chain is broken: begin again from the front, with our own blocks.
             content.node = self._index.root(content.namespace)
@@ -285,11 +291,10 @@ class BlockManager:
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` where `length` is more than there
         is, or reaches before a window's first kept token.
         """
-        arguments.count("length", length)
+        length = arguments.count("length", length)
         with self._lock:
-            batch = self._resident(sequence)
-            arguments.within("length", length, self._rows.lengths[batch.rows])
-            row, rows = int(batch.rows[0]), self._rows
+            row, rows = self._resident_row(sequence), self._rows
+            arguments.within("length", length, rows.lengths[[row]])
             first = int(rows.first_blocks[row])
             keep = -(-length // self.block_size)
             if length < first * self.block_size:
@@ -312,8 +317,9 @@ class BlockManager:
         sequence is not offered for prefix reuse from then on.
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for a start beyond the end.
         """
+        named = _listed(sequences)
         with self._lock:
-            batch = self._resident(sequences)
+            batch = self._resident(named)
             starts = arguments.counts("start", start, len(batch))
             arguments.within("start", starts, self._rows.lengths[batch.rows])
             rows = self._rows
@@ -331,16 +337,17 @@ class BlockManager:
     def swap(self, sequences: Target, to: Tier) -> Plan:
         """Move blocks to the `"host"` tier, or back to the `"device"`. O(blocks).
 
-        Only blocks that nobody else holds move; shared ones stay where they are still needed and
-        keep counting as held. A sequence on the host can be swapped back or freed, nothing else.
-        A second swap to the same tier moves nothing.
+        Only blocks that one sequence alone holds move; shared ones stay, and keep counting as
+        held, also when all their holders are swapped. A sequence on the host can be swapped back
+        or freed, nothing else. A second swap to the same tier moves nothing.
 
         Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `ValueError`.
         """
-        if to not in ("device", "host"):
+        if not isinstance(to, str) or to not in ("device", "host"):
             raise ValueError(f'swap to {to!r}: expected "device" or "host"')
+        named = _listed(sequences)
         with self._lock:
-            rows = self._resolve(sequences).rows.tolist()
+            rows = self._resolve(named).rows.tolist()
             if to == "host":
                 return self._swap_out([row for row in rows if row not in self._rows.host_blocks])
             return self._swap_in([row for row in rows if row in self._rows.host_blocks])
@@ -370,6 +377,7 @@ class BlockManager:
 
     def _swap_in(self, rows: list[int]) -> Plan:
         away = [np.flatnonzero(self._rows.host_blocks[row] >= 0) for row in rows]
+        self._require(sum(map(len, away)))
         device = self._take(sum(map(len, away)))
         copies, start = [NO_COPIES], 0
         for row, columns in zip(rows, away, strict=True):
@@ -388,8 +396,8 @@ class BlockManager:
         Raises: `ValueError` where that is less than there are.
         """
         with self._lock:
-            arguments.count("num_blocks", num_blocks, at_least=self._pool.num_blocks)
-            self._pool.grow(num_blocks)
+            least = self._pool.num_blocks
+            self._pool.grow(arguments.count("num_blocks", num_blocks, at_least=least))
 
     def drop_cached(self) -> int:
         """Evict all that only the prefix index keeps; how many blocks that freed. O(cached)."""
@@ -405,25 +413,26 @@ class BlockManager:
 
         Raises: `StaleSequence`, `ValueError` where a sequence stands twice.
         """
+        named = _listed(sequences)
         with self._lock:
-            return self._resolve(sequences)
+            return self._resolve(named)
 
     def owns(self, sequence: Sequence) -> bool:
         """Whether the handle is of this manager and not freed. O(1)."""
-        return (
-            sequence._manager is self
-            and self._rows.generations[sequence._row] == sequence._generation
+        return sequence._manager is self and bool(
+            self._rows.generations[sequence._row] == sequence._generation
         )
 
     def length(self, sequence: Sequence) -> int:
         """Tokens in the sequence. O(1). Raises `StaleSequence`."""
         with self._lock:
-            return int(self._rows.lengths[self._resolve(sequence).rows[0]])
+            return int(self._rows.lengths[self._row(sequence)])
 
     def lengths(self, sequences: Target) -> Int64:
         """Tokens in each sequence, int64 [n]. O(n). Raises `StaleSequence`."""
+        named = _listed(sequences)
         with self._lock:
-            return self._rows.lengths[self._resolve(sequences).rows]
+            return self._rows.lengths[self._resolve(named).rows]
 
     def block_table(self, sequence: Sequence) -> Int32:
         """The sequence's blocks in logical order, int32 [blocks], a copy; -1: not on the device.
@@ -431,15 +440,16 @@ class BlockManager:
         O(blocks). Raises `StaleSequence`.
         """
         with self._lock:
-            return self._rows.blocks(int(self._resolve(sequence).rows[0])).copy()
+            return self._rows.blocks(self._row(sequence)).copy()
 
     def block_tables(self, sequences: Target) -> Int32:
         """The block tables of several sequences, int32 [n, most blocks], -1 behind the shorter.
 
         O(n * most blocks). Raises `StaleSequence`.
         """
+        named = _listed(sequences)
         with self._lock:
-            rows = self._resolve(sequences).rows
+            rows = self._resolve(named).rows
             width = int(self._rows.num_blocks[rows].max(initial=0))
             return self._rows.tables[rows, :width]
 
@@ -448,15 +458,16 @@ class BlockManager:
 
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for tokens it does not hold.
         """
+        start = arguments.count("start", start)
         with self._lock:
-            rows = self._resident(sequence).rows
-            arguments.count("start", start)
-            end = int(self._rows.lengths[rows[0]]) if stop is None else stop
-            arguments.within("stop", end, self._rows.lengths[rows])
-            first = int(self._rows.first_blocks[rows[0]]) * self.block_size
+            row = self._resident_row(sequence)
+            length = int(self._rows.lengths[row])
+            end = length if stop is None else arguments.count("stop", stop)
+            arguments.within("stop", end, self._rows.lengths[[row]])
+            first = int(self._rows.first_blocks[row]) * self.block_size
             if not first <= start <= end:
                 raise ValueError(f"start {start}: expected {first} <= start <= stop = {end}")
-            return self._slots(rows, np.array([start]), np.array([end - start]))
+            return self._slots(np.array([row]), np.array([start]), np.array([end - start]))
 
     def _slots(self, rows: Int64, starts: Int64, num_tokens: Int64) -> Int64:
         owners = np.repeat(np.arange(len(rows)), num_tokens)
@@ -516,13 +527,14 @@ class BlockManager:
             holders = np.zeros(self._pool.num_blocks, np.int32)
             host_holders = np.zeros(self._host.num_blocks, np.int32)
             for row in self._rows.live_rows():
+                self._check_row(row)
                 blocks = self._rows.device_blocks(row)
                 if len(np.unique(blocks)) != len(blocks):
                     raise BrokenInvariant(f"sequence {row}: a block stands twice in its table")
                 holders[blocks] += 1
                 host = self._rows.host_blocks.get(row, np.empty(0, np.int32))
-                host_holders[host[host >= 0]] += 1
-                self._check_row(row)
+                np.add.at(host_holders, host[host >= 0], 1)
+            self._rows.check()
             self._pool.check("device", holders)
             self._host.check("host", host_holders)
             self._index.check(self._pool.cached, self._pool.refs)
@@ -536,18 +548,34 @@ class BlockManager:
             raise BrokenInvariant(
                 f"sequence {row}: {rows.num_blocks[row]} blocks for {length} tokens"
             )
-        missing = rows.blocks(row) < 0
-        missing[: rows.first_blocks[row]] ^= True
-        away = rows.host_blocks.get(row)
-        if np.any(missing if away is None else missing & (away < 0)):
-            raise BrokenInvariant(f"sequence {row}: a hole in its table")
-        content = rows.content(row)
-        if content.num_published * self.block_size > min(committed, content.known):
+        here = rows.blocks(row) >= 0
+        if np.any(rows.blocks(row) >= self._pool.num_blocks):
+            raise BrokenInvariant(f"sequence {row}: its table names a block that does not exist")
+        away = rows.host_blocks.get(row, np.full(len(here), -1, np.int32)) >= 0
+        expected = np.arange(len(here)) >= rows.first_blocks[row]
+        if len(away) != len(here) or np.any(here & away) or np.any((here | away) != expected):
+            raise BrokenInvariant(f"sequence {row}: a block is missing, or stands in two tiers")
+        self._check_content(row, min(committed, rows.content(row).known))
+
+    def _check_content(self, row: int, num_offered: int) -> None:
+        content = self._rows.content(row)
+        if content.known > self._rows.lengths[row]:
+            raise BrokenInvariant(f"sequence {row}: knows tokens that it does not have")
+        if content.num_published * self.block_size > num_offered:
             raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
+        if content.node is None or not content.node.attached:
+            return
+        namespace, nodes = self._index.path(content.node)
+        known = content.tokens[: content.num_published * self.block_size]
+        offered = [node.tokens for node in nodes]
+        if namespace != content.namespace or (
+            offered and not np.array_equal(np.concatenate(offered), known)
+        ):
+            raise BrokenInvariant(f"sequence {row}: the index offers other tokens than it holds")
 
     # ---------------------------------------------------------------- inside
 
-    def _resolve(self, target: Target) -> Batch:
+    def _resolve(self, target: Sequence | Batch | list[Sequence]) -> Batch:
         """The rows behind one handle, several, or a batch; refuses every stale one."""
         if isinstance(target, Batch):
             if target.manager is not self:
@@ -557,40 +585,59 @@ class BlockManager:
                 row = int(target.rows[stale][0])
                 raise StaleSequence(f"sequence {row} of the batch was freed; make the batch anew")
             return target
-        handles = [target] if isinstance(target, Sequence) else list(target)
-        for handle in handles:
-            if not isinstance(handle, Sequence):
-                raise TypeError(f"expected a Sequence, got {type(handle).__name__}: {handle!r}")
-            if handle._manager is not self:
-                raise StaleSequence(f"{handle!r} belongs to another manager")
-            if not self.owns(handle):
-                raise StaleSequence(f"sequence {handle._row}.{handle._generation} was freed")
-        rows = np.array([handle._row for handle in handles], np.int64)
-        if len(handles) > 1 and len(np.unique(rows)) != len(rows):
+        handles = [target] if isinstance(target, Sequence) else target
+        rows = np.array([self._row(handle) for handle in handles], np.int64)
+        if len(rows) > 1 and len(np.unique(rows)) != len(rows):
             raise ValueError("a sequence stands twice in the batch; name each once")
         return Batch(self, rows, self._rows.generations[rows])
 
-    def _resident(self, target: Target) -> Batch:
+    def _row(self, handle: Sequence) -> int:
+        """The row behind one handle; refuses a stale one."""
+        # No message here takes another manager's lock, as a handle's own repr would.
+        if not isinstance(handle, Sequence):
+            raise TypeError(f"expected a Sequence, got {type(handle).__name__}")
+        if handle._manager is not self:
+            raise StaleSequence(f"{handle.name} belongs to another manager")
+        if not self.owns(handle):
+            raise StaleSequence(f"{handle.name} was freed")
+        return handle._row
+
+    def _resident_row(self, handle: Sequence) -> int:
+        """Like `_row`, and refuses a sequence that is swapped out."""
+        row = self._row(handle)
+        self._refuse_swapped([row])
+        return row
+
+    def _resident(self, target: Sequence | Batch | list[Sequence]) -> Batch:
         """Like `_resolve`, and refuses sequences that are swapped out."""
         batch = self._resolve(target)
-        away = self._rows.host_blocks
-        if away:
-            for row in batch.rows.tolist():
-                if row in away:
-                    raise SequenceSwapped(
-                        f'sequence {row} is on the host; swap(sequence, "device") first'
-                    )
+        self._refuse_swapped(batch.rows.tolist())
         return batch
 
-    def _take(self, count: int) -> Int32:
-        """Take `count` device blocks, evicting cached ones where needed, or raise and keep all."""
+    def _refuse_swapped(self, rows: list[int]) -> None:
+        away = self._rows.host_blocks
+        for row in rows if away else []:
+            if row in away:
+                raise SequenceSwapped(
+                    f'sequence {row} is on the host; swap(sequence, "device") first'
+                )
+
+    def _require(self, count: int, reviving: Int32 = NO_BLOCKS) -> None:
+        """Raise `OutOfBlocks` unless `count` device blocks can be had, without changing anything.
+
+        The cached blocks among `reviving` are about to be held, so they cannot make room.
+        """
         pool = self._pool
-        shortage = count - pool.num_free
-        if shortage > pool.num_cached_only:
-            raise OutOfBlocks(count, pool.num_free, pool.num_cached_only, pool.num_blocks)
+        evictable = pool.num_cached_only - int(np.count_nonzero(pool.refs[reviving] == 0))
+        if count > pool.num_free + evictable:
+            raise OutOfBlocks(count, pool.num_free, evictable, pool.num_blocks)
+
+    def _take(self, count: int) -> Int32:
+        """Take `count` device blocks that `_require` found, evicting cached ones where needed."""
+        shortage = count - self._pool.num_free
         if shortage > 0:
             self._evict(shortage)
-        return pool.take(count)
+        return self._pool.take(count)
 
     def _evict(self, count: int) -> None:
         blocks = self._index.evict(count, self._pool.refs)
@@ -604,6 +651,11 @@ class BlockManager:
         host = self._rows.host_blocks.get(row)
         if host is not None:
             self._host.release(host[host >= 0])
+
+
+def _listed(target: Target) -> Sequence | Batch | list[Sequence]:
+    """The sequences named, once: whatever an iterable does, it does before anything is decided."""
+    return target if isinstance(target, Sequence | Batch) else list(target)
 
 
 def _ranks(counts: Int64) -> Int64:

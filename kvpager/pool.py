@@ -53,10 +53,10 @@ class BlockPool:
     def grow(self, num_blocks: int) -> None:
         """Raise the pool to `num_blocks`. O(num_blocks)."""
         extra = num_blocks - self.num_blocks
-        self.refs = np.concatenate([self.refs, np.zeros(extra, np.int32)])
-        self.cached = np.concatenate([self.cached, np.zeros(extra, np.bool_)])
-        self._stack = np.concatenate([self._stack, np.empty(extra, np.int32)])
-        self.num_blocks = num_blocks
+        refs = np.concatenate([self.refs, np.zeros(extra, np.int32)])
+        cached = np.concatenate([self.cached, np.zeros(extra, np.bool_)])
+        stack = np.concatenate([self._stack, np.empty(extra, np.int32)])
+        self.refs, self.cached, self._stack, self.num_blocks = refs, cached, stack, num_blocks
 
     def take(self, count: int) -> Int32:
         """Hand out `count` blocks, each held once: int32 [count]. O(count).
@@ -109,6 +109,11 @@ class BlockPool:
 
     def check(self, tier: str, holders: Int32) -> None:
         """Raise `BrokenInvariant` unless the books agree with `holders`, tables per block. O(n)."""
+        if not 0 <= self._stack_size <= self._num_used_ever <= self.num_blocks:
+            raise BrokenInvariant(
+                f"{tier} pool: {self._stack_size} free again of {self._num_used_ever} used ever, "
+                f"of {self.num_blocks}"
+            )
         wrong = np.flatnonzero(self.refs != holders)
         if len(wrong):
             block = int(wrong[0])

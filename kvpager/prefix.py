@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,11 @@ from numpy.typing import NDArray
 from kvpager.errors import BrokenInvariant
 
 Int32 = NDArray[np.int32]
+
+# How many blocks are looked at for one that matches in part.
+_PARTIAL_CANDIDATES_MAX = 64
+# Outdated heap entries kept beyond twice the number of nodes.
+_OUTDATED_MAX = 64
 
 
 class Node:
@@ -130,12 +136,24 @@ class PrefixIndex:
             node.last_used = self._clock
             if not node.children:
                 heapq.heappush(self._idle, (self._clock, node))
+        if len(self._idle) > 2 * len(self._node_of) + _OUTDATED_MAX:
+            self._drop_outdated()
+
+    def _drop_outdated(self) -> None:
+        current = {
+            id(node): (last_used, node)
+            for last_used, node in self._idle
+            if node.attached and node.last_used == last_used and not node.children
+        }
+        self._idle = list(current.values())
+        heapq.heapify(self._idle)
 
     def evict(self, count: int, refs: Int32) -> list[int]:
-        """Forget blocks until `count` that no table holds are gone. O(count log n).
+        """Forget blocks until `count` that no table holds are gone. O(count log n) for tips.
 
-        There must be so many. Returns all blocks forgotten: idle tips, and only when there are
-        no more of those, idle blocks together with everything the tree knows after them.
+        There must be so many. Returns all blocks forgotten: idle tips, least recently used first,
+        and only when there are no more of those, idle blocks together with everything the tree
+        knows after them, in no particular order and O(n) each.
         """
         forgotten: list[int] = []
         while count > 0:
@@ -182,7 +200,9 @@ class PrefixIndex:
         if not len(tokens):
             return 0, 0
         best, best_length = 0, 0
-        for child in node.children.get(int(tokens[0]), {}).values():
+        siblings = node.children.get(int(tokens[0]), {})
+        # Of prompts that all begin alike there may be thousands: the latest are the likeliest.
+        for child in islice(reversed(siblings.values()), _PARTIAL_CANDIDATES_MAX):
             length = _common_prefix(child.tokens, tokens)
             if length > best_length:
                 best, best_length = child.block, length
@@ -198,6 +218,14 @@ class PrefixIndex:
             for siblings in node.children.values():
                 stack.extend(siblings.values())
 
+    def path(self, node: Node | Root) -> tuple[str | None, list[Node]]:
+        """The namespace and the nodes from the front of the prefix up to `node`. O(depth)."""
+        nodes: list[Node] = []
+        while isinstance(node, Node):
+            nodes.append(node)
+            node = node.parent
+        return node.namespace, nodes[::-1]
+
     def check(self, cached: NDArray[np.bool_], refs: Int32) -> None:
         """Raise `BrokenInvariant` unless tree, look-up and pool tell the same story. O(n)."""
         nodes = [node for root in self._roots.values() for node in self._subtree(root)]
@@ -209,8 +237,20 @@ class PrefixIndex:
         if set(blocks) != set(np.flatnonzero(cached).tolist()):
             raise BrokenInvariant("prefix index: its blocks are not those the pool marks as cached")
         current = {id(node) for used, node in self._idle if used == node.last_used}
+        for namespace, root in self._roots.items():
+            if root.namespace != namespace or not root.attached or not root.children:
+                raise BrokenInvariant(f"prefix index: the root of {namespace!r} is out of place")
+            self._check_children(root)
         for node in nodes:
             if not node.attached or len(node.tokens) != self.block_size:
                 raise BrokenInvariant(f"prefix index: block {node.block} is not a full block")
+            self._check_children(node)
             if not node.children and not refs[node.block] and id(node) not in current:
                 raise BrokenInvariant(f"prefix index: idle block {node.block} can never be evicted")
+
+    def _check_children(self, parent: Node | Root) -> None:
+        for first, siblings in parent.children.items():
+            for key, node in siblings.items():
+                in_place = node.parent is parent and node.depth == parent.depth + 1
+                if not in_place or node.tokens.tobytes() != key or int(node.tokens[0]) != first:
+                    raise BrokenInvariant(f"prefix index: block {node.block} is out of place")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plan import NO_COPIES
 from kvpager.prefix import Node, Root
 
@@ -58,8 +59,16 @@ class Sequence:
         return True
 
     def __repr__(self) -> str:
-        state = f"{len(self)} tokens" if self._manager.owns(self) else "freed"
-        return f"<Sequence {self._row}.{self._generation}: {state}>"
+        try:
+            state = f"{len(self)} tokens"
+        except StaleSequence:
+            state = "freed"
+        return f"<{self.name}: {state}>"
+
+    @property
+    def name(self) -> str:
+        """How errors call it. O(1), takes no lock."""
+        return f"Sequence {self._row}.{self._generation}"
 
 
 class Batch:
@@ -71,6 +80,7 @@ class Batch:
         self.manager = manager
         self.rows = rows
         self.generations = generations
+        rows.flags.writeable = generations.flags.writeable = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -179,12 +189,23 @@ class SequenceTable:
         return blocks[blocks >= 0]
 
     def widen(self, num_columns: int) -> None:
-        """Make room for tables of `num_columns` blocks. Amortised O(1) per block."""
+        """Make room for tables of `num_columns` blocks. O(rows * width) when it has to grow."""
         rows, width = self.tables.shape
         if num_columns > width:
             wider = np.full((rows, max(num_columns, 2 * width)), -1, np.int32)
             wider[:, :width] = self.tables
             self.tables = wider
+
+    def check(self) -> None:
+        """Raise `BrokenInvariant` unless rows not in use are empty, and counted once. O(rows)."""
+        idle = [row for row, content in enumerate(self.contents) if content is None]
+        if sorted(self._free_rows) != idle:
+            raise BrokenInvariant("sequences: the free rows are not those without content")
+        stray = self.tables >= 0
+        for row in self.live_rows():
+            stray[row, : self.num_blocks[row]] = False
+        if stray.any() or set(self.host_blocks) - set(self.live_rows()):
+            raise BrokenInvariant("sequences: a block stands where no sequence has one")
 
     def _add_rows(self, count: int) -> None:
         first = len(self.contents)

@@ -55,7 +55,7 @@ class BlockStorage:
         self,
         num_blocks: int,
         block_size: int,
-        layers: Sequence[LayerShape],
+        layers: Sequence[LayerShape | tuple[int, int, int]],
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
@@ -70,9 +70,9 @@ class BlockStorage:
         self._layers = _layer_shapes(layers)
         if not dtype.is_floating_point:
             raise TypeError(f"dtype is {dtype}; pass a floating dtype such as torch.bfloat16")
-        arguments.count("num_blocks", num_blocks, at_least=1)
-        arguments.count("num_host_blocks", num_host_blocks)
-        run = block_size * sum(layer.elements_per_token for layer in self._layers)
+        num_blocks = arguments.count("num_blocks", num_blocks, at_least=1)
+        num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
+        run = self._block_size * sum(layer.elements_per_token for layer in self._layers)
         # Made in inference mode, the storage could never be written outside of it.
         with torch.inference_mode(False):
             self._device_tier = torch.empty(num_blocks, run, dtype=dtype, device=device)
@@ -130,6 +130,8 @@ class BlockStorage:
 
         After `grow` the device tier is another tensor: ask again.
         """
+        if tier not in ("device", "host"):
+            raise ValueError(f'tier {tier!r}: expected "device" or "host"')
         return self._device_tier if tier == "device" else self._host_tier
 
     def layer(self, index: int) -> LayerCache:
@@ -152,6 +154,7 @@ class BlockStorage:
         """
         if len(copies) == 0:
             return
+        copies = _as_copies(copies)
         _check_copies(copies, self.num_blocks, self.num_blocks, lowest=-1)
         # torch.tensor copies: arrays of a plan may be read-only, which torch cannot share.
         copy_blocks(self._device_tier, torch.tensor(copies, device=self.device))
@@ -163,14 +166,15 @@ class BlockStorage:
         on the current stream, and this call waits for those whose bytes the host may read next.
         `ValueError` for a block that does not exist.
         """
+        source, destination = self.tier(plan.source), self.tier(plan.destination)
         if len(plan) == 0:
             return
-        source, destination = self.tier(plan.source), self.tier(plan.destination)
-        _check_copies(plan.copies, len(source), len(destination), lowest=0)
+        copies = _as_copies(plan.copies)
+        _check_copies(copies, len(source), len(destination), lowest=0)
         if plan.source == plan.destination:
-            copy_blocks(source, torch.tensor(plan.copies, device=source.device))
+            copy_blocks(source, torch.tensor(copies, device=source.device))
             return
-        for start, target, count in _runs(plan.copies):
+        for start, target, count in _runs(copies):
             destination[target : target + count].copy_(
                 source[start : start + count], non_blocking=True
             )
@@ -185,16 +189,31 @@ class BlockStorage:
         still show the old storage. `ValueError` if that is fewer blocks than now; when memory
         does not suffice, torch raises and nothing has changed.
         """
-        if num_blocks < self.num_blocks:
-            raise ValueError(
-                f"num_blocks is {num_blocks}, but there are {self.num_blocks}; storage only grows"
-            )
+        num_blocks = arguments.count("num_blocks", num_blocks, at_least=self.num_blocks)
         if num_blocks == self.num_blocks:
             return
         with torch.inference_mode(False):
             larger = self._device_tier.new_empty(num_blocks, self._device_tier.shape[1])
             larger[: self.num_blocks].copy_(self._device_tier)
             self._device_tier = larger
+            self._caches = self._layer_views()
+
+    def keep_layers(self, count: int) -> None:
+        """Drop all layers but the first `count`, and the memory they took. O(nbytes).
+
+        Views handed out before still show the old storage. `ValueError` unless
+        `1 <= count <= len(layers)`.
+        """
+        if not 1 <= count <= len(self._layers):
+            raise ValueError(f"count {count}: expected 1 to {len(self._layers)}, the layers there")
+        if count == len(self._layers):
+            return
+        self._layers = self._layers[:count]
+        run = self._block_size * sum(layer.elements_per_token for layer in self._layers)
+        with torch.inference_mode(False):
+            # A block's layers lie in order, so the first ones are the front of its run.
+            self._device_tier = self._device_tier[:, :run].clone()
+            self._host_tier = _like(self._host_tier, self._host_tier[:, :run])
             self._caches = self._layer_views()
 
     def _layer_views(self) -> list[LayerCache]:
@@ -212,12 +231,25 @@ class BlockStorage:
         return run.view(-1, self._block_size, heads, dim), end
 
 
+def _like(tier: Tensor, content: Tensor) -> Tensor:
+    """A copy of `content`, page-locked if `tier` is."""
+    copy = torch.empty(content.shape, dtype=content.dtype, pin_memory=tier.is_pinned())
+    return copy.copy_(content)
+
+
 def _runs(copies: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
     """Pairs as runs of consecutive blocks (source, destination, blocks): fewer, larger copies."""
     breaks = np.flatnonzero(np.any(np.diff(copies, axis=0) != 1, axis=1)) + 1
     starts = [0, *breaks.tolist()]
     for start, end in zip(starts, [*starts[1:], len(copies)], strict=True):
         yield int(copies[start, 0]), int(copies[start, 1]), end - start
+
+
+def _as_copies(copies: NDArray[np.int32]) -> NDArray[np.int32]:
+    array = np.asarray(copies)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"copies of dtype {array.dtype}: expected int32 [n, 2]")
+    return array
 
 
 def _check_copies(
@@ -236,11 +268,16 @@ def _check_copies(
             )
 
 
-def _layer_shapes(layers: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
-    if len(layers) == 0:
-        raise ValueError("layers is empty; pass a LayerShape for every layer")
-    shapes = tuple(LayerShape(*layer) for layer in layers)
-    for index, shape in enumerate(shapes):
-        for name, size in zip(LayerShape._fields, shape, strict=True):
+def _layer_shapes(layers: Sequence[LayerShape | tuple[int, int, int]]) -> tuple[LayerShape, ...]:
+    shapes = []
+    for index, layer in enumerate(layers):
+        if len(layer) != len(LayerShape._fields):
+            raise ValueError(f"layers[{index}] {layer!r}: expected {LayerShape._fields}")
+        sizes = (
             arguments.count(f"layers[{index}].{name}", size, at_least=1)
-    return shapes
+            for name, size in zip(LayerShape._fields, layer, strict=True)
+        )
+        shapes.append(LayerShape(*sizes))
+    if not shapes:
+        raise ValueError("layers is empty; pass a LayerShape for every layer")
+    return tuple(shapes)

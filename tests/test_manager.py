@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import threading
@@ -574,3 +575,258 @@ def test_every_block_is_in_exactly_one_state(manager: BlockManager) -> None:
         BlockState.HELD: 1,
         BlockState.SHARED: 1,
     }
+
+
+# -------------------------------------------------------------------- at the edges
+
+
+def test_a_prompt_that_fits_an_idle_pool_is_never_refused() -> None:
+    manager = BlockManager(4, 4)
+    manager.free(committed(manager, prompt(16)))
+    sequence = manager.allocate(prompt(16))  # shares 3 blocks, and needs the fourth one's room
+    assert sequence.num_cached_tokens == 15
+    manager.check()
+
+
+def test_a_refused_allocation_does_not_count_as_use() -> None:
+    manager = BlockManager(4, 4)
+    manager.free(committed(manager, prompt(4)))
+    manager.free(committed(manager, prompt(4, first=100)))
+    held = manager.allocate(8)
+    with pytest.raises(OutOfBlocks):
+        manager.allocate([*prompt(4), *prompt(12, first=50)])
+    manager.append(held, 1)  # evicts the prompt that was really used longest ago
+    assert manager.allocate([*prompt(3, first=100)]).num_cached_tokens == 2
+    manager.check()
+
+
+@pytest.mark.parametrize("huge", [2**31, 2**40, 2**63 - 1, 2**64 - 2, 2**70])
+def test_numbers_too_large_are_refused_before_anything_changes(
+    manager: BlockManager, huge: int
+) -> None:
+    sequence = manager.allocate(5)
+    before = manager.stats()
+    for operation in (
+        lambda: manager.append(sequence, huge),
+        lambda: manager.append([sequence], counts=[huge]),
+        lambda: manager.truncate(sequence, huge),
+        lambda: manager.slots(sequence, huge),
+        lambda: manager.fork(sequence, huge),
+        lambda: manager.slide(sequence, huge),
+        lambda: manager.allocate(huge),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            operation()
+    assert manager.stats() == before
+    manager.check()
+
+
+def test_numpy_numbers_do_not_wrap_around() -> None:
+    manager = BlockManager(np.uint8(100), np.uint8(4))
+    sequence = manager.allocate(np.uint8(200))
+    manager.truncate(sequence, np.uint8(5))
+    assert manager.slots(sequence, np.uint8(1), np.uint8(4)).shape == (3,)
+    manager.grow(np.uint8(200))
+    manager.allocate(np.int16(700))
+    manager.check()
+
+
+def test_what_takes_one_sequence_refuses_several(manager: BlockManager) -> None:
+    pair = [manager.allocate(5), manager.allocate(6)]
+    for operation in (
+        manager.fork,
+        manager.length,
+        manager.block_table,
+        manager.slots,
+        lambda sequences: manager.truncate(sequences, 1),
+    ):
+        for several in (pair, manager.batch(pair)):
+            with pytest.raises(TypeError, match="expected a Sequence"):
+                operation(several)
+    assert manager.lengths(pair).tolist() == [5, 6]
+
+
+def test_a_generator_that_frees_a_sequence_changes_nothing_else(manager: BlockManager) -> None:
+    first, second = manager.allocate(4), manager.allocate(4)
+
+    def ids():
+        yield 1
+        manager.free(second)
+        yield 2
+
+    with pytest.raises(StaleSequence):
+        manager.append([first, second], ids())
+    assert len(first) == 4
+    manager.check()
+
+
+def test_a_batch_of_another_manager_is_refused(manager: BlockManager) -> None:
+    other = BlockManager(8, 4)
+    batch = other.batch([other.allocate(3)])
+    manager.allocate(3)
+    with pytest.raises(StaleSequence, match="another manager"):
+        manager.append(batch, 1)
+
+
+def test_foreign_handles_do_not_deadlock_two_managers() -> None:
+    managers = [BlockManager(8, 4), BlockManager(8, 4)]
+    handles = [manager.allocate(3) for manager in managers]
+
+    def work(mine: int) -> None:
+        for _ in range(300):
+            with pytest.raises(StaleSequence):
+                managers[mine].append(handles[1 - mine], 1)
+
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_out_of_blocks_survives_pickling_and_copying() -> None:
+    error = OutOfBlocks(3, 1, 0, 8, "host", "raise num_host_blocks")
+    twin = copy.copy(error)
+    assert str(twin) == str(error)
+    assert (twin.need, twin.free, twin.tier) == (3, 1, "host")
+
+
+def test_using_a_prompt_again_and_again_costs_no_memory(manager: BlockManager) -> None:
+    manager.free(committed(manager, prompt(9)))
+    for _ in range(1000):
+        manager.free(manager.allocate(prompt(9)))
+    assert len(manager._index._idle) < 100
+    manager.check()
+
+
+def test_a_prefix_is_offered_again_after_its_twin_was_evicted(manager: BlockManager) -> None:
+    first, second = manager.allocate(prompt(8)), manager.allocate(prompt(8))
+    manager.commit([first, second])
+    manager.free(first)
+    manager.drop_cached()
+    manager.commit(second)
+    assert manager.allocate(prompt(9)).num_cached_tokens == 8
+    manager.check()
+
+
+def test_ids_after_unknown_tokens_are_not_taken_for_their_neighbours(
+    manager: BlockManager,
+) -> None:
+    sequence = committed(manager, prompt(4))
+    manager.append(sequence, 4)
+    manager.append(sequence, [8, 9, 10, 11])
+    manager.commit(sequence)
+    assert manager.allocate([0, 1, 2, 3, 8, 9, 10, 11, 99]).num_cached_tokens == 4
+
+
+def test_a_published_block_keeps_its_tokens_when_its_sequence_changes(
+    manager: BlockManager,
+) -> None:
+    sequence = committed(manager, prompt(8))
+    child = manager.fork(sequence)
+    manager.truncate(sequence, 4)
+    manager.append(sequence, [90, 91, 92, 93])
+    manager.append(child, [8])
+    manager.check()
+    assert manager.allocate(prompt(9)).num_cached_tokens == 8
+
+
+def test_appending_nothing_copies_nothing(manager: BlockManager) -> None:
+    parent = manager.allocate(6)
+    child = manager.fork(parent)
+    assert len(manager.append([parent, child], 0).copies) == 0
+    assert len(manager.append([parent, child], counts=[0, 0]).slots) == 0
+
+
+def test_a_fork_of_a_slid_sequence_is_not_offered_either(manager: BlockManager) -> None:
+    sequence = manager.allocate(prompt(8))
+    manager.slide(sequence, 4)
+    child = manager.fork(sequence)
+    manager.commit([sequence, child])
+    manager.check()
+    assert manager.allocate(prompt(9)).num_cached_tokens == 0
+
+
+def test_a_slid_sequence_swaps_what_it_still_has(manager: BlockManager) -> None:
+    sequence = manager.allocate(12)
+    manager.slide(sequence, 5)
+    plan = manager.swap(sequence, "host")
+    assert len(plan) == 2
+    assert plan.copies.min() >= 0
+    manager.check()
+    manager.swap(sequence, "device")
+    assert manager.block_table(sequence)[0] == -1
+    manager.check()
+
+
+def test_every_verb_but_swap_and_free_refuses_a_swapped_sequence(manager: BlockManager) -> None:
+    sequence = manager.allocate(5)
+    manager.swap(sequence, "host")
+    for operation in (
+        lambda: manager.truncate(sequence, 1),
+        lambda: manager.slide(sequence, 1),
+        lambda: manager.append([sequence], 1),
+    ):
+        with pytest.raises(SequenceSwapped):
+            operation()
+    manager.check()
+
+
+def test_stats_count_what_happened() -> None:
+    manager = BlockManager(8, 4, num_host_blocks=4)
+    first = committed(manager, prompt(8))
+    second = manager.allocate([0, 1, 2, 3, 4, 5, 77])  # copies the second block in part
+    child = manager.fork(second)
+    manager.append(child, 1)  # copies the tail
+    manager.swap(child, "host")
+    manager.swap(child, "device")
+    stats = manager.stats()
+    assert (stats.total_copied, stats.total_swapped_out, stats.total_swapped_in) == (2, 1, 1)
+    assert (stats.prefix_query_tokens, stats.prefix_hit_tokens) == (15, 6)
+    # 8 of the first; 3 of the second beyond what it shares; 4 of the child's own block.
+    assert stats.num_tokens == 8 + 3 + 4
+    manager.free([first, second, child])
+    manager.drop_cached()
+    assert manager.stats().total_evicted == 2
+
+
+BREAK = {
+    "refcount": lambda m, s: m._pool.refs.__setitem__(m.block_table(s)[0], 2),
+    "cached count": lambda m, s: setattr(m._pool, "num_cached_only", 2),
+    "free twice": lambda m, s: m._pool._stack.__setitem__(slice(0, 2), m._pool._stack[0]),
+    "free and used": lambda m, s: m._pool._stack.__setitem__(0, m.block_table(s)[0]),
+    "bump pointer": lambda m, s: setattr(m._pool, "_num_used_ever", 1),
+    "length": lambda m, s: m._rows.lengths.__setitem__(s._row, 40),
+    "committed": lambda m, s: m._rows.committed.__setitem__(s._row, 99),
+    "hole": lambda m, s: m._rows.tables.__setitem__((s._row, 0), -1),
+    "twice": lambda m, s: m._rows.tables.__setitem__((s._row, 0), m.block_table(s)[1]),
+    "no such block": lambda m, s: m._rows.tables.__setitem__((s._row, 0), 99),
+    "stray": lambda m, s: m._rows.tables.__setitem__((s._row, 3), 1),
+    "free row": lambda m, s: m._rows._free_rows.append(s._row),
+    "swapped, no row": lambda m, s: m._rows.host_blocks.__setitem__(99, np.zeros(1, np.int32)),
+    "knows too much": lambda m, s: setattr(m._rows.content(s._row), "known", 16),
+    "other tokens": lambda m, s: m._rows.content(s._row).buffer.__setitem__(0, 55),
+    "namespace": lambda m, s: setattr(m._index.root(None), "namespace", "acme"),
+    "node's tokens": lambda m, s: m._rows.content(s._row).node.tokens.__setitem__(1, 55),
+    "node's depth": lambda m, s: setattr(m._rows.content(s._row).node, "depth", 7),
+    "node's parent": lambda m, s: setattr(
+        m._rows.content(s._row).node, "parent", m._index.root(None)
+    ),
+    "look-up": lambda m, s: m._index._node_of.popitem(),
+    "cached flag": lambda m, s: m._pool.cached.__setitem__(m.block_table(s)[0], False),
+    "never evicted": lambda m, s: m._index._idle.clear(),
+}
+
+
+@pytest.mark.parametrize("law", BREAK)
+def test_check_sees_every_kind_of_damage(law: str) -> None:
+    manager = BlockManager(12, 4, num_host_blocks=4)
+    others = [manager.allocate(4) for _ in range(3)]
+    manager.free(committed(manager, prompt(4, first=60)))
+    sequence = committed(manager, prompt(10))
+    manager.free(others)
+    manager.check()
+    BREAK[law](manager, sequence)
+    with pytest.raises(BrokenInvariant):
+        manager.check()

@@ -192,7 +192,7 @@ def test_a_layer_that_does_not_exist_is_refused() -> None:
 
 
 def test_storage_never_shrinks() -> None:
-    with pytest.raises(ValueError, match="num_blocks is 5, but there are 6; storage only grows"):
+    with pytest.raises(ValueError, match="num_blocks 5: expected at least 6"):
         numbered().grow(5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,9 +74,12 @@ class PagedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Find the layer's place in the pool. Raises `OutOfBlocks`."""
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        self.kind = LayerKind(shape, key_states.dtype, key_states.device)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.storage, self.storage_layer = self.group.storage(self.kind, self.number)
+        self.bind(LayerKind(shape, key_states.dtype, key_states.device))
+
+    def bind(self, kind: LayerKind) -> None:
+        """Take the layer's place in the pool. Raises `OutOfBlocks`."""
+        self.storage, self.storage_layer = self.group.storage(kind, self.number)
+        self.kind, self.dtype, self.device = kind, kind.dtype, kind.device
         self.is_initialized = True
 
     def update(
@@ -164,17 +168,28 @@ class PagedLayer(DynamicLayer):
 
     _plain_class: type[DynamicLayer] = DynamicLayer
 
-    def _leave_blocks(self) -> None:
-        """Become the plain transformers layer, with the same content."""
+    def _as_plain(self) -> dict[str, Any]:
+        """The attributes of a plain transformers layer with the same content. Gathers once."""
         state: dict[str, Any] = {"keys": None, "values": None, "is_initialized": False}
         if self.storage is not None and self.num_columns:
             keys, values = self._view(self._first_stored_column()).dense()
-            state = {"keys": keys.contiguous(), "values": values.contiguous()}
-            state |= {"dtype": self.dtype, "device": self.device, "is_initialized": True}
-        state |= self._plain_state()
+            state = {"keys": keys, "values": values, "is_initialized": True}
+            state |= {"dtype": self.dtype, "device": self.device}
+        return state | self._plain_state()
+
+    def plain(self) -> DynamicLayer:
+        """A plain transformers layer with the same content; this one stays as it is."""
+        layer: DynamicLayer = object.__new__(self._plain_class)
+        layer.__dict__.update(self._as_plain())
+        return layer
+
+    def _leave_blocks(self) -> None:
+        """Become the plain transformers layer with the same content, for good."""
+        state, group = self._as_plain(), self.group
         self.__dict__.clear()
         self.__class__ = self._plain_class  # type: ignore[assignment]
         self.__dict__.update(state)
+        group.leave()
 
 
 def _on_the_cache(method: str) -> KVPagerError:
@@ -317,7 +332,8 @@ class PagedCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named by `indices` (numbers or a truth mask). O(rows + blocks)."""
-        self._select(torch.arange(self._num_rows())[indices.cpu()].tolist())
+        if self._num_rows():
+            self._select(torch.arange(self._num_rows())[indices.cpu()].tolist())
         for layer in self._plain_layers():
             layer.batch_select_indices(indices)
 
@@ -365,6 +381,16 @@ class PagedCache(DynamicCache):
             group.reset()
         for layer in self.layers:
             layer.reset()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Serialised as the plain `DynamicCache` it stands for: blocks are of this process."""
+        state = {name: self.__dict__.get(name) for name in ("layers", "offloading")}
+        state["layers"] = [
+            layer.plain() if isinstance(layer, PagedLayer) else layer for layer in self.layers
+        ]
+        lazily = self.layer_class_to_replicate is not None
+        state["layer_class_to_replicate"] = DynamicLayer if lazily else None
+        return copyreg.__newobj__, (DynamicCache,), state  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A second cache that shares every block of this one: copy-on-write, no bytes move."""

@@ -77,8 +77,9 @@ class PagedView:
         if self._dense is None:
             self.group.count_gather()
             length = self.stop - self.start
+            # Contiguous like the result of `torch.cat`, since some models call `view` on it.
             key, value = (
-                gather_kv(cache, self.tables, self.kv_lens, length).transpose(1, 2)
+                gather_kv(cache, self.tables, self.kv_lens, length).transpose(1, 2).contiguous()
                 for cache in self.caches()
             )
             self._dense = key, value
@@ -107,7 +108,8 @@ class LayerGroup:
         self.sequences: list[Sequence] = []
         self.prompt: Prompt | None = None
         self._first_private_column = 0  # from it on, no block is shared with another group
-        self._views: list[weakref.ref[PagedView]] = []
+        self._num_left = 0  # layers that live in blocks no longer
+        self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
         self._tables: dict[torch.device, Tensor] = {}
         self._slots: tuple[object, Tensor] | None = None
 
@@ -172,9 +174,9 @@ class LayerGroup:
         if len(self.padding) != num_rows:
             self.padding = np.zeros(num_rows, np.int64)
 
-    def adopt(self, pool: PagedPool, sequences: list[Sequence], num_columns: int) -> None:
+    def adopt(self, layout: object, sequences: list[Sequence], num_columns: int) -> None:
         """Begin with sequences whose first `num_columns` columns are in the pool already."""
-        self.pool = pool
+        self.layout, self.pool = layout, self.memory.pool(layout)
         self.sequences.extend(sequences)
         self.num_columns = self._first_private_column = num_columns
 
@@ -208,7 +210,7 @@ class LayerGroup:
     def view(self, storage: BlockStorage, layer: int, start: int, stop: int) -> PagedView:
         """A layer's keys and values of columns `start` to `stop`."""
         view = PagedView(self, storage, layer, start, stop)
-        self._views.append(weakref.ref(view))
+        self._views.add(view)
         return view
 
     def device_tables(self, device: torch.device, num_columns: int) -> tuple[Tensor, Tensor]:
@@ -280,11 +282,17 @@ class LayerGroup:
         self.num_columns = self._first_private_column = 0
         self.prompt = None
 
+    def leave(self) -> None:
+        """One layer keeps its content elsewhere from now on; the last one frees the blocks."""
+        self._num_left += 1
+        if self._num_left == self.num_layers:
+            self.reset()
+
     def fork(self) -> LayerGroup:
         """A second batch that shares every block of this one. O(rows + blocks)."""
         twin = LayerGroup(self.memory, self.num_layers, self.window)
         twin.pool, twin.layout, twin.prompt = self.pool, self.layout, self.prompt
-        twin.padding = self.padding.copy()
+        twin.padding, twin._num_left = self.padding.copy(), self._num_left
         twin.num_columns = twin._first_private_column = self.num_columns
         self._first_private_column = self.num_columns
         if self.pool is not None:
@@ -293,10 +301,8 @@ class LayerGroup:
 
     def _freeze_views(self) -> None:
         """Let views still held elsewhere keep what they show; forget what was derived."""
-        for reference in self._views:
-            view = reference()
-            if view is not None:
-                view.materialise()
+        for view in list(self._views):
+            view.materialise()
         self._views.clear()
         self._tables.clear()
         self._slots = None

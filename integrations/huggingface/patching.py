@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import configuration_utils
 from transformers.modeling_utils import AttentionInterface
 
+from kvpager import arguments
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.attention import reading_in_place
 from kvpager.integrations.huggingface.cache import PagedCache, unpaged
@@ -109,8 +110,8 @@ class Patch:
             evicted_blocks=counters.evicted_blocks,
             gathers=counters.gathers,
             in_place_reads=counters.in_place_reads,
-            prefix_query_tokens=sum(s.prefix_query_tokens for s, _ in stats),
-            prefix_hit_tokens=sum(s.prefix_hit_tokens for s, _ in stats),
+            prefix_query_tokens=counters.prefix_query_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
         )
 
     def clear(self) -> None:
@@ -131,6 +132,8 @@ class Patch:
         self.memory.clear()
 
     def __enter__(self) -> Patch:
+        if self not in _active:
+            raise KVPagerError("this patch was undone already; make a new one with patch()")
         return self
 
     def __exit__(
@@ -180,8 +183,11 @@ def patch(
             f"patch: expected a transformers model that can generate, got {type(model).__name__}; "
             "patch() without a model serves every model"
         )
-    if namespace is not None and not isinstance(namespace, str):
-        raise TypeError(f"namespace {namespace!r}: expected a str or None")
+    arguments.namespace(namespace)
+    if namespace is not None and not prefix_cache:
+        raise ValueError(
+            f"namespace {namespace!r}: it separates prefixes, so set prefix_cache=True"
+        )
     paged_memory = PagedMemory(
         memory,
         block_size,
@@ -326,16 +332,16 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         serving, cache = _patch_for(self), model_kwargs.get("past_key_values")
-        arguments = (self, input_ids, generation_config, model_kwargs)
+        inputs = (self, input_ids, generation_config, model_kwargs)
         if serving is None or not isinstance(cache, PagedCache) or args:
-            return original(*arguments, *args, **kwargs)
+            return original(*inputs, *args, **kwargs)
         if cache.get_seq_length():
             _check_padding_is_still_hidden(cache, model_kwargs.get("attention_mask"))
-            return original(*arguments, **kwargs)
+            return original(*inputs, **kwargs)
         is_first = kwargs.get("is_first_iteration", True) and not self.config.is_encoder_decoder
         if not is_first or model_kwargs.get("inputs_embeds") is not None:
-            return original(*arguments, **kwargs)
-        return prefill(original, serving.prompts, *arguments, **kwargs)
+            return original(*inputs, **kwargs)
+        return prefill(original, serving.prompts, *inputs, **kwargs)
 
     return _prefill
 

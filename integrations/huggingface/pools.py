@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -29,6 +30,7 @@ from kvpager.sequences import Sequence
 from kvpager.storage import BlockStorage, LayerShape
 
 _T = TypeVar("_T")
+_BYTES_MAX = 1 << 60
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", start=1)}
 
@@ -38,13 +40,14 @@ def parse_memory(memory: int | str | None) -> int | None:
     if memory is None:
         return None
     if arguments.is_int(memory):
-        return arguments.count("memory", int(memory), at_least=1)
+        return arguments.count("memory", int(memory), at_least=1, at_most=_BYTES_MAX)
     if not isinstance(memory, str):
         raise TypeError(f"memory {memory!r}: expected bytes or a text such as '4GiB'")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"memory {memory!r}: expected a size such as '4GiB', '500MB' or 10**9")
-    return arguments.count("memory", int(float(match[1]) * _UNITS[match[2]]), at_least=1)
+    num_bytes = int(float(match[1]) * _UNITS[match[2]])
+    return arguments.count("memory", num_bytes, at_least=1, at_most=_BYTES_MAX)
 
 
 class LayerKind(NamedTuple):
@@ -53,6 +56,17 @@ class LayerKind(NamedTuple):
     shape: LayerShape
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass
+class _Shelf:
+    """A storage for consecutive layers of one kind, and how many of them were ever asked for."""
+
+    kind: LayerKind
+    first_layer: int
+    num_layers: int
+    num_used: int
+    storage: BlockStorage
 
 
 class Counters:
@@ -64,10 +78,14 @@ class Counters:
         self.copied_blocks = 0
         self.evicted_blocks = 0
         self.peak_held_bytes = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
 
 
 class PagedMemory:
-    """The pools of one patch: their common block size, bound and counters.
+    """The pools of one patch: their common block size, bound, counters and lock.
+
+    One lock serves them all, because a pool that needs room may take it from another.
 
     Args:
         memory: the most bytes all pools together may reserve; None for no bound.
@@ -133,6 +151,11 @@ class PagedMemory:
         """Bytes of all storages. O(pools)."""
         return sum(pool.reserved_bytes for pool in self.pools())
 
+    @property
+    def room(self) -> int:
+        """Bytes that the bound leaves; 0 without a bound. O(pools)."""
+        return max(self.bound - self.reserved_bytes, 0) if self.bound is not None else 0
+
     def claim(self, num_bytes: int, claimant: PagedPool) -> bool:
         """Whether the bound leaves room for `num_bytes` more. O(pools).
 
@@ -152,9 +175,10 @@ class PagedMemory:
 
     def clear(self) -> None:
         """Let cached prefixes go, and the pools no cache uses. O(cached blocks)."""
-        for pool in self.pools():
-            pool.manager.drop_cached()
         with self.lock:
+            for pool in self.pools():
+                pool.settle()
+                pool.manager.drop_cached()
             self._kept.clear()
 
 
@@ -165,14 +189,14 @@ class PagedPool:
         self.memory = memory
         self.block_size = memory.block_size
         self.manager = BlockManager(1, memory.block_size)
-        self.lock = threading.RLock()
-        self._storages: list[tuple[LayerKind, range, BlockStorage]] = []
+        self.lock = memory.lock
+        self._storages: list[_Shelf] = []
         self._dropped: deque[Sequence] = deque()
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a block over all storages. O(storages)."""
-        return sum(storage.block_bytes for _, _, storage in self._storages)
+        return sum(shelf.storage.block_bytes for shelf in self._storages)
 
     @property
     def held_bytes(self) -> int:
@@ -182,7 +206,7 @@ class PagedPool:
     @property
     def reserved_bytes(self) -> int:
         """Bytes of all storages. O(storages)."""
-        return sum(storage.nbytes for _, _, storage in self._storages)
+        return sum(shelf.storage.nbytes for shelf in self._storages)
 
     def storage(self, kind: LayerKind, layer: int, num_layers: int) -> tuple[BlockStorage, int]:
         """Where layer number `layer` of `num_layers` is kept, and its number there.
@@ -198,25 +222,32 @@ class PagedPool:
                 f"keys and values are {kind.dtype}, but dtype={self.memory.dtype} was asked for"
             )
         with self.lock:
-            for known, layers, storage in self._storages:
-                if known == kind and layer in layers:
-                    return storage, layer - layers.start
-            layers = range(layer, num_layers)
-            shapes = [kind.shape] * len(layers)
-            num_blocks = self.manager.num_blocks
-            size = sum(shape.elements_per_token for shape in shapes)
-            size *= self.block_size * kind.dtype.itemsize
-            with self.memory.lock:
-                if not self.memory.claim(num_blocks * size, self):
-                    raise self._out_of_blocks(num_blocks)
-                storage = self._reserve(
-                    lambda: BlockStorage(
-                        num_blocks, self.block_size, shapes, dtype=kind.dtype, device=kind.device
-                    ),
-                    num_blocks,
-                )
-                self._storages.append((kind, layers, storage))
+            for shelf in self._storages:
+                number = layer - shelf.first_layer
+                if shelf.kind == kind and 0 <= number < shelf.num_layers:
+                    shelf.num_used = max(shelf.num_used, number + 1)
+                    return shelf.storage, number
+            # This layer is of another kind than was guessed: give the room meant for it back.
+            for shelf in self._storages:
+                if shelf.first_layer + shelf.num_used <= layer:
+                    shelf.storage.keep_layers(shelf.num_used)
+                    shelf.num_layers = shelf.num_used
+            storage = self._new_storage(kind, num_layers - layer)
+            self._storages.append(_Shelf(kind, layer, num_layers - layer, 1, storage))
             return storage, 0
+
+    def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
+        shapes, num_blocks = [kind.shape] * num_layers, self.manager.num_blocks
+        size = sum(shape.elements_per_token for shape in shapes)
+        size *= self.block_size * kind.dtype.itemsize
+        if not self.memory.claim(num_blocks * size, self):
+            raise self._out_of_blocks(num_blocks)
+        return self._reserve(
+            lambda: BlockStorage(
+                num_blocks, self.block_size, shapes, dtype=kind.dtype, device=kind.device
+            ),
+            num_blocks,
+        )
 
     def allocate(self, prompt: ArrayLike, namespace: str | None) -> Sequence:
         """Like `BlockManager.allocate`, growing where needed and carrying out its copies."""
@@ -291,20 +322,20 @@ class PagedPool:
         """Make `shortage` more blocks, and some more ahead where the bound allows it."""
         if shortage <= 0:
             return
-        with self.memory.lock:
-            current, block_bytes = self.manager.num_blocks, self.block_bytes
-            for extra in (max(shortage, current // 4), shortage):
-                if self.memory.claim(extra * block_bytes, self):
-                    self._resize(current + extra, need)
-                    return
-        if or_fail:
+        current, block_bytes = self.manager.num_blocks, self.block_bytes
+        ahead = max(shortage, current // 4)
+        if not self.memory.claim(ahead * block_bytes, self):
+            ahead = max(shortage, self.memory.room // max(block_bytes, 1))
+        if self.memory.claim(ahead * block_bytes, self):
+            self._resize(current + ahead, need)
+        elif or_fail:
             raise self._out_of_blocks(need)
 
     def _resize(self, num_blocks: int, need: int) -> None:
         # Storages first: should one fail, the manager never learns of blocks without room.
-        for _, _, storage in self._storages:
-            if storage.num_blocks < num_blocks:
-                self._reserve(partial(storage.grow, num_blocks), need)
+        for shelf in self._storages:
+            if shelf.storage.num_blocks < num_blocks:
+                self._reserve(partial(shelf.storage.grow, num_blocks), need)
         self.manager.grow(num_blocks)
 
     def _reserve(self, make: Callable[[], _T], need: int) -> _T:
@@ -323,6 +354,6 @@ class PagedPool:
 
     def _copy(self, copies: NDArray[np.int32]) -> None:
         if len(copies):
-            for _, _, storage in self._storages:
-                storage.copy(copies)
+            for shelf in self._storages:
+                shelf.storage.copy(copies)
             self.memory.counters.copied_blocks += len(copies)

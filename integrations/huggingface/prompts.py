@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +25,22 @@ from torch import Tensor, nn
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache import PagedCache
 from kvpager.integrations.huggingface.groups import Prompt
-from kvpager.integrations.huggingface.pools import PagedPool
+from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
 from kvpager.sequences import Sequence
 
 Prefill = Callable[..., Any]
 
-# Tensors of `model_kwargs` that say nothing about a row's keys and values beyond its ids and
-# padding. With any other one in play, rows are neither merged nor reused.
-_UNDERSTOOD = {"attention_mask", "position_ids"}
+# What `model_kwargs` may hold where a row's keys and values follow from its ids and padding. With
+# anything else in play, rows are neither merged nor reused.
+_PER_ROW = {"attention_mask", "position_ids"}
+_HARMLESS = {
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+    "output_attentions",  # these two are looked at more closely
+    "output_hidden_states",
+}
 
 # Numbers looked at per weight tensor to notice that it was written.
 _SAMPLES = 16
@@ -43,48 +51,59 @@ class PromptCache:
 
     def __init__(self, namespace: str | None) -> None:
         self.namespace = namespace
-        self._layouts: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
-        self._weights: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]] = (
+        self._homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary()
+        self._states: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]] = (
             weakref.WeakKeyDictionary()
         )
         self._versions = itertools.count()
 
     def namespace_of(self, model: nn.Module) -> str:
-        """A name that changes whenever the model's keys and values could. O(parameters)."""
-        state = _weights_state(model)
-        known = self._weights.get(model)
+        """A name that changes when the model visibly does, see `_model_state`. O(parameters)."""
+        state = _model_state(model)
+        known = self._states.get(model)
         if known is None or known[0] != state:
-            known = self._weights[model] = (state, next(self._versions))
+            known = self._states[model] = (state, next(self._versions))
         # The length in front keeps a namespace's own digits apart from the version.
         name = self.namespace or ""
         return f"{len(name)}:{name}:{known[1]}"
 
     def attach(self, model: nn.Module, cache: PagedCache, ids: Tensor, padding: Padding) -> None:
         """Let the cache begin with what earlier calls computed, and publish what this one does."""
-        group = cache.groups[0]
         rows = [row[pad:] for row, pad in zip(_to_int32(ids), padding, strict=True)]
-        group.prompt = Prompt(rows, self.namespace_of(model))
-        pool = cache.memory.find_pool(self._layouts.get(model))
-        if pool is not None:
-            _reuse(cache, pool, group.prompt, padding)
+        prompt = Prompt(rows, self.namespace_of(model))
+        cache.groups[0].prompt = prompt
+        cache.memory.counters.prefix_query_tokens += sum(map(len, rows))
+        home = self._homes.get(model)
+        pool = cache.memory.find_pool(home.layout) if home is not None else None
+        if home is not None and pool is not None:
+            _reuse(cache, home, pool, prompt, padding)
 
     def publish(self, model: nn.Module, cache: PagedCache) -> None:
         """The prompt has been computed: its full blocks may be reused. O(blocks)."""
-        group = cache.groups[0]
-        group.commit()
-        if group.layout is not None:
-            self._layouts[model] = group.layout
+        group, layers = cache.groups[0], cache.paged_layers()
+        kinds = [layer.kind for layer in layers if layer.kind is not None]
+        if cache.is_fully_paged and len(kinds) == len(layers):
+            group.commit()
+            self._homes[model] = _Home(group.layout, kinds)
+
+
+class _Home(NamedTuple):
+    """Where a model's keys and values are: the pool's layout, and each layer's kind."""
+
+    layout: object
+    kinds: list[LayerKind]
 
 
 Padding = NDArray[np.int64]
 
 
-def _reuse(cache: PagedCache, pool: PagedPool, prompt: Prompt, padding: Padding) -> None:
-    rows, namespace = prompt.rows, prompt.namespace
+def _reuse(
+    cache: PagedCache, home: _Home, pool: PagedPool, prompt: Prompt, padding: Padding
+) -> None:
     sequences: list[Sequence] = []
     try:
-        for row in rows:
-            sequences.append(pool.allocate(row, namespace))  # noqa: PERF401 - freed on failure
+        for row in prompt.rows:
+            sequences.append(pool.allocate(row, prompt.namespace))  # noqa: PERF401 - freed below
     except KVPagerError:
         pool.manager.free(sequences)
         raise
@@ -94,11 +113,14 @@ def _reuse(cache: PagedCache, pool: PagedPool, prompt: Prompt, padding: Padding)
     if num_columns <= int(padding.min()):
         pool.manager.free(sequences)
         return
-    for sequence, pad in zip(sequences, padding.tolist(), strict=True):
-        pool.manager.truncate(sequence, max(num_columns - pad, 0))
-    cache.groups[0].adopt(pool, sequences, num_columns)
-    for layer in cache.paged_layers():
+    lengths = np.maximum(num_columns - padding, 0).tolist()
+    for sequence, length in zip(sequences, lengths, strict=True):
+        pool.manager.truncate(sequence, length)
+    cache.groups[0].adopt(home.layout, sequences, num_columns)
+    for layer, kind in zip(cache.paged_layers(), home.kinds, strict=True):
+        layer.bind(kind)
         layer.num_columns = num_columns
+    cache.memory.counters.prefix_hit_tokens += sum(lengths)
 
 
 def prefill(
@@ -110,23 +132,33 @@ def prefill(
     model_kwargs: dict[str, Any],
     **kwargs: Any,
 ) -> Any:
-    """`GenerationMixin._prefill` for an empty paged cache. Returns the model's output."""
+    """`GenerationMixin._prefill` for an empty paged cache. Returns the model's output.
+
+    Should it fail, the cache is empty again.
+    """
     cache: PagedCache = model_kwargs["past_key_values"]
-    plain = _is_plain(input_ids, generation_config, model_kwargs, cache)
+    padding = _left_padding(input_ids, model_kwargs.get("attention_mask"))
+    plain = padding is not None and _is_plain(model, input_ids, generation_config, model_kwargs)
+    plain = plain and cache.is_fully_paged
     repeats = _repeats(input_ids, generation_config, model_kwargs) if plain else 1
     if repeats > 1:
-        input_ids = input_ids[::repeats]
+        input_ids, padding = input_ids[::repeats], padding[::repeats]  # type: ignore[index]
         model_kwargs = {
-            name: value[::repeats] if name in _UNDERSTOOD and value is not None else value
+            name: value[::repeats] if name in _PER_ROW and value is not None else value
             for name, value in model_kwargs.items()
         }
-    padding = _left_padding(input_ids, model_kwargs.get("attention_mask"))
-    for group in cache.groups:
-        group.padding = padding
-    reusable = prompts is not None and plain and _is_reusable(cache, generation_config)
-    if reusable and _has_usual_positions(input_ids, padding, model_kwargs.get("position_ids")):
-        prompts.attach(model, cache, input_ids, padding)  # type: ignore[union-attr]
-    output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
+    try:
+        if padding is not None:
+            for group in cache.groups:
+                group.padding = padding
+            reusable = plain and _is_reusable(model, cache, generation_config)
+            positions = model_kwargs.get("position_ids")
+            if prompts is not None and reusable and _are_usual(positions, input_ids, padding):
+                prompts.attach(model, cache, input_ids, padding)
+        output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
+    except BaseException:
+        cache.reset()
+        raise
     if prompts is not None and cache.groups and cache.groups[0].prompt is not None:
         prompts.publish(model, cache)
     if repeats > 1:
@@ -136,21 +168,21 @@ def prefill(
 
 
 def _is_plain(
-    input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], cache: PagedCache
+    model: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
 ) -> bool:
     """Whether a row's keys and values follow from its ids, mask and positions alone."""
-    if not cache.is_fully_paged or input_ids.dim() != 2:
+    # Dropout makes equal rows differ, and autocast computes in another dtype than was asked for.
+    if model.training or torch.is_autocast_enabled(input_ids.device.type):
+        return False
+    if torch.is_autocast_enabled(next(model.parameters()).device.type):
         return False
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, False) or model_kwargs.get(name):
             return False
-    for name, value in model_kwargs.items():
-        if isinstance(value, Tensor) and value.dim() and name not in _UNDERSTOOD:
-            return False
-    return all(
-        value is None or value.shape == input_ids.shape
-        for value in (model_kwargs.get(name) for name in _UNDERSTOOD)
-    )
+    given = {name for name, value in model_kwargs.items() if value is not None}
+    if given - _PER_ROW - _HARMLESS:
+        return False
+    return all(model_kwargs[name].shape == input_ids.shape for name in given & _PER_ROW)
 
 
 def _repeats(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> int:
@@ -158,7 +190,7 @@ def _repeats(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, 
     repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     if repeats == 1 or len(input_ids) % repeats:
         return 1
-    for tensor in (input_ids, *(model_kwargs.get(name) for name in _UNDERSTOOD)):
+    for tensor in (input_ids, *(model_kwargs.get(name) for name in _PER_ROW)):
         if tensor is not None and not torch.equal(
             tensor[::repeats].repeat_interleave(repeats, dim=0), tensor
         ):
@@ -166,30 +198,37 @@ def _repeats(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, 
     return int(repeats)
 
 
-def _left_padding(input_ids: Tensor, mask: Tensor | None) -> Padding:
-    """Padding columns before each row's first token; zeros unless the mask is plainly that."""
+def _left_padding(input_ids: Tensor, mask: Tensor | None) -> Padding | None:
+    """Padding columns before each row's first token; None where the mask is not plainly that."""
     rows, columns = input_ids.shape[:2]
-    none = np.zeros(rows, np.int64)
-    if mask is None or mask.shape != (rows, columns):
-        return none
+    if mask is None:
+        return np.zeros(rows, np.int64)
+    if mask.shape != (rows, columns):
+        return None
     here = mask.cpu().numpy() != 0
     padding = here.argmax(axis=1)
     behind = np.arange(columns) >= padding[:, None]
     left_padded = (here == behind).all() and here.any(axis=1).all()
-    return padding if left_padded else none
+    return padding if left_padded else None
 
 
-def _is_reusable(cache: PagedCache, generation_config: Any) -> bool:
+def _is_reusable(model: nn.Module, cache: PagedCache, generation_config: Any) -> bool:
+    """Whether a prompt's beginning has the same keys and values whatever comes after it."""
+    config: Any = model.config
+    causal = not getattr(config, "use_bidirectional_attention", False)
+    text_only = config.get_text_config(decoder=True) is config
     group = cache.groups[0]
     return (
-        len(cache.groups) == 1
+        causal
+        and text_only
+        and len(cache.groups) == 1
         and group.window is None
         and group.num_layers is not None
         and generation_config.prefill_chunk_size is None
     )
 
 
-def _has_usual_positions(input_ids: Tensor, padding: Padding, positions: Tensor | None) -> bool:
+def _are_usual(positions: Tensor | None, input_ids: Tensor, padding: Padding) -> bool:
     if positions is None:
         return not padding.any()
     columns = np.arange(input_ids.shape[1])
@@ -208,21 +247,37 @@ def _to_int32(ids: Tensor) -> NDArray[np.int32]:
     return ids.cpu().numpy().astype(np.int32)
 
 
-def _weights_state(model: nn.Module) -> object:
-    """Changes when a parameter is replaced, moved, cast or written, or an adapter is switched."""
+def _model_state(model: nn.Module) -> object:
+    """Changes when a weight is replaced, moved, cast or written, and when a module's hooks or plain
+    settings (numbers, names, truth values: scales, active adapters) change. O(parameters).
+
+    A write through `.data` is seen only if it touches one of a few samples of the tensor, and code
+    that computes differently for reasons of its own is not seen: `Patch.clear` is for those.
+    """
     weights = list(itertools.chain(model.parameters(), model.buffers()))
     tensors = tuple(
         (id(tensor), tensor.data_ptr(), tensor.dtype, str(tensor.device), _version(tensor))
         for tensor in weights
     )
-    adapters = tuple(
-        (str(getattr(module, "active_adapters", None)), getattr(module, "disable_adapters", None))
+    modules = tuple(
+        (
+            tuple(module._forward_pre_hooks),
+            tuple(module._forward_hooks),
+            tuple((name, repr(value)) for name, value in vars(module).items() if _plain(value)),
+        )
         for module in model.modules()
-        if hasattr(module, "active_adapters")
     )
-    config = getattr(model, "config", None)
-    attention = getattr(config, "_attn_implementation", None)
-    return tensors, _sample(weights), adapters, model.training, attention
+    attention = getattr(model.config, "_attn_implementation", None)
+    return tensors, _sample(weights), modules, attention
+
+
+def _plain(value: object, depth: int = 0) -> bool:
+    """Whether `value` is a number or a name, or a small collection of those."""
+    if isinstance(value, dict) and depth < 2:
+        return all(_plain(item, depth + 1) for pair in value.items() for item in pair)
+    if isinstance(value, list | tuple) and depth < 2:
+        return all(_plain(item, depth + 1) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _version(tensor: Tensor) -> int:
