@@ -47,16 +47,21 @@ class Prefilled:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.columns: list[int] = []
-        embeddings = model.get_input_embeddings()
-        self.hook = embeddings.register_forward_hook(
-            lambda _module, inputs, _output: self.columns.append(inputs[0].shape[1])
-        )
+        # Not by a hook: a model with another hook may compute other keys, so it shares nothing.
+        self.embeddings = model.get_input_embeddings()
 
     def __enter__(self) -> Prefilled:
+        forward = type(self.embeddings).forward
+
+        def counted(ids: torch.Tensor) -> torch.Tensor:
+            self.columns.append(ids.shape[1])
+            return forward(self.embeddings, ids)
+
+        self.embeddings.forward = counted
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.hook.remove()
+        del self.embeddings.forward
 
 
 # ---------------------------------------------------------------- waste and sharing
