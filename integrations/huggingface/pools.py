@@ -241,7 +241,7 @@ class PagedPool:
         size = sum(shape.elements_per_token for shape in shapes)
         size *= self.block_size * kind.dtype.itemsize
         if not self.memory.claim(num_blocks * size, self):
-            raise self._out_of_blocks(num_blocks)
+            raise self._out_of_blocks(num_blocks, self.block_bytes + size)
         return self._reserve(
             lambda: BlockStorage(
                 num_blocks, self.block_size, shapes, dtype=kind.dtype, device=kind.device
@@ -344,13 +344,18 @@ class PagedPool:
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             raise self._out_of_blocks(need) from error
 
-    def _out_of_blocks(self, need: int) -> OutOfBlocks:
+    def _out_of_blocks(self, need: int, block_bytes: int = 0) -> OutOfBlocks:
         stats = self.manager.stats()
-        bound = self.memory.bound
-        advice = "drop a cache that is no longer needed or use a device with more memory"
-        if bound is not None:
-            advice = f"drop a cache that is no longer needed or raise memory above {bound} bytes"
-        return OutOfBlocks(need, stats.num_free, stats.num_cached, stats.num_blocks, advice=advice)
+        room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._storages else (0, 0, 0)
+        bound, size = self.memory.bound, block_bytes or self.block_bytes
+        if bound is None:
+            advice = "drop a cache that is no longer needed or use a device with more memory"
+        else:
+            advice = (
+                f"memory={bound} bytes is room for {bound // max(size, 1)} blocks of {size} bytes, "
+                "in all pools: drop a cache that is no longer needed or raise it"
+            )
+        return OutOfBlocks(need, *room, advice=advice)
 
     def _copy(self, copies: NDArray[np.int32]) -> None:
         if len(copies):

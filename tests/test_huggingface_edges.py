@@ -1,0 +1,357 @@
+"""What hostile use may do to the adapter: wrong reuse, failed calls, shared bounds, odd layers."""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import tiny_models
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+import kvpager
+from kvpager.integrations.huggingface.pools import LayerKind, PagedMemory
+from kvpager.storage import LayerShape
+
+IDS = torch.arange(3, 43)[None]
+
+
+def model_named(name: str = "llama") -> PreTrainedModel:
+    return tiny_models.tiny_model(name)
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
+    defaults = {"max_new_tokens": 2, "do_sample": False}
+    output = model.generate(
+        ids, return_dict_in_generate=True, output_logits=True, **{**defaults, **options}
+    )
+    return torch.stack(output.logits)
+
+
+# ---------------------------------------------------------------- what may be reused
+
+
+def test_the_same_prompt_is_reused() -> None:
+    model = model_named()
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        first, second = logits(model), logits(model)
+        assert patch.stats().prefix_query_tokens == 80
+        assert patch.stats().prefix_hit_tokens == 32
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def hook(model: PreTrainedModel) -> None:
+    model.model.layers[0].register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 1.5,))
+
+
+def scale(model: PreTrainedModel) -> None:
+    model.model.layers[1].self_attn.scaling *= 3
+
+
+def train_and_back(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [hook, scale, train_and_back], ids=lambda f: f.__name__)
+def test_a_changed_model_reuses_nothing(change: Any) -> None:
+    model = model_named()
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        logits(model)
+        change(model)
+        paged = logits(model)
+        assert patch.stats().prefix_hit_tokens == 0
+    torch.testing.assert_close(paged, logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_keys_computed_under_autocast_are_not_reused_without_it() -> None:
+    model = model_named()
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits(model)
+        paged = logits(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits(model)
+        assert patch.stats().prefix_hit_tokens == 0
+    torch.testing.assert_close(paged, logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_seen_under_a_mask_with_holes_is_not_reused() -> None:
+    model = model_named()
+    holes = torch.ones_like(IDS)
+    holes[0, 3:9] = 0
+    positions = torch.arange(IDS.shape[1])[None]
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        holed = logits(model, attention_mask=holes, position_ids=positions)
+        whole = logits(model)
+        logits(model, attention_mask=holes, position_ids=positions)
+        assert patch.stats().prefix_hit_tokens == 0
+    torch.testing.assert_close(whole, logits(model), atol=1e-5, rtol=1e-5)
+    plain = logits(model, attention_mask=holes, position_ids=positions)
+    torch.testing.assert_close(holed, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_beside_the_ids_end_reuse() -> None:
+    model = model_named()
+
+    original = type(model).forward
+
+    class Steered(type(model)):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, strengths: Any = None, **kwargs: Any) -> Any:
+            embeds = self.get_input_embeddings()(input_ids) * strengths[0]
+            return original(self, inputs_embeds=embeds, **kwargs)
+
+    model.__class__ = Steered
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        logits(model, strengths=[1.0])
+        paged = logits(model, strengths=[2.0])
+        assert patch.stats().prefix_hit_tokens == 0
+    torch.testing.assert_close(paged, logits(model, strengths=[2.0]), atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_that_look_ahead_are_not_reused() -> None:
+    model = model_named()
+    model.config.use_bidirectional_attention = True  # as embedding models of this shape do
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        logits(model)
+        logits(model)
+        assert patch.stats().prefix_hit_tokens == 0
+
+
+def test_rows_that_dropout_makes_different_are_computed_each() -> None:
+    model = model_named("gpt2")
+    model.train()
+
+    def sample() -> torch.Tensor:
+        torch.manual_seed(5)
+        return logits(model, do_sample=True, num_return_sequences=3)
+
+    plain = sample()
+    with kvpager.patch(model):
+        torch.testing.assert_close(sample(), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_clear_forgets_prompts_of_caches_that_just_died() -> None:
+    model = model_named()
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        kept = model.generate(IDS + 50, max_new_tokens=2, return_dict_in_generate=True)
+        logits(model)
+        patch.clear()
+        hits = patch.stats().prefix_hit_tokens
+        logits(model)
+        assert patch.stats().prefix_hit_tokens == hits
+        del kept
+
+
+# ---------------------------------------------------------------- failed calls
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True], ids=["plain", "prefix cache"])
+@pytest.mark.parametrize("layer", [None, 0, 1], ids=["before all", "first layer", "second layer"])
+def test_a_failed_prefill_leaves_an_empty_cache(layer: int | None, prefix_cache: bool) -> None:
+    model = model_named()
+    module = model.get_input_embeddings() if layer is None else model.model.layers[layer].mlp
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], dim=1)
+    mask = (padded != 0).long()
+    with kvpager.patch(model, prefix_cache=prefix_cache) as patch:
+        logits(model)
+        cache = DynamicCache(config=model.config)
+        assert isinstance(cache, kvpager.PagedCache)
+        forward = module.forward
+        module.forward = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(
+                padded,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=2,
+                do_sample=False,
+            )
+        module.forward = forward
+        assert cache.get_seq_length() == 0
+        assert patch.stats().num_held_blocks == 0
+        other = IDS.flip(1)
+        paged = model.generate(other, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert torch.equal(paged, model.generate(other, max_new_tokens=4, do_sample=False))
+
+
+def interrupted(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------- pools under one bound
+
+
+def test_two_models_under_one_bound_do_not_wait_for_each_other() -> None:
+    models = [model_named("llama"), model_named("qwen2")]
+    failures: list[BaseException] = []
+
+    def work(model: PreTrainedModel, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for _ in range(8):
+                ids = torch.randint(3, 120, (2, 70), generator=generator)
+                model.generate(ids, max_new_tokens=3, do_sample=False)
+        except kvpager.OutOfBlocks:
+            pass
+        except BaseException as error:
+            failures.append(error)
+
+    with kvpager.patch(prefix_cache=True, memory="400KB"):
+        threads = [
+            threading.Thread(target=work, args=(model, seed), daemon=True)
+            for seed, model in enumerate(models)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        assert not any(thread.is_alive() for thread in threads)
+    assert not failures
+
+
+def test_a_bound_is_filled_before_cached_prefixes_go() -> None:
+    model = model_named()
+    with kvpager.patch(model, prefix_cache=True, memory="64MB") as patch:
+        for shift in range(6):
+            logits(model, IDS + shift)
+        stats = patch.stats()
+        assert stats.evicted_blocks == 0
+        assert stats.num_cached_blocks == 12
+
+
+def test_without_a_bound_cached_prefixes_go_before_the_pool_grows() -> None:
+    model = model_named()
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        logits(model)
+        blocks = patch.stats().num_blocks
+        for shift in range(1, 6):
+            logits(model, IDS + shift)
+        assert patch.stats().num_blocks <= 2 * blocks
+        assert patch.stats().evicted_blocks > 0
+
+
+def test_a_pool_grows_seldom() -> None:
+    memory = PagedMemory("1MB", 16)
+    kind = LayerKind(LayerShape(2, 16, 16), torch.float32, torch.device("cpu"))
+    pool = memory.pool("layout")
+    storage, _ = pool.storage(kind, 0, 2)
+    sizes = set()
+    sequence = pool.allocate([], None)
+    one = torch.ones(1, dtype=torch.int64).numpy()
+
+    def fill() -> None:
+        for _ in range(10_000):
+            pool.append([sequence], one, [])
+            sizes.add(storage.num_blocks)
+
+    with pytest.raises(kvpager.OutOfBlocks, match="memory=1000000 bytes is room for 122 blocks"):
+        fill()
+    # Also close to the bound, where a whole quarter more does not fit.
+    assert len(sizes) < 25
+    assert memory.reserved_bytes <= 1_000_000
+    assert storage.num_blocks == 1_000_000 // storage.block_bytes
+
+
+def test_a_bound_below_one_block_says_what_a_block_takes() -> None:
+    model = model_named()
+    with (
+        kvpager.patch(model, memory=100),
+        pytest.raises(kvpager.OutOfBlocks, match="memory=100 bytes is room for 0 blocks of"),
+    ):
+        logits(model)
+
+
+def test_a_pool_that_still_has_sequences_is_not_dropped_for_another() -> None:
+    llama, qwen = model_named("llama"), model_named("qwen2")
+    plain = llama.generate(IDS, max_new_tokens=24, do_sample=False)
+    with kvpager.patch(prefix_cache=True, memory="130KB"):
+        held = llama.generate(IDS, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        with contextlib.suppress(kvpager.OutOfBlocks):
+            qwen.generate(IDS.repeat(4, 1), max_new_tokens=2, do_sample=False)
+        rest = llama.generate(
+            held.sequences, past_key_values=held.past_key_values, max_new_tokens=22, do_sample=False
+        )
+    assert torch.equal(rest, plain)
+
+
+def test_layers_of_different_kinds_reserve_what_they_need() -> None:
+    cache = kvpager.PagedCache(model_named("llama").config)
+    memory, group = cache.memory, cache.groups[0]
+    num_layers = len(cache.layers)
+    key = {heads: torch.randn(1, heads, 20, 16) for heads in range(1, num_layers + 1)}
+    for index in range(num_layers):
+        cache.update(key[index + 1], key[index + 1], index)
+    assert group.pool is not None
+    blocks = group.pool.manager.num_blocks
+    needed = sum(heads * 16 * 2 * 4 * 16 for heads in key) * blocks
+    assert memory.reserved_bytes == needed
+    for index in range(num_layers):
+        assert torch.equal(cache.layers[index].keys + 0, key[index + 1])
+
+
+# ---------------------------------------------------------------- layers and handles
+
+
+def test_a_gathered_handle_can_be_viewed_like_the_tensor_it_stands_for() -> None:
+    cache, plain = kvpager.PagedCache(), DynamicCache()
+    key = torch.randn(2, 3, 9, 16)
+    for one in (cache, plain):
+        one.update(key, key, 0)
+    assert torch.equal(cache.layers[0].keys.view(6, 9, 16), plain.layers[0].keys.view(6, 9, 16))
+
+
+def test_a_cache_is_serialised_as_the_plain_one_it_stands_for() -> None:
+    model = model_named("mistral")
+    with kvpager.patch(model):
+        with torch.no_grad():
+            cache = model(IDS, use_cache=True).past_key_values
+        make, arguments, state = cache.__reduce_ex__(2)
+        assert make is copyreg.__newobj__
+        plain = make(*arguments)
+        plain.__dict__.update(state)
+        assert type(plain) is DynamicCache
+        assert isinstance(cache, kvpager.PagedCache)
+        for mine, theirs in zip(cache.layers, plain.layers, strict=True):
+            assert torch.equal(mine.keys + 0, theirs.keys)
+            assert theirs.get_seq_length() == IDS.shape[1]
+
+
+def test_layers_that_need_gradients_give_their_blocks_back() -> None:
+    model = model_named()
+    with kvpager.patch(model) as patch:
+        with torch.no_grad():
+            cache = model(IDS, use_cache=True).past_key_values
+        assert patch.stats().num_held_blocks > 0
+        model(IDS, past_key_values=cache, use_cache=True)
+        assert patch.stats().num_held_blocks == 0
+        assert cache.get_seq_length() == 2 * IDS.shape[1]
+        cache.batch_select_indices(torch.tensor([0, 0]))
+        assert cache.layers[0].keys.shape[0] == 2
+
+
+def test_reading_keys_over_and_over_keeps_nothing() -> None:
+    cache = kvpager.PagedCache()
+    cache.update(*torch.randn(2, 1, 2, 9, 16), 0)
+    for _ in range(500):
+        assert cache.layers[0].keys.shape[2] == 9
+    assert len(cache.groups[0]._views) == 0
+
+
+def test_a_namespace_without_prefix_cache_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="set prefix_cache=True"):
+        kvpager.patch(namespace="acme")
+
+
+def test_an_undone_patch_cannot_be_entered() -> None:
+    patch = kvpager.patch()
+    patch.undo()
+    with pytest.raises(kvpager.KVPagerError, match="undone already"):
+        patch.__enter__()
