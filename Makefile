@@ -55,6 +55,12 @@ gpu: ## the GPU tests, in the current Python, where torch finds a GPU
 	if [ $$state = 5 ]; then echo "make gpu: no test is marked gpu, so nothing was checked."; exit 0; fi; \
 	exit $$state
 
+define ON_THE_PATH
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "kvpager-checkout.pth").write_text(sys.argv[1] + "\n")
+endef
+export ON_THE_PATH
+
 define GPU_PROBE
 import sys
 try:
@@ -75,6 +81,8 @@ clean: ## remove .venv, caches and builds
 
 # One environment, remade when what it holds is to change. A Python without ensurepip (some Linux
 # distributions keep it in a package of its own) still works: its pip fills the environment from outside.
+# This folder is put on the path as well: otherwise a program started beside a checkout named kvpager
+# would import the checkout, as a namespace package.
 $(STAMP): pyproject.toml constraints.txt
 	@set -euo pipefail; \
 	python=; \
@@ -95,5 +103,6 @@ $(STAMP): pyproject.toml constraints.txt
 	then pip=($(BIN)/python -m pip); \
 	else pip=("$$python" -m pip --python $(BIN)/python); fi; \
 	"$${pip[@]}" install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	$(BIN)/python -c "$$ON_THE_PATH" "$(ROOT)"; \
 	touch $(STAMP); \
 	echo "Ready after $$((SECONDS - start)) s: $$($(BIN)/python -c 'import importlib.metadata as m; print(", ".join(f"{n} {m.version(n)}" for n in ("torch", "transformers", "numpy")))')"

@@ -66,7 +66,7 @@ def active() -> dict[str, dict[str, Active]]:
 
 
 def _active(operation: str, device_type: str) -> Active:
-    unregistered = (_REFERENCE[operation], "no faster kernel is registered")
+    unregistered = (_REFERENCE[operation], "this release has no faster kernel")
     function, reason = _registered.get((operation, device_type), unregistered)
     return Active(function.__module__.removeprefix("kvpager.kernels."), reason)
 

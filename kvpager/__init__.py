@@ -14,22 +14,31 @@ if (_checkout / "kernels" / "copy_blocks.py").is_file():
     __path__.append(str(_checkout))
 
 if TYPE_CHECKING:
-    from kvpager.errors import KVPagerError, OutOfBlocks, StaleSequence
+    from kvpager.errors import (
+        BrokenInvariant,
+        KVPagerError,
+        OutOfBlocks,
+        SequenceSwapped,
+        StaleSequence,
+    )
     from kvpager.integrations.huggingface.patching import PagedCache, Patch, patch
     from kvpager.manager import BlockManager
     from kvpager.sequences import Sequence
-    from kvpager.storage import BlockStorage
+    from kvpager.storage import BlockStorage, LayerShape
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockManager",
     "BlockStorage",
+    "BrokenInvariant",
     "KVPagerError",
+    "LayerShape",
     "OutOfBlocks",
     "PagedCache",
     "Patch",
     "Sequence",
+    "SequenceSwapped",
     "StaleSequence",
     "patch",
 ]
@@ -37,11 +46,14 @@ __all__ = [
 _HOME = {
     "BlockManager": "kvpager.manager",
     "BlockStorage": "kvpager.storage",
+    "BrokenInvariant": "kvpager.errors",
     "KVPagerError": "kvpager.errors",
+    "LayerShape": "kvpager.storage",
     "OutOfBlocks": "kvpager.errors",
     "PagedCache": "kvpager.integrations.huggingface.patching",
     "Patch": "kvpager.integrations.huggingface.patching",
     "Sequence": "kvpager.sequences",
+    "SequenceSwapped": "kvpager.errors",
     "StaleSequence": "kvpager.errors",
     "patch": "kvpager.integrations.huggingface.patching",
 }

@@ -56,6 +56,12 @@ class BlockManager:
         self._lock = threading.RLock()
         self._totals = dict.fromkeys(("copied", "evicted", "out", "in", "queried", "hit"), 0)
 
+    def __repr__(self) -> str:
+        return (
+            f"<BlockManager: {self.num_held_blocks} held, {self.num_free_blocks} free of "
+            f"{self.num_blocks} blocks of {self.block_size}>"
+        )
+
     @property
     def num_blocks(self) -> int:
         """Blocks on the device. O(1)."""

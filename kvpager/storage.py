@@ -80,6 +80,12 @@ class BlockStorage:
             self._host_tier = torch.empty(num_host_blocks, run, dtype=dtype, pin_memory=pinned)
             self._caches = self._layer_views()
 
+    def __repr__(self) -> str:
+        return (
+            f"<BlockStorage: {self.num_blocks} blocks of {self.block_bytes} bytes, "
+            f"{len(self._layers)} layers of {self.dtype} on {self.device}>"
+        )
+
     @property
     def num_blocks(self) -> int:
         """Blocks on the device."""

@@ -80,6 +80,10 @@ class Patch:
             configs = [m.config for m in model.modules() if hasattr(m, "config")]
             self._configs = list({id(config): config for config in configs}.values())
 
+    def __repr__(self) -> str:
+        models = "every model" if self._covers_all else f"{len(self._models)} models"
+        return f"<Patch of {models}: {'active' if self in _active else 'undone'}>"
+
     def covers(self, model: nn.Module) -> bool:
         """Whether this patch serves `model`. O(1)."""
         return self._covers_all or model in self._models
@@ -164,11 +168,15 @@ def patch(
     Args:
         model: the model to serve; None serves every model of the process.
         memory: the most bytes its pools may reserve, such as `"4GiB"`; None lets them grow as
-            needed and gives the memory back when the last cache is dropped.
+            needed and gives the memory back when the last cache is dropped. A pool that grows is
+            there twice for a moment, which is not counted.
         block_size: token slots of a block, a power of two.
         dtype: the dtype keys and values must have; None for the model's own.
         prefix_cache: keep prompts' blocks between calls, so that a prompt that begins like an
-            earlier one computes only what is new. Takes memory until `clear` or `undo`.
+            earlier one computes only what is new; for causal text models whose layers all look at
+            the whole prompt. Takes memory until `clear` or `undo`. A model whose weights, hooks or
+            settings changed reuses nothing; call `clear` after changes that leave no trace there,
+            such as replacing a `forward` or writing single numbers through `.data`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
         in_place: let `sdpa` read blocks in place; False gathers them for every read.
 

@@ -36,7 +36,8 @@ def show_heading(console: Console, model: str, dtype: str, device: str, settings
     )
     console.print(
         "Every scenario runs with transformers' DynamicCache, then with kvpager.\n"
-        f"{settings.new_tokens} new tokens a row; end-of-text is suppressed, so that rows compare.",
+        f"{settings.new_tokens} new tokens a row; end-of-text is suppressed, so rows compare.\n"
+        "A row's last token has no keys and values yet. What rows share is needed once.",
         style="dim",
         highlight=False,
     )
@@ -173,18 +174,21 @@ def show_summary(console: Console, results: Results) -> None:
     console.rule("[bold]Summary", align="left", style="dim")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=True)
     table.add_column("scenario", overflow="fold")
-    table.add_column("tokens")
-    for name in ("Dynamic\nCache", "kvpager\nheld", "less", "seconds,\none run"):
+    for name in ("Dynamic\nCache", "kvpager\nheld", "less", "prompt\nreused", "seconds,\none run"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results.scenarios:
         same = result.difference is None
         saved = result.plain.reserved_bytes - result.paged.stats.held_bytes
         table.add_row(
-            f"({result.scenario.key}) {escape(result.scenario.title)}",
-            "identical" if same else "[bold red]DIFFERENT",
+            f"({result.scenario.key}) {escape(result.scenario.title)}"
+            + ("" if same else " [bold red]DIFFERENT"),
             size(result.plain.reserved_bytes),
             size(result.paged.stats.held_bytes),
             _percent(saved, result.plain.reserved_bytes),
+            _percent(
+                sum(call.prefix_hit_tokens for call in result.paged.calls),
+                sum(call.prompt_tokens for call in result.paged.calls),
+            ),
             f"{result.plain.seconds:.2f} / {result.paged.seconds:.2f}",
         )
     console.print(table)
@@ -196,6 +200,12 @@ def show_summary(console: Console, results: Results) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
+    console.print(
+        "Held: at the end of a scenario, without the pool's free blocks.\n"
+        "The kernels of this release are plain torch: they save memory, not yet time.",
+        style="dim",
+        highlight=False,
+    )
     if results.identical:
         console.print("all outputs identical", style="bold green")
 

@@ -18,6 +18,7 @@ from kvpager.demo import measuring, report
 from kvpager.demo.results import CallFigures, Difference, Paged, Plain, Result, Results, RowText
 from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import BadInput, Settings
+from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.patching import PatchStats
 from kvpager.testing import tiny_llama_path
 
@@ -124,7 +125,7 @@ def _load(settings: Settings, device: torch.device) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadInput(f"model {name!r} cannot be loaded: {reason}") from None
     try:
         return model.to(device).eval(), tokenizer
@@ -295,7 +296,10 @@ def _run(settings: Settings, console: Console) -> Results:
     done = []
     for scenario in scenarios:
         with _status(console, f"({scenario.key}) {scenario.title}"):
-            result = compare(engine, scenario)
+            try:
+                result = compare(engine, scenario)
+            except OutOfBlocks as error:
+                raise BadInput(f"scenario ({scenario.key}), out of blocks: {error}") from None
         report.show_result(console, result, settings)
         done.append(result)
     results = Results(settings, engine.name, str(engine.device), engine.dtype, tuple(done))
