@@ -480,6 +480,6 @@ def test_a_cache_that_could_not_grow_keeps_what_it_held() -> None:
 def test_a_bound_below_one_block_is_out_of_blocks_too() -> None:
     with (
         kvpager.patch(llama(), memory=8),
-        pytest.raises(kvpager.OutOfBlocks, match="memory above 8"),
+        pytest.raises(kvpager.OutOfBlocks, match="memory=8 bytes is room for 0 blocks"),
     ):
         tokens(llama(), tiny_models.prompts([5]))
