@@ -134,7 +134,8 @@ class BlockManager:
         rows = self._rows
         rows.widen(num_blocks)
         row = rows.add(content)
-        self._pool.share(shared)
+        if len(shared):
+            self._pool.share(shared)
         fresh = self._take(num_blocks - len(shared))
         rows.tables[row, : len(shared)] = shared
         rows.tables[row, len(shared) : num_blocks] = fresh
@@ -142,7 +143,7 @@ class BlockManager:
         rows.lengths[row] = length
         rows.committed[row] = num_cached
         pairs = [(block, fresh[0]) for block in copy_from if block != fresh[0]]
-        copies = np.array(pairs, np.int32).reshape(-1, 2)
+        copies = np.array(pairs, np.int32) if pairs else NO_COPIES
         self._totals["copied"] += len(copies)
         return Sequence(self, row, int(rows.generations[row]), num_cached, copies)
 
@@ -617,12 +618,13 @@ class BlockManager:
     def _resident(self, target: Sequence | Batch | list[Sequence]) -> Batch:
         """Like `_resolve`, and refuses sequences that are swapped out."""
         batch = self._resolve(target)
-        self._refuse_swapped(batch.rows.tolist())
+        if self._rows.host_blocks:
+            self._refuse_swapped(batch.rows.tolist())
         return batch
 
     def _refuse_swapped(self, rows: list[int]) -> None:
         away = self._rows.host_blocks
-        for row in rows if away else []:
+        for row in rows:
             if row in away:
                 raise SequenceSwapped(
                     f'sequence {row} is on the host; swap(sequence, "device") first'
@@ -633,8 +635,9 @@ class BlockManager:
 
         The cached blocks among `reviving` are about to be held, so they cannot make room.
         """
-        pool = self._pool
-        evictable = pool.num_cached_only - int(np.count_nonzero(pool.refs[reviving] == 0))
+        pool, evictable = self._pool, self._pool.num_cached_only
+        if len(reviving):
+            evictable -= int(np.count_nonzero(pool.refs[reviving] == 0))
         if count > pool.num_free + evictable:
             raise OutOfBlocks(count, pool.num_free, evictable, pool.num_blocks)
 

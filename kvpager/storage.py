@@ -208,18 +208,20 @@ class BlockStorage:
         """Drop all layers but the first `count`, and the memory they took. O(nbytes).
 
         Views handed out before still show the old storage. `ValueError` unless
-        `1 <= count <= len(layers)`.
+        `1 <= count <= len(layers)`; when memory does not suffice for the copy, torch raises and
+        nothing has changed.
         """
         if not 1 <= count <= len(self._layers):
             raise ValueError(f"count {count}: expected 1 to {len(self._layers)}, the layers there")
         if count == len(self._layers):
             return
-        self._layers = self._layers[:count]
-        run = self._block_size * sum(layer.elements_per_token for layer in self._layers)
+        run = self._block_size * sum(layer.elements_per_token for layer in self._layers[:count])
         with torch.inference_mode(False):
             # A block's layers lie in order, so the first ones are the front of its run.
-            self._device_tier = self._device_tier[:, :run].clone()
-            self._host_tier = _like(self._host_tier, self._host_tier[:, :run])
+            device_tier = self._device_tier[:, :run].clone()
+            host_tier = _like(self._host_tier, self._host_tier[:, :run])
+            self._layers = self._layers[:count]
+            self._device_tier, self._host_tier = device_tier, host_tier
             self._caches = self._layer_views()
 
     def _layer_views(self) -> list[LayerCache]:

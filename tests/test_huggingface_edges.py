@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copyreg
+import copy
+import io
 import threading
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 pytest.importorskip("transformers")
 
 import tiny_models
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import kvpager
@@ -314,7 +315,8 @@ def test_a_cache_is_serialised_as_the_plain_one_it_stands_for() -> None:
         with torch.no_grad():
             cache = model(IDS, use_cache=True).past_key_values
         make, arguments, state = cache.__reduce_ex__(2)
-        assert make is copyreg.__newobj__
+        torch.save(cache, io.BytesIO())
+        assert arguments[0] is DynamicCache
         plain = make(*arguments)
         plain.__dict__.update(state)
         assert type(plain) is DynamicCache
@@ -355,3 +357,117 @@ def test_an_undone_patch_cannot_be_entered() -> None:
     patch.undo()
     with pytest.raises(kvpager.KVPagerError, match="undone already"):
         patch.__enter__()
+
+
+def test_cropping_more_than_there_is_leaves_nothing() -> None:
+    paged, plain = kvpager.PagedCache(), DynamicCache()
+    for cache in (paged, plain):
+        cache.update(*torch.ones(2, 1, 2, 9, 16), 0)
+        cache.crop(-50)
+        assert cache.get_seq_length() == 0
+        cache.update(*torch.ones(2, 1, 2, 3, 16), 0)
+        assert cache.get_seq_length() == 3
+
+
+def test_what_follows_a_crop_is_not_taken_for_the_prompt() -> None:
+    model = model_named()
+    with kvpager.patch(model, prefix_cache=True), torch.no_grad():
+        cache = model.generate(
+            IDS, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+        ).past_key_values
+        group = cache.groups[0]
+        cache.crop(-(cache.get_seq_length() - 20))
+        model(IDS.flip(1)[:, :20], past_key_values=cache)
+        group.commit()
+        known = group.pool.allocate(IDS[0].tolist(), group.prompt.namespace)
+        # The prompt's own two full blocks; what was written over its end is something else.
+        assert known.num_cached_tokens == 32
+        assert group.pool.manager._rows.content(group.sequences[0]._row).known == 20
+        group.pool.manager.free(known)
+
+
+def test_a_shallow_copy_of_a_cache_is_the_same_cache() -> None:
+    cache = kvpager.PagedCache()
+    cache.update(*torch.ones(2, 1, 2, 9, 16), 0)
+    assert copy.copy(cache).layers is cache.layers
+    assert type(copy.copy(cache)) is kvpager.PagedCache
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "yarn"])
+def test_a_rotation_that_moves_with_the_length_ends_reuse(rope_type: str) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 16} if rope_type == "yarn" else {}
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_parameters=rope,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    prompt = torch.randint(3, 120, (1, 120), generator=torch.Generator().manual_seed(0))
+    lengths = (50, 100, 100, 120) if rope_type == "dynamic" else (30, 40, 40, 50)
+    plain = [logits(model, prompt[:, :length]) for length in lengths]
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        for length, expected in zip(lengths, plain, strict=True):
+            paged = logits(model, prompt[:, :length])
+            torch.testing.assert_close(paged, expected, atol=1e-4, rtol=1e-4)
+        assert (patch.stats().prefix_hit_tokens > 0) == (rope_type == "yarn")
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True], ids=["plain", "prefix cache"])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_cache_cropped_to_nothing_begins_anew(num_beams: int, prefix_cache: bool) -> None:
+    model = model_named()
+    options = {"num_beams": num_beams, "max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(IDS, **options)
+    with kvpager.patch(model, prefix_cache=prefix_cache):
+        output = model.generate(IDS.repeat(2, 1), **options, return_dict_in_generate=True)
+        cache = output.past_key_values
+        cache.crop(-cache.get_seq_length())
+        assert torch.equal(model.generate(IDS, past_key_values=cache, **options), plain)
+
+
+def test_growing_ahead_costs_no_other_pool_its_prefixes() -> None:
+    kind = LayerKind(LayerShape(1, 16, 16), torch.float32, torch.device("cpu"))
+    block_bytes = 16 * 32 * 4
+    memory = PagedMemory(200 * block_bytes, 16, keep_pools=True)
+    idle, busy = memory.pool("idle"), memory.pool("busy")
+    for pool in (idle, busy):
+        pool.storage(kind, 0, 1)
+    prompt = list(range(50 * 16))
+    sequence = idle.allocate(prompt, None)
+    idle.manager.commit(sequence)
+    idle.manager.free(sequence)
+    busy.allocate(list(range(121 * 16)), None)
+    busy.allocate(list(range(5000, 5016)), None)
+    assert idle.manager.stats().num_cached == 50
+    assert idle in memory._kept
+
+
+def test_a_pool_in_use_is_still_kept_when_another_finds_no_room() -> None:
+    kind = LayerKind(LayerShape(1, 16, 16), torch.float32, torch.device("cpu"))
+    memory = PagedMemory(100 * 16 * 32 * 4, 16, keep_pools=True)
+    used, other = memory.pool("used"), memory.pool("other")
+    for pool in (used, other):
+        pool.storage(kind, 0, 1)
+    used.allocate(list(range(60 * 16)), None)
+    with pytest.raises(kvpager.OutOfBlocks):
+        other.allocate(list(range(60 * 16)), None)
+    assert used in memory._kept
+
+
+def test_a_layer_that_lags_behind_a_copy_may_not_write_into_shared_blocks() -> None:
+    cache = kvpager.PagedCache()
+    key = torch.randn(1, 2, 5, 16)
+    cache.update(key, key, 0)
+    twin = copy.deepcopy(cache)
+    with pytest.raises(kvpager.KVPagerError, match="copied or reordered"):
+        cache.groups[0].extend(1, 0, 5)
+    assert torch.equal(twin.layers[0].keys + 0, key)

@@ -36,6 +36,7 @@ class PagedLayer(DynamicLayer):
 
     def __init__(self, group: LayerGroup, number: int) -> None:
         self.group = group
+        group.num_members += 1
         self.number = number  # among the layers of the group
         self.num_columns = 0
         self.storage: BlockStorage | None = None
@@ -390,7 +391,13 @@ class PagedCache(DynamicCache):
         ]
         lazily = self.layer_class_to_replicate is not None
         state["layer_class_to_replicate"] = DynamicLayer if lazily else None
-        return copyreg.__newobj__, (DynamicCache,), state  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (DynamicCache, object, None), state  # type: ignore[attr-defined]
+
+    def __copy__(self) -> PagedCache:
+        """A shallow copy: the same layers in the same blocks."""
+        twin: PagedCache = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A second cache that shares every block of this one: copy-on-write, no bytes move."""

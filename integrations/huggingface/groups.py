@@ -108,6 +108,7 @@ class LayerGroup:
         self.sequences: list[Sequence] = []
         self.prompt: Prompt | None = None
         self._first_private_column = 0  # from it on, no block is shared with another group
+        self.num_members = 0  # layers made so far
         self._num_left = 0  # layers that live in blocks no longer
         self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
         self._tables: dict[torch.device, Tensor] = {}
@@ -285,14 +286,15 @@ class LayerGroup:
     def leave(self) -> None:
         """One layer keeps its content elsewhere from now on; the last one frees the blocks."""
         self._num_left += 1
-        if self._num_left == self.num_layers:
+        if self._num_left == self.num_members:
             self.reset()
 
     def fork(self) -> LayerGroup:
         """A second batch that shares every block of this one. O(rows + blocks)."""
         twin = LayerGroup(self.memory, self.num_layers, self.window)
         twin.pool, twin.layout, twin.prompt = self.pool, self.layout, self.prompt
-        twin.padding, twin._num_left = self.padding.copy(), self._num_left
+        twin.num_members, twin._num_left = self.num_members, self._num_left
+        twin.padding = self.padding.copy()
         twin.num_columns = twin._first_private_column = self.num_columns
         self._first_private_column = self.num_columns
         if self.pool is not None:

@@ -230,7 +230,7 @@ class PagedPool:
             # This layer is of another kind than was guessed: give the room meant for it back.
             for shelf in self._storages:
                 if shelf.first_layer + shelf.num_used <= layer:
-                    shelf.storage.keep_layers(shelf.num_used)
+                    self._reserve(partial(shelf.storage.keep_layers, shelf.num_used), 1)
                     shelf.num_layers = shelf.num_used
             storage = self._new_storage(kind, num_layers - layer)
             self._storages.append(_Shelf(kind, layer, num_layers - layer, 1, storage))
@@ -324,8 +324,9 @@ class PagedPool:
             return
         current, block_bytes = self.manager.num_blocks, self.block_bytes
         ahead = max(shortage, current // 4)
-        if not self.memory.claim(ahead * block_bytes, self):
-            ahead = max(shortage, self.memory.room // max(block_bytes, 1))
+        if self.memory.bound is not None:
+            # Only what is really short may make another pool give something up.
+            ahead = max(shortage, min(ahead, self.memory.room // max(block_bytes, 1)))
         if self.memory.claim(ahead * block_bytes, self):
             self._resize(current + ahead, need)
         elif or_fail:

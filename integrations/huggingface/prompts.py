@@ -82,7 +82,9 @@ class PromptCache:
         """The prompt has been computed: its full blocks may be reused. O(blocks)."""
         group, layers = cache.groups[0], cache.paged_layers()
         kinds = [layer.kind for layer in layers if layer.kind is not None]
-        if cache.is_fully_paged and len(kinds) == len(layers):
+        # Some models change as they compute, such as those with a moving rotary base.
+        unchanged = group.prompt is not None and self.namespace_of(model) == group.prompt.namespace
+        if unchanged and cache.is_fully_paged and len(kinds) == len(layers):
             group.commit()
             self._homes[model] = _Home(group.layout, kinds)
 
@@ -137,6 +139,8 @@ def prefill(
     Should it fail, the cache is empty again.
     """
     cache: PagedCache = model_kwargs["past_key_values"]
+    for group in cache.groups:
+        group.reset()  # rows may be left of a batch that was cropped to nothing
     padding = _left_padding(input_ids, model_kwargs.get("attention_mask"))
     plain = padding is not None and _is_plain(model, input_ids, generation_config, model_kwargs)
     plain = plain and cache.is_fully_paged
@@ -221,11 +225,24 @@ def _is_reusable(model: nn.Module, cache: PagedCache, generation_config: Any) ->
     return (
         causal
         and text_only
+        and not _rotation_moves(config)
         and len(cache.groups) == 1
         and group.window is None
         and group.num_layers is not None
         and generation_config.prefill_chunk_size is None
     )
+
+
+def _rotation_moves(config: Any) -> bool:
+    """Whether a key's rotation depends on how long its sequence gets (dynamic NTK, LongRoPE)."""
+    settings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
+    settings += [nested for outer in settings for nested in outer.values() if _is_dict(nested)]
+    kinds = [str(one.get("rope_type", one.get("type"))) for one in settings if _is_dict(one)]
+    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def _are_usual(positions: Tensor | None, input_ids: Tensor, padding: Padding) -> bool:
@@ -285,7 +302,7 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _sample(tensors: list[Tensor]) -> tuple[float, ...]:
+def _sample(tensors: list[Tensor]) -> tuple[bytes, ...]:
     """A few numbers of each tensor: what is written through `.data` leaves no other trace."""
     by_device: dict[torch.device, list[Tensor]] = {}
     with torch.no_grad():
@@ -294,4 +311,5 @@ def _sample(tensors: list[Tensor]) -> tuple[float, ...]:
                 flat = tensor.detach().view(-1)
                 few = flat[:: -(-flat.numel() // _SAMPLES)].to(torch.float64)
                 by_device.setdefault(tensor.device, []).append(few)
-        return tuple(x for few in by_device.values() for x in torch.cat(few).tolist())
+        # As bytes: a NaN is not equal to itself.
+        return tuple(torch.cat(few).cpu().numpy().tobytes() for few in by_device.values())
