@@ -21,8 +21,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvpager import arguments
-from kvpager.errors import BrokenInvariant, OutOfBlocks, SequenceSwapped, StaleSequence
+from kvpager import arguments, invariants
+from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.plan import NO_COPIES, Plan, Step, Tier
 from kvpager.pool import BlockPool
 from kvpager.prefix import PrefixIndex
@@ -526,59 +526,12 @@ class BlockManager:
         return int(filled.sum())
 
     def check(self) -> None:
-        """Recount everything from the block tables. O(blocks + tokens).
+        """Recount everything from the block tables, see `kvpager.invariants`. O(blocks + tokens).
 
         Raises: `BrokenInvariant`, naming the broken law. That is a bug, never a full pool.
         """
         with self._lock:
-            holders = np.zeros(self._pool.num_blocks, np.int32)
-            host_holders = np.zeros(self._host.num_blocks, np.int32)
-            for row in self._rows.live_rows():
-                self._check_row(row)
-                blocks = self._rows.device_blocks(row)
-                if len(np.unique(blocks)) != len(blocks):
-                    raise BrokenInvariant(f"sequence {row}: a block stands twice in its table")
-                holders[blocks] += 1
-                host = self._rows.host_blocks.get(row, np.empty(0, np.int32))
-                np.add.at(host_holders, host[host >= 0], 1)
-            self._rows.check()
-            self._pool.check("device", holders)
-            self._host.check("host", host_holders)
-            self._index.check(self._pool.cached, self._pool.refs)
-
-    def _check_row(self, row: int) -> None:
-        rows = self._rows
-        length, committed = int(rows.lengths[row]), int(rows.committed[row])
-        if not 0 <= committed <= length:
-            raise BrokenInvariant(f"sequence {row}: {committed} of {length} tokens committed")
-        if rows.num_blocks[row] != -(-length // self.block_size):
-            raise BrokenInvariant(
-                f"sequence {row}: {rows.num_blocks[row]} blocks for {length} tokens"
-            )
-        here = rows.blocks(row) >= 0
-        if np.any(rows.blocks(row) >= self._pool.num_blocks):
-            raise BrokenInvariant(f"sequence {row}: its table names a block that does not exist")
-        away = rows.host_blocks.get(row, np.full(len(here), -1, np.int32)) >= 0
-        expected = np.arange(len(here)) >= rows.first_blocks[row]
-        if len(away) != len(here) or np.any(here & away) or np.any((here | away) != expected):
-            raise BrokenInvariant(f"sequence {row}: a block is missing, or stands in two tiers")
-        self._check_content(row, min(committed, rows.content(row).known))
-
-    def _check_content(self, row: int, num_offered: int) -> None:
-        content = self._rows.content(row)
-        if content.known > self._rows.lengths[row]:
-            raise BrokenInvariant(f"sequence {row}: knows tokens that it does not have")
-        if content.num_published * self.block_size > num_offered:
-            raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
-        if content.node is None or not content.node.attached:
-            return
-        namespace, nodes = self._index.path(content.node)
-        known = content.tokens[: content.num_published * self.block_size]
-        offered = [node.tokens for node in nodes]
-        if namespace != content.namespace or (
-            offered and not np.array_equal(np.concatenate(offered), known)
-        ):
-            raise BrokenInvariant(f"sequence {row}: the index offers other tokens than it holds")
+            invariants.check(self._pool, self._host, self._rows, self._index)
 
     # ---------------------------------------------------------------- inside
 
