@@ -79,6 +79,7 @@ CASES = {
     "narrow_values": Case(((3, 21), (1, 34)), key_dim=24, value_dim=8),
     "own_scale": Case(((3, 21), (1, 34)), scale=0.37),
     "window": Case(((1, 70), (9, 45), (4, 4)), window=7),
+    "window_wide_and_many_queries": Case(((90, 130), (12, 131)), window=44),
     "window_of_one": Case(((3, 21), (1, 34)), window=1),
     "window_beyond_the_row": Case(((3, 21), (1, 34)), window=1000),
     "softcap": Case(((3, 21), (1, 34)), softcap=0.8, scale=1.0),

@@ -830,3 +830,22 @@ def test_check_sees_every_kind_of_damage(law: str) -> None:
     BREAK[law](manager, sequence)
     with pytest.raises(BrokenInvariant):
         manager.check()
+
+
+def test_a_prompt_leaves_from_its_end(manager: BlockManager) -> None:
+    manager.free(committed(manager, prompt(12)))
+    held = manager.allocate(24)  # evicts one of the three
+    assert len(manager.block_table(held)) == 6
+    manager.truncate(held, 20)
+    assert manager.allocate(prompt(13)[:9]).num_cached_tokens == 8
+
+
+def test_an_empty_namespace_begins_anew_for_who_still_holds_its_root() -> None:
+    manager = BlockManager(6, 4)
+    twin = manager.allocate(prompt(8), namespace="acme")
+    manager.free(committed(manager, prompt(8), "acme"))
+    manager.commit(twin, 0)
+    manager.drop_cached()
+    manager.commit(twin)
+    manager.check()
+    assert manager.allocate(prompt(9), namespace="acme").num_cached_tokens == 8

@@ -215,3 +215,32 @@ def test_gpu_copy_and_growth_keep_every_byte() -> None:
     storage.grow(9)
     assert torch.equal(storage.tier()[:2], before[[1, 0]])
     assert torch.equal(storage.tier()[2:6], before[2:])
+
+
+def test_a_storage_made_in_inference_mode_can_be_written_outside_of_it() -> None:
+    with torch.inference_mode():
+        storage = BlockStorage(2, 4, [LayerShape(1, 8, 8)] * 2, dtype=torch.float32)
+    storage.layer(0)[0].fill_(1)
+    with torch.inference_mode():
+        storage.grow(3)
+        storage.keep_layers(1)
+    storage.layer(0)[0][2].fill_(2)
+    assert storage.layer(0)[0][0].eq(1).all()
+    assert storage.layer(0)[0][2].eq(2).all()
+
+
+def test_dropping_the_last_layers_keeps_the_first_and_frees_their_memory() -> None:
+    storage = BlockStorage(3, 4, [LayerShape(1, 8, 8)] * 3, dtype=torch.float32, num_host_blocks=1)
+    for layer in range(3):
+        storage.layer(layer)[0].fill_(layer)
+        storage.layer(layer)[1].fill_(10 + layer)
+    storage.tier("host").fill_(7)
+    storage.keep_layers(2)
+    assert storage.nbytes == 3 * 2 * 2 * 4 * 8 * 4
+    assert len(storage.layers) == 2
+    assert storage.layer(1)[0].eq(1).all()
+    assert storage.layer(1)[1].eq(11).all()
+    assert storage.tier("host").eq(7).all()
+    for count in (0, 3):
+        with pytest.raises(ValueError, match="expected 1 to 2"):
+            storage.keep_layers(count)
