@@ -97,14 +97,17 @@ def new_tokens(
 
     `num_sequences` is None where a single handle was named, whose ids stand in one plain list.
     """
-    is_single, num_sequences = num_sequences is None, num_sequences or int(num_sequences is None)
+    num_rows = 1 if num_sequences is None else num_sequences
     if new_counts is not None:
         if not (is_int(tokens) and tokens == 1):
             raise ValueError("give either tokens or counts, not both")
-        return [], counts("counts", new_counts, num_sequences)
+        return [], counts("counts", new_counts, num_rows)
     if is_int(tokens):
-        return [], np.full(num_sequences, count("tokens", tokens), np.int64)
-    ids = [token_ids(_listed(tokens))] if is_single else _ids_each(num_sequences, tokens)
+        return [], np.full(num_rows, count("tokens", tokens), np.int64)
+    if num_sequences is None:
+        ids = [token_ids(_listed(tokens))]
+    else:
+        ids = _ids_each(num_sequences, tokens)
     return ids, np.array([len(row) for row in ids], np.int64)
 
 

@@ -356,7 +356,7 @@ class PagedCache(DynamicCache):
             )
         paged = self.paged_layers()
         for layer in paged:
-            self._check_crop(layer, -tokens_to_remove)
+            self._check_crop(layer)
         for layer in paged:
             layer.num_columns = max(layer.num_columns + tokens_to_remove, 0)
         for group in self.groups:
@@ -367,7 +367,7 @@ class PagedCache(DynamicCache):
             layer.crop(tokens_to_remove)
 
     @staticmethod
-    def _check_crop(layer: PagedLayer, num_removed: int) -> None:
+    def _check_crop(layer: PagedLayer) -> None:
         if not isinstance(layer, PagedSlidingWindowLayer) or layer.record_past:
             return
         if layer.num_columns >= layer.sliding_window:

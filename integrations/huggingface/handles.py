@@ -54,8 +54,7 @@ class PagedTensor(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map_only(PagedTensor, PagedTensor.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _gathered(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the disabled form
@@ -65,14 +64,19 @@ class PagedTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(PagedTensor, PagedTensor.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _gathered(func, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dense().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
+
+
+def _gathered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    """`func` with every handle among its arguments gathered."""
+    args, kwargs = pytree.tree_map_only(PagedTensor, PagedTensor.dense, (args, kwargs or {}))
+    return func(*args, **kwargs)
 
 
 # What can be answered without the numbers.
