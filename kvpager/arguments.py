@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Contents = tuple[tuple[int, int, bytes], ...]
 
 _INT32 = np.iinfo(np.int32)
 COUNT_MAX = int(_INT32.max)  # blocks of a pool and tokens of a sequence are numbered in int32
@@ -60,10 +61,25 @@ def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:
     return np.broadcast_to(numbers.astype(np.int64), (num_sequences,))
 
 
-def namespace(value: str | None) -> None:
-    """A namespace is a string, so that 1, 1.0 and True can never be the same tenant."""
+def label(name: str, value: str | None) -> None:
+    """A namespace or adapter is a string, so that 1, 1.0 and True can never be the same tenant."""
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"namespace {value!r}: expected a str or None, got {type(value).__name__}")
+        raise TypeError(f"{name} {value!r}: expected a str or None, got {type(value).__name__}")
+
+
+def contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
+    """What stands behind a prompt's placeholders: (first token, token after the last, digest)."""
+    found = []
+    for item in value:
+        start, stop, digest = item
+        if not isinstance(digest, bytes) or not digest:
+            raise TypeError(
+                f"content {item!r}: expected bytes that stand for it, such as a SHA-256"
+            )
+        start = count("content's first token", start)
+        stop = count("content's end", stop, at_least=start + 1, at_most=length)
+        found.append((start, stop, digest))
+    return tuple(sorted(found))
 
 
 def token_ids(value: ArrayLike) -> Int32:
@@ -75,6 +91,8 @@ def token_ids(value: ArrayLike) -> Int32:
         return np.empty(0, np.int32)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"token ids of dtype {ids.dtype}: expected integers")
+    if ids.dtype == np.int32:
+        return ids
     if ids.max() > _INT32.max or ids.min() < _INT32.min:
         raise ValueError(f"token id {ids[np.abs(ids).argmax()]}: expected 32-bit integers")
     return ids.astype(np.int32)
@@ -92,36 +110,35 @@ def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
 
 def new_tokens(
     num_sequences: int | None, tokens: Any, new_counts: ArrayLike | None
-) -> tuple[list[Int32], Int64]:
-    """The ids to append to each sequence (none where unknown), and how many tokens each gets.
+) -> tuple[int | Int64, Int32 | None]:
+    """How many tokens to append to each sequence, and all their ids, where known, end to end.
 
     `num_sequences` is None where a single handle was named, whose ids stand in one plain list.
     """
-    num_rows = 1 if num_sequences is None else num_sequences
     if new_counts is not None:
         if not (is_int(tokens) and tokens == 1):
             raise ValueError("give either tokens or counts, not both")
-        return [], counts("counts", new_counts, num_rows)
+        return counts("counts", new_counts, num_sequences or 1), None
     if is_int(tokens):
-        return [], np.full(num_rows, count("tokens", tokens), np.int64)
-    if num_sequences is None:
-        ids = [token_ids(_listed(tokens))]
-    else:
-        ids = _ids_each(num_sequences, tokens)
-    return ids, np.array([len(row) for row in ids], np.int64)
-
-
-def _listed(tokens: Any) -> Any:
+        return count("tokens", tokens), None
     if isinstance(tokens, bool | float | str | bytes) or not isinstance(tokens, Iterable):
         raise TypeError(f"tokens {tokens!r}: expected a count or token ids")
-    return tokens if hasattr(tokens, "__len__") else list(tokens)
-
-
-def _ids_each(num_sequences: int, tokens: Any) -> list[Int32]:
-    rows = list(_listed(tokens))
-    if len(rows) != num_sequences:
+    tokens = tokens if hasattr(tokens, "__len__") else list(tokens)
+    if num_sequences is None:
+        ids = token_ids(tokens)
+        return len(ids), ids
+    if len(tokens) != num_sequences:
         raise ValueError(
-            f"token ids for {len(rows)} sequences, but {num_sequences} were named; "
+            f"token ids for {len(tokens)} sequences, but {num_sequences} were named; "
             "give one id, or one list of ids, for each"
         )
-    return [token_ids(np.atleast_1d(np.asarray(row))) for row in rows]
+    if isinstance(tokens, np.ndarray) and tokens.ndim <= 2:
+        each = 1 if tokens.ndim == 1 else tokens.shape[1]
+        return each, token_ids(tokens.reshape(-1))
+    if all(map(is_int, tokens)):
+        return 1, token_ids(tokens)
+    rows = [token_ids(np.atleast_1d(np.asarray(row))) for row in tokens]
+    return np.array([len(row) for row in rows], np.int64), np.concatenate([_NO_IDS, *rows])
+
+
+_NO_IDS: Int32 = np.empty(0, np.int32)

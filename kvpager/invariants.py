@@ -1,69 +1,73 @@
 """The laws of the control plane, recounted from the block tables.
 
-Each part checks its own books - pool, rows, prefix trees - and what only shows when they are laid
-side by side is checked here: who holds which block, and that the index offers what is there.
+Each part checks its own books - pool, rows, prefix trees, fences - and what only shows when they
+are laid side by side is checked here: who holds which block, and that the index offers what is there.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
+from kvpager.fences import Fences
 from kvpager.pool import BlockPool
 from kvpager.prefix import PrefixIndex
+from kvpager.quotas import Quotas
 from kvpager.sequences import SequenceTable
 
 
-def check(device: BlockPool, host: BlockPool, rows: SequenceTable, index: PrefixIndex) -> None:
+def check(
+    device: BlockPool,
+    host: BlockPool,
+    rows: SequenceTable,
+    index: PrefixIndex,
+    fences: Fences,
+    quotas: Quotas,
+) -> None:
     """Raise `BrokenInvariant` that names the first broken law found. O(blocks + tokens)."""
+    rows.check()
     holders = np.zeros(device.num_blocks, np.int32)
     host_holders = np.zeros(host.num_blocks, np.int32)
     for row in rows.live_rows():
-        _check_table(rows, row, index.block_size, device.num_blocks)
-        _check_content(rows, row, index)
-        holders[rows.device_blocks(row)] += 1
-        away = _host_blocks(rows, row)
-        np.add.at(host_holders, away[away >= 0], 1)
-    rows.check()
+        for pool, count, blocks in (
+            (device, holders, rows.device_blocks(row)),
+            (host, host_holders, rows.host_blocks(row)),
+        ):
+            if np.any(blocks >= pool.num_blocks):
+                raise BrokenInvariant(f"sequence {row}: its table names a block that is not there")
+            if len(np.unique(blocks)) != len(blocks):
+                raise BrokenInvariant(f"sequence {row}: a block stands twice in its table")
+            count[blocks] += 1
     device.check("device", holders)
     host.check("host", host_holders)
-    index.check(device.cached, device.refs)
+    fences.check()
+    index.check()
+    for row in rows.live_rows():
+        _check_published(rows, row, index, device)
+    quotas.check(device, _owned(rows, index))
 
 
-def _host_blocks(rows: SequenceTable, row: int) -> NDArray[np.int32]:
-    """A host block, or -1, for each block of the row."""
-    return rows.host_blocks.get(row, np.full(int(rows.num_blocks[row]), -1, np.int32))
-
-
-def _check_table(rows: SequenceTable, row: int, block_size: int, num_blocks: int) -> None:
-    length, blocks = int(rows.lengths[row]), rows.blocks(row)
-    if not 0 <= rows.committed[row] <= length:
-        raise BrokenInvariant(f"sequence {row}: {rows.committed[row]} of {length} committed")
-    if rows.num_blocks[row] != -(-length // block_size):
-        raise BrokenInvariant(f"sequence {row}: {rows.num_blocks[row]} blocks for {length} tokens")
-    if np.any(blocks >= num_blocks):
-        raise BrokenInvariant(f"sequence {row}: its table names a block that does not exist")
-    here, away = blocks >= 0, _host_blocks(rows, row) >= 0
-    expected = np.arange(len(here)) >= rows.first_blocks[row]
-    if len(away) != len(here) or np.any(here & away) or np.any((here | away) != expected):
-        raise BrokenInvariant(f"sequence {row}: a block is missing, or stands in two tiers")
-    if len(np.unique(blocks[here])) != np.count_nonzero(here):
-        raise BrokenInvariant(f"sequence {row}: a block stands twice in its table")
-
-
-def _check_content(rows: SequenceTable, row: int, index: PrefixIndex) -> None:
-    content = rows.content(row)
-    num_published = content.num_published * index.block_size
-    if content.known > rows.lengths[row]:
-        raise BrokenInvariant(f"sequence {row}: knows tokens that it does not have")
-    if num_published > min(int(rows.committed[row]), content.known):
-        raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
-    if content.node is None or not content.node.attached:
+def _check_published(rows: SequenceTable, row: int, index: PrefixIndex, device: BlockPool) -> None:
+    """What the index offers for this row's place is what its own blocks are for."""
+    position = int(rows.published[row])
+    node = index.locate(rows.nodes[row], position) if position else None
+    if node is None:
+        if position and not rows.twins[row]:
+            raise BrokenInvariant(f"sequence {row}: the index lost blocks that it holds")
         return
-    namespace, nodes = index.path(content.node)
-    offered = np.concatenate([np.empty(0, np.int32), *(node.tokens for node in nodes)])
-    if namespace != content.namespace or not np.array_equal(
-        offered, content.tokens[:num_published]
-    ):
+    if node.tree != rows.prompt(row).tree:
+        raise BrokenInvariant(f"sequence {row}: it stands in the tree of {node.tree!r}")
+    offered = index.path(node, position)
+    own = rows.blocks(row)[:position]
+    here = own >= 0
+    if not rows.twins[row] and np.any(own[here] != offered[here]):
+        raise BrokenInvariant(
+            f"sequence {row}: the index offers another's blocks in place of its own"
+        )
+    if not np.array_equal(device.ids[own[here]], device.ids[offered[here]]):
         raise BrokenInvariant(f"sequence {row}: the index offers other tokens than it holds")
+
+
+def _owned(rows: SequenceTable, index: PrefixIndex):  # type: ignore[no-untyped-def]
+    yield from ((rows.prompt(row).namespace, rows.device_blocks(row)) for row in rows.live_rows())
+    yield from index.owned()

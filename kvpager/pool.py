@@ -1,8 +1,9 @@
-"""The blocks of one tier: which are free, who holds the rest.
+"""The blocks of one tier: which are free, who holds the rest, and what tokens they are for.
 
     never used ──take──▶ held ──release──▶ free ──take──▶ held
                           │                  ▲
-                          └─release─▶ cached only ─uncache─┘        (blocks the prefix index keeps)
+                          ├─release─▶ evictable ─uncache─┤     the prefix index offers it
+                          └─release─▶ kept back ─unhold──┘     pinned, or a copy is under way
 
 Free blocks are an array used as a stack; blocks never handed out yet are a bump pointer. Both are
 O(1) with no search, and a block is first touched as late as possible: memory that was never
@@ -11,101 +12,259 @@ needed is never paged in. The idea of the pair is mimalloc's (Leijen et al., 201
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
 
 Int32 = NDArray[np.int32]
+Index = NDArray[np.intp]
+
+
+class Ledger(Protocol):
+    """Who wants to know when blocks change hands: see `kvpager.quotas`."""
+
+    def freed(self, blocks: Index) -> None:
+        """These blocks are free now."""
+
+    def evictable(self, blocks: Index, change: int) -> None:
+        """These blocks became evictable (+1), or are no longer (-1)."""
 
 
 class BlockPool:
-    """A fixed set of blocks with a reference count each.
+    """A set of blocks with a reference count each.
 
-    `refs[b]` is the number of block tables that hold block `b`; `cached[b]` says that the prefix
-    index holds it as well. A block is reusable when neither does.
+    `refs[b]`: the block tables that hold block `b`. `cached[b]`: the prefix index offers it.
+    `holds[b]`: pins and unfinished copies that keep it where it is. A block is free when it has
+    none of the three. `ids[b]`: the token ids its slots are for, as far as its sequence knows
+    them. The first `num_reserved` blocks (the null block) are never handed out.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_reserved: int = 0) -> None:
         self.num_blocks = num_blocks
+        self.num_reserved = num_reserved
         self.refs: Int32 = np.zeros(num_blocks, np.int32)
         self.cached: NDArray[np.bool_] = np.zeros(num_blocks, np.bool_)
-        self.num_cached_only = 0
+        self.holds: Int32 = np.zeros(num_blocks, np.int32)
+        self.ids: Int32 = np.zeros((num_blocks, block_size), np.int32)
+        self.num_evictable = 0
+        self.num_kept = 0  # nobody's, but kept back by a hold
+        self.num_holds = 0
+        self.ledger: Ledger | None = None
         self._stack: Int32 = np.empty(num_blocks, np.int32)
         self._stack_size = 0
-        self._num_used_ever = 0  # the bump pointer
+        self._num_used_ever = num_reserved  # the bump pointer
+        self._make_views()
+
+    def _make_views(self) -> None:
+        # A memoryview reads one number in half the time that an array takes.
+        self._refs_view, self._stack_view = memoryview(self.refs), memoryview(self._stack)
+        self._cached_view = memoryview(self.cached)
+
+    # ---------------------------------------------------------------- counts, all O(1)
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be taken right now. O(1)."""
+        """Blocks that can be taken right now."""
         return self._stack_size + self.num_blocks - self._num_used_ever
 
     @property
     def num_never_used(self) -> int:
-        """Blocks that were never handed out. O(1)."""
+        """Blocks that were never handed out."""
         return self.num_blocks - self._num_used_ever
 
     @property
     def num_held(self) -> int:
-        """Blocks that at least one block table holds. O(1)."""
-        return self.num_blocks - self.num_free - self.num_cached_only
+        """Blocks that at least one block table holds."""
+        idle = self.num_free + self.num_evictable + self.num_kept
+        return self.num_blocks - self.num_reserved - idle
 
-    def grow(self, num_blocks: int) -> None:
-        """Raise the pool to `num_blocks`. O(num_blocks)."""
-        extra = num_blocks - self.num_blocks
-        refs = np.concatenate([self.refs, np.zeros(extra, np.int32)])
-        cached = np.concatenate([self.cached, np.zeros(extra, np.bool_)])
-        stack = np.concatenate([self._stack, np.empty(extra, np.int32)])
-        self.refs, self.cached, self._stack, self.num_blocks = refs, cached, stack, num_blocks
+    # ---------------------------------------------------------------- take and release
 
-    def take(self, count: int) -> Int32:
+    def take(self, count: int, make_room: Callable[[], object] | None = None) -> Int32:
         """Hand out `count` blocks, each held once: int32 [count]. O(count).
 
-        The caller made sure that there are so many.
+        The caller made sure that there are so many, or that `make_room` frees what is missing.
         """
+        if make_room is not None:
+            make_room()
         from_stack = min(count, self._stack_size)
         self._stack_size -= from_stack
         blocks = np.empty(count, np.int32)
         blocks[:from_stack] = self._stack[self._stack_size : self._stack_size + from_stack]
-        fresh = count - from_stack
-        blocks[from_stack:] = np.arange(self._num_used_ever, self._num_used_ever + fresh)
-        self._num_used_ever += fresh
-        self.refs[blocks] = 1
+        if from_stack < count:
+            first, self._num_used_ever = (
+                self._num_used_ever,
+                self._num_used_ever + count - from_stack,
+            )
+            blocks[from_stack:] = np.arange(first, self._num_used_ever)
+        self.refs[blocks.astype(np.intp)] = 1
         return blocks
+
+    def take_one(self) -> int:
+        """Like `take(1)`, as a plain int. O(1)."""
+        size = self._stack_size - 1
+        if size >= 0:
+            self._stack_size = size
+            block: int = self._stack_view[size]
+        else:
+            block = self._num_used_ever
+            self._num_used_ever = block + 1
+        self._refs_view[block] = 1
+        return block
 
     def share(self, blocks: Int32, times: int = 1) -> None:
         """Let `times` more tables hold each of the distinct `blocks`. O(blocks)."""
-        self.num_cached_only -= int(np.count_nonzero(self.refs[blocks] == 0))
-        self.refs[blocks] += times
+        # Here and below: NumPy indexes by its own integers several times faster than by int32.
+        index = blocks.astype(np.intp)
+        refs = self.refs[index]
+        if not refs.all():
+            idle = index[refs == 0]
+            if self.num_holds:
+                kept = self.holds[idle] > 0
+                self.num_kept -= int(np.count_nonzero(kept))
+                idle = idle[~kept]
+            self._count_evictable(idle, -1)
+        self.refs[index] = refs + times
 
-    def release(self, blocks: Int32) -> Int32:
-        """Let one table less hold each of the distinct `blocks`. O(blocks).
+    def release(self, blocks: Int32, times: int | Int32 = 1) -> Int32:
+        """Let one table less (`times`: so many less) hold each of the distinct `blocks`.
 
-        Returns those that only the prefix index keeps now; the others nobody holds are free.
+        O(blocks). Returns those that may be evicted now; the others nobody keeps are free.
         """
-        refs = self.refs[blocks] - 1
-        self.refs[blocks] = refs
-        idle = blocks[refs == 0]
-        kept = self.cached[idle]
-        self._push(idle[~kept])
-        cached_only: Int32 = idle[kept]
-        self.num_cached_only += len(cached_only)
-        return cached_only
+        index = blocks.astype(np.intp)
+        refs = self.refs[index] - times
+        self.refs[index] = refs
+        if not refs.any():
+            return self._settle(index)
+        return self._settle(index[refs == 0])
 
-    def cache(self, block: int) -> None:
-        """The prefix index now holds `block`, which a table holds too. O(1)."""
-        self.cached[block] = True
+    def release_one(self, block: int) -> bool:
+        """Like `release`, of one block; whether it may be evicted now. O(1)."""
+        view = self._refs_view
+        view[block] = refs = view[block] - 1
+        if refs:
+            return False
+        if self._cached_view[block] or self.num_holds or self.ledger:
+            return len(self._settle(np.array([block], np.intp))) > 0
+        self._stack_view[self._stack_size] = block
+        self._stack_size += 1
+        return False
+
+    # ---------------------------------------------------------------- the prefix index, and holds
+
+    def cache(self, blocks: Int32) -> None:
+        """The prefix index offers `blocks`, which tables hold, from now on. O(blocks)."""
+        self.cached[blocks] = True
 
     def uncache(self, blocks: Int32) -> None:
-        """The prefix index lets go of `blocks`; those no table holds are free now. O(blocks)."""
-        self.cached[blocks] = False
-        idle = blocks[self.refs[blocks] == 0]
-        self.num_cached_only -= len(idle)
+        """The prefix index offers `blocks` no longer; nobody's are free now. O(blocks)."""
+        index = blocks.astype(np.intp)
+        self.cached[index] = False
+        refs = self.refs[index]
+        idle = index[refs == 0] if refs.any() else index
+        if self.num_holds:
+            idle = idle[self.holds[idle] == 0]
+        self._count_evictable(idle, -1)
         self._push(idle)
 
-    def _push(self, blocks: Int32) -> None:
+    def hold(self, blocks: Int32) -> None:
+        """Keep the distinct `blocks`, none of them free, where they are. O(blocks)."""
+        index = blocks.astype(np.intp)
+        idle = index[(self.holds[index] == 0) & (self.refs[index] == 0)]
+        self._count_evictable(idle, -1)
+        self.num_kept += len(idle)
+        self.num_holds += len(index)
+        self.holds[index] += 1
+
+    def unhold(self, blocks: Int32) -> Int32:
+        """End one hold of each of the distinct `blocks`; those that may be evicted now.
+
+        O(blocks). The others nobody keeps are free.
+        """
+        index = blocks.astype(np.intp)
+        self.holds[index] -= 1
+        self.num_holds -= len(index)
+        idle = index[(self.holds[index] == 0) & (self.refs[index] == 0)]
+        self.num_kept -= len(idle)
+        return self._settle(idle)
+
+    def _settle(self, idle: Index) -> Int32:
+        """Find each block its place that no table holds any more."""
+        if self.num_holds and len(idle):
+            kept = self.holds[idle] > 0
+            self.num_kept += int(np.count_nonzero(kept))
+            idle = idle[~kept]
+        cached = self.cached[idle]
+        if not cached.any():
+            self._push(idle)
+            return _NONE
+        if not cached.all():
+            self._push(idle[~cached])
+            idle = idle[cached]
+        self._count_evictable(idle, 1)
+        return idle.astype(np.int32)
+
+    def _push(self, blocks: Index) -> None:
         self._stack[self._stack_size : self._stack_size + len(blocks)] = blocks
         self._stack_size += len(blocks)
+        if self.ledger:
+            self.ledger.freed(blocks)
+
+    def _count_evictable(self, blocks: Index, change: int) -> None:
+        self.num_evictable += change * len(blocks)
+        if self.ledger:
+            self.ledger.evictable(blocks, change)
+
+    # ---------------------------------------------------------------- resize, check
+
+    def write_ids(self, blocks: Int32, ids: Int32) -> None:
+        """Note whose tokens stand in `blocks`, one after the other. O(ids)."""
+        size = self.ids.shape[1]
+        num_full = len(ids) // size
+        self.ids[blocks[:num_full]] = ids[: num_full * size].reshape(num_full, size)
+        if num_full * size < len(ids):
+            self.ids[blocks[num_full], : len(ids) - num_full * size] = ids[num_full * size :]
+
+    def in_use(self) -> NDArray[np.bool_]:
+        """Which blocks somebody keeps, bool [num_blocks]. O(num_blocks)."""
+        return (self.refs > 0) | self.cached | (self.holds > 0)
+
+    def resize(self, num_blocks: int, moved: Int32) -> None:
+        """Change the number of blocks; `moved`, (old, new) pairs, clear those cut off. O(blocks)."""
+        old, new = moved.T
+        for name in ("refs", "cached", "holds", "ids"):
+            before = getattr(self, name)
+            after = np.zeros((num_blocks, *before.shape[1:]), before.dtype)
+            kept = min(num_blocks, len(before))
+            after[:kept] = before[:kept]
+            after[new] = before[old]
+            setattr(self, name, after)
+        num_used_ever = max([min(self._num_used_ever, num_blocks), *(new + 1)])
+        free = self._stack[: self._stack_size]
+        free = free[(free < num_blocks) & ~np.isin(free, new)]
+        skipped = np.setdiff1d(np.arange(self._num_used_ever, num_used_ever, dtype=np.int32), new)
+        self.num_blocks = num_blocks
+        self._stack = np.empty(num_blocks, np.int32)
+        self._make_views()
+        self.restore(np.concatenate([skipped, free]), num_used_ever)
+
+    def free_list(self) -> Int32:
+        """The blocks that are free again, the next one to go last. O(free), a copy."""
+        return self._stack[: self._stack_size].copy()
+
+    def restore(self, free: Int32, num_used_ever: int) -> None:
+        """Set which blocks are free, in a pool whose counts are set already. O(free)."""
+        self._stack[: len(free)] = free
+        self._stack_size = len(free)
+        self._num_used_ever = num_used_ever
+        idle = self.refs == 0
+        self.num_holds = int(self.holds.sum())
+        self.num_kept = int(np.count_nonzero(idle & (self.holds > 0)))
+        self.num_evictable = int(np.count_nonzero(idle & self.cached & (self.holds == 0)))
 
     def check(self, tier: str, holders: Int32) -> None:
         """Raise `BrokenInvariant` unless the books agree with `holders`, tables per block. O(n)."""
@@ -116,31 +275,36 @@ class BlockPool:
             )
         wrong = np.flatnonzero(self.refs != holders)
         if len(wrong):
-            block = int(wrong[0])
             raise BrokenInvariant(
-                f"{tier} block {block}: refcount {self.refs[block]}, "
-                f"but {holders[block]} tables hold it"
+                f"{tier} block {wrong[0]}: refcount {self.refs[wrong[0]]}, "
+                f"but {holders[wrong[0]]} tables hold it"
             )
         free = self._stack[: self._stack_size]
         if len(np.unique(free)) != len(free):
             raise BrokenInvariant(f"{tier} pool: a block stands twice on the free list")
-        if np.any(free >= self._num_used_ever) or np.any(free < 0):
+        if np.any(free >= self._num_used_ever) or np.any(free < self.num_reserved):
             raise BrokenInvariant(f"{tier} pool: a never used block stands on the free list")
-        taken = (self.refs > 0) | self.cached
+        taken = self.in_use()
         if np.any(taken[free]):
-            block = int(free[taken[free]][0])
-            raise BrokenInvariant(f"{tier} block {block}: on the free list and in use")
-        if np.any(taken[self._num_used_ever :]):
-            raise BrokenInvariant(f"{tier} pool: a block beyond the bump pointer is in use")
-        cached_only = int(np.count_nonzero(self.cached & (self.refs == 0)))
-        if cached_only != self.num_cached_only:
             raise BrokenInvariant(
-                f"{tier} pool: counts {self.num_cached_only} blocks as cached only, "
-                f"but {cached_only} are"
+                f"{tier} block {free[taken[free]][0]}: on the free list and in use"
             )
-        held = int(np.count_nonzero(self.refs))
-        if held + cached_only + self.num_free != self.num_blocks:
+        if np.any(taken[self._num_used_ever :]) or np.any(taken[: self.num_reserved]):
+            raise BrokenInvariant(f"{tier} pool: a block that was never handed out is in use")
+        idle = self.refs == 0
+        evictable = int(np.count_nonzero(idle & self.cached & (self.holds == 0)))
+        kept = int(np.count_nonzero(idle & (self.holds > 0)))
+        counted = (self.num_evictable, self.num_kept, self.num_holds)
+        if counted != (evictable, kept, int(self.holds.sum())) or np.any(self.holds < 0):
             raise BrokenInvariant(
-                f"{tier} pool: {held} held + {cached_only} cached + {self.num_free} free "
-                f"is not {self.num_blocks}"
+                f"{tier} pool: counts {counted} blocks as evictable, kept back and holds, "
+                f"but {evictable}, {kept} and {self.holds.sum()} are"
             )
+        if int(np.count_nonzero(taken)) + self.num_free != self.num_blocks - self.num_reserved:
+            raise BrokenInvariant(
+                f"{tier} pool: {np.count_nonzero(taken)} in use + {self.num_free} free "
+                f"is not {self.num_blocks - self.num_reserved}"
+            )
+
+
+_NONE: Int32 = np.empty(0, np.int32)

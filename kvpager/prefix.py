@@ -1,256 +1,584 @@
 """Which token prefixes already have their blocks in the pool.
 
-One tree per namespace; a node is one full, committed block and its tokens. A match compares the
-tokens themselves, so no hash can collide, and never looks at another namespace's tree, so no
-tenant can hit another's blocks. Sharing prefixes through a tree is SGLang's RadixAttention
-(Zheng et al., 2024); reusing part of the next block is TensorRT-LLM's.
+A compressed radix tree per namespace and adapter. A node is a run of whole blocks with no fork in
+it; its children differ in their first block:
 
-Nodes leave from the tips, least recently used first: a longer prefix is less likely to be shared.
+    root ── [system prompt, 40 blocks] ─┬─ [question A, 3]
+                                        └─ [question B, 7] ── ...
+
+Tokens are compared themselves, run by run in one vector operation, so no hash can collide; other
+trees are never looked at, so no tenant can hit another's blocks. Sharing prefixes through a radix
+tree is SGLang's RadixAttention (Zheng et al., 2024); reusing part of the next block is
+TensorRT-LLM's. The token ids stand with the blocks in the pool: what is offered cannot differ
+from what is held.
+
+A sequence remembers its place as (node, blocks published). When a run is split, the node it knows
+becomes the lower half, and the place is found again by walking up. A run that lost its tail is
+sealed: it never grows again, so a place beyond its end is known to be gone.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
+from kvpager.events import Event, EventLog
+from kvpager.eviction import EvictionPolicy, Queue
+from kvpager.fingerprints import Arrivals, moved, tree_seed
+from kvpager.pool import BlockPool
 
 Int32 = NDArray[np.int32]
+TreeKey = tuple[str | None, str | None]  # namespace, adapter
+# What the placeholders in a run's blocks show: (first token, digest) of each content, or None.
+Tag = tuple[tuple[int, bytes], ...] | None
+Contents = tuple[tuple[int, int, bytes], ...]  # (first token, token after the last, digest)
 
-# How many blocks are looked at for one that matches in part.
-_PARTIAL_CANDIDATES_MAX = 64
-# Outdated heap entries kept beyond twice the number of nodes.
-_OUTDATED_MAX = 64
+# How many runs are looked at for one whose first block matches in part: of prompts that all begin
+# alike there may be thousands, and the latest are the likeliest.
+_PARTIAL_CANDIDATES_MAX = 16
 
 
 class Node:
-    """A cached block: its tokens, the block before it, and the blocks seen after it."""
+    """Blocks `start` to `end` of every prompt that comes this way."""
 
-    __slots__ = ("attached", "block", "children", "depth", "last_used", "parent", "tokens")
+    __slots__ = (
+        "_room", "children", "end", "number", "parent", "queue", "sealed", "start", "tag", "tree",
+    )  # fmt: skip
 
-    def __init__(self, parent: Node | Root, tokens: Int32, block: int) -> None:
+    def __init__(self, number: int, parent: Node | None, start: int, blocks: Int32) -> None:
+        self.number = number
         self.parent = parent
-        self.tokens = tokens
-        self.block = block
-        self.children: Children = {}
-        self.depth: int = parent.depth + 1
-        self.last_used = 0
-        self.attached = True
+        self.start = start
+        self.end = start + len(blocks)
+        self.children: dict[object, Node] = {}
+        self.sealed = False
+        self.tag: Tag = None
+        self._room = blocks
+        if parent is not None:
+            self.tree: TreeKey = parent.tree
+            self.queue: Queue[Node] = parent.queue
 
-    def __lt__(self, other: Node) -> bool:  # the heap's order among equals: the deeper one first
-        return self.depth > other.depth
+    @property
+    def blocks(self) -> Int32:
+        """The run, a view. O(1)."""
+        return self._room[: self.end - self.start]
 
+    def extend(self, blocks: Int32) -> None:
+        """Grow at the end. Amortised O(blocks)."""
+        used, needed = self.end - self.start, self.end - self.start + len(blocks)
+        if needed > len(self._room):
+            room = np.empty(max(needed, 2 * len(self._room)), np.int32)
+            room[:used] = self.blocks
+            self._room = room
+        self._room[used:needed] = blocks
+        self.end += len(blocks)
 
-class Root:
-    """Where a namespace's prefixes begin."""
-
-    __slots__ = ("attached", "children", "depth", "namespace")
-
-    def __init__(self, namespace: str | None) -> None:
-        self.namespace = namespace
-        self.children: Children = {}
-        self.depth = 0
-        self.attached = True
-
-
-# First token -> all tokens -> node. The first level bounds the search for a partial match.
-Children = dict[int, dict[bytes, Node]]
+    def cut_front(self, position: int) -> Int32:
+        """Give up the blocks before `position`, a copy. O(blocks)."""
+        front = self._room[: position - self.start].copy()
+        self._room = self.blocks[position - self.start :].copy()
+        self.start = position
+        return front
 
 
 class Match(NamedTuple):
-    """The longest known prefix: whole blocks, then `num_partial` tokens of `partial_block`."""
+    """The longest known prefix: whole `blocks`, then `num_partial` tokens of `partial_block`."""
 
-    node: Node | Root
-    blocks: list[int]
-    partial_block: int
-    num_partial: int
-
-
-def _common_prefix(a: Int32, b: Int32) -> int:
-    length = min(len(a), len(b))
-    differ = a[:length] != b[:length]
-    return int(differ.argmax()) if differ.any() else length
+    node: Node | None
+    blocks: Int32
+    partial_block: int = -1
+    num_partial: int = 0
 
 
 class PrefixIndex:
     """Committed full blocks by their tokens, and the order in which idle ones may leave."""
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self._roots: dict[str | None, Root] = {}
-        self._node_of: dict[int, Node] = {}  # by block
-        self._idle: list[tuple[int, Node]] = []  # heap of (last used, node), some outdated
-        self._clock = 0
+    def __init__(
+        self, pool: BlockPool, policy: EvictionPolicy, log: EventLog | None = None
+    ) -> None:
+        self.block_size = pool.ids.shape[1]
+        self.policy = policy
+        self.roots: dict[TreeKey, Node] = {}
+        self.nodes: list[Node | None] = []  # by number
+        self.node_of: Int32 = np.full(pool.num_blocks, -1, np.int32)
+        # The first queue is that of all namespaces without a quota; see `kvpager.quotas`.
+        self._queues: list[Queue[Node]] = [Queue()]
+        self._queue_of: dict[str | None, Queue[Node]] = {}
+        self._log = log
+        self.pool = pool
+        self.arrivals = Arrivals(pool)
+        self._free_numbers: list[int] = []
 
-    def __len__(self) -> int:
-        return len(self._node_of)
+    # ---------------------------------------------------------------- look up
 
-    def root(self, namespace: str | None) -> Root:
-        """Where the prefixes of `namespace` begin; made on first use. O(1)."""
-        root = self._roots.get(namespace)
+    def match(self, tree: TreeKey, tokens: Int32, contents: Contents = ()) -> Match:
+        """The longest prefix of `tokens` that is known in `tree`. O(tokens)."""
+        root = self.roots.get(tree)
         if root is None:
-            root = self._roots[namespace] = Root(namespace)
+            return Match(None, _NO_BLOCKS)
+        num_full = len(tokens) // self.block_size
+        wanted = tokens[: num_full * self.block_size].reshape(num_full, self.block_size)
+        node, position, found = self._walk(root, 0, wanted, segments(contents, self, 0, num_full))
+        blocks = found[0] if len(found) == 1 else np.concatenate([_NO_BLOCKS, *found])
+        rest = tokens[position * self.block_size : (position + 1) * self.block_size]
+        if not len(rest):
+            return Match(node, blocks)
+        tag = segments(contents, self, position, position + 1)[0][1]
+        return Match(node, blocks, *self._partial(node, position, rest, tag))
+
+    def _walk(
+        self, node: Node, position: int, wanted: Int32, tags: list[tuple[int, Tag]]
+    ) -> tuple[Node, int, list[Int32]]:
+        """From block `position`, inside or at the end of `node`, as far as `wanted` agrees."""
+        found: list[Int32] = []
+        begin, segment = position, 0
+        while position - begin < len(wanted):
+            stop, tag = tags[segment]
+            if position == node.end:
+                child = node.children.get(_key(wanted[position - begin], tag))
+                if child is None:
+                    break
+                node = child
+            elif node.tag != tag:
+                break
+            run = node.blocks[position - node.start : stop - node.start]
+            first = position - begin
+            same = self.pool.ids.take(run, axis=0) == wanted[first : first + len(run)]
+            agreed = len(run) if same.all() else int(same.argmin()) // self.block_size
+            found.append(run[:agreed])
+            position += agreed
+            segment += position == stop
+            if agreed < len(run):
+                break
+        return node, position, found
+
+    def _partial(self, node: Node, position: int, rest: Int32, tag: Tag) -> tuple[int, int]:
+        """The block after `position` that agrees longest with `rest`, and how many tokens do."""
+        if position < node.end:
+            candidates = [node] if node.tag == tag else []
+            blocks = node.blocks[position - node.start :][: len(candidates)]
+        else:
+            latest = islice(reversed(node.children.values()), _PARTIAL_CANDIDATES_MAX)
+            candidates = [child for child in latest if child.tag == tag]
+            blocks = np.array([child._room[0] for child in candidates], np.int32)
+        if not len(blocks):
+            return -1, 0
+        same = self.pool.ids.take(blocks, axis=0)[:, : len(rest)] == rest
+        agreed = np.where(same.all(axis=1), len(rest), same.argmin(axis=1))
+        best = int(agreed.argmax())
+        return int(blocks[best]), int(agreed[best])
+
+    # ---------------------------------------------------------------- publish
+
+    def root(self, tree: TreeKey) -> Node:
+        """Where the prefixes of `tree` begin; made on first use. O(1)."""
+        root = self.roots.get(tree)
+        if root is None:
+            root = self.roots[tree] = self._new_node(None, 0, _NO_BLOCKS)
+            root.tree = tree
+            root.queue = self._queue_of.get(tree[0], self._queues[0])
         return root
 
-    def match(self, namespace: str | None, tokens: Int32) -> Match:
-        """The longest prefix of `tokens` that is known in `namespace`. O(tokens)."""
-        node: Node | Root | None = self._roots.get(namespace)
-        blocks: list[int] = []
-        if node is None:
-            return Match(Root(namespace), blocks, 0, 0)
-        start = 0
-        while start + self.block_size <= len(tokens):
-            child = self._child(node, tokens[start : start + self.block_size])
-            if child is None:
-                break
-            blocks.append(child.block)
-            node = child
-            start += self.block_size
-        partial = self._partial(node, tokens[start:])
-        return Match(node, blocks, *partial)
+    def locate(self, node: Node | None, position: int) -> Node | None:
+        """The node in which the place (node, position > 0) is now; None if it is gone. O(depth)."""
+        while node is not None and position <= node.start:
+            node = node.parent
+        return node if node is not None and position <= node.end else None
 
-    def publish(self, parent: Node | Root, tokens: Int32, block: int) -> tuple[Node, bool]:
-        """Offer `block`, which holds `tokens` after `parent`. O(block_size).
+    def path(self, node: Node, position: int) -> Int32:
+        """The first `position` blocks on the way to `node`, where that place is. O(depth)."""
+        runs = [node.blocks[: position - node.start]]
+        while (parent := node.parent) is not None:
+            runs.append(parent.blocks)
+            node = parent
+        return np.concatenate(runs[::-1])
 
-        Returns the node for these tokens and whether it is new; when an equal block is offered
-        already, that one stays and `block` remains its sequence's own.
+    def publish(
+        self, node: Node, position: int, blocks: Int32, contents: Contents
+    ) -> tuple[Node, bool]:
+        """Offer full `blocks` after place (node, position). O(tokens).
+
+        Where equal blocks are offered already, those stay. Returns the node of the last block,
+        and whether any is not the sequence's own. `settle` must follow.
         """
-        child = self._child(parent, tokens)
-        if child is not None:
-            return child, False
-        node = Node(parent, tokens.copy(), block)
-        parent.children.setdefault(int(tokens[0]), {})[tokens.tobytes()] = node
-        self._node_of[block] = node
-        return node, True
+        end, is_twin = position + len(blocks), False
+        first, tags = position, segments(contents, self, position, end)
+        if position < node.end or node.children:
+            wanted = self.pool.ids.take(blocks, axis=0)
+            node, position, found = self._walk(node, position, wanted, tags)
+            if position > first:
+                offered = np.concatenate(found)
+                is_twin = not np.array_equal(offered, blocks[: position - first])
+                self.settle()
+                self.policy.touch(offered)
+                if is_twin:  # what changed its rank must be queued anew
+                    self.offer(offered[self.pool.refs[offered] == 0])
+        if position < end:
+            if position < node.end:
+                node = self._split(node, position)
+            for stop, tag in tags:
+                if stop > position:
+                    node = self._attach(
+                        node, position, blocks[position - first : stop - first], tag
+                    )
+                    position = stop
+        return node, is_twin
 
-    def retire(self, blocks: Iterable[int]) -> None:
-        """No table holds these cached blocks any more: they may be evicted. O(blocks)."""
-        self._clock += 1
-        for block in blocks:
-            node = self._node_of[block]
-            node.last_used = self._clock
-            if not node.children:
-                heapq.heappush(self._idle, (self._clock, node))
-        if len(self._idle) > 2 * len(self._node_of) + _OUTDATED_MAX:
-            self._drop_outdated()
+    def _attach(self, node: Node, position: int, blocks: Int32, tag: Tag) -> Node:
+        before, seed = (int(node.blocks[-1]), 0) if position else (-1, tree_seed(node.tree))
+        self.arrivals.add(blocks, position, before, seed)
+        if position:  # idle blocks of the run may stand before held ones now
+            node.queue.put_aside(node)
+        if self._log is not None:
+            self._log.add("stored", **self._event(node, before, blocks))
+        if position and not (node.children or node.sealed) and node.tag == tag:
+            node.extend(blocks)
+        else:
+            parent, node = node, self._new_node(node, position, blocks.copy())
+            node.tag = tag
+            parent.children[_key(self.pool.ids[blocks[0]], tag)] = node
+        self.node_of[blocks] = node.number
+        return node
 
-    def _drop_outdated(self) -> None:
-        current = {
-            id(node): (last_used, node)
-            for last_used, node in self._idle
-            if node.attached and node.last_used == last_used and not node.children
-        }
-        self._idle = list(current.values())
-        heapq.heapify(self._idle)
+    def settle(self) -> None:
+        """Tell pool and policy about the blocks published since. O(blocks)."""
+        if self.arrivals:
+            blocks, fingerprints = self.arrivals.drain(self.policy.needs_fingerprints)
+            self.pool.cache(blocks)
+            self.policy.admit(blocks, fingerprints)
 
-    def evict(self, count: int, refs: Int32) -> list[int]:
-        """Forget blocks until `count` that no table holds are gone. O(count log n) for tips.
+    def _split(self, lower: Node, position: int) -> Node:
+        """Cut a run in two; `lower` stays the deeper half. O(blocks). Returns the upper half."""
+        parent = lower.parent
+        assert parent is not None
+        start, front = lower.start, lower.cut_front(position)
+        upper = self._new_node(parent, start, front)
+        upper.tag = lower.tag
+        parent.children[_key(self.pool.ids[front[0]], upper.tag)] = upper
+        upper.children[_key(self.pool.ids[lower._room[0]], lower.tag)] = lower
+        lower.parent = upper
+        self.node_of[front] = upper.number
+        self._offer(upper)
+        return upper
 
-        There must be so many. Returns all blocks forgotten: idle tips, least recently used first,
-        and only when there are no more of those, idle blocks together with everything the tree
-        knows after them, in no particular order and O(n) each.
-        """
-        forgotten: list[int] = []
-        while count > 0:
-            node = self._pop_idle_tip(refs) or next(
-                node for node in self._node_of.values() if not refs[node.block]
-            )
-            for gone in self._subtree(node):
-                forgotten.append(gone.block)
-                gone.attached = False
-                del self._node_of[gone.block]
-                count -= not refs[gone.block]
-            self._unlink(node)
-        return forgotten
+    def _new_node(self, parent: Node | None, start: int, blocks: Int32) -> Node:
+        number = self._free_numbers.pop() if self._free_numbers else len(self.nodes)
+        node = Node(number, parent, start, blocks)
+        if number == len(self.nodes):
+            self.nodes.append(node)
+        else:
+            self.nodes[number] = node
+        return node
 
-    def _pop_idle_tip(self, refs: Int32) -> Node | None:
-        while self._idle:
-            last_used, node = heapq.heappop(self._idle)
-            # Outdated entries are dropped: the node is pushed anew when it is an idle tip again.
-            current = node.attached and node.last_used == last_used
-            if current and not refs[node.block] and not node.children:
-                return node
+    # ---------------------------------------------------------------- evict
+
+    def retire(self, blocks: Int32) -> None:
+        """No table holds these offered blocks any more: they may be evicted. O(blocks)."""
+        self.policy.retire(blocks)
+        self.offer(blocks)
+
+    def offer(self, blocks: Int32) -> None:
+        """Queue the nodes of these idle blocks. O(blocks)."""
+        numbers = self.node_of.take(blocks)
+        if len(numbers) > 1:  # runs stand together
+            first = np.empty(len(numbers), np.bool_)
+            first[0] = True
+            np.not_equal(numbers[1:], numbers[:-1], out=first[1:])
+            numbers = numbers[first]
+        for number in numbers.tolist():
+            node = self.nodes[number]
+            assert node is not None
+            self._offer(node)
+
+    def _offer(self, node: Node) -> None:
+        if node.children or not self._is_idle(tail := int(node.blocks[-1])):
+            node.queue.put_aside(node)
+        else:
+            node.queue.push(self._rank(tail), node)
+
+    def _is_idle(self, block: int) -> bool:
+        return not (self.pool.refs[block] or self.pool.holds[block])
+
+    def _rank(self, block: int) -> float:
+        return float(self.policy.rank(np.array([block], np.int32))[0])
+
+    def _next(self, queue: Queue[Node]) -> tuple[float, Node] | None:
+        """The idle tip that leaves first. Amortised O(log n): outdated entries are dropped."""
+        while (entry := queue.first()) is not None:
+            rank, node = entry
+            if node.end > node.start and not node.children:
+                tail = int(node.blocks[-1])
+                if self._is_idle(tail) and self._rank(tail) == rank:
+                    return rank, node
+            queue.drop_first()
         return None
 
-    def _unlink(self, node: Node) -> None:
-        parent, first = node.parent, int(node.tokens[0])
-        siblings = parent.children[first]
-        del siblings[node.tokens.tobytes()]
-        if not siblings:
-            del parent.children[first]
-        if parent.children:
+    def evict(self, count: int, allowances: dict[int, int] | None = None) -> int:
+        """Forget `count` idle blocks, from each queue at most its allowance; there are so many.
+
+        O(count log n): idle tips, lowest rank first. Only when there are no more of those, idle
+        blocks inside a run with everything after them, which may be more than asked for.
+        Returns how many the index forgot; those that nobody keeps are free.
+        """
+        self._refresh()
+        gone = [_NO_BLOCKS]
+        room = allowances or {0: count}
+        while count > 0:
+            ready = {
+                number: entry
+                for number, left in room.items()
+                if left > 0 and (entry := self._next(self._queues[number])) is not None
+            }
+            if ready:
+                number = min(ready, key=lambda number: ready[number][0])
+                others = [entry[0] for other, entry in ready.items() if other != number]
+                limit = min(others, default=np.inf)
+                blocks = self._trim(ready[number][1], min(count, room[number]), limit)
+                num_idle = len(blocks)
+            else:
+                number = next(n for n, left in room.items() if left > 0 and self._queues[n].aside)
+                blocks, num_idle = self._cut(self._queues[number])
+            count -= num_idle
+            room[number] -= num_idle
+            gone.append(blocks)
+        blocks = np.concatenate(gone)
+        self.pool.uncache(blocks)
+        self.policy.forget(blocks)
+        if self._log is not None and len(blocks):
+            self._log.add("evicted", blocks=blocks)
+            self._log.add("removed", blocks=blocks)
+        return len(blocks)
+
+    def _refresh(self) -> None:
+        fallen = self.policy.fallen()
+        if len(fallen):
+            fallen = fallen[self.pool.cached[fallen] & (self.pool.refs[fallen] == 0)]
+            self.offer(fallen)
+
+    def _trim(self, node: Node, count: int, limit: float) -> Int32:
+        """Take up to `count` blocks off a tip's tail while they are idle and rank lowest."""
+        queue = node.queue
+        queue.drop_first()
+        if count > 1 and node.end - node.start > 1:
+            after = self._next(queue)
+            limit = min(limit, after[0]) if after else limit
+            tail = node.blocks[-count:][::-1]
+            idle = (self.pool.refs[tail] == 0) & (self.pool.holds[tail] == 0)
+            leave = idle & (self.policy.rank(tail) <= limit)
+            leave[0] = True
+            count = len(tail) if leave.all() else int(leave.argmin())
+        blocks = node.blocks[-count:].copy() if count > 1 else node.blocks[-1:].copy()
+        self._shorten(node, node.end - len(blocks))
+        return blocks
+
+    def _cut(self, queue: Queue[Node]) -> tuple[Int32, int]:
+        """Take the idle blocks that stand before held ones, with all that follows them."""
+        node = queue.aside_first()
+        blocks = node.blocks
+        idle = (self.pool.refs[blocks] == 0) & (self.pool.holds[blocks] == 0)
+        if not idle.any():
+            return _NO_BLOCKS, 0
+        position = node.start + int(idle.argmax())
+        gone = [blocks[position - node.start :].copy()]
+        for below in list(self._below(node)):
+            gone.append(below.blocks.copy())
+            self._bury(below)
+        node.children = {}
+        self._shorten(node, position)
+        blocks = np.concatenate(gone)
+        idle = (self.pool.refs[blocks] == 0) & (self.pool.holds[blocks] == 0)
+        return blocks, int(np.count_nonzero(idle))
+
+    def _shorten(self, node: Node, end: int) -> None:
+        """Let a run end earlier; an empty one leaves the tree, and its parent may be a tip now."""
+        first = self.pool.ids[node._room[0]]
+        node.end, node.sealed = end, True
+        if end > node.start:
+            self._offer(node)
             return
-        if isinstance(parent, Node):
-            heapq.heappush(self._idle, (parent.last_used, parent))
-        elif self._roots.get(parent.namespace) is parent:
+        parent = node.parent
+        assert parent is not None
+        del parent.children[_key(first, node.tag)]
+        self._bury(node)
+        if parent.parent is not None:
+            if not parent.children and self._is_idle(int(parent.blocks[-1])):
+                self._offer(parent)
+        elif not parent.children and self.roots.get(parent.tree) is parent:
             # Tenants come and go: an empty tree must not stay behind.
-            parent.attached = False
-            del self._roots[parent.namespace]
+            del self.roots[parent.tree]
+            self._bury(parent)
 
-    def _child(self, node: Node | Root, tokens: Int32) -> Node | None:
-        siblings = node.children.get(int(tokens[0]))
-        return siblings.get(tokens.tobytes()) if siblings else None
+    def _bury(self, node: Node) -> None:
+        node.end = node.start
+        node.queue.forget(node)
+        self.nodes[node.number] = None
+        self._free_numbers.append(node.number)
 
-    def _partial(self, node: Node | Root, tokens: Int32) -> tuple[int, int]:
-        if not len(tokens):
-            return 0, 0
-        best, best_length = 0, 0
-        siblings = node.children.get(int(tokens[0]), {})
-        # Of prompts that all begin alike there may be thousands: the latest are the likeliest.
-        for child in islice(reversed(siblings.values()), _PARTIAL_CANDIDATES_MAX):
-            length = _common_prefix(child.tokens, tokens)
-            if length > best_length:
-                best, best_length = child.block, length
-        return best, best_length
-
-    def _subtree(self, start: Node | Root) -> Iterator[Node]:
-        """`start`, where it is a block, and every node after it."""
-        stack: list[Node | Root] = [start]
+    def _below(self, node: Node) -> Iterator[Node]:
+        stack = list(node.children.values())
         while stack:
             node = stack.pop()
-            if isinstance(node, Node):
-                yield node
-            for siblings in node.children.values():
-                stack.extend(siblings.values())
+            stack.extend(node.children.values())
+            yield node
 
-    def path(self, node: Node | Root) -> tuple[str | None, list[Node]]:
-        """The namespace and the nodes from the front of the prefix up to `node`. O(depth)."""
-        nodes: list[Node] = []
-        while isinstance(node, Node):
-            nodes.append(node)
-            node = node.parent
-        return node.namespace, nodes[::-1]
+    # ---------------------------------------------------------------- keep house
 
-    def check(self, cached: NDArray[np.bool_], refs: Int32) -> None:
-        """Raise `BrokenInvariant` unless tree, look-up and pool tell the same story. O(n)."""
-        nodes = [node for root in self._roots.values() for node in self._subtree(root)]
-        blocks = [node.block for node in nodes]
-        if len(set(blocks)) != len(blocks):
-            raise BrokenInvariant("prefix index: a block stands twice in the trees")
-        if {node.block: node for node in nodes} != self._node_of:
-            raise BrokenInvariant("prefix index: trees and look-up by block differ")
-        if set(blocks) != set(np.flatnonzero(cached).tolist()):
+    def walk(self) -> Iterator[Node]:
+        """All nodes, roots included; parents before children, siblings in order. O(nodes)."""
+        for root in self.roots.values():
+            stack = [root]
+            while stack:
+                yield (node := stack.pop())
+                stack.extend(reversed(node.children.values()))
+
+    def adopt(self, parent: Node | None, tree: TreeKey | None, blocks: Int32, tag: Tag) -> Node:
+        """Put a node of another index where it was there: a root, or below `parent`. O(blocks)."""
+        node = self._new_node(parent, parent.end if parent else 0, blocks)
+        node.tag = tag
+        if parent is None:
+            assert tree is not None
+            node.tree, node.queue = tree, self._queues[0]
+            self.roots[tree] = node
+        else:
+            parent.children[_key(self.pool.ids[blocks[0]], tag)] = node
+            self.node_of[blocks] = node.number
+            self.pool.cached[blocks] = True
+        return node
+
+    def queued(self) -> tuple[list[Node], list[Node]]:
+        """Nodes in the order in which they leave, and those put aside. O(n log n)."""
+        tips, aside = list[tuple[tuple[float, int], Node]](), list[Node]()
+        for queue in self._queues:
+            for node, place in queue.ranks.items():
+                if (
+                    not node.children
+                    and node.end > node.start
+                    and self._is_idle(int(node.blocks[-1]))
+                ):
+                    tips.append((place, node))
+            for node in queue.aside:
+                blocks = node.blocks
+                if np.any((self.pool.refs[blocks] == 0) & (self.pool.holds[blocks] == 0)):
+                    aside.append(node)
+        return [node for _, node in sorted(tips, key=lambda tip: tip[0])], aside
+
+    def queue_again(self, tips: Iterable[Node], aside: Iterable[Node]) -> None:
+        """Queue these in this order, and nothing else. O(n log n)."""
+        for queue in self._queues:
+            queue.ranks.clear()
+            queue.aside.clear()
+        for node in tips:
+            self._offer(node)
+        for node in aside:
+            node.queue.put_aside(node)
+
+    def set_queues(self, namespaces: Iterable[str | None]) -> None:
+        """Give each of `namespaces` a queue of its own, the others one together. O(nodes)."""
+        self._queue_of = {namespace: Queue() for namespace in namespaces}
+        self._queues = [Queue(), *self._queue_of.values()]
+        for root in self.roots.values():
+            root.queue = self._queue_of.get(root.tree[0], self._queues[0])
+            for node in self._below(root):
+                node.queue = root.queue
+                self._offer(node)
+
+    def owned(self) -> Iterator[tuple[str | None, Int32]]:
+        """The blocks offered to each namespace, run by run. O(nodes)."""
+        for root in self.roots.values():
+            for node in self._below(root):
+                yield root.tree[0], node.blocks
+
+    def offered(self) -> Iterator[Event]:
+        """All runs as `stored` events, parents before children. O(tokens)."""
+        for root in self.roots.values():
+            for node in self._below(root):
+                parent = node.parent
+                before = int(parent.blocks[-1]) if parent and parent.end else -1
+                yield Event(0, "stored", **self._event(node, before, node.blocks))
+
+    def _event(self, node: Node, before: int, blocks: Int32) -> dict[str, Any]:
+        namespace, adapter = node.tree
+        return {
+            "blocks": blocks.copy(),
+            "namespace": namespace,
+            "adapter": adapter,
+            "parent": before,
+            "tokens": self.pool.ids[blocks],
+        }
+
+    def resize(self, num_blocks: int, places: Int32) -> None:
+        """Follow the pool to its new size, and its blocks to their new places. O(blocks)."""
+        for node in self.nodes:
+            if node is not None:
+                node.blocks[:] = places[node.blocks]
+        self.node_of = moved(self.node_of, num_blocks, places)
+        self.arrivals.resize(num_blocks, places)
+        self.policy.resize(num_blocks, places)
+
+    def check(self) -> None:
+        """Raise `BrokenInvariant` unless trees, look-up and pool tell the same story. O(blocks)."""
+        owner = np.full(self.pool.num_blocks, -1, np.int32)
+        count = 0
+        for tree, root in self.roots.items():
+            if root.tree != tree or root.parent is not None or root.end or not root.children:
+                raise BrokenInvariant(f"prefix index: the root of {tree!r} is out of place")
+            for node in [root, *self._below(root)]:
+                count += 1
+                self._check_node(node)
+                if np.any(owner[node.blocks] >= 0):
+                    raise BrokenInvariant("prefix index: a block stands twice in the trees")
+                owner[node.blocks] = node.number
+        if count != sum(node is not None for node in self.nodes):
+            raise BrokenInvariant("prefix index: a node is in no tree")
+        if np.any((owner >= 0) != self.pool.cached) or self.arrivals:
             raise BrokenInvariant("prefix index: its blocks are not those the pool marks as cached")
-        current = {id(node) for used, node in self._idle if used == node.last_used}
-        for namespace, root in self._roots.items():
-            if root.namespace != namespace or not root.attached or not root.children:
-                raise BrokenInvariant(f"prefix index: the root of {namespace!r} is out of place")
-            self._check_children(root)
-        for node in nodes:
-            if not node.attached or len(node.tokens) != self.block_size:
-                raise BrokenInvariant(f"prefix index: block {node.block} is not a full block")
-            self._check_children(node)
-            if not node.children and not refs[node.block] and id(node) not in current:
-                raise BrokenInvariant(f"prefix index: idle block {node.block} can never be evicted")
+        wrong = np.flatnonzero((owner != self.node_of) & (owner >= 0))
+        if len(wrong):
+            raise BrokenInvariant(f"prefix index: block {wrong[0]} is looked up in a wrong node")
 
-    def _check_children(self, parent: Node | Root) -> None:
-        for first, siblings in parent.children.items():
-            for key, node in siblings.items():
-                in_place = node.parent is parent and node.depth == parent.depth + 1
-                if not in_place or node.tokens.tobytes() != key or int(node.tokens[0]) != first:
-                    raise BrokenInvariant(f"prefix index: block {node.block} is out of place")
+    def _check_node(self, node: Node) -> None:
+        if self.nodes[node.number] is not node or (node.parent and node.end <= node.start):
+            raise BrokenInvariant(f"prefix index: node {node.number} is out of place or empty")
+        for key, child in node.children.items():
+            expected = _key(self.pool.ids[child._room[0]], child.tag)
+            in_place = child.parent is node and child.start == node.end and child.tree == node.tree
+            if not in_place or key != expected:
+                raise BrokenInvariant(f"prefix index: node {child.number} is out of place")
+        if node.parent is None:
+            return
+        idle = (self.pool.refs[node.blocks] == 0) & (self.pool.holds[node.blocks] == 0)
+        if idle.any() and node not in node.queue.aside:
+            rank = node.queue.ranks.get(node, (None, 0))[0]
+            if node.children or not idle[-1] or rank != self._rank(int(node.blocks[-1])):
+                raise BrokenInvariant(f"prefix index: idle block {node.blocks[-1]} never leaves")
+
+
+def segments(contents: Contents, index: PrefixIndex, first: int, end: int) -> list[tuple[int, Tag]]:
+    """Blocks `first` to `end` as (end of stretch, tag all its blocks have). O(blocks)."""
+    if not contents:
+        return [(end, None)]
+    size, stretches = index.block_size, list[tuple[int, Tag]]()
+    for block in range(first, end):
+        shown = tuple(
+            (start, digest)
+            for start, stop, digest in contents
+            if start < (block + 1) * size and stop > block * size
+        )
+        tag = shown or None
+        if stretches and stretches[-1][1] == tag:
+            stretches.pop()
+        stretches.append((block + 1, tag))
+    return stretches or [(end, None)]
+
+
+def _key(tokens: Int32, tag: Tag) -> object:
+    """What a child is found by: all tokens of its first block, and what they show."""
+    return tokens.tobytes() if tag is None else (tokens.tobytes(), tag)
+
+
+_NO_BLOCKS: Int32 = np.empty(0, np.int32)

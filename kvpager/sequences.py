@@ -2,22 +2,25 @@
 
     row        0      1      2          a handle names (row, generation); `free` raises the row's
     lengths   33     16      -          generation, so every old handle of the row is refused
-    tables    4 7 2  7       -          block ids in logical order; -1 where there is none
+    tables    4 7 2  7       -          block ids in logical order
 
-One decode step for a whole batch is then a handful of vector operations, whatever its size.
+In a table, -1 is "no block" and -2 - h is block h of the host. One decode step for a whole batch
+is then a handful of vector operations, whatever its size. The order of a row's counts is always
+
+    published blocks * block_size <= min(committed, known) <= lengths - drafts <= lengths
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plan import NO_COPIES
-from kvpager.prefix import Node, Root
+from kvpager.prefix import Node
 
 if TYPE_CHECKING:
     from kvpager.manager import BlockManager
@@ -25,16 +28,18 @@ if TYPE_CHECKING:
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
+NO_BLOCK = -1
+
 
 class Sequence:
     """A handle to one block table. Made by `BlockManager.allocate` and `fork`, ended by `free`.
 
     `num_cached_tokens`: how many leading tokens have their KV in the pool already.
     `copies`: int32 [n, 2], (source, destination) blocks to copy before anything is written,
-    because the prompt matched part of a block; usually empty.
+    because the prompt matched part of a block; usually empty. `ticket`: as in `Plan`.
     """
 
-    __slots__ = ("_generation", "_manager", "_row", "copies", "num_cached_tokens")
+    __slots__ = ("_generation", "_manager", "_row", "copies", "num_cached_tokens", "ticket")
 
     def __init__(
         self,
@@ -43,12 +48,14 @@ class Sequence:
         generation: int,
         num_cached_tokens: int = 0,
         copies: Int32 = NO_COPIES,
+        ticket: int = 0,
     ) -> None:
         self._manager = manager
         self._row = row
         self._generation = generation
         self.num_cached_tokens = num_cached_tokens
         self.copies = copies
+        self.ticket = ticket
 
     def __len__(self) -> int:
         """Tokens in the sequence. O(1). Raises `StaleSequence` after `free`."""
@@ -67,152 +74,236 @@ class Sequence:
 
     @property
     def name(self) -> str:
-        """How errors call it. O(1), takes no lock."""
+        """How errors and snapshots call it. O(1), takes no lock."""
         return f"Sequence {self._row}.{self._generation}"
 
 
 class Batch:
     """Sequences that step together. Made once by `BlockManager.batch`, good for many steps."""
 
-    __slots__ = ("generations", "manager", "rows")
+    __slots__ = ("epoch", "generations", "manager", "rows")
 
-    def __init__(self, manager: BlockManager, rows: Int64, generations: Int64) -> None:
+    def __init__(self, manager: BlockManager, rows: Int64, generations: Int64, epoch: int) -> None:
         self.manager = manager
         self.rows = rows
         self.generations = generations
+        self.epoch = epoch  # the table's when it was last found live and on the device
         rows.flags.writeable = generations.flags.writeable = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-class Content:
-    """What a sequence's tokens are, as far as they are known, and how much is published."""
+class Prompt(NamedTuple):
+    """What a sequence is, apart from its tokens: whose it is, and what its placeholders show."""
 
-    __slots__ = ("buffer", "known", "namespace", "node", "publishable")
-
-    def __init__(self, namespace: str | None) -> None:
-        self.namespace = namespace
-        self.buffer: Int32 = np.empty(0, np.int32)
-        self.known = 0  # leading tokens whose ids are known
-        self.node: Node | Root | None = None  # the last published block; its depth says how many
-        self.publishable = True
+    namespace: str | None = None
+    adapter: str | None = None
+    contents: tuple[tuple[int, int, bytes], ...] = ()  # (start, stop, digest), in order
 
     @property
-    def num_published(self) -> int:
-        """Leading blocks that the prefix index knows. O(1)."""
-        return 0 if self.node is None else self.node.depth
-
-    @property
-    def tokens(self) -> Int32:
-        """The known token ids. O(1), a view."""
-        return self.buffer[: self.known]
-
-    def extend(self, ids: Int32) -> None:
-        """Add `ids` after the known tokens. Amortised O(ids)."""
-        end = self.known + len(ids)
-        if end > len(self.buffer):
-            grown = np.empty(max(end, 2 * len(self.buffer)), np.int32)
-            grown[: self.known] = self.tokens
-            self.buffer = grown
-        self.buffer[self.known : end] = ids
-        self.known = end
-
-    def truncate(self, length: int, num_full_blocks: int) -> None:
-        """Forget all tokens from `length` on. O(blocks forgotten)."""
-        self.known = min(self.known, length)
-        while isinstance(self.node, Node) and self.node.depth > num_full_blocks:
-            self.node = self.node.parent
-
-    def copy(self) -> Content:
-        """The same content for a forked sequence. O(tokens)."""
-        twin = Content(self.namespace)
-        twin.buffer = self.tokens.copy()
-        twin.known = self.known
-        twin.node = self.node
-        twin.publishable = self.publishable
-        return twin
+    def tree(self) -> tuple[str | None, str | None]:
+        """Which tree of the prefix index it belongs to."""
+        return self.namespace, self.adapter
 
 
 class SequenceTable:
     """The arrays. Rows are reused; generations are never."""
 
-    def __init__(self) -> None:
-        self.tables: Int32 = np.full((0, 4), -1, np.int32)
-        self.lengths: Int64 = np.zeros(0, np.int64)
-        self.committed: Int64 = np.zeros(0, np.int64)  # leading tokens whose KV is written
-        self.num_blocks: Int64 = np.zeros(0, np.int64)
-        self.first_blocks: Int64 = np.zeros(0, np.int64)  # blocks before it were given back
-        self.generations: Int64 = np.zeros(0, np.int64)
-        self.contents: list[Content | None] = []
-        self.host_blocks: dict[int, Int32] = {}  # of swapped rows; -1 where the device kept it
-        self._free_rows: list[int] = []
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
+        "lengths": np.int64,
+        "known": np.int64,  # leading tokens whose ids are known
+        "committed": np.int64,  # leading tokens whose KV is written
+        "drafts": np.int64,  # trailing tokens that may be taken back, never published
+        "published": np.int64,  # leading blocks that the prefix index offers
+        "first_blocks": np.int64,  # blocks before it were given back
+        "windows": np.int64,  # how far its layers look back; 0: to the beginning
+        "generations": np.int64,
+        "swapped": np.bool_,
+        "twins": np.bool_,  # the index offers somebody else's block in place of one of ours
+    }
+
+    lengths: Int64
+    known: Int64
+    committed: Int64
+    drafts: Int64
+    published: Int64
+    first_blocks: Int64
+    windows: Int64
+    generations: Int64
+    swapped: NDArray[np.bool_]
+    twins: NDArray[np.bool_]
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.tables: Int32 = np.empty((0, 4), np.int32)
+        for name, dtype in self.COLUMNS.items():
+            setattr(self, name, np.zeros(0, dtype))
+        self.prompts: list[Prompt | None] = []
+        self.nodes: list[Node | None] = []  # where `published` stands in the prefix index
+        self.free_rows: list[int] = []
+        self.epoch = 0  # changes whenever a handle goes stale or a sequence is swapped
+        self.num_special = 0  # rows with a window or with drafts
 
     def __len__(self) -> int:
-        return len(self.contents) - len(self._free_rows)
+        return len(self.prompts) - len(self.free_rows)
 
-    def add(self, content: Content) -> int:
-        """A fresh, empty row. Amortised O(1)."""
-        if not self._free_rows:
-            self._add_rows(max(8, len(self.contents)))
-        row = self._free_rows.pop()
-        self.contents[row] = content
+    # ---------------------------------------------------------------- rows come and go
+
+    def reserve(self, num_columns: int, num_rows: int = 1) -> None:
+        """Make room for `num_rows` more rows of `num_columns` blocks. O(1) but when it grows."""
+        rows, width = self.tables.shape
+        missing = num_rows - len(self.free_rows)
+        if missing <= 0 and num_columns <= width:
+            return
+        more = max(missing, 8, rows) if missing > 0 else 0
+        wider = max(num_columns, 2 * width) if num_columns > width else width
+        tables = np.full((rows + more, wider), NO_BLOCK, np.int32)
+        tables[:rows, :width] = self.tables
+        for name, dtype in self.COLUMNS.items():
+            setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more, dtype)]))
+        self.tables = tables
+        self.prompts.extend([None] * more)
+        self.nodes.extend([None] * more)
+        self.free_rows.extend(range(rows + more - 1, rows - 1, -1))
+
+    def add(
+        self, prompt: Prompt, shared: Int32, fresh: Int32, length: int, committed: int, known: int
+    ) -> None:
+        """Begin the next free row, one reserved, with these blocks. O(blocks)."""
+        row = self.free_rows.pop()
+        self.prompts[row] = prompt
+        self.tables[row, : len(shared)] = shared
+        self.tables[row, len(shared) : len(shared) + len(fresh)] = fresh
+        self.lengths[row] = length
+        self.committed[row] = committed
+        self.known[row] = known
+
+    def fork(self, parent: int) -> int:
+        """A second row with the same everything; there is one reserved. O(blocks)."""
+        row = self.free_rows.pop()
+        self.prompts[row], self.nodes[row] = self.prompts[parent], self.nodes[parent]
+        num_blocks = self.num_blocks(parent)
+        self.tables[row, :num_blocks] = self.tables[parent, :num_blocks]
+        for name in self.COLUMNS:
+            if name != "generations":
+                column = getattr(self, name)
+                column[row] = column[parent]
+        self.num_special += self._is_special(row)
         return row
 
     def drop(self, row: int) -> None:
         """End the row's life: its handles are stale from now on. O(row's blocks)."""
+        self.num_special -= self._is_special(row)
+        self.tables[row, : self.num_blocks(row)] = NO_BLOCK
+        for name in self.COLUMNS:
+            if name != "generations":
+                getattr(self, name)[row] = 0
         self.generations[row] += 1
-        self.tables[row, : self.num_blocks[row]] = -1
-        self.lengths[row] = self.committed[row] = 0
-        self.num_blocks[row] = self.first_blocks[row] = 0
-        self.contents[row] = None
-        self.host_blocks.pop(row, None)
-        self._free_rows.append(row)
+        self.prompts[row] = self.nodes[row] = None
+        self.free_rows.append(row)
+        self.epoch += 1
 
-    def content(self, row: int) -> Content:
-        """The content of a live row."""
-        content = self.contents[row]
-        assert content is not None, f"row {row} is not live"
-        return content
+    def _is_special(self, row: int) -> bool:
+        return bool(self.windows[row] or self.drafts[row])
 
-    def live_rows(self) -> Iterator[int]:
-        """The rows in use."""
-        return (row for row, content in enumerate(self.contents) if content is not None)
+    def count_special(self) -> None:
+        """Windows or drafts were set: count the rows that have any. O(rows)."""
+        self.num_special = int(np.count_nonzero((self.windows > 0) | (self.drafts > 0)))
+
+    # ---------------------------------------------------------------- reading
+
+    def num_blocks(self, row: int) -> int:
+        """Blocks of the row's table, those given back included. O(1)."""
+        return -(-int(self.lengths[row]) // self.block_size)
 
     def blocks(self, row: int) -> Int32:
-        """The row's blocks in logical order, a view; -1 where one is not on the device."""
-        return self.tables[row, : self.num_blocks[row]]
+        """The row's table, a view: device blocks, -1, or -2 - h for host block h."""
+        return self.tables[row, : self.num_blocks(row)]
 
     def device_blocks(self, row: int) -> Int32:
-        """The row's blocks that are on the device, a copy."""
+        """The row's blocks that are on the device."""
         blocks = self.blocks(row)
-        return blocks[blocks >= 0]
+        if self.first_blocks[row] or self.swapped[row]:
+            return blocks[blocks >= 0]
+        return blocks
 
-    def widen(self, num_columns: int) -> None:
-        """Make room for tables of `num_columns` blocks. O(rows * width) when it has to grow."""
-        rows, width = self.tables.shape
-        if num_columns > width:
-            wider = np.full((rows, max(num_columns, 2 * width)), -1, np.int32)
-            wider[:, :width] = self.tables
-            self.tables = wider
+    def host_blocks(self, row: int) -> Int32:
+        """The row's blocks that are on the host, by their ids there."""
+        if not self.swapped[row]:
+            return np.empty(0, np.int32)
+        blocks = self.blocks(row)
+        return np.asarray(-2 - blocks[blocks < NO_BLOCK], np.int32)
+
+    def prompt(self, row: int) -> Prompt:
+        """Whose row it is."""
+        prompt = self.prompts[row]
+        assert prompt is not None, f"row {row} is not live"
+        return prompt
+
+    def live_rows(self) -> list[int]:
+        """The rows in use. O(rows)."""
+        return [row for row, prompt in enumerate(self.prompts) if prompt is not None]
+
+    def slots(self, rows: Int64, starts: Int64, counts: Int64) -> Int64:
+        """Flat slots of `counts` tokens from `starts` on, row by row. O(tokens)."""
+        owners = np.repeat(np.arange(len(rows)), counts)
+        positions = starts[owners] + ranks(counts)
+        blocks = self.tables[rows[owners], positions // self.block_size]
+        slots: Int64 = blocks.astype(np.int64) * self.block_size + positions % self.block_size
+        return slots
+
+    def num_tokens_on(self, num_blocks: int) -> int:
+        """Slots of the device's blocks that hold a token, shared ones once. O(blocks)."""
+        filled = np.zeros(num_blocks, np.int64)
+        for row in self.live_rows():
+            blocks = self.blocks(row)
+            ends = self.lengths[row] - np.arange(len(blocks)) * self.block_size
+            here = blocks >= 0
+            ends = np.minimum(ends[here], self.block_size)
+            filled[blocks[here]] = np.maximum(filled[blocks[here]], ends)
+        return int(filled.sum())
 
     def check(self) -> None:
-        """Raise `BrokenInvariant` unless rows not in use are empty, and counted once. O(rows)."""
-        idle = [row for row, content in enumerate(self.contents) if content is None]
-        if sorted(self._free_rows) != idle:
-            raise BrokenInvariant("sequences: the free rows are not those without content")
-        stray = self.tables >= 0
-        for row in self.live_rows():
-            stray[row, : self.num_blocks[row]] = False
-        if stray.any() or set(self.host_blocks) - set(self.live_rows()):
-            raise BrokenInvariant("sequences: a block stands where no sequence has one")
+        """Raise `BrokenInvariant` unless each row's own books are right. O(blocks)."""
+        live = self.live_rows()
+        idle = np.setdiff1d(np.arange(len(self.prompts)), live)
+        if sorted(self.free_rows) != idle.tolist():
+            raise BrokenInvariant("sequences: the free rows are not those without a prompt")
+        empty = np.ones(self.tables.shape, np.bool_)
+        for row in live:
+            empty[row, int(self.first_blocks[row]) : self.num_blocks(row)] = False
+            self._check_row(row)
+        if np.any((self.tables == NO_BLOCK) != empty):
+            raise BrokenInvariant("sequences: a block stands where none belongs, or is missing")
+        if any(getattr(self, name)[idle].any() for name in self.COLUMNS if name != "generations"):
+            raise BrokenInvariant("sequences: a row that is not in use is not empty")
+        special = np.count_nonzero((self.windows > 0) | (self.drafts > 0))
+        if special != self.num_special:
+            raise BrokenInvariant(f"sequences: {self.num_special} special rows, but {special} are")
 
-    def _add_rows(self, count: int) -> None:
-        first = len(self.contents)
-        empty = np.full((count, self.tables.shape[1]), -1, np.int32)
-        self.tables = np.concatenate([self.tables, empty])
-        zeros = np.zeros(count, np.int64)
-        for name in ("lengths", "committed", "num_blocks", "first_blocks", "generations"):
-            setattr(self, name, np.concatenate([getattr(self, name), zeros]))
-        self.contents.extend([None] * count)
-        self._free_rows.extend(range(first + count - 1, first - 1, -1))
+    def _check_row(self, row: int) -> None:
+        length, known = int(self.lengths[row]), int(self.known[row])
+        settled, committed = length - int(self.drafts[row]), int(self.committed[row])
+        if not 0 <= settled <= length or self.num_blocks(row) > self.tables.shape[1]:
+            raise BrokenInvariant(f"sequence {row}: {self.drafts[row]} drafts of {length} tokens")
+        if not 0 <= committed <= settled:
+            raise BrokenInvariant(f"sequence {row}: {committed} of {settled} tokens committed")
+        if not 0 <= known <= length:
+            raise BrokenInvariant(f"sequence {row}: knows {known} of {length} tokens")
+        if np.any(self.blocks(row) < NO_BLOCK) and not self.swapped[row]:
+            raise BrokenInvariant(f"sequence {row}: on the host, and not known as swapped")
+        if self.published[row] * self.block_size > min(committed, known or committed):
+            raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
+
+
+def ranks(counts: Int64) -> Int64:
+    """[2, 0, 3] -> [0, 1, 0, 1, 2]: each item's place in its own run."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) - np.repeat(ends - counts, counts)
+
+
+def listed(target: Sequence | Batch | Iterable[Sequence]) -> Sequence | Batch | list[Sequence]:
+    """The sequences named, once: whatever an iterable does, it does before anything is decided."""
+    return target if isinstance(target, Sequence | Batch) else list(target)

@@ -508,7 +508,7 @@ def test_empty_namespaces_leave_nothing_behind(manager: BlockManager) -> None:
     for tenant in range(20):
         manager.free(committed(manager, prompt(4), f"tenant {tenant}"))
     manager.drop_cached()
-    assert manager._index._roots == {}
+    assert manager._index.roots == {}
 
 
 def test_threads_share_a_manager_without_losing_a_block() -> None:
@@ -574,6 +574,8 @@ def test_every_block_is_in_exactly_one_state(manager: BlockManager) -> None:
         BlockState.CACHED: 2,
         BlockState.HELD: 1,
         BlockState.SHARED: 1,
+        BlockState.KEPT: 0,
+        BlockState.RESERVED: 0,
     }
 
 
@@ -696,7 +698,7 @@ def test_using_a_prompt_again_and_again_costs_no_memory(manager: BlockManager) -
     manager.free(committed(manager, prompt(9)))
     for _ in range(1000):
         manager.free(manager.allocate(prompt(9)))
-    assert len(manager._index._idle) < 100
+    assert len(manager._index._queues[0]._heap) < 100
     manager.check()
 
 
@@ -793,29 +795,34 @@ def test_stats_count_what_happened() -> None:
 
 BREAK = {
     "refcount": lambda m, s: m._pool.refs.__setitem__(m.block_table(s)[0], 2),
-    "cached count": lambda m, s: setattr(m._pool, "num_cached_only", 2),
+    "evictable count": lambda m, s: setattr(m._pool, "num_evictable", 2),
     "free twice": lambda m, s: m._pool._stack.__setitem__(slice(0, 2), m._pool._stack[0]),
     "free and used": lambda m, s: m._pool._stack.__setitem__(0, m.block_table(s)[0]),
     "bump pointer": lambda m, s: setattr(m._pool, "_num_used_ever", 1),
+    "held back": lambda m, s: m._pool.holds.__setitem__(0, 1),
+    "pins": lambda m, s: m._fences.pins.popitem(),
     "length": lambda m, s: m._rows.lengths.__setitem__(s._row, 40),
     "committed": lambda m, s: m._rows.committed.__setitem__(s._row, 99),
+    "drafts": lambda m, s: m._rows.drafts.__setitem__(s._row, 4),
+    "special rows": lambda m, s: setattr(m._rows, "num_special", 3),
     "hole": lambda m, s: m._rows.tables.__setitem__((s._row, 0), -1),
     "twice": lambda m, s: m._rows.tables.__setitem__((s._row, 0), m.block_table(s)[1]),
     "no such block": lambda m, s: m._rows.tables.__setitem__((s._row, 0), 99),
     "stray": lambda m, s: m._rows.tables.__setitem__((s._row, 3), 1),
-    "free row": lambda m, s: m._rows._free_rows.append(s._row),
-    "swapped, no row": lambda m, s: m._rows.host_blocks.__setitem__(99, np.zeros(1, np.int32)),
-    "knows too much": lambda m, s: setattr(m._rows.content(s._row), "known", 16),
-    "other tokens": lambda m, s: m._rows.content(s._row).buffer.__setitem__(0, 55),
-    "namespace": lambda m, s: setattr(m._index.root(None), "namespace", "acme"),
-    "node's tokens": lambda m, s: m._rows.content(s._row).node.tokens.__setitem__(1, 55),
-    "node's depth": lambda m, s: setattr(m._rows.content(s._row).node, "depth", 7),
-    "node's parent": lambda m, s: setattr(
-        m._rows.content(s._row).node, "parent", m._index.root(None)
-    ),
-    "look-up": lambda m, s: m._index._node_of.popitem(),
+    "free row": lambda m, s: m._rows.free_rows.append(s._row),
+    "swapped": lambda m, s: m._rows.tables.__setitem__((s._row, 2), -2),
+    "published": lambda m, s: m._rows.published.__setitem__(s._row, 3),
+    "knows too much": lambda m, s: m._rows.known.__setitem__(s._row, 16),
+    "other tokens": lambda m, s: m._pool.ids.__setitem__((m.block_table(s)[0], 0), 55),
+    "namespace": lambda m, s: setattr(m._rows.nodes[s._row], "tree", ("acme", None)),
+    "run's start": lambda m, s: setattr(m._rows.nodes[s._row], "start", 7),
+    "run's end": lambda m, s: setattr(m._rows.nodes[s._row], "end", 1),
+    "run's parent": lambda m, s: setattr(m._rows.nodes[s._row], "parent", None),
+    "look-up": lambda m, s: m._index.node_of.__setitem__(m.block_table(s)[0], 9),
     "cached flag": lambda m, s: m._pool.cached.__setitem__(m.block_table(s)[0], False),
-    "never evicted": lambda m, s: m._index._idle.clear(),
+    "never evicted": lambda m, s: m._index._queues[0].ranks.clear(),
+    "quota": lambda m, s: m._quotas._used.__setitem__(1, 7),
+    "host refcount": lambda m, s: m._host.refs.__setitem__(0, 1),
 }
 
 
@@ -825,6 +832,8 @@ def test_check_sees_every_kind_of_damage(law: str) -> None:
     others = [manager.allocate(4) for _ in range(3)]
     manager.free(committed(manager, prompt(4, first=60)))
     sequence = committed(manager, prompt(10))
+    manager.pin(sequence)
+    manager.set_quota("acme", floor=1)
     manager.free(others)
     manager.check()
     BREAK[law](manager, sequence)

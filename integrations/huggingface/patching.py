@@ -191,7 +191,7 @@ def patch(
             f"patch: expected a transformers model that can generate, got {type(model).__name__}; "
             "patch() without a model serves every model"
         )
-    arguments.namespace(namespace)
+    arguments.label("namespace", namespace)
     if namespace is not None and not prefix_cache:
         raise ValueError(
             f"namespace {namespace!r}: it separates prefixes, so set prefix_cache=True"

@@ -1,0 +1,187 @@
+"""What the control plane costs: one thread, 16-token blocks, medians, one JSON line for each figure.
+
+    python benchmarks/control_plane.py                  # every figure, and the peers found
+    python benchmarks/control_plane.py --only decode    # those whose name contains "decode"
+    python benchmarks/control_plane.py --sizes          # also at 1,000 and 1,000,000 blocks, and memory
+
+Peers that can be imported are measured in the same run, see `benchmarks/peers/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import pkgutil
+import statistics
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from kvpager import BlockManager
+from kvpager.keys import KeyContext, content_keys
+from kvpager.pool import BlockPool
+
+BLOCK_SIZE = 16
+PROMPT = 16_384
+Figure = tuple[str, float, str]
+
+
+def median_s(work: Callable[[], object], repeats: int = 30, calls: int = 1) -> float:
+    """The median time of one call, in seconds."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times)
+
+
+def random_ids(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 32_000, count, dtype=np.int32)
+
+
+def alloc_free(num_blocks: int) -> Iterator[Figure]:
+    pool = BlockPool(num_blocks, BLOCK_SIZE)
+    rounds = range(1000)
+
+    def one() -> None:
+        take, release = pool.take_one, pool.release_one
+        for _ in rounds:
+            release(take())
+
+    yield "alloc_free_1_ns", median_s(one) / len(rounds) * 1e9, "ns"
+    many = median_s(lambda: pool.release(pool.take(256)), calls=100)
+    yield "alloc_free_256_ns_per_block", many / 256 * 1e9, "ns/block"
+
+
+def decode(num_blocks: int) -> Iterator[Figure]:
+    batch_size = min(256, num_blocks // 80)
+    for name, with_ids in (("decode_step_256_us", False), ("decode_step_ids_commit_256_us", True)):
+        manager = BlockManager(num_blocks, BLOCK_SIZE)
+        sequences = []
+        for row in range(batch_size):
+            sequence = manager.allocate(random_ids(1024 - row % 16, row))
+            manager.commit(sequence)
+            sequences.append(sequence)
+        batch = manager.batch(sequences)
+        ids = random_ids(batch_size)
+
+        def step(manager=manager, batch=batch, ids=ids, with_ids=with_ids) -> None:
+            manager.append(batch, ids if with_ids else 1)
+            if with_ids:
+                manager.commit(batch)
+
+        yield name, median_s(step, repeats=200) * 1e6 * 256 / batch_size, "us"
+
+
+def fork_free(num_blocks: int) -> Iterator[Figure]:
+    count = min(1024, num_blocks - 1)
+    manager = BlockManager(num_blocks, BLOCK_SIZE)
+    parent = manager.allocate(random_ids(count * BLOCK_SIZE))
+    manager.commit(parent)
+    both = median_s(lambda: manager.free(manager.fork(parent)), calls=50)
+    yield "fork_free_ns_per_block", both / count * 1e9, "ns/block"
+
+
+def prefix_hit(num_blocks: int) -> Iterator[Figure]:
+    length = min(PROMPT, (num_blocks - 1) * BLOCK_SIZE)
+    manager = BlockManager(num_blocks, BLOCK_SIZE)
+    ids = random_ids(length)
+    manager.free(manager.allocate(ids), publish=True)
+    scale = PROMPT / length
+    yield (
+        "prefix_hit_16k_us",
+        median_s(lambda: manager.cached_tokens(ids), calls=20) * 1e6 * scale,
+        "us",
+    )
+    whole = median_s(lambda: manager.free(manager.allocate(ids)), calls=20)
+    yield "admit_hit_free_16k_us", whole * 1e6 * scale, "us"
+
+
+def cold_insert(num_blocks: int) -> Iterator[Figure]:
+    per_prompt = 2048 // BLOCK_SIZE
+    num_prompts = max(8, min(64, 2 * num_blocks // per_prompt))
+    prompts = [random_ids(2048, seed) for seed in range(num_prompts)]
+    for policy in ("lru",):
+        manager = BlockManager(num_prompts // 2 * per_prompt, BLOCK_SIZE, eviction=policy)
+
+        def all_prompts(manager=manager) -> None:
+            for ids in prompts:
+                sequence = manager.allocate(ids)
+                manager.commit(sequence)
+                manager.free(sequence)
+
+        all_prompts()
+        each = median_s(all_prompts, repeats=10) / num_prompts / per_prompt
+        suffix = "" if policy == "adaptive" else f"_{policy}"
+        yield f"cold_insert_evict{suffix}_ns_per_block", each * 1e9, "ns/block"
+
+
+def content_key(_: int) -> Iterator[Figure]:
+    ids = random_ids(PROMPT)
+    context = KeyContext(layout="bench", model="bench", secret=b"k" * 32)
+    once = median_s(lambda: content_keys(ids, BLOCK_SIZE, context))
+    yield "content_key_ns_per_token", once / PROMPT * 1e9, "ns/token"
+
+
+def memory(num_blocks: int) -> Iterator[Figure]:
+    """Everything a manager holds when all blocks are cached prompts of 2,048 tokens."""
+    gc.collect()
+    tracemalloc.start()
+    manager = BlockManager(num_blocks, BLOCK_SIZE)
+    per_prompt = min(2048, num_blocks * BLOCK_SIZE)
+    for seed in range(num_blocks * BLOCK_SIZE // per_prompt):
+        manager.free(manager.allocate(random_ids(per_prompt, seed)), publish=True)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    yield "manager_bytes_per_block", used / num_blocks, "bytes/block"
+
+
+SUITES = (alloc_free, decode, fork_free, prefix_hit, cold_insert, content_key)
+
+
+def peers(only: str) -> Iterator[tuple[str, Figure]]:
+    folder = Path(__file__).parent / "peers"
+    sys.path.insert(0, str(folder.parent))
+    for found in pkgutil.iter_modules([str(folder)]):
+        peer = importlib.import_module(f"peers.{found.name}")
+        if not hasattr(peer, "figures"):
+            continue
+        reason = peer.available()
+        if reason is not None:
+            print(json.dumps({"peer": peer.NAME, "skipped": reason}), flush=True)
+            continue
+        for figure in peer.figures():
+            if only in figure[0]:
+                yield peer.NAME, figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="figures whose name contains this")
+    parser.add_argument("--sizes", action="store_true", help="also 1,000 and 1,000,000 blocks")
+    parser.add_argument("--no-peers", action="store_true", help="kvpager alone")
+    options = parser.parse_args()
+    sizes = (1_000, 100_000, 1_000_000) if options.sizes else (100_000,)
+    for num_blocks in sizes:
+        for suite in SUITES if not options.sizes else (*SUITES, memory):
+            for name, value, unit in suite(num_blocks):
+                if options.only in name:
+                    line = {"name": name, "value": round(value, 1), "unit": unit}
+                    print(json.dumps({**line, "num_blocks": num_blocks}), flush=True)
+    if not options.no_peers:
+        for peer, (name, value, unit) in peers(options.only):
+            line = {"name": f"{peer}.{name}", "value": round(value, 1), "unit": unit}
+            print(json.dumps({**line, "peer": peer}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

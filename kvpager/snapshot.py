@@ -1,0 +1,258 @@
+"""The whole manager as plain arrays, and back: for a restart, a replay, or a comparison.
+
+    arrays = manager.snapshot()                 # np.savez(file, **arrays), or safetensors
+    manager = BlockManager.restore(arrays)      # np.load(file, allow_pickle=False)
+    handles = manager.sequences()               # by name, as the handles of the original say
+
+Nothing here can run code, no length is believed before the array that goes with it was seen, and
+what was read is checked against every law before anybody gets it. Events that nobody fetched are
+not part of it: who follows them begins anew from `offered`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.errors import BrokenInvariant
+from kvpager.eviction import POLICIES, EvictionPolicy
+from kvpager.prefix import Node, PrefixIndex
+from kvpager.quotas import Quota
+from kvpager.sequences import Prompt, SequenceTable
+
+if TYPE_CHECKING:
+    from kvpager.manager import BlockManager
+    from kvpager.pool import BlockPool
+
+Arrays = dict[str, NDArray[Any]]
+_VERSION = 1
+
+
+def take(manager: BlockManager) -> Arrays:
+    """Everything `manager` knows. O(blocks + tokens). The caller holds its lock."""
+    rows, index, fences = manager._rows, manager._index, manager._fences
+    nodes = list(index.walk())
+    place = {node: number for number, node in enumerate(nodes)}
+    arrays: Arrays = {
+        **_pool_arrays("device", manager._pool),
+        **_pool_arrays("host", manager._host),
+        **_row_arrays(rows, index, place),
+        **_node_arrays(nodes, place),
+        **_queue_arrays(index, place),
+        **{f"policy.{name}": np.array(value) for name, value in index.policy.state().items()},
+        "prints": np.where(manager._pool.cached, index.arrivals.prints, np.uint64(0)),
+    }
+    limits = manager._quotas.limits
+    meta = {
+        "version": _VERSION,
+        "block_size": manager.block_size,
+        "eviction": _policy_name(index.policy),
+        "null_block": manager._pool.num_reserved,
+        "fences": fences.is_on,
+        "last_ticket": fences.last_ticket,
+        "in_flight": [[t, d.tolist(), h.tolist()] for t, (d, h) in fences.in_flight.items()],
+        "pins": [[ticket, blocks.tolist()] for ticket, blocks in fences.pins.items()],
+        "quotas": [[name, quota.floor, quota.ceiling] for name, quota in limits.items()],
+        "totals": manager._totals,
+        "prompts": [None if p is None else _prompt_out(p) for p in rows.prompts],
+        "trees": [list(node.tree) for node in nodes if node.parent is None],
+        "tags": [[place[node], _contents_out(node.tag)] for node in nodes if node.tag],
+    }
+    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    return arrays
+
+
+def restore(
+    cls: type[BlockManager], arrays: Mapping[str, NDArray[Any]], eviction: EvictionPolicy | None
+) -> BlockManager:
+    """A manager that knows what `arrays` say. O(blocks + tokens).
+
+    Raises: `ValueError` where they are not a snapshot, or one that breaks a law.
+    """
+    try:
+        meta = json.loads(bytes(np.asarray(arrays["meta"], np.uint8)))
+        if meta["version"] != _VERSION:
+            raise ValueError(f"version {meta['version']}, and this kvpager reads {_VERSION}")
+        if eviction is None and meta["eviction"] not in POLICIES:
+            raise ValueError(f"policy {meta['eviction']!r} is not one of ours; pass it as eviction")
+        manager = cls(
+            len(arrays["device.refs"]),
+            meta["block_size"],
+            len(arrays["host.refs"]),
+            eviction=eviction or meta["eviction"],
+            null_block=bool(meta["null_block"]),
+            fences=bool(meta["fences"]),
+        )
+        _fill(manager, arrays, meta)
+        manager.check()
+    except (
+        ArithmeticError, AttributeError, BrokenInvariant, LookupError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        raise ValueError(f"not a snapshot that can be restored: {error!r}") from error
+    return manager
+
+
+def _fill(manager: BlockManager, arrays: Mapping[str, NDArray[Any]], meta: dict[str, Any]) -> None:
+    rows, index, fences, pool = manager._rows, manager._index, manager._fences, manager._pool
+    nodes = _read_nodes(index, arrays, meta)
+    _read_rows(rows, nodes, arrays, meta)
+    for ticket, device, host in meta["in_flight"]:
+        kept = np.array(device, np.int32), np.array(host, np.int32)
+        fences.in_flight[int(ticket)] = kept
+        np.add.at(pool.holds, kept[0], 1)
+        np.add.at(manager._host.holds, kept[1], 1)
+    for ticket, blocks in meta["pins"]:
+        fences.pins[int(ticket)] = np.array(blocks, np.int32)
+        np.add.at(pool.holds, fences.pins[int(ticket)], 1)
+    fences.last_ticket = int(meta["last_ticket"])
+    _read_pool("device", pool, arrays)
+    _read_pool("host", manager._host, arrays)
+    state = {k.removeprefix("policy."): np.asarray(v) for k, v in arrays.items() if "policy." in k}
+    index.policy.restore(state)
+    index.arrivals.prints[:] = arrays["prints"]
+    for name in manager._totals:
+        manager._totals[name] = int(meta["totals"][name])
+    manager._recount({name: Quota(floor, ceiling) for name, floor, ceiling in meta["quotas"]})
+    index.queue_again(_at(nodes, arrays["queue.order"]), _at(nodes, arrays["queue.aside"]))
+
+
+# -------------------------------------------------------------------- pools
+
+
+def _pool_arrays(tier: str, pool: BlockPool) -> Arrays:
+    in_use = pool.in_use().nonzero()[0]
+    return {
+        f"{tier}.refs": pool.refs.copy(),
+        f"{tier}.free": pool.free_list(),
+        f"{tier}.used_ever": np.array(pool.num_blocks - pool.num_never_used),
+        f"{tier}.in_use": in_use.astype(np.int32),
+        f"{tier}.ids": pool.ids[in_use],
+    }
+
+
+def _read_pool(tier: str, pool: BlockPool, arrays: Mapping[str, NDArray[Any]]) -> None:
+    pool.refs[:] = arrays[f"{tier}.refs"]
+    pool.ids[arrays[f"{tier}.in_use"]] = arrays[f"{tier}.ids"]
+    free = np.asarray(arrays[f"{tier}.free"], np.int32)
+    if len(free) > pool.num_blocks:
+        raise ValueError(f"{len(free)} free blocks of {pool.num_blocks}")
+    pool.restore(free, int(arrays[f"{tier}.used_ever"]))
+
+
+# -------------------------------------------------------------------- sequences
+
+
+def _row_arrays(rows: SequenceTable, index: PrefixIndex, place: dict[Node, int]) -> Arrays:
+    live = rows.live_rows()
+    tables = [rows.blocks(row) for row in live]
+    nodes = np.full(len(rows.prompts), -1, np.int32)
+    for row in live:
+        node = index.locate(rows.nodes[row], int(rows.published[row]))
+        nodes[row] = place[node] if node is not None and rows.published[row] else -1
+    return {
+        **{f"rows.{name}": getattr(rows, name).copy() for name in rows.COLUMNS},
+        "rows.free": np.array(rows.free_rows, np.int32),
+        "rows.node": nodes,
+        "rows.table": np.concatenate([np.empty(0, np.int32), *tables]),
+    }
+
+
+def _read_rows(
+    rows: SequenceTable,
+    nodes: list[Node],
+    arrays: Mapping[str, NDArray[Any]],
+    meta: dict[str, Any],
+) -> None:
+    rows.prompts = [None if p is None else _prompt_in(p) for p in meta["prompts"]]
+    count, table = len(rows.prompts), np.asarray(arrays["rows.table"], np.int32)
+    for name, dtype in rows.COLUMNS.items():
+        column = np.asarray(arrays[f"rows.{name}"], dtype).copy()
+        if column.shape != (count,):
+            raise ValueError(f"rows.{name}: {column.shape} for {count} rows")
+        setattr(rows, name, column)
+    places = arrays["rows.node"].tolist()
+    rows.nodes = [None if place < 0 else nodes[place] for place in places]
+    rows.free_rows = [int(row) for row in arrays["rows.free"]]
+    sizes = [rows.num_blocks(row) for row in rows.live_rows()]
+    if len(rows.nodes) != count or min(sizes, default=0) < 0 or sum(sizes) != len(table):
+        raise ValueError(f"{len(table)} table entries for sequences of {sum(sizes)} blocks")
+    rows.tables = np.full((count, max([4, *sizes])), -1, np.int32)
+    for row, blocks in zip(rows.live_rows(), np.split(table, np.cumsum(sizes)[:-1]), strict=False):
+        rows.tables[row, : len(blocks)] = blocks
+    rows.count_special()
+
+
+def _prompt_out(prompt: Prompt) -> list[Any]:
+    contents = [[start, stop, digest.hex()] for start, stop, digest in prompt.contents]
+    return [prompt.namespace, prompt.adapter, contents]
+
+
+def _prompt_in(fields: list[Any]) -> Prompt:
+    namespace, adapter, contents = fields
+    shown = tuple((int(start), int(stop), bytes.fromhex(d)) for start, stop, d in contents)
+    return Prompt(namespace, adapter, shown)
+
+
+# -------------------------------------------------------------------- prefix index
+
+
+def _node_arrays(nodes: list[Node], place: dict[Node, int]) -> Arrays:
+    """Parents before children, siblings in order; a node without a parent begins the next tree."""
+    parents = [-1 if node.parent is None else place[node.parent] for node in nodes]
+    return {
+        "nodes.parent": np.array(parents, np.int32),
+        "nodes.size": np.array([node.end - node.start for node in nodes], np.int32),
+        "nodes.sealed": np.array([node.sealed for node in nodes], np.bool_),
+        "nodes.blocks": np.concatenate([np.empty(0, np.int32), *(node.blocks for node in nodes)]),
+    }
+
+
+def _read_nodes(
+    index: PrefixIndex, arrays: Mapping[str, NDArray[Any]], meta: dict[str, Any]
+) -> list[Node]:
+    parents, sizes = arrays["nodes.parent"].tolist(), arrays["nodes.size"].tolist()
+    blocks = np.asarray(arrays["nodes.blocks"], np.int32)
+    if min(sizes, default=0) < 0 or sum(sizes) != len(blocks):
+        raise ValueError(f"{len(blocks)} blocks for runs of {sum(sizes)}")
+    index.pool.ids[arrays["device.in_use"]] = arrays["device.ids"]
+    tags = {place: _contents_in(tag) for place, tag in meta["tags"]}
+    trees = iter([(namespace, adapter) for namespace, adapter in meta["trees"]])
+    nodes: list[Node] = []
+    start = 0
+    for parent, size, sealed in zip(parents, sizes, arrays["nodes.sealed"], strict=True):
+        if not -1 <= parent < len(nodes):
+            raise ValueError(f"node {len(nodes)} below node {parent}, which comes later")
+        run, start = blocks[start : start + size].copy(), start + size
+        tree, above = (next(trees), None) if parent < 0 else (None, nodes[parent])
+        node = index.adopt(above, tree, run, tags.get(len(nodes)))
+        node.sealed = bool(sealed)
+        nodes.append(node)
+    return nodes
+
+
+def _queue_arrays(index: PrefixIndex, place: dict[Node, int]) -> Arrays:
+    order, aside = index.queued()
+    return {
+        "queue.order": np.array([place[node] for node in order], np.int32),
+        "queue.aside": np.array([place[node] for node in aside], np.int32),
+    }
+
+
+def _at(nodes: list[Node], places: NDArray[Any]) -> list[Node]:
+    return [nodes[place] for place in places.tolist()]
+
+
+def _contents_out(tag: Iterable[tuple[int, bytes]] | None) -> list[Any]:
+    return [[start, digest.hex()] for start, digest in tag or ()]
+
+
+def _contents_in(fields: list[Any]) -> tuple[tuple[int, bytes], ...]:
+    return tuple((int(start), bytes.fromhex(digest)) for start, digest in fields)
+
+
+def _policy_name(policy: EvictionPolicy) -> str:
+    return next((name for name, made in POLICIES.items() if made is type(policy)), "")
