@@ -1,8 +1,8 @@
-"""What the control plane costs: one thread, 16-token blocks, medians, one JSON line for each figure.
+"""What the control plane costs: one thread, 16-token blocks, medians, a JSON line each.
 
     python benchmarks/control_plane.py                  # every figure, and the peers found
-    python benchmarks/control_plane.py --only decode    # those whose name contains "decode"
-    python benchmarks/control_plane.py --sizes          # also at 1,000 and 1,000,000 blocks, and memory
+    python benchmarks/control_plane.py --only decode    # those named so
+    python benchmarks/control_plane.py --sizes          # at 1,000 to 1,000,000 blocks, and memory
 
 Peers that can be imported are measured in the same run, see `benchmarks/peers/`.
 """

@@ -41,6 +41,12 @@ def block_size(value: int) -> int:
     return size
 
 
+def within_one(name: str, value: int | None, length: int) -> None:
+    """Refuse a token number beyond the end of a sequence."""
+    if value is not None and value > length:
+        raise ValueError(f"{name} {value}: the sequence has {length} tokens only")
+
+
 def within(name: str, value: int | Int64, lengths: Int64) -> None:
     """Refuse a token number beyond the end of a sequence; `value` is one for all, or one each."""
     beyond = np.flatnonzero(lengths < value)

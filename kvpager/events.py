@@ -24,9 +24,9 @@ _NONE: Int32 = np.empty(0, np.int32)
 class Event:
     """One thing that happened. `number` counts all events of a manager; it never skips.
 
-    `tokens` (stored) is int32 [blocks, block_size]; `copies` (copied) is int32 [n, 2] from `tiers[0]`
-    to `tiers[1]`. A `lost` event says that older ones were dropped because nobody fetched them:
-    begin anew from `BlockManager.offered`.
+    `tokens` (stored) is int32 [blocks, block_size]; `copies` (copied) is int32 [n, 2], from
+    `tiers[0]` to `tiers[1]`. A `lost` event says that older ones were dropped because nobody
+    fetched them: begin anew from `BlockManager.offered`.
     """
 
     number: int

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
 from kvpager.plan import Tier
-from kvpager.pool import BlockPool
+from kvpager.pool import BlockPool, Blocks
 
 Int32 = NDArray[np.int32]
 _NONE: Int32 = np.empty(0, np.int32)
@@ -23,7 +23,7 @@ class Fences:
     def __init__(self, device: BlockPool, host: BlockPool, *, is_on: bool) -> None:
         self.is_on = is_on
         self.in_flight: dict[int, tuple[Int32, Int32]] = {}
-        self.pins: dict[int, Int32] = {}
+        self.pins: dict[int, Blocks] = {}
         self.last_ticket = 0
         self._device = device
         self._host = host
@@ -44,7 +44,7 @@ class Fences:
         self.in_flight[ticket] = kept["device"], kept["host"]
         self.last_ticket = ticket
 
-    def complete(self, ticket: int) -> Int32:
+    def complete(self, ticket: int) -> Blocks:
         """Let the blocks go; the device blocks that may be evicted now. O(copies).
 
         Raises: `ValueError` for a ticket that is not under way.
@@ -55,14 +55,14 @@ class Fences:
         self._host.unhold(host)
         return self._device.unhold(device)
 
-    def pin(self, blocks: Int32) -> int:
+    def pin(self, blocks: Blocks) -> int:
         """Keep device blocks back until `unpin`. O(blocks)."""
         self._device.hold(blocks)
         self.last_ticket += 1
         self.pins[self.last_ticket] = blocks
         return self.last_ticket
 
-    def unpin(self, ticket: int) -> Int32:
+    def unpin(self, ticket: int) -> Blocks:
         """End a pin; the device blocks that may be evicted now. O(blocks).
 
         Raises: `ValueError` for a ticket that is no pin.

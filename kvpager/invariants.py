@@ -1,7 +1,8 @@
 """The laws of the control plane, recounted from the block tables.
 
 Each part checks its own books - pool, rows, prefix trees, fences - and what only shows when they
-are laid side by side is checked here: who holds which block, and that the index offers what is there.
+are laid side by side is checked here: who holds which block, and that the index offers what is
+there.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,70 +29,15 @@ from numpy.typing import NDArray
 from kvpager.errors import BrokenInvariant
 from kvpager.events import Event, EventLog
 from kvpager.eviction import EvictionPolicy, Queue
-from kvpager.fingerprints import Arrivals, moved, tree_seed
-from kvpager.pool import BlockPool
+from kvpager.fingerprints import Arrivals, moved
+from kvpager.pool import BlockPool, Blocks
+from kvpager.radix import Contents, Match, Node, Tag, TreeKey, key_of, segments
 
 Int32 = NDArray[np.int32]
-TreeKey = tuple[str | None, str | None]  # namespace, adapter
-# What the placeholders in a run's blocks show: (first token, digest) of each content, or None.
-Tag = tuple[tuple[int, bytes], ...] | None
-Contents = tuple[tuple[int, int, bytes], ...]  # (first token, token after the last, digest)
-
 # How many runs are looked at for one whose first block matches in part: of prompts that all begin
 # alike there may be thousands, and the latest are the likeliest.
-_PARTIAL_CANDIDATES_MAX = 16
-
-
-class Node:
-    """Blocks `start` to `end` of every prompt that comes this way."""
-
-    __slots__ = (
-        "_room", "children", "end", "number", "parent", "queue", "sealed", "start", "tag", "tree",
-    )  # fmt: skip
-
-    def __init__(self, number: int, parent: Node | None, start: int, blocks: Int32) -> None:
-        self.number = number
-        self.parent = parent
-        self.start = start
-        self.end = start + len(blocks)
-        self.children: dict[object, Node] = {}
-        self.sealed = False
-        self.tag: Tag = None
-        self._room = blocks
-        if parent is not None:
-            self.tree: TreeKey = parent.tree
-            self.queue: Queue[Node] = parent.queue
-
-    @property
-    def blocks(self) -> Int32:
-        """The run, a view. O(1)."""
-        return self._room[: self.end - self.start]
-
-    def extend(self, blocks: Int32) -> None:
-        """Grow at the end. Amortised O(blocks)."""
-        used, needed = self.end - self.start, self.end - self.start + len(blocks)
-        if needed > len(self._room):
-            room = np.empty(max(needed, 2 * len(self._room)), np.int32)
-            room[:used] = self.blocks
-            self._room = room
-        self._room[used:needed] = blocks
-        self.end += len(blocks)
-
-    def cut_front(self, position: int) -> Int32:
-        """Give up the blocks before `position`, a copy. O(blocks)."""
-        front = self._room[: position - self.start].copy()
-        self._room = self.blocks[position - self.start :].copy()
-        self.start = position
-        return front
-
-
-class Match(NamedTuple):
-    """The longest known prefix: whole `blocks`, then `num_partial` tokens of `partial_block`."""
-
-    node: Node | None
-    blocks: Int32
-    partial_block: int = -1
-    num_partial: int = 0
+_PARTIAL_CANDIDATES_MAX = 32
+_NO_BLOCKS: Int32 = np.empty(0, np.int32)
 
 
 class PrefixIndex:
@@ -123,12 +68,17 @@ class PrefixIndex:
             return Match(None, _NO_BLOCKS)
         num_full = len(tokens) // self.block_size
         wanted = tokens[: num_full * self.block_size].reshape(num_full, self.block_size)
-        node, position, found = self._walk(root, 0, wanted, segments(contents, self, 0, num_full))
-        blocks = found[0] if len(found) == 1 else np.concatenate([_NO_BLOCKS, *found])
+        node, position, found = self._walk(
+            root, 0, wanted, segments(contents, self.block_size, 0, num_full)
+        )
+        if len(found) < 2:
+            blocks = found[0] if found else _NO_BLOCKS
+        else:
+            blocks = np.concatenate(found)
         rest = tokens[position * self.block_size : (position + 1) * self.block_size]
         if not len(rest):
             return Match(node, blocks)
-        tag = segments(contents, self, position, position + 1)[0][1]
+        tag = segments(contents, self.block_size, position, position + 1)[0][1]
         return Match(node, blocks, *self._partial(node, position, rest, tag))
 
     def _walk(
@@ -140,7 +90,7 @@ class PrefixIndex:
         while position - begin < len(wanted):
             stop, tag = tags[segment]
             if position == node.end:
-                child = node.children.get(_key(wanted[position - begin], tag))
+                child = node.children.get(key_of(wanted[position - begin], tag))
                 if child is None:
                     break
                 node = child
@@ -149,7 +99,9 @@ class PrefixIndex:
             run = node.blocks[position - node.start : stop - node.start]
             first = position - begin
             same = self.pool.ids.take(run, axis=0) == wanted[first : first + len(run)]
-            agreed = len(run) if same.all() else int(same.argmin()) // self.block_size
+            agreed = int(same.argmin()) // self.block_size  # 0 where all are equal, too
+            if not agreed and np.count_nonzero(same) == same.size:
+                agreed = len(run)
             found.append(run[:agreed])
             position += agreed
             segment += position == stop
@@ -160,18 +112,18 @@ class PrefixIndex:
     def _partial(self, node: Node, position: int, rest: Int32, tag: Tag) -> tuple[int, int]:
         """The block after `position` that agrees longest with `rest`, and how many tokens do."""
         if position < node.end:
-            candidates = [node] if node.tag == tag else []
-            blocks = node.blocks[position - node.start :][: len(candidates)]
+            candidates = [int(node.blocks[position - node.start])] if node.tag == tag else []
         else:
+            token = int(rest[0])
             latest = islice(reversed(node.children.values()), _PARTIAL_CANDIDATES_MAX)
-            candidates = [child for child in latest if child.tag == tag]
-            blocks = np.array([child._room[0] for child in candidates], np.int32)
-        if not len(blocks):
+            likely = [child for child in latest if child.token == token]
+            candidates = [child.first for child in likely if child.tag == tag]
+        if not candidates:
             return -1, 0
-        same = self.pool.ids.take(blocks, axis=0)[:, : len(rest)] == rest
+        same = self.pool.ids.take(candidates, axis=0)[:, : len(rest)] == rest
         agreed = np.where(same.all(axis=1), len(rest), same.argmin(axis=1))
         best = int(agreed.argmax())
-        return int(blocks[best]), int(agreed[best])
+        return candidates[best], int(agreed[best])
 
     # ---------------------------------------------------------------- publish
 
@@ -199,7 +151,7 @@ class PrefixIndex:
         return np.concatenate(runs[::-1])
 
     def publish(
-        self, node: Node, position: int, blocks: Int32, contents: Contents
+        self, node: Node, position: int, blocks: Blocks, contents: Contents
     ) -> tuple[Node, bool]:
         """Offer full `blocks` after place (node, position). O(tokens).
 
@@ -207,8 +159,8 @@ class PrefixIndex:
         and whether any is not the sequence's own. `settle` must follow.
         """
         end, is_twin = position + len(blocks), False
-        first, tags = position, segments(contents, self, position, end)
-        if position < node.end or node.children:
+        first, tags = position, segments(contents, self.block_size, position, end)
+        if position < node.end or self._key(int(blocks[0]), tags[0][1]) in node.children:
             wanted = self.pool.ids.take(blocks, axis=0)
             node, position, found = self._walk(node, position, wanted, tags)
             if position > first:
@@ -229,9 +181,9 @@ class PrefixIndex:
                     position = stop
         return node, is_twin
 
-    def _attach(self, node: Node, position: int, blocks: Int32, tag: Tag) -> Node:
-        before, seed = (int(node.blocks[-1]), 0) if position else (-1, tree_seed(node.tree))
-        self.arrivals.add(blocks, position, before, seed)
+    def _attach(self, node: Node, position: int, blocks: Blocks, tag: Tag) -> Node:
+        before = int(node.blocks[-1]) if position else -1
+        self.arrivals.add(blocks, position, before, node.tree)
         if position:  # idle blocks of the run may stand before held ones now
             node.queue.put_aside(node)
         if self._log is not None:
@@ -239,18 +191,18 @@ class PrefixIndex:
         if position and not (node.children or node.sealed) and node.tag == tag:
             node.extend(blocks)
         else:
-            parent, node = node, self._new_node(node, position, blocks.copy())
+            parent, node = node, self._new_node(node, position, blocks.astype(np.int32))
             node.tag = tag
-            parent.children[_key(self.pool.ids[blocks[0]], tag)] = node
-        self.node_of[blocks] = node.number
+            parent.children[self._key(int(blocks[0]), tag)] = node
+        self.node_of[blocks.astype(np.intp)] = node.number
         return node
 
     def settle(self) -> None:
         """Tell pool and policy about the blocks published since. O(blocks)."""
         if self.arrivals:
-            blocks, fingerprints = self.arrivals.drain(self.policy.needs_fingerprints)
+            blocks, fingerprints, depths = self.arrivals.drain(self.policy.needs_fingerprints)
             self.pool.cache(blocks)
-            self.policy.admit(blocks, fingerprints)
+            self.policy.admit(blocks, fingerprints, depths)
 
     def _split(self, lower: Node, position: int) -> Node:
         """Cut a run in two; `lower` stays the deeper half. O(blocks). Returns the upper half."""
@@ -259,12 +211,16 @@ class PrefixIndex:
         start, front = lower.start, lower.cut_front(position)
         upper = self._new_node(parent, start, front)
         upper.tag = lower.tag
-        parent.children[_key(self.pool.ids[front[0]], upper.tag)] = upper
-        upper.children[_key(self.pool.ids[lower._room[0]], lower.tag)] = lower
+        parent.children[self._key(upper.first, upper.tag)] = upper
+        upper.children[self._key(lower.first, lower.tag)] = lower
         lower.parent = upper
+        lower.token = self.pool.ids.item(lower.first, 0)
         self.node_of[front] = upper.number
         self._offer(upper)
         return upper
+
+    def _key(self, block: int, tag: Tag) -> object:
+        return key_of(self.pool.ids[block], tag)
 
     def _new_node(self, parent: Node | None, start: int, blocks: Int32) -> Node:
         number = self._free_numbers.pop() if self._free_numbers else len(self.nodes)
@@ -273,23 +229,25 @@ class PrefixIndex:
             self.nodes.append(node)
         else:
             self.nodes[number] = node
+        if len(blocks):
+            node.token = self.pool.ids.item(node.first, 0)
         return node
 
     # ---------------------------------------------------------------- evict
 
-    def retire(self, blocks: Int32) -> None:
+    def retire(self, blocks: Blocks) -> None:
         """No table holds these offered blocks any more: they may be evicted. O(blocks)."""
         self.policy.retire(blocks)
         self.offer(blocks)
 
-    def offer(self, blocks: Int32) -> None:
+    def offer(self, blocks: Blocks) -> None:
         """Queue the nodes of these idle blocks. O(blocks)."""
         numbers = self.node_of.take(blocks)
-        if len(numbers) > 1:  # runs stand together
-            first = np.empty(len(numbers), np.bool_)
-            first[0] = True
-            np.not_equal(numbers[1:], numbers[:-1], out=first[1:])
-            numbers = numbers[first]
+        begins = numbers[1:] != numbers[:-1]  # blocks of a run stand together
+        if np.count_nonzero(begins):
+            numbers = numbers[np.concatenate([[True], begins])]
+        else:
+            numbers = numbers[:1]
         for number in numbers.tolist():
             node = self.nodes[number]
             assert node is not None
@@ -304,17 +262,22 @@ class PrefixIndex:
     def _is_idle(self, block: int) -> bool:
         return not (self.pool.refs[block] or self.pool.holds[block])
 
+    def _idle(self, blocks: Blocks) -> NDArray[np.bool_]:
+        idle: NDArray[np.bool_] = self.pool.refs.take(blocks) == 0
+        if self.pool.num_holds:
+            idle &= self.pool.holds.take(blocks) == 0
+        return idle
+
     def _rank(self, block: int) -> float:
-        return float(self.policy.rank(np.array([block], np.int32))[0])
+        return float(self.policy.rank(np.array([block], np.intp))[0])
 
     def _next(self, queue: Queue[Node]) -> tuple[float, Node] | None:
         """The idle tip that leaves first. Amortised O(log n): outdated entries are dropped."""
         while (entry := queue.first()) is not None:
             rank, node = entry
-            if node.end > node.start and not node.children:
-                tail = int(node.blocks[-1])
-                if self._is_idle(tail) and self._rank(tail) == rank:
-                    return rank, node
+            is_tip = node.end > node.start and not node.children
+            if is_tip and self._is_idle(int(node.blocks[-1])):
+                return rank, node
             queue.drop_first()
         return None
 
@@ -326,33 +289,45 @@ class PrefixIndex:
         Returns how many the index forgot; those that nobody keeps are free.
         """
         self._refresh()
-        gone = [_NO_BLOCKS]
+        gone: list[Int32] = []
         room = allowances or {0: count}
         while count > 0:
-            ready = {
-                number: entry
-                for number, left in room.items()
-                if left > 0 and (entry := self._next(self._queues[number])) is not None
-            }
-            if ready:
-                number = min(ready, key=lambda number: ready[number][0])
-                others = [entry[0] for other, entry in ready.items() if other != number]
-                limit = min(others, default=np.inf)
-                blocks = self._trim(ready[number][1], min(count, room[number]), limit)
+            number, node, limit = self._lowest(room)
+            if node is not None:
+                blocks = self._trim(node, min(count, room[number]), limit)
                 num_idle = len(blocks)
             else:
-                number = next(n for n, left in room.items() if left > 0 and self._queues[n].aside)
                 blocks, num_idle = self._cut(self._queues[number])
             count -= num_idle
             room[number] -= num_idle
             gone.append(blocks)
-        blocks = np.concatenate(gone)
+        blocks = gone[0] if len(gone) == 1 else np.concatenate([_NO_BLOCKS, *gone])
         self.pool.uncache(blocks)
         self.policy.forget(blocks)
         if self._log is not None and len(blocks):
             self._log.add("evicted", blocks=blocks)
             self._log.add("removed", blocks=blocks)
         return len(blocks)
+
+    def _lowest(self, room: dict[int, int]) -> tuple[int, Node | None, float]:
+        """The queue with room whose first tip ranks lowest, that tip, and the next queue's rank.
+
+        Where no queue has a tip, one that has nodes put aside.
+        """
+        best, tip, lowest, limit = -1, None, np.inf, np.inf
+        for number, left in room.items():
+            if left <= 0:
+                continue
+            entry = self._next(self._queues[number])
+            if entry is None:
+                if tip is None and self._queues[number].aside:
+                    best = number
+            elif tip is None or entry[0] < lowest:
+                limit = min(limit, lowest)
+                best, (lowest, tip) = number, entry
+            else:
+                limit = min(limit, entry[0])
+        return best, tip, limit
 
     def _refresh(self) -> None:
         fallen = self.policy.fallen()
@@ -367,11 +342,11 @@ class PrefixIndex:
         if count > 1 and node.end - node.start > 1:
             after = self._next(queue)
             limit = min(limit, after[0]) if after else limit
-            tail = node.blocks[-count:][::-1]
-            idle = (self.pool.refs[tail] == 0) & (self.pool.holds[tail] == 0)
-            leave = idle & (self.policy.rank(tail) <= limit)
+            tail = node.blocks[-count:][::-1].astype(np.intp)
+            leave = self.policy.rank(tail) <= limit
+            leave &= self._idle(tail)
             leave[0] = True
-            count = len(tail) if leave.all() else int(leave.argmin())
+            count = len(tail) if np.count_nonzero(leave) == len(tail) else int(leave.argmin())
         blocks = node.blocks[-count:].copy() if count > 1 else node.blocks[-1:].copy()
         self._shorten(node, node.end - len(blocks))
         return blocks
@@ -380,7 +355,7 @@ class PrefixIndex:
         """Take the idle blocks that stand before held ones, with all that follows them."""
         node = queue.aside_first()
         blocks = node.blocks
-        idle = (self.pool.refs[blocks] == 0) & (self.pool.holds[blocks] == 0)
+        idle = self._idle(blocks)
         if not idle.any():
             return _NO_BLOCKS, 0
         position = node.start + int(idle.argmax())
@@ -391,19 +366,18 @@ class PrefixIndex:
         node.children = {}
         self._shorten(node, position)
         blocks = np.concatenate(gone)
-        idle = (self.pool.refs[blocks] == 0) & (self.pool.holds[blocks] == 0)
+        idle = self._idle(blocks)
         return blocks, int(np.count_nonzero(idle))
 
     def _shorten(self, node: Node, end: int) -> None:
         """Let a run end earlier; an empty one leaves the tree, and its parent may be a tip now."""
-        first = self.pool.ids[node._room[0]]
         node.end, node.sealed = end, True
         if end > node.start:
             self._offer(node)
             return
         parent = node.parent
         assert parent is not None
-        del parent.children[_key(first, node.tag)]
+        del parent.children[self._key(node.first, node.tag)]
         self._bury(node)
         if parent.parent is not None:
             if not parent.children and self._is_idle(int(parent.blocks[-1])):
@@ -445,7 +419,7 @@ class PrefixIndex:
             node.tree, node.queue = tree, self._queues[0]
             self.roots[tree] = node
         else:
-            parent.children[_key(self.pool.ids[blocks[0]], tag)] = node
+            parent.children[self._key(int(blocks[0]), tag)] = node
             self.node_of[blocks] = node.number
             self.pool.cached[blocks] = True
         return node
@@ -463,7 +437,7 @@ class PrefixIndex:
                     tips.append((place, node))
             for node in queue.aside:
                 blocks = node.blocks
-                if np.any((self.pool.refs[blocks] == 0) & (self.pool.holds[blocks] == 0)):
+                if np.any(self._idle(blocks)):
                     aside.append(node)
         return [node for _, node in sorted(tips, key=lambda tip: tip[0])], aside
 
@@ -501,7 +475,7 @@ class PrefixIndex:
                 before = int(parent.blocks[-1]) if parent and parent.end else -1
                 yield Event(0, "stored", **self._event(node, before, node.blocks))
 
-    def _event(self, node: Node, before: int, blocks: Int32) -> dict[str, Any]:
+    def _event(self, node: Node, before: int, blocks: Blocks) -> dict[str, Any]:
         namespace, adapter = node.tree
         return {
             "blocks": blocks.copy(),
@@ -515,7 +489,7 @@ class PrefixIndex:
         """Follow the pool to its new size, and its blocks to their new places. O(blocks)."""
         for node in self.nodes:
             if node is not None:
-                node.blocks[:] = places[node.blocks]
+                node.relocate(places)
         self.node_of = moved(self.node_of, num_blocks, places)
         self.arrivals.resize(num_blocks, places)
         self.policy.resize(num_blocks, places)
@@ -545,40 +519,14 @@ class PrefixIndex:
         if self.nodes[node.number] is not node or (node.parent and node.end <= node.start):
             raise BrokenInvariant(f"prefix index: node {node.number} is out of place or empty")
         for key, child in node.children.items():
-            expected = _key(self.pool.ids[child._room[0]], child.tag)
+            expected = self._key(child.first, child.tag)
             in_place = child.parent is node and child.start == node.end and child.tree == node.tree
             if not in_place or key != expected:
                 raise BrokenInvariant(f"prefix index: node {child.number} is out of place")
         if node.parent is None:
             return
-        idle = (self.pool.refs[node.blocks] == 0) & (self.pool.holds[node.blocks] == 0)
+        idle = self._idle(node.blocks)
         if idle.any() and node not in node.queue.aside:
             rank = node.queue.ranks.get(node, (None, 0))[0]
             if node.children or not idle[-1] or rank != self._rank(int(node.blocks[-1])):
                 raise BrokenInvariant(f"prefix index: idle block {node.blocks[-1]} never leaves")
-
-
-def segments(contents: Contents, index: PrefixIndex, first: int, end: int) -> list[tuple[int, Tag]]:
-    """Blocks `first` to `end` as (end of stretch, tag all its blocks have). O(blocks)."""
-    if not contents:
-        return [(end, None)]
-    size, stretches = index.block_size, list[tuple[int, Tag]]()
-    for block in range(first, end):
-        shown = tuple(
-            (start, digest)
-            for start, stop, digest in contents
-            if start < (block + 1) * size and stop > block * size
-        )
-        tag = shown or None
-        if stretches and stretches[-1][1] == tag:
-            stretches.pop()
-        stretches.append((block + 1, tag))
-    return stretches or [(end, None)]
-
-
-def _key(tokens: Int32, tag: Tag) -> object:
-    """What a child is found by: all tokens of its first block, and what they show."""
-    return tokens.tobytes() if tag is None else (tokens.tobytes(), tag)
-
-
-_NO_BLOCKS: Int32 = np.empty(0, np.int32)

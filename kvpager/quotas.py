@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
-from kvpager.pool import BlockPool
+from kvpager.pool import BlockPool, Blocks
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -81,7 +81,7 @@ class Quotas:
 
     # ---------------------------------------------------------------- what the pool reports
 
-    def charge(self, blocks: Int32, owners: int | Int64) -> None:
+    def charge(self, blocks: Blocks, owners: int | Int64) -> None:
         """`blocks` were taken for their owners. O(blocks)."""
         self._owner[blocks] = owners
         self._used += self.count(blocks)
@@ -131,11 +131,11 @@ class Quotas:
         may_leave = self._evictable - self._guarded(need, none, self._evictable)
         return dict(enumerate(may_leave.tolist()))
 
-    def by_owner(self, owners: Int64) -> Int64:
+    def by_owner(self, owners: Int32 | Int64) -> Int64:
         """How many blocks each owner wants, int64 [owners]. O(blocks)."""
         return np.bincount(owners, minlength=len(self._used))
 
-    def count(self, blocks: Int32) -> Int64:
+    def count(self, blocks: Blocks) -> Int64:
         """How many of `blocks` each owner has, int64 [owners]. O(blocks)."""
         return self.by_owner(self._owner[blocks])
 

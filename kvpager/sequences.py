@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plan import NO_COPIES
-from kvpager.prefix import Node
+from kvpager.radix import Node
 
 if TYPE_CHECKING:
-    from kvpager.manager import BlockManager
+    from kvpager.views import Views
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -43,7 +43,7 @@ class Sequence:
 
     def __init__(
         self,
-        manager: BlockManager,
+        manager: Views,
         row: int,
         generation: int,
         num_cached_tokens: int = 0,
@@ -83,7 +83,7 @@ class Batch:
 
     __slots__ = ("epoch", "generations", "manager", "rows")
 
-    def __init__(self, manager: BlockManager, rows: Int64, generations: Int64, epoch: int) -> None:
+    def __init__(self, manager: Views, rows: Int64, generations: Int64, epoch: int) -> None:
         self.manager = manager
         self.rows = rows
         self.generations = generations
@@ -139,6 +139,7 @@ class SequenceTable:
         self.tables: Int32 = np.empty((0, 4), np.int32)
         for name, dtype in self.COLUMNS.items():
             setattr(self, name, np.zeros(0, dtype))
+        self.list_columns()
         self.prompts: list[Prompt | None] = []
         self.nodes: list[Node | None] = []  # where `published` stands in the prefix index
         self.free_rows: list[int] = []
@@ -162,10 +163,15 @@ class SequenceTable:
         tables[:rows, :width] = self.tables
         for name, dtype in self.COLUMNS.items():
             setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more, dtype)]))
+        self.list_columns()
         self.tables = tables
         self.prompts.extend([None] * more)
         self.nodes.extend([None] * more)
         self.free_rows.extend(range(rows + more - 1, rows - 1, -1))
+
+    def list_columns(self) -> None:
+        """The arrays were replaced: note those that a row begins with zeros in. O(1)."""
+        self._columns = [getattr(self, name) for name in self.COLUMNS if name != "generations"]
 
     def add(
         self, prompt: Prompt, shared: Int32, fresh: Int32, length: int, committed: int, known: int
@@ -185,10 +191,8 @@ class SequenceTable:
         self.prompts[row], self.nodes[row] = self.prompts[parent], self.nodes[parent]
         num_blocks = self.num_blocks(parent)
         self.tables[row, :num_blocks] = self.tables[parent, :num_blocks]
-        for name in self.COLUMNS:
-            if name != "generations":
-                column = getattr(self, name)
-                column[row] = column[parent]
+        for column in self._columns:
+            column[row] = column[parent]
         self.num_special += self._is_special(row)
         return row
 
@@ -196,9 +200,8 @@ class SequenceTable:
         """End the row's life: its handles are stale from now on. O(row's blocks)."""
         self.num_special -= self._is_special(row)
         self.tables[row, : self.num_blocks(row)] = NO_BLOCK
-        for name in self.COLUMNS:
-            if name != "generations":
-                getattr(self, name)[row] = 0
+        for column in self._columns:
+            column[row] = 0
         self.generations[row] += 1
         self.prompts[row] = self.nodes[row] = None
         self.free_rows.append(row)

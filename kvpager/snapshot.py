@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
-from kvpager.eviction import POLICIES, EvictionPolicy
-from kvpager.prefix import Node, PrefixIndex
+from kvpager.eviction import EvictionPolicy
+from kvpager.policies import POLICIES
+from kvpager.prefix import PrefixIndex
 from kvpager.quotas import Quota
+from kvpager.radix import Node
 from kvpager.sequences import Prompt, SequenceTable
 
 if TYPE_CHECKING:
@@ -174,6 +176,7 @@ def _read_rows(
         if column.shape != (count,):
             raise ValueError(f"rows.{name}: {column.shape} for {count} rows")
         setattr(rows, name, column)
+    rows.list_columns()
     places = arrays["rows.node"].tolist()
     rows.nodes = [None if place < 0 else nodes[place] for place in places]
     rows.free_rows = [int(row) for row in arrays["rows.free"]]

@@ -12,8 +12,7 @@ import pytest
 
 from kvpager import BlockManager, KVPagerError, OutOfBlocks, StaleSequence
 from kvpager.errors import BrokenInvariant, SequenceSwapped
-from kvpager.manager import Batch
-from kvpager.sequences import Sequence
+from kvpager.sequences import Batch, Sequence
 from kvpager.stats import BlockState
 
 

@@ -1,0 +1,214 @@
+"""What a block manager knows, and how it takes and gives blocks.
+
+Every verb goes through these few functions. A handle becomes a row in O(1), and a stale one is
+refused. Blocks are taken in one place, after everything that can fail was done, and given back
+in one place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager import arguments
+from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
+from kvpager.events import EventLog
+from kvpager.eviction import EvictionPolicy
+from kvpager.fences import Fences
+from kvpager.plan import Plan
+from kvpager.policies import make_policy
+from kvpager.pool import BlockPool
+from kvpager.prefix import PrefixIndex
+from kvpager.quotas import Quota, Quotas
+from kvpager.sequences import Batch, Prompt, Sequence, SequenceTable
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Target = Sequence | Batch | Iterable[Sequence]
+NO_BLOCKS: Int32 = np.empty(0, np.int32)
+TOTALS = ("copied", "evicted", "out", "in", "queries", "hits", "queried", "hit")
+
+
+class Books:
+    """The state of a `BlockManager`, which documents the arguments."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        num_host_blocks: int = 0,
+        *,
+        eviction: str | EvictionPolicy = "lru",
+        null_block: bool = False,
+        fences: bool = False,
+        num_events: int = 0,
+    ) -> None:
+        num_blocks = arguments.count("num_blocks", num_blocks, at_least=1 + bool(null_block))
+        num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
+        self.block_size = arguments.block_size(block_size)
+        self._shift = self.block_size.bit_length() - 1
+        self._pool = BlockPool(num_blocks, self.block_size, int(null_block))
+        self._host = BlockPool(num_host_blocks, self.block_size)
+        policy = make_policy(eviction, num_blocks) if isinstance(eviction, str) else eviction
+        events = arguments.count("num_events", num_events)
+        self._events = EventLog(events) if events else None
+        self._index = PrefixIndex(self._pool, policy, self._events)
+        self._rows = SequenceTable(self.block_size)
+        self._fences = Fences(self._pool, self._host, is_on=fences)
+        self._quotas = Quotas(num_blocks)
+        self._lock = threading.RLock()
+        self._totals = dict.fromkeys(TOTALS, 0)
+
+    # ---------------------------------------------------------------- handles
+
+    def _resolve(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+        """The rows behind one handle, several, or a batch; refuses every stale one."""
+        table = self._rows
+        if isinstance(target, Batch):
+            if target.manager is not self:
+                raise StaleSequence("the batch belongs to another manager")
+            if target.epoch != table.epoch:
+                stale = table.generations[target.rows] != target.generations
+                if np.any(stale):
+                    row = int(target.rows[stale][0])
+                    raise StaleSequence(
+                        f"sequence {row} of the batch was freed; make the batch anew"
+                    )
+            return target.rows
+        if isinstance(target, Sequence):
+            return np.array([self._row(target)], np.int64)
+        rows = np.array([self._row(handle) for handle in target], np.int64)
+        if len(rows) > 1 and len(np.unique(rows)) != len(rows):
+            raise ValueError("a sequence stands twice in the batch; name each once")
+        return rows
+
+    def _row(self, handle: Sequence) -> int:
+        """The row behind one handle; refuses a stale one."""
+        # No message here takes another manager's lock, as a handle's own repr would.
+        if not isinstance(handle, Sequence):
+            raise TypeError(f"expected a Sequence, got {type(handle).__name__}")
+        if handle._manager is not self:
+            raise StaleSequence(f"{handle.name} belongs to another manager")
+        if not self.owns(handle):
+            raise StaleSequence(f"{handle.name} was freed")
+        return handle._row
+
+    def _resident_row(self, handle: Sequence) -> int:
+        """Like `_row`, and refuses a sequence that is swapped out."""
+        row = self._row(handle)
+        if self._rows.swapped[row]:
+            raise SequenceSwapped(f'sequence {row} is on the host; swap(sequence, "device") first')
+        return row
+
+    def _resident(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+        """Like `_resolve`, and refuses sequences that are swapped out."""
+        table = self._rows
+        if isinstance(target, Batch) and target.epoch == table.epoch and target.manager is self:
+            return target.rows
+        if isinstance(target, Sequence):
+            return np.array([self._resident_row(target)], np.int64)
+        rows = self._resolve(target)
+        away = table.swapped[rows]
+        if away.any():
+            row = int(rows[away][0])
+            raise SequenceSwapped(f'sequence {row} is on the host; swap(sequence, "device") first')
+        if isinstance(target, Batch):
+            target.epoch = table.epoch
+        return rows
+
+    def _refuse_drafts(self, rows: Int64) -> None:
+        drafting = rows[self._rows.drafts[rows] > 0]
+        if len(drafting):
+            raise ValueError(f"sequence {drafting[0]} has drafts; accept or reject them first")
+
+    # ---------------------------------------------------------------- take and give back
+
+    def _take(self, count: int, owners: Int64 | None, keep: Int32 = NO_BLOCKS) -> Int32:
+        """Take `count` device blocks, evicting cached ones other than `keep` where needed.
+
+        Raises `OutOfBlocks` where there are not so many; then nothing has changed.
+        """
+        pool = self._pool
+        if owners is None and count <= pool.num_free:
+            return pool.take(count)
+        revived = keep[(pool.refs[keep] == 0) & (pool.holds[keep] == 0)] if len(keep) else keep
+        need = self._require(count, owners, revived)
+        if len(revived):
+            pool.hold(revived)
+        try:
+            blocks = pool.take(count, lambda: self._evict_for(count, need))
+        finally:
+            if len(revived):
+                self._index.offer(pool.unhold(revived))
+        if owners is not None:
+            self._quotas.charge(blocks, owners)
+        return blocks
+
+    def _require(self, count: int, owners: Int64 | None, revived: Int32) -> Int64 | None:
+        """Refuse what cannot be had; otherwise how many blocks each owner takes."""
+        pool = self._pool
+        if owners is None:
+            evictable = pool.num_evictable - len(revived)
+            if count > pool.num_free + evictable:
+                raise OutOfBlocks(count, pool.num_free, evictable, pool.num_blocks)
+            return None
+        quotas = self._quotas
+        need = quotas.by_owner(owners)
+        refusal = quotas.refusal(need, quotas.count(revived), pool)
+        if refusal is not None:
+            count, evictable, advice = refusal
+            raise OutOfBlocks(count, pool.num_free, evictable, pool.num_blocks, advice=advice)
+        return need
+
+    def _evict_for(self, count: int, need: Int64 | None) -> None:
+        """Free what `count` blocks lack, of each namespace no more than its floor leaves."""
+        if need is not None:
+            for owner, forced in enumerate(self._quotas.forced(need).tolist()):
+                self._evict(forced, {owner: forced})
+        allowances = None if need is None else self._quotas.allowances(need)
+        self._evict(count - self._pool.num_free, allowances)
+
+    def _evict(self, count: int, allowances: dict[int, int] | None = None) -> None:
+        if count > 0:
+            self._totals["evicted"] += self._index.evict(count, allowances)
+
+    def _release(self, blocks: Int32, times: int | Int32 = 1) -> None:
+        evictable = self._pool.release(blocks, times)
+        if len(evictable):
+            self._index.retire(evictable)
+
+    def _moved(self, plan: Plan) -> None:
+        self._fences.begin(plan.ticket, plan.copies, plan.source, plan.destination)
+        if self._events is not None and len(plan):
+            tiers = (plan.source, plan.destination)
+            self._events.add("copied", copies=plan.copies.copy(), tiers=tiers)
+
+    def _copied(self, copies: Int32, ticket: int) -> None:
+        self._totals["copied"] += len(copies)
+        self._moved(Plan(copies, "device", "device", ticket))
+
+    # ---------------------------------------------------------------- whose blocks they are
+
+    def _recount(self, limits: dict[str | None, Quota]) -> None:
+        self._pool.watch(self._quotas if limits else None)
+        rows = self._rows
+        held = ((rows.prompt(row).namespace, rows.device_blocks(row)) for row in rows.live_rows())
+        self._quotas.recount(limits, self._pool, [*held, *self._index.owned()])
+        self._index.set_queues(limits)
+
+    def _owners(self, who: Iterable[Prompt], counts: Iterable[int]) -> Int64 | None:
+        """Under whose number each block to take is counted; None where nobody has a quota."""
+        if not self._quotas.limits:
+            return None
+        owners = [self._quotas.owner(prompt.namespace) for prompt in who]
+        return np.repeat(np.array(owners, np.int64), np.array(list(counts), np.int64))
+
+    def _owners_of_rows(self, rows: Int64, leaving: Int64, num_fresh: Int64) -> Int64 | None:
+        if not self._quotas.limits:
+            return None
+        who = [self._rows.prompt(row) for row in rows.tolist()]
+        leavers = [who[at] for at in leaving.tolist()]
+        return self._owners([*leavers, *who], [*[1] * len(leavers), *num_fresh.tolist()])

@@ -1,0 +1,178 @@
+"""How much there is, who may have it, and what stays: pool sizes, quotas, pins, retention."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager import arguments, moves
+from kvpager.errors import OutOfBlocks
+from kvpager.plan import NO_COPIES, Plan, Step
+from kvpager.policies import PRIORITY_MAX
+from kvpager.quotas import Quota
+from kvpager.sequences import Sequence
+from kvpager.views import Views
+
+Int32 = NDArray[np.int32]
+
+
+class Capacity(Views):
+    """The part of a `BlockManager` that decides over room, not over sequences."""
+
+    def grow(self, num_blocks: int) -> None:
+        """Raise the device pool to `num_blocks`; no block moves. O(num_blocks).
+
+        Raises: `ValueError` where that is less than there are.
+        """
+        with self._lock:
+            least = self._pool.num_blocks
+            self._resize(arguments.count("num_blocks", num_blocks, at_least=least), NO_COPIES)
+
+    def shrink(self, num_blocks: int) -> Plan:
+        """Lower the device pool to `num_blocks`; blocks beyond move to free ones. O(num_blocks).
+
+        Cached blocks are evicted where there is not enough room. Apply the plan, device to device,
+        before the storage shrinks.
+        Raises: `OutOfBlocks` where more are held, `ValueError` for more than there are, or where a
+        block beyond is pinned or in an unfinished copy.
+        """
+        with self._lock:
+            pool = self._pool
+            least = pool.num_reserved + 1
+            num_blocks = arguments.count(
+                "num_blocks", num_blocks, at_least=least, at_most=pool.num_blocks
+            )
+            if pool.holds[num_blocks:].any():
+                raise ValueError(
+                    f"num_blocks {num_blocks}: a block beyond is pinned or in an unfinished copy"
+                )
+            staying = pool.num_held + pool.num_kept
+            if staying > num_blocks - pool.num_reserved:
+                raise OutOfBlocks(
+                    staying, num_blocks - pool.num_reserved, 0, pool.num_blocks, "remaining device"
+                )
+            num_beyond = int(np.count_nonzero(pool.in_use()[num_blocks:]))
+            copies = np.empty((num_beyond, 2), np.int32)
+            plan = Plan(copies, "device", "device")
+            excess = staying + pool.num_evictable - (num_blocks - pool.num_reserved)
+            self._evict(excess)
+            in_use = pool.in_use()
+            old = in_use[num_blocks:].nonzero()[0] + num_blocks
+            room = (~in_use[:num_blocks]).nonzero()[0]
+            copies.resize((len(old), 2), refcheck=False)  # in place: some were evicted
+            copies[:, 0], copies[:, 1] = old, room[room >= pool.num_reserved][: len(old)]
+            self._resize(num_blocks, copies)
+            self._moved(plan)
+            return plan
+
+    def _resize(self, num_blocks: int, copies: Int32) -> None:
+        places = np.arange(self._pool.num_blocks, dtype=np.int32)
+        places[copies[:, 0]] = copies[:, 1]
+        moves.replace(self._rows, np.array(self._rows.live_rows(), np.int64), *copies.T)
+        self._pool.resize(num_blocks, copies)
+        self._index.resize(num_blocks, places)
+        self._recount(self._quotas.limits)
+
+    def drop_cached(self) -> int:
+        """Evict all that only the prefix index keeps; how many blocks that freed. O(cached)."""
+        with self._lock:
+            free = self._pool.num_free
+            self._evict(self._pool.num_evictable)
+            return self._pool.num_free - free
+
+    # ---------------------------------------------------------------- what stays
+
+    def complete(self, work: Plan | Step | Sequence) -> None:
+        """The copies of a plan, step or new sequence are made: let their blocks go. O(copies).
+
+        Needed with `fences=True` only; without it, or without copies, there is nothing to do.
+        Raises: `ValueError` where they were completed already, or are of another manager.
+        """
+        with self._lock:
+            if work.ticket:
+                self._index.offer(self._fences.complete(work.ticket))
+
+    def pin(self, sequence: Sequence) -> int:
+        """Keep what the index offers of this sequence, also when it is freed. O(blocks).
+
+        Returns the ticket for `unpin`. Raises: `StaleSequence`, `SequenceSwapped`.
+        """
+        with self._lock:
+            row = self._resident_row(sequence)
+            return self._fences.pin(self._offered_blocks(row))
+
+    def unpin(self, ticket: int) -> None:
+        """End a pin. O(blocks). Raises: `ValueError` for a ticket that is not one, or was used."""
+        with self._lock:
+            self._index.offer(self._fences.unpin(ticket))
+
+    def retain(self, sequence: Sequence, priority: int, ttl_s: float | None = None) -> None:
+        """Rank what the index offers of this sequence by `priority`, 0 (leaves first) to 100.
+
+        `ttl_s`: for so many seconds; then it is the first to leave. O(blocks).
+        Raises: `ValueError` where the manager was not made with `eviction="priority"`.
+        """
+        priority = arguments.count("priority", priority, at_most=PRIORITY_MAX)
+        if ttl_s is not None and not 0 <= ttl_s < np.inf:
+            raise ValueError(f"ttl_s {ttl_s!r}: expected seconds, at least 0")
+        with self._lock:
+            blocks = self._offered_blocks(self._resident_row(sequence))
+            if not self._index.policy.retain(blocks, priority, ttl_s):
+                raise ValueError('this policy knows no priorities; use eviction="priority"')
+
+    def _offered_blocks(self, row: int) -> Int32:
+        blocks = self._rows.device_blocks(row)
+        return blocks[self._pool.cached[blocks]]
+
+    # ---------------------------------------------------------------- quotas
+
+    def set_quota(
+        self, namespace: str | None, *, floor: int = 0, ceiling: int | None = None
+    ) -> None:
+        """Bound the device blocks of a namespace, and keep some for it. O(blocks).
+
+        Args:
+            floor: blocks its sequences can always get; what is cached within it nobody else evicts.
+            ceiling: the most blocks it may have, held and cached; beyond, it evicts its own.
+
+        Raises: `ValueError` where the floors exceed the pool, or the namespace has more than
+        `ceiling` blocks held already.
+        """
+        arguments.label("namespace", namespace)
+        floor = arguments.count("floor", floor)
+        if ceiling is not None:
+            ceiling = arguments.count("ceiling", ceiling, at_least=max(floor, 1))
+        with self._lock:
+            before = self._quotas.limits
+            limits = {**before, namespace: Quota(floor, ceiling)}
+            room = self.num_blocks - self._pool.num_reserved
+            if sum(quota.floor for quota in limits.values()) > room:
+                raise ValueError(f"floor {floor}: with the other floors, more than {room} blocks")
+            self._recount(limits)
+            excess = self._quotas.excess(namespace)
+            if excess > self._quotas.num_evictable(namespace):
+                self._recount(before)
+                raise ValueError(
+                    f"ceiling {ceiling}: namespace {namespace!r} holds more; free some of it first"
+                )
+            self._evict(excess, {self._quotas.owner(namespace): excess})
+
+    def quota(self, namespace: str | None) -> Quota:
+        """The quota of a namespace. O(1). Raises: `ValueError` where it has none."""
+        with self._lock:
+            if namespace not in self._quotas.limits:
+                raise ValueError(f"namespace {namespace!r} has no quota; give it one by set_quota")
+            return self._quotas.limits[namespace]
+
+    def drop_quota(self, namespace: str | None) -> None:
+        """Let a namespace share what is left with the others. O(blocks). Raises: as `quota`."""
+        with self._lock:
+            self.quota(namespace)
+            limits = {name: q for name, q in self._quotas.limits.items() if name != namespace}
+            self._recount(limits)
+
+    def namespace_blocks(self, namespace: str | None) -> int:
+        """Device blocks held by and cached for a namespace. O(1). Raises: as `quota`."""
+        with self._lock:
+            self.quota(namespace)
+            return self._quotas.used(namespace)

@@ -1,0 +1,161 @@
+"""The eviction policies, by name.
+
+`lru`, `lfu` and `fifo` are what their names say. `priority` ranks by what `retain` said, then by
+last use.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+
+from kvpager.eviction import (
+    NO_BLOCKS,
+    Arrays,
+    BlockPolicy,
+    Blocks,
+    EvictionPolicy,
+    Float64,
+    Int32,
+    Int64,
+    Rank,
+    UInt64,
+)
+
+PRIORITY_MAX = 100
+PRIORITY_DEFAULT = 50
+# A rank is a float64, exact up to 2**53: the low bits order by time, the high ones by merit.
+_TICKS = 2.0**44
+_MERIT_MAX = 2**8
+
+
+class LRU(BlockPolicy):
+    """Least recently used: the block leaves that nobody has held for longest."""
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {"last_used": np.int64}
+    last_used: Int64
+
+    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+        self.last_used[blocks] = self.tick()
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return self.last_used[blocks]
+
+
+class FIFO(BlockPolicy):
+    """First in, first out: the block leaves that was offered first."""
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {"admitted": np.int64}
+    admitted: Int64
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        self.admitted[blocks] = self.tick()
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return self.admitted[blocks]
+
+
+class LFU(LRU):
+    """Least frequently used; among equals, least recently used."""
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {**LRU.COLUMNS, "uses": np.int32}
+    uses: Int32
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        self.uses[blocks] = 1
+
+    def touch(self, blocks: Blocks) -> None:  # noqa: D102
+        self.uses[blocks] = np.minimum(self.uses[blocks] + 1, _MERIT_MAX)
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return np.asarray(self.uses[blocks] * _TICKS + self.last_used[blocks], np.float64)
+
+
+class Priority(LRU):
+    """By priority, 0 to 100, lowest first; among equals, least recently used.
+
+    A block begins at 50 and keeps what `retain` gives it for a time to live, in seconds, or for as
+    long as it is offered; when the time is over it is the first to leave. Retention by priority
+    and time is TensorRT-LLM's.
+    """
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
+        **LRU.COLUMNS,
+        "priority": np.int32,
+        "expires": np.float64,
+    }
+    priority: Int32
+    expires: Float64
+
+    def __init__(self, num_blocks: int, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(num_blocks)
+        self._clock = clock
+        self._due: list[tuple[float, int]] = []
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        self.priority[blocks] = PRIORITY_DEFAULT
+        self.expires[blocks] = np.inf
+
+    def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102
+        self.priority[blocks] = priority
+        expires = np.inf if ttl_s is None else self._clock() + ttl_s
+        self.expires[blocks] = expires
+        if ttl_s is not None:
+            for block in blocks.tolist():
+                heapq.heappush(self._due, (expires, block))
+        return True
+
+    def fallen(self) -> Int32:  # noqa: D102
+        if not self._due or self._due[0][0] > (now := self._clock()):
+            return NO_BLOCKS
+        over = []
+        while self._due and self._due[0][0] <= now:
+            expires, block = heapq.heappop(self._due)
+            if self.expires[block] == expires:
+                self.priority[block] = -1
+                self.expires[block] = np.inf
+                over.append(block)
+        return np.array(over, np.int32)
+
+    def forget(self, blocks: Blocks) -> None:  # noqa: D102
+        self.expires[blocks] = np.inf
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return np.asarray(self.priority[blocks] * _TICKS + self.last_used[blocks], np.float64)
+
+    def resize(self, num_blocks: int, places: Int32) -> None:  # noqa: D102
+        super().resize(num_blocks, places)
+        self._await()
+
+    def state(self) -> Arrays:  # noqa: D102
+        # Seconds left: another process has another clock.
+        return {**super().state(), "expires": self.expires - self._clock()}
+
+    def restore(self, state: Arrays) -> None:  # noqa: D102
+        super().restore(state)
+        self.expires += self._clock()
+        self._await()
+
+    def _await(self) -> None:
+        dated = np.flatnonzero(np.isfinite(self.expires) & (self.expires > 0))
+        self._due = list(zip(self.expires[dated].tolist(), dated.tolist(), strict=True))
+        heapq.heapify(self._due)
+
+
+POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
+    "lru": LRU,
+    "lfu": LFU,
+    "fifo": FIFO,
+    "priority": Priority,
+}
+
+
+def make_policy(name: str, num_blocks: int) -> EvictionPolicy:
+    """The policy called `name`. Raises `ValueError` for another name than those of `POLICIES`."""
+    if name not in POLICIES:
+        raise ValueError(f"eviction {name!r}: expected one of {', '.join(POLICIES)}")
+    return POLICIES[name](num_blocks)
