@@ -4,17 +4,18 @@
     python benchmarks/control_plane.py --only decode    # those named so
     python benchmarks/control_plane.py --sizes          # at 1,000 to 1,000,000 blocks, and memory
 
-Peers that can be imported are measured in the same run, see `benchmarks/peers/`.
+Peers that can be imported are measured in the same run, see `benchmarks/peers/`; those that have an
+environment of their own by --peer-python PATH.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib
+import itertools
 import json
-import pkgutil
 import statistics
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -63,12 +64,14 @@ def alloc_free(num_blocks: int) -> Iterator[Figure]:
 
 
 def decode(num_blocks: int) -> Iterator[Figure]:
-    batch_size = min(256, num_blocks // 80)
+    batch_size = 256
+    # In a small pool there is room for shorter sequences only; the step does not read them.
+    length = 1024 if num_blocks >= 80 * batch_size else 16
     for name, with_ids in (("decode_step_256_us", False), ("decode_step_ids_commit_256_us", True)):
         manager = BlockManager(num_blocks, BLOCK_SIZE)
         sequences = []
         for row in range(batch_size):
-            sequence = manager.allocate(random_ids(1024 - row % 16, row))
+            sequence = manager.allocate(random_ids(length + row % 16, row))
             manager.commit(sequence)
             sequences.append(sequence)
         batch = manager.batch(sequences)
@@ -79,7 +82,8 @@ def decode(num_blocks: int) -> Iterator[Figure]:
             if with_ids:
                 manager.commit(batch)
 
-        yield name, median_s(step, repeats=200) * 1e6 * 256 / batch_size, "us"
+        repeats = 200 if length == 1024 else 10
+        yield name, median_s(step, repeats=repeats) * 1e6, "us"
 
 
 def fork_free(num_blocks: int) -> Iterator[Figure]:
@@ -107,21 +111,23 @@ def prefix_hit(num_blocks: int) -> Iterator[Figure]:
 
 
 def cold_insert(num_blocks: int) -> Iterator[Figure]:
+    """Distinct prompts through a pool for half of them: each evicts what another one left."""
     per_prompt = 2048 // BLOCK_SIZE
-    num_prompts = max(8, min(64, 2 * num_blocks // per_prompt))
-    prompts = [random_ids(2048, seed) for seed in range(num_prompts)]
+    num_prompts = 2 * (num_blocks // per_prompt)
+    ids = random_ids(num_prompts * 2048).reshape(num_prompts, 2048)
     for policy in ("lru",):
         manager = BlockManager(num_prompts // 2 * per_prompt, BLOCK_SIZE, eviction=policy)
+        prompts = itertools.cycle(ids)
 
-        def all_prompts(manager=manager) -> None:
-            for ids in prompts:
-                sequence = manager.allocate(ids)
+        def some_prompts(count: int, manager=manager, prompts=prompts) -> None:
+            for prompt in itertools.islice(prompts, count):
+                sequence = manager.allocate(prompt)
                 manager.commit(sequence)
                 manager.free(sequence)
 
-        all_prompts()
-        each = median_s(all_prompts, repeats=10) / num_prompts / per_prompt
-        suffix = "" if policy == "adaptive" else f"_{policy}"
+        some_prompts(num_prompts)
+        each = median_s(lambda work=some_prompts: work(64), repeats=30) / 64 / per_prompt
+        suffix = "" if policy == "lru" else f"_{policy}"
         yield f"cold_insert_evict{suffix}_ns_per_block", each * 1e9, "ns/block"
 
 
@@ -148,20 +154,11 @@ def memory(num_blocks: int) -> Iterator[Figure]:
 SUITES = (alloc_free, decode, fork_free, prefix_hit, cold_insert, content_key)
 
 
-def peers(only: str) -> Iterator[tuple[str, Figure]]:
-    folder = Path(__file__).parent / "peers"
-    sys.path.insert(0, str(folder.parent))
-    for found in pkgutil.iter_modules([str(folder)]):
-        peer = importlib.import_module(f"peers.{found.name}")
-        if not hasattr(peer, "figures"):
-            continue
-        reason = peer.available()
-        if reason is not None:
-            print(json.dumps({"peer": peer.NAME, "skipped": reason}), flush=True)
-            continue
-        for figure in peer.figures():
-            if only in figure[0]:
-                yield peer.NAME, figure
+def peers(pythons: list[str]) -> None:
+    """Measure the peers that each of these interpreters can import, one after the other."""
+    root = Path(__file__).resolve().parent.parent
+    for python in pythons:
+        subprocess.run([python, "-B", "-m", "benchmarks.peers"], cwd=root, check=False)
 
 
 def main() -> None:
@@ -169,6 +166,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="figures whose name contains this")
     parser.add_argument("--sizes", action="store_true", help="also 1,000 and 1,000,000 blocks")
     parser.add_argument("--no-peers", action="store_true", help="kvpager alone")
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        metavar="PATH",
+        help="where peers are installed; repeatable",
+    )
     options = parser.parse_args()
     sizes = (1_000, 100_000, 1_000_000) if options.sizes else (100_000,)
     for num_blocks in sizes:
@@ -178,9 +181,7 @@ def main() -> None:
                     line = {"name": name, "value": round(value, 1), "unit": unit}
                     print(json.dumps({**line, "num_blocks": num_blocks}), flush=True)
     if not options.no_peers:
-        for peer, (name, value, unit) in peers(options.only):
-            line = {"name": f"{peer}.{name}", "value": round(value, 1), "unit": unit}
-            print(json.dumps({**line, "peer": peer}), flush=True)
+        peers(options.peer_python or [sys.executable])
 
 
 if __name__ == "__main__":

@@ -195,13 +195,25 @@ class BlockStorage:
         still show the old storage. `ValueError` if that is fewer blocks than now; when memory
         does not suffice, torch raises and nothing has changed.
         """
-        num_blocks = arguments.count("num_blocks", num_blocks, at_least=self.num_blocks)
+        self._resize(arguments.count("num_blocks", num_blocks, at_least=self.num_blocks))
+
+    def shrink(self, num_blocks: int) -> None:
+        """Lower the device tier to `num_blocks`, keeping the bytes of those. O(nbytes).
+
+        `apply` the plan of `BlockManager.shrink` first. Otherwise as `grow`.
+        """
+        self._resize(
+            arguments.count("num_blocks", num_blocks, at_least=1, at_most=self.num_blocks)
+        )
+
+    def _resize(self, num_blocks: int) -> None:
         if num_blocks == self.num_blocks:
             return
+        kept = min(num_blocks, self.num_blocks)
         with torch.inference_mode(False):
-            larger = self._device_tier.new_empty(num_blocks, self._device_tier.shape[1])
-            larger[: self.num_blocks].copy_(self._device_tier)
-            self._device_tier = larger
+            other = self._device_tier.new_empty(num_blocks, self._device_tier.shape[1])
+            other[:kept].copy_(self._device_tier[:kept])
+            self._device_tier = other
             self._caches = self._layer_views()
 
     def keep_layers(self, count: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvpager.manager import BlockManager
 from kvpager.plan import NO_COPIES, Plan, Tier
 from kvpager.storage import BlockStorage, LayerShape
 
@@ -150,6 +151,20 @@ def test_growing_keeps_every_byte_and_renews_the_views() -> None:
     assert key.shape[0] == 9
     key[8] = 7.0
     assert torch.equal(storage.tier().view(9, 3, 2, 4, 2, 8)[8, 2, 0], torch.full((4, 2, 8), 7.0))
+
+
+def test_a_pool_and_its_storage_shrink_together() -> None:
+    storage = numbered()
+    manager = BlockManager(6, 4)
+    first, second = manager.allocate(12), manager.allocate(8)
+    expected = storage.tier()[manager.block_table(second)].clone()
+    manager.free(first)
+    storage.apply(manager.shrink(3))
+    storage.shrink(3)
+    assert storage.tier().shape[0] == storage.layer(0)[0].shape[0] == manager.num_blocks == 3
+    assert torch.equal(storage.tier()[manager.block_table(second)], expected)
+    with pytest.raises(ValueError, match="expected at most 3"):
+        storage.shrink(4)
 
 
 @pytest.mark.parametrize(
