@@ -133,7 +133,7 @@ class Books:
         """
         pool = self._pool
         if owners is None and count <= pool.num_free:
-            return pool.take(count)
+            return pool.take(count) if count != 1 else np.array([pool.take_one()], np.int32)
         revived = keep[(pool.refs[keep] == 0) & (pool.holds[keep] == 0)] if len(keep) else keep
         need = self._require(count, owners, revived)
         if len(revived):
@@ -176,6 +176,10 @@ class Books:
             self._totals["evicted"] += self._index.evict(count, allowances)
 
     def _release(self, blocks: Int32, times: int | Int32 = 1) -> None:
+        if len(blocks) == 1 and isinstance(times, int):
+            if self._pool.release_one(int(blocks[0])):
+                self._index.retire(blocks)
+            return
         evictable = self._pool.release(blocks, times)
         if len(evictable):
             self._index.retire(evictable)

@@ -53,7 +53,7 @@ class Capacity(Views):
                 )
             num_beyond = int(np.count_nonzero(pool.in_use()[num_blocks:]))
             copies = np.empty((num_beyond, 2), np.int32)
-            plan = Plan(copies, "device", "device")
+            plan = Plan(copies, "device", "device", self._fences.ticket(copies))
             excess = staying + pool.num_evictable - (num_blocks - pool.num_reserved)
             self._evict(excess)
             in_use = pool.in_use()

@@ -39,6 +39,8 @@ class Fences:
         kept = {"device": _NONE, "host": _NONE}
         for side, tier in enumerate((source, destination)):
             kept[tier] = np.union1d(kept[tier], copies[:, side])
+        # Where the pool shrank, the blocks read from are no longer in it: nobody can take them.
+        kept["device"] = kept["device"][kept["device"] < self._device.num_blocks]
         self._device.hold(kept["device"])
         self._host.hold(kept["host"])
         self.in_flight[ticket] = kept["device"], kept["host"]

@@ -86,7 +86,7 @@ def _shown(contents: tuple[tuple[int, int, bytes], ...], first: int, block_size:
     fields: list[bytes] = []
     for start, stop, digest in contents:
         if start < first + block_size and stop > first:
-            fields += [start.to_bytes(8, "little"), digest]
+            fields += [start.to_bytes(8, "little"), stop.to_bytes(8, "little"), digest]
     return _joined(fields)
 
 

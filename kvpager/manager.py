@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvpager import arguments, moves, snapshot
 from kvpager.books import NO_BLOCKS, Target
 from kvpager.capacity import Capacity
-from kvpager.errors import OutOfBlocks
+from kvpager.errors import OutOfBlocks, SequenceSwapped
 from kvpager.eviction import EvictionPolicy
 from kvpager.plan import NO_COPIES, Plan, Step, Tier
 from kvpager.radix import Match
@@ -467,7 +467,9 @@ class BlockManager(Capacity):
             blocks = table.tables[row, behind].copy()
             table.tables[row, behind] = -1
             table.first_blocks[row] = first
-            table.known[row] = 0  # what lacks its front cannot be offered
+            # What lacks its front cannot be offered, nor go on where it was.
+            table.known[row] = table.published[row] = 0
+            table.nodes[row] = None
             self._release(blocks)
 
     # ---------------------------------------------------------------- swap
@@ -477,13 +479,15 @@ class BlockManager(Capacity):
 
         Blocks that sequences on the device hold too stay, until the last of them is swapped as
         well; forks that are swapped share on the host, and again when they are back. A swapped
-        sequence can be swapped back or freed, nothing else. A second swap moves what is left.
+        sequence can be swapped back or freed, nothing else, or swapped again as long as some of it
+        is left on the device.
 
         Args:
             at_most: move no more blocks than this: out, the furthest from the front first; in, the
                 nearest. The sequence counts as swapped until it has all its blocks back.
 
-        Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `ValueError`.
+        Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `SequenceSwapped` for one
+        that is wholly on the host already, `ValueError`.
         """
         if not isinstance(to, str) or to not in ("device", "host"):
             raise ValueError(f'swap to {to!r}: expected "device" or "host"')
@@ -495,6 +499,9 @@ class BlockManager(Capacity):
 
     def _swap_out(self, rows: list[int], at_most: int | None) -> Plan:
         table, host = self._rows, self._host
+        for row in rows:
+            if table.swapped[row] and not len(table.device_blocks(row)):
+                raise SequenceSwapped(f"sequence {row} is on the host already, all of it")
         leaving = moves.leaving_device(table, self._pool, rows, at_most)
         need = len(leaving.blocks)
         if need > host.num_free:

@@ -51,6 +51,13 @@ def leaving_device(
     return Leaving(blocks[order], holders[order].astype(np.int32))
 
 
+def num_alone(table: SequenceTable, device: BlockPool, rows: list[int]) -> int:
+    """How many device blocks nobody but `rows` holds. O(blocks)."""
+    entries, _ = _entries(table, np.array(rows, np.int64))
+    blocks, holders = np.unique(entries[entries >= 0], return_counts=True)
+    return int(np.count_nonzero(holders == device.refs[blocks]))
+
+
 def leaving_host(
     table: SequenceTable, host: BlockPool, rows: list[int], at_most: int | None
 ) -> Leaving:

@@ -1,7 +1,7 @@
 """The eviction policies, by name.
 
 `lru`, `lfu` and `fifo` are what their names say. `priority` ranks by what `retain` said, then by
-last use.
+last use. `lifetime` learns how long blocks of each kind are worth keeping, see `kvpager.lifetime`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kvpager.eviction import (
     Rank,
     UInt64,
 )
+from kvpager.lifetime import Lifetime
 
 PRIORITY_MAX = 100
 PRIORITY_DEFAULT = 50
@@ -151,6 +152,7 @@ POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
     "lfu": LFU,
     "fifo": FIFO,
     "priority": Priority,
+    "lifetime": Lifetime,
 }
 
 

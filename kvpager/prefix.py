@@ -262,6 +262,9 @@ class PrefixIndex:
     def _is_idle(self, block: int) -> bool:
         return not (self.pool.refs[block] or self.pool.holds[block])
 
+    def _is_idle_tip(self, node: Node) -> bool:
+        return node.end > node.start and not node.children and self._is_idle(int(node.blocks[-1]))
+
     def _idle(self, blocks: Blocks) -> NDArray[np.bool_]:
         idle: NDArray[np.bool_] = self.pool.refs.take(blocks) == 0
         if self.pool.num_holds:
@@ -275,8 +278,7 @@ class PrefixIndex:
         """The idle tip that leaves first. Amortised O(log n): outdated entries are dropped."""
         while (entry := queue.first()) is not None:
             rank, node = entry
-            is_tip = node.end > node.start and not node.children
-            if is_tip and self._is_idle(int(node.blocks[-1])):
+            if self._is_idle_tip(node):
                 return rank, node
             queue.drop_first()
         return None
@@ -290,7 +292,7 @@ class PrefixIndex:
         """
         self._refresh()
         gone: list[Int32] = []
-        room = allowances or {0: count}
+        room = allowances or dict.fromkeys(range(len(self._queues)), count)
         while count > 0:
             number, node, limit = self._lowest(room)
             if node is not None:
@@ -426,20 +428,12 @@ class PrefixIndex:
 
     def queued(self) -> tuple[list[Node], list[Node]]:
         """Nodes in the order in which they leave, and those put aside. O(n log n)."""
-        tips, aside = list[tuple[tuple[float, int], Node]](), list[Node]()
+        order, aside = list[Node](), list[Node]()
         for queue in self._queues:
-            for node, place in queue.ranks.items():
-                if (
-                    not node.children
-                    and node.end > node.start
-                    and self._is_idle(int(node.blocks[-1]))
-                ):
-                    tips.append((place, node))
-            for node in queue.aside:
-                blocks = node.blocks
-                if np.any(self._idle(blocks)):
-                    aside.append(node)
-        return [node for _, node in sorted(tips, key=lambda tip: tip[0])], aside
+            tips = [node for node in queue.ranks if self._is_idle_tip(node)]
+            order += sorted(tips, key=queue.ranks.__getitem__)
+            aside += [node for node in queue.aside if self._idle(node.blocks).any()]
+        return order, aside
 
     def queue_again(self, tips: Iterable[Node], aside: Iterable[Node]) -> None:
         """Queue these in this order, and nothing else. O(n log n)."""

@@ -11,9 +11,10 @@ from kvpager.eviction import Queue
 
 Int32 = NDArray[np.int32]
 TreeKey = tuple[str | None, str | None]  # namespace, adapter
-# What the placeholders in a run's blocks show: (first token, digest) of each content, or None.
-Tag = tuple[tuple[int, bytes], ...] | None
-Contents = tuple[tuple[int, int, bytes], ...]  # (first token, token after the last, digest)
+# What stands behind placeholder tokens: (first, one after the last, digest) of each content.
+Contents = tuple[tuple[int, int, bytes], ...]
+# The contents that a run's blocks overlap, the same for all its blocks; or None.
+Tag = Contents | None
 
 
 class Node:
@@ -84,9 +85,9 @@ def segments(contents: Contents, block_size: int, first: int, end: int) -> list[
     size, stretches = block_size, list[tuple[int, Tag]]()
     for block in range(first, end):
         shown = tuple(
-            (start, digest)
-            for start, stop, digest in contents
-            if start < (block + 1) * size and stop > block * size
+            content
+            for content in contents
+            if content[0] < (block + 1) * size and content[1] > block * size
         )
         tag = shown or None
         if stretches and stretches[-1][1] == tag:

@@ -12,7 +12,7 @@ not part of it: who follows them begins anew from `offered`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from kvpager.eviction import EvictionPolicy
 from kvpager.policies import POLICIES
 from kvpager.prefix import PrefixIndex
 from kvpager.quotas import Quota
-from kvpager.radix import Node
+from kvpager.radix import Contents, Node
 from kvpager.sequences import Prompt, SequenceTable
 
 if TYPE_CHECKING:
@@ -190,14 +190,12 @@ def _read_rows(
 
 
 def _prompt_out(prompt: Prompt) -> list[Any]:
-    contents = [[start, stop, digest.hex()] for start, stop, digest in prompt.contents]
-    return [prompt.namespace, prompt.adapter, contents]
+    return [prompt.namespace, prompt.adapter, _contents_out(prompt.contents)]
 
 
 def _prompt_in(fields: list[Any]) -> Prompt:
     namespace, adapter, contents = fields
-    shown = tuple((int(start), int(stop), bytes.fromhex(d)) for start, stop, d in contents)
-    return Prompt(namespace, adapter, shown)
+    return Prompt(namespace, adapter, _contents_in(contents))
 
 
 # -------------------------------------------------------------------- prefix index
@@ -249,12 +247,12 @@ def _at(nodes: list[Node], places: NDArray[Any]) -> list[Node]:
     return [nodes[place] for place in places.tolist()]
 
 
-def _contents_out(tag: Iterable[tuple[int, bytes]] | None) -> list[Any]:
-    return [[start, digest.hex()] for start, digest in tag or ()]
+def _contents_out(contents: Contents) -> list[Any]:
+    return [[start, stop, digest.hex()] for start, stop, digest in contents]
 
 
-def _contents_in(fields: list[Any]) -> tuple[tuple[int, bytes], ...]:
-    return tuple((int(start), bytes.fromhex(digest)) for start, digest in fields)
+def _contents_in(fields: list[Any]) -> Contents:
+    return tuple((int(start), int(stop), bytes.fromhex(digest)) for start, stop, digest in fields)
 
 
 def _policy_name(policy: EvictionPolicy) -> str:

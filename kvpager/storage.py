@@ -202,9 +202,7 @@ class BlockStorage:
 
         `apply` the plan of `BlockManager.shrink` first. Otherwise as `grow`.
         """
-        self._resize(
-            arguments.count("num_blocks", num_blocks, at_least=1, at_most=self.num_blocks)
-        )
+        self._resize(arguments.count("num_blocks", num_blocks, at_least=1, at_most=self.num_blocks))
 
     def _resize(self, num_blocks: int) -> None:
         if num_blocks == self.num_blocks:

@@ -160,7 +160,7 @@ class Views(Books):
             return [self._handle(row) for row in chosen]
 
     def _num_alone(self, rows: list[int]) -> int:
-        return len(moves.leaving_device(self._rows, self._pool, rows, None).blocks)
+        return moves.num_alone(self._rows, self._pool, rows)
 
     # ---------------------------------------------------------------- the whole
 

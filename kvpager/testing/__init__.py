@@ -2,6 +2,20 @@
 
 `tiny_llama` is a byte-level Llama of 1.14 million parameters trained on Python's own
 documentation by `examples/train_tiny_llama.py`; it loads without a network.
+
+For block managers, kvpager's and anybody else's:
+
+    conformance    a pytest suite and a state machine for any manager behind a small adapter
+    findings       the same as data, a verdict for each promise
+    reference      a manager in plain Python, the specification of the verbs
+    memory         the data plane in miniature, one integer for each token slot
+    simulator      seeded random histories of kvpager's whole interface, shrunk when they fail
+    machine        the same operations as a Hypothesis state machine
+    isolation      paired probes of what namespaces see of each other
+    mutants        planted bugs, to see that all this notices them
+
+`conformance`, `machine` and `strategies` need Hypothesis, `conformance` and `machine` pytest too;
+nothing here needs torch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,131 @@
+"""The conformance suite: hold any paged block manager to the promises of this kit.
+
+    from kvpager.testing.conformance import ManagerConformance
+
+    class TestPeer(ManagerConformance):
+        def make(self, num_blocks, block_size):
+            return PeerAdapter(num_blocks, block_size)
+
+See `ManagerAdapter` for what an adapter offers and `BlockManagerAdapter` for one in ten lines.
+Needs pytest and Hypothesis; `kvpager.testing.findings` gives the same as data and needs neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvpager.testing.adapters import BlockManagerAdapter
+from kvpager.testing.findings import Finding, MakeAdapter, findings
+from kvpager.testing.histories import Operation, Table, offered
+from kvpager.testing.promises import PROMISES, ManagerAdapter, Session
+from kvpager.testing.rules import RULES
+from kvpager.testing.strategies import strategy
+
+__all__ = [
+    "PROMISES",
+    "BlockManagerAdapter",
+    "Finding",
+    "ManagerAdapter",
+    "ManagerConformance",
+    "conformance_machine",
+    "findings",
+    "rules_of",
+]
+
+
+def rules_of(table: Table) -> dict[str, Callable[..., Any]]:
+    """A Hypothesis rule for every operation; the machine keeps the world as `self.world`."""
+    return {name: _rule_of(operation) for name, operation in table.items()}
+
+
+def _rule_of(operation: Operation) -> Callable[..., Any]:
+    def run(machine: Any, **arguments: Any) -> None:
+        machine.world.apply(operation, tuple(arguments[name] for name in operation.arguments))
+
+    run.__name__ = operation.name
+    strategies: Any = {name: strategy(kind) for name, kind in operation.arguments.items()}
+    decorate: Any = rule  # its overloads take no dictionary
+    decorated: Callable[..., Any] = decorate(**strategies)(run)
+    return decorated
+
+
+def conformance_machine(
+    make_adapter: MakeAdapter, *, block_size: int = 4, pools: tuple[int, int] = (1, 14)
+) -> type[RuleBasedStateMachine]:
+    """A state machine class that drives the managers `make_adapter` makes, all promises watched.
+
+    `pools` are the least and the most blocks of a manager. Its `TestCase` is a unittest class.
+    O(everything) after each step.
+    """
+
+    class Conformance(RuleBasedStateMachine):
+        world: Session
+
+        @initialize(num_blocks=st.integers(*pools))
+        def start(self, num_blocks: int) -> None:
+            """A fresh manager over a small pool."""
+            self.world = Session(make_adapter(num_blocks, block_size))
+
+        def teardown(self) -> None:
+            """After all is freed, all blocks can be had again."""
+            if hasattr(self, "world"):
+                self.world.finish()
+
+    table = offered(RULES, make_adapter(pools[1], block_size))
+    return type("Conformance", (Conformance,), dict(rules_of(table)))
+
+
+class ManagerConformance:
+    """Subclass it in a pytest file, define `make`, and each promise is a test.
+
+    Attributes: `block_size` of the managers made, and `pools`, their least and most blocks;
+    `histories`, random ones for each promise; `examples`, of the state machine.
+    """
+
+    block_size = 4
+    pools = (1, 14)
+    histories = 100
+    examples = 60
+
+    def make(self, num_blocks: int, block_size: int) -> ManagerAdapter:
+        """A fresh manager behind an adapter."""
+        raise NotImplementedError("define make(self, num_blocks, block_size) -> ManagerAdapter")
+
+    @pytest.mark.parametrize("promise", PROMISES)
+    def test_promise(self, promise: str) -> None:
+        """The manager keeps one promise."""
+        [finding] = findings(
+            self.make,
+            promises=[promise],
+            block_size=self.block_size,
+            pools=self.pools,
+            histories=self.histories,
+        )
+        if finding.verdict == "not offered":
+            pytest.skip(f"the adapter does not offer what {promise} is about")
+        if finding.verdict == "broken":
+            pytest.fail(f"{finding.meaning}\n{finding}", pytrace=False)
+
+    def test_any_history(self) -> None:
+        """The manager keeps all promises under whatever Hypothesis thinks of."""
+        machine = conformance_machine(self.make, block_size=self.block_size, pools=self.pools)
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=self.examples,
+                stateful_step_count=30,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )

@@ -1,0 +1,135 @@
+"""Every promise looked at in turn, and what came out, as data for a table.
+
+Random histories from a seed, without Hypothesis: the same findings on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from kvpager.testing.histories import Failure, History, describe, offered, replay, shrink
+from kvpager.testing.promises import PROMISES, ManagerAdapter, Session, is_offered
+from kvpager.testing.rules import RULES
+
+MakeAdapter = Callable[[int, int], ManagerAdapter]
+Verdict = Literal["kept", "broken", "not offered"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One promise of one manager.
+
+    `history` is the shortest one found that breaks it, on a pool of `num_blocks` blocks of
+    `block_size`; `message` says how. `num_operations` were done to look at it.
+    """
+
+    promise: str
+    meaning: str
+    verdict: Verdict
+    num_operations: int = 0
+    num_blocks: int = 0
+    block_size: int = 0
+    message: str = ""
+    history: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.verdict != "broken":
+            return f"{self.promise}: {self.verdict}"
+        pool = f"{self.num_blocks} blocks of {self.block_size} token slots"
+        return "\n  ".join(
+            [f"{self.promise}: broken: {self.message}", f"on {pool}, after:", *self.history]
+        )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    alphabet: int
+    longest: int
+    num_live: int = 6  # about as many as small pools have room for
+
+
+def findings(
+    make_adapter: MakeAdapter,
+    *,
+    promises: Iterable[str] = PROMISES,
+    block_size: int = 4,
+    pools: tuple[int, int] = (1, 14),
+    histories: int = 100,
+    length: int = 40,
+    seed: int = 0,
+) -> list[Finding]:
+    """Look at every promise of the managers that `make_adapter(num_blocks, block_size)` makes.
+
+    Args:
+        make_adapter: makes a fresh manager behind a `ManagerAdapter`.
+        promises: names from `PROMISES`.
+        block_size: token slots of a block.
+        pools: the least and the most blocks of a manager.
+        histories: how many for each promise.
+        length: operations of each.
+        seed: the same seed, the same histories.
+
+    Each promise is looked at alone, so that a manager which breaks one is still asked for the
+    others. O(promises * histories * length).
+    """
+    plan = _Plan(make_adapter, block_size, pools, histories, length, seed)
+    return [_look(plan, promise) for promise in promises]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    make_adapter: MakeAdapter
+    block_size: int
+    pools: tuple[int, int]
+    histories: int
+    length: int
+    seed: int
+
+
+def _look(plan: _Plan, promise: str) -> Finding:
+    sample = plan.make_adapter(plan.pools[1], plan.block_size)
+    if not is_offered(promise, sample):
+        return Finding(promise, PROMISES[promise], "not offered")
+    table = offered(RULES, sample)
+    random = Random(plan.seed)
+    for number in range(plan.histories):
+        num_blocks = random.randint(*plan.pools)
+        scale = _Scale(alphabet=2 + number % 2, longest=4 * plan.block_size + 2)
+        names = random.choices(list(table), [one.weight for one in table.values()], k=plan.length)
+        history: History = [(name, table[name].draw(random, scale)) for name in names]
+        failure = _failure_of(plan, promise, num_blocks, history)
+        if failure is not None:
+            done = number * plan.length + failure.at + 1
+            return _broken(plan, promise, num_blocks, history[: failure.at + 1], done)
+    return Finding(promise, PROMISES[promise], "kept", plan.histories * plan.length)
+
+
+def _failure_of(plan: _Plan, promise: str, num_blocks: int, history: History) -> Failure | None:
+    session = Session(plan.make_adapter(num_blocks, plan.block_size), [promise])
+    failure = replay(history, RULES, session)
+    if failure is not None and failure.law != promise:
+        raise RuntimeError(f"the adapter or the kit failed: {failure.message}")
+    return failure
+
+
+def _broken(
+    plan: _Plan, promise: str, num_blocks: int, history: History, num_operations: int
+) -> Finding:
+    def fails(history: History) -> Failure | None:
+        return _failure_of(plan, promise, num_blocks, history)
+
+    short = shrink(history, fails, operations_max=20_000)
+    failure = fails(short)
+    return Finding(
+        promise,
+        PROMISES[promise],
+        "broken",
+        num_operations=num_operations,
+        num_blocks=num_blocks,
+        block_size=plan.block_size,
+        message=failure.message if failure else "not every time",
+        history=tuple(describe(short, RULES)),
+    )

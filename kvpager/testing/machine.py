@@ -1,0 +1,70 @@
+"""A Hypothesis state machine for the whole interface of a kvpager manager.
+
+    from kvpager.testing.machine import PagedMemory
+
+    TestPagedMemory = PagedMemory.TestCase
+
+The rules are the simulator's operations, so a new operation is a new rule as well.
+"""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize
+
+from kvpager.testing.conformance import rules_of
+from kvpager.testing.histories import Table, offered
+from kvpager.testing.operations_more import OPERATIONS
+from kvpager.testing.setups import MakeManager, Setup, eviction_policies, make_block_manager
+from kvpager.testing.world import World
+
+
+def setups(block_size: int = 4) -> st.SearchStrategy[Setup]:
+    """Pools small enough for everything to collide, checked after every operation."""
+    return st.builds(
+        Setup,
+        num_blocks=st.integers(1, 14),
+        num_host_blocks=st.integers(0, 6),
+        block_size=st.just(block_size),
+        alphabet=st.just(3),
+        longest=st.just(4 * block_size + 2),
+        num_sequences_max=st.just(40),
+        namespaces=st.just((None, "acme")),
+        eviction=st.sampled_from(eviction_policies()),
+        check_every=st.just(1),
+        null_block=st.just(False),
+        fences=st.booleans(),
+        quotas=st.booleans(),
+    )
+
+
+def manager_machine(
+    make_manager: MakeManager = make_block_manager,
+    *,
+    table: Table = OPERATIONS,
+    block_size: int = 4,
+) -> type[RuleBasedStateMachine]:
+    """A state machine class for the managers that `make_manager` makes from a `Setup`.
+
+    After every step all sequences are read back and all books checked; at the end all is freed.
+    """
+
+    class PagedMemory(RuleBasedStateMachine):
+        world: World
+
+        @initialize(setup=setups(block_size))
+        def start(self, setup: Setup) -> None:
+            """A fresh manager over a small pool."""
+            self.world = World(setup, make_manager(setup))
+
+        def teardown(self) -> None:
+            """After all is freed, every block is free or cached."""
+            if hasattr(self, "world"):
+                self.world.finish()
+
+    smallest = Setup(1, 1, block_size, 1, 1, 1, (None,), "lru", 1)
+    rules = rules_of(offered(table, make_manager(smallest)))
+    return type("PagedMemory", (PagedMemory,), dict(rules))
+
+
+PagedMemory = manager_machine()

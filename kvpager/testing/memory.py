@@ -1,0 +1,162 @@
+"""The data plane in miniature: one integer for every token slot, on the device and on the host.
+
+A token's integer stands for its key and value. Like those it depends on the namespace and on
+every token up to it, so a prefix that was reused wrongly shows, wherever it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+UNWRITTEN = -9
+_MULTIPLIER = 6364136223846793005  # Knuth's, for a 64-bit linear congruential step
+_MASK = (1 << 62) - 1
+
+
+class Moves(Protocol):
+    """A plan, as far as memory is concerned: see `kvpager.plan.Plan`."""
+
+    @property
+    def copies(self) -> NDArray[np.int32]:
+        """Pairs (source block, destination block), [n, 2]."""
+
+    @property
+    def source(self) -> str:
+        """The tier the blocks come from."""
+
+    @property
+    def destination(self) -> str:
+        """The tier the blocks go to."""
+
+
+class Content:
+    """A sequence's tokens and the integers that stand for their keys and values.
+
+    >>> content = Content("acme", [1, 2])
+    >>> content.extend([3])
+    >>> content.values == Content("acme", [1, 2, 3]).values
+    True
+    >>> content.values[0] == Content("other", [1]).values[0]
+    False
+    """
+
+    __slots__ = ("namespace", "tokens", "values")
+
+    def __init__(self, namespace: str | None = None, tokens: Iterable[int] = ()) -> None:
+        self.namespace = namespace
+        self.tokens: list[int] = []
+        self.values: list[int] = []
+        self.extend(tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Add tokens behind those there are. O(new tokens)."""
+        value = self.values[-1] if self.values else _start(self.namespace)
+        for token in tokens:
+            value = ((value ^ (token + 1)) * _MULTIPLIER + 1442695040888963407) & _MASK
+            self.tokens.append(token)
+            self.values.append(value)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on. O(forgotten tokens)."""
+        del self.tokens[length:]
+        del self.values[length:]
+
+    def copy(self) -> Content:
+        """The same content, to be changed on its own. O(tokens)."""
+        twin = Content(self.namespace)
+        twin.tokens = self.tokens.copy()
+        twin.values = self.values.copy()
+        return twin
+
+
+def _start(namespace: str | None) -> int:
+    # None must differ from every string, the empty one included. Never `hash`, which changes
+    # from process to process: a seed is to give the same run everywhere.
+    return 0 if namespace is None else crc32(namespace.encode()) + 1
+
+
+class TokenMemory:
+    """Token slots of two tiers, `[blocks, block_size]` each.
+
+    Args:
+        num_blocks: blocks on the device.
+        block_size: token slots of a block.
+        num_host_blocks: blocks on the host.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        self.block_size = block_size
+        self.tiers = {
+            "device": np.full((num_blocks, block_size), UNWRITTEN, np.int64),
+            "host": np.full((num_host_blocks, block_size), UNWRITTEN, np.int64),
+        }
+
+    def copy(self, pairs: ArrayLike) -> None:
+        """Copy device blocks, (source, destination) each; all are read before any is written.
+
+        O(pairs * block_size).
+        """
+        if len(pairs):  # type: ignore[arg-type]
+            moves = np.asarray(pairs)
+            device = self.tiers["device"]
+            device[moves[:, 1]] = device[moves[:, 0]]
+
+    def apply(self, plan: Moves) -> None:
+        """Carry out a plan between tiers. O(pairs * block_size)."""
+        self.move(plan.copies, plan.source, plan.destination)
+
+    def move(self, pairs: ArrayLike, source: str, destination: str) -> None:
+        """Copy blocks of one tier into blocks of another. O(pairs * block_size)."""
+        moves = np.asarray(pairs, np.int64).reshape(-1, 2)
+        self.tiers[destination][moves[:, 1]] = self.tiers[source][moves[:, 0]]
+
+    def write(self, slots: ArrayLike, values: list[int]) -> None:
+        """Write into flat device slots, `block * block_size + offset` each. O(slots)."""
+        if values:
+            self.tiers["device"].reshape(-1)[np.asarray(slots, np.intp)] = values
+
+    def write_at(self, table: ArrayLike, first: int, values: list[int]) -> None:
+        """Write values for the tokens from `first` on, through a block table. O(values)."""
+        if values:
+            positions = np.arange(first, first + len(values))
+            blocks = np.asarray(table)[positions // self.block_size]
+            self.tiers["device"][blocks, positions % self.block_size] = values
+
+    def read(self, table: ArrayLike, length: int, start: int = 0) -> list[int]:
+        """What stands in the slots of tokens `start` to `length`. O(tokens).
+
+        Whole blocks before `start` are not looked at: their table entries may be -1.
+        """
+        first = start // self.block_size
+        end = -(-length // self.block_size)
+        blocks = np.asarray(table, np.intp)[first:end]
+        slots: list[int] = self.tiers["device"].take(blocks, axis=0).ravel().tolist()
+        offset = first * self.block_size
+        return slots[start - offset : length - offset]
+
+    def mismatch(self, table: ArrayLike, values: list[int], start: int = 0) -> int | None:
+        """The first token from `start` on that does not read back, or None. O(tokens)."""
+        held = self.read(table, len(values), start)
+        expected = values[start:] if start else values
+        if held == expected:
+            return None
+        if len(held) != len(expected):
+            return start + len(held)  # the table ends too early
+        return start + next(at for at, value in enumerate(held) if value != expected[at])
+
+    def resize(self, num_blocks: int) -> None:
+        """Raise or lower the device to `num_blocks` blocks. O(num_blocks * block_size)."""
+        device = self.tiers["device"]
+        if num_blocks <= len(device):
+            self.tiers["device"] = device[:num_blocks].copy()
+            return
+        room = np.full((num_blocks - len(device), self.block_size), UNWRITTEN, np.int64)
+        self.tiers["device"] = np.concatenate([device, room])

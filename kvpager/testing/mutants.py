@@ -1,0 +1,165 @@
+"""Planted bugs: what the kit is worth is how many of them it notices.
+
+A mutant is one exact fragment of a module's source and what stands there instead. It is applied
+in a fresh interpreter, as the module is imported; no file is changed. Then a bounded simulation,
+the conformance promises and the isolation probes run, and the mutant is killed by whichever fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+
+import kvpager
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug.
+
+    `law`: what it breaks, in words. `original` stands in the source of `module` exactly once.
+    """
+
+    name: str
+    law: str
+    module: str
+    original: str
+    replacement: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant: killed by what, or survived.
+
+    `by` says which check failed and how; `operations` were simulated until then.
+    """
+
+    mutant: Mutant
+    killed: bool
+    by: str
+    operations: int
+    seconds: float
+
+
+# Changes nothing: where this one is "killed", the kit or the manager is broken already.
+UNCHANGED = Mutant("unchanged", "none", "kvpager.manager", "", "")
+
+
+def mutated_source(mutant: Mutant) -> str:
+    """The module's source with the bug planted. O(source).
+
+    Raises: `LookupError` unless the original fragment stands there exactly once.
+    """
+    spec = find_spec(mutant.module)
+    if spec is None or spec.origin is None:
+        raise LookupError(f"mutant {mutant.name!r}: no module {mutant.module!r}")
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    if mutant == UNCHANGED:
+        return source
+    count = source.count(mutant.original)
+    if count != 1:
+        raise LookupError(
+            f"mutant {mutant.name!r}: its fragment stands {count} times in {mutant.module}, "
+            "expected once"
+        )
+    return source.replace(mutant.original, mutant.replacement)
+
+
+def kill(
+    mutants: Sequence[Mutant],
+    *,
+    operations: int = 20_000,
+    seeds: Iterable[int] = (0,),
+    processes: int = 2,
+    timeout_seconds: float = 120.0,
+    progress: Callable[[int], object] | None = None,
+) -> list[Outcome]:
+    """Try to notice each mutant; outcomes in the order given. O(mutants * operations).
+
+    Args:
+        mutants: the bugs.
+        operations: simulated for each mutant and seed, at most.
+        seeds: where each simulation begins.
+        processes: how many mutants at a time.
+        timeout_seconds: for one mutant; one that does not come to an end by then is killed.
+        progress: called with 1 after each mutant; a tqdm bar by default where tqdm is installed.
+
+    Raises: `LookupError` where a fragment is not found once; `RuntimeError` where the unchanged
+    source fails, or a mutant cannot even be imported.
+    """
+    names = [mutant.name for mutant in mutants]
+    if len(set(names)) != len(names):
+        raise ValueError("two mutants have the same name")
+    for mutant in mutants:
+        mutated_source(mutant)
+    limits = {"operations": operations, "seeds": list(seeds)}
+    sound = _try(UNCHANGED, limits, timeout_seconds)
+    if sound.killed:
+        raise RuntimeError(f"the unchanged source fails, so no mutant can be judged: {sound.by}")
+    outcomes: dict[str, Outcome] = {}
+    advance, close = (progress, _nothing) if progress else _bar(len(mutants))
+    with ThreadPoolExecutor(processes) as pool:
+        futures = [pool.submit(_try, mutant, limits, timeout_seconds) for mutant in mutants]
+        for future in as_completed(futures):
+            outcome = future.result()
+            outcomes[outcome.mutant.name] = outcome
+            advance(1)
+    close()
+    return [outcomes[name] for name in names]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Outcomes as lines to read, survivors first. O(outcomes)."""
+    width = max((len(outcome.mutant.name) for outcome in outcomes), default=0)
+    lines = []
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.killed):
+        fate = f"killed by {outcome.by}" if outcome.killed else "SURVIVED"
+        lines.append(f"{outcome.mutant.name:{width}}  {fate}")
+    killed = sum(outcome.killed for outcome in outcomes)
+    return "\n".join([*lines, f"{killed} of {len(outcomes)} killed"])
+
+
+def _try(mutant: Mutant, limits: dict[str, object], timeout_seconds: float) -> Outcome:
+    """Run the kit against one mutant in an interpreter of its own."""
+    root = str(Path(kvpager.__file__).resolve().parent.parent)
+    begin = perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvpager.testing.mutant_child"],
+            input=json.dumps({"mutant": asdict(mutant), **limits}),
+            # The same kvpager as here, wherever this process was started.
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+        )
+    except subprocess.TimeoutExpired:
+        by = f"no end within {timeout_seconds:g} s"
+        return Outcome(mutant, True, by, 0, perf_counter() - begin)
+    if done.returncode:
+        raise RuntimeError(f"mutant {mutant.name!r} did not run:\n{done.stderr}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    seconds = perf_counter() - begin
+    return Outcome(mutant, bool(result["by"]), result["by"], result["operations"], seconds)
+
+
+def _bar(total: int) -> tuple[Callable[[int], object], Callable[[], object]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _nothing, _nothing
+    bar = tqdm(total=total, unit="mutant")
+    return bar.update, bar.close
+
+
+def _nothing(*_: object) -> None:
+    """No progress bar."""

@@ -1,0 +1,261 @@
+"""The simulator's further operations: drafts, windows, key parts, families, room, restarts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvpager.errors import StaleSequence
+from kvpager.manager import BlockManager
+from kvpager.testing.histories import Choice, Many, Number, Tokens, operation
+from kvpager.testing.memory import Content
+from kvpager.testing.operations import FLAG, OPERATIONS, PICK, begin, make_room, refused
+from kvpager.testing.world import Live, World
+
+# -------------------------------------------------------------------- drafts and windows
+
+
+@operation(OPERATIONS, 2, needs=("accept",), pick=PICK, tokens=Tokens(5), by_ids=FLAG)
+def draft(world: World, pick: int, tokens: list[int], by_ids: bool) -> None:
+    """Give a sequence look-ahead slots, by ids or by a count; a second time adds to them."""
+    row = world.pick_drafting(pick) or world.pick_resident(pick)
+    if row is None or not tokens:
+        return
+    first = len(row.content)
+    new = tokens if by_ids else world.fresh_tokens(len(tokens))
+    most = 1 + world.blocks(len(tokens))
+    given: Any = tokens if by_ids else len(tokens)
+    step = world.attempt(most, world.manager.append, row.handle, given, draft=True)
+    world.touched.append(row)
+    if step is None:
+        return
+    world.copied(step)
+    row.content.extend(new)
+    if by_ids and row.num_known == first:
+        row.num_known += len(new)
+    if row.window:
+        row.start = max(row.start, first - row.window + 1)
+    world.num_drafting += not row.num_drafts
+    row.num_drafts += len(new)
+    world.write(row, first, step.slots)
+
+
+@operation(OPERATIONS, 2, needs=("accept",), pick=PICK, number=Number())
+def accept(world: World, pick: int, number: int) -> None:
+    """Keep some drafts, take the others back; before that, commit, which must not publish them."""
+    row = world.pick_drafting(pick)
+    if row is None:
+        return
+    settled = len(row.content) - row.num_drafts
+    kept = number % (row.num_drafts + 1)
+    if settled + kept < row.start // world.size * world.size:
+        kept = row.num_drafts  # the window has passed the others already
+    world.publish(row, settled)
+    world.manager.commit(row.handle)
+    refused(world, ValueError, lambda: world.manager.append(row.handle, 1))
+    refused(world, ValueError, lambda: world.manager.commit(row.handle, settled + 1))
+    refused(world, ValueError, lambda: world.manager.accept(row.handle, row.num_drafts + 1))
+    world.manager.accept(row.handle, kept)
+    row.content.truncate(settled + kept)
+    row.num_known = min(row.num_known, settled + kept)
+    row.start = min(row.start, settled + kept)
+    row.num_drafts = 0
+    world.num_drafting -= 1
+    world.touched.append(row)
+
+
+@operation(OPERATIONS, 1, needs=("accept",), tokens=Tokens(), window=Number(20))
+def allocate_windowed(world: World, tokens: list[int], window: int) -> None:
+    """Begin a sequence whose layers look back over a window only."""
+    make_room(world)
+    most = world.blocks(len(tokens))
+    handle = world.attempt(most, world.manager.allocate, tokens, window=window + 1)
+    if handle is not None:
+        begin(world, handle, Content(None, tokens), len(tokens)).window = window + 1
+
+
+# -------------------------------------------------------------------- parts of the key
+
+
+@operation(
+    OPERATIONS,
+    3,
+    needs=("accept",),
+    tokens=Tokens(),
+    adapter=Choice((None, "", "a", "acme")),
+    shown=Many(Number(20), least=0, most=3),
+)
+def allocate_shown(world: World, tokens: list[int], adapter: str | None, shown: list[int]) -> None:
+    """Begin a sequence under an adapter, with images behind some of its tokens."""
+    contents, seen, start = [], list(tokens), 0
+    for number in shown:
+        stop = start + 1 + number % 5
+        if stop > len(tokens):
+            break
+        digest = bytes([number % 2])
+        contents.append((start, stop, digest))
+        seen[start:stop] = [token + 1000 * (1 + number % 2) for token in tokens[start:stop]]
+        start = stop + number % 3
+    make_room(world)
+    options = {"namespace": "shown", "adapter": adapter, "contents": contents}
+    handle = world.attempt(world.blocks(len(tokens)), world.manager.allocate, tokens, **options)
+    if handle is not None:
+        # No setup has a namespace of that name.
+        content = Content(f"shown under {adapter!r}", seen)
+        begin(world, handle, content, len(tokens)).is_plain = False
+
+
+# -------------------------------------------------------------------- swaps, preemption
+
+
+@operation(OPERATIONS, 2, needs=("victims",), picks=Many(PICK, most=5), number=Number(), later=FLAG)
+def swap_some(world: World, picks: list[int], number: int, later: bool) -> None:
+    """Swap several sequences, perhaps in part only, all out or all in."""
+    rows = list(dict.fromkeys(filter(None, map(world.pick, picks))))
+    if not rows:
+        return
+    to = "host" if not rows[0].is_swapped else "device"
+    rows = [row for row in rows if row.is_swapped == (to == "device")]
+    at_most = None if number % 3 else number % 7
+    handles = [row.handle for row in rows]
+    most = world.manager.num_blocks + 1
+    plan = world.attempt(most, world.manager.swap, handles, to, at_most=at_most)
+    world.touched += rows
+    if plan is None:
+        return
+    if at_most is not None:
+        world.require("no more than asked", len(plan) <= at_most, f"{len(plan)} of {at_most}")
+    world.carry_out(plan, later)
+    for row in rows:
+        row.is_swapped = to == "host" or _is_away(world, row)
+    world.num_swapped = sum(row.is_swapped for row in world.rows)
+
+
+def _is_away(world: World, row: Live) -> bool:
+    table = world.manager.block_table(row.handle)
+    return bool((table[row.start // world.size :] < 0).any())
+
+
+@operation(OPERATIONS, 1, needs=("victims",), need=Number(12))
+def preempt(world: World, need: int) -> None:
+    """Free the fewest of the oldest sequences that give back so many blocks; publish them first."""
+    rows = [row for row in world.rows if not (row.is_swapped or row.num_drafts)]
+    handles = [row.handle for row in rows]
+    victims = world.attempt(1 << 30, world.manager.victims, handles, need)
+    if victims is None:
+        return
+    chosen = rows[: len(victims)]
+    held = world.manager.num_held_blocks
+    for row in chosen:
+        world.publish(row, len(row.content))
+    world.manager.free(victims, publish=True)
+    for row in chosen:
+        world.forget(row)
+    freed = held - world.manager.num_held_blocks
+    world.require("victims free enough", freed >= need, f"{freed} of {need} blocks")
+
+
+# -------------------------------------------------------------------- room
+
+
+@operation(OPERATIONS, 0.2, needs=("shrink",), number=Number())
+def shrink(world: World, number: int) -> None:
+    """Lower the pool, down to half its first size."""
+    least = max(world.setup.num_blocks // 2, 1 + world.setup.null_block)
+    num_blocks = least + number % (world.manager.num_blocks - least + 1)
+    world.complete_all()
+    try:
+        plan = world.attempt(1 << 30, world.manager.shrink, num_blocks)
+    except ValueError:
+        return  # something beyond is pinned
+    if plan is not None:
+        world.carry_out(plan)
+        world.memory.resize(num_blocks)
+        world.touched += world.rows
+
+
+@operation(OPERATIONS, 1, needs=("pin",), pick=PICK, number=Number())
+def pin(world: World, pick: int, number: int) -> None:
+    """Pin a sequence's prefix, or end a pin; never two more than three at a time."""
+    if len(world.pins) < 3 and number % 2:
+        row = world.pick_resident(pick)
+        if row is not None:
+            world.pins.append(world.manager.pin(row.handle))
+    elif world.pins:
+        ticket = world.pins.pop(number % len(world.pins))
+        world.manager.unpin(ticket)
+        refused(world, ValueError, lambda: world.manager.unpin(ticket))
+
+
+@operation(OPERATIONS, 0.3, needs=("complete",))
+def complete(world: World) -> None:
+    """Carry out all copies that wait, and say so."""
+    world.complete_all()
+
+
+@operation(OPERATIONS, 0.3, needs=("set_quota",), pick=Number(), floor=Number(6), more=Number(12))
+def quota(world: World, pick: int, floor: int, more: int) -> None:
+    """Give a namespace a quota, or take it away."""
+    if not world.setup.quotas:
+        return
+    namespace = world.setup.namespaces[pick % len(world.setup.namespaces)]
+    ceiling = None if more % 3 == 0 else max(floor + more, 1)
+    try:
+        if more == 12:
+            world.manager.drop_quota(namespace)
+        else:
+            world.manager.set_quota(namespace, floor=floor, ceiling=ceiling)
+    except ValueError:
+        world.counts["refused"] += 1
+
+
+@operation(OPERATIONS, 0.5, needs=("retain",), pick=PICK, priority=Number(100), ends=FLAG)
+def retain(world: World, pick: int, priority: int, ends: bool) -> None:
+    """Keep a sequence's prefix by priority, for ever or for no time."""
+    row = world.pick_resident(pick)
+    if row is None:
+        return
+    ttl_s = 0.0 if ends else None
+    if world.setup.eviction == "priority":
+        world.manager.retain(row.handle, priority, ttl_s)
+    else:
+        refused(world, ValueError, lambda: world.manager.retain(row.handle, priority, ttl_s))
+
+
+# -------------------------------------------------------------------- the whole
+
+
+@operation(OPERATIONS, 0.1, needs=("snapshot",))
+def restart(world: World) -> None:
+    """Go on with a manager restored from a snapshot, which must equal it."""
+    arrays = world.manager.snapshot()
+    restored = type(world.manager).restore(arrays)
+    again = restored.snapshot()
+    # Seconds left to live differ by the time that passed.
+    same = arrays.keys() == again.keys() and all(
+        np.array_equal(arrays[name], again[name]) for name in arrays if name != "policy.expires"
+    )
+    world.require("restored equal", same, f"{_differences(arrays, again)} differ")
+    handles = restored.sequences()
+    world.freed.extend(row.handle for row in world.rows[:1])
+    for row in world.rows:
+        row.handle = handles[row.handle.name]
+    world.manager = restored
+    world.touched += world.rows
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    names = one.keys() | other.keys()
+    return sorted(
+        name
+        for name in names
+        if name not in one or name not in other or not np.array_equal(one[name], other[name])
+    )
+
+
+@operation(OPERATIONS, 0.2, needs=("snapshot",), pick=PICK, verb=Choice(("append", "free", "fork")))
+def foreign(world: World, pick: int, verb: str) -> None:
+    """Use another manager's handle: refused."""
+    handle = BlockManager(4, world.size).allocate(1)
+    refused(world, StaleSequence, lambda: getattr(world.manager, verb)(handle))

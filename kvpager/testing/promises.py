@@ -1,0 +1,273 @@
+"""What any paged block manager promises, and the harness that holds one to it.
+
+The harness keeps plain lists of what was written, plays the memory with one integer per token
+slot, and looks at the manager through a `ManagerAdapter` only. It needs neither Hypothesis nor
+pytest; `kvpager.testing.conformance` puts it behind both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from kvpager.testing.histories import Ended, Operation, Violation
+from kvpager.testing.memory import Content, TokenMemory
+
+PROMISES = {
+    "reads_back": "a sequence reads back exactly what was written to it",
+    "shared_not_written": "a block that another sequence holds is never written",
+    "blocks_add_up": "free and held blocks add up to the pool; none is lost",
+    "handed_out_once": "no block is handed out twice",
+    "nothing_before_commit": "nothing is reusable before it was committed",
+    "namespaces_apart": "what one namespace wrote, no other namespace reuses",
+    "refusal_changes_nothing": "a refused call changes nothing",
+    "full_pool_refused": "what cannot fit is refused with out_of_blocks",
+    "served_when_it_fits": "a valid call that fits is served",
+    "double_free_refused": "a second free is refused and changes nothing",
+    "stale_handle_refused": "a freed handle is refused and the call changes nothing",
+    "fork_moves_nothing": "a fork takes no block",
+    "books_right": "the manager's own check finds nothing wrong",
+}
+
+# What the adapter must offer for a promise to be looked at.
+OFFERED_BY = {
+    "nothing_before_commit": "commit",
+    "namespaces_apart": "allocate_in",
+    "fork_moves_nothing": "fork",
+    "books_right": "check",
+}
+
+
+class ManagerAdapter(Protocol):
+    """What the kit needs of a manager; handles are whatever the manager uses.
+
+    Optional, used when present:
+
+        commit(handle)                    the KV of all its tokens is written: may be reused now
+        fork(handle) -> handle            a second sequence that shares every block
+        copies(handle) -> [(src, dst)]    block copies that `allocate` asked for
+        swap(handle, to) -> [(src, dst)]  to "host" or "device"; with `num_host_blocks: int`
+        truncate(handle, length)          forget the tokens from `length` on
+        allocate_in(tokens, namespace)    `allocate` for one tenant
+        check()                           raises where the manager's books are wrong
+        num_block_ids: int                ids are below it, where some are kept aside
+    """
+
+    num_blocks: int
+    block_size: int
+    out_of_blocks: type[Exception] | tuple[type[Exception], ...]
+
+    def allocate(self, tokens: list[int]) -> Any:
+        """Begin a sequence of `tokens`; their KV is written right after."""
+
+    def num_cached_tokens(self, handle: Any) -> int:
+        """How many leading tokens were found written already."""
+
+    def append(self, handle: Any, tokens: list[int]) -> Iterable[tuple[int, int]]:
+        """Make room for `tokens`; the blocks to copy before they are written."""
+
+    def free(self, handle: Any) -> None:
+        """End the sequence."""
+
+    def block_table(self, handle: Any) -> Iterable[int]:
+        """The sequence's blocks, in order."""
+
+    def num_free_blocks(self) -> int:
+        """Blocks that can be had: free ones, and cached ones that may be evicted."""
+
+
+class Row:
+    """A live sequence: its handle, and what must be found in it."""
+
+    __slots__ = ("content", "handle", "is_swapped")
+
+    def __init__(self, handle: Any, content: Content) -> None:
+        self.handle = handle
+        self.content = content
+        self.is_swapped = False
+
+
+class Session:
+    """One manager under test, from its beginning to its end.
+
+    Only broken promises in `watch` are raised, as `Violation`; where another one is broken so
+    that the history cannot go on, `Ended` is.
+    """
+
+    def __init__(self, adapter: ManagerAdapter, watch: Iterable[str] = PROMISES) -> None:
+        self.adapter = adapter
+        self.watch = frozenset(promise for promise in watch if is_offered(promise, adapter))
+        self.rows: list[Row] = []
+        self.freed: list[Any] = []
+        self.written: set[int] = set()
+        self.committed: set[int] = set()
+        self.size = adapter.block_size
+        num_ids = getattr(adapter, "num_block_ids", adapter.num_blocks)
+        num_host_blocks = getattr(adapter, "num_host_blocks", 0)
+        self.memory = TokenMemory(num_ids, adapter.block_size, num_host_blocks)
+
+    # ---------------------------------------------------------------- the World protocol
+
+    def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
+        """Do one operation, then check everything. O(everything)."""
+        operation.run(self, *arguments)
+        self.inspect()
+
+    def finish(self) -> None:
+        """Free what lives: then all blocks can be had again. O(everything)."""
+        while self.rows:
+            handle = self.rows.pop().handle
+            self.attempt(lambda handle=handle: self.adapter.free(handle), 0)  # type: ignore[misc]
+        self.inspect()
+
+    # ---------------------------------------------------------------- for operations
+
+    def broken(self, promise: str, message: str) -> None:
+        """Raise `Violation` where the promise is one that is watched. O(1)."""
+        if promise in self.watch:
+            raise Violation(promise, message)
+
+    def pick(self, number: int, *, resident: bool = True) -> Row | None:
+        """A live sequence counted from the newest, None where there is none. O(sequences)."""
+        rows = self.resident() if resident else self.rows
+        return rows[-1 - number % len(rows)] if rows else None
+
+    def resident(self) -> list[Row]:
+        """The sequences on the device. O(sequences)."""
+        return [row for row in self.rows if not row.is_swapped]
+
+    def table(self, row: Row) -> list[int]:
+        """A sequence's blocks as plain ints. O(blocks)."""
+        blocks = self.call("served_when_it_fits", lambda: self.adapter.block_table(row.handle))
+        return [int(block) for block in blocks]
+
+    def call(self, promise: str, function: Callable[[], Any]) -> Any:
+        """The result of a call that must not raise; `promise` is broken where it does."""
+        try:
+            return function()
+        except Exception as error:
+            self.broken(promise, f"raised {error!r}")
+            raise Ended from error
+
+    def num_free(self) -> int:
+        """Blocks that the manager says can be had."""
+        return int(self.call("blocks_add_up", self.adapter.num_free_blocks))
+
+    def snapshot(self) -> object:
+        """All that shows from outside. O(blocks held)."""
+        return self.num_free(), [self.table(row) for row in self.resident()]
+
+    def copy(
+        self, pairs: list[tuple[int, int]], source: str = "device", to: str = "device"
+    ) -> None:
+        """Carry out block copies that the manager asked for. O(copies)."""
+        tiers = self.memory.tiers
+        for one, other in pairs:
+            if not (0 <= one < len(tiers[source]) and 0 <= other < len(tiers[to])):
+                self.broken("reads_back", f"a copy from {one} to {other}: no such block")
+                raise Ended
+        self.memory.move(pairs, source, to)
+
+    def attempt(self, function: Callable[[], Any], most: int) -> tuple[bool, Any]:
+        """Make a valid call that takes at most `most` blocks: (was it served, its result)."""
+        free = self.num_free()
+        # A refusal where there is room enough is a broken promise in any case.
+        before = self.snapshot() if most > free else None
+        try:
+            return True, function()
+        except self.adapter.out_of_blocks as error:
+            if before is None:
+                self.broken("served_when_it_fits", f"{error!r}, though {most} of {free} will do")
+            elif (after := self.snapshot()) != before:
+                message = f"{error!r} left (free, tables) {after}, before it was {before}"
+                self.broken("refusal_changes_nothing", message)
+            return False, None
+        except Exception as error:
+            promise = "full_pool_refused" if most > free else "served_when_it_fits"
+            self.broken(promise, f"raised {error!r}")
+            raise Ended from error
+
+    def must_refuse(self, promise: str, what: str, function: Callable[[], Any]) -> None:
+        """Make a call that no manager may accept."""
+        before = self.snapshot()
+        try:
+            function()
+        except Exception:
+            if self.snapshot() != before:
+                self.broken(promise, f"{what} was refused, but changed something")
+            return
+        self.broken(promise, f"{what} was accepted")
+        raise Ended
+
+    def write(self, row: Row, first: int) -> None:
+        """Write the tokens from `first` on, as the model's forward pass would. O(tokens)."""
+        values = row.content.values[first:]
+        if not values:
+            return
+        table = self.table(row)
+        touched = table[first // self.size : -(-len(row.content) // self.size)]
+        num_ids = len(self.memory.tiers["device"])
+        exist = all(0 <= block < num_ids for block in touched)
+        if len(table) * self.size < len(row.content) or not exist:
+            self.broken("reads_back", f"{len(row.content)} tokens, but the table is {table}")
+            raise Ended
+        for other in self.resident():
+            both = set(touched) & set(self.table(other)) if other is not row else set()
+            if both:
+                message = f"block {min(both)} is written, and another table holds it"
+                self.broken("shared_not_written", message)
+        self.memory.write_at(table, first, values)
+        self.written.update(values)
+
+    # ---------------------------------------------------------------- what must always hold
+
+    def inspect(self) -> None:
+        """Look at everything that shows from outside. O(everything)."""
+        resident = self.resident()
+        tables = [self.table(row) for row in resident]
+        if "reads_back" in self.watch:
+            for row, table in zip(resident, tables, strict=True):
+                self._check_content(row, table)
+        if "handed_out_once" in self.watch:
+            self._check_sharing(resident, tables)
+        free, held = self.num_free(), {b for table in tables for b in table}
+        total = free + len(held - {-1})
+        # Of a swapped sequence nobody outside knows what it left on the device.
+        all_seen = len(resident) == len(self.rows)
+        missing = self.adapter.num_blocks - total
+        if missing < 0 or (all_seen and missing):
+            message = f"{free} free + {total - free} held is not {self.adapter.num_blocks}"
+            self.broken("blocks_add_up", message)
+        check = getattr(self.adapter, "check", None)
+        if check is not None and "books_right" in self.watch:
+            self.call("books_right", check)
+
+    def _check_content(self, row: Row, table: list[int]) -> None:
+        length = len(row.content)
+        num_ids = len(self.memory.tiers["device"])
+        used = table[: -(-length // self.size)]
+        fits = len(table) * self.size >= length and all(0 <= b < num_ids for b in used)
+        wrong = self.memory.mismatch(table, row.content.values) if fits else 0
+        if wrong is not None:
+            where = f"token {wrong} of {row.content.tokens} in blocks {table}"
+            self.broken("reads_back", f"{where} is not what was written")
+
+    def _check_sharing(self, rows: list[Row], tables: list[list[int]]) -> None:
+        """A block stands in two tables only at one place and for equal tokens."""
+        holder: dict[int, tuple[Row, int]] = {}
+        for row, table in zip(rows, tables, strict=True):
+            if len(set(table)) != len(table):
+                self.broken("handed_out_once", f"a block stands twice in the table {table}")
+            for column, block in enumerate(table):
+                other, place = holder.setdefault(block, (row, column))
+                start, end = column * self.size, (column + 1) * self.size
+                mine, theirs = row.content.values[start:end], other.content.values[start:end]
+                common = min(len(mine), len(theirs))
+                if place != column or mine[:common] != theirs[:common]:
+                    message = f"two tables hold block {block} for different tokens"
+                    self.broken("handed_out_once", message)
+
+
+def is_offered(promise: str, adapter: object) -> bool:
+    """Whether the adapter offers what the promise is about. O(1)."""
+    return promise not in OFFERED_BY or hasattr(adapter, OFFERED_BY[promise])

@@ -1,0 +1,85 @@
+"""What one simulated run is made of, drawn from its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from kvpager.manager import BlockManager
+from kvpager.policies import POLICIES
+
+# Names that a careless key would take for one another.
+NAMESPACES = (None, "", "acme", "Acme", "None", "acme\0")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A manager's size, and how large the histories' arguments are."""
+
+    num_blocks: int
+    num_host_blocks: int
+    block_size: int
+    alphabet: int
+    longest: int
+    num_sequences_max: int
+    namespaces: tuple[str | None, ...]
+    eviction: str | None
+    check_every: int
+    null_block: bool = False
+    fences: bool = False  # copies to the host are made later, when they are completed
+    quotas: bool = False
+
+    def __str__(self) -> str:
+        eviction = "" if self.eviction is None else f", eviction {self.eviction!r}"
+        flags = ("null_block", "fences", "quotas")
+        eviction += "".join(f", {flag}" for flag in flags if getattr(self, flag))
+        return (
+            f"{self.num_blocks} device and {self.num_host_blocks} host blocks of "
+            f"{self.block_size}, {self.alphabet} token ids, prompts up to {self.longest}, "
+            f"namespaces {list(self.namespaces)}{eviction}"
+        )
+
+
+MakeManager = Callable[[Setup], Any]
+
+
+def draw_setup(random: Random) -> Setup:
+    """Small pools, in which everything collides, and larger ones. O(1)."""
+    is_small = random.random() < 0.1
+    num_blocks = random.randint(1, 8) if is_small else random.choice((10, 16, 24, 40, 64, 128, 300))
+    block_size = random.choice((1, 2, 4, 4, 8, 16))
+    longest = max(2, int(block_size * random.choice((1.5, 3, 5, 9))))
+    return Setup(
+        num_blocks=num_blocks,
+        num_host_blocks=random.choice((0, num_blocks // 2, num_blocks)),
+        block_size=block_size,
+        alphabet=random.choice((1, 2, 3, 50)),
+        longest=longest,
+        num_sequences_max=5 if is_small else random.choice((4, 8, 16, 32)),
+        namespaces=NAMESPACES[: random.randint(1, len(NAMESPACES))],
+        eviction=random.choice(eviction_policies()),
+        # In a small pool every operation is followed by a check of everything.
+        check_every=1 if is_small else 250,
+        null_block=num_blocks > 1 and random.random() < 0.2,
+        fences=random.random() < 0.3,
+        quotas=random.random() < 0.3,
+    )
+
+
+def eviction_policies() -> tuple[str, ...]:
+    """The names that `BlockManager(eviction=)` takes. O(1)."""
+    return tuple(sorted(POLICIES))
+
+
+def make_block_manager(setup: Setup) -> BlockManager:
+    """The manager that a setup describes. O(blocks)."""
+    return BlockManager(
+        setup.num_blocks,
+        setup.block_size,
+        setup.num_host_blocks,
+        eviction=setup.eviction or "lru",
+        null_block=setup.null_block,
+        fences=setup.fences,
+    )

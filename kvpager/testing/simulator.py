@@ -1,0 +1,236 @@
+"""A seeded simulator: random histories of operations, every result compared with plain lists.
+
+    report = simulate(seed=7, operations=10_000)
+    print(report)                       # on a failure: the seed, and a shrunk history to read
+
+A seed decides everything: pool and block sizes, alphabet, namespaces, eviction policy, how often
+each operation comes, and the operations. In this it follows TigerBeetle's simulator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from random import Random
+from time import perf_counter
+
+from kvpager.testing.histories import (
+    Failure,
+    History,
+    Table,
+    describe,
+    law_of,
+    offered,
+    replay,
+    shrink,
+)
+from kvpager.testing.operations_more import OPERATIONS
+from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_manager
+from kvpager.testing.world import World
+
+OPERATIONS_PER_SEED = 5_000
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one seed led to; `failure` is None where no law was broken.
+
+    `history` is the shortest failing history found, empty without a failure; `counts` says how
+    often each operation was done, how many calls were refused, and how many allocations hit.
+    """
+
+    seed: int
+    setup: Setup
+    num_operations: int
+    seconds: float
+    counts: Counter[str] = field(default_factory=Counter)
+    failure: Failure | None = None
+    history: History = field(default_factory=list)
+    table: Table = field(default_factory=lambda: OPERATIONS, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every law was kept."""
+        return self.failure is None
+
+    def __str__(self) -> str:
+        head = f"seed {self.seed}: {self.setup}"
+        if self.failure is None:
+            return f"{head}\n  {self.num_operations} operations, no law broken"
+        lines = describe(self.history, self.table)
+        return "\n".join(
+            [
+                head,
+                f"  {self.failure.law}: {self.failure.message}",
+                f"  after {self.num_operations} operations; {len(lines)} of them are enough:",
+                *(f"    {line}" for line in lines),
+            ]
+        )
+
+
+def simulate(
+    seed: int,
+    operations: int,
+    *,
+    make_manager: MakeManager | None = None,
+    table: Table = OPERATIONS,
+    shrinking: bool = True,
+) -> Report:
+    """Run `operations` operations drawn from `seed`. O(operations), more where it has to shrink.
+
+    Args:
+        seed: decides everything; the same seed gives the same report, but for `seconds`.
+        operations: how many.
+        make_manager: makes the manager from a `Setup`; `BlockManager` by default.
+        table: the operations to draw from; what the manager does not offer is left out.
+        shrinking: whether a failing history is made short.
+    """
+    make = make_manager or make_block_manager
+    random = Random(seed)
+    setup = draw_setup(random)
+    world = World(setup, make(setup))
+    history: History = []
+    begin = perf_counter()
+    failure = _drive(random, world, offered(table, world.manager), operations, history)
+    seconds = perf_counter() - begin
+    num_done = len(history)
+    if failure is None:
+        history = []
+    elif shrinking:
+        failure, history = _shrunk(failure, history, setup, make, table)
+    return Report(seed, setup, num_done, seconds, world.counts, failure, history, table)
+
+
+def _drive(
+    random: Random, world: World, table: Table, operations: int, history: History
+) -> Failure | None:
+    """Draw and do operations; what broke, if anything did. `history` is filled."""
+    names = list(table)
+    # Some runs never free, others hardly commit: what is rare on the whole is common somewhere.
+    weights = [one.weight * random.choice((0, 0.3, 1, 1, 3)) for one in table.values()]
+    weights[names.index("allocate")] = table["allocate"].weight
+    try:
+        for name in random.choices(names, weights, k=operations):
+            operation = table[name]
+            arguments = operation.draw(random, world)
+            history.append((name, arguments))
+            world.apply(operation, arguments)
+        world.finish()
+    except Exception as error:
+        message = str(getattr(error, "message", repr(error)))
+        return Failure(law_of(error), message, max(len(history) - 1, 0))
+    return None
+
+
+def _shrunk(
+    failure: Failure, history: History, setup: Setup, make: MakeManager, table: Table
+) -> tuple[Failure, History]:
+    def failure_of(history: History) -> Failure | None:
+        # Everything is checked after every operation, to see it fail as early as possible.
+        return replay(history, table, World(setup, make(setup), check_every=1))
+
+    early = failure_of(history) or failure
+    history = history[: early.at + 1]
+
+    def fails(history: History) -> bool:
+        found = failure_of(history)
+        return found is not None and found.law == early.law
+
+    if not fails(history):
+        return failure, history  # it does not fail again: what was seen is all there is to show
+    history = shrink(history, fails)
+    return failure_of(history) or early, history
+
+
+def replay_report(report: Report, *, make_manager: MakeManager | None = None) -> Failure | None:
+    """Do a report's history again, on a fresh manager. O(history)."""
+    make = make_manager or make_block_manager
+    world = World(report.setup, make(report.setup), check_every=1)
+    return replay(report.history, report.table, world)
+
+
+@dataclass
+class Summary:
+    """What many seeds led to."""
+
+    num_operations: int = 0
+    num_seeds: int = 0
+    seconds: float = 0.0  # of all processes together, drawing and checking included
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[Report] = field(default_factory=list)
+
+    def add(self, report: Report) -> None:
+        """Count one report in. O(operations known)."""
+        self.num_operations += report.num_operations
+        self.num_seeds += 1
+        self.seconds += report.seconds
+        self.counts += report.counts
+        if not report.ok:
+            self.failures.append(report)
+
+    def __str__(self) -> str:
+        speed = self.num_operations / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.num_operations:,} operations from {self.num_seeds} seeds, "
+            f"{len(self.failures)} failed; {speed:,.0f} operations/s in each process"
+        )
+
+
+def run(
+    operations: int,
+    seed: int,
+    processes: int = 1,
+    progress: Callable[[int], object] | None = None,
+    *,
+    make_manager: MakeManager | None = None,
+    failures_max: int = 3,
+) -> Summary:
+    """Simulate `operations` operations, a new seed every few thousand, from `seed` on.
+
+    Args:
+        operations: how many in all.
+        seed: the first; the others follow it.
+        processes: how many to share the seeds among; the result does not depend on it.
+        progress: called with the number of operations just done, such as `tqdm(...).update`.
+        make_manager: makes the manager from a `Setup`; a module-level function if processes > 1.
+        failures_max: stop after so many failing seeds.
+
+    Prints every failure, with its seed and a shrunk history. O(operations).
+    """
+    summary = Summary()
+    for report in _reports(operations, seed, processes, make_manager):
+        summary.add(report)
+        if progress is not None:
+            progress(report.num_operations)
+        if not report.ok:
+            print(report, flush=True)
+            if len(summary.failures) >= failures_max:
+                break
+    return summary
+
+
+def _reports(
+    operations: int, seed: int, processes: int, make_manager: MakeManager | None
+) -> Iterator[Report]:
+    starts = range(0, operations, OPERATIONS_PER_SEED)
+    jobs = [
+        (seed + number, min(OPERATIONS_PER_SEED, operations - start), make_manager)
+        for number, start in enumerate(starts)
+    ]
+    if processes <= 1:
+        yield from map(_one, jobs)
+        return
+    # Not forked: the caller may have threads, torch's for one.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        try:
+            yield from pool.map(_one, jobs)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _one(job: tuple[int, int, MakeManager | None]) -> Report:
+    seed, operations, make_manager = job
+    return simulate(seed, operations, make_manager=make_manager)

@@ -1,0 +1,302 @@
+"""A kvpager manager, and plain lists of all that was ever written through it.
+
+operations ──▶ World ──▶ manager        every plan is applied to a `TokenMemory`, every new
+                 │                      token written, and what an operation touched is read
+                 └─────▶ TokenMemory    back through the block tables and compared
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from kvpager.errors import OutOfBlocks
+from kvpager.testing.histories import Operation, Violation
+from kvpager.testing.memory import Content, TokenMemory
+from kvpager.testing.setups import Setup
+
+_FREED_KEPT = 4
+
+
+class Live:
+    """A live sequence: its handle and all that must be true of it.
+
+    `start`: tokens before it slid out of the window. `num_known`: leading tokens whose ids the
+    manager was told. `num_committed`: leading tokens committed. `window`: how far its layers look
+    back, 0 to the front. `is_plain`: no adapter, and nothing is shown behind its tokens.
+    """
+
+    __slots__ = (
+        "content",
+        "handle",
+        "is_plain",
+        "is_swapped",
+        "num_committed",
+        "num_drafts",
+        "num_known",
+        "start",
+        "window",
+    )
+
+    def __init__(self, handle: Any, content: Content, num_known: int, num_committed: int) -> None:
+        self.handle = handle
+        self.content = content
+        self.num_known = num_known
+        self.num_committed = num_committed
+        self.start = 0
+        self.is_swapped = False
+        self.num_drafts = 0
+        self.window = 0
+        self.is_plain = True
+
+    def child(self, handle: Any) -> Live:
+        """The same for a fork of the sequence. O(tokens)."""
+        twin = Live(handle, self.content.copy(), self.num_known, self.num_committed)
+        twin.start, twin.window, twin.is_plain = self.start, self.window, self.is_plain
+        twin.num_drafts = self.num_drafts
+        return twin
+
+
+class World:
+    """What a simulated history happens to. Raises `Violation` where a law is broken.
+
+    `counts` says what happened how often: operations by name, and "refused" and "hits".
+    """
+
+    def __init__(self, setup: Setup, manager: Any, *, check_every: int | None = None) -> None:
+        self.setup = setup
+        self.manager = manager
+        self.size = setup.block_size
+        self.check_every = setup.check_every if check_every is None else check_every
+        self.memory = TokenMemory(setup.num_blocks, self.size, setup.num_host_blocks)
+        self.rows: list[Live] = []
+        self.num_swapped = 0
+        self.num_drafting = 0
+        self.pending: list[Any] = []  # plans that the manager gave and nobody has carried out
+        self.pins: list[int] = []
+        self.freed: list[Any] = []
+        self.published: set[int] = set()
+        self.touched: list[Live] = []
+        self.counts: Counter[str] = Counter()
+        self._num_done = 0
+        self._fresh_token = 1_000_000
+
+    @property
+    def alphabet(self) -> int:
+        """How many different token ids prompts have."""
+        return self.setup.alphabet
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.setup.longest
+
+    @property
+    def num_live(self) -> int:
+        """Sequences that live."""
+        return len(self.rows)
+
+    # ---------------------------------------------------------------- the World protocol
+
+    def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
+        """Do one operation and read back what it touched. Every k-th time, check everything."""
+        self.touched.clear()
+        operation.run(self, *arguments)
+        self._num_done += 1
+        self.counts[operation.name] += 1
+        if self._num_done % self.check_every == 0:
+            self.check_everything()
+        else:
+            for row in self.touched:
+                self.check_row(row)
+
+    def finish(self) -> None:
+        """Free all: then every block is free or cached, and nothing is held. O(everything)."""
+        self.complete_all()
+        self.check_everything()
+        self.manager.free([row.handle for row in self.rows])
+        while self.pins:
+            self.manager.unpin(self.pins.pop())
+        self.rows, self.num_swapped, self.num_drafting = [], 0, 0
+        stats = self.manager.stats()
+        num_blocks = stats.num_blocks - self.setup.null_block
+        self.require(
+            "blocks add up",
+            stats.num_free + stats.num_cached == num_blocks
+            and stats.num_host_free == stats.num_host_blocks
+            and stats.num_held == 0,
+            f"with no sequence left: {stats}",
+        )
+        self.manager.drop_cached()
+        self.manager.check()
+        free = self.manager.stats().num_free
+        self.require("blocks add up", free == num_blocks, f"{free} of {num_blocks} are free")
+
+    # ---------------------------------------------------------------- for operations
+
+    def require(self, law: str, kept: bool, message: str) -> None:
+        """Raise `Violation` unless a law is kept. O(1)."""
+        if not kept:
+            raise Violation(law, message)
+
+    def pick(self, number: int) -> Live | None:
+        """A live sequence counted from the newest, None where there is none. O(1)."""
+        return self.rows[-1 - number % len(self.rows)] if self.rows else None
+
+    def pick_resident(self, number: int) -> Live | None:
+        """The same among those on the device without drafts. O(sequences) where some are not."""
+        if not (self.num_swapped or self.num_drafting):
+            return self.pick(number)
+        rows = [row for row in self.rows if not (row.is_swapped or row.num_drafts)]
+        return rows[-1 - number % len(rows)] if rows else None
+
+    def pick_drafting(self, number: int) -> Live | None:
+        """The same among those that have drafts. O(sequences) where there are any."""
+        if not self.num_drafting:
+            return None
+        rows = [row for row in self.rows if row.num_drafts and not row.is_swapped]
+        return rows[-1 - number % len(rows)] if rows else None
+
+    def fresh_tokens(self, count: int) -> list[int]:
+        """Ids never used before, for tokens whose ids the manager is not told. O(count)."""
+        self._fresh_token += count
+        return list(range(self._fresh_token - count, self._fresh_token))
+
+    def blocks(self, num_tokens: int) -> int:
+        """Blocks that so many tokens fill, the last one perhaps in part. O(1)."""
+        return -(-num_tokens // self.size)
+
+    def attempt(self, most: int, function: Any, *arguments: Any, **options: Any) -> Any:
+        """The result of a call that takes at most `most` device blocks; None where refused."""
+        manager = self.manager
+        room = manager.num_free_blocks
+        before = self.books() if room < most or self.setup.quotas else None
+        try:
+            return function(*arguments, **options)
+        except OutOfBlocks as error:
+            fits = before is None or error.need <= error.free + error.evictable
+            fits = fits and not (self.setup.quotas or self.setup.null_block or self.setup.fences)
+            self.require("served when it fits", not fits, f"{error}; at most {most} are needed")
+            after = self.books()
+            self.require(
+                "refusal changes nothing", after == before, f"{before} before, {after} after"
+            )
+            self.counts["refused"] += 1
+            return None
+
+    def books(self) -> object:
+        """What a refused call may not change: all counts in small pools, the cheap ones in others.
+
+        O(1), O(everything) in small pools.
+        """
+        manager = self.manager
+        if self.check_every == 1:
+            return manager.stats()
+        return manager.num_free_blocks, manager.num_held_blocks
+
+    def write(self, row: Live, first: int, slots: Any) -> None:
+        """Write the tokens from `first` on; these are their slots. O(tokens)."""
+        values = row.content.values[first:] if first else row.content.values
+        if len(slots) != len(values):
+            raise Violation("a slot for each token", f"{len(slots)} slots for {len(values)} tokens")
+        self.memory.write(slots, values)
+
+    def forget(self, row: Live) -> None:
+        """A sequence was freed. O(sequences)."""
+        self.rows.remove(row)
+        self.num_swapped -= row.is_swapped
+        self.num_drafting -= row.num_drafts > 0
+        self.freed = [row.handle, *self.freed[: _FREED_KEPT - 1]]
+
+    def publish(self, row: Live, num_committed: int) -> None:
+        """The row's first tokens are committed: its full blocks may be reused. O(tokens)."""
+        row.num_committed = max(row.num_committed, num_committed)
+        self.published.update(row.content.values[: num_committed // self.size * self.size])
+
+    def copied(self, work: Any, later: bool = False) -> None:
+        """The copies of a step or new sequence are made; say so now, or some time. O(copies)."""
+        self.memory.copy(work.copies)
+        if work.ticket:
+            self._complete(work, later)
+
+    def carry_out(self, plan: Any, later: bool = False) -> None:
+        """Make a plan's copies, where there are fences perhaps later. O(copies)."""
+        if later and plan.ticket and plan.destination == "host":
+            self.pending.append(plan)
+            return
+        self.complete_all()
+        self.memory.apply(plan)
+        if plan.ticket:
+            self.manager.complete(plan)
+
+    def _complete(self, work: Any, later: bool) -> None:
+        if later:
+            self.pending.append(work)
+        else:
+            self.manager.complete(work)
+
+    def complete_all(self) -> None:
+        """Carry out and complete what waits, in order. O(copies)."""
+        for work in self.pending:
+            if hasattr(work, "destination"):
+                self.memory.apply(work)
+            self.manager.complete(work)
+        self.pending.clear()
+
+    # ---------------------------------------------------------------- what must always hold
+
+    def check_row(self, row: Live) -> None:
+        """A sequence reads back what was written. O(its tokens)."""
+        length, told = len(row.content.values), len(row.handle)
+        if told != length:
+            raise Violation("length", f"{told} tokens, not {length}")
+        if row.is_swapped:
+            return
+        table = self.manager.block_table(row.handle)
+        if len(table) != -(-length // self.size):
+            raise Violation("length", f"{len(table)} blocks for {length} tokens")
+        wrong = self.memory.mismatch(table, row.content.values, row.start)
+        if wrong is not None:
+            raise Violation(
+                "reads back",
+                f"token {wrong} of {row.content.tokens} ({row.content.namespace!r}) in blocks "
+                f"{table.tolist()} is not what was written",
+            )
+
+    def check_everything(self) -> None:
+        """All contents, the books, and who holds what, counted anew. O(everything)."""
+        self.manager.check()
+        for row in self.rows:
+            self.check_row(row)
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        """One block, one place, one content; and the counts are those of the tables."""
+        stats = self.manager.stats()
+        tables = [self.manager.block_table(row.handle) for row in self.rows]
+        blocks = np.concatenate([*tables, np.empty(0, np.int32)])
+        held = len(np.unique(blocks[blocks >= 0]))
+        self.require(
+            "blocks add up",
+            held == stats.num_held
+            and stats.num_free + stats.num_held + stats.num_cached + stats.num_kept
+            == stats.num_blocks - self.setup.null_block
+            and stats.num_sequences == len(self.rows),
+            f"{held} blocks in {len(self.rows)} tables, but {stats}",
+        )
+        # The value of a token says all that comes before it, so equal values are equal prefixes.
+        holder: dict[int, tuple[int, list[int]]] = {}
+        for row, table in zip(self.rows, tables, strict=True):
+            for column, block in enumerate(table.tolist()):
+                if block < 0:
+                    continue
+                values = row.content.values[column * self.size : (column + 1) * self.size]
+                place, others = holder.setdefault(block, (column, values))
+                common = min(len(values), len(others))
+                self.require(
+                    "handed out once",
+                    place == column and values[:common] == others[:common],
+                    f"two tables hold block {block} for different tokens",
+                )
