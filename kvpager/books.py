@@ -92,7 +92,7 @@ class Books:
             raise TypeError(f"expected a Sequence, got {type(handle).__name__}")
         if handle._manager is not self:
             raise StaleSequence(f"{handle.name} belongs to another manager")
-        if not self.owns(handle):
+        if self._rows.generations[handle._row] != handle._generation:
             raise StaleSequence(f"{handle.name} was freed")
         return handle._row
 

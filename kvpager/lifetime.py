@@ -103,8 +103,9 @@ class Ghosts:
         return known, self.records.take(slots)
 
     def everyone(self) -> tuple[UInt64, Int64]:
-        """All prints and their records. O(slots)."""
+        """All prints and their records, the oldest first. O(slots log slots)."""
         used = self.prints.nonzero()[0]
+        used = used[self.records[used].argsort(kind="stable")]
         return self.prints[used], self.records[used]
 
 
@@ -260,7 +261,8 @@ class Lifetime(BlockPolicy):
             kind_if_new = BEHIND_PREFIX
         else:
             kind_if_new = IN_NEW_PROMPT + bisect_left(_LENGTHS, length / self.mean_length)
-        return _KINDS[kind_if_new, bisect_left(_ADDITIONS, added / self.mean_length)]
+        kinds: Int64 = _KINDS[kind_if_new, bisect_left(_ADDITIONS, added / self.mean_length)]
+        return kinds
 
     def _release(self, index: Index, uses: Int64 | int, kinds: Int64 | int) -> None:
         """Begin the life of blocks, of a kind each, or all of one."""

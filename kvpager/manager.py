@@ -434,6 +434,7 @@ class BlockManager(Capacity):
         for column in (rows.known, rows.committed):
             column[row] = min(int(column[row]), length)
         rows.published[row] = min(int(rows.published[row]), length // self.block_size)
+        rows.prompts[row] = rows.prompt(row).up_to(length)
         if rows.drafts[row]:
             rows.drafts[row] = max(0, int(rows.drafts[row]) - gone)
             rows.count_special()

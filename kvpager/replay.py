@@ -16,9 +16,11 @@ import gzip
 import heapq
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +33,15 @@ Int32 = NDArray[np.int32]
 _ID_END = 2**31
 _BAD_LINES_SHOWN = 3
 _PROGRESS_EVERY = 64  # requests
-NEVER = 2**62
+_NEVER = 2**62
+OFFLINE = "offline optimum"
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
     """Prompts in the order in which they came; equal numbers stand for equal prefixes.
 
-    The numbers are 0 .. `num_prefixes` - 1, and that of a prefix is above those of its own prefixes.
+    The numbers are 0 .. `num_prefixes` - 1, and a longer prefix has a higher one than a shorter.
     """
 
     name: str
@@ -107,7 +110,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         try:
             yield from file
-        except EOFError as error:
+        except (EOFError, zlib.error) as error:
             raise ValueError(f"{path}: {error}") from None
 
 
@@ -122,9 +125,8 @@ def _request(line: bytes) -> list[int]:
     if not isinstance(fields, dict):
         raise ValueError(f"expected an object, got {type(fields).__name__}")
     for name in ("timestamp", "input_length", "output_length"):
-        value = fields.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < float("inf"):
+        value: Any = fields.get(name)
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} {_short(value)}: expected a number, at least 0")
     ids = fields.get("hash_ids")
     if not isinstance(ids, list):
@@ -197,14 +199,15 @@ def replay(
 ) -> Result:
     """What `policy` makes of `trace` in a pool of `capacity` blocks. O(blocks * log capacity).
 
-    A prompt longer than the pool counts with the blocks it finds and is not held. `progress` is told
-    every now and then how many requests were done since. Raises: `ValueError` for a bad argument.
+    A prompt longer than the pool counts with the blocks it finds and is not held. `progress` is
+    told now and then how many requests were done since. Raises: `ValueError` for a bad argument.
     """
-    capacity = arguments.count("capacity", capacity, at_least=1, at_most=_ID_END - 2)
+    capacity = arguments.count("capacity", capacity, at_least=1)
     # `allocate` always leaves the last token to compute. So each prompt gets one more, which is
     # never committed, and the pool one more block, which is free again with the prompt: all blocks
     # of the trace are looked up, and exactly `capacity` of them can be kept.
-    manager = BlockManager(capacity + 1, 1, eviction=policy)
+    # More blocks than there are prefixes would only cost memory.
+    manager = BlockManager(min(capacity, trace.num_prefixes) + 1, 1, eviction=policy)
     hits = blocks = too_long = 0
     start = time.perf_counter()
     for number, prompt in enumerate(trace.prompts, 1):
@@ -228,13 +231,14 @@ def replay(
 def offline_optimum(trace: Trace, capacity: int) -> Result:
     """What the best possible policy makes of `trace`: O(blocks * log blocks).
 
-    Belady's rule (1966): the block leaves whose next use is furthest away. A prefix is used whenever
-    what follows it is, so that block is always a tip of the tree, and the rule needs no exception.
+    Belady's rule (1966): the block leaves whose next use is furthest away. A prefix is used
+    whenever what follows it is, so that block is always a tip of the tree (among equals the deepest
+    is taken), and the rule needs no exception.
     """
     capacity = arguments.count("capacity", capacity, at_least=1)
     start = time.perf_counter()
     coming = _next_uses(trace)
-    next_use = [NEVER] * trace.num_prefixes
+    next_use = [_NEVER] * trace.num_prefixes
     is_cached = bytearray(trace.num_prefixes)
     furthest: list[tuple[int, int]] = []  # (-next use, -number); what changed since is outdated
     num_cached = hits = evicted = too_long = 0
@@ -261,15 +265,33 @@ def offline_optimum(trace: Trace, capacity: int) -> Result:
             is_cached[number] = True
             heapq.heappush(furthest, (-next_use[number], -number))
     seconds = time.perf_counter() - start
-    return Result("offline optimum", capacity, hits, trace.num_blocks, evicted, too_long, seconds)
+    return Result(OFFLINE, capacity, hits, trace.num_blocks, evicted, too_long, seconds)
 
 
 def _next_uses(trace: Trace) -> list[list[int]]:
     """For each block of each prompt, which request uses it next."""
-    later = np.full(trace.num_prefixes, NEVER, np.int64)
+    later = np.full(trace.num_prefixes, _NEVER, np.int64)
     coming = []
     for request in range(len(trace.prompts) - 1, -1, -1):
         prompt = trace.prompts[request]
         coming.append(later[prompt].tolist())
         later[prompt] = request
     return coming[::-1]
+
+
+# -------------------------------------------------------------------- figures
+
+
+def summary(trace: Trace, results: Iterable[Result]) -> dict[str, Any]:
+    """Trace and results as plain data, for JSON. O(results)."""
+    return {
+        "trace": {
+            "name": trace.name,
+            "requests": len(trace.prompts),
+            "blocks": trace.num_blocks,
+            "prefixes": trace.num_prefixes,
+            "unlimited": trace.unlimited,
+            "skipped": list(trace.skipped),
+        },
+        "results": [{**asdict(result), "hit_ratio": result.hit_ratio} for result in results],
+    }

@@ -106,6 +106,13 @@ class Prompt(NamedTuple):
         """Which tree of the prefix index it belongs to."""
         return self.namespace, self.adapter
 
+    def up_to(self, length: int) -> Prompt:
+        """The same with nothing shown behind token `length`: other tokens may come there."""
+        if not self.contents or self.contents[-1][1] <= length:
+            return self
+        shown = ((start, min(stop, length), d) for start, stop, d in self.contents)
+        return self._replace(contents=tuple(content for content in shown if content[0] < length))
+
 
 class SequenceTable:
     """The arrays. Rows are reused; generations are never."""

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from kvpager.errors import StaleSequence
-from kvpager.manager import BlockManager
 from kvpager.testing.histories import Choice, Many, Number, Tokens, operation
 from kvpager.testing.memory import Content
 from kvpager.testing.operations import FLAG, OPERATIONS, PICK, begin, make_room, refused
@@ -106,6 +105,51 @@ def allocate_shown(world: World, tokens: list[int], adapter: str | None, shown: 
         begin(world, handle, content, len(tokens)).is_plain = False
 
 
+@operation(OPERATIONS, 0.3, needs=("drop_cached",), front=Tokens(), tails=Many(Tokens(), 3, 3))
+def replace_twin(world: World, front: list[int], tails: list[list[int]]) -> None:
+    """Two compute the same at once; one leaves, its blocks too, others come; the twin goes on."""
+    if world.setup.quotas or len(world.rows) + 4 > world.setup.num_sequences_max:
+        return
+    front = front + [0] * (-len(front) % world.size)
+    before = len(world.rows)
+    for tail in ([], tails[0], tails[0]):
+        tokens = front + tail
+        handle = world.attempt(world.blocks(len(tokens)), world.manager.allocate, tokens)
+        if handle is None:
+            return
+        begin(world, handle, Content(None, tokens), len(tokens))
+        if not tail:
+            _commit(world, world.rows[-1])
+    leaver, twin = world.rows[before + 1 :]
+    _commit(world, leaver)
+    _commit(world, twin)
+    world.manager.free(leaver.handle)
+    world.forget(leaver)
+    world.touched.remove(leaver)
+    world.manager.drop_cached()
+    tokens = front + tails[1]
+    handle = world.attempt(world.blocks(len(tokens)), world.manager.allocate, tokens)
+    if handle is None:
+        return
+    begin(world, handle, Content(None, tokens), len(tokens))
+    _commit(world, world.rows[-1])
+    most = 1 + world.blocks(len(tails[2]))
+    step = world.attempt(most, world.manager.append, twin.handle, tails[2])
+    if step is not None:
+        world.copied(step)
+        first = len(twin.content)
+        twin.content.extend(tails[2])
+        twin.num_known += len(tails[2])
+        world.write(twin, first, step.slots)
+        _commit(world, twin)
+        world.manager.check()
+
+
+def _commit(world: World, row: Live) -> None:
+    world.publish(row, len(row.content))
+    world.manager.commit(row.handle)
+
+
 # -------------------------------------------------------------------- swaps, preemption
 
 
@@ -120,10 +164,17 @@ def swap_some(world: World, picks: list[int], number: int, later: bool) -> None:
     at_most = None if number % 3 else number % 7
     handles = [row.handle for row in rows]
     most = world.manager.num_blocks + 1
+    others = [row for row in world.rows if not row.is_swapped and row not in rows]
+    staying = {block for row in others for block in world.manager.block_table(row.handle).tolist()}
+    before = [world.manager.block_table(row.handle).tolist() for row in rows]
     plan = world.attempt(most, world.manager.swap, handles, to, at_most=at_most)
     world.touched += rows
     if plan is None:
         return
+    for row, table in zip(rows, before, strict=True):
+        now = world.manager.block_table(row.handle).tolist()
+        kept = all(new == old for old, new in zip(table, now, strict=True) if old in staying - {-1})
+        world.require("shared blocks stay", kept, f"{table} became {now}, others hold {staying}")
     if at_most is not None:
         world.require("no more than asked", len(plan) <= at_most, f"{len(plan)} of {at_most}")
     world.carry_out(plan, later)
@@ -254,8 +305,25 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     )
 
 
-@operation(OPERATIONS, 0.2, needs=("snapshot",), pick=PICK, verb=Choice(("append", "free", "fork")))
+@operation(OPERATIONS, 0.1, needs=("snapshot",), pick=PICK, verb=Choice(("append", "free", "fork")))
 def foreign(world: World, pick: int, verb: str) -> None:
-    """Use another manager's handle: refused."""
-    handle = BlockManager(4, world.size).allocate(1)
-    refused(world, StaleSequence, lambda: getattr(world.manager, verb)(handle))
+    """Use the handle of another manager, equal in all but that: refused."""
+    row = world.pick(pick)
+    if row is not None:
+        twin = type(world.manager).restore(world.manager.snapshot())
+        handle = twin.sequences()[row.handle.name]
+        refused(world, StaleSequence, lambda: getattr(world.manager, verb)(handle))
+
+
+@operation(OPERATIONS, 0.5, needs=("batch",), picks=Many(PICK, least=2, most=3))
+def use_old_batch(world: World, picks: list[int]) -> None:
+    """Step a batch, free one of it, step it again: refused."""
+    rows = list(dict.fromkeys(filter(None, map(world.pick_resident, picks))))
+    rows = [row for row in rows if not row.window]
+    if not rows:
+        return
+    batch = world.manager.batch([row.handle for row in rows])
+    world.manager.append(batch, 0)
+    world.manager.free(rows[0].handle)
+    world.forget(rows[0])
+    refused(world, StaleSequence, lambda: world.manager.append(batch, 0))

@@ -32,6 +32,7 @@ from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_ma
 from kvpager.testing.world import World
 
 OPERATIONS_PER_SEED = 5_000
+_LINES_MAX = 60  # of a history that could not be made short
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,16 @@ class Report:
         if self.failure is None:
             return f"{head}\n  {self.num_operations} operations, no law broken"
         lines = describe(self.history, self.table)
+        num_left_out = max(len(lines) - _LINES_MAX, 0)
+        shown = lines[-_LINES_MAX:]
+        if num_left_out:
+            shown = [f"... {num_left_out} more, by the same seed", *shown]
         return "\n".join(
             [
                 head,
                 f"  {self.failure.law}: {self.failure.message}",
                 f"  after {self.num_operations} operations; {len(lines)} of them are enough:",
-                *(f"    {line}" for line in lines),
+                *(f"    {line}" for line in shown),
             ]
         )
 
