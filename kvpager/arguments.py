@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
-Contents = tuple[tuple[int, int, bytes], ...]
+Contents = tuple[tuple[int, int, bytes, int], ...]
 
 _INT32 = np.iinfo(np.int32)
 COUNT_MAX = int(_INT32.max)  # blocks of a pool and tokens of a sequence are numbered in int32
@@ -39,6 +39,15 @@ def block_size(value: int) -> int:
     if size & (size - 1):
         raise ValueError(f"block_size {size}: expected a power of two, such as 16")
     return size
+
+
+def seconds(name: str, value: float) -> float:
+    """A time of at least 0, in seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name} {value!r}: expected seconds, got {type(value).__name__}")
+    if not 0 <= value < np.inf:
+        raise ValueError(f"{name} {value!r}: expected seconds, at least 0")
+    return float(value)
 
 
 def within_one(name: str, value: int | None, length: int) -> None:
@@ -74,7 +83,7 @@ def label(name: str, value: str | None) -> None:
 
 
 def contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
-    """What stands behind a prompt's placeholders: (first token, token after the last, digest)."""
+    """What stands behind a prompt's placeholders; see `kvpager.radix.Contents`."""
     found = []
     for item in value:
         start, stop, digest = item
@@ -84,7 +93,7 @@ def contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
             )
         start = count("content's first token", start)
         stop = count("content's end", stop, at_least=start + 1, at_most=length)
-        found.append((start, stop, digest))
+        found.append((start, stop, digest, stop))
     return tuple(sorted(found))
 
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from kvpager import arguments
 from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
-from kvpager.events import EventLog
+from kvpager.events import EventLog, Kind
 from kvpager.eviction import EvictionPolicy
 from kvpager.fences import Fences
-from kvpager.plan import Plan
+from kvpager.plan import Tier
 from kvpager.policies import make_policy
 from kvpager.pool import BlockPool
 from kvpager.prefix import PrefixIndex
@@ -53,6 +53,8 @@ class Books:
         self._pool = BlockPool(num_blocks, self.block_size, int(null_block))
         self._host = BlockPool(num_host_blocks, self.block_size)
         policy = make_policy(eviction, num_blocks) if isinstance(eviction, str) else eviction
+        if getattr(policy, "num_blocks", num_blocks) != num_blocks:
+            raise ValueError(f"eviction: this policy was not made for {num_blocks} blocks")
         events = arguments.count("num_events", num_events)
         self._events = EventLog(events) if events else None
         self._index = PrefixIndex(self._pool, policy, self._events)
@@ -147,6 +149,12 @@ class Books:
             self._quotas.charge(blocks, owners)
         return blocks
 
+    def _refuse_beyond_pool(self, count: int) -> None:
+        """Refuse what can never be had, before room is made to note it."""
+        pool = self._pool
+        if count > pool.num_free + pool.num_evictable:
+            raise OutOfBlocks(count, pool.num_free, pool.num_evictable, pool.num_blocks)
+
     def _require(self, count: int, owners: Int64 | None, revived: Int32) -> Int64 | None:
         """Refuse what cannot be had; otherwise how many blocks each owner takes."""
         pool = self._pool
@@ -171,6 +179,12 @@ class Books:
         allowances = None if need is None else self._quotas.allowances(need)
         self._evict(count - self._pool.num_free, allowances)
 
+    def _allowances(self) -> dict[int, int] | None:
+        """How many cached blocks of each namespace may leave when nothing is taken."""
+        if not self._quotas.limits:
+            return None
+        return self._quotas.allowances(np.zeros(len(self._quotas.limits) + 1, np.int64))
+
     def _evict(self, count: int, allowances: dict[int, int] | None = None) -> None:
         if count > 0:
             self._totals["evicted"] += self._index.evict(count, allowances)
@@ -184,23 +198,30 @@ class Books:
         if len(evictable):
             self._index.retire(evictable)
 
-    def _moved(self, plan: Plan) -> None:
-        self._fences.begin(plan.ticket, plan.copies, plan.source, plan.destination)
-        if self._events is not None and len(plan):
-            tiers = (plan.source, plan.destination)
-            self._events.add("copied", copies=plan.copies.copy(), tiers=tiers)
+    def _moved(
+        self, copies: Int32, ticket: int, source: Tier, destination: Tier, kind: Kind = "copied"
+    ) -> None:
+        self._fences.begin(ticket, copies, source, destination)
+        if self._events is not None and len(copies):
+            self._events.add(kind, copies=copies.copy(), tiers=(source, destination))
 
     def _copied(self, copies: Int32, ticket: int) -> None:
         self._totals["copied"] += len(copies)
-        self._moved(Plan(copies, "device", "device", ticket))
+        self._moved(copies, ticket, "device", "device")
 
     # ---------------------------------------------------------------- whose blocks they are
 
-    def _recount(self, limits: dict[str | None, Quota]) -> None:
+    def _recount(
+        self,
+        limits: dict[str | None, Quota],
+        parked: list[tuple[str | None, Int32]] | None = None,
+    ) -> None:
         self._pool.watch(self._quotas if limits else None)
         rows = self._rows
-        held = ((rows.prompt(row).namespace, rows.device_blocks(row)) for row in rows.live_rows())
-        self._quotas.recount(limits, self._pool, [*held, *self._index.owned()])
+        held = [(rows.prompt(row).namespace, rows.device_blocks(row)) for row in rows.live_rows()]
+        if parked is None:
+            parked = self._quotas.parked(self._pool)
+        self._quotas.recount(limits, self._pool, [*held, *self._index.owned(), *parked])
         self._index.set_queues(limits)
 
     def _owners(self, who: Iterable[Prompt], counts: Iterable[int]) -> Int64 | None:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import arguments, moves
+from kvpager.books import NO_BLOCKS
 from kvpager.errors import OutOfBlocks
 from kvpager.plan import NO_COPIES, Plan, Step
 from kvpager.policies import PRIORITY_MAX
@@ -46,23 +47,29 @@ class Capacity(Views):
                 raise ValueError(
                     f"num_blocks {num_blocks}: a block beyond is pinned or in an unfinished copy"
                 )
+            room = num_blocks - pool.num_reserved
             staying = pool.num_held + pool.num_kept
-            if staying > num_blocks - pool.num_reserved:
-                raise OutOfBlocks(
-                    staying, num_blocks - pool.num_reserved, 0, pool.num_blocks, "remaining device"
+            excess = staying + pool.num_evictable - room
+            allowances = self._allowances()
+            can_leave = sum(allowances.values()) if allowances else pool.num_evictable
+            if excess > can_leave:
+                need = room + excess - can_leave
+                raise OutOfBlocks(need, room, 0, pool.num_blocks, "remaining device")
+            if self._quotas.floors > room:
+                raise ValueError(
+                    f"num_blocks {num_blocks}: floors promise {self._quotas.floors} blocks"
                 )
             num_beyond = int(np.count_nonzero(pool.in_use()[num_blocks:]))
             copies = np.empty((num_beyond, 2), np.int32)
             plan = Plan(copies, "device", "device", self._fences.ticket(copies))
-            excess = staying + pool.num_evictable - (num_blocks - pool.num_reserved)
-            self._evict(excess)
+            self._evict(excess, allowances)
             in_use = pool.in_use()
             old = in_use[num_blocks:].nonzero()[0] + num_blocks
-            room = (~in_use[:num_blocks]).nonzero()[0]
+            places = (~in_use[:num_blocks]).nonzero()[0]
             copies.resize((len(old), 2), refcheck=False)  # in place: some were evicted
-            copies[:, 0], copies[:, 1] = old, room[room >= pool.num_reserved][: len(old)]
+            copies[:, 0], copies[:, 1] = old, places[places >= pool.num_reserved][: len(old)]
             self._resize(num_blocks, copies)
-            self._moved(plan)
+            self._moved(copies, plan.ticket, "device", "device", "moved")
             return plan
 
     def _resize(self, num_blocks: int, copies: Int32) -> None:
@@ -88,9 +95,11 @@ class Capacity(Views):
         Needed with `fences=True` only; without it, or without copies, there is nothing to do.
         Raises: `ValueError` where they were completed already, or are of another manager.
         """
+        if not isinstance(work, Plan | Step | Sequence):
+            raise TypeError(f"expected a plan, step or sequence, got {type(work).__name__}")
         with self._lock:
             if work.ticket:
-                self._index.offer(self._fences.complete(work.ticket))
+                self._index.retire(self._fences.complete(work.ticket))
 
     def pin(self, sequence: Sequence) -> int:
         """Keep what the index offers of this sequence, also when it is freed. O(blocks).
@@ -104,7 +113,7 @@ class Capacity(Views):
     def unpin(self, ticket: int) -> None:
         """End a pin. O(blocks). Raises: `ValueError` for a ticket that is not one, or was used."""
         with self._lock:
-            self._index.offer(self._fences.unpin(ticket))
+            self._index.retire(self._fences.unpin(ticket))
 
     def retain(self, sequence: Sequence, priority: int, ttl_s: float | None = None) -> None:
         """Rank what the index offers of this sequence by `priority`, 0 (leaves first) to 100.
@@ -113,16 +122,18 @@ class Capacity(Views):
         Raises: `ValueError` where the manager was not made with `eviction="priority"`.
         """
         priority = arguments.count("priority", priority, at_most=PRIORITY_MAX)
-        if ttl_s is not None and not 0 <= ttl_s < np.inf:
-            raise ValueError(f"ttl_s {ttl_s!r}: expected seconds, at least 0")
+        if ttl_s is not None:
+            ttl_s = arguments.seconds("ttl_s", ttl_s)
         with self._lock:
             blocks = self._offered_blocks(self._resident_row(sequence))
             if not self._index.policy.retain(blocks, priority, ttl_s):
                 raise ValueError('this policy knows no priorities; use eviction="priority"')
 
     def _offered_blocks(self, row: int) -> Int32:
-        blocks = self._rows.device_blocks(row)
-        return blocks[self._pool.cached[blocks]]
+        # Perhaps not its own: an equal prefix may have been offered before.
+        position = int(self._rows.published[row])
+        node = self._index.locate(self._rows.nodes[row], position) if position else None
+        return NO_BLOCKS if node is None else self._index.path(node, position)
 
     # ---------------------------------------------------------------- quotas
 
@@ -159,6 +170,7 @@ class Capacity(Views):
 
     def quota(self, namespace: str | None) -> Quota:
         """The quota of a namespace. O(1). Raises: `ValueError` where it has none."""
+        arguments.label("namespace", namespace)
         with self._lock:
             if namespace not in self._quotas.limits:
                 raise ValueError(f"namespace {namespace!r} has no quota; give it one by set_quota")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 def main() -> None:
     """Run the command line; exits with 0, 1 (outputs differ) or 2 (bad input)."""
-    missing = [name for name in ("typer", "rich") if find_spec(name) is None]
+    missing = [name for name in ("typer", "rich", "tqdm") if find_spec(name) is None]
     if missing:
         message = f"the command line needs {' and '.join(missing)}: pip install 'kvpager[cli]'"
         print(f"kvpager: {message}", file=sys.stderr)

@@ -2,8 +2,9 @@
 
 `stored`: the prefix index offers these blocks, in order, after block `parent` (-1: at the front of
 the namespace's tree). `evicted`: they left the index to make room. `removed`: what they held is
-offered nowhere any more; always after the last copy left. `copied`: bytes are to move.
-A block's id names what it holds from `stored` to `removed`.
+offered nowhere any more; always after the last copy left. `copied`: bytes are to be copied.
+`moved`: the pool shrinks, and what a block holds is found under another id from now on. Otherwise a
+block's id names what it holds from `stored` to `removed`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
-Kind = Literal["stored", "removed", "evicted", "copied", "lost"]
+Kind = Literal["stored", "removed", "evicted", "copied", "moved", "lost"]
 _NONE: Int32 = np.empty(0, np.int32)
 
 
@@ -24,9 +25,10 @@ _NONE: Int32 = np.empty(0, np.int32)
 class Event:
     """One thing that happened. `number` counts all events of a manager; it never skips.
 
-    `tokens` (stored) is int32 [blocks, block_size]; `copies` (copied) is int32 [n, 2], from
-    `tiers[0]` to `tiers[1]`. A `lost` event says that older ones were dropped because nobody
-    fetched them: begin anew from `BlockManager.offered`.
+    `tokens` (stored) is int32 [blocks, block_size], and `contents` what stands behind them, see
+    `kvpager.radix.Contents`; `copies` (copied, moved) is int32 [n, 2], from `tiers[0]` to
+    `tiers[1]`. A `lost` event says that older ones were dropped because nobody fetched them: begin
+    anew from `BlockManager.offered`.
     """
 
     number: int
@@ -36,6 +38,7 @@ class Event:
     adapter: str | None = None
     parent: int = -1
     tokens: Int32 | None = None
+    contents: tuple[tuple[int, int, bytes, int], ...] = ()
     copies: Int32 | None = None
     tiers: tuple[str, str] | None = None
 

@@ -172,6 +172,12 @@ class Queue(Generic[T]):
         del self.aside[node]
         return node
 
+    def clear(self) -> None:
+        """Forget all nodes. O(n)."""
+        self.ranks.clear()
+        self.aside.clear()
+        self._heap.clear()
+
     def forget(self, node: T) -> None:
         """`node` is gone. O(1)."""
         self.ranks.pop(node, None)

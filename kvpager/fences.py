@@ -6,9 +6,12 @@ write somebody else's tokens: vLLM #45357 and TensorRT-LLM #8813 are that bug.
 
 from __future__ import annotations
 
+import secrets
+
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.arguments import is_int
 from kvpager.errors import BrokenInvariant
 from kvpager.plan import Tier
 from kvpager.pool import BlockPool, Blocks
@@ -24,7 +27,8 @@ class Fences:
         self.is_on = is_on
         self.in_flight: dict[int, tuple[Int32, Int32]] = {}
         self.pins: dict[int, Blocks] = {}
-        self.last_ticket = 0
+        # Tickets of two managers differ, so that one cannot complete the other's copies.
+        self.last_ticket = secrets.randbits(48) << 8
         self._device = device
         self._host = host
 
@@ -69,7 +73,7 @@ class Fences:
 
         Raises: `ValueError` for a ticket that is no pin.
         """
-        if ticket not in self.pins:
+        if not is_int(ticket) or ticket not in self.pins:
             raise ValueError(f"ticket {ticket!r}: not a pin of this manager, or ended already")
         return self._device.unhold(self.pins.pop(ticket))
 

@@ -38,6 +38,13 @@ class KeyContext:
     secret: bytes = b""
     adapter: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises: `TypeError` for names that are not strings."""
+        for name in ("layout", "model"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} {getattr(self, name)!r}: expected a str")
+        arguments.label("adapter", self.adapter)
+
 
 def content_keys(
     ids: ArrayLike,
@@ -82,9 +89,9 @@ def _root(context: KeyContext, block_size: int) -> bytes:
     ).digest()
 
 
-def _shown(contents: tuple[tuple[int, int, bytes], ...], first: int, block_size: int) -> bytes:
+def _shown(contents: arguments.Contents, first: int, block_size: int) -> bytes:
     fields: list[bytes] = []
-    for start, stop, digest in contents:
+    for start, stop, digest, _ in contents:
         if start < first + block_size and stop > first:
             fields += [start.to_bytes(8, "little"), stop.to_bytes(8, "little"), digest]
     return _joined(fields)

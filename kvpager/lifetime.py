@@ -25,7 +25,7 @@ ghosts remembers evicted blocks by their fingerprints.
 
 Time is counted in blocks (each block of each prompt, reused or new, is one tick), ages in fractions
 of the pool and prompts in fractions of the mean prompt. So nothing depends on the machine's speed,
-and no constant on the size of a pool or of a block.
+and the same constants serve pools and blocks of any size.
 
 Whence. Hits per room * time, by class and age, are LHD's hit density (Beckmann, Chen and Cidon,
 2018), here for a whole life instead of the rest of one, so that ranks stand still. A ghost's return
@@ -119,7 +119,7 @@ class Lifetimes:
     AGE_BINS_FROM = 1 / 32  # pools; blocks that come again sooner are hits whatever is done
     LIFE_MAX = 8  # pools; what comes again later is not worth waiting for
     PERIOD = 0.25  # pools, between two times of learning
-    PERIOD_MIN = 4096  # blocks: learning takes as long as some prompts do
+    PERIOD_MIN = 4096  # blocks: learning takes about 0.15 ms
     MEMORY = 50  # pools, over which a count fades to 1/e
     PRIOR = 100.0  # releases for which a kind counts as an average one
     PRICES = 64  # four for a factor of two, from the dearest down

@@ -97,6 +97,7 @@ class BlockManager(Capacity):
         rows, pool, shared, size = self._rows, self._pool, match.blocks, self.block_size
         num_cached = len(shared) * size + match.num_partial
         num_fresh = -(-length // size) - len(shared)
+        self._refuse_beyond_pool(num_fresh)
         rows.reserve(len(shared) + num_fresh)
         row = rows.free_rows[-1]
         copies = np.array([[match.partial_block, -1]], np.int32) if match.num_partial else NO_COPIES
@@ -158,7 +159,7 @@ class BlockManager(Capacity):
         No data moves; whoever first writes into a shared block gets a copy of it. O(blocks) each.
         Raises: `StaleSequence`, `SequenceSwapped`.
         """
-        times = 1 if count is None else arguments.count("count", count)
+        times = 1 if count is None else arguments.count("count", count, at_most=_FORKS_MAX)
         with self._lock:
             rows, parent = self._rows, self._resident_row(sequence)
             rows.reserve(0, times)
@@ -234,13 +235,15 @@ class BlockManager(Capacity):
         ends = starts + num_new
         longest = int(ends.max(initial=0))
         arguments.count("tokens of a sequence", longest)
-        table.reserve((longest + mask) >> shift, 0)
         offsets, filled = starts & mask, (starts + mask) >> shift
         num_fresh = ((ends + mask) >> shift) - filled
+        total_fresh = int(num_fresh.sum())
+        self._refuse_beyond_pool(total_fresh)
+        table.reserve((longest + mask) >> shift, 0)
         growing = num_fresh.nonzero()[0]
         leaving, tails = self._shared_tails(rows, starts >> shift, (offsets > 0) & (num_new != 0))
         total = num_new * len(rows) if isinstance(num_new, int) else int(num_new.sum())
-        num_taken = len(leaving) + int(num_fresh.sum())
+        num_taken = len(leaving) + total_fresh
 
         copies = np.empty((len(leaving), 2), np.int32) if len(leaving) else NO_COPIES
         step = Step(np.empty(total, np.int64), copies, self._fences.ticket(copies))
@@ -264,11 +267,12 @@ class BlockManager(Capacity):
         table.lengths[rows] = ends
         if ids is not None:
             self._learn(rows, starts, ends, ids, step.slots)
+        if table.num_special:
+            # Drafts may be taken back: the window moves with what is settled.
+            self._slide_windows(rows, starts - table.drafts[rows])
         if draft:
             table.drafts[rows] += num_new
             table.count_special()
-        if table.num_special:
-            self._slide_windows(rows, starts)
         return step
 
     def _shared_tails(
@@ -323,7 +327,8 @@ class BlockManager(Capacity):
         """Keep the first `counts` drafts of each sequence and take the others back. O(drafts).
 
         `tokens`: the ids of those kept, in one list for each sequence, where `append` was not told.
-        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for more than there are drafts.
+        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for more than there are drafts, or
+        for the ids of drafts that a fork shares.
         """
         named = listed(sequences)
         is_one = isinstance(named, Sequence)
@@ -342,7 +347,11 @@ class BlockManager(Capacity):
             starts = table.lengths[rows] - table.drafts[rows]
             ends = starts + kept
             if ids is not None:
-                self._learn(rows, starts, ends, ids, table.slots(rows, starts, kept))
+                slots = table.slots(rows, starts, kept)
+                blocks = slots >> self._shift
+                if np.any((self._pool.refs[blocks] > 1) | self._pool.cached[blocks]):
+                    raise ValueError("a fork shares these drafts; accept them by counts alone")
+                self._learn(rows, starts, ends, ids, slots)
             table.drafts[rows] = kept  # those beyond go with `_shorten`
             for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
                 self._shorten(row, end)
@@ -445,14 +454,16 @@ class BlockManager(Capacity):
 
         For layers that look back over a window only. Table entries before it become -1; such a
         sequence is not offered for prefix reuse from then on.
-        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for a start beyond the end.
+        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for a start beyond the end, or
+        beyond the first draft.
         """
         named = listed(sequences)
         num_named = 1 if isinstance(named, Sequence) else len(named)
         starts = arguments.counts("start", start, num_named)
         with self._lock:
             rows = self._resident(named)
-            arguments.within("start", starts, self._rows.lengths[rows])
+            # Drafts may be taken back, and then the tokens before them are the last ones.
+            arguments.within("start", starts, self._rows.lengths[rows] - self._rows.drafts[rows])
             self._slide(rows, starts)
 
     def _slide_windows(self, rows: Int64, starts: Int64) -> None:
@@ -501,7 +512,7 @@ class BlockManager(Capacity):
     def _swap_out(self, rows: list[int], at_most: int | None) -> Plan:
         table, host = self._rows, self._host
         for row in rows:
-            if table.swapped[row] and not len(table.device_blocks(row)):
+            if len(table.host_blocks(row)) and not len(table.device_blocks(row)):
                 raise SequenceSwapped(f"sequence {row} is on the host already, all of it")
         leaving = moves.leaving_device(table, self._pool, rows, at_most)
         need = len(leaving.blocks)
@@ -519,7 +530,7 @@ class BlockManager(Capacity):
         # What the index offers stays behind as its own copy.
         table.twins[everyone] |= table.published[everyone] > 0
         table.epoch += 1
-        self._moved(plan)
+        self._moved(plan.copies, plan.ticket, "device", "host")
         self._release(leaving.blocks, leaving.holders)
         self._totals["out"] += need
         return plan
@@ -537,7 +548,7 @@ class BlockManager(Capacity):
         moves.replace(table, table.swapped.nonzero()[0], -2 - leaving.blocks, copies[:, 1])
         for row in rows:
             table.swapped[row] = bool((table.blocks(row) < -1).any())
-        self._moved(plan)
+        self._moved(plan.copies, plan.ticket, "host", "device")
         self._host.release(leaving.blocks, leaving.holders)
         self._totals["in"] += need
         return plan
@@ -574,3 +585,4 @@ def _identity(
 
 
 _NO_MATCH = Match(None, NO_BLOCKS)
+_FORKS_MAX = 2**16  # of one call: a row each, which the pool does not bound

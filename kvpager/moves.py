@@ -55,7 +55,8 @@ def num_alone(table: SequenceTable, device: BlockPool, rows: list[int]) -> int:
     """How many device blocks nobody but `rows` holds. O(blocks)."""
     entries, _ = _entries(table, np.array(rows, np.int64))
     blocks, holders = np.unique(entries[entries >= 0], return_counts=True)
-    return int(np.count_nonzero(holders == device.refs[blocks]))
+    freed = (holders == device.refs[blocks]) & (device.holds[blocks] == 0)
+    return int(np.count_nonzero(freed))
 
 
 def leaving_host(

@@ -32,6 +32,7 @@ PRIORITY_DEFAULT = 50
 # A rank is a float64, exact up to 2**53: the low bits order by time, the high ones by merit.
 _TICKS = 2.0**44
 _MERIT_MAX = 2**8
+_OUTDATED_MAX = 64
 
 
 class LRU(BlockPolicy):
@@ -92,8 +93,9 @@ class Priority(LRU):
     priority: Int32
     expires: Float64
 
-    def __init__(self, num_blocks: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, num_blocks: int, clock: Callable[[], float] = time.time) -> None:
         super().__init__(num_blocks)
+        self.expires[:] = np.inf
         self._clock = clock
         self._due: list[tuple[float, int]] = []
 
@@ -108,6 +110,8 @@ class Priority(LRU):
         if ttl_s is not None:
             for block in blocks.tolist():
                 heapq.heappush(self._due, (expires, block))
+        if len(self._due) > 2 * self.num_blocks + _OUTDATED_MAX:
+            self._await()
         return True
 
     def fallen(self) -> Int32:  # noqa: D102
@@ -130,19 +134,16 @@ class Priority(LRU):
 
     def resize(self, num_blocks: int, places: Int32) -> None:  # noqa: D102
         super().resize(num_blocks, places)
+        self.expires[len(places) :] = np.inf
         self._await()
 
-    def state(self) -> Arrays:  # noqa: D102
-        # Seconds left: another process has another clock.
-        return {**super().state(), "expires": self.expires - self._clock()}
-
     def restore(self, state: Arrays) -> None:  # noqa: D102
+        # By the time of day, which goes on when a process ends.
         super().restore(state)
-        self.expires += self._clock()
         self._await()
 
     def _await(self) -> None:
-        dated = np.flatnonzero(np.isfinite(self.expires) & (self.expires > 0))
+        dated = np.flatnonzero(np.isfinite(self.expires))
         self._due = list(zip(self.expires[dated].tolist(), dated.tolist(), strict=True))
         heapq.heapify(self._due)
 

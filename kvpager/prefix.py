@@ -168,13 +168,15 @@ class PrefixIndex:
                 is_twin = not np.array_equal(offered, blocks[: position - first])
                 self.settle()
                 self.policy.touch(offered)
-                if is_twin:  # what changed its rank must be queued anew
-                    self.offer(offered[self.pool.refs[offered] == 0])
+                if is_twin:  # used, and idle again
+                    self.retire(offered[self._idle(offered)])
         if position < end:
             if position < node.end:
                 node = self._split(node, position)
             for stop, tag in tags:
                 if stop > position:
+                    if position > first and len(tags) > 1:
+                        self.settle()  # the run before it needs its fingerprints
                     node = self._attach(
                         node, position, blocks[position - first : stop - first], tag
                     )
@@ -187,7 +189,7 @@ class PrefixIndex:
         if position:  # idle blocks of the run may stand before held ones now
             node.queue.put_aside(node)
         if self._log is not None:
-            self._log.add("stored", **self._event(node, before, blocks))
+            self._log.add("stored", **self._event(node.tree, tag, before, blocks))
         if position and not (node.children or node.sealed) and node.tag == tag:
             node.extend(blocks)
         else:
@@ -237,8 +239,9 @@ class PrefixIndex:
 
     def retire(self, blocks: Blocks) -> None:
         """No table holds these offered blocks any more: they may be evicted. O(blocks)."""
-        self.policy.retire(blocks)
-        self.offer(blocks)
+        if len(blocks):
+            self.policy.retire(blocks)
+            self.offer(blocks)
 
     def offer(self, blocks: Blocks) -> None:
         """Queue the nodes of these idle blocks. O(blocks)."""
@@ -291,7 +294,8 @@ class PrefixIndex:
         Returns how many the index forgot; those that nobody keeps are free.
         """
         self._refresh()
-        gone: list[Int32] = []
+        gone: list[Blocks] = []
+        blocks: Blocks
         room = allowances or dict.fromkeys(range(len(self._queues)), count)
         while count > 0:
             number, node, limit = self._lowest(room)
@@ -299,7 +303,7 @@ class PrefixIndex:
                 blocks = self._trim(node, min(count, room[number]), limit)
                 num_idle = len(blocks)
             else:
-                blocks, num_idle = self._cut(self._queues[number])
+                blocks, num_idle = self._cut(self._queues[number], min(count, room[number]))
             count -= num_idle
             room[number] -= num_idle
             gone.append(blocks)
@@ -337,7 +341,7 @@ class PrefixIndex:
             fallen = fallen[self.pool.cached[fallen] & (self.pool.refs[fallen] == 0)]
             self.offer(fallen)
 
-    def _trim(self, node: Node, count: int, limit: float) -> Int32:
+    def _trim(self, node: Node, count: int, limit: float) -> Blocks:
         """Take up to `count` blocks off a tip's tail while they are idle and rank lowest."""
         queue = node.queue
         queue.drop_first()
@@ -353,23 +357,22 @@ class PrefixIndex:
         self._shorten(node, node.end - len(blocks))
         return blocks
 
-    def _cut(self, queue: Queue[Node]) -> tuple[Int32, int]:
-        """Take the idle blocks that stand before held ones, with all that follows them."""
+    def _cut(self, queue: Queue[Node], count: int) -> tuple[Blocks, int]:
+        """Take `count` idle blocks that stand before held ones, with all that follows them."""
         node = queue.aside_first()
-        blocks = node.blocks
-        idle = self._idle(blocks)
-        if not idle.any():
+        below = list(self._below(node))
+        idle = self._idle(node.blocks).nonzero()[0]
+        if not len(idle):
             return _NO_BLOCKS, 0
-        position = node.start + int(idle.argmax())
-        gone = [blocks[position - node.start :].copy()]
-        for below in list(self._below(node)):
-            gone.append(below.blocks.copy())
-            self._bury(below)
+        num_below = sum(np.count_nonzero(self._idle(other.blocks)) for other in below)
+        first = int(idle[-min(max(count - num_below, 1), len(idle))])
+        gone = [node.blocks[first:].copy(), *(other.blocks.copy() for other in below)]
+        for other in below:
+            self._bury(other)
         node.children = {}
-        self._shorten(node, position)
+        self._shorten(node, node.start + first)
         blocks = np.concatenate(gone)
-        idle = self._idle(blocks)
-        return blocks, int(np.count_nonzero(idle))
+        return blocks, int(np.count_nonzero(self._idle(blocks)))
 
     def _shorten(self, node: Node, end: int) -> None:
         """Let a run end earlier; an empty one leaves the tree, and its parent may be a tip now."""
@@ -426,22 +429,21 @@ class PrefixIndex:
             self.pool.cached[blocks] = True
         return node
 
-    def queued(self) -> tuple[list[Node], list[Node]]:
-        """Nodes in the order in which they leave, and those put aside. O(n log n)."""
-        order, aside = list[Node](), list[Node]()
+    def queued(self) -> tuple[list[Node], list[float], list[Node]]:
+        """Nodes in the order in which they leave, their ranks, and those put aside. O(n log n)."""
+        order, ranks, aside = list[Node](), list[float](), list[Node]()
         for queue in self._queues:
-            tips = [node for node in queue.ranks if self._is_idle_tip(node)]
-            order += sorted(tips, key=queue.ranks.__getitem__)
-            aside += [node for node in queue.aside if self._idle(node.blocks).any()]
-        return order, aside
+            order += sorted(queue.ranks, key=queue.ranks.__getitem__)
+            aside += queue.aside
+            ranks += [queue.ranks[node][0] for node in order[len(ranks) :]]
+        return order, ranks, aside
 
-    def queue_again(self, tips: Iterable[Node], aside: Iterable[Node]) -> None:
+    def queue_again(self, order: list[Node], ranks: list[float], aside: list[Node]) -> None:
         """Queue these in this order, and nothing else. O(n log n)."""
         for queue in self._queues:
-            queue.ranks.clear()
-            queue.aside.clear()
-        for node in tips:
-            self._offer(node)
+            queue.clear()
+        for node, rank in zip(order, ranks, strict=True):
+            node.queue.push(rank, node)
         for node in aside:
             node.queue.put_aside(node)
 
@@ -467,16 +469,17 @@ class PrefixIndex:
             for node in self._below(root):
                 parent = node.parent
                 before = int(parent.blocks[-1]) if parent and parent.end else -1
-                yield Event(0, "stored", **self._event(node, before, node.blocks))
+                yield Event(0, "stored", **self._event(node.tree, node.tag, before, node.blocks))
 
-    def _event(self, node: Node, before: int, blocks: Blocks) -> dict[str, Any]:
-        namespace, adapter = node.tree
+    def _event(self, tree: TreeKey, tag: Tag, before: int, blocks: Blocks) -> dict[str, Any]:
+        namespace, adapter = tree
         return {
             "blocks": blocks.copy(),
             "namespace": namespace,
             "adapter": adapter,
             "parent": before,
             "tokens": self.pool.ids[blocks],
+            "contents": tag or (),
         }
 
     def resize(self, num_blocks: int, places: Int32) -> None:

@@ -63,21 +63,22 @@ class Quotas:
         owned: Iterable[tuple[str | None, Int32]],
     ) -> None:
         """Begin anew with these quotas; `owned` says whose each block in use is. O(blocks)."""
-        names = [None, *self._numbers]
-        before, self.limits = self._owner, limits
+        self.limits = limits
         self._numbers = {namespace: number for number, namespace in enumerate(limits, start=1)}
         self._owner = np.zeros(pool.num_blocks, np.int32)
         for namespace, blocks in owned:
             self._owner[blocks] = self.owner(namespace)
-        # Nobody's any more, but a copy of them is under way: they stay whose they were.
-        parked = (pool.refs == 0) & ~pool.cached & (pool.holds > 0)
-        for block in parked[: len(before)].nonzero()[0].tolist():
-            number = before[block]
-            self._owner[block] = self.owner(names[number]) if number else 0
         idle = pool.cached & (pool.refs == 0) & (pool.holds == 0)
         size = len(limits) + 1
         self._used = np.bincount(self._owner[pool.in_use()], minlength=size)
         self._evictable = np.bincount(self._owner[idle], minlength=size)
+
+    def parked(self, pool: BlockPool) -> list[tuple[str | None, Int32]]:
+        """Whose the blocks were that nobody has any more, but a copy of which is under way."""
+        blocks = ((pool.refs == 0) & ~pool.cached & (pool.holds > 0)).nonzero()[0]
+        blocks = blocks[blocks < len(self._owner)].astype(np.int32)
+        owners = self._owner[blocks]
+        return [(name, blocks[owners == number]) for name, number in self._numbers.items()]
 
     # ---------------------------------------------------------------- what the pool reports
 
@@ -125,6 +126,11 @@ class Quotas:
                 forced[number] = max(0, self._used[number] + need[number] - ceiling)
         return forced
 
+    @property
+    def floors(self) -> int:
+        """Blocks that all floors together promise. O(owners)."""
+        return sum(quota.floor for quota in self.limits.values())
+
     def allowances(self, need: Int64) -> dict[int, int]:
         """How many cached blocks of each owner may leave when `need` are taken. O(owners)."""
         none = np.zeros(len(need), np.int64)
@@ -153,8 +159,7 @@ class Quotas:
         if not self.limits:
             return
         fresh = Quotas(pool.num_blocks)
-        fresh._numbers, fresh._owner = self._numbers, self._owner
-        fresh.recount(self.limits, pool, owned)
+        fresh.recount(self.limits, pool, [*owned, *self.parked(pool)])
         if fresh._used.tolist() != self._used.tolist():
             raise BrokenInvariant(f"quotas: count {self._used} blocks, but {fresh._used} are used")
         if fresh._evictable.tolist() != self._evictable.tolist():

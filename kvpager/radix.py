@@ -11,8 +11,9 @@ from kvpager.eviction import Queue
 
 Int32 = NDArray[np.int32]
 TreeKey = tuple[str | None, str | None]  # namespace, adapter
-# What stands behind placeholder tokens: (first, one after the last, digest) of each content.
-Contents = tuple[tuple[int, int, bytes], ...]
+# What stands behind placeholder tokens: (first, one after the last, digest, end) of each content.
+# `end` is less than the one after the last where a sequence was cut short inside it.
+Contents = tuple[tuple[int, int, bytes, int], ...]
 # The contents that a run's blocks overlap, the same for all its blocks; or None.
 Tag = Contents | None
 
@@ -84,10 +85,11 @@ def segments(contents: Contents, block_size: int, first: int, end: int) -> list[
         return [(end, None)]
     size, stretches = block_size, list[tuple[int, Tag]]()
     for block in range(first, end):
+        begin, behind = block * size, (block + 1) * size
         shown = tuple(
-            content
-            for content in contents
-            if content[0] < (block + 1) * size and content[1] > block * size
+            (start, stop, digest, end if end < min(stop, behind) else stop)
+            for start, stop, digest, end in contents
+            if start < behind and end > begin
         )
         tag = shown or None
         if stretches and stretches[-1][1] == tag:

@@ -229,11 +229,12 @@ def replay(
 
 
 def offline_optimum(trace: Trace, capacity: int) -> Result:
-    """What the best possible policy makes of `trace`: O(blocks * log blocks).
+    """What the best possible policy makes of `trace`. O(blocks * log blocks).
 
     Belady's rule (1966): the block leaves whose next use is furthest away. A prefix is used
     whenever what follows it is, so that block is always a tip of the tree (among equals the deepest
-    is taken), and the rule needs no exception.
+    is taken), and the rule needs no exception. It may keep the front of a prompt that is longer
+    than the pool, which policies may not: without that it would be no bound for them.
     """
     capacity = arguments.count("capacity", capacity, at_least=1)
     start = time.perf_counter()
@@ -248,22 +249,25 @@ def offline_optimum(trace: Trace, capacity: int) -> Result:
         while found < len(numbers) and is_cached[numbers[found]]:
             found += 1
         hits += found
-        fits = len(numbers) <= capacity
-        too_long += not fits
-        held = numbers if fits else numbers[:found]
-        for number, use in zip(held, uses, strict=False):
+        num_cached += len(numbers) - found
+        for number, use in zip(numbers, uses, strict=True):
+            is_cached[number] = True
             next_use[number] = use
-        # Evicted after the new ones are in, before they are in the heap: those stay for now.
-        num_cached += len(held) - found
+        entries = [(-use, -number) for number, use in zip(numbers, uses, strict=True)]
+        if len(numbers) > capacity:
+            too_long += 1
+            for entry in entries:
+                heapq.heappush(furthest, entry)
+            entries = []
         while num_cached > capacity:
             use, number = heapq.heappop(furthest)
             if is_cached[-number] and next_use[-number] == -use:
                 is_cached[-number] = False
                 num_cached -= 1
                 evicted += 1
-        for number in held:
-            is_cached[number] = True
-            heapq.heappush(furthest, (-next_use[number], -number))
+        # In the heap only now: what a request holds does not leave while it does.
+        for entry in entries:
+            heapq.heappush(furthest, entry)
     seconds = time.perf_counter() - start
     return Result(OFFLINE, capacity, hits, trace.num_blocks, evicted, too_long, seconds)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plan import NO_COPIES
-from kvpager.radix import Node
+from kvpager.radix import Contents, Node
 
 if TYPE_CHECKING:
     from kvpager.views import Views
@@ -99,7 +99,7 @@ class Prompt(NamedTuple):
 
     namespace: str | None = None
     adapter: str | None = None
-    contents: tuple[tuple[int, int, bytes], ...] = ()  # (start, stop, digest), in order
+    contents: Contents = ()
 
     @property
     def tree(self) -> tuple[str | None, str | None]:
@@ -108,10 +108,10 @@ class Prompt(NamedTuple):
 
     def up_to(self, length: int) -> Prompt:
         """The same with nothing shown behind token `length`: other tokens may come there."""
-        if not self.contents or self.contents[-1][1] <= length:
+        if all(end <= length for _, _, _, end in self.contents):
             return self
-        shown = ((start, min(stop, length), d) for start, stop, d in self.contents)
-        return self._replace(contents=tuple(content for content in shown if content[0] < length))
+        cut = tuple((*c[:3], min(c[3], length)) for c in self.contents if c[0] < length)
+        return self._replace(contents=cut)
 
 
 class SequenceTable:
@@ -168,8 +168,11 @@ class SequenceTable:
         wider = max(num_columns, 2 * width) if num_columns > width else width
         tables = np.full((rows + more, wider), NO_BLOCK, np.int32)
         tables[:rows, :width] = self.tables
-        for name, dtype in self.COLUMNS.items():
-            setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more, dtype)]))
+        columns = {
+            name: np.concatenate([getattr(self, name), np.zeros(more, dtype)])
+            for name, dtype in self.COLUMNS.items()
+        }
+        vars(self).update(columns)  # all were made, so nothing can fail half-way
         self.list_columns()
         self.tables = tables
         self.prompts.extend([None] * more)
@@ -263,16 +266,16 @@ class SequenceTable:
         slots: Int64 = blocks.astype(np.int64) * self.block_size + positions % self.block_size
         return slots
 
-    def num_tokens_on(self, num_blocks: int) -> int:
-        """Slots of the device's blocks that hold a token, shared ones once. O(blocks)."""
+    def fill(self, num_blocks: int, counts: Int64, *, is_host: bool = False) -> Int64:
+        """How many slots of each block the first `counts` tokens of the rows take. O(blocks)."""
         filled = np.zeros(num_blocks, np.int64)
         for row in self.live_rows():
-            blocks = self.blocks(row)
-            ends = self.lengths[row] - np.arange(len(blocks)) * self.block_size
+            blocks = -2 - self.blocks(row) if is_host else self.blocks(row)
+            ends = counts[row] - np.arange(len(blocks)) * self.block_size
             here = blocks >= 0
             ends = np.minimum(ends[here], self.block_size)
             filled[blocks[here]] = np.maximum(filled[blocks[here]], ends)
-        return int(filled.sum())
+        return filled
 
     def check(self) -> None:
         """Raise `BrokenInvariant` unless each row's own books are right. O(blocks)."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager import arguments
 from kvpager.errors import BrokenInvariant
 from kvpager.eviction import EvictionPolicy
 from kvpager.policies import POLICIES
@@ -40,8 +41,8 @@ def take(manager: BlockManager) -> Arrays:
     nodes = list(index.walk())
     place = {node: number for number, node in enumerate(nodes)}
     arrays: Arrays = {
-        **_pool_arrays("device", manager._pool),
-        **_pool_arrays("host", manager._host),
+        **_pool_arrays("device", manager._pool, rows),
+        **_pool_arrays("host", manager._host, rows),
         **_row_arrays(rows, index, place),
         **_node_arrays(nodes, place),
         **_queue_arrays(index, place),
@@ -59,8 +60,9 @@ def take(manager: BlockManager) -> Arrays:
         "in_flight": [[t, d.tolist(), h.tolist()] for t, (d, h) in fences.in_flight.items()],
         "pins": [[ticket, blocks.tolist()] for ticket, blocks in fences.pins.items()],
         "quotas": [[name, quota.floor, quota.ceiling] for name, quota in limits.items()],
+        "parked": [[name, b.tolist()] for name, b in manager._quotas.parked(manager._pool)],
         "totals": manager._totals,
-        "prompts": [None if p is None else _prompt_out(p) for p in rows.prompts],
+        "prompts": [None if p is None else _prompt_out(p) for p in rows.prompts[: _used(rows)]],
         "trees": [list(node.tree) for node in nodes if node.parent is None],
         "tags": [[place[node], _contents_out(node.tag)] for node in nodes if node.tag],
     }
@@ -81,6 +83,8 @@ def restore(
             raise ValueError(f"version {meta['version']}, and this kvpager reads {_VERSION}")
         if eviction is None and meta["eviction"] not in POLICIES:
             raise ValueError(f"policy {meta['eviction']!r} is not one of ours; pass it as eviction")
+        if arrays["device.ids"].shape[1:] != (meta["block_size"],):
+            raise ValueError(f"block_size {meta['block_size']} is not that of its token ids")
         manager = cls(
             len(arrays["device.refs"]),
             meta["block_size"],
@@ -92,7 +96,8 @@ def restore(
         _fill(manager, arrays, meta)
         manager.check()
     except (
-        ArithmeticError, AttributeError, BrokenInvariant, LookupError, TypeError, ValueError
+        ArithmeticError, AttributeError, BrokenInvariant, LookupError, MemoryError,
+        RecursionError, StopIteration, TypeError, ValueError,
     ) as error:  # fmt: skip
         raise ValueError(f"not a snapshot that can be restored: {error!r}") from error
     return manager
@@ -103,13 +108,13 @@ def _fill(manager: BlockManager, arrays: Mapping[str, NDArray[Any]], meta: dict[
     nodes = _read_nodes(index, arrays, meta)
     _read_rows(rows, nodes, arrays, meta)
     for ticket, device, host in meta["in_flight"]:
-        kept = np.array(device, np.int32), np.array(host, np.int32)
+        kept = _blocks(device, pool), _blocks(host, manager._host)
         fences.in_flight[int(ticket)] = kept
-        np.add.at(pool.holds, kept[0], 1)
-        np.add.at(manager._host.holds, kept[1], 1)
+        pool.holds[kept[0]] += 1
+        manager._host.holds[kept[1]] += 1
     for ticket, blocks in meta["pins"]:
-        fences.pins[int(ticket)] = np.array(blocks, np.int32)
-        np.add.at(pool.holds, fences.pins[int(ticket)], 1)
+        fences.pins[int(ticket)] = _blocks(blocks, pool)
+        pool.holds[fences.pins[int(ticket)]] += 1
     fences.last_ticket = int(meta["last_ticket"])
     _read_pool("device", pool, arrays)
     _read_pool("host", manager._host, arrays)
@@ -118,27 +123,50 @@ def _fill(manager: BlockManager, arrays: Mapping[str, NDArray[Any]], meta: dict[
     index.arrivals.prints[:] = arrays["prints"]
     for name in manager._totals:
         manager._totals[name] = int(meta["totals"][name])
-    manager._recount({name: Quota(floor, ceiling) for name, floor, ceiling in meta["quotas"]})
-    index.queue_again(_at(nodes, arrays["queue.order"]), _at(nodes, arrays["queue.aside"]))
+    parked = [(name, _blocks(blocks, pool)) for name, blocks in meta["parked"]]
+    manager._recount(dict(_quota(*fields) for fields in meta["quotas"]), parked)
+    ranks = np.asarray(arrays["queue.rank"], np.float64).tolist()
+    index.queue_again(_at(nodes, arrays["queue.order"]), ranks, _at(nodes, arrays["queue.aside"]))
+
+
+def _quota(namespace: str | None, floor: int, ceiling: int | None) -> tuple[str | None, Quota]:
+    arguments.label("namespace", namespace)
+    floor = arguments.count("floor", floor)
+    if ceiling is not None:
+        ceiling = arguments.count("ceiling", ceiling, at_least=max(floor, 1))
+    return namespace, Quota(floor, ceiling)
+
+
+def _blocks(numbers: Any, pool: BlockPool) -> NDArray[np.int32]:
+    """Distinct blocks of a pool, from outside."""
+    blocks = np.asarray(numbers, np.int32)
+    is_inside = np.all((blocks >= 0) & (blocks < pool.num_blocks))
+    if blocks.ndim != 1 or not is_inside or len(np.unique(blocks)) != len(blocks):
+        raise ValueError("blocks that are not in the pool, or named twice")
+    return blocks
 
 
 # -------------------------------------------------------------------- pools
 
 
-def _pool_arrays(tier: str, pool: BlockPool) -> Arrays:
+def _pool_arrays(tier: str, pool: BlockPool, rows: SequenceTable) -> Arrays:
     in_use = pool.in_use().nonzero()[0]
+    # Behind what is known stand ids of whoever had the block before: nobody's business.
+    known = rows.fill(pool.num_blocks, rows.known, is_host=tier == "host")
+    known[pool.cached] = pool.ids.shape[1]
+    is_known = np.arange(pool.ids.shape[1]) < known[in_use, None]
     return {
         f"{tier}.refs": pool.refs.copy(),
         f"{tier}.free": pool.free_list(),
         f"{tier}.used_ever": np.array(pool.num_blocks - pool.num_never_used),
         f"{tier}.in_use": in_use.astype(np.int32),
-        f"{tier}.ids": pool.ids[in_use],
+        f"{tier}.ids": np.where(is_known, pool.ids[in_use], 0),
     }
 
 
 def _read_pool(tier: str, pool: BlockPool, arrays: Mapping[str, NDArray[Any]]) -> None:
     pool.refs[:] = arrays[f"{tier}.refs"]
-    pool.ids[arrays[f"{tier}.in_use"]] = arrays[f"{tier}.ids"]
+    pool.ids[_blocks(arrays[f"{tier}.in_use"], pool)] = arrays[f"{tier}.ids"]
     free = np.asarray(arrays[f"{tier}.free"], np.int32)
     if len(free) > pool.num_blocks:
         raise ValueError(f"{len(free)} free blocks of {pool.num_blocks}")
@@ -149,18 +177,24 @@ def _read_pool(tier: str, pool: BlockPool, arrays: Mapping[str, NDArray[Any]]) -
 
 
 def _row_arrays(rows: SequenceTable, index: PrefixIndex, place: dict[Node, int]) -> Arrays:
-    live = rows.live_rows()
+    live, count = rows.live_rows(), _used(rows)
     tables = [rows.blocks(row) for row in live]
-    nodes = np.full(len(rows.prompts), -1, np.int32)
+    nodes = np.full(count, -1, np.int32)
     for row in live:
         node = index.locate(rows.nodes[row], int(rows.published[row]))
         nodes[row] = place[node] if node is not None and rows.published[row] else -1
     return {
-        **{f"rows.{name}": getattr(rows, name).copy() for name in rows.COLUMNS},
-        "rows.free": np.array(rows.free_rows, np.int32),
+        **{f"rows.{name}": getattr(rows, name)[:count].copy() for name in rows.COLUMNS},
+        "rows.free": np.array([row for row in rows.free_rows if row < count], np.int32),
         "rows.node": nodes,
         "rows.table": np.concatenate([np.empty(0, np.int32), *tables]),
     }
+
+
+def _used(rows: SequenceTable) -> int:
+    """Rows up to the last one that was ever used: how many there is room for says nothing."""
+    used = rows.generations.nonzero()[0].tolist() + rows.live_rows()
+    return 1 + max(used, default=-1)
 
 
 def _read_rows(
@@ -173,8 +207,8 @@ def _read_rows(
     count, table = len(rows.prompts), np.asarray(arrays["rows.table"], np.int32)
     for name, dtype in rows.COLUMNS.items():
         column = np.asarray(arrays[f"rows.{name}"], dtype).copy()
-        if column.shape != (count,):
-            raise ValueError(f"rows.{name}: {column.shape} for {count} rows")
+        if column.shape != (count,) or (column < 0).any():
+            raise ValueError(f"rows.{name}: {column.shape} for {count} rows, or below 0")
         setattr(rows, name, column)
     rows.list_columns()
     places = arrays["rows.node"].tolist()
@@ -219,7 +253,8 @@ def _read_nodes(
     blocks = np.asarray(arrays["nodes.blocks"], np.int32)
     if min(sizes, default=0) < 0 or sum(sizes) != len(blocks):
         raise ValueError(f"{len(blocks)} blocks for runs of {sum(sizes)}")
-    index.pool.ids[arrays["device.in_use"]] = arrays["device.ids"]
+    blocks = _blocks(blocks, index.pool)
+    index.pool.ids[_blocks(arrays["device.in_use"], index.pool)] = arrays["device.ids"]
     tags = {place: _contents_in(tag) for place, tag in meta["tags"]}
     trees = iter([(namespace, adapter) for namespace, adapter in meta["trees"]])
     nodes: list[Node] = []
@@ -236,23 +271,29 @@ def _read_nodes(
 
 
 def _queue_arrays(index: PrefixIndex, place: dict[Node, int]) -> Arrays:
-    order, aside = index.queued()
+    order, ranks, aside = index.queued()
     return {
         "queue.order": np.array([place[node] for node in order], np.int32),
+        "queue.rank": np.array(ranks, np.float64),
         "queue.aside": np.array([place[node] for node in aside], np.int32),
     }
 
 
 def _at(nodes: list[Node], places: NDArray[Any]) -> list[Node]:
+    if np.any(places < 0):
+        raise ValueError("a node before the first one")
     return [nodes[place] for place in places.tolist()]
 
 
 def _contents_out(contents: Contents) -> list[Any]:
-    return [[start, stop, digest.hex()] for start, stop, digest in contents]
+    return [[start, stop, digest.hex(), end] for start, stop, digest, end in contents]
 
 
 def _contents_in(fields: list[Any]) -> Contents:
-    return tuple((int(start), int(stop), bytes.fromhex(digest)) for start, stop, digest in fields)
+    return tuple(
+        (int(start), int(stop), bytes.fromhex(digest), int(end))
+        for start, stop, digest, end in fields
+    )
 
 
 def _policy_name(policy: EvictionPolicy) -> str:

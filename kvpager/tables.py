@@ -57,17 +57,15 @@ class TableDelta(NamedTuple):
 def flashinfer(manager: BlockManager, sequences: Target) -> RaggedTables:
     """Tables for FlashInfer. O(blocks).
 
-    Raises: `StaleSequence`; `ValueError` where a block is not on the device, since FlashInfer has
-    no word for that: swapped sequences, and those whose front slid away.
+    Raises: `StaleSequence`, `SequenceSwapped`; `ValueError` for sequences whose front slid away,
+    since FlashInfer has no word for that.
     """
-    named = sequences if isinstance(sequences, Sequence | Batch) else list(sequences)
-    lengths = manager.lengths(named)
-    tables = manager.block_tables(named)
+    tables, lengths = manager.tables_and_lengths(sequences)
     counts = -(-lengths // manager.block_size)
     used = np.arange(tables.shape[1]) < counts[:, None]
     indices = tables[used]
     if np.any(indices < 0):
-        raise ValueError("a block is not on the device: swap back first, and do not slide")
+        raise ValueError("the front of a sequence slid away: FlashInfer has no word for that")
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     last = (lengths - (counts - 1) * manager.block_size) * (lengths > 0)
     return RaggedTables(indptr, indices, last.astype(np.int32))
@@ -88,11 +86,11 @@ def flash_attention(
         step: what `append` returned; its slots become `slot_mapping`.
         num_rows, width, num_tokens: pad to so many, for a captured CUDA graph.
 
-    Raises: `StaleSequence`; `ValueError` where it does not fit.
+    Blocks that slid out of a window are padding, too: the kernel must not look back so far.
+    Raises: `StaleSequence`, `SequenceSwapped`; `ValueError` where it does not fit.
     """
-    named = sequences if isinstance(sequences, Sequence | Batch) else list(sequences)
-    tables = manager.block_tables(named, padding=0)
-    lengths = manager.lengths(named)
+    tables, lengths = manager.tables_and_lengths(sequences)
+    tables = np.maximum(tables, 0)
     slots = np.empty(0, np.int64) if step is None else step.slots
     count, widest = tables.shape
     num_rows = arguments.count("num_rows", count if num_rows is None else num_rows, at_least=count)

@@ -113,6 +113,17 @@ class Views(Books):
                 tables[tables < 0] = padding
             return tables
 
+    def tables_and_lengths(self, sequences: Target) -> tuple[Int32, Int64]:
+        """`block_tables` and `lengths` of sequences on the device, read at one moment.
+
+        O(n * most blocks). Raises `StaleSequence`, `SequenceSwapped`.
+        """
+        named = listed(sequences)
+        with self._lock:
+            rows, table = self._resident(named), self._rows
+            width = -(-int(table.lengths[rows].max(initial=0)) // self.block_size)
+            return table.tables[rows, :width], table.lengths[rows]
+
     def slots(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> Int64:
         """Flat slots of tokens `start` to `stop` (default: all), int64 [tokens]. O(tokens).
 
@@ -207,7 +218,7 @@ class Views(Books):
                 num_host_free=self._host.num_free,
                 num_sequences=len(self._rows),
                 num_swapped=int(np.count_nonzero(self._rows.swapped)),
-                num_tokens=self._rows.num_tokens_on(pool.num_blocks),
+                num_tokens=int(self._rows.fill(pool.num_blocks, self._rows.lengths).sum()),
                 total_copied=totals["copied"],
                 total_evicted=totals["evicted"],
                 total_swapped_out=totals["out"],

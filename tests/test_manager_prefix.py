@@ -87,12 +87,12 @@ def test_a_sequence_shortened_to_the_upper_half_of_a_split_run_goes_on_there(
 
 def test_prompts_that_part_inside_a_block_share_its_first_tokens(manager: BlockManager) -> None:
     cache(manager, A + B)
-    other = manager.allocate(A + [B[0], B[1], 99, 98])
+    other = manager.allocate([*A, B[0], B[1], 99, 98])
     assert other.num_cached_tokens == 6
     manager.commit(other)
     manager.check()
     # Both continuations are offered now, and each is found by its own tokens.
-    assert manager.cached_tokens(A + [B[0], B[1], 99]) == 7
+    assert manager.cached_tokens([*A, B[0], B[1], 99]) == 7
     assert manager.cached_tokens(A + B[:3]) == 7
 
 
@@ -309,6 +309,7 @@ def test_equal_contents_are_reused(manager: BlockManager) -> None:
         ([(4, 8, DOG), (8, 12, DOG)], 8),  # the first block shows the same
         ([(4, 8, DOG), (8, 12, CAT)], 8),
         ([(5, 12, DOG)], 4),  # the same image, a token later
+        ([(4, 11, DOG)], 4),  # the same image, cut off a token earlier
         ([(4, 12, DOG), (12, 13, CAT)], 12),
         ([(0, 1, CAT), (4, 12, DOG)], 0),
     ],
@@ -502,7 +503,7 @@ def test_a_lifetime_keeps_what_is_used_again_and_again_over_what_came_once() -> 
     manager = BlockManager(32, 4, eviction="lifetime")
     fresh = count(100)
     for _ in range(1000):
-        cache(manager, A + [next(fresh), 0, 0, 0])
+        cache(manager, [*A, next(fresh), 0, 0, 0])
     assert manager.cached_tokens(A) == 4
 
 

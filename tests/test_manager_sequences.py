@@ -30,7 +30,9 @@ def equal(a: Arrays, b: Arrays) -> bool:
     )
 
 
-def refused(manager: BlockManager, error: Any, call: Callable[[], object], match: str = ".") -> None:
+def refused(
+    manager: BlockManager, error: Any, call: Callable[[], object], match: str = "."
+) -> None:
     """`call` raises `error` and leaves everything as it was."""
     before = manager.snapshot()
     with pytest.raises(error, match=match):

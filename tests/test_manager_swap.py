@@ -283,6 +283,15 @@ def test_swapping_to_the_device_what_is_there_moves_and_changes_nothing(memory: 
     assert equal(memory.manager.snapshot(), before)
 
 
+def test_what_is_wholly_on_the_host_cannot_leave_again(memory: Memory) -> None:
+    sequence = memory.allocate(list(range(8)))
+    memory.swap(sequence, "host")
+    before = memory.manager.snapshot()
+    with pytest.raises(SequenceSwapped, match="on the host already"):
+        memory.manager.swap(sequence, "host")
+    assert equal(memory.manager.snapshot(), before)
+
+
 def test_a_host_too_small_changes_nothing(memory: Memory) -> None:
     manager = memory.manager
     members = family(memory)
@@ -473,9 +482,7 @@ def act(memory: Memory, chance: random.Random) -> None:
         elif operation == "fork" and here and len(live) < 7:
             memory.fork(resident[0])
         elif operation == "append" and here:
-            ids = [
-                [chance.randint(0, 1) for _ in range(chance.randint(0, 5))] for _ in resident
-            ]
+            ids = [[chance.randint(0, 1) for _ in range(chance.randint(0, 5))] for _ in resident]
             memory.append(resident, ids)
         elif operation == "commit" and here:
             manager.commit(resident)
@@ -496,7 +503,7 @@ def act(memory: Memory, chance: random.Random) -> None:
         if operation == "allocate":  # an idle row more is no change
             assert after["device.refs"].tolist() == before["device.refs"].tolist()
         else:
-            assert equal(after, before), refusal
+            assert equal(after, before), refusal  # noqa: PT017
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo"])

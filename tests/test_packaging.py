@@ -22,7 +22,18 @@ import kvpager
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ["kvpager", "kernels", "integrations"]
-OPTIONAL = {"accelerate", "rich", "tqdm", "transformers", "triton", "typer"}
+OPTIONAL = {
+    "accelerate",
+    "hypothesis",
+    "matplotlib",
+    "prometheus_client",
+    "pytest",
+    "rich",
+    "tqdm",
+    "transformers",
+    "triton",
+    "typer",
+}
 BUILD_OUTPUT = {"build", "dist", "__pycache__"}
 TEXT = {".c", ".cfg", ".cpp", ".cu", ".h", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yml"}
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_reuse_tells_lru_from_fifo(tmp_path: Path, policy: str, hits: int) -> No
 def test_prompt_as_long_as_the_pool_fits_and_a_longer_one_is_counted(tmp_path: Path) -> None:
     trace = trace_of(tmp_path, [1, 2, 3], [1, 2, 3], [1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3])
     for result in (replay(trace, 3, "lru"), offline_optimum(trace, 3)):
-        assert (result.hits, result.too_long, result.evicted) == (9, 2, 0)
+        assert (result.hits, result.too_long) == (9, 2)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES])
@@ -170,7 +171,7 @@ def random_trace(seed: int, num_requests: int) -> Trace:
 def best_by_trying(trace: Trace, capacity: int) -> int:
     """The most hits that any choice of what to keep can have."""
     prompts = [tuple(prompt.tolist()) for prompt in trace.prompts]
-    parents = {b: a for prompt in prompts for a, b in zip(prompt, prompt[1:], strict=False)}
+    parents = {b: a for prompt in prompts for a, b in pairwise(prompt)}
 
     @cache
     def most(request: int, kept: frozenset[int]) -> int:
@@ -197,7 +198,7 @@ def test_offline_optimum_is_the_best_there_is(seed: int) -> None:
         assert offline_optimum(trace, capacity).hits == best_by_trying(trace, capacity)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_policy_beats_the_offline_optimum(seed: int) -> None:
     trace = random_trace(100 + seed, 300)
     for capacity in (2, 5, 20, 60):

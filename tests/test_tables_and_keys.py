@@ -286,7 +286,13 @@ def test_equal_blocks_at_different_depths_have_different_keys() -> None:
 
 @pytest.mark.parametrize(
     "shown",
-    [[], [(5, 10, b"other")], [(6, 10, b"image")], [(5, 10, b"image"), (7, 8, b"image")]],
+    [
+        [],
+        [(5, 10, b"other")],
+        [(6, 10, b"image")],
+        [(5, 7, b"image")],
+        [(5, 10, b"image"), (7, 8, b"image")],
+    ],
 )
 def test_other_contents_change_the_keys_from_the_first_block_they_overlap(
     shown: list[tuple[int, int, bytes]],

@@ -12,6 +12,8 @@ from kvpager.testing.memory import Content
 from kvpager.testing.operations import FLAG, OPERATIONS, PICK, begin, make_room, refused
 from kvpager.testing.world import Live, World
 
+__all__ = ["OPERATIONS"]
+
 # -------------------------------------------------------------------- drafts and windows
 
 

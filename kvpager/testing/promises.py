@@ -45,7 +45,7 @@ class ManagerAdapter(Protocol):
 
         commit(handle)                    the KV of all its tokens is written: may be reused now
         fork(handle) -> handle            a second sequence that shares every block
-        copies(handle) -> [(src, dst)]    block copies that `allocate` asked for
+        copies(handle) -> [(src, dst)]    block copies that `allocate` or `fork` asked for
         swap(handle, to) -> [(src, dst)]  to "host" or "device"; with `num_host_blocks: int`
         truncate(handle, length)          forget the tokens from `length` on
         allocate_in(tokens, namespace)    `allocate` for one tenant
@@ -168,8 +168,15 @@ class Session:
                 raise Ended
         self.memory.move(pairs, source, to)
 
-    def attempt(self, function: Callable[[], Any], most: int) -> tuple[bool, Any]:
-        """Make a valid call that takes at most `most` blocks: (was it served, its result)."""
+    def attempt(
+        self, function: Callable[[], Any], most: int, *, is_empty: bool = False
+    ) -> tuple[bool, Any]:
+        """Make a valid call that takes at most `most` blocks: (was it served, its result).
+
+        A call that asks for no token at all (`is_empty`) may be refused by any error.
+        """
+        if is_empty:
+            return self._attempt_empty(function)
         free = self.num_free()
         # A refusal where there is room enough is a broken promise in any case.
         before = self.snapshot() if most > free else None
@@ -186,6 +193,15 @@ class Session:
             promise = "full_pool_refused" if most > free else "served_when_it_fits"
             self.broken(promise, f"raised {error!r}")
             raise Ended from error
+
+    def _attempt_empty(self, function: Callable[[], Any]) -> tuple[bool, Any]:
+        before = self.snapshot()
+        try:
+            return True, function()
+        except Exception as error:
+            if self.snapshot() != before:
+                self.broken("refusal_changes_nothing", f"{error!r} for no tokens changed something")
+            return False, None
 
     def must_refuse(self, promise: str, what: str, function: Callable[[], Any]) -> None:
         """Make a call that no manager may accept."""

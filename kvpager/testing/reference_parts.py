@@ -48,6 +48,7 @@ class NaiveStats:
     num_host_blocks: int
     num_host_free: int
     num_sequences: int
+    num_kept: int = 0  # it has neither pins nor fences
 
 
 def pairs_array(pairs: list[Pair]) -> NDArray[np.int32]:

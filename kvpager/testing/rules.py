@@ -48,7 +48,9 @@ def _blocks(session: Session, num_tokens: int) -> int:
 def allocate(session: Session, tokens: list[int]) -> None:
     """Begin a sequence."""
     most = _blocks(session, len(tokens))
-    served, handle = session.attempt(lambda: session.adapter.allocate(list(tokens)), most)
+    served, handle = session.attempt(
+        lambda: session.adapter.allocate(list(tokens)), most, is_empty=not tokens
+    )
     if served:
         _begin(session, handle, Content(None, tokens))
 
@@ -58,7 +60,9 @@ def allocate_in(session: Session, tokens: list[int], namespace: str | None) -> N
     """Begin a sequence of one tenant."""
     adapter: Any = session.adapter
     most = _blocks(session, len(tokens))
-    served, handle = session.attempt(lambda: adapter.allocate_in(list(tokens), namespace), most)
+    served, handle = session.attempt(
+        lambda: adapter.allocate_in(list(tokens), namespace), most, is_empty=not tokens
+    )
     if served:
         _begin(session, handle, Content(namespace, tokens))
 
@@ -85,7 +89,9 @@ def append(session: Session, pick: int, tokens: list[int]) -> None:
     # One block more than the tokens fill, for the copy of a shared one.
     most = _blocks(session, first + len(tokens)) - first // session.size
     served, copies = session.attempt(
-        lambda: list(session.adapter.append(row.handle, list(tokens))), most
+        lambda: list(session.adapter.append(row.handle, list(tokens))),
+        most,
+        is_empty=not tokens,
     )
     if served:
         session.copy(copies)
@@ -101,9 +107,12 @@ def fork(session: Session, pick: int) -> None:
         return
     adapter: Any = session.adapter
     free = session.num_free()
-    served, handle = session.attempt(lambda: adapter.fork(row.handle), 0)
+    # A block for those that copy the open one at once.
+    served, handle = session.attempt(lambda: adapter.fork(row.handle), 1)
     if served:
         session.rows.append(Row(handle, row.content.copy()))
+        if hasattr(adapter, "copies"):
+            session.copy(session.call("reads_back", lambda: list(adapter.copies(handle))))
         now = session.num_free()
         if now != free:
             session.broken("fork_moves_nothing", f"a fork took {free - now} blocks")

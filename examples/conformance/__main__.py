@@ -1,0 +1,71 @@
+"""Run kvpager's conformance suite on the block managers found here.
+
+    python -m examples.conformance                  # a table: which promise is kept
+    python -m examples.conformance --json           # every finding, with the shortest history
+    python -m examples.conformance vllm_block_pool  # one of them
+
+A manager that is not installed is skipped, with the reason. What was found is in
+docs/conformance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+from importlib import import_module
+
+from kvpager.testing.adapters import BlockManagerAdapter
+from kvpager.testing.findings import Finding, findings
+
+ADAPTERS = ("vllm_block_pool", "sglang_allocator", "transformers_continuous", "nano_vllm")
+SIGNS = {"kept": "kept", "broken": "BROKEN", "not offered": "-"}
+
+
+def kvpager(num_blocks: int, block_size: int) -> BlockManagerAdapter:
+    """The manager whose suite it is."""
+    from kvpager import BlockManager
+
+    return BlockManagerAdapter(BlockManager(num_blocks, block_size))
+
+
+def look(make: object, histories: int) -> list[Finding]:
+    # One block is too few for some of them to be made at all.
+    return findings(make, pools=(2, 14), histories=histories)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("adapters", nargs="*", help=", ".join(ADAPTERS), default=[])
+    parser.add_argument("--histories", type=int, default=100, help="random histories per promise")
+    parser.add_argument("--json", action="store_true", help="a line for each finding")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)  # some managers log what the suite asks for on purpose
+
+    found: dict[str, list[Finding]] = {"kvpager": look(kvpager, options.histories)}
+    for name in options.adapters or ADAPTERS:
+        peer = import_module(f"examples.conformance.{name}")
+        reason = peer.available()
+        if reason is not None:
+            print(f"{name}: skipped, {reason}")
+            continue
+        found[name] = look(peer.make, options.histories)
+    if options.json:
+        for name, results in found.items():
+            for result in results:
+                print(json.dumps({"manager": name, **dataclasses.asdict(result)}))
+        return
+    width = max(map(len, found))
+    for place, first in enumerate(found["kvpager"]):
+        print(f"{first.promise}: {first.meaning}")
+        for name, results in found.items():
+            print(f"    {name:{width}}  {SIGNS[results[place].verdict]}")
+    for name, results in found.items():
+        for result in results:
+            if result.verdict == "broken":
+                print(f"\n{name}: {result}")
+
+
+if __name__ == "__main__":
+    main()
