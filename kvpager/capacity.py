@@ -128,6 +128,7 @@ class Capacity(Views):
             blocks = self._offered_blocks(self._resident_row(sequence))
             if not self._index.policy.retain(blocks, priority, ttl_s):
                 raise ValueError('this policy knows no priorities; use eviction="priority"')
+            self._index.offer_idle(blocks)
 
     def _offered_blocks(self, row: int) -> Int32:
         # Perhaps not its own: an equal prefix may have been offered before.

@@ -10,6 +10,8 @@ import typer
 
 from kvpager.commands import app
 
+__all__ = ["app", "check", "mutants"]
+
 # What "proven" asks for: of the planted bugs, this part must be noticed.
 KILLED_LEAST = 0.95
 _NUM_CPUS = os.cpu_count() or 1

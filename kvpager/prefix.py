@@ -256,6 +256,10 @@ class PrefixIndex:
             assert node is not None
             self._offer(node)
 
+    def offer_idle(self, blocks: Blocks) -> None:
+        """The rank of these blocks changed: queue those that are idle anew. O(blocks)."""
+        self.offer(blocks[self._idle(blocks)])
+
     def _offer(self, node: Node) -> None:
         if node.children or not self._is_idle(tail := int(node.blocks[-1])):
             node.queue.put_aside(node)

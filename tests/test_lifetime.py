@@ -109,7 +109,8 @@ def test_same_calls_same_choices() -> None:
     one, two = (BlockManager(100, BLOCK_SIZE, eviction="lifetime") for _ in range(2))
     assert mixed(one, 0, 600) == mixed(two, 0, 600)
     states = [manager.snapshot() for manager in (one, two)]
-    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+    names = states[0].keys() - {"meta"}  # which holds tickets, different by design
+    assert all(np.array_equal(states[0][name], states[1][name]) for name in names)
 
 
 def test_blocks_of_many_rows_come_one_at_a_time() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpager import BlockManager, OutOfBlocks, StaleSequence
+from kvpager import BlockManager, OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.keys import KEY_BYTES, KeyContext, content_keys
 from kvpager.tables import TableMirror, flash_attention, flashinfer
 
@@ -65,9 +65,11 @@ def test_flashinfer_has_no_word_for_a_block_that_is_away(manager: BlockManager) 
     swapped, slid, whole = (manager.allocate(9) for _ in range(3))
     manager.swap(swapped, "host")
     manager.slide(slid, 5)
-    for away in (swapped, slid):
-        with pytest.raises(ValueError, match="not on the device"):
-            flashinfer(manager, [whole, away])
+    with pytest.raises(ValueError, match="slid away"):
+        flashinfer(manager, [whole, slid])
+    for make in (flashinfer, flash_attention):
+        with pytest.raises(SequenceSwapped):
+            make(manager, [whole, swapped])
 
 
 def test_tables_of_a_freed_sequence_are_refused(manager: BlockManager) -> None:

@@ -42,7 +42,8 @@ class ForgetsTheCopy(BlockManager):
 
 
 def forgetful(setup: Setup) -> BlockManager:
-    return ForgetsTheCopy(setup.num_blocks, setup.block_size, setup.num_host_blocks)
+    sizes = (setup.num_blocks, setup.block_size, setup.num_host_blocks)
+    return ForgetsTheCopy(*sizes, null_block=setup.null_block)
 
 
 def naive(setup: Setup) -> NaiveManager:
@@ -103,21 +104,21 @@ def test_a_seed_gives_the_same_run_in_another_process() -> None:
 
 
 def test_a_failing_history_is_shrunk_and_still_fails() -> None:
-    report = simulate(0, 3_000, make_manager=forgetful)
+    report = simulate(3, 3_000, make_manager=forgetful)
     assert report.failure is not None
     assert report.failure.law == "reads back"
     assert len(report.history) <= 4
     again = replay_report(report, make_manager=forgetful)
     assert again == report.failure
     assert replay_report(report) is None  # the sound manager keeps the law in that history
-    assert str(simulate(0, 3_000, make_manager=forgetful)) == str(report)
+    assert str(simulate(3, 3_000, make_manager=forgetful)) == str(report)
 
 
 def test_a_failure_is_printed_with_its_seed(capsys: pytest.CaptureFixture[str]) -> None:
     steps: list[int] = []
-    summary = run(1_000, 0, progress=steps.append, make_manager=forgetful)
+    summary = run(3_000, 3, progress=steps.append, make_manager=forgetful)
     printed = capsys.readouterr().out
-    assert printed.startswith("seed 0: ")
+    assert printed.startswith("seed 3: ")
     assert "are enough" in printed
     assert "append(picks=" in printed
     assert len(summary.failures) == 1

@@ -168,6 +168,7 @@ class NaiveManager:
     ) -> NDArray[np.int64]:
         """Flat slots of tokens `start` to `stop`, int64 [tokens]."""
         [row] = self.named(sequence)
+        self.refuse_swapped([row])
         end = len(row) if stop is None else stop
         size = self.block_size
         return np.array(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kvpager.errors import OutOfBlocks
+from kvpager.manager import BlockManager
 from kvpager.testing.histories import Operation, Violation
 from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.setups import Setup
@@ -76,6 +77,7 @@ class World:
         self.num_drafting = 0
         self.pending: list[Any] = []  # plans that the manager gave and nobody has carried out
         self.pins: list[int] = []
+        self.num_reserved = int(setup.null_block and isinstance(manager, BlockManager))
         self.freed: list[Any] = []
         self.published: set[int] = set()
         self.touched: list[Live] = []
@@ -121,7 +123,7 @@ class World:
             self.manager.unpin(self.pins.pop())
         self.rows, self.num_swapped, self.num_drafting = [], 0, 0
         stats = self.manager.stats()
-        num_blocks = stats.num_blocks - self.setup.null_block
+        num_blocks = stats.num_blocks - self.num_reserved
         self.require(
             "blocks add up",
             stats.num_free + stats.num_cached == num_blocks
@@ -218,17 +220,18 @@ class World:
     def copied(self, work: Any, later: bool = False) -> None:
         """The copies of a step or new sequence are made; say so now, or some time. O(copies)."""
         self.memory.copy(work.copies)
-        if work.ticket:
+        if getattr(work, "ticket", 0):
             self._complete(work, later)
 
     def carry_out(self, plan: Any, later: bool = False) -> None:
         """Make a plan's copies, where there are fences perhaps later. O(copies)."""
-        if later and plan.ticket and plan.destination == "host":
+        ticket = getattr(plan, "ticket", 0)
+        if later and ticket and plan.destination == "host":
             self.pending.append(plan)
             return
         self.complete_all()
         self.memory.apply(plan)
-        if plan.ticket:
+        if ticket:
             self.manager.complete(plan)
 
     def _complete(self, work: Any, later: bool) -> None:
@@ -282,7 +285,7 @@ class World:
             "blocks add up",
             held == stats.num_held
             and stats.num_free + stats.num_held + stats.num_cached + stats.num_kept
-            == stats.num_blocks - self.setup.null_block
+            == stats.num_blocks - self.num_reserved
             and stats.num_sequences == len(self.rows),
             f"{held} blocks in {len(self.rows)} tables, but {stats}",
         )
