@@ -1,8 +1,8 @@
 """What the control plane costs: one thread, 16-token blocks, medians, a JSON line each.
 
-    python benchmarks/control_plane.py                  # every figure, and the peers found
-    python benchmarks/control_plane.py --only decode    # those named so
-    python benchmarks/control_plane.py --sizes          # at 1,000 to 1,000,000 blocks, and memory
+    python -m benchmarks.control_plane                  # every figure, and the peers found
+    python -m benchmarks.control_plane --only decode    # those named so
+    python -m benchmarks.control_plane --sizes          # at 1,000 to 1,000,000 blocks, and memory
 
 Peers that can be imported are measured in the same run, see `benchmarks/peers/`; those that have an
 environment of their own by --peer-python PATH.
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.peers import MODULES
 from kvpager import BlockManager
 from kvpager.keys import KeyContext, content_keys
 from kvpager.pool import BlockPool
@@ -115,7 +116,7 @@ def cold_insert(num_blocks: int) -> Iterator[Figure]:
     per_prompt = 2048 // BLOCK_SIZE
     num_prompts = 2 * (num_blocks // per_prompt)
     ids = random_ids(num_prompts * 2048).reshape(num_prompts, 2048)
-    for policy in ("lru",):
+    for policy in ("lru", "lifetime"):
         manager = BlockManager(num_prompts // 2 * per_prompt, BLOCK_SIZE, eviction=policy)
         prompts = itertools.cycle(ids)
 
@@ -155,10 +156,23 @@ SUITES = (alloc_free, decode, fork_free, prefix_hit, cold_insert, content_key)
 
 
 def peers(pythons: list[str]) -> None:
-    """Measure the peers that each of these interpreters can import, one after the other."""
+    """Measure each peer once, by the first of these interpreters that can import it."""
     root = Path(__file__).resolve().parent.parent
+    missing = dict.fromkeys(MODULES, "")
     for python in pythons:
-        subprocess.run([python, "-B", "-m", "benchmarks.peers"], cwd=root, check=False)
+        command = [python, "-B", "-m", "benchmarks.peers", *missing]
+        lines = subprocess.run(command, cwd=root, check=False, stdout=subprocess.PIPE, text=True)
+        for line in filter(str.strip, lines.stdout.splitlines()):
+            found = json.loads(line)
+            if "skipped" in found:
+                missing[found["module"]] = line
+            else:
+                missing.pop(found.pop("module"), None)
+                print(json.dumps(found), flush=True)
+        if not missing:
+            return
+    for line in missing.values():
+        print(line, flush=True)
 
 
 def main() -> None:

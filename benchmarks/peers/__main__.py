@@ -15,10 +15,11 @@ def main(names: list[str]) -> None:
         peer = import_module(f"benchmarks.peers.{name}")
         reason = peer.available()
         if reason is not None:
-            print(json.dumps({"peer": peer.NAME, "skipped": reason}), flush=True)
+            print(json.dumps({"peer": peer.NAME, "module": name, "skipped": reason}), flush=True)
             continue
         for figure, value, unit in peer.figures():
             line = {"name": figure, "value": round(value, 1), "unit": unit, "peer": peer.NAME}
+            line["module"] = name
             print(json.dumps(line), flush=True)
 
 

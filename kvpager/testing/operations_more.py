@@ -35,8 +35,8 @@ def draft(world: World, pick: int, tokens: list[int], by_ids: bool) -> None:
     row.content.extend(new)
     if by_ids and row.num_known == first:
         row.num_known += len(new)
-    if row.window:
-        row.start = max(row.start, first - row.window + 1)
+    if row.window:  # which moves with what is settled
+        row.start = max(row.start, first - row.num_drafts - row.window + 1)
     world.num_drafting += not row.num_drafts
     row.num_drafts += len(new)
     world.write(row, first, step.slots)
