@@ -238,12 +238,12 @@ class BlockManager(Capacity):
         offsets, filled = starts & mask, (starts + mask) >> shift
         num_fresh = ((ends + mask) >> shift) - filled
         total_fresh = int(num_fresh.sum())
-        self._refuse_beyond_pool(total_fresh)
-        table.reserve((longest + mask) >> shift, 0)
         growing = num_fresh.nonzero()[0]
         leaving, tails = self._shared_tails(rows, starts >> shift, (offsets > 0) & (num_new != 0))
         total = num_new * len(rows) if isinstance(num_new, int) else int(num_new.sum())
         num_taken = len(leaving) + total_fresh
+        self._refuse_beyond_pool(num_taken)
+        table.reserve((longest + mask) >> shift, 0)
 
         copies = np.empty((len(leaving), 2), np.int32) if len(leaving) else NO_COPIES
         step = Step(np.empty(total, np.int64), copies, self._fences.ticket(copies))

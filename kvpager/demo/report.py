@@ -22,8 +22,10 @@ MAP_CELLS_MAX = 96
 CELLS = {
     BlockState.SHARED: ("S", "black on green", "shared by several sequences"),
     BlockState.HELD: ("o", "black on cyan", "held by one"),
+    BlockState.KEPT: ("k", "black on magenta", "kept back: pinned, or a copy is under way"),
     BlockState.CACHED: ("c", "black on yellow", "cached only, for later prompts"),
     BlockState.FREE: (".", "dim", "free"),
+    BlockState.RESERVED: ("0", "dim", "the null block"),
 }
 
 

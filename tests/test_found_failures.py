@@ -1,0 +1,23 @@
+"""Histories that once broke a law, found by the simulator and the reviews; none may again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvpager.testing.histories import replay
+from kvpager.testing.operations_more import OPERATIONS
+from kvpager.testing.setups import Setup, make_block_manager
+from kvpager.testing.world import World
+
+FOUND = json.loads((Path(__file__).parent / "found" / "histories.json").read_text())
+
+
+@pytest.mark.parametrize("found", FOUND, ids=lambda found: found["name"])
+def test_it_stays_mended(found: dict) -> None:
+    setup = Setup(**{**found["setup"], "namespaces": tuple(found["setup"]["namespaces"])})
+    history = [(name, tuple(arguments)) for name, arguments in found["history"]]
+    assert all(name in OPERATIONS for name, _ in history)
+    assert replay(history, OPERATIONS, World(setup, make_block_manager(setup))) is None
