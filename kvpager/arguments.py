@@ -85,7 +85,11 @@ def label(name: str, value: str | None) -> None:
 def contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
     """What stands behind a prompt's placeholders; see `kvpager.radix.Contents`."""
     found = []
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"contents {value!r}: expected a list of (start, stop, digest)")
     for item in value:
+        if not isinstance(item, tuple | list) or len(item) != 3:
+            raise TypeError(f"content {item!r}: expected (start, stop, digest)")
         start, stop, digest = item
         if not isinstance(digest, bytes) or not digest:
             raise TypeError(
@@ -99,7 +103,12 @@ def contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
 
 def token_ids(value: ArrayLike) -> Int32:
     """One-dimensional token ids as int32."""
-    ids = np.asarray(value)
+    if value is None:
+        raise TypeError("token ids None: expected a list of ints, or a count")
+    try:
+        ids = np.asarray(value)
+    except ValueError:
+        raise ValueError("token ids of several lengths: expected one flat list of ids") from None
     if ids.ndim != 1:
         raise ValueError(f"token ids of shape {ids.shape}: expected one dimension")
     if not ids.size:

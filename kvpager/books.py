@@ -55,6 +55,8 @@ class Books:
         policy = make_policy(eviction, num_blocks) if isinstance(eviction, str) else eviction
         if getattr(policy, "num_blocks", num_blocks) != num_blocks:
             raise ValueError(f"eviction: this policy was not made for {num_blocks} blocks")
+        if isinstance(policy, type) or not hasattr(policy, "needs_fingerprints"):
+            raise TypeError(f"eviction {eviction!r}: expected a name or an EvictionPolicy")
         events = arguments.count("num_events", num_events)
         self._events = EventLog(events) if events else None
         self._index = PrefixIndex(self._pool, policy, self._events)
@@ -124,7 +126,9 @@ class Books:
     def _refuse_drafts(self, rows: Int64) -> None:
         drafting = rows[self._rows.drafts[rows] > 0]
         if len(drafting):
-            raise ValueError(f"sequence {drafting[0]} has drafts; accept or reject them first")
+            raise ValueError(
+                f"sequence {drafting[0]} has drafts; accept(sequence, counts) first (0: none)"
+            )
 
     # ---------------------------------------------------------------- take and give back
 
@@ -167,8 +171,10 @@ class Books:
         need = quotas.by_owner(owners)
         refusal = quotas.refusal(need, quotas.count(revived), pool)
         if refusal is not None:
-            count, evictable, advice = refusal
-            raise OutOfBlocks(count, pool.num_free, evictable, pool.num_blocks, advice=advice)
+            count, evictable, advice, missing = refusal
+            raise OutOfBlocks(
+                count, pool.num_free, evictable, pool.num_blocks, advice=advice, missing=missing
+            )
         return need
 
     def _evict_for(self, count: int, need: Int64 | None) -> None:

@@ -19,7 +19,8 @@ class KVPagerError(Exception):
 class OutOfBlocks(KVPagerError):
     """A tier cannot give the blocks an operation needs. Nothing has changed.
 
-    Attributes: `need`, `free`, `evictable` and `total`, in blocks; `tier` and `advice`.
+    Attributes: `need`, `free`, `evictable` and `total`, in blocks; `tier` and `advice`; `missing`,
+    how many blocks more would have to be freed, such as `BlockManager.victims` is asked for.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class OutOfBlocks(KVPagerError):
         total: int,
         tier: str = "device",
         advice: str = "free a sequence or raise num_blocks",
+        missing: int | None = None,
     ) -> None:
         super().__init__(
             f"need {need} {tier} block{'s' if need != 1 else ''}, {free} free, "
@@ -41,11 +43,12 @@ class OutOfBlocks(KVPagerError):
         self.total = total
         self.tier = tier
         self.advice = advice
+        self.missing = max(need - free - evictable, 0) if missing is None else missing
 
     def __reduce__(self) -> tuple[type[OutOfBlocks], tuple[object, ...]]:
         # Exceptions are rebuilt from their message, which is not what this one is made from.
         made_from = (self.need, self.free, self.evictable, self.total, self.tier, self.advice)
-        return type(self), made_from
+        return type(self), (*made_from, self.missing)
 
 
 class StaleSequence(KVPagerError):

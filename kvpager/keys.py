@@ -39,11 +39,14 @@ class KeyContext:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises: `TypeError` for names that are not strings."""
+        """Raises: `TypeError` for names that are not strings, `ValueError` for a bad secret."""
         for name in ("layout", "model"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} {getattr(self, name)!r}: expected a str")
         arguments.label("adapter", self.adapter)
+        secret = self.secret
+        if not isinstance(secret, bytes) or (secret and not 16 <= len(secret) <= 64):
+            raise ValueError("secret: expected 16 to 64 bytes, or none")
 
 
 def content_keys(
@@ -59,10 +62,7 @@ def content_keys(
     tokens = arguments.token_ids(ids)
     block_size = arguments.block_size(block_size)
     shown = arguments.contents(contents, len(tokens))
-    secret = context.secret
-    if not isinstance(secret, bytes) or (secret and not 16 <= len(secret) <= 64):
-        raise ValueError("secret: expected 16 to 64 bytes, or none")
-    key = _root(context, block_size)
+    key, secret = _root(context, block_size), context.secret
     # One digest a block: its own bytes and the key before it. Little-endian on every machine.
     data = np.ascontiguousarray(tokens, "<i4").tobytes()
     step, keys = 4 * block_size, []

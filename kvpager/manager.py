@@ -562,14 +562,19 @@ class BlockManager(Capacity):
 
     @classmethod
     def restore(
-        cls, arrays: Mapping[str, NDArray[Any]], *, eviction: EvictionPolicy | None = None
+        cls,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        eviction: EvictionPolicy | None = None,
+        num_events: int = 0,
     ) -> BlockManager:
         """A manager equal to the one that `snapshot` was taken of. O(blocks + tokens).
 
         `eviction`: an empty policy of the same kind, where it is not one of kvpager's.
+        `num_events`: as in `BlockManager`; it is not part of a snapshot.
         Raises: `ValueError` where `arrays` are not a whole, lawful snapshot.
         """
-        return snapshot.restore(cls, arrays, eviction)
+        return snapshot.restore(cls, arrays, eviction, num_events)
 
 
 def _identity(

@@ -51,14 +51,6 @@ def leaving_device(
     return Leaving(blocks[order], holders[order].astype(np.int32))
 
 
-def num_alone(table: SequenceTable, device: BlockPool, rows: list[int]) -> int:
-    """How many device blocks nobody but `rows` holds. O(blocks)."""
-    entries, _ = _entries(table, np.array(rows, np.int64))
-    blocks, holders = np.unique(entries[entries >= 0], return_counts=True)
-    freed = (holders == device.refs[blocks]) & (device.holds[blocks] == 0)
-    return int(np.count_nonzero(freed))
-
-
 def leaving_host(
     table: SequenceTable, host: BlockPool, rows: list[int], at_most: int | None
 ) -> Leaving:

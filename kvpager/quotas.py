@@ -98,8 +98,10 @@ class Quotas:
 
     # ---------------------------------------------------------------- what may be taken
 
-    def refusal(self, need: Int64, revived: Int64, pool: BlockPool) -> tuple[int, int, str] | None:
-        """Why `need` blocks of each owner cannot be had: (need, evictable, advice), or None.
+    def refusal(
+        self, need: Int64, revived: Int64, pool: BlockPool
+    ) -> tuple[int, int, str, int] | None:
+        """Why `need` blocks of each owner cannot be had: (need, evictable, advice, missing).
 
         `revived`: cached blocks of each owner that the same call is about to hold. O(owners).
         """
@@ -108,13 +110,18 @@ class Quotas:
             ceiling = self.limits[namespace].ceiling
             over = self._used[number] + need[number] - evictable[number]
             if ceiling is not None and need[number] and over > ceiling:
-                advice = f"namespace {namespace!r} may have {ceiling} blocks; raise its quota"
-                return int(need[number]), int(evictable[number]), advice
+                advice = (
+                    f"namespace {namespace!r} may have {ceiling} blocks: free or swap a sequence "
+                    "of it, or raise its ceiling"
+                )
+                return int(need[number]), int(evictable[number]), advice, int(over) - ceiling
         total = int(need.sum())
         can_leave = int((evictable - self._guarded(need, revived, evictable)).sum())
         kept = int(np.maximum(self._unmet(need, revived) - evictable, 0).sum())
-        if total > pool.num_free - kept + can_leave:
-            return total, can_leave, "other namespaces' floors keep the rest; free a sequence"
+        missing = total - (pool.num_free - kept + can_leave)
+        if missing > 0:
+            advice = "the floors of other namespaces keep the rest; free a sequence"
+            return total, can_leave, advice, missing
         return None
 
     def forced(self, need: Int64) -> Int64:

@@ -65,6 +65,17 @@ class Sequence:
         """A handle is true, however short its sequence."""
         return True
 
+    def __eq__(self, other: object) -> bool:
+        """Handles of the same sequence are equal. O(1)."""
+        return isinstance(other, Sequence) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[int, int, int]:
+        return id(self._manager), self._row, self._generation
+
     def __repr__(self) -> str:
         try:
             state = f"{len(self)} tokens"
@@ -319,4 +330,9 @@ def ranks(counts: Int64) -> Int64:
 
 def listed(target: Sequence | Batch | Iterable[Sequence]) -> Sequence | Batch | list[Sequence]:
     """The sequences named, once: whatever an iterable does, it does before anything is decided."""
-    return target if isinstance(target, Sequence | Batch) else list(target)
+    if isinstance(target, Sequence | Batch):
+        return target
+    if not isinstance(target, Iterable):
+        kind = type(target).__name__
+        raise TypeError(f"expected a Sequence, several of them, or a batch, got {kind}")
+    return list(target)

@@ -71,13 +71,18 @@ def take(manager: BlockManager) -> Arrays:
 
 
 def restore(
-    cls: type[BlockManager], arrays: Mapping[str, NDArray[Any]], eviction: EvictionPolicy | None
+    cls: type[BlockManager],
+    arrays: Mapping[str, NDArray[Any]],
+    eviction: EvictionPolicy | None,
+    num_events: int,
 ) -> BlockManager:
     """A manager that knows what `arrays` say. O(blocks + tokens).
 
     Raises: `ValueError` where they are not a snapshot, or one that breaks a law.
     """
     try:
+        if "meta" not in arrays:
+            raise ValueError("array 'meta' is missing")
         meta = json.loads(bytes(np.asarray(arrays["meta"], np.uint8)))
         if meta["version"] != _VERSION:
             raise ValueError(f"version {meta['version']}, and this kvpager reads {_VERSION}")
@@ -92,6 +97,7 @@ def restore(
             eviction=eviction or meta["eviction"],
             null_block=bool(meta["null_block"]),
             fences=bool(meta["fences"]),
+            num_events=num_events,
         )
         _fill(manager, arrays, meta)
         manager.check()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from kvpager import arguments
+
 if TYPE_CHECKING:
     from kvpager.manager import BlockManager
 
@@ -56,10 +58,17 @@ class Stats:
 class Metrics:
     """A manager's stats for `prometheus_client`: `REGISTRY.register(Metrics(manager))`.
 
-    Needs the extra `kvpager[metrics]`. `block_bytes` turns swapped blocks into bytes.
+    Needs the extra `kvpager[metrics]`. With `block_bytes` (`BlockStorage.block_bytes`, say) the
+    bytes swapped are told, too. Several managers of a process need a `prefix` each.
     """
 
-    def __init__(self, manager: BlockManager, block_bytes: int, prefix: str = "kvpager") -> None:
+    def __init__(
+        self, manager: BlockManager, block_bytes: int | None = None, prefix: str = "kvpager"
+    ) -> None:
+        if block_bytes is not None:
+            block_bytes = arguments.count("block_bytes", block_bytes, at_least=1)
+        if not prefix.isidentifier():
+            raise ValueError(f"prefix {prefix!r}: expected letters, digits and underscores")
         self._manager = manager
         self._block_bytes = block_bytes
         self._prefix = prefix
@@ -97,6 +106,8 @@ class Metrics:
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(self._name(name), text, value=value)
+        if self._block_bytes is None:
+            return
         swapped = CounterMetricFamily(
             self._name("swap_bytes"), "Bytes swapped to a tier.", labels=["tier"]
         )

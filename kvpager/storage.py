@@ -68,6 +68,8 @@ class BlockStorage:
         """
         self._block_size = arguments.block_size(block_size)
         self._layers = _layer_shapes(layers)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype {dtype!r}: expected a torch.dtype, such as torch.float32")
         if not dtype.is_floating_point:
             raise TypeError(f"dtype is {dtype}; pass a floating dtype such as torch.bfloat16")
         num_blocks = arguments.count("num_blocks", num_blocks, at_least=1)
@@ -172,6 +174,9 @@ class BlockStorage:
         on the current stream, and this call waits for those whose bytes the host may read next.
         `ValueError` for a block that does not exist.
         """
+        if not isinstance(plan, Plan):
+            kind = type(plan).__name__
+            raise TypeError(f"expected a Plan, got {kind}; for a step, use copy(step.copies)")
         source, destination = self.tier(plan.source), self.tier(plan.destination)
         if len(plan) == 0:
             return

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager import arguments, invariants, moves
+from kvpager import arguments, invariants
 from kvpager.books import Books, Target
 from kvpager.errors import OutOfBlocks
 from kvpager.events import Event
@@ -146,32 +146,36 @@ class Views(Books):
         """Device blocks that freeing each sequence alone would give back, int64 [n]. O(blocks)."""
         named = listed(sequences)
         with self._lock:
-            rows = self._resolve(named).tolist()
-            return np.array([self._num_alone([row]) for row in rows], np.int64)
+            pool, rows = self._pool, self._resolve(named).tolist()
+            blocks = [self._rows.device_blocks(row) for row in rows]
+            alone = [(pool.refs[own] == 1) & (pool.holds[own] == 0) for own in blocks]
+            return np.array([np.count_nonzero(each) for each in alone], np.int64)
 
     def victims(self, sequences: Target, need: int) -> list[Sequence]:
         """The first of `sequences`, least important first, whose leaving frees `need` blocks.
 
-        Counts blocks that only those chosen hold, so a family of forks counts when all of it goes.
-        For preemption: swap them, or free them with `publish`. O(blocks * chosen).
+        For preemption: swap them, or free them with `publish`. `OutOfBlocks.missing` says how many
+        to ask for. Counts blocks that only those chosen hold, so a family of forks counts when all
+        of it goes. Quotas are not looked at: at a ceiling, name sequences of that namespace only.
+        O(blocks of those chosen).
         Raises: `OutOfBlocks` where even all are not enough, `StaleSequence`.
         """
         need = arguments.count("need", need)
         named = listed(sequences)
         with self._lock:
-            rows, found = self._resolve(named).tolist(), 0
-            chosen: list[int] = []
-            while found < need and len(chosen) < len(rows):
-                chosen.append(rows[len(chosen)])
-                found = self._num_alone(chosen)
+            pool, rows, found = self._pool, self._resolve(named).tolist(), 0
+            seen, chosen = np.zeros(pool.num_blocks, np.int32), 0
+            while found < need and chosen < len(rows):
+                blocks = self._rows.device_blocks(rows[chosen])
+                seen[blocks] += 1
+                is_last = (seen[blocks] == pool.refs[blocks]) & (pool.holds[blocks] == 0)
+                found += int(np.count_nonzero(is_last))
+                chosen += 1
             if found < need:
-                raise OutOfBlocks(
-                    need, found, 0, self.num_blocks, advice="name more sequences, or need fewer"
-                )
-            return [self._handle(row) for row in chosen]
-
-    def _num_alone(self, rows: list[int]) -> int:
-        return moves.num_alone(self._rows, self._pool, rows)
+                advice = "so many would those named give back; name more of them"
+                raise OutOfBlocks(need, found, 0, pool.num_blocks, advice=advice)
+            handles = [self._handle(row) for row in rows] if isinstance(named, Batch) else named
+            return [handles] if isinstance(handles, Sequence) else handles[:chosen]
 
     # ---------------------------------------------------------------- the whole
 

@@ -762,7 +762,7 @@ def test_a_namespace_gets_no_more_than_its_ceiling() -> None:
     manager = BlockManager(8, 4)
     manager.set_quota("acme", ceiling=3)
     manager.allocate(12, namespace="acme")
-    with pytest.raises(OutOfBlocks, match="namespace 'acme' may have 3 blocks; raise its quota"):
+    with pytest.raises(OutOfBlocks, match="namespace 'acme' may have 3 blocks: free or swap"):
         manager.allocate(1, namespace="acme")
     assert manager.namespace_blocks("acme") == 3
     assert room(manager, "other") == room(manager, None) == 5
@@ -787,7 +787,7 @@ def test_nobody_else_can_take_a_floor() -> None:
     assert room(manager, "other") == room(manager, None) == 5
     assert room(manager, "acme") == 8
     manager.allocate(20)
-    with pytest.raises(OutOfBlocks, match="floors keep the rest"):
+    with pytest.raises(OutOfBlocks, match="floors of other namespaces keep the rest"):
         manager.allocate(1, namespace="other")
     manager.allocate(12, namespace="acme")
     manager.check()
@@ -819,7 +819,7 @@ def test_sharing_a_cached_prefix_cannot_undercut_anothers_floor() -> None:
     cache(manager, A + B, "other")
     manager.allocate(8, namespace="other")
     manager.set_quota("acme", floor=2)
-    with pytest.raises(OutOfBlocks, match="floors keep the rest"):
+    with pytest.raises(OutOfBlocks, match="floors of other namespaces keep the rest"):
         manager.allocate([*A, *B, 1], namespace="other")
     assert room(manager, "acme") == 2
 

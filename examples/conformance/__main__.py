@@ -37,10 +37,13 @@ def look(make: object, histories: int) -> list[Finding]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("adapters", nargs="*", help=", ".join(ADAPTERS), default=[])
+    parser.add_argument("adapters", nargs="*", metavar="ADAPTER", help=", ".join(ADAPTERS))
     parser.add_argument("--histories", type=int, default=100, help="random histories per promise")
     parser.add_argument("--json", action="store_true", help="a line for each finding")
     options = parser.parse_args()
+    for name in options.adapters:
+        if name not in ADAPTERS:
+            parser.error(f"{name}: choose from {', '.join(ADAPTERS)}")
     logging.disable(logging.WARNING)  # some managers log what the suite asks for on purpose
 
     found: dict[str, list[Finding]] = {"kvpager": look(kvpager, options.histories)}

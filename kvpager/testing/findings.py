@@ -11,7 +11,7 @@ from random import Random
 from typing import Literal
 
 from kvpager.testing.histories import Failure, History, describe, offered, replay, shrink
-from kvpager.testing.promises import PROMISES, ManagerAdapter, Session, is_offered
+from kvpager.testing.promises import PROMISES, ManagerAdapter, Session, check_adapter, is_offered
 from kvpager.testing.rules import RULES
 
 MakeAdapter = Callable[[int, int], ManagerAdapter]
@@ -75,8 +75,16 @@ def findings(
     Each promise is looked at alone, so that a manager which breaks one is still asked for the
     others. O(promises * histories * length).
     """
+    wanted = list(promises)
+    unknown = [promise for promise in wanted if promise not in PROMISES]
+    if unknown or not 1 <= pools[0] <= pools[1] or histories < 1 or length < 1:
+        raise ValueError(
+            f"promises {unknown}, pools {pools}, histories {histories}, length {length}: expected "
+            "names from PROMISES, 1 <= least <= most, and at least one operation"
+        )
+    check_adapter(make_adapter(pools[1], block_size))
     plan = _Plan(make_adapter, block_size, pools, histories, length, seed)
-    return [_look(plan, promise) for promise in promises]
+    return [_look(plan, promise) for promise in wanted]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,15 @@
+"""About a minute of the seeded simulator; `kvpager check --operations 1e7` is the long run."""
+
+from __future__ import annotations
+
+from kvpager.testing.simulator import run
+
+
+def test_no_law_is_broken_in_many_random_histories() -> None:
+    summary = run(400_000, seed=0, processes=2)
+    assert not summary.failures, "\n".join(map(str, summary.failures))
+    assert summary.num_operations == 400_000
+    assert summary.num_seeds == 80
+    # It must have come to what is rare: refusals, hits, restarts, shrinking, shared swaps.
+    for name in ("refused", "hits", "restart", "shrink", "swap_some", "accept", "preempt"):
+        assert summary.counts[name] > 100, name
