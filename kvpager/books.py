@@ -223,12 +223,18 @@ class Books:
         parked: list[tuple[str | None, Int32]] | None = None,
     ) -> None:
         self._pool.watch(self._quotas if limits else None)
+        self._quotas.recount(limits, self._pool, self._owned(parked))
+        self._index.set_queues(limits)
+
+    def _owned(
+        self, parked: list[tuple[str | None, Int32]] | None = None
+    ) -> list[tuple[str | None, Int32]]:
+        """Whose all blocks in use are: held, offered, or parked until a copy is made. O(blocks)."""
         rows = self._rows
         held = [(rows.prompt(row).namespace, rows.device_blocks(row)) for row in rows.live_rows()]
         if parked is None:
             parked = self._quotas.parked(self._pool)
-        self._quotas.recount(limits, self._pool, [*held, *self._index.owned(), *parked])
-        self._index.set_queues(limits)
+        return [*held, *self._index.owned(), *parked]
 
     def _owners(self, who: Iterable[Prompt], counts: Iterable[int]) -> Int64 | None:
         """Under whose number each block to take is counted; None where nobody has a quota."""

@@ -23,11 +23,15 @@ class Capacity(Views):
     def grow(self, num_blocks: int) -> None:
         """Raise the device pool to `num_blocks`; no block moves. O(num_blocks).
 
-        Raises: `ValueError` where that is less than there are.
+        Raises: `ValueError` where that is less than there are, or a plan of `shrink` is not
+        completed.
         """
         with self._lock:
             least = self._pool.num_blocks
-            self._resize(arguments.count("num_blocks", num_blocks, at_least=least), NO_COPIES)
+            num_blocks = arguments.count("num_blocks", num_blocks, at_least=least)
+            if self._fences.cut_off:
+                raise ValueError("complete the plan of `shrink` first: it reads what was cut off")
+            self._resize(num_blocks, NO_COPIES)
 
     def shrink(self, num_blocks: int) -> Plan:
         """Lower the device pool to `num_blocks`; blocks beyond move to free ones. O(num_blocks).
@@ -55,10 +59,8 @@ class Capacity(Views):
             if excess > can_leave:
                 need = room + excess - can_leave
                 raise OutOfBlocks(need, room, 0, pool.num_blocks, "remaining device")
-            if self._quotas.floors > room:
-                raise ValueError(
-                    f"num_blocks {num_blocks}: floors promise {self._quotas.floors} blocks"
-                )
+            if self._quotas.shortfall(pool, fewer=pool.num_blocks - num_blocks) > 0:
+                raise ValueError(f"num_blocks {num_blocks}: too few for what floors promise")
             num_beyond = int(np.count_nonzero(pool.in_use()[num_blocks:]))
             copies = np.empty((num_beyond, 2), np.int32)
             plan = Plan(copies, "device", "device", self._fences.ticket(copies))
@@ -89,26 +91,38 @@ class Capacity(Views):
 
     # ---------------------------------------------------------------- what stays
 
-    def complete(self, work: Plan | Step | Sequence) -> None:
+    def complete(self, work: Plan | Step | Sequence | int) -> None:
         """The copies of a plan, step or new sequence are made: let their blocks go. O(copies).
 
-        Needed with `fences=True` only; without it, or without copies, there is nothing to do.
+        Needed with `fences=True` only; without it, or without copies, there is nothing to do. A
+        ticket of `tickets` will do as well.
         Raises: `ValueError` where they were completed already, or are of another manager.
         """
-        if not isinstance(work, Plan | Step | Sequence):
-            raise TypeError(f"expected a plan, step or sequence, got {type(work).__name__}")
+        ticket = work if isinstance(work, int) else getattr(work, "ticket", None)
+        if ticket is None or isinstance(work, bool):
+            raise TypeError(f"expected a plan, step, sequence or ticket, got {type(work).__name__}")
         with self._lock:
-            if work.ticket:
-                self._index.retire(self._fences.complete(work.ticket))
+            if ticket:
+                self._index.retire(self._fences.complete(ticket))
+
+    def tickets(self) -> list[int]:
+        """Tickets of all unfinished copies, oldest first: after a restore, say. O(copies)."""
+        with self._lock:
+            return sorted(self._fences.in_flight)
 
     def pin(self, sequence: Sequence) -> int:
         """Keep what the index offers of this sequence, also when it is freed. O(blocks).
 
-        Returns the ticket for `unpin`. Raises: `StaleSequence`, `SequenceSwapped`.
+        Returns the ticket for `unpin`. Raises: `StaleSequence`, `SequenceSwapped`, `ValueError`
+        where other namespaces' floors need the blocks.
         """
         with self._lock:
-            row = self._resident_row(sequence)
-            return self._fences.pin(self._offered_blocks(row))
+            blocks = self._offered_blocks(self._resident_row(sequence))
+            pool = self._pool
+            idle = (pool.refs[blocks] == 0) & (pool.holds[blocks] == 0)
+            if self._quotas.shortfall(pool, fewer=int(np.count_nonzero(idle))) > 0:
+                raise ValueError("too few blocks would be left for what floors promise")
+            return self._fences.pin(blocks)
 
     def unpin(self, ticket: int) -> None:
         """End a pin. O(blocks). Raises: `ValueError` for a ticket that is not one, or was used."""
@@ -147,27 +161,41 @@ class Capacity(Views):
             floor: blocks its sequences can always get; what is cached within it nobody else evicts.
             ceiling: the most blocks it may have, held and cached; beyond, it evicts its own.
 
-        Raises: `ValueError` where the floors exceed the pool, or the namespace has more than
-        `ceiling` blocks held already.
+        Raises: `ValueError` where the floors promise more than can be had, or the namespace holds
+        more than `ceiling` blocks already.
         """
         arguments.label("namespace", namespace)
         floor = arguments.count("floor", floor)
         if ceiling is not None:
             ceiling = arguments.count("ceiling", ceiling, at_least=max(floor, 1))
         with self._lock:
-            before = self._quotas.limits
-            limits = {**before, namespace: Quota(floor, ceiling)}
-            room = self.num_blocks - self._pool.num_reserved
-            if sum(quota.floor for quota in limits.values()) > room:
-                raise ValueError(f"floor {floor}: with the other floors, more than {room} blocks")
+            limits = {**self._quotas.limits, namespace: Quota(floor, ceiling)}
+            used, evictable = self._usage(namespace)
+            if ceiling is not None and used - evictable > ceiling:
+                raise ValueError(
+                    f"ceiling {ceiling}: namespace {namespace!r} holds {used - evictable} blocks; "
+                    "free some first"
+                )
+            promised = sum(
+                max(quota.floor - int(np.subtract(*self._usage(name))), 0)
+                for name, quota in limits.items()
+            )
+            if promised > self._pool.num_free + self._pool.num_evictable:
+                raise ValueError(
+                    f"floor {floor}: with what the other floors promise, {promised} blocks, and "
+                    f"{self._pool.num_free + self._pool.num_evictable} can be had"
+                )
             self._recount(limits)
             excess = self._quotas.excess(namespace)
-            if excess > self._quotas.num_evictable(namespace):
-                self._recount(before)
-                raise ValueError(
-                    f"ceiling {ceiling}: namespace {namespace!r} holds more; free some of it first"
-                )
             self._evict(excess, {self._quotas.owner(namespace): excess})
+
+    def _usage(self, namespace: str | None) -> tuple[int, int]:
+        """Blocks of a namespace, and how many of them may be evicted. O(blocks)."""
+        found = [blocks for owner, blocks in self._owned() if owner == namespace]
+        blocks = np.unique(np.concatenate([NO_BLOCKS, *found]))
+        pool = self._pool
+        idle = pool.cached[blocks] & (pool.refs[blocks] == 0) & (pool.holds[blocks] == 0)
+        return len(blocks), int(np.count_nonzero(idle))
 
     def quota(self, namespace: str | None) -> Quota:
         """The quota of a namespace. O(1). Raises: `ValueError` where it has none."""

@@ -14,6 +14,7 @@ The policies themselves are in `kvpager.policies`.
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -120,6 +121,8 @@ class BlockPolicy:
 
     def restore(self, state: Arrays) -> None:  # noqa: D102
         self.now = int(np.asarray(state["now"]))
+        if not 0 <= self.now < 2**62:
+            raise ValueError(f"eviction state: time {self.now}")
         for name, dtype in self.COLUMNS.items():
             setattr(self, name, _column(state[name], self.num_blocks, dtype))
 
@@ -132,7 +135,7 @@ class Queue(Generic[T]):
 
     def __init__(self) -> None:
         self.ranks: dict[T, tuple[float, int]] = {}
-        self.aside: dict[T, None] = {}
+        self.aside: OrderedDict[T, None] = OrderedDict()
         self._heap: list[tuple[float, int, T]] = []
         self._count = 0
 
@@ -168,9 +171,7 @@ class Queue(Generic[T]):
 
     def aside_first(self) -> T:
         """Take out the node that was put aside first. O(1)."""
-        node = next(iter(self.aside))
-        del self.aside[node]
-        return node
+        return self.aside.popitem(last=False)[0]
 
     def clear(self) -> None:
         """Forget all nodes. O(n)."""

@@ -27,6 +27,7 @@ class Fences:
         self.is_on = is_on
         self.in_flight: dict[int, tuple[Int32, Int32]] = {}
         self.pins: dict[int, Blocks] = {}
+        self.cut_off: set[int] = set()  # copies out of blocks that the pool no longer has
         # Tickets of two managers differ, so that one cannot complete the other's copies.
         self.last_ticket = secrets.randbits(48) << 8
         self._device = device
@@ -44,7 +45,10 @@ class Fences:
         for side, tier in enumerate((source, destination)):
             kept[tier] = np.union1d(kept[tier], copies[:, side])
         # Where the pool shrank, the blocks read from are no longer in it: nobody can take them.
-        kept["device"] = kept["device"][kept["device"] < self._device.num_blocks]
+        inside = kept["device"] < self._device.num_blocks
+        if not inside.all():
+            self.cut_off.add(ticket)
+        kept["device"] = kept["device"][inside]
         self._device.hold(kept["device"])
         self._host.hold(kept["host"])
         self.in_flight[ticket] = kept["device"], kept["host"]
@@ -58,6 +62,7 @@ class Fences:
         if ticket not in self.in_flight:
             raise ValueError(f"ticket {ticket}: completed already, or of another manager")
         device, host = self.in_flight.pop(ticket)
+        self.cut_off.discard(ticket)
         self._host.unhold(host)
         return self._device.unhold(device)
 
@@ -81,6 +86,8 @@ class Fences:
         """Raise `BrokenInvariant` unless the pools hold back exactly these blocks. O(blocks)."""
         device = [kept for kept, _ in self.in_flight.values()] + list(self.pins.values())
         host = [kept for _, kept in self.in_flight.values()]
+        if max([*self.in_flight, *self.pins], default=0) > self.last_ticket:
+            raise BrokenInvariant("fences: a ticket that was not given yet is open")
         for pool, kept in ((self._device, device), (self._host, host)):
             holds = np.bincount(np.concatenate([_NONE, *kept]), minlength=pool.num_blocks)
             if not np.array_equal(holds, pool.holds):

@@ -8,6 +8,7 @@ there.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
 from kvpager.fences import Fences
@@ -24,6 +25,7 @@ def check(
     index: PrefixIndex,
     fences: Fences,
     quotas: Quotas,
+    owned: list[tuple[str | None, NDArray[np.int32]]],
 ) -> None:
     """Raise `BrokenInvariant` that names the first broken law found. O(blocks + tokens)."""
     rows.check()
@@ -45,7 +47,7 @@ def check(
     index.check()
     for row in rows.live_rows():
         _check_published(rows, row, index, device)
-    quotas.check(device, _owned(rows, index))
+    quotas.check(device, owned)
 
 
 def _check_published(rows: SequenceTable, row: int, index: PrefixIndex, device: BlockPool) -> None:
@@ -67,8 +69,3 @@ def _check_published(rows: SequenceTable, row: int, index: PrefixIndex, device: 
         )
     if not np.array_equal(device.ids[own[here]], device.ids[offered[here]]):
         raise BrokenInvariant(f"sequence {row}: the index offers other tokens than it holds")
-
-
-def _owned(rows: SequenceTable, index: PrefixIndex):  # type: ignore[no-untyped-def]
-    yield from ((rows.prompt(row).namespace, rows.device_blocks(row)) for row in rows.live_rows())
-    yield from index.owned()

@@ -261,7 +261,7 @@ class BlockManager(Capacity):
         if isinstance(num_new, int) and num_new == 1:
             tails[growing] = fresh if len(growing) else NO_BLOCKS
             np.multiply(tails, size, out=step.slots, dtype=np.int64)
-            step.slots.__iadd__(offsets)
+            np.add(step.slots, offsets, out=step.slots)
         else:
             step.slots[:] = table.slots(rows, starts, ends - starts)
         table.lengths[rows] = ends
@@ -271,8 +271,7 @@ class BlockManager(Capacity):
             # Drafts may be taken back: the window moves with what is settled.
             self._slide_windows(rows, starts - table.drafts[rows])
         if draft:
-            table.drafts[rows] += num_new
-            table.count_special()
+            table.set_drafts(rows, table.drafts[rows] + num_new)
         return step
 
     def _shared_tails(
@@ -352,11 +351,9 @@ class BlockManager(Capacity):
                 if np.any((self._pool.refs[blocks] > 1) | self._pool.cached[blocks]):
                     raise ValueError("a fork shares these drafts; accept them by counts alone")
                 self._learn(rows, starts, ends, ids, slots)
-            table.drafts[rows] = kept  # those beyond go with `_shorten`
+            table.set_drafts(rows, 0)
             for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
                 self._shorten(row, end)
-            table.drafts[rows] = 0
-            table.count_special()
 
     # ---------------------------------------------------------------- commit, truncate, slide
 
@@ -408,6 +405,7 @@ class BlockManager(Capacity):
             # Nothing is published yet; or somebody else's blocks, which stood for ours, were
             # evicted, and the chain is broken: begin from the front, with our own blocks.
             node, position = index.root(who.tree) if end else None, 0
+            table.twins[row] = False
         if position < end and node is not None:
             node, is_twin = index.publish(
                 node, position, table.tables[row, position:end], who.contents
@@ -445,8 +443,7 @@ class BlockManager(Capacity):
         rows.published[row] = min(int(rows.published[row]), length // self.block_size)
         rows.prompts[row] = rows.prompt(row).up_to(length)
         if rows.drafts[row]:
-            rows.drafts[row] = max(0, int(rows.drafts[row]) - gone)
-            rows.count_special()
+            rows.set_drafts(np.array([row]), max(0, int(rows.drafts[row]) - gone))
         self._release(dropped)
 
     def slide(self, sequences: Target, start: int | ArrayLike) -> None:

@@ -186,7 +186,8 @@ class PrefixIndex:
     def _attach(self, node: Node, position: int, blocks: Blocks, tag: Tag) -> Node:
         before = int(node.blocks[-1]) if position else -1
         self.arrivals.add(blocks, position, before, node.tree)
-        if position:  # idle blocks of the run may stand before held ones now
+        if node in node.queue.ranks:  # an idle tip, and now its blocks stand before held ones
+            node.queue.forget(node)
             node.queue.put_aside(node)
         if self._log is not None:
             self._log.add("stored", **self._event(node.tree, tag, before, blocks))
@@ -337,6 +338,8 @@ class PrefixIndex:
                 best, (lowest, tip) = number, entry
             else:
                 limit = min(limit, entry[0])
+        if best < 0:
+            raise BrokenInvariant("prefix index: fewer blocks can leave than the pool counts")
         return best, tip, limit
 
     def _refresh(self) -> None:
@@ -362,14 +365,25 @@ class PrefixIndex:
         return blocks
 
     def _cut(self, queue: Queue[Node], count: int) -> tuple[Blocks, int]:
-        """Take `count` idle blocks that stand before held ones, with all that follows them."""
+        """Take up to `count` idle blocks that stand before held ones, with all that follows them.
+
+        From the deepest run that has any: what stands before it keeps its place. O(nodes below).
+        """
         node = queue.aside_first()
-        below = list(self._below(node))
-        idle = self._idle(node.blocks).nonzero()[0]
-        if not len(idle):
+        if not self._idle(node.blocks).any():
             return _NO_BLOCKS, 0
-        num_below = sum(np.count_nonzero(self._idle(other.blocks)) for other in below)
-        first = int(idle[-min(max(count - num_below, 1), len(idle))])
+        below = list(self._below(node))
+        deepest = max(
+            (other for other in below if self._idle(other.blocks).any()),
+            key=lambda other: other.start,
+            default=node,
+        )
+        if deepest is not node:
+            queue.put_aside(node)
+            queue.aside.pop(deepest, None)
+            node, below = deepest, list(self._below(deepest))
+        idle = self._idle(node.blocks).nonzero()[0]
+        first = int(idle[-min(count, len(idle))])
         gone = [node.blocks[first:].copy(), *(other.blocks.copy() for other in below)]
         for other in below:
             self._bury(other)

@@ -138,6 +138,16 @@ class Quotas:
         """Blocks that all floors together promise. O(owners)."""
         return sum(quota.floor for quota in self.limits.values())
 
+    def shortfall(self, pool: BlockPool, fewer: int = 0) -> int:
+        """Blocks promised by floors that could not be had, were there `fewer` of them. O(owners).
+
+        Never above 0 between calls: what would make it so is refused.
+        """
+        if not self.limits:
+            return 0
+        none = np.zeros(len(self._used), np.int64)
+        return int(self._unmet(none, none).sum()) - (pool.num_free + pool.num_evictable - fewer)
+
     def allowances(self, need: Int64) -> dict[int, int]:
         """How many cached blocks of each owner may leave when `need` are taken. O(owners)."""
         none = np.zeros(len(need), np.int64)
@@ -166,13 +176,15 @@ class Quotas:
         if not self.limits:
             return
         fresh = Quotas(pool.num_blocks)
-        fresh.recount(self.limits, pool, [*owned, *self.parked(pool)])
+        fresh.recount(self.limits, pool, owned)
         if fresh._used.tolist() != self._used.tolist():
             raise BrokenInvariant(f"quotas: count {self._used} blocks, but {fresh._used} are used")
         if fresh._evictable.tolist() != self._evictable.tolist():
             raise BrokenInvariant(
                 f"quotas: count {self._evictable} evictable blocks, but {fresh._evictable} are"
             )
+        if self.shortfall(pool) > 0:
+            raise BrokenInvariant(f"quotas: {self.shortfall(pool)} promised blocks cannot be had")
         for namespace, quota in self.limits.items():
             if quota.ceiling is not None and fresh.used(namespace) > quota.ceiling:
                 raise BrokenInvariant(f"quotas: namespace {namespace!r} has more than its ceiling")

@@ -231,6 +231,13 @@ class SequenceTable:
     def _is_special(self, row: int) -> bool:
         return bool(self.windows[row] or self.drafts[row])
 
+    def set_drafts(self, rows: Int64, drafts: int | Int64) -> None:
+        """These rows have so many drafts now. O(rows named)."""
+        windows = self.windows[rows] > 0
+        before = np.count_nonzero(windows | (self.drafts[rows] > 0))
+        self.drafts[rows] = drafts
+        self.num_special += int(np.count_nonzero(windows | (self.drafts[rows] > 0)) - before)
+
     def count_special(self) -> None:
         """Windows or drafts were set: count the rows that have any. O(rows)."""
         self.num_special = int(np.count_nonzero((self.windows > 0) | (self.drafts > 0)))
@@ -309,6 +316,8 @@ class SequenceTable:
     def _check_row(self, row: int) -> None:
         length, known = int(self.lengths[row]), int(self.known[row])
         settled, committed = length - int(self.drafts[row]), int(self.committed[row])
+        if self.first_blocks[row] > self.num_blocks(row) or (self.first_blocks[row] and known):
+            raise BrokenInvariant(f"sequence {row}: offers what lacks its front")
         if not 0 <= settled <= length or self.num_blocks(row) > self.tables.shape[1]:
             raise BrokenInvariant(f"sequence {row}: {self.drafts[row]} drafts of {length} tokens")
         if not 0 <= committed <= settled:
@@ -317,7 +326,7 @@ class SequenceTable:
             raise BrokenInvariant(f"sequence {row}: knows {known} of {length} tokens")
         if np.any(self.blocks(row) < NO_BLOCK) and not self.swapped[row]:
             raise BrokenInvariant(f"sequence {row}: on the host, and not known as swapped")
-        if self.published[row] * self.block_size > min(committed, known or committed):
+        if self.published[row] * self.block_size > min(committed, known):
             raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
 
 

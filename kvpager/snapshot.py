@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, NDArray[Any]]
 _VERSION = 1
+_BLOCK_SIZE_MAX = 2**16  # of a snapshot, whose arrays need not prove it
 
 
 def take(manager: BlockManager) -> Arrays:
@@ -58,6 +59,7 @@ def take(manager: BlockManager) -> Arrays:
         "fences": fences.is_on,
         "last_ticket": fences.last_ticket,
         "in_flight": [[t, d.tolist(), h.tolist()] for t, (d, h) in fences.in_flight.items()],
+        "cut_off": sorted(fences.cut_off),
         "pins": [[ticket, blocks.tolist()] for ticket, blocks in fences.pins.items()],
         "quotas": [[name, quota.floor, quota.ceiling] for name, quota in limits.items()],
         "parked": [[name, b.tolist()] for name, b in manager._quotas.parked(manager._pool)],
@@ -88,6 +90,8 @@ def restore(
             raise ValueError(f"version {meta['version']}, and this kvpager reads {_VERSION}")
         if eviction is None and meta["eviction"] not in POLICIES:
             raise ValueError(f"policy {meta['eviction']!r} is not one of ours; pass it as eviction")
+        if meta["block_size"] > _BLOCK_SIZE_MAX:
+            raise ValueError(f"block_size {meta['block_size']}: at most {_BLOCK_SIZE_MAX}")
         if arrays["device.ids"].shape[1:] != (meta["block_size"],):
             raise ValueError(f"block_size {meta['block_size']} is not that of its token ids")
         manager = cls(
@@ -122,9 +126,14 @@ def _fill(manager: BlockManager, arrays: Mapping[str, NDArray[Any]], meta: dict[
         fences.pins[int(ticket)] = _blocks(blocks, pool)
         pool.holds[fences.pins[int(ticket)]] += 1
     fences.last_ticket = int(meta["last_ticket"])
+    fences.cut_off = {int(ticket) for ticket in meta["cut_off"]}
     _read_pool("device", pool, arrays)
     _read_pool("host", manager._host, arrays)
-    state = {k.removeprefix("policy."): np.asarray(v) for k, v in arrays.items() if "policy." in k}
+    state = {
+        k.removeprefix("policy."): np.asarray(v)
+        for k, v in arrays.items()
+        if k.startswith("policy.")
+    }
     index.policy.restore(state)
     index.arrivals.prints[:] = arrays["prints"]
     for name in manager._totals:
@@ -213,7 +222,7 @@ def _read_rows(
     count, table = len(rows.prompts), np.asarray(arrays["rows.table"], np.int32)
     for name, dtype in rows.COLUMNS.items():
         column = np.asarray(arrays[f"rows.{name}"], dtype).copy()
-        if column.shape != (count,) or (column < 0).any():
+        if column.shape != (count,) or (column < 0).any() or (column >= 2**62).any():
             raise ValueError(f"rows.{name}: {column.shape} for {count} rows, or below 0")
         setattr(rows, name, column)
     rows.list_columns()
@@ -235,6 +244,8 @@ def _prompt_out(prompt: Prompt) -> list[Any]:
 
 def _prompt_in(fields: list[Any]) -> Prompt:
     namespace, adapter, contents = fields
+    arguments.label("namespace", namespace)
+    arguments.label("adapter", adapter)
     return Prompt(namespace, adapter, _contents_in(contents))
 
 
@@ -262,7 +273,7 @@ def _read_nodes(
     blocks = _blocks(blocks, index.pool)
     index.pool.ids[_blocks(arrays["device.in_use"], index.pool)] = arrays["device.ids"]
     tags = {place: _contents_in(tag) for place, tag in meta["tags"]}
-    trees = iter([(namespace, adapter) for namespace, adapter in meta["trees"]])
+    trees = iter([_prompt_in([*fields, []]).tree for fields in meta["trees"]])
     nodes: list[Node] = []
     start = 0
     for parent, size, sealed in zip(parents, sizes, arrays["nodes.sealed"], strict=True):
@@ -296,10 +307,11 @@ def _contents_out(contents: Contents) -> list[Any]:
 
 
 def _contents_in(fields: list[Any]) -> Contents:
-    return tuple(
-        (int(start), int(stop), bytes.fromhex(digest), int(end))
-        for start, stop, digest, end in fields
-    )
+    found = []
+    for start, stop, digest, end in fields:
+        [content] = arguments.contents([(start, stop, bytes.fromhex(digest))], arguments.COUNT_MAX)
+        found.append((*content[:3], arguments.count("end", end, at_least=start, at_most=stop)))
+    return tuple(found)
 
 
 def _policy_name(policy: EvictionPolicy) -> str:

@@ -22,35 +22,41 @@ class Views(Books):
     """The reading half of a `BlockManager`."""
 
     def __repr__(self) -> str:
-        return (
-            f"<BlockManager: {self.num_held_blocks} held, {self.num_free_blocks} free of "
-            f"{self.num_blocks} blocks of {self.block_size}>"
-        )
+        with self._lock:
+            return (
+                f"<BlockManager: {self._pool.num_held} held, {self._pool.num_free} free of "
+                f"{self._pool.num_blocks} blocks of {self.block_size}>"
+            )
 
     @property
     def num_blocks(self) -> int:
         """Blocks on the device. O(1)."""
-        return self._pool.num_blocks
+        with self._lock:
+            return self._pool.num_blocks
 
     @property
     def num_host_blocks(self) -> int:
         """Blocks of the host tier. O(1)."""
-        return self._host.num_blocks
+        with self._lock:
+            return self._host.num_blocks
 
     @property
     def num_free_blocks(self) -> int:
         """Device blocks that can be had without evicting anything. O(1)."""
-        return self._pool.num_free
+        with self._lock:
+            return self._pool.num_free
 
     @property
     def num_held_blocks(self) -> int:
         """Device blocks that sequences hold, shared ones counted once. O(1)."""
-        return self._pool.num_held
+        with self._lock:
+            return self._pool.num_held
 
     @property
     def num_evicted_blocks(self) -> int:
         """Cached blocks given up since the manager began. O(1)."""
-        return self._totals["evicted"]
+        with self._lock:
+            return self._totals["evicted"]
 
     # ---------------------------------------------------------------- sequences
 
@@ -76,9 +82,12 @@ class Views(Books):
 
     def owns(self, sequence: Sequence) -> bool:
         """Whether the handle is of this manager and not freed. O(1)."""
-        return sequence._manager is self and bool(
-            self._rows.generations[sequence._row] == sequence._generation
-        )
+        if not isinstance(sequence, Sequence):
+            raise TypeError(f"expected a Sequence, got {type(sequence).__name__}")
+        with self._lock:
+            return sequence._manager is self and bool(
+                self._rows.generations[sequence._row] == sequence._generation
+            )
 
     def length(self, sequence: Sequence) -> int:
         """Tokens in the sequence. O(1). Raises `StaleSequence`."""
@@ -240,5 +249,11 @@ class Views(Books):
         """
         with self._lock:
             invariants.check(
-                self._pool, self._host, self._rows, self._index, self._fences, self._quotas
+                self._pool,
+                self._host,
+                self._rows,
+                self._index,
+                self._fences,
+                self._quotas,
+                self._owned(),
             )

@@ -909,7 +909,7 @@ def test_an_unknown_namespace_has_no_quota_to_read_or_drop() -> None:
 def test_floors_that_exceed_the_pool_are_refused_and_change_nothing() -> None:
     manager = BlockManager(8, 4, null_block=True)
     manager.set_quota("a", floor=4)
-    with pytest.raises(ValueError, match="with the other floors, more than 7 blocks"):
+    with pytest.raises(ValueError, match="8 blocks, and 7 can be had"):
         manager.set_quota("b", floor=4)
     with pytest.raises(ValueError, match="has no quota"):
         manager.quota("b")
@@ -941,7 +941,7 @@ def test_a_ceiling_below_what_is_held_is_refused_and_changes_nothing() -> None:
     cache(manager, A + B, "acme")
     held = manager.allocate(8, namespace="acme")
     before = manager.stats()
-    with pytest.raises(ValueError, match="ceiling 1: namespace 'acme' holds more"):
+    with pytest.raises(ValueError, match="ceiling 1: namespace 'acme' holds 2 blocks"):
         manager.set_quota("acme", ceiling=1)
     assert manager.stats() == before
     assert manager.cached_tokens(A + B, namespace="acme") == 8
