@@ -125,7 +125,7 @@ def token_ids(value: ArrayLike) -> Int32:
 def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
     """A prompt's length, and its ids where it has any."""
     if is_int(value):
-        return count("prompt", value), None  # type: ignore[arg-type]
+        return count("prompt", value, at_least=1), None  # type: ignore[arg-type]
     if isinstance(value, bool | float | str | bytes):
         raise TypeError(f"prompt {value!r}: expected token ids or a count of tokens")
     ids = token_ids(value)
@@ -144,7 +144,7 @@ def new_tokens(
             raise ValueError("give either tokens or counts, not both")
         return counts("counts", new_counts, num_sequences or 1), None
     if is_int(tokens):
-        return count("tokens", tokens), None
+        return count("tokens", tokens, at_least=1), None
     if isinstance(tokens, bool | float | str | bytes) or not isinstance(tokens, Iterable):
         raise TypeError(f"tokens {tokens!r}: expected a count or token ids")
     tokens = tokens if hasattr(tokens, "__len__") else list(tokens)

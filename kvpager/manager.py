@@ -156,15 +156,16 @@ class BlockManager(Capacity):
     def fork(self, sequence: Sequence, count: int | None = None) -> Sequence | list[Sequence]:
         """A second sequence - with `count`, a list of so many - that shares every block.
 
-        No data moves; whoever first writes into a shared block gets a copy of it. O(blocks) each.
+        No data moves; whoever first writes into a shared block gets a copy of it. O(blocks) each;
+        at most 65,536 a call, since the pool does not bound them.
         Raises: `StaleSequence`, `SequenceSwapped`.
         """
-        times = 1 if count is None else arguments.count("count", count, at_most=_FORKS_MAX)
+        times = 1 if count is None else arguments.count("count", count, at_least=1, at_most=2**16)
         with self._lock:
             rows, parent = self._rows, self._resident_row(sequence)
             rows.reserve(0, times)
             num_cached = int(rows.committed[parent])
-            next_rows = rows.free_rows[: -times - 1 : -1] if times else []
+            next_rows = rows.free_rows[: -times - 1 : -1]
             children = [
                 Sequence(self, row, int(rows.generations[row]), num_cached) for row in next_rows
             ]
@@ -587,4 +588,3 @@ def _identity(
 
 
 _NO_MATCH = Match(None, NO_BLOCKS)
-_FORKS_MAX = 2**16  # of one call: a row each, which the pool does not bound

@@ -736,7 +736,7 @@ def test_a_published_block_keeps_its_tokens_when_its_sequence_changes(
 def test_appending_nothing_copies_nothing(manager: BlockManager) -> None:
     parent = manager.allocate(6)
     child = manager.fork(parent)
-    assert len(manager.append([parent, child], 0).copies) == 0
+    assert len(manager.append([parent, child], counts=0).copies) == 0
     assert len(manager.append([parent, child], counts=[0, 0]).slots) == 0
 
 

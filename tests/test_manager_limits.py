@@ -178,3 +178,24 @@ def test_handles_of_one_sequence_are_equal() -> None:
     assert victims == live[:2]
     assert victims[0] is live[0]
     assert BlockManager(8, 4).allocate(4) != live[0]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda manager, sequence: manager.allocate(0),
+        lambda manager, sequence: manager.append(sequence, 0),
+        lambda manager, sequence: manager.append([sequence], -1),
+        lambda manager, sequence: manager.fork(sequence, 0),
+        lambda manager, sequence: manager.fork(sequence, 2**31 - 1),
+        lambda manager, sequence: manager.append(sequence, 2**31),
+    ],
+)
+def test_counts_of_nothing_or_of_too_much_are_refused(ask) -> None:
+    manager = BlockManager(8, 4)
+    sequence = manager.allocate(3)
+    before = manager.snapshot()
+    with pytest.raises(ValueError, match="expected at"):
+        ask(manager, sequence)
+    after = manager.snapshot()
+    assert all(np.array_equal(before[name], after[name]) for name in before)

@@ -159,7 +159,7 @@ def test_plain_tokens_wait_until_drafts_are_decided(manager: BlockManager) -> No
     manager.append(sequence, 2, draft=True)
     for call in (
         lambda: manager.append(sequence, 1),
-        lambda: manager.append(sequence, 0),
+        lambda: manager.append(sequence, counts=0),
         lambda: manager.append([other, sequence], [1, 2]),
         lambda: manager.append(manager.batch([other, sequence]), 1),
     ):
@@ -524,7 +524,7 @@ def test_counts_of_zero_change_nothing_and_one_count_stands_for_all(manager: Blo
     before = manager.snapshot()
     step = manager.append(pair, counts=[0, 0])
     assert (len(step.slots), len(step.copies)) == (0, 0)
-    assert len(manager.append(pair, 0).slots) == 0
+    assert len(manager.append(pair, counts=0).slots) == 0
     assert len(manager.append([], 1).slots) == 0
     assert equal(manager.snapshot(), before)
     manager.append(pair, counts=np.uint8(5))
@@ -654,7 +654,7 @@ VERBS: dict[str, Callable[[BlockManager, Sequence], object]] = {
     "truncate": lambda m, s: m.truncate(s, 0),
     "slide": lambda m, s: m.slide(s, 0),
     "fork": lambda m, s: m.fork(s),
-    "fork none": lambda m, s: m.fork(s, 0),
+    "fork one": lambda m, s: m.fork(s, 1),
     "free": lambda m, s: m.free(s),
     "free publish": lambda m, s: m.free([s], publish=True),
     "swap out": lambda m, s: m.swap(s, "host"),

@@ -43,7 +43,7 @@ def test_flashinfer_counts_the_last_page_from_one_to_block_size(manager: BlockMa
 def test_an_empty_sequence_has_no_page_and_length_zero_for_flashinfer(
     manager: BlockManager,
 ) -> None:
-    ragged = flashinfer(manager, [manager.allocate(5), manager.allocate(0), manager.allocate(1)])
+    ragged = flashinfer(manager, [manager.allocate(5), manager.allocate([]), manager.allocate(1)])
     assert ragged.indptr.tolist() == [0, 2, 2, 3]
     assert ragged.last_page_len.tolist() == [1, 0, 1]
 

@@ -234,7 +234,10 @@ def pin(world: World, pick: int, number: int) -> None:
     if len(world.pins) < 3 and number % 2:
         row = world.pick_resident(pick)
         if row is not None:
-            world.pins.append(world.manager.pin(row.handle))
+            try:
+                world.pins.append(world.manager.pin(row.handle))
+            except ValueError:  # floors need what it would keep
+                world.require("pins refused for floors", world.setup.quotas, "there is no floor")
     elif world.pins:
         ticket = world.pins.pop(number % len(world.pins))
         world.manager.unpin(ticket)
@@ -325,7 +328,7 @@ def use_old_batch(world: World, picks: list[int]) -> None:
     if not rows:
         return
     batch = world.manager.batch([row.handle for row in rows])
-    world.manager.append(batch, 0)
+    world.manager.append(batch, counts=0)
     world.manager.free(rows[0].handle)
     world.forget(rows[0])
-    refused(world, StaleSequence, lambda: world.manager.append(batch, 0))
+    refused(world, StaleSequence, lambda: world.manager.append(batch, counts=0))
