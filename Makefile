@@ -2,11 +2,12 @@
 #
 #   PYTHON=...   the Python that .venv is made from (default: the first of python3, python3.12, python3.11
 #                that is 3.11 or newer)
-#   ARGS=...     further arguments for `make demo` and `make gpu`; `make tests ARGS='-k fork'` for a few tests
+#   ARGS=...     further arguments for `make demo`, `make bench` and `make gpu`; for a few tests:
+#                `make tests ARGS='-k fork'`
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types tests gpu clean
+.PHONY: help demo test lint format types tests bench gpu clean
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -46,6 +47,9 @@ types: $(STAMP) ## mypy --strict over the library
 
 tests: $(STAMP) ## the test suite alone
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(STAMP) ## what the control plane costs, a JSON line for each figure
+	@$(BIN)/python benchmarks/control_plane.py $(ARGS)
 
 # Runs in the Python that is there: a GPU machine has its own torch, which nothing here may replace.
 gpu: ## the GPU tests, in the current Python, where torch finds a GPU

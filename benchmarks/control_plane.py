@@ -1,8 +1,8 @@
 """What the control plane costs: one thread, 16-token blocks, medians, a JSON line each.
 
-    python -m benchmarks.control_plane                  # every figure, and the peers found
-    python -m benchmarks.control_plane --only decode    # those named so
-    python -m benchmarks.control_plane --sizes          # at 1,000 to 1,000,000 blocks, and memory
+    python benchmarks/control_plane.py                  # every figure, and the peers found
+    python benchmarks/control_plane.py --only decode    # those named so
+    python benchmarks/control_plane.py --sizes          # at 1,000 to 1,000,000 blocks, and memory
 
 Peers that can be imported are measured in the same run, see `benchmarks/peers/`; those that have an
 environment of their own by --peer-python PATH.
@@ -23,6 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+# As a file of its own, too: `python benchmarks/control_plane.py`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peers import MODULES
 from kvpager import BlockManager
