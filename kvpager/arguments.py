@@ -14,6 +14,7 @@ Int64 = NDArray[np.int64]
 Contents = tuple[tuple[int, int, bytes, int], ...]
 
 _INT32 = np.iinfo(np.int32)
+_NO_IDS_BUT = (bool, float, str, bytes)  # iterable or not, these are no token ids
 COUNT_MAX = int(_INT32.max)  # blocks of a pool and tokens of a sequence are numbered in int32
 
 
@@ -103,6 +104,8 @@ def contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
 
 def token_ids(value: ArrayLike) -> Int32:
     """One-dimensional token ids as int32."""
+    if isinstance(value, np.ndarray) and value.dtype == np.int32 and value.ndim == 1:
+        return value
     if value is None:
         raise TypeError("token ids None: expected a list of ints, or a count")
     try:
@@ -115,8 +118,6 @@ def token_ids(value: ArrayLike) -> Int32:
         return np.empty(0, np.int32)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"token ids of dtype {ids.dtype}: expected integers")
-    if ids.dtype == np.int32:
-        return ids
     if ids.max() > _INT32.max or ids.min() < _INT32.min:
         raise ValueError(f"token id {ids[np.abs(ids).argmax()]}: expected 32-bit integers")
     return ids.astype(np.int32)
@@ -124,9 +125,12 @@ def token_ids(value: ArrayLike) -> Int32:
 
 def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
     """A prompt's length, and its ids where it has any."""
+    if isinstance(value, np.ndarray):
+        ids = token_ids(value)
+        return len(ids), ids
     if is_int(value):
         return count("prompt", value, at_least=1), None  # type: ignore[arg-type]
-    if isinstance(value, bool | float | str | bytes):
+    if isinstance(value, _NO_IDS_BUT):
         raise TypeError(f"prompt {value!r}: expected token ids or a count of tokens")
     ids = token_ids(value)
     return len(ids), ids

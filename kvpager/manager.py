@@ -367,13 +367,14 @@ class BlockManager(Capacity):
         named = listed(sequences)
         length = None if length is None else arguments.count("length", length)
         with self._lock:
-            rows, table = self._resident(named), self._rows
-            if len(rows) == 1:  # plain numbers are faster than arrays of one
-                row = int(rows[0])
+            table = self._rows
+            if isinstance(named, Sequence):  # plain numbers are faster than arrays of one
+                row = self._resident_row(named)
                 settled = int(table.lengths[row]) - int(table.drafts[row])
                 arguments.within_one("length", length, settled)
                 self._commit_row(row, settled if length is None else length)
             else:
+                rows = self._resident(named)
                 all_settled = table.lengths[rows] - table.drafts[rows]
                 if length is not None:
                     arguments.within("length", length, all_settled)
@@ -581,6 +582,8 @@ def _identity(
     contents: Iterable[tuple[int, int, bytes]],
     length: int,
 ) -> Prompt:
+    if namespace is None and adapter is None and not contents:
+        return _ANYBODY
     arguments.label("namespace", namespace)
     arguments.label("adapter", adapter)
     shown = arguments.contents(contents, length) if contents else ()
@@ -588,3 +591,4 @@ def _identity(
 
 
 _NO_MATCH = Match(None, NO_BLOCKS)
+_ANYBODY = Prompt()

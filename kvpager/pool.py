@@ -104,7 +104,7 @@ class BlockPool:
                 self._num_used_ever + count - from_stack,
             )
             blocks[from_stack:] = np.arange(first, self._num_used_ever)
-        self.refs[blocks.astype(np.intp)] = 1
+        self.refs[blocks.astype(np.intp, copy=False)] = 1
         return blocks
 
     def take_one(self) -> int:
@@ -122,7 +122,7 @@ class BlockPool:
     def share(self, blocks: Blocks, times: int = 1) -> None:
         """Let `times` more tables hold each of the distinct `blocks`. O(blocks)."""
         # Here and below: NumPy indexes by its own integers several times faster than by int32.
-        index = blocks.astype(np.intp)
+        index = blocks.astype(np.intp, copy=False)
         refs = self.refs[index]
         if np.count_nonzero(refs) < len(refs):
             idle = index[refs == 0]
@@ -138,7 +138,7 @@ class BlockPool:
 
         O(blocks). Returns those that may be evicted now; the others nobody keeps are free.
         """
-        index = blocks.astype(np.intp)
+        index = blocks.astype(np.intp, copy=False)
         refs = self.refs[index] - times
         self.refs[index] = refs
         return self._settle(index[refs == 0] if np.count_nonzero(refs) else index)
@@ -163,11 +163,11 @@ class BlockPool:
 
     def cache(self, blocks: Blocks) -> None:
         """The prefix index offers `blocks`, which tables hold, from now on. O(blocks)."""
-        self.cached[blocks.astype(np.intp)] = True
+        self.cached[blocks.astype(np.intp, copy=False)] = True
 
     def uncache(self, blocks: Blocks) -> None:
         """The prefix index offers `blocks` no longer; nobody's are free now. O(blocks)."""
-        index = blocks.astype(np.intp)
+        index = blocks.astype(np.intp, copy=False)
         self.cached[index] = False
         refs = self.refs[index]
         idle = index[refs == 0] if np.count_nonzero(refs) else index
@@ -178,7 +178,7 @@ class BlockPool:
 
     def hold(self, blocks: Blocks) -> None:
         """Keep the distinct `blocks`, none of them free, where they are. O(blocks)."""
-        index = blocks.astype(np.intp)
+        index = blocks.astype(np.intp, copy=False)
         idle = index[(self.holds[index] == 0) & (self.refs[index] == 0)]
         self._count_evictable(idle, -1)
         self.num_kept += len(idle)
@@ -191,7 +191,7 @@ class BlockPool:
 
         O(blocks). The others nobody keeps are free.
         """
-        index = blocks.astype(np.intp)
+        index = blocks.astype(np.intp, copy=False)
         self.holds[index] -= 1
         self.num_holds -= len(index)
         self._is_watched = bool(self.num_holds or self._ledger)

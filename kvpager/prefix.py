@@ -36,7 +36,7 @@ from kvpager.radix import Contents, Match, Node, Tag, TreeKey, key_of, segments
 Int32 = NDArray[np.int32]
 # How many runs are looked at for one whose first block matches in part: of prompts that all begin
 # alike there may be thousands, and the latest are the likeliest.
-_PARTIAL_CANDIDATES_MAX = 32
+_PARTIAL_CANDIDATES_MAX = 16
 _NO_BLOCKS: Int32 = np.empty(0, np.int32)
 
 
@@ -53,6 +53,7 @@ class PrefixIndex:
         self.node_of: Int32 = np.full(pool.num_blocks, -1, np.int32)
         # The first queue is that of all namespaces without a quota; see `kvpager.quotas`.
         self._queues: list[Queue[Node]] = [Queue()]
+        self._numbers = range(1)
         self._queue_of: dict[str | None, Queue[Node]] = {}
         self._log = log
         self.pool = pool
@@ -78,7 +79,9 @@ class PrefixIndex:
         rest = tokens[position * self.block_size : (position + 1) * self.block_size]
         if not len(rest):
             return Match(node, blocks)
-        tag = segments(contents, self.block_size, position, position + 1)[0][1]
+        tag = None
+        if contents:
+            tag = segments(contents, self.block_size, position, position + 1)[0][1]
         return Match(node, blocks, *self._partial(node, position, rest, tag))
 
     def _walk(
@@ -186,7 +189,9 @@ class PrefixIndex:
     def _attach(self, node: Node, position: int, blocks: Blocks, tag: Tag) -> Node:
         before = int(node.blocks[-1]) if position else -1
         self.arrivals.add(blocks, position, before, node.tree)
-        if node in node.queue.ranks:  # an idle tip, and now its blocks stand before held ones
+        if (
+            position and node in node.queue.ranks
+        ):  # an idle tip, and now its blocks stand before held ones
             node.queue.forget(node)
             node.queue.put_aside(node)
         if self._log is not None:
@@ -301,7 +306,7 @@ class PrefixIndex:
         self._refresh()
         gone: list[Blocks] = []
         blocks: Blocks
-        room = allowances or dict.fromkeys(range(len(self._queues)), count)
+        room = allowances or dict.fromkeys(self._numbers, count)
         while count > 0:
             number, node, limit = self._lowest(room)
             if node is not None:
@@ -316,8 +321,9 @@ class PrefixIndex:
         self.pool.uncache(blocks)
         self.policy.forget(blocks)
         if self._log is not None and len(blocks):
-            self._log.add("evicted", blocks=blocks)
-            self._log.add("removed", blocks=blocks)
+            ids = blocks.astype(np.int32)
+            self._log.add("evicted", blocks=ids)
+            self._log.add("removed", blocks=ids)
         return len(blocks)
 
     def _lowest(self, room: dict[int, int]) -> tuple[int, Node | None, float]:
@@ -352,6 +358,7 @@ class PrefixIndex:
         """Take up to `count` blocks off a tip's tail while they are idle and rank lowest."""
         queue = node.queue
         queue.drop_first()
+        tail = None
         if count > 1 and node.end - node.start > 1:
             after = self._next(queue)
             limit = min(limit, after[0]) if after else limit
@@ -360,7 +367,7 @@ class PrefixIndex:
             leave &= self._idle(tail)
             leave[0] = True
             count = len(tail) if np.count_nonzero(leave) == len(tail) else int(leave.argmin())
-        blocks = node.blocks[-count:].copy() if count > 1 else node.blocks[-1:].copy()
+        blocks = node.blocks[-1:].copy() if tail is None else tail[:count]
         self._shorten(node, node.end - len(blocks))
         return blocks
 
@@ -469,6 +476,7 @@ class PrefixIndex:
         """Give each of `namespaces` a queue of its own, the others one together. O(nodes)."""
         self._queue_of = {namespace: Queue() for namespace in namespaces}
         self._queues = [Queue(), *self._queue_of.values()]
+        self._numbers = range(len(self._queues))
         for root in self.roots.values():
             root.queue = self._queue_of.get(root.tree[0], self._queues[0])
             for node in self._below(root):

@@ -339,7 +339,7 @@ def ranks(counts: Int64) -> Int64:
 
 def listed(target: Sequence | Batch | Iterable[Sequence]) -> Sequence | Batch | list[Sequence]:
     """The sequences named, once: whatever an iterable does, it does before anything is decided."""
-    if isinstance(target, Sequence | Batch):
+    if isinstance(target, (Sequence, Batch)):
         return target
     if not isinstance(target, Iterable):
         kind = type(target).__name__

@@ -74,7 +74,7 @@ def make_room(world: World, count: int = 1) -> None:
 def allocate_unknown(world: World, count: int) -> None:
     """Begin a sequence of so many tokens of unknown ids."""
     make_room(world)
-    prompt = count or []  # no tokens is an empty prompt, not a count
+    prompt: Any = count or []  # no tokens is an empty prompt, not a count
     handle = world.attempt(world.blocks(count), world.manager.allocate, prompt)
     if handle is not None:
         begin(world, handle, Content(None, world.fresh_tokens(count)), 0)
