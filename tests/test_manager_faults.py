@@ -314,7 +314,7 @@ def do_allocate(history: History, chance: random.Random) -> object:
     ids = tokens(chance, 20)
     contents = [(1, len(ids), b"cat")] if len(ids) > 1 and chance.random() < 0.1 else []
     sequence = history.manager.allocate(
-        ids if chance.random() < 0.9 else len(ids),
+        ids if chance.random() < 0.9 else len(ids) or [],
         namespace=chance.choice([None, None, "a", "b"]),
         adapter=chance.choice([None, None, None, "x"]),
         contents=contents,
@@ -727,7 +727,7 @@ class Worker:
         operation = chance.randrange(8)
         if operation == 0:
             manager.free(one)
-            self.shared[place] = manager.allocate(chance.randint(0, 9))
+            self.shared[place] = manager.allocate(chance.randint(1, 9))
         elif operation == 1:
             manager.append([one, other] if one is not other else one, 1)
         elif operation == 2:
@@ -749,7 +749,7 @@ class Worker:
 
 def test_many_threads_end_in_a_state_that_some_order_explains() -> None:
     manager = BlockManager(1024, 4, 256)
-    shared = [manager.allocate(n) for n in range(4)]
+    shared = [manager.allocate(n) for n in range(1, 5)]
     workers = [Worker(number, manager, shared) for number in range(NUM_THREADS)]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
