@@ -133,11 +133,6 @@ class Quotas:
                 forced[number] = max(0, self._used[number] + need[number] - ceiling)
         return forced
 
-    @property
-    def floors(self) -> int:
-        """Blocks that all floors together promise. O(owners)."""
-        return sum(quota.floor for quota in self.limits.values())
-
     def shortfall(self, pool: BlockPool, fewer: int = 0) -> int:
         """Blocks promised by floors that could not be had, were there `fewer` of them. O(owners).
 

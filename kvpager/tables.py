@@ -5,20 +5,18 @@ Nothing here touches a tensor: wrap the arrays by `torch.from_numpy`, or send th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import arguments
+from kvpager.books import Target
 from kvpager.manager import BlockManager
 from kvpager.plan import Step
-from kvpager.sequences import Batch, Sequence
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
-Target = Sequence | Batch | Iterable[Sequence]
 
 
 class RaggedTables(NamedTuple):
@@ -136,8 +134,7 @@ class TableMirror:
 
         Raises: `StaleSequence`; `ValueError` where there are more rows or columns than agreed.
         """
-        named = sequences if isinstance(sequences, Sequence | Batch) else list(sequences)
-        tables = self._manager.block_tables(named, padding=self._padding)
+        tables = self._manager.block_tables(sequences, padding=self._padding)
         rows, width = tables.shape
         most_rows, most = self._copy.shape
         if rows > most_rows or width > most:
