@@ -3,13 +3,15 @@
     append_kv(...)  ──▶  select("append_kv", device)  ──▶  the function registered for that device
                                                       └─▶  or the plain torch twin, `reference.py`
 
-A faster kernel joins with one `register` call and says why it was chosen (or, registering the
-twin itself, why it was not); `active` shows the outcome, for `kvpager env`. The registry decides
-by device type alone: a kernel that cannot take a certain argument calls the twin itself.
+The first call on a device type imports its provider, which registers what it has and says why (or
+registers the twins and says why not); `active` shows the outcome, for `kvpager env`. The registry
+decides by device type alone: a kernel that cannot take a certain argument calls the twin itself.
 """
 
 from __future__ import annotations
 
+import importlib
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +28,12 @@ _REFERENCE: dict[str, Kernel] = {
     "paged_attention": reference.paged_attention,
 }
 
+# Device type -> a module with `register() -> None`.
+_PROVIDERS = {
+    "cpu": "kvpager.kernels.cpu.provider",
+    "cuda": "kvpager.kernels.gpu.provider",
+}
+
 
 class Active(NamedTuple):
     """The `backend` (the module, below `kvpager.kernels`) that runs an operation, and why."""
@@ -35,6 +43,8 @@ class Active(NamedTuple):
 
 
 _registered: dict[tuple[str, str], tuple[Kernel, str]] = {}
+_provided: set[str] = set()
+_lock = threading.RLock()
 
 
 def register(operation: str, device_type: str, function: Kernel, reason: str) -> None:
@@ -48,27 +58,49 @@ def register(operation: str, device_type: str, function: Kernel, reason: str) ->
 
 
 def select(operation: str, device: torch.device) -> Kernel:
-    """The function that runs `operation` on `device`: the registered one or the twin. O(1)."""
+    """The function that runs `operation` on `device`: the registered one or the twin. O(1).
+
+    The first call for a device type loads its kernels, which may build them.
+    """
     entry = _registered.get((operation, device.type))
     if entry is not None:
         return entry[0]
     _require_operation(operation)
-    return _REFERENCE[operation]
+    _provide(device.type)
+    entry = _registered.get((operation, device.type))
+    return entry[0] if entry is not None else _REFERENCE[operation]
 
 
 def active() -> dict[str, dict[str, Active]]:
-    """What runs where: device type -> operation -> (backend, reason). O(registered)."""
-    devices = {"cpu", "cuda"} | {device_type for _, device_type in _registered}
+    """What runs where: device type -> operation -> (backend, reason). O(registered).
+
+    Loads the kernels of every device type that has some.
+    """
+    for device_type in _PROVIDERS:
+        _provide(device_type)
+    devices = set(_PROVIDERS) | {device_type for _, device_type in _registered}
     return {
         device_type: {operation: _active(operation, device_type) for operation in _REFERENCE}
         for device_type in sorted(devices)
     }
 
 
+def _provide(device_type: str) -> None:
+    """Let the device type's provider register its kernels, once."""
+    with _lock:
+        if device_type in _provided:
+            return
+        if device_type in _PROVIDERS:
+            importlib.import_module(_PROVIDERS[device_type]).register()
+        # Only now: a thread that comes meanwhile waits for the kernels instead of missing them.
+        _provided.add(device_type)
+
+
 def _active(operation: str, device_type: str) -> Active:
-    unregistered = (_REFERENCE[operation], "this release has no faster kernel")
+    unregistered = (_REFERENCE[operation], "there is no faster kernel for it yet")
     function, reason = _registered.get((operation, device_type), unregistered)
-    return Active(function.__module__.removeprefix("kvpager.kernels."), reason)
+    module = getattr(function, "__module__", type(function).__module__)
+    return Active(module.removeprefix("kvpager.kernels."), reason)
 
 
 def _require_operation(operation: str) -> None:

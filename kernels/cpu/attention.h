@@ -1,0 +1,131 @@
+// Attention of packed queries over paged keys and values, read where they are.
+//
+//   a task      = one row (sequence), a few of its queries, one range of kv tokens
+//   its loop    = tiles of TILE kv tokens; in each tile all kv heads, one after the other
+//   per kv head = the query vectors that read it (GQA: several heads; prefill: several tokens),
+//                 in groups of 4, 2 or 1
+//
+//   for each tile
+//     row pointers: token -> address, through the block table, once for all heads
+//     for each kv head, for each group of query vectors
+//       scores     [tokens, queries] = K q            dot products, see `dots`
+//       weights    = exp(scores - running maximum)    online softmax, lane by lane
+//       sums       = sums * rescale + weights V       see `accumulate`
+//
+// A task streams whole slots [kv_heads, head_dim], so memory is read in order although blocks lie
+// anywhere. While a tile is worked on, the next one is prefetched, a few rows at a time: otherwise
+// memory idles as long as the arithmetic of a tile is on (twice the time, measured). Long rows are cut into several ranges when
+// there are fewer rows than threads; their partial results (maximum, sum of weights, weighted sum)
+// are merged at the end.
+//
+// The online softmax is that of Milakov & Gimelshein (2018), "Online normalizer calculation for
+// softmax"; the tiles are FlashAttention's (Dao et al., 2022), the block tables PagedAttention's
+// (Kwon et al., 2023), cutting long rows is Flash-Decoding's (Dao et al., 2023).
+//
+// How scores lie in a vector: a group of Q query vectors takes R = LANES / Q kv tokens at a time.
+// Lane q * R + t holds the score of query q and token t, so maxima, rescaling and the sum of weights
+// need no work across lanes until the tile is done.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "worker.h"
+
+namespace attention {
+
+// Merge a query's partial results into the output.
+inline void merge(const AttentionArguments& a, int64_t token, int64_t head, int64_t first,
+                  int64_t parts, int64_t part_stride) {
+    const float* base = a.partials + (first * a.query_heads + head) * (a.value_dim + 2);
+    int64_t stride = part_stride * a.query_heads * (a.value_dim + 2);
+    float highest = LOWEST, total = 0;
+    for (int64_t part = 0; part < parts; part++)
+        highest = std::max(highest, base[part * stride]);
+    std::vector<float> sums(a.value_dim, 0.0f);
+    for (int64_t part = 0; part < parts; part++) {
+        const float* from = base + part * stride;
+        float share = std::exp(from[0] - highest);
+        total += from[1] * share;
+        for (int64_t d = 0; d < a.value_dim; d++) sums[d] += from[2 + d] * share;
+    }
+    int64_t at = (token * a.query_heads + head) * a.value_dim;
+    for (int64_t d = 0; d < a.value_dim; d++) a.put(at + d, total == 0 ? 0 : sums[d] / total);
+}
+
+struct Merge { int64_t first_query, num_queries, first_partial, parts; };
+
+struct Plan {
+    std::vector<Task> tasks;
+    std::vector<Merge> merges;
+    int64_t partial_queries = 0;
+};
+
+inline Plan plan(const AttentionArguments& a) {
+    Plan plan;
+    int64_t heads_per_kv = a.query_heads / a.kv_heads;
+    int64_t chunk = std::max<int64_t>(1, QUERIES / heads_per_kv), total = 0;
+    for (int64_t row = 0; row < a.rows; row++)
+        total += a.kv_lens.at(row) * ((a.queries_of(row) + chunk - 1) / chunk);
+    // Four ranges a thread even out what rows of different length leave over.
+    int64_t range = std::max<int64_t>(8 * TILE, total / (4 * a.threads) / TILE * TILE + TILE);
+    if (a.threads == 1) range = INT64_MAX / 2;
+    for (int64_t row = 0; row < a.rows; row++) {
+        int64_t kv_len = a.kv_lens.at(row), queries = a.queries_of(row);
+        for (int64_t query = 0; query < queries; query += chunk) {
+            int64_t count = std::min(chunk, queries - query), position = kv_len - queries + query;
+            int64_t first = a.first_query(row) + query;
+            int64_t start = visible(a, row, position, kv_len).first;
+            int64_t stop = visible(a, row, position + count - 1, kv_len).last;
+            int64_t parts = std::max<int64_t>(1, (stop - start + range - 1) / range);
+            int64_t part_range = ((stop - start + parts - 1) / parts + TILE - 1) / TILE * TILE;
+            if (parts > 1)
+                plan.merges.push_back({first, count, plan.partial_queries, parts});
+            for (int64_t part = 0; part < parts; part++) {
+                int64_t from = std::min(stop, start + part * part_range);
+                int64_t to = std::min(stop, from + part_range);
+                int64_t partial = parts > 1 ? plan.partial_queries + part * count : -1;
+                plan.tasks.push_back({row, first, count, position, from, to, partial, part == 0});
+            }
+            if (parts > 1) plan.partial_queries += parts * count;
+        }
+    }
+    return plan;
+}
+
+template <class T, Arithmetic arithmetic> void run(AttentionArguments& a) {
+    Plan todo = plan(a);
+    static thread_local std::vector<float> partials;
+    size_t needed = todo.partial_queries * a.query_heads * (a.value_dim + 2);
+    if (partials.size() < needed) partials.resize(needed);
+    a.partials = partials.data();
+    int64_t zeros_size = std::max((a.kv_heads - 1) * a.key_head + a.head_dim,
+                                  (a.kv_heads - 1) * a.value_head + a.value_dim);
+    static thread_local std::vector<uint64_t> zeros;
+    size_t words = (zeros_size * sizeof(T) + 7) / 8 + 1;
+    size_t scale_words = a.key_scales ? ((a.kv_heads - 1) * a.scale_head + 2) / 2 : 0;
+    if (zeros.size() < words + scale_words) zeros.assign(words + scale_words, 0);
+    const T* zero_row = (const T*)zeros.data();
+    const float* zero_scales = (const float*)(zeros.data() + words);
+    int64_t tasks = todo.tasks.size(), merges = todo.merges.size();
+    int threads = int(std::min<int64_t>(a.threads, std::max<int64_t>(tasks, 1)));
+    (void)threads;
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Scratch scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < tasks; i++)
+            Worker<T, arithmetic>{a, todo.tasks[i], scratch, zero_row, zero_scales}.run();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < merges; i++) {
+            const Merge& m = todo.merges[i];
+            for (int64_t query = 0; query < m.num_queries; query++)
+                for (int64_t head = 0; head < a.query_heads; head++)
+                    merge(a, m.first_query + query, head, m.first_partial + query, m.parts,
+                          m.num_queries);
+        }
+    }
+}
+
+}  // namespace attention

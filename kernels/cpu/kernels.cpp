@@ -1,0 +1,88 @@
+// The functions that Python calls: check what no argument check could see, then run.
+// They return 0, or a code and the place of what is wrong; nothing has been written then.
+
+#include <new>
+
+#include "attention.h"
+#include "moves.h"
+
+namespace {
+
+enum Problem : int { FINE = 0, NO_MEMORY = 100 };
+enum AttentionProblem : int { KV_LEN = 1, TABLE_ENTRY = 2, QUERY_STARTS = 3, MASK_QUERIES = 4 };
+
+constexpr auto BF16_ARITHMETIC = HAS_BF16_DOT ? attention::BF16_DOTS : attention::IN_FLOATS;
+constexpr auto INT8_ARITHMETIC = HAS_INT16_DOT ? attention::IN_INT16 : attention::IN_FLOATS;
+
+int checked(const AttentionArguments& a) {
+    auto wrong = [&](int code, int64_t row, int64_t column, int64_t value) {
+        a.problem[0] = row;
+        a.problem[1] = column;
+        a.problem[2] = value;
+        return code;
+    };
+    if (a.query_starts.data && a.first_query(0) != 0)
+        return wrong(QUERY_STARTS, 0, 0, a.first_query(0));
+    for (int64_t row = 0; row < a.rows; row++) {
+        int64_t kv_len = a.kv_lens.at(row), queries = a.queries_of(row);
+        if (kv_len < 0 || kv_len > a.table_columns * a.block_size)
+            return wrong(KV_LEN, row, 0, kv_len);
+        if (queries < 0 || a.first_query(row) + queries > a.tokens)
+            return wrong(QUERY_STARTS, row, 0, a.first_query(row + 1));
+        if (a.mask && queries > a.mask_queries) return wrong(MASK_QUERIES, row, 0, queries);
+        if (queries == 0) continue;
+        int64_t oldest = kv_len - queries;
+        int64_t first = attention::visible(a, row, oldest, kv_len).first / a.block_size;
+        int64_t last = (attention::visible(a, row, kv_len - 1, kv_len).last + a.block_size - 1)
+            / a.block_size;
+        const int32_t* table = a.tables + row * a.table_stride;
+        for (int64_t column = first; column < last; column++)
+            if (table[column] >= a.num_blocks) return wrong(TABLE_ENTRY, row, column, table[column]);
+    }
+    return FINE;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Which variant this is, for the log and for tests.
+int kvpager_lanes() { return LANES; }
+int kvpager_bf16_dots() { return HAS_BF16_DOT; }
+int kvpager_threaded() {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+int kvpager_paged_attention(AttentionArguments* arguments) try {
+    AttentionArguments& a = *arguments;
+    a.scale = float(a.scale_);
+    a.softcap = float(a.softcap_);
+    if (int code = checked(a)) return code;
+    switch (a.cache_type) {
+        case TYPE_FLOAT32: attention::run<float, attention::IN_FLOATS>(a); break;
+        case TYPE_BFLOAT16: attention::run<bf16, BF16_ARITHMETIC>(a); break;
+        case TYPE_FLOAT16: attention::run<fp16, attention::IN_FLOATS>(a); break;
+        default:
+            // A 32-bit query asks for more than 15 bits can give.
+            if (HAS_INT16_DOT && a.query_type != TYPE_FLOAT32
+                && a.head_dim <= attention::INT16_DIM_MOST)
+                attention::run<int8_t, INT8_ARITHMETIC>(a);
+            else
+                attention::run<int8_t, attention::IN_FLOATS>(a);
+    }
+    return FINE;
+} catch (const std::bad_alloc&) { return NO_MEMORY; }
+
+int kvpager_append_kv(const moves::AppendArguments* arguments) { return moves::append(*arguments); }
+
+int kvpager_gather_kv(const moves::GatherArguments* arguments) { return moves::gather(*arguments); }
+
+int kvpager_copy_blocks(const moves::CopyArguments* arguments) try {
+    return moves::copy(*arguments);
+} catch (const std::bad_alloc&) { return NO_MEMORY; }
+
+}

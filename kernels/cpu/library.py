@@ -1,0 +1,75 @@
+"""The native CPU kernels as Python functions: packed arguments in, an error or nothing out.
+
+Arguments travel as one struct of 8-byte fields (`abi.h`), packed by one call: for a decode step
+that takes 60 us, setting forty ctypes fields one by one would be a tenth of its time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.bool: 4,
+}
+
+# As in abi.h and moves.h: q is a pointer or int64, d a double. `Integers` there are two fields.
+ATTENTION = struct.Struct("=7q 6q 2q 3q 6q 4q 2q 3q 3q 3q 2q 4q 3q 2d q 16x".replace(" ", ""))
+APPEND = struct.Struct("=2q 2q 2q 2q 3q 5q 2q 2q 2q 2q 2q 2q 3q q".replace(" ", ""))
+GATHER = struct.Struct("=4q 2q 3q 4q 4q 3q 3q q q".replace(" ", ""))
+COPY = struct.Struct("=q 2q 5q q".replace(" ", ""))
+
+
+class Problem(NamedTuple):
+    """What the native side found wrong: a code, and up to three numbers that say where."""
+
+    code: int
+    numbers: tuple[int, int, int]
+
+
+class Library:
+    """The functions of one built variant. Thread-safe; calls run without the interpreter lock."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a library that `compiler.py` built. `OSError` if it cannot be loaded."""
+        # torch is imported above, so that its OpenMP runtime is the one that serves both.
+        loaded = ctypes.CDLL(str(path))
+        self.lanes: int = loaded.kvpager_lanes()
+        self.bf16_dots = bool(loaded.kvpager_bf16_dots())
+        self.threaded = bool(loaded.kvpager_threaded())
+        self._functions = {
+            name: getattr(loaded, f"kvpager_{name}")
+            for name in ("paged_attention", "append_kv", "gather_kv", "copy_blocks")
+        }
+        for function in self._functions.values():
+            function.argtypes = [ctypes.c_char_p]
+
+    def call(self, name: str, layout: struct.Struct, *fields: float) -> Problem | None:
+        """Run `name` with its packed arguments; the field for the problem's place goes last but
+        for what the native side fills in. O(1) besides the work itself."""
+        numbers = (ctypes.c_int64 * 3)()
+        code = self._functions[name](layout.pack(*fields, ctypes.addressof(numbers)))
+        if code == 0:
+            return None
+        if code == 100:
+            raise MemoryError(f"{name}: no memory for its scratch space")
+        return Problem(code, (numbers[0], numbers[1], numbers[2]))
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's first element is; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def integers(tensor: Tensor | None) -> tuple[int, int]:
+    """The two fields of `Integers`: the address, and whether elements are int64."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.int64)

@@ -1,0 +1,261 @@
+// Moving keys and values: into slots, out of blocks, from block to block.
+
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "abi.h"
+
+namespace moves {
+
+// Bytes below which a second thread costs more than it saves.
+constexpr int64_t PARALLEL_BYTES = 1 << 17;
+
+inline int threads_for(int64_t bytes, int64_t threads) {
+    return int(bytes < PARALLEL_BYTES ? 1 : threads);
+}
+
+// -------------------------------------------------------------------- append
+
+struct AppendArguments {
+    const void* source[2];      // keys and values [tokens, kv_heads, dim]
+    void* cache[2];             // [blocks, block_size, kv_heads, dim]
+    float* scales[2];           // [blocks, block_size, kv_heads]; null unless quantised
+    Integers slots;
+    int64_t source_type, cache_type, element_size;
+    int64_t tokens, kv_heads, num_blocks, block_size, threads;
+    int64_t dim[2], source_token[2], source_head[2];
+    int64_t cache_block[2], cache_token[2], cache_head[2];
+    int64_t scale_block, scale_token, scale_head;
+    int64_t* problem;
+};
+
+// One head of one token as int8, with its scale: `quantise` of quantisation.py, bit for bit.
+template <class T> INLINE void quantise(const T* from, int8_t* to, float* scale, int64_t dim) {
+    float largest = 0, nothing = 0;
+    for (int64_t d = 0; d < dim; d++) {
+        float x = std::fabs(to_float(from[d]));
+        nothing += x * 0;  // NaN as soon as one element is not finite
+        largest = x > largest ? x : largest;
+    }
+    bool finite = nothing == 0;
+    // 0 times infinity or NaN comes back as NaN, so a fault upstream stays one.
+    *scale = finite ? largest / 127.0f : NAN;
+    if (!finite || *scale == 0) {
+        memset(to, 0, dim);
+        return;
+    }
+    for (int64_t d = 0; d < dim; d++) {
+        float x = std::nearbyint(to_float(from[d]) / *scale);
+        to[d] = int8_t(x > 127 ? 127 : x < -127 ? -127 : x);
+    }
+}
+
+template <class T> void append_quantised(const AppendArguments& a, int64_t token, int64_t slot) {
+    int64_t block = slot / a.block_size, offset = slot % a.block_size;
+    for (int which = 0; which < 2; which++)
+        for (int64_t head = 0; head < a.kv_heads; head++) {
+            const T* from = (const T*)a.source[which] + token * a.source_token[which]
+                + head * a.source_head[which];
+            int8_t* to = (int8_t*)a.cache[which] + block * a.cache_block[which]
+                + offset * a.cache_token[which] + head * a.cache_head[which];
+            float* scale = a.scales[which] + block * a.scale_block + offset * a.scale_token
+                + head * a.scale_head;
+            quantise(from, to, scale, a.dim[which]);
+        }
+}
+
+inline void append_copied(const AppendArguments& a, int64_t token, int64_t slot) {
+    int64_t block = slot / a.block_size, offset = slot % a.block_size, size = a.element_size;
+    for (int which = 0; which < 2; which++) {
+        int64_t dim = a.dim[which];
+        const char* from = (const char*)a.source[which] + token * a.source_token[which] * size;
+        char* to = (char*)a.cache[which]
+            + (block * a.cache_block[which] + offset * a.cache_token[which]) * size;
+        if (a.source_head[which] == dim && a.cache_head[which] == dim) {
+            memcpy(to, from, a.kv_heads * dim * size);
+            continue;
+        }
+        for (int64_t head = 0; head < a.kv_heads; head++)
+            memcpy(to + head * a.cache_head[which] * size,
+                   from + head * a.source_head[which] * size, dim * size);
+    }
+}
+
+inline int append(const AppendArguments& a) {
+    for (int64_t token = 0; token < a.tokens; token++) {
+        int64_t slot = a.slots.at(token);
+        if (slot < a.num_blocks * a.block_size) continue;
+        a.problem[0] = token;
+        a.problem[1] = slot;
+        return 1;
+    }
+    int64_t bytes = a.tokens * a.kv_heads * (a.dim[0] + a.dim[1]) * a.element_size;
+    int threads = threads_for(bytes, a.threads);
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t token = 0; token < a.tokens; token++) {
+        int64_t slot = a.slots.at(token);
+        if (slot < 0) continue;
+        if (a.cache_type != TYPE_INT8) append_copied(a, token, slot);
+        else if (a.source_type == TYPE_BFLOAT16) append_quantised<bf16>(a, token, slot);
+        else if (a.source_type == TYPE_FLOAT16) append_quantised<fp16>(a, token, slot);
+        else append_quantised<float>(a, token, slot);
+    }
+    return 0;
+}
+
+// -------------------------------------------------------------------- gather
+
+struct GatherArguments {
+    const void* cache;    // [blocks, block_size, kv_heads, dim]
+    void* output;         // [rows, length, kv_heads, dim], contiguous
+    const float* scales;  // null unless quantised
+    const int32_t* tables;
+    Integers kv_lens;
+    int64_t cache_type, output_type, element_size;
+    int64_t rows, length, kv_heads, dim;
+    int64_t num_blocks, block_size, table_columns, table_stride;
+    int64_t cache_block, cache_token, cache_head;
+    int64_t scale_block, scale_token, scale_head;
+    int64_t threads;
+    int64_t* problem;
+};
+
+template <class Out> void dequantise(const GatherArguments& a, int64_t block, int64_t offset,
+                                     Out* to) {
+    for (int64_t head = 0; head < a.kv_heads; head++, to += a.dim) {
+        const int8_t* from = (const int8_t*)a.cache + block * a.cache_block
+            + offset * a.cache_token + head * a.cache_head;
+        float scale = a.scales[block * a.scale_block + offset * a.scale_token
+                               + head * a.scale_head];
+        for (int64_t d = 0; d < a.dim; d++) from_float(float(from[d]) * scale, to + d);
+    }
+}
+
+// `count` tokens of one block, from `offset` on.
+inline void gather_run(const GatherArguments& a, int64_t block, int64_t offset, int64_t count,
+                       char* to) {
+    int64_t size = a.element_size, token_size = a.kv_heads * a.dim;
+    if (a.scales) {
+        for (int64_t i = 0; i < count; i++) {
+            int64_t at = i * token_size;
+            if (a.output_type == TYPE_BFLOAT16) dequantise(a, block, offset + i, (bf16*)to + at);
+            else if (a.output_type == TYPE_FLOAT16) dequantise(a, block, offset + i, (fp16*)to + at);
+            else dequantise(a, block, offset + i, (float*)to + at);
+        }
+        return;
+    }
+    const char* from = (const char*)a.cache + (block * a.cache_block + offset * a.cache_token) * size;
+    if (a.cache_head == a.dim && a.cache_token == token_size) {
+        memcpy(to, from, count * token_size * size);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t head = 0; head < a.kv_heads; head++)
+            memcpy(to + (i * token_size + head * a.dim) * size,
+                   from + (i * a.cache_token + head * a.cache_head) * size, a.dim * size);
+}
+
+inline int gather(const GatherArguments& a) {
+    // Positions of the columns are right-aligned: the last one is the row's newest token.
+    for (int64_t row = 0; row < a.rows; row++) {
+        int64_t kv_len = a.kv_lens.at(row);
+        if (kv_len < 0) {
+            a.problem[0] = row;
+            a.problem[2] = kv_len;
+            return 1;
+        }
+        int64_t first = std::max<int64_t>(0, kv_len - a.length) / a.block_size;
+        int64_t last = std::min((kv_len + a.block_size - 1) / a.block_size, a.table_columns);
+        for (int64_t column = first; column < last; column++) {
+            int64_t block = a.tables[row * a.table_stride + column];
+            if (block < a.num_blocks) continue;
+            a.problem[0] = row;
+            a.problem[1] = column;
+            a.problem[2] = block;
+            return 2;
+        }
+    }
+    int64_t out_size = a.scales ? (a.output_type == TYPE_FLOAT32 ? 4 : 2) : a.element_size;
+    int64_t token_bytes = a.kv_heads * a.dim * out_size;
+    int threads = threads_for(a.rows * a.length * token_bytes, a.threads);
+    // Pieces, not rows, so that one long row keeps every thread busy.
+    constexpr int64_t PIECE = 256;
+    int64_t pieces = (a.length + PIECE - 1) / PIECE;
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < a.rows * pieces; i++) {
+        int64_t row = i / pieces, column = i % pieces * PIECE;
+        int64_t end = std::min(column + PIECE, a.length);
+        int64_t shift = a.kv_lens.at(row) - a.length;
+        while (column < end) {
+            char* to = (char*)a.output + (row * a.length + column) * token_bytes;
+            int64_t position = column + shift, count = std::min(end - column, -position);
+            int64_t block = -1, offset = 0;
+            if (position >= 0) {
+                offset = position % a.block_size;
+                count = std::min(end - column, a.block_size - offset);
+                int64_t at = position / a.block_size;
+                if (at < a.table_columns) block = a.tables[row * a.table_stride + at];
+            }
+            if (block < 0) memset(to, 0, count * token_bytes);
+            else gather_run(a, block, offset, count, to);
+            column += count;
+        }
+    }
+    return 0;
+}
+
+// -------------------------------------------------------------------- copies
+
+struct CopyArguments {
+    void* storage;
+    Integers pairs;  // [count, 2]
+    int64_t count, num_blocks, block_stride, block_bytes, threads;
+    int64_t* problem;
+};
+
+inline int copy(const CopyArguments& a) {
+    std::vector<std::pair<int64_t, int64_t>> kept;
+    for (int64_t i = 0; i < a.count; i++) {
+        int64_t source = a.pairs.at(2 * i), destination = a.pairs.at(2 * i + 1);
+        if (source < 0 || destination < 0) continue;
+        if (std::max(source, destination) >= a.num_blocks) {
+            a.problem[0] = i;
+            a.problem[2] = std::max(source, destination);
+            return 1;
+        }
+        kept.push_back({source, destination});
+    }
+    // A block that is read and written is put aside first: all reads come before all writes.
+    std::vector<bool> written(a.num_blocks);
+    for (auto& pair : kept) written[pair.second] = true;
+    std::vector<std::vector<char>> aside;
+    std::vector<const char*> sources;
+    char* base = (char*)a.storage;
+    for (auto& pair : kept) {
+        const char* from = base + pair.first * a.block_stride;
+        if (written[pair.first]) {
+            aside.emplace_back(from, from + a.block_bytes);
+            from = aside.back().data();
+        }
+        sources.push_back(from);
+    }
+    int64_t count = kept.size();
+    int threads = threads_for(count * a.block_bytes, a.threads);
+    // A few pieces a block, so that a single one keeps every thread busy.
+    int64_t pieces = threads, piece = (a.block_bytes + pieces - 1) / pieces;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < count * pieces; i++) {
+        int64_t pair = i / pieces, from = i % pieces * piece;
+        int64_t size = std::min(piece, a.block_bytes - from);
+        if (size > 0)
+            memcpy(base + kept[pair].second * a.block_stride + from, sources[pair] + from, size);
+    }
+    return 0;
+}
+
+}  // namespace moves

@@ -1,0 +1,54 @@
+"""Which CPU kernels run, decided once per process: the native ones where they can be had.
+
+`KVPAGER_CPU_KERNELS` chooses: `auto` (the default: the best variant for this CPU), the name of a
+variant, or `off` for the torch twins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from kvpager.kernels import backends, reference
+from kvpager.kernels.cpu import compiler
+from kvpager.kernels.cpu.attention import PagedAttention
+from kvpager.kernels.cpu.compiler import BuildError
+from kvpager.kernels.cpu.library import Library
+from kvpager.kernels.cpu.moves import AppendKV, CopyBlocks, GatherKV
+
+logger = logging.getLogger("kvpager")
+
+OPERATIONS = ("append_kv", "copy_blocks", "gather_kv", "paged_attention")
+
+
+def register() -> None:
+    """Register the native kernels for `cpu`, or the twins with the reason why not."""
+    try:
+        library, reason = _load()
+    except (BuildError, ValueError, OSError) as error:
+        logger.warning("kvpager: no native CPU kernels, torch runs instead: %s", error)
+        _register_twins(str(error))
+        return
+    if library is None:
+        _register_twins(reason)
+        return
+    backends.register("append_kv", "cpu", AppendKV(library), reason)
+    backends.register("copy_blocks", "cpu", CopyBlocks(library), reason)
+    backends.register("gather_kv", "cpu", GatherKV(library), reason)
+    backends.register("paged_attention", "cpu", PagedAttention(library), reason)
+
+
+def _load() -> tuple[Library | None, str]:
+    choice = os.environ.get("KVPAGER_CPU_KERNELS", "auto")
+    if choice == "off":
+        return None, "KVPAGER_CPU_KERNELS=off"
+    variant = compiler.variants()[0] if choice == "auto" else compiler.variant_named(choice)
+    built = compiler.ensure(variant)
+    library = Library(built.path)
+    threads = "" if library.threaded else ", one thread: the compiler has no OpenMP"
+    return library, f"{variant.name}, {built.origin}{threads}"
+
+
+def _register_twins(reason: str) -> None:
+    for operation in OPERATIONS:
+        backends.register(operation, "cpu", getattr(reference, operation), reason)

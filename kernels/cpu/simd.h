@@ -1,0 +1,369 @@
+// Vectors of LANES floats, and how stored elements become such vectors.
+//
+// Written with the vector extensions of GCC and Clang, so one text serves AVX-512 (16 lanes),
+// AVX2 (8) and everything else (4: SSE2, NEON). Intrinsics stand only where a conversion needs one.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#if LANES == 16 && defined(__AVX512BF16__)
+#define HAS_BF16_DOT 1
+#else
+#define HAS_BF16_DOT 0
+#endif
+
+#if LANES > 4
+#define HAS_INT16_DOT 1
+#else
+#define HAS_INT16_DOT 0
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
+
+// Storage types that C++ has no name for.
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+INLINE Floats broadcast(float x) { return x - Floats{}; }
+
+template <class Vector> INLINE Vector load(const void* from) {
+    Vector vector;
+    memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+template <class Vector> INLINE void store(void* to, Vector vector) {
+    memcpy(to, &vector, sizeof vector);
+}
+
+template <class Vector> INLINE Floats as_floats(Vector bits) { return (Floats)bits; }
+
+INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+#if defined(__clang__)
+#define PERMUTE(a, b, indices) permute_pair(a, b, indices)
+template <class Vector, class Indices>
+INLINE Vector permute_pair(Vector a, Vector b, Indices indices) {
+    constexpr int count = sizeof(Indices) / sizeof(indices[0]);
+    Vector result;
+    for (int lane = 0; lane < count; lane++)
+        result[lane] = indices[lane] < count ? a[indices[lane]] : b[indices[lane] - count];
+    return result;
+}
+#else
+#define PERMUTE(a, b, indices) __builtin_shuffle(a, b, indices)
+#endif
+
+// -------------------------------------------------------------------- scalars
+
+INLINE float to_float(float x) { return x; }
+
+INLINE float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+INLINE float to_float(fp16 x) {
+    uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+    float result;
+    memcpy(&result, &magnitude, 4);
+    result *= 0x1p112f;  // halves have a smaller exponent bias; exact for subnormal ones, too
+    memcpy(&magnitude, &result, 4);
+    if ((x.bits & 0x7c00u) == 0x7c00u) magnitude |= 0x7f800000u;  // infinities and NaNs
+    magnitude |= uint32_t(x.bits & 0x8000u) << 16;
+    memcpy(&result, &magnitude, 4);
+    return result;
+}
+
+INLINE void from_float(float x, float* to) { *to = x; }
+
+INLINE void from_float(float x, bf16* to) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) to->bits = uint16_t((bits >> 16) | 0x40);
+    else to->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // nearest, ties to even
+}
+
+INLINE void from_float(float x, fp16* to) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) { to->bits = uint16_t(sign | 0x7e00u); return; }
+    if (magnitude >= 0x477ff000u) { to->bits = uint16_t(sign | 0x7c00u); return; }  // from 65520 on
+    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 rounds at the right bit
+        float shifted;
+        memcpy(&shifted, &magnitude, 4);
+        shifted += 0.5f;
+        memcpy(&magnitude, &shifted, 4);
+        to->bits = uint16_t(sign | (magnitude - 0x3f000000u));
+        return;
+    }
+    magnitude += 0xc8000fffu + ((magnitude >> 13) & 1);
+    to->bits = uint16_t(sign | (magnitude >> 13));
+}
+
+// -------------------------------------------------------------------- elements
+
+// 2 * LANES consecutive elements as floats. Where `interleaved`, `first` holds the elements of even
+// number and `second` the odd ones: for 16-bit types that costs one instruction instead of two.
+struct Pair { Floats first, second; };
+
+constexpr int STEP = 2 * LANES;
+
+template <class T> struct Element;
+
+template <> struct Element<float> {
+    static constexpr bool interleaved = false;
+    INLINE Pair load_step(const float* p) { return {load<Floats>(p), load<Floats>(p + LANES)}; }
+};
+
+template <> struct Element<bf16> {
+    static constexpr bool interleaved = true;
+    INLINE Pair load_step(const bf16* p) {
+        Words words = load<Words>(p);
+        return {(Floats)(words << 16), (Floats)(words & 0xffff0000u)};
+    }
+};
+
+#if LANES == 16
+template <> struct Element<fp16> {
+    static constexpr bool interleaved = false;
+    INLINE Pair load_step(const fp16* p) {
+        return {(Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)),
+                (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + LANES)))};
+    }
+};
+template <> struct Element<int8_t> {
+    static constexpr bool interleaved = false;
+    INLINE Pair load_step(const int8_t* p) { return {one(p), one(p + LANES)}; }
+    INLINE Floats one(const int8_t* p) {
+        return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+    }
+};
+#elif LANES == 8
+template <> struct Element<fp16> {
+    static constexpr bool interleaved = false;
+    INLINE Pair load_step(const fp16* p) {
+        return {(Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+                (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + LANES)))};
+    }
+};
+template <> struct Element<int8_t> {
+    static constexpr bool interleaved = false;
+    INLINE Pair load_step(const int8_t* p) { return {one(p), one(p + LANES)}; }
+    INLINE Floats one(const int8_t* p) {
+        return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+    }
+};
+#else
+template <> struct Element<fp16> {
+    static constexpr bool interleaved = true;
+    INLINE Pair load_step(const fp16* p) {
+        Words words = load<Words>(p);
+        return {widen(words & 0xffffu), widen(words >> 16)};
+    }
+    INLINE Floats widen(Words half) {  // as the scalar `to_float`
+        Floats scaled = (Floats)((half & 0x7fffu) << 13) * 0x1p112f;
+        Words special = (Words)((half & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+        return (Floats)((Words)scaled | special | (half & 0x8000u) << 16);
+    }
+};
+template <> struct Element<int8_t> {
+    static constexpr bool interleaved = false;
+    INLINE Pair load_step(const int8_t* p) { return {one(p), one(p + LANES)}; }
+    INLINE Floats one(const int8_t* p) {
+        // Each byte to the top of its lane; shifting it down again brings its sign along.
+        uint32_t bytes;
+        memcpy(&bytes, p, 4);
+        Words words = {bytes << 24, bytes << 16, bytes << 8, bytes};
+        return __builtin_convertvector((Ints)words >> 24, Floats);
+    }
+};
+#endif
+
+// The first `count` of 2 * LANES elements; the rest is zero and not read.
+template <class T> INLINE Pair load_part(const T* p, int64_t count) {
+    T padded[STEP];
+    memset(padded, 0, sizeof padded);
+    memcpy(padded, p, count * sizeof(T));
+    return Element<T>::load_step(padded);
+}
+
+// Where element `index` of a row stands after `load_step` has split its steps.
+template <class T> INLINE int64_t place_of(int64_t index) {
+    if (!Element<T>::interleaved) return index;
+    int64_t within = index % STEP;
+    return index - within + within / 2 + within % 2 * LANES;
+}
+
+// -------------------------------------------------------------------- arithmetic
+
+// exp(x) for x <= 0 to about 2 ulp; 0 below -87.3; NaN stays NaN. Cephes' polynomial (S. Moshier).
+INLINE Floats exp_nonpositive(Floats x) {
+    Floats floor_of = broadcast(-87.33654f);
+    Ints vanishes = x < floor_of;
+    x = vanishes ? floor_of : x;
+    Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
+    Floats n = __builtin_convertvector(power, Floats);
+    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats y = broadcast(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    y = y * (Floats)((power + 127) << 23);
+    return vanishes ? Floats{} : y;
+}
+
+INLINE Floats tanh_of(Floats x) {
+    Floats size = x < Floats{} ? -x : x;
+    Floats e = exp_nonpositive(size * -2.0f);
+    Floats t = (1.0f - e) / (1.0f + e);
+    return x < Floats{} ? -t : t;
+}
+
+// Three kinds of levels of a tree of sums, each two instructions and an addition: what stands in
+// the even places of both vectors plus what stands in the odd ones, a's sums first or alternating.
+template <class Vector> INLINE Vector fold_words(Vector a, Vector b) {  // in each four lanes: a, b, a, b
+    Ints low, high;
+    for (int lane = 0; lane < LANES; lane++) {
+        low[lane] = lane / 4 * 4 + lane % 4 / 2 + (lane % 2 ? LANES : 0);
+        high[lane] = low[lane] + 2;
+    }
+    return PERMUTE(a, b, low) + PERMUTE(a, b, high);
+}
+
+template <class Vector> INLINE Vector fold_pairs(Vector a, Vector b) {  // a, a, b, b
+    // As 64-bit elements, which compilers have one instruction for.
+    Longs low, high;
+    for (int pair = 0; pair < LANES / 2; pair++) {
+        low[pair] = pair / 2 * 2 + (pair % 2 ? LANES / 2 : 0);
+        high[pair] = low[pair] + 1;
+    }
+    return (Vector)PERMUTE((Longs)a, (Longs)b, low) + (Vector)PERMUTE((Longs)a, (Longs)b, high);
+}
+
+#if LANES > 4
+template <class Vector> INLINE Vector fold_quads(Vector a, Vector b) {  // fours of lanes: first a's, then b's
+    Ints low, high;
+    for (int lane = 0; lane < LANES; lane++) {
+        int quad = lane / 4, half = LANES / 8;
+        low[lane] = quad % half * 8 + lane % 4 + (quad / half ? LANES : 0);
+        high[lane] = low[lane] + 4;
+    }
+    return PERMUTE(a, b, low) + PERMUTE(a, b, high);
+}
+#endif
+
+// Lane i of the result is the sum of all lanes of vectors[i]: a transposing tree.
+template <class Vector> INLINE Vector lane_sums(const Vector* vectors) {
+    Vector v[LANES];  // a copy: folding in place would keep the caller's sums in memory
+    for (int i = 0; i < LANES; i++) v[i] = vectors[i];
+    for (int i = 0; i < LANES / 2; i++) v[i] = fold_words(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < LANES / 4; i++) v[i] = fold_pairs(v[2 * i], v[2 * i + 1]);
+#if LANES > 4
+    for (int i = 0; i < LANES / 8; i++) v[i] = fold_quads(v[2 * i], v[2 * i + 1]);
+#endif
+#if LANES > 8
+    v[0] = fold_quads(v[0], v[1]);
+#endif
+    return v[0];
+}
+
+// In each run of `width` lanes: the maximum (or sum) of the run, in all of its lanes.
+template <int width, class Combine> INLINE Floats over_runs(Floats x, Combine combine) {
+    for (int distance = 1; distance < width; distance *= 2) {
+        Ints partner;
+        for (int lane = 0; lane < LANES; lane++) partner[lane] = lane ^ distance;
+        x = combine(x, PERMUTE(x, x, partner));
+    }
+    return x;
+}
+
+#if HAS_INT16_DOT
+// sums + a * b for vectors of 2 * LANES int16: each lane of `sums` gets two products.
+INLINE Ints add_int16_products(Ints sums, Ints a, Ints b) {
+#if LANES == 16 && defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif LANES == 16
+    return sums + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+    return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+// 2 * LANES int8 as as many int16.
+INLINE Ints widen_int8(const int8_t* p) {
+#if LANES == 16
+    return (Ints)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#else
+    return (Ints)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+
+// Two rows of 2 * LANES int8, as int16, element beside element. On AVX-512, `first` holds the
+// elements 0-7 and 16-23, `second` 8-15 and 24-31; `in_order` undoes that.
+struct IntPair { Ints first, second; };
+
+INLINE IntPair interleave_int8(const int8_t* a, const int8_t* b) {
+#if LANES == 16
+    __m256i x = _mm256_loadu_si256((const __m256i*)a), y = _mm256_loadu_si256((const __m256i*)b);
+    return {(Ints)_mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(x, y)),
+            (Ints)_mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(x, y))};
+#else
+    __m128i x = _mm_loadu_si128((const __m128i*)a), y = _mm_loadu_si128((const __m128i*)b);
+    return {(Ints)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y)),
+            (Ints)_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(x, y))};
+#endif
+}
+
+INLINE Pair in_order(Floats first, Floats second) {
+#if LANES == 16
+    Ints low, high;
+    for (int lane = 0; lane < LANES; lane++) {
+        low[lane] = lane % 8 + (lane / 8 ? LANES : 0);
+        high[lane] = low[lane] + 8;
+    }
+    return {PERMUTE(first, second, low), PERMUTE(first, second, high)};
+#else
+    return {first, second};
+#endif
+}
+
+// Lanes (all 0 or more) rounded to int16, one after the other.
+INLINE void store_int16(int16_t* to, Floats x) {
+    Ints rounded = __builtin_convertvector(x + 0.5f, Ints);
+#if LANES == 16
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)rounded));
+#else
+    __m256i packed = _mm256_packs_epi32((__m256i)rounded, (__m256i)rounded);
+    packed = _mm256_permute4x64_epi64(packed, 0x08);
+    _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
+#endif
+}
+#endif

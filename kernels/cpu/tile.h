@@ -1,0 +1,84 @@
+// Scratch memory of a thread, and the addresses of a tile's tokens.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "tasks.h"
+
+namespace attention {
+
+inline int64_t padded(int64_t dim) { return (dim + STEP - 1) / STEP * STEP; }
+
+// What one thread needs; grown as needed and kept for its next call.
+struct Scratch {
+    std::vector<float> memory;
+    float *queries, *sums, *highest, *totals, *bias, *units;
+
+    void prepare(const AttentionArguments& a, int64_t vectors) {
+        int64_t heads = a.kv_heads * vectors, bias_rows = a.query_heads * vectors;
+        int64_t sizes[] = {heads * padded(a.head_dim), heads * padded(a.value_dim), heads * LANES,
+                           heads * LANES, bias_rows * TILE, heads};
+        float** parts[] = {&queries, &sums, &highest, &totals, &bias, &units};
+        int64_t total = 16;
+        for (int64_t size : sizes) total += (size + 15) / 16 * 16;
+        if (int64_t(memory.size()) < total) memory.resize(total);
+        float* next = (float*)((uintptr_t(memory.data()) + 63) / 64 * 64);
+        for (int part = 0; part < 6; part++) {
+            *parts[part] = next;
+            next += (sizes[part] + 15) / 16 * 16;
+        }
+    }
+};
+
+// Addresses of a tile's tokens. A token nobody may see, and those that fill the tile up, stand for
+// zeros: 0 * NaN is NaN, so stale bytes must not even meet a weight of zero.
+template <class T> struct Tile {
+    const T *keys[TILE], *values[TILE];
+    const float *key_scales[TILE], *value_scales[TILE];
+    int64_t start = 0;
+    int count = 0;      // tokens
+    bool holes = false;  // some of them have no block
+
+    void look_up(const AttentionArguments& a, const Task& task, int64_t from, const T* zeros,
+                 const float* zero_scales) {
+        start = from;
+        count = int(std::min<int64_t>(TILE, task.stop - from));
+        holes = false;
+        const int32_t* table = a.tables + task.row * a.table_stride;
+        for (int i = 0; i < count;) {
+            int64_t block = table[(from + i) / a.block_size], offset = (from + i) % a.block_size;
+            int run = int(std::min<int64_t>(count - i, a.block_size - offset));
+            if (block < 0) {
+                fill(i, i + run, zeros, zero_scales);
+                holes = true;
+            } else {
+                const T* key = (const T*)a.key + block * a.key_block + offset * a.key_token;
+                const T* value = (const T*)a.value + block * a.value_block + offset * a.value_token;
+                for (int j = i; j < i + run; j++, key += a.key_token, value += a.value_token) {
+                    keys[j] = key;
+                    values[j] = value;
+                }
+                if (a.key_scales) {
+                    int64_t at = block * a.scale_block + offset * a.scale_token;
+                    for (int j = i; j < i + run; j++, at += a.scale_token) {
+                        key_scales[j] = a.key_scales + at;
+                        value_scales[j] = a.value_scales + at;
+                    }
+                }
+            }
+            i += run;
+        }
+        fill(count, TILE, zeros, zero_scales);
+    }
+
+    void fill(int from, int to, const T* zeros, const float* zero_scales) {
+        for (int i = from; i < to; i++) {
+            keys[i] = values[i] = zeros;
+            key_scales[i] = value_scales[i] = zero_scales;
+        }
+    }
+};
+
+}  // namespace attention

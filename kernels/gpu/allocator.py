@@ -1,0 +1,371 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""The device-side allocator in Triton. `kvpager.kernels.step_alloc` describes the algorithm.
+
+`tests/allocator_model.py` runs these kernels' accesses to memory in every order that a GPU might;
+it has the same statements in the same order, each under the number of its [step] here.
+"""
+
+# Legend. Names of tensors are pointers inside kernels. A lane is one row of the call; LANES of them
+# make a program. COLUMNS table entries of one row are handled at a time. -1 is no row, no slot, no
+# block; a slot of PENDING is decided when all programs have been through `step_rows`.
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvpager.kernels.gpu.specialisation import Specialisation
+
+if TYPE_CHECKING:
+    from kvpager.kernels.step_alloc import DeviceAllocator
+
+# At least so many lanes make a program, and up to so many a lone one, which settles what is pending
+# by itself. More rows take two launches of programs with LANES lanes.
+LANES_MIN = 128
+LANES_ALONE_MAX = 512
+LANES = 256
+COLUMNS = 128
+
+PENDING: tl.constexpr = tl.constexpr(-2)
+
+
+@triton.jit
+def _settle(
+    slots,
+    lens,
+    ref_counts,
+    failures,
+    lane,
+    row,
+    length,
+    tail,
+    stays,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Rows that may keep their last block do so if nobody else holds it, else are refused."""
+    # [S1] Volatile: the counter as it is now, not as this multiprocessor last saw it.
+    holders = tl.load(ref_counts + tail, mask=stays, other=0, volatile=True)
+    alone = stays & (holders == 1)
+    slot = tl.where(alone, tail * BLOCK_SIZE + length % BLOCK_SIZE, -1)
+    # [S2]
+    tl.store(slots + lane, slot.to(tl.int64), mask=stays)
+    # [S3]
+    tl.store(lens + row, length + 1, mask=alone)
+    # [S4]
+    tl.atomic_add(failures, tl.sum((stays & (holders != 1)).to(tl.int32), 0), sem="relaxed")
+
+
+@triton.jit
+def step_rows(
+    slots,
+    copies,
+    rows,
+    lens,
+    tables,
+    ref_counts,
+    free,
+    num_free,
+    failures,
+    num_lanes,
+    num_columns,
+    BLOCK_SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    ALONE: tl.constexpr,
+):
+    """One more slot for every row, or PENDING where the row may keep its last block."""
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    exists = lane < num_lanes
+    # [1]
+    row = tl.load(rows + lane, mask=exists, other=-1).to(tl.int64)
+    live = row >= 0
+    row = tl.where(live, row, 0)
+    # [2]
+    length = tl.load(lens + row, mask=live, other=0)
+    column = length // BLOCK_SIZE
+    offset = length % BLOCK_SIZE
+    entry = tables + row * num_columns + column
+    partial = live & (offset != 0)
+    grows = live & (offset == 0) & (column < num_columns)
+    # [3]
+    tail = tl.load(entry, mask=partial, other=0)
+    # [4]
+    holders = tl.load(ref_counts + tail, mask=partial, other=1)
+    shared = partial & (holders > 1)
+    # [5] Leave the shared block ...
+    before = tl.atomic_add(ref_counts + tail, -1, mask=shared, sem="relaxed")
+    copying = shared & (before > 1)
+    # [6] ... but the last to leave comes back. Others may be coming back too, so this is an add.
+    tl.atomic_add(ref_counts + tail, 1, mask=shared & (before == 1), sem="relaxed")
+
+    # [7] Pop for all lanes at once: the lane of rank r gets the r-th block from the top.
+    needs = (grows | copying).to(tl.int32)
+    rank = tl.cumsum(needs, 0) - needs
+    wanted = tl.sum(needs, 0)
+    found = tl.atomic_add(num_free, -wanted, sem="relaxed")
+    served = (needs != 0) & (rank < found)
+    # [8] What was taken from below the bottom goes back.
+    tl.atomic_add(num_free, wanted - tl.sum(served.to(tl.int32), 0), sem="relaxed")
+    # [9]
+    block = tl.load(free + (found - 1 - rank), mask=served, other=0)
+    # [10] Nobody else knows the block yet.
+    tl.store(ref_counts + block, 1, mask=served)
+    # [11]
+    tl.store(entry, block, mask=served)
+    # [12] Refused, a row is a holder of its last block as before.
+    tl.atomic_add(ref_counts + tail, 1, mask=copying & (served == 0), sem="relaxed")
+
+    stays = partial & (copying == 0)
+    slot = tl.where(served, block * BLOCK_SIZE + offset, tl.where(stays, PENDING, -1))
+    # [13]
+    tl.store(slots + lane, slot.to(tl.int64), mask=exists)
+    # [14]
+    copied = copying & served
+    tl.store(copies + lane * 2, tl.where(copied, tail, -1), mask=exists)
+    tl.store(copies + lane * 2 + 1, tl.where(copied, block, -1), mask=exists)
+    # [15]
+    tl.store(lens + row, length + 1, mask=served)
+    # [16]
+    refused = live & (served == 0) & (stays == 0)
+    tl.atomic_add(failures, tl.sum(refused.to(tl.int32), 0), sem="relaxed")
+    if ALONE:
+        # All rows are in this program, so all are through when its threads are.
+        tl.debug_barrier()
+        _settle(slots, lens, ref_counts, failures, lane, row, length, tail, stays, BLOCK_SIZE)
+
+
+@triton.jit
+def settle_rows(
+    slots,
+    rows,
+    lens,
+    tables,
+    ref_counts,
+    failures,
+    num_lanes,
+    num_columns,
+    BLOCK_SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """What a lone program does at the end of `step_rows`, for many: a launch of its own."""
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    stays = tl.load(slots + lane, mask=lane < num_lanes, other=-1) == PENDING
+    row = tl.load(rows + lane, mask=stays, other=0).to(tl.int64)
+    length = tl.load(lens + row, mask=stays, other=0)
+    tail = tl.load(tables + row * num_columns + length // BLOCK_SIZE, mask=stays, other=0)
+    _settle(slots, lens, ref_counts, failures, lane, row, length, tail, stays, BLOCK_SIZE)
+
+
+@triton.jit
+def share_rows(
+    sources,
+    targets,
+    lens,
+    tables,
+    ref_counts,
+    failures,
+    num_columns,
+    BLOCK_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One pair per program: the target's table becomes the source's, and holds what it holds."""
+    pair = tl.program_id(0)
+    # [F1]
+    source = tl.load(sources + pair).to(tl.int64)
+    target = tl.load(targets + pair).to(tl.int64)
+    if (source >= 0) & (target >= 0):
+        # [F2]
+        in_use = tl.load(lens + target)
+        if in_use != 0:
+            # [F3]
+            tl.atomic_add(failures, 1, sem="relaxed")
+        else:
+            # [F4]
+            length = tl.load(lens + source)
+            num_blocks = tl.cdiv(length, BLOCK_SIZE)
+            for first in range(0, num_blocks, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                held = column < num_blocks
+                # [F5]
+                block = tl.load(tables + source * num_columns + column, mask=held, other=0)
+                # [F6]
+                tl.atomic_add(ref_counts + block, 1, mask=held, sem="relaxed")
+                # [F7]
+                tl.store(tables + target * num_columns + column, block, mask=held)
+            # [F8]
+            tl.store(lens + target, length)
+
+
+@triton.jit
+def drop_rows(
+    rows,
+    lens,
+    tables,
+    ref_counts,
+    free,
+    num_free,
+    num_columns,
+    BLOCK_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One row per program: whoever takes the last hold of a block away pushes it."""
+    # [R1]
+    row = tl.load(rows + tl.program_id(0)).to(tl.int64)
+    if row >= 0:
+        # [R2]
+        num_blocks = tl.cdiv(tl.load(lens + row), BLOCK_SIZE)
+        for first in range(0, num_blocks, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            held = column < num_blocks
+            entry = tables + row * num_columns + column
+            # [R3]
+            block = tl.load(entry, mask=held, other=0)
+            # [R4]
+            before = tl.atomic_add(ref_counts + block, -1, mask=held, sem="relaxed")
+            unheld = held & (before == 1)
+            # [R5] Push for all columns at once.
+            pushes = unheld.to(tl.int32)
+            top = tl.atomic_add(num_free, tl.sum(pushes, 0), sem="relaxed")
+            # [R6]
+            tl.store(free + top + tl.cumsum(pushes, 0) - pushes, block, mask=unheld)
+            # [R7]
+            tl.store(entry, tl.full([COLUMNS], -1, tl.int32), mask=held)
+        # [R8]
+        tl.store(lens + row, 0)
+
+
+def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The twin of `reference_alloc.step_alloc`. O(n); no wait for the GPU."""
+    num_lanes = len(rows)
+    slots = torch.empty(num_lanes, dtype=torch.int64, device=rows.device)
+    copies = torch.empty(num_lanes, 2, dtype=torch.int32, device=rows.device)
+    if num_lanes == 0:
+        return slots, copies
+    rows = rows.contiguous()
+    alone = num_lanes <= LANES_ALONE_MAX
+    lanes = max(LANES_MIN, triton.next_power_of_2(num_lanes)) if alone else LANES
+    grid = (triton.cdiv(num_lanes, lanes),)
+    options = {"LANES": lanes, "num_warps": _warps(lanes)}
+    books, sizes = _books(allocator), (num_lanes, allocator.tables.shape[1])
+    with _on_device(rows):
+        step_rows[grid](
+            slots,
+            copies,
+            rows,
+            *books,
+            allocator.free,
+            allocator.num_free,
+            allocator.failures,
+            *sizes,
+            BLOCK_SIZE=allocator.block_size,
+            ALONE=alone,
+            **options,
+        )
+        if not alone:
+            settle_rows[grid](
+                slots,
+                rows,
+                *books,
+                allocator.failures,
+                *sizes,
+                BLOCK_SIZE=allocator.block_size,
+                **options,
+            )
+    return slots, copies
+
+
+def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> None:
+    """The twin of `reference_alloc.fork_rows`. O(n * blocks); no wait for the GPU."""
+    if len(sources) == 0:
+        return
+    with _on_device(sources):
+        share_rows[(len(sources),)](
+            sources.contiguous(),
+            targets.contiguous(),
+            *_books(allocator),
+            allocator.failures,
+            allocator.tables.shape[1],
+            BLOCK_SIZE=allocator.block_size,
+            COLUMNS=COLUMNS,
+        )
+
+
+def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
+    """The twin of `reference_alloc.release_rows`. O(n * blocks); no wait for the GPU."""
+    if len(rows) == 0:
+        return
+    with _on_device(rows):
+        drop_rows[(len(rows),)](
+            rows.contiguous(),
+            *_books(allocator),
+            allocator.free,
+            allocator.num_free,
+            allocator.tables.shape[1],
+            BLOCK_SIZE=allocator.block_size,
+            COLUMNS=COLUMNS,
+        )
+
+
+def _warps(lanes: int) -> int:
+    """One thread per lane: several would have to exchange what they know by shared memory."""
+    return max(1, lanes // 32)
+
+
+def _books(allocator: DeviceAllocator) -> tuple[Tensor, Tensor, Tensor]:
+    """What every kernel takes, in order."""
+    return allocator.lens, allocator.tables, allocator.ref_counts
+
+
+def _on_device(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def specialisations() -> list[Specialisation]:
+    """A small batch, the largest of one program, one of many; and what forks and releases."""
+    lanes = ((LANES_MIN, True), (LANES_ALONE_MAX, True), (LANES, False))
+    steps = [_step_specialisation(count, alone) for count, alone in lanes]
+    books = ("lens", "tables", "ref_counts")
+    settle = ("slots", "rows", *books, "failures")
+    share = ("sources", "targets", *books, "failures")
+    drop = ("rows", *books, "free", "num_free")
+    return [
+        *steps,
+        _specialisation("settle", settle_rows, settle, {"LANES": LANES}),
+        _specialisation("fork", share_rows, share, {"COLUMNS": COLUMNS}),
+        _specialisation("release", drop_rows, drop, {"COLUMNS": COLUMNS}),
+    ]
+
+
+def _step_specialisation(lanes: int, alone: bool) -> Specialisation:
+    pointers = ("slots", "copies", "rows", "lens", "tables", "ref_counts", "free", "num_free")
+    return _specialisation(
+        f"step {lanes} lanes" + (" alone" if alone else ""),
+        step_rows,
+        (*pointers, "failures"),
+        {"LANES": lanes, "ALONE": alone},
+    )
+
+
+def _specialisation(
+    name: str,
+    function: Any,
+    pointers: tuple[str, ...],
+    constants: dict[str, Any],
+) -> Specialisation:
+    sizes = ("num_lanes", "num_columns") if "LANES" in constants else ("num_columns",)
+    signature = dict.fromkeys(pointers, "*i32") | dict.fromkeys(sizes, "i32")
+    if "slots" in pointers:
+        signature["slots"] = "*i64"
+    return Specialisation(
+        name=name,
+        function=function,
+        signature=signature,
+        constexprs={"BLOCK_SIZE": 16, **constants},
+        options={"num_warps": _warps(constants.get("LANES", COLUMNS))},
+        divisible=pointers,
+        max_registers=48,
+    )

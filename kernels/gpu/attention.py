@@ -1,0 +1,265 @@
+"""Paged attention on GPUs: how the Triton kernels of `attention_kernels.py` are launched.
+
+`paged_attention` is what `kvpager.kernels.paged_attention` calls: it plans by itself. `attend`
+takes a plan that is there already (`plan_attention`), never waits for the GPU, and is what CUDA
+graphs capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpager.kernels import reference
+from kvpager.kernels.gpu import config, peers
+from kvpager.kernels.gpu.attention_kernels import LOG2E, attend_items, merge_parts
+from kvpager.kernels.gpu.plans import AttentionPlan, plan_attention
+
+__all__ = ["AttentionPlan", "attend", "paged_attention", "plan_attention"]
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    query_starts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The twin of `reference.paged_attention`. O(kv tokens seen * query heads * dims).
+
+    Plans from host copies of the tables and lengths, for which it waits for the GPU, unless they
+    are those of the call before: the first layer of a step waits, the others do not. In a CUDA
+    graph use `attend`. What Triton cannot take (float64, head dims over 512, a cache whose last
+    dim is strided) the twin computes.
+    """
+    options: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": sinks,
+        "mask": mask,
+        "kv_starts": kv_starts,
+    }
+    if scales is not None:
+        options["scales"] = scales
+    tensors = (query, key_cache, value_cache, block_tables, kv_lens, query_starts)
+    if not _takes(query, key_cache, value_cache):
+        return reference.paged_attention(*tensors, causal=causal, window=window, **options)
+    plan = plan_attention(*tensors, causal=causal, window=window)
+    if mask is not None and mask.shape[2] < plan.longest:
+        raise ValueError(
+            f"mask has {mask.shape[2]} query rows, but a row has {plan.longest} queries; "
+            "pass them all"
+        )
+    by_peer = peers.attention(*tensors, plan, **options)
+    if by_peer is not None:
+        return by_peer
+    return attend(*tensors[:5], plan, query_starts, **options)
+
+
+def _takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    head_dim = max(key_cache.shape[3], value_cache.shape[3])
+    if not 1 <= head_dim <= config.HEAD_DIM_MAX or key_cache.numel() == 0:
+        return False
+    return key_cache.stride(3) == value_cache.stride(3) == 1
+
+
+def attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    plan: AttentionPlan,
+    query_starts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Paged attention by a plan that is there already. O(kv tokens seen * query heads * dims).
+
+    Arguments are those of `kvpager.kernels.paged_attention`; `causal` and `window` are the plan's.
+    Nothing here waits for the GPU, so a CUDA graph can capture it. Keep the plan for as long as the
+    graph. While rows only grow, replay; once `plan_attention` returns another plan, capture again:
+    from here that cannot be seen.
+    """
+    call = AttentionCall(
+        query if query.stride(2) == 1 else query.contiguous(),
+        key_cache,
+        value_cache,
+        block_tables if block_tables.stride(1) == 1 else block_tables.contiguous(),
+        kv_lens.contiguous(),
+        None if plan.work.one_query or query_starts is None else query_starts.contiguous(),
+        query.shape[2] ** -0.5 if scale is None else scale,
+        softcap,
+        None if sinks is None else sinks.contiguous(),
+        mask,
+        None if kv_starts is None else kv_starts.contiguous(),
+        scales,
+    )
+    output = query.new_empty((*query.shape[:2], value_cache.shape[3]))
+    if output.numel() == 0:
+        return output
+    partials = output.new_empty((plan.work.num_slots, *output.shape[1:]), dtype=torch.float32)
+    weights = partials.new_empty(partials.shape[:2])
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        for launch in launches(plan):
+            attend_items[launch.grid](
+                output, partials, weights, **item_arguments(call, plan, launch)
+            )
+        if len(plan.work.merged):
+            merge_parts[len(plan.work.merged), query.shape[1]](
+                output,
+                partials,
+                weights,
+                call.sinks,
+                plan.merged,
+                plan.merge_starts,
+                H=query.shape[1],
+                **merge_constants(output.shape[2]),
+            )
+    return output
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of `attend` that a launch depends on."""
+
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    block_tables: Tensor
+    kv_lens: Tensor
+    query_starts: Tensor | None
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    mask: Tensor | None
+    kv_starts: Tensor | None
+    scales: tuple[Tensor, Tensor] | None
+
+
+class Launch(NamedTuple):
+    """Some items of a plan, all of which take the same tile."""
+
+    grid: tuple[int]
+    first_item: int
+    tile: config.Tile
+    alone: bool
+
+
+def launches(plan: AttentionPlan) -> Iterator[Launch]:
+    """Large items first: they run longest."""
+    heads = plan.shapes.kv_heads * plan.splits
+    large, every = plan.work.num_large, len(plan.work.items)
+    if large:
+        yield Launch((heads * large,), 0, plan.large, False)
+    if every > large:
+        yield Launch((heads * (every - large),), large, plan.small, plan.work.one_query)
+
+
+def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> dict[str, Any]:
+    """What a launch of `attend_items` takes besides the tensors that it writes."""
+    query, key_cache, value_cache = call.query, call.key_cache, call.value_cache
+    mask = call.mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    if call.scales is not None and not config.converts(plan.target, key_cache.dtype):
+        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
+    scale = call.scale * LOG2E.value if call.softcap is None else call.scale / call.softcap
+    return {
+        "query": query,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "tables": call.block_tables,
+        "kv_lens": call.kv_lens,
+        "items": plan.items,
+        "members": plan.members,
+        "slots": plan.slots,
+        "query_starts": call.query_starts,
+        "kv_starts": call.kv_starts,
+        "sinks": call.sinks,
+        "mask": mask,
+        "key_scales": None if call.scales is None else call.scales[0],
+        "value_scales": None if call.scales is None else call.scales[1],
+        "scale": scale,
+        "softcap": None if call.softcap is None else call.softcap * LOG2E.value,
+        "window": plan.shapes.window,
+        "first_item": launch.first_item,
+        "capacity": call.block_tables.shape[1] * key_cache.shape[1],
+        "H": query.shape[1],
+        "query_token": query.stride(0),
+        "query_head": query.stride(1),
+        "tables_row": call.block_tables.stride(0),
+        **_strides("key", key_cache),
+        **_strides("value", value_cache),
+        **_strides("key_scales", call.scales and call.scales[0]),
+        **_strides("value_scales", call.scales and call.scales[1]),
+        **_mask_arguments(mask),
+        **_constants(plan, launch, query.shape[2], value_cache.shape[3], call.mask),
+    }
+
+
+def _strides(name: str, cache: Tensor | None) -> dict[str, int | None]:
+    strides = (None, None, None) if cache is None else cache.stride()
+    return {f"{name}_{dim}": strides[i] for i, dim in enumerate(("block", "slot", "head"))}
+
+
+def _mask_arguments(mask: Tensor | None) -> dict[str, int | None]:
+    names = ("mask_row", "mask_head", "mask_query", "mask_token", "mask_queries", "mask_width")
+    if mask is None:
+        return dict.fromkeys(names)
+    # One row or head of mask stands for all of them.
+    row, head = (mask.stride(dim) if mask.shape[dim] > 1 else 0 for dim in (0, 1))
+    return dict(zip(names, (row, head, *mask.stride()[2:], *mask.shape[2:]), strict=True))
+
+
+def _constants(
+    plan: AttentionPlan, launch: Launch, key_dim: int, value_dim: int, mask: Tensor | None
+) -> dict[str, Any]:
+    """The compile-time constants and compiler options of a launch of `attend_items`."""
+    shapes = plan.shapes
+    tile = launch.tile if mask is None else config.masked(launch.tile)
+    return {
+        "G": shapes.query_heads // shapes.kv_heads,
+        "GROUP": plan.group,
+        "SPLITS": plan.splits,
+        "BLOCK_SIZE": shapes.block_size,
+        "DK": key_dim,
+        "DV": value_dim,
+        "DK_PAD": config.power_of_two(key_dim),
+        "DV_PAD": config.power_of_two(value_dim),
+        "BLOCK_M": tile.lines,
+        "BLOCK_N": tile.tokens,
+        "CAUSAL": shapes.causal,
+        "ALONE": launch.alone,
+        # Decode streams memory and has time to mask; it then stands any -1 in its tables.
+        "INTERIOR": not (plan.work.one_query or plan.work.holes),
+        "PARTIAL": plan.work.num_slots > 0,
+        "LOWEST": None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def merge_constants(value_dim: int) -> dict[str, int]:
+    padded = config.power_of_two(value_dim)
+    return {"DV": value_dim, "DV_PAD": padded, "TILE": config.MERGE_TILE, "num_warps": 4}

@@ -1,0 +1,142 @@
+"""Tile sizes of the attention kernels per GPU architecture: fixed tables, no autotuning.
+
+The tables were set by what the compiler reports offline for sm_80, sm_90 and sm_100 (registers,
+spills, shared memory), not by timing. What they aim at: decode streams keys and values, so a
+multiprocessor should hold two or more programs of several pipeline stages each (some 26 KB in
+flight per multiprocessor hide the memory's latency on an H100); large tiles do arithmetic, so they
+spend registers on lines.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+MERGE_TILE = 16  # partial results that the merge kernel takes at a time
+HEAD_DIM_MAX = 512  # of keys and of values, after rounding up to a power of two
+LINES_MIN = 16  # what tl.dot needs
+GROUP_MAX = 64  # query heads of one kv head that one program takes
+PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+class Tile(NamedTuple):
+    """BLOCK_M lines (queries times heads), BLOCK_N kv tokens, and how the compiler runs them."""
+
+    lines: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+class Target(NamedTuple):
+    """A GPU as far as the tables go: compute capability times ten (0: unknown), and its size."""
+
+    capability: int
+    multiprocessors: int
+
+
+# (element bytes of the cache, largest head dim) -> the small and the large tile. Looked up by the
+# first row that is not smaller. A multiprocessor has 227 KB of shared memory on sm_90 and sm_100,
+# 163 KB on sm_80 and 99 KB on sm_86, sm_89 and sm_120, of which one program may have all.
+_Rows = tuple[tuple[int, int, Tile, Tile], ...]
+
+_SM_90: _Rows = (
+    (1, 64, Tile(16, 64, 4, 4), Tile(128, 32, 8, 4)),
+    (1, 128, Tile(16, 32, 4, 5), Tile(128, 32, 8, 3)),
+    (1, 256, Tile(16, 32, 4, 4), Tile(64, 32, 8, 2)),
+    (1, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (2, 64, Tile(16, 64, 4, 4), Tile(128, 64, 8, 3)),
+    (2, 128, Tile(16, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (2, 256, Tile(16, 32, 4, 3), Tile(64, 32, 8, 3)),
+    (2, 512, Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (4, 64, Tile(16, 32, 4, 3), Tile(32, 16, 8, 2)),
+    (4, 128, Tile(16, 32, 8, 3), Tile(32, 16, 8, 2)),
+    (4, 256, Tile(16, 16, 8, 3), Tile(16, 16, 8, 2)),
+    (4, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+)
+_SM_80: _Rows = (
+    (1, 64, Tile(16, 64, 4, 4), Tile(64, 64, 4, 2)),
+    (1, 128, Tile(16, 32, 4, 4), Tile(64, 32, 8, 3)),
+    (1, 256, Tile(16, 32, 4, 3), Tile(32, 32, 8, 2)),
+    (1, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (2, 64, Tile(16, 64, 4, 4), Tile(128, 64, 8, 3)),
+    (2, 128, Tile(16, 64, 4, 3), Tile(64, 32, 4, 3)),
+    (2, 256, Tile(16, 32, 4, 3), Tile(64, 32, 8, 2)),
+    (2, 512, Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (4, 64, Tile(16, 32, 4, 3), Tile(32, 16, 8, 2)),
+    (4, 128, Tile(16, 32, 8, 3), Tile(16, 16, 8, 2)),
+    (4, 256, Tile(16, 16, 8, 3), Tile(16, 16, 8, 2)),
+    (4, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+)
+_SMALL: _Rows = (
+    (1, 64, Tile(16, 64, 4, 3), Tile(64, 32, 8, 3)),
+    (1, 128, Tile(16, 32, 4, 3), Tile(64, 32, 8, 2)),
+    (1, 256, Tile(16, 32, 4, 2), Tile(32, 32, 8, 2)),
+    (1, 512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (2, 64, Tile(16, 64, 4, 3), Tile(64, 64, 8, 2)),
+    (2, 128, Tile(16, 32, 4, 3), Tile(64, 32, 8, 2)),
+    (2, 256, Tile(16, 32, 4, 3), Tile(32, 32, 8, 2)),
+    (2, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (4, 64, Tile(16, 32, 4, 2), Tile(32, 16, 8, 2)),
+    (4, 128, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (4, 256, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (4, 512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+# Triton's interpreter takes its time per program and per tile, and has no registers to run out of.
+_INTERPRETED: _Rows = ((4, 512, Tile(16, 32, 1, 1), Tile(32, 32, 1, 1)),)
+
+
+def tiles_for(target: Target, element_bytes: int, head_dim: int, group: int) -> tuple[Tile, Tile]:
+    """The small and the large tile for a cache; `group` heads share a program. O(1).
+
+    Both have room for at least one query of `group` heads.
+    """
+    rows = _rows(target.capability)
+    small, large = next(
+        (row[2], row[3]) for row in rows if row[0] >= element_bytes and row[1] >= head_dim
+    )
+    lines = max(small.lines, power_of_two(group))
+    return small._replace(lines=lines), large._replace(lines=max(large.lines, lines))
+
+
+def masked(tile: Tile) -> Tile:
+    """The tile for a call with a mask, whose scores take twice the registers. O(1)."""
+    return tile._replace(tokens=min(tile.tokens, 16 if tile.lines > LINES_MIN else 32))
+
+
+def _rows(capability: int) -> _Rows:
+    if capability == 0:
+        return _INTERPRETED
+    if capability in (90, 100, 103):
+        return _SM_90
+    return _SM_80 if capability in (80, 87) else _SMALL
+
+
+def group_of(heads: int) -> tuple[int, int]:
+    """How the `heads` of one kv head are split: heads per program, programs. O(1)."""
+    splits = -(-heads // GROUP_MAX)
+    return -(-heads // splits), splits
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number` or 16, the least tl.dot takes. O(1)."""
+    return max(LINES_MIN, 1 << (number - 1).bit_length())
+
+
+def converts(target: Target, dtype: torch.dtype) -> bool:
+    """Whether Triton converts `dtype` on `target`; if not, kernels shift the bits of fp8. O(1)."""
+    return dtype != torch.float8_e4m3fn or target.capability >= 89
+
+
+@lru_cache
+def target_of(device: torch.device) -> Target:
+    """What `device` is; a CPU stands for Triton's interpreter. O(1)."""
+    if device.type != "cuda":
+        return Target(0, 4)
+    major, minor = torch.cuda.get_device_capability(device)
+    properties = torch.cuda.get_device_properties(device)
+    # AMD's numbers mean something else: the smallest tiles suit them best.
+    capability = 1 if torch.version.hip else 10 * major + minor
+    return Target(capability, properties.multi_processor_count)

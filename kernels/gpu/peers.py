@@ -1,0 +1,208 @@
+"""Long prefills by somebody else's kernel, where one is installed: FlashAttention or FlashInfer.
+
+    KVPAGER_GPU_ATTENTION=auto | triton | flash_attn | flashinfer | varlen
+
+`auto`, the default, asks flash-attn (Dao, 2023) for long prefills and keeps the rest. The others
+ask that peer whenever it covers the call, and `triton` nobody: `varlen` is torch's own
+`torch.nn.attention.varlen`, `flashinfer` is FlashInfer (Ye et al., 2025). A peer covers plain
+attention in 16 bits over whole tables. Whatever goes beyond that, or is in doubt, is left to
+Triton: decode, windows, masks, sinks, caps, quantised caches, missing blocks.
+
+The calls follow the peers' documented signatures. They have not been run on a GPU by this project.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpager.kernels.gpu.plans import AttentionPlan
+
+CHOICES = ("auto", "triton", "flash_attn", "flashinfer", "varlen")
+LONG_PREFILL = 256  # queries of a row; below, the peers gain little
+# FlashAttention-2 reads pages of a multiple of this many tokens only, also inside torch.
+FLASH_ATTENTION_PAGE = 256
+_WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
+
+Peer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionPlan, float], Tensor]
+
+
+def chosen() -> str:
+    """What the environment asks for: one of `CHOICES`. O(1). `ValueError` for anything else."""
+    name = os.environ.get("KVPAGER_GPU_ATTENTION", "auto")
+    if name not in CHOICES:
+        raise ValueError(f"KVPAGER_GPU_ATTENTION is {name!r}; choose from {list(CHOICES)}")
+    return name
+
+
+def attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    query_starts: Tensor | None,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    **options: Any,
+) -> Tensor | None:
+    """The call by a peer, or None where Triton should take it. `options`: softcap, sinks, ..."""
+    name = chosen()
+    plain = all(option is None for option in options.values()) and plan.shapes.window is None
+    if name == "triton" or not plain or query_starts is None:
+        return None
+    if plan.work.one_query or plan.work.holes or not _fits(query, key_cache, value_cache):
+        return None
+    if name == "auto":
+        name = "flash_attn"
+        if plan.longest < LONG_PREFILL:
+            return None
+    if name != "flashinfer" and key_cache.shape[1] % FLASH_ATTENTION_PAGE:
+        return None
+    peer = _peer(name)
+    if peer is None:
+        return None
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    starts, tables = query_starts.int(), block_tables.int().clamp(min=0)
+    return peer(query, key_cache, value_cache, tables, kv_lens.int(), starts, plan, scale)
+
+
+def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+    """Whether every peer takes these dtypes, head dims and strides."""
+    same = query.dtype == key_cache.dtype == value_cache.dtype
+    return (
+        same
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and key_cache.shape[3] == value_cache.shape[3]
+        and key_cache.shape[3] in (64, 128, 256)
+        and key_cache.stride() == value_cache.stride()
+        and key_cache.stride(3) == 1
+    )
+
+
+@lru_cache
+def _peer(name: str) -> Peer | None:
+    """The adapter of a peer that is installed and has the parameters we know of, or None."""
+    module, attribute, adapter, parameters = {
+        "flash_attn": ("flash_attn", "flash_attn_varlen_func", _by_flash_attn, ("block_table",)),
+        "varlen": (
+            "torch.nn.attention.varlen",
+            "varlen_attn",
+            _by_varlen,
+            ("block_table", "seqused_k", "enable_gqa"),
+        ),
+        "flashinfer": ("flashinfer", "BatchPrefillWithPagedKVCacheWrapper", _by_flashinfer, ()),
+    }[name]
+    try:
+        function = getattr(import_module(module), attribute)
+        known = inspect.signature(function).parameters
+    except Exception:  # a broken install of a peer must not break attention
+        return None
+    if not all(parameter in known for parameter in parameters):
+        return None
+
+    def call(*arguments: Any) -> Tensor:
+        return adapter(function, *arguments)
+
+    return call
+
+
+def _by_flash_attn(
+    function: Any,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    kv_lens: Tensor,
+    starts: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> Tensor:
+    ends = torch.nn.functional.pad(kv_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    output: Tensor = function(
+        query,
+        key_cache,
+        value_cache,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=ends,
+        max_seqlen_q=plan.longest,
+        max_seqlen_k=plan.longest_kv,
+        softmax_scale=scale,
+        causal=plan.shapes.causal,
+        block_table=tables,
+    )
+    return output
+
+
+def _by_varlen(
+    function: Any,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    kv_lens: Tensor,
+    starts: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> Tensor:
+    output: Tensor = function(
+        query,
+        key_cache,
+        value_cache,
+        starts,
+        None,
+        plan.longest,
+        plan.longest_kv,
+        scale=scale,
+        window_size=(-1, 0) if plan.shapes.causal else (-1, -1),
+        enable_gqa=query.shape[1] != key_cache.shape[2],
+        seqused_k=kv_lens,
+        block_table=tables,
+    )
+    return output
+
+
+def _by_flashinfer(
+    wrapper_class: Any,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    kv_lens: Tensor,
+    starts: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> Tensor:
+    block_size = key_cache.shape[1]
+    pages = (kv_lens + block_size - 1) // block_size
+    columns = torch.arange(tables.shape[1], device=tables.device)
+    wrapper = wrapper_class(_workspace(query.device), "NHD")
+    wrapper.plan(
+        starts,
+        torch.nn.functional.pad(pages.cumsum(0, dtype=torch.int32), (1, 0)),
+        tables[columns < pages[:, None]],
+        torch.where(kv_lens > 0, (kv_lens - 1) % block_size + 1, 0),
+        query.shape[1],
+        key_cache.shape[2],
+        query.shape[2],
+        block_size,
+        causal=plan.shapes.causal,
+        sm_scale=scale,
+        q_data_type=query.dtype,
+        kv_data_type=key_cache.dtype,
+    )
+    output: Tensor = wrapper.run(query.contiguous(), (key_cache, value_cache))
+    return output
+
+
+@lru_cache
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)

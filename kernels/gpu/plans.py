@@ -1,0 +1,219 @@
+"""Work plans on the device: made once, used by every layer of a step and by CUDA graphs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import ref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvpager.kernels.arguments import require_no_negative_lengths
+from kvpager.kernels.gpu import config
+from kvpager.kernels.plan import Planner, Tiling, WorkPlan
+
+# Planners of shapes that are in use; a model with windows has two, and one per device.
+_PLANNERS_MAX = 16
+
+
+class Shapes(NamedTuple):
+    """What a plan depends on besides tables and lengths."""
+
+    device: torch.device
+    query_heads: int
+    kv_heads: int
+    head_dim: int  # the larger one of keys and values, rounded up to a power of two
+    element_bytes: int
+    block_size: int
+    causal: bool
+    window: int | None
+    chunk: int | None
+    share: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """A `WorkPlan` whose arrays are on the device, and the tiles it was made for.
+
+    It holds for every layer with the same `shapes`, and for later steps while the rows only grow:
+    see `Planner`. It never refers to the tensors it was made from.
+    """
+
+    shapes: Shapes
+    target: config.Target
+    group: int  # query heads of a kv head that one program takes
+    splits: int  # programs that take the heads of one kv head
+    small: config.Tile
+    large: config.Tile
+    work: WorkPlan
+    longest: int  # queries of the row that has most
+    longest_kv: int  # kv tokens of the row that has most
+    items: Tensor
+    members: Tensor
+    slots: Tensor
+    merged: Tensor
+    merge_starts: Tensor
+
+
+def plan_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    query_starts: Tensor | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    chunk: int | None = None,
+    share: bool = True,
+) -> AttentionPlan:
+    """The plan of an attention call, for `attend`. O(rows * blocks), or O(1) if nothing changed.
+
+    Takes the tensors of `paged_attention`; of `query` and the caches only shapes, dtypes and the
+    device count. `chunk` and `share` are those of `Planner`. Tables and lengths are needed on the
+    host: on a GPU this waits for the stream, unless they are the very tensors of the call before,
+    unmodified by torch operations (a kernel that writes to them behind torch's back has to say so
+    with `torch.autograd.graph.increment_version`). Pass copies on the CPU to wait for nothing.
+
+    Raises `ValueError` where `kv_lens` reaches beyond the tables.
+    """
+    shapes = shapes_of(query, key_cache, value_cache, causal, window, chunk, share=share)
+    plans = _plans.pop(shapes, None) or Plans(shapes)
+    _plans[shapes] = plans  # the most recent one comes last
+    while len(_plans) > _PLANNERS_MAX:
+        _plans.popitem(last=False)
+    return plans.of(block_tables, kv_lens, query_starts)
+
+
+def shapes_of(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    causal: bool = True,
+    window: int | None = None,
+    chunk: int | None = None,
+    *,
+    share: bool = True,
+) -> Shapes:
+    """What the plan of such a call depends on besides tables and lengths. O(1)."""
+    return Shapes(
+        device=key_cache.device,
+        query_heads=query.shape[1],
+        kv_heads=key_cache.shape[2],
+        head_dim=config.power_of_two(max(key_cache.shape[3], value_cache.shape[3])),
+        element_bytes=key_cache.element_size(),
+        block_size=key_cache.shape[1],
+        causal=causal,
+        window=window,
+        chunk=chunk,
+        share=share,
+    )
+
+
+class Plans:
+    """The plans of one `Shapes`, for its device or for another `target`."""
+
+    def __init__(self, shapes: Shapes, target: config.Target | None = None) -> None:
+        target = target or config.target_of(shapes.device)
+        group, splits = config.group_of(shapes.query_heads // shapes.kv_heads)
+        small, large = config.tiles_for(target, shapes.element_bytes, shapes.head_dim, group)
+        tiling = Tiling(
+            block_size=shapes.block_size,
+            few=small.lines // group,
+            many=large.lines // group,
+            align=max(small.tokens, large.tokens),
+            items=max(
+                1,
+                target.multiprocessors
+                * config.PROGRAMS_PER_MULTIPROCESSOR
+                // (shapes.kv_heads * splits),
+            ),
+        )
+        self._made_for = (shapes, target, group, splits, small, large)
+        self._shapes = shapes
+        self._planner = Planner(
+            tiling,
+            causal=shapes.causal,
+            window=shapes.window,
+            chunk=shapes.chunk,
+            share=shapes.share,
+        )
+        self._seen: tuple[_Same, ...] = ()
+        self._last: AttentionPlan | None = None
+        self._uploaded: list[AttentionPlan] = []
+
+    def of(
+        self, block_tables: Tensor, kv_lens: Tensor, query_starts: Tensor | None
+    ) -> AttentionPlan:
+        """As `plan_attention`."""
+        tensors = (block_tables, kv_lens, query_starts)
+        if self._last is not None and all(
+            same.holds(tensor) for same, tensor in zip(self._seen, tensors, strict=True)
+        ):
+            return self._last
+        seen = tuple(_Same(tensor) for tensor in tensors)
+        tables, lens = _on_host(block_tables), _on_host(kv_lens)
+        require_no_negative_lengths(torch.from_numpy(lens))
+        _require_room(lens, tables.shape[1], self._shapes.block_size)
+        starts = None if query_starts is None else _on_host(query_starts)
+        longest = 1 if starts is None else int(np.diff(starts).max(initial=0))
+        work = self._planner.plan(tables, lens, starts)
+        longest_kv = int(lens.max(initial=0))
+        self._seen, self._last = seen, self._upload(work, longest, longest_kv)
+        return self._last
+
+    def _upload(self, work: WorkPlan, longest: int, longest_kv: int) -> AttentionPlan:
+        for plan in self._uploaded:
+            if plan.work is work:
+                return plan
+        arrays = (work.items.ravel(), work.queries, work.slots, work.merged, work.merge_starts)
+        # One transfer; parts start at 16 bytes each, so that kernels are compiled once.
+        ends = np.cumsum([-(-len(array) // 4) * 4 for array in arrays])
+        packed = np.zeros(ends[-1], np.int32)
+        for array, end in zip(arrays, ends, strict=True):
+            start = end - -(-len(array) // 4) * 4
+            packed[start : start + len(array)] = array
+        parts = torch.from_numpy(packed).to(self._shapes.device).tensor_split(ends[:-1].tolist())
+        items, members, slots, merged, merge_starts = parts
+        plan = AttentionPlan(
+            *self._made_for, work, longest, longest_kv, items, members, slots, merged, merge_starts
+        )
+        self._uploaded = [plan, *self._uploaded[:3]]
+        return plan
+
+
+class _Same:
+    """Tells whether a tensor is the one seen before, with the values it had then."""
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        self._tensor = None if tensor is None else ref(tensor)
+        # A tensor of inference mode has no version: it may have changed at any time.
+        unversioned = tensor is not None and tensor.is_inference()
+        self._version = -1 if unversioned else 0 if tensor is None else tensor._version
+
+    def holds(self, tensor: Tensor | None) -> bool:
+        if tensor is None or self._tensor is None:
+            return tensor is None and self._tensor is None
+        return self._tensor() is tensor and self._version >= 0 and tensor._version == self._version
+
+
+_plans: OrderedDict[Shapes, Plans] = OrderedDict()
+
+
+def _on_host(tensor: Tensor) -> NDArray[np.int32]:
+    host: NDArray[np.int32] = tensor.detach().cpu().numpy()
+    return host
+
+
+def _require_room(kv_lens: NDArray[np.int32], columns: int, block_size: int) -> None:
+    longest = int(kv_lens.max(initial=0))
+    if longest > columns * block_size:
+        raise ValueError(
+            f"kv_lens reaches {longest} tokens, but block_tables has room for "
+            f"{columns * block_size} per row; pass wider tables"
+        )

@@ -1,0 +1,29 @@
+"""Registers the Triton kernels for GPUs, or says why the plain twins run there instead."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from kvpager.kernels import backends, reference
+
+DEVICE_TYPE = "cuda"  # what torch calls AMD's GPUs too
+
+
+def register() -> None:
+    """Register every operation of this folder. O(1), but imports Triton.
+
+    The device-side allocator is not among them: `kvpager.kernels.step_alloc` finds it by itself.
+    """
+    if find_spec("triton") is None:
+        why = "triton is not installed: pip install 'kvpager[triton]'"
+        for operation in ("append_kv", "copy_blocks", "gather_kv", "paged_attention"):
+            backends.register(operation, DEVICE_TYPE, getattr(reference, operation), why)
+        return
+    # Only here, because importing them decorates kernels, which needs Triton.
+    from kvpager.kernels.gpu import attention, moves, peers
+
+    backends.register("append_kv", DEVICE_TYPE, moves.append_kv, "Triton; K and V in one launch")
+    backends.register("copy_blocks", DEVICE_TYPE, moves.copy_blocks, "Triton; one launch")
+    backends.register("gather_kv", DEVICE_TYPE, moves.gather_kv, "Triton; one launch")
+    reason = f"Triton; work items that share prefixes ({peers.chosen()})"
+    backends.register("paged_attention", DEVICE_TYPE, attention.paged_attention, reason)

@@ -1,0 +1,38 @@
+"""What a Triton kernel is compiled for, written down so that it can be checked without a GPU.
+
+Triton compiles a kernel again for every combination of argument types, compile-time constants and
+options that it is launched with. Each module of this folder has a function
+
+    def specialisations() -> list[Specialisation]
+
+that names the combinations that matter in practice (and takes the compute capability, 90 for
+sm_90, where they depend on it). `tests/test_triton_compile.py` compiles them for several
+architectures, no GPU needed, and bounds registers, spills and shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+# Triton promises vector loads only for arguments that it knows to be multiples of this.
+DIVISOR = 16
+
+
+class Specialisation(NamedTuple):
+    """One way to compile one kernel."""
+
+    name: str
+    """What the combination is for; unique within its module."""
+    function: Any
+    """The `triton.jit` function."""
+    signature: Mapping[str, str]
+    """Argument -> Triton type ("*bf16", "i32", "i64", "fp32", ..) of all that are no constants."""
+    constexprs: Mapping[str, Any]
+    """Argument -> value, for the `tl.constexpr` arguments, and for those that are None."""
+    options: Mapping[str, int] = {}
+    """`num_warps`, `num_stages`."""
+    divisible: tuple[str, ...] = ()
+    """Arguments that are multiples of `DIVISOR`: aligned pointers, and strides."""
+    max_registers: int = 255
+    """Per thread; more of them, and fewer programs fit on a multiprocessor at a time."""

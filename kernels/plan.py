@@ -1,0 +1,391 @@
+"""Which stretch of which block table each program of an attention kernel reads. NumPy only.
+
+A work item is (queries, table row, kv start, kv stop): one program reads those kv tokens through
+that row of the block tables, once, for all of the item's queries. Splitting a long row over the
+device (split-KV, Flash-Decoding; Dao et al. 2023), cutting a prefill into query tiles and reading
+a prefix that several rows share only once (Hydragen, Juravsky et al. 2024; cascade inference,
+FlashInfer, Ye et al. 2025) are then one mechanism:
+
+    row 0   A B C │ D            A B C ── items for rows 0, 1 and 2 together
+    row 1   A B C │ E F ─ G      E F   ── an item for rows 1 and 2
+    row 2   A B C │ E F ─ H      D, G, H ── an item for each row alone, open at its end
+
+Shared prefixes are found in the tables themselves. The rows are sorted by their block ids, so that
+the longest common prefixes of neighbours describe a trie; only full blocks count, because a block
+that is still written has one holder. Rows that forked apart need no bookkeeping anywhere else.
+
+Items say what to read at most: the kernel clamps them to what their queries may see, with the
+lengths on the device. A decode row's last item is open (`OPEN`), so a plan stays right while the
+rows grow, and `Planner` returns it unchanged until rows fork, join, finish or have outgrown it.
+
+A query that two or more items serve has that many partial results, which are merged; all others
+are final at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import gcd
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+OPEN = 2**31 - 1  # the kv stop of an item that ends where its row ends
+
+# What one more partial result per row costs, in kv tokens that could be read meanwhile.
+PARTIAL_COST_TOKENS = 32
+
+
+class Tiling(NamedTuple):
+    """What one program takes, and how many programs fill the device."""
+
+    block_size: int  # tokens per block
+    few: int  # queries of an item in a small tile; in decode it is always one
+    many: int  # queries of an item in a large tile, >= few
+    align: int  # kv tokens; where items start, unless a shared prefix ends there
+    items: int  # how many items give every multiprocessor work
+    chunk_min: int = 128  # kv tokens below which splitting a row gains nothing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkPlan:
+    """Work items of one attention call, as int32 arrays that a device takes as they are.
+
+    - `items` [n, 5]: first member, members, table row, kv start, kv stop. The first `num_large`
+      items have up to `many` queries, the others up to `few`; long items come first in each part.
+    - `queries`, `slots` [members]: the packed query of a member, and where its partial result
+      goes; slot -1 where the query has only one part, which is its result.
+    - `merged` [m], `merge_starts` [m + 1]: a query with several parts, and its run of slots.
+    - `one_query`: every row has one query, so that packed query and row are the same.
+    - `holes`: some block that a query may see is -1. Known only where not `one_query`.
+    """
+
+    items: NDArray[np.int32]
+    queries: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    merged: NDArray[np.int32]
+    merge_starts: NDArray[np.int32]
+    num_large: int
+    one_query: bool
+    holes: bool
+
+    @property
+    def num_slots(self) -> int:
+        """Partial results to keep. O(1)."""
+        return int(self.merge_starts[-1])
+
+
+class _Segments(NamedTuple):
+    """Stretches of kv tokens [low, high) of table `row`, read for `members` queries of an order."""
+
+    first: Ints
+    members: Ints
+    row: Ints
+    low: Ints
+    high: Ints
+    open: NDArray[np.bool_]
+
+
+class _Known(NamedTuple):
+    """What a plan was made from, as far as it has to stay so."""
+
+    plan: WorkPlan
+    tables: NDArray[np.int32]
+    kv_lens: Ints
+    query_starts: Ints | None  # None: every row has one query, and these count too:
+    full: NDArray[np.bool_]  # [rows, blocks]: full blocks, which do not change while a row grows
+    shared: NDArray[np.bool_]  # those that an item reads for several rows
+    limits: Ints  # [rows]: lengths from which on the work is out of balance
+
+
+class Planner:
+    """Plans attention, and remembers plans for as long as they hold.
+
+    `window` and `causal` are those of the attention. `chunk` fixes the kv tokens of every item
+    and reads no prefix together: then how a row is summed depends on its own length alone, not
+    on its neighbours (batch invariance; He et al. 2025, "Defeating nondeterminism in LLM
+    inference"). It is a multiple of `tiling.align`, or `ValueError`. `share=False` reads every row
+    by itself. The last `keep` plans are remembered, for callers that take turns.
+    """
+
+    def __init__(
+        self,
+        tiling: Tiling,
+        *,
+        causal: bool = True,
+        window: int | None = None,
+        chunk: int | None = None,
+        share: bool = True,
+        keep: int = 4,
+    ) -> None:
+        if chunk is not None and (chunk < 1 or chunk % tiling.align):
+            raise ValueError(f"chunk is {chunk}; pass a multiple of {tiling.align} kv tokens")
+        self._tiling = tiling
+        self._causal = causal
+        self._window = window
+        self._chunk = chunk
+        self._share = share and chunk is None
+        self._keep = keep
+        self._known: list[_Known] = []
+
+    def plan(
+        self,
+        tables: NDArray[np.int32],
+        kv_lens: NDArray[np.integer],
+        query_starts: NDArray[np.integer] | None = None,
+    ) -> WorkPlan:
+        """The plan for block tables [rows, blocks], or the same object as before if it still holds.
+
+        O(rows * blocks), sorting apart: some 20 us for 64 rows of 512 blocks where the plan holds,
+        1 ms where it does not. `query_starts` [rows + 1] may be left out where rows have one query.
+        Arrays are copied, never kept.
+        """
+        lens = kv_lens.astype(np.int64)
+        starts = None if query_starts is None else query_starts.astype(np.int64)
+        if starts is not None and bool((np.diff(starts) == 1).all()):
+            starts = None
+        for index, known in enumerate(self._known):
+            if self._holds(known, tables, lens, starts):
+                if index:
+                    self._known.insert(0, self._known.pop(index))
+                return known.plan
+        known = self._decode(tables, lens) if starts is None else self._many(tables, lens, starts)
+        self._known.insert(0, known)
+        del self._known[self._keep :]
+        return known.plan
+
+    def _holds(
+        self, known: _Known, tables: NDArray[np.int32], lens: Ints, starts: Ints | None
+    ) -> bool:
+        if len(lens) != len(known.kv_lens):
+            return False
+        if starts is not None or known.query_starts is not None:
+            return (
+                np.array_equal(lens, known.kv_lens)
+                and starts is not None
+                and known.query_starts is not None
+                and np.array_equal(starts, known.query_starts)
+                and np.array_equal(tables, known.tables)
+            )
+        width = known.tables.shape[1]
+        if tables.shape[1] < width or bool((lens > known.limits).any()):
+            return False
+        if self._window is not None and bool((lens < known.kv_lens).any()):
+            return False  # the window would reach back to before the first item
+        changed = tables[:, :width] != known.tables
+        changed &= known.full
+        if not changed.any():
+            return True
+        if self._window is None:
+            return False
+        # A block that its row gave back behind the window is missed by nobody, unless the item
+        # that reads it does so for other rows too.
+        behind = (lens - self._window) // self._tiling.block_size
+        gone = (tables[:, :width] < 0) & (np.arange(width) < behind[:, None]) & ~known.shared
+        return not bool((changed & ~gone).any())
+
+    def _decode(self, tables: NDArray[np.int32], lens: Ints) -> _Known:
+        lows = np.zeros_like(lens)
+        if self._window is not None:
+            lows = np.maximum(lens - self._window, 0)
+        # The newest block is never shared: it is where its row goes on writing.
+        full = np.maximum(lens - 1, 0) // self._tiling.block_size
+        width = min(int(full.max(initial=0)), tables.shape[1])
+        columns = np.arange(width)
+        covered = columns < full[:, None]
+        cropped = tables[:, :width].copy()
+        order = np.arange(len(lens))
+        common = np.zeros(max(0, len(lens) - 1), np.int64)
+        if self._share and len(lens) > 1 and width:
+            order, common = _common_prefixes(cropped, covered)
+        segments, depths = _segments(order, common, lows, lens, self._tiling.block_size)
+        plan, size = _work(segments, order, len(lens), self._tiling, self._chunk, one_query=True)
+        shared = np.zeros_like(depths)
+        shared[order] = depths
+        last_starts = np.zeros_like(lens)
+        open_items = plan.items[plan.items[:, 4] == OPEN]
+        last_starts[plan.queries[open_items[:, 0]]] = open_items[:, 3]
+        # Twice its share of the work is still no reason to plan anew, but a fixed chunk is fixed.
+        limits = last_starts + 2 * size
+        if self._chunk is not None:
+            limits = last_starts - last_starts % size + size
+        limits = np.maximum(limits, lens)
+        return _Known(
+            plan, cropped, lens, None, covered, covered & (columns < shared[:, None]), limits
+        )
+
+    def _many(self, tables: NDArray[np.int32], lens: Ints, starts: Ints) -> _Known:
+        tiling = self._tiling
+        counts = np.diff(starts)
+        row, tile = _ragged(-(-counts // tiling.many))
+        first = starts[row] + tile * tiling.many
+        count = np.minimum(tiling.many, starts[row + 1] - first)
+        oldest = lens[row] - (starts[row + 1] - first)
+        low = np.zeros_like(oldest)
+        if self._window is not None:
+            low = np.maximum(oldest - self._window + 1, 0)
+        high = np.maximum(oldest + count if self._causal else lens[row], low)
+        segments = _Segments(first, count, row, low, high, np.zeros(len(row), np.bool_))
+        order = np.arange(int(starts[-1]))
+        plan, _ = _work(segments, order, len(order), tiling, self._chunk, one_query=False)
+        plan = _with_holes(plan, tables, tiling.block_size, lens)
+        nothing = np.zeros((0, 0), np.bool_)
+        return _Known(plan, tables.copy(), lens, starts, nothing, nothing, lens)
+
+
+def _common_prefixes(tables: NDArray[np.int32], covered: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+    """Rows in an order that brings common prefixes together, and how many blocks each has in
+    common with the next."""
+    rows = len(tables)
+    # Blocks that do not count differ from all others: -1 is in use for none.
+    keys = np.where(covered, tables, -2 - np.arange(rows, dtype=np.int32)[:, None])
+    # Any total order will do; that of the bytes is the quickest.
+    names = [line.tobytes() for line in keys]
+    order = np.array(sorted(range(rows), key=names.__getitem__), np.int64)
+    keys = keys[order]
+    same = keys[1:] == keys[:-1]
+    return order, np.where(same.all(1), keys.shape[1], same.argmin(1))
+
+
+def _segments(
+    order: Ints, common: Ints, lows: Ints, lens: Ints, block_size: int
+) -> tuple[_Segments, Ints]:
+    """Walk the trie from its root: what is read together, then what each row reads alone.
+
+    Returns the segments and, in the same order as `order`, the blocks of each row that are read
+    together with others.
+    """
+    found: list[tuple[int, int, int, int]] = []  # first, count, low, high
+    depths = np.zeros(len(order), np.int64)
+    floors = lows[order]
+    groups = [(0, len(order), 0)] if len(order) else []
+    while groups:
+        first, stop, depth = groups.pop()
+        count = stop - first
+        if count == 1:
+            depths[first] = depth
+            continue
+        inner = common[first : stop - 1]
+        deepest = int(inner.min())
+        low = max(depth * block_size, int(floors[first:stop].min()))
+        saved = (deepest * block_size - low) * (count - 1)
+        if saved >= count * PARTIAL_COST_TOKENS:
+            found.append((first, count, low, deepest * block_size))
+            depth = deepest
+        # They part where they have no more than this in common.
+        cuts = [first, *(first + 1 + np.flatnonzero(inner == deepest)).tolist(), stop]
+        groups.extend((a, b, depth) for a, b in pairwise(cuts))
+    table = np.array(found, np.int64).reshape(-1, 4)
+    alone = np.arange(len(order))
+    segments = _Segments(
+        first=np.concatenate((table[:, 0], alone)),
+        members=np.concatenate((table[:, 1], np.ones_like(alone))),
+        row=order[np.concatenate((table[:, 0], alone))],
+        low=np.concatenate((table[:, 2], np.maximum(depths * block_size, floors))),
+        high=np.concatenate((table[:, 3], lens[order])),
+        open=np.arange(len(table) + len(alone)) >= len(table),
+    )
+    return segments, depths
+
+
+def _work(
+    segments: _Segments,
+    order: Ints,
+    num_queries: int,
+    tiling: Tiling,
+    chunk: int | None,
+    *,
+    one_query: bool,
+) -> tuple[WorkPlan, int]:
+    """Cut segments into items of about equal length; also returns that length."""
+    # A decode row by itself is the common case, which kernels have a leaner program for.
+    few = 1 if one_query else tiling.few
+    large = segments.members > few
+    tile = np.where(large, tiling.many, few)
+    tiles = -(-segments.members // tile)
+    # No further down than to the start of a block: what comes before may be another segment's.
+    low = segments.low - segments.low % gcd(tiling.align, tiling.block_size)
+    length = np.maximum(segments.high - low, 0)
+    size = chunk if chunk is not None else _balanced_chunk(int((length * tiles).sum()), tiling)
+    base = low if chunk is None else low - low % size
+    pieces = np.maximum(-(-(segments.high - base) // size), 1)
+    each = np.full_like(base, size)
+    if chunk is None:
+        each = -(-length // pieces // tiling.align) * tiling.align
+        each = np.maximum(each, tiling.align)
+        pieces = np.maximum(-(-length // each), 1)
+    # Tiles of one piece stand side by side: they read the same tokens at about the same time.
+    segment, index = _ragged(pieces * tiles)
+    piece, tile_index = index // tiles[segment], index % tiles[segment]
+    start = np.maximum(base[segment] + piece * each[segment], low[segment])
+    stop = np.minimum(base[segment] + (piece + 1) * each[segment], segments.high[segment])
+    longest_first = np.lexsort((start - stop, ~large[segment]))
+    last = segments.open[segment] & (piece == pieces[segment] - 1)
+    offset = tile_index * tile[segment]
+    count = np.minimum(tile[segment], segments.members[segment] - offset)
+    items = np.stack(
+        (
+            segments.first[segment] + offset,
+            count,
+            segments.row[segment],
+            start,
+            np.where(last, OPEN, np.maximum(stop, start)),
+        ),
+        axis=1,
+    )[longest_first]
+    plan = _with_slots(items, order, num_queries, int(large[segment].sum()), one_query)
+    return plan, size
+
+
+def _balanced_chunk(total: int, tiling: Tiling) -> int:
+    return max(-(-total // tiling.items // tiling.align) * tiling.align, tiling.chunk_min)
+
+
+def _with_slots(
+    items: Ints, order: Ints, num_queries: int, num_large: int, one_query: bool
+) -> WorkPlan:
+    """Replace stretches of `order` by members, and give each query with several parts its slots."""
+    item, index = _ragged(items[:, 1])
+    queries = order[items[item, 0] + index]
+    items[:, 0] = np.cumsum(items[:, 1]) - items[:, 1]
+    parts = np.bincount(queries, minlength=num_queries)
+    several = parts > 1
+    # A query's slots follow each other, so that the merge reads one run of memory.
+    by_query = np.argsort(queries, kind="stable")
+    by_query = by_query[several[queries[by_query]]]
+    slots = np.full(len(queries), -1, np.int32)
+    slots[by_query] = np.arange(len(by_query))
+    merged = np.flatnonzero(several)
+    return WorkPlan(
+        items=items.astype(np.int32),
+        queries=queries.astype(np.int32),
+        slots=slots,
+        merged=merged.astype(np.int32),
+        merge_starts=np.concatenate(([0], np.cumsum(parts[merged]))).astype(np.int32),
+        num_large=num_large,
+        one_query=one_query,
+        holes=False,
+    )
+
+
+def _with_holes(plan: WorkPlan, tables: NDArray[np.int32], block_size: int, lens: Ints) -> WorkPlan:
+    """The plan, with `holes` set if one of its items meets a block that is not there."""
+    columns = tables.shape[1]
+    missing = np.zeros((len(tables), columns + 1), np.int64)
+    np.cumsum((tables < 0), axis=1, out=missing[:, 1:])
+    row = plan.items[:, 2]
+    stop = np.minimum(plan.items[:, 4], lens[row])
+    first = np.minimum(plan.items[:, 3] // block_size, columns)
+    last = np.clip(-(-stop // block_size), first, columns)
+    holes = bool((missing[row, last] > missing[row, first]).any())
+    return replace(plan, holes=holes)
+
+
+def _ragged(counts: Ints) -> tuple[Ints, Ints]:
+    """For counts (2, 0, 3): owners 0 0 2 2 2 and indices 0 1 0 1 2."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
