@@ -1,0 +1,241 @@
+"""What the parts of `gpu.py` share: the clock, the budget, pools of random blocks, the table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import timing
+from kvpager import BlockStorage
+from kvpager.kernels import backends, reference
+from kvpager.kernels.paged_attention import paged_attention
+
+Call = Callable[[], Any]
+
+KV_HEADS = 8
+# A pass over all layers of a pool reads so much that no cache holds the first when it comes again.
+ROTATION_BYTES = 512 << 20
+LAYERS_MAX = 64
+KV_BYTES_MAX = 16 << 30
+# One timed run of a work takes about this long, so that events and launches do not count.
+RUN_SECONDS = 0.01
+UNITS = {
+    "us": "us",
+    "gbps": "GB/s",
+    "tflops": "TFLOP/s",
+    "of_copy": "fraction",
+    "steps": "steps",
+    "refused_rows": "rows",
+}
+
+
+class WrongResult(Exception):
+    """A kernel computed something else than its plain twin: there is no point in timing it."""
+
+
+@dataclass
+class Rig:
+    """Where and how long to measure, and what was found."""
+
+    device: torch.device
+    dry: bool
+    deadline: float
+    lines: timing.Lines = field(default_factory=timing.Lines)
+    rows: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    copy_bytes_per_second: float = 0.0
+    part_deadline: float = 0.0
+
+    def begin(self, seconds: float) -> None:
+        """A part begins that has this long, or what is left."""
+        self.part_deadline = min(self.deadline, time.monotonic() + seconds)
+
+    def over(self, what: str) -> bool:
+        """Whether the part's time is out; says then that `what` is left out."""
+        if time.monotonic() < self.part_deadline:
+            return False
+        self.remark(f"{what} and what follows it in its part: skipped, the part's time is out")
+        return True
+
+    def remark(self, text: str) -> None:
+        """Something for the reader of the table; once each."""
+        if text not in self.remarks:
+            self.remarks.append(text)
+            timing.note(text)
+
+    def row(self, part: str, case: str, **figures: float | str) -> None:
+        """The figures of a case: a JSON line for each number, a row of the part's table."""
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                unit = UNITS.get(name) or UNITS.get(name.rpartition("_")[2], "ratio")
+                self.lines.add(f"{part}_{case}_{name}", value, unit)
+        self.rows.setdefault(part, []).append((case, figures))
+
+    def room(self) -> int:
+        """Bytes that a pool may take."""
+        if self.device.type != "cuda":
+            return 64 << 20
+        torch.cuda.empty_cache()
+        return min(KV_BYTES_MAX, torch.cuda.mem_get_info(self.device)[0] * 2 // 5)
+
+    # ---------------------------------------------------------------- the clock
+
+    def measure(self, works: dict[str, list[Call]], *, graphs: bool = True) -> timing.Times:
+        """Seconds per call of each work, whose calls are made one after the other, in turns."""
+        runs, counts = {}, {}
+        for name, calls in works.items():
+            runs[name], counts[name] = self._prepare(name, calls, graphs)
+        repeats = 2 if self.dry else 10
+        times = timing.turns(runs, repeats, seconds=5, clock=self._clock)
+        return {name: [each / counts[name] for each in times[name]] for name in works}
+
+    def _prepare(self, name: str, calls: list[Call], graphs: bool) -> tuple[Call, int]:
+        """One function that makes all calls some number of times, and how many calls it makes."""
+        if self.device.type != "cuda":
+            return partial(run_all, calls), len(calls)
+        run_all(calls)  # compiles
+        torch.cuda.synchronize(self.device)
+        passes = int(RUN_SECONDS / max(self._clock(partial(run_all, calls)), 1e-6))
+        calls = calls * min(max(passes, 1), max(1, 256 // len(calls)))
+        if graphs:
+            try:
+                return captured(calls), len(calls)
+            except RuntimeError as error:
+                torch.cuda.synchronize(self.device)
+                self.remark(
+                    f"{name}: timed without a CUDA graph, as it cannot be captured: {error}"
+                )
+        return partial(run_all, calls), len(calls)
+
+    def _clock(self, work: Call) -> float:
+        if self.device.type != "cuda":
+            return timing.wall_clock(work)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def run_all(calls: list[Call]) -> None:
+    """Make the calls, one after the other."""
+    for call in calls:
+        call()
+
+
+def captured(calls: list[Call]) -> Call:
+    """The calls as one CUDA graph. Whatever they compile has to be compiled before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run_all(calls)
+    replay: Call = graph.replay
+    return replay
+
+
+# -------------------------------------------------------------------- blocks
+
+
+class Pool:
+    """Rows of equal length in shuffled blocks, in as many layers as a rotation needs."""
+
+    def __init__(
+        self,
+        rig: Rig,
+        rows: int,
+        length: int,
+        *,
+        head_dim: int = 128,
+        block_size: int = 16,
+        group: int = 4,
+        kv_dtype: Any = None,
+        shared: int = 0,
+        layers_max: int = LAYERS_MAX,
+    ) -> None:
+        """`shared`: tokens that all rows have in common, whole blocks of them."""
+        columns, common = -(-length // block_size), shared // block_size
+        own = columns - common
+        num_blocks = common + rows * own
+        itemsize = 1 if kv_dtype else 2
+        self.kv_bytes = num_blocks * block_size * 2 * KV_HEADS * head_dim * itemsize
+        self.num_layers = self.layers_for(self.kv_bytes, rig, layers_max)
+        self.rig, self.block_size, self.head_dim = rig, block_size, head_dim
+        torch.manual_seed(0)
+        self.storage = BlockStorage(
+            num_blocks,
+            block_size,
+            [(KV_HEADS, head_dim, head_dim)] * self.num_layers,
+            dtype=torch.bfloat16,
+            kv_dtype=kv_dtype,
+            device=rig.device,
+        )
+        blocks = torch.randperm(num_blocks, dtype=torch.int32)
+        first = blocks[:common].expand(rows, -1)
+        tables = torch.cat((first, blocks[common:].view(rows, own)), 1)
+        self.tables = tables.to(rig.device)
+        self.kv_lens = torch.full((rows,), length, dtype=torch.int32, device=rig.device)
+        self.query = torch.randn(rows, KV_HEADS * group, head_dim, device=rig.device).bfloat16()
+        self._fill()
+
+    @staticmethod
+    def layers_for(kv_bytes: int, rig: Rig, layers_max: int = LAYERS_MAX) -> int:
+        """Layers of a rotation: enough to outrun the L2 cache, as far as there is room."""
+        wanted = 2 if rig.dry else min(layers_max, -(-ROTATION_BYTES // kv_bytes))
+        return max(1, min(wanted, rig.room() // kv_bytes))
+
+    def _fill(self) -> None:
+        if self.storage.kv_dtype is None:
+            self.storage.tier().normal_()
+            return
+        for layer in range(self.num_layers):
+            for cache in self.storage.layer(layer):
+                numbers = torch.randn(cache.shape, device=cache.device)
+                if cache.dtype == torch.int8:
+                    numbers = numbers.mul_(40).round_().clamp_(-127, 127)
+                cache.copy_(numbers.to(cache.dtype))
+            for scale in self.storage.scales(layer) or ():
+                scale.uniform_(0.02, 0.03)
+
+    def calls(self, *, share: bool = True, query_starts: Tensor | None = None) -> list[Call]:
+        """Attention in each layer, planned before the clock starts where the kernel has plans."""
+        return [self.call(layer, share, query_starts) for layer in range(self.num_layers)]
+
+    def call(self, layer: int, share: bool = True, query_starts: Tensor | None = None) -> Call:
+        """Attention in one layer."""
+        caches, scales = self.storage.layer(layer), self.storage.scales(layer)
+        tensors = (self.query, *caches, self.tables, self.kv_lens)
+        if not planned(self.rig.device):
+            return partial(paged_attention, *tensors, query_starts, scales=scales)
+        from kvpager.kernels.gpu.attention import attend, plan_attention
+
+        plan = plan_attention(*tensors, query_starts, share=share)
+        return partial(attend, *tensors, plan, query_starts, scales=scales)
+
+    def check(self, name: str, call: Call, layer: int = 0, rows: int = 2) -> None:
+        """Compare a decode with the plain twin, for a few rows. Raises `WrongResult`."""
+        expected = reference.paged_attention(
+            self.query[:rows],
+            *self.storage.layer(layer),
+            self.tables[:rows],
+            self.kv_lens[:rows],
+            scales=self.storage.scales(layer),
+        )
+        require_close(name, call()[:rows], expected)
+
+
+def planned(device: torch.device) -> bool:
+    """Whether the kernel chosen for this device is the one that takes plans."""
+    return ".gpu." in backends.select("paged_attention", device).__module__
+
+
+def require_close(name: str, found: Tensor, expected: Tensor, tolerance: float = 3e-2) -> None:
+    """Raises `WrongResult` unless the largest error is small beside the largest element."""
+    error = float((found.float() - expected.float()).abs().max() / expected.abs().max())
+    if not error <= tolerance:
+        raise WrongResult(f"{name}: wrong by {error:.2e} of the largest element")
