@@ -7,7 +7,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types tests bench gpu clean
+.PHONY: help demo test lint format types tests bench bench-kernels bench-generate gpu clean
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -19,7 +19,7 @@ ROOT := $(CURDIR)
 CODE := kvpager kernels integrations
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 demo: $(STAMP) ## see paging at work: a small model, on the CPU, offline
 	@$(BIN)/kvpager demo $(ARGS)
@@ -51,12 +51,19 @@ tests: $(STAMP) ## the test suite alone
 bench: $(STAMP) ## what the control plane costs, a JSON line for each figure
 	@$(BIN)/python benchmarks/control_plane.py $(ARGS)
 
+bench-kernels: $(STAMP) ## the CPU kernels beside torch's own, and vLLM's with ARGS='--vllm PATH'
+	@$(BIN)/python benchmarks/kernels_cpu.py $(ARGS)
+
+bench-generate: $(STAMP) ## what a token costs in generate, paged and not
+	@$(BIN)/python benchmarks/generate.py $(ARGS)
+
 # Runs in the Python that is there: a GPU machine has its own torch, which nothing here may replace.
-gpu: ## the GPU tests, in the current Python, where torch finds a GPU
+gpu: ## the GPU tests and benchmarks, in the current Python, where torch finds a GPU
 	@state=0; $(GPU_PYTHON) -c "$$GPU_PROBE" || state=$$?; \
 	case $$state in 0) ;; 3) exit 0 ;; *) exit $$state ;; esac; \
 	$(GPU_PYTHON) -m pytest -m gpu tests $(ARGS) || state=$$?; \
-	if [ $$state = 5 ]; then echo "make gpu: no test is marked gpu, so nothing was checked."; exit 0; fi; \
+	if [ $$state = 5 ]; then echo "make gpu: no test is marked gpu, so nothing was checked."; exit 1; fi; \
+	$(GPU_PYTHON) benchmarks/gpu.py || state=$$?; \
 	exit $$state
 
 define ON_THE_PATH

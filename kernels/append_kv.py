@@ -2,49 +2,83 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from kvpager.kernels import debug
 from kvpager.kernels.arguments import (
+    Fitting,
+    layout_of,
+    layout_of_scales,
+    require_caches,
+    require_contiguous_rows,
     require_device,
     require_dims,
+    require_floating,
     require_integers,
     require_same,
     require_shape,
+    without_gradients,
 )
 from kvpager.kernels.backends import select
 
+_fitting = Fitting()
 
-@torch.no_grad()
+
+@without_gradients
 def append_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write the key and value of every token to its slot, in place. O(tokens).
 
-    - `key` [tokens, kv_heads, head_dim] and `value` [tokens, kv_heads, value_head_dim]: any
-      strides, so a transposed view of a projection needs no copy first.
+    - `key` [tokens, kv_heads, head_dim] and `value` [tokens, kv_heads, value_head_dim]: any strides
+      but for a contiguous last dimension, so a view of a projection needs no copy first.
     - `key_cache`, `value_cache` [blocks, block_size, kv_heads, head_dim of each]: the views that
-      `BlockStorage.layer` gives, of the dtype of `key` and `value`. Blocks may lie apart.
+      `BlockStorage.layer` gives. Blocks may lie apart. Of the dtype of `key` and `value`, or
+      int8 or float8_e4m3fn: then every token and head is quantised as it is written.
     - `slots` int64 [tokens]: `block * block_size + offset`, as `manager.append(...).slots` has
       them. A negative slot skips its token (padding). Two tokens must not share a slot.
+    - `scales`, for quantised caches: those of keys and of values, float32 [blocks, block_size,
+      kv_heads], as `BlockStorage.scales` gives them; they are written too (see `quantisation.py`).
 
-    Shapes, dtypes and devices are checked (`ValueError`, `TypeError`); slot values are not, because
-    that would wait for the GPU. No gradient flows through the cache. The slot mapping is vLLM's
-    (Kwon et al., 2023, "Efficient Memory Management for LLM Serving with PagedAttention").
+    Shapes, strides, dtypes and devices are checked (`ValueError`, `TypeError`); slot values in
+    debug mode only (`debug.py`), because that waits for the GPU. No gradient flows through the
+    cache. The slot mapping is vLLM's (Kwon et al., 2023, "Efficient Memory Management for LLM
+    Serving with PagedAttention").
     """
+    tensors = (key, value, key_cache, value_cache, slots)
+    layout = (*map(layout_of, tensors), layout_of_scales(scales))
+    _fitting.check(layout, lambda: _check(*tensors, scales))
+    if debug.enabled():
+        debug.check_slots(slots, key_cache)
+    select("append_kv", key_cache.device)(key, value, key_cache, value_cache, slots, scales=scales)
+
+
+def _check(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+) -> None:
     require_dims("key", key, "[tokens, kv_heads, head_dim]", 3)
-    require_dims("key_cache", key_cache, "[blocks, block_size, kv_heads, head_dim]", 4)
-    require_dims("value_cache", value_cache, "[blocks, block_size, kv_heads, head_dim]", 4)
+    require_caches(key_cache, value_cache, scales)
     tokens = key.shape[0]
     require_shape("key", key, (tokens, *key_cache.shape[2:]), "[tokens, kv_heads, head_dim]")
     require_shape(
         "value", value, (tokens, *value_cache.shape[2:]), "[tokens, kv_heads, value_head_dim]"
     )
-    cache_shape = (*key_cache.shape[:3], value_cache.shape[3])
-    require_shape("value_cache", value_cache, cache_shape, "key_cache's blocks and heads")
     require_shape("slots", slots, (tokens,), "[tokens]")
     require_integers("slots", slots)
-    require_same("key", key, "key_cache", key_cache)
-    require_same("value", value, "value_cache", value_cache)
-    require_device(key_cache, key=key, value=value, value_cache=value_cache, slots=slots)
-    select("append_kv", key_cache.device)(key, value, key_cache, value_cache, slots)
+    if scales is None:
+        require_same("key", key, "key_cache", key_cache)
+    require_floating("key", key.dtype)
+    require_same("value", value, "key", key)
+    require_contiguous_rows(key=key, value=value)
+    require_device(key_cache, key=key, value=value, slots=slots)

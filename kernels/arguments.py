@@ -1,13 +1,72 @@
-"""Cheap checks that the entry points share: shapes, dtypes and devices, never values.
+"""Cheap checks that the entry points share: shapes, strides, dtypes and devices, hardly values.
 
-Values are not looked at because they may be on a GPU, and reading one would wait for the stream.
+Values are not looked at where they may be on a GPU, because reading one would wait for the stream;
+`debug.py` looks at them where that is wanted.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, int32, int64
+import functools
+from collections.abc import Callable, Hashable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, dtype, int32, int64
+
+from kvpager.kernels.quantisation import SCALE_DTYPE, is_quantised
 
 INTEGERS = (int32, int64)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_LAYOUTS_MAX = 4096
+
+
+class Fitting:
+    """Layouts of arguments that passed an entry point's checks: what fitted once, fits again.
+
+    A decode step makes the same call over and over; looking a layout up takes a quarter of the
+    time of checking it, which is as long as attention over 500 tokens.
+    """
+
+    def __init__(self) -> None:
+        self._layouts: set[Hashable] = set()
+
+    def check(self, layout: Hashable, check: Callable[[], None]) -> None:
+        """Run `check`, which raises or not, unless it passed for this `layout` before. O(1)."""
+        if layout in self._layouts:
+            return
+        check()
+        if len(self._layouts) >= _LAYOUTS_MAX:  # tables grow, so there is always a new one
+            self._layouts.clear()
+        self._layouts.add(layout)
+
+
+def layout_of(tensor: Tensor | None) -> object:
+    """What checks look at: shape, strides, dtype and device; the type of anything else. O(1)."""
+    if isinstance(tensor, Tensor):
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return type(tensor)
+
+
+def layout_of_scales(scales: tuple[Tensor, Tensor] | None) -> object:
+    """The layouts of both; the type of what is no pair. O(1)."""
+    if isinstance(scales, tuple | list):
+        return tuple(map(layout_of, scales))
+    return type(scales)
+
+
+def without_gradients(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`torch.no_grad` that costs nothing where gradients are off already."""
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def require_dims(name: str, tensor: Tensor, meaning: str, dims: int) -> None:
@@ -22,10 +81,29 @@ def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: st
         raise ValueError(f"{name} has shape {list(tensor.shape)}; pass {meaning} = {list(shape)}")
 
 
+def require_contiguous_rows(**tensors: Tensor) -> None:
+    """`ValueError` unless the last dimension of every tensor is contiguous. O(tensors).
+
+    Kernels load a head's numbers as one run; the other dimensions may have any strides.
+    """
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has strides {list(tensor.stride())}, but its last dimension has to be "
+                f"contiguous; pass {name}.contiguous()"
+            )
+
+
 def require_integers(name: str, tensor: Tensor) -> None:
     """`TypeError` unless `tensor` is int32 or int64. O(1)."""
     if tensor.dtype not in INTEGERS:
         raise TypeError(f"{name} is {tensor.dtype}; pass torch.int32 or torch.int64")
+
+
+def require_floating(name: str, of: dtype) -> None:
+    """`TypeError` unless `of` is a floating dtype that maths is done in. O(1)."""
+    if not of.is_floating_point or of.itemsize < 2:
+        raise TypeError(f"{name} is {of}; pass a floating dtype of 16 bits or more")
 
 
 def require_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -53,3 +131,53 @@ def require_rows(block_tables: Tensor, kv_lens: Tensor) -> int:
     require_shape("kv_lens", kv_lens, (block_tables.shape[0],), "[rows]")
     require_integers("kv_lens", kv_lens)
     return block_tables.shape[0]
+
+
+def require_no_negative_lengths(kv_lens: Tensor) -> None:
+    """`ValueError` for a negative length on a CPU, where looking makes nobody wait. O(rows)."""
+    if kv_lens.device.type == "cpu" and len(kv_lens) and int(kv_lens.min()) < 0:
+        row = int(kv_lens.argmin())
+        raise ValueError(f"kv_lens[{row}] is {int(kv_lens[row])}; pass 0 or more tokens")
+
+
+def require_caches(
+    key_cache: Tensor, value_cache: Tensor, scales: tuple[Tensor, Tensor] | None
+) -> None:
+    """Check a layer's caches, and their scales, against each other. O(1)."""
+    shape = "[blocks, block_size, kv_heads, head_dim]"
+    require_dims("key_cache", key_cache, shape, 4)
+    require_dims("value_cache", value_cache, shape, 4)
+    cache_shape = (*key_cache.shape[:3], value_cache.shape[3])
+    require_shape("value_cache", value_cache, cache_shape, "key_cache's blocks and heads")
+    require_same("value_cache", value_cache, "key_cache", key_cache)
+    require_contiguous_rows(key_cache=key_cache, value_cache=value_cache)
+    if scales is not None and not (isinstance(scales, tuple | list) and len(scales) == 2):
+        kind = type(scales).__name__
+        raise TypeError(f"scales is a {kind}; pass (key_scales, value_scales), storage.scales(i)")
+    key_scales, value_scales = (None, None) if scales is None else scales
+    require_scales("key_cache", key_cache, "key_scales", key_scales)
+    require_scales("value_cache", value_cache, "value_scales", value_scales)
+    require_device(key_cache, value_cache=value_cache)
+
+
+def require_scales(cache_name: str, cache: Tensor, name: str, scales: Tensor | None) -> None:
+    """Check that a quantised cache has fitting scales, and another one none. O(1)."""
+    if not is_quantised(cache.dtype):
+        require_floating(cache_name, cache.dtype)
+        if scales is not None:
+            raise ValueError(
+                f"{name} is given, but {cache_name} is {cache.dtype}, which has no scales; "
+                "leave scales out"
+            )
+        return
+    if scales is None:
+        raise ValueError(
+            f"{cache_name} is {cache.dtype}, which needs its scales; pass those of the storage"
+        )
+    if not isinstance(scales, Tensor):
+        raise TypeError(f"{name} is a {type(scales).__name__}; pass the one tensor of {cache_name}")
+    require_shape(name, scales, tuple(cache.shape[:3]), "[blocks, block_size, kv_heads]")
+    if scales.dtype != SCALE_DTYPE:
+        raise TypeError(f"{name} is {scales.dtype}; pass {SCALE_DTYPE}")
+    require_contiguous_rows(**{name: scales})
+    require_device(cache, **{name: scales})

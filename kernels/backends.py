@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvpager.kernels import reference
+from kvpager.kernels import reference, reference_alloc
 
 Kernel = Callable[..., Any]
 
@@ -26,6 +26,9 @@ _REFERENCE: dict[str, Kernel] = {
     "copy_blocks": reference.copy_blocks,
     "gather_kv": reference.gather_kv,
     "paged_attention": reference.paged_attention,
+    "step_alloc": reference_alloc.step_alloc,
+    "fork_rows": reference_alloc.fork_rows,
+    "release_rows": reference_alloc.release_rows,
 }
 
 # Device type -> a module with `register() -> None`.
@@ -50,8 +53,9 @@ _lock = threading.RLock()
 def register(operation: str, device_type: str, function: Kernel, reason: str) -> None:
     """Let `function` run `operation` on every device of `device_type` from now on. O(1).
 
-    `function` has the signature of its twin in `reference.py` and gets checked arguments. A later
-    registration replaces an earlier one. `ValueError` for an operation that does not exist.
+    `function` has the signature of its twin (`reference.py`, `reference_alloc.py`) and gets checked
+    arguments. A later registration replaces an earlier one. `ValueError` for an operation that
+    does not exist.
     """
     _require_operation(operation)
     _registered[operation, device_type] = (function, reason)

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kvpager.kernels.arguments import require_device, require_dims, require_integers
+from kvpager.kernels import debug
+from kvpager.kernels.arguments import (
+    require_device,
+    require_dims,
+    require_integers,
+    without_gradients,
+)
 from kvpager.kernels.backends import select
 
 
-@torch.no_grad()
+@without_gradients
 def copy_blocks(storage: Tensor, copies: Tensor) -> None:
     """Copy block to block for every pair (source, destination). O(pairs * block bytes).
 
-    - `storage` [blocks, ...]: block first, as `BlockStorage` keeps it, so that a block is one run.
+    - `storage` [blocks, ...]: block first, as `BlockStorage` keeps it. Each block is one run of
+      memory, whatever it holds (scales inside it travel too); blocks may lie apart.
     - `copies` int32 or int64 [pairs, 2], on the storage's device. A pair with a negative entry is
       skipped, which lets a captured CUDA graph keep its shape.
 
     All reads happen before all writes: a block may be source of one pair and destination of
     another. Two pairs must not share a destination.
 
-    `ValueError` and `TypeError` for wrong shapes, dtypes and devices; block ids are not looked at.
+    `ValueError` and `TypeError` for wrong shapes, strides, dtypes and devices; block ids are looked
+    at in debug mode only (`debug.py`).
     """
     if storage.dim() < 2:
         raise ValueError(f"storage has shape {list(storage.shape)}; pass [blocks, ...]")
+    if not storage[:1].is_contiguous():
+        raise ValueError(
+            f"storage has strides {list(storage.stride())}, but each block has to be one run of "
+            "memory; pass a block-first tensor, such as storage.tier()"
+        )
     require_dims("copies", copies, "[pairs, 2]", 2)
     if copies.shape[1] != 2:
         raise ValueError(f"copies has shape {list(copies.shape)}; pass [pairs, 2]")
     require_integers("copies", copies)
     require_device(storage, copies=copies)
+    if debug.enabled():
+        debug.check_copies(copies, storage)
     select("copy_blocks", storage.device)(storage, copies)

@@ -5,18 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpager.kernels import debug
 from kvpager.kernels.arguments import (
+    Fitting,
+    layout_of,
+    layout_of_scales,
+    require_caches,
+    require_contiguous_rows,
     require_device,
     require_dims,
+    require_floating,
     require_integers,
     require_rows,
     require_same,
     require_shape,
+    without_gradients,
 )
 from kvpager.kernels.backends import select
 
+_fitting = Fitting()
 
-@torch.no_grad()
+
+@without_gradients
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -32,6 +42,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
     kv_starts: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of packed queries over their rows' blocks. O(kv tokens seen * query heads * dims).
 
@@ -40,12 +51,13 @@ def paged_attention(
 
     Tensors, all on one device:
 
-    - `query` [tokens, query_heads, head_dim]: the rows' query tokens, one row after the other.
-      `query_heads` is a multiple of `kv_heads`; query head h reads kv head
-      `h // (query_heads // kv_heads)` (GQA, Ainslie et al., 2023).
+    - `query` [tokens, query_heads, head_dim]: the rows' query tokens, one row after the other,
+      the last dimension contiguous. `query_heads` is a multiple of `kv_heads`; query head h reads
+      kv head `h // (query_heads // kv_heads)` (GQA, Ainslie et al., 2023).
     - `key_cache` [blocks, block_size, kv_heads, head_dim] and `value_cache` [.., value_head_dim],
-      of the dtype of `query`: the views of `BlockStorage.layer`.
+      the views of `BlockStorage.layer`: of the dtype of `query`, or quantised.
     - `block_tables` int32 [rows, max_blocks]; -1 is no block, and its tokens are seen by nobody.
+      Entries past a row's last token are not looked at.
     - `kv_lens` int32 or int64 [rows]: tokens of each row in the cache, its queries' own included.
     - `query_starts` int32 or int64 [rows + 1]: row r has the queries `query_starts[r]` to
       `query_starts[r + 1]`. Leave it out when every row has one query (decode).
@@ -66,30 +78,25 @@ def paged_attention(
       left-padded batches need no special case. Tokens before its first column are not seen.
       `causal` and `window` still hold: pass `causal=False` when the mask already says it.
     - `kv_starts` int32 or int64 [rows]: tokens before it are not read.
+    - `scales`, for caches of int8 or float8_e4m3fn: those of keys and of values, float32 [blocks,
+      block_size, kv_heads], as `BlockStorage.scales` gives them (see `quantisation.py`).
 
     Slots that no query of a row may see are never used in arithmetic, so stale NaNs in them are
-    harmless. `ValueError` and `TypeError` for wrong shapes, dtypes, devices and options; the values
-    of tensors are not looked at, because that would wait for the GPU.
+    harmless. `ValueError` and `TypeError` for wrong shapes, strides, dtypes, devices and options.
+    The values of tensors are not looked at, because that would wait for the GPU, but for lengths
+    that are negative or beyond their tables on a CPU; debug mode looks at all (`debug.py`).
 
     Block tables are PagedAttention's (Kwon et al., 2023), the online softmax is that of Milakov &
     Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
     """
-    _check_caches(query, key_cache, value_cache)
-    rows = require_rows(block_tables, kv_lens)
-    _check_rows(rows, query, query_starts, kv_starts)
-    _check_options(window, softcap)
-    _check_biases(rows, query, sinks, mask)
-    require_device(
-        key_cache,
-        query=query,
-        value_cache=value_cache,
-        block_tables=block_tables,
-        kv_lens=kv_lens,
-        query_starts=query_starts,
-        kv_starts=kv_starts,
-        sinks=sinks,
-        mask=mask,
-    )
+    tensors = (query, key_cache, value_cache, block_tables, kv_lens)
+    options = (query_starts, kv_starts, sinks, mask)
+    layout = (*map(layout_of, tensors + options), layout_of_scales(scales), window, softcap)
+    _fitting.check(layout, lambda: _check(*tensors, *options, scales, window, softcap))
+    if debug.enabled():
+        debug.check_rows(block_tables, kv_lens, key_cache)
+        debug.check_queries(query, query_starts, mask)
+        debug.check_kv_starts(kv_starts)
     output: Tensor = select("paged_attention", key_cache.device)(
         query,
         key_cache,
@@ -104,16 +111,45 @@ def paged_attention(
         sinks=sinks,
         mask=mask,
         kv_starts=kv_starts,
+        scales=scales,
     )
     return output
 
 
-def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+def _check(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    query_starts: Tensor | None,
+    kv_starts: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+    scales: tuple[Tensor, Tensor] | None,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    require_caches(key_cache, value_cache, scales)
+    _check_query(query, key_cache, quantised=scales is not None)
+    rows = require_rows(block_tables, kv_lens)
+    _check_rows(rows, query, query_starts, kv_starts)
+    _check_options(window, softcap)
+    _check_biases(rows, query, sinks, mask)
+    require_device(
+        key_cache,
+        query=query,
+        block_tables=block_tables,
+        kv_lens=kv_lens,
+        query_starts=query_starts,
+        kv_starts=kv_starts,
+        sinks=sinks,
+        mask=mask,
+    )
+
+
+def _check_query(query: Tensor, key_cache: Tensor, *, quantised: bool) -> None:
     require_dims("query", query, "[tokens, query_heads, head_dim]", 3)
-    require_dims("key_cache", key_cache, "[blocks, block_size, kv_heads, head_dim]", 4)
-    require_dims("value_cache", value_cache, "[blocks, block_size, kv_heads, head_dim]", 4)
-    cache_shape = (*key_cache.shape[:3], value_cache.shape[3])
-    require_shape("value_cache", value_cache, cache_shape, "key_cache's blocks and heads")
     query_heads, kv_heads = query.shape[1], key_cache.shape[2]
     if query_heads % kv_heads:
         raise ValueError(f"{query_heads} query heads are no multiple of {kv_heads} kv heads")
@@ -121,10 +157,10 @@ def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None
         raise ValueError(
             f"query has head_dim {query.shape[2]}, but key_cache has {key_cache.shape[3]}"
         )
-    if not query.is_floating_point():
-        raise TypeError(f"query is {query.dtype}; pass a floating dtype")
-    require_same("query", query, "key_cache", key_cache)
-    require_same("query", query, "value_cache", value_cache)
+    require_floating("query", query.dtype)
+    if not quantised:
+        require_same("query", query, "key_cache", key_cache)
+    require_contiguous_rows(query=query)
 
 
 def _check_rows(
@@ -165,5 +201,7 @@ def _check_biases(rows: int, query: Tensor, sinks: Tensor | None, mask: Tensor |
             f"mask has shape {list(mask.shape)}; "
             f"pass [1 or {rows}, 1 or {query_heads}, max queries, kv]"
         )
+    if mask.shape[2] == 0 and query.shape[0] > 0:
+        raise ValueError("mask has 0 query rows, but a row has 1 or more queries; pass them all")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"mask is {mask.dtype}; pass torch.bool or a floating dtype")

@@ -3,7 +3,8 @@
 These functions are the specification and the fallback. They use vectorised torch operations only,
 so they are quick enough to serve, and they trust their arguments: the entry points beside this
 file (`paged_attention.py`, ...) check and document them. Maths is float32, or float64 where the
-query is; results are rounded once, at the end.
+query is; results are rounded once, at the end. A quantised cache is dequantised where its bytes
+are read, and from there on nothing differs (`quantisation.py` says what the bytes mean).
 """
 
 # T tokens, R rows, H query heads, K kv heads, G = H // K query heads per kv head, D head dim,
@@ -18,6 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvpager.kernels.arguments import require_no_negative_lengths
+from kvpager.kernels.quantisation import dequantise, indexable, quantise
+
 # One kv tile holds about this many tokens, all rows together: its fp32 copy stays in the cache
 # of a CPU core, while the fixed cost of a tile (some 100 us of torch calls) is spread wide.
 TILE_TOKENS = 8192
@@ -27,7 +31,13 @@ TILE_SCORES = 1 << 22
 
 
 def append_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write key [T, K, Dk] and value [T, K, Dv] to `slots` [T] of the caches. O(T)."""
     kept = slots >= 0
@@ -35,21 +45,40 @@ def append_kv(
         key, value, slots = key[kept], value[kept], slots[kept]
     block_size = key_cache.shape[1]
     where = (slots // block_size, slots % block_size)
-    key_cache.index_put_(where, key)
-    value_cache.index_put_(where, value)
+    if scales is not None:
+        key, key_scales = quantise(key, key_cache.dtype)
+        value, value_scales = quantise(value, value_cache.dtype)
+        scales[0].index_put_(where, key_scales)
+        scales[1].index_put_(where, value_scales)
+    indexable(key_cache).index_put_(where, indexable(key))
+    indexable(value_cache).index_put_(where, indexable(value))
 
 
-def gather_kv(cache: Tensor, block_tables: Tensor, kv_lens: Tensor, length: int) -> Tensor:
+def gather_kv(
+    cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    length: int,
+    *,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """The last `length` tokens of every row, right-aligned: [R, length, K, D]. O(R * length)."""
+    require_no_negative_lengths(kv_lens)
+    dtype = dtype or cache.dtype
     rows, columns = block_tables.shape
     block_size = cache.shape[1]
     if length == 0 or columns == 0 or cache.shape[0] == 0:
-        return cache.new_zeros(rows, length, *cache.shape[2:])
+        return cache.new_zeros(rows, length, *cache.shape[2:], dtype=dtype)
     positions = kv_lens.long()[:, None] - length + torch.arange(length, device=cache.device)
     column = torch.div(positions, block_size, rounding_mode="floor")
     blocks = block_tables.gather(1, column.clamp(0, columns - 1)).long()
     found = (positions >= 0) & (column < columns) & (blocks >= 0)
-    gathered = cache[blocks.clamp(min=0), positions % block_size]
+    where = (blocks.where(found, 0), positions % block_size)
+    gathered = indexable(cache)[where].view(cache.dtype)
+    if scales is not None:
+        gathered = dequantise(gathered, scales[where], dtype)
+    gathered = gathered.to(dtype)
     _clear(gathered, ~found)
     return gathered
 
@@ -82,6 +111,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
     kv_starts: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of query [T, H, D] over the blocks of its rows: [T, H, Dv]. O(H * D * T * kv).
 
@@ -89,6 +119,7 @@ def paged_attention(
     with what was summed so far rescaled when the maximum rises (Milakov & Gimelshein 2018, "Online
     normalizer calculation for softmax"; FlashAttention, Dao et al. 2022, for the tiles).
     """
+    require_no_negative_lengths(kv_lens)
     output = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     rows, num_query_heads = block_tables.shape[0], query.shape[1]
     if query.numel() == 0 or rows == 0:
@@ -98,8 +129,10 @@ def paged_attention(
         raise ValueError(
             f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
         )
+    starts = torch.arange(block_tables.shape[1], device=query.device) * key_cache.shape[1]
     cells = _Cells(
-        tables=block_tables,
+        # What stands past a row's last token is not followed.
+        tables=block_tables.where(starts < kv_lens[:, None], -1),
         kv_lens=kv_lens.long(),
         kv_starts=torch.zeros_like(kv_lens, dtype=torch.int64)
         if kv_starts is None
@@ -114,6 +147,8 @@ def paged_attention(
     tile = _Tile(
         key_cache=key_cache,
         value_cache=value_cache,
+        key_scales=None if scales is None else scales[0],
+        value_scales=None if scales is None else scales[1],
         blocks=max(1, tokens_per_row // key_cache.shape[1]),
         scale=query.shape[2] ** -0.5 if scale is None else scale,
         softcap=softcap,
@@ -140,6 +175,8 @@ class _Tile:
 
     key_cache: Tensor
     value_cache: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
     blocks: int  # table columns per tile
     scale: float
     softcap: float | None
@@ -300,8 +337,8 @@ def _add_tile(
 ) -> None:
     """Fold kv tokens [start, stop) into `state`: maximum, sum of weights, weighted values."""
     highest, total, summed = state
-    keys = _read(tile.key_cache, cells.tables, query.dtype)
-    values = _read(tile.value_cache, cells.tables, query.dtype)
+    keys = _read(tile.key_cache, tile.key_scales, cells.tables, query.dtype)
+    values = _read(tile.value_cache, tile.value_scales, cells.tables, query.dtype)
     scores = _matmul(query, keys.transpose(2, 3)).view(*highest.shape, stop - start)
     if tile.softcap is not None:
         scores = scores.div_(tile.softcap).tanh_().mul_(tile.softcap)
@@ -354,14 +391,18 @@ def _per_group(tensor: Tensor, scores: Tensor) -> Tensor:
     return tensor.reshape(R, K, G, Q, N)
 
 
-def _read(cache: Tensor, tables: Tensor, dtype: torch.dtype) -> Tensor:
+def _read(cache: Tensor, scales: Tensor | None, tables: Tensor, dtype: torch.dtype) -> Tensor:
     """The blocks of `tables` [R, n] as one contiguous tensor of `dtype`: [R, K, n * block, D]."""
     R, n = tables.shape
     _, block_size, K, D = cache.shape
-    blocks = cache.index_select(0, tables.clamp(min=0).flatten())
+    index = tables.clamp(min=0).flatten()
+    blocks = indexable(cache).index_select(0, index).view(cache.dtype)
     tokens = blocks.view(R, n * block_size, K, D).transpose(1, 2)
     # One pass converts and brings a head's tokens together, so that the matmuls copy nothing.
-    return torch.empty(tokens.shape, dtype=dtype, device=cache.device).copy_(tokens)
+    read = torch.empty(tokens.shape, dtype=dtype, device=cache.device).copy_(tokens)
+    if scales is not None:
+        read *= scales.index_select(0, index).view(R, n * block_size, K, 1).transpose(1, 2)
+    return read
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -8,12 +8,22 @@ With equal sizes this is exactly `[blocks, layers, 2, block_size, kv_heads, head
 block is one run through all layers, copy-on-write is one memory copy, a swap one DMA and a remote
 put one buffer; layer-first storage needs two per layer. `BlockStorage` knows nothing of
 `BlockManager`: it holds tensors and carries out plans, whoever made them.
+
+Keys and values may be stored in eight bits (`kv_dtype`), with one scale per token and head. The
+scales lie inside the block, so whatever moves a block moves them too. The tier is then a tensor
+of bytes, and every part starts at a multiple of 16 bytes, zero to 15 unused ones before it:
+
+    layer   key | value | key scales | value scales
+    key scales, value scales    float32 [ block_size, kv_heads ]
+
+`kvpager.kernels.quantisation` says what a stored number and its scale mean.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +32,15 @@ from torch import Tensor
 
 from kvpager import arguments
 from kvpager.kernels.copy_blocks import copy_blocks
+from kvpager.kernels.quantisation import KV_DTYPES, SCALE_DTYPE
 from kvpager.plan import Plan, Tier
 
 LayerCache = tuple[Tensor, Tensor]
+LayerScales = tuple[Tensor, Tensor]
+KVDtype = Literal["int8", "fp8_e4m3"]
+
+# What the widest loads of GPUs and CPUs take, and every dtype's own alignment divides.
+PART_ALIGNMENT_BYTES = 16
 
 
 class LayerShape(NamedTuple):
@@ -40,12 +56,28 @@ class LayerShape(NamedTuple):
         return self.num_kv_heads * (self.head_dim + self.value_head_dim)
 
 
+class _Part(NamedTuple):
+    """One tensor of a layer: where it lies in a block, in elements of the tier."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of one block
+
+    def view(self, tier: Tensor) -> Tensor:
+        """The part of every block: [blocks, *shape]. O(1)."""
+        return tier[:, self.start : self.end].view(self.dtype).view(-1, *self.shape)
+
+
 class BlockStorage:
     """Block-first key and value tensors for the layers of one group on one device.
 
     `layers` may differ in heads and head sizes. `num_host_blocks` more blocks are kept in host
     memory to swap to, page-locked when `device` is a GPU. Errors of the allocation itself
     (`torch.OutOfMemoryError`, `RuntimeError`) are torch's.
+
+    Keys and values are of `dtype`, or of eight bits where `kv_dtype` says "int8" or "fp8_e4m3";
+    `dtype` is then what they are computed in, and kernels need `scales` beside `layer`.
 
     Memory is not zeroed: pages never written cost nothing on a CPU, and no kernel reads a slot
     that was never written.
@@ -58,34 +90,34 @@ class BlockStorage:
         layers: Sequence[LayerShape | tuple[int, int, int]],
         *,
         dtype: torch.dtype,
+        kv_dtype: KVDtype | None = None,
         device: torch.device | str = "cpu",
         num_host_blocks: int = 0,
     ) -> None:
         """O(1) on a CPU, O(bytes) where memory has to be page-locked.
 
-        `ValueError` unless sizes are positive and `block_size` is a power of two; `TypeError`
-        unless `dtype` is floating.
+        `ValueError` unless sizes are positive, `block_size` is a power of two and `kv_dtype` is
+        one there is; `TypeError` unless `dtype` is floating and has 16 bits or more.
         """
         self._block_size = arguments.block_size(block_size)
         self._layers = _layer_shapes(layers)
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype {dtype!r}: expected a torch.dtype, such as torch.float32")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; pass a floating dtype such as torch.bfloat16")
+        self._dtype, self._kv_dtype = _dtypes(dtype, kv_dtype)
         num_blocks = arguments.count("num_blocks", num_blocks, at_least=1)
         num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
-        run = self._block_size * sum(layer.elements_per_token for layer in self._layers)
+        _, run = self._layout(self._layers)
+        stored = dtype if kv_dtype is None else torch.uint8
         # Made in inference mode, the storage could never be written outside of it.
         with torch.inference_mode(False):
-            self._device_tier = torch.empty(num_blocks, run, dtype=dtype, device=device)
+            self._device_tier = torch.empty(num_blocks, run, dtype=stored, device=device)
             pinned = self._device_tier.is_cuda and num_host_blocks > 0
-            self._host_tier = torch.empty(num_host_blocks, run, dtype=dtype, pin_memory=pinned)
-            self._caches = self._layer_views()
+            self._host_tier = torch.empty(num_host_blocks, run, dtype=stored, pin_memory=pinned)
+            self._views = self._layer_views()
 
     def __repr__(self) -> str:
+        stored = "" if self._kv_dtype is None else f" as {self._kv_dtype}"
         return (
             f"<BlockStorage: {self.num_blocks} blocks of {self.block_bytes} bytes, "
-            f"{len(self._layers)} layers of {self.dtype} on {self.device}>"
+            f"{len(self._layers)} layers of {self.dtype}{stored} on {self.device}>"
         )
 
     @property
@@ -110,8 +142,13 @@ class BlockStorage:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every key and value."""
-        return self._device_tier.dtype
+        """Of every key and value as it is computed, and stored too unless `kv_dtype` says else."""
+        return self._dtype
+
+    @property
+    def kv_dtype(self) -> KVDtype | None:
+        """The eight bits that keys and values are stored in; None where they are of `dtype`."""
+        return self._kv_dtype
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +173,8 @@ class BlockStorage:
     def tier(self, tier: Tier = "device") -> Tensor:
         """A tier's whole tensor [blocks, elements per block], to move bytes by hand. O(1).
 
-        After `grow` the device tier is another tensor: ask again.
+        Of `dtype`, or with a `kv_dtype` of uint8: a block then holds more than one dtype. After
+        `grow` the device tier is another tensor: ask again.
         """
         if tier not in ("device", "host"):
             raise ValueError(f'tier {tier!r}: expected "device" or "host"')
@@ -149,9 +187,21 @@ class BlockStorage:
         `block_bytes` apart (so `.view(-1, ...)` over blocks is not possible). After `grow` they
         are other views: ask again. `IndexError` if there is no such layer.
         """
+        key, value = self._layer(index)[:2]
+        return key, value
+
+    def scales(self, index: int) -> LayerScales | None:
+        """A layer's key and value scales: float32 views [blocks, block_size, kv_heads]. O(1).
+
+        None unless the storage has a `kv_dtype`. Otherwise as `layer`.
+        """
+        scales = self._layer(index)[2:]
+        return (scales[0], scales[1]) if scales else None
+
+    def _layer(self, index: int) -> list[Tensor]:
         if not 0 <= index < len(self._layers):
             raise IndexError(f"layer {index} does not exist; the storage has {len(self._layers)}")
-        return self._caches[index]
+        return self._views[index]
 
     def copy(self, copies: NDArray[np.int32]) -> None:
         """Copy device blocks for pairs (source, destination), int32 [n, 2]. O(n * block_bytes).
@@ -217,7 +267,7 @@ class BlockStorage:
             other = self._device_tier.new_empty(num_blocks, self._device_tier.shape[1])
             other[:kept].copy_(self._device_tier[:kept])
             self._device_tier = other
-            self._caches = self._layer_views()
+            self._views = self._layer_views()
 
     def keep_layers(self, count: int) -> None:
         """Drop all layers but the first `count`, and the memory they took. O(nbytes).
@@ -230,28 +280,37 @@ class BlockStorage:
             raise ValueError(f"count {count}: expected 1 to {len(self._layers)}, the layers there")
         if count == len(self._layers):
             return
-        run = self._block_size * sum(layer.elements_per_token for layer in self._layers[:count])
+        _, run = self._layout(self._layers[:count])
         with torch.inference_mode(False):
             # A block's layers lie in order, so the first ones are the front of its run.
             device_tier = self._device_tier[:, :run].clone()
             host_tier = _like(self._host_tier, self._host_tier[:, :run])
             self._layers = self._layers[:count]
             self._device_tier, self._host_tier = device_tier, host_tier
-            self._caches = self._layer_views()
+            self._views = self._layer_views()
 
-    def _layer_views(self) -> list[LayerCache]:
-        caches = []
-        offset = 0
-        for heads, key_dim, value_dim in self._layers:
-            key, offset = self._view(offset, heads, key_dim)
-            value, offset = self._view(offset, heads, value_dim)
-            caches.append((key, value))
-        return caches
+    def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[_Part]], int]:
+        """Every layer's parts, in order, and the elements of a block."""
+        size, quantised = self._block_size, self._kv_dtype is not None
+        stored = KV_DTYPES[self._kv_dtype] if self._kv_dtype is not None else self._dtype
+        # Elements of the tier: bytes where it is quantised, and then aligned.
+        unit, alignment = (1, PART_ALIGNMENT_BYTES) if quantised else (self._dtype.itemsize, 1)
+        layout, start = [], 0
+        for heads, key_dim, value_dim in layers:
+            kinds: list[tuple[torch.dtype, tuple[int, ...]]]
+            kinds = [(stored, (size, heads, key_dim)), (stored, (size, heads, value_dim))]
+            kinds += [(SCALE_DTYPE, (size, heads))] * 2 if quantised else []
+            parts = []
+            for dtype, shape in kinds:
+                end = start + math.prod(shape) * dtype.itemsize // unit
+                parts.append(_Part(start, end, dtype, shape))
+                start = -(-end // alignment) * alignment
+            layout.append(parts)
+        return layout, start
 
-    def _view(self, offset: int, heads: int, dim: int) -> tuple[Tensor, int]:
-        end = offset + self._block_size * heads * dim
-        run = self._device_tier[:, offset:end]
-        return run.view(-1, self._block_size, heads, dim), end
+    def _layer_views(self) -> list[list[Tensor]]:
+        layout, _ = self._layout(self._layers)
+        return [[part.view(self._device_tier) for part in parts] for parts in layout]
 
 
 def _like(tier: Tensor, content: Tensor) -> Tensor:
@@ -289,6 +348,19 @@ def _check_copies(
                 f"{name} block {wrong[0]} does not exist; pass {lowest} to {bound - 1}"
                 + (" (-1 skips the pair)" if lowest < 0 else "")
             )
+
+
+def _dtypes(dtype: torch.dtype, kv_dtype: KVDtype | None) -> tuple[torch.dtype, KVDtype | None]:
+    """Both, checked."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype {dtype!r}: expected a torch.dtype, such as torch.float32")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}; pass a floating dtype such as torch.bfloat16")
+    if dtype.itemsize < 2:
+        raise TypeError(f"dtype is {dtype}, which has no maths; store it with kv_dtype instead")
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype {kv_dtype!r}: expected None or one of {list(KV_DTYPES)}")
+    return dtype, kv_dtype
 
 
 def _layer_shapes(layers: Sequence[LayerShape | tuple[int, int, int]]) -> tuple[LayerShape, ...]:

@@ -17,6 +17,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The tensors of the tests are small: more threads than this only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# Triton decides when it decorates a kernel whether that will be compiled or interpreted.
+if not _has_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 try:
     import hypothesis
 except ImportError:  # a GPU machine needs torch and pytest only

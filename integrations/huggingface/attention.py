@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpager.integrations.huggingface.groups import PagedView
-from kvpager.integrations.huggingface.handles import common_view
+from kvpager.integrations.huggingface.handles import common_view, packed
 from kvpager.kernels.paged_attention import paged_attention
 
 # The kernel could serve these, but transformers' own `sdpa` refuses or ignores them, and a patched
@@ -61,7 +61,7 @@ def _attend(
     **others: Any,
 ) -> Tensor | None:
     """The attention output [rows, q_len, query_heads, value_dim], or None if not covered."""
-    rows, query_heads, q_len, _head_dim = query.shape
+    rows, query_heads, q_len, _ = query.shape
     kv_len = view.stop - view.start
     key_cache, value_cache = view.caches()
     if dropout or rows != len(view.kv_lens) or query.dtype != key_cache.dtype:
@@ -78,12 +78,11 @@ def _attend(
         return None
     if position_bias is not None:
         mask = _biased(position_bias, mask)
-    packed = query.transpose(1, 2).reshape(rows * q_len, query_heads, -1)
     starts = None
     if q_len > 1:
         starts = torch.arange(0, rows * q_len + 1, q_len, dtype=torch.int32, device=query.device)
     output = paged_attention(
-        packed,
+        packed(query),
         key_cache,
         value_cache,
         view.tables,

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.groups import LayerGroup, PagedView
-from kvpager.integrations.huggingface.handles import paged_pair
+from kvpager.integrations.huggingface.handles import packed, paged_pair
 from kvpager.integrations.huggingface.pools import LayerKind, PagedMemory
 from kvpager.storage import BlockStorage, LayerShape
 
@@ -94,7 +94,7 @@ class PagedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.storage is not None
         assert self.group.pool is not None
-        rows, heads, num_new, _ = key_states.shape
+        rows, _, num_new, _ = key_states.shape
         start, stop = self.num_columns, self.num_columns + num_new
         if start == self.group.num_columns:
             self._before_step()
@@ -102,8 +102,8 @@ class PagedLayer(DynamicLayer):
         self.group.pool.write(
             self.storage,
             self.storage_layer,
-            key_states.transpose(1, 2).reshape(rows * num_new, heads, -1),
-            value_states.transpose(1, 2).reshape(rows * num_new, heads, -1),
+            packed(key_states),
+            packed(value_states),
             self.group.slots(start, stop, self.storage.device),
         )
         first = self._first_visible_column()

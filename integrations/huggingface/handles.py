@@ -111,3 +111,13 @@ def common_view(key: Tensor, value: Tensor) -> PagedView | None:
         if (key.which, value.which) == (0, 1) and view.shows_the_same_as(value.view_of):
             return view
     return None
+
+
+def packed(states: Tensor) -> Tensor:
+    """[rows, heads, columns, dim] as the kernels take it: [rows * columns, heads, dim].
+
+    A view where it can be one; heads as runs of numbers in any case.
+    """
+    rows, heads, columns, dim = states.shape
+    tokens = states.transpose(1, 2).reshape(rows * columns, heads, dim)
+    return tokens if tokens.stride(-1) == 1 else tokens.contiguous()

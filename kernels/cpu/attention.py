@@ -54,12 +54,11 @@ class PagedAttention:
         output = query.new_empty(tokens, query_heads, value_dim)
         if block_tables.dtype != torch.int32 or block_tables.stride(1) != 1:
             block_tables = block_tables.to(torch.int32).contiguous()
-        kv_lens, kv_starts, query_starts = map(_contiguous, (kv_lens, kv_starts, query_starts))
+        kv_lens = kv_lens.contiguous()
+        kv_starts = None if kv_starts is None else kv_starts.contiguous()
+        query_starts = None if query_starts is None else query_starts.contiguous()
         sinks = None if sinks is None else sinks.float().contiguous()
         key_scales, value_scales = scales or (None, None)
-        mask_type, mask_sizes, mask_strides = 0, (0, 0), (0, 0, 0, 0)
-        if mask is not None:
-            mask_type, mask_sizes, mask_strides = TYPES[mask.dtype], mask.shape[2:], _strides(mask)
         problem = self._library.call(
             "paged_attention",
             ATTENTION,
@@ -67,12 +66,12 @@ class PagedAttention:
             address(key_scales), address(value_scales), block_tables.data_ptr(),
             *integers(kv_lens), *integers(kv_starts), *integers(query_starts),
             address(mask), address(sinks),
-            TYPES[query.dtype], TYPES[key_cache.dtype], mask_type,
+            TYPES[query.dtype], TYPES[key_cache.dtype], 0 if mask is None else TYPES[mask.dtype],
             len(block_tables), tokens, query_heads, kv_heads, head_dim, value_dim,
             num_blocks, block_size, block_tables.shape[1], block_tables.stride(0),
             *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
             *((0, 0, 0) if key_scales is None else key_scales.stride()),
-            *mask_sizes, *mask_strides,
+            *((0, 0) if mask is None else mask.shape[2:]), *_mask_strides(mask),
             causal, window or 0, torch.get_num_threads(),
             head_dim**-0.5 if scale is None else scale, softcap or 0.0,
         )  # fmt: skip
@@ -93,12 +92,10 @@ def _is_covered(
     return scales is None or scales[0].stride() == scales[1].stride()
 
 
-def _contiguous(numbers: Tensor | None) -> Tensor | None:
-    return numbers if numbers is None or numbers.is_contiguous() else numbers.contiguous()
-
-
-def _strides(mask: Tensor) -> tuple[int, ...]:
+def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
     """The mask's strides, 0 where one entry serves all rows or all heads."""
+    if mask is None:
+        return 0, 0, 0, 0
     row, head, query, column = mask.stride()
     return row * (mask.shape[0] > 1), head * (mask.shape[1] > 1), query, column
 

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from kvpager.kernels import backends, reference
+from kvpager.kernels import backends, reference, reference_alloc
 
+ALLOCATOR = ("step_alloc", "fork_rows", "release_rows")
 DEVICE_TYPE = "cuda"  # what torch calls AMD's GPUs too
 
 
 def register() -> None:
-    """Register every operation of this folder. O(1), but imports Triton.
-
-    The device-side allocator is not among them: `kvpager.kernels.step_alloc` finds it by itself.
-    """
+    """Register every operation of this folder. O(1), but imports Triton."""
     if find_spec("triton") is None:
         why = "triton is not installed: pip install 'kvpager[triton]'"
         for operation in ("append_kv", "copy_blocks", "gather_kv", "paged_attention"):
             backends.register(operation, DEVICE_TYPE, getattr(reference, operation), why)
+        for operation in ALLOCATOR:
+            backends.register(operation, DEVICE_TYPE, getattr(reference_alloc, operation), why)
         return
     # Only here, because importing them decorates kernels, which needs Triton.
-    from kvpager.kernels.gpu import attention, moves, peers
+    from kvpager.kernels.gpu import allocator, attention, moves, peers
 
     backends.register("append_kv", DEVICE_TYPE, moves.append_kv, "Triton; K and V in one launch")
     backends.register("copy_blocks", DEVICE_TYPE, moves.copy_blocks, "Triton; one launch")
     backends.register("gather_kv", DEVICE_TYPE, moves.gather_kv, "Triton; one launch")
     reason = f"Triton; work items that share prefixes ({peers.chosen()})"
     backends.register("paged_attention", DEVICE_TYPE, attention.paged_attention, reason)
+    for operation in ALLOCATOR:
+        backends.register(operation, DEVICE_TYPE, getattr(allocator, operation), "Triton")

@@ -1,0 +1,111 @@
+"""Debug mode: look at every index before a kernel follows it.
+
+    KVPAGER_DEBUG=1 python serve.py
+
+Kernels trust the values of block tables, slots and lengths, because looking at them would wait for
+the GPU; a wrong one reads or writes somebody else's memory. In this mode each entry point looks
+first, on every device, and raises `ValueError` with the place, the value and the bound before any
+memory is touched. The variable is read once, at import. Every call then waits for the device, so
+no CUDA graph can be captured.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+_enabled = os.environ.get("KVPAGER_DEBUG", "") not in ("", "0")
+
+
+def enabled() -> bool:
+    """Whether the entry points look at values. O(1)."""
+    return _enabled
+
+
+def check_slots(slots: Tensor, key_cache: Tensor) -> None:
+    """`ValueError` unless every slot exists and is written once; below 0 is no slot. O(n log n)."""
+    num_slots = key_cache.shape[0] * key_cache.shape[1]
+    _refuse("slots", slots, slots >= num_slots, f"the cache has slots 0 to {num_slots - 1}")
+    twice = _twice(slots)
+    if twice is not None:
+        first, second = twice
+        raise ValueError(
+            f"slots[{first}] and slots[{second}] are both {int(slots[first])}; "
+            "give every token a slot of its own"
+        )
+
+
+def check_rows(block_tables: Tensor, kv_lens: Tensor, cache: Tensor) -> None:
+    """`ValueError` unless lengths fit their tables and used entries exist. O(table entries)."""
+    num_blocks, block_size = cache.shape[:2]
+    columns = block_tables.shape[1]
+    room = columns * block_size
+    bound = f"block_tables has room for 0 to {room} tokens per row"
+    _refuse("kv_lens", kv_lens, (kv_lens < 0) | (kv_lens > room), bound)
+    starts = torch.arange(columns, device=kv_lens.device) * block_size
+    wrong = (block_tables < -1) | (block_tables >= num_blocks)
+    # Entries past a row's last token are never followed, so they may hold anything.
+    wrong &= starts < kv_lens[:, None]
+    bound = f"the cache has blocks 0 to {num_blocks - 1}, and -1 is none"
+    _refuse("block_tables", block_tables, wrong, bound)
+
+
+def check_queries(query: Tensor, query_starts: Tensor | None, mask: Tensor | None) -> None:
+    """`ValueError` unless `query_starts` rises from 0 to the tokens there are. O(rows)."""
+    if query_starts is None:
+        return
+    tokens = query.shape[0]
+    wrong = torch.zeros_like(query_starts, dtype=torch.bool)
+    wrong[0] |= query_starts[0] != 0
+    wrong[-1] |= query_starts[-1] != tokens
+    bound = f"it has to rise from 0 to the {tokens} tokens of query"
+    _refuse("query_starts", query_starts, wrong, bound)
+    wrong[1:] = query_starts.diff() < 0
+    _refuse("query_starts", query_starts, wrong, "it must not fall from one row to the next")
+    longest = int(query_starts.diff().max()) if len(query_starts) > 1 else 0
+    if mask is not None and mask.shape[2] < longest:
+        raise ValueError(
+            f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
+        )
+
+
+def check_kv_starts(kv_starts: Tensor | None) -> None:
+    """`ValueError` for a row that starts before its first token. O(rows)."""
+    if kv_starts is not None:
+        _refuse("kv_starts", kv_starts, kv_starts < 0, "the first token of a row is 0")
+
+
+def check_copies(copies: Tensor, storage: Tensor) -> None:
+    """`ValueError` unless blocks exist and none is written twice; below 0 skips. O(n log n)."""
+    num_blocks = storage.shape[0]
+    bound = f"the storage has blocks 0 to {num_blocks - 1}"
+    kept = (copies >= 0).all(1)
+    _refuse("copies", copies, (copies >= num_blocks) & kept[:, None], bound)
+    twice = _twice(copies[:, 1].where(kept, -1))
+    if twice is not None:
+        first, second = twice
+        raise ValueError(
+            f"copies[{first}] and copies[{second}] both write block {int(copies[first, 1])}; "
+            "give every block one source"
+        )
+
+
+def _refuse(name: str, tensor: Tensor, wrong: Tensor, bound: str) -> None:
+    """Raise `ValueError` for the first element that is `wrong`."""
+    if not bool(wrong.any()):
+        return
+    place = wrong.nonzero()[0].tolist()
+    value = tensor[tuple(place)].item()
+    raise ValueError(f"{name}[{', '.join(map(str, place))}] is {value}, but {bound}")
+
+
+def _twice(indices: Tensor) -> tuple[int, int] | None:
+    """Two places in `indices` [n] with one value of at least 0, or None."""
+    ordered, order = indices.sort(stable=True)
+    same = ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).nonzero()
+    if len(same) == 0:
+        return None
+    first = int(same[0])
+    return int(order[first]), int(order[first + 1])

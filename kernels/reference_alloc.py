@@ -1,0 +1,82 @@
+"""The device-side allocator in plain torch: what `gpu/allocator.py` has to compute.
+
+Row after row, in order, with nothing at the same time: this is the specification, and what runs on
+a CPU. The kernels reach one of the outcomes that some order of the rows has here. Entry points,
+arguments and the algorithm are described in `step_alloc.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvpager.kernels.step_alloc import DeviceAllocator
+
+
+def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots int64 [n] and copies int32 [n, 2] for one more token of each row. O(n)."""
+    slots = torch.full(rows.shape, -1, dtype=torch.int64, device=rows.device)
+    copies = torch.full((*rows.shape, 2), -1, dtype=torch.int32, device=rows.device)
+    for lane, row in enumerate(rows.tolist()):
+        if row < 0:
+            continue
+        length = int(allocator.lens[row])
+        column, offset = divmod(length, allocator.block_size)
+        tail = int(allocator.tables[row, column]) if offset else None
+        if tail is not None and allocator.ref_counts[tail] == 1:
+            block = tail
+        elif column == allocator.tables.shape[1] or allocator.num_free[0] == 0:
+            allocator.failures += 1
+            continue
+        else:
+            block = _pop(allocator)
+            allocator.tables[row, column] = block
+            if tail is not None:
+                allocator.ref_counts[tail] -= 1
+                copies[lane, 0], copies[lane, 1] = tail, block
+        slots[lane] = block * allocator.block_size + offset
+        allocator.lens[row] = length + 1
+    return slots, copies
+
+
+def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> None:
+    """Let every target that is unused share the blocks of its source. O(n * blocks)."""
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        if source < 0 or target < 0:
+            continue
+        if allocator.lens[target] != 0:
+            allocator.failures += 1
+            continue
+        blocks = allocator.tables[source, : _num_blocks(allocator, source)]
+        allocator.ref_counts[blocks.long()] += 1
+        allocator.tables[target, : len(blocks)] = blocks
+        allocator.lens[target] = allocator.lens[source]
+
+
+def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
+    """Take every row's hold away from its blocks; those nobody holds are free. O(n * blocks)."""
+    for row in rows.tolist():
+        if row < 0:
+            continue
+        for block in allocator.tables[row, : _num_blocks(allocator, row)].tolist():
+            allocator.ref_counts[block] -= 1
+            if allocator.ref_counts[block] == 0:
+                allocator.free[allocator.num_free.long()] = block
+                allocator.num_free += 1
+        allocator.tables[row] = -1
+        allocator.lens[row] = 0
+
+
+def _pop(allocator: DeviceAllocator) -> int:
+    """The top of the free stack, with one holder."""
+    allocator.num_free -= 1
+    block = int(allocator.free[int(allocator.num_free)])
+    allocator.ref_counts[block] = 1
+    return block
+
+
+def _num_blocks(allocator: DeviceAllocator, row: int) -> int:
+    return -(-int(allocator.lens[row]) // allocator.block_size)
