@@ -43,6 +43,15 @@ else:
     hypothesis.settings.load_profile("kvpager")
 
 
+def pytest_sessionstart() -> None:
+    """Build the native kernels before any test looks at what a program prints."""
+    import torch
+
+    from kvpager.kernels import backends
+
+    backends.select("append_kv", torch.device("cpu"))
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Under `-m gpu`, import only files that hold GPU tests: the others may need more packages."""
     if config.option.markexpr != "gpu" or not collection_path.name.startswith("test_"):

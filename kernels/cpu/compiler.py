@@ -117,7 +117,9 @@ def source_folder() -> Path:
 @cache
 def source_digest() -> str:
     """A digest of the sources and the flags: what else the result depends on but the compiler."""
-    digest = hashlib.sha256(repr((FLAGS, THREAD_FLAGS, VARIANTS, platform.machine())).encode())
+    # Not the variants whole: a set has another order, so another text, in every process.
+    flags = (FLAGS, THREAD_FLAGS, [(variant.name, variant.flags) for variant in VARIANTS])
+    digest = hashlib.sha256(repr((flags, platform.machine())).encode())
     for path in sorted(source_folder().glob("*.[ch]*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -140,12 +142,7 @@ def cache_folder() -> Path:
 
     `BuildError` where neither can be had.
     """
-    chosen = os.environ.get("KVPAGER_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or _home_cache()
-    candidates = [Path(chosen).expanduser()] if chosen else []
-    if not chosen and base is not None:
-        candidates.append(Path(base).expanduser() / "kvpager")
-    candidates.append(Path(tempfile.gettempdir()) / f"kvpager-{os.getuid()}")
+    candidates = _cache_folders()
     for folder in candidates:
         if _is_usable(folder):
             return folder
@@ -153,6 +150,19 @@ def cache_folder() -> Path:
         f"none of {', '.join(map(str, candidates))} is a folder that only this user can write; "
         "set KVPAGER_CACHE to one"
     )
+
+
+def _cache_folders() -> list[Path]:
+    """The folders that may hold libraries, best first, whether or not they are there."""
+    chosen = os.environ.get("KVPAGER_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or _home_cache()
+    candidates = [Path(tempfile.gettempdir()) / f"kvpager-{os.getuid()}"]
+    with contextlib.suppress(RuntimeError):  # ~somebody, whom nobody knows
+        if chosen:
+            candidates.insert(0, Path(chosen).expanduser())
+        elif base is not None:
+            candidates.insert(0, Path(base).expanduser() / "kvpager")
+    return candidates
 
 
 def _home_cache() -> Path | None:
@@ -197,23 +207,33 @@ def ensure(variant: Variant, *, rebuild: bool = False) -> Built:
     O(1) when it is there (about a millisecond), else some seconds. `BuildError` where there is no
     compiler and no library built before, where the compiler fails, or where nothing can be written.
     """
-    folder, compiler = cache_folder(), find_compiler()
+    compiler = find_compiler()
     stem = f"kernels-{source_digest()}-{variant.name}-"
+    # Built ahead, perhaps by a compiler that was taken away again to keep an image small.
+    name = f"{stem}*.so" if compiler is None else f"{stem}{_compiler_digest(compiler)}.so"
+    found = None if rebuild else _find(name)
+    if found is not None:
+        return Built(found, variant, "found in the cache")
     if compiler is None:
-        # Built ahead, perhaps by a compiler that was taken away again to keep an image small.
-        for path in sorted(folder.glob(f"{stem}*.so")):
-            if _is_intact(path):
-                return Built(path, variant, "found in the cache")
         raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX to one")
-    path = folder / f"{stem}{_compiler_digest(compiler)}.so"
-    if not rebuild and _is_intact(path):
-        return Built(path, variant, "found in the cache")
+    path = cache_folder() / name
     with _lock(path):
         # Another process may have built it while this one waited.
         if rebuild or not _is_intact(path):
             _say(f"building the CPU kernels ({variant.name}) with {compiler.name}: once, some 10 s")
             _build(compiler, variant, path)
     return Built(path, variant, f"built with {compiler.name}")
+
+
+def _find(pattern: str) -> Path | None:
+    """A library that was built before. Its folder has to be private, but need not be writable."""
+    for folder in _cache_folders():
+        with contextlib.suppress(OSError):
+            if _is_private(folder):
+                for path in sorted(folder.glob(pattern)):
+                    if _is_intact(path):
+                        return path
+    return None
 
 
 def _build(compiler: Path, variant: Variant, path: Path) -> None:
@@ -263,8 +283,11 @@ def _publish(part: Path, path: Path) -> None:
         os.fsync(file.fileno())
     digest = _digest_path(path)
     temporary = part.with_suffix(".digest")
-    temporary.write_text(hashlib.sha256(content).hexdigest() + "\n")
-    temporary.replace(digest)
+    try:
+        temporary.write_text(hashlib.sha256(content).hexdigest() + "\n")
+        temporary.replace(digest)
+    finally:
+        temporary.unlink(missing_ok=True)
     part.replace(path)
 
 

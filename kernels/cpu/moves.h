@@ -67,20 +67,48 @@ template <class T> void append_quantised(const AppendArguments& a, int64_t token
         }
 }
 
-inline void append_copied(const AppendArguments& a, int64_t token, int64_t slot) {
+// `count` tokens whose slots follow each other in one block.
+inline void append_run(const AppendArguments& a, int64_t token, int64_t slot, int64_t count) {
     int64_t block = slot / a.block_size, offset = slot % a.block_size, size = a.element_size;
     for (int which = 0; which < 2; which++) {
-        int64_t dim = a.dim[which];
-        const char* from = (const char*)a.source[which] + token * a.source_token[which] * size;
+        int64_t dim = a.dim[which], token_size = a.kv_heads * dim;
+        int64_t from_token = a.source_token[which], to_token = a.cache_token[which];
+        const char* from = (const char*)a.source[which] + token * from_token * size;
         char* to = (char*)a.cache[which]
-            + (block * a.cache_block[which] + offset * a.cache_token[which]) * size;
-        if (a.source_head[which] == dim && a.cache_head[which] == dim) {
-            memcpy(to, from, a.kv_heads * dim * size);
+            + (block * a.cache_block[which] + offset * to_token) * size;
+        bool whole_tokens = a.source_head[which] == dim && a.cache_head[which] == dim;
+        if (whole_tokens && from_token == token_size && to_token == token_size) {
+            memcpy(to, from, count * token_size * size);
             continue;
         }
-        for (int64_t head = 0; head < a.kv_heads; head++)
-            memcpy(to + head * a.cache_head[which] * size,
-                   from + head * a.source_head[which] * size, dim * size);
+        for (int64_t i = 0; i < count; i++, from += from_token * size, to += to_token * size)
+            for (int64_t head = 0; head < a.kv_heads; head++)
+                memcpy(to + head * a.cache_head[which] * size,
+                       from + head * a.source_head[which] * size, dim * size);
+    }
+}
+
+inline void append_token_quantised(const AppendArguments& a, int64_t token, int64_t slot) {
+    if (a.source_type == TYPE_BFLOAT16) append_quantised<bf16>(a, token, slot);
+    else if (a.source_type == TYPE_FLOAT16) append_quantised<fp16>(a, token, slot);
+    else append_quantised<float>(a, token, slot);
+}
+
+inline void append_tokens(const AppendArguments& a, int64_t first, int64_t last) {
+    for (int64_t token = first; token < last;) {
+        int64_t slot = a.slots.at(token), count = 1;
+        if (slot < 0) {
+            token++;
+            continue;
+        }
+        // Prompts fill whole blocks: one long copy moves more than many short ones.
+        while (token + count < last && a.slots.at(token + count) == slot + count
+               && (slot + count) % a.block_size != 0)
+            count++;
+        if (a.cache_type != TYPE_INT8) append_run(a, token, slot, count);
+        else
+            for (int64_t i = 0; i < count; i++) append_token_quantised(a, token + i, slot + i);
+        token += count;
     }
 }
 
@@ -93,17 +121,14 @@ inline int append(const AppendArguments& a) {
         return 1;
     }
     int64_t bytes = a.tokens * a.kv_heads * (a.dim[0] + a.dim[1]) * a.element_size;
-    int threads = threads_for(bytes, a.threads);
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t token = 0; token < a.tokens; token++) {
-        int64_t slot = a.slots.at(token);
-        if (slot < 0) continue;
-        if (a.cache_type != TYPE_INT8) append_copied(a, token, slot);
-        else if (a.source_type == TYPE_BFLOAT16) append_quantised<bf16>(a, token, slot);
-        else if (a.source_type == TYPE_FLOAT16) append_quantised<fp16>(a, token, slot);
-        else append_quantised<float>(a, token, slot);
+    int parts = threads_for(bytes, a.threads);
+    if (parts == 1) {
+        append_tokens(a, 0, a.tokens);
+        return 0;
     }
+#pragma omp parallel for num_threads(parts) schedule(static)
+    for (int part = 0; part < parts; part++)
+        append_tokens(a, a.tokens * part / parts, a.tokens * (part + 1) / parts);
     return 0;
 }
 

@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def _load() -> tuple[Library | None, str]:
-    choice = os.environ.get("KVPAGER_CPU_KERNELS", "auto")
+    choice = os.environ.get("KVPAGER_CPU_KERNELS") or "auto"
     if choice == "off":
         return None, "KVPAGER_CPU_KERNELS=off"
     variant = compiler.variants()[0] if choice == "auto" else compiler.variant_named(choice)
