@@ -1,0 +1,89 @@
+"""generate under a patch attends with the native CPU kernel, and writes the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import assert_equal_but_for_near_ties
+
+import kvpager
+from kvpager.kernels import backends, reference
+from kvpager.kernels.cpu.attention import PagedAttention
+from kvpager.testing import tiny_llama_path
+
+PROMPTS = ["This method ", "When an instance of the class ", "An exception "]
+
+
+@pytest.fixture
+def kernel() -> PagedAttention:
+    chosen = backends.select("paged_attention", torch.device("cpu"))
+    if not isinstance(chosen, PagedAttention):
+        pytest.skip(backends.active()["cpu"]["paged_attention"].reason)
+    return chosen
+
+
+def load(dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_path(), dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_path(), padding_side="left")
+    inputs = tokenizer(PROMPTS, add_special_tokens=False, padding=True, return_tensors="pt")
+    return model, inputs
+
+
+def generate(model: Any, inputs: Any, **options: Any) -> Any:
+    return model.generate(
+        **inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True,
+        output_logits=True, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_read_of_generate_is_the_native_kernels(
+    kernel: PagedAttention, dtype: torch.dtype
+) -> None:
+    model, inputs = load(dtype)
+    expected = generate(model, inputs)
+    with kvpager.patch(model) as patch:
+        before = kernel.num_calls
+        paged = generate(model, inputs)
+        stats = patch.stats()
+    layers, steps = model.config.num_hidden_layers, 8
+    assert kernel.num_calls - before == stats.in_place_reads == layers * steps
+    assert stats.gathers == 0
+    if dtype == torch.float32:
+        assert torch.equal(paged.sequences, expected.sequences)
+    else:
+        assert_equal_but_for_near_ties(paged, expected, inputs.input_ids.shape[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tokens_do_not_depend_on_the_number_of_threads(
+    kernel: PagedAttention, threads: int
+) -> None:
+    model, inputs = load(torch.float32)
+    expected = generate(model, inputs, num_beams=3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with kvpager.patch(model):
+            assert torch.equal(generate(model, inputs, num_beams=3).sequences, expected.sequences)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_twins_serve_the_same_tokens(
+    kernel: PagedAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = load(torch.float32)
+    with kvpager.patch(model):
+        native = generate(model, inputs)
+    for operation in ("append_kv", "copy_blocks", "gather_kv", "paged_attention"):
+        twin = (getattr(reference, operation), "the twin")
+        monkeypatch.setitem(backends._registered, (operation, "cpu"), twin)
+    before = kernel.num_calls
+    with kvpager.patch(model):
+        assert torch.equal(generate(model, inputs).sequences, native.sequences)
+    assert kernel.num_calls == before
