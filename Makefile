@@ -2,6 +2,7 @@
 #
 #   PYTHON=...   the Python that .venv is made from (default: the first of python3, python3.12, python3.11
 #                that is 3.11 or newer)
+#   GPU_PYTHON=...  the Python that `make gpu` uses (default: python3)
 #   ARGS=...     further arguments for `make demo`, `make bench` and `make gpu`; for a few tests:
 #                `make tests ARGS='-k fork'`
 
@@ -78,6 +79,7 @@ try:
     import torch
 except ImportError as error:
     print(f"make gpu: skipped, because torch cannot be imported by {sys.executable}: {error}")
+    print("          (another Python: make gpu GPU_PYTHON=/path/to/python)")
     sys.exit(3)
 if not torch.cuda.is_available():
     print(f"make gpu: skipped, because torch {torch.__version__} finds no GPU on this machine.")

@@ -17,6 +17,7 @@ from kvpager.kernels.arguments import (
     require_integers,
     require_same,
     require_shape,
+    require_tensors,
     without_gradients,
 )
 from kvpager.kernels.backends import select
@@ -46,10 +47,10 @@ def append_kv(
     - `scales`, for quantised caches: those of keys and of values, float32 [blocks, block_size,
       kv_heads], as `BlockStorage.scales` gives them; they are written too (see `quantisation.py`).
 
-    Shapes, strides, dtypes and devices are checked (`ValueError`, `TypeError`); slot values in
-    debug mode only (`debug.py`), because that waits for the GPU. No gradient flows through the
-    cache. The slot mapping is vLLM's (Kwon et al., 2023, "Efficient Memory Management for LLM
-    Serving with PagedAttention").
+    Shapes, strides, dtypes and devices are checked (`ValueError`, `TypeError`); that slots exist,
+    by the native CPU kernel, or in debug mode (`debug.py`), because looking waits for a GPU. No
+    gradient flows through the cache. The slot mapping is vLLM's (Kwon et al., 2023, "Efficient
+    Memory Management for LLM Serving with PagedAttention").
     """
     tensors = (key, value, key_cache, value_cache, slots)
     layout = (*map(layout_of, tensors), layout_of_scales(scales))
@@ -67,6 +68,7 @@ def _check(
     slots: Tensor,
     scales: tuple[Tensor, Tensor] | None,
 ) -> None:
+    require_tensors(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slots=slots)
     require_dims("key", key, "[tokens, kv_heads, head_dim]", 3)
     require_caches(key_cache, value_cache, scales)
     tokens = key.shape[0]

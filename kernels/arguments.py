@@ -133,11 +133,33 @@ def require_rows(block_tables: Tensor, kv_lens: Tensor) -> int:
     return block_tables.shape[0]
 
 
-def require_no_negative_lengths(kv_lens: Tensor) -> None:
-    """`ValueError` for a negative length on a CPU, where looking makes nobody wait. O(rows)."""
-    if kv_lens.device.type == "cpu" and len(kv_lens) and int(kv_lens.min()) < 0:
-        row = int(kv_lens.argmin())
-        raise ValueError(f"kv_lens[{row}] is {int(kv_lens[row])}; pass 0 or more tokens")
+def wrong_length(row: int, length: int, room: int) -> ValueError:
+    """The error for a row's length outside its table, which has room for `room` tokens."""
+    if length < 0:
+        return ValueError(f"kv_lens[{row}] is {length}; pass 0 or more tokens")
+    return ValueError(
+        f"kv_lens reaches {length} tokens, but block_tables has room for {room} per row; "
+        "pass wider tables"
+    )
+
+
+def require_tensors(**tensors: object) -> None:
+    """`TypeError` for what is no tensor: NumPy arrays, as a manager makes them, above all."""
+    for name, value in tensors.items():
+        if value is None or isinstance(value, Tensor):
+            continue
+        kind = type(value)
+        shown = f"{kind.__module__}.{kind.__name__}".removeprefix("builtins.")
+        raise TypeError(f"{name} is a {shown}; pass a torch.Tensor: torch.from_numpy, torch.tensor")
+
+
+def require_lengths(kv_lens: Tensor, room: int) -> None:
+    """`ValueError` for a length below 0 or above `room` on a CPU, where nobody waits. O(rows)."""
+    if kv_lens.device.type != "cpu" or len(kv_lens) == 0:
+        return
+    for row in (int(kv_lens.argmin()), int(kv_lens.argmax())):
+        if not 0 <= int(kv_lens[row]) <= room:
+            raise wrong_length(row, int(kv_lens[row]), room)
 
 
 def require_caches(

@@ -9,6 +9,7 @@ from kvpager.kernels.arguments import (
     require_device,
     require_dims,
     require_integers,
+    require_tensors,
     without_gradients,
 )
 from kvpager.kernels.backends import select
@@ -29,6 +30,7 @@ def copy_blocks(storage: Tensor, copies: Tensor) -> None:
     `ValueError` and `TypeError` for wrong shapes, strides, dtypes and devices; block ids are looked
     at in debug mode only (`debug.py`).
     """
+    require_tensors(storage=storage, copies=copies)
     if storage.dim() < 2:
         raise ValueError(f"storage has shape {list(storage.shape)}; pass [blocks, ...]")
     if not storage[:1].is_contiguous():

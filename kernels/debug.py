@@ -16,7 +16,7 @@ import os
 import torch
 from torch import Tensor
 
-_enabled = os.environ.get("KVPAGER_DEBUG", "") not in ("", "0")
+_enabled = os.environ.get("KVPAGER_DEBUG", "").lower() not in ("", "0", "false", "no", "off")
 
 
 def enabled() -> bool:

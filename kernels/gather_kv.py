@@ -13,6 +13,7 @@ from kvpager.kernels.arguments import (
     require_floating,
     require_rows,
     require_scales,
+    require_tensors,
     without_gradients,
 )
 from kvpager.kernels.backends import select
@@ -45,6 +46,7 @@ def gather_kv(
     `ValueError` and `TypeError` for wrong shapes, strides, dtypes and devices. Values are not
     looked at, but for negative lengths on a CPU; debug mode looks at all (`debug.py`).
     """
+    require_tensors(cache=cache, block_tables=block_tables, kv_lens=kv_lens)
     require_dims("cache", cache, "[blocks, block_size, kv_heads, head_dim]", 4)
     require_contiguous_rows(cache=cache)
     require_scales("cache", cache, "scales", scales)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from kvpager.kernels.arguments import (
     require_rows,
     require_same,
     require_shape,
+    require_tensors,
     without_gradients,
 )
 from kvpager.kernels.backends import select
@@ -83,16 +86,17 @@ def paged_attention(
 
     Slots that no query of a row may see are never used in arithmetic, so stale NaNs in them are
     harmless. `ValueError` and `TypeError` for wrong shapes, strides, dtypes, devices and options.
-    The values of tensors are not looked at, because that would wait for the GPU, but for lengths
-    that are negative or beyond their tables on a CPU; debug mode looks at all (`debug.py`).
+    That lengths, query starts and table entries lead to what is there is looked at by the native
+    CPU kernel, or in debug mode (`debug.py`), because looking waits for a GPU.
 
     Block tables are PagedAttention's (Kwon et al., 2023), the online softmax is that of Milakov &
     Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
     """
     tensors = (query, key_cache, value_cache, block_tables, kv_lens)
     options = (query_starts, kv_starts, sinks, mask)
-    layout = (*map(layout_of, tensors + options), layout_of_scales(scales), window, softcap)
-    _fitting.check(layout, lambda: _check(*tensors, *options, scales, window, softcap))
+    layout = (*map(layout_of, tensors + options), layout_of_scales(scales))
+    layout = (*layout, scale, window, softcap)
+    _fitting.check(layout, lambda: _check(*tensors, *options, scales, scale, window, softcap))
     if debug.enabled():
         debug.check_rows(block_tables, kv_lens, key_cache)
         debug.check_queries(query, query_starts, mask)
@@ -127,14 +131,26 @@ def _check(
     sinks: Tensor | None,
     mask: Tensor | None,
     scales: tuple[Tensor, Tensor] | None,
+    scale: float | None,
     window: int | None,
     softcap: float | None,
 ) -> None:
+    require_tensors(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        block_tables=block_tables,
+        kv_lens=kv_lens,
+        query_starts=query_starts,
+        kv_starts=kv_starts,
+        sinks=sinks,
+        mask=mask,
+    )
     require_caches(key_cache, value_cache, scales)
     _check_query(query, key_cache, quantised=scales is not None)
     rows = require_rows(block_tables, kv_lens)
     _check_rows(rows, query, query_starts, kv_starts)
-    _check_options(window, softcap)
+    _check_options(scale, window, softcap)
     _check_biases(rows, query, sinks, mask)
     require_device(
         key_cache,
@@ -180,7 +196,13 @@ def _check_rows(
         require_integers("kv_starts", kv_starts)
 
 
-def _check_options(window: int | None, softcap: float | None) -> None:
+def _check_options(scale: float | None, window: int | None, softcap: float | None) -> None:
+    if scale is not None and not isinstance(scale, Real):
+        raise TypeError(f"scale is {scale!r}; pass a number, or None for head_dim ** -0.5")
+    if window is not None and not isinstance(window, Integral):
+        raise TypeError(f"window is {window!r}; pass a whole number of tokens, or None")
+    if softcap is not None and not isinstance(softcap, Real):
+        raise TypeError(f"softcap is {softcap!r}; pass a number, or None for no cap")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; pass at least 1 token, or None for no window")
     if softcap is not None and not softcap > 0:

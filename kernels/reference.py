@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvpager.kernels.arguments import require_no_negative_lengths
+from kvpager.kernels.arguments import require_lengths
 from kvpager.kernels.quantisation import dequantise, indexable, quantise
 
 # One kv tile holds about this many tokens, all rows together: its fp32 copy stays in the cache
@@ -64,10 +64,10 @@ def gather_kv(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The last `length` tokens of every row, right-aligned: [R, length, K, D]. O(R * length)."""
-    require_no_negative_lengths(kv_lens)
     dtype = dtype or cache.dtype
     rows, columns = block_tables.shape
     block_size = cache.shape[1]
+    require_lengths(kv_lens, columns * block_size)
     if length == 0 or columns == 0 or cache.shape[0] == 0:
         return cache.new_zeros(rows, length, *cache.shape[2:], dtype=dtype)
     positions = kv_lens.long()[:, None] - length + torch.arange(length, device=cache.device)
@@ -119,7 +119,7 @@ def paged_attention(
     with what was summed so far rescaled when the maximum rises (Milakov & Gimelshein 2018, "Online
     normalizer calculation for softmax"; FlashAttention, Dao et al. 2022, for the tiles).
     """
-    require_no_negative_lengths(kv_lens)
+    require_lengths(kv_lens, block_tables.shape[1] * key_cache.shape[1])
     output = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     rows, num_query_heads = block_tables.shape[0], query.shape[1]
     if query.numel() == 0 or rows == 0:

@@ -127,6 +127,7 @@ def _kernel_table(found: dict[str, Any]) -> Table:
     for name in ("device", "operation", "kernel", "why"):
         table.add_column(name, overflow="fold")
     for device, operations in found["kernels"].items():
+        said = ""
         absent = device == "cuda" and not found["gpus"]
         for number, (operation, entry) in enumerate(operations.items()):
             label = f"{device} (none here)" if absent else device
@@ -134,8 +135,9 @@ def _kernel_table(found: dict[str, Any]) -> Table:
                 "" if number else label,
                 operation,
                 entry["backend"],
-                Text(entry["reason"]),
+                Text("" if entry["reason"] == said else entry["reason"]),
                 style="dim" if absent else "",
                 end_section=number == len(operations) - 1,
             )
+            said = entry["reason"]
     return table

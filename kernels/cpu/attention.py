@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
-from kvpager.kernels.cpu.library import ATTENTION, TYPES, Library, Problem, address, integers
+from kvpager.kernels.arguments import wrong_length
+from kvpager.kernels.cpu.library import (
+    ATTENTION,
+    TYPES,
+    Library,
+    Problem,
+    address,
+    int32_rows,
+    integers,
+)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _KV_LEN, _TABLE_ENTRY, _QUERY_STARTS = 1, 2, 3  # the codes of kernels.cpp; 4: a mask too short
@@ -52,8 +61,7 @@ class PagedAttention:
         tokens, query_heads, head_dim = query.shape
         num_blocks, block_size, kv_heads, value_dim = value_cache.shape
         output = query.new_empty(tokens, query_heads, value_dim)
-        if block_tables.dtype != torch.int32 or block_tables.stride(1) != 1:
-            block_tables = block_tables.to(torch.int32).contiguous()
+        block_tables = int32_rows(block_tables)
         kv_lens = kv_lens.contiguous()
         kv_starts = None if kv_starts is None else kv_starts.contiguous()
         query_starts = None if query_starts is None else query_starts.contiguous()
@@ -105,12 +113,7 @@ def _error(
 ) -> ValueError:
     row, column, value = problem.numbers
     if problem.code == _KV_LEN:
-        if value < 0:
-            return ValueError(f"kv_lens[{row}] is {value}; pass 0 or more tokens")
-        return ValueError(
-            f"kv_lens reaches {value} tokens, but block_tables has room for "
-            f"{tables.shape[1] * cache.shape[1]} per row; pass wider tables"
-        )
+        return wrong_length(row, value, tables.shape[1] * cache.shape[1])
     if problem.code == _TABLE_ENTRY:
         return ValueError(
             f"block_tables[{row}, {column}] is {value}; the cache has blocks 0 to "

@@ -23,6 +23,8 @@ int checked(const AttentionArguments& a) {
     };
     if (a.query_starts.data && a.first_query(0) != 0)
         return wrong(QUERY_STARTS, 0, 0, a.first_query(0));
+    if (a.query_starts.data && a.first_query(a.rows) != a.tokens)
+        return wrong(QUERY_STARTS, a.rows, 0, a.first_query(a.rows));
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t kv_len = a.kv_lens.at(row), queries = a.queries_of(row);
         if (kv_len < 0 || kv_len > a.table_columns * a.block_size)

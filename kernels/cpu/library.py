@@ -70,6 +70,13 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def int32_rows(tables: Tensor) -> Tensor:
+    """Block tables as the native side reads them. What int32 cannot hold stays out of bounds."""
+    if tables.dtype != torch.int32:
+        tables = tables.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
+    return tables if tables.stride(1) == 1 else tables.contiguous()
+
+
 def integers(tensor: Tensor | None) -> tuple[int, int]:
     """The two fields of `Integers`: the address, and whether elements are int64."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.int64)

@@ -188,7 +188,7 @@ inline int gather(const GatherArguments& a) {
     // Positions of the columns are right-aligned: the last one is the row's newest token.
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t kv_len = a.kv_lens.at(row);
-        if (kv_len < 0) {
+        if (kv_len < 0 || kv_len > a.table_columns * a.block_size) {
             a.problem[0] = row;
             a.problem[2] = kv_len;
             return 1;

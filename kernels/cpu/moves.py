@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
-from kvpager.kernels.cpu.library import APPEND, COPY, GATHER, TYPES, Library, address, integers
+from kvpager.kernels.arguments import wrong_length
+from kvpager.kernels.cpu.library import (
+    APPEND,
+    COPY,
+    GATHER,
+    TYPES,
+    Library,
+    address,
+    int32_rows,
+    integers,
+)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A copy does not care what it copies, only how wide it is; the type is that of as wide a float.
@@ -89,8 +99,7 @@ class GatherKV:
             return reference.gather_kv(
                 cache, block_tables, kv_lens, length, scales=scales, dtype=dtype
             )
-        if block_tables.dtype != torch.int32 or block_tables.stride(1) != 1:
-            block_tables = block_tables.to(torch.int32).contiguous()
+        block_tables = int32_rows(block_tables)
         rows, columns = block_tables.shape
         num_blocks, block_size, kv_heads, dim = cache.shape
         output = cache.new_empty(rows, length, kv_heads, dim, dtype=dtype)
@@ -108,7 +117,7 @@ class GatherKV:
         if problem is not None:
             row, column, value = problem.numbers
             if problem.code == 1:
-                raise ValueError(f"kv_lens[{row}] is {value}; pass 0 or more tokens")
+                raise wrong_length(row, value, columns * block_size)
             raise ValueError(
                 f"block_tables[{row}, {column}] is {value}; "
                 f"the cache has blocks 0 to {num_blocks - 1}, and -1 is none"

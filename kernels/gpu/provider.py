@@ -25,7 +25,10 @@ def register() -> None:
     backends.register("append_kv", DEVICE_TYPE, moves.append_kv, "Triton; K and V in one launch")
     backends.register("copy_blocks", DEVICE_TYPE, moves.copy_blocks, "Triton; one launch")
     backends.register("gather_kv", DEVICE_TYPE, moves.gather_kv, "Triton; one launch")
-    reason = f"Triton; work items that share prefixes ({peers.chosen()})"
+    try:
+        reason = f"Triton; work items that share prefixes ({peers.chosen()})"
+    except ValueError as error:  # a call says so, too; what shows the outcome must not fail
+        reason = str(error)
     backends.register("paged_attention", DEVICE_TYPE, attention.paged_attention, reason)
     for operation in ALLOCATOR:
         backends.register(operation, DEVICE_TYPE, getattr(allocator, operation), "Triton")

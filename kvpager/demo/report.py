@@ -203,8 +203,7 @@ def show_summary(console: Console, results: Results) -> None:
                 soft_wrap=True,
             )
     console.print(
-        "Held: at the end of a scenario, without the pool's free blocks.\n"
-        "The kernels of this release are plain torch: they save memory, not yet time.",
+        "Held: at the end of a scenario, without the pool's free blocks.",
         style="dim",
         highlight=False,
     )
