@@ -173,7 +173,11 @@ def require_caches(
     require_shape("value_cache", value_cache, cache_shape, "key_cache's blocks and heads")
     require_same("value_cache", value_cache, "key_cache", key_cache)
     require_contiguous_rows(key_cache=key_cache, value_cache=value_cache)
-    if scales is not None and not (isinstance(scales, tuple | list) and len(scales) == 2):
+    if scales is not None and not (
+        isinstance(scales, tuple | list)
+        and len(scales) == 2
+        and all(isinstance(each, Tensor) for each in scales)
+    ):
         kind = type(scales).__name__
         raise TypeError(f"scales is a {kind}; pass (key_scales, value_scales), storage.scales(i)")
     key_scales, value_scales = (None, None) if scales is None else scales

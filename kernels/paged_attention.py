@@ -225,5 +225,7 @@ def _check_biases(rows: int, query: Tensor, sinks: Tensor | None, mask: Tensor |
         )
     if mask.shape[2] == 0 and query.shape[0] > 0:
         raise ValueError("mask has 0 query rows, but a row has 1 or more queries; pass them all")
+    if mask.shape[3] == 0:
+        raise ValueError("mask has 0 columns, so it hides everything; pass at least one")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"mask is {mask.dtype}; pass torch.bool or a floating dtype")

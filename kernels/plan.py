@@ -174,8 +174,9 @@ class Planner:
         width = known.tables.shape[1]
         if tables.shape[1] < width or bool((lens > known.limits).any()):
             return False
-        if self._window is not None and bool((lens < known.kv_lens).any()):
-            return False  # the window would reach back to before the first item
+        if bool((lens < known.kv_lens).any()):
+            # A shared item would read on past the row's end; a window, back to before the first.
+            return False
         changed = tables[:, :width] != known.tables
         changed &= known.full
         if not changed.any():

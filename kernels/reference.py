@@ -362,7 +362,7 @@ def _hide(cells: _Cells, scores: Tensor, start: int, stop: int) -> tuple[Tensor,
         allowed, bias = _mask_tile(cells.mask, cells, start, stop)
         visible = visible & allowed
         if bias is not None:
-            scores = scores + _per_group(bias, scores)
+            scores = scores + _per_group(bias.to(scores.dtype), scores)
     scores = scores.masked_fill_(~_per_group(visible, scores), float("-inf"))
     return scores, visible.any(2).any(1)
 

@@ -1,6 +1,6 @@
 """What the kernel tests share: cases of attention, and an oracle for them.
 
-The oracle is dense attention in float64, written out query by query and token by token.
+The oracle is dense attention in float64, written out row by row and head by head.
 """
 
 from __future__ import annotations
@@ -178,56 +178,58 @@ def make_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Ten
     return torch.where(allowed, bias, hidden)
 
 
-def seen_by(case: Case, mask: Tensor | None, row: int, query: int, head: int) -> Tensor:
-    """Which of the row's kv tokens one query head may look at: bool [kv], token by token."""
+def seen_by(case: Case, mask: Tensor | None, row: int, head: int) -> Tensor:
+    """Which of the row's kv tokens each query of a head may look at: bool [queries, kv]."""
     queries, length = case.rows[row]
-    position = length - queries + query
-    seen = torch.zeros(length, dtype=torch.bool)
-    if position < 0 and case.causal:
-        return seen
-    for token in range(length):
-        looks = token <= position or not case.causal
-        if case.window is not None:
-            looks = looks and token > position - case.window
-        if case.kv_starts is not None:
-            looks = looks and token >= case.kv_starts[row]
-        seen[token] = looks
+    token = torch.arange(length)
+    position = torch.arange(length - queries, length)[:, None]
+    seen = torch.ones(queries, length, dtype=torch.bool)
+    if case.causal:
+        seen &= token <= position
+    if case.window is not None:
+        seen &= token > position - case.window
+    if case.kv_starts is not None:
+        seen &= token >= case.kv_starts[row]
     if mask is not None:
-        bias = mask_line(mask, row, head, queries - query, length)
+        bias = mask_of(case, mask, row, head)
         seen &= bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min
     return seen
 
 
-def mask_line(mask: Tensor, row: int, head: int, from_last: int, length: int) -> Tensor:
-    """The mask of one query over its row's kv tokens: right-aligned, hidden where it ends."""
-    line = mask[row % mask.shape[0], head % mask.shape[1], mask.shape[2] - from_last]
+def mask_of(case: Case, mask: Tensor, row: int, head: int) -> Tensor:
+    """A head's mask over its row, right-aligned and hidden where it ends: [queries, kv]."""
+    queries, length = case.rows[row]
+    lines = mask[row % mask.shape[0], head % mask.shape[1], mask.shape[2] - queries :]
     hidden: Any = False if mask.dtype == torch.bool else -torch.inf
-    before = torch.full((max(0, length - len(line)),), hidden, dtype=mask.dtype)
-    return torch.cat((before, line))[len(before) + len(line) - length :]
+    missing = max(0, length - lines.shape[1])
+    lines = torch.nn.functional.pad(lines, (missing, 0), value=hidden)
+    return lines[:, lines.shape[1] - length :]
 
 
 def dense(case: Case, call: Call, dtype: torch.dtype) -> Tensor:
     """The oracle, computed in `dtype`: packed [tokens, query_heads, value_dim]."""
-    outputs = []
     scale = case.key_dim**-0.5 if case.scale is None else case.scale
-    for row, (queries, length) in enumerate(case.rows):
+    outputs = []
+    for row, (queries, _) in enumerate(case.rows):
         output = torch.zeros(queries, case.query_heads, case.value_dim, dtype=dtype)
         for head in range(case.query_heads):
             kv_head = head // (case.query_heads // case.kv_heads)
-            for query in range(queries):
-                seen = seen_by(case, call.mask, row, query, head)
-                if not seen.any():
-                    continue
-                key = call.keys[row][seen, kv_head].to(dtype)
-                scores = key @ call.queries[row][query, head].to(dtype) * scale
-                if case.softcap is not None:
-                    scores = case.softcap * torch.tanh(scores / case.softcap)
-                if call.mask is not None and call.mask.dtype != torch.bool:
-                    scores = scores + mask_line(call.mask, row, head, queries - query, length)[seen]
-                if call.sinks is not None:
-                    scores = torch.cat((scores, call.sinks[head : head + 1].to(dtype)))
-                weights = torch.softmax(scores.to(dtype), 0)[: len(key)]
-                output[query, head] = weights @ call.values[row][seen, kv_head].to(dtype)
+            seen = seen_by(case, call.mask, row, head)
+            scores = call.queries[row][:, head].to(dtype) @ call.keys[row][:, kv_head].to(dtype).T
+            scores = scores * scale
+            if case.softcap is not None:
+                scores = case.softcap * torch.tanh(scores / case.softcap)
+            if call.mask is not None and call.mask.dtype != torch.bool:
+                scores = (scores + mask_of(case, call.mask, row, head)).to(dtype)
+            scores = scores.masked_fill(~seen, -torch.inf)
+            if call.sinks is not None:
+                sink = call.sinks[head].to(dtype).expand(queries, 1)
+                scores = torch.cat((scores, sink), 1)
+            weights = torch.softmax(scores, 1)[:, : seen.shape[1]]
+            # Who sees nothing gets zeros, and what nobody sees may be NaN.
+            weights = weights.masked_fill(~seen, 0)
+            value = call.values[row][:, kv_head].to(dtype)
+            output[:, head] = weights @ value.masked_fill(~seen.any(0)[:, None], 0)
         outputs.append(output)
     return torch.cat(outputs)
 
@@ -278,13 +280,10 @@ class Paged:
 
 def seen_tokens(case: Case, mask: Tensor | None, row: int) -> Tensor:
     """The tokens of a row that some query may look at."""
-    queries, length = case.rows[row]
-    seen = torch.zeros(length, dtype=torch.bool)
-    for query in range(queries):
-        # Heads differ only through the mask.
-        for head in range(case.query_heads if case.mask_heads else 1):
-            seen |= seen_by(case, mask, row, query, head)
-    return seen.nonzero().squeeze(1)
+    # Heads differ only through the mask.
+    heads = range(case.query_heads if case.mask_heads else 1)
+    seen = torch.stack([seen_by(case, mask, row, head) for head in heads])
+    return seen.any(0).any(0).nonzero().squeeze(1)
 
 
 def in_blocks(

@@ -1,4 +1,4 @@
-"""Kernels against an oracle: dense float64 attention, written out query by query."""
+"""Kernels against an oracle: dense float64 attention, written out row by row."""
 
 from __future__ import annotations
 

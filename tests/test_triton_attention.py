@@ -488,7 +488,7 @@ def test_an_unknown_peer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         peers.chosen()
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("capability", [config.AMD, 80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256, 512])
 @pytest.mark.parametrize("element_bytes", [1, 2, 4])
 def test_every_gpu_has_tiles_for_every_head_dim(

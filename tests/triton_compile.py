@@ -4,7 +4,8 @@
 
 prints one line of JSON per specialisation of the module (see `kernels/gpu/specialisation.py`):
 registers per thread, bytes spilled per thread, bytes of shared memory per program, accesses to
-memory. With `some`, one of each kernel and each 8-bit format is enough. Runs as a process of its
+memory. With `some`, one of each kernel is enough for each 8-bit format, and one for each last word
+of the names (attention: decode, prefill, ..). Runs as a process of its
 own, because kernels that were decorated for the interpreter cannot be compiled. Compiling needs no
 GPU, and Triton's wheel has the tools that read the result.
 """
@@ -57,18 +58,28 @@ def compile_elsewhere(architecture: str, module: str, *, some: bool = False) -> 
 
 
 def needs(architecture: str, module: str, *, some: bool) -> Iterator[Needs]:
-    done = set()
+    done: set[tuple[str, ...]] = set()
     listed = importlib.import_module(module).specialisations
     # Where tiles depend on the GPU, the list does too.
-    depends = architecture.startswith("sm_") and inspect.signature(listed).parameters
-    for each in listed(int(architecture.removeprefix("sm_"))) if depends else listed():
+    depends = inspect.signature(listed).parameters
+    for each in listed(capability(architecture)) if depends else listed():
+        kernel = each.function.__name__
         narrow = [
             type_ for type_ in each.signature.values() if re.fullmatch(r"\*[iuf]p?8.*", type_)
         ]
-        kind = (each.function.__name__, *sorted(set(narrow)))
-        if not some or kind not in done:
-            done.add(kind)
+        kinds = {(kernel, *sorted(set(narrow))), (kernel, "", each.name.rsplit("_", 1)[-1])}
+        if not some or kinds - done:
+            done |= kinds
             yield compiled(each, architecture)
+
+
+def capability(architecture: str) -> int:
+    """What `config.target_of` calls a GPU of that architecture."""
+    from kvpager.kernels.gpu import config
+
+    if architecture.startswith("sm_"):
+        return int(architecture.removeprefix("sm_"))
+    return config.AMD
 
 
 def compiled(specialisation: Any, architecture: str) -> Needs:

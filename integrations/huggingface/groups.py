@@ -112,6 +112,7 @@ class LayerGroup:
         self._num_left = 0  # layers that live in blocks no longer
         self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
         self._tables: dict[torch.device, Tensor] = {}
+        self._lengths: dict[tuple[torch.device, int], Tensor] = {}
         self._slots: tuple[object, Tensor] | None = None
 
     def __del__(self) -> None:
@@ -221,7 +222,11 @@ class LayerGroup:
             assert self.pool is not None
             host = torch.from_numpy(self.pool.manager.block_tables(self.sequences))
             tables = self._tables[device] = host.to(device)
-        lengths = torch.from_numpy(self.lengths(num_columns).astype(np.int32)).to(device)
+        # One tensor for all layers of a step, so that a plan made for it serves them all.
+        lengths = self._lengths.get((device, num_columns))
+        if lengths is None:
+            counts = self.lengths(num_columns).astype(np.int32)
+            lengths = self._lengths[device, num_columns] = torch.from_numpy(counts).to(device)
         return tables, lengths
 
     def count_gather(self) -> None:
@@ -307,6 +312,7 @@ class LayerGroup:
             view.materialise()
         self._views.clear()
         self._tables.clear()
+        self._lengths.clear()
         self._slots = None
 
 

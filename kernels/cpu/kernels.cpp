@@ -34,9 +34,10 @@ int checked(const AttentionArguments& a) {
         if (a.mask && queries > a.mask_queries) return wrong(MASK_QUERIES, row, 0, queries);
         if (queries == 0) continue;
         int64_t oldest = kv_len - queries;
-        int64_t first = attention::visible(a, row, oldest, kv_len).first / a.block_size;
-        int64_t last = (attention::visible(a, row, kv_len - 1, kv_len).last + a.block_size - 1)
-            / a.block_size;
+        int64_t start = attention::visible(a, row, oldest, kv_len).first;
+        int64_t stop = attention::visible(a, row, kv_len - 1, kv_len).last;
+        if (start >= stop) continue;  // as where kv_starts lies past the row's end
+        int64_t first = start / a.block_size, last = (stop - 1) / a.block_size + 1;
         const int32_t* table = a.tables + row * a.table_stride;
         for (int64_t column = first; column < last; column++)
             if (table[column] >= a.num_blocks) return wrong(TABLE_ENTRY, row, column, table[column]);

@@ -45,6 +45,7 @@ class AppendKV:
             reference.append_kv(key, value, key_cache, value_cache, slots, scales=scales)
             return
         num_blocks, block_size, kv_heads, key_dim = key_cache.shape
+        slots = slots.contiguous()
         key_scales, value_scales = scales or (None, None)
         strides = (0, 0, 0) if key_scales is None else key_scales.stride()
         if value_scales is not None and value_scales.stride() != strides:
@@ -102,6 +103,7 @@ class GatherKV:
         block_tables = int32_rows(block_tables)
         rows, columns = block_tables.shape
         num_blocks, block_size, kv_heads, dim = cache.shape
+        kv_lens = kv_lens.contiguous()
         output = cache.new_empty(rows, length, kv_heads, dim, dtype=dtype)
         problem = self._library.call(
             "gather_kv",

@@ -24,7 +24,7 @@ INLINE Floats dots_int16(const int16_t* queries, int64_t stride, const int8_t* c
                 sums[q * R + t] = add_int16_products(sums[q * R + t], query[q], key);
         }
     };
-    for (; d + STEP <= dim; d += STEP) step(widen_int8);
+    for (; d + STEP <= dim; d += STEP) step([](const int8_t* p) { return widen_int8(p); });
     if constexpr (!whole)
         step([&](const int8_t* p) {
             int8_t padded[STEP] = {};

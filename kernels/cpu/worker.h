@@ -113,7 +113,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
             float x = a.element(a.query, offset + d);
             // What is not finite has no integers, and has to come out as NaN.
             if (!(std::fabs(x) <= -LOWEST)) unit = NAN;
-            to[d] = most > 0 && unit == unit ? int16_t(std::nearbyint(x / unit)) : 0;
+            to[d] = unit >= 0x1p-126f ? int16_t(std::nearbyint(x / unit)) : 0;
         }
         return unit;
     }
@@ -273,13 +273,19 @@ template <class T, Arithmetic arithmetic> struct Worker {
         constexpr int R = LANES / Q, VECTORS = TILE / R;
         alignas(64) int16_t rounded[VECTORS * LANES];
         alignas(64) float unit[LANES];
-        Floats most = broadcast(0);
-        for (int v = 0; v < VECTORS; v++) most = larger(most, load<Floats>(weights + v * LANES));
+        Floats most = broadcast(0), fault = broadcast(0);
+        for (int v = 0; v < VECTORS; v++) {
+            Floats weight = load<Floats>(weights + v * LANES);
+            most = larger(most, weight);
+            fault += weight * 0.0f;  // NaN as soon as one is not finite, which `larger` forgets
+        }
         most = over_runs<R>(most, larger);
-        Floats inverse = most > Floats{} ? INT16_MOST / most : Floats{};
+        fault = over_runs<R>(fault, [](Floats x, Floats y) { return x + y; });
+        Floats inverse = INT16_MOST / most;  // infinite where all weights are tiny or none
+        inverse = inverse > -LOWEST ? broadcast(-LOWEST) : inverse;
         for (int v = 0; v < VECTORS; v++)
             store_int16(rounded + v * LANES, load<Floats>(weights + v * LANES) * inverse);
-        store(unit, most / INT16_MOST);
+        store(unit, 1.0f / inverse + fault);
         accumulate_int16<Q>(rounded, unit, rescale, tile->values, value_offset, tile->count,
                             sums_of(group.kv_head, group.vector), sum_stride, a.value_dim,
                             first ? next->values : nullptr);
@@ -307,14 +313,14 @@ template <class T, Arithmetic arithmetic> struct Worker {
         constexpr int R = LANES / Q;
         Floats lowest = broadcast(-INFINITY);
         if (hiding == RANGES) {
-            Ints token, first, last;
+            Ints token{}, first{}, last{};
             for (int lane = 0; lane < LANES; lane++) {
                 Range range = range_of((group.vector + lane / R) / heads_per_kv);
                 token[lane] = from + lane % R;
                 first[lane] = int32_t(std::min<int64_t>(range.first - tile->start, TILE));
                 last[lane] = int32_t(std::min<int64_t>(range.last - tile->start, TILE));
             }
-            return (token >= first) & (token < last) ? scores : lowest;
+            return ((token >= first) & (token < last)) ? scores : lowest;
         }
         alignas(64) float bias[LANES];
         for (int q = 0; q < Q; q++) {

@@ -102,6 +102,7 @@ def attend(
     graph. While rows only grow, replay; once `plan_attention` returns another plan, capture again:
     from here that cannot be seen.
     """
+    _check_plan(plan, query, key_cache, query_starts)
     call = AttentionCall(
         query if query.stride(2) == 1 else query.contiguous(),
         key_cache,
@@ -138,6 +139,22 @@ def attend(
                 **merge_constants(output.shape[2]),
             )
     return output
+
+
+def _check_plan(
+    plan: AttentionPlan, query: Tensor, key_cache: Tensor, query_starts: Tensor | None
+) -> None:
+    """`ValueError` for a plan that was made for another kind of call. O(1)."""
+    asked = (key_cache.shape[1], query.shape[1], key_cache.shape[2])
+    shapes = plan.shapes
+    planned = (shapes.block_size, shapes.query_heads, shapes.kv_heads)
+    if asked != planned:
+        raise ValueError(
+            f"the plan is for block size, query heads and kv heads {planned}, but the call has "
+            f"{asked}; make a plan with plan_attention for these tensors"
+        )
+    if query_starts is None and not plan.work.one_query:
+        raise ValueError("the plan is for rows of several queries; pass their query_starts")
 
 
 class AttentionCall(NamedTuple):

@@ -148,7 +148,7 @@ def attend_items(
     value_number: tl.constexpr = (
         tl.bfloat16 if key_scales is not None and number != tl.float32 else number
     )
-    query += token_of.to(tl.int64) * query_token + head * query_head
+    query += token_of.to(tl.int64) * query_token + head.to(tl.int64) * query_head
     lines = tl.load(
         query[:, None] + dk[None, :], mask=real[:, None] & (dk < DK)[None, :], other=0.0
     )

@@ -1,8 +1,8 @@
 """Tile sizes of the attention kernels per GPU architecture: fixed tables, no autotuning.
 
-The tables were set by what the compiler reports offline for sm_80, sm_90 and sm_100 (registers,
-spills, shared memory), not by timing. What they aim at: decode streams keys and values, so a
-multiprocessor should hold two or more programs of several pipeline stages each (some 26 KB in
+The tables were set by what the compiler reports offline for sm_80, sm_90, sm_100 and gfx942
+(registers, spills, shared memory), not by timing. What they aim at: decode streams keys and values,
+so a multiprocessor should hold two or more programs of several pipeline stages each (some 26 KB in
 flight per multiprocessor hide the memory's latency on an H100); large tiles do arithmetic, so they
 spend registers on lines.
 """
@@ -19,6 +19,7 @@ HEAD_DIM_MAX = 512  # of keys and of values, after rounding up to a power of two
 LINES_MIN = 16  # what tl.dot needs
 GROUP_MAX = 64  # query heads of one kv head that one program takes
 PROGRAMS_PER_MULTIPROCESSOR = 2
+AMD = 1  # instead of a compute capability
 
 
 class Tile(NamedTuple):
@@ -31,7 +32,8 @@ class Tile(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A GPU as far as the tables go: compute capability times ten (0: unknown), and its size."""
+    """A GPU as far as the tables go: compute capability times ten (or AMD, or 0 for Triton's
+    interpreter), and its size."""
 
     capability: int
     multiprocessors: int
@@ -63,7 +65,7 @@ _SM_80: _Rows = (
     (1, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     (2, 64, Tile(16, 64, 4, 4), Tile(128, 64, 8, 3)),
     (2, 128, Tile(16, 64, 4, 3), Tile(64, 32, 4, 3)),
-    (2, 256, Tile(16, 32, 4, 3), Tile(64, 32, 8, 2)),
+    (2, 256, Tile(16, 32, 8, 3), Tile(64, 32, 8, 2)),
     (2, 512, Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
     (4, 64, Tile(16, 32, 4, 3), Tile(32, 16, 8, 2)),
     (4, 128, Tile(16, 32, 8, 3), Tile(16, 16, 8, 2)),
@@ -81,6 +83,20 @@ _SMALL: _Rows = (
     (2, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     (4, 64, Tile(16, 32, 4, 2), Tile(32, 16, 8, 2)),
     (4, 128, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (4, 256, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (4, 512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+# 64 KB of shared memory, and waves of 64 threads: tiles of 16 tokens, or lines spill.
+_AMD: _Rows = (
+    (1, 64, Tile(16, 64, 4, 3), Tile(64, 16, 8, 3)),
+    (1, 128, Tile(16, 32, 4, 3), Tile(64, 16, 8, 2)),
+    (1, 256, Tile(16, 32, 4, 2), Tile(32, 16, 8, 2)),
+    (1, 512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (2, 64, Tile(16, 64, 4, 3), Tile(64, 64, 8, 2)),
+    (2, 128, Tile(16, 32, 4, 3), Tile(64, 32, 8, 2)),
+    (2, 256, Tile(16, 32, 4, 3), Tile(32, 16, 8, 2)),
+    (2, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (4, 64, Tile(16, 32, 4, 2), Tile(32, 16, 8, 2)),
     (4, 256, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     (4, 512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 )
@@ -107,8 +123,8 @@ def masked(tile: Tile) -> Tile:
 
 
 def _rows(capability: int) -> _Rows:
-    if capability == 0:
-        return _INTERPRETED
+    if capability in (0, AMD):
+        return _AMD if capability else _INTERPRETED
     if capability in (90, 100, 103):
         return _SM_90
     return _SM_80 if capability in (80, 87) else _SMALL
@@ -137,6 +153,5 @@ def target_of(device: torch.device) -> Target:
         return Target(0, 4)
     major, minor = torch.cuda.get_device_capability(device)
     properties = torch.cuda.get_device_properties(device)
-    # AMD's numbers mean something else: the smallest tiles suit them best.
-    capability = 1 if torch.version.hip else 10 * major + minor
+    capability = AMD if torch.version.hip else 10 * major + minor
     return Target(capability, properties.multi_processor_count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvpager.kernels.arguments import require_no_negative_lengths
+from kvpager.kernels.arguments import require_lengths
 from kvpager.kernels.gpu import config
 from kvpager.kernels.plan import Planner, Tiling, WorkPlan
 
@@ -83,10 +84,11 @@ def plan_attention(
     Raises `ValueError` where `kv_lens` reaches beyond the tables.
     """
     shapes = shapes_of(query, key_cache, value_cache, causal, window, chunk, share=share)
-    plans = _plans.pop(shapes, None) or Plans(shapes)
-    _plans[shapes] = plans  # the most recent one comes last
-    while len(_plans) > _PLANNERS_MAX:
-        _plans.popitem(last=False)
+    with _lock:
+        plans = _plans.pop(shapes, None) or Plans(shapes)
+        _plans[shapes] = plans  # the most recent one comes last
+        while len(_plans) > _PLANNERS_MAX:
+            _plans.popitem(last=False)
     return plans.of(block_tables, kv_lens, query_starts)
 
 
@@ -143,6 +145,7 @@ class Plans:
             chunk=shapes.chunk,
             share=shapes.share,
         )
+        self._lock = threading.Lock()
         self._seen: tuple[_Same, ...] = ()
         self._last: AttentionPlan | None = None
         self._uploaded: list[AttentionPlan] = []
@@ -150,7 +153,13 @@ class Plans:
     def of(
         self, block_tables: Tensor, kv_lens: Tensor, query_starts: Tensor | None
     ) -> AttentionPlan:
-        """As `plan_attention`."""
+        """As `plan_attention`. One thread at a time: what was seen belongs to one plan."""
+        with self._lock:
+            return self._of(block_tables, kv_lens, query_starts)
+
+    def _of(
+        self, block_tables: Tensor, kv_lens: Tensor, query_starts: Tensor | None
+    ) -> AttentionPlan:
         tensors = (block_tables, kv_lens, query_starts)
         if self._last is not None and all(
             same.holds(tensor) for same, tensor in zip(self._seen, tensors, strict=True)
@@ -158,8 +167,7 @@ class Plans:
             return self._last
         seen = tuple(_Same(tensor) for tensor in tensors)
         tables, lens = _on_host(block_tables), _on_host(kv_lens)
-        require_no_negative_lengths(torch.from_numpy(lens))
-        _require_room(lens, tables.shape[1], self._shapes.block_size)
+        require_lengths(torch.from_numpy(lens), tables.shape[1] * self._shapes.block_size)
         starts = None if query_starts is None else _on_host(query_starts)
         longest = 1 if starts is None else int(np.diff(starts).max(initial=0))
         work = self._planner.plan(tables, lens, starts)
@@ -203,17 +211,9 @@ class _Same:
 
 
 _plans: OrderedDict[Shapes, Plans] = OrderedDict()
+_lock = threading.Lock()
 
 
 def _on_host(tensor: Tensor) -> NDArray[np.int32]:
     host: NDArray[np.int32] = tensor.detach().cpu().numpy()
     return host
-
-
-def _require_room(kv_lens: NDArray[np.int32], columns: int, block_size: int) -> None:
-    longest = int(kv_lens.max(initial=0))
-    if longest > columns * block_size:
-        raise ValueError(
-            f"kv_lens reaches {longest} tokens, but block_tables has room for "
-            f"{columns * block_size} per row; pass wider tables"
-        )

@@ -1,0 +1,78 @@
+"""The benchmarks run, at their smallest: what they print is JSON, a line for each figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(name: str, *arguments: str) -> str:
+    """What a benchmark prints on stdout, which has to end well."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def figures(text: str) -> dict[str, dict[str, Any]]:
+    """The lines by name, after the first one, which is about the machine."""
+    machine, *lines = [json.loads(line) for line in text.splitlines()]
+    assert {"machine", "kernels"} <= set(machine)
+    assert machine["machine"]["torch"] == torch.__version__
+    assert all(line["value"] > 0 and line["unit"] for line in lines)
+    return {line["name"]: line for line in lines}
+
+
+def test_the_gpu_benchmark_runs_dry_and_writes_its_files(tmp_path: Path) -> None:
+    printed = run("gpu.py", "--dry-run", "--out", str(tmp_path))
+    found = figures(printed)
+    parts = ("copy", "decode", "shared", "step_alloc", "prefill", "quantised", "append", "copies")
+    missing = [part for part in parts if not any(name.startswith(part) for name in found)]
+    assert not missing
+    (lines,), (tables,) = tmp_path.glob("*-gpu.jsonl"), tmp_path.glob("*-gpu.md")
+    assert lines.read_text() == printed
+    text = tables.read_text()
+    assert text.startswith("# Measured on no GPU (dry run)")
+    assert "\n## decode\n\n| case |" in text
+    assert "FAILED" not in text
+
+
+def test_a_part_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(AssertionError, match=r"--only nothing: choose from decode, .*copies"):
+        run("gpu.py", "--dry-run", "--only", "nothing")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_the_gpu_benchmark_says_why_it_measures_nothing(tmp_path: Path) -> None:
+    printed = run("gpu.py", "--out", str(tmp_path))
+    assert printed.startswith("gpu: nothing measured, because torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cpu_kernels_are_measured() -> None:
+    options = ("--quick", "--only", "copy_block_16", "--repeats", "1", "--seconds", "0.1")
+    found = figures(run("kernels_cpu.py", *options, "--threads", "1"))
+    assert "read_bandwidth" in found
+    assert found["copy_block_16_kvpager_us"]["unit"] == "us/block"
+
+
+def test_generate_is_measured() -> None:
+    pytest.importorskip("transformers")
+    options = ("--rows", "1", "--contexts", "64", "--dtypes", "fp32", "--new", "2")
+    found = figures(run("generate.py", "--quick", *options, "--repeats", "1", "--threads", "1"))
+    assert found["generate_fp32_b1_64_kvpager_ms"]["unit"] == "ms/token"
+    assert found["generate_fp32_b1_64_vs_dynamic_cache"]["same_tokens"] == 1
