@@ -53,8 +53,7 @@ def append_kv(
     Memory Management for LLM Serving with PagedAttention").
     """
     tensors = (key, value, key_cache, value_cache, slots)
-    layout = (*map(layout_of, tensors), layout_of_scales(scales))
-    _fitting.check(layout, lambda: _check(*tensors, scales))
+    _fitting.check(layout_of(*tensors), layout_of_scales(scales), lambda: _check(*tensors, scales))
     if debug.enabled():
         debug.check_slots(slots, key_cache)
     select("append_kv", key_cache.device)(key, value, key_cache, value_cache, slots, scales=scales)

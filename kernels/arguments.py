@@ -32,28 +32,37 @@ class Fitting:
     def __init__(self) -> None:
         self._layouts: set[Hashable] = set()
 
-    def check(self, layout: Hashable, check: Callable[[], None]) -> None:
-        """Run `check`, which raises or not, unless it passed for this `layout` before. O(1)."""
-        if layout in self._layouts:
+    def check(
+        self, layout: tuple[object, ...] | None, options: Hashable, check: Callable[[], None]
+    ) -> None:
+        """Run `check`, which raises or not, unless it passed for these before. O(1)."""
+        key = (layout, options)
+        if layout is not None and key in self._layouts:
             return
         check()
         if len(self._layouts) >= _LAYOUTS_MAX:  # tables grow, so there is always a new one
             self._layouts.clear()
-        self._layouts.add(layout)
+        self._layouts.add(key)
 
 
-def layout_of(tensor: Tensor | None) -> object:
-    """What checks look at: shape, strides, dtype and device; the type of anything else. O(1)."""
-    if isinstance(tensor, Tensor):
-        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-    return type(tensor)
+def layout_of(*tensors: Tensor | None) -> tuple[object, ...] | None:
+    """What checks look at: shapes, strides, dtypes, devices. None if one is no tensor. O(n)."""
+    try:
+        # One comprehension, not a call for each: this is on the path of every decode step.
+        return tuple(
+            [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        )
+    except (AttributeError, TypeError):
+        return None
 
 
 def layout_of_scales(scales: tuple[Tensor, Tensor] | None) -> object:
-    """The layouts of both; the type of what is no pair. O(1)."""
-    if isinstance(scales, tuple | list):
-        return tuple(map(layout_of, scales))
-    return type(scales)
+    """The layouts of both; the types of what is no pair of tensors. O(1)."""
+    if scales is None:
+        return None
+    if not isinstance(scales, tuple | list):
+        return type(scales)
+    return layout_of(*scales) or tuple(map(type, scales))
 
 
 def without_gradients(function: Callable[_P, _R]) -> Callable[_P, _R]:

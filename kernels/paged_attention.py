@@ -94,9 +94,11 @@ def paged_attention(
     """
     tensors = (query, key_cache, value_cache, block_tables, kv_lens)
     options = (query_starts, kv_starts, sinks, mask)
-    layout = (*map(layout_of, tensors + options), layout_of_scales(scales))
-    layout = (*layout, scale, window, softcap)
-    _fitting.check(layout, lambda: _check(*tensors, *options, scales, scale, window, softcap))
+    _fitting.check(
+        layout_of(*tensors, *options),
+        (layout_of_scales(scales), scale, window, softcap),
+        lambda: _check(*tensors, *options, scales, scale, window, softcap),
+    )
     if debug.enabled():
         debug.check_rows(block_tables, kv_lens, key_cache)
         debug.check_queries(query, query_starts, mask)

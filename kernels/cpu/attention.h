@@ -69,7 +69,7 @@ inline Plan plan(const AttentionArguments& a) {
     for (int64_t row = 0; row < a.rows; row++)
         total += a.kv_lens.at(row) * ((a.queries_of(row) + chunk - 1) / chunk);
     // Four ranges a thread even out what rows of different length leave over.
-    int64_t range = std::max<int64_t>(8 * TILE, total / (4 * a.threads) / TILE * TILE + TILE);
+    int64_t range = std::max<int64_t>(8 * TILE_MOST, total / (4 * a.threads) / TILE_MOST * TILE_MOST + TILE_MOST);
     if (a.threads == 1) range = INT64_MAX / 2;
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t kv_len = a.kv_lens.at(row), queries = a.queries_of(row);
@@ -79,7 +79,7 @@ inline Plan plan(const AttentionArguments& a) {
             int64_t start = visible(a, row, position, kv_len).first;
             int64_t stop = visible(a, row, position + count - 1, kv_len).last;
             int64_t parts = std::max<int64_t>(1, (stop - start + range - 1) / range);
-            int64_t part_range = ((stop - start + parts - 1) / parts + TILE - 1) / TILE * TILE;
+            int64_t part_range = ((stop - start + parts - 1) / parts + TILE_MOST - 1) / TILE_MOST * TILE_MOST;
             if (parts > 1)
                 plan.merges.push_back({first, count, plan.partial_queries, parts});
             for (int64_t part = 0; part < parts; part++) {

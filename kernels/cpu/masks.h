@@ -29,7 +29,7 @@ void read_mask(const AttentionArguments& a, const Task& task, int64_t kv_len, in
             const M* line = base + head * a.mask_head
                 + (a.mask_queries - from_end + query) * a.mask_query
                 + (start - kv_len + a.mask_columns) * a.mask_column;
-            float* out = bias + (head * task.num_queries + query) * TILE;
+            float* out = bias + (head * task.num_queries + query) * TILE_MOST;
             for (int i = 0; i < count; i++) out[i] = bias_of(line[i * a.mask_column]);
         }
 }

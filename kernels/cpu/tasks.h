@@ -9,7 +9,12 @@
 
 namespace attention {
 
-constexpr int TILE = 32;
+constexpr int TILE_MOST = 32;
+
+// Tokens of a tile. Two tiles of keys and values are under way at once: with wider elements, fewer
+// tokens fill the second cache (32 for float32 cost 5 to 8 %, 16 for the others as much).
+template <class T> constexpr int tile_of() { return sizeof(T) >= 4 ? 16 : TILE_MOST; }
+
 // Query vectors of one kv head that a task handles: their sums stay in the first caches.
 constexpr int QUERIES = 16;
 constexpr float LOWEST = -3.402823466e38f;

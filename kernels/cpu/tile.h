@@ -19,7 +19,7 @@ struct Scratch {
     void prepare(const AttentionArguments& a, int64_t vectors) {
         int64_t heads = a.kv_heads * vectors, bias_rows = a.query_heads * vectors;
         int64_t sizes[] = {heads * padded(a.head_dim), heads * padded(a.value_dim), heads * LANES,
-                           heads * LANES, bias_rows * TILE, heads};
+                           heads * LANES, bias_rows * TILE_MOST, heads};
         float** parts[] = {&queries, &sums, &highest, &totals, &bias, &units};
         int64_t total = 16;
         for (int64_t size : sizes) total += (size + 15) / 16 * 16;
@@ -35,6 +35,7 @@ struct Scratch {
 // Addresses of a tile's tokens. A token nobody may see, and those that fill the tile up, stand for
 // zeros: 0 * NaN is NaN, so stale bytes must not even meet a weight of zero.
 template <class T> struct Tile {
+    static constexpr int TILE = tile_of<T>();
     const T *keys[TILE], *values[TILE];
     const float *key_scales[TILE], *value_scales[TILE];
     int64_t start = 0;

@@ -21,6 +21,7 @@ struct Group {
 enum Arithmetic { IN_FLOATS, BF16_DOTS, IN_INT16 };
 
 template <class T, Arithmetic arithmetic> struct Worker {
+    static constexpr int TILE = tile_of<T>();
     const AttentionArguments& a;
     const Task& task;
     Scratch& scratch;
@@ -183,11 +184,11 @@ template <class T, Arithmetic arithmetic> struct Worker {
         hiding = BIAS;
         int64_t lines = task.num_queries * (a.mask && a.mask_head ? a.query_heads : 1);
         if (a.mask) read_any_mask(a, task, kv_len, tile->start, tile->count, scratch.bias);
-        else std::fill(scratch.bias, scratch.bias + lines * TILE, 0.0f);
+        else std::fill(scratch.bias, scratch.bias + lines * TILE_MOST, 0.0f);
         bool seen[TILE] = {};
         for (int64_t line = 0; line < lines; line++) {
             Range range = range_of(line % task.num_queries);
-            float* bias = scratch.bias + line * TILE;
+            float* bias = scratch.bias + line * TILE_MOST;
             for (int i = 0; i < TILE; i++) {
                 int64_t token = tile->start + i;
                 if (token < range.first || token >= range.last || tile->keys[i] == zeros)
@@ -327,7 +328,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
             int64_t vector = group.vector + q, line = vector / heads_per_kv;
             if (a.mask && a.mask_head)
                 line += (group.kv_head * heads_per_kv + vector % heads_per_kv) * task.num_queries;
-            memcpy(bias + q * R, scratch.bias + line * TILE + from, R * sizeof(float));
+            memcpy(bias + q * R, scratch.bias + line * TILE_MOST + from, R * sizeof(float));
         }
         Floats added = load<Floats>(bias);
         return added == lowest ? lowest : scores + added;
