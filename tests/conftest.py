@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 # Read when torch and transformers are first imported, and inherited by subprocesses.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# The tensors of the tests are small: more threads than this only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+# The tensors of the tests are small: several threads would only wait for each other, which takes
+# ten times as long on a busy machine. Tests of threads set their number themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _has_gpu() -> bool:

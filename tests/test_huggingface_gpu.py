@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+
 from tiny_models import assert_equal_but_for_near_ties
 
 import kvpager

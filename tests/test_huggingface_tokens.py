@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from typing import Any
@@ -45,11 +46,32 @@ def unpatched(name: str, batch: str, mode: str) -> Any:
     return generate(model_named(name), tiny_models.prompts(BATCHES[batch]), **MODES[mode])
 
 
-def assert_same(paged: Any, plain: Any) -> None:
+def assert_same(paged: Any, plain: Any, own_error: float = 0.0) -> None:
+    """Equal tokens; logits equal to 1e-5, or to a tenth of what float32 itself gets wrong."""
     assert torch.equal(paged.sequences, plain.sequences)
     for logits, expected in zip(paged.logits, plain.logits, strict=True):
         largest = max(1.0, float(expected.abs().max()))
-        torch.testing.assert_close(logits, expected, atol=1e-5 * largest, rtol=0)
+        atol = max(1e-5 * largest, own_error / 10)
+        torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
+
+
+@functools.cache
+def own_error(name: str, batch: str, mode: str) -> float:
+    """How far the logits of transformers in float32 are from those in float64.
+
+    T5 does not scale its scores, so that float32 is off by 4e-3 there, hundreds of times the
+    difference between two orders of the same sums.
+    """
+    exact = generate(
+        copy.deepcopy(model_named(name)).double(),
+        tiny_models.prompts(BATCHES[batch]),
+        **MODES[mode],
+    )
+    plain = unpatched(name, batch, mode)
+    if not torch.equal(exact.sequences, plain.sequences):
+        return 0.0
+    pairs = zip(exact.logits, plain.logits, strict=True)
+    return max(float((one.double() - other.double()).abs().max()) for one, other in pairs)
 
 
 def tokens(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
@@ -84,7 +106,7 @@ def test_encoder_decoder_tokens_and_logits_are_those_of_unpatched_transformers(
     with kvpager.patch(model_named(name)):
         paged = generate(model_named(name), inputs, **MODES[mode])
     assert isinstance(paged.past_key_values.self_attention_cache, kvpager.PagedCache)
-    assert_same(paged, plain)
+    assert_same(paged, plain, own_error(name, "equal lengths", mode))
 
 
 @pytest.mark.parametrize("mode", ["greedy", "four beams, three returned", "sampling"])

@@ -43,7 +43,9 @@ class ForgetsTheCopy(BlockManager):
 
 def forgetful(setup: Setup) -> BlockManager:
     sizes = (setup.num_blocks, setup.block_size, setup.num_host_blocks)
-    return ForgetsTheCopy(*sizes, null_block=setup.null_block)
+    return ForgetsTheCopy(
+        *sizes, null_block=setup.null_block, eviction=setup.eviction, fences=setup.fences
+    )
 
 
 def naive(setup: Setup) -> NaiveManager:
