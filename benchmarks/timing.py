@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from kvpager import memory
+
 Work = Callable[[], object]
 Times = dict[str, list[float]]
 
@@ -189,13 +191,17 @@ class ReadBandwidth:
     """The quickest plain read of memory found: which form, and its bytes per second.
 
     There is no one instruction for it, so several forms that do as little as possible with what
-    they read compete: sums and maxima of torch, and the C library's search for an absent byte.
+    they read compete: sums and maxima of torch, and the C library's search for an absent byte;
+    each over plain pages and over the huge ones that a `BlockStorage` asks for.
     """
 
     def __init__(self, num_bytes: int = 256 << 20, repeats: int = 5) -> None:
         # Kept: the C library's search knows its address only.
-        self._buffer = torch.zeros(num_bytes, dtype=torch.uint8).fill_(1)
-        works = self._forms(self._buffer)
+        plain = torch.empty(num_bytes, dtype=torch.uint8).fill_(1)
+        huge = memory.allocate(1, num_bytes, torch.uint8, "cpu").fill_(1)
+        self._buffers = plain, huge
+        works = self._forms(plain)
+        works |= {f"{name}, huge pages": work for name, work in self._forms(huge[0]).items()}
         times = turns(works, repeats)
         self.num_bytes = num_bytes
         self.form = min(times, key=lambda name: min(times[name]))

@@ -22,7 +22,7 @@ of bytes, and every part starts at a multiple of 16 bytes, zero to 15 unused one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ from torch import Tensor
 from kvpager import arguments
 from kvpager.kernels.copy_blocks import copy_blocks
 from kvpager.kernels.quantisation import KV_DTYPES, SCALE_DTYPE
+from kvpager.memory import allocate
 from kvpager.plan import Plan, Tier
 
 LayerCache = tuple[Tensor, Tensor]
@@ -79,8 +80,8 @@ class BlockStorage:
     Keys and values are of `dtype`, or of eight bits where `kv_dtype` says "int8" or "fp8_e4m3";
     `dtype` is then what they are computed in, and kernels need `scales` beside `layer`.
 
-    Memory is not zeroed: pages never written cost nothing on a CPU, and no kernel reads a slot
-    that was never written.
+    Memory is not zeroed: pages never written cost nothing on a CPU (see `memory`), and no kernel
+    reads a slot that was never written.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class BlockStorage:
         """O(1) on a CPU, O(bytes) where memory has to be page-locked.
 
         `ValueError` unless sizes are positive, `block_size` is a power of two and `kv_dtype` is
-        one there is; `TypeError` unless `dtype` is floating and has 16 bits or more.
+        one there is; `TypeError` unless `dtype` is floating and has 16 bits or more, and for one
+        LayerShape in place of a list of them.
         """
         self._block_size = arguments.block_size(block_size)
         self._layers = _layer_shapes(layers)
@@ -108,9 +110,9 @@ class BlockStorage:
         stored = dtype if kv_dtype is None else torch.uint8
         # Made in inference mode, the storage could never be written outside of it.
         with torch.inference_mode(False):
-            self._device_tier = torch.empty(num_blocks, run, dtype=stored, device=device)
+            self._device_tier = allocate(num_blocks, run, stored, device)
             pinned = self._device_tier.is_cuda and num_host_blocks > 0
-            self._host_tier = torch.empty(num_host_blocks, run, dtype=stored, pin_memory=pinned)
+            self._host_tier = allocate(num_host_blocks, run, stored, "cpu", pinned=pinned)
             self._views = self._layer_views()
 
     def __repr__(self) -> str:
@@ -264,7 +266,7 @@ class BlockStorage:
             return
         kept = min(num_blocks, self.num_blocks)
         with torch.inference_mode(False):
-            other = self._device_tier.new_empty(num_blocks, self._device_tier.shape[1])
+            other = _like(self._device_tier, num_blocks, self._device_tier.shape[1])
             other[:kept].copy_(self._device_tier[:kept])
             self._device_tier = other
             self._views = self._layer_views()
@@ -283,8 +285,10 @@ class BlockStorage:
         _, run = self._layout(self._layers[:count])
         with torch.inference_mode(False):
             # A block's layers lie in order, so the first ones are the front of its run.
-            device_tier = self._device_tier[:, :run].clone()
-            host_tier = _like(self._host_tier, self._host_tier[:, :run])
+            device_tier = _like(self._device_tier, self.num_blocks, run)
+            device_tier.copy_(self._device_tier[:, :run])
+            host_tier = _like(self._host_tier, self.num_host_blocks, run)
+            host_tier.copy_(self._host_tier[:, :run])
             self._layers = self._layers[:count]
             self._device_tier, self._host_tier = device_tier, host_tier
             self._views = self._layer_views()
@@ -313,10 +317,9 @@ class BlockStorage:
         return [[part.view(self._device_tier) for part in parts] for parts in layout]
 
 
-def _like(tier: Tensor, content: Tensor) -> Tensor:
-    """A copy of `content`, page-locked if `tier` is."""
-    copy = torch.empty(content.shape, dtype=content.dtype, pin_memory=tier.is_pinned())
-    return copy.copy_(content)
+def _like(tier: Tensor, num_blocks: int, run: int) -> Tensor:
+    """Other memory of the kind that `tier` is in."""
+    return allocate(num_blocks, run, tier.dtype, tier.device, pinned=tier.is_pinned())
 
 
 def _runs(copies: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
@@ -366,6 +369,10 @@ def _dtypes(dtype: torch.dtype, kv_dtype: KVDtype | None) -> tuple[torch.dtype, 
 def _layer_shapes(layers: Sequence[LayerShape | tuple[int, int, int]]) -> tuple[LayerShape, ...]:
     shapes = []
     for index, layer in enumerate(layers):
+        if not isinstance(layer, Sized):
+            raise TypeError(
+                f"layers[{index}] {layer!r}: expected a LayerShape; pass a list with one per layer"
+            )
         if len(layer) != len(LayerShape._fields):
             raise ValueError(f"layers[{index}] {layer!r}: expected {LayerShape._fields}")
         sizes = (

@@ -5,7 +5,7 @@ The oracle is dense attention in float64, written out row by row and head by hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -176,6 +176,14 @@ def make_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Ten
     hidden = torch.where(torch.rand(shape, generator=generator) < 0.5, -torch.inf, 0.0).to(dtype)
     hidden[hidden == 0] = torch.finfo(dtype).min
     return torch.where(allowed, bias, hidden)
+
+
+def with_mask_of(dtype: torch.dtype, call: Call) -> Call:
+    """The call with its float mask in another dtype, whose own lowest number then hides."""
+    assert call.mask is not None
+    lowest = call.mask == torch.finfo(call.mask.dtype).min
+    mask = call.mask.to(dtype).masked_fill(lowest, torch.finfo(dtype).min)
+    return replace(call, mask=mask)
 
 
 def seen_by(case: Case, mask: Tensor | None, row: int, head: int) -> Tensor:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from tiny_models import assert_equal_but_for_near_ties
+from torch import Tensor
 
 import kvpager
+from kvpager.integrations.huggingface import attention
 from kvpager.kernels import backends, reference
 from kvpager.kernels.cpu.attention import PagedAttention
+from kvpager.kernels.paged_attention import paged_attention
 from kvpager.testing import tiny_llama_path
 
 PROMPTS = ["This method ", "When an instance of the class ", "An exception "]
@@ -57,6 +61,30 @@ def test_every_read_of_generate_is_the_native_kernels(
         assert torch.equal(paged.sequences, expected.sequences)
     else:
         assert_equal_but_for_near_ties(paged, expected, inputs.input_ids.shape[1])
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("llama", 1), ("gemma3", 2)])
+def test_layers_of_one_kind_share_one_tensor_of_tables_and_one_of_lengths(
+    name: str, kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[Tensor, Tensor]] = []
+
+    def recording(query: Tensor, key: Tensor, value: Tensor, *rows: Tensor, **options: Any) -> Any:
+        read.append(rows[:2])
+        return paged_attention(query, key, value, *rows, **options)
+
+    monkeypatch.setattr(attention, "paged_attention", recording)
+    model = tiny_models.tiny_model(name)
+    with kvpager.patch(model):
+        generate(model, tiny_models.prompts([9, 12, 5]), min_new_tokens=8)
+    layers, steps = model.config.num_hidden_layers, 8
+    assert len(read) == layers * steps
+    for step in range(steps):
+        mine = read[step * layers : (step + 1) * layers]
+        assert len({id(tables) for tables, _ in mine}) == kinds
+        assert len({id(kv_lens) for _, kv_lens in mine}) == kinds
+    # `read` keeps them all, so no two have one id by chance.
+    assert len({id(kv_lens) for _, kv_lens in read}) == kinds * steps
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,8 @@ def require_cover(
     for first, count, table_row, start, stop in plan.items.tolist():
         members = plan.queries[first : first + count].tolist()
         assert count >= 1
+        if plan.one_query and count > 1:  # nothing past the end of any of them
+            assert stop <= min(kv_lens[member] for member in members)
         reached: set[int] = set()
         for member, slot in zip(members, plan.slots[first : first + count].tolist(), strict=True):
             row = rows[member]
@@ -190,15 +193,17 @@ def test_rows_of_one_query_each_are_decode_whoever_says_so() -> None:
     assert require_cover(plan, tables, [81, 81]) == 82
 
 
+@pytest.mark.parametrize("kv_len", [24, 22])  # 22: the last block is half full
 @pytest.mark.parametrize(
-    ("window", "hole", "holes"), [(None, 2, True), (4, 2, False), (4, 4, True), (None, 6, False)]
+    ("window", "hole", "holes"),
+    [(None, 2, True), (4, 2, False), (4, 4, True), (None, 5, True), (4, 5, True), (None, 6, False)],
 )
 def test_a_missing_block_counts_only_where_a_query_may_look(
-    window: int | None, hole: int, holes: bool
+    window: int | None, hole: int, holes: bool, kv_len: int
 ) -> None:
     tables = tables_of([list(range(7))])
     tables[0, hole] = -1
-    plan = Planner(TILING, window=window).plan(tables, np.array([24]), np.array([0, 3]))
+    plan = Planner(TILING, window=window).plan(tables, np.array([kv_len]), np.array([0, 3]))
     assert plan.holes == holes
 
 
@@ -250,6 +255,78 @@ def test_a_plan_is_left_when_a_row_has_outgrown_it() -> None:
     assert planner.plan(tables, np.array([200, 1])) is not plan
 
 
+def test_a_row_may_grow_to_twice_its_share_of_the_work() -> None:
+    planner = Planner(TILING)
+    tables = tables_of([list(range(50)), [60]])
+    plan = planner.plan(tables, np.array([8, 1]))  # one item of up to 8 tokens for each row
+    assert planner.plan(tables, np.array([16, 1])) is plan
+    assert planner.plan(tables, np.array([17, 1])) is not plan
+
+
+@pytest.mark.parametrize("window", [None, 3, 13])
+@pytest.mark.parametrize("first", range(1, 18, 2))
+def test_items_of_a_fixed_chunk_end_where_chunks_end_however_rows_grow(
+    window: int | None, first: int
+) -> None:
+    tables = tables_of([list(range(10))])
+    planner = Planner(TILING, chunk=8, window=window)
+    for kv_len in range(first, 40):
+        plan = planner.plan(tables, np.array([kv_len]))
+        require_cover(plan, tables, [kv_len], window=window)
+        for start, stop in plan.items[:, 3:].tolist():
+            assert start // 8 == (min(stop, kv_len) - 1) // 8
+
+
+@pytest.mark.parametrize("cut", [79, 41, 4, 0])
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_plan_is_left_when_a_row_is_cut_below_what_it_shares(
+    cut: int, window: int | None
+) -> None:
+    prefix = list(range(100, 120))
+    planner = Planner(TILING, window=window)
+    tables = tables_of([[*prefix, row] for row in range(3)])
+    plan = planner.plan(tables, np.array([83, 82, 81]))
+    assert plan.num_large > 0
+    kv_lens = [84, cut, 82]
+    after = planner.plan(tables, np.array(kv_lens))
+    assert after is not plan
+    require_cover(after, tables, kv_lens, window=window)
+
+
+MANY = ([[0, 1, 2], [3, 4, 5]], [9, 9], [0, 3, 4])  # tables, kv_lens and query_starts
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ([[0, 1, 2], [3, 4, 6]], [9, 9], [0, 3, 4]),
+        ([[0, 1, 2, 7], [3, 4, 5, 8]], [9, 9], [0, 3, 4]),
+        ([[0, 1], [3, 4]], [8, 8], [0, 3, 4]),
+        ([[0, 1, 2], [3, 4, 5]], [10, 9], [0, 3, 4]),
+        ([[0, 1, 2], [3, 4, 5]], [9, 8], [0, 3, 4]),
+        ([[0, 1, 2], [3, 4, 5]], [9, 9], [0, 1, 4]),
+        ([[0, 1, 2], [3, 4, 5]], [9, 9], [0, 1, 2]),
+        ([[0, 1, 2], [3, 4, 5]], [9, 9], None),
+    ],
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_plan_for_several_queries_holds_for_nothing_else(changed: Any, reverse: bool) -> None:
+    before, after = (changed, MANY) if reverse else (MANY, changed)
+    planner = Planner(TILING)
+    plan = plan_for(planner, *before)
+    assert plan_for(planner, *before) is plan
+    other = plan_for(planner, *after)
+    assert other is not plan
+    tables, kv_lens, starts = after
+    counts = [1] * len(kv_lens) if starts is None else np.diff(starts).tolist()
+    require_cover(other, tables_of(tables), kv_lens, counts)
+
+
+def plan_for(planner: Planner, tables: Any, kv_lens: list[int], starts: Any) -> WorkPlan:
+    query_starts = None if starts is None else np.array(starts)
+    return planner.plan(tables_of(tables), np.array(kv_lens), query_starts)
+
+
 @pytest.mark.parametrize("change", ["fork", "finish", "join", "replace"])
 def test_a_plan_is_left_when_rows_fork_join_or_finish(change: str) -> None:
     prefix = list(range(100, 120))
@@ -277,6 +354,28 @@ def test_callers_that_take_turns_keep_their_plans() -> None:
     batches = [tables_of([list(range(start, start + 9))]) for start in (0, 50)]
     plans = [planner.plan(tables, np.array([33])) for tables in batches]
     assert [planner.plan(tables, np.array([34])) for tables in batches] == plans
+
+
+def test_the_plans_used_last_are_the_ones_remembered() -> None:
+    planner = Planner(TILING, keep=2)
+
+    def plan(start: int) -> WorkPlan:
+        return planner.plan(tables_of([list(range(start, start + 9))]), np.array([33]))
+
+    first, second = plan(0), plan(50)
+    assert plan(0) is first
+    third = plan(100)
+    assert plan(0) is first
+    assert plan(100) is third
+    assert plan(50) is not second
+
+
+def test_tables_with_too_few_blocks_for_a_plan_get_another() -> None:
+    planner = Planner(TILING)
+    tables = tables_of([list(range(10))])
+    plan = planner.plan(tables, np.array([33]))
+    assert planner.plan(tables[:, :8], np.array([33])) is plan  # the newest block is no matter
+    assert planner.plan(tables[:, :7], np.array([33])) is not plan
 
 
 def test_a_block_given_back_behind_the_window_needs_no_new_plan() -> None:
@@ -326,6 +425,22 @@ def test_arrays_of_the_caller_may_change_afterwards() -> None:
     tables[:], kv_lens[:] = 7, 1
     assert np.array_equal(plan.items, before)
     assert planner.plan(tables_of([list(range(10))]), np.array([33])) is plan
+
+
+@pytest.mark.parametrize(
+    ("query_starts", "changed"),
+    [(None, 0), (None, 1), ([0, 2, 3], 0), ([0, 2, 3], 1), ([0, 2, 3], 2)],
+)
+def test_what_the_caller_changes_in_place_is_noticed(
+    query_starts: list[int] | None, changed: int
+) -> None:
+    planner = Planner(TILING)
+    arrays = [tables_of([list(range(9)), list(range(20, 29))]), np.array([33, 33])]
+    if query_starts is not None:
+        arrays.append(np.array(query_starts))
+    plan = planner.plan(*arrays)
+    arrays[changed][1] -= 1  # other blocks, a row that was cut, a query of the next row
+    assert planner.plan(*arrays) is not plan
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import (
@@ -24,6 +25,7 @@ from kernel_cases import (
     slots_of,
     strided_caches,
     tables_for,
+    with_mask_of,
 )
 
 from kvpager.kernels import backends, reference
@@ -176,6 +178,17 @@ def test_a_mask_without_any_true_gives_zero(implementation: Kernels) -> None:
     assert torch.equal(output, torch.zeros(2, 4, 16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32])
+def test_a_mask_may_be_of_a_wider_dtype_than_the_queries(
+    mask_dtype: torch.dtype, dtype: torch.dtype, implementation: Kernels
+) -> None:
+    case = CASES["float_mask_per_head"]
+    call = with_mask_of(mask_dtype, make_call(case, dtype))
+    output = paged(case, call, 16, dtype, kernels=implementation)
+    assert_as_exact_as_plain_torch(case, call, output, dtype)
+
+
 def test_blocks_given_back_in_the_middle_of_a_table_are_not_seen(implementation: Kernels) -> None:
     case = Case(((1, 12),))
     call = make_call(case, torch.float32)
@@ -238,6 +251,14 @@ def attention_arguments() -> dict[str, Any]:
         ({"kv_lens": torch.full((2,), 5)}, ValueError, r"kv_lens.* 5.*, but block_tables has room"),
         ({"query_starts": torch.ones(2).int()}, ValueError, r"pass \[rows \+ 1\] = \[3\]"),
         ({"window": 0}, ValueError, "window is 0; pass at least 1 token"),
+        ({"window": "3"}, TypeError, "window is '3'; pass a whole number of tokens, or None"),
+        ({"window": 2.5}, TypeError, "window is 2.5; pass a whole number"),
+        ({"softcap": -1}, ValueError, "softcap is -1; pass more than 0"),
+        ({"softcap": NAN}, ValueError, "softcap is nan; pass more than 0"),
+        ({"softcap": "x"}, TypeError, "softcap is 'x'; pass a number, or None for no cap"),
+        ({"scale": "x"}, TypeError, r"scale is 'x'; pass a number, or None for head_dim \*\* -0.5"),
+        ({"scale": 1j}, TypeError, "scale is 1j; pass a number"),
+        ({"scale": torch.ones(())}, TypeError, r"scale is tensor\(1.\); pass a number"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0; pass more than 0"),
         ({"sinks": torch.zeros(2)}, ValueError, r"sinks has shape \[2\]; pass"),
         (
@@ -251,6 +272,11 @@ def attention_arguments() -> dict[str, Any]:
             "mask is torch.int32; pass torch.bool",
         ),
         ({"mask": torch.zeros(1, 1, 0, 1)}, ValueError, "mask has 0 query rows, but a row has 1"),
+        (
+            {"mask": torch.zeros(1, 1, 1, 0)},
+            ValueError,
+            "mask has 0 columns, so it hides everything; pass at least one",
+        ),
         ({"kv_starts": torch.zeros(1).int()}, ValueError, r"kv_starts has shape \[1\]"),
         ({"kv_lens": torch.ones(2, device="meta").int()}, ValueError, "kv_lens is on meta, but"),
     ],
@@ -258,8 +284,47 @@ def attention_arguments() -> dict[str, Any]:
 def test_attention_refuses_what_does_not_fit(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=message):
-        paged_attention(**{**attention_arguments(), **changes})
+    paged_attention(**attention_arguments())  # what fits is remembered, and what does not is not
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            paged_attention(**{**attention_arguments(), **changes})
+
+
+def append_arguments() -> dict[str, Any]:
+    key_cache, value_cache = strided_caches(4, 4, 2, 8, 8, torch.float32)
+    token, slots = torch.zeros(1, 2, 8), torch.zeros(1, dtype=torch.int64)
+    return {
+        "key": token, "value": token, "key_cache": key_cache, "value_cache": value_cache,
+        "slots": slots,
+    }  # fmt: skip
+
+
+def gather_arguments() -> dict[str, Any]:
+    attention = attention_arguments()
+    rows = {name: attention[name] for name in ("block_tables", "kv_lens")}
+    return {"cache": attention["key_cache"], **rows, "length": 1}
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "name"),
+    [
+        *((paged_attention, attention_arguments, name) for name in attention_arguments()),
+        *(
+            (paged_attention, attention_arguments, name)
+            for name in ("query_starts", "kv_starts", "sinks", "mask")
+        ),
+        *((append_kv, append_arguments, name) for name in append_arguments()),
+        *((gather_kv, gather_arguments, name) for name in ("cache", "block_tables", "kv_lens")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("wrong", "kind"), [(np.ones(2, np.int32), "numpy.ndarray"), ([1, 1], "list"), (3, "int")]
+)
+def test_an_argument_that_is_no_tensor_is_named(
+    operation: Any, arguments: Any, name: str, wrong: Any, kind: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} is a {kind}; pass a torch.Tensor: torch.from_"):
+        operation(**{**arguments(), name: wrong})
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])

@@ -134,6 +134,7 @@ def test_gather_names_what_is_wrong(changes: dict[str, Tensor], message: str) ->
         ([0, 24, 1], r"slots\[1\] is 24, but the cache has slots 0 to 23"),
         ([3, -1, 1 << 40], r"slots\[2\] is 1099511627776, but the cache has slots 0 to 23"),
         ([7, 3, 7], r"slots\[0\] and slots\[2\] are both 7; give every token a slot of its own"),
+        ([5, 0, 0], r"slots\[1\] and slots\[2\] are both 0; give"),
     ],
 )
 def test_append_names_what_is_wrong_and_writes_nothing(
@@ -159,6 +160,7 @@ def test_append_names_what_is_wrong_and_writes_nothing(
             [[0, 3], [-1, 3], [1, 2], [4, 3]],
             r"copies\[0\] and copies\[3\] both write block 3; give every block one source",
         ),
+        ([[2, 0], [1, 0]], r"copies\[0\] and copies\[1\] both write block 0; give"),
     ],
 )
 def test_copies_name_what_is_wrong_and_copy_nothing(copies: list[list[int]], message: str) -> None:

@@ -365,6 +365,13 @@ FLOAT_CACHE = torch.zeros(4, 4, 2, 8)
         ({"value_cache": FLOAT_CACHE}, TypeError, "value_cache is torch.float32, but key_cache is"),
         ({"scales": torch.ones(2, 4, 4, 2)}, TypeError, r"scales is a Tensor; pass \(key_scales"),
         ({"scales": (torch.ones(4, 4, 2),)}, TypeError, "scales is a tuple; pass"),
+        ({"scales": (None, None)}, TypeError, r"scales is a tuple; pass \(key_scales"),
+        ({"scales": (torch.ones(4, 4, 2), None)}, TypeError, "scales is a tuple; pass"),
+        (
+            {"key_cache": FLOAT_CACHE, "value_cache": FLOAT_CACHE, "scales": (None, None)},
+            TypeError,
+            "scales is a tuple; pass",
+        ),
         (
             {"scales": (torch.ones(4, 4), torch.ones(4, 4))},
             ValueError,
@@ -395,8 +402,10 @@ FLOAT_CACHE = torch.zeros(4, 4, 2, 8)
 def test_scales_that_do_not_fit_are_refused(
     call: Any, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=message):
-        call(**{**quantised_arguments(), **changes})
+    call(**quantised_arguments())  # what fits is remembered, and what does not is not
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            call(**{**quantised_arguments(), **changes})
 
 
 def test_keys_and_queries_are_never_eight_bits_themselves() -> None:

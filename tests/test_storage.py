@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -247,16 +248,31 @@ def test_gpu_copy_and_growth_keep_every_byte() -> None:
     assert torch.equal(storage.tier()[2:6], before[2:])
 
 
-def test_a_storage_made_in_inference_mode_can_be_written_outside_of_it() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda storage: None,
+        lambda storage: storage.grow(4),
+        lambda storage: storage.shrink(2),
+        lambda storage: storage.keep_layers(1),
+    ],
+    ids=["made", "grown", "shrunk", "layers dropped"],
+)
+def test_what_is_done_in_inference_mode_can_be_written_outside_of_it(
+    change: Callable[[BlockStorage], None],
+) -> None:
+    layers = [LayerShape(1, 8, 8)] * 2
     with torch.inference_mode():
-        storage = BlockStorage(2, 4, [LayerShape(1, 8, 8)] * 2, dtype=torch.float32)
-    storage.layer(0)[0].fill_(1)
+        storage = BlockStorage(3, 4, layers, dtype=torch.float32, num_host_blocks=2)
+    for tier in (storage.tier(), storage.tier("host")):
+        tier.fill_(1)
     with torch.inference_mode():
-        storage.grow(3)
-        storage.keep_layers(1)
-    storage.layer(0)[0][2].fill_(2)
+        change(storage)
+    storage.layer(0)[0][1].fill_(2)
+    storage.tier("host")[1].fill_(3)
     assert storage.layer(0)[0][0].eq(1).all()
-    assert storage.layer(0)[0][2].eq(2).all()
+    assert storage.layer(0)[0][1].eq(2).all()
+    assert storage.tier("host")[0].eq(1).all()
 
 
 def test_dropping_the_last_layers_keeps_the_first_and_frees_their_memory() -> None:

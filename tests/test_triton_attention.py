@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,7 @@ from kernel_cases import (
     make_call,
     slots_of,
     strided_caches,
+    with_mask_of,
 )
 from torch import Tensor
 
@@ -355,6 +358,47 @@ def test_a_fixed_chunk_gives_the_same_bits_in_any_company() -> None:
         assert torch.equal(alone, together[one])
 
 
+@pytest.mark.parametrize(
+    ("query_heads", "kv_heads", "block_size"), [(8, 2, 4), (4, 4, 4), (4, 1, 4), (4, 2, 2)]
+)
+def test_a_plan_for_other_heads_or_blocks_is_refused(
+    query_heads: int, kv_heads: int, block_size: int
+) -> None:
+    rows = (torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
+    planned_for = strided_caches(4, 4, 2, 8, 8, torch.float32)
+    plan = attention.plan_attention(torch.zeros(2, 4, 8), *planned_for, *rows)
+    caches = strided_caches(4, block_size, kv_heads, 8, 8, torch.float32)
+    message = (
+        r"the plan is for block size, query heads and kv heads \(4, 4, 2\), but the call has "
+        rf"\({block_size}, {query_heads}, {kv_heads}\); make a plan with plan_attention"
+    )
+    with pytest.raises(ValueError, match=message):
+        attention.attend(torch.zeros(2, query_heads, 8), *caches, *rows, plan)
+
+
+def test_a_plan_for_several_queries_needs_to_know_whose_they_are() -> None:
+    case = Case(((2, 9), (1, 5)))
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 4, torch.float32)
+    query, starts = torch.cat(call.queries), torch.tensor([0, 2, 3])
+    rows = (blocks.tables, blocks.kv_lens)
+    plan = attention.plan_attention(query, *blocks.caches, *rows, starts)
+    with pytest.raises(ValueError, match="rows of several queries; pass their query_starts"):
+        attention.attend(query, *blocks.caches, *rows, plan)
+    output = attention.attend(query, *blocks.caches, *rows, plan, starts)
+    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+
+
+# The lowest number of float64 is -inf in float32, of which NumPy warns.
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_mask_may_be_of_a_wider_dtype_than_the_queries(dtype: torch.dtype) -> None:
+    case = CASES["float_mask_per_head"]
+    call = with_mask_of(torch.float64, make_call(case, dtype))
+    output = attend(case, call, in_blocks(case, call, 16, dtype), kernels=TRITON)
+    assert_as_exact_as_plain_torch(case, call, output, dtype)
+
+
 def test_no_queries_give_an_empty_result() -> None:
     caches = strided_caches(2, 4, 2, 8, 8, torch.float32)
     none = torch.zeros(0, dtype=torch.int32)
@@ -410,6 +454,103 @@ def test_layers_of_one_step_look_at_the_tables_once(monkeypatch: pytest.MonkeyPa
     blocks.tables[0, 0] = 35  # row 0 is another one now
     assert attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens) != first
     assert len(looked) == 4
+
+
+class WatchedLock:
+    """A lock that tells before a thread has to wait for it."""
+
+    def __init__(self, contended: threading.Event) -> None:
+        self._contended = contended
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._contended.set()
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+@dataclass
+class Interleaving:
+    """Runs two calls so that the second goes as far as it can while the first stands still."""
+
+    monkeypatch: pytest.MonkeyPatch
+    moved: threading.Event  # the second call is over, or waits for a lock
+
+    def run(self, place: Any, name: str, first: Any, second: Any) -> tuple[Any, Any]:
+        """What both return; the first stands where it returns from `place.name`."""
+        standing = threading.Event()
+        function = getattr(place, name)
+        this_thread = threading.current_thread()
+
+        def stand(*arguments: Any) -> Any:
+            result = function(*arguments)
+            if threading.current_thread() is not this_thread:
+                standing.set()
+                self.moved.wait()
+            return result
+
+        self.monkeypatch.setattr(place, name, stand)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(first)
+            future.add_done_callback(lambda _: standing.set())
+            standing.wait()
+            try:
+                result = second()
+            finally:
+                self.moved.set()
+            return future.result(), result
+
+
+@pytest.fixture
+def interleaving(monkeypatch: pytest.MonkeyPatch) -> Interleaving:
+    moved = threading.Event()
+    monkeypatch.setattr(plans, "threading", SimpleNamespace(Lock=lambda: WatchedLock(moved)))
+    monkeypatch.setattr(plans, "_lock", WatchedLock(moved))
+    return Interleaving(monkeypatch, moved)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "seen_before"),
+    [
+        (plans._Same, "holds", True),
+        (plans, "_on_host", False),
+        (plan_module.Planner, "plan", False),
+        (plans.Plans, "_upload", False),
+    ],
+)
+def test_plans_of_two_threads_never_mix(
+    place: Any, name: str, seen_before: bool, interleaving: Interleaving
+) -> None:
+    blocks = forest()
+    query = torch.zeros(7, 4, 16)
+    rows = [(blocks.tables[cut], blocks.kv_lens[cut]) for cut in (slice(4), slice(1, 6))]
+    shapes = plans.shapes_of(query, *blocks.caches)
+    expected = [plans.Plans(shapes).of(*batch, None) for batch in rows]
+
+    def plan(batch: int) -> Any:
+        return attention.plan_attention(query, *blocks.caches, *rows[batch])
+
+    plan(0 if seen_before else 1)
+    made = interleaving.run(place, name, lambda: plan(0), lambda: plan(1))
+    for again in (made, (plan(0), plan(1))):
+        for mine, alone in zip(again, expected, strict=True):
+            assert torch.equal(mine.items, alone.items)
+            assert torch.equal(mine.members, alone.members)
+            assert mine.longest_kv == alone.longest_kv
+
+
+def test_two_threads_that_begin_together_share_their_plans(interleaving: Interleaving) -> None:
+    blocks = forest()
+    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
+
+    def plan() -> Any:
+        return attention.plan_attention(*tensors)
+
+    first, second = interleaving.run(plans.Plans, "__init__", plan, plan)
+    assert first is second
 
 
 def test_tensors_of_inference_mode_are_looked_at_every_time() -> None:

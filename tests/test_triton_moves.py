@@ -313,6 +313,17 @@ def test_many_pairs_are_copied_slice_by_slice(
         assert_same_bytes(expected, storage)
 
 
+@pytest.mark.parametrize("pairs_max", [8, 2])  # in one launch, and slice by slice
+def test_a_pair_with_one_negative_entry_moves_nothing(
+    pairs_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "COPY_PAIRS_MAX", pairs_max)
+    storage = normal(4, 12, dtype=torch.float32)
+    before = storage.clone()
+    moves.copy_blocks(storage, torch.tensor([[2, -1], [-1, 3], [1, -1]]))
+    assert_same_bytes(before, storage)
+
+
 def test_blocks_that_lie_apart_are_copied_alone() -> None:
     whole = normal(5, 20, dtype=torch.bfloat16)
     expected, copies = whole.clone(), torch.tensor([[0, 3], [3, 0], [4, 1]])

@@ -1,15 +1,20 @@
 """Build the native CPU kernels ahead, for an image or a machine without a compiler at run time.
 
 python -m kvpager.kernels.cpu build
+python -m kvpager.kernels.cpu status
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Callable
 
-from kvpager.kernels.cpu import compiler
-from kvpager.kernels.cpu.compiler import BuildError
+from kvpager.kernels.cpu import cache, compiler, provider
+from kvpager.kernels.cpu.cache import BuildError
+from kvpager.kernels.cpu.compiler import Built, Variant
 from kvpager.kernels.cpu.library import Library
 
 
@@ -28,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     build.add_argument("--rebuild", action="store_true", help="build even what is there already")
     build.set_defaults(run=_build)
-    status = commands.add_parser("status", help="show variants, compiler and cache folder")
+    status = commands.add_parser("status", help="show what is built and what would run")
     status.set_defaults(run=_status)
     chosen = parser.parse_args(arguments)
     try:
@@ -55,11 +60,56 @@ def _build(chosen: argparse.Namespace) -> None:
 
 
 def _status(_: argparse.Namespace) -> None:
-    able = {variant.name for variant in compiler.variants()}
+    able = compiler.variants()
     for variant in compiler.VARIANTS:
-        print(f"{variant.name:12} {'runs here' if variant.name in able else 'not on this CPU'}")
-    print(f"compiler     {compiler.find_compiler() or 'none found'}")
-    print(f"cache        {compiler.cache_folder()}")
+        said = f"runs here, {_built(variant)}" if variant in able else "not on this CPU"
+        print(f"{variant.name:12} {said}")
+    print(f"in use       {_used()}")
+    chosen = os.environ.get(provider.VARIABLE)
+    if chosen:
+        print(f"chosen       {provider.VARIABLE}={chosen}")
+    print(f"compiler     {_or_why_not(compiler.find_compiler)}")
+    print(f"cache        {_or_why_not(cache.writable_folder)}")
+
+
+def _built(variant: Variant) -> str:
+    found = _find(variant)
+    return f"built: {found.path}" if found else "not built"
+
+
+def _find(variant: Variant) -> Built | None:
+    """What `ensure` would come to without building."""
+    for by_any_compiler in (False, True):
+        with contextlib.suppress(BuildError):
+            found = compiler.find(variant, by_any_compiler=by_any_compiler)
+            if found:
+                return found
+    return None
+
+
+def _used() -> str:
+    """What a program would run now."""
+    try:
+        variant = provider.choose()
+    except ValueError as error:
+        return f"torch: {error}"
+    if variant is None:
+        return "torch"
+    try:
+        if compiler.find(variant) is None:
+            name = compiler.find_compiler().name
+            return f"{variant.name}, after building it with {name} in {cache.writable_folder()}"
+    except BuildError as error:
+        if _find(variant) is None:
+            return f"torch: {error}"
+    return variant.name
+
+
+def _or_why_not(find: Callable[[], object]) -> str:
+    try:
+        return str(find())
+    except BuildError as error:
+        return f"none: {error}"
 
 
 if __name__ == "__main__":

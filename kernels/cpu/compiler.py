@@ -5,34 +5,37 @@
 
 A variant is one text compiled for one set of CPU instructions; the CPU at hand picks the best one.
 The name holds a digest of the source and the flags and one of the compiler, so a new release, a new
-compiler or another CPU behind a shared home each get a library of their own. A library appears
-under its name only when it is complete (written beside it, synced, renamed), is checked against its
-digest before it is loaded, and two processes that want one at the same time build it once.
+compiler or another CPU behind a shared home each get a library of their own. Where none can be
+built, one that another compiler made of the same source serves as well. A library appears under its
+name only when it is complete (written beside it, synced, renamed), is checked against its digest
+before it is loaded, and two processes that want one at the same time build it once (`cache.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import logging
 import os
 import platform
+import shlex
 import shutil
-import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from kvpager.errors import KVPagerError
+from kvpager.kernels.cpu import cache
+from kvpager.kernels.cpu.cache import BuildError
+
+logger = logging.getLogger("kvpager")
 
 FLAGS = (
     "-O3", "-std=gnu++17", "-shared", "-fPIC",
     # What vectorising needs. Not -ffast-math: it would assume that there are no infinities, and
     # some compilers then make a process that loads the library lose subnormal numbers.
-    "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
+    "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden",
 )  # fmt: skip
 THREAD_FLAGS = ("-fopenmp",)
 BUILD_SECONDS_MAX = 300
@@ -53,21 +56,49 @@ _AVX512_NEEDS = _AVX2_NEEDS | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 # Best first. The last one needs nothing: SSE2 on x86-64, NEON on 64-bit ARM.
 VARIANTS = (
-    Variant("avx512bf16", (*_AVX512, "-mavx512bf16"), _AVX512_NEEDS | {"avx512_bf16"}),
+    Variant(
+        "avx512bf16",
+        (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+        _AVX512_NEEDS | {"avx512_bf16", "avx512_vnni"},
+    ),
     Variant("avx512", _AVX512, _AVX512_NEEDS),
     Variant("avx2", _AVX2, _AVX2_NEEDS),
     Variant("portable", (), frozenset()),
 )
 
 
-class BuildError(KVPagerError):
-    """The kernels could not be built; the message says why."""
+class Compiler(NamedTuple):
+    """The command that compiles: a program, and the words that go before any other argument."""
+
+    program: Path
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return shlex.join([str(self.program), *self.words])
+
+    @property
+    def name(self) -> str:
+        """For people: the command without its folder."""
+        return shlex.join([self.program.name, *self.words])
+
+    def digest(self) -> str:
+        """What a library's name holds of the compiler. O(words)."""
+        # Asking for its version would take as long as loading the library; a new one is a new
+        # file. Behind a wrapper such as ccache, the compiler is one of the words.
+        found = (shutil.which(word) for word in (str(self.program), *self.words))
+        identity = "".join(f"\0{_file_identity(Path(path))}" for path in found if path)
+        return hashlib.sha256(f"{self}{identity}".encode()).hexdigest()[:8]
+
+
+def _file_identity(path: Path) -> str:
+    status = path.stat()
+    return f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
 # -------------------------------------------------------------------- what there is
 
 
-@cache
+@functools.cache
 def cpu_flags() -> frozenset[str]:
     """The CPU's instruction sets, by Linux's names; empty where they cannot be told. O(1)."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -100,13 +131,24 @@ def variant_named(name: str) -> Variant:
     raise ValueError(f"variant {name!r}: expected one of {[v.name for v in VARIANTS]}")
 
 
-def find_compiler() -> Path | None:
-    """The C++ compiler: $CXX, or the first of c++, g++ and clang++ on the path."""
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        found = shutil.which(name)
-        if found:
-            return Path(found)
-    return None
+def find_compiler() -> Compiler:
+    """The C++ compiler: $CXX, which may be several words as in `ccache g++`, or the first of c++,
+    g++ and clang++ on the path.
+
+    `BuildError` where there is none, or not the one that $CXX names.
+    """
+    chosen = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(chosen)
+    except ValueError as error:
+        raise BuildError(f"CXX={chosen} is not a command: {error}") from error
+    for command in [words] if words else (["c++"], ["g++"], ["clang++"]):
+        program = shutil.which(command[0])
+        if program:
+            return Compiler(Path(program), tuple(command[1:]))
+    if words:
+        raise BuildError(f"CXX={chosen}: {words[0]} was not found; set CXX to a C++ compiler")
+    raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX to one")
 
 
 def source_folder() -> Path:
@@ -114,7 +156,7 @@ def source_folder() -> Path:
     return Path(__file__).resolve().parent
 
 
-@cache
+@functools.cache
 def source_digest() -> str:
     """A digest of the sources and the flags: what else the result depends on but the compiler."""
     # Not the variants whole: a set has another order, so another text, in every process.
@@ -123,71 +165,6 @@ def source_digest() -> str:
     for path in sorted(source_folder().glob("*.[ch]*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def _compiler_digest(compiler: Path) -> str:
-    # Asking it for its version would take as long as loading the library; a new one is a new file.
-    real = compiler.resolve()
-    status = real.stat()
-    identity = f"{real}\0{status.st_size}\0{status.st_mtime_ns}"
-    return hashlib.sha256(identity.encode()).hexdigest()[:8]
-
-
-# -------------------------------------------------------------------- the cache folder
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept: $KVPAGER_CACHE, or `kvpager` in the user's cache folder. Made if it
-    is not there. Where that cannot be written, a folder of the user's own among temporary files.
-
-    `BuildError` where neither can be had.
-    """
-    candidates = _cache_folders()
-    for folder in candidates:
-        if _is_usable(folder):
-            return folder
-    raise BuildError(
-        f"none of {', '.join(map(str, candidates))} is a folder that only this user can write; "
-        "set KVPAGER_CACHE to one"
-    )
-
-
-def _cache_folders() -> list[Path]:
-    """The folders that may hold libraries, best first, whether or not they are there."""
-    chosen = os.environ.get("KVPAGER_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or _home_cache()
-    candidates = [Path(tempfile.gettempdir()) / f"kvpager-{os.getuid()}"]
-    with contextlib.suppress(RuntimeError):  # ~somebody, whom nobody knows
-        if chosen:
-            candidates.insert(0, Path(chosen).expanduser())
-        elif base is not None:
-            candidates.insert(0, Path(base).expanduser() / "kvpager")
-    return candidates
-
-
-def _home_cache() -> Path | None:
-    try:
-        home = Path.home()
-    except RuntimeError:
-        return None
-    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-
-
-def _is_usable(folder: Path) -> bool:
-    """Whether `folder` can be written, and by nobody else: what is in it will be executed."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _is_private(folder) and os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
-        return False
-
-
-def _is_private(path: Path) -> bool:
-    status = path.stat(follow_symlinks=False)
-    if stat.S_ISLNK(status.st_mode):
-        status = path.stat()
-    mine = status.st_uid in (os.getuid(), 0)
-    return mine and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 # -------------------------------------------------------------------- building
@@ -204,50 +181,60 @@ class Built(NamedTuple):
 def ensure(variant: Variant, *, rebuild: bool = False) -> Built:
     """The library of `variant`: from the cache, or built now and said so on stderr.
 
-    O(1) when it is there (about a millisecond), else some seconds. `BuildError` where there is no
-    compiler and no library built before, where the compiler fails, or where nothing can be written.
+    O(1) when it is there (about a millisecond), else some seconds. `BuildError` or `OSError` where
+    none can be built (no compiler, it fails, nothing can be written) and none of the same source
+    was built before, by whatever compiler.
     """
+    if rebuild:
+        return _build(variant)
+    try:
+        return find(variant) or _build(variant, unless_there=True)
+    except (BuildError, OSError) as error:
+        other = find(variant, by_any_compiler=True)
+        if other is None:
+            raise
+        logger.info("kvpager: no new CPU kernels, %s serves: %s", other.path, error)
+        return other
+
+
+def find(variant: Variant, *, by_any_compiler: bool = False) -> Built | None:
+    """The library that the compiler at hand made before, or any compiler: perhaps one that was
+    taken away again to keep an image small. O(bytes of the library).
+
+    `BuildError` where there is no compiler at hand, or $KVPAGER_CACHE must not be trusted.
+    """
+    digest = "*" if by_any_compiler else find_compiler().digest()
+    found = cache.find(f"{_stem(variant)}{digest}.so")
+    return Built(found, variant, "found in the cache") if found else None
+
+
+def _stem(variant: Variant) -> str:
+    return f"kernels-{source_digest()}-{variant.name}-"
+
+
+def _build(variant: Variant, *, unless_there: bool = False) -> Built:
     compiler = find_compiler()
-    stem = f"kernels-{source_digest()}-{variant.name}-"
-    # Built ahead, perhaps by a compiler that was taken away again to keep an image small.
-    name = f"{stem}*.so" if compiler is None else f"{stem}{_compiler_digest(compiler)}.so"
-    found = None if rebuild else _find(name)
-    if found is not None:
-        return Built(found, variant, "found in the cache")
-    if compiler is None:
-        raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX to one")
-    path = cache_folder() / name
-    with _lock(path):
+    folder = cache.writable_folder()
+    path = folder / f"{_stem(variant)}{compiler.digest()}.so"
+    with cache.lock(path):
         # Another process may have built it while this one waited.
-        if rebuild or not _is_intact(path):
+        if not (unless_there and cache.is_intact(path)):
             _say(f"building the CPU kernels ({variant.name}) with {compiler.name}: once, some 10 s")
-            _build(compiler, variant, path)
+            _compile_to(path, compiler, variant)
+    cache.prune(folder, source_digest())
     return Built(path, variant, f"built with {compiler.name}")
 
 
-def _find(pattern: str) -> Path | None:
-    """A library that was built before. Its folder has to be private, but need not be writable."""
-    for folder in _cache_folders():
-        with contextlib.suppress(OSError):
-            if _is_private(folder):
-                for path in sorted(folder.glob(pattern)):
-                    if _is_intact(path):
-                        return path
-    return None
-
-
-def _build(compiler: Path, variant: Variant, path: Path) -> None:
-    flags = (*FLAGS, *variant.flags)
+def _compile_to(path: Path, compiler: Compiler, variant: Variant) -> None:
+    flags = (*compiler.words, *FLAGS, *variant.flags)
     errors = ""
     # A compiler without OpenMP still makes kernels, for one thread.
     for threads in (THREAD_FLAGS, ()):
-        handle, name = tempfile.mkstemp(suffix=".so.part", dir=path.parent)
-        os.close(handle)
-        part = Path(name)
+        part = cache.new_part(path)
         try:
-            errors = _compile([str(compiler), *flags, *threads, "-o", name])
+            errors = _compile([str(compiler.program), *flags, *threads, "-o", str(part)])
             if not errors:
-                _publish(part, path)
+                cache.publish(part, path)
                 return
         except OSError as error:
             raise BuildError(f"{path.parent} cannot be written: {error}") from error
@@ -273,51 +260,6 @@ def _compile(command: list[str]) -> str:
         return ""
     lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     return " | ".join(lines[:3]) or f"exit status {done.returncode}"
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Give a finished library its name; its digest first, so that it is never there without."""
-    content = part.read_bytes()
-    part.chmod(0o600)
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    digest = _digest_path(path)
-    temporary = part.with_suffix(".digest")
-    try:
-        temporary.write_text(hashlib.sha256(content).hexdigest() + "\n")
-        temporary.replace(digest)
-    finally:
-        temporary.unlink(missing_ok=True)
-    part.replace(path)
-
-
-def _digest_path(path: Path) -> Path:
-    return path.with_suffix(".so.sha256")
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether a library is there, this user's own, and byte for byte what was built. O(bytes)."""
-    try:
-        if not _is_private(path):
-            return False
-        expected = _digest_path(path).read_text().strip()
-        return hashlib.sha256(path.read_bytes()).hexdigest() == expected
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Only one process at a time. Where files cannot be locked, both build, and the last wins."""
-    try:
-        import fcntl
-
-        with path.with_suffix(".lock").open("w") as file:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-    except ImportError:
-        yield
 
 
 def _say(message: str) -> None:

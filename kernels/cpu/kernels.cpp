@@ -47,6 +47,8 @@ int checked(const AttentionArguments& a) {
 
 }  // namespace
 
+// Everything else is hidden: two variants in one process would otherwise share their scratch memory.
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Which variant this is, for the log and for tests.
@@ -89,3 +91,4 @@ int kvpager_copy_blocks(const moves::CopyArguments* arguments) try {
 } catch (const std::bad_alloc&) { return NO_MEMORY; }
 
 }
+#pragma GCC visibility pop

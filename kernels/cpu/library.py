@@ -6,7 +6,9 @@ that takes 60 us, setting forty ctypes fields one by one would be a tenth of its
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +45,8 @@ class Library:
         """Load a library that `compiler.py` built. `OSError` if it cannot be loaded."""
         # torch is imported above, so that its OpenMP runtime is the one that serves both.
         loaded = ctypes.CDLL(str(path))
+        with contextlib.suppress(OSError):  # an image's may be read-only
+            os.utime(path)  # so that the cache keeps what is in use
         self.lanes: int = loaded.kvpager_lanes()
         self.bf16_dots = bool(loaded.kvpager_bf16_dots())
         self.threaded = bool(loaded.kvpager_threaded())

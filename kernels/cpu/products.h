@@ -1,10 +1,16 @@
-// The two inner loops, in floats: dot products with keys, and weighted sums of values.
+// The two inner loops: dot products with keys, and weighted sums of values in floats.
 
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
 namespace attention {
+
+// How a kv head's dot products and sums are computed: in fp32; in bf16, where CPU, query and cache
+// have it; in int16, for int8 caches and 16-bit queries.
+enum Arithmetic { IN_FLOATS, BF16_DOTS, IN_INT16 };
 
 // Into the second cache: the first one is full of the tile at hand, and asking for it there made
 // the whole kernel half as fast.
@@ -13,55 +19,100 @@ template <class T> INLINE void prefetch(const T* from, int64_t elements) {
         __builtin_prefetch((const char*)from + byte, 0, 2);
 }
 
-// The dot products of Q query vectors with R = LANES / Q key rows, each lane its own.
-// `whole`: the dim is a multiple of STEP. A case of its own, so that sums can stay in registers.
-template <class T, int Q, bool whole>
-INLINE Floats dots(const float* queries, int64_t stride, const T* const* rows, int64_t offset,
-                   int64_t dim) {
-    constexpr int R = LANES / Q;
-    Floats sums[LANES] = {};
-    int64_t d = 0;
-    auto step = [&](auto load_row) {
-        Pair query[Q];
-        for (int q = 0; q < Q; q++)
-            query[q] = {load<Floats>(queries + q * stride + d),
-                        load<Floats>(queries + q * stride + d + LANES)};
-        for (int t = 0; t < R; t++) {
-            Pair key = load_row(rows[t] + offset + d);
-            for (int q = 0; q < Q; q++) {
-                sums[q * R + t] += query[q].first * key.first;
-                sums[q * R + t] += query[q].second * key.second;
-            }
-        }
-    };
-    for (; d + STEP <= dim; d += STEP) step([](const T* p) { return Element<T>::load_step(p); });
-    if constexpr (!whole) step([&](const T* p) { return load_part(p, dim - d); });
-    return lane_sums(sums);
+// -------------------------------------------------------------------- dot products
+//
+// Rows are read as 32-bit words: a float, or two bf16 or int16. A vector of queries holds as many
+// consecutive words of several queries as fit; the same words of a key, repeated to fill a vector,
+// meet all of them at once. So only a few lanes are left to be added up, not all of them.
+
+// Words of a row per vector. Half a vector is read as quickly as a whole one, less is not.
+template <int Q> constexpr int words_at_once() {
+    return LANES == 16 && Q == 4 ? 8 : LANES / Q;
 }
 
+// Vectors that hold `words_at_once` of all Q queries.
+template <int Q> constexpr int query_vectors() { return words_at_once<Q>() * Q / LANES; }
+
+// Where `dots` expects a word of query q.
+template <int Q> INLINE int64_t place_of_word(int64_t q, int64_t word) {
+    constexpr int WORDS = words_at_once<Q>(), VECTORS = query_vectors<Q>();
+    return (word / WORDS * VECTORS + q % VECTORS) * LANES + q / VECTORS * WORDS + word % WORDS;
+}
+
+template <Arithmetic arithmetic> INLINE auto multiply_add(Floats sum, Words query, Words key) {
+    static_assert(arithmetic != IN_INT16);
 #if HAS_BF16_DOT
-// The same by the CPU's own bf16 dot product, where the query is bf16 as well: its products are
-// exact and its sums fp32. `queries` hold the query's own 16-bit elements.
-template <int Q>
-INLINE Floats dots_bf16(const float* queries, int64_t stride, const bf16* const* rows,
-                        int64_t offset, int64_t dim) {
-    constexpr int R = LANES / Q;
-    __m512 sums[LANES];
-    for (int i = 0; i < LANES; i++) sums[i] = _mm512_setzero_ps();
-    for (int64_t d = 0; d < dim; d += STEP) {
-        __m512bh query[Q];
-        for (int q = 0; q < Q; q++)
-            query[q] = (__m512bh)load<Words>((const bf16*)(queries + q * stride) + d);
-        __mmask32 real = dim - d >= STEP ? ~0u : (1u << (dim - d)) - 1;
-        for (int t = 0; t < R; t++) {
-            __m512bh key = (__m512bh)_mm512_maskz_loadu_epi16(real, rows[t] + offset + d);
-            for (int q = 0; q < Q; q++)
-                sums[q * R + t] = _mm512_dpbf16_ps(sums[q * R + t], query[q], key);
-        }
-    }
-    return lane_sums((Floats*)sums);
+    if constexpr (arithmetic == BF16_DOTS)
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)query, (__m512bh)key);
+#endif
+    if constexpr (arithmetic == IN_FLOATS) return sum + (Floats)query * (Floats)key;
+}
+
+#if HAS_INT16_DOT
+template <Arithmetic arithmetic> INLINE Ints multiply_add(Ints sum, Words query, Words key) {
+    return add_int16_products(sum, (Ints)query, (Ints)key);
 }
 #endif
+
+// Vectors of scores that are computed together: eight sums hide what one multiplication takes.
+template <int Q> constexpr int scores_at_once() {
+    constexpr int SUMS = LANES / Q * query_vectors<Q>();
+    return SUMS < 8 ? 8 / SUMS : 1;
+}
+
+// scores[v], lane q * R + t, R = LANES / Q: the product of query q and row v * R + t. `words`: a
+// row's; T: what it is stored in, where those are not the words already.
+template <class T, int Q, Arithmetic arithmetic>
+INLINE void dots(const float* queries, const char* const* rows, int64_t words, Floats* scores) {
+    constexpr int R = LANES / Q, WORDS = words_at_once<Q>(), VECTORS = query_vectors<Q>();
+    constexpr int ROWS = R * scores_at_once<Q>();
+    constexpr bool widen = arithmetic == IN_INT16 && sizeof(T) == 1;
+    using Sum = std::conditional_t<arithmetic == IN_INT16, Ints, Floats>;
+    Sum sums[ROWS][VECTORS] = {}, folded[ROWS];
+    for (int64_t word = 0; word < words; word += WORDS) {
+        Words query[VECTORS];
+        for (int v = 0; v < VECTORS; v++) query[v] = load<Words>(queries + word * Q + v * LANES);
+        for (int t = 0; t < ROWS; t++) {
+            Words key;
+#if HAS_INT16_DOT
+            if constexpr (widen) key = repeat_widened<WORDS>((const int8_t*)rows[t] + word * 2);
+#endif
+            if constexpr (!widen) key = repeat<WORDS>(rows[t] + word * 4);
+            for (int v = 0; v < VECTORS; v++)
+                sums[t][v] = multiply_add<arithmetic>(sums[t][v], query[v], key);
+        }
+    }
+    for (int t = 0; t < ROWS; t++) {
+        folded[t] = sums[t][0];
+        if constexpr (VECTORS == 2) folded[t] = fold<R>(sums[t][0], sums[t][1]);
+    }
+    for (int v = 0; v < ROWS / R; v++)
+        scores[v] = __builtin_convertvector(run_sums<R>(folded + v * R), Floats);
+}
+
+// A row as `dots` wants it, where it is not stored so: widened, filled up with zeros.
+template <class T, Arithmetic arithmetic> INLINE void stage(const T* row, int64_t dim, char* to) {
+    constexpr int SIZE = arithmetic == IN_FLOATS ? 4 : 2;
+    for (int64_t d = 0; d < dim; d += STEP, to += STEP * SIZE) {
+        T padded[STEP] = {};
+        const T* from = row + d;
+        if (dim - d < STEP) {
+            memcpy(padded, from, (dim - d) * sizeof(T));
+            from = padded;
+        }
+        if constexpr (arithmetic == IN_FLOATS) {
+            Pair pair = Element<T>::load_step(from);
+            store(to, pair.first);
+            store(to + sizeof(Floats), pair.second);
+        }
+        if constexpr (arithmetic == BF16_DOTS) store(to, load<Words>(from));
+#if HAS_INT16_DOT
+        if constexpr (arithmetic == IN_INT16) store(to, widen_int8(from));
+#endif
+    }
+}
+
+// -------------------------------------------------------------------- weighted sums
 
 // sums[q] = sums[q] * rescale[q] + weights of q times values, for `STEPS` steps of the value's dim.
 template <class T, int Q, int STEPS, bool whole>

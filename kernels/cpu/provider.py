@@ -1,7 +1,7 @@
 """Which CPU kernels run, decided once per process: the native ones where they can be had.
 
 `KVPAGER_CPU_KERNELS` chooses: `auto` (the default: the best variant for this CPU), the name of a
-variant, or `off` for the torch twins.
+variant, or `off` for the torch twins, in capitals or not.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import os
 from kvpager.kernels import backends, reference
 from kvpager.kernels.cpu import compiler
 from kvpager.kernels.cpu.attention import PagedAttention
-from kvpager.kernels.cpu.compiler import BuildError
+from kvpager.kernels.cpu.cache import BuildError
+from kvpager.kernels.cpu.compiler import Variant
 from kvpager.kernels.cpu.library import Library
 from kvpager.kernels.cpu.moves import AppendKV, CopyBlocks, GatherKV
 
 logger = logging.getLogger("kvpager")
+
+VARIABLE = "KVPAGER_CPU_KERNELS"
 
 OPERATIONS = ("append_kv", "copy_blocks", "gather_kv", "paged_attention")
 
@@ -38,11 +41,27 @@ def register() -> None:
     backends.register("paged_attention", "cpu", PagedAttention(library), reason)
 
 
-def _load() -> tuple[Library | None, str]:
-    choice = os.environ.get("KVPAGER_CPU_KERNELS") or "auto"
+def choose() -> Variant | None:
+    """The variant that is to run, built or not; None for the twins. O(1).
+
+    `ValueError` where `KVPAGER_CPU_KERNELS` names none, or one that this CPU cannot run.
+    """
+    value = os.environ.get(VARIABLE) or "auto"
+    choice = value.lower()
     if choice == "off":
-        return None, "KVPAGER_CPU_KERNELS=off"
-    variant = compiler.variants()[0] if choice == "auto" else compiler.variant_named(choice)
+        return None
+    if choice == "auto":
+        return compiler.variants()[0]
+    try:
+        return compiler.variant_named(choice)
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}={value}: {error}; auto and off are understood, too") from None
+
+
+def _load() -> tuple[Library | None, str]:
+    variant = choose()
+    if variant is None:
+        return None, f"{VARIABLE}=off"
     built = compiler.ensure(variant)
     library = Library(built.path)
     threads = "" if library.threaded else ", one thread: the compiler has no OpenMP"

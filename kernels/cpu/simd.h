@@ -57,6 +57,31 @@ template <class Vector> INLINE void store(void* to, Vector vector) {
     memcpy(to, &vector, sizeof vector);
 }
 
+// R words from memory, again and again until the vector is full.
+template <int R> INLINE Words repeat(const void* from) {
+    if constexpr (R == LANES) return load<Words>(from);
+#if LANES == 16
+    else if constexpr (R == 8)
+        return (Words)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)from));
+    else if constexpr (R == 4)
+        return (Words)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from));
+#elif LANES == 8
+    else if constexpr (R == 4)
+        return (Words)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+#endif
+#if LANES < 16
+    else if constexpr (R == 2) {
+        int64_t two;
+        memcpy(&two, from, 8);
+        return (Words)(two - Longs{});
+    } else {
+        uint32_t one;
+        memcpy(&one, from, 4);
+        return one - Words{};
+    }
+#endif
+}
+
 template <class Vector> INLINE Floats as_floats(Vector bits) { return (Floats)bits; }
 
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -221,13 +246,31 @@ template <class T> INLINE int64_t place_of(int64_t index) {
 
 // -------------------------------------------------------------------- arithmetic
 
-// exp(x) for x <= 0 to about 2 ulp; 0 below -87.3; NaN stays NaN. Cephes' polynomial (S. Moshier).
+// 2^whole * x, where `whole` is a whole number; 0 where that is too small for a normal number.
+INLINE Floats times_power_of_two(Floats x, Floats whole) {
+#if LANES == 16
+    return (Floats)_mm512_scalef_ps((__m512)x, (__m512)whole);
+#else
+    Ints vanishes = whole < -126.0f;
+    Ints power = __builtin_convertvector(vanishes ? Floats{} : whole, Ints);
+    return x * (vanishes ? Floats{} : (Floats)((power + 127) << 23));  // NaN stays NaN
+#endif
+}
+
+INLINE Floats nearest_whole(Floats x) {
+#if LANES == 16
+    return (Floats)_mm512_roundscale_ps((__m512)x, 0);
+#else
+    return __builtin_convertvector(__builtin_convertvector(x - 0.5f, Ints), Floats);
+#endif
+}
+
+// exp(x) for x <= 0 to about 2 ulp; what is less than 1e-37 may become 0; NaN stays NaN.
+// Reduced by powers of two as in Cody & Waite; the polynomial is Cephes' (S. Moshier).
 INLINE Floats exp_nonpositive(Floats x) {
-    Floats floor_of = broadcast(-87.33654f);
-    Ints vanishes = x < floor_of;
-    x = vanishes ? floor_of : x;
-    Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
-    Floats n = __builtin_convertvector(power, Floats);
+    Floats lowest = broadcast(-104.0f);  // the exponential of less is 0 even as a subnormal number
+    x = x < lowest ? lowest : x;
+    Floats n = nearest_whole(x * 1.44269504f);
     Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
     Floats y = broadcast(1.9875691500e-4f);
     y = y * r + 1.3981999507e-3f;
@@ -235,9 +278,7 @@ INLINE Floats exp_nonpositive(Floats x) {
     y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    y = y * (Floats)((power + 127) << 23);
-    return vanishes ? Floats{} : y;
+    return times_power_of_two(y * r * r + r + 1.0f, n);
 }
 
 INLINE Floats tanh_of(Floats x) {
@@ -247,60 +288,37 @@ INLINE Floats tanh_of(Floats x) {
     return x < Floats{} ? -t : t;
 }
 
-// Three kinds of levels of a tree of sums, each two instructions and an addition: what stands in
-// the even places of both vectors plus what stands in the odd ones, a's sums first or alternating.
-template <class Vector> INLINE Vector fold_words(Vector a, Vector b) {  // in each four lanes: a, b, a, b
-    Ints low, high;
+// One level of a tree of sums: lane i gets what stands there in `a` (`b` where bit `distance` of i is
+// set) plus what stands `distance` lanes on (back). One instruction moves lanes across, the other
+// merges, which costs less.
+template <int distance, class Vector> INLINE Vector fold(Vector a, Vector b) {
+    Ints stays, comes;
     for (int lane = 0; lane < LANES; lane++) {
-        low[lane] = lane / 4 * 4 + lane % 4 / 2 + (lane % 2 ? LANES : 0);
-        high[lane] = low[lane] + 2;
+        bool of_b = lane & distance;
+        stays[lane] = of_b ? lane + LANES : lane;
+        comes[lane] = (of_b ? lane + LANES : lane) ^ distance;
     }
-    return PERMUTE(a, b, low) + PERMUTE(a, b, high);
+    return PERMUTE(a, b, stays) + PERMUTE(a, b, comes);
 }
 
-template <class Vector> INLINE Vector fold_pairs(Vector a, Vector b) {  // a, a, b, b
-    // As 64-bit elements, which compilers have one instruction for.
-    Longs low, high;
-    for (int pair = 0; pair < LANES / 2; pair++) {
-        low[pair] = pair / 2 * 2 + (pair % 2 ? LANES / 2 : 0);
-        high[pair] = low[pair] + 1;
-    }
-    return (Vector)PERMUTE((Longs)a, (Longs)b, low) + (Vector)PERMUTE((Longs)a, (Longs)b, high);
-}
-
-#if LANES > 4
-template <class Vector> INLINE Vector fold_quads(Vector a, Vector b) {  // fours of lanes: first a's, then b's
-    Ints low, high;
-    for (int lane = 0; lane < LANES; lane++) {
-        int quad = lane / 4, half = LANES / 8;
-        low[lane] = quad % half * 8 + lane % 4 + (quad / half ? LANES : 0);
-        high[lane] = low[lane] + 4;
-    }
-    return PERMUTE(a, b, low) + PERMUTE(a, b, high);
-}
-#endif
-
-// Lane i of the result is the sum of all lanes of vectors[i]: a transposing tree.
-template <class Vector> INLINE Vector lane_sums(const Vector* vectors) {
-    Vector v[LANES];  // a copy: folding in place would keep the caller's sums in memory
-    for (int i = 0; i < LANES; i++) v[i] = vectors[i];
-    for (int i = 0; i < LANES / 2; i++) v[i] = fold_words(v[2 * i], v[2 * i + 1]);
-    for (int i = 0; i < LANES / 4; i++) v[i] = fold_pairs(v[2 * i], v[2 * i + 1]);
-#if LANES > 4
-    for (int i = 0; i < LANES / 8; i++) v[i] = fold_quads(v[2 * i], v[2 * i + 1]);
-#endif
-#if LANES > 8
-    v[0] = fold_quads(v[0], v[1]);
-#endif
+// A transposing tree: lane i of each run of R lanes is the sum of that run in vectors[i].
+template <int R, class Vector> INLINE Vector run_sums(const Vector* vectors) {
+    Vector v[R];  // a copy: folding in place would keep the caller's sums in memory
+    for (int i = 0; i < R; i++) v[i] = vectors[i];
+    if constexpr (R > 1) for (int i = 0; i < R / 2; i++) v[i] = fold<1>(v[2 * i], v[2 * i + 1]);
+    if constexpr (R > 2) for (int i = 0; i < R / 4; i++) v[i] = fold<2>(v[2 * i], v[2 * i + 1]);
+    if constexpr (R > 4) for (int i = 0; i < R / 8; i++) v[i] = fold<4>(v[2 * i], v[2 * i + 1]);
+    if constexpr (R > 8) v[0] = fold<8>(v[0], v[1]);
     return v[0];
 }
 
 // In each run of `width` lanes: the maximum (or sum) of the run, in all of its lanes.
-template <int width, class Combine> INLINE Floats over_runs(Floats x, Combine combine) {
-    for (int distance = 1; distance < width; distance *= 2) {
+template <int width, int distance = 1, class Combine>
+INLINE Floats over_runs(Floats x, Combine combine) {
+    if constexpr (distance < width) {
         Ints partner;
         for (int lane = 0; lane < LANES; lane++) partner[lane] = lane ^ distance;
-        x = combine(x, PERMUTE(x, x, partner));
+        return over_runs<width, 2 * distance>(combine(x, PERMUTE(x, x, partner)), combine);
     }
     return x;
 }
@@ -326,11 +344,29 @@ INLINE Ints widen_int8(const int8_t* p) {
 #endif
 }
 
-// Two rows of 2 * LANES int8, as int16, element beside element. On AVX-512, `first` holds the
-// elements 0-7 and 16-23, `second` 8-15 and 24-31; `in_order` undoes that.
+// As `repeat`, of R words of two int16 each that are stored as int8.
+template <int R> INLINE Words repeat_widened(const int8_t* from) {
+#if LANES == 16
+    __m256i bytes;
+    if constexpr (R == 16) bytes = _mm256_loadu_si256((const __m256i*)from);
+    else if constexpr (R == 8)
+        bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+    else bytes = _mm256_set1_epi64x(load<int64_t>(from));
+    return (Words)_mm512_cvtepi8_epi16(bytes);
+#else
+    __m128i bytes;
+    if constexpr (R == 8) bytes = _mm_loadu_si128((const __m128i*)from);
+    else if constexpr (R == 4) bytes = _mm_set1_epi64x(load<int64_t>(from));
+    else bytes = _mm_set1_epi32(load<int32_t>(from));
+    return (Words)_mm256_cvtepi8_epi16(bytes);
+#endif
+}
+
+// Two rows of 2 * LANES elements, element beside element: `first` gets the first half of the
+// elements in each 128 bits (of each row as it is stored), `second` the other half.
 struct IntPair { Ints first, second; };
 
-INLINE IntPair interleave_int8(const int8_t* a, const int8_t* b) {
+INLINE IntPair interleave(const int8_t* a, const int8_t* b) {
 #if LANES == 16
     __m256i x = _mm256_loadu_si256((const __m256i*)a), y = _mm256_loadu_si256((const __m256i*)b);
     return {(Ints)_mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(x, y)),
@@ -339,19 +375,6 @@ INLINE IntPair interleave_int8(const int8_t* a, const int8_t* b) {
     __m128i x = _mm_loadu_si128((const __m128i*)a), y = _mm_loadu_si128((const __m128i*)b);
     return {(Ints)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y)),
             (Ints)_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(x, y))};
-#endif
-}
-
-INLINE Pair in_order(Floats first, Floats second) {
-#if LANES == 16
-    Ints low, high;
-    for (int lane = 0; lane < LANES; lane++) {
-        low[lane] = lane % 8 + (lane / 8 ? LANES : 0);
-        high[lane] = low[lane] + 8;
-    }
-    return {PERMUTE(first, second, low), PERMUTE(first, second, high)};
-#else
-    return {first, second};
 #endif
 }
 

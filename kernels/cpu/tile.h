@@ -11,24 +11,31 @@ namespace attention {
 
 inline int64_t padded(int64_t dim) { return (dim + STEP - 1) / STEP * STEP; }
 
+// Rows that `dots` takes at once, at most.
+constexpr int ROWS_STAGED = LANES < 8 ? 8 : LANES;
+
 // What one thread needs; grown as needed and kept for its next call.
 struct Scratch {
     std::vector<float> memory;
     float *queries, *sums, *highest, *totals, *bias, *units;
+    char* staged;  // rows for `dots`
 
     void prepare(const AttentionArguments& a, int64_t vectors) {
         int64_t heads = a.kv_heads * vectors, bias_rows = a.query_heads * vectors;
         int64_t sizes[] = {heads * padded(a.head_dim), heads * padded(a.value_dim), heads * LANES,
-                           heads * LANES, bias_rows * TILE_MOST, heads};
-        float** parts[] = {&queries, &sums, &highest, &totals, &bias, &units};
+                           heads * LANES, bias_rows * TILE_MOST, heads * LANES,
+                           ROWS_STAGED * padded(a.head_dim)};
+        float* rows;
+        float** parts[] = {&queries, &sums, &highest, &totals, &bias, &units, &rows};
         int64_t total = 16;
         for (int64_t size : sizes) total += (size + 15) / 16 * 16;
         if (int64_t(memory.size()) < total) memory.resize(total);
         float* next = (float*)((uintptr_t(memory.data()) + 63) / 64 * 64);
-        for (int part = 0; part < 6; part++) {
+        for (int part = 0; part < 7; part++) {
             *parts[part] = next;
             next += (sizes[part] + 15) / 16 * 16;
         }
+        staged = (char*)rows;
     }
 };
 

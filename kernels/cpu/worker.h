@@ -2,11 +2,8 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "masks.h"
-#include "products.h"
-#include "products_int16.h"
+#include "pairs.h"
 #include "tile.h"
 
 namespace attention {
@@ -16,9 +13,6 @@ struct Group {
     int64_t kv_head;
     int64_t vector;  // the first of the group, among the task's query vectors of this kv head
 };
-
-// How a kv head's dot products and sums are computed.
-enum Arithmetic { IN_FLOATS, BF16_DOTS, IN_INT16 };
 
 template <class T, Arithmetic arithmetic> struct Worker {
     static constexpr int TILE = tile_of<T>();
@@ -31,8 +25,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
     int64_t heads_per_kv = 0;
     int64_t query_stride = 0, sum_stride = 0;
     int64_t kv_len = 0;
-    // Of the tile and the kv head at hand; a vector may be read from any token on.
-    float key_scales[TILE + LANES] = {}, value_scales[TILE + LANES] = {};
+    float key_scales[TILE], value_scales[TILE];  // of the tile and the kv head at hand
     Tile<T> tiles[2] = {};
     Tile<T> *tile = nullptr, *next = nullptr;
     enum { NOTHING, RANGES, BIAS } hiding = NOTHING;
@@ -81,30 +74,65 @@ template <class T, Arithmetic arithmetic> struct Worker {
         return scratch.sums + (kv_head * vectors + vector) * sum_stride;
     }
 
+    // Whether `dots` can read keys where they are. Otherwise they are staged.
+    template <int Q> bool is_direct() const {
+        constexpr bool readable = arithmetic != IN_FLOATS || std::is_same_v<T, float>;
+        int64_t elements = words_at_once<Q>() * (arithmetic == IN_FLOATS ? 1 : 2);
+        return readable && a.head_dim % elements == 0;
+    }
+
+    // 32-bit words of a row in `dots`.
+    int64_t words(bool direct) const {
+        int64_t elements = direct ? a.head_dim : padded(a.head_dim);
+        return arithmetic == IN_FLOATS ? elements : elements / 2;
+    }
+
     void begin() {
-        for (int64_t head = 0; head < a.kv_heads; head++)
-            for (int64_t vector = 0; vector < vectors; vector++) {
-                int64_t token = task.first_query + vector / heads_per_kv;
-                int64_t query_head = head * heads_per_kv + vector % heads_per_kv;
-                int64_t offset = token * a.query_token + query_head * a.query_head;
-                float* to = query_of(head, vector);
-                memset(to, 0, query_stride * sizeof(float));
-                if (arithmetic == BF16_DOTS) {
-                    memcpy(to, (const bf16*)a.query + offset, a.head_dim * sizeof(bf16));
-                } else if (arithmetic == IN_INT16) {
-                    scratch.units[head * vectors + vector] = begin_int16((int16_t*)to, offset);
-                } else {
-                    for (int64_t d = 0; d < a.head_dim; d++)
-                        to[place_of<T>(d)] = a.element(a.query, offset + d);
-                }
-                memset(sums_of(head, vector), 0, sum_stride * sizeof(float));
-            }
-        // Highest scores and sums of weights are kept as vectors, one per group, lanes as in scores.
+        memset(scratch.queries, 0, a.kv_heads * vectors * query_stride * sizeof(float));
+        memset(scratch.sums, 0, a.kv_heads * vectors * sum_stride * sizeof(float));
         for (int64_t head = 0; head < a.kv_heads; head++)
             each_group(head, [&](auto size, Group group) { begin_group<size()>(group); });
     }
 
-    // The query as int16; returns what 1 stands for.
+    // The queries of a group word by word, as `dots` reads them; highest scores and sums of weights
+    // as vectors, lanes as in scores.
+    template <int Q> void begin_group(Group group) {
+        constexpr int R = LANES / Q;
+        float* queries = query_of(group.kv_head, group.vector);
+        float* highest = state_of(scratch.highest, group);
+        float* total = state_of(scratch.totals, group);
+        int64_t query_words = words(is_direct<Q>());
+        for (int q = 0; q < Q; q++) {
+            int64_t vector = group.vector + q;
+            int64_t token = task.first_query + vector / heads_per_kv;
+            int64_t head = group.kv_head * heads_per_kv + vector % heads_per_kv;
+            float* row = (float*)scratch.staged;
+            float unit = begin_query(row, token * a.query_token + head * a.query_head);
+            for (int64_t word = 0; word < query_words; word++)
+                memcpy(queries + place_of_word<Q>(q, word), row + word, 4);
+            for (int lane = q * R; lane < q * R + R; lane++) {
+                state_of(scratch.units, group)[lane] = unit * a.scale;
+                highest[lane] = LOWEST;
+                total[lane] = 0;
+                if (!a.sinks || !task.with_sink) continue;
+                highest[lane] = std::max(a.sinks[head], LOWEST);
+                total[lane] = lane % R == 0;  // lanes of a query are added up at the end
+            }
+        }
+    }
+
+    // One query as a row of words; returns what a 1 in it stands for.
+    float begin_query(float* row, int64_t offset) {
+        memset(row, 0, query_stride * sizeof(float));
+        if (arithmetic == IN_INT16) return begin_int16((int16_t*)row, offset);
+        if (arithmetic == BF16_DOTS)
+            memcpy(row, (const bf16*)a.query + offset, a.head_dim * sizeof(bf16));
+        else
+            for (int64_t d = 0; d < a.head_dim; d++)
+                row[place_of<T>(d)] = a.element(a.query, offset + d);
+        return 1;
+    }
+
     float begin_int16(int16_t* to, int64_t offset) {
         float most = 0;
         for (int64_t d = 0; d < a.head_dim; d++)
@@ -117,21 +145,6 @@ template <class T, Arithmetic arithmetic> struct Worker {
             to[d] = unit >= 0x1p-126f ? int16_t(std::nearbyint(x / unit)) : 0;
         }
         return unit;
-    }
-
-    template <int Q> void begin_group(Group group) {
-        constexpr int R = LANES / Q;
-        float* highest = state_of(scratch.highest, group);
-        float* total = state_of(scratch.totals, group);
-        for (int lane = 0; lane < LANES; lane++) {
-            highest[lane] = LOWEST;
-            total[lane] = 0;
-            if (!a.sinks || !task.with_sink) continue;
-            int64_t vector = group.vector + lane / R;
-            int64_t head = group.kv_head * heads_per_kv + vector % heads_per_kv;
-            highest[lane] = std::max(a.sinks[head], LOWEST);
-            total[lane] = lane % R == 0;  // lanes of a query are added up at the end
-        }
     }
 
     float* state_of(float* states, Group group) {
@@ -152,15 +165,23 @@ template <class T, Arithmetic arithmetic> struct Worker {
                 float share = total[q * R] == 0 ? 0 : 1 / total[q * R];
                 int64_t at = (token * a.query_heads + head) * a.value_dim;
                 for (int64_t d = 0; d < a.value_dim; d++)
-                    a.put(at + d, sums[place_of<T>(d)] * share);
+                    a.put(at + d, sums[sum_place(d)] * share);
             } else {
                 int64_t query = task.partial + token - task.first_query;
                 float* to = a.partials + (query * a.query_heads + head) * (a.value_dim + 2);
                 to[0] = highest[q * R];
                 to[1] = total[q * R];
-                for (int64_t d = 0; d < a.value_dim; d++) to[2 + d] = sums[place_of<T>(d)];
+                for (int64_t d = 0; d < a.value_dim; d++) to[2 + d] = sums[sum_place(d)];
             }
         }
+    }
+
+    // Where element `d` stands in the sums: two tokens at a time were interleaved in 128 bits.
+    static int64_t sum_place(int64_t d) {
+        if (arithmetic == IN_FLOATS) return place_of<T>(d);
+        constexpr int64_t HALF = 8 / sizeof(T);
+        int64_t within = d % STEP;
+        return d - within + within / HALF % 2 * LANES + within / (2 * HALF) * HALF + within % HALF;
     }
 
     // ---------------------------------------------------------------- a tile
@@ -202,94 +223,106 @@ template <class T, Arithmetic arithmetic> struct Worker {
 
     template <int Q> __attribute__((noinline)) void attend(Group group) {
         constexpr int R = LANES / Q, VECTORS = TILE / R;
-        alignas(64) float weights[VECTORS * LANES];
-        alignas(64) float rescale[LANES];
-        int64_t key_offset = group.kv_head * a.key_head;
-        int64_t value_offset = group.kv_head * a.value_head;
-        bool whole = a.head_dim % STEP == 0;
-        float* highest = state_of(scratch.highest, group);
-        float* totals = state_of(scratch.totals, group);
-
-        Floats units = broadcast(1);
-        if constexpr (arithmetic == IN_INT16)
-            for (int lane = 0; lane < LANES; lane++)
-                units[lane] = scratch.units[group.kv_head * vectors + group.vector + lane / R];
         // The first group of a kv head asks memory for the next tile's part of that head.
         bool first = group.vector == 0 && next->count;
+        Floats scores[VECTORS];
+        score<Q>(group, scores, first);
 
-        Floats scores[VECTORS], most = load<Floats>(highest);
-        for (int v = 0; v < VECTORS; v++) {
-            if (first) prefetch_keys<R>(v * R, key_offset);
-            scores[v] = whole ? dot_products<Q, true>(group, v * R) : dot_products<Q, false>(group, v * R);
-            if constexpr (arithmetic == IN_INT16) scores[v] *= units;
-            scores[v] *= a.scale;
-            if (a.key_scales) scores[v] *= repeated<R>(key_scales + v * R);
-            if (a.softcap > 0) scores[v] = tanh_of(scores[v] * (1 / a.softcap)) * a.softcap;
-            if (hiding != NOTHING) scores[v] = hidden<Q>(scores[v], group, v * R);
-            most = larger(most, scores[v]);
-        }
+        float* highest = state_of(scratch.highest, group);
+        float* totals = state_of(scratch.totals, group);
+        Floats before = load<Floats>(highest), most = before;
+        for (int v = 0; v < VECTORS; v++) most = larger(most, scores[v]);
         most = over_runs<R>(most, larger);
-        Floats shrink = exp_nonpositive(load<Floats>(highest) - most);
+        Floats shrink = exp_nonpositive(before - most);
         Floats total = load<Floats>(totals) * shrink;
         for (int v = 0; v < VECTORS; v++) {
-            Floats weight = exp_nonpositive(scores[v] - most);
-            total += weight;
-            if (a.value_scales) weight *= repeated<R>(value_scales + v * R);
-            store(weights + v * LANES, weight);
+            scores[v] = exp_nonpositive(scores[v] - most);
+            total += scores[v];
+            if (a.value_scales) scores[v] *= (Floats)repeat<R>(value_scales + v * R);
         }
         store(highest, most);
         store(totals, total);
+        sum<Q>(group, scores, shrink, first);
+    }
+
+    template <int Q> INLINE_MEMBER void score(Group group, Floats* scores, bool first) {
+        constexpr int R = LANES / Q, VECTORS = TILE / R;
+        if (is_direct<Q>()) score_rows<Q, true>(group, scores, first);
+        else score_rows<Q, false>(group, scores, first);
+        Floats units = load<Floats>(state_of(scratch.units, group));
+        for (int v = 0; v < VECTORS; v++) {
+            scores[v] *= units;
+            if (a.key_scales) scores[v] *= (Floats)repeat<R>(key_scales + v * R);
+        }
+        if (a.softcap > 0)
+            for (int v = 0; v < VECTORS; v++)
+                scores[v] = tanh_of(scores[v] * (1 / a.softcap)) * a.softcap;
+        if (hiding != NOTHING)
+            for (int v = 0; v < VECTORS; v++) scores[v] = hidden<Q>(scores[v], group, v * R);
+    }
+
+    template <int Q, bool direct>
+    INLINE_MEMBER void score_rows(Group group, Floats* scores, bool first) {
+        constexpr int R = LANES / Q, ROWS = R * scores_at_once<Q>();
+        const float* queries = query_of(group.kv_head, group.vector);
+        int64_t offset = group.kv_head * a.key_head, length = words(direct);
+        for (int from = 0; from < TILE; from += ROWS) {
+            const char* rows[ROWS];
+            if (first)
+                for (int t = 0; t < ROWS; t++) prefetch(next->keys[from + t] + offset, a.head_dim);
+            for (int t = 0; t < ROWS; t++) {
+                const T* key = tile->keys[from + t] + offset;
+                rows[t] = direct ? (const char*)key : scratch.staged + t * query_stride * 4;
+                if (!direct) stage<T, arithmetic>(key, a.head_dim, (char*)rows[t]);
+            }
+            using Stored = std::conditional_t<direct, T, Words>;
+            dots<Stored, Q, arithmetic>(queries, rows, length, scores + from / R);
+        }
+    }
+
+    template <int Q>
+    INLINE_MEMBER void sum(Group group, const Floats* weights, Floats shrink, bool first) {
+        constexpr int R = LANES / Q, VECTORS = TILE / R;
+        int64_t offset = group.kv_head * a.value_head;
+        float* sums = sums_of(group.kv_head, group.vector);
+        const T* const* ahead = first ? next->values : nullptr;
+        alignas(64) float rescale[LANES], unit[LANES];
         store(rescale, shrink);
+        if constexpr (arithmetic == IN_FLOATS) {
+            accumulate<T, Q>((const float*)weights, rescale, tile->values, offset, tile->count,
+                             sums, sum_stride, a.value_dim, ahead);
 #if HAS_INT16_DOT
-        if constexpr (arithmetic == IN_INT16) {
-            sum_int16<Q>(group, weights, rescale, value_offset, first);
-            return;
+        } else {
+            alignas(64) int16_t rounded[VECTORS * LANES];
+            store(unit, round_weights<R, VECTORS>(weights, rounded));
+            accumulate_pairs<T, Q>(rounded, unit, rescale, tile->values, offset, a.value_dim,
+                                   tile->count, sums, sum_stride, ahead);
+#endif
+        }
+    }
+
+#if HAS_INT16_DOT
+    // Weights as pairs are multiplied with; returns what 1 stands for, for each query.
+    template <int R, int VECTORS>
+    INLINE_MEMBER Floats round_weights(const Floats* weights, int16_t* rounded) {
+#if HAS_BF16_DOT
+        if constexpr (arithmetic == BF16_DOTS) {
+            for (int v = 0; v < VECTORS; v++)
+                store(rounded + v * LANES, _mm512_cvtneps_pbh((__m512)weights[v]));
+            return broadcast(1);
         }
 #endif
-        accumulate<T, Q>(weights, rescale, tile->values, value_offset, tile->count,
-                         sums_of(group.kv_head, group.vector), sum_stride, a.value_dim,
-                         first ? next->values : nullptr);
-    }
-
-    template <int Q, bool whole> INLINE_MEMBER Floats dot_products(Group group, int from) {
-        const float* query = query_of(group.kv_head, group.vector);
-        int64_t offset = group.kv_head * a.key_head;
-        const T* const* rows = tile->keys + from;
-#if HAS_BF16_DOT
-        if constexpr (arithmetic == BF16_DOTS)
-            return dots_bf16<Q>(query, query_stride, rows, offset, a.head_dim);
-#endif
-#if HAS_INT16_DOT
-        if constexpr (arithmetic == IN_INT16)
-            return dots_int16<Q, whole>((const int16_t*)query, 2 * query_stride, rows, offset,
-                                        a.head_dim);
-#endif
-        if constexpr (arithmetic == IN_FLOATS)
-            return dots<T, Q, whole>(query, query_stride, rows, offset, a.head_dim);
-    }
-
-#if HAS_INT16_DOT
-    template <int Q> void sum_int16(Group group, const float* weights, const float* rescale,
-                                    int64_t value_offset, bool first) {
-        constexpr int R = LANES / Q, VECTORS = TILE / R;
-        alignas(64) int16_t rounded[VECTORS * LANES];
-        alignas(64) float unit[LANES];
         Floats most = broadcast(0), fault = broadcast(0);
         for (int v = 0; v < VECTORS; v++) {
-            Floats weight = load<Floats>(weights + v * LANES);
-            most = larger(most, weight);
-            fault += weight * 0.0f;  // NaN as soon as one is not finite, which `larger` forgets
+            most = larger(most, weights[v]);
+            fault += weights[v] * 0.0f;  // NaN as soon as one is not finite: `larger` forgets it
         }
         most = over_runs<R>(most, larger);
         fault = over_runs<R>(fault, [](Floats x, Floats y) { return x + y; });
         Floats inverse = INT16_MOST / most;  // infinite where all weights are tiny or none
         inverse = inverse > -LOWEST ? broadcast(-LOWEST) : inverse;
-        for (int v = 0; v < VECTORS; v++)
-            store_int16(rounded + v * LANES, load<Floats>(weights + v * LANES) * inverse);
-        store(unit, 1.0f / inverse + fault);
-        accumulate_int16<Q>(rounded, unit, rescale, tile->values, value_offset, tile->count,
-                            sums_of(group.kv_head, group.vector), sum_stride, a.value_dim,
-                            first ? next->values : nullptr);
+        for (int v = 0; v < VECTORS; v++) store_int16(rounded + v * LANES, weights[v] * inverse);
+        return 1.0f / inverse + fault;
     }
 #endif
 
@@ -299,14 +332,6 @@ template <class T, Arithmetic arithmetic> struct Worker {
             key_scales[i] = tile->key_scales[i][kv_head * a.scale_head];
             value_scales[i] = tile->value_scales[i][kv_head * a.scale_head];
         }
-    }
-
-    // The scales of the R tokens from `scales` on, repeated for each query of the group.
-    template <int R> Floats repeated(const float* scales) {
-        Ints token;
-        for (int lane = 0; lane < LANES; lane++) token[lane] = lane % R;
-        Floats vector = load<Floats>(scales);
-        return PERMUTE(vector, vector, token);
     }
 
     // Scores of tokens `from` on with the mask's bias added, and -inf where a query may not look.
@@ -332,10 +357,6 @@ template <class T, Arithmetic arithmetic> struct Worker {
         }
         Floats added = load<Floats>(bias);
         return added == lowest ? lowest : scores + added;
-    }
-
-    template <int R> void prefetch_keys(int from, int64_t offset) {
-        for (int t = from; t < from + R; t++) prefetch(next->keys[t] + offset, a.head_dim);
     }
 };
 
