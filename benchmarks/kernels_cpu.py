@@ -56,6 +56,9 @@ CACHED_BYTES = 1 << 20  # per layer; measured out of the caches, too
 
 # Does the work of one item of a rotation.
 Form = Callable[[int], Any]
+# Beside BLOCK_SIZE: vLLM's operator, too, runs with the block size that suits it.
+LARGE_BLOCK_SIZE = 128
+LARGE = f"kvpager_{LARGE_BLOCK_SIZE}"
 TORCH_FORMS = ("sdpa_enable_gqa", "sdpa_grouped", "matmul_softmax_matmul")
 
 
@@ -122,7 +125,9 @@ def decode(
 ) -> None:
     """One case: from memory, and for a small one from the caches too."""
     rotation = Rotation(case)
-    forms: dict[str, Form] = {"kvpager": rotation.attend} | torch_forms(rotation)
+    forms: dict[str, Form] = {"kvpager": rotation.attend}
+    forms[LARGE] = Rotation(case, block_size=LARGE_BLOCK_SIZE).attend
+    forms |= torch_forms(rotation)
     block_size = 0
     if settings.vllm:
         block_size, forms["vllm"] = vllm_form(rotation, settings)
@@ -138,9 +143,10 @@ def decode(
     reads = [seconds * len(every) / memory.num_bytes for seconds in times.pop("read")]
     _report(case.name, lines, times, block_size)
     if case.kv_bytes > timing.cache_bytes(2):
-        steps = [seconds / case.kv_bytes for seconds in times["kvpager"]]
-        fraction = statistics.median(a / b for a, b in zip(reads, steps, strict=True))
-        lines.add(f"{case.name}_of_read_bandwidth", fraction, "fraction")
+        for form in ("kvpager", LARGE):
+            steps = [seconds / case.kv_bytes for seconds in times[form]]
+            fraction = statistics.median(a / b for a, b in zip(reads, steps, strict=True))
+            lines.add(f"{case.name}_of_read_bandwidth{suffix(form)}", fraction, "fraction")
     if case.kv_bytes <= CACHED_BYTES:
         times = _turns(forms, [0] * len(every), settings)
         _report(f"cached_{case.name}", lines, times, block_size)
@@ -162,10 +168,17 @@ def _report(name: str, lines: timing.Lines, times: timing.Times, block_size: int
     medians = {form: round(statistics.median(each) * 1e6, 1) for form, each in times.items()}
     quickest = timing.best(times, TORCH_FORMS)
     lines.add(f"{name}_us", medians["kvpager"], "us", peers_us=medians, block_size=BLOCK_SIZE)
-    lines.add(f"{name}_vs_torch", timing.ratio(times, quickest, "kvpager"), "ratio", peer=quickest)
-    if "vllm" in times:
-        by = timing.ratio(times, "vllm", "kvpager")
-        lines.add(f"{name}_vs_vllm", by, "ratio", peer_block_size=block_size)
+    for form in ("kvpager", LARGE):
+        by = timing.ratio(times, quickest, form)
+        lines.add(f"{name}_vs_torch{suffix(form)}", by, "ratio", peer=quickest)
+        if "vllm" in times:
+            by = timing.ratio(times, "vllm", form)
+            lines.add(f"{name}_vs_vllm{suffix(form)}", by, "ratio", peer_block_size=block_size)
+
+
+def suffix(form: str) -> str:
+    """What sets the lines of larger blocks apart."""
+    return f"_blocks_of_{LARGE_BLOCK_SIZE}" if form == LARGE else ""
 
 
 def decode_cases(settings: Settings) -> list[Case]:
@@ -175,23 +188,25 @@ def decode_cases(settings: Settings) -> list[Case]:
 
 
 def summary(lines: timing.Lines) -> None:
-    """The least ratio of all cases that read from memory, and the geometric mean."""
-    for peer in ("torch", "vllm"):
-        ratios = [
-            line["value"]
-            for line in lines.kept
-            if line["name"].startswith("decode_") and line["name"].endswith(f"_vs_{peer}")
+    """The least ratio of all cases that read from memory, and the middle one."""
+
+    def values(what: str) -> list[float]:
+        names = ((line["name"], line["value"]) for line in lines.kept)
+        return [
+            value for name, value in names if name.startswith("decode_") and name.endswith(what)
         ]
-        if ratios:
-            count = len(ratios)
-            lines.add(f"all_decode_vs_{peer}_min", min(ratios), "ratio", cases=count)
-            mean = timing.geometric_mean(ratios)
-            lines.add(f"all_decode_vs_{peer}_geomean", mean, "ratio", cases=count)
-    fractions = [x["value"] for x in lines.kept if x["name"].endswith("_of_read_bandwidth")]
-    if fractions:
-        lines.add("all_decode_of_read_bandwidth_min", min(fractions), "fraction")
-        middle = statistics.median(fractions)
-        lines.add("all_decode_of_read_bandwidth_median", middle, "fraction")
+
+    for form in ("kvpager", LARGE):
+        for peer in ("torch", "vllm"):
+            what = f"_vs_{peer}{suffix(form)}"
+            if ratios := values(what):
+                lines.add(f"all_decode{what}_min", min(ratios), "ratio", cases=len(ratios))
+                mean = timing.geometric_mean(ratios)
+                lines.add(f"all_decode{what}_geomean", mean, "ratio", cases=len(ratios))
+        what = f"_of_read_bandwidth{suffix(form)}"
+        if fractions := values(what):
+            lines.add(f"all_decode{what}_min", min(fractions), "fraction")
+            lines.add(f"all_decode{what}_median", statistics.median(fractions), "fraction")
 
 
 # -------------------------------------------------------------------- beside a growing cache
@@ -269,15 +284,22 @@ def appends(tokens: int, name: str, lines: timing.Lines, settings: Settings) -> 
         flat[layer, 0].index_copy_(0, slots, key)
         flat[layer, 1].index_copy_(0, slots, value)
 
+    def contiguous(layer: int) -> None:
+        """As many bytes, one after the other: what writing alone costs."""
+        flat[layer, 0, :tokens] = key
+        flat[layer, 1, :tokens] = value
+
     ours(0)
     where = (slots // BLOCK_SIZE, slots % BLOCK_SIZE)
     if not all(map(torch.equal, (c[where] for c in storage.layer(0)), (key, value))):
         raise SystemExit(f"{name}: what was written cannot be read back")
     items = list(range(COPY_LAYERS)) * max(1, 512 // tokens)
-    times = _turns({"kvpager": ours, "index_copy": theirs}, items, settings)
+    forms = {"kvpager": ours, "index_copy": theirs, "contiguous_copy": contiguous}
+    times = _turns(forms, items, settings)
     for form, each in times.items():
         lines.add(f"{name}_{form}_us", statistics.median(each) * 1e6, "us")
-    lines.add(f"{name}_vs_index_copy", timing.ratio(times, "index_copy", "kvpager"), "ratio")
+    for peer in ("index_copy", "contiguous_copy"):
+        lines.add(f"{name}_vs_{peer}", timing.ratio(times, peer, "kvpager"), "ratio")
 
 
 def block_copies(pairs: int, name: str, lines: timing.Lines, settings: Settings) -> None:
@@ -329,7 +351,9 @@ def suites(
     length = 2048 if settings.quick else 8192
     others: list[tuple[str, Callable[..., None], object]] = [
         (f"step_bf16_d128_b8_{length // 1024}k", growing, Case("bf16", 128, 8, length)),
+        (f"step_bf16_d64_b8_{length // 1024}k", growing, Case("bf16", 64, 8, length)),
         (f"step_fp32_d64_b8_{length // 1024}k", growing, Case("fp32", 64, 8, length)),
+        (f"step_fp32_d128_b8_{length // 1024}k", growing, Case("fp32", 128, 8, length)),
         (f"int8_d128_b8_{length // 1024}k", eight_bits, Case("bf16", 128, 8, length)),
         ("int8_d64_b1_2k", eight_bits, Case("bf16", 64, 1, 2048)),
         ("append_512", appends, 512),

@@ -49,7 +49,13 @@ class Case(NamedTuple):
 class Rotation:
     """Keys and values of many layers and batches, contiguous and in blocks."""
 
-    def __init__(self, case: Case, kv_dtype: str | None = None, room: int = 0) -> None:
+    def __init__(
+        self,
+        case: Case,
+        kv_dtype: str | None = None,
+        room: int = 0,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
         """`room`: slots per row beyond `case.length`."""
         self.case = case
         dtype = DTYPES[case.dtype]
@@ -61,10 +67,10 @@ class Rotation:
             for _ in range(case.num_items)
         ]
         batches = -(-case.num_items // LAYERS)
-        columns = -(-(case.length + room) // BLOCK_SIZE)
+        columns = -(-(case.length + room) // block_size)
         layer = (KV_HEADS, case.head_dim, case.head_dim)
         self.storage = BlockStorage(
-            batches * case.rows * columns, BLOCK_SIZE, [layer] * LAYERS, dtype=dtype,
+            batches * case.rows * columns, block_size, [layer] * LAYERS, dtype=dtype,
             kv_dtype=kv_dtype,
         )  # fmt: skip
         # A pool that has been in use for a while hands out blocks in no order.
@@ -82,7 +88,8 @@ class Rotation:
 
     def _fill(self, item: int) -> None:
         layer, tables = self.place(item)
-        slots = token_slots(tables, torch.arange(self.case.length)).flatten()
+        positions = torch.arange(self.case.length)
+        slots = token_slots(tables, positions, self.storage.block_size).flatten()
         keys, values = (packed(each) for each in self.pairs[item])
         append_kv(
             keys, values, *self.storage.layer(layer), slots, scales=self.storage.scales(layer)
@@ -108,9 +115,9 @@ def packed(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
-def token_slots(tables: Tensor, positions: Tensor) -> Tensor:
+def token_slots(tables: Tensor, positions: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
     """int64 [rows, positions]."""
-    return tables.long()[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    return tables.long()[:, positions // block_size] * block_size + positions % block_size
 
 
 def require_close(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:

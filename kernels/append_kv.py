@@ -53,7 +53,9 @@ def append_kv(
     Memory Management for LLM Serving with PagedAttention").
     """
     tensors = (key, value, key_cache, value_cache, slots)
-    _fitting.check(layout_of(*tensors), layout_of_scales(scales), lambda: _check(*tensors, scales))
+    _fitting.check(
+        layout_of(*tensors), (layout_of_scales(scales),), lambda: _check(*tensors, scales)
+    )
     if debug.enabled():
         debug.check_slots(slots, key_cache)
     select("append_kv", key_cache.device)(key, value, key_cache, value_cache, slots, scales=scales)

@@ -33,13 +33,22 @@ class Fitting:
         self._layouts: set[Hashable] = set()
 
     def check(
-        self, layout: tuple[object, ...] | None, options: Hashable, check: Callable[[], None]
+        self,
+        layout: tuple[object, ...] | None,
+        options: tuple[object, ...],
+        check: Callable[[], None],
     ) -> None:
         """Run `check`, which raises or not, unless it passed for these before. O(1)."""
-        key = (layout, options)
-        if layout is not None and key in self._layouts:
-            return
+        # With their types: 3 and 3.0 and True are one key otherwise.
+        key = (layout, options, tuple(map(type, options)))
+        try:
+            if layout is not None and key in self._layouts:
+                return
+        except TypeError:  # what cannot be hashed is no option, as the check will say
+            layout = None
         check()
+        if layout is None:
+            return
         if len(self._layouts) >= _LAYOUTS_MAX:  # tables grow, so there is always a new one
             self._layouts.clear()
         self._layouts.add(key)
@@ -155,7 +164,7 @@ def wrong_length(row: int, length: int, room: int) -> ValueError:
 def require_tensors(**tensors: object) -> None:
     """`TypeError` for what is no tensor: NumPy arrays, as a manager makes them, above all."""
     for name, value in tensors.items():
-        if value is None or isinstance(value, Tensor):
+        if isinstance(value, Tensor):
             continue
         kind = type(value)
         shown = f"{kind.__module__}.{kind.__name__}".removeprefix("builtins.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 
 import torch
@@ -96,8 +97,8 @@ def paged_attention(
     options = (query_starts, kv_starts, sinks, mask)
     _fitting.check(
         layout_of(*tensors, *options),
-        (layout_of_scales(scales), scale, window, softcap),
-        lambda: _check(*tensors, *options, scales, scale, window, softcap),
+        (layout_of_scales(scales), scale, causal, window, softcap),
+        lambda: _check(*tensors, *options, scales, scale, causal, window, softcap),
     )
     if debug.enabled():
         debug.check_rows(block_tables, kv_lens, key_cache)
@@ -134,35 +135,37 @@ def _check(
     mask: Tensor | None,
     scales: tuple[Tensor, Tensor] | None,
     scale: float | None,
+    causal: bool,
     window: int | None,
     softcap: float | None,
 ) -> None:
+    optional = {
+        "query_starts": query_starts,
+        "kv_starts": kv_starts,
+        "sinks": sinks,
+        "mask": mask,
+    }
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     require_tensors(
         query=query,
         key_cache=key_cache,
         value_cache=value_cache,
         block_tables=block_tables,
         kv_lens=kv_lens,
-        query_starts=query_starts,
-        kv_starts=kv_starts,
-        sinks=sinks,
-        mask=mask,
+        **given,
     )
     require_caches(key_cache, value_cache, scales)
     _check_query(query, key_cache, quantised=scales is not None)
     rows = require_rows(block_tables, kv_lens)
     _check_rows(rows, query, query_starts, kv_starts)
-    _check_options(scale, window, softcap)
+    _check_options(scale, causal, window, softcap)
     _check_biases(rows, query, sinks, mask)
     require_device(
         key_cache,
         query=query,
         block_tables=block_tables,
         kv_lens=kv_lens,
-        query_starts=query_starts,
-        kv_starts=kv_starts,
-        sinks=sinks,
-        mask=mask,
+        **given,
     )
 
 
@@ -198,15 +201,21 @@ def _check_rows(
         require_integers("kv_starts", kv_starts)
 
 
-def _check_options(scale: float | None, window: int | None, softcap: float | None) -> None:
+def _check_options(
+    scale: float | None, causal: bool, window: int | None, softcap: float | None
+) -> None:
     if scale is not None and not isinstance(scale, Real):
         raise TypeError(f"scale is {scale!r}; pass a number, or None for head_dim ** -0.5")
-    if window is not None and not isinstance(window, Integral):
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal is {causal!r}; pass True or False")
+    if window is not None and (not isinstance(window, Integral) or isinstance(window, bool)):
         raise TypeError(f"window is {window!r}; pass a whole number of tokens, or None")
     if softcap is not None and not isinstance(softcap, Real):
         raise TypeError(f"softcap is {softcap!r}; pass a number, or None for no cap")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; pass at least 1 token, or None for no window")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; pass a finite number")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; pass more than 0, or None for no cap")
 

@@ -108,8 +108,9 @@ class Planner:
     `window` and `causal` are those of the attention. `chunk` fixes the kv tokens of every item
     and reads no prefix together: then how a row is summed depends on its own length alone, not
     on its neighbours (batch invariance; He et al. 2025, "Defeating nondeterminism in LLM
-    inference"). It is a multiple of `tiling.align`, or `ValueError`. `share=False` reads every row
-    by itself. The last `keep` plans are remembered, for callers that take turns.
+    inference"); with a `window`, also on how long it was when its plan was made. It is a multiple
+    of `tiling.align`, or `ValueError`. `share=False` reads every row by itself. The last `keep`
+    plans are remembered, for callers that take turns.
     """
 
     def __init__(

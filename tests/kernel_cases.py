@@ -87,6 +87,7 @@ CASES = {
     "window_beyond_the_row": Case(((3, 21), (1, 34)), window=1000),
     "softcap": Case(((3, 21), (1, 34)), softcap=0.8, scale=1.0),
     "sinks": Case(((3, 21), (1, 34)), sinks=True),
+    "softcap_far_above_the_scores": Case(((3, 21), (1, 34)), softcap=5000.0, scale=1.0),
     "sinks_softcap_window": Case(((3, 21), (1, 34)), sinks=True, softcap=2.0, window=5),
     "non_causal": Case(((3, 21), (5, 34)), causal=False),
     "non_causal_window": Case(((3, 21), (5, 34)), causal=False, window=6),

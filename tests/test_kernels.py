@@ -253,6 +253,12 @@ def attention_arguments() -> dict[str, Any]:
         ({"window": 0}, ValueError, "window is 0; pass at least 1 token"),
         ({"window": "3"}, TypeError, "window is '3'; pass a whole number of tokens, or None"),
         ({"window": 2.5}, TypeError, "window is 2.5; pass a whole number"),
+        ({"window": True}, TypeError, "window is True; pass a whole number"),
+        ({"window": [3]}, TypeError, r"window is \[3\]; pass a whole number"),
+        ({"causal": "no"}, TypeError, "causal is 'no'; pass True or False"),
+        ({"scale": NAN}, ValueError, "scale is nan; pass a finite number"),
+        ({"query": None}, TypeError, "query is a NoneType; pass a torch.Tensor"),
+        ({"kv_lens": None}, TypeError, "kv_lens is a NoneType; pass a torch.Tensor"),
         ({"softcap": -1}, ValueError, "softcap is -1; pass more than 0"),
         ({"softcap": NAN}, ValueError, "softcap is nan; pass more than 0"),
         ({"softcap": "x"}, TypeError, "softcap is 'x'; pass a number, or None for no cap"),
@@ -288,6 +294,12 @@ def test_attention_refuses_what_does_not_fit(
     for _ in range(2):
         with pytest.raises(error, match=message):
             paged_attention(**{**attention_arguments(), **changes})
+
+
+def test_an_option_that_only_looks_like_one_that_passed_is_refused() -> None:
+    paged_attention(**attention_arguments(), window=3)
+    with pytest.raises(TypeError, match=r"window is 3.0; pass a whole number"):
+        paged_attention(**attention_arguments(), window=3.0)  # type: ignore[arg-type]
 
 
 def append_arguments() -> dict[str, Any]:

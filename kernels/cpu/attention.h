@@ -29,6 +29,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <new>
 #include <vector>
 
 #include "worker.h"
@@ -38,20 +40,22 @@ namespace attention {
 // Merge a query's partial results into the output.
 inline void merge(const AttentionArguments& a, int64_t token, int64_t head, int64_t first,
                   int64_t parts, int64_t part_stride) {
-    const float* base = a.partials + (first * a.query_heads + head) * (a.value_dim + 2);
+    float* base = a.partials + (first * a.query_heads + head) * (a.value_dim + 2);
     int64_t stride = part_stride * a.query_heads * (a.value_dim + 2);
     float highest = LOWEST, total = 0;
     for (int64_t part = 0; part < parts; part++)
         highest = std::max(highest, base[part * stride]);
-    std::vector<float> sums(a.value_dim, 0.0f);
+    for (int64_t part = 0; part < parts; part++)
+        total += base[part * stride + 1] * std::exp(base[part * stride] - highest);
+    int64_t at = (token * a.query_heads + head) * a.value_dim;
+    float* sums = base + 2;  // the first part's, added up in place: nothing to allocate in a thread
     for (int64_t part = 0; part < parts; part++) {
         const float* from = base + part * stride;
-        float share = std::exp(from[0] - highest);
-        total += from[1] * share;
-        for (int64_t d = 0; d < a.value_dim; d++) sums[d] += from[2 + d] * share;
+        float share = total == 0 ? 0 : std::exp(from[0] - highest) / total;
+        for (int64_t d = 0; d < a.value_dim; d++)
+            sums[d] = (part ? sums[d] : 0) + from[2 + d] * share;
     }
-    int64_t at = (token * a.query_heads + head) * a.value_dim;
-    for (int64_t d = 0; d < a.value_dim; d++) a.put(at + d, total == 0 ? 0 : sums[d] / total);
+    for (int64_t d = 0; d < a.value_dim; d++) a.put(at + d, sums[d]);
 }
 
 struct Merge { int64_t first_query, num_queries, first_partial, parts; };
@@ -111,12 +115,17 @@ template <class T, Arithmetic arithmetic> void run(AttentionArguments& a) {
     int64_t tasks = todo.tasks.size(), merges = todo.merges.size();
     int threads = int(std::min<int64_t>(a.threads, std::max<int64_t>(tasks, 1)));
     (void)threads;
+    std::atomic<bool> without_memory{false};
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < tasks; i++)
-            Worker<T, arithmetic>{a, todo.tasks[i], scratch, zero_row, zero_scales}.run();
+        for (int64_t i = 0; i < tasks; i++) {
+            // An exception must not leave a thread: that would end the process.
+            try {
+                Worker<T, arithmetic>{a, todo.tasks[i], scratch, zero_row, zero_scales}.run();
+            } catch (const std::bad_alloc&) { without_memory = true; }
+        }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < merges; i++) {
             const Merge& m = todo.merges[i];
@@ -126,6 +135,7 @@ template <class T, Arithmetic arithmetic> void run(AttentionArguments& a) {
                           m.num_queries);
         }
     }
+    if (without_memory) throw std::bad_alloc();
 }
 
 }  // namespace attention

@@ -34,16 +34,16 @@ struct AppendArguments {
 
 // One head of one token as int8, with its scale: `quantise` of quantisation.py, bit for bit.
 template <class T> INLINE void quantise(const T* from, int8_t* to, float* scale, int64_t dim) {
-    float largest = 0, nothing = 0;
+    float largest = 0;
+    bool nan = false;
     for (int64_t d = 0; d < dim; d++) {
         float x = std::fabs(to_float(from[d]));
-        nothing += x * 0;  // NaN as soon as one element is not finite
+        nan |= x != x;
         largest = x > largest ? x : largest;
     }
-    bool finite = nothing == 0;
     // 0 times infinity or NaN comes back as NaN, so a fault upstream stays one.
-    *scale = finite ? largest / 127.0f : NAN;
-    if (!finite || *scale == 0) {
+    *scale = nan ? NAN : largest / 127.0f;
+    if (!(*scale > 0 && *scale <= 3.402823466e38f)) {
         memset(to, 0, dim);
         return;
     }

@@ -47,10 +47,13 @@ class AppendKV:
         num_blocks, block_size, kv_heads, key_dim = key_cache.shape
         slots = slots.contiguous()
         key_scales, value_scales = scales or (None, None)
-        strides = (0, 0, 0) if key_scales is None else key_scales.stride()
-        if value_scales is not None and value_scales.stride() != strides:
+        scale_strides = (0, 0, 0) if key_scales is None else key_scales.stride()
+        if value_scales is not None and value_scales.stride() != scale_strides:
             reference.append_kv(key, value, key_cache, value_cache, slots, scales=scales)
             return
+        # Asked for once each: with one token a step, asking is most of the time.
+        key_strides, value_strides = key.stride(), value.stride()
+        key_cache_strides, value_cache_strides = key_cache.stride(), value_cache.stride()
         problem = self._library.call(
             "append_kv",
             APPEND,
@@ -58,13 +61,13 @@ class AppendKV:
             address(key_scales), address(value_scales), *integers(slots),
             TYPES.get(key.dtype, _NO_TYPE), TYPES.get(key_cache.dtype, _NO_TYPE),
             key_cache.element_size(),
-            len(key), kv_heads, num_blocks, block_size, torch.get_num_threads(),
+            key.shape[0], kv_heads, num_blocks, block_size, torch.get_num_threads(),
             key_dim, value_cache.shape[3],
-            key.stride(0), value.stride(0), key.stride(1), value.stride(1),
-            key_cache.stride(0), value_cache.stride(0),
-            key_cache.stride(1), value_cache.stride(1),
-            key_cache.stride(2), value_cache.stride(2),
-            *strides,
+            key_strides[0], value_strides[0], key_strides[1], value_strides[1],
+            key_cache_strides[0], value_cache_strides[0],
+            key_cache_strides[1], value_cache_strides[1],
+            key_cache_strides[2], value_cache_strides[2],
+            *scale_strides,
         )  # fmt: skip
         if problem is not None:
             token, slot, _ = problem.numbers

@@ -102,7 +102,7 @@ def attend(
     graph. While rows only grow, replay; once `plan_attention` returns another plan, capture again:
     from here that cannot be seen.
     """
-    _check_plan(plan, query, key_cache, query_starts)
+    _check_plan(plan, query, key_cache, block_tables, query_starts)
     call = AttentionCall(
         query if query.stride(2) == 1 else query.contiguous(),
         key_cache,
@@ -142,9 +142,19 @@ def attend(
 
 
 def _check_plan(
-    plan: AttentionPlan, query: Tensor, key_cache: Tensor, query_starts: Tensor | None
+    plan: AttentionPlan,
+    query: Tensor,
+    key_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor | None,
 ) -> None:
     """`ValueError` for a plan that was made for another kind of call. O(1)."""
+    sizes = (block_tables.shape[0], query.shape[0])
+    if sizes != (plan.num_rows, plan.num_queries):
+        raise ValueError(
+            f"the plan is for {plan.num_rows} rows of {plan.num_queries} queries in all, but the "
+            f"call has {sizes[0]} and {sizes[1]}; make a plan with plan_attention for these tensors"
+        )
     asked = (key_cache.shape[1], query.shape[1], key_cache.shape[2])
     shapes = plan.shapes
     planned = (shapes.block_size, shapes.query_heads, shapes.kv_heads)
@@ -155,6 +165,10 @@ def _check_plan(
         )
     if query_starts is None and not plan.work.one_query:
         raise ValueError("the plan is for rows of several queries; pass their query_starts")
+    if query_starts is not None and len(query_starts) != plan.num_rows + 1:
+        raise ValueError(
+            f"query_starts has {len(query_starts)} entries; pass {plan.num_rows + 1}, rows + 1"
+        )
 
 
 class AttentionCall(NamedTuple):

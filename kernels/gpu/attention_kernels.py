@@ -43,8 +43,12 @@ def _dequantised(stored, to: tl.constexpr):
 
 @triton.jit
 def _capped(scores, cap):
-    """tanh(scores) * cap, by way of the exponential that the hardware has."""
-    return (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E)))) * cap
+    """tanh(scores) * cap, by way of the exponential that the hardware has; near 0, where its digits
+    would cancel, by the series."""
+    square = scores * scores
+    series = ((square * (62.0 / 2835) - 17.0 / 315) * square + 2.0 / 15) * square - 1.0 / 3
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E)))
+    return tl.where(square < 0.0625, scores + scores * square * series, far) * cap
 
 
 @triton.jit

@@ -99,7 +99,7 @@ def append_vectors(
     """Write a tile of vectors of key and value to their tokens' slots."""
     vector = tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)
     token = (vector // HEADS).to(tl.int64)
-    head = vector % HEADS
+    head = (vector % HEADS).to(tl.int64)
     slot = tl.load(slots + token, mask=vector < num_vectors, other=-1).to(tl.int64)
     kept = slot >= 0
     block = slot // BLOCK_SIZE

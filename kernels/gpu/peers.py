@@ -134,12 +134,17 @@ def _by_flash_attn(
         cu_seqlens_q=starts,
         cu_seqlens_k=ends,
         max_seqlen_q=plan.longest,
-        max_seqlen_k=plan.longest_kv,
+        max_seqlen_k=_most_tokens(tables, key_cache),
         softmax_scale=scale,
         causal=plan.shapes.causal,
         block_table=tables,
     )
     return output
+
+
+def _most_tokens(tables: Tensor, key_cache: Tensor) -> int:
+    """kv tokens that a row may have: the plan outlives the lengths that it was made from."""
+    return tables.shape[1] * key_cache.shape[1]
 
 
 def _by_varlen(
@@ -160,7 +165,7 @@ def _by_varlen(
         starts,
         None,
         plan.longest,
-        plan.longest_kv,
+        _most_tokens(tables, key_cache),
         scale=scale,
         window_size=(-1, 0) if plan.shapes.causal else (-1, -1),
         enable_gqa=query.shape[1] != key_cache.shape[2],

@@ -51,8 +51,9 @@ class AttentionPlan:
     small: config.Tile
     large: config.Tile
     work: WorkPlan
+    num_rows: int
+    num_queries: int  # packed query tokens
     longest: int  # queries of the row that has most
-    longest_kv: int  # kv tokens of the row that has most
     items: Tensor
     members: Tensor
     slots: Tensor
@@ -169,13 +170,14 @@ class Plans:
         tables, lens = _on_host(block_tables), _on_host(kv_lens)
         require_lengths(torch.from_numpy(lens), tables.shape[1] * self._shapes.block_size)
         starts = None if query_starts is None else _on_host(query_starts)
-        longest = 1 if starts is None else int(np.diff(starts).max(initial=0))
-        work = self._planner.plan(tables, lens, starts)
-        longest_kv = int(lens.max(initial=0))
-        self._seen, self._last = seen, self._upload(work, longest, longest_kv)
+        if starts is None:
+            starts = np.arange(len(lens) + 1, dtype=np.int32)
+        work = self._planner.plan(tables, lens, None if query_starts is None else starts)
+        sizes = (len(lens), int(starts[-1]), int(np.diff(starts).max(initial=0)))
+        self._seen, self._last = seen, self._upload(work, sizes)
         return self._last
 
-    def _upload(self, work: WorkPlan, longest: int, longest_kv: int) -> AttentionPlan:
+    def _upload(self, work: WorkPlan, sizes: tuple[int, int, int]) -> AttentionPlan:
         for plan in self._uploaded:
             if plan.work is work:
                 return plan
@@ -189,7 +191,7 @@ class Plans:
         parts = torch.from_numpy(packed).to(self._shapes.device).tensor_split(ends[:-1].tolist())
         items, members, slots, merged, merge_starts = parts
         plan = AttentionPlan(
-            *self._made_for, work, longest, longest_kv, items, members, slots, merged, merge_starts
+            *self._made_for, work, *sizes, items, members, slots, merged, merge_starts
         )
         self._uploaded = [plan, *self._uploaded[:3]]
         return plan
