@@ -14,9 +14,9 @@
 //
 // A task streams whole slots [kv_heads, head_dim], so memory is read in order although blocks lie
 // anywhere. While a tile is worked on, the next one is prefetched, a few rows at a time: otherwise
-// memory idles as long as the arithmetic of a tile is on (twice the time, measured). Long rows are cut into several ranges when
-// there are fewer rows than threads; their partial results (maximum, sum of weights, weighted sum)
-// are merged at the end.
+// memory idles as long as the arithmetic of a tile is on (twice the time, measured). Long rows are
+// cut into several ranges when there are fewer rows than threads; their partial results (maximum,
+// sum of weights, weighted sum) are merged at the end.
 //
 // The online softmax is that of Milakov & Gimelshein (2018), "Online normalizer calculation for
 // softmax"; the tiles are FlashAttention's (Dao et al., 2022), the block tables PagedAttention's
