@@ -122,6 +122,21 @@ class BlockStorage:
             f"{len(self._layers)} layers of {self.dtype}{stored} on {self.device}>"
         )
 
+    @staticmethod
+    def bytes_of_a_block(
+        block_size: int,
+        layers: Sequence[LayerShape | tuple[int, int, int]],
+        *,
+        dtype: torch.dtype,
+        kv_dtype: KVDtype | None = None,
+    ) -> int:
+        """`block_bytes` of the storage that these arguments would make. O(layers)."""
+        dtype, kv_dtype = _dtypes(dtype, kv_dtype)
+        _, elements = _layout(
+            arguments.block_size(block_size), _layer_shapes(layers), dtype, kv_dtype
+        )
+        return elements * (dtype if kv_dtype is None else torch.uint8).itemsize
+
     @property
     def num_blocks(self) -> int:
         """Blocks on the device."""
@@ -294,27 +309,32 @@ class BlockStorage:
             self._views = self._layer_views()
 
     def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[_Part]], int]:
-        """Every layer's parts, in order, and the elements of a block."""
-        size, quantised = self._block_size, self._kv_dtype is not None
-        stored = KV_DTYPES[self._kv_dtype] if self._kv_dtype is not None else self._dtype
-        # Elements of the tier: bytes where it is quantised, and then aligned.
-        unit, alignment = (1, PART_ALIGNMENT_BYTES) if quantised else (self._dtype.itemsize, 1)
-        layout, start = [], 0
-        for heads, key_dim, value_dim in layers:
-            kinds: list[tuple[torch.dtype, tuple[int, ...]]]
-            kinds = [(stored, (size, heads, key_dim)), (stored, (size, heads, value_dim))]
-            kinds += [(SCALE_DTYPE, (size, heads))] * 2 if quantised else []
-            parts = []
-            for dtype, shape in kinds:
-                end = start + math.prod(shape) * dtype.itemsize // unit
-                parts.append(_Part(start, end, dtype, shape))
-                start = -(-end // alignment) * alignment
-            layout.append(parts)
-        return layout, start
+        return _layout(self._block_size, layers, self._dtype, self._kv_dtype)
 
     def _layer_views(self) -> list[list[Tensor]]:
         layout, _ = self._layout(self._layers)
         return [[part.view(self._device_tier) for part in parts] for parts in layout]
+
+
+def _layout(
+    block_size: int, layers: Sequence[LayerShape], dtype: torch.dtype, kv_dtype: KVDtype | None
+) -> tuple[list[list[_Part]], int]:
+    """Every layer's parts, in order, and the elements of a block."""
+    stored = dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
+    # Elements of the tier: bytes where it is quantised, and then aligned.
+    unit, alignment = (dtype.itemsize, 1) if kv_dtype is None else (1, PART_ALIGNMENT_BYTES)
+    layout, start = [], 0
+    for heads, key_dim, value_dim in layers:
+        kinds: list[tuple[torch.dtype, tuple[int, ...]]]
+        kinds = [(stored, (block_size, heads, key_dim)), (stored, (block_size, heads, value_dim))]
+        kinds += [] if kv_dtype is None else [(SCALE_DTYPE, (block_size, heads))] * 2
+        parts = []
+        for part_dtype, shape in kinds:
+            end = start + math.prod(shape) * part_dtype.itemsize // unit
+            parts.append(_Part(start, end, part_dtype, shape))
+            start = -(-end // alignment) * alignment
+        layout.append(parts)
+    return layout, start
 
 
 def _like(tier: Tensor, num_blocks: int, run: int) -> Tensor:

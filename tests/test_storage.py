@@ -422,3 +422,14 @@ def test_gpu_copies_and_swaps_carry_scales(kv_dtype: Any) -> None:
     storage.apply(move("host", "device", (2, 5)))
     for old, new in zip(before, views(storage), strict=True):
         assert torch.equal(new, old[[0, 0, 2, 3, 4, 3]])
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_a_block_are_known_before_there_is_one(
+    dtype: torch.dtype, kv_dtype: Any
+) -> None:
+    layers = [LayerShape(3, 24, 20), LayerShape(1, 5, 7)]
+    storage = BlockStorage(2, 8, layers, dtype=dtype, kv_dtype=kv_dtype)
+    foreseen = BlockStorage.bytes_of_a_block(8, layers, dtype=dtype, kv_dtype=kv_dtype)
+    assert foreseen == storage.block_bytes == storage.nbytes // 2

@@ -64,7 +64,7 @@ def _attend(
     rows, query_heads, q_len, _ = query.shape
     kv_len = view.stop - view.start
     key_cache, value_cache = view.caches()
-    if dropout or rows != len(view.kv_lens) or query.dtype != key_cache.dtype:
+    if dropout or rows != len(view.kv_lens) or query.dtype != view.storage.dtype:
         return None
     if any(others.get(name) is not None for name in _LEFT_TO_TRANSFORMERS):
         return None
@@ -92,6 +92,7 @@ def _attend(
         causal=causal,
         mask=mask,
         kv_starts=view.kv_starts(),
+        scales=view.scales(),
     )
     return output.view(rows, q_len, query_heads, -1)
 

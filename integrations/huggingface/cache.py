@@ -17,7 +17,7 @@ from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.groups import LayerGroup, PagedView
 from kvpager.integrations.huggingface.handles import packed, paged_pair
 from kvpager.integrations.huggingface.pools import LayerKind, PagedMemory
-from kvpager.storage import BlockStorage, LayerShape
+from kvpager.storage import BlockStorage, KVDtype, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
@@ -250,6 +250,7 @@ class PagedCache(DynamicCache):
         config: the model's configuration; without one, all layers are full attention.
         memory: the most bytes to reserve, such as `"4GiB"`; None for no bound.
         block_size: token slots of a block, a power of two.
+        kv_dtype: "int8" or "fp8_e4m3" to keep keys and values in eight bits, which rounds them.
 
     Raises: `ValueError`, `TypeError`; `OutOfBlocks` from a forward pass that finds no room.
     """
@@ -260,8 +261,9 @@ class PagedCache(DynamicCache):
         *,
         memory: int | str | None = None,
         block_size: int = 16,
+        kv_dtype: KVDtype | None = None,
     ) -> None:
-        paged_memory = PagedMemory(memory, block_size)
+        paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype)
         _DYNAMIC_CACHE_INIT(self, config=config)
         self._page(paged_memory)
 

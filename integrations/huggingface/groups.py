@@ -66,6 +66,10 @@ class PagedView:
         """The layer's key and value blocks, [blocks, block_size, kv_heads, dim] each."""
         return self.storage.layer(self.layer)
 
+    def scales(self) -> tuple[Tensor, Tensor] | None:
+        """Their scales, [blocks, block_size, kv_heads] each; None unless kept in eight bits."""
+        return self.storage.scales(self.layer)
+
     def kv_starts(self) -> Tensor | None:
         """The first token to read of each row, int32 [rows]; None for the first of all."""
         if self.start == 0:
@@ -78,9 +82,12 @@ class PagedView:
             self.group.count_gather()
             length = self.stop - self.start
             # Contiguous like the result of `torch.cat`, since some models call `view` on it.
+            dtype, scales = self.storage.dtype, self.scales() or (None, None)
             key, value = (
-                gather_kv(cache, self.tables, self.kv_lens, length).transpose(1, 2).contiguous()
-                for cache in self.caches()
+                gather_kv(cache, self.tables, self.kv_lens, length, scales=scale, dtype=dtype)
+                .transpose(1, 2)
+                .contiguous()
+                for cache, scale in zip(self.caches(), scales, strict=True)
             )
             self._dense = key, value
         return self._dense

@@ -29,7 +29,7 @@ class PagedTensor(torch.Tensor):
         cache = view.caches()[which]
         shape = (len(view.kv_lens), cache.shape[2], view.stop - view.start, cache.shape[3])
         handle: PagedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=cache.dtype, device=cache.device
+            cls, shape, dtype=view.storage.dtype, device=cache.device
         )
         handle.view_of = view
         handle.which = which

@@ -24,10 +24,11 @@ from torch import Tensor
 from kvpager import arguments
 from kvpager.errors import OutOfBlocks
 from kvpager.kernels.append_kv import append_kv
+from kvpager.kernels.quantisation import KV_DTYPES
 from kvpager.manager import BlockManager
 from kvpager.plan import Step
 from kvpager.sequences import Sequence
-from kvpager.storage import BlockStorage, LayerShape
+from kvpager.storage import BlockStorage, KVDtype, LayerShape
 
 _T = TypeVar("_T")
 _BYTES_MAX = 1 << 60
@@ -93,6 +94,7 @@ class PagedMemory:
         keep_pools: keep pools (and the prefixes cached in them) when no cache uses them.
         in_place: let attention functions read blocks in place; else every read gathers.
         dtype: what keys and values must be; None for anything.
+        kv_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
     """
 
     def __init__(
@@ -103,12 +105,16 @@ class PagedMemory:
         keep_pools: bool = False,
         in_place: bool = True,
         dtype: torch.dtype | None = None,
+        kv_dtype: KVDtype | None = None,
     ) -> None:
         self.bound = parse_memory(memory)
         self.block_size = arguments.block_size(block_size)
         self.keep_pools = keep_pools
         self.in_place = in_place
         self.dtype = dtype
+        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype {kv_dtype!r}: expected None or one of {list(KV_DTYPES)}")
+        self.kv_dtype = kv_dtype
         self.counters = Counters()
         self.lock = threading.RLock()
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
@@ -238,13 +244,20 @@ class PagedPool:
 
     def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
         shapes, num_blocks = [kind.shape] * num_layers, self.manager.num_blocks
-        size = sum(shape.elements_per_token for shape in shapes)
-        size *= self.block_size * kind.dtype.itemsize
+        kv_dtype = self.memory.kv_dtype
+        size = BlockStorage.bytes_of_a_block(
+            self.block_size, shapes, dtype=kind.dtype, kv_dtype=kv_dtype
+        )
         if not self.memory.claim(num_blocks * size, self):
             raise self._out_of_blocks(num_blocks, self.block_bytes + size)
         return self._reserve(
             lambda: BlockStorage(
-                num_blocks, self.block_size, shapes, dtype=kind.dtype, device=kind.device
+                num_blocks,
+                self.block_size,
+                shapes,
+                dtype=kind.dtype,
+                kv_dtype=kv_dtype,
+                device=kind.device,
             ),
             num_blocks,
         )
@@ -288,7 +301,7 @@ class PagedPool:
         """Write keys and values [tokens, heads, dim] to `slots`. O(tokens)."""
         # Growing copies the storage: a write to the old one after that copy would be lost.
         with self.lock:
-            append_kv(key, value, *storage.layer(layer), slots)
+            append_kv(key, value, *storage.layer(layer), slots, scales=storage.scales(layer))
 
     def discard(self, sequences: list[Sequence]) -> None:
         """Free `sequences` soon: safe to call from a finaliser, at any moment. O(1)."""
