@@ -1,8 +1,13 @@
-"""transformers' `sdpa` attention, reading paged keys and values in place.
+"""transformers' attention functions, reading paged keys and values in place.
 
 transformers looks its attention functions up in a registry. While patched, `sdpa` there is
 `reading_in_place(the original)`: a pair of handles goes to the paged kernel, everything else, and
 every case the kernel does not cover, goes to the original, for which handles gather by themselves.
+
+`kvpager` is another name there, for good: it takes what `sdpa` refuses as well (soft caps, sinks),
+so that models which are left to `eager` otherwise can read in place: gemma 2, gpt-oss, t5gemma.
+
+    model.set_attn_implementation("kvpager")
 """
 
 from __future__ import annotations
@@ -13,14 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 from kvpager.integrations.huggingface.groups import PagedView
 from kvpager.integrations.huggingface.handles import common_view, packed
 from kvpager.kernels.paged_attention import paged_attention
 
+NAME = "kvpager"
 # The kernel could serve these, but transformers' own `sdpa` refuses or ignores them, and a patched
 # model has to do as the unpatched one.
-_LEFT_TO_TRANSFORMERS = ("softcap", "s_aux")
+_NOT_OF_SDPA = ("softcap", "s_aux")
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -37,15 +47,65 @@ def reading_in_place(original: AttentionFunction) -> AttentionFunction:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        view = common_view(key, value)
-        if view is not None and view.group.memory.in_place and not query.requires_grad:
-            output = _attend(view, module, query, attention_mask, **kwargs)
+        if not any(kwargs.get(name) is not None for name in _NOT_OF_SDPA):
+            output = _in_place(module, query, key, value, attention_mask, **kwargs)
             if output is not None:
-                view.group.memory.counters.in_place_reads += 1
                 return output, None
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return attention
+
+
+def register() -> None:
+    """Make `kvpager` a name of an attention implementation. O(1).
+
+    A name of its own takes nothing away, so it stays when patches are undone.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention implementation `kvpager`. O(queries * kv tokens * heads * dims).
+
+    Paged keys and values are read in place, where gradients do not forbid it; others are attended
+    to by transformers' `sdpa`, or, with a soft cap or sinks, by plain torch, as `eager` does.
+    Attention weights are not returned.
+    """
+    output = _in_place(module, query, key, value, attention_mask, **kwargs)
+    if output is not None:
+        return output, None
+    if any(kwargs.get(name) is not None for name in _NOT_OF_SDPA):
+        return _dense(module, query, key, value, attention_mask, **kwargs), None
+    weightless: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return weightless
+
+
+def _in_place(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The output by the paged kernel, counted; None where it cannot be had."""
+    view = common_view(key, value)
+    if view is None or not view.group.memory.in_place or query.requires_grad:
+        return None
+    output = _attend(view, module, query, mask, **kwargs)
+    if output is not None:
+        view.group.memory.counters.in_place_reads += 1
+    return output
 
 
 def _attend(
@@ -58,6 +118,8 @@ def _attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> Tensor | None:
     """The attention output [rows, q_len, query_heads, value_dim], or None if not covered."""
@@ -65,8 +127,6 @@ def _attend(
     kv_len = view.stop - view.start
     key_cache, value_cache = view.caches()
     if dropout or rows != len(view.kv_lens) or query.dtype != view.storage.dtype:
-        return None
-    if any(others.get(name) is not None for name in _LEFT_TO_TRANSFORMERS):
         return None
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (q_len, kv_len)):
         return None
@@ -90,11 +150,52 @@ def _attend(
         starts,
         scale=scaling,
         causal=causal,
+        softcap=softcap,
+        sinks=s_aux,
         mask=mask,
         kv_starts=view.kv_starts(),
         scales=view.scales(),
     )
     return output.view(rows, q_len, query_heads, -1)
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """As `_attend`, over dense keys and values, differentiable. Steps and dtypes are `eager`'s."""
+    groups, q_len, kv_len = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if mask is None and is_causal and q_len > 1:
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
+    if position_bias is not None:
+        mask = _biased(position_bias, mask)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    if s_aux is not None:
+        sinks = s_aux.view(1, -1, 1, 1).expand(len(scores), -1, q_len, 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., :kv_len]
+    weights = F.dropout(weights, dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:

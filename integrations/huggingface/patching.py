@@ -20,7 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvpager import arguments
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.attention import reading_in_place
+from kvpager.integrations.huggingface.attention import reading_in_place, register
 from kvpager.integrations.huggingface.cache import PagedCache, unpaged
 from kvpager.integrations.huggingface.pools import PagedMemory
 from kvpager.integrations.huggingface.prompts import PromptCache, prefill
@@ -29,6 +29,8 @@ from kvpager.storage import KVDtype
 __all__ = ["PagedCache", "Patch", "PatchStats", "patch"]
 
 logger = logging.getLogger("kvpager")
+
+register()
 
 _lock = threading.RLock()
 _active: list[Patch] = []  # in the order they were made; the last one that covers a model serves it
