@@ -108,6 +108,8 @@ class PagedLayer(DynamicLayer):
         )
         first = self._first_visible_column()
         self.num_columns = stop
+        if self.number == self.group.num_members - 1:
+            self.group.memory.note_dense()
         return self._handles(first)
 
     def _can_store(self, key: Tensor, value: Tensor) -> bool:
@@ -280,11 +282,16 @@ class PagedCache(DynamicCache):
             self._page_lazily(LayerGroup(memory, None, None))
             return
         members: dict[int | None, list[int]] = {}
+        others: dict[str, int] = {}
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 members.setdefault(None, []).append(index)
             elif type(layer) is DynamicSlidingWindowLayer:
                 members.setdefault(layer.sliding_window, []).append(index)
+            else:
+                others[type(layer).__name__] = others.get(type(layer).__name__, 0) + 1
+        for layer_class, count in others.items():
+            memory.note_left_alone(layer_class, count)
         for window, indices in members.items():
             group = LayerGroup(memory, len(indices), window)
             self.groups.append(group)

@@ -20,7 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.pools import LayerKind, PagedMemory, PagedPool
+from kvpager.integrations.huggingface.pools import (
+    LayerKind,
+    PagedLayers,
+    PagedMemory,
+    PagedPool,
+)
 from kvpager.kernels.gather_kv import gather_kv
 from kvpager.sequences import Sequence
 from kvpager.storage import BlockStorage
@@ -116,6 +121,9 @@ class LayerGroup:
         self.prompt: Prompt | None = None
         self._first_private_column = 0  # from it on, no block is shared with another group
         self.num_members = 0  # layers made so far
+        self._column_bytes = 0  # of a row, over all layers, as DynamicCache would keep it
+        self._bound: dict[PagedLayers, int] = {}
+        memory.groups.add(self)
         self._num_left = 0  # layers that live in blocks no longer
         self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
         self._tables: dict[torch.device, Tensor] = {}
@@ -142,7 +150,20 @@ class LayerGroup:
             else:
                 self.layout = (self.num_layers, self.window, kind)
                 self.pool = self.memory.pool(self.layout)
-        return self.pool.storage(kind, layer, self.num_layers or layer + 1)
+        place = self.pool.storage(kind, layer, self.num_layers or layer + 1)
+        self._column_bytes += kind.shape.elements_per_token * kind.dtype.itemsize
+        layers = PagedLayers(kind, self.window)
+        self._bound[layers] = self._bound.get(layers, 0) + 1
+        self.memory.note_layers(layers, self._bound[layers])
+        return place
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that `DynamicCache` would hold in place of the group: padding and all. O(1)."""
+        columns = self.num_columns
+        if self.window is not None:
+            columns = min(columns, self.window - 1)
+        return self.num_rows * columns * self._column_bytes
 
     def extend(self, num_rows: int, start: int, num_new: int) -> None:
         """Make room for columns `start` to `start + num_new` of every row.
@@ -306,6 +327,7 @@ class LayerGroup:
         twin = LayerGroup(self.memory, self.num_layers, self.window)
         twin.pool, twin.layout, twin.prompt = self.pool, self.layout, self.prompt
         twin.num_members, twin._num_left = self.num_members, self._num_left
+        twin._column_bytes, twin._bound = self._column_bytes, dict(self._bound)
         twin.padding = self.padding.copy()
         twin.num_columns = twin._first_private_column = self.num_columns
         self._first_private_column = self.num_columns

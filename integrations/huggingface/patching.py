@@ -7,7 +7,6 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +23,7 @@ from kvpager.integrations.huggingface.attention import reading_in_place, registe
 from kvpager.integrations.huggingface.cache import PagedCache, unpaged
 from kvpager.integrations.huggingface.pools import PagedMemory
 from kvpager.integrations.huggingface.prompts import PromptCache, prefill
+from kvpager.integrations.huggingface.report import PatchStats, report
 from kvpager.storage import KVDtype
 
 __all__ = ["PagedCache", "Patch", "PatchStats", "patch"]
@@ -36,32 +36,6 @@ _lock = threading.RLock()
 _active: list[Patch] = []  # in the order they were made; the last one that covers a model serves it
 _undo: list[Callable[[], None]] = []
 _scope = threading.local()  # .patch: the patch that serves the cache being made, on this thread
-
-
-@dataclass(frozen=True, slots=True)
-class PatchStats:
-    """What a patch's pools hold now, and what happened in them since the patch was made.
-
-    Blocks count once however many sequences share them; `used_bytes` are the bytes of slots that
-    hold a token, so `held_bytes - used_bytes` is wasted in open tail blocks.
-    """
-
-    num_blocks: int
-    num_held_blocks: int
-    num_shared_blocks: int
-    num_cached_blocks: int
-    num_sequences: int
-    reserved_bytes: int
-    held_bytes: int
-    used_bytes: int
-    cached_bytes: int
-    peak_held_bytes: int
-    copied_blocks: int
-    evicted_blocks: int
-    gathers: int
-    in_place_reads: int
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
 
 
 class Patch:
@@ -113,6 +87,7 @@ class Patch:
             used_bytes=sum(s.num_tokens * size // s.block_size for s, size in stats),
             cached_bytes=sum(s.num_cached * size for s, size in stats),
             peak_held_bytes=counters.peak_held_bytes,
+            peak_dense_bytes=counters.peak_dense_bytes,
             copied_blocks=counters.copied_blocks,
             evicted_blocks=counters.evicted_blocks,
             gathers=counters.gathers,
@@ -120,6 +95,10 @@ class Patch:
             prefix_query_tokens=counters.prefix_query_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
         )
+
+    def report(self) -> str:
+        """What was paged and what that saved, as a text for people. O(blocks)."""
+        return report(self.memory, self.stats())
 
     def clear(self) -> None:
         """Give cached prefixes up, and all memory that no live cache needs. O(cached blocks)."""

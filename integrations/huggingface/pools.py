@@ -7,6 +7,7 @@ memory goes back when the last cache dies; with prefix caching it lives as long 
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import weakref
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from kvpager.manager import BlockManager
 from kvpager.plan import Step
 from kvpager.sequences import Sequence
 from kvpager.storage import BlockStorage, KVDtype, LayerShape
+
+logger = logging.getLogger("kvpager")
 
 _T = TypeVar("_T")
 _BYTES_MAX = 1 << 60
@@ -59,6 +62,13 @@ class LayerKind(NamedTuple):
     device: torch.device
 
 
+class PagedLayers(NamedTuple):
+    """Layers that were paged, of one kind and window."""
+
+    kind: LayerKind
+    window: int | None
+
+
 @dataclass
 class _Shelf:
     """A storage for consecutive layers of one kind, and how many of them were ever asked for."""
@@ -79,8 +89,17 @@ class Counters:
         self.copied_blocks = 0
         self.evicted_blocks = 0
         self.peak_held_bytes = 0
+        self.peak_dense_bytes = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
+
+
+class Dense(Protocol):
+    """What stands for tensors that `DynamicCache` would hold."""
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of those tensors."""
 
 
 class PagedMemory:
@@ -116,6 +135,9 @@ class PagedMemory:
             raise ValueError(f"kv_dtype {kv_dtype!r}: expected None or one of {list(KV_DTYPES)}")
         self.kv_dtype = kv_dtype
         self.counters = Counters()
+        self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
+        self.left_alone: dict[str, int] = {}  # class of layer -> layers of a model, at the most
+        self.groups: weakref.WeakSet[Dense] = weakref.WeakSet()  # of the caches alive now
         self.lock = threading.RLock()
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
@@ -151,6 +173,24 @@ class PagedMemory:
         """More blocks are held now. O(pools)."""
         held = sum(pool.held_bytes for pool in self.pools())
         self.counters.peak_held_bytes = max(self.counters.peak_held_bytes, held)
+
+    def note_dense(self) -> None:
+        """A step is done: what would `DynamicCache` hold now? O(groups of layers alive)."""
+        with self.lock:
+            dense = sum(group.dense_bytes for group in self.groups)
+            self.counters.peak_dense_bytes = max(self.counters.peak_dense_bytes, dense)
+
+    def note_layers(self, layers: PagedLayers, count: int) -> None:
+        """A model has `count` such layers, or more. O(1)."""
+        with self.lock:
+            self.paged[layers] = max(count, self.paged.get(layers, 0))
+
+    def note_left_alone(self, layer_class: str, count: int) -> None:
+        """A model has `count` layers of a kind that is not paged; says so once. O(1)."""
+        with self.lock:
+            if layer_class not in self.left_alone:
+                logger.info("kvpager: layers of kind %s stay transformers' own", layer_class)
+            self.left_alone[layer_class] = max(count, self.left_alone.get(layer_class, 0))
 
     @property
     def reserved_bytes(self) -> int:

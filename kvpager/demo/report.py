@@ -13,6 +13,7 @@ import kvpager
 from kvpager.demo.measuring import States
 from kvpager.demo.results import Result, Results
 from kvpager.demo.settings import Settings
+from kvpager.integrations.huggingface.report import size
 from kvpager.stats import BlockState
 
 MAP_LINES_MAX = 3
@@ -209,16 +210,6 @@ def show_summary(console: Console, results: Results) -> None:
     )
     if results.identical:
         console.print("all outputs identical", style="bold green")
-
-
-def size(num_bytes: int) -> str:
-    """`1536` as `1.5 KiB`."""
-    value, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"
 
 
 def _percent(part: int, whole: int) -> str:

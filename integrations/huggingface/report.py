@@ -1,0 +1,94 @@
+"""What a patch did, in numbers and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvpager.integrations.huggingface.pools import PagedLayers, PagedMemory
+
+
+@dataclass(frozen=True, slots=True)
+class PatchStats:
+    """What a patch's pools hold now, and what happened in them since the patch was made.
+
+    Blocks count once however many sequences share them; `used_bytes` are the bytes of slots that
+    hold a token, so `held_bytes - used_bytes` is wasted in open tail blocks. `peak_dense_bytes`
+    are the most that `DynamicCache` would have held for the same calls, at the end of a step.
+    """
+
+    num_blocks: int
+    num_held_blocks: int
+    num_shared_blocks: int
+    num_cached_blocks: int
+    num_sequences: int
+    reserved_bytes: int
+    held_bytes: int
+    used_bytes: int
+    cached_bytes: int
+    peak_held_bytes: int
+    peak_dense_bytes: int
+    copied_blocks: int
+    evicted_blocks: int
+    gathers: int
+    in_place_reads: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+
+
+def report(memory: PagedMemory, stats: PatchStats) -> str:
+    """A few lines: layers, blocks, sharing, reads, bytes saved. O(kinds of layers)."""
+    lines = list(_layers(memory)) or ["nothing was paged yet"]
+    lines += [
+        f"blocks of {memory.block_size} tokens: {stats.num_held_blocks} held "
+        f"({stats.num_shared_blocks} shared), {stats.num_cached_blocks} cached; "
+        f"{stats.copied_blocks} copied, {stats.evicted_blocks} evicted so far",
+        f"reads: {stats.in_place_reads} in place, {stats.gathers} gathered",
+        f"memory: {size(stats.held_bytes)} held, {size(stats.cached_bytes)} cached, "
+        f"{size(stats.reserved_bytes)} reserved",
+        f"at the peak: {size(stats.peak_held_bytes)}; DynamicCache: {size(stats.peak_dense_bytes)}"
+        + _saved(stats),
+    ]
+    if stats.prefix_query_tokens:
+        hits, asked = stats.prefix_hit_tokens, stats.prefix_query_tokens
+        lines.append(f"prompts: {hits} of {asked} tokens were cached ({hits / asked:.0%})")
+    return "\n".join(lines)
+
+
+def _layers(memory: PagedMemory) -> Iterator[str]:
+    for layers, count in memory.paged.items():
+        yield f"paged: {_layers_of(count)}, {_described(layers, memory)}"
+    for layer_class, count in memory.left_alone.items():
+        yield f"not paged: {_layers_of(count)} of {layer_class}, transformers' own"
+
+
+def _layers_of(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
+def _described(layers: PagedLayers, memory: PagedMemory) -> str:
+    shape, dtype, device = layers.kind
+    kept = str(dtype).removeprefix("torch.")
+    if memory.kv_dtype is not None:
+        kept += f" kept as {memory.kv_dtype}"
+    sees = "full attention" if layers.window is None else f"a window of {layers.window} tokens"
+    dims = f"{shape.head_dim}"
+    if shape.value_head_dim != shape.head_dim:
+        dims += f" (keys) and {shape.value_head_dim} (values)"
+    return f"{sees}, {shape.num_kv_heads} kv heads of {dims}, {kept} on {device}"
+
+
+def _saved(stats: PatchStats) -> str:
+    if not stats.peak_dense_bytes:
+        return ""
+    return f" ({1 - stats.peak_held_bytes / stats.peak_dense_bytes:.0%} less)"
+
+
+def size(num_bytes: int) -> str:
+    """`1536` as `1.5 KiB`. O(1)."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"

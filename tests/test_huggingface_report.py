@@ -1,0 +1,83 @@
+"""What a patch says of itself."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+import tiny_models  # noqa: E402
+
+import kvpager  # noqa: E402
+
+
+def generate(model: Any, lengths: list[int], **options: Any) -> Any:
+    return model.generate(
+        **tiny_models.prompts(lengths), max_new_tokens=4, do_sample=False, eos_token_id=None,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+
+
+def held_by_transformers(cache: Any) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_dense_bytes_are_what_transformers_own_cache_holds(name: str) -> None:
+    model = tiny_models.tiny_model(name)
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 1}
+    own = generate(model, [40, 9], **options).past_key_values
+    with kvpager.patch(model) as patch:
+        generate(model, [40, 9], **options)
+        assert patch.stats().peak_dense_bytes == held_by_transformers(own)
+
+
+def test_the_peak_is_over_all_caches_alive_and_stays() -> None:
+    model = tiny_models.tiny_model("llama")
+    with kvpager.patch(model) as patch:
+        first = generate(model, [40])
+        alone = patch.stats().peak_dense_bytes
+        second = generate(model, [40])
+        assert patch.stats().peak_dense_bytes == 2 * alone
+        del first, second
+        generate(model, [40])
+        assert patch.stats().peak_dense_bytes == 2 * alone
+
+
+def test_the_report_names_layers_blocks_reads_and_what_was_saved() -> None:
+    model = tiny_models.tiny_model("gemma3")
+    with kvpager.patch(model, kv_dtype="int8") as patch:
+        assert patch.report().startswith("nothing was paged yet")
+        kept = generate(model, [40, 9], num_beams=3)
+        report, stats = patch.report(), patch.stats()
+        del kept
+    assert "paged: 2 layers, a window of 8 tokens, 2 kv heads of 16, float32 kept as int8" in report
+    assert "paged: 1 layer, full attention, 2 kv heads of 16" in report
+    assert f"{stats.num_held_blocks} held ({stats.num_shared_blocks} shared)" in report
+    assert f"{stats.copied_blocks} copied" in report
+    saved = 1 - stats.peak_held_bytes / stats.peak_dense_bytes
+    assert f"({saved:.0%} less)" in report
+    assert "prompts:" not in report
+
+
+def test_the_report_says_how_much_of_the_prompts_was_cached() -> None:
+    model = tiny_models.tiny_model("llama")
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        for _ in range(2):
+            generate(model, [64])
+        assert "prompts: 63 of 128 tokens were cached (49%)" in patch.report()
+
+
+def test_layers_that_cannot_be_paged_are_named_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny_models.tiny_model("qwen3_next")
+    with caplog.at_level(logging.INFO, "kvpager"), kvpager.patch(model) as patch:
+        for _ in range(2):
+            generate(model, [9])
+        assert "not paged: 1 layer of LinearAttentionLayer, transformers' own" in patch.report()
+    said = [record.message for record in caplog.records if "LinearAttention" in record.message]
+    assert said == ["kvpager: layers of kind LinearAttentionLayer stay transformers' own"]
