@@ -20,7 +20,7 @@ ROOT := $(CURDIR)
 CODE := kvpager kernels integrations
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
 demo: $(STAMP) ## see paging at work: a small model, on the CPU, offline
 	@$(BIN)/kvpager demo $(ARGS)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvpager.kernels.arguments import require_lengths
+from kvpager.kernels.arguments import require_lengths, require_starts
 from kvpager.kernels.quantisation import dequantise, indexable, quantise
 
 # One kv tile holds about this many tokens, all rows together: its fp32 copy stays in the cache
@@ -255,6 +255,7 @@ def _query_lengths(
     if query_starts is None:
         ones = torch.ones(rows, dtype=torch.int64, device=query.device)
         return ones.cumsum(0), ones, 1
+    require_starts(query_starts, len(query))
     starts = query_starts.long()
     lengths = starts.diff()
     return starts[1:], lengths, int(lengths.max())

@@ -32,8 +32,8 @@ def test_the_paged_decoder_agrees_with_plain_attention() -> None:
     assert "is attention over plain tensors" in output
 
 
-def programs() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def programs(page: str = "README.md") -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(programs())))
@@ -43,4 +43,11 @@ def test_a_program_of_the_readme_runs(number: int, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
     script = tmp_path / "program.py"
     script.write_text(program)
+    run(str(script), cwd=tmp_path)
+
+
+def test_the_lines_about_eight_bits_follow_the_program_of_the_readme(tmp_path: Path) -> None:
+    tensors = next(program for program in programs() if "BlockStorage(" in program)
+    script = tmp_path / "program.py"
+    script.write_text("\n".join([tensors, *programs("docs/kernels.md")]))
     run(str(script), cwd=tmp_path)

@@ -530,6 +530,24 @@ def test_blocks_that_are_no_single_run_are_not_copied() -> None:
     assert torch.equal(apart[2], apart[0])
 
 
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([1, 1, 2], "query_starts reaches 1 at row 0"),
+        ([0, 2, 1], "query_starts reaches 1 at row 2"),
+        ([0, -1, 2], "query_starts reaches -1 at row 1"),
+        ([0, 1, 3], "query_starts reaches 3 at row 2; it has to rise from 0 to the 2 tokens"),
+        ([0, 1, 1], "query_starts reaches 1 at row 2"),
+    ],
+)
+def test_the_twin_refuses_query_starts_that_do_not_rise_to_the_tokens(
+    starts: list[int], message: str
+) -> None:
+    arguments = attention_arguments() | {"query_starts": torch.tensor(starts)}
+    with pytest.raises(ValueError, match=message):
+        reference.paged_attention(**arguments)
+
+
 def test_a_registered_kernel_is_selected_on_its_device_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -27,9 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     build = commands.add_parser("build", help="build them now, into the cache folder")
     build.add_argument(
         "--variant",
-        default="auto",
-        help="auto: the best for this CPU (default); all: each that it can run; or one of "
-        + ", ".join(variant.name for variant in compiler.VARIANTS),
+        help="auto: the best for this CPU; all: each that it can run; or one of "
+        + ", ".join(variant.name for variant in compiler.VARIANTS)
+        + f" (default: what ${provider.VARIABLE} says, else auto)",
     )
     build.add_argument("--rebuild", action="store_true", help="build even what is there already")
     build.set_defaults(run=_build)
@@ -46,7 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _build(chosen: argparse.Namespace) -> None:
     able = compiler.variants()
-    if chosen.variant == "auto":
+    if chosen.variant is None:
+        # What a program would run, so that it finds it built.
+        variant = provider.choose()
+        if variant is None:
+            raise ValueError(f"{provider.VARIABLE} says off; pass --variant to build one anyway")
+        wanted = [variant]
+    elif chosen.variant == "auto":
         wanted = able[:1]
     elif chosen.variant == "all":
         wanted = able

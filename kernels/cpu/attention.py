@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
-from kvpager.kernels.arguments import wrong_length
+from kvpager.kernels.arguments import wrong_length, wrong_start
 from kvpager.kernels.cpu.library import (
     ATTENTION,
     TYPES,
@@ -121,10 +121,7 @@ def _error(
             f"{len(cache) - 1}, and -1 is none"
         )
     if problem.code == _QUERY_STARTS:
-        return ValueError(
-            f"query_starts reaches {value} at row {row}; it has to rise from 0 to the "
-            f"{len(query)} tokens of query"
-        )
+        return wrong_start(row, value, len(query))
     assert mask is not None
     return ValueError(
         f"mask has {mask.shape[2]} query rows, but a row has {value} queries; pass them all"
