@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Integral, Real
+from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +26,11 @@ from kvpager.kernels.arguments import (
     without_gradients,
 )
 from kvpager.kernels.backends import select
+
+# What kernels compute with.
+_FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_WINDOW_MAX = 1 << 62
+_NUMBERS = (float, int, np.floating)  # other reals, such as fractions, tensors do not know
 
 _fitting = Fitting()
 
@@ -204,19 +209,19 @@ def _check_rows(
 def _check_options(
     scale: float | None, causal: bool, window: int | None, softcap: float | None
 ) -> None:
-    if scale is not None and not isinstance(scale, Real):
+    if scale is not None and not isinstance(scale, _NUMBERS):
         raise TypeError(f"scale is {scale!r}; pass a number, or None for head_dim ** -0.5")
     if not isinstance(causal, bool):
         raise TypeError(f"causal is {causal!r}; pass True or False")
     if window is not None and (not isinstance(window, Integral) or isinstance(window, bool)):
         raise TypeError(f"window is {window!r}; pass a whole number of tokens, or None")
-    if softcap is not None and not isinstance(softcap, Real):
+    if softcap is not None and not isinstance(softcap, _NUMBERS):
         raise TypeError(f"softcap is {softcap!r}; pass a number, or None for no cap")
-    if window is not None and window < 1:
+    if window is not None and not 1 <= window <= _WINDOW_MAX:
         raise ValueError(f"window is {window}; pass at least 1 token, or None for no window")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; pass a finite number")
-    if softcap is not None and not softcap > 0:
+    if scale is not None and not abs(scale) <= _FLOAT_MAX:
+        raise ValueError(f"scale is {scale}; pass a finite number, of 32 bits")
+    if softcap is not None and not _FLOAT_MIN <= softcap <= _FLOAT_MAX:
         raise ValueError(f"softcap is {softcap}; pass more than 0, or None for no cap")
 
 

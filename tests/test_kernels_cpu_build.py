@@ -141,7 +141,7 @@ def test_a_library_is_built_once_and_then_found(folder: Path, copying: Compiler)
     assert first.path == second.path
     assert len(copying.calls) == 1
     assert kinds(folder) == COMPLETE
-    assert folder.stat().st_mode & 0o077 == 0
+    assert folder.stat().st_mode & 0o022 == 0
     assert compiler.ensure(PORTABLE, rebuild=True).origin == "built with quick++"
     assert len(copying.calls) == 2
 
@@ -406,6 +406,20 @@ def test_a_compiler_that_makes_nonsense_does_not_stop_the_program(
     assert len(caplog.records) == 1
 
 
+def test_a_compiler_that_is_killed_leaves_no_library_for_one_thread(
+    folder: Path, tmp_path: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    action = (
+        'case "$*" in *-fopenmp*) echo "g++: fatal error: Killed signal" >&2; exit 1;; esac\n'
+        f'cp "{prebuilt}" "$out"'
+    )
+    killed = use(make_compiler(tmp_path / "killed++", action), monkeypatch)
+    with pytest.raises(BuildError, match="fatal error: Killed signal"):
+        compiler.ensure(PORTABLE)
+    assert len(killed.calls) == 1
+    assert not list(folder.glob("*.so"))
+
+
 @needs_compiler
 @pytest.mark.usefixtures("registry")
 def test_a_compiler_without_openmp_makes_kernels_for_one_thread(
@@ -458,10 +472,31 @@ def test_where_home_cannot_be_written_a_private_temporary_folder_serves(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     assert cache.writable_folder() == temporary
-    assert temporary.stat().st_mode & 0o777 == 0o700
+    assert temporary.stat().st_mode & 0o777 == 0o755  # nobody else writes, everybody may read
     temporary.chmod(0o777)  # made by somebody else, before us
     with pytest.raises(BuildError, match=r"no cache folder can be used .*; set KVPAGER_CACHE to"):
         cache.writable_folder()
+
+
+def test_what_one_user_builds_into_an_image_another_can_read(
+    folder: Path, copying: Compiler
+) -> None:
+    built = compiler.ensure(PORTABLE).path
+    for path in (folder, built, built.with_suffix(".so.sha256")):
+        assert path.stat().st_mode & 0o044 == 0o044
+        assert not path.stat().st_mode & 0o022
+
+
+def test_a_relative_folder_is_the_one_of_now(
+    folder: Path, copying: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("KVPAGER_CACHE", ".")
+    built = compiler.ensure(PORTABLE).path
+    monkeypatch.chdir(tmp_path)
+    assert built.is_absolute()
+    assert Library(built).lanes == 4
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
@@ -608,9 +643,12 @@ def test_a_build_keeps_what_is_in_use_and_what_is_not_its_own(folder: Path) -> N
         leave(folder, name, 400)
         for name in ("kernels.so", "kernels-mine.lock", "holiday.part", "notes.digest")
     ]
+    removed = leave_library(folder, "3" * 16, 400)
+    foreign.append(leave(folder, f"{removed[0].name}.mine", 400))
     kept = [*recent, *current, *loaded, *foreign]
     compiler.ensure(PORTABLE)
     assert [path for path in kept if not path.exists()] == []
+    assert [path for path in removed if path.exists()] == []
 
 
 def test_loading_a_library_counts_as_using_it(folder: Path, copying: Compiler) -> None:

@@ -53,13 +53,13 @@ def writable_folder() -> Path:
     faults = []
     for folder in _folders():
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
             fault = _fault(folder)
         except OSError as error:
             fault = f"cannot be made ({error.strerror})"
         if not fault and os.access(folder, os.W_OK | os.X_OK):
             return folder
-        faults.append(f"{folder} {fault or 'cannot be written'}")
+        faults.append(f"{folder} {fault or 'cannot be written, and holds no library to be read'}")
     raise _refusal("; ".join(faults))
 
 
@@ -92,7 +92,7 @@ def _folders() -> list[Path]:
 def _chosen_folder(chosen: str) -> Path:
     """What somebody asked for is not quietly replaced by something else."""
     try:
-        folder = Path(chosen).expanduser()
+        folder = Path(chosen).expanduser().absolute()
         fault = _fault(folder)
     except FileNotFoundError:
         return folder
@@ -146,7 +146,7 @@ def new_part(path: Path) -> Path:
 def publish(part: Path, path: Path) -> None:
     """Give a finished library its name; its digest first, so that it is never there without."""
     content = part.read_bytes()
-    part.chmod(0o600)
+    part.chmod(0o644)  # an image is built by one user and run by another
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     temporary = part.with_suffix(".digest")
@@ -224,7 +224,8 @@ def prune(folder: Path, source: str) -> None:
 def _stale(folder: Path, stem: str, source: str) -> list[Path]:
     """The files of one library that are to be removed; its lock goes last."""
     now = time.time()
-    unused = {path: now - path.stat().st_mtime for path in folder.glob(f"{stem}.*")}
+    ours = (path for path in folder.glob(f"{stem}.*") if _NAME.fullmatch(path.name))
+    unused = {path: now - path.stat().st_mtime for path in ours}
     locks = [path for path in unused if path.suffix == ".lock"]
     others = [path for path in unused if path not in locks]
     is_old = all(unused[path] > UNUSED_SECONDS_MAX for path in others or locks)

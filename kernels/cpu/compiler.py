@@ -19,6 +19,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -39,6 +40,8 @@ FLAGS = (
 )  # fmt: skip
 THREAD_FLAGS = ("-fopenmp",)
 BUILD_SECONDS_MAX = 300
+# How compilers and linkers say that there is no OpenMP.
+_NO_OPENMP = re.compile(r"openmp|omp\.h|-l(g|i)?omp|library '?omp", re.IGNORECASE)
 
 
 class Variant(NamedTuple):
@@ -236,15 +239,19 @@ def _compile_to(path: Path, compiler: Compiler, variant: Variant) -> None:
             if not errors:
                 cache.publish(part, path)
                 return
+            # Killed or out of room is no reason to do with one thread for good.
+            if not _NO_OPENMP.search(errors):
+                break
         except OSError as error:
             raise BuildError(f"{path.parent} cannot be written: {error}") from error
         finally:
             part.unlink(missing_ok=True)
-    raise BuildError(f"{compiler} failed: {errors}")
+    lines = [line for line in errors.splitlines() if "error" in line.lower()]
+    raise BuildError(f"{compiler} failed: {' | '.join(lines[:3]) or errors.strip()[-300:]}")
 
 
 def _compile(command: list[str]) -> str:
-    """Run the compiler; what it said if it failed, else nothing."""
+    """Run the compiler; what it said if it failed (never nothing then), else nothing."""
     try:
         done = subprocess.run(
             [*command, str(source_folder() / "kernels.cpp")],
@@ -258,8 +265,7 @@ def _compile(command: list[str]) -> str:
         return str(error)
     if done.returncode == 0:
         return ""
-    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    return " | ".join(lines[:3]) or f"exit status {done.returncode}"
+    return done.stderr.strip() or f"exit status {done.returncode}"
 
 
 def _say(message: str) -> None:

@@ -111,7 +111,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
             for (int64_t word = 0; word < query_words; word++)
                 memcpy(queries + place_of_word<Q>(q, word), row + word, 4);
             for (int lane = q * R; lane < q * R + R; lane++) {
-                state_of(scratch.units, group)[lane] = unit * a.scale;
+                state_of(scratch.units, group)[lane] = unit;
                 highest[lane] = LOWEST;
                 total[lane] = 0;
                 if (!a.sinks || !task.with_sink) continue;
@@ -121,16 +121,17 @@ template <class T, Arithmetic arithmetic> struct Worker {
         }
     }
 
-    // One query as a row of words; returns what a 1 in it stands for.
+    // One query as a row of words; returns what its scores have to be multiplied with. Floats are
+    // scaled here already, as in the twin: large ones would overflow before.
     float begin_query(float* row, int64_t offset) {
         memset(row, 0, query_stride * sizeof(float));
-        if (arithmetic == IN_INT16) return begin_int16((int16_t*)row, offset);
+        if (arithmetic == IN_INT16) return begin_int16((int16_t*)row, offset) * a.scale;
         if (arithmetic == BF16_DOTS)
             memcpy(row, (const bf16*)a.query + offset, a.head_dim * sizeof(bf16));
         else
             for (int64_t d = 0; d < a.head_dim; d++)
-                row[place_of<T>(d)] = a.element(a.query, offset + d);
-        return 1;
+                row[place_of<T>(d)] = a.element(a.query, offset + d) * a.scale;
+        return arithmetic == IN_FLOATS ? 1 : a.scale;
     }
 
     float begin_int16(int16_t* to, int64_t offset) {

@@ -153,7 +153,8 @@ def _check_plan(
     if sizes != (plan.num_rows, plan.num_queries):
         raise ValueError(
             f"the plan is for {plan.num_rows} rows of {plan.num_queries} queries in all, but the "
-            f"call has {sizes[0]} and {sizes[1]}; make a plan with plan_attention for these tensors"
+            f"call has {sizes[0]} and {sizes[1]}; make a plan with plan_attention for these "
+            "tensors, whose query_starts have to end with the number of queries"
         )
     asked = (key_cache.shape[1], query.shape[1], key_cache.shape[2])
     shapes = plan.shapes
