@@ -76,3 +76,16 @@ def test_generate_is_measured() -> None:
     found = figures(run("generate.py", "--quick", *options, "--repeats", "1", "--threads", "1"))
     assert found["generate_fp32_b1_64_kvpager_ms"]["unit"] == "ms/token"
     assert found["generate_fp32_b1_64_vs_dynamic_cache"]["same_tokens"] == 1
+
+
+def test_the_prompts_benchmark_measures_beams_reuse_and_padding() -> None:
+    pytest.importorskip("transformers")
+    found = figures(
+        run("prompts.py", "--quick", "--prompt", "48", "--repeats", "1", "--dtypes", "fp32")
+    )
+    for name in ("beams_prefill_fp32_48", "beams_step_fp32_96", "reuse_fp32_96"):
+        assert found[f"{name}_vs_dynamic_cache"]["unit"] == "ratio"
+    padded = "padding_fp32_32_to_48"
+    assert (
+        found[f"{padded}_kvpager_bytes"]["value"] < found[f"{padded}_dynamic_cache_bytes"]["value"]
+    )

@@ -7,6 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -95,6 +96,25 @@ class Patch:
             prefix_query_tokens=counters.prefix_query_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
         )
+
+    def namespace(self, name: str) -> AbstractContextManager[None]:
+        """Calls made within share prompts with calls of namespace `name` only.
+
+            with paging.namespace("acme"):
+                model.generate(...)
+
+        It holds for calls of this thread, or of this asyncio task, alone. Raises: `KVPagerError`
+        without `prefix_cache`; `TypeError` for what is no name.
+        """
+        if name is None:
+            raise TypeError("namespace None: pass the name of a namespace")
+        arguments.label("namespace", name)
+        if self.prompts is None:
+            raise KVPagerError(
+                f"namespace {name!r}: no prompts are kept between calls; patch with "
+                "prefix_cache=True"
+            )
+        return self.prompts.chosen(name)
 
     def report(self) -> str:
         """What was paged and what that saved, as a text for people. O(blocks)."""

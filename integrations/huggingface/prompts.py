@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,16 +48,35 @@ _HARMLESS = {
 _SAMPLES = 16
 
 
+# What `PromptCache.chosen` has chosen, the last for each prompt cache holds.
+_chosen: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("kvpager_namespaces", default=())
+
+
 class PromptCache:
     """Which pool each model's prompts are in, and under which namespace."""
 
     def __init__(self, namespace: str | None) -> None:
-        self.namespace = namespace
+        self._namespace = namespace
         self._homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary()
         self._states: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]] = (
             weakref.WeakKeyDictionary()
         )
         self._versions = itertools.count()
+
+    @property
+    def namespace(self) -> str | None:
+        """The namespace of calls made here: the one chosen around them, else the patch's."""
+        chosen = (name for prompts, name in reversed(_chosen.get()) if prompts is self)
+        return next(chosen, self._namespace)
+
+    @contextmanager
+    def chosen(self, namespace: str) -> Iterator[None]:
+        """Calls made within are of `namespace`: of this thread, or of this asyncio task."""
+        token = _chosen.set((*_chosen.get(), (self, namespace)))
+        try:
+            yield
+        finally:
+            _chosen.reset(token)
 
     def namespace_of(self, model: nn.Module) -> str:
         """A name that changes when the model visibly does, see `_model_state`. O(parameters)."""
