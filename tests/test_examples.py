@@ -32,6 +32,26 @@ def test_the_paged_decoder_agrees_with_plain_attention() -> None:
     assert "is attention over plain tensors" in output
 
 
+SAID = {
+    "generate": ["paged: 6 layers, full attention", "the same tokens as without: True"],
+    "chat": ["0 of them cached", "256 of them cached"],
+    "beams": ["8 beams at their peak: ", "blocks were copied"],
+    "eight_bits": ["bfloat16   96.0 KiB", "int8       54.0 KiB", "fp8_e4m3   54.0 KiB"],
+    "tenants": ["umbrella     0 of 243", "acme       240 of 243", "umbrella   240 of 243"],
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_an_example_for_transformers_shows_what_it_says(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    output = run(str(ROOT / "examples/huggingface" / f"{name}.py"), cwd=tmp_path)
+    assert [text for text in SAID[name] if text not in output] == []
+
+
+def test_every_example_for_transformers_is_run() -> None:
+    assert {path.stem for path in (ROOT / "examples/huggingface").glob("*.py")} == set(SAID)
+
+
 def programs(page: str = "README.md") -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 

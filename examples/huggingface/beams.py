@@ -1,0 +1,24 @@
+"""Beams: the prompt is computed once and shared, and what beams have in common stays shared.
+
+python examples/huggingface/beams.py
+"""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvpager
+from kvpager.integrations.huggingface.report import size
+from kvpager.testing import tiny_llama_path
+
+path = tiny_llama_path()
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+inputs = tokenizer("If the file is not found, " * 12, add_special_tokens=False, return_tensors="pt")
+
+with kvpager.patch(model) as paging:
+    best = model.generate(**inputs, num_beams=8, num_return_sequences=3, max_new_tokens=24)
+    stats = paging.stats()
+
+print("\n".join(tokenizer.batch_decode(best[:, inputs.input_ids.shape[1] :])))
+print(f"8 beams at their peak: {size(stats.peak_held_bytes)} in blocks, ", end="")
+print(f"{size(stats.peak_dense_bytes)} in DynamicCache; {stats.copied_blocks} blocks were copied")

@@ -1,0 +1,22 @@
+"""Keys and values in eight bits: a third to a half of the memory, for tokens that may differ.
+
+python examples/huggingface/eight_bits.py
+"""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvpager
+from kvpager.integrations.huggingface.report import size
+from kvpager.testing import tiny_llama_path
+
+path = tiny_llama_path()
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+inputs = tokenizer("The return value is ", add_special_tokens=False, return_tensors="pt")
+
+for kv_dtype in (None, "int8", "fp8_e4m3"):
+    with kvpager.patch(model, kv_dtype=kv_dtype) as paging:
+        output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        held = size(paging.stats().peak_held_bytes)
+    print(f"{kv_dtype or 'bfloat16':9} {held:>9}  {tokenizer.decode(output[0])}")
