@@ -34,7 +34,7 @@ def test_the_paged_decoder_agrees_with_plain_attention() -> None:
 
 SAID = {
     "generate": ["paged: 6 layers, full attention", "the same tokens as without: True"],
-    "chat": ["0 of them cached", "256 of them cached"],
+    "chat": ["0 of them cached", "318 tokens, 288 of them cached"],
     "beams": ["8 beams at their peak: ", "blocks were copied"],
     "eight_bits": ["bfloat16   96.0 KiB", "int8       54.0 KiB", "fp8_e4m3   54.0 KiB"],
     "tenants": ["umbrella     0 of 243", "acme       240 of 243", "umbrella   240 of 243"],

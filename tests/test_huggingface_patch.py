@@ -100,6 +100,7 @@ def test_a_patch_changes_only_what_is_documented(llama: PreTrainedModel) -> None
         "__init__",
         "_prefill",
         "_prepare_cache_for_generation",
+        "_sample",
         "sdpa",
     }
 
@@ -108,6 +109,7 @@ def test_wrappers_keep_their_names_and_signatures() -> None:
     functions = [
         (DynamicCache, "__init__"),
         (GenerationMixin, "_prefill"),
+        (GenerationMixin, "_sample"),
         (GenerationMixin, "_prepare_cache_for_generation"),
     ]
     before = [inspect.signature(getattr(owner, name)) for owner, name in functions]

@@ -215,6 +215,18 @@ class LayerGroup:
         if self.pool is not None and self.prompt is not None:
             self.pool.manager.commit(self.sequences)
 
+    def note_next(self, ids: Int32) -> None:
+        """All columns are written, and `ids` [rows] come next: what is full becomes reusable.
+
+        Does nothing where the ids of some column are not known, or other rows are meant. O(tokens).
+        """
+        if self.prompt is None or len(ids) != self.num_rows:
+            return
+        known = [len(row) for row in self.prompt.rows]
+        if known == self.lengths(self.num_columns).tolist():
+            self.commit()
+            self.prompt = self.prompt.followed_by(ids)
+
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Where columns `start` to `stop` go, int64 [rows * columns]; -1 for padding."""
         key = (start, stop, device)
@@ -351,6 +363,10 @@ class Prompt:
     def __init__(self, rows: list[Int32], namespace: str) -> None:
         self.rows = rows
         self.namespace = namespace
+
+    def followed_by(self, ids: Int32) -> Prompt:
+        """The same with one more token for each row: `ids` [rows]. O(tokens)."""
+        return Prompt([np.append(row, ids[i]) for i, row in enumerate(self.rows)], self.namespace)
 
     def ids(self, padding: Int64, start: int, stop: int) -> list[Int32]:
         """Each row's ids in columns `start` to `stop`, or nothing beyond the prompt."""

@@ -23,7 +23,7 @@ from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.attention import reading_in_place, register
 from kvpager.integrations.huggingface.cache import PagedCache, unpaged
 from kvpager.integrations.huggingface.pools import PagedMemory
-from kvpager.integrations.huggingface.prompts import PromptCache, prefill
+from kvpager.integrations.huggingface.prompts import Listener, PromptCache, prefill
 from kvpager.integrations.huggingface.report import PatchStats, report
 from kvpager.storage import KVDtype
 
@@ -178,8 +178,9 @@ def patch(
         kv_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, with a scale per
             token and head: half the memory of bfloat16, and numbers that are rounded (about 1 %
             of the attention's norm in int8, 4 % in fp8), so tokens may differ.
-        prefix_cache: keep prompts' blocks between calls, so that a prompt that begins like an
-            earlier one computes only what is new; for causal text models whose layers all look at
+        prefix_cache: keep the blocks of prompts, and of replies by greedy search and sampling,
+            between calls, so that a prompt that begins like an earlier one, or repeats a
+            conversation, computes only what is new; for causal text models whose layers all look at
             the whole prompt. Takes memory until `clear` or `undo`. A model whose weights, hooks or
             settings changed reuses nothing; call `clear` after changes that leave no trace there,
             such as replacing a `forward` or writing single numbers through `.data`.
@@ -248,6 +249,7 @@ def _install() -> None:
     _replace(DynamicCache, "__init__", _paging_init)
     _replace(GenerationMixin, "_prepare_cache_for_generation", _scoped_prepare)
     _replace(GenerationMixin, "_prefill", _paging_prefill)
+    _replace(GenerationMixin, "_sample", _listening_sample)
     _replace(
         configuration_utils,
         "ALL_CACHE_IMPLEMENTATIONS",
@@ -359,6 +361,19 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         return prefill(original, serving.prompts, *inputs, **kwargs)
 
     return _prefill
+
+
+def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_sample`: here the tokens that are chosen can be heard."""
+
+    @functools.wraps(original)
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        serving, cache = _patch_for(self), kwargs.get("past_key_values")
+        if serving is not None and serving.prompts is not None and isinstance(cache, PagedCache):
+            kwargs["streamer"] = Listener(cache, kwargs.get("streamer"))
+        return original(self, *args, **kwargs)
+
+    return _sample
 
 
 _NOBODY: Any = object()

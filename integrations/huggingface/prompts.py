@@ -108,6 +108,33 @@ class PromptCache:
         if unchanged and cache.is_fully_paged and len(kinds) == len(layers):
             group.commit()
             self._homes[model] = _Home(group.layout, kinds)
+        else:
+            group.prompt = None  # what follows is not reusable either
+
+
+class Listener:
+    """A streamer that lets a cache know which tokens were chosen, and passes them on.
+
+    A cache sees keys and values only. Within transformers' own decoding loop they follow from the
+    tokens, as those of a prompt do, so a later prompt that repeats a reply - the next turn of a
+    chat - finds its blocks as well.
+    """
+
+    def __init__(self, cache: PagedCache, inner: Any) -> None:
+        self._cache = cache
+        self._inner = inner
+
+    def put(self, tokens: Tensor) -> None:
+        """The next token of each row, [rows]: they have been chosen, but not computed yet."""
+        for group in self._cache.groups:
+            group.note_next(_to_int32(tokens.reshape(-1)))
+        if self._inner is not None:
+            self._inner.put(tokens)
+
+    def end(self) -> None:
+        """There are no more."""
+        if self._inner is not None:
+            self._inner.end()
 
 
 class _Home(NamedTuple):
