@@ -100,25 +100,111 @@ def test_each_of_several_samples_may_be_gone_on_with() -> None:
             assert cached == 64  # of 30 + 39 tokens that were computed
 
 
-def test_what_was_computed_by_hand_is_not_taken_for_a_reply() -> None:
-    model, prompt = tiny_models.tiny_model("llama"), random_ids(1, 30, seed=4)
-    extra = random_ids(1, 40, seed=5)
+def edited(model: Any, said: Tensor, cache: Any) -> Tensor:
+    """Another last token than the one that was chosen."""
+    other = said.clone()
+    other[0, -1] = 50
+    return go_on(model, other, cache)
+
+
+def with_a_gap(model: Any, said: Tensor, cache: Any) -> Tensor:
+    mask = torch.ones_like(said)
+    mask[0, 3:18] = 0
+    return go_on(model, said, cache, attention_mask=mask)
+
+
+def elsewhere(model: Any, said: Tensor, cache: Any) -> Tensor:
+    return go_on(model, said, cache, position_ids=torch.arange(said.shape[1])[None] + 50)
+
+
+def embedded(model: Any, said: Tensor, cache: Any) -> Tensor:
+    embeddings = torch.randn(1, said.shape[1], 64, generator=torch.Generator().manual_seed(5)) * 3
+    go_on(model, said, cache, inputs_embeds=embeddings)
+    return said
+
+
+def by_another_model(model: Any, said: Tensor, cache: Any) -> Tensor:
+    other = tiny_models.tiny_model("llama", seed=5)
+    with kvpager.patch(other, prefix_cache=True):
+        return go_on(other, said, cache)
+
+
+def by_hand(model: Any, said: Tensor, cache: Any) -> Tensor:
+    extra = random_ids(1, 40, seed=6)
+    with torch.no_grad():
+        model(extra, past_key_values=cache, position_ids=torch.arange(500, 540)[None])
+    return go_on(model, torch.cat([said[:, :-1], extra, extra[:, :1]], dim=1), cache)
+
+
+def go_on(model: Any, said: Tensor, cache: Any, **options: Any) -> Tensor:
+    tokens: Tensor = model.generate(
+        said, past_key_values=cache, max_new_tokens=24, do_sample=False, eos_token_id=None,
+        **options,
+    )  # fmt: skip
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "continued", [edited, with_a_gap, elsewhere, embedded, by_another_model, by_hand]
+)
+def test_a_cache_that_is_gone_on_with_teaches_nothing(continued: Any) -> None:
+    model, prompt = tiny_models.tiny_model("llama"), random_ids(1, 21, seed=4)
     with kvpager.patch(model, prefix_cache=True, memory="64MiB") as patch:
         result = model.generate(
-            prompt, max_new_tokens=3, do_sample=False, eos_token_id=None,
+            prompt, max_new_tokens=9, do_sample=False, eos_token_id=None,
             return_dict_in_generate=True,
         )  # fmt: skip
-        # Positions of one's own: other keys than those of a prompt.
-        with torch.no_grad():
-            positions = torch.arange(500, 540)[None]
-            model(extra, past_key_values=result.past_key_values, position_ids=positions)
-        said = torch.cat([result.sequences[:, :-1], extra], dim=1)
-        continued = torch.cat([said, random_ids(1, 1, seed=6)], dim=1)
-        model.generate(
-            continued, past_key_values=result.past_key_values, max_new_tokens=20, do_sample=False
-        )
-        _, cached = hits(patch, lambda: generate(model, continued))
-    assert cached <= 32
+        said = result.sequences
+        later = continued(model, said.clone(), result.past_key_values)
+        # As it was edited, and as the true reply would have gone on.
+        asked = [later, torch.cat([said[:, -1:], later[:, said.shape[1] :]], dim=1)]
+        asked[1] = torch.cat([said[:, :-1], asked[1]], dim=1)
+        found = [hits(patch, lambda ids=ids: generate(model, ids)) for ids in asked]
+    assert found[0][1] <= 16  # of the 29 tokens that the first call computed
+    for ids, (tokens, _) in zip(asked, found, strict=True):
+        assert torch.equal(tokens, generate(model, ids))
+
+
+def test_a_reply_whose_model_changed_meanwhile_is_not_kept() -> None:
+    model, prompt = tiny_models.tiny_model("llama"), random_ids(1, 21, seed=4)
+    attention = model.model.layers[0].self_attn
+
+    def meddle(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] == 24:
+            attention.scaling *= 5
+        return scores
+
+    with kvpager.patch(model, prefix_cache=True, memory="64MiB") as patch:
+        said = generate(model, prompt, logits_processor=[meddle])
+        attention.scaling /= 5
+        tokens, cached = hits(patch, lambda: generate(model, said))
+    assert cached <= 16
+    assert torch.equal(tokens, generate(model, said))
+
+
+def test_a_reply_in_one_namespace_is_unknown_in_another() -> None:
+    model, prompt = tiny_models.tiny_model("llama"), random_ids(1, 21, seed=4)
+    with kvpager.patch(model, prefix_cache=True, memory="64MiB") as patch:
+        with patch.namespace("a"):
+            first = model.generate(
+                prompt, max_new_tokens=9, do_sample=False, eos_token_id=None,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        with patch.namespace("b"):
+            said = go_on(model, first.sequences, first.past_key_values)
+        with patch.namespace("a"):
+            _, cached = hits(patch, lambda: generate(model, said))
+    assert cached <= 16
+
+
+def test_a_model_of_fewer_layers_for_a_while_reuses_nothing_of_it() -> None:
+    model, prompt = tiny_models.tiny_model("llama"), random_ids(1, 50, seed=4)
+    expected = generate(model, prompt)
+    with kvpager.patch(model, prefix_cache=True, memory="64MiB"):
+        model.config.num_hidden_layers = 1
+        generate(model, prompt)
+        model.config.num_hidden_layers = 2
+        assert torch.equal(generate(model, prompt), expected)
 
 
 def test_weights_that_change_between_turns_reuse_no_reply() -> None:

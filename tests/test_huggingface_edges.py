@@ -372,12 +372,13 @@ def test_cropping_more_than_there_is_leaves_nothing() -> None:
 def test_what_follows_a_crop_is_not_taken_for_the_prompt() -> None:
     model = model_named()
     with kvpager.patch(model, prefix_cache=True), torch.no_grad():
+        # After beams the cache still knows its prompt.
         cache = model.generate(
-            IDS, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+            IDS, max_new_tokens=2, num_beams=2, do_sample=False, return_dict_in_generate=True
         ).past_key_values
         group = cache.groups[0]
         cache.crop(-(cache.get_seq_length() - 20))
-        model(IDS.flip(1)[:, :20], past_key_values=cache)
+        model(IDS.flip(1)[:, :20].expand(group.num_rows, -1), past_key_values=cache)
         group.commit()
         known = group.pool.allocate(IDS[0].tolist(), group.prompt.namespace)
         # The prompt's own two full blocks; what was written over its end is something else.

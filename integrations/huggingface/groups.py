@@ -216,15 +216,14 @@ class LayerGroup:
             self.pool.manager.commit(self.sequences)
 
     def note_next(self, ids: Int32) -> None:
-        """All columns are written, and `ids` [rows] come next: what is full becomes reusable.
+        """All columns are written, and `ids` [rows] come next. O(tokens).
 
-        Does nothing where the ids of some column are not known, or other rows are meant. O(tokens).
+        Does nothing where the ids of some column are not known, or other rows are meant.
         """
         if self.prompt is None or len(ids) != self.num_rows:
             return
         known = [len(row) for row in self.prompt.rows]
         if known == self.lengths(self.num_columns).tolist():
-            self.commit()
             self.prompt = self.prompt.followed_by(ids)
 
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:

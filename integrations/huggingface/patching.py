@@ -23,7 +23,7 @@ from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.attention import reading_in_place, register
 from kvpager.integrations.huggingface.cache import PagedCache, unpaged
 from kvpager.integrations.huggingface.pools import PagedMemory
-from kvpager.integrations.huggingface.prompts import Listener, PromptCache, prefill
+from kvpager.integrations.huggingface.prompts import PromptCache, prefill, reply
 from kvpager.integrations.huggingface.report import PatchStats, report
 from kvpager.storage import KVDtype
 
@@ -369,9 +369,11 @@ def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         serving, cache = _patch_for(self), kwargs.get("past_key_values")
-        if serving is not None and serving.prompts is not None and isinstance(cache, PagedCache):
-            kwargs["streamer"] = Listener(cache, kwargs.get("streamer"))
-        return original(self, *args, **kwargs)
+        if serving is None or serving.prompts is None or not isinstance(cache, PagedCache):
+            return original(self, *args, **kwargs)
+        if cache.get_seq_length():  # who knows what is in it
+            return original(self, *args, **kwargs)
+        return reply(original, serving.prompts, self, *args, **kwargs)
 
     return _sample
 

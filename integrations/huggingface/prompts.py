@@ -96,7 +96,8 @@ class PromptCache:
         cache.memory.counters.prefix_query_tokens += sum(map(len, rows))
         home = self._homes.get(model)
         pool = cache.memory.find_pool(home.layout) if home is not None else None
-        if home is not None and pool is not None:
+        fits = home is not None and len(home.kinds) == len(cache.paged_layers())
+        if home is not None and pool is not None and fits:
             _reuse(cache, home, pool, prompt, padding)
 
     def publish(self, model: nn.Module, cache: PagedCache) -> None:
@@ -112,13 +113,29 @@ class PromptCache:
             group.prompt = None  # what follows is not reusable either
 
 
-class Listener:
-    """A streamer that lets a cache know which tokens were chosen, and passes them on.
+def reply(
+    original: Callable[..., Any], prompts: PromptCache, model: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """`GenerationMixin._sample` for an empty paged cache, whose tokens are heard and published.
 
-    A cache sees keys and values only. Within transformers' own decoding loop they follow from the
-    tokens, as those of a prompt do, so a later prompt that repeats a reply - the next turn of a
-    chat - finds its blocks as well.
+    Within transformers' own decoding loop keys and values follow from the tokens, as those of a
+    prompt do; so a later prompt that repeats the reply, the next turn of a chat, finds its blocks.
+    What becomes of the cache afterwards nobody knows: no token is known from then on.
     """
+    cache: PagedCache = kwargs["past_key_values"]
+    kwargs["streamer"] = _Listener(cache, kwargs.get("streamer"))
+    try:
+        result = original(model, *args, **kwargs)
+        if cache.groups and cache.groups[0].prompt is not None:
+            prompts.publish(model, cache)
+    finally:
+        for group in cache.groups:
+            group.prompt = None
+    return result
+
+
+class _Listener:
+    """A streamer that lets a cache know which tokens were chosen, and passes them on."""
 
     def __init__(self, cache: PagedCache, inner: Any) -> None:
         self._cache = cache
