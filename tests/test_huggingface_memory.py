@@ -312,9 +312,9 @@ def test_a_namespace_needs_a_name_and_prompts_that_are_kept() -> None:
         patch.namespace("acme")
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         with pytest.raises(TypeError, match="namespace None: pass the name"):
-            patch.namespace(None)  # type: ignore[arg-type]
+            patch.namespace(None)
         with pytest.raises(TypeError, match="namespace 7: expected a str"):
-            patch.namespace(7)  # type: ignore[arg-type]
+            patch.namespace(7)
 
 
 def test_models_of_one_shape_share_nothing() -> None:

@@ -150,5 +150,5 @@ def test_a_layer_that_leaves_its_blocks_takes_its_rounded_numbers_along() -> Non
 def test_an_unknown_kv_dtype_is_refused_with_nothing_patched() -> None:
     model, init = tiny_models.tiny_model("llama"), transformers.DynamicCache.__init__
     with pytest.raises(ValueError, match=r"kv_dtype 'int4': expected None or one of \['int8'"):
-        kvpager.patch(model, kv_dtype="int4")  # type: ignore[arg-type]
+        kvpager.patch(model, kv_dtype="int4")
     assert transformers.DynamicCache.__init__ is init

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 import tiny_models  # noqa: E402
 
 import kvpager  # noqa: E402
+from kvpager.integrations.huggingface.pools import PagedMemory  # noqa: E402
 
 
 def generate(model: Any, lengths: list[int], **options: Any) -> Any:
@@ -45,6 +47,26 @@ def test_the_peak_is_over_all_caches_alive_and_stays() -> None:
         del first, second
         generate(model, [40])
         assert patch.stats().peak_dense_bytes == 2 * alone
+
+
+def test_a_cache_may_begin_while_another_thread_counts() -> None:
+    memory = PagedMemory(None, 16)
+
+    class Group:
+        """Has another thread begin a cache while it is looked at."""
+
+        @property
+        def dense_bytes(self) -> int:
+            beginning.start()
+            beginning.join(0.5)  # it has to wait until all are counted
+            return 7
+
+    groups = [Group(), Group()]
+    memory.note_group(groups[0])
+    beginning = threading.Thread(target=lambda: memory.note_group(groups[1]))
+    memory.note_dense()
+    beginning.join()
+    assert memory.counters.peak_dense_bytes == 7
 
 
 def test_the_report_names_layers_blocks_reads_and_what_was_saved() -> None:

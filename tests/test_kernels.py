@@ -303,7 +303,7 @@ def test_attention_refuses_what_does_not_fit(
 def test_an_option_that_only_looks_like_one_that_passed_is_refused() -> None:
     paged_attention(**attention_arguments(), window=3)
     with pytest.raises(TypeError, match=r"window is 3.0; pass a whole number"):
-        paged_attention(**attention_arguments(), window=3.0)  # type: ignore[arg-type]
+        paged_attention(**attention_arguments(), window=3.0)
 
 
 def append_arguments() -> dict[str, Any]:

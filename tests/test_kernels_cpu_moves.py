@@ -6,7 +6,6 @@ import ctypes
 import mmap
 import multiprocessing
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -36,18 +35,12 @@ from torch import Tensor
 from kvpager.kernels.cpu import compiler
 from kvpager.kernels.quantisation import quantise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(params=VARIANTS)
 def native(request: pytest.FixtureRequest) -> Native:
     return require(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])

@@ -123,7 +123,7 @@ class LayerGroup:
         self.num_members = 0  # layers made so far
         self._column_bytes = 0  # of a row, over all layers, as DynamicCache would keep it
         self._bound: dict[PagedLayers, int] = {}
-        memory.groups.add(self)
+        memory.note_group(self)
         self._num_left = 0  # layers that live in blocks no longer
         self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
         self._tables: dict[torch.device, Tensor] = {}

@@ -137,7 +137,7 @@ class PagedMemory:
         self.counters = Counters()
         self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
         self.left_alone: dict[str, int] = {}  # class of layer -> layers of a model, at the most
-        self.groups: weakref.WeakSet[Dense] = weakref.WeakSet()  # of the caches alive now
+        self._groups: weakref.WeakSet[Dense] = weakref.WeakSet()  # of the caches alive now
         self.lock = threading.RLock()
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
@@ -174,10 +174,16 @@ class PagedMemory:
         held = sum(pool.held_bytes for pool in self.pools())
         self.counters.peak_held_bytes = max(self.counters.peak_held_bytes, held)
 
+    def note_group(self, group: Dense) -> None:
+        """A cache begins. O(1)."""
+        # Locked: another thread may be adding the groups up, and a set must not grow meanwhile.
+        with self.lock:
+            self._groups.add(group)
+
     def note_dense(self) -> None:
         """A step is done: what would `DynamicCache` hold now? O(groups of layers alive)."""
         with self.lock:
-            dense = sum(group.dense_bytes for group in self.groups)
+            dense = sum(group.dense_bytes for group in self._groups)
             self.counters.peak_dense_bytes = max(self.counters.peak_dense_bytes, dense)
 
     def note_layers(self, layers: PagedLayers, count: int) -> None:
