@@ -74,7 +74,8 @@ class BlockStorage:
     """Block-first key and value tensors for the layers of one group on one device.
 
     `layers` may differ in heads and head sizes. `num_host_blocks` more blocks are kept in host
-    memory to swap to, page-locked when `device` is a GPU. Errors of the allocation itself
+    memory to swap to, page-locked when `device` is a GPU; `pinned` page-locks the device blocks of
+    a CPU, for a storage that a GPU's one swaps to. Errors of the allocation itself
     (`torch.OutOfMemoryError`, `RuntimeError`) are torch's.
 
     Keys and values are of `dtype`, or of eight bits where `kv_dtype` says "int8" or "fp8_e4m3";
@@ -94,6 +95,7 @@ class BlockStorage:
         kv_dtype: KVDtype | None = None,
         device: torch.device | str = "cpu",
         num_host_blocks: int = 0,
+        pinned: bool = False,
     ) -> None:
         """O(1) on a CPU, O(bytes) where memory has to be page-locked.
 
@@ -110,9 +112,9 @@ class BlockStorage:
         stored = dtype if kv_dtype is None else torch.uint8
         # Made in inference mode, the storage could never be written outside of it.
         with torch.inference_mode(False):
-            self._device_tier = allocate(num_blocks, run, stored, device)
-            pinned = self._device_tier.is_cuda and num_host_blocks > 0
-            self._host_tier = allocate(num_host_blocks, run, stored, "cpu", pinned=pinned)
+            self._device_tier = allocate(num_blocks, run, stored, device, pinned=pinned)
+            swaps = self._device_tier.is_cuda and num_host_blocks > 0
+            self._host_tier = allocate(num_host_blocks, run, stored, "cpu", pinned=swaps)
             self._views = self._layer_views()
 
     def __repr__(self) -> str:
@@ -252,13 +254,22 @@ class BlockStorage:
         if plan.source == plan.destination:
             copy_blocks(source, torch.tensor(copies, device=source.device))
             return
-        for start, target, count in _runs(copies):
-            destination[target : target + count].copy_(
-                source[start : start + count], non_blocking=True
-            )
-        # The other way round needs no wait: kernels that read the blocks queue behind the copies.
-        if source.is_cuda and plan.destination == "host":
-            torch.cuda.current_stream(source.device).synchronize()
+        _move(source, destination, copies)
+
+    def copy_from(self, other: BlockStorage, copies: NDArray[np.int32]) -> None:
+        """Copy another storage's blocks for pairs (theirs, ours), int32 [n, 2]. O(n * block_bytes).
+
+        Between devices, and to and from storages in host memory; it waits as `apply` does.
+        `ValueError` for a block that does not exist, or where the layers or dtypes differ.
+        """
+        if (self.layers, self.dtype, self.kv_dtype, self.block_size) != (
+            other.layers, other.dtype, other.kv_dtype, other.block_size
+        ):  # fmt: skip
+            raise ValueError(f"{other!r} keeps other blocks than {self!r}")
+        copies = _as_copies(copies)
+        _check_copies(copies, other.num_blocks, self.num_blocks, lowest=0)
+        if len(copies):
+            _move(other._device_tier, self._device_tier, copies)
 
     def grow(self, num_blocks: int) -> None:
         """Raise the device tier to `num_blocks`, keeping every byte. O(nbytes).
@@ -340,6 +351,15 @@ def _layout(
 def _like(tier: Tensor, num_blocks: int, run: int) -> Tensor:
     """Other memory of the kind that `tier` is in."""
     return allocate(num_blocks, run, tier.dtype, tier.device, pinned=tier.is_pinned())
+
+
+def _move(source: Tensor, destination: Tensor, copies: NDArray[np.int32]) -> None:
+    """Copy blocks from one tensor to another, on different devices as a rule."""
+    for start, target, count in _runs(copies):
+        destination[target : target + count].copy_(source[start : start + count], non_blocking=True)
+    # The other way round needs no wait: kernels that read the blocks queue behind the copies.
+    if source.is_cuda and not destination.is_cuda:
+        torch.cuda.current_stream(source.device).synchronize()
 
 
 def _runs(copies: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:

@@ -23,8 +23,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from kvpager.integrations.huggingface.groups import PagedView
-from kvpager.integrations.huggingface.handles import common_view, packed
+from kvpager.integrations.huggingface.handles import common_view
+from kvpager.integrations.huggingface.views import PagedView, Part, packed
 from kvpager.kernels.paged_attention import paged_attention
 
 NAME = "kvpager"
@@ -123,10 +123,9 @@ def _attend(
     **others: Any,
 ) -> Tensor | None:
     """The attention output [rows, q_len, query_heads, value_dim], or None if not covered."""
-    rows, query_heads, q_len, _ = query.shape
+    rows, _, q_len, _ = query.shape
     kv_len = view.stop - view.start
-    key_cache, value_cache = view.caches()
-    if dropout or rows != len(view.kv_lens) or query.dtype != view.storage.dtype:
+    if dropout or rows != view.num_rows or query.dtype != view.dtype:
         return None
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (q_len, kv_len)):
         return None
@@ -138,23 +137,40 @@ def _attend(
         return None
     if position_bias is not None:
         mask = _biased(position_bias, mask)
+    options = {"scale": scaling, "causal": causal, "softcap": softcap, "sinks": s_aux}
+    if len(view.parts) == 1:
+        return _attend_part(view, view.parts[0], query, mask, options)
+    output = None
+    for part in view.parts:
+        assert part.rows is not None
+        theirs = mask if mask is None or len(mask) == 1 else mask[part.rows]
+        of_part = _attend_part(view, part, query[part.rows], theirs, options)
+        if output is None:
+            output = of_part.new_empty(rows, *of_part.shape[1:])
+        output[part.rows] = of_part
+    return output
+
+
+def _attend_part(
+    view: PagedView, part: Part, query: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """The output of the rows that are in one storage."""
+    rows, query_heads, q_len, _ = query.shape
     starts = None
     if q_len > 1:
         starts = torch.arange(0, rows * q_len + 1, q_len, dtype=torch.int32, device=query.device)
+    blocks = part.on(query.device)
     output = paged_attention(
         packed(query),
-        key_cache,
-        value_cache,
-        view.tables,
-        view.kv_lens,
+        blocks.key_cache,
+        blocks.value_cache,
+        blocks.tables,
+        blocks.kv_lens,
         starts,
-        scale=scaling,
-        causal=causal,
-        softcap=softcap,
-        sinks=s_aux,
         mask=mask,
-        kv_starts=view.kv_starts(),
-        scales=view.scales(),
+        kv_starts=blocks.kv_starts(view.stop - view.start) if view.start else None,
+        scales=blocks.scales,
+        **options,
     )
     return output.view(rows, q_len, query_heads, -1)
 

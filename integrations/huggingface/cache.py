@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.groups import LayerGroup, PagedView
-from kvpager.integrations.huggingface.handles import packed, paged_pair
+from kvpager.integrations.huggingface.groups import LayerGroup
+from kvpager.integrations.huggingface.handles import paged_pair
 from kvpager.integrations.huggingface.pools import LayerKind, PagedMemory
-from kvpager.storage import BlockStorage, KVDtype, LayerShape
+from kvpager.storage import KVDtype, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
@@ -39,7 +39,6 @@ class PagedLayer(DynamicLayer):
         group.num_members += 1
         self.number = number  # among the layers of the group
         self.num_columns = 0
-        self.storage: BlockStorage | None = None
         self.kind: LayerKind | None = None
         super().__init__()  # type: ignore[no-untyped-call]
 
@@ -63,7 +62,7 @@ class PagedLayer(DynamicLayer):
         self._assign("values", values)
 
     def _stored(self, which: int) -> Tensor | None:
-        if self.storage is None or not self.num_columns:
+        if self.kind is None or not self.num_columns:
             return None
         return self._handles(self._first_stored_column())[which]
 
@@ -79,7 +78,7 @@ class PagedLayer(DynamicLayer):
 
     def bind(self, kind: LayerKind) -> None:
         """Take the layer's place in the pool. Raises `OutOfBlocks`."""
-        self.storage, self.storage_layer = self.group.storage(kind, self.number)
+        self.group.bind(kind, self.number)
         self.kind, self.dtype, self.device = kind, kind.dtype, kind.device
         self.is_initialized = True
 
@@ -90,22 +89,14 @@ class PagedLayer(DynamicLayer):
         if torch.compiler.is_compiling() or not self._can_store(key_states, value_states):
             self._leave_blocks()
             return self.update(key_states, value_states, *args, **kwargs)
-        if self.storage is None:
+        if self.kind is None:
             self.lazy_initialization(key_states, value_states)
-        assert self.storage is not None
-        assert self.group.pool is not None
         rows, _, num_new, _ = key_states.shape
         start, stop = self.num_columns, self.num_columns + num_new
         if start == self.group.num_columns:
             self._before_step()
         self.group.extend(rows, start, num_new)
-        self.group.pool.write(
-            self.storage,
-            self.storage_layer,
-            packed(key_states),
-            packed(value_states),
-            self.group.slots(start, stop, self.storage.device),
-        )
+        self.group.write(self.number, start, key_states, value_states)
         first = self._first_visible_column()
         self.num_columns = stop
         if self.number == self.group.num_members - 1:
@@ -120,11 +111,7 @@ class PagedLayer(DynamicLayer):
         return self.kind is None or (key.dtype, key.device) == (self.kind.dtype, self.kind.device)
 
     def _handles(self, start: int) -> tuple[Tensor, Tensor]:
-        return paged_pair(self._view(start))
-
-    def _view(self, start: int) -> PagedView:
-        assert self.storage is not None
-        return self.group.view(self.storage, self.storage_layer, start, self.num_columns)
+        return paged_pair(self.group.view(self.number, start, self.num_columns))
 
     def _before_step(self) -> None:
         """What the group's first layer does before a step adds columns."""
@@ -174,8 +161,9 @@ class PagedLayer(DynamicLayer):
     def _as_plain(self) -> dict[str, Any]:
         """The attributes of a plain transformers layer with the same content. Gathers once."""
         state: dict[str, Any] = {"keys": None, "values": None, "is_initialized": False}
-        if self.storage is not None and self.num_columns:
-            keys, values = self._view(self._first_stored_column()).dense()
+        if self.kind is not None and self.num_columns:
+            view = self.group.view(self.number, self._first_stored_column(), self.num_columns)
+            keys, values = view.dense()
             state = {"keys": keys, "values": values, "is_initialized": True}
             state |= {"dtype": self.dtype, "device": self.device}
         return state | self._plain_state()
@@ -253,6 +241,7 @@ class PagedCache(DynamicCache):
         memory: the most bytes to reserve, such as `"4GiB"`; None for no bound.
         block_size: token slots of a block, a power of two.
         kv_dtype: "int8" or "fp8_e4m3" to keep keys and values in eight bits, which rounds them.
+        host_memory: bytes of host memory for rows that `memory`, or the device, has no room for.
 
     Raises: `ValueError`, `TypeError`; `OutOfBlocks` from a forward pass that finds no room.
     """
@@ -264,8 +253,9 @@ class PagedCache(DynamicCache):
         memory: int | str | None = None,
         block_size: int = 16,
         kv_dtype: KVDtype | None = None,
+        host_memory: int | str | None = None,
     ) -> None:
-        paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype)
+        paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
         _DYNAMIC_CACHE_INIT(self, config=config)
         self._page(paged_memory)
 

@@ -12,7 +12,7 @@ its padding. So padding is never stored, and equal prompts have equal blocks how
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,79 +25,14 @@ from kvpager.integrations.huggingface.pools import (
     PagedLayers,
     PagedMemory,
     PagedPool,
+    Places,
 )
-from kvpager.kernels.gather_kv import gather_kv
+from kvpager.integrations.huggingface.rows import BatchRows, Share
+from kvpager.integrations.huggingface.views import PagedView, Part, Tables, packed
 from kvpager.sequences import Sequence
-from kvpager.storage import BlockStorage
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
-
-
-class PagedView:
-    """A layer's keys and values of columns `start` to `stop`, as they are now.
-
-    Reads the blocks in place while nothing has changed; just before something does, the group
-    calls `materialise`, so that whoever still holds the view keeps what it saw.
-    """
-
-    __slots__ = (
-        "__weakref__", "_dense", "group", "kv_lens", "layer", "start", "stop", "storage", "tables"
-    )  # fmt: skip
-
-    def __init__(
-        self, group: LayerGroup, storage: BlockStorage, layer: int, start: int, stop: int
-    ) -> None:
-        self.group = group  # keeps the blocks alive
-        self.storage = storage
-        self.layer = layer
-        self.start = start
-        self.stop = stop
-        self.tables, self.kv_lens = group.device_tables(storage.device, stop)
-        self._dense: tuple[Tensor, Tensor] | None = None
-
-    def shows_the_same_as(self, other: PagedView) -> bool:
-        """Whether both may be read in place still, and read the same. O(1)."""
-        if self._dense is not None or other._dense is not None:
-            return False
-        # Of one group, with nothing changed since: then the tables are one tensor.
-        return self is other or (
-            self.tables is other.tables
-            and self.storage is other.storage
-            and (self.layer, self.start, self.stop) == (other.layer, other.start, other.stop)
-        )
-
-    def caches(self) -> tuple[Tensor, Tensor]:
-        """The layer's key and value blocks, [blocks, block_size, kv_heads, dim] each."""
-        return self.storage.layer(self.layer)
-
-    def scales(self) -> tuple[Tensor, Tensor] | None:
-        """Their scales, [blocks, block_size, kv_heads] each; None unless kept in eight bits."""
-        return self.storage.scales(self.layer)
-
-    def kv_starts(self) -> Tensor | None:
-        """The first token to read of each row, int32 [rows]; None for the first of all."""
-        if self.start == 0:
-            return None
-        return (self.kv_lens - (self.stop - self.start)).clamp_(min=0)
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as [rows, kv_heads, columns, dim]; padding is zero. Gathers once."""
-        if self._dense is None:
-            self.group.count_gather()
-            length = self.stop - self.start
-            # Contiguous like the result of `torch.cat`, since some models call `view` on it.
-            dtype, scales = self.storage.dtype, self.scales() or (None, None)
-            key, value = (
-                gather_kv(cache, self.tables, self.kv_lens, length, scales=scale, dtype=dtype)
-                .transpose(1, 2)
-                .contiguous()
-                for cache, scale in zip(self.caches(), scales, strict=True)
-            )
-            self._dense = key, value
-        return self._dense
-
-    materialise = dense
 
 
 class LayerGroup:
@@ -114,48 +49,54 @@ class LayerGroup:
         self.num_layers = num_layers
         self.window = window
         self.pool: PagedPool | None = None
+        self.rows: BatchRows | None = None  # with a pool
         self.layout: object = None
         self.num_columns = 0
         self.padding: Int64 = np.zeros(0, np.int64)
-        self.sequences: list[Sequence] = []
         self.prompt: Prompt | None = None
         self._first_private_column = 0  # from it on, no block is shared with another group
         self.num_members = 0  # layers made so far
         self._column_bytes = 0  # of a row, over all layers, as DynamicCache would keep it
+        self._places: dict[int, tuple[LayerKind, Places]] = {}
         self._bound: dict[PagedLayers, int] = {}
         memory.note_group(self)
         self._num_left = 0  # layers that live in blocks no longer
         self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
-        self._tables: dict[torch.device, Tensor] = {}
-        self._lengths: dict[tuple[torch.device, int], Tensor] = {}
-        self._slots: tuple[object, Tensor] | None = None
+        self._parts: dict[tuple[int, int], list[Part]] = {}
+        self._tables: dict[tuple[torch.device, int], list[Tables]] = {}
+        self._slots: dict[tuple[torch.device, int, int], list[Slots]] = {}
 
     def __del__(self) -> None:
         # getattr: a half-made group is finalised as well.
-        if getattr(self, "pool", None) is not None and self.sequences:
-            self.pool.discard(self.sequences)  # type: ignore[union-attr]
+        rows = getattr(self, "rows", None)
+        if rows is not None:
+            rows.discard()
 
     @property
     def num_rows(self) -> int:
         """Rows of the batch; 0 before the first token."""
-        return len(self.sequences)
+        return len(self.rows) if self.rows is not None else 0
 
     # ---------------------------------------------------------------- writing
 
-    def storage(self, kind: LayerKind, layer: int) -> tuple[BlockStorage, int]:
-        """Where the group's layer number `layer` lives. Binds the group to its pool."""
+    def bind(self, kind: LayerKind, number: int) -> None:
+        """Find the group's layer `number` a place in the pool. Raises `OutOfBlocks`."""
         if self.pool is None:
             if self.num_layers is None:
-                self.pool = self.memory.new_pool()
+                self._enter(self.memory.new_pool())
             else:
                 self.layout = (self.num_layers, self.window, kind)
-                self.pool = self.memory.pool(self.layout)
-        place = self.pool.storage(kind, layer, self.num_layers or layer + 1)
+                self._enter(self.memory.pool(self.layout))
+        assert self.pool is not None
+        places = self.pool.places(kind, number, self.num_layers or number + 1)
+        self._places[number] = kind, places
         self._column_bytes += kind.shape.elements_per_token * kind.dtype.itemsize
         layers = PagedLayers(kind, self.window)
         self._bound[layers] = self._bound.get(layers, 0) + 1
         self.memory.note_layers(layers, self._bound[layers])
-        return place
+
+    def _enter(self, pool: PagedPool) -> None:
+        self.pool, self.rows = pool, BatchRows(pool)
 
     @property
     def dense_bytes(self) -> int:
@@ -171,9 +112,9 @@ class LayerGroup:
         The first layer of a forward pass does the work, the others find it done. Raises:
         `OutOfBlocks`, with nothing changed; `ValueError` for another number of rows.
         """
-        assert self.pool is not None
-        if not self.sequences:
-            self._begin(num_rows)
+        assert self.rows is not None
+        if not self.num_rows:
+            self._begin(self.rows, num_rows)
         if num_rows != self.num_rows:
             raise ValueError(f"the cache holds {self.num_rows} rows, but {num_rows} are written")
         stop = start + num_new
@@ -192,28 +133,28 @@ class LayerGroup:
         counts = np.maximum(stop - self.padding, 0) - self.lengths(self.num_columns)
         ids = self.prompt.ids(self.padding, self.num_columns, stop) if self.prompt else []
         self._freeze_views()
-        self.pool.append(self.sequences, counts, ids)
+        self.rows.append(counts, ids)
+        if self.rows.any_on_host:
+            self.prompt = None  # what is not on the device is not offered to others
         self.num_columns = stop
 
-    def _begin(self, num_rows: int) -> None:
-        assert self.pool is not None
-        namespace = self.prompt.namespace if self.prompt else None
-        self.sequences.extend(
-            self.pool.allocate(np.empty(0, np.int32), namespace) for _ in range(num_rows)
-        )
+    def _begin(self, rows: BatchRows, num_rows: int) -> None:
+        rows.begin(num_rows, self.prompt.namespace if self.prompt else None)
         if len(self.padding) != num_rows:
             self.padding = np.zeros(num_rows, np.int64)
 
     def adopt(self, layout: object, sequences: list[Sequence], num_columns: int) -> None:
         """Begin with sequences whose first `num_columns` columns are in the pool already."""
-        self.layout, self.pool = layout, self.memory.pool(layout)
-        self.sequences.extend(sequences)
+        self.layout = layout
+        self._enter(self.memory.pool(layout))
+        assert self.rows is not None
+        self.rows.adopt(sequences)
         self.num_columns = self._first_private_column = num_columns
 
     def commit(self) -> None:
         """Every layer has written all columns: full blocks of known tokens become reusable."""
-        if self.pool is not None and self.prompt is not None:
-            self.pool.manager.commit(self.sequences)
+        if self.rows is not None and self.prompt is not None:
+            self.rows.commit()
 
     def note_next(self, ids: Int32) -> None:
         """All columns are written, and `ids` [rows] come next. O(tokens).
@@ -226,21 +167,48 @@ class LayerGroup:
         if known == self.lengths(self.num_columns).tolist():
             self.prompt = self.prompt.followed_by(ids)
 
-    def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Where columns `start` to `stop` go, int64 [rows * columns]; -1 for padding."""
-        key = (start, stop, device)
-        if self._slots is None or self._slots[0] != key:
-            assert self.pool is not None
-            size = self.pool.block_size
-            tokens = np.arange(start, stop) - self.padding[:, None]
-            tables = self.pool.manager.block_tables(self.sequences)
-            slots = np.full(tokens.shape, -1, np.int64)
-            rows, columns = np.nonzero(tokens >= 0)
-            tokens = tokens[rows, columns]
-            slots[rows, columns] = tables[rows, tokens // size].astype(np.int64) * size
-            slots[rows, columns] += tokens % size
-            self._slots = key, torch.from_numpy(slots.reshape(-1)).to(device)
-        return self._slots[1]
+    def write(self, number: int, start: int, key: Tensor, value: Tensor) -> None:
+        """Write a layer's new columns, from `start`: [rows, kv_heads, new, dim]. O(tokens)."""
+        assert self.pool is not None
+        _, places = self._places[number]
+        for rows, slots, on_host in self._slots_of(start, start + key.shape[2], key.device):
+            pool, place = (self.pool.host, places.host) if on_host else (self.pool, places.device)
+            assert pool is not None
+            assert place is not None
+            of_rows = (key, value) if rows is None else (key[rows], value[rows])
+            device = place.storage.device
+            keys, values = (packed(states).to(device) for states in of_rows)
+            pool.write(place, keys, values, slots)
+
+    def _slots_of(self, start: int, stop: int, device: torch.device) -> list[Slots]:
+        """Where columns `start` to `stop` go, for each pool that has rows."""
+        slots = self._slots.get((device, start, stop))
+        if slots is None:
+            assert self.rows is not None
+            self._slots.clear()  # of columns written before
+            slots = self._slots[device, start, stop] = [
+                self._slots_in(share, start, stop, device) for share in self.rows.shares()
+            ]
+        return slots
+
+    def _slots_in(self, share: Share, start: int, stop: int, device: torch.device) -> Slots:
+        size = share.pool.block_size
+        tokens = np.arange(start, stop) - self.padding[share.rows, None]
+        tables = share.pool.manager.block_tables(share.sequences)
+        slots = np.full(tokens.shape, -1, np.int64)
+        rows, columns = np.nonzero(tokens >= 0)
+        tokens = tokens[rows, columns]
+        slots[rows, columns] = tables[rows, tokens // size].astype(np.int64) * size
+        slots[rows, columns] += tokens % size
+        on_host = share.pool is not self.pool
+        flat = torch.from_numpy(slots.reshape(-1)).to("cpu" if on_host else device)
+        return Slots(self._numbers(share, device), flat, on_host)
+
+    def _numbers(self, share: Share, device: torch.device) -> Tensor | None:
+        """The rows' numbers, or None where it is all of them."""
+        if len(share.rows) == self.num_rows:
+            return None
+        return torch.from_numpy(share.rows).to(device)
 
     # ---------------------------------------------------------------- reading
 
@@ -248,25 +216,45 @@ class LayerGroup:
         """Tokens of each row among the first `num_columns` columns, int64 [rows]."""
         return np.maximum(num_columns - self.padding, 0)
 
-    def view(self, storage: BlockStorage, layer: int, start: int, stop: int) -> PagedView:
+    def device(self, number: int) -> torch.device:
+        """Where the group's layer `number` computes."""
+        kind, _ = self._places[number]
+        return kind.device
+
+    def view(self, number: int, start: int, stop: int) -> PagedView:
         """A layer's keys and values of columns `start` to `stop`."""
-        view = PagedView(self, storage, layer, start, stop)
+        view = PagedView(self, number, start, stop)
         self._views.add(view)
         return view
 
-    def device_tables(self, device: torch.device, num_columns: int) -> tuple[Tensor, Tensor]:
-        """Block tables int32 [rows, blocks] and token counts int32 [rows], on `device`."""
-        tables = self._tables.get(device)
-        if tables is None:
-            assert self.pool is not None
-            host = torch.from_numpy(self.pool.manager.block_tables(self.sequences))
-            tables = self._tables[device] = host.to(device)
+    def parts(self, number: int, num_columns: int) -> list[Part]:
+        """Where the rows of a layer's first columns are: in one storage, or in two. O(1)."""
+        parts = self._parts.get((number, num_columns))
+        if parts is None:
+            kind, places = self._places[number]
+            parts = self._parts[number, num_columns] = []
+            for rows, tables, lengths, on_host in self._tables_of(kind.device, num_columns):
+                place = places.host if on_host else places.device
+                assert place is not None
+                parts.append(Part(place, rows, tables, lengths))
+        return parts
+
+    def _tables_of(self, device: torch.device, num_columns: int) -> list[Tables]:
+        """Block tables and lengths for each pool that has rows, those on the device there."""
         # One tensor for all layers of a step, so that a plan made for it serves them all.
-        lengths = self._lengths.get((device, num_columns))
-        if lengths is None:
-            counts = self.lengths(num_columns).astype(np.int32)
-            lengths = self._lengths[device, num_columns] = torch.from_numpy(counts).to(device)
-        return tables, lengths
+        found = self._tables.get((device, num_columns))
+        if found is None:
+            assert self.rows is not None
+            found = self._tables[device, num_columns] = []
+            lengths = self.lengths(num_columns).astype(np.int32)
+            for share in self.rows.shares():
+                on_host = share.pool is not self.pool
+                where = "cpu" if on_host else device
+                tables = torch.from_numpy(share.pool.manager.block_tables(share.sequences))
+                counts = torch.from_numpy(lengths[share.rows])
+                rows = self._numbers(share, device)
+                found.append(Tables(rows, tables.to(where), counts.to(where), on_host))
+        return found
 
     def count_gather(self) -> None:
         """One more view was read the slow way."""
@@ -274,20 +262,12 @@ class LayerGroup:
 
     # ---------------------------------------------------------------- changing the batch
 
-    def select(self, rows: Rows[int]) -> None:
+    def select(self, rows: list[int]) -> None:
         """Make the batch the given rows of it, each as often as it is named. O(rows + blocks)."""
-        if not self.sequences or list(rows) == list(range(self.num_rows)):
+        if self.rows is None or not self.num_rows or rows == list(range(self.num_rows)):
             return
-        assert self.pool is not None
-        manager = self.pool.manager
         self._freeze_views()
-        unused = dict(enumerate(self.sequences))
-        # The first to name a row takes it over, further ones fork it.
-        chosen = [
-            unused.pop(row) if row in unused else manager.fork(self.sequences[row]) for row in rows
-        ]
-        manager.free(unused.values())
-        self.sequences[:] = chosen
+        self.rows.select(rows)
         self.padding = self.padding[np.asarray(rows, np.int64)]
         if self.prompt is not None:
             self.prompt = Prompt([self.prompt.rows[row] for row in rows], self.prompt.namespace)
@@ -295,16 +275,15 @@ class LayerGroup:
 
     def truncate(self, num_columns: int) -> None:
         """Forget all columns from `num_columns` on. O(rows + blocks)."""
-        if not self.sequences or num_columns >= self.num_columns:
+        if self.rows is None or not self.num_rows or num_columns >= self.num_columns:
             return
-        assert self.pool is not None
         self._freeze_views()
-        lengths = self.lengths(num_columns).tolist()
-        for sequence, length in zip(self.sequences, lengths, strict=True):
-            self.pool.manager.truncate(sequence, length)
+        lengths = self.lengths(num_columns)
+        self.rows.truncate(lengths)
         if self.prompt is not None:
             # What comes after the cut need not be what was there before.
-            rows = [row[:length] for row, length in zip(self.prompt.rows, lengths, strict=True)]
+            pairs = zip(self.prompt.rows, lengths.tolist(), strict=True)
+            rows = [row[:length] for row, length in pairs]
             self.prompt = Prompt(rows, self.prompt.namespace)
         self.padding = np.minimum(self.padding, num_columns)
         self.num_columns = num_columns
@@ -312,17 +291,15 @@ class LayerGroup:
 
     def forget_before(self, column: int) -> None:
         """Give back the blocks that lie wholly before `column`. O(rows + blocks)."""
-        if self.sequences and column > 0:
-            assert self.pool is not None
+        if self.rows is not None and self.num_rows and column > 0:
             self._freeze_views()
-            self.pool.manager.slide(self.sequences, self.lengths(column))
+            self.rows.slide(self.lengths(column))
 
     def reset(self) -> None:
         """Forget everything and give the blocks back. O(rows + blocks)."""
         self._freeze_views()
-        if self.pool is not None:
-            self.pool.manager.free(self.sequences)
-        self.sequences.clear()
+        if self.rows is not None:
+            self.rows.free()
         self.padding = np.zeros(0, np.int64)
         self.num_columns = self._first_private_column = 0
         self.prompt = None
@@ -339,11 +316,12 @@ class LayerGroup:
         twin.pool, twin.layout, twin.prompt = self.pool, self.layout, self.prompt
         twin.num_members, twin._num_left = self.num_members, self._num_left
         twin._column_bytes, twin._bound = self._column_bytes, dict(self._bound)
+        twin._places = dict(self._places)
         twin.padding = self.padding.copy()
         twin.num_columns = twin._first_private_column = self.num_columns
         self._first_private_column = self.num_columns
-        if self.pool is not None:
-            twin.sequences.extend(map(self.pool.manager.fork, self.sequences))
+        if self.rows is not None:
+            twin.rows = self.rows.fork()
         return twin
 
     def _freeze_views(self) -> None:
@@ -351,9 +329,17 @@ class LayerGroup:
         for view in list(self._views):
             view.materialise()
         self._views.clear()
+        self._parts.clear()
         self._tables.clear()
-        self._lengths.clear()
-        self._slots = None
+        self._slots.clear()
+
+
+class Slots(NamedTuple):
+    """Where new tokens of some rows go."""
+
+    rows: Tensor | None  # their numbers in the batch; None: all
+    slots: Tensor  # int64 [rows * columns], in the order of rows; -1 for padding
+    on_host: bool
 
 
 class Prompt:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from kvpager.integrations.huggingface.groups import PagedView
+from kvpager.integrations.huggingface.views import PagedView
 
 
 class PagedTensor(torch.Tensor):
@@ -26,10 +26,10 @@ class PagedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, view: PagedView, which: int) -> PagedTensor:
-        cache = view.caches()[which]
-        shape = (len(view.kv_lens), cache.shape[2], view.stop - view.start, cache.shape[3])
+        heads, *dims = view.shape
+        shape = (view.num_rows, heads, view.stop - view.start, dims[which])
         handle: PagedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=view.storage.dtype, device=cache.device
+            cls, shape, dtype=view.dtype, device=view.device
         )
         handle.view_of = view
         handle.which = which
@@ -111,13 +111,3 @@ def common_view(key: Tensor, value: Tensor) -> PagedView | None:
         if (key.which, value.which) == (0, 1) and view.shows_the_same_as(value.view_of):
             return view
     return None
-
-
-def packed(states: Tensor) -> Tensor:
-    """[rows, heads, columns, dim] as the kernels take it: [rows * columns, heads, dim].
-
-    A view where it can be one; heads as runs of numbers in any case.
-    """
-    rows, heads, columns, dim = states.shape
-    tokens = states.transpose(1, 2).reshape(rows * columns, heads, dim)
-    return tokens if tokens.stride(-1) == 1 else tokens.contiguous()

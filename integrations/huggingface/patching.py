@@ -159,6 +159,7 @@ def patch(
     block_size: int = 16,
     dtype: torch.dtype | str | None = None,
     kv_dtype: KVDtype | None = None,
+    host_memory: int | str | None = None,
     prefix_cache: bool = False,
     namespace: str | None = None,
     in_place: bool = True,
@@ -178,6 +179,8 @@ def patch(
         kv_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, with a scale per
             token and head: half the memory of bfloat16, and numbers that are rounded (about 1 %
             of the attention's norm in int8, 4 % in fp8), so tokens may differ.
+        host_memory: bytes of host memory, such as `"8GiB"`, for rows of a batch that `memory`, or
+            the device, has no room for: they live on there, with the same tokens, slower.
         prefix_cache: keep the blocks of prompts, and of replies by greedy search and sampling,
             between calls, so that a prompt that begins like an earlier one, or repeats a
             conversation, computes only what is new; for causal text models whose layers all look at
@@ -210,6 +213,7 @@ def patch(
         in_place=in_place,
         dtype=_checked_dtype(dtype, model),
         kv_dtype=kv_dtype,
+        host_memory=host_memory,
     )
     made = Patch(model, paged_memory, PromptCache(namespace) if prefix_cache else None)
     with _lock:

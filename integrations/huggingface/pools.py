@@ -27,7 +27,7 @@ from kvpager.errors import OutOfBlocks
 from kvpager.kernels.append_kv import append_kv
 from kvpager.kernels.quantisation import KV_DTYPES
 from kvpager.manager import BlockManager
-from kvpager.plan import Step
+from kvpager.plan import Step, Tier
 from kvpager.sequences import Sequence
 from kvpager.storage import BlockStorage, KVDtype, LayerShape
 
@@ -39,19 +39,23 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", start=1)}
 
 
-def parse_memory(memory: int | str | None) -> int | None:
+def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
     """`"4GiB"`, `"500 MB"` or a number of bytes, as bytes; None stays None (no bound)."""
     if memory is None:
         return None
     if arguments.is_int(memory):
-        return arguments.count("memory", int(memory), at_least=1, at_most=_BYTES_MAX)
+        return arguments.count(name, int(memory), at_least=1, at_most=_BYTES_MAX)
     if not isinstance(memory, str):
-        raise TypeError(f"memory {memory!r}: expected bytes or a text such as '4GiB'")
+        raise TypeError(f"{name} {memory!r}: expected bytes or a text such as '4GiB'")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"memory {memory!r}: expected a size such as '4GiB', '500MB' or 10**9")
+        raise ValueError(f"{name} {memory!r}: expected a size such as '4GiB', '500MB' or 10**9")
     num_bytes = int(float(match[1]) * _UNITS[match[2]])
-    return arguments.count("memory", num_bytes, at_least=1, at_most=_BYTES_MAX)
+    return arguments.count(name, num_bytes, at_least=1, at_most=_BYTES_MAX)
+
+
+# What bounds a tier, as users of `patch` call it.
+_BOUND_NAMES: dict[Tier, str] = {"device": "memory", "host": "host_memory"}
 
 
 class LayerKind(NamedTuple):
@@ -67,6 +71,20 @@ class PagedLayers(NamedTuple):
 
     kind: LayerKind
     window: int | None
+
+
+class Place(NamedTuple):
+    """Where a layer is kept in one tier."""
+
+    storage: BlockStorage
+    layer: int  # its number there
+
+
+class Places(NamedTuple):
+    """Where a layer is kept: on the device, and in host memory where there is some to swap to."""
+
+    device: Place
+    host: Place | None
 
 
 @dataclass
@@ -88,6 +106,7 @@ class Counters:
         self.in_place_reads = 0
         self.copied_blocks = 0
         self.evicted_blocks = 0
+        self.arrived_blocks = 0  # from the other tier
         self.peak_held_bytes = 0
         self.peak_dense_bytes = 0
         self.prefix_query_tokens = 0
@@ -114,7 +133,11 @@ class PagedMemory:
         in_place: let attention functions read blocks in place; else every read gathers.
         dtype: what keys and values must be; None for anything.
         kv_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
+        host_memory: bytes of host memory for sequences the pools have no room for.
     """
+
+    tier: Tier = "device"
+    host: PagedMemory | None = None
 
     def __init__(
         self,
@@ -125,6 +148,7 @@ class PagedMemory:
         in_place: bool = True,
         dtype: torch.dtype | None = None,
         kv_dtype: KVDtype | None = None,
+        host_memory: int | str | None = None,
     ) -> None:
         self.bound = parse_memory(memory)
         self.block_size = arguments.block_size(block_size)
@@ -141,6 +165,10 @@ class PagedMemory:
         self.lock = threading.RLock()
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
+        if host_memory is not None:
+            bound = parse_memory(host_memory, "host_memory")
+            self.host = PagedMemory(bound, block_size, kv_dtype=kv_dtype)
+            self.host.tier, self.host.lock = "host", self.lock
 
     def pool(self, layout: object) -> PagedPool:
         """The pool for caches of this layout; made on first use. O(1)."""
@@ -242,6 +270,7 @@ class PagedPool:
         self.block_size = memory.block_size
         self.manager = BlockManager(1, memory.block_size)
         self.lock = memory.lock
+        self.host = None if memory.host is None else memory.host.new_pool()
         self._storages: list[_Shelf] = []
         self._dropped: deque[Sequence] = deque()
 
@@ -260,8 +289,22 @@ class PagedPool:
         """Bytes of all storages. O(storages)."""
         return sum(shelf.storage.nbytes for shelf in self._storages)
 
-    def storage(self, kind: LayerKind, layer: int, num_layers: int) -> tuple[BlockStorage, int]:
-        """Where layer number `layer` of `num_layers` is kept, and its number there.
+    @property
+    def num_spare_blocks(self) -> int:
+        """Blocks that are free, or that the bound has room for. O(pools)."""
+        return self.manager.num_free_blocks + self.memory.room // max(self.block_bytes, 1)
+
+    def places(self, kind: LayerKind, layer: int, num_layers: int) -> Places:
+        """Where layer number `layer` of `num_layers` is kept, on the device and in host memory.
+
+        O(storages). Raises: as `storage`.
+        """
+        with self.lock:
+            host = self.host.storage(kind, layer, num_layers) if self.host is not None else None
+            return Places(self.storage(kind, layer, num_layers), host)
+
+    def storage(self, kind: LayerKind, layer: int, num_layers: int) -> Place:
+        """Where layer number `layer` of `num_layers` is kept in this pool.
 
         The first layer of a kind makes room for all layers from it on, which models nearly
         always shape alike; so one block is one run of bytes. O(storages).
@@ -278,7 +321,7 @@ class PagedPool:
                 number = layer - shelf.first_layer
                 if shelf.kind == kind and 0 <= number < shelf.num_layers:
                     shelf.num_used = max(shelf.num_used, number + 1)
-                    return shelf.storage, number
+                    return Place(shelf.storage, number)
             # This layer is of another kind than was guessed: give the room meant for it back.
             for shelf in self._storages:
                 if shelf.first_layer + shelf.num_used <= layer:
@@ -286,7 +329,7 @@ class PagedPool:
                     shelf.num_layers = shelf.num_used
             storage = self._new_storage(kind, num_layers - layer)
             self._storages.append(_Shelf(kind, layer, num_layers - layer, 1, storage))
-            return storage, 0
+            return Place(storage, 0)
 
     def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
         shapes, num_blocks = [kind.shape] * num_layers, self.manager.num_blocks
@@ -296,6 +339,7 @@ class PagedPool:
         )
         if not self.memory.claim(num_blocks * size, self):
             raise self._out_of_blocks(num_blocks, self.block_bytes + size)
+        on_host = self.memory.tier == "host"
         return self._reserve(
             lambda: BlockStorage(
                 num_blocks,
@@ -303,7 +347,8 @@ class PagedPool:
                 shapes,
                 dtype=kind.dtype,
                 kv_dtype=kv_dtype,
-                device=kind.device,
+                device="cpu" if on_host else kind.device,
+                pinned=on_host and kind.device.type == "cuda",
             ),
             num_blocks,
         )
@@ -341,13 +386,22 @@ class PagedPool:
             self.memory.note_peak()
             return step
 
-    def write(
-        self, storage: BlockStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor
-    ) -> None:
+    def write(self, place: Place, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Write keys and values [tokens, heads, dim] to `slots`. O(tokens)."""
+        storage, layer = place
         # Growing copies the storage: a write to the old one after that copy would be lost.
         with self.lock:
             append_kv(key, value, *storage.layer(layer), slots, scales=storage.scales(layer))
+
+    def copy_from(self, other: PagedPool, copies: NDArray[np.int32]) -> None:
+        """Copy blocks of the other tier's pool for pairs (theirs, ours), int32 [n, 2]. O(bytes)."""
+        # Both pools meet the same layers, so that their storages match; one that only one of them
+        # has could not be had in the other, and nothing was written to it yet.
+        theirs = {(shelf.kind, shelf.first_layer): shelf.storage for shelf in other._storages}
+        for shelf in self._storages:
+            if (shelf.kind, shelf.first_layer) in theirs:
+                shelf.storage.copy_from(theirs[shelf.kind, shelf.first_layer], copies)
+        self.memory.counters.arrived_blocks += len(copies)
 
     def discard(self, sequences: list[Sequence]) -> None:
         """Free `sequences` soon: safe to call from a finaliser, at any moment. O(1)."""
@@ -407,15 +461,23 @@ class PagedPool:
     def _out_of_blocks(self, need: int, block_bytes: int = 0) -> OutOfBlocks:
         stats = self.manager.stats()
         room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._storages else (0, 0, 0)
-        bound, size = self.memory.bound, block_bytes or self.block_bytes
+        return OutOfBlocks(
+            need, *room, tier=self.memory.tier, advice=self._advice(block_bytes or self.block_bytes)
+        )
+
+    def _advice(self, block_bytes: int) -> str:
+        bound, name = self.memory.bound, _BOUND_NAMES[self.memory.tier]
         if bound is None:
-            advice = "drop a cache that is no longer needed or use a device with more memory"
+            advice = "drop a cache that is no longer needed, use a device with more memory"
         else:
             advice = (
-                f"memory={bound} bytes is room for {bound // max(size, 1)} blocks of {size} bytes, "
-                "in all pools: drop a cache that is no longer needed or raise it"
+                f"{name}={bound} bytes is room for {bound // max(block_bytes, 1)} blocks of "
+                f"{block_bytes} bytes, in all pools: drop a cache that is no longer needed, raise "
+                f"{name}"
             )
-        return OutOfBlocks(need, *room, advice=advice)
+        if self.memory.tier == "host":
+            return f"{advice} or ask for less at once"
+        return f"{advice} or set host_memory=, which takes what the device has no room for"
 
     def _copy(self, copies: NDArray[np.int32]) -> None:
         if len(copies):

@@ -1,0 +1,260 @@
+"""The sequences of a batch: each row in the device's pool or, where that is full, in host memory.
+
+    row 0   row 1   row 2   row 3           the pool has no block left, and row 3 needs one:
+    device  device  device  host            its blocks move to the host's pool, all layers at once
+
+A row that has moved goes on there: new tokens are written to its blocks in host memory, and
+attention reads them from there. So a batch may be larger than the device's pool, as in FlexGen
+(Sheng et al., 2023), and what shared blocks before shares them after. A row returns when the
+device has room for it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.errors import KVPagerError, OutOfBlocks
+from kvpager.integrations.huggingface.pools import PagedPool
+from kvpager.sequences import Sequence
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+# Of the device's blocks, how many stay free behind a row that returns: else it would soon leave.
+_SPARE = 1 / 8
+
+
+class Share(NamedTuple):
+    """Rows of a batch that are in one pool."""
+
+    pool: PagedPool
+    rows: Int64  # their numbers in the batch, ascending
+    sequences: list[Sequence]
+
+
+class BatchRows:
+    """A batch's sequences, over a pool and the host memory behind it."""
+
+    def __init__(self, pool: PagedPool) -> None:
+        self.pool = pool
+        self._sequences: list[Sequence] = []
+        self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._any_on_host = False
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def any_on_host(self) -> bool:
+        """Whether some row has left the device."""
+        return self._any_on_host
+
+    def shares(self) -> Iterator[Share]:
+        """The rows by pool, the device's first; only pools that have some. O(rows)."""
+        if not self._any_on_host:
+            if self._sequences:
+                yield Share(self.pool, np.arange(len(self)), self._sequences)
+            return
+        assert self.pool.host is not None
+        for pool, here in ((self.pool, ~self._on_host), (self.pool.host, self._on_host)):
+            rows = np.flatnonzero(here)
+            if len(rows):
+                yield Share(pool, rows, [self._sequences[row] for row in rows])
+
+    # ---------------------------------------------------------------- growing
+
+    def begin(self, num_rows: int, namespace: str | None) -> None:
+        """`num_rows` empty rows. O(rows)."""
+        nothing = np.empty(0, np.int32)
+        self.adopt([self.pool.allocate(nothing, namespace) for _ in range(num_rows)])
+
+    def adopt(self, sequences: list[Sequence]) -> None:
+        """Begin with sequences of the device's pool. O(rows)."""
+        self._sequences, self._on_host = sequences, np.zeros(len(sequences), np.bool_)
+        self._any_on_host = False
+
+    def append(self, counts: Int64, ids: list[Int32]) -> None:
+        """Make room for `counts` [rows] more tokens, moving rows where there is none. O(tokens).
+
+        `ids` are the new tokens' ids where they are known, else an empty list.
+        Raises: `OutOfBlocks`, with every row as long as it was.
+        """
+        with self.pool.lock:
+            if self._any_on_host:
+                self._return_some()
+            while True:
+                try:
+                    self._append(counts, ids)
+                    return
+                except OutOfBlocks as error:
+                    # What the host refuses, it will refuse again.
+                    if self.pool.host is None or error.tier == "host":
+                        raise
+                    self._move_family()
+
+    def _append(self, counts: Int64, ids: list[Int32]) -> None:
+        done: list[Share] = []
+        try:
+            for share in self.shares():
+                known = [ids[row] for row in share.rows] if ids else []
+                share.pool.append(share.sequences, counts[share.rows], known)
+                done.append(share)
+        except KVPagerError:
+            for pool, rows, sequences in done:
+                for row, sequence in zip(rows, sequences, strict=True):
+                    pool.manager.truncate(sequence, len(sequence) - int(counts[row]))
+            raise
+
+    # ---------------------------------------------------------------- moving
+
+    def _move_family(self) -> None:
+        """Move the device's last row to the host, with the rows that share most of its blocks."""
+        device = next(self.shares())
+        tables = device.pool.manager.block_tables(device.sequences)
+        last = tables[-1]
+        common = ((tables == last) & (last >= 0)).sum(axis=1)
+        family = 2 * common > np.count_nonzero(last >= 0)
+        family[-1] = True
+        assert self.pool.host is not None
+        self._move(device.rows[family], self.pool, self.pool.host)
+
+    def _return_some(self) -> None:
+        """Let the first row on the host return, if the device has had room enough for it."""
+        host = list(self.shares())[-1]
+        need = np.count_nonzero(host.pool.manager.block_table(host.sequences[0]) >= 0)
+        spare = len(self) + int(_SPARE * self.pool.manager.num_blocks)
+        if self.pool.num_spare_blocks >= need + spare:
+            self._move(host.rows[:1], host.pool, self.pool)
+
+    def _move(self, rows: Int64, source: PagedPool, target: PagedPool) -> None:
+        """Move rows and their bytes. All or nothing. O(bytes)."""
+        leaving = [self._sequences[row] for row in rows]
+        tables, lengths = source.manager.block_tables(leaving), [len(each) for each in leaving]
+        arrived: list[Sequence] = []
+        try:
+            for number in range(len(leaving)):
+                arrived.append(_twin(number, tables, lengths, arrived, target))
+        except KVPagerError:
+            target.manager.free(arrived)
+            raise
+        places = target.manager.block_tables(arrived)
+        pairs = np.stack([tables[places >= 0], places[places >= 0]], axis=1)
+        target.copy_from(source, np.unique(pairs, axis=0))
+        source.manager.free(leaving)
+        for row, sequence in zip(rows, arrived, strict=True):
+            self._sequences[row] = sequence
+        self._on_host[rows] = target is not self.pool
+        self._any_on_host = bool(self._on_host.any())
+
+    # ---------------------------------------------------------------- changing the batch
+
+    def select(self, rows: list[int]) -> None:
+        """Make the batch the given rows of it, each as often as it is named. O(rows + blocks)."""
+        unused = dict(enumerate(self._sequences))
+        on_host = self._on_host[np.asarray(rows, np.int64)]
+        # The first to name a row takes it over, further ones fork it.
+        chosen = [
+            unused.pop(row)
+            if row in unused
+            else self._pool_of(row).manager.fork(self._sequences[row])
+            for row in rows
+        ]
+        for row, sequence in unused.items():
+            self._pool_of(row).manager.free(sequence)
+        self._sequences, self._on_host = chosen, on_host
+        self._any_on_host = bool(on_host.any())
+
+    def _pool_of(self, row: int) -> PagedPool:
+        if not self._on_host[row]:
+            return self.pool
+        assert self.pool.host is not None
+        return self.pool.host
+
+    def truncate(self, lengths: Int64) -> None:
+        """Keep the first `lengths` [rows] tokens of each row. O(rows + blocks)."""
+        for pool, rows, sequences in self.shares():
+            for sequence, length in zip(sequences, lengths[rows].tolist(), strict=True):
+                pool.manager.truncate(sequence, length)
+
+    def slide(self, starts: Int64) -> None:
+        """Give back blocks wholly before token `starts` [rows] of each row. O(rows + blocks)."""
+        for pool, rows, sequences in self.shares():
+            pool.manager.slide(sequences, starts[rows])
+
+    def commit(self) -> None:
+        """Full blocks of known tokens become reusable; those on the host do not. O(blocks)."""
+        for pool, _, sequences in self.shares():
+            if pool is self.pool:
+                pool.manager.commit(sequences)
+
+    def fork(self) -> BatchRows:
+        """A second batch that shares every block of this one. O(rows + blocks)."""
+        twin = BatchRows(self.pool)
+        twin._sequences = [
+            self._pool_of(row).manager.fork(sequence)
+            for row, sequence in enumerate(self._sequences)
+        ]
+        twin._on_host, twin._any_on_host = self._on_host.copy(), self._any_on_host
+        return twin
+
+    def free(self) -> None:
+        """Give all blocks back: no rows are left. O(blocks)."""
+        for pool, _, sequences in self.shares():
+            pool.manager.free(sequences)
+        self.adopt([])
+
+    def discard(self) -> None:
+        """Free the rows soon: safe to call from a finaliser, at any moment. O(rows)."""
+        for pool, _, sequences in self.shares():
+            pool.discard(sequences)
+
+
+def _twin(
+    number: int, tables: Int32, lengths: list[int], arrived: list[Sequence], target: PagedPool
+) -> Sequence:
+    """A sequence of `target` for number `number` of those that leave.
+
+    It shares with one that has `arrived` what they shared before: as in a tree, a beginning.
+    """
+    manager, size = target.manager, target.block_size
+    common = [_common(tables, lengths, earlier, number, size) for earlier in range(number)]
+    closest = int(np.argmax(common)) if common else 0
+    if common and common[closest]:
+        sequence = manager.fork(arrived[closest])
+        manager.truncate(sequence, common[closest])
+    else:
+        sequence = target.allocate(np.empty(0, np.int32), None)
+    try:
+        _lengthen(target, sequence, lengths[number], _num_missing(tables[number]) * size)
+    except KVPagerError:
+        manager.free(sequence)
+        raise
+    return sequence
+
+
+def _common(tables: Int32, lengths: list[int], earlier: int, number: int, size: int) -> int:
+    """How many tokens of sequence `number` lie in blocks that it shares with the earlier one."""
+    if _num_missing(tables[earlier]) != _num_missing(tables[number]):
+        return 0
+    num_blocks = int((tables[earlier] == tables[number]).cumprod().sum())
+    shared = min(num_blocks * size, lengths[earlier], lengths[number])
+    # Where one of them ends within a block, the other may go on in it.
+    return shared if shared == lengths[number] else shared // size * size
+
+
+def _num_missing(table: Int32) -> int:
+    """Blocks at the front that were given back: a window has passed them."""
+    return int(np.argmax(np.append(table, 0) >= 0))
+
+
+def _lengthen(pool: PagedPool, sequence: Sequence, length: int, start: int) -> None:
+    """Make `sequence` `length` tokens long, without blocks wholly before token `start`."""
+    while len(sequence) < length:
+        # By steps: blocks that were given back long ago shall not be needed all at once.
+        step = min(length - len(sequence), max(pool.block_size, length - start))
+        pool.append([sequence], np.array([step]), [])
+        pool.manager.slide([sequence], np.array([min(start, len(sequence))]))
