@@ -428,6 +428,7 @@ def test_keys_may_be_assigned() -> None:
 
 WINDOW = 6
 LAYERS = [None, WINDOW, None, WINDOW]
+TOKEN_BYTES = len(LAYERS) * 2 * (4 + 4) * 4  # 2 heads of 4, keys and values in float32
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(
@@ -547,11 +548,19 @@ def _assert_unharmed(held: list[Any]) -> None:
 
 
 @settings(max_examples=60)
-@given(operations=OPERATIONS, block_size=st.sampled_from([1, 4, 16]))
+@given(
+    operations=OPERATIONS,
+    block_size=st.sampled_from([1, 4, 16]),
+    memory_of_tokens=st.sampled_from([None, 1, 16, 64]),
+)
 def test_any_history_leaves_what_a_dynamic_cache_holds(
-    operations: list[tuple[str, int]], block_size: int
+    operations: list[tuple[str, int]], block_size: int, memory_of_tokens: int | None
 ) -> None:
-    paged = kvpager.PagedCache(_config(), block_size=block_size)
+    # Where there is too little memory, rows live in host memory.
+    bound = memory_of_tokens and memory_of_tokens * TOKEN_BYTES
+    paged = kvpager.PagedCache(
+        _config(), block_size=block_size, memory=bound, host_memory=bound and "1GB"
+    )
     memory = paged.memory
     caches: list[Any] = [paged, DynamicCache(config=_config())]
     del paged
@@ -559,7 +568,7 @@ def test_any_history_leaves_what_a_dynamic_cache_holds(
     for operation, seed in operations:
         _apply(operation, random.Random(seed), caches, held)
         _assert_equal_caches(*caches)
-        for pool in memory.pools():
+        for pool in [*memory.pools(), *(memory.host.pools() if memory.host else [])]:
             pool.settle()
             pool.manager.check()
             del pool
@@ -567,6 +576,7 @@ def test_any_history_leaves_what_a_dynamic_cache_holds(
     caches.clear()
     held.clear()
     assert memory.reserved_bytes == 0
+    assert memory.host is None or memory.host.reserved_bytes == 0
 
 
 @settings(max_examples=40)

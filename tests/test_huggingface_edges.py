@@ -228,15 +228,21 @@ def test_a_bound_is_filled_before_cached_prefixes_go() -> None:
         assert stats.num_cached_blocks == 12
 
 
-def test_without_a_bound_cached_prefixes_go_before_the_pool_grows() -> None:
+def test_without_a_bound_cached_prefixes_are_kept_up_to_four_times_what_was_in_use() -> None:
     model = model_named()
     with kvpager.patch(model, prefix_cache=True) as patch:
         logits(model)
-        blocks = patch.stats().num_blocks
-        for shift in range(1, 6):
+        in_use = patch.stats().peak_held_bytes // patch.memory.pools()[0].block_bytes
+        for shift in range(4):  # prompts that take turns
+            logits(model, IDS + shift % 2)
+        assert patch.stats().evicted_blocks == 0
+        assert patch.stats().prefix_hit_tokens == 3 * 32
+        for shift in range(2, 30):
             logits(model, IDS + shift)
-        assert patch.stats().num_blocks <= 2 * blocks
-        assert patch.stats().evicted_blocks > 0
+        stats = patch.stats()
+        assert stats.evicted_blocks > 0
+        assert 3 * in_use < stats.num_cached_blocks <= 6 * in_use
+        assert stats.num_blocks <= 8 * in_use
 
 
 def test_a_pool_grows_seldom() -> None:

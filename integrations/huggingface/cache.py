@@ -7,8 +7,10 @@ import copyreg
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -374,6 +376,20 @@ class PagedCache(DynamicCache):
                 f"crop: the blocks behind the window of {layer.sliding_window} tokens are gone; "
                 "call activate_past_recording() before the tokens to remove are added"
             )
+
+    def join(
+        self, parts: list[PagedCache], order: NDArray[np.int64], padding: NDArray[np.int64]
+    ) -> None:
+        """Begin with the rows of `parts`, put in `order`: copies of this empty cache, left empty.
+
+        They may have less `padding` [rows] than they get. O(rows). For fully paged caches.
+        """
+        for number, group in enumerate(self.groups):
+            group.join([part.groups[number] for part in parts], order, padding)
+        for layer, other in zip(self.paged_layers(), parts[0].paged_layers(), strict=True):
+            assert other.kind is not None
+            layer.bind(other.kind)
+            layer.num_columns = layer.group.num_columns
 
     def reset(self) -> None:
         """Forget all tokens and give the blocks back."""

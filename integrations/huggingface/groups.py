@@ -151,6 +151,28 @@ class LayerGroup:
         self.rows.adopt(sequences)
         self.num_columns = self._first_private_column = num_columns
 
+    def join(self, parts: list[LayerGroup], order: Int64, padding: Int64) -> None:
+        """Begin with the rows of `parts`, one after the other, put in `order`; they are left empty.
+
+        They are of the same layout, and with `padding` [rows] as long as each other. O(rows).
+        """
+        first = parts[0]
+        assert first.pool is not None
+        self.layout = first.layout
+        self._enter(first.pool)
+        assert self.rows is not None
+        lengths = np.concatenate([part.lengths(part.num_columns) for part in parts])[order]
+        self.rows.join([part.rows for part in parts if part.rows is not None], order)
+        self.padding = padding
+        self.num_columns = self._first_private_column = int((padding + lengths).max())
+        assert (padding + lengths == self.num_columns).all()
+        known = [part.prompt for part in parts if part.prompt is not None]
+        if len(known) == len(parts):
+            rows = [row for prompt in known for row in prompt.rows]
+            self.prompt = Prompt(rows, known[0].namespace).of(order)
+        for part in parts:
+            part.reset()
+
     def commit(self) -> None:
         """Every layer has written all columns: full blocks of known tokens become reusable."""
         if self.rows is not None and self.prompt is not None:
@@ -270,7 +292,7 @@ class LayerGroup:
         self.rows.select(rows)
         self.padding = self.padding[np.asarray(rows, np.int64)]
         if self.prompt is not None:
-            self.prompt = Prompt([self.prompt.rows[row] for row in rows], self.prompt.namespace)
+            self.prompt = self.prompt.of(np.asarray(rows, np.int64))
         self._first_private_column = self.num_columns
 
     def truncate(self, num_columns: int) -> None:
@@ -348,6 +370,10 @@ class Prompt:
     def __init__(self, rows: list[Int32], namespace: str) -> None:
         self.rows = rows
         self.namespace = namespace
+
+    def of(self, rows: Int64) -> Prompt:
+        """The same of these rows only. O(rows)."""
+        return Prompt([self.rows[row] for row in rows], self.namespace)
 
     def followed_by(self, ids: Int32) -> Prompt:
         """The same with one more token for each row: `ids` [rows]. O(tokens)."""

@@ -72,8 +72,9 @@ class Patch:
 
     def stats(self) -> PatchStats:
         """Counts of now, and totals since the patch was made. O(blocks)."""
-        pools = self.memory.pools()
-        for pool in pools:
+        host = self.memory.host
+        pools, host_pools = self.memory.pools(), [] if host is None else host.pools()
+        for pool in (*pools, *host_pools):
             pool.settle()
         stats = [(pool.manager.stats(), pool.block_bytes) for pool in pools]
         counters = self.memory.counters
@@ -95,6 +96,11 @@ class Patch:
             in_place_reads=counters.in_place_reads,
             prefix_query_tokens=counters.prefix_query_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
+            host_reserved_bytes=sum(pool.reserved_bytes for pool in host_pools),
+            host_held_bytes=sum(pool.held_bytes for pool in host_pools),
+            peak_host_held_bytes=0 if host is None else host.counters.peak_held_bytes,
+            swapped_out_blocks=0 if host is None else host.counters.arrived_blocks,
+            swapped_in_blocks=counters.arrived_blocks,
         )
 
     def namespace(self, name: str) -> AbstractContextManager[None]:
@@ -180,7 +186,8 @@ def patch(
             token and head: half the memory of bfloat16, and numbers that are rounded (about 1 %
             of the attention's norm in int8, 4 % in fp8), so tokens may differ.
         host_memory: bytes of host memory, such as `"8GiB"`, for rows of a batch that `memory`, or
-            the device, has no room for: they live on there, with the same tokens, slower.
+            the device, has no room for: they live on there, with the same tokens, slower. Layers
+            of every kind may then have one block on the device beyond the bound.
         prefix_cache: keep the blocks of prompts, and of replies by greedy search and sampling,
             between calls, so that a prompt that begins like an earlier one, or repeats a
             conversation, computes only what is new; for causal text models whose layers all look at

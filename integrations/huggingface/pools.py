@@ -54,6 +54,9 @@ def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
     return arguments.count(name, num_bytes, at_least=1, at_most=_BYTES_MAX)
 
 
+# Without a bound, how many times the most blocks that were ever in use may be cached prefixes.
+_MOST_CACHED = 4
+
 # What bounds a tier, as users of `patch` call it.
 _BOUND_NAMES: dict[Tier, str] = {"device": "memory", "host": "host_memory"}
 
@@ -107,7 +110,7 @@ class Counters:
         self.copied_blocks = 0
         self.evicted_blocks = 0
         self.arrived_blocks = 0  # from the other tier
-        self.peak_held_bytes = 0
+        self.peak_held_bytes = 0  # of blocks
         self.peak_dense_bytes = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -273,6 +276,7 @@ class PagedPool:
         self.host = None if memory.host is None else memory.host.new_pool()
         self._storages: list[_Shelf] = []
         self._dropped: deque[Sequence] = deque()
+        self._most_held = 0
 
     @property
     def block_bytes(self) -> int:
@@ -337,7 +341,9 @@ class PagedPool:
         size = BlockStorage.bytes_of_a_block(
             self.block_size, shapes, dtype=kind.dtype, kv_dtype=kv_dtype
         )
-        if not self.memory.claim(num_blocks * size, self):
+        fits = self.memory.claim(num_blocks * size, self)
+        # Another pool may have filled the bound: what then lives in host memory needs a block here.
+        if not fits and (self.host is None or num_blocks > 1):
             raise self._out_of_blocks(num_blocks, self.block_bytes + size)
         on_host = self.memory.tier == "host"
         return self._reserve(
@@ -419,8 +425,8 @@ class PagedPool:
         """Do `operation`, which takes `need` blocks at the most, with more blocks where it must."""
         self.settle()
         evicted = self.manager.num_evicted_blocks
-        if self.memory.keep_pools and self.memory.bound is not None:
-            # A bound is there to be used: fill it before giving cached prefixes up.
+        if self._keeps_more():
+            # Memory is there to be used: fill it before giving cached prefixes up.
             self._grow(need - self.manager.num_free_blocks, need, or_fail=False)
         try:
             result = operation()
@@ -430,6 +436,15 @@ class PagedPool:
             result = operation()
         self.memory.counters.evicted_blocks += self.manager.num_evicted_blocks - evicted
         return result
+
+    def _keeps_more(self) -> bool:
+        """Whether to grow rather than give cached prefixes up. O(1)."""
+        if not self.memory.keep_pools or self.memory.bound is not None:
+            return self.memory.keep_pools
+        # What was never bounded still has to end somewhere.
+        held, free = self.manager.num_held_blocks, self.manager.num_free_blocks
+        self._most_held = max(self._most_held, held)
+        return self.manager.num_blocks - held - free <= _MOST_CACHED * self._most_held
 
     def _grow(self, shortage: int, need: int, *, or_fail: bool) -> None:
         """Make `shortage` more blocks, and some more ahead where the bound allows it."""

@@ -12,6 +12,7 @@ through as it is.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,10 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvpager.errors import KVPagerError
+from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache import PagedCache
-from kvpager.integrations.huggingface.groups import Prompt
+from kvpager.integrations.huggingface.groups import Int32, LayerGroup, Prompt
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
+from kvpager.integrations.huggingface.waves import waves
 from kvpager.sequences import Sequence
 
 Prefill = Callable[..., Any]
@@ -88,17 +90,39 @@ class PromptCache:
         name = self.namespace or ""
         return f"{len(name)}:{name}:{known[1]}"
 
-    def attach(self, model: nn.Module, cache: PagedCache, ids: Tensor, padding: Padding) -> None:
-        """Let the cache begin with what earlier calls computed, and publish what this one does."""
+    def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt:
+        """The batch's prompts, of the model as it is and of the namespace of now. O(tokens)."""
         rows = [row[pad:] for row, pad in zip(_to_int32(ids), padding, strict=True)]
-        prompt = Prompt(rows, self.namespace_of(model))
-        cache.groups[0].prompt = prompt
-        cache.memory.counters.prefix_query_tokens += sum(map(len, rows))
+        return Prompt(rows, self.namespace_of(model))
+
+    def known(self, model: nn.Module, cache: PagedCache, prompt: Prompt) -> NDArray[np.int64]:
+        """How many tokens of each row are in the pool, one at least being new. O(tokens)."""
+        pool = self._pool(model, cache)
+        if pool is None:
+            return np.zeros(len(prompt.rows), np.int64)
+        return np.array([_known(pool, row, prompt.namespace) for row in prompt.rows], np.int64)
+
+    def attach(self, model: nn.Module, cache: PagedCache, prompt: Prompt, padding: Padding) -> None:
+        """Let the cache begin with what earlier calls computed, and publish what this one does.
+
+        One that has begun so already begins again where there is more to find now.
+        """
+        group = cache.groups[0]
+        if group.num_columns:
+            if int((padding + self.known(model, cache, prompt)).min()) <= group.num_columns:
+                return
+            cache.reset()
+        group.padding, group.prompt = padding, prompt
+        pool = self._pool(model, cache)
+        if pool is not None:
+            _reuse(cache, self._homes[model], pool, prompt, padding)
+
+    def _pool(self, model: nn.Module, cache: PagedCache) -> PagedPool | None:
+        """Where the model's prompts are, if there are any and the cache is made like theirs."""
         home = self._homes.get(model)
-        pool = cache.memory.find_pool(home.layout) if home is not None else None
-        fits = home is not None and len(home.kinds) == len(cache.paged_layers())
-        if home is not None and pool is not None and fits:
-            _reuse(cache, home, pool, prompt, padding)
+        if home is None or len(home.kinds) != len(cache.paged_layers()):
+            return None
+        return cache.memory.find_pool(home.layout)
 
     def publish(self, model: nn.Module, cache: PagedCache) -> None:
         """The prompt has been computed: its full blocks may be reused. O(blocks)."""
@@ -167,27 +191,44 @@ Padding = NDArray[np.int64]
 def _reuse(
     cache: PagedCache, home: _Home, pool: PagedPool, prompt: Prompt, padding: Padding
 ) -> None:
-    sequences: list[Sequence] = []
-    try:
-        for row in prompt.rows:
-            sequences.append(pool.allocate(row, prompt.namespace))  # noqa: PERF401 - freed below
-    except KVPagerError:
-        pool.manager.free(sequences)
-        raise
-    # A batch has one length: what the row with the least to offer has in common with the cache.
-    cached = padding + [sequence.num_cached_tokens for sequence in sequences]
-    num_columns = int(cached.min())
-    if num_columns <= int(padding.min()):
-        pool.manager.free(sequences)
+    # Meanwhile nobody may take what was found.
+    with pool.lock:
+        # A batch has one length: what the row with the least to offer has in common with the cache.
+        known = [_known(pool, row, prompt.namespace) for row in prompt.rows]
+        num_columns = int((padding + known).min())
+        if num_columns <= int(padding.min()):
+            return
+        lengths = np.maximum(num_columns - padding, 0).tolist()
+        sequences = _begin_known(pool, prompt, lengths)
+    if sequences is None:
         return
-    lengths = np.maximum(num_columns - padding, 0).tolist()
-    for sequence, length in zip(sequences, lengths, strict=True):
-        pool.manager.truncate(sequence, length)
     cache.groups[0].adopt(home.layout, sequences, num_columns)
     for layer, kind in zip(cache.paged_layers(), home.kinds, strict=True):
         layer.bind(kind)
         layer.num_columns = num_columns
-    cache.memory.counters.prefix_hit_tokens += sum(lengths)
+
+
+def _known(pool: PagedPool, row: Int32, namespace: str) -> int:
+    known = pool.manager.cached_tokens(row, namespace=namespace)
+    return min(known, len(row) - 1)
+
+
+def _begin_known(pool: PagedPool, prompt: Prompt, lengths: list[int]) -> list[Sequence] | None:
+    """Sequences of the first `lengths` tokens of each row, which are in the pool; None if full."""
+    sequences: list[Sequence] = []
+    for row, length in zip(prompt.rows, lengths, strict=True):
+        try:
+            # One token more, because the last one never counts as known.
+            sequences.append(pool.allocate(row[: length + 1], prompt.namespace))
+        except OutOfBlocks:
+            break
+        if sequences[-1].num_cached_tokens < length:  # the room for a copy was taken from it
+            break
+        pool.manager.truncate(sequences[-1], length)
+    else:
+        return sequences
+    pool.manager.free(sequences)
+    return None
 
 
 def prefill(
@@ -212,28 +253,83 @@ def prefill(
     repeats = _repeats(input_ids, generation_config, model_kwargs) if plain else 1
     if repeats > 1:
         input_ids, padding = input_ids[::repeats], padding[::repeats]  # type: ignore[index]
-        model_kwargs = {
-            name: value[::repeats] if name in _PER_ROW and value is not None else value
-            for name, value in model_kwargs.items()
-        }
+        model_kwargs = _of_rows(model_kwargs, slice(None, None, repeats))
+    reusable = False
     try:
         if padding is not None:
             for group in cache.groups:
                 group.padding = padding
             reusable = plain and _is_reusable(model, cache, generation_config)
             positions = model_kwargs.get("position_ids")
-            if prompts is not None and reusable and _are_usual(positions, input_ids, padding):
-                prompts.attach(model, cache, input_ids, padding)
-        output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
+            reusable = reusable and _are_usual(positions, input_ids, padding)
+        if prompts is not None and padding is not None and reusable:
+            given = (model, input_ids, generation_config, model_kwargs)
+            output = _prefill_new(original, prompts, padding, *given, **kwargs)
+        else:
+            output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
     except BaseException:
         cache.reset()
         raise
-    if prompts is not None and cache.groups and cache.groups[0].prompt is not None:
-        prompts.publish(model, cache)
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
         _repeat_rows(output, len(input_ids), repeats)
     return output
+
+
+def _prefill_new(
+    original: Prefill,
+    prompts: PromptCache,
+    padding: Padding,
+    model: nn.Module,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    **kwargs: Any,
+) -> Any:
+    """Compute what is new in each row, in as many passes as are worth it."""
+    cache: PagedCache = model_kwargs["past_key_values"]
+    prompt = prompts.prompt(model, input_ids, padding)
+    passes = waves(prompt.rows, prompts.known(model, cache, prompt))
+    if len(passes) == 1:
+        prompts.attach(model, cache, prompt, padding)
+        _count_hits(cache.groups[0], prompt)
+        output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
+        prompts.publish(model, cache)
+        return output
+    parts = [copy.deepcopy(cache) for _ in passes]
+    skipped = [int(padding[rows].min()) for rows in passes]
+    # All hold what they know before the first one may need room.
+    for part, rows, first in zip(parts, passes, skipped, strict=True):
+        prompts.attach(model, part, prompt.of(rows), padding[rows] - first)
+    outputs = []
+    for part, rows, first in zip(parts, passes, skipped, strict=True):
+        prompts.attach(model, part, prompt.of(rows), padding[rows] - first)
+        _count_hits(part.groups[0], prompt.of(rows))
+        here = torch.from_numpy(rows).to(input_ids.device)
+        of_rows = _of_rows(model_kwargs, (here, slice(first, None))) | {"past_key_values": part}
+        outputs.append(
+            original(model, input_ids[here, first:], generation_config, of_rows, **kwargs)
+        )
+        prompts.publish(model, part)
+    order = np.argsort(np.concatenate(passes))
+    cache.join(parts, order, padding)
+    outputs[0].logits = torch.cat([output.logits[:, -1:] for output in outputs])[order]
+    outputs[0].past_key_values = cache
+    return outputs[0]
+
+
+def _count_hits(group: LayerGroup, prompt: Prompt) -> None:
+    counters = group.memory.counters
+    counters.prefix_query_tokens += sum(map(len, prompt.rows))
+    counters.prefix_hit_tokens += int(group.lengths(group.num_columns).sum())
+
+
+def _of_rows(model_kwargs: dict[str, Any], rows: Any) -> dict[str, Any]:
+    """The same with what is given per row for these rows (and columns) only."""
+    return {
+        name: value[rows] if name in _PER_ROW and value is not None else value
+        for name, value in model_kwargs.items()
+    }
 
 
 def _is_plain(

@@ -15,6 +15,8 @@ class PatchStats:
     Blocks count once however many sequences share them; `used_bytes` are the bytes of slots that
     hold a token, so `held_bytes - used_bytes` is wasted in open tail blocks. `peak_dense_bytes`
     are the most that `DynamicCache` would have held for the same calls, at the end of a step.
+    Blocks in host memory are counted by the last five alone; rows that were too many from their
+    first token on are held there, but were never swapped out.
     """
 
     num_blocks: int
@@ -34,6 +36,11 @@ class PatchStats:
     in_place_reads: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
+    host_reserved_bytes: int
+    host_held_bytes: int
+    peak_host_held_bytes: int
+    swapped_out_blocks: int
+    swapped_in_blocks: int
 
 
 def report(memory: PagedMemory, stats: PatchStats) -> str:
@@ -49,6 +56,12 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
         f"at the peak: {size(stats.peak_held_bytes)}; DynamicCache: {size(stats.peak_dense_bytes)}"
         + _saved(stats),
     ]
+    if memory.host is not None:
+        lines.append(
+            f"host memory: {size(stats.host_held_bytes)} held, "
+            f"{size(stats.peak_host_held_bytes)} at the peak; "
+            f"{stats.swapped_out_blocks} blocks swapped out, {stats.swapped_in_blocks} in"
+        )
     if stats.prefix_query_tokens:
         hits, asked = stats.prefix_hit_tokens, stats.prefix_query_tokens
         lines.append(f"prompts: {hits} of {asked} tokens were cached ({hits / asked:.0%})")

@@ -65,6 +65,15 @@ class BatchRows:
             if len(rows):
                 yield Share(pool, rows, [self._sequences[row] for row in rows])
 
+    def join(self, parts: list[BatchRows], order: Int64) -> None:
+        """Begin with the rows of `parts`, put in `order`; they have none afterwards. O(rows)."""
+        sequences = [sequence for part in parts for sequence in part._sequences]
+        on_host = np.concatenate([part._on_host for part in parts])[order]
+        self.adopt([sequences[row] for row in order])
+        self._on_host, self._any_on_host = on_host, bool(on_host.any())
+        for part in parts:
+            part.adopt([])
+
     # ---------------------------------------------------------------- growing
 
     def begin(self, num_rows: int, namespace: str | None) -> None:
