@@ -173,10 +173,13 @@ DECODERS = list(_DECODERS)
 ENCODER_DECODERS = list(_ENCODER_DECODERS)
 
 
-def tiny_model(name: str, *, seed: int = 0, attention: str | None = None) -> PreTrainedModel:
-    """The same model for the same name and seed, in float32 and evaluation mode."""
+def tiny_model(
+    name: str, *, seed: int = 0, attention: str | None = None, **changes: Any
+) -> PreTrainedModel:
+    """The same model for the same name, seed and changes to its configuration, in float32 and
+    evaluation mode."""
     model_class, config_class, arguments = _ALL[name]
-    config = getattr(transformers, config_class)(**arguments)
+    config = getattr(transformers, config_class)(**{**arguments, **changes})
     config._attn_implementation = attention
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, model_class)(config)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache import PagedCache
 from kvpager.integrations.huggingface.groups import Int32, LayerGroup, Prompt
+from kvpager.integrations.huggingface.offloaded import offloaded
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.waves import waves
 from kvpager.sequences import Sequence
@@ -337,9 +338,8 @@ def _is_plain(
 ) -> bool:
     """Whether a row's keys and values follow from its ids, mask and positions alone."""
     # Dropout makes equal rows differ, and autocast computes in another dtype than was asked for.
-    if model.training or torch.is_autocast_enabled(input_ids.device.type):
-        return False
-    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+    places = {tensor.device.type for tensor in (input_ids, *model.parameters())}
+    if model.training or any(map(_is_autocast, places)):
         return False
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, False) or model_kwargs.get(name):
@@ -348,6 +348,11 @@ def _is_plain(
     if given - _PER_ROW - _HARMLESS:
         return False
     return all(model_kwargs[name].shape == input_ids.shape for name in given & _PER_ROW)
+
+
+def _is_autocast(device_type: str) -> bool:
+    # Offloaded weights are on "meta", for which torch does not answer the second question.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _repeats(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> int:
@@ -428,11 +433,16 @@ def _to_int32(ids: Tensor) -> NDArray[np.int32]:
 def _model_state(model: nn.Module) -> object:
     """Changes when a weight is replaced, moved, cast or written, and when a module's hooks or plain
     settings (numbers, names, truth values: scales, active adapters) change. O(parameters).
+    Weights that are offloaded count as what they are loaded from.
 
     A write through `.data` is seen only if it touches one of a few samples of the tensor, and code
     that computes differently for reasons of its own is not seen: `Patch.clear` is for those.
     """
-    weights = list(itertools.chain(model.parameters(), model.buffers()))
+    present = itertools.chain(model.parameters(), model.buffers())
+    weights = [tensor for tensor in present if tensor.device.type != "meta"]
+    elsewhere = list(offloaded(model))
+    weights += [weight for weight in elsewhere if isinstance(weight, Tensor)]
+    files = tuple(weight for weight in elsewhere if not isinstance(weight, Tensor))
     tensors = tuple(
         (id(tensor), tensor.data_ptr(), tensor.dtype, str(tensor.device), _version(tensor))
         for tensor in weights
@@ -441,12 +451,13 @@ def _model_state(model: nn.Module) -> object:
         (
             tuple(module._forward_pre_hooks),
             tuple(module._forward_hooks),
+            id(vars(module).get("_hf_hook")),
             tuple((name, repr(value)) for name, value in vars(module).items() if _plain(value)),
         )
         for module in model.modules()
     )
     attention = getattr(model.config, "_attn_implementation", None)
-    return tensors, _sample(weights), modules, attention
+    return tensors, files, _sample(weights), modules, attention
 
 
 def _plain(value: object, depth: int = 0) -> bool:
@@ -468,7 +479,7 @@ def _sample(tensors: list[Tensor]) -> tuple[bytes, ...]:
     by_device: dict[torch.device, list[Tensor]] = {}
     with torch.no_grad():
         for tensor in tensors:
-            if tensor.numel() and tensor.is_contiguous() and tensor.device.type != "meta":
+            if tensor.numel() and tensor.is_contiguous():
                 flat = tensor.detach().view(-1)
                 few = flat[:: -(-flat.numel() // _SAMPLES)].to(torch.float64)
                 by_device.setdefault(tensor.device, []).append(few)

@@ -147,7 +147,7 @@ class PagedView:
             self.group.count_gather()
             num_columns = self.stop - self.start
             if len(self.parts) == 1:
-                key, value = self.parts[0].dense(num_columns)
+                key, value = (each.to(self.device) for each in self.parts[0].dense(num_columns))
             else:
                 key, value = self._joined(num_columns)
             # Contiguous like the result of `torch.cat`, since some models call `view` on it.

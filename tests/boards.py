@@ -1,0 +1,131 @@
+"""Devices for machines that have none: tensors on a board live apart, and never mix with others.
+
+`fpga` is a device that torch has a name for and nothing else. Within `boards()`, its tensors keep
+their numbers in ordinary ones, and every operation is done on those; but one that is given tensors
+of two devices is refused, as a real device would do, and what it makes is on its tensors' device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TYPE = "fpga"
+_CPU = torch.device("cpu")
+_data_ptr = torch.Tensor.data_ptr
+_numpy = torch.Tensor.numpy
+# What says where a tensor is or takes it elsewhere. Everything else is done on the numbers before
+# torch asks for the device's driver.
+_OF_THE_BOARD = {"__get__", "__set__", "to", "cpu", "detach", "requires_grad_"}
+# What moves numbers from one device to another.
+_MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.Tensor.copy_)
+
+
+class BoardTensor(torch.Tensor):
+    """Looks like a tensor on a board; `inner` has the numbers."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, device: torch.device) -> BoardTensor:
+        tensor: BoardTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=device,
+        )
+        tensor.inner = inner
+        return tensor
+
+    def __init__(self, inner: Tensor, device: torch.device) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return f"{self.inner!r} on {self.device}"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _data_ptr:
+            return args[0].inner.data_ptr()
+        if func is _numpy:
+            raise TypeError(f"can't convert a tensor on {args[0].device} to numpy")
+        if not all(issubclass(cls, kind) or kind is torch.nn.Parameter for kind in types):
+            return NotImplemented  # another kind of tensor knows better what to do
+        if func.__name__ not in _OF_THE_BOARD:
+            return _on_boards(func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _on_boards(func, args, kwargs or {})
+
+
+class _Boards(TorchDispatchMode):
+    """Also what makes tensors from nothing (`torch.empty(.., device=..)`) comes through here."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, BoardTensor) for leaf in flat) or _is_board(kwargs.get("device")):
+            return _on_boards(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+class _Tensors(TorchFunctionMode):
+    """`torch.tensor` asks for the device's driver before it is dispatched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and _is_board(kwargs.get("device")):
+            device = kwargs.pop("device")
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def boards() -> Iterator[Callable[[int], torch.device]]:
+    """While this lasts, `torch.device("fpga", number)` can be computed on."""
+    with _Boards(), _Tensors():
+        yield lambda number: torch.device(TYPE, number)
+
+
+def _is_board(device: object) -> bool:
+    return isinstance(device, torch.device) and device.type == TYPE
+
+
+def _on_boards(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    leaves = pytree.tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    with torch._C.DisableTorchFunctionSubclass():
+        device = kwargs.get("device") or _common_device(func, tensors)
+    outer = {id(t.inner): t for t in tensors if isinstance(t, BoardTensor)}
+    args, kwargs = pytree.tree_map_only(BoardTensor, lambda t: t.inner, (args, kwargs))
+    if _is_board(kwargs.get("device")):
+        kwargs["device"] = _CPU
+    result = func(*args, **kwargs)
+    if not _is_board(device):
+        return result
+    # In-place operations return the tensor they were given.
+    return pytree.tree_map_only(
+        Tensor, lambda t: outer.get(id(t)) if id(t) in outer else BoardTensor(t, device), result
+    )
+
+
+def _common_device(func: object, tensors: list[Tensor]) -> torch.device:
+    if func in _MOVES:
+        return tensors[0].device
+    # As everywhere in torch, a number is at home on every device.
+    devices = {t.device for t in tensors if t.dim() or t.device.type != "cpu"}
+    if len(devices) > 1:
+        raise RuntimeError(f"{func}: tensors on {sorted(map(str, devices))}")
+    return devices.pop() if devices else _CPU
