@@ -64,6 +64,7 @@ class LayerGroup:
         self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
         self._parts: dict[tuple[int, int], list[Part]] = {}
         self._tables: dict[tuple[torch.device, int], list[Tables]] = {}
+        self._new: tuple[int, int, list[Int64]] | None = None  # the last columns and their slots
         self._slots: dict[tuple[torch.device, int, int], list[Slots]] = {}
 
     def __del__(self) -> None:
@@ -133,7 +134,8 @@ class LayerGroup:
         counts = np.maximum(stop - self.padding, 0) - self.lengths(self.num_columns)
         ids = self.prompt.ids(self.padding, self.num_columns, stop) if self.prompt else []
         self._freeze_views()
-        self.rows.append(counts, ids)
+        slots = self.rows.append(counts, ids)
+        self._new = start, stop, slots
         if self.rows.any_on_host:
             self.prompt = None  # what is not on the device is not offered to others
         self.num_columns = stop
@@ -207,24 +209,37 @@ class LayerGroup:
         slots = self._slots.get((device, start, stop))
         if slots is None:
             assert self.rows is not None
-            self._slots.clear()  # of columns written before
-            slots = self._slots[device, start, stop] = [
-                self._slots_in(share, start, stop, device) for share in self.rows.shares()
-            ]
+            slots = self._slots[device, start, stop] = []
+            for number, share in enumerate(self.rows.shares()):
+                if self._new is not None and self._new[:2] == (start, stop):
+                    flat = self._with_padding(self._new[2][number], share, start, stop)
+                else:  # a layer that was late
+                    flat = self._written(share, start, stop)
+                on_host = share.pool is not self.pool
+                tensor = torch.from_numpy(flat).to("cpu" if on_host else device)
+                slots.append(Slots(self._numbers(share, device), tensor, on_host))
         return slots
 
-    def _slots_in(self, share: Share, start: int, stop: int, device: torch.device) -> Slots:
-        size = share.pool.block_size
-        tokens = np.arange(start, stop) - self.padding[share.rows, None]
-        tables = share.pool.manager.block_tables(share.sequences)
-        slots = np.full(tokens.shape, -1, np.int64)
-        rows, columns = np.nonzero(tokens >= 0)
-        tokens = tokens[rows, columns]
-        slots[rows, columns] = tables[rows, tokens // size].astype(np.int64) * size
-        slots[rows, columns] += tokens % size
-        on_host = share.pool is not self.pool
-        flat = torch.from_numpy(slots.reshape(-1)).to("cpu" if on_host else device)
-        return Slots(self._numbers(share, device), flat, on_host)
+    def _with_padding(self, slots: Int64, share: Share, start: int, stop: int) -> Int64:
+        """`slots` of the tokens among the columns, with -1 for those that are padding."""
+        num_columns = len(share.rows) * (stop - start)
+        if len(slots) == num_columns:
+            return slots
+        padded = np.full(num_columns, -1, np.int64)
+        padded[(np.arange(start, stop) >= self.padding[share.rows, None]).reshape(-1)] = slots
+        return padded
+
+    def _written(self, share: Share, start: int, stop: int) -> Int64:
+        """The same for columns that are there already, by the block tables."""
+        size, firsts = share.pool.block_size, np.maximum(start - self.padding[share.rows], 0)
+        tables = share.pool.manager.block_tables(share.batch)
+        ends = np.maximum(stop - self.padding[share.rows], 0)
+        tokens = [np.arange(first, end) for first, end in zip(firsts, ends, strict=True)]
+        slots = [
+            table[of_row // size].astype(np.int64) * size + of_row % size
+            for table, of_row in zip(tables, tokens, strict=True)
+        ]
+        return self._with_padding(np.concatenate(slots), share, start, stop)
 
     def _numbers(self, share: Share, device: torch.device) -> Tensor | None:
         """The rows' numbers, or None where it is all of them."""
@@ -272,7 +287,7 @@ class LayerGroup:
             for share in self.rows.shares():
                 on_host = share.pool is not self.pool
                 where = "cpu" if on_host else device
-                tables = torch.from_numpy(share.pool.manager.block_tables(share.sequences))
+                tables = torch.from_numpy(share.pool.manager.block_tables(share.batch))
                 counts = torch.from_numpy(lengths[share.rows])
                 rows = self._numbers(share, device)
                 found.append(Tables(rows, tables.to(where), counts.to(where), on_host))
@@ -354,6 +369,7 @@ class LayerGroup:
         self._parts.clear()
         self._tables.clear()
         self._slots.clear()
+        self._new = None
 
 
 class Slots(NamedTuple):

@@ -28,7 +28,7 @@ from kvpager.kernels.append_kv import append_kv
 from kvpager.kernels.quantisation import KV_DTYPES
 from kvpager.manager import BlockManager
 from kvpager.plan import Step, Tier
-from kvpager.sequences import Sequence
+from kvpager.sequences import Batch, Sequence
 from kvpager.storage import BlockStorage, KVDtype, LayerShape
 
 logger = logging.getLogger("kvpager")
@@ -370,24 +370,21 @@ class PagedPool:
             self._copy(sequence.copies)
             return sequence
 
-    def append(
-        self, sequences: list[Sequence], counts: NDArray[np.int64], ids: list[NDArray[np.int32]]
-    ) -> Step:
+    def append(self, batch: Batch, counts: NDArray[np.int64], ids: list[NDArray[np.int32]]) -> Step:
         """Like `BlockManager.append`, growing where needed and carrying out its copies.
 
         `ids` are the new tokens' ids where they are known, else an empty list.
         """
         with self.lock:
             # Each sequence needs a copy of its tail at the worst, and its whole blocks.
-            need = int((-(-counts // self.block_size)).sum()) + len(sequences)
-            step = self._growing(
-                need,
-                lambda: (
-                    self.manager.append(sequences, ids)
-                    if ids
-                    else self.manager.append(sequences, counts=counts)
-                ),
-            )
+            need = int((-(-counts // self.block_size)).sum()) + len(batch)
+            most = int(counts.max(initial=0))
+            if ids:
+                step = self._growing(need, lambda: self.manager.append(batch, ids))
+            elif most and int(counts.min()) == most:  # as a rule, and quicker
+                step = self._growing(need, lambda: self.manager.append(batch, most))
+            else:
+                step = self._growing(need, lambda: self.manager.append(batch, counts=counts))
             self._copy(step.copies)
             self.memory.note_peak()
             return step

@@ -11,7 +11,6 @@ device has room for it again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvpager.errors import KVPagerError, OutOfBlocks
 from kvpager.integrations.huggingface.pools import PagedPool
-from kvpager.sequences import Sequence
+from kvpager.sequences import Batch, Sequence
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -34,6 +33,7 @@ class Share(NamedTuple):
     pool: PagedPool
     rows: Int64  # their numbers in the batch, ascending
     sequences: list[Sequence]
+    batch: Batch  # the same, for operations on all of them
 
 
 class BatchRows:
@@ -44,6 +44,7 @@ class BatchRows:
         self._sequences: list[Sequence] = []
         self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._any_on_host = False
+        self._shares: list[Share] | None = None
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -53,24 +54,30 @@ class BatchRows:
         """Whether some row has left the device."""
         return self._any_on_host
 
-    def shares(self) -> Iterator[Share]:
-        """The rows by pool, the device's first; only pools that have some. O(rows)."""
-        if not self._any_on_host:
-            if self._sequences:
-                yield Share(self.pool, np.arange(len(self)), self._sequences)
-            return
-        assert self.pool.host is not None
-        for pool, here in ((self.pool, ~self._on_host), (self.pool.host, self._on_host)):
-            rows = np.flatnonzero(here)
-            if len(rows):
-                yield Share(pool, rows, [self._sequences[row] for row in rows])
+    def shares(self) -> list[Share]:
+        """The rows by pool, the device's first; only pools that have some. O(1) until they change.
+
+        Raises: `StaleSequence` for rows that were freed behind our back.
+        """
+        if self._shares is None:
+            self._shares = []
+            for pool, here in ((self.pool, ~self._on_host), (self.pool.host, self._on_host)):
+                rows = np.flatnonzero(here)
+                if pool is not None and len(rows):
+                    sequences = [self._sequences[row] for row in rows]
+                    batch = pool.manager.batch(sequences)
+                    self._shares.append(Share(pool, rows, sequences, batch))
+        return self._shares
+
+    def _become(self, sequences: list[Sequence], on_host: NDArray[np.bool_]) -> None:
+        self._sequences, self._on_host = sequences, on_host
+        self._any_on_host, self._shares = bool(on_host.any()), None
 
     def join(self, parts: list[BatchRows], order: Int64) -> None:
         """Begin with the rows of `parts`, put in `order`; they have none afterwards. O(rows)."""
         sequences = [sequence for part in parts for sequence in part._sequences]
         on_host = np.concatenate([part._on_host for part in parts])[order]
-        self.adopt([sequences[row] for row in order])
-        self._on_host, self._any_on_host = on_host, bool(on_host.any())
+        self._become([sequences[row] for row in order], on_host)
         for part in parts:
             part.adopt([])
 
@@ -83,13 +90,13 @@ class BatchRows:
 
     def adopt(self, sequences: list[Sequence]) -> None:
         """Begin with sequences of the device's pool. O(rows)."""
-        self._sequences, self._on_host = sequences, np.zeros(len(sequences), np.bool_)
-        self._any_on_host = False
+        self._become(sequences, np.zeros(len(sequences), np.bool_))
 
-    def append(self, counts: Int64, ids: list[Int32]) -> None:
+    def append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
         """Make room for `counts` [rows] more tokens, moving rows where there is none. O(tokens).
 
-        `ids` are the new tokens' ids where they are known, else an empty list.
+        `ids` are the new tokens' ids where they are known, else an empty list. Returns, for each of
+        the `shares`, the slots of its rows' new tokens, one row after the other.
         Raises: `OutOfBlocks`, with every row as long as it was.
         """
         with self.pool.lock:
@@ -97,32 +104,31 @@ class BatchRows:
                 self._return_some()
             while True:
                 try:
-                    self._append(counts, ids)
-                    return
+                    return self._append(counts, ids)
                 except OutOfBlocks as error:
                     # What the host refuses, it will refuse again.
                     if self.pool.host is None or error.tier == "host":
                         raise
                     self._move_family()
 
-    def _append(self, counts: Int64, ids: list[Int32]) -> None:
-        done: list[Share] = []
+    def _append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
+        slots: list[Int64] = []
         try:
             for share in self.shares():
                 known = [ids[row] for row in share.rows] if ids else []
-                share.pool.append(share.sequences, counts[share.rows], known)
-                done.append(share)
+                slots.append(share.pool.append(share.batch, counts[share.rows], known).slots)
         except KVPagerError:
-            for pool, rows, sequences in done:
-                for row, sequence in zip(rows, sequences, strict=True):
-                    pool.manager.truncate(sequence, len(sequence) - int(counts[row]))
+            for share, _ in zip(self.shares(), slots, strict=False):
+                for row, sequence in zip(share.rows, share.sequences, strict=True):
+                    share.pool.manager.truncate(sequence, len(sequence) - int(counts[row]))
             raise
+        return slots
 
     # ---------------------------------------------------------------- moving
 
     def _move_family(self) -> None:
         """Move the device's last row to the host, with the rows that share most of its blocks."""
-        device = next(self.shares())
+        device = self.shares()[0]
         tables = device.pool.manager.block_tables(device.sequences)
         last = tables[-1]
         common = ((tables == last) & (last >= 0)).sum(axis=1)
@@ -133,7 +139,7 @@ class BatchRows:
 
     def _return_some(self) -> None:
         """Let the first row on the host return, if the device has had room enough for it."""
-        host = list(self.shares())[-1]
+        host = self.shares()[-1]
         need = np.count_nonzero(host.pool.manager.block_table(host.sequences[0]) >= 0)
         spare = len(self) + int(_SPARE * self.pool.manager.num_blocks)
         if self.pool.num_spare_blocks >= need + spare:
@@ -154,10 +160,11 @@ class BatchRows:
         pairs = np.stack([tables[places >= 0], places[places >= 0]], axis=1)
         target.copy_from(source, np.unique(pairs, axis=0))
         source.manager.free(leaving)
+        sequences, on_host = list(self._sequences), self._on_host.copy()
         for row, sequence in zip(rows, arrived, strict=True):
-            self._sequences[row] = sequence
-        self._on_host[rows] = target is not self.pool
-        self._any_on_host = bool(self._on_host.any())
+            sequences[row] = sequence
+        on_host[rows] = target is not self.pool
+        self._become(sequences, on_host)
 
     # ---------------------------------------------------------------- changing the batch
 
@@ -174,8 +181,7 @@ class BatchRows:
         ]
         for row, sequence in unused.items():
             self._pool_of(row).manager.free(sequence)
-        self._sequences, self._on_host = chosen, on_host
-        self._any_on_host = bool(on_host.any())
+        self._become(chosen, on_host)
 
     def _pool_of(self, row: int) -> PagedPool:
         if not self._on_host[row]:
@@ -185,41 +191,42 @@ class BatchRows:
 
     def truncate(self, lengths: Int64) -> None:
         """Keep the first `lengths` [rows] tokens of each row. O(rows + blocks)."""
-        for pool, rows, sequences in self.shares():
-            for sequence, length in zip(sequences, lengths[rows].tolist(), strict=True):
-                pool.manager.truncate(sequence, length)
+        for share in self.shares():
+            for sequence, length in zip(share.sequences, lengths[share.rows].tolist(), strict=True):
+                share.pool.manager.truncate(sequence, length)
 
     def slide(self, starts: Int64) -> None:
         """Give back blocks wholly before token `starts` [rows] of each row. O(rows + blocks)."""
-        for pool, rows, sequences in self.shares():
-            pool.manager.slide(sequences, starts[rows])
+        for share in self.shares():
+            share.pool.manager.slide(share.batch, starts[share.rows])
 
     def commit(self) -> None:
         """Full blocks of known tokens become reusable; those on the host do not. O(blocks)."""
-        for pool, _, sequences in self.shares():
-            if pool is self.pool:
-                pool.manager.commit(sequences)
+        for share in self.shares():
+            if share.pool is self.pool:
+                share.pool.manager.commit(share.batch)
 
     def fork(self) -> BatchRows:
         """A second batch that shares every block of this one. O(rows + blocks)."""
         twin = BatchRows(self.pool)
-        twin._sequences = [
+        sequences = [
             self._pool_of(row).manager.fork(sequence)
             for row, sequence in enumerate(self._sequences)
         ]
-        twin._on_host, twin._any_on_host = self._on_host.copy(), self._any_on_host
+        twin._become(sequences, self._on_host.copy())
         return twin
 
     def free(self) -> None:
         """Give all blocks back: no rows are left. O(blocks)."""
-        for pool, _, sequences in self.shares():
-            pool.manager.free(sequences)
+        for share in self.shares():
+            share.pool.manager.free(share.batch)
         self.adopt([])
 
     def discard(self) -> None:
         """Free the rows soon: safe to call from a finaliser, at any moment. O(rows)."""
-        for pool, _, sequences in self.shares():
-            pool.discard(sequences)
+        # Not by way of the shares: making them takes a lock, and asks the manager.
+        for row, sequence in enumerate(self._sequences):
+            self._pool_of(row).discard([sequence])
 
 
 def _twin(
@@ -265,5 +272,5 @@ def _lengthen(pool: PagedPool, sequence: Sequence, length: int, start: int) -> N
     while len(sequence) < length:
         # By steps: blocks that were given back long ago shall not be needed all at once.
         step = min(length - len(sequence), max(pool.block_size, length - start))
-        pool.append([sequence], np.array([step]), [])
+        pool.append(pool.manager.batch([sequence]), np.array([step]), [])
         pool.manager.slide([sequence], np.array([min(start, len(sequence))]))
