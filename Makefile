@@ -8,7 +8,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types tests bench bench-kernels bench-generate bench-prompts gpu clean
+.PHONY: help demo test lint format types tests bench bench-kernels bench-generate bench-prompts bench-memory gpu clean
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -60,6 +60,9 @@ bench-generate: $(STAMP) ## what a token costs in generate, paged and not
 
 bench-prompts: $(STAMP) ## what beams, shared beginnings and padding cost, paged and not
 	@$(BIN)/python benchmarks/prompts.py $(ARGS)
+
+bench-memory: $(STAMP) ## what keys and values take; draws it with ARGS='--plot FILE.svg'
+	@$(BIN)/python benchmarks/memory.py $(ARGS)
 
 # Runs in the Python that is there: a GPU machine has its own torch, which nothing here may replace.
 gpu: ## the GPU tests and benchmarks, in the current Python, where torch finds a GPU

@@ -89,3 +89,33 @@ def test_the_prompts_benchmark_measures_beams_reuse_and_padding() -> None:
     assert (
         found[f"{padded}_kvpager_bytes"]["value"] < found[f"{padded}_dynamic_cache_bytes"]["value"]
     )
+
+
+def test_the_memory_benchmark_grows_with_the_sum_of_the_lengths_and_is_drawn(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "memory.svg"
+    found = figures(run("memory.py", "--quick", "--threads", "1", "--plot", str(plot)))
+    batches = ["one_long", "log_normal", "uniform", "three_quarters_long", "all_long"]
+    tokens, held, dense = (
+        [found[f"memory_{batch}_{series}_bytes"][key] for batch in batches]
+        for series, key in (
+            ("kvpager_held", "tokens"), ("kvpager_held", "value"), ("dynamic_cache", "value")
+        )
+    )  # fmt: skip
+    # 2 layers of 8 heads of 16 in float32; of each row, a block may be open.
+    token_bytes, open_slots = 2 * 2 * 8 * 16 * 4, 16 * 15
+    for each, num_bytes in zip(tokens, held, strict=True):
+        assert each <= num_bytes / token_bytes <= each + open_slots
+    assert tokens == sorted(tokens)
+    assert set(dense) == {16 * (128 + 16) * token_bytes}
+    text = plot.read_text()
+    assert all(batch.replace("_", " ") in text for batch in batches)
+    assert "kvpager, held" in text
+
+
+def test_a_plot_that_could_not_be_written_is_refused_at_once() -> None:
+    with pytest.raises(AssertionError, match="folder that exists"):
+        run("memory.py", "--plot", "nowhere/memory.svg")

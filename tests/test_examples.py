@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -46,6 +47,28 @@ def test_an_example_for_transformers_shows_what_it_says(name: str, tmp_path: Pat
     pytest.importorskip("transformers")
     output = run(str(ROOT / "examples/huggingface" / f"{name}.py"), cwd=tmp_path)
     assert [text for text in SAID[name] if text not in output] == []
+
+
+NOTEBOOK = ROOT / "examples/huggingface/tour.ipynb"
+
+
+def steady(printed: str) -> list[str]:
+    """The lines that are the same in every run: those without times."""
+    return [line for line in printed.splitlines() if not line.endswith(" ms")]
+
+
+def test_the_notebook_holds_what_its_cells_print(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    cells = [
+        cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    script = tmp_path / "tour.py"
+    between = "\nprint('\\x1e', end='')\n"
+    script.write_text(between.join("".join(cell["source"]) for cell in cells))
+    printed = run(str(script), cwd=tmp_path).split("\x1e")
+    stored = ["".join(line for part in cell["outputs"] for line in part["text"]) for cell in cells]
+    assert [*map(steady, printed)] == [*map(steady, stored)]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
 
 
 def test_every_example_for_transformers_is_run() -> None:
