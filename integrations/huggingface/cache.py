@@ -46,7 +46,8 @@ class PagedLayer(DynamicLayer):
     # `keys` and `values` are made when asked for, so that nobody holds on to stale ones.
     @property
     def keys(self) -> Tensor | None:
-        """The layer's keys [rows, kv_heads, columns, dim] as a lazy handle; None when empty."""
+        """The layer's keys [rows, kv_heads, columns, dim] as a lazy handle; None unless
+        some were written."""
         return self._stored(0)
 
     @keys.setter
@@ -63,7 +64,7 @@ class PagedLayer(DynamicLayer):
         self._assign("values", values)
 
     def _stored(self, which: int) -> Tensor | None:
-        if self.storage is None or not self.num_columns:
+        if self.storage is None or not self.group.num_rows:
             return None
         return self._handles(self._first_stored_column())[which]
 
