@@ -297,11 +297,12 @@ class PagedCache(DynamicCache):
             group = LayerGroup(memory, len(indices), window)
             self.groups.append(group)
             for number, index in enumerate(indices):
-                self.layers[index] = (
-                    PagedLayer(group, number)
-                    if window is None
-                    else PagedSlidingWindowLayer(group, number, window)
-                )
+                if window is None:
+                    self.layers[index] = PagedLayer(group, number)
+                else:
+                    sliding = PagedSlidingWindowLayer(group, number, window)
+                    sliding.record_past = self.layers[index].record_past
+                    self.layers[index] = sliding
 
     def _page_lazily(self, group: LayerGroup) -> None:
         """Layers come as they are first written, all into one group."""
