@@ -254,6 +254,7 @@ class PagedCache(DynamicCache):
         memory: the most bytes to reserve, such as `"4GiB"`; None for no bound.
         block_size: token slots of a block, a power of two.
         kv_dtype: "int8" or "fp8_e4m3" to keep keys and values in eight bits, which rounds them.
+        offloading: False; here for code that makes another cache of a cache's class (T5Gemma).
 
     Raises: `ValueError`, `TypeError`; `OutOfBlocks` from a forward pass that finds no room.
     """
@@ -265,7 +266,10 @@ class PagedCache(DynamicCache):
         memory: int | str | None = None,
         block_size: int = 16,
         kv_dtype: KVDtype | None = None,
+        offloading: bool = False,
     ) -> None:
+        if offloading:
+            raise ValueError("offloading True: blocks are not offloaded; use DynamicCache for that")
         paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype)
         _DYNAMIC_CACHE_INIT(self, config=config)
         self._page(paged_memory)
