@@ -305,7 +305,7 @@ class PagedCache(DynamicCache):
                     self.layers[index] = PagedLayer(group, number)
                 else:
                     sliding = PagedSlidingWindowLayer(group, number, window)
-                    sliding.record_past = self.layers[index].record_past
+                    sliding.record_past = getattr(self.layers[index], "record_past", False)
                     self.layers[index] = sliding
 
     def _page_lazily(self, group: LayerGroup) -> None:
