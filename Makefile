@@ -3,12 +3,13 @@
 #   PYTHON=...   the Python that .venv is made from (default: the first of python3, python3.12, python3.11
 #                that is 3.11 or newer)
 #   GPU_PYTHON=...  the Python that `make gpu` uses (default: python3)
-#   ARGS=...     further arguments for `make demo`, `make bench` and `make gpu`; for a few tests:
+#   ARGS=...     further arguments for `make demo`, `make bench`, `make gpu` and `make conformance`
+#                (architectures: `make conformance ARGS='llama t5'`); for a few tests:
 #                `make tests ARGS='-k fork'`
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types tests bench bench-kernels bench-generate bench-prompts bench-memory gpu clean
+.PHONY: help demo test lint format types tests conformance bench bench-kernels bench-generate bench-prompts bench-memory gpu clean
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -48,6 +49,9 @@ types: $(STAMP) ## mypy --strict over the library
 
 tests: $(STAMP) ## the test suite alone
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/transformers.md
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/conformance_report.py $(ARGS)
 
 bench: $(STAMP) ## what the control plane costs, a JSON line for each figure
 	@$(BIN)/python benchmarks/control_plane.py $(ARGS)

@@ -617,6 +617,19 @@ def test_crop_takes_negative_numbers_only() -> None:
     assert cache.get_seq_length() == 9
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_cache_cropped_to_nothing_shows_empty_keys_and_values(name: str) -> None:
+    shown = []
+    for paged in (False, True):
+        model = model_named(name)
+        cache = kvpager.PagedCache(model.config) if paged else DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(**tiny_models.prompts([5, 5]), past_key_values=cache)
+        cache.crop(-cache.get_seq_length())
+        shown.append([(layer.keys + 0, layer.values + 0) for layer in cache.layers])
+    torch.testing.assert_close(shown[1], shown[0])
+
+
 def test_crop_to_a_length_works_where_transformers_knows_it() -> None:
     caches: list[Any] = [kvpager.PagedCache(), DynamicCache()]
     for cache in caches:

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 import tiny_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import kvpager
 from kvpager.integrations.huggingface.pools import LayerKind, PagedMemory
@@ -478,3 +478,41 @@ def test_a_layer_that_lags_behind_a_copy_may_not_write_into_shared_blocks() -> N
     with pytest.raises(kvpager.KVPagerError, match="copied or reordered"):
         cache.groups[0].extend(1, 0, 5)
     assert torch.equal(twin.layers[0].keys + 0, key)
+
+
+# ---------------------------------------------------------------- models with ways of their own
+
+
+def test_t5gemma_may_make_its_cache_across_anew() -> None:
+    model, inputs = model_named("t5gemma"), tiny_models.prompts([9, 14])
+    options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    plain = model.generate(**inputs, **options).sequences
+    with kvpager.patch(model) as patch:
+        output = model.generate(**inputs, **options)
+        cache = output.past_key_values
+        assert torch.equal(output.sequences, plain)
+        for part in (cache.self_attention_cache, cache.cross_attention_cache):
+            assert isinstance(part, kvpager.PagedCache)
+            assert part.memory is patch.memory
+        config = model.config.get_text_config(decoder=True)
+        made = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        output = model.generate(**inputs, **options, past_key_values=made)
+        assert torch.equal(output.sequences, plain)
+
+
+def test_a_paged_cache_refuses_to_be_offloaded() -> None:
+    with pytest.raises(ValueError, match="offloading"):
+        kvpager.PagedCache(offloading=True)
+
+
+@pytest.mark.parametrize("mode", ["model", "all models"])
+def test_a_cache_that_records_its_past_does_so_when_paged(mode: str) -> None:
+    model = model_named("gemma3")
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with kvpager.patch(model if mode == "model" else None):
+        model.generate(IDS, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        assert isinstance(cache, kvpager.PagedCache)
+        length = cache.get_seq_length()
+        cache.crop(-4)
+        assert cache.get_seq_length() == length - 4

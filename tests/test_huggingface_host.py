@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
 
-import kvpager
-from kvpager.integrations.huggingface.patching import Patch
-from tests import tiny_models
+transformers = pytest.importorskip("transformers")
+
+import tiny_models  # noqa: E402
+from transformers.cache_utils import DynamicCache  # noqa: E402
+
+import kvpager  # noqa: E402
+from kvpager.integrations.huggingface.patching import Patch  # noqa: E402
 
 BLOCK = 4
 LENGTHS = [40, 7, 23, 31, 12, 40]

@@ -10,9 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kvpager
-from kvpager.integrations.huggingface.waves import PASS_TOKENS, waves
-from tests import tiny_models
+transformers = pytest.importorskip("transformers")
+
+import tiny_models  # noqa: E402
+
+import kvpager  # noqa: E402
+from kvpager.integrations.huggingface.waves import PASS_TOKENS, waves  # noqa: E402
 
 PROMPTS = st.lists(
     st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 3), st.integers(1, 400)),

@@ -2,175 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import architectures
+import architectures_special as special
 import torch
 import transformers
+from architectures import PAD, VOCAB
 from transformers import PreTrainedModel
 
-VOCAB = 128
-PAD, EOS = 0, 2
-
-_TOKENS: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": EOS,
+ARCHITECTURES = {
+    **architectures.DECODERS,
+    **special.OTHER_DECODERS,
+    **special.RECURRENT,
+    **special.ENCODER_DECODERS,
+    **special.VISION,
 }
-_LLAMA_LIKE: dict[str, Any] = {
-    **_TOKENS,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
-_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_FULL_AND_SLIDING = ["sliding_attention", "full_attention"]
 
-# name -> (model class, configuration class, its arguments)
-_DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA_LIKE),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA_LIKE),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _LLAMA_LIKE),
-    "mistral": ("MistralForCausalLM", "MistralConfig", {**_LLAMA_LIKE, "sliding_window": 8}),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_LLAMA_LIKE, **_EXPERTS}),
-    "gemma2": (
-        "Gemma2ForCausalLM",
-        "Gemma2Config",
-        {**_LLAMA_LIKE, "sliding_window": 8, "query_pre_attn_scalar": 16},
-    ),
-    "gemma3": (
-        "Gemma3ForCausalLM",
-        "Gemma3TextConfig",
-        {
-            **_LLAMA_LIKE,
-            "num_hidden_layers": 3,
-            "sliding_window": 8,
-            "query_pre_attn_scalar": 16,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        },
-    ),
-    "gpt_oss": (
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        {**_LLAMA_LIKE, **_EXPERTS, "sliding_window": 8, "layer_types": _FULL_AND_SLIDING},
-    ),
-    "gpt2": (
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {**_TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1536},
-    ),
-    "opt": (
-        "OPTForCausalLM",
-        "OPTConfig",
-        {
-            **_TOKENS,
-            "hidden_size": 64,
-            "ffn_dim": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 1536,
-            "word_embed_proj_dim": 64,
-        },
-    ),
-    "bloom": (
-        "BloomForCausalLM",
-        "BloomConfig",
-        {**_TOKENS, "hidden_size": 64, "n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
-    ),
-    "falcon": (
-        "FalconForCausalLM",
-        "FalconConfig",
-        {**_TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    ),
-    "deepseek_v3": (
-        "DeepseekV3ForCausalLM",
-        "DeepseekV3Config",
-        {
-            **_TOKENS,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "moe_intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "n_shared_experts": 1,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 32,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 12,
-            "max_position_embeddings": 2048,
-        },
-    ),
-    "qwen3_next": (
-        "Qwen3NextForCausalLM",
-        "Qwen3NextConfig",
-        {
-            **_LLAMA_LIKE,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
-    ),
-}
-_ENCODER_DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "t5": (
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {
-            "vocab_size": VOCAB,
-            "pad_token_id": PAD,
-            "eos_token_id": EOS,
-            "decoder_start_token_id": PAD,
-            "d_model": 64,
-            "d_kv": 16,
-            "d_ff": 96,
-            "tie_word_embeddings": False,
-            "num_layers": 2,
-            "num_heads": 4,
-        },
-    ),
-    "bart": (
-        "BartForConditionalGeneration",
-        "BartConfig",
-        {
-            **_TOKENS,
-            "d_model": 64,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 96,
-            "decoder_ffn_dim": 96,
-            "max_position_embeddings": 256,
-            "decoder_start_token_id": 1,
-            "forced_eos_token_id": None,
-        },
-    ),
-}
-_ALL = _DECODERS | _ENCODER_DECODERS
+# One of each kind of attention: what tests of a behaviour go through.
+DECODERS = [
+    "llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma2", "gemma3", "gpt_oss", "gpt2", "opt",
+    "bloom", "falcon", "deepseek_v3", "qwen3_next",
+]  # fmt: skip
+ENCODER_DECODERS = ["t5", "bart"]
 
-# How wide weights are spread; more where text would be constant otherwise.
-_GAIN = {"bloom": 3.0, "t5": 2.5, "bart": 4.0, "opt": 3.0}
 
-DECODERS = list(_DECODERS)
-ENCODER_DECODERS = list(_ENCODER_DECODERS)
+def is_known(name: str) -> bool:
+    """Whether this transformers has the architecture."""
+    known = ARCHITECTURES[name]
+    return hasattr(transformers, known.model) and hasattr(transformers, known.config)
 
 
 def tiny_model(
@@ -178,19 +39,29 @@ def tiny_model(
 ) -> PreTrainedModel:
     """The same model for the same name, seed and changes to its configuration, in float32 and
     evaluation mode."""
-    model_class, config_class, arguments = _ALL[name]
-    config = getattr(transformers, config_class)(**{**arguments, **changes})
+    known = ARCHITECTURES[name]
+    parts = {
+        part: _config(config_class, arguments)
+        for part, (config_class, arguments) in (known.parts or {}).items()
+    }
+    config = _config(known.config, {**copy.deepcopy(known.arguments), **parts, **changes})
     config._attn_implementation = attention
     torch.manual_seed(seed)
-    model: PreTrainedModel = getattr(transformers, model_class)(config)
+    model: PreTrainedModel = getattr(transformers, known.model)(config)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for path, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 # Wide enough apart that greedy text varies and rounding decides no token.
-                fan_in = parameter.shape[-1]
-                parameter.normal_(0, _GAIN.get(name, 1.5) / fan_in**0.5, generator=generator)
+                spread = known.gain / parameter.shape[-1] ** 0.5
+                if known.quiet is not None and path.endswith(known.quiet):
+                    spread /= 4
+                parameter.normal_(0, spread, generator=generator)
     return model.eval()
+
+
+def _config(config_class: str, arguments: dict[str, Any]) -> Any:
+    return getattr(transformers, config_class)(**copy.deepcopy(arguments))
 
 
 def prompts(lengths: list[int], *, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -47,7 +47,8 @@ class PagedLayer(DynamicLayer):
     # `keys` and `values` are made when asked for, so that nobody holds on to stale ones.
     @property
     def keys(self) -> Tensor | None:
-        """The layer's keys [rows, kv_heads, columns, dim] as a lazy handle; None when empty."""
+        """The layer's keys [rows, kv_heads, columns, dim] as a lazy handle; None unless
+        some were written."""
         return self._stored(0)
 
     @keys.setter
@@ -64,7 +65,7 @@ class PagedLayer(DynamicLayer):
         self._assign("values", values)
 
     def _stored(self, which: int) -> Tensor | None:
-        if self.kind is None or not self.num_columns:
+        if self.kind is None or not self.group.num_rows:
             return None
         return self._handles(self._first_stored_column())[which]
 
@@ -244,6 +245,7 @@ class PagedCache(DynamicCache):
         block_size: token slots of a block, a power of two.
         kv_dtype: "int8" or "fp8_e4m3" to keep keys and values in eight bits, which rounds them.
         host_memory: bytes of host memory for rows that `memory`, or the device, has no room for.
+        offloading: False; here for code that makes another cache of a cache's class (T5Gemma).
 
     Raises: `ValueError`, `TypeError`; `OutOfBlocks` from a forward pass that finds no room.
     """
@@ -256,7 +258,10 @@ class PagedCache(DynamicCache):
         block_size: int = 16,
         kv_dtype: KVDtype | None = None,
         host_memory: int | str | None = None,
+        offloading: bool = False,
     ) -> None:
+        if offloading:
+            raise ValueError("offloading True: blocks are not offloaded; use DynamicCache for that")
         paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
         _DYNAMIC_CACHE_INIT(self, config=config)
         self._page(paged_memory)
@@ -288,11 +293,12 @@ class PagedCache(DynamicCache):
             group = LayerGroup(memory, len(indices), window)
             self.groups.append(group)
             for number, index in enumerate(indices):
-                self.layers[index] = (
-                    PagedLayer(group, number)
-                    if window is None
-                    else PagedSlidingWindowLayer(group, number, window)
-                )
+                if window is None:
+                    self.layers[index] = PagedLayer(group, number)
+                else:
+                    sliding = PagedSlidingWindowLayer(group, number, window)
+                    sliding.record_past = getattr(self.layers[index], "record_past", False)
+                    self.layers[index] = sliding
 
     def _page_lazily(self, group: LayerGroup) -> None:
         """Layers come as they are first written, all into one group."""

@@ -330,8 +330,11 @@ def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         wanted = generation_config.cache_implementation == "kvpager"
         serving = _patch_for(self, wanted=wanted)
+        # T5Gemma goes on to replace the cache across by another of its class, with arguments of
+        # DynamicCache: what such models find there is plain, and paged in `_prefill`.
+        goes_on = type(self)._prepare_cache_for_generation is not prepare
         outer = getattr(_scope, "patch", None)
-        _scope.patch = serving or _NOBODY
+        _scope.patch = _NOBODY if serving is None or goes_on else serving
         try:
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
         finally:
@@ -339,7 +342,8 @@ def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, EncoderDecoderCache):
             _page(cache.self_attention_cache, serving)
-            _page(cache.cross_attention_cache, serving)
+            if not goes_on:
+                _page(cache.cross_attention_cache, serving)
         else:
             _page(cache, serving)
         return result
@@ -360,6 +364,8 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         serving, cache = _patch_for(self), model_kwargs.get("past_key_values")
+        if isinstance(cache, EncoderDecoderCache):
+            _page(cache.cross_attention_cache, serving)
         inputs = (self, input_ids, generation_config, model_kwargs)
         if serving is None or not isinstance(cache, PagedCache) or args:
             return original(*inputs, *args, **kwargs)
