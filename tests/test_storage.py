@@ -134,6 +134,36 @@ def check_move(
     assert torch.equal(storage.tier(source), sources)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_blocks_move_to_another_storage_bit_by_bit(kv_dtype: Any) -> None:
+    made: dict[str, Any] = {"dtype": torch.float32, "kv_dtype": kv_dtype}
+    here = BlockStorage(6, 4, [(2, 8, 8), (1, 4, 8)], **made)
+    there = BlockStorage(3, 4, [(2, 8, 8), (1, 4, 8)], **made)
+    for storage in (here, there):
+        as_bytes = storage.tier().view(torch.uint8)
+        as_bytes.copy_(torch.randint(0, 256, as_bytes.shape, dtype=torch.uint8))
+    theirs, before = here.tier().view(torch.uint8), there.tier().view(torch.uint8).clone()
+    there.copy_from(here, np.array([[5, 0], [1, 2]], np.int32))
+    after = there.tier().view(torch.uint8)
+    assert torch.equal(after, torch.stack([theirs[5], before[1], theirs[1]]))
+
+
+def test_blocks_of_another_shape_or_that_do_not_exist_are_not_moved() -> None:
+    here = BlockStorage(6, 4, [(2, 8, 8)], dtype=torch.float32)
+    pairs = np.array([[0, 0]], np.int32)
+    for other in (
+        BlockStorage(6, 4, [(2, 8, 4)], dtype=torch.float32),
+        BlockStorage(6, 8, [(2, 8, 8)], dtype=torch.float32),
+        BlockStorage(6, 4, [(2, 8, 8)], dtype=torch.bfloat16),
+    ):
+        with pytest.raises(ValueError, match="keeps other blocks"):
+            here.copy_from(other, pairs)
+    smaller = BlockStorage(2, 4, [(2, 8, 8)], dtype=torch.float32)
+    for wrong in ([[2, 0]], [[0, 6]], [[-1, 0]], [[0, -1]]):
+        with pytest.raises(ValueError, match="does not exist"):
+            here.copy_from(smaller, np.array(wrong, np.int32))
+
+
 def test_a_plan_within_one_tier_reads_before_it_writes() -> None:
     storage = numbered(num_host_blocks=4)
     before = storage.tier("host").clone()
