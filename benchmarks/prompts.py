@@ -8,6 +8,8 @@ The Llama of `generate.py` (8 layers, 512 hidden units, random weights), with an
 
 - beams: 8 beams of one prompt; the time to the first token, and the time of a step after that;
 - reuse: prompts that share a long beginning, under `prefix_cache=True`, after one that had it;
+- batch: 8 rows that begin alike, as no prompt before them did, and 8 of which 7 begin like an
+  earlier one, under `prefix_cache=True`;
 - padding: bytes of keys and values of a left-padded batch, at their peak.
 
 Ratios above 1: kvpager is quicker, or takes less.
@@ -111,6 +113,31 @@ def reuse(dtype: str, lines: timing.Lines, options: argparse.Namespace) -> None:
         compare(f"reuse_{dtype}_{2 * options.prompt}", lines, options, contenders)
 
 
+def batch(dtype: str, lines: timing.Lines, options: argparse.Namespace) -> None:
+    ours, plain = small_llama(DTYPES[dtype]), small_llama(DTYPES[dtype])
+    length, seeds = options.prompt, itertools.count(100)
+    known = random_ids(1, length, seed=5)
+
+    def rows(beginning: torch.Tensor, count: int) -> torch.Tensor:
+        questions = random_ids(count, 32, seed=next(seeds))
+        return torch.cat([beginning.expand(count, -1), questions], dim=1)
+
+    def alike(model: LlamaForCausalLM) -> float:
+        ids = rows(random_ids(1, length, seed=next(seeds)), BEAMS)
+        return timed(model, ids, to_first_token, max_new_tokens=2)
+
+    def mixed(model: LlamaForCausalLM) -> float:
+        other = random_ids(1, length, seed=next(seeds))
+        ids = torch.cat([rows(known, BEAMS - 1), rows(other, 1)])
+        return timed(model, ids, to_first_token, max_new_tokens=2)
+
+    with kvpager.patch(ours, prefix_cache=True):
+        timed(ours, known, to_first_token, max_new_tokens=2)
+        for what, run in (("mixed", mixed), ("alike", alike)):
+            contenders = {"kvpager": partial(run, ours), "dynamic_cache": partial(run, plain)}
+            compare(f"batch_{what}_{dtype}_{length}", lines, options, contenders)
+
+
 def padding(dtype: str, lines: timing.Lines, options: argparse.Namespace) -> None:
     """16 rows of 32 tokens up to the prompt's length, left-padded."""
     ours, plain = small_llama(DTYPES[dtype]), small_llama(DTYPES[dtype])
@@ -140,7 +167,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="prompts of 128 tokens, fewer turns")
     parser.add_argument("--prompt", type=int, help="tokens (default: 1024, quick 128)")
-    parser.add_argument("--only", default="", metavar="NAME", help="beams, reuse or padding")
+    parser.add_argument("--only", default="", metavar="NAME", help="beams, reuse, batch or padding")
     parser.add_argument("--dtypes", default="fp32,bf16", help="default: fp32,bf16")
     parser.add_argument("--repeats", type=int, help="turns per case (default: 5, quick 3)")
     parser.add_argument("--seconds", type=float, default=60, help="end a case after this")
@@ -157,7 +184,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     lines = timing.Lines()
     timing.describe()
-    parts = [part for part in (beams, reuse, padding) if options.only in part.__name__]
+    parts = [part for part in (beams, reuse, batch, padding) if options.only in part.__name__]
     for part, dtype in timing.progress(
         list(itertools.product(parts, options.dtypes.split(","))), "prompts"
     ):

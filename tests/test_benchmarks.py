@@ -78,12 +78,13 @@ def test_generate_is_measured() -> None:
     assert found["generate_fp32_b1_64_vs_dynamic_cache"]["same_tokens"] == 1
 
 
-def test_the_prompts_benchmark_measures_beams_reuse_and_padding() -> None:
+def test_the_prompts_benchmark_measures_beams_reuse_batches_and_padding() -> None:
     pytest.importorskip("transformers")
     found = figures(
         run("prompts.py", "--quick", "--prompt", "48", "--repeats", "1", "--dtypes", "fp32")
     )
-    for name in ("beams_prefill_fp32_48", "beams_step_fp32_96", "reuse_fp32_96"):
+    timed = ("beams_prefill_fp32_48", "beams_step_fp32_96", "reuse_fp32_96")
+    for name in (*timed, "batch_alike_fp32_48", "batch_mixed_fp32_48"):
         assert found[f"{name}_vs_dynamic_cache"]["unit"] == "ratio"
     padded = "padding_fp32_32_to_48"
     assert (
