@@ -60,8 +60,8 @@ def assert_same(found: Any, expected: Any, spread: float = 0.0) -> None:
 
 
 def spread_of_transformers(name: str, mode: str, expected: Any) -> float:
-    """How far its own sdpa is from its own eager: 2e-5 of the largest in this ill-scaled bart."""
-    if name != "bart":
+    """How far its own sdpa is from its own eager: 2e-5 of the largest where it is ill-scaled."""
+    if name not in ("bart", "t5"):
         return 0.0
     other = generate(model_with(name, "sdpa"), **MODES[mode])
     pairs = zip(other.logits, expected.logits, strict=True)
