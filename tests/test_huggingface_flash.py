@@ -25,6 +25,7 @@ from transformers.models.gemma2 import modeling_gemma2  # noqa: E402
 from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
 
 import kvpager  # noqa: E402
+from kvpager import PagedCache  # noqa: E402 - from here on the attention kvpager is known
 from kvpager.integrations.huggingface.flash import reading_flash_in_place  # noqa: E402
 
 FLASH = ["flash_attention_2", "flash_attention_3", "flash_attention_4"]
@@ -115,7 +116,7 @@ class Batch:
         config: Any = LlamaConfig(num_hidden_layers=1)
         if window is not None:
             config = MistralConfig(num_hidden_layers=1, sliding_window=window)
-        self.paged, self.dense = kvpager.PagedCache(config), DynamicCache(config=config)
+        self.paged, self.dense = PagedCache(config), DynamicCache(config=config)
         self.padding, self.dtype = torch.tensor(padding), dtype
         self.paged.groups[0].padding = np.array(padding)
         self.numbers = torch.Generator().manual_seed(3)

@@ -19,6 +19,7 @@ from transformers.generation import configuration_utils, utils  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface  # noqa: E402
 
 import kvpager  # noqa: E402
+from kvpager import PagedCache  # noqa: E402, F401 - from here on the attention kvpager is known
 
 PLACES = [
     AttentionInterface,
