@@ -19,6 +19,7 @@ from transformers.generation import configuration_utils, utils  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface  # noqa: E402
 
 import kvpager  # noqa: E402
+from kvpager import PagedCache  # noqa: E402, F401 - from here on the attention kvpager is known
 
 PLACES = [
     AttentionInterface,
@@ -102,6 +103,9 @@ def test_a_patch_changes_only_what_is_documented(llama: PreTrainedModel) -> None
         "_prepare_cache_for_generation",
         "_sample",
         "sdpa",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
     }
 
 

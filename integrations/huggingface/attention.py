@@ -48,7 +48,7 @@ def reading_in_place(original: AttentionFunction) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if not any(kwargs.get(name) is not None for name in _NOT_OF_SDPA):
-            output = _in_place(module, query, key, value, attention_mask, **kwargs)
+            output = in_place(module, query, key, value, attention_mask, **kwargs)
             if output is not None:
                 return output, None
         return original(module, query, key, value, attention_mask, **kwargs)
@@ -79,7 +79,7 @@ def attention_forward(
     to by transformers' `sdpa`, or, with a soft cap or sinks, by plain torch, as `eager` does.
     Attention weights are not returned.
     """
-    output = _in_place(module, query, key, value, attention_mask, **kwargs)
+    output = in_place(module, query, key, value, attention_mask, **kwargs)
     if output is not None:
         return output, None
     if any(kwargs.get(name) is not None for name in _NOT_OF_SDPA):
@@ -90,7 +90,7 @@ def attention_forward(
     return weightless
 
 
-def _in_place(
+def in_place(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -98,7 +98,11 @@ def _in_place(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The output by the paged kernel, counted; None where it cannot be had."""
+    """The output by the paged kernel, counted; None where it cannot be had. O(kv tokens).
+
+    With `causal` among the options, queries are a row's last tokens, as flash attention has it;
+    without, arguments mean what they mean to `sdpa`.
+    """
     view = common_view(key, value)
     if view is None or not view.group.memory.in_place or query.requires_grad:
         return None
@@ -120,6 +124,8 @@ def _attend(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    causal: bool | None = None,
+    window: int | None = None,
     **others: Any,
 ) -> Tensor | None:
     """The attention output [rows, q_len, query_heads, value_dim], or None if not covered."""
@@ -129,15 +135,18 @@ def _attend(
         return None
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (q_len, kv_len)):
         return None
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    # As in transformers: a mask says it all, and a single query is the last token.
-    causal = q_len > 1 and mask is None and bool(is_causal)
-    if causal and kv_len != q_len:
-        return None
+    if causal is None:
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        # As in transformers: a mask says it all, and a single query is the last token.
+        causal = q_len > 1 and mask is None and bool(is_causal)
+        if causal and kv_len != q_len:
+            return None
     if position_bias is not None:
         mask = _biased(position_bias, mask)
-    options = {"scale": scaling, "causal": causal, "softcap": softcap, "sinks": s_aux}
+    options = {
+        "scale": scaling, "causal": causal, "window": window, "softcap": softcap, "sinks": s_aux
+    }  # fmt: skip
     if len(view.parts) == 1:
         return _attend_part(view, view.parts[0], query, mask, options)
     output = None

@@ -20,8 +20,13 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvpager import arguments
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.attention import reading_in_place, register
+from kvpager.integrations.huggingface.attention import (
+    AttentionFunction,
+    reading_in_place,
+    register,
+)
 from kvpager.integrations.huggingface.cache import PagedCache, unpaged
+from kvpager.integrations.huggingface.flash import flash_names, reading_flash_in_place
 from kvpager.integrations.huggingface.pools import PagedMemory
 from kvpager.integrations.huggingface.prompts import PromptCache, prefill, reply
 from kvpager.integrations.huggingface.report import PatchStats, report
@@ -195,7 +200,8 @@ def patch(
             settings changed reuses nothing; call `clear` after changes that leave no trace there,
             such as replacing a `forward` or writing single numbers through `.data`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
-        in_place: let `sdpa` read blocks in place; False gathers them for every read.
+        in_place: let `sdpa` and flash attention read blocks in place; False gathers them for
+            every read.
 
     Nothing else in the program changes: `generate`, beams, sampling, assisted decoding, chunked
     prefill and `copy.deepcopy(cache)` work as before. `undo()`, or leaving `with`, restores
@@ -267,13 +273,20 @@ def _install() -> None:
         lambda original: (*original, "kvpager"),
     )
     registered = AttentionInterface._global_mapping
-    original, ours = registered["sdpa"], reading_in_place(registered["sdpa"])
-    AttentionInterface.register("sdpa", ours)
+    _register("sdpa", reading_in_place(registered["sdpa"]))
+    for name in list(flash_names(registered)):
+        _register(name, reading_flash_in_place(registered[name]))
+
+
+def _register(name: str, ours: AttentionFunction) -> None:
+    registered = AttentionInterface._global_mapping
+    original = registered[name]
+    AttentionInterface.register(name, ours)
     _undo.append(
         lambda: _restore(
-            "the sdpa attention",
-            registered["sdpa"] is ours,
-            lambda: AttentionInterface.register("sdpa", original),
+            f"the {name} attention",
+            registered[name] is ours,
+            lambda: AttentionInterface.register(name, original),
         )
     )
 
