@@ -51,6 +51,11 @@ OTHER_DECODERS: dict[str, Architecture] = {
         "Glm4MoeLiteConfig",
         {name: value for name, value in _LATENT.items() if name != "first_k_dense_replace"},
     ),
+    "deepseek_v32": Architecture(
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        {**_LATENT, "index_topk": WINDOW, "index_head_dim": 16, "index_n_heads": 2},
+    ),
     "llama4": Architecture(
         "Llama4ForCausalLM",
         "Llama4TextConfig",
@@ -114,6 +119,29 @@ RECURRENT: dict[str, Architecture] = {
             "linear_num_key_heads": 4,
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "kimi_linear": Architecture(
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
+        {
+            **{n: value for n, value in _LATENT.items() if n != "first_k_dense_replace"},
+            "q_lora_rank": None,
+            "num_local_experts": 4,
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "minimax": Architecture(
+        "MiniMaxForCausalLM",
+        "MiniMaxConfig",
+        {
+            **LLAMA_LIKE,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "block_size": 16,
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),

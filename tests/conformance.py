@@ -1,7 +1,8 @@
 """One question, asked of every architecture in every mode: does a patched model do the same?
 
-`check(name, mode, variant)` runs the mode on the unpatched model and on the patched one and says
-`identical`, `refused` (transformers raises without paging, and raises the same with it), or raises
+`check(name, mode, variant)` runs the mode on the unpatched model and on the patched one. It says
+`identical`, `refused` (transformers raises without paging, and raises the same with it) or `only
+paged` (it fails by a known bug of its own, which paging happens to avoid), or it raises
 `AssertionError` with the first difference.
 """
 
@@ -15,14 +16,22 @@ from typing import Any
 
 import tiny_models
 import torch
+import transformers
 from conformance_modes import MODES, Case
+from packaging.version import Version
 from torch import Tensor
 
 import kvpager
 
 # How far logits may be apart, in float32, as a share of the largest (and at least this much).
 TOLERANCE = 1e-5
-IDENTICAL, REFUSED = "identical", "refused"
+IDENTICAL, REFUSED, ONLY_PAGED = "identical", "refused", "only paged"
+# Before 5.18, an assistant with windows that are full by the end of its prompt ends in an error.
+FAILS_UNPAGED = (
+    {"assistant", "assistant, sampling"}
+    if Version(transformers.__version__) < Version("5.18")
+    else set()
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ def variants_of(mode: str) -> list[str]:
 
 
 def check(name: str, mode: str, variant: str) -> str:
-    """`identical` or `refused`. Raises `AssertionError` where patched and unpatched differ."""
+    """How it went. Raises `AssertionError` where patched and unpatched differ."""
     how = VARIANTS[variant]
     if how.attention is not None and not offers(name, how.attention):
         return REFUSED
@@ -63,12 +72,19 @@ def check(name: str, mode: str, variant: str) -> str:
     with paged(case, how):
         for turn in range(how.times):
             found = outcome(case, mode)
+            if _fails_unpaged(mode, expected) and not isinstance(found, Raised):
+                return ONLY_PAGED
             try:
                 compare(found, expected)
             except AssertionError as error:
                 where = f"{name}, {mode}, {variant}, turn {turn + 1}"
                 raise AssertionError(f"{where}: {error}") from _cause(found)
     return REFUSED if isinstance(expected, Raised) else IDENTICAL
+
+
+def _fails_unpaged(mode: str, expected: Any) -> bool:
+    known = mode in FAILS_UNPAGED and isinstance(expected, Raised)
+    return known and isinstance(expected.error, RuntimeError)
 
 
 @contextlib.contextmanager
@@ -91,7 +107,7 @@ def offers(name: str, attention: str) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def case_of(name: str, attention: str | None) -> Case:
     """The model of an architecture with an attention implementation, made once."""
     if attention != "kvpager":

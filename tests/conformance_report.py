@@ -44,6 +44,7 @@ class Record:
     refused: dict[str, str] = field(default_factory=dict)  # mode -> the error
     identical: int = 0
     num_refused: int = 0
+    num_only_paged: int = 0
     differences: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -64,6 +65,8 @@ def examine(name: str) -> Record:
                 continue
             if outcome == conformance.IDENTICAL:
                 record.identical += 1
+            elif outcome == conformance.ONLY_PAGED:
+                record.num_only_paged += 1
             else:
                 record.num_refused += 1
                 if conformance.VARIANTS[variant].attention is None:
@@ -118,12 +121,14 @@ def rendered(records: list[Record]) -> str:
 def _summary(records: list[Record]) -> Iterator[str]:
     identical = sum(record.identical for record in records)
     refused = sum(record.num_refused for record in records)
+    only_paged = sum(record.num_only_paged for record in records)
     different = sum(len(record.differences) for record in records)
+    total = identical + refused + only_paged + different
     yield (
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, CPU, "
         f"float32: {len(records)} architectures, {len(conformance.ALL_MODES)} modes, "
-        f"{identical + refused + different} comparisons: {identical} identical, "
-        f"{refused} refused by transformers, {different} different."
+        f"{total} comparisons: {identical} identical, {refused} refused by transformers, "
+        f"{only_paged} done only when paged, {different} different."
     )
 
 
@@ -231,7 +236,8 @@ def _is_here(name: str) -> bool:
 def _print(record: Record) -> None:
     print(
         f"{record.name}: {record.identical} identical, {record.num_refused} refused, "
-        f"{len(record.differences)} different; {record.layers}; {record.seconds:.0f} s",
+        f"{record.num_only_paged} only paged, {len(record.differences)} different; "
+        f"{record.layers}; {record.seconds:.0f} s",
         flush=True,
     )
     for line in record.differences:

@@ -500,6 +500,18 @@ def test_t5gemma_may_make_its_cache_across_anew() -> None:
         assert torch.equal(output.sequences, plain)
 
 
+@pytest.mark.parametrize("stateful", [False, True], ids=["plain", "stateful"])
+def test_rows_are_merged_only_where_the_cache_is_all_there_is(stateful: bool) -> None:
+    model, seen = model_named(), []
+    model._is_stateful = stateful  # as RecurrentGemma, whose state was in its modules before 5.18
+    model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(len(call[1][0])))
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        for _ in range(2):
+            model.generate(IDS, num_beams=3, max_new_tokens=2, do_sample=False)
+        assert (patch.stats().prefix_hit_tokens > 0) == (not stateful)
+    assert seen[0] == (3 if stateful else 1)
+
+
 def test_a_paged_cache_refuses_to_be_offloaded() -> None:
     with pytest.raises(ValueError, match="offloading"):
         kvpager.PagedCache(offloading=True)

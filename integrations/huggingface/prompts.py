@@ -337,6 +337,9 @@ def _is_plain(
     model: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
 ) -> bool:
     """Whether a row's keys and values follow from its ids, mask and positions alone."""
+    # What a model keeps outside the cache is neither repeated nor reused with it.
+    if getattr(model, "_is_stateful", False):
+        return False
     # Dropout makes equal rows differ, and autocast computes in another dtype than was asked for.
     places = {tensor.device.type for tensor in (input_ids, *model.parameters())}
     if model.training or any(map(_is_autocast, places)):
