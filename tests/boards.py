@@ -1,6 +1,6 @@
 """Devices for machines that have none: tensors on a board live apart, and never mix with others.
 
-`fpga` is a device that torch has a name for and nothing else. Within `boards()`, its tensors keep
+`maia` is a device that torch has a name for and nothing else. Within `boards()`, its tensors keep
 their numbers in ordinary ones, and every operation is done on those; but one that is given tensors
 of two devices is refused, as a real device would do, and what it makes is on its tensors' device.
 """
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TYPE = "fpga"
+TYPE = "maia"
 _CPU = torch.device("cpu")
 _data_ptr = torch.Tensor.data_ptr
 _numpy = torch.Tensor.numpy
@@ -34,19 +34,24 @@ class BoardTensor(torch.Tensor):
     inner: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor, device: torch.device) -> BoardTensor:
+    def __new__(
+        cls, inner: Tensor, device: torch.device | None = None, requires_grad: bool = False
+    ) -> BoardTensor:
+        if isinstance(inner, BoardTensor):  # as accelerate makes a parameter of a tensor
+            inner, device = inner.inner, inner.device
         tensor: BoardTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=device,
+            device=device or inner.device,
         )
         tensor.inner = inner
         return tensor
 
-    def __init__(self, inner: Tensor, device: torch.device) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # `torch.Tensor.__init__` takes other arguments.
         pass
 
     def __repr__(self) -> str:
@@ -94,7 +99,7 @@ class _Tensors(TorchFunctionMode):
 
 @contextmanager
 def boards() -> Iterator[Callable[[int], torch.device]]:
-    """While this lasts, `torch.device("fpga", number)` can be computed on."""
+    """While this lasts, `torch.device("maia", number)` can be computed on."""
     with _Boards(), _Tensors():
         yield lambda number: torch.device(TYPE, number)
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel  # noqa: E402
 
 import kvpager  # noqa: E402
 
-CPU, FIRST, SECOND = torch.device("cpu"), torch.device("fpga", 0), torch.device("fpga", 1)
+CPU, FIRST, SECOND = torch.device("cpu"), torch.device("maia", 0), torch.device("maia", 1)
 SPLITS = {
     "in halves": [CPU, CPU, FIRST, FIRST],
     "in turns": [CPU, FIRST, SECOND, FIRST],
@@ -53,11 +53,11 @@ def whole() -> PreTrainedModel:
     return tiny_models.tiny_model("llama", num_hidden_layers=4)
 
 
-def places(layers: list[Any]) -> dict[str, Any]:
-    """A device map: the layers as they are given, the rest of the model on the CPU."""
-    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+def places(layers: list[Any], rest: Any = "cpu") -> dict[str, Any]:
+    """A device map: the layers as they are given, and where the rest of the model is."""
+    others = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     numbered = {f"model.layers.{number}": place for number, place in enumerate(layers)}
-    return dict.fromkeys(rest, "cpu") | numbered
+    return dict.fromkeys(others, rest) | numbered
 
 
 def spread(devices: list[torch.device]) -> PreTrainedModel:
@@ -263,6 +263,20 @@ def test_an_offloaded_model_knows_its_prompts_again(offload: Offload, tmp_path: 
             assert torch.equal(paged.sequences, expected("left padding", "greedy"))
             hits.append(patch.stats().prefix_hit_tokens)
     assert 0 == hits[0] < hits[1] < hits[2]
+
+
+@on_boards
+@quietly
+def test_layers_kept_in_host_memory_have_their_blocks_on_the_device_that_computes() -> None:
+    there = places([FIRST, FIRST, "cpu", "cpu"], rest=FIRST)
+    model = accelerate.dispatch_model(copy.deepcopy(whole()), there, main_device=FIRST)
+    assert model.model.layers[3].mlp.down_proj.weight.device.type == "meta"
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        for _ in range(2):
+            paged = generate(model, tiny_models.prompts(BATCHES["left padding"]))
+            assert torch.equal(paged.sequences, expected("left padding", "greedy"))
+            assert {layer.storage.device for layer in paged.past_key_values.layers} == {FIRST}
+        assert patch.stats().prefix_hit_tokens > 0
 
 
 def assert_forgets_its_prompts(model: PreTrainedModel, change: Callable[[], None]) -> None:
