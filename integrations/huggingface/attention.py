@@ -23,9 +23,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from kvpager.integrations.huggingface.groups import PagedView
-from kvpager.integrations.huggingface.handles import common_view, packed
-from kvpager.kernels.paged_attention import paged_attention
+from kvpager.integrations.huggingface import compiled, reading
+from kvpager.integrations.huggingface.handles import common_view
 
 NAME = "kvpager"
 # The kernel could serve these, but transformers' own `sdpa` refuses or ignores them, and a patched
@@ -98,20 +97,27 @@ def _in_place(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The output by the paged kernel, counted; None where it cannot be had."""
-    view = common_view(key, value)
-    if view is None or not view.group.memory.in_place or query.requires_grad:
+    """The output by the paged kernel; None where it cannot be had."""
+    if query.requires_grad:
         return None
-    output = _attend(view, module, query, mask, **kwargs)
-    if output is not None:
-        view.group.memory.counters.in_place_reads += 1
-    return output
+    if torch.compiler.is_compiling():
+        mark = compiled.common_mark(key, value)
+        if mark is None or not mark.layer.group.memory.in_place:
+            return None
+        attend = functools.partial(compiled.attend, mark, value_dim=value.shape[3])
+    else:
+        view = common_view(key, value)
+        if view is None or not view.group.memory.in_place:
+            return None
+        attend = functools.partial(reading.attend, view)
+    return _attend(attend, module, query, key, mask, **kwargs)
 
 
 def _attend(
-    view: PagedView,
+    attend: Callable[..., Tensor],
     module: nn.Module,
     query: Tensor,  # [rows, query_heads, q_len, head_dim]
+    key: Tensor,
     mask: Tensor | None,
     *,
     dropout: float = 0.0,
@@ -123,10 +129,8 @@ def _attend(
     **others: Any,
 ) -> Tensor | None:
     """The attention output [rows, q_len, query_heads, value_dim], or None if not covered."""
-    rows, query_heads, q_len, _ = query.shape
-    kv_len = view.stop - view.start
-    key_cache, value_cache = view.caches()
-    if dropout or rows != len(view.kv_lens) or query.dtype != view.storage.dtype:
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if dropout or len(query) != len(key) or query.dtype != key.dtype:
         return None
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (q_len, kv_len)):
         return None
@@ -138,25 +142,7 @@ def _attend(
         return None
     if position_bias is not None:
         mask = _biased(position_bias, mask)
-    starts = None
-    if q_len > 1:
-        starts = torch.arange(0, rows * q_len + 1, q_len, dtype=torch.int32, device=query.device)
-    output = paged_attention(
-        packed(query),
-        key_cache,
-        value_cache,
-        view.tables,
-        view.kv_lens,
-        starts,
-        scale=scaling,
-        causal=causal,
-        softcap=softcap,
-        sinks=s_aux,
-        mask=mask,
-        kv_starts=view.kv_starts(),
-        scales=view.scales(),
-    )
-    return output.view(rows, q_len, query_heads, -1)
+    return attend(query, mask=mask, sinks=s_aux, scaling=scaling, causal=causal, softcap=softcap)
 
 
 def _dense(

@@ -11,6 +11,7 @@ its padding. So padding is never stored, and equal prompts have equal blocks how
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence as Rows
 
@@ -100,6 +101,16 @@ class PagedView:
     materialise = dense
 
 
+_numbers = itertools.count()
+
+
+def new_place() -> Tensor:
+    """A number that no other group has, as the tensor that compiled code knows a group by. O(1)."""
+    # One made in inference mode could not be passed to operators outside of it.
+    with torch.inference_mode(False):
+        return torch.tensor(next(_numbers), device="cpu")
+
+
 class LayerGroup:
     """Block tables for the rows of one cache, shared by every layer of one kind of attention.
 
@@ -121,6 +132,7 @@ class LayerGroup:
         self.prompt: Prompt | None = None
         self._first_private_column = 0  # from it on, no block is shared with another group
         self.num_members = 0  # layers made so far
+        self.place = new_place()
         self._column_bytes = 0  # of a row, over all layers, as DynamicCache would keep it
         self._bound: dict[PagedLayers, int] = {}
         memory.note_group(self)
