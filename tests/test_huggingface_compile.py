@@ -216,13 +216,25 @@ def two_chunks(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
 def a_cache_that_is_cut(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
     model(input_ids=ids, past_key_values=cache)
     cache.crop(-4)
-    return model(input_ids=ids[:, :3], past_key_values=cache).logits
+    return [model(input_ids=part, past_key_values=cache).logits for part in ids.split(3, 1)]
+
+
+def a_cache_that_begins_anew(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
+    model(input_ids=ids, past_key_values=cache)
+    cache.reset()
+    return two_chunks(model, cache, ids[:1])
 
 
 def a_batch_that_is_reordered(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
     model(input_ids=ids, past_key_values=cache)
     cache.reorder_cache(torch.tensor([1, 1]))
     return model(input_ids=ids[:, :3], past_key_values=cache).logits
+
+
+def a_batch_that_is_repeated(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
+    model(input_ids=ids, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    return model(input_ids=ids[:, :3].repeat(2, 1), past_key_values=cache).logits
 
 
 def keys_that_are_looked_at(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
@@ -242,7 +254,9 @@ def a_fork_that_goes_on(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
     [
         two_chunks,
         a_cache_that_is_cut,
+        a_cache_that_begins_anew,
         a_batch_that_is_reordered,
+        a_batch_that_is_repeated,
         keys_that_are_looked_at,
         a_fork_that_goes_on,
     ],

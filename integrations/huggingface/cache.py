@@ -249,9 +249,7 @@ class PagedSlidingWindowLayer(PagedLayer):
         self.record_past = True
 
     def _first_visible(self, num_columns: int) -> int:
-        first = num_columns - self.sliding_window + 1
-        # A branch rather than `max`: to a compiler, the length beyond the window is a constant.
-        return first if first > 0 else 0
+        return max(num_columns - self.sliding_window + 1, 0)
 
     def _before_step(self, num_columns: int) -> None:
         if not self.record_past:
