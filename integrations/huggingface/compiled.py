@@ -47,6 +47,7 @@ class Mark(NamedTuple):
     """Of a tensor that was read: whose columns it holds."""
 
     layer: Layer
+    place: Tensor
     which: int  # 0: keys, 1: values
     start: int
     stop: int
@@ -86,11 +87,12 @@ def on_the_host(function: _F) -> _F:
 
 def read(layer: Layer, shape: Shape, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Columns `start` to `stop` as tensors that attention functions know. Traced."""
-    keys, values = _read(layer.group.place, layer.number, start, stop, *shape)
+    place = layer.group.place
+    keys, values = _read(place, layer.number, start, stop, *shape)
     # What an operator returns in a tuple cannot be marked in a trace, a view of it can.
     keys, values = keys.view(keys.shape), values.view(values.shape)
-    keys.kvpager_mark = Mark(layer, 0, start, stop)
-    values.kvpager_mark = Mark(layer, 1, start, stop)
+    keys.kvpager_mark = Mark(layer, place, 0, start, stop)
+    values.kvpager_mark = Mark(layer, place, 1, start, stop)
     return keys, values
 
 
@@ -100,10 +102,12 @@ def common_mark(key: Tensor, value: Tensor) -> Mark | None:
     of_value: Mark | None = getattr(value, "kvpager_mark", None)
     if of_key is None or of_value is None or (of_key.which, of_value.which) != (0, 1):
         return None
-    if of_key.layer is not of_value.layer or of_key.layer.num_columns != of_key.stop:
+    layer, same = of_key.layer, (of_key.start, of_key.stop) == (of_value.start, of_value.stop)
+    if layer is not of_value.layer or not same:
         return None
-    same = (of_key.start, of_key.stop) == (of_value.start, of_value.stop)
-    return of_key if same else None
+    # A step moves the end of the columns; all else that changes them changes the place.
+    unchanged = of_key.place is layer.group.place and of_key.stop == layer.num_columns
+    return of_key if unchanged else None
 
 
 def attend(
@@ -118,8 +122,7 @@ def attend(
     softcap: float | None,
 ) -> Tensor:
     """`reading.attend` of the columns behind `mark`. Traced."""
-    layer = mark.layer
-    columns = (layer.group.place, layer.number, mark.start, mark.stop)
+    columns = (mark.place, mark.layer.number, mark.start, mark.stop)
     output: Tensor = _attend(query, *columns, value_dim, mask, sinks, scaling, causal, softcap)
     return output
 

@@ -104,13 +104,6 @@ class PagedView:
 _numbers = itertools.count()
 
 
-def new_place() -> Tensor:
-    """A number that no other group has, as the tensor that compiled code knows a group by. O(1)."""
-    # One made in inference mode could not be passed to operators outside of it.
-    with torch.inference_mode(False):
-        return torch.tensor(next(_numbers), device="cpu")
-
-
 class LayerGroup:
     """Block tables for the rows of one cache, shared by every layer of one kind of attention.
 
@@ -132,7 +125,8 @@ class LayerGroup:
         self.prompt: Prompt | None = None
         self._first_private_column = 0  # from it on, no block is shared with another group
         self.num_members = 0  # layers made so far
-        self.place = new_place()
+        self._number = next(_numbers)
+        self._change_place()
         self._column_bytes = 0  # of a row, over all layers, as DynamicCache would keep it
         self._bound: dict[PagedLayers, int] = {}
         memory.note_group(self)
@@ -292,6 +286,7 @@ class LayerGroup:
             return
         assert self.pool is not None
         manager = self.pool.manager
+        self._change_place()
         self._freeze_views()
         unused = dict(enumerate(self.sequences))
         # The first to name a row takes it over, further ones fork it.
@@ -310,6 +305,7 @@ class LayerGroup:
         if not self.sequences or num_columns >= self.num_columns:
             return
         assert self.pool is not None
+        self._change_place()
         self._freeze_views()
         lengths = self.lengths(num_columns).tolist()
         for sequence, length in zip(self.sequences, lengths, strict=True):
@@ -331,6 +327,7 @@ class LayerGroup:
 
     def reset(self) -> None:
         """Forget everything and give the blocks back. O(rows + blocks)."""
+        self._change_place()
         self._freeze_views()
         if self.pool is not None:
             self.pool.manager.free(self.sequences)
@@ -357,6 +354,12 @@ class LayerGroup:
         if self.pool is not None:
             twin.sequences.extend(map(self.pool.manager.fork, self.sequences))
         return twin
+
+    def _change_place(self) -> None:
+        """`place`, by which compiled code knows the group, is another tensor with its number."""
+        # One made in inference mode could not be passed to operators outside of it.
+        with torch.inference_mode(False):
+            self.place = torch.tensor(self._number, device="cpu")
 
     def _freeze_views(self) -> None:
         """Let views still held elsewhere keep what they show; forget what was derived."""
