@@ -264,6 +264,18 @@ def test_a_program_gives_what_it_gives_uncompiled(llama: PreTrainedModel, progra
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-4, rtol=0)
 
 
+def test_keys_that_were_stored_before_can_be_looked_at(short_llama: PreTrainedModel) -> None:
+    cache = kvpager.PagedCache(short_llama.config)
+    with torch.no_grad():
+        short_llama(**tiny_models.prompts([13, 13, 13]), past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    look = torch.compile(lambda layer: (layer.keys + 1, layer.values + 1), fullgraph=True,
+                         backend="aot_eager")  # fmt: skip
+    keys, values = look(cache.layers[0])
+    assert torch.equal(keys, cache.layers[0].keys + 1)
+    assert torch.equal(values, cache.layers[0].values + 1)
+
+
 @pytest.mark.parametrize("change", ["a cut", "a step"])
 def test_keys_show_what_was_there_when_they_were_made(change: str) -> None:
     config = tiny_models.tiny_model("mistral").config  # a window of 8
