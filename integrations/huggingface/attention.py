@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from kvpager.integrations.huggingface import compiled, reading
 from kvpager.integrations.huggingface.handles import common_view
-from kvpager.integrations.huggingface.views import PagedView, Part, packed
-from kvpager.kernels.paged_attention import paged_attention
 
 NAME = "kvpager"
 # The kernel could serve these, but transformers' own `sdpa` refuses or ignores them, and a patched
@@ -98,22 +97,39 @@ def in_place(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The output by the paged kernel, counted; None where it cannot be had. O(kv tokens).
+    """The output by the paged kernel; None where it cannot be had. O(kv tokens).
 
     With `causal` among the options, queries are a row's last tokens, as flash attention has it;
     without, arguments mean what they mean to `sdpa`.
     """
-    view = common_view(key, value)
-    if view is None or not view.group.memory.in_place or query.requires_grad:
+    if query.requires_grad:
         return None
-    output = _attend(view, module, query, mask, **kwargs)
-    if output is not None:
-        view.group.memory.counters.in_place_reads += 1
-    return output
+    if torch.compiler.is_compiling():
+        mark = compiled.common_mark(key, value)
+        if mark is None or not mark.layer.group.memory.in_place:
+            return None
+        shown = Shown(key.shape[0], key.shape[2], key.dtype)
+        attend = functools.partial(compiled.attend, mark, value_dim=value.shape[3])
+    else:
+        view = common_view(key, value)
+        if view is None or not view.group.memory.in_place:
+            return None
+        shown = Shown(view.num_rows, view.stop - view.start, view.dtype)
+        attend = functools.partial(reading.attend, view)
+    return _attend(attend, shown, module, query, mask, **kwargs)
+
+
+class Shown(NamedTuple):
+    """What there is to attend to. Asked of a handle, each would take longer than a look."""
+
+    num_rows: int
+    num_columns: int
+    dtype: torch.dtype
 
 
 def _attend(
-    view: PagedView,
+    attend: Callable[..., Tensor],
+    shown: Shown,
     module: nn.Module,
     query: Tensor,  # [rows, query_heads, q_len, head_dim]
     mask: Tensor | None,
@@ -130,8 +146,8 @@ def _attend(
 ) -> Tensor | None:
     """The attention output [rows, q_len, query_heads, value_dim], or None if not covered."""
     rows, _, q_len, _ = query.shape
-    kv_len = view.stop - view.start
-    if dropout or rows != view.num_rows or query.dtype != view.dtype:
+    kv_len = shown.num_columns
+    if dropout or rows != shown.num_rows or query.dtype != shown.dtype:
         return None
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (q_len, kv_len)):
         return None
@@ -144,44 +160,10 @@ def _attend(
             return None
     if position_bias is not None:
         mask = _biased(position_bias, mask)
-    options = {
-        "scale": scaling, "causal": causal, "window": window, "softcap": softcap, "sinks": s_aux
-    }  # fmt: skip
-    if len(view.parts) == 1:
-        return _attend_part(view, view.parts[0], query, mask, options)
-    output = None
-    for part in view.parts:
-        assert part.rows is not None
-        theirs = mask if mask is None or len(mask) == 1 else mask[part.rows]
-        of_part = _attend_part(view, part, query[part.rows], theirs, options)
-        if output is None:
-            output = of_part.new_empty(rows, *of_part.shape[1:])
-        output[part.rows] = of_part
-    return output
-
-
-def _attend_part(
-    view: PagedView, part: Part, query: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> Tensor:
-    """The output of the rows that are in one storage."""
-    rows, query_heads, q_len, _ = query.shape
-    starts = None
-    if q_len > 1:
-        starts = torch.arange(0, rows * q_len + 1, q_len, dtype=torch.int32, device=query.device)
-    blocks = part.on(query.device)
-    output = paged_attention(
-        packed(query),
-        blocks.key_cache,
-        blocks.value_cache,
-        blocks.tables,
-        blocks.kv_lens,
-        starts,
-        mask=mask,
-        kv_starts=blocks.kv_starts(view.stop - view.start) if view.start else None,
-        scales=blocks.scales,
-        **options,
-    )
-    return output.view(rows, q_len, query_heads, -1)
+    options = {"scaling": scaling, "causal": causal, "softcap": softcap}
+    if window is not None:
+        options["window"] = window
+    return attend(query, mask=mask, sinks=s_aux, **options)
 
 
 def _dense(

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface import compiled
 from kvpager.integrations.huggingface.groups import LayerGroup
 from kvpager.integrations.huggingface.handles import paged_pair
 from kvpager.integrations.huggingface.pools import LayerKind, PagedMemory
+from kvpager.integrations.huggingface.views import PagedView
 from kvpager.storage import KVDtype, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.
@@ -31,7 +33,7 @@ class PagedLayer(DynamicLayer):
     """A full-attention layer: writes into its group's blocks, returns lazy handles.
 
     It behaves as the `DynamicLayer` it stands for. Where blocks cannot serve - gradients are
-    needed, `torch.compile` is tracing, somebody assigns `keys` - it turns into one, for good.
+    needed, `torch.export` is tracing, somebody assigns `keys` - it turns into one, for good.
     """
 
     _layer_type = None
@@ -42,6 +44,8 @@ class PagedLayer(DynamicLayer):
         self.number = number  # among the layers of the group
         self.num_columns = 0
         self.kind: LayerKind | None = None
+        compiled.enter(self)
+        self._traced: compiled.Shape | None = None  # of what was written last in a trace
         super().__init__()  # type: ignore[no-untyped-call]
 
     # `keys` and `values` are made when asked for, so that nobody holds on to stale ones.
@@ -65,7 +69,7 @@ class PagedLayer(DynamicLayer):
         self._assign("values", values)
 
     def _stored(self, which: int) -> Tensor | None:
-        if self.kind is None or not self.group.num_rows:
+        if not self.num_columns and (self.kind is None or not self.group.num_rows):
             return None
         return self._handles(self._first_stored_column())[which]
 
@@ -89,22 +93,35 @@ class PagedLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new tokens [rows, kv_heads, new, dim]; return handles to all that is visible."""
-        if torch.compiler.is_compiling() or not self._can_store(key_states, value_states):
+        if torch.compiler.is_exporting() or not self._can_store(key_states, value_states):
             self._leave_blocks()
             return self.update(key_states, value_states, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._trace_update(key_states, value_states)
+        start, first = self.num_columns, self._first_visible_column()
+        self.store(key_states, value_states, start)
+        self.num_columns = start + key_states.shape[2]
+        return self._handles(first)
+
+    def _trace_update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        start, first = self.num_columns, self._first_visible_column()
+        compiled.write(key, value, self.group.place, self.number, start)
+        self.num_columns = start + key.shape[2]
+        rows, heads, _, dim = key.shape
+        self._traced = compiled.Shape(rows, heads, dim, value.shape[3], key.dtype, key.device)
+        return compiled.read(self, self._traced, first, self.num_columns)
+
+    def store(self, key: Tensor, value: Tensor, start: int) -> None:
+        """Write columns from `start` on to the blocks: what `update` does on the host."""
         if self.kind is None:
-            self.lazy_initialization(key_states, value_states)
-        rows, _, num_new, _ = key_states.shape
-        start, stop = self.num_columns, self.num_columns + num_new
+            self.lazy_initialization(key, value)
+        rows, _, num_new, _ = key.shape
         if start == self.group.num_columns:
-            self._before_step()
+            self._before_step(start)
         self.group.extend(rows, start, num_new)
-        self.group.write(self.number, start, key_states, value_states)
-        first = self._first_visible_column()
-        self.num_columns = stop
+        self.group.write(self.number, start, key, value)
         if self.number == self.group.num_members - 1:
             self.group.memory.note_dense()
-        return self._handles(first)
 
     def _can_store(self, key: Tensor, value: Tensor) -> bool:
         if key.requires_grad or value.requires_grad or key.dtype != value.dtype:
@@ -114,13 +131,30 @@ class PagedLayer(DynamicLayer):
         return self.kind is None or (key.dtype, key.device) == (self.kind.dtype, self.kind.device)
 
     def _handles(self, start: int) -> tuple[Tensor, Tensor]:
-        return paged_pair(self.group.view(self.number, start, self.num_columns))
+        if torch.compiler.is_compiling():
+            return compiled.read(self, self._shape(), start, self.num_columns)
+        return paged_pair(self.view(start, self.num_columns))
 
-    def _before_step(self) -> None:
+    def _shape(self) -> compiled.Shape:
+        rows = self.group.num_rows
+        if self.kind is None or not rows:
+            # Nothing was stored before this trace began, so what is there was written in it.
+            assert self._traced is not None
+            return self._traced
+        return compiled.Shape(rows, *self.kind.shape, self.kind.dtype, self.kind.device)
+
+    def view(self, start: int, stop: int) -> PagedView:
+        """What columns `start` to `stop` show."""
+        return self.group.view(self.number, start, stop)
+
+    def _before_step(self, num_columns: int) -> None:
         """What the group's first layer does before a step adds columns."""
 
-    def _first_visible_column(self) -> int:
+    def _first_visible(self, num_columns: int) -> int:
         return 0
+
+    def _first_visible_column(self) -> int:
+        return self._first_visible(self.num_columns)
 
     _first_stored_column = _first_visible_column
 
@@ -141,6 +175,7 @@ class PagedLayer(DynamicLayer):
         """The same layer over a fork of its group. O(1)."""
         layer = copy.copy(self)
         layer.group = group
+        compiled.enter(layer)
         return layer
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -165,8 +200,7 @@ class PagedLayer(DynamicLayer):
         """The attributes of a plain transformers layer with the same content. Gathers once."""
         state: dict[str, Any] = {"keys": None, "values": None, "is_initialized": False}
         if self.kind is not None and self.num_columns:
-            view = self.group.view(self.number, self._first_stored_column(), self.num_columns)
-            keys, values = view.dense()
+            keys, values = self.view(self._first_stored_column(), self.num_columns).dense()
             state = {"keys": keys, "values": values, "is_initialized": True}
             state |= {"dtype": self.dtype, "device": self.device}
         return state | self._plain_state()
@@ -208,14 +242,12 @@ class PagedSlidingWindowLayer(PagedLayer):
         """Keep blocks behind the window until the next `crop`, which may step back into them."""
         self.record_past = True
 
-    def _first_visible_column(self) -> int:
-        return max(self.num_columns - self.sliding_window + 1, 0)
+    def _first_visible(self, num_columns: int) -> int:
+        return max(num_columns - self.sliding_window + 1, 0)
 
-    _first_stored_column = _first_visible_column
-
-    def _before_step(self) -> None:
+    def _before_step(self, num_columns: int) -> None:
         if not self.record_past:
-            self.group.forget_before(self._first_visible_column())
+            self.group.forget_before(self._first_visible(num_columns))
 
     def get_max_length(self) -> int:
         """The window."""
@@ -305,7 +337,7 @@ class PagedCache(DynamicCache):
         self.groups = [group]
         layers = self.layers  # not self: a cycle would keep the blocks until the next collection
         make: Any = lambda: PagedLayer(group, len(layers))  # noqa: E731
-        self.layer_class_to_replicate = make
+        self.layer_class_to_replicate = compiled.on_the_host(make)
 
     # ---------------------------------------------------------------- operations on the batch
 
@@ -326,18 +358,21 @@ class PagedCache(DynamicCache):
         """Never: the blocks are not where a compiled step would expect them."""
         return False
 
+    @compiled.on_the_host
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i what row `beam_idx[i]` was. O(rows + blocks), no bytes move."""
         self._select(beam_idx.tolist())
         for layer in self._plain_layers():
             layer.reorder_cache(beam_idx)
 
+    @compiled.on_the_host
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times. O(rows + blocks), no bytes move."""
         self._select([row for row in range(self._num_rows()) for _ in range(repeats)])
         for layer in self._plain_layers():
             layer.batch_repeat_interleave(repeats)
 
+    @compiled.on_the_host
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named by `indices` (numbers or a truth mask). O(rows + blocks)."""
         if self._num_rows():
@@ -352,6 +387,7 @@ class PagedCache(DynamicCache):
     def _num_rows(self) -> int:
         return max((group.num_rows for group in self.groups), default=0)
 
+    @compiled.on_the_host
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` columns of every row. O(rows + blocks)."""
         tokens_to_remove = int(tokens_to_remove)  # some callers pass a tensor
@@ -397,6 +433,7 @@ class PagedCache(DynamicCache):
             layer.bind(other.kind)
             layer.num_columns = layer.group.num_columns
 
+    @compiled.on_the_host
     def reset(self) -> None:
         """Forget all tokens and give the blocks back."""
         for group in self.groups:
@@ -420,6 +457,7 @@ class PagedCache(DynamicCache):
         twin.__dict__.update(self.__dict__)
         return twin
 
+    @compiled.on_the_host
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A second cache that shares every block of this one: copy-on-write, no bytes move."""
         twin: PagedCache = object.__new__(type(self))

@@ -11,6 +11,7 @@ its padding. So padding is never stored, and equal prompts have equal blocks how
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import NamedTuple
 
@@ -35,6 +36,9 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
+_numbers = itertools.count()
+
+
 class LayerGroup:
     """Block tables for the rows of one cache, shared by every layer of one kind of attention.
 
@@ -56,6 +60,8 @@ class LayerGroup:
         self.prompt: Prompt | None = None
         self._first_private_column = 0  # from it on, no block is shared with another group
         self.num_members = 0  # layers made so far
+        self._number = next(_numbers)
+        self._change_place()
         self._column_bytes = 0  # of a row, over all layers, as DynamicCache would keep it
         self._places: dict[int, tuple[LayerKind, Places]] = {}
         self._bound: dict[PagedLayers, int] = {}
@@ -303,6 +309,7 @@ class LayerGroup:
         """Make the batch the given rows of it, each as often as it is named. O(rows + blocks)."""
         if self.rows is None or not self.num_rows or rows == list(range(self.num_rows)):
             return
+        self._change_place()
         self._freeze_views()
         self.rows.select(rows)
         self.padding = self.padding[np.asarray(rows, np.int64)]
@@ -314,6 +321,7 @@ class LayerGroup:
         """Forget all columns from `num_columns` on. O(rows + blocks)."""
         if self.rows is None or not self.num_rows or num_columns >= self.num_columns:
             return
+        self._change_place()
         self._freeze_views()
         lengths = self.lengths(num_columns)
         self.rows.truncate(lengths)
@@ -334,6 +342,7 @@ class LayerGroup:
 
     def reset(self) -> None:
         """Forget everything and give the blocks back. O(rows + blocks)."""
+        self._change_place()
         self._freeze_views()
         if self.rows is not None:
             self.rows.free()
@@ -360,6 +369,12 @@ class LayerGroup:
         if self.rows is not None:
             twin.rows = self.rows.fork()
         return twin
+
+    def _change_place(self) -> None:
+        """`place`, by which compiled code knows the group, is another tensor with its number."""
+        # One made in inference mode could not be passed to operators outside of it.
+        with torch.inference_mode(False):
+            self.place = torch.tensor(self._number, device="cpu")
 
     def _freeze_views(self) -> None:
         """Let views still held elsewhere keep what they show; forget what was derived."""
