@@ -440,5 +440,10 @@ def unpaged(cache: Any) -> bool:
     return (
         type(cache) is DynamicCache
         and not cache.offloading
-        and not any(getattr(layer, "is_initialized", False) for layer in cache.layers)
+        and not any(getattr(layer, "is_initialized", False) for layer in _holding(cache.layers))
     )
+
+
+def _holding(layers: list[Any]) -> Iterable[Any]:
+    """Layers that may hold something: those that stand for none say that they are initialized."""
+    return (layer for layer in layers if type(layer).__name__ != "DummyLayer")
