@@ -21,8 +21,8 @@ from kvpager.storage import BlockStorage, KVDtype, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
-# Before 5.18, a positive number given to `crop` is the length to crop to.
-_CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.18")
+# Before 5.20, a positive number given to `crop` is the length to crop to.
+_CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.20")
 
 
 class PagedLayer(DynamicLayer):
