@@ -506,7 +506,7 @@ def test_layers_that_hold_nothing_keep_no_cache_from_being_paged(name: str, mode
 @pytest.mark.parametrize("stateful", [False, True], ids=["plain", "stateful"])
 def test_rows_are_merged_only_where_the_cache_is_all_there_is(stateful: bool) -> None:
     model, seen = model_named(), []
-    model._is_stateful = stateful  # as RecurrentGemma, whose state was in its modules before 5.18
+    model._is_stateful = stateful  # as RecurrentGemma, with its state in its modules until 5.22
     model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(len(call[1][0])))
     with kvpager.patch(model, prefix_cache=True) as patch:
         for _ in range(2):
