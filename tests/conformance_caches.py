@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-_IS_5_18 = Version(transformers.__version__) >= Version("5.18")
+_VERSION = Version(transformers.__version__)
 SUFFIXES = ([5, 9, 33], [71, 12, 40])
 
 # ---------------------------------------------------------------- caches that live on
@@ -113,9 +113,9 @@ def cache_operations(case: Case) -> Any:
 
 
 def _crops(cache: Any) -> bool:
-    """Before 5.18, a layer that was never written fails to be cropped."""
+    """Before 5.22, a layer that was never written fails to be cropped."""
     layers = getattr(cache_of(cache), "layers", [])
-    return _IS_5_18 or all(getattr(layer, "is_initialized", True) for layer in layers)
+    return _VERSION >= Version("5.22") or all(getattr(layer, "is_initialized", True) for layer in layers)
 
 
 _OPERATIONS: dict[str, Callable[[Any], Any]] = {
@@ -126,7 +126,7 @@ _OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "repeat": lambda cache: cache.batch_repeat_interleave(2),
     "select": lambda cache: cache.batch_select_indices(torch.tensor([1])),
 }
-if _IS_5_18:  # before, the length stayed
+if _VERSION >= Version("5.18"):  # before, the length stayed
     _OPERATIONS["reset"] = lambda cache: cache.reset()
 
 

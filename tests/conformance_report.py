@@ -28,6 +28,7 @@ from conformance_caches import cache_of
 from conformance_case import run
 
 from kvpager.integrations.huggingface.cache import PagedLayer, PagedSlidingWindowLayer
+from kvpager.integrations.huggingface.pools import PagedMemory
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "transformers.md"
 _BEGIN, _END = "<!-- begin: made by `make conformance` -->\n", "<!-- end -->\n"
@@ -90,6 +91,8 @@ def _look(record: Record) -> None:
         record.reads[str(attention)] = ", ".join(way for way, count in how.items() if count) or "-"
         if attention is None:
             record.layers = _kinds(cache)
+            if "(" in record.layers and patch.memory.paged and not patch.memory.left_alone:
+                record.layers = _bound(patch.memory)  # it returned a copy that it made (Whisper)
             decoder = case.model.config.get_text_config(decoder=True)
             record.attention = decoder._attn_implementation
 
@@ -100,6 +103,13 @@ def _kinds(cache: object) -> str:
         return "none: it has no such cache"
     counts = Counter(map(_kind, layers))
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+def _bound(memory: PagedMemory) -> str:
+    return ", ".join(
+        f"{count} {'full' if layers.window is None else 'window'}"
+        for layers, count in memory.paged.items()
+    )
 
 
 def _kind(layer: object) -> str:

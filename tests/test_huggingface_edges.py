@@ -500,10 +500,19 @@ def test_t5gemma_may_make_its_cache_across_anew() -> None:
         assert torch.equal(output.sequences, plain)
 
 
+@pytest.mark.parametrize("mode", ["model", "all models"])
+@pytest.mark.parametrize("name", ["gemma3n", "nemotron_h"])
+def test_layers_that_hold_nothing_keep_no_cache_from_being_paged(name: str, mode: str) -> None:
+    model = model_named(name)
+    with kvpager.patch(model if mode == "model" else None) as patch:
+        model.generate(IDS, max_new_tokens=3, do_sample=False)
+        assert patch.stats().in_place_reads > 0
+
+
 @pytest.mark.parametrize("stateful", [False, True], ids=["plain", "stateful"])
 def test_rows_are_merged_only_where_the_cache_is_all_there_is(stateful: bool) -> None:
     model, seen = model_named(), []
-    model._is_stateful = stateful  # as RecurrentGemma, whose state was in its modules before 5.18
+    model._is_stateful = stateful  # as RecurrentGemma, with its state in its modules until 5.22
     model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(len(call[1][0])))
     with kvpager.patch(model, prefix_cache=True) as patch:
         for _ in range(2):

@@ -25,8 +25,8 @@ from kvpager.storage import KVDtype, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
-# Before 5.18, a positive number given to `crop` is the length to crop to.
-_CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.18")
+# Before 5.20, a positive number given to `crop` is the length to crop to.
+_CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.20")
 
 
 class PagedLayer(DynamicLayer):
@@ -484,5 +484,10 @@ def unpaged(cache: Any) -> bool:
     return (
         type(cache) is DynamicCache
         and not cache.offloading
-        and not any(getattr(layer, "is_initialized", False) for layer in cache.layers)
+        and not any(getattr(layer, "is_initialized", False) for layer in _holding(cache.layers))
     )
+
+
+def _holding(layers: list[Any]) -> Iterable[Any]:
+    """Layers that may hold something: those that stand for none say that they are initialized."""
+    return (layer for layer in layers if type(layer).__name__ != "DummyLayer")
