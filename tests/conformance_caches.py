@@ -115,7 +115,9 @@ def cache_operations(case: Case) -> Any:
 def _crops(cache: Any) -> bool:
     """Before 5.22, a layer that was never written fails to be cropped."""
     layers = getattr(cache_of(cache), "layers", [])
-    return _VERSION >= Version("5.22") or all(getattr(layer, "is_initialized", True) for layer in layers)
+    return Version("5.22") <= _VERSION or all(
+        getattr(layer, "is_initialized", True) for layer in layers
+    )
 
 
 _OPERATIONS: dict[str, Callable[[Any], Any]] = {
@@ -126,7 +128,7 @@ _OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "repeat": lambda cache: cache.batch_repeat_interleave(2),
     "select": lambda cache: cache.batch_select_indices(torch.tensor([1])),
 }
-if _VERSION >= Version("5.18"):  # before, the length stayed
+if Version("5.18") <= _VERSION:  # before, the length stayed
     _OPERATIONS["reset"] = lambda cache: cache.reset()
 
 

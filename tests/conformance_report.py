@@ -27,8 +27,8 @@ import transformers
 from conformance_caches import cache_of
 from conformance_case import run
 
-from kvpager.integrations.huggingface.cache import PagedLayer, PagedSlidingWindowLayer
-from kvpager.integrations.huggingface.pools import PagedMemory
+from kvpager.integrations.huggingface.layers import PagedLayer, PagedSlidingWindowLayer
+from kvpager.integrations.huggingface.memory import PagedMemory
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "transformers.md"
 _BEGIN, _END = "<!-- begin: made by `make conformance` -->\n", "<!-- end -->\n"

@@ -19,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
 import kvpager  # noqa: E402
 from kvpager.integrations.huggingface.attention import attention_forward  # noqa: E402
-from kvpager.integrations.huggingface.cache import PagedLayer  # noqa: E402
+from kvpager.integrations.huggingface.layers import PagedLayer  # noqa: E402
 
 # What torch warns of as it compiles is not ours.
 pytestmark = pytest.mark.filterwarnings("default")

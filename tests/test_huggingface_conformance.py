@@ -27,7 +27,7 @@ from transformers.cache_utils import (  # noqa: E402
 )
 
 import kvpager  # noqa: E402
-from kvpager.integrations.huggingface.cache import (  # noqa: E402
+from kvpager.integrations.huggingface.layers import (  # noqa: E402
     PagedLayer,
     PagedSlidingWindowLayer,
 )

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import kvpager
-from kvpager.integrations.huggingface.pools import LayerKind, PagedMemory
+from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.integrations.huggingface.pools import LayerKind
 from kvpager.storage import LayerShape
 
 IDS = torch.arange(3, 43)[None]

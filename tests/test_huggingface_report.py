@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 import tiny_models  # noqa: E402
 
 import kvpager  # noqa: E402
-from kvpager.integrations.huggingface.pools import PagedMemory  # noqa: E402
+from kvpager.integrations.huggingface.memory import PagedMemory  # noqa: E402
 
 
 def generate(model: Any, lengths: list[int], **options: Any) -> Any:

@@ -21,13 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.pools import (
-    LayerKind,
-    PagedLayers,
-    PagedMemory,
-    PagedPool,
-    Places,
-)
+from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
+from kvpager.integrations.huggingface.pools import LayerKind, PagedPool, Places
 from kvpager.integrations.huggingface.rows import BatchRows, Share
 from kvpager.integrations.huggingface.views import PagedView, Part, Tables, packed
 from kvpager.sequences import Sequence

@@ -27,8 +27,9 @@ from kvpager.integrations.huggingface.attention import (
 )
 from kvpager.integrations.huggingface.cache import PagedCache, unpaged
 from kvpager.integrations.huggingface.flash import flash_names, reading_flash_in_place
-from kvpager.integrations.huggingface.pools import PagedMemory
-from kvpager.integrations.huggingface.prompts import PromptCache, prefill, reply
+from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.integrations.huggingface.prefill import prefill
+from kvpager.integrations.huggingface.prompts import PromptCache, reply
 from kvpager.integrations.huggingface.report import PatchStats, report
 from kvpager.storage import KVDtype
 

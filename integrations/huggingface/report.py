@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvpager.integrations.huggingface.pools import PagedLayers, PagedMemory
+from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,213 @@
+"""The memory of a patch: the pools that share one bound, one lock and their counters.
+
+A pool lives as long as a cache uses it, so its memory goes back when the last cache dies; with
+prefix caching it lives as long as its `PagedMemory`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import weakref
+from typing import NamedTuple, Protocol
+
+import torch
+
+from kvpager import arguments
+from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
+from kvpager.kernels.quantisation import KV_DTYPES
+from kvpager.plan import Tier
+from kvpager.storage import KVDtype
+
+logger = logging.getLogger("kvpager")
+
+_BYTES_MAX = 1 << 60
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", start=1)}
+
+
+def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
+    """`"4GiB"`, `"500 MB"` or a number of bytes, as bytes; None stays None (no bound)."""
+    if memory is None:
+        return None
+    if arguments.is_int(memory):
+        return arguments.count(name, int(memory), at_least=1, at_most=_BYTES_MAX)
+    if not isinstance(memory, str):
+        raise TypeError(f"{name} {memory!r}: expected bytes or a text such as '4GiB'")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{name} {memory!r}: expected a size such as '4GiB', '500MB' or 10**9")
+    num_bytes = int(float(match[1]) * _UNITS[match[2]])
+    return arguments.count(name, num_bytes, at_least=1, at_most=_BYTES_MAX)
+
+
+class PagedLayers(NamedTuple):
+    """Layers that were paged, of one kind and window."""
+
+    kind: LayerKind
+    window: int | None
+
+
+class Counters:
+    """What happened in all pools of one memory, those that are gone included."""
+
+    def __init__(self) -> None:
+        self.gathers = 0
+        self.in_place_reads = 0
+        self.copied_blocks = 0
+        self.evicted_blocks = 0
+        self.arrived_blocks = 0  # from the other tier
+        self.peak_held_bytes = 0  # of blocks
+        self.peak_dense_bytes = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+
+
+class Dense(Protocol):
+    """What stands for tensors that `DynamicCache` would hold."""
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of those tensors."""
+
+
+class PagedMemory:
+    """The pools of one patch: their common block size, bound, counters and lock.
+
+    One lock serves them all, because a pool that needs room may take it from another.
+
+    Args:
+        memory: the most bytes all pools together may reserve; None for no bound.
+        block_size: token slots of a block.
+        keep_pools: keep pools (and the prefixes cached in them) when no cache uses them.
+        in_place: let attention functions read blocks in place; else every read gathers.
+        dtype: what keys and values must be; None for anything.
+        kv_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
+        host_memory: bytes of host memory for sequences the pools have no room for.
+    """
+
+    tier: Tier = "device"
+    host: PagedMemory | None = None
+
+    def __init__(
+        self,
+        memory: int | str | None,
+        block_size: int,
+        *,
+        keep_pools: bool = False,
+        in_place: bool = True,
+        dtype: torch.dtype | None = None,
+        kv_dtype: KVDtype | None = None,
+        host_memory: int | str | None = None,
+    ) -> None:
+        self.bound = parse_memory(memory)
+        self.block_size = arguments.block_size(block_size)
+        self.keep_pools = keep_pools
+        self.in_place = in_place
+        self.dtype = dtype
+        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype {kv_dtype!r}: expected None or one of {list(KV_DTYPES)}")
+        self.kv_dtype = kv_dtype
+        self.counters = Counters()
+        self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
+        self.left_alone: dict[str, int] = {}  # class of layer -> layers of a model, at the most
+        self._groups: weakref.WeakSet[Dense] = weakref.WeakSet()  # of the caches alive now
+        self.lock = threading.RLock()
+        self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
+        self._kept: set[PagedPool] = set()
+        if host_memory is not None:
+            bound = parse_memory(host_memory, "host_memory")
+            self.host = PagedMemory(bound, block_size, kv_dtype=kv_dtype)
+            self.host.tier, self.host.lock = "host", self.lock
+
+    def pool(self, layout: object) -> PagedPool:
+        """The pool for caches of this layout; made on first use. O(1)."""
+        with self.lock:
+            pool = self._pools.get(layout)
+            if pool is None:
+                pool = self._pools[layout] = PagedPool(self)
+            if self.keep_pools:
+                self._kept.add(pool)
+            return pool
+
+    def find_pool(self, layout: object) -> PagedPool | None:
+        """The pool for this layout, if there is one. O(1)."""
+        with self.lock:
+            return self._pools.get(layout)
+
+    def new_pool(self) -> PagedPool:
+        """A pool of a cache's own, for one whose layout is not known beforehand. O(1)."""
+        with self.lock:
+            pool = PagedPool(self)
+            self._pools[object()] = pool
+            return pool
+
+    def pools(self) -> list[PagedPool]:
+        """The pools alive now."""
+        with self.lock:
+            return list(self._pools.values())
+
+    def note_peak(self) -> None:
+        """More blocks are held now. O(pools)."""
+        held = sum(pool.held_bytes for pool in self.pools())
+        self.counters.peak_held_bytes = max(self.counters.peak_held_bytes, held)
+
+    def note_group(self, group: Dense) -> None:
+        """A cache begins. O(1)."""
+        # Locked: another thread may be adding the groups up, and a set must not grow meanwhile.
+        with self.lock:
+            self._groups.add(group)
+
+    def note_dense(self) -> None:
+        """A step is done: what would `DynamicCache` hold now? O(groups of layers alive)."""
+        with self.lock:
+            dense = sum(group.dense_bytes for group in self._groups)
+            self.counters.peak_dense_bytes = max(self.counters.peak_dense_bytes, dense)
+
+    def note_layers(self, layers: PagedLayers, count: int) -> None:
+        """A model has `count` such layers, or more. O(1)."""
+        with self.lock:
+            self.paged[layers] = max(count, self.paged.get(layers, 0))
+
+    def note_left_alone(self, layer_class: str, count: int) -> None:
+        """A model has `count` layers of a kind that is not paged; says so once. O(1)."""
+        with self.lock:
+            if layer_class not in self.left_alone:
+                logger.info("kvpager: layers of kind %s stay transformers' own", layer_class)
+            self.left_alone[layer_class] = max(count, self.left_alone.get(layer_class, 0))
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of all storages. O(pools)."""
+        return sum(pool.reserved_bytes for pool in self.pools())
+
+    @property
+    def room(self) -> int:
+        """Bytes that the bound leaves; 0 without a bound. O(pools)."""
+        return max(self.bound - self.reserved_bytes, 0) if self.bound is not None else 0
+
+    def claim(self, num_bytes: int, claimant: PagedPool) -> bool:
+        """Whether the bound leaves room for `num_bytes` more. O(pools).
+
+        Pools that hold nothing but cached prefixes go first.
+        """
+        with self.lock:
+            if self.bound is None or self.reserved_bytes + num_bytes <= self.bound:
+                return True
+            self._drop_idle_pools(claimant)
+            return self.reserved_bytes + num_bytes <= self.bound
+
+    def _drop_idle_pools(self, claimant: PagedPool) -> None:
+        for pool in self._kept - {claimant}:
+            pool.settle()
+            if not pool.manager.num_held_blocks:
+                self._kept.discard(pool)  # the last reference, unless a cache still has one
+
+    def clear(self) -> None:
+        """Let cached prefixes go, and the pools no cache uses. O(cached blocks)."""
+        with self.lock:
+            for pool in self.pools():
+                pool.settle()
+                pool.manager.drop_cached()
+            self._kept.clear()
