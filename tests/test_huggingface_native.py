@@ -11,7 +11,7 @@ from tiny_models import assert_equal_but_for_near_ties
 from torch import Tensor
 
 import kvpager
-from kvpager.integrations.huggingface import attention
+from kvpager.integrations.huggingface import reading
 from kvpager.kernels import backends, reference
 from kvpager.kernels.cpu.attention import PagedAttention
 from kvpager.kernels.paged_attention import paged_attention
@@ -73,7 +73,7 @@ def test_layers_of_one_kind_share_one_tensor_of_tables_and_one_of_lengths(
         read.append(rows[:2])
         return paged_attention(query, key, value, *rows, **options)
 
-    monkeypatch.setattr(attention, "paged_attention", recording)
+    monkeypatch.setattr(reading, "paged_attention", recording)
     model = tiny_models.tiny_model(name)
     with kvpager.patch(model):
         generate(model, tiny_models.prompts([9, 12, 5]), min_new_tokens=8)
