@@ -130,11 +130,11 @@ def test_differing_token_is_exit_code_1_and_says_where(monkeypatch: pytest.Monke
 
 @needs_model
 def test_wrong_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvpager.integrations.huggingface import attention
+    from kvpager.integrations.huggingface import reading
 
-    genuine = attention.paged_attention
+    genuine = reading.paged_attention
     monkeypatch.setattr(
-        attention, "paged_attention", lambda *args, **options: genuine(*args, **options) * 1.5
+        reading, "paged_attention", lambda *args, **options: genuine(*args, **options) * 1.5
     )
     result = call(*QUICK)
     assert result.exit_code == 1
