@@ -9,6 +9,8 @@ from typing import Any
 
 import tiny_models
 import torch
+import transformers
+from packaging.version import Version
 
 # Lengths of the prompts of a batch.
 UNLIKE, LONG, EQUAL, ONE = (9, 14, 3), (20, 31), (11, 11), (13,)
@@ -70,3 +72,8 @@ def attempted(action: Callable[[], Any]) -> Any:
         return action()
     except Exception as error:
         return type(error).__name__
+
+
+def at_least(version: str) -> bool:
+    """Whether this transformers is of `version` or newer."""
+    return Version(transformers.__version__) >= Version(version)

@@ -108,7 +108,13 @@ def embeddings(case: Case) -> Any:
 
 
 def attentions(case: Case) -> Any:
-    return _extra(case, "attentions")
+    """As `eager` returns them: other implementations have none."""
+    before = case.model.config._attn_implementation
+    case.model.set_attn_implementation("eager")
+    try:
+        return _extra(case, "attentions")
+    finally:
+        case.model.set_attn_implementation(before)
 
 
 def hidden_states(case: Case) -> Any:

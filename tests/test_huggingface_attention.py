@@ -83,7 +83,7 @@ def test_it_reads_blocks_in_place_and_gives_what_eager_gives(name: str, mode: st
     assert (stats.in_place_reads > 0, stats.gathers > 0) == (in_place, not in_place)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "t5", "deepseek_v32"])
 def test_without_paging_it_gives_what_eager_gives(name: str) -> None:
     expected = generate(model_with(name, None))
     assert_same(generate(model_with(name, "kvpager")), expected)

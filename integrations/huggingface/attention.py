@@ -78,6 +78,9 @@ def attention_forward(
     to by transformers' `sdpa`, or, with a soft cap or sinks, by plain torch, as `eager` does.
     Attention weights are not returned.
     """
+    indices = kwargs.pop("indices", None)
+    if indices is not None:
+        attention_mask = _chosen(attention_mask, indices, key.shape[2])
     output = in_place(module, query, key, value, attention_mask, **kwargs)
     if output is not None:
         return output, None
@@ -203,6 +206,20 @@ def _dense(
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., :kv_len]
     weights = F.dropout(weights, dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _chosen(mask: Tensor | None, indices: Tensor, kv_len: int) -> Tensor:
+    """`mask` without the keys that an indexer left out: `indices` [rows, queries, k] are chosen.
+
+    Where the attention is not `eager` or `sdpa`, models with an indexer leave that to it.
+    """
+    chosen = torch.zeros(*indices.shape[:2], kv_len, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)
+    if mask is None:  # causal, that is
+        return chosen.tril(kv_len - indices.shape[1])
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
 def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
