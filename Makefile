@@ -48,7 +48,7 @@ types: $(STAMP) ## mypy --strict over the library
 	  | sed -E 's#^kvpager/(kernels|integrations)/#\1/#'
 
 tests: $(STAMP) ## the test suite alone
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/transformers.md
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/conformance_report.py $(ARGS)

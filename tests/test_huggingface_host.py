@@ -242,11 +242,12 @@ def test_blocks_staged_on_another_device_are_read_as_those_in_place(kv_dtype: An
     model = tiny_models.tiny_model("llama")
     cache = kvpager.PagedCache(model.config, block_size=BLOCK, kv_dtype=kv_dtype)
     with torch.no_grad():
-        model(tiny_models.prompts([13, 13])["input_ids"], past_key_values=cache)
+        # Whole blocks: nobody knows what is in slots that were never written.
+        model(tiny_models.prompts([12, 12])["input_ids"], past_key_values=cache)
     cache.batch_select_indices(torch.tensor([1, 0]))
-    (part,) = cache.groups[0].parts(1, 13)
+    (part,) = cache.groups[0].parts(1, 12)
     here, staged = part.on(torch.device("cpu")), part.staged(torch.device("cpu"))
-    assert staged.kv_lens.tolist() == [13, 13]
+    assert staged.kv_lens.tolist() == [12, 12]
     for name in ("key_cache", "value_cache"):
         rows = [getattr(blocks, name)[blocks.tables.long()] for blocks in (here, staged)]
         assert torch.equal(*rows)

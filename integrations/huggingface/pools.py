@@ -81,7 +81,7 @@ class PagedPool:
         self.host = None if memory.host is None else memory.host.new_pool()
         self._storages: list[_Shelf] = []
         self._dropped: deque[Sequence] = deque()
-        self._most_held = 0
+        self._held = self._most_held = 0  # when blocks were last taken, and at the most
 
     @property
     def block_bytes(self) -> int:
@@ -191,7 +191,10 @@ class PagedPool:
             else:
                 step = self._growing(need, lambda: self.manager.append(batch, counts=counts))
             self._copy(step.copies)
-            self.memory.note_peak()
+            held = self.manager.num_held_blocks
+            if held != self._held:  # in most steps no block is taken
+                self._held, self._most_held = held, max(self._most_held, held)
+                self.memory.note_peak()
             return step
 
     def write(self, place: Place, key: Tensor, value: Tensor, slots: Tensor) -> None:
@@ -244,9 +247,10 @@ class PagedPool:
         if not self.memory.keep_pools or self.memory.bound is not None:
             return self.memory.keep_pools
         # What was never bounded still has to end somewhere.
-        held, free = self.manager.num_held_blocks, self.manager.num_free_blocks
-        self._most_held = max(self._most_held, held)
-        return self.manager.num_blocks - held - free <= _MOST_CACHED * self._most_held
+        cached = (
+            self.manager.num_blocks - self.manager.num_held_blocks - self.manager.num_free_blocks
+        )
+        return cached <= _MOST_CACHED * self._most_held
 
     def _grow(self, shortage: int, need: int, *, or_fail: bool) -> None:
         """Make `shortage` more blocks, and some more ahead where the bound allows it."""
