@@ -167,6 +167,28 @@ def test_rows_return_when_the_device_has_room_again() -> None:
         assert_everything_is_given_back(patch)
 
 
+def test_rows_that_share_return_together_and_share_again() -> None:
+    model = tiny_models.tiny_model("llama")
+    ids = tiny_models.prompts([80], seed=3)["input_ids"]
+    with (
+        kvpager.patch(model, block_size=BLOCK, memory="64KiB", host_memory="1GiB") as patch,
+        torch.no_grad(),
+    ):
+        held = model(ids[:, :76], use_cache=True).past_key_values
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(4)
+        held.reset()
+        more = tiny_models.prompts([1] * 4, seed=5)["input_ids"]
+        found = model(more, past_key_values=cache).logits
+        expected = model(torch.cat([ids.expand(4, -1), more], dim=1)).logits[:, -1:]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        stats = patch.stats()
+        # 20 blocks of the prompt, moved once each way.
+        assert (stats.swapped_in_blocks, stats.host_held_bytes) == (20, 0)
+        assert stats.num_shared_blocks == 20
+
+
 def test_a_batch_that_lives_in_both_can_be_copied_cropped_selected_and_continued() -> None:
     model = tiny_models.tiny_model("gemma2")
     inputs = tiny_models.prompts([30, 30, 30, 30])["input_ids"]

@@ -11,6 +11,7 @@ device has room for it again.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -129,21 +130,18 @@ class BatchRows:
     def _move_family(self) -> None:
         """Move the device's last row to the host, with the rows that share most of its blocks."""
         device = self.shares()[0]
-        tables = device.pool.manager.block_tables(device.sequences)
-        last = tables[-1]
-        common = ((tables == last) & (last >= 0)).sum(axis=1)
-        family = 2 * common > np.count_nonzero(last >= 0)
-        family[-1] = True
         assert self.pool.host is not None
-        self._move(device.rows[family], self.pool, self.pool.host)
+        family, _ = _family(device, len(device.rows) - 1)
+        self._move(family, self.pool, self.pool.host)
 
     def _return_some(self) -> None:
-        """Let the first row on the host return, if the device has had room enough for it."""
+        """Let the host's first row return, with its family, if there is room and to spare."""
         host = self.shares()[-1]
-        need = np.count_nonzero(host.pool.manager.block_table(host.sequences[0]) >= 0)
+        family, num_blocks = _family(host, 0)
         spare = len(self) + int(_SPARE * self.pool.manager.num_blocks)
-        if self.pool.num_spare_blocks >= need + spare:
-            self._move(host.rows[:1], host.pool, self.pool)
+        if self.pool.num_spare_blocks >= num_blocks + spare:
+            with contextlib.suppress(OutOfBlocks):  # of the device itself, whatever the bound says
+                self._move(family, host.pool, self.pool)
 
     def _move(self, rows: Int64, source: PagedPool, target: PagedPool) -> None:
         """Move rows and their bytes. All or nothing. O(bytes)."""
@@ -227,6 +225,17 @@ class BatchRows:
         # Not by way of the shares: making them takes a lock, and asks the manager.
         for row, sequence in enumerate(self._sequences):
             self._pool_of(row).discard([sequence])
+
+
+def _family(share: Share, number: int) -> tuple[Int64, int]:
+    """The rows that share most blocks of row `number`, and how many blocks they hold together."""
+    tables = share.pool.manager.block_tables(share.batch)
+    own = tables[number]
+    common = ((tables == own) & (own >= 0)).sum(axis=1)
+    members = 2 * common > np.count_nonzero(own >= 0)
+    members[number] = True
+    held = tables[members]
+    return share.rows[members], len(np.unique(held[held >= 0]))
 
 
 def _twin(
