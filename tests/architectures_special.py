@@ -297,8 +297,8 @@ ENCODER_DECODERS: dict[str, Architecture] = {
     "t5": Architecture(
         "T5ForConditionalGeneration",
         "T5Config",
-        {**_T5_LIKE, "num_layers": 3},
-        gain=3.0,
+        {**_T5_LIKE, "feed_forward_proj": "gated-gelu"},  # as since T5 1.1
+        gain=1.5,
         quiet=".q.weight",
     ),
     "mt5": Architecture(

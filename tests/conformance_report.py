@@ -172,8 +172,15 @@ def _refusals(records: list[Record]) -> Iterator[str]:
     yield "|---|---|"
     for mode in conformance.ALL_MODES:
         names = [record.name for record in records if mode in record.refused]
+        others = [record.name for record in records if mode not in record.refused]
         if names:
-            yield f"| {mode} | {'all' if len(names) == len(records) else ', '.join(names)} |"
+            yield f"| {mode} | {_listed(names, others)} |"
+
+
+def _listed(names: list[str], others: list[str]) -> str:
+    if len(names) <= len(others):
+        return "; ".join(names)
+    return "all but " + "; ".join(others) if others else "all"
 
 
 @dataclass(frozen=True)
