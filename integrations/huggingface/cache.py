@@ -115,8 +115,8 @@ class PagedCache(DynamicCache):
 
     @property
     def is_fully_paged(self) -> bool:
-        """Whether every layer is kept in blocks."""
-        return all(isinstance(layer, PagedLayer) for layer in self.layers)
+        """Whether every layer that holds something is kept in blocks."""
+        return all(isinstance(layer, PagedLayer) for layer in _holding(self.layers))
 
     @property
     def is_compileable(self) -> bool:
