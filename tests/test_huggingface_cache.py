@@ -191,10 +191,15 @@ def test_kvpager_can_be_asked_for_by_name(name: str) -> None:
     model = model_named(name)
     inputs = tiny_models.prompts([13, 13])
     plain = tokens(model, inputs)
-    other = model_named("qwen2")
-    with kvpager.patch(other) as patch:
-        assert torch.equal(tokens(model, inputs, cache_implementation="kvpager"), plain)
-        assert patch.stats().peak_held_bytes > 0
+    # The options of a patch of another model are not this one's.
+    with kvpager.patch(model_named("qwen2"), kv_dtype="int8", memory=1) as patch:
+        result = generate(model, inputs, cache_implementation="kvpager")
+        assert torch.equal(result.sequences, plain)
+        assert patch.stats().peak_held_bytes == 0
+    cache = result.past_key_values
+    cache = getattr(cache, "self_attention_cache", cache)
+    assert isinstance(cache, kvpager.PagedCache)
+    assert cache.memory.counters.peak_held_bytes > 0
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["no patch", "patched"])

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvpager  # noqa: E402
 from kvpager.integrations.huggingface.patching import Patch  # noqa: E402
+from kvpager.integrations.huggingface.pools import PagedPool  # noqa: E402
 
 BLOCK = 4
 LENGTHS = [40, 7, 23, 31, 12, 40]
@@ -81,7 +82,9 @@ def test_without_host_memory_the_error_names_what_to_set() -> None:
     bound = needed(model, LENGTHS) // 3
     with (
         kvpager.patch(model, block_size=BLOCK, memory=bound),
-        pytest.raises(kvpager.OutOfBlocks, match=r"raise memory or set host_memory="),
+        pytest.raises(
+            kvpager.OutOfBlocks, match=r"raise memory to \d+ bytes or more, or set host_memory="
+        ),
     ):
         generate(model, LENGTHS)
 
@@ -187,6 +190,135 @@ def test_rows_that_share_return_together_and_share_again() -> None:
         # 20 blocks of the prompt, moved once each way.
         assert (stats.swapped_in_blocks, stats.host_held_bytes) == (20, 0)
         assert stats.num_shared_blocks == 20
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("room", range(32, 68, 4))
+def test_a_step_that_finds_no_room_leaves_every_kind_of_layer_as_it_was(
+    name: str, room: int
+) -> None:
+    model = tiny_models.tiny_model(name)
+    ids = tiny_models.prompts([64, 64, 64])["input_ids"]
+    cache = kvpager.PagedCache(model.config, block_size=BLOCK, memory=f"{room}KiB")
+    with torch.no_grad():
+        try:
+            model(ids[:, :18], past_key_values=cache)
+            start = 18  # two more fit in the blocks that are there
+        except kvpager.OutOfBlocks:
+            start = 0
+        with pytest.raises(kvpager.OutOfBlocks):
+            model(ids[:, start:], past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [start] * len(cache.layers)
+        if not start:
+            assert all(layer.keys is None for layer in cache.layers)
+            return
+        found = model(ids[:, start : start + 2], past_key_values=cache).logits
+        expected = model(ids[:, : start + 2]).logits[:, start:]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_patch", [False, True])
+def test_layers_that_are_not_known_beforehand_find_room_on_the_host(with_patch: bool) -> None:
+    model = tiny_models.tiny_model("llama")
+    ids = tiny_models.prompts([40, 40, 40])["input_ids"]
+    bounds: dict[str, Any] = {"block_size": BLOCK, "memory": "24KiB", "host_memory": "1GiB"}
+    with torch.no_grad():
+        expected = model(ids).logits
+        if with_patch:
+            with kvpager.patch(model, **bounds):
+                found = [model(ids[:, :20], past_key_values=(cache := DynamicCache())).logits]
+        else:
+            cache = kvpager.PagedCache(**bounds)
+            found = [model(ids[:, :20], past_key_values=cache).logits]
+        found.append(model(ids[:, 20:], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [None, "80KiB", "120KiB", "1GiB"])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_a_device_with_less_memory_than_the_bound_says_is_full_all_the_same(
+    memory: str | None, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.tiny_model("llama")
+    plain = [generate(model, LENGTHS), generate(model, [60])]
+    resize = PagedPool._resize
+
+    def on_a_small_device(pool: PagedPool, num_blocks: int, need: int) -> None:
+        if pool.memory.tier == "device" and num_blocks > 40:
+            raise pool._out_of_blocks(need)
+        resize(pool, num_blocks, need)
+
+    monkeypatch.setattr(PagedPool, "_resize", on_a_small_device)
+    with kvpager.patch(
+        model, block_size=BLOCK, memory=memory, host_memory="1GiB", prefix_cache=prefix_cache
+    ) as patch:
+        for _ in range(3):
+            assert torch.equal(generate(model, LENGTHS), plain[0])
+        assert patch.stats().peak_host_held_bytes > 0
+    with kvpager.patch(model, block_size=BLOCK, memory=memory, prefix_cache=True) as patch:
+        for _ in range(4):  # what is cached goes, where there is no room for more
+            assert torch.equal(generate(model, [60]), plain[1])
+            generate(model, [50])
+
+
+def test_keys_that_somebody_holds_stay_as_they_were_while_rows_move() -> None:
+    model = tiny_models.tiny_model("llama")
+    ids = tiny_models.prompts([60, 60, 60], seed=2)["input_ids"]
+    other = tiny_models.prompts([60, 60, 60], seed=3)["input_ids"]
+    with (
+        kvpager.patch(model, block_size=BLOCK, memory="64KiB", host_memory="1GiB") as patch,
+        torch.no_grad(),
+    ):
+        cache, second = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        model(ids[:, :36], past_key_values=cache)
+        held = cache.layers[1].keys
+        before = torch.clone(cache.layers[1].keys)
+        moved = patch.stats().swapped_out_blocks
+        model(ids[:, 36:], past_key_values=cache)
+        assert patch.stats().swapped_out_blocks > moved
+        model(other, past_key_values=second)  # takes the blocks that were left
+        assert torch.equal(torch.clone(held), before)
+
+
+def test_rows_in_host_memory_teach_the_prompt_cache_nothing() -> None:
+    model = tiny_models.tiny_model("llama")
+    bound = needed(model, LENGTHS) // 3
+    with kvpager.patch(
+        model, block_size=BLOCK, memory=bound, host_memory="1GiB", prefix_cache=True
+    ) as patch:
+        generate(model, LENGTHS)
+        gc.collect()
+        assert patch.memory.host is not None
+        for pool in patch.memory.host.pools():
+            pool.settle()
+            assert pool.manager.stats().num_cached == 0
+        before = patch.stats().prefix_hit_tokens
+        generate(model, [LENGTHS[-1]])
+        assert patch.stats().prefix_hit_tokens == before
+
+
+def test_many_rows_move_at_once() -> None:
+    model = tiny_models.tiny_model("llama")
+    ids = torch.randint(3, tiny_models.VOCAB, (300, 9))
+    with (
+        kvpager.patch(model, block_size=BLOCK, memory="64KiB", host_memory="1GiB") as patch,
+        torch.no_grad(),
+    ):
+        held = DynamicCache(config=model.config)
+        tried = 0
+        (pool,) = [patch.memory.pool("of nobody")]
+        append = type(pool).append
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal tried
+            tried += 1
+            return append(*arguments)
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(PagedPool, "append", counted)
+            found = model(ids, past_key_values=held).logits
+    assert tried < 20
+    torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_that_lives_in_both_can_be_copied_cropped_selected_and_continued() -> None:

@@ -541,3 +541,36 @@ def test_a_bound_below_one_block_is_out_of_blocks_too() -> None:
         pytest.raises(kvpager.OutOfBlocks, match="memory=8 bytes is room for 0 blocks"),
     ):
         tokens(llama(), tiny_models.prompts([5]))
+
+
+# ---------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_prompt_longer_than_the_window_takes_blocks_for_its_end_alone(name: str) -> None:
+    model = tiny_models.tiny_model(name)
+    inputs = tiny_models.prompts([400, 90])
+    plain = tokens(model, inputs, max_new_tokens=24)
+    with kvpager.patch(model, block_size=4) as patch:
+        assert torch.equal(tokens(model, inputs, max_new_tokens=24), plain)
+        peak, pools = patch.stats().peak_held_bytes, patch.memory.pools()
+        del pools
+    layers = list(getattr(model.config, "layer_types", None) or ["sliding_attention"] * 2)
+    layer_bytes = 2 * 2 * 16 * 4
+    # A window of 8, its half and a block for what begins and ends within one.
+    windowed = layers.count("sliding_attention") * layer_bytes * 2 * (8 + 4 + 2 * 4)
+    full = layers.count("full_attention") * layer_bytes * (424 + 114 + 8)
+    assert peak <= windowed + full
+
+
+def test_a_prompt_longer_than_the_window_that_finds_no_room_leaves_an_empty_cache() -> None:
+    model = tiny_models.tiny_model("mistral")
+    ids = tiny_models.prompts([100, 100])["input_ids"]
+    cache = kvpager.PagedCache(model.config, block_size=4, memory=12 * 2 * 2 * 2 * 16 * 4)
+    with torch.no_grad():
+        with pytest.raises(kvpager.OutOfBlocks):
+            model(ids, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        assert cache.layers[0].keys is None
+        found = model(ids[:1, :4], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ids[:1, :4]).logits, atol=1e-5, rtol=1e-5)

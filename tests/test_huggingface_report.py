@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from typing import Any
 
 import pytest
+import torch
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,6 +102,47 @@ def test_layers_that_cannot_be_paged_are_named_and_logged_once(
     with caplog.at_level(logging.INFO, "kvpager"), kvpager.patch(model) as patch:
         for _ in range(2):
             generate(model, [9])
-        assert "not paged: 1 layer of LinearAttentionLayer, transformers' own" in patch.report()
+        assert "not paged, transformers' own: 1 layer, LinearAttentionLayer" in patch.report()
     said = [record.message for record in caplog.records if "LinearAttention" in record.message]
-    assert said == ["kvpager: layers of kind LinearAttentionLayer stay transformers' own"]
+    assert said == ["kvpager: not paged, transformers' own: LinearAttentionLayer"]
+
+
+def test_what_keeps_layers_out_of_blocks_is_said() -> None:
+    model = tiny_models.tiny_model("llama")
+    with kvpager.patch(model) as patch:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            generate(model, [9])
+        inputs = tiny_models.prompts([9])
+        model(**inputs, labels=inputs["input_ids"])
+        report = patch.report()
+    assert "transformers' own: 2 layers, keys and values of two dtypes, as autocast" in report
+    assert "transformers' own: 2 layers, keys and values that need gradients" in report
+
+
+def test_taking_more_is_not_called_saving() -> None:
+    model = tiny_models.tiny_model("llama")
+    with kvpager.patch(model, block_size=64) as patch:
+        generate(model, [9, 9])
+        assert "% more)" in patch.report()
+    with kvpager.patch(model, memory="1MiB", host_memory="1MiB") as patch:
+        generate(model, [9, 9])
+        assert "on the device)" in patch.report()
+
+
+def test_calls_whose_prompts_are_not_kept_are_counted() -> None:
+    model = tiny_models.tiny_model("llama")
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        generate(model, [40])
+        assert "is not kept" not in patch.report()
+        generate(model, [40], prefill_chunk_size=16)
+        assert "prompts of 1 calls are of a kind that is not kept" in patch.report()
+        assert patch.stats().prefix_unserved_calls == 1
+
+
+@pytest.mark.parametrize("name", ["mistral", "t5"])
+def test_pools_that_serve_no_prompts_go_with_their_caches(name: str) -> None:
+    model = tiny_models.tiny_model(name)
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        generate(model, [40])
+        gc.collect()
+        assert patch.stats().reserved_bytes == 0

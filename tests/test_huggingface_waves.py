@@ -193,3 +193,23 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
             pool.settle()
             pool.manager.check()
             assert pool.manager.num_held_blocks == 0
+
+
+def test_replies_after_several_passes_are_kept_under_their_own_rows_ids() -> None:
+    model = tiny_models.tiny_model("llama")
+    stem = random_ids(640, seed=1)
+    rows = [torch.cat([stem, random_ids(n, seed=n)]) for n in (40, 5, 20)]
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    replies = model.generate(**batch(rows), **options)
+    turns = [
+        torch.cat([reply[-(len(row) + 40) :], random_ids(3, seed=7)])
+        for row, reply in zip(rows, replies, strict=True)
+    ]
+    expected = [model.generate(turn[None], **options) for turn in turns]
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        assert torch.equal(model.generate(**batch(rows), **options), replies)
+        for turn, plain in zip(turns, expected, strict=True):
+            before = patch.stats().prefix_hit_tokens
+            assert torch.equal(model.generate(turn[None], **options), plain)
+            # All but the last block or two: the reply was found as well.
+            assert patch.stats().prefix_hit_tokens - before >= len(turn) - 24

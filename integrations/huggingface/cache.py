@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface import compiled
 from kvpager.integrations.huggingface.groups import LayerGroup
 from kvpager.integrations.huggingface.layers import PagedLayer, PagedSlidingWindowLayer
@@ -144,6 +145,34 @@ class PagedCache(DynamicCache):
             self._select(torch.arange(self._num_rows())[indices.cpu()].tolist())
         for layer in self._plain_layers():
             layer.batch_select_indices(indices)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `DynamicCache.update`. A step that finds no room leaves the paged layers as they were.
+
+        Raises: `OutOfBlocks`.
+        """
+        states = key_states, value_states, layer_idx
+        if torch.compiler.is_compiling():
+            return super().update(*states, *args, **kwargs)
+        try:
+            return super().update(*states, *args, **kwargs)
+        except OutOfBlocks:
+            layer = self.layers[layer_idx]
+            if isinstance(layer, PagedLayer):
+                self._take_back(layer.num_columns)
+            raise
+
+    def _take_back(self, num_columns: int) -> None:
+        """Undo what layers before the one that failed have done in this step."""
+        for layer in self.paged_layers():
+            layer.num_columns = min(layer.num_columns, num_columns)
+        for group in self.groups:
+            if num_columns:
+                group.truncate(num_columns)
+            else:
+                group.reset()
 
     def _select(self, rows: list[int]) -> None:
         for group in self.groups:

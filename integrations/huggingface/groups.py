@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvpager.errors import KVPagerError
+from kvpager.errors import KVPagerError, OutOfBlocks
 from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool, Places
 from kvpager.integrations.huggingface.rows import BatchRows, Share
@@ -90,12 +90,32 @@ class LayerGroup:
                 self.layout = (self.num_layers, self.window, kind)
                 self._enter(self.memory.pool(self.layout))
         assert self.pool is not None
-        places = self.pool.places(kind, number, self.num_layers or number + 1)
+        try:
+            places = self.pool.places(kind, number, self.num_layers or number + 1)
+        except OutOfBlocks:
+            if not self._leave_device():
+                raise
+            places = self.pool.places(kind, number, self.num_layers or number + 1)
+        is_new = number not in self._places
         self._places[number] = kind, places
+        if not is_new:  # the cache begins again
+            return
         self._column_bytes += kind.shape.elements_per_token * kind.dtype.itemsize
         layers = PagedLayers(kind, self.window)
         self._bound[layers] = self._bound.get(layers, 0) + 1
         self.memory.note_layers(layers, self._bound[layers])
+
+    def _leave_device(self) -> bool:
+        """Make room there for layers that nobody knew of; whether that was possible.
+
+        The pool has as many blocks as it had room for while it knew fewer layers.
+        """
+        if self.pool is None or self.pool.host is None or self.rows is None:
+            return False
+        with self.pool.lock:
+            self._freeze_views()
+            self.rows.leave_device()
+            return self.pool.minimise()
 
     def _enter(self, pool: PagedPool) -> None:
         self.pool, self.rows = pool, BatchRows(pool)
@@ -108,11 +128,12 @@ class LayerGroup:
             columns = min(columns, self.window - 1)
         return self.num_rows * columns * self._column_bytes
 
-    def extend(self, num_rows: int, start: int, num_new: int) -> None:
+    def extend(self, num_rows: int, start: int, num_new: int, keep_from: int = 0) -> None:
         """Make room for columns `start` to `start + num_new` of every row.
 
-        The first layer of a forward pass does the work, the others find it done. Raises:
-        `OutOfBlocks`, with nothing changed; `ValueError` for another number of rows.
+        With `start` 0, what lies wholly before column `keep_from` gets no blocks. The first layer
+        of a forward pass does the work, the others find it done.
+        Raises: `OutOfBlocks`; `ValueError` for another number of rows.
         """
         assert self.rows is not None
         if not self.num_rows:
@@ -135,11 +156,26 @@ class LayerGroup:
         counts = np.maximum(stop - self.padding, 0) - self.lengths(self.num_columns)
         ids = self.prompt.ids(self.padding, self.num_columns, stop) if self.prompt else []
         self._freeze_views()
-        slots = self.rows.append(counts, ids)
-        self._new = start, stop, slots
+        if keep_from:
+            self._extend_end(self.rows, stop, keep_from)
+        else:
+            self._new = start, stop, self.rows.append(counts, ids)
         if self.rows.any_on_host:
             self.prompt = None  # what is not on the device is not offered to others
         self.num_columns = stop
+
+    def _extend_end(self, rows: BatchRows, stop: int, keep_from: int) -> None:
+        """Make room for the columns from `keep_from` on, giving back piece by piece what is before.
+
+        A sequence's tokens are consecutive, so those before have been there for a moment.
+        O(stop / window) calls of the manager.
+        """
+        assert self.pool is not None
+        piece = max(self.pool.block_size, stop - keep_from)
+        for first in range(0, stop, piece):
+            last = min(first + piece, stop)
+            rows.append(self.lengths(last) - self.lengths(first), [])
+            rows.slide(self.lengths(min(last, keep_from)))
 
     def _begin(self, rows: BatchRows, num_rows: int) -> None:
         rows.begin(num_rows, self.prompt.namespace if self.prompt else None)
@@ -180,6 +216,7 @@ class LayerGroup:
         """Every layer has written all columns: full blocks of known tokens become reusable."""
         if self.rows is not None and self.prompt is not None:
             self.rows.commit()
+            self.memory.keep(self.rows.pool)
 
     def note_next(self, ids: Int32) -> None:
         """All columns are written, and `ids` [rows] come next. O(tokens).
@@ -345,9 +382,10 @@ class LayerGroup:
         self.num_columns = self._first_private_column = 0
         self.prompt = None
 
-    def leave(self) -> None:
+    def leave(self, reason: str) -> None:
         """One layer keeps its content elsewhere from now on; the last one frees the blocks."""
         self._num_left += 1
+        self.memory.note_left_alone(reason, self._num_left)
         if self._num_left == self.num_members:
             self.reset()
 

@@ -64,7 +64,7 @@ class PagedLayer(DynamicLayer):
 
     def _assign(self, name: str, tensor: Tensor | None) -> None:
         if tensor is not None:
-            self._leave_blocks()
+            self._leave_blocks("keys and values that somebody assigned")
             setattr(self, name, tensor)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -82,8 +82,9 @@ class PagedLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new tokens [rows, kv_heads, new, dim]; return handles to all that is visible."""
-        if torch.compiler.is_exporting() or not self._can_store(key_states, value_states):
-            self._leave_blocks()
+        obstacle = self._obstacle(key_states, value_states)
+        if obstacle is not None:
+            self._leave_blocks(obstacle)
             return self.update(key_states, value_states, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._trace_update(key_states, value_states)
@@ -100,24 +101,37 @@ class PagedLayer(DynamicLayer):
         self._traced = compiled.Shape(rows, heads, dim, value.shape[3], key.dtype, key.device)
         return compiled.read(self, self._traced, first, self.num_columns)
 
-    def store(self, key: Tensor, value: Tensor, start: int) -> None:
-        """Write columns from `start` on to the blocks: what `update` does on the host."""
+    def store(self, key: Tensor, value: Tensor, start: int, keep_from: int = 0) -> None:
+        """Write columns from `start` on to the blocks: what `update` does on the host.
+
+        With `start` 0, only those from `keep_from` on are kept.
+        """
         if self.kind is None:
             self.lazy_initialization(key, value)
         rows, _, num_new, _ = key.shape
         if start == self.group.num_columns:
             self._before_step(start)
-        self.group.extend(rows, start, num_new)
+        self.group.extend(rows, start, num_new, keep_from)
+        if keep_from:
+            start, key, value = keep_from, key[:, :, keep_from:], value[:, :, keep_from:]
         self.group.write(self.number, start, key, value)
         if self.number == self.group.num_members - 1:
             self.group.memory.note_dense()
 
-    def _can_store(self, key: Tensor, value: Tensor) -> bool:
-        if key.requires_grad or value.requires_grad or key.dtype != value.dtype:
-            return False
+    def _obstacle(self, key: Tensor, value: Tensor) -> str | None:
+        """What keeps these out of blocks, if anything does."""
+        if key.requires_grad or value.requires_grad:
+            return "keys and values that need gradients"
+        if torch.compiler.is_exporting():
+            return "a program that is exported"
+        if key.dtype != value.dtype:
+            return "keys and values of two dtypes, as autocast makes them"
         if not key.is_floating_point() or key.shape[:3] != value.shape[:3]:
-            return False
-        return self.kind is None or (key.dtype, key.device) == (self.kind.dtype, self.kind.device)
+            return "keys and values of unlike shapes, or of integers"
+        kind = self.kind
+        if kind is not None and (key.dtype, key.device) != (kind.dtype, kind.device):
+            return "keys and values of another dtype or device than before"
+        return None
 
     def _handles(self, start: int) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
@@ -200,13 +214,13 @@ class PagedLayer(DynamicLayer):
         layer.__dict__.update(self._as_plain())
         return layer
 
-    def _leave_blocks(self) -> None:
+    def _leave_blocks(self, reason: str) -> None:
         """Become the plain transformers layer with the same content, for good."""
         state, group = self._as_plain(), self.group
         self.__dict__.clear()
         self.__class__ = self._plain_class  # type: ignore[assignment]
         self.__dict__.update(state)
-        group.leave()
+        group.leave(reason)
 
 
 def _on_the_cache(method: str) -> KVPagerError:
@@ -230,6 +244,29 @@ class PagedSlidingWindowLayer(PagedLayer):
     def activate_past_recording(self) -> None:
         """Keep blocks behind the window until the next `crop`, which may step back into them."""
         self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `PagedLayer.update`. Of a prompt longer than the window, only its end takes blocks."""
+        first = key_states.shape[2] - self.sliding_window + 1
+        if not self._is_beginning(first) or self._obstacle(key_states, value_states) is not None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.store(key_states, value_states, 0, keep_from=first)
+        self.num_columns = key_states.shape[2]
+        # All that these queries see is here; nobody asks for what lies before the window later.
+        return key_states, value_states
+
+    def _is_beginning(self, first: int) -> bool:
+        # Numbers that are rounded as they are stored have to be read as they were stored.
+        exact = self.group.memory.kv_dtype is None
+        return (
+            first > 0
+            and self.num_columns == 0
+            and exact
+            and not self.record_past
+            and not torch.compiler.is_compiling()
+        )
 
     def _first_visible(self, num_columns: int) -> int:
         return max(num_columns - self.sliding_window + 1, 0)

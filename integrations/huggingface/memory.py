@@ -62,6 +62,7 @@ class Counters:
         self.peak_dense_bytes = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
+        self.prefix_unserved_calls = 0
 
 
 class Dense(Protocol):
@@ -80,7 +81,7 @@ class PagedMemory:
     Args:
         memory: the most bytes all pools together may reserve; None for no bound.
         block_size: token slots of a block.
-        keep_pools: keep pools (and the prefixes cached in them) when no cache uses them.
+        keep_pools: keep pools that prompts are published in when no cache uses them.
         in_place: let attention functions read blocks in place; else every read gathers.
         dtype: what keys and values must be; None for anything.
         kv_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
@@ -111,7 +112,7 @@ class PagedMemory:
         self.kv_dtype = kv_dtype
         self.counters = Counters()
         self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
-        self.left_alone: dict[str, int] = {}  # class of layer -> layers of a model, at the most
+        self.left_alone: dict[str, int] = {}  # what they are -> layers of a model, at the most
         self._groups: weakref.WeakSet[Dense] = weakref.WeakSet()  # of the caches alive now
         self.lock = threading.RLock()
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
@@ -127,9 +128,13 @@ class PagedMemory:
             pool = self._pools.get(layout)
             if pool is None:
                 pool = self._pools[layout] = PagedPool(self)
+            return pool
+
+    def keep(self, pool: PagedPool) -> None:
+        """Prompts were published in `pool`: it outlives its caches. O(1)."""
+        with self.lock:
             if self.keep_pools:
                 self._kept.add(pool)
-            return pool
 
     def find_pool(self, layout: object) -> PagedPool | None:
         """The pool for this layout, if there is one. O(1)."""
@@ -170,12 +175,13 @@ class PagedMemory:
         with self.lock:
             self.paged[layers] = max(count, self.paged.get(layers, 0))
 
-    def note_left_alone(self, layer_class: str, count: int) -> None:
-        """A model has `count` layers of a kind that is not paged; says so once. O(1)."""
+    def note_left_alone(self, what: str, count: int) -> None:
+        """A model has `count` layers that are not paged, of a class or for a reason that `what`
+        names; says so once. O(1)."""
         with self.lock:
-            if layer_class not in self.left_alone:
-                logger.info("kvpager: layers of kind %s stay transformers' own", layer_class)
-            self.left_alone[layer_class] = max(count, self.left_alone.get(layer_class, 0))
+            if what not in self.left_alone:
+                logger.info("kvpager: not paged, transformers' own: %s", what)
+            self.left_alone[what] = max(count, self.left_alone.get(what, 0))
 
     @property
     def reserved_bytes(self) -> int:

@@ -102,6 +102,7 @@ class Patch:
             in_place_reads=counters.in_place_reads,
             prefix_query_tokens=counters.prefix_query_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
+            prefix_unserved_calls=counters.prefix_unserved_calls,
             host_reserved_bytes=sum(pool.reserved_bytes for pool in host_pools),
             host_held_bytes=sum(pool.held_bytes for pool in host_pools),
             peak_host_held_bytes=0 if host is None else host.counters.peak_held_bytes,
@@ -420,11 +421,17 @@ def _patch_in_scope(config: Any) -> Patch | None:
 
 
 def _patch_for(model: Any, *, wanted: bool = False) -> Patch | None:
-    """The patch that serves `model`; if paging is `wanted` by name, any active one will do."""
+    """The patch that serves `model`; one of plain options if paging is `wanted` by name."""
     found = next((made for made in reversed(_active) if made.covers(model)), None)
     if found is None and wanted and _active:
-        return _active[-1]
+        return _asked_for_by_name()
     return found
+
+
+@functools.cache
+def _asked_for_by_name() -> Patch:
+    """Serves the models that no patch was made for: nobody's options but the usual ones."""
+    return Patch(None, PagedMemory(None, 16), None)
 
 
 def _page(cache: Any, serving: Patch | None) -> None:

@@ -6,6 +6,7 @@ blocks run out, as far as its memory lets it, and gives cached prefixes up.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# Without a bound, how many times the most blocks that were ever in use may be cached prefixes.
-_MOST_CACHED = 4
+# Without a bound, how many times the most blocks ever in use a pool may have, to keep prefixes.
+_MOST_KEPT = 5
 
 # What bounds a tier, as users of `patch` call it.
 _BOUND_NAMES: dict[Tier, str] = {"device": "memory", "host": "host_memory"}
@@ -101,7 +102,12 @@ class PagedPool:
     @property
     def num_spare_blocks(self) -> int:
         """Blocks that are free, or that the bound has room for. O(pools)."""
-        return self.manager.num_free_blocks + self.memory.room // max(self.block_bytes, 1)
+        return self.manager.num_free_blocks + self.num_room_blocks
+
+    @property
+    def num_room_blocks(self) -> int:
+        """Blocks that the bound has room for; 0 without one. O(pools)."""
+        return self.memory.room // max(self.block_bytes, 1)
 
     def places(self, kind: LayerKind, layer: int, num_layers: int) -> Places:
         """Where layer number `layer` of `num_layers` is kept, on the device and in host memory.
@@ -230,41 +236,44 @@ class PagedPool:
         """Do `operation`, which takes `need` blocks at the most, with more blocks where it must."""
         self.settle()
         evicted = self.manager.num_evicted_blocks
-        if self._keeps_more():
+        shortage = need - self.manager.num_free_blocks
+        if self.memory.keep_pools and shortage > 0:
             # Memory is there to be used: fill it before giving cached prefixes up.
-            self._grow(need - self.manager.num_free_blocks, need, or_fail=False)
+            with contextlib.suppress(OutOfBlocks):  # of the device itself
+                self._resize(self.manager.num_blocks + min(self._ahead(shortage), self._room()), 1)
         try:
             result = operation()
         except OutOfBlocks as error:
-            shortage = error.need - error.free - error.evictable
-            self._grow(shortage, error.need, or_fail=True)
+            self._grow(error.need - error.free - error.evictable, error.need)
             result = operation()
         self.memory.counters.evicted_blocks += self.manager.num_evicted_blocks - evicted
         return result
 
-    def _keeps_more(self) -> bool:
-        """Whether to grow rather than give cached prefixes up. O(1)."""
-        if not self.memory.keep_pools or self.memory.bound is not None:
-            return self.memory.keep_pools
-        # What was never bounded still has to end somewhere.
-        cached = (
-            self.manager.num_blocks - self.manager.num_held_blocks - self.manager.num_free_blocks
-        )
-        return cached <= _MOST_CACHED * self._most_held
-
-    def _grow(self, shortage: int, need: int, *, or_fail: bool) -> None:
-        """Make `shortage` more blocks, and some more ahead where the bound allows it."""
-        if shortage <= 0:
-            return
-        current, block_bytes = self.manager.num_blocks, self.block_bytes
-        ahead = max(shortage, current // 4)
+    def _room(self) -> int:
+        """How many blocks more the pool may have without being short of any. O(pools)."""
         if self.memory.bound is not None:
-            # Only what is really short may make another pool give something up.
-            ahead = max(shortage, min(ahead, self.memory.room // max(block_bytes, 1)))
-        if self.memory.claim(ahead * block_bytes, self):
-            self._resize(current + ahead, need)
-        elif or_fail:
-            raise self._out_of_blocks(need)
+            return self.num_room_blocks
+        if not self.memory.keep_pools:
+            return self.manager.num_blocks
+        # What was never bounded still has to end somewhere.
+        return max(_MOST_KEPT * self._most_held - self.manager.num_blocks, 0)
+
+    def _ahead(self, shortage: int) -> int:
+        """`shortage` blocks, or more where there is room, so that growing stays rare."""
+        return max(shortage, min(self.manager.num_blocks // 4, self._room()))
+
+    def _grow(self, shortage: int, need: int) -> None:
+        """Make `shortage` more blocks, and some more ahead. Raises `OutOfBlocks`."""
+        current = self.manager.num_blocks
+        for more in (self._ahead(shortage), shortage):
+            # Another pool gives something up for what is really short, not for more.
+            if self.memory.claim(more * self.block_bytes, self):
+                try:
+                    return self._resize(current + more, need)
+                except OutOfBlocks:
+                    if more == shortage:
+                        raise
+        raise self._out_of_blocks(need)
 
     def _resize(self, num_blocks: int, need: int) -> None:
         # Storages first: should one fail, the manager never learns of blocks without room.
@@ -272,6 +281,18 @@ class PagedPool:
             if shelf.storage.num_blocks < num_blocks:
                 self._reserve(partial(shelf.storage.grow, num_blocks), need)
         self.manager.grow(num_blocks)
+
+    def minimise(self) -> bool:
+        """Give all blocks but one back, if nobody holds any; whether that was so. O(1)."""
+        with self.lock:
+            self.settle()
+            if self.manager.num_held_blocks:
+                return False
+            self.manager.drop_cached()
+            self.manager.shrink(1)
+            for shelf in self._storages:
+                shelf.storage.shrink(1)
+            return True
 
     def _reserve(self, make: Callable[[], _T], need: int) -> _T:
         try:
@@ -282,11 +303,12 @@ class PagedPool:
     def _out_of_blocks(self, need: int, block_bytes: int = 0) -> OutOfBlocks:
         stats = self.manager.stats()
         room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._storages else (0, 0, 0)
-        return OutOfBlocks(
-            need, *room, tier=self.memory.tier, advice=self._advice(block_bytes or self.block_bytes)
-        )
+        size = block_bytes or self.block_bytes
+        elsewhere = self.memory.reserved_bytes - self.reserved_bytes
+        advice = self._advice(size, elsewhere + (stats.num_held + need) * size)
+        return OutOfBlocks(need, *room, tier=self.memory.tier, advice=advice)
 
-    def _advice(self, block_bytes: int) -> str:
+    def _advice(self, block_bytes: int, needed_bytes: int) -> str:
         bound, name = self.memory.bound, _BOUND_NAMES[self.memory.tier]
         if bound is None:
             advice = "drop a cache that is no longer needed, use a device with more memory"
@@ -294,11 +316,13 @@ class PagedPool:
             advice = (
                 f"{name}={bound} bytes is room for {bound // max(block_bytes, 1)} blocks of "
                 f"{block_bytes} bytes, in all pools: drop a cache that is no longer needed, raise "
-                f"{name}"
+                f"{name} to {max(needed_bytes, bound + block_bytes)} bytes or more"
             )
         if self.memory.tier == "host":
-            return f"{advice} or ask for less at once"
-        return f"{advice} or set host_memory=, which takes what the device has no room for"
+            return f"{advice}, or ask for less at once"
+        if self.host is not None:
+            return advice
+        return f"{advice}, or set host_memory=, which takes what the device has no room for"
 
     def _copy(self, copies: NDArray[np.int32]) -> None:
         if len(copies):

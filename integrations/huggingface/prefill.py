@@ -75,6 +75,7 @@ def prefill(
             given = (model, input_ids, generation_config, model_kwargs)
             output = _prefill_new(original, prompts, padding, *given, **kwargs)
         else:
+            cache.memory.counters.prefix_unserved_calls += prompts is not None
             output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
     except BaseException:
         cache.reset()

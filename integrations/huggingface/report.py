@@ -15,6 +15,7 @@ class PatchStats:
     Blocks count once however many sequences share them; `used_bytes` are the bytes of slots that
     hold a token, so `held_bytes - used_bytes` is wasted in open tail blocks. `peak_dense_bytes`
     are the most that `DynamicCache` would have held for the same calls, at the end of a step.
+    `prefix_unserved_calls` had a `prefix_cache` and prompts that it does not keep.
     Blocks in host memory are counted by the last five alone; rows that were too many from their
     first token on are held there, but were never swapped out.
     """
@@ -36,6 +37,7 @@ class PatchStats:
     in_place_reads: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
+    prefix_unserved_calls: int
     host_reserved_bytes: int
     host_held_bytes: int
     peak_host_held_bytes: int
@@ -54,7 +56,7 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
         f"memory: {size(stats.held_bytes)} held, {size(stats.cached_bytes)} cached, "
         f"{size(stats.reserved_bytes)} reserved",
         f"at the peak: {size(stats.peak_held_bytes)}; DynamicCache: {size(stats.peak_dense_bytes)}"
-        + _saved(stats),
+        + _saved(stats, memory),
     ]
     if memory.host is not None:
         lines.append(
@@ -65,14 +67,19 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
     if stats.prefix_query_tokens:
         hits, asked = stats.prefix_hit_tokens, stats.prefix_query_tokens
         lines.append(f"prompts: {hits} of {asked} tokens were cached ({hits / asked:.0%})")
+    if stats.prefix_unserved_calls:
+        lines.append(
+            f"prompts of {stats.prefix_unserved_calls} calls are of a kind that is not kept "
+            "(docs/transformers.md says which)"
+        )
     return "\n".join(lines)
 
 
 def _layers(memory: PagedMemory) -> Iterator[str]:
     for layers, count in memory.paged.items():
         yield f"paged: {_layers_of(count)}, {_described(layers, memory)}"
-    for layer_class, count in memory.left_alone.items():
-        yield f"not paged: {_layers_of(count)} of {layer_class}, transformers' own"
+    for what, count in memory.left_alone.items():
+        yield f"not paged, transformers' own: {_layers_of(count)}, {what}"
 
 
 def _layers_of(count: int) -> str:
@@ -91,10 +98,12 @@ def _described(layers: PagedLayers, memory: PagedMemory) -> str:
     return f"{sees}, {shape.num_kv_heads} kv heads of {dims}, {kept} on {device}"
 
 
-def _saved(stats: PatchStats) -> str:
+def _saved(stats: PatchStats, memory: PagedMemory) -> str:
     if not stats.peak_dense_bytes:
         return ""
-    return f" ({1 - stats.peak_held_bytes / stats.peak_dense_bytes:.0%} less)"
+    saved = 1 - stats.peak_held_bytes / stats.peak_dense_bytes
+    where = "" if memory.host is None else " on the device"
+    return f" ({abs(saved):.0%} {'less' if saved >= 0 else 'more'}{where})"
 
 
 def size(num_bytes: int) -> str:

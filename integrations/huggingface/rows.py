@@ -110,7 +110,8 @@ class BatchRows:
                     # What the host refuses, it will refuse again.
                     if self.pool.host is None or error.tier == "host":
                         raise
-                    self._move_family()
+                    short = error.need - error.free - error.evictable
+                    self._make_room(max(short - self.pool.num_room_blocks, 1), counts)
 
     def _append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
         slots: list[Int64] = []
@@ -127,21 +128,38 @@ class BatchRows:
 
     # ---------------------------------------------------------------- moving
 
-    def _move_family(self) -> None:
-        """Move the device's last row to the host, with the rows that share most of its blocks."""
-        device = self.shares()[0]
+    def _make_room(self, missing: int, counts: Int64) -> None:
+        """Move the device's last rows to the host until some `missing` blocks are not missed.
+
+        Rows that share most of their blocks move together.
+        """
+        device, size = self.shares()[0], self.pool.block_size
         assert self.pool.host is not None
-        family, _ = _family(device, len(device.rows) - 1)
-        self._move(family, self.pool, self.pool.host)
+        tables = device.pool.manager.block_tables(device.batch)
+        lengths = device.pool.manager.lengths(device.batch)
+        ends = lengths + counts[device.rows]
+        fresh = -(-ends // size) - -(-lengths // size)
+        staying = np.ones(len(device.rows), np.bool_)
+        while missing > 0 and staying.any():
+            family = _family(tables, int(np.flatnonzero(staying)[-1])) & staying
+            staying &= ~family
+            missing -= _num_blocks(tables[family]) + int(fresh[family].sum())
+            self._move(device.rows[family], self.pool, self.pool.host)
 
     def _return_some(self) -> None:
         """Let the host's first row return, with its family, if there is room and to spare."""
         host = self.shares()[-1]
-        family, num_blocks = _family(host, 0)
+        tables = host.pool.manager.block_tables(host.batch)
+        family = _family(tables, 0)
         spare = len(self) + int(_SPARE * self.pool.manager.num_blocks)
-        if self.pool.num_spare_blocks >= num_blocks + spare:
+        if self.pool.num_spare_blocks >= _num_blocks(tables[family]) + spare:
             with contextlib.suppress(OutOfBlocks):  # of the device itself, whatever the bound says
-                self._move(family, host.pool, self.pool)
+                self._move(host.rows[family], host.pool, self.pool)
+
+    def leave_device(self) -> None:
+        """Move all rows to the host. Raises `OutOfBlocks`."""
+        assert self.pool.host is not None
+        self._move(np.flatnonzero(~self._on_host), self.pool, self.pool.host)
 
     def _move(self, rows: Int64, source: PagedPool, target: PagedPool) -> None:
         """Move rows and their bytes. All or nothing. O(bytes)."""
@@ -227,15 +245,17 @@ class BatchRows:
             self._pool_of(row).discard([sequence])
 
 
-def _family(share: Share, number: int) -> tuple[Int64, int]:
-    """The rows that share most blocks of row `number`, and how many blocks they hold together."""
-    tables = share.pool.manager.block_tables(share.batch)
+def _family(tables: Int32, number: int) -> NDArray[np.bool_]:
+    """Which rows share most blocks of row `number`, itself included, bool [rows]."""
     own = tables[number]
     common = ((tables == own) & (own >= 0)).sum(axis=1)
-    members = 2 * common > np.count_nonzero(own >= 0)
+    members: NDArray[np.bool_] = 2 * common > np.count_nonzero(own >= 0)
     members[number] = True
-    held = tables[members]
-    return share.rows[members], len(np.unique(held[held >= 0]))
+    return members
+
+
+def _num_blocks(tables: Int32) -> int:
+    return len(np.unique(tables[tables >= 0]))
 
 
 def _twin(
