@@ -81,8 +81,9 @@ def test_generate_is_measured() -> None:
 def test_the_prompts_benchmark_measures_beams_reuse_batches_and_padding() -> None:
     pytest.importorskip("transformers")
     found = figures(
-        run("prompts.py", "--quick", "--prompt", "48", "--repeats", "1", "--dtypes", "fp32")
-    )
+        run("prompts.py", "--quick", "--prompt", "48", "--repeats", "1", "--dtypes", "fp32",
+            "--threads", "1")
+    )  # fmt: skip
     timed = ("beams_prefill_fp32_48", "beams_step_fp32_96", "reuse_fp32_96")
     for name in (*timed, "batch_alike_fp32_48", "batch_mixed_fp32_48"):
         assert found[f"{name}_vs_dynamic_cache"]["unit"] == "ratio"

@@ -682,3 +682,8 @@ def test_an_index_beyond_the_batch_is_an_error() -> None:
             cache.reorder_cache(indices)
     assert cache.get_seq_length() == 9
     cache.memory.pools()[0].manager.check()
+
+
+def test_a_model_is_no_configuration() -> None:
+    with pytest.raises(TypeError, match=r"model\.config"):
+        kvpager.PagedCache(model_named("llama"))

@@ -58,6 +58,9 @@ class PagedCache(DynamicCache):
         host_memory: int | str | None = None,
         offloading: bool = False,
     ) -> None:
+        if config is not None and not hasattr(config, "get_text_config"):
+            kind = type(config).__name__
+            raise TypeError(f"PagedCache({kind}): expected a configuration, such as model.config")
         if offloading:
             raise ValueError("offloading True: blocks are not offloaded; use DynamicCache for that")
         paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
