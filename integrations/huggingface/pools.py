@@ -173,8 +173,10 @@ class PagedPool:
     def allocate(self, prompt: ArrayLike, namespace: str | None) -> Sequence:
         """Like `BlockManager.allocate`, growing where needed and carrying out its copies."""
         with self.lock:
-            length, _ = arguments.prompt(prompt)
+            length, ids = arguments.prompt(prompt)
             need = -(-length // self.block_size)
+            if ids is not None:
+                need -= self.manager.cached_tokens(ids, namespace=namespace) // self.block_size
             sequence = self._growing(
                 need, lambda: self.manager.allocate(prompt, namespace=namespace)
             )
