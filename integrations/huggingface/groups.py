@@ -153,12 +153,12 @@ class LayerGroup:
                 f"a layer writes column {start}, but the layers before it ended at column "
                 f"{self.num_columns}"
             )
-        counts = np.maximum(stop - self.padding, 0) - self.lengths(self.num_columns)
-        ids = self.prompt.ids(self.padding, self.num_columns, stop) if self.prompt else []
         self._freeze_views()
         if keep_from:
             self._extend_end(self.rows, stop, keep_from)
         else:
+            ids = self.prompt.ids(self.padding, start, stop) if self.prompt else []
+            counts = self.lengths(stop) - self.lengths(start)
             self._new = start, stop, self.rows.append(counts, ids)
         if self.rows.any_on_host:
             self.prompt = None  # what is not on the device is not offered to others
@@ -269,14 +269,9 @@ class LayerGroup:
 
     def _written(self, share: Share, start: int, stop: int) -> Int64:
         """The same for columns that are there already, by the block tables."""
-        size, firsts = share.pool.block_size, np.maximum(start - self.padding[share.rows], 0)
-        tables = share.pool.manager.block_tables(share.batch)
-        ends = np.maximum(stop - self.padding[share.rows], 0)
-        tokens = [np.arange(first, end) for first, end in zip(firsts, ends, strict=True)]
-        slots = [
-            table[of_row // size].astype(np.int64) * size + of_row % size
-            for table, of_row in zip(tables, tokens, strict=True)
-        ]
+        slots_of = share.pool.manager.slots
+        ranges = (self.lengths(column)[share.rows].tolist() for column in (start, stop))
+        slots = [slots_of(*each) for each in zip(share.sequences, *ranges, strict=True)]
         return self._with_padding(np.concatenate(slots), share, start, stop)
 
     def _numbers(self, share: Share, device: torch.device) -> Tensor | None:
