@@ -18,11 +18,15 @@ if TYPE_CHECKING:
         BrokenInvariant,
         KVPagerError,
         OutOfBlocks,
+        QueueFull,
         SequenceSwapped,
         StaleSequence,
     )
     from kvpager.integrations.huggingface.patching import PagedCache, Patch, patch
     from kvpager.manager import BlockManager
+    from kvpager.plan import StepPlan
+    from kvpager.requests import Request
+    from kvpager.scheduler import Scheduler
     from kvpager.sequences import Sequence
     from kvpager.storage import BlockStorage, LayerShape
 
@@ -37,9 +41,13 @@ __all__ = [
     "OutOfBlocks",
     "PagedCache",
     "Patch",
+    "QueueFull",
+    "Request",
+    "Scheduler",
     "Sequence",
     "SequenceSwapped",
     "StaleSequence",
+    "StepPlan",
     "patch",
 ]
 
@@ -52,9 +60,13 @@ _HOME = {
     "OutOfBlocks": "kvpager.errors",
     "PagedCache": "kvpager.integrations.huggingface.patching",
     "Patch": "kvpager.integrations.huggingface.patching",
+    "QueueFull": "kvpager.errors",
+    "Request": "kvpager.requests",
+    "Scheduler": "kvpager.scheduler",
     "Sequence": "kvpager.sequences",
     "SequenceSwapped": "kvpager.errors",
     "StaleSequence": "kvpager.errors",
+    "StepPlan": "kvpager.plan",
     "patch": "kvpager.integrations.huggingface.patching",
 }
 

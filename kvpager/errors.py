@@ -4,6 +4,7 @@
     ├── OutOfBlocks          a tier has too few blocks left; nothing has changed
     ├── StaleSequence        the handle was freed, or belongs to another manager
     ├── SequenceSwapped      the sequence is in host memory; swap it back first
+    ├── QueueFull            as many requests wait as may; submit it again later
     └── BrokenInvariant      `check()` found the books wrong: a bug, never an operating condition
 
 Bad arguments raise `ValueError` or `TypeError` with the value, the bound and what to do.
@@ -57,6 +58,24 @@ class StaleSequence(KVPagerError):
 
 class SequenceSwapped(KVPagerError):
     """The operation needs a sequence on the device, and this one is on the host."""
+
+
+class QueueFull(KVPagerError):
+    """A scheduler has as many waiting requests as it takes. Nothing has changed.
+
+    Attributes: `num_waiting`, `max_waiting`.
+    """
+
+    def __init__(self, num_waiting: int, max_waiting: int) -> None:
+        super().__init__(
+            f"{num_waiting} requests wait, at most {max_waiting} may; "
+            "submit it again when some have begun, or raise max_waiting"
+        )
+        self.num_waiting = num_waiting
+        self.max_waiting = max_waiting
+
+    def __reduce__(self) -> tuple[type[QueueFull], tuple[int, int]]:
+        return type(self), (self.num_waiting, self.max_waiting)
 
 
 class BrokenInvariant(KVPagerError):

@@ -62,6 +62,7 @@ class BlockManager(Capacity):
         adapter: str | None = None,
         contents: Iterable[tuple[int, int, bytes]] = (),
         window: int | None = None,
+        spare: int = 0,
     ) -> Sequence:
         """Begin a sequence of `prompt` tokens. O(tokens).
 
@@ -72,6 +73,7 @@ class BlockManager(Capacity):
             contents: what stands behind placeholder tokens, such as images: (first token, token
                 after the last, digest). Blocks that overlap one are reused only where it is equal.
             window: how many tokens back the layers look; `append` gives back blocks behind it.
+            spare: leave at least so many blocks that can be had afterwards, or raise.
 
         The handle's `num_cached_tokens` leading tokens need no computing; at least the last token
         always does, because its logits are what the caller is after. Where the match ends inside
@@ -82,12 +84,14 @@ class BlockManager(Capacity):
         length, ids = arguments.prompt(prompt)
         who = _identity(namespace, adapter, contents, length)
         span = 0 if window is None else arguments.count("window", window, at_least=1)
+        spare = arguments.count("spare", spare)
         with self._lock:
-            if ids is None:
-                sequence = self._begin(who, length, None, _NO_MATCH)
-            else:
+            match = _NO_MATCH
+            if ids is not None:
                 match = self._index.match(who.tree, ids[: max(length - 1, 0)], who.contents)
-                sequence = self._begin(who, length, ids, match)
+            if spare:
+                self._refuse_without_spare(length, match.blocks, spare)
+            sequence = self._begin(who, length, ids, match)
             if span:
                 self._rows.windows[sequence._row] = span
                 self._rows.num_special += 1
@@ -130,6 +134,14 @@ class BlockManager(Capacity):
             totals["queried"] += length
             totals["hit"] += num_cached
         return handle
+
+    def _refuse_without_spare(self, length: int, shared: Int32, spare: int) -> None:
+        """Refuse a prompt that would leave fewer than `spare` blocks that can be had."""
+        pool = self._pool
+        idle = int(np.count_nonzero((pool.refs[shared] == 0) & (pool.holds[shared] == 0)))
+        need = -(-length // self.block_size) - len(shared) + idle + spare
+        if need > pool.num_free + pool.num_evictable:
+            raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
 
     def cached_tokens(
         self,
@@ -485,7 +497,9 @@ class BlockManager(Capacity):
 
     # ---------------------------------------------------------------- swap
 
-    def swap(self, sequences: Target, to: Tier, *, at_most: int | None = None) -> Plan:
+    def swap(
+        self, sequences: Target, to: Tier, *, at_most: int | None = None, spare: int = 0
+    ) -> Plan:
         """Move blocks to the `"host"` tier, or back to the `"device"`. O(blocks of swapped ones).
 
         Blocks that sequences on the device hold too stay, until the last of them is swapped as
@@ -496,6 +510,7 @@ class BlockManager(Capacity):
         Args:
             at_most: move no more blocks than this: out, the furthest from the front first; in, the
                 nearest. The sequence counts as swapped until it has all its blocks back.
+            spare: in, leave at least so many blocks that can be had afterwards, or raise.
 
         Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `SequenceSwapped` for one
         that is wholly on the host already, `ValueError`.
@@ -503,10 +518,13 @@ class BlockManager(Capacity):
         if not isinstance(to, str) or to not in ("device", "host"):
             raise ValueError(f'swap to {to!r}: expected "device" or "host"')
         at_most = None if at_most is None else arguments.count("at_most", at_most)
+        spare = arguments.count("spare", spare)
         named = listed(sequences)
         with self._lock:
             rows = self._resolve(named).tolist()
-            return self._swap_out(rows, at_most) if to == "host" else self._swap_in(rows, at_most)
+            if to == "host":
+                return self._swap_out(rows, at_most)
+            return self._swap_in(rows, at_most, spare)
 
     def _swap_out(self, rows: list[int], at_most: int | None) -> Plan:
         table, host = self._rows, self._host
@@ -534,11 +552,12 @@ class BlockManager(Capacity):
         self._totals["out"] += need
         return plan
 
-    def _swap_in(self, rows: list[int], at_most: int | None) -> Plan:
+    def _swap_in(self, rows: list[int], at_most: int | None, spare: int) -> Plan:
         table = self._rows
         rows = [row for row in rows if table.swapped[row]]
         leaving = moves.leaving_host(table, self._host, rows, at_most)
         need = len(leaving.blocks)
+        self._refuse_beyond_pool(need + spare)
         copies = np.empty((need, 2), np.int32)
         plan = Plan(copies, "host", "device", self._fences.ticket(copies))
         owners = moves.owners(table, rows, leaving, self._quotas) if self._quotas.limits else None

@@ -9,7 +9,9 @@ holds: a later one may read what an earlier, unfinished one is about to write.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
 
 import numpy as np
@@ -51,3 +53,62 @@ class Step:
     slots: NDArray[np.int64]
     copies: NDArray[np.int32]
     ticket: int = 0
+
+
+class Reason(Enum):
+    """Why a request ended."""
+
+    FINISHED = "finished"  # no sample is left, or `finish` was called
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"  # its deadline passed
+    FAILED = "failed"  # the step it was in was aborted
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """What a `Scheduler` wants computed now: plain arrays and names, so it can cross a process.
+
+    Apply `moves` in order, then `copies` (all reads before all writes), then compute `counts[i]`
+    tokens of each row i: write their KV to `slots`, and let them see the first `kv_lens[i]` tokens
+    through `tables[i]`. Rows that go on decoding come first, the rows of a request side by side.
+
+    Attributes:
+        moves: swaps, to be applied first.
+        copies: int32 [n, 2], device blocks to copy next. A block may be source of one pair and
+            destination of another, never destination of two.
+        names: the request of each row.
+        samples: int32 [rows], the number of each row's sequence. It stays the same while the
+            sequence lives, preempted or not, and is given to no other before a plan after the
+            one that has it in `freed`.
+        starts: int32 [rows], tokens computed before.
+        counts: int32 [rows], tokens to compute now.
+        ids: int32 [tokens], row by row.
+        slots: int64 [tokens], `block * block_size + offset`.
+        kv_lens: int32 [rows], `starts + counts`.
+        tables: int32 [rows, blocks], -1 where there is none.
+        wants_logits: bool [rows], whether the logits of the row's last token choose the next one.
+        freed: int32, the samples that ended since the last plan.
+        ended: the requests that ended since the last plan, and why.
+    """
+
+    moves: list[Plan]
+    copies: NDArray[np.int32]
+    names: list[Hashable]
+    samples: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    slots: NDArray[np.int64]
+    kv_lens: NDArray[np.int32]
+    tables: NDArray[np.int32]
+    wants_logits: NDArray[np.bool_]
+    freed: NDArray[np.int32]
+    ended: list[tuple[Hashable, Reason]]
+
+    def __len__(self) -> int:
+        """How many rows are to be computed."""
+        return len(self.names)
+
+    def __bool__(self) -> bool:
+        """A plan without rows is a plan: it may have moves to make and ends to tell."""
+        return True

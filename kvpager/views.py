@@ -47,6 +47,17 @@ class Views(Books):
             return self._pool.num_free
 
     @property
+    def num_available_blocks(self) -> int:
+        """Device blocks that can be had: free ones, and cached ones that may be evicted. O(1)."""
+        with self._lock:
+            return self._pool.num_free + self._pool.num_evictable
+
+    @property
+    def has_fences(self) -> bool:
+        """Whether the blocks of a plan are kept back until `complete(plan)`. O(1)."""
+        return self._fences.is_on
+
+    @property
     def num_held_blocks(self) -> int:
         """Device blocks that sequences hold, shared ones counted once. O(1)."""
         with self._lock:
