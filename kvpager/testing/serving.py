@@ -1,0 +1,259 @@
+"""A language model in miniature, which obeys step plans: see `kvpager.testing.simulation`."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.manager import BlockManager
+from kvpager.plan import StepPlan
+from kvpager.requests import Request
+from kvpager.testing.memory import TokenMemory
+
+Int64 = NDArray[np.int64]
+Int32 = NDArray[np.int32]
+
+VOCABULARY = 97
+_MIX = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio's fraction, as a signed number
+_MASK = 2**63 - 1
+Choice = tuple[int, int]  # row of the request, token
+
+
+class Wrong(AssertionError):
+    """The scheduler did what it must not."""
+
+
+def values(salt: int, tokens: list[int]) -> Int64:
+    """What stands in the slots of these tokens, int64 [tokens]: by place, token and namespace."""
+    positions = np.arange(1, len(tokens) + 1, dtype=np.int64)
+    mixed = (np.array(tokens, np.int64) + 1) * np.int64(_MIX) + positions * np.int64(
+        0x5851F42D4C957F
+    )
+    mixed ^= mixed >> 29
+    return (mixed + np.int64(salt)) * np.int64(_MIX | 1)
+
+
+def salt_of(request: Request) -> int:
+    """Equal prompts of other namespaces or adapters have other keys and values."""
+    return crc32(repr((request.namespace, request.adapter)).encode())
+
+
+def choose(request: Request, is_first: bool, seen: list[int]) -> list[Choice]:
+    """How a request's rows go on, by what each of them read: the sampler.
+
+    Beams (`together`) compete: any row may go on several times or not at all. Other rows look at
+    nothing but themselves; the first one is split. Some stop early.
+    """
+    if request.together:
+        number = sum(seen) * 31 % _MASK
+        if number % 23 == 0:
+            return []
+        width = request.num_samples
+        parents = sorted((number >> (3 * at)) % len(seen) for at in range(width))
+        return [(row, _token(seen[row], at)) for at, row in enumerate(parents)]
+    if is_first:
+        [own] = seen
+        return [(0, _token(own, at)) for at in range(request.num_samples)]
+    return [(row, _token(own, 0)) for row, own in enumerate(seen) if own % 29]
+
+
+def _token(seen: int, at: int) -> int:
+    return (seen // 7 + at * 13) % VOCABULARY
+
+
+def digest(read: Int64) -> int:
+    """A number that depends on all that a row read."""
+    return int(np.bitwise_xor.reduce(read * np.int64(3)) & np.int64(_MASK))
+
+
+def reference(request: Request) -> list[list[int]]:
+    """What a request has to come to, computed from it alone: the new tokens of each row."""
+    salt, prompt = salt_of(request), request.prompt.tolist()
+    rows, done = [list[int]()], []
+    is_first = True
+    while rows:
+        seen = [digest(values(salt, prompt + row)) for row in rows]
+        chosen = choose(request, is_first, seen)
+        named = {row for row, _ in chosen}
+        done += [row for at, row in enumerate(rows) if at not in named]
+        rows = [[*rows[row], token] for row, token in chosen]
+        done += [row for row in rows if len(row) == request.max_new_tokens]
+        rows = [row for row in rows if len(row) < request.max_new_tokens]
+        is_first = False
+    return done
+
+
+class Row:
+    """One sample as the model knows it."""
+
+    def __init__(self, request: Request, new: list[int]) -> None:
+        self.request = request
+        self.new = new
+        self.has_ended = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """All of them, the last one chosen but perhaps not computed."""
+        return [*self.request.prompt.tolist(), *self.new]
+
+
+class Model:
+    """Memory, and what every sample should find there."""
+
+    def __init__(self, manager: BlockManager) -> None:
+        self.size = manager.block_size
+        self.memory = TokenMemory(manager.num_blocks, self.size, manager.num_host_blocks)
+        self.rows: dict[int, Row] = {}
+        self.requests: dict[str, Request] = {}
+        self.outputs: dict[str, list[list[int]]] = {}
+        self.stopped: set[str] = set()
+        self.has_begun: set[str] = set()
+
+    def begin(self, request: Request) -> None:
+        """It was submitted."""
+        self.requests[str(request.name)] = request
+        self.outputs[str(request.name)] = []
+
+    def end(self, name: str) -> None:
+        """It has ended: none of its samples may be left."""
+        if any(row.request.name == name for row in self.rows.values()):
+            raise Wrong(f"{name} ended, and not all its samples were freed")
+        del self.requests[name], self.outputs[name]
+        self.has_begun.discard(name)
+        self.stopped.discard(name)
+
+    def forget(self, freed: Int32) -> None:
+        """These samples are told to have ended."""
+        for number in freed.tolist():
+            if self.rows.pop(number, None) is None:
+                raise Wrong(f"sample {number} was freed twice, or never lived")
+        late = [number for number, row in self.rows.items() if row.has_ended]
+        if late:
+            raise Wrong(f"samples {late} ended, and nobody was told")
+
+    # ---------------------------------------------------------------- a step
+
+    def apply(self, plan: StepPlan) -> None:
+        """Moves, then copies."""
+        for move in plan.moves:
+            self.memory.apply(move)
+        if len(np.unique(plan.copies[:, 1])) != len(plan.copies):
+            raise Wrong(f"two copies into one block: {plan.copies.tolist()}")
+        self.memory.copy(plan.copies)
+
+    def spoil(self, plan: StepPlan, upto: int) -> None:
+        """A step that fails: before its moves, before its copies, before or after its writes."""
+        self._check_rows(plan)
+        if upto >= 1:
+            for move in plan.moves:
+                self.memory.apply(move)
+        if upto >= 2:
+            self.memory.copy(plan.copies)
+        if upto >= 3:
+            self.memory.write(plan.slots, [-7] * len(plan.slots))
+
+    def step(self, plan: StepPlan) -> tuple[Int64, Int32]:
+        """Compute a step; how it goes on."""
+        self._check_rows(plan)
+        self.apply(plan)
+        self._write(plan)
+        seen = [self._read(plan, row) for row in range(len(plan))]
+        chosen: list[Choice] = []
+        for name in dict.fromkeys(map(str, plan.names)):
+            mine = [row for row in self._rows_of(plan, name) if plan.wants_logits[row]]
+            if not mine:
+                continue
+            request = self.requests[name]
+            is_first = name not in self.has_begun
+            self.has_begun.add(name)
+            choice = choose(request, is_first, [seen[row] for row in mine])
+            chosen += [(mine[row], token) for row, token in choice]
+        chosen.sort(key=lambda one: one[0])
+        parents = np.array([row for row, _ in chosen], np.int64)
+        return parents, np.array([token for _, token in chosen], np.int32)
+
+    def _rows_of(self, plan: StepPlan, name: str) -> list[int]:
+        return [row for row, other in enumerate(plan.names) if other == name]
+
+    def _check_rows(self, plan: StepPlan) -> None:
+        """Every row is who it says, and goes on where it was."""
+        if len(set(plan.samples.tolist())) != len(plan):
+            raise Wrong(f"a sample stands twice in the step: {plan.samples.tolist()}")
+        if len(np.unique(plan.slots)) != len(plan.slots) or plan.slots.min() < 0:
+            raise Wrong(f"a slot is written twice, or is none: {plan.slots.tolist()}")
+        for number, name in zip(plan.samples.tolist(), map(str, plan.names), strict=True):
+            if number not in self.rows:
+                if name in self.has_begun or name not in self.requests:
+                    raise Wrong(f"{name}: sample {number} comes from nowhere")
+                self.rows[number] = Row(self.requests[name], [])
+            if self.rows[number].request.name != name:
+                raise Wrong(f"sample {number} is not one of {name}")
+        for name in dict.fromkeys(map(str, plan.names)):
+            mine = [number for number, row in self.rows.items() if row.request.name == name]
+            chooses = any(plan.wants_logits[self._rows_of(plan, name)])
+            if chooses and self.requests[name].together:
+                present = [int(plan.samples[row]) for row in self._rows_of(plan, name)]
+                if sorted(mine) != sorted(present):
+                    raise Wrong(f"{name}: {present} of {mine} are in the step")
+
+    def _write(self, plan: StepPlan) -> None:
+        at = 0
+        for row, number in enumerate(plan.samples.tolist()):
+            known = self.rows[number].tokens
+            start, count = int(plan.starts[row]), int(plan.counts[row])
+            ids = plan.ids[at : at + count].tolist()
+            if count < 1 or ids != known[start : start + count]:
+                raise Wrong(f"sample {number}: {ids} at {start}, its tokens are {known}")
+            if bool(plan.wants_logits[row]) != (start + count == len(known)):
+                raise Wrong(f"sample {number}: wants logits at {start + count} of {len(known)}")
+            if plan.kv_lens[row] != start + count:
+                raise Wrong(f"sample {number}: sees {plan.kv_lens[row]} of {start + count}")
+            new = values(salt_of(self.rows[number].request), known[: start + count])[start:]
+            self.memory.write(plan.slots[at : at + count], new.tolist())
+            at += count
+        if at != len(plan.ids) or at != len(plan.slots):
+            raise Wrong(f"{at} tokens in rows, {len(plan.ids)} ids, {len(plan.slots)} slots")
+
+    def _read(self, plan: StepPlan, row: int) -> int:
+        sample, length = self.rows[int(plan.samples[row])], int(plan.kv_lens[row])
+        table = plan.tables[row, : -(-length // self.size)]
+        if np.any(table < 0):
+            raise Wrong(f"sample {plan.samples[row]}: no block for a token that it sees: {table}")
+        found = self.memory.tiers["device"].take(table, axis=0).ravel()[:length]
+        expected = values(salt_of(sample.request), sample.tokens[:length])
+        if not np.array_equal(found, expected):
+            place = int((found != expected).argmax())
+            raise Wrong(f"{sample.request.name}: token {place} of {length} is not its own")
+        return digest(found)
+
+    def go_on(self, plan: StepPlan, parents: Int64, tokens: Int32, numbers: Int32) -> None:
+        """The step was completed: `numbers` are what the scheduler made of it."""
+        if len(numbers) != len(parents):
+            raise Wrong(f"{len(parents)} continuations, {len(numbers)} samples")
+        before = {row: self.rows[number] for row, number in enumerate(plan.samples.tolist())}
+        named = set(parents.tolist())
+        for row in plan.wants_logits.nonzero()[0].tolist():
+            if row not in named:
+                self._done(before[row], before[row].new)
+        past = {row: one.new for row, one in before.items()}
+        for row, token, number in zip(
+            parents.tolist(), tokens.tolist(), numbers.tolist(), strict=True
+        ):
+            parent = before[row]
+            name, new = str(parent.request.name), [*past[row], token]
+            if name in self.stopped or len(new) == parent.request.max_new_tokens:
+                if number >= 0:
+                    raise Wrong(f"{name}: sample {number} should have ended with {new}")
+                self._done(parent, new)
+            elif number == plan.samples[row]:
+                parent.new = new
+            elif number < 0 or number in self.rows:
+                raise Wrong(f"{name}: a fork of {plan.samples[row]} became sample {number}")
+            else:
+                self.rows[number] = Row(parent.request, new)
+
+    def _done(self, row: Row, new: list[int]) -> None:
+        row.has_ended = True
+        self.outputs[str(row.request.name)].append(new)

@@ -1,0 +1,288 @@
+"""Serving, simulated: random traffic through a scheduler and a model in miniature.
+
+    report = simulate(seed=7, requests=40)
+    print(report)                                  # the scenario, what happened, what went wrong
+
+    python -m kvpager.testing.simulation --requests 1e5 --processes 2
+
+A seed decides everything: pool, host tier, order, budgets, costs, and the traffic - arrivals,
+shared beginnings, namespaces, parallel samples, beams, deadlines, cancellations, steps that fail.
+The model's KV is one integer a slot: it writes what stands for a token, reads every row's whole
+past through its table, and chooses the next token by all it read; a token that is lost, doubled or
+somebody else's changes every one after it. What should come out is computed from the request alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from random import Random
+from time import perf_counter
+
+from kvpager.errors import QueueFull
+from kvpager.plan import Reason, StepPlan
+from kvpager.requests import Request
+from kvpager.scheduler import Scheduler
+from kvpager.testing.serving import Model, Wrong, reference
+from kvpager.testing.traffic import Arrival, Scenario, draw_arrivals, draw_scenario, make_scheduler
+
+MakeScheduler = Callable[[Scenario, Callable[[], float]], Scheduler]
+
+REQUESTS_PER_SEED = 40
+_STEPS_WITHOUT_END = 5_000  # so many steps in which no request ends are a standstill
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one seed led to; `failure` is None where everything was right."""
+
+    seed: int
+    scenario: Scenario
+    num_requests: int
+    counts: Counter[str] = field(default_factory=Counter)
+    failure: str | None = None
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items()))
+        wrong = self.failure or "nothing wrong"
+        return f"seed {self.seed}: {self.scenario}\n  {told}\n  {wrong}"
+
+
+def simulate(
+    seed: int, requests: int = REQUESTS_PER_SEED, *, make: MakeScheduler = make_scheduler
+) -> Report:
+    """Serve `requests` requests drawn from `seed`. O(requests * steps each * rows).
+
+    `make(scenario, clock)` makes the scheduler: another one with the same interface, say.
+    """
+    random = Random(seed)
+    scenario = draw_scenario(random)
+    arrivals = draw_arrivals(random, scenario, requests)
+    simulation = Simulation(random, scenario, arrivals, make)
+    failure = None
+    try:
+        simulation.run()
+    except Exception as error:
+        failure = f"step {simulation.num_steps}: {type(error).__name__}: {error}"
+    return Report(seed, scenario, requests, simulation.counts, failure)
+
+
+class Simulation:
+    """One scenario, played to its end."""
+
+    def __init__(
+        self, random: Random, scenario: Scenario, arrivals: list[Arrival], make: MakeScheduler
+    ) -> None:
+        self.random = random
+        self.scenario = scenario
+        self.arrivals = sorted(arrivals, key=lambda arrival: arrival.at, reverse=True)
+        self.num_steps = 0
+        self.scheduler = make(scenario, lambda: float(self.num_steps))
+        self.model = Model(self.scheduler.manager)
+        self.counts: Counter[str] = Counter()
+        self.live: dict[str, Arrival] = {}
+        self.asked: dict[str, set[Reason]] = {}  # why else than by itself it may end
+        self._last_end = 0
+
+    def run(self) -> None:
+        """Until everything has ended."""
+        while self.arrivals or self.scheduler.has_work:
+            self.num_steps += 1
+            self._submit()
+            self._stop_some()
+            plan = self.scheduler.plan()
+            if plan is not None:
+                self._told(plan)
+                self._play(plan)
+            if self.num_steps % 8 == 0 or self.scenario.num_blocks < 16:
+                self.scheduler.check()
+            if self.num_steps - self._last_end > _STEPS_WITHOUT_END:
+                raise Wrong(f"nothing ends any more; live: {self.scheduler.names}")
+        self._finish()
+
+    # ---------------------------------------------------------------- requests come and go
+
+    def _submit(self) -> None:
+        while self.arrivals and self.arrivals[-1].at <= self.num_steps:
+            arrival = self.arrivals[-1]
+            name = str(arrival.request.name)
+            try:
+                self.scheduler.submit(arrival.request)
+            except QueueFull:
+                self.counts["full"] += 1
+                arrival.at = self.num_steps + 10
+                self.arrivals.sort(key=lambda one: one.at, reverse=True)
+                continue
+            except ValueError:
+                if self.scenario.can_serve(arrival.request):
+                    raise
+                self.counts["refused"] += 1
+            else:
+                if not self.scenario.can_serve(arrival.request):
+                    raise Wrong(f"{name} can never be served, and was accepted")
+                self.live[name] = arrival
+                self.asked[name] = set()
+                self.model.begin(arrival.request)
+                self._last_end = self.num_steps
+            self.arrivals.pop()
+
+    def _stop_some(self) -> None:
+        for name, arrival in self.live.items():
+            if arrival.stop_at is not None and arrival.stop_at <= self.num_steps:
+                arrival.stop_at = None
+                self._stop(name, arrival.reason)
+
+    def _stop(self, name: str, reason: Reason) -> None:
+        stop = self.scheduler.cancel if reason is Reason.CANCELLED else self.scheduler.finish
+        if stop(name):
+            self.asked[name] = {reason}
+            self.model.stopped.add(name)
+            self.counts["stopped"] += 1
+        if stop(name):
+            raise Wrong(f"{name} was stopped twice")
+
+    # ---------------------------------------------------------------- a step
+
+    def _told(self, plan: StepPlan) -> None:
+        """Requests that ended, and how."""
+        self.model.forget(plan.freed)
+        for name, reason in plan.ended:
+            arrival = self.live.pop(str(name), None)
+            if arrival is None:
+                raise Wrong(f"{name} ended twice, or was never live")
+            deadline = arrival.request.deadline
+            if self.asked[str(name)]:
+                allowed = self.asked[str(name)]
+            elif deadline is not None and deadline <= self.num_steps:
+                allowed = {Reason.EXPIRED, Reason.FINISHED}
+            else:
+                allowed = {Reason.FINISHED}
+            if reason not in allowed:
+                raise Wrong(f"{name} ended as {reason.name}, expected {allowed}")
+            if reason is Reason.FINISHED and str(name) not in self.model.stopped:
+                self._compare(arrival.request)
+            self.model.end(str(name))
+            self.counts[reason.name.lower()] += 1
+            self._last_end = self.num_steps
+
+    def _compare(self, request: Request) -> None:
+        found, expected = self.model.outputs[str(request.name)], reference(request)
+        if not request.together:
+            found, expected = sorted(found), sorted(expected)
+        if found != expected:
+            raise Wrong(f"{request.name}: came to {found}, expected {expected}")
+
+    def _play(self, plan: StepPlan) -> None:
+        self.counts["moves"] += len(plan.moves)
+        self.counts["copies"] += len(plan.copies)
+        if not len(plan):
+            self.model.apply(plan)
+            return
+        self.counts["steps"] += 1
+        self.scenario.check_size(plan)
+        stops = [name for name, one in self.live.items() if one.stops_within == self.num_steps % 7]
+        if stops and self.random.random() < 0.3:  # while the step is being computed
+            self._stop(stops[0], Reason.CANCELLED)
+        if self.random.random() < self.scenario.failures:
+            self._fail(plan)
+            return
+        parents, tokens = self.model.step(plan)
+        numbers = self.scheduler.complete(plan, parents, tokens)
+        self.model.go_on(plan, parents, tokens, numbers)
+
+    def _fail(self, plan: StepPlan) -> None:
+        """The step fails at any point of it."""
+        self.counts["aborts"] += 1
+        self.model.spoil(plan, self.random.randrange(4))
+        names = self.scheduler.abort(plan)
+        if set(names) != set(plan.names) or len(set(names)) != len(names):
+            raise Wrong(f"aborted a step of {plan.names}, and {names} ended")
+        for name in names:
+            self.asked[str(name)] = {Reason.FAILED}
+
+    def _finish(self) -> None:
+        scheduler = self.scheduler
+        scheduler.check()
+        if self.live or self.model.rows:
+            raise Wrong(f"never ended: {list(self.live)}, samples {list(self.model.rows)}")
+        if scheduler.plan() is not None or scheduler.names:
+            raise Wrong("all has ended, and there is still something to do")
+        if scheduler.manager.num_held_blocks:
+            raise Wrong(f"{scheduler.manager.num_held_blocks} blocks are still held")
+        stats = scheduler.stats()
+        self.counts["swapped"] += stats.total_preempted_by_swap
+        self.counts["recomputed"] += stats.total_preempted_by_recompute
+        self.counts["reused"] += stats.total_reused_tokens
+
+
+# -------------------------------------------------------------------- many seeds
+
+
+@dataclass
+class Summary:
+    """What many seeds led to."""
+
+    num_requests: int = 0
+    num_seeds: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[Report] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
+        return (
+            f"{self.num_requests:,} requests from {self.num_seeds:,} seeds, "
+            f"{len(self.failures)} failed: {told}"
+        )
+
+
+def run(requests: int, seed: int = 0, processes: int = 1, failures_max: int = 3) -> Summary:
+    """Serve `requests` requests, a new scenario for every 40, from `seed` on.
+
+    Prints every failure. O(requests).
+    """
+    summary = Summary()
+    for report in _reports(requests, seed, processes):
+        summary.num_requests += report.num_requests
+        summary.num_seeds += 1
+        summary.counts += report.counts
+        if report.failure is not None:
+            print(report, flush=True)
+            summary.failures.append(report)
+            if len(summary.failures) >= failures_max:
+                break
+    return summary
+
+
+def _reports(requests: int, seed: int, processes: int) -> Iterator[Report]:
+    seeds = range(seed, seed + -(-requests // REQUESTS_PER_SEED))
+    if processes <= 1:
+        yield from map(simulate, seeds)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        try:
+            yield from pool.map(simulate, seeds, chunksize=8)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 0 where nothing was wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kvpager.testing.simulation", description=__doc__
+    )
+    parser.add_argument("--requests", type=float, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args(arguments)
+    begin = perf_counter()
+    summary = run(int(options.requests), options.seed, options.processes)
+    print(f"{summary}; {perf_counter() - begin:.0f} s")
+    return 1 if summary.failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

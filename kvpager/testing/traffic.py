@@ -1,0 +1,173 @@
+"""Random scenarios and requests: see `kvpager.testing.simulation`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+
+from kvpager.manager import BlockManager
+from kvpager.plan import Reason, StepPlan
+from kvpager.preemption import PreemptionCosts
+from kvpager.requests import Request
+from kvpager.scheduler import Scheduler
+from kvpager.testing.serving import VOCABULARY, Wrong
+
+COSTS = {
+    "swap": PreemptionCosts(seconds_per_block=0.0),
+    "recompute": PreemptionCosts(seconds_per_block=math.inf),
+    "either": PreemptionCosts(
+        seconds_per_token=1.0, seconds_per_token_squared=0.1, seconds_per_block=4.0
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A scheduler's settings, and how rough the traffic is."""
+
+    num_blocks: int
+    block_size: int
+    num_host_blocks: int
+    null_block: bool
+    max_batch_tokens: int
+    max_running: int
+    max_waiting: int | None
+    order: str
+    watermark: float
+    prefix_cache: bool
+    costs: str
+    max_length: int | None
+    chunked: bool
+    rush: float  # steps between two arrivals, on the mean
+    failures: float  # the share of steps that fail
+
+    def can_serve(self, request: Request) -> bool:
+        """Whether this request can ever be served, worked out row by row."""
+        prompt = len(request.prompt)
+        length = prompt + request.max_new_tokens
+        if self.max_length is not None and length > self.max_length:
+            return False
+        blocks = {(0, at) for at in range(prompt // self.block_size)}
+        for row in range(request.num_samples):
+            for token in range(prompt // self.block_size * self.block_size, length - 1):
+                blocks.add((row + 1, token // self.block_size))
+        rows = min(self.max_running, self.max_batch_tokens)
+        return len(blocks) <= self.num_blocks - self.null_block and request.num_samples <= rows
+
+    def check_size(self, plan: StepPlan) -> None:
+        """A step is within its budgets. Raises `Wrong`."""
+        num_tokens = int(plan.counts.sum())
+        if len(plan) > self.max_running:
+            raise Wrong(f"{len(plan)} rows in a step, at most {self.max_running} may be")
+        is_alone = not self.chunked and len(plan) == 1
+        if num_tokens > self.max_batch_tokens and not is_alone:
+            raise Wrong(f"{num_tokens} tokens in a step, at most {self.max_batch_tokens} may be")
+
+
+@dataclass
+class Arrival:
+    """A request, and what befalls it."""
+
+    request: Request
+    at: int  # the step
+    stop_at: int | None = None
+    reason: Reason = Reason.CANCELLED
+    stops_within: int | None = None  # a step of these, of seven, is when it may be cancelled
+
+
+def draw_scenario(random: Random) -> Scenario:
+    """Settings, tiny to large. O(1)."""
+    num_blocks = random.choice((2, 4, 7, 12, 24, 64, 200))
+    budget = random.choice((1, 3, 8, 17, 64, 500))
+    return Scenario(
+        num_blocks=num_blocks,
+        block_size=random.choice((1, 2, 4, 4, 8)),
+        num_host_blocks=random.choice((0, 0, 3, num_blocks, 4 * num_blocks)),
+        null_block=random.random() < 0.2,
+        max_batch_tokens=budget,
+        max_running=random.choice((1, 2, 4, 8, 32)),
+        max_waiting=random.choice((None, None, None, 5)),
+        order=random.choice(("fifo", "priority", "fair")),
+        watermark=random.choice((0.0, 0.01, 0.1, 0.4)),
+        prefix_cache=random.random() < 0.7,
+        costs=random.choice(list(COSTS)),
+        max_length=random.choice((None, None, None, 40)),
+        chunked=random.random() < 0.7,
+        rush=random.choice((0.1, 0.5, 2.0)),
+        failures=random.choice((0.0, 0.0, 0.01, 0.05)),
+    )
+
+
+def draw_arrivals(random: Random, scenario: Scenario, count: int) -> list[Arrival]:
+    """Requests that mostly fit, many of which begin alike. O(count)."""
+    room = scenario.num_blocks * scenario.block_size
+    stems = [_tokens(random, random.randint(1, max(room // 2, 1))) for _ in range(3)]
+    at, arrivals = 1.0, []
+    for number in range(count):
+        at += random.expovariate(1 / scenario.rush)
+        arrival = _draw_arrival(random, f"r{number}", int(at), room, stems)
+        for _ in range(10):  # most can be served
+            if scenario.can_serve(arrival.request):
+                break
+            arrival = _draw_arrival(random, f"r{number}", int(at), room, stems)
+        arrivals.append(arrival)
+    return arrivals
+
+
+def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[list[int]]) -> Arrival:
+    num_samples = random.choice((1, 1, 1, 2, 3, 4))
+    longest = max(min(room * random.choice((1, 2, 4)) // 4 // num_samples, 120), 1)
+    prompt = _tokens(random, random.randint(1, longest))
+    if random.random() < 0.6:
+        stem = random.choice(stems)
+        prompt = (stem[: random.randint(1, len(stem))] + prompt)[: max(longest, 1)]
+    request = Request(
+        name=name,
+        prompt=np.array(prompt, np.int32),
+        max_new_tokens=random.randint(1, min(2 * longest, 40)),
+        num_samples=num_samples,
+        together=num_samples > 1 and random.random() < 0.6,
+        namespace=random.choice((None, None, "a", "b")),
+        adapter=random.choice((None, None, None, "b")),
+        tenant=random.choice((None, "x", "y")),
+        priority=random.randint(0, 3),
+        deadline=at + random.randint(0, 60) if random.random() < 0.15 else None,
+    )
+    arrival = Arrival(request, at)
+    if random.random() < 0.15:
+        arrival.stop_at = at + random.randint(0, 30)
+        arrival.reason = random.choice((Reason.CANCELLED, Reason.FINISHED))
+    if random.random() < 0.1:
+        arrival.stops_within = random.randrange(7)
+    return arrival
+
+
+def _tokens(random: Random, count: int) -> list[int]:
+    return [random.randrange(VOCABULARY) for _ in range(count)]
+
+
+def make_scheduler(scenario: Scenario, clock: Callable[[], float]) -> Scheduler:
+    """kvpager's own, as the scenario wants it. O(blocks)."""
+    manager = BlockManager(
+        scenario.num_blocks,
+        scenario.block_size,
+        scenario.num_host_blocks,
+        null_block=scenario.null_block,
+    )
+    return Scheduler(
+        manager,
+        max_batch_tokens=scenario.max_batch_tokens,
+        max_running=scenario.max_running,
+        max_waiting=scenario.max_waiting,
+        order=scenario.order,
+        watermark=scenario.watermark,
+        prefix_cache=scenario.prefix_cache,
+        costs=COSTS[scenario.costs],
+        max_length=scenario.max_length,
+        chunked=scenario.chunked,
+        clock=clock,
+    )
