@@ -45,7 +45,8 @@ class Admission(Roster):
         # Moves are made before copies, so none may write where a copy made earlier reads.
         if draft.is_prompt_copied or not self._has_budget(live, draft):
             return False
-        growth = len(live.samples) if live.is_ready else 0
+        # Where nobody else runs its own worst case has room, and that is all it may ask for.
+        growth = len(live.samples) if live.is_ready and self._running else 0
         try:
             draft.moves.append(self._preemption.swap_in(live, self._spare() + growth))
         except OutOfBlocks:
