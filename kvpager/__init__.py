@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SequenceSwapped,
         StaleSequence,
     )
+    from kvpager.integrations.huggingface.batching.engine import Engine
     from kvpager.integrations.huggingface.patching import PagedCache, Patch, patch
     from kvpager.manager import BlockManager
     from kvpager.plan import StepPlan
@@ -36,6 +37,7 @@ __all__ = [
     "BlockManager",
     "BlockStorage",
     "BrokenInvariant",
+    "Engine",
     "KVPagerError",
     "LayerShape",
     "OutOfBlocks",
@@ -55,6 +57,7 @@ _HOME = {
     "BlockManager": "kvpager.manager",
     "BlockStorage": "kvpager.storage",
     "BrokenInvariant": "kvpager.errors",
+    "Engine": "kvpager.integrations.huggingface.batching.engine",
     "KVPagerError": "kvpager.errors",
     "LayerShape": "kvpager.storage",
     "OutOfBlocks": "kvpager.errors",

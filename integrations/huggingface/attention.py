@@ -23,8 +23,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from kvpager.integrations.huggingface import compiled, reading
+from kvpager.integrations.huggingface import compiled, packed_compiled, reading
 from kvpager.integrations.huggingface.handles import common_view
+from kvpager.integrations.huggingface.packed import PackedView
 
 NAME = "kvpager"
 # The kernel could serve these, but transformers' own `sdpa` refuses or ignores them, and a patched
@@ -108,6 +109,9 @@ def in_place(
     if query.requires_grad:
         return None
     if torch.compiler.is_compiling():
+        step = packed_compiled.common_mark(key, value)
+        if step is not None:
+            return packed_compiled.attend(step, query, key, value, **kwargs)
         mark = compiled.common_mark(key, value)
         if mark is None or not mark.layer.group.memory.in_place:
             return None
@@ -115,6 +119,8 @@ def in_place(
         attend = functools.partial(compiled.attend, mark, value_dim=value.shape[3])
     else:
         view = common_view(key, value)
+        if isinstance(view, PackedView):
+            return view.attend(module, query, **kwargs)
         if view is None or not view.group.memory.in_place:
             return None
         shown = Shown(view.num_rows, view.stop - view.start, view.dtype)

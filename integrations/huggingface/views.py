@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager.integrations.huggingface.pools import Place
@@ -12,7 +14,7 @@ from kvpager.kernels.gather_kv import gather_kv
 from kvpager.storage import LayerShape
 
 if TYPE_CHECKING:
-    from kvpager.integrations.huggingface.groups import LayerGroup
+    from kvpager.integrations.huggingface.memory import PagedMemory
 
 
 class Tables(NamedTuple):
@@ -92,6 +94,26 @@ def packed(states: Tensor) -> Tensor:
     return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
 
+class Viewed(Protocol):
+    """Layers that share block tables, as a view of them asks."""
+
+    memory: PagedMemory
+    padding: NDArray[np.int64]  # columns of each row that are
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+
+    def parts(self, number: int, stop: int) -> list[Part]:
+        """Where the rows of layer `number` are, up to column `stop`."""
+
+    def device(self, number: int) -> torch.device:
+        """Where layer `number` computes."""
+
+    def count_gather(self) -> None:
+        """A view gathers."""
+
+
 class PagedView:
     """A layer's keys and values of columns `start` to `stop`, as they are now.
 
@@ -111,7 +133,7 @@ class PagedView:
         "stop"
     )  # fmt: skip
 
-    def __init__(self, group: LayerGroup, number: int, start: int, stop: int) -> None:
+    def __init__(self, group: Viewed, number: int, start: int, stop: int) -> None:
         self.group = group  # keeps the blocks alive
         self.number = number
         self.num_rows = group.num_rows

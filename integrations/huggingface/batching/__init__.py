@@ -1,0 +1,1 @@
+"""Continuous batching: a scheduler's step plans, carried out by transformers' own models."""

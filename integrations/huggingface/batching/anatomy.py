@@ -1,0 +1,114 @@
+"""What a model keeps in a cache, found out by a look at it: one short forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
+
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.batching.steps import LayerPlan
+from kvpager.storage import LayerShape
+
+
+class Anatomy(NamedTuple):
+    """A model's layers as a cache sees them, and what its forward pass takes."""
+
+    layers: tuple[LayerPlan, ...]  # kept in blocks
+    others: tuple[int, ...]  # indices of layers that are not
+    has_state: bool  # whether those hold something: recurrent layers
+    is_plain: bool  # whether windows are all that hides a token from later ones
+    is_encoder_decoder: bool
+    dtype: torch.dtype
+    device: torch.device
+    arguments: frozenset[str]  # of `forward`
+    max_length: int | None  # tokens of a sequence
+    vocabulary: int
+
+
+class _Watched(DynamicCache):
+    """A cache that remembers what was written to it."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.written: dict[int, tuple[LayerShape, torch.dtype, torch.device]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        self.written[layer_idx] = shape, key_states.dtype, key_states.device
+        both: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return both
+
+
+def blank_layers(model: Any, indices: Sequence[int]) -> dict[int, Any]:
+    """transformers' own layers of an empty cache. O(layers)."""
+    layers = _Watched(model.config).layers
+    return {index: layers[index] for index in indices}
+
+
+@torch.inference_mode()
+def study(model: Any) -> Anatomy:
+    """Look at `model`. One forward pass of two tokens.
+
+    Raises: `KVPagerError` for a model whose cache is of no kind that can be kept in blocks.
+    """
+    device = next(model.parameters()).device
+    cache = _Watched(model.config)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    try:
+        if model.config.is_encoder_decoder:
+            pair = EncoderDecoderCache(cache, DynamicCache())
+            model(input_ids=ids, decoder_input_ids=ids, past_key_values=pair, use_cache=True)
+        else:
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception as error:  # whatever a model raises that reads no text, or keeps no such cache
+        raise _refusal(model, f"it did not take two tokens: {error!r}") from error
+    layers, others, has_state = [], [], False
+    for index, layer in enumerate(cache.layers):
+        written = cache.written.get(index)
+        if written is not None and type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layers.append(LayerPlan(index, written[0], getattr(layer, "sliding_window", None)))
+        else:
+            others.append(index)
+            has_state |= type(layer).__name__ != "DummyLayer"
+    kinds = {written[1:] for written in cache.written.values()}
+    if not layers or len(kinds) != 1:
+        what = "no attention layers" if not layers else "layers of several dtypes or devices"
+        raise _refusal(model, f"its cache keeps {what}")
+    ((dtype, place),) = kinds
+    text = model.config.get_text_config(decoder=True)
+    return Anatomy(
+        tuple(layers),
+        tuple(others),
+        has_state,
+        getattr(text, "attention_chunk_size", None) is None,
+        bool(model.config.is_encoder_decoder),
+        dtype,
+        place,
+        _arguments(model),
+        getattr(text, "max_position_embeddings", None),
+        int(model.get_input_embeddings().num_embeddings),
+    )
+
+
+def _refusal(model: nn.Module, reason: str) -> KVPagerError:
+    return KVPagerError(
+        f"{type(model).__name__} cannot be batched continuously: {reason}; use generate() for it"
+    )
+
+
+def _arguments(model: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)

@@ -1,0 +1,545 @@
+"""Continuous batching of a transformers model: requests come and go while others are computed.
+
+    with kvpager.Engine(model, memory="4GiB") as engine:
+        outputs = engine.generate(prompts, max_new_tokens=128)
+        for token in engine.submit(prompt, do_sample=True, temperature=0.8):
+            print(token.id)
+
+A thread asks the scheduler what to compute next (Orca's iteration-level scheduling, Yu et al.,
+2022), has the runner compute it, chooses the next tokens and hands them out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from kvpager import arguments
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface import attention
+from kvpager.integrations.huggingface.batching.anatomy import Anatomy, study
+from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
+from kvpager.integrations.huggingface.batching.runner import Runner, can_pack
+from kvpager.integrations.huggingface.batching.sampling import Draw, Policy, Row, choose
+from kvpager.integrations.huggingface.batching.sizing import measured_costs, pool_blocks
+from kvpager.integrations.huggingface.batching.streams import (
+    EngineClosed,
+    Mailbox,
+    Output,
+    Stream,
+    Token,
+)
+from kvpager.integrations.huggingface.batching.tracking import Live, Tracked
+from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.manager import BlockManager
+from kvpager.plan import Reason, StepPlan
+from kvpager.preemption import PreemptionCosts
+from kvpager.requests import Request
+from kvpager.scheduler import Scheduler
+from kvpager.storage import BlockStorage, KVDtype
+
+logger = logging.getLogger("kvpager")
+
+
+class Engine:
+    """A model that serves many requests at once, from one pool of blocks.
+
+    Args:
+        model: a transformers model that can generate, on one device. While the engine is open its
+            attention implementation is `kvpager`; `close` puts the former back.
+        memory: bytes of the pool, such as `"4GiB"`; None takes what `max_running` rows of the
+            longest kind could need, at most half of the memory that is free.
+        host_memory: bytes of host memory to swap to when the pool is full.
+        block_size: token slots of a block, a power of two.
+        kv_dtype: `"int8"` or `"fp8_e4m3"` to keep keys and values in eight bits.
+        max_batch_tokens: the most tokens of a forward pass.
+        max_running: the most rows computed at a time.
+        max_waiting: the most requests that wait; None for no bound.
+        order: who is served first: `"fifo"`, `"priority"`, or `"fair"` between tenants.
+        prefix_cache: keep what prompts and replies have in common between requests.
+        max_length: tokens of a sequence, its prompt included, at the most; None takes the model's
+            `max_position_embeddings`.
+        costs: what swapping and computing again take; None measures it where there is
+            `host_memory`.
+        packed: True insists on one forward pass for all rows, False on one for each row; None
+            finds out whether the model allows the former.
+        compile: have `torch.compile` compile the packed forward pass; or the name of its backend.
+        on_step: is told of every step; for plots.
+
+    Thread-safe. Raises: `KVPagerError` for a model that cannot be batched; `TypeError`,
+    `ValueError` for arguments that make no sense.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        block_size: int = 16,
+        kv_dtype: KVDtype | None = None,
+        max_batch_tokens: int = 1024,
+        max_running: int = 256,
+        max_waiting: int | None = None,
+        order: Literal["fifo", "priority", "fair"] = "fifo",
+        prefix_cache: bool = True,
+        max_length: int | None = None,
+        costs: PreemptionCosts | None = None,
+        packed: bool | None = None,
+        compile: bool | str = False,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> None:
+        self.model = model
+        self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
+        self._was_training = model.training
+        self._attention: str = model.config._attn_implementation
+        model.eval()
+        anatomy = study(model)
+        keeps_all = not anatomy.has_state and not anatomy.is_encoder_decoder
+        self._switch_attention()
+        try:
+            self.is_packed = can_pack(model, anatomy, self._memory, block_size)
+            if packed and not self.is_packed:
+                raise KVPagerError(
+                    f"{type(model).__name__} computes its rows differently in one line of tokens; "
+                    "leave packed=None, and it computes them one by one"
+                )
+            self.is_packed = self.is_packed if packed is None else packed
+            if not self.is_packed:
+                model.set_attn_implementation(self._attention)
+            max_length = anatomy.max_length if max_length is None else max_length
+            sizes = pool_blocks(anatomy, self._memory, max_running, max_length)
+            shapes = [layer.shape for layer in anatomy.layers]
+            storage = BlockStorage(
+                sizes.device,
+                block_size,
+                shapes,
+                dtype=anatomy.dtype,
+                kv_dtype=kv_dtype,
+                device=anatomy.device,
+                num_host_blocks=sizes.host,
+            )
+            self._manager = BlockManager(sizes.device, block_size, num_host_blocks=sizes.host)
+            forward = None
+            if compile and self.is_packed:
+                backend = compile if isinstance(compile, str) else "inductor"
+                forward = torch.compile(model, dynamic=True, backend=backend)
+            self._runner = Runner(
+                model,
+                anatomy,
+                storage,
+                self._memory,
+                is_packed=self.is_packed,
+                forward=forward,
+            )
+            if costs is None and sizes.host:
+                costs = measured_costs(self._runner)
+            self._scheduler = Scheduler(
+                self._manager,
+                max_batch_tokens=max_batch_tokens,
+                max_running=max_running,
+                max_waiting=max_waiting,
+                order=order,
+                prefix_cache=prefix_cache and keeps_all,
+                max_length=max_length,
+                # Not every recurrent layer goes on with several tokens at once.
+                chunked=not anatomy.has_state,
+                costs=costs,
+            )
+        except BaseException:
+            self._restore_attention()
+            raise
+        self._anatomy: Anatomy = anatomy
+        self._tracked: dict[Hashable, Tracked] = {}
+        self._live: dict[int, Live] = {}  # by the scheduler's number of the sample
+        self._lock = threading.RLock()  # over the scheduler and what is tracked
+        # Cancellations come from finalisers as well, which may run inside any call.
+        self._inbox: queue.SimpleQueue[Mailbox | None] = queue.SimpleQueue()
+        self._numbers = itertools.count()
+        self._policies: dict[object, Policy] = {}
+        self._is_open = True
+        self._failure: BaseException | None = None
+        self._running = threading.Event()  # cleared by `pause`
+        self._running.set()
+        self._between_steps = threading.Lock()
+        self._on_step = on_step
+        self._busy_seconds = 0.0
+        self._num_threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._loop, name="kvpager-engine", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------- for callers
+
+    def submit(
+        self,
+        prompt: Sequence[int] | torch.Tensor | NDArray[Any],
+        config: GenerationConfig | None = None,
+        *,
+        name: Hashable | None = None,
+        namespace: str | None = None,
+        tenant: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        seed: int | None = None,
+        logprobs: bool = False,
+        policy: Policy | None = None,
+        **overrides: Any,
+    ) -> Stream:
+        """Queue a request. O(tokens).
+
+        Args:
+            prompt: token ids; for an encoder-decoder model, what its encoder reads.
+            config: generation settings, the model's own where None; `overrides` are settings over
+                those, such as `max_new_tokens=64`.
+            name: unique among the requests that live; made up where None.
+            namespace: only requests of the same namespace share cached prompts.
+            tenant: whose request it is, for `order="fair"`.
+            priority: lower is served first, for `order="priority"`.
+            timeout: seconds after which it ends, done or not.
+            seed: of its own random numbers; else it draws from torch's.
+            logprobs: report each token's log probability, after all processors.
+            policy: settings that were made before, in place of `config` and `overrides`.
+
+        Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
+        """
+        ids = _ids(prompt, self._anatomy.vocabulary)
+        policy = policy or self._policy(config, overrides)
+        begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start(policy)]
+        if self._anatomy.has_state and policy.num_samples > 1:
+            raise ValueError(
+                f"num_return_sequences={policy.num_samples}: {type(self.model).__name__} keeps a "
+                "state that requests cannot share; submit the prompt several times"
+            )
+        choice = policy.choice(len(begins))
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(self._anatomy.device).manual_seed(seed)
+        with self._lock:
+            self._refuse_closed()
+            if name is None:
+                name = f"request-{next(self._numbers)}"
+            if name in self._tracked:
+                raise ValueError(f"name {name!r}: a request of that name is not done yet")
+            now = time.monotonic()
+            request = Request(
+                name=name,
+                prompt=np.asarray(begins, np.int32),
+                max_new_tokens=choice.max_new_tokens,
+                num_samples=policy.num_samples,
+                namespace=namespace,
+                tenant=tenant,
+                priority=priority,
+                deadline=None if timeout is None else now + timeout,
+            )
+            self._scheduler.submit(request)
+            mailbox = Mailbox(Output(name, ids, [], submitted=now))
+            self._tracked[name] = Tracked(
+                mailbox, choice, policy.num_samples, begins, generator, logprobs
+            )
+        self._inbox.put(None)
+        return Stream(mailbox, self._inbox.put)
+
+    def generate(
+        self,
+        prompts: Iterable[Sequence[int] | torch.Tensor],
+        config: GenerationConfig | None = None,
+        *,
+        progress: bool = False,
+        **options: Any,
+    ) -> list[Output]:
+        """Serve `prompts` and wait: their outputs, in their order.
+
+        `progress` shows a bar; other options are those of `submit`. Should a request fail, the
+        others are cancelled. Raises: as `submit` and `Stream.result`.
+        """
+        with _submitted() as streams:
+            for prompt in prompts:
+                streams.append(self.submit(prompt, config, **options))
+            bar = tqdm(streams, desc="requests", unit="request", disable=not progress)
+            return [stream.result() for stream in bar]
+
+    async def agenerate(
+        self,
+        prompts: Iterable[Sequence[int] | torch.Tensor],
+        config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> list[Output]:
+        """`generate` for asyncio: other tasks go on meanwhile."""
+        with _submitted() as streams:
+            for prompt in prompts:
+                streams.append(self.submit(prompt, config, **options))
+            return [await stream for stream in streams]
+
+    def policy(self, config: GenerationConfig | None = None, **options: Any) -> Policy:
+        """Settings for many requests, with processors and criteria of your own: see `Policy`."""
+        return Policy(self.model, config, **options)
+
+    def cancel(self, name: Hashable) -> None:
+        """End a request; does nothing for one that has ended. O(1)."""
+        with self._lock:
+            tracked = self._tracked.get(name)
+        if tracked is not None:
+            self._inbox.put(tracked.mailbox)
+
+    def stats(self) -> EngineStats:
+        """Counts of now, and totals since the engine was made."""
+        with self._lock:
+            return EngineStats(self._scheduler.stats(), self._manager.stats(), self._busy_seconds)
+
+    def clear(self) -> None:
+        """Give cached prompts up, as after a change of the model's weights. O(cached blocks)."""
+        with self._lock:
+            self._manager.drop_cached()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """No step is computed inside; requests wait, and may be submitted.
+
+        To change the model's weights, say; cached prompts are given up afterwards.
+        """
+        self._running.clear()
+        try:
+            with self._between_steps:
+                yield
+        finally:
+            self.clear()
+            self._running.set()
+
+    def close(self) -> None:
+        """End all requests and the thread; the model's attention is as it was. Idempotent."""
+        with self._lock:
+            was_open, self._is_open = self._is_open, False
+        self._running.set()
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        if was_open:
+            self._restore_attention()
+
+    def __enter__(self) -> Engine:
+        self._refuse_closed()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- making requests
+
+    def _refuse_closed(self) -> None:
+        if not self._is_open:
+            why = "" if self._failure is None else f" after {self._failure!r}"
+            raise EngineClosed(f"this engine is closed{why}; make a new one") from self._failure
+
+    def _policy(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Policy:
+        if not overrides.keys() - {"max_new_tokens"} and config is None:
+            # As a rule: one policy serves many requests.
+            key = overrides.get("max_new_tokens")
+            known = self._policies.get(key)
+            if known is None:
+                known = self._policies[key] = Policy(self.model, **overrides)
+            return known
+        return Policy(self.model, config, **overrides)
+
+    def _decoder_start(self, policy: Policy) -> int:
+        config = self.model.generation_config
+        start = config.decoder_start_token_id
+        if start is None:
+            start = getattr(self.model.config, "decoder_start_token_id", None)
+        if start is None:
+            start = config.bos_token_id
+        if start is None:
+            raise ValueError("the model's generation_config has no decoder_start_token_id")
+        return int(start)
+
+    def _switch_attention(self) -> None:
+        attention.register()
+        try:
+            self.model.set_attn_implementation(attention.NAME)
+        except ValueError:  # a model with attention of its own: its rows are computed one by one
+            logger.info("%s has no attention to choose", type(self.model).__name__)
+
+    def _restore_attention(self) -> None:
+        if self.model.config._attn_implementation != self._attention:
+            self.model.set_attn_implementation(self._attention)
+        self.model.train(self._was_training)
+
+    # ---------------------------------------------------------------- the thread
+
+    def _loop(self) -> None:
+        torch.set_num_threads(self._num_threads)  # a new thread begins with one of its own
+        try:
+            while self._is_open:
+                self._running.wait()
+                with self._between_steps:
+                    is_idle = not self._step()
+                self._read_inbox(wait=is_idle)
+        except BaseException as error:  # a defect of ours: nobody shall wait for ever
+            logger.exception("the engine stopped")
+            self._failure, self._is_open = error, False
+        with self._lock:
+            for tracked in self._tracked.values():
+                tracked.error = self._failure
+                tracked.end(Reason.CANCELLED)
+            self._tracked.clear()
+
+    def _read_inbox(self, *, wait: bool) -> None:
+        """Act on cancellations; where there is nothing to compute, wait until something arrives."""
+        while True:
+            try:
+                mailbox = self._inbox.get(wait, self._patience() if wait else None)
+            except queue.Empty:
+                return
+            wait = False
+            if mailbox is None:
+                continue
+            with self._lock:
+                name = mailbox.output.name
+                tracked = self._tracked.get(name)
+                # It may have ended by now, and another have its name.
+                if tracked is not None and tracked.mailbox is mailbox:
+                    self._scheduler.cancel(name)
+
+    def _patience(self) -> float | None:
+        """Until when to sleep: a deadline may pass while nothing happens."""
+        with self._lock:
+            return 0.05 if self._scheduler.has_work else None
+
+    def _step(self) -> bool:
+        """Compute the scheduler's next step; whether there was anything to do."""
+        with self._lock:
+            plan = self._scheduler.plan()
+            if plan is None:
+                return False
+            for sample in plan.freed.tolist():
+                self._live.pop(sample, None)
+            for name, reason in plan.ended:
+                self._end(name, reason)
+        began = time.perf_counter()
+        try:
+            logits = self._runner.run(plan, self._encoder_ids(plan))
+            draws = self._choose(plan, logits)
+        except Exception as error:
+            self._give_up(plan, error)
+            return True
+        if len(plan):
+            self._go_on(plan, draws)
+        self._note(plan, time.perf_counter() - began)
+        return True
+
+    def _encoder_ids(self, plan: StepPlan) -> dict[int, list[int]]:
+        if not self._anatomy.is_encoder_decoder:
+            return {}
+        prompts = (self._tracked[name].mailbox.output.prompt for name in plan.names)
+        return dict(zip(plan.samples.tolist(), prompts, strict=True))
+
+    def _choose(self, plan: StepPlan, logits: torch.Tensor) -> list[Draw]:
+        numbers = np.flatnonzero(plan.wants_logits).tolist()
+        rows = [self._row(plan.names[i], int(plan.samples[i])) for i in numbers]
+        with_logprobs = any(self._tracked[plan.names[i]].with_logprobs for i in numbers)
+        return choose(logits, rows, with_logprobs=with_logprobs) if rows else []
+
+    def _row(self, name: Hashable, sample: int) -> Row:
+        tracked, live = self._tracked[name], self._live.get(sample)
+        if live is None:
+            return Row(tracked.choice, tracked.num_samples, tracked.generator, tracked.begin_ids)
+        return Row(tracked.choice, 1, tracked.generator, live.ids)
+
+    def _go_on(self, plan: StepPlan, draws: list[Draw]) -> None:
+        """Hand the chosen tokens out and tell the scheduler who goes on with which."""
+        parents: list[int] = []
+        tokens: list[int] = []
+        successors: list[Live] = []
+        failed: list[Hashable] = []
+        news: dict[Hashable, list[Token]] = {}
+        now = time.monotonic()
+        for row, draw in zip(np.flatnonzero(plan.wants_logits).tolist(), draws, strict=True):
+            name, sample = plan.names[row], int(plan.samples[row])
+            tracked = self._tracked[name]
+            for live, token in tracked.extend(self._live.get(sample), draw, news, now):
+                parents.append(row)
+                tokens.append(token)
+                successors.append(live)
+            if tracked.error is not None:
+                failed.append(name)
+        for name, arrived in news.items():
+            self._tracked[name].mailbox.put(arrived)
+        with self._lock:
+            samples = self._scheduler.complete(
+                plan, np.array(parents, np.int64), np.array(tokens, np.int32)
+            )
+            for name in failed:
+                self._scheduler.cancel(name)
+        for row, sample, live in zip(parents, samples.tolist(), successors, strict=True):
+            if sample < 0:  # it has ended by itself
+                continue
+            if sample != plan.samples[row]:
+                self._runner.fork(int(plan.samples[row]), sample)
+            self._live[sample] = live
+
+    def _end(self, name: Hashable, reason: Reason) -> None:
+        tracked = self._tracked.pop(name, None)
+        if tracked is not None:
+            tracked.end(reason)
+
+    def _give_up(self, plan: StepPlan, error: Exception) -> None:
+        """The step failed, and with it the requests in it; the others go on."""
+        logger.error("a step failed: %r", error)
+        with self._lock:
+            for name in self._scheduler.abort(plan):
+                tracked = self._tracked.pop(name, None)
+                if tracked is not None:
+                    tracked.error = error
+                    tracked.end(Reason.FAILED)
+
+    def _note(self, plan: StepPlan, seconds: float) -> None:
+        self._busy_seconds += seconds
+        if self._on_step is not None:
+            self._on_step(StepRecord(len(plan), len(plan.ids), seconds, self.stats()))
+
+
+@contextmanager
+def _submitted() -> Iterator[list[Stream]]:
+    """Streams that are cancelled should anything go wrong."""
+    streams: list[Stream] = []
+    try:
+        yield streams
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+
+
+def _ids(prompt: Sequence[int] | torch.Tensor | NDArray[Any], vocabulary: int) -> list[int]:
+    """Token ids as a list. Raises: `TypeError`, `ValueError` for what is none."""
+    if isinstance(prompt, str):
+        raise TypeError("prompt: expected token ids, got a str; tokenize it first")
+    if isinstance(prompt, torch.Tensor):
+        prompt = prompt.cpu().numpy()
+    array = np.asarray(prompt)
+    if array.ndim == 2 and len(array) == 1:  # as tokenizers return one
+        array = array[0]
+    ids: list[int] = arguments.token_ids(array).tolist()
+    if not ids:
+        raise ValueError("prompt: it is empty; give at least one token")
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"prompt: token {token} is none of the model's {vocabulary}")
+    return ids

@@ -1,0 +1,32 @@
+"""What an engine counts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvpager.roster import SchedulerStats
+from kvpager.stats import Stats
+
+
+class EngineStats(NamedTuple):
+    """A moment's counts."""
+
+    scheduler: SchedulerStats
+    pool: Stats
+    busy_seconds: float  # in forward passes and sampling, since the engine was made
+
+
+class StepRecord(NamedTuple):
+    """One step: what it computed, how long that took, and the counts after it."""
+
+    rows: int
+    tokens: int
+    seconds: float
+    stats: EngineStats
+
+    @property
+    def slot_use(self) -> float:
+        """Of the token slots in held blocks, the share that holds a token; 1 where none is held."""
+        pool = self.stats.pool
+        slots = pool.num_held * pool.block_size
+        return pool.num_tokens / slots if slots else 1.0

@@ -1,0 +1,237 @@
+"""Carries out a scheduler's step plans with a transformers model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from kvpager.integrations.huggingface.batching.anatomy import Anatomy, blank_layers
+from kvpager.integrations.huggingface.batching.steps import StepCache, StepRows
+from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.integrations.huggingface.packed import CannotPack
+from kvpager.plan import NO_COPIES, StepPlan
+from kvpager.storage import BlockStorage
+
+# How far logits of a packed pass may be from those of single ones, by their norm: rounding.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE_16_BITS = 0.05
+
+
+@dataclass
+class Kept:
+    """What a sample keeps besides blocks."""
+
+    others: dict[int, Any] = field(default_factory=dict)  # transformers' own layers
+    encoded: Any = None  # what the encoder made of the prompt
+    across: Any = None  # keys and values of that
+
+
+class Runner:
+    """A model, the storage of its blocks, and what its sequences keep besides.
+
+    Args:
+        model: in evaluation mode, on one device.
+        anatomy: of the model.
+        storage: with a layer for each of `anatomy.layers`.
+        memory: whose counters count.
+        is_packed: whether rows go through the model in one line; see `can_pack`.
+        forward: what computes packed passes, where it is not the model itself: a compiled one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        storage: BlockStorage,
+        memory: PagedMemory,
+        *,
+        is_packed: bool,
+        forward: Any = None,
+    ) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.storage = storage
+        self.is_packed = is_packed
+        self._forward = model if forward is None else forward
+        self._kept: dict[int, Kept] = {}
+        # What a step's sizes do not change: told apart by its four dimensions, read by nobody.
+        self._no_mask = torch.zeros(1, 1, 1, 1, dtype=anatomy.dtype, device=anatomy.device)
+        others = blank_layers(model, anatomy.others)
+        self._cache = StepCache(storage, anatomy.layers, others, memory)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, encoder_ids: dict[int, list[int]] | None = None) -> Tensor:
+        """The logits [rows that want them, vocabulary] of `plan`. O(tokens * layers).
+
+        `encoder_ids`: what the encoder reads for samples that begin.
+        """
+        for move in plan.moves:
+            self.storage.apply(move)
+        if len(plan.copies):
+            self.storage.copy(plan.copies)
+        self.forget(plan.freed)
+        if not len(plan):
+            return torch.empty(0, 0)
+        rows = StepRows.of(plan, self.anatomy.device)
+        if self.is_packed:
+            return self._packed(rows, plan)
+        return self._row_by_row(rows, plan, encoder_ids or {})
+
+    def forget(self, samples: NDArray[np.int32]) -> None:
+        """Drop what samples kept. O(samples)."""
+        if self._kept:
+            for sample in samples.tolist():
+                self._kept.pop(sample, None)
+
+    def fork(self, parent: int, child: int) -> None:
+        """`child` goes on from where `parent` is. O(bytes kept besides blocks)."""
+        kept = self._kept.get(parent)
+        if kept is not None:
+            # What was encoded and read across never changes.
+            self._kept[child] = Kept(copy.deepcopy(kept.others), kept.encoded, kept.across)
+
+    def _packed(self, rows: StepRows, plan: StepPlan) -> Tensor:
+        last = np.cumsum(plan.counts, dtype=np.int64)[plan.wants_logits] - 1
+        keep = torch.from_numpy(last).to(self.anatomy.device)
+        options: dict[str, Any] = {}
+        if "logits_to_keep" in self.anatomy.arguments:
+            options["logits_to_keep"] = keep
+        self._cache.begin(rows, is_packed=True)
+        logits: Tensor = self._forward(
+            input_ids=rows.ids,
+            position_ids=rows.positions,
+            attention_mask=self._no_mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **options,
+        ).logits[0]
+        return logits if options else logits[keep]
+
+    def _row_by_row(
+        self, rows: StepRows, plan: StepPlan, encoder_ids: dict[int, list[int]]
+    ) -> Tensor:
+        logits = []
+        for number in range(rows.num_rows):
+            sample, wanted = int(plan.samples[number]), bool(plan.wants_logits[number])
+            if plan.starts[number] == 0 or sample not in self._kept:
+                assert not (plan.starts[number] and self.anatomy.has_state), "a state was lost"
+                self._kept[sample] = self._new(encoder_ids.get(sample))
+            kept = self._kept[sample]
+            for index, layer in kept.others.items():
+                self._cache.layers[index] = layer
+            row = rows.row(number)
+            self._cache.begin(row, is_packed=False)
+            of_row = self._single(row, kept)
+            if wanted:
+                logits.append(of_row[0, -1])
+        return torch.stack(logits) if logits else torch.empty(0, 0)
+
+    def _single(self, row: StepRows, kept: Kept) -> Tensor:
+        accepted = self.anatomy.arguments
+        options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in accepted:
+            options["logits_to_keep"] = 1
+        if self.anatomy.is_encoder_decoder:
+            options["decoder_input_ids"] = row.ids
+            options["encoder_outputs"] = kept.encoded
+            options["past_key_values"] = EncoderDecoderCache(self._cache, kept.across)
+        else:
+            options["input_ids"] = row.ids
+            options["past_key_values"] = self._cache
+            if "attention_mask" in accepted:
+                options["attention_mask"] = row.ids.new_ones(1, row.longest)
+            if "position_ids" in accepted:
+                options["position_ids"] = row.positions
+        logits: Tensor = self.model(**options).logits
+        return logits
+
+    def _new(self, encoder_ids: list[int] | None) -> Kept:
+        kept = Kept(blank_layers(self.model, self.anatomy.others))
+        if self.anatomy.is_encoder_decoder:
+            ids = torch.tensor([encoder_ids], device=self.anatomy.device)
+            kept.encoded = self.model.get_encoder()(input_ids=ids)
+            kept.across = DynamicCache()
+        return kept
+
+
+@torch.inference_mode()
+def can_pack(model: Any, anatomy: Anatomy, memory: PagedMemory, block_size: int) -> bool:
+    """Whether `model` computes rows in one line as it computes each by itself: it is tried.
+
+    Two rows of unlike lengths, a step of many tokens and one of single ones. Four short passes.
+    """
+    if not anatomy.is_plain or anatomy.has_state or anatomy.is_encoder_decoder:
+        return False
+    if not {"position_ids", "attention_mask"} <= anatomy.arguments:
+        return False
+    prompts = [_some_ids(model, 5, 0), _some_ids(model, 8, 1)]
+    blocks = -(-8 // block_size)
+    storage = BlockStorage(
+        2 * blocks,
+        block_size,
+        [layer.shape for layer in anatomy.layers],
+        dtype=anatomy.dtype,
+        device=anatomy.device,
+    )
+    runner = Runner(model, anatomy, storage, memory, is_packed=True)
+    tables = np.arange(2 * blocks, dtype=np.int32).reshape(2, blocks)
+    before = np.zeros(2, np.int32)
+    try:
+        for counts in (np.array([len(prompt) - 1 for prompt in prompts]), np.array([1, 1])):
+            logits = runner.run(trial_plan(prompts, before, counts, tables, storage))
+            before = before + counts.astype(np.int32)
+    except CannotPack:
+        return False
+    for prompt, packed in zip(prompts, logits, strict=True):
+        ids = torch.tensor([prompt], device=anatomy.device)
+        alone = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        difference = (packed.float() - alone).norm() / alone.norm()
+        if not difference <= _TOLERANCE.get(anatomy.dtype, _TOLERANCE_16_BITS):  # a NaN too
+            return False
+    return True
+
+
+def _some_ids(model: Any, count: int, seed: int) -> list[int]:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids: list[int] = np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
+    return ids
+
+
+def trial_plan(
+    prompts: list[list[int]],
+    starts: NDArray[np.int32],
+    counts: NDArray[Any],
+    tables: NDArray[np.int32],
+    storage: BlockStorage,
+) -> StepPlan:
+    """A plan of rows that no scheduler knows: `counts` tokens of `prompts`, from `starts` on."""
+    size = storage.block_size
+    spans = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    slots = [
+        tables[row, position // size] * size + position % size
+        for row, span in enumerate(spans)
+        for position in span
+    ]
+    ids = [prompts[row][position] for row, span in enumerate(spans) for position in span]
+    return StepPlan(
+        moves=[],
+        copies=NO_COPIES,
+        names=[None] * len(prompts),
+        samples=np.arange(len(prompts), dtype=np.int32),
+        starts=starts,
+        counts=counts.astype(np.int32),
+        ids=np.array(ids, np.int32),
+        slots=np.array(slots, np.int64),
+        kv_lens=(starts + counts).astype(np.int32),
+        tables=tables,
+        wants_logits=np.ones(len(prompts), np.bool_),
+        freed=np.empty(0, np.int32),
+        ended=[],
+    )

@@ -1,0 +1,233 @@
+"""The next tokens of a step's rows, each by the generation settings of its own request."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+# What looks at a row's own scores alone: rows with the same settings are served at once.
+_ROWWISE = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+# Ways to generate that are not one token after the other, row by row, and their off values.
+_NOT_SERVED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "num_beams": ("beam search", (None, 1)),
+    "penalty_alpha": ("contrastive search", (None, 0, 0.0)),
+    "prompt_lookup_num_tokens": ("prompt lookup", (None,)),
+    "dola_layers": ("decoding by contrasting layers", (None,)),
+    "assistant_early_exit": ("assisted decoding", (None,)),
+    "guidance_scale": ("guidance", (None, 1, 1.0)),
+    "watermarking_config": ("watermarking", (None,)),
+}
+
+
+class Policy:
+    """How requests of one generation config choose their tokens, and when they stop.
+
+    Args:
+        model: whose defaults hold where `config` says nothing.
+        config: generation settings; the model's own where None.
+        processors: further logits processors.
+        criteria: further stopping criteria.
+        tokenizer: for settings that need one, such as `stop_strings`.
+        overrides: single settings over those of `config`.
+
+    Raises: `ValueError` for ways to generate that cannot be batched continuously.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: GenerationConfig | None = None,
+        *,
+        processors: Iterable[Callable[..., Tensor]] = (),
+        criteria: Iterable[Callable[..., Any]] = (),
+        tokenizer: Any = None,
+        **overrides: Any,
+    ) -> None:
+        self._has_default_length = overrides.get("max_length") is None and (
+            config is None or config.max_length is None
+        )
+        self._has_default_minimum = overrides.get("min_length") is None and (
+            config is None or config.min_length is None
+        )
+        settings, unknown = model._prepare_generation_config(config, **overrides)
+        if unknown:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig"
+            )
+        for name, (what, off) in _NOT_SERVED.items():
+            if getattr(settings, name, None) not in off:
+                raise ValueError(
+                    f"{name}={getattr(settings, name)!r}: {what} cannot be batched continuously; "
+                    "use generate() for it"
+                )
+        self.num_samples: int = settings.num_return_sequences or 1
+        self.is_greedy = not settings.do_sample
+        self._model = model
+        self._settings = settings
+        self._further = list(processors), list(criteria)
+        self._tokenizer = tokenizer
+        self._by_length: dict[int, Choice] = {}
+
+    def choice(self, prompt_length: int) -> Choice:
+        """How a request with a prompt of so many tokens goes on.
+
+        Raises: `ValueError` where nothing can follow it.
+        """
+        known = self._by_length.get(prompt_length)
+        if known is not None:
+            return known
+        settings, model = copy.deepcopy(self._settings), self._model
+        model._prepare_special_tokens(settings, True, device=model.device)
+        model._prepare_generated_length(
+            settings,
+            self._has_default_length,
+            self._has_default_minimum,
+            "input_ids",
+            prompt_length,
+            torch.empty(1, prompt_length),
+        )
+        if settings.max_length <= prompt_length:
+            raise ValueError(
+                f"the prompt has {prompt_length} tokens, and max_length={settings.max_length}: "
+                "raise max_length, or set max_new_tokens"
+            )
+        further, criteria = self._further
+        processors = model._get_logits_processor(
+            settings,
+            input_ids_seq_length=prompt_length,
+            encoder_input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device),
+            logits_processor=LogitsProcessorList(further),
+            device=model.device,
+            model_kwargs={},
+        )
+        stops = model._get_stopping_criteria(
+            settings, StoppingCriteriaList(criteria), tokenizer=self._tokenizer
+        )
+        unusual = [s for s in stops if type(s) not in (EosTokenCriteria, MaxLengthCriteria)]
+        eos = settings._eos_token_tensor
+        choice = Choice(
+            settings.max_length - prompt_length,
+            frozenset() if eos is None else frozenset(eos.tolist()),
+            processors,
+            StoppingCriteriaList(unusual),
+            self.is_greedy,
+            all(type(each) in _ROWWISE for each in processors),
+        )
+        if not unusual:  # such as a clock, which starts with its request
+            self._by_length[prompt_length] = choice
+        return choice
+
+
+class Choice(NamedTuple):
+    """How a request goes on."""
+
+    max_new_tokens: int
+    eos: frozenset[int]
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList  # besides length and eos
+    is_greedy: bool
+    is_rowwise: bool  # no processor looks at earlier tokens
+
+
+class Row(NamedTuple):
+    """What is to be chosen for a row of logits."""
+
+    choice: Choice
+    times: int  # how many tokens: one for each sample that goes on from here
+    generator: torch.Generator | None
+    ids: Callable[[], Tensor]  # [1, tokens] so far
+
+
+class Draw(NamedTuple):
+    """What was chosen for a row."""
+
+    tokens: list[int]
+    logprobs: list[float] | None
+    error: Exception | None = None
+
+
+def choose(logits: Tensor, rows: Sequence[Row], *, with_logprobs: bool = False) -> list[Draw]:
+    """Choose tokens for the rows of `logits` [rows, vocabulary]. O(rows * vocabulary).
+
+    What a request's own processors raise is its own: in its `Draw`.
+    """
+    plain = [i for i, row in enumerate(rows) if row.choice.is_greedy and not row.choice.processors]
+    if len(plain) == len(rows) and not with_logprobs:  # as a rule, and quicker
+        return [Draw([token], None) for token in logits.argmax(dim=-1).tolist()]
+    draws: list[Draw | None] = [None] * len(rows)
+    for numbers in _alike(rows):
+        index = torch.tensor(numbers, device=logits.device)
+        try:
+            found = _draw(logits[index].float(), [rows[i] for i in numbers], with_logprobs)
+        except Exception as error:  # whatever a processor of the caller's raises
+            found = [Draw([], None, error) for _ in numbers]
+        for number, draw in zip(numbers, found, strict=True):
+            draws[number] = draw
+    return [draw for draw in draws if draw is not None]
+
+
+def _alike(rows: Sequence[Row]) -> list[list[int]]:
+    """Rows that can be served by one call, as lists of their numbers."""
+    groups: dict[object, list[int]] = {}
+    for number, row in enumerate(rows):
+        choice = row.choice
+        is_shared = choice.is_rowwise and row.generator is None and row.times == 1
+        groups.setdefault(_key(choice) if is_shared else (number,), []).append(number)
+    return list(groups.values())
+
+
+def _key(choice: Choice) -> object:
+    settings = tuple(
+        (type(each), tuple(sorted((k, str(v)) for k, v in vars(each).items())))
+        for each in choice.processors
+    )
+    return choice.is_greedy, settings
+
+
+def _draw(scores: Tensor, rows: Sequence[Row], with_logprobs: bool) -> list[Draw]:
+    """Tokens for rows of one kind: their `scores` [rows, vocabulary] in float32."""
+    first = rows[0]
+    if first.choice.processors:
+        # Processors that look at rows alone are told no ids; others serve one row.
+        ids: Any = None if first.choice.is_rowwise else first.ids().to(scores.device)
+        scores = first.choice.processors(ids, scores)
+    if first.choice.is_greedy:
+        tokens = scores.argmax(dim=-1, keepdim=True)
+    else:
+        tokens = torch.multinomial(
+            scores.softmax(dim=-1), first.times, replacement=True, generator=first.generator
+        )
+    chosen = tokens.tolist()
+    if not with_logprobs:
+        return [Draw(each, None) for each in chosen]
+    logprobs = scores.log_softmax(dim=-1).gather(1, tokens).tolist()
+    return [Draw(*each) for each in zip(chosen, logprobs, strict=True)]

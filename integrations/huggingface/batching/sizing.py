@@ -1,0 +1,100 @@
+"""How many blocks an engine's pool gets."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.batching.anatomy import Anatomy
+from kvpager.integrations.huggingface.batching.runner import Runner, trial_plan
+from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.plan import Plan
+from kvpager.preemption import PreemptionCosts
+from kvpager.storage import BlockStorage
+
+# Of the memory that is free when nobody says how much to take: a device has nothing else to do,
+# while a host has.
+_OF_DEVICE, _OF_HOST = 0.9, 0.5
+_TRIALS = 5
+
+
+class Sizes(NamedTuple):
+    """Blocks of either tier."""
+
+    device: int
+    host: int
+
+
+def pool_blocks(
+    anatomy: Anatomy, memory: PagedMemory, max_running: int, max_length: int | None
+) -> Sizes:
+    """Blocks for the bounds of `memory`; without one, for `max_running` rows of `max_length`
+    tokens, as far as half of the host's free memory, or nine tenths of the device's, allow. O(1).
+
+    Raises: `KVPagerError` where not even one fits.
+    """
+    size = BlockStorage.bytes_of_a_block(
+        memory.block_size,
+        [layer.shape for layer in anatomy.layers],
+        dtype=anatomy.dtype,
+        kv_dtype=memory.kv_dtype,
+    )
+    if memory.bound is not None:
+        device = memory.bound // size
+    else:
+        device = _free_bytes(anatomy.device) // size
+        if max_length is not None:
+            device = min(device, max_running * -(-max_length // memory.block_size))
+    host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
+    if device < 1:
+        bound = "the free memory" if memory.bound is None else f"memory={memory.bound} bytes"
+        raise KVPagerError(f"a block takes {size} bytes, more than {bound}: set memory to more")
+    return Sizes(device, host)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _OF_DEVICE)
+    return int(_free_host_bytes() * _OF_HOST)
+
+
+def _free_host_bytes() -> int:
+    """What programs can have without swapping; where the system does not say, what is unused."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def measured_costs(runner: Runner) -> PreemptionCosts:
+    """What computing tokens and moving blocks takes here: medians of a few of each.
+
+    Overwrites the first blocks of both tiers, which nobody uses yet.
+    """
+    storage = runner.storage
+    num_blocks = min(8, storage.num_blocks, storage.num_host_blocks)
+    pairs = np.stack([np.arange(num_blocks, dtype=np.int32)] * 2, axis=1)
+    tokens = num_blocks * storage.block_size
+    plan = trial_plan(
+        [[0] * tokens], np.zeros(1, np.int32), np.array([tokens]), pairs[:, 0][None], storage
+    )
+    compute, move = [], []
+    for _ in range(_TRIALS):
+        began = time.perf_counter()
+        runner.run(plan)
+        computed = time.perf_counter()
+        storage.apply(Plan(pairs, "device", "host"))
+        compute.append(computed - began)
+        move.append(time.perf_counter() - computed)
+    return PreemptionCosts(
+        seconds_per_token=median(compute) / tokens, seconds_per_block=median(move) / num_blocks
+    )

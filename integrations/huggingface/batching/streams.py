@@ -1,0 +1,211 @@
+"""What a request gives back: tokens as they come, and everything at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from kvpager.errors import KVPagerError
+
+Stop = Literal["eos", "length", "stopped"]
+
+
+class RequestCancelled(KVPagerError):
+    """The request was cancelled, by its owner or because the engine was closed."""
+
+
+class RequestExpired(KVPagerError):
+    """The request's deadline passed before it was done."""
+
+
+class RequestFailed(KVPagerError):
+    """The request could not be computed; the error it met is the cause (`__cause__`)."""
+
+
+class EngineClosed(KVPagerError):
+    """The engine takes no requests any more."""
+
+
+class Token(NamedTuple):
+    """One generated token."""
+
+    id: int
+    sample: int  # which of the request's samples goes on with it
+    logprob: float | None = None
+
+
+@dataclass(slots=True)
+class Sample:
+    """One continuation of a prompt."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    reason: Stop | None = None  # why it ended; None where the request ended before
+
+
+@dataclass(slots=True)
+class Output:
+    """What became of a request.
+
+    Times are of `time.monotonic`; `first_token` is None where there was none.
+    """
+
+    name: Hashable
+    prompt: list[int]
+    samples: list[Sample]
+    submitted: float
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those of the first sample."""
+        return self.samples[0].tokens
+
+
+class Mailbox:
+    """Where the engine leaves a request's tokens, for the reader of a `Stream`. Thread-safe."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self._arrived: deque[Token] = deque()
+        self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
+        self.is_done = False
+        self.error: KVPagerError | None = None
+
+    def put(self, tokens: list[Token]) -> None:
+        """Tokens of one step. O(tokens + listeners)."""
+        with self._changed:
+            self._arrived.extend(tokens)
+            self._wake()
+
+    def close(self, error: KVPagerError | None) -> None:
+        """Nothing follows. O(listeners)."""
+        with self._changed:
+            self.is_done, self.error = True, error
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            listener()
+
+    def take(self, timeout: float | None = None) -> Token | None:
+        """The next token; None when there is no further one. Raises: `TimeoutError`."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._arrived or self.is_done, timeout):
+                raise TimeoutError(f"no token of request {self.output.name!r} in {timeout} s")
+            return self._arrived.popleft() if self._arrived else None
+
+    def wait(self, timeout: float | None) -> None:
+        """Until nothing follows. Raises: `TimeoutError`."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.is_done, timeout):
+                raise TimeoutError(f"request {self.output.name!r} is not done after {timeout} s")
+
+    async def changed(self, is_enough: Callable[[], bool]) -> None:
+        """Until `is_enough`, without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        while True:
+            woken = loop.create_future()
+            with self._changed:
+                if is_enough():
+                    return
+                self._listeners.append(lambda woken=woken: _resolve(loop, woken))  # type: ignore[misc]
+            await woken
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` would return at once."""
+        return bool(self._arrived) or self.is_done
+
+
+def _resolve(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> None:
+    def resolve() -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    with contextlib.suppress(RuntimeError):  # the loop is gone, and whoever waited with it
+        loop.call_soon_threadsafe(resolve)
+
+
+class Stream:
+    """A request that was submitted: iterate over its tokens, or wait for its result.
+
+        for token in engine.submit(prompt):           # or: async for
+            print(token.id)
+        output = engine.submit(prompt).result()       # or: await engine.submit(prompt)
+
+    A stream that is dropped before its end cancels its request: nobody would read the rest.
+    """
+
+    def __init__(self, mailbox: Mailbox, cancel: Callable[[Mailbox], None]) -> None:
+        self._mailbox = mailbox
+        self._cancel = cancel
+
+    @property
+    def name(self) -> Hashable:
+        """The request's."""
+        return self._mailbox.output.name
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, in whatever way."""
+        return self._mailbox.is_done
+
+    def cancel(self) -> None:
+        """End the request; what was generated stays readable. Does nothing where it has ended."""
+        if not self._mailbox.is_done:
+            self._cancel(self._mailbox)
+
+    def result(self, timeout: float | None = None) -> Output:
+        """Wait for the end.
+
+        Raises: `RequestCancelled`, `RequestExpired`, `RequestFailed`; `TimeoutError` after
+        `timeout` seconds, and the request goes on.
+        """
+        self._mailbox.wait(timeout)
+        return self._outcome()
+
+    def partial(self) -> Output:
+        """What there is by now."""
+        return self._mailbox.output
+
+    def _outcome(self) -> Output:
+        if self._mailbox.error is not None:
+            raise self._mailbox.error
+        return self._mailbox.output
+
+    def __iter__(self) -> Iterator[Token]:
+        """The tokens from where reading stopped. Raises: as `result`, after the last token."""
+        while (token := self._mailbox.take()) is not None:
+            yield token
+        self._outcome()
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        mailbox = self._mailbox
+        while True:
+            await mailbox.changed(lambda: mailbox.has_news)
+            token = mailbox.take(0)
+            if token is None:
+                break
+            yield token
+        self._outcome()
+
+    def __await__(self) -> Generator[Any, None, Output]:
+        mailbox = self._mailbox
+        yield from mailbox.changed(lambda: mailbox.is_done).__await__()
+        return self._outcome()
+
+    def __del__(self) -> None:
+        # getattr: a half-made stream is finalised as well.
+        mailbox = getattr(self, "_mailbox", None)
+        if mailbox is not None and not mailbox.is_done:
+            self._cancel(mailbox)

@@ -1,0 +1,108 @@
+"""What the engine remembers of a request, and of each of its samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.batching.sampling import Choice, Draw
+from kvpager.integrations.huggingface.batching.streams import (
+    Mailbox,
+    RequestCancelled,
+    RequestExpired,
+    RequestFailed,
+    Sample,
+    Stop,
+    Token,
+)
+from kvpager.plan import Reason
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A sample that goes on."""
+
+    tracked: Tracked
+    number: int  # among the request's samples
+    sample: Sample
+
+    def ids(self) -> Tensor:
+        """All its tokens so far, [1, tokens]."""
+        return torch.tensor([self.tracked.begins + self.sample.tokens])
+
+
+@dataclass(slots=True, eq=False)
+class Tracked:
+    """A request between its submission and its end."""
+
+    mailbox: Mailbox
+    choice: Choice
+    num_samples: int
+    begins: list[int]  # the tokens that generated ones follow
+    generator: torch.Generator | None
+    with_logprobs: bool
+    error: BaseException | None = None
+
+    def begin_ids(self) -> Tensor:
+        """The tokens that generated ones follow, [1, tokens]."""
+        return torch.tensor([self.begins])
+
+    def extend(
+        self, live: Live | None, draw: Draw, news: dict[Hashable, list[Token]], now: float
+    ) -> Iterator[tuple[Live, int]]:
+        """Note the tokens that were drawn for a row; yield the samples that go on, with theirs."""
+        if draw.error is not None:
+            self.error = draw.error
+            return
+        output = self.mailbox.output
+        if live is None:
+            output.first_token = now
+            rows = [Live(self, number, self._new_sample()) for number in range(len(draw.tokens))]
+            output.samples.extend(each.sample for each in rows)
+        else:
+            rows = [live]
+        arrived = news.setdefault(output.name, [])
+        for number, (each, token) in enumerate(zip(rows, draw.tokens, strict=True)):
+            logprob = draw.logprobs[number] if draw.logprobs and self.with_logprobs else None
+            each.sample.tokens.append(token)
+            if each.sample.logprobs is not None and logprob is not None:
+                each.sample.logprobs.append(logprob)
+            arrived.append(Token(token, each.number, logprob))
+            try:
+                each.sample.reason = self._stop(each, token)
+            except Exception as error:  # whatever a stopping criterion of the caller's raises
+                self.error = error
+                return
+            if each.sample.reason is None:
+                yield each, token
+
+    def _new_sample(self) -> Sample:
+        return Sample(logprobs=[] if self.with_logprobs else None)
+
+    def _stop(self, live: Live, token: int) -> Stop | None:
+        if token in self.choice.eos:
+            return "eos"
+        if len(live.sample.tokens) >= self.choice.max_new_tokens:
+            return "length"
+        if self.choice.criteria and bool(self.choice.criteria(live.ids(), None).all()):
+            return "stopped"
+        return None
+
+    def end(self, reason: Reason) -> None:
+        """Close the mailbox. The first error that was met says why, else the scheduler's reason."""
+        output = self.mailbox.output
+        name, output.finished = output.name, time.monotonic()
+        error: KVPagerError | None = None
+        if self.error is not None:
+            error = RequestFailed(f"request {name!r} failed: {self.error!r}")
+            error.__cause__ = self.error
+        elif reason is Reason.CANCELLED:
+            error = RequestCancelled(f"request {name!r} was cancelled")
+        elif reason is Reason.EXPIRED:
+            error = RequestExpired(f"request {name!r} was not done by its deadline")
+        self.mailbox.close(error)

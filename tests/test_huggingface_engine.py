@@ -1,0 +1,528 @@
+"""Continuous batching gives every request the tokens it would have had alone."""
+
+import asyncio
+import random
+import threading
+
+import pytest
+import tiny_models
+import torch
+from transformers import GenerationConfig
+
+from kvpager.errors import KVPagerError, QueueFull
+from kvpager.integrations.huggingface.batching.engine import Engine
+from kvpager.integrations.huggingface.batching.streams import (
+    EngineClosed,
+    RequestCancelled,
+    RequestExpired,
+    RequestFailed,
+)
+from kvpager.preemption import PreemptionCosts
+
+ARCHITECTURES = [
+    "llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "mixtral", "gpt2", "opt", "bloom",
+    "falcon", "gptj", "deepseek_v3", "t5", "qwen3_next", "bart", "gemma3n", "llama4", "cohere2",
+    "jamba", "diffllama",
+]  # fmt: skip
+NEW = 16
+
+
+def some_prompts(model, count=7, longest=40, seed=1):
+    source = random.Random(seed)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return [
+        [source.randrange(3, vocabulary) for _ in range(source.randint(1, longest))]
+        for _ in range(count)
+    ]
+
+
+def alone(model, prompt, **settings):
+    """What `generate` makes of one prompt."""
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | settings
+    tokens = model.generate(torch.tensor([prompt]), **settings)[0].tolist()
+    return tokens[1 if model.config.is_encoder_decoder else len(prompt) :]
+
+
+def batched(model, prompts, settings=None, **options):
+    settings = {"max_new_tokens": NEW, "do_sample": False} | (settings or {})
+    with Engine(model, **{"memory": "8MiB", "max_batch_tokens": 24} | options) as engine:
+        outputs = engine.generate(prompts, **settings)
+        assert_nothing_is_held(engine)
+    return [output.tokens for output in outputs]
+
+
+def assert_nothing_is_held(engine):
+    engine.submit([5], max_new_tokens=1).result()  # its plan tells of the ends before
+    while engine.stats().scheduler.num_running:
+        pass
+    assert engine.stats().pool.num_held == 0
+    assert engine.stats().pool.num_sequences == 0
+    engine._scheduler.check()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_models.tiny_model("llama")
+
+
+# -------------------------------------------------------------------- the same tokens
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
+    if not tiny_models.is_known(name):
+        pytest.skip(f"this transformers has no {name}")
+    model = tiny_models.tiny_model(name)
+    prompts = some_prompts(model)
+    assert batched(model, prompts) == [alone(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_rows_computed_one_by_one_have_the_tokens_of_packed_ones(name):
+    model = tiny_models.tiny_model(name)
+    prompts = some_prompts(model)
+    assert batched(model, prompts, packed=False) == batched(model, prompts, packed=True)
+
+
+@pytest.mark.parametrize("budget", [16, 17, 64, 1024])
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_chunks_of_any_size_make_no_difference(llama, budget, block_size):
+    prompts = some_prompts(llama, longest=90)
+    found = batched(llama, prompts, max_batch_tokens=budget, block_size=block_size)
+    assert found == [alone(llama, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 9, "eos_token_id": list(range(40))},
+        {"eos_token_id": list(range(40))},
+        {"bad_words_ids": [[7], [9, 11]], "suppress_tokens": [3, 4, 5]},
+        {"max_length": 45, "max_new_tokens": None},
+        {"forced_eos_token_id": 3},
+    ],
+)
+def test_generation_settings_mean_what_they_mean_to_generate(llama, settings):
+    prompts = some_prompts(llama)
+    assert batched(llama, prompts, settings) == [alone(llama, p, **settings) for p in prompts]
+
+
+def test_the_models_own_generation_config_holds(llama):
+    model = tiny_models.tiny_model("llama")
+    model.generation_config = GenerationConfig(
+        max_new_tokens=5, eos_token_id=list(range(20)), repetition_penalty=1.5, pad_token_id=0
+    )
+    prompts = some_prompts(model)
+    with Engine(model, memory="8MiB") as engine:
+        found = [output.tokens for output in engine.generate(prompts)]
+    assert found == [model.generate(torch.tensor([p]))[0].tolist()[len(p) :] for p in prompts]
+
+
+def test_custom_processors_and_criteria_are_asked(llama):
+    def only_even(ids, scores):
+        assert ids.shape[0] == 1
+        scores = scores.clone()
+        scores[:, 1::2] = -float("inf")
+        return scores
+
+    def after_six(ids, scores, **kwargs):
+        return torch.tensor([ids.shape[1] >= 10])
+
+    with Engine(llama, memory="8MiB") as engine:
+        policy = engine.policy(
+            max_new_tokens=20, min_new_tokens=20, processors=[only_even], criteria=[after_six]
+        )
+        output = engine.submit([5, 6, 7, 8], policy=policy).result()
+    assert len(output.tokens) == 6
+    assert all(token % 2 == 0 for token in output.tokens)
+    assert output.samples[0].reason == "stopped"
+
+
+@pytest.mark.parametrize("costs", [PreemptionCosts(), PreemptionCosts(seconds_per_block=1e9)])
+@pytest.mark.parametrize("name", ["llama", "qwen3_next", "t5"])
+def test_a_pool_for_a_third_of_the_requests_gives_the_same_tokens(name, costs):
+    model = tiny_models.tiny_model(name)
+    prompts = some_prompts(model, count=12, longest=60)
+    lengths = [len(p) + 40 if name != "t5" else 41 for p in prompts]
+    with Engine(model, memory="8MiB", prefix_cache=False) as engine:
+        block_bytes = engine._runner.storage.block_bytes
+    third = sum(-(-length // 16) for length in lengths) // 3 * block_bytes
+    with Engine(model, memory=third, host_memory="8MiB", costs=costs) as engine:
+        outputs = engine.generate(prompts, max_new_tokens=40, do_sample=False)
+        counts = engine.stats().scheduler
+        assert_nothing_is_held(engine)
+    expected = [alone(model, prompt, max_new_tokens=40) for prompt in prompts]
+    assert [output.tokens for output in outputs] == expected
+    if costs.seconds_per_block > 1:
+        assert counts.total_preempted_by_recompute > 0
+        assert counts.total_preempted_by_swap == 0
+    else:
+        assert counts.total_preempted_by_swap > 0
+
+
+def test_a_shared_beginning_is_computed_once(llama):
+    beginning = some_prompts(llama, count=1, longest=1)[0] * 64
+    prompts = [beginning + prompt for prompt in some_prompts(llama, count=6)]
+    with Engine(llama, memory="8MiB") as engine:
+        outputs = engine.generate(prompts, max_new_tokens=NEW, do_sample=False)
+        assert engine.stats().pool.prefix_hit_tokens >= 64 * 5
+    assert [output.tokens for output in outputs] == [alone(llama, prompt) for prompt in prompts]
+
+
+def test_namespaces_share_nothing(llama):
+    prompt = list(range(3, 67))
+    with Engine(llama, memory="8MiB") as engine:
+        for namespace in ("a", "b"):
+            engine.submit(prompt, namespace=namespace, max_new_tokens=2).result()
+        assert engine.stats().pool.prefix_hit_tokens == 0
+        engine.submit(prompt, namespace="a", max_new_tokens=2).result()
+        assert engine.stats().pool.prefix_hit_tokens >= 48
+
+
+# -------------------------------------------------------------------- sampling
+
+
+def test_samples_of_a_prompt_see_their_own_tokens(llama):
+    """The log probabilities reported are those of the unbatched model for the same tokens."""
+    prompt = some_prompts(llama)[0]
+    settings = {"do_sample": True, "top_k": 0, "num_return_sequences": 5, "max_new_tokens": 20}
+    with Engine(llama, memory="8MiB") as engine:
+        output = engine.submit(prompt, logprobs=True, seed=3, **settings).result()
+        assert engine.stats().pool.total_copied > 0  # they began in one block
+    assert len({tuple(sample.tokens) for sample in output.samples}) == 5
+    for sample in output.samples:
+        ids = torch.tensor([prompt + sample.tokens])
+        with torch.no_grad():
+            scores = llama(ids).logits[0].log_softmax(-1)
+        expected = scores[len(prompt) - 1 : -1].gather(1, torch.tensor(sample.tokens)[:, None])
+        torch.testing.assert_close(torch.tensor(sample.logprobs), expected[:, 0])
+
+
+def test_a_seed_decides_the_tokens(llama):
+    settings = {"do_sample": True, "temperature": 1.3, "top_k": 30, "max_new_tokens": 12}
+    with Engine(llama, memory="8MiB") as engine:
+        noise = [engine.submit([i + 3], **settings) for i in range(5)]
+        found = [engine.submit([5, 6], seed=seed, **settings).result().tokens for seed in (1, 1, 2)]
+        assert all(stream.result() for stream in noise)
+    assert found[0] == found[1] != found[2]
+
+
+def test_sampling_obeys_its_settings(llama):
+    with Engine(llama, memory="8MiB") as engine:
+        greedy = engine.submit([5, 6], max_new_tokens=10, do_sample=False)
+        cold = engine.submit([5, 6], max_new_tokens=10, do_sample=True, top_k=1)
+        narrow = engine.submit([5, 6], max_new_tokens=10, do_sample=True, top_p=1e-6)
+        assert greedy.result().tokens == cold.result().tokens == narrow.result().tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 3}, "num_beams=3: beam search cannot be batched"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt lookup"),
+        ({"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
+        ({"no_such_setting": 2}, "no_such_setting"),
+        ({"max_length": 2, "max_new_tokens": None}, "the prompt has 3 tokens"),
+        ({"max_new_tokens": 10**6}, "max_length"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(llama, settings, message):
+    with (
+        Engine(llama, memory="8MiB") as engine,
+        pytest.raises((ValueError, TypeError), match=message),
+    ):
+        engine.submit([5, 6, 7], **settings)
+
+
+@pytest.mark.parametrize("prompt", ["text", [], [[1, 2], [3, 4]], [1.5], [-1], None])
+def test_what_is_no_prompt_is_refused(llama, prompt):
+    with Engine(llama, memory="8MiB") as engine, pytest.raises((ValueError, TypeError)):
+        engine.submit(prompt)
+
+
+# -------------------------------------------------------------------- streams
+
+
+def test_a_stream_gives_tokens_one_by_one_and_then_the_result(llama):
+    with Engine(llama, memory="8MiB") as engine:
+        stream = engine.submit([5, 6, 7], max_new_tokens=9, do_sample=False)
+        tokens = [token.id for token in stream]
+        assert tokens == stream.result().tokens == alone(llama, [5, 6, 7], max_new_tokens=9)
+        assert stream.done
+        output = stream.result()
+    assert output.submitted <= output.first_token <= output.finished
+    assert output.samples[0].reason == "length"
+
+
+def test_asyncio_reads_many_streams_at_once(llama):
+    prompts = some_prompts(llama)
+
+    async def read(engine, prompt):
+        stream = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
+        tokens = [token.id async for token in stream]
+        assert (await stream).tokens == tokens
+        return tokens
+
+    async def main():
+        with Engine(llama, memory="8MiB") as engine:
+            found = await asyncio.gather(*(read(engine, prompt) for prompt in prompts))
+            outputs = await engine.agenerate(prompts, max_new_tokens=NEW, do_sample=False)
+        assert [output.tokens for output in outputs] == found
+        return found
+
+    assert asyncio.run(main()) == [alone(llama, prompt) for prompt in prompts]
+
+
+# -------------------------------------------------------------------- ends
+
+
+class Gate:
+    """Holds forward passes of a model until they are let through."""
+
+    def __init__(self, model):
+        self._passes = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)
+        self._hook = model.register_forward_pre_hook(self._wait)
+        self.is_open = False
+
+    def _wait(self, module, inputs):
+        self.entered.release()
+        if not self.is_open:
+            self._passes.acquire()
+
+    def let(self, count):
+        for _ in range(count):
+            self.entered.acquire()
+            self._passes.release()
+
+    def open(self):
+        self.is_open = True
+        self._passes.release(1000)
+        self._hook.remove()
+
+
+@pytest.mark.parametrize("passes", [1, 2, 5])  # prefilling, decoding
+def test_a_request_that_is_cancelled_ends_and_leaves_the_others_alone(llama, passes):
+    with Engine(llama, memory="8MiB", max_batch_tokens=16) as engine:
+        gate = Gate(llama)
+        stream = engine.submit(list(range(3, 33)), max_new_tokens=50)
+        other = engine.submit([7, 8, 9], max_new_tokens=NEW, do_sample=False)
+        gate.let(passes)
+        gate.entered.acquire()
+        stream.cancel()
+        gate.open()
+        with pytest.raises(RequestCancelled, match="was cancelled"):
+            stream.result(timeout=60)
+        assert other.result().tokens == alone(llama, [7, 8, 9])
+        assert len(stream.partial().samples[0].tokens if stream.partial().samples else []) < 50
+        assert_nothing_is_held(engine)
+
+
+def test_a_stream_that_is_dropped_cancels_its_request(llama):
+    with Engine(llama, memory="8MiB") as engine:
+        gate = Gate(llama)
+        stream = engine.submit([5, 6], name="dropped", max_new_tokens=500)
+        gate.let(2)
+        del stream
+        gate.open()
+        for _ in engine.submit([8], max_new_tokens=10):
+            pass
+        assert engine.stats().scheduler.total_tokens < 200
+        assert_nothing_is_held(engine)
+        engine.submit([5], name="dropped", max_new_tokens=1).result()
+
+
+def test_a_request_ends_at_its_deadline(llama):
+    with Engine(llama, memory="8MiB") as engine:
+        with pytest.raises(RequestExpired, match="deadline"):
+            engine.submit([5, 6], max_new_tokens=900, timeout=0.0).result(timeout=60)
+        assert_nothing_is_held(engine)
+
+
+def test_a_full_queue_refuses(llama):
+    with Engine(llama, memory="8MiB", max_running=1, max_waiting=2) as engine:
+        gate = Gate(llama)
+        running = engine.submit([5], max_new_tokens=4)
+        gate.entered.acquire()
+        waiting = [engine.submit([6], max_new_tokens=4) for _ in range(2)]
+        with pytest.raises(QueueFull, match="max_waiting"):
+            engine.submit([7], max_new_tokens=4)
+        gate.open()
+        assert all(len(each.result().tokens) == 4 for each in (running, *waiting))
+        assert_nothing_is_held(engine)
+
+
+def test_a_name_is_used_once_at_a_time(llama):
+    with Engine(llama, memory="8MiB") as engine:
+        gate = Gate(llama)
+        stream = engine.submit([5], name="twice", max_new_tokens=3)
+        with pytest.raises(ValueError, match="'twice'"):
+            engine.submit([5], name="twice")
+        gate.open()
+        stream.result()
+        engine.submit([5], name="twice", max_new_tokens=1).result()
+
+
+@pytest.mark.parametrize("where", ["processors", "criteria"])
+def test_a_processor_that_raises_ends_its_own_request(llama, where):
+    def broken(ids, scores, **kwargs):
+        if ids.shape[1] > 6:
+            raise ZeroDivisionError("of the processor")
+        return scores if where == "processors" else torch.tensor([False])
+
+    with Engine(llama, memory="8MiB") as engine:
+        policy = engine.policy(max_new_tokens=30, **{where: [broken]})
+        bad = engine.submit([5, 6, 7], policy=policy)
+        good = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
+        with pytest.raises(RequestFailed, match="ZeroDivisionError") as caught:
+            bad.result(timeout=60)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        assert good.result().tokens == alone(llama, [5, 6, 7])
+        assert_nothing_is_held(engine)
+
+
+def test_a_forward_pass_that_raises_ends_the_requests_in_it(llama):
+    calls = []
+
+    def fail(module, inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("of the model")
+
+    with Engine(llama, memory="8MiB") as engine:
+        hook = llama.model.register_forward_pre_hook(fail)
+        streams = [engine.submit([5, 6, i], max_new_tokens=20) for i in range(4)]
+        ends = []
+        for stream in streams:
+            try:
+                stream.result(timeout=60)
+            except RequestFailed as error:
+                ends.append(error)
+        hook.remove()
+        assert ends
+        assert all(isinstance(error.__cause__, RuntimeError) for error in ends)
+        assert engine.submit([7, 8, 9], max_new_tokens=NEW, do_sample=False).result().tokens == (
+            alone(llama, [7, 8, 9])
+        )
+        assert_nothing_is_held(engine)
+
+
+def test_closing_ends_what_is_left_and_restores_the_model():
+    model = tiny_models.tiny_model("llama", attention="eager").train()
+    engine = Engine(model, memory="8MiB")
+    assert model.config._attn_implementation == "kvpager"
+    stream = engine.submit([5], max_new_tokens=1000)
+    engine.close()
+    engine.close()
+    with pytest.raises(RequestCancelled):
+        stream.result(timeout=60)
+    with pytest.raises(EngineClosed, match="make a new one"):
+        engine.submit([5])
+    assert model.config._attn_implementation == "eager"
+    assert model.training
+
+
+def test_generate_works_beside_an_open_engine(llama):
+    expected = alone(llama, [5, 6, 7])
+    with Engine(llama, memory="8MiB") as engine:
+        stream = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
+        assert alone(llama, [5, 6, 7]) == expected
+        assert stream.result().tokens == expected
+
+
+def test_a_pause_lets_weights_change():
+    model = tiny_models.tiny_model("llama")
+    prompt = list(range(3, 53))
+    with Engine(model, memory="8MiB") as engine:
+        before = engine.submit(prompt, max_new_tokens=NEW, do_sample=False).result().tokens
+        with engine.pause():
+            waiting = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(-0.7)
+        after = waiting.result().tokens
+    assert before != after == alone(model, prompt)
+
+
+def test_fifty_threads_submit_and_cancel(llama):
+    prompts = some_prompts(llama, count=20, longest=30)
+    expected = [alone(llama, prompt, max_new_tokens=6) for prompt in prompts]
+    ended, wrong = [], []
+
+    def client(number):
+        source = random.Random(number)
+        for turn in range(20):
+            which = source.randrange(len(prompts))
+            stream = engine.submit(prompts[which], max_new_tokens=6, do_sample=False)
+            if source.random() < 0.4:
+                stream.cancel()
+            try:
+                if stream.result(timeout=120).tokens != expected[which]:
+                    wrong.append((number, turn))
+                ended.append("done")
+            except RequestCancelled:
+                ended.append("cancelled")
+
+    with Engine(llama, memory="1MiB", max_running=32, max_batch_tokens=256) as engine:
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert_nothing_is_held(engine)
+    assert len(ended) == 1000
+    assert not wrong
+    assert {"done", "cancelled"} == set(ended)
+
+
+# -------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("name", ["mamba", "minimax"])
+def test_a_model_that_cannot_be_batched_is_refused(name):
+    if not tiny_models.is_known(name):
+        pytest.skip(f"this transformers has no {name}")
+    model = tiny_models.tiny_model(name)
+    attention = model.config._attn_implementation
+    with pytest.raises(KVPagerError, match="cannot be batched continuously"):
+        Engine(model, memory="8MiB")
+    assert model.config._attn_implementation == attention
+
+
+def test_a_model_with_attention_of_its_own_is_not_packed():
+    model = tiny_models.tiny_model("bloom")
+    with Engine(model, memory="8MiB") as engine:
+        assert not engine.is_packed
+    with pytest.raises(KVPagerError, match="differently in one line"):
+        Engine(model, memory="8MiB", packed=True)
+
+
+def test_a_recurrent_state_is_not_shared_between_samples():
+    model = tiny_models.tiny_model("qwen3_next")
+    with Engine(model, memory="8MiB") as engine, pytest.raises(ValueError, match="several times"):
+        engine.submit([5, 6], do_sample=True, num_return_sequences=2)
+
+
+def test_eight_bits_hold_twice_the_tokens(llama):
+    with (
+        Engine(llama, memory="1MiB") as whole,
+        Engine(llama, memory="1MiB", kv_dtype="int8") as half,
+    ):
+        assert half.stats().pool.num_blocks > 1.8 * whole.stats().pool.num_blocks
+        tokens = half.submit([5, 6, 7], max_new_tokens=4, do_sample=False).result().tokens
+    assert len(tokens) == 4
+
+
+def test_too_little_memory_for_a_block_says_so(llama):
+    with pytest.raises(KVPagerError, match="set memory to more"):
+        Engine(llama, memory=100)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_pass_has_the_tokens_of_an_eager_one(llama):
+    prompts = some_prompts(llama, count=4)
+    assert batched(llama, prompts, compile="aot_eager") == [
+        alone(llama, prompt) for prompt in prompts
+    ]
