@@ -34,6 +34,13 @@ class Anatomy(NamedTuple):
     max_length: int | None  # tokens of a sequence
     vocabulary: int
 
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether nothing speaks against computing rows in one line, by what is known so far."""
+        takes_places = {"position_ids", "attention_mask"} <= self.arguments
+        is_more = self.has_state or self.is_encoder_decoder
+        return takes_places and self.is_plain and not is_more
+
 
 class _Watched(DynamicCache):
     """A cache that remembers what was written to it."""

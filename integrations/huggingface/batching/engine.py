@@ -28,11 +28,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from kvpager import arguments
-from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface import attention
 from kvpager.integrations.huggingface.batching.anatomy import Anatomy, study
+from kvpager.integrations.huggingface.batching.fitting import AttentionSwitch, fit
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
-from kvpager.integrations.huggingface.batching.runner import Runner, can_pack
+from kvpager.integrations.huggingface.batching.runner import Runner
 from kvpager.integrations.huggingface.batching.sampling import Draw, Policy, Row, choose
 from kvpager.integrations.huggingface.batching.sizing import measured_costs, pool_blocks
 from kvpager.integrations.huggingface.batching.streams import (
@@ -105,21 +104,12 @@ class Engine:
         self.model = model
         self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
         self._was_training = model.training
-        self._attention: str = model.config._attn_implementation
+        self._attention = AttentionSwitch(model)
         model.eval()
         anatomy = study(model)
         keeps_all = not anatomy.has_state and not anatomy.is_encoder_decoder
-        self._switch_attention()
         try:
-            self.is_packed = can_pack(model, anatomy, self._memory, block_size)
-            if packed and not self.is_packed:
-                raise KVPagerError(
-                    f"{type(model).__name__} computes its rows differently in one line of tokens; "
-                    "leave packed=None, and it computes them one by one"
-                )
-            self.is_packed = self.is_packed if packed is None else packed
-            if not self.is_packed:
-                model.set_attn_implementation(self._attention)
+            self.is_packed = fit(model, anatomy, self._memory, self._attention, packed)
             max_length = anatomy.max_length if max_length is None else max_length
             sizes = pool_blocks(anatomy, self._memory, max_running, max_length)
             shapes = [layer.shape for layer in anatomy.layers]
@@ -160,7 +150,7 @@ class Engine:
                 costs=costs,
             )
         except BaseException:
-            self._restore_attention()
+            self._restore()
             raise
         self._anatomy: Anatomy = anatomy
         self._tracked: dict[Hashable, Tracked] = {}
@@ -327,7 +317,7 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         if was_open:
-            self._restore_attention()
+            self._restore()
 
     def __enter__(self) -> Engine:
         self._refuse_closed()
@@ -369,16 +359,8 @@ class Engine:
             raise ValueError("the model's generation_config has no decoder_start_token_id")
         return int(start)
 
-    def _switch_attention(self) -> None:
-        attention.register()
-        try:
-            self.model.set_attn_implementation(attention.NAME)
-        except ValueError:  # a model with attention of its own: its rows are computed one by one
-            logger.info("%s has no attention to choose", type(self.model).__name__)
-
-    def _restore_attention(self) -> None:
-        if self.model.config._attn_implementation != self._attention:
-            self.model.set_attn_implementation(self._attention)
+    def _restore(self) -> None:
+        self._attention.back()
         self.model.train(self._was_training)
 
     # ---------------------------------------------------------------- the thread

@@ -15,13 +15,8 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from kvpager.integrations.huggingface.batching.anatomy import Anatomy, blank_layers
 from kvpager.integrations.huggingface.batching.steps import StepCache, StepRows
 from kvpager.integrations.huggingface.memory import PagedMemory
-from kvpager.integrations.huggingface.packed import CannotPack
 from kvpager.plan import NO_COPIES, StepPlan
 from kvpager.storage import BlockStorage
-
-# How far logits of a packed pass may be from those of single ones, by their norm: rounding.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_TOLERANCE_16_BITS = 0.05
 
 
 @dataclass
@@ -41,7 +36,7 @@ class Runner:
         anatomy: of the model.
         storage: with a layer for each of `anatomy.layers`.
         memory: whose counters count.
-        is_packed: whether rows go through the model in one line; see `can_pack`.
+        is_packed: whether rows go through the model in one line; see `fitting`.
         forward: what computes packed passes, where it is not the model itself: a compiled one.
     """
 
@@ -159,49 +154,6 @@ class Runner:
             kept.encoded = self.model.get_encoder()(input_ids=ids)
             kept.across = DynamicCache()
         return kept
-
-
-@torch.inference_mode()
-def can_pack(model: Any, anatomy: Anatomy, memory: PagedMemory, block_size: int) -> bool:
-    """Whether `model` computes rows in one line as it computes each by itself: it is tried.
-
-    Two rows of unlike lengths, a step of many tokens and one of single ones. Four short passes.
-    """
-    if not anatomy.is_plain or anatomy.has_state or anatomy.is_encoder_decoder:
-        return False
-    if not {"position_ids", "attention_mask"} <= anatomy.arguments:
-        return False
-    prompts = [_some_ids(model, 5, 0), _some_ids(model, 8, 1)]
-    blocks = -(-8 // block_size)
-    storage = BlockStorage(
-        2 * blocks,
-        block_size,
-        [layer.shape for layer in anatomy.layers],
-        dtype=anatomy.dtype,
-        device=anatomy.device,
-    )
-    runner = Runner(model, anatomy, storage, memory, is_packed=True)
-    tables = np.arange(2 * blocks, dtype=np.int32).reshape(2, blocks)
-    before = np.zeros(2, np.int32)
-    try:
-        for counts in (np.array([len(prompt) - 1 for prompt in prompts]), np.array([1, 1])):
-            logits = runner.run(trial_plan(prompts, before, counts, tables, storage))
-            before = before + counts.astype(np.int32)
-    except CannotPack:
-        return False
-    for prompt, packed in zip(prompts, logits, strict=True):
-        ids = torch.tensor([prompt], device=anatomy.device)
-        alone = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        difference = (packed.float() - alone).norm() / alone.norm()
-        if not difference <= _TOLERANCE.get(anatomy.dtype, _TOLERANCE_16_BITS):  # a NaN too
-            return False
-    return True
-
-
-def _some_ids(model: Any, count: int, seed: int) -> list[int]:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids: list[int] = np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
-    return ids
 
 
 def trial_plan(
