@@ -96,7 +96,7 @@ class Roster:
         self._lives: dict[Hashable, Live] = {}
         self._running: list[Live] = []  # by when they came onto the device
         self._preempted: list[Live] = []
-        self._deadlines: list[tuple[float, int, Live]] = []
+        self._deadlines: list[tuple[float, int, Hashable]] = []
         self._ended: list[tuple[Hashable, Reason]] = []
         self._untold: set[Hashable] = set()  # names in `_ended`
         self._num_submitted = 0
@@ -127,7 +127,7 @@ class Roster:
         self._order.enter(live)
         self._order.push(live)
         if request.deadline is not None:
-            heappush(self._deadlines, (request.deadline, live.arrival, live))
+            heappush(self._deadlines, (request.deadline, live.arrival, name))
 
     def _refuse_impossible(self, request: Request, num_prompt: int) -> None:
         name, length = request.name, num_prompt + request.max_new_tokens
@@ -202,8 +202,9 @@ class Roster:
             return
         now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
-            live = heappop(self._deadlines)[-1]
-            if self._lives.get(live.name) is live:
+            _, arrival, name = heappop(self._deadlines)
+            live = self._lives.get(name)
+            if live is not None and live.arrival == arrival:
                 self._end(live, Reason.EXPIRED)
 
     # ---------------------------------------------------------------- reading
