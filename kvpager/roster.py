@@ -148,6 +148,12 @@ class Roster:
                 f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
                 f"blocks, the pool has {self._num_usable}; ask for less or raise num_blocks"
             )
+        ceiling = self.manager.ceiling(request.namespace)
+        if ceiling is not None and need > ceiling:
+            raise ValueError(
+                f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
+                f"blocks, its namespace may have {ceiling}; ask for less or raise the quota"
+            )
 
     def cancel(self, name: Hashable) -> bool:
         """End a request, whatever its state; whether it was live. O(its blocks + waiting).
@@ -259,18 +265,13 @@ class Roster:
         """
         self.manager.check()
         self._order.check()
-        states = {State.RUNNING: self._running}
-        for state, lives in states.items():
-            wrong = [live.name for live in lives if live.state is not state]
-            if wrong:
-                raise BrokenInvariant(f"scheduler: {wrong[0]!r} is listed as {state.name}")
-        wrong = [
-            live.name
-            for live in self._preempted
-            if live.state not in (State.SWAPPED, State.DROPPED)
-        ]
-        if wrong:
-            raise BrokenInvariant(f"scheduler: {wrong[0]!r} is listed as preempted")
+        places = [(live, {State.RUNNING}) for live in self._running]
+        places += [(live, {State.SWAPPED, State.DROPPED}) for live in self._preempted]
+        for live, states in places:
+            if live.state not in states:
+                raise BrokenInvariant(
+                    f"scheduler: {live.name!r} is {live.state.name}, listed elsewhere"
+                )
         listed = len(self._order) + len(self._running) + len(self._preempted)
         if listed != len(self._lives):
             raise BrokenInvariant(f"scheduler: {listed} are listed, but {len(self._lives)} live")

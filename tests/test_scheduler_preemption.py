@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from kvpager import BlockManager, Request, Scheduler
+from kvpager import BlockManager, Request, Scheduler, StepPlan
 from kvpager.plan import Reason
 from kvpager.preemption import PreemptionCosts
 from tests.scheduling import BLOCK_SIZE, complete, ids, make, request, rows, run, step
@@ -67,8 +67,8 @@ def test_what_is_computed_before_and_after_is_the_same() -> None:
         scheduler = two_that_outgrow(costs)
         tokens: dict[object, list[int]] = {}
 
-        def note(plan: object, tokens: dict[object, list[int]] = tokens) -> None:
-            for name, start in zip(plan.names, plan.kv_lens, strict=True):  # type: ignore[attr-defined]
+        def note(plan: StepPlan, tokens: dict[object, list[int]] = tokens) -> None:
+            for name, start in zip(plan.names, plan.kv_lens, strict=True):
                 tokens.setdefault(name, []).append(int(start))
 
         run(scheduler, note)
@@ -183,11 +183,11 @@ def test_rows_of_a_request_leave_and_return_together_and_share_again(
     until_preempted(scheduler)
     shared = []
 
-    def note(plan: object) -> None:
-        at = [row for row, name in enumerate(plan.names) if name == "rows"]  # type: ignore[attr-defined]
+    def note(plan: StepPlan) -> None:
+        at = [row for row, name in enumerate(plan.names) if name == "rows"]
         assert len(at) in (0, 1, 2, 3)
         if len(at) == 3:
-            shared.append(plan.tables[at, :2])  # type: ignore[attr-defined]
+            shared.append(plan.tables[at, :2])
 
     ended = run(scheduler, note)
     assert set(ended) == {"first", "rows"}
@@ -208,9 +208,9 @@ def test_rows_that_are_computed_again_compute_what_they_share_once() -> None:
     again: list[int] = []
     found: list[int] = []
 
-    def note(plan: object) -> None:
-        mine = [row for row, name in enumerate(plan.names) if name == "rows"]  # type: ignore[attr-defined]
-        chunk = [int(plan.counts[row]) for row in mine if not plan.wants_logits[row]]  # type: ignore[attr-defined]
+    def note(plan: StepPlan) -> None:
+        mine = [row for row, name in enumerate(plan.names) if name == "rows"]
+        chunk = [int(plan.counts[row]) for row in mine if not plan.wants_logits[row]]
         again.extend(chunk)
         found.extend(mine)
 
@@ -271,6 +271,21 @@ def test_a_prefix_that_is_reused_is_no_room_for_others() -> None:
     scheduler.submit(request("a", 8, new=9))
     scheduler.submit(Request(name="b", prompt=ids(20), max_new_tokens=1))  # four known, one new
     assert rows(step(scheduler)) == {"a": 8}  # two blocks have to stay: five of six are too many
+
+
+def test_a_namespace_at_its_ceiling_waits_for_itself() -> None:
+    scheduler = make(num_blocks=20, num_host_blocks=4)
+    scheduler.manager.set_quota("acme", ceiling=5)
+    with pytest.raises(ValueError, match="may need 6 blocks, its namespace may have 5"):
+        scheduler.submit(request("too large", 4, new=18, namespace="acme"))
+    for name in range(3):
+        scheduler.submit(request(name, 4, new=14, namespace="acme"))
+        scheduler.submit(request(f"other{name}", 4, new=14))
+    most = []
+    ended = run(scheduler, lambda _: most.append(scheduler.manager.namespace_blocks("acme")))
+    assert set(ended.values()) == {Reason.FINISHED}
+    assert len(ended) == 6
+    assert max(most) == 5
 
 
 def test_blocks_that_somebody_else_holds_are_waited_for() -> None:
