@@ -9,7 +9,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types tests conformance bench bench-kernels bench-generate bench-prompts bench-memory gpu clean
+.PHONY: help demo test lint format types tests conformance simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory gpu clean
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -53,8 +53,14 @@ tests: $(STAMP) ## the test suite alone
 conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/transformers.md
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/conformance_report.py $(ARGS)
 
+simulate: $(STAMP) ## 100,000 requests through the scheduler, at random; ARGS='--requests 1e6 --seed 7' for others
+	@$(BIN)/python -m kvpager.testing.simulation --requests 1e5 --processes 2 $(ARGS)
+
 bench: $(STAMP) ## what the control plane costs, a JSON line for each figure
 	@$(BIN)/python benchmarks/control_plane.py $(ARGS)
+
+bench-scheduler: $(STAMP) ## what planning a step costs
+	@$(BIN)/python benchmarks/scheduler.py $(ARGS)
 
 bench-kernels: $(STAMP) ## the CPU kernels beside torch's own, and vLLM's with ARGS='--vllm PATH'
 	@$(BIN)/python benchmarks/kernels_cpu.py $(ARGS)

@@ -22,9 +22,19 @@ class Admission(Roster):
 
     # ---------------------------------------------------------------- who comes onto the device
 
-    def _spare(self) -> int:
-        """Blocks that have to stay available when somebody comes onto the device."""
-        return int(np.ceil(self.watermark * self._num_usable)) if self._running else 0
+    def _spare(self, live: Live) -> int:
+        """Blocks that have to stay available when this request comes onto the device.
+
+        Where nobody else runs its own worst case has room, and that is all it may ask for. One
+        that returns leaves a block for each row, or it would soon have to leave again.
+        """
+        if not self._running:
+            return 0
+        spare = int(np.ceil(self.watermark * self._num_usable))
+        if live.state is State.WAITING:
+            return spare
+        num_rows = sum(len(one.samples) for one in self._running)
+        return max(spare, num_rows) + len(live.samples)
 
     def _has_rows(self, live: Live) -> bool:
         return self._num_rows_reserved + live.request.num_samples <= self.max_running
@@ -45,10 +55,8 @@ class Admission(Roster):
         # Moves are made before copies, so none may write where a copy made earlier reads.
         if draft.is_prompt_copied or not self._has_budget(live, draft):
             return False
-        # Where nobody else runs its own worst case has room, and that is all it may ask for.
-        growth = len(live.samples) if live.is_ready and self._running else 0
         try:
-            draft.moves.append(self._preemption.swap_in(live, self._spare() + growth))
+            draft.moves.append(self._preemption.swap_in(live, self._spare(live)))
         except OutOfBlocks:
             return False
         draft.moved.append(live)
@@ -89,13 +97,14 @@ class Admission(Roster):
         copies = None
         if self._chunk(remaining, draft.budget):
             with suppress(OutOfBlocks):
-                copies = self._preemption.begin(live, self._spare())
+                copies = self._preemption.begin(live, self._spare(live))
         if copies is None:
             if is_new:
                 self._samples.take_back(live)
             return False
         if is_new:
             self._order.remove(live)
+            live.leader = None  # or a chain of them would never be let go
         else:
             self._preempted.remove(live)
         draft.copy(copies)

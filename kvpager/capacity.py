@@ -205,6 +205,12 @@ class Capacity(Views):
                 raise ValueError(f"namespace {namespace!r} has no quota; give it one by set_quota")
             return self._quotas.limits[namespace]
 
+    def ceiling(self, namespace: str | None) -> int | None:
+        """The most blocks a namespace may have; None where no quota sets a bound. O(1)."""
+        with self._lock:
+            quota = self._quotas.limits.get(namespace)
+            return None if quota is None else quota.ceiling
+
     def drop_quota(self, namespace: str | None) -> None:
         """Let a namespace share what is left with the others. O(blocks). Raises: as `quota`."""
         with self._lock:

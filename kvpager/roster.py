@@ -96,7 +96,7 @@ class Roster:
         self._lives: dict[Hashable, Live] = {}
         self._running: list[Live] = []  # by when they came onto the device
         self._preempted: list[Live] = []
-        self._deadlines: list[tuple[float, int, Live]] = []
+        self._deadlines: list[tuple[float, int, Hashable]] = []
         self._ended: list[tuple[Hashable, Reason]] = []
         self._untold: set[Hashable] = set()  # names in `_ended`
         self._num_submitted = 0
@@ -127,7 +127,7 @@ class Roster:
         self._order.enter(live)
         self._order.push(live)
         if request.deadline is not None:
-            heappush(self._deadlines, (request.deadline, live.arrival, live))
+            heappush(self._deadlines, (request.deadline, live.arrival, name))
 
     def _refuse_impossible(self, request: Request, num_prompt: int) -> None:
         name, length = request.name, num_prompt + request.max_new_tokens
@@ -147,6 +147,12 @@ class Roster:
             raise ValueError(
                 f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
                 f"blocks, the pool has {self._num_usable}; ask for less or raise num_blocks"
+            )
+        ceiling = self.manager.ceiling(request.namespace)
+        if ceiling is not None and need > ceiling:
+            raise ValueError(
+                f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
+                f"blocks, its namespace may have {ceiling}; ask for less or raise the quota"
             )
 
     def cancel(self, name: Hashable) -> bool:
@@ -202,8 +208,9 @@ class Roster:
             return
         now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
-            live = heappop(self._deadlines)[-1]
-            if self._lives.get(live.name) is live:
+            _, arrival, name = heappop(self._deadlines)
+            live = self._lives.get(name)
+            if live is not None and live.arrival == arrival:
                 self._end(live, Reason.EXPIRED)
 
     # ---------------------------------------------------------------- reading
@@ -258,18 +265,13 @@ class Roster:
         """
         self.manager.check()
         self._order.check()
-        states = {State.RUNNING: self._running}
-        for state, lives in states.items():
-            wrong = [live.name for live in lives if live.state is not state]
-            if wrong:
-                raise BrokenInvariant(f"scheduler: {wrong[0]!r} is listed as {state.name}")
-        wrong = [
-            live.name
-            for live in self._preempted
-            if live.state not in (State.SWAPPED, State.DROPPED)
-        ]
-        if wrong:
-            raise BrokenInvariant(f"scheduler: {wrong[0]!r} is listed as preempted")
+        places = [(live, {State.RUNNING}) for live in self._running]
+        places += [(live, {State.SWAPPED, State.DROPPED}) for live in self._preempted]
+        for live, states in places:
+            if live.state not in states:
+                raise BrokenInvariant(
+                    f"scheduler: {live.name!r} is {live.state.name}, listed elsewhere"
+                )
         listed = len(self._order) + len(self._running) + len(self._preempted)
         if listed != len(self._lives):
             raise BrokenInvariant(f"scheduler: {listed} are listed, but {len(self._lives)} live")

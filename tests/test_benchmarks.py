@@ -70,6 +70,17 @@ def test_the_cpu_kernels_are_measured() -> None:
     assert found["copy_block_16_kvpager_us"]["unit"] == "us/block"
 
 
+def test_planning_a_step_is_measured() -> None:
+    machine, *lines = map(
+        json.loads, run("scheduler.py", "--rows", "4", "--steps", "3").splitlines()
+    )
+    assert machine["machine"]["numpy"]
+    found = {line["name"]: line["value"] for line in lines}
+    for part in ("decode_fifo", "decode_fair", "churn", "waiting_fair"):
+        assert found[f"{part}_4_plan_us"] > 0
+        assert found[f"{part}_4_complete_us"] > 0
+
+
 def test_generate_is_measured() -> None:
     pytest.importorskip("transformers")
     options = ("--rows", "1", "--contexts", "64", "--dtypes", "fp32", "--new", "2")

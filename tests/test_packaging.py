@@ -129,6 +129,7 @@ def test_installed_kernels_package_wins_over_our_folder(tmp_path: Path) -> None:
     [
         ("kvpager", ["torch", "transformers", "triton", "numpy"]),
         ("kvpager.manager", ["torch", "transformers", "triton"]),
+        ("kvpager.scheduler", ["torch", "transformers", "triton"]),
     ],
 )
 def test_import_is_light(module: str, absent: list[str]) -> None:

@@ -10,6 +10,7 @@ For block managers, kvpager's and anybody else's:
     reference      a manager in plain Python, the specification of the verbs
     memory         the data plane in miniature, one integer for each token slot
     simulator      seeded random histories of kvpager's whole interface, shrunk when they fail
+    simulation     random traffic through a scheduler and a model in miniature
     machine        the same operations as a Hypothesis state machine
     isolation      paired probes of what namespaces see of each other
     mutants        planted bugs, to see that all this notices them

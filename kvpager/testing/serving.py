@@ -158,8 +158,11 @@ class Model:
         """Compute a step; how it goes on."""
         self._check_rows(plan)
         self.apply(plan)
+        # What a row computed before has to be there before any row of this step writes.
+        for row in plan.starts.nonzero()[0].tolist():
+            self._read(plan, row, int(plan.starts[row]))
         self._write(plan)
-        seen = [self._read(plan, row) for row in range(len(plan))]
+        seen = [self._read(plan, row, int(plan.kv_lens[row])) for row in range(len(plan))]
         chosen: list[Choice] = []
         for name in dict.fromkeys(map(str, plan.names)):
             mine = [row for row in self._rows_of(plan, name) if plan.wants_logits[row]]
@@ -216,8 +219,8 @@ class Model:
         if at != len(plan.ids) or at != len(plan.slots):
             raise Wrong(f"{at} tokens in rows, {len(plan.ids)} ids, {len(plan.slots)} slots")
 
-    def _read(self, plan: StepPlan, row: int) -> int:
-        sample, length = self.rows[int(plan.samples[row])], int(plan.kv_lens[row])
+    def _read(self, plan: StepPlan, row: int, length: int) -> int:
+        sample = self.rows[int(plan.samples[row])]
         table = plan.tables[row, : -(-length // self.size)]
         if np.any(table < 0):
             raise Wrong(f"sample {plan.samples[row]}: no block for a token that it sees: {table}")

@@ -81,23 +81,23 @@ class Arrival:
 
 def draw_scenario(random: Random) -> Scenario:
     """Settings, tiny to large. O(1)."""
-    num_blocks = random.choice((2, 4, 7, 12, 24, 64, 200))
-    budget = random.choice((1, 3, 8, 17, 64, 500))
+    num_blocks = random.choice((2, 4, 7, 12, 12, 24, 64, 200))
+    budget = random.choice((1, 8, 17, 64, 64, 500))
     return Scenario(
         num_blocks=num_blocks,
         block_size=random.choice((1, 2, 4, 4, 8)),
-        num_host_blocks=random.choice((0, 0, 3, num_blocks, 4 * num_blocks)),
+        num_host_blocks=random.choice((0, 3, num_blocks, 4 * num_blocks)),
         null_block=random.random() < 0.2,
         max_batch_tokens=budget,
-        max_running=random.choice((1, 2, 4, 8, 32)),
+        max_running=random.choice((1, 4, 8, 32, 32)),
         max_waiting=random.choice((None, None, None, 5)),
         order=random.choice(("fifo", "priority", "fair")),
-        watermark=random.choice((0.0, 0.01, 0.1, 0.4)),
+        watermark=random.choice((0.0, 0.01, 0.01, 0.1, 0.4)),
         prefix_cache=random.random() < 0.7,
         costs=random.choice(list(COSTS)),
         max_length=random.choice((None, None, None, 40)),
         chunked=random.random() < 0.7,
-        rush=random.choice((0.1, 0.5, 2.0)),
+        rush=random.choice((0.05, 0.2, 1.0)),
         failures=random.choice((0.0, 0.0, 0.01, 0.05)),
     )
 
@@ -120,7 +120,7 @@ def draw_arrivals(random: Random, scenario: Scenario, count: int) -> list[Arriva
 
 def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[list[int]]) -> Arrival:
     num_samples = random.choice((1, 1, 1, 2, 3, 4))
-    longest = max(min(room * random.choice((1, 2, 4)) // 4 // num_samples, 120), 1)
+    longest = max(min(room * random.choice((1, 2, 4)) // 6 // num_samples, 120), 1)
     prompt = _tokens(random, random.randint(1, longest))
     if random.random() < 0.6:
         stem = random.choice(stems)
@@ -128,7 +128,7 @@ def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[lis
     request = Request(
         name=name,
         prompt=np.array(prompt, np.int32),
-        max_new_tokens=random.randint(1, min(2 * longest, 40)),
+        max_new_tokens=random.randint(1, min(3 * longest, 50)),
         num_samples=num_samples,
         together=num_samples > 1 and random.random() < 0.6,
         namespace=random.choice((None, None, "a", "b")),
