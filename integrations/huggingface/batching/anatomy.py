@@ -60,9 +60,14 @@ class _Watched(DynamicCache):
         return both
 
 
+def plain_cache(model: Any) -> DynamicCache:
+    """An empty cache of transformers' own layers, whatever is patched. O(layers)."""
+    return _Watched(model.config)
+
+
 def blank_layers(model: Any, indices: Sequence[int]) -> dict[int, Any]:
-    """transformers' own layers of an empty cache. O(layers)."""
-    layers = _Watched(model.config).layers
+    """Some layers of an empty cache. O(layers)."""
+    layers = plain_cache(model).layers
     return {index: layers[index] for index in indices}
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface import attention
-from kvpager.integrations.huggingface.batching.anatomy import Anatomy
+from kvpager.integrations.huggingface.batching.anatomy import Anatomy, plain_cache
 from kvpager.integrations.huggingface.batching.runner import Runner, trial_plan
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.packed import CannotPack
@@ -108,12 +109,24 @@ def _is_right(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: b
 
 
 def _alone(model: Any, anatomy: Anatomy, prompt: list[int]) -> Tensor:
-    """The logits after `prompt`, computed without a cache."""
+    """The logits after `prompt`, its last token computed over transformers' own cache."""
     ids = torch.tensor([prompt], device=anatomy.device)
-    inputs = {"input_ids": ids}
+    cache: Any = plain_cache(model)
+    options: dict[str, Any] = {}
     if anatomy.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    logits: Tensor = model(**inputs, use_cache=False).logits[0, -1].float()
+        cache = EncoderDecoderCache(cache, DynamicCache())
+        options["encoder_outputs"] = model.get_encoder()(input_ids=ids)
+    name = "decoder_input_ids" if anatomy.is_encoder_decoder else "input_ids"
+    for start, stop in ((0, len(prompt) - 1), (len(prompt) - 1, len(prompt))):
+        if not anatomy.is_encoder_decoder:  # as `generate` has it
+            said = {
+                "attention_mask": torch.ones_like(ids[:, :stop]),
+                "position_ids": torch.arange(start, stop, device=ids.device)[None],
+            }
+            options = {key: said[key] for key in said.keys() & anatomy.arguments}
+        part = {name: ids[:, start:stop]}
+        output = model(**part, past_key_values=cache, use_cache=True, **options)
+    logits: Tensor = output.logits[0, -1].float()
     return logits
 
 
