@@ -34,6 +34,7 @@ def test_the_paged_decoder_agrees_with_plain_attention() -> None:
 
 
 SAID = {
+    "serve": ["'The with statement ' goes on", "the same tokens as alone: True"],
     "generate": ["paged: 6 layers, full attention", "the same tokens as without: True"],
     "chat": ["0 of them cached", "318 tokens, 288 of them cached"],
     "beams": ["8 beams at their peak: ", "blocks were copied"],
