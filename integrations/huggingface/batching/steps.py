@@ -192,13 +192,13 @@ class StepLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens of the row so far; of packed rows, where positions say it, none."""
-        if self._cache.rows is None or self._cache.is_packed:
+        if self._cache.is_packed or self._cache.rows is None:
             return 0
         return self.rows.longest - (0 if self.is_written else self.rows.ids.shape[1])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns the next `query_length` queries attend over, and the first of them."""
-        if self._cache.rows is None or self._cache.is_packed:
+        if self._cache.is_packed or self._cache.rows is None:
             return query_length, 0
         first = self._first_visible()
         return self.rows.longest - first, first
