@@ -64,6 +64,7 @@ class LayerGroup:
         self._num_left = 0  # layers that live in blocks no longer
         self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
         self._parts: dict[tuple[int, int], list[Part]] = {}
+        self._blocks: dict[tuple[torch.device, bool], tuple[Tensor | None, Tensor]] = {}
         self._tables: dict[tuple[torch.device, int], list[Tables]] = {}
         self._new: tuple[int, int, list[Int64]] | None = None  # the last columns and their slots
         self._slots: dict[tuple[torch.device, int, int], list[Slots]] = {}
@@ -153,15 +154,18 @@ class LayerGroup:
                 f"a layer writes column {start}, but the layers before it ended at column "
                 f"{self.num_columns}"
             )
-        self._freeze_views()
-        if keep_from:
-            self._extend_end(self.rows, stop, keep_from)
-        else:
-            ids = self.prompt.ids(self.padding, start, stop) if self.prompt else []
-            counts = self.lengths(stop) - self.lengths(start)
-            self._new = start, stop, self.rows.append(counts, ids)
-        if self.rows.any_on_host:
-            self.prompt = None  # what is not on the device is not offered to others
+        ids = self.prompt.ids(self.padding, start, stop) if self.prompt else []
+        slots = None if ids or keep_from else self.rows.fill(num_new)
+        if slots is None:
+            self._freeze_views()
+            if keep_from:
+                self._extend_end(self.rows, stop, keep_from)
+            else:
+                slots = self.rows.append(self.lengths(stop) - self.lengths(start), ids)
+            if self.rows.any_on_host:
+                self.prompt = None  # what is not on the device is not offered to others
+        # Otherwise all tables are as before, and views show what they did.
+        self._new = None if slots is None else (start, stop, slots)
         self.num_columns = stop
 
     def _extend_end(self, rows: BatchRows, stop: int, keep_from: int) -> None:
@@ -269,6 +273,8 @@ class LayerGroup:
 
     def _written(self, share: Share, start: int, stop: int) -> Int64:
         """The same for columns that are there already, by the block tables."""
+        assert self.rows is not None
+        self.rows.settle()
         slots_of = share.pool.manager.slots
         ranges = (self.lengths(column)[share.rows].tolist() for column in (start, stop))
         slots = [slots_of(*each) for each in zip(share.sequences, *ranges, strict=True)]
@@ -319,12 +325,26 @@ class LayerGroup:
             lengths = self.lengths(num_columns).astype(np.int32)
             for share in self.rows.shares():
                 on_host = share.pool is not self.pool
-                where = "cpu" if on_host else device
-                tables = torch.from_numpy(share.pool.manager.block_tables(share.batch))
-                counts = torch.from_numpy(lengths[share.rows])
-                rows = self._numbers(share, device)
-                found.append(Tables(rows, tables.to(where), counts.to(where), on_host))
+                rows, tables = self._blocks_of(share, device, on_host)
+                counts = torch.from_numpy(lengths[share.rows]).to(tables.device)
+                found.append(Tables(rows, tables, counts, on_host))
         return found
+
+    def _blocks_of(
+        self, share: Share, device: torch.device, on_host: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """The rows' numbers and block tables, for all steps until a table changes."""
+        found = self._blocks.get((device, on_host))
+        if found is None:
+            tables = torch.from_numpy(share.pool.manager.block_tables(share.batch))
+            rows = self._numbers(share, device)
+            found = self._blocks[device, on_host] = rows, tables.to("cpu" if on_host else device)
+        return found
+
+    def settle(self) -> None:
+        """Let the block manager know all tokens that there are. O(rows)."""
+        if self.rows is not None:
+            self.rows.settle()
 
     def count_gather(self) -> None:
         """One more view was read the slow way."""
@@ -410,6 +430,7 @@ class LayerGroup:
             view.materialise()
         self._views.clear()
         self._parts.clear()
+        self._blocks.clear()
         self._tables.clear()
         self._slots.clear()
         self._new = None
