@@ -64,7 +64,6 @@ class LayerGroup:
         self._num_left = 0  # layers that live in blocks no longer
         self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
         self._parts: dict[tuple[int, int], list[Part]] = {}
-        self._blocks: dict[tuple[torch.device, bool], tuple[Tensor | None, Tensor]] = {}
         self._tables: dict[tuple[torch.device, int], list[Tables]] = {}
         self._new: tuple[int, int, list[Int64]] | None = None  # the last columns and their slots
         self._slots: dict[tuple[torch.device, int, int], list[Slots]] = {}
@@ -155,17 +154,16 @@ class LayerGroup:
                 f"{self.num_columns}"
             )
         ids = self.prompt.ids(self.padding, start, stop) if self.prompt else []
-        slots = None if ids or keep_from else self.rows.fill(num_new)
-        if slots is None:
+        # Where last blocks are filled, tables stay as they are, and views show what they did.
+        if num_new != 1 or ids or not self.rows.fill():
             self._freeze_views()
             if keep_from:
                 self._extend_end(self.rows, stop, keep_from)
             else:
-                slots = self.rows.append(self.lengths(stop) - self.lengths(start), ids)
+                counts = self.lengths(stop) - self.lengths(start)
+                self._new = start, stop, self.rows.append(counts, ids)
             if self.rows.any_on_host:
                 self.prompt = None  # what is not on the device is not offered to others
-        # Otherwise all tables are as before, and views show what they did.
-        self._new = None if slots is None else (start, stop, slots)
         self.num_columns = stop
 
     def _extend_end(self, rows: BatchRows, stop: int, keep_from: int) -> None:
@@ -236,15 +234,17 @@ class LayerGroup:
     def write(self, number: int, start: int, key: Tensor, value: Tensor) -> None:
         """Write a layer's new columns, from `start`: [rows, kv_heads, new, dim]. O(tokens)."""
         assert self.pool is not None
-        _, places = self._places[number]
+        kind, places = self._places[number]
         for rows, slots, on_host in self._slots_of(start, start + key.shape[2], key.device):
+            if not on_host and rows is None:  # as a rule
+                self.pool.write(kind, places.device, packed(key), packed(value), slots)
+                continue
             pool, place = (self.pool.host, places.host) if on_host else (self.pool, places.device)
             assert pool is not None
             assert place is not None
             of_rows = (key, value) if rows is None else (key[rows], value[rows])
-            device = place.storage.device
-            keys, values = (packed(states).to(device) for states in of_rows)
-            pool.write(place, keys, values, slots)
+            keys, values = (packed(states).to(place.storage.device) for states in of_rows)
+            pool.write(kind, place, keys, values, slots)
 
     def _slots_of(self, start: int, stop: int, device: torch.device) -> list[Slots]:
         """Where columns `start` to `stop` go, for each pool that has rows."""
@@ -260,6 +260,10 @@ class LayerGroup:
                 on_host = share.pool is not self.pool
                 tensor = torch.from_numpy(flat).to("cpu" if on_host else device)
                 slots.append(Slots(self._numbers(share, device), tensor, on_host))
+            if stop == self.num_columns:
+                ahead = torch.from_numpy(self.rows.ahead()).to(device).unbind()
+                for column, tensor in enumerate(ahead, start=stop):
+                    self._slots[device, column, column + 1] = [Slots(None, tensor, False)]
         return slots
 
     def _with_padding(self, slots: Int64, share: Share, start: int, stop: int) -> Int64:
@@ -292,10 +296,9 @@ class LayerGroup:
         """Tokens of each row among the first `num_columns` columns, int64 [rows]."""
         return np.maximum(num_columns - self.padding, 0)
 
-    def device(self, number: int) -> torch.device:
-        """Where the group's layer `number` computes."""
-        kind, _ = self._places[number]
-        return kind.device
+    def kind(self, number: int) -> LayerKind:
+        """What the group's layer `number` computes, and where."""
+        return self._places[number][0]
 
     def view(self, number: int, start: int, stop: int) -> PagedView:
         """A layer's keys and values of columns `start` to `stop`."""
@@ -321,24 +324,20 @@ class LayerGroup:
         found = self._tables.get((device, num_columns))
         if found is None:
             assert self.rows is not None
-            found = self._tables[device, num_columns] = []
-            lengths = self.lengths(num_columns).astype(np.int32)
+            # Until a table changes, the steps that follow differ in lengths alone.
+            columns = range(num_columns, num_columns + self.rows.pool.block_size)
+            for column in columns:
+                self._tables[device, column] = []
+            lengths = np.stack([self.lengths(column) for column in columns]).astype(np.int32)
             for share in self.rows.shares():
                 on_host = share.pool is not self.pool
-                rows, tables = self._blocks_of(share, device, on_host)
-                counts = torch.from_numpy(lengths[share.rows]).to(tables.device)
-                found.append(Tables(rows, tables, counts, on_host))
-        return found
-
-    def _blocks_of(
-        self, share: Share, device: torch.device, on_host: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """The rows' numbers and block tables, for all steps until a table changes."""
-        found = self._blocks.get((device, on_host))
-        if found is None:
-            tables = torch.from_numpy(share.pool.manager.block_tables(share.batch))
-            rows = self._numbers(share, device)
-            found = self._blocks[device, on_host] = rows, tables.to("cpu" if on_host else device)
+                tables = torch.from_numpy(share.pool.manager.block_tables(share.batch))
+                tables = tables.to("cpu" if on_host else device)
+                each = torch.from_numpy(lengths[:, share.rows]).to(tables.device).unbind()
+                rows = self._numbers(share, device)
+                for column, counts in zip(columns, each, strict=True):
+                    self._tables[device, column].append(Tables(rows, tables, counts, on_host))
+            found = self._tables[device, num_columns]
         return found
 
     def settle(self) -> None:
@@ -430,7 +429,6 @@ class LayerGroup:
             view.materialise()
         self._views.clear()
         self._parts.clear()
-        self._blocks.clear()
         self._tables.clear()
         self._slots.clear()
         self._new = None

@@ -54,7 +54,7 @@ class BatchRows:
         self._shares: list[Share] | None = None
         self._room = 0  # tokens for which every row's last block has room, and is its own
         self._untold = 0  # tokens of each row that the manager does not know of yet
-        self._last_slots: Int64 = np.zeros(0, np.int64)  # of each row, while there is room
+        self._last_slots: Int64 = np.zeros(0, np.int64)  # of each row, of those that it knows of
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -149,19 +149,23 @@ class BatchRows:
         self._last_slots = slots[0][np.cumsum(counts) - 1]
         self._room = size - 1 - int((self._last_slots % size).max())
 
-    def fill(self, count: int) -> list[Int64] | None:
-        """As `append` of `count` unknown tokens to each row, where the last blocks have room.
+    def ahead(self) -> Int64:
+        """The slots that `fill` gives out one after the other, int64 [tokens, rows]. O(tokens)."""
+        with self.pool.lock:
+            room = self._room
+            return self._last_slots + np.arange(self._untold + 1, self._untold + room + 1)[:, None]
 
-        Returns None where they have not. The manager hears of it by `settle`. O(tokens).
+    def fill(self) -> bool:
+        """As `append` of one unknown token to each row, if all last blocks have room. O(1).
+
+        The manager hears of it by `settle`.
         """
         with self.pool.lock:
-            if count > self._room:
-                return None
-            self._room -= count
-            self._untold += count
-            slots = self._last_slots[:, None] + np.arange(1, count + 1)
-            self._last_slots = slots[:, -1]
-            return [slots.reshape(-1)]
+            if not self._room:
+                return False
+            self._room -= 1
+            self._untold += 1
+            return True
 
     def settle(self) -> None:
         """Let the manager know how long the rows are, before somebody asks. O(rows)."""

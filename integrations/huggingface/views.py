@@ -88,7 +88,10 @@ def packed(states: Tensor) -> Tensor:
     A view where it can be one; heads as runs of numbers in any case.
     """
     rows, heads, columns, dim = states.shape
-    tokens = states.transpose(1, 2).reshape(rows * columns, heads, dim)
+    if columns == 1:
+        tokens = states.squeeze(2)
+    else:
+        tokens = states.transpose(1, 2).reshape(rows * columns, heads, dim)
     return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
 
@@ -102,8 +105,8 @@ class PagedView:
     __slots__ = (
         "__weakref__",
         "_dense",
-        "device",
         "group",
+        "kind",
         "num_rows",
         "number",
         "parts",
@@ -118,19 +121,23 @@ class PagedView:
         self.start = start
         self.stop = stop
         self.parts = group.parts(number, stop)
-        self.device = group.device(number)
+        self.kind = group.kind(number)
         self._dense: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> LayerShape:
         """Heads and their sizes."""
-        place = self.parts[0].place
-        return place.storage.layers[place.layer]
+        return self.kind.shape
 
     @property
     def dtype(self) -> torch.dtype:
         """What keys and values are computed in."""
-        return self.parts[0].place.storage.dtype
+        return self.kind.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return self.kind.device
 
     def shows_the_same_as(self, other: PagedView) -> bool:
         """Whether both may be read in place still, and read the same. O(1)."""
