@@ -23,7 +23,7 @@ BLOCK, LAYERS, ROWS, HEADS, DIM = 8, 2, 3, 2, 16
 
 def write(caches: list[Cache], generator: torch.Generator, columns: int = 1) -> None:
     """The same random keys and values to every layer of every cache."""
-    rows = caches[0].layers[0].keys.shape[0] if caches[0].layers else ROWS
+    rows = caches[0].layers[0].keys.shape[0] if caches[0].get_seq_length() else ROWS
     for layer in range(LAYERS):
         states = torch.randn(2, rows, HEADS, columns, DIM, generator=generator)
         for cache in caches:
@@ -45,20 +45,27 @@ def started(columns: int) -> tuple[PagedCache, DynamicCache, torch.Generator]:
     return paged, plain, generator
 
 
-def test_the_manager_is_asked_when_a_block_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    paged, plain, generator = started(BLOCK)
-    asked, append = [0], BlockManager.append
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """A list that grows whenever a block manager is asked for room."""
+    asked: list[None] = []
+    append = BlockManager.append
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        asked[0] += 1
+        asked.append(None)
         return append(*args, **kwargs)
 
     monkeypatch.setattr(BlockManager, "append", counting)
+    return asked
+
+
+def test_the_manager_is_asked_when_a_block_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    paged, plain, generator = started(BLOCK)
+    asked = questions(monkeypatch)
     steps_that_ask = []
     for step in range(3 * BLOCK):
-        before = asked[0]
+        before = len(asked)
         write([paged, plain], generator)
-        if asked[0] > before:
+        if len(asked) > before:
             steps_that_ask.append(step)
     assert steps_that_ask == [0, BLOCK, 2 * BLOCK]
     assert_equal(paged, plain)
@@ -168,3 +175,23 @@ def test_a_cache_dropped_within_a_block_gives_its_blocks_back() -> None:
     pool.settle()
     assert pool.manager.num_held_blocks == 0
     pool.manager.check()
+
+
+def test_a_window_gives_blocks_back_only_when_one_lies_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny_models.tiny_model("mistral").config
+    window = config.sliding_window
+    paged, plain = PagedCache(config, block_size=BLOCK), DynamicCache(config=config)
+    generator = torch.Generator().manual_seed(0)
+    asked = questions(monkeypatch)
+    steps_that_ask = 0
+    for step in range(window + 4 * BLOCK):
+        before = len(asked)
+        write([paged, plain], generator)
+        steps_that_ask += step >= window + BLOCK and len(asked) > before
+        assert_equal(paged, plain)
+        (pool,) = paged.memory.pools()
+        assert pool.manager.num_held_blocks <= ROWS * (-(-window // BLOCK) + 1)
+    # Of three blocks' steps: where a block is full, and where one is left behind.
+    assert steps_that_ask <= 3 * 3

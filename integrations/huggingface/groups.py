@@ -382,9 +382,15 @@ class LayerGroup:
 
     def forget_before(self, column: int) -> None:
         """Give back the blocks that lie wholly before `column`. O(rows + blocks)."""
-        if self.rows is not None and self.num_rows and column > 0:
-            self._freeze_views()
-            self.rows.slide(self.lengths(column))
+        if self.rows is None or not self.num_rows or column <= 0:
+            return
+        starts = self.lengths(column)
+        blocks = starts // self.rows.pool.block_size
+        if self._num_forgotten is not None and np.array_equal(blocks, self._num_forgotten):
+            return  # most steps of a window leave no whole block behind
+        self._freeze_views()
+        self.rows.slide(starts)
+        self._num_forgotten = blocks
 
     def reset(self) -> None:
         """Forget everything and give the blocks back. O(rows + blocks)."""
@@ -422,6 +428,7 @@ class LayerGroup:
         # One made in inference mode could not be passed to operators outside of it.
         with torch.inference_mode(False):
             self.place = torch.tensor(self._number, device="cpu")
+        self._num_forgotten: Int64 | None = None  # blocks of each row since then
 
     def _freeze_views(self) -> None:
         """Let views still held elsewhere keep what they show; forget what was derived."""

@@ -26,10 +26,10 @@ class PagedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, view: PagedView, which: int) -> PagedTensor:
-        (heads, *dims), dtype, device = view.kind
+        heads, *dims = view.shape
         shape = (view.num_rows, heads, view.stop - view.start, dims[which])
         handle: PagedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=device
+            cls, shape, dtype=view.dtype, device=view.device
         )
         handle.view_of = view
         handle.which = which

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kvpager.integrations.huggingface.pools import Place
 from kvpager.kernels.gather_kv import gather_kv
-from kvpager.storage import LayerShape
 
 if TYPE_CHECKING:
     from kvpager.integrations.huggingface.groups import LayerGroup
@@ -105,11 +104,14 @@ class PagedView:
     __slots__ = (
         "__weakref__",
         "_dense",
+        "device",
+        "dtype",
         "group",
         "kind",
         "num_rows",
         "number",
         "parts",
+        "shape",
         "start",
         "stop"
     )  # fmt: skip
@@ -122,22 +124,8 @@ class PagedView:
         self.stop = stop
         self.parts = group.parts(number, stop)
         self.kind = group.kind(number)
+        self.shape, self.dtype, self.device = self.kind
         self._dense: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def shape(self) -> LayerShape:
-        """Heads and their sizes."""
-        return self.kind.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What keys and values are computed in."""
-        return self.kind.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        return self.kind.device
 
     def shows_the_same_as(self, other: PagedView) -> bool:
         """Whether both may be read in place still, and read the same. O(1)."""
