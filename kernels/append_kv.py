@@ -54,14 +54,27 @@ def append_kv(
     """
     tensors = (key, value, key_cache, value_cache, slots)
     _fitting.check(
-        layout_of(*tensors), (layout_of_scales(scales),), lambda: _check(*tensors, scales)
+        layout_of(*tensors), (layout_of_scales(scales),), lambda: check_append(*tensors, scales)
     )
+    append_checked(*tensors, scales=scales)
+
+
+def append_checked(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """`append_kv` of what passed `check_append` before, or is laid out as what did. O(tokens)."""
     if debug.enabled():
         debug.check_slots(slots, key_cache)
     select("append_kv", key_cache.device)(key, value, key_cache, value_cache, slots, scales=scales)
 
 
-def _check(
+def check_append(
     key: Tensor,
     value: Tensor,
     key_cache: Tensor,
@@ -69,6 +82,7 @@ def _check(
     slots: Tensor,
     scales: tuple[Tensor, Tensor] | None,
 ) -> None:
+    """`ValueError` or `TypeError` for what `append_kv` does not take. O(1)."""
     require_tensors(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slots=slots)
     require_dims("key", key, "[tokens, kv_heads, head_dim]", 3)
     require_caches(key_cache, value_cache, scales)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,32 +104,35 @@ def paged_attention(
     _fitting.check(
         layout_of(*tensors, *options),
         (layout_of_scales(scales), scale, causal, window, softcap),
-        lambda: _check(*tensors, *options, scales, scale, causal, window, softcap),
+        lambda: check_attention(*tensors, *options, scales, scale, causal, window, softcap),
     )
+    return attend_checked(
+        *tensors, query_starts, scale=scale, causal=causal, window=window, softcap=softcap,
+        sinks=sinks, mask=mask, kv_starts=kv_starts, scales=scales,
+    )  # fmt: skip
+
+
+def attend_checked(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    query_starts: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """`paged_attention` of what passed `check_attention`, or is laid out as what did."""
     if debug.enabled():
         debug.check_rows(block_tables, kv_lens, key_cache)
-        debug.check_queries(query, query_starts, mask)
-        debug.check_kv_starts(kv_starts)
+        debug.check_queries(query, query_starts, options.get("mask"))
+        debug.check_kv_starts(options.get("kv_starts"))
     output: Tensor = select("paged_attention", key_cache.device)(
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        kv_lens,
-        query_starts,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        mask=mask,
-        kv_starts=kv_starts,
-        scales=scales,
+        query, key_cache, value_cache, block_tables, kv_lens, query_starts, **options
     )
     return output
 
 
-def _check(
+def check_attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -144,6 +148,7 @@ def _check(
     window: int | None,
     softcap: float | None,
 ) -> None:
+    """`ValueError` or `TypeError` for what `paged_attention` does not take. O(1)."""
     optional = {
         "query_starts": query_starts,
         "kv_starts": kv_starts,

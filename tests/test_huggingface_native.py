@@ -73,7 +73,7 @@ def test_layers_of_one_kind_share_one_tensor_of_tables_and_one_of_lengths(
         read.append(rows[:2])
         return paged_attention(query, key, value, *rows, **options)
 
-    monkeypatch.setattr(reading, "paged_attention", recording)
+    monkeypatch.setattr(reading, "attend_checked", recording)
     model = tiny_models.tiny_model(name)
     with kvpager.patch(model):
         # No longer than the window: the end of a longer prompt is stored, and read dense.

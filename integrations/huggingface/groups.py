@@ -153,15 +153,17 @@ class LayerGroup:
                 f"a layer writes column {start}, but the layers before it ended at column "
                 f"{self.num_columns}"
             )
-        self._freeze_views()
-        if keep_from:
-            self._extend_end(self.rows, stop, keep_from)
-        else:
-            ids = self.prompt.ids(self.padding, start, stop) if self.prompt else []
-            counts = self.lengths(stop) - self.lengths(start)
-            self._new = start, stop, self.rows.append(counts, ids)
-        if self.rows.any_on_host:
-            self.prompt = None  # what is not on the device is not offered to others
+        ids = self.prompt.ids(self.padding, start, stop) if self.prompt else []
+        # Where last blocks are filled, tables stay as they are, and views show what they did.
+        if num_new != 1 or ids or not self.rows.fill():
+            self._freeze_views()
+            if keep_from:
+                self._extend_end(self.rows, stop, keep_from)
+            else:
+                counts = self.lengths(stop) - self.lengths(start)
+                self._new = start, stop, self.rows.append(counts, ids)
+            if self.rows.any_on_host:
+                self.prompt = None  # what is not on the device is not offered to others
         self.num_columns = stop
 
     def _extend_end(self, rows: BatchRows, stop: int, keep_from: int) -> None:
@@ -232,15 +234,17 @@ class LayerGroup:
     def write(self, number: int, start: int, key: Tensor, value: Tensor) -> None:
         """Write a layer's new columns, from `start`: [rows, kv_heads, new, dim]. O(tokens)."""
         assert self.pool is not None
-        _, places = self._places[number]
+        kind, places = self._places[number]
         for rows, slots, on_host in self._slots_of(start, start + key.shape[2], key.device):
+            if not on_host and rows is None:  # as a rule
+                self.pool.write(kind, places.device, packed(key), packed(value), slots)
+                continue
             pool, place = (self.pool.host, places.host) if on_host else (self.pool, places.device)
             assert pool is not None
             assert place is not None
             of_rows = (key, value) if rows is None else (key[rows], value[rows])
-            device = place.storage.device
-            keys, values = (packed(states).to(device) for states in of_rows)
-            pool.write(place, keys, values, slots)
+            keys, values = (packed(states).to(place.storage.device) for states in of_rows)
+            pool.write(kind, place, keys, values, slots)
 
     def _slots_of(self, start: int, stop: int, device: torch.device) -> list[Slots]:
         """Where columns `start` to `stop` go, for each pool that has rows."""
@@ -256,6 +260,10 @@ class LayerGroup:
                 on_host = share.pool is not self.pool
                 tensor = torch.from_numpy(flat).to("cpu" if on_host else device)
                 slots.append(Slots(self._numbers(share, device), tensor, on_host))
+            if stop == self.num_columns:
+                ahead = torch.from_numpy(self.rows.ahead()).to(device).unbind()
+                for column, tensor in enumerate(ahead, start=stop):
+                    self._slots[device, column, column + 1] = [Slots(None, tensor, False)]
         return slots
 
     def _with_padding(self, slots: Int64, share: Share, start: int, stop: int) -> Int64:
@@ -269,6 +277,8 @@ class LayerGroup:
 
     def _written(self, share: Share, start: int, stop: int) -> Int64:
         """The same for columns that are there already, by the block tables."""
+        assert self.rows is not None
+        self.rows.settle()
         slots_of = share.pool.manager.slots
         ranges = (self.lengths(column)[share.rows].tolist() for column in (start, stop))
         slots = [slots_of(*each) for each in zip(share.sequences, *ranges, strict=True)]
@@ -286,10 +296,9 @@ class LayerGroup:
         """Tokens of each row among the first `num_columns` columns, int64 [rows]."""
         return np.maximum(num_columns - self.padding, 0)
 
-    def device(self, number: int) -> torch.device:
-        """Where the group's layer `number` computes."""
-        kind, _ = self._places[number]
-        return kind.device
+    def kind(self, number: int) -> LayerKind:
+        """What the group's layer `number` computes, and where."""
+        return self._places[number][0]
 
     def view(self, number: int, start: int, stop: int) -> PagedView:
         """A layer's keys and values of columns `start` to `stop`."""
@@ -315,16 +324,26 @@ class LayerGroup:
         found = self._tables.get((device, num_columns))
         if found is None:
             assert self.rows is not None
-            found = self._tables[device, num_columns] = []
-            lengths = self.lengths(num_columns).astype(np.int32)
+            # Until a table changes, the steps that follow differ in lengths alone.
+            columns = range(num_columns, num_columns + self.rows.pool.block_size)
+            for column in columns:
+                self._tables[device, column] = []
+            lengths = np.stack([self.lengths(column) for column in columns]).astype(np.int32)
             for share in self.rows.shares():
                 on_host = share.pool is not self.pool
-                where = "cpu" if on_host else device
                 tables = torch.from_numpy(share.pool.manager.block_tables(share.batch))
-                counts = torch.from_numpy(lengths[share.rows])
+                tables = tables.to("cpu" if on_host else device)
+                each = torch.from_numpy(lengths[:, share.rows]).to(tables.device).unbind()
                 rows = self._numbers(share, device)
-                found.append(Tables(rows, tables.to(where), counts.to(where), on_host))
+                for column, counts in zip(columns, each, strict=True):
+                    self._tables[device, column].append(Tables(rows, tables, counts, on_host))
+            found = self._tables[device, num_columns]
         return found
+
+    def settle(self) -> None:
+        """Let the block manager know all tokens that there are. O(rows)."""
+        if self.rows is not None:
+            self.rows.settle()
 
     def count_gather(self) -> None:
         """One more view was read the slow way."""
@@ -363,9 +382,15 @@ class LayerGroup:
 
     def forget_before(self, column: int) -> None:
         """Give back the blocks that lie wholly before `column`. O(rows + blocks)."""
-        if self.rows is not None and self.num_rows and column > 0:
-            self._freeze_views()
-            self.rows.slide(self.lengths(column))
+        if self.rows is None or not self.num_rows or column <= 0:
+            return
+        starts = self.lengths(column)
+        blocks = starts // self.rows.pool.block_size
+        if self._num_forgotten is not None and np.array_equal(blocks, self._num_forgotten):
+            return  # most steps of a window leave no whole block behind
+        self._freeze_views()
+        self.rows.slide(starts)
+        self._num_forgotten = blocks
 
     def reset(self) -> None:
         """Forget everything and give the blocks back. O(rows + blocks)."""
@@ -403,6 +428,7 @@ class LayerGroup:
         # One made in inference mode could not be passed to operators outside of it.
         with torch.inference_mode(False):
             self.place = torch.tensor(self._number, device="cpu")
+        self._num_forgotten: Int64 | None = None  # blocks of each row since then
 
     def _freeze_views(self) -> None:
         """Let views still held elsewhere keep what they show; forget what was derived."""

@@ -65,12 +65,15 @@ class Counters:
         self.prefix_unserved_calls = 0
 
 
-class Dense(Protocol):
-    """What stands for tensors that `DynamicCache` would hold."""
+class Group(Protocol):
+    """Layers of a cache that share block tables."""
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of those tensors."""
+        """Bytes of the tensors that `DynamicCache` would hold in their place."""
+
+    def settle(self) -> None:
+        """Let the block manager know all tokens that there are."""
 
 
 class PagedMemory:
@@ -113,7 +116,7 @@ class PagedMemory:
         self.counters = Counters()
         self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
         self.left_alone: dict[str, int] = {}  # what they are -> layers of a model, at the most
-        self._groups: weakref.WeakSet[Dense] = weakref.WeakSet()  # of the caches alive now
+        self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of the caches alive now
         self.lock = threading.RLock()
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
@@ -158,7 +161,7 @@ class PagedMemory:
         held = sum(pool.held_bytes for pool in self.pools())
         self.counters.peak_held_bytes = max(self.counters.peak_held_bytes, held)
 
-    def note_group(self, group: Dense) -> None:
+    def note_group(self, group: Group) -> None:
         """A cache begins. O(1)."""
         # Locked: another thread may be adding the groups up, and a set must not grow meanwhile.
         with self.lock:
@@ -209,6 +212,14 @@ class PagedMemory:
             pool.settle()
             if not pool.manager.num_held_blocks:
                 self._kept.discard(pool)  # the last reference, unless a cache still has one
+
+    def settle(self) -> None:
+        """Bring the managers of all pools up to date. O(rows + blocks freed)."""
+        with self.lock:
+            for group in self._groups:
+                group.settle()
+            for pool in self.pools():
+                pool.settle()
 
     def clear(self) -> None:
         """Let cached prefixes go, and the pools no cache uses. O(cached blocks)."""

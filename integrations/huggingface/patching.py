@@ -80,8 +80,9 @@ class Patch:
         """Counts of now, and totals since the patch was made. O(blocks)."""
         host = self.memory.host
         pools, host_pools = self.memory.pools(), [] if host is None else host.pools()
-        for pool in (*pools, *host_pools):
-            pool.settle()
+        self.memory.settle()
+        if host is not None:
+            host.settle()
         stats = [(pool.manager.stats(), pool.block_bytes) for pool in pools]
         counters = self.memory.counters
         return PatchStats(

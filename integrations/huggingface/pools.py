@@ -20,7 +20,8 @@ from torch import Tensor
 
 from kvpager import arguments
 from kvpager.errors import OutOfBlocks
-from kvpager.kernels.append_kv import append_kv
+from kvpager.kernels.append_kv import append_checked, check_append
+from kvpager.kernels.arguments import Fitting, layout_of
 from kvpager.manager import BlockManager
 from kvpager.plan import Step, Tier
 from kvpager.sequences import Batch, Sequence
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from kvpager.integrations.huggingface.memory import PagedMemory
 
 _T = TypeVar("_T")
+
+# Caches and slots are made here, as the kind of a layer says; so only the rest is looked at again.
+_fitting = Fitting()
 
 # Without a bound, how many times the most blocks ever in use a pool may have, to keep prefixes.
 _MOST_KEPT = 5
@@ -205,12 +209,17 @@ class PagedPool:
                 self.memory.note_peak()
             return step
 
-    def write(self, place: Place, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Write keys and values [tokens, heads, dim] to `slots`. O(tokens)."""
+    def write(
+        self, kind: LayerKind, place: Place, key: Tensor, value: Tensor, slots: Tensor
+    ) -> None:
+        """Write keys and values [tokens, heads, dim] of a layer of `kind` to `slots`. O(tokens)."""
         storage, layer = place
         # Growing copies the storage: a write to the old one after that copy would be lost.
         with self.lock:
-            append_kv(key, value, *storage.layer(layer), slots, scales=storage.scales(layer))
+            tensors = (key, value, *storage.layer(layer), slots)
+            scales = storage.scales(layer)
+            _fitting.check(layout_of(key, value), (kind,), lambda: check_append(*tensors, scales))
+            append_checked(*tensors, scales=scales)
 
     def copy_from(self, other: PagedPool, copies: NDArray[np.int32]) -> None:
         """Copy blocks of the other tier's pool for pairs (theirs, ours), int32 [n, 2]. O(bytes)."""

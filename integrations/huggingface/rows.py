@@ -7,6 +7,12 @@ A row that has moved goes on there: new tokens are written to its blocks in host
 attention reads them from there. So a batch may be larger than the device's pool, as in FlexGen
 (Sheng et al., 2023), and what shared blocks before shares them after. A row returns when the
 device has room for it again.
+
+    a row's last block   t12 t13 t14  .          the manager knows of t12, and t13, t14 were added
+                         ^^^                     since: `settle` tells it of both at once
+
+As long as every row's last block has room, a decoding step takes nothing that anybody else could
+have. So the manager hears of it later: when a block is full, or before anybody asks.
 """
 
 from __future__ import annotations
@@ -46,6 +52,9 @@ class BatchRows:
         self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._any_on_host = False
         self._shares: list[Share] | None = None
+        self._room = 0  # tokens for which every row's last block has room, and is its own
+        self._untold = 0  # tokens of each row that the manager does not know of yet
+        self._last_slots: Int64 = np.zeros(0, np.int64)  # of each row, of those that it knows of
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -58,7 +67,8 @@ class BatchRows:
     def shares(self) -> list[Share]:
         """The rows by pool, the device's first; only pools that have some. O(1) until they change.
 
-        Raises: `StaleSequence` for rows that were freed behind our back.
+        Their lengths may be behind until `settle`. Raises: `StaleSequence` for rows that were freed
+        behind our back.
         """
         if self._shares is None:
             self._shares = []
@@ -76,6 +86,8 @@ class BatchRows:
 
     def join(self, parts: list[BatchRows], order: Int64) -> None:
         """Begin with the rows of `parts`, put in `order`; they have none afterwards. O(rows)."""
+        for part in parts:
+            part.settle()
         sequences = [sequence for part in parts for sequence in part._sequences]
         on_host = np.concatenate([part._on_host for part in parts])[order]
         self._become([sequences[row] for row in order], on_host)
@@ -101,11 +113,14 @@ class BatchRows:
         Raises: `OutOfBlocks`, with every row as long as it was.
         """
         with self.pool.lock:
+            self.settle()
             if self._any_on_host:
                 self._return_some()
             while True:
                 try:
-                    return self._append(counts, ids)
+                    slots = self._append(counts, ids)
+                    self._note_room(counts, slots)
+                    return slots
                 except OutOfBlocks as error:
                     # What the host refuses, it will refuse again.
                     if self.pool.host is None or error.tier == "host":
@@ -125,6 +140,39 @@ class BatchRows:
                     share.pool.manager.truncate(sequence, len(sequence) - int(counts[row]))
             raise
         return slots
+
+    def _note_room(self, counts: Int64, slots: list[Int64]) -> None:
+        """Each row was given `slots` of its own: what fits behind them in the last blocks?"""
+        if self._any_on_host or not counts.all():  # rows may return; an empty one has no block
+            return
+        size = self.pool.block_size
+        self._last_slots = slots[0][np.cumsum(counts) - 1]
+        self._room = size - 1 - int((self._last_slots % size).max())
+
+    def ahead(self) -> Int64:
+        """The slots that `fill` gives out one after the other, int64 [tokens, rows]. O(tokens)."""
+        with self.pool.lock:
+            room = self._room
+            return self._last_slots + np.arange(self._untold + 1, self._untold + room + 1)[:, None]
+
+    def fill(self) -> bool:
+        """As `append` of one unknown token to each row, if all last blocks have room. O(1).
+
+        The manager hears of it by `settle`.
+        """
+        with self.pool.lock:
+            if not self._room:
+                return False
+            self._room -= 1
+            self._untold += 1
+            return True
+
+    def settle(self) -> None:
+        """Let the manager know how long the rows are, before somebody asks. O(rows)."""
+        with self.pool.lock:
+            untold, self._untold, self._room = self._untold, 0, 0
+            if untold:  # which takes no block and copies none
+                self.pool.manager.append(self.shares()[0].batch, untold)
 
     # ---------------------------------------------------------------- moving
 
@@ -158,6 +206,7 @@ class BatchRows:
 
     def leave_device(self) -> None:
         """Move all rows to the host. Raises `OutOfBlocks`."""
+        self.settle()
         assert self.pool.host is not None
         self._move(np.flatnonzero(~self._on_host), self.pool, self.pool.host)
 
@@ -186,6 +235,7 @@ class BatchRows:
 
     def select(self, rows: list[int]) -> None:
         """Make the batch the given rows of it, each as often as it is named. O(rows + blocks)."""
+        self.settle()
         unused = dict(enumerate(self._sequences))
         on_host = self._on_host[np.asarray(rows, np.int64)]
         # The first to name a row takes it over, further ones fork it.
@@ -207,23 +257,27 @@ class BatchRows:
 
     def truncate(self, lengths: Int64) -> None:
         """Keep the first `lengths` [rows] tokens of each row. O(rows + blocks)."""
+        self.settle()
         for share in self.shares():
             for sequence, length in zip(share.sequences, lengths[share.rows].tolist(), strict=True):
                 share.pool.manager.truncate(sequence, length)
 
     def slide(self, starts: Int64) -> None:
         """Give back blocks wholly before token `starts` [rows] of each row. O(rows + blocks)."""
+        self.settle()
         for share in self.shares():
             share.pool.manager.slide(share.batch, starts[share.rows])
 
     def commit(self) -> None:
         """Full blocks of known tokens become reusable; those on the host do not. O(blocks)."""
+        self.settle()
         for share in self.shares():
             if share.pool is self.pool:
                 share.pool.manager.commit(share.batch)
 
     def fork(self) -> BatchRows:
         """A second batch that shares every block of this one. O(rows + blocks)."""
+        self.settle()
         twin = BatchRows(self.pool)
         sequences = [
             self._pool_of(row).manager.fork(sequence)
@@ -234,6 +288,7 @@ class BatchRows:
 
     def free(self) -> None:
         """Give all blocks back: no rows are left. O(blocks)."""
+        self.settle()
         for share in self.shares():
             share.pool.manager.free(share.batch)
         self.adopt([])

@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvpager.integrations.huggingface.pools import Place
+from kvpager.integrations.huggingface.pools import LayerKind, Place
 from kvpager.kernels.gather_kv import gather_kv
-from kvpager.storage import LayerShape
 
 if TYPE_CHECKING:
     from kvpager.integrations.huggingface.memory import PagedMemory
@@ -90,7 +89,10 @@ def packed(states: Tensor) -> Tensor:
     A view where it can be one; heads as runs of numbers in any case.
     """
     rows, heads, columns, dim = states.shape
-    tokens = states.transpose(1, 2).reshape(rows * columns, heads, dim)
+    if columns == 1:
+        tokens = states.squeeze(2)
+    else:
+        tokens = states.transpose(1, 2).reshape(rows * columns, heads, dim)
     return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
 
@@ -107,8 +109,8 @@ class Viewed(Protocol):
     def parts(self, number: int, stop: int) -> list[Part]:
         """Where the rows of layer `number` are, up to column `stop`."""
 
-    def device(self, number: int) -> torch.device:
-        """Where layer `number` computes."""
+    def kind(self, number: int) -> LayerKind:
+        """What layer `number` is, and where it computes."""
 
     def count_gather(self) -> None:
         """A view gathers."""
@@ -125,10 +127,13 @@ class PagedView:
         "__weakref__",
         "_dense",
         "device",
+        "dtype",
         "group",
+        "kind",
         "num_rows",
         "number",
         "parts",
+        "shape",
         "start",
         "stop"
     )  # fmt: skip
@@ -140,19 +145,9 @@ class PagedView:
         self.start = start
         self.stop = stop
         self.parts = group.parts(number, stop)
-        self.device = group.device(number)
+        self.kind = group.kind(number)
+        self.shape, self.dtype, self.device = self.kind
         self._dense: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def shape(self) -> LayerShape:
-        """Heads and their sizes."""
-        place = self.parts[0].place
-        return place.storage.layers[place.layer]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What keys and values are computed in."""
-        return self.parts[0].place.storage.dtype
 
     def shows_the_same_as(self, other: PagedView) -> bool:
         """Whether both may be read in place still, and read the same. O(1)."""

@@ -30,6 +30,8 @@ APPEND = struct.Struct("=2q 2q 2q 2q 3q 5q 2q 2q 2q 2q 2q 2q 3q q".replace(" ", 
 GATHER = struct.Struct("=4q 2q 3q 4q 4q 3q 3q q q".replace(" ", ""))
 COPY = struct.Struct("=q 2q 5q q".replace(" ", ""))
 
+_Numbers = ctypes.c_int64 * 3
+
 
 class Problem(NamedTuple):
     """What the native side found wrong: a code, and up to three numbers that say where."""
@@ -60,7 +62,7 @@ class Library:
     def call(self, name: str, layout: struct.Struct, *fields: float) -> Problem | None:
         """Run `name` with its packed arguments; the field for the problem's place goes last but
         for what the native side fills in. O(1) besides the work itself."""
-        numbers = (ctypes.c_int64 * 3)()
+        numbers = _Numbers()
         code = self._functions[name](layout.pack(*fields, ctypes.addressof(numbers)))
         if code == 0:
             return None

@@ -25,7 +25,7 @@ from kvpager.integrations.huggingface import packed_compiled
 from kvpager.integrations.huggingface.handles import PagedTensor
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.packed import PackedRows, PackedView
-from kvpager.integrations.huggingface.pools import Place
+from kvpager.integrations.huggingface.pools import LayerKind, Place
 from kvpager.integrations.huggingface.views import Blocks, PagedView, Part, packed
 from kvpager.kernels.append_kv import append_kv
 from kvpager.plan import StepPlan
@@ -214,9 +214,9 @@ class RowGroup:
         self.memory = layer.memory
         self._layer = layer
 
-    def device(self, number: int) -> torch.device:
-        """Where the layer is."""
-        return self._layer.device
+    def kind(self, number: int) -> LayerKind:
+        """What the layer is, and where it computes."""
+        return LayerKind(self._layer.shape, self._layer.dtype, self._layer.device)
 
     def count_gather(self) -> None:
         """A read is gathered."""
