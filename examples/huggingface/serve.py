@@ -1,8 +1,9 @@
 """Many requests at once: continuous batching of a transformers model.
 
-Requests of unlike lengths and settings come and go; each step computes a token for all that run, and
-parts of the prompts of those that begin, in one forward pass without padding. Run it:
-`python examples/huggingface/serve.py`.
+Requests of unlike lengths and settings come and go; each step computes a token for all that run,
+and parts of the prompts of those that begin, in one forward pass without padding.
+
+python examples/huggingface/serve.py
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ class LayerGroup:
         self._first_private_column = 0  # from it on, no block is shared with another group
         self.num_members = 0  # layers made so far
         self._number = next(_numbers)
+        self._num_forgotten: Int64 | None = None  # blocks of each row, when they last were
         self._change_place()
         self._column_bytes = 0  # of a row, over all layers, as DynamicCache would keep it
         self._places: dict[int, tuple[LayerKind, Places]] = {}
@@ -428,7 +429,7 @@ class LayerGroup:
         # One made in inference mode could not be passed to operators outside of it.
         with torch.inference_mode(False):
             self.place = torch.tensor(self._number, device="cpu")
-        self._num_forgotten: Int64 | None = None  # blocks of each row since then
+        self._num_forgotten = None
 
     def _freeze_views(self) -> None:
         """Let views still held elsewhere keep what they show; forget what was derived."""
