@@ -526,6 +526,6 @@ def test_too_little_memory_for_a_block_says_so(llama):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_pass_has_the_tokens_of_an_eager_one(llama):
     prompts = some_prompts(llama, count=4)
-    assert batched(llama, prompts, compile="aot_eager") == [
+    assert batched(llama, prompts, compile={"backend": "aot_eager"}) == [
         alone(llama, prompt) for prompt in prompts
     ]

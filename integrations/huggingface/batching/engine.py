@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -75,7 +75,8 @@ class Engine:
             `host_memory`.
         packed: True insists on one forward pass for all rows, False on one for each row; None
             finds out whether the model allows the former.
-        compile: have `torch.compile` compile the packed forward pass; or the name of its backend.
+        compile: have `torch.compile` compile the packed forward pass; or its arguments, such as
+            `{"options": {"freezing": True}}` for weights that never change.
         on_step: is told of every step; for plots.
 
     Thread-safe. Raises: `KVPagerError` for a model that cannot be batched; `TypeError`,
@@ -98,7 +99,7 @@ class Engine:
         max_length: int | None = None,
         costs: PreemptionCosts | None = None,
         packed: bool | None = None,
-        compile: bool | str = False,
+        compile: bool | Mapping[str, Any] = False,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         self.model = model
@@ -125,8 +126,8 @@ class Engine:
             self._manager = BlockManager(sizes.device, block_size, num_host_blocks=sizes.host)
             forward = None
             if compile and self.is_packed:
-                backend = compile if isinstance(compile, str) else "inductor"
-                forward = torch.compile(model, dynamic=True, backend=backend)
+                arguments_ = {} if compile is True else dict(compile)
+                forward = torch.compile(model, **{"dynamic": True} | arguments_)
             self._runner = Runner(
                 model,
                 anatomy,
