@@ -126,6 +126,8 @@ class Admission(Roster):
 
     def _admit(self, draft: Draft) -> None:
         """Let waiting requests begin, in their order, as long as there is room for the next."""
+        if not draft.budget or self._num_rows_reserved == self.max_running:
+            return
         num_passed = 0
         for live in self._order.waiting():
             if not self._has_rows(live) or num_passed == _LOOK_PAST:
