@@ -185,7 +185,8 @@ class Admission(Roster):
             behind = int(samples.behind[number])
             start, length = int(samples.computed[number]), int(samples.lengths[number])
             if behind != NOBODY:
-                if samples.computed[behind] < start:
+                # One that is behind somebody itself has not computed what it counts as such.
+                if samples.behind[behind] != NOBODY or samples.computed[behind] < start:
                     continue
                 samples.behind[number] = NOBODY
             if start == length:
