@@ -132,6 +132,14 @@ def test_no_more_rows_run_than_may() -> None:
     assert max(most) == 3
 
 
+def test_a_request_counts_with_all_the_rows_it_may_have() -> None:
+    scheduler = make(max_running=4)
+    for name in "ab":
+        scheduler.submit(request(name, new=2, num_samples=3))
+    assert rows(step(scheduler)) == {"a": 3}
+    assert set(rows(step(scheduler))) == {"a"}
+
+
 def test_a_known_prefix_is_not_computed_again() -> None:
     scheduler = make()
     scheduler.submit(Request(name="a", prompt=ids(12), max_new_tokens=2))

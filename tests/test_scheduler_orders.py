@@ -257,6 +257,17 @@ def test_a_shared_beginning_is_computed_once() -> None:
     assert [len(plan) for plan in plans[:2]] == [1, 4]
 
 
+def test_a_leader_is_let_go() -> None:
+    scheduler = make(max_batch_tokens=64)
+    for name in "ab":
+        scheduler.submit(Request(name=name, prompt=ids(17), max_new_tokens=3))
+    step(scheduler)
+    waits = scheduler._lives["b"]
+    assert waits.leader is scheduler._lives["a"]
+    step(scheduler)
+    assert waits.leader is None  # or every request would keep the one before it
+
+
 def test_others_pass_who_waits_for_a_beginning() -> None:
     scheduler = make(max_batch_tokens=8)
     scheduler.submit(Request(name="leader", prompt=ids(16), max_new_tokens=1))
