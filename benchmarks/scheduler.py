@@ -44,7 +44,7 @@ def go_on(scheduler: Scheduler, plan: StepPlan) -> None:
 def decoding(rows: int, order: str, *, prefix_cache: bool, steps: int, new: int = 0) -> Scheduler:
     """A scheduler all of whose rows decode."""
     # Room for every row to its end, and no more: what waits has to wait.
-    manager = BlockManager(rows * (LENGTH + 16 + (new or 4 * steps)) // 16 + 2 * rows, 16)
+    manager = BlockManager(rows * (LENGTH + 16 + (new + steps + 100)) // 16 + 2 * rows, 16)
     scheduler = Scheduler(
         manager,
         max_batch_tokens=8192,
@@ -54,7 +54,7 @@ def decoding(rows: int, order: str, *, prefix_cache: bool, steps: int, new: int 
     )
     for row in range(rows):
         # With `new`, rows end one after the other.
-        scheduler.submit(request(LENGTH + row % 16, 4 * steps if not new else 40 + row))
+        scheduler.submit(request(LENGTH + row % 16, steps + 100 if not new else 40 + row))
     while scheduler.num_waiting or scheduler.stats().total_steps < 2:
         advance(scheduler)
     for _ in range(20):

@@ -126,6 +126,8 @@ class Admission(Roster):
 
     def _admit(self, draft: Draft) -> None:
         """Let waiting requests begin, in their order, as long as there is room for the next."""
+        if not draft.budget or self._num_rows_reserved == self.max_running:
+            return
         num_passed = 0
         for live in self._order.waiting():
             if not self._has_rows(live) or num_passed == _LOOK_PAST:
@@ -183,7 +185,8 @@ class Admission(Roster):
             behind = int(samples.behind[number])
             start, length = int(samples.computed[number]), int(samples.lengths[number])
             if behind != NOBODY:
-                if samples.computed[behind] < start:
+                # One that is behind somebody itself has not computed what it counts as such.
+                if samples.behind[behind] != NOBODY or samples.computed[behind] < start:
                     continue
                 samples.behind[number] = NOBODY
             if start == length:

@@ -184,7 +184,7 @@ class Scheduler(Admission):
         for live in failed:
             self._end(live, Reason.FAILED)
         for live in draft.moved:
-            if self._lives.get(live.name) is live:
+            if self._lives.get(live.name) is live and live.state is not State.DROPPED:
                 if live.state is State.RUNNING:
                     self._leave(live)
                     self._preempted.append(live)

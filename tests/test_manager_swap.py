@@ -528,3 +528,32 @@ def test_short_random_histories_in_a_tiny_pool(seed: int) -> None:
         memory.free(one)
     manager.drop_cached()
     assert (manager.num_free_blocks, manager.stats().num_host_free) == (6, 4)
+
+
+# -------------------------------------------------------------------- room that is to be left
+
+
+def test_a_swap_leaves_the_blocks_that_are_to_be_spared(manager: BlockManager) -> None:
+    sequence = manager.allocate(5 * BLOCK_SIZE)
+    manager.swap(sequence, "host")
+    manager.allocate(8 * BLOCK_SIZE)
+    before = manager.snapshot()
+    with pytest.raises(OutOfBlocks, match="need 9 device blocks, 8 free"):
+        manager.swap(sequence, "device", spare=4)
+    assert equal(manager.snapshot(), before)
+    manager.swap(sequence, "device", spare=3)
+    assert manager.num_available_blocks == 3
+
+
+def test_allocate_leaves_the_blocks_that_are_to_be_spared(manager: BlockManager) -> None:
+    ids = list(range(4 * BLOCK_SIZE))
+    manager.free(manager.allocate(ids), publish=True)
+    held = manager.allocate(10 * BLOCK_SIZE)
+    assert (manager.num_free_blocks, manager.num_available_blocks) == (2, 6)
+    before = manager.snapshot()
+    with pytest.raises(OutOfBlocks, match="need 7 device blocks"):
+        manager.allocate([*ids, 1], spare=2)  # four cached blocks are no room any more, one is new
+    assert equal(manager.snapshot(), before)
+    assert manager.allocate([*ids, 1], spare=1).num_cached_tokens == 4 * BLOCK_SIZE
+    manager.free(held)
+    manager.check()

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from kvpager import BlockManager, QueueFull, Request, Scheduler, StepPlan
+from kvpager import (
+    BlockManager,
+    BrokenInvariant,
+    QueueFull,
+    Request,
+    Scheduler,
+    StaleSequence,
+    StepPlan,
+)
 from kvpager.plan import Reason
 from tests.scheduling import BLOCK_SIZE, Clock, complete, ids, make, request, rows, run, step
 
@@ -120,6 +130,14 @@ def test_no_more_rows_run_than_may() -> None:
     most = []
     run(scheduler, lambda plan: most.append(len(plan)))
     assert max(most) == 3
+
+
+def test_a_request_counts_with_all_the_rows_it_may_have() -> None:
+    scheduler = make(max_running=4)
+    for name in "ab":
+        scheduler.submit(request(name, new=2, num_samples=3))
+    assert rows(step(scheduler)) == {"a": 3}
+    assert set(rows(step(scheduler))) == {"a"}
 
 
 def test_a_known_prefix_is_not_computed_again() -> None:
@@ -489,3 +507,75 @@ def test_the_prompt_is_copied() -> None:
     scheduler.submit(Request(name="a", prompt=prompt, max_new_tokens=2))
     prompt[:] = 9
     assert step(scheduler).ids.tolist() == [0, 1, 2, 3, 4]
+
+
+# -------------------------------------------------------------------- its own books
+
+
+def test_it_says_who_is_where() -> None:
+    scheduler = make(num_blocks=6, num_host_blocks=6)
+    for name in "abc":
+        scheduler.submit(request(name, 4, new=13))
+    assert (scheduler.num_waiting, scheduler.num_running, scheduler.names) == (
+        3,
+        0,
+        ["a", "b", "c"],
+    )
+    while not scheduler.num_preempted:
+        step(scheduler)
+    counts = (scheduler.num_waiting, scheduler.num_running, scheduler.num_preempted)
+    stats = scheduler.stats()
+    assert counts == (stats.num_waiting, stats.num_running, stats.num_preempted)
+    assert sum(counts) == len(scheduler.names) == 3
+    assert stats.num_running_rows == scheduler.num_running
+
+
+def corrupt_row(scheduler: Scheduler) -> None:
+    scheduler._samples.computed[0] += 1
+
+
+def corrupt_reservation(scheduler: Scheduler) -> None:
+    scheduler._num_rows_reserved += 1
+
+
+def corrupt_place(scheduler: Scheduler) -> None:
+    scheduler._preempted.append(scheduler._running.pop())
+
+
+def corrupt_names(scheduler: Scheduler) -> None:
+    del scheduler._lives["b"]
+
+
+def corrupt_numbers(scheduler: Scheduler) -> None:
+    scheduler._samples._free.append(0)
+
+
+def corrupt_queue(scheduler: Scheduler) -> None:
+    scheduler._order._num_waiting += 1
+
+
+def corrupt_blocks(scheduler: Scheduler) -> None:
+    scheduler.manager.free(scheduler._samples.handle(0))
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        corrupt_row,
+        corrupt_reservation,
+        corrupt_place,
+        corrupt_names,
+        corrupt_numbers,
+        corrupt_queue,
+        corrupt_blocks,
+    ],
+)
+def test_wrong_books_are_noticed(corrupt: Callable[[Scheduler], None]) -> None:
+    scheduler = make(max_running=1)
+    scheduler.submit(request("a"))
+    scheduler.submit(request("b"))
+    step(scheduler)
+    scheduler.check()
+    corrupt(scheduler)
+    with pytest.raises((BrokenInvariant, StaleSequence)):
+        scheduler.check()

@@ -219,13 +219,40 @@ def test_rows_that_are_computed_again_compute_what_they_share_once() -> None:
     assert sum(again) == length + 2 * (length - 8)  # the others what lies behind two full blocks
 
 
+def test_a_row_waits_for_all_that_it_begins_with() -> None:
+    """The third row shares more with the second than with the first, which computes for both."""
+    scheduler = make(num_blocks=14, prefix_cache=False, costs=RECOMPUTE)
+    scheduler.submit(request("first", 4, new=50))
+    scheduler.submit(request("rows", 8, new=14, num_samples=3, together=True))
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.complete(plan, [0, 1, 1], [7, 1, 2])
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.complete(plan, [0, 1, 2, 2], [7, 3, 4, 5])
+    until_preempted(scheduler)
+    starts: list[list[int]] = []
+
+    def note(plan: StepPlan) -> None:
+        mine = [row for row, name in enumerate(plan.names) if name == "rows"]
+        chunks = [int(plan.starts[row]) for row in mine if not plan.wants_logits[row]]
+        starts.extend([chunks] if chunks else [])
+
+    assert set(run(scheduler, note)) == {"first", "rows"}
+    assert [0] in starts  # alone: nobody begins at 8 while these are being computed
+    assert all(0 not in chunks or chunks == [0] for chunks in starts)
+
+
 def test_a_swapped_request_gives_up_what_it_still_holds_for_the_last_one_that_runs() -> None:
-    scheduler = make(num_blocks=8, num_host_blocks=8, costs=SWAP)
-    prompt = ids(16)
-    scheduler.submit(Request(name="a", prompt=prompt, max_new_tokens=13))
+    scheduler = make(num_blocks=16, num_host_blocks=16, costs=SWAP, watermark=0.25)
+    scheduler.submit(request("first", 4, new=61))  # it comes to fill the pool
+    scheduler.submit(Request(name="twin", prompt=ids(32), max_new_tokens=12))
     step(scheduler)
-    scheduler.submit(Request(name="b", prompt=prompt, max_new_tokens=17))  # shares the prompt
-    assert list(run(scheduler)) == ["a", "b"]
+    scheduler.submit(Request(name="last", prompt=ids(32), max_new_tokens=30))
+    until_preempted(scheduler)
+    assert scheduler.stats().total_preempted_by_swap == 1
+    # Its prompt stays on the device for its twin, and then for nobody but itself.
+    assert list(run(scheduler)) == ["twin", "first", "last"]
 
 
 def test_an_aborted_step_leaves_what_it_would_have_moved_computed_again() -> None:

@@ -80,19 +80,19 @@ class Arrival:
 
 
 def draw_scenario(random: Random) -> Scenario:
-    """Settings, tiny to large. O(1)."""
-    num_blocks = random.choice((2, 4, 7, 12, 12, 24, 64, 200))
-    budget = random.choice((1, 8, 17, 64, 64, 500))
+    """Settings, tiny to large; half of them such that many run and outgrow the pool. O(1)."""
+    is_tight = random.random() < 0.5
+    num_blocks = random.choice((7, 12, 24) if is_tight else (2, 4, 7, 12, 24, 64, 200))
     return Scenario(
         num_blocks=num_blocks,
         block_size=random.choice((1, 2, 4, 4, 8)),
         num_host_blocks=random.choice((0, 3, num_blocks, 4 * num_blocks)),
         null_block=random.random() < 0.2,
-        max_batch_tokens=budget,
-        max_running=random.choice((1, 4, 8, 32, 32)),
-        max_waiting=random.choice((None, None, None, 5)),
+        max_batch_tokens=random.choice((16, 64, 500) if is_tight else (1, 8, 17, 64, 500)),
+        max_running=32 if is_tight else random.choice((1, 4, 8, 32)),
+        max_waiting=None if is_tight else random.choice((None, None, 5)),
         order=random.choice(("fifo", "priority", "fair")),
-        watermark=random.choice((0.0, 0.01, 0.01, 0.1, 0.4)),
+        watermark=random.choice((0.0, 0.01) if is_tight else (0.0, 0.01, 0.1, 0.4)),
         prefix_cache=random.random() < 0.7,
         costs=random.choice(list(COSTS)),
         max_length=random.choice((None, None, None, 40)),
@@ -120,15 +120,18 @@ def draw_arrivals(random: Random, scenario: Scenario, count: int) -> list[Arriva
 
 def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[list[int]]) -> Arrival:
     num_samples = random.choice((1, 1, 1, 2, 3, 4))
-    longest = max(min(room * random.choice((1, 2, 4)) // 6 // num_samples, 120), 1)
+    longest = max(min(room * random.choice((1, 2, 4)) // 8 // num_samples, 120), 1)
     prompt = _tokens(random, random.randint(1, longest))
     if random.random() < 0.6:
         stem = random.choice(stems)
-        prompt = (stem[: random.randint(1, len(stem))] + prompt)[: max(longest, 1)]
+        prompt = stem[: random.randint(1, min(len(stem), 2 * longest))] + prompt[:4]
+    max_new_tokens = random.randint(1, min(4 * longest, 60))
+    if num_samples == 1 and random.random() < 0.15:  # one that may come to fill the pool
+        max_new_tokens = max(min(room - len(prompt), 100), 1)
     request = Request(
         name=name,
         prompt=np.array(prompt, np.int32),
-        max_new_tokens=random.randint(1, min(3 * longest, 50)),
+        max_new_tokens=max_new_tokens,
         num_samples=num_samples,
         together=num_samples > 1 and random.random() < 0.6,
         namespace=random.choice((None, None, "a", "b")),
