@@ -1,0 +1,1 @@
+"""What systems that serve a model make of the same requests: behind `kvpager bench throughput`."""

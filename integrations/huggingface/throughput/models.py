@@ -1,0 +1,87 @@
+"""The model that all systems serve: one set of weights, in memory and on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+
+def default_model() -> Any:
+    """A Llama of 28 million parameters in bfloat16: random weights, the same every time."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=16_384,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16)
+
+
+def load(path: str | None, device: str | None = None) -> Any:
+    """The saved model in folder `path`, or `default_model()`, ready to generate on `device`.
+
+    It decodes greedily and knows no end-of-text token, so that every reply has the length that is
+    asked for. Raises: `ValueError` for a folder that is not there or holds no such model.
+    """
+    if path is None:
+        model = default_model()
+    else:
+        if not Path(path).expanduser().is_dir():
+            raise ValueError(f"model {path}: there is no such folder; save_pretrained makes one")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(str(Path(path).expanduser()), dtype="auto")
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"model {path} cannot be loaded: {reason}") from None
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return model.to(device or "cpu").eval()
+
+
+def twin(model: Any) -> Any:
+    """A model of the same weights, not copied, whose settings are its own. O(modules)."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def vocabulary(model: Any) -> int:
+    """Token ids are below this."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def max_length(model: Any) -> int | None:
+    """Tokens of a sequence, at the most; None where nothing bounds them."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+@contextlib.contextmanager
+def saved(model: Any, path: str | None) -> Iterator[Path]:
+    """The folder the model is in; one that was made up is saved for as long as this lasts."""
+    if path is not None:
+        yield Path(path).expanduser()
+        return
+    with tempfile.TemporaryDirectory(prefix="kvpager-model-") as folder:
+        had_bars = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            if had_bars:
+                transformers.utils.logging.enable_progress_bar()
+        yield Path(folder)

@@ -1,0 +1,155 @@
+"""vLLM in an interpreter of its own, which has neither kvpager nor its requirements.
+
+Run as a program. The first line of stdin says what to serve and how; each further one is a list of
+requests to be replayed, answered by lines on stdout: `{"done": n}` as requests end, then the
+result. All is JSON. What vLLM itself prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+_METRICS_EVERY = 0.1  # seconds: looking at them takes some milliseconds
+
+
+class Served:
+    """A model that vLLM serves."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        self.version: str = vllm.__version__
+        self._params, self._kind = vllm.SamplingParams, RequestOutputKind.DELTA
+        self._llm = vllm.LLM(**settings)
+        self._engine = self._llm.llm_engine
+        config = self._engine.vllm_config.cache_config
+        self.num_blocks = int(config.num_gpu_blocks)
+        self.block_size = int(config.block_size)
+
+    def replay(self, items: list[list[Any]]) -> dict[str, Any]:
+        """Serve requests `[arrival, prompt, new tokens]`, each from when it is due."""
+        self._llm.reset_prefix_cache()
+        before = self._counts()
+        self._tokens: list[list[int]] = [[] for _ in items]
+        self._first = [0.0] * len(items)
+        self._last = [0.0] * len(items)
+        self._busiest: tuple[float, int] = (0.0, 0)
+        self._start = time.perf_counter()
+        self._serve(items)
+        after = self._counts()
+        share, live = self._busiest
+        return {
+            "served": [
+                [item[0], first, last, tokens]
+                for item, first, last, tokens in zip(
+                    items, self._first, self._last, self._tokens, strict=True
+                )
+            ],
+            "held_blocks": round(share * self.num_blocks),
+            "live_tokens": live,
+            "preempted": after["vllm:num_preemptions"] - before["vllm:num_preemptions"],
+            "hit_tokens": after["vllm:prefix_cache_hits"] - before["vllm:prefix_cache_hits"],
+        }
+
+    def _serve(self, items: list[list[Any]]) -> None:
+        num_submitted, looked = 0, 0.0
+        while num_submitted < len(items) or self._engine.has_unfinished_requests():
+            now = time.perf_counter() - self._start
+            while num_submitted < len(items) and items[num_submitted][0] <= now:
+                self._submit(num_submitted, items[num_submitted])
+                num_submitted += 1
+            if not self._engine.has_unfinished_requests():
+                time.sleep(items[num_submitted][0] - now)
+                continue
+            done = 0
+            for output in self._engine.step():
+                done += self._note(output)
+            if done:
+                answer({"done": done})
+            if time.perf_counter() - looked > _METRICS_EVERY:
+                looked = time.perf_counter()
+                self._look(items[:num_submitted])
+
+    def _submit(self, number: int, item: list[Any]) -> None:
+        params = self._params(
+            temperature=0.0,
+            max_tokens=item[2],
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=self._kind,
+        )
+        self._engine.add_request(str(number), {"prompt_token_ids": item[1]}, params)
+
+    def _note(self, output: Any) -> bool:
+        """Keep what a step gave a request; whether that was the last of it."""
+        number, now = int(output.request_id), time.perf_counter() - self._start
+        new = list(output.outputs[0].token_ids)
+        if new:
+            if not self._tokens[number]:
+                self._first[number] = now
+            self._tokens[number] += new
+            self._last[number] = now
+        return bool(output.finished)
+
+    def _look(self, items: list[list[Any]]) -> None:
+        """Remember the busiest moment. Its metrics and our tokens may be a step apart."""
+        share = self._counts()["vllm:kv_cache_usage_perc"]
+        if share > self._busiest[0]:
+            going = [
+                len(item[1]) + len(tokens)
+                for item, tokens in zip(items, self._tokens, strict=False)
+                if tokens and len(tokens) < item[2]
+            ]
+            self._busiest = share, sum(going)
+
+    def _counts(self) -> dict[str, float]:
+        return {
+            metric.name: metric.value
+            for metric in self._llm.get_metrics()
+            if hasattr(metric, "value") and metric.name in _COUNTS
+        }
+
+
+_COUNTS = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:kv_cache_usage_perc")
+_answers: list[Any] = []
+
+
+def answer(message: dict[str, Any]) -> None:
+    """Send a line to who started us."""
+    _answers[0].write(json.dumps(message) + "\n")
+    _answers[0].flush()
+
+
+def _requests() -> Iterator[Any]:
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    # vLLM and its children print to stdout as well; only answers are to arrive there.
+    _answers.append(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    os.dup2(2, 1)
+    incoming = _requests()
+    served = Served(next(incoming))
+    answer(
+        {
+            "version": served.version,
+            "num_blocks": served.num_blocks,
+            "block_size": served.block_size,
+        }
+    )
+    for items in incoming:
+        answer(served.replay(items))
+
+
+if __name__ == "__main__":
+    # Our own folder must not be searched: it has modules of common names.
+    sys.path.pop(0)
+    main()
