@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -77,8 +78,8 @@ class Vllm:
 
     def close(self) -> None:
         """End the process."""
-        if self._process.poll() is None:
-            self._process.communicate()  # its stdin ends, and with it its work
+        with contextlib.suppress(BrokenPipeError), self._process:
+            pass  # its stdin ends, and with it its work
         self._folder.cleanup()
 
     def _send(self, message: Any) -> None:

@@ -45,7 +45,10 @@ def load(path: str | None, device: str | None = None) -> Any:
         if not Path(path).expanduser().is_dir():
             raise ValueError(f"model {path}: there is no such folder; save_pretrained makes one")
         try:
-            model = AutoModelForCausalLM.from_pretrained(str(Path(path).expanduser()), dtype="auto")
+            with _without_bars():
+                model = AutoModelForCausalLM.from_pretrained(
+                    str(Path(path).expanduser()), dtype="auto"
+                )
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"model {path} cannot be loaded: {reason}") from None
@@ -77,11 +80,18 @@ def saved(model: Any, path: str | None) -> Iterator[Path]:
         yield Path(path).expanduser()
         return
     with tempfile.TemporaryDirectory(prefix="kvpager-model-") as folder:
-        had_bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()
-        try:
+        with _without_bars():
             model.save_pretrained(folder)
-        finally:
-            if had_bars:
-                transformers.utils.logging.enable_progress_bar()
         yield Path(folder)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar for each file it reads or writes; not here."""
+    had_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,670 @@
+"""Several systems over the same requests: what comes when, what is measured, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import stat
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import tiny_models
+from architectures import VOCAB
+from transformers import GenerationConfig
+
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.throughput import (
+    models,
+    report,
+    session,
+    systems,
+)
+from kvpager.integrations.huggingface.throughput.by_engine import EngineSystem, busiest
+from kvpager.integrations.huggingface.throughput.by_generate import PaddedBatches
+from kvpager.integrations.huggingface.throughput.pacing import (
+    MONOTONIC,
+    Clock,
+    arrivals,
+)
+from kvpager.integrations.huggingface.throughput.results import (
+    Memory,
+    Moment,
+    Run,
+    Served,
+)
+from kvpager.integrations.huggingface.throughput.systems import Options
+from kvpager.integrations.huggingface.throughput.workload import (
+    Item,
+    Workload,
+    from_trace,
+    synthetic,
+)
+
+FIELDS = {
+    "system", "requests", "repeats", "generated_tokens", "seconds", "tokens_per_s",
+    "tokens_per_s_of_each_repeat", "over_kvpager", "first_token_s_median", "first_token_s_p99",
+    "per_token_s_median", "kv_peak_bytes", "kv_live_share", "preempted_by_swap",
+    "preempted_by_recompute", "prefix_hit_tokens", "note",
+}  # fmt: skip
+
+
+def silent(count: int) -> None:
+    """Nobody watches."""
+
+
+def tiny() -> Any:
+    model = tiny_models.tiny_model("llama")
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return model
+
+
+def requests(count: int = 6, **changes: Any) -> Workload:
+    options: dict[str, Any] = {"vocabulary": VOCAB, "seed": 1, **changes}
+    return synthetic(count, (5, 30), 7, **options)
+
+
+class FakeClock:
+    """Time passes by sleeping alone."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.time += seconds
+
+    def clock(self) -> Clock:
+        return Clock(self.now, self.sleep)
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+def test_made_up_requests_are_what_was_asked_for() -> None:
+    work = synthetic(200, (10, 20), 5, vocabulary=50, shared=30, seed=3)
+    lengths = {len(item.prompt) for item in work.items}
+    assert lengths == set(range(40, 51))
+    assert {item.new_tokens for item in work.items} == {5}
+    assert {item.arrival for item in work.items} == {0.0}
+    beginnings = {tuple(item.prompt[:30]) for item in work.items}
+    assert len(beginnings) == 1
+    assert len({tuple(item.prompt) for item in work.items}) == 200
+    assert all(0 < token < 50 for item in work.items for token in item.prompt)
+    assert (work.prompt_tokens, work.new_tokens) == (sum(map(len, _prompts(work))), 1000)
+
+
+def _prompts(work: Workload) -> list[list[int]]:
+    return [item.prompt for item in work.items]
+
+
+def test_the_same_seed_gives_the_same_requests_and_another_others() -> None:
+    assert requests(rate=3.0) == requests(rate=3.0)
+    assert _prompts(requests()) != _prompts(requests(seed=2))
+
+
+def test_a_rate_spreads_arrivals_as_a_poisson_process_does() -> None:
+    moments = [item.arrival for item in requests(4000, rate=20.0).items]
+    assert moments[0] == 0
+    assert moments == sorted(moments)
+    gaps = [later - before for before, later in itertools.pairwise(moments)]
+    # Exponential: mean and deviation are the same, 1 / rate; 4,000 gaps come within a tenth.
+    assert statistics.mean(gaps) == pytest.approx(1 / 20, rel=0.1)
+    assert statistics.stdev(gaps) == pytest.approx(1 / 20, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_requests": 0}, "requests 0: expected at least 1"),
+        ({"prompt_tokens": (0, 4)}, "prompt tokens 0"),
+        ({"prompt_tokens": (9, 4)}, "9-4: expected the lower number first"),
+        ({"new_tokens": 0}, "new tokens 0"),
+        ({"shared": -1}, "shared prefix -1"),
+        ({"rate": 0.0}, "rate 0.0"),
+        ({"rate": float("inf")}, "rate inf"),
+        ({"seed": -1}, "seed -1"),
+        ({"vocabulary": 3}, "vocabulary 3"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    options = {"num_requests": 2, "prompt_tokens": (2, 4), "new_tokens": 3, "vocabulary": 50}
+    with pytest.raises(ValueError, match=message):
+        synthetic(**{**options, **changes})
+
+
+def test_a_request_longer_than_the_model_allows_is_refused_with_its_number() -> None:
+    items = (Item(0.0, [5, 6], 3), Item(0.0, [5] * 8, 3))
+    work = Workload("two", items, 10)
+    work.check(11)
+    work.check(None)
+    with pytest.raises(ValueError, match=r"request 1: 8 \+ 3 tokens, but the model has 10"):
+        work.check(10)
+
+
+def test_warming_up_says_nothing_that_is_said_later() -> None:
+    work = requests(shared=16)
+    few = work.warm_up()
+    assert max(len(prompt) for prompt in _prompts(few)) == max(map(len, _prompts(work)))
+    beginnings = {tuple(prompt[:4]) for prompt in _prompts(work)}
+    assert all(tuple(prompt[:4]) not in beginnings for prompt in _prompts(few))
+
+
+# --- traces ---------------------------------------------------------------------------------------
+
+
+def record(timestamp: int, length: int, new: int, hashes: list[int]) -> str:
+    return json.dumps(
+        {"timestamp": timestamp, "input_length": length, "output_length": new, "hash_ids": hashes}
+    )
+
+
+def test_a_trace_keeps_its_times_lengths_and_shared_beginnings(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    lines = [
+        record(2000, 700, 9, [1, 2]),
+        record(3000, 600, 4, [1, 3]),
+        record(4500, 5, 6, [4]),
+        record(5000, 9000, 6, [5]),
+        record(6000, 30, 0, [4]),
+    ]
+    file.write_text("\n".join(lines))
+    work = from_trace(file, vocabulary=99, speed=2.0, longest=1000)
+    assert [(item.arrival, len(item.prompt), item.new_tokens) for item in work.items] == [
+        (0.0, 700, 9), (0.5, 600, 4), (1.25, 5, 6)
+    ]  # fmt: skip
+    first, second, third = _prompts(work)
+    assert first[:512] == second[:512]
+    assert first[512:600] != second[512:]
+    assert third != first[:5]
+    assert from_trace(file, vocabulary=99, limit=2).items == tuple(
+        item._replace(arrival=item.arrival * 2) for item in work.items[:2]
+    )
+
+
+def test_a_csv_file_is_a_trace_too(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text("id,arrival,output_length,prompt_length\na,1.5,3,20\nb,1.25,4,10\n")
+    work = from_trace(file, vocabulary=99)
+    assert [(item.arrival, len(item.prompt), item.new_tokens) for item in work.items] == [
+        (0.0, 10, 4), (0.25, 20, 3)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", "{}", "line 1: timestamp None"),
+        ("a.jsonl", "", "no request in it"),
+        ("a.jsonl", record(1, 0, 4, []), "no request is left of 1"),
+        ("a.csv", "arrival,prompt_length\n1,2\n", "no column 'output_length'"),
+        ("a.csv", "arrival,prompt_length,output_length\n1,2,3\n1,x,3\n", "line 3: expected three"),
+        ("a.csv", "arrival,prompt_length,output_length\n1,2\n", "line 2: expected three"),
+        ("a.csv", "arrival,prompt_length,output_length\n-1,2,3\n", "line 2: .* at least 0"),
+        ("a.csv", "arrival,prompt_length,output_length\nnan,2,3\n", "line 2: .* at least 0"),
+    ],
+)
+def test_what_is_no_trace_is_refused_with_its_line(
+    name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        from_trace(file, vocabulary=99)
+
+
+# --- arrivals -------------------------------------------------------------------------------------
+
+
+def test_requests_come_when_they_are_due_and_late_ones_at_once() -> None:
+    fake = FakeClock()
+    items = tuple(Item(moment, [5], 1) for moment in (0.0, 0.0, 2.0, 3.0, 9.0))
+    came = []
+    for number, _ in arrivals(Workload("five", items, 10), 100.0, fake.clock()):
+        came.append((number, fake.time - 100))
+        if number == 2:
+            fake.time += 4  # whoever takes it needs so long
+    assert came == [(0, 0.0), (1, 0.0), (2, 2.0), (3, 6.0), (4, 9.0)]
+
+
+def test_a_padded_batch_waits_for_its_last_request() -> None:
+    fake = FakeClock()
+    items = tuple(Item(moment, [5, 6], 3) for moment in (0.0, 1.0, 4.0))
+    run = PaddedBatches(tiny(), 2, fake.clock()).run(Workload("three", items, VOCAB), silent)
+    assert [each.to_first_token for each in run.served] == [1.0, 0.0, 0.0]
+    assert [each.finished for each in run.served] == [1.0, 1.0, 4.0]
+    assert run.seconds == 4.0
+
+
+def test_the_engine_gets_requests_when_they_are_due() -> None:
+    slept: list[float] = []
+    clock = Clock(now=MONOTONIC.now, sleep=slept.append)
+    items = tuple(Item(moment, [5, 6], 3) for moment in (0.0, 500.0, 900.0))
+    work = Workload("three", items, VOCAB)
+    system = EngineSystem(tiny(), Options(), work, clock=clock)
+    try:
+        run = system.run(work, silent)
+    finally:
+        system.close()
+    assert len(slept) == 2  # nobody really waits for minutes
+    assert 400 < slept[0] <= 500
+    assert 800 < slept[1] <= 900
+    assert [len(each.tokens) for each in run.served] == [3, 3, 3]
+
+
+# --- systems --------------------------------------------------------------------------------------
+
+
+def test_all_systems_give_the_same_tokens_and_every_figure() -> None:
+    model, work = tiny(), requests()
+    names = ["kvpager", "generate", "generate-rows", "generate_batch"]
+    figures = session.measure(names, model, work, Options(batch=4, threads=1), repeats=2)
+    assert [each.system for each in figures] == names
+    expected = [served.tokens for served in figures[0].last.served]
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+    for each in figures:
+        assert all([served.tokens for served in run.served] == expected for run in each.runs), (
+            each.system
+        )
+        found = each.as_record()
+        assert set(found) == FIELDS
+        assert (found["requests"], found["repeats"], found["generated_tokens"]) == (6, 2, 42)
+        assert 0 < found["first_token_s_median"] <= found["first_token_s_p99"] < found["seconds"]
+        assert found["tokens_per_s"] > 0
+        assert len(found["tokens_per_s_of_each_repeat"]) == 2
+        json.dumps(found)
+    assert figures[0].over_kvpager == 1.0
+    told = session.describe(model, work, Options())
+    assert told["model"]["class"] == "LlamaForCausalLM"
+    assert told["versions"]["transformers"]
+    printed = report.lines(told, figures).splitlines()
+    assert [json.loads(line).get("system") for line in printed] == [None, *names]
+
+
+def test_the_memory_of_a_padded_batch_counts_its_padding() -> None:
+    items = (Item(0.0, [5] * 10, 4), Item(0.0, [5] * 30, 4), Item(0.0, [5] * 20, 1))
+    model = tiny()
+    run = PaddedBatches(model, None).run(Workload("three", items, VOCAB), silent)
+    config = model.config
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    columns = 30 + 3  # the last token is never written
+    assert run.memory == Memory(3 * columns * token_bytes, (10 + 3 + 30 + 3) / (3 * columns))
+    assert [len(each.tokens) for each in run.served] == [4, 4, 1]
+
+
+def test_the_busiest_moment_is_the_one_with_most_blocks() -> None:
+    moments = [
+        Moment(0.1 * held, 1, 1, held, 9, use, 1, 0, 0)
+        for held, use in ((3, 0.5), (7, 0.75), (7, 0.25), (2, 1.0))
+    ]
+    assert busiest(moments, 100) == Memory(700, 0.75)
+    assert busiest([], 100) is None
+
+
+def test_a_pool_for_a_third_of_the_requests_preempts_and_gives_the_same_tokens() -> None:
+    model, work = tiny(), requests(9)
+    free = _engine_run(model, Options(block_size=4), work)
+    assert (free.swapped, free.recomputed) == (0, 0)
+    assert free.memory is not None
+    third = free.memory.held_bytes // 3
+    tight = _engine_run(model, Options(memory=third, block_size=4), work)
+    assert tight.memory is not None
+    assert tight.memory.held_bytes <= third
+    assert tight.recomputed
+    assert max(moment.preempted for moment in tight.moments) > 0
+    assert [each.tokens for each in tight.served] == [each.tokens for each in free.served]
+
+
+def _engine_run(model: Any, options: Options, work: Workload) -> Run:
+    system = EngineSystem(model, options, work)
+    try:
+        return system.run(work, silent)
+    finally:
+        system.close()
+
+
+def test_prefixes_are_shared_within_a_run_and_forgotten_after_it() -> None:
+    work = requests(5, shared=32)
+    figures = session.measure(["kvpager"], tiny(), work, Options(), repeats=2)
+    first, second = (run.hit_tokens for run in figures[0].runs)
+    assert first == second
+    assert first is not None
+    assert first >= 4 * 32
+    (without,) = session.measure(["kvpager"], tiny(), work, Options(prefix_cache=False))
+    assert without.last.hit_tokens == 0
+
+
+def test_a_request_that_never_fits_is_an_error_that_says_so() -> None:
+    model, work = tiny(), requests(shared=64)
+    system = EngineSystem(model, Options(), work)
+    system.close()
+    small = Options(memory=2 * system.block_bytes)
+    with pytest.raises(KVPagerError, match="the pool has 2"):
+        _engine_run(model, small, work)
+
+
+def test_a_twin_has_the_weights_but_settings_of_its_own() -> None:
+    model = tiny()
+    twin = models.twin(model)
+    mine, its = dict(model.named_parameters()), dict(twin.named_parameters())
+    assert all(its[name] is parameter for name, parameter in mine.items())
+    twin.set_attn_implementation("eager")
+    assert model.config._attn_implementation != "eager"
+
+
+def test_the_default_model_is_always_the_same_and_can_be_loaded_again() -> None:
+    model = models.load(None)
+    assert sum(parameter.numel() for parameter in model.parameters()) // 10**6 == 27
+    with models.saved(model, None) as folder:
+        again = models.load(str(folder))
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert not folder.exists()
+    for name, weight in models.load(None).state_dict().items():
+        assert (again.state_dict()[name] == weight).all()
+    assert again.generation_config.eos_token_id is None
+
+
+# --- taking turns ---------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A system that takes as long as it is told to, and writes down when it is called."""
+
+    def __init__(self, name: str, seconds: Iterator[float], calls: list[str]) -> None:
+        self.name, self.seconds, self.calls = name, seconds, calls
+        self.lost = 0
+
+    def run(self, workload: Workload, progress: Any) -> Run:
+        self.calls.append(f"{self.name} {len(workload.items)}")
+        seconds = next(self.seconds)
+        served = [
+            Served(0.0, seconds / 2, seconds, [5] * (item.new_tokens - self.lost))
+            for item in workload.items
+        ]
+        progress(len(served))
+        return Run(seconds, served)
+
+    def close(self) -> None:
+        self.calls.append(f"{self.name} closed")
+
+
+def scripted(calls: list[str], times: dict[str, list[float]], lost: int = 0) -> Any:
+    @contextmanager
+    def open_system(name: str, *_: Any) -> Iterator[Scripted]:
+        system = Scripted(name, iter(times[name]), calls)
+        system.lost = lost
+        try:
+            yield system
+        finally:
+            system.close()
+
+    return open_system
+
+
+def test_systems_warm_up_and_then_take_turns() -> None:
+    calls: list[str] = []
+    stages: list[tuple[str, int, int]] = []
+
+    def stage(name: str, repeat: int, count: int) -> Any:
+        stages.append((name, repeat, count))
+        return silent
+
+    times = {"kvpager": [9.0, 1.0, 2.0, 4.0], "generate_batch": [9.0, 2.0, 1.0, 8.0]}
+    figures = session.measure(
+        list(times), tiny(), requests(6), Options(), repeats=3, subsets={"generate_batch": 3},
+        stage=stage, open_system=scripted(calls, times),
+    )  # fmt: skip
+    assert calls[:4] == ["kvpager 4", "generate_batch 4", "kvpager 6", "generate_batch 3"]
+    assert calls[4:8] == ["kvpager 6", "generate_batch 3"] * 2
+    assert sorted(calls[8:]) == ["generate_batch closed", "kvpager closed"]
+    assert stages[:3] == [("kvpager", 0, 4), ("generate_batch", 0, 4), ("kvpager", 1, 6)]
+    ours, theirs = (each.as_record() for each in figures)
+    assert ours["tokens_per_s"] == 21.0  # 6 requests of 7 tokens in 2 seconds
+    # 10.5 of 42, 21 of 21, 2.625 of 10.5: medians of what stood side by side.
+    assert theirs["over_kvpager"] == 0.25
+    assert ours["first_token_s_median"] == 1.0
+    assert ours["per_token_s_median"] == pytest.approx(1 / 6)
+    assert theirs["note"] == "the first 3 of 6 requests alone"
+    assert ours["note"] is None
+
+
+def test_replies_of_another_length_than_asked_for_are_no_figures() -> None:
+    calls: list[str] = []
+    with pytest.raises(ValueError, match="request 0 got 6 of 7 tokens"):
+        session.measure(
+            ["generate"], tiny(), requests(), Options(),
+            open_system=scripted(calls, {"generate": [1.0, 1.0]}, lost=1),
+        )  # fmt: skip
+    assert calls[-1] == "generate closed"
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["nothing"], {}, "system 'nothing': choose from kvpager, "),
+        ([], {}, "none given"),
+        (["generate-rows"], {}, "how many rows"),
+        (["kvpager"], {"batch": 0}, "batch 0"),
+        (["kvpager"], {"memory": "many"}, "memory 'many'"),
+        (["kvpager"], {"block_size": 3}, "block_size 3"),
+        (["kvpager"], {"threads": 0}, "threads 0"),
+        (["vllm"], {"vllm_python": "nowhere"}, "vllm_python nowhere: neither"),
+    ],
+)
+def test_systems_and_options_that_make_no_sense_are_refused(
+    names: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        session.measure(names, tiny(), requests(), Options(**options))
+
+
+def test_a_system_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systems, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="vLLM is not installed here"):
+        systems.check_names(["vllm"], Options())
+    assert systems.usual(Options()) == ["kvpager", "generate", "generate_batch"]
+    assert systems.usual(Options(batch=2, vllm_python=sys.executable), compiled=True) == list(
+        systems.SYSTEMS
+    )
+
+
+# --- vLLM, played by a few lines ------------------------------------------------------------------
+
+FAKE_VLLM = """
+import os, sys
+from types import SimpleNamespace
+
+__version__ = "0.0.fake"
+print("what vLLM prints is no answer")
+
+
+class SamplingParams(SimpleNamespace):
+    pass
+
+
+class LLM:
+    def __init__(self, **settings):
+        if settings["enforce_eager"]:
+            raise RuntimeError("no eager mode in this fake")
+        assert settings["max_num_seqs"] == 2 and os.environ["VLLM_CPU_KVCACHE_SPACE"] == "1"
+        cache = SimpleNamespace(num_gpu_blocks=10, block_size=8)
+        self.llm_engine = self
+        self.vllm_config = SimpleNamespace(cache_config=cache)
+        self.going, self.steps = {}, 0
+
+    def reset_prefix_cache(self):
+        pass
+
+    def add_request(self, name, prompt, params):
+        assert params.ignore_eos and params.output_kind == "delta"
+        self.going[name] = [prompt["prompt_token_ids"], params.max_tokens]
+
+    def has_unfinished_requests(self):
+        return bool(self.going)
+
+    def step(self):
+        self.steps += 1
+        for name, request in list(self.going.items()):
+            request[1] -= 1
+            token = sum(request[0]) + request[1]
+            if not request[1]:
+                del self.going[name]
+            output = SimpleNamespace(token_ids=[token])
+            yield SimpleNamespace(request_id=name, outputs=[output], finished=not request[1])
+
+    def get_metrics(self):
+        found = {"num_preemptions": self.steps, "prefix_cache_hits": 2 * self.steps}
+        found["kv_cache_usage_perc"] = 0.5
+        return [SimpleNamespace(name="vllm:" + name, value=v) for name, v in found.items()]
+"""
+
+
+@pytest.fixture
+def vllm_python(tmp_path: Path) -> str:
+    """An environment whose interpreter finds the fake."""
+    package = tmp_path / "lib" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_VLLM)
+    (package / "sampling_params.py").write_text("class RequestOutputKind:\n    DELTA = 'delta'\n")
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path / "lib"}" exec "{sys.executable}" "$@"\n')
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return str(tmp_path / "env")
+
+
+def test_vllm_serves_in_an_interpreter_of_its_own(vllm_python: str) -> None:
+    model = tiny()
+    options = Options(vllm_python=vllm_python, max_running=2)
+    (figures,) = session.measure(["vllm"], model, requests(3), options, repeats=2)
+    for number, each in enumerate(figures.last.served):
+        total = sum(requests(3).items[number].prompt)
+        assert each.tokens == [total + left for left in range(6, -1, -1)]
+        assert 0 <= each.arrival <= each.first_token <= each.finished
+    found = figures.as_record()
+    assert (found["preempted_by_swap"], found["preempted_by_recompute"]) == (0, 7)
+    assert found["prefix_hit_tokens"] == 14
+    config = model.config
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert found["kv_peak_bytes"] == 5 * 8 * token_bytes
+
+
+def test_what_vllm_said_before_it_ended_is_shown(vllm_python: str) -> None:
+    options = Options(vllm_python=vllm_python)
+    with pytest.raises(KVPagerError, match=r"(?s)exit code 1.*no eager mode in this fake"):
+        session.measure(["vllm-eager"], tiny(), requests(), options)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_models.tiny_model("llama").save_pretrained(folder)
+    return str(folder)
+
+
+def call(*arguments: str) -> Any:
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from kvpager.commands_bench import app
+
+    return CliRunner().invoke(
+        app, ["bench", "throughput", *arguments], prog_name="kvpager", env={"COLUMNS": "120"}
+    )
+
+
+QUICK = ("--requests", "4", "--prompt-tokens", "5-20", "--new-tokens", "4", "--threads", "1")
+
+
+def test_the_command_prints_a_table_and_writes_lines_and_a_plot(
+    saved_model: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    lines, plot = tmp_path / "figures.jsonl", tmp_path / "run.svg"
+    result = call(
+        *QUICK, "--model", saved_model, "--batch", "3", "--generate-batch-requests", "2",
+        "--systems", "kvpager,generate,generate-rows,generate_batch", "--repeats", "2",
+        "--json", str(lines), "--plot", str(plot),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for word in ("tokens/s", "first token, s, p99", "slots of it in use", "preempted, by swap"):
+        assert word in result.output
+    assert "* generate_batch: the first 2 of 4 requests alone" in result.output
+    assert max(map(len, result.output.splitlines())) <= 100
+    machine, *records = map(json.loads, lines.read_text().splitlines())
+    assert machine["options"]["repeats"] == 2
+    assert machine["workload"]["requests"] == 4
+    assert all(set(each) == FIELDS for each in records)
+    text = plot.read_text()
+    for word in ("blocks held", "slots with a token", "running", "waiting", "preempted"):
+        assert word in text
+
+
+def test_json_on_stdout_is_json_alone(saved_model: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival,prompt_length,output_length\n0,9,3\n0.01,5,2\n")
+    result = call("--trace", str(trace), "--model", saved_model, "--systems", "kvpager",
+                  "--json", "-")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    machine, found = map(json.loads, result.stdout.splitlines())
+    assert machine["workload"]["name"] == "trace.csv, 2 requests"
+    assert machine["workload"]["last_arrival_s"] == 0.01
+    assert found["generated_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-tokens", "x"], "prompt tokens 'x': expected LOW-HIGH"),
+        (["--systems", "foo"], "system 'foo'"),
+        (["--requests", "0"], "requests 0"),
+        (["--repeats", "0"], "repeats 0"),
+        (["--generate-batch-requests", "0"], "generate_batch requests 0"),
+        (["--trace", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+        (["--model", "nowhere"], "model nowhere: there is no such folder"),
+        (["--plot", "a.txt"], "--plot a.txt"),
+        (["--systems", "generate", "--plot", "a.svg"], "have kvpager among the --systems"),
+        (["--json", "nowhere/a"], "--json nowhere/a"),
+        (["--device", "cuda:99"], "device 'cuda:99'"),
+        (["--rate", "-1"], "rate -1.0"),
+        (["--new-tokens", "99999"], "positions; leave such requests out"),
+        (["--memory", "1"], "set memory to more"),
+    ],
+)
+def test_the_command_refuses_nonsense_in_one_line(
+    arguments: list[str], message: str, saved_model: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    if "--model" not in arguments:
+        arguments = ["--model", saved_model, *arguments]
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_lists_every_option_of_the_command() -> None:
+    pytest.importorskip("typer")
+    from typer.main import get_command
+
+    from kvpager.commands_bench import app
+
+    result = call("--help")
+    assert result.exit_code == 0
+    command: Any = get_command(app)
+    for option in command.commands["bench"].commands["throughput"].params:
+        assert option.help
+        assert option.opts[0][:24] in result.output, option.opts
