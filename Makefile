@@ -10,6 +10,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types tests conformance simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory gpu clean
+.PHONY: help demo test lint format types tests conformance bench bench-kernels bench-generate bench-prompts bench-memory bench-throughput gpu clean
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -73,6 +74,9 @@ bench-prompts: $(STAMP) ## what beams, shared beginnings and padding cost, paged
 
 bench-memory: $(STAMP) ## what keys and values take; draws it with ARGS='--plot FILE.svg'
 	@$(BIN)/python benchmarks/memory.py $(ARGS)
+
+bench-throughput: $(STAMP) ## continuous batching beside its peers; vLLM with ARGS='--vllm-python PATH'
+	@$(BIN)/python benchmarks/throughput.py $(ARGS)
 
 # Runs in the Python that is there: a GPU machine has its own torch, which nothing here may replace.
 gpu: ## the GPU tests and benchmarks, in the current Python, where torch finds a GPU

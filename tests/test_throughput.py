@@ -1,11 +1,9 @@
-"""Several systems over the same requests: what comes when, what is measured, what is refused."""
+"""Several systems over the same requests: what is measured, and what is refused."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import stat
-import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +14,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-import tiny_models
 from architectures import VOCAB
-from transformers import GenerationConfig
+from throughput_cases import FIELDS, requests, silent, tiny
 
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.throughput import (
@@ -29,11 +26,6 @@ from kvpager.integrations.huggingface.throughput import (
 )
 from kvpager.integrations.huggingface.throughput.by_engine import EngineSystem, busiest
 from kvpager.integrations.huggingface.throughput.by_generate import PaddedBatches
-from kvpager.integrations.huggingface.throughput.pacing import (
-    MONOTONIC,
-    Clock,
-    arrivals,
-)
 from kvpager.integrations.huggingface.throughput.results import (
     Memory,
     Moment,
@@ -44,223 +36,7 @@ from kvpager.integrations.huggingface.throughput.systems import Options
 from kvpager.integrations.huggingface.throughput.workload import (
     Item,
     Workload,
-    from_trace,
-    synthetic,
 )
-
-FIELDS = {
-    "system", "requests", "repeats", "generated_tokens", "seconds", "tokens_per_s",
-    "tokens_per_s_of_each_repeat", "over_kvpager", "first_token_s_median", "first_token_s_p99",
-    "per_token_s_median", "kv_peak_bytes", "kv_live_share", "preempted_by_swap",
-    "preempted_by_recompute", "prefix_hit_tokens", "note",
-}  # fmt: skip
-
-
-def silent(count: int) -> None:
-    """Nobody watches."""
-
-
-def tiny() -> Any:
-    model = tiny_models.tiny_model("llama")
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-    return model
-
-
-def requests(count: int = 6, **changes: Any) -> Workload:
-    options: dict[str, Any] = {"vocabulary": VOCAB, "seed": 1, **changes}
-    return synthetic(count, (5, 30), 7, **options)
-
-
-class FakeClock:
-    """Time passes by sleeping alone."""
-
-    def __init__(self) -> None:
-        self.time = 100.0
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        self.time += seconds
-
-    def clock(self) -> Clock:
-        return Clock(self.now, self.sleep)
-
-
-# --- requests -------------------------------------------------------------------------------------
-
-
-def test_made_up_requests_are_what_was_asked_for() -> None:
-    work = synthetic(200, (10, 20), 5, vocabulary=50, shared=30, seed=3)
-    lengths = {len(item.prompt) for item in work.items}
-    assert lengths == set(range(40, 51))
-    assert {item.new_tokens for item in work.items} == {5}
-    assert {item.arrival for item in work.items} == {0.0}
-    beginnings = {tuple(item.prompt[:30]) for item in work.items}
-    assert len(beginnings) == 1
-    assert len({tuple(item.prompt) for item in work.items}) == 200
-    assert all(0 < token < 50 for item in work.items for token in item.prompt)
-    assert (work.prompt_tokens, work.new_tokens) == (sum(map(len, _prompts(work))), 1000)
-
-
-def _prompts(work: Workload) -> list[list[int]]:
-    return [item.prompt for item in work.items]
-
-
-def test_the_same_seed_gives_the_same_requests_and_another_others() -> None:
-    assert requests(rate=3.0) == requests(rate=3.0)
-    assert _prompts(requests()) != _prompts(requests(seed=2))
-
-
-def test_a_rate_spreads_arrivals_as_a_poisson_process_does() -> None:
-    moments = [item.arrival for item in requests(4000, rate=20.0).items]
-    assert moments[0] == 0
-    assert moments == sorted(moments)
-    gaps = [later - before for before, later in itertools.pairwise(moments)]
-    # Exponential: mean and deviation are the same, 1 / rate; 4,000 gaps come within a tenth.
-    assert statistics.mean(gaps) == pytest.approx(1 / 20, rel=0.1)
-    assert statistics.stdev(gaps) == pytest.approx(1 / 20, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_requests": 0}, "requests 0: expected at least 1"),
-        ({"prompt_tokens": (0, 4)}, "prompt tokens 0"),
-        ({"prompt_tokens": (9, 4)}, "9-4: expected the lower number first"),
-        ({"new_tokens": 0}, "new tokens 0"),
-        ({"shared": -1}, "shared prefix -1"),
-        ({"rate": 0.0}, "rate 0.0"),
-        ({"rate": float("inf")}, "rate inf"),
-        ({"seed": -1}, "seed -1"),
-        ({"vocabulary": 3}, "vocabulary 3"),
-    ],
-)
-def test_requests_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
-    options = {"num_requests": 2, "prompt_tokens": (2, 4), "new_tokens": 3, "vocabulary": 50}
-    with pytest.raises(ValueError, match=message):
-        synthetic(**{**options, **changes})
-
-
-def test_a_request_longer_than_the_model_allows_is_refused_with_its_number() -> None:
-    items = (Item(0.0, [5, 6], 3), Item(0.0, [5] * 8, 3))
-    work = Workload("two", items, 10)
-    work.check(11)
-    work.check(None)
-    with pytest.raises(ValueError, match=r"request 1: 8 \+ 3 tokens, but the model has 10"):
-        work.check(10)
-
-
-def test_warming_up_says_nothing_that_is_said_later() -> None:
-    work = requests(shared=16)
-    few = work.warm_up()
-    assert max(len(prompt) for prompt in _prompts(few)) == max(map(len, _prompts(work)))
-    beginnings = {tuple(prompt[:4]) for prompt in _prompts(work)}
-    assert all(tuple(prompt[:4]) not in beginnings for prompt in _prompts(few))
-
-
-# --- traces ---------------------------------------------------------------------------------------
-
-
-def record(timestamp: int, length: int, new: int, hashes: list[int]) -> str:
-    return json.dumps(
-        {"timestamp": timestamp, "input_length": length, "output_length": new, "hash_ids": hashes}
-    )
-
-
-def test_a_trace_keeps_its_times_lengths_and_shared_beginnings(tmp_path: Path) -> None:
-    file = tmp_path / "trace.jsonl"
-    lines = [
-        record(2000, 700, 9, [1, 2]),
-        record(3000, 600, 4, [1, 3]),
-        record(4500, 5, 6, [4]),
-        record(5000, 9000, 6, [5]),
-        record(6000, 30, 0, [4]),
-    ]
-    file.write_text("\n".join(lines))
-    work = from_trace(file, vocabulary=99, speed=2.0, longest=1000)
-    assert [(item.arrival, len(item.prompt), item.new_tokens) for item in work.items] == [
-        (0.0, 700, 9), (0.5, 600, 4), (1.25, 5, 6)
-    ]  # fmt: skip
-    first, second, third = _prompts(work)
-    assert first[:512] == second[:512]
-    assert first[512:600] != second[512:]
-    assert third != first[:5]
-    assert from_trace(file, vocabulary=99, limit=2).items == tuple(
-        item._replace(arrival=item.arrival * 2) for item in work.items[:2]
-    )
-
-
-def test_a_csv_file_is_a_trace_too(tmp_path: Path) -> None:
-    file = tmp_path / "trace.csv"
-    file.write_text("id,arrival,output_length,prompt_length\na,1.5,3,20\nb,1.25,4,10\n")
-    work = from_trace(file, vocabulary=99)
-    assert [(item.arrival, len(item.prompt), item.new_tokens) for item in work.items] == [
-        (0.0, 10, 4), (0.25, 20, 3)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.jsonl", "{}", "line 1: timestamp None"),
-        ("a.jsonl", "", "no request in it"),
-        ("a.jsonl", record(1, 0, 4, []), "no request is left of 1"),
-        ("a.csv", "arrival,prompt_length\n1,2\n", "no column 'output_length'"),
-        ("a.csv", "arrival,prompt_length,output_length\n1,2,3\n1,x,3\n", "line 3: expected three"),
-        ("a.csv", "arrival,prompt_length,output_length\n1,2\n", "line 2: expected three"),
-        ("a.csv", "arrival,prompt_length,output_length\n-1,2,3\n", "line 2: .* at least 0"),
-        ("a.csv", "arrival,prompt_length,output_length\nnan,2,3\n", "line 2: .* at least 0"),
-    ],
-)
-def test_what_is_no_trace_is_refused_with_its_line(
-    name: str, text: str, message: str, tmp_path: Path
-) -> None:
-    file = tmp_path / name
-    file.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        from_trace(file, vocabulary=99)
-
-
-# --- arrivals -------------------------------------------------------------------------------------
-
-
-def test_requests_come_when_they_are_due_and_late_ones_at_once() -> None:
-    fake = FakeClock()
-    items = tuple(Item(moment, [5], 1) for moment in (0.0, 0.0, 2.0, 3.0, 9.0))
-    came = []
-    for number, _ in arrivals(Workload("five", items, 10), 100.0, fake.clock()):
-        came.append((number, fake.time - 100))
-        if number == 2:
-            fake.time += 4  # whoever takes it needs so long
-    assert came == [(0, 0.0), (1, 0.0), (2, 2.0), (3, 6.0), (4, 9.0)]
-
-
-def test_a_padded_batch_waits_for_its_last_request() -> None:
-    fake = FakeClock()
-    items = tuple(Item(moment, [5, 6], 3) for moment in (0.0, 1.0, 4.0))
-    run = PaddedBatches(tiny(), 2, fake.clock()).run(Workload("three", items, VOCAB), silent)
-    assert [each.to_first_token for each in run.served] == [1.0, 0.0, 0.0]
-    assert [each.finished for each in run.served] == [1.0, 1.0, 4.0]
-    assert run.seconds == 4.0
-
-
-def test_the_engine_gets_requests_when_they_are_due() -> None:
-    slept: list[float] = []
-    clock = Clock(now=MONOTONIC.now, sleep=slept.append)
-    items = tuple(Item(moment, [5, 6], 3) for moment in (0.0, 500.0, 900.0))
-    work = Workload("three", items, VOCAB)
-    system = EngineSystem(tiny(), Options(), work, clock=clock)
-    try:
-        run = system.run(work, silent)
-    finally:
-        system.close()
-    assert len(slept) == 2  # nobody really waits for minutes
-    assert 400 < slept[0] <= 500
-    assert 800 < slept[1] <= 900
-    assert [len(each.tokens) for each in run.served] == [3, 3, 3]
-
 
 # --- systems --------------------------------------------------------------------------------------
 
@@ -563,108 +339,3 @@ def test_what_vllm_said_before_it_ended_is_shown(vllm_python: str) -> None:
     options = Options(vllm_python=vllm_python)
     with pytest.raises(KVPagerError, match=r"(?s)exit code 1.*no eager mode in this fake"):
         session.measure(["vllm-eager"], tiny(), requests(), options)
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_models.tiny_model("llama").save_pretrained(folder)
-    return str(folder)
-
-
-def call(*arguments: str) -> Any:
-    pytest.importorskip("typer")
-    from typer.testing import CliRunner
-
-    from kvpager.commands_bench import app
-
-    return CliRunner().invoke(
-        app, ["bench", "throughput", *arguments], prog_name="kvpager", env={"COLUMNS": "120"}
-    )
-
-
-QUICK = ("--requests", "4", "--prompt-tokens", "5-20", "--new-tokens", "4", "--threads", "1")
-
-
-def test_the_command_prints_a_table_and_writes_lines_and_a_plot(
-    saved_model: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    lines, plot = tmp_path / "figures.jsonl", tmp_path / "run.svg"
-    result = call(
-        *QUICK, "--model", saved_model, "--batch", "3", "--generate-batch-requests", "2",
-        "--systems", "kvpager,generate,generate-rows,generate_batch", "--repeats", "2",
-        "--json", str(lines), "--plot", str(plot),
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    for word in ("tokens/s", "first token, s, p99", "slots of it in use", "preempted, by swap"):
-        assert word in result.output
-    assert "* generate_batch: the first 2 of 4 requests alone" in result.output
-    assert max(map(len, result.output.splitlines())) <= 100
-    machine, *records = map(json.loads, lines.read_text().splitlines())
-    assert machine["options"]["repeats"] == 2
-    assert machine["workload"]["requests"] == 4
-    assert all(set(each) == FIELDS for each in records)
-    text = plot.read_text()
-    for word in ("blocks held", "slots with a token", "running", "waiting", "preempted"):
-        assert word in text
-
-
-def test_json_on_stdout_is_json_alone(saved_model: str, tmp_path: Path) -> None:
-    trace = tmp_path / "trace.csv"
-    trace.write_text("arrival,prompt_length,output_length\n0,9,3\n0.01,5,2\n")
-    result = call("--trace", str(trace), "--model", saved_model, "--systems", "kvpager",
-                  "--json", "-")  # fmt: skip
-    assert result.exit_code == 0, result.output
-    machine, found = map(json.loads, result.stdout.splitlines())
-    assert machine["workload"]["name"] == "trace.csv, 2 requests"
-    assert machine["workload"]["last_arrival_s"] == 0.01
-    assert found["generated_tokens"] == 5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--prompt-tokens", "x"], "prompt tokens 'x': expected LOW-HIGH"),
-        (["--systems", "foo"], "system 'foo'"),
-        (["--requests", "0"], "requests 0"),
-        (["--repeats", "0"], "repeats 0"),
-        (["--generate-batch-requests", "0"], "generate_batch requests 0"),
-        (["--trace", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
-        (["--model", "nowhere"], "model nowhere: there is no such folder"),
-        (["--plot", "a.txt"], "--plot a.txt"),
-        (["--systems", "generate", "--plot", "a.svg"], "have kvpager among the --systems"),
-        (["--json", "nowhere/a"], "--json nowhere/a"),
-        (["--device", "cuda:99"], "device 'cuda:99'"),
-        (["--rate", "-1"], "rate -1.0"),
-        (["--new-tokens", "99999"], "positions; leave such requests out"),
-        (["--memory", "1"], "set memory to more"),
-    ],
-)
-def test_the_command_refuses_nonsense_in_one_line(
-    arguments: list[str], message: str, saved_model: str
-) -> None:
-    pytest.importorskip("matplotlib")
-    if "--model" not in arguments:
-        arguments = ["--model", saved_model, *arguments]
-    result = call(*arguments)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_help_lists_every_option_of_the_command() -> None:
-    pytest.importorskip("typer")
-    from typer.main import get_command
-
-    from kvpager.commands_bench import app
-
-    result = call("--help")
-    assert result.exit_code == 0
-    command: Any = get_command(app)
-    for option in command.commands["bench"].commands["throughput"].params:
-        assert option.help
-        assert option.opts[0][:24] in result.output, option.opts
