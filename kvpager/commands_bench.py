@@ -106,7 +106,9 @@ def throughput(
     ] = None,
     block_size: Annotated[int, typer.Option(help="Token slots of kvpager's blocks.")] = 16,
     max_running: Annotated[int, typer.Option(help="The most rows at a time.")] = 256,
-    max_batch_tokens: Annotated[int, typer.Option(help="Of a step of kvpager.")] = 1024,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Of a step of kvpager and generate_batch.")
+    ] = 1024,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse what prompts have in common.")] = True,
     threads: Annotated[
         int | None, typer.Option(help="Of each system.", show_default="torch's own choice")

@@ -61,8 +61,11 @@ class ContinuousBatches:
 
     def _config(self, workload: Workload) -> ContinuousBatchingConfig:
         config = ContinuousBatchingConfig(allow_block_sharing=self._options.prefix_cache)
-        # By default it takes most of the machine's memory, and half a minute to do so.
-        config.num_blocks = workload.blocks(config.page_size) + _SPARE_BLOCKS
+        # By default it takes most of the machine's memory, and half a minute to do so; older ones
+        # take it for the tokens of a step where these are left open.
+        config.max_batch_tokens = self._options.max_batch_tokens
+        page_size = getattr(config, "page_size", None) or config.block_size  # before 5.18
+        config.num_blocks = workload.blocks(page_size) + _SPARE_BLOCKS
         return config
 
     @contextmanager

@@ -47,7 +47,7 @@ class Options:
         host_memory: bytes of host memory to swap to.
         block_size: token slots of a block of kvpager's; others have their own default.
         max_running: the most rows at a time.
-        max_batch_tokens: the most tokens of one of kvpager's steps.
+        max_batch_tokens: the most tokens of a step of kvpager and of `generate_batch`.
         prefix_cache: reuse what prompts have in common.
         batch: rows of a padded batch of `generate-rows`.
         threads: of each system; None leaves torch's setting.
