@@ -98,7 +98,7 @@ def _draw_blocks(axes: Any, moments: list[Moment]) -> None:
     axes.fill_between(times, held, color="lightsteelblue", label="blocks held")
     axes.plot(times, live, color="tab:blue", label="slots with a token")
     axes.set(ylabel="share of the pool", ylim=(0, 1.05))
-    axes.legend(loc="upper right")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_requests(axes: Any, moments: list[Moment]) -> None:
@@ -110,4 +110,4 @@ def _draw_requests(axes: Any, moments: list[Moment]) -> None:
         axes.plot(times, counts, color=colour, label=name, drawstyle="steps-post")
     axes.set(xlabel="seconds", ylabel="requests")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
