@@ -9,8 +9,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types tests conformance simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory gpu clean
-.PHONY: help demo test lint format types tests conformance bench bench-kernels bench-generate bench-prompts bench-memory bench-throughput gpu clean
+.PHONY: help demo test lint format types tests conformance simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-throughput gpu clean
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
