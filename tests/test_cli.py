@@ -132,9 +132,9 @@ def test_differing_token_is_exit_code_1_and_says_where(monkeypatch: pytest.Monke
 def test_wrong_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvpager.integrations.huggingface import reading
 
-    genuine = reading.paged_attention
+    genuine = reading.attend_checked
     monkeypatch.setattr(
-        reading, "paged_attention", lambda *args, **options: genuine(*args, **options) * 1.5
+        reading, "attend_checked", lambda *args, **options: genuine(*args, **options) * 1.5
     )
     result = call(*QUICK)
     assert result.exit_code == 1

@@ -62,7 +62,7 @@ def assert_nothing_is_held(engine):
         pass
     assert engine.stats().pool.num_held == 0
     assert engine.stats().pool.num_sequences == 0
-    engine._scheduler.check()
+    engine._loop.scheduler.check()
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_pool_for_a_third_of_the_requests_gives_the_same_tokens(name, costs):
     prompts = some_prompts(model, count=12, longest=60)
     lengths = [len(p) + 40 if name != "t5" else 41 for p in prompts]
     with Engine(model, memory="8MiB", prefix_cache=False) as engine:
-        block_bytes = engine._runner.storage.block_bytes
+        block_bytes = engine.block_bytes
     third = sum(-(-length // 16) for length in lengths) // 3 * block_bytes
     with Engine(model, memory=third, host_memory="8MiB", costs=costs) as engine:
         outputs = engine.generate(prompts, max_new_tokens=40, do_sample=False)

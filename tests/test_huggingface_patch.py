@@ -16,6 +16,7 @@ import tiny_models  # noqa: E402
 from transformers import GenerationMixin, PreTrainedModel, cache_utils  # noqa: E402
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # noqa: E402
 from transformers.generation import configuration_utils, utils  # noqa: E402
+from transformers.generation.continuous_batching import ContinuousMixin  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface  # noqa: E402
 
 import kvpager  # noqa: E402
@@ -24,6 +25,7 @@ from kvpager import PagedCache  # noqa: E402, F401 - from here on the attention 
 PLACES = [
     AttentionInterface,
     AttentionInterface._global_mapping,
+    ContinuousMixin,
     ALL_ATTENTION_FUNCTIONS.__dict__,
     DynamicCache,
     EncoderDecoderCache,
@@ -102,6 +104,8 @@ def test_a_patch_changes_only_what_is_documented(llama: PreTrainedModel) -> None
         "_prefill",
         "_prepare_cache_for_generation",
         "_sample",
+        "generate_batch",
+        "init_continuous_batching",
         "sdpa",
         "flash_attention_2",
         "flash_attention_3",

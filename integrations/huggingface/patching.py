@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import configuration_utils
+from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.modeling_utils import AttentionInterface
 
 from kvpager import arguments
@@ -25,6 +26,8 @@ from kvpager.integrations.huggingface.attention import (
     reading_in_place,
     register,
 )
+from kvpager.integrations.huggingface.batching.manager import PagedBatchingManager
+from kvpager.integrations.huggingface.batching.routes import retire, routes
 from kvpager.integrations.huggingface.cache import PagedCache, unpaged
 from kvpager.integrations.huggingface.flash import flash_names, reading_flash_in_place
 from kvpager.integrations.huggingface.memory import PagedMemory
@@ -56,6 +59,7 @@ class Patch:
     ) -> None:
         self.memory = memory
         self.prompts = prompts
+        self.managers: weakref.WeakSet[PagedBatchingManager] = weakref.WeakSet()
         self._covers_all = model is None
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._configs: list[Any] = []
@@ -75,6 +79,11 @@ class Patch:
     def covers_config(self, config: Any) -> bool:
         """Whether this patch serves caches made for `config`. O(configurations of the model)."""
         return self._covers_all or any(config is known for known in self._configs)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it was not undone. O(patches)."""
+        return self in _active
 
     def stats(self) -> PatchStats:
         """Counts of now, and totals since the patch was made. O(blocks)."""
@@ -149,6 +158,7 @@ class Patch:
             _active.remove(self)
             if not _active:
                 _uninstall()
+        retire(self.managers)
         self.memory.clear()
 
     def __enter__(self) -> Patch:
@@ -270,6 +280,8 @@ def _install() -> None:
     _replace(GenerationMixin, "_prepare_cache_for_generation", _scoped_prepare)
     _replace(GenerationMixin, "_prefill", _paging_prefill)
     _replace(GenerationMixin, "_sample", _listening_sample)
+    for name, wrap in routes(_patch_for).items():
+        _replace(ContinuousMixin, name, wrap)
     _replace(
         configuration_utils,
         "ALL_CACHE_IMPLEMENTATIONS",

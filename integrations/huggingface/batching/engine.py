@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,23 +26,21 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from kvpager import arguments
-from kvpager.integrations.huggingface.batching.anatomy import Anatomy, study
+from kvpager.integrations.huggingface.batching.anatomy import study
 from kvpager.integrations.huggingface.batching.fitting import AttentionSwitch, fit
+from kvpager.integrations.huggingface.batching.loop import Loop
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
 from kvpager.integrations.huggingface.batching.runner import Runner
-from kvpager.integrations.huggingface.batching.sampling import Draw, Policy, Row, choose
+from kvpager.integrations.huggingface.batching.sampling import Policy
 from kvpager.integrations.huggingface.batching.sizing import measured_costs, pool_blocks
 from kvpager.integrations.huggingface.batching.streams import (
-    EngineClosed,
     Mailbox,
     Output,
     Stream,
-    Token,
 )
-from kvpager.integrations.huggingface.batching.tracking import Live, Tracked
+from kvpager.integrations.huggingface.batching.tracking import Tracked
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.manager import BlockManager
-from kvpager.plan import Reason, StepPlan
 from kvpager.preemption import PreemptionCosts
 from kvpager.requests import Request
 from kvpager.scheduler import Scheduler
@@ -123,12 +119,11 @@ class Engine:
                 device=anatomy.device,
                 num_host_blocks=sizes.host,
             )
-            self._manager = BlockManager(sizes.device, block_size, num_host_blocks=sizes.host)
             forward = None
             if compile and self.is_packed:
                 arguments_ = {} if compile is True else dict(compile)
                 forward = torch.compile(model, **{"dynamic": True} | arguments_)
-            self._runner = Runner(
+            runner = Runner(
                 model,
                 anatomy,
                 storage,
@@ -137,9 +132,9 @@ class Engine:
                 forward=forward,
             )
             if costs is None and sizes.host:
-                costs = measured_costs(self._runner)
-            self._scheduler = Scheduler(
-                self._manager,
+                costs = measured_costs(runner)
+            scheduler = Scheduler(
+                BlockManager(sizes.device, block_size, num_host_blocks=sizes.host),
                 max_batch_tokens=max_batch_tokens,
                 max_running=max_running,
                 max_waiting=max_waiting,
@@ -153,24 +148,12 @@ class Engine:
         except BaseException:
             self._restore()
             raise
-        self._anatomy: Anatomy = anatomy
-        self._tracked: dict[Hashable, Tracked] = {}
-        self._live: dict[int, Live] = {}  # by the scheduler's number of the sample
-        self._lock = threading.RLock()  # over the scheduler and what is tracked
-        # Cancellations come from finalisers as well, which may run inside any call.
-        self._inbox: queue.SimpleQueue[Mailbox | None] = queue.SimpleQueue()
+        self._anatomy = anatomy
         self._numbers = itertools.count()
         self._policies: dict[object, Policy] = {}
-        self._is_open = True
-        self._failure: BaseException | None = None
-        self._running = threading.Event()  # cleared by `pause`
-        self._running.set()
-        self._between_steps = threading.Lock()
-        self._on_step = on_step
-        self._busy_seconds = 0.0
-        self._num_threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._loop, name="kvpager-engine", daemon=True)
-        self._thread.start()
+        self._is_restored = False
+        self._loop = Loop(scheduler, runner, on_step)
+        self._loop.start()
 
     # ---------------------------------------------------------------- for callers
 
@@ -218,30 +201,24 @@ class Engine:
         generator = None
         if seed is not None:
             generator = torch.Generator(self._anatomy.device).manual_seed(seed)
-        with self._lock:
-            self._refuse_closed()
-            if name is None:
-                name = f"request-{next(self._numbers)}"
-            if name in self._tracked:
-                raise ValueError(f"name {name!r}: a request of that name is not done yet")
-            now = time.monotonic()
-            request = Request(
-                name=name,
-                prompt=np.asarray(begins, np.int32),
-                max_new_tokens=choice.max_new_tokens,
-                num_samples=policy.num_samples,
-                namespace=namespace,
-                tenant=tenant,
-                priority=priority,
-                deadline=None if timeout is None else now + timeout,
-            )
-            self._scheduler.submit(request)
-            mailbox = Mailbox(Output(name, ids, [], submitted=now))
-            self._tracked[name] = Tracked(
-                mailbox, choice, policy.num_samples, begins, generator, logprobs
-            )
-        self._inbox.put(None)
-        return Stream(mailbox, self._inbox.put)
+        self._loop.refuse_closed()
+        if name is None:
+            name = f"request-{next(self._numbers)}"
+        now = time.monotonic()
+        request = Request(
+            name=name,
+            prompt=np.asarray(begins, np.int32),
+            max_new_tokens=choice.max_new_tokens,
+            num_samples=policy.num_samples,
+            namespace=namespace,
+            tenant=tenant,
+            priority=priority,
+            deadline=None if timeout is None else now + timeout,
+        )
+        mailbox = Mailbox(Output(name, ids, [], submitted=now))
+        tracked = Tracked(mailbox, choice, policy.num_samples, begins, generator, logprobs)
+        self._loop.submit(request, tracked)
+        return Stream(mailbox, self._loop.cancel)
 
     def generate(
         self,
@@ -280,20 +257,27 @@ class Engine:
 
     def cancel(self, name: Hashable) -> None:
         """End a request; does nothing for one that has ended. O(1)."""
-        with self._lock:
-            tracked = self._tracked.get(name)
-        if tracked is not None:
-            self._inbox.put(tracked.mailbox)
+        mailbox = self._loop.mailbox(name)
+        if mailbox is not None:
+            self._loop.cancel(mailbox)
 
     def stats(self) -> EngineStats:
-        """Counts of now, and totals since the engine was made."""
-        with self._lock:
-            return EngineStats(self._scheduler.stats(), self._manager.stats(), self._busy_seconds)
+        """Counts of now, and totals since the engine was made. O(blocks + sequences)."""
+        return self._loop.stats()
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of the pool, all layers."""
+        return self._loop.runner.storage.block_bytes
+
+    @property
+    def error(self) -> BaseException | None:
+        """What stopped the engine by itself: a defect. None as a rule."""
+        return self._loop.error
 
     def clear(self) -> None:
         """Give cached prompts up, as after a change of the model's weights. O(cached blocks)."""
-        with self._lock:
-            self._manager.drop_cached()
+        self._loop.clear()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -301,27 +285,21 @@ class Engine:
 
         To change the model's weights, say; cached prompts are given up afterwards.
         """
-        self._running.clear()
-        try:
-            with self._between_steps:
+        with self._loop.pause():
+            try:
                 yield
-        finally:
-            self.clear()
-            self._running.set()
+            finally:
+                self.clear()
 
     def close(self) -> None:
         """End all requests and the thread; the model's attention is as it was. Idempotent."""
-        with self._lock:
-            was_open, self._is_open = self._is_open, False
-        self._running.set()
-        self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        if was_open:
+        self._loop.close()
+        if not self._is_restored:
+            self._is_restored = True
             self._restore()
 
     def __enter__(self) -> Engine:
-        self._refuse_closed()
+        self._loop.refuse_closed()
         return self
 
     def __exit__(
@@ -333,11 +311,6 @@ class Engine:
         self.close()
 
     # ---------------------------------------------------------------- making requests
-
-    def _refuse_closed(self) -> None:
-        if not self._is_open:
-            why = "" if self._failure is None else f" after {self._failure!r}"
-            raise EngineClosed(f"this engine is closed{why}; make a new one") from self._failure
 
     def _policy(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Policy:
         if not overrides.keys() - {"max_new_tokens"} and config is None:
@@ -363,139 +336,6 @@ class Engine:
     def _restore(self) -> None:
         self._attention.back()
         self.model.train(self._was_training)
-
-    # ---------------------------------------------------------------- the thread
-
-    def _loop(self) -> None:
-        torch.set_num_threads(self._num_threads)  # a new thread begins with one of its own
-        try:
-            while self._is_open:
-                self._running.wait()
-                with self._between_steps:
-                    is_idle = not self._step()
-                self._read_inbox(wait=is_idle)
-        except BaseException as error:  # a defect of ours: nobody shall wait for ever
-            logger.exception("the engine stopped")
-            self._failure, self._is_open = error, False
-        with self._lock:
-            for tracked in self._tracked.values():
-                tracked.error = self._failure
-                tracked.end(Reason.CANCELLED)
-            self._tracked.clear()
-
-    def _read_inbox(self, *, wait: bool) -> None:
-        """Act on cancellations; where there is nothing to compute, wait until something arrives."""
-        while True:
-            try:
-                mailbox = self._inbox.get(wait, self._patience() if wait else None)
-            except queue.Empty:
-                return
-            wait = False
-            if mailbox is None:
-                continue
-            with self._lock:
-                name = mailbox.output.name
-                tracked = self._tracked.get(name)
-                # It may have ended by now, and another have its name.
-                if tracked is not None and tracked.mailbox is mailbox:
-                    self._scheduler.cancel(name)
-
-    def _patience(self) -> float | None:
-        """Until when to sleep: a deadline may pass while nothing happens."""
-        with self._lock:
-            return 0.05 if self._scheduler.has_work else None
-
-    def _step(self) -> bool:
-        """Compute the scheduler's next step; whether there was anything to do."""
-        with self._lock:
-            plan = self._scheduler.plan()
-            if plan is None:
-                return False
-            for sample in plan.freed.tolist():
-                self._live.pop(sample, None)
-            for name, reason in plan.ended:
-                self._end(name, reason)
-        began = time.perf_counter()
-        try:
-            logits = self._runner.run(plan, self._encoder_ids(plan))
-            draws = self._choose(plan, logits)
-        except Exception as error:
-            self._give_up(plan, error)
-            return True
-        if len(plan):
-            self._go_on(plan, draws)
-        self._note(plan, time.perf_counter() - began)
-        return True
-
-    def _encoder_ids(self, plan: StepPlan) -> dict[int, list[int]]:
-        if not self._anatomy.is_encoder_decoder:
-            return {}
-        prompts = (self._tracked[name].mailbox.output.prompt for name in plan.names)
-        return dict(zip(plan.samples.tolist(), prompts, strict=True))
-
-    def _choose(self, plan: StepPlan, logits: torch.Tensor) -> list[Draw]:
-        numbers = np.flatnonzero(plan.wants_logits).tolist()
-        rows = [self._row(plan.names[i], int(plan.samples[i])) for i in numbers]
-        with_logprobs = any(self._tracked[plan.names[i]].with_logprobs for i in numbers)
-        return choose(logits, rows, with_logprobs=with_logprobs) if rows else []
-
-    def _row(self, name: Hashable, sample: int) -> Row:
-        tracked, live = self._tracked[name], self._live.get(sample)
-        if live is None:
-            return Row(tracked.choice, tracked.num_samples, tracked.generator, tracked.begin_ids)
-        return Row(tracked.choice, 1, tracked.generator, live.ids)
-
-    def _go_on(self, plan: StepPlan, draws: list[Draw]) -> None:
-        """Hand the chosen tokens out and tell the scheduler who goes on with which."""
-        parents: list[int] = []
-        tokens: list[int] = []
-        successors: list[Live] = []
-        failed: list[Hashable] = []
-        news: dict[Hashable, list[Token]] = {}
-        now = time.monotonic()
-        for row, draw in zip(np.flatnonzero(plan.wants_logits).tolist(), draws, strict=True):
-            name, sample = plan.names[row], int(plan.samples[row])
-            tracked = self._tracked[name]
-            for live, token in tracked.extend(self._live.get(sample), draw, news, now):
-                parents.append(row)
-                tokens.append(token)
-                successors.append(live)
-            if tracked.error is not None:
-                failed.append(name)
-        for name, arrived in news.items():
-            self._tracked[name].mailbox.put(arrived)
-        with self._lock:
-            samples = self._scheduler.complete(
-                plan, np.array(parents, np.int64), np.array(tokens, np.int32)
-            )
-            for name in failed:
-                self._scheduler.cancel(name)
-        for row, sample, live in zip(parents, samples.tolist(), successors, strict=True):
-            if sample < 0:  # it has ended by itself
-                continue
-            if sample != plan.samples[row]:
-                self._runner.fork(int(plan.samples[row]), sample)
-            self._live[sample] = live
-
-    def _end(self, name: Hashable, reason: Reason) -> None:
-        tracked = self._tracked.pop(name, None)
-        if tracked is not None:
-            tracked.end(reason)
-
-    def _give_up(self, plan: StepPlan, error: Exception) -> None:
-        """The step failed, and with it the requests in it; the others go on."""
-        logger.error("a step failed: %r", error)
-        with self._lock:
-            for name in self._scheduler.abort(plan):
-                tracked = self._tracked.pop(name, None)
-                if tracked is not None:
-                    tracked.error = error
-                    tracked.end(Reason.FAILED)
-
-    def _note(self, plan: StepPlan, seconds: float) -> None:
-        self._busy_seconds += seconds
-        if self._on_step is not None:
-            self._on_step(StepRecord(len(plan), len(plan.ids), seconds, self.stats()))
 
 
 @contextmanager

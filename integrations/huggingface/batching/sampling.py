@@ -54,6 +54,7 @@ class Policy:
     Args:
         model: whose defaults hold where `config` says nothing.
         config: generation settings; the model's own where None.
+        is_complete: what `config` leaves open is off, whatever the model's defaults are.
         processors: further logits processors.
         criteria: further stopping criteria.
         tokenizer: for settings that need one, such as `stop_strings`.
@@ -67,6 +68,7 @@ class Policy:
         model: Any,
         config: GenerationConfig | None = None,
         *,
+        is_complete: bool = False,
         processors: Iterable[Callable[..., Tensor]] = (),
         criteria: Iterable[Callable[..., Any]] = (),
         tokenizer: Any = None,
@@ -78,7 +80,11 @@ class Policy:
         self._has_default_minimum = overrides.get("min_length") is None and (
             config is None or config.min_length is None
         )
-        settings, unknown = model._prepare_generation_config(config, **overrides)
+        if is_complete and config is not None:
+            settings = copy.deepcopy(config)
+            unknown = settings.update(**overrides)
+        else:
+            settings, unknown = model._prepare_generation_config(config, **overrides)
         if unknown:
             raise ValueError(
                 f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig"

@@ -61,18 +61,25 @@ def pool_blocks(
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _OF_DEVICE)
-    return int(_free_host_bytes() * _OF_HOST)
+        return int(free_bytes(device) * _OF_DEVICE)
+    return int(free_bytes(device) * _OF_HOST)
 
 
-def _free_host_bytes() -> int:
-    """What programs can have without swapping; where the system does not say, what is unused."""
+def free_bytes(device: torch.device) -> int:
+    """The device's free memory; the host's that programs can have without swapping. O(1)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return host_bytes() // 4  # the system does not say
+
+
+def host_bytes() -> int:
+    """All of the host's memory. O(1)."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def measured_costs(runner: Runner) -> PreemptionCosts:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import queue
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Hashable, Iterator
@@ -11,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from kvpager.errors import KVPagerError
+
+logger = logging.getLogger("kvpager")
 
 Stop = Literal["eos", "length", "stopped"]
 
@@ -59,6 +63,7 @@ class Output:
     prompt: list[int]
     samples: list[Sample]
     submitted: float
+    begun: float | None = None  # its first step
     first_token: float | None = None
     finished: float | None = None
 
@@ -76,6 +81,7 @@ class Mailbox:
         self._arrived: deque[Token] = deque()
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
+        self._reader: Callable[[list[Token], bool], None] | None = None
         self.is_done = False
         self.error: KVPagerError | None = None
 
@@ -91,7 +97,17 @@ class Mailbox:
             self.is_done, self.error = True, error
             self._wake()
 
+    def listen(self, reader: Callable[[list[Token], bool], None]) -> None:
+        """Hand all tokens to `reader`, now and as they come. O(tokens)."""
+        with self._changed:
+            self._reader = reader
+            self._wake()
+
     def _wake(self) -> None:
+        if self._reader is not None:
+            arrived = list(self._arrived)
+            self._arrived.clear()
+            self._reader(arrived, self.is_done)
         self._changed.notify_all()
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
@@ -136,6 +152,32 @@ def _resolve(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> No
         loop.call_soon_threadsafe(resolve)
 
 
+class Courier:
+    """Does what others need not wait for, in order, on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._errands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvpager-courier", daemon=True)
+        self._thread.start()
+
+    def post(self, errand: Callable[[], object]) -> None:
+        """Have `errand` done soon. O(1)."""
+        self._errands.put(errand)
+
+    def close(self) -> None:
+        """When all is done, end. Idempotent."""
+        self._errands.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (errand := self._errands.get()) is not None:
+            try:
+                errand()
+            except Exception:  # whatever a listener raises; others wait for the next errand
+                logger.exception("a listener raised")
+
+
 class Stream:
     """A request that was submitted: iterate over its tokens, or wait for its result.
 
@@ -173,6 +215,11 @@ class Stream:
         """
         self._mailbox.wait(timeout)
         return self._outcome()
+
+    def listen(self, reader: Callable[[list[Token], bool], None]) -> None:
+        """Have `reader` called with new tokens and whether the request has ended, at once and
+        after every step, on the thread that hands tokens out: it is not to wait. O(tokens)."""
+        self._mailbox.listen(reader)
 
     def partial(self) -> Output:
         """What there is by now."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,12 +54,14 @@ class Tracked:
         return torch.tensor([self.begins])
 
     def extend(
-        self, live: Live | None, draw: Draw, news: dict[Hashable, list[Token]], now: float
-    ) -> Iterator[tuple[Live, int]]:
-        """Note the tokens that were drawn for a row; yield the samples that go on, with theirs."""
+        self, live: Live | None, draw: Draw, now: float
+    ) -> tuple[list[Token], list[tuple[Live, int]]]:
+        """Note the tokens drawn for a row: those to hand out, and who goes on with which."""
+        arrived: list[Token] = []
+        going_on: list[tuple[Live, int]] = []
         if draw.error is not None:
             self.error = draw.error
-            return
+            return arrived, going_on
         output = self.mailbox.output
         if live is None:
             output.first_token = now
@@ -66,7 +69,6 @@ class Tracked:
             output.samples.extend(each.sample for each in rows)
         else:
             rows = [live]
-        arrived = news.setdefault(output.name, [])
         for number, (each, token) in enumerate(zip(rows, draw.tokens, strict=True)):
             logprob = draw.logprobs[number] if draw.logprobs and self.with_logprobs else None
             each.sample.tokens.append(token)
@@ -77,9 +79,10 @@ class Tracked:
                 each.sample.reason = self._stop(each, token)
             except Exception as error:  # whatever a stopping criterion of the caller's raises
                 self.error = error
-                return
+                break
             if each.sample.reason is None:
-                yield each, token
+                going_on.append((each, token))
+        return arrived, going_on
 
     def _new_sample(self) -> Sample:
         return Sample(logprobs=[] if self.with_logprobs else None)
@@ -93,8 +96,8 @@ class Tracked:
             return "stopped"
         return None
 
-    def end(self, reason: Reason) -> None:
-        """Close the mailbox. The first error that was met says why, else the scheduler's reason."""
+    def ending(self, reason: Reason, how: str = "was cancelled") -> Callable[[], None]:
+        """What closes the mailbox. An error that was met says why, else the scheduler's reason."""
         output = self.mailbox.output
         name, output.finished = output.name, time.monotonic()
         error: KVPagerError | None = None
@@ -102,7 +105,7 @@ class Tracked:
             error = RequestFailed(f"request {name!r} failed: {self.error!r}")
             error.__cause__ = self.error
         elif reason is Reason.CANCELLED:
-            error = RequestCancelled(f"request {name!r} was cancelled")
+            error = RequestCancelled(f"request {name!r} {how}")
         elif reason is Reason.EXPIRED:
             error = RequestExpired(f"request {name!r} was not done by its deadline")
-        self.mailbox.close(error)
+        return partial(self.mailbox.close, error)

@@ -64,7 +64,8 @@ class ContinuousBatches:
         # By default it takes most of the machine's memory, and half a minute to do so; older ones
         # take it for the tokens of a step where these are left open.
         config.max_batch_tokens = self._options.max_batch_tokens
-        page_size = getattr(config, "page_size", None) or config.block_size  # before 5.18
+        # `block_size` before 5.18.
+        page_size: Any = getattr(config, "page_size", None) or config.block_size
         config.num_blocks = workload.blocks(page_size) + _SPARE_BLOCKS
         return config
 

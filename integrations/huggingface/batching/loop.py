@@ -1,0 +1,287 @@
+"""The thread of an engine: plans a step, has it computed, chooses tokens, hands them out."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+
+from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
+from kvpager.integrations.huggingface.batching.runner import Runner
+from kvpager.integrations.huggingface.batching.sampling import Draw, Row, choose
+from kvpager.integrations.huggingface.batching.streams import Courier, EngineClosed, Mailbox, Token
+from kvpager.integrations.huggingface.batching.tracking import Live, Tracked
+from kvpager.plan import Reason, StepPlan
+from kvpager.requests import Request
+from kvpager.scheduler import Scheduler
+
+logger = logging.getLogger("kvpager")
+
+# How long to sleep while requests live and there is nothing to compute: a deadline may pass.
+_PATIENCE_S = 0.05
+
+
+class Loop:
+    """Steps of a scheduler, one after the other, on a thread of its own.
+
+    Args:
+        scheduler: nobody else may call it.
+        runner: computes its plans.
+        on_step: is told of every step, on this thread.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        on_step: Callable[[StepRecord], None] | None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.is_open = True
+        self.error: BaseException | None = None  # what stopped the thread, a defect
+        self._lock = threading.RLock()  # over the scheduler and what is tracked
+        self._tracked: dict[Hashable, Tracked] = {}
+        self._live: dict[int, Live] = {}  # by the scheduler's number of the sample
+        # Cancellations come from finalisers as well, which may run inside any call.
+        self._inbox: queue.SimpleQueue[Mailbox | None] = queue.SimpleQueue()
+        self._courier = Courier()
+        self._unpaused = threading.Condition()
+        self._num_pauses = 0
+        self._between_steps = threading.Lock()
+        self._on_step = on_step
+        self._busy_seconds = 0.0
+        self._num_threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
+
+    # ---------------------------------------------------------------- for other threads
+
+    def start(self) -> None:
+        """Begin. O(1)."""
+        self._thread.start()
+
+    def submit(self, request: Request, tracked: Tracked) -> None:
+        """Queue a request. O(tokens). Raises: `EngineClosed`, and as `Scheduler.submit`."""
+        with self._lock:
+            self.refuse_closed()
+            self.scheduler.submit(request)
+            self._tracked[request.name] = tracked
+        self._inbox.put(None)
+
+    def cancel(self, mailbox: Mailbox) -> None:
+        """End the request whose mailbox this is, soon. O(1); safe in a finaliser."""
+        self._inbox.put(mailbox)
+
+    def mailbox(self, name: Hashable) -> Mailbox | None:
+        """That of a live request. O(1)."""
+        with self._lock:
+            tracked = self._tracked.get(name)
+        return None if tracked is None else tracked.mailbox
+
+    def refuse_closed(self) -> None:
+        """Raises: `EngineClosed` where no request is taken any more."""
+        if not self.is_open:
+            why = "" if self.error is None else f" after {self.error!r}"
+            raise EngineClosed(f"this engine is closed{why}; make a new one") from self.error
+
+    def stats(self) -> EngineStats:
+        """Counts of now. O(blocks + sequences)."""
+        with self._lock:
+            pool = self.scheduler.manager.stats()
+            return EngineStats(self.scheduler.stats(), pool, self._busy_seconds)
+
+    def clear(self) -> None:
+        """Give cached prompts up. O(cached blocks)."""
+        with self._lock:
+            self.scheduler.manager.drop_cached()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """No step is computed inside; pauses of several threads may overlap."""
+        with self._unpaused:
+            self._num_pauses += 1
+        try:
+            with self._between_steps:  # the step under way ends first
+                pass
+            yield
+        finally:
+            with self._unpaused:
+                self._num_pauses -= 1
+                self._unpaused.notify_all()
+
+    def close(self) -> None:
+        """End all requests and the thread. Idempotent."""
+        with self._lock:
+            self.is_open = False
+        with self._unpaused:
+            self._unpaused.notify_all()
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+            self._courier.close()
+
+    # ---------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)  # a new thread begins with one of its own
+        try:
+            while self._may_step():
+                with self._between_steps:
+                    is_idle = not self._num_pauses and not self._step()
+                self._read_inbox(wait=is_idle)
+        except BaseException as error:  # a defect of ours: nobody shall wait for ever
+            logger.exception("the engine stopped")
+            self.error = error
+        with self._lock:
+            self.is_open = False
+            for name, tracked in self._tracked.items():
+                tracked.error = self.error
+                how = "was not done when the engine was closed"
+                self._courier.post(tracked.ending(Reason.CANCELLED, how))
+                if self.error is None:
+                    self.scheduler.cancel(name)
+            self._tracked.clear()
+
+    def _may_step(self) -> bool:
+        with self._unpaused:
+            self._unpaused.wait_for(lambda: not self._num_pauses or not self.is_open)
+        return self.is_open
+
+    def _read_inbox(self, *, wait: bool) -> None:
+        """Act on cancellations; where there is nothing to compute, wait until something arrives."""
+        while True:
+            try:
+                mailbox = self._inbox.get(wait, self._patience() if wait else None)
+            except queue.Empty:
+                return
+            wait = False
+            if mailbox is None:
+                continue
+            with self._lock:
+                name = mailbox.output.name
+                tracked = self._tracked.get(name)
+                # It may have ended by now, and another have its name.
+                if tracked is not None and tracked.mailbox is mailbox:
+                    self.scheduler.cancel(name)
+
+    def _patience(self) -> float | None:
+        with self._lock:
+            return _PATIENCE_S if self.scheduler.has_work else None
+
+    def _step(self) -> bool:
+        """Compute the scheduler's next step; whether there was anything to do."""
+        with self._lock:
+            plan = self.scheduler.plan()
+            if plan is None:
+                return False
+            for sample in plan.freed.tolist():
+                self._live.pop(sample, None)
+            for name, reason in plan.ended:
+                self._end(name, reason)
+            self._note_begun(plan)
+        began = time.perf_counter()
+        try:
+            logits = self.runner.run(plan, self._prompts(plan))
+            draws = self._choose(plan, logits)
+        except Exception as error:
+            self._give_up(plan, error)
+            return True
+        if len(plan):
+            self._go_on(plan, draws)
+        self._note(plan, time.perf_counter() - began)
+        return True
+
+    def _note_begun(self, plan: StepPlan) -> None:
+        now = time.monotonic()
+        for name in plan.names:
+            output = self._tracked[name].mailbox.output
+            if output.begun is None:
+                output.begun = now
+
+    def _prompts(self, plan: StepPlan) -> dict[int, list[int]]:
+        """What an encoder reads for each sample."""
+        if not self.runner.anatomy.is_encoder_decoder:
+            return {}
+        prompts = (self._tracked[name].mailbox.output.prompt for name in plan.names)
+        return dict(zip(plan.samples.tolist(), prompts, strict=True))
+
+    def _choose(self, plan: StepPlan, logits: torch.Tensor) -> list[Draw]:
+        numbers = np.flatnonzero(plan.wants_logits).tolist()
+        rows = [self._row(plan.names[i], int(plan.samples[i])) for i in numbers]
+        with_logprobs = any(self._tracked[plan.names[i]].with_logprobs for i in numbers)
+        return choose(logits, rows, with_logprobs=with_logprobs) if rows else []
+
+    def _row(self, name: Hashable, sample: int) -> Row:
+        tracked, live = self._tracked[name], self._live.get(sample)
+        if live is None:
+            return Row(tracked.choice, tracked.num_samples, tracked.generator, tracked.begin_ids)
+        return Row(tracked.choice, 1, tracked.generator, live.ids)
+
+    def _go_on(self, plan: StepPlan, draws: list[Draw]) -> None:
+        """Hand the chosen tokens out and tell the scheduler who goes on with which."""
+        parents: list[int] = []
+        tokens: list[int] = []
+        successors: list[Live] = []
+        failed: list[Hashable] = []
+        news: list[tuple[Mailbox, list[Token]]] = []
+        now = time.monotonic()
+        for row, draw in zip(np.flatnonzero(plan.wants_logits).tolist(), draws, strict=True):
+            name, sample = plan.names[row], int(plan.samples[row])
+            tracked = self._tracked[name]
+            arrived, going_on = tracked.extend(self._live.get(sample), draw, now)
+            news.append((tracked.mailbox, arrived))
+            for live, token in going_on:
+                parents.append(row)
+                tokens.append(token)
+                successors.append(live)
+            if tracked.error is not None:
+                failed.append(name)
+        self._courier.post(partial(_hand_out, news))
+        with self._lock:
+            samples = self.scheduler.complete(
+                plan, np.array(parents, np.int64), np.array(tokens, np.int32)
+            )
+            for name in failed:
+                self.scheduler.cancel(name)
+        for row, sample, live in zip(parents, samples.tolist(), successors, strict=True):
+            if sample < 0:  # it has ended by itself
+                continue
+            if sample != plan.samples[row]:
+                self.runner.fork(int(plan.samples[row]), sample)
+            self._live[sample] = live
+
+    def _end(self, name: Hashable, reason: Reason) -> None:
+        tracked = self._tracked.pop(name, None)
+        if tracked is not None:
+            self._courier.post(tracked.ending(reason))
+
+    def _give_up(self, plan: StepPlan, error: Exception) -> None:
+        """The step failed, and with it the requests in it; the others go on."""
+        logger.error("a step failed: %r", error)
+        with self._lock:
+            for name in self.scheduler.abort(plan):
+                if name in self._tracked:
+                    self._tracked[name].error = error
+                self._end(name, Reason.FAILED)
+
+    def _note(self, plan: StepPlan, seconds: float) -> None:
+        self._busy_seconds += seconds
+        if self._on_step is None:
+            return
+        try:
+            self._on_step(StepRecord(len(plan), len(plan.ids), seconds, self.stats()))
+        except Exception:  # the caller's: requests do not suffer for it
+            logger.exception("on_step raised and is not called any more")
+            self._on_step = None
+
+
+def _hand_out(news: list[tuple[Mailbox, list[Token]]]) -> None:
+    for mailbox, arrived in news:
+        mailbox.put(arrived)

@@ -1,0 +1,136 @@
+"""transformers' entry points of continuous batching, led to an engine for models of a patch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from kvpager.integrations.huggingface.batching.manager import PagedBatchingManager
+from kvpager.integrations.huggingface.batching.options import warn_once
+from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.integrations.huggingface.prompts import PromptCache
+
+logger = logging.getLogger("kvpager")
+
+_KEPT = "_cached_continuous_batching_manager"
+
+
+class Serving(Protocol):
+    """What a route needs of a patch."""
+
+    memory: PagedMemory
+    prompts: PromptCache | None
+    managers: weakref.WeakSet[PagedBatchingManager]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it was not undone."""
+
+
+Find = Callable[[Any], Serving | None]
+Route = Callable[..., Any]
+
+
+def routes(find: Find) -> dict[str, Callable[[Route], Route]]:
+    """What wraps which method of `ContinuousMixin`; `find` says which patch serves a model.
+
+    The others build on these, and work as they are.
+    """
+    return {
+        "init_continuous_batching": functools.partial(_init, find),
+        "generate_batch": functools.partial(_generate_batch, find),
+    }
+
+
+def _init(find: Find, original: Route) -> Route:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        serving = find(self)
+        if serving is None:
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        return _manager(self, serving, **{k: v for k, v in given.items() if k != "self"})
+
+    return init_continuous_batching
+
+
+def _generate_batch(find: Find, original: Route) -> Route:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if find(self) is not None:
+            given = signature.bind(self, *args, **kwargs).arguments
+            _warn_of_ignored(self, given.get("generation_config"), given.get("kwargs", {}))
+        return original(self, *args, **kwargs)
+
+    return generate_batch
+
+
+def _warn_of_ignored(model: Any, config: Any, options: dict[str, Any]) -> None:
+    """`generate_batch` takes any keyword, and reads one."""
+    config = model.generation_config if config is None else config
+    for name, value in options.items():
+        # `generate` passes its settings twice: here, and in the config.
+        is_known = value is getattr(config, name, options) or name == "max_new_tokens"
+        if not is_known and name not in ("input_ids", "attention_mask"):
+            warn_once(f"{name} of generate_batch", "set it in the generation_config")
+
+
+def _manager(
+    model: Any,
+    serving: Serving,
+    generation_config: Any = None,
+    continuous_batching_config: Any = None,
+    workload_hints: Any = None,
+    **further: Any,
+) -> PagedBatchingManager:
+    for name in further:
+        warn_once(f"{name} of init_continuous_batching", "it is not known")
+    kept = getattr(model, _KEPT, None)
+    if isinstance(kept, PagedBatchingManager) and kept in serving.managers:
+        _warn_of_another(kept, generation_config, continuous_batching_config)
+        kept.hint(workload_hints)
+        return kept
+    config = model.generation_config if generation_config is None else generation_config
+    if continuous_batching_config is None:
+        continuous_batching_config = getattr(config, "continuous_batching_config", None)
+    manager = PagedBatchingManager(
+        model,
+        config,
+        continuous_batching_config or ContinuousBatchingConfig(),
+        workload_hints,
+        memory=serving.memory,
+        namespace=lambda: None if serving.prompts is None else serving.prompts.namespace,
+        may_be_kept=lambda: serving.is_active,
+    )
+    serving.managers.add(manager)
+    return manager
+
+
+def _warn_of_another(kept: PagedBatchingManager, generation: Any, batching: Any) -> None:
+    known = kept.generation_config, kept.continuous_batching_config
+    for given, config in zip((generation, batching), known, strict=True):
+        if given is not None and given is not config:
+            logger.warning(
+                "the model keeps a manager with another %s, which holds: call "
+                "destroy_cached_continuous_batching_manager() first",
+                type(config).__name__,
+            )
+
+
+def retire(managers: Iterable[PagedBatchingManager]) -> None:
+    """The patch is undone: models keep no managers of it; sessions go on. O(managers)."""
+    for manager in list(managers):
+        if getattr(manager.model, _KEPT, None) is manager:
+            delattr(manager.model, _KEPT)
+            if not manager.is_running():
+                manager.destroy()

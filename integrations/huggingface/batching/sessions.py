@@ -1,0 +1,252 @@
+"""The life of a continuous batching manager: sessions, each with an engine of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.batching.anatomy import study
+from kvpager.integrations.huggingface.batching.engine import Engine
+from kvpager.integrations.huggingface.batching.options import read_options
+from kvpager.integrations.huggingface.batching.outputs import Job, Router
+from kvpager.integrations.huggingface.memory import PagedMemory
+
+logger = logging.getLogger("kvpager")
+
+
+class Status:
+    """How far a session's end has come. Changed under the lock of the manager's router."""
+
+    DONT_STOP, FLUSH_AND_STOP, HARD_STOP, STOPPED = range(4)
+
+    def __init__(self) -> None:
+        self.local_status = self.DONT_STOP
+        self.engine: Engine | None = None  # of the session, or of the last one
+
+    @property
+    def fatal_error(self) -> BaseException | None:
+        """What stopped the session, other than `stop`."""
+        return None if self.engine is None else self.engine.error
+
+    def can_accept_new_requests(self) -> str | None:
+        """Why requests are turned away; None where they are not. O(1)."""
+        if self.fatal_error is not None:
+            return f"the engine stopped: {self.fatal_error!r}"
+        if self.local_status != self.DONT_STOP:
+            return "the manager is stopping, or has stopped"
+        return None
+
+
+class Sessions(ContinuousBatchingManager):
+    """The part of a `PagedBatchingManager` that starts and stops; that documents the arguments."""
+
+    def __init__(
+        self,
+        model: Any,
+        generation_config: Any,
+        continuous_batching_config: Any,
+        workload_hints: Any,
+        memory: PagedMemory,
+        may_be_kept: Callable[[], bool],
+    ) -> None:
+        self.model: Any = model
+        self.generation_config = generation_config
+        self.continuous_batching_config = continuous_batching_config
+        self.is_tp_driver = True
+        self.warmed_up = False
+        self.background_thread_status: Any = Status()
+        self.output_router: Any = Router()
+        self.batch_processor: Any = None  # the session's `Engine`
+        self._patched, self._may_be_kept = memory, may_be_kept
+        self._anatomy = study(model)
+        self._refuse_placement()
+        self.hint(workload_hints)
+        self._changed: threading.Condition = self.output_router.changed
+        self._control = threading.Lock()  # of those who make a session, or end a pause
+        self._jobs: dict[str, Job] = {}  # by all their names
+        self._generation_thread: Any = None
+        self._is_serving = False
+        self._is_destroyed = False
+        self._paused: AbstractContextManager[Any] | None = None
+        self._num_pauses = 0
+        self._of_thread = threading.local()  # .num_pauses
+
+    def _refuse_placement(self) -> None:
+        name, wanted = type(self.model).__name__, self._patched.dtype
+        if getattr(self.model, "_device_mesh", None) is not None:
+            raise KVPagerError(
+                f"{name} is spread by tensor parallelism, which cannot be batched in blocks; use "
+                "it without the patch"
+            )
+        if wanted is not None and wanted != self._anatomy.dtype:
+            raise KVPagerError(
+                f"{name} keeps keys and values in {self._anatomy.dtype}, and the patch was made "
+                f"for {wanted}"
+            )
+
+    def hint(self, workload_hints: Any) -> None:
+        """What is to come in the next session, for the size of its pool. O(options)."""
+        self._options = read_options(
+            self.continuous_batching_config,
+            self.generation_config,
+            self._anatomy,
+            self._patched,
+            workload_hints,
+        )
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """Nothing to do: an engine chooses the attention for its session."""
+
+    def warmup(self) -> None:
+        """Make the engine of the next session. A few short forward passes.
+
+        Raises: `KVPagerError` for a model that cannot be batched.
+        """
+        with self._control:
+            if self._is_destroyed:
+                raise RuntimeError("this manager was destroyed; make a new one")
+            if self.batch_processor is None:
+                options = self._options.engine
+                self.batch_processor = Engine(
+                    self.model, max_waiting=self._options.max_waiting, **options
+                )
+            self.warmed_up = True
+
+    def is_running(self) -> bool:
+        """Whether there is a session. O(1)."""
+        return self._is_serving
+
+    def start(self) -> None:
+        """Begin a session: serve requests, those first that were added before.
+
+        Raises: as `warmup`.
+        """
+        if self._is_serving:
+            logger.warning("this manager is running already")
+            return
+        self.warmup()
+        engine: Engine = self.batch_processor
+        with self._changed:
+            self._status.local_status, self._status.engine = Status.DONT_STOP, engine
+            self._is_serving = True
+        self._generation_thread = threading.Thread(
+            target=self._serve, args=(engine,), name="kvpager-batching", daemon=True
+        )
+        self._generation_thread.start()
+        self._queue_held()
+
+    def _serve(self, engine: Engine) -> None:
+        """Keep the engine until the session may end."""
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._may_end(engine))
+            engine.close()
+        finally:
+            with self._changed:
+                self._status.local_status = Status.STOPPED
+                self._is_serving, self.batch_processor = False, None
+                self._changed.notify_all()
+
+    def _may_end(self, engine: Engine) -> bool:
+        status = self._status.local_status
+        is_flushed = status == Status.FLUSH_AND_STOP and not self._jobs
+        return is_flushed or status == Status.HARD_STOP or engine.error is not None
+
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ) -> None:
+        """End the session when its requests are done, or at once if `hard_stop`: they fail then.
+
+        Waits for that if `block`, for `timeout` seconds at the most. Outputs that nobody has taken
+        can still be. Raises: `RuntimeError` inside a `pause` of this thread.
+        """
+        if self._generation_thread is None:
+            logger.warning("this manager was not started, so there is nothing to stop")
+            return
+        if getattr(self._of_thread, "num_pauses", 0):
+            raise RuntimeError("stop inside pause would wait for ever; leave the pause first")
+        with self._changed:
+            wanted = Status.HARD_STOP if hard_stop else Status.FLUSH_AND_STOP
+            self._status.local_status = max(wanted, self._status.local_status)
+            self._changed.notify_all()
+        if block:
+            self.join(time.perf_counter(), timeout)
+        if keep_for_next_session and self._may_be_kept():
+            self.model._cached_continuous_batching_manager = self
+
+    def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
+        """Wait for the session's end, for `timeout` seconds at the most."""
+        thread = self._generation_thread
+        if thread is None:
+            return
+        thread.join(timeout)
+        if thread.is_alive():
+            logger.warning("the session has not ended after %s s", timeout)
+        else:
+            seconds = time.perf_counter() - stop_trigger_time
+            logger.info("the session ended after %.2f s", seconds)
+            self._generation_thread = None
+
+    def destroy(self) -> None:
+        """End the session, for good. Idempotent. Raises: as `stop`."""
+        if self.is_running():
+            self.stop()
+        with self._control:
+            self._is_destroyed = True
+            engine, self.batch_processor = self.batch_processor, None
+            if engine is not None:  # warmed up, and never started
+                engine.close()
+        self._fail_held()
+
+    @contextmanager
+    def pause(self) -> Generator[None]:
+        """No step is computed inside, in whatever thread; requests go on afterwards.
+
+        To change the model's weights, say: cached prompts are given up. Raises: `RuntimeError`
+        without a session.
+        """
+        if not self.is_running():
+            raise RuntimeError("there is no session to pause; start the manager first")
+        with self._control:
+            if not self._num_pauses:
+                paused: AbstractContextManager[Any] = self.batch_processor.pause()
+                paused.__enter__()
+                self._paused = paused
+            self._num_pauses += 1
+        self._of_thread.num_pauses = getattr(self._of_thread, "num_pauses", 0) + 1
+        try:
+            yield
+        finally:
+            self._of_thread.num_pauses -= 1
+            with self._control:
+                self._num_pauses -= 1
+                if not self._num_pauses and self._paused is not None:
+                    self._paused.__exit__(None, None, None)
+                    self._paused = None
+
+    @property
+    def _status(self) -> Status:
+        status: Status = self.background_thread_status
+        return status
+
+    # ---------------------------------------------------------------- requests of before
+
+    @abstractmethod
+    def _queue_held(self) -> None:
+        """A session has begun: hand the requests over that were added before."""
+
+    @abstractmethod
+    def _fail_held(self) -> None:
+        """There will be no session: end the requests that were added before."""
