@@ -38,6 +38,7 @@ from kvpager.integrations.huggingface.batching.streams import (
     Output,
     Stream,
 )
+from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Tracked
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.manager import BlockManager
@@ -218,6 +219,8 @@ class Engine:
         mailbox = Mailbox(Output(name, ids, [], submitted=now))
         tracked = Tracked(mailbox, choice, policy.num_samples, begins, generator, logprobs)
         self._loop.submit(request, tracked)
+        if self._anatomy.device.type == "cpu":
+            end_idle_workers()
         return Stream(mailbox, self._loop.cancel)
 
     def generate(
@@ -297,6 +300,12 @@ class Engine:
         if not self._is_restored:
             self._is_restored = True
             self._restore()
+
+    def __del__(self) -> None:
+        # getattr: a half-made engine is finalised as well.
+        loop = getattr(self, "_loop", None)
+        if loop is not None:
+            loop.stop()
 
     def __enter__(self) -> Engine:
         self._loop.refuse_closed()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,12 +19,23 @@ from kvpager.integrations.huggingface.batching.records import EngineStats, StepR
 from kvpager.integrations.huggingface.batching.runner import Runner
 from kvpager.integrations.huggingface.batching.sampling import Draw, Row, choose
 from kvpager.integrations.huggingface.batching.streams import Courier, EngineClosed, Mailbox, Token
+from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Live, Tracked
 from kvpager.plan import Reason, StepPlan
 from kvpager.requests import Request
 from kvpager.scheduler import Scheduler
 
 logger = logging.getLogger("kvpager")
+
+# Python ends threads like this one wherever they are when it exits, which C++ does not survive.
+_open: weakref.WeakSet[Loop] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for loop in list(_open):
+        loop.close()
+
 
 # How long to sleep while requests live and there is nothing to compute: a deadline may pass.
 _PATIENCE_S = 0.05
@@ -65,6 +78,7 @@ class Loop:
 
     def start(self) -> None:
         """Begin. O(1)."""
+        _open.add(self)
         self._thread.start()
 
     def submit(self, request: Request, tracked: Tracked) -> None:
@@ -116,13 +130,17 @@ class Loop:
                 self._num_pauses -= 1
                 self._unpaused.notify_all()
 
+    def stop(self) -> None:
+        """Have the thread end soon. O(1); safe in a finaliser."""
+        self.is_open = False
+        self._inbox.put(None)
+
     def close(self) -> None:
         """End all requests and the thread. Idempotent."""
         with self._lock:
-            self.is_open = False
+            self.stop()
         with self._unpaused:
             self._unpaused.notify_all()
-        self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
             self._courier.close()
@@ -157,6 +175,8 @@ class Loop:
     def _read_inbox(self, *, wait: bool) -> None:
         """Act on cancellations; where there is nothing to compute, wait until something arrives."""
         while True:
+            if wait:
+                self._rest()
             try:
                 mailbox = self._inbox.get(wait, self._patience() if wait else None)
             except queue.Empty:
@@ -170,6 +190,10 @@ class Loop:
                 # It may have ended by now, and another have its name.
                 if tracked is not None and tracked.mailbox is mailbox:
                     self.scheduler.cancel(name)
+
+    def _rest(self) -> None:
+        if self.runner.anatomy.device.type == "cpu":
+            end_idle_workers()
 
     def _patience(self) -> float | None:
         with self._lock:
