@@ -50,7 +50,8 @@ class EngineSystem:
             max_batch_tokens=options.max_batch_tokens,
             max_running=options.max_running,
             prefix_cache=options.prefix_cache,
-            compile=compiled,
+            # Weights do not change while they are measured: they may be packed for the matrices.
+            compile={"options": {"freezing": True}} if compiled else False,
             on_step=self._note,
             **options.engine,
         )

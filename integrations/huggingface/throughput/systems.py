@@ -18,7 +18,7 @@ Progress = Callable[[int], object]  # is told how many more requests are done
 
 SYSTEMS = {
     "kvpager": "kvpager's Engine",
-    "kvpager-compiled": "kvpager's Engine(compile=True)",
+    "kvpager-compiled": "kvpager's Engine, compiled with frozen weights",
     "generate": "transformers' generate, all requests in one padded batch",
     "generate-rows": "transformers' generate, padded batches of --batch requests",
     "generate_batch": "transformers' continuous batching, as behind generate_batch",
