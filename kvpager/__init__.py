@@ -16,9 +16,13 @@ if (_checkout / "kernels" / "copy_blocks.py").is_file():
 if TYPE_CHECKING:
     from kvpager.errors import (
         BrokenInvariant,
+        EngineClosed,
         KVPagerError,
         OutOfBlocks,
         QueueFull,
+        RequestCancelled,
+        RequestExpired,
+        RequestFailed,
         SequenceSwapped,
         StaleSequence,
     )
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from kvpager.integrations.huggingface.patching import PagedCache, Patch, patch
     from kvpager.manager import BlockManager
     from kvpager.plan import StepPlan
+    from kvpager.preemption import PreemptionCosts
     from kvpager.requests import Request
     from kvpager.scheduler import Scheduler
     from kvpager.sequences import Sequence
@@ -38,13 +43,18 @@ __all__ = [
     "BlockStorage",
     "BrokenInvariant",
     "Engine",
+    "EngineClosed",
     "KVPagerError",
     "LayerShape",
     "OutOfBlocks",
     "PagedCache",
     "Patch",
+    "PreemptionCosts",
     "QueueFull",
     "Request",
+    "RequestCancelled",
+    "RequestExpired",
+    "RequestFailed",
     "Scheduler",
     "Sequence",
     "SequenceSwapped",
@@ -58,13 +68,18 @@ _HOME = {
     "BlockStorage": "kvpager.storage",
     "BrokenInvariant": "kvpager.errors",
     "Engine": "kvpager.integrations.huggingface.batching.engine",
+    "EngineClosed": "kvpager.errors",
     "KVPagerError": "kvpager.errors",
     "LayerShape": "kvpager.storage",
     "OutOfBlocks": "kvpager.errors",
     "PagedCache": "kvpager.integrations.huggingface.patching",
     "Patch": "kvpager.integrations.huggingface.patching",
+    "PreemptionCosts": "kvpager.preemption",
     "QueueFull": "kvpager.errors",
     "Request": "kvpager.requests",
+    "RequestCancelled": "kvpager.errors",
+    "RequestExpired": "kvpager.errors",
+    "RequestFailed": "kvpager.errors",
     "Scheduler": "kvpager.scheduler",
     "Sequence": "kvpager.sequences",
     "SequenceSwapped": "kvpager.errors",

@@ -5,6 +5,10 @@
     ├── StaleSequence        the handle was freed, or belongs to another manager
     ├── SequenceSwapped      the sequence is in host memory; swap it back first
     ├── QueueFull            as many requests wait as may; submit it again later
+    ├── EngineClosed         the engine takes no requests any more
+    ├── RequestCancelled     a request ended early: cancelled, its stream dropped, its engine closed
+    ├── RequestExpired       a request was not done by its deadline
+    ├── RequestFailed        a request could not be computed; why is its `__cause__`
     └── BrokenInvariant      `check()` found the books wrong: a bug, never an operating condition
 
 Bad arguments raise `ValueError` or `TypeError` with the value, the bound and what to do.
@@ -80,3 +84,19 @@ class QueueFull(KVPagerError):
 
 class BrokenInvariant(KVPagerError):
     """The manager's books contradict themselves. The message names the broken law."""
+
+
+class EngineClosed(KVPagerError):
+    """The engine takes no requests any more."""
+
+
+class RequestCancelled(KVPagerError):
+    """The request was cancelled, by its owner or because the engine was closed."""
+
+
+class RequestExpired(KVPagerError):
+    """The request's deadline passed before it was done."""
+
+
+class RequestFailed(KVPagerError):
+    """The request could not be computed; the error it met is the cause (`__cause__`)."""

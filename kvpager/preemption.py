@@ -195,19 +195,16 @@ class Preemption:
 
     def _is_cached(self, number: int, start: int) -> bool:
         """Whether the index has more of this row than what lies before `start`."""
-        request = self.samples.owner(number).request
+        namespace, adapter = self.samples.owner(number).identity
         ids = self.samples.tokens(number, 0, self.samples.num_known(number) - 1)
-        cached = self.manager.cached_tokens(
-            ids, namespace=request.namespace, adapter=request.adapter
-        )
+        cached = self.manager.cached_tokens(ids, namespace=namespace, adapter=adapter)
         return cached > start
 
     def _allocate(self, number: int, spare: int) -> Sequence:
-        request, length = self.samples.owner(number).request, self.samples.num_known(number)
+        namespace, adapter = self.samples.owner(number).identity
+        length = self.samples.num_known(number)
         prompt = self.samples.tokens(number, 0, length) if self.by_ids else length
-        return self.manager.allocate(
-            prompt, namespace=request.namespace, adapter=request.adapter, spare=spare
-        )
+        return self.manager.allocate(prompt, namespace=namespace, adapter=adapter, spare=spare)
 
     def _fork(self, number: int, parent: Sequence, start: int) -> Sequence:
         """A row that has the blocks of `parent` up to token `start`, and room for the others."""

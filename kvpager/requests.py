@@ -72,6 +72,7 @@ class Live:
     __slots__ = (
         "arrival",
         "ending",
+        "generation",
         "is_ready",
         "leader",
         "prompt",
@@ -82,10 +83,13 @@ class Live:
         "submitted",
     )
 
-    def __init__(self, request: Request, prompt: Int32, arrival: int, submitted: float) -> None:
+    def __init__(
+        self, request: Request, prompt: Int32, arrival: int, submitted: float, generation: int = 0
+    ) -> None:
         self.request = request
         self.prompt = prompt
         self.arrival = arrival
+        self.generation = generation  # of the prefixes it may share
         self.submitted = submitted
         self.state = State.WAITING
         self.samples: list[int] = []
@@ -102,7 +106,10 @@ class Live:
     @property
     def identity(self) -> tuple[str | None, str | None]:
         """Whose prefixes it may share."""
-        return self.request.namespace, self.request.adapter
+        adapter = self.request.adapter
+        if self.generation:
+            adapter = f"{adapter or ''}\0{self.generation}"
+        return self.request.namespace, adapter
 
 
 class Samples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
@@ -76,7 +76,7 @@ class Roster:
         rows = arguments.count("max_running", max_running, at_least=1)
         self.max_running = min(rows, self.max_batch_tokens)
         self.max_waiting = (
-            None if max_waiting is None else arguments.count("max_waiting", max_waiting)
+            None if max_waiting is None else arguments.count("max_waiting", max_waiting, at_least=1)
         )
         self.max_length = (
             None if max_length is None else arguments.count("max_length", max_length, at_least=1)
@@ -100,6 +100,7 @@ class Roster:
         self._ended: list[tuple[Hashable, Reason]] = []
         self._untold: set[Hashable] = set()  # names in `_ended`
         self._num_submitted = 0
+        self._generation = 0
         self._num_rows_reserved = 0
         self._step: tuple[StepPlan, Draft] | None = None
         self._decoding: Decoders | None = None  # None: to be made anew
@@ -121,7 +122,7 @@ class Roster:
         self._refuse_impossible(request, len(prompt))
         if self.max_waiting is not None and len(self._order) >= self.max_waiting:
             raise QueueFull(len(self._order), self.max_waiting)
-        live = Live(request, prompt, self._num_submitted, self.clock())
+        live = Live(request, prompt, self._num_submitted, self.clock(), self._generation)
         self._num_submitted += 1
         self._lives[name] = live
         self._order.enter(live)
@@ -146,7 +147,7 @@ class Roster:
         if need > self._num_usable:
             raise ValueError(
                 f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
-                f"blocks, the pool has {self._num_usable}; ask for less or raise num_blocks"
+                f"blocks, the pool has {self._num_usable}; ask for less, or make the pool larger"
             )
         ceiling = self.manager.ceiling(request.namespace)
         if ceiling is not None and need > ceiling:
@@ -190,6 +191,9 @@ class Roster:
             self._preempted.remove(live)
         self._order.leave(live)
         del self._lives[live.name]
+        if len(self._deadlines) > 2 * len(self._lives) + 64:  # most of them are of ended requests
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._lives]
+            heapify(self._deadlines)
         self._ended.append((live.name, reason))
         self._untold.add(live.name)
 
@@ -212,6 +216,17 @@ class Roster:
             live = self._lives.get(name)
             if live is not None and live.arrival == arrival:
                 self._end(live, Reason.EXPIRED)
+
+    def forget_prefixes(self) -> None:
+        """Share nothing computed so far with what begins from now on: a model changed, say.
+
+        Requests that run, or are swapped, go on with what they have. O(requests + cached blocks).
+        """
+        self._generation += 1
+        for live in self._lives.values():
+            if live.state in (State.WAITING, State.DROPPED):
+                live.generation = self._generation
+        self.manager.drop_cached()
 
     # ---------------------------------------------------------------- reading
 

@@ -1,6 +1,7 @@
 """Continuous batching gives every request the tokens it would have had alone."""
 
 import asyncio
+import contextlib
 import random
 import threading
 
@@ -9,14 +10,15 @@ import tiny_models
 import torch
 from transformers import GenerationConfig
 
-from kvpager.errors import KVPagerError, QueueFull
-from kvpager.integrations.huggingface.batching.engine import Engine
-from kvpager.integrations.huggingface.batching.streams import (
+from kvpager.errors import (
     EngineClosed,
+    KVPagerError,
+    QueueFull,
     RequestCancelled,
     RequestExpired,
     RequestFailed,
 )
+from kvpager.integrations.huggingface.batching.engine import Engine
 from kvpager.preemption import PreemptionCosts
 
 # What has no attention layers of its own, keeps its state elsewhere, or reads no text.
@@ -340,7 +342,7 @@ def test_a_stream_that_is_dropped_cancels_its_request(llama):
 def test_a_request_ends_at_its_deadline(llama):
     with Engine(llama, memory="8MiB") as engine:
         with pytest.raises(RequestExpired, match="deadline"):
-            engine.submit([5, 6], max_new_tokens=900, timeout=0.0).result(timeout=60)
+            engine.submit([5, 6], max_new_tokens=900, timeout=1e-9).result(timeout=60)
         assert_nothing_is_held(engine)
 
 
@@ -529,3 +531,198 @@ def test_a_compiled_pass_has_the_tokens_of_an_eager_one(llama):
     assert batched(llama, prompts, compile={"backend": "aot_eager"}) == [
         alone(llama, prompt) for prompt in prompts
     ]
+
+
+# -------------------------------------------------------------------- several at once, and changes
+
+
+def test_what_runs_during_a_pause_shares_nothing_with_what_comes_after():
+    model = tiny_models.tiny_model("llama")
+    prompt = list(range(3, 67))
+    with Engine(model, memory="8MiB") as engine:
+        running = engine.submit(prompt, max_new_tokens=200)
+        for _ in zip(running, range(3), strict=False):
+            pass
+        with engine.pause():
+            waiting = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(-0.7)
+        later = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
+        expected = alone(model, prompt)
+        assert waiting.result().tokens == later.result().tokens == expected
+        running.cancel()
+
+
+def test_engines_of_one_model_do_not_disturb_each_other():
+    model = tiny_models.tiny_model("llama").train()
+    attention = model.config._attn_implementation
+    first, second = Engine(model, memory="4MiB"), Engine(model, memory="4MiB")
+    first.close()
+    found = second.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False).result().tokens
+    assert not model.training
+    second.close()
+    assert model.training
+    assert model.config._attn_implementation == attention
+    assert found == alone(model.eval(), [5, 6, 7])
+
+
+def test_a_dropped_engine_leaves_no_thread_and_the_model_as_it_was():
+    model = tiny_models.tiny_model("llama")
+    attention = model.config._attn_implementation
+    engine = Engine(model, memory="4MiB")
+    engine.submit([5], max_new_tokens=2).result()
+    threads = [engine._loop._thread, engine._loop._courier._thread]
+    del engine
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert model.config._attn_implementation == attention
+
+
+def test_rows_of_unlike_settings_are_drawn_apart(llama):
+    """In one step; whichever settings were taken for all, one of the two would show it."""
+    with Engine(llama, memory="8MiB") as engine:
+        with engine.pause():
+            streams = [
+                engine.submit([5, 6], max_new_tokens=12, do_sample=True, **settings)
+                for settings in ({"top_k": 1}, {"top_k": 0, "temperature": 50.0}, {"top_k": 1})
+            ]
+        found = [stream.result().tokens for stream in streams]
+    expected = alone(llama, [5, 6], max_new_tokens=12)
+    assert found[0] == found[2] == expected != found[1]
+
+
+def test_scores_that_cannot_be_drawn_from_end_their_own_request():
+    model = tiny_models.tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("nan")
+    with Engine(model, memory="8MiB") as engine:
+        with engine.pause():
+            streams = [
+                engine.submit([5, token], max_new_tokens=1, do_sample=True, top_k=5)
+                for token in (6, 7, 8)
+            ]
+        with pytest.raises(RequestFailed):
+            streams[1].result(timeout=60)
+        assert all(len(streams[i].result().tokens) == 1 for i in (0, 2))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize(
+    "settings", [{"encoder_repetition_penalty": 3.0}, {"encoder_no_repeat_ngram_size": 2}]
+)
+def test_processors_that_look_at_the_prompt_see_it(name, settings):
+    model = tiny_models.tiny_model(name)
+    prompts = [[5, 6, 7], [9, 8, 7], [5, 6, 7]]
+    assert batched(model, prompts, settings) == [alone(model, p, **settings) for p in prompts]
+
+
+@pytest.mark.parametrize(("name", "block_size"), [("t5", 16), ("gpt2", 256), ("qwen3_next", 16)])
+def test_costs_are_measured_for_every_kind_of_model(name, block_size):
+    model = tiny_models.tiny_model(name)
+    options = {"memory": "8MiB", "host_memory": "8MiB", "block_size": block_size}
+    assert batched(model, [[5, 6, 7]], **options) == [alone(model, [5, 6, 7])]
+
+
+def test_the_engine_follows_changes_of_the_models_settings():
+    model = tiny_models.tiny_model("llama")
+    with Engine(model, memory="8MiB") as engine:
+        before = engine.submit([5, 6], max_new_tokens=NEW).result().tokens
+        model.generation_config.suppress_tokens = before
+        after = engine.submit([5, 6], max_new_tokens=NEW).result().tokens
+    assert not set(before) & set(after)
+
+
+def test_a_listener_that_raises_does_not_keep_others_waiting(llama):
+    with Engine(llama, memory="8MiB") as engine:
+        stream = engine.submit([5, 6], max_new_tokens=5)
+
+        def fail(tokens, is_done):
+            raise ZeroDivisionError("of the listener")
+
+        with pytest.raises(ZeroDivisionError) if stream.partial().samples else _nothing():
+            stream.listen(fail)
+        assert len(stream.result(timeout=60).tokens) == 5
+
+
+@contextlib.contextmanager
+def _nothing():
+    with contextlib.suppress(ZeroDivisionError):
+        yield
+
+
+def test_pausing_within_a_step_is_refused(llama):
+    raised = []
+
+    def pausing(record):
+        try:
+            with engine.pause():
+                pass
+        except KVPagerError as error:
+            raised.append(error)
+
+    with Engine(llama, memory="8MiB", on_step=pausing) as engine:
+        engine.submit([5], max_new_tokens=2).result(timeout=60)
+    assert raised
+
+
+def test_a_request_that_is_interrupted_as_it_is_submitted_is_gone(llama, monkeypatch):
+    with Engine(llama, memory="8MiB") as engine:
+        genuine = engine._loop.scheduler.submit
+
+        def interrupted(request):
+            genuine(request)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(engine._loop.scheduler, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.submit([5, 6], max_new_tokens=3)
+        monkeypatch.undo()
+        assert engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False).result(60).tokens == (
+            alone(llama, [5, 6, 7])
+        )
+        assert_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"model": "gpt2"}, TypeError),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError),
+        ({"packed": "yes"}, TypeError),
+        ({"compile": "yes"}, TypeError),
+        ({"max_length": 10**9}, ValueError),
+        ({"max_waiting": 0}, ValueError),
+        ({"order": "none"}, ValueError),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(llama, options, error):
+    attention = llama.config._attn_implementation
+    with pytest.raises(error):
+        Engine(**{"model": llama, "memory": "8MiB"} | options)
+    assert llama.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": "7"},
+        {"seed": 2**70},
+        {"timeout": 0},
+        {"timeout": float("inf")},
+        {"max_new_tokens": "9"},
+        {"config": {"max_new_tokens": 3}},
+        {"prompt": {"input_ids": [5]}},
+        {"logits_processor": []},
+    ],
+)
+def test_wrong_settings_of_a_request_are_refused(llama, options):
+    with Engine(llama, memory="8MiB") as engine, pytest.raises((ValueError, TypeError)):
+        engine.submit(**{"prompt": [5]} | options)
+
+
+@pytest.mark.parametrize("prompts", [[5, 6, 7], "text", {"input_ids": [[5]]}, torch.tensor([5, 6])])
+def test_generate_takes_several_prompts(llama, prompts):
+    with Engine(llama, memory="8MiB") as engine, pytest.raises(TypeError, match="prompts"):
+        engine.generate(prompts)

@@ -579,3 +579,29 @@ def test_wrong_books_are_noticed(corrupt: Callable[[Scheduler], None]) -> None:
     corrupt(scheduler)
     with pytest.raises((BrokenInvariant, StaleSequence)):
         scheduler.check()
+
+
+def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
+    scheduler = make(clock=Clock())
+    for number in range(500):
+        scheduler.submit(request(number, deadline=1e9))
+        scheduler.cancel(number)
+        scheduler.plan()
+    assert len(scheduler._deadlines) < 100
+
+
+def test_what_was_computed_before_prefixes_were_forgotten_is_not_shared_afterwards() -> None:
+    scheduler = make()
+    prompt = ids(40)
+    scheduler.submit(request("before", prompt=prompt, new=30))
+    step(scheduler)
+    scheduler.submit(request("waits", prompt=prompt))
+    scheduler.forget_prefixes()
+    scheduler.submit(request("after", prompt=prompt))
+    computed: dict[object, int] = {}
+    run(
+        scheduler,
+        lambda plan: [computed.update({n: computed.get(n, 0) + c}) for n, c in rows(plan).items()],
+    )
+    # The first of the two computes the prompt again, the other shares that.
+    assert sorted(computed[name] >= 40 for name in ("waits", "after")) == [False, True]

@@ -47,7 +47,9 @@ class PatchStats:
 
 def report(memory: PagedMemory, stats: PatchStats) -> str:
     """A few lines: layers, blocks, sharing, reads, bytes saved. O(kinds of layers)."""
-    lines = list(_layers(memory)) or ["nothing was paged yet"]
+    lines = list(_layers(memory)) or [
+        "nothing was paged yet (continuous batching has pools of its own)"
+    ]
     lines += [
         f"blocks of {memory.block_size} tokens: {stats.num_held_blocks} held "
         f"({stats.num_shared_blocks} shared), {stats.num_cached_blocks} cached; "

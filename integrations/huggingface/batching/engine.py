@@ -11,8 +11,10 @@ A thread asks the scheduler what to compute next (Orca's iteration-level schedul
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,22 +24,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from kvpager import arguments
+from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.anatomy import study
-from kvpager.integrations.huggingface.batching.fitting import AttentionSwitch, fit
+from kvpager.integrations.huggingface.batching.fitting import ModelSwitch, fit
 from kvpager.integrations.huggingface.batching.loop import Loop
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
 from kvpager.integrations.huggingface.batching.runner import Runner
 from kvpager.integrations.huggingface.batching.sampling import Policy
 from kvpager.integrations.huggingface.batching.sizing import measured_costs, pool_blocks
-from kvpager.integrations.huggingface.batching.streams import (
-    Mailbox,
-    Output,
-    Stream,
-)
+from kvpager.integrations.huggingface.batching.streams import Mailbox, Output, Stream
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Tracked
 from kvpager.integrations.huggingface.memory import PagedMemory
@@ -55,7 +55,8 @@ class Engine:
 
     Args:
         model: a transformers model that can generate, on one device. While the engine is open its
-            attention implementation is `kvpager`; `close` puts the former back.
+            attention implementation is `kvpager`, and it is in evaluation mode; when its last
+            engine closes, it is as it was.
         memory: bytes of the pool, such as `"4GiB"`; None takes what `max_running` rows of the
             longest kind could need, at most half of the memory that is free.
         host_memory: bytes of host memory to swap to when the pool is full.
@@ -99,15 +100,22 @@ class Engine:
         compile: bool | Mapping[str, Any] = False,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
+        _check_arguments(model, packed, compile)
         self.model = model
         self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
-        self._was_training = model.training
-        self._attention = AttentionSwitch(model)
-        model.eval()
-        anatomy = study(model)
-        keeps_all = not anatomy.has_state and not anatomy.is_encoder_decoder
+        switch = ModelSwitch(model)
         try:
-            self.is_packed = fit(model, anatomy, self._memory, self._attention, packed)
+            anatomy = study(model)
+            keeps_all = not anatomy.has_state and not anatomy.is_encoder_decoder
+            self.is_packed = fit(model, anatomy, self._memory, switch, packed)
+            if compile and not self.is_packed:
+                raise KVPagerError(
+                    f"compile: {type(model).__name__} is computed row by row, which is not "
+                    "compiled; leave it out"
+                )
+            if max_length is not None:
+                most = anatomy.max_length or 2**31 - 1
+                max_length = arguments.count("max_length", max_length, at_least=1, at_most=most)
             max_length = anatomy.max_length if max_length is None else max_length
             sizes = pool_blocks(anatomy, self._memory, max_running, max_length)
             shapes = [layer.shape for layer in anatomy.layers]
@@ -121,7 +129,7 @@ class Engine:
                 num_host_blocks=sizes.host,
             )
             forward = None
-            if compile and self.is_packed:
+            if compile:
                 arguments_ = {} if compile is True else dict(compile)
                 forward = torch.compile(model, **{"dynamic": True} | arguments_)
             runner = Runner(
@@ -147,13 +155,13 @@ class Engine:
                 costs=costs,
             )
         except BaseException:
-            self._restore()
+            switch.release()
             raise
         self._anatomy = anatomy
         self._numbers = itertools.count()
         self._policies: dict[object, Policy] = {}
-        self._is_restored = False
-        self._loop = Loop(scheduler, runner, on_step)
+        self._defaults: dict[str, Any] = {}
+        self._loop = Loop(scheduler, runner, on_step, switch.release)
         self._loop.start()
 
     # ---------------------------------------------------------------- for callers
@@ -191,17 +199,23 @@ class Engine:
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
         """
         ids = _ids(prompt, self._anatomy.vocabulary)
-        policy = policy or self._policy(config, overrides)
+        if policy is None:
+            policy = self._policy(config, overrides)
+        elif config is not None or overrides:
+            raise TypeError("policy: it has all settings; give it, or config and single settings")
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ValueError(f"timeout {timeout!r}: expected seconds, more than 0; None for none")
         begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start(policy)]
         if self._anatomy.has_state and policy.num_samples > 1:
             raise ValueError(
                 f"num_return_sequences={policy.num_samples}: {type(self.model).__name__} keeps a "
                 "state that requests cannot share; submit the prompt several times"
             )
-        choice = policy.choice(len(begins))
+        choice = policy.choice(len(begins), ids)
         generator = None
         if seed is not None:
-            generator = torch.Generator(self._anatomy.device).manual_seed(seed)
+            number = arguments.count("seed", seed, at_most=2**63 - 1)
+            generator = torch.Generator(self._anatomy.device).manual_seed(number)
         self._loop.refuse_closed()
         if name is None:
             name = f"request-{next(self._numbers)}"
@@ -233,12 +247,13 @@ class Engine:
     ) -> list[Output]:
         """Serve `prompts` and wait: their outputs, in their order.
 
-        `progress` shows a bar; other options are those of `submit`. Should a request fail, the
+        `progress` shows a bar; other options are those of `submit`, but for `name`; with a `seed`,
+        each prompt has the next one: seed, seed + 1, ... Should a request fail, the
         others are cancelled. Raises: as `submit` and `Stream.result`.
         """
         with _submitted() as streams:
-            for prompt in prompts:
-                streams.append(self.submit(prompt, config, **options))
+            for each in _each(prompts, options):
+                streams.append(self.submit(config=config, **each))
             bar = tqdm(streams, desc="requests", unit="request", disable=not progress)
             return [stream.result() for stream in bar]
 
@@ -250,8 +265,8 @@ class Engine:
     ) -> list[Output]:
         """`generate` for asyncio: other tasks go on meanwhile."""
         with _submitted() as streams:
-            for prompt in prompts:
-                streams.append(self.submit(prompt, config, **options))
+            for each in _each(prompts, options):
+                streams.append(self.submit(config=config, **each))
             return [await stream for stream in streams]
 
     def policy(self, config: GenerationConfig | None = None, **options: Any) -> Policy:
@@ -297,9 +312,6 @@ class Engine:
     def close(self) -> None:
         """End all requests and the thread; the model's attention is as it was. Idempotent."""
         self._loop.close()
-        if not self._is_restored:
-            self._is_restored = True
-            self._restore()
 
     def __del__(self) -> None:
         # getattr: a half-made engine is finalised as well.
@@ -322,14 +334,18 @@ class Engine:
     # ---------------------------------------------------------------- making requests
 
     def _policy(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Policy:
-        if not overrides.keys() - {"max_new_tokens"} and config is None:
-            # As a rule: one policy serves many requests.
-            key = overrides.get("max_new_tokens")
-            known = self._policies.get(key)
-            if known is None:
-                known = self._policies[key] = Policy(self.model, **overrides)
-            return known
-        return Policy(self.model, config, **overrides)
+        if overrides.keys() - {"max_new_tokens"} or config is not None:
+            return Policy(self.model, config, **overrides)
+        # As a rule: one policy serves many requests, while the model's own settings stay.
+        defaults = vars(self.model.generation_config)
+        if defaults != self._defaults:
+            self._defaults = copy.deepcopy(defaults)
+            self._policies.clear()
+        key = overrides.get("max_new_tokens")
+        known = self._policies.get(key)
+        if known is None:
+            known = self._policies[key] = Policy(self.model, **overrides)
+        return known
 
     def _decoder_start(self, policy: Policy) -> int:
         config = self.model.generation_config
@@ -341,10 +357,6 @@ class Engine:
         if start is None:
             raise ValueError("the model's generation_config has no decoder_start_token_id")
         return int(start)
-
-    def _restore(self) -> None:
-        self._attention.back()
-        self.model.train(self._was_training)
 
 
 @contextmanager
@@ -359,10 +371,41 @@ def _submitted() -> Iterator[list[Stream]]:
         raise
 
 
+def _check_arguments(model: Any, packed: Any, compile: Any) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(model, GenerationMixin):
+        raise TypeError(
+            f"model: expected a transformers model that can generate, got {type(model).__name__}"
+        )
+    if packed not in (None, True, False):
+        raise TypeError(f"packed {packed!r}: expected True, False or None")
+    if not isinstance(compile, bool | Mapping):
+        raise TypeError(f"compile {compile!r}: expected True, False or torch.compile's arguments")
+
+
+def _each(prompts: Any, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments of `submit` for each of several prompts."""
+    if "name" in options:
+        raise TypeError("name: several requests cannot share one; leave it out, or use submit()")
+    if isinstance(prompts, str | Mapping):
+        what = type(prompts).__name__
+        raise TypeError(f"prompts: expected a list of prompts, got {what}{_HINTS.get(what, '')}")
+    for number, prompt in enumerate(prompts):
+        if np.ndim(prompt) == 0 and not isinstance(prompt, str):
+            raise TypeError("prompts: expected a list of prompts, got one; put it in a list")
+        each = {"prompt": prompt} | options
+        if options.get("seed") is not None:
+            each["seed"] = options["seed"] + number
+        yield each
+
+
+_HINTS = {"str": "; tokenize it first", "BatchEncoding": "; pass its ['input_ids']"}
+
+
 def _ids(prompt: Sequence[int] | torch.Tensor | NDArray[Any], vocabulary: int) -> list[int]:
     """Token ids as a list. Raises: `TypeError`, `ValueError` for what is none."""
-    if isinstance(prompt, str):
-        raise TypeError("prompt: expected token ids, got a str; tokenize it first")
+    if isinstance(prompt, str | Mapping):
+        what = type(prompt).__name__
+        raise TypeError(f"prompt: expected token ids, got {what}{_HINTS.get(what, '')}")
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.cpu().numpy()
     array = np.asarray(prompt)

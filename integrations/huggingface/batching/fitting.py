@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import threading
+import weakref
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +28,31 @@ _TOLERANCE_16_BITS = 0.05
 _BLOCK_SIZE = 4  # of the trial: rows of more than one block
 
 
-class AttentionSwitch:
-    """A model's attention implementation, which may be another for a while."""
+class _Found(NamedTuple):
+    """A model as it was before the first engine."""
+
+    attention: str
+    was_training: bool
+    users: list[object]
+
+
+_lock = threading.Lock()
+_found: weakref.WeakKeyDictionary[Any, _Found] = weakref.WeakKeyDictionary()
+
+
+class ModelSwitch:
+    """A model in evaluation mode, with an attention that may be ours, while engines use it."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._original: str = model.config._attn_implementation
+        with _lock:
+            found = _found.get(model)
+            if found is None:
+                found = _Found(model.config._attn_implementation, model.training, [])
+                _found[model] = found
+            found.users.append(self)
+        self._original = found.attention
+        model.eval()
 
     def to_ours(self) -> None:
         """Have the model call the attention that reads blocks in place, where it lets us choose."""
@@ -41,14 +62,27 @@ class AttentionSwitch:
         except ValueError:
             logger.info("%s has no attention to choose", type(self._model).__name__)
 
-    def back(self) -> None:
-        """As it was found."""
+    def to_original(self) -> None:
+        """Have it call what it did."""
         if self._model.config._attn_implementation != self._original:
             self._model.set_attn_implementation(self._original)
 
+    def release(self) -> None:
+        """The last to release leaves the model as the first one found it. Idempotent."""
+        with _lock:
+            found = _found.get(self._model)
+            if found is None or self not in found.users:
+                return
+            found.users.remove(self)
+            if found.users:
+                return
+            del _found[self._model]
+        self.to_original()
+        self._model.train(found.was_training)
+
 
 def fit(
-    model: Any, anatomy: Anatomy, memory: PagedMemory, switch: AttentionSwitch, packed: bool | None
+    model: Any, anatomy: Anatomy, memory: PagedMemory, switch: ModelSwitch, packed: bool | None
 ) -> bool:
     """Whether `model` may compute rows in one line; leaves the attention that is right with it.
 
@@ -65,7 +99,7 @@ def fit(
             "computes them one by one"
         )
     if not _is_right(model, anatomy, memory, is_packed=False):
-        switch.back()
+        switch.to_original()
         if not _is_right(model, anatomy, memory, is_packed=False):
             raise KVPagerError(
                 f"{name} cannot be batched continuously: a sequence comes out differently when "

@@ -15,10 +15,11 @@ from functools import partial
 import numpy as np
 import torch
 
+from kvpager.errors import EngineClosed, KVPagerError
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
 from kvpager.integrations.huggingface.batching.runner import Runner
 from kvpager.integrations.huggingface.batching.sampling import Draw, Row, choose
-from kvpager.integrations.huggingface.batching.streams import Courier, EngineClosed, Mailbox, Token
+from kvpager.integrations.huggingface.batching.streams import Courier, Mailbox, Token
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Live, Tracked
 from kvpager.plan import Reason, StepPlan
@@ -48,6 +49,7 @@ class Loop:
         scheduler: nobody else may call it.
         runner: computes its plans.
         on_step: is told of every step, on this thread.
+        on_end: what is left to do when the thread ends.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Loop:
         scheduler: Scheduler,
         runner: Runner,
         on_step: Callable[[StepRecord], None] | None,
+        on_end: Callable[[], None],
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -70,6 +73,7 @@ class Loop:
         self._num_pauses = 0
         self._between_steps = threading.Lock()
         self._on_step = on_step
+        self._on_end = on_end
         self._busy_seconds = 0.0
         self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
@@ -85,8 +89,16 @@ class Loop:
         """Queue a request. O(tokens). Raises: `EngineClosed`, and as `Scheduler.submit`."""
         with self._lock:
             self.refuse_closed()
-            self.scheduler.submit(request)
+            if request.name in self._tracked:
+                raise ValueError(f"request {request.name!r}: the name is in use; choose another")
+            # First this: an interruption must not leave a request that nobody knows of.
             self._tracked[request.name] = tracked
+            try:
+                self.scheduler.submit(request)
+            except BaseException:
+                del self._tracked[request.name]
+                self.scheduler.cancel(request.name)
+                raise
         self._inbox.put(None)
 
     def cancel(self, mailbox: Mailbox) -> None:
@@ -114,11 +126,16 @@ class Loop:
     def clear(self) -> None:
         """Give cached prompts up. O(cached blocks)."""
         with self._lock:
-            self.scheduler.manager.drop_cached()
+            self.scheduler.forget_prefixes()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """No step is computed inside; pauses of several threads may overlap."""
+        """No step is computed inside; pauses of several threads may overlap.
+
+        Raises: `KVPagerError` on the thread itself, which would wait for its own step.
+        """
+        if threading.current_thread() is self._thread:
+            raise KVPagerError("pause: this is the engine's own thread, within a step")
         with self._unpaused:
             self._num_pauses += 1
         try:
@@ -143,7 +160,6 @@ class Loop:
             self._unpaused.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-            self._courier.close()
 
     # ---------------------------------------------------------------- the thread
 
@@ -166,6 +182,8 @@ class Loop:
                 if self.error is None:
                     self.scheduler.cancel(name)
             self._tracked.clear()
+        self._courier.close()
+        self._on_end()
 
     def _may_step(self) -> bool:
         with self._unpaused:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from kvpager.errors import KVPagerError, QueueFull
+from kvpager.errors import KVPagerError, QueueFull, RequestCancelled
 from kvpager.integrations.huggingface.batching.outputs import Handler, Job
 from kvpager.integrations.huggingface.batching.policies import Policies, Wanted
 from kvpager.integrations.huggingface.batching.sessions import Sessions
-from kvpager.integrations.huggingface.batching.streams import RequestCancelled, Stream
+from kvpager.integrations.huggingface.batching.streams import Stream
 from kvpager.integrations.huggingface.memory import PagedMemory
 
 logger = logging.getLogger("kvpager")

@@ -67,7 +67,7 @@ class Options(NamedTuple):
 @functools.cache
 def warn_once(option: str, instead: str) -> None:
     """Say what is done instead of what `option` asks for. O(1)."""
-    logger.warning("continuous batching: %s has no meaning for kvpager: %s", option, instead)
+    logger.warning("continuous batching: kvpager does not take %s: %s", option, instead)
 
 
 def read_options(

@@ -25,6 +25,8 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
+from kvpager import arguments
+
 # What looks at a row's own scores alone: rows with the same settings are served at once.
 _ROWWISE = (
     EpsilonLogitsWarper,
@@ -74,6 +76,10 @@ class Policy:
         tokenizer: Any = None,
         **overrides: Any,
     ) -> None:
+        if config is not None and not isinstance(config, GenerationConfig):
+            raise TypeError(f"config: expected a GenerationConfig, got {type(config).__name__}")
+        if overrides.get("max_new_tokens") is not None:
+            arguments.count("max_new_tokens", overrides["max_new_tokens"], at_least=1)
         self._has_default_length = overrides.get("max_length") is None and (
             config is None or config.max_length is None
         )
@@ -87,7 +93,8 @@ class Policy:
             settings, unknown = model._prepare_generation_config(config, **overrides)
         if unknown:
             raise ValueError(
-                f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig"
+                f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig; "
+                "processors and criteria of your own go into engine.policy(processors=, criteria=)"
             )
         for name, (what, off) in _NOT_SERVED.items():
             if getattr(settings, name, None) not in off:
@@ -103,8 +110,10 @@ class Policy:
         self._tokenizer = tokenizer
         self._by_length: dict[int, Choice] = {}
 
-    def choice(self, prompt_length: int) -> Choice:
+    def choice(self, prompt_length: int, encoder_ids: list[int]) -> Choice:
         """How a request with a prompt of so many tokens goes on.
+
+        `encoder_ids`: what its encoder reads; without an encoder, the prompt itself.
 
         Raises: `ValueError` where nothing can follow it.
         """
@@ -130,7 +139,7 @@ class Policy:
         processors = model._get_logits_processor(
             settings,
             input_ids_seq_length=prompt_length,
-            encoder_input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device),
+            encoder_input_ids=torch.tensor([encoder_ids], device=model.device),
             logits_processor=LogitsProcessorList(further),
             device=model.device,
             model_kwargs={},
@@ -148,7 +157,11 @@ class Policy:
             self.is_greedy,
             all(type(each) in _ROWWISE for each in processors),
         )
-        if not unusual:  # such as a clock, which starts with its request
+        looks_at_encoder = (
+            settings.encoder_repetition_penalty or settings.encoder_no_repeat_ngram_size
+        )
+        # Unusual is a clock, say, which starts with its request.
+        if not unusual and not looks_at_encoder:
             self._by_length[prompt_length] = choice
         return choice
 
@@ -195,7 +208,13 @@ def choose(logits: Tensor, rows: Sequence[Row], *, with_logprobs: bool = False) 
         try:
             found = _draw(logits[index].float(), [rows[i] for i in numbers], with_logprobs)
         except Exception as error:  # whatever a processor of the caller's raises
-            found = [Draw([], None, error) for _ in numbers]
+            # Of several rows, it may be the fault of one.
+            found = (
+                [Draw([], None, error)]
+                if len(numbers) == 1
+                else [each for i in numbers for each in choose(logits[i : i + 1], [rows[i]],
+                      with_logprobs=with_logprobs)]
+            )  # fmt: skip
         for number, draw in zip(numbers, found, strict=True):
             draws[number] = draw
     return [draw for draw in draws if draw is not None]
@@ -222,10 +241,15 @@ def _alike(rows: Sequence[Row]) -> list[list[int]]:
 
 def _key(choice: Choice) -> object:
     settings = tuple(
-        (type(each), tuple(sorted((k, str(v)) for k, v in vars(each).items())))
+        (type(each), tuple(sorted((k, str(_exact(v))) for k, v in vars(each).items())))
         for each in choice.processors
     )
     return choice.is_greedy, settings
+
+
+def _exact(value: Any) -> Any:
+    # As text, a tensor's numbers are rounded.
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _draw(scores: Tensor, rows: Sequence[Row], with_logprobs: bool) -> list[Draw]:

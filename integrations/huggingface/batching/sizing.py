@@ -22,7 +22,7 @@ from kvpager.storage import BlockStorage
 # Of the memory that is free when nobody says how much to take: a device has nothing else to do,
 # while a host has.
 _OF_DEVICE, _OF_HOST = 0.9, 0.5
-_TRIALS = 5
+_TRIALS, _TRIAL_TOKENS = 5, 128
 
 
 class Sizes(NamedTuple):
@@ -87,21 +87,23 @@ def measured_costs(runner: Runner) -> PreemptionCosts:
 
     Overwrites the first blocks of both tiers, which nobody uses yet.
     """
-    storage = runner.storage
+    storage, longest = runner.storage, runner.anatomy.max_length or _TRIAL_TOKENS
+    tokens = min(_TRIAL_TOKENS, longest, storage.num_blocks * storage.block_size)
+    table = np.arange(-(-tokens // storage.block_size), dtype=np.int32)
+    plan = trial_plan(
+        [[0] * tokens], np.zeros(1, np.int32), np.array([tokens]), table[None], storage
+    )
     num_blocks = min(8, storage.num_blocks, storage.num_host_blocks)
     pairs = np.stack([np.arange(num_blocks, dtype=np.int32)] * 2, axis=1)
-    tokens = num_blocks * storage.block_size
-    plan = trial_plan(
-        [[0] * tokens], np.zeros(1, np.int32), np.array([tokens]), pairs[:, 0][None], storage
-    )
     compute, move = [], []
     for _ in range(_TRIALS):
         began = time.perf_counter()
-        runner.run(plan)
+        runner.run(plan, {0: [0] * tokens})
         computed = time.perf_counter()
         storage.apply(Plan(pairs, "device", "host"))
         compute.append(computed - began)
         move.append(time.perf_counter() - computed)
+    runner.forget(np.zeros(1, np.int32))
     return PreemptionCosts(
         seconds_per_token=median(compute) / tokens, seconds_per_block=median(move) / num_blocks
     )

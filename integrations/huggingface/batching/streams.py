@@ -19,22 +19,6 @@ logger = logging.getLogger("kvpager")
 Stop = Literal["eos", "length", "stopped"]
 
 
-class RequestCancelled(KVPagerError):
-    """The request was cancelled, by its owner or because the engine was closed."""
-
-
-class RequestExpired(KVPagerError):
-    """The request's deadline passed before it was done."""
-
-
-class RequestFailed(KVPagerError):
-    """The request could not be computed; the error it met is the cause (`__cause__`)."""
-
-
-class EngineClosed(KVPagerError):
-    """The engine takes no requests any more."""
-
-
 class Token(NamedTuple):
     """One generated token."""
 
@@ -104,14 +88,15 @@ class Mailbox:
             self._wake()
 
     def _wake(self) -> None:
+        arrived = list(self._arrived) if self._reader is not None else []
         if self._reader is not None:
-            arrived = list(self._arrived)
             self._arrived.clear()
-            self._reader(arrived, self.is_done)
         self._changed.notify_all()
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             listener()
+        if self._reader is not None:  # last, because it may raise
+            self._reader(arrived, self.is_done)
 
     def take(self, timeout: float | None = None) -> Token | None:
         """The next token; None when there is no further one. Raises: `TimeoutError`."""

@@ -10,17 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvpager.errors import KVPagerError
+from kvpager.errors import KVPagerError, RequestCancelled, RequestExpired, RequestFailed
 from kvpager.integrations.huggingface.batching.sampling import Choice, Draw
-from kvpager.integrations.huggingface.batching.streams import (
-    Mailbox,
-    RequestCancelled,
-    RequestExpired,
-    RequestFailed,
-    Sample,
-    Stop,
-    Token,
-)
+from kvpager.integrations.huggingface.batching.streams import Mailbox, Sample, Stop, Token
 from kvpager.plan import Reason
 
 
