@@ -148,6 +148,7 @@ class Watched:
             self.steps[-1] = begun, decodes, seconds + time.perf_counter() - start
             return found
 
+        # What is measured runs as it is, timed from outside.
         Scheduler.plan, Scheduler.complete = timed_plan, timed_complete  # type: ignore[method-assign]
         try:
             yield

@@ -205,7 +205,7 @@ class Engine:
             raise TypeError("policy: it has all settings; give it, or config and single settings")
         if timeout is not None and not 0 < timeout < math.inf:
             raise ValueError(f"timeout {timeout!r}: expected seconds, more than 0; None for none")
-        begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start(policy)]
+        begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start()]
         if self._anatomy.has_state and policy.num_samples > 1:
             raise ValueError(
                 f"num_return_sequences={policy.num_samples}: {type(self.model).__name__} keeps a "
@@ -347,7 +347,7 @@ class Engine:
             known = self._policies[key] = Policy(self.model, **overrides)
         return known
 
-    def _decoder_start(self, policy: Policy) -> int:
+    def _decoder_start(self) -> int:
         config = self.model.generation_config
         start = config.decoder_start_token_id
         if start is None:

@@ -113,7 +113,8 @@ class Runner:
         self, rows: StepRows, plan: StepPlan, encoder_ids: dict[int, list[int]]
     ) -> Tensor:
         logits = []
-        for number in range(rows.num_rows):
+        ends = np.cumsum(plan.counts, dtype=np.int64).tolist()
+        for number, last in enumerate(ends):
             sample, wanted = int(plan.samples[number]), bool(plan.wants_logits[number])
             if plan.starts[number] == 0 or sample not in self._kept:
                 assert not (plan.starts[number] and self.anatomy.has_state), "a state was lost"
@@ -121,7 +122,8 @@ class Runner:
             kept = self._kept[sample]
             for index, layer in kept.others.items():
                 self._cache.layers[index] = layer
-            row = rows.row(number)
+            first = last - int(plan.counts[number])
+            row = rows.row(number, first, last, int(plan.kv_lens[number]))
             self._cache.begin(row, is_packed=False)
             of_row = self._single(row, kept)
             if wanted:

@@ -40,13 +40,8 @@ class StepRows(NamedTuple):
     slots: Tensor  # int64 [tokens]
     tables: Tensor  # int32 [rows, blocks]
     kv_lens: Tensor  # int32 [rows], the new tokens included
-    query_starts: Tensor | None  # int32 [rows + 1]; None where each row has one token
+    query_starts: Tensor | None  # int32 [rows + 1]; None where each row has one token, or one row
     longest: int  # tokens of the longest row
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows there are."""
-        return len(self.kv_lens)
 
     @classmethod
     def of(cls, plan: StepPlan, device: torch.device) -> StepRows:
@@ -67,20 +62,19 @@ class StepRows(NamedTuple):
             int(plan.kv_lens.max(initial=0)),
         )
 
-    def row(self, number: int) -> StepRows:
-        """One of the rows alone. O(1)."""
-        first, last = number, number + 1
-        if self.query_starts is not None:
-            first, last = self.query_starts[number : number + 2].tolist()
-        kv_lens = self.kv_lens[number : number + 1]
+    def row(self, number: int, first: int, last: int, length: int) -> StepRows:
+        """Row `number` alone: tokens `first` to `last` of these, `length` in the cache. O(1).
+
+        The plan knows these numbers; to ask a tensor for them would wait for its device.
+        """
         return StepRows(
             self.ids[:, first:last],
             self.positions[:, first:last],
             self.slots[first:last],
             self.tables[number : number + 1],
-            kv_lens,
-            None if last - first == 1 else torch.tensor([0, last - first], dtype=torch.int32),
-            int(kv_lens),
+            self.kv_lens[number : number + 1],
+            None,  # of packed rows only
+            length,
         )
 
 

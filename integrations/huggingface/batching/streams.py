@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from kvpager.errors import KVPagerError
@@ -119,7 +120,7 @@ class Mailbox:
             with self._changed:
                 if is_enough():
                     return
-                self._listeners.append(lambda woken=woken: _resolve(loop, woken))  # type: ignore[misc]
+                self._listeners.append(partial(_resolve, loop, woken))
             await woken
 
     @property
