@@ -40,8 +40,8 @@ def gather_kv(
     - `dtype` of the result: that of the cache unless given, needed with `scales`.
 
     Rows are right-aligned, as left-padded batches are: the last column is each row's newest token.
-    A row shorter than `length` is zero on its left, and so is a token whose block is -1; whatever
-    lies in slots that no row uses never shows.
+    A row shorter than `length` is zero on its left. A token whose block is -1 is zero, also in a
+    cache of 0 blocks. Whatever lies in slots that no row uses never shows.
 
     `ValueError` and `TypeError` for wrong shapes, strides, dtypes and devices. Values are not
     looked at, but for negative lengths on a CPU; debug mode looks at all (`debug.py`).

@@ -129,6 +129,8 @@ def paged_attention(
         raise ValueError(
             f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
         )
+    if key_cache.shape[0] == 0:  # there is nothing to see
+        return output
     starts = torch.arange(block_tables.shape[1], device=query.device) * key_cache.shape[1]
     cells = _Cells(
         # What stands past a row's last token is not followed.

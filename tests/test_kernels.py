@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -500,6 +501,47 @@ def test_gather_zeroes_tokens_whose_block_was_given_back(implementation: Kernels
     tables, lens = torch.tensor([[0, -1, 2]]).int(), torch.tensor([5])
     gathered = implementation.gather_kv(cache, tables, lens, 6)
     assert gathered.flatten().tolist() == [0, 1, 2, 0, 0, 5]
+
+
+@pytest.fixture
+def uninitialised_is_nan() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN, so that reading it never passes for zeros."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", [0, 2])
+@pytest.mark.parametrize(("columns", "kv_lens"), [(0, [0, 0]), (1, [0, 0]), (2, [5, 3])])
+def test_rows_without_a_block_read_as_zeros(
+    columns: int,
+    kv_lens: list[int],
+    blocks: int,
+    dtype: torch.dtype,
+    stored: torch.dtype | None,
+    implementation: Kernels,
+) -> None:
+    cache = torch.ones(blocks, 4, 2, 16).to(stored or dtype)
+    scales = None if stored is None else torch.ones(blocks, 4, 2)
+    tables, lens = torch.full((2, columns), -1).int(), torch.tensor(kv_lens)
+    for length in (0, 1, 4, 9):
+        found = implementation.gather_kv(cache, tables, lens, length, scales=scales, dtype=dtype)
+        assert torch.equal(found, torch.zeros(2, length, 2, 16, dtype=dtype))
+    output = implementation.paged_attention(
+        torch.ones(2, 4, 16, dtype=dtype), cache, cache, tables, lens,
+        scales=None if scales is None else (scales, scales),
+    )  # fmt: skip
+    assert torch.equal(output, torch.zeros(2, 4, 16, dtype=dtype))
+
+
+def test_a_storage_without_blocks_is_written_and_copied_nowhere(implementation: Kernels) -> None:
+    cache, token = torch.empty(0, 4, 2, 16), torch.ones(2, 2, 16)
+    implementation.append_kv(token, token, cache, cache.clone(), torch.tensor([-1, -1]))
+    implementation.copy_blocks(cache, torch.tensor([[-1, -1]]))
+    implementation.copy_blocks(cache, torch.empty(0, 2, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

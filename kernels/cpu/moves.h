@@ -137,10 +137,10 @@ inline int append(const AppendArguments& a) {
 struct GatherArguments {
     const void* cache;    // [blocks, block_size, kv_heads, dim]
     void* output;         // [rows, length, kv_heads, dim], contiguous
-    const float* scales;  // null unless quantised
+    const float* scales;  // null unless quantised, and where the cache has no block
     const int32_t* tables;
     Integers kv_lens;
-    int64_t cache_type, output_type, element_size;
+    int64_t cache_type, output_type, element_size, output_size;
     int64_t rows, length, kv_heads, dim;
     int64_t num_blocks, block_size, table_columns, table_stride;
     int64_t cache_block, cache_token, cache_head;
@@ -204,8 +204,7 @@ inline int gather(const GatherArguments& a) {
             return 2;
         }
     }
-    int64_t out_size = a.scales ? (a.output_type == TYPE_FLOAT32 ? 4 : 2) : a.element_size;
-    int64_t token_bytes = a.kv_heads * a.dim * out_size;
+    int64_t token_bytes = a.kv_heads * a.dim * a.output_size;
     int threads = threads_for(a.rows * a.length * token_bytes, a.threads);
     // Pieces, not rows, so that one long row keeps every thread busy.
     constexpr int64_t PIECE = 256;
