@@ -94,10 +94,16 @@ class Lines:
 
     def add(self, name: str, value: float, unit: str, **more: Any) -> None:
         """Print and keep one figure."""
-        digits = 3 if unit in ("ratio", "fraction") or abs(value) < 10 else 1
-        line = {"name": name, "value": round(value, digits), "unit": unit, **more}
+        line = {"name": name, "value": rounded(value), "unit": unit, **more}
         self.kept.append(line)
         print(json.dumps(line), flush=True)
+
+
+def rounded(value: float) -> float:
+    """Round to one decimal, or to four significant digits where that is finer."""
+    if not value or not math.isfinite(value):
+        return value
+    return round(value, max(1, 3 - math.floor(math.log10(abs(value)))))
 
 
 def note(text: str) -> None:

@@ -13,6 +13,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import timing  # noqa: E402
 
 
 def run(name: str, *arguments: str) -> str:
@@ -49,6 +52,11 @@ def test_the_gpu_benchmark_runs_dry_and_writes_its_files(tmp_path: Path) -> None
     assert text.startswith("# Measured on no GPU (dry run)")
     assert "\n## decode\n\n| case |" in text
     assert "FAILED" not in text
+
+
+def test_no_figure_is_rounded_to_nothing() -> None:
+    found = [timing.rounded(value) for value in (0.0, 3.2e-7, 0.01234567, 9.87654, 12_345_678.25)]
+    assert found == [0.0, 3.2e-7, 0.01235, 9.877, 12_345_678.2]
 
 
 def test_a_part_that_does_not_exist_is_refused() -> None:

@@ -14,6 +14,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import tiny_models  # noqa: E402
+from gates import Gate  # noqa: E402
 from transformers import GenerationConfig, PreTrainedModel  # noqa: E402
 from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
 from transformers.generation.continuous_batching import (  # noqa: E402
@@ -301,12 +302,17 @@ def test_stop_waits_for_requests_whose_outputs_can_be_taken_afterwards(
 
 
 def test_a_hard_stop_fails_what_is_not_done_and_loses_nothing(
-    manager: PagedBatchingManager,
+    manager: PagedBatchingManager, llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager.start()
-    names = manager.add_requests(PROMPTS, max_new_tokens=100, streaming=True)
-    first = manager.get_result(names[0])
-    manager.stop(hard_stop=True)
+    with Gate(llama) as gate:
+        gate.open_after(monkeypatch, manager.batch_processor._loop, "stop")
+        with manager.pause():
+            names = manager.add_requests(PROMPTS, max_new_tokens=100, streaming=True)
+        gate.let(1)
+        first = manager.get_result(names[0])
+        gate.entered.acquire()
+        manager.stop(hard_stop=True)
     last = {output.request_id: output for output in manager}
     assert sorted(last) == names
     assert {output.status for output in last.values()} == {FAILED}
@@ -434,13 +440,17 @@ def test_iterating_over_a_request_that_is_not_there_ends(manager: PagedBatchingM
 
 @pytest.mark.parametrize("is_started", [False, True])
 def test_a_cancelled_request_ends_with_what_it_has(
-    manager: PagedBatchingManager, is_started: bool
+    manager: PagedBatchingManager, llama: Any, is_started: bool
 ) -> None:
-    name = manager.add_request(PROMPTS[0], max_new_tokens=100, streaming=True)
     if is_started:
         manager.start()
-        next(manager.request_id_iter(name))
-    manager.cancel_request(name)
+    with Gate(llama) as gate:
+        name = manager.add_request(PROMPTS[0], max_new_tokens=100, streaming=True)
+        if is_started:
+            gate.let(1)
+            next(manager.request_id_iter(name))
+            gate.entered.acquire()
+        manager.cancel_request(name)
     manager.cancel_request("nobody")
     if not is_started:
         manager.start()

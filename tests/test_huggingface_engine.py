@@ -8,6 +8,7 @@ import threading
 import pytest
 import tiny_models
 import torch
+from gates import Gate
 from transformers import GenerationConfig
 
 from kvpager.errors import (
@@ -155,7 +156,11 @@ def test_a_pool_for_a_third_of_the_requests_gives_the_same_tokens(name, costs):
         block_bytes = engine.block_bytes
     third = sum(-(-length // 16) for length in lengths) // 3 * block_bytes
     with Engine(model, memory=third, host_memory="8MiB", costs=costs) as engine:
-        outputs = engine.generate(prompts, max_new_tokens=40, do_sample=False)
+        with engine.pause():  # all of them are there in the first step
+            streams = [
+                engine.submit(prompt, max_new_tokens=40, do_sample=False) for prompt in prompts
+            ]
+        outputs = [stream.result() for stream in streams]
         counts = engine.stats().scheduler
         assert_nothing_is_held(engine)
     expected = [alone(model, prompt, max_new_tokens=40) for prompt in prompts]
@@ -283,31 +288,6 @@ def test_asyncio_reads_many_streams_at_once(llama):
 # -------------------------------------------------------------------- ends
 
 
-class Gate:
-    """Holds forward passes of a model until they are let through."""
-
-    def __init__(self, model):
-        self._passes = threading.Semaphore(0)
-        self.entered = threading.Semaphore(0)
-        self._hook = model.register_forward_pre_hook(self._wait)
-        self.is_open = False
-
-    def _wait(self, module, inputs):
-        self.entered.release()
-        if not self.is_open:
-            self._passes.acquire()
-
-    def let(self, count):
-        for _ in range(count):
-            self.entered.acquire()
-            self._passes.release()
-
-    def open(self):
-        self.is_open = True
-        self._passes.release(1000)
-        self._hook.remove()
-
-
 @pytest.mark.parametrize("passes", [1, 2, 5])  # prefilling, decoding
 def test_a_request_that_is_cancelled_ends_and_leaves_the_others_alone(llama, passes):
     with Engine(llama, memory="8MiB", max_batch_tokens=16) as engine:
@@ -414,11 +394,15 @@ def test_a_forward_pass_that_raises_ends_the_requests_in_it(llama):
         assert_nothing_is_held(engine)
 
 
-def test_closing_ends_what_is_left_and_restores_the_model():
+def test_closing_ends_what_is_left_and_restores_the_model(monkeypatch):
     model = tiny_models.tiny_model("llama", attention="eager").train()
     engine = Engine(model, memory="8MiB")
     assert model.config._attn_implementation == "kvpager"
+    gate = Gate(model)
+    gate.open_after(monkeypatch, engine._loop, "stop")
     stream = engine.submit([5], max_new_tokens=1000)
+    gate.let(1)
+    gate.entered.acquire()
     engine.close()
     engine.close()
     with pytest.raises(RequestCancelled):

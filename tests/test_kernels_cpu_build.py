@@ -215,7 +215,7 @@ def test_two_processes_at_once_build_once(folder: Path, tmp_path: Path, prebuilt
             process.stdin.write("go\n")
             process.stdin.flush()
         gate.write_text("")  # waits until the compiler waits
-        said = [process.communicate(timeout=60)[0] for process in processes]
+        said = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

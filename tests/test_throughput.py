@@ -109,6 +109,21 @@ def _engine_run(model: Any, options: Options, work: Workload) -> Run:
         system.close()
 
 
+def test_no_step_is_computed_before_all_requests_that_are_due_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slowly(self: EngineSystem, item: Item) -> Any:
+        stream = submit(self, item)
+        if not self.engine._loop._num_pauses:
+            stream.result()  # as if the next one were submitted after its end
+        return stream
+
+    submit = EngineSystem._submit
+    monkeypatch.setattr(EngineSystem, "_submit", slowly)
+    run = _engine_run(tiny(), Options(), requests(12))
+    assert run.moments[0].running + run.moments[0].waiting == 12
+
+
 def test_prefixes_are_shared_within_a_run_and_forgotten_after_it() -> None:
     work = requests(5, shared=32)
     figures = session.measure(["kvpager"], tiny(), work, Options(), repeats=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from kvpager.errors import KVPagerError
@@ -58,11 +59,16 @@ class EngineSystem:
 
     def run(self, workload: Workload, progress: Progress) -> Run:
         """Serve the requests. Raises: `KVPagerError` for one that never fits, or fails."""
-        with self.engine.pause():  # which gives up what was cached
+        at_once = sum(item.arrival <= 0 for item in workload.items)
+        # The pause gives up cached prompts, and the first step sees all requests that are due:
+        # how the engine batches them depends on the workload, not on how fast they are submitted.
+        with self.engine.pause():
             before = self.engine.stats().scheduler
             self._moments = []
             self._start = self._clock.now()
-        streams = [self._submit(item) for _, item in arrivals(workload, self._start, self._clock)]
+            coming = arrivals(workload, self._start, self._clock)
+            streams = [self._submit(item) for _, item in itertools.islice(coming, at_once)]
+        streams += [self._submit(item) for _, item in coming]
         outputs = []
         for stream in streams:
             outputs.append(stream.result())
