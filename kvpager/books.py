@@ -46,7 +46,9 @@ class Books:
         fences: bool = False,
         num_events: int = 0,
     ) -> None:
-        num_blocks = arguments.count("num_blocks", num_blocks, at_least=1 + bool(null_block))
+        arguments.flag("null_block", null_block)
+        arguments.flag("fences", fences)
+        num_blocks = arguments.count("num_blocks", num_blocks, at_least=1 + null_block)
         num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
         self.block_size = arguments.block_size(block_size)
         self._shift = self.block_size.bit_length() - 1

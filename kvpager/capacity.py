@@ -206,7 +206,8 @@ class Capacity(Views):
             return self._quotas.limits[namespace]
 
     def ceiling(self, namespace: str | None) -> int | None:
-        """The most blocks a namespace may have; None where no quota sets a bound. O(1)."""
+        """Return the most blocks a namespace may have; None where no quota sets a bound. O(1)."""
+        arguments.label("namespace", namespace)
         with self._lock:
             quota = self._quotas.limits.get(namespace)
             return None if quota is None else quota.ceiling

@@ -11,7 +11,7 @@ Keys are equal in every process and on every machine. BLAKE2b: RFC 7693.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import arguments
+from kvpager.contents import Content
 
 KEY_BYTES = 32
 _ROOT, _BLOCK = b"kvpager root", b"kvpager block"  # at most 16 bytes each
@@ -65,13 +66,13 @@ def content_keys(
     key, secret = _root(context, block_size), context.secret
     # One digest a block: its own bytes and the key before it. Little-endian on every machine.
     data = np.ascontiguousarray(tokens, "<i4").tobytes()
-    step, keys = 4 * block_size, []
-    for start in range(0, len(data) - step + 1, step):
-        block = data[start : start + step]
-        if shown:
-            block += _shown(shown, start // 4, block_size)
-        key = blake2b(key + block, digest_size=KEY_BYTES, key=secret, person=_BLOCK).digest()
-        keys.append(key)
+    step, keys = 4 * block_size, list[bytes]()
+    for stop, tag in shown.stretches(block_size, 0, len(tokens) // block_size):
+        behind = _joined(_fields(tag)) if tag else b""
+        for start in range(step * len(keys), step * stop, step):
+            block = key + data[start : start + step] + behind
+            key = blake2b(block, digest_size=KEY_BYTES, key=secret, person=_BLOCK).digest()
+            keys.append(key)
     return keys
 
 
@@ -89,12 +90,9 @@ def _root(context: KeyContext, block_size: int) -> bytes:
     ).digest()
 
 
-def _shown(contents: arguments.Contents, first: int, block_size: int) -> bytes:
-    fields: list[bytes] = []
-    for start, stop, digest, _ in contents:
-        if start < first + block_size and stop > first:
-            fields += [start.to_bytes(8, "little"), stop.to_bytes(8, "little"), digest]
-    return _joined(fields)
+def _fields(tag: tuple[Content, ...]) -> Iterator[bytes]:
+    for start, stop, digest, _ in tag:
+        yield from (start.to_bytes(8, "little"), stop.to_bytes(8, "little"), digest)
 
 
 def _joined(fields: Iterable[bytes]) -> bytes:

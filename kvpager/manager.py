@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvpager import arguments, moves, snapshot
 from kvpager.books import NO_BLOCKS, Target
 from kvpager.capacity import Capacity
+from kvpager.contents import NO_CONTENTS
 from kvpager.errors import OutOfBlocks, SequenceSwapped
 from kvpager.eviction import EvictionPolicy
 from kvpager.plan import NO_COPIES, Plan, Step, Tier
@@ -196,6 +197,7 @@ class BlockManager(Capacity):
         with `publish`, `SequenceSwapped`.
         """
         named = listed(sequences)
+        arguments.flag("publish", publish)
         with self._lock:
             rows = self._resident(named) if publish else self._resolve(named)
             if publish:
@@ -236,6 +238,7 @@ class BlockManager(Capacity):
         # Before the lock: whatever the caller's iterables do, they do it now.
         num_named = None if isinstance(named, Sequence) else len(named)
         num_new, ids = arguments.new_tokens(num_named, tokens, counts)
+        arguments.flag("draft", draft)
         with self._lock:
             rows = self._resident(named)
             if self._rows.num_special and not draft:
@@ -605,7 +608,7 @@ def _identity(
         return _ANYBODY
     arguments.label("namespace", namespace)
     arguments.label("adapter", adapter)
-    shown = arguments.contents(contents, length) if contents else ()
+    shown = arguments.contents(contents, length) if contents else NO_CONTENTS
     return Prompt(namespace, adapter, shown)
 
 

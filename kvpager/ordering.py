@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from kvpager import arguments
+from kvpager.arguments import SECONDS_MAX
 from kvpager.errors import BrokenInvariant
 from kvpager.requests import Live, State
 
@@ -114,9 +115,7 @@ class Priority(Order):
 
     def __init__(self, ageing: float = 30.0) -> None:
         super().__init__()
-        self.ageing = arguments.seconds("ageing", ageing)
-        if not self.ageing:
-            raise ValueError("ageing 0: expected seconds, more than 0")
+        self.ageing = arguments.number("ageing", ageing, at_least=1e-6, at_most=SECONDS_MAX)
 
     def rank(self, live: Live) -> Rank:  # noqa: D102
         return live.request.priority + live.submitted / self.ageing, live.arrival
@@ -133,8 +132,10 @@ class Fair(Order):
 
     def __init__(self, decode_weight: float = 2.0, ageing: float = 10.0) -> None:
         super().__init__()
-        self.decode_weight = decode_weight
-        self.ageing = ageing
+        self.decode_weight = arguments.number(
+            "decode_weight", decode_weight, at_least=0, at_most=1e6
+        )
+        self.ageing = arguments.number("ageing", ageing, at_least=0, at_most=1e9)
         self.service: dict[str | None, float] = {}
         self._active = Counter[str | None]()
         self._last = 0.0  # the service of who left last, when nobody is active

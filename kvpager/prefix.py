@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.contents import NO_CONTENTS, Contents, Tag
 from kvpager.errors import BrokenInvariant
 from kvpager.events import Event, EventLog
 from kvpager.eviction import EvictionPolicy, Queue
 from kvpager.fingerprints import Arrivals, moved
 from kvpager.pool import BlockPool, Blocks
-from kvpager.radix import Contents, Match, Node, Tag, TreeKey, key_of, segments
+from kvpager.radix import Match, Node, TreeKey, key_of
 
 Int32 = NDArray[np.int32]
 # How many runs are looked at for one whose first block matches in part: of prompts that all begin
@@ -62,7 +63,7 @@ class PrefixIndex:
 
     # ---------------------------------------------------------------- look up
 
-    def match(self, tree: TreeKey, tokens: Int32, contents: Contents = ()) -> Match:
+    def match(self, tree: TreeKey, tokens: Int32, contents: Contents = NO_CONTENTS) -> Match:
         """The longest prefix of `tokens` that is known in `tree`. O(tokens)."""
         root = self.roots.get(tree)
         if root is None:
@@ -70,7 +71,7 @@ class PrefixIndex:
         num_full = len(tokens) // self.block_size
         wanted = tokens[: num_full * self.block_size].reshape(num_full, self.block_size)
         node, position, found = self._walk(
-            root, 0, wanted, segments(contents, self.block_size, 0, num_full)
+            root, 0, wanted, contents.stretches(self.block_size, 0, num_full)
         )
         if len(found) < 2:
             blocks = found[0] if found else _NO_BLOCKS
@@ -79,9 +80,7 @@ class PrefixIndex:
         rest = tokens[position * self.block_size : (position + 1) * self.block_size]
         if not len(rest):
             return Match(node, blocks)
-        tag = None
-        if contents:
-            tag = segments(contents, self.block_size, position, position + 1)[0][1]
+        tag = contents.tag(self.block_size, position)
         return Match(node, blocks, *self._partial(node, position, rest, tag))
 
     def _walk(
@@ -162,7 +161,7 @@ class PrefixIndex:
         and whether any is not the sequence's own. `settle` must follow.
         """
         end, is_twin = position + len(blocks), False
-        first, tags = position, segments(contents, self.block_size, position, end)
+        first, tags = position, contents.stretches(self.block_size, position, end)
         if position < node.end or self._key(int(blocks[0]), tags[0][1]) in node.children:
             wanted = self.pool.ids.take(blocks, axis=0)
             node, position, found = self._walk(node, position, wanted, tags)

@@ -7,15 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.contents import Tag
 from kvpager.eviction import Queue
 
 Int32 = NDArray[np.int32]
 TreeKey = tuple[str | None, str | None]  # namespace, adapter
-# What stands behind placeholder tokens: (first, one after the last, digest, end) of each content.
-# `end` is less than the one after the last where a sequence was cut short inside it.
-Contents = tuple[tuple[int, int, bytes, int], ...]
-# The contents that a run's blocks overlap, the same for all its blocks; or None.
-Tag = Contents | None
 
 
 class Node:
@@ -77,25 +73,6 @@ class Match(NamedTuple):
     blocks: Int32
     partial_block: int = -1
     num_partial: int = 0
-
-
-def segments(contents: Contents, block_size: int, first: int, end: int) -> list[tuple[int, Tag]]:
-    """Blocks `first` to `end` as (end of stretch, tag all its blocks have). O(blocks)."""
-    if not contents:
-        return [(end, None)]
-    size, stretches = block_size, list[tuple[int, Tag]]()
-    for block in range(first, end):
-        begin, behind = block * size, (block + 1) * size
-        shown = tuple(
-            (start, stop, digest, end if end < min(stop, behind) else stop)
-            for start, stop, digest, end in contents
-            if start < behind and end > begin
-        )
-        tag = shown or None
-        if stretches and stretches[-1][1] == tag:
-            stretches.pop()
-        stretches.append((block + 1, tag))
-    return stretches or [(end, None)]
 
 
 def key_of(tokens: Int32, tag: Tag) -> object:

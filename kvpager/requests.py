@@ -105,8 +105,9 @@ class Live:
 
     @property
     def identity(self) -> tuple[str | None, str | None]:
-        """Whose prefixes it may share."""
-        adapter = self.request.adapter
+        """Return whose prefixes it may share."""
+        # A caller's NULs are doubled: no adapter's name ends like one with a generation.
+        adapter = self.request.adapter and self.request.adapter.replace("\0", "\0\0")
         if self.generation:
             adapter = f"{adapter or ''}\0{self.generation}"
         return self.request.namespace, adapter
@@ -259,7 +260,7 @@ class Samples:
 
 
 def read_prompt(request: Request) -> Int32:
-    """The prompt's ids, a copy, and everything else of a request looked at. O(tokens).
+    """Return a copy of the prompt's ids, once all of the request is found right. O(tokens).
 
     Raises: `TypeError`, `ValueError`.
     """
@@ -273,11 +274,12 @@ def read_prompt(request: Request) -> Int32:
     arguments.count("num_samples", request.num_samples, at_least=1)
     for name in ("namespace", "adapter", "tenant"):
         arguments.label(name, getattr(request, name))
-    if not arguments.is_int(request.priority):
-        raise TypeError(f"priority {request.priority!r}: expected an int")
-    deadline = request.deadline
-    if deadline is not None and (isinstance(deadline, bool) or not np.isfinite(deadline)):
-        raise ValueError(f"deadline {deadline!r}: expected seconds on the scheduler's clock")
+    arguments.flag("together", request.together)
+    most = arguments.PRIORITY_MAX
+    arguments.count("priority", request.priority, at_least=-most, at_most=most)
+    if request.deadline is not None:  # on the scheduler's clock, which may begin anywhere
+        far = float(2**53)
+        arguments.number("deadline", request.deadline, at_least=-far, at_most=far)
     return prompt
 
 

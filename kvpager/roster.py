@@ -69,7 +69,8 @@ class Roster:
             raise TypeError(f"manager: expected a BlockManager, got {type(manager).__name__}")
         if manager.has_fences:
             raise ValueError("manager: a step's plans are applied in order; make it without fences")
-        if not 0 <= watermark < 1:
+        arguments.number("watermark", watermark, at_least=0, at_most=1)
+        if watermark == 1:
             raise ValueError(f"watermark {watermark}: expected a share, 0 <= watermark < 1")
         self.manager = manager
         self.max_batch_tokens = arguments.count("max_batch_tokens", max_batch_tokens, at_least=1)
@@ -82,8 +83,8 @@ class Roster:
             None if max_length is None else arguments.count("max_length", max_length, at_least=1)
         )
         self.watermark = watermark
-        self.prefix_cache = prefix_cache
-        self.chunked = chunked
+        self.prefix_cache = arguments.flag("prefix_cache", prefix_cache)
+        self.chunked = arguments.flag("chunked", chunked)
         self.clock = clock
         self._order = make_order(order)
         self._samples = Samples()

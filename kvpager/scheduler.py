@@ -283,8 +283,8 @@ class Scheduler(Admission):
 
 
 def _continuations(parents: ArrayLike, tokens: ArrayLike) -> tuple[Int64, Int32]:
-    rows = np.asarray(parents)
-    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+    rows = arguments.integers("parents", parents)
+    if rows.ndim != 1:
         raise TypeError(f"parents of {rows.dtype} {rows.shape}: expected a list of ints")
     ids = arguments.token_ids(tokens)
     if len(ids) != len(rows):

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.contents import NO_CONTENTS, Contents
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plan import NO_COPIES
-from kvpager.radix import Contents, Node
+from kvpager.radix import Node
 
 if TYPE_CHECKING:
     from kvpager.views import Views
@@ -110,7 +111,7 @@ class Prompt(NamedTuple):
 
     namespace: str | None = None
     adapter: str | None = None
-    contents: Contents = ()
+    contents: Contents = NO_CONTENTS
 
     @property
     def tree(self) -> tuple[str | None, str | None]:
@@ -118,11 +119,9 @@ class Prompt(NamedTuple):
         return self.namespace, self.adapter
 
     def up_to(self, length: int) -> Prompt:
-        """The same with nothing shown behind token `length`: other tokens may come there."""
-        if all(end <= length for _, _, _, end in self.contents):
-            return self
-        cut = tuple((*c[:3], min(c[3], length)) for c in self.contents if c[0] < length)
-        return self._replace(contents=cut)
+        """Return the same with nothing shown behind token `length`: other tokens may come there."""
+        cut = self.contents.up_to(length)
+        return self if cut is self.contents else self._replace(contents=cut)
 
 
 class SequenceTable:

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import arguments
+from kvpager.contents import Content, Contents
 from kvpager.errors import BrokenInvariant
 from kvpager.eviction import EvictionPolicy
 from kvpager.policies import POLICIES
 from kvpager.prefix import PrefixIndex
 from kvpager.quotas import Quota
-from kvpager.radix import Contents, Node
+from kvpager.radix import Node
 from kvpager.sequences import Prompt, SequenceTable
 
 if TYPE_CHECKING:
@@ -239,14 +240,14 @@ def _read_rows(
 
 
 def _prompt_out(prompt: Prompt) -> list[Any]:
-    return [prompt.namespace, prompt.adapter, _contents_out(prompt.contents)]
+    return [prompt.namespace, prompt.adapter, _contents_out(prompt.contents.items)]
 
 
 def _prompt_in(fields: list[Any]) -> Prompt:
     namespace, adapter, contents = fields
     arguments.label("namespace", namespace)
     arguments.label("adapter", adapter)
-    return Prompt(namespace, adapter, _contents_in(contents))
+    return Prompt(namespace, adapter, Contents(_contents_in(contents)))
 
 
 # -------------------------------------------------------------------- prefix index
@@ -302,14 +303,15 @@ def _at(nodes: list[Node], places: NDArray[Any]) -> list[Node]:
     return [nodes[place] for place in places.tolist()]
 
 
-def _contents_out(contents: Contents) -> list[Any]:
+def _contents_out(contents: tuple[Content, ...]) -> list[Any]:
     return [[start, stop, digest.hex(), end] for start, stop, digest, end in contents]
 
 
-def _contents_in(fields: list[Any]) -> Contents:
+def _contents_in(fields: list[Any]) -> tuple[Content, ...]:
     found = []
     for start, stop, digest, end in fields:
-        [content] = arguments.contents([(start, stop, bytes.fromhex(digest))], arguments.COUNT_MAX)
+        given = [(start, stop, bytes.fromhex(digest))]
+        [content] = arguments.contents(given, arguments.COUNT_MAX).items
         found.append((*content[:3], arguments.count("end", end, at_least=start, at_most=stop)))
     return tuple(found)
 

@@ -126,7 +126,8 @@ class TableMirror:
         num_rows = arguments.count("num_rows", num_rows, at_least=1)
         width = arguments.count("width", width, at_least=1)
         self._manager = manager
-        self._padding = padding
+        least = -arguments.COUNT_MAX
+        self._padding = arguments.count("padding", padding, at_least=least)
         self._copy = np.full((num_rows, width), padding, np.int32)
 
     def update(self, sequences: Target) -> TableDelta:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import arguments, invariants
+from kvpager.arguments import COUNT_MAX
 from kvpager.books import Books, Target
 from kvpager.errors import OutOfBlocks
 from kvpager.events import Event
@@ -125,6 +126,7 @@ class Views(Books):
         O(n * most blocks). Raises `StaleSequence`. See `kvpager.tables` for what kernels take.
         """
         named = listed(sequences)
+        padding = arguments.count("padding", padding, at_least=-COUNT_MAX)
         with self._lock:
             rows, table = self._resolve(named), self._rows
             width = -(-int(table.lengths[rows].max(initial=0)) // self.block_size)

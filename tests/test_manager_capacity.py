@@ -828,7 +828,7 @@ def test_no_namespace_is_a_namespace_of_its_own() -> None:
     manager = BlockManager(8, 4)
     manager.set_quota(None, ceiling=2)
     assert room(manager, None) == 2
-    assert room(manager, "") == 8
+    assert room(manager, "None") == 8
 
 
 def test_forks_count_once_and_their_copies_too() -> None:

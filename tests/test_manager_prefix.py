@@ -247,17 +247,14 @@ def test_a_fork_taken_before_the_commit_publishes_once(manager: BlockManager) ->
 
 WHO = [
     {},
-    {"namespace": ""},
     {"namespace": "a"},
     {"namespace": "b"},
     {"namespace": "ab"},
-    {"adapter": ""},
     {"adapter": "a"},
     {"adapter": "b"},
     {"adapter": "ab"},
     {"namespace": "a", "adapter": "b"},
     {"namespace": "b", "adapter": "a"},
-    {"namespace": "", "adapter": ""},
     {"namespace": "None"},
     {"adapter": "None"},
 ]
@@ -281,6 +278,31 @@ def test_a_namespace_or_adapter_that_is_no_string_is_refused(
         with pytest.raises(TypeError, match=f"{label} .*expected a str or None"):
             look(A, **{label: value})  # type: ignore[operator]
     assert manager.stats().num_sequences == 0
+
+
+@pytest.mark.parametrize("label", ["namespace", "adapter"])
+def test_an_empty_namespace_or_adapter_is_refused_wherever_one_is_taken(
+    manager: BlockManager, label: str
+) -> None:
+    for look in (manager.allocate, manager.cached_tokens):
+        with pytest.raises(ValueError, match=f'{label} "": expected at least one character'):
+            look(A, **{label: ""})  # type: ignore[operator]
+    assert manager.stats().num_sequences == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda manager: manager.set_quota("", ceiling=1),
+        lambda manager: manager.quota(""),
+        lambda manager: manager.ceiling(""),
+        lambda manager: manager.drop_quota(""),
+        lambda manager: manager.namespace_blocks(""),
+    ],
+)
+def test_an_empty_namespace_has_no_quota(manager: BlockManager, call) -> None:
+    with pytest.raises(ValueError, match='namespace "": expected at least one character'):
+        call(manager)
 
 
 def test_a_fork_stays_with_its_parents_adapter(manager: BlockManager) -> None:
@@ -647,7 +669,7 @@ class Pairs:
     def __init__(self, policy: str, seed: int) -> None:
         self.random = np.random.default_rng(seed)
         self.manager = BlockManager(48, 2, eviction=policy)
-        self.trees = [(n, a) for n in (None, "", "a", "ab") for a in (None, "", "b", "ab")]
+        self.trees = [(n, a) for n in (None, " ", "a", "ab") for a in (None, " ", "b", "ab")]
         self.published: dict[object, set[tuple[int, ...]]] = {tree: set() for tree in self.trees}
         self.live: list[Sequence] = []
         self.numbers = count()

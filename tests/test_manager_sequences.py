@@ -411,7 +411,7 @@ def test_a_bad_window_is_refused(manager: BlockManager, window, error) -> None:
 )
 def test_ids_may_come_in_many_forms(manager: BlockManager, ids) -> None:
     for wrap in (False, True):
-        sequence = manager.allocate([wrap, 1, 2])
+        sequence = manager.allocate([int(wrap), 1, 2])
         step = manager.append([sequence] if wrap else sequence, [ids] if wrap else ids)
         assert len(step.slots) == 5
         manager.commit(sequence)

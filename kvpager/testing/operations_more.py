@@ -84,7 +84,7 @@ def allocate_windowed(world: World, tokens: list[int], window: int) -> None:
     3,
     needs=("accept",),
     tokens=Tokens(),
-    adapter=Choice((None, "", "a", "acme")),
+    adapter=Choice((None, " ", "a", "acme")),
     shown=Many(Number(20), least=0, most=3),
 )
 def allocate_shown(world: World, tokens: list[int], adapter: str | None, shown: list[int]) -> None:

@@ -11,7 +11,7 @@ from kvpager.manager import BlockManager
 from kvpager.policies import POLICIES
 
 # Names that a careless key would take for one another.
-NAMESPACES = (None, "", "acme", "Acme", "None", "acme\0")
+NAMESPACES = (None, " ", "acme", "Acme", "None", "acme\0")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,7 +147,7 @@ class Engine:
                 max_running=max_running,
                 max_waiting=max_waiting,
                 order=order,
-                prefix_cache=prefix_cache and keeps_all,
+                prefix_cache=arguments.flag("prefix_cache", prefix_cache) and keeps_all,
                 max_length=max_length,
                 # Not every recurrent layer goes on with several tokens at once.
                 chunked=not anatomy.has_state,
@@ -203,8 +202,8 @@ class Engine:
             policy = self._policy(config, overrides)
         elif config is not None or overrides:
             raise TypeError("policy: it has all settings; give it, or config and single settings")
-        if timeout is not None and not 0 < timeout < math.inf:
-            raise ValueError(f"timeout {timeout!r}: expected seconds, more than 0; None for none")
+        if timeout is not None and not arguments.seconds("timeout", timeout):
+            raise ValueError("timeout 0: expected seconds, more than 0; None for no timeout")
         begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start()]
         if self._anatomy.has_state and policy.num_samples > 1:
             raise ValueError(
@@ -407,8 +406,8 @@ def _ids(prompt: Sequence[int] | torch.Tensor | NDArray[Any], vocabulary: int) -
         what = type(prompt).__name__
         raise TypeError(f"prompt: expected token ids, got {what}{_HINTS.get(what, '')}")
     if isinstance(prompt, torch.Tensor):
-        prompt = prompt.cpu().numpy()
-    array = np.asarray(prompt)
+        prompt = prompt.cpu()
+    array = arguments.integers("prompt", prompt)
     if array.ndim == 2 and len(array) == 1:  # as tokenizers return one
         array = array[0]
     ids: list[int] = arguments.token_ids(array).tolist()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from kvpager import arguments
 from kvpager.errors import KVPagerError
 
 logger = logging.getLogger("kvpager")
@@ -199,6 +200,8 @@ class Stream:
         Raises: `RequestCancelled`, `RequestExpired`, `RequestFailed`; `TimeoutError` after
         `timeout` seconds, and the request goes on.
         """
+        if timeout is not None:
+            timeout = arguments.seconds("timeout", timeout)
         self._mailbox.wait(timeout)
         return self._outcome()
 
