@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ HUGE_PAGE_BYTES = 2 << 20
 # Below this, whole huge pages would be more memory than they save time.
 _LEAST_BYTES = 4 * HUGE_PAGE_BYTES
 _MADV_HUGEPAGE = 14
+_PAGE_BYTES = 4096
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU, not for the current one alone
 
 
 def allocate(
@@ -31,21 +35,61 @@ def allocate(
     """[num_blocks, run] of `dtype`, uninitialised, contiguous. O(1), O(bytes) where `pinned`.
 
     On Linux's CPUs, 8 MiB and more ask for transparent huge pages; memory never written still
-    costs nothing, in steps of 2 MiB. Errors of the allocation are torch's.
+    costs nothing, in steps of 2 MiB. Errors of the allocation are torch's, or `MemoryError`.
     """
-    tensor = torch.empty(num_blocks, run, dtype=dtype, device=device, pin_memory=pinned)
-    if tensor.device.type == "cpu" and not pinned and tensor.nbytes >= _LEAST_BYTES:
-        _advise_huge_pages(tensor)
+    if pinned:
+        return _page_locked(num_blocks, run, dtype)
+    tensor = torch.empty(num_blocks, run, dtype=dtype, device=device)
+    if tensor.device.type == "cpu":
+        _advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
 
-def _advise_huge_pages(tensor: Tensor) -> None:
+def _page_locked(num_blocks: int, run: int, dtype: torch.dtype) -> Tensor:
+    """Return page-locked memory of just this size.
+
+    torch's own allocator rounds up to a power of two: 9 GiB would take 16. The memory is unlocked
+    when the last tensor that shows it is gone.
+    """
+    num_bytes = num_blocks * run * dtype.itemsize
+    if not num_bytes:
+        return torch.empty(num_blocks, run, dtype=dtype)
+    memory = np.empty(num_bytes + _PAGE_BYTES, np.uint8)
+    start = -memory.ctypes.data % _PAGE_BYTES
+    pages = memory[start : start + num_bytes]
+    address = pages.ctypes.data
+    _advise_huge_pages(address, num_bytes)
+    lock_pages(address, num_bytes)
+    # The tensor's memory keeps `pages` alive, and weak references end before their object does.
+    weakref.finalize(pages, unlock_pages, address).atexit = False
+    return torch.from_numpy(pages).view(dtype).view(num_blocks, run)
+
+
+def lock_pages(address: int, num_bytes: int) -> None:
+    """Page-lock memory for GPUs. O(bytes). Raises `RuntimeError` if the system refuses."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("pinned=True: only a GPU that torch can use takes page-locked memory")
+    _check(torch.cuda.cudart().cudaHostRegister(address, num_bytes, _PORTABLE))
+
+
+def unlock_pages(address: int) -> None:
+    """End the page-lock of `lock_pages`, after every copy that uses the memory has ended."""
+    torch.cuda.synchronize()
+    _check(torch.cuda.cudart().cudaHostUnregister(address))
+
+
+def _check(code: object) -> None:
+    if int(code):  # type: ignore[call-overload]
+        raise torch.cuda.CudaError(int(code))  # type: ignore[call-overload]
+
+
+def _advise_huge_pages(address: int, num_bytes: int) -> None:
     """Ask for huge pages. Advice: what the system does not know or refuses changes nothing."""
-    advise = _madvise()
+    advise = _madvise() if num_bytes >= _LEAST_BYTES else None
     if advise is None:
         return
-    start = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-    end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    start = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    end = (address + num_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     advise(start, end - start, _MADV_HUGEPAGE)
 
 

@@ -22,7 +22,7 @@ of bytes, and every part starts at a multiple of 16 bytes, zero to 15 unused one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvpager import arguments
+from kvpager import arguments, streams
 from kvpager.kernels.copy_blocks import copy_blocks
 from kvpager.kernels.quantisation import KV_DTYPES, SCALE_DTYPE
 from kvpager.memory import allocate
@@ -116,6 +116,9 @@ class BlockStorage:
             swaps = self._device_tier.is_cuda and num_host_blocks > 0
             self._host_tier = allocate(num_host_blocks, run, stored, "cpu", pinned=swaps)
             self._views = self._layer_views()
+        self._pinned = pinned, swaps
+        self._order = streams.StreamOrder(self._device_tier)
+        self._host_reads = streams.HostReads()
 
     def __repr__(self) -> str:
         stored = "" if self._kv_dtype is None else f" as {self._kv_dtype}"
@@ -193,11 +196,16 @@ class BlockStorage:
         """A tier's whole tensor [blocks, elements per block], to move bytes by hand. O(1).
 
         Of `dtype`, or with a `kv_dtype` of uint8: a block then holds more than one dtype. After
-        `grow` the device tier is another tensor: ask again.
+        `grow` the device tier is another tensor: ask again. Waits for copies out of host memory
+        that are under way.
         """
         if tier not in ("device", "host"):
             raise ValueError(f'tier {tier!r}: expected "device" or "host"')
-        return self._device_tier if tier == "device" else self._host_tier
+        if tier == "host":
+            self._host_reads.wait()
+            return self._host_tier
+        self._order.enter()
+        return self._device_tier
 
     def layer(self, index: int) -> LayerCache:
         """A layer's key and value cache: views [blocks, block_size, kv_heads, head_dim]. O(1).
@@ -220,6 +228,7 @@ class BlockStorage:
     def _layer(self, index: int) -> list[Tensor]:
         if not 0 <= index < len(self._layers):
             raise IndexError(f"layer {index} does not exist; the storage has {len(self._layers)}")
+        self._order.enter()
         return self._views[index]
 
     def copy(self, copies: NDArray[np.int32]) -> None:
@@ -233,6 +242,7 @@ class BlockStorage:
             return
         copies = _as_copies(copies)
         _check_copies(copies, self.num_blocks, self.num_blocks, lowest=-1)
+        self._order.enter()
         # torch.tensor copies: arrays of a plan may be read-only, which torch cannot share.
         copy_blocks(self._device_tier, torch.tensor(copies, device=self.device))
 
@@ -240,8 +250,9 @@ class BlockStorage:
         """Carry out a plan: move blocks between device and host. O(n * block_bytes).
 
         A copy within one tier reads everything before it writes. On a GPU the copies run in order
-        on the current stream, and this call waits for those whose bytes the host may read next.
-        `ValueError` for a block that does not exist.
+        on the current stream, and this call waits for copies to the host. A copy out of the host
+        tier may still be under way afterwards: what writes to that tier next by way of this
+        storage waits for it. `ValueError` for a block that does not exist.
         """
         if not isinstance(plan, Plan):
             kind = type(plan).__name__
@@ -254,12 +265,17 @@ class BlockStorage:
         if plan.source == plan.destination:
             copy_blocks(source, torch.tensor(copies, device=source.device))
             return
-        _move(source, destination, copies)
+        event = streams.copy_across(source, destination, copies)
+        if event is not None:
+            self._host_reads.note(event)
 
-    def copy_from(self, other: BlockStorage, copies: NDArray[np.int32]) -> None:
+    def copy_from(self, other: BlockStorage, copies: NDArray[np.int32]) -> torch.cuda.Event | None:
         """Copy another storage's blocks for pairs (theirs, ours), int32 [n, 2]. O(n * block_bytes).
 
-        Between devices, and to and from storages in host memory; it waits as `apply` does.
+        Between devices, and to and from storages in host memory. Waits for copies to the host. A
+        copy out of host memory may be under way when this returns: the returned event is its end,
+        and the caller keeps their blocks from being written before. None if the copy is done, or
+        if later work on the device runs after it.
         `ValueError` for a block that does not exist, or where the layers or dtypes differ.
         """
         if (self.layers, self.dtype, self.kv_dtype, self.block_size) != (
@@ -268,15 +284,17 @@ class BlockStorage:
             raise ValueError(f"{other!r} keeps other blocks than {self!r}")
         copies = _as_copies(copies)
         _check_copies(copies, other.num_blocks, self.num_blocks, lowest=0)
-        if len(copies):
-            _move(other._device_tier, self._device_tier, copies)
+        if not len(copies):
+            return None
+        return streams.copy_across(other.tier(), self.tier(), copies)
 
     def grow(self, num_blocks: int) -> None:
         """Raise the device tier to `num_blocks`, keeping every byte. O(nbytes).
 
         Old and new tensor exist side by side for a moment. Views and tensors handed out before
-        still show the old storage. `ValueError` if that is fewer blocks than now; when memory
-        does not suffice, torch raises and nothing has changed.
+        still show the old storage. On a GPU the copy runs after what every stream was given to
+        write before, and before what they are given later. `ValueError` if that is fewer blocks
+        than now; when memory does not suffice, torch raises and nothing has changed.
         """
         self._resize(arguments.count("num_blocks", num_blocks, at_least=self.num_blocks))
 
@@ -292,10 +310,9 @@ class BlockStorage:
             return
         kept = min(num_blocks, self.num_blocks)
         with torch.inference_mode(False):
-            other = _like(self._device_tier, num_blocks, self._device_tier.shape[1])
+            other = self._new_device_tier(num_blocks, self._device_tier.shape[1])
             other[:kept].copy_(self._device_tier[:kept])
-            self._device_tier = other
-            self._views = self._layer_views()
+            self._replace_device_tier(other)
 
     def keep_layers(self, count: int) -> None:
         """Drop all layers but the first `count`, and the memory they took. O(nbytes).
@@ -311,13 +328,27 @@ class BlockStorage:
         _, run = self._layout(self._layers[:count])
         with torch.inference_mode(False):
             # A block's layers lie in order, so the first ones are the front of its run.
-            device_tier = _like(self._device_tier, self.num_blocks, run)
+            device_tier = self._new_device_tier(self.num_blocks, run)
             device_tier.copy_(self._device_tier[:, :run])
-            host_tier = _like(self._host_tier, self.num_host_blocks, run)
+            host_tier = allocate(
+                self.num_host_blocks, run, self._host_tier.dtype, "cpu", pinned=self._pinned[1]
+            )
             host_tier.copy_(self._host_tier[:, :run])
+            self._host_reads.wait()  # the old host tier goes
             self._layers = self._layers[:count]
-            self._device_tier, self._host_tier = device_tier, host_tier
-            self._views = self._layer_views()
+            self._host_tier = host_tier
+            self._replace_device_tier(device_tier)
+
+    def _new_device_tier(self, num_blocks: int, run: int) -> Tensor:
+        """Return other memory of the device tier's kind, which the current stream may fill."""
+        self._order.enter()
+        tier = self._device_tier
+        return allocate(num_blocks, run, tier.dtype, tier.device, pinned=self._pinned[0])
+
+    def _replace_device_tier(self, tier: Tensor) -> None:
+        self._order.replace(tier)
+        self._device_tier = tier
+        self._views = self._layer_views()
 
     def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[_Part]], int]:
         return _layout(self._block_size, layers, self._dtype, self._kv_dtype)
@@ -346,28 +377,6 @@ def _layout(
             start = -(-end // alignment) * alignment
         layout.append(parts)
     return layout, start
-
-
-def _like(tier: Tensor, num_blocks: int, run: int) -> Tensor:
-    """Other memory of the kind that `tier` is in."""
-    return allocate(num_blocks, run, tier.dtype, tier.device, pinned=tier.is_pinned())
-
-
-def _move(source: Tensor, destination: Tensor, copies: NDArray[np.int32]) -> None:
-    """Copy blocks from one tensor to another, on different devices as a rule."""
-    for start, target, count in _runs(copies):
-        destination[target : target + count].copy_(source[start : start + count], non_blocking=True)
-    # The other way round needs no wait: kernels that read the blocks queue behind the copies.
-    if source.is_cuda and not destination.is_cuda:
-        torch.cuda.current_stream(source.device).synchronize()
-
-
-def _runs(copies: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
-    """Pairs as runs of consecutive blocks (source, destination, blocks): fewer, larger copies."""
-    breaks = np.flatnonzero(np.any(np.diff(copies, axis=0) != 1, axis=1)) + 1
-    starts = [0, *breaks.tolist()]
-    for start, end in zip(starts, [*starts[1:], len(copies)], strict=True):
-        yield int(copies[start, 0]), int(copies[start, 1]), end - start
 
 
 def _as_copies(copies: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -3,19 +3,26 @@
 `maia` is a device that torch has a name for and nothing else. Within `boards()`, its tensors keep
 their numbers in ordinary ones, and every operation is done on those; but one that is given tensors
 of two devices is refused, as a real device would do, and what it makes is on its tensors' device.
+
+`late_copies()` queues copies from host memory to a board, which are then made when a program waits
+for them, or when the board computes something else: as late as a GPU may.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvpager import streams
 
 TYPE = "maia"
 _CPU = torch.device("cpu")
@@ -24,6 +31,7 @@ _numpy = torch.Tensor.numpy
 # What says where a tensor is or takes it elsewhere. Everything else is done on the numbers before
 # torch asks for the device's driver.
 _OF_THE_BOARD = {"__get__", "__set__", "to", "cpu", "detach", "requires_grad_"}
+_READS_NOTHING = {"__getitem__", "__get__", "element_size", "size", "stride", "dim"}
 # What moves numbers from one device to another.
 _MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.Tensor.copy_)
 
@@ -104,6 +112,63 @@ def boards() -> Iterator[Callable[[int], torch.device]]:
         yield lambda number: torch.device(TYPE, number)
 
 
+@dataclass(eq=False)
+class LateStream:
+    """A stream that makes its copies when it has to."""
+
+    copies: list[Callable[[], None]] = field(default_factory=list)
+    num_made: int = 0
+
+    def synchronize(self, number: int | None = None) -> None:
+        """Make the first `number` copies, or all of them."""
+        for copy in self.copies[self.num_made : number]:
+            copy()
+        self.num_made = max(self.num_made, len(self.copies) if number is None else number)
+
+    def record_event(self) -> LateEvent:
+        return LateEvent(self, len(self.copies))
+
+    def wait_stream(self, other: LateStream) -> None:
+        other.synchronize()
+
+
+@dataclass(frozen=True)
+class LateEvent:
+    """The end of the first `number` copies of a stream."""
+
+    stream: LateStream
+    number: int
+
+    def query(self) -> bool:
+        return self.stream.num_made >= self.number
+
+    def synchronize(self) -> None:
+        self.stream.synchronize(self.number)
+
+
+_late: list[LateStream] = []
+
+
+@contextmanager
+def late_copies() -> Iterator[LateStream]:
+    """Queue copies from host memory to devices on the stream that this yields."""
+    stream = LateStream()
+
+    def current_stream(device: torch.device) -> LateStream | None:
+        return stream if _is_board(device) else None
+
+    with (
+        mock.patch.object(streams, "current_stream", current_stream),
+        mock.patch.object(streams, "keep_for"),
+        mock.patch.object(streams, "is_capturing", return_value=False),
+    ):
+        _late.append(stream)
+        try:
+            yield stream
+        finally:
+            _late.remove(stream)
+
+
 def _is_board(device: object) -> bool:
     return isinstance(device, torch.device) and device.type == TYPE
 
@@ -114,6 +179,13 @@ def _on_boards(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> A
     with torch._C.DisableTorchFunctionSubclass():
         device = kwargs.get("device") or _common_device(func, tensors)
     outer = {id(t.inner): t for t in tensors if isinstance(t, BoardTensor)}
+    if _late and func is Tensor.copy_ and kwargs.get("non_blocking"):
+        target, source = args
+        if isinstance(target, BoardTensor) and not isinstance(source, BoardTensor):
+            _late[-1].copies.append(lambda: target.inner.copy_(source))
+            return target
+    if _late and func.__name__ not in _READS_NOTHING:
+        _late[-1].synchronize()
     args, kwargs = pytree.tree_map_only(BoardTensor, lambda t: t.inner, (args, kwargs))
     if _is_board(kwargs.get("device")):
         kwargs["device"] = _CPU

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
 import tiny_models  # noqa: E402
-from boards import boards  # noqa: E402
-from transformers import PreTrainedModel  # noqa: E402
+from boards import boards, late_copies  # noqa: E402
+from transformers import DynamicCache, PreTrainedModel  # noqa: E402
 
 import kvpager  # noqa: E402
+from kvpager.integrations.huggingface.pools import PagedPool  # noqa: E402
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("maia", 0), torch.device("maia", 1)
 SPLITS = {
@@ -200,6 +202,110 @@ def test_rows_that_no_device_has_room_for_are_read_from_host_memory(
             [SPLITS[split][0].type, "cpu"],
             ["cpu"],
         )
+
+
+def of_rows(cache: Any, column: slice) -> list[torch.Tensor]:
+    """Keys and values of some columns, as the CPU has them."""
+    layer = cache.layers[0]
+    return [torch.clone(each)[:, :, column].cpu() for each in (layer.keys, layer.values)]
+
+
+def host_of(cache: Any) -> PagedPool:
+    host: PagedPool = cache.groups[0].pool.host
+    return host
+
+
+def small_cache(num_blocks: int, num_host_blocks: int) -> kvpager.PagedCache:
+    """A cache of layers with 2 heads of 16 numbers, and room for some blocks in either memory."""
+    block_bytes = 2 * 4 * 2 * 16 * 4
+    return kvpager.PagedCache(
+        memory=num_blocks * block_bytes, host_memory=num_host_blocks * block_bytes, block_size=4
+    )
+
+
+def with_rows_on_the_host(states: list[torch.Tensor]) -> kvpager.PagedCache:
+    """A cache whose last two rows are in host memory; the second of them twice, so it is shared."""
+    cache = small_cache(6, 9)
+    cache.update(*(each.to(FIRST) for each in states), 0)
+    rows = cache.groups[0].rows
+    assert rows is not None
+    assert [share.rows.tolist() for share in rows.shares()] == [[0, 1], [2, 3]]
+    cache.batch_select_indices(torch.tensor([2, 3, 3]))
+    host = host_of(cache)
+    host.manager.free(host.allocate(3 * 4, None))  # it has all its 9 blocks from now on
+    return cache
+
+
+@on_boards
+def test_host_memory_is_not_written_while_a_copy_to_the_device_reads_it() -> None:
+    states = [torch.randn(4, 2, 10, 16) for _ in range(2)]
+    cache = with_rows_on_the_host(states)
+    host = host_of(cache)
+    one = [torch.randn(3, 2, 1, 16, device=FIRST) for _ in range(2)]
+    with late_copies() as stream:
+        # Row 0 returns to the device, and row 1 copies the block that it shares with row 2.
+        cache.groups[0].extend(3, 10, 1)
+        assert stream.num_made < len(stream.copies)
+        assert host.manager.num_held_blocks == 3 + 4
+        stream.synchronize()
+        host.settle()
+        assert host.manager.num_held_blocks == 4
+        cache.update(*one, 0)
+        rows = cache.groups[0].rows
+        assert rows is not None
+        assert [share.rows.tolist() for share in rows.shares()] == [[0], [1, 2]]
+        for found, before in zip(of_rows(cache, slice(0, 10)), states, strict=True):
+            assert torch.equal(found, before[[2, 3, 3]])
+
+
+@on_boards
+def test_host_memory_that_copies_still_read_is_waited_for_rather_than_missed() -> None:
+    states = [torch.randn(4, 2, 10, 16) for _ in range(2)]
+    cache = with_rows_on_the_host(states)
+    with late_copies():
+        cache.groups[0].extend(3, 10, 1)
+        host = host_of(cache)
+        assert host.manager.num_held_blocks == 7
+        # 2 of its 9 blocks are free, and 5 when the copy of the row that returned is over.
+        sequence = host.allocate(5 * 4, None)
+        assert host.manager.num_held_blocks == 9
+        host.manager.free(sequence)
+        for found, before in zip(of_rows(cache, slice(0, 10)), states, strict=True):
+            assert torch.equal(found, before[[2, 3, 3]])
+
+
+@on_boards
+@pytest.mark.parametrize("seed", [1, 2, 5])
+def test_any_history_with_late_copies_leaves_what_a_dynamic_cache_holds(seed: int) -> None:
+    torch.manual_seed(seed)
+    choices = random.Random(seed)
+    cache, plain = small_cache(16, 200), DynamicCache()
+    with late_copies() as stream:
+        for _ in range(60):
+            rows = len(plain.layers[0].keys) if plain.get_seq_length() else 3
+            what = choices.choice(["select", "crop", "copy", "wait", "update", "update"])
+            if what == "update" or not plain.get_seq_length():
+                columns = choices.randint(1, 5)
+                states = [torch.randn(rows, 2, columns, 16) for _ in range(2)]
+                plain.update(*states, 0)
+                cache.update(*(each.to(FIRST) for each in states), 0)
+            elif what == "select":
+                chosen = torch.tensor(choices.choices(range(rows), k=choices.randint(1, 6)))
+                plain.batch_select_indices(chosen)
+                cache.batch_select_indices(chosen)
+            elif what == "crop" and plain.get_seq_length() > 2:
+                columns = choices.randint(1, plain.get_seq_length() - 2)
+                plain.crop(-columns)
+                cache.crop(-columns)
+            elif what == "copy":
+                other = copy.deepcopy(cache)
+                cache, other = choices.sample([cache, other], 2)
+            else:
+                stream.synchronize()
+            stored = (plain.layers[0].keys, plain.layers[0].values)
+            for found, expected in zip(of_rows(cache, slice(None)), stored, strict=True):
+                assert torch.equal(found, expected)
+    assert stream.copies
 
 
 # ---------------------------------------------------------------- offloaded weights

@@ -86,6 +86,7 @@ class PagedPool:
         self.host = None if memory.host is None else memory.host.new_pool()
         self._storages: list[_Shelf] = []
         self._dropped: deque[Sequence] = deque()
+        self._leaving: deque[tuple[list[torch.cuda.Event], list[Sequence]]] = deque()
         self._held = self._most_held = 0  # when blocks were last taken, and at the most
 
     @property
@@ -221,15 +222,29 @@ class PagedPool:
             _fitting.check(layout_of(key, value), (kind,), lambda: check_append(*tensors, scales))
             append_checked(*tensors, scales=scales)
 
-    def copy_from(self, other: PagedPool, copies: NDArray[np.int32]) -> None:
-        """Copy blocks of the other tier's pool for pairs (theirs, ours), int32 [n, 2]. O(bytes)."""
+    def copy_from(self, other: PagedPool, copies: NDArray[np.int32]) -> list[torch.cuda.Event]:
+        """Copy blocks of the other tier's pool for pairs (theirs, ours), int32 [n, 2]. O(bytes).
+
+        Return the ends of the copies that may still read `other`, for its `free_after`.
+        """
         # Both pools meet the same layers, so that their storages match; one that only one of them
         # has could not be had in the other, and nothing was written to it yet.
         theirs = {(shelf.kind, shelf.first_layer): shelf.storage for shelf in other._storages}
-        for shelf in self._storages:
-            if (shelf.kind, shelf.first_layer) in theirs:
-                shelf.storage.copy_from(theirs[shelf.kind, shelf.first_layer], copies)
+        events = [
+            shelf.storage.copy_from(theirs[shelf.kind, shelf.first_layer], copies)
+            for shelf in self._storages
+            if (shelf.kind, shelf.first_layer) in theirs
+        ]
         self.memory.counters.arrived_blocks += len(copies)
+        return [event for event in events if event is not None]
+
+    def free_after(self, events: list[torch.cuda.Event], sequences: list[Sequence]) -> None:
+        """Free `sequences` when all `events` are over: until then copies read their blocks. O(1).
+
+        Until then nothing is written to the blocks. Other holders copy on write.
+        """
+        self._leaving.append((events, sequences))
+        self.settle()
 
     def discard(self, sequences: list[Sequence]) -> None:
         """Free `sequences` soon: safe to call from a finaliser, at any moment. O(1)."""
@@ -238,10 +253,21 @@ class PagedPool:
         self._dropped.extend(sequences)
 
     def settle(self) -> None:
-        """Free what finalisers left behind. O(blocks freed)."""
+        """Free what finalisers and finished copies left behind. O(blocks freed)."""
         with self.lock:
             while self._dropped:
                 self.manager.free(self._dropped.popleft())
+            while self._leaving and all(event.query() for event in self._leaving[0][0]):
+                self.manager.free(self._leaving.popleft()[1])
+
+    def _await_copies(self) -> int:
+        """Wait for the copies that still read the pool; return how many blocks that freed."""
+        free = self.manager.num_free_blocks
+        for events, _ in self._leaving:
+            for event in events:
+                event.synchronize()
+        self.settle()
+        return self.manager.num_free_blocks - free
 
     def _growing(self, need: int, operation: Callable[[], _T]) -> _T:
         """Do `operation`, which takes `need` blocks at the most, with more blocks where it must."""
@@ -255,7 +281,9 @@ class PagedPool:
         try:
             result = operation()
         except OutOfBlocks as error:
-            self._grow(error.need - error.free - error.evictable, error.need)
+            missing = error.need - error.free - error.evictable - self._await_copies()
+            if missing > 0:
+                self._grow(missing, error.need)
             result = operation()
         self.memory.counters.evicted_blocks += self.manager.num_evicted_blocks - evicted
         return result

@@ -223,8 +223,7 @@ class BatchRows:
             raise
         places = target.manager.block_tables(arrived)
         pairs = np.stack([tables[places >= 0], places[places >= 0]], axis=1)
-        target.copy_from(source, np.unique(pairs, axis=0))
-        source.manager.free(leaving)
+        source.free_after(target.copy_from(source, np.unique(pairs, axis=0)), leaving)
         sequences, on_host = list(self._sequences), self._on_host.copy()
         for row, sequence in zip(rows, arrived, strict=True):
             sequences[row] = sequence

@@ -62,7 +62,7 @@ class Part(NamedTuple):
         blocks = self.tables[used].long()
         tables = torch.full_like(self.tables, -1)
         tables[used] = torch.arange(len(blocks), dtype=tables.dtype)
-        key, value = (cache[blocks].to(device, non_blocking=True) for cache in self.caches())
+        key, value = (cache[blocks].to(device) for cache in self.caches())
         scales = self.scales()
         if scales is not None:
             scales = scales[0][blocks].to(device), scales[1][blocks].to(device)
