@@ -9,7 +9,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types tests conformance simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-throughput gpu clean
+.PHONY: help demo test lint format types tests conformance simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -73,6 +73,9 @@ bench-prompts: $(STAMP) ## what beams, shared beginnings and padding cost, paged
 
 bench-memory: $(STAMP) ## what keys and values take; draws it with ARGS='--plot FILE.svg'
 	@$(BIN)/python benchmarks/memory.py $(ARGS)
+
+bench-same-tokens: $(STAMP) ## share of replies equal to DynamicCache's, by dtype
+	@$(BIN)/python benchmarks/same_tokens.py $(ARGS)
 
 bench-throughput: $(STAMP) ## continuous batching beside its peers; vLLM with ARGS='--vllm-python PATH'
 	@$(BIN)/python benchmarks/throughput.py $(ARGS)

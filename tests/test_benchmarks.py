@@ -97,6 +97,14 @@ def test_generate_is_measured() -> None:
     assert found["generate_fp32_b1_64_vs_dynamic_cache"]["same_tokens"] == 1
 
 
+def test_the_share_of_equal_replies_is_measured_and_no_reply_is_wrong() -> None:
+    pytest.importorskip("transformers")
+    found = figures(run("same_tokens.py", "--quick", "--dtypes", "float32,bfloat16"))
+    assert found["same_tokens_float32_in_place"]["value"] == 100
+    assert found["same_tokens_bfloat16_gathered"]["value"] == 100
+    assert [line["wrong"] for line in found.values()] == [0] * 6
+
+
 def test_the_prompts_benchmark_measures_beams_reuse_batches_and_padding() -> None:
     pytest.importorskip("transformers")
     found = figures(

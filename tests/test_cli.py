@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -121,11 +122,37 @@ def test_differing_token_is_exit_code_1_and_says_where(monkeypatch: pytest.Monke
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert not found["identical"]
-    difference = scenario(found, "a")["difference"]
+    (difference,) = scenario(found, "a")["differences"]
     assert (difference["row"], difference["position"]) == (2, 5)
     assert difference["got"] == difference["expected"] + 1
-    assert difference["logit_margin"] > 0
+    assert difference["margin"] > difference["tolerance"] > 0
+    assert found["wrong"]
+    assert not difference["near_tie"]
     assert [scenario(found, key)["identical"] for key in "bcd"] == [True] * 3
+
+
+@needs_model
+def test_a_near_tie_is_named_and_is_exit_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = session.generate_paged
+
+    def other_side(engine: Any, scenario: Any) -> Any:
+        calls, paged = genuine(engine, scenario)
+        if scenario.key == "a":
+            rows = [list(row) for row in calls[0].rows]
+            rows[1][4] += 1
+            calls[0] = dataclasses.replace(calls[0], rows=rows)
+        return calls, paged
+
+    def level(engine: Any, ids: list[int], num_last: int) -> torch.Tensor:
+        return torch.ones(num_last, engine.model.config.vocab_size)
+
+    monkeypatch.setattr(session, "generate_paged", other_side)
+    monkeypatch.setattr(session.Engine, "logits", level)
+    result = call(*QUICK)
+    assert result.exit_code == 0
+    assert "1 of 4 rows took the other side of a near-tie: row 2, new token 5" in result.output
+    assert "equal within the rounding of float32" in " ".join(result.output.split())
+    assert "all outputs identical\n" not in result.output
 
 
 @needs_model

@@ -62,9 +62,15 @@ def show_result(console: Console, result: Result, settings: Settings) -> None:
 
 
 def _verdict(result: Result) -> Text:
-    if result.difference is not None:
+    if result.is_wrong:
         return Text(f" DIFFERENT from DynamicCache: {result.difference}", style="bold red")
     rows = len(result.texts)
+    if result.differences:
+        return Text(
+            f" {len(result.differences)} of {rows} rows took the other side of a near-tie: "
+            f"{result.difference}",
+            style="yellow",
+        )
     return Text(
         f" identical, token by token, to DynamicCache: {result.num_compared} tokens in {rows} "
         f"row{'s' if rows > 1 else ''}",
@@ -180,11 +186,11 @@ def show_summary(console: Console, results: Results) -> None:
     for name in ("Dynamic\nCache", "kvpager\nheld", "less", "prompt\nreused", "seconds,\none run"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results.scenarios:
-        same = result.difference is None
+        mark = " [bold red]DIFFERENT" if result.is_wrong else " [yellow]near-tie"
         saved = result.plain.reserved_bytes - result.paged.stats.held_bytes
         table.add_row(
             f"({result.scenario.key}) {escape(result.scenario.title)}"
-            + ("" if same else " [bold red]DIFFERENT"),
+            + (mark if result.differences else ""),
             size(result.plain.reserved_bytes),
             size(result.paged.stats.held_bytes),
             _percent(saved, result.plain.reserved_bytes),
@@ -196,7 +202,7 @@ def show_summary(console: Console, results: Results) -> None:
         )
     console.print(table)
     for result in results.scenarios:
-        if result.difference is not None:
+        if result.is_wrong:
             console.print(
                 f"outputs differ in scenario ({result.scenario.key}): {result.difference}",
                 style="bold red",
@@ -210,6 +216,13 @@ def show_summary(console: Console, results: Results) -> None:
     )
     if results.identical:
         console.print("all outputs identical", style="bold green")
+    elif not results.is_wrong:
+        console.print(
+            f"all outputs identical but for near-ties: two tokens whose logits are equal within "
+            f"the rounding of {results.dtype}",
+            style="bold yellow",
+            highlight=False,
+        )
 
 
 def _percent(part: int, whole: int) -> str:

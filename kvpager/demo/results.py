@@ -18,10 +18,10 @@ from kvpager.stats import BlockState
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first token that differs: where, which, and how close a choice it was.
+    """The first token of a row that differs, and how close a choice it was.
 
-    `logit_margin` is the logit of transformers' token less that of kvpager's, computed by
-    transformers; near 0, rounding decided.
+    `margin` is the log-probability of transformers' choice less that of kvpager's, both computed
+    by transformers without a cache. `tolerance` is how much of it rounding explains.
     """
 
     call: int
@@ -29,10 +29,20 @@ class Difference:
     position: int  # among the generated tokens
     expected: int | None
     got: int | None
-    logit_margin: float | None
+    margin: float | None
+    tolerance: float | None
+
+    @property
+    def is_near_tie(self) -> bool:
+        """True if rounding in the model's dtype explains the difference."""
+        if self.margin is None or self.tolerance is None:
+            return False
+        return abs(self.margin) <= self.tolerance
 
     def __str__(self) -> str:
-        margin = "" if self.logit_margin is None else f", logit margin {self.logit_margin:.3g}"
+        margin = ""
+        if self.margin is not None:
+            margin = f", margin {self.margin:.3g} (rounding: {self.tolerance:.3g})"
         call = f"call {self.call}, " if self.call else ""
         return (
             f"{call}row {self.row}, new token {self.position}: transformers {self.expected}, "
@@ -99,9 +109,19 @@ class Result:
     scenario: Scenario
     texts: tuple[RowText, ...]
     num_compared: int
-    difference: Difference | None
+    differences: tuple[Difference, ...]  # at most one for each row
     plain: Plain
     paged: Paged
+
+    @property
+    def difference(self) -> Difference | None:
+        """Return the difference to show: a wrong token before a near-tie."""
+        return min(self.differences, key=lambda found: found.is_near_tie, default=None)
+
+    @property
+    def is_wrong(self) -> bool:
+        """True if a token differs by more than rounding explains."""
+        return not all(found.is_near_tie for found in self.differences)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data. O(rows + blocks)."""
@@ -111,8 +131,12 @@ class Result:
             "key": self.scenario.key,
             "title": self.scenario.title,
             "rows": self.scenario.rows_alive,
-            "identical": self.difference is None,
-            "difference": self.difference and dataclasses.asdict(self.difference),
+            "identical": not self.differences,
+            "wrong": self.is_wrong,
+            "differences": [
+                {**dataclasses.asdict(found), "near_tie": found.is_near_tie}
+                for found in self.differences
+            ],
             "compared_tokens": self.num_compared,
             "texts": [dataclasses.asdict(text) for text in self.texts],
             "dynamic_cache": {
@@ -154,8 +178,13 @@ class Results:
 
     @property
     def identical(self) -> bool:
-        """Whether every token of every scenario is transformers' own."""
-        return all(result.difference is None for result in self.scenarios)
+        """True if every token of every scenario is transformers' own."""
+        return not any(result.differences for result in self.scenarios)
+
+    @property
+    def is_wrong(self) -> bool:
+        """True if any token differs by more than rounding explains."""
+        return any(result.is_wrong for result in self.scenarios)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, ready for `json.dumps`."""
@@ -168,5 +197,6 @@ class Results:
             "new_tokens": self.settings.new_tokens,
             "memory": self.settings.memory,
             "identical": self.identical,
+            "wrong": self.is_wrong,
             "scenarios": [result.as_json() for result in self.scenarios],
         }

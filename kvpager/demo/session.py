@@ -15,7 +15,8 @@ from rich.console import Console
 
 import kvpager
 from kvpager.demo import measuring, report
-from kvpager.demo.results import CallFigures, Difference, Paged, Plain, Result, Results, RowText
+from kvpager.demo.comparing import differences
+from kvpager.demo.results import CallFigures, Paged, Plain, Result, Results, RowText
 from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import BadInput, Settings
 from kvpager.errors import OutOfBlocks
@@ -107,11 +108,16 @@ class Engine:
             use_cache=True,
         )
 
+    @property
+    def eps(self) -> float:
+        """Return the distance from 1 to the next number of the model's dtype."""
+        return torch.finfo(self.model.dtype).eps
+
     @torch.inference_mode()
-    def logit_margin(self, ids: Row, expected: int, got: int) -> float:
-        """Transformers' logit of `expected` less that of `got`, after `ids`. O(tokens)."""
-        logits = self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
-        return float(logits[expected].float() - logits[got].float())
+    def logits(self, ids: Row, num_last: int) -> torch.Tensor:
+        """Return float32 logits [num_last, vocabulary] at the last positions. O(tokens)."""
+        output = self.model(torch.tensor([ids], device=self.device), use_cache=False)
+        return output.logits[0, -num_last:].float()  # type: ignore[no-any-return]
 
 
 def _load(settings: Settings, device: torch.device) -> tuple[Any, Any]:
@@ -232,27 +238,6 @@ def _call_figures(prompts: tuple[Row, ...], before: PatchStats, after: PatchStat
 # -------------------------------------------------------------------- comparing
 
 
-def first_difference(
-    engine: Engine, expected: Sequence[Generated], got: Sequence[Generated]
-) -> Difference | None:
-    """Where kvpager's tokens first differ from transformers'. O(tokens)."""
-    for number, (theirs, ours) in enumerate(zip(expected, got, strict=True), start=1):
-        call = number if len(expected) > 1 else 0
-        for row, (a, b) in enumerate(zip(theirs.rows, ours.rows, strict=True)):
-            if a == b:
-                continue
-            pairs = zip(a, b, strict=False)
-            shorter = min(len(a), len(b))
-            at = next((i for i, (x, y) in enumerate(pairs) if x != y), shorter)
-            margin = None
-            if at < shorter:
-                prompt = theirs.prompts[row * len(theirs.prompts) // len(theirs.rows)]
-                margin = engine.logit_margin(prompt + a[:at], a[at], b[at])
-            expected_id, got_id = (line[at] if at < len(line) else None for line in (a, b))
-            return Difference(call, row + 1, at + 1, expected_id, got_id, margin)
-    return None
-
-
 def compare(engine: Engine, scenario: Scenario) -> Result:
     """Run one scenario on both sides."""
     expected, plain = generate_plain(engine, scenario)
@@ -266,7 +251,7 @@ def compare(engine: Engine, scenario: Scenario) -> Result:
         scenario=scenario,
         texts=texts,
         num_compared=sum(len(row) for call in expected for row in call.rows),
-        difference=first_difference(engine, expected, got),
+        differences=tuple(differences(engine, expected, got, beams=scenario.num_beams > 1)),
         plain=plain,
         paged=paged,
     )
