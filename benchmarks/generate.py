@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kvpager
 from benchmarks import timing
+from kvpager.integrations.huggingface.releases import with_cache
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
@@ -126,7 +127,7 @@ class Contender:
         output = self.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
-            past_key_values=self.cache,
+            **with_cache({}, self.cache),
             max_new_tokens=self.new,
             do_sample=False,
             logits_processor=LogitsProcessorList([stamps]),

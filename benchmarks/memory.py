@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kvpager
 from benchmarks import timing
+from kvpager.integrations.huggingface.releases import cache_of
 
 ROWS, SHORTEST, NEW, VOCAB = 16, 32, 16, 4096
 MIB = 1 << 20
@@ -90,7 +91,7 @@ def run(model: LlamaForCausalLM, lengths: list[int], **options: Any) -> tuple[to
         **padded(lengths), max_new_tokens=NEW + 1, do_sample=False,
         return_dict_in_generate=True, **options,
     )  # fmt: skip
-    return result.sequences, result.past_key_values
+    return result.sequences, cache_of(result)
 
 
 def tensor_bytes(cache: Cache) -> int:

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kvpager
 from benchmarks import timing
 from benchmarks.generate import DTYPES, Stamps, small_llama
+from kvpager.integrations.huggingface.releases import cache_of
 
 BEAMS = 8
 VOCAB = 4096
@@ -150,7 +151,7 @@ def padding(dtype: str, lines: timing.Lines, options: argparse.Namespace) -> Non
             ids, attention_mask=mask, max_new_tokens=17, do_sample=False,
             return_dict_in_generate=True,
         )  # fmt: skip
-        return result.past_key_values
+        return cache_of(result)
 
     cache = run(plain)
     dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -12,6 +12,7 @@
     └── BrokenInvariant      `check()` found the books wrong: a bug, never an operating condition
 
 Bad arguments raise `ValueError` or `TypeError` with the value, the bound and what to do.
+A transformers that is newer than every tested release gives an `UntestedReleaseWarning`.
 """
 
 from __future__ import annotations
@@ -100,3 +101,7 @@ class RequestExpired(KVPagerError):
 
 class RequestFailed(KVPagerError):
     """The request could not be computed; the error it met is the cause (`__cause__`)."""
+
+
+class UntestedReleaseWarning(UserWarning):
+    """The installed transformers is newer than every release that kvpager was tested with."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import tiny_models
 import torch
+from cache_name import NAME, passing
 from conformance_case import EQUAL, Case, at_least, attempted, run, text
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
@@ -40,7 +41,7 @@ def _continued_twice(
     inputs = {name: tensor.repeat_interleave(rows, dim=0) for name, tensor in inputs.items()}
     replies = []
     for suffix in suffixes:
-        cache = taken(first.get("past_key_values"))
+        cache = taken(first.get(NAME))
         replies.append(_continued(case, inputs, first.sequences, cache, suffix))
         replies.append(cache_of(cache).get_seq_length() if cache is not None else None)
     return replies
@@ -49,10 +50,10 @@ def _continued_twice(
 def _continued(case: Case, inputs: Any, sequences: Any, cache: Any, suffix: list[int]) -> Any:
     ids = torch.cat([sequences, torch.tensor([suffix]).repeat(len(sequences), 1)], dim=1)
     if case.has_encoder:
-        return text(case, {**inputs, "decoder_input_ids": ids}, past_key_values=cache)
+        return text(case, {**inputs, "decoder_input_ids": ids}, **passing(cache))
     mask = torch.ones_like(ids)
     mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
-    return text(case, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
+    return text(case, {"input_ids": ids, "attention_mask": mask}, **passing(cache))
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def own_cache(case: Case) -> Any:
         inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, :8]
     for stop in (8, 9, 10, ids.shape[1]):
         piece = {name: ids[:, start:stop], **always, **inputs}
-        logits.append(case.model(**piece, past_key_values=cache, use_cache=True).logits)
+        logits.append(case.model(**piece, **passing(cache), use_cache=True).logits)
         start, inputs = stop, {}  # an image is seen in the first piece
     return {"logits": logits, "cache": format_of(cache)}
 
@@ -85,21 +86,18 @@ def _empty_cache(case: Case) -> Any:
 def given_cache(case: Case) -> Any:
     """An empty cache that the caller passes to `generate`, twice."""
     cache = _empty_cache(case)
-    first = text(case, past_key_values=cache, max_new_tokens=5)
+    first = text(case, **passing(cache), max_new_tokens=5)
     return first, cache_of(cache).get_seq_length()
 
 
 def cache_format(case: Case) -> Any:
-    return [
-        format_of(run(case, case.inputs(EQUAL), num_beams=beams).get("past_key_values"))
-        for beams in (1, 2)
-    ]
+    return [format_of(run(case, case.inputs(EQUAL), num_beams=beams).get(NAME)) for beams in (1, 2)]
 
 
 def cache_operations(case: Case) -> Any:
     """Each on a copy of one cache; what the copy shows afterwards, or how it was refused."""
     found: dict[str, Any] = {}
-    whole = run(case, case.inputs(EQUAL), max_new_tokens=5).get("past_key_values")
+    whole = run(case, case.inputs(EQUAL), max_new_tokens=5).get(NAME)
     for name, change in _OPERATIONS.items():
         if "crop" in name and not _crops(whole):
             continue

@@ -24,6 +24,7 @@ import conformance
 import tiny_models
 import torch
 import transformers
+from cache_name import NAME
 from conformance_caches import cache_of
 from conformance_case import run
 
@@ -85,7 +86,7 @@ def _look(record: Record) -> None:
             continue
         case = conformance.case_of(record.name, attention)
         with conformance.paged(case, conformance.VARIANTS["in place"]) as patch:
-            cache = run(case).get("past_key_values")
+            cache = run(case).get(NAME)
             stats = patch.stats()
         how = {"in place": stats.in_place_reads, "gathered": stats.gathers}
         record.reads[str(attention)] = ", ".join(way for way, count in how.items() if count) or "-"

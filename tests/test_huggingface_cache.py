@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of, passing
 
 transformers = pytest.importorskip("transformers")
 hypothesis = pytest.importorskip("hypothesis")
@@ -68,9 +69,9 @@ def test_a_returned_cache_continues(name: str, batch: str, prefix_cache: bool) -
     def turns() -> list[torch.Tensor]:
         first = generate(model, inputs)
         second_inputs = longer(first, inputs["attention_mask"], more)
-        second = generate(model, second_inputs, past_key_values=first.past_key_values)
+        second = generate(model, second_inputs, **passing(cache_of(first)))
         third_inputs = longer(second, second_inputs["attention_mask"])
-        third = generate(model, third_inputs, past_key_values=second.past_key_values)
+        third = generate(model, third_inputs, **passing(cache_of(second)))
         return [first.sequences, second.sequences, third.sequences]
 
     plain = turns()
@@ -90,10 +91,10 @@ def test_copies_of_one_prompt_continue_apart(name: str, batch: str) -> None:
         results = []
         for seed in (1, 2, 1):
             step = longer(first, inputs["attention_mask"], more_ids(len(BATCHES[batch]), seed))
-            twin = copy.deepcopy(first.past_key_values)
-            results.append(tokens(model, step, past_key_values=twin))
+            twin = copy.deepcopy(cache_of(first))
+            results.append(tokens(model, step, **passing(twin)))
         step = longer(first, inputs["attention_mask"], more_ids(len(BATCHES[batch]), 3))
-        results.append(tokens(model, step, past_key_values=first.past_key_values))
+        results.append(tokens(model, step, **passing(cache_of(first))))
         return results
 
     plain = continuations()
@@ -106,11 +107,11 @@ def test_a_copy_shares_every_block() -> None:
     with kvpager.patch(model) as patch:
         first = generate(model, tiny_models.prompts([40]))
         before = patch.stats()
-        twins = [copy.deepcopy(first.past_key_values) for _ in range(5)]
+        twins = [copy.deepcopy(cache_of(first)) for _ in range(5)]
         after = patch.stats()
         assert after.num_held_blocks == before.num_held_blocks == after.num_shared_blocks
         step = longer(first, torch.ones(1, 40, dtype=torch.long))
-        generate(model, step, past_key_values=twins[0], max_new_tokens=1)
+        generate(model, step, **passing(twins[0]), max_new_tokens=1)
         assert patch.stats().num_held_blocks == before.num_held_blocks + 1
         assert patch.stats().copied_blocks == 1
 
@@ -120,14 +121,14 @@ def test_copies_of_copies_and_the_death_of_the_original() -> None:
     inputs = tiny_models.prompts([21, 6])
     first = generate(model, inputs)
     step = longer(first, inputs["attention_mask"], more_ids(2, seed=1))
-    plain = tokens(model, step, past_key_values=first.past_key_values)
+    plain = tokens(model, step, **passing(cache_of(first)))
     with kvpager.patch(model) as patch:
         first = generate(model, inputs)
-        twin = copy.deepcopy(copy.deepcopy(first.past_key_values))
+        twin = copy.deepcopy(copy.deepcopy(cache_of(first)))
         del first
         gc.collect()
         generate(model, inputs)  # would overwrite blocks that were given back too early
-        assert torch.equal(tokens(model, step, past_key_values=twin), plain)
+        assert torch.equal(tokens(model, step, **passing(twin)), plain)
         del twin
         gc.collect()
         assert patch.stats().num_held_blocks == 0
@@ -140,9 +141,9 @@ def test_beams_continue_from_a_returned_cache() -> None:
     def run() -> torch.Tensor:
         first = generate(model, inputs)
         step = longer(first, inputs["attention_mask"], more_ids(1, seed=1))
-        cache = first.past_key_values
+        cache = cache_of(first)
         cache.batch_repeat_interleave(3)
-        return tokens(model, step, past_key_values=cache, num_beams=3, num_return_sequences=3)
+        return tokens(model, step, **passing(cache), num_beams=3, num_return_sequences=3)
 
     plain = run()
     with kvpager.patch(model):
@@ -155,7 +156,7 @@ def test_continuing_past_left_padding_without_its_mask_is_an_error() -> None:
         first = generate(model, tiny_models.prompts([21, 6]))
         inputs = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
         with pytest.raises(ValueError, match="attention_mask"):
-            generate(model, inputs, past_key_values=first.past_key_values)
+            generate(model, inputs, **passing(cache_of(first)))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -172,7 +173,7 @@ def test_a_left_padded_cache_continues_by_hand(name: str) -> None:
                 first.sequences[:, -1:],
                 attention_mask=step["attention_mask"],
                 position_ids=positions,
-                past_key_values=first.past_key_values,
+                **passing(cache_of(first)),
             )
         return [first.sequences, output.logits]
 
@@ -196,7 +197,7 @@ def test_kvpager_can_be_asked_for_by_name(name: str) -> None:
         result = generate(model, inputs, cache_implementation="kvpager")
         assert torch.equal(result.sequences, plain)
         assert patch.stats().peak_held_bytes == 0
-    cache = result.past_key_values
+    cache = cache_of(result)
     cache = getattr(cache, "self_attention_cache", cache)
     assert isinstance(cache, kvpager.PagedCache)
     assert cache.memory.counters.peak_held_bytes > 0
@@ -215,11 +216,11 @@ def test_a_paged_cache_can_be_passed(
     model = model_named(name)
     inputs = tiny_models.prompts(BATCHES[batch])
     plain_cache = DynamicCache(config=model.config) if with_config else DynamicCache()
-    plain = tokens(model, inputs, past_key_values=plain_cache, **mode)
+    plain = tokens(model, inputs, **passing(plain_cache), **mode)
     cache = kvpager.PagedCache(model.config if with_config else None)
     patch = kvpager.patch(model) if patched else None
     try:
-        assert torch.equal(tokens(model, inputs, past_key_values=cache, **mode), plain)
+        assert torch.equal(tokens(model, inputs, **passing(cache), **mode), plain)
     finally:
         if patch is not None:
             patch.undo()
@@ -233,7 +234,7 @@ def test_an_explicit_dynamic_cache_is_paged_while_patched() -> None:
     plain = tokens(model, inputs)
     with kvpager.patch(model) as patch:
         for cache in (DynamicCache(), DynamicCache(config=model.config)):
-            assert torch.equal(tokens(model, inputs, past_key_values=cache), plain)
+            assert torch.equal(tokens(model, inputs, **passing(cache)), plain)
             assert type(cache) is kvpager.PagedCache
         assert patch.stats().num_held_blocks > 0
 
@@ -243,10 +244,10 @@ def test_a_dynamic_cache_filled_before_the_patch_stays_what_it_is() -> None:
     inputs = tiny_models.prompts([13, 9])
     first = generate(model, inputs)
     step = longer(first, inputs["attention_mask"], more_ids(2, 1))
-    plain = tokens(model, step, past_key_values=copy.deepcopy(first.past_key_values))
+    plain = tokens(model, step, **passing(copy.deepcopy(cache_of(first))))
     with kvpager.patch(model):
-        assert torch.equal(tokens(model, step, past_key_values=first.past_key_values), plain)
-        assert type(first.past_key_values) is DynamicCache
+        assert torch.equal(tokens(model, step, **passing(cache_of(first))), plain)
+        assert type(cache_of(first)) is DynamicCache
 
 
 @pytest.mark.parametrize("implementation", ["static", "quantized"])
@@ -266,7 +267,7 @@ def test_other_kinds_of_cache_are_left_alone(implementation: str) -> None:
         found = generate(model, tiny_models.prompts([13, 9]), **options)
         assert patch.stats().num_blocks == 0
     assert torch.equal(found.sequences, plain.sequences)
-    assert type(found.past_key_values) is type(plain.past_key_values)
+    assert type(cache_of(found)) is type(cache_of(plain))
 
 
 # ---------------------------------------------------------------- contents
@@ -275,9 +276,9 @@ def test_other_kinds_of_cache_are_left_alone(implementation: str) -> None:
 def test_iterating_gives_keys_values_and_windows() -> None:
     for name in ("llama", "gemma3"):
         model = model_named(name)
-        plain = generate(model, tiny_models.prompts([13, 13])).past_key_values
+        plain = cache_of(generate(model, tiny_models.prompts([13, 13])))
         with kvpager.patch(model):
-            paged = generate(model, tiny_models.prompts([13, 13])).past_key_values
+            paged = cache_of(generate(model, tiny_models.prompts([13, 13])))
         assert len(paged) == len(plain)
         for (key, value, window), (*expected, expected_window) in zip(paged, plain, strict=True):
             torch.testing.assert_close(torch.clone(key), expected[0], atol=1e-5, rtol=1e-5)
@@ -289,7 +290,7 @@ def test_iterating_gives_keys_values_and_windows() -> None:
 def test_a_cache_can_be_made_from_what_iteration_gave() -> None:
     model = model_named("llama")
     with kvpager.patch(model):
-        paged = generate(model, tiny_models.prompts([13, 13])).past_key_values
+        paged = cache_of(generate(model, tiny_models.prompts([13, 13])))
         again = DynamicCache(ddp_cache_data=list(paged), config=model.config)
         assert again.get_seq_length() == paged.get_seq_length()
         for found, expected in zip(again, paged, strict=True):
@@ -300,7 +301,7 @@ def test_a_cache_can_be_made_from_what_iteration_gave() -> None:
 def test_padding_reads_as_zeros() -> None:
     model = model_named("llama")
     with kvpager.patch(model):
-        cache = generate(model, tiny_models.prompts([13, 9])).past_key_values
+        cache = cache_of(generate(model, tiny_models.prompts([13, 9])))
         assert not cache.layers[0].keys[1, :, :4].any()
         assert cache.layers[0].keys[1, :, 4:].any()
 
@@ -308,9 +309,9 @@ def test_padding_reads_as_zeros() -> None:
 def test_the_caches_attributes_are_those_of_a_dynamic_cache() -> None:
     for name in ("llama", "gemma3", "qwen3_next"):
         model = model_named(name)
-        plain = generate(model, tiny_models.prompts([13, 13])).past_key_values
+        plain = cache_of(generate(model, tiny_models.prompts([13, 13])))
         with kvpager.patch(model):
-            paged = generate(model, tiny_models.prompts([13, 13])).past_key_values
+            paged = cache_of(generate(model, tiny_models.prompts([13, 13])))
         for attribute in (
             "is_sliding",
             "is_initialized",
@@ -336,7 +337,7 @@ def test_the_caches_attributes_are_those_of_a_dynamic_cache() -> None:
 def test_handles_behave_as_tensors() -> None:
     model = model_named("llama")
     with kvpager.patch(model):
-        keys = generate(model, tiny_models.prompts([13, 13])).past_key_values.layers[1].keys
+        keys = cache_of(generate(model, tiny_models.prompts([13, 13]))).layers[1].keys
         dense = torch.clone(keys)
         assert isinstance(keys, torch.Tensor)
         assert (keys.shape, keys.dtype, keys.device) == (dense.shape, dense.dtype, dense.device)
@@ -362,7 +363,7 @@ def test_handles_behave_as_tensors() -> None:
 def test_a_serialised_handle_is_a_plain_tensor() -> None:
     model = model_named("llama")
     with kvpager.patch(model):
-        keys = generate(model, tiny_models.prompts([13, 13])).past_key_values.layers[1].keys
+        keys = cache_of(generate(model, tiny_models.prompts([13, 13]))).layers[1].keys
         rebuild, arguments = keys.__reduce_ex__(2)[:2]
         loaded = rebuild(*arguments)
         assert type(loaded) is torch.Tensor
@@ -388,7 +389,7 @@ def test_a_serialised_handle_is_a_plain_tensor() -> None:
 def test_held_keys_do_not_see_later_changes(change: Any) -> None:
     model = model_named("llama")
     with kvpager.patch(model), torch.no_grad():
-        cache = generate(model, tiny_models.prompts([13, 13])).past_key_values
+        cache = cache_of(generate(model, tiny_models.prompts([13, 13])))
         expected = [torch.clone(layer.keys) for layer in cache.layers]
         held = [layer.keys for layer in cache.layers]
         change(cache)
@@ -399,13 +400,13 @@ def test_held_keys_do_not_see_later_changes(change: Any) -> None:
 def test_held_keys_outlive_the_cache_and_the_patch() -> None:
     model = model_named("llama")
     with kvpager.patch(model) as patch:
-        cache = generate(model, tiny_models.prompts([13, 13])).past_key_values
+        cache = cache_of(generate(model, tiny_models.prompts([13, 13])))
         expected, held = torch.clone(cache.layers[0].keys), cache.layers[0].keys
         del cache
         gc.collect()
         generate(model, tiny_models.prompts([30, 30], seed=9))
         assert torch.equal(held, expected)
-        held = generate(model, tiny_models.prompts([13, 13])).past_key_values.layers[0].keys
+        held = cache_of(generate(model, tiny_models.prompts([13, 13]))).layers[0].keys
         del patch
     gc.collect()
     assert torch.equal(held, expected)
@@ -417,11 +418,11 @@ def test_keys_may_be_assigned() -> None:
 
     def run() -> torch.Tensor:
         first = generate(model, inputs)
-        for layer in first.past_key_values.layers:
+        for layer in cache_of(first).layers:
             layer.keys = layer.keys * 1.0
             layer.values = layer.values * 1.0
         step = longer(first, inputs["attention_mask"], more_ids(2, 1))
-        return tokens(model, step, past_key_values=first.past_key_values)
+        return tokens(model, step, **passing(cache_of(first)))
 
     plain = run()
     with kvpager.patch(model):
@@ -629,7 +630,7 @@ def test_a_cache_cropped_to_nothing_shows_empty_keys_and_values(name: str) -> No
         model = model_named(name)
         cache = kvpager.PagedCache(model.config) if paged else DynamicCache(config=model.config)
         with torch.no_grad():
-            model(**tiny_models.prompts([5, 5]), past_key_values=cache)
+            model(**tiny_models.prompts([5, 5]), **passing(cache))
         cache.crop(-cache.get_seq_length())
         shown.append([(layer.keys + 0, layer.values + 0) for layer in cache.layers])
     torch.testing.assert_close(shown[1], shown[0])

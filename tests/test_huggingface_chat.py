@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of, passing
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -132,13 +133,13 @@ def by_another_model(model: Any, said: Tensor, cache: Any) -> Tensor:
 def by_hand(model: Any, said: Tensor, cache: Any) -> Tensor:
     extra = random_ids(1, 40, seed=6)
     with torch.no_grad():
-        model(extra, past_key_values=cache, position_ids=torch.arange(500, 540)[None])
+        model(extra, **passing(cache), position_ids=torch.arange(500, 540)[None])
     return go_on(model, torch.cat([said[:, :-1], extra, extra[:, :1]], dim=1), cache)
 
 
 def go_on(model: Any, said: Tensor, cache: Any, **options: Any) -> Tensor:
     tokens: Tensor = model.generate(
-        said, past_key_values=cache, max_new_tokens=24, do_sample=False, eos_token_id=None,
+        said, **passing(cache), max_new_tokens=24, do_sample=False, eos_token_id=None,
         **options,
     )  # fmt: skip
     return tokens
@@ -155,7 +156,7 @@ def test_a_cache_that_is_gone_on_with_teaches_nothing(continued: Any) -> None:
             return_dict_in_generate=True,
         )  # fmt: skip
         said = result.sequences
-        later = continued(model, said.clone(), result.past_key_values)
+        later = continued(model, said.clone(), cache_of(result))
         # As it was edited, and as the true reply would have gone on.
         asked = [later, torch.cat([said[:, -1:], later[:, said.shape[1] :]], dim=1)]
         asked[1] = torch.cat([said[:, :-1], asked[1]], dim=1)
@@ -191,7 +192,7 @@ def test_a_reply_in_one_namespace_is_unknown_in_another() -> None:
                 return_dict_in_generate=True,
             )  # fmt: skip
         with patch.namespace("b"):
-            said = go_on(model, first.sequences, first.past_key_values)
+            said = go_on(model, first.sequences, cache_of(first))
         with patch.namespace("a"):
             _, cached = hits(patch, lambda: generate(model, said))
     assert cached <= 16
@@ -242,4 +243,4 @@ def test_without_a_prefix_cache_nobody_listens() -> None:
     model, prompt = tiny_models.tiny_model("llama"), random_ids(1, 30, seed=9)
     with kvpager.patch(model):
         result = model.generate(prompt, max_new_tokens=4, return_dict_in_generate=True)
-        assert result.past_key_values.groups[0].prompt is None
+        assert cache_of(result).groups[0].prompt is None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of, passing
 
 transformers = pytest.importorskip("transformers")
 
@@ -107,7 +108,7 @@ def test_tokens_are_those_of_transformers(name: str, backend: str) -> None:
             found = generate(model, lengths, **options)
             expected = generate(plain, lengths, **options).sequences
             assert torch.equal(found.sequences, expected), mode
-            paged_layers(found.past_key_values)
+            paged_layers(cache_of(found))
         stats = patch.stats()
     assert (stats.in_place_reads > 0) == (name != "deepseek_v3")
     # `eager` runs a graph as it was traced, with the reads that nobody needs.
@@ -122,7 +123,7 @@ def test_every_backend_gives_the_same_tokens(short_llama: PreTrainedModel, backe
         found = generate(model, [13, 9])
         assert patch.stats().in_place_reads == 5
     assert torch.equal(found.sequences, expected)
-    paged_layers(found.past_key_values)
+    paged_layers(cache_of(found))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
@@ -193,11 +194,11 @@ def test_a_fork_is_served_by_the_graph_of_the_original(llama: PreTrainedModel) -
     cache = kvpager.PagedCache(llama.config)
     with torch.no_grad():
         for columns in (ids, ids[:, :1], ids[:, 1:2]):
-            call(input_ids=columns, past_key_values=cache)
+            call(input_ids=columns, **passing(cache))
         graphs, fork = num_graphs(), copy.deepcopy(cache)
-        found = call(input_ids=ids[:, 2:3], past_key_values=fork).logits
-        call(input_ids=ids[:, 5:6], past_key_values=cache)
-        again = call(input_ids=ids[:, 3:4], past_key_values=fork).logits
+        found = call(input_ids=ids[:, 2:3], **passing(fork)).logits
+        call(input_ids=ids[:, 5:6], **passing(cache))
+        again = call(input_ids=ids[:, 3:4], **passing(fork)).logits
         whole = llama(input_ids=torch.cat([ids, ids[:, :4]], dim=1)).logits
     assert num_graphs() == graphs
     torch.testing.assert_close(torch.cat([found, again], dim=1), whole[:, -2:], atol=1e-4, rtol=0)
@@ -211,37 +212,37 @@ Program = Callable[[Model, Cache, torch.Tensor], Any]
 
 def two_chunks(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
     chunks = (ids[:, :7], ids[:, 7:])
-    return [model(input_ids=chunk, past_key_values=cache).logits for chunk in chunks]
+    return [model(input_ids=chunk, **passing(cache)).logits for chunk in chunks]
 
 
 def a_cache_that_is_cut(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
-    model(input_ids=ids, past_key_values=cache)
+    model(input_ids=ids, **passing(cache))
     cache.crop(-4)
-    return [model(input_ids=part, past_key_values=cache).logits for part in ids.split(3, 1)]
+    return [model(input_ids=part, **passing(cache)).logits for part in ids.split(3, 1)]
 
 
 def a_cache_that_begins_anew(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
-    model(input_ids=ids, past_key_values=cache)
+    model(input_ids=ids, **passing(cache))
     cache.reset()
     return two_chunks(model, cache, ids[:1])
 
 
 def a_batch_that_is_reordered(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
-    model(input_ids=ids, past_key_values=cache)
+    model(input_ids=ids, **passing(cache))
     cache.reorder_cache(torch.tensor([1, 1]))
-    return model(input_ids=ids[:, :3], past_key_values=cache).logits
+    return model(input_ids=ids[:, :3], **passing(cache)).logits
 
 
 def keys_that_are_looked_at(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
-    model(input_ids=ids, past_key_values=cache)
+    model(input_ids=ids, **passing(cache))
     return [tensor * 2 for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def a_fork_that_goes_on(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
-    model(input_ids=ids, past_key_values=cache)
+    model(input_ids=ids, **passing(cache))
     fork = copy.deepcopy(cache)
-    model(input_ids=ids[:, :2], past_key_values=cache)
-    return model(input_ids=ids[:, 3:6], past_key_values=fork).logits
+    model(input_ids=ids[:, :2], **passing(cache))
+    return model(input_ids=ids[:, 3:6], **passing(fork)).logits
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_a_program_gives_what_it_gives_uncompiled(llama: PreTrainedModel, progra
 def test_keys_that_were_stored_before_can_be_looked_at(short_llama: PreTrainedModel) -> None:
     cache = kvpager.PagedCache(short_llama.config)
     with torch.no_grad():
-        short_llama(**tiny_models.prompts([13, 13, 13]), past_key_values=cache)
+        short_llama(**tiny_models.prompts([13, 13, 13]), **passing(cache))
     cache.batch_select_indices(torch.tensor([2, 0]))
     look = torch.compile(lambda layer: (layer.keys + 1, layer.values + 1), fullgraph=True,
                          backend="aot_eager")  # fmt: skip
@@ -305,7 +306,7 @@ def test_a_cache_is_filled_where_nothing_else_is_asked_for(
     ids = tiny_models.prompts([13, 13])["input_ids"]
 
     def fill(cache: kvpager.PagedCache) -> None:
-        short_llama.model(input_ids=ids, past_key_values=cache)
+        short_llama.model(input_ids=ids, **passing(cache))
 
     cache, expected = kvpager.PagedCache(short_llama.config), kvpager.PagedCache(short_llama.config)
     with torch.no_grad():
@@ -334,14 +335,14 @@ def test_a_graph_break_before_attention_changes_no_token(short_llama: PreTrained
             AttentionInterface.register("sdpa", ours)
     assert counters["graph_break"]
     assert torch.equal(found.sequences, expected)
-    paged_layers(found.past_key_values)
+    paged_layers(cache_of(found))
 
 
 def test_a_cache_without_a_configuration_is_paged_as_well(short_llama: PreTrainedModel) -> None:
     ids = tiny_models.prompts([13])["input_ids"]
     call, cache = torch.compile(short_llama, backend="eager"), kvpager.PagedCache()
     with torch.no_grad():
-        parts = [call(input_ids=part, past_key_values=cache).logits for part in ids.split(5, 1)]
+        parts = [call(input_ids=part, **passing(cache)).logits for part in ids.split(5, 1)]
         whole = short_llama(input_ids=ids).logits
     assert len(paged_layers(cache)) == 1
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
@@ -353,10 +354,10 @@ def test_it_does_not_matter_in_which_mode_a_cache_was_made(short_llama: PreTrain
     with torch.inference_mode():
         cache = kvpager.PagedCache(short_llama.config)
     with torch.no_grad():
-        first = call(input_ids=ids[:, :5], past_key_values=cache).logits
+        first = call(input_ids=ids[:, :5], **passing(cache)).logits
         whole = short_llama(input_ids=ids).logits
     with torch.inference_mode():
-        second = call(input_ids=ids[:, 5:], past_key_values=cache).logits
+        second = call(input_ids=ids[:, 5:], **passing(cache)).logits
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole, atol=1e-4, rtol=0)
 
 
@@ -368,7 +369,7 @@ def test_layers_that_need_gradients_leave_their_blocks(short_llama: PreTrainedMo
 
     def gradients(call: Any) -> list[torch.Tensor]:
         cache = kvpager.PagedCache(short_llama.config)
-        call(input_ids=ids, past_key_values=cache).logits.square().mean().backward()
+        call(input_ids=ids, **passing(cache)).logits.square().mean().backward()
         assert not cache.paged_layers()
         found = [p.grad for p in short_llama.parameters() if p.grad is not None]
         short_llama.zero_grad()
@@ -383,7 +384,7 @@ def test_a_cache_that_compiled_code_makes_is_transformers_own(llama: PreTrainedM
     ids = tiny_models.prompts([13])["input_ids"]
     with kvpager.patch(llama), torch.no_grad():
         call = torch.compile(llama, backend="eager", fullgraph=True)
-        cache = call(input_ids=ids, use_cache=True).past_key_values
+        cache = cache_of(call(input_ids=ids, use_cache=True))
     assert type(cache) is transformers.DynamicCache
 
 
@@ -393,13 +394,13 @@ def test_a_pool_that_is_full_leaves_the_cache_as_it_was(short_llama: PreTrainedM
     call = torch.compile(short_llama, backend="eager", fullgraph=True)
     cache = kvpager.PagedCache(short_llama.config, memory=bound)
     with torch.no_grad():
-        call(input_ids=ids, past_key_values=cache)
+        call(input_ids=ids, **passing(cache))
         before = cache.layers[0].keys + 0
         with pytest.raises(kvpager.OutOfBlocks, match="need"):
-            call(input_ids=ids[:, :1], past_key_values=cache)
+            call(input_ids=ids[:, :1], **passing(cache))
         assert cache.get_seq_length() == 16
         assert torch.equal(cache.layers[0].keys + 0, before)
         cache.batch_select_indices(torch.tensor([0]))
-        found = call(input_ids=ids[:1, :1], past_key_values=cache).logits
+        found = call(input_ids=ids[:1, :1], **passing(cache)).logits
         whole = short_llama(input_ids=torch.cat([ids[:1], ids[:1, :1]], dim=1)).logits
     torch.testing.assert_close(found[:, 0], whole[:, -1], atol=1e-4, rtol=0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import NAME
 
 transformers = pytest.importorskip("transformers")
 
@@ -80,7 +81,7 @@ PAGED = {DynamicLayer: PagedLayer, DynamicSlidingWindowLayer: PagedSlidingWindow
 
 
 def caches_of(output: Any) -> list[Any]:
-    cache = output.get("past_key_values")
+    cache = output.get(NAME)
     if isinstance(cache, EncoderDecoderCache):
         return [cache.self_attention_cache, cache.cross_attention_cache]
     return [cache]

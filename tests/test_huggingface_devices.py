@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of, passing
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -106,7 +107,7 @@ def test_layers_keep_their_blocks_where_they_compute(split: str, batch: str, mod
         paged = generate(model, tiny_models.prompts(BATCHES[batch]), **MODES[mode])
         stats, report = patch.stats(), patch.report()
     assert torch.equal(paged.sequences, expected(batch, mode))
-    layers = paged.past_key_values.layers
+    layers = cache_of(paged).layers
     parts = [layer.group.parts(layer.number, layer.num_columns) for layer in layers]
     assert [part.place.storage.device for (part,) in parts] == SPLITS[split]
     assert (stats.in_place_reads > 0, stats.gathers) == (True, 0)
@@ -121,7 +122,7 @@ def test_blocks_are_gathered_where_they_are(split: str) -> None:
         paged = generate(model, tiny_models.prompts(BATCHES["left padding"]))
         assert patch.stats().in_place_reads == 0
     assert torch.equal(paged.sequences, expected("left padding", "greedy"))
-    keys = [layer.keys for layer in paged.past_key_values.layers]
+    keys = [layer.keys for layer in cache_of(paged).layers]
     assert [key.device for key in keys] == SPLITS[split]
     assert [(key + 0).device for key in keys] == SPLITS[split]
 
@@ -145,13 +146,13 @@ def test_a_copied_cache_goes_on_by_itself_on_every_device(split: str) -> None:
     turns = [tiny_models.prompts([5, 5], seed=seed)["input_ids"] for seed in (1, 2)]
     with kvpager.patch(model) as patch:
         begun = generate(model, inputs, max_new_tokens=3)
-        copies = [copy.deepcopy(begun.past_key_values) for _ in turns]
+        copies = [copy.deepcopy(cache_of(begun)) for _ in turns]
         assert patch.stats().num_shared_blocks > 0
         for turn, cache in zip(turns, copies, strict=True):
             ids = torch.cat([begun.sequences, turn], dim=1)
             longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             plain = generate(whole(), longer).sequences
-            assert torch.equal(generate(model, longer, past_key_values=cache).sequences, plain)
+            assert torch.equal(generate(model, longer, **passing(cache)).sequences, plain)
 
 
 @on_boards
@@ -197,7 +198,7 @@ def test_rows_that_no_device_has_room_for_are_read_from_host_memory(
         assert patch.stats().host_held_bytes > 0
         assert torch.equal(found.sequences, plain)
         assert (patch.stats().in_place_reads > 0) == in_place
-        parts = found.past_key_values.groups[0].parts(0, found.past_key_values.get_seq_length())
+        parts = cache_of(found).groups[0].parts(0, cache_of(found).get_seq_length())
         assert [part.place.storage.device.type for part in parts] in (
             [SPLITS[split][0].type, "cpu"],
             ["cpu"],
@@ -381,7 +382,7 @@ def test_layers_kept_in_host_memory_have_their_blocks_on_the_device_that_compute
         for _ in range(2):
             paged = generate(model, tiny_models.prompts(BATCHES["left padding"]))
             assert torch.equal(paged.sequences, expected("left padding", "greedy"))
-            layers = paged.past_key_values.layers
+            layers = cache_of(paged).layers
             parts = [layer.group.parts(layer.number, layer.num_columns) for layer in layers]
             assert {part.place.storage.device for (part,) in parts} == {FIRST}
         assert patch.stats().prefix_hit_tokens > 0

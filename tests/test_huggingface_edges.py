@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of, passing
 
 pytest.importorskip("transformers")
 
@@ -172,7 +173,7 @@ def test_a_failed_prefill_leaves_an_empty_cache(layer: int | None, prefix_cache:
             model.generate(
                 padded,
                 attention_mask=mask,
-                past_key_values=cache,
+                **passing(cache),
                 max_new_tokens=2,
                 do_sample=False,
             )
@@ -180,7 +181,7 @@ def test_a_failed_prefill_leaves_an_empty_cache(layer: int | None, prefix_cache:
         assert cache.get_seq_length() == 0
         assert patch.stats().num_held_blocks == 0
         other = IDS.flip(1)
-        paged = model.generate(other, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        paged = model.generate(other, **passing(cache), max_new_tokens=4, do_sample=False)
     assert torch.equal(paged, model.generate(other, max_new_tokens=4, do_sample=False))
 
 
@@ -285,7 +286,7 @@ def test_a_pool_that_still_has_sequences_is_not_dropped_for_another() -> None:
         with contextlib.suppress(kvpager.OutOfBlocks):
             qwen.generate(IDS.repeat(4, 1), max_new_tokens=2, do_sample=False)
         rest = llama.generate(
-            held.sequences, past_key_values=held.past_key_values, max_new_tokens=22, do_sample=False
+            held.sequences, **passing(cache_of(held)), max_new_tokens=22, do_sample=False
         )
     assert torch.equal(rest, plain)
 
@@ -320,7 +321,7 @@ def test_a_cache_is_serialised_as_the_plain_one_it_stands_for() -> None:
     model = model_named("mistral")
     with kvpager.patch(model):
         with torch.no_grad():
-            cache = model(IDS, use_cache=True).past_key_values
+            cache = cache_of(model(IDS, use_cache=True))
         make, arguments, state = cache.__reduce_ex__(2)
         torch.save(cache, io.BytesIO())
         assert arguments[0] is DynamicCache
@@ -337,9 +338,9 @@ def test_layers_that_need_gradients_give_their_blocks_back() -> None:
     model = model_named()
     with kvpager.patch(model) as patch:
         with torch.no_grad():
-            cache = model(IDS, use_cache=True).past_key_values
+            cache = cache_of(model(IDS, use_cache=True))
         assert patch.stats().num_held_blocks > 0
-        model(IDS, past_key_values=cache, use_cache=True)
+        model(IDS, **passing(cache), use_cache=True)
         assert patch.stats().num_held_blocks == 0
         assert cache.get_seq_length() == 2 * IDS.shape[1]
         cache.batch_select_indices(torch.tensor([0, 0]))
@@ -380,12 +381,14 @@ def test_what_follows_a_crop_is_not_taken_for_the_prompt() -> None:
     model = model_named()
     with kvpager.patch(model, prefix_cache=True), torch.no_grad():
         # After beams the cache still knows its prompt.
-        cache = model.generate(
-            IDS, max_new_tokens=2, num_beams=2, do_sample=False, return_dict_in_generate=True
-        ).past_key_values
+        cache = cache_of(
+            model.generate(
+                IDS, max_new_tokens=2, num_beams=2, do_sample=False, return_dict_in_generate=True
+            )
+        )
         group = cache.groups[0]
         cache.crop(-(cache.get_seq_length() - 20))
-        model(IDS.flip(1)[:, :20].expand(group.num_rows, -1), past_key_values=cache)
+        model(IDS.flip(1)[:, :20].expand(group.num_rows, -1), **passing(cache))
         group.commit()
         known = group.pool.allocate(IDS[0].tolist(), group.prompt.namespace)
         # The prompt's own two full blocks; what was written over its end is something else.
@@ -437,9 +440,9 @@ def test_a_cache_cropped_to_nothing_begins_anew(num_beams: int, prefix_cache: bo
     plain = model.generate(IDS, **options)
     with kvpager.patch(model, prefix_cache=prefix_cache):
         output = model.generate(IDS.repeat(2, 1), **options, return_dict_in_generate=True)
-        cache = output.past_key_values
+        cache = cache_of(output)
         cache.crop(-cache.get_seq_length())
-        assert torch.equal(model.generate(IDS, past_key_values=cache, **options), plain)
+        assert torch.equal(model.generate(IDS, **passing(cache), **options), plain)
 
 
 def test_growing_ahead_costs_no_other_pool_its_prefixes() -> None:
@@ -492,14 +495,14 @@ def test_t5gemma_may_make_its_cache_across_anew() -> None:
     plain = model.generate(**inputs, **options).sequences
     with kvpager.patch(model) as patch:
         output = model.generate(**inputs, **options)
-        cache = output.past_key_values
+        cache = cache_of(output)
         assert torch.equal(output.sequences, plain)
         for part in (cache.self_attention_cache, cache.cross_attention_cache):
             assert isinstance(part, kvpager.PagedCache)
             assert part.memory is patch.memory
         config = model.config.get_text_config(decoder=True)
         made = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-        output = model.generate(**inputs, **options, past_key_values=made)
+        output = model.generate(**inputs, **options, **passing(made))
         assert torch.equal(output.sequences, plain)
 
 
@@ -535,7 +538,7 @@ def test_a_cache_that_records_its_past_does_so_when_paged(mode: str) -> None:
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     with kvpager.patch(model if mode == "model" else None):
-        model.generate(IDS, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        model.generate(IDS, **passing(cache), max_new_tokens=6, do_sample=False)
         assert isinstance(cache, kvpager.PagedCache)
         length = cache.get_seq_length()
         cache.crop(-4)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of, passing
 
 transformers = pytest.importorskip("transformers")
 
@@ -108,14 +109,14 @@ def test_a_cache_that_outgrew_both_memories_keeps_what_it_held() -> None:
         model.config, block_size=BLOCK, memory=60 * token_bytes, host_memory=100 * token_bytes
     )
     with torch.no_grad():
-        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, :40], **passing(cache))
         before = [torch.clone(layer.keys) for layer in cache.layers]
         with pytest.raises(kvpager.OutOfBlocks):
-            model(ids[:, 40:], past_key_values=cache)
+            model(ids[:, 40:], **passing(cache))
         assert cache.get_seq_length() == 40
         for layer, keys in zip(cache.layers, before, strict=True):
             assert torch.equal(torch.clone(layer.keys), keys)
-        found = model(ids[:, 40:48], past_key_values=cache).logits
+        found = model(ids[:, 40:48], **passing(cache)).logits
         expected = model(ids[:, :48]).logits[:, 40:]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -154,14 +155,14 @@ def test_rows_return_when_the_device_has_room_again() -> None:
         kvpager.patch(model, block_size=BLOCK, memory="64KiB", host_memory="1GiB") as patch,
         torch.no_grad(),
     ):
-        held = model(ids, use_cache=True).past_key_values
+        held = cache_of(model(ids, use_cache=True))
         cache = DynamicCache(config=model.config)
         plain = model(torch.cat([ids, ids], dim=1)).logits
-        model(ids, past_key_values=cache)
+        model(ids, **passing(cache))
         assert patch.stats().host_held_bytes > 0
         held.reset()
         for column in range(ids.shape[1]):
-            found = model(ids[:, column : column + 1], past_key_values=cache).logits
+            found = model(ids[:, column : column + 1], **passing(cache)).logits
             expected = plain[:, ids.shape[1] + column : ids.shape[1] + column + 1]
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         stats = patch.stats()
@@ -177,13 +178,13 @@ def test_rows_that_share_return_together_and_share_again() -> None:
         kvpager.patch(model, block_size=BLOCK, memory="64KiB", host_memory="1GiB") as patch,
         torch.no_grad(),
     ):
-        held = model(ids[:, :76], use_cache=True).past_key_values
+        held = cache_of(model(ids[:, :76], use_cache=True))
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
+        model(ids, **passing(cache))
         cache.batch_repeat_interleave(4)
         held.reset()
         more = tiny_models.prompts([1] * 4, seed=5)["input_ids"]
-        found = model(more, past_key_values=cache).logits
+        found = model(more, **passing(cache)).logits
         expected = model(torch.cat([ids.expand(4, -1), more], dim=1)).logits[:, -1:]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         stats = patch.stats()
@@ -202,17 +203,17 @@ def test_a_step_that_finds_no_room_leaves_every_kind_of_layer_as_it_was(
     cache = kvpager.PagedCache(model.config, block_size=BLOCK, memory=f"{room}KiB")
     with torch.no_grad():
         try:
-            model(ids[:, :18], past_key_values=cache)
+            model(ids[:, :18], **passing(cache))
             start = 18  # two more fit in the blocks that are there
         except kvpager.OutOfBlocks:
             start = 0
         with pytest.raises(kvpager.OutOfBlocks):
-            model(ids[:, start:], past_key_values=cache)
+            model(ids[:, start:], **passing(cache))
         assert [layer.get_seq_length() for layer in cache.layers] == [start] * len(cache.layers)
         if not start:
             assert all(layer.keys is None for layer in cache.layers)
             return
-        found = model(ids[:, start : start + 2], past_key_values=cache).logits
+        found = model(ids[:, start : start + 2], **passing(cache)).logits
         expected = model(ids[:, : start + 2]).logits[:, start:]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -226,11 +227,11 @@ def test_layers_that_are_not_known_beforehand_find_room_on_the_host(with_patch: 
         expected = model(ids).logits
         if with_patch:
             with kvpager.patch(model, **bounds):
-                found = [model(ids[:, :20], past_key_values=(cache := DynamicCache())).logits]
+                found = [model(ids[:, :20], **passing(cache := DynamicCache())).logits]
         else:
             cache = kvpager.PagedCache(**bounds)
-            found = [model(ids[:, :20], past_key_values=cache).logits]
-        found.append(model(ids[:, 20:], past_key_values=cache).logits)
+            found = [model(ids[:, :20], **passing(cache)).logits]
+        found.append(model(ids[:, 20:], **passing(cache)).logits)
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -270,13 +271,13 @@ def test_keys_that_somebody_holds_stay_as_they_were_while_rows_move() -> None:
         torch.no_grad(),
     ):
         cache, second = DynamicCache(config=model.config), DynamicCache(config=model.config)
-        model(ids[:, :36], past_key_values=cache)
+        model(ids[:, :36], **passing(cache))
         held = cache.layers[1].keys
         before = torch.clone(cache.layers[1].keys)
         moved = patch.stats().swapped_out_blocks
-        model(ids[:, 36:], past_key_values=cache)
+        model(ids[:, 36:], **passing(cache))
         assert patch.stats().swapped_out_blocks > moved
-        model(other, past_key_values=second)  # takes the blocks that were left
+        model(other, **passing(second))  # takes the blocks that were left
         assert torch.equal(torch.clone(held), before)
 
 
@@ -316,7 +317,7 @@ def test_many_rows_move_at_once() -> None:
 
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(PagedPool, "append", counted)
-            found = model(ids, past_key_values=held).logits
+            found = model(ids, **passing(held)).logits
     assert tried < 20
     torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
 
@@ -329,14 +330,14 @@ def test_a_batch_that_lives_in_both_can_be_copied_cropped_selected_and_continued
     def history() -> list[torch.Tensor]:
         cache = DynamicCache(config=model.config)
         cache.activate_past_recording()
-        said = [model(inputs, past_key_values=cache).logits]
+        said = [model(inputs, **passing(cache)).logits]
         cache.crop(-3)
         twin = copy.deepcopy(cache)
         for each, rows in ((cache, [3, 0]), (twin, [1, 1])):
             each.batch_select_indices(torch.tensor(rows))
-            said.append(model(more, past_key_values=each).logits)
+            said.append(model(more, **passing(each)).logits)
             each.batch_repeat_interleave(2)
-            said.append(model(more.repeat_interleave(2, 0), past_key_values=each).logits)
+            said.append(model(more.repeat_interleave(2, 0), **passing(each)).logits)
         return said
 
     with torch.no_grad():
@@ -400,7 +401,7 @@ def test_blocks_staged_on_another_device_are_read_as_those_in_place(kv_dtype: An
     cache = kvpager.PagedCache(model.config, block_size=BLOCK, kv_dtype=kv_dtype)
     with torch.no_grad():
         # Whole blocks: nobody knows what is in slots that were never written.
-        model(tiny_models.prompts([12, 12])["input_ids"], past_key_values=cache)
+        model(tiny_models.prompts([12, 12])["input_ids"], **passing(cache))
     cache.batch_select_indices(torch.tensor([1, 0]))
     (part,) = cache.groups[0].parts(1, 12)
     here, staged = part.on(torch.device("cpu")), part.staged(torch.device("cpu"))

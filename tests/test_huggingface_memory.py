@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of, passing
 
 transformers = pytest.importorskip("transformers")
 
@@ -138,7 +139,7 @@ def test_no_garbage_collection_is_needed_to_free_a_cache() -> None:
     gc.disable()
     try:
         with kvpager.patch(llama()) as patch:
-            cache = generate(llama(), tiny_models.prompts([20])).past_key_values
+            cache = cache_of(generate(llama(), tiny_models.prompts([20])))
             del cache
             assert patch.stats().reserved_bytes == 0
             cache = kvpager.PagedCache()
@@ -242,7 +243,7 @@ def test_text_that_was_generated_is_not_taken_for_a_prompt() -> None:
     with kvpager.patch(llama(), prefix_cache=True):
         output = generate(llama(), long_prompt()[:, :40])
         assert torch.equal(output.sequences, plain)
-        cache = output.past_key_values
+        cache = cache_of(output)
         cache.crop(-20)
         cache.update(*torch.full((2, 1, 2, 20, 16), 9.0), 0)
         cache.update(*torch.full((2, 1, 2, 20, 16), 9.0), 1)
@@ -431,7 +432,7 @@ def test_a_live_cache_survives_clear() -> None:
         first = generate(llama(), ids)
         patch.clear()
         generate(llama(), tiny_models.prompts([70], seed=9))
-        second = generate(llama(), first.sequences, past_key_values=first.past_key_values)
+        second = generate(llama(), first.sequences, **passing(cache_of(first)))
         assert torch.equal(second.sequences, plain)
 
 
@@ -522,15 +523,15 @@ def test_a_cache_that_could_not_grow_keeps_what_it_held() -> None:
     cache = kvpager.PagedCache(llama().config, memory=8 * _block_bytes())
     ids = long_prompt()[:, :200]
     with torch.no_grad():
-        llama()(ids[:, :100], past_key_values=cache)
+        llama()(ids[:, :100], **passing(cache))
         before = [torch.clone(layer.keys) for layer in cache.layers]
         with pytest.raises(kvpager.OutOfBlocks):
-            llama()(ids[:, 100:], past_key_values=cache)
+            llama()(ids[:, 100:], **passing(cache))
         assert cache.get_seq_length() == 100
         assert all(
             torch.equal(torch.clone(a.keys), b) for a, b in zip(cache.layers, before, strict=True)
         )
-        paged = llama()(ids[:, 100:120], past_key_values=cache).logits
+        paged = llama()(ids[:, 100:120], **passing(cache)).logits
         plain = llama()(ids[:, :120]).logits[:, 100:]
     torch.testing.assert_close(paged, plain, atol=1e-4, rtol=1e-4)
 
@@ -569,8 +570,8 @@ def test_a_prompt_longer_than_the_window_that_finds_no_room_leaves_an_empty_cach
     cache = kvpager.PagedCache(model.config, block_size=4, memory=12 * 2 * 2 * 2 * 16 * 4)
     with torch.no_grad():
         with pytest.raises(kvpager.OutOfBlocks):
-            model(ids, past_key_values=cache)
+            model(ids, **passing(cache))
         assert cache.get_seq_length() == 0
         assert cache.layers[0].keys is None
-        found = model(ids[:1, :4], past_key_values=cache).logits
+        found = model(ids[:1, :4], **passing(cache)).logits
         torch.testing.assert_close(found, model(ids[:1, :4]).logits, atol=1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of, passing
 
 transformers = pytest.importorskip("transformers")
 
@@ -73,7 +74,7 @@ def generate(model: PreTrainedModel, **options: Any) -> Any:
 
 
 def pages(model: PreTrainedModel) -> bool:
-    cache = generate(model).past_key_values
+    cache = cache_of(generate(model))
     assert isinstance(cache, DynamicCache)
     return isinstance(cache, kvpager.PagedCache)
 
@@ -139,7 +140,7 @@ def test_nested_patches_may_be_undone_in_any_order(
 
 def test_the_last_patch_serves_the_model(llama: PreTrainedModel) -> None:
     with kvpager.patch(llama) as outer, kvpager.patch(llama, block_size=4) as inner:
-        cache = generate(llama).past_key_values
+        cache = cache_of(generate(llama))
         assert (outer.stats().num_held_blocks, inner.stats().num_held_blocks > 0) == (0, True)
         assert cache.memory.block_size == 4
 
@@ -204,11 +205,11 @@ def test_caches_made_before_undo_still_work_after_it(
 
     def continued(first: Any) -> torch.Tensor:
         mask = torch.ones_like(first.sequences)
-        cache = copy.deepcopy(first.past_key_values)
+        cache = copy.deepcopy(cache_of(first))
         return llama.generate(
             first.sequences,
             attention_mask=mask,
-            past_key_values=cache,
+            **passing(cache),
             **{**options, "num_beams": 1},
         )
 
@@ -217,10 +218,10 @@ def test_caches_made_before_undo_still_work_after_it(
         paged = llama.generate(**inputs, **options, return_dict_in_generate=True)
     if not mode:  # the rows of a beam search's cache are beams, not the sequences returned
         assert torch.equal(continued(paged), continued(plain))
-    cache = paged.past_key_values
+    cache = cache_of(paged)
     cache.reorder_cache(torch.tensor([1, 0, *range(2, len(cache.layers[0].keys))]))
     cache.crop(-3)
-    for found, expected in zip(cache, plain.past_key_values, strict=True):
+    for found, expected in zip(cache, cache_of(plain), strict=True):
         keys = expected[0][:, :, :-3]
         keys = torch.cat([keys[[1, 0]], keys[2:]])
         torch.testing.assert_close(torch.clone(found[0]), keys, atol=1e-5, rtol=1e-5)
@@ -257,9 +258,9 @@ def test_a_forward_pass_makes_its_cache_paged(llama: PreTrainedModel) -> None:
         plain = llama(**inputs, use_cache=True)
         with kvpager.patch(llama):
             paged = llama(**inputs, use_cache=True)
-    assert isinstance(paged.past_key_values, kvpager.PagedCache)
+    assert isinstance(cache_of(paged), kvpager.PagedCache)
     torch.testing.assert_close(paged.logits, plain.logits, atol=1e-5, rtol=1e-5)
-    for found, expected in zip(paged.past_key_values, plain.past_key_values, strict=True):
+    for found, expected in zip(cache_of(paged), cache_of(plain), strict=True):
         torch.testing.assert_close(torch.clone(found[0]), expected[0])
 
 
@@ -306,7 +307,7 @@ def test_gradients_reach_through_the_cache(llama: PreTrainedModel) -> None:
     def gradient() -> torch.Tensor:
         llama.zero_grad()
         first = llama(ids[:, :6], use_cache=True)
-        second = llama(ids[:, 6:], past_key_values=first.past_key_values)
+        second = llama(ids[:, 6:], **passing(cache_of(first)))
         second.logits.square().sum().backward()
         grad: torch.Tensor = llama.model.layers[0].self_attn.k_proj.weight.grad
         return grad.clone()
@@ -323,7 +324,7 @@ def test_training_goes_on_from_a_prompt_computed_without_gradients(llama: PreTra
         llama.zero_grad()
         with torch.no_grad():
             first = llama(ids[:, :6], use_cache=True)
-        second = llama(ids[:, 6:], past_key_values=first.past_key_values)
+        second = llama(ids[:, 6:], **passing(cache_of(first)))
         second.logits.square().sum().backward()
         grad: torch.Tensor = llama.model.layers[0].self_attn.q_proj.weight.grad
         return grad.clone()
@@ -376,8 +377,8 @@ def test_a_compiled_model_makes_and_uses_its_own_cache() -> None:
     def steps(call: Any) -> list[torch.Tensor]:
         with torch.no_grad():
             first = call(input_ids=ids, use_cache=True)
-            second = call(input_ids=ids[:, :1], past_key_values=first.past_key_values)
-            third = call(input_ids=ids[:, 1:2], past_key_values=second.past_key_values)
+            second = call(input_ids=ids[:, :1], **passing(cache_of(first)))
+            third = call(input_ids=ids[:, 1:2], **passing(cache_of(second)))
         return [first.logits, second.logits, third.logits]
 
     plain = steps(model)

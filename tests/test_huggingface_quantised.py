@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import passing
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -121,11 +122,11 @@ def test_caches_in_eight_bits_are_continued_copied_and_cropped(
 
     def logits(cache: Any) -> list[Tensor]:
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **passing(cache))
             twin = copy.deepcopy(cache)
             cache.crop(-7)
-            found = [model(ids[:, :5], past_key_values=cache).logits]
-            found.append(model(ids[:, :3], past_key_values=twin).logits)
+            found = [model(ids[:, :5], **passing(cache)).logits]
+            found.append(model(ids[:, :3], **passing(twin)).logits)
         return found
 
     with rounded_entries(monkeypatch, "int8"):
@@ -139,7 +140,7 @@ def test_a_layer_that_leaves_its_blocks_takes_its_rounded_numbers_along() -> Non
     model, ids = tiny_models.tiny_model("llama"), tiny_models.prompts([20])["input_ids"]
     cache = kvpager.PagedCache(model.config, kv_dtype="int8")
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **passing(cache))
     stored = cache.layers[0].keys.clone()
     assert stored.dtype == torch.float32
     cache.layers[0].values = cache.layers[0].values.clone()  # an assignment ends paging

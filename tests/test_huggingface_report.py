@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,7 +34,7 @@ def held_by_transformers(cache: Any) -> int:
 def test_dense_bytes_are_what_transformers_own_cache_holds(name: str) -> None:
     model = tiny_models.tiny_model(name)
     options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 1}
-    own = generate(model, [40, 9], **options).past_key_values
+    own = cache_of(generate(model, [40, 9], **options))
     with kvpager.patch(model) as patch:
         generate(model, [40, 9], **options)
         assert patch.stats().peak_dense_bytes == held_by_transformers(own)

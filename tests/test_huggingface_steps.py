@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from cache_name import cache_of, passing
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
@@ -137,13 +138,13 @@ def test_statistics_count_every_token() -> None:
     model = tiny_models.tiny_model("llama")
     ids = torch.ones(ROWS, 1, dtype=torch.long)
     with kvpager.patch(model, block_size=BLOCK) as patch, torch.no_grad():
-        cache = model(ids.expand(-1, BLOCK), use_cache=True).past_key_values
+        cache = cache_of(model(ids.expand(-1, BLOCK), use_cache=True))
         of_a_token = patch.stats().used_bytes // (ROWS * BLOCK)
         for step in range(1, 2 * BLOCK):
-            model(ids, past_key_values=cache, use_cache=True)
+            model(ids, **passing(cache), use_cache=True)
             assert patch.stats().used_bytes == ROWS * (BLOCK + step) * of_a_token
         for _ in range(BLOCK - 1):
-            model(ids, past_key_values=cache, use_cache=True)
+            model(ids, **passing(cache), use_cache=True)
         assert patch.stats().used_bytes == ROWS * (4 * BLOCK - 2) * of_a_token
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import cache_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -92,7 +93,7 @@ def test_tokens_and_logits_are_those_of_unpatched_transformers(
     plain = unpatched(name, batch, mode)
     with kvpager.patch(model_named(name)):
         paged = generate(model_named(name), tiny_models.prompts(BATCHES[batch]), **MODES[mode])
-    assert isinstance(paged.past_key_values, kvpager.PagedCache)
+    assert isinstance(cache_of(paged), kvpager.PagedCache)
     assert_same(paged, plain)
 
 
@@ -105,7 +106,7 @@ def test_encoder_decoder_tokens_and_logits_are_those_of_unpatched_transformers(
     inputs = tiny_models.prompts(BATCHES["equal lengths"])
     with kvpager.patch(model_named(name)):
         paged = generate(model_named(name), inputs, **MODES[mode])
-    assert isinstance(paged.past_key_values.self_attention_cache, kvpager.PagedCache)
+    assert isinstance(cache_of(paged).self_attention_cache, kvpager.PagedCache)
     assert_same(paged, plain, own_error(name, "equal lengths", mode))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_name import cache_of, passing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -171,8 +172,8 @@ def test_what_was_computed_in_passes_can_be_continued() -> None:
         said = torch.cat([first.sequences, random_ids(6, seed=8).expand(3, -1)], dim=1)
         pad = said.shape[1] - inputs["attention_mask"].shape[1]
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, pad), value=1)
-        cache = first.past_key_values
-        return [said, model.generate(said, attention_mask=mask, past_key_values=cache, **options)]
+        cache = cache_of(first)
+        return [said, model.generate(said, attention_mask=mask, **passing(cache), **options)]
 
     expected = turns()
     with kvpager.patch(model, prefix_cache=True):

@@ -20,6 +20,7 @@ from kvpager.integrations.huggingface import compiled
 from kvpager.integrations.huggingface.groups import LayerGroup
 from kvpager.integrations.huggingface.layers import PagedLayer, PagedSlidingWindowLayer
 from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.storage import KVDtype
 
 # The constructor as transformers has it, whatever is patched over it later.
@@ -31,7 +32,9 @@ _CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.20")
 class PagedCache(DynamicCache):
     """A `DynamicCache` that keeps attention layers in blocks of a pool that sizes itself.
 
-        model.generate(**inputs, past_key_values=kvpager.PagedCache(model.config))
+        model.generate(**inputs, cache=kvpager.PagedCache(model.config))
+
+    Before transformers 5.24 the argument is called `past_key_values`.
 
     Layers of other kinds (linear attention, indexed, model-specific) stay transformers' own.
     Reordering, repeating and copying share blocks instead of moving bytes, and `copy.deepcopy` is a
@@ -63,6 +66,7 @@ class PagedCache(DynamicCache):
             raise TypeError(f"PagedCache({kind}): expected a configuration, such as model.config")
         if offloading:
             raise ValueError("offloading True: blocks are not offloaded; use DynamicCache for that")
+        warn_if_untested()
         paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
         _DYNAMIC_CACHE_INIT(self, config=config)
         self._page(paged_memory)

@@ -33,6 +33,7 @@ from kvpager.integrations.huggingface.flash import flash_names, reading_flash_in
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.prefill import prefill
 from kvpager.integrations.huggingface.prompts import PromptCache, reply
+from kvpager.integrations.huggingface.releases import cache_in, warn_if_untested
 from kvpager.integrations.huggingface.report import PatchStats, report
 from kvpager.storage import KVDtype
 
@@ -222,6 +223,7 @@ def patch(
 
     Raises: `TypeError`, `ValueError` for arguments that make no sense; nothing has changed then.
     """
+    warn_if_untested()
     if model is not None and not _generative(model):
         raise TypeError(
             f"patch: expected a transformers model that can generate, got {type(model).__name__}; "
@@ -367,7 +369,7 @@ def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
         finally:
             _scope.patch = outer
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = cache_in(model_kwargs)
         if isinstance(cache, EncoderDecoderCache):
             _page(cache.self_attention_cache, serving)
             if not goes_on:
@@ -391,7 +393,7 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        serving, cache = _patch_for(self), model_kwargs.get("past_key_values")
+        serving, cache = _patch_for(self), cache_in(model_kwargs)
         if isinstance(cache, EncoderDecoderCache):
             _page(cache.cross_attention_cache, serving)
         inputs = (self, input_ids, generation_config, model_kwargs)
@@ -413,7 +415,7 @@ def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        serving, cache = _patch_for(self), kwargs.get("past_key_values")
+        serving, cache = _patch_for(self), cache_in(kwargs)
         if serving is None or serving.prompts is None or not isinstance(cache, PagedCache):
             return original(self, *args, **kwargs)
         if cache.get_seq_length():  # who knows what is in it

@@ -23,6 +23,12 @@ from torch import Tensor, nn
 from kvpager.integrations.huggingface.cache import PagedCache
 from kvpager.integrations.huggingface.groups import LayerGroup, Prompt
 from kvpager.integrations.huggingface.prompts import Padding, PromptCache
+from kvpager.integrations.huggingface.releases import (
+    CACHE_NAMES,
+    cache_in,
+    set_cache_of,
+    with_cache,
+)
 from kvpager.integrations.huggingface.waves import waves
 
 Prefill = Callable[..., Any]
@@ -31,7 +37,7 @@ Prefill = Callable[..., Any]
 # anything else in play, rows are neither merged nor reused.
 _PER_ROW = {"attention_mask", "position_ids"}
 _HARMLESS = {
-    "past_key_values",
+    *CACHE_NAMES,
     "use_cache",
     "logits_to_keep",
     "return_dict",
@@ -53,7 +59,7 @@ def prefill(
 
     Should it fail, the cache is empty again.
     """
-    cache: PagedCache = model_kwargs["past_key_values"]
+    cache: Any = cache_in(model_kwargs)
     for group in cache.groups:
         group.reset()  # rows may be left of a batch that was cropped to nothing
     padding = _left_padding(input_ids, model_kwargs.get("attention_mask"))
@@ -97,7 +103,7 @@ def _prefill_new(
     **kwargs: Any,
 ) -> Any:
     """Compute what is new in each row, in as many passes as are worth it."""
-    cache: PagedCache = model_kwargs["past_key_values"]
+    cache: Any = cache_in(model_kwargs)
     prompt = prompts.prompt(model, input_ids, padding)
     passes = waves(prompt.rows, prompts.known(model, cache, prompt))
     if len(passes) == 1:
@@ -116,7 +122,7 @@ def _prefill_new(
         prompts.attach(model, part, prompt.of(rows), padding[rows] - first)
         _count_hits(part.groups[0], prompt.of(rows))
         here = torch.from_numpy(rows).to(input_ids.device)
-        of_rows = _of_rows(model_kwargs, (here, slice(first, None))) | {"past_key_values": part}
+        of_rows = with_cache(_of_rows(model_kwargs, (here, slice(first, None))), part)
         outputs.append(
             original(model, input_ids[here, first:], generation_config, of_rows, **kwargs)
         )
@@ -124,7 +130,7 @@ def _prefill_new(
     order = np.argsort(np.concatenate(passes))
     cache.join(parts, order, padding)
     outputs[0].logits = torch.cat([output.logits[:, -1:] for output in outputs])[order]
-    outputs[0].past_key_values = cache
+    set_cache_of(outputs[0], cache)
     return outputs[0]
 
 

@@ -22,6 +22,7 @@ from kvpager.integrations.huggingface.cache import PagedCache
 from kvpager.integrations.huggingface.fingerprint import model_state
 from kvpager.integrations.huggingface.groups import Int32, Prompt
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
+from kvpager.integrations.huggingface.releases import cache_in
 from kvpager.sequences import Sequence
 
 # What `PromptCache.chosen` has chosen, the last for each prompt cache holds.
@@ -120,7 +121,7 @@ def reply(
     prompt do; so a later prompt that repeats the reply, the next turn of a chat, finds its blocks.
     What becomes of the cache afterwards nobody knows: no token is known from then on.
     """
-    cache: PagedCache = kwargs["past_key_values"]
+    cache: Any = cache_in(kwargs)
     kwargs["streamer"] = _Listener(cache, kwargs.get("streamer"))
     try:
         result = original(model, *args, **kwargs)

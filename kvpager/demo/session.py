@@ -21,6 +21,7 @@ from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import BadInput, Settings
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.patching import PatchStats
+from kvpager.integrations.huggingface.releases import cache_of
 from kvpager.testing import tiny_llama_path
 
 WARM_UP_TOKENS = 2
@@ -91,7 +92,7 @@ class Engine:
         measuring.synchronize(self.device)
         seconds = time.perf_counter() - start
         new = output.sequences[:, width:].tolist()
-        return Generated(prompts, new, output.past_key_values, seconds)
+        return Generated(prompts, new, cache_of(output), seconds)
 
     def _config(self, scenario: Scenario, num_tokens: int) -> Any:
         from transformers import GenerationConfig

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.steps import LayerPlan
+from kvpager.integrations.huggingface.releases import forward_cache_names
 from kvpager.storage import LayerShape
 
 
@@ -31,6 +32,7 @@ class Anatomy(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     arguments: frozenset[str]  # of `forward`
+    cache_name: str  # of the argument of `forward` that takes the cache
     max_length: int | None  # tokens of a sequence
     vocabulary: int
 
@@ -77,17 +79,7 @@ def study(model: Any) -> Anatomy:
 
     Raises: `KVPagerError` for a model whose cache is of no kind that can be kept in blocks.
     """
-    device = next(model.parameters()).device
-    cache = _Watched(model.config)
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    try:
-        if model.config.is_encoder_decoder:
-            pair = EncoderDecoderCache(cache, DynamicCache())
-            model(input_ids=ids, decoder_input_ids=ids, past_key_values=pair, use_cache=True)
-        else:
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
-    except Exception as error:  # whatever a model raises that reads no text, or keeps no such cache
-        raise _refusal(model, f"it did not take two tokens: {error!r}") from error
+    cache, cache_name = _watch(model)
     layers, others, has_state = [], [], False
     for index, layer in enumerate(cache.layers):
         written = cache.written.get(index)
@@ -111,9 +103,34 @@ def study(model: Any) -> Anatomy:
         dtype,
         place,
         _arguments(model),
+        cache_name,
         getattr(text, "max_position_embeddings", None),
         int(model.get_input_embeddings().num_embeddings),
     )
+
+
+def _watch(model: Any) -> tuple[_Watched, str]:
+    """Compute two tokens. Return the cache that was written, and the name of its argument."""
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    error: Exception | None = None
+    for name in forward_cache_names(model):
+        cache = _Watched(model.config)
+        try:
+            if model.config.is_encoder_decoder:
+                pair = EncoderDecoderCache(cache, DynamicCache())
+                model(input_ids=ids, decoder_input_ids=ids, use_cache=True, **{name: pair})
+            else:
+                model(input_ids=ids, use_cache=True, **{name: cache})
+        except Exception as raised:  # by a model that reads no text, or keeps no such cache
+            error = error or raised
+        else:
+            error = None
+            if cache.written:
+                break
+    if error is not None:
+        raise _refusal(model, f"it did not take two tokens: {error!r}") from error
+    return cache, name
 
 
 def _refusal(model: nn.Module, reason: str) -> KVPagerError:

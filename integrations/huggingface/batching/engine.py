@@ -40,6 +40,7 @@ from kvpager.integrations.huggingface.batching.streams import Mailbox, Output, S
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Tracked
 from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.manager import BlockManager
 from kvpager.preemption import PreemptionCosts
 from kvpager.requests import Request
@@ -99,6 +100,7 @@ class Engine:
         compile: bool | Mapping[str, Any] = False,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
+        warn_if_untested()
         _check_arguments(model, packed, compile)
         self.model = model
         self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)

@@ -159,7 +159,8 @@ def _alone(model: Any, anatomy: Anatomy, prompt: list[int]) -> Tensor:
             }
             options = {key: said[key] for key in said.keys() & anatomy.arguments}
         part = {name: ids[:, start:stop]}
-        output = model(**part, past_key_values=cache, use_cache=True, **options)
+        options[anatomy.cache_name] = cache
+        output = model(**part, use_cache=True, **options)
     logits: Tensor = output.logits[0, -1].float()
     return logits
 

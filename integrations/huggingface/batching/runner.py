@@ -95,19 +95,19 @@ class Runner:
     def _packed(self, rows: StepRows, plan: StepPlan) -> Tensor:
         last = np.cumsum(plan.counts, dtype=np.int64)[plan.wants_logits] - 1
         keep = torch.from_numpy(last).to(self.anatomy.device)
-        options: dict[str, Any] = {}
-        if "logits_to_keep" in self.anatomy.arguments:
+        options: dict[str, Any] = {self.anatomy.cache_name: self._cache}
+        selects = "logits_to_keep" in self.anatomy.arguments
+        if selects:
             options["logits_to_keep"] = keep
         self._cache.begin(rows, is_packed=True)
         logits: Tensor = self._forward(
             input_ids=rows.ids,
             position_ids=rows.positions,
             attention_mask=self._no_mask,
-            past_key_values=self._cache,
             use_cache=True,
             **options,
         ).logits[0]
-        return logits if options else logits[keep]
+        return logits if selects else logits[keep]
 
     def _row_by_row(
         self, rows: StepRows, plan: StepPlan, encoder_ids: dict[int, list[int]]
@@ -138,10 +138,10 @@ class Runner:
         if self.anatomy.is_encoder_decoder:
             options["decoder_input_ids"] = row.ids
             options["encoder_outputs"] = kept.encoded
-            options["past_key_values"] = EncoderDecoderCache(self._cache, kept.across)
+            options[self.anatomy.cache_name] = EncoderDecoderCache(self._cache, kept.across)
         else:
             options["input_ids"] = row.ids
-            options["past_key_values"] = self._cache
+            options[self.anatomy.cache_name] = self._cache
             if "attention_mask" in accepted:
                 options["attention_mask"] = row.ids.new_ones(1, row.longest)
             if "position_ids" in accepted:

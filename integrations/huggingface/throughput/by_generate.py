@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from kvpager.integrations.huggingface.releases import cache_of
 from kvpager.integrations.huggingface.throughput.models import twin
 from kvpager.integrations.huggingface.throughput.pacing import PERFORMANCE, Clock, arrivals
 from kvpager.integrations.huggingface.throughput.results import Memory, Run, Served
@@ -77,7 +78,7 @@ class PaddedBatches:
         )
         rows = result.sequences[:, width:].tolist()
         tokens = [row[: item.new_tokens] for row, item in zip(rows, items, strict=True)]
-        return stamps.times, tokens, _memory(result.past_key_values, items)
+        return stamps.times, tokens, _memory(cache_of(result), items)
 
 
 def _memory(cache: Any, items: list[Item]) -> Memory:
