@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         StaleSequence,
     )
     from kvpager.integrations.huggingface.batching.engine import Engine
-    from kvpager.integrations.huggingface.patching import PagedCache, Patch, patch
+    from kvpager.integrations.huggingface.patching import PagedCache, Patch, patch, unpatch
     from kvpager.manager import BlockManager
     from kvpager.plan import StepPlan
     from kvpager.preemption import PreemptionCosts
@@ -61,6 +61,7 @@ __all__ = [
     "StaleSequence",
     "StepPlan",
     "patch",
+    "unpatch",
 ]
 
 _HOME = {
@@ -86,6 +87,7 @@ _HOME = {
     "StaleSequence": "kvpager.errors",
     "StepPlan": "kvpager.plan",
     "patch": "kvpager.integrations.huggingface.patching",
+    "unpatch": "kvpager.integrations.huggingface.patching",
 }
 
 # Hidden from type checkers, which would otherwise take every misspelt name for a lazy one.

@@ -306,6 +306,37 @@ def test_padding_reads_as_zeros() -> None:
         assert cache.layers[0].keys[1, :, 4:].any()
 
 
+def test_a_cache_counts_what_it_holds() -> None:
+    model = tiny_models.tiny_model("llama")
+    cache = kvpager.PagedCache(model.config, memory="1MiB", block_size=4)
+    assert repr(cache) == (
+        "<PagedCache: 0 rows of 0 tokens, 2 of 2 layers paged, memory=1.0 MiB, block_size=4>"
+    )
+    assert cache.stats().held_bytes == 0
+    with torch.no_grad():
+        model(**tiny_models.prompts([10, 10]), past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    block_bytes = 2 * 2 * 4 * 2 * 16 * 4  # 2 layers, keys and values, 4 tokens, 2 heads of 16
+    stats = cache.stats()
+    assert (stats.num_rows, stats.num_tokens, stats.num_paged_layers) == (4, 10, 2)
+    assert (stats.num_blocks, stats.num_shared_blocks) == (6, 6)
+    assert (stats.held_bytes, stats.dense_bytes) == (6 * block_bytes, 10 * block_bytes)
+    assert "4 rows of 10 tokens" in repr(cache)
+
+
+def test_a_cache_counts_its_rows_in_host_memory_apart() -> None:
+    model = tiny_models.tiny_model("llama")
+    block_bytes = 2 * 2 * 4 * 2 * 16 * 4
+    cache = kvpager.PagedCache(
+        model.config, memory=4 * block_bytes, host_memory="1MiB", block_size=4
+    )
+    with torch.no_grad():
+        model(**tiny_models.prompts([10, 10]), past_key_values=cache)
+    stats = cache.stats()
+    assert (stats.num_blocks, stats.num_host_blocks) == (3, 3)
+    assert (stats.held_bytes, stats.host_held_bytes) == (3 * block_bytes, 3 * block_bytes)
+
+
 def test_the_caches_attributes_are_those_of_a_dynamic_cache() -> None:
     for name in ("llama", "gemma3", "qwen3_next"):
         model = model_named(name)

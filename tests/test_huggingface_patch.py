@@ -175,6 +175,64 @@ def test_a_second_undo_is_an_error(llama: PreTrainedModel) -> None:
         patch.undo()
 
 
+def test_a_patch_whose_handle_is_lost_can_be_undone(llama: PreTrainedModel) -> None:
+    before = snapshot()
+    kvpager.patch(llama)
+    kvpager.patch(llama, block_size=4)
+    assert pages(llama)
+    kvpager.unpatch(llama)
+    assert not pages(llama)
+    assert_unchanged(before)
+    kvpager.unpatch(llama)  # nothing is left to undo
+
+
+def test_a_process_wide_patch_is_undone_without_a_model(llama: PreTrainedModel) -> None:
+    kvpager.patch()
+    with kvpager.patch(llama, block_size=4) as own:
+        kvpager.unpatch()
+        assert pages(llama)
+        assert generate(llama).past_key_values.memory is own.memory
+        assert not pages(tiny_models.tiny_model("gpt2"))
+
+
+def test_undoing_a_model_leaves_the_patches_of_others(llama: PreTrainedModel) -> None:
+    other = tiny_models.tiny_model("gpt2")
+    with kvpager.patch(other):
+        kvpager.patch(llama)
+        kvpager.unpatch(llama)
+        assert (pages(llama), pages(other)) == (False, True)
+
+
+def test_a_model_inside_or_around_the_patched_one_names_its_patch(llama: PreTrainedModel) -> None:
+    around = torch.nn.ModuleDict({"model": llama})
+    kvpager.patch(around)
+    kvpager.unpatch(llama)
+    assert not pages(llama)
+    kvpager.patch(llama)
+    kvpager.unpatch(around)
+    assert not pages(llama)
+
+
+def test_one_model_cannot_leave_a_process_wide_patch(llama: PreTrainedModel) -> None:
+    with kvpager.patch():
+        with pytest.raises(kvpager.KVPagerError, match=r"call kvpager.unpatch\(\) to undo it"):
+            kvpager.unpatch(llama)
+        assert pages(llama)
+    with pytest.raises(TypeError, match="unpatch: expected the model that was patched, got str"):
+        kvpager.unpatch("llama")  # type: ignore[arg-type]
+
+
+def test_a_patch_shows_what_it_serves_and_its_options(llama: PreTrainedModel) -> None:
+    with kvpager.patch(llama, memory="4GiB", host_memory="8GiB", prefix_cache=True) as patch:
+        assert repr(patch) == (
+            "<Patch of LlamaForCausalLM: active, memory=4.0 GiB, block_size=16, "
+            "host_memory=8.0 GiB, prefix_cache=True>"
+        )
+    assert "undone" in repr(patch)
+    with kvpager.patch(kv_dtype="int8") as patch:
+        assert repr(patch) == "<Patch of every model: active, block_size=16, kv_dtype=int8>"
+
+
 def test_undo_inside_with_is_fine(llama: PreTrainedModel) -> None:
     with kvpager.patch(llama) as patch:
         patch.undo()

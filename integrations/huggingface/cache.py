@@ -21,6 +21,7 @@ from kvpager.integrations.huggingface.groups import LayerGroup
 from kvpager.integrations.huggingface.layers import PagedLayer, PagedSlidingWindowLayer
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.releases import warn_if_untested
+from kvpager.integrations.huggingface.report import CacheStats
 from kvpager.storage import KVDtype
 
 # The constructor as transformers has it, whatever is patched over it later.
@@ -120,6 +121,34 @@ class PagedCache(DynamicCache):
     def paged_layers(self) -> list[PagedLayer]:
         """The layers that are kept in blocks. O(layers)."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    def stats(self) -> CacheStats:
+        """Count what this cache holds now. O(blocks)."""
+        holdings = [each for group in self.groups for each in group.holdings()]
+        device, host = (
+            [each for each in holdings if each.on_host == on_host] for on_host in (False, True)
+        )
+        return CacheStats(
+            num_rows=self._num_rows(),
+            num_tokens=self.get_seq_length() if self.layers else 0,
+            num_layers=len(self.layers),
+            num_paged_layers=len(self.paged_layers()),
+            num_blocks=sum(each.num_blocks for each in device),
+            num_shared_blocks=sum(each.num_shared_blocks for each in device),
+            held_bytes=sum(each.held_bytes for each in device),
+            dense_bytes=sum(group.dense_bytes for group in self.groups),
+            num_host_blocks=sum(each.num_blocks for each in host),
+            host_held_bytes=sum(each.held_bytes for each in host),
+        )
+
+    def __repr__(self) -> str:
+        # No call of the block manager: a debugger may ask while another thread has its lock.
+        tokens = max((group.num_columns for group in self.groups), default=0)
+        return (
+            f"<PagedCache: {self._num_rows()} rows of {tokens} tokens, "
+            f"{len(self.paged_layers())} of {len(self.layers)} layers paged, "
+            f"{self.memory.options()}>"
+        )
 
     @property
     def is_fully_paged(self) -> bool:

@@ -341,6 +341,14 @@ class LayerGroup:
             found = self._tables[device, num_columns]
         return found
 
+    def holdings(self) -> list[Holding]:
+        """Count the blocks that the rows hold, for each pool that has rows. O(blocks)."""
+        if self.rows is None or self.pool is None:
+            return []
+        with self.pool.lock:
+            self.rows.settle()
+            return [Holding.of(share, share.pool is not self.pool) for share in self.rows.shares()]
+
     def settle(self) -> None:
         """Let the block manager know all tokens that there are. O(rows)."""
         if self.rows is not None:
@@ -440,6 +448,23 @@ class LayerGroup:
         self._tables.clear()
         self._slots.clear()
         self._new = None
+
+
+class Holding(NamedTuple):
+    """Blocks of one pool that the rows of a group hold."""
+
+    num_blocks: int
+    num_shared_blocks: int  # in the tables of several rows
+    held_bytes: int
+    on_host: bool
+
+    @classmethod
+    def of(cls, share: Share, on_host: bool) -> Holding:
+        """Count the blocks of rows that are in one pool. O(blocks)."""
+        tables = share.pool.manager.block_tables(share.batch)
+        blocks, holders = np.unique(tables[tables >= 0], return_counts=True)
+        num_bytes = len(blocks) * share.pool.block_bytes
+        return cls(len(blocks), int(np.count_nonzero(holders > 1)), num_bytes, on_host)
 
 
 class Slots(NamedTuple):

@@ -42,6 +42,16 @@ def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
     return arguments.count(name, num_bytes, at_least=1, at_most=_BYTES_MAX)
 
 
+def size(num_bytes: float) -> str:
+    """Return `1536` as `1.5 KiB`. O(1)."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"
+
+
 class PagedLayers(NamedTuple):
     """Layers that were paged, of one kind and window."""
 
@@ -124,6 +134,20 @@ class PagedMemory:
             bound = parse_memory(host_memory, "host_memory")
             self.host = PagedMemory(bound, block_size, kv_dtype=kv_dtype)
             self.host.tier, self.host.lock = "host", self.lock
+
+    def options(self) -> str:
+        """Return the options as `patch` takes them, for a `repr`; defaults are left out. O(1)."""
+        host = None if self.host is None or self.host.bound is None else size(self.host.bound)
+        options: dict[str, object] = {
+            "memory": None if self.bound is None else size(self.bound),
+            "block_size": self.block_size,
+            "dtype": self.dtype,
+            "kv_dtype": self.kv_dtype,
+            "host_memory": host,
+            "prefix_cache": self.keep_pools or None,
+            "in_place": None if self.in_place else False,
+        }
+        return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
 
     def pool(self, layout: object) -> PagedPool:
         """The pool for caches of this layout; made on first use. O(1)."""

@@ -37,7 +37,7 @@ from kvpager.integrations.huggingface.releases import cache_in, warn_if_untested
 from kvpager.integrations.huggingface.report import PatchStats, report
 from kvpager.storage import KVDtype
 
-__all__ = ["PagedCache", "Patch", "PatchStats", "patch"]
+__all__ = ["PagedCache", "Patch", "PatchStats", "patch", "unpatch"]
 
 logger = logging.getLogger("kvpager")
 
@@ -62,6 +62,7 @@ class Patch:
         self.prompts = prompts
         self.managers: weakref.WeakSet[PagedBatchingManager] = weakref.WeakSet()
         self._covers_all = model is None
+        self._served = "every model" if model is None else type(model).__name__
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._configs: list[Any] = []
         if model is not None:
@@ -70,12 +71,21 @@ class Patch:
             self._configs = list({id(config): config for config in configs}.values())
 
     def __repr__(self) -> str:
-        models = "every model" if self._covers_all else f"{len(self._models)} models"
-        return f"<Patch of {models}: {'active' if self in _active else 'undone'}>"
+        state = "active" if self in _active else "undone"
+        return f"<Patch of {self._served}: {state}, {self.memory.options()}>"
 
     def covers(self, model: nn.Module) -> bool:
         """Whether this patch serves `model`. O(1)."""
         return self._covers_all or model in self._models
+
+    def is_of(self, model: nn.Module | None) -> bool:
+        """True if `patch` was called for this model, or for one inside it or around it.
+
+        None means every model. O(modules).
+        """
+        if model is None or self._covers_all:
+            return model is None and self._covers_all
+        return any(module in self._models for module in model.modules())
 
     def covers_config(self, config: Any) -> bool:
         """Whether this patch serves caches made for `config`. O(configurations of the model)."""
@@ -249,6 +259,32 @@ def patch(
             _install()
         _active.append(made)
     return made
+
+
+def unpatch(model: nn.Module | None = None) -> None:
+    """Undo the patches of a model, as their `undo()` would: for a patch whose handle is lost.
+
+        kvpager.patch(model)
+        ...
+        kvpager.unpatch(model)
+
+    Args:
+        model: what `patch` was given; None undoes the patches of every model, `patch()`.
+
+    Does nothing if there is no such patch. Raises: `KVPagerError` if the model is served by
+    `patch()` without a model, which cannot be undone for one model alone.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch: expected the model that was patched, got {type(model).__name__}")
+    with _lock:
+        of_model = [made for made in _active if made.is_of(model)]
+        if model is not None and not of_model and any(made.is_of(None) for made in _active):
+            raise KVPagerError(
+                f"unpatch({type(model).__name__}): patch() without a model serves every model; "
+                "call kvpager.unpatch() to undo it"
+            )
+        for made in of_model:
+            made.undo()
 
 
 def _generative(model: object) -> bool:

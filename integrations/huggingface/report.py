@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
+from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,27 @@ class PatchStats:
     peak_host_held_bytes: int
     swapped_out_blocks: int
     swapped_in_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """What one cache holds now. Blocks count once, whichever rows of the cache share them.
+
+    `num_tokens` are columns of the batch, padding included. `dense_bytes` are the bytes that
+    `DynamicCache` would hold in place of the paged layers; layers that are not paged are in none
+    of the figures.
+    """
+
+    num_rows: int
+    num_tokens: int
+    num_layers: int
+    num_paged_layers: int
+    num_blocks: int
+    num_shared_blocks: int  # held by more than one row of the cache
+    held_bytes: int
+    dense_bytes: int
+    num_host_blocks: int
+    host_held_bytes: int
 
 
 def report(memory: PagedMemory, stats: PatchStats) -> str:
@@ -106,13 +127,3 @@ def _saved(stats: PatchStats, memory: PagedMemory) -> str:
     saved = 1 - stats.peak_held_bytes / stats.peak_dense_bytes
     where = "" if memory.host is None else " on the device"
     return f" ({abs(saved):.0%} {'less' if saved >= 0 else 'more'}{where})"
-
-
-def size(num_bytes: int) -> str:
-    """`1536` as `1.5 KiB`. O(1)."""
-    value, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"

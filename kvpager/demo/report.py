@@ -13,7 +13,7 @@ import kvpager
 from kvpager.demo.measuring import States
 from kvpager.demo.results import Result, Results
 from kvpager.demo.settings import Settings
-from kvpager.integrations.huggingface.report import size
+from kvpager.integrations.huggingface.memory import size
 from kvpager.stats import BlockState
 
 MAP_LINES_MAX = 3
