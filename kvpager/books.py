@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import arguments
+from kvpager.atomic import Change
 from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.events import EventLog, Kind
 from kvpager.eviction import EvictionPolicy
@@ -65,7 +68,8 @@ class Books:
         self._rows = SequenceTable(self.block_size)
         self._fences = Fences(self._pool, self._host, is_on=fences)
         self._quotas = Quotas(num_blocks)
-        self._lock = threading.RLock()
+        self._lock: AbstractContextManager[Any] = threading.RLock()
+        self._change = Change(self)
         self._totals = dict.fromkeys(TOTALS, 0)
 
     # ---------------------------------------------------------------- handles
@@ -137,23 +141,50 @@ class Books:
     def _take(self, count: int, owners: Int64 | None, keep: Int32 = NO_BLOCKS) -> Int32:
         """Take `count` device blocks, evicting cached ones other than `keep` where needed.
 
-        Raises `OutOfBlocks` where there are not so many; then nothing has changed.
+        Raises `OutOfBlocks` if there are fewer; then nothing has changed. Otherwise the change has
+        begun.
         """
         pool = self._pool
         if owners is None and count <= pool.num_free:
-            return pool.take(count) if count != 1 else np.array([pool.take_one()], np.int32)
+            return self._taken(pool, count)
         revived = keep[(pool.refs[keep] == 0) & (pool.holds[keep] == 0)] if len(keep) else keep
         need = self._require(count, owners, revived)
-        if len(revived):
-            pool.hold(revived)
-        try:
-            blocks = pool.take(count, lambda: self._evict_for(count, need))
-        finally:
-            if len(revived):
-                self._index.offer(pool.unhold(revived))
+        blocks = pool.take(count, lambda: self._make_room(count, need, revived))
         if owners is not None:
             self._quotas.charge(blocks, owners)
         return blocks
+
+    def _taken(self, pool: BlockPool, count: int) -> Int32:
+        """Begin the change by taking `count` blocks that are free."""
+        self._change.begin()
+        try:
+            if count != 1:
+                return pool.take(count)
+            blocks = np.empty(1, np.int32)
+            blocks[0] = pool.take_one()
+        except MemoryError:  # which comes before any block is taken
+            self._change.end()
+            raise
+        return blocks
+
+    def _make_room(self, count: int, need: Int64 | None, revived: Int32) -> None:
+        """Begin the change by evicting what `count` blocks lack, but none of `revived`."""
+        self._change.begin()
+        if len(revived):
+            self._pool.hold(revived)
+        self._evict_for(count, need)
+        if len(revived):
+            self._index.offer(self._pool.unhold(revived))
+
+    def _reserve(self, num_columns: int, num_rows: int = 1) -> None:
+        """Make room in the block tables, a change of its own. O(1) but when they grow."""
+        self._change.begin()
+        try:
+            self._rows.reserve(num_columns, num_rows)
+        except MemoryError:  # which comes before anything is replaced
+            self._change.end()
+            raise
+        self._change.end()
 
     def _refuse_beyond_pool(self, count: int) -> None:
         """Refuse what can never be had, before room is made to note it."""

@@ -26,11 +26,12 @@ class Capacity(Views):
         Raises: `ValueError` where that is less than there are, or a plan of `shrink` is not
         completed.
         """
-        with self._lock:
+        with self._lock, self._change:
             least = self._pool.num_blocks
             num_blocks = arguments.count("num_blocks", num_blocks, at_least=least)
             if self._fences.cut_off:
                 raise ValueError("complete the plan of `shrink` first: it reads what was cut off")
+            self._change.begin()
             self._resize(num_blocks, NO_COPIES)
 
     def shrink(self, num_blocks: int) -> Plan:
@@ -41,7 +42,7 @@ class Capacity(Views):
         Raises: `OutOfBlocks` where more are held, `ValueError` for more than there are, or where a
         block beyond is pinned or in an unfinished copy.
         """
-        with self._lock:
+        with self._lock, self._change:
             pool = self._pool
             least = pool.num_reserved + 1
             num_blocks = arguments.count(
@@ -64,6 +65,7 @@ class Capacity(Views):
             num_beyond = int(np.count_nonzero(pool.in_use()[num_blocks:]))
             copies = np.empty((num_beyond, 2), np.int32)
             plan = Plan(copies, "device", "device", self._fences.ticket(copies))
+            self._change.begin()
             self._evict(excess, allowances)
             in_use = pool.in_use()
             old = in_use[num_blocks:].nonzero()[0] + num_blocks
@@ -84,8 +86,9 @@ class Capacity(Views):
 
     def drop_cached(self) -> int:
         """Evict all that only the prefix index keeps; how many blocks that freed. O(cached)."""
-        with self._lock:
+        with self._lock, self._change:
             free = self._pool.num_free
+            self._change.begin()
             self._evict(self._pool.num_evictable)
             return self._pool.num_free - free
 
@@ -101,8 +104,10 @@ class Capacity(Views):
         ticket = work if isinstance(work, int) else getattr(work, "ticket", None)
         if ticket is None or isinstance(work, bool):
             raise TypeError(f"expected a plan, step, sequence or ticket, got {type(work).__name__}")
-        with self._lock:
+        with self._lock, self._change:
             if ticket:
+                self._fences.refuse_closed(ticket)
+                self._change.begin()
                 self._index.retire(self._fences.complete(ticket))
 
     def tickets(self) -> list[int]:
@@ -116,17 +121,20 @@ class Capacity(Views):
         Returns the ticket for `unpin`. Raises: `StaleSequence`, `SequenceSwapped`, `ValueError`
         where other namespaces' floors need the blocks.
         """
-        with self._lock:
+        with self._lock, self._change:
             blocks = self._offered_blocks(self._resident_row(sequence))
             pool = self._pool
             idle = (pool.refs[blocks] == 0) & (pool.holds[blocks] == 0)
             if self._quotas.shortfall(pool, fewer=int(np.count_nonzero(idle))) > 0:
                 raise ValueError("too few blocks would be left for what floors promise")
+            self._change.begin()
             return self._fences.pin(blocks)
 
     def unpin(self, ticket: int) -> None:
         """End a pin. O(blocks). Raises: `ValueError` for a ticket that is not one, or was used."""
-        with self._lock:
+        with self._lock, self._change:
+            self._fences.refuse_no_pin(ticket)
+            self._change.begin()
             self._index.retire(self._fences.unpin(ticket))
 
     def retain(self, sequence: Sequence, priority: int, ttl_s: float | None = None) -> None:
@@ -138,9 +146,11 @@ class Capacity(Views):
         priority = arguments.count("priority", priority, at_most=PRIORITY_MAX)
         if ttl_s is not None:
             ttl_s = arguments.seconds("ttl_s", ttl_s)
-        with self._lock:
+        with self._lock, self._change:
             blocks = self._offered_blocks(self._resident_row(sequence))
+            self._change.begin()
             if not self._index.policy.retain(blocks, priority, ttl_s):
+                self._change.end()
                 raise ValueError('this policy knows no priorities; use eviction="priority"')
             self._index.offer_idle(blocks)
 
@@ -168,7 +178,7 @@ class Capacity(Views):
         floor = arguments.count("floor", floor)
         if ceiling is not None:
             ceiling = arguments.count("ceiling", ceiling, at_least=max(floor, 1))
-        with self._lock:
+        with self._lock, self._change:
             limits = {**self._quotas.limits, namespace: Quota(floor, ceiling)}
             used, evictable = self._usage(namespace)
             if ceiling is not None and used - evictable > ceiling:
@@ -185,6 +195,7 @@ class Capacity(Views):
                     f"floor {floor}: with what the other floors promise, {promised} blocks, and "
                     f"{self._pool.num_free + self._pool.num_evictable} can be had"
                 )
+            self._change.begin()
             self._recount(limits)
             excess = self._quotas.excess(namespace)
             self._evict(excess, {self._quotas.owner(namespace): excess})
@@ -214,9 +225,10 @@ class Capacity(Views):
 
     def drop_quota(self, namespace: str | None) -> None:
         """Let a namespace share what is left with the others. O(blocks). Raises: as `quota`."""
-        with self._lock:
+        with self._lock, self._change:
             self.quota(namespace)
             limits = {name: q for name, q in self._quotas.limits.items() if name != namespace}
+            self._change.begin()
             self._recount(limits)
 
     def namespace_blocks(self, namespace: str | None) -> int:

@@ -54,13 +54,13 @@ class Fences:
         self.in_flight[ticket] = kept["device"], kept["host"]
         self.last_ticket = ticket
 
-    def complete(self, ticket: int) -> Blocks:
-        """Let the blocks go; the device blocks that may be evicted now. O(copies).
-
-        Raises: `ValueError` for a ticket that is not under way.
-        """
+    def refuse_closed(self, ticket: int) -> None:
+        """Raise `ValueError` for a ticket that is not under way. O(1)."""
         if ticket not in self.in_flight:
             raise ValueError(f"ticket {ticket}: completed already, or of another manager")
+
+    def complete(self, ticket: int) -> Blocks:
+        """Let the blocks of an open ticket go. Return those that may be evicted now. O(copies)."""
         device, host = self.in_flight.pop(ticket)
         self.cut_off.discard(ticket)
         self._host.unhold(host)
@@ -73,13 +73,13 @@ class Fences:
         self.pins[self.last_ticket] = blocks
         return self.last_ticket
 
-    def unpin(self, ticket: int) -> Blocks:
-        """End a pin; the device blocks that may be evicted now. O(blocks).
-
-        Raises: `ValueError` for a ticket that is no pin.
-        """
+    def refuse_no_pin(self, ticket: int) -> None:
+        """Raise `ValueError` for a ticket that is no pin. O(1)."""
         if not is_int(ticket) or ticket not in self.pins:
             raise ValueError(f"ticket {ticket!r}: not a pin of this manager, or ended already")
+
+    def unpin(self, ticket: int) -> Blocks:
+        """End an open pin. Return the device blocks that may be evicted now. O(blocks)."""
         return self._device.unhold(self.pins.pop(ticket))
 
     def check(self) -> None:

@@ -10,7 +10,8 @@
 It never touches a tensor: a framework author keeps its own and obeys the plans. Paging and
 copy-on-write follow vLLM's PagedAttention (Kwon et al., 2023). Every call is all or nothing: it
 validates, makes what it returns, takes blocks (which may evict cached ones), and only then changes
-the books; a call that raises has changed nothing.
+the books; a call that raises has changed nothing. A signal waits for the end of the call, see
+`kvpager.atomic`: a call that it interrupts is complete, or has changed nothing.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class BlockManager(Capacity):
         who = _identity(namespace, adapter, contents, length)
         span = 0 if window is None else arguments.count("window", window, at_least=1)
         spare = arguments.count("spare", spare)
-        with self._lock:
+        with self._lock, self._change:
             match = _NO_MATCH
             if ids is not None:
                 match = self._index.match(who.tree, ids[: max(length - 1, 0)], who.contents)
@@ -103,7 +104,7 @@ class BlockManager(Capacity):
         num_cached = len(shared) * size + match.num_partial
         num_fresh = -(-length // size) - len(shared)
         self._refuse_beyond_pool(num_fresh)
-        rows.reserve(len(shared) + num_fresh)
+        self._reserve(len(shared) + num_fresh)
         row = rows.free_rows[-1]
         copies = np.array([[match.partial_block, -1]], np.int32) if match.num_partial else NO_COPIES
         handle = Sequence(
@@ -174,14 +175,15 @@ class BlockManager(Capacity):
         Raises: `StaleSequence`, `SequenceSwapped`.
         """
         times = 1 if count is None else arguments.count("count", count, at_least=1, at_most=2**16)
-        with self._lock:
+        with self._lock, self._change:
             rows, parent = self._rows, self._resident_row(sequence)
-            rows.reserve(0, times)
+            self._reserve(0, times)
             num_cached = int(rows.committed[parent])
             next_rows = rows.free_rows[: -times - 1 : -1]
             children = [
                 Sequence(self, row, int(rows.generations[row]), num_cached) for row in next_rows
             ]
+            self._change.begin()
             self._pool.share(rows.device_blocks(parent), times)
             for _ in children:
                 rows.fork(parent)
@@ -198,8 +200,9 @@ class BlockManager(Capacity):
         """
         named = listed(sequences)
         arguments.flag("publish", publish)
-        with self._lock:
+        with self._lock, self._change:
             rows = self._resident(named) if publish else self._resolve(named)
+            self._change.begin()
             if publish:
                 self._commit(rows, self._rows.lengths[rows] - self._rows.drafts[rows])
                 self._index.settle()
@@ -239,7 +242,7 @@ class BlockManager(Capacity):
         num_named = None if isinstance(named, Sequence) else len(named)
         num_new, ids = arguments.new_tokens(num_named, tokens, counts)
         arguments.flag("draft", draft)
-        with self._lock:
+        with self._lock, self._change:
             rows = self._resident(named)
             if self._rows.num_special and not draft:
                 self._refuse_drafts(rows)
@@ -259,7 +262,7 @@ class BlockManager(Capacity):
         total = num_new * len(rows) if isinstance(num_new, int) else int(num_new.sum())
         num_taken = len(leaving) + total_fresh
         self._refuse_beyond_pool(num_taken)
-        table.reserve((longest + mask) >> shift, 0)
+        self._reserve((longest + mask) >> shift, 0)
 
         copies = np.empty((len(leaving), 2), np.int32) if len(leaving) else NO_COPIES
         step = Step(np.empty(total, np.int64), copies, self._fences.ticket(copies))
@@ -280,6 +283,7 @@ class BlockManager(Capacity):
             np.add(step.slots, offsets, out=step.slots)
         else:
             step.slots[:] = table.slots(rows, starts, ends - starts)
+        self._change.begin()
         table.lengths[rows] = ends
         if ids is not None:
             self._learn(rows, starts, ends, ids, step.slots)
@@ -353,7 +357,7 @@ class BlockManager(Capacity):
             each, ids = arguments.new_tokens(None if is_one else len(named), tokens, None)
             if ids is None or np.any(kept != each):
                 raise ValueError(f"counts {counts!r}: expected one token id for each draft kept")
-        with self._lock:
+        with self._lock, self._change:
             rows, table = self._resident(named), self._rows
             if np.any(kept > table.drafts[rows]):
                 raise ValueError(
@@ -366,6 +370,8 @@ class BlockManager(Capacity):
                 blocks = slots >> self._shift
                 if np.any((self._pool.refs[blocks] > 1) | self._pool.cached[blocks]):
                     raise ValueError("a fork shares these drafts; accept them by counts alone")
+            self._change.begin()
+            if ids is not None:
                 self._learn(rows, starts, ends, ids, slots)
             table.set_drafts(rows, 0)
             for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
@@ -381,12 +387,13 @@ class BlockManager(Capacity):
         """
         named = listed(sequences)
         length = None if length is None else arguments.count("length", length)
-        with self._lock:
+        with self._lock, self._change:
             table = self._rows
             if isinstance(named, Sequence):  # plain numbers are faster than arrays of one
                 row = self._resident_row(named)
                 settled = int(table.lengths[row]) - int(table.drafts[row])
                 arguments.within_one("length", length, settled)
+                self._change.begin()
                 self._commit_row(row, settled if length is None else length)
             else:
                 rows = self._resident(named)
@@ -394,6 +401,7 @@ class BlockManager(Capacity):
                 if length is not None:
                     arguments.within("length", length, all_settled)
                     all_settled = np.full_like(all_settled, length)
+                self._change.begin()
                 self._commit(rows, all_settled)
             self._index.settle()
 
@@ -437,7 +445,7 @@ class BlockManager(Capacity):
         is, or reaches before a window's first kept token.
         """
         length = arguments.count("length", length)
-        with self._lock:
+        with self._lock, self._change:
             row, rows = self._resident_row(sequence), self._rows
             arguments.within("length", length, rows.lengths[[row]])
             first = int(rows.first_blocks[row]) * self.block_size
@@ -446,6 +454,7 @@ class BlockManager(Capacity):
                     f"length {length} is before token {first}, the first one "
                     "this sequence kept; allocate it anew"
                 )
+            self._change.begin()
             self._shorten(row, length)
 
     def _shorten(self, row: int, length: int) -> None:
@@ -474,10 +483,11 @@ class BlockManager(Capacity):
         named = listed(sequences)
         num_named = 1 if isinstance(named, Sequence) else len(named)
         starts = arguments.counts("start", start, num_named)
-        with self._lock:
+        with self._lock, self._change:
             rows = self._resident(named)
             # Drafts may be taken back, and then the tokens before them are the last ones.
             arguments.within("start", starts, self._rows.lengths[rows] - self._rows.drafts[rows])
+            self._change.begin()
             self._slide(rows, starts)
 
     def _slide_windows(self, rows: Int64, starts: Int64) -> None:
@@ -523,7 +533,7 @@ class BlockManager(Capacity):
         at_most = None if at_most is None else arguments.count("at_most", at_most)
         spare = arguments.count("spare", spare)
         named = listed(sequences)
-        with self._lock:
+        with self._lock, self._change:
             rows = self._resolve(named).tolist()
             if to == "host":
                 return self._swap_out(rows, at_most)
@@ -542,7 +552,7 @@ class BlockManager(Capacity):
             )
         copies = np.empty((need, 2), np.int32)
         plan = Plan(copies, "device", "host", self._fences.ticket(copies))
-        copies[:, 0], copies[:, 1] = leaving.blocks, host.take(need)
+        copies[:, 0], copies[:, 1] = leaving.blocks, self._taken(host, need)
         moves.hand_over(self._pool, host, leaving, copies[:, 1])
         table.swapped[rows] = True
         everyone = table.swapped.nonzero()[0]

@@ -92,19 +92,20 @@ class BlockPool:
 
         The caller made sure that there are so many, or that `make_room` frees what is missing.
         """
+        blocks = np.empty(count, np.int32)
         if make_room is not None:
             make_room()
         from_stack = min(count, self._stack_size)
-        self._stack_size -= from_stack
-        blocks = np.empty(count, np.int32)
-        blocks[:from_stack] = self._stack[self._stack_size : self._stack_size + from_stack]
+        base = self._stack_size - from_stack
+        blocks[:from_stack] = self._stack[base : base + from_stack]
         if from_stack < count:
-            first, self._num_used_ever = (
-                self._num_used_ever,
-                self._num_used_ever + count - from_stack,
-            )
-            blocks[from_stack:] = np.arange(first, self._num_used_ever)
-        self.refs[blocks.astype(np.intp, copy=False)] = 1
+            first = self._num_used_ever
+            blocks[from_stack:] = np.arange(first, first + count - from_stack)
+        index = blocks.astype(np.intp, copy=False)
+        # Nothing was taken so far, should memory run out.
+        self._stack_size = base
+        self._num_used_ever += count - from_stack
+        self.refs[index] = 1
         return blocks
 
     def take_one(self) -> int:

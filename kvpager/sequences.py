@@ -13,7 +13,7 @@ is then a handful of vector operations, whatever its size. The order of a row's 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,8 +190,10 @@ class SequenceTable:
         self.free_rows.extend(range(rows + more - 1, rows - 1, -1))
 
     def list_columns(self) -> None:
-        """The arrays were replaced: note those that a row begins with zeros in. O(1)."""
-        self._columns = [getattr(self, name) for name in self.COLUMNS if name != "generations"]
+        """List the arrays in which a row begins with zeros, after they were replaced. O(1)."""
+        # A memoryview writes one number in half the time that an array takes.
+        names = [name for name in self.COLUMNS if name != "generations"]
+        self._columns: list[memoryview[Any]] = [getattr(self, name).data for name in names]
 
     def add(
         self, prompt: Prompt, shared: Int32, fresh: Int32, length: int, committed: int, known: int

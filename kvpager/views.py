@@ -206,9 +206,10 @@ class Views(Books):
 
         Raises: `ValueError` where the manager was made without `num_events`.
         """
-        with self._lock:
+        with self._lock, self._change:
             if self._events is None:
                 raise ValueError("no events are kept; make the manager with num_events=10_000, say")
+            self._change.begin()
             return self._events.fetch()
 
     def offered(self) -> list[Event]:

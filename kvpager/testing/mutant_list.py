@@ -21,15 +21,15 @@ MUTANTS = (
         "hand out a new block again",
         "no block is handed out twice",
         "kvpager.pool",
-        "self._num_used_ever + count - from_stack,",
-        "self._num_used_ever + count - from_stack - 1,",
+        "self._num_used_ever += count - from_stack",
+        "self._num_used_ever += count - from_stack - 1",
     ),
     Mutant(
         "read the free list one too high",
         "no block is handed out twice",
         "kvpager.pool",
-        "self._stack[self._stack_size : self._stack_size + from_stack]",
-        "self._stack[self._stack_size - 1 : self._stack_size - 1 + from_stack]",
+        "self._stack[base : base + from_stack]",
+        "self._stack[base - 1 : base - 1 + from_stack]",
     ),
     Mutant(
         "leave the block on the free list",
@@ -162,8 +162,8 @@ MUTANTS = (
         "evict the prefix that was just matched",
         _EQUAL,
         "kvpager.books",
-        "            pool.hold(revived)",
-        "            pass",
+        "self._pool.hold(revived)",
+        "pass",
     ),
     # ---------------------------------------------------------------- manager
     Mutant(

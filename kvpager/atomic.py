@@ -1,0 +1,235 @@
+"""Changes that are whole: signals wait for their end, and an error in the middle is remembered.
+
+Python runs the handlers of signals on the main thread, between any two instructions. A handler may
+raise: that of Ctrl-C raises `KeyboardInterrupt`. A change of several arrays would stay half done.
+So each method that changes something is written
+
+    with lock, change:          # signals wait
+        ...                     # check the arguments, make what is returned
+        change.begin()          # an error before this line leaves all as it was
+        ...                     # an error after this line breaks the object
+
+While signals wait, a handler that only takes notes replaces each handler written in Python. At the
+end the handlers are put back, and those that are due are called in order. Other threads never run
+handlers, so they do nothing here. Some errors cannot wait, such as `PyThreadState_SetAsyncExc` or
+memory that runs out. After one of them in the middle of a change, the lock refuses every call.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # the enums of `signal` take microseconds a call
+import _thread
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+from kvpager.errors import KVPagerError
+
+Handler = Callable[[int, FrameType | None], object]
+
+_get_ident = _thread.get_ident
+_get_handler: Callable[[int], Any] = _signal.getsignal
+_set_handler: Callable[[int, Any], Any] = _signal.signal
+_main_ident = threading.main_thread().ident
+
+
+class Owner(Protocol):
+    """An object that is changed under a lock of its own."""
+
+    _lock: AbstractContextManager[Any]
+
+
+class BrokenLock:
+    """Takes the place of the lock of a broken object, and refuses every call."""
+
+    def __init__(self, what: str, failure: BaseException | None) -> None:
+        self._what = what
+        self._failure = failure
+
+    def __enter__(self) -> None:
+        raise _refusal(self._what) from self._failure
+
+    def __exit__(self, *_: object) -> None:
+        """Never called."""
+
+
+def _refusal(what: str) -> KVPagerError:
+    return KVPagerError(
+        f"{what}: an error cut a change short, so its counts and tables may be wrong. Drop this "
+        f"{what} and make a new one."
+    )
+
+
+class Change:
+    """The section of a method that must not be cut short. The lock of `owner` is held around it."""
+
+    __slots__ = ("_begun", "_lock", "_owner")
+
+    def __init__(self, owner: Owner) -> None:
+        self._lock = owner._lock
+        self._owner = weakref.ref(owner)
+        self._begun = False
+
+    def begin(self) -> None:
+        """Mark the point from which on an error leaves the object broken. O(1)."""
+        self._begun = True
+
+    def end(self) -> None:
+        """Take `begin` back: what began is complete, or has changed nothing. O(1)."""
+        self._begun = False
+
+    def __enter__(self) -> None:
+        if self._begun:  # a finaliser calls in the middle of a change, or its end was cut off
+            raise _refusal(type(self._owner()).__name__)
+        if _get_ident() == _main_ident:
+            _signals.hold(self._lock)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._begun:
+            if kind is None:
+                self._begun = False
+            else:
+                self._break_down(error)
+        if _get_ident() == _main_ident:
+            _signals.release()
+
+    def _break_down(self, failure: BaseException | None) -> None:
+        owner = self._owner()
+        if owner is not None:
+            owner._lock = BrokenLock(type(owner).__name__, failure)
+
+
+def _catchable(names: Iterable[str] | None = None) -> list[int]:
+    """Return the numbers of the signals, or of those with these names, that may have handlers."""
+    fixed = {getattr(_signal, name, None) for name in ("SIGKILL", "SIGSTOP")}
+    found = {int(number) for number in _signal.valid_signals()} - fixed
+    if names is not None:
+        found &= {getattr(_signal, name, None) for name in names}
+    return sorted(found)
+
+
+# Signals that programs give handlers to. Others are watched once they have one, which is noticed
+# within some changes: to look at all signals takes as long as a small change.
+_USUAL = _catchable(
+    ("SIGINT", "SIGALRM", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGVTALRM", "SIGPROF",
+     "SIGCHLD", "SIGBREAK")
+)  # fmt: skip
+_CHANGES_PER_LOOK = 64
+
+
+class _Signals:
+    """The handlers of the main thread, and the calls of them that are due."""
+
+    __slots__ = (
+        "_all", "_depth", "_due", "_handlers", "_lock", "_note", "_seen", "_until_look", "_watched",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._all = self._watched = _catchable()
+        self._seen: list[Any] = []  # the handlers of those watched, when last looked at
+        self._until_look = 0  # changes before all signals are looked at again
+        self._handlers: list[tuple[int, Handler]] = []  # those to replace
+        self._due: list[tuple[Handler, int, FrameType | None]] = []
+        self._depth = 0
+        self._lock: Any = None  # of the outermost change
+        self._note = self._take_note  # the one object that stands for handlers
+
+    def hold(self, lock: Any) -> None:
+        """Let signals wait until `release`. O(signals). They do not wait if this raises."""
+        # An asynchronous exception may have cut an earlier `release` short. Its lock is free.
+        if self._depth and self._lock._is_owned():
+            self._depth += 1
+            return
+        self._until_look -= 1
+        if [*map(_get_handler, self._watched)] != self._seen or self._until_look < 0:
+            self._look()
+        self._lock, self._depth, note = lock, 1, self._note
+        try:
+            for number, handler in self._handlers:
+                found = _set_handler(number, note)
+                if found is not handler and found is not note:  # set by a handler that was due
+                    self._handlers = [*(dict(self._handlers) | {number: found}).items()]
+        except BaseException as error:
+            self.release()
+            if not isinstance(error, ValueError) or "main thread" not in str(error):
+                raise
+            _forget_main_thread()
+
+    def release(self) -> None:
+        """End a `hold`; after the outermost one, call the handlers that are due. O(signals)."""
+        if self._depth > 1:
+            self._depth -= 1
+            return
+        try:
+            self._put_back()
+        except BaseException:  # from a handler that is back already
+            self._put_back()
+            raise
+        finally:
+            self._depth = 0
+            if self._due:
+                self._deliver()
+
+    def _put_back(self) -> None:
+        note = self._note
+        for number, handler in self._handlers:
+            found = _set_handler(number, handler)
+            if found is not note:  # set in the middle of the change
+                _set_handler(number, found)
+
+    def _look(self) -> None:
+        """Find the signals with handlers that may raise. O(signals)."""
+        harmless = getattr(sys.modules.get("asyncio.unix_events"), "_sighandler_noop", None)
+        before, found = dict(self._handlers), []
+        for number in self._all:
+            handler = _get_handler(number)
+            if handler is self._note:  # left where a `release` was cut short
+                handler = before[number]
+            if callable(handler) and handler is not harmless:
+                found.append((number, handler))
+        self._watched = sorted({*_USUAL, *(number for number, _ in found)})
+        self._handlers, self._until_look = found, _CHANGES_PER_LOOK
+        self._seen = [*map(_get_handler, self._watched)]
+
+    def _take_note(self, number: int, frame: FrameType | None) -> None:
+        """Stand for the handler of signal `number`."""
+        handler = dict(self._handlers)[number]
+        if self._depth and self._lock._is_owned():
+            self._due.append((handler, number, frame))
+        else:
+            handler(number, frame)
+
+    def _deliver(self) -> None:
+        handler, number, frame = self._due.pop(0)
+        try:
+            handler(number, frame)
+        finally:
+            if self._due:
+                self._deliver()
+
+
+def _note_main_thread() -> None:
+    """After a fork, the thread that forked is the main thread of the child."""
+    global _main_ident
+    _main_ident = _get_ident()
+
+
+def _forget_main_thread() -> None:
+    """Python runs no handlers on any thread of this interpreter."""
+    global _main_ident
+    _main_ident = None
+
+
+_signals = _Signals()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_main_thread)
