@@ -16,6 +16,8 @@ import os
 import torch
 from torch import Tensor
 
+from kvpager.kernels.host import HostRows
+
 _enabled = os.environ.get("KVPAGER_DEBUG", "").lower() not in ("", "0", "false", "no", "off")
 
 
@@ -50,6 +52,29 @@ def check_rows(block_tables: Tensor, kv_lens: Tensor, cache: Tensor) -> None:
     wrong &= starts < kv_lens[:, None]
     bound = f"the cache has blocks 0 to {num_blocks - 1}, and -1 is none"
     _refuse("block_tables", block_tables, wrong, bound)
+
+
+def check_host_rows(
+    rows: HostRows | None,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    query_starts: Tensor | None,
+    block_size: int,
+) -> None:
+    """Check that `host_rows` has the values of the tensors. O(entries). Raises: `ValueError`."""
+    if rows is None:
+        return
+    pairs = {"kv_lens": (kv_lens, rows.kv_lens), "block_tables": (block_tables, rows.tables)}
+    if query_starts is not None and rows.query_starts is not None:
+        pairs["query_starts"] = (query_starts, rows.query_starts)
+    for name, (tensor, array) in pairs.items():
+        found = tensor.cpu()
+        wrong = found != torch.from_numpy(array)
+        if name == "block_tables":  # entries past a row's last token are never followed
+            tokens_max = kv_lens.cpu()[:, None] - 1
+            columns = torch.arange(found.shape[1])
+            wrong &= columns <= tokens_max // block_size
+        _refuse(name, found, wrong, "host_rows has another value there")
 
 
 def check_queries(query: Tensor, query_starts: Tensor | None, mask: Tensor | None) -> None:

@@ -27,6 +27,7 @@ from kvpager.kernels.arguments import (
     without_gradients,
 )
 from kvpager.kernels.backends import select
+from kvpager.kernels.host import HostRows
 
 # What kernels compute with.
 _FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -53,6 +54,7 @@ def paged_attention(
     mask: Tensor | None = None,
     kv_starts: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    host_rows: HostRows | None = None,
 ) -> Tensor:
     """Attention of packed queries over their rows' blocks. O(kv tokens seen * query heads * dims).
 
@@ -90,6 +92,9 @@ def paged_attention(
     - `kv_starts` int32 or int64 [rows]: tokens before it are not read.
     - `scales`, for caches of int8 or float8_e4m3fn: those of keys and of values, float32 [blocks,
       block_size, kv_heads], as `BlockStorage.scales` gives them (see `quantisation.py`).
+    - `host_rows`: the values of `block_tables`, `kv_lens` and `query_starts` as NumPy arrays. Pass
+      one `HostRows` to all layers of a step: a GPU kernel plans from it once, without waiting for
+      the GPU to read the tensors back.
 
     Slots that no query of a row may see are never used in arithmetic, so stale NaNs in them are
     harmless. `ValueError` and `TypeError` for wrong shapes, strides, dtypes, devices and options.
@@ -108,7 +113,7 @@ def paged_attention(
     )
     return attend_checked(
         *tensors, query_starts, scale=scale, causal=causal, window=window, softcap=softcap,
-        sinks=sinks, mask=mask, kv_starts=kv_starts, scales=scales,
+        sinks=sinks, mask=mask, kv_starts=kv_starts, scales=scales, host_rows=host_rows,
     )  # fmt: skip
 
 
@@ -119,16 +124,22 @@ def attend_checked(
     block_tables: Tensor,
     kv_lens: Tensor,
     query_starts: Tensor | None,
+    *,
+    host_rows: HostRows | None = None,
     **options: Any,
 ) -> Tensor:
     """`paged_attention` of what passed `check_attention`, or is laid out as what did."""
+    if host_rows is not None:
+        host_rows.require_fit(block_tables, kv_lens, query_starts)
     if debug.enabled():
+        debug.check_host_rows(host_rows, block_tables, kv_lens, query_starts, key_cache.shape[1])
         debug.check_rows(block_tables, kv_lens, key_cache)
         debug.check_queries(query, query_starts, options.get("mask"))
         debug.check_kv_starts(options.get("kv_starts"))
     output: Tensor = select("paged_attention", key_cache.device)(
-        query, key_cache, value_cache, block_tables, kv_lens, query_starts, **options
-    )
+        query, key_cache, value_cache, block_tables, kv_lens, query_starts,
+        host_rows=host_rows, **options,
+    )  # fmt: skip
     return output
 
 

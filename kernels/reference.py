@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels.arguments import require_lengths, require_starts
+from kvpager.kernels.host import HostRows
 from kvpager.kernels.quantisation import dequantise, indexable, quantise
 
 # One kv tile holds about this many tokens, all rows together: its fp32 copy stays in the cache
@@ -112,8 +113,11 @@ def paged_attention(
     mask: Tensor | None = None,
     kv_starts: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    host_rows: HostRows | None = None,
 ) -> Tensor:
     """Attention of query [T, H, D] over the blocks of its rows: [T, H, Dv]. O(H * D * T * kv).
+
+    Needs no plan, so `host_rows` is not looked at.
 
     KV is read tile by tile and the softmax is kept online: a running maximum and sum per query,
     with what was summed so far rescaled when the maximum rises (Milakov & Gimelshein 2018, "Online

@@ -36,6 +36,15 @@ _READS_NOTHING = {"__getitem__", "__get__", "element_size", "size", "stride", "d
 _MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.Tensor.copy_)
 
 
+# What reads numbers of a device on the host, and so waits for it.
+_READS = {
+    "__bool__", "__contains__", "__float__", "__index__", "__int__", "_local_scalar_dense",
+    "allclose", "equal", "is_nonzero", "item", "masked_select", "nonzero", "tolist", "unique",
+}  # fmt: skip
+_INDEXING = {"__getitem__", "__setitem__", "index", "index_put", "index_put_"}
+_listeners: list[list[str]] = []
+
+
 class BoardTensor(torch.Tensor):
     """Looks like a tensor on a board; `inner` has the numbers."""
 
@@ -88,6 +97,11 @@ class _Boards(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # where composite operations arrive whole
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         flat = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, BoardTensor) for leaf in flat) or _is_board(kwargs.get("device")):
             return _on_boards(func, args, kwargs)
@@ -169,6 +183,46 @@ def late_copies() -> Iterator[LateStream]:
             _late.remove(stream)
 
 
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Collect the operations that make the host wait for the device."""
+    found: list[str] = []
+    _listeners.append(found)
+    try:
+        yield found
+    finally:
+        _listeners.remove(found)
+
+
+def on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel of the device: `function`, called with the tensors' numbers."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, BoardTensor)]
+        args, kwargs = pytree.tree_map_only(BoardTensor, lambda t: t.inner, (args, kwargs))
+        result = function(*args, **kwargs)
+        device = tensors[0].device
+        return pytree.tree_map_only(Tensor, lambda t: BoardTensor(t, device), result)
+
+    return kernel
+
+
+def _is_wait(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
+    name = func.__name__.partition(".")[0]
+    if name in ("_to_copy", "copy_"):
+        source = args[0] if name == "_to_copy" else args[1]
+        there = kwargs.get("device", source.device) if name == "_to_copy" else args[0].device
+        to_board = kwargs.get("non_blocking", False) or (name == "copy_" and True in args[2:])
+        return source.device != there and not (_is_board(torch.device(there)) and to_board)
+    if name in _INDEXING:  # a mask's result has a size that only the device knows
+        kinds = (torch.bool, torch.uint8)
+        indices = pytree.tree_leaves(args[1])
+        return any(isinstance(leaf, BoardTensor) and leaf.dtype in kinds for leaf in indices)
+    if name == "repeat_interleave":
+        return kwargs.get("output_size") is None and isinstance(args[-1], BoardTensor)
+    return name in _READS
+
+
 def _is_board(device: object) -> bool:
     return isinstance(device, torch.device) and device.type == TYPE
 
@@ -176,6 +230,11 @@ def _is_board(device: object) -> bool:
 def _on_boards(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = pytree.tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if _listeners:
+        with torch._C.DisableTorchFunctionSubclass():
+            if _is_wait(func, args, kwargs):
+                for found in _listeners:
+                    found.append(func.__name__)
     with torch._C.DisableTorchFunctionSubclass():
         device = kwargs.get("device") or _common_device(func, tensors)
     outer = {id(t.inner): t for t in tensors if isinstance(t, BoardTensor)}

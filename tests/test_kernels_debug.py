@@ -11,6 +11,7 @@ from kernel_cases import CASES, Case, attend, in_blocks, make_call, strided_cach
 from torch import Tensor
 
 from kvpager.kernels import append_kv, copy_blocks, debug, gather_kv, paged_attention
+from kvpager.kernels.host import HostRows
 from kvpager.kernels.quantisation import KV_DTYPES
 from kvpager.storage import BlockStorage
 
@@ -212,6 +213,21 @@ def test_the_last_block_and_the_last_slot_are_in_bounds() -> None:
 
 
 @pytest.mark.usefixtures("debugging")
+@pytest.mark.parametrize("name", ["tables", "kv_lens", "query_starts"])
+def test_host_rows_have_the_values_of_the_tensors(name: str) -> None:
+    arguments = attention_arguments()
+    for cache in ("key_cache", "value_cache"):
+        arguments[cache].zero_()
+    names = {"tables": "block_tables", "kv_lens": "kv_lens", "query_starts": "query_starts"}
+    arrays = {ours: arguments[theirs].numpy().copy() for ours, theirs in names.items()}
+    arrays["tables"][0, -1] += 1  # behind the row's last token
+    paged_attention.paged_attention(**arguments, host_rows=HostRows(**arrays))
+    arrays[name].flat[1] += 1
+    with pytest.raises(ValueError, match=rf"{names[name]}\[.*host_rows has another value"):
+        paged_attention.paged_attention(**arguments, host_rows=HostRows(**arrays))
+
+
+@pytest.mark.usefixtures("debugging")
 def test_calls_of_nothing_at_all_pass() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     key_cache, value_cache = strided_caches(2, 4, 2, 8, 8, torch.float32)
@@ -227,7 +243,8 @@ def test_calls_of_nothing_at_all_pass() -> None:
 
 def test_without_debug_mode_no_value_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debug, "enabled", lambda: False)
-    for name in ("check_rows", "check_queries", "check_kv_starts", "check_slots", "check_copies"):
+    names = ("rows", "queries", "kv_starts", "slots", "copies", "host_rows")
+    for name in (f"check_{name}" for name in names):
         monkeypatch.setattr(debug, name, lambda *_: pytest.fail("a value was looked at"))
     case = CASES["prefill"]
     call = make_call(case, torch.float32)

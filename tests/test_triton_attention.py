@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import (
@@ -31,8 +32,9 @@ from kernel_cases import (
 )
 from torch import Tensor
 
+from kvpager.kernels import paged_attention, reference
 from kvpager.kernels import plan as plan_module
-from kvpager.kernels import reference
+from kvpager.kernels.host import HostRows
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -572,14 +574,62 @@ def test_two_threads_that_begin_together_share_their_plans(interleaving: Interle
     assert first is second
 
 
-def test_tensors_of_inference_mode_are_looked_at_every_time() -> None:
+def test_tensors_of_inference_mode_are_looked_at_unless_the_host_has_their_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[Tensor] = []
+    genuine = plans._on_host
+    monkeypatch.setattr(plans, "_on_host", lambda t: looked_at.append(t) or genuine(t))
     with torch.inference_mode():
         blocks = forest()
-        query = torch.zeros(7, 4, 16)
-        first = attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+        tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
+        first = attention.plan_attention(*tensors)
         blocks.tables[0, 0] = 35
-        second = attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens)
-    assert first is not second
+        second = attention.plan_attention(*tensors)
+        assert (first is second, len(looked_at)) == (False, 4)
+        rows = HostRows(blocks.tables.numpy(), blocks.kv_lens.numpy())
+        made = [attention.plan_attention(*tensors, host_rows=rows) for _ in range(3)]
+    assert made == [second] * 3
+    assert len(looked_at) == 4
+
+
+@pytest.mark.parametrize("with_starts", [False, True])
+def test_a_plan_from_the_host_is_that_of_the_tensors(with_starts: bool) -> None:
+    blocks = forest()
+    query = torch.randn(7, 4, 16)
+    starts = torch.arange(8, dtype=torch.int32) if with_starts else None
+    tensors = (query, *blocks.caches, blocks.tables, blocks.kv_lens, starts)
+    rows = HostRows(
+        blocks.tables.numpy(), blocks.kv_lens.numpy(), None if starts is None else starts.numpy()
+    )
+    expected = paged_attention.paged_attention(*tensors)
+    for kernel in (attention.paged_attention, paged_attention.paged_attention):
+        output = kernel(*tensors, host_rows=rows)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_the_host_have_one_object_for_each_number_of_queries() -> None:
+    rows = HostRows(np.zeros((3, 2), np.int32), np.full(3, 9))
+    assert rows.with_queries(1) is rows
+    assert rows.with_queries(4) is rows.with_queries(4)
+    assert rows.with_queries(4).query_starts.tolist() == [0, 4, 8, 12]
+    assert rows.row(1).tables.shape == (1, 2)
+
+
+def test_host_rows_of_another_step_are_refused() -> None:
+    blocks = forest()
+    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
+    tables, lens = blocks.tables.numpy(), blocks.kv_lens.numpy()
+    wrong = {
+        r"block_tables of shape \(6,": HostRows(tables[1:], lens),
+        r"kv_lens of shape \(6,\)": HostRows(tables, lens[1:]),
+        r"query_starts of shape \(8,\), but the call has None": HostRows(
+            tables, lens, np.arange(8)
+        ),
+    }
+    for message, rows in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            paged_attention.paged_attention(*tensors, host_rows=rows)
 
 
 def flash_attn_by_reference(

@@ -25,7 +25,10 @@ from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool, Places
 from kvpager.integrations.huggingface.rows import BatchRows, Share
 from kvpager.integrations.huggingface.views import PagedView, Part, Tables, packed
+from kvpager.kernels.host import HostRows, to_device
 from kvpager.sequences import Sequence
+
+_CPU = torch.device("cpu")
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -259,10 +262,10 @@ class LayerGroup:
                 else:  # a layer that was late
                     flat = self._written(share, start, stop)
                 on_host = share.pool is not self.pool
-                tensor = torch.from_numpy(flat).to("cpu" if on_host else device)
+                tensor = to_device(flat, _CPU if on_host else device)
                 slots.append(Slots(self._numbers(share, device), tensor, on_host))
             if stop == self.num_columns:
-                ahead = torch.from_numpy(self.rows.ahead()).to(device).unbind()
+                ahead = to_device(self.rows.ahead(), device).unbind()
                 for column, tensor in enumerate(ahead, start=stop):
                     self._slots[device, column, column + 1] = [Slots(None, tensor, False)]
         return slots
@@ -289,7 +292,7 @@ class LayerGroup:
         """The rows' numbers, or None where it is all of them."""
         if len(share.rows) == self.num_rows:
             return None
-        return torch.from_numpy(share.rows).to(device)
+        return to_device(share.rows, device)
 
     # ---------------------------------------------------------------- reading
 
@@ -313,10 +316,10 @@ class LayerGroup:
         if parts is None:
             kind, places = self._places[number]
             parts = self._parts[number, num_columns] = []
-            for rows, tables, lengths, on_host in self._tables_of(kind.device, num_columns):
-                place = places.host if on_host else places.device
+            for each in self._tables_of(kind.device, num_columns):
+                place = places.host if each.on_host else places.device
                 assert place is not None
-                parts.append(Part(place, rows, tables, lengths))
+                parts.append(Part(place, each.rows, each.tables, each.lengths, each.host_rows))
         return parts
 
     def _tables_of(self, device: torch.device, num_columns: int) -> list[Tables]:
@@ -332,12 +335,16 @@ class LayerGroup:
             lengths = np.stack([self.lengths(column) for column in columns]).astype(np.int32)
             for share in self.rows.shares():
                 on_host = share.pool is not self.pool
-                tables = torch.from_numpy(share.pool.manager.block_tables(share.batch))
-                tables = tables.to("cpu" if on_host else device)
-                each = torch.from_numpy(lengths[:, share.rows]).to(tables.device).unbind()
+                here = share.pool.manager.block_tables(share.batch)
+                theirs = lengths[:, share.rows]
+                there = _CPU if on_host else device
+                tables, each = to_device(here, there), to_device(theirs, there).unbind()
                 rows = self._numbers(share, device)
-                for column, counts in zip(columns, each, strict=True):
-                    self._tables[device, column].append(Tables(rows, tables, counts, on_host))
+                for column, lens, tensor in zip(columns, theirs, each, strict=True):
+                    host_rows = HostRows(here, lens)
+                    self._tables[device, column].append(
+                        Tables(rows, tables, tensor, host_rows, on_host)
+                    )
             found = self._tables[device, num_columns]
         return found
 

@@ -99,5 +99,6 @@ def attend(
         sinks=s_aux,
         window=rows.window,
         scales=blocks.scales,
+        host_rows=blocks.host_rows,
     )
     return output[None]

@@ -60,7 +60,7 @@ def _attend_part(
     starts = None
     if q_len > 1:
         starts = torch.arange(0, rows * q_len + 1, q_len, dtype=torch.int32, device=query.device)
-    key_cache, value_cache, scales, tables, kv_lens = blocks = part.on(query.device)
+    key_cache, value_cache, scales, tables, kv_lens, host_rows = blocks = part.on(query.device)
     kv_starts = blocks.kv_starts(view.stop - view.start) if view.start else None
     tensors = (packed(query), key_cache, value_cache, tables, kv_lens, starts)
     _fitting.check(
@@ -73,5 +73,6 @@ def _attend_part(
     output = attend_checked(
         *tensors, scale=scale, causal=causal, window=window, softcap=softcap,
         sinks=sinks, mask=mask, kv_starts=kv_starts, scales=scales,
+        host_rows=host_rows.with_queries(q_len),
     )  # fmt: skip
     return output.view(rows, q_len, query_heads, -1)

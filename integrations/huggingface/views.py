@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpager.integrations.huggingface.pools import LayerKind, Place
 from kvpager.kernels.gather_kv import gather_kv
+from kvpager.kernels.host import HostRows, to_device
 
 if TYPE_CHECKING:
     from kvpager.integrations.huggingface.memory import PagedMemory
@@ -22,6 +23,7 @@ class Tables(NamedTuple):
     rows: Tensor | None  # their numbers in the batch, int64 on the layer's device; None: all
     tables: Tensor  # int32 [rows, blocks], on the device of the tier
     lengths: Tensor  # int32 [rows], tokens
+    host_rows: HostRows  # both as arrays
     on_host: bool
 
 
@@ -32,6 +34,7 @@ class Part(NamedTuple):
     rows: Tensor | None
     tables: Tensor
     kv_lens: Tensor
+    host_rows: HostRows
 
     def caches(self) -> tuple[Tensor, Tensor]:
         """The layer's key and value blocks, [blocks, block_size, kv_heads, dim] each."""
@@ -53,7 +56,8 @@ class Part(NamedTuple):
     def on(self, device: torch.device) -> Blocks:
         """What a kernel on `device` reads. O(1) where the blocks are there; else copies them."""
         if self.place.storage.device == device:
-            return Blocks(*self.caches(), self.scales(), self.tables, self.kv_lens)
+            caches, scales = self.caches(), self.scales()
+            return Blocks(*caches, scales, self.tables, self.kv_lens, self.host_rows)
         return self.staged(device)
 
     def staged(self, device: torch.device) -> Blocks:
@@ -62,11 +66,17 @@ class Part(NamedTuple):
         blocks = self.tables[used].long()
         tables = torch.full_like(self.tables, -1)
         tables[used] = torch.arange(len(blocks), dtype=tables.dtype)
-        key, value = (cache[blocks].to(device) for cache in self.caches())
-        scales = self.scales()
-        if scales is not None:
-            scales = scales[0][blocks].to(device), scales[1][blocks].to(device)
-        return Blocks(key, value, scales, tables.to(device), self.kv_lens.to(device))
+        caches = (*self.caches(), *(self.scales() or ()))
+        key, value, *scales = (to_device(cache[blocks], device) for cache in caches)
+        lens = self.host_rows.kv_lens
+        return Blocks(
+            key,
+            value,
+            (scales[0], scales[1]) if scales else None,
+            to_device(tables.numpy(), device),
+            to_device(lens, device),
+            HostRows(tables.numpy(), lens),
+        )
 
 
 class Blocks(NamedTuple):
@@ -77,6 +87,7 @@ class Blocks(NamedTuple):
     scales: tuple[Tensor, Tensor] | None
     tables: Tensor
     kv_lens: Tensor
+    host_rows: HostRows
 
     def kv_starts(self, num_columns: int) -> Tensor:
         """The first token of each row that is among the last columns, int32 [rows]."""

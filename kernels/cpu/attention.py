@@ -21,6 +21,7 @@ from kvpager.kernels.cpu.library import (
     int32_rows,
     integers,
 )
+from kvpager.kernels.host import HostRows
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _KV_LEN, _TABLE_ENTRY, _QUERY_STARTS = 1, 2, 3  # the codes of kernels.cpp; 4: a mask too short
@@ -50,6 +51,7 @@ class PagedAttention:
         mask: Tensor | None = None,
         kv_starts: Tensor | None = None,
         scales: tuple[Tensor, Tensor] | None = None,
+        host_rows: HostRows | None = None,
     ) -> Tensor:
         """As the twin. `ValueError` for lengths, query starts or table entries that lead outside
         the tables, the queries or the cache; no key or value has been read then."""

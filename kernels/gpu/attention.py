@@ -18,6 +18,7 @@ from kvpager.kernels import reference
 from kvpager.kernels.gpu import config, peers
 from kvpager.kernels.gpu.attention_kernels import LOG2E, attend_items, merge_parts
 from kvpager.kernels.gpu.plans import AttentionPlan, plan_attention
+from kvpager.kernels.host import HostRows
 
 __all__ = ["AttentionPlan", "attend", "paged_attention", "plan_attention"]
 
@@ -38,13 +39,14 @@ def paged_attention(
     mask: Tensor | None = None,
     kv_starts: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    host_rows: HostRows | None = None,
 ) -> Tensor:
     """The twin of `reference.paged_attention`. O(kv tokens seen * query heads * dims).
 
-    Plans from host copies of the tables and lengths, for which it waits for the GPU, unless they
-    are those of the call before: the first layer of a step waits, the others do not. In a CUDA
-    graph use `attend`. What Triton cannot take (float64, head dims over 512, a cache whose last
-    dim is strided) the twin computes.
+    Plans from `host_rows`, or else from host copies of the tables and lengths. For those it waits
+    for the GPU, unless they are those of the call before: the first layer of a step waits, the
+    others do not. In a CUDA graph use `attend`. The plain torch reference computes what Triton
+    cannot take: float64, head dims over 512, a cache whose last dim is strided.
     """
     options: dict[str, Any] = {
         "scale": scale,
@@ -58,7 +60,7 @@ def paged_attention(
     tensors = (query, key_cache, value_cache, block_tables, kv_lens, query_starts)
     if not _takes(query, key_cache, value_cache):
         return reference.paged_attention(*tensors, causal=causal, window=window, **options)
-    plan = plan_attention(*tensors, causal=causal, window=window)
+    plan = plan_attention(*tensors, causal=causal, window=window, host_rows=host_rows)
     if mask is not None and mask.shape[2] < plan.longest:
         raise ValueError(
             f"mask has {mask.shape[2]} query rows, but a row has {plan.longest} queries; "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvpager.kernels.arguments import require_lengths
 from kvpager.kernels.gpu import config
+from kvpager.kernels.host import HostRows, Ints, to_device
 from kvpager.kernels.plan import Planner, Tiling, WorkPlan
 
 # Planners of shapes that are in use; a model with windows has two, and one per device.
@@ -73,24 +74,32 @@ def plan_attention(
     window: int | None = None,
     chunk: int | None = None,
     share: bool = True,
+    host_rows: HostRows | None = None,
 ) -> AttentionPlan:
     """The plan of an attention call, for `attend`. O(rows * blocks), or O(1) if nothing changed.
 
     Takes the tensors of `paged_attention`; of `query` and the caches only shapes, dtypes and the
     device count. `chunk` and `share` are those of `Planner`. Tables and lengths are needed on the
-    host: on a GPU this waits for the stream, unless they are the very tensors of the call before,
-    unmodified by torch operations (a kernel that writes to them behind torch's back has to say so
-    with `torch.autograd.graph.increment_version`). Pass copies on the CPU to wait for nothing.
+    host. With `host_rows` they are there: the step's first layer of a shape plans, the others get
+    its plan, and nothing waits for the GPU. Without, this waits for the stream unless the tensors
+    are those of the call before, unmodified by torch operations. After another kernel writes to
+    them, call `torch.autograd.graph.increment_version`.
 
     Raises `ValueError` where `kv_lens` reaches beyond the tables.
     """
     shapes = shapes_of(query, key_cache, value_cache, causal, window, chunk, share=share)
+    if host_rows is not None:
+        return host_rows.plan(shapes, lambda rows: _plans_for(shapes).of_host(rows))
+    return _plans_for(shapes).of(block_tables, kv_lens, query_starts)
+
+
+def _plans_for(shapes: Shapes) -> Plans:
     with _lock:
         plans = _plans.pop(shapes, None) or Plans(shapes)
         _plans[shapes] = plans  # the most recent one comes last
         while len(_plans) > _PLANNERS_MAX:
             _plans.popitem(last=False)
-    return plans.of(block_tables, kv_lens, query_starts)
+    return plans
 
 
 def shapes_of(
@@ -158,6 +167,11 @@ class Plans:
         with self._lock:
             return self._of(block_tables, kv_lens, query_starts)
 
+    def of_host(self, rows: HostRows) -> AttentionPlan:
+        """Plan from arrays. O(rows * blocks). Raises: `ValueError` as `plan_attention`."""
+        with self._lock:
+            return self._make(rows.tables, rows.kv_lens, rows.query_starts)
+
     def _of(
         self, block_tables: Tensor, kv_lens: Tensor, query_starts: Tensor | None
     ) -> AttentionPlan:
@@ -168,14 +182,18 @@ class Plans:
             return self._last
         seen = tuple(_Same(tensor) for tensor in tensors)
         tables, lens = _on_host(block_tables), _on_host(kv_lens)
-        require_lengths(torch.from_numpy(lens), tables.shape[1] * self._shapes.block_size)
         starts = None if query_starts is None else _on_host(query_starts)
+        self._last = self._make(tables, lens, starts)
+        self._seen = seen
+        return self._last
+
+    def _make(self, tables: NDArray[np.int32], lens: Ints, starts: Ints | None) -> AttentionPlan:
+        require_lengths(torch.from_numpy(lens), tables.shape[1] * self._shapes.block_size)
+        work = self._planner.plan(tables, lens, starts)
         if starts is None:
             starts = np.arange(len(lens) + 1, dtype=np.int32)
-        work = self._planner.plan(tables, lens, None if query_starts is None else starts)
         sizes = (len(lens), int(starts[-1]), int(np.diff(starts).max(initial=0)))
-        self._seen, self._last = seen, self._upload(work, sizes)
-        return self._last
+        return self._upload(work, sizes)
 
     def _upload(self, work: WorkPlan, sizes: tuple[int, int, int]) -> AttentionPlan:
         for plan in self._uploaded:
@@ -188,7 +206,7 @@ class Plans:
         for array, end in zip(arrays, ends, strict=True):
             start = end - -(-len(array) // 4) * 4
             packed[start : start + len(array)] = array
-        parts = torch.from_numpy(packed).to(self._shapes.device).tensor_split(ends[:-1].tolist())
+        parts = to_device(packed, self._shapes.device).tensor_split(ends[:-1].tolist())
         items, members, slots, merged, merge_starts = parts
         plan = AttentionPlan(
             *self._made_for, work, *sizes, items, members, slots, merged, merge_starts

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from kvpager.integrations.huggingface.batching.anatomy import Anatomy, blank_layers
 from kvpager.integrations.huggingface.batching.steps import StepCache, StepRows
 from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.kernels.host import to_device
 from kvpager.plan import NO_COPIES, StepPlan
 from kvpager.storage import BlockStorage
 
@@ -94,7 +95,7 @@ class Runner:
 
     def _packed(self, rows: StepRows, plan: StepPlan) -> Tensor:
         last = np.cumsum(plan.counts, dtype=np.int64)[plan.wants_logits] - 1
-        keep = torch.from_numpy(last).to(self.anatomy.device)
+        keep = to_device(last, self.anatomy.device)
         options: dict[str, Any] = {self.anatomy.cache_name: self._cache}
         selects = "logits_to_keep" in self.anatomy.arguments
         if selects:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -28,6 +27,7 @@ from kvpager.integrations.huggingface.packed import PackedRows, PackedView
 from kvpager.integrations.huggingface.pools import LayerKind, Place
 from kvpager.integrations.huggingface.views import Blocks, PagedView, Part, packed
 from kvpager.kernels.append_kv import append_kv
+from kvpager.kernels.host import HostRows, to_device
 from kvpager.plan import StepPlan
 from kvpager.storage import BlockStorage, LayerShape
 
@@ -42,6 +42,7 @@ class StepRows(NamedTuple):
     kv_lens: Tensor  # int32 [rows], the new tokens included
     query_starts: Tensor | None  # int32 [rows + 1]; None where each row has one token, or one row
     longest: int  # tokens of the longest row
+    host_rows: HostRows  # tables, lengths and query starts, from which kernels plan once
 
     @classmethod
     def of(cls, plan: StepPlan, device: torch.device) -> StepRows:
@@ -49,17 +50,18 @@ class StepRows(NamedTuple):
         counts = plan.counts.astype(np.int64)
         ends = np.cumsum(counts)
         positions = np.arange(len(plan.ids)) + np.repeat(plan.starts - (ends - counts), counts)
-        query_starts = None
+        starts = None
         if len(plan.ids) != len(counts):
-            query_starts = _moved(np.concatenate([[0], ends]).astype(np.int32), device)
+            starts = np.concatenate([[0], ends]).astype(np.int32)
         return cls(
-            _moved(plan.ids.astype(np.int64), device)[None],
-            _moved(positions, device)[None],
-            _moved(plan.slots, device),
-            _moved(plan.tables, device),
-            _moved(plan.kv_lens, device),
-            query_starts,
+            to_device(plan.ids.astype(np.int64), device)[None],
+            to_device(positions, device)[None],
+            to_device(plan.slots, device),
+            to_device(plan.tables, device),
+            to_device(plan.kv_lens, device),
+            None if starts is None else to_device(starts, device),
             int(plan.kv_lens.max(initial=0)),
+            HostRows(plan.tables, plan.kv_lens, starts),
         )
 
     def row(self, number: int, first: int, last: int, length: int) -> StepRows:
@@ -75,12 +77,8 @@ class StepRows(NamedTuple):
             self.kv_lens[number : number + 1],
             None,  # of packed rows only
             length,
+            self.host_rows.row(number),
         )
-
-
-def _moved(array: NDArray[Any], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
 
 
 class LayerPlan(NamedTuple):
@@ -156,7 +154,7 @@ class StepLayer(DynamicLayer):
         """What the rows of the packed pass read."""
         self.memory.counters.in_place_reads += 1
         rows = self.rows
-        blocks = Blocks(*self._caches, self._scales, rows.tables, rows.kv_lens)
+        blocks = Blocks(*self._caches, self._scales, rows.tables, rows.kv_lens, rows.host_rows)
         return PackedRows(blocks, rows.query_starts, self.window, rows.ids.shape[1])
 
     def update(
@@ -219,4 +217,4 @@ class RowGroup:
     def parts(self, number: int, stop: int) -> list[Part]:
         """Where the row is."""
         rows = self._layer.rows
-        return [Part(self._layer.place, None, rows.tables, rows.kv_lens)]
+        return [Part(self._layer.place, None, rows.tables, rows.kv_lens, rows.host_rows)]

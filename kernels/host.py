@@ -1,0 +1,89 @@
+"""A step's rows as the host knows them: kernels plan from them and never ask a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int32] | NDArray[np.int64]
+_Plan = TypeVar("_Plan")
+
+
+class HostRows:
+    """Block tables, lengths and query starts of one step as NumPy arrays, and plans made from them.
+
+    Every layer of a step gets the same object beside tensors of the same values. A GPU kernel then
+    plans once for all layers of one shape and never waits for the device. Make a new object for
+    every step: the arrays must not change, and they are not copied.
+
+    `tables` is int32 [rows, blocks], `kv_lens` [rows], and `query_starts` [rows + 1] or None where
+    every row has one query, as `paged_attention` takes them.
+    """
+
+    __slots__ = ("_plans", "_with_queries", "kv_lens", "query_starts", "tables")
+
+    def __init__(
+        self, tables: NDArray[np.int32], kv_lens: Ints, query_starts: Ints | None = None
+    ) -> None:
+        self.tables = tables
+        self.kv_lens = kv_lens
+        self.query_starts = query_starts
+        self._plans: dict[Hashable, object] = {}
+        self._with_queries: dict[int, HostRows] = {}
+
+    def row(self, number: int) -> HostRows:
+        """Return one row alone, with one query. O(1)."""
+        return HostRows(self.tables[number : number + 1], self.kv_lens[number : number + 1])
+
+    def with_queries(self, count: int) -> HostRows:
+        """Return the same rows with `count` queries each, always the same object. O(rows)."""
+        if count == 1 and self.query_starts is None:
+            return self
+        found = self._with_queries.get(count)
+        if found is None:
+            starts = np.arange(len(self.kv_lens) + 1, dtype=np.int32) * np.int32(count)
+            found = self._with_queries[count] = HostRows(self.tables, self.kv_lens, starts)
+        return found
+
+    def plan(self, key: Hashable, make: Callable[[HostRows], _Plan]) -> _Plan:
+        """Return the plan made for `key`; the first call makes it. O(1) afterwards."""
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = make(self)
+        return found  # type: ignore[return-value]
+
+    def require_fit(
+        self, block_tables: Tensor, kv_lens: Tensor, query_starts: Tensor | None
+    ) -> None:
+        """Check that the arrays have the shapes of the tensors. O(1). Raises: `ValueError`."""
+        tensors = {"block_tables": block_tables, "kv_lens": kv_lens, "query_starts": query_starts}
+        arrays = (self.tables, self.kv_lens, self.query_starts)
+        for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
+            theirs = None if tensor is None else tuple(tensor.shape)
+            ours = None if array is None else array.shape
+            if theirs != ours:
+                raise ValueError(
+                    f"host_rows has {name} of shape {ours}, but the call has {theirs}; pass the "
+                    "arrays that the call's tensors were made from"
+                )
+
+
+def to_device(data: NDArray[np.generic] | Tensor, device: torch.device) -> Tensor:
+    """Return an array or tensor of the host on `device`, without waiting for it. O(bytes).
+
+    On the CPU the result may share the memory of `data`.
+    """
+    tensor = data
+    if not isinstance(tensor, Tensor):
+        tensor = torch.from_numpy(np.ascontiguousarray(data))
+    if device.type == "cpu":
+        return tensor
+    if device.type == "cuda":
+        # A copy from other memory may wait for the stream. torch keeps this until the copy ends.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
