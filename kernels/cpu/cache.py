@@ -6,30 +6,37 @@
                                         .<any>.part    a library that is being written
                                         .<any>.digest  a digest that is being written
 
-What is in here will be executed, so folder and library have to belong to this user or to root, and
-nobody else may write to them.
+What is in here will be executed. So folder, library and digest belong to this user or to root, no
+other user can write to them or exchange a folder above them (`trust.py`), and the bytes that are
+loaded are the bytes that were hashed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
+import fnmatch
 import hashlib
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from kvpager.errors import KVPagerError
+from kvpager.kernels.cpu.trust import Untrusted, opened_file, opened_folder, read
 
 VARIABLE = "KVPAGER_CACHE"
 UNUSED_SECONDS_MAX = 30 * 24 * 3600
 PART_SECONDS_MAX = 24 * 3600
+LIBRARY_BYTES_MAX = 256 << 20
+_DIGEST_BYTES_MAX = 128
 
 # Other files in the folder are not ours.
 _NAME = re.compile(
@@ -69,11 +76,11 @@ def find(pattern: str) -> Path | None:
     O(bytes of the library). `BuildError` for a $KVPAGER_CACHE that must not be trusted.
     """
     for folder in _folders():
-        with contextlib.suppress(OSError):
-            if not _fault(folder):
-                for path in sorted(folder.glob(pattern)):
-                    if is_intact(path):
-                        return path
+        with contextlib.suppress(OSError, Untrusted), opened_folder(folder) as opened:
+            for name in sorted(fnmatch.filter(os.listdir(opened), pattern)):
+                with _intact(opened, name) as library:
+                    if library is not None:
+                        return folder / name
     return None
 
 
@@ -119,18 +126,14 @@ def _refusal(faults: str) -> BuildError:
 
 
 def _fault(folder: Path) -> str:
-    """Why `folder` must not be trusted, or nothing. `OSError` where it cannot be looked at."""
-    status = folder.stat()
-    return _stranger(status) if stat.S_ISDIR(status.st_mode) else "is not a folder"
-
-
-def _stranger(status: os.stat_result) -> str:
-    """Who else could have written a file, or nothing."""
-    if status.st_uid not in (os.getuid(), 0):
-        return f"belongs to another user (uid {status.st_uid})"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
-    return ""
+    """Say why `folder` must not be trusted; nothing if it may. Raises: `OSError`."""
+    try:
+        with opened_folder(folder):
+            return ""
+    except Untrusted as error:
+        return str(error).removeprefix(str(folder)).lstrip(": ")
+    except NotADirectoryError:
+        return "is not a folder"
 
 
 # -------------------------------------------------------------------- one library
@@ -159,14 +162,80 @@ def publish(part: Path, path: Path) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a library is there, this user's own, and byte for byte what was built. O(bytes)."""
+    """True if a library is there, this user's own, and byte for byte what was built. O(bytes)."""
+    with contextlib.suppress(OSError, Untrusted), _opened(path) as library:
+        return library is not None
+    return False
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load the library that `is_intact` finds: the very file that is hashed here. O(bytes).
+
+    Raises: `OSError` where it is not intact, or cannot be loaded.
+    """
     try:
-        if _stranger(path.stat()):
-            return False
-        expected = _digest_path(path).read_text().strip()
-        return hashlib.sha256(path.read_bytes()).hexdigest() == expected
-    except OSError:
-        return False
+        with _opened(path) as library:
+            if library is not None:
+                with contextlib.suppress(OSError):  # an image's may be read-only
+                    os.utime(library)  # so that `prune` keeps what is in use
+                return _load(library)
+    except (OSError, Untrusted) as error:
+        raise OSError(f"{path} cannot be loaded: {error}") from error
+    raise OSError(f"{path} is not the library that was built, or other users can change it")
+
+
+# Libraries stay loaded, under names that hold the number of their descriptor: those stay open.
+_loaded: dict[tuple[int, int, int, int], ctypes.CDLL] = {}
+
+
+def _load(library: int) -> ctypes.CDLL:
+    """Load an open library."""
+    status = os.fstat(library)
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if identity not in _loaded:
+        kept = os.dup(library)
+        name = f"/proc/self/fd/{kept}"
+        try:
+            _loaded[identity] = ctypes.CDLL(name) if os.path.exists(name) else _load_copy(library)
+        except OSError:
+            os.close(kept)
+            raise
+    return _loaded[identity]
+
+
+def _load_copy(library: int) -> ctypes.CDLL:
+    """Load a private copy of an open library, where descriptors have no names."""
+    private = Path(tempfile.mkdtemp())
+    try:
+        with opened_folder(private):
+            copy = private / "kernels.so"
+            copy.write_bytes(read(library, LIBRARY_BYTES_MAX))
+            return ctypes.CDLL(str(copy))
+    except Untrusted as error:
+        raise OSError(errno.EPERM, str(error)) from error
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    with opened_folder(path.parent) as folder, _intact(folder, path.name) as library:
+        yield library
+
+
+@contextlib.contextmanager
+def _intact(folder: int, name: str) -> Iterator[int | None]:
+    """Open a library of an open folder; None unless it is what its digest says. O(bytes)."""
+    with contextlib.ExitStack() as stack:
+        found = None
+        with contextlib.suppress(OSError, Untrusted):
+            library = stack.enter_context(opened_file(folder, name))
+            with opened_file(folder, _digest_path(Path(name)).name) as file:
+                expected = read(file, _DIGEST_BYTES_MAX).strip()
+            content = read(library, LIBRARY_BYTES_MAX)
+            if hashlib.sha256(content).hexdigest().encode() == expected:
+                found = library
+        yield found
 
 
 def _digest_path(path: Path) -> Path:
@@ -180,8 +249,12 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     Where files cannot be locked, two may build at once, and the last one wins.
     """
     name = path.with_suffix(".lock")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     while True:
-        with name.open("a") as file:
+        file = os.open(name, flags, 0o644)
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise OSError(errno.EINVAL, "not a plain file", str(name))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -191,11 +264,13 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
             if _is_open(file, name):
                 yield
                 return
+        finally:
+            os.close(file)
 
 
-def _is_open(file: TextIO, path: Path) -> bool:
+def _is_open(file: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(file), path.lstat())
     except FileNotFoundError:
         return False
 
@@ -225,7 +300,7 @@ def _stale(folder: Path, stem: str, source: str) -> list[Path]:
     """The files of one library that are to be removed; its lock goes last."""
     now = time.time()
     ours = (path for path in folder.glob(f"{stem}.*") if _NAME.fullmatch(path.name))
-    unused = {path: now - path.stat().st_mtime for path in ours}
+    unused = {path: now - path.lstat().st_mtime for path in ours}
     locks = [path for path in unused if path.suffix == ".lock"]
     others = [path for path in unused if path not in locks]
     is_old = all(unused[path] > UNUSED_SECONDS_MAX for path in others or locks)

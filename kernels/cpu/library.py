@@ -6,15 +6,15 @@ that takes 60 us, setting forty ctypes fields one by one would be a tenth of its
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kvpager.kernels.cpu import cache
 
 TYPES = {
     torch.float32: 0,
@@ -29,6 +29,10 @@ ATTENTION = struct.Struct("=7q 6q 2q 3q 6q 4q 2q 3q 3q 3q 2q 4q 3q 2d q 16x".rep
 APPEND = struct.Struct("=2q 2q 2q 2q 3q 5q 2q 2q 2q 2q 2q 2q 3q q".replace(" ", ""))
 GATHER = struct.Struct("=4q 2q 4q 4q 4q 3q 3q q q".replace(" ", ""))
 COPY = struct.Struct("=q 2q 5q q".replace(" ", ""))
+
+# Functions of the library: what it says of itself, and what it does.
+_FACTS = ("lanes", "bf16_dots", "threaded")
+_KERNELS = ("paged_attention", "append_kv", "gather_kv", "copy_blocks")
 
 _Numbers = ctypes.c_int64 * 3
 
@@ -46,16 +50,15 @@ class Library:
     def __init__(self, path: Path) -> None:
         """Load a library that `compiler.py` built. `OSError` if it cannot be loaded."""
         # torch is imported above, so that its OpenMP runtime is the one that serves both.
-        loaded = ctypes.CDLL(str(path))
-        with contextlib.suppress(OSError):  # an image's may be read-only
-            os.utime(path)  # so that the cache keeps what is in use
-        self.lanes: int = loaded.kvpager_lanes()
-        self.bf16_dots = bool(loaded.kvpager_bf16_dots())
-        self.threaded = bool(loaded.kvpager_threaded())
-        self._functions = {
-            name: getattr(loaded, f"kvpager_{name}")
-            for name in ("paged_attention", "append_kv", "gather_kv", "copy_blocks")
-        }
+        loaded = cache.load(path)
+        try:
+            found = {name: getattr(loaded, f"kvpager_{name}") for name in (*_FACTS, *_KERNELS)}
+        except AttributeError as error:
+            raise OSError(f"{path} lacks a function of the kernels: {error}") from None
+        self.lanes: int = found["lanes"]()
+        self.bf16_dots = bool(found["bf16_dots"]())
+        self.threaded = bool(found["threaded"]())
+        self._functions = {name: found[name] for name in _KERNELS}
         for function in self._functions.values():
             function.argtypes = [ctypes.c_char_p]
 
