@@ -159,6 +159,14 @@ def test_what_is_loaded_is_what_was_hashed(
     assert len(loaded) == 1
 
 
+def test_a_library_that_is_loaded_again_takes_no_descriptor(library: Path) -> None:
+    Library(library)
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(3):
+        Library(library)
+    assert len(os.listdir("/dev/fd")) == before
+
+
 def test_libraries_are_never_mistaken_for_each_other(library: Path) -> None:
     variants = compiler.variants()
     lanes = [Library(compiler.ensure(variant).path).lanes for variant in variants]

@@ -185,13 +185,13 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 # Libraries stay loaded, under names that hold the number of their descriptor: those stay open.
-_loaded: dict[tuple[int, int, int, int], ctypes.CDLL] = {}
+_loaded: dict[tuple[int, int], ctypes.CDLL] = {}  # by device and inode
 
 
 def _load(library: int) -> ctypes.CDLL:
     """Load an open library."""
     status = os.fstat(library)
-    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    identity = (status.st_dev, status.st_ino)  # nobody gets it while the file is open
     if identity not in _loaded:
         kept = os.dup(library)
         name = f"/proc/self/fd/{kept}"
