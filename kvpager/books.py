@@ -25,7 +25,7 @@ from kvpager.plan import Tier
 from kvpager.policies import make_policy
 from kvpager.pool import BlockPool
 from kvpager.prefix import PrefixIndex
-from kvpager.quotas import Quota, Quotas
+from kvpager.quotas import Counts, Quota, Quotas, by_owner
 from kvpager.sequences import Batch, Prompt, Sequence, SequenceTable
 
 Int32 = NDArray[np.int32]
@@ -167,7 +167,7 @@ class Books:
             raise
         return blocks
 
-    def _make_room(self, count: int, need: Int64 | None, revived: Int32) -> None:
+    def _make_room(self, count: int, need: Counts | None, revived: Int32) -> None:
         """Begin the change by evicting what `count` blocks lack, but none of `revived`."""
         self._change.begin()
         if len(revived):
@@ -192,8 +192,8 @@ class Books:
         if count > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(count, pool.num_free, pool.num_evictable, pool.num_blocks)
 
-    def _require(self, count: int, owners: Int64 | None, revived: Int32) -> Int64 | None:
-        """Refuse what cannot be had; otherwise how many blocks each owner takes."""
+    def _require(self, count: int, owners: Int64 | None, revived: Int32) -> Counts | None:
+        """Refuse what cannot be had; otherwise return how many blocks each account takes."""
         pool = self._pool
         if owners is None:
             evictable = pool.num_evictable - len(revived)
@@ -201,7 +201,7 @@ class Books:
                 raise OutOfBlocks(count, pool.num_free, evictable, pool.num_blocks)
             return None
         quotas = self._quotas
-        need = quotas.by_owner(owners)
+        need = by_owner(owners)
         refusal = quotas.refusal(need, quotas.count(revived), pool)
         if refusal is not None:
             count, evictable, advice, missing = refusal
@@ -210,23 +210,27 @@ class Books:
             )
         return need
 
-    def _evict_for(self, count: int, need: Int64 | None) -> None:
+    def _evict_for(self, count: int, need: Counts | None) -> None:
         """Free what `count` blocks lack, of each namespace no more than its floor leaves."""
-        if need is not None:
-            for owner, forced in enumerate(self._quotas.forced(need).tolist()):
-                self._evict(forced, {owner: forced})
-        allowances = None if need is None else self._quotas.allowances(need)
-        self._evict(count - self._pool.num_free, allowances)
+        for number, forced in self._quotas.forced(need or {}):
+            self._totals["evicted"] += self._index.evict_from(number, forced)
+        self._evict(count - self._pool.num_free, need)
 
-    def _allowances(self) -> dict[int, int] | None:
-        """How many cached blocks of each namespace may leave when nothing is taken."""
-        if not self._quotas.limits:
-            return None
-        return self._quotas.allowances(np.zeros(len(self._quotas.limits) + 1, np.int64))
+    def _evict(self, count: int, need: Counts | None) -> None:
+        """Evict `count` blocks; with `need`, only what floors leave after that was taken."""
+        if count <= 0:
+            return
+        quotas = self._quotas
+        if need is None:
+            self._totals["evicted"] += self._index.evict(count)
+            return
 
-    def _evict(self, count: int, allowances: dict[int, int] | None = None) -> None:
-        if count > 0:
-            self._totals["evicted"] += self._index.evict(count, allowances)
+        def allowance(number: int) -> int:
+            return quotas.may_leave(number, need.get(number, 0))
+
+        self._index.relist(quotas.opened | need.keys())
+        quotas.opened.clear()
+        self._totals["evicted"] += self._index.evict(count, allowance)
 
     def _release(self, blocks: Int32, times: int | Int32 = 1) -> None:
         if len(blocks) == 1 and isinstance(times, int):
@@ -257,7 +261,7 @@ class Books:
     ) -> None:
         self._pool.watch(self._quotas if limits else None)
         self._quotas.recount(limits, self._pool, self._owned(parked))
-        self._index.set_queues(limits)
+        self._index.set_queues(self._quotas.numbers)
 
     def _owned(
         self, parked: list[tuple[str | None, Int32]] | None = None
@@ -269,6 +273,13 @@ class Books:
             parked = self._quotas.parked(self._pool)
         return [*held, *self._index.owned(), *parked]
 
+    def _owned_by(self, namespace: str | None) -> Int32:
+        """Return a namespace's blocks: held, or offered. O(sequences + its blocks)."""
+        rows = self._rows
+        mine = [row for row in rows.live_rows() if rows.prompt(row).namespace == namespace]
+        held = [rows.device_blocks(row) for row in mine]
+        return np.unique(np.concatenate([NO_BLOCKS, *held, *self._index.owned_by(namespace)]))
+
     def _owners(self, who: Iterable[Prompt], counts: Iterable[int]) -> Int64 | None:
         """Under whose number each block to take is counted; None where nobody has a quota."""
         if not self._quotas.limits:
@@ -279,6 +290,6 @@ class Books:
     def _owners_of_rows(self, rows: Int64, leaving: Int64, num_fresh: Int64) -> Int64 | None:
         if not self._quotas.limits:
             return None
-        who = [self._rows.prompt(row) for row in rows.tolist()]
-        leavers = [who[at] for at in leaving.tolist()]
-        return self._owners([*leavers, *who], [*[1] * len(leavers), *num_fresh.tolist()])
+        growing = num_fresh.nonzero()[0]
+        who = [self._rows.prompt(row) for row in rows[[*leaving, *growing]].tolist()]
+        return self._owners(who, [*[1] * len(leaving), *num_fresh[growing].tolist()])

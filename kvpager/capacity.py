@@ -55,8 +55,7 @@ class Capacity(Views):
             room = num_blocks - pool.num_reserved
             staying = pool.num_held + pool.num_kept
             excess = staying + pool.num_evictable - room
-            allowances = self._allowances()
-            can_leave = sum(allowances.values()) if allowances else pool.num_evictable
+            can_leave = self._quotas.num_may_leave(pool)
             if excess > can_leave:
                 need = room + excess - can_leave
                 raise OutOfBlocks(need, room, 0, pool.num_blocks, "remaining device")
@@ -66,7 +65,7 @@ class Capacity(Views):
             copies = np.empty((num_beyond, 2), np.int32)
             plan = Plan(copies, "device", "device", self._fences.ticket(copies))
             self._change.begin()
-            self._evict(excess, allowances)
+            self._evict(excess, {} if self._quotas.limits else None)
             in_use = pool.in_use()
             old = in_use[num_blocks:].nonzero()[0] + num_blocks
             places = (~in_use[:num_blocks]).nonzero()[0]
@@ -89,7 +88,7 @@ class Capacity(Views):
         with self._lock, self._change:
             free = self._pool.num_free
             self._change.begin()
-            self._evict(self._pool.num_evictable)
+            self._evict(self._pool.num_evictable, None)
             return self._pool.num_free - free
 
     # ---------------------------------------------------------------- what stays
@@ -165,7 +164,9 @@ class Capacity(Views):
     def set_quota(
         self, namespace: str | None, *, floor: int = 0, ceiling: int | None = None
     ) -> None:
-        """Bound the device blocks of a namespace, and keep some for it. O(blocks).
+        """Bound the device blocks of a namespace, and keep some for it.
+
+        O(1) for a namespace that has a quota, else O(sequences + its blocks).
 
         Args:
             floor: blocks its sequences can always get; what is cached within it nobody else evicts.
@@ -179,34 +180,33 @@ class Capacity(Views):
         if ceiling is not None:
             ceiling = arguments.count("ceiling", ceiling, at_least=max(floor, 1))
         with self._lock, self._change:
-            limits = {**self._quotas.limits, namespace: Quota(floor, ceiling)}
-            used, evictable = self._usage(namespace)
-            if ceiling is not None and used - evictable > ceiling:
+            pool, quotas, quota = self._pool, self._quotas, Quota(floor, ceiling)
+            is_new, blocks = namespace not in quotas.limits, NO_BLOCKS
+            if is_new:
+                blocks = self._owned_by(namespace)
+                held = len(blocks) - pool.count_idle(blocks)
+            else:
+                held = quotas.account(namespace).used - quotas.account(namespace).evictable
+            if ceiling is not None and held > ceiling:
                 raise ValueError(
-                    f"ceiling {ceiling}: namespace {namespace!r} holds {used - evictable} blocks; "
+                    f"ceiling {ceiling}: namespace {namespace!r} holds {held} blocks; "
                     "free some first"
                 )
-            promised = sum(
-                max(quota.floor - int(np.subtract(*self._usage(name))), 0)
-                for name, quota in limits.items()
-            )
-            if promised > self._pool.num_free + self._pool.num_evictable:
+            promised = quotas.promised(namespace, floor, held)
+            if promised > pool.num_free + pool.num_evictable:
                 raise ValueError(
                     f"floor {floor}: with what the other floors promise, {promised} blocks, and "
-                    f"{self._pool.num_free + self._pool.num_evictable} can be had"
+                    f"{pool.num_free + pool.num_evictable} can be had"
                 )
             self._change.begin()
-            self._recount(limits)
-            excess = self._quotas.excess(namespace)
-            self._evict(excess, {self._quotas.owner(namespace): excess})
-
-    def _usage(self, namespace: str | None) -> tuple[int, int]:
-        """Blocks of a namespace, and how many of them may be evicted. O(blocks)."""
-        found = [blocks for owner, blocks in self._owned() if owner == namespace]
-        blocks = np.unique(np.concatenate([NO_BLOCKS, *found]))
-        pool = self._pool
-        idle = pool.cached[blocks] & (pool.refs[blocks] == 0) & (pool.holds[blocks] == 0)
-        return len(blocks), int(np.count_nonzero(idle))
+            if not quotas.limits:
+                self._recount({namespace: quota})
+            elif is_new:
+                self._index.add_queue(namespace, quotas.open(namespace, quota, pool, blocks))
+            else:
+                quotas.change(namespace, quota)
+            number = quotas.owner(namespace)
+            self._evict_for(0, {number: 0})
 
     def quota(self, namespace: str | None) -> Quota:
         """The quota of a namespace. O(1). Raises: `ValueError` where it has none."""
@@ -227,12 +227,15 @@ class Capacity(Views):
         """Let a namespace share what is left with the others. O(blocks). Raises: as `quota`."""
         with self._lock, self._change:
             self.quota(namespace)
-            limits = {name: q for name, q in self._quotas.limits.items() if name != namespace}
             self._change.begin()
-            self._recount(limits)
+            if len(self._quotas.limits) == 1:
+                self._recount({})
+                return
+            self._index.drop_queue(namespace)
+            self._quotas.close(namespace)
 
     def namespace_blocks(self, namespace: str | None) -> int:
         """Device blocks held by and cached for a namespace. O(1). Raises: as `quota`."""
         with self._lock:
             self.quota(namespace)
-            return self._quotas.used(namespace)
+            return self._quotas.account(namespace).used

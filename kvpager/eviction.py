@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.errors import BrokenInvariant
 from kvpager.fingerprints import moved
 
 Int32 = NDArray[np.int32]
@@ -133,7 +136,10 @@ class Queue(Generic[T]):
     `push` again moves a node; what the heap still says about it is outdated and dropped later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[Queue[T], float], None]) -> None:
+        """Call `note` for each node that ranks below `listed`."""
+        self.listed = np.inf  # at most the first rank, where `Queues` is to look here
+        self._note = note
         self.ranks: dict[T, tuple[float, int]] = {}
         self.aside: OrderedDict[T, None] = OrderedDict()
         self._heap: list[tuple[float, int, T]] = []
@@ -147,6 +153,8 @@ class Queue(Generic[T]):
         self._count += 1
         self.ranks[node] = (rank, self._count)
         heapq.heappush(self._heap, (rank, self._count, node))
+        if rank < self.listed:
+            self._note(self, rank)
         if len(self._heap) > 2 * len(self.ranks) + _OUTDATED_MAX:
             self._heap = [(*place, node) for node, place in self.ranks.items()]
             heapq.heapify(self._heap)
@@ -175,6 +183,7 @@ class Queue(Generic[T]):
 
     def clear(self) -> None:
         """Forget all nodes. O(n)."""
+        self.listed = np.inf
         self.ranks.clear()
         self.aside.clear()
         self._heap.clear()
@@ -183,6 +192,99 @@ class Queue(Generic[T]):
         """`node` is gone. O(1)."""
         self.ranks.pop(node, None)
         self.aside.pop(node, None)
+
+
+class Queues(Generic[T]):
+    """The queues of all accounts by number, and whose first node ranks lowest.
+
+    A heap lists each queue by a rank that is at most that of its first node: a node that ranks
+    lower lists its queue again, and what is no longer right is put right when it comes up.
+    """
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, Queue[T]] = {}
+        self._fronts: list[tuple[float, int]] = []
+        self.add(0)
+
+    def __getitem__(self, number: int) -> Queue[T]:
+        return self._by_number[number]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_number)
+
+    def add(self, number: int) -> Queue[T]:
+        """Make a queue. O(1)."""
+        queue = self._by_number[number] = Queue[T](partial(self._note, number))
+        return queue
+
+    def drop(self, number: int) -> None:
+        """Forget a queue whose nodes went elsewhere. O(1)."""
+        del self._by_number[number]
+
+    def _note(self, number: int, queue: Queue[T], rank: float) -> None:
+        queue.listed = rank
+        heapq.heappush(self._fronts, (rank, number))
+        if len(self._fronts) > 2 * len(self._by_number) + _OUTDATED_MAX:
+            self._fronts = [
+                (queue.listed, number)
+                for number, queue in self._by_number.items()
+                if queue.listed < np.inf
+            ]
+            heapq.heapify(self._fronts)
+
+    def relist(self, number: int) -> None:
+        """Look at a queue again that had nothing to give, or no leave to. Amortised O(log n)."""
+        queue = self._by_number[number]
+        first = queue.first()
+        if first is not None and first[0] < queue.listed:
+            self._note(number, queue, first[0])
+
+    def lowest(
+        self, first: Callable[[Queue[T]], tuple[float, T] | None], left: Callable[[int], int]
+    ) -> tuple[int, T, float] | None:
+        """Return the queue whose first node ranks lowest, that node, and the next queue's rank.
+
+        Amortised O(log queues). `first` returns a queue's first node; `left` how many of its blocks
+        may leave. Queues without either are passed over until they are listed again.
+        """
+        best = self._top(first, left)
+        if best is None:
+            return None
+        number, (_, node) = best
+        top = heapq.heappop(self._fronts)
+        after = self._top(first, left)
+        heapq.heappush(self._fronts, top)
+        return number, node, np.inf if after is None else after[1][0]
+
+    def _top(
+        self, first: Callable[[Queue[T]], tuple[float, T] | None], left: Callable[[int], int]
+    ) -> tuple[int, tuple[float, T]] | None:
+        fronts = self._fronts
+        while fronts:
+            rank, number = fronts[0]
+            queue = self._by_number.get(number)
+            if queue is None or queue.listed != rank:
+                heapq.heappop(fronts)
+                continue
+            entry = first(queue)
+            if entry is None or left(number) <= 0:
+                heapq.heappop(fronts)
+                queue.listed = np.inf
+            elif entry[0] > rank:
+                queue.listed = entry[0]
+                heapq.heapreplace(fronts, (entry[0], number))
+            else:
+                return number, entry
+        return None
+
+    def check(self, is_open: Callable[[int], bool]) -> None:
+        """Raise `BrokenInvariant` unless each queue that may give is listed. O(queues)."""
+        for number, queue in self._by_number.items():
+            first = queue.first()
+            if first is not None and is_open(number) and queue.listed > first[0]:
+                raise BrokenInvariant(f"eviction: queue {number} is not listed by its first node")
+            if queue.listed < np.inf and (queue.listed, number) not in self._fronts:
+                raise BrokenInvariant(f"eviction: queue {number} is not where it is listed")
 
 
 def _column(

@@ -48,6 +48,7 @@ def check(
     for row in rows.live_rows():
         _check_published(rows, row, index, device)
     quotas.check(device, owned)
+    index.check_queues(quotas.is_known_open)
 
 
 def _check_published(rows: SequenceTable, row: int, index: PrefixIndex, device: BlockPool) -> None:

@@ -240,6 +240,11 @@ class BlockPool:
         if num_full * size < len(ids):
             self.ids[blocks[num_full], : len(ids) - num_full * size] = ids[num_full * size :]
 
+    def count_idle(self, blocks: Blocks) -> int:
+        """Return how many of `blocks` may be evicted. O(blocks)."""
+        idle = self.cached[blocks] & (self.refs[blocks] == 0) & (self.holds[blocks] == 0)
+        return int(np.count_nonzero(idle))
+
     def in_use(self) -> NDArray[np.bool_]:
         """Which blocks somebody keeps, bool [num_blocks]. O(num_blocks)."""
         return (self.refs > 0) | self.cached | (self.holds > 0)

@@ -19,7 +19,7 @@ sealed: it never grows again, so a place beyond its end is known to be gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from kvpager.contents import NO_CONTENTS, Contents, Tag
 from kvpager.errors import BrokenInvariant
 from kvpager.events import Event, EventLog
-from kvpager.eviction import EvictionPolicy, Queue
+from kvpager.eviction import EvictionPolicy, Queue, Queues
 from kvpager.fingerprints import Arrivals, moved
 from kvpager.pool import BlockPool, Blocks
 from kvpager.radix import Match, Node, TreeKey, key_of
@@ -52,10 +52,10 @@ class PrefixIndex:
         self.roots: dict[TreeKey, Node] = {}
         self.nodes: list[Node | None] = []  # by number
         self.node_of: Int32 = np.full(pool.num_blocks, -1, np.int32)
-        # The first queue is that of all namespaces without a quota; see `kvpager.quotas`.
-        self._queues: list[Queue[Node]] = [Queue()]
-        self._numbers = range(1)
-        self._queue_of: dict[str | None, Queue[Node]] = {}
+        # By the numbers of `kvpager.quotas`: 0 is that of all namespaces without a quota.
+        self._queues: Queues[Node] = Queues()
+        self._queue_of: dict[str | None, int] = {}
+        self._trees_of: dict[str | None, dict[TreeKey, Node]] = {}
         self._log = log
         self.pool = pool
         self.arrivals = Arrivals(pool)
@@ -132,10 +132,12 @@ class PrefixIndex:
     def root(self, tree: TreeKey) -> Node:
         """Where the prefixes of `tree` begin; made on first use. O(1)."""
         root = self.roots.get(tree)
-        if root is None:
-            root = self.roots[tree] = self._new_node(None, 0, _NO_BLOCKS)
-            root.tree = tree
-            root.queue = self._queue_of.get(tree[0], self._queues[0])
+        return self._new_root(tree) if root is None else root
+
+    def _new_root(self, tree: TreeKey) -> Node:
+        root = self._new_node(None, 0, _NO_BLOCKS)
+        root.tree, root.queue = tree, self._queues[self._queue_of.get(tree[0], 0)]
+        self.roots[tree] = self._trees_of.setdefault(tree[0], {})[tree] = root
         return root
 
     def locate(self, node: Node | None, position: int) -> Node | None:
@@ -295,27 +297,66 @@ class PrefixIndex:
             queue.drop_first()
         return None
 
-    def evict(self, count: int, allowances: dict[int, int] | None = None) -> int:
+    def evict(
+        self,
+        count: int,
+        allowance: Callable[[int], int] | None = None,
+    ) -> int:
         """Forget `count` idle blocks, from each queue at most its allowance; there are so many.
 
         O(count log n): idle tips, lowest rank first. Only when there are no more of those, idle
         blocks inside a run with everything after them, which may be more than asked for.
-        Returns how many the index forgot; those that nobody keeps are free.
+        Return how many the index forgot; blocks that no table holds are free then.
+
+        `allowance` returns how many blocks of a queue may leave, None: all. A queue that has none
+        is not looked at again before `relist` names it.
         """
         self._refresh()
+        if allowance is None:
+            self.relist(self._queues)
         gone: list[Blocks] = []
         blocks: Blocks
-        room = allowances or dict.fromkeys(self._numbers, count)
+        room = dict[int, int]()
+
+        def left(number: int) -> int:
+            if number not in room:
+                room[number] = count if allowance is None else allowance(number)
+            return room[number]
+
         while count > 0:
-            number, node, limit = self._lowest(room)
+            number, node, limit = self._lowest(left)
+            most = min(count, left(number))
             if node is not None:
-                blocks = self._trim(node, min(count, room[number]), limit)
+                blocks = self._trim(node, most, limit)
                 num_idle = len(blocks)
             else:
-                blocks, num_idle = self._cut(self._queues[number], min(count, room[number]))
+                blocks, num_idle = self._cut(self._queues[number], most)
             count -= num_idle
             room[number] -= num_idle
             gone.append(blocks)
+        return self._forget(gone)
+
+    def relist(self, numbers: Iterable[int]) -> None:
+        """Look at these queues again: they may have an allowance now. O(numbers)."""
+        for number in numbers:
+            self._queues.relist(number)
+
+    def evict_from(self, number: int, count: int) -> int:
+        """Forget `count` idle blocks of one queue, which has them. As `evict`."""
+        self._refresh()
+        queue, gone = self._queues[number], list[Blocks]()
+        while count > 0:
+            entry = self._next(queue)
+            if entry is not None:
+                gone.append(self._trim(entry[1], count, np.inf))
+                count -= len(gone[-1])
+            else:
+                blocks, num_idle = self._cut(queue, count)
+                gone.append(blocks)
+                count -= num_idle
+        return self._forget(gone)
+
+    def _forget(self, gone: list[Blocks]) -> int:
         blocks = gone[0] if len(gone) == 1 else np.concatenate([_NO_BLOCKS, *gone])
         self.pool.uncache(blocks)
         self.policy.forget(blocks)
@@ -325,27 +366,18 @@ class PrefixIndex:
             self._log.add("removed", blocks=ids)
         return len(blocks)
 
-    def _lowest(self, room: dict[int, int]) -> tuple[int, Node | None, float]:
-        """The queue with room whose first tip ranks lowest, that tip, and the next queue's rank.
+    def _lowest(self, left: Callable[[int], int]) -> tuple[int, Node | None, float]:
+        """Return the queue whose first tip ranks lowest, that tip, and the next queue's rank.
 
         Where no queue has a tip, one that has nodes put aside.
         """
-        best, tip, lowest, limit = -1, None, np.inf, np.inf
-        for number, left in room.items():
-            if left <= 0:
-                continue
-            entry = self._next(self._queues[number])
-            if entry is None:
-                if tip is None and self._queues[number].aside:
-                    best = number
-            elif tip is None or entry[0] < lowest:
-                limit = min(limit, lowest)
-                best, (lowest, tip) = number, entry
-            else:
-                limit = min(limit, entry[0])
-        if best < 0:
-            raise BrokenInvariant("prefix index: fewer blocks can leave than the pool counts")
-        return best, tip, limit
+        best = self._queues.lowest(self._next, left)
+        if best is not None:
+            return best
+        for number in self._queues:
+            if self._queues[number].aside and left(number) > 0:
+                return number, None, np.inf
+        raise BrokenInvariant("prefix index: fewer blocks can leave than the pool counts")
 
     def _refresh(self) -> None:
         fallen = self.policy.fallen()
@@ -414,6 +446,10 @@ class PrefixIndex:
         elif not parent.children and self.roots.get(parent.tree) is parent:
             # Tenants come and go: an empty tree must not stay behind.
             del self.roots[parent.tree]
+            trees = self._trees_of[parent.tree[0]]
+            del trees[parent.tree]
+            if not trees:
+                del self._trees_of[parent.tree[0]]
             self._bury(parent)
 
     def _bury(self, node: Node) -> None:
@@ -441,13 +477,12 @@ class PrefixIndex:
 
     def adopt(self, parent: Node | None, tree: TreeKey | None, blocks: Int32, tag: Tag) -> Node:
         """Put a node of another index where it was there: a root, or below `parent`. O(blocks)."""
-        node = self._new_node(parent, parent.end if parent else 0, blocks)
-        node.tag = tag
         if parent is None:
             assert tree is not None
-            node.tree, node.queue = tree, self._queues[0]
-            self.roots[tree] = node
+            node = self._new_root(tree)
         else:
+            node = self._new_node(parent, parent.end, blocks)
+            node.tag = tag
             parent.children[self._key(int(blocks[0]), tag)] = node
             self.node_of[blocks] = node.number
             self.pool.cached[blocks] = True
@@ -456,7 +491,7 @@ class PrefixIndex:
     def queued(self) -> tuple[list[Node], list[float], list[Node]]:
         """Nodes in the order in which they leave, their ranks, and those put aside. O(n log n)."""
         order, ranks, aside = list[Node](), list[float](), list[Node]()
-        for queue in self._queues:
+        for queue in map(self._queues.__getitem__, self._queues):
             order += sorted(queue.ranks, key=queue.ranks.__getitem__)
             aside += queue.aside
             ranks += [queue.ranks[node][0] for node in order[len(ranks) :]]
@@ -464,29 +499,54 @@ class PrefixIndex:
 
     def queue_again(self, order: list[Node], ranks: list[float], aside: list[Node]) -> None:
         """Queue these in this order, and nothing else. O(n log n)."""
-        for queue in self._queues:
-            queue.clear()
+        for number in self._queues:
+            self._queues[number].clear()
         for node, rank in zip(order, ranks, strict=True):
             node.queue.push(rank, node)
         for node in aside:
             node.queue.put_aside(node)
 
-    def set_queues(self, namespaces: Iterable[str | None]) -> None:
-        """Give each of `namespaces` a queue of its own, the others one together. O(nodes)."""
-        self._queue_of = {namespace: Queue() for namespace in namespaces}
-        self._queues = [Queue(), *self._queue_of.values()]
-        self._numbers = range(len(self._queues))
-        for root in self.roots.values():
-            root.queue = self._queue_of.get(root.tree[0], self._queues[0])
+    def set_queues(self, numbers: dict[str | None, int]) -> None:
+        """Give each of these namespaces a queue of its own, the others one together. O(nodes)."""
+        self._queues, self._queue_of = Queues(), {}
+        for namespace, number in numbers.items():
+            self._queue_of[namespace] = number
+            self._queues.add(number)
+        for namespace in self._trees_of:
+            self._queue_again(namespace)
+
+    def add_queue(self, namespace: str | None, number: int) -> None:
+        """Give a namespace a queue of its own. O(its nodes)."""
+        self._queue_of[namespace] = number
+        self._queues.add(number)
+        self._queue_again(namespace)
+
+    def drop_queue(self, namespace: str | None) -> None:
+        """Let a namespace share a queue with those without a quota. O(its nodes)."""
+        number = self._queue_of.pop(namespace)
+        self._queue_again(namespace)
+        self._queues.drop(number)
+
+    def _queue_again(self, namespace: str | None) -> None:
+        queue = self._queues[self._queue_of.get(namespace, 0)]
+        for root in self._trees_of.get(namespace, {}).values():
+            root.queue = queue
             for node in self._below(root):
-                node.queue = root.queue
+                node.queue.forget(node)
+                node.queue = queue
                 self._offer(node)
 
     def owned(self) -> Iterator[tuple[str | None, Int32]]:
-        """The blocks offered to each namespace, run by run. O(nodes)."""
-        for root in self.roots.values():
+        """Return the blocks offered to each namespace, run by run. O(nodes)."""
+        for namespace in self._trees_of:
+            for blocks in self.owned_by(namespace):
+                yield namespace, blocks
+
+    def owned_by(self, namespace: str | None) -> Iterator[Int32]:
+        """Return the blocks offered to one namespace, run by run. O(its nodes)."""
+        for root in self._trees_of.get(namespace, {}).values():
             for node in self._below(root):
-                yield root.tree[0], node.blocks
+                yield node.blocks
 
     def offered(self) -> Iterator[Event]:
         """All runs as `stored` events, parents before children. O(tokens)."""
@@ -516,6 +576,10 @@ class PrefixIndex:
         self.arrivals.resize(num_blocks, places)
         self.policy.resize(num_blocks, places)
 
+    def check_queues(self, is_open: Callable[[int], bool]) -> None:
+        """Raise `BrokenInvariant` unless eviction looks at each open queue. O(queues)."""
+        self._queues.check(is_open)
+
     def check(self) -> None:
         """Raise `BrokenInvariant` unless trees, look-up and pool tell the same story. O(blocks)."""
         owner = np.full(self.pool.num_blocks, -1, np.int32)
@@ -523,6 +587,8 @@ class PrefixIndex:
         for tree, root in self.roots.items():
             if root.tree != tree or root.parent is not None or root.end or not root.children:
                 raise BrokenInvariant(f"prefix index: the root of {tree!r} is out of place")
+            if self._trees_of.get(tree[0], {}).get(tree) is not root:
+                raise BrokenInvariant(f"prefix index: the tree {tree!r} is not its namespace's")
             for node in [root, *self._below(root)]:
                 count += 1
                 self._check_node(node)

@@ -2,7 +2,11 @@
 
 A namespace's blocks are those its sequences hold and those that stay cached for it; no block ever
 belongs to two. Its `ceiling` bounds their number. Its `floor` is kept for it: as long as its
-sequences hold fewer, nobody else can take the difference, nor evict what is cached within it.
+sequences hold fewer, other namespaces can neither take the difference nor evict what is cached
+within it.
+
+Each namespace with a quota has an account. Sums over all accounts are kept as they change, so that
+a call looks at the accounts of the namespaces it names and at no others.
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
+from kvpager.eviction import NO_BLOCKS
 from kvpager.pool import BlockPool, Blocks
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Index = NDArray[np.intp]
+Owned = Iterable[tuple[str | None, Int32]]  # namespaces and their blocks
+Counts = dict[int, int]  # blocks by the number of an account
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,157 +36,251 @@ class Quota:
     ceiling: int | None = None
 
 
+NO_QUOTA = Quota()
+
+
+@dataclass(slots=True)
+class Account:
+    """The blocks of one namespace, counted."""
+
+    namespace: str | None
+    quota: Quota
+    used: int = 0  # held or cached
+    evictable: int = 0  # cached, and in no table
+    unmet: int = 0  # what the floor still promises
+    guarded: int = 0  # evictable, but within the floor
+    is_open: bool = False  # some evictable blocks are not guarded
+
+    def promised(self, need: int = 0, revived: int = 0) -> tuple[int, int]:
+        """Return what would be unmet and guarded after `need` blocks were taken.
+
+        `revived`: evictable blocks that the same call is about to hold. O(1).
+        """
+        evictable = self.evictable - revived
+        unmet = max(self.quota.floor - (self.used - evictable) - need, 0)
+        return unmet, min(evictable, unmet)
+
+
 class Quotas:
-    """Counts by namespace. Owner 0 stands for all namespaces without a quota."""
+    """Accounts by number. Account 0 is that of all namespaces without a quota."""
 
     def __init__(self, num_blocks: int) -> None:
         self.limits: dict[str | None, Quota] = {}
-        self._numbers: dict[str | None, int] = {}
+        self.numbers: dict[str | None, int] = {}
         self._owner: Int32 = np.zeros(num_blocks, np.int32)
-        self._used: Int64 = np.zeros(1, np.int64)
-        self._evictable: Int64 = np.zeros(1, np.int64)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._accounts = {0: Account(None, NO_QUOTA)}
+        self._last_number = 0
+        self._unmet = self._guarded = 0  # of all accounts
+        self.opened: set[int] = set()  # accounts with blocks that may leave since just now
 
     def owner(self, namespace: str | None) -> int:
-        """The number under which a namespace's blocks are counted. O(1)."""
-        return self._numbers.get(namespace, 0)
+        """Return the number of a namespace's account. O(1)."""
+        return self.numbers.get(namespace, 0)
 
-    def used(self, namespace: str | None) -> int:
-        """Blocks held by and cached for a namespace that has a quota. O(1)."""
-        return int(self._used[self._numbers[namespace]])
+    def account(self, namespace: str | None) -> Account:
+        """Return the account of a namespace that has a quota. O(1)."""
+        return self._accounts[self.numbers[namespace]]
 
-    def num_evictable(self, namespace: str | None) -> int:
-        """Cached blocks of a namespace that has a quota. O(1)."""
-        return int(self._evictable[self._numbers[namespace]])
+    # ---------------------------------------------------------------- quotas come and go
 
-    def excess(self, namespace: str | None) -> int:
-        """Blocks that a namespace has beyond its ceiling. O(1)."""
-        ceiling = self.limits[namespace].ceiling
-        return 0 if ceiling is None else max(0, self.used(namespace) - ceiling)
-
-    def recount(
-        self,
-        limits: dict[str | None, Quota],
-        pool: BlockPool,
-        owned: Iterable[tuple[str | None, Int32]],
-    ) -> None:
-        """Begin anew with these quotas; `owned` says whose each block in use is. O(blocks)."""
-        self.limits = limits
-        self._numbers = {namespace: number for number, namespace in enumerate(limits, start=1)}
+    def recount(self, limits: dict[str | None, Quota], pool: BlockPool, owned: Owned) -> None:
+        """Begin again with these quotas; `owned` are all blocks in use. O(blocks)."""
+        self.limits, self.numbers = {}, {}
         self._owner = np.zeros(pool.num_blocks, np.int32)
-        for namespace, blocks in owned:
-            self._owner[blocks] = self.owner(namespace)
-        idle = pool.cached & (pool.refs == 0) & (pool.holds == 0)
-        size = len(limits) + 1
-        self._used = np.bincount(self._owner[pool.in_use()], minlength=size)
-        self._evictable = np.bincount(self._owner[idle], minlength=size)
+        self._begin()
+        nobody = self._accounts[0]
+        nobody.used = int(np.count_nonzero(pool.in_use()))
+        nobody.evictable = pool.num_evictable
+        self._settle(0)
+        blocks: dict[str | None, list[Int32]] = {namespace: [] for namespace in limits}
+        for namespace, some in owned:
+            if namespace in blocks:
+                blocks[namespace].append(some)
+        for namespace, quota in limits.items():
+            self.open(namespace, quota, pool, np.concatenate([NO_BLOCKS, *blocks[namespace]]))
+
+    def open(self, namespace: str | None, quota: Quota, pool: BlockPool, blocks: Int32) -> int:
+        """Give a namespace an account, and it `blocks`, which it has. O(blocks)."""
+        blocks = np.unique(blocks)
+        self._last_number += 1
+        number = self.numbers[namespace] = self._last_number
+        self.limits[namespace] = quota
+        account = Account(namespace, quota, len(blocks), pool.count_idle(blocks))
+        self._accounts[number] = account
+        self._owner[blocks] = number
+        self._accounts[0].used -= account.used
+        self._accounts[0].evictable -= account.evictable
+        self._settle(0)
+        self._settle(number)
+        return number
+
+    def change(self, namespace: str | None, quota: Quota) -> None:
+        """Give a namespace that has a quota another one. O(1)."""
+        self.limits[namespace] = self.account(namespace).quota = quota
+        self._settle(self.numbers[namespace])
+
+    def close(self, namespace: str | None) -> None:
+        """Count a namespace's blocks among those without a quota. O(blocks)."""
+        del self.limits[namespace]
+        number = self.numbers.pop(namespace)
+        account = self._accounts.pop(number)
+        self._unmet -= account.unmet
+        self._guarded -= account.guarded
+        self._owner[self._owner == number] = 0
+        self._accounts[0].used += account.used
+        self._accounts[0].evictable += account.evictable
+        self._settle(0)
+        self.opened.discard(number)
 
     def parked(self, pool: BlockPool) -> list[tuple[str | None, Int32]]:
-        """Whose the blocks were that nobody has any more, but a copy of which is under way."""
+        """Return the blocks that only an unfinished copy keeps, and whose they were. O(blocks)."""
         blocks = ((pool.refs == 0) & ~pool.cached & (pool.holds > 0)).nonzero()[0]
         blocks = blocks[blocks < len(self._owner)].astype(np.int32)
         owners = self._owner[blocks]
-        return [(name, blocks[owners == number]) for name, number in self._numbers.items()]
+        return [(name, blocks[owners == number]) for name, number in self.numbers.items()]
 
     # ---------------------------------------------------------------- what the pool reports
 
-    def charge(self, blocks: Blocks, owners: int | Int64) -> None:
+    def charge(self, blocks: Blocks, owners: Int64) -> None:
         """`blocks` were taken for their owners. O(blocks)."""
         self._owner[blocks] = owners
-        self._used += self.count(blocks)
+        for number, count in by_owner(owners).items():
+            self._accounts[number].used += count
+            self._settle(number)
 
     def freed(self, blocks: Index) -> None:
         """See `kvpager.pool.Ledger`."""
-        self._used -= np.bincount(self._owner[blocks], minlength=len(self._used))
+        for number, count in self.count(blocks).items():
+            self._accounts[number].used -= count
+            self._settle(number)
 
     def evictable(self, blocks: Index, change: int) -> None:
         """See `kvpager.pool.Ledger`."""
-        owners = np.bincount(self._owner[blocks], minlength=len(self._used))
-        self._evictable += change * owners
+        for number, count in self.count(blocks).items():
+            self._accounts[number].evictable += change * count
+            self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        """Bring the sums up to date after an account changed. O(1)."""
+        account = self._accounts[number]
+        unmet, guarded = account.promised()
+        self._unmet += unmet - account.unmet
+        self._guarded += guarded - account.guarded
+        account.unmet, account.guarded = unmet, guarded
+        was_open, account.is_open = account.is_open, account.evictable > guarded
+        if account.is_open and not was_open:
+            self.opened.add(number)
 
     # ---------------------------------------------------------------- what may be taken
 
     def refusal(
-        self, need: Int64, revived: Int64, pool: BlockPool
+        self, need: Counts, revived: Counts, pool: BlockPool
     ) -> tuple[int, int, str, int] | None:
-        """Why `need` blocks of each owner cannot be had: (need, evictable, advice, missing).
+        """Return why `need` blocks of each account cannot be had, or None where they can.
 
-        `revived`: cached blocks of each owner that the same call is about to hold. O(owners).
+        As (need, evictable, advice, missing). `revived`: cached blocks of each account that the
+        same call is about to hold. O(accounts named).
         """
-        evictable = self._evictable - revived
-        for namespace, number in self._numbers.items():
-            ceiling = self.limits[namespace].ceiling
-            over = self._used[number] + need[number] - evictable[number]
-            if ceiling is not None and need[number] and over > ceiling:
+        unmet, guarded = self._unmet, self._guarded
+        for number in sorted(need.keys() | revived.keys()):
+            account, count = self._accounts[number], need.get(number, 0)
+            evictable = account.evictable - revived.get(number, 0)
+            over = account.used + count - evictable
+            ceiling = account.quota.ceiling
+            if ceiling is not None and count and over > ceiling:
                 advice = (
-                    f"namespace {namespace!r} may have {ceiling} blocks: free or swap a sequence "
-                    "of it, or raise its ceiling"
+                    f"namespace {account.namespace!r} may have {ceiling} blocks: free or swap a "
+                    "sequence of it, or raise its ceiling"
                 )
-                return int(need[number]), int(evictable[number]), advice, int(over) - ceiling
-        total = int(need.sum())
-        can_leave = int((evictable - self._guarded(need, revived, evictable)).sum())
-        kept = int(np.maximum(self._unmet(need, revived) - evictable, 0).sum())
-        missing = total - (pool.num_free - kept + can_leave)
+                return count, evictable, advice, over - ceiling
+            after = account.promised(count, revived.get(number, 0))
+            unmet += after[0] - account.unmet
+            guarded += after[1] - account.guarded
+        total = sum(need.values())
+        can_leave = pool.num_evictable - sum(revived.values()) - guarded
+        missing = total - (pool.num_free - (unmet - guarded) + can_leave)
         if missing > 0:
             advice = "the floors of other namespaces keep the rest; free a sequence"
             return total, can_leave, advice, missing
         return None
 
-    def forced(self, need: Int64) -> Int64:
-        """How many of its own cached blocks each owner must give up for its ceiling. O(owners)."""
-        forced = np.zeros(len(need), np.int64)
-        for namespace, number in self._numbers.items():
-            ceiling = self.limits[namespace].ceiling
-            if ceiling is not None and need[number]:
-                forced[number] = max(0, self._used[number] + need[number] - ceiling)
-        return forced
+    def forced(self, need: Counts) -> list[tuple[int, int]]:
+        """Return the accounts that must give up cached blocks for their ceilings, and how many."""
+        over = {
+            number: self._accounts[number].used + count - ceiling
+            for number, count in sorted(need.items())
+            if (ceiling := self._accounts[number].quota.ceiling) is not None
+        }
+        return [(number, count) for number, count in over.items() if count > 0]
+
+    def may_leave(self, number: int, need: int = 0) -> int:
+        """Return how many cached blocks of an account may leave when it takes `need`. O(1)."""
+        return self._accounts[number].evictable - self._accounts[number].promised(need)[1]
+
+    def num_may_leave(self, pool: BlockPool) -> int:
+        """Return how many cached blocks may leave when no blocks are taken. O(1)."""
+        return pool.num_evictable - self._guarded
+
+    def is_known_open(self, number: int) -> bool:
+        """True if some of the account's blocks may leave, and not since just now. O(1)."""
+        return not self.limits or (self._accounts[number].is_open and number not in self.opened)
 
     def shortfall(self, pool: BlockPool, fewer: int = 0) -> int:
-        """Blocks promised by floors that could not be had, were there `fewer` of them. O(owners).
+        """Return the blocks promised by floors that could not be had, were there `fewer`. O(1).
 
         Never above 0 between calls: what would make it so is refused.
         """
         if not self.limits:
             return 0
-        none = np.zeros(len(self._used), np.int64)
-        return int(self._unmet(none, none).sum()) - (pool.num_free + pool.num_evictable - fewer)
+        return self._unmet - (pool.num_free + pool.num_evictable - fewer)
 
-    def allowances(self, need: Int64) -> dict[int, int]:
-        """How many cached blocks of each owner may leave when `need` are taken. O(owners)."""
-        none = np.zeros(len(need), np.int64)
-        may_leave = self._evictable - self._guarded(need, none, self._evictable)
-        return dict(enumerate(may_leave.tolist()))
+    def promised(self, namespace: str | None, floor: int, held: int) -> int:
+        """Return the blocks that all floors still promise, were this one's `floor`. O(1).
 
-    def by_owner(self, owners: Int32 | Int64) -> Int64:
-        """How many blocks each owner wants, int64 [owners]. O(blocks)."""
-        return np.bincount(owners, minlength=len(self._used))
+        `held`: blocks that the namespace's sequences hold.
+        """
+        before = self.account(namespace).unmet if namespace in self.limits else 0
+        return self._unmet - before + max(floor - held, 0)
 
-    def count(self, blocks: Blocks) -> Int64:
-        """How many of `blocks` each owner has, int64 [owners]. O(blocks)."""
-        return self.by_owner(self._owner[blocks])
+    def count(self, blocks: Blocks) -> Counts:
+        """Return how many of `blocks` each account has. O(blocks)."""
+        return by_owner(self._owner[blocks])
 
-    def _unmet(self, need: Int64, revived: Int64) -> Int64:
-        """What each owner's floor still promises after `need` blocks are taken. O(owners)."""
-        floors = np.array([0, *(self.limits[name].floor for name in self._numbers)], np.int64)
-        held = self._used - self._evictable + revived
-        return np.maximum(floors - held - need, 0)
-
-    def _guarded(self, need: Int64, revived: Int64, evictable: Int64) -> Int64:
-        return np.minimum(evictable, self._unmet(need, revived))
-
-    def check(self, pool: BlockPool, owned: Iterable[tuple[str | None, Int32]]) -> None:
+    def check(self, pool: BlockPool, owned: Owned) -> None:
         """Raise `BrokenInvariant` unless the counts are those of a recount. O(blocks)."""
         if not self.limits:
             return
         fresh = Quotas(pool.num_blocks)
-        fresh.recount(self.limits, pool, owned)
-        if fresh._used.tolist() != self._used.tolist():
-            raise BrokenInvariant(f"quotas: count {self._used} blocks, but {fresh._used} are used")
-        if fresh._evictable.tolist() != self._evictable.tolist():
+        fresh.recount(self.limits.copy(), pool, owned)
+        names = [None, *self.limits]
+        mine = [self._accounts[number] for number in (0, *map(self.owner, self.limits))]
+        for name, account, counted in zip(names, mine, fresh._accounts.values(), strict=True):
+            if account != counted:
+                raise BrokenInvariant(f"quotas: {name!r} counts {account}, but has {counted}")
+        if (self._unmet, self._guarded) != (fresh._unmet, fresh._guarded):
             raise BrokenInvariant(
-                f"quotas: count {self._evictable} evictable blocks, but {fresh._evictable} are"
+                f"quotas: {self._unmet} unmet and {self._guarded} guarded blocks in all, "
+                f"but {fresh._unmet} and {fresh._guarded} are"
             )
         if self.shortfall(pool) > 0:
             raise BrokenInvariant(f"quotas: {self.shortfall(pool)} promised blocks cannot be had")
-        for namespace, quota in self.limits.items():
-            if quota.ceiling is not None and fresh.used(namespace) > quota.ceiling:
-                raise BrokenInvariant(f"quotas: namespace {namespace!r} has more than its ceiling")
+        for account in mine:
+            ceiling = account.quota.ceiling
+            if ceiling is not None and account.used > ceiling:
+                raise BrokenInvariant(
+                    f"quotas: namespace {account.namespace!r} has more than its ceiling"
+                )
+
+
+def by_owner(owners: Int32 | Int64) -> Counts:
+    """Return how often each number is in `owners`. O(owners)."""
+    if not len(owners):
+        return {}
+    first = int(owners[0])
+    if len(owners) == 1 or not np.count_nonzero(owners != first):  # the usual case
+        return {first: len(owners)}
+    numbers, counts = np.unique(owners, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))

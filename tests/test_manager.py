@@ -819,7 +819,7 @@ BREAK = {
     "look-up": lambda m, s: m._index.node_of.__setitem__(m.block_table(s)[0], 9),
     "cached flag": lambda m, s: m._pool.cached.__setitem__(m.block_table(s)[0], False),
     "never evicted": lambda m, s: m._index._queues[0].ranks.clear(),
-    "quota": lambda m, s: m._quotas._used.__setitem__(1, 7),
+    "quota": lambda m, s: setattr(m._quotas._accounts[1], "used", 7),
     "host refcount": lambda m, s: m._host.refs.__setitem__(0, 1),
 }
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from kvpager import BlockManager, OutOfBlocks
+from kvpager.eviction import Queue
 from kvpager.policies import Priority
+from kvpager.quotas import Account
+from kvpager.sequences import Sequence
 from kvpager.stats import BlockState
 
 
@@ -199,3 +205,110 @@ def test_counts_of_nothing_or_of_too_much_are_refused(ask) -> None:
         ask(manager, sequence)
     after = manager.snapshot()
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+# -------------------------------------------------------------------- many tenants
+
+
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the accounts and queues that are looked at."""
+    looked = [0]
+    for owner, name in ((Account, "promised"), (Queue, "first")):
+        method = getattr(owner, name)
+
+        def counted(*args: object, method: Callable = method) -> object:
+            looked[0] += 1
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+    return looked
+
+
+@pytest.mark.parametrize("floor", [0, 1, 8])
+def test_a_call_costs_the_same_however_many_tenants_have_quotas(monkeypatch, floor: int) -> None:
+    looked = looks(monkeypatch)
+
+    def costs(num_tenants: int) -> dict[str, int]:
+        manager = BlockManager(2000, 4)
+        found = {}
+
+        def cost(name: str, call: Callable[[], object]) -> object:
+            looked[0] = 0
+            result = call()
+            found[name] = looked[0]
+            return result
+
+        for tenant in range(num_tenants):
+            manager.set_quota(f"t{tenant}", floor=floor, ceiling=1000)
+        for tenant in range(0, num_tenants, 2):
+            cache(manager, range(12), f"t{tenant}")
+        for number in range(2000 // 40):  # the pool is full of the cached prompts of one tenant
+            cache(manager, range(1000 * number, 1000 * number + 160), "t0" if number < 20 else "x")
+        sequence = cost("allocate", lambda: manager.allocate(range(40), namespace="t1"))
+        cost("append", lambda: manager.append(sequence, 40))
+        cost("commit", lambda: manager.commit(sequence))
+        cost("free", lambda: manager.free(sequence))
+        cost("change", lambda: manager.set_quota("t1", floor=floor, ceiling=900))
+        cost("drop", lambda: manager.drop_quota("t1"))
+        cost("set", lambda: manager.set_quota("t1", floor=floor, ceiling=900))
+        manager.check()
+        assert manager.num_evicted_blocks
+        return found
+
+    few, many = costs(6), costs(60)
+    assert all(many[name] <= few[name] + 8 for name in few), (few, many)
+
+
+def test_a_namespace_within_its_floor_gives_blocks_again_when_the_floor_falls() -> None:
+    manager = BlockManager(8, 4)
+    manager.set_quota("kept", floor=4)
+    cache(manager, range(16), "kept")
+    cache(manager, range(100, 116), "b")
+    manager.free(manager.allocate(16, namespace="b"))  # looks past what is kept
+    with pytest.raises(OutOfBlocks):
+        manager.allocate(20, namespace="b")
+    manager.set_quota("kept", floor=1)
+    manager.check()
+    manager.allocate(28, namespace="b")
+    manager.check()
+    assert manager.namespace_blocks("kept") == 1
+    manager.drop_quota("kept")
+    manager.check()
+    manager.allocate(4)
+    manager.check()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
+    """Blocks leave in the same order as in a restored manager, which counts from the start."""
+    random = np.random.default_rng(seed)
+    manager = BlockManager(24, 2, num_host_blocks=8)
+    names = [None, "a", "b", "c", "d"]
+    sequences: list[Sequence] = []
+    for _ in range(150):
+        name = names[random.integers(len(names))]
+        with contextlib.suppress(OutOfBlocks, ValueError):
+            match int(random.integers(6)):
+                case 0:
+                    ceiling = int(random.integers(4, 24))
+                    manager.set_quota(name, floor=int(random.integers(0, 5)), ceiling=ceiling)
+                case 1:
+                    manager.drop_quota(name)
+                case 2 if sequences:
+                    manager.free(sequences.pop(random.integers(len(sequences))), publish=True)
+                case 3 if sequences:
+                    manager.append(sequences[0], random.integers(0, 3, 3))
+                case _:
+                    ids = random.integers(0, 2, random.integers(1, 12))
+                    sequences.append(manager.allocate(ids, namespace=name))
+                    manager.commit(sequences[-1])
+        manager.check()
+    restored = BlockManager.restore(manager.snapshot())
+    for one in (manager, restored):
+        one.free(list(one.sequences().values()))
+    for _ in range(12):
+        with contextlib.suppress(OutOfBlocks):
+            for one in (manager, restored):
+                one.free(one.allocate(6, namespace="a"))
+        found, expected = manager.snapshot(), restored.snapshot()
+        assert all(np.array_equal(found[key], expected[key]) for key in found)

@@ -360,7 +360,7 @@ MUTANTS = (
         "forget that blocks were freed",
         "quotas hold",
         "kvpager.quotas",
-        "self._used -= np.bincount(self._owner[blocks], minlength=len(self._used))",
+        "self._accounts[number].used -= count",
         "pass",
     ),
     # ---------------------------------------------------------------- prefix index
