@@ -30,6 +30,7 @@ from transformers import GenerationConfig, GenerationMixin
 from kvpager import arguments
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.anatomy import study
+from kvpager.integrations.huggingface.batching.compiling import require_no_cuda_graphs
 from kvpager.integrations.huggingface.batching.fitting import ModelSwitch, fit
 from kvpager.integrations.huggingface.batching.loop import Loop
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
@@ -58,7 +59,8 @@ class Engine:
             attention implementation is `kvpager`, and it is in evaluation mode; when its last
             engine closes, it is as it was.
         memory: bytes of the pool, such as `"4GiB"`; None takes what `max_running` rows of the
-            longest kind could need, at most half of the memory that is free.
+            longest kind could need, at most nine tenths of a GPU's free memory, or half of the
+            host's for a model on the CPU.
         host_memory: bytes of host memory to swap to when the pool is full.
         block_size: token slots of a block, a power of two.
         kv_dtype: `"int8"` or `"fp8_e4m3"` to keep keys and values in eight bits.
@@ -74,7 +76,8 @@ class Engine:
         packed: True insists on one forward pass for all rows, False on one for each row; None
             finds out whether the model allows the former.
         compile: have `torch.compile` compile the packed forward pass; or its arguments, such as
-            `{"options": {"freezing": True}}` for weights that never change.
+            `{"options": {"freezing": True}}` for weights that never change. Modes that record
+            CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
         on_step: is told of every step; for plots.
 
     Thread-safe. Raises: `KVPagerError` for a model that cannot be batched; `TypeError`,
@@ -381,6 +384,8 @@ def _check_arguments(model: Any, packed: Any, compile: Any) -> None:
         raise TypeError(f"packed {packed!r}: expected True, False or None")
     if not isinstance(compile, bool | Mapping):
         raise TypeError(f"compile {compile!r}: expected True, False or torch.compile's arguments")
+    if compile:
+        require_no_cuda_graphs({} if compile is True else compile)
 
 
 def _each(prompts: Any, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
