@@ -105,6 +105,7 @@ def test_a_patch_changes_only_what_is_documented(llama: PreTrainedModel) -> None
         "_prefill",
         "_prepare_cache_for_generation",
         "_sample",
+        "generate",
         "generate_batch",
         "init_continuous_batching",
         "sdpa",
@@ -119,6 +120,7 @@ def test_wrappers_keep_their_names_and_signatures() -> None:
         (DynamicCache, "__init__"),
         (GenerationMixin, "_prefill"),
         (GenerationMixin, "_sample"),
+        (GenerationMixin, "generate"),
         (GenerationMixin, "_prepare_cache_for_generation"),
     ]
     before = [inspect.signature(getattr(owner, name)) for owner, name in functions]

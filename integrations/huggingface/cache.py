@@ -77,6 +77,7 @@ class PagedCache(DynamicCache):
         """Make an empty `DynamicCache` a paged one, in place. O(layers)."""
         cache.__class__ = cls
         cache._page(memory)  # type: ignore[attr-defined]
+        memory.calls.note_cache(cache)
 
     def _page(self, memory: PagedMemory) -> None:
         self.memory = memory

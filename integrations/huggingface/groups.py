@@ -22,11 +22,17 @@ from torch import Tensor
 
 from kvpager.errors import KVPagerError, OutOfBlocks
 from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
-from kvpager.integrations.huggingface.pools import LayerKind, PagedPool, Places
+from kvpager.integrations.huggingface.pools import (
+    LayerKind,
+    PagedPool,
+    Places,
+    waiting_for_room,
+)
 from kvpager.integrations.huggingface.rows import BatchRows, Share
 from kvpager.integrations.huggingface.views import PagedView, Part, Tables, packed
 from kvpager.kernels.host import HostRows, to_device
 from kvpager.sequences import Sequence
+from kvpager.storage import BlockStorage
 
 _CPU = torch.device("cpu")
 
@@ -94,12 +100,8 @@ class LayerGroup:
                 self.layout = (self.num_layers, self.window, kind)
                 self._enter(self.memory.pool(self.layout))
         assert self.pool is not None
-        try:
-            places = self.pool.places(kind, number, self.num_layers or number + 1)
-        except OutOfBlocks:
-            if not self._leave_device():
-                raise
-            places = self.pool.places(kind, number, self.num_layers or number + 1)
+        with self.pool.lock:
+            places = waiting_for_room(self.pool, lambda: self._find_places(kind, number))
         is_new = number not in self._places
         self._places[number] = kind, places
         if not is_new:  # the cache begins again
@@ -108,6 +110,16 @@ class LayerGroup:
         layers = PagedLayers(kind, self.window)
         self._bound[layers] = self._bound.get(layers, 0) + 1
         self.memory.note_layers(layers, self._bound[layers])
+
+    def _find_places(self, kind: LayerKind, number: int) -> Places:
+        assert self.pool is not None
+        num_layers = self.num_layers or number + 1
+        try:
+            return self.pool.places(kind, number, num_layers)
+        except OutOfBlocks:
+            if not self._leave_device():
+                raise
+            return self.pool.places(kind, number, num_layers)
 
     def _leave_device(self) -> bool:
         """Make room there for layers that nobody knew of; whether that was possible.
@@ -131,6 +143,19 @@ class LayerGroup:
         if self.window is not None:
             columns = min(columns, self.window - 1)
         return self.num_rows * columns * self._column_bytes
+
+    def full_bytes(self, kind: LayerKind, num_rows: int, num_columns: int) -> int:
+        """Return the bytes of `num_rows` full rows, if all layers are of `kind`. O(layers)."""
+        size = self.memory.block_size
+        if self.window is not None:
+            num_columns = min(num_columns, self.window + 2 * size)
+        block_bytes = BlockStorage.bytes_of_a_block(
+            size,
+            [kind.shape] * (self.num_layers or max(self.num_members, 1)),
+            dtype=kind.dtype,
+            kv_dtype=self.memory.kv_dtype,
+        )
+        return num_rows * -(-num_columns // size) * block_bytes
 
     def extend(self, num_rows: int, start: int, num_new: int, keep_from: int = 0) -> None:
         """Make room for columns `start` to `start + num_new` of every row.
@@ -157,6 +182,8 @@ class LayerGroup:
                 f"a layer writes column {start}, but the layers before it ended at column "
                 f"{self.num_columns}"
             )
+        if not self.num_columns:
+            self.memory.await_turn(next(iter(self._places.values()))[0])
         ids = self.prompt.ids(self.padding, start, stop) if self.prompt else []
         # Where last blocks are filled, tables stay as they are, and views show what they did.
         if num_new != 1 or ids or not self.rows.fill():

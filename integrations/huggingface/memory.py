@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kvpager import arguments
+from kvpager.integrations.huggingface.calls import Calls
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
 from kvpager.kernels.quantisation import KV_DTYPES
 from kvpager.plan import Tier
@@ -128,6 +129,7 @@ class PagedMemory:
         self.left_alone: dict[str, int] = {}  # what they are -> layers of a model, at the most
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of the caches alive now
         self.lock = threading.RLock()
+        self.calls = Calls(self.lock)
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
         if host_memory is not None:
@@ -180,6 +182,20 @@ class PagedMemory:
         with self.lock:
             return list(self._pools.values())
 
+    def await_turn(self, kind: LayerKind) -> None:
+        """Let this thread's call of `generate` wait until all its rows fit beside other calls.
+
+        `kind`: of a layer that is known; the others are taken to be alike. O(layers).
+        """
+        call = self.calls.current()
+        if call is None or call.claimed_bytes is not None:
+            return
+        if self.bound is None or self.host is not None:
+            return
+        groups = [group for cache in call.caches for group in cache.groups]
+        sizes = [group.full_bytes(kind, call.num_rows, call.num_columns) for group in groups]
+        self.calls.await_turn(call, sum(sizes), self.bound)
+
     def note_peak(self) -> None:
         """More blocks are held now. O(pools)."""
         held = sum(pool.held_bytes for pool in self.pools())
@@ -196,6 +212,7 @@ class PagedMemory:
         with self.lock:
             dense = sum(group.dense_bytes for group in self._groups)
             self.counters.peak_dense_bytes = max(self.counters.peak_dense_bytes, dense)
+            self.calls.note_step()
 
     def note_layers(self, layers: PagedLayers, count: int) -> None:
         """A model has `count` such layers, or more. O(1)."""

@@ -208,7 +208,9 @@ def patch(
         model: the model to serve; None serves every model of the process.
         memory: the most bytes its pools may reserve, such as `"4GiB"`; None lets them grow as
             needed and gives the memory back when the last cache is dropped. A pool that grows is
-            there twice for a moment, which is not counted.
+            there twice for a moment, which is not counted. Calls of several threads wait until
+            their rows, at full length, fit beside those of calls that run; a call that no other
+            one moves for 60 seconds raises `OutOfBlocks`.
         block_size: token slots of a block, a power of two.
         dtype: the dtype keys and values must have; None for the model's own.
         kv_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, with a scale per
@@ -315,6 +317,7 @@ def _checked_dtype(dtype: torch.dtype | str | None, model: nn.Module | None) -> 
 def _install() -> None:
     """Put the hooks in. Every one is taken out by `_uninstall`, the last first."""
     _replace(DynamicCache, "__init__", _paging_init)
+    _replace(GenerationMixin, "generate", _counted_generate)
     _replace(GenerationMixin, "_prepare_cache_for_generation", _scoped_prepare)
     _replace(GenerationMixin, "_prefill", _paging_prefill)
     _replace(GenerationMixin, "_sample", _listening_sample)
@@ -387,6 +390,20 @@ def _paging_init(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+def _counted_generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate`: calls of other threads may wait for the memory of this one."""
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        serving = _patch_for(self)
+        if serving is None or torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        with serving.memory.calls.running():
+            return original(self, *args, **kwargs)
+
+    return generate
+
+
 def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     """`_prepare_cache_for_generation`: here it is known which model a cache is for."""
 
@@ -433,6 +450,10 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(cache, EncoderDecoderCache):
             _page(cache.cross_attention_cache, serving)
         inputs = (self, input_ids, generation_config, model_kwargs)
+        if serving is not None:
+            serving.memory.calls.note_size(
+                len(input_ids), _longest(generation_config, model_kwargs)
+            )
         if serving is None or not isinstance(cache, PagedCache) or args:
             return original(*inputs, *args, **kwargs)
         if cache.get_seq_length():
@@ -444,6 +465,13 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         return prefill(original, serving.prompts, *inputs, **kwargs)
 
     return _prefill
+
+
+def _longest(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
+    """Return how long the rows of a call may get, the encoder's included; 0 if not known."""
+    encoded = getattr(model_kwargs.get("encoder_outputs"), "last_hidden_state", None)
+    columns = 0 if encoded is None else encoded.shape[1]
+    return max(generation_config.max_length or 0, columns)
 
 
 def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,6 +42,27 @@ _MOST_KEPT = 5
 _BOUND_NAMES: dict[Tier, str] = {"device": "memory", "host": "host_memory"}
 
 
+def waiting_for_room(pool: PagedPool, operation: Callable[[], _T]) -> _T:
+    """Return what `operation` returns, waiting for other calls to free blocks if it has to.
+
+    Hold the pool's lock; while this waits, other threads have it. Raises: `OutOfBlocks` if no
+    other call is running that could free some.
+    """
+    try:
+        return operation()
+    except OutOfBlocks:
+        found = pool.memory.calls.wait_for(lambda: _if_there_is_room(operation))
+        if found is None:
+            raise
+        return found
+
+
+def _if_there_is_room(operation: Callable[[], _T]) -> _T | None:
+    with contextlib.suppress(OutOfBlocks):
+        return operation()
+    return None
+
+
 class LayerKind(NamedTuple):
     """What makes layers storable side by side."""
 

@@ -104,6 +104,7 @@ def _prefill_new(
 ) -> Any:
     """Compute what is new in each row, in as many passes as are worth it."""
     cache: Any = cache_in(model_kwargs)
+    prompts.await_turn(model, cache)
     prompt = prompts.prompt(model, input_ids, padding)
     passes = waves(prompt.rows, prompts.known(model, cache, prompt))
     if len(passes) == 1:

@@ -92,6 +92,11 @@ class PromptCache:
         if pool is not None:
             _reuse(cache, self._homes[model], pool, prompt, padding)
 
+    def await_turn(self, model: nn.Module, cache: PagedCache) -> None:
+        """Wait for other calls where memory is short, before the cache holds known blocks."""
+        if self._pool(model, cache) is not None:
+            cache.memory.await_turn(self._homes[model].kinds[0])
+
     def _pool(self, model: nn.Module, cache: PagedCache) -> PagedPool | None:
         """Where the model's prompts are, if there are any and the cache is made like theirs."""
         home = self._homes.get(model)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import KVPagerError, OutOfBlocks
-from kvpager.integrations.huggingface.pools import PagedPool
+from kvpager.integrations.huggingface.pools import PagedPool, waiting_for_room
 from kvpager.sequences import Batch, Sequence
 
 Int32 = NDArray[np.int32]
@@ -116,17 +116,20 @@ class BatchRows:
             self.settle()
             if self._any_on_host:
                 self._return_some()
-            while True:
-                try:
-                    slots = self._append(counts, ids)
-                    self._note_room(counts, slots)
-                    return slots
-                except OutOfBlocks as error:
-                    # What the host refuses, it will refuse again.
-                    if self.pool.host is None or error.tier == "host":
-                        raise
-                    short = error.need - error.free - error.evictable
-                    self._make_room(max(short - self.pool.num_room_blocks, 1), counts)
+            slots = waiting_for_room(self.pool, lambda: self._append_moving(counts, ids))
+            self._note_room(counts, slots)
+            return slots
+
+    def _append_moving(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
+        while True:
+            try:
+                return self._append(counts, ids)
+            except OutOfBlocks as error:
+                # What the host refuses, it will refuse again.
+                if self.pool.host is None or error.tier == "host":
+                    raise
+                short = error.need - error.free - error.evictable
+                self._make_room(max(short - self.pool.num_room_blocks, 1), counts)
 
     def _append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
         slots: list[Int64] = []

@@ -1,0 +1,133 @@
+"""Calls of `generate` that run at once, in several threads, and share the memory of one patch.
+
+    begins ──▶ waits until the calls that run leave room for all its tokens ──▶ runs ──▶ ends
+                                                                               │  ▲
+                                            finds no room: waits for others to end, or to free
+
+A call that begins claims memory for its rows at their full length, before it holds any. It waits
+while that does not fit beside the claims of the others; alone, it always runs. A call in the middle
+waits, too, if it finds no room, and goes before calls that begin. No call waits for calls that wait
+themselves: of calls that hold blocks and wait for each other, one fails with `OutOfBlocks`, and the
+others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+# A call waits at most this long in which no other call computes a step or ends.
+WAIT_SECONDS_MAX = 60.0
+# Finalisers free blocks without telling anyone, so a waiting call looks again by itself.
+_LOOK_SECONDS, _LOOK_SECONDS_MAX = 0.01, 0.25
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of `generate` that has not ended."""
+
+    depth: int = 1  # an assistant's `generate` runs within the model's
+    num_rows: int = 0  # of the batch, and how long they may get; 0 if not known
+    num_columns: int = 0
+    claimed_bytes: int | None = None  # None before its turn
+    waiting: int | None = None  # how many calls had ended when it last found no room; None: it runs
+    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # made in this call
+
+
+class Calls:
+    """The calls of `generate` that run now, at most one for each thread."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._changed = threading.Condition(lock)
+        self._calls: dict[int, Call] = {}  # by thread
+        self._steps = self._ends = 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Note a call of this thread while the block runs. Resets its caches if it raises."""
+        thread = threading.get_ident()
+        with self._changed:
+            call = self._calls.get(thread)
+            if call is None:
+                call = self._calls[thread] = Call(depth=0)
+            call.depth += 1
+        try:
+            yield
+        except BaseException:
+            # The traceback keeps the call's caches alive, perhaps for ever.
+            if call.depth == 1:
+                for cache in list(call.caches):
+                    cache.reset()
+            raise
+        finally:
+            with self._changed:
+                call.depth -= 1
+                if not call.depth:
+                    del self._calls[thread]
+                    self._ends += 1
+                    self._changed.notify_all()
+
+    def current(self) -> Call | None:
+        """Return this thread's call; None outside of `generate`. O(1)."""
+        return self._calls.get(threading.get_ident())
+
+    def note_cache(self, cache: Any) -> None:
+        """Note a cache that this thread's call has made. O(1)."""
+        call = self.current()
+        if call is not None:
+            call.caches.add(cache)
+
+    def note_size(self, num_rows: int, num_columns: int) -> None:
+        """Note how many rows this thread's call has, and how long they may get. O(1)."""
+        call = self.current()
+        if call is not None and call.depth == 1:
+            call.num_rows, call.num_columns = num_rows, num_columns
+
+    def note_step(self) -> None:
+        """Note that a call has computed a step. O(1)."""
+        self._steps += 1
+
+    def await_turn(self, call: Call, num_bytes: int, bound: int) -> None:
+        """Wait until `num_bytes` fit in `bound` beside the claims of other calls. O(calls)."""
+        with self._changed:
+            self.wait_for(lambda: self._fits(call, num_bytes, bound) or None)
+            call.claimed_bytes = num_bytes
+
+    def _fits(self, call: Call, num_bytes: int, bound: int) -> bool:
+        begun = [each for each in self._others(call) if each.claimed_bytes is not None]
+        if any(each.waiting is not None for each in begun):
+            return False
+        return not begun or sum(each.claimed_bytes or 0 for each in begun) + num_bytes <= bound
+
+    def wait_for(self, attempt: Callable[[], _T | None]) -> _T | None:
+        """Call `attempt` until it returns something, while other calls may give memory back.
+
+        Return None if there is no such call, or none moved for `WAIT_SECONDS_MAX`. Hold the lock;
+        while this waits, other threads have it.
+        """
+        call = self.current() or Call()
+        pause, steps, until = _LOOK_SECONDS, -1, 0.0
+        while (found := attempt()) is None:
+            if steps != self._steps:
+                steps, until = self._steps, time.monotonic() + WAIT_SECONDS_MAX
+            # A call that has not looked since the last one ended may find room now.
+            runs = any(each.waiting != self._ends for each in self._others(call))
+            if not runs or time.monotonic() > until:
+                return None
+            call.waiting = self._ends
+            try:
+                self._changed.wait(pause)
+            finally:
+                call.waiting = None
+            pause = min(2 * pause, _LOOK_SECONDS_MAX)
+        return found
+
+    def _others(self, call: Call) -> list[Call]:
+        return [each for each in self._calls.values() if each is not call]

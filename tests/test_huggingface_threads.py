@@ -1,0 +1,163 @@
+"""Calls of `generate` in several threads share a bound on memory: they wait for each other's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import tiny_models  # noqa: E402
+from transformers import LogitsProcessor, PreTrainedModel  # noqa: E402
+
+import kvpager  # noqa: E402
+from kvpager.integrations.huggingface import calls  # noqa: E402
+
+BLOCK = 4
+BLOCK_BYTES = 2 * 2 * BLOCK * 2 * 16 * 4  # llama: 2 layers, keys and values, 2 heads of 16
+
+
+def prompts(length: int, seed: int) -> dict[str, Any]:
+    inputs: dict[str, Any] = tiny_models.prompts([length, 20], seed=seed)
+    return inputs
+
+
+def generate(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, **options}
+    found: torch.Tensor = model.generate(**inputs, **options)
+    return found
+
+
+class Pause(LogitsProcessor):
+    """Does something once, when a call's prompt has been computed."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.action: Callable[[], object] | None = action
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        action, self.action = self.action, None
+        if action is not None:
+            action()
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "prefix_cache"),
+    [
+        ("llama", {}, False),
+        ("llama", {}, True),
+        ("llama", {"num_beams": 3}, False),
+        ("gemma3", {}, False),  # two pools
+        ("t5", {}, False),  # two caches
+    ],
+)
+def test_calls_wait_for_the_memory_of_other_threads(
+    name: str, options: dict[str, Any], prefix_cache: bool
+) -> None:
+    model = tiny_models.tiny_model(name)
+    batches = [prompts(60 + 3 * seed, seed) for seed in range(4)]
+    plain = [generate(model, batch, **options) for batch in batches]
+    with kvpager.patch(model, block_size=BLOCK) as patch:
+        generate(model, batches[-1], **options)
+        memory = patch.stats().peak_held_bytes * 3 // 2  # of one call, and not of two
+    with (
+        kvpager.patch(model, block_size=BLOCK, memory=memory, prefix_cache=prefix_cache) as patch,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        found = threads.map(lambda batch: generate(model, batch, **options), batches)
+        for tokens, expected in zip(found, plain, strict=True):
+            assert torch.equal(tokens, expected)
+        assert patch.stats().num_held_blocks == 0
+
+
+def test_no_call_waits_for_memory_that_no_other_call_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(*_: object) -> bool:
+        raise AssertionError("nothing can be waited for")
+
+    model = tiny_models.tiny_model("llama")
+    with kvpager.patch(model, block_size=BLOCK, memory=40 * BLOCK_BYTES) as patch:
+        held = generate(model, prompts(60, 0), return_dict_in_generate=True)
+        monkeypatch.setattr(threading.Condition, "wait", wait)
+        with pytest.raises(kvpager.OutOfBlocks):
+            generate(model, prompts(60, 1))
+        del held
+        generate(model, prompts(60, 1))
+        assert patch.stats().num_held_blocks == 0
+
+
+def test_of_calls_that_wait_for_each_other_one_fails_and_the_other_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As if nothing was known of their lengths: then both begin.
+    monkeypatch.setattr(calls.Calls, "note_size", lambda *_: None)
+    model = tiny_models.tiny_model("llama")
+    plain = [generate(model, prompts(60, seed)) for seed in range(2)]
+    both_hold = threading.Barrier(2, timeout=60)
+
+    def run(seed: int) -> torch.Tensor:
+        return generate(model, prompts(60, seed), logits_processor=[Pause(both_hold.wait)])
+
+    # A prompt takes 20 blocks and its tokens 12 more: room for both prompts, and for one reply.
+    with (
+        kvpager.patch(model, block_size=BLOCK, memory=44 * BLOCK_BYTES) as patch,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        futures = [threads.submit(run, seed) for seed in range(2)]
+        errors = [future.exception() for future in futures]
+        assert sorted(type(error) for error in errors if error) == [kvpager.OutOfBlocks]
+        for future, error, expected in zip(futures, errors, plain, strict=True):
+            assert error or torch.equal(future.result(), expected)
+        # The futures keep the error, its traceback and so the cache; but not its blocks.
+        assert patch.stats().num_held_blocks == 0
+
+
+def test_a_wait_ends_when_no_other_call_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "WAIT_SECONDS_MAX", 0.05)
+    model = tiny_models.tiny_model("llama")
+    expected = generate(model, prompts(60, 0))
+    holds, goes_on = threading.Event(), threading.Event()
+
+    def stop() -> None:
+        holds.set()
+        assert goes_on.wait(60)
+
+    with (
+        kvpager.patch(model, block_size=BLOCK, memory=40 * BLOCK_BYTES),
+        ThreadPoolExecutor(1) as threads,
+    ):
+        future: Future[torch.Tensor] = threads.submit(
+            generate, model, prompts(60, 0), logits_processor=[Pause(stop)]
+        )
+        assert holds.wait(60)
+        try:
+            with pytest.raises(kvpager.OutOfBlocks):
+                generate(model, prompts(60, 1))
+        finally:
+            goes_on.set()
+        assert torch.equal(future.result(), expected)
+
+
+def test_a_call_that_fails_gives_its_blocks_back_while_its_traceback_lives() -> None:
+    model = tiny_models.tiny_model("llama")
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with kvpager.patch(model, block_size=BLOCK) as patch:
+        with pytest.raises(ZeroDivisionError) as raised:
+            generate(model, prompts(60, 0), logits_processor=[Pause(fail)])
+        assert raised.traceback
+        assert patch.stats().num_held_blocks == 0
+
+
+def test_an_assistant_of_a_call_waits_for_nobody() -> None:
+    model = tiny_models.tiny_model("llama")
+    inputs = tiny_models.prompts([40])
+    plain = generate(model, inputs)
+    with kvpager.patch(memory=60 * BLOCK_BYTES, block_size=BLOCK):
+        assert torch.equal(generate(model, inputs, assistant_model=model), plain)
