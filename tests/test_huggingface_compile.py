@@ -317,6 +317,17 @@ def test_a_cache_is_filled_where_nothing_else_is_asked_for(
         torch.testing.assert_close(layer.values + 0, other.values + 0, atol=1e-5, rtol=0)
 
 
+def test_a_torch_that_takes_all_traced_code_for_exported_keeps_blocks(
+    short_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # as in torch 2.11
+    ids = tiny_models.prompts([13, 13])["input_ids"]
+    cache = kvpager.PagedCache(short_llama.config)
+    with torch.no_grad():
+        torch.compile(short_llama, backend="eager")(input_ids=ids, **passing(cache))
+    assert [layer.num_columns for layer in paged_layers(cache)] == [13]
+
+
 def test_a_graph_break_before_attention_changes_no_token(short_llama: PreTrainedModel) -> None:
     expected = generate(short_llama, [13, 9]).sequences
     with kvpager.patch(short_llama):

@@ -74,6 +74,13 @@ def enter(layer: Layer) -> None:
     _layers[int(layer.group.place), layer.number] = layer
 
 
+def is_exporting() -> bool:
+    """Return True if `torch.export` traces, on the host and in traced code."""
+    # In code that torch.compile traces, torch 2.11 and older answer True to their own question.
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

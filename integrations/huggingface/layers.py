@@ -122,7 +122,7 @@ class PagedLayer(DynamicLayer):
         """What keeps these out of blocks, if anything does."""
         if key.requires_grad or value.requires_grad:
             return "keys and values that need gradients"
-        if torch.compiler.is_exporting():
+        if compiled.is_exporting():
             return "a program that is exported"
         if key.dtype != value.dtype:
             return "keys and values of two dtypes, as autocast makes them"
