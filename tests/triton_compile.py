@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,8 @@ def compiled(specialisation: Any, architecture: str) -> Needs:
     import triton
     from triton.compiler import ASTSource
 
+    from kvpager.kernels.gpu import config
+
     names = specialisation.function.arg_names
     constants = dict(specialisation.constexprs)
     types = {name: specialisation.signature.get(name, "constexpr") for name in names}
@@ -100,7 +103,10 @@ def compiled(specialisation: Any, architecture: str) -> Needs:
             (names.index(name),): [["tt.divisibility", 16]] for name in specialisation.divisible
         },
     )
-    kernel = triton.compile(source, target=target(architecture), options=specialisation.options)
+    options = {**specialisation.options, **config.COMPILER_OPTIONS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as in the GPU tests, which compile when they launch
+        kernel = triton.compile(source, target=target(architecture), options=options)
     registers, spilled = (nvidia if architecture.startswith("sm_") else amd)(kernel)
     return Needs(
         specialisation.name,

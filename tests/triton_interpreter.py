@@ -19,6 +19,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from kvpager.kernels.gpu import config
+
 TORCH_DTYPES = {
     tl.bfloat16: (torch.bfloat16, np.uint16),
     tl.float8e4nv: (torch.float8_e4m3fn, np.uint8),
@@ -146,6 +148,17 @@ def _repaired_scalars(patch: Callable[..., Any]) -> Callable[..., Any]:
     return patch_tensor
 
 
+def _checked_run(run: Callable[..., None]) -> Callable[..., None]:
+    """Refuse what the interpreter ignores and a compiler does not: a launch without our options."""
+
+    def run_checked(self: Any, *arguments: Any, **options: Any) -> None:
+        missing = config.COMPILER_OPTIONS.items() - options.items()
+        assert not missing, f"{self.__name__} is launched without {dict(missing)}"
+        run(self, *arguments, **options)
+
+    return run_checked
+
+
 def install() -> None:
     """Repair the interpreter of this process, once; where Triton compiles, nothing changes."""
     if getattr(Builder, "repaired", False):
@@ -160,3 +173,4 @@ def install() -> None:
     interpreter._patch_lang_tensor = _repaired_scalars(interpreter._patch_lang_tensor)
     for folds in (interpreter.ReduceOps, interpreter.ScanOps):
         folds.apply_impl = _repaired_fold(folds.apply_impl)
+    interpreter.InterpretedFunction.run = _checked_run(interpreter.InterpretedFunction.run)

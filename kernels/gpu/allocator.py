@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpager.kernels.gpu import config
 from kvpager.kernels.gpu.specialisation import Specialisation
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor
     alone = num_lanes <= LANES_ALONE_MAX
     lanes = max(LANES_MIN, triton.next_power_of_2(num_lanes)) if alone else LANES
     grid = (triton.cdiv(num_lanes, lanes),)
-    options = {"LANES": lanes, "num_warps": _warps(lanes)}
+    options = {"LANES": lanes, "num_warps": _warps(lanes), **config.COMPILER_OPTIONS}
     books, sizes = _books(allocator), (num_lanes, allocator.tables.shape[1])
     with _on_device(rows):
         step_rows[grid](
@@ -291,6 +292,7 @@ def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> N
             allocator.tables.shape[1],
             BLOCK_SIZE=allocator.block_size,
             COLUMNS=COLUMNS,
+            **config.COMPILER_OPTIONS,
         )
 
 
@@ -307,6 +309,7 @@ def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
             allocator.tables.shape[1],
             BLOCK_SIZE=allocator.block_size,
             COLUMNS=COLUMNS,
+            **config.COMPILER_OPTIONS,
         )
 
 

@@ -291,9 +291,16 @@ def _constants(
         "LOWEST": None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        **config.COMPILER_OPTIONS,
     }
 
 
 def merge_constants(value_dim: int) -> dict[str, int]:
     padded = config.power_of_two(value_dim)
-    return {"DV": value_dim, "DV_PAD": padded, "TILE": config.MERGE_TILE, "num_warps": 4}
+    return {
+        "DV": value_dim,
+        "DV_PAD": padded,
+        "TILE": config.MERGE_TILE,
+        "num_warps": 4,
+        **config.COMPILER_OPTIONS,
+    }

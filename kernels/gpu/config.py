@@ -21,6 +21,9 @@ GROUP_MAX = 64  # query heads of one kv head that one program takes
 PROGRAMS_PER_MULTIPROCESSOR = 2
 AMD = 1  # instead of a compute capability
 
+# Passed with every launch: Triton 3.9 warns where a launch leaves this open, and 3.10 turns it off.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
 
 class Tile(NamedTuple):
     """BLOCK_M lines (queries times heads), BLOCK_N kv tokens, and how the compiler runs them."""

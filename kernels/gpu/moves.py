@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from kvpager.kernels import reference
+from kvpager.kernels.gpu import config
 from kvpager.kernels.gpu.moves_kernels import append_vectors, copy_runs, gather_vectors, stage_runs
 from kvpager.kernels.gpu.specialisation import Specialisation
 from kvpager.kernels.quantisation import indexable
@@ -82,6 +83,7 @@ def append_kv(
             KEY_DIM=key_dim,
             VALUE_DIM=value_dim,
             VECTORS=vectors,
+            **config.COMPILER_OPTIONS,
         )
 
 
@@ -128,6 +130,7 @@ def gather_kv(
             HEADS=heads,
             DIM=dim,
             VECTORS=vectors,
+            **config.COMPILER_OPTIONS,
         )
     return gathered
 
@@ -163,6 +166,7 @@ def copy_blocks(storage: Tensor, copies: Tensor) -> None:
             WIDTH=width,
             VECTOR=vector,
             num_warps=_copy_warps(pairs),
+            **config.COMPILER_OPTIONS,
         )
 
 
@@ -187,6 +191,7 @@ def _copy_staged(units: Tensor, copies: Tensor, run: int, block: int, vector: in
                 WRITE=write,
                 WIDTH=tile,
                 VECTOR=vector,
+                **config.COMPILER_OPTIONS,
             )
 
 

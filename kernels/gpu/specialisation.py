@@ -31,7 +31,7 @@ class Specialisation(NamedTuple):
     constexprs: Mapping[str, Any]
     """Argument -> value, for the `tl.constexpr` arguments, and for those that are None."""
     options: Mapping[str, int] = {}
-    """`num_warps`, `num_stages`."""
+    """`num_warps`, `num_stages`; every kernel also gets `config.COMPILER_OPTIONS`."""
     divisible: tuple[str, ...] = ()
     """Arguments that are multiples of `DIVISOR`: aligned pointers, and strides."""
     max_registers: int = 255
