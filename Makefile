@@ -3,13 +3,13 @@
 #   PYTHON=...   the Python that .venv is made from (default: the first of python3, python3.12, python3.11
 #                that is 3.11 or newer)
 #   GPU_PYTHON=...  the Python that `make gpu` uses (default: python3)
-#   ARGS=...     further arguments for `make demo`, `make bench`, `make gpu` and `make conformance`
-#                (architectures: `make conformance ARGS='llama t5'`); for a few tests:
-#                `make tests ARGS='-k fork'`
+#   ARGS=...     further arguments for `make demo`, `make bench`, `make gpu`, `make conformance`
+#                (architectures: `make conformance ARGS='llama t5'`) and `make matrix` (see
+#                tests/matrix.py); for a few tests: `make tests ARGS='-k fork'`
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types tests conformance simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test lint format types tests conformance matrix simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -52,6 +52,9 @@ tests: $(STAMP) ## the test suite alone
 
 conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/transformers.md
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/conformance_report.py $(ARGS)
+
+matrix: ## the tests on the oldest and newest releases of Python, torch and transformers, in .venv-matrix
+	@python=$$(command -v $(PYTHON) | head -n 1); "$$python" tests/matrix.py $(ARGS)
 
 simulate: $(STAMP) ## 100,000 requests through the scheduler, at random; ARGS='--requests 1e6 --seed 7' for others
 	@$(BIN)/python -m kvpager.testing.simulation --requests 1e5 --processes 2 $(ARGS)
@@ -111,7 +114,7 @@ endef
 export GPU_PROBE
 
 clean: ## remove .venv, caches and builds
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-matrix .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find $(CODE) tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # One environment, remade when what it holds is to change. A Python without ensurepip (some Linux
