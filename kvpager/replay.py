@@ -12,12 +12,10 @@ Traces are read in the form of the Mooncake release (Qin et al., FAST 2025), one
 
 from __future__ import annotations
 
-import gzip
 import heapq
 import json
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +23,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager import arguments
+from kvpager import arguments, textfile
 from kvpager.manager import BlockManager
 
 Int32 = NDArray[np.int32]
 
 _ID_END = 2**31
 _BAD_LINES_SHOWN = 3
+_BAD_LINES_MAX = 1000  # to read on would tell nothing new
+_SKIPPED_MAX = 100_000  # bad lines of a file that is still taken for a trace
+_BLOCKS_MAX = 20_000_000  # of a trace; each takes some 200 bytes when they all differ
+_GENERATED_MAX = 1_000_000  # requests
+_MILLISECONDS_MAX = 10**15
 _PROGRESS_EVERY = 64  # requests
 _NEVER = 2**62
 OFFLINE = "offline optimum"
@@ -109,28 +112,27 @@ def read_records(path: str | Path) -> list[Recorded]:
 def _read(path: Path, skip_bad: bool) -> tuple[list[Recorded], list[str]]:
     records: list[Recorded] = []
     bad: list[str] = []
-    for number, line in enumerate(_lines(path), 1):
+    num_blocks, most_bad = 0, _SKIPPED_MAX if skip_bad else _BAD_LINES_MAX
+    for number, line in enumerate(textfile.lines(path), 1):
         if not line.strip():
             continue
         try:
             records.append(_request(line))
         except ValueError as error:
             bad.append(f"line {number}: {error}")
-    if bad and not skip_bad:
-        more = f"; and {len(bad) - _BAD_LINES_SHOWN} more" if len(bad) > _BAD_LINES_SHOWN else ""
-        raise ValueError(f"{path}: {'; '.join(bad[:_BAD_LINES_SHOWN])}{more}")
+            if len(bad) > most_bad:
+                break
+        else:
+            num_blocks += len(records[-1].hash_ids)
+            if num_blocks > _BLOCKS_MAX:
+                raise ValueError(f"{path}: more than {_BLOCKS_MAX:,} blocks. Use a part of it.")
+    if bad and (not skip_bad or len(bad) > most_bad):
+        more = len(bad) - _BAD_LINES_SHOWN
+        what = f"; and {'at least ' * (len(bad) > most_bad)}{more:,} more" if more > 0 else ""
+        raise ValueError(f"{path}: {'; '.join(bad[:_BAD_LINES_SHOWN])}{what}")
     if not records:
         raise ValueError(f"{path}: no request in it")
     return records, bad
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    # As bytes: a line that is not UTF-8 is a bad line, not the end of the file.
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            yield from file
-        except (EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 def _request(line: bytes) -> Recorded:
@@ -145,8 +147,10 @@ def _request(line: bytes) -> Recorded:
         raise ValueError(f"expected an object, got {type(fields).__name__}")
     for name in ("timestamp", "input_length", "output_length"):
         value: Any = fields.get(name)
-        if type(value) not in (int, float) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name} {_short(value)}: expected a number, at least 0")
+        most = _MILLISECONDS_MAX if name == "timestamp" else arguments.COUNT_MAX
+        if type(value) not in (int, float) or not 0 <= value <= most:
+            limits = f"at least 0 and at most {most:,}"
+            raise ValueError(f"{name} {_short(value)}: expected a number, {limits}")
     ids = fields.get("hash_ids")
     if not isinstance(ids, list):
         raise ValueError(f"hash_ids {_short(ids)}: expected a list")
@@ -181,7 +185,7 @@ def generate_trace(num_requests: int, seed: int = 0) -> Trace:
     others are asked once; half of all begin with one of 16 system prompts, some far more often than
     others. The same seed gives the same trace. O(blocks).
     """
-    num_requests = arguments.count("num_requests", num_requests, at_least=1)
+    num_requests = arguments.count("num_requests", num_requests, at_least=1, at_most=_GENERATED_MAX)
     random = np.random.default_rng(arguments.count("seed", seed))
     systems = [[-1 - 100 * which - at for at in range(2 + 2 * which)] for which in range(16)]
     popularity = 1 / np.arange(1, 17)

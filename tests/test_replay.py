@@ -309,7 +309,8 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
     ("arguments", "message"),
     [
         (["no/such/file"], "trace no/such/file: No such file or directory"),
-        (["."], "trace .: "),
+        (["."], ".: expected a regular file"),
+        (["/dev/zero"], "/dev/zero: expected a regular file"),
         (["x", "--generate", "5"], "TRACE and --generate: expected one of the two"),
         (["--generate", "0"], "num_requests 0: expected at least 1"),
         (["--seed", "-1"], "seed -1: expected at least 0"),

@@ -154,6 +154,11 @@ def test_a_csv_file_is_a_trace_too(tmp_path: Path) -> None:
         ("a.csv", "arrival,prompt_length,output_length\n1,2\n", "line 2: expected three"),
         ("a.csv", "arrival,prompt_length,output_length\n-1,2,3\n", "line 2: .* at least 0"),
         ("a.csv", "arrival,prompt_length,output_length\nnan,2,3\n", "line 2: .* at least 0"),
+        ("a.csv", f"arrival,prompt_length,output_length\n1,{2**31},3\n", "line 2: .* at most"),
+        ("a.csv", f"arrival,prompt_length,output_length\n1,2,{'9' * 5000}\n", "line 2: expected"),
+        ("a.csv", f'arrival,prompt_length,output_length\n1,2,"{"9" * 200_000}', "field limit"),
+        ("a.csv", f"arrival,prompt_length,output_length\n1,{10**9},3\n", "50,000,000 tokens"),
+        ("a.csv", "x" * (2**24 + 1), "line 1: longer than"),
     ],
 )
 def test_what_is_no_trace_is_refused_with_its_line(

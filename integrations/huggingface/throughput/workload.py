@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvpager import arguments
+from kvpager import arguments, textfile
 from kvpager.replay import Recorded, read_records
 
 FIRST_ID = 3  # lower ids are what special tokens usually have
 _TOKENS_PER_HASH = 512  # of a prompt, behind each of a trace's `hash_ids`
+_TOKENS_MAX = 50_000_000  # of a trace's prompts, which are lists of Python ints
 _COLUMNS = ("arrival", "prompt_length", "output_length")
 
 
@@ -186,12 +187,18 @@ def from_trace(
         limit = arguments.count("requests", limit, at_least=1)
     make: Callable[[Recorded], list[int]] = _Prompts(vocabulary, seed)
     records = list(_csv_records(path)) if path.suffix == ".csv" else read_records(path)
-    items = []
+    items, num_tokens = [], 0
     for record in sorted(records, key=lambda record: record.seconds):
         length = record.prompt_length + record.output_length
         if record.prompt_length < 1 or record.output_length < 1:
             continue
         if longest is None or length <= longest:
+            num_tokens += record.prompt_length
+            if num_tokens > _TOKENS_MAX:
+                raise ValueError(
+                    f"{path}: prompts of more than {_TOKENS_MAX:,} tokens. Take fewer requests, or "
+                    "leave out the longest."
+                )
             items.append(Item(record.seconds, make(record), record.output_length))
         if len(items) == limit:
             break
@@ -221,17 +228,24 @@ class _Prompts:
 
 
 def _csv_records(path: Path) -> Iterator[Recorded]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(line.decode(errors="replace") for line in textfile.lines(path))
+    try:
         missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{path}: line 1: no column {missing[0]!r}; expected {_COLUMNS}")
-        for number, row in enumerate(reader, 2):
-            try:
-                seconds = float(row["arrival"])
-                lengths = int(row["prompt_length"]), int(row["output_length"])
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}: line {number}: expected three numbers") from None
-            if not 0 <= seconds < math.inf or min(lengths) < 0:
-                raise ValueError(f"{path}: line {number}: expected numbers of at least 0")
-            yield Recorded(seconds, *lengths, hash_ids=[])
+        for row in reader:
+            yield _csv_record(row, f"{path}: line {reader.line_num}")
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+
+
+def _csv_record(row: dict[str, str], place: str) -> Recorded:
+    try:
+        seconds = float(row["arrival"])
+        lengths = int(row["prompt_length"]), int(row["output_length"])
+    except (TypeError, ValueError):
+        raise ValueError(f"{place}: expected three numbers") from None
+    most = arguments.COUNT_MAX
+    if not 0 <= seconds < math.inf or not 0 <= min(lengths) <= max(lengths) <= most:
+        raise ValueError(f"{place}: expected numbers, at least 0 and at most {most:,}")
+    return Recorded(seconds, *lengths, hash_ids=[])

@@ -1,0 +1,65 @@
+"""Text files from outside, read line by line within bounds."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import IO
+
+LINE_BYTES_MAX = 16 * 2**20
+TEXT_BYTES_MAX = 2**30  # unpacked
+LINES_MAX = 10_000_000
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a regular file, unpacked if its name ends in .gz. O(its text).
+
+    Raises: `OSError` where it cannot be read. `ValueError` for a device, pipe or folder, for a
+    damaged archive, and for text beyond the bounds above.
+    """
+    total = 0
+    with _open(path) as file:
+        for number in count(1):
+            try:
+                line = file.readline(LINE_BYTES_MAX + 1)
+            except (EOFError, zlib.error) as error:
+                raise ValueError(f"{path}: {error}") from None
+            if not line:
+                return
+            total += len(line)
+            if len(line) > LINE_BYTES_MAX:
+                raise ValueError(f"{path}: line {number}: longer than {LINE_BYTES_MAX:,} bytes")
+            if total > TEXT_BYTES_MAX or number > LINES_MAX:
+                raise ValueError(
+                    f"{path}: more than {TEXT_BYTES_MAX:,} bytes or {LINES_MAX:,} lines. "
+                    "Use a part of it."
+                )
+            yield line
+
+
+def _open(path: Path) -> IO[bytes]:
+    # Without O_NONBLOCK, to open a pipe waits for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path}: expected a regular file. Save the text to one first.")
+    file = os.fdopen(descriptor, "rb")
+    return _Unpacked(file) if path.suffix == ".gz" else file
+
+
+class _Unpacked(gzip.GzipFile):
+    """A gzipped file that closes the file below with it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._below = file
+        super().__init__(fileobj=file, mode="rb")
+
+    def close(self) -> None:
+        super().close()
+        self._below.close()
