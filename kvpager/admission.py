@@ -90,6 +90,7 @@ class Admission(Roster):
     def _begin(self, live: Live, draft: Draft) -> bool:
         """Give a request that waits, or was dropped, its blocks and a first chunk."""
         is_new = live.state is State.WAITING
+        live.generation = self._generation  # all of it is computed from now on
         if is_new:
             self._samples.add(live)
         length = self._samples.num_known(live.samples[0])

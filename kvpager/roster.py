@@ -225,7 +225,7 @@ class Roster:
         """
         self._generation += 1
         for live in self._lives.values():
-            if live.state in (State.WAITING, State.DROPPED):
+            if live.state is State.WAITING:
                 live.generation = self._generation
         self.manager.drop_cached()
 

@@ -71,6 +71,15 @@ class BoardTensor(torch.Tensor):
         # `torch.Tensor.__init__` takes other arguments.
         pass
 
+    def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
+        return ["inner"], self.device
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], device: torch.device, _size: object, _stride: object
+    ) -> BoardTensor:
+        return BoardTensor(inner["inner"], device)
+
     def __repr__(self) -> str:
         return f"{self.inner!r} on {self.device}"
 

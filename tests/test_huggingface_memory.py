@@ -24,7 +24,13 @@ BLOCK = 16
 
 @functools.cache
 def llama() -> PreTrainedModel:
-    return tiny_models.tiny_model("llama")
+    model = tiny_models.tiny_model("llama")
+    COMPUTED[model] = tiny_models.Computed(model)
+    return model
+
+
+# Made with the model: a hook that comes later makes it another one.
+COMPUTED: dict[PreTrainedModel, tiny_models.Computed] = {}
 
 
 @functools.cache
@@ -42,28 +48,6 @@ def generate(model: PreTrainedModel, inputs: Any, **options: Any) -> Any:
 def tokens(model: PreTrainedModel, inputs: Any, **options: Any) -> torch.Tensor:
     result: torch.Tensor = generate(model, inputs, **options).sequences
     return result
-
-
-class Prefilled:
-    """Counts the prompt columns that a model really computes."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.columns: list[int] = []
-        # Not by a hook: a model with another hook may compute other keys, so it shares nothing.
-        self.embeddings = model.get_input_embeddings()
-
-    def __enter__(self) -> Prefilled:
-        forward = type(self.embeddings).forward
-
-        def counted(ids: torch.Tensor) -> torch.Tensor:
-            self.columns.append(ids.shape[1])
-            return forward(self.embeddings, ids)
-
-        self.embeddings.forward = counted
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        del self.embeddings.forward
 
 
 # ---------------------------------------------------------------- waste and sharing
@@ -161,7 +145,7 @@ def test_a_second_call_computes_only_what_is_new() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         assert torch.equal(tokens(llama(), first), plain[0])
         before = patch.stats()
-        with Prefilled(llama()) as computed:
+        with COMPUTED[llama()] as computed:
             output = generate(llama(), second)
         assert torch.equal(output.sequences, plain[1])
         assert max(computed.columns) <= BLOCK + 4
@@ -183,7 +167,7 @@ def test_the_same_prompt_again_computes_one_token() -> None:
     plain = tokens(llama(), long_prompt())
     with kvpager.patch(llama(), prefix_cache=True):
         for wanted in (1000, BLOCK):
-            with Prefilled(llama()) as computed:
+            with COMPUTED[llama()] as computed:
                 assert torch.equal(tokens(llama(), long_prompt()), plain)
             assert max(computed.columns) <= wanted
 
@@ -192,7 +176,7 @@ def test_a_shorter_prompt_may_use_part_of_a_longer_one() -> None:
     plain = tokens(llama(), long_prompt()[:, :500])
     with kvpager.patch(llama(), prefix_cache=True):
         generate(llama(), long_prompt())
-        with Prefilled(llama()) as computed:
+        with COMPUTED[llama()] as computed:
             assert torch.equal(tokens(llama(), long_prompt()[:, :500]), plain)
         assert max(computed.columns) <= BLOCK
 
@@ -254,7 +238,7 @@ def test_namespaces_share_nothing() -> None:
     with kvpager.patch(llama(), prefix_cache=True, namespace="acme") as outer:
         generate(llama(), long_prompt())
         with kvpager.patch(llama(), prefix_cache=True, namespace="umbrella") as inner:
-            with Prefilled(llama()) as computed:
+            with COMPUTED[llama()] as computed:
                 generate(llama(), long_prompt())
             assert max(computed.columns) == 1000
             assert inner.stats().prefix_hit_tokens == 0
@@ -288,7 +272,7 @@ def test_a_namespace_holds_for_its_own_thread_and_patch_alone() -> None:
     def serve(patch: Any, name: str, prompt: torch.Tensor) -> None:
         with patch.namespace(name):
             for _ in range(2):
-                with Prefilled(llama()) as computed:
+                with COMPUTED[llama()] as computed:
                     generate(llama(), prompt)
                 found.setdefault(name, []).append(max(computed.columns))
 
@@ -303,7 +287,7 @@ def test_a_namespace_holds_for_its_own_thread_and_patch_alone() -> None:
         assert found["inner"][0] == 1000
         assert found["inner"][1] < 100
         other = kvpager.patch(llama(), prefix_cache=True)
-        with other, patch.namespace("inner"), Prefilled(llama()) as computed:
+        with other, patch.namespace("inner"), COMPUTED[llama()] as computed:
             generate(llama(), long_prompt())  # the patch made last serves it
         assert max(computed.columns) == 1000
 

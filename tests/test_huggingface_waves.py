@@ -78,27 +78,6 @@ def test_short_prompts_are_not_worth_a_second_pass() -> None:
     assert [rows.tolist() for rows in waves(prompts, np.zeros(4, np.int64))] == [[0, 1, 2, 3]]
 
 
-class Computed:
-    """Counts the tokens that a model really computes in passes of more than one column."""
-
-    def __init__(self, model: Any) -> None:
-        self.tokens = 0
-        self.embeddings = model.get_input_embeddings()
-
-    def __enter__(self) -> Computed:
-        forward = type(self.embeddings).forward
-
-        def counted(ids: torch.Tensor) -> torch.Tensor:
-            self.tokens += ids.numel() if ids.shape[1] > 1 else 0
-            return forward(self.embeddings, ids)
-
-        self.embeddings.forward = counted
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del self.embeddings.forward
-
-
 def batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     columns = max(map(len, rows))
     pad = [torch.full((columns - len(row),), tiny_models.PAD) for row in rows]
@@ -134,14 +113,14 @@ def test_a_batch_of_known_and_new_prompts_computes_what_is_new(
             **inputs, **{"max_new_tokens": 12, "eos_token_id": None, "do_sample": False, **options}
         )
 
-    expected = tokens()
+    expected, computed = tokens(), tiny_models.Computed(model)
     with kvpager.patch(model, prefix_cache=True) as patch:
         model.generate(stem[None], max_new_tokens=2, do_sample=False)
-        with Computed(model) as computed:
+        with computed:
             assert torch.equal(tokens(), expected)
         # 500 of `other`, 9 of its beginning, and what follows the 592 tokens of the stem's blocks.
         assert computed.tokens <= 500 + 3 * 32
-        with Computed(model) as computed:
+        with computed:
             assert torch.equal(tokens(), expected)
         assert computed.tokens <= 4 * 32
         for pool in patch.memory.pools():
@@ -156,7 +135,8 @@ def test_a_prompt_that_rows_share_is_computed_once_in_the_first_call_already() -
     inputs = batch([torch.cat([stem, random_ids(n, seed=n)]) for n in (5, 20, 9, 14)])
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(**inputs, **options)
-    with kvpager.patch(model, prefix_cache=True), Computed(model) as computed:
+    computed = tiny_models.Computed(model)
+    with kvpager.patch(model, prefix_cache=True):
         assert torch.equal(model.generate(**inputs, **options), expected)
     assert computed.tokens <= 660 + 3 * 32
 

@@ -85,3 +85,34 @@ def assert_equal_but_for_near_ties(paged: Any, expected: Any, prompt_length: int
             step = int(differ[0]) - prompt_length
             best, second = expected.logits[step][row].float().topk(2).values.tolist()
             assert best - second < 0.25, f"row {row}, step {step}: margin {best - second}"
+
+
+class Computed:
+    """Counts the ids that a model really computes: `with computed:` begins at zero.
+
+    It only notes them, so a prefix cache takes the model for the same one in between.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        shapes: list[torch.Size] = []
+        self._shapes = shapes
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda _module, inputs: shapes.append(inputs[0].shape)
+        )
+
+    def __enter__(self) -> Computed:
+        self._shapes.clear()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @property
+    def columns(self) -> list[int]:
+        """The columns of each pass."""
+        return [shape[1] for shape in self._shapes]
+
+    @property
+    def tokens(self) -> int:
+        """The ids of all passes of more than one column."""
+        return sum(shape.numel() for shape in self._shapes if shape[1] > 1)

@@ -127,6 +127,7 @@ class PagedMemory:
         self.counters = Counters()
         self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
         self.left_alone: dict[str, int] = {}  # what they are -> layers of a model, at the most
+        self.unshared: dict[str, int] = {}  # why prompts were not shared -> calls
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of the caches alive now
         self.lock = threading.RLock()
         self.calls = Calls(self.lock)
@@ -226,6 +227,13 @@ class PagedMemory:
             if what not in self.left_alone:
                 logger.info("kvpager: not paged, transformers' own: %s", what)
             self.left_alone[what] = max(count, self.left_alone.get(what, 0))
+
+    def note_unshared(self, reason: str) -> None:
+        """Count a call whose prompts were not shared, for `reason`; log it once. O(1)."""
+        with self.lock:
+            if reason not in self.unshared:
+                logger.warning("kvpager: prompts are not shared between calls: %s", reason)
+            self.unshared[reason] = self.unshared.get(reason, 0) + 1
 
     @property
     def reserved_bytes(self) -> int:

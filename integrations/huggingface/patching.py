@@ -222,9 +222,9 @@ def patch(
         prefix_cache: keep the blocks of prompts, and of replies by greedy search and sampling,
             between calls, so that a prompt that begins like an earlier one, or repeats a
             conversation, computes only what is new; for causal text models whose layers all look at
-            the whole prompt. Takes memory until `clear` or `undo`. A model whose weights, hooks or
-            settings changed reuses nothing; call `clear` after changes that leave no trace there,
-            such as replacing a `forward` or writing single numbers through `.data`.
+            the whole prompt. Takes memory until `clear` or `undo`. A model whose weights, hooks,
+            functions or settings changed reuses nothing. Call `clear` after changes that leave no
+            trace, such as writing single numbers through `.data`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
         in_place: let `sdpa` and flash attention read blocks in place; False gathers them for
             every read.

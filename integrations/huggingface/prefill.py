@@ -77,9 +77,15 @@ def prefill(
             reusable = plain and _is_reusable(model, cache, generation_config)
             positions = model_kwargs.get("position_ids")
             reusable = reusable and _are_usual(positions, input_ids, padding)
+        prompt: Prompt | str | None = None
         if prompts is not None and padding is not None and reusable:
+            prompts.await_turn(model, cache)
+            prompt = prompts.prompt(model, input_ids, padding)
+        if isinstance(prompt, str):
+            cache.memory.note_unshared(prompt)
+        if prompts is not None and padding is not None and isinstance(prompt, Prompt):
             given = (model, input_ids, generation_config, model_kwargs)
-            output = _prefill_new(original, prompts, padding, *given, **kwargs)
+            output = _prefill_new(original, prompts, prompt, padding, *given, **kwargs)
         else:
             cache.memory.counters.prefix_unserved_calls += prompts is not None
             output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
@@ -95,6 +101,7 @@ def prefill(
 def _prefill_new(
     original: Prefill,
     prompts: PromptCache,
+    prompt: Prompt,
     padding: Padding,
     model: nn.Module,
     input_ids: Tensor,
@@ -104,8 +111,6 @@ def _prefill_new(
 ) -> Any:
     """Compute what is new in each row, in as many passes as are worth it."""
     cache: Any = cache_in(model_kwargs)
-    prompts.await_turn(model, cache)
-    prompt = prompts.prompt(model, input_ids, padding)
     passes = waves(prompt.rows, prompts.known(model, cache, prompt))
     if len(passes) == 1:
         prompts.attach(model, cache, prompt, padding)

@@ -6,7 +6,6 @@ what it holds at the start of `generate` (`prefill.py`), and here from what `gen
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache import PagedCache
-from kvpager.integrations.huggingface.fingerprint import model_state
+from kvpager.integrations.huggingface.fingerprint import ModelWatch
 from kvpager.integrations.huggingface.groups import Int32, Prompt
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.releases import cache_in
@@ -29,16 +28,22 @@ from kvpager.sequences import Sequence
 _chosen: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("kvpager_namespaces", default=())
 
 
+class Namespace(NamedTuple):
+    """Whose prompts may share blocks. With a `doubt`, a reason, none may."""
+
+    name: str
+    doubt: str | None
+
+
 class PromptCache:
     """Which pool each model's prompts are in, and under which namespace."""
 
     def __init__(self, namespace: str | None) -> None:
         self._namespace = namespace
         self._homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary()
-        self._states: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]] = (
+        self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
             weakref.WeakKeyDictionary()
         )
-        self._versions = itertools.count()
 
     @property
     def namespace(self) -> str | None:
@@ -55,20 +60,29 @@ class PromptCache:
         finally:
             _chosen.reset(token)
 
-    def namespace_of(self, model: nn.Module) -> str:
-        """A name that changes when the model visibly does, see `model_state`. O(parameters)."""
-        state = model_state(model)
-        known = self._states.get(model)
-        if known is None or known[0] != state:
-            known = self._states[model] = (state, next(self._versions))
+    def namespace_of(self, model: nn.Module, *, samples: bool = True) -> Namespace:
+        """Name the model as it is now, within the namespace of now. O(modules + weights).
+
+        `samples` as in `ModelWatch.look`.
+        """
+        watch = self._watches.get(model)
+        if watch is None:
+            watch = self._watches.setdefault(model, ModelWatch(model))
+        state = watch.look(samples=samples)
         # The length in front keeps a namespace's own digits apart from the version.
         name = self.namespace or ""
-        return f"{len(name)}:{name}:{known[1]}"
+        return Namespace(f"{len(name)}:{name}:{state.version}", state.doubt)
 
-    def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt:
-        """The batch's prompts, of the model as it is and of the namespace of now. O(tokens)."""
+    def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt | str:
+        """The batch's prompts, of the model as it is and of the namespace of now. O(tokens).
+
+        Returns the reason instead if the model's state cannot be told.
+        """
+        namespace = self.namespace_of(model)
+        if namespace.doubt is not None:
+            return namespace.doubt
         rows = [row[pad:] for row, pad in zip(_to_int32(ids), padding, strict=True)]
-        return Prompt(rows, self.namespace_of(model))
+        return Prompt(rows, namespace.name)
 
     def known(self, model: nn.Module, cache: PagedCache, prompt: Prompt) -> NDArray[np.int64]:
         """How many tokens of each row are in the pool, one at least being new. O(tokens)."""
@@ -109,7 +123,9 @@ class PromptCache:
         group, layers = cache.groups[0], cache.paged_layers()
         kinds = [layer.kind for layer in layers if layer.kind is not None]
         # Some models change as they compute, such as those with a moving rotary base.
-        unchanged = group.prompt is not None and self.namespace_of(model) == group.prompt.namespace
+        # Without samples: what they would tell is told before anything is reused.
+        now = self.namespace_of(model, samples=False)
+        unchanged = group.prompt is not None and now == (group.prompt.namespace, None)
         if unchanged and cache.is_fully_paged and len(kinds) == len(layers):
             group.commit()
             self._homes[model] = _Home(group.layout, kinds)

@@ -95,6 +95,9 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
             f"prompts of {stats.prefix_unserved_calls} calls are of a kind that is not kept "
             "(docs/transformers.md says which)"
         )
+    for reason, count in memory.unshared.items():
+        calls = "1 call" if count == 1 else f"{count} calls"
+        lines.append(f"prompts of {calls} were not shared: {reason}")
     return "\n".join(lines)
 
 

@@ -40,6 +40,7 @@ from kvpager.integrations.huggingface.batching.sizing import measured_costs, poo
 from kvpager.integrations.huggingface.batching.streams import Mailbox, Output, Stream
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Tracked
+from kvpager.integrations.huggingface.fingerprint import ModelWatch
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.manager import BlockManager
@@ -68,7 +69,9 @@ class Engine:
         max_running: the most rows computed at a time.
         max_waiting: the most requests that wait; None for no bound.
         order: who is served first: `"fifo"`, `"priority"`, or `"fair"` between tenants.
-        prefix_cache: keep what prompts and replies have in common between requests.
+        prefix_cache: keep what prompts and replies have in common between requests. The engine
+            looks at the model before its steps. After a change of weights, hooks or settings, it
+            reuses nothing that was computed before; requests under way go on with what they have.
         max_length: tokens of a sequence, its prompt included, at the most; None takes the model's
             `max_position_embeddings`.
         costs: what swapping and computing again take; None measures it where there is
@@ -165,7 +168,8 @@ class Engine:
         self._numbers = itertools.count()
         self._policies: dict[object, Policy] = {}
         self._defaults: dict[str, Any] = {}
-        self._loop = Loop(scheduler, runner, on_step, switch.release)
+        watch = ModelWatch(model) if prefix_cache and keeps_all else None
+        self._loop = Loop(scheduler, runner, on_step, switch.release, watch)
         self._loop.start()
 
     # ---------------------------------------------------------------- for callers
@@ -298,14 +302,15 @@ class Engine:
         return self._loop.error
 
     def clear(self) -> None:
-        """Give cached prompts up, as after a change of the model's weights. O(cached blocks)."""
+        """Give cached prompts up. O(cached blocks)."""
         self._loop.clear()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """No step is computed inside; requests wait, and may be submitted.
 
-        To change the model's weights, say; cached prompts are given up afterwards.
+        To change the model's weights, say: so that no step computes with half of the change.
+        Cached prompts are given up afterwards.
         """
         with self._loop.pause():
             try:

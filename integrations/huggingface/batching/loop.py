@@ -22,6 +22,7 @@ from kvpager.integrations.huggingface.batching.sampling import Draw, Row, choose
 from kvpager.integrations.huggingface.batching.streams import Courier, Mailbox, Token
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Live, Tracked
+from kvpager.integrations.huggingface.fingerprint import ModelState, ModelWatch
 from kvpager.plan import Reason, StepPlan
 from kvpager.requests import Request
 from kvpager.scheduler import Scheduler
@@ -50,6 +51,7 @@ class Loop:
         runner: computes its plans.
         on_step: is told of every step, on this thread.
         on_end: what is left to do when the thread ends.
+        watch: tells whether the model is still the same; None where nothing is shared anyway.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Loop:
         runner: Runner,
         on_step: Callable[[StepRecord], None] | None,
         on_end: Callable[[], None],
+        watch: ModelWatch | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -72,6 +75,10 @@ class Loop:
         self._unpaused = threading.Condition()
         self._num_pauses = 0
         self._between_steps = threading.Lock()
+        self._watch = watch
+        self._state: ModelState | None = None  # of the model, at the last look
+        self._num_changes = 0
+        self._was_idle = True
         self._on_step = on_step
         self._on_end = on_end
         self._busy_seconds = 0.0
@@ -121,7 +128,9 @@ class Loop:
         """Counts of now. O(blocks + sequences)."""
         with self._lock:
             pool = self.scheduler.manager.stats()
-            return EngineStats(self.scheduler.stats(), pool, self._busy_seconds)
+            unshared = None if self._state is None else self._state.doubt
+            counts = self.scheduler.stats()
+            return EngineStats(counts, pool, self._busy_seconds, self._num_changes, unshared)
 
     def clear(self) -> None:
         """Give cached prompts up. O(cached blocks)."""
@@ -220,6 +229,8 @@ class Loop:
     def _step(self) -> bool:
         """Compute the scheduler's next step; whether there was anything to do."""
         with self._lock:
+            if self._watch is not None:
+                self._notice_change(self._watch)
             plan = self.scheduler.plan()
             if plan is None:
                 return False
@@ -303,6 +314,27 @@ class Loop:
         tracked = self._tracked.pop(name, None)
         if tracked is not None:
             self._courier.post(tracked.ending(reason))
+
+    def _notice_change(self, watch: ModelWatch) -> None:
+        """Share nothing that another state of the model computed.
+
+        Before a request begins, all of the model is looked at. While requests only go on, a part
+        of it is, another one before each step.
+        """
+        begins = self.scheduler.num_waiting + self.scheduler.num_preempted
+        if not begins + self.scheduler.num_running:
+            self._was_idle = True
+            return
+        # Weights were sampled in turns while steps were computed, but not while the engine rested.
+        state = watch.look(samples=self._was_idle) if begins else watch.glance()
+        self._was_idle = False
+        before, self._state = self._state, state
+        is_new = before is not None and before.version != state.version
+        if state.doubt is not None and (before is None or before.doubt != state.doubt):
+            logger.warning("requests share no prompts: %s", state.doubt)
+        if is_new or state.doubt is not None:
+            self._num_changes += is_new
+            self.scheduler.forget_prefixes()
 
     def _give_up(self, plan: StepPlan, error: Exception) -> None:
         """The step failed, and with it the requests in it; the others go on."""

@@ -9,11 +9,17 @@ from kvpager.stats import Stats
 
 
 class EngineStats(NamedTuple):
-    """A moment's counts."""
+    """A moment's counts.
+
+    `model_changes` counts how often the engine found the model's weights, hooks or settings
+    changed, and gave cached prompts up. `unshared` says why no prompts are shared now.
+    """
 
     scheduler: SchedulerStats
     pool: Stats
     busy_seconds: float  # in forward passes and sampling, since the engine was made
+    model_changes: int = 0
+    unshared: str | None = None
 
 
 class StepRecord(NamedTuple):

@@ -149,6 +149,9 @@ class Sessions(ContinuousBatchingManager):
             with self._changed:
                 self._changed.wait_for(lambda: self._may_end(engine))
             engine.close()
+            reason = engine.stats().unshared
+            if reason is not None:
+                self._patched.note_unshared(reason)
         finally:
             with self._changed:
                 self._status.local_status = Status.STOPPED

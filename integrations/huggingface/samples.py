@@ -1,0 +1,71 @@
+"""A few numbers of many tensors, read at once: 16 of each, spread over its memory."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Spread(NamedTuple):
+    """Where the numbers of a sample are: `length` of them, `step` apart."""
+
+    length: int
+    step: int
+
+
+class Samples:
+    """Reads the same numbers of the same tensors each time.
+
+    On a CPU, they are read where they lie: a view of every tensor would take ten times as long to
+    make, and if it was kept, the memory of a weight that was replaced would not be freed.
+    """
+
+    def __init__(self, tensors: list[Tensor], spreads: list[Spread]) -> None:
+        self._near: list[int] = []  # places of tensors in the memory of the CPU
+        self._arrays: dict[int, list[NDArray[Any]]] = {}  # by bytes of a number
+        self._far: dict[tuple[torch.device, torch.dtype], list[tuple[int, Spread]]] = {}
+        for place, (tensor, spread) in enumerate(zip(tensors, spreads, strict=True)):
+            if not spread.length:
+                continue
+            if tensor.device.type == "cpu":
+                self._near.append(place)
+                self._arrays.setdefault(tensor.itemsize, []).append(_array(tensor, spread))
+            else:
+                kind = tensor.device, tensor.dtype
+                self._far.setdefault(kind, []).append((place, spread))
+        self._addresses = [tensors[place].untyped_storage().data_ptr() for place in self._near]
+
+    def read(self, tensors: list[Tensor]) -> tuple[bytes, ...] | None:
+        """The numbers as bytes, since a NaN is not equal to itself. O(tensors).
+
+        None if a tensor has moved.
+        """
+        # As long as these are referred to, no other thread can free what is read.
+        storages = [tensors[place].untyped_storage() for place in self._near]
+        if [storage.data_ptr() for storage in storages] != self._addresses:
+            return None
+        near = [np.concatenate(arrays).tobytes() for arrays in self._arrays.values()]
+        return *near, *self._read_far(tensors)
+
+    def _read_far(self, tensors: list[Tensor]) -> list[bytes]:
+        with torch.inference_mode():
+            joined = [
+                torch.cat(
+                    [tensors[place].as_strided(spread[:1], spread[1:]) for place, spread in group]
+                )
+                for group in self._far.values()
+            ]
+            return [each.view(torch.uint8).cpu().numpy().tobytes() for each in joined]
+
+
+def _array(tensor: Tensor, spread: Spread) -> NDArray[Any]:
+    """An array over the sample, which does not keep the memory of `tensor`."""
+    num_bytes = ((spread.length - 1) * spread.step + 1) * tensor.itemsize
+    memory: Any = (ctypes.c_char * num_bytes).from_address(tensor.data_ptr())
+    numbers: NDArray[Any] = np.frombuffer(memory, np.dtype(f"V{tensor.itemsize}"))
+    return numbers[:: spread.step]
