@@ -701,16 +701,10 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
         {"timeout": float("inf")},
         {"max_new_tokens": "9"},
         {"config": {"max_new_tokens": 3}},
-        {"prompt": {"input_ids": [5]}},
+        {"prompt": {"ids": [5]}},
         {"logits_processor": []},
     ],
 )
 def test_wrong_settings_of_a_request_are_refused(llama, options):
     with Engine(llama, memory="8MiB") as engine, pytest.raises((ValueError, TypeError)):
         engine.submit(**{"prompt": [5]} | options)
-
-
-@pytest.mark.parametrize("prompts", [[5, 6, 7], "text", {"input_ids": [[5]]}, torch.tensor([5, 6])])
-def test_generate_takes_several_prompts(llama, prompts):
-    with Engine(llama, memory="8MiB") as engine, pytest.raises(TypeError, match="prompts"):
-        engine.generate(prompts)

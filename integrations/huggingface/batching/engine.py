@@ -32,6 +32,7 @@ from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.anatomy import study
 from kvpager.integrations.huggingface.batching.compiling import require_no_cuda_graphs
 from kvpager.integrations.huggingface.batching.fitting import ModelSwitch, fit
+from kvpager.integrations.huggingface.batching.inputs import Reader, each_options
 from kvpager.integrations.huggingface.batching.loop import Loop
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
 from kvpager.integrations.huggingface.batching.runner import Runner
@@ -176,9 +177,10 @@ class Engine:
 
     def submit(
         self,
-        prompt: Sequence[int] | torch.Tensor | NDArray[Any],
+        prompt: Sequence[int] | torch.Tensor | NDArray[Any] | Mapping[str, Any],
         config: GenerationConfig | None = None,
         *,
+        attention_mask: Any = None,
         name: Hashable | None = None,
         namespace: str | None = None,
         tenant: str | None = None,
@@ -192,9 +194,11 @@ class Engine:
         """Queue a request. O(tokens).
 
         Args:
-            prompt: token ids; for an encoder-decoder model, what its encoder reads.
+            prompt: token ids, or what a tokenizer returned for one text; for an encoder-decoder
+                model, what its encoder reads.
             config: generation settings, the model's own where None; `overrides` are settings over
                 those, such as `max_new_tokens=64`.
+            attention_mask: zeros for padding before or after the prompt, which is left out.
             name: unique among the requests that live; made up where None.
             namespace: only requests of the same namespace share cached prompts.
             tenant: whose request it is, for `order="fair"`.
@@ -206,7 +210,7 @@ class Engine:
 
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
         """
-        ids = _ids(prompt, self._anatomy.vocabulary)
+        ids = self._reader(config, overrides).one(prompt, attention_mask)
         if policy is None:
             policy = self._policy(config, overrides)
         elif config is not None or overrides:
@@ -247,33 +251,38 @@ class Engine:
 
     def generate(
         self,
-        prompts: Iterable[Sequence[int] | torch.Tensor],
+        prompts: Iterable[Any],
         config: GenerationConfig | None = None,
         *,
+        attention_mask: Any = None,
         progress: bool = False,
         **options: Any,
     ) -> list[Output]:
-        """Serve `prompts` and wait: their outputs, in their order.
+        """Serve `prompts` and wait for their outputs, in their order.
 
-        `progress` shows a bar; other options are those of `submit`, but for `name`; with a `seed`,
-        each prompt has the next one: seed, seed + 1, ... Should a request fail, the
+        Prompts are a list, a padded tensor, or what a tokenizer returned, whose mask is taken.
+        A padded tensor without `attention_mask` is read as the model's `generate` reads it.
+        `progress` shows a bar. Other options are those of `submit`, except `name`. With a `seed`,
+        each prompt has the next one: seed, seed + 1, ... If a request fails, the
         others are cancelled. Raises: as `submit` and `Stream.result`.
         """
         with _submitted() as streams:
-            for each in _each(prompts, options):
+            for each in self._requests(prompts, config, attention_mask, options):
                 streams.append(self.submit(config=config, **each))
             bar = tqdm(streams, desc="requests", unit="request", disable=not progress)
             return [stream.result() for stream in bar]
 
     async def agenerate(
         self,
-        prompts: Iterable[Sequence[int] | torch.Tensor],
+        prompts: Iterable[Any],
         config: GenerationConfig | None = None,
+        *,
+        attention_mask: Any = None,
         **options: Any,
     ) -> list[Output]:
-        """`generate` for asyncio: other tasks go on meanwhile."""
+        """Serve `prompts` as `generate` does; other tasks of asyncio go on meanwhile."""
         with _submitted() as streams:
-            for each in _each(prompts, options):
+            for each in self._requests(prompts, config, attention_mask, options):
                 streams.append(self.submit(config=config, **each))
             return [await stream for stream in streams]
 
@@ -342,6 +351,24 @@ class Engine:
 
     # ---------------------------------------------------------------- making requests
 
+    def _requests(
+        self, prompts: Any, config: GenerationConfig | None, mask: Any, options: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the arguments of `submit` for each of several prompts."""
+        rows = self._reader(config, options).several(prompts, mask)
+        each = each_options(options, len(rows))
+        return [{"prompt": row} | more for row, more in zip(rows, each, strict=True)]
+
+    def _reader(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Reader:
+        reader = Reader.of(self._anatomy, self.model.generation_config)
+        if isinstance(config, GenerationConfig):
+            given = Reader.of(self._anatomy, config)
+            reader = reader._replace(
+                pad=reader.pad if given.pad is None else given.pad, ends=given.ends or reader.ends
+            )
+        pad = overrides.get("pad_token_id")
+        return reader if pad is None else reader._replace(pad=pad)
+
     def _policy(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Policy:
         if overrides.keys() - {"max_new_tokens"} or config is not None:
             return Policy(self.model, config, **overrides)
@@ -391,41 +418,3 @@ def _check_arguments(model: Any, packed: Any, compile: Any) -> None:
         raise TypeError(f"compile {compile!r}: expected True, False or torch.compile's arguments")
     if compile:
         require_no_cuda_graphs({} if compile is True else compile)
-
-
-def _each(prompts: Any, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The arguments of `submit` for each of several prompts."""
-    if "name" in options:
-        raise TypeError("name: several requests cannot share one; leave it out, or use submit()")
-    if isinstance(prompts, str | Mapping):
-        what = type(prompts).__name__
-        raise TypeError(f"prompts: expected a list of prompts, got {what}{_HINTS.get(what, '')}")
-    for number, prompt in enumerate(prompts):
-        if np.ndim(prompt) == 0 and not isinstance(prompt, str):
-            raise TypeError("prompts: expected a list of prompts, got one; put it in a list")
-        each = {"prompt": prompt} | options
-        if options.get("seed") is not None:
-            each["seed"] = options["seed"] + number
-        yield each
-
-
-_HINTS = {"str": "; tokenize it first", "BatchEncoding": "; pass its ['input_ids']"}
-
-
-def _ids(prompt: Sequence[int] | torch.Tensor | NDArray[Any], vocabulary: int) -> list[int]:
-    """Token ids as a list. Raises: `TypeError`, `ValueError` for what is none."""
-    if isinstance(prompt, str | Mapping):
-        what = type(prompt).__name__
-        raise TypeError(f"prompt: expected token ids, got {what}{_HINTS.get(what, '')}")
-    if isinstance(prompt, torch.Tensor):
-        prompt = prompt.cpu()
-    array = arguments.integers("prompt", prompt)
-    if array.ndim == 2 and len(array) == 1:  # as tokenizers return one
-        array = array[0]
-    ids: list[int] = arguments.token_ids(array).tolist()
-    if not ids:
-        raise ValueError("prompt: it is empty; give at least one token")
-    for token in (min(ids), max(ids)):
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"prompt: token {token} is none of the model's {vocabulary}")
-    return ids

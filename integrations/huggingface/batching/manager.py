@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from kvpager import arguments
 from kvpager.errors import KVPagerError, QueueFull, RequestCancelled
+from kvpager.integrations.huggingface.batching.inputs import without_padding
 from kvpager.integrations.huggingface.batching.outputs import Handler, Job
 from kvpager.integrations.huggingface.batching.policies import Policies, Wanted
 from kvpager.integrations.huggingface.batching.sessions import Sessions
@@ -31,6 +33,15 @@ class _Name:
 
     def __repr__(self) -> str:
         return repr(self._text)
+
+
+class Padded(list[int]):
+    """A prompt without its padding, which stays in the `row` that outputs show."""
+
+    def __init__(self, row: Any, mask: Any) -> None:
+        ids = arguments.token_ids(_as_list(row))
+        super().__init__(without_padding(ids, mask).tolist())
+        self.row = ids.tolist()
 
 
 class _Asked(NamedTuple):
@@ -148,7 +159,7 @@ class PagedBatchingManager(Sessions):
             job = Job(
                 self.output_router,
                 request_id,
-                prompt,
+                input_ids.row if isinstance(input_ids, Padded) else prompt,
                 num_samples=self.num_return_sequences,
                 is_streaming=is_streaming,
                 with_timestamps=with_timestamps,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from kvpager.integrations.huggingface.batching.manager import PagedBatchingManager
+from kvpager.integrations.huggingface.batching.manager import Padded, PagedBatchingManager
 from kvpager.integrations.huggingface.batching.options import warn_once
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.prompts import PromptCache
@@ -67,10 +67,16 @@ def _generate_batch(find: Find, original: Route) -> Route:
 
     @functools.wraps(original)
     def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if find(self) is not None:
-            given = signature.bind(self, *args, **kwargs).arguments
-            _warn_of_ignored(self, given.get("generation_config"), given.get("kwargs", {}))
-        return original(self, *args, **kwargs)
+        if find(self) is None:
+            return original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        given, options = bound.arguments, bound.arguments.get("kwargs", {})
+        _warn_of_ignored(self, given.get("generation_config"), options)
+        masks = options.get("attention_mask")
+        if masks is not None:
+            rows = zip(given["inputs"], masks, strict=True)
+            given["inputs"] = [Padded(row, mask) for row, mask in rows]
+        return original(*bound.args, **bound.kwargs)
 
     return generate_batch
 
