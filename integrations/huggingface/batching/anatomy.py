@@ -73,13 +73,15 @@ def blank_layers(model: Any, indices: Sequence[int]) -> dict[int, Any]:
     return {index: layers[index] for index in indices}
 
 
-@torch.inference_mode()
 def study(model: Any) -> Anatomy:
     """Look at `model`. One forward pass of two tokens.
 
     Raises: `KVPagerError` for a model whose cache is of no kind that can be kept in blocks.
     """
-    cache, cache_name = _watch(model)
+    try:
+        cache, cache_name = _watch(model)
+    except Exception as error:  # by a model that reads no text, or keeps no such cache
+        raise _refusal(model, f"it did not take two tokens: {error!r}") from error
     layers, others, has_state = [], [], False
     for index, layer in enumerate(cache.layers):
         written = cache.written.get(index)
@@ -94,6 +96,9 @@ def study(model: Any) -> Anatomy:
         raise _refusal(model, f"its cache keeps {what}")
     ((dtype, place),) = kinds
     text = model.config.get_text_config(decoder=True)
+    embeddings = model.get_input_embeddings()
+    if not hasattr(embeddings, "num_embeddings"):
+        raise _refusal(model, f"it has no table of embeddings, but a {type(embeddings).__name__}")
     return Anatomy(
         tuple(layers),
         tuple(others),
@@ -105,15 +110,16 @@ def study(model: Any) -> Anatomy:
         _arguments(model),
         cache_name,
         getattr(text, "max_position_embeddings", None),
-        int(model.get_input_embeddings().num_embeddings),
+        int(embeddings.num_embeddings),
     )
 
 
+@torch.inference_mode()
 def _watch(model: Any) -> tuple[_Watched, str]:
     """Compute two tokens. Return the cache that was written, and the name of its argument."""
     device = next(model.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    error: Exception | None = None
+    first: Exception | None = None
     for name in forward_cache_names(model):
         cache = _Watched(model.config)
         try:
@@ -122,14 +128,14 @@ def _watch(model: Any) -> tuple[_Watched, str]:
                 model(input_ids=ids, decoder_input_ids=ids, use_cache=True, **{name: pair})
             else:
                 model(input_ids=ids, use_cache=True, **{name: cache})
-        except Exception as raised:  # by a model that reads no text, or keeps no such cache
-            error = error or raised
+        except Exception as error:
+            first = first or error
         else:
-            error = None
+            first = None
             if cache.written:
                 break
-    if error is not None:
-        raise _refusal(model, f"it did not take two tokens: {error!r}") from error
+    if first is not None:
+        raise first
     return cache, name
 
 

@@ -23,9 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 
 from kvpager import arguments
 from kvpager.errors import KVPagerError
@@ -34,6 +33,7 @@ from kvpager.integrations.huggingface.batching.compiling import require_no_cuda_
 from kvpager.integrations.huggingface.batching.fitting import ModelSwitch, fit
 from kvpager.integrations.huggingface.batching.inputs import Reader, each_options
 from kvpager.integrations.huggingface.batching.loop import Loop
+from kvpager.integrations.huggingface.batching.models import unwrapped
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
 from kvpager.integrations.huggingface.batching.runner import Runner
 from kvpager.integrations.huggingface.batching.sampling import Policy
@@ -108,8 +108,8 @@ class Engine:
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         warn_if_untested()
-        _check_arguments(model, packed, compile)
-        self.model = model
+        _check_arguments(packed, compile)
+        self.model = model = unwrapped(model)
         self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
         switch = ModelSwitch(model)
         try:
@@ -407,11 +407,7 @@ def _submitted() -> Iterator[list[Stream]]:
         raise
 
 
-def _check_arguments(model: Any, packed: Any, compile: Any) -> None:
-    if not isinstance(model, nn.Module) or not isinstance(model, GenerationMixin):
-        raise TypeError(
-            f"model: expected a transformers model that can generate, got {type(model).__name__}"
-        )
+def _check_arguments(packed: Any, compile: Any) -> None:
     if packed not in (None, True, False):
         raise TypeError(f"packed {packed!r}: expected True, False or None")
     if not isinstance(compile, bool | Mapping):

@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.anatomy import study
 from kvpager.integrations.huggingface.batching.engine import Engine
+from kvpager.integrations.huggingface.batching.models import refuse_spread
 from kvpager.integrations.huggingface.batching.options import read_options
 from kvpager.integrations.huggingface.batching.outputs import Job, Router
 from kvpager.integrations.huggingface.memory import PagedMemory
@@ -66,6 +67,7 @@ class Sessions(ContinuousBatchingManager):
         self.output_router: Any = Router()
         self.batch_processor: Any = None  # the session's `Engine`
         self._patched, self._may_be_kept = memory, may_be_kept
+        refuse_spread(model)
         self._anatomy = study(model)
         self._refuse_placement()
         self.hint(workload_hints)
@@ -81,11 +83,6 @@ class Sessions(ContinuousBatchingManager):
 
     def _refuse_placement(self) -> None:
         name, wanted = type(self.model).__name__, self._patched.dtype
-        if getattr(self.model, "_device_mesh", None) is not None:
-            raise KVPagerError(
-                f"{name} is spread by tensor parallelism, which cannot be batched in blocks; use "
-                "it without the patch"
-            )
         if wanted is not None and wanted != self._anatomy.dtype:
             raise KVPagerError(
                 f"{name} keeps keys and values in {self._anatomy.dtype}, and the patch was made "

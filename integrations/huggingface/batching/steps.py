@@ -140,6 +140,8 @@ class StepLayer(DynamicLayer):
         self.memory = cache.memory
         self.shape, self.dtype = plan.shape, place.storage.dtype
         self.device = place.storage.device
+        # Models look here for whether a layer holds something of an image: it holds text alone.
+        self.keys = self.values = torch.empty(0, dtype=self.dtype, device=self.device)
         self._cache = cache
         self._caches = place.storage.layer(place.layer)
         self._scales = place.storage.scales(place.layer)
