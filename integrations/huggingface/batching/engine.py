@@ -210,6 +210,7 @@ class Engine:
 
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
         """
+        self._loop.refuse_closed()
         ids = self._reader(config, overrides).one(prompt, attention_mask)
         if policy is None:
             policy = self._policy(config, overrides)
@@ -228,7 +229,6 @@ class Engine:
         if seed is not None:
             number = arguments.count("seed", seed, at_most=2**63 - 1)
             generator = torch.Generator(self._anatomy.device).manual_seed(number)
-        self._loop.refuse_closed()
         if name is None:
             name = f"request-{next(self._numbers)}"
         now = time.monotonic()
@@ -325,10 +325,14 @@ class Engine:
             try:
                 yield
             finally:
-                self.clear()
+                if self._loop.process.is_current:
+                    self.clear()
 
     def close(self) -> None:
-        """End all requests and the thread; the model's attention is as it was. Idempotent."""
+        """End all requests and the thread; the model's attention is as it was. Idempotent.
+
+        In a forked process, every other call raises `EngineClosed`, and this one does nothing.
+        """
         self._loop.close()
 
     def __del__(self) -> None:

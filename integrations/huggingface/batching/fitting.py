@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -38,9 +39,27 @@ class _Found(NamedTuple):
     was_training: bool
     users: list[object]
 
+    def restore(self, model: Any) -> None:
+        """Make `model` as it was found. O(modules)."""
+        if model.config._attn_implementation != self.attention:
+            model.set_attn_implementation(self.attention)
+        model.train(self.was_training)
+
 
 _lock = threading.Lock()
 _found: weakref.WeakKeyDictionary[Any, _Found] = weakref.WeakKeyDictionary()
+
+
+def _leave_behind() -> None:
+    """In a fork: the engines of the parent do not run here, and their models are as they were."""
+    global _lock
+    _lock = threading.Lock()  # the other was perhaps held
+    for model, found in list(_found.items()):
+        found.restore(model)
+    _found.clear()
+
+
+os.register_at_fork(after_in_child=_leave_behind)
 
 
 class ModelSwitch:
@@ -80,8 +99,7 @@ class ModelSwitch:
             if found.users:
                 return
             del _found[self._model]
-        self.to_original()
-        self._model.train(found.was_training)
+        found.restore(self._model)
 
 
 def fit(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kvpager.errors import EngineClosed, KVPagerError
+from kvpager.integrations.huggingface.batching.processes import Process
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
 from kvpager.integrations.huggingface.batching.runner import Runner
 from kvpager.integrations.huggingface.batching.sampling import Draw, Row, choose
@@ -64,7 +65,8 @@ class Loop:
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self.is_open = True
+        self._is_open = True
+        self.process = Process("engine")
         self.error: BaseException | None = None  # what stopped the thread, a defect
         self._lock = threading.RLock()  # over the scheduler and what is tracked
         self._tracked: dict[Hashable, Tracked] = {}
@@ -87,6 +89,11 @@ class Loop:
 
     # ---------------------------------------------------------------- for other threads
 
+    @property
+    def is_open(self) -> bool:
+        """True while requests are taken. O(1)."""
+        return self._is_open and self.process.is_current
+
     def start(self) -> None:
         """Begin. O(1)."""
         _open.add(self)
@@ -94,7 +101,7 @@ class Loop:
 
     def submit(self, request: Request, tracked: Tracked) -> None:
         """Queue a request. O(tokens). Raises: `EngineClosed`, and as `Scheduler.submit`."""
-        with self._lock:
+        with self._locked():
             self.refuse_closed()
             if request.name in self._tracked:
                 raise ValueError(f"request {request.name!r}: the name is in use; choose another")
@@ -110,39 +117,50 @@ class Loop:
 
     def cancel(self, mailbox: Mailbox) -> None:
         """End the request whose mailbox this is, soon. O(1); safe in a finaliser."""
-        self._inbox.put(mailbox)
+        if self.process.is_current:
+            self._inbox.put(mailbox)
 
     def mailbox(self, name: Hashable) -> Mailbox | None:
-        """That of a live request. O(1)."""
-        with self._lock:
+        """Return that of a live request. O(1). Raises: `EngineClosed` in a fork."""
+        with self._locked():
             tracked = self._tracked.get(name)
         return None if tracked is None else tracked.mailbox
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock. Raises: `EngineClosed` in a fork, whose copy may be held for ever."""
+        self.process.refuse_fork()
+        with self._lock:
+            yield
+
     def refuse_closed(self) -> None:
-        """Raises: `EngineClosed` where no request is taken any more."""
+        """Raise `EngineClosed` if no request is taken any more."""
+        self.process.refuse_fork()
         if not self.is_open:
             why = "" if self.error is None else f" after {self.error!r}"
             raise EngineClosed(f"this engine is closed{why}; make a new one") from self.error
 
     def stats(self) -> EngineStats:
-        """Counts of now. O(blocks + sequences)."""
-        with self._lock:
+        """Return counts of now. O(blocks + sequences). Raises: `EngineClosed` in a fork."""
+        with self._locked():
             pool = self.scheduler.manager.stats()
             unshared = None if self._state is None else self._state.doubt
             counts = self.scheduler.stats()
             return EngineStats(counts, pool, self._busy_seconds, self._num_changes, unshared)
 
     def clear(self) -> None:
-        """Give cached prompts up. O(cached blocks)."""
-        with self._lock:
+        """Give cached prompts up. O(cached blocks). Raises: `EngineClosed` in a fork."""
+        with self._locked():
             self.scheduler.forget_prefixes()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """No step is computed inside; pauses of several threads may overlap.
 
-        Raises: `KVPagerError` on the thread itself, which would wait for its own step.
+        Raises: `KVPagerError` on the thread itself, which would wait for its own step;
+        `EngineClosed` in a fork.
         """
+        self.process.refuse_fork()
         if threading.current_thread() is self._thread:
             raise KVPagerError("pause: this is the engine's own thread, within a step")
         with self._unpaused:
@@ -152,17 +170,21 @@ class Loop:
                 pass
             yield
         finally:
-            with self._unpaused:
-                self._num_pauses -= 1
-                self._unpaused.notify_all()
+            if self.process.is_current:
+                with self._unpaused:
+                    self._num_pauses -= 1
+                    self._unpaused.notify_all()
 
     def stop(self) -> None:
-        """Have the thread end soon. O(1); safe in a finaliser."""
-        self.is_open = False
-        self._inbox.put(None)
+        """Have the thread end soon. O(1); safe in a finaliser, and in a fork."""
+        if self.process.is_current:
+            self._is_open = False
+            self._inbox.put(None)
 
     def close(self) -> None:
-        """End all requests and the thread. Idempotent."""
+        """End all requests and the thread. Idempotent. Does nothing in a fork."""
+        if not self.process.is_current:
+            return
         with self._lock:
             self.stop()
         with self._unpaused:
@@ -183,7 +205,7 @@ class Loop:
             logger.exception("the engine stopped")
             self.error = error
         with self._lock:
-            self.is_open = False
+            self._is_open = False
             for name, tracked in self._tracked.items():
                 tracked.error = self.error
                 how = "was not done when the engine was closed"

@@ -69,7 +69,8 @@ class PagedBatchingManager(Sessions):
         namespace: says whose prompts a request made now may share.
         may_be_kept: says whether the model may keep the manager for another session.
 
-    Thread-safe. Raises: `KVPagerError` for a model that cannot be batched; `ValueError` for
+    Thread-safe; in a fork, calls raise `EngineClosed`, but for those that end it. Raises:
+    `KVPagerError` for a model that cannot be batched; `ValueError` for
     settings that cannot.
     """
 
@@ -147,6 +148,7 @@ class PagedBatchingManager(Sessions):
         *,
         patience: float | None,
     ) -> str | None:
+        self.process.refuse_fork()
         prompt, is_named = _as_list(input_ids), request_id is not None
         with self._changed:
             denial = self._status.can_accept_new_requests()
@@ -241,6 +243,7 @@ class PagedBatchingManager(Sessions):
 
     def cancel_request(self, request_id: str) -> None:
         """End a request, with all its samples; does nothing for one that has ended. O(1)."""
+        self.process.refuse_fork()
         with self._changed:
             job = self._jobs.get(request_id)
             if job is None:
@@ -260,6 +263,7 @@ class PagedBatchingManager(Sessions):
     ) -> GenerationOutput | None:
         """The next output, of any request or of one; None after `timeout` seconds, or where none
         can come: there is no session, or no such request."""
+        self.process.refuse_fork()
         found: list[GenerationOutput] = []
 
         def is_settled() -> bool:
@@ -289,6 +293,7 @@ class PagedBatchingManager(Sessions):
     def register_result_handler(self, request_id: str, callback: Handler) -> None:
         """Call `callback` with the request's outputs, on the event loop that runs here. Outputs
         that wait already are handed over first."""
+        self.process.refuse_fork()
         self.output_router.register(request_id, callback)
 
 

@@ -102,7 +102,8 @@ def _manager(
     for name in further:
         warn_once(f"{name} of init_continuous_batching", "it is not known")
     kept = getattr(model, _KEPT, None)
-    if isinstance(kept, PagedBatchingManager) and kept in serving.managers:
+    is_ours = isinstance(kept, PagedBatchingManager) and kept in serving.managers
+    if is_ours and kept.process.is_current:
         _warn_of_another(kept, generation_config, continuous_batching_config)
         kept.hint(workload_hints)
         return kept

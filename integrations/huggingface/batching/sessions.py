@@ -18,6 +18,7 @@ from kvpager.integrations.huggingface.batching.engine import Engine
 from kvpager.integrations.huggingface.batching.models import refuse_spread
 from kvpager.integrations.huggingface.batching.options import read_options
 from kvpager.integrations.huggingface.batching.outputs import Job, Router
+from kvpager.integrations.huggingface.batching.processes import Process
 from kvpager.integrations.huggingface.memory import PagedMemory
 
 logger = logging.getLogger("kvpager")
@@ -67,6 +68,7 @@ class Sessions(ContinuousBatchingManager):
         self.output_router: Any = Router()
         self.batch_processor: Any = None  # the session's `Engine`
         self._patched, self._may_be_kept = memory, may_be_kept
+        self.process = Process("manager")
         refuse_spread(model)
         self._anatomy = study(model)
         self._refuse_placement()
@@ -105,8 +107,9 @@ class Sessions(ContinuousBatchingManager):
     def warmup(self) -> None:
         """Make the engine of the next session. A few short forward passes.
 
-        Raises: `KVPagerError` for a model that cannot be batched.
+        Raises: `KVPagerError` for a model that cannot be batched; `EngineClosed` in a fork.
         """
+        self.process.refuse_fork()
         with self._control:
             if self._is_destroyed:
                 raise RuntimeError("this manager was destroyed; make a new one")
@@ -118,15 +121,15 @@ class Sessions(ContinuousBatchingManager):
             self.warmed_up = True
 
     def is_running(self) -> bool:
-        """Whether there is a session. O(1)."""
-        return self._is_serving
+        """True if there is a session, in this process. O(1)."""
+        return self._is_serving and self.process.is_current
 
     def start(self) -> None:
         """Begin a session: serve requests, those first that were added before.
 
         Raises: as `warmup`.
         """
-        if self._is_serving:
+        if self.is_running():
             logger.warning("this manager is running already")
             return
         self.warmup()
@@ -170,8 +173,12 @@ class Sessions(ContinuousBatchingManager):
         """End the session when its requests are done, or at once if `hard_stop`: they fail then.
 
         Waits for that if `block`, for `timeout` seconds at the most. Outputs that nobody has taken
-        can still be. Raises: `RuntimeError` inside a `pause` of this thread.
+        can still be. Does nothing in a fork.
+
+        Raises: `RuntimeError` inside a `pause` of this thread.
         """
+        if not self.process.is_current:
+            return
         if self._generation_thread is None:
             logger.warning("this manager was not started, so there is nothing to stop")
             return
@@ -187,9 +194,9 @@ class Sessions(ContinuousBatchingManager):
             self.model._cached_continuous_batching_manager = self
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
-        """Wait for the session's end, for `timeout` seconds at the most."""
+        """Wait for the session's end, for `timeout` seconds at the most; not in a fork."""
         thread = self._generation_thread
-        if thread is None:
+        if thread is None or not self.process.is_current:
             return
         thread.join(timeout)
         if thread.is_alive():
@@ -200,7 +207,9 @@ class Sessions(ContinuousBatchingManager):
             self._generation_thread = None
 
     def destroy(self) -> None:
-        """End the session, for good. Idempotent. Raises: as `stop`."""
+        """End the session, for good. Idempotent. Does nothing in a fork. Raises: as `stop`."""
+        if not self.process.is_current:
+            return
         if self.is_running():
             self.stop()
         with self._control:
@@ -215,8 +224,9 @@ class Sessions(ContinuousBatchingManager):
         """No step is computed inside, in whatever thread; requests go on afterwards.
 
         To change the model's weights, say: cached prompts are given up. Raises: `RuntimeError`
-        without a session.
+        without a session; `EngineClosed` in a fork.
         """
+        self.process.refuse_fork()
         if not self.is_running():
             raise RuntimeError("there is no session to pause; start the manager first")
         with self._control:
@@ -229,12 +239,16 @@ class Sessions(ContinuousBatchingManager):
         try:
             yield
         finally:
-            self._of_thread.num_pauses -= 1
-            with self._control:
-                self._num_pauses -= 1
-                if not self._num_pauses and self._paused is not None:
-                    self._paused.__exit__(None, None, None)
-                    self._paused = None
+            if self.process.is_current:
+                self._end_pause()
+
+    def _end_pause(self) -> None:
+        self._of_thread.num_pauses -= 1
+        with self._control:
+            self._num_pauses -= 1
+            if not self._num_pauses and self._paused is not None:
+                self._paused.__exit__(None, None, None)
+                self._paused = None
 
     @property
     def _status(self) -> Status:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from kvpager import arguments
 from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.batching.processes import Process
 
 logger = logging.getLogger("kvpager")
 
@@ -68,8 +69,20 @@ class Mailbox:
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
         self._reader: Callable[[list[Token], bool], None] | None = None
+        self._process = Process("engine")
         self.is_done = False
         self.error: KVPagerError | None = None
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock. In a fork, what had ended is read without; the rest is `EngineClosed`."""
+        if not self._process.is_current:
+            if not self.is_done:
+                self._process.refuse_fork()
+            yield
+            return
+        with self._changed:
+            yield
 
     def put(self, tokens: list[Token]) -> None:
         """Tokens of one step. O(tokens + listeners)."""
@@ -80,11 +93,13 @@ class Mailbox:
     def close(self, error: KVPagerError | None) -> None:
         """Nothing follows. O(listeners)."""
         with self._changed:
-            self.is_done, self.error = True, error
+            self.error = error
+            self.is_done = True  # last: a fork reads it without the lock
             self._wake()
 
     def listen(self, reader: Callable[[list[Token], bool], None]) -> None:
         """Hand all tokens to `reader`, now and as they come. O(tokens)."""
+        self._process.refuse_fork()
         with self._changed:
             self._reader = reader
             self._wake()
@@ -101,15 +116,15 @@ class Mailbox:
             self._reader(arrived, self.is_done)
 
     def take(self, timeout: float | None = None) -> Token | None:
-        """The next token; None when there is no further one. Raises: `TimeoutError`."""
-        with self._changed:
+        """Return the next token; None after the last. Raises: `TimeoutError`, `EngineClosed`."""
+        with self._locked():
             if not self._changed.wait_for(lambda: self._arrived or self.is_done, timeout):
                 raise TimeoutError(f"no token of request {self.output.name!r} in {timeout} s")
             return self._arrived.popleft() if self._arrived else None
 
     def wait(self, timeout: float | None) -> None:
-        """Until nothing follows. Raises: `TimeoutError`."""
-        with self._changed:
+        """Wait until nothing follows. Raises: `TimeoutError`, `EngineClosed`."""
+        with self._locked():
             if not self._changed.wait_for(lambda: self.is_done, timeout):
                 raise TimeoutError(f"request {self.output.name!r} is not done after {timeout} s")
 
@@ -118,11 +133,16 @@ class Mailbox:
         loop = asyncio.get_running_loop()
         while True:
             woken = loop.create_future()
-            with self._changed:
+            with self._locked():
                 if is_enough():
                     return
                 self._listeners.append(partial(_resolve, loop, woken))
             await woken
+
+    @property
+    def has_ended(self) -> bool:
+        """True if nothing follows. In a fork, nothing does."""
+        return self.is_done or not self._process.is_current
 
     @property
     def has_news(self) -> bool:
@@ -186,8 +206,8 @@ class Stream:
 
     @property
     def done(self) -> bool:
-        """Whether the request has ended, in whatever way."""
-        return self._mailbox.is_done
+        """True if the request has ended, in whatever way."""
+        return self._mailbox.has_ended
 
     def cancel(self) -> None:
         """End the request; what was generated stays readable. Does nothing where it has ended."""
