@@ -350,31 +350,33 @@ def test_a_name_is_used_once_at_a_time(llama):
         engine.submit([5], name="twice", max_new_tokens=1).result()
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("where", ["processors", "criteria"])
-def test_a_processor_that_raises_ends_its_own_request(llama, where):
+def test_a_processor_that_raises_ends_its_own_request(llama, where, kind):
     def broken(ids, scores, **kwargs):
         if ids.shape[1] > 6:
-            raise ZeroDivisionError("of the processor")
+            raise kind("of the processor")
         return scores if where == "processors" else torch.tensor([False])
 
     with Engine(llama, memory="8MiB") as engine:
         policy = engine.policy(max_new_tokens=30, **{where: [broken]})
         bad = engine.submit([5, 6, 7], policy=policy)
         good = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
-        with pytest.raises(RequestFailed, match="ZeroDivisionError") as caught:
+        with pytest.raises(RequestFailed, match=kind.__name__) as caught:
             bad.result(timeout=60)
-        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        assert isinstance(caught.value.__cause__, kind)
         assert good.result().tokens == alone(llama, [5, 6, 7])
         assert_nothing_is_held(engine)
 
 
-def test_a_forward_pass_that_raises_ends_the_requests_in_it(llama):
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, KeyboardInterrupt])
+def test_a_forward_pass_that_raises_ends_the_requests_in_it(llama, kind):
     calls = []
 
     def fail(module, inputs):
         calls.append(1)
         if len(calls) == 3:
-            raise RuntimeError("of the model")
+            raise kind("of the model")
 
     with Engine(llama, memory="8MiB") as engine:
         hook = llama.model.register_forward_pre_hook(fail)
@@ -387,7 +389,7 @@ def test_a_forward_pass_that_raises_ends_the_requests_in_it(llama):
                 ends.append(error)
         hook.remove()
         assert ends
-        assert all(isinstance(error.__cause__, RuntimeError) for error in ends)
+        assert all(isinstance(error.__cause__, kind) for error in ends)
         assert engine.submit([7, 8, 9], max_new_tokens=NEW, do_sample=False).result().tokens == (
             alone(llama, [7, 8, 9])
         )
@@ -628,6 +630,30 @@ def test_a_listener_that_raises_does_not_keep_others_waiting(llama):
         with pytest.raises(ZeroDivisionError) if stream.partial().samples else _nothing():
             stream.listen(fail)
         assert len(stream.result(timeout=60).tokens) == 5
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+def test_what_a_listener_raises_takes_no_tokens_from_others(llama, kind):
+    def fail(tokens, is_done):
+        if tokens or is_done:
+            raise kind("of the listener")
+
+    with Engine(llama, memory="8MiB") as engine:
+        with engine.pause():
+            bad = engine.submit([5, 6], max_new_tokens=5)
+            good = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
+            bad.listen(fail)
+        assert [token.id for token in good] == alone(llama, [5, 6, 7])
+        assert len(bad.result(timeout=60).tokens) == 5
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+def test_what_on_step_raises_does_no_harm_to_requests(llama, kind):
+    def fail(record):
+        raise kind("of on_step")
+
+    with Engine(llama, memory="8MiB", on_step=fail) as engine:
+        assert len(engine.submit([5, 6], max_new_tokens=5).result(timeout=60).tokens) == 5
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def served(model: Any) -> list[list[int]]:
 
 
 def alone(model: Any) -> list[list[int]]:
-    """What `generate` of the model, or of its wrapper, adds to each prompt."""
+    """Return the tokens that `generate` of the model, or of its wrapper, adds to each prompt."""
     found = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])

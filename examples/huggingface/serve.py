@@ -28,9 +28,9 @@ def encode(text: str) -> list[int]:
 
 
 async def client(engine: Engine, text: str) -> str:
-    """One of many users: reads its tokens as they come."""
+    """One of many users: reads its text as it comes."""
     stream = engine.submit(encode(text), max_new_tokens=24, do_sample=False)
-    return tokenizer.decode([token.id async for token in stream])
+    return "".join([piece async for piece in stream.text()])
 
 
 async def serve(engine: Engine, texts: list[str]) -> list[str]:
@@ -39,7 +39,7 @@ async def serve(engine: Engine, texts: list[str]) -> list[str]:
 
 
 texts = ["The with statement ", "An exception is ", "A function that ", "The with statement "]
-with Engine(model, memory="16MiB") as engine:
+with Engine(model, tokenizer=tokenizer, memory="16MiB") as engine:
     replies = asyncio.run(serve(engine, texts))
     for text, reply in zip(texts, replies, strict=True):
         print(f"{text!r} goes on: {reply!r}")
@@ -50,7 +50,7 @@ with Engine(model, memory="16MiB") as engine:
         encode("The with statement "), max_new_tokens=12, do_sample=True, num_return_sequences=4
     ).result()
     for sample in output.samples:
-        print(f"sampled: {tokenizer.decode(sample.tokens)!r}")
+        print(f"sampled: {sample.text!r}")
     stats = engine.stats()
     print(
         f"{stats.scheduler.total_tokens} tokens in {stats.scheduler.total_steps} steps, "

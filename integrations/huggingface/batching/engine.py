@@ -39,6 +39,7 @@ from kvpager.integrations.huggingface.batching.runner import Runner
 from kvpager.integrations.huggingface.batching.sampling import Policy
 from kvpager.integrations.huggingface.batching.sizing import measured_costs, pool_blocks
 from kvpager.integrations.huggingface.batching.streams import Mailbox, Output, Stream
+from kvpager.integrations.huggingface.batching.text import Detokenizer, text_tokenizer
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Tracked
 from kvpager.integrations.huggingface.fingerprint import ModelWatch
@@ -82,6 +83,7 @@ class Engine:
         compile: have `torch.compile` compile the packed forward pass; or its arguments, such as
             `{"options": {"freezing": True}}` for weights that never change. Modes that record
             CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
+        tokenizer: the model's, for texts: `Stream.text`, `Output.text`, and `stop_strings`.
         on_step: is told of every step; for plots.
 
     Thread-safe. Raises: `KVPagerError` for a model that cannot be batched; `TypeError`,
@@ -105,11 +107,13 @@ class Engine:
         costs: PreemptionCosts | None = None,
         packed: bool | None = None,
         compile: bool | Mapping[str, Any] = False,
+        tokenizer: Any = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         warn_if_untested()
         _check_arguments(packed, compile)
         self.model = model = unwrapped(model)
+        self._tokenizer = text_tokenizer(tokenizer)
         self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
         switch = ModelSwitch(model)
         try:
@@ -243,11 +247,19 @@ class Engine:
             deadline=None if timeout is None else now + timeout,
         )
         mailbox = Mailbox(Output(name, ids, [], submitted=now))
-        tracked = Tracked(mailbox, choice, policy.num_samples, begins, generator, logprobs)
+        tracked = Tracked(
+            mailbox, choice, policy.num_samples, begins, generator, logprobs, self._tokenizer
+        )
         self._loop.submit(request, tracked)
         if self._anatomy.device.type == "cpu":
             end_idle_workers()
-        return Stream(mailbox, self._loop.cancel)
+        detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer)
+        return Stream(
+            mailbox,
+            self._loop.cancel,
+            num_samples=policy.num_samples,
+            detokenizer=detokenizer,
+        )
 
     def generate(
         self,
@@ -288,7 +300,7 @@ class Engine:
 
     def policy(self, config: GenerationConfig | None = None, **options: Any) -> Policy:
         """Settings for many requests, with processors and criteria of your own: see `Policy`."""
-        return Policy(self.model, config, **options)
+        return Policy(self.model, config, **{"tokenizer": self._tokenizer} | options)
 
     def cancel(self, name: Hashable) -> None:
         """End a request; does nothing for one that has ended. O(1)."""
@@ -375,7 +387,7 @@ class Engine:
 
     def _policy(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Policy:
         if overrides.keys() - {"max_new_tokens"} or config is not None:
-            return Policy(self.model, config, **overrides)
+            return self.policy(config, **overrides)
         # As a rule: one policy serves many requests, while the model's own settings stay.
         defaults = vars(self.model.generation_config)
         if defaults != self._defaults:
@@ -384,7 +396,7 @@ class Engine:
         key = overrides.get("max_new_tokens")
         known = self._policies.get(key)
         if known is None:
-            known = self._policies[key] = Policy(self.model, **overrides)
+            known = self._policies[key] = self.policy(**overrides)
         return known
 
     def _decoder_start(self) -> int:

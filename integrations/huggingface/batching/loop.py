@@ -20,7 +20,12 @@ from kvpager.integrations.huggingface.batching.processes import Process
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
 from kvpager.integrations.huggingface.batching.runner import Runner
 from kvpager.integrations.huggingface.batching.sampling import Draw, Row, choose
-from kvpager.integrations.huggingface.batching.streams import Courier, Mailbox, Token
+from kvpager.integrations.huggingface.batching.streams import (
+    Courier,
+    Mailbox,
+    Token,
+    listener_errors_logged,
+)
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Live, Tracked
 from kvpager.integrations.huggingface.fingerprint import ModelState, ModelWatch
@@ -265,7 +270,7 @@ class Loop:
         try:
             logits = self.runner.run(plan, self._prompts(plan))
             draws = self._choose(plan, logits)
-        except Exception as error:
+        except BaseException as error:  # of a hook of the caller's, SystemExit as well
             self._give_up(plan, error)
             return True
         if len(plan):
@@ -358,7 +363,7 @@ class Loop:
             self._num_changes += is_new
             self.scheduler.forget_prefixes()
 
-    def _give_up(self, plan: StepPlan, error: Exception) -> None:
+    def _give_up(self, plan: StepPlan, error: BaseException) -> None:
         """The step failed, and with it the requests in it; the others go on."""
         logger.error("a step failed: %r", error)
         with self._lock:
@@ -373,11 +378,12 @@ class Loop:
             return
         try:
             self._on_step(StepRecord(len(plan), len(plan.ids), seconds, self.stats()))
-        except Exception:  # the caller's: requests do not suffer for it
+        except BaseException:  # the caller's: requests do not suffer for it
             logger.exception("on_step raised and is not called any more")
             self._on_step = None
 
 
 def _hand_out(news: list[tuple[Mailbox, list[Token]]]) -> None:
     for mailbox, arrived in news:
-        mailbox.put(arrived)
+        with listener_errors_logged():
+            mailbox.put(arrived)

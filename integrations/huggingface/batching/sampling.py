@@ -191,7 +191,7 @@ class Draw(NamedTuple):
 
     tokens: list[int]
     logprobs: list[float] | None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def choose(logits: Tensor, rows: Sequence[Row], *, with_logprobs: bool = False) -> list[Draw]:
@@ -207,7 +207,7 @@ def choose(logits: Tensor, rows: Sequence[Row], *, with_logprobs: bool = False) 
         index = torch.tensor(numbers, device=logits.device)
         try:
             found = _draw(logits[index].float(), [rows[i] for i in numbers], with_logprobs)
-        except Exception as error:  # whatever a processor of the caller's raises
+        except BaseException as error:  # of a processor of the caller's, SystemExit as well
             # Of several rows, it may be the fault of one.
             found = (
                 [Draw([], None, error)]

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from kvpager import arguments
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.processes import Process
+from kvpager.integrations.huggingface.batching.text import Detokenizer
 
 logger = logging.getLogger("kvpager")
 
@@ -37,6 +38,7 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None
     reason: Stop | None = None  # why it ended; None where the request ended before
+    text: str | None = None  # from the end on, if the engine has a tokenizer
 
 
 @dataclass(slots=True)
@@ -58,6 +60,17 @@ class Output:
     def tokens(self) -> list[int]:
         """Those of the first sample."""
         return self.samples[0].tokens
+
+    @property
+    def text(self) -> str:
+        """Return the text of the first sample. Raises: `ValueError` without a tokenizer."""
+        text = self.samples[0].text
+        if text is None:
+            raise ValueError(f"request {self.name!r} has no text: {_NO_TOKENIZER}")
+        return text
+
+
+_NO_TOKENIZER = "make the engine with Engine(model, tokenizer=tokenizer)"
 
 
 class Mailbox:
@@ -179,10 +192,17 @@ class Courier:
 
     def _run(self) -> None:
         while (errand := self._errands.get()) is not None:
-            try:
+            with listener_errors_logged():
                 errand()
-            except Exception:  # whatever a listener raises; others wait for the next errand
-                logger.exception("a listener raised")
+
+
+@contextlib.contextmanager
+def listener_errors_logged() -> Iterator[None]:
+    """Log what a listener raises, SystemExit as well: other requests wait for their tokens."""
+    try:
+        yield
+    except BaseException:
+        logger.exception("a listener raised")
 
 
 class Stream:
@@ -191,13 +211,24 @@ class Stream:
         for token in engine.submit(prompt):           # or: async for
             print(token.id)
         output = engine.submit(prompt).result()       # or: await engine.submit(prompt)
+        for piece in engine.submit(prompt).text():    # or: async for
+            print(piece, end="")
 
     A stream that is dropped before its end cancels its request: nobody would read the rest.
     """
 
-    def __init__(self, mailbox: Mailbox, cancel: Callable[[Mailbox], None]) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        cancel: Callable[[Mailbox], None],
+        *,
+        num_samples: int = 1,
+        detokenizer: Detokenizer | None = None,
+    ) -> None:
         self._mailbox = mailbox
         self._cancel = cancel
+        self._num_samples = num_samples
+        self._detokenizer = detokenizer
 
     @property
     def name(self) -> Hashable:
@@ -239,13 +270,39 @@ class Stream:
             raise self._mailbox.error
         return self._mailbox.output
 
+    def text(self) -> TextStream:
+        """Return the text from where reading stopped, as an iterable of pieces: `for`, `async for`.
+
+        A piece ends with a whole character, and special tokens are left out. Joined, the pieces
+        are `Output.text`, where tokens spell valid UTF-8.
+
+        Raises: `ValueError` for an engine without a tokenizer, or several samples. Iterating
+        raises as `result`, after the last piece.
+        """
+        if self._detokenizer is None:
+            raise ValueError(f"text: there is no tokenizer; {_NO_TOKENIZER}")
+        if self._num_samples > 1:
+            raise ValueError(
+                f"text: the request has {self._num_samples} samples, whose tokens come in turns; "
+                "wait for the result, or submit it several times"
+            )
+        return TextStream(self, self._detokenizer)
+
     def __iter__(self) -> Iterator[Token]:
         """The tokens from where reading stopped. Raises: as `result`, after the last token."""
-        while (token := self._mailbox.take()) is not None:
-            yield token
+        yield from self._tokens()
         self._outcome()
 
     async def __aiter__(self) -> AsyncIterator[Token]:
+        async for token in self._atokens():
+            yield token
+        self._outcome()
+
+    def _tokens(self) -> Iterator[Token]:
+        while (token := self._mailbox.take()) is not None:
+            yield token
+
+    async def _atokens(self) -> AsyncIterator[Token]:
         mailbox = self._mailbox
         while True:
             await mailbox.changed(lambda: mailbox.has_news)
@@ -253,7 +310,6 @@ class Stream:
             if token is None:
                 break
             yield token
-        self._outcome()
 
     def __await__(self) -> Generator[Any, None, Output]:
         mailbox = self._mailbox
@@ -265,3 +321,28 @@ class Stream:
         mailbox = getattr(self, "_mailbox", None)
         if mailbox is not None and not mailbox.is_done:
             self._cancel(mailbox)
+
+
+class TextStream:
+    """The text of a `Stream` as it comes. Made by `Stream.text`."""
+
+    def __init__(self, stream: Stream, detokenizer: Detokenizer) -> None:
+        self._stream = stream
+        self._detokenizer = detokenizer
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield pieces that are not empty. Raises: as `Stream.result`, after the last."""
+        for token in self._stream._tokens():
+            if piece := self._detokenizer.add(token.id):
+                yield piece
+        if piece := self._detokenizer.end():
+            yield piece
+        self._stream._outcome()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for token in self._stream._atokens():
+            if piece := self._detokenizer.add(token.id):
+                yield piece
+        if piece := self._detokenizer.end():
+            yield piece
+        self._stream._outcome()

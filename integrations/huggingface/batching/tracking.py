@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from kvpager.errors import KVPagerError, RequestCancelled, RequestExpired, RequestFailed
 from kvpager.integrations.huggingface.batching.sampling import Choice, Draw
 from kvpager.integrations.huggingface.batching.streams import Mailbox, Sample, Stop, Token
+from kvpager.integrations.huggingface.batching.text import decode
 from kvpager.plan import Reason
 
 
@@ -39,6 +41,7 @@ class Tracked:
     begins: list[int]  # the tokens that generated ones follow
     generator: torch.Generator | None
     with_logprobs: bool
+    tokenizer: Any = None
     error: BaseException | None = None
 
     def begin_ids(self) -> Tensor:
@@ -69,7 +72,7 @@ class Tracked:
             arrived.append(Token(token, each.number, logprob))
             try:
                 each.sample.reason = self._stop(each, token)
-            except Exception as error:  # whatever a stopping criterion of the caller's raises
+            except BaseException as error:  # of a criterion of the caller's, SystemExit as well
                 self.error = error
                 break
             if each.sample.reason is None:
@@ -89,15 +92,29 @@ class Tracked:
         return None
 
     def ending(self, reason: Reason, how: str = "was cancelled") -> Callable[[], None]:
-        """What closes the mailbox. An error that was met says why, else the scheduler's reason."""
+        """Return what closes the mailbox, on the courier's thread: texts are made there."""
+        self.mailbox.output.finished = time.monotonic()
+        return partial(self._close, reason, how)
+
+    def _close(self, reason: Reason, how: str) -> None:
         output = self.mailbox.output
-        name, output.finished = output.name, time.monotonic()
-        error: KVPagerError | None = None
+        if self.tokenizer is not None:
+            try:
+                for sample in output.samples:
+                    sample.text = decode(self.tokenizer, sample.tokens)
+            except BaseException as error:  # of a tokenizer of the caller's
+                self.error = self.error or error
+        self.mailbox.close(self._error(reason, how))
+
+    def _error(self, reason: Reason, how: str) -> KVPagerError | None:
+        """Return why the request has no result. An error that was met comes first."""
+        name = self.mailbox.output.name
         if self.error is not None:
             error = RequestFailed(f"request {name!r} failed: {self.error!r}")
             error.__cause__ = self.error
-        elif reason is Reason.CANCELLED:
-            error = RequestCancelled(f"request {name!r} {how}")
-        elif reason is Reason.EXPIRED:
-            error = RequestExpired(f"request {name!r} was not done by its deadline")
-        return partial(self.mailbox.close, error)
+            return error
+        if reason is Reason.CANCELLED:
+            return RequestCancelled(f"request {name!r} {how}")
+        if reason is Reason.EXPIRED:
+            return RequestExpired(f"request {name!r} was not done by its deadline")
+        return None
