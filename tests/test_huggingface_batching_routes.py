@@ -586,3 +586,38 @@ def test_a_full_queue_makes_callers_wait_then_refuses(
         assert manager.get_result().status == FINISHED
         assert len(manager.add_requests(PROMPTS * 4)) == 12
     assert len(list(manager)) == 12
+
+
+def test_of_several_threads_that_start_a_manager_one_does(
+    llama: PreTrainedModel, patch: kvpager.Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = llama.init_continuous_batching(settings())
+    served = []
+    monkeypatch.setattr(
+        manager, "_serve", lambda engine, serve=manager._serve: served.append(serve(engine))
+    )
+    together = threading.Barrier(6)
+
+    def start() -> None:
+        together.wait()
+        manager.start()
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    manager.add_request(PROMPTS[0], request_id="mine")
+    output = manager.get_result("mine", timeout=60)
+    assert output is not None
+    assert [output.generated_tokens] == one_by_one(llama, PROMPTS[:1])
+    manager.stop()
+    assert len(served) == 1
+    assert not [each for each in threading.enumerate() if each.name == "kvpager-batching"]
+
+
+def test_no_return_sequences_at_all_are_refused(
+    llama: PreTrainedModel, patch: kvpager.Patch
+) -> None:
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        llama.init_continuous_batching(settings(num_return_sequences=0))

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import random
 import threading
+import weakref
 
 import pytest
 import tiny_models
@@ -19,7 +21,9 @@ from kvpager.errors import (
     RequestExpired,
     RequestFailed,
 )
+from kvpager.integrations.huggingface.batching import engine as engine_module
 from kvpager.integrations.huggingface.batching.engine import Engine
+from kvpager.integrations.huggingface.batching.sampling import Policy
 from kvpager.preemption import PreemptionCosts
 
 # What has no attention layers of its own, keeps its state elsewhere, or reads no text.
@@ -662,6 +666,42 @@ def _nothing():
         yield
 
 
+@pytest.mark.parametrize("options", [{"processors": [3]}, {"criteria": [None]}])
+def test_what_is_no_processor_is_refused(llama, options):
+    with Engine(llama, memory="8MiB") as engine, pytest.raises(TypeError, match="functions"):
+        engine.policy(**options)
+
+
+@pytest.mark.parametrize("timeout", [True, "9", -1.0, float("nan")])
+def test_a_result_waits_for_seconds(llama, timeout):
+    with Engine(llama, memory="8MiB") as engine:
+        stream = engine.submit([5], max_new_tokens=2)
+        with pytest.raises((ValueError, TypeError), match="timeout"):
+            stream.result(timeout=timeout)
+
+
+def test_lengths_of_many_kinds_leave_nothing_behind(llama):
+    """Neither of requests that may generate more, nor of longer prompts."""
+    kept = weakref.WeakSet()
+
+    class Kept(Policy):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            kept.add(self)
+
+    with pytest.MonkeyPatch.context() as patched, Engine(llama, memory="8MiB") as engine:
+        patched.setattr(engine_module, "Policy", Kept)
+        for number in range(200):
+            stream = engine.submit([5] * (number + 1), max_new_tokens=number + 1)
+            stream.cancel()
+        policy = engine.policy(max_new_tokens=1)
+        for number in range(600):
+            policy.choice(number + 1, [5])
+        gc.collect()
+        assert len(kept) <= 70
+        assert len(policy._by_length) <= 256
+
+
 def test_pausing_within_a_step_is_refused(llama):
     raised = []
 
@@ -701,6 +741,15 @@ def test_a_request_that_is_interrupted_as_it_is_submitted_is_gone(llama, monkeyp
         ({"model": "gpt2"}, TypeError),
         ({"model": torch.nn.Linear(2, 2)}, TypeError),
         ({"packed": "yes"}, TypeError),
+        ({"packed": 1}, TypeError),
+        ({"prefix_cache": "no"}, TypeError),
+        ({"costs": 3.0}, TypeError),
+        ({"on_step": 3}, TypeError),
+        ({"max_running": True}, TypeError),
+        ({"max_running": 0}, ValueError),
+        ({"max_batch_tokens": "24"}, TypeError),
+        ({"memory": True}, TypeError),
+        ({"max_length": True}, TypeError),
         ({"compile": "yes"}, TypeError),
         ({"compile": {"mode": "reduce-overhead"}}, ValueError),
         ({"compile": {"mode": "max-autotune"}}, ValueError),
@@ -723,7 +772,27 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
     [
         {"seed": "7"},
         {"seed": 2**70},
+        {"seed": True},
         {"timeout": 0},
+        {"timeout": -1.0},
+        {"timeout": float("nan")},
+        {"timeout": True},
+        {"timeout": "9"},
+        {"logprobs": 5},
+        {"logprobs": None},
+        {"num_return_sequences": 0},
+        {"num_return_sequences": -1},
+        {"num_return_sequences": True},
+        {"config": GenerationConfig(num_return_sequences=0)},
+        {"do_sample": "no"},
+        {"max_new_tokens": True},
+        {"output_logits": True},
+        {"return_dict_in_generate": True},
+        {"policy": GenerationConfig()},
+        {"priority": 0.5},
+        {"tenant": 3},
+        {"namespace": ""},
+        {"name": ["a", "list"]},
         {"timeout": float("inf")},
         {"max_new_tokens": "9"},
         {"config": {"max_new_tokens": 3}},

@@ -12,6 +12,7 @@ A thread asks the scheduler what to compute next (Orca's iteration-level schedul
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import time
@@ -52,6 +53,8 @@ from kvpager.scheduler import Scheduler
 from kvpager.storage import BlockStorage, KVDtype
 
 logger = logging.getLogger("kvpager")
+
+_MAX_POLICIES = 64  # of unlike lengths, kept for further requests
 
 
 class Engine:
@@ -111,7 +114,14 @@ class Engine:
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         warn_if_untested()
-        _check_arguments(packed, compile)
+        _check_arguments(
+            packed=packed,
+            compile=compile,
+            prefix_cache=prefix_cache,
+            costs=costs,
+            on_step=on_step,
+            max_running=max_running,
+        )
         self.model = model = unwrapped(model)
         self._tokenizer = text_tokenizer(tokenizer)
         self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
@@ -160,7 +170,7 @@ class Engine:
                 max_running=max_running,
                 max_waiting=max_waiting,
                 order=order,
-                prefix_cache=arguments.flag("prefix_cache", prefix_cache) and keeps_all,
+                prefix_cache=prefix_cache and keeps_all,
                 max_length=max_length,
                 # Not every recurrent layer goes on with several tokens at once.
                 chunked=not anatomy.has_state,
@@ -171,7 +181,10 @@ class Engine:
             raise
         self._anatomy = anatomy
         self._numbers = itertools.count()
-        self._policies: dict[object, Policy] = {}
+        # A function that does not refer to the engine: a dropped one is to end.
+        self._usual = functools.lru_cache(maxsize=_MAX_POLICIES, typed=True)(
+            functools.partial(_usual_policy, model, self._tokenizer)
+        )
         self._defaults: dict[str, Any] = {}
         watch = ModelWatch(model) if prefix_cache and keeps_all else None
         self._loop = Loop(scheduler, runner, on_step, switch.release, watch)
@@ -215,11 +228,14 @@ class Engine:
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
         """
         self._loop.refuse_closed()
+        arguments.flag("logprobs", logprobs)
         ids = self._reader(config, overrides).one(prompt, attention_mask)
         if policy is None:
             policy = self._policy(config, overrides)
         elif config is not None or overrides:
             raise TypeError("policy: it has all settings; give it, or config and single settings")
+        elif not isinstance(policy, Policy):
+            raise TypeError(f"policy {arguments.shown(policy)}: expected one of engine.policy()")
         if timeout is not None and not arguments.seconds("timeout", timeout):
             raise ValueError("timeout 0: expected seconds, more than 0; None for no timeout")
         begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start()]
@@ -278,6 +294,7 @@ class Engine:
         each prompt has the next one: seed, seed + 1, ... If a request fails, the
         others are cancelled. Raises: as `submit` and `Stream.result`.
         """
+        arguments.flag("progress", progress)
         with _submitted() as streams:
             for each in self._requests(prompts, config, attention_mask, options):
                 streams.append(self.submit(config=config, **each))
@@ -388,16 +405,12 @@ class Engine:
     def _policy(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Policy:
         if overrides.keys() - {"max_new_tokens"} or config is not None:
             return self.policy(config, **overrides)
-        # As a rule: one policy serves many requests, while the model's own settings stay.
+        # One policy serves many requests, until the model's own settings change.
         defaults = vars(self.model.generation_config)
         if defaults != self._defaults:
             self._defaults = copy.deepcopy(defaults)
-            self._policies.clear()
-        key = overrides.get("max_new_tokens")
-        known = self._policies.get(key)
-        if known is None:
-            known = self._policies[key] = self.policy(**overrides)
-        return known
+            self._usual.cache_clear()
+        return self._usual(overrides.get("max_new_tokens"))
 
     def _decoder_start(self) -> int:
         config = self.model.generation_config
@@ -409,6 +422,11 @@ class Engine:
         if start is None:
             raise ValueError("the model's generation_config has no decoder_start_token_id")
         return int(start)
+
+
+def _usual_policy(model: Any, tokenizer: Any, max_new_tokens: int | None) -> Policy:
+    options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    return Policy(model, tokenizer=tokenizer, **options)
 
 
 @contextmanager
@@ -423,10 +441,20 @@ def _submitted() -> Iterator[list[Stream]]:
         raise
 
 
-def _check_arguments(packed: Any, compile: Any) -> None:
-    if packed not in (None, True, False):
-        raise TypeError(f"packed {packed!r}: expected True, False or None")
+def _check_arguments(
+    *, packed: Any, compile: Any, prefix_cache: Any, costs: Any, on_step: Any, max_running: Any
+) -> None:
+    """Refuse what nothing else looks at before the model is computed."""
+    shown = arguments.shown
+    arguments.flag("prefix_cache", prefix_cache)
+    arguments.count("max_running", max_running, at_least=1)
+    if packed is not None and not isinstance(packed, bool):
+        raise TypeError(f"packed {shown(packed)}: expected True, False or None")
     if not isinstance(compile, bool | Mapping):
-        raise TypeError(f"compile {compile!r}: expected True, False or torch.compile's arguments")
+        raise TypeError(f"compile {shown(compile)}: expected a bool or torch.compile's arguments")
     if compile:
         require_no_cuda_graphs({} if compile is True else compile)
+    if costs is not None and not isinstance(costs, PreemptionCosts):
+        raise TypeError(f"costs {shown(costs)}: expected PreemptionCosts or None")
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step {shown(on_step)}: expected a function or None")

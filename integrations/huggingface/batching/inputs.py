@@ -129,7 +129,7 @@ def each_options(options: dict[str, Any], count: int) -> Iterator[dict[str, Any]
     """Yield the options of each of `count` requests: a seed counts up. O(1) each."""
     if "name" in options:
         raise TypeError("name: several requests cannot share one; leave it out, or use submit()")
-    seed = options.get("seed")
+    seed: Any = options.get("seed")
     for number in range(count):
         yield options if not arguments.is_int(seed) else options | {"seed": seed + number}
 

@@ -102,8 +102,9 @@ def _manager(
     for name in further:
         warn_once(f"{name} of init_continuous_batching", "it is not known")
     kept = getattr(model, _KEPT, None)
-    is_ours = isinstance(kept, PagedBatchingManager) and kept in serving.managers
-    if is_ours and kept.process.is_current:
+    if not isinstance(kept, PagedBatchingManager) or kept not in serving.managers:
+        kept = None
+    if kept is not None and kept.process.is_current:
         _warn_of_another(kept, generation_config, continuous_batching_config)
         kept.hint(workload_hints)
         return kept

@@ -49,6 +49,14 @@ _NOT_SERVED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "watermarking_config": ("watermarking", (None,)),
 }
 
+# Settings of what `generate` returns.
+_GIVES_NOTHING = {
+    "output_attentions", "output_hidden_states", "output_logits", "output_scores",
+    "return_dict_in_generate",
+}  # fmt: skip
+
+_MAX_CHOICES = 256  # of prompts of unlike lengths, kept by a policy
+
 
 class Policy:
     """How requests of one generation config choose their tokens, and when they stop.
@@ -78,8 +86,7 @@ class Policy:
     ) -> None:
         if config is not None and not isinstance(config, GenerationConfig):
             raise TypeError(f"config: expected a GenerationConfig, got {type(config).__name__}")
-        if overrides.get("max_new_tokens") is not None:
-            arguments.count("max_new_tokens", overrides["max_new_tokens"], at_least=1)
+        _check_overrides(overrides)
         self._has_default_length = overrides.get("max_length") is None and (
             config is None or config.max_length is None
         )
@@ -102,11 +109,16 @@ class Policy:
                     f"{name}={getattr(settings, name)!r}: {what} cannot be batched continuously; "
                     "use generate() for it"
                 )
-        self.num_samples: int = settings.num_return_sequences or 1
+        samples = settings.num_return_sequences
+        self.num_samples = (
+            1 if samples is None else arguments.count("num_return_sequences", samples, at_least=1)
+        )
+        if settings.do_sample is not None:
+            arguments.flag("do_sample", settings.do_sample)
         self.is_greedy = not settings.do_sample
         self._model = model
         self._settings = settings
-        self._further = list(processors), list(criteria)
+        self._further = _callables("processors", processors), _callables("criteria", criteria)
         self._tokenizer = tokenizer
         self._by_length: dict[int, Choice] = {}
 
@@ -162,8 +174,30 @@ class Policy:
         )
         # Unusual is a clock, say, which starts with its request.
         if not unusual and not looks_at_encoder:
+            if len(self._by_length) >= _MAX_CHOICES:
+                self._by_length.clear()
             self._by_length[prompt_length] = choice
         return choice
+
+
+def _check_overrides(overrides: dict[str, Any]) -> None:
+    """Refuse single settings that mean nothing here, where a caller waits for what they ask."""
+    if overrides.get("max_new_tokens") is not None:
+        arguments.count("max_new_tokens", overrides["max_new_tokens"], at_least=1)
+    for name in _GIVES_NOTHING & overrides.keys():
+        if overrides[name]:
+            raise ValueError(
+                f"{name}={arguments.shown(overrides[name])}: an engine gives tokens and texts, "
+                f"and log probabilities with logprobs=True. Leave {name} out."
+            )
+
+
+def _callables(name: str, given: Iterable[Callable[..., Any]]) -> list[Callable[..., Any]]:
+    found = list(given)
+    for each in found:
+        if not callable(each):
+            raise TypeError(f"{name}: expected functions, got {arguments.shown(each)}")
+    return found
 
 
 class Choice(NamedTuple):

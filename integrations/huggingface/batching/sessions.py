@@ -111,14 +111,20 @@ class Sessions(ContinuousBatchingManager):
         """
         self.process.refuse_fork()
         with self._control:
-            if self._is_destroyed:
-                raise RuntimeError("this manager was destroyed; make a new one")
-            if self.batch_processor is None:
-                options = self._options.engine
-                self.batch_processor = Engine(
-                    self.model, max_waiting=self._options.max_waiting, **options
-                )
-            self.warmed_up = True
+            self._warm()
+
+    def _warm(self) -> Engine:
+        """Return the engine of the next session, which is made once. Under `_control`."""
+        if self._is_destroyed:
+            raise RuntimeError("this manager was destroyed; make a new one")
+        if self.batch_processor is None:
+            options = self._options.engine
+            self.batch_processor = Engine(
+                self.model, max_waiting=self._options.max_waiting, **options
+            )
+        self.warmed_up = True
+        engine: Engine = self.batch_processor
+        return engine
 
     def is_running(self) -> bool:
         """True if there is a session, in this process. O(1)."""
@@ -129,18 +135,19 @@ class Sessions(ContinuousBatchingManager):
 
         Raises: as `warmup`.
         """
-        if self.is_running():
-            logger.warning("this manager is running already")
-            return
-        self.warmup()
-        engine: Engine = self.batch_processor
-        with self._changed:
-            self._status.local_status, self._status.engine = Status.DONT_STOP, engine
-            self._is_serving = True
-        self._generation_thread = threading.Thread(
-            target=self._serve, args=(engine,), name="kvpager-batching", daemon=True
-        )
-        self._generation_thread.start()
+        self.process.refuse_fork()
+        with self._control:  # of several threads that start, one does
+            if self.is_running():
+                logger.warning("this manager is running already")
+                return
+            engine = self._warm()
+            thread = threading.Thread(
+                target=self._serve, args=(engine,), name="kvpager-batching", daemon=True
+            )
+            with self._changed:
+                thread.start()  # it waits for this lock first
+                self._status.local_status, self._status.engine = Status.DONT_STOP, engine
+                self._generation_thread, self._is_serving = thread, True
         self._queue_held()
 
     def _serve(self, engine: Engine) -> None:
@@ -204,7 +211,8 @@ class Sessions(ContinuousBatchingManager):
         else:
             seconds = time.perf_counter() - stop_trigger_time
             logger.info("the session ended after %.2f s", seconds)
-            self._generation_thread = None
+            if self._generation_thread is thread:
+                self._generation_thread = None
 
     def destroy(self) -> None:
         """End the session, for good. Idempotent. Does nothing in a fork. Raises: as `stop`."""

@@ -253,6 +253,8 @@ class Stream:
         """
         if timeout is not None:
             timeout = arguments.seconds("timeout", timeout)
+        if timeout is not None:
+            arguments.seconds("timeout", timeout)
         self._mailbox.wait(timeout)
         return self._outcome()
 

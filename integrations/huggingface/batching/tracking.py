@@ -92,7 +92,7 @@ class Tracked:
         return None
 
     def ending(self, reason: Reason, how: str = "was cancelled") -> Callable[[], None]:
-        """Return what closes the mailbox, on the courier's thread: texts are made there."""
+        """Return a function that closes the mailbox. Another thread calls it: it makes texts."""
         self.mailbox.output.finished = time.monotonic()
         return partial(self._close, reason, how)
 
