@@ -17,6 +17,8 @@ import tiny_models  # noqa: E402
 
 import kvpager  # noqa: E402
 from kvpager.integrations.huggingface.memory import PagedMemory  # noqa: E402
+from kvpager.integrations.huggingface.releases import CACHE_NAMES  # noqa: E402
+from kvpager.integrations.huggingface.report import change  # noqa: E402
 
 
 def generate(model: Any, lengths: list[int], **options: Any) -> Any:
@@ -134,9 +136,9 @@ def test_calls_whose_prompts_are_not_kept_are_counted() -> None:
     model = tiny_models.tiny_model("llama")
     with kvpager.patch(model, prefix_cache=True) as patch:
         generate(model, [40])
-        assert "is not kept" not in patch.report()
+        assert "not kept" not in patch.report()
         generate(model, [40], prefill_chunk_size=16)
-        assert "prompts of 1 calls are of a kind that is not kept" in patch.report()
+        assert "prompts not kept: 1 call of other kinds" in patch.report()
         assert patch.stats().prefix_unserved_calls == 1
 
 
@@ -147,3 +149,64 @@ def test_pools_that_serve_no_prompts_go_with_their_caches(name: str) -> None:
         generate(model, [40])
         gc.collect()
         assert patch.stats().reserved_bytes == 0
+
+
+def test_the_report_counts_sessions_of_continuous_batching() -> None:
+    model = tiny_models.tiny_model("llama")
+    config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False)
+    with kvpager.patch(model, memory="1MiB") as patch:
+        model.generate_batch([[5, 6, 7], [8, 9]], config)
+        assert patch.report().startswith(
+            "continuous batching: 1 session with pools of their own, 2 requests, 8 tokens generated"
+        )
+        model.generate_batch([[5, 6, 7]], config)
+        stats = patch.stats()
+    assert (stats.num_sessions, stats.session_requests, stats.session_tokens) == (2, 3, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            {"cache_implementation": "static"},
+            "not paged: 1 call with cache_implementation='static'",
+        ),
+        ({"use_cache": False}, "not paged: 1 call with use_cache=False"),
+        ({"prompt_lookup_num_tokens": 2}, "prompts not kept: 1 call with prompt lookup"),
+    ],
+)
+def test_the_report_names_calls_that_were_not_served(options: dict[str, Any], line: str) -> None:
+    model = tiny_models.tiny_model("llama")
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        generate(model, [20])
+        assert "not paged" not in patch.report()
+        assert "not kept" not in patch.report()
+        generate(model, [20], **options)
+        assert line in patch.report()
+
+
+def test_the_report_names_a_cache_that_the_caller_brought() -> None:
+    model = tiny_models.tiny_model("llama")
+    own = transformers.StaticCache(config=model.config, max_cache_len=64)
+    with kvpager.patch(model) as patch:
+        generate(model, [20], **{CACHE_NAMES[0]: own})
+        assert "not paged: 1 call with StaticCache" in patch.report()
+
+
+def test_the_report_names_bare_forward_passes_where_prompts_are_kept() -> None:
+    model = tiny_models.tiny_model("llama")
+    with kvpager.patch(model, prefix_cache=True) as patch, torch.no_grad():
+        for _ in range(2):
+            model(torch.tensor([[5, 6, 7]]))
+        assert "prompts not kept: 2 calls with a cache made outside generate()" in patch.report()
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "words"),
+    [
+        (100, 200, "50% less"), (214, 200, "7% more"), (200, 200, "the same"),
+        (200, 201, "the same"), (0, 0, "the same"), (0, 7, "100% less"), (7, 0, "700% more"),
+    ],
+)  # fmt: skip
+def test_changes_have_no_sign_and_no_zero(now: int, before: int, words: str) -> None:
+    assert change(now, before) == words

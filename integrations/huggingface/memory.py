@@ -74,6 +74,9 @@ class Counters:
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
         self.prefix_unserved_calls = 0
+        self.sessions = 0  # of continuous batching, which have pools of their own
+        self.session_requests = 0
+        self.session_tokens = 0  # generated
 
 
 class Group(Protocol):
@@ -128,6 +131,7 @@ class PagedMemory:
         self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
         self.left_alone: dict[str, int] = {}  # what they are -> layers of a model, at the most
         self.unshared: dict[str, int] = {}  # why prompts were not shared -> calls
+        self.unserved: dict[str, int] = {}  # what kept caches or prompts out -> calls
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of the caches alive now
         self.lock = threading.RLock()
         self.calls = Calls(self.lock)
@@ -234,6 +238,18 @@ class PagedMemory:
             if reason not in self.unshared:
                 logger.warning("kvpager: prompts are not shared between calls: %s", reason)
             self.unshared[reason] = self.unshared.get(reason, 0) + 1
+
+    def note_unserved(self, why: str) -> None:
+        """Count a call whose cache stays transformers' own, or whose prompt is not kept. O(1)."""
+        with self.lock:
+            self.unserved[why] = self.unserved.get(why, 0) + 1
+
+    def note_session(self, *, sessions: int = 0, requests: int = 0, tokens: int = 0) -> None:
+        """Count what continuous batching served. O(1)."""
+        with self.lock:
+            self.counters.sessions += sessions
+            self.counters.session_requests += requests
+            self.counters.session_tokens += tokens
 
     @property
     def reserved_bytes(self) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import configuration_utils
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.modeling_utils import AttentionInterface
 
@@ -129,6 +130,9 @@ class Patch:
             peak_host_held_bytes=0 if host is None else host.counters.peak_held_bytes,
             swapped_out_blocks=0 if host is None else host.counters.arrived_blocks,
             swapped_in_blocks=counters.arrived_blocks,
+            num_sessions=counters.sessions,
+            session_requests=counters.session_requests,
+            session_tokens=counters.session_tokens,
         )
 
     def namespace(self, name: str) -> AbstractContextManager[None]:
@@ -385,6 +389,7 @@ def _paging_init(original: Callable[..., None]) -> Callable[..., None]:
         original(self, *args, **kwargs)
         if type(self) is DynamicCache and not torch.compiler.is_compiling():
             config = kwargs.get("config", args[1] if len(args) > 1 else None)
+            _note_made_outside(_patch_in_scope(config), config)
             _page(self, _patch_in_scope(config))
 
     return __init__
@@ -429,9 +434,36 @@ def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
                 _page(cache.cross_attention_cache, serving)
         else:
             _page(cache, serving)
+        if serving is not None:
+            mode = args[0] if args else kwargs.get("generation_mode")
+            _note_unserved(serving, generation_config, cache, mode)
         return result
 
     return prepare
+
+
+def _note_unserved(serving: Patch, generation_config: Any, cache: Any, mode: Any) -> None:
+    """Note for the report why a call of `generate` gets no paged cache, or keeps no prompt."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if generation_config.use_cache is False:
+        serving.memory.note_unserved("not paged: use_cache=False")
+    elif not isinstance(own, PagedCache):
+        named = generation_config.cache_implementation
+        what = type(own).__name__ if named is None else f"cache_implementation={named!r}"
+        serving.memory.note_unserved(f"not paged: {what}, a cache of transformers' own")
+    elif serving.prompts is not None and mode == GenerationMode.ASSISTED_GENERATION:
+        is_lookup = generation_config.prompt_lookup_num_tokens is not None
+        what = "prompt lookup" if is_lookup else "assisted decoding"
+        serving.memory.note_unserved(f"prompts not kept: {what}, whose drafts may be rejected")
+
+
+def _note_made_outside(serving: Patch | None, config: Any) -> None:
+    """Note for the report a cache that no `generate` makes."""
+    is_outside = getattr(_scope, "patch", None) is None and config is not None
+    if serving is not None and serving.prompts is not None and is_outside:
+        serving.memory.note_unserved(
+            "prompts not kept: a cache made outside generate(), as by a bare forward pass"
+        )
 
 
 def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,6 +18,8 @@ class PatchStats:
     `prefix_unserved_calls` had a `prefix_cache` and prompts that it does not keep.
     Blocks in host memory are counted by the last five alone; rows that were too many from their
     first token on are held there, but were never swapped out.
+    `num_sessions` are those of continuous batching, whose pools are not among the blocks. The
+    requests that ended in them, and the tokens these generated, are counted.
     """
 
     num_blocks: int
@@ -43,6 +45,9 @@ class PatchStats:
     peak_host_held_bytes: int
     swapped_out_blocks: int
     swapped_in_blocks: int
+    num_sessions: int
+    session_requests: int
+    session_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +73,7 @@ class CacheStats:
 
 def report(memory: PagedMemory, stats: PatchStats) -> str:
     """A few lines: layers, blocks, sharing, reads, bytes saved. O(kinds of layers)."""
-    lines = list(_layers(memory)) or [
-        "nothing was paged yet (continuous batching has pools of its own)"
-    ]
+    lines = [*_layers(memory), *_sessions(stats), *_unserved(memory)] or ["nothing was paged yet"]
     lines += [
         f"blocks of {memory.block_size} tokens: {stats.num_held_blocks} held "
         f"({stats.num_shared_blocks} shared), {stats.num_cached_blocks} cached; "
@@ -92,7 +95,7 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
         lines.append(f"prompts: {hits} of {asked} tokens were cached ({hits / asked:.0%})")
     if stats.prefix_unserved_calls:
         lines.append(
-            f"prompts of {stats.prefix_unserved_calls} calls are of a kind that is not kept "
+            f"prompts not kept: {counted(stats.prefix_unserved_calls, 'call')} of other kinds "
             "(docs/transformers.md says which)"
         )
     for reason, count in memory.unshared.items():
@@ -103,13 +106,37 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
 
 def _layers(memory: PagedMemory) -> Iterator[str]:
     for layers, count in memory.paged.items():
-        yield f"paged: {_layers_of(count)}, {_described(layers, memory)}"
+        yield f"paged: {counted(count, 'layer')}, {_described(layers, memory)}"
     for what, count in memory.left_alone.items():
-        yield f"not paged, transformers' own: {_layers_of(count)}, {what}"
+        yield f"not paged, transformers' own: {counted(count, 'layer')}, {what}"
 
 
-def _layers_of(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"
+def _sessions(stats: PatchStats) -> Iterator[str]:
+    if stats.num_sessions:
+        yield (
+            f"continuous batching: {counted(stats.num_sessions, 'session')} with pools of their "
+            f"own, {counted(stats.session_requests, 'request')}, "
+            f"{counted(stats.session_tokens, 'token')} generated"
+        )
+
+
+def _unserved(memory: PagedMemory) -> Iterator[str]:
+    for why, count in memory.unserved.items():
+        what, _, reason = why.partition(": ")
+        yield f"{what}: {counted(count, 'call')} with {reason}"
+
+
+def counted(count: int, thing: str) -> str:
+    """Return `1 layer`, `2 layers`. O(1)."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def change(now: int, before: int) -> str:
+    """Return how `now` compares with `before`: `41% less`, `7% more`, `the same`. O(1)."""
+    percent = round(100 * (now - before) / max(before, 1))
+    if not percent:
+        return "the same"
+    return f"{abs(percent)}% {'more' if percent > 0 else 'less'}"
 
 
 def _described(layers: PagedLayers, memory: PagedMemory) -> str:
@@ -127,6 +154,5 @@ def _described(layers: PagedLayers, memory: PagedMemory) -> str:
 def _saved(stats: PatchStats, memory: PagedMemory) -> str:
     if not stats.peak_dense_bytes:
         return ""
-    saved = 1 - stats.peak_held_bytes / stats.peak_dense_bytes
     where = "" if memory.host is None else " on the device"
-    return f" ({abs(saved):.0%} {'less' if saved >= 0 else 'more'}{where})"
+    return f" ({change(stats.peak_held_bytes, stats.peak_dense_bytes)}{where})"

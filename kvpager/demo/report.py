@@ -14,6 +14,7 @@ from kvpager.demo.measuring import States
 from kvpager.demo.results import Result, Results
 from kvpager.demo.settings import Settings
 from kvpager.integrations.huggingface.memory import size
+from kvpager.integrations.huggingface.report import change
 from kvpager.stats import BlockState
 
 MAP_LINES_MAX = 3
@@ -183,17 +184,16 @@ def show_summary(console: Console, results: Results) -> None:
     console.rule("[bold]Summary", align="left", style="dim")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=True)
     table.add_column("scenario", overflow="fold")
-    for name in ("Dynamic\nCache", "kvpager\nheld", "less", "prompt\nreused", "seconds,\none run"):
+    for name in ("Dynamic\nCache", "kvpager\nheld", "", "prompt\nreused", "seconds,\none run"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results.scenarios:
         mark = " [bold red]DIFFERENT" if result.is_wrong else " [yellow]near-tie"
-        saved = result.plain.reserved_bytes - result.paged.stats.held_bytes
         table.add_row(
             f"({result.scenario.key}) {escape(result.scenario.title)}"
             + (mark if result.differences else ""),
             size(result.plain.reserved_bytes),
             size(result.paged.stats.held_bytes),
-            _percent(saved, result.plain.reserved_bytes),
+            change(result.paged.stats.held_bytes, result.plain.reserved_bytes),
             _percent(
                 sum(call.prefix_hit_tokens for call in result.paged.calls),
                 sum(call.prompt_tokens for call in result.paged.calls),

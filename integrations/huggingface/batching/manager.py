@@ -165,7 +165,7 @@ class PagedBatchingManager(Sessions):
                 num_samples=self.num_return_sequences,
                 is_streaming=is_streaming,
                 with_timestamps=with_timestamps,
-                on_end=self._forget,
+                on_end=self._end,
             )
             taken = [name for name in job.names if name in self._jobs]
             if taken:
@@ -191,6 +191,10 @@ class PagedBatchingManager(Sessions):
         with self._changed:
             held, self._held = self._held, []
         return held
+
+    def _end(self, job: Job) -> None:
+        self._patched.note_session(requests=1, tokens=job.num_generated)
+        self._forget(job)
 
     def _forget(self, job: Job) -> None:
         with self._changed:

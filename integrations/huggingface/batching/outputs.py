@@ -132,6 +132,11 @@ class Job:
         self._with_timestamps = with_timestamps
         self._on_end = on_end
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all samples so far."""
+        return sum(len(row.tokens) for row in self._rows)
+
     def follow(self, stream: Stream) -> None:
         """The request was queued: its tokens come from `stream`. O(tokens that came)."""
         self.stream = stream

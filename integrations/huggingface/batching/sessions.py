@@ -148,6 +148,7 @@ class Sessions(ContinuousBatchingManager):
                 thread.start()  # it waits for this lock first
                 self._status.local_status, self._status.engine = Status.DONT_STOP, engine
                 self._generation_thread, self._is_serving = thread, True
+            self._patched.note_session(sessions=1)
         self._queue_held()
 
     def _serve(self, engine: Engine) -> None:
