@@ -803,3 +803,49 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
 def test_wrong_settings_of_a_request_are_refused(llama, options):
     with Engine(llama, memory="8MiB") as engine, pytest.raises((ValueError, TypeError)):
         engine.submit(**{"prompt": [5]} | options)
+
+
+# -------------------------------------------------------------------- what it says of itself
+
+
+def test_the_log_tells_of_starts_preemptions_and_failed_steps(llama, caplog):
+    caplog.set_level("INFO", "kvpager")
+    with Engine(llama, memory="8MiB", prefix_cache=False) as engine:
+        block_bytes = engine.block_bytes
+    assert "engine started: <Engine of LlamaForCausalLM: open, packed, " in caplog.text
+    caplog.clear()
+    with Engine(llama, memory=8 * block_bytes) as engine:
+        engine.generate(some_prompts(llama, count=6), max_new_tokens=40)
+        assert engine.stats().scheduler.total_preempted_by_recompute > 1
+    told = [record for record in caplog.records if "KV cache is full" in record.message]
+    assert len(told) == 1  # in a while
+    caplog.clear()
+    with Engine(llama, memory="8MiB") as engine:
+        hook = llama.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(RequestFailed):
+            engine.submit([5], name="mine").result(timeout=60)
+        hook.remove()
+    (failed,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "a step failed, and requests 'mine'" in failed.message
+    assert failed.exc_info[0] is ZeroDivisionError
+
+
+def test_an_engine_and_its_streams_show_what_they_are(llama):
+    with Engine(llama, memory="8MiB", host_memory="1MiB") as engine:
+        with engine.pause():
+            stream = engine.submit([5, 6, 7], name="mine", max_new_tokens=4)
+            assert "0 running, 1 waiting>" in repr(engine)
+            assert repr(stream) == "<Stream of 'mine': waiting, 3 -> 0 tokens>"
+        stream.result()
+        assert repr(stream) == "<Stream of 'mine': done, 3 -> 4 tokens>"
+        pool = engine.stats().pool
+        assert f"open, packed, {pool.num_blocks} blocks of 16 tokens (8.0 MiB) and " in repr(engine)
+        with engine.pause():
+            stream = engine.submit([5], do_sample=True, num_return_sequences=2, max_new_tokens=900)
+        next(iter(stream))
+        assert "running, 1 -> " in repr(stream)
+        stream.cancel()
+        with pytest.raises(RequestCancelled):
+            stream.result()
+        assert ": RequestCancelled, 1 -> " in repr(stream)
+    assert "<Engine of LlamaForCausalLM: closed, " in repr(engine)

@@ -44,7 +44,7 @@ from kvpager.integrations.huggingface.batching.text import Detokenizer, text_tok
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Tracked
 from kvpager.integrations.huggingface.fingerprint import ModelWatch
-from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.integrations.huggingface.memory import PagedMemory, size
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.manager import BlockManager
 from kvpager.preemption import PreemptionCosts
@@ -189,6 +189,24 @@ class Engine:
         watch = ModelWatch(model) if prefix_cache and keeps_all else None
         self._loop = Loop(scheduler, runner, on_step, switch.release, watch)
         self._loop.start()
+        logger.info("engine started: %r", self)
+
+    def __repr__(self) -> str:
+        # Without locks: a debugger may ask while another thread has them.
+        loop = self._loop
+        storage, scheduler = loop.runner.storage, loop.scheduler
+        pool = (
+            f"{storage.num_blocks} blocks of {storage.block_size} tokens "
+            f"({size(storage.num_blocks * storage.block_bytes)})"
+        )
+        if storage.num_host_blocks:
+            pool += f" and {storage.num_host_blocks} in host memory"
+        state = "open" if loop.is_open else "closed"
+        mode = "packed" if self.is_packed else "row by row"
+        return (
+            f"<Engine of {type(self.model).__name__}: {state}, {mode}, {pool}, {storage.dtype} on "
+            f"{storage.device}; {scheduler.num_running} running, {scheduler.num_waiting} waiting>"
+        )
 
     # ---------------------------------------------------------------- for callers
 

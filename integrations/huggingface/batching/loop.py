@@ -48,6 +48,8 @@ def _close_all() -> None:
 # How long to sleep while requests live and there is nothing to compute: a deadline may pass.
 _PATIENCE_S = 0.05
 
+_LOG_EVERY_S = 10.0  # preemptions, in INFO
+
 
 class Loop:
     """Steps of a scheduler, one after the other, on a thread of its own.
@@ -89,6 +91,8 @@ class Loop:
         self._on_step = on_step
         self._on_end = on_end
         self._busy_seconds = 0.0
+        self._num_preempted = 0
+        self._logged: float | None = None  # when preemptions were, in INFO
         self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
 
@@ -266,6 +270,7 @@ class Loop:
             for name, reason in plan.ended:
                 self._end(name, reason)
             self._note_begun(plan)
+            self._log_preemptions()
         began = time.perf_counter()
         try:
             logits = self.runner.run(plan, self._prompts(plan))
@@ -363,9 +368,33 @@ class Loop:
             self._num_changes += is_new
             self.scheduler.forget_prefixes()
 
+    def _log_preemptions(self) -> None:
+        """Log requests that had to leave the device, in INFO once in a while, else in DEBUG."""
+        if not self.scheduler.num_preempted:
+            return
+        counts = self.scheduler.stats()
+        swaps, recomputes = counts.total_preempted_by_swap, counts.total_preempted_by_recompute
+        if swaps + recomputes == self._num_preempted:
+            return
+        self._num_preempted = swaps + recomputes
+        now = time.monotonic()
+        is_due = self._logged is None or now - self._logged >= _LOG_EVERY_S
+        logger.log(
+            logging.INFO if is_due else logging.DEBUG,
+            "KV cache is full: preempted %d times by swap, %d by recompute so far; %d requests "
+            "run, %d wait. A larger memory= avoids it.",
+            swaps,
+            recomputes,
+            counts.num_running,
+            counts.num_waiting + counts.num_preempted,
+        )
+        self._logged = now if is_due else self._logged
+
     def _give_up(self, plan: StepPlan, error: BaseException) -> None:
         """The step failed, and with it the requests in it; the others go on."""
-        logger.error("a step failed: %r", error)
+        names = list(dict.fromkeys(plan.names))
+        shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+        logger.error("a step failed, and requests %s: %r", shown, error, exc_info=error)
         with self._lock:
             for name in self.scheduler.abort(plan):
                 if name in self._tracked:

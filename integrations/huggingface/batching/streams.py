@@ -230,6 +230,17 @@ class Stream:
         self._num_samples = num_samples
         self._detokenizer = detokenizer
 
+    def __repr__(self) -> str:
+        # Without locks: a debugger may ask while another thread has them.
+        mailbox, output = self._mailbox, self._mailbox.output
+        if mailbox.is_done:
+            state = "done" if mailbox.error is None else type(mailbox.error).__name__
+        else:
+            state = "waiting" if output.begun is None else "running"
+        counts = [len(sample.tokens) for sample in output.samples] or [0]
+        tokens = " + ".join(map(str, counts))
+        return f"<Stream of {output.name!r}: {state}, {len(output.prompt)} -> {tokens} tokens>"
+
     @property
     def name(self) -> Hashable:
         """The request's."""
