@@ -38,11 +38,13 @@ class OutOfBlocks(KVPagerError):
         tier: str = "device",
         advice: str = "free a sequence or raise num_blocks",
         missing: int | None = None,
+        message: str | None = None,
     ) -> None:
-        super().__init__(
+        in_blocks = (
             f"need {need} {tier} block{'s' if need != 1 else ''}, {free} free, "
             f"{evictable} evictable of {total}; {advice}"
         )
+        super().__init__(in_blocks if message is None else message)
         self.need = need
         self.free = free
         self.evictable = evictable
@@ -54,7 +56,7 @@ class OutOfBlocks(KVPagerError):
     def __reduce__(self) -> tuple[type[OutOfBlocks], tuple[object, ...]]:
         # Exceptions are rebuilt from their message, which is not what this one is made from.
         made_from = (self.need, self.free, self.evictable, self.total, self.tier, self.advice)
-        return type(self), (*made_from, self.missing)
+        return type(self), (*made_from, self.missing, str(self))
 
 
 class StaleSequence(KVPagerError):

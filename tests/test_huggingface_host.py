@@ -84,7 +84,9 @@ def test_without_host_memory_the_error_names_what_to_set() -> None:
     with (
         kvpager.patch(model, block_size=BLOCK, memory=bound),
         pytest.raises(
-            kvpager.OutOfBlocks, match=r"raise memory to \d+ bytes or more, or set host_memory="
+            kvpager.OutOfBlocks,
+            match=r"^KV cache out of memory: \d+ more blocks? \(.*\) needed, .* allows \d+.*\. "
+            r"Raise memory to .*iB or set host_memory= to offload\.$",
         ),
     ):
         generate(model, LENGTHS)
@@ -94,7 +96,9 @@ def test_too_little_host_memory_names_itself_and_leaves_nothing_behind() -> None
     model = tiny_models.tiny_model("llama")
     bound = needed(model, LENGTHS) // 3
     with kvpager.patch(model, block_size=BLOCK, memory=bound, host_memory=bound) as patch:
-        with pytest.raises(kvpager.OutOfBlocks, match=r"host block.*raise host_memory") as raised:
+        with pytest.raises(
+            kvpager.OutOfBlocks, match=r"KV cache out of host memory.*Raise host_"
+        ) as raised:
             generate(model, LENGTHS)
         assert raised.value.tier == "host"
         del raised

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ import tiny_models  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 import kvpager  # noqa: E402
+from kvpager import free_memory  # noqa: E402
+from kvpager.integrations.huggingface import pools  # noqa: E402
 
 BLOCK = 16
 
@@ -483,7 +487,9 @@ def test_what_does_not_fit_says_so_and_leaves_the_pool_usable(
     plain = tokens(llama(), short)
     with kvpager.patch(llama(), memory=8 * _block_bytes(), prefix_cache=prefix_cache) as patch:
         for _ in range(2):
-            with pytest.raises(kvpager.OutOfBlocks, match=r"need \d+ .* free, .* of \d+; .*memory"):
+            with pytest.raises(
+                kvpager.OutOfBlocks, match=r"\d+ more blocks? .* needed, memory=64.0 KiB allows 8"
+            ):
                 generate(llama(), long_prompt(), **mode)
             gc.collect()
             assert patch.stats().num_held_blocks == 0
@@ -520,12 +526,144 @@ def test_a_cache_that_could_not_grow_keeps_what_it_held() -> None:
     torch.testing.assert_close(paged, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_a_bound_below_one_block_is_out_of_blocks_too() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": 8}, "memory=8 B: one block of 16 tokens takes 8.0 KiB in all layers. Raise"),
+        ({"memory": "7KiB"}, "memory='7KiB': .* Raise memory to at least 8.0 KiB"),
+        ({"memory": "1GiB", "host_memory": 8}, "host_memory=8 B: .* Raise host_memory to at least"),
+    ],
+)
+def test_a_bound_below_one_block_is_refused_where_the_model_is_known(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kvpager.patch(llama(), **options)
+    assert type(generate(llama(), long_prompt()[:, :5]).past_key_values) is not kvpager.PagedCache
+
+
+def test_a_cache_in_which_no_block_fits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"memory='1KiB': one block of 16 tokens takes 4.0 KiB"):
+        kvpager.PagedCache(llama().config, memory="1KiB")  # 16 bits at least: it has no model
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "t5", "bloom", "qwen3_next"])
+def test_no_bound_is_refused_in_which_a_block_fits(name: str) -> None:
+    model = tiny_models.tiny_model(name)
+    with kvpager.patch(model, block_size=4) as patch:
+        output = generate(model, tiny_models.prompts([5]), max_new_tokens=2)
+        least = sum(pool.block_bytes for pool in patch.memory.pools())
+        del output
+    with kvpager.patch(model, block_size=4, memory=least):
+        pass
+
+
+def test_a_process_wide_bound_below_one_block_fails_at_its_first_use() -> None:
     with (
-        kvpager.patch(llama(), memory=8),
-        pytest.raises(kvpager.OutOfBlocks, match="memory=8 bytes is room for 0 blocks"),
+        kvpager.patch(memory=8),
+        pytest.raises(kvpager.OutOfBlocks, match=r"memory=8 B allows 0. Raise memory to 8.1 KiB"),
     ):
         tokens(llama(), tiny_models.prompts([5]))
+
+
+def test_the_memory_that_an_error_asks_for_is_enough() -> None:
+    ids = long_prompt()[:, :300]
+    with kvpager.patch(llama(), memory="64KiB"), pytest.raises(kvpager.OutOfBlocks) as raised:
+        generate(llama(), ids, max_new_tokens=1)
+    assert raised.value.__suppress_context__  # the pool's own words say nothing to a user
+    assert str(copy.copy(raised.value)) == str(raised.value)
+    asked = re.search(r"Raise memory to (.*iB) or set", str(raised.value))
+    assert asked is not None
+    with kvpager.patch(llama(), memory=asked[1]):
+        generate(llama(), ids, max_new_tokens=1)
+
+
+# ---------------------------------------------------------------- without a bound
+
+
+def test_prefixes_are_kept_in_half_of_the_memory_that_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches = [tiny_models.prompts([100], seed=seed) for seed in range(8)]
+    plain = [tokens(llama(), batch) for batch in batches]
+    free = 40 * _block_bytes()
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        # What the pool takes is free no longer.
+        monkeypatch.setattr(pools, "free_bytes", lambda _: free - patch.stats().reserved_bytes)
+        for batch, expected in zip(batches, plain, strict=True):
+            old = patch.stats().reserved_bytes
+            assert torch.equal(tokens(llama(), batch), expected)
+            new = patch.stats().reserved_bytes
+            assert new == old or not old or new <= (free - old) // 2
+        assert patch.stats().evicted_blocks > 0
+
+
+def test_what_a_call_needs_is_not_bound_by_what_prefixes_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pools, "free_bytes", lambda _: 0)
+    ids = long_prompt()[:, :400]
+    plain = tokens(llama(), ids)
+    with kvpager.patch(llama(), prefix_cache=True):
+        for _ in range(2):
+            assert torch.equal(tokens(llama(), ids), plain)
+
+
+def control_groups(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "left"),
+    [
+        ("0::/", {"memory.max": "max", "memory.current": "5", "memory.stat": ""}, None),
+        (
+            "0::/a/b",
+            {
+                "memory.max": "1000",
+                "memory.current": "400",
+                "memory.stat": "anon 7\ninactive_file 100\n",
+                "a/memory.max": "900",
+                "a/memory.current": "300",
+                "a/memory.stat": "anon 7\n",
+                "a/b/memory.max": "max",
+            },
+            600,
+        ),
+        (
+            "3:cpu:/x\n2:memory:/x",
+            {
+                "memory/x/memory.limit_in_bytes": "1000",
+                "memory/x/memory.usage_in_bytes": "400",
+                "memory/x/memory.stat": "total_inactive_file 50",
+            },
+            650,
+        ),
+        (
+            "0::/elsewhere",
+            {"memory.max": "10", "memory.current": "50", "memory.stat": ""},
+            0,
+        ),
+    ],
+    ids=["no limit", "version 2, nested", "version 1", "in a container, over its limit"],
+)
+def test_the_limit_of_a_container_counts_as_memory_that_is_not_free(
+    own: str,
+    files: dict[str, str],
+    left: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    control_groups(tmp_path / "group", files)
+    (tmp_path / "own").write_text(own + "\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable: 40 kB\n")
+    monkeypatch.setattr(free_memory, "_GROUPS", tmp_path / "group")
+    monkeypatch.setattr(free_memory, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(free_memory, "_MEMINFO", tmp_path / "meminfo")
+    expected = 40 * 1024 if left is None else left
+    assert free_memory.free_bytes(torch.device("cpu")) == expected
 
 
 # ---------------------------------------------------------------- windows

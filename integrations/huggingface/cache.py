@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from kvpager import arguments
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface import compiled
 from kvpager.integrations.huggingface.groups import LayerGroup
@@ -22,7 +23,7 @@ from kvpager.integrations.huggingface.layers import PagedLayer, PagedSlidingWind
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.report import CacheStats
-from kvpager.storage import KVDtype
+from kvpager.storage import BlockStorage, KVDtype, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
@@ -69,6 +70,7 @@ class PagedCache(DynamicCache):
             raise ValueError("offloading True: blocks are not offloaded; use DynamicCache for that")
         warn_if_untested()
         paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
+        paged_memory.refuse_below(least_block_bytes(config, torch.bfloat16, paged_memory))
         _DYNAMIC_CACHE_INIT(self, config=config)
         self._page(paged_memory)
 
@@ -308,6 +310,35 @@ class PagedCache(DynamicCache):
         if self.layer_class_to_replicate is not None:
             twin._page_lazily(twin.groups[0])
         return twin
+
+
+def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> int:
+    """Return the bytes of one block in all paged layers, as far as a configuration tells.
+
+    The model will need as many or more; 0 if the configuration does not say. O(layers).
+    """
+    if config is None:
+        return 0
+    values = config.get_text_config(decoder=True).to_dict()
+    dims = [values.get(name) for name in ("head_dim", "global_head_dim")]
+    if dims[0] is None and values.get("num_attention_heads"):
+        dims = [values.get("hidden_size", 0) // values["num_attention_heads"]]
+    heads = values.get("num_key_value_heads") or 1
+    known = [dim for dim in dims if dim is not None]
+    if not all(arguments.is_int(each) for each in [heads, *known]) or not known:
+        return 0
+    cache = object.__new__(DynamicCache)
+    _DYNAMIC_CACHE_INIT(cache, config=config)
+    num_layers = sum(
+        type(each) in (DynamicLayer, DynamicSlidingWindowLayer) for each in cache.layers
+    )
+    # Latent attention keeps less than its heads tell, and layers may differ.
+    if not num_layers or values.get("kv_lora_rank") or values.get("per_layer_config"):
+        return 0
+    shape = LayerShape(int(heads), int(min(known)), int(min(known)))
+    return BlockStorage.bytes_of_a_block(
+        memory.block_size, [shape] * num_layers, dtype=dtype, kv_dtype=memory.kv_dtype
+    )
 
 
 def unpaged(cache: Any) -> bool:

@@ -7,7 +7,6 @@ prefix caching it lives as long as its `PagedMemory`.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import weakref
 from typing import NamedTuple, Protocol
@@ -17,40 +16,12 @@ import torch
 from kvpager import arguments
 from kvpager.integrations.huggingface.calls import Calls
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
+from kvpager.integrations.huggingface.sizes import parse_memory, size
 from kvpager.kernels.quantisation import KV_DTYPES
 from kvpager.plan import Tier
 from kvpager.storage import KVDtype
 
 logger = logging.getLogger("kvpager")
-
-_BYTES_MAX = 1 << 60
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", start=1)}
-
-
-def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
-    """`"4GiB"`, `"500 MB"` or a number of bytes, as bytes; None stays None (no bound)."""
-    if memory is None:
-        return None
-    if arguments.is_int(memory):
-        return arguments.count(name, int(memory), at_least=1, at_most=_BYTES_MAX)
-    if not isinstance(memory, str):
-        raise TypeError(f"{name} {memory!r}: expected bytes or a text such as '4GiB'")
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{name} {memory!r}: expected a size such as '4GiB', '500MB' or 10**9")
-    num_bytes = int(float(match[1]) * _UNITS[match[2]])
-    return arguments.count(name, num_bytes, at_least=1, at_most=_BYTES_MAX)
-
-
-def size(num_bytes: float) -> str:
-    """Return `1536` as `1.5 KiB`. O(1)."""
-    value, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"
 
 
 class PagedLayers(NamedTuple):
@@ -120,6 +91,7 @@ class PagedMemory:
         host_memory: int | str | None = None,
     ) -> None:
         self.bound = parse_memory(memory)
+        self._given = memory if isinstance(memory, str) else None
         self.block_size = arguments.block_size(block_size)
         self.keep_pools = keep_pools
         self.in_place = in_place
@@ -140,7 +112,28 @@ class PagedMemory:
         if host_memory is not None:
             bound = parse_memory(host_memory, "host_memory")
             self.host = PagedMemory(bound, block_size, kv_dtype=kv_dtype)
+            self.host._given = host_memory if isinstance(host_memory, str) else None
             self.host.tier, self.host.lock = "host", self.lock
+
+    def bound_as_given(self) -> str:
+        """Return the bound as an argument, such as `memory='4GiB'`. O(1)."""
+        name = "memory" if self.tier == "device" else "host_memory"
+        given = size(self.bound or 0) if self._given is None else repr(self._given)
+        return f"{name}={given}"
+
+    def refuse_below(self, block_bytes: int) -> None:
+        """Refuse bounds in which not one block fits. O(1). Raises: `ValueError`.
+
+        Rows in host memory need one block on the device, which the bound need not have room for.
+        """
+        bounded = self if self.host is None else self.host
+        if bounded.bound is not None and bounded.bound < block_bytes:
+            name, _, _ = bounded.bound_as_given().partition("=")
+            raise ValueError(
+                f"{bounded.bound_as_given()}: one block of {self.block_size} tokens takes "
+                f"{size(block_bytes)} in all layers. Raise {name} to at least "
+                f"{size(block_bytes, round_up=True)}."
+            )
 
     def options(self) -> str:
         """Return the options as `patch` takes them, for a `repr`; defaults are left out. O(1)."""

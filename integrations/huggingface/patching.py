@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import configuration_utils
 from transformers.generation.configuration_utils import GenerationMode
@@ -29,7 +29,7 @@ from kvpager.integrations.huggingface.attention import (
 )
 from kvpager.integrations.huggingface.batching.manager import PagedBatchingManager
 from kvpager.integrations.huggingface.batching.routes import retire, routes
-from kvpager.integrations.huggingface.cache import PagedCache, unpaged
+from kvpager.integrations.huggingface.cache import PagedCache, least_block_bytes, unpaged
 from kvpager.integrations.huggingface.flash import flash_names, reading_flash_in_place
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.prefill import prefill
@@ -226,7 +226,8 @@ def patch(
         prefix_cache: keep the blocks of prompts, and of replies by greedy search and sampling,
             between calls, so that a prompt that begins like an earlier one, or repeats a
             conversation, computes only what is new; for causal text models whose layers all look at
-            the whole prompt. Takes memory until `clear` or `undo`. A model whose weights, hooks,
+            the whole prompt. Takes memory until `clear` or `undo`; without `memory`, prompts are
+            kept while a larger pool fits in half of the free memory. A model whose weights, hooks,
             functions or settings changed reuses nothing. Call `clear` after changes that leave no
             trace, such as writing single numbers through `.data`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
@@ -237,7 +238,8 @@ def patch(
     prefill and `copy.deepcopy(cache)` work as before. `undo()`, or leaving `with`, restores
     transformers exactly.
 
-    Raises: `TypeError`, `ValueError` for arguments that make no sense; nothing has changed then.
+    Raises: `TypeError`, `ValueError` for arguments that make no sense, such as a `memory` in which
+    not one block fits; nothing has changed then.
     """
     warn_if_untested()
     if model is not None and not _generative(model):
@@ -259,6 +261,9 @@ def patch(
         kv_dtype=kv_dtype,
         host_memory=host_memory,
     )
+    if isinstance(model, PreTrainedModel):
+        dtype_there = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
+        paged_memory.refuse_below(least_block_bytes(model.config, dtype_there, paged_memory))
     made = Patch(model, paged_memory, PromptCache(namespace) if prefix_cache else None)
     with _lock:
         if not _active:

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from kvpager import arguments
 from kvpager.errors import OutOfBlocks
+from kvpager.free_memory import free_bytes
+from kvpager.integrations.huggingface.sizes import size
 from kvpager.kernels.append_kv import append_checked, check_append
 from kvpager.kernels.arguments import Fitting, layout_of
 from kvpager.manager import BlockManager
-from kvpager.plan import Step, Tier
+from kvpager.plan import Step
 from kvpager.sequences import Batch, Sequence
 from kvpager.storage import BlockStorage, LayerShape
 
@@ -35,11 +37,10 @@ _T = TypeVar("_T")
 # Caches and slots are made here, as the kind of a layer says; so only the rest is looked at again.
 _fitting = Fitting()
 
-# Without a bound, how many times the most blocks ever in use a pool may have, to keep prefixes.
+# Without a bound, a pool grows to keep prefixes up to this multiple of the most blocks ever in use,
+# and while the larger pool fits in this part of the memory that is free.
 _MOST_KEPT = 5
-
-# What bounds a tier, as users of `patch` call it.
-_BOUND_NAMES: dict[Tier, str] = {"device": "memory", "host": "host_memory"}
+_KEPT_OF_FREE = 0.5
 
 
 def waiting_for_room(pool: PagedPool, operation: Callable[[], _T]) -> _T:
@@ -175,13 +176,13 @@ class PagedPool:
     def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
         shapes, num_blocks = [kind.shape] * num_layers, self.manager.num_blocks
         kv_dtype = self.memory.kv_dtype
-        size = BlockStorage.bytes_of_a_block(
+        block_bytes = BlockStorage.bytes_of_a_block(
             self.block_size, shapes, dtype=kind.dtype, kv_dtype=kv_dtype
         )
-        fits = self.memory.claim(num_blocks * size, self)
+        fits = self.memory.claim(num_blocks * block_bytes, self)
         # Another pool may have filled the bound: what then lives in host memory needs a block here.
         if not fits and (self.host is None or num_blocks > 1):
-            raise self._out_of_blocks(num_blocks, self.block_bytes + size)
+            raise self._out_of_blocks(num_blocks, self.block_bytes + block_bytes)
         on_host = self.memory.tier == "host"
         return self._reserve(
             lambda: BlockStorage(
@@ -298,7 +299,9 @@ class PagedPool:
         if self.memory.keep_pools and shortage > 0:
             # Memory is there to be used: fill it before giving cached prefixes up.
             with contextlib.suppress(OutOfBlocks):  # of the device itself
-                self._resize(self.manager.num_blocks + min(self._ahead(shortage), self._room()), 1)
+                room = self._room()
+                more = max(shortage, self.manager.num_blocks // 4)
+                self._resize(self.manager.num_blocks + min(more, room), 1)
         try:
             result = operation()
         except OutOfBlocks as error:
@@ -315,8 +318,22 @@ class PagedPool:
             return self.num_room_blocks
         if not self.memory.keep_pools:
             return self.manager.num_blocks
-        # What was never bounded still has to end somewhere.
-        return max(_MOST_KEPT * self._most_held - self.manager.num_blocks, 0)
+        most = min(_MOST_KEPT * self._most_held, self._num_fitting())
+        return max(most - self.manager.num_blocks, 0)
+
+    def _num_fitting(self) -> int:
+        """Count the blocks that the memory which is free has room for, beside those there are.
+
+        Growing needs old and new storage at once. O(storages).
+        """
+        sizes: dict[torch.device, int] = {}
+        for shelf in self._storages:
+            device = shelf.storage.device
+            sizes[device] = sizes.get(device, 0) + shelf.storage.block_bytes
+        return min(
+            (int(free_bytes(device) * _KEPT_OF_FREE) // each for device, each in sizes.items()),
+            default=0,
+        )
 
     def _ahead(self, shortage: int) -> int:
         """`shortage` blocks, or more where there is room, so that growing stays rare."""
@@ -333,7 +350,7 @@ class PagedPool:
                 except OutOfBlocks:
                     if more == shortage:
                         raise
-        raise self._out_of_blocks(need)
+        raise self._out_of_blocks(need) from None
 
     def _resize(self, num_blocks: int, need: int) -> None:
         # Storages first: should one fail, the manager never learns of blocks without room.
@@ -361,28 +378,30 @@ class PagedPool:
             raise self._out_of_blocks(need) from error
 
     def _out_of_blocks(self, need: int, block_bytes: int = 0) -> OutOfBlocks:
-        stats = self.manager.stats()
+        """Return the error of a pool that needs `need` blocks, in the words of `patch`."""
+        stats, memory = self.manager.stats(), self.memory
         room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._storages else (0, 0, 0)
-        size = block_bytes or self.block_bytes
-        elsewhere = self.memory.reserved_bytes - self.reserved_bytes
-        advice = self._advice(size, elsewhere + (stats.num_held + need) * size)
-        return OutOfBlocks(need, *room, tier=self.memory.tier, advice=advice)
-
-    def _advice(self, block_bytes: int, needed_bytes: int) -> str:
-        bound, name = self.memory.bound, _BOUND_NAMES[self.memory.tier]
-        if bound is None:
-            advice = "drop a cache that is no longer needed, use a device with more memory"
+        missing, num_bytes = max(need - room[0] - room[1], 1), block_bytes or self.block_bytes
+        is_host = memory.tier == "host"
+        message = (
+            f"KV cache out of {'host ' if is_host else ''}memory: {missing} more "
+            f"block{'s' if missing != 1 else ''} ({size(missing * num_bytes)}) needed, "
+        )
+        if memory.bound is None:
+            message += "and the device has no room. Drop a cache that is no longer needed"
         else:
-            advice = (
-                f"{name}={bound} bytes is room for {bound // max(block_bytes, 1)} blocks of "
-                f"{block_bytes} bytes, in all pools: drop a cache that is no longer needed, raise "
-                f"{name} to {max(needed_bytes, bound + block_bytes)} bytes or more"
-            )
-        if self.memory.tier == "host":
-            return f"{advice}, or ask for less at once"
-        if self.host is not None:
-            return advice
-        return f"{advice}, or set host_memory=, which takes what the device has no room for"
+            others = memory.reserved_bytes - self.reserved_bytes
+            needed = max(others + (stats.num_held + need) * num_bytes, memory.bound + num_bytes)
+            message += f"{memory.bound_as_given()} allows {memory.bound // num_bytes}"
+            if stats.num_held:
+                message += f", {stats.num_held} in use"
+            name = "host_memory" if is_host else "memory"
+            message += f". Raise {name} to {size(needed, round_up=True)}"
+        if is_host:
+            message += " or use a smaller batch."
+        else:
+            message += "." if self.host is not None else " or set host_memory= to offload."
+        return OutOfBlocks(need, *room, tier=memory.tier, advice=message, message=message)
 
     def _copy(self, copies: NDArray[np.int32]) -> None:
         if len(copies):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory, size
+from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
+from kvpager.integrations.huggingface.sizes import size
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import kvpager
 from kvpager.demo.measuring import States
 from kvpager.demo.results import Result, Results
 from kvpager.demo.settings import Settings
-from kvpager.integrations.huggingface.memory import size
 from kvpager.integrations.huggingface.report import change
+from kvpager.integrations.huggingface.sizes import size
 from kvpager.stats import BlockState
 
 MAP_LINES_MAX = 3

@@ -39,7 +39,7 @@ class Settings:
             arguments.count("new tokens", self.new_tokens, at_least=1)
             arguments.block_size(self.block_size)
             if self.memory is not None:
-                from kvpager.integrations.huggingface.memory import parse_memory
+                from kvpager.integrations.huggingface.sizes import parse_memory
 
                 parse_memory(self.memory)
         except ValueError as error:

@@ -44,8 +44,9 @@ from kvpager.integrations.huggingface.batching.text import Detokenizer, text_tok
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
 from kvpager.integrations.huggingface.batching.tracking import Tracked
 from kvpager.integrations.huggingface.fingerprint import ModelWatch
-from kvpager.integrations.huggingface.memory import PagedMemory, size
+from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.releases import warn_if_untested
+from kvpager.integrations.huggingface.sizes import size
 from kvpager.manager import BlockManager
 from kvpager.preemption import PreemptionCosts
 from kvpager.requests import Request

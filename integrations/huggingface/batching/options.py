@@ -7,8 +7,9 @@ import functools
 import logging
 from typing import Any, NamedTuple
 
+from kvpager.free_memory import free_bytes, host_bytes
 from kvpager.integrations.huggingface.batching.anatomy import Anatomy
-from kvpager.integrations.huggingface.batching.sizing import free_bytes, host_bytes, pool_blocks
+from kvpager.integrations.huggingface.batching.sizing import pool_blocks
 from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.storage import BlockStorage
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -12,9 +10,11 @@ import numpy as np
 import torch
 
 from kvpager.errors import KVPagerError
+from kvpager.free_memory import free_bytes
 from kvpager.integrations.huggingface.batching.anatomy import Anatomy
 from kvpager.integrations.huggingface.batching.runner import Runner, trial_plan
 from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.integrations.huggingface.sizes import size as as_text
 from kvpager.plan import Plan
 from kvpager.preemption import PreemptionCosts
 from kvpager.storage import BlockStorage
@@ -54,8 +54,15 @@ def pool_blocks(
             device = min(device, max_running * -(-max_length // memory.block_size))
     host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
     if device < 1:
-        bound = "the free memory" if memory.bound is None else f"memory={memory.bound} bytes"
-        raise KVPagerError(f"a block takes {size} bytes, more than {bound}: set memory to more")
+        if memory.bound is None:
+            raise KVPagerError(
+                f"{anatomy.device} has no room for one block of {memory.block_size} tokens "
+                f"({as_text(size)}): free memory there, or use a smaller block_size"
+            )
+        raise KVPagerError(
+            f"{memory.bound_as_given()}: one block of {memory.block_size} tokens takes "
+            f"{as_text(size)}. Raise memory to at least {as_text(size, round_up=True)}."
+        )
     return Sizes(device, host)
 
 
@@ -63,23 +70,6 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(free_bytes(device) * _OF_DEVICE)
     return int(free_bytes(device) * _OF_HOST)
-
-
-def free_bytes(device: torch.device) -> int:
-    """The device's free memory; the host's that programs can have without swapping. O(1)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return host_bytes() // 4  # the system does not say
-
-
-def host_bytes() -> int:
-    """All of the host's memory. O(1)."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def measured_costs(runner: Runner) -> PreemptionCosts:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.memory import parse_memory
+from kvpager.integrations.huggingface.sizes import parse_memory
 from kvpager.integrations.huggingface.throughput import vllm_child
 from kvpager.integrations.huggingface.throughput.results import Memory, Run, Served
 from kvpager.integrations.huggingface.throughput.systems import Options, Progress, interpreter

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvpager import arguments
-from kvpager.integrations.huggingface.memory import parse_memory
+from kvpager.integrations.huggingface.sizes import parse_memory
 from kvpager.integrations.huggingface.throughput.results import Run
 from kvpager.integrations.huggingface.throughput.workload import Workload
 
