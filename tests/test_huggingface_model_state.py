@@ -369,7 +369,7 @@ def torch_computes_otherwise(model: Any) -> Iterator[None]:
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_makes_another_model(change: Change) -> None:
     model = llama()
-    watch, seen = ModelWatch(model), []
+    watch, seen = ModelWatch(model, has_parts=True), []
     with contextlib.closing(change(model)) as steps:
         for _ in steps:
             state = watch.look()
@@ -382,7 +382,7 @@ def test_a_change_makes_another_model(change: Change) -> None:
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_is_noticed_part_by_part(change: Change) -> None:
     model = llama()
-    watch = ModelWatch(model)
+    watch = ModelWatch(model, has_parts=True)
     with contextlib.closing(change(model)) as steps:
         next(steps)
         before = watch.look()

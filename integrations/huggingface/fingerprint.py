@@ -15,7 +15,7 @@ import itertools
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -33,8 +33,9 @@ from kvpager.integrations.huggingface.functions import Functions, reads_training
 from kvpager.integrations.huggingface.offloaded import WeightFile, offloaded
 from kvpager.integrations.huggingface.weights import Ref, Weights, same_objects
 
-# Parts of a model that `ModelWatch.glance` looks at in turn.
-_PARTS = 8
+# Parts of a model that `ModelWatch.glance` looks at in turn. A prime number, so that modules that
+# every layer has, adapters for one, come in all parts.
+_PARTS = 31
 # What every module has besides its own attributes. Those that matter are read by name.
 _TORCH_OWN = vars(nn.Module()).keys() - {"training"}
 _BOOKS = operator.itemgetter(
@@ -68,11 +69,16 @@ class ModelState(NamedTuple):
 class ModelWatch:
     """Tells whether a model is the same as before. Keeps neither it nor its weights alive.
 
+    Args:
+        model: the model to compare with itself.
+        has_parts: note parts of the model as well, for `glance`.
+
     Thread-safe.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, has_parts: bool = False) -> None:
         self._model = weakref.ref(model)
+        self._num_parts = _PARTS if has_parts else 0
         self._lock = threading.Lock()
         self._noted: _Noted | None = None
         self._version = next(_versions)
@@ -84,19 +90,19 @@ class ModelWatch:
         `samples` reads a few numbers of each weight, to notice a write that torch does not count.
         """
         with self._lock:
-            return self._compare(range(_PARTS), samples)
+            return self._compare(lambda noted: noted.same(samples))
 
     def glance(self) -> ModelState:
-        """Compare an eighth of the model with the last look, another one each time."""
+        """Compare a small part of the model with the last look, another one each time."""
         with self._lock:
-            self._turn = (self._turn + 1) % _PARTS
-            return self._compare(range(self._turn, self._turn + 1), True)
+            self._turn = (self._turn + 1) % self._num_parts
+            return self._compare(lambda noted: noted.part_same(self._turn))
 
-    def _compare(self, parts: Iterable[int], samples: bool) -> ModelState:
+    def _compare(self, is_same: Callable[[_Noted], bool]) -> ModelState:
         try:
             noted = self._noted
-            if noted is None or not noted.same(parts, samples):
-                noted = self._note(_Noted(self._model()))
+            if noted is None or not is_same(noted):
+                noted = self._note(_Noted(self._model(), self._num_parts))
         except Exception as error:  # another thread changes the model, say, or a file is gone
             self._noted, self._version = None, next(_versions)
             return ModelState(self._version, f"the model cannot be looked at: {error!r}")
@@ -112,17 +118,17 @@ class ModelWatch:
 class _Noted:
     """All that is noted of a model at a look."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, num_parts: int) -> None:
         modules = list(model.modules())
         members = {id(module) for module in modules}
         owners: list[Any] = modules + _configs(modules)
-        self._parts = [_Part(owners[number::_PARTS], members) for number in range(_PARTS)]
+        self._whole = _Part(owners, members)
+        self._parts = [_Part(owners[turn::num_parts], members) for turn in range(num_parts)]
         hooks = [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
         modes = _modes()
         self._hooks, self._modes = list(map(_ref, hooks)), list(map(_ref, modes))
         roots = [_ref(one) for one in [*hooks, *modes] if not _is_fixed(one, members)]
-        for part in self._parts:
-            roots += part.roots
+        roots += self._whole.roots
         kinds = {type(module) for module in modules}
         names = {str(getattr(owner, "_attn_implementation", None)) for owner in owners}
         self._functions = Functions(kinds, names)
@@ -135,22 +141,37 @@ class _Noted:
         self._weights = Weights(tensors)
         self._settings = _numerics()
         training = [f"a {kind.__name__} is in training mode" for kind in _in_training(modules)]
-        weights = [part.weights.doubt for part in self._parts] + [self._weights.doubt]
+        weights = [self._whole.weights.doubt, self._weights.doubt]
         self.doubt = next(filter(None, [*training, *self._contents.doubts, *weights]), None)
         # Kept as long as this is, an object would keep what it refers to: the model itself.
         self._contents.forget()
 
-    def same(self, parts: Iterable[int], samples: bool) -> bool:
-        """True if `parts` of the model, and what belongs to none of them, are as noted."""
+    def same(self, samples: bool) -> bool:
+        """True if the model is as noted. O(modules + weights)."""
+        return (
+            self._same_surroundings() and self._whole.same(samples) and self._same_contents(samples)
+        )
+
+    def part_same(self, turn: int) -> bool:
+        """True if a part of the model is as noted; in the first turn, what surrounds it, too."""
+        return (
+            (turn > 0 or self._same_surroundings())
+            and self._parts[turn].same(True)
+            and self._same_contents(True)
+        )
+
+    def _same_surroundings(self) -> bool:
+        """True if torch's settings, hooks and modes and the model's functions are as noted."""
         hooks = chain.from_iterable(hooks.values() for hooks in _GLOBAL_HOOKS)
-        if self._settings != _numerics() or not same_objects(hooks, self._hooks):
-            return False
-        if not same_objects(_modes(), self._modes):
-            return False
-        if not all(self._parts[part].same(samples) for part in parts):
-            return False
-        if not self._functions.same():
-            return False
+        return (
+            self._settings == _numerics()
+            and same_objects(hooks, self._hooks)
+            and same_objects(_modes(), self._modes)
+            and self._functions.same()
+        )
+
+    def _same_contents(self, samples: bool) -> bool:
+        """True if what hooks hold, and weights elsewhere, are as noted."""
         if not self._roots and not self._is_offloaded:
             return True
         contents = self._read()
@@ -166,7 +187,7 @@ class _Noted:
     def equals(self, other: _Noted) -> bool:
         """True if the model that `other` was just noted of computes as it did."""
         return (
-            all(map(_Part.equals, self._parts, other._parts))
+            self._whole.equals(other._whole)
             and self._settings == other._settings
             and list(map(_call, self._hooks)) == list(map(_call, other._hooks))
             and list(map(_call, self._modes)) == list(map(_call, other._modes))

@@ -187,7 +187,7 @@ class Engine:
             functools.partial(_usual_policy, model, self._tokenizer)
         )
         self._defaults: dict[str, Any] = {}
-        watch = ModelWatch(model) if prefix_cache and keeps_all else None
+        watch = ModelWatch(model, has_parts=True) if prefix_cache and keeps_all else None
         self._loop = Loop(scheduler, runner, on_step, switch.release, watch)
         self._loop.start()
         logger.info("engine started: %r", self)
