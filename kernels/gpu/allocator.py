@@ -61,7 +61,7 @@ def _settle(
     tl.atomic_add(failures, tl.sum((stays & (holders != 1)).to(tl.int32), 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_lanes"], do_not_specialize_on_alignment=["rows"])
 def step_rows(
     slots,
     copies,
@@ -139,7 +139,7 @@ def step_rows(
         _settle(slots, lens, ref_counts, failures, lane, row, length, tail, stays, BLOCK_SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_lanes"], do_not_specialize_on_alignment=["rows"])
 def settle_rows(
     slots,
     rows,
@@ -161,7 +161,7 @@ def settle_rows(
     _settle(slots, lens, ref_counts, failures, lane, row, length, tail, stays, BLOCK_SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sources", "targets"])
 def share_rows(
     sources,
     targets,
@@ -201,7 +201,7 @@ def share_rows(
             tl.store(lens + target, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def drop_rows(
     rows,
     lens,
@@ -369,6 +369,6 @@ def _specialisation(
         signature=signature,
         constexprs={"BLOCK_SIZE": 16, **constants},
         options={"num_warps": _warps(constants.get("LANES", COLUMNS))},
-        divisible=pointers,
+        divisible=tuple(name for name in pointers if name not in ("rows", "sources", "targets")),
         max_registers=48,
     )

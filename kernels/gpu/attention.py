@@ -287,7 +287,8 @@ def _constants(
         "ALONE": launch.alone,
         # Decode streams memory and has time to mask; it then stands any -1 in its tables.
         "INTERIOR": not (plan.work.one_query or plan.work.holes),
-        "PARTIAL": plan.work.num_slots > 0,
+        # Prefill spends nothing on a branch, and one variant less is compiled for each tile.
+        "PARTIAL": plan.work.num_slots > 0 or not plan.work.one_query,
         "LOWEST": None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

@@ -70,7 +70,9 @@ def _look_up(mask, line_at, real, column, mask_token, mask_width, LOWEST: tl.con
     do_not_specialize=[
         "window", "first_item", "capacity", "mask_queries", "mask_width", "mask_row", "mask_head",
         "mask_query", "tables_row",
-    ]
+    ],
+    # Views of a step's tensors begin anywhere; nothing of them is loaded as one run.
+    do_not_specialize_on_alignment=["tables", "kv_lens", "query_starts", "kv_starts", "mask"],
 )  # fmt: skip
 def attend_items(
     output, partials, weights, query, key_cache, value_cache, tables, kv_lens, items, members,

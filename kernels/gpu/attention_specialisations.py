@@ -164,7 +164,8 @@ def _specialise(name: str, function: Any, arguments: dict[str, Any]) -> Speciali
             signature[key] = _TRITON_TYPES[value.dtype]
         else:
             signature[key] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (type(value) is int and not plain and value % DIVISOR == 0):
+        aligned = isinstance(value, Tensor) and not parameter.do_not_specialize_on_alignment
+        if aligned or (type(value) is int and not plain and value % DIVISOR == 0):
             divisible.append(key)
     options = {key: arguments[key] for key in _OPTIONS if key in arguments}
     return Specialisation(name, function, signature, constants, options, tuple(divisible))

@@ -35,8 +35,10 @@ TILE_ELEMENTS = 2048
 # One program of copy_blocks reads so many bytes of one block, and holds so many in its registers.
 COPY_RUN_BYTES = 128
 COPY_TILE_BYTES = 8192
-# More pairs than this go through the staging buffer, which has about so many bytes.
-COPY_PAIRS_MAX = 256
+# A program takes one of these numbers of pairs, so that few variants are compiled. More pairs than
+# the last go through the staging buffer of about STAGING_BYTES.
+COPY_PAIRS = (1, 8, 64, 256)
+COPY_PAIRS_MAX = COPY_PAIRS[-1]
 STAGING_BYTES = 64 << 20
 
 
@@ -152,7 +154,7 @@ def copy_blocks(storage: Tensor, copies: Tensor) -> None:
         if num_pairs > COPY_PAIRS_MAX or torch.version.hip is not None:
             _copy_staged(units, copies, run, block, vector)
             return
-        pairs = triton.next_power_of_2(num_pairs)
+        pairs = next(pairs for pairs in COPY_PAIRS if pairs >= num_pairs)
         tile_bytes = max(COPY_TILE_BYTES, pairs * COPY_RUN_BYTES)
         width = tile_bytes // pairs // units.element_size()
         width = min(width, triton.next_power_of_2(run * vector))
@@ -260,7 +262,7 @@ def specialisations() -> list[Specialisation]:
             _gather_specialisation(name, computed, stored, heads, key_dim),
         )
     ]
-    return [*kernels, *map(_copy_specialisation, (1, 64, 256)), _stage_specialisation()]
+    return [*kernels, *map(_copy_specialisation, COPY_PAIRS), _stage_specialisation()]
 
 
 def _append_specialisation(
@@ -286,7 +288,7 @@ def _append_specialisation(
         | dict.fromkeys(apart, "i64"),
         constexprs=constants,
         options={"num_warps": 4},
-        divisible=(*pointers, "slots", *scales, *strides, *apart),
+        divisible=(*pointers, *scales, *strides, *apart),
         max_registers=64,
     )
 
@@ -309,7 +311,7 @@ def _gather_specialisation(
         | {"cache_block": "i64", "scales_block": "i64"},
         constexprs=constants,
         options={"num_warps": 4},
-        divisible=(*pointers, "cache_block", "scales_block", "tables_row"),
+        divisible=(*set(pointers) - {"tables", "kv_lens"}, "cache_block", "scales_block"),
         max_registers=48,
     )
 
@@ -323,7 +325,7 @@ def _copy_specialisation(pairs: int) -> Specialisation:
         | {"num_pairs": "i32", "run": "i32", "block": "i64"},
         constexprs={"PAIRS": pairs, "WIDTH": width, "VECTOR": 4},
         options={"num_warps": _copy_warps(pairs)},
-        divisible=("storage", "copies"),
+        divisible=("storage",),
         max_registers=64,
     )
 
@@ -336,6 +338,6 @@ def _stage_specialisation() -> Specialisation:
         | {"first": "i32", "width": "i32", "block": "i64"},
         constexprs={"WRITE": True, "WIDTH": COPY_TILE_BYTES // 4, "VECTOR": 4},
         options={"num_warps": 4},
-        divisible=("storage", "staging", "copies"),
+        divisible=("storage", "staging"),
         max_registers=48,
     )

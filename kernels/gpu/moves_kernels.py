@@ -5,6 +5,9 @@
 # stride along y. VECTORS vectors, PAIRS pairs and WIDTH units of a block are what one program
 # takes. A slot of -1 is no slot, a block of -1 no block, a pair with a -1 is skipped.
 
+# What changes from step to step (counts, and where index tensors begin) is not specialised: a new
+# variant would be compiled while requests wait.
+
 from __future__ import annotations
 
 import triton
@@ -72,7 +75,7 @@ def _store_vectors(x, vectors, scales, kept, inside):
         tl.store(scales, scale, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_vectors"], do_not_specialize_on_alignment=["slots"])
 def append_vectors(
     key,
     value,
@@ -122,7 +125,10 @@ def append_vectors(
     _store_vectors(x, vectors, scales, kept, inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["length", "num_columns", "tables_row"],
+    do_not_specialize_on_alignment=["tables", "kv_lens"],
+)
 def gather_vectors(
     gathered,
     cache,
@@ -169,7 +175,7 @@ def gather_vectors(
     tl.store(vectors, x.to(to), mask=exists[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["copies"])
 def copy_runs(
     storage,
     copies,
@@ -196,7 +202,7 @@ def copy_runs(
     tl.store(storage + (destination * block * VECTOR)[:, None] + unit[None, :], x, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "width"], do_not_specialize_on_alignment=["copies"])
 def stage_runs(
     storage,
     staging,

@@ -29,6 +29,7 @@ from transformers import GenerationConfig
 
 from kvpager import arguments
 from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.batching import warming
 from kvpager.integrations.huggingface.batching.anatomy import study
 from kvpager.integrations.huggingface.batching.compiling import require_no_cuda_graphs
 from kvpager.integrations.huggingface.batching.fitting import ModelSwitch, fit
@@ -177,6 +178,8 @@ class Engine:
                 chunked=not anatomy.has_state,
                 costs=costs,
             )
+            if anatomy.device.type in warming.COMPILING:
+                warming.warm_up(runner, max_batch_tokens, max_running)
         except BaseException:
             switch.release()
             raise
