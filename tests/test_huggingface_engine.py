@@ -849,3 +849,22 @@ def test_an_engine_and_its_streams_show_what_they_are(llama):
             stream.result()
         assert ": RequestCancelled, 1 -> " in repr(stream)
     assert "<Engine of LlamaForCausalLM: closed, " in repr(engine)
+
+
+def test_a_request_that_memory_has_no_room_for_says_what_to_raise() -> None:
+    model, prompt = tiny_models.tiny_model("llama"), list(range(1, 100))
+    with Engine(model, memory="64KiB") as engine:
+        with pytest.raises(
+            ValueError,
+            match=r"a prompt of 99 and 50 new tokens may need 10 blocks of KV cache \(80.0 KiB\), "
+            r"memory='64KiB' allows 8\. Raise memory to 80.0 KiB or lower max_new_tokens",
+        ):
+            engine.submit(prompt, max_new_tokens=50)
+        assert len(engine.generate([prompt], max_new_tokens=9)[0].tokens) == 9
+    with Engine(model, memory="80KiB") as engine:
+        assert len(engine.generate([prompt], max_new_tokens=50)[0].tokens) == 50
+
+
+def test_an_engine_in_which_no_block_fits_is_refused() -> None:
+    with pytest.raises(KVPagerError, match=r"memory='1KiB': one block .* at least 8.0 KiB"):
+        Engine(tiny_models.tiny_model("llama"), memory="1KiB")

@@ -140,7 +140,7 @@ def test_a_request_that_never_fits_is_an_error_that_says_so() -> None:
     system = EngineSystem(model, Options(), work)
     system.close()
     small = Options(memory=2 * system.block_bytes)
-    with pytest.raises(KVPagerError, match="the pool has 2"):
+    with pytest.raises(KVPagerError, match=r"allows 2\. Raise memory to"):
         _engine_run(model, small, work)
 
 

@@ -39,7 +39,11 @@ from kvpager.integrations.huggingface.batching.models import unwrapped
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
 from kvpager.integrations.huggingface.batching.runner import Runner
 from kvpager.integrations.huggingface.batching.sampling import Policy
-from kvpager.integrations.huggingface.batching.sizing import measured_costs, pool_blocks
+from kvpager.integrations.huggingface.batching.sizing import (
+    measured_costs,
+    pool_blocks,
+    require_room,
+)
 from kvpager.integrations.huggingface.batching.streams import Mailbox, Output, Stream
 from kvpager.integrations.huggingface.batching.text import Detokenizer, text_tokenizer
 from kvpager.integrations.huggingface.batching.threads import end_idle_workers
@@ -284,11 +288,13 @@ class Engine:
             priority=priority,
             deadline=None if timeout is None else now + timeout,
         )
+        loop = self._loop
+        require_room(request, loop.runner.storage, self._memory, loop.scheduler.max_length)
         mailbox = Mailbox(Output(name, ids, [], submitted=now))
         tracked = Tracked(
             mailbox, choice, policy.num_samples, begins, generator, logprobs, self._tokenizer
         )
-        self._loop.submit(request, tracked)
+        loop.submit(request, tracked)
         if self._anatomy.device.type == "cpu":
             end_idle_workers()
         detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer)

@@ -17,6 +17,7 @@ from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.sizes import size as as_text
 from kvpager.plan import Plan
 from kvpager.preemption import PreemptionCosts
+from kvpager.requests import Request, blocks_needed
 from kvpager.storage import BlockStorage
 
 # Of the memory that is free when nobody says how much to take: a device has nothing else to do,
@@ -64,6 +65,29 @@ def pool_blocks(
             f"{as_text(size)}. Raise memory to at least {as_text(size, round_up=True)}."
         )
     return Sizes(device, host)
+
+
+def require_room(
+    request: Request, storage: BlockStorage, memory: PagedMemory, max_length: int | None
+) -> None:
+    """Refuse a request that the pool could not hold alone. O(1). Raises: `ValueError`."""
+    num_prompt = len(request.prompt)
+    if max_length is not None and num_prompt + request.max_new_tokens > max_length:
+        return  # which is the scheduler's to say
+    need = blocks_needed(request, num_prompt, storage.block_size)
+    if need <= storage.num_blocks:
+        return
+    bound = "the engine's pool, a part of the free memory,"
+    if memory.bound is not None:
+        bound = memory.bound_as_given()
+    num_bytes = need * storage.block_bytes
+    samples = "" if request.num_samples == 1 else f" in {request.num_samples} samples"
+    raise ValueError(
+        f"request {request.name!r}: a prompt of {num_prompt} and {request.max_new_tokens} new "
+        f"tokens{samples} may need {need} blocks of KV cache ({as_text(num_bytes)}), "
+        f"{bound} allows {storage.num_blocks}. Raise memory to "
+        f"{as_text(num_bytes, round_up=True)} or lower max_new_tokens."
+    )
 
 
 def _free_bytes(device: torch.device) -> int:
