@@ -45,6 +45,7 @@ class Counters:
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
         self.prefix_unserved_calls = 0
+        self.doubtful_calls = 0  # of those, with a model whose state could not be told
         self.sessions = 0  # of continuous batching, which have pools of their own
         self.session_requests = 0
         self.session_tokens = 0  # generated
@@ -102,7 +103,7 @@ class PagedMemory:
         self.counters = Counters()
         self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
         self.left_alone: dict[str, int] = {}  # what they are -> layers of a model, at the most
-        self.unshared: dict[str, int] = {}  # why prompts were not shared -> calls
+        self.session_doubts: set[str] = set()  # why sessions could not share prompts
         self.unserved: dict[str, int] = {}  # what kept caches or prompts out -> calls
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of the caches alive now
         self.lock = threading.RLock()
@@ -225,12 +226,13 @@ class PagedMemory:
                 logger.info("kvpager: not paged, transformers' own: %s", what)
             self.left_alone[what] = max(count, self.left_alone.get(what, 0))
 
-    def note_unshared(self, reason: str) -> None:
-        """Count a call whose prompts were not shared, for `reason`; log it once. O(1)."""
-        with self.lock:
-            if reason not in self.unshared:
-                logger.warning("kvpager: prompts are not shared between calls: %s", reason)
-            self.unshared[reason] = self.unshared.get(reason, 0) + 1
+    def note_doubt(self, doubt: str) -> None:
+        """Count a call of a model whose state cannot be told; log it once. O(1)."""
+        why = f"prompts not kept: a model that may change unseen ({doubt})"
+        if why not in self.unserved:
+            logger.warning("kvpager: %s", why)
+        self.note_unserved(why)
+        self.counters.doubtful_calls += 1
 
     def note_unserved(self, why: str) -> None:
         """Count a call whose cache stays transformers' own, or whose prompt is not kept. O(1)."""

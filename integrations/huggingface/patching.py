@@ -156,6 +156,8 @@ class Patch:
 
     def report(self) -> str:
         """What was paged and what that saved, as a text for people. O(blocks)."""
+        for manager in list(self.managers):
+            manager.note_doubt()
         return report(self.memory, self.stats())
 
     def clear(self) -> None:

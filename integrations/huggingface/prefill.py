@@ -82,7 +82,7 @@ def prefill(
             prompts.await_turn(model, cache)
             prompt = prompts.prompt(model, input_ids, padding)
         if isinstance(prompt, str):
-            cache.memory.note_unshared(prompt)
+            cache.memory.note_doubt(prompt)
         if prompts is not None and padding is not None and isinstance(prompt, Prompt):
             given = (model, input_ids, generation_config, model_kwargs)
             output = _prefill_new(original, prompts, prompt, padding, *given, **kwargs)

@@ -74,7 +74,9 @@ class CacheStats:
 
 def report(memory: PagedMemory, stats: PatchStats) -> str:
     """A few lines: layers, blocks, sharing, reads, bytes saved. O(kinds of layers)."""
-    lines = [*_layers(memory), *_sessions(stats), *_unserved(memory)] or ["nothing was paged yet"]
+    lines = [*_layers(memory), *_sessions(stats, memory), *_unserved(memory)] or [
+        "nothing was paged yet"
+    ]
     lines += [
         f"blocks of {memory.block_size} tokens: {stats.num_held_blocks} held "
         f"({stats.num_shared_blocks} shared), {stats.num_cached_blocks} cached; "
@@ -94,14 +96,12 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
     if stats.prefix_query_tokens:
         hits, asked = stats.prefix_hit_tokens, stats.prefix_query_tokens
         lines.append(f"prompts: {hits} of {asked} tokens were cached ({hits / asked:.0%})")
-    if stats.prefix_unserved_calls:
+    others = stats.prefix_unserved_calls - memory.counters.doubtful_calls
+    if others:
         lines.append(
-            f"prompts not kept: {counted(stats.prefix_unserved_calls, 'call')} of other kinds "
+            f"prompts not kept: {counted(others, 'call')} of other kinds "
             "(docs/transformers.md says which)"
         )
-    for reason, count in memory.unshared.items():
-        calls = "1 call" if count == 1 else f"{count} calls"
-        lines.append(f"prompts of {calls} were not shared: {reason}")
     return "\n".join(lines)
 
 
@@ -112,13 +112,15 @@ def _layers(memory: PagedMemory) -> Iterator[str]:
         yield f"not paged, transformers' own: {counted(count, 'layer')}, {what}"
 
 
-def _sessions(stats: PatchStats) -> Iterator[str]:
+def _sessions(stats: PatchStats, memory: PagedMemory) -> Iterator[str]:
     if stats.num_sessions:
         yield (
             f"continuous batching: {counted(stats.num_sessions, 'session')} with pools of their "
             f"own, {counted(stats.session_requests, 'request')}, "
             f"{counted(stats.session_tokens, 'token')} generated"
         )
+    for doubt in sorted(memory.session_doubts):
+        yield f"continuous batching shares no prompts of a model that may change unseen ({doubt})"
 
 
 def _unserved(memory: PagedMemory) -> Iterator[str]:

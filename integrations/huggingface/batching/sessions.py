@@ -157,14 +157,19 @@ class Sessions(ContinuousBatchingManager):
             with self._changed:
                 self._changed.wait_for(lambda: self._may_end(engine))
             engine.close()
-            reason = engine.stats().unshared
-            if reason is not None:
-                self._patched.note_unshared(reason)
+            self.note_doubt()
         finally:
             with self._changed:
                 self._status.local_status = Status.STOPPED
                 self._is_serving, self.batch_processor = False, None
                 self._changed.notify_all()
+
+    def note_doubt(self) -> None:
+        """Let the report say why the session shares no prompts, if it shares none. O(blocks)."""
+        engine = self._status.engine
+        doubt = None if engine is None else engine.stats().unshared
+        if doubt is not None:
+            self._patched.session_doubts.add(doubt)
 
     def _may_end(self, engine: Engine) -> bool:
         status = self._status.local_status
