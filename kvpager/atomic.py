@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # the enums of `signal` take microseconds a call
 import _thread
+import functools
 import os
 import sys
 import threading
@@ -26,11 +27,14 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from kvpager.errors import KVPagerError
 
 Handler = Callable[[int, FrameType | None], object]
+_Object = TypeVar("_Object", bound="Guarded")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 _get_ident = _thread.get_ident
 _get_handler: Callable[[int], Any] = _signal.getsignal
@@ -65,13 +69,38 @@ def _refusal(what: str) -> KVPagerError:
     )
 
 
-class Change:
+class Uninterrupted:
+    """A section in which signals wait. `lock` is held around it, and while it is not, they do not.
+
+    It makes one of several calls, each of which is complete or changes nothing.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: AbstractContextManager[Any]) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if _get_ident() == _main_ident:
+            _signals.hold(self._lock)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if _get_ident() == _main_ident:
+            _signals.release()
+
+
+class Change(Uninterrupted):
     """The section of a method that must not be cut short. The lock of `owner` is held around it."""
 
-    __slots__ = ("_begun", "_lock", "_owner")
+    __slots__ = ("_begun", "_owner")
 
     def __init__(self, owner: Owner) -> None:
-        self._lock = owner._lock
+        super().__init__(owner._lock)
         self._owner = weakref.ref(owner)
         self._begun = False
 
@@ -125,6 +154,31 @@ _USUAL = _catchable(
      "SIGCHLD", "SIGBREAK")
 )  # fmt: skip
 _CHANGES_PER_LOOK = 64
+
+
+class Guarded(Protocol):
+    """An object whose methods are `whole`."""
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held around each method. O(1)."""
+
+    @property
+    def uninterrupted(self) -> Uninterrupted:
+        """The section that each method is, with this lock. O(1)."""
+
+
+def whole(
+    method: Callable[Concatenate[_Object, _Arguments], _Result],
+) -> Callable[Concatenate[_Object, _Arguments], _Result]:
+    """Make a method that consists of several changes one: signals wait for its end."""
+
+    @functools.wraps(method)
+    def call(self: _Object, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with self.lock, self.uninterrupted:
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class _Signals:

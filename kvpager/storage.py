@@ -115,7 +115,7 @@ class BlockStorage:
             self._device_tier = allocate(num_blocks, run, stored, device, pinned=pinned)
             swaps = self._device_tier.is_cuda and num_host_blocks > 0
             self._host_tier = allocate(num_host_blocks, run, stored, "cpu", pinned=swaps)
-            self._views = self._layer_views()
+            self._views = self._layer_views(self._layers, self._device_tier)
         self._pinned = pinned, swaps
         self._order = streams.StreamOrder(self._device_tier)
         self._host_reads = streams.HostReads()
@@ -312,7 +312,7 @@ class BlockStorage:
         with torch.inference_mode(False):
             other = self._new_device_tier(num_blocks, self._device_tier.shape[1])
             other[:kept].copy_(self._device_tier[:kept])
-            self._replace_device_tier(other)
+            self._replace(self._layers, other, self._host_tier)
 
     def keep_layers(self, count: int) -> None:
         """Drop all layers but the first `count`, and the memory they took. O(nbytes).
@@ -335,9 +335,7 @@ class BlockStorage:
             )
             host_tier.copy_(self._host_tier[:, :run])
             self._host_reads.wait()  # the old host tier goes
-            self._layers = self._layers[:count]
-            self._host_tier = host_tier
-            self._replace_device_tier(device_tier)
+            self._replace(self._layers[:count], device_tier, host_tier)
 
     def _new_device_tier(self, num_blocks: int, run: int) -> Tensor:
         """Return other memory of the device tier's kind, which the current stream may fill."""
@@ -345,17 +343,18 @@ class BlockStorage:
         tier = self._device_tier
         return allocate(num_blocks, run, tier.dtype, tier.device, pinned=self._pinned[0])
 
-    def _replace_device_tier(self, tier: Tensor) -> None:
-        self._order.replace(tier)
-        self._device_tier = tier
-        self._views = self._layer_views()
+    def _replace(self, layers: tuple[LayerShape, ...], device: Tensor, host: Tensor) -> None:
+        views = self._layer_views(layers, device)
+        self._order.replace(device)
+        # At once: an interrupt must not leave views of memory that is gone.
+        self._layers, self._device_tier, self._host_tier, self._views = layers, device, host, views
 
     def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[_Part]], int]:
         return _layout(self._block_size, layers, self._dtype, self._kv_dtype)
 
-    def _layer_views(self) -> list[list[Tensor]]:
-        layout, _ = self._layout(self._layers)
-        return [[part.view(self._device_tier) for part in parts] for parts in layout]
+    def _layer_views(self, layers: tuple[LayerShape, ...], device: Tensor) -> list[list[Tensor]]:
+        layout, _ = self._layout(layers)
+        return [[part.view(device) for part in parts] for parts in layout]
 
 
 def _layout(

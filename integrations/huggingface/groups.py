@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvpager.atomic import whole
 from kvpager.errors import KVPagerError, OutOfBlocks
 from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.pools import (
@@ -54,6 +55,7 @@ class LayerGroup:
 
     def __init__(self, memory: PagedMemory, num_layers: int | None, window: int | None) -> None:
         self.memory = memory
+        self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
         self.num_layers = num_layers
         self.window = window
         self.pool: PagedPool | None = None
@@ -452,6 +454,7 @@ class LayerGroup:
         if self._num_left == self.num_members:
             self.reset()
 
+    @whole
     def fork(self) -> LayerGroup:
         """A second batch that shares every block of this one. O(rows + blocks)."""
         twin = LayerGroup(self.memory, self.num_layers, self.window)

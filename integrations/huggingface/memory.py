@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kvpager import arguments
+from kvpager.atomic import Uninterrupted
 from kvpager.integrations.huggingface.calls import Calls
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.sizes import parse_memory, size
@@ -108,6 +109,7 @@ class PagedMemory:
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of the caches alive now
         self.lock = threading.RLock()
         self.calls = Calls(self.lock)
+        self.uninterrupted = Uninterrupted(self.lock)
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
         if host_memory is not None:
@@ -115,6 +117,7 @@ class PagedMemory:
             self.host = PagedMemory(bound, block_size, kv_dtype=kv_dtype)
             self.host._given = host_memory if isinstance(host_memory, str) else None
             self.host.tier, self.host.lock = "host", self.lock
+            self.host.uninterrupted = self.uninterrupted
 
     def bound_as_given(self) -> str:
         """Return the bound as an argument, such as `memory='4GiB'`. O(1)."""

@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.modeling_utils import AttentionInterface
 
 from kvpager import arguments
+from kvpager.atomic import Uninterrupted
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.attention import (
     AttentionFunction,
@@ -45,6 +46,7 @@ logger = logging.getLogger("kvpager")
 register()
 
 _lock = threading.RLock()
+_uninterrupted = Uninterrupted(_lock)
 _active: list[Patch] = []  # in the order they were made; the last one that covers a model serves it
 _undo: list[Callable[[], None]] = []
 _scope = threading.local()  # .patch: the patch that serves the cache being made, on this thread
@@ -169,7 +171,7 @@ class Patch:
 
         Raises: `KVPagerError` where it was undone before.
         """
-        with _lock:
+        with _lock, _uninterrupted:
             if self not in _active:
                 raise KVPagerError("this patch was undone already; make a new one with patch()")
             _active.remove(self)
@@ -267,7 +269,7 @@ def patch(
         dtype_there = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
         paged_memory.refuse_below(least_block_bytes(model.config, dtype_there, paged_memory))
     made = Patch(model, paged_memory, PromptCache(namespace) if prefix_cache else None)
-    with _lock:
+    with _lock, _uninterrupted:
         if not _active:
             _install()
         _active.append(made)

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from kvpager import arguments
+from kvpager.atomic import whole
 from kvpager.errors import OutOfBlocks
 from kvpager.free_memory import free_bytes
 from kvpager.integrations.huggingface.sizes import size
@@ -104,7 +105,7 @@ class PagedPool:
         self.memory = memory
         self.block_size = memory.block_size
         self.manager = BlockManager(1, memory.block_size)
-        self.lock = memory.lock
+        self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
         self.host = None if memory.host is None else memory.host.new_pool()
         self._storages: list[_Shelf] = []
         self._dropped: deque[Sequence] = deque()
@@ -145,6 +146,7 @@ class PagedPool:
             host = self.host.storage(kind, layer, num_layers) if self.host is not None else None
             return Places(self.storage(kind, layer, num_layers), host)
 
+    @whole
     def storage(self, kind: LayerKind, layer: int, num_layers: int) -> Place:
         """Where layer number `layer` of `num_layers` is kept in this pool.
 
@@ -158,20 +160,19 @@ class PagedPool:
             raise ValueError(
                 f"keys and values are {kind.dtype}, but dtype={self.memory.dtype} was asked for"
             )
-        with self.lock:
-            for shelf in self._storages:
-                number = layer - shelf.first_layer
-                if shelf.kind == kind and 0 <= number < shelf.num_layers:
-                    shelf.num_used = max(shelf.num_used, number + 1)
-                    return Place(shelf.storage, number)
-            # This layer is of another kind than was guessed: give the room meant for it back.
-            for shelf in self._storages:
-                if shelf.first_layer + shelf.num_used <= layer:
-                    self._reserve(partial(shelf.storage.keep_layers, shelf.num_used), 1)
-                    shelf.num_layers = shelf.num_used
-            storage = self._new_storage(kind, num_layers - layer)
-            self._storages.append(_Shelf(kind, layer, num_layers - layer, 1, storage))
-            return Place(storage, 0)
+        for shelf in self._storages:
+            number = layer - shelf.first_layer
+            if shelf.kind == kind and 0 <= number < shelf.num_layers:
+                shelf.num_used = max(shelf.num_used, number + 1)
+                return Place(shelf.storage, number)
+        # This layer is of another kind than was guessed: give the room meant for it back.
+        for shelf in self._storages:
+            if shelf.first_layer + shelf.num_used <= layer:
+                self._reserve(partial(shelf.storage.keep_layers, shelf.num_used), 1)
+                shelf.num_layers = shelf.num_used
+        storage = self._new_storage(kind, num_layers - layer)
+        self._storages.append(_Shelf(kind, layer, num_layers - layer, 1, storage))
+        return Place(storage, 0)
 
     def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
         shapes, num_blocks = [kind.shape] * num_layers, self.manager.num_blocks
@@ -197,40 +198,38 @@ class PagedPool:
             num_blocks,
         )
 
+    @whole
     def allocate(self, prompt: ArrayLike, namespace: str | None) -> Sequence:
         """Like `BlockManager.allocate`, growing where needed and carrying out its copies."""
-        with self.lock:
-            length, ids = arguments.prompt(prompt)
-            need = -(-length // self.block_size)
-            if ids is not None:
-                need -= self.manager.cached_tokens(ids, namespace=namespace) // self.block_size
-            sequence = self._growing(
-                need, lambda: self.manager.allocate(prompt, namespace=namespace)
-            )
-            self._copy(sequence.copies)
-            return sequence
+        length, ids = arguments.prompt(prompt)
+        need = -(-length // self.block_size)
+        if ids is not None:
+            need -= self.manager.cached_tokens(ids, namespace=namespace) // self.block_size
+        sequence = self._growing(need, lambda: self.manager.allocate(prompt, namespace=namespace))
+        self._copy(sequence.copies)
+        return sequence
 
+    @whole
     def append(self, batch: Batch, counts: NDArray[np.int64], ids: list[NDArray[np.int32]]) -> Step:
         """Like `BlockManager.append`, growing where needed and carrying out its copies.
 
         `ids` are the new tokens' ids where they are known, else an empty list.
         """
-        with self.lock:
-            # Each sequence needs a copy of its tail at the worst, and its whole blocks.
-            need = int((-(-counts // self.block_size)).sum()) + len(batch)
-            most = int(counts.max(initial=0))
-            if ids:
-                step = self._growing(need, lambda: self.manager.append(batch, ids))
-            elif most and int(counts.min()) == most:  # as a rule, and quicker
-                step = self._growing(need, lambda: self.manager.append(batch, most))
-            else:
-                step = self._growing(need, lambda: self.manager.append(batch, counts=counts))
-            self._copy(step.copies)
-            held = self.manager.num_held_blocks
-            if held != self._held:  # in most steps no block is taken
-                self._held, self._most_held = held, max(self._most_held, held)
-                self.memory.note_peak()
-            return step
+        # Each sequence needs a copy of its tail at the worst, and its whole blocks.
+        need = int((-(-counts // self.block_size)).sum()) + len(batch)
+        most = int(counts.max(initial=0))
+        if ids:
+            step = self._growing(need, lambda: self.manager.append(batch, ids))
+        elif most and int(counts.min()) == most:  # as a rule, and quicker
+            step = self._growing(need, lambda: self.manager.append(batch, most))
+        else:
+            step = self._growing(need, lambda: self.manager.append(batch, counts=counts))
+        self._copy(step.copies)
+        held = self.manager.num_held_blocks
+        if held != self._held:  # in most steps no block is taken
+            self._held, self._most_held = held, max(self._most_held, held)
+            self.memory.note_peak()
+        return step
 
     def write(
         self, kind: LayerKind, place: Place, key: Tensor, value: Tensor, slots: Tensor
@@ -274,13 +273,13 @@ class PagedPool:
         # manager's books, so it only leaves word; the next operation acts on it.
         self._dropped.extend(sequences)
 
+    @whole
     def settle(self) -> None:
         """Free what finalisers and finished copies left behind. O(blocks freed)."""
-        with self.lock:
-            while self._dropped:
-                self.manager.free(self._dropped.popleft())
-            while self._leaving and all(event.query() for event in self._leaving[0][0]):
-                self.manager.free(self._leaving.popleft()[1])
+        while self._dropped:
+            self.manager.free(self._dropped.popleft())
+        while self._leaving and all(event.query() for event in self._leaving[0][0]):
+            self.manager.free(self._leaving.popleft()[1])
 
     def _await_copies(self) -> int:
         """Wait for the copies that still read the pool; return how many blocks that freed."""
@@ -359,17 +358,17 @@ class PagedPool:
                 self._reserve(partial(shelf.storage.grow, num_blocks), need)
         self.manager.grow(num_blocks)
 
+    @whole
     def minimise(self) -> bool:
         """Give all blocks but one back, if nobody holds any; whether that was so. O(1)."""
-        with self.lock:
-            self.settle()
-            if self.manager.num_held_blocks:
-                return False
-            self.manager.drop_cached()
-            self.manager.shrink(1)
-            for shelf in self._storages:
-                shelf.storage.shrink(1)
-            return True
+        self.settle()
+        if self.manager.num_held_blocks:
+            return False
+        self.manager.drop_cached()
+        self.manager.shrink(1)
+        for shelf in self._storages:
+            shelf.storage.shrink(1)
+        return True
 
     def _reserve(self, make: Callable[[], _T], need: int) -> _T:
         try:

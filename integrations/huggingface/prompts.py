@@ -187,8 +187,8 @@ Padding = NDArray[np.int64]
 def _reuse(
     cache: PagedCache, home: _Home, pool: PagedPool, prompt: Prompt, padding: Padding
 ) -> None:
-    # Meanwhile nobody may take what was found.
-    with pool.lock:
+    # Meanwhile no other cache takes what was found, and no interrupt loses it.
+    with pool.lock, pool.uninterrupted:
         # A batch has one length: what the row with the least to offer has in common with the cache.
         known = [_known(pool, row, prompt.namespace) for row in prompt.rows]
         num_columns = int((padding + known).min())
@@ -196,12 +196,12 @@ def _reuse(
             return
         lengths = np.maximum(num_columns - padding, 0).tolist()
         sequences = _begin_known(pool, prompt, lengths)
-    if sequences is None:
-        return
-    cache.groups[0].adopt(home.layout, sequences, num_columns)
-    for layer, kind in zip(cache.paged_layers(), home.kinds, strict=True):
-        layer.bind(kind)
-        layer.num_columns = num_columns
+        if sequences is None:
+            return
+        cache.groups[0].adopt(home.layout, sequences, num_columns)
+        for layer, kind in zip(cache.paged_layers(), home.kinds, strict=True):
+            layer.bind(kind)
+            layer.num_columns = num_columns
 
 
 def _known(pool: PagedPool, row: Int32, namespace: str) -> int:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.atomic import whole
 from kvpager.errors import KVPagerError, OutOfBlocks
 from kvpager.integrations.huggingface.pools import PagedPool, waiting_for_room
 from kvpager.sequences import Batch, Sequence
@@ -48,6 +49,7 @@ class BatchRows:
 
     def __init__(self, pool: PagedPool) -> None:
         self.pool = pool
+        self.lock, self.uninterrupted = pool.lock, pool.uninterrupted
         self._sequences: list[Sequence] = []
         self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._any_on_host = False
@@ -84,6 +86,7 @@ class BatchRows:
         self._sequences, self._on_host = sequences, on_host
         self._any_on_host, self._shares = bool(on_host.any()), None
 
+    @whole
     def join(self, parts: list[BatchRows], order: Int64) -> None:
         """Begin with the rows of `parts`, put in `order`; they have none afterwards. O(rows)."""
         for part in parts:
@@ -96,6 +99,7 @@ class BatchRows:
 
     # ---------------------------------------------------------------- growing
 
+    @whole
     def begin(self, num_rows: int, namespace: str | None) -> None:
         """`num_rows` empty rows. O(rows)."""
         nothing = np.empty(0, np.int32)
@@ -105,6 +109,7 @@ class BatchRows:
         """Begin with sequences of the device's pool. O(rows)."""
         self._become(sequences, np.zeros(len(sequences), np.bool_))
 
+    @whole
     def append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
         """Make room for `counts` [rows] more tokens, moving rows where there is none. O(tokens).
 
@@ -112,13 +117,12 @@ class BatchRows:
         the `shares`, the slots of its rows' new tokens, one row after the other.
         Raises: `OutOfBlocks`, with every row as long as it was.
         """
-        with self.pool.lock:
-            self.settle()
-            if self._any_on_host:
-                self._return_some()
-            slots = waiting_for_room(self.pool, lambda: self._append_moving(counts, ids))
-            self._note_room(counts, slots)
-            return slots
+        self.settle()
+        if self._any_on_host:
+            self._return_some()
+        slots = waiting_for_room(self.pool, lambda: self._append_moving(counts, ids))
+        self._note_room(counts, slots)
+        return slots
 
     def _append_moving(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
         while True:
@@ -158,24 +162,24 @@ class BatchRows:
             room = self._room
             return self._last_slots + np.arange(self._untold + 1, self._untold + room + 1)[:, None]
 
+    @whole
     def fill(self) -> bool:
         """As `append` of one unknown token to each row, if all last blocks have room. O(1).
 
         The manager hears of it by `settle`.
         """
-        with self.pool.lock:
-            if not self._room:
-                return False
-            self._room -= 1
-            self._untold += 1
-            return True
+        if not self._room:
+            return False
+        self._room -= 1
+        self._untold += 1
+        return True
 
+    @whole
     def settle(self) -> None:
         """Let the manager know how long the rows are, before somebody asks. O(rows)."""
-        with self.pool.lock:
-            untold, self._untold, self._room = self._untold, 0, 0
-            if untold:  # which takes no block and copies none
-                self.pool.manager.append(self.shares()[0].batch, untold)
+        untold, self._untold, self._room = self._untold, 0, 0
+        if untold:  # which takes no block and copies none
+            self.pool.manager.append(self.shares()[0].batch, untold)
 
     # ---------------------------------------------------------------- moving
 
@@ -207,6 +211,7 @@ class BatchRows:
             with contextlib.suppress(OutOfBlocks):  # of the device itself, whatever the bound says
                 self._move(host.rows[family], host.pool, self.pool)
 
+    @whole
     def leave_device(self) -> None:
         """Move all rows to the host. Raises `OutOfBlocks`."""
         self.settle()
@@ -235,6 +240,7 @@ class BatchRows:
 
     # ---------------------------------------------------------------- changing the batch
 
+    @whole
     def select(self, rows: list[int]) -> None:
         """Make the batch the given rows of it, each as often as it is named. O(rows + blocks)."""
         self.settle()
@@ -257,6 +263,7 @@ class BatchRows:
         assert self.pool.host is not None
         return self.pool.host
 
+    @whole
     def truncate(self, lengths: Int64) -> None:
         """Keep the first `lengths` [rows] tokens of each row. O(rows + blocks)."""
         self.settle()
@@ -264,12 +271,14 @@ class BatchRows:
             for sequence, length in zip(share.sequences, lengths[share.rows].tolist(), strict=True):
                 share.pool.manager.truncate(sequence, length)
 
+    @whole
     def slide(self, starts: Int64) -> None:
         """Give back blocks wholly before token `starts` [rows] of each row. O(rows + blocks)."""
         self.settle()
         for share in self.shares():
             share.pool.manager.slide(share.batch, starts[share.rows])
 
+    @whole
     def commit(self) -> None:
         """Full blocks of known tokens become reusable; those on the host do not. O(blocks)."""
         self.settle()
@@ -277,6 +286,7 @@ class BatchRows:
             if share.pool is self.pool:
                 share.pool.manager.commit(share.batch)
 
+    @whole
     def fork(self) -> BatchRows:
         """A second batch that shares every block of this one. O(rows + blocks)."""
         self.settle()
@@ -288,6 +298,7 @@ class BatchRows:
         twin._become(sequences, self._on_host.copy())
         return twin
 
+    @whole
     def free(self) -> None:
         """Give all blocks back: no rows are left. O(blocks)."""
         self.settle()
