@@ -20,9 +20,10 @@ from kvpager.atomic import Change
 from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.events import EventLog, Kind
 from kvpager.eviction import EvictionPolicy
+from kvpager.failsafe import FailSafe
 from kvpager.fences import Fences
 from kvpager.plan import Tier
-from kvpager.policies import make_policy
+from kvpager.policies import POLICIES, make_policy
 from kvpager.pool import BlockPool
 from kvpager.prefix import PrefixIndex
 from kvpager.quotas import Counts, Quota, Quotas, by_owner
@@ -62,6 +63,8 @@ class Books:
             raise ValueError(f"eviction: this policy was not made for {num_blocks} blocks")
         if isinstance(policy, type) or not hasattr(policy, "needs_fingerprints"):
             raise TypeError(f"eviction {eviction!r}: expected a name or an EvictionPolicy")
+        if type(policy) not in POLICIES.values():
+            policy = FailSafe(policy, num_blocks)
         events = arguments.count("num_events", num_events)
         self._events = EventLog(events) if events else None
         self._index = PrefixIndex(self._pool, policy, self._events)

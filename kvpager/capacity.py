@@ -148,7 +148,12 @@ class Capacity(Views):
         with self._lock, self._change:
             blocks = self._offered_blocks(self._resident_row(sequence))
             self._change.begin()
-            if not self._index.policy.retain(blocks, priority, ttl_s):
+            try:
+                is_known = self._index.policy.retain(blocks, priority, ttl_s)
+            except Exception:  # of the policy's clock, which it reads before it changes
+                self._change.end()
+                raise
+            if not is_known:
                 self._change.end()
                 raise ValueError('this policy knows no priorities; use eviction="priority"')
             self._index.offer_idle(blocks)

@@ -8,7 +8,8 @@ those that fell by themselves), so that the order can be kept in a heap.
     offered   reused    reused    nobody     reused again            evicted, or withdrawn
                                   holds it
 
-The policies themselves are in `kvpager.policies`.
+The policies themselves are in `kvpager.policies`. One of the caller's that raises is not asked any
+more, see `kvpager.failsafe`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ last use. `lifetime` learns how long blocks of each kind are worth keeping, see 
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+import logging
 import time
 from collections.abc import Callable
 from typing import ClassVar
@@ -26,6 +28,8 @@ from kvpager.eviction import (
     UInt64,
 )
 from kvpager.lifetime import Lifetime
+
+logger = logging.getLogger("kvpager")
 
 PRIORITY_MAX = 100
 PRIORITY_DEFAULT = 50
@@ -104,8 +108,9 @@ class Priority(LRU):
         self.expires[blocks] = np.inf
 
     def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102
+        # First of all the clock, which may fail: the caller may have given it.
+        expires = np.inf if ttl_s is None else float(self._clock() + ttl_s)
         self.priority[blocks] = priority
-        expires = np.inf if ttl_s is None else self._clock() + ttl_s
         self.expires[blocks] = expires
         if ttl_s is not None:
             for block in blocks.tolist():
@@ -115,7 +120,14 @@ class Priority(LRU):
         return True
 
     def fallen(self) -> Int32:  # noqa: D102
-        if not self._due or self._due[0][0] > (now := self._clock()):
+        if not self._due:
+            return NO_BLOCKS
+        try:
+            now = float(self._clock())
+        except BaseException as error:
+            # Room is being made: that goes on, as if no time had passed.
+            with contextlib.suppress(Exception):  # of a log handler of the caller's
+                logger.error("the clock of the eviction policy failed: %r", error)
             return NO_BLOCKS
         over = []
         while self._due and self._due[0][0] <= now:

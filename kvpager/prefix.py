@@ -19,6 +19,7 @@ sealed: it never grows again, so a place beyond its end is known to be gone.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -30,6 +31,7 @@ from kvpager.contents import NO_CONTENTS, Contents, Tag
 from kvpager.errors import BrokenInvariant
 from kvpager.events import Event, EventLog
 from kvpager.eviction import EvictionPolicy, Queue, Queues
+from kvpager.failsafe import FailSafe
 from kvpager.fingerprints import Arrivals, moved
 from kvpager.pool import BlockPool, Blocks
 from kvpager.radix import Match, Node, TreeKey, key_of
@@ -58,6 +60,9 @@ class PrefixIndex:
         self._trees_of: dict[str | None, dict[TreeKey, Node]] = {}
         self._log = log
         self.pool = pool
+        if isinstance(policy, FailSafe):
+            requeue = weakref.WeakMethod(self.requeue)
+            policy.when_it_fails(lambda: _call(requeue()))
         self.arrivals = Arrivals(pool)
         self._free_numbers: list[int] = []
 
@@ -506,6 +511,14 @@ class PrefixIndex:
         for node in aside:
             node.queue.put_aside(node)
 
+    def requeue(self) -> None:
+        """Queue all nodes by their ranks of now. O(n log n)."""
+        for number in self._queues:
+            self._queues[number].clear()
+        for node in self.walk():
+            if node.parent is not None:
+                self._offer(node)
+
     def set_queues(self, numbers: dict[str | None, int]) -> None:
         """Give each of these namespaces a queue of its own, the others one together. O(nodes)."""
         self._queues, self._queue_of = Queues(), {}
@@ -615,6 +628,13 @@ class PrefixIndex:
             return
         idle = self._idle(node.blocks)
         if idle.any() and node not in node.queue.aside:
+            # First asked, since a policy that fails here changes all ranks.
+            expected = self._rank(int(node.blocks[-1]))
             rank = node.queue.ranks.get(node, (None, 0))[0]
-            if node.children or not idle[-1] or rank != self._rank(int(node.blocks[-1])):
+            if node.children or not idle[-1] or rank != expected:
                 raise BrokenInvariant(f"prefix index: idle block {node.blocks[-1]} never leaves")
+
+
+def _call(method: Callable[[], None] | None) -> None:
+    if method is not None:
+        method()

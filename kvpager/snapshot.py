@@ -22,6 +22,7 @@ from kvpager import arguments
 from kvpager.contents import Content, Contents
 from kvpager.errors import BrokenInvariant
 from kvpager.eviction import EvictionPolicy
+from kvpager.failsafe import FailSafe
 from kvpager.policies import POLICIES
 from kvpager.prefix import PrefixIndex
 from kvpager.quotas import Quota
@@ -317,4 +318,5 @@ def _contents_in(fields: list[Any]) -> tuple[Content, ...]:
 
 
 def _policy_name(policy: EvictionPolicy) -> str:
-    return next((name for name, made in POLICIES.items() if made is type(policy)), "")
+    in_charge = policy.in_charge if isinstance(policy, FailSafe) else policy
+    return next((name for name, made in POLICIES.items() if made is type(in_charge)), "")

@@ -261,7 +261,7 @@ class Views(Books):
 
         Raises: `BrokenInvariant`, naming the broken law. That is a bug, never a full pool.
         """
-        with self._lock:
+        with self._lock, self._change:
             invariants.check(
                 self._pool,
                 self._host,

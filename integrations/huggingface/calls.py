@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from kvpager.atomic import Uninterrupted
+
 _T = TypeVar("_T")
 
 # A call waits at most this long in which no other call computes a step or ends.
@@ -45,34 +47,38 @@ class Calls:
     """The calls of `generate` that run now, at most one for each thread."""
 
     def __init__(self, lock: threading.RLock) -> None:
+        self._lock, self._uninterrupted = lock, Uninterrupted(lock)
         self._changed = threading.Condition(lock)
-        self._calls: dict[int, Call] = {}  # by thread
+        # By thread. Weak, so that no call waits for one that an interrupt kept from ending.
+        self._calls: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
         self._steps = self._ends = 0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Note a call of this thread while the block runs. Resets its caches if it raises."""
         thread = threading.get_ident()
-        with self._changed:
-            call = self._calls.get(thread)
-            if call is None:
-                call = self._calls[thread] = Call(depth=0)
-            call.depth += 1
+        call: Call | None = None
         try:
+            with self._lock, self._uninterrupted:
+                call = self._calls.get(thread)
+                if call is None:
+                    call = self._calls[thread] = Call(depth=0)
+                call.depth += 1
             yield
         except BaseException:
             # The traceback keeps the call's caches alive, perhaps for ever.
-            if call.depth == 1:
+            if call is not None and call.depth == 1:
                 for cache in list(call.caches):
                     cache.reset()
             raise
         finally:
-            with self._changed:
-                call.depth -= 1
-                if not call.depth:
-                    del self._calls[thread]
-                    self._ends += 1
-                    self._changed.notify_all()
+            with self._lock, self._uninterrupted:
+                if call is not None:
+                    call.depth -= 1
+                    if not call.depth:
+                        del self._calls[thread]
+                        self._ends += 1
+                        self._changed.notify_all()
 
     def current(self) -> Call | None:
         """Return this thread's call; None outside of `generate`. O(1)."""
@@ -96,7 +102,7 @@ class Calls:
 
     def await_turn(self, call: Call, num_bytes: int, bound: int) -> None:
         """Wait until `num_bytes` fit in `bound` beside the claims of other calls. O(calls)."""
-        with self._changed:
+        with self._lock:
             self.wait_for(lambda: self._fits(call, num_bytes, bound) or None)
             call.claimed_bytes = num_bytes
 
