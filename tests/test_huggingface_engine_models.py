@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
 import tiny_models  # noqa: E402
@@ -117,6 +119,21 @@ def test_the_model_inside_a_wrapper_of_the_callers_is_served_if_that_changes_not
     assert served(wrapper) == alone(model.eval())
     with pytest.raises(KVPagerError, match="its logits are not those of the LlamaForCausalLM"):
         Engine(Holder(model, scale=2.0), memory="4MiB")
+
+
+@pytest.mark.filterwarnings("ignore:.*on a device type different:UserWarning")  # of 5.17
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("where", ["host memory", "disk"])
+def test_a_model_whose_weights_are_offloaded_is_served(
+    name: str, where: str, tmp_path: Path
+) -> None:
+    model = tiny_models.tiny_model(name)
+    expected = served(model)
+    if where == "disk":
+        accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    else:
+        accelerate.cpu_offload(model, execution_device="cpu")
+    assert served(model) == expected
 
 
 def test_a_wrapper_that_is_refused_keeps_its_mode() -> None:

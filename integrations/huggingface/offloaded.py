@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,6 +32,19 @@ def offloaded(model: nn.Module) -> Iterator[Tensor | WeightFile]:
         for one in getattr(hook, "hooks", (hook,)):
             if getattr(one, "offload", False):
                 yield from _weights_of(module, one)
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Return where `model` computes its first layer. O(modules)."""
+    device: torch.device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = vars(module).get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return device
 
 
 def _weights_of(module: nn.Module, hook: Any) -> Iterator[Tensor | WeightFile]:

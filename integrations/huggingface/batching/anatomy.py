@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.steps import LayerPlan
+from kvpager.integrations.huggingface.offloaded import execution_device
 from kvpager.integrations.huggingface.releases import forward_cache_names
 from kvpager.storage import LayerShape
 
@@ -117,7 +118,7 @@ def study(model: Any) -> Anatomy:
 @torch.inference_mode()
 def _watch(model: Any) -> tuple[_Watched, str]:
     """Compute two tokens. Return the cache that was written, and the name of its argument."""
-    device = next(model.parameters()).device
+    device = execution_device(model)
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     first: Exception | None = None
     for name in forward_cache_names(model):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.offloaded import execution_device
 
 _TOLERANCE = 1e-3  # of the logits' norm: the same numbers, but for their rounding
 
@@ -111,7 +112,7 @@ def _refuse_unlike(wrapper: Any, inner: Any) -> None:
 
 def _logits(model: Any, inner: Any) -> Tensor:
     """Return what `model` computes for three tokens."""
-    ids = torch.tensor([[2, 1, 0]], device=inner.device)
+    ids = torch.tensor([[2, 1, 0]], device=execution_device(inner))
     options = {"decoder_input_ids": ids} if inner.config.is_encoder_decoder else {}
     logits: Tensor = model(input_ids=ids, **options).logits
     return logits.float()

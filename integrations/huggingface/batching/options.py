@@ -65,7 +65,7 @@ class Options(NamedTuple):
     seed: int | None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # values are the caller's, of any number
 def warn_once(option: str, instead: str) -> None:
     """Say what is done instead of what `option` asks for. O(1)."""
     logger.warning("continuous batching: kvpager does not take %s: %s", option, instead)

@@ -26,6 +26,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from kvpager import arguments
+from kvpager.integrations.huggingface.offloaded import execution_device
 
 # What looks at a row's own scores alone: rows with the same settings are served at once.
 _ROWWISE = (
@@ -116,7 +117,7 @@ class Policy:
         if settings.do_sample is not None:
             arguments.flag("do_sample", settings.do_sample)
         self.is_greedy = not settings.do_sample
-        self._model = model
+        self._model, self._device = model, execution_device(model)
         self._settings = settings
         self._further = _callables("processors", processors), _callables("criteria", criteria)
         self._tokenizer = tokenizer
@@ -133,7 +134,7 @@ class Policy:
         if known is not None:
             return known
         settings, model = copy.deepcopy(self._settings), self._model
-        model._prepare_special_tokens(settings, True, device=model.device)
+        model._prepare_special_tokens(settings, True, device=self._device)
         model._prepare_generated_length(
             settings,
             self._has_default_length,
@@ -151,9 +152,9 @@ class Policy:
         processors = model._get_logits_processor(
             settings,
             input_ids_seq_length=prompt_length,
-            encoder_input_ids=torch.tensor([encoder_ids], device=model.device),
+            encoder_input_ids=torch.tensor([encoder_ids], device=self._device),
             logits_processor=LogitsProcessorList(further),
-            device=model.device,
+            device=self._device,
             model_kwargs={},
         )
         stops = model._get_stopping_criteria(
