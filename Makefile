@@ -3,6 +3,7 @@
 #   PYTHON=...   the Python that .venv is made from (default: the first of python3, python3.12, python3.11
 #                that is 3.11 or newer)
 #   GPU_PYTHON=...  the Python that `make gpu` uses (default: python3)
+#   MINUTES=...  for the benchmarks of `make gpu` (default: 6, so that all of it fits ten)
 #   ARGS=...     further arguments for `make demo`, `make bench`, `make gpu`, `make conformance`
 #                (architectures: `make conformance ARGS='llama t5'`) and `make matrix` (see
 #                tests/matrix.py); for a few tests: `make tests ARGS='-k fork'`
@@ -13,6 +14,7 @@ SHELL := bash
 
 PYTHON ?= python3 python3.12 python3.11
 GPU_PYTHON ?= python3
+MINUTES ?= 6
 ARGS ?=
 
 BIN := .venv/bin
@@ -87,9 +89,10 @@ bench-throughput: $(STAMP) ## continuous batching beside its peers; vLLM with AR
 gpu: ## the GPU tests and benchmarks, in the current Python, where torch finds a GPU
 	@state=0; $(GPU_PYTHON) -c "$$GPU_PROBE" || state=$$?; \
 	case $$state in 0) ;; 3) exit 0 ;; *) exit $$state ;; esac; \
-	$(GPU_PYTHON) -m pytest -m gpu tests $(ARGS) || state=$$?; \
+	workers=$$($(GPU_PYTHON) -c "$$GPU_WORKERS"); \
+	$(GPU_PYTHON) -m pytest -m gpu tests $$workers $(ARGS) || state=$$?; \
 	if [ $$state = 5 ]; then echo "make gpu: no test is marked gpu, so nothing was checked."; exit 1; fi; \
-	$(GPU_PYTHON) benchmarks/gpu.py || state=$$?; \
+	$(GPU_PYTHON) benchmarks/gpu.py --minutes $(MINUTES) || state=$$?; \
 	exit $$state
 
 define ON_THE_PATH
@@ -112,6 +115,14 @@ if not torch.cuda.is_available():
 print(f"make gpu: {torch.cuda.get_device_name()}, torch {torch.__version__}")
 endef
 export GPU_PROBE
+
+# Most of the tests' time is compiling, which workers do at once.
+define GPU_WORKERS
+import importlib.util, os
+if importlib.util.find_spec("xdist"):
+    print(f"-n {max(1, min(12, (os.cpu_count() or 2) - 2))}")
+endef
+export GPU_WORKERS
 
 clean: ## remove .venv, caches and builds
 	rm -rf .venv .venv-matrix .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -1,21 +1,29 @@
 """What the kernels do on a GPU: bandwidth, TFLOP/s, shared prefixes, copies, the allocator.
 
-    python benchmarks/gpu.py                        # everything, under ten minutes
+    python benchmarks/gpu.py --minutes 6            # everything, the most telling parts first
     python benchmarks/gpu.py --only decode,shared   # some parts
-    python benchmarks/gpu.py --dry-run              # tiny shapes on the CPU: does the script work?
+    python benchmarks/gpu.py --dry-run              # the schedule; then tiny shapes on the CPU
 
-JSON lines on stdout; with --out (default: benchmarks/results/) they go to a file as well, and a
-Markdown table beside it. Bandwidths are bytes of keys and values that have to be read, compared
-with a plain copy (bytes read and written) in the same run. Calls are replayed from CUDA graphs,
-over layers that together outrun the L2 cache. FlashInfer and flash-attn are measured beside it
-where they are installed. Ratios above 1: kvpager is quicker. Every result is compared with the
-plain twin before the clock starts. Needs no network; ends well, with a message, where no GPU is.
+JSON lines on stdout. With --out (default: benchmarks/results/) they go to a file as well, and
+Markdown tables beside it; both are written after every part, so that a run that is cut short loses
+one part. A summary comes last.
+
+Bandwidths are bytes of keys and values that have to be read, compared with a plain copy (bytes read
+and written) in the same run. Calls are replayed from CUDA graphs, over layers that together outrun
+the L2 cache. FlashInfer and flash-attn are measured beside it where they are installed. Ratios
+above 1: kvpager is quicker. Every result is compared with the plain torch reference before the
+clock starts. Kernels are compiled ahead, on tiny shapes, in a process for each part. Needs no
+network; ends well, with a message, where no GPU is.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,21 +37,25 @@ import torch
 # As a file of its own, too: `python benchmarks/gpu.py`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu_attention, gpu_moves, timing
+from benchmarks import gpu_attention, gpu_engine, gpu_moves, timing
 from benchmarks.gpu_rig import Rig
 
-# What runs, in this order, and for how many seconds at most.
-PARTS: dict[str, tuple[Callable[[Rig], None], float]] = {
-    "decode": (gpu_attention.decode, 120),
-    "shared": (gpu_attention.shared_prefix, 50),
-    "soak": (gpu_moves.allocator_soak, 60),
-    "step_alloc": (gpu_moves.allocator_steps, 20),
-    "prefill": (gpu_attention.prefill, 60),
-    "quantised": (gpu_attention.quantised, 60),
-    "append": (gpu_moves.append, 30),
-    "copies": (gpu_moves.copies, 30),
-    "decode_shapes": (gpu_attention.decode_shapes, 90),
+# What runs, the most telling first, and which share of the minutes each has at most.
+PARTS: dict[str, tuple[Callable[[Rig], None], int]] = {
+    "correctness": (gpu_engine.correctness, 4),
+    "decode": (gpu_attention.decode, 20),
+    "engine": (gpu_engine.engine, 20),
+    "shared": (gpu_attention.shared_prefix, 8),
+    "quantised": (gpu_attention.quantised, 10),
+    "prefill": (gpu_attention.prefill, 10),
+    "append": (gpu_moves.append, 4),
+    "copies": (gpu_moves.copies, 4),
+    "step_alloc": (gpu_moves.allocator_steps, 3),
+    "soak": (gpu_moves.allocator_soak, 7),
+    "decode_shapes": (gpu_attention.decode_shapes, 10),
 }
+_COPY_SHARE = 2  # of the plain copy, which comes before all parts
+_COMPILE_SECONDS_MAX = 60
 PEERS = ("flashinfer-python", "flash-attn", "flash-attn-3")
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -58,20 +70,26 @@ def copy_bandwidth(rig: Rig) -> None:
     rig.row("copy", "bandwidth", gbps=rig.copy_bytes_per_second / 1e9)
 
 
-def run(rig: Rig, chosen: list[str]) -> bool:
-    """The parts, each in its time; whether all went well."""
-    rig.begin(30)
-    copy_bandwidth(rig)
+def schedule(chosen: list[str], seconds: float) -> dict[str, float]:
+    """Seconds for each part, at the most. What a part does not take, all that follow may use."""
+    shares = {"copy": _COPY_SHARE} | {name: PARTS[name][1] for name in chosen}
+    return {name: seconds * share / sum(shares.values()) for name, share in shares.items()}
+
+
+def run(rig: Rig, planned: dict[str, float], write: Callable[[], None]) -> bool:
+    """The parts, each in its time, written after each; whether all went well."""
     fine = True
-    for name in timing.progress(chosen, "gpu"):
-        part, seconds = PARTS[name]
-        rig.begin(seconds)
+    for name, seconds in planned.items():
+        # A dry run is not measured: no part of it depends on the machine's speed.
+        rig.begin(math.inf if rig.dry else seconds)
+        timing.note(f"{name}: at most {seconds:.0f} s")
         try:
-            part(rig)
+            (copy_bandwidth if name == "copy" else PARTS[name][0])(rig)
         except Exception as error:  # the other parts' figures are worth having
             fine = False
             rig.remark(f"{name}: FAILED: {error!r}")
             timing.note(traceback.format_exc())
+        write()
         if rig.device.type == "cuda":
             torch.cuda.empty_cache()
     return fine
@@ -100,9 +118,26 @@ def markdown(rig: Rig, machine: dict[str, Any]) -> str:
             cells = (_cell(figures.get(column)) for column in columns)
             text.append(f"| {case} | {' | '.join(cells)} |")
         text.append("")
+    text += ["## Summary", "", *summary(rig), ""]
     if rig.remarks:
         text += ["## Remarks", "", *(f"- {remark.splitlines()[0]}" for remark in rig.remarks), ""]
     return "\n".join(text)
+
+
+def summary(rig: Rig) -> list[str]:
+    """A table of the range of each figure of each part."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for part, rows in rig.rows.items():
+        for _, figures in rows:
+            for name, figure in figures.items():
+                if isinstance(figure, int | float):
+                    found.setdefault((part, name), []).append(figure)
+    lines = ["| part | figure | cases | lowest | median | highest |", "|---|---|---|---|---|---|"]
+    for (part, name), figures in found.items():
+        cells = (min(figures), statistics.median(figures), max(figures))
+        shown = " | ".join(_cell(float(figure)) for figure in cells)
+        lines.append(f"| {part} | {name} | {len(figures)} | {shown} |")
+    return lines
 
 
 def _cell(figure: float | str | None) -> str:
@@ -118,7 +153,30 @@ def write(rig: Rig, machine: dict[str, Any], folder: Path) -> None:
     lines = [json.dumps(line) for line in (machine, *rig.lines.kept)]
     stem.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text(markdown(rig, machine), encoding="utf-8")
-    timing.note(f"written: {stem}.jsonl and {stem}.md")
+
+
+def compile_ahead(chosen: list[str]) -> None:
+    """Make every part's calls once, on tiny shapes, in a process per part: compiles in parallel.
+
+    Compiled kernels stay in Triton's cache on disk. What is not compiled in time is compiled later.
+    """
+    command = [sys.executable, __file__, "--tiny"]
+    processes = []
+    for part in chosen:
+        folder = tempfile.mkdtemp()
+        processes.append(
+            subprocess.Popen(
+                [*command, "--only", part, "--out", folder],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+    end = time.monotonic() + _COMPILE_SECONDS_MAX
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
+        process.kill()
+        process.wait()
 
 
 # -------------------------------------------------------------------- the run
@@ -127,9 +185,15 @@ def write(rig: Rig, machine: dict[str, Any], folder: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="PART,..", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--seconds", type=float, default=540, help="for all of it (default: 540)")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="for all of it, at the most (default: 9)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {RESULTS.name}/")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the schedule; tiny shapes, on the CPU"
+    )
+    # Tiny shapes on the GPU, for what `compile_ahead` starts.
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.parts = options.only.split(",") if options.only else list(PARTS)
     unknown = set(options.parts) - set(PARTS)
@@ -144,7 +208,18 @@ def main() -> int:
         print(f"gpu: nothing measured, because torch {torch.__version__} finds no GPU here.")
         return 0
     device = torch.device("cpu" if options.dry_run else "cuda")
-    rig = Rig(device, dry=options.dry_run, deadline=time.monotonic() + options.seconds)
+    tiny = options.dry_run or options.tiny
+    begun = time.monotonic()
+    seconds = 60 * options.minutes
+    if not tiny:
+        timing.note("compiling ahead ...")
+        compile_ahead(options.parts)
+    seconds -= time.monotonic() - begun
+    planned = schedule(options.parts, seconds)
+    for name, most in planned.items():
+        timing.note(f"{name:<14}{most:6.0f} s")
+    deadline = math.inf if tiny else time.monotonic() + seconds
+    rig = Rig(device, dry=tiny, deadline=deadline)
     versions = {name: timing.installed(name) for name in PEERS}
     on_gpu = device.type == "cuda"
     if not on_gpu:
@@ -156,10 +231,11 @@ def main() -> int:
         **versions,
     )
     # Not inference mode: its tensors have no version, so that plans could not be kept.
+    folder = options.out or (Path(tempfile.mkdtemp()) if tiny else RESULTS)
     with torch.no_grad():
-        fine = run(rig, options.parts)
-    folder = options.out or (Path(tempfile.mkdtemp()) if options.dry_run else RESULTS)
-    write(rig, machine, folder)
+        fine = run(rig, planned, lambda: write(rig, machine, folder))
+    timing.note("\n".join(summary(rig)))
+    timing.note(f"written: {folder / machine['machine']['date']}-gpu.jsonl and .md")
     return 0 if fine else 1
 
 

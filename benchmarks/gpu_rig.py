@@ -31,6 +31,9 @@ UNITS = {
     "tflops": "TFLOP/s",
     "of_copy": "fraction",
     "steps": "steps",
+    "checked": "cases",
+    "tokens_per_s": "tokens/s",
+    "generate_batch_tokens_per_s": "tokens/s",
     "refused_rows": "rows",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import timing  # noqa: E402
+from benchmarks import gpu, timing  # noqa: E402
+from benchmarks.gpu_rig import Rig  # noqa: E402
 
 
 def run(name: str, *arguments: str) -> str:
@@ -40,10 +42,17 @@ def figures(text: str) -> dict[str, dict[str, Any]]:
     return {line["name"]: line for line in lines}
 
 
+PARTS = (
+    "copy", "correctness", "decode", "engine", "shared", "quantised", "prefill", "append", "copies",
+    "step_alloc", "soak", "decode_shapes",
+)  # fmt: skip
+
+
 def test_the_gpu_benchmark_runs_dry_and_writes_its_files(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     printed = run("gpu.py", "--dry-run", "--out", str(tmp_path))
     found = figures(printed)
-    parts = ("copy", "decode", "shared", "step_alloc", "prefill", "quantised", "append", "copies")
+    parts = set(PARTS) - {"soak", "decode_shapes"}  # named after others
     missing = [part for part in parts if not any(name.startswith(part) for name in found)]
     assert not missing
     (lines,), (tables,) = tmp_path.glob("*-gpu.jsonl"), tmp_path.glob("*-gpu.md")
@@ -52,6 +61,46 @@ def test_the_gpu_benchmark_runs_dry_and_writes_its_files(tmp_path: Path) -> None
     assert text.startswith("# Measured on no GPU (dry run)")
     assert "\n## decode\n\n| case |" in text
     assert "FAILED" not in text
+    assert text.index("## Summary") > max(text.index(f"## {part}\n") for part in ("copy", "engine"))
+    for name in ("gbps", "of_copy", "vs_generate_batch", "vs_read_by_each", "tflops"):
+        assert f"| {name} |" in text
+
+
+def test_the_schedule_of_the_gpu_benchmark_has_the_most_telling_parts_first() -> None:
+    planned = gpu.schedule(list(gpu.PARTS), 360)
+    assert tuple(planned) == PARTS
+    assert sum(planned.values()) == pytest.approx(360)
+    assert min(planned.values()) > 5
+    assert list(gpu.schedule(["shared"], 60)) == ["copy", "shared"]
+
+
+def test_the_schedule_is_printed_before_anything_runs_and_the_summary_last(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--minutes", "3",
+         "--only", "correctness,append", "--out", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = result.stderr.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["copy", "correctness", "append"]
+    assert "| append | us |" in lines[-5] + lines[-4] + lines[-3]
+    assert lines[-1].startswith("written: ")
+
+
+def test_a_part_that_fails_loses_no_file_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[list[str]] = []
+    rig = Rig(torch.device("cpu"), dry=True, deadline=math.inf)
+
+    def fail(rig: Rig) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(gpu.PARTS, "decode", (fail, 1))
+    planned = gpu.schedule(["append", "decode", "copies"], 60)
+    assert not gpu.run(rig, planned, lambda: written.append(list(rig.rows)))
+    assert written == [["copy"], ["copy", "append"], ["copy", "append"], [*rig.rows]]
+    assert list(rig.rows) == ["copy", "append", "copies"]
+    assert rig.remarks == ["decode: FAILED: RuntimeError('out of memory')"]
 
 
 def test_no_figure_is_rounded_to_nothing() -> None:
@@ -60,7 +109,7 @@ def test_no_figure_is_rounded_to_nothing() -> None:
 
 
 def test_a_part_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(AssertionError, match=r"--only nothing: choose from decode, .*copies"):
+    with pytest.raises(AssertionError, match=r"--only nothing: choose from correctness, .*copies"):
         run("gpu.py", "--dry-run", "--only", "nothing")
 
 
