@@ -25,16 +25,13 @@ class FailSafe:
 
     def __init__(self, policy: EvictionPolicy, num_blocks: int) -> None:
         self.in_charge: EvictionPolicy = policy
+        self.needs_fingerprints = bool(policy.needs_fingerprints)
         self._spare = LRU(num_blocks)
         self._on_failure: Callable[[], object] = lambda: None
 
     def when_it_fails(self, act: Callable[[], object]) -> None:
         """Have `act` called after the policy has failed: all ranks are others then. O(1)."""
         self._on_failure = act
-
-    @property
-    def needs_fingerprints(self) -> bool:  # noqa: D102
-        return bool(self.in_charge.needs_fingerprints)
 
     def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
         self._ask("admit", blocks, fingerprints, depths)
@@ -90,6 +87,7 @@ class FailSafe:
 
     def _fail(self, method: str, error: BaseException) -> None:
         failed, self.in_charge = self.in_charge, self._spare
+        self.needs_fingerprints = False
         self._on_failure()
         with contextlib.suppress(Exception):  # of a log handler of the caller's
             logger.error(
@@ -104,12 +102,14 @@ class FailSafe:
 def _refuse_ranks(ranks: Any, blocks: Blocks) -> None:
     found = np.asarray(ranks)
     if found.shape != blocks.shape or found.dtype.kind not in "iuf" or np.isnan(found).any():
-        raise ValueError(f"rank: expected a number for each of {len(blocks)} blocks, got {ranks!r}")
+        raise ValueError(
+            f"rank(): expected a number for each of {len(blocks)} blocks, got {ranks!r}"
+        )
 
 
 def _refuse_blocks(blocks: Any, num_blocks: int) -> None:
     found = np.asarray(blocks)
     if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
-        raise ValueError(f"fallen: expected a list of blocks, got {blocks!r}")
+        raise ValueError(f"fallen(): expected a list of blocks, got {blocks!r}")
     if len(found) and not 0 <= int(found.min()) <= int(found.max()) < num_blocks:
-        raise ValueError(f"fallen: expected blocks below {num_blocks}, got {blocks!r}")
+        raise ValueError(f"fallen(): expected blocks below {num_blocks}, got {blocks!r}")

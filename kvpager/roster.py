@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import arguments
+from kvpager.atomic import Change
 from kvpager.errors import BrokenInvariant, QueueFull
 from kvpager.manager import BlockManager
 from kvpager.ordering import Order, make_order
@@ -86,6 +89,8 @@ class Roster:
         self.prefix_cache = arguments.flag("prefix_cache", prefix_cache)
         self.chunked = arguments.flag("chunked", chunked)
         self.clock = clock
+        self._lock: AbstractContextManager[Any] = threading.RLock()
+        self._change = Change(self)
         self._order = make_order(order)
         self._samples = Samples()
         self._preemption = Preemption(
@@ -118,18 +123,21 @@ class Roster:
         """
         prompt = read_prompt(request)
         name = request.name
-        if name in self._lives or name in self._untold:
-            raise ValueError(f"request {name!r}: the name is in use; choose another")
-        self._refuse_impossible(request, len(prompt))
-        if self.max_waiting is not None and len(self._order) >= self.max_waiting:
-            raise QueueFull(len(self._order), self.max_waiting)
-        live = Live(request, prompt, self._num_submitted, self.clock(), self._generation)
-        self._num_submitted += 1
-        self._lives[name] = live
-        self._order.enter(live)
-        self._order.push(live)
-        if request.deadline is not None:
-            heappush(self._deadlines, (request.deadline, live.arrival, name))
+        with self._lock, self._change:
+            if name in self._lives or name in self._untold:
+                raise ValueError(f"request {name!r}: the name is in use; choose another")
+            self._refuse_impossible(request, len(prompt))
+            if self.max_waiting is not None and len(self._order) >= self.max_waiting:
+                raise QueueFull(len(self._order), self.max_waiting)
+            now = float(self.clock())
+            self._change.begin()
+            live = Live(request, prompt, self._num_submitted, now, self._generation)
+            self._num_submitted += 1
+            self._lives[name] = live
+            self._order.enter(live)
+            self._order.push(live)
+            if request.deadline is not None:
+                heappush(self._deadlines, (request.deadline, live.arrival, name))
 
     def _refuse_impossible(self, request: Request, num_prompt: int) -> None:
         name, length = request.name, num_prompt + request.max_new_tokens
@@ -169,14 +177,16 @@ class Roster:
         return self._stop(name, Reason.FINISHED)
 
     def _stop(self, name: Hashable, reason: Reason) -> bool:
-        live = self._lives.get(name)
-        if live is None or live.ending is not None:
-            return False
-        if self._step is not None and live.state is State.RUNNING:
-            live.ending = reason
-        else:
-            self._end(live, reason)
-        return True
+        with self._lock, self._change:
+            live = self._lives.get(name)
+            if live is None or live.ending is not None:
+                return False
+            self._change.begin()
+            if self._step is not None and live.state is State.RUNNING:
+                live.ending = reason
+            else:
+                self._end(live, reason)
+            return True
 
     def _end(self, live: Live, reason: Reason) -> None:
         """The request's life is over: everything it holds is given back."""
@@ -208,10 +218,7 @@ class Roster:
         self._num_rows_reserved -= live.request.num_samples
         self._decoding = None
 
-    def _expire(self) -> None:
-        if not self._deadlines:
-            return
-        now = self.clock()
+    def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, arrival, name = heappop(self._deadlines)
             live = self._lives.get(name)
@@ -223,11 +230,13 @@ class Roster:
 
         Requests that run, or are swapped, go on with what they have. O(requests + cached blocks).
         """
-        self._generation += 1
-        for live in self._lives.values():
-            if live.state is State.WAITING:
-                live.generation = self._generation
-        self.manager.drop_cached()
+        with self._lock, self._change:
+            self._change.begin()
+            self._generation += 1
+            for live in self._lives.values():
+                if live.state is State.WAITING:
+                    live.generation = self._generation
+            self.manager.drop_cached()
 
     # ---------------------------------------------------------------- reading
 

@@ -36,7 +36,8 @@ Int64 = NDArray[np.int64]
 class Scheduler(Admission):
     """Continuous batching over the blocks of one manager, which nobody else takes blocks of.
 
-    Not thread-safe: who calls it from several threads locks around it.
+    Not thread-safe: who calls it from several threads locks around it. A signal waits for the end
+    of the call. Where it takes a plan from the caller, `step` has it.
 
     Args:
         manager: whose blocks; made without `fences`.
@@ -63,10 +64,16 @@ class Scheduler(Admission):
         A plan without rows has moves to make or ends to tell; it needs no `complete`.
         Raises: `ValueError` while the last plan is neither completed nor aborted.
         """
-        if self._step is not None:
-            raise ValueError("a step is under way; complete or abort its plan first")
-        self._samples.recycle()
-        self._expire()
+        with self._lock, self._change:
+            if self._step is not None:
+                raise ValueError("a step is under way; complete or abort its plan first")
+            now = float(self.clock()) if self._deadlines else 0.0
+            self._change.begin()
+            self._samples.recycle()
+            self._expire(now)
+            return self._plan()
+
+    def _plan(self) -> StepPlan | None:
         draft = Draft(self.max_batch_tokens)
         self._decode(draft)
         self._prefill(draft)
@@ -84,6 +91,11 @@ class Scheduler(Admission):
             self._totals["steps"] += 1
             self._totals["tokens"] += len(plan.ids)
         return plan
+
+    @property
+    def step(self) -> StepPlan | None:
+        """The plan that is under way: for a caller from whom an interrupt took it. O(1)."""
+        return None if self._step is None else self._step[0]
 
     def _decode(self, draft: Draft) -> None:
         """A token of every row that has all its others; whoever is last makes room."""
@@ -159,16 +171,18 @@ class Scheduler(Admission):
         parents, tokens = _continuations(parents, tokens)
         if not len(plan) and not len(parents):
             return parents.astype(np.int32)
-        draft = self._under_way(plan)
-        self._refuse_bad_parents(plan, parents)
-        self._step = None
-        self._commit(plan, draft)
-        stopped = [live for live in self._running if live.ending is not None]
-        keeps = plan.wants_logits
-        for live in stopped:
-            keeps = keeps & ~np.isin(plan.samples, live.samples)
-            self._end(live, live.ending or Reason.CANCELLED)
-        return self._continue(plan, keeps.nonzero()[0], parents, tokens)
+        with self._lock, self._change:
+            draft = self._under_way(plan)
+            self._refuse_bad_parents(plan, parents)
+            self._change.begin()
+            self._step = None
+            self._commit(plan, draft)
+            stopped = [live for live in self._running if live.ending is not None]
+            keeps = plan.wants_logits
+            for live in stopped:
+                keeps = keeps & ~np.isin(plan.samples, live.samples)
+                self._end(live, live.ending or Reason.CANCELLED)
+            return self._continue(plan, keeps.nonzero()[0], parents, tokens)
 
     def abort(self, plan: StepPlan) -> list[Hashable]:
         """The step failed: all requests in it end; the others live on. O(their blocks).
@@ -176,22 +190,24 @@ class Scheduler(Admission):
         Blocks that were to be moved may not have been: requests that the plan swapped are computed
         again. Returns the names of those that ended. Raises: `ValueError` for another plan.
         """
-        if not len(plan) and self._step is None:
-            return []
-        draft = self._under_way(plan)
-        self._step = None
-        failed = [self._lives[name] for name in dict.fromkeys(plan.names)]
-        for live in failed:
-            self._end(live, Reason.FAILED)
-        for live in draft.moved:
-            if self._lives.get(live.name) is live and live.state is not State.DROPPED:
-                if live.state is State.RUNNING:
-                    self._leave(live)
-                    self._preempted.append(live)
-                self._preemption.drop(live)
-        for live in [live for live in self._running if live.ending is not None]:
-            self._end(live, live.ending or Reason.CANCELLED)
-        return [live.name for live in failed]
+        with self._lock, self._change:
+            if not len(plan) and self._step is None:
+                return []
+            draft = self._under_way(plan)
+            self._change.begin()
+            self._step = None
+            failed = [self._lives[name] for name in dict.fromkeys(plan.names)]
+            for live in failed:
+                self._end(live, Reason.FAILED)
+            for live in draft.moved:
+                if self._lives.get(live.name) is live and live.state is not State.DROPPED:
+                    if live.state is State.RUNNING:
+                        self._leave(live)
+                        self._preempted.append(live)
+                    self._preemption.drop(live)
+            for live in [live for live in self._running if live.ending is not None]:
+                self._end(live, live.ending or Reason.CANCELLED)
+            return [live.name for live in failed]
 
     def _under_way(self, plan: StepPlan) -> Draft:
         if self._step is None or self._step[0] is not plan:

@@ -220,7 +220,7 @@ class PagedPool:
         most = int(counts.max(initial=0))
         if ids:
             step = self._growing(need, lambda: self.manager.append(batch, ids))
-        elif most and int(counts.min()) == most:  # as a rule, and quicker
+        elif most and int(counts.min()) == most:  # the usual case, and quicker
             step = self._growing(need, lambda: self.manager.append(batch, most))
         else:
             step = self._growing(need, lambda: self.manager.append(batch, counts=counts))
