@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -73,7 +73,7 @@ def run(
                 host_memory=host_memory,
                 block_size=block_size,
                 prefix_cache=prefix_cache,
-                kv_dtype=kv_dtype,
+                kv_dtype=cast(Any, kv_dtype),  # it is checked there
                 in_place=in_place,
             )
         except (TypeError, ValueError) as error:

@@ -42,8 +42,9 @@ def execution_device(model: nn.Module) -> torch.device:
     for module in model.modules():
         hook = vars(module).get("_hf_hook")
         for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
+            found = getattr(one, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
     return device
 
 

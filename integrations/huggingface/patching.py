@@ -341,14 +341,14 @@ def _install() -> None:
         "ALL_CACHE_IMPLEMENTATIONS",
         lambda original: (*original, "kvpager"),
     )
-    registered = AttentionInterface._global_mapping
+    registered: Any = AttentionInterface._global_mapping
     _register("sdpa", reading_in_place(registered["sdpa"]))
     for name in list(flash_names(registered)):
         _register(name, reading_flash_in_place(registered[name]))
 
 
 def _register(name: str, ours: AttentionFunction) -> None:
-    registered = AttentionInterface._global_mapping
+    registered: Any = AttentionInterface._global_mapping
     original = registered[name]
     AttentionInterface.register(name, ours)
     _undo.append(
