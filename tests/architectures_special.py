@@ -388,6 +388,23 @@ def _seen_in_patches(inputs: Inputs) -> Inputs:
     }
 
 
+def _seen_across(inputs: Inputs) -> Inputs:
+    """As Llama 3.2 takes them: text layers attend to the first of two tiles, beside the text."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = _read(inputs)
+    rows, columns = inputs["input_ids"].shape
+    first = inputs["attention_mask"].argmax(dim=1)
+    inputs["input_ids"][torch.arange(rows), first] = _IMAGE
+    shown = torch.stack([inputs["attention_mask"], torch.zeros(rows, columns).long()], dim=-1)
+    return {
+        **inputs,
+        "pixel_values": torch.randn(rows, 1, 2, 3, 28, 28, generator=generator),
+        "aspect_ratio_ids": torch.ones(rows, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.tensor([[[1, 0]]] * rows),
+        "cross_attention_mask": shown[:, :, None],
+    }
+
+
 _CLIP: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -443,7 +460,43 @@ _QWEN2_5_VL = Architecture(
         ),
     },
 )
+_MLLAMA = Architecture(
+    "MllamaForConditionalGeneration",
+    "MllamaConfig",
+    {"image_token_index": _IMAGE},
+    parts={
+        "vision_config": (
+            "MllamaVisionConfig",
+            {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "intermediate_layers_indices": [0, 1],
+                "vision_output_dim": 96,
+                "image_size": 28,
+                "patch_size": 14,
+                "max_num_tiles": 2,
+                "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+            },
+        ),
+        "text_config": (
+            "MllamaTextConfig",
+            {
+                **PLAIN,
+                "num_key_value_heads": 2,
+                "num_hidden_layers": 3,
+                "cross_attention_layers": [1],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+    },
+    gain=2.0,
+)
 VISION: dict[str, Architecture] = {
+    "mllama": replace(_MLLAMA, adapt=_read),
+    "mllama, an image": replace(_MLLAMA, adapt=_seen_across),
     "llava": replace(_LLAVA, adapt=_read),
     "llava, an image": replace(_LLAVA, adapt=_seen_by_clip),
     "qwen2_5_vl": replace(_QWEN2_5_VL, adapt=_read),

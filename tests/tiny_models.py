@@ -57,6 +57,8 @@ def tiny_model(
                 if known.quiet is not None and path.endswith(known.quiet):
                     spread /= 4
                 parameter.normal_(0, spread, generator=generator)
+            elif path.endswith("gate"):
+                parameter.fill_(1)  # a closed one hides what lies behind it
     return model.eval()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvpager import arguments
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface import compiled
+from kvpager.integrations.huggingface.columns import OtherColumns
 from kvpager.integrations.huggingface.groups import LayerGroup
 from kvpager.integrations.huggingface.layers import PagedLayer, PagedSlidingWindowLayer
 from kvpager.integrations.huggingface.memory import PagedMemory
@@ -29,6 +31,19 @@ from kvpager.storage import BlockStorage, KVDtype, LayerShape
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
 # Before 5.20, a positive number given to `crop` is the length to crop to.
 _CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.20")
+
+
+# Attributes that a copy of a cache has of its own.
+_NOT_COPIED = {
+    "layers", "groups", "memory", "layer_class_to_replicate", "_before", "_last_written",
+}  # fmt: skip
+
+
+class _Lengths(NamedTuple):
+    """Columns of a cache's layers and groups, by `id`."""
+
+    of_layers: dict[int, int]
+    of_groups: dict[int, int]
 
 
 class PagedCache(DynamicCache):
@@ -72,34 +87,38 @@ class PagedCache(DynamicCache):
         paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
         paged_memory.refuse_below(least_block_bytes(config, torch.bfloat16, paged_memory))
         _DYNAMIC_CACHE_INIT(self, config=config)
-        self._page(paged_memory)
+        self._page(paged_memory, config)
 
     @classmethod
-    def convert(cls, cache: DynamicCache, memory: PagedMemory) -> None:
+    def convert(cls, cache: DynamicCache, memory: PagedMemory, config: Any = None) -> None:
         """Make an empty `DynamicCache` a paged one, in place. O(layers)."""
         cache.__class__ = cls
-        cache._page(memory)  # type: ignore[attr-defined]
+        cache._page(memory, config)  # type: ignore[attr-defined]
         memory.calls.note_cache(cache)
 
-    def _page(self, memory: PagedMemory) -> None:
+    def _page(self, memory: PagedMemory, config: Any) -> None:
         self.memory = memory
         self.groups: list[LayerGroup] = []
+        self._before = _Lengths({}, {})
+        self._last_written = sys.maxsize  # the layer written last: the first one begins a pass
         if self.layer_class_to_replicate is not None:
             self._page_lazily(LayerGroup(memory, None, None))
             return
-        members: dict[int | None, list[int]] = {}
+        across = _cross_attention_layers(config)
+        members: dict[tuple[int | None, bool], list[int]] = {}
         others: dict[str, int] = {}
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                members.setdefault(None, []).append(index)
+                members.setdefault((None, index in across), []).append(index)
             elif type(layer) is DynamicSlidingWindowLayer:
-                members.setdefault(layer.sliding_window, []).append(index)
+                members.setdefault((layer.sliding_window, index in across), []).append(index)
             else:
                 others[type(layer).__name__] = others.get(type(layer).__name__, 0) + 1
         for layer_class, count in others.items():
             memory.note_left_alone(layer_class, count)
-        for window, indices in members.items():
+        for (window, is_across), indices in members.items():
             group = LayerGroup(memory, len(indices), window)
+            group.holds_text = not is_across
             self.groups.append(group)
             for number, index in enumerate(indices):
                 if window is None:
@@ -159,6 +178,14 @@ class PagedCache(DynamicCache):
         return all(isinstance(layer, PagedLayer) for layer in _holding(self.layers))
 
     @property
+    def is_begun(self) -> bool:
+        """True if some layer holds columns. The first one may not, where an image is missing."""
+        if any(group.num_columns for group in self.groups):
+            return True
+        others = _holding(self._plain_layers())
+        return any(getattr(layer, "is_initialized", False) for layer in others)
+
+    @property
     def is_compileable(self) -> bool:
         """Never: the blocks are not where a compiled step would expect them."""
         return False
@@ -195,23 +222,54 @@ class PagedCache(DynamicCache):
         states = key_states, value_states, layer_idx
         if torch.compiler.is_compiling():
             return super().update(*states, *args, **kwargs)
+        if layer_idx <= self._last_written:
+            self._note_lengths()
+        self._last_written = layer_idx
         try:
-            return super().update(*states, *args, **kwargs)
+            try:
+                return super().update(*states, *args, **kwargs)
+            except OtherColumns:
+                layer = self.layers[layer_idx]
+                assert isinstance(layer, PagedLayer)
+                self._set_apart(layer, key_states.shape[0], key_states.shape[2])
+                return super().update(*states, *args, **kwargs)
         except OutOfBlocks:
-            layer = self.layers[layer_idx]
-            if isinstance(layer, PagedLayer):
-                self._take_back(layer.num_columns)
+            self._take_back()
             raise
 
-    def _take_back(self, num_columns: int) -> None:
-        """Undo what layers before the one that failed have done in this step."""
+    def _note_lengths(self) -> None:
+        """Remember how long everything is before a forward pass. O(layers)."""
+        layers = self.paged_layers()
+        self._before = _Lengths(
+            {id(layer): layer.num_columns for layer in layers},
+            {id(group): group.num_columns for group in self.groups},
+        )
+        for layer in layers:
+            # A skipped layer still needs blocks that its group is about to give back.
+            if layer.is_sliding and 0 < layer.num_columns < layer.group.num_columns:
+                self._set_apart(layer, layer.group.num_rows, 0)
+
+    def _take_back(self) -> None:
+        """Undo what the forward pass has done. O(rows + blocks)."""
         for layer in self.paged_layers():
-            layer.num_columns = min(layer.num_columns, num_columns)
+            layer.num_columns = self._before.of_layers.get(id(layer), 0)
         for group in self.groups:
+            num_columns = self._before.of_groups.get(id(group), 0)
             if num_columns:
                 group.truncate(num_columns)
             else:
                 group.reset()
+
+    def _set_apart(self, layer: PagedLayer, num_rows: int, num_new: int) -> None:
+        """Let a layer go on in a group that takes its columns. O(rows + blocks)."""
+        start = layer.num_columns
+        taking = (g for g in self.groups if g.takes_over(layer.group, num_rows, start, num_new))
+        group = next(taking, None)
+        if group is None:
+            group = layer.group.fork_apart(start) if start else layer.group.new_apart()
+            self.groups.append(group)
+            self._before.of_groups[id(group)] = start
+        layer.move(group)
 
     def _select(self, rows: list[int]) -> None:
         for group in self.groups:
@@ -297,9 +355,10 @@ class PagedCache(DynamicCache):
         memo[id(self)] = twin
         forks = {id(group): group.fork() for group in self.groups}
         for name, value in self.__dict__.items():
-            if name not in ("layers", "groups", "memory", "layer_class_to_replicate"):
+            if name not in _NOT_COPIED:
                 twin.__dict__[name] = copy.deepcopy(value, memo)
         twin.memory = self.memory
+        twin._before, twin._last_written = _Lengths({}, {}), sys.maxsize
         twin.groups = list(forks.values())
         twin.layers = [
             layer.twin(forks[id(layer.group)]) if isinstance(layer, PagedLayer)
@@ -350,6 +409,14 @@ def unpaged(cache: Any) -> bool:
     )
 
 
-def _holding(layers: list[Any]) -> Iterable[Any]:
+def _holding(layers: Iterable[Any]) -> Iterable[Any]:
     """Layers that may hold something: those that stand for none say that they are initialized."""
     return (layer for layer in layers if type(layer).__name__ != "DummyLayer")
+
+
+def _cross_attention_layers(config: Any) -> frozenset[int]:
+    """Return the layers that attend to an image instead of the text, as in Llama 3.2 Vision."""
+    if config is None:
+        return frozenset()
+    text = config.get_text_config(decoder=True)
+    return frozenset(getattr(text, "cross_attention_layers", None) or ())

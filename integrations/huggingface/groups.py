@@ -7,13 +7,17 @@
 
 Columns are transformers' view, tokens are the block manager's: a row's token is its column less
 its padding. So padding is never stored, and equal prompts have equal blocks however padded.
+
+Padding is known from the arguments of `generate`, before the model runs. A model may put columns of
+its own before the prompt: soft prompts, an image. So the first write of a prompt is compared with
+what was announced. Where they differ, every column is stored.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager.atomic import whole
-from kvpager.errors import KVPagerError, OutOfBlocks
+from kvpager.errors import OutOfBlocks
+from kvpager.integrations.huggingface.columns import Announced, Origin, OtherColumns, Unannounced
 from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.pools import (
     LayerKind,
@@ -64,6 +69,10 @@ class LayerGroup:
         self.num_columns = 0
         self.padding: Int64 = np.zeros(0, np.int64)
         self.prompt: Prompt | None = None
+        self.announced: Announced | None = None  # while the prompt is computed
+        self.holds_text = True  # False: its layers attend to something else, such as an image
+        self.origin: Origin | None = None  # of a group whose layers left another
+        self._step = 0, 0  # the first and the last column that were added last
         self._first_private_column = 0  # from it on, no block is shared with another group
         self.num_members = 0  # layers made so far
         self._number = next(_numbers)
@@ -74,6 +83,7 @@ class LayerGroup:
         self._bound: dict[PagedLayers, int] = {}
         memory.note_group(self)
         self._num_left = 0  # layers that live in blocks no longer
+        self._num_away = 0  # layers that another group keeps
         self._views: weakref.WeakSet[PagedView] = weakref.WeakSet()
         self._parts: dict[tuple[int, int], list[Part]] = {}
         self._tables: dict[tuple[torch.device, int], list[Tables]] = {}
@@ -164,26 +174,18 @@ class LayerGroup:
 
         With `start` 0, what lies wholly before column `keep_from` gets no blocks. The first layer
         of a forward pass does the work, the others find it done.
-        Raises: `OutOfBlocks`; `ValueError` for another number of rows.
+        Raises: `OutOfBlocks`, and as `check_takes`.
         """
+        self.check_takes(num_rows, start, num_new)
         assert self.rows is not None
+        stop = start + num_new
+        if self.announced is not None and stop > self.num_columns:
+            self._compare(self.announced, num_rows, start, stop)
         if not self.num_rows:
             self._begin(self.rows, num_rows)
-        if num_rows != self.num_rows:
-            raise ValueError(f"the cache holds {self.num_rows} rows, but {num_rows} are written")
-        stop = start + num_new
         if stop <= self.num_columns:
-            if start < self._first_private_column:
-                raise KVPagerError(
-                    f"a layer writes column {start}, but the cache was copied or reordered at "
-                    f"column {self._first_private_column}; all layers must write before that"
-                )
             return
-        if start != self.num_columns:
-            raise KVPagerError(
-                f"a layer writes column {start}, but the layers before it ended at column "
-                f"{self.num_columns}"
-            )
+        self._step = start, stop
         if not self.num_columns:
             self.memory.await_turn(next(iter(self._places.values()))[0])
         ids = self.prompt.ids(self.padding, start, stop) if self.prompt else []
@@ -198,6 +200,58 @@ class LayerGroup:
             if self.rows.any_on_host:
                 self.prompt = None  # what is not on the device is not offered to others
         self.num_columns = stop
+
+    def check_takes(self, num_rows: int, start: int, num_new: int) -> None:
+        """Raise `OtherColumns` unless a layer can write these columns to the group. O(1).
+
+        Raises: `ValueError` for another number of rows.
+        """
+        stop = start + num_new
+        if start == self.num_columns:
+            if self.num_rows not in (0, num_rows):
+                raise ValueError(
+                    f"the cache holds {self.num_rows} rows, but {num_rows} are written"
+                )
+            return
+        # Another layer has added the columns already, in this pass or in an earlier one.
+        private = start >= self._first_private_column and num_rows == self.num_rows
+        if private and (start, stop) == self._step:
+            return
+        late = start > 0 and stop <= self.num_columns
+        if private and late and start >= int(self.padding.max(initial=0)):
+            return
+        raise OtherColumns(
+            f"a layer writes columns {start} to {stop} of {num_rows} rows, but its group has "
+            f"{self.num_columns} columns of {self.num_rows} rows, copied or reordered at column "
+            f"{self._first_private_column}. Compiled code needs layers that write the same columns."
+        )
+
+    def announce(self, padding: Int64, announced: Announced) -> None:
+        """Expect a prompt with `padding` [rows] columns before its tokens. O(1)."""
+        self.padding, self.announced = padding, announced
+
+    def see_mask(self, mask: Any) -> None:
+        """Compare the mask of a pass with what was announced. O(columns).
+
+        Raises: `Unannounced` where the pass is no use.
+        """
+        announced, start = self.announced, self.num_columns
+        if announced is None or start >= announced.columns:
+            return
+        if not announced.shows(mask, self.padding, start):
+            self._distrust(announced, start)
+
+    def _compare(self, announced: Announced, num_rows: int, start: int, stop: int) -> None:
+        """Compare new columns with those announced. Raises `Unannounced`."""
+        if start < announced.columns and not announced.holds(num_rows, start, stop):
+            self._distrust(announced, start)
+
+    def _distrust(self, announced: Announced, start: int) -> None:
+        """Assume nothing about columns from `start` on."""
+        if announced.is_binding:
+            raise Unannounced(f"the pass from column {start} on is not the one of {announced}")
+        self.padding = np.minimum(self.padding, start)
+        self.prompt = self.announced = None
 
     def _extend_end(self, rows: BatchRows, stop: int, keep_from: int) -> None:
         """Make room for the columns from `keep_from` on, giving back piece by piece what is before.
@@ -445,14 +499,63 @@ class LayerGroup:
             self.rows.free()
         self.padding = np.zeros(0, np.int64)
         self.num_columns = self._first_private_column = 0
-        self.prompt = None
+        self._step = 0, 0
+        self.prompt = self.announced = None
 
     def leave(self, reason: str) -> None:
         """One layer keeps its content elsewhere from now on; the last one frees the blocks."""
         self._num_left += 1
         self.memory.note_left_alone(reason, self._num_left)
-        if self._num_left == self.num_members:
+        self._free_if_left()
+
+    def _free_if_left(self) -> None:
+        if self._num_left + self._num_away == self.num_members:
             self.reset()
+
+    # ---------------------------------------------------------------- layers that part
+
+    def new_apart(self) -> LayerGroup:
+        """Make an empty group for layers of this one that have written nothing. O(1)."""
+        apart = LayerGroup(self.memory, None, self.window)
+        apart.origin, apart.holds_text = Origin(self._number, is_fork=False), False
+        return apart
+
+    def fork_apart(self, num_columns: int) -> LayerGroup:
+        """Make a group for layers that have written `num_columns` columns. O(rows + blocks)."""
+        private = self._first_private_column
+        apart = self.fork()
+        apart.truncate(num_columns)
+        # Of the shared blocks, the copy shows what is before its end alone.
+        self._first_private_column = max(private, num_columns)
+        apart.origin, apart.prompt = Origin(self._number, is_fork=True), None
+        apart._num_away, apart._column_bytes = apart.num_members, 0
+        return apart
+
+    def takes_over(self, other: LayerGroup, num_rows: int, start: int, num_new: int) -> bool:
+        """True if a layer of group `other` that writes these columns may go on here. O(1)."""
+        if self.origin != Origin(other._number, is_fork=start > 0):
+            return False
+        try:
+            self.check_takes(num_rows, start, num_new)
+        except (OtherColumns, ValueError):
+            return False
+        return True
+
+    def move(self, layer: int, target: LayerGroup) -> int:
+        """Let `target` keep layer number `layer`. Returns the layer's number there. O(blocks)."""
+        assert target.origin is not None
+        self.prompt = None  # the pool has not all layers' keys of these tokens
+        self._num_away += 1
+        place = self._places.pop(layer, None)
+        size = 0 if place is None else place[0].shape.elements_per_token * place[0].dtype.itemsize
+        self._column_bytes -= size
+        if target.origin.is_fork:
+            target._num_away -= 1
+            target._column_bytes += size
+        else:
+            layer, target.num_members = target.num_members, target.num_members + 1
+        self._free_if_left()
+        return layer
 
     @whole
     def fork(self) -> LayerGroup:
@@ -460,6 +563,8 @@ class LayerGroup:
         twin = LayerGroup(self.memory, self.num_layers, self.window)
         twin.pool, twin.layout, twin.prompt = self.pool, self.layout, self.prompt
         twin.num_members, twin._num_left = self.num_members, self._num_left
+        twin._num_away, twin.origin, twin.holds_text = self._num_away, self.origin, self.holds_text
+        twin.announced, twin._step = self.announced, self._step
         twin._column_bytes, twin._bound = self._column_bytes, dict(self._bound)
         twin._places = dict(self._places)
         twin.padding = self.padding.copy()

@@ -104,19 +104,27 @@ class PagedLayer(DynamicLayer):
     def store(self, key: Tensor, value: Tensor, start: int, keep_from: int = 0) -> None:
         """Write columns from `start` on to the blocks: what `update` does on the host.
 
-        With `start` 0, only those from `keep_from` on are kept.
+        With `start` 0, only those from `keep_from` on are kept. Raises: as `LayerGroup.extend`.
         """
-        if self.kind is None:
-            self.lazy_initialization(key, value)
         rows, _, num_new, _ = key.shape
+        if self.kind is None:
+            self.group.check_takes(rows, start, num_new)
+            self.lazy_initialization(key, value)
         if start == self.group.num_columns:
             self._before_step(start)
         self.group.extend(rows, start, num_new, keep_from)
         if keep_from:
             start, key, value = keep_from, key[:, :, keep_from:], value[:, :, keep_from:]
         self.group.write(self.number, start, key, value)
-        if self.number == self.group.num_members - 1:
+        if self.number == self.group.num_members - 1 or self.group.origin is not None:
             self.group.memory.note_dense()
+
+    def move(self, group: LayerGroup) -> None:
+        """Go on in another group, see `LayerGroup.move`. O(blocks)."""
+        self.group, self.number = group, self.group.move(self.number, group)
+        if not self.num_columns:
+            self.kind = None
+        compiled.enter(self)
 
     def _obstacle(self, key: Tensor, value: Tensor) -> str | None:
         """What keeps these out of blocks, if anything does."""

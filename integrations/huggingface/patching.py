@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, masking_utils
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import configuration_utils
 from transformers.generation.configuration_utils import GenerationMode
@@ -334,6 +334,7 @@ def _install() -> None:
     _replace(GenerationMixin, "_prepare_cache_for_generation", _scoped_prepare)
     _replace(GenerationMixin, "_prefill", _paging_prefill)
     _replace(GenerationMixin, "_sample", _listening_sample)
+    _replace(masking_utils, "_preprocess_mask_arguments", _watched_masks)
     for name, wrap in routes(_patch_for).items():
         _replace(ContinuousMixin, name, wrap)
     _replace(
@@ -399,7 +400,7 @@ def _paging_init(original: Callable[..., None]) -> Callable[..., None]:
         if type(self) is DynamicCache and not torch.compiler.is_compiling():
             config = kwargs.get("config", args[1] if len(args) > 1 else None)
             _note_made_outside(_patch_in_scope(config), config)
-            _page(self, _patch_in_scope(config))
+            _page(self, _patch_in_scope(config), config)
 
     return __init__
 
@@ -442,7 +443,7 @@ def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
             if not goes_on:
                 _page(cache.cross_attention_cache, serving)
         else:
-            _page(cache, serving)
+            _page(cache, serving, self.config)
         if serving is not None:
             mode = args[0] if args else kwargs.get("generation_mode")
             _note_unserved(serving, generation_config, cache, mode)
@@ -497,7 +498,7 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         if serving is None or not isinstance(cache, PagedCache) or args:
             return original(*inputs, *args, **kwargs)
-        if cache.get_seq_length():
+        if cache.is_begun:
             _check_padding_is_still_hidden(cache, model_kwargs.get("attention_mask"))
             return original(*inputs, **kwargs)
         is_first = kwargs.get("is_first_iteration", True) and not self.config.is_encoder_decoder
@@ -515,6 +516,21 @@ def _longest(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
     return max(generation_config.max_length or 0, columns)
 
 
+def _watched_masks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_preprocess_mask_arguments`: here a model's own code says which columns it hides."""
+
+    @functools.wraps(original)
+    def preprocess(
+        config: Any, inputs_embeds: Any, mask: Any, cache: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(cache, PagedCache) and not torch.compiler.is_compiling():
+            for group in cache.groups:
+                group.see_mask(mask)
+        return original(config, inputs_embeds, mask, cache, *args, **kwargs)
+
+    return preprocess
+
+
 def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
     """`_sample`: here the tokens that are chosen can be heard."""
 
@@ -523,7 +539,7 @@ def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
         serving, cache = _patch_for(self), cache_in(kwargs)
         if serving is None or serving.prompts is None or not isinstance(cache, PagedCache):
             return original(self, *args, **kwargs)
-        if cache.get_seq_length():  # who knows what is in it
+        if cache.is_begun:  # who knows what is in it
             return original(self, *args, **kwargs)
         return reply(original, serving.prompts, self, *args, **kwargs)
 
@@ -554,17 +570,17 @@ def _asked_for_by_name() -> Patch:
     return Patch(None, PagedMemory(None, 16), None)
 
 
-def _page(cache: Any, serving: Patch | None) -> None:
+def _page(cache: Any, serving: Patch | None, config: Any = None) -> None:
     if serving is not None and unpaged(cache):
-        PagedCache.convert(cache, serving.memory)
+        PagedCache.convert(cache, serving.memory, config)
 
 
 def _check_padding_is_still_hidden(cache: PagedCache, mask: torch.Tensor | None) -> None:
     """Padding was never stored, so a later call may not look at it either."""
-    padding = max((int(group.padding.max(initial=0)) for group in cache.groups), default=0)
-    if not padding:
+    group = max(cache.groups, key=lambda each: int(each.padding.max(initial=0)), default=None)
+    padding = 0 if group is None else int(group.padding.max(initial=0))
+    if group is None or not padding:
         return
-    group = next(group for group in cache.groups if len(group.padding))
     columns = torch.arange(padding)
     hidden = columns < torch.from_numpy(group.padding)[:, None]
     if mask is None or mask.dim() != 2 or bool((mask[:, :padding].cpu() != 0)[hidden].any()):

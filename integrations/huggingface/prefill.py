@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from kvpager.integrations.huggingface.cache import PagedCache
+from kvpager.integrations.huggingface.columns import Announced, Unannounced
 from kvpager.integrations.huggingface.groups import LayerGroup, Prompt
+from kvpager.integrations.huggingface.hooks import treats_rows_alike
 from kvpager.integrations.huggingface.prompts import Padding, PromptCache
 from kvpager.integrations.huggingface.releases import (
     CACHE_NAMES,
@@ -63,39 +65,81 @@ def prefill(
     for group in cache.groups:
         group.reset()  # rows may be left of a batch that was cropped to nothing
     padding = _left_padding(input_ids, model_kwargs.get("attention_mask"))
-    plain = padding is not None and _is_plain(model, input_ids, generation_config, model_kwargs)
-    plain = plain and cache.is_fully_paged
-    repeats = _repeats(input_ids, generation_config, model_kwargs) if plain else 1
-    if repeats > 1:
-        input_ids, padding = input_ids[::repeats], padding[::repeats]  # type: ignore[index]
-        model_kwargs = _of_rows(model_kwargs, slice(None, None, repeats))
-    reusable = False
+    given = (model, input_ids, generation_config, model_kwargs)
     try:
         if padding is not None:
-            for group in cache.groups:
-                group.padding = padding
-            reusable = plain and _is_reusable(model, cache, generation_config)
-            positions = model_kwargs.get("position_ids")
-            reusable = reusable and _are_usual(positions, input_ids, padding)
-        prompt: Prompt | str | None = None
-        if prompts is not None and padding is not None and reusable:
-            prompts.await_turn(model, cache)
-            prompt = prompts.prompt(model, input_ids, padding)
-        if isinstance(prompt, str):
-            cache.memory.note_doubt(prompt)
-        if prompts is not None and padding is not None and isinstance(prompt, Prompt):
-            given = (model, input_ids, generation_config, model_kwargs)
-            output = _prefill_new(original, prompts, prompt, padding, *given, **kwargs)
-        else:
-            cache.memory.counters.prefix_unserved_calls += prompts is not None
-            output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
+            try:
+                return _prefill_padded(original, prompts, padding, *given, **kwargs)
+            except Unannounced:
+                cache.reset()
+        cache.memory.counters.prefix_unserved_calls += prompts is not None
+        return original(*given, **kwargs)
     except BaseException:
         cache.reset()
         raise
+    finally:
+        for group in cache.groups:
+            group.announced = None
+
+
+def _prefill_padded(
+    original: Prefill,
+    prompts: PromptCache | None,
+    padding: Padding,
+    model: nn.Module,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    **kwargs: Any,
+) -> Any:
+    """Compute equal rows once, store no padding, and reuse what earlier calls computed.
+
+    Raises: `Unannounced` where that is wrong for this model.
+    """
+    cache: PagedCache = cache_in(model_kwargs)
+    plain = cache.is_fully_paged
+    plain = plain and _is_plain(model, input_ids, generation_config, model_kwargs)
+    repeats = _repeats(input_ids, generation_config, model_kwargs) if plain else 1
+    alike = (prompts is None and repeats == 1) or treats_rows_alike(model)
+    repeats = repeats if alike else 1
+    if repeats > 1:
+        input_ids, padding = input_ids[::repeats], padding[::repeats]
+        model_kwargs = _of_rows(model_kwargs, slice(None, None, repeats))
+    rows, columns = input_ids.shape[:2]
+    announced = Announced(rows, columns, generation_config.prefill_chunk_size or columns)
+    announced = announced._replace(is_binding=repeats > 1)
+    for group in cache.groups:
+        if group.holds_text:
+            group.announce(padding, announced)
+    given = (model, input_ids, generation_config, model_kwargs)
+    reusable = plain and _is_reusable(model, cache, generation_config)
+    reusable = reusable and _are_usual(model_kwargs.get("position_ids"), input_ids, padding)
+    prompt: Prompt | str | None = None
+    if prompts is not None and reusable:
+        prompts.await_turn(model, cache)
+        prompt = prompts.prompt(model, input_ids, padding)
+        if isinstance(prompt, Prompt) and not alike:
+            prompt = "a hook or wrapper may treat rows by their place in the batch"
+    if isinstance(prompt, str):
+        cache.memory.note_doubt(prompt)
+    if prompts is not None and isinstance(prompt, Prompt):
+        output = _prefill_new(original, prompts, prompt, padding, announced, *given, **kwargs)
+    else:
+        output = original(*given, **kwargs)
+        if repeats > 1:
+            _check_written(cache, columns)
+        cache.memory.counters.prefix_unserved_calls += prompts is not None
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
         _repeat_rows(output, len(input_ids), repeats)
     return output
+
+
+def _check_written(cache: PagedCache, columns: int) -> None:
+    """Raise `Unannounced` unless the prompt is in the cache, a model may have used another one."""
+    lengths = {group.num_columns for group in cache.groups if group.num_columns}
+    if lengths != {columns}:
+        raise Unannounced(f"the cache holds {sorted(lengths)} columns of {columns}")
 
 
 def _prefill_new(
@@ -103,6 +147,7 @@ def _prefill_new(
     prompts: PromptCache,
     prompt: Prompt,
     padding: Padding,
+    announced: Announced,
     model: nn.Module,
     input_ids: Tensor,
     generation_config: Any,
@@ -114,8 +159,13 @@ def _prefill_new(
     passes = waves(prompt.rows, prompts.known(model, cache, prompt))
     if len(passes) == 1:
         prompts.attach(model, cache, prompt, padding)
-        _count_hits(cache.groups[0], prompt)
+        (group,) = cache.groups
+        known = group.num_columns > 0
+        group.announced = announced._replace(is_binding=announced.is_binding or known)
+        _count_hits(group, prompt)
         output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
+        if group.announced is not None and group.announced.is_binding:
+            _check_written(cache, announced.columns)
         prompts.publish(model, cache)
         return output
     parts = [copy.deepcopy(cache) for _ in passes]
@@ -126,12 +176,16 @@ def _prefill_new(
     outputs = []
     for part, rows, first in zip(parts, passes, skipped, strict=True):
         prompts.attach(model, part, prompt.of(rows), padding[rows] - first)
-        _count_hits(part.groups[0], prompt.of(rows))
+        columns = announced.columns - first
+        (group,) = part.groups
+        group.announced = Announced(len(rows), columns, columns, is_binding=True)
+        _count_hits(group, prompt.of(rows))
         here = torch.from_numpy(rows).to(input_ids.device)
         of_rows = with_cache(_of_rows(model_kwargs, (here, slice(first, None))), part)
         outputs.append(
             original(model, input_ids[here, first:], generation_config, of_rows, **kwargs)
         )
+        _check_written(part, columns)
         prompts.publish(model, part)
     order = np.argsort(np.concatenate(passes))
     cache.join(parts, order, padding)
