@@ -31,11 +31,12 @@ from transformers import PreTrainedConfig
 from kvpager.integrations.huggingface.contents import Contents, is_library, is_plain
 from kvpager.integrations.huggingface.functions import Functions, reads_training
 from kvpager.integrations.huggingface.offloaded import WeightFile, offloaded
-from kvpager.integrations.huggingface.weights import Ref, Weights, same_objects
+from kvpager.integrations.huggingface.weights import Ref, Weights, holds_settings, same_objects
 
-# Parts of a model that `ModelWatch.glance` looks at in turn. A prime number, so that modules that
-# every layer has, adapters for one, come in all parts.
-_PARTS = 31
+# Into how many parts `ModelWatch.glance` divides a model. Prime numbers, so that modules that every
+# layer has, adapters for one, come in all parts.
+_PARTS = (31, 23, 17, 11, 7, 5, 3, 2)
+_PART_SIZE_MIN = 12  # modules
 # What every module has besides its own attributes. Those that matter are read by name.
 _TORCH_OWN = vars(nn.Module()).keys() - {"training"}
 _BOOKS = operator.itemgetter(
@@ -78,7 +79,7 @@ class ModelWatch:
 
     def __init__(self, model: nn.Module, *, has_parts: bool = False) -> None:
         self._model = weakref.ref(model)
-        self._num_parts = _PARTS if has_parts else 0
+        self._has_parts = has_parts
         self._lock = threading.Lock()
         self._noted: _Noted | None = None
         self._version = next(_versions)
@@ -95,14 +96,14 @@ class ModelWatch:
     def glance(self) -> ModelState:
         """Compare a small part of the model with the last look, another one each time."""
         with self._lock:
-            self._turn = (self._turn + 1) % self._num_parts
+            self._turn += 1
             return self._compare(lambda noted: noted.part_same(self._turn))
 
     def _compare(self, is_same: Callable[[_Noted], bool]) -> ModelState:
         try:
             noted = self._noted
             if noted is None or not is_same(noted):
-                noted = self._note(_Noted(self._model(), self._num_parts))
+                noted = self._note(_Noted(self._model(), self._has_parts))
         except Exception as error:  # another thread changes the model, say, or a file is gone
             self._noted, self._version = None, next(_versions)
             return ModelState(self._version, f"the model cannot be looked at: {error!r}")
@@ -118,12 +119,13 @@ class ModelWatch:
 class _Noted:
     """All that is noted of a model at a look."""
 
-    def __init__(self, model: Any, num_parts: int) -> None:
+    def __init__(self, model: Any, has_parts: bool) -> None:
         modules = list(model.modules())
         members = {id(module) for module in modules}
         owners: list[Any] = modules + _configs(modules)
         self._whole = _Part(owners, members)
-        self._parts = [_Part(owners[turn::num_parts], members) for turn in range(num_parts)]
+        many = next((n for n in _PARTS if n * _PART_SIZE_MIN <= len(owners)), 1) * has_parts
+        self._parts = [_Part(owners[number::many], members) for number in range(many)]
         hooks = [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
         modes = _modes()
         self._hooks, self._modes = list(map(_ref, hooks)), list(map(_ref, modes))
@@ -153,10 +155,11 @@ class _Noted:
         )
 
     def part_same(self, turn: int) -> bool:
-        """True if a part of the model is as noted; in the first turn, what surrounds it, too."""
+        """True if a part of the model is as noted; with the first one, what surrounds it, too."""
+        number = turn % len(self._parts)
         return (
-            (turn > 0 or self._same_surroundings())
-            and self._parts[turn].same(True)
+            (number > 0 or self._same_surroundings())
+            and self._parts[number].same(True)
             and self._same_contents(True)
         )
 
@@ -235,7 +238,10 @@ class _Part:
             for place, one in enumerate(objects)
             if isinstance(one, Tensor) and not _is_offloaded(one)
         ]
-        self.weights = Weights([objects[place] for place in self._places])
+        weights = [objects[place] for place in self._places]
+        self.weights = Weights(weights)
+        # What a quantised weight is read with may be an attribute of it.
+        self.roots += [_attributes(weight) for weight in weights if holds_settings(weight)]
         for place in self._offloaded:
             objects[place] = None
         self._objects = list(map(_ref, objects))
@@ -353,6 +359,11 @@ def _ref(value: Any) -> Ref:
 def _attribute(owner: object, name: str) -> Ref:
     ref = weakref.ref(owner)
     return lambda: vars(ref()).get(name)
+
+
+def _attributes(owner: object) -> Ref:
+    ref = weakref.ref(owner)
+    return lambda: vars(ref())
 
 
 def _call(ref: Ref) -> Any:

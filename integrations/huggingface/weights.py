@@ -96,6 +96,12 @@ def same_objects(objects: Iterable[object], refs: list[Ref]) -> bool:
     return len(found) == len(refs) and all(map(operator.is_, found, [ref() for ref in refs]))
 
 
+def holds_settings(tensor: Tensor) -> bool:
+    """True for a weight of a class of its own with attributes, as bitsandbytes has them."""
+    is_own = type(tensor) not in _PLAIN and not is_traceable_wrapper_subclass(tensor)
+    return is_own and bool(vars(tensor))
+
+
 def _unwrapped(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the numbers of `tensor`."""
     if not is_traceable_wrapper_subclass(tensor):
