@@ -108,6 +108,7 @@ class BlockStorage:
         self._dtype, self._kv_dtype = _dtypes(dtype, kv_dtype)
         num_blocks = arguments.count("num_blocks", num_blocks, at_least=1)
         num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
+        arguments.flag("pinned", pinned)
         _, run = self._layout(self._layers)
         stored = dtype if kv_dtype is None else torch.uint8
         # Made in inference mode, the storage could never be written outside of it.

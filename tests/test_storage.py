@@ -653,6 +653,11 @@ def test_pages_that_cannot_be_locked_are_torchs_error(monkeypatch: pytest.Monkey
         BlockStorage(9, 16, [LayerShape(2, 64, 64)], dtype=torch.bfloat16, pinned=True)
 
 
+def test_whether_memory_is_page_locked_is_true_or_false() -> None:
+    with pytest.raises(TypeError, match="pinned 'no': expected True or False"):
+        BlockStorage(9, 16, [LayerShape(2, 64, 64)], dtype=torch.bfloat16, pinned="no")  # type: ignore[arg-type]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_page_locked_memory_without_a_gpu_is_refused() -> None:
     with pytest.raises(RuntimeError, match="pinned=True: only a GPU"):

@@ -81,7 +81,7 @@ class PagedCache(DynamicCache):
         if config is not None and not hasattr(config, "get_text_config"):
             kind = type(config).__name__
             raise TypeError(f"PagedCache({kind}): expected a configuration, such as model.config")
-        if offloading:
+        if arguments.flag("offloading", offloading):
             raise ValueError("offloading True: blocks are not offloaded; use DynamicCache for that")
         warn_if_untested()
         paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)

@@ -252,6 +252,8 @@ def patch(
             "patch() without a model serves every model"
         )
     arguments.label("namespace", namespace)
+    arguments.flag("prefix_cache", prefix_cache)
+    arguments.flag("in_place", in_place)
     if namespace is not None and not prefix_cache:
         raise ValueError(
             f"namespace {namespace!r}: it separates prefixes, so set prefix_cache=True"
