@@ -103,6 +103,16 @@ def test_ids_of_a_single_text_are_all_tokens_even_pad_tokens(llama: PreTrainedMo
         assert shown[0].prompt == prompts[0]
 
 
+def test_prompts_of_unlike_lengths_come_in_any_collection(llama: PreTrainedModel) -> None:
+    prompts = [[5, 6, 7], [8]]
+    ragged = np.empty(2, object)
+    ragged[:] = prompts
+    with Engine(llama, memory="4MiB") as engine:
+        for form in (prompts, tuple(prompts), iter(prompts), ragged, map(np.array, prompts)):
+            outputs = engine.generate(form, max_new_tokens=1)
+            assert [output.prompt for output in outputs] == prompts
+
+
 @pytest.mark.parametrize("config", [None, GenerationConfig(pad_token_id=5, eos_token_id=2)])
 def test_the_pad_token_is_that_of_the_settings(
     llama: PreTrainedModel, config: GenerationConfig | None

@@ -63,7 +63,7 @@ class Reader(NamedTuple):
         prompts, masks = self._parts(prompts, masks)
         if isinstance(prompts, str):
             raise TypeError("prompts: expected a list of prompts, got a str; tokenize it first")
-        is_batch = isinstance(prompts, torch.Tensor | np.ndarray)
+        is_batch = isinstance(prompts, torch.Tensor | np.ndarray) and prompts.dtype != object
         rows = list(_ids(prompts) if is_batch else prompts)
         for row in rows:
             if not isinstance(row, str | Mapping) and np.ndim(row) == 0:
