@@ -578,6 +578,21 @@ def test_the_memory_that_an_error_asks_for_is_enough() -> None:
         generate(llama(), ids, max_new_tokens=1)
 
 
+def test_free_blocks_of_a_pool_in_use_go_to_another_that_needs_them() -> None:
+    other, ids = tiny_models.tiny_model("gpt2"), long_prompt()[:, :20]
+    batch = tiny_models.prompts([50])
+    plain, plain_rest = tokens(other, batch), tokens(llama(), ids, max_new_tokens=16)
+    with kvpager.patch(memory=16 * _block_bytes()) as patch:
+        held = generate(llama(), ids)
+        tokens(llama(), long_prompt()[:, :150])  # the pool that `held` is in has 10 blocks and more
+        assert patch.stats().reserved_bytes > 9 * _block_bytes()
+        assert torch.equal(tokens(other, batch), plain)  # 4 blocks of twice the size
+        for pool in patch.memory.pools():
+            pool.manager.check()
+        rest = generate(llama(), held.sequences, **passing(cache_of(held)))
+        assert torch.equal(rest.sequences, plain_rest)
+
+
 # ---------------------------------------------------------------- without a bound
 
 

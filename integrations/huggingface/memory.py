@@ -262,12 +262,15 @@ class PagedMemory:
     def claim(self, num_bytes: int, claimant: PagedPool) -> bool:
         """Whether the bound leaves room for `num_bytes` more. O(pools).
 
-        Pools that hold nothing but cached prefixes go first.
+        Pools that hold nothing but cached prefixes go first, then free blocks of other pools.
         """
         with self.lock:
             if self.bound is None or self.reserved_bytes + num_bytes <= self.bound:
                 return True
             self._drop_idle_pools(claimant)
+            for pool in self.pools():
+                if pool is not claimant and self.reserved_bytes + num_bytes > self.bound:
+                    pool.trim()
             return self.reserved_bytes + num_bytes <= self.bound
 
     def _drop_idle_pools(self, claimant: PagedPool) -> None:

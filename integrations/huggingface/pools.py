@@ -28,6 +28,7 @@ from kvpager.kernels.arguments import Fitting, layout_of
 from kvpager.manager import BlockManager
 from kvpager.plan import Step
 from kvpager.sequences import Batch, Sequence
+from kvpager.stats import BlockState
 from kvpager.storage import BlockStorage, LayerShape
 
 if TYPE_CHECKING:
@@ -369,6 +370,19 @@ class PagedPool:
         for shelf in self._storages:
             shelf.storage.shrink(1)
         return True
+
+    def trim(self) -> None:
+        """Give the free blocks behind the last one in use back. O(bytes that stay)."""
+        with self.lock:
+            self.settle()
+            used = np.flatnonzero(self.manager.block_states() != BlockState.FREE)
+            least = int(used[-1]) + 1 if len(used) else 1
+            if least == self.manager.num_blocks:
+                return
+            self.manager.shrink(least)  # moves no block: none behind is in use
+            for shelf in self._storages:
+                with contextlib.suppress(RuntimeError, MemoryError):  # then it stays as large
+                    shelf.storage.shrink(least)
 
     def _reserve(self, make: Callable[[], _T], need: int) -> _T:
         try:
