@@ -17,7 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvpager.integrations.huggingface.contents import attributes, is_library, names_read
 
-# Functions of torch call others that nobody replaces; functions of these do not.
+# The functions of these libraries are followed to the functions that they call.
 _CALLED_BY = ("transformers", "kvpager")
 _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
 

@@ -125,7 +125,7 @@ def _shapes(inner: list[Tensor]) -> tuple[list[Any], ...]:
 
 
 def _spread(tensor: Tensor) -> Spread:
-    """Where to read a few numbers of `tensor`, or all of them. Raises: `UnreadableTensor`."""
+    """Choose a few numbers of `tensor`, or all of them. Raises: `UnreadableTensor`."""
     _refuse_unreadable(tensor)
     if not tensor.numel():
         return Spread(0, 1)
