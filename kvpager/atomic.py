@@ -156,6 +156,28 @@ _USUAL = _catchable(
 _CHANGES_PER_LOOK = 64
 
 
+class Condition(threading.Condition):
+    """A condition whose lock no signal leaves locked. Signals do not wait while `wait` does."""
+
+    def __enter__(self) -> bool:
+        lock: Any = self._lock  # type: ignore[attr-defined]
+        if _get_ident() != _main_ident:
+            return bool(lock.__enter__())
+        _signals.hold(lock)
+        try:
+            return bool(lock.__enter__())
+        except BaseException:
+            _signals.release()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self.release()
+        finally:
+            if _get_ident() == _main_ident:
+                _signals.release()
+
+
 class Guarded(Protocol):
     """An object whose methods are `whole`."""
 

@@ -182,3 +182,28 @@ def test_a_call_after_an_interrupted_one_is_right(model, options, settings) -> N
             check_pools(paging.memory)
             assert torch.equal(generate(contextlib.nullcontext()), expected)
     assert torch.equal(generate(contextlib.nullcontext()), expected)
+
+
+# -------------------------------------------------------------------- engines
+
+
+def test_an_interrupted_engine_serves_the_next_call(model) -> None:
+    prompts = [[5, 9, 14, 20, 21, 22, 23], [3, 6, 9]]
+    with kvpager.Engine(model, block_size=4, max_running=4) as engine:
+
+        def generate(moment: contextlib.AbstractContextManager[Any]) -> list[list[int]]:
+            with moment:
+                return [output.tokens for output in engine.generate(prompts, max_new_tokens=3)]
+
+        expected = generate(contextlib.nullcontext())
+        for _ in interrupted(NUM_CALLS * 4, generate):
+            assert generate(contextlib.nullcontext()) == expected
+            scheduler = engine._loop.scheduler
+            with engine._loop._lock:
+                scheduler.check()
+        with engine.pause():  # no step is under way, so cancelled requests have ended
+            pass
+        engine.generate(prompts, max_new_tokens=3)
+        stats = engine.stats()
+        assert stats.scheduler.num_running == stats.scheduler.num_waiting == 0
+        assert stats.pool.num_held == 0

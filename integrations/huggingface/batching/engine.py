@@ -294,16 +294,18 @@ class Engine:
         tracked = Tracked(
             mailbox, choice, policy.num_samples, begins, generator, logprobs, self._tokenizer
         )
-        loop.submit(request, tracked)
-        if self._anatomy.device.type == "cpu":
-            end_idle_workers()
         detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer)
-        return Stream(
+        # Made first: should an interrupt take it from the caller, it cancels the request.
+        stream = Stream(
             mailbox,
             self._loop.cancel,
             num_samples=policy.num_samples,
             detokenizer=detokenizer,
         )
+        loop.submit(request, tracked)
+        if self._anatomy.device.type == "cpu":
+            end_idle_workers()
+        return stream
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from kvpager.atomic import Condition
 from kvpager.errors import EngineClosed, KVPagerError
 from kvpager.integrations.huggingface.batching.processes import Process
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
@@ -81,7 +82,7 @@ class Loop:
         # Cancellations come from finalisers as well, which may run inside any call.
         self._inbox: queue.SimpleQueue[Mailbox | None] = queue.SimpleQueue()
         self._courier = Courier()
-        self._unpaused = threading.Condition()
+        self._unpaused = Condition()
         self._num_pauses = 0
         self._between_steps = threading.Lock()
         self._watch = watch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
+from kvpager.atomic import Condition
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.streams import Output, Stream, Token
 
@@ -25,7 +25,7 @@ class Router:
     """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.changed = Condition()
         self.result_handlers: dict[str, tuple[Handler, asyncio.AbstractEventLoop]] = {}
         self._waiting: OrderedDict[int, GenerationOutput] = OrderedDict()
         self._of_request: dict[str, deque[int]] = {}

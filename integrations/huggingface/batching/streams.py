@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from kvpager import arguments
+from kvpager.atomic import Condition
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.processes import Process
 from kvpager.integrations.huggingface.batching.text import Detokenizer
@@ -79,7 +80,7 @@ class Mailbox:
     def __init__(self, output: Output) -> None:
         self.output = output
         self._arrived: deque[Token] = deque()
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._listeners: list[Callable[[], None]] = []
         self._reader: Callable[[list[Token], bool], None] | None = None
         self._process = Process("engine")
