@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_name import cache_of, passing
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -136,7 +137,7 @@ def test_a_forward_pass_of_a_patched_model_waits_for_nothing(
 
     def step(cache: Any, count: int) -> Any:
         ids = torch.full((2, count), 7, device=BOARD)
-        return model(ids, past_key_values=cache, use_cache=True).past_key_values
+        return cache_of(model(ids, **passing(cache), use_cache=True))
 
     with kvpager.patch(model), torch.no_grad():
         cache = step(None, 11)
@@ -153,10 +154,10 @@ def test_rows_in_host_memory_are_planned_from_what_is_there(planned: Planned) ->
     model = on_board(tiny_models.tiny_model("llama"))
     ids = torch.full((3, 40), 7, device=BOARD)
     with kvpager.patch(model, memory="20KiB", host_memory="1MiB") as patch, torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         assert patch.stats().peak_host_held_bytes > 0
         planned.plans.clear()
-        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        model(ids[:, :1], **passing(cache), use_cache=True)
     rows = [plan.num_rows for plan in planned.plans]
     assert sum(rows) == 3 * model.config.num_hidden_layers
     assert len({id(plan) for plan in planned.plans}) <= 2

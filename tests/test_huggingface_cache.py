@@ -314,7 +314,7 @@ def test_a_cache_counts_what_it_holds() -> None:
     )
     assert cache.stats().held_bytes == 0
     with torch.no_grad():
-        model(**tiny_models.prompts([10, 10]), past_key_values=cache)
+        model(**tiny_models.prompts([10, 10]), **passing(cache))
     cache.batch_repeat_interleave(2)
     block_bytes = 2 * 2 * 4 * 2 * 16 * 4  # 2 layers, keys and values, 4 tokens, 2 heads of 16
     stats = cache.stats()
@@ -331,7 +331,7 @@ def test_a_cache_counts_its_rows_in_host_memory_apart() -> None:
         model.config, memory=4 * block_bytes, host_memory="1MiB", block_size=4
     )
     with torch.no_grad():
-        model(**tiny_models.prompts([10, 10]), past_key_values=cache)
+        model(**tiny_models.prompts([10, 10]), **passing(cache))
     stats = cache.stats()
     assert (stats.num_blocks, stats.num_host_blocks) == (3, 3)
     assert (stats.held_bytes, stats.host_held_bytes) == (3 * block_bytes, 3 * block_bytes)

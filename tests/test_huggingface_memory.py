@@ -539,7 +539,7 @@ def test_a_bound_below_one_block_is_refused_where_the_model_is_known(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         kvpager.patch(llama(), **options)
-    assert type(generate(llama(), long_prompt()[:, :5]).past_key_values) is not kvpager.PagedCache
+    assert type(cache_of(generate(llama(), long_prompt()[:, :5]))) is not kvpager.PagedCache
 
 
 def test_a_cache_in_which_no_block_fits_is_refused() -> None:

@@ -193,7 +193,7 @@ def test_a_process_wide_patch_is_undone_without_a_model(llama: PreTrainedModel) 
     with kvpager.patch(llama, block_size=4) as own:
         kvpager.unpatch()
         assert pages(llama)
-        assert generate(llama).past_key_values.memory is own.memory
+        assert cache_of(generate(llama)).memory is own.memory
         assert not pages(tiny_models.tiny_model("gpt2"))
 
 

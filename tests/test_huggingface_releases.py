@@ -194,3 +194,22 @@ def test_the_newest_tested_release_is_told_everywhere_alike():
     assert pinned is not None
     assert pinned[1] == releases.NEWEST_TESTED
     assert f"transformers 5.17-{releases.NEWEST_TESTED}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_model_without_attention_keeps_the_cache_that_transformers_made(name):
+    model = tiny_models.tiny_model(name)
+    plain = text(model)
+    with kvpager.patch(model, prefix_cache=True) as paging:
+        cache = transformers.DynamicCache(config=model.config)
+        assert type(cache) is transformers.DynamicCache
+        assert text(model) == plain
+        assert "LinearAttentionLayer" in paging.report()
+
+
+@pytest.mark.skipif(NAME == "past_key_values", reason="this release passes another argument")
+def test_a_paged_cache_serves_a_model_without_attention_in_transformers_own_layers():
+    model = tiny_models.tiny_model("mamba")
+    plain = text(model)
+    with kvpager.patch(model):
+        assert text(model, cache=kvpager.PagedCache(model.config)) == plain

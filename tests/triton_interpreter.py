@@ -153,7 +153,8 @@ def _checked_run(run: Callable[..., None]) -> Callable[..., None]:
 
     def run_checked(self: Any, *arguments: Any, **options: Any) -> None:
         missing = config.COMPILER_OPTIONS.items() - options.items()
-        assert not missing, f"{self.__name__} is launched without {dict(missing)}"
+        is_ours = self.fn.__module__.startswith("kvpager.")
+        assert not (is_ours and missing), f"{self.__name__} is launched without {dict(missing)}"
         run(self, *arguments, **options)
 
     return run_checked

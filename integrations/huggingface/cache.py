@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -91,7 +92,13 @@ class PagedCache(DynamicCache):
 
     @classmethod
     def convert(cls, cache: DynamicCache, memory: PagedMemory, config: Any = None) -> None:
-        """Make an empty `DynamicCache` a paged one, in place. O(layers)."""
+        """Make an empty `DynamicCache` a paged one, in place. O(layers).
+
+        A cache without attention layers stays as it is: nothing of it could be paged.
+        """
+        if cache.layer_class_to_replicate is None and not any(map(_is_attention, cache.layers)):
+            _note_others(cache.layers, memory)
+            return
         cache.__class__ = cls
         cache._page(memory, config)  # type: ignore[attr-defined]
         memory.calls.note_cache(cache)
@@ -104,18 +111,13 @@ class PagedCache(DynamicCache):
         if self.layer_class_to_replicate is not None:
             self._page_lazily(LayerGroup(memory, None, None))
             return
+        _note_others(self.layers, memory)
         across = _cross_attention_layers(config)
         members: dict[tuple[int | None, bool], list[int]] = {}
-        others: dict[str, int] = {}
         for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                members.setdefault((None, index in across), []).append(index)
-            elif type(layer) is DynamicSlidingWindowLayer:
-                members.setdefault((layer.sliding_window, index in across), []).append(index)
-            else:
-                others[type(layer).__name__] = others.get(type(layer).__name__, 0) + 1
-        for layer_class, count in others.items():
-            memory.note_left_alone(layer_class, count)
+            if _is_attention(layer):
+                window = getattr(layer, "sliding_window", None)
+                members.setdefault((window, index in across), []).append(index)
         for (window, is_across), indices in members.items():
             group = LayerGroup(memory, len(indices), window)
             group.holds_text = not is_across
@@ -407,6 +409,18 @@ def unpaged(cache: Any) -> bool:
         and not cache.offloading
         and not any(getattr(layer, "is_initialized", False) for layer in _holding(cache.layers))
     )
+
+
+def _is_attention(layer: Any) -> bool:
+    """Return True if blocks can hold what the layer holds."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _note_others(layers: list[Any], memory: PagedMemory) -> None:
+    """Note the layers that stay transformers' own, by class. O(layers)."""
+    others = Counter(type(layer).__name__ for layer in layers if not _is_attention(layer))
+    for layer_class, count in others.items():
+        memory.note_left_alone(layer_class, count)
 
 
 def _holding(layers: Iterable[Any]) -> Iterable[Any]:

@@ -498,7 +498,7 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
             serving.memory.calls.note_size(
                 len(input_ids), _longest(generation_config, model_kwargs)
             )
-        if serving is None or not isinstance(cache, PagedCache) or args:
+        if serving is None or not _is_paged(cache) or args:
             return original(*inputs, *args, **kwargs)
         if cache.is_begun:
             _check_padding_is_still_hidden(cache, model_kwargs.get("attention_mask"))
@@ -539,7 +539,7 @@ def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         serving, cache = _patch_for(self), cache_in(kwargs)
-        if serving is None or serving.prompts is None or not isinstance(cache, PagedCache):
+        if serving is None or serving.prompts is None or not _is_paged(cache):
             return original(self, *args, **kwargs)
         if cache.is_begun:  # who knows what is in it
             return original(self, *args, **kwargs)
@@ -575,6 +575,11 @@ def _asked_for_by_name() -> Patch:
 def _page(cache: Any, serving: Patch | None, config: Any = None) -> None:
     if serving is not None and unpaged(cache):
         PagedCache.convert(cache, serving.memory, config)
+
+
+def _is_paged(cache: Any) -> bool:
+    """Return True for a paged cache that has layers in blocks, as caches of attention do."""
+    return isinstance(cache, PagedCache) and bool(cache.groups)
 
 
 def _check_padding_is_still_hidden(cache: PagedCache, mask: torch.Tensor | None) -> None:
