@@ -71,6 +71,15 @@ class NameUnsaid(LlamaForCausalLM):
         return super().forward(input_ids, **told, **options)
 
 
+class Deaf(LlamaForCausalLM):
+    """Its forward takes no cache by either name, and makes one of its own in each pass."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **options):
+        told = {"attention_mask": attention_mask, "position_ids": position_ids}
+        options = {name: value for name, value in options.items() if name not in (NAME, OTHER)}
+        return super().forward(input_ids, **told, **options)
+
+
 FOREIGN = [OtherName, OtherNameUnsaid, NameUnsaid]
 
 
@@ -109,6 +118,23 @@ def test_a_patched_model_of_either_name_writes_the_same_tokens(kind, options):
         assert [text(model, inputs, **options) for _ in range(2)] == plain
         assert paging.stats().peak_held_bytes > 0
         assert (paging.stats().prefix_hit_tokens > 0) == patching["prefix_cache"]
+
+
+@pytest.mark.parametrize("lengths", [[19], [19, 11], [21, 20]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_a_model_that_ignores_the_cache_writes_the_same_tokens(lengths, options, prefix_cache):
+    model, inputs = foreign(Deaf), tiny_models.prompts(lengths)
+    inputs["input_ids"][:, -19:-3] = inputs["input_ids"][:1, -19:-3]  # computed once for all rows
+    options = {"do_sample": options.get("num_return_sequences", 1) > 1, **options}
+
+    def seeded():
+        torch.manual_seed(3)
+        return text(model, inputs, **options)
+
+    plain = seeded()
+    with kvpager.patch(model, prefix_cache=prefix_cache):
+        assert [seeded(), seeded()] == [plain, plain]
 
 
 def test_generate_takes_a_paged_cache_under_the_name_of_the_release():

@@ -193,7 +193,9 @@ def _alone(model: Any, anatomy: Anatomy, prompt: list[int]) -> Tensor:
     def last(_: Tensor, scores: Tensor) -> Tensor:
         return torch.full_like(scores, -torch.inf).index_fill(1, ids[0, -1:], 0.0)
 
-    options: dict[str, Any] = {CACHE_NAMES[0]: plain_cache(model)}
+    options: dict[str, Any] = {}
+    if anatomy.cache_name == CACHE_NAMES[0]:  # `generate` refuses an argument that forward lacks
+        options[CACHE_NAMES[0]] = plain_cache(model)
     output = plain.generate(
         ids[:, :-1],
         attention_mask=torch.ones_like(ids[:, :-1]),
