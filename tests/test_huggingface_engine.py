@@ -511,7 +511,7 @@ def test_eight_bits_hold_twice_the_tokens(llama):
 
 
 def test_too_little_memory_for_a_block_says_so(llama):
-    with pytest.raises(KVPagerError, match="set memory to more"):
+    with pytest.raises(KVPagerError, match="Raise memory to at least"):
         Engine(llama, memory=100)
 
 
