@@ -25,9 +25,11 @@ def lines(path: Path) -> Iterator[bytes]:
     """
     total = 0
     with _open(path) as file:
+        is_packed = path.suffix == ".gz"
+        read = gzip.GzipFile(fileobj=file, mode="rb").readline if is_packed else file.readline
         for number in count(1):
             try:
-                line = file.readline(LINE_BYTES_MAX + 1)
+                line = read(LINE_BYTES_MAX + 1)
             except (EOFError, zlib.error) as error:
                 raise ValueError(f"{path}: {error}") from None
             if not line:
@@ -50,17 +52,4 @@ def _open(path: Path) -> io.BufferedIOBase:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f"{path}: expected a regular file. Save the text to one first.")
-    file = os.fdopen(descriptor, "rb")
-    return _Unpacked(file) if path.suffix == ".gz" else file
-
-
-class _Unpacked(gzip.GzipFile):
-    """A gzipped file that closes the file below with it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._below = file
-        super().__init__(fileobj=file, mode="rb")
-
-    def close(self) -> None:
-        super().close()
-        self._below.close()
+    return os.fdopen(descriptor, "rb")
