@@ -189,6 +189,18 @@ class Books:
             raise
         self._change.end()
 
+    def _reserve_more(self, rows: Int64, num_columns: Int64) -> None:
+        """Make room for longer tables of these rows, a change of its own."""
+        if not np.count_nonzero(self._rows.tables.spans[rows] < num_columns):
+            return
+        self._change.begin()
+        try:
+            self._rows.tables.reserve(rows, num_columns)
+        except MemoryError:  # which comes before anything is replaced
+            self._change.end()
+            raise
+        self._change.end()
+
     def _refuse_beyond_pool(self, count: int) -> None:
         """Refuse what can never be had, before room is made to note it."""
         pool = self._pool

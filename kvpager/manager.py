@@ -30,7 +30,8 @@ from kvpager.errors import OutOfBlocks, SequenceSwapped
 from kvpager.eviction import EvictionPolicy
 from kvpager.plan import NO_COPIES, Plan, Step, Tier
 from kvpager.radix import Match
-from kvpager.sequences import Prompt, Sequence, listed, ranks
+from kvpager.ragged import ranks
+from kvpager.sequences import Prompt, Sequence, listed
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -177,7 +178,7 @@ class BlockManager(Capacity):
         times = 1 if count is None else arguments.count("count", count, at_least=1, at_most=2**16)
         with self._lock, self._change:
             rows, parent = self._rows, self._resident_row(sequence)
-            self._reserve(0, times)
+            self._reserve(rows.num_blocks(parent), times)
             num_cached = int(rows.committed[parent])
             next_rows = rows.free_rows[: -times - 1 : -1]
             children = [
@@ -262,7 +263,8 @@ class BlockManager(Capacity):
         total = num_new * len(rows) if isinstance(num_new, int) else int(num_new.sum())
         num_taken = len(leaving) + total_fresh
         self._refuse_beyond_pool(num_taken)
-        self._reserve((longest + mask) >> shift, 0)
+        if len(growing):
+            self._reserve_more(rows[growing], (ends[growing] + mask) >> shift)
 
         copies = np.empty((len(leaving), 2), np.int32) if len(leaving) else NO_COPIES
         step = Step(np.empty(total, np.int64), copies, self._fences.ticket(copies))
@@ -276,7 +278,8 @@ class BlockManager(Capacity):
             if len(growing):
                 many = num_fresh[growing]
                 columns = np.repeat(filled[growing], many) + ranks(many)
-                table.tables[np.repeat(rows[growing], many), columns] = fresh
+                tables = table.tables
+                tables.data[np.repeat(tables.starts[rows[growing]], many) + columns] = fresh
         if isinstance(num_new, int) and num_new == 1:
             tails[growing] = fresh if len(growing) else NO_BLOCKS
             np.multiply(tails, size, out=step.slots, dtype=np.int64)
@@ -299,7 +302,7 @@ class BlockManager(Capacity):
     ) -> tuple[Int64, Int32]:
         """Who is about to write into a block it does not own alone, and all rows' last blocks."""
         table, pool = self._rows.tables, self._pool
-        tails = table.ravel().take(rows * table.shape[1] + columns, mode="clip")
+        tails = table.data.take(table.starts[rows] + columns, mode="clip")
         index = tails.astype(np.intp)
         shared = pool.refs.take(index, mode="clip") > 1
         shared |= pool.cached.take(index, mode="clip")
@@ -318,7 +321,8 @@ class BlockManager(Capacity):
     def _leave(self, rows: Int64, columns: Int64, tails: Int32, taken: Int32, step: Step) -> None:
         """Give each row its own copy of the shared block it is about to write into."""
         step.copies[:, 0], step.copies[:, 1] = tails, taken[: len(tails)]
-        self._rows.tables[rows, columns] = step.copies[:, 1]
+        tables = self._rows.tables
+        tables.data[tables.starts[rows] + columns] = step.copies[:, 1]
         self._pool.ids[step.copies[:, 1]] = self._pool.ids[tails]
         blocks, times = np.unique(tails, return_counts=True)
         self._copied(step.copies, step.ticket)
@@ -433,7 +437,7 @@ class BlockManager(Capacity):
             table.twins[row] = False
         if position < end and node is not None:
             node, is_twin = index.publish(
-                node, position, table.tables[row, position:end], who.contents
+                node, position, table.tables.part(row, position, end), who.contents
             )
             table.twins[row] |= is_twin
         table.nodes[row], table.published[row] = node, end
@@ -461,7 +465,8 @@ class BlockManager(Capacity):
         rows = self._rows
         keep = -(-length // self.block_size)
         dropped = rows.blocks(row)[keep:].copy()
-        rows.tables[row, keep : rows.num_blocks(row)] = -1
+        rows.blocks(row)[keep:] = -1
+        rows.tables.trim(row, keep)
         gone = int(rows.lengths[row]) - length
         rows.lengths[row] = length
         for column in (rows.known, rows.committed):
@@ -500,8 +505,8 @@ class BlockManager(Capacity):
         moved = (firsts > table.first_blocks[rows]).nonzero()[0]
         for row, first in zip(rows[moved].tolist(), firsts[moved].tolist(), strict=True):
             behind = slice(int(table.first_blocks[row]), first)
-            blocks = table.tables[row, behind].copy()
-            table.tables[row, behind] = -1
+            blocks = table.blocks(row)[behind].copy()
+            table.blocks(row)[behind] = -1
             table.first_blocks[row] = first
             # What lacks its front cannot be offered, nor go on where it was.
             table.known[row] = table.published[row] = 0

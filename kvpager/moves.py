@@ -69,10 +69,10 @@ def replace(table: SequenceTable, rows: Int64, old: Int32, new: Int32) -> None:
         return
     order = np.argsort(old)
     keys, values = old[order], new[order]
-    width = int(-(-table.lengths[rows].max() // table.block_size))
-    part = table.tables[rows, :width]
-    at = np.minimum(np.searchsorted(keys, part), len(keys) - 1)
-    table.tables[rows, :width] = np.where(keys[at] == part, values[at], part)
+    places, _ = table.places(rows)
+    entries = table.tables.data[places]
+    at = np.minimum(np.searchsorted(keys, entries), len(keys) - 1)
+    table.tables.data[places] = np.where(keys[at] == entries, values[at], entries)
 
 
 def hand_over(source: BlockPool, target: BlockPool, leaving: Leaving, arrived: Int32) -> None:
@@ -92,9 +92,7 @@ def owners(table: SequenceTable, rows: list[int], leaving: Leaving, quotas: Quot
 
 def _entries(table: SequenceTable, rows: Int64) -> tuple[Int32, Int64]:
     """All table entries of `rows` but the empty ones, and the column of each."""
-    if not len(rows):
-        return np.empty(0, np.int32), np.empty(0, np.int64)
-    width = int(-(-table.lengths[rows].max() // table.block_size))
-    part = table.tables[rows, :width]
-    at = np.nonzero(part != NO_BLOCK)
-    return part[at], at[1]
+    places, columns = table.places(rows)
+    entries = table.tables.data[places]
+    is_block = entries != NO_BLOCK
+    return entries[is_block], columns[is_block]

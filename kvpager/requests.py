@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kvpager import arguments
 from kvpager.errors import BrokenInvariant
 from kvpager.plan import Reason
+from kvpager.ragged import Ragged
 from kvpager.sequences import Sequence
 
 Int32 = NDArray[np.int32]
@@ -126,7 +127,7 @@ class Samples:
         self.generated: Int32 = np.zeros(0, np.int32)
         self.limits: Int32 = np.zeros(0, np.int32)
         self.behind: Int32 = np.zeros(0, np.int32)  # who computes what it begins with, or NOBODY
-        self.history: Int32 = np.zeros((0, 8), np.int32)  # tokens generated, the pending one last
+        self.history = Ragged(0)  # tokens generated, the pending one last
         self.handles: list[Sequence | None] = []
         self.owners: list[Live | None] = []
         self._free: list[int] = []
@@ -154,7 +155,8 @@ class Samples:
         for column in (self.lengths, self.computed, self.generated, self.limits, self.behind):
             column[number] = column[parent]
         count = int(self.generated[parent])
-        self.history[number, :count] = self.history[parent, :count]
+        self.history.reserve_row(number, count)
+        self.history.row(number)[:count] = self.history.row(parent)[:count]
         self.handles[number] = handle
         return number
 
@@ -169,8 +171,7 @@ class Samples:
         count = len(self.owners)
         for name in ("lengths", "computed", "pending", "generated", "limits", "behind"):
             setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more, np.int32)]))
-        wider = np.zeros((more, self.history.shape[1]), np.int32)
-        self.history = np.concatenate([self.history, wider])
+        self.history.add_rows(more)
         self.handles.extend([None] * more)
         self.owners.extend([None] * more)
         self._free.extend(range(count + more - 1, count - 1, -1))
@@ -182,7 +183,8 @@ class Samples:
         self._free.append(number)
 
     def drop(self, number: int) -> None:
-        """End a sample. O(1)."""
+        """End a sample. Amortised O(1)."""
+        self.history.release(number)
         self.owners[number] = self.handles[number] = None
         self._ended.append(number)
 
@@ -207,13 +209,12 @@ class Samples:
 
     def extend(self, numbers: Int32, tokens: Int32) -> None:
         """Each of these samples goes on with a token. O(numbers)."""
-        counts = self.generated[numbers]
-        width = self.history.shape[1]
-        if int(counts.max(initial=0)) >= width:
-            self.history = np.concatenate([self.history, np.zeros_like(self.history)], axis=1)
-        self.history[numbers, counts] = tokens
-        self.generated[numbers] = counts + 1
-        self.pending[numbers] = tokens
+        index = numbers.astype(np.intp)
+        counts = self.generated[index]
+        self.history.reserve(index, counts + 1)
+        self.history.data[self.history.starts[index] + counts] = tokens
+        self.generated[index] = counts + 1
+        self.pending[index] = tokens
 
     def owner(self, number: int) -> Live:
         """Whose sample it is."""
@@ -237,14 +238,15 @@ class Samples:
         prompt = self.owner(number).prompt
         if stop <= len(prompt):
             return prompt[start:stop]
-        late = self.history[number, max(start - len(prompt), 0) : stop - len(prompt)]
+        late = self.history.row(number)[max(start - len(prompt), 0) : stop - len(prompt)]
         return np.concatenate([prompt[start:], late])
 
     def num_common(self, one: int, other: int) -> int:
         """How many leading known tokens two samples of a request have in common. O(tokens)."""
         num_prompt = len(self.owner(one).prompt)
         count = min(self.num_known(one), self.num_known(other)) - num_prompt
-        differs = (self.history[one, :count] != self.history[other, :count]).nonzero()[0]
+        mine, theirs = self.history.row(one)[:count], self.history.row(other)[:count]
+        differs = (mine != theirs).nonzero()[0]
         return num_prompt + (int(differs[0]) if len(differs) else count)
 
     def check(self, lives: Iterable[Live]) -> None:

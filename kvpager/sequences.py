@@ -2,7 +2,7 @@
 
     row        0      1      2          a handle names (row, generation); `free` raises the row's
     lengths   33     16      -          generation, so every old handle of the row is refused
-    tables    4 7 2  7       -          block ids in logical order
+    tables    4 7 2  7       -          block ids in logical order, see `kvpager.ragged`
 
 In a table, -1 is "no block" and -2 - h is block h of the host. One decode step for a whole batch
 is then a handful of vector operations, whatever its size. The order of a row's counts is always
@@ -22,6 +22,7 @@ from kvpager.contents import NO_CONTENTS, Contents
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plan import NO_COPIES
 from kvpager.radix import Node
+from kvpager.ragged import Ragged, ranks
 
 if TYPE_CHECKING:
     from kvpager.views import Views
@@ -153,7 +154,7 @@ class SequenceTable:
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.tables: Int32 = np.empty((0, 4), np.int32)
+        self.tables = Ragged(NO_BLOCK)
         for name, dtype in self.COLUMNS.items():
             setattr(self, name, np.zeros(0, dtype))
         self.list_columns()
@@ -169,22 +170,25 @@ class SequenceTable:
     # ---------------------------------------------------------------- rows come and go
 
     def reserve(self, num_columns: int, num_rows: int = 1) -> None:
-        """Make room for `num_rows` more rows of `num_columns` blocks. O(1) but when it grows."""
-        rows, width = self.tables.shape
+        """Make room for `num_rows` more rows of `num_columns` blocks. Amortised O(blocks)."""
         missing = num_rows - len(self.free_rows)
-        if missing <= 0 and num_columns <= width:
-            return
-        more = max(missing, 8, rows) if missing > 0 else 0
-        wider = max(num_columns, 2 * width) if num_columns > width else width
-        tables = np.full((rows + more, wider), NO_BLOCK, np.int32)
-        tables[:rows, :width] = self.tables
+        if missing > 0:
+            self._add_rows(max(missing, 8, len(self.prompts)))
+        if num_rows == 1:
+            self.tables.reserve_row(self.free_rows[-1], num_columns)
+        else:
+            rows = np.array(self.free_rows[-num_rows:], np.int64)
+            self.tables.reserve(rows, np.full(num_rows, num_columns))
+
+    def _add_rows(self, more: int) -> None:
+        rows = len(self.prompts)
         columns = {
             name: np.concatenate([getattr(self, name), np.zeros(more, dtype)])
             for name, dtype in self.COLUMNS.items()
         }
+        self.tables.add_rows(rows + more - len(self.tables))
         vars(self).update(columns)  # all were made, so nothing can fail half-way
         self.list_columns()
-        self.tables = tables
         self.prompts.extend([None] * more)
         self.nodes.extend([None] * more)
         self.free_rows.extend(range(rows + more - 1, rows - 1, -1))
@@ -201,8 +205,10 @@ class SequenceTable:
         """Begin the next free row, one reserved, with these blocks. O(blocks)."""
         row = self.free_rows.pop()
         self.prompts[row] = prompt
-        self.tables[row, : len(shared)] = shared
-        self.tables[row, len(shared) : len(shared) + len(fresh)] = fresh
+        self.tables.trim(row, len(shared) + len(fresh))  # a call that was refused may have had more
+        table = self.tables.row(row)
+        table[: len(shared)] = shared
+        table[len(shared) : len(shared) + len(fresh)] = fresh
         self.lengths[row] = length
         self.committed[row] = committed
         self.known[row] = known
@@ -212,7 +218,7 @@ class SequenceTable:
         row = self.free_rows.pop()
         self.prompts[row], self.nodes[row] = self.prompts[parent], self.nodes[parent]
         num_blocks = self.num_blocks(parent)
-        self.tables[row, :num_blocks] = self.tables[parent, :num_blocks]
+        self.tables.row(row)[:num_blocks] = self.tables.row(parent)[:num_blocks]
         for column in self._columns:
             column[row] = column[parent]
         self.num_special += self._is_special(row)
@@ -221,7 +227,7 @@ class SequenceTable:
     def drop(self, row: int) -> None:
         """End the row's life: its handles are stale from now on. O(row's blocks)."""
         self.num_special -= self._is_special(row)
-        self.tables[row, : self.num_blocks(row)] = NO_BLOCK
+        self.tables.release(row)
         for column in self._columns:
             column[row] = 0
         self.generations[row] += 1
@@ -251,7 +257,11 @@ class SequenceTable:
 
     def blocks(self, row: int) -> Int32:
         """The row's table, a view: device blocks, -1, or -2 - h for host block h."""
-        return self.tables[row, : self.num_blocks(row)]
+        return self.tables.part(row, 0, self.num_blocks(row))
+
+    def places(self, rows: Int64) -> tuple[Int64, Int64]:
+        """Return where in `tables.data` the rows' blocks are, and their columns. O(blocks)."""
+        return self.tables.places(rows, -(-self.lengths[rows] // self.block_size))
 
     def device_blocks(self, row: int) -> Int32:
         """The row's blocks that are on the device."""
@@ -281,7 +291,8 @@ class SequenceTable:
         """Flat slots of `counts` tokens from `starts` on, row by row. O(tokens)."""
         owners = np.repeat(np.arange(len(rows)), counts)
         positions = starts[owners] + ranks(counts)
-        blocks = self.tables[rows[owners], positions // self.block_size]
+        places = self.tables.starts[rows][owners] + positions // self.block_size
+        blocks = self.tables.data[places]
         slots: Int64 = blocks.astype(np.int64) * self.block_size + positions % self.block_size
         return slots
 
@@ -302,12 +313,14 @@ class SequenceTable:
         idle = np.setdiff1d(np.arange(len(self.prompts)), live)
         if sorted(self.free_rows) != idle.tolist():
             raise BrokenInvariant("sequences: the free rows are not those without a prompt")
-        empty = np.ones(self.tables.shape, np.bool_)
+        self.tables.check("sequences", -(-self.lengths // self.block_size))
         for row in live:
-            empty[row, int(self.first_blocks[row]) : self.num_blocks(row)] = False
+            first = int(self.first_blocks[row])
+            if np.any(self.blocks(row)[:first] != NO_BLOCK):
+                raise BrokenInvariant(f"sequence {row}: a block stands before its first one")
+            if np.any(self.blocks(row)[first:] == NO_BLOCK):
+                raise BrokenInvariant(f"sequence {row}: a block is missing")
             self._check_row(row)
-        if np.any((self.tables == NO_BLOCK) != empty):
-            raise BrokenInvariant("sequences: a block stands where none belongs, or is missing")
         if any(getattr(self, name)[idle].any() for name in self.COLUMNS if name != "generations"):
             raise BrokenInvariant("sequences: a row that is not in use is not empty")
         special = np.count_nonzero((self.windows > 0) | (self.drafts > 0))
@@ -319,7 +332,7 @@ class SequenceTable:
         settled, committed = length - int(self.drafts[row]), int(self.committed[row])
         if self.first_blocks[row] > self.num_blocks(row) or (self.first_blocks[row] and known):
             raise BrokenInvariant(f"sequence {row}: offers what lacks its front")
-        if not 0 <= settled <= length or self.num_blocks(row) > self.tables.shape[1]:
+        if not 0 <= settled <= length:
             raise BrokenInvariant(f"sequence {row}: {self.drafts[row]} drafts of {length} tokens")
         if not 0 <= committed <= settled:
             raise BrokenInvariant(f"sequence {row}: {committed} of {settled} tokens committed")
@@ -329,13 +342,6 @@ class SequenceTable:
             raise BrokenInvariant(f"sequence {row}: on the host, and not known as swapped")
         if self.published[row] * self.block_size > min(committed, known):
             raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
-
-
-def ranks(counts: Int64) -> Int64:
-    """[2, 0, 3] -> [0, 1, 0, 1, 2]: each item's place in its own run."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) - np.repeat(ends - counts, counts)
 
 
 def listed(target: Sequence | Batch | Iterable[Sequence]) -> Sequence | Batch | list[Sequence]:

@@ -234,9 +234,10 @@ def _read_rows(
     sizes = [rows.num_blocks(row) for row in rows.live_rows()]
     if len(rows.nodes) != count or min(sizes, default=0) < 0 or sum(sizes) != len(table):
         raise ValueError(f"{len(table)} table entries for sequences of {sum(sizes)} blocks")
-    rows.tables = np.full((count, max([4, *sizes])), -1, np.int32)
+    rows.tables.add_rows(count)
+    rows.tables.reserve(np.array(rows.live_rows(), np.int64), np.array(sizes, np.int64))
     for row, blocks in zip(rows.live_rows(), np.split(table, np.cumsum(sizes)[:-1]), strict=False):
-        rows.tables[row, : len(blocks)] = blocks
+        rows.tables.row(row)[: len(blocks)] = blocks
     rows.count_special()
 
 

@@ -130,7 +130,7 @@ class Views(Books):
         with self._lock:
             rows, table = self._resolve(named), self._rows
             width = -(-int(table.lengths[rows].max(initial=0)) // self.block_size)
-            tables = table.tables[rows, :width]
+            tables = table.tables.table(rows, width)
             if padding != -1 or table.swapped.any():
                 tables[tables < 0] = padding
             return tables
@@ -144,7 +144,7 @@ class Views(Books):
         with self._lock:
             rows, table = self._resident(named), self._rows
             width = -(-int(table.lengths[rows].max(initial=0)) // self.block_size)
-            return table.tables[rows, :width], table.lengths[rows]
+            return table.tables.table(rows, width), table.lengths[rows]
 
     def slots(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> Int64:
         """Flat slots of tokens `start` to `stop` (default: all), int64 [tokens]. O(tokens).

@@ -791,6 +791,11 @@ def test_stats_count_what_happened() -> None:
     assert manager.stats().total_evicted == 2
 
 
+def put(manager: BlockManager, sequence: Sequence, column: int, block: int) -> None:
+    """Overwrite an entry of a block table."""
+    manager._rows.tables.row(sequence._row)[column] = block
+
+
 BREAK = {
     "refcount": lambda m, s: m._pool.refs.__setitem__(m.block_table(s)[0], 2),
     "evictable count": lambda m, s: setattr(m._pool, "num_evictable", 2),
@@ -803,12 +808,12 @@ BREAK = {
     "committed": lambda m, s: m._rows.committed.__setitem__(s._row, 99),
     "drafts": lambda m, s: m._rows.drafts.__setitem__(s._row, 4),
     "special rows": lambda m, s: setattr(m._rows, "num_special", 3),
-    "hole": lambda m, s: m._rows.tables.__setitem__((s._row, 0), -1),
-    "twice": lambda m, s: m._rows.tables.__setitem__((s._row, 0), m.block_table(s)[1]),
-    "no such block": lambda m, s: m._rows.tables.__setitem__((s._row, 0), 99),
-    "stray": lambda m, s: m._rows.tables.__setitem__((s._row, 3), 1),
+    "hole": lambda m, s: put(m, s, 0, -1),
+    "twice": lambda m, s: put(m, s, 0, m.block_table(s)[1]),
+    "no such block": lambda m, s: put(m, s, 0, 99),
+    "stray": lambda m, s: put(m, s, 3, 1),
     "free row": lambda m, s: m._rows.free_rows.append(s._row),
-    "swapped": lambda m, s: m._rows.tables.__setitem__((s._row, 2), -2),
+    "swapped": lambda m, s: put(m, s, 2, -2),
     "published": lambda m, s: m._rows.published.__setitem__(s._row, 3),
     "knows too much": lambda m, s: m._rows.known.__setitem__(s._row, 16),
     "other tokens": lambda m, s: m._pool.ids.__setitem__((m.block_table(s)[0], 0), 55),

@@ -106,7 +106,7 @@ MUTANTS = (
         "leave a freed row's table",
         _COUNTS,
         "kvpager.sequences",
-        "self.tables[row, : self.num_blocks(row)] = NO_BLOCK",
+        "self.tables.release(row)",
         "pass",
     ),
     Mutant(
@@ -275,8 +275,8 @@ MUTANTS = (
         "slide a block too far",
         _READS_BACK,
         "kvpager.manager",
-        "table.tables[row, behind].copy()",
-        "table.tables[row, behind].copy()[:-1]",
+        "table.blocks(row)[behind].copy()",
+        "table.blocks(row)[behind].copy()[:-1]",
     ),
     Mutant(
         "offer a sequence that lost its front",
