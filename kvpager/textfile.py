@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import IO
 
 LINE_BYTES_MAX = 16 * 2**20
 TEXT_BYTES_MAX = 2**30  # unpacked
