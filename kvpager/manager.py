@@ -202,12 +202,18 @@ class BlockManager(Capacity):
         named = listed(sequences)
         arguments.flag("publish", publish)
         with self._lock, self._change:
-            rows = self._resident(named) if publish else self._resolve(named)
-            self._change.begin()
             if publish:
+                rows = self._resident(named)
+                self._change.begin()
                 self._commit(rows, self._rows.lengths[rows] - self._rows.drafts[rows])
                 self._index.settle()
-            for row in rows.tolist():
+                numbers = rows.tolist()
+            else:
+                # A plain number is faster than an array of one.
+                one = self._row(named) if isinstance(named, Sequence) else None
+                numbers = self._resolve(named).tolist() if one is None else [one]
+                self._change.begin()
+            for row in numbers:
                 self._release(self._rows.device_blocks(row))
                 if self._rows.swapped[row]:
                     self._host.release(self._rows.host_blocks(row))
