@@ -61,8 +61,14 @@ _SM_90: _Rows = (
     (4, 256, Tile(16, 16, 8, 3), Tile(16, 16, 8, 2)),
     (4, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
 )
+# Triton 3.6 needs more registers there to convert eight bits.
+_SM_100: _Rows = (
+    (1, 64, Tile(16, 64, 4, 4), Tile(64, 32, 8, 3)),
+    (1, 128, Tile(16, 32, 4, 5), Tile(64, 16, 8, 3)),
+    *_SM_90[2:],
+)
 _SM_80: _Rows = (
-    (1, 64, Tile(16, 64, 4, 4), Tile(64, 64, 4, 2)),
+    (1, 64, Tile(16, 64, 4, 4), Tile(32, 64, 4, 2)),
     (1, 128, Tile(16, 32, 4, 4), Tile(64, 32, 8, 3)),
     (1, 256, Tile(16, 32, 4, 3), Tile(32, 32, 8, 2)),
     (1, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
@@ -122,13 +128,17 @@ def tiles_for(target: Target, element_bytes: int, head_dim: int, group: int) -> 
 
 def masked(tile: Tile) -> Tile:
     """The tile for a call with a mask, whose scores take twice the registers. O(1)."""
-    return tile._replace(tokens=min(tile.tokens, 16 if tile.lines > LINES_MIN else 32))
+    if tile.lines <= LINES_MIN:
+        return tile._replace(tokens=min(tile.tokens, 32))
+    return tile._replace(tokens=min(tile.tokens, 16), warps=max(tile.warps, 8))
 
 
 def _rows(capability: int) -> _Rows:
     if capability in (0, AMD):
         return _AMD if capability else _INTERPRETED
-    if capability in (90, 100, 103):
+    if capability in (100, 103):
+        return _SM_100
+    if capability == 90:
         return _SM_90
     return _SM_80 if capability in (80, 87) else _SMALL
 
