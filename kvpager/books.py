@@ -181,12 +181,9 @@ class Books:
 
     def _reserve(self, num_columns: int, num_rows: int = 1) -> None:
         """Make room in the block tables, a change of its own. O(1) but when they grow."""
-        rows = self._rows
-        if num_rows <= len(rows.free_rows) and num_columns <= rows.tables.shape[1]:
-            return
         self._change.begin()
         try:
-            rows.reserve(num_columns, num_rows)
+            self._rows.reserve(num_columns, num_rows)
         except MemoryError:  # which comes before anything is replaced
             self._change.end()
             raise
