@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
+from heapq import heapify, heappop, heapreplace
 
 from kvpager import arguments
 from kvpager.arguments import SECONDS_MAX
@@ -82,22 +83,28 @@ class Order(ABC):
                 raise BrokenInvariant("order: a queue is not in order, or has one that runs")
 
     def waiting(self) -> Iterator[Live]:
-        """The waiting ones by rank, which may change and be removed meanwhile. O(queues) each."""
+        """Yield the waiting requests by rank. O(queues), then O(log queues) each.
+
+        Meanwhile the one that was yielded may be removed, and the ranks in its queue may change.
+        """
         passed = Counter[str | None]()
-        while True:
-            heads = [
-                (self.rank(queue[passed[name]][1]), name, queue[passed[name]][1])
-                for name, queue in self._queues.items()
-                if passed[name] < len(queue)
-            ]
-            if not heads:
-                return
-            _, name, live = min(heads, key=lambda head: head[0])
+        heads = [
+            (self.rank(queue[0][1]), number, name)
+            for number, (name, queue) in enumerate(self._queues.items())
+        ]
+        heapify(heads)
+        while heads:
+            _, number, name = heads[0]
+            at = passed[name]
+            live = self._queues[name][at][1]
             yield live
             queue = self._queues.get(name, [])
-            at = passed[name]
             if at < len(queue) and queue[at][1] is live:
-                passed[name] += 1
+                at = passed[name] = at + 1
+            if at < len(queue):
+                heapreplace(heads, (self.rank(queue[at][1]), number, name))
+            else:
+                heappop(heads)
 
 
 class Fifo(Order):

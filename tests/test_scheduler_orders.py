@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvpager import Request, Scheduler, StepPlan
 from kvpager.ordering import Fair, Fifo, Order, Priority
 from kvpager.plan import Reason
+from kvpager.requests import Live
 from tests.scheduling import BLOCK_SIZE, Clock, complete, ids, make, request, rows, run, step
 
 
@@ -347,3 +348,22 @@ def test_a_thousand_that_wait_for_one_beginning_do_not_slow_a_plan() -> None:
     scheduler._awaits = counted  # type: ignore[method-assign]
     step(scheduler)
     assert looks <= 33
+
+
+def test_a_fair_order_looks_at_each_tenant_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = [0]
+    rank = Fair.rank
+
+    def counted(self: Fair, live: Live) -> tuple[float, int]:
+        looked[0] += 1
+        return rank(self, live)
+
+    monkeypatch.setattr(Fair, "rank", counted)
+    scheduler = make(num_blocks=400, max_running=64, max_batch_tokens=4096, order="fair")
+    for number in range(200):
+        scheduler.submit(request(number, 4, new=2, tenant=f"t{number}"))
+    looked[0] = 0
+    plan = scheduler.plan()
+    assert plan is not None
+    assert len(plan) == 64
+    assert looked[0] <= 200 + 4 * 64
