@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import accelerate  # noqa: E402
 import tiny_models  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
@@ -246,6 +248,9 @@ def test_rows_may_have_an_adapter_each(beams: int, options: dict[str, Any]) -> N
         check_pools(patch)
 
 
+STEERED = ["pre-hook", "hook", "accelerate's hook", "replaced forward"]
+
+
 @contextlib.contextmanager
 def steered(model: PreTrainedModel, how: str) -> Any:
     """Adds to the hidden states of each row what is meant for its place in the batch."""
@@ -259,6 +264,18 @@ def steered(model: PreTrainedModel, how: str) -> Any:
         handle = layer.register_forward_pre_hook(lambda _, args: (steer(args[0]), *args[1:]))
     elif how == "hook":
         handle = layer.register_forward_hook(lambda _, args, output: steer(output))
+    elif how == "accelerate's hook":
+
+        class Steering(accelerate.hooks.ModelHook):
+            def post_forward(self, module: Any, output: torch.Tensor) -> torch.Tensor:
+                return steer(output)
+
+        accelerate.hooks.add_hook_to_module(layer, Steering())
+        handle = contextlib.nullcontext()
+    elif how == "replaced forward":
+        forward = layer.forward
+        layer.forward = lambda *args, **kwargs: steer(forward(*args, **kwargs))
+        handle = contextlib.nullcontext()
     else:
         of_layer = torch.nn.modules.module.register_module_forward_hook
         handle = of_layer(lambda m, args, output: steer(output) if m is layer else None)
@@ -267,7 +284,7 @@ def steered(model: PreTrainedModel, how: str) -> Any:
 
 
 @pytest.mark.parametrize("options", PATCHES.values(), ids=PATCHES)
-@pytest.mark.parametrize("how", ["pre-hook", "hook", "hook of all modules"])
+@pytest.mark.parametrize("how", [*STEERED, "hook of all modules"])
 def test_rows_under_a_hook_are_neither_merged_nor_split(how: str, options: dict[str, Any]) -> None:
     model, inputs = tiny_models.tiny_model("llama"), tiny_models.prompts([300, 9])
     with steered(model, how):
@@ -285,6 +302,32 @@ def test_hooks_that_transformers_leaves_on_a_model_keep_rows_merged() -> None:
         for _ in range(2):
             tokens(model, inputs, num_beams=3)
         assert patch.stats().prefix_hit_tokens == 39
+
+
+def offloaded(model: PreTrainedModel) -> None:
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def compiled(model: PreTrainedModel) -> None:
+    for module in (model, model.model.layers[0].mlp):
+        module.forward = torch.compile(module.forward, backend="eager")
+
+
+def doubled(self: Any, states: torch.Tensor) -> torch.Tensor:
+    return type(self).forward(self, states) * 2
+
+
+def optimised(model: PreTrainedModel) -> None:
+    """As Liger and the kernels of the Hub do: another function of the same module."""
+    mlp = model.model.layers[0].mlp
+    mlp.forward = types.MethodType(doubled, mlp)
+
+
+@pytest.mark.parametrize("change", [offloaded, compiled, optimised], ids=lambda f: f.__name__)
+def test_a_forward_that_holds_nothing_of_its_own_keeps_rows_merged(change: Any) -> None:
+    model = tiny_models.tiny_model("llama")
+    change(model)
+    assert treats_rows_alike(model)
 
 
 def test_the_report_says_that_a_hook_keeps_prompts_from_being_shared() -> None:

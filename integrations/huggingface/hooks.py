@@ -30,9 +30,36 @@ def treats_rows_alike(model: nn.Module) -> bool:
     notes is no obstacle.
     """
     prepare: Any = vars(model).get("prepare_inputs_for_generation")
-    if prepare is not None and getattr(prepare, "__self__", None) is not model:
+    if prepare is not None and not _is_its_own(prepare, model):
+        return False
+    if not all(map(_keeps_forward, model.modules())):
         return False
     return all(_origin(hook).startswith(_KNOWN) or _only_notes(hook) for hook in _hooks(model))
+
+
+def _keeps_forward(module: nn.Module) -> bool:
+    """True unless a `forward` that is no method of the module's takes the place of its own."""
+    forward: Any = vars(module).get("forward")
+    if forward is None:
+        return True
+    offload: Any = vars(module).get("_hf_hook")
+    if offload is not None:  # accelerate, which calls what was there before
+        forward = vars(module).get("_old_forward", module.forward)
+        hooks = getattr(offload, "hooks", (offload,))
+        if not all(type(hook).__module__.startswith("accelerate.") for hook in hooks):
+            return False
+    return _is_its_own(forward, module)
+
+
+def _is_its_own(method: Any, module: nn.Module) -> bool:
+    """True for a method of `module`, compiled or not, that holds nothing besides."""
+    method = getattr(method, "_torchdynamo_orig_callable", method)
+    function = getattr(method, "__func__", None)
+    if function is None or method.__self__ is not module:
+        return False
+    if function is getattr(type(module), function.__name__, None):
+        return True
+    return _origin(function).startswith(_KNOWN) or not getattr(function, "__closure__", None)
 
 
 def _hooks(model: nn.Module) -> Iterator[Any]:
