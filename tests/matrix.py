@@ -147,7 +147,8 @@ def make(environment: Environment) -> None:
     """Make the environment's folder unless it holds these requirements already."""
     stamp = environment.folder / "ready"
     own = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    wanted = "\n".join([environment.python, *environment.requirements, own])
+    # The folder of the checkout is part of it, since the environment refers to that folder.
+    wanted = "\n".join([str(ROOT), environment.python, *environment.requirements, own])
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return
     if not environment.interpreter.exists():
