@@ -1,6 +1,6 @@
 """No layer makes the host wait for the device: a step's attention is planned from host arrays.
 
-The device is a fake one (`boards.py`) that records every operation that would wait for it. It
+The device is a fake one (`boards.py`) that records every operation that makes the host wait. It
 runs the GPU code for attention, plans included; the plain torch reference replaces the launches.
 """
 
@@ -36,7 +36,7 @@ BLOCK = 16
 
 
 class Planned:
-    """The attention for GPUs on a board: counts the plans made and the calls by each of them."""
+    """The GPU code for attention on a fake device; it notes the plan of each call."""
 
     def __init__(self) -> None:
         self.plans: list[Any] = []
@@ -73,7 +73,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
 
 
 def on_board(model: Any) -> Any:
-    """A copy of the model whose weights are on the board."""
+    """Copy a model to the fake device."""
     model = copy.deepcopy(model)
     for module in model.modules():
         for name, parameter in module._parameters.items():

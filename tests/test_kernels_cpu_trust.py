@@ -47,7 +47,7 @@ def library(folder: Path, copying: Any) -> Path:  # noqa: F811
 
 
 def trusted_by(user: int, libraries: list[str]) -> str:
-    """Which libraries are intact for a process of `user`, as text."""
+    """Tell, as text, which libraries are intact for a process of `user`."""
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom kvpager.kernels.cpu import cache\n"
         f"os.setgroups([])\nos.setgid({user})\nos.setuid({user})\n"

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 
 def variants(what: str) -> Any:
-    """What `kernel_variants.py` counts, in a process where kernels are not interpreted."""
+    """Count with `kernel_variants.py`, in a process where kernels are not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     script = [sys.executable, str(Path(__file__).with_name("kernel_variants.py")), what]

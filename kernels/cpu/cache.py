@@ -191,7 +191,7 @@ _loaded: dict[tuple[int, int], ctypes.CDLL] = {}  # by device and inode
 def _load(library: int) -> ctypes.CDLL:
     """Load an open library."""
     status = os.fstat(library)
-    identity = (status.st_dev, status.st_ino)  # nobody gets it while the file is open
+    identity = (status.st_dev, status.st_ino)  # not given to another file while this one is open
     if identity not in _loaded:
         kept = os.dup(library)
         name = f"/proc/self/fd/{kept}"

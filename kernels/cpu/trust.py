@@ -28,7 +28,7 @@ class Untrusted(KVPagerError):
 
 @contextlib.contextmanager
 def opened_folder(path: Path) -> Iterator[int]:
-    """Open a folder that nobody but this user and root can change or exchange. O(parts).
+    """Open a folder that only this user and root can change or exchange. O(parts).
 
     Every folder above it belongs to this user or to root, and other users cannot write to it
     unless it is sticky. Links count where this user or root made them.
