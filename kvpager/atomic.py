@@ -193,7 +193,7 @@ class Guarded(Protocol):
 def whole(
     method: Callable[Concatenate[_Object, _Arguments], _Result],
 ) -> Callable[Concatenate[_Object, _Arguments], _Result]:
-    """Make a method that consists of several changes one: signals wait for its end."""
+    """Make a method of several changes atomic against signals: handlers run after it."""
 
     @functools.wraps(method)
     def call(self: _Object, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -34,7 +34,7 @@ def run(
         typer.Option(
             metavar="SIZE",
             help="Bound of all pools, such as 4GiB.",
-            show_default="a fraction of free memory",
+            show_default="no bound",
         ),
     ] = None,
     host_memory: Annotated[

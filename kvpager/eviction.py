@@ -234,7 +234,7 @@ class Queues(Generic[T]):
             heapq.heapify(self._fronts)
 
     def relist(self, number: int) -> None:
-        """Look at a queue again that had nothing to give, or no leave to. Amortised O(log n)."""
+        """List a queue again that was empty, or had no allowance. Amortised O(log n)."""
         queue = self._by_number[number]
         first = queue.first()
         if first is not None and first[0] < queue.listed:

@@ -307,7 +307,7 @@ class PrefixIndex:
         count: int,
         allowance: Callable[[int], int] | None = None,
     ) -> int:
-        """Forget `count` idle blocks, from each queue at most its allowance; there are so many.
+        """Forget `count` idle blocks, from each queue at most its allowance. There are enough.
 
         O(count log n): idle tips, lowest rank first. Only when there are no more of those, idle
         blocks inside a run with everything after them, which may be more than asked for.

@@ -229,9 +229,9 @@ class Quotas:
         return not self.limits or (self._accounts[number].is_open and number not in self.opened)
 
     def shortfall(self, pool: BlockPool, fewer: int = 0) -> int:
-        """Return the blocks promised by floors that could not be had, were there `fewer`. O(1).
+        """Return how many promised blocks the pool would lack with `fewer` blocks less. O(1).
 
-        Never above 0 between calls: what would make it so is refused.
+        Never above 0 between calls: calls that would raise it above 0 are refused.
         """
         if not self.limits:
             return 0

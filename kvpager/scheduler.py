@@ -36,8 +36,8 @@ Int64 = NDArray[np.int64]
 class Scheduler(Admission):
     """Continuous batching over the blocks of one manager, which nobody else takes blocks of.
 
-    Not thread-safe: who calls it from several threads locks around it. A signal waits for the end
-    of the call. Where it takes a plan from the caller, `step` has it.
+    Not thread-safe: callers on several threads need a lock. A signal waits for the end of a call.
+    If it interrupts the caller before `plan` returns, `step` has the plan.
 
     Args:
         manager: whose blocks; made without `fences`.
@@ -94,7 +94,7 @@ class Scheduler(Admission):
 
     @property
     def step(self) -> StepPlan | None:
-        """The plan that is under way: for a caller from whom an interrupt took it. O(1)."""
+        """Return the current plan, for a caller whose call of `plan` was interrupted. O(1)."""
         return None if self._step is None else self._step[0]
 
     def _decode(self, draft: Draft) -> None:

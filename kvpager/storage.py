@@ -293,8 +293,8 @@ class BlockStorage:
         """Raise the device tier to `num_blocks`, keeping every byte. O(nbytes).
 
         Old and new tensor exist side by side for a moment. Views and tensors handed out before
-        still show the old storage. On a GPU the copy runs after what every stream was given to
-        write before, and before what they are given later. `ValueError` if that is fewer blocks
+        still show the old storage. On a GPU the copy runs after all writes that are queued on
+        any stream, and before all work that is queued later. `ValueError` if that is fewer blocks
         than now; when memory does not suffice, torch raises and nothing has changed.
         """
         self._resize(arguments.count("num_blocks", num_blocks, at_least=self.num_blocks))

@@ -199,4 +199,5 @@ def test_the_openai_client_gets_transformers_own_replies(
     assert len(pieces) > 2
     printed = server.stop()
     assert "blocks of 16 tokens: " in printed, printed
+    assert "nothing was paged" not in printed, printed
     assert "Traceback" not in printed, printed

@@ -4,11 +4,10 @@
                                                                                │  ▲
                                             finds no room: waits for others to end, or to free
 
-A call that begins claims memory for its rows at their full length, before it holds any. It waits
-while that does not fit beside the claims of the others; alone, it always runs. A call in the middle
-waits, too, if it finds no room, and goes before calls that begin. No call waits for calls that wait
-themselves: of calls that hold blocks and wait for each other, one fails with `OutOfBlocks`, and the
-others go on.
+A new call claims memory for its rows at full length before it takes a block. It waits until that
+fits beside the claims of other calls; a call that is alone runs at once. A running call that finds
+no room waits, too, with priority over new calls. Calls never deadlock: if all calls that hold
+blocks wait, one of them raises `OutOfBlocks` and the others continue.
 """
 
 from __future__ import annotations
@@ -115,8 +114,8 @@ class Calls:
     def wait_for(self, attempt: Callable[[], _T | None]) -> _T | None:
         """Call `attempt` until it returns something, while other calls may give memory back.
 
-        Return None if there is no such call, or none moved for `WAIT_SECONDS_MAX`. Hold the lock;
-        while this waits, other threads have it.
+        Return None if no other call runs, or none computed a step for `WAIT_SECONDS_MAX`. The
+        caller holds the lock; waiting releases it.
         """
         call = self.current() or Call()
         pause, steps, until = _LOOK_SECONDS, -1, 0.0

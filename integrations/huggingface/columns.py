@@ -14,7 +14,8 @@ from kvpager.errors import KVPagerError
 class Announced(NamedTuple):
     """The columns of a prompt, as `generate` hands it to the model.
 
-    A binding one has left rows or columns out. Then a pass that writes others is no use.
+    `is_binding` is true if rows or columns were left out. The result of a pass that writes
+    other columns is then discarded.
     """
 
     rows: int

@@ -249,7 +249,7 @@ class LayerGroup:
     def _distrust(self, announced: Announced, start: int) -> None:
         """Assume nothing about columns from `start` on."""
         if announced.is_binding:
-            raise Unannounced(f"the pass from column {start} on is not the one of {announced}")
+            raise Unannounced(f"the pass from column {start} on does not match {announced}")
         self.padding = np.minimum(self.padding, start)
         self.prompt = self.announced = None
 

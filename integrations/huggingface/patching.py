@@ -215,10 +215,10 @@ def patch(
     Args:
         model: the model to serve; None serves every model of the process.
         memory: the most bytes its pools may reserve, such as `"4GiB"`; None lets them grow as
-            needed and gives the memory back when the last cache is dropped. A pool that grows is
-            there twice for a moment, which is not counted. Calls of several threads wait until
-            their rows, at full length, fit beside those of calls that run; a call that no other
-            one moves for 60 seconds raises `OutOfBlocks`.
+            needed and gives the memory back when the last cache is dropped. While a pool grows,
+            its old and new storage exist together; the bound counts one of them. A call waits
+            until its rows fit, at full length, beside the calls of other threads. It raises
+            `OutOfBlocks` if no other call computes a step for 60 seconds.
         block_size: token slots of a block, a power of two.
         dtype: the dtype keys and values must have; None for the model's own.
         kv_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, with a scale per
@@ -279,14 +279,14 @@ def patch(
 
 
 def unpatch(model: nn.Module | None = None) -> None:
-    """Undo the patches of a model, as their `undo()` would: for a patch whose handle is lost.
+    """Undo every patch of a model. Use it when the handle that `patch` returned is lost.
 
         kvpager.patch(model)
         ...
         kvpager.unpatch(model)
 
     Args:
-        model: what `patch` was given; None undoes the patches of every model, `patch()`.
+        model: the model given to `patch`; None undoes `patch()`, which serves every model.
 
     Does nothing if there is no such patch. Raises: `KVPagerError` if the model is served by
     `patch()` without a model, which cannot be undone for one model alone.

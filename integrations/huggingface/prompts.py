@@ -107,7 +107,7 @@ class PromptCache:
             _reuse(cache, self._homes[model], pool, prompt, padding)
 
     def await_turn(self, model: nn.Module, cache: PagedCache) -> None:
-        """Wait for other calls where memory is short, before the cache holds known blocks."""
+        """Wait for other calls if memory is short, before the cache takes cached blocks."""
         if self._pool(model, cache) is not None:
             cache.memory.await_turn(self._homes[model].kinds[0])
 

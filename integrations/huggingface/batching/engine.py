@@ -375,10 +375,10 @@ class Engine:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """No step is computed inside; requests wait, and may be submitted.
+        """Hold steps inside the `with` block. `submit` still queues requests.
 
-        To change the model's weights, say: so that no step computes with half of the change.
-        Cached prompts are given up afterwards.
+        Use it to change the model's weights, so that no step computes with half of the change.
+        Drops cached prompts afterwards.
         """
         with self._loop.pause():
             try:
@@ -388,7 +388,7 @@ class Engine:
                     self.clear()
 
     def close(self) -> None:
-        """End all requests and the thread; the model's attention is as it was. Idempotent.
+        """Cancel all requests, end the thread and restore the model's attention. Idempotent.
 
         In a forked process, every other call raises `EngineClosed`, and this one does nothing.
         """
@@ -474,14 +474,14 @@ def _submitted() -> Iterator[list[Stream]]:
 def _check_arguments(
     *, packed: Any, compile: Any, prefix_cache: Any, costs: Any, on_step: Any, max_running: Any
 ) -> None:
-    """Refuse what nothing else looks at before the model is computed."""
+    """Refuse invalid arguments before the first forward pass. Raises: `TypeError`, `ValueError`."""
     shown = arguments.shown
     arguments.flag("prefix_cache", prefix_cache)
     arguments.count("max_running", max_running, at_least=1)
     if packed is not None and not isinstance(packed, bool):
         raise TypeError(f"packed {shown(packed)}: expected True, False or None")
     if not isinstance(compile, bool | Mapping):
-        raise TypeError(f"compile {shown(compile)}: expected a bool or torch.compile's arguments")
+        raise TypeError(f"compile {shown(compile)}: expected a bool, or a dict for torch.compile")
     if compile:
         require_no_cuda_graphs({} if compile is True else compile)
     if costs is not None and not isinstance(costs, PreemptionCosts):

@@ -51,7 +51,7 @@ _found: weakref.WeakKeyDictionary[Any, _Found] = weakref.WeakKeyDictionary()
 
 
 def _leave_behind() -> None:
-    """In a fork: the engines of the parent do not run here, and their models are as they were."""
+    """Restore the models of the parent's engines in a forked process, where no engine runs."""
     global _lock
     _lock = threading.Lock()  # the other was perhaps held
     for model, found in list(_found.items()):
@@ -130,7 +130,7 @@ def fit(
 
 
 def _is_right(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: bool) -> bool:
-    """True if rows come out as the model computes each by itself, which it may also fail at."""
+    """True if each row's logits equal those of the row alone; False if the model raises."""
     if is_packed and not anatomy.may_be_packed:
         return False
     try:

@@ -58,7 +58,7 @@ class Reader(NamedTuple):
         Padding is what `masks` hides. Without masks, a tensor is read as `generate` reads it: its
         pad tokens are padding, unless they end texts as well.
 
-        Raises: `TypeError`, `ValueError` for what are no prompts, or may be padded or not.
+        Raises: `TypeError`, `ValueError` for invalid prompts, or for ambiguous padding.
         """
         prompts, masks = self._parts(prompts, masks)
         if isinstance(prompts, str):

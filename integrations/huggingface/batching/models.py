@@ -121,8 +121,8 @@ def _logits(model: Any, inner: Any) -> Tensor:
 def refuse_spread(model: Any) -> None:
     """Raise `KVPagerError` for a model whose forward pass several processes compute together.
 
-    Each process has an engine of its own, and those do not agree on an order of requests: the
-    collective operations of unlike steps would meet. O(parameters).
+    Each process has its own engine, and the engines may order requests differently. Collective
+    operations of different steps would then be mixed up. O(parameters).
     """
     how = _spread(model)
     if how is not None:

@@ -11,8 +11,8 @@ from kvpager.stats import Stats
 class EngineStats(NamedTuple):
     """A moment's counts.
 
-    `model_changes` counts how often the engine found the model's weights, hooks or settings
-    changed, and gave cached prompts up. `unshared` says why no prompts are shared now.
+    `model_changes` counts changes of the model's weights, hooks or settings; each dropped the
+    cached prompts. `unshared` is the reason why no prompts are shared now, or None.
     """
 
     scheduler: SchedulerStats

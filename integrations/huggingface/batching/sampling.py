@@ -146,7 +146,7 @@ class Policy:
         if settings.max_length <= prompt_length:
             raise ValueError(
                 f"the prompt has {prompt_length} tokens, and max_length={settings.max_length}: "
-                "raise max_length, or set max_new_tokens"
+                "shorten the prompt, raise max_length, or set max_new_tokens"
             )
         further, criteria = self._further
         processors = model._get_logits_processor(
@@ -182,7 +182,7 @@ class Policy:
 
 
 def _check_overrides(overrides: dict[str, Any]) -> None:
-    """Refuse single settings that mean nothing here, where a caller waits for what they ask."""
+    """Refuse settings that have no effect in an engine. Raises: `ValueError`."""
     if overrides.get("max_new_tokens") is not None:
         arguments.count("max_new_tokens", overrides["max_new_tokens"], at_least=1)
     for name in _GIVES_NOTHING & overrides.keys():

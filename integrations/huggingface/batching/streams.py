@@ -89,7 +89,7 @@ class Mailbox:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock. In a fork, what had ended is read without; the rest is `EngineClosed`."""
+        """Hold the lock. In a fork, skip it for ended requests; raise `EngineClosed` for others."""
         if not self._process.is_current:
             if not self.is_done:
                 self._process.refuse_fork()
@@ -265,8 +265,6 @@ class Stream:
         """
         if timeout is not None:
             timeout = arguments.seconds("timeout", timeout)
-        if timeout is not None:
-            arguments.seconds("timeout", timeout)
         self._mailbox.wait(timeout)
         return self._outcome()
 
@@ -285,10 +283,10 @@ class Stream:
         return self._mailbox.output
 
     def text(self) -> TextStream:
-        """Return the text from where reading stopped, as an iterable of pieces: `for`, `async for`.
+        """Return an iterable of text pieces, for `for` and `async for`.
 
-        A piece ends with a whole character, and special tokens are left out. Joined, the pieces
-        are `Output.text`, where tokens spell valid UTF-8.
+        Iteration resumes where reading stopped. Every piece ends with a whole character. Special
+        tokens are left out. The joined pieces equal `Output.text` if the tokens are valid UTF-8.
 
         Raises: `ValueError` for an engine without a tokenizer, or several samples. Iterating
         raises as `result`, after the last piece.
