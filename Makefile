@@ -1,7 +1,7 @@
 # `make` lists the targets. Needs Python 3.11 or newer with pip, and bash; everything else lands in .venv.
 #
-#   PYTHON=...   the Python that .venv is made from (default: the first of python3, python3.12, python3.11
-#                that is 3.11 or newer)
+#   PYTHON=...   the Python that .venv is made from (default: the first of python3, python3.13, python3.12,
+#                python3.11 that is 3.11 or newer)
 #   GPU_PYTHON=...  the Python that `make gpu` uses (default: python3)
 #   MINUTES=...  for the benchmarks of `make gpu` (default: 6, so that all of it fits ten)
 #   ARGS=...     further arguments for `make demo`, `make bench`, `make gpu`, `make conformance`
@@ -12,7 +12,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types tests conformance matrix simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
 
-PYTHON ?= python3 python3.12 python3.11
+PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
 MINUTES ?= 6
 ARGS ?=

@@ -346,7 +346,7 @@ def _one_line_errors() -> Iterator[None]:
     except BadInput as error:
         raise _fail(str(error)) from None
     except OutOfBlocks as error:
-        raise _fail(f"out of blocks: {error}") from None
+        raise _fail(str(error)) from None
     except ImportError as error:
         if "transformers" not in str(error):
             raise

@@ -17,9 +17,9 @@ import kvpager
 
 # First and last version, both included, that kvpager is made for; None for any.
 SUPPORTED: dict[str, tuple[str, str] | None] = {
-    "python": ("3.11", "3.12"),
-    "torch": ("2.11", "2.13"),
-    "transformers": ("5.17", "5.23"),
+    "python": ("3.11", "3.13"),
+    "torch": ("2.11", "2.14"),
+    "transformers": ("5.17", "5.24"),
     "triton": ("3.6", "3.9"),
     "numpy": None,
 }

@@ -284,7 +284,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "96KiB"], "kvpager: scenario (a), out of blocks: need "),
+        (["--memory", "96KiB"], "kvpager: scenario (a): KV cache out of memory: "),
+        (["--memory", "1KiB"], "kvpager: memory='1KiB': one block of 16 tokens takes "),
         (["--new-tokens", "4000"], "the model has 4096 positions"),
         (["--prompt", "x" * 4096], "but the model has room for"),
     ],

@@ -561,7 +561,7 @@ def test_no_bound_is_refused_in_which_a_block_fits(name: str) -> None:
 def test_a_process_wide_bound_below_one_block_fails_at_its_first_use() -> None:
     with (
         kvpager.patch(memory=8),
-        pytest.raises(kvpager.OutOfBlocks, match=r"memory=8 B allows 0. Raise memory to 8.1 KiB"),
+        pytest.raises(kvpager.OutOfBlocks, match=r"memory=8 B allows 0. Raise memory to 8.0 KiB"),
     ):
         tokens(llama(), tiny_models.prompts([5]))
 
@@ -576,6 +576,19 @@ def test_the_memory_that_an_error_asks_for_is_enough() -> None:
     assert asked is not None
     with kvpager.patch(llama(), memory=asked[1]):
         generate(llama(), ids, max_new_tokens=1)
+
+
+def test_the_memory_that_an_error_asks_for_is_enough_for_the_whole_reply() -> None:
+    ids = long_prompt()[:, :19]
+    with (
+        kvpager.patch(llama(), memory=2 * _block_bytes()),
+        pytest.raises(kvpager.OutOfBlocks) as raised,
+    ):
+        generate(llama(), ids, max_new_tokens=64, min_new_tokens=64)
+    asked = re.search(r"Raise memory to (.*iB) or set", str(raised.value))
+    assert asked is not None
+    with kvpager.patch(llama(), memory=asked[1]):
+        generate(llama(), ids, max_new_tokens=64, min_new_tokens=64)
 
 
 def test_free_blocks_of_a_pool_in_use_go_to_another_that_needs_them() -> None:

@@ -15,6 +15,7 @@ from cache_name import NAME, cache_of, passing
 from transformers import LlamaForCausalLM
 
 import kvpager
+from kvpager.environment import SUPPORTED
 from kvpager.errors import KVPagerError, UntestedReleaseWarning
 from kvpager.integrations.huggingface import releases
 
@@ -219,7 +220,12 @@ def test_the_newest_tested_release_is_told_everywhere_alike():
     pinned = re.search(r"^transformers==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.M)
     assert pinned is not None
     assert pinned[1] == releases.NEWEST_TESTED
-    assert f"transformers 5.17-{releases.NEWEST_TESTED}" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for name, title in (("python", "Python"), ("torch", "torch"), ("transformers", "transformers")):
+        bounds = SUPPORTED[name]
+        assert bounds is not None
+        assert f"{title} {bounds[0]}-{bounds[1]}" in readme
+    assert SUPPORTED["transformers"] == ("5.17", releases.NEWEST_TESTED)
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])

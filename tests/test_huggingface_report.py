@@ -193,6 +193,22 @@ def test_the_report_names_a_cache_that_the_caller_brought() -> None:
         assert "not paged: 1 call with StaticCache" in patch.report()
 
 
+class OfTheCaller(transformers.StaticCache):
+    pass
+
+
+def test_the_report_tells_a_callers_cache_from_the_probe_of_an_engine() -> None:
+    model = tiny_models.tiny_model("llama")
+    own = OfTheCaller(config=model.config, max_cache_len=64)
+    with kvpager.patch() as patch:
+        with kvpager.Engine(model, memory="8MiB"):
+            pass
+        assert "not paged" not in patch.report()
+        generate(model, [20], **{CACHE_NAMES[0]: own})
+        report = patch.report()
+    assert "not paged: 1 call with OfTheCaller, a cache passed by the caller" in report
+
+
 def test_the_report_names_bare_forward_passes_where_prompts_are_kept() -> None:
     model = tiny_models.tiny_model("llama")
     with kvpager.patch(model, prefix_cache=True) as patch, torch.no_grad():

@@ -460,9 +460,13 @@ def _note_unserved(serving: Patch, generation_config: Any, cache: Any, mode: Any
     if generation_config.use_cache is False:
         serving.memory.note_unserved("not paged: use_cache=False")
     elif not isinstance(own, PagedCache):
+        name, home = type(own).__name__, type(own).__module__.partition(".")[0]
         named = generation_config.cache_implementation
-        what = type(own).__name__ if named is None else f"cache_implementation={named!r}"
-        serving.memory.note_unserved(f"not paged: {what}, a cache of transformers' own")
+        if home == "transformers":
+            what = name if named is None else f"cache_implementation={named!r}"
+            serving.memory.note_unserved(f"not paged: {what}, a cache of transformers' own")
+        elif home != "kvpager":  # an engine's probe compares with a plain cache
+            serving.memory.note_unserved(f"not paged: {name}, a cache passed by the caller")
     elif serving.prompts is not None and mode == GenerationMode.ASSISTED_GENERATION:
         is_lookup = generation_config.prompt_lookup_num_tokens is not None
         what = "prompt lookup" if is_lookup else "assisted decoding"

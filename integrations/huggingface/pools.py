@@ -404,7 +404,8 @@ class PagedPool:
             message += "and the device has no room. Drop a cache that is no longer needed"
         else:
             others = memory.reserved_bytes - self.reserved_bytes
-            needed = max(others + (stats.num_held + need) * num_bytes, memory.bound + num_bytes)
+            blocks = max(stats.num_held + need, self._blocks_of_call())
+            needed = max(others + blocks * num_bytes, (memory.bound // num_bytes + 1) * num_bytes)
             message += f"{memory.bound_as_given()} allows {memory.bound // num_bytes}"
             if stats.num_held:
                 message += f", {stats.num_held} in use"
@@ -415,6 +416,13 @@ class PagedPool:
         else:
             message += "." if self.host is not None else " or set host_memory= to offload."
         return OutOfBlocks(need, *room, tier=memory.tier, advice=message, message=message)
+
+    def _blocks_of_call(self) -> int:
+        """Return how many blocks this thread's call takes at full length; 0 if not known. O(1)."""
+        call = self.memory.calls.current()
+        if call is None:
+            return 0
+        return call.num_rows * -(-call.num_columns // self.memory.block_size)
 
     def _copy(self, copies: NDArray[np.int32]) -> None:
         if len(copies):

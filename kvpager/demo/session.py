@@ -200,12 +200,7 @@ def _without_cache(call: Generated) -> Generated:
 def generate_paged(engine: Engine, scenario: Scenario) -> tuple[list[Generated], Paged]:
     """The scenario with kvpager, and what that takes."""
     settings = engine.settings
-    with kvpager.patch(
-        engine.model,
-        memory=settings.memory,
-        block_size=settings.block_size,
-        prefix_cache=scenario.prefix_cache,
-    ) as patch:
+    with _patched(engine, prefix_cache=scenario.prefix_cache) as patch:
         done: list[Generated] = []
         figures: list[CallFigures] = []
         for prompts in scenario.calls:
@@ -223,6 +218,19 @@ def generate_paged(engine: Engine, scenario: Scenario) -> tuple[list[Generated],
             seconds=sum(call.seconds for call in done),
         )
         return [_without_cache(call) for call in done], paged
+
+
+def _patched(engine: Engine, *, prefix_cache: bool) -> kvpager.Patch:
+    settings = engine.settings
+    try:
+        return kvpager.patch(
+            engine.model,
+            memory=settings.memory,
+            block_size=settings.block_size,
+            prefix_cache=prefix_cache,
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from None
 
 
 def _call_figures(prompts: tuple[Row, ...], before: PatchStats, after: PatchStats) -> CallFigures:
@@ -285,7 +293,7 @@ def _run(settings: Settings, console: Console) -> Results:
             try:
                 result = compare(engine, scenario)
             except OutOfBlocks as error:
-                raise BadInput(f"scenario ({scenario.key}), out of blocks: {error}") from None
+                raise BadInput(f"scenario ({scenario.key}): {error}") from None
         report.show_result(console, result, settings)
         done.append(result)
     results = Results(settings, engine.name, str(engine.device), engine.dtype, tuple(done))
@@ -297,8 +305,7 @@ def _warm_up(engine: Engine, scenario: Scenario) -> None:
     """What only the first call pays for - kernels, threads - falls on neither side."""
     prompts = scenario.calls[0][:1]
     engine.generate(prompts, scenario, WARM_UP_TOKENS)
-    settings = engine.settings
-    with kvpager.patch(engine.model, memory=settings.memory, block_size=settings.block_size):
+    with _patched(engine, prefix_cache=False):
         engine.generate(prompts, scenario, WARM_UP_TOKENS)
 
 
