@@ -153,7 +153,7 @@ def integers(name: str, value: Any) -> NDArray[np.integer[Any]]:
     """
     try:
         array = _read(value)
-    except Exception as error:  # of the caller's object, too
+    except _UNREADABLE as error:
         raise _unreadable(name, value, error) from None
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} of dtype {array.dtype}: expected integers")
@@ -162,6 +162,13 @@ def integers(name: str, value: Any) -> NDArray[np.integer[Any]]:
 
 class _NotInteger(Exception):
     """An item is no integer, although NumPy would read it as one."""
+
+
+# What NumPy, torch and callers' objects raise. Other errors may be a signal handler's own.
+_UNREADABLE = (
+    _NotInteger, np.ma.MaskError, AttributeError, LookupError, NotImplementedError, OverflowError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def _unreadable(name: str, value: Any, error: Exception) -> Exception:

@@ -172,10 +172,39 @@ class Condition(threading.Condition):
 
     def __exit__(self, *error: Any) -> None:
         try:
-            self.release()
+            lock: Any = self._lock  # type: ignore[attr-defined]
+            if lock._is_owned():  # no more, if a handler raised in the middle of `wait`
+                self.release()
         finally:
             if _get_ident() == _main_ident:
                 _signals.release()
+
+
+class _AlwaysOwned:
+    """Takes the place of a lock that a wait gives away meanwhile."""
+
+    @staticmethod
+    def _is_owned() -> bool:
+        return True
+
+
+class Deferral:
+    """A short wait that gives locks away. Signals wait for its end, when the locks are back."""
+
+    __slots__ = ("_outer",)
+
+    def __enter__(self) -> None:
+        if _get_ident() == _main_ident:
+            _signals.hold(_AlwaysOwned)
+            self._outer, _signals._lock = _signals._lock, _AlwaysOwned
+
+    def __exit__(self, *error: object) -> None:
+        if _get_ident() == _main_ident:
+            _signals._lock = self._outer
+            try:
+                _signals.release()
+            finally:
+                _signals.deliver()
 
 
 class Guarded(Protocol):
@@ -253,8 +282,7 @@ class _Signals:
             raise
         finally:
             self._depth = 0
-            if self._due:
-                self._deliver()
+            self.deliver()
 
     def _put_back(self) -> None:
         note = self._note
@@ -285,13 +313,15 @@ class _Signals:
         else:
             handler(number, frame)
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
+        """Call the handlers that are due, all of them even if one raises."""
+        if not self._due:
+            return
         handler, number, frame = self._due.pop(0)
         try:
             handler(number, frame)
         finally:
-            if self._due:
-                self._deliver()
+            self.deliver()
 
 
 def _note_main_thread() -> None:

@@ -95,7 +95,7 @@ def test_json_on_stdout_is_json_alone(saved_model: str, tmp_path: Path) -> None:
         (["--device", "cuda:99"], "device 'cuda:99'"),
         (["--rate", "-1"], "rate -1.0"),
         (["--new-tokens", "99999"], "positions; leave such requests out"),
-        (["--memory", "1"], "set memory to more"),
+        (["--memory", "1"], "one block of 16 tokens takes"),
     ],
 )
 def test_the_command_refuses_nonsense_in_one_line(

@@ -13,6 +13,8 @@ blocks wait, one of them raises `OutOfBlocks` and the others continue.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import threading
 import time
 import weakref
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from kvpager.atomic import Uninterrupted
+from kvpager.atomic import Deferral, Uninterrupted
 
 _T = TypeVar("_T")
 
@@ -37,6 +39,7 @@ class Call:
     depth: int = 1  # an assistant's `generate` runs within the model's
     num_rows: int = 0  # of the batch, and how long they may get; 0 if not known
     num_columns: int = 0
+    ticket: float = math.inf  # turns come in this order; infinite before a call asks for one
     claimed_bytes: int | None = None  # None before its turn
     waiting: int | None = None  # how many calls had ended when it last found no room; None: it runs
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # made in this call
@@ -51,6 +54,7 @@ class Calls:
         # By thread. Weak, so that no call waits for one that an interrupt kept from ending.
         self._calls: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
         self._steps = self._ends = 0
+        self._tickets = itertools.count()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -102,12 +106,17 @@ class Calls:
     def await_turn(self, call: Call, num_bytes: int, bound: int) -> None:
         """Wait until `num_bytes` fit in `bound` beside the claims of other calls. O(calls)."""
         with self._lock:
+            call.ticket = next(self._tickets)
             self.wait_for(lambda: self._fits(call, num_bytes, bound) or None)
             call.claimed_bytes = num_bytes
 
     def _fits(self, call: Call, num_bytes: int, bound: int) -> bool:
-        begun = [each for each in self._others(call) if each.claimed_bytes is not None]
+        others = self._others(call)
+        begun = [each for each in others if each.claimed_bytes is not None]
         if any(each.waiting is not None for each in begun):
+            return False
+        # A large call would otherwise wait for ever while small ones keep coming.
+        if any(each.ticket < call.ticket for each in others if each.claimed_bytes is None):
             return False
         return not begun or sum(each.claimed_bytes or 0 for each in begun) + num_bytes <= bound
 
@@ -128,7 +137,8 @@ class Calls:
                 return None
             call.waiting = self._ends
             try:
-                self._changed.wait(pause)
+                with Deferral():
+                    self._changed.wait(pause)
             finally:
                 call.waiting = None
             pause = min(2 * pause, _LOOK_SECONDS_MAX)

@@ -28,6 +28,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PreTrainedConfig
 
+from kvpager.atomic import Uninterrupted
 from kvpager.integrations.huggingface.contents import Contents, is_library, is_plain
 from kvpager.integrations.huggingface.functions import Functions, reads_training
 from kvpager.integrations.huggingface.offloaded import WeightFile, offloaded
@@ -80,7 +81,9 @@ class ModelWatch:
     def __init__(self, model: nn.Module, *, has_parts: bool = False) -> None:
         self._model = weakref.ref(model)
         self._has_parts = has_parts
-        self._lock = threading.Lock()
+        # Signals wait for the end of a look: what their handlers raise is no fault of the model.
+        self._lock = threading.RLock()
+        self._uninterrupted = Uninterrupted(self._lock)
         self._noted: _Noted | None = None
         self._version = next(_versions)
         self._turn = 0
@@ -90,12 +93,12 @@ class ModelWatch:
 
         `samples` reads a few numbers of each weight, to notice a write that torch does not count.
         """
-        with self._lock:
+        with self._lock, self._uninterrupted:
             return self._compare(lambda noted: noted.same(samples))
 
     def glance(self) -> ModelState:
         """Compare a small part of the model with the last look, another one each time."""
-        with self._lock:
+        with self._lock, self._uninterrupted:
             self._turn += 1
             return self._compare(lambda noted: noted.part_same(self._turn))
 

@@ -88,7 +88,6 @@ class Loop:
         self._watch = watch
         self._state: ModelState | None = None  # of the model, at the last look
         self._num_changes = 0
-        self._was_idle = True
         self._on_step = on_step
         self._on_end = on_end
         self._busy_seconds = 0.0
@@ -356,11 +355,8 @@ class Loop:
         """
         begins = self.scheduler.num_waiting + self.scheduler.num_preempted
         if not begins + self.scheduler.num_running:
-            self._was_idle = True
             return
-        # Weights were sampled in turns while steps were computed, but not while the engine rested.
-        state = watch.look(samples=self._was_idle) if begins else watch.glance()
-        self._was_idle = False
+        state = watch.look() if begins else watch.glance()
         before, self._state = self._state, state
         is_new = before is not None and before.version != state.version
         if state.doubt is not None and (before is None or before.doubt != state.doubt):
