@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import signal
 import threading
 import types
 import weakref
@@ -765,3 +766,46 @@ def test_a_session_of_generate_batch_notices_a_change() -> None:
         del manager
         assert reason in patch.report()
     assert replies == [tokens(llama()), tokens(llama(seed=5))]
+
+
+def test_an_engine_notices_an_uncounted_write_while_requests_wait() -> None:
+    model, other = llama(), llama(seed=1)
+
+    def write() -> None:
+        for weight, new in zip(model.parameters(), other.parameters(), strict=True):
+            weight.data.copy_(new)  # which torch does not count
+
+    do = BetweenSteps(write)
+    with kvpager.Engine(model, memory="8MiB", max_running=1, on_step=do) as engine:
+        streams = [
+            engine.submit(PROMPT, **GREEDY),  # computed before the write, in part
+            engine.submit(PROMPT, **GREEDY),
+        ]
+        _, after = (stream.result().tokens for stream in streams)
+        assert do.done.is_set()
+    expected = model.generate(torch.tensor([PROMPT]), **GREEDY)[0, len(PROMPT) :]
+    assert after == expected.tolist()
+
+
+def test_what_a_signal_handler_raises_is_no_fault_of_the_model() -> None:
+    class Late(TimeoutError):
+        pass
+
+    def late(*_: object) -> None:
+        raise Late
+
+    watch, genuine = ModelWatch(model := llama()), fingerprint._Noted.same
+    state = watch.look()
+
+    def same(noted: Any, samples: bool) -> bool:
+        signal.raise_signal(signal.SIGALRM)
+        return genuine(noted, samples)
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        with replaced(fingerprint._Noted, "same", same), pytest.raises(Late):
+            watch.look()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert watch.look() == state
+    del model

@@ -161,3 +161,35 @@ def test_an_assistant_of_a_call_waits_for_nobody() -> None:
     plain = generate(model, inputs)
     with kvpager.patch(memory=60 * BLOCK_BYTES, block_size=BLOCK):
         assert torch.equal(generate(model, inputs, assistant_model=model), plain)
+
+
+def test_a_large_call_has_its_turn_before_smaller_ones_that_come_later() -> None:
+    asked = {num_bytes: threading.Event() for num_bytes in (6, 10, 2)}
+    begun, order = threading.Event(), list[int]()
+
+    class Observed(calls.Calls):
+        def _fits(self, call: calls.Call, num_bytes: int, bound: int) -> bool:
+            asked[num_bytes].set()
+            return super()._fits(call, num_bytes, bound)
+
+    all_calls = Observed(threading.RLock())
+
+    def run(num_bytes: int, until: threading.Event | None = None) -> None:
+        with all_calls.running():
+            call = all_calls.current()
+            assert call is not None
+            all_calls.await_turn(call, num_bytes, 10)
+            order.append(num_bytes)
+            if until is not None:
+                until.wait()
+
+    threads = []
+    for num_bytes in (6, 10, 2):
+        until = begun if num_bytes == 6 else None
+        threads.append(threading.Thread(target=run, args=(num_bytes, until)))
+        threads[-1].start()
+        asked[num_bytes].wait()
+    begun.set()
+    for thread in threads:
+        thread.join()
+    assert order == [6, 10, 2]
