@@ -248,7 +248,7 @@ def test_rows_may_have_an_adapter_each(beams: int, options: dict[str, Any]) -> N
         check_pools(patch)
 
 
-STEERED = ["pre-hook", "hook", "accelerate's hook", "replaced forward"]
+STEERED = ["pre-hook", "hook", "accelerate's hook", "replaced forward", "forward of the class"]
 
 
 @contextlib.contextmanager
@@ -276,6 +276,16 @@ def steered(model: PreTrainedModel, how: str) -> Any:
         forward = layer.forward
         layer.forward = lambda *args, **kwargs: steer(forward(*args, **kwargs))
         handle = contextlib.nullcontext()
+    elif how == "forward of the class":
+        kind, forward = type(layer), type(layer).forward
+
+        def steered_forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            hidden: torch.Tensor = forward(self, *args, **kwargs)
+            return steer(hidden) if self is layer else hidden
+
+        kind.forward = steered_forward
+        handle = contextlib.ExitStack()
+        handle.callback(setattr, kind, "forward", forward)
     else:
         of_layer = torch.nn.modules.module.register_module_forward_hook
         handle = of_layer(lambda m, args, output: steer(output) if m is layer else None)

@@ -9,13 +9,21 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from kvpager.integrations.huggingface.contents import attributes, names_read
+from kvpager.integrations.huggingface.contents import attributes, is_plain, names_read
 
 # Hooks that these packages register themselves treat all rows alike.
 _KNOWN = ("torch.", "transformers.")
+_CODE = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    torch.jit.ScriptFunction,
+)
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 # What a hook that only takes notes may call, besides methods of tensors.
 _HARMLESS = {"float", "int", "len", "list", "str", "tuple", "type"}
@@ -32,7 +40,10 @@ def treats_rows_alike(model: nn.Module) -> bool:
     prepare: Any = vars(model).get("prepare_inputs_for_generation")
     if prepare is not None and not _is_its_own(prepare, model):
         return False
-    if not all(map(_keeps_forward, model.modules())):
+    modules = list(model.modules())
+    if not all(map(_keeps_forward, modules)) or not all(
+        map(_has_own_forward, set(map(type, modules)))
+    ):
         return False
     return all(_origin(hook).startswith(_KNOWN) or _only_notes(hook) for hook in _hooks(model))
 
@@ -51,6 +62,24 @@ def _keeps_forward(module: nn.Module) -> bool:
     return _is_its_own(forward, module)
 
 
+def _has_own_forward(kind: type) -> bool:
+    """True unless a function that holds data of its own takes the place of a class's `forward`."""
+    home: Any = next(each for each in kind.__mro__ if "forward" in vars(each))
+    forward = vars(home)["forward"]
+    origin = _origin(forward)
+    return origin == home.__module__ or origin.startswith(_KNOWN) or not _holds_data(forward)
+
+
+def _holds_data(function: Any) -> bool:
+    """True if a function reads variables of an outer function, or globals that are no code."""
+    code = getattr(function, "__code__", None)
+    if code is None or function.__closure__:
+        return True
+    _, named = names_read(code)
+    found = [function.__globals__[name] for name in named & function.__globals__.keys()]
+    return not all(isinstance(value, _CODE) or is_plain(value) for value in found)
+
+
 def _is_its_own(method: Any, module: nn.Module) -> bool:
     """True for a method of `module`, compiled or not, that holds nothing besides."""
     method = getattr(method, "_torchdynamo_orig_callable", method)
@@ -59,7 +88,7 @@ def _is_its_own(method: Any, module: nn.Module) -> bool:
         return False
     if function is getattr(type(module), function.__name__, None):
         return True
-    return _origin(function).startswith(_KNOWN) or not getattr(function, "__closure__", None)
+    return _origin(function).startswith(_KNOWN) or not _holds_data(function)
 
 
 def _hooks(model: nn.Module) -> Iterator[Any]:
