@@ -46,6 +46,8 @@ class Moments:
         self._names: dict[CodeType, list[str]] = {}
 
     def __enter__(self) -> Moments:
+        # Python 3.12 traces instructions if some frame asked for them before settrace is called.
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self._begin)
         return self
 

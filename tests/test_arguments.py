@@ -213,7 +213,18 @@ def test_parents_that_are_no_rows_are_refused(parents: object) -> None:
 
 # -------------------------------------------------------------------- numbers
 
-NO_COUNTS = [True, np.True_, 1.0, 1.5, "1", Fraction(1), Decimal(1), np.timedelta64(1, "s"), None, 1j]
+NO_COUNTS = [
+    True,
+    np.True_,
+    1.0,
+    1.5,
+    "1",
+    Fraction(1),
+    Decimal(1),
+    np.timedelta64(1, "s"),
+    None,
+    1j,
+]
 SIZES = ["num_blocks", "block_size", "num_host_blocks", "num_events"]
 
 

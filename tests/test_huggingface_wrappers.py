@@ -461,8 +461,10 @@ def test_layers_may_write_columns_of_their_own(passes: Passes, kind: str, change
             for cache in (paged, plain):
                 cache.reorder_cache(torch.tensor([1, 0]))
         elif change == "cropped" and kind != "window":
-            for cache in (paged, plain):
-                cache.crop(-1)
+            paged.crop(-1)
+            for layer in plain.layers:
+                if layer.is_initialized:  # the others fail in the oldest releases
+                    layer.crop(-1)
     for mine, theirs in [*kept, (paged, plain)]:
         assert_the_same(mine, theirs)
 
