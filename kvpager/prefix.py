@@ -311,7 +311,7 @@ class PrefixIndex:
 
         O(count log n): idle tips, lowest rank first. Only when there are no more of those, idle
         blocks inside a run with everything after them, which may be more than asked for.
-        Return how many the index forgot; blocks that no table holds are free then.
+        Return how many blocks the index forgot. Those that no table holds are now free.
 
         `allowance` returns how many blocks of a queue may leave, None: all. A queue that has none
         is not looked at again before `relist` names it.

@@ -95,7 +95,7 @@ class Ragged:
         self._num_spanned += span - size
 
     def trim(self, row: int, count: int) -> None:
-        """Give back most of a row's span if it uses `count` entries, far fewer. O(log span)."""
+        """Shrink a row's span to `count` entries if it is much larger. O(log span)."""
         before = span = self._spans_view[row]
         if span <= max(4 * count, 2 * _SPAN_MIN):
             return

@@ -61,8 +61,8 @@ def _runs(copies: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
 class StreamOrder:
     """Orders the streams that use the tensor of one storage.
 
-    With one stream, as a rule, there is nothing to do. With several, the stream that uses the
-    tensor next waits for the work that the other streams were given before.
+    With one stream, the usual case, there is nothing to do. With several, the stream that uses
+    the tensor next waits for the work that the other streams were given before.
     """
 
     def __init__(self, tensor: Tensor) -> None:

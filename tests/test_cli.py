@@ -105,11 +105,12 @@ def test_demo_as_ascii_and_prompts_of_ones_own() -> None:
     assert "Batch of 2 prompts" in result.stdout
 
 
-@needs_model
-def test_differing_token_is_exit_code_1_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def one_other_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change the fifth token of the second row of scenario (a), as kvpager tells it."""
     genuine = session.generate_paged
 
-    def faulty(engine: Any, scenario: Any) -> Any:
+    def other(engine: Any, scenario: Any) -> Any:
         calls, paged = genuine(engine, scenario)
         if scenario.key == "a":
             rows = [list(row) for row in calls[0].rows]
@@ -117,7 +118,12 @@ def test_differing_token_is_exit_code_1_and_says_where(monkeypatch: pytest.Monke
             calls[0] = dataclasses.replace(calls[0], rows=rows)
         return calls, paged
 
-    monkeypatch.setattr(session, "generate_paged", faulty)
+    monkeypatch.setattr(session, "generate_paged", other)
+
+
+@needs_model
+@pytest.mark.usefixtures("one_other_token")
+def test_differing_token_is_exit_code_1_and_says_where() -> None:
     result = call(*QUICK, "--json", "-")
     assert result.exit_code == 1
     found = json.loads(result.stdout)
@@ -132,21 +138,11 @@ def test_differing_token_is_exit_code_1_and_says_where(monkeypatch: pytest.Monke
 
 
 @needs_model
+@pytest.mark.usefixtures("one_other_token")
 def test_a_near_tie_is_named_and_is_exit_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine = session.generate_paged
-
-    def other_side(engine: Any, scenario: Any) -> Any:
-        calls, paged = genuine(engine, scenario)
-        if scenario.key == "a":
-            rows = [list(row) for row in calls[0].rows]
-            rows[1][4] += 1
-            calls[0] = dataclasses.replace(calls[0], rows=rows)
-        return calls, paged
-
     def level(engine: Any, ids: list[int], num_last: int) -> torch.Tensor:
         return torch.ones(num_last, engine.model.config.vocab_size)
 
-    monkeypatch.setattr(session, "generate_paged", other_side)
     monkeypatch.setattr(session.Engine, "logits", level)
     result = call(*QUICK)
     assert result.exit_code == 0

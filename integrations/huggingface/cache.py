@@ -247,7 +247,7 @@ class PagedCache(DynamicCache):
             {id(group): group.num_columns for group in self.groups},
         )
         for layer in layers:
-            # A skipped layer still needs blocks that its group is about to give back.
+            # A skipped layer still needs blocks that its group is about to free.
             if layer.is_sliding and 0 < layer.num_columns < layer.group.num_columns:
                 self._set_apart(layer, layer.group.num_rows, 0)
 
