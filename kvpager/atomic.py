@@ -258,17 +258,24 @@ class _Signals:
         self._until_look -= 1
         if [*map(_get_handler, self._watched)] != self._seen or self._until_look < 0:
             self._look()
-        self._lock, self._depth, note = lock, 1, self._note
+        self._lock, self._depth = lock, 1
         try:
-            for number, handler in self._handlers:
-                found = _set_handler(number, note)
-                if found is not handler and found is not note:  # set by a handler that was due
-                    self._handlers = [*(dict(self._handlers) | {number: found}).items()]
+            self._replace()
         except BaseException as error:
             self.release()
             if not isinstance(error, ValueError) or "main thread" not in str(error):
                 raise
             _forget_main_thread()
+
+    # A function of its own: from Python 3.12 on, an interrupt where a loop jumps back can miss the
+    # `except` of a `try` block around that loop.
+    def _replace(self) -> None:
+        """Put `_take_note` in the place of each handler. O(handlers)."""
+        note = self._note
+        for number, handler in self._handlers:
+            found = _set_handler(number, note)
+            if found is not handler and found is not note:  # set by a handler that was due
+                self._handlers = [*(dict(self._handlers) | {number: found}).items()]
 
     def release(self) -> None:
         """End a `hold`; after the outermost one, call the handlers that are due. O(signals)."""

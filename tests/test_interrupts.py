@@ -10,6 +10,7 @@ import _thread
 import asyncio
 import contextlib
 import ctypes
+import functools
 import os
 import random
 import secrets
@@ -210,6 +211,24 @@ def test_an_interrupted_call_is_complete_or_has_changed_nothing(scenario) -> Non
         assert not is_locked(manager)
     else:
         pytest.fail("the operation never came through")
+
+
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_among_several_interrupts_as_ctrl_c_does(number: int) -> None:
+    raise_it = functools.partial(by_signal, number=number)
+    with handler(number, signal.default_int_handler):
+        for at in range(1, 10_000):
+            manager, operation = free_several()
+            moment = Moments(at, raise_it)
+            with contextlib.suppress(KeyboardInterrupt), moment:
+                operation()
+            if not moment.was_hit:
+                break
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            manager.check()
+            assert not is_locked(manager)
+        else:
+            pytest.fail("the operation never came through")
 
 
 @pytest.mark.parametrize("scenario", CHANGES)
