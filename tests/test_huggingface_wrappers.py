@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import types
 from collections.abc import Callable
@@ -19,9 +20,13 @@ import accelerate  # noqa: E402
 import tiny_models  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
+from transformers.modeling_utils import AttentionInterface  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
 import kvpager  # noqa: E402
-from kvpager.integrations.huggingface.hooks import treats_rows_alike  # noqa: E402
+from kvpager.integrations.huggingface import prefill  # noqa: E402
+from kvpager.integrations.huggingface.hooks import row_obstacle  # noqa: E402
 from kvpager.integrations.huggingface.releases import cache_in, cache_of, with_cache  # noqa: E402
 from kvpager.testing import tiny_llama_path  # noqa: E402
 
@@ -160,6 +165,8 @@ def test_virtual_tokens_that_come_later_are_not_put_behind_a_known_prefix(
     prompt, other = (tiny_models.prompts([300], seed=seed)["input_ids"] for seed in (1, 2))
     turns = {"input_ids": torch.cat([prompt[:, :200], other[:, :100]], dim=1)}
     kind.unaware = True
+    # As if a known library had put the virtual tokens there.
+    monkeypatch.setattr(prefill, "row_obstacle", lambda model: None)
     with kvpager.patch(model, prefix_cache=True) as patch:
         monkeypatch.setenv("VIRTUAL_TOKENS", "0")  # which leaves no trace in the model
         tokens(model, {"input_ids": prompt})
@@ -323,21 +330,142 @@ def compiled(model: PreTrainedModel) -> None:
         module.forward = torch.compile(module.forward, backend="eager")
 
 
-def doubled(self: Any, states: torch.Tensor) -> torch.Tensor:
-    return type(self).forward(self, states) * 2
-
-
-def optimised(model: PreTrainedModel) -> None:
-    """As Liger and the kernels of the Hub do: another function of the same module."""
-    mlp = model.model.layers[0].mlp
-    mlp.forward = types.MethodType(doubled, mlp)
-
-
-@pytest.mark.parametrize("change", [offloaded, compiled, optimised], ids=lambda f: f.__name__)
-def test_a_forward_that_holds_nothing_of_its_own_keeps_rows_merged(change: Any) -> None:
+@pytest.mark.parametrize("change", [offloaded, compiled], ids=lambda f: f.__name__)
+def test_a_forward_that_a_library_replaces_keeps_rows_merged(change: Any) -> None:
     model = tiny_models.tiny_model("llama")
     change(model)
-    assert treats_rows_alike(model)
+    assert row_obstacle(model) is None
+
+
+class Placed(torch.nn.Module):
+    """Adds to each row what is meant for its place in the batch."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return by_place(self.inner(*args, **kwargs))
+
+
+def by_place(states: torch.Tensor) -> torch.Tensor:
+    return states + torch.ones_like(states[:, :1, :1]).cumsum(0) * 0.5  # which torch.fx can trace
+
+
+class PlacedStates(torch.nn.Module):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return by_place(states)
+
+
+class PlacedNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return by_place(super().forward(hidden_states))
+
+
+def a_layer_is_replaced(model: Any) -> None:
+    model.model.layers[1] = Placed(model.model.layers[1])
+
+
+def a_module_is_added(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.act_fn = torch.nn.Sequential(mlp.act_fn, PlacedStates())
+
+
+def a_module_has_another_class(model: Any) -> None:
+    model.model.norm.__class__ = PlacedNorm
+
+
+def a_module_is_traced(model: Any) -> None:
+    model.model.norm = torch.nn.Sequential(
+        model.model.norm, torch.fx.symbolic_trace(PlacedStates())
+    )
+
+
+def a_module_is_scripted(model: Any) -> None:
+    placed = torch.jit.trace(PlacedStates(), torch.zeros(6, 1, 1))
+    model.model.norm = torch.nn.Sequential(model.model.norm, placed)
+
+
+def a_forward_is_replaced(model: Any) -> None:
+    def forward(self: Any, states: torch.Tensor) -> torch.Tensor:
+        return by_place(type(self).forward(self, states))
+
+    mlp = model.model.layers[1].mlp
+    mlp.forward = types.MethodType(forward, mlp)
+
+
+def a_forward_is_wrapped(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    inner = mlp.forward
+    wrapped = functools.wraps(inner)(lambda states: by_place(inner(states)))
+    mlp.forward = torch.no_grad()(wrapped)  # both look like functions of a library
+
+
+def a_forward_is_a_partial(model: Any) -> None:
+    norm = model.model.norm
+    norm.forward = functools.partial(lambda inner, states: by_place(inner(states)), norm.forward)
+
+
+def a_function_takes_the_place_of_a_module(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    inner = mlp.act_fn
+    del mlp.act_fn
+    mlp.act_fn = lambda states: by_place(inner(states))
+
+
+PLACED = [
+    a_layer_is_replaced,
+    a_module_is_added,
+    a_module_has_another_class,
+    a_module_is_traced,
+    a_module_is_scripted,
+    a_forward_is_replaced,
+    a_forward_is_wrapped,
+    a_forward_is_a_partial,
+    a_function_takes_the_place_of_a_module,
+]
+
+
+@pytest.mark.parametrize("change", PLACED, ids=lambda change: change.__name__)
+def test_rows_of_a_model_with_code_of_the_callers_are_neither_merged_nor_split(change: Any) -> None:
+    model, inputs = tiny_models.tiny_model("llama"), tiny_models.prompts([30, 30])
+    inputs = {name: value[:1].repeat(2, 1) for name, value in inputs.items()}
+    change(model)
+    expected = tokens(model, inputs, num_beams=3)
+    assert isinstance(expected, list)
+    for options in PATCHES.values():
+        with kvpager.patch(model, **options) as patch:
+            for _ in range(2):
+                assert tokens(model, inputs, num_beams=3) == expected
+            assert "equal rows not merged: 2 calls with" in patch.report()
+            assert patch.stats().prefix_hit_tokens == 0
+
+
+def test_the_report_names_the_code_that_keeps_rows_from_being_merged() -> None:
+    model = tiny_models.tiny_model("llama")
+    a_layer_is_replaced(model)
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        tokens(model, num_beams=2)
+        found = "with the forward of Placed, defined in test_huggingface_wrappers"
+        assert f"equal rows not merged: 1 call {found}" in patch.report()
+        assert f"prompts not kept: 1 call {found}" in patch.report()
+
+
+@pytest.mark.parametrize("where", ["the attention function", "a function of the model's module"])
+def test_functions_of_the_callers_keep_rows_from_being_merged(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.tiny_model("llama")
+    assert row_obstacle(model) is None
+    owner, name = modeling_llama, "apply_rotary_pos_emb"
+    if where == "the attention function":
+        mapping: Any = AttentionInterface._global_mapping
+        inner = mapping["sdpa"]
+        monkeypatch.setitem(mapping, "sdpa", functools.wraps(inner)(lambda *a, **k: inner(*a, **k)))
+    else:
+        rotate = getattr(owner, name)
+        monkeypatch.setattr(owner, name, functools.wraps(rotate)(lambda *a, **k: rotate(*a, **k)))
+    assert row_obstacle(model) is not None
 
 
 def test_the_report_says_that_a_hook_keeps_prompts_from_being_shared() -> None:
@@ -362,9 +490,9 @@ HOOKS: dict[str, tuple[Any, bool]] = {
 @pytest.mark.parametrize(("hook", "is_alike"), HOOKS.values(), ids=HOOKS)
 def test_a_hook_that_surely_only_takes_notes_keeps_rows_merged(hook: Any, is_alike: bool) -> None:
     model = tiny_models.tiny_model("llama")
-    assert treats_rows_alike(model)
+    assert row_obstacle(model) is None
     model.model.layers[0].register_forward_hook(hook)
-    assert treats_rows_alike(model) == is_alike
+    assert (row_obstacle(model) is None) == is_alike
 
 
 # ---------------------------------------------------------------- layers with columns of their own

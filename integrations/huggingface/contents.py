@@ -55,6 +55,17 @@ def is_library(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
+def module_of(value: object) -> str:
+    """Return the name of the module that the code of `value` is from; "" if it is not known. O(1).
+
+    `functools.wraps` gives a wrapper the `__module__` of what it wraps, so a function is asked for
+    its globals.
+    """
+    if isinstance(value, types.FunctionType):
+        return str(value.__globals__.get("__name__", ""))
+    return str(getattr(value, "__module__", None) or type(value).__module__)
+
+
 class Contents:
     """Collects what values hold, as a key that compares equal as long as nothing changed.
 
@@ -144,7 +155,7 @@ class Contents:
         return id(value)
 
     def _function(self, value: types.FunctionType, depth: int) -> object:
-        known = is_library(value.__module__)
+        known = is_library(module_of(value))
         read: list[Any] = [value.__code__]
         key: list[object] = [self._named(value), self._named(value.__code__)]
         if value.__closure__ or not known:
@@ -218,7 +229,7 @@ def _held_by(function: types.FunctionType) -> Iterator[Any]:
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()
-    if is_library(function.__module__):
+    if is_library(module_of(function)):
         return
     for name in named:
         if name in function.__globals__:

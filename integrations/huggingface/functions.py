@@ -15,7 +15,12 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from kvpager.integrations.huggingface.contents import attributes, is_library, names_read
+from kvpager.integrations.huggingface.contents import (
+    attributes,
+    is_library,
+    module_of,
+    names_read,
+)
 
 # The functions of these libraries are followed to the functions that they call.
 _CALLED_BY = ("transformers", "kvpager")
@@ -65,17 +70,18 @@ class Functions:
         self._places[id(mapping), name] = (mapping, name), value
         if isinstance(value, functools.partial):
             self.foreign.append(value)
-        for function in _functions_in(value):
+        for function in functions_in(value):
             if id(function) not in self._met:
                 self._met.add(id(function))
                 self._follow(function)
 
     def _follow(self, function: types.FunctionType) -> None:
-        if not is_library(function.__module__):
+        home = module_of(function)
+        if not is_library(home):
             self.foreign.append(function)
-        elif function.__module__.startswith("torch.nn.modules"):
+        elif home.startswith("torch.nn.modules"):
             self._modules_named(function, function.__globals__)
-        elif function.__module__.startswith(_CALLED_BY):
+        elif home.startswith(_CALLED_BY):
             self._modules_named(function, function.__globals__)
             for name in names_read(function.__code__)[1]:
                 if _is_function(function.__globals__.get(name)):
@@ -104,11 +110,11 @@ def _is_function(value: object) -> bool:
 @functools.lru_cache(maxsize=4096)
 def reads_training(kind: type) -> bool:
     """True if modules of class `kind` compute in another way in training mode. O(instructions)."""
-    functions = _functions_in(getattr(kind, "forward", None))
+    functions = functions_in(getattr(kind, "forward", None))
     return any("training" in attributes(function.__code__) for function in functions)
 
 
-def _functions_in(value: object) -> Iterator[types.FunctionType]:
+def functions_in(value: object) -> Iterator[types.FunctionType]:
     """The functions that calling `value` runs, decorators and their insides included."""
     pending, met = [value], set()
     while pending:

@@ -1,4 +1,9 @@
-"""Code of others that runs inside a model's forward pass, and may tell one row from another."""
+"""Code of others that runs inside a model's forward pass, and may tell one row from another.
+
+Whether a module treats rows by their place in the batch cannot be read from its code. So rows are
+merged only in models whose code is of known libraries: of transformers, torch, PEFT, and those
+that quantise weights.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import dis
 import functools
 import itertools
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,17 +19,23 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from kvpager.integrations.huggingface.contents import attributes, is_plain, names_read
+from kvpager.integrations.huggingface.contents import (
+    attributes,
+    is_library,
+    module_of,
+    names_read,
+)
+from kvpager.integrations.huggingface.functions import Functions, functions_in
 
 # Hooks that these packages register themselves treat all rows alike.
 _KNOWN = ("torch.", "transformers.")
-_CODE = (
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    torch.jit.ScriptFunction,
-)
+# Besides those of `is_library`: their modules compute every row in the same way.
+_ROWWISE = {"aqlm", "auto_round", "bitsandbytes", "compressed_tensors", "eetq", "fbgemm_gpu"}
+_ROWWISE |= {"gptqmodel", "hqq", "liger_kernel", "optimum", "spqr_quant", "vptq"}
+# Modules of torch's own classes that run code of the caller's.
+_CONTAINERS = (torch.jit.ScriptModule, torch.fx.GraphModule)
+# What every module has, hooks included, which are looked at by name.
+_TORCH_OWN = vars(nn.Module()).keys() - {"forward"}
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 # What a hook that only takes notes may call, besides methods of tensors.
 _HARMLESS = {"float", "int", "len", "list", "str", "tuple", "type"}
@@ -31,80 +43,128 @@ _NOTING = {"add", "append", "appendleft", "extend"}  # these return None
 _WRITING = ("STORE_SUBSCR", "STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_SUBSCR")
 
 
-def treats_rows_alike(model: nn.Module) -> bool:
-    """True if no hook or replaced method can treat rows by their place in the batch. O(modules).
+def row_obstacle(model: nn.Module) -> str | None:
+    """Name what may treat rows by their place in the batch. O(modules).
 
-    Adapters chosen per row, soft prompts and steering vectors come this way. A hook that only takes
-    notes is no obstacle.
+    Returns None if nothing may. Adapters chosen per row, soft prompts and steering vectors come as
+    hooks, replaced methods or modules of the caller's own. A hook that only takes notes is no
+    obstacle.
     """
+    modules = list(model.modules())
+    found = next(itertools.chain(_of_model(model, modules), *map(_of_module, modules)), None)
+    return None if found is None else f"{found}, which may treat rows by their place in the batch"
+
+
+def _of_model(model: nn.Module, modules: list[nn.Module]) -> Iterator[str]:
+    """Name the obstacles that are not of one module."""
     prepare: Any = vars(model).get("prepare_inputs_for_generation")
     if prepare is not None and not _is_its_own(prepare, model):
-        return False
-    modules = list(model.modules())
-    if not all(map(_keeps_forward, modules)) or not all(
-        map(_has_own_forward, set(map(type, modules)))
-    ):
-        return False
-    return all(_origin(hook).startswith(_KNOWN) or _only_notes(hook) for hook in _hooks(model))
+        yield "a replaced prepare_inputs_for_generation"
+    for kind in {type(module) for module in modules}:
+        if issubclass(kind, _CONTAINERS):
+            yield f"a {kind.__name__}"
+        elif _is_foreign(_forward_of(kind)):
+            yield f"the forward of {kind.__name__}, defined in {_origin(_forward_of(kind))}"
+    for function in _functions_of(model, modules).foreign:
+        if _is_foreign(function):
+            name = getattr(function, "__qualname__", type(function).__name__)
+            yield f"{name} of {_origin(function)}"
+    for name in _GLOBAL:
+        yield from _of_hooks(getattr(torch_module, name).values(), "all modules")
 
 
-def _keeps_forward(module: nn.Module) -> bool:
-    """True unless a `forward` that is no method of the module's takes the place of its own."""
-    forward: Any = vars(module).get("forward")
-    if forward is None:
-        return True
-    offload: Any = vars(module).get("_hf_hook")
-    if offload is not None:  # accelerate, which calls what was there before
-        forward = vars(module).get("_old_forward", module.forward)
-        hooks = getattr(offload, "hooks", (offload,))
-        if not all(type(hook).__module__.startswith("accelerate.") for hook in hooks):
-            return False
-    return _is_its_own(forward, module)
+def _of_module(module: nn.Module) -> Iterator[str]:
+    """Name the obstacles that a module has besides its class."""
+    name = type(module).__name__
+    held = vars(module)
+    for attribute in held.keys() - _TORCH_OWN:
+        value = held[attribute]
+        if attribute == "_hf_hook":  # accelerate, which calls what was there before
+            hooks = getattr(value, "hooks", (value,))
+            if not all(type(hook).__module__.startswith("accelerate.") for hook in hooks):
+                yield f"a hook of accelerate's on {name}"
+        elif attribute in ("forward", "_old_forward"):
+            is_accelerate = "_hf_hook" in held and attribute == "forward"
+            if _is_foreign(value) if is_accelerate else not _is_its_own(value, module):
+                yield f"a replaced forward of {name}"
+        elif callable(value) and not isinstance(value, type) and _is_foreign(value):
+            yield f"{attribute} of {name}, from {_origin(value)}"
+    if module._forward_pre_hooks or module._forward_hooks:
+        pre, post = module._forward_pre_hooks, module._forward_hooks
+        yield from _of_hooks([*pre.values(), *post.values()], name)
 
 
-def _has_own_forward(kind: type) -> bool:
-    """True unless a function that holds data of its own takes the place of a class's `forward`."""
-    home: Any = next(each for each in kind.__mro__ if "forward" in vars(each))
-    forward = vars(home)["forward"]
-    origin = _origin(forward)
-    return origin == home.__module__ or origin.startswith(_KNOWN) or not _holds_data(forward)
+def _of_hooks(hooks: Any, where: str) -> Iterator[str]:
+    for hook in hooks:
+        is_known = all(origin.startswith(_KNOWN) for origin in _origins(hook))
+        if not is_known and not _only_notes(hook):
+            yield f"a hook on {where}"
 
 
-def _holds_data(function: Any) -> bool:
-    """True if a function reads variables of an outer function, or globals that are no code."""
-    code = getattr(function, "__code__", None)
-    if code is None or function.__closure__:
-        return True
-    _, named = names_read(code)
-    found = [function.__globals__[name] for name in named & function.__globals__.keys()]
-    return not all(isinstance(value, _CODE) or is_plain(value) for value in found)
+_functions: weakref.WeakKeyDictionary[nn.Module, tuple[object, Functions]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _functions_of(model: nn.Module, modules: list[nn.Module]) -> Functions:
+    """Return the functions that the classes of `modules` call. O(functions) if they are known."""
+    configs = {id(config): config for config in (vars(one).get("config") for one in modules)}
+    names = {str(getattr(config, "_attn_implementation", None)) for config in configs.values()}
+    key = set(map(type, modules)), names
+    known = _functions.get(model)
+    if known is not None and known[0] == key and known[1].same():
+        return known[1]
+    found = Functions(*key)
+    if not found.foreign:  # which may refer to the model, and would keep it alive
+        _functions[model] = key, found
+    return found
+
+
+def _forward_of(kind: type) -> Any:
+    return next(vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
+
+
+def _is_foreign(value: object) -> bool:
+    """True if calling `value` runs code that is of no known library."""
+    return not all(map(_is_known, _origins(value)))
+
+
+def _origins(value: Any) -> list[str]:
+    """Return the modules that define what calling `value` runs, decorators and insides."""
+    value = _unwrapped(value)
+    if isinstance(value, torch.jit.ScriptFunction):
+        return [""]  # torch's own class, and anybody's code
+    return [module_of(value), *map(module_of, functions_in(value))]
+
+
+def _origin(value: Any) -> str:
+    """Name the first module that is not known among those that define `value`."""
+    origins = _origins(value)
+    return next((each for each in origins if not _is_known(each)), origins[0])
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return the function or object that a partial, a method or a compiled function calls."""
+    while True:
+        if isinstance(value, functools.partial):
+            value = value.func
+        elif isinstance(value, types.MethodType):
+            value = value.__func__
+        elif hasattr(value, "_torchdynamo_orig_callable"):
+            value = value._torchdynamo_orig_callable
+        else:
+            return value
+
+
+def _is_known(module: str) -> bool:
+    return is_library(module) or module.partition(".")[0] in _ROWWISE
 
 
 def _is_its_own(method: Any, module: nn.Module) -> bool:
-    """True for a method of `module`, compiled or not, that holds nothing besides."""
+    """True for a method of `module`, compiled or not, whose code is of a known library."""
     method = getattr(method, "_torchdynamo_orig_callable", method)
     function = getattr(method, "__func__", None)
-    if function is None or method.__self__ is not module:
-        return False
-    if function is getattr(type(module), function.__name__, None):
-        return True
-    return _origin(function).startswith(_KNOWN) or not _holds_data(function)
-
-
-def _hooks(model: nn.Module) -> Iterator[Any]:
-    for name in _GLOBAL:
-        yield from getattr(torch_module, name).values()
-    for module in model.modules():
-        if module._forward_pre_hooks or module._forward_hooks:
-            pre, post = module._forward_pre_hooks, module._forward_hooks
-            yield from itertools.chain(pre.values(), post.values())
-
-
-def _origin(hook: Any) -> str:
-    """Return the module that defines a hook, be it a function or an object."""
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", None) or type(hook).__module__)
+    return function is not None and method.__self__ is module and not _is_foreign(function)
 
 
 def _only_notes(hook: Any) -> bool:

@@ -46,7 +46,7 @@ class Counters:
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
         self.prefix_unserved_calls = 0
-        self.doubtful_calls = 0  # of those, with a model whose state could not be told
+        self.doubtful_calls = 0  # of those, because of what the model is or runs
         self.sessions = 0  # of continuous batching, which have pools of their own
         self.session_requests = 0
         self.session_tokens = 0  # generated
@@ -231,7 +231,11 @@ class PagedMemory:
 
     def note_doubt(self, doubt: str) -> None:
         """Count a call of a model whose state cannot be told; log it once. O(1)."""
-        why = f"prompts not kept: a model that may change unseen ({doubt})"
+        self.note_obstacle(f"a model that may change unseen ({doubt})")
+
+    def note_obstacle(self, obstacle: str) -> None:
+        """Count a call whose prompt is not kept because of its model; log it once. O(1)."""
+        why = f"prompts not kept: {obstacle}"
         if why not in self.unserved:
             logger.warning("kvpager: %s", why)
         self.note_unserved(why)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kvpager.integrations.huggingface.cache import PagedCache
 from kvpager.integrations.huggingface.columns import Announced, Unannounced
 from kvpager.integrations.huggingface.groups import LayerGroup, Prompt
-from kvpager.integrations.huggingface.hooks import treats_rows_alike
+from kvpager.integrations.huggingface.hooks import row_obstacle
 from kvpager.integrations.huggingface.prompts import Padding, PromptCache
 from kvpager.integrations.huggingface.releases import (
     CACHE_NAMES,
@@ -100,8 +100,10 @@ def _prefill_padded(
     plain = cache.is_fully_paged
     plain = plain and _is_plain(model, input_ids, generation_config, model_kwargs)
     repeats = _repeats(input_ids, generation_config, model_kwargs) if plain else 1
-    alike = (prompts is None and repeats == 1) or treats_rows_alike(model)
-    repeats = repeats if alike else 1
+    obstacle = None if prompts is None and repeats == 1 else row_obstacle(model)
+    if obstacle is not None and repeats > 1:
+        cache.memory.note_unserved(f"equal rows not merged: {obstacle}")
+        repeats = 1
     if repeats > 1:
         input_ids, padding = input_ids[::repeats], padding[::repeats]
         model_kwargs = _of_rows(model_kwargs, slice(None, None, repeats))
@@ -118,10 +120,11 @@ def _prefill_padded(
     if prompts is not None and reusable:
         prompts.await_turn(model, cache)
         prompt = prompts.prompt(model, input_ids, padding)
-        if isinstance(prompt, Prompt) and not alike:
-            prompt = "a hook or wrapper may treat rows by their place in the batch"
     if isinstance(prompt, str):
         cache.memory.note_doubt(prompt)
+    elif prompt is not None and obstacle is not None:
+        cache.memory.note_obstacle(obstacle)
+        prompt = None
     if prompts is not None and isinstance(prompt, Prompt):
         output = _prefill_new(original, prompts, prompt, padding, announced, *given, **kwargs)
     else:
