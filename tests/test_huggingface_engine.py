@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import random
+import re
 import threading
 import weakref
 
@@ -13,6 +14,7 @@ import torch
 from gates import Gate
 from transformers import GenerationConfig
 
+import kvpager
 from kvpager.errors import (
     EngineClosed,
     KVPagerError,
@@ -510,11 +512,6 @@ def test_eight_bits_hold_twice_the_tokens(llama):
     assert len(tokens) == 4
 
 
-def test_too_little_memory_for_a_block_says_so(llama):
-    with pytest.raises(KVPagerError, match="Raise memory to at least"):
-        Engine(llama, memory=100)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_pass_has_the_tokens_of_an_eager_one(llama):
     prompts = some_prompts(llama, count=4)
@@ -865,6 +862,15 @@ def test_a_request_that_memory_has_no_room_for_says_what_to_raise() -> None:
         assert len(engine.generate([prompt], max_new_tokens=50)[0].tokens) == 50
 
 
-def test_an_engine_in_which_no_block_fits_is_refused() -> None:
-    with pytest.raises(KVPagerError, match=r"memory='1KiB': one block .* at least 8.0 KiB"):
-        Engine(tiny_models.tiny_model("llama"), memory="1KiB")
+@pytest.mark.parametrize(
+    "options",
+    [{"memory": "1KiB"}, {"memory": 1024}, {"memory": "1MiB", "host_memory": "1KiB"}],
+)
+def test_an_engine_refuses_bounds_without_room_for_a_block_as_a_patch_does(options) -> None:
+    model = tiny_models.tiny_model("llama")
+    with pytest.raises(ValueError, match=r"takes 8.0 KiB in all layers. Raise .* 8.0 KiB") as told:
+        Engine(model, **options)
+    with pytest.raises(ValueError, match=re.escape(str(told.value))):
+        kvpager.patch(model, **options)
+    with pytest.raises(ValueError, match=r"^memory='1KiB'"):  # rows compute on the device alone
+        Engine(model, memory="1KiB", host_memory="1MiB")

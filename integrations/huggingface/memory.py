@@ -125,19 +125,21 @@ class PagedMemory:
         given = size(self.bound or 0) if self._given is None else repr(self._given)
         return f"{name}={given}"
 
-    def refuse_below(self, block_bytes: int) -> None:
+    def refuse_below(self, block_bytes: int, *, on_device: bool = False) -> None:
         """Refuse bounds in which not one block fits. O(1). Raises: `ValueError`.
 
-        Rows in host memory need one block on the device, which the bound need not have room for.
+        Rows in host memory need one block on the device, which the bound need not have room for,
+        unless `on_device` says that rows compute there alone.
         """
-        bounded = self if self.host is None else self.host
-        if bounded.bound is not None and bounded.bound < block_bytes:
-            name, _, _ = bounded.bound_as_given().partition("=")
-            raise ValueError(
-                f"{bounded.bound_as_given()}: one block of {self.block_size} tokens takes "
-                f"{size(block_bytes)} in all layers. Raise {name} to at least "
-                f"{size(block_bytes, round_up=True)}."
-            )
+        tiers = (self, self.host) if on_device or self.host is None else (self.host,)
+        for tier in tiers:
+            if tier is not None and tier.bound is not None and tier.bound < block_bytes:
+                given = tier.bound_as_given()
+                name, _, _ = given.partition("=")
+                raise ValueError(
+                    f"{given}: one block of {self.block_size} tokens takes {size(block_bytes)} in "
+                    f"all layers. Raise {name} to at least {size(block_bytes, round_up=True)}."
+                )
 
     def options(self) -> str:
         """Return the options as `patch` takes them, for a `repr`; defaults are left out. O(1)."""

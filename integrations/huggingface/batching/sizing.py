@@ -39,7 +39,7 @@ def pool_blocks(
     """Blocks for the bounds of `memory`; without one, for `max_running` rows of `max_length`
     tokens, as far as half of the host's free memory, or nine tenths of the device's, allow. O(1).
 
-    Raises: `KVPagerError` where not even one fits.
+    Raises: `ValueError` for bounds in which not one fits, `KVPagerError` for such a device.
     """
     size = BlockStorage.bytes_of_a_block(
         memory.block_size,
@@ -47,6 +47,7 @@ def pool_blocks(
         dtype=anatomy.dtype,
         kv_dtype=memory.kv_dtype,
     )
+    memory.refuse_below(size, on_device=True)
     if memory.bound is not None:
         device = memory.bound // size
     else:
@@ -55,14 +56,9 @@ def pool_blocks(
             device = min(device, max_running * -(-max_length // memory.block_size))
     host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
     if device < 1:
-        if memory.bound is None:
-            raise KVPagerError(
-                f"{anatomy.device} has no room for one block of {memory.block_size} tokens "
-                f"({as_text(size)}): free memory there, or use a smaller block_size"
-            )
         raise KVPagerError(
-            f"{memory.bound_as_given()}: one block of {memory.block_size} tokens takes "
-            f"{as_text(size)}. Raise memory to at least {as_text(size, round_up=True)}."
+            f"{anatomy.device} has no room for one block of {memory.block_size} tokens "
+            f"({as_text(size)}): free memory there, or use a smaller block_size"
         )
     return Sizes(device, host)
 

@@ -43,19 +43,22 @@ class EngineSystem:
         memory = options.memory
         if memory is None:  # a fiftieth more: the scheduler keeps a few blocks back
             memory = (workload.blocks(options.block_size) * 51 // 50 + 1) * self.block_bytes
-        self.engine = Engine(
-            self._model,
-            memory=memory,
-            host_memory=options.host_memory,
-            block_size=options.block_size,
-            max_batch_tokens=options.max_batch_tokens,
-            max_running=options.max_running,
-            prefix_cache=options.prefix_cache,
-            # Weights do not change while they are measured: they may be packed for the matrices.
-            compile={"options": {"freezing": True}} if compiled else False,
-            on_step=self._note,
-            **options.engine,
-        )
+        try:
+            self.engine = Engine(
+                self._model,
+                memory=memory,
+                host_memory=options.host_memory,
+                block_size=options.block_size,
+                max_batch_tokens=options.max_batch_tokens,
+                max_running=options.max_running,
+                prefix_cache=options.prefix_cache,
+                # Weights do not change while they are measured: they may be packed.
+                compile={"options": {"freezing": True}} if compiled else False,
+                on_step=self._note,
+                **options.engine,
+            )
+        except ValueError as error:  # no block fits
+            raise KVPagerError(str(error)) from error
 
     def run(self, workload: Workload, progress: Progress) -> Run:
         """Serve the requests. Raises: `KVPagerError` for one that never fits, or fails."""
