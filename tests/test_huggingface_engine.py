@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import gc
 import random
 import re
@@ -755,6 +756,7 @@ def test_a_request_that_is_interrupted_as_it_is_submitted_is_gone(llama, monkeyp
         ({"max_length": 10**9}, ValueError),
         ({"max_waiting": 0}, ValueError),
         ({"order": "none"}, ValueError),
+        ({"kv_dtype": ["int8"]}, ValueError),
     ],
 )
 def test_options_that_make_no_sense_are_refused(llama, options, error):
@@ -795,11 +797,86 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
         {"config": {"max_new_tokens": 3}},
         {"prompt": {"ids": [5]}},
         {"logits_processor": []},
+        {"name": 3},
+        {"name": True},
+        {"name": ""},
+        {"use_cache": "no"},
+        {"temperature": float("nan"), "do_sample": True},
+        {"temperature": True, "do_sample": True},
+        {"top_k": True, "do_sample": True},
+        {"top_p": float("nan"), "do_sample": True},
+        {"top_p": 1.5, "do_sample": True},
+        {"typical_p": float("nan"), "do_sample": True},
+        {"epsilon_cutoff": -1.0, "do_sample": True},
+        {"repetition_penalty": float("inf")},
+        {"min_new_tokens": -3},
+        {"min_new_tokens": True},
+        {"no_repeat_ngram_size": -1},
+        {"eos_token_id": -7},
+        {"eos_token_id": 2.5},
+        {"eos_token_id": [2, -7]},
+        {"pad_token_id": 2.5},
+        {"num_beams": 1.0},
+        {"suppress_tokens": 3},
+        {"max_time": -1.0},
+        {"max_time": float("nan")},
+        {"renormalize_logits": "yes"},
+        {"token_healing": True},
+        {"num_beam_groups": 2},
+        {"tokenizer": 3},
+        {"is_complete": "yes"},
+        {"config": GenerationConfig(top_k=True)},
+        {"streamer": print},
     ],
 )
 def test_wrong_settings_of_a_request_are_refused(llama, options):
     with Engine(llama, memory="8MiB") as engine, pytest.raises((ValueError, TypeError)):
         engine.submit(**{"prompt": [5]} | options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_cache": False}, "use_cache=False: an engine keeps .* Leave use_cache out"),
+        ({"cache_implementation": "static"}, "cache_implementation='static': an engine keeps"),
+        ({"prefill_chunk_size": 4}, r"prefill_chunk_size=4: .* Engine\(max_batch_tokens=\)"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate=True: an engine gives"),
+    ],
+)
+def test_settings_without_effect_are_refused_wherever_they_stand(llama, settings, message):
+    with Engine(llama, memory="8MiB") as engine:
+        for given in (settings, {"config": GenerationConfig(**settings)}):
+            with pytest.raises(ValueError, match=message):
+                engine.submit([5], **given)
+
+
+def test_settings_without_effect_may_stay_where_the_model_has_them():
+    model = tiny_models.tiny_model("llama")
+    model.generation_config.use_cache = False
+    with Engine(model, memory="8MiB") as engine:
+        for given in ({}, {"config": copy.deepcopy(model.generation_config)}):
+            assert len(engine.submit([5], max_new_tokens=2, **given).result(60).tokens) == 2
+
+
+def test_a_setting_off_or_for_no_token_is_no_error(llama):
+    off = {
+        "top_k": 0,
+        "eos_token_id": -1,
+        "use_cache": True,
+        "output_scores": False,
+        "num_beams": 1,
+    }
+    with Engine(llama, memory="8MiB") as engine:
+        assert len(engine.submit([5], max_new_tokens=2, **off).result(60).tokens) == 2
+
+
+def test_cancel_takes_a_name(llama):
+    with Engine(llama, memory="8MiB") as engine:
+        stream = engine.submit([5], max_new_tokens=2)
+        with pytest.raises(TypeError, match=r"Pass stream\.name"):
+            engine.cancel(stream)
+        stream.result(60)
+        engine.cancel(stream.name)  # it has ended
 
 
 # -------------------------------------------------------------------- what it says of itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,46 @@ def test_one_padded_prompt_is_submitted_without_its_padding(llama: PreTrainedMod
             {"prompt": batch["input_ids"]},
         ):
             assert engine.submit(**form, max_new_tokens=1).result().prompt == prompt
+
+
+@pytest.mark.parametrize("form", [dict, lists], ids=["tensors", "lists"])
+def test_what_a_tokenizer_returns_may_be_unpacked(model: PreTrainedModel, form: Any) -> None:
+    batch = padded("left")
+    expected = without_padding(batch)
+    with Engine(model, memory="4MiB") as engine:
+        outputs = engine.generate(**BatchEncoding(form(batch)), max_new_tokens=1)
+        assert [output.prompt for output in outputs] == expected
+        outputs = asyncio.run(engine.agenerate(**BatchEncoding(form(batch)), max_new_tokens=1))
+        assert [output.prompt for output in outputs] == expected
+        one = {name: rows[1] for name, rows in form(batch).items()}
+        assert engine.submit(**one, max_new_tokens=1).result().prompt == expected[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["token_type_ids", "position_ids", "inputs_embeds", "inputs", "special_tokens_mask", "labels"],
+)
+def test_inputs_beside_ids_and_mask_are_refused_by_name(llama: PreTrainedModel, name: str) -> None:
+    more = {name: torch.tensor([[1]])}
+    with Engine(llama, memory="4MiB") as engine:
+        with pytest.raises(ValueError, match=f"leave {name} out"):
+            engine.generate(input_ids=[[5]], max_new_tokens=1, **more)
+        with pytest.raises(ValueError, match=f"leave {name} out"):
+            engine.submit([5], max_new_tokens=1, **more)
+
+
+def test_prompts_are_given_once(llama: PreTrainedModel) -> None:
+    with Engine(llama, memory="4MiB") as engine:
+        with pytest.raises(TypeError, match="prompts: missing"):
+            engine.generate(max_new_tokens=1)
+        with pytest.raises(TypeError, match="prompt: given twice"):
+            engine.submit([5], input_ids=[5], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("mask", [1, [1], torch.tensor(1)])
+def test_a_mask_has_a_row_for_each_prompt(llama: PreTrainedModel, mask: Any) -> None:
+    with Engine(llama, memory="4MiB") as engine, pytest.raises(TypeError):
+        engine.generate([[5]], attention_mask=mask, max_new_tokens=1)
 
 
 def test_ids_of_a_single_text_are_all_tokens_even_pad_tokens(llama: PreTrainedModel) -> None:
@@ -180,7 +221,16 @@ def test_masks_and_inputs_that_cannot_be_followed_are_refused(
 
 @pytest.mark.parametrize(
     "prompts",
-    ["text", ["text"], [5, 6], torch.tensor([5, 6]), {"ids": [[5]]}, {"input_ids": [5]}, [[5.5]]],
+    [
+        "text",
+        3,
+        ["text"],
+        [5, 6],
+        torch.tensor([5, 6]),
+        {"ids": [[5]]},
+        {"input_ids": [5]},
+        [[5.5]],
+    ],
 )
 def test_what_are_no_prompts_is_refused(llama: PreTrainedModel, prompts: Any) -> None:
     with Engine(llama, memory="4MiB") as engine, pytest.raises(TypeError):

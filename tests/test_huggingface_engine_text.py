@@ -12,7 +12,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from kvpager import Engine, RequestCancelled, RequestFailed  # noqa: E402
 from kvpager.integrations.huggingface.batching.text import Detokenizer  # noqa: E402
@@ -273,3 +278,11 @@ def test_without_a_tokenizer_text_says_how_to_have_it(tiny_llama: PreTrainedMode
             _ = stream.result().text
     with pytest.raises(TypeError, match="AutoTokenizer"):
         Engine(tiny_llama, tokenizer="gpt2", memory="8MiB")
+
+
+def test_stop_strings_without_a_tokenizer_say_how_to_have_it(tiny_llama: PreTrainedModel) -> None:
+    with Engine(tiny_llama, memory="8MiB") as engine:
+        with pytest.raises(ValueError, match=r"^stop_strings='x': .* Engine\(model, tokenizer="):
+            engine.submit([5, 6], stop_strings="x")
+        with pytest.raises(ValueError, match=r"^stop_strings=\['x'\]: .* tokenizer="):
+            engine.submit([5, 6], GenerationConfig(stop_strings=["x"]))

@@ -98,7 +98,7 @@ class PagedMemory:
         self.keep_pools = keep_pools
         self.in_place = in_place
         self.dtype = dtype
-        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        if kv_dtype is not None and kv_dtype not in list(KV_DTYPES):
             raise ValueError(f"kv_dtype {kv_dtype!r}: expected None or one of {list(KV_DTYPES)}")
         self.kv_dtype = kv_dtype
         self.counters = Counters()

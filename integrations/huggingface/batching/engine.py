@@ -16,7 +16,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from kvpager.integrations.huggingface.batching import warming
 from kvpager.integrations.huggingface.batching.anatomy import study
 from kvpager.integrations.huggingface.batching.compiling import require_no_cuda_graphs
 from kvpager.integrations.huggingface.batching.fitting import ModelSwitch, fit
-from kvpager.integrations.huggingface.batching.inputs import Reader, each_options
+from kvpager.integrations.huggingface.batching.inputs import Reader, chosen, each_options
 from kvpager.integrations.huggingface.batching.loop import Loop
 from kvpager.integrations.huggingface.batching.models import unwrapped
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
@@ -220,11 +220,12 @@ class Engine:
 
     def submit(
         self,
-        prompt: Sequence[int] | torch.Tensor | NDArray[Any] | Mapping[str, Any],
+        prompt: Sequence[int] | torch.Tensor | NDArray[Any] | Mapping[str, Any] | None = None,
         config: GenerationConfig | None = None,
         *,
+        input_ids: Any = None,
         attention_mask: Any = None,
-        name: Hashable | None = None,
+        name: str | None = None,
         namespace: str | None = None,
         tenant: str | None = None,
         priority: int = 0,
@@ -241,6 +242,7 @@ class Engine:
                 model, what its encoder reads.
             config: generation settings, the model's own where None; `overrides` are settings over
                 those, such as `max_new_tokens=64`.
+            input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
             attention_mask: zeros for padding before or after the prompt, which is left out.
             name: unique among the requests that live; made up where None.
             namespace: only requests of the same namespace share cached prompts.
@@ -255,6 +257,8 @@ class Engine:
         """
         self._loop.refuse_closed()
         arguments.flag("logprobs", logprobs)
+        arguments.label("name", name)
+        prompt = chosen("prompt", prompt, input_ids)
         ids = self._reader(config, overrides).one(prompt, attention_mask)
         if policy is None:
             policy = self._policy(config, overrides)
@@ -309,16 +313,18 @@ class Engine:
 
     def generate(
         self,
-        prompts: Iterable[Any],
+        prompts: Iterable[Any] | None = None,
         config: GenerationConfig | None = None,
         *,
+        input_ids: Any = None,
         attention_mask: Any = None,
         progress: bool = False,
         **options: Any,
     ) -> list[Output]:
         """Serve `prompts` and wait for their outputs, in their order.
 
-        Prompts are a list, a padded tensor, or what a tokenizer returned, whose mask is taken.
+        Prompts are a list, a padded tensor, or what a tokenizer returned, whose mask is taken:
+        `generate(tokenizer(texts))` and `generate(**tokenizer(texts))` are the same.
         A padded tensor without `attention_mask` is read as the model's `generate` reads it.
         `progress` shows a bar. Other options are those of `submit`, except `name`. With a `seed`,
         each prompt has the next one: seed, seed + 1, ... If a request fails, the
@@ -326,6 +332,7 @@ class Engine:
         """
         arguments.flag("progress", progress)
         with _submitted() as streams:
+            prompts = chosen("prompts", prompts, input_ids)
             for each in self._requests(prompts, config, attention_mask, options):
                 streams.append(self.submit(config=config, **each))
             bar = tqdm(streams, desc="requests", unit="request", disable=not progress)
@@ -333,14 +340,16 @@ class Engine:
 
     async def agenerate(
         self,
-        prompts: Iterable[Any],
+        prompts: Iterable[Any] | None = None,
         config: GenerationConfig | None = None,
         *,
+        input_ids: Any = None,
         attention_mask: Any = None,
         **options: Any,
     ) -> list[Output]:
         """Serve `prompts` as `generate` does; other tasks of asyncio go on meanwhile."""
         with _submitted() as streams:
+            prompts = chosen("prompts", prompts, input_ids)
             for each in self._requests(prompts, config, attention_mask, options):
                 streams.append(self.submit(config=config, **each))
             return [await stream for stream in streams]
@@ -349,8 +358,11 @@ class Engine:
         """Settings for many requests, with processors and criteria of your own: see `Policy`."""
         return Policy(self.model, config, **{"tokenizer": self._tokenizer} | options)
 
-    def cancel(self, name: Hashable) -> None:
+    def cancel(self, name: str) -> None:
         """End a request; does nothing for one that has ended. O(1)."""
+        if not isinstance(name, str):
+            shown = arguments.shown(name)
+            raise TypeError(f"cancel({shown}): expected a request's name. Pass stream.name.")
         mailbox = self._loop.mailbox(name)
         if mailbox is not None:
             self._loop.cancel(mailbox)
@@ -424,6 +436,7 @@ class Engine:
 
     def _reader(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Reader:
         reader = Reader.of(self._anatomy, self.model.generation_config)
+        reader.refuse_others(overrides)
         if isinstance(config, GenerationConfig):
             given = Reader.of(self._anatomy, config)
             reader = reader._replace(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import GenerationConfig
 
 from kvpager import arguments
 
@@ -16,6 +17,11 @@ _BESIDE = {
     "length", "num_truncated_tokens", "offset_mapping", "overflow_to_sample_mapping",
     "overflowing_tokens", "special_tokens_mask", "token_type_ids",
 }  # fmt: skip
+
+
+_ANY_SETTINGS = GenerationConfig()
+# Names of the prompt in the signature of transformers' `generate`.
+_OTHER_NAMES = {"inputs", "inputs_embeds"}
 
 
 class Reader(NamedTuple):
@@ -63,6 +69,9 @@ class Reader(NamedTuple):
         prompts, masks = self._parts(prompts, masks)
         if isinstance(prompts, str):
             raise TypeError("prompts: expected a list of prompts, got a str; tokenize it first")
+        if not isinstance(prompts, Iterable):
+            shown = arguments.shown(prompts)
+            raise TypeError(f"prompts {shown}: expected a list of prompts, or a padded tensor")
         is_batch = isinstance(prompts, torch.Tensor | np.ndarray) and prompts.dtype != object
         rows = list(_ids(prompts) if is_batch else prompts)
         for row in rows:
@@ -70,11 +79,23 @@ class Reader(NamedTuple):
                 raise TypeError("prompts: expected a list of prompts, got one; put it in a list")
         if masks is None:
             masks = self._guessed(rows, is_batch)
+        elif not hasattr(masks, "__len__") or any(np.ndim(mask) == 0 for mask in masks):
+            raise TypeError(f"attention_mask {arguments.shown(masks)}: expected a row per prompt")
         elif len(masks) != len(rows):
             raise ValueError(
                 f"attention_mask of {len(masks)} rows: expected one for each of {len(rows)} prompts"
             )
         return [self.one(row, mask) for row, mask in zip(rows, masks, strict=True)]
+
+    def refuse_others(self, options: Mapping[str, Any]) -> None:
+        """Refuse inputs of the model, or of a tokenizer, among `options`. O(options).
+
+        Names that are generation settings, too, are settings. Raises: `ValueError`.
+        """
+        inputs = self.model_arguments | _BESIDE | _OTHER_NAMES
+        for name in options.keys() & inputs:
+            if not hasattr(_ANY_SETTINGS, name):
+                raise _not_read(name)
 
     def _parts(self, prompt: Any, mask: Any) -> tuple[Any, Any]:
         """Return the ids and the mask in what a tokenizer returned; anything else as it is."""
@@ -84,10 +105,7 @@ class Reader(NamedTuple):
             raise TypeError(f"prompt: expected input_ids in a dict of {sorted(prompt)}")
         for name in prompt.keys() - {"input_ids", "attention_mask"}:
             if name in self.model_arguments or name not in _BESIDE:
-                raise ValueError(
-                    f"{name}: the engine computes texts from input_ids and attention_mask alone; "
-                    f"leave {name} out, or use generate() of the model"
-                )
+                raise _not_read(name)
         if mask is not None and "attention_mask" in prompt:
             raise ValueError("attention_mask: the prompt brings one; leave out the argument")
         return prompt["input_ids"], prompt.get("attention_mask", mask)
@@ -123,6 +141,25 @@ class Reader(NamedTuple):
                     f"prompt: token id {token} is outside the vocabulary (0-{self.vocabulary - 1})"
                 )
         return ids
+
+
+def _not_read(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: the engine computes texts from input_ids and attention_mask alone; "
+        f"leave {name} out, or use generate() of the model"
+    )
+
+
+def chosen(name: str, given: Any, input_ids: Any) -> Any:
+    """Return the argument `name`, or `input_ids`, as what a tokenizer returned is unpacked.
+
+    Raises: `TypeError` for neither or both.
+    """
+    if given is None and input_ids is None:
+        raise TypeError(f"{name}: missing. Pass token ids, or what a tokenizer returned.")
+    if given is not None and input_ids is not None:
+        raise TypeError(f"{name}: given twice. Leave out {name} or input_ids.")
+    return input_ids if given is None else given
 
 
 def each_options(options: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:

@@ -25,14 +25,16 @@ logger = logging.getLogger("kvpager")
 _PATIENCE = 10.0  # seconds that `add_request` waits for room in the queue, as transformers does
 
 
-class _Name:
-    """A request's name inside the engine: no other request's, and printed as the caller's."""
+class _Name(str):
+    """A request's name inside the engine: equal to no other, and printed as the caller's."""
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    __slots__ = ()
 
-    def __repr__(self) -> str:
-        return repr(self._text)
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
 class Padded(list[int]):

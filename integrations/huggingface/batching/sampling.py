@@ -26,6 +26,12 @@ from transformers.generation.stopping_criteria import (
 )
 
 from kvpager import arguments
+from kvpager.integrations.huggingface.batching.settings import (
+    check_config,
+    check_given,
+    check_served,
+)
+from kvpager.integrations.huggingface.batching.text import text_tokenizer
 from kvpager.integrations.huggingface.offloaded import execution_device
 
 # What looks at a row's own scores alone: rows with the same settings are served at once.
@@ -38,23 +44,6 @@ _ROWWISE = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-
-# Ways to generate that are not one token after the other, row by row, and their off values.
-_NOT_SERVED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "num_beams": ("beam search", (None, 1)),
-    "penalty_alpha": ("contrastive search", (None, 0, 0.0)),
-    "prompt_lookup_num_tokens": ("prompt lookup", (None,)),
-    "dola_layers": ("decoding by contrasting layers", (None,)),
-    "assistant_early_exit": ("assisted decoding", (None,)),
-    "guidance_scale": ("guidance", (None, 1, 1.0)),
-    "watermarking_config": ("watermarking", (None,)),
-}
-
-# Settings of what `generate` returns.
-_GIVES_NOTHING = {
-    "output_attentions", "output_hidden_states", "output_logits", "output_scores",
-    "return_dict_in_generate",
-}  # fmt: skip
 
 _MAX_CHOICES = 256  # of prompts of unlike lengths, kept by a policy
 
@@ -71,7 +60,8 @@ class Policy:
         tokenizer: for settings that need one, such as `stop_strings`.
         overrides: single settings over those of `config`.
 
-    Raises: `ValueError` for ways to generate that cannot be batched continuously.
+    Raises: `ValueError` for ways to generate that cannot be batched continuously; `ValueError`,
+    `TypeError` for settings that make no sense or have no effect.
     """
 
     def __init__(
@@ -85,9 +75,10 @@ class Policy:
         tokenizer: Any = None,
         **overrides: Any,
     ) -> None:
-        if config is not None and not isinstance(config, GenerationConfig):
-            raise TypeError(f"config: expected a GenerationConfig, got {type(config).__name__}")
-        _check_overrides(overrides)
+        arguments.flag("is_complete", is_complete)
+        check_given(overrides)
+        if config is not None and not is_complete:
+            check_config(config, model.generation_config)
         self._has_default_length = overrides.get("max_length") is None and (
             config is None or config.max_length is None
         )
@@ -104,12 +95,13 @@ class Policy:
                 f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig; "
                 "processors and criteria of your own go into engine.policy(processors=, criteria=)"
             )
-        for name, (what, off) in _NOT_SERVED.items():
-            if getattr(settings, name, None) not in off:
-                raise ValueError(
-                    f"{name}={getattr(settings, name)!r}: {what} cannot be batched continuously; "
-                    "use generate() for it"
-                )
+        check_served(settings)
+        self._tokenizer = text_tokenizer(tokenizer)
+        if settings.stop_strings is not None and self._tokenizer is None:
+            raise ValueError(
+                f"stop_strings={arguments.shown(settings.stop_strings)}: a tokenizer has to find "
+                "them. Make the engine with Engine(model, tokenizer=tokenizer)."
+            )
         samples = settings.num_return_sequences
         self.num_samples = (
             1 if samples is None else arguments.count("num_return_sequences", samples, at_least=1)
@@ -120,7 +112,6 @@ class Policy:
         self._model, self._device = model, execution_device(model)
         self._settings = settings
         self._further = _callables("processors", processors), _callables("criteria", criteria)
-        self._tokenizer = tokenizer
         self._by_length: dict[int, Choice] = {}
 
     def choice(self, prompt_length: int, encoder_ids: list[int]) -> Choice:
@@ -179,18 +170,6 @@ class Policy:
                 self._by_length.clear()
             self._by_length[prompt_length] = choice
         return choice
-
-
-def _check_overrides(overrides: dict[str, Any]) -> None:
-    """Refuse settings that have no effect in an engine. Raises: `ValueError`."""
-    if overrides.get("max_new_tokens") is not None:
-        arguments.count("max_new_tokens", overrides["max_new_tokens"], at_least=1)
-    for name in _GIVES_NOTHING & overrides.keys():
-        if overrides[name]:
-            raise ValueError(
-                f"{name}={arguments.shown(overrides[name])}: an engine gives tokens and texts, "
-                f"and log probabilities with logprobs=True. Leave {name} out."
-            )
 
 
 def _callables(name: str, given: Iterable[Callable[..., Any]]) -> list[Callable[..., Any]]:
