@@ -61,18 +61,22 @@ def _runs(copies: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
 class StreamOrder:
     """Orders the streams that use the tensor of one storage.
 
-    With one stream, the usual case, there is nothing to do. With several, the stream that uses
-    the tensor next waits for the work that the other streams were given before.
+    On a CPU, or with one stream, the usual case, there is nothing to do. With several, the stream
+    that uses the tensor next waits for the work that the other streams were given before.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._streams: tuple[torch.cuda.Stream, ...] = ()
         self._lock = threading.Lock()
+        # Every layer of every step enters: without streams, it asks for nothing.
+        self._has_streams = current_stream(tensor.device) is not None
         self.enter()
 
     def enter(self) -> None:
         """Let the current stream wait for the other streams that used the tensor. O(streams)."""
+        if not self._has_streams:
+            return
         stream = current_stream(self._tensor.device)
         if stream is None or self._streams == (stream,):
             return

@@ -518,6 +518,16 @@ USES: dict[str, Callable[[BlockStorage], object]] = {
 
 
 @pytest.mark.parametrize("use", USES)
+def test_without_streams_no_use_asks_for_one(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(device: torch.device) -> None:
+        raise AssertionError("a CPU has no streams")
+
+    storage = numbered()
+    monkeypatch.setattr(streams, "current_stream", asked)
+    USES[use](storage)
+
+
+@pytest.mark.parametrize("use", USES)
 def test_a_stream_waits_for_the_other_streams_that_used_the_blocks(
     use: str, two_streams: Streams
 ) -> None:
