@@ -142,6 +142,55 @@ def test_a_wait_ends_when_no_other_call_moves(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(future.result(), expected)
 
 
+class Clock:
+    """Goes on while a call waits, and at no other time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(calls, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        return True
+
+
+def test_all_waits_of_a_call_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lock = Clock(monkeypatch), threading.RLock()
+    shared = calls.Calls(lock)
+    holds, goes_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with shared.running():
+            other = shared.current()
+            assert other is not None
+            other.claimed_bytes = 1
+            holds.set()
+            assert goes_on.wait(60)
+
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(hold)
+        assert holds.wait(60)
+        monkeypatch.setattr(shared._changed, "wait", clock.wait)
+        try:
+            with shared.running(), lock:
+                call = shared.current()
+                assert call is not None
+                shared.await_turn(call, 1, bound=1)
+                waited = clock.now
+                assert waited > calls.WAIT_SECONDS_MAX
+                assert shared.wait_for(lambda: None) is None
+                assert clock.now == waited
+                shared.note_step()  # others move: it may wait again
+                assert shared.wait_for(lambda: None) is None
+                assert clock.now > waited + calls.WAIT_SECONDS_MAX
+        finally:
+            goes_on.set()
+        future.result()
+
+
 def test_a_call_that_fails_gives_its_blocks_back_while_its_traceback_lives() -> None:
     model = tiny_models.tiny_model("llama")
 

@@ -26,7 +26,7 @@ from kvpager.atomic import Deferral, Uninterrupted
 
 _T = TypeVar("_T")
 
-# A call waits at most this long in which no other call computes a step or ends.
+# A call waits at most this long, all its waits together, in which no call computes a step or ends.
 WAIT_SECONDS_MAX = 60.0
 # Finalisers free blocks without telling anyone, so a waiting call looks again by itself.
 _LOOK_SECONDS, _LOOK_SECONDS_MAX = 0.01, 0.25
@@ -42,6 +42,8 @@ class Call:
     ticket: float = math.inf  # turns come in this order; infinite before a call asks for one
     claimed_bytes: int | None = None  # None before its turn
     waiting: int | None = None  # how many calls had ended when it last found no room; None: it runs
+    moves: int = -1  # steps and ends of calls when it last waited
+    waited_seconds: float = 0.0  # since then
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # made in this call
 
 
@@ -123,24 +125,26 @@ class Calls:
     def wait_for(self, attempt: Callable[[], _T | None]) -> _T | None:
         """Call `attempt` until it returns something, while other calls may give memory back.
 
-        Return None if no other call runs, or none computed a step for `WAIT_SECONDS_MAX`. The
-        caller holds the lock; waiting releases it.
+        Return None if no other call runs, or none computed a step or ended in `WAIT_SECONDS_MAX`
+        of this call's waiting. The caller holds the lock; waiting releases it.
         """
         call = self.current() or Call()
-        pause, steps, until = _LOOK_SECONDS, -1, 0.0
+        pause = _LOOK_SECONDS
         while (found := attempt()) is None:
-            if steps != self._steps:
-                steps, until = self._steps, time.monotonic() + WAIT_SECONDS_MAX
+            moves = self._steps + self._ends
+            if moves != call.moves:
+                call.moves, call.waited_seconds = moves, 0.0
             # A call that has not looked since the last one ended may find room now.
             runs = any(each.waiting != self._ends for each in self._others(call))
-            if not runs or time.monotonic() > until:
+            if not runs or call.waited_seconds > WAIT_SECONDS_MAX:
                 return None
-            call.waiting = self._ends
+            call.waiting, began = self._ends, time.monotonic()
             try:
                 with Deferral():
                     self._changed.wait(pause)
             finally:
                 call.waiting = None
+                call.waited_seconds += time.monotonic() - began
             pause = min(2 * pause, _LOOK_SECONDS_MAX)
         return found
 
