@@ -138,7 +138,7 @@ def test_calls_whose_prompts_are_not_kept_are_counted() -> None:
         generate(model, [40])
         assert "not kept" not in patch.report()
         generate(model, [40], prefill_chunk_size=16)
-        assert "prompts not kept: 1 call of other kinds" in patch.report()
+        assert "prompts not kept: 1 call with prefill_chunk_size=16" in patch.report()
         assert patch.stats().prefix_unserved_calls == 1
 
 
@@ -183,6 +183,43 @@ def test_the_report_names_calls_that_were_not_served(options: dict[str, Any], li
         assert "not kept" not in patch.report()
         generate(model, [20], **options)
         assert line in patch.report()
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "inputs_embeds"])
+def test_the_report_names_arguments_that_keep_rows_apart(name: str) -> None:
+    model = tiny_models.tiny_model("llama")
+    inputs = dict(tiny_models.prompts([20]))
+    if name == "inputs_embeds":
+        inputs[name] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    else:
+        inputs |= {name: True, "return_dict_in_generate": True}
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        model.generate(**inputs, max_new_tokens=2, num_beams=2)
+        report = patch.report()
+        assert patch.stats().prefix_unserved_calls == 1
+    assert f"prompts not kept: 1 call with {name}" in report
+    assert f"equal rows not merged: 1 call with {name}" in report
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "why"),
+    [
+        ("mistral", {}, "a model with sliding windows"),
+        ("t5", {}, "an encoder-decoder model"),
+        ("llama", {"position_ids": torch.arange(3, 23)[None]}, "position_ids that do not count"),
+        ("llama", {"attention_mask": torch.ones(1, 20).index_fill(1, torch.tensor(9), 0)},
+         "an attention_mask that hides more"),
+    ],
+)  # fmt: skip
+def test_the_report_says_why_prompts_are_not_kept(
+    architecture: str, options: dict[str, Any], why: str
+) -> None:
+    model = tiny_models.tiny_model(architecture)
+    inputs = dict(tiny_models.prompts([20])) | options
+    with kvpager.patch(model, prefix_cache=True) as patch:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert f"prompts not kept: 1 call with {why}" in patch.report()
+        assert "merged" not in patch.report()
 
 
 def test_the_report_names_a_cache_that_the_caller_brought() -> None:

@@ -46,7 +46,6 @@ class Counters:
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
         self.prefix_unserved_calls = 0
-        self.doubtful_calls = 0  # of those, because of what the model is or runs
         self.sessions = 0  # of continuous batching, which have pools of their own
         self.session_requests = 0
         self.session_tokens = 0  # generated
@@ -241,7 +240,6 @@ class PagedMemory:
         if why not in self.unserved:
             logger.warning("kvpager: %s", why)
         self.note_unserved(why)
-        self.counters.doubtful_calls += 1
 
     def note_unserved(self, why: str) -> None:
         """Count a call whose cache stays transformers' own, or whose prompt is not kept. O(1)."""

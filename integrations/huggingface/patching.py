@@ -33,7 +33,7 @@ from kvpager.integrations.huggingface.batching.routes import retire, routes
 from kvpager.integrations.huggingface.cache import PagedCache, least_block_bytes, unpaged
 from kvpager.integrations.huggingface.flash import flash_names, reading_flash_in_place
 from kvpager.integrations.huggingface.memory import PagedMemory
-from kvpager.integrations.huggingface.prefill import prefill
+from kvpager.integrations.huggingface.prefill import prefill, returned_rows
 from kvpager.integrations.huggingface.prompts import PromptCache, reply
 from kvpager.integrations.huggingface.releases import cache_in, warn_if_untested
 from kvpager.integrations.huggingface.report import PatchStats, report
@@ -467,10 +467,19 @@ def _note_unserved(serving: Patch, generation_config: Any, cache: Any, mode: Any
             serving.memory.note_unserved(f"not paged: {what}, a cache of transformers' own")
         elif home != "kvpager":  # an engine's probe compares with a plain cache
             serving.memory.note_unserved(f"not paged: {name}, a cache passed by the caller")
+    elif isinstance(cache, EncoderDecoderCache):
+        _note_not_kept(serving, "an encoder-decoder model")
     elif serving.prompts is not None and mode == GenerationMode.ASSISTED_GENERATION:
         is_lookup = generation_config.prompt_lookup_num_tokens is not None
         what = "prompt lookup" if is_lookup else "assisted decoding"
         serving.memory.note_unserved(f"prompts not kept: {what}, whose drafts may be rejected")
+
+
+def _note_not_kept(serving: Patch, reason: str) -> None:
+    """Note for the report a call of `generate` whose prompts could not be looked at."""
+    if serving.prompts is not None:
+        serving.memory.counters.prefix_unserved_calls += 1
+        serving.memory.note_unserved(f"prompts not kept: {reason}")
 
 
 def _note_made_outside(serving: Patch | None, config: Any) -> None:
@@ -507,8 +516,12 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         if cache.is_begun:
             _check_padding_is_still_hidden(cache, model_kwargs.get("attention_mask"))
             return original(*inputs, **kwargs)
-        is_first = kwargs.get("is_first_iteration", True) and not self.config.is_encoder_decoder
-        if not is_first or model_kwargs.get("inputs_embeds") is not None:
+        if not kwargs.get("is_first_iteration", True) or self.config.is_encoder_decoder:
+            return original(*inputs, **kwargs)
+        if model_kwargs.get("inputs_embeds") is not None:
+            if returned_rows(generation_config) > 1:
+                serving.memory.note_unserved("equal rows not merged: inputs_embeds")
+            _note_not_kept(serving, "inputs_embeds")
             return original(*inputs, **kwargs)
         return prefill(original, serving.prompts, *inputs, **kwargs)
 

@@ -24,9 +24,9 @@ from kvpager.integrations.huggingface.cache import PagedCache
 from kvpager.integrations.huggingface.columns import Announced, Unannounced
 from kvpager.integrations.huggingface.groups import LayerGroup, Prompt
 from kvpager.integrations.huggingface.hooks import row_obstacle
+from kvpager.integrations.huggingface.obstacles import PER_ROW, why_not_by_row, why_not_kept
 from kvpager.integrations.huggingface.prompts import Padding, PromptCache
 from kvpager.integrations.huggingface.releases import (
-    CACHE_NAMES,
     cache_in,
     set_cache_of,
     with_cache,
@@ -34,18 +34,6 @@ from kvpager.integrations.huggingface.releases import (
 from kvpager.integrations.huggingface.waves import waves
 
 Prefill = Callable[..., Any]
-
-# What `model_kwargs` may hold where a row's keys and values follow from its ids and padding. With
-# anything else in play, rows are neither merged nor reused.
-_PER_ROW = {"attention_mask", "position_ids"}
-_HARMLESS = {
-    *CACHE_NAMES,
-    "use_cache",
-    "logits_to_keep",
-    "return_dict",
-    "output_attentions",  # these two are looked at more closely
-    "output_hidden_states",
-}
 
 
 def prefill(
@@ -66,13 +54,17 @@ def prefill(
         group.reset()  # rows may be left of a batch that was cropped to nothing
     padding = _left_padding(input_ids, model_kwargs.get("attention_mask"))
     given = (model, input_ids, generation_config, model_kwargs)
+    reason = "an attention_mask that hides more than padding before the prompts"
     try:
         if padding is not None:
             try:
                 return _prefill_padded(original, prompts, padding, *given, **kwargs)
             except Unannounced:
                 cache.reset()
-        cache.memory.counters.prefix_unserved_calls += prompts is not None
+                reason = "a model that writes other columns than those of its prompt"
+        if prompts is not None:
+            cache.memory.counters.prefix_unserved_calls += 1
+            cache.memory.note_unserved(f"prompts not kept: {reason}")
         return original(*given, **kwargs)
     except BaseException:
         cache.reset()
@@ -97,9 +89,11 @@ def _prefill_padded(
     Raises: `Unannounced` where that is wrong for this model.
     """
     cache: PagedCache = cache_in(model_kwargs)
-    plain = cache.is_fully_paged
-    plain = plain and _is_plain(model, input_ids, generation_config, model_kwargs)
-    repeats = _repeats(input_ids, generation_config, model_kwargs) if plain else 1
+    reason = why_not_by_row(model, cache, input_ids, generation_config, model_kwargs)
+    repeats = _repeats(input_ids, generation_config, model_kwargs)
+    if reason is not None and repeats > 1:
+        cache.memory.note_unserved(f"equal rows not merged: {reason}")
+        repeats = 1
     obstacle = None if prompts is None and repeats == 1 else row_obstacle(model)
     if obstacle is not None and repeats > 1:
         cache.memory.note_unserved(f"equal rows not merged: {obstacle}")
@@ -114,10 +108,10 @@ def _prefill_padded(
         if group.holds_text:
             group.announce(padding, announced)
     given = (model, input_ids, generation_config, model_kwargs)
-    reusable = plain and _is_reusable(model, cache, generation_config)
-    reusable = reusable and _are_usual(model_kwargs.get("position_ids"), input_ids, padding)
     prompt: Prompt | str | None = None
-    if prompts is not None and reusable:
+    if prompts is not None and reason is None:
+        reason = why_not_kept(model, cache, input_ids, generation_config, model_kwargs, padding)
+    if prompts is not None and reason is None:
         prompts.await_turn(model, cache)
         prompt = prompts.prompt(model, input_ids, padding)
     if isinstance(prompt, str):
@@ -131,7 +125,10 @@ def _prefill_padded(
         output = original(*given, **kwargs)
         if repeats > 1:
             _check_written(cache, columns)
-        cache.memory.counters.prefix_unserved_calls += prompts is not None
+        if prompts is not None:
+            cache.memory.counters.prefix_unserved_calls += 1
+        if prompts is not None and reason is not None:
+            cache.memory.note_unserved(f"prompts not kept: {reason}")
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
         _repeat_rows(output, len(input_ids), repeats)
@@ -206,47 +203,27 @@ def _count_hits(group: LayerGroup, prompt: Prompt) -> None:
 def _of_rows(model_kwargs: dict[str, Any], rows: Any) -> dict[str, Any]:
     """The same with what is given per row for these rows (and columns) only."""
     return {
-        name: value[rows] if name in _PER_ROW and value is not None else value
+        name: value[rows] if name in PER_ROW and value is not None else value
         for name, value in model_kwargs.items()
     }
 
 
-def _is_plain(
-    model: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
-) -> bool:
-    """Whether a row's keys and values follow from its ids, mask and positions alone."""
-    # What a model keeps outside the cache is neither repeated nor reused with it.
-    if getattr(model, "_is_stateful", False):
-        return False
-    # Dropout makes equal rows differ, and autocast computes in another dtype than was asked for.
-    places = {tensor.device.type for tensor in (input_ids, *model.parameters())}
-    if model.training or any(map(_is_autocast, places)):
-        return False
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name, False) or model_kwargs.get(name):
-            return False
-    given = {name for name, value in model_kwargs.items() if value is not None}
-    if given - _PER_ROW - _HARMLESS:
-        return False
-    return all(model_kwargs[name].shape == input_ids.shape for name in given & _PER_ROW)
-
-
-def _is_autocast(device_type: str) -> bool:
-    # Offloaded weights are on "meta", for which torch does not answer the second question.
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def returned_rows(generation_config: Any) -> int:
+    """Return how many rows `generate` makes of each prompt: beams, or samples. O(1)."""
+    return int(max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1))
 
 
 def _repeats(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> int:
     """How many equal rows stand behind one another, as `generate` expands them; 1 for none."""
-    repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    repeats = returned_rows(generation_config)
     if repeats == 1 or len(input_ids) % repeats:
         return 1
-    for tensor in (input_ids, *(model_kwargs.get(name) for name in _PER_ROW)):
+    for tensor in (input_ids, *(model_kwargs.get(name) for name in PER_ROW)):
         if tensor is not None and not torch.equal(
             tensor[::repeats].repeat_interleave(repeats, dim=0), tensor
         ):
             return 1
-    return int(repeats)
+    return repeats
 
 
 def _left_padding(input_ids: Tensor, mask: Tensor | None) -> Padding | None:
@@ -261,44 +238,6 @@ def _left_padding(input_ids: Tensor, mask: Tensor | None) -> Padding | None:
     behind = np.arange(columns) >= padding[:, None]
     left_padded = (here == behind).all() and here.any(axis=1).all()
     return padding if left_padded else None
-
-
-def _is_reusable(model: nn.Module, cache: PagedCache, generation_config: Any) -> bool:
-    """Whether a prompt's beginning has the same keys and values whatever comes after it."""
-    config: Any = model.config
-    causal = not getattr(config, "use_bidirectional_attention", False)
-    text_only = config.get_text_config(decoder=True) is config
-    group = cache.groups[0]
-    return (
-        causal
-        and text_only
-        and not _rotation_moves(config)
-        and len(cache.groups) == 1
-        and group.window is None
-        and group.num_layers is not None
-        and generation_config.prefill_chunk_size is None
-    )
-
-
-def _rotation_moves(config: Any) -> bool:
-    """Whether a key's rotation depends on how long its sequence gets (dynamic NTK, LongRoPE)."""
-    settings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
-    settings += [nested for outer in settings for nested in outer.values() if _is_dict(nested)]
-    kinds = [str(one.get("rope_type", one.get("type"))) for one in settings if _is_dict(one)]
-    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _are_usual(positions: Tensor | None, input_ids: Tensor, padding: Padding) -> bool:
-    if positions is None:
-        return not padding.any()
-    columns = np.arange(input_ids.shape[1])
-    tokens = columns >= padding[:, None]
-    usual = columns - padding[:, None]
-    return bool((positions.cpu().numpy() == usual)[tokens].all())
 
 
 def _repeat_rows(output: Any, num_rows: int, repeats: int) -> None:

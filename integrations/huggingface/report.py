@@ -96,12 +96,6 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
     if stats.prefix_query_tokens:
         hits, asked = stats.prefix_hit_tokens, stats.prefix_query_tokens
         lines.append(f"prompts: {hits} of {asked} tokens were cached ({hits / asked:.0%})")
-    others = stats.prefix_unserved_calls - memory.counters.doubtful_calls
-    if others:
-        lines.append(
-            f"prompts not kept: {counted(others, 'call')} of other kinds "
-            "(docs/transformers.md says which)"
-        )
     return "\n".join(lines)
 
 

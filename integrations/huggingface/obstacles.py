@@ -1,0 +1,115 @@
+"""Why a batch's prompts are neither merged nor kept, in words for a report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kvpager.integrations.huggingface.cache import PagedCache
+from kvpager.integrations.huggingface.releases import CACHE_NAMES
+
+# What `model_kwargs` may hold where a row's keys and values follow from its ids and padding. With
+# anything else in play, rows are neither merged nor reused.
+PER_ROW = {"attention_mask", "position_ids"}
+_HARMLESS = {
+    *CACHE_NAMES,
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+    "output_attentions",  # these two are looked at more closely
+    "output_hidden_states",
+}
+
+
+def why_not_by_row(
+    model: nn.Module,
+    cache: PagedCache,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+) -> str | None:
+    """Return why a row's keys and values do not follow from its ids, mask and positions alone.
+
+    None if they do. O(parameters).
+    """
+    if not cache.is_fully_paged:
+        return "layers that are not paged"
+    # What a model keeps outside the cache is neither repeated nor reused with it.
+    if getattr(model, "_is_stateful", False):
+        return "a model that keeps state outside its cache"
+    # Dropout makes equal rows differ, and autocast computes in another dtype than was asked for.
+    if model.training:
+        return "a model in training mode"
+    places = {tensor.device.type for tensor in (input_ids, *model.parameters())}
+    if any(map(_is_autocast, places)):
+        return "autocast"
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name, False) or model_kwargs.get(name):
+            return f"{name}=True, which is about all tokens of a prompt"
+    given = {name for name, value in model_kwargs.items() if value is not None}
+    if others := given - PER_ROW - _HARMLESS:
+        return f"{', '.join(sorted(others))}, of which a cache knows nothing"
+    for name in sorted(given & PER_ROW):
+        if model_kwargs[name].shape != input_ids.shape:
+            return f"{name} of another shape than the ids"
+    return None
+
+
+def why_not_kept(
+    model: nn.Module,
+    cache: PagedCache,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    padding: NDArray[np.int64],
+) -> str | None:
+    """Return why what follows a prompt's beginning may change its keys and values, or they move.
+
+    None if the beginning may be reused. O(tokens). For rows that `why_not_by_row` is content with.
+    """
+    config: Any = model.config
+    if getattr(config, "use_bidirectional_attention", False):
+        return "a model whose tokens attend to later ones"
+    if config.get_text_config(decoder=True) is not config:
+        return "a model of more than text"
+    if _rotation_moves(config):
+        return "a model whose positions depend on the length of the prompt"
+    if len(cache.groups) != 1 or cache.groups[0].window is not None:
+        return "a model with sliding windows"
+    if cache.groups[0].num_layers is None:
+        return "a cache without a configuration"
+    if generation_config.prefill_chunk_size is not None:
+        return f"prefill_chunk_size={generation_config.prefill_chunk_size}"
+    if not _are_usual(model_kwargs.get("position_ids"), input_ids, padding):
+        return "position_ids that do not count a prompt's tokens from 0"
+    return None
+
+
+def _is_autocast(device_type: str) -> bool:
+    # Offloaded weights are on "meta", for which torch does not answer the second question.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _rotation_moves(config: Any) -> bool:
+    """Whether a key's rotation depends on how long its sequence gets (dynamic NTK, LongRoPE)."""
+    settings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
+    settings += [nested for outer in settings for nested in outer.values() if _is_dict(nested)]
+    kinds = [str(one.get("rope_type", one.get("type"))) for one in settings if _is_dict(one)]
+    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_usual(positions: Tensor | None, input_ids: Tensor, padding: NDArray[np.int64]) -> bool:
+    if positions is None:
+        return not padding.any()
+    columns = np.arange(input_ids.shape[1])
+    tokens = columns >= padding[:, None]
+    usual = columns - padding[:, None]
+    return bool((positions.cpu().numpy() == usual)[tokens].all())
