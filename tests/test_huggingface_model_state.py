@@ -704,6 +704,96 @@ class BetweenSteps:
             self.done.set()
 
 
+class AtSteps(transformers.LogitsProcessor, transformers.StoppingCriteria):
+    """A processor, criterion and streamer of the caller's that does something at two steps."""
+
+    def __init__(self, do: Callable[[bool], object], length: int) -> None:
+        self._do, self._length = do, length
+
+    def __call__(self, ids: torch.Tensor, scores: Any) -> Any:
+        step = ids.shape[1] - self._length
+        if step in (3, 4):
+            self._do(step == 3)
+        return scores if isinstance(scores, torch.Tensor) else torch.zeros(len(ids)).bool()
+
+
+class StreamsAt(transformers.generation.streamers.BaseStreamer):
+    def __init__(self, do: Callable[[bool], object]) -> None:
+        self._do, self._steps = do, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._steps += 1
+        if self._steps in (4, 5):
+            self._do(self._steps == 4)
+
+    def end(self) -> None:
+        pass
+
+
+def scaled(model: Any, on: bool) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 4 if on else 0.25
+
+
+def written(model: Any, on: bool) -> None:
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(4 if on else 0.25)
+
+
+def adapted(model: Any, on: bool) -> None:
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.set_adapter("one" if on else "two")
+
+
+def with_adapters() -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(llama(), config, adapter_name="one")
+    tuned.add_adapter("two", config)
+    tuned.set_adapter("two")
+    return tuned.eval().get_base_model()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT's
+@pytest.mark.parametrize("by", ["processor", "criterion", "streamer"])
+@pytest.mark.parametrize("switch", [scaled, written, adapted], ids=lambda f: f.__name__)
+def test_a_reply_during_which_the_model_changed_is_not_kept(switch: Any, by: str) -> None:
+    model = with_adapters() if switch is adapted else llama()
+    do = functools.partial(switch, model)
+    at_steps = AtSteps(do, IDS.shape[1])
+    hooked: dict[str, Any] = {
+        "processor": {"logits_processor": transformers.LogitsProcessorList([at_steps])},
+        "criterion": {"stopping_criteria": transformers.StoppingCriteriaList([at_steps])},
+        "streamer": {"streamer": StreamsAt(do)},
+    }[by]
+    options = {**GREEDY, "max_new_tokens": 12}
+    with kvpager.patch(model, prefix_cache=True, block_size=1) as patch:
+        reply = model.generate(IDS, **options, **hooked)
+        again = model.generate(reply, **options)
+        assert patch.stats().prefix_hit_tokens <= IDS.shape[1]
+    assert torch.equal(again, model.generate(reply, **options))
+
+
+def test_a_switch_that_transformers_makes_for_decoding_keeps_replies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama()
+
+    @contextlib.contextmanager
+    def optimised(self: Any) -> Iterator[None]:
+        with replaced(self.config, "hidden_act", "as on a GPU"):
+            yield
+
+    name = "_optimize_model_for_decode"  # which chooses how experts are computed
+    monkeypatch.setattr(transformers.GenerationMixin, name, optimised, raising=False)
+    with kvpager.patch(model, prefix_cache=True, block_size=1) as patch:
+        reply = model.generate(IDS, **GREEDY)
+        for turn in (1, 2):
+            model.generate(reply, **GREEDY)
+            assert patch.stats().prefix_hit_tokens == turn * (reply.shape[1] - 1)
+
+
 def test_what_a_request_under_way_computed_is_not_shared_after_a_change() -> None:
     model = llama()
 

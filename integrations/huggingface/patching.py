@@ -558,7 +558,7 @@ def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
         serving, cache = _patch_for(self), cache_in(kwargs)
         if serving is None or serving.prompts is None or not _is_paged(cache):
             return original(self, *args, **kwargs)
-        if cache.is_begun:  # who knows what is in it
+        if cache.is_begun or "logits_processor" not in kwargs:  # who knows what is in it
             return original(self, *args, **kwargs)
         return reply(original, serving.prompts, self, *args, **kwargs)
 

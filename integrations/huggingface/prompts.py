@@ -15,10 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+)
 
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache import PagedCache
-from kvpager.integrations.huggingface.fingerprint import ModelWatch
+from kvpager.integrations.huggingface.contents import is_library
+from kvpager.integrations.huggingface.fingerprint import ModelState, ModelWatch
 from kvpager.integrations.huggingface.groups import Int32, Prompt
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.releases import cache_in
@@ -42,6 +48,9 @@ class PromptCache:
         self._namespace = namespace
         self._homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary()
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._decoding: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -72,6 +81,17 @@ class PromptCache:
         # The length in front keeps a namespace's own digits apart from the version.
         name = self.namespace or ""
         return Namespace(f"{len(name)}:{name}:{state.version}", state.doubt)
+
+    def decoding_watch(self, model: nn.Module) -> ModelWatch:
+        """Return the watch over `model` while it decodes. O(1).
+
+        transformers chooses other settings while a model decodes: how experts are computed. So
+        prompts and decoding have a watch each.
+        """
+        watch = self._decoding.get(model)
+        if watch is None:
+            watch = self._decoding.setdefault(model, ModelWatch(model, has_parts=True))
+        return watch
 
     def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt | str:
         """The batch's prompts, of the model as it is and of the namespace of now. O(tokens).
@@ -143,7 +163,12 @@ def reply(
     What becomes of the cache afterwards nobody knows: no token is known from then on.
     """
     cache: Any = cache_in(kwargs)
-    kwargs["streamer"] = _Listener(cache, kwargs.get("streamer"))
+    processors, streamer = kwargs["logits_processor"], kwargs.get("streamer")
+    criteria = kwargs.get("stopping_criteria") or ()
+    is_thorough = any(map(_is_callers, [*processors, *criteria, streamer]))
+    lookout = _Lookout(cache, prompts.decoding_watch(model), is_thorough)
+    kwargs["logits_processor"] = LogitsProcessorList([lookout, *processors])
+    kwargs["streamer"] = _Listener(cache, streamer)
     try:
         result = original(model, *args, **kwargs)
         if cache.groups and cache.groups[0].prompt is not None:
@@ -152,6 +177,12 @@ def reply(
         for group in cache.groups:
             group.prompt = None
     return result
+
+
+def _is_callers(each: object) -> bool:
+    """True for a processor, criterion or streamer that runs code of the caller's."""
+    home = type(each).__module__
+    return not is_library(home) or isinstance(each, PrefixConstrainedLogitsProcessor)
 
 
 class _Listener:
@@ -172,6 +203,40 @@ class _Listener:
         """There are no more."""
         if self._inner is not None:
             self._inner.end()
+
+
+class _Lookout(LogitsProcessor):
+    """Stops keeping a reply if the model that computes it changes, even if it changes back.
+
+    It stands before all other processors: of what a caller may hook into a step, nothing runs
+    between the forward pass and it.
+    """
+
+    def __init__(self, cache: PagedCache, watch: ModelWatch, is_thorough: bool) -> None:
+        self._cache, self._watch, self._is_thorough = cache, watch, is_thorough
+        self._before: ModelState | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Compare the model with what it was after the first pass.
+
+        All of it is compared if code of the caller's runs between passes, which may change it.
+        Otherwise only another thread may, and a part is compared, another one each time.
+        """
+        kept = [group for group in self._cache.groups if group.prompt is not None]
+        if kept:
+            is_first = self._before is None
+            if is_first or self._is_thorough:
+                now = self._watch.look(samples=is_first)
+            else:
+                now = self._watch.glance()
+            if self._before not in (None, now):
+                for group in kept:
+                    group.prompt = None
+                self._cache.memory.note_unserved(
+                    "reply not kept: a change of the model in the middle of it"
+                )
+            self._before = now
+        return scores
 
 
 class _Home(NamedTuple):
