@@ -335,6 +335,22 @@ def _note_main_thread() -> None:
     """After a fork, the thread that forked is the main thread of the child."""
     global _main_ident
     _main_ident = _get_ident()
+    for lock in list(_locks):
+        if not lock._is_owned():  # another thread held it perhaps, which the child does not have
+            lock._at_fork_reinit()
+
+
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def new_lock() -> Any:
+    """Return a reentrant lock that is free in a forked process, whoever holds it in this one. O(1).
+
+    A change that another thread was making remains as it was: half done.
+    """
+    lock = threading.RLock()
+    _locks.add(lock)
+    return lock
 
 
 def _forget_main_thread() -> None:

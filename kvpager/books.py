@@ -7,7 +7,6 @@ in one place.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import arguments
-from kvpager.atomic import Change
+from kvpager.atomic import Change, new_lock
 from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.events import EventLog, Kind
 from kvpager.eviction import EvictionPolicy
@@ -71,7 +70,7 @@ class Books:
         self._rows = SequenceTable(self.block_size)
         self._fences = Fences(self._pool, self._host, is_on=fences)
         self._quotas = Quotas(num_blocks)
-        self._lock: AbstractContextManager[Any] = threading.RLock()
+        self._lock: AbstractContextManager[Any] = new_lock()
         self._change = Change(self)
         self._totals = dict.fromkeys(TOTALS, 0)
 

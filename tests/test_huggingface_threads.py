@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
+import signal
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -242,3 +247,68 @@ def test_a_large_call_has_its_turn_before_smaller_ones_that_come_later() -> None
     for thread in threads:
         thread.join()
     assert order == [6, 10, 2]
+
+
+def test_a_call_that_an_interrupt_left_noted_is_not_taken_for_one_that_runs() -> None:
+    made = calls.Calls(threading.RLock())
+
+    def interrupted() -> None:
+        running = made.running()
+        running.__enter__()
+        raise KeyboardInterrupt  # before the `with` statement has the context manager
+
+    try:
+        interrupted()
+    except KeyboardInterrupt as error:
+        kept = error  # as an interactive session keeps the last error
+    with made.running():
+        call = made.current()
+        assert call is not None
+        assert call.depth == 1
+        made.note_size(2, 30)
+        with made.running():
+            assert made.current() is call
+            assert call.depth == 2
+        assert call.num_rows == 2
+    assert made.current() is None
+    assert kept is not None
+    del kept
+    gc.collect()
+    assert made.current() is None
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_generates_while_a_thread_of_the_parent_held_the_memory() -> None:
+    model = tiny_models.tiny_model("llama")
+    inputs = prompts(9, seed=1)
+    expected = generate(model, inputs)
+    with kvpager.patch(model, memory="1MiB", prefix_cache=True) as patch:
+        assert torch.equal(generate(model, inputs), expected)
+        held, forked = threading.Event(), threading.Event()
+        locks = [patch.memory.lock, *(pool.manager._lock for pool in patch.memory.pools())]
+
+        def hold() -> None:
+            with contextlib.ExitStack() as stack, patch.memory.calls.running():
+                for lock in locks:
+                    stack.enter_context(lock)
+                held.set()
+                forked.wait(60)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait(60)
+        child = os.fork()
+        if not child:
+            signal.alarm(50)  # a call that hangs
+            try:
+                assert not patch.memory.calls._calls
+                assert torch.equal(generate(model, inputs), expected)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        forked.set()
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0

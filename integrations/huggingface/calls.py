@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 import threading
 import time
 import weakref
@@ -37,6 +38,7 @@ class Call:
     """A call of `generate` that has not ended."""
 
     depth: int = 1  # an assistant's `generate` runs within the model's
+    frame: int = 0  # id of the frame that the outermost `generate` runs in
     num_rows: int = 0  # of the batch, and how long they may get; 0 if not known
     num_columns: int = 0
     ticket: float = math.inf  # turns come in this order; infinite before a call asks for one
@@ -62,17 +64,19 @@ class Calls:
     def running(self) -> Iterator[None]:
         """Note a call of this thread while the block runs. Resets its caches if it raises."""
         thread = threading.get_ident()
+        frame = id(sys._getframe(2))  # of the `with` statement: contextlib's is between
         call: Call | None = None
         try:
             with self._lock, self._uninterrupted:
                 call = self._calls.get(thread)
-                if call is None:
-                    call = self._calls[thread] = Call(depth=0)
+                # An interrupt just before the block leaves a call noted while its traceback lives.
+                if call is None or not _is_running(call.frame):
+                    call = self._calls[thread] = Call(depth=0, frame=frame)
                 call.depth += 1
             yield
         except BaseException:
             # The traceback keeps the call's caches alive, perhaps for ever.
-            if call is not None and call.depth == 1:
+            if call is not None and call.frame == frame:
                 for cache in list(call.caches):
                     cache.reset()
             raise
@@ -80,10 +84,15 @@ class Calls:
             with self._lock, self._uninterrupted:
                 if call is not None:
                     call.depth -= 1
-                    if not call.depth:
+                    if call.frame == frame and self._calls.get(thread) is call:
                         del self._calls[thread]
                         self._ends += 1
                         self._changed.notify_all()
+
+    def leave_behind(self) -> None:
+        """Forget other threads in a forked process, where none of them runs. O(calls)."""
+        for thread in set(self._calls) - {threading.get_ident()}:
+            del self._calls[thread]
 
     def current(self) -> Call | None:
         """Return this thread's call; None outside of `generate`. O(1)."""
@@ -150,3 +159,11 @@ class Calls:
 
     def _others(self, call: Call) -> list[Call]:
         return [each for each in self._calls.values() if each is not call]
+
+
+def _is_running(frame: int) -> bool:
+    """True if this thread runs the frame with this id. O(frames)."""
+    each = sys._getframe()
+    while each is not None and id(each) != frame:
+        each = each.f_back  # type: ignore[assignment]
+    return each is not None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -28,7 +27,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PreTrainedConfig
 
-from kvpager.atomic import Uninterrupted
+from kvpager.atomic import Uninterrupted, new_lock
 from kvpager.integrations.huggingface.contents import Contents, is_library, is_plain
 from kvpager.integrations.huggingface.functions import Functions, reads_training
 from kvpager.integrations.huggingface.offloaded import WeightFile, offloaded
@@ -82,7 +81,7 @@ class ModelWatch:
         self._model = weakref.ref(model)
         self._has_parts = has_parts
         # Signals wait for the end of a look: what their handlers raise is no fault of the model.
-        self._lock = threading.RLock()
+        self._lock = new_lock()
         self._uninterrupted = Uninterrupted(self._lock)
         self._noted: _Noted | None = None
         self._version = next(_versions)

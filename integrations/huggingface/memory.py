@@ -7,14 +7,14 @@ prefix caching it lives as long as its `PagedMemory`.
 from __future__ import annotations
 
 import logging
-import threading
+import os
 import weakref
 from typing import NamedTuple, Protocol
 
 import torch
 
 from kvpager import arguments
-from kvpager.atomic import Uninterrupted
+from kvpager.atomic import Uninterrupted, new_lock
 from kvpager.integrations.huggingface.calls import Calls
 from kvpager.integrations.huggingface.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.sizes import parse_memory, size
@@ -106,8 +106,9 @@ class PagedMemory:
         self.session_doubts: set[str] = set()  # why sessions could not share prompts
         self.unserved: dict[str, int] = {}  # what kept caches or prompts out -> calls
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of the caches alive now
-        self.lock = threading.RLock()
+        self.lock = new_lock()
         self.calls = Calls(self.lock)
+        _memories.add(self)
         self.uninterrupted = Uninterrupted(self.lock)
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
@@ -298,3 +299,13 @@ class PagedMemory:
                 pool.settle()
                 pool.manager.drop_cached()
             self._kept.clear()
+
+
+def _leave_behind() -> None:
+    """Let calls in a forked process wait for none of the parent's threads."""
+    for memory in list(_memories):
+        memory.calls.leave_behind()
+
+
+_memories: weakref.WeakSet[PagedMemory] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_leave_behind)  # after the locks are free again

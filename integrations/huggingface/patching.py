@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.modeling_utils import AttentionInterface
 
 from kvpager import arguments
-from kvpager.atomic import Uninterrupted
+from kvpager.atomic import Uninterrupted, new_lock
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.attention import (
     AttentionFunction,
@@ -45,7 +45,7 @@ logger = logging.getLogger("kvpager")
 
 register()
 
-_lock = threading.RLock()
+_lock = new_lock()
 _uninterrupted = Uninterrupted(_lock)
 _active: list[Patch] = []  # in the order they were made; the last one that covers a model serves it
 _undo: list[Callable[[], None]] = []
