@@ -46,6 +46,7 @@ from kvpager.errors import BrokenInvariant
 from kvpager.kernels import debug
 from kvpager.kernels.arguments import require_device, require_dims, require_integers, require_shape
 from kvpager.kernels.backends import select
+from kvpager.words import counted
 
 _INT32_MAX = torch.iinfo(torch.int32).max
 
@@ -120,8 +121,8 @@ class DeviceAllocator:
     def __repr__(self) -> str:
         rows, columns = self.tables.shape
         return (
-            f"<DeviceAllocator: {len(self.free)} blocks of {self.block_size} slots, "
-            f"{rows} rows of {columns} blocks on {self.free.device}>"
+            f"<DeviceAllocator: {counted(len(self.free), 'block')} of {self.block_size} slots, "
+            f"{counted(rows, 'row')} of {counted(columns, 'block')} on {self.free.device}>"
         )
 
     def check(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvpager.contents import Contents
+from kvpager.words import counted
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -87,7 +88,7 @@ def seconds(name: str, value: float) -> float:
 def within_one(name: str, value: int | None, length: int) -> None:
     """Refuse a token number beyond the end of a sequence."""
     if value is not None and value > length:
-        raise ValueError(f"{name} {value}: the sequence has {length} tokens only")
+        raise ValueError(f"{name} {value}: the sequence has {counted(length, 'token')} only")
 
 
 def within(name: str, value: int | Int64, lengths: Int64) -> None:
@@ -95,7 +96,8 @@ def within(name: str, value: int | Int64, lengths: Int64) -> None:
     beyond = np.flatnonzero(lengths < value)
     if len(beyond):
         wrong = np.broadcast_to(value, lengths.shape)[beyond[0]]
-        raise ValueError(f"{name} {wrong}: the sequence has {lengths[beyond[0]]} tokens only")
+        length = counted(int(lengths[beyond[0]]), "token")
+        raise ValueError(f"{name} {wrong}: the sequence has {length} only")
 
 
 def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:

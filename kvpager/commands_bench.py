@@ -14,6 +14,7 @@ import typer
 from kvpager import arguments
 from kvpager.commands import _check_plot, _check_writable, _one_line_errors
 from kvpager.commands_testing import app
+from kvpager.words import counted
 
 if TYPE_CHECKING:
     from kvpager.integrations.huggingface.throughput.results import Figures
@@ -383,7 +384,7 @@ def _give(
     typer.echo(
         f"{work.name}: {work.prompt_tokens:,} prompt tokens, {work.new_tokens:,} new\n"
         f"{model['class']}, {model['parameters'] / 1e6:,.0f} million parameters, {model['dtype']}, "
-        f"{model['device']}, {threads} thread{'s' if threads > 1 else ''}"
+        f"{model['device']}, {counted(threads, 'thread')}"
     )
     Console(highlight=False).print(report.table(figures))
     for line in report.notes(figures):

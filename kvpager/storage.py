@@ -35,6 +35,7 @@ from kvpager.kernels.copy_blocks import copy_blocks
 from kvpager.kernels.quantisation import KV_DTYPES, SCALE_DTYPE
 from kvpager.memory import allocate
 from kvpager.plan import Plan, Tier
+from kvpager.words import counted
 
 LayerCache = tuple[Tensor, Tensor]
 LayerScales = tuple[Tensor, Tensor]
@@ -124,8 +125,8 @@ class BlockStorage:
     def __repr__(self) -> str:
         stored = "" if self._kv_dtype is None else f" as {self._kv_dtype}"
         return (
-            f"<BlockStorage: {self.num_blocks} blocks of {self.block_bytes} bytes, "
-            f"{len(self._layers)} layers of {self.dtype}{stored} on {self.device}>"
+            f"<BlockStorage: {counted(self.num_blocks, 'block')} of {self.block_bytes} bytes, "
+            f"{counted(len(self._layers), 'layer')} of {self.dtype}{stored} on {self.device}>"
         )
 
     @staticmethod

@@ -14,6 +14,7 @@ from kvpager.errors import OutOfBlocks
 from kvpager.events import Event
 from kvpager.sequences import Batch, Sequence, listed
 from kvpager.stats import BlockState, Stats
+from kvpager.words import counted
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -26,7 +27,7 @@ class Views(Books):
         with self._lock:
             return (
                 f"<BlockManager: {self._pool.num_held} held, {self._pool.num_free} free of "
-                f"{self._pool.num_blocks} blocks of {self.block_size}>"
+                f"{counted(self._pool.num_blocks, 'block')} of {self.block_size}>"
             )
 
     @property

@@ -263,3 +263,19 @@ def test_the_report_names_bare_forward_passes_where_prompts_are_kept() -> None:
 )  # fmt: skip
 def test_changes_have_no_sign_and_no_zero(now: int, before: int, words: str) -> None:
     assert change(now, before) == words
+
+
+def test_one_of_a_kind_is_singular_in_every_repr() -> None:
+    model = tiny_models.tiny_model("llama", num_hidden_layers=1)
+    with kvpager.patch(model, block_size=1) as patch, torch.no_grad():
+        cache = cache_of(model(torch.tensor([[5]]), use_cache=True))
+        assert repr(cache).startswith("<PagedCache: 1 row of 1 token, 1 of 1 layer paged")
+        assert "blocks of 1 token: " in patch.report()
+    assert repr(kvpager.BlockManager(1)).endswith("free of 1 block of 16>")
+    shape = kvpager.LayerShape(1, 16, 16)
+    storage = kvpager.BlockStorage(1, 16, [shape], dtype=torch.float32)
+    assert repr(storage).startswith("<BlockStorage: 1 block of 2048 bytes, 1 layer of ")
+    with kvpager.Engine(model, memory="1MiB") as engine:
+        stream = engine.submit([5], max_new_tokens=1)
+        stream.result(60)
+        assert repr(stream).endswith("1 -> 1 token>")

@@ -27,6 +27,7 @@ from kvpager.integrations.huggingface.memory import PagedMemory
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.report import CacheStats
 from kvpager.storage import BlockStorage, KVDtype, LayerShape
+from kvpager.words import counted
 
 # The constructor as transformers has it, whatever is patched over it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
@@ -169,8 +170,8 @@ class PagedCache(DynamicCache):
         # No call of the block manager: a debugger may ask while another thread has its lock.
         tokens = max((group.num_columns for group in self.groups), default=0)
         return (
-            f"<PagedCache: {self._num_rows()} rows of {tokens} tokens, "
-            f"{len(self.paged_layers())} of {len(self.layers)} layers paged, "
+            f"<PagedCache: {counted(self._num_rows(), 'row')} of {counted(tokens, 'token')}, "
+            f"{len(self.paged_layers())} of {counted(len(self.layers), 'layer')} paged, "
             f"{self.memory.options()}>"
         )
 

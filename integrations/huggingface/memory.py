@@ -21,6 +21,7 @@ from kvpager.integrations.huggingface.sizes import parse_memory, size
 from kvpager.kernels.quantisation import KV_DTYPES
 from kvpager.plan import Tier
 from kvpager.storage import KVDtype
+from kvpager.words import counted
 
 logger = logging.getLogger("kvpager")
 
@@ -137,8 +138,9 @@ class PagedMemory:
                 given = tier.bound_as_given()
                 name, _, _ = given.partition("=")
                 raise ValueError(
-                    f"{given}: one block of {self.block_size} tokens takes {size(block_bytes)} in "
-                    f"all layers. Raise {name} to at least {size(block_bytes, round_up=True)}."
+                    f"{given}: one block of {counted(self.block_size, 'token')} takes "
+                    f"{size(block_bytes)} in all layers. Raise {name} to at least "
+                    f"{size(block_bytes, round_up=True)}."
                 )
 
     def options(self) -> str:

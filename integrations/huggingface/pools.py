@@ -30,6 +30,7 @@ from kvpager.plan import Step
 from kvpager.sequences import Batch, Sequence
 from kvpager.stats import BlockState
 from kvpager.storage import BlockStorage, LayerShape
+from kvpager.words import counted
 
 if TYPE_CHECKING:
     from kvpager.integrations.huggingface.memory import PagedMemory
@@ -396,10 +397,8 @@ class PagedPool:
         room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._storages else (0, 0, 0)
         missing, num_bytes = max(need - room[0] - room[1], 1), block_bytes or self.block_bytes
         is_host = memory.tier == "host"
-        message = (
-            f"KV cache out of {'host ' if is_host else ''}memory: {missing} more "
-            f"block{'s' if missing != 1 else ''} ({size(missing * num_bytes)}) needed, "
-        )
+        message = f"KV cache out of {'host ' if is_host else ''}memory: "
+        message += f"{counted(missing, 'more block')} ({size(missing * num_bytes)}) needed, "
         if memory.bound is None:
             message += "and the device has no room. Drop a cache that is no longer needed"
         else:

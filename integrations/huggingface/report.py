@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.sizes import size
+from kvpager.words import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
         "nothing was paged yet"
     ]
     lines += [
-        f"blocks of {memory.block_size} tokens: {stats.num_held_blocks} held "
+        f"blocks of {counted(memory.block_size, 'token')}: {stats.num_held_blocks} held "
         f"({stats.num_shared_blocks} shared), {stats.num_cached_blocks} cached; "
         f"{stats.copied_blocks} copied, {stats.evicted_blocks} evicted so far",
         f"reads: {stats.in_place_reads} in place, {stats.gathers} gathered",
@@ -91,7 +92,8 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
         lines.append(
             f"host memory: {size(stats.host_held_bytes)} held, "
             f"{size(stats.peak_host_held_bytes)} at the peak; "
-            f"{stats.swapped_out_blocks} blocks swapped out, {stats.swapped_in_blocks} in"
+            f"{counted(stats.swapped_out_blocks, 'block')} swapped out, "
+            f"{stats.swapped_in_blocks} in"
         )
     if stats.prefix_query_tokens:
         hits, asked = stats.prefix_hit_tokens, stats.prefix_query_tokens
@@ -123,11 +125,6 @@ def _unserved(memory: PagedMemory) -> Iterator[str]:
         yield f"{what}: {counted(count, 'call')} with {reason}"
 
 
-def counted(count: int, thing: str) -> str:
-    """Return `1 layer`, `2 layers`. O(1)."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
 def change(now: int, before: int) -> str:
     """Return how `now` compares with `before`: `41% less`, `7% more`, `the same`. O(1)."""
     percent = round(100 * (now - before) / max(before, 1))
@@ -141,11 +138,15 @@ def _described(layers: PagedLayers, memory: PagedMemory) -> str:
     kept = str(dtype).removeprefix("torch.")
     if memory.kv_dtype is not None:
         kept += f" kept as {memory.kv_dtype}"
-    sees = "full attention" if layers.window is None else f"a window of {layers.window} tokens"
+    sees = (
+        "full attention"
+        if layers.window is None
+        else f"a window of {counted(layers.window, 'token')}"
+    )
     dims = f"{shape.head_dim}"
     if shape.value_head_dim != shape.head_dim:
         dims += f" (keys) and {shape.value_head_dim} (values)"
-    return f"{sees}, {shape.num_kv_heads} kv heads of {dims}, {kept} on {device}"
+    return f"{sees}, {counted(shape.num_kv_heads, 'kv head')} of {dims}, {kept} on {device}"
 
 
 def _saved(stats: PatchStats, memory: PagedMemory) -> str:

@@ -23,6 +23,7 @@ from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.patching import PatchStats
 from kvpager.integrations.huggingface.releases import cache_of
 from kvpager.testing import tiny_llama_path
+from kvpager.words import counted
 
 WARM_UP_TOKENS = 2
 
@@ -63,7 +64,7 @@ class Engine:
         if self.device.type != "cpu":
             return str(self.device)
         threads = torch.get_num_threads()
-        return f"{self.device} ({threads} thread{'s' if threads > 1 else ''})"
+        return f"{self.device} ({counted(threads, 'thread')})"
 
     def tokenize(self, text: str) -> Row:
         """Token ids, without the end-of-text token that some tokenizers append. O(text)."""

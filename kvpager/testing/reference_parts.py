@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.words import counted
+
 Pair = tuple[int, int]
 
 
@@ -31,7 +33,7 @@ class NaiveSequence:
         return True
 
     def __repr__(self) -> str:
-        return f"<NaiveSequence: {len(self)} tokens in blocks {self.blocks}>"
+        return f"<NaiveSequence: {counted(len(self), 'token')} in blocks {self.blocks}>"
 
 
 Named = NaiveSequence | list[NaiveSequence]

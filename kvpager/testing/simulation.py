@@ -29,6 +29,7 @@ from kvpager.requests import Request
 from kvpager.scheduler import Scheduler
 from kvpager.testing.serving import Model, Wrong, reference
 from kvpager.testing.traffic import Arrival, Scenario, draw_arrivals, draw_scenario, make_scheduler
+from kvpager.words import counted
 
 MakeScheduler = Callable[[Scenario, Callable[[], float]], Scheduler]
 
@@ -234,7 +235,7 @@ class Summary:
     def __str__(self) -> str:
         told = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
         return (
-            f"{self.num_requests:,} requests from {self.num_seeds:,} seeds, "
+            f"{self.num_requests:,} requests from {counted(self.num_seeds, 'seed')}, "
             f"{len(self.failures)} failed: {told}"
         )
 

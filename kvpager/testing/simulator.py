@@ -30,6 +30,7 @@ from kvpager.testing.histories import (
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_manager
 from kvpager.testing.world import World
+from kvpager.words import counted
 
 OPERATIONS_PER_SEED = 5_000
 _LINES_MAX = 60  # of a history that could not be made short
@@ -179,7 +180,7 @@ class Summary:
     def __str__(self) -> str:
         speed = self.num_operations / self.seconds if self.seconds else 0.0
         return (
-            f"{self.num_operations:,} operations from {self.num_seeds} seeds, "
+            f"{self.num_operations:,} operations from {counted(self.num_seeds, 'seed')}, "
             f"{len(self.failures)} failed; {speed:,.0f} operations/s in each process"
         )
 

@@ -57,6 +57,7 @@ from kvpager.preemption import PreemptionCosts
 from kvpager.requests import Request
 from kvpager.scheduler import Scheduler
 from kvpager.storage import BlockStorage, KVDtype
+from kvpager.words import counted
 
 logger = logging.getLogger("kvpager")
 
@@ -204,7 +205,7 @@ class Engine:
         loop = self._loop
         storage, scheduler = loop.runner.storage, loop.scheduler
         pool = (
-            f"{storage.num_blocks} blocks of {storage.block_size} tokens "
+            f"{counted(storage.num_blocks, 'block')} of {counted(storage.block_size, 'token')} "
             f"({size(storage.num_blocks * storage.block_bytes)})"
         )
         if storage.num_host_blocks:

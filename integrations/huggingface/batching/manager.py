@@ -19,6 +19,7 @@ from kvpager.integrations.huggingface.batching.policies import Policies, Wanted
 from kvpager.integrations.huggingface.batching.sessions import Sessions
 from kvpager.integrations.huggingface.batching.streams import Stream
 from kvpager.integrations.huggingface.memory import PagedMemory
+from kvpager.words import counted
 
 logger = logging.getLogger("kvpager")
 
@@ -155,7 +156,8 @@ class PagedBatchingManager(Sessions):
         with self._changed:
             denial = self._status.can_accept_new_requests()
             if denial is not None:
-                logger.warning("a request of %d tokens is dropped: %s", len(prompt), denial)
+                tokens = counted(len(prompt), "token")
+                logger.warning("a request of %s is dropped: %s", tokens, denial)
                 return None
             while request_id is None or (request_id in self._jobs and not is_named):
                 request_id = f"req_{self._request_counter}"

@@ -19,6 +19,7 @@ from kvpager.plan import Plan
 from kvpager.preemption import PreemptionCosts
 from kvpager.requests import Request, blocks_needed
 from kvpager.storage import BlockStorage
+from kvpager.words import counted
 
 # Of the memory that is free when nobody says how much to take: a device has nothing else to do,
 # while a host has.
@@ -57,7 +58,7 @@ def pool_blocks(
     host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
     if device < 1:
         raise KVPagerError(
-            f"{anatomy.device} has no room for one block of {memory.block_size} tokens "
+            f"{anatomy.device} has no room for one block of {counted(memory.block_size, 'token')} "
             f"({as_text(size)}): free memory there, or use a smaller block_size"
         )
     return Sizes(device, host)
@@ -80,7 +81,7 @@ def require_room(
     samples = "" if request.num_samples == 1 else f" in {request.num_samples} samples"
     raise ValueError(
         f"request {request.name!r}: a prompt of {num_prompt} and {request.max_new_tokens} new "
-        f"tokens{samples} may need {need} blocks of KV cache ({as_text(num_bytes)}), "
+        f"tokens{samples} may need {counted(need, 'block')} of KV cache ({as_text(num_bytes)}), "
         f"{bound} allows {storage.num_blocks}. Raise memory to "
         f"{as_text(num_bytes, round_up=True)} or lower max_new_tokens."
     )

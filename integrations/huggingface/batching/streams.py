@@ -18,6 +18,7 @@ from kvpager.atomic import Condition
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.batching.processes import Process
 from kvpager.integrations.huggingface.batching.text import Detokenizer
+from kvpager.words import counted
 
 logger = logging.getLogger("kvpager")
 
@@ -239,8 +240,8 @@ class Stream:
         else:
             state = "waiting" if output.begun is None else "running"
         counts = [len(sample.tokens) for sample in output.samples] or [0]
-        tokens = " + ".join(map(str, counts))
-        return f"<Stream of {output.name!r}: {state}, {len(output.prompt)} -> {tokens} tokens>"
+        tokens = " + ".join([*map(str, counts[:-1]), counted(counts[-1], "token")])
+        return f"<Stream of {output.name!r}: {state}, {len(output.prompt)} -> {tokens}>"
 
     @property
     def name(self) -> Hashable:
