@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
-from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.models.llama import LlamaConfig  # noqa: E402
 
 import kvpager  # noqa: E402
@@ -184,29 +182,6 @@ def test_a_call_after_an_interrupted_one_is_right(model, options, settings) -> N
             check_pools(paging.memory)
             assert torch.equal(generate(contextlib.nullcontext()), expected)
     assert torch.equal(generate(contextlib.nullcontext()), expected)
-
-
-def test_a_call_of_generate_batch_after_an_interrupted_one_is_right(model) -> None:
-    prompts = [[5, 9, 14, 20, 21, 22, 23], [3, 6, 9]]
-    config = GenerationConfig(do_sample=False, max_new_tokens=3, eos_token_id=None)
-    batching = ContinuousBatchingConfig(use_cuda_graph=False)
-    served: list[Any] = []
-
-    with kvpager.patch(model, memory="1MiB", block_size=4, prefix_cache=True) as paging:
-
-        def generate(moment: contextlib.AbstractContextManager[Any]) -> list[list[int]]:
-            with moment:
-                outputs = model.generate_batch(prompts, config, batching)
-            return [output.generated_tokens for output in outputs.values()]
-
-        expected = generate(contextlib.nullcontext())
-        for _ in interrupted(NUM_CALLS * 2, generate):
-            assert generate(contextlib.nullcontext()) == expected
-            assert not any(manager.is_running() for manager in paging.managers)
-            served = [manager._status.engine for manager in paging.managers]
-            for engine in filter(None, served):
-                assert engine.stats().pool.num_held == 0
-        assert not [each for each in threading.enumerate() if each.name.startswith("kvpager")]
 
 
 # -------------------------------------------------------------------- engines
