@@ -62,8 +62,8 @@ def generate(model: Any, inputs: Any, **options: Any) -> Any:
 def assert_same(found: Any, expected: Any) -> None:
     assert torch.equal(found.sequences, expected.sequences)
     for logits, exact in zip(found.logits, expected.logits, strict=True):
-        # A number on the edge of two codes rounds either way, which is 1/254 of its vector. The last
-        # bit of a float32 decides: noise of 3e-7 before the rounding moves logits by up to 1.3e-3.
+        # A number on the edge of two codes rounds either way, which is 1/254 of its vector. The
+        # last bit of a float32 decides: noise of 3e-7 before it moves logits by up to 1.3e-3.
         torch.testing.assert_close(logits, exact, rtol=0, atol=2e-3 * float(exact.abs().max()))
 
 
