@@ -10,6 +10,7 @@ import dis
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
@@ -42,13 +43,17 @@ def by_force(frame: FrameType) -> None:
 
 
 class Moments:
-    """Calls `interrupt` at moment `number` of what is run within, counted from 1."""
+    """Calls `interrupt` at moment `number` of what is run within, counted from 1.
+
+    Other threads have no moments: they run no handlers.
+    """
 
     def __init__(self, number: int, interrupt: Callable[[FrameType], None]) -> None:
         self.left = number
         self.interrupt = interrupt
         self._last: dict[FrameType, int] = {}
         self._names: dict[CodeType, list[str]] = {}
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> Moments:
         if sys.version_info >= (3, 12):
@@ -82,6 +87,8 @@ class Moments:
 
     def _look(self, frame: FrameType) -> None:
         """Interrupt before the next instruction of `frame` if this is the moment."""
+        if threading.get_ident() != self._thread:
+            return
         code = frame.f_code
         names = self._names.get(code)
         if names is None:

@@ -94,7 +94,7 @@ with kvpager.patch(model, memory="4MiB"):
     manager.start()
 
     def check():
-        for call in (manager.warmup, manager.start, manager.get_result, manager.pause().__enter__):
+        for call in (manager.warmup, manager.start, manager.get_result, manager.pause):
             refuses(call)
         refuses(manager.add_request, [5])
         refuses(manager.add_requests, [[5]])

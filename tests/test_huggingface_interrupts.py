@@ -9,7 +9,10 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,7 +20,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
+from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
 from transformers.models.llama import LlamaConfig  # noqa: E402
 
 import kvpager  # noqa: E402
@@ -184,7 +188,195 @@ def test_a_call_after_an_interrupted_one_is_right(model, options, settings) -> N
     assert torch.equal(generate(contextlib.nullcontext()), expected)
 
 
+# -------------------------------------------------------------------- continuous batching
+
+PROMPTS = [[5, 9, 14, 20, 21, 22, 23], [3, 6, 9]]
+GREEDY = GenerationConfig(do_sample=False, max_new_tokens=3, eos_token_id=-1)
+BATCHING = ContinuousBatchingConfig(use_cuda_graph=False)
+PATIENCE = 60.0  # seconds after which a call counts as hanging
+
+
+@contextlib.contextmanager
+def bounded(managers: Iterable[Any]) -> Iterator[None]:
+    """Fail what hangs: when patience is up, the sessions of `managers` are cut short."""
+    was_cut = threading.Event()
+
+    def cut() -> None:
+        was_cut.set()
+        for manager in list(managers):
+            manager.stop(block=False, hard_stop=True)
+
+    timer = threading.Timer(PATIENCE, cut)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+    assert not was_cut.is_set(), "a call waited for what never came"
+
+
+def check_sessions(managers: Iterable[Any]) -> None:
+    """Check that no session goes on, and that none left a request or a block."""
+    for manager in list(managers):
+        assert manager.is_running() is False
+        assert manager._jobs == {}
+        if manager._status.engine is not None:
+            assert manager._status.engine.stats().pool.num_held == 0
+
+
+def check_threads() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("kvpager"):
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["dropped", "kept"])
+def test_a_call_of_generate_batch_after_an_interrupted_one_is_right(model, is_kept) -> None:
+    with kvpager.patch(model, memory="1MiB", block_size=4, prefix_cache=True) as paging:
+
+        def generate(moment: contextlib.AbstractContextManager[Any]) -> list[list[int]]:
+            with bounded(paging.managers), moment:
+                outputs = model.generate_batch(
+                    PROMPTS, GREEDY, BATCHING, persistent_manager=is_kept
+                )
+            return [output.generated_tokens for output in outputs.values()]
+
+        expected = generate(contextlib.nullcontext())
+        for _ in interrupted(NUM_CALLS, generate):
+            check_sessions(paging.managers)
+            assert generate(contextlib.nullcontext()) == expected
+            check_threads()
+
+
+def test_an_interrupted_session_ends_and_the_next_one_is_right(model) -> None:
+    with kvpager.patch(model, memory="1MiB", block_size=4) as paging:
+        managers: list[Any] = []
+
+        def serve(moment: contextlib.AbstractContextManager[Any]) -> list[list[int] | None]:
+            manager = model.init_continuous_batching(GREEDY, BATCHING)
+            managers[:] = [manager]
+            manager.warmup()
+            try:
+                with bounded(paging.managers), moment:
+                    manager.add_request(PROMPTS[1], request_id="before")
+                    manager.add_request(PROMPTS[1], request_id="not at all")
+                    manager.cancel_request("not at all")
+                    manager.start()
+                    with manager.pause():
+                        names = manager.add_requests(PROMPTS)
+                    outputs = [manager.get_result(name) for name in ["before", *names]]
+                    manager.stop()
+            finally:
+                with bounded(paging.managers):
+                    manager.destroy()
+            return [None if output is None else output.generated_tokens for output in outputs]
+
+        expected = serve(contextlib.nullcontext())
+        assert expected[0] == expected[2]
+        for _ in interrupted(NUM_CALLS * 2, serve):
+            check_sessions(managers)
+            assert serve(contextlib.nullcontext()) == expected
+            check_threads()
+
+
+def test_an_interrupted_add_takes_its_requests_back(model, monkeypatch) -> None:
+    with kvpager.patch(model, memory="1MiB", block_size=4) as paging:
+        manager = model.init_continuous_batching(GREEDY, BATCHING)
+        manager.start()
+        engine, submitted = manager.batch_processor, []
+
+        def submit(prompt: list[int], **options: Any) -> Any:
+            if len(submitted) == 1:
+                raise KeyboardInterrupt
+            submitted.append(original(prompt, **options))
+            return submitted[0]
+
+        original = engine.submit
+        monkeypatch.setattr(engine, "submit", submit)
+        with manager.pause(), pytest.raises(KeyboardInterrupt):
+            manager.add_requests(PROMPTS)
+        with bounded(paging.managers):
+            manager.stop()
+        assert submitted[0].done
+        assert manager.get_result() is None
+
+
+def test_an_output_that_an_interrupt_keeps_from_its_reader_can_be_taken(model) -> None:
+    with kvpager.patch(model, memory="1MiB", block_size=4) as paging:
+        manager = model.init_continuous_batching(GREEDY, BATCHING)
+        manager.start()
+        manager.add_request(PROMPTS[0], request_id="mine")
+        with bounded(paging.managers):
+            manager.stop()
+        (output,) = manager.output_router._waiting.values()
+
+        def take(moment: Moments) -> None:
+            with moment:
+                assert manager.get_result("mine") is output
+            manager.output_router.put_back(output)
+
+        total = Moments(sys.maxsize, by_signal)
+        take(total)
+        for number in range(1, sys.maxsize - total.left):
+            with contextlib.suppress(KeyboardInterrupt):
+                take(Moments(number, by_signal))
+            assert [*manager.output_router._waiting.values()] == [output]
+
+
 # -------------------------------------------------------------------- engines
+
+
+def test_the_traceback_of_an_interrupted_call_keeps_no_lock(model) -> None:
+    def interrupt(frame: FrameType, event: str, argument: object) -> None:
+        entered = contextlib._GeneratorContextManager.__enter__
+        if event == "return" and frame.f_code is entered.__code__:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    with kvpager.Engine(model, block_size=4) as engine:
+        kept = None
+        sys.setprofile(interrupt)
+        try:
+            engine.stats()
+        except KeyboardInterrupt as error:
+            kept = error
+        finally:
+            sys.setprofile(None)
+        with ThreadPoolExecutor(1) as other:
+            stats = other.submit(engine.stats)
+            with contextlib.suppress(TimeoutError):
+                stats.result(PATIENCE)
+            is_free = stats.done()
+            del kept
+            gc.collect()
+        assert is_free
+
+
+def test_an_interrupted_pause_lets_steps_go_on(model) -> None:
+    with kvpager.Engine(model, block_size=4) as engine:
+
+        def pause(moment: Moments, is_end: bool) -> None:
+            pausing = engine.pause()
+            with contextlib.nullcontext() if is_end else moment:
+                pausing.__enter__()
+            with moment if is_end else contextlib.nullcontext():
+                pausing.__exit__(None, None, None)
+
+        for is_end in (False, True):
+            total = Moments(sys.maxsize, by_signal)
+            pause(total, is_end)
+            for number in range(1, sys.maxsize - total.left):
+                with pytest.raises(KeyboardInterrupt) as interrupt:
+                    pause(Moments(number, by_signal), is_end)
+                if (
+                    is_end and number == 1
+                ):  # it has not begun, so the end comes with the traceback's
+                    del interrupt
+                    gc.collect()
+                stream = engine.submit(PROMPTS[0], max_new_tokens=1)
+                assert len(stream.result(PATIENCE).tokens) == 1
 
 
 def test_an_interrupted_engine_serves_the_next_call(model) -> None:

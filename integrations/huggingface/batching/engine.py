@@ -17,7 +17,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -134,6 +134,7 @@ class Engine:
         self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
         switch = ModelSwitch(model)
         try:
+            switch.acquire()
             anatomy = study(model)
             keeps_all = not anatomy.has_state and not anatomy.is_encoder_decoder
             self.is_packed = fit(model, anatomy, self._memory, switch, packed)
@@ -185,19 +186,19 @@ class Engine:
             )
             if anatomy.device.type in warming.COMPILING:
                 warming.warm_up(runner, max_batch_tokens, max_running)
+            self._anatomy = anatomy
+            self._numbers = itertools.count()
+            # A function that does not refer to the engine: a dropped one is to end.
+            self._usual = functools.lru_cache(maxsize=_MAX_POLICIES, typed=True)(
+                functools.partial(_usual_policy, model, self._tokenizer)
+            )
+            self._defaults: dict[str, Any] = {}
+            watch = ModelWatch(model, has_parts=True) if prefix_cache and keeps_all else None
+            self._loop = Loop(scheduler, runner, on_step, switch.release, watch)
+            self._loop.start()
         except BaseException:
             switch.release()
             raise
-        self._anatomy = anatomy
-        self._numbers = itertools.count()
-        # A function that does not refer to the engine: a dropped one is to end.
-        self._usual = functools.lru_cache(maxsize=_MAX_POLICIES, typed=True)(
-            functools.partial(_usual_policy, model, self._tokenizer)
-        )
-        self._defaults: dict[str, Any] = {}
-        watch = ModelWatch(model, has_parts=True) if prefix_cache and keeps_all else None
-        self._loop = Loop(scheduler, runner, on_step, switch.release, watch)
-        self._loop.start()
         logger.info("engine started: %r", self)
 
     def __repr__(self) -> str:
@@ -386,19 +387,18 @@ class Engine:
         """Give cached prompts up. O(cached blocks)."""
         self._loop.clear()
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> AbstractContextManager[None]:
         """Hold steps inside the `with` block. `submit` still queues requests.
 
         Use it to change the model's weights, so that no step computes with half of the change.
         Drops cached prompts afterwards.
         """
-        with self._loop.pause():
-            try:
-                yield
-            finally:
-                if self._loop.process.is_current:
-                    self.clear()
+        return self._loop.pause()
+
+    @property
+    def is_paused_here(self) -> bool:
+        """True inside a pause of the current thread. O(pauses)."""
+        return self._loop.is_paused_here
 
     def close(self) -> None:
         """Cancel all requests, end the thread and restore the model's attention. Idempotent.

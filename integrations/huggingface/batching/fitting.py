@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import threading
 import weakref
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from kvpager.atomic import Uninterrupted, new_lock
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface import attention
 from kvpager.integrations.huggingface.batching.anatomy import Anatomy, plain_cache
@@ -46,14 +46,13 @@ class _Found(NamedTuple):
         model.train(self.was_training)
 
 
-_lock = threading.Lock()
+_lock = new_lock()
+_uninterrupted = Uninterrupted(_lock)
 _found: weakref.WeakKeyDictionary[Any, _Found] = weakref.WeakKeyDictionary()
 
 
 def _leave_behind() -> None:
     """Restore the models of the parent's engines in a forked process, where no engine runs."""
-    global _lock
-    _lock = threading.Lock()  # the other was perhaps held
     for model, found in list(_found.items()):
         found.restore(model)
     _found.clear()
@@ -67,7 +66,11 @@ class ModelSwitch:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        with _lock:
+
+    def acquire(self) -> None:
+        """Remember how the model was found, unless another engine uses it. Then `release`."""
+        model = self._model
+        with _lock, _uninterrupted:
             found = _found.get(model)
             if found is None:
                 found = _Found(model.config._attn_implementation, model.training, [])

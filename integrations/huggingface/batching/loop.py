@@ -8,15 +8,17 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from kvpager.atomic import Condition
 from kvpager.errors import EngineClosed, KVPagerError
+from kvpager.integrations.huggingface.batching.pauses import Pause
 from kvpager.integrations.huggingface.batching.processes import Process
 from kvpager.integrations.huggingface.batching.records import EngineStats, StepRecord
 from kvpager.integrations.huggingface.batching.runner import Runner
@@ -83,7 +85,7 @@ class Loop:
         self._inbox: queue.SimpleQueue[Mailbox | None] = queue.SimpleQueue()
         self._courier = Courier()
         self._unpaused = Condition()
-        self._num_pauses = 0
+        self._pauses: dict[object, threading.Thread] = {}  # and who is in each
         self._between_steps = threading.Lock()
         self._watch = watch
         self._state: ModelState | None = None  # of the model, at the last look
@@ -135,12 +137,11 @@ class Loop:
             tracked = self._tracked.get(name)
         return None if tracked is None else tracked.mailbox
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the lock. Raises: `EngineClosed` in a fork, whose copy may be held for ever."""
+    # Not a generator: an interrupt's traceback would keep it, and the lock with it.
+    def _locked(self) -> AbstractContextManager[Any]:
+        """Return the lock. Raises: `EngineClosed` in a fork, whose copy may be held for ever."""
         self.process.refuse_fork()
-        with self._lock:
-            yield
+        return self._lock
 
     def refuse_closed(self) -> None:
         """Raise `EngineClosed` if no request is taken any more."""
@@ -162,27 +163,40 @@ class Loop:
         with self._locked():
             self.scheduler.forget_prefixes()
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """No step is computed inside; pauses of several threads may overlap.
+    def pause(self) -> Pause:
+        """Return a `with` block inside which no step is computed. O(1)."""
+        return Pause(self)
 
-        Raises: `KVPagerError` on the thread itself, which would wait for its own step;
-        `EngineClosed` in a fork.
-        """
+    @property
+    def is_paused_here(self) -> bool:
+        """True inside a pause of the current thread. O(pauses)."""
+        with self._unpaused:
+            return threading.current_thread() in self._pauses.values()
+
+    def begin_pause(self, pause: object) -> None:
+        """Hold steps; the one under way ends first. Raises: as `Pause`."""
         self.process.refuse_fork()
         if threading.current_thread() is self._thread:
             raise KVPagerError("pause: this is the engine's own thread, within a step")
         with self._unpaused:
-            self._num_pauses += 1
-        try:
-            with self._between_steps:  # the step under way ends first
-                pass
-            yield
-        finally:
-            if self.process.is_current:
+            self._pauses[pause] = threading.current_thread()
+        with self._between_steps:
+            pass
+
+    def end_pause(self, pause: object) -> None:
+        """Give cached prompts up, and let steps go on. Idempotent. Does nothing in a fork."""
+        if self.process.is_current and pause in self._pauses:
+            try:
+                self.clear()
+            finally:
                 with self._unpaused:
-                    self._num_pauses -= 1
+                    self._pauses.pop(pause, None)
                     self._unpaused.notify_all()
+
+    def drop_pause(self, pause: object) -> None:
+        """Have a pause end soon. O(1); safe in a finaliser, and in a fork."""
+        if self.process.is_current and pause in self._pauses:
+            self._courier.post(partial(self.end_pause, pause))
 
     def stop(self) -> None:
         """Have the thread end soon. O(1); safe in a finaliser, and in a fork."""
@@ -205,10 +219,11 @@ class Loop:
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)  # a new thread begins with one of its own
+        self._courier.start()
         try:
             while self._may_step():
                 with self._between_steps:
-                    is_idle = not self._num_pauses and not self._step()
+                    is_idle = not self._pauses and not self._step()
                 self._read_inbox(wait=is_idle)
         except BaseException as error:  # a defect of ours: nobody shall wait for ever
             logger.exception("the engine stopped")
@@ -227,7 +242,7 @@ class Loop:
 
     def _may_step(self) -> bool:
         with self._unpaused:
-            self._unpaused.wait_for(lambda: not self._num_pauses or not self.is_open)
+            self._unpaused.wait_for(lambda: not self._pauses or not self.is_open)
         return self.is_open
 
     def _read_inbox(self, *, wait: bool) -> None:

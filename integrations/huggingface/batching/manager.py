@@ -121,9 +121,13 @@ class PagedBatchingManager(Sessions):
         still wait after ten seconds.
         """
         wanted = Wanted(max_new_tokens, eos_token_id, logit_processor_kwargs)
-        return self._add(
-            input_ids, request_id, wanted, streaming, record_timestamps, patience=_PATIENCE
-        )
+        jobs: list[Job] = []
+        try:
+            self._add(jobs, input_ids, request_id, wanted, streaming, record_timestamps, _PATIENCE)
+        except BaseException:
+            self._take_back(jobs)
+            raise
+        return jobs[0].names[0] if jobs else None
 
     def add_requests(
         self,
@@ -133,24 +137,32 @@ class PagedBatchingManager(Sessions):
         record_timestamps: bool = False,
         **logit_processor_kwargs: Any,
     ) -> list[str]:
-        """Add requests, waiting for room in the queue. Their names. O(tokens)."""
+        """Add requests, waiting for room in the queue. Their names. O(tokens).
+
+        An error, or an interrupt, takes all of them back: the caller has no names.
+        """
         wanted = Wanted(max_new_tokens, None, logit_processor_kwargs)
-        names = [
-            self._add(ids, None, wanted, streaming, record_timestamps, patience=None)
-            for ids in inputs
-        ]
-        return [name for name in names if name is not None]
+        jobs: list[Job] = []
+        try:
+            for ids in inputs:
+                self._add(jobs, ids, None, wanted, streaming, record_timestamps, None)
+        except BaseException:
+            self._take_back(jobs)
+            self.end_if_abandoned()
+            raise
+        return [job.names[0] for job in jobs]
 
     def _add(
         self,
+        jobs: list[Job],
         input_ids: Any,
         request_id: str | None,
         wanted: Wanted,
         is_streaming: bool,
         with_timestamps: bool,
-        *,
         patience: float | None,
-    ) -> str | None:
+    ) -> None:
+        """Add a request, and its job to `jobs`; none if the manager is stopping."""
         self.process.refuse_fork()
         prompt, is_named = _as_list(input_ids), request_id is not None
         with self._changed:
@@ -158,7 +170,7 @@ class PagedBatchingManager(Sessions):
             if denial is not None:
                 tokens = counted(len(prompt), "token")
                 logger.warning("a request of %s is dropped: %s", tokens, denial)
-                return None
+                return
             while request_id is None or (request_id in self._jobs and not is_named):
                 request_id = f"req_{self._request_counter}"
                 self._request_counter += 1
@@ -175,25 +187,43 @@ class PagedBatchingManager(Sessions):
             if taken:
                 raise ValueError(f"request {taken[0]!r} is not done yet; choose another name")
             self._jobs.update(dict.fromkeys(job.names, job))
+            jobs.append(job)
             seed = None if self._options.seed is None else self._options.seed + next(self._seeds)
             asked = _Asked(job, prompt, wanted, self._namespace(), seed)
             if not self._is_serving:
                 self._held.append(asked)
-                return request_id
+                return
         self._queue(asked, patience)
-        return request_id
+
+    def _take_back(self, jobs: list[Job]) -> None:
+        """Let requests never have been added, with the outputs of their names. O(jobs)."""
+        with self._changed:  # signals wait until all is done
+            self._held = [asked for asked in self._held if asked.job not in jobs]
+            for job in jobs:
+                job.take_back()
+                for name in job.names:
+                    self.output_router.forget(name)
+                self._forget(job)
 
     def _queue_held(self) -> None:
-        for asked in self._take_held():
-            self._queue(asked, patience=None)
+        held: list[_Asked] = []
+        try:
+            with self._changed:
+                held += self._take_held()
+            for asked in held:
+                self._queue(asked, patience=None)
+        except BaseException as error:
+            for asked in held:  # those that run end with the session
+                asked.job.fail(RequestCancelled(f"start was cut short by {error!r}"))
+            raise
 
     def _fail_held(self) -> None:
-        for asked in self._take_held():
-            asked.job.fail(RequestCancelled("the manager was destroyed before it was started"))
+        with self._changed:  # signals wait until all have failed
+            for asked in self._take_held():
+                asked.job.fail(RequestCancelled("the manager was destroyed before it was started"))
 
     def _take_held(self) -> list[_Asked]:
-        with self._changed:
-            held, self._held = self._held, []
+        held, self._held = self._held, []
         return held
 
     def _end(self, job: Job) -> None:
@@ -203,7 +233,8 @@ class PagedBatchingManager(Sessions):
     def _forget(self, job: Job) -> None:
         with self._changed:
             for name in job.names:
-                self._jobs.pop(name, None)
+                if self._jobs.get(name) is job:
+                    del self._jobs[name]
             self._changed.notify_all()
 
     def _queue(self, asked: _Asked, patience: float | None) -> None:
@@ -214,9 +245,6 @@ class PagedBatchingManager(Sessions):
             while stream is None:
                 self._wait_for_room(asked, deadline)
                 stream = self._submit(asked)
-        except queue.Full:
-            self._forget(asked.job)
-            raise
         except (KVPagerError, ValueError, TypeError) as error:
             asked.job.fail(error)
         else:
@@ -252,17 +280,17 @@ class PagedBatchingManager(Sessions):
     def cancel_request(self, request_id: str) -> None:
         """End a request, with all its samples; does nothing for one that has ended. O(1)."""
         self.process.refuse_fork()
-        with self._changed:
+        with self._changed:  # signals wait: what is not held any more has to fail
             job = self._jobs.get(request_id)
             if job is None:
                 return
             job.is_cancelled = True
             is_held = any(asked.job is job for asked in self._held)
             self._held = [asked for asked in self._held if asked.job is not job]
-        if is_held:
-            job.fail(RequestCancelled(f"request {request_id!r} was cancelled"))
-        elif job.stream is not None:
-            job.stream.cancel()
+            if is_held:
+                job.fail(RequestCancelled(f"request {request_id!r} was cancelled"))
+            elif job.stream is not None:
+                job.stream.cancel()
 
     # ---------------------------------------------------------------- outputs
 
@@ -282,8 +310,14 @@ class PagedBatchingManager(Sessions):
             is_live = request_id is None or request_id in self._jobs
             return not (self._is_serving and is_live)
 
-        with self._changed:
-            self._changed.wait_for(is_settled, timeout)
+        try:
+            with self._changed:
+                self._changed.wait_for(is_settled, timeout)
+        except BaseException:
+            for output in found:
+                self.output_router.put_back(output)
+            self.end_if_abandoned()
+            raise
         return found[0] if found else None
 
     def __iter__(self) -> Iterator[GenerationOutput]:

@@ -45,6 +45,20 @@ class Router:
         for output in outputs:
             self.deliver(output)
 
+    def put_back(self, output: GenerationOutput) -> None:
+        """Let an output that was taken be the next one again. O(1)."""
+        with self.changed:
+            number = next(self._numbers)
+            self._waiting[number] = output
+            self._waiting.move_to_end(number, last=False)
+            self._of_request.setdefault(output.request_id, deque()).appendleft(number)
+            self.changed.notify_all()
+
+    def forget(self, request_id: str | None = None) -> None:
+        """Drop the outputs that wait, of all or of a request. O(outputs)."""
+        while self.take(request_id) is not None:
+            pass
+
     def _hand_over(self, output: GenerationOutput) -> bool:
         handlers, name = self.result_handlers, output.request_id
         entry = handlers.pop(name, None) if output.is_finished() else handlers.get(name)
@@ -146,15 +160,22 @@ class Job:
 
     def fail(self, error: Exception) -> None:
         """Nothing follows, for this reason; does nothing where that is so already. O(samples)."""
-        if not self.is_over:
-            self._end(str(error))
+        self._end(str(error))
+
+    def take_back(self) -> None:
+        """Let nothing follow, and end the request. Idempotent. O(1)."""
+        self.is_over = True
+        if self.stream is not None:
+            self.stream.cancel()
 
     def _read(self, tokens: list[Token], is_done: bool) -> None:
         assert self.stream is not None
+        if self.is_over:  # it was taken back
+            return
         partial = self.stream.partial()
         for token in tokens:
             self._add(token, partial)
-        if is_done and not self.is_over:
+        if is_done:
             self._end(self._error())
 
     def _add(self, token: Token, partial: Output) -> None:
@@ -180,12 +201,15 @@ class Job:
         return None
 
     def _end(self, error: str | None) -> None:
-        self.is_over = True
         status = RequestStatus.FINISHED if error is None else RequestStatus.FAILED
-        for row in self._rows:
-            if not row.is_finished:
-                self._deliver(row, status, error)
-        self._on_end(self)
+        with self._router.changed:  # one thread ends it, and signals wait
+            if self.is_over:
+                return
+            self.is_over = True
+            for row in self._rows:
+                if not row.is_finished:
+                    self._deliver(row, status, error)
+            self._on_end(self)
 
     def _deliver(self, row: _Row, status: RequestStatus, error: str | None = None) -> None:
         row.is_finished = status >= RequestStatus.FINISHED

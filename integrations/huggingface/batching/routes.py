@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -76,9 +78,38 @@ def _generate_batch(find: Find, original: Route) -> Route:
         if masks is not None:
             rows = zip(given["inputs"], masks, strict=True)
             given["inputs"] = [Padded(row, mask) for row, mask in rows]
-        return original(*bound.args, **bound.kwargs)
+        outer = _calls.managers
+        made: list[PagedBatchingManager] = []
+        try:
+            _calls.managers = made
+            return original(*bound.args, **bound.kwargs)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                _abandon(made)
+            raise
+        finally:
+            _calls.managers = outer
+            for manager in made:
+                manager.ends_with_call = False
 
     return generate_batch
+
+
+class _Calls(threading.local):
+    """The calls of `generate_batch` of this thread."""
+
+    managers: list[PagedBatchingManager] | None = None  # of the innermost one
+
+
+_calls = _Calls()
+
+
+def _abandon(managers: list[PagedBatchingManager]) -> None:
+    """End sessions that an interrupt may have kept from ending, and drop their outputs."""
+    for manager in managers:
+        manager.end_now()
+        manager.join(time.perf_counter())
+        manager.output_router.forget()
 
 
 def _warn_of_ignored(model: Any, config: Any, options: dict[str, Any]) -> None:
@@ -107,6 +138,7 @@ def _manager(
     if kept is not None and kept.process.is_current:
         _warn_of_another(kept, generation_config, continuous_batching_config)
         kept.hint(workload_hints)
+        _note_call(kept)
         return kept
     config = model.generation_config if generation_config is None else generation_config
     if continuous_batching_config is None:
@@ -120,8 +152,15 @@ def _manager(
         namespace=lambda: None if serving.prompts is None else serving.prompts.namespace,
         may_be_kept=lambda: serving.is_active,
     )
+    _note_call(manager)
     serving.managers.add(manager)
     return manager
+
+
+def _note_call(manager: PagedBatchingManager) -> None:
+    if _calls.managers is not None:
+        manager.ends_with_call = True
+        _calls.managers.append(manager)
 
 
 def _warn_of_another(kept: PagedBatchingManager, generation: Any, batching: Any) -> None:

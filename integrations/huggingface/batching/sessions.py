@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -74,14 +75,12 @@ class Sessions(ContinuousBatchingManager):
         self._refuse_placement()
         self.hint(workload_hints)
         self._changed: threading.Condition = self.output_router.changed
-        self._control = threading.Lock()  # of those who make a session, or end a pause
+        self._control = threading.Lock()  # of those who make a session
         self._jobs: dict[str, Job] = {}  # by all their names
         self._generation_thread: Any = None
         self._is_serving = False
         self._is_destroyed = False
-        self._paused: AbstractContextManager[Any] | None = None
-        self._num_pauses = 0
-        self._of_thread = threading.local()  # .num_pauses
+        self.ends_with_call = False  # of `generate_batch`, whose caller has no other access
 
     def _refuse_placement(self) -> None:
         name, wanted = type(self.model).__name__, self._patched.dtype
@@ -133,23 +132,33 @@ class Sessions(ContinuousBatchingManager):
     def start(self) -> None:
         """Begin a session: serve requests, those first that were added before.
 
-        Raises: as `warmup`.
+        An interrupt ends the session again. Raises: as `warmup`.
         """
         self.process.refuse_fork()
-        with self._control:  # of several threads that start, one does
-            if self.is_running():
-                logger.warning("this manager is running already")
-                return
-            engine = self._warm()
-            thread = threading.Thread(
-                target=self._serve, args=(engine,), name="kvpager-batching", daemon=True
-            )
-            with self._changed:
-                thread.start()  # it waits for this lock first
-                self._status.local_status, self._status.engine = Status.DONT_STOP, engine
-                self._generation_thread, self._is_serving = thread, True
-            self._patched.note_session(sessions=1)
-        self._queue_held()
+        has_begun = False
+        try:
+            with self._control:  # of several threads that start, one does
+                if self.is_running():
+                    logger.warning("this manager is running already")
+                    return
+                engine = self._warm()
+                has_begun = True
+                self._begin(engine)
+            self._queue_held()
+        except BaseException:
+            if has_begun:
+                self.end_now()
+            raise
+
+    def _begin(self, engine: Engine) -> None:
+        thread = threading.Thread(
+            target=self._serve, args=(engine,), name="kvpager-batching", daemon=True
+        )
+        with self._changed:
+            thread.start()  # it waits for this lock first
+            self._status.local_status, self._status.engine = Status.DONT_STOP, engine
+            self._generation_thread, self._is_serving = thread, True
+        self._patched.note_session(sessions=1)
 
     def _serve(self, engine: Engine) -> None:
         """Keep the engine until the session may end."""
@@ -195,7 +204,8 @@ class Sessions(ContinuousBatchingManager):
         if self._generation_thread is None:
             logger.warning("this manager was not started, so there is nothing to stop")
             return
-        if getattr(self._of_thread, "num_pauses", 0):
+        engine = self.batch_processor
+        if engine is not None and engine.is_paused_here:
             raise RuntimeError("stop inside pause would wait for ever; leave the pause first")
         with self._changed:
             wanted = Status.HARD_STOP if hard_stop else Status.FLUSH_AND_STOP
@@ -206,15 +216,32 @@ class Sessions(ContinuousBatchingManager):
         if keep_for_next_session and self._may_be_kept():
             self.model._cached_continuous_batching_manager = self
 
+    def end_now(self) -> None:
+        """End the session after the step under way, without waiting for that. O(1)."""
+        with self._changed:
+            if self._is_serving:
+                self._status.local_status = Status.HARD_STOP
+                self._changed.notify_all()
+
+    def end_if_abandoned(self) -> None:
+        """End the session of a `generate_batch` that an interrupt has cut short. O(1)."""
+        if self.ends_with_call and not isinstance(sys.exception(), Exception):
+            self.end_now()
+
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
         """Wait for the session's end, for `timeout` seconds at the most; not in a fork."""
         thread = self._generation_thread
         if thread is None or not self.process.is_current:
             return
-        thread.join(timeout)
-        if thread.is_alive():
+        with self._changed:
+            # Not `Thread.join`: an interrupt of it can make a thread that runs pass for ended.
+            has_ended = self._changed.wait_for(
+                lambda: not self._is_serving or self._generation_thread is not thread, timeout
+            )
+        if not has_ended:
             logger.warning("the session has not ended after %s s", timeout)
         else:
+            thread.join()  # it has nothing left to do
             seconds = time.perf_counter() - stop_trigger_time
             logger.info("the session ended after %.2f s", seconds)
             if self._generation_thread is thread:
@@ -233,36 +260,18 @@ class Sessions(ContinuousBatchingManager):
                 engine.close()
         self._fail_held()
 
-    @contextmanager
-    def pause(self) -> Generator[None]:
+    def pause(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """No step is computed inside, in whatever thread; requests go on afterwards.
 
         To change the model's weights, say: cached prompts are given up. Raises: `RuntimeError`
         without a session; `EngineClosed` in a fork.
         """
         self.process.refuse_fork()
-        if not self.is_running():
+        engine = self.batch_processor
+        if not self.is_running() or engine is None:
             raise RuntimeError("there is no session to pause; start the manager first")
-        with self._control:
-            if not self._num_pauses:
-                paused: AbstractContextManager[Any] = self.batch_processor.pause()
-                paused.__enter__()
-                self._paused = paused
-            self._num_pauses += 1
-        self._of_thread.num_pauses = getattr(self._of_thread, "num_pauses", 0) + 1
-        try:
-            yield
-        finally:
-            if self.process.is_current:
-                self._end_pause()
-
-    def _end_pause(self) -> None:
-        self._of_thread.num_pauses -= 1
-        with self._control:
-            self._num_pauses -= 1
-            if not self._num_pauses and self._paused is not None:
-                self._paused.__exit__(None, None, None)
-                self._paused = None
+        pause: AbstractContextManager[None] = engine.pause()
+        return pause
 
     @property
     def _status(self) -> Status:

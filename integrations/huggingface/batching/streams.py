@@ -88,16 +88,14 @@ class Mailbox:
         self.is_done = False
         self.error: KVPagerError | None = None
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the lock. In a fork, skip it for ended requests; raise `EngineClosed` for others."""
-        if not self._process.is_current:
-            if not self.is_done:
-                self._process.refuse_fork()
-            yield
-            return
-        with self._changed:
-            yield
+    # Not a generator: an interrupt's traceback would keep it, and the lock with it.
+    def _locked(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the lock; in a fork, none for ended requests, and `EngineClosed` for others."""
+        if self._process.is_current:
+            return self._changed
+        if not self.is_done:
+            self._process.refuse_fork()
+        return contextlib.nullcontext()
 
     def put(self, tokens: list[Token]) -> None:
         """Tokens of one step. O(tokens + listeners)."""
@@ -180,6 +178,9 @@ class Courier:
     def __init__(self) -> None:
         self._errands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvpager-courier", daemon=True)
+
+    def start(self) -> None:
+        """Begin. No signal cuts this short on another thread than the main one. O(1)."""
         self._thread.start()
 
     def post(self, errand: Callable[[], object]) -> None:
