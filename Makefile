@@ -38,22 +38,14 @@ format: $(STAMP) ## ruff: mend what can be mended, format the rest
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-# kernels/ and integrations/ are kvpager's subpackages through __path__, which mypy cannot follow:
-# it is shown a folder of links laid out like the wheel, and its paths are turned back.
 types: $(STAMP) ## mypy --strict over the library
-	@set -euo pipefail; \
-	tree=$$(mktemp -d); trap 'rm -rf "$$tree"' EXIT; mkdir "$$tree/kvpager"; \
-	ln -s "$(ROOT)"/kvpager/* "$(ROOT)/kernels" "$(ROOT)/integrations" "$$tree/kvpager/"; \
-	cd "$$tree"; \
-	"$(ROOT)/$(BIN)/mypy" --strict --config-file "$(ROOT)/pyproject.toml" \
-	  --cache-dir "$(ROOT)/.mypy_cache" --explicit-package-bases kvpager \
-	  | sed -E 's#^kvpager/(kernels|integrations)/#\1/#'
+	@$(BIN)/mypy kvpager
 
 tests: $(STAMP) ## the test suite alone
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/transformers.md
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/conformance_report.py $(ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.report $(ARGS)
 
 matrix: ## the tests on the oldest and newest releases of Python, torch and transformers, in .venv-matrix
 	@python=$$(command -v $(PYTHON) | head -n 1); "$$python" tests/matrix.py $(ARGS)

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peers import MODULES
 from kvpager import BlockManager
-from kvpager.keys import KeyContext, content_keys
-from kvpager.pool import BlockPool
+from kvpager.blocks.pool import BlockPool
+from kvpager.storage.keys import KeyContext, content_keys
 
 BLOCK_SIZE = 16
 PROMPT = 16_384

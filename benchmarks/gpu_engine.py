@@ -47,9 +47,9 @@ def _check_prefill(pool: Pool, case: str, new: int) -> None:
 def engine(rig: Rig) -> None:
     """`Engine` beside transformers' own `generate_batch`: a Llama of random weights, greedy."""
     try:
-        from kvpager.integrations.huggingface.throughput import models, session
-        from kvpager.integrations.huggingface.throughput.systems import Options
-        from kvpager.integrations.huggingface.throughput.workload import synthetic
+        from kvpager.bench.throughput import models, session
+        from kvpager.bench.throughput.systems import Options
+        from kvpager.bench.throughput.workload import synthetic
     except ImportError as error:
         rig.remark(f"engine: skipped, {error}")
         return

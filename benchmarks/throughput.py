@@ -41,12 +41,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import timing
 from benchmarks.memory import plot_file
 from benchmarks.throughput_rig import BLOCK, Bench, Sampler, Watched
-from kvpager.integrations.huggingface.batching.engine import Engine
-from kvpager.integrations.huggingface.throughput import models, session
-from kvpager.integrations.huggingface.throughput.by_engine import EngineSystem
-from kvpager.integrations.huggingface.throughput.results import Figures, Run
-from kvpager.integrations.huggingface.throughput.workload import Workload
-from kvpager.preemption import PreemptionCosts
+from kvpager.bench.throughput import models, session
+from kvpager.bench.throughput.by_engine import EngineSystem
+from kvpager.bench.throughput.results import Figures, Run
+from kvpager.bench.throughput.workload import Workload
+from kvpager.integrations.huggingface.engine import Engine
+from kvpager.scheduling.preemption import PreemptionCosts
 
 # -------------------------------------------------------------------- systems, and their memory
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks import timing
-from kvpager.integrations.huggingface.batching.engine import Engine
-from kvpager.integrations.huggingface.batching.records import StepRecord
-from kvpager.integrations.huggingface.throughput import models
-from kvpager.integrations.huggingface.throughput.by_engine import EngineSystem
-from kvpager.integrations.huggingface.throughput.results import Run
-from kvpager.integrations.huggingface.throughput.systems import Options
-from kvpager.integrations.huggingface.throughput.workload import Workload, synthetic
-from kvpager.scheduler import Scheduler
+from kvpager.bench.throughput import models
+from kvpager.bench.throughput.by_engine import EngineSystem
+from kvpager.bench.throughput.results import Run
+from kvpager.bench.throughput.systems import Options
+from kvpager.bench.throughput.workload import Workload, synthetic
+from kvpager.engine.metrics import StepRecord
+from kvpager.integrations.huggingface.engine import Engine
+from kvpager.scheduling.scheduler import Scheduler
 
 BLOCK = 16
 Runs = dict[str, list[Run]]

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from kvpager import memory
+from kvpager.storage import memory
 
 Work = Callable[[], object]
 Times = dict[str, list[float]]

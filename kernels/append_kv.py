@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvpager.kernels import debug
-from kvpager.kernels.arguments import (
+from kvpager.kernels.args import (
     Fitting,
     layout_of,
     layout_of_scales,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvpager.kernels import debug
-from kvpager.kernels.arguments import (
+from kvpager.kernels.args import (
     require_device,
     require_dims,
     require_integers,

@@ -16,7 +16,7 @@ import os
 import torch
 from torch import Tensor
 
-from kvpager.kernels.host import HostRows
+from kvpager.kernels.host_rows import HostRows
 
 _enabled = os.environ.get("KVPAGER_DEBUG", "").lower() not in ("", "0", "false", "no", "off")
 

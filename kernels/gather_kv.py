@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import debug
-from kvpager.kernels.arguments import (
+from kvpager.kernels.args import (
     require_contiguous_rows,
     require_device,
     require_dims,

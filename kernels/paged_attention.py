@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import debug
-from kvpager.kernels.arguments import (
+from kvpager.kernels.args import (
     Fitting,
     layout_of,
     layout_of_scales,
@@ -27,7 +27,7 @@ from kvpager.kernels.arguments import (
     without_gradients,
 )
 from kvpager.kernels.backends import select
-from kvpager.kernels.host import HostRows
+from kvpager.kernels.host_rows import HostRows
 
 # What kernels compute with.
 _FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvpager.kernels.arguments import require_lengths, require_starts
-from kvpager.kernels.host import HostRows
+from kvpager.kernels.args import require_lengths, require_starts
+from kvpager.kernels.host_rows import HostRows
 from kvpager.kernels.quantisation import dequantise, indexable, quantise
 
 # One kv tile holds about this many tokens, all rows together: its fp32 copy stays in the cache

@@ -41,12 +41,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpager import arguments
+from kvpager import _validate as arguments
+from kvpager._words import counted
 from kvpager.errors import BrokenInvariant
 from kvpager.kernels import debug
-from kvpager.kernels.arguments import require_device, require_dims, require_integers, require_shape
+from kvpager.kernels.args import require_device, require_dims, require_integers, require_shape
 from kvpager.kernels.backends import select
-from kvpager.words import counted
 
 _INT32_MAX = torch.iinfo(torch.int32).max
 

@@ -5,15 +5,11 @@
 model in one line. Importing this package is cheap: a name is loaded when it is first used.
 """
 
-from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
-# A checkout keeps kernels/ and integrations/ beside this package; a wheel holds them inside it.
-_checkout = _Path(__file__).resolve().parent.parent
-if (_checkout / "kernels" / "copy_blocks.py").is_file():
-    __path__.append(str(_checkout))
-
 if TYPE_CHECKING:
+    from kvpager.blocks.manager import BlockManager
+    from kvpager.blocks.sequences import Sequence
     from kvpager.errors import (
         BrokenInvariant,
         EngineClosed,
@@ -26,15 +22,13 @@ if TYPE_CHECKING:
         SequenceSwapped,
         StaleSequence,
     )
-    from kvpager.integrations.huggingface.batching.engine import Engine
+    from kvpager.integrations.huggingface.engine import Engine
     from kvpager.integrations.huggingface.patching import PagedCache, Patch, patch, unpatch
-    from kvpager.manager import BlockManager
-    from kvpager.plan import StepPlan
-    from kvpager.preemption import PreemptionCosts
-    from kvpager.requests import Request
-    from kvpager.scheduler import Scheduler
-    from kvpager.sequences import Sequence
-    from kvpager.storage import BlockStorage, LayerShape
+    from kvpager.plans import StepPlan
+    from kvpager.scheduling.preemption import PreemptionCosts
+    from kvpager.scheduling.request import Request
+    from kvpager.scheduling.scheduler import Scheduler
+    from kvpager.storage.block_storage import BlockStorage, LayerShape
 
 __version__ = "0.1.0"
 
@@ -65,27 +59,27 @@ __all__ = [
 ]
 
 _HOME = {
-    "BlockManager": "kvpager.manager",
-    "BlockStorage": "kvpager.storage",
+    "BlockManager": "kvpager.blocks.manager",
+    "BlockStorage": "kvpager.storage.block_storage",
     "BrokenInvariant": "kvpager.errors",
-    "Engine": "kvpager.integrations.huggingface.batching.engine",
+    "Engine": "kvpager.integrations.huggingface.engine",
     "EngineClosed": "kvpager.errors",
     "KVPagerError": "kvpager.errors",
-    "LayerShape": "kvpager.storage",
+    "LayerShape": "kvpager.storage.block_storage",
     "OutOfBlocks": "kvpager.errors",
     "PagedCache": "kvpager.integrations.huggingface.patching",
     "Patch": "kvpager.integrations.huggingface.patching",
-    "PreemptionCosts": "kvpager.preemption",
+    "PreemptionCosts": "kvpager.scheduling.preemption",
     "QueueFull": "kvpager.errors",
-    "Request": "kvpager.requests",
+    "Request": "kvpager.scheduling.request",
     "RequestCancelled": "kvpager.errors",
     "RequestExpired": "kvpager.errors",
     "RequestFailed": "kvpager.errors",
-    "Scheduler": "kvpager.scheduler",
-    "Sequence": "kvpager.sequences",
+    "Scheduler": "kvpager.scheduling.scheduler",
+    "Sequence": "kvpager.blocks.sequences",
     "SequenceSwapped": "kvpager.errors",
     "StaleSequence": "kvpager.errors",
-    "StepPlan": "kvpager.plan",
+    "StepPlan": "kvpager.plans",
     "patch": "kvpager.integrations.huggingface.patching",
     "unpatch": "kvpager.integrations.huggingface.patching",
 }

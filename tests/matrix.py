@@ -1,7 +1,7 @@
 """Run the tests on the releases of Python, torch and transformers that kvpager supports.
 
     python tests/matrix.py                             # every environment, every test
-    python tests/matrix.py py3.13 -- tests/test_storage.py -k grow
+    python tests/matrix.py py3.13 -- tests/storage/test_block_storage.py -k grow
 
 The first arguments select environments by a part of their names. Arguments after `--` go to pytest.
 Each environment is a folder in `.venv-matrix/`, made when it is missing, and filled again when its

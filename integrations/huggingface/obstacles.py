@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvpager.integrations.huggingface.cache import PagedCache
+from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.releases import CACHE_NAMES
 
 # What `model_kwargs` may hold where a row's keys and values follow from its ids and padding. With

@@ -20,24 +20,28 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.modeling_utils import AttentionInterface
 
-from kvpager import arguments
-from kvpager.atomic import Uninterrupted, new_lock
+from kvpager import _validate as arguments
+from kvpager._atomic import Uninterrupted, new_lock
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.attention import (
+from kvpager.integrations.huggingface.attention.flash import flash_names, reading_flash_in_place
+from kvpager.integrations.huggingface.attention.functions import (
     AttentionFunction,
     reading_in_place,
     register,
 )
-from kvpager.integrations.huggingface.batching.manager import PagedBatchingManager
-from kvpager.integrations.huggingface.batching.routes import retire, routes
-from kvpager.integrations.huggingface.cache import PagedCache, least_block_bytes, unpaged
-from kvpager.integrations.huggingface.flash import flash_names, reading_flash_in_place
-from kvpager.integrations.huggingface.memory import PagedMemory
-from kvpager.integrations.huggingface.prefill import prefill, returned_rows
-from kvpager.integrations.huggingface.prompts import PromptCache, reply
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.paged_cache import (
+    PagedCache,
+    least_block_bytes,
+    unpaged,
+)
+from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
+from kvpager.integrations.huggingface.continuous_batching.routes import retire, routes
+from kvpager.integrations.huggingface.prefix.prefill import prefill, returned_rows
+from kvpager.integrations.huggingface.prefix.prompts import PromptCache, reply
 from kvpager.integrations.huggingface.releases import cache_in, warn_if_untested
 from kvpager.integrations.huggingface.report import PatchStats, report
-from kvpager.storage import KVDtype
+from kvpager.storage.block_storage import KVDtype
 
 __all__ = ["PagedCache", "Patch", "PatchStats", "patch", "unpatch"]
 

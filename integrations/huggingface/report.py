@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvpager.integrations.huggingface.memory import PagedLayers, PagedMemory
-from kvpager.integrations.huggingface.sizes import size
-from kvpager.words import counted
+from kvpager._sizes import size
+from kvpager._words import counted
+from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
-from kvpager.kernels.arguments import wrong_length, wrong_start
+from kvpager.kernels.args import wrong_length, wrong_start
 from kvpager.kernels.cpu.library import (
     ATTENTION,
     TYPES,
@@ -21,7 +21,7 @@ from kvpager.kernels.cpu.library import (
     int32_rows,
     integers,
 )
-from kvpager.kernels.host import HostRows
+from kvpager.kernels.host_rows import HostRows
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _KV_LEN, _TABLE_ENTRY, _QUERY_STARTS = 1, 2, 3  # the codes of kernels.cpp; 4: a mask too short

@@ -14,8 +14,8 @@ from kvpager.kernels.cpu import compiler
 from kvpager.kernels.cpu.attention import PagedAttention
 from kvpager.kernels.cpu.cache import BuildError
 from kvpager.kernels.cpu.compiler import Variant
+from kvpager.kernels.cpu.copies import AppendKV, CopyBlocks, GatherKV
 from kvpager.kernels.cpu.library import Library
-from kvpager.kernels.cpu.moves import AppendKV, CopyBlocks, GatherKV
 
 logger = logging.getLogger("kvpager")
 

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The device-side allocator in Triton. `kvpager.kernels.step_alloc` describes the algorithm.
 
-`tests/allocator_model.py` runs these kernels' accesses to memory in every order that a GPU might;
-it has the same statements in the same order, each under the number of its [step] here.
+`tests/support/allocator_model.py` runs these kernels' accesses to memory in every order that a GPU
+might; it has the same statements in the same order, each under the number of its [step] here.
 """
 
 # Legend. Names of tensors are pointers inside kernels. A lane is one row of the call; LANES of them

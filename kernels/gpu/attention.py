@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
-from kvpager.kernels.gpu import config, peers
+from kvpager.kernels.gpu import config
+from kvpager.kernels.gpu import external as peers
 from kvpager.kernels.gpu.attention_kernels import LOG2E, attend_items, merge_parts
 from kvpager.kernels.gpu.plans import AttentionPlan, plan_attention
-from kvpager.kernels.host import HostRows
+from kvpager.kernels.host_rows import HostRows
 
 __all__ = ["AttentionPlan", "attend", "paged_attention", "plan_attention"]
 

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Paged attention in Triton: one kernel for every work item, and one that merges partial results.
 
-A program takes one item of a `WorkPlan` (see `kvpager.kernels.plan`) and one kv head. The queries
+A program takes one item of a `WorkPlan` (see `work_items.py`) and one kv head. The queries
 of the item times the query heads of the kv head are the lines of its tile, so that each key and
 value is read once for all of them. Decode, prefill over a cached prefix, split-KV and prefixes that
 rows share differ only in their items. The softmax is online, in base 2 (FlashAttention-2, Dao

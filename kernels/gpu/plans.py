@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvpager.kernels.arguments import require_lengths
+from kvpager.kernels.args import require_lengths
 from kvpager.kernels.gpu import config
-from kvpager.kernels.host import HostRows, Ints, to_device
-from kvpager.kernels.plan import Planner, Tiling, WorkPlan
+from kvpager.kernels.host_rows import HostRows, Ints, to_device
+from kvpager.kernels.work_items import Planner, Tiling, WorkPlan
 
 # Planners of shapes that are in use; a model with windows has two, and one per device.
 _PLANNERS_MAX = 16

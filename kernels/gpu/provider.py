@@ -20,7 +20,9 @@ def register() -> None:
             backends.register(operation, DEVICE_TYPE, getattr(reference_alloc, operation), why)
         return
     # Only here, because importing them decorates kernels, which needs Triton.
-    from kvpager.kernels.gpu import allocator, attention, moves, peers
+    from kvpager.kernels.gpu import allocator, attention
+    from kvpager.kernels.gpu import copies as moves
+    from kvpager.kernels.gpu import external as peers
 
     backends.register("append_kv", DEVICE_TYPE, moves.append_kv, "Triton; K and V in one launch")
     backends.register("copy_blocks", DEVICE_TYPE, moves.copy_blocks, "Triton; one launch")

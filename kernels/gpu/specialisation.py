@@ -6,7 +6,7 @@ options that it is launched with. Each module of this folder has a function
     def specialisations() -> list[Specialisation]
 
 that names the combinations that matter in practice (and takes the compute capability, 90 for
-sm_90, where they depend on it). `tests/test_triton_compile.py` compiles them for several
+sm_90, where they depend on it). `tests/kernels/gpu/test_compile.py` compiles them for several
 architectures, no GPU needed, and bounds registers, spills and shared memory.
 """
 

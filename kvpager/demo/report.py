@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 import kvpager
+from kvpager._sizes import size
+from kvpager.blocks.stats import BlockState
 from kvpager.demo.measuring import States
 from kvpager.demo.results import Result, Results
 from kvpager.demo.settings import Settings
 from kvpager.integrations.huggingface.report import change
-from kvpager.integrations.huggingface.sizes import size
-from kvpager.stats import BlockState
 
 MAP_LINES_MAX = 3
 MAP_CELLS_MAX = 96

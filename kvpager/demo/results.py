@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 import kvpager
+from kvpager.blocks.stats import BlockState
 from kvpager.demo.measuring import States
 from kvpager.demo.scenarios import Scenario
 from kvpager.demo.settings import Settings
 from kvpager.integrations.huggingface.patching import PatchStats
-from kvpager.stats import BlockState
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 import kvpager
+from kvpager._words import counted
 from kvpager.demo import measuring, report
 from kvpager.demo.comparing import differences
 from kvpager.demo.results import CallFigures, Paged, Plain, Result, Results, RowText
@@ -23,7 +24,6 @@ from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.patching import PatchStats
 from kvpager.integrations.huggingface.releases import cache_of
 from kvpager.testing import tiny_llama_path
-from kvpager.words import counted
 
 WARM_UP_TOKENS = 2
 

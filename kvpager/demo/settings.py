@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvpager import arguments
+from kvpager import _validate as arguments
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class Settings:
             arguments.count("new tokens", self.new_tokens, at_least=1)
             arguments.block_size(self.block_size)
             if self.memory is not None:
-                from kvpager.integrations.huggingface.sizes import parse_memory
+                from kvpager._sizes import parse_memory
 
                 parse_memory(self.memory)
         except ValueError as error:

@@ -19,7 +19,7 @@ _MASK = (1 << 62) - 1
 
 
 class Moves(Protocol):
-    """A plan, as far as memory is concerned: see `kvpager.plan.Plan`."""
+    """A plan, as far as memory is concerned: see `kvpager.plans.Plan`."""
 
     @property
     def copies(self) -> NDArray[np.int32]:

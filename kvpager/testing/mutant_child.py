@@ -51,7 +51,7 @@ def plant(mutant: Mutant) -> None:
 def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
     """What notices that the manager is broken, "" if nothing does; and operations simulated."""
     # Not before the bug is planted.
-    from kvpager.manager import BlockManager
+    from kvpager.blocks.manager import BlockManager
     from kvpager.testing.adapters import BlockManagerAdapter
     from kvpager.testing.findings import findings
     from kvpager.testing.isolation import isolation

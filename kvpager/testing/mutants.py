@@ -50,7 +50,7 @@ class Outcome:
 
 
 # Changes nothing: where this one is "killed", the kit or the manager is broken already.
-UNCHANGED = Mutant("unchanged", "none", "kvpager.manager", "", "")
+UNCHANGED = Mutant("unchanged", "none", "kvpager.blocks.manager", "", "")
 
 
 def mutated_source(mutant: Mutant) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant, OutOfBlocks, SequenceSwapped, StaleSequence
-from kvpager.plan import Plan, Step, Tier
+from kvpager.plans import Plan, Step, Tier
 from kvpager.testing.reference_parts import (
     NaiveSequence,
     NaiveStats,

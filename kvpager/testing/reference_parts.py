@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.words import counted
+from kvpager._words import counted
 
 Pair = tuple[int, int]
 
@@ -41,7 +41,7 @@ Named = NaiveSequence | list[NaiveSequence]
 
 @dataclass(frozen=True)
 class NaiveStats:
-    """The counts that the kit looks at; names as in `kvpager.stats.Stats`."""
+    """The counts that the kit looks at; names as in `kvpager.blocks.stats.Stats`."""
 
     num_blocks: int
     num_free: int

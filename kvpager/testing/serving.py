@@ -7,9 +7,9 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.manager import BlockManager
-from kvpager.plan import StepPlan
-from kvpager.requests import Request
+from kvpager.blocks.manager import BlockManager
+from kvpager.plans import StepPlan
+from kvpager.scheduling.request import Request
 from kvpager.testing.memory import TokenMemory
 
 Int64 = NDArray[np.int64]

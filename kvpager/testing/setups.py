@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from kvpager.manager import BlockManager
-from kvpager.policies import POLICIES
+from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.policies import POLICIES
 
 # Names that a careless key would take for one another.
 NAMESPACES = (None, " ", "acme", "Acme", "None", "acme\0")

@@ -23,13 +23,13 @@ from multiprocessing import get_context
 from random import Random
 from time import perf_counter
 
+from kvpager._words import counted
 from kvpager.errors import QueueFull
-from kvpager.plan import Reason, StepPlan
-from kvpager.requests import Request
-from kvpager.scheduler import Scheduler
+from kvpager.plans import Reason, StepPlan
+from kvpager.scheduling.request import Request
+from kvpager.scheduling.scheduler import Scheduler
 from kvpager.testing.serving import Model, Wrong, reference
 from kvpager.testing.traffic import Arrival, Scenario, draw_arrivals, draw_scenario, make_scheduler
-from kvpager.words import counted
 
 MakeScheduler = Callable[[Scenario, Callable[[], float]], Scheduler]
 

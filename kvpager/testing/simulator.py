@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from random import Random
 from time import perf_counter
 
+from kvpager._words import counted
 from kvpager.testing.histories import (
     Failure,
     History,
@@ -30,7 +31,6 @@ from kvpager.testing.histories import (
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_manager
 from kvpager.testing.world import World
-from kvpager.words import counted
 
 OPERATIONS_PER_SEED = 5_000
 _LINES_MAX = 60  # of a history that could not be made short

@@ -9,11 +9,11 @@ from random import Random
 
 import numpy as np
 
-from kvpager.manager import BlockManager
-from kvpager.plan import Reason, StepPlan
-from kvpager.preemption import PreemptionCosts
-from kvpager.requests import Request
-from kvpager.scheduler import Scheduler
+from kvpager.blocks.manager import BlockManager
+from kvpager.plans import Reason, StepPlan
+from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.scheduling.request import Request
+from kvpager.scheduling.scheduler import Scheduler
 from kvpager.testing.serving import VOCABULARY, Wrong
 
 COSTS = {

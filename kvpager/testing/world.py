@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from kvpager.blocks.manager import BlockManager
 from kvpager.errors import OutOfBlocks
-from kvpager.manager import BlockManager
 from kvpager.testing.histories import Operation, Violation
 from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.setups import Setup

@@ -1,0 +1,7 @@
+"""Put paging behind transformers models: `patch`, `PagedCache` and `Engine`."""
+
+from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
+from kvpager.integrations.huggingface.engine import Engine
+from kvpager.integrations.huggingface.patching import Patch, patch, unpatch
+
+__all__ = ["Engine", "PagedCache", "Patch", "patch", "unpatch"]

@@ -1,0 +1,1 @@
+"""The attention functions that transformers calls, reading blocks in place."""

@@ -1,0 +1,237 @@
+"""transformers' attention functions, reading paged keys and values in place.
+
+transformers looks its attention functions up in a registry. While patched, `sdpa` there is
+`reading_in_place(the original)`: a pair of handles goes to the paged kernel, everything else, and
+every case the kernel does not cover, goes to the original, for which handles gather by themselves.
+
+`kvpager` is another name there, for good: it takes what `sdpa` refuses as well (soft caps, sinks),
+so that models which are left to `eager` otherwise can read in place: gemma 2, gpt-oss, t5gemma.
+
+    model.set_attn_implementation("kvpager")
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from kvpager.integrations.huggingface.attention import compiled, packed_compiled, reading
+from kvpager.integrations.huggingface.attention.packed import PackedView
+from kvpager.integrations.huggingface.cache.handles import common_view
+
+NAME = "kvpager"
+# The kernel could serve these, but transformers' own `sdpa` refuses or ignores them, and a patched
+# model has to do as the unpatched one.
+_NOT_OF_SDPA = ("softcap", "s_aux")
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def reading_in_place(original: AttentionFunction) -> AttentionFunction:
+    """An attention function that reads handles in place and leaves the rest to `original`."""
+
+    @functools.wraps(original)
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not any(kwargs.get(name) is not None for name in _NOT_OF_SDPA):
+            output = in_place(module, query, key, value, attention_mask, **kwargs)
+            if output is not None:
+                return output, None
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def register() -> None:
+    """Make `kvpager` a name of an attention implementation. O(1).
+
+    A name of its own takes nothing away, so it stays when patches are undone.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention implementation `kvpager`. O(queries * kv tokens * heads * dims).
+
+    Paged keys and values are read in place, where gradients do not forbid it; others are attended
+    to by transformers' `sdpa`, or, with a soft cap or sinks, by plain torch, as `eager` does.
+    Attention weights are not returned.
+    """
+    indices = kwargs.pop("indices", None)
+    if indices is not None:
+        attention_mask = _chosen(attention_mask, indices, key.shape[2])
+    output = in_place(module, query, key, value, attention_mask, **kwargs)
+    if output is not None:
+        return output, None
+    if any(kwargs.get(name) is not None for name in _NOT_OF_SDPA):
+        return _dense(module, query, key, value, attention_mask, **kwargs), None
+    weightless: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return weightless
+
+
+def in_place(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The output by the paged kernel; None where it cannot be had. O(kv tokens).
+
+    With `causal` among the options, queries are a row's last tokens, as flash attention has it;
+    without, arguments mean what they mean to `sdpa`.
+    """
+    if query.requires_grad:
+        return None
+    if torch.compiler.is_compiling():
+        step = packed_compiled.common_mark(key, value)
+        if step is not None:
+            return packed_compiled.attend(step, query, key, value, **kwargs)
+        mark = compiled.common_mark(key, value)
+        if mark is None or not mark.layer.group.memory.in_place:
+            return None
+        shown = Shown(key.shape[0], key.shape[2], key.dtype)
+        attend = functools.partial(compiled.attend, mark, value_dim=value.shape[3])
+    else:
+        view = common_view(key, value)
+        if isinstance(view, PackedView):
+            return view.attend(module, query, **kwargs)
+        if view is None or not view.group.memory.in_place:
+            return None
+        shown = Shown(view.num_rows, view.stop - view.start, view.dtype)
+        attend = functools.partial(reading.attend, view)
+    return _attend(attend, shown, module, query, mask, **kwargs)
+
+
+class Shown(NamedTuple):
+    """What there is to attend to. Asked of a handle, each would take longer than a look."""
+
+    num_rows: int
+    num_columns: int
+    dtype: torch.dtype
+
+
+def _attend(
+    attend: Callable[..., Tensor],
+    shown: Shown,
+    module: nn.Module,
+    query: Tensor,  # [rows, query_heads, q_len, head_dim]
+    mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    causal: bool | None = None,
+    window: int | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """The attention output [rows, q_len, query_heads, value_dim], or None if not covered."""
+    rows, _, q_len, _ = query.shape
+    kv_len = shown.num_columns
+    if dropout or rows != shown.num_rows or query.dtype != shown.dtype:
+        return None
+    if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (q_len, kv_len)):
+        return None
+    if causal is None:
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        # As in transformers: a mask says it all, and a single query is the last token.
+        causal = q_len > 1 and mask is None and bool(is_causal)
+        if causal and kv_len != q_len:
+            return None
+    if position_bias is not None:
+        mask = _biased(position_bias, mask)
+    options = {"scaling": scaling, "causal": causal, "softcap": softcap}
+    if window is not None:
+        options["window"] = window
+    return attend(query, mask=mask, sinks=s_aux, **options)
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """As `_attend`, over dense keys and values, differentiable. Steps and dtypes are `eager`'s."""
+    groups, q_len, kv_len = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if mask is None and is_causal and q_len > 1:
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
+    if position_bias is not None:
+        mask = _biased(position_bias, mask)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    if s_aux is not None:
+        sinks = s_aux.view(1, -1, 1, 1).expand(len(scores), -1, q_len, 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., :kv_len]
+    weights = F.dropout(weights, dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _chosen(mask: Tensor | None, indices: Tensor, kv_len: int) -> Tensor:
+    """`mask` without the keys that an indexer left out: `indices` [rows, queries, k] are chosen.
+
+    Where the attention is not `eager` or `sdpa`, models with an indexer leave that to it.
+    """
+    chosen = torch.zeros(*indices.shape[:2], kv_len, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)
+    if mask is None:  # causal, that is
+        return chosen.tril(kv_len - indices.shape[1])
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
+def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Position bias and mask as one additive mask."""
+    if mask is None:
+        return position_bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, position_bias, torch.finfo(position_bias.dtype).min)
+    return position_bias + mask

@@ -1,0 +1,104 @@
+"""What a packed pass sees of a layer: the tokens of many sequences in one line, without padding."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.cache.views import Blocks, packed
+from kvpager.kernels.paged_attention import paged_attention
+from kvpager.storage.block_storage import LayerShape
+
+
+class CannotPack(KVPagerError):
+    """A model uses keys and values in a way that rows in one line of tokens do not allow."""
+
+
+class PackedRows(NamedTuple):
+    """A layer's blocks, which of them each row reads, and where its queries are."""
+
+    blocks: Blocks
+    query_starts: Tensor | None  # int32 [rows + 1]; None where each row has one query
+    window: int | None
+    num_tokens: int
+
+
+class PackedLayer(Protocol):
+    """What a view needs of its layer."""
+
+    shape: LayerShape
+    dtype: torch.dtype
+    device: torch.device
+
+    def packed_rows(self) -> PackedRows:
+        """Those of the pass that runs now; counts a read."""
+
+
+class PackedView:
+    """What the rows of a packed pass see of a layer. It can be attended to, and nothing else."""
+
+    __slots__ = ("device", "dtype", "layer", "num_rows", "shape", "start", "stop")
+
+    def __init__(self, layer: PackedLayer, num_tokens: int) -> None:
+        self.layer = layer
+        self.num_rows = 1
+        self.start, self.stop = 0, num_tokens
+        self.shape, self.dtype, self.device = layer.shape, layer.dtype, layer.device
+
+    def shows_the_same_as(self, other: object) -> bool:
+        """As of a `PagedView`."""
+        return self is other
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Raises `CannotPack`."""
+        raise CannotPack("keys and values are used by something else than a registered attention")
+
+    def attend(self, module: Any, query: Tensor, **options: Any) -> Tensor:
+        """As the function `attend`, of this view's layer."""
+        return attend(self.layer, module, query, **options)
+
+
+def attend(
+    layer: PackedLayer,
+    module: Any,
+    query: Tensor,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """The output [1, tokens, query_heads, value_dim] for `query` [1, query_heads, tokens, dim].
+
+    O(queries * kv tokens * heads * dims). Raises: `CannotPack` for what a line of rows cannot
+    express.
+    """
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if position_bias is not None or dropout or not is_causal:
+        raise CannotPack("its attention is not plainly causal")
+    rows = layer.packed_rows()
+    if query.shape[2] != rows.num_tokens:
+        raise CannotPack("its queries are not the tokens of the step")
+    blocks = rows.blocks
+    output = paged_attention(
+        packed(query),
+        blocks.key_cache,
+        blocks.value_cache,
+        blocks.tables,
+        blocks.kv_lens,
+        rows.query_starts,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        window=rows.window,
+        scales=blocks.scales,
+        host_rows=blocks.host_rows,
+    )
+    return output[None]

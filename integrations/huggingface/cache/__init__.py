@@ -1,0 +1,1 @@
+"""A transformers cache whose layers live in blocks."""

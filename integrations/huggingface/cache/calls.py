@@ -1,0 +1,169 @@
+"""Calls of `generate` that run at once, in several threads, and share the memory of one patch.
+
+    begins ──▶ waits until the calls that run leave room for all its tokens ──▶ runs ──▶ ends
+                                                                               │  ▲
+                                            finds no room: waits for others to end, or to free
+
+A new call claims memory for its rows at full length before it takes a block. It waits until that
+fits beside the claims of other calls; a call that is alone runs at once. A running call that finds
+no room waits, too, with priority over new calls. Calls never deadlock: if all calls that hold
+blocks wait, one of them raises `OutOfBlocks` and the others continue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from kvpager._atomic import Deferral, Uninterrupted
+
+_T = TypeVar("_T")
+
+# A call waits at most this long, all its waits together, in which no call computes a step or ends.
+WAIT_SECONDS_MAX = 60.0
+# Finalisers free blocks without telling anyone, so a waiting call looks again by itself.
+_LOOK_SECONDS, _LOOK_SECONDS_MAX = 0.01, 0.25
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of `generate` that has not ended."""
+
+    depth: int = 1  # an assistant's `generate` runs within the model's
+    frame: int = 0  # id of the frame that the outermost `generate` runs in
+    num_rows: int = 0  # of the batch, and how long they may get; 0 if not known
+    num_columns: int = 0
+    ticket: float = math.inf  # turns come in this order; infinite before a call asks for one
+    claimed_bytes: int | None = None  # None before its turn
+    waiting: int | None = None  # how many calls had ended when it last found no room; None: it runs
+    moves: int = -1  # steps and ends of calls when it last waited
+    waited_seconds: float = 0.0  # since then
+    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # made in this call
+
+
+class Calls:
+    """The calls of `generate` that run now, at most one for each thread."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._lock, self._uninterrupted = lock, Uninterrupted(lock)
+        self._changed = threading.Condition(lock)
+        # By thread. Weak, so that no call waits for one that an interrupt kept from ending.
+        self._calls: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
+        self._steps = self._ends = 0
+        self._tickets = itertools.count()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Note a call of this thread while the block runs. Resets its caches if it raises."""
+        thread = threading.get_ident()
+        frame = id(sys._getframe(2))  # of the `with` statement: contextlib's is between
+        call: Call | None = None
+        try:
+            with self._lock, self._uninterrupted:
+                call = self._calls.get(thread)
+                # An interrupt just before the block leaves a call noted while its traceback lives.
+                if call is None or not _is_running(call.frame):
+                    call = self._calls[thread] = Call(depth=0, frame=frame)
+                call.depth += 1
+            yield
+        except BaseException:
+            # The traceback keeps the call's caches alive, perhaps for ever.
+            if call is not None and call.frame == frame:
+                for cache in list(call.caches):
+                    cache.reset()
+            raise
+        finally:
+            with self._lock, self._uninterrupted:
+                if call is not None:
+                    call.depth -= 1
+                    if call.frame == frame and self._calls.get(thread) is call:
+                        del self._calls[thread]
+                        self._ends += 1
+                        self._changed.notify_all()
+
+    def leave_behind(self) -> None:
+        """Forget other threads in a forked process, where none of them runs. O(calls)."""
+        for thread in set(self._calls) - {threading.get_ident()}:
+            del self._calls[thread]
+
+    def current(self) -> Call | None:
+        """Return this thread's call; None outside of `generate`. O(1)."""
+        return self._calls.get(threading.get_ident())
+
+    def note_cache(self, cache: Any) -> None:
+        """Note a cache that this thread's call has made. O(1)."""
+        call = self.current()
+        if call is not None:
+            call.caches.add(cache)
+
+    def note_size(self, num_rows: int, num_columns: int) -> None:
+        """Note how many rows this thread's call has, and how long they may get. O(1)."""
+        call = self.current()
+        if call is not None and call.depth == 1:
+            call.num_rows, call.num_columns = num_rows, num_columns
+
+    def note_step(self) -> None:
+        """Note that a call has computed a step. O(1)."""
+        self._steps += 1
+
+    def await_turn(self, call: Call, num_bytes: int, bound: int) -> None:
+        """Wait until `num_bytes` fit in `bound` beside the claims of other calls. O(calls)."""
+        with self._lock:
+            call.ticket = next(self._tickets)
+            self.wait_for(lambda: self._fits(call, num_bytes, bound) or None)
+            call.claimed_bytes = num_bytes
+
+    def _fits(self, call: Call, num_bytes: int, bound: int) -> bool:
+        others = self._others(call)
+        begun = [each for each in others if each.claimed_bytes is not None]
+        if any(each.waiting is not None for each in begun):
+            return False
+        # A large call would otherwise wait for ever while small ones keep coming.
+        if any(each.ticket < call.ticket for each in others if each.claimed_bytes is None):
+            return False
+        return not begun or sum(each.claimed_bytes or 0 for each in begun) + num_bytes <= bound
+
+    def wait_for(self, attempt: Callable[[], _T | None]) -> _T | None:
+        """Call `attempt` until it returns something, while other calls may give memory back.
+
+        Return None if no other call runs, or none computed a step or ended in `WAIT_SECONDS_MAX`
+        of this call's waiting. The caller holds the lock; waiting releases it.
+        """
+        call = self.current() or Call()
+        pause = _LOOK_SECONDS
+        while (found := attempt()) is None:
+            moves = self._steps + self._ends
+            if moves != call.moves:
+                call.moves, call.waited_seconds = moves, 0.0
+            # A call that has not looked since the last one ended may find room now.
+            runs = any(each.waiting != self._ends for each in self._others(call))
+            if not runs or call.waited_seconds > WAIT_SECONDS_MAX:
+                return None
+            call.waiting, began = self._ends, time.monotonic()
+            try:
+                with Deferral():
+                    self._changed.wait(pause)
+            finally:
+                call.waiting = None
+                call.waited_seconds += time.monotonic() - began
+            pause = min(2 * pause, _LOOK_SECONDS_MAX)
+        return found
+
+    def _others(self, call: Call) -> list[Call]:
+        return [each for each in self._calls.values() if each is not call]
+
+
+def _is_running(frame: int) -> bool:
+    """True if this thread runs the frame with this id. O(frames)."""
+    each = sys._getframe()
+    while each is not None and id(each) != frame:
+        each = each.f_back  # type: ignore[assignment]
+    return each is not None

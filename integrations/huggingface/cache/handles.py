@@ -1,0 +1,113 @@
+"""Tensors that stand for paged keys or values until somebody really needs the numbers.
+
+A model passes what `Cache.update` returns on to its attention function. One that knows handles
+reads the blocks through them in place; for anything else - a slice, an addition, a print - the
+handle gathers once and becomes an ordinary tensor for that operation. So every model works, and
+those that hand keys and values straight on never gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from kvpager.integrations.huggingface.cache.views import PagedView
+
+
+class PagedTensor(torch.Tensor):
+    """Looks like the [rows, kv_heads, columns, dim] tensor of keys or values it stands for."""
+
+    view_of: PagedView
+    which: int  # 0: keys, 1: values
+
+    @staticmethod
+    def __new__(cls, view: PagedView, which: int) -> PagedTensor:
+        heads, *dims = view.shape
+        shape = (view.num_rows, heads, view.stop - view.start, dims[which])
+        handle: PagedTensor = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=view.dtype, device=view.device
+        )
+        handle.view_of = view
+        handle.which = which
+        return handle
+
+    def __init__(self, view: PagedView, which: int) -> None:
+        # `torch.Tensor.__init__` takes other arguments.
+        pass
+
+    def dense(self) -> Tensor:
+        """The numbers, contiguous per row. Gathers once."""
+        return self.view_of.dense()[self.which]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return _gathered(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the disabled form
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _gathered(func, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+
+def _gathered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    """`func` with every handle among its arguments gathered."""
+    args, kwargs = pytree.tree_map_only(PagedTensor, PagedTensor.dense, (args, kwargs or {}))
+    return func(*args, **kwargs)
+
+
+# What can be answered without the numbers.
+_METADATA = {
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__,
+    torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.__len__,
+    torch.Tensor.get_device,
+}
+
+
+def paged_pair(view: PagedView) -> tuple[Tensor, Tensor]:
+    """The handles of a layer's keys and values. O(1), about 4 us each."""
+    return PagedTensor(view, 0), PagedTensor(view, 1)
+
+
+def common_view(key: Tensor, value: Tensor) -> PagedView | None:
+    """The view behind a pair of handles, if its blocks may be read in place; else None."""
+    if isinstance(key, PagedTensor) and isinstance(value, PagedTensor):
+        view = key.view_of
+        if (key.which, value.which) == (0, 1) and view.shows_the_same_as(value.view_of):
+            return view
+    return None

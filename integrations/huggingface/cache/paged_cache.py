@@ -1,0 +1,437 @@
+"""A transformers cache whose attention layers live in blocks."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from packaging.version import Version
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvpager import _validate as arguments
+from kvpager._words import counted
+from kvpager.errors import OutOfBlocks
+from kvpager.integrations.huggingface.attention import compiled
+from kvpager.integrations.huggingface.cache.columns import OtherColumns
+from kvpager.integrations.huggingface.cache.groups import LayerGroup
+from kvpager.integrations.huggingface.cache.layers import PagedLayer, PagedSlidingWindowLayer
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.releases import warn_if_untested
+from kvpager.integrations.huggingface.report import CacheStats
+from kvpager.storage.block_storage import BlockStorage, KVDtype, LayerShape
+
+# The constructor as transformers has it, whatever is patched over it later.
+_DYNAMIC_CACHE_INIT = DynamicCache.__init__
+# Before 5.20, a positive number given to `crop` is the length to crop to.
+_CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.20")
+
+
+# Attributes that a copy of a cache has of its own.
+_NOT_COPIED = {
+    "layers", "groups", "memory", "layer_class_to_replicate", "_before", "_last_written",
+}  # fmt: skip
+
+
+class _Lengths(NamedTuple):
+    """Columns of a cache's layers and groups, by `id`."""
+
+    of_layers: dict[int, int]
+    of_groups: dict[int, int]
+
+
+class PagedCache(DynamicCache):
+    """A `DynamicCache` that keeps attention layers in blocks of a pool that sizes itself.
+
+        model.generate(**inputs, cache=kvpager.PagedCache(model.config))
+
+    Before transformers 5.24 the argument is called `past_key_values`.
+
+    Layers of other kinds (linear attention, indexed, model-specific) stay transformers' own.
+    Reordering, repeating and copying share blocks instead of moving bytes, and `copy.deepcopy` is a
+    fork. Dropping the last reference gives the blocks back.
+
+    Args:
+        config: the model's configuration; without one, all layers are full attention.
+        memory: the most bytes to reserve, such as `"4GiB"`; None for no bound.
+        block_size: token slots of a block, a power of two.
+        kv_dtype: "int8" or "fp8_e4m3" to keep keys and values in eight bits, which rounds them.
+        host_memory: bytes of host memory for rows that `memory`, or the device, has no room for.
+        offloading: False; here for code that makes another cache of a cache's class (T5Gemma).
+
+    Raises: `ValueError`, `TypeError`; `OutOfBlocks` from a forward pass that finds no room.
+    """
+
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        memory: int | str | None = None,
+        block_size: int = 16,
+        kv_dtype: KVDtype | None = None,
+        host_memory: int | str | None = None,
+        offloading: bool = False,
+    ) -> None:
+        if config is not None and not hasattr(config, "get_text_config"):
+            kind = type(config).__name__
+            raise TypeError(f"PagedCache({kind}): expected a configuration, such as model.config")
+        if arguments.flag("offloading", offloading):
+            raise ValueError("offloading True: blocks are not offloaded; use DynamicCache for that")
+        warn_if_untested()
+        paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
+        paged_memory.refuse_below(least_block_bytes(config, torch.bfloat16, paged_memory))
+        _DYNAMIC_CACHE_INIT(self, config=config)
+        self._page(paged_memory, config)
+
+    @classmethod
+    def convert(cls, cache: DynamicCache, memory: PagedMemory, config: Any = None) -> None:
+        """Make an empty `DynamicCache` a paged one, in place. O(layers).
+
+        A cache without attention layers stays as it is: nothing of it could be paged.
+        """
+        if cache.layer_class_to_replicate is None and not any(map(_is_attention, cache.layers)):
+            _note_others(cache.layers, memory)
+            return
+        cache.__class__ = cls
+        cache._page(memory, config)  # type: ignore[attr-defined]
+        memory.calls.note_cache(cache)
+
+    def _page(self, memory: PagedMemory, config: Any) -> None:
+        self.memory = memory
+        self.groups: list[LayerGroup] = []
+        self._before = _Lengths({}, {})
+        self._last_written = sys.maxsize  # the layer written last: the first one begins a pass
+        if self.layer_class_to_replicate is not None:
+            self._page_lazily(LayerGroup(memory, None, None))
+            return
+        _note_others(self.layers, memory)
+        across = _cross_attention_layers(config)
+        members: dict[tuple[int | None, bool], list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            if _is_attention(layer):
+                window = getattr(layer, "sliding_window", None)
+                members.setdefault((window, index in across), []).append(index)
+        for (window, is_across), indices in members.items():
+            group = LayerGroup(memory, len(indices), window)
+            group.holds_text = not is_across
+            self.groups.append(group)
+            for number, index in enumerate(indices):
+                if window is None:
+                    self.layers[index] = PagedLayer(group, number)
+                else:
+                    sliding = PagedSlidingWindowLayer(group, number, window)
+                    sliding.record_past = getattr(self.layers[index], "record_past", False)
+                    self.layers[index] = sliding
+
+    def _page_lazily(self, group: LayerGroup) -> None:
+        """Layers come as they are first written, all into one group."""
+        self.groups = [group]
+        layers = self.layers  # not self: a cycle would keep the blocks until the next collection
+        make: Any = lambda: PagedLayer(group, len(layers))  # noqa: E731
+        self.layer_class_to_replicate = compiled.on_the_host(make)
+
+    # ---------------------------------------------------------------- operations on the batch
+
+    def _plain_layers(self) -> Iterable[Any]:
+        return (layer for layer in self.layers if not isinstance(layer, PagedLayer))
+
+    def paged_layers(self) -> list[PagedLayer]:
+        """The layers that are kept in blocks. O(layers)."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    def stats(self) -> CacheStats:
+        """Count what this cache holds now. O(blocks)."""
+        holdings = [each for group in self.groups for each in group.holdings()]
+        device, host = (
+            [each for each in holdings if each.on_host == on_host] for on_host in (False, True)
+        )
+        return CacheStats(
+            num_rows=self._num_rows(),
+            num_tokens=self.get_seq_length() if self.layers else 0,
+            num_layers=len(self.layers),
+            num_paged_layers=len(self.paged_layers()),
+            num_blocks=sum(each.num_blocks for each in device),
+            num_shared_blocks=sum(each.num_shared_blocks for each in device),
+            held_bytes=sum(each.held_bytes for each in device),
+            dense_bytes=sum(group.dense_bytes for group in self.groups),
+            num_host_blocks=sum(each.num_blocks for each in host),
+            host_held_bytes=sum(each.held_bytes for each in host),
+        )
+
+    def __repr__(self) -> str:
+        # No call of the block manager: a debugger may ask while another thread has its lock.
+        tokens = max((group.num_columns for group in self.groups), default=0)
+        return (
+            f"<PagedCache: {counted(self._num_rows(), 'row')} of {counted(tokens, 'token')}, "
+            f"{len(self.paged_layers())} of {counted(len(self.layers), 'layer')} paged, "
+            f"{self.memory.options()}>"
+        )
+
+    @property
+    def is_fully_paged(self) -> bool:
+        """Whether every layer that holds something is kept in blocks."""
+        return all(isinstance(layer, PagedLayer) for layer in _holding(self.layers))
+
+    @property
+    def is_begun(self) -> bool:
+        """True if some layer holds columns. The first one may not, where an image is missing."""
+        if any(group.num_columns for group in self.groups):
+            return True
+        others = _holding(self._plain_layers())
+        return any(getattr(layer, "is_initialized", False) for layer in others)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never: the blocks are not where a compiled step would expect them."""
+        return False
+
+    @compiled.on_the_host
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i what row `beam_idx[i]` was. O(rows + blocks), no bytes move."""
+        self._select(beam_idx.tolist())
+        for layer in self._plain_layers():
+            layer.reorder_cache(beam_idx)
+
+    @compiled.on_the_host
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times. O(rows + blocks), no bytes move."""
+        self._select([row for row in range(self._num_rows()) for _ in range(repeats)])
+        for layer in self._plain_layers():
+            layer.batch_repeat_interleave(repeats)
+
+    @compiled.on_the_host
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows named by `indices` (numbers or a truth mask). O(rows + blocks)."""
+        if self._num_rows():
+            self._select(torch.arange(self._num_rows())[indices.cpu()].tolist())
+        for layer in self._plain_layers():
+            layer.batch_select_indices(indices)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `DynamicCache.update`. A step that finds no room leaves the paged layers as they were.
+
+        Raises: `OutOfBlocks`.
+        """
+        states = key_states, value_states, layer_idx
+        if torch.compiler.is_compiling():
+            return super().update(*states, *args, **kwargs)
+        if layer_idx <= self._last_written:
+            self._note_lengths()
+        self._last_written = layer_idx
+        try:
+            try:
+                return super().update(*states, *args, **kwargs)
+            except OtherColumns:
+                layer = self.layers[layer_idx]
+                assert isinstance(layer, PagedLayer)
+                self._set_apart(layer, key_states.shape[0], key_states.shape[2])
+                return super().update(*states, *args, **kwargs)
+        except OutOfBlocks:
+            self._take_back()
+            raise
+
+    def _note_lengths(self) -> None:
+        """Remember how long everything is before a forward pass. O(layers)."""
+        layers = self.paged_layers()
+        self._before = _Lengths(
+            {id(layer): layer.num_columns for layer in layers},
+            {id(group): group.num_columns for group in self.groups},
+        )
+        for layer in layers:
+            # A skipped layer still needs blocks that its group is about to free.
+            if layer.is_sliding and 0 < layer.num_columns < layer.group.num_columns:
+                self._set_apart(layer, layer.group.num_rows, 0)
+
+    def _take_back(self) -> None:
+        """Undo what the forward pass has done. O(rows + blocks)."""
+        for layer in self.paged_layers():
+            layer.num_columns = self._before.of_layers.get(id(layer), 0)
+        for group in self.groups:
+            num_columns = self._before.of_groups.get(id(group), 0)
+            if num_columns:
+                group.truncate(num_columns)
+            else:
+                group.reset()
+
+    def _set_apart(self, layer: PagedLayer, num_rows: int, num_new: int) -> None:
+        """Let a layer go on in a group that takes its columns. O(rows + blocks)."""
+        start = layer.num_columns
+        taking = (g for g in self.groups if g.takes_over(layer.group, num_rows, start, num_new))
+        group = next(taking, None)
+        if group is None:
+            group = layer.group.fork_apart(start) if start else layer.group.new_apart()
+            self.groups.append(group)
+            self._before.of_groups[id(group)] = start
+        layer.move(group)
+
+    def _select(self, rows: list[int]) -> None:
+        for group in self.groups:
+            group.select(rows)
+
+    def _num_rows(self) -> int:
+        return max((group.num_rows for group in self.groups), default=0)
+
+    @compiled.on_the_host
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns of every row. O(rows + blocks)."""
+        tokens_to_remove = int(tokens_to_remove)  # some callers pass a tensor
+        if tokens_to_remove > 0 and _CROPS_TO_A_LENGTH:
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): expected a negative number, how many tokens to remove"
+            )
+        paged = self.paged_layers()
+        for layer in paged:
+            self._check_crop(layer)
+        for layer in paged:
+            layer.num_columns = max(layer.num_columns + tokens_to_remove, 0)
+        for group in self.groups:
+            group.truncate(max(group.num_columns + tokens_to_remove, 0))
+        for layer in {id(layer.group): layer for layer in paged}.values():
+            layer.group.forget_before(layer._first_visible_column())
+        for layer in self._plain_layers():
+            layer.crop(tokens_to_remove)
+
+    @staticmethod
+    def _check_crop(layer: PagedLayer) -> None:
+        if not isinstance(layer, PagedSlidingWindowLayer) or layer.record_past:
+            return
+        if layer.num_columns >= layer.sliding_window:
+            raise RuntimeError(
+                f"crop: the blocks behind the window of {layer.sliding_window} tokens are gone; "
+                "call activate_past_recording() before the tokens to remove are added"
+            )
+
+    def join(
+        self, parts: list[PagedCache], order: NDArray[np.int64], padding: NDArray[np.int64]
+    ) -> None:
+        """Begin with the rows of `parts`, put in `order`: copies of this empty cache, left empty.
+
+        They may have less `padding` [rows] than they get. O(rows). For fully paged caches.
+        """
+        for number, group in enumerate(self.groups):
+            group.join([part.groups[number] for part in parts], order, padding)
+        for layer, other in zip(self.paged_layers(), parts[0].paged_layers(), strict=True):
+            assert other.kind is not None
+            layer.bind(other.kind)
+            layer.num_columns = layer.group.num_columns
+
+    @compiled.on_the_host
+    def reset(self) -> None:
+        """Forget all tokens and give the blocks back."""
+        for group in self.groups:
+            group.reset()
+        for layer in self.layers:
+            layer.reset()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Serialised as the plain `DynamicCache` it stands for: blocks are of this process."""
+        state = {name: self.__dict__.get(name) for name in ("layers", "offloading")}
+        state["layers"] = [
+            layer.plain() if isinstance(layer, PagedLayer) else layer for layer in self.layers
+        ]
+        lazily = self.layer_class_to_replicate is not None
+        state["layer_class_to_replicate"] = DynamicLayer if lazily else None
+        return copyreg._reconstructor, (DynamicCache, object, None), state  # type: ignore[attr-defined]
+
+    def __copy__(self) -> PagedCache:
+        """A shallow copy: the same layers in the same blocks."""
+        twin: PagedCache = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    @compiled.on_the_host
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        """A second cache that shares every block of this one: copy-on-write, no bytes move."""
+        twin: PagedCache = object.__new__(type(self))
+        memo[id(self)] = twin
+        forks = {id(group): group.fork() for group in self.groups}
+        for name, value in self.__dict__.items():
+            if name not in _NOT_COPIED:
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+        twin.memory = self.memory
+        twin._before, twin._last_written = _Lengths({}, {}), sys.maxsize
+        twin.groups = list(forks.values())
+        twin.layers = [
+            layer.twin(forks[id(layer.group)]) if isinstance(layer, PagedLayer)
+            else copy.deepcopy(layer, memo)
+            for layer in self.layers
+        ]  # fmt: skip
+        twin.layer_class_to_replicate = None
+        if self.layer_class_to_replicate is not None:
+            twin._page_lazily(twin.groups[0])
+        return twin
+
+
+def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> int:
+    """Return the bytes of one block in all paged layers, as far as a configuration tells.
+
+    The model will need as many or more; 0 if the configuration does not say. O(layers).
+    """
+    if config is None:
+        return 0
+    values = config.get_text_config(decoder=True).to_dict()
+    dims = [values.get(name) for name in ("head_dim", "global_head_dim")]
+    if dims[0] is None and values.get("num_attention_heads"):
+        dims = [values.get("hidden_size", 0) // values["num_attention_heads"]]
+    heads = values.get("num_key_value_heads") or 1
+    known = [dim for dim in dims if dim is not None]
+    if not all(arguments.is_int(each) for each in [heads, *known]) or not known:
+        return 0
+    cache = object.__new__(DynamicCache)
+    _DYNAMIC_CACHE_INIT(cache, config=config)
+    num_layers = sum(
+        type(each) in (DynamicLayer, DynamicSlidingWindowLayer) for each in cache.layers
+    )
+    # Latent attention keeps less than its heads tell, and layers may differ.
+    if not num_layers or values.get("kv_lora_rank") or values.get("per_layer_config"):
+        return 0
+    shape = LayerShape(int(heads), int(min(known)), int(min(known)))
+    return BlockStorage.bytes_of_a_block(
+        memory.block_size, [shape] * num_layers, dtype=dtype, kv_dtype=memory.kv_dtype
+    )
+
+
+def unpaged(cache: Any) -> bool:
+    """Whether `cache` is a plain `DynamicCache` that holds nothing yet, so that it can be paged."""
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and not any(getattr(layer, "is_initialized", False) for layer in _holding(cache.layers))
+    )
+
+
+def _is_attention(layer: Any) -> bool:
+    """Return True if blocks can hold what the layer holds."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _note_others(layers: list[Any], memory: PagedMemory) -> None:
+    """Note the layers that stay transformers' own, by class. O(layers)."""
+    others = Counter(type(layer).__name__ for layer in layers if not _is_attention(layer))
+    for layer_class, count in others.items():
+        memory.note_left_alone(layer_class, count)
+
+
+def _holding(layers: Iterable[Any]) -> Iterable[Any]:
+    """Layers that may hold something: those that stand for none say that they are initialized."""
+    return (layer for layer in layers if type(layer).__name__ != "DummyLayer")
+
+
+def _cross_attention_layers(config: Any) -> frozenset[int]:
+    """Return the layers that attend to an image instead of the text, as in Llama 3.2 Vision."""
+    if config is None:
+        return frozenset()
+    text = config.get_text_config(decoder=True)
+    return frozenset(getattr(text, "cross_attention_layers", None) or ())

@@ -1,0 +1,373 @@
+"""The sequences of a batch: each row in the device's pool or, where that is full, in host memory.
+
+    row 0   row 1   row 2   row 3           the pool has no block left, and row 3 needs one:
+    device  device  device  host            its blocks move to the host's pool, all layers at once
+
+A row that has moved goes on there: new tokens are written to its blocks in host memory, and
+attention reads them from there. So a batch may be larger than the device's pool, as in FlexGen
+(Sheng et al., 2023), and what shared blocks before shares them after. A row returns when the
+device has room for it again.
+
+    a row's last block   t12 t13 t14  .          the manager knows of t12, and t13, t14 were added
+                         ^^^                     since: `settle` tells it of both at once
+
+As long as every row's last block has room, a decoding step takes nothing that anybody else could
+have. So the manager hears of it later: when a block is full, or before anybody asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager._atomic import whole
+from kvpager.blocks.sequences import Batch, Sequence
+from kvpager.errors import KVPagerError, OutOfBlocks
+from kvpager.integrations.huggingface.cache.pools import PagedPool, waiting_for_room
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+# Of the device's blocks, how many stay free behind a row that returns: else it would soon leave.
+_SPARE = 1 / 8
+
+
+class Share(NamedTuple):
+    """Rows of a batch that are in one pool."""
+
+    pool: PagedPool
+    rows: Int64  # their numbers in the batch, ascending
+    sequences: list[Sequence]
+    batch: Batch  # the same, for operations on all of them
+
+
+class BatchRows:
+    """A batch's sequences, over a pool and the host memory behind it."""
+
+    def __init__(self, pool: PagedPool) -> None:
+        self.pool = pool
+        self.lock, self.uninterrupted = pool.lock, pool.uninterrupted
+        self._sequences: list[Sequence] = []
+        self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._any_on_host = False
+        self._shares: list[Share] | None = None
+        self._room = 0  # tokens for which every row's last block has room, and is its own
+        self._untold = 0  # tokens of each row that the manager does not know of yet
+        self._last_slots: Int64 = np.zeros(0, np.int64)  # of each row, of those that it knows of
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def any_on_host(self) -> bool:
+        """Whether some row has left the device."""
+        return self._any_on_host
+
+    def shares(self) -> list[Share]:
+        """The rows by pool, the device's first; only pools that have some. O(1) until they change.
+
+        Their lengths may be behind until `settle`. Raises: `StaleSequence` for rows that were freed
+        behind our back.
+        """
+        if self._shares is None:
+            self._shares = []
+            for pool, here in ((self.pool, ~self._on_host), (self.pool.host, self._on_host)):
+                rows = np.flatnonzero(here)
+                if pool is not None and len(rows):
+                    sequences = [self._sequences[row] for row in rows]
+                    batch = pool.manager.batch(sequences)
+                    self._shares.append(Share(pool, rows, sequences, batch))
+        return self._shares
+
+    def _become(self, sequences: list[Sequence], on_host: NDArray[np.bool_]) -> None:
+        self._sequences, self._on_host = sequences, on_host
+        self._any_on_host, self._shares = bool(on_host.any()), None
+
+    @whole
+    def join(self, parts: list[BatchRows], order: Int64) -> None:
+        """Begin with the rows of `parts`, put in `order`; they have none afterwards. O(rows)."""
+        for part in parts:
+            part.settle()
+        sequences = [sequence for part in parts for sequence in part._sequences]
+        on_host = np.concatenate([part._on_host for part in parts])[order]
+        self._become([sequences[row] for row in order], on_host)
+        for part in parts:
+            part.adopt([])
+
+    # ---------------------------------------------------------------- growing
+
+    @whole
+    def begin(self, num_rows: int, namespace: str | None) -> None:
+        """`num_rows` empty rows. O(rows)."""
+        nothing = np.empty(0, np.int32)
+        self.adopt([self.pool.allocate(nothing, namespace) for _ in range(num_rows)])
+
+    def adopt(self, sequences: list[Sequence]) -> None:
+        """Begin with sequences of the device's pool. O(rows)."""
+        self._become(sequences, np.zeros(len(sequences), np.bool_))
+
+    @whole
+    def append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
+        """Make room for `counts` [rows] more tokens, moving rows where there is none. O(tokens).
+
+        `ids` are the new tokens' ids where they are known, else an empty list. Returns, for each of
+        the `shares`, the slots of its rows' new tokens, one row after the other.
+        Raises: `OutOfBlocks`, with every row as long as it was.
+        """
+        self.settle()
+        if self._any_on_host:
+            self._return_some()
+        slots = waiting_for_room(self.pool, lambda: self._append_moving(counts, ids))
+        self._note_room(counts, slots)
+        return slots
+
+    def _append_moving(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
+        while True:
+            try:
+                return self._append(counts, ids)
+            except OutOfBlocks as error:
+                # What the host refuses, it will refuse again.
+                if self.pool.host is None or error.tier == "host":
+                    raise
+                short = error.need - error.free - error.evictable
+                self._make_room(max(short - self.pool.num_room_blocks, 1), counts)
+
+    def _append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
+        slots: list[Int64] = []
+        try:
+            for share in self.shares():
+                known = [ids[row] for row in share.rows] if ids else []
+                slots.append(share.pool.append(share.batch, counts[share.rows], known).slots)
+        except KVPagerError:
+            for share, _ in zip(self.shares(), slots, strict=False):
+                for row, sequence in zip(share.rows, share.sequences, strict=True):
+                    share.pool.manager.truncate(sequence, len(sequence) - int(counts[row]))
+            raise
+        return slots
+
+    def _note_room(self, counts: Int64, slots: list[Int64]) -> None:
+        """Each row was given `slots` of its own: what fits behind them in the last blocks?"""
+        if self._any_on_host or not counts.all():  # rows may return; an empty one has no block
+            return
+        size = self.pool.block_size
+        self._last_slots = slots[0][np.cumsum(counts) - 1]
+        self._room = size - 1 - int((self._last_slots % size).max())
+
+    def ahead(self) -> Int64:
+        """The slots that `fill` gives out one after the other, int64 [tokens, rows]. O(tokens)."""
+        with self.pool.lock:
+            room = self._room
+            return self._last_slots + np.arange(self._untold + 1, self._untold + room + 1)[:, None]
+
+    @whole
+    def fill(self) -> bool:
+        """As `append` of one unknown token to each row, if all last blocks have room. O(1).
+
+        The manager hears of it by `settle`.
+        """
+        if not self._room:
+            return False
+        self._room -= 1
+        self._untold += 1
+        return True
+
+    @whole
+    def settle(self) -> None:
+        """Let the manager know how long the rows are, before somebody asks. O(rows)."""
+        untold, self._untold, self._room = self._untold, 0, 0
+        if untold:  # which takes no block and copies none
+            self.pool.manager.append(self.shares()[0].batch, untold)
+
+    # ---------------------------------------------------------------- moving
+
+    def _make_room(self, missing: int, counts: Int64) -> None:
+        """Move the device's last rows to the host until some `missing` blocks are not missed.
+
+        Rows that share most of their blocks move together.
+        """
+        device, size = self.shares()[0], self.pool.block_size
+        assert self.pool.host is not None
+        tables = device.pool.manager.block_tables(device.batch)
+        lengths = device.pool.manager.lengths(device.batch)
+        ends = lengths + counts[device.rows]
+        fresh = -(-ends // size) - -(-lengths // size)
+        staying = np.ones(len(device.rows), np.bool_)
+        while missing > 0 and staying.any():
+            family = _family(tables, int(np.flatnonzero(staying)[-1])) & staying
+            staying &= ~family
+            missing -= _num_blocks(tables[family]) + int(fresh[family].sum())
+            self._move(device.rows[family], self.pool, self.pool.host)
+
+    def _return_some(self) -> None:
+        """Let the host's first row return, with its family, if there is room and to spare."""
+        host = self.shares()[-1]
+        tables = host.pool.manager.block_tables(host.batch)
+        family = _family(tables, 0)
+        spare = len(self) + int(_SPARE * self.pool.manager.num_blocks)
+        if self.pool.num_spare_blocks >= _num_blocks(tables[family]) + spare:
+            with contextlib.suppress(OutOfBlocks):  # of the device itself, whatever the bound says
+                self._move(host.rows[family], host.pool, self.pool)
+
+    @whole
+    def leave_device(self) -> None:
+        """Move all rows to the host. Raises `OutOfBlocks`."""
+        self.settle()
+        assert self.pool.host is not None
+        self._move(np.flatnonzero(~self._on_host), self.pool, self.pool.host)
+
+    def _move(self, rows: Int64, source: PagedPool, target: PagedPool) -> None:
+        """Move rows and their bytes. All or nothing. O(bytes)."""
+        leaving = [self._sequences[row] for row in rows]
+        tables, lengths = source.manager.block_tables(leaving), [len(each) for each in leaving]
+        arrived: list[Sequence] = []
+        try:
+            for number in range(len(leaving)):
+                arrived.append(_twin(number, tables, lengths, arrived, target))
+        except KVPagerError:
+            target.manager.free(arrived)
+            raise
+        places = target.manager.block_tables(arrived)
+        pairs = np.stack([tables[places >= 0], places[places >= 0]], axis=1)
+        source.free_after(target.copy_from(source, np.unique(pairs, axis=0)), leaving)
+        sequences, on_host = list(self._sequences), self._on_host.copy()
+        for row, sequence in zip(rows, arrived, strict=True):
+            sequences[row] = sequence
+        on_host[rows] = target is not self.pool
+        self._become(sequences, on_host)
+
+    # ---------------------------------------------------------------- changing the batch
+
+    @whole
+    def select(self, rows: list[int]) -> None:
+        """Make the batch the given rows of it, each as often as it is named. O(rows + blocks)."""
+        self.settle()
+        unused = dict(enumerate(self._sequences))
+        on_host = self._on_host[np.asarray(rows, np.int64)]
+        # The first to name a row takes it over, further ones fork it.
+        chosen = [
+            unused.pop(row)
+            if row in unused
+            else self._pool_of(row).manager.fork(self._sequences[row])
+            for row in rows
+        ]
+        for row, sequence in unused.items():
+            self._pool_of(row).manager.free(sequence)
+        self._become(chosen, on_host)
+
+    def _pool_of(self, row: int) -> PagedPool:
+        if not self._on_host[row]:
+            return self.pool
+        assert self.pool.host is not None
+        return self.pool.host
+
+    @whole
+    def truncate(self, lengths: Int64) -> None:
+        """Keep the first `lengths` [rows] tokens of each row. O(rows + blocks)."""
+        self.settle()
+        for share in self.shares():
+            for sequence, length in zip(share.sequences, lengths[share.rows].tolist(), strict=True):
+                share.pool.manager.truncate(sequence, length)
+
+    @whole
+    def slide(self, starts: Int64) -> None:
+        """Give back blocks wholly before token `starts` [rows] of each row. O(rows + blocks)."""
+        self.settle()
+        for share in self.shares():
+            share.pool.manager.slide(share.batch, starts[share.rows])
+
+    @whole
+    def commit(self) -> None:
+        """Full blocks of known tokens become reusable; those on the host do not. O(blocks)."""
+        self.settle()
+        for share in self.shares():
+            if share.pool is self.pool:
+                share.pool.manager.commit(share.batch)
+
+    @whole
+    def fork(self) -> BatchRows:
+        """A second batch that shares every block of this one. O(rows + blocks)."""
+        self.settle()
+        twin = BatchRows(self.pool)
+        sequences = [
+            self._pool_of(row).manager.fork(sequence)
+            for row, sequence in enumerate(self._sequences)
+        ]
+        twin._become(sequences, self._on_host.copy())
+        return twin
+
+    @whole
+    def free(self) -> None:
+        """Give all blocks back: no rows are left. O(blocks)."""
+        self.settle()
+        for share in self.shares():
+            share.pool.manager.free(share.batch)
+        self.adopt([])
+
+    def discard(self) -> None:
+        """Free the rows soon: safe to call from a finaliser, at any moment. O(rows)."""
+        # Not by way of the shares: making them takes a lock, and asks the manager.
+        for row, sequence in enumerate(self._sequences):
+            self._pool_of(row).discard([sequence])
+
+
+def _family(tables: Int32, number: int) -> NDArray[np.bool_]:
+    """Which rows share most blocks of row `number`, itself included, bool [rows]."""
+    own = tables[number]
+    common = ((tables == own) & (own >= 0)).sum(axis=1)
+    members: NDArray[np.bool_] = 2 * common > np.count_nonzero(own >= 0)
+    members[number] = True
+    return members
+
+
+def _num_blocks(tables: Int32) -> int:
+    return len(np.unique(tables[tables >= 0]))
+
+
+def _twin(
+    number: int, tables: Int32, lengths: list[int], arrived: list[Sequence], target: PagedPool
+) -> Sequence:
+    """A sequence of `target` for number `number` of those that leave.
+
+    It shares with one that has `arrived` what they shared before: as in a tree, a beginning.
+    """
+    manager, size = target.manager, target.block_size
+    common = [_common(tables, lengths, earlier, number, size) for earlier in range(number)]
+    closest = int(np.argmax(common)) if common else 0
+    if common and common[closest]:
+        sequence = manager.fork(arrived[closest])
+        manager.truncate(sequence, common[closest])
+    else:
+        sequence = target.allocate(np.empty(0, np.int32), None)
+    try:
+        _lengthen(target, sequence, lengths[number], _num_missing(tables[number]) * size)
+    except KVPagerError:
+        manager.free(sequence)
+        raise
+    return sequence
+
+
+def _common(tables: Int32, lengths: list[int], earlier: int, number: int, size: int) -> int:
+    """How many tokens of sequence `number` lie in blocks that it shares with the earlier one."""
+    if _num_missing(tables[earlier]) != _num_missing(tables[number]):
+        return 0
+    num_blocks = int((tables[earlier] == tables[number]).cumprod().sum())
+    shared = min(num_blocks * size, lengths[earlier], lengths[number])
+    # Where one of them ends within a block, the other may go on in it.
+    return shared if shared == lengths[number] else shared // size * size
+
+
+def _num_missing(table: Int32) -> int:
+    """Blocks at the front that were given back: a window has passed them."""
+    return int(np.argmax(np.append(table, 0) >= 0))
+
+
+def _lengthen(pool: PagedPool, sequence: Sequence, length: int, start: int) -> None:
+    """Make `sequence` `length` tokens long, without blocks wholly before token `start`."""
+    while len(sequence) < length:
+        # By steps: blocks that were given back long ago shall not be needed all at once.
+        step = min(length - len(sequence), max(pool.block_size, length - start))
+        pool.append(pool.manager.batch([sequence]), np.array([step]), [])
+        pool.manager.slide([sequence], np.array([min(start, len(sequence))]))

@@ -1,0 +1,198 @@
+"""What an attention function reads of a layer, and through which block tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
+from kvpager.kernels.gather_kv import gather_kv
+from kvpager.kernels.host_rows import HostRows, to_device
+
+if TYPE_CHECKING:
+    from kvpager.integrations.huggingface.cache.memory import PagedMemory
+
+
+class Tables(NamedTuple):
+    """Block tables and lengths of the rows of a batch that are in one tier."""
+
+    rows: Tensor | None  # their numbers in the batch, int64 on the layer's device; None: all
+    tables: Tensor  # int32 [rows, blocks], on the device of the tier
+    lengths: Tensor  # int32 [rows], tokens
+    host_rows: HostRows  # both as arrays
+    on_host: bool
+
+
+class Part(NamedTuple):
+    """Rows of a view whose blocks are in one storage."""
+
+    place: Place
+    rows: Tensor | None
+    tables: Tensor
+    kv_lens: Tensor
+    host_rows: HostRows
+
+    def caches(self) -> tuple[Tensor, Tensor]:
+        """The layer's key and value blocks, [blocks, block_size, kv_heads, dim] each."""
+        return self.place.storage.layer(self.place.layer)
+
+    def scales(self) -> tuple[Tensor, Tensor] | None:
+        """Their scales, [blocks, block_size, kv_heads] each; None unless kept in eight bits."""
+        return self.place.storage.scales(self.place.layer)
+
+    def dense(self, num_columns: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last columns, [rows, columns, kv_heads, dim]; padding is zero."""
+        dtype, scales = self.place.storage.dtype, self.scales() or (None, None)
+        key, value = (
+            gather_kv(cache, self.tables, self.kv_lens, num_columns, scales=scale, dtype=dtype)
+            for cache, scale in zip(self.caches(), scales, strict=True)
+        )
+        return key, value
+
+    def on(self, device: torch.device) -> Blocks:
+        """What a kernel on `device` reads. O(1) where the blocks are there; else copies them."""
+        if self.place.storage.device == device:
+            caches, scales = self.caches(), self.scales()
+            return Blocks(*caches, scales, self.tables, self.kv_lens, self.host_rows)
+        return self.staged(device)
+
+    def staged(self, device: torch.device) -> Blocks:
+        """The part's blocks of this layer, copied to `device`. O(bytes)."""
+        used = self.tables >= 0
+        blocks = self.tables[used].long()
+        tables = torch.full_like(self.tables, -1)
+        tables[used] = torch.arange(len(blocks), dtype=tables.dtype)
+        caches = (*self.caches(), *(self.scales() or ()))
+        key, value, *scales = (to_device(cache[blocks], device) for cache in caches)
+        lens = self.host_rows.kv_lens
+        return Blocks(
+            key,
+            value,
+            (scales[0], scales[1]) if scales else None,
+            to_device(tables.numpy(), device),
+            to_device(lens, device),
+            HostRows(tables.numpy(), lens),
+        )
+
+
+class Blocks(NamedTuple):
+    """A layer's blocks, and which of them each row reads: what kernels take."""
+
+    key_cache: Tensor
+    value_cache: Tensor
+    scales: tuple[Tensor, Tensor] | None
+    tables: Tensor
+    kv_lens: Tensor
+    host_rows: HostRows
+
+    def kv_starts(self, num_columns: int) -> Tensor:
+        """The first token of each row that is among the last columns, int32 [rows]."""
+        return (self.kv_lens - num_columns).clamp_(min=0)
+
+
+def packed(states: Tensor) -> Tensor:
+    """[rows, heads, columns, dim] as the kernels take it: [rows * columns, heads, dim].
+
+    A view where it can be one; heads as runs of numbers in any case.
+    """
+    rows, heads, columns, dim = states.shape
+    if columns == 1:
+        tokens = states.squeeze(2)
+    else:
+        tokens = states.transpose(1, 2).reshape(rows * columns, heads, dim)
+    return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+
+
+class Viewed(Protocol):
+    """Layers that share block tables, as a view of them asks."""
+
+    memory: PagedMemory
+    padding: NDArray[np.int64]  # columns of each row that are
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+
+    def parts(self, number: int, stop: int) -> list[Part]:
+        """Where the rows of layer `number` are, up to column `stop`."""
+
+    def kind(self, number: int) -> LayerKind:
+        """What layer `number` is, and where it computes."""
+
+    def count_gather(self) -> None:
+        """A view gathers."""
+
+
+class PagedView:
+    """A layer's keys and values of columns `start` to `stop`, as they are now.
+
+    Reads the blocks in place while nothing has changed; just before something does, the group
+    calls `materialise`, so that whoever still holds the view keeps what it saw.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_dense",
+        "device",
+        "dtype",
+        "group",
+        "kind",
+        "num_rows",
+        "number",
+        "parts",
+        "shape",
+        "start",
+        "stop"
+    )  # fmt: skip
+
+    def __init__(self, group: Viewed, number: int, start: int, stop: int) -> None:
+        self.group = group  # keeps the blocks alive
+        self.number = number
+        self.num_rows = group.num_rows
+        self.start = start
+        self.stop = stop
+        self.parts = group.parts(number, stop)
+        self.kind = group.kind(number)
+        self.shape, self.dtype, self.device = self.kind
+        self._dense: tuple[Tensor, Tensor] | None = None
+
+    def shows_the_same_as(self, other: PagedView) -> bool:
+        """Whether both may be read in place still, and read the same. O(1)."""
+        if self._dense is not None or other._dense is not None:
+            return False
+        # Of one group, with nothing changed since: then the parts are one list.
+        return self is other or (
+            self.parts is other.parts and (self.start, self.stop) == (other.start, other.stop)
+        )
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as [rows, kv_heads, columns, dim]; padding is zero. Gathers once."""
+        if self._dense is None:
+            self.group.count_gather()
+            num_columns = self.stop - self.start
+            if len(self.parts) == 1:
+                key, value = (each.to(self.device) for each in self.parts[0].dense(num_columns))
+            else:
+                key, value = self._joined(num_columns)
+            # Contiguous like the result of `torch.cat`, since some models call `view` on it.
+            self._dense = key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
+        return self._dense
+
+    def _joined(self, num_columns: int) -> tuple[Tensor, Tensor]:
+        heads, key_dim, value_dim = self.shape
+        key, value = (
+            torch.empty(
+                self.num_rows, num_columns, heads, dim, dtype=self.dtype, device=self.device
+            )
+            for dim in (key_dim, value_dim)
+        )
+        for part in self.parts:
+            for whole, of_part in zip((key, value), part.dense(num_columns), strict=True):
+                whole[part.rows] = of_part.to(self.device)
+        return key, value
+
+    materialise = dense

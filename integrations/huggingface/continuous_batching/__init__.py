@@ -1,0 +1,1 @@
+"""transformers' entry points for continuous batching, served by an engine."""

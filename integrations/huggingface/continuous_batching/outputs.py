@@ -1,0 +1,235 @@
+"""What requests give back to users of transformers' continuous batching: `GenerationOutput`s."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from kvpager._atomic import Condition
+from kvpager.engine.stream import Output, Stream, Token
+from kvpager.errors import KVPagerError
+
+Handler = Callable[[GenerationOutput], object]
+
+
+class Router:
+    """Where outputs go: to a request's handler if it has one, else they wait to be taken.
+
+    Everything waits on `changed`, and is changed under its lock.
+    """
+
+    def __init__(self) -> None:
+        self.changed = Condition()
+        self.result_handlers: dict[str, tuple[Handler, asyncio.AbstractEventLoop]] = {}
+        self._waiting: OrderedDict[int, GenerationOutput] = OrderedDict()
+        self._of_request: dict[str, deque[int]] = {}
+        self._numbers = itertools.count()
+
+    def deliver(self, output: GenerationOutput) -> None:
+        """Hand an output over. O(1)."""
+        with self.changed:
+            if not self._hand_over(output):
+                number = next(self._numbers)
+                self._waiting[number] = output
+                self._of_request.setdefault(output.request_id, deque()).append(number)
+            self.changed.notify_all()
+
+    def deliver_batch(self, outputs: Iterable[GenerationOutput]) -> None:
+        """Hand outputs over, in their order. O(outputs)."""
+        for output in outputs:
+            self.deliver(output)
+
+    def put_back(self, output: GenerationOutput) -> None:
+        """Let an output that was taken be the next one again. O(1)."""
+        with self.changed:
+            number = next(self._numbers)
+            self._waiting[number] = output
+            self._waiting.move_to_end(number, last=False)
+            self._of_request.setdefault(output.request_id, deque()).appendleft(number)
+            self.changed.notify_all()
+
+    def forget(self, request_id: str | None = None) -> None:
+        """Drop the outputs that wait, of all or of a request. O(outputs)."""
+        while self.take(request_id) is not None:
+            pass
+
+    def _hand_over(self, output: GenerationOutput) -> bool:
+        handlers, name = self.result_handlers, output.request_id
+        entry = handlers.pop(name, None) if output.is_finished() else handlers.get(name)
+        if entry is None:
+            return False
+        handler, loop = entry
+        try:
+            loop.call_soon_threadsafe(handler, output)
+        except RuntimeError:  # the loop is closed: nobody listens, but somebody may ask
+            handlers.pop(name, None)
+            return False
+        return True
+
+    def register(self, request_id: str, handler: Handler) -> None:
+        """Call `handler` on the running event loop with the request's outputs: those that wait
+        now, and those to come. O(outputs that wait)."""
+        loop = asyncio.get_running_loop()
+        with self.changed:
+            self.result_handlers[request_id] = handler, loop
+            while (output := self.take(request_id)) is not None:
+                self._hand_over(output)
+
+    def take(self, request_id: str | None = None) -> GenerationOutput | None:
+        """The oldest output that waits, of all or of a request; None without one. O(1)."""
+        with self.changed:
+            if request_id is None:
+                if not self._waiting:
+                    return None
+                request_id = next(iter(self._waiting.values())).request_id
+            numbers = self._of_request.get(request_id)
+            if numbers is None:
+                return None
+            output = self._waiting.pop(numbers.popleft())
+            if not numbers:
+                del self._of_request[request_id]
+            return output
+
+
+@dataclass(slots=True)
+class _Row:
+    """A sample, and the name its outputs go by."""
+
+    name: str
+    created: float
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    timestamps: list[float] = field(default_factory=list)
+    is_finished: bool = False
+
+
+class Job:
+    """A request on its way: turns its tokens into outputs.
+
+    Args:
+        router: takes the outputs.
+        request_id: what the caller calls it.
+        prompt: token ids.
+        num_samples: outputs it is to have; those after the first go by names of children.
+        is_streaming: there is an output for every token, else one for every sample.
+        with_timestamps: outputs tell when each token came.
+        on_end: is called once, when nothing follows.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        request_id: str,
+        prompt: list[int],
+        *,
+        num_samples: int,
+        is_streaming: bool,
+        with_timestamps: bool,
+        on_end: Callable[[Job], None],
+    ) -> None:
+        children = [f"{request_id}__child#{number}" for number in range(num_samples - 1)]
+        self.names = [request_id, *children]
+        self.prompt = prompt
+        self.stream: Stream | None = None
+        self.is_cancelled = False
+        self.is_over = False
+        now = time.perf_counter()
+        self._rows = [_Row(name, now) for name in self.names]
+        self._router = router
+        self._is_streaming = is_streaming
+        self._with_timestamps = with_timestamps
+        self._on_end = on_end
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all samples so far."""
+        return sum(len(row.tokens) for row in self._rows)
+
+    def follow(self, stream: Stream) -> None:
+        """The request was queued: its tokens come from `stream`. O(tokens that came)."""
+        self.stream = stream
+        stream.listen(self._read)
+        if self.is_cancelled:
+            stream.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Nothing follows, for this reason; does nothing where that is so already. O(samples)."""
+        self._end(str(error))
+
+    def take_back(self) -> None:
+        """Let nothing follow, and end the request. Idempotent. O(1)."""
+        self.is_over = True
+        if self.stream is not None:
+            self.stream.cancel()
+
+    def _read(self, tokens: list[Token], is_done: bool) -> None:
+        assert self.stream is not None
+        if self.is_over:  # it was taken back
+            return
+        partial = self.stream.partial()
+        for token in tokens:
+            self._add(token, partial)
+        if is_done:
+            self._end(self._error())
+
+    def _add(self, token: Token, partial: Output) -> None:
+        now = time.perf_counter()
+        row, sample = self._rows[token.sample], partial.samples[token.sample]
+        if not row.tokens and token.sample:
+            row.created = now  # it has been one with the first sample so far
+        row.tokens.append(token.id)
+        row.timestamps.append(now)
+        if token.logprob is not None:
+            row.logprobs.append(token.logprob)
+        if sample.reason is not None and len(sample.tokens) == len(row.tokens):
+            self._deliver(row, RequestStatus.FINISHED)
+        elif self._is_streaming:
+            self._deliver(row, RequestStatus.DECODING)
+
+    def _error(self) -> str | None:
+        assert self.stream is not None
+        try:
+            self.stream.result(0)
+        except KVPagerError as error:
+            return str(error)
+        return None
+
+    def _end(self, error: str | None) -> None:
+        status = RequestStatus.FINISHED if error is None else RequestStatus.FAILED
+        with self._router.changed:  # one thread ends it, and signals wait
+            if self.is_over:
+                return
+            self.is_over = True
+            for row in self._rows:
+                if not row.is_finished:
+                    self._deliver(row, status, error)
+            self._on_end(self)
+
+    def _deliver(self, row: _Row, status: RequestStatus, error: str | None = None) -> None:
+        row.is_finished = status >= RequestStatus.FINISHED
+        now = time.perf_counter()
+        lifespan = self._begun(now), now if row.is_finished else -1
+        self._router.deliver(
+            GenerationOutput(
+                request_id=row.name,
+                prompt_ids=self.prompt,
+                generated_tokens=row.tokens[:],
+                logprobs=row.logprobs[:],
+                error=error,
+                status=status,
+                created_time=row.created,
+                lifespan=lifespan,
+                timestamps=row.timestamps[:] if self._with_timestamps else None,
+            )
+        )
+
+    def _begun(self, now: float) -> float:
+        """When its first step began, on the clock that transformers uses."""
+        begun = None if self.stream is None else self.stream.partial().begun
+        return now if begun is None else now - (time.monotonic() - begun)

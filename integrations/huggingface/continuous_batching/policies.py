@@ -1,0 +1,110 @@
+"""The generation settings of requests that come through transformers' continuous batching."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvpager.blocks.stats import Stats
+from kvpager.integrations.huggingface.continuous_batching.options import warn_once
+from kvpager.integrations.huggingface.runner.model_info import Anatomy
+from kvpager.integrations.huggingface.runner.sampling import Policy
+
+# Arguments of logits processors that are no settings; transformers passes over them, too.
+_PASSED_OVER = {"filter_value", "min_tokens_to_keep"}
+
+
+class Wanted(NamedTuple):
+    """What a request asks for beside its prompt."""
+
+    max_new_tokens: int | None
+    eos: int | list[int] | None
+    settings: dict[str, Any]  # logits processors' own
+
+
+class Policies:
+    """Makes the policies of requests from one config, whose open settings are off.
+
+    Args:
+        model: to be served.
+        config: settings of all requests.
+        anatomy: of the model.
+        per_request: whether requests may have settings of their own.
+
+    Raises: `ValueError` for settings that cannot be batched.
+    """
+
+    def __init__(self, model: Any, config: Any, anatomy: Anatomy, *, per_request: bool) -> None:
+        self._model, self._config, self._anatomy = model, config, anatomy
+        self._per_request = per_request
+        self._known = functools.lru_cache(maxsize=256)(self._make)
+        self._known(1, (), ())  # raises
+
+    def policy(self, wanted: Wanted, num_prompt: int, pool: Callable[[], Stats]) -> Policy:
+        """For a request with so many tokens in its prompt. O(1), more when it is the first.
+
+        `pool` tells how large the pool is.
+        Raises: `ValueError`, `TypeError` for settings that make no sense.
+        """
+        settings = {k: v for k, v in wanted.settings.items() if k not in _PASSED_OVER}
+        for name in wanted.settings.keys() & _PASSED_OVER:
+            warn_once(f"a request's {name}", "it is passed over, as transformers does")
+        if settings and not self._per_request:
+            raise ValueError(
+                f"{', '.join(sorted(settings))}: set per_request_processors=True in the "
+                "ContinuousBatchingConfig for requests with settings of their own"
+            )
+        limit = self._limit(wanted, num_prompt, pool)
+        eos = self._config.eos_token_id if wanted.eos is None else wanted.eos
+        ends = [eos] if isinstance(eos, int) else list(eos or ())
+        return self._known(
+            limit,
+            tuple(token for token in ends if token >= 0),  # -1 is how transformers says none
+            tuple(sorted(settings.items())),
+        )
+
+    def _limit(self, wanted: Wanted, num_prompt: int, pool: Callable[[], Stats]) -> int:
+        """The most new tokens: as asked for, as far as the model's positions go."""
+        begins = 1 if self._anatomy.is_encoder_decoder else num_prompt
+        longest, asked = self._anatomy.max_length, wanted.max_new_tokens
+        if asked is None:
+            asked = self._config.max_new_tokens
+        if asked is None and self._config.max_length is not None:
+            asked = self._config.max_length - begins
+        room = None if longest is None else longest - begins
+        if asked is None:
+            fits = self._fits(begins, pool())
+            return fits if room is None else max(min(room, fits), 1)
+        if room is not None and 0 < room < asked:
+            warn_once("max_new_tokens", f"a text ends at the model's {longest} positions")
+            return room
+        return asked
+
+    def _fits(self, begins: int, pool: Stats) -> int:
+        """New tokens that a request has room for when it has the pool for itself."""
+        shared = begins // pool.block_size
+        samples = self._config.num_return_sequences or 1
+        blocks = shared + (pool.num_blocks - shared) // samples
+        return max(blocks * pool.block_size - begins, 1)
+
+    def _special_tokens(self) -> dict[str, int | list[int]]:
+        """How the model's texts begin and are padded, which is no preference."""
+        own = self._model.generation_config
+        names = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+        missing = [name for name in names if getattr(self._config, name) is None]
+        return {name: token for name in missing if (token := getattr(own, name)) is not None}
+
+    def _make(
+        self, max_new_tokens: int, eos: tuple[int, ...], settings: tuple[tuple[str, Any], ...]
+    ) -> Policy:
+        options = {**self._special_tokens(), **dict(settings)}
+        return Policy(
+            self._model,
+            self._config,
+            is_complete=True,
+            max_new_tokens=max_new_tokens,
+            max_length=None,
+            eos_token_id=list(eos) or None,
+            **options,
+        )

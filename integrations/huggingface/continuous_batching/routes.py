@@ -1,0 +1,186 @@
+"""transformers' entry points of continuous batching, led to an engine for models of a patch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.continuous_batching.manager import (
+    Padded,
+    PagedBatchingManager,
+)
+from kvpager.integrations.huggingface.continuous_batching.options import warn_once
+from kvpager.integrations.huggingface.prefix.prompts import PromptCache
+
+logger = logging.getLogger("kvpager")
+
+_KEPT = "_cached_continuous_batching_manager"
+
+
+class Serving(Protocol):
+    """What a route needs of a patch."""
+
+    memory: PagedMemory
+    prompts: PromptCache | None
+    managers: weakref.WeakSet[PagedBatchingManager]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it was not undone."""
+
+
+Find = Callable[[Any], Serving | None]
+Route = Callable[..., Any]
+
+
+def routes(find: Find) -> dict[str, Callable[[Route], Route]]:
+    """What wraps which method of `ContinuousMixin`; `find` says which patch serves a model.
+
+    The others build on these, and work as they are.
+    """
+    return {
+        "init_continuous_batching": functools.partial(_init, find),
+        "generate_batch": functools.partial(_generate_batch, find),
+    }
+
+
+def _init(find: Find, original: Route) -> Route:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        serving = find(self)
+        if serving is None:
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        return _manager(self, serving, **{k: v for k, v in given.items() if k != "self"})
+
+    return init_continuous_batching
+
+
+def _generate_batch(find: Find, original: Route) -> Route:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if find(self) is None:
+            return original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        given, options = bound.arguments, bound.arguments.get("kwargs", {})
+        _warn_of_ignored(self, given.get("generation_config"), options)
+        masks = options.get("attention_mask")
+        if masks is not None:
+            rows = zip(given["inputs"], masks, strict=True)
+            given["inputs"] = [Padded(row, mask) for row, mask in rows]
+        outer = _calls.managers
+        made: list[PagedBatchingManager] = []
+        try:
+            _calls.managers = made
+            return original(*bound.args, **bound.kwargs)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                _abandon(made)
+            raise
+        finally:
+            _calls.managers = outer
+            for manager in made:
+                manager.ends_with_call = False
+
+    return generate_batch
+
+
+class _Calls(threading.local):
+    """The calls of `generate_batch` of this thread."""
+
+    managers: list[PagedBatchingManager] | None = None  # of the innermost one
+
+
+_calls = _Calls()
+
+
+def _abandon(managers: list[PagedBatchingManager]) -> None:
+    """End sessions that an interrupt may have kept from ending, and drop their outputs."""
+    for manager in managers:
+        manager.end_now()
+        manager.join(time.perf_counter())
+        manager.output_router.forget()
+
+
+def _warn_of_ignored(model: Any, config: Any, options: dict[str, Any]) -> None:
+    """`generate_batch` takes any keyword, and reads one."""
+    config = model.generation_config if config is None else config
+    for name, value in options.items():
+        # `generate` passes its settings twice: here, and in the config.
+        is_known = value is getattr(config, name, options) or name == "max_new_tokens"
+        if not is_known and name not in ("input_ids", "attention_mask"):
+            warn_once(f"{name} of generate_batch", "set it in the generation_config")
+
+
+def _manager(
+    model: Any,
+    serving: Serving,
+    generation_config: Any = None,
+    continuous_batching_config: Any = None,
+    workload_hints: Any = None,
+    **further: Any,
+) -> PagedBatchingManager:
+    for name in further:
+        warn_once(f"{name} of init_continuous_batching", "it is not known")
+    kept = getattr(model, _KEPT, None)
+    if not isinstance(kept, PagedBatchingManager) or kept not in serving.managers:
+        kept = None
+    if kept is not None and kept.process.is_current:
+        _warn_of_another(kept, generation_config, continuous_batching_config)
+        kept.hint(workload_hints)
+        _note_call(kept)
+        return kept
+    config = model.generation_config if generation_config is None else generation_config
+    if continuous_batching_config is None:
+        continuous_batching_config = getattr(config, "continuous_batching_config", None)
+    manager = PagedBatchingManager(
+        model,
+        config,
+        continuous_batching_config or ContinuousBatchingConfig(),
+        workload_hints,
+        memory=serving.memory,
+        namespace=lambda: None if serving.prompts is None else serving.prompts.namespace,
+        may_be_kept=lambda: serving.is_active,
+    )
+    _note_call(manager)
+    serving.managers.add(manager)
+    return manager
+
+
+def _note_call(manager: PagedBatchingManager) -> None:
+    if _calls.managers is not None:
+        manager.ends_with_call = True
+        _calls.managers.append(manager)
+
+
+def _warn_of_another(kept: PagedBatchingManager, generation: Any, batching: Any) -> None:
+    known = kept.generation_config, kept.continuous_batching_config
+    for given, config in zip((generation, batching), known, strict=True):
+        if given is not None and given is not config:
+            logger.warning(
+                "the model keeps a manager with another %s, which holds: call "
+                "destroy_cached_continuous_batching_manager() first",
+                type(config).__name__,
+            )
+
+
+def retire(managers: Iterable[PagedBatchingManager]) -> None:
+    """The patch is undone: models keep no managers of it; sessions go on. O(managers)."""
+    for manager in list(managers):
+        if getattr(manager.model, _KEPT, None) is manager:
+            delattr(manager.model, _KEPT)
+            if not manager.is_running():
+                manager.destroy()

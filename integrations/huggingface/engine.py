@@ -1,0 +1,504 @@
+"""Continuous batching of a transformers model: requests come and go while others are computed.
+
+    with kvpager.Engine(model, memory="4GiB") as engine:
+        outputs = engine.generate(prompts, max_new_tokens=128)
+        for token in engine.submit(prompt, do_sample=True, temperature=0.8):
+            print(token.id)
+
+A thread asks the scheduler what to compute next (Orca's iteration-level scheduling, Yu et al.,
+2022), has the runner compute it, chooses the next tokens and hands them out.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from kvpager import _validate as arguments
+from kvpager._sizes import size
+from kvpager._words import counted
+from kvpager.blocks.manager import BlockManager
+from kvpager.engine.metrics import EngineStats, StepRecord
+from kvpager.engine.stream import Mailbox, Output, Stream
+from kvpager.engine.text import Detokenizer, text_tokenizer
+from kvpager.engine.threads import end_idle_workers
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
+from kvpager.integrations.huggingface.releases import warn_if_untested
+from kvpager.integrations.huggingface.runner import warm_up as warming
+from kvpager.integrations.huggingface.runner.compiling import require_no_cuda_graphs
+from kvpager.integrations.huggingface.runner.inputs import Reader, chosen, each_options
+from kvpager.integrations.huggingface.runner.loop import Loop
+from kvpager.integrations.huggingface.runner.model_info import study
+from kvpager.integrations.huggingface.runner.probe import ModelSwitch, fit
+from kvpager.integrations.huggingface.runner.request_state import Tracked
+from kvpager.integrations.huggingface.runner.runner import Runner
+from kvpager.integrations.huggingface.runner.sampling import Policy
+from kvpager.integrations.huggingface.runner.sizing import (
+    measured_costs,
+    pool_blocks,
+    require_room,
+)
+from kvpager.integrations.huggingface.runner.unwrap import unwrapped
+from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.scheduling.request import Request
+from kvpager.scheduling.scheduler import Scheduler
+from kvpager.storage.block_storage import BlockStorage, KVDtype
+
+logger = logging.getLogger("kvpager")
+
+_MAX_POLICIES = 64  # of unlike lengths, kept for further requests
+
+
+class Engine:
+    """A model that serves many requests at once, from one pool of blocks.
+
+    Args:
+        model: a transformers model that can generate, on one device. While the engine is open its
+            attention implementation is `kvpager`, and it is in evaluation mode; when its last
+            engine closes, it is as it was.
+        memory: bytes of the pool, such as `"4GiB"`; None takes what `max_running` rows of the
+            longest kind could need, at most nine tenths of a GPU's free memory, or half of the
+            host's for a model on the CPU.
+        host_memory: bytes of host memory to swap to when the pool is full.
+        block_size: token slots of a block, a power of two.
+        kv_dtype: `"int8"` or `"fp8_e4m3"` to keep keys and values in eight bits.
+        max_batch_tokens: the most tokens of a forward pass.
+        max_running: the most rows computed at a time.
+        max_waiting: the most requests that wait; None for no bound.
+        order: who is served first: `"fifo"`, `"priority"`, or `"fair"` between tenants.
+        prefix_cache: keep what prompts and replies have in common between requests. The engine
+            looks at the model before its steps. After a change of weights, hooks or settings, it
+            reuses nothing that was computed before; requests under way go on with what they have.
+        max_length: tokens of a sequence, its prompt included, at the most; None takes the model's
+            `max_position_embeddings`.
+        costs: what swapping and computing again take; None measures it where there is
+            `host_memory`.
+        packed: True insists on one forward pass for all rows, False on one for each row; None
+            finds out whether the model allows the former.
+        compile: have `torch.compile` compile the packed forward pass; or its arguments, such as
+            `{"options": {"freezing": True}}` for weights that never change. Modes that record
+            CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
+        tokenizer: the model's, for texts: `Stream.text`, `Output.text`, and `stop_strings`.
+        on_step: is told of every step; for plots.
+
+    Thread-safe. Raises: `KVPagerError` for a model that cannot be batched; `TypeError`,
+    `ValueError` for arguments that make no sense.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        block_size: int = 16,
+        kv_dtype: KVDtype | None = None,
+        max_batch_tokens: int = 1024,
+        max_running: int = 256,
+        max_waiting: int | None = None,
+        order: Literal["fifo", "priority", "fair"] = "fifo",
+        prefix_cache: bool = True,
+        max_length: int | None = None,
+        costs: PreemptionCosts | None = None,
+        packed: bool | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        tokenizer: Any = None,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> None:
+        warn_if_untested()
+        _check_arguments(
+            packed=packed,
+            compile=compile,
+            prefix_cache=prefix_cache,
+            costs=costs,
+            on_step=on_step,
+            max_running=max_running,
+        )
+        self.model = model = unwrapped(model)
+        self._tokenizer = text_tokenizer(tokenizer)
+        self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
+        switch = ModelSwitch(model)
+        try:
+            switch.acquire()
+            anatomy = study(model)
+            keeps_all = not anatomy.has_state and not anatomy.is_encoder_decoder
+            self.is_packed = fit(model, anatomy, self._memory, switch, packed)
+            if compile and not self.is_packed:
+                raise KVPagerError(
+                    f"compile: {type(model).__name__} is computed row by row, which is not "
+                    "compiled; leave it out"
+                )
+            if max_length is not None:
+                most = anatomy.max_length or 2**31 - 1
+                max_length = arguments.count("max_length", max_length, at_least=1, at_most=most)
+            max_length = anatomy.max_length if max_length is None else max_length
+            sizes = pool_blocks(anatomy, self._memory, max_running, max_length)
+            shapes = [layer.shape for layer in anatomy.layers]
+            storage = BlockStorage(
+                sizes.device,
+                block_size,
+                shapes,
+                dtype=anatomy.dtype,
+                kv_dtype=kv_dtype,
+                device=anatomy.device,
+                num_host_blocks=sizes.host,
+            )
+            forward = None
+            if compile:
+                arguments_ = {} if compile is True else dict(compile)
+                forward = torch.compile(model, **{"dynamic": True} | arguments_)
+            runner = Runner(
+                model,
+                anatomy,
+                storage,
+                self._memory,
+                is_packed=self.is_packed,
+                forward=forward,
+            )
+            if costs is None and sizes.host:
+                costs = measured_costs(runner)
+            scheduler = Scheduler(
+                BlockManager(sizes.device, block_size, num_host_blocks=sizes.host),
+                max_batch_tokens=max_batch_tokens,
+                max_running=max_running,
+                max_waiting=max_waiting,
+                order=order,
+                prefix_cache=prefix_cache and keeps_all,
+                max_length=max_length,
+                # Not every recurrent layer goes on with several tokens at once.
+                chunked=not anatomy.has_state,
+                costs=costs,
+            )
+            if anatomy.device.type in warming.COMPILING:
+                warming.warm_up(runner, max_batch_tokens, max_running)
+            self._anatomy = anatomy
+            self._numbers = itertools.count()
+            # A function that does not refer to the engine: a dropped one is to end.
+            self._usual = functools.lru_cache(maxsize=_MAX_POLICIES, typed=True)(
+                functools.partial(_usual_policy, model, self._tokenizer)
+            )
+            self._defaults: dict[str, Any] = {}
+            watch = ModelWatch(model, has_parts=True) if prefix_cache and keeps_all else None
+            self._loop = Loop(scheduler, runner, on_step, switch.release, watch)
+            self._loop.start()
+        except BaseException:
+            switch.release()
+            raise
+        logger.info("engine started: %r", self)
+
+    def __repr__(self) -> str:
+        # Without locks: a debugger may ask while another thread has them.
+        loop = self._loop
+        storage, scheduler = loop.runner.storage, loop.scheduler
+        pool = (
+            f"{counted(storage.num_blocks, 'block')} of {counted(storage.block_size, 'token')} "
+            f"({size(storage.num_blocks * storage.block_bytes)})"
+        )
+        if storage.num_host_blocks:
+            pool += f" and {storage.num_host_blocks} in host memory"
+        state = "open" if loop.is_open else "closed"
+        mode = "packed" if self.is_packed else "row by row"
+        return (
+            f"<Engine of {type(self.model).__name__}: {state}, {mode}, {pool}, {storage.dtype} on "
+            f"{storage.device}; {scheduler.num_running} running, {scheduler.num_waiting} waiting>"
+        )
+
+    # ---------------------------------------------------------------- for callers
+
+    def submit(
+        self,
+        prompt: Sequence[int] | torch.Tensor | NDArray[Any] | Mapping[str, Any] | None = None,
+        config: GenerationConfig | None = None,
+        *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        name: str | None = None,
+        namespace: str | None = None,
+        tenant: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        seed: int | None = None,
+        logprobs: bool = False,
+        policy: Policy | None = None,
+        **overrides: Any,
+    ) -> Stream:
+        """Queue a request. O(tokens).
+
+        Args:
+            prompt: token ids, or what a tokenizer returned for one text; for an encoder-decoder
+                model, what its encoder reads.
+            config: generation settings, the model's own where None; `overrides` are settings over
+                those, such as `max_new_tokens=64`.
+            input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
+            attention_mask: zeros for padding before or after the prompt, which is left out.
+            name: unique among the requests that live; made up where None.
+            namespace: only requests of the same namespace share cached prompts.
+            tenant: whose request it is, for `order="fair"`.
+            priority: lower is served first, for `order="priority"`.
+            timeout: seconds after which it ends, done or not.
+            seed: of its own random numbers; else it draws from torch's.
+            logprobs: report each token's log probability, after all processors.
+            policy: settings that were made before, in place of `config` and `overrides`.
+
+        Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
+        """
+        self._loop.refuse_closed()
+        arguments.flag("logprobs", logprobs)
+        arguments.label("name", name)
+        prompt = chosen("prompt", prompt, input_ids)
+        ids = self._reader(config, overrides).one(prompt, attention_mask)
+        if policy is None:
+            policy = self._policy(config, overrides)
+        elif config is not None or overrides:
+            raise TypeError("policy: it has all settings; give it, or config and single settings")
+        elif not isinstance(policy, Policy):
+            raise TypeError(f"policy {arguments.shown(policy)}: expected one of engine.policy()")
+        if timeout is not None and not arguments.seconds("timeout", timeout):
+            raise ValueError("timeout 0: expected seconds, more than 0; None for no timeout")
+        begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start()]
+        if self._anatomy.has_state and policy.num_samples > 1:
+            raise ValueError(
+                f"num_return_sequences={policy.num_samples}: {type(self.model).__name__} keeps a "
+                "state that requests cannot share; submit the prompt several times"
+            )
+        choice = policy.choice(len(begins), ids)
+        generator = None
+        if seed is not None:
+            number = arguments.count("seed", seed, at_most=2**63 - 1)
+            generator = torch.Generator(self._anatomy.device).manual_seed(number)
+        if name is None:
+            name = f"request-{next(self._numbers)}"
+        now = time.monotonic()
+        request = Request(
+            name=name,
+            prompt=np.asarray(begins, np.int32),
+            max_new_tokens=choice.max_new_tokens,
+            num_samples=policy.num_samples,
+            namespace=namespace,
+            tenant=tenant,
+            priority=priority,
+            deadline=None if timeout is None else now + timeout,
+        )
+        loop = self._loop
+        require_room(request, loop.runner.storage, self._memory, loop.scheduler.max_length)
+        mailbox = Mailbox(Output(name, ids, [], submitted=now))
+        tracked = Tracked(
+            mailbox, choice, policy.num_samples, begins, generator, logprobs, self._tokenizer
+        )
+        detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer)
+        # Made first: should an interrupt take it from the caller, it cancels the request.
+        stream = Stream(
+            mailbox,
+            self._loop.cancel,
+            num_samples=policy.num_samples,
+            detokenizer=detokenizer,
+        )
+        loop.submit(request, tracked)
+        if self._anatomy.device.type == "cpu":
+            end_idle_workers()
+        return stream
+
+    def generate(
+        self,
+        prompts: Iterable[Any] | None = None,
+        config: GenerationConfig | None = None,
+        *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> list[Output]:
+        """Serve `prompts` and wait for their outputs, in their order.
+
+        Prompts are a list, a padded tensor, or what a tokenizer returned, whose mask is taken:
+        `generate(tokenizer(texts))` and `generate(**tokenizer(texts))` are the same.
+        A padded tensor without `attention_mask` is read as the model's `generate` reads it.
+        `progress` shows a bar. Other options are those of `submit`, except `name`. With a `seed`,
+        each prompt has the next one: seed, seed + 1, ... If a request fails, the
+        others are cancelled. Raises: as `submit` and `Stream.result`.
+        """
+        arguments.flag("progress", progress)
+        with _submitted() as streams:
+            prompts = chosen("prompts", prompts, input_ids)
+            for each in self._requests(prompts, config, attention_mask, options):
+                streams.append(self.submit(config=config, **each))
+            bar = tqdm(streams, desc="requests", unit="request", disable=not progress)
+            return [stream.result() for stream in bar]
+
+    async def agenerate(
+        self,
+        prompts: Iterable[Any] | None = None,
+        config: GenerationConfig | None = None,
+        *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        **options: Any,
+    ) -> list[Output]:
+        """Serve `prompts` as `generate` does; other tasks of asyncio go on meanwhile."""
+        with _submitted() as streams:
+            prompts = chosen("prompts", prompts, input_ids)
+            for each in self._requests(prompts, config, attention_mask, options):
+                streams.append(self.submit(config=config, **each))
+            return [await stream for stream in streams]
+
+    def policy(self, config: GenerationConfig | None = None, **options: Any) -> Policy:
+        """Settings for many requests, with processors and criteria of your own: see `Policy`."""
+        return Policy(self.model, config, **{"tokenizer": self._tokenizer} | options)
+
+    def cancel(self, name: str) -> None:
+        """End a request; does nothing for one that has ended. O(1)."""
+        if not isinstance(name, str):
+            shown = arguments.shown(name)
+            raise TypeError(f"cancel({shown}): expected a request's name. Pass stream.name.")
+        mailbox = self._loop.mailbox(name)
+        if mailbox is not None:
+            self._loop.cancel(mailbox)
+
+    def stats(self) -> EngineStats:
+        """Counts of now, and totals since the engine was made. O(blocks + sequences)."""
+        return self._loop.stats()
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of the pool, all layers."""
+        return self._loop.runner.storage.block_bytes
+
+    @property
+    def error(self) -> BaseException | None:
+        """What stopped the engine by itself: a defect. None as a rule."""
+        return self._loop.error
+
+    def clear(self) -> None:
+        """Give cached prompts up. O(cached blocks)."""
+        self._loop.clear()
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Hold steps inside the `with` block. `submit` still queues requests.
+
+        Use it to change the model's weights, so that no step computes with half of the change.
+        Drops cached prompts afterwards.
+        """
+        return self._loop.pause()
+
+    @property
+    def is_paused_here(self) -> bool:
+        """True inside a pause of the current thread. O(pauses)."""
+        return self._loop.is_paused_here
+
+    def close(self) -> None:
+        """Cancel all requests, end the thread and restore the model's attention. Idempotent.
+
+        In a forked process, every other call raises `EngineClosed`, and this one does nothing.
+        """
+        self._loop.close()
+
+    def __del__(self) -> None:
+        # getattr: a half-made engine is finalised as well.
+        loop = getattr(self, "_loop", None)
+        if loop is not None:
+            loop.stop()
+
+    def __enter__(self) -> Engine:
+        self._loop.refuse_closed()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- making requests
+
+    def _requests(
+        self, prompts: Any, config: GenerationConfig | None, mask: Any, options: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the arguments of `submit` for each of several prompts."""
+        rows = self._reader(config, options).several(prompts, mask)
+        each = each_options(options, len(rows))
+        return [{"prompt": row} | more for row, more in zip(rows, each, strict=True)]
+
+    def _reader(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Reader:
+        reader = Reader.of(self._anatomy, self.model.generation_config)
+        reader.refuse_others(overrides)
+        if isinstance(config, GenerationConfig):
+            given = Reader.of(self._anatomy, config)
+            reader = reader._replace(
+                pad=reader.pad if given.pad is None else given.pad, ends=given.ends or reader.ends
+            )
+        pad = overrides.get("pad_token_id")
+        return reader if pad is None else reader._replace(pad=pad)
+
+    def _policy(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Policy:
+        if overrides.keys() - {"max_new_tokens"} or config is not None:
+            return self.policy(config, **overrides)
+        # One policy serves many requests, until the model's own settings change.
+        defaults = vars(self.model.generation_config)
+        if defaults != self._defaults:
+            self._defaults = copy.deepcopy(defaults)
+            self._usual.cache_clear()
+        return self._usual(overrides.get("max_new_tokens"))
+
+    def _decoder_start(self) -> int:
+        config = self.model.generation_config
+        start = config.decoder_start_token_id
+        if start is None:
+            start = getattr(self.model.config, "decoder_start_token_id", None)
+        if start is None:
+            start = config.bos_token_id
+        if start is None:
+            raise ValueError("the model's generation_config has no decoder_start_token_id")
+        return int(start)
+
+
+def _usual_policy(model: Any, tokenizer: Any, max_new_tokens: int | None) -> Policy:
+    options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    return Policy(model, tokenizer=tokenizer, **options)
+
+
+@contextmanager
+def _submitted() -> Iterator[list[Stream]]:
+    """Streams that are cancelled should anything go wrong."""
+    streams: list[Stream] = []
+    try:
+        yield streams
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+
+
+def _check_arguments(
+    *, packed: Any, compile: Any, prefix_cache: Any, costs: Any, on_step: Any, max_running: Any
+) -> None:
+    """Refuse invalid arguments before the first forward pass. Raises: `TypeError`, `ValueError`."""
+    shown = arguments.shown
+    arguments.flag("prefix_cache", prefix_cache)
+    arguments.count("max_running", max_running, at_least=1)
+    if packed is not None and not isinstance(packed, bool):
+        raise TypeError(f"packed {shown(packed)}: expected True, False or None")
+    if not isinstance(compile, bool | Mapping):
+        raise TypeError(f"compile {shown(compile)}: expected a bool, or a dict for torch.compile")
+    if compile:
+        require_no_cuda_graphs({} if compile is True else compile)
+    if costs is not None and not isinstance(costs, PreemptionCosts):
+        raise TypeError(f"costs {shown(costs)}: expected PreemptionCosts or None")
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step {shown(on_step)}: expected a function or None")

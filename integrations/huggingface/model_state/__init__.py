@@ -1,0 +1,1 @@
+"""Whether a model still computes what it computed before."""

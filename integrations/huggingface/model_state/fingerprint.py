@@ -1,0 +1,415 @@
+"""Whether a model is still the one that computed the keys and values of before.
+
+    watch = ModelWatch(model)
+    watch.look()        # ModelState(version=7, doubt=None)
+    model.set_adapter("other")
+    watch.look()        # ModelState(version=8, doubt=None)
+
+A model that nothing happened to is recognised by comparing what was noted of it at the last look,
+which takes a fraction of a millisecond. docs/design.md says which changes are seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import PreTrainedConfig
+
+from kvpager._atomic import Uninterrupted, new_lock
+from kvpager.integrations.huggingface.model_state.contents import Contents, is_library, is_plain
+from kvpager.integrations.huggingface.model_state.functions import Functions, reads_training
+from kvpager.integrations.huggingface.model_state.offloaded import WeightFile, offloaded
+from kvpager.integrations.huggingface.model_state.weights import (
+    Ref,
+    Weights,
+    holds_settings,
+    same_objects,
+)
+
+# Into how many parts `ModelWatch.glance` divides a model. Prime numbers, so that modules that every
+# layer has, adapters for one, come in all parts.
+_PARTS = (31, 23, 17, 11, 7, 5, 3, 2)
+_PART_SIZE_MIN = 12  # modules
+# What every module has besides its own attributes. Those that matter are read by name.
+_TORCH_OWN = vars(nn.Module()).keys() - {"training"}
+_BOOKS = operator.itemgetter(
+    "_modules", "_forward_pre_hooks", "_forward_hooks", "_parameters", "_buffers"
+)
+_GLOBAL_HOOKS = [
+    hooks
+    for name, hooks in vars(torch_module).items()
+    if name.startswith("_global_") and isinstance(hooks, dict)
+]
+
+_WATCHED: tuple[type, ...] = (Tensor, np.ndarray, nn.Module, PreTrainedConfig, torch.ScriptObject)
+_WATCHED += (dict, list, tuple, set)
+
+_use: Callable[[Any, Any], Any] = operator.call
+
+_versions = itertools.count()
+
+
+class ModelState(NamedTuple):
+    """A model as it is now.
+
+    `version` is another one after each change that is seen, and no other model has it. `doubt`
+    says why the model's state cannot be told, None where it can.
+    """
+
+    version: int
+    doubt: str | None
+
+
+class ModelWatch:
+    """Tells whether a model is the same as before. Keeps neither it nor its weights alive.
+
+    Args:
+        model: the model to compare with itself.
+        has_parts: note parts of the model as well, for `glance`.
+
+    Thread-safe.
+    """
+
+    def __init__(self, model: nn.Module, *, has_parts: bool = False) -> None:
+        self._model = weakref.ref(model)
+        self._has_parts = has_parts
+        # Signals wait for the end of a look: what their handlers raise is no fault of the model.
+        self._lock = new_lock()
+        self._uninterrupted = Uninterrupted(self._lock)
+        self._noted: _Noted | None = None
+        self._version = next(_versions)
+        self._turn = 0
+
+    def look(self, *, samples: bool = True) -> ModelState:
+        """Compare all of the model with the last look. O(modules + weights).
+
+        `samples` reads a few numbers of each weight, to notice a write that torch does not count.
+        """
+        with self._lock, self._uninterrupted:
+            return self._compare(lambda noted: noted.same(samples))
+
+    def glance(self) -> ModelState:
+        """Compare a small part of the model with the last look, another one each time."""
+        with self._lock, self._uninterrupted:
+            self._turn += 1
+            return self._compare(lambda noted: noted.part_same(self._turn))
+
+    def _compare(self, is_same: Callable[[_Noted], bool]) -> ModelState:
+        try:
+            noted = self._noted
+            if noted is None or not is_same(noted):
+                noted = self._note(_Noted(self._model(), self._has_parts))
+        except Exception as error:  # another thread changes the model, say, or a file is gone
+            self._noted, self._version = None, next(_versions)
+            return ModelState(self._version, f"the model cannot be looked at: {error!r}")
+        return ModelState(self._version, noted.doubt)
+
+    def _note(self, noted: _Noted) -> _Noted:
+        if self._noted is None or not self._noted.equals(noted):
+            self._version = next(_versions)
+        self._noted = noted
+        return noted
+
+
+class _Noted:
+    """All that is noted of a model at a look."""
+
+    def __init__(self, model: Any, has_parts: bool) -> None:
+        modules = list(model.modules())
+        members = {id(module) for module in modules}
+        owners: list[Any] = modules + _configs(modules)
+        self._whole = _Part(owners, members)
+        many = next((n for n in _PARTS if n * _PART_SIZE_MIN <= len(owners)), 1) * has_parts
+        self._parts = [_Part(owners[number::many], members) for number in range(many)]
+        hooks = [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
+        modes = _modes()
+        self._hooks, self._modes = list(map(_ref, hooks)), list(map(_ref, modes))
+        roots = [_ref(one) for one in [*hooks, *modes] if not _is_fixed(one, members)]
+        roots += self._whole.roots
+        kinds = {type(module) for module in modules}
+        names = {str(getattr(owner, "_attn_implementation", None)) for owner in owners}
+        self._functions = Functions(kinds, names)
+        self._roots = roots + [_ref(function) for function in self._functions.foreign]
+        self._members = members
+        self._contents = self._read()
+        self._is_offloaded = any(hasattr(module, "_hf_hook") for module in modules)
+        self._model = weakref.ref(model)
+        tensors, self._files = self._elsewhere(self._contents)
+        self._weights = Weights(tensors)
+        self._settings = _numerics()
+        training = [f"a {kind.__name__} is in training mode" for kind in _in_training(modules)]
+        weights = [self._whole.weights.doubt, self._weights.doubt]
+        self.doubt = next(filter(None, [*training, *self._contents.doubts, *weights]), None)
+        # Kept as long as this is, an object would keep what it refers to: the model itself.
+        self._contents.forget()
+
+    def same(self, samples: bool) -> bool:
+        """True if the model is as noted. O(modules + weights)."""
+        return (
+            self._same_surroundings() and self._whole.same(samples) and self._same_contents(samples)
+        )
+
+    def part_same(self, turn: int) -> bool:
+        """True if a part of the model is as noted; with the first one, what surrounds it, too."""
+        number = turn % len(self._parts)
+        return (
+            (number > 0 or self._same_surroundings())
+            and self._parts[number].same(True)
+            and self._same_contents(True)
+        )
+
+    def _same_surroundings(self) -> bool:
+        """True if torch's settings, hooks and modes and the model's functions are as noted."""
+        hooks = chain.from_iterable(hooks.values() for hooks in _GLOBAL_HOOKS)
+        return (
+            self._settings == _numerics()
+            and same_objects(hooks, self._hooks)
+            and same_objects(_modes(), self._modes)
+            and self._functions.same()
+        )
+
+    def _same_contents(self, samples: bool) -> bool:
+        """True if what hooks hold, and weights elsewhere, are as noted."""
+        if not self._roots and not self._is_offloaded:
+            return True
+        contents = self._read()
+        tensors, files = self._elsewhere(contents)
+        return (
+            contents.key == self._contents.key
+            and _are_alive(self._contents.refs)
+            and files == self._files
+            and same_objects(tensors, self._weights.refs)
+            and self._weights.same(tensors, samples)
+        )
+
+    def equals(self, other: _Noted) -> bool:
+        """True if the model that `other` was just noted of computes as it did."""
+        return (
+            self._whole.equals(other._whole)
+            and self._settings == other._settings
+            and list(map(_call, self._hooks)) == list(map(_call, other._hooks))
+            and list(map(_call, self._modes)) == list(map(_call, other._modes))
+            and self._functions.same()
+            and self._contents.key == other._contents.key
+            and _are_alive(self._contents.refs)
+            and self._files == other._files
+            and self._weights.equals(other._weights)
+        )
+
+    def _read(self) -> Contents:
+        contents = Contents(self._members)
+        for root in self._roots:
+            contents.add(root())
+        return contents
+
+    def _elsewhere(self, contents: Contents) -> tuple[list[Tensor], list[WeightFile]]:
+        """Tensors that no module has as a weight, and files of weights."""
+        model = self._model()
+        found = list(offloaded(model)) if self._is_offloaded and model is not None else []
+        tensors = [weight for weight in found if isinstance(weight, Tensor)]
+        return contents.tensors + tensors, [one for one in found if isinstance(one, WeightFile)]
+
+
+class _Part:
+    """Some modules and configurations as they were: attributes, children, weights, hooks."""
+
+    def __init__(self, owners: list[Any], members: set[int]) -> None:
+        self.roots: list[Ref] = []  # lead to what may change in place
+        self._links: list[tuple[Ref, str, Ref]] = []
+        self._owners = list(map(_ref, owners))
+        self._kinds = list(map(type, owners))
+        held: list[Any] = list(map(vars, owners))
+        self._sizes = list(map(len, held))
+        self._names = [self._plain_names(owner, members) for owner in owners]
+        self._readers: list[Callable[[Any], Any]] = [
+            operator.itemgetter(*names) if names else len for names in self._names
+        ]
+        self._values = [_copy(read(each)) for read, each in zip(self._readers, held, strict=True)]
+        self._num_modules = sum(isinstance(owner, nn.Module) for owner in owners)
+        objects = _objects(held[: self._num_modules])
+        self._offloaded = [place for place, one in enumerate(objects) if _is_offloaded(one)]
+        self._places = [
+            place
+            for place, one in enumerate(objects)
+            if isinstance(one, Tensor) and not _is_offloaded(one)
+        ]
+        weights = [objects[place] for place in self._places]
+        self.weights = Weights(weights)
+        # What a quantised weight is read with may be an attribute of it.
+        self.roots += [_attributes(weight) for weight in weights if holds_settings(weight)]
+        for place in self._offloaded:
+            objects[place] = None
+        self._objects = list(map(_ref, objects))
+        hooks = [one for one in objects if not isinstance(one, Tensor | nn.Module | None)]
+        self.roots += [_ref(hook) for hook in hooks if not _is_fixed(hook, members)]
+
+    def _plain_names(self, owner: Any, members: set[int]) -> list[str]:
+        """The attributes of `owner` that are compared by value; notes the others."""
+        held = vars(owner)
+        names = [name for name in held if name not in _TORCH_OWN]
+        plain = [name for name in names if is_plain(held[name])]
+        for name in names:
+            value = held[name]
+            if name in plain or not _matters(name, value):
+                continue
+            if _is_fixed(value, members):
+                self._links.append((_ref(owner), name, _ref(value)))
+            else:
+                self.roots.append(_attribute(owner, name))
+        return plain
+
+    def same(self, samples: bool) -> bool:
+        """True if these modules are as they were. O(modules + weights)."""
+        owners = [owner() for owner in self._owners]
+        if list(map(type, owners)) != self._kinds:
+            return False
+        held: list[Any] = list(map(vars, owners))
+        if list(map(len, held)) != self._sizes:
+            return False
+        try:
+            if list(map(_use, self._readers, held)) != self._values:
+                return False
+            if any(vars(owner())[name] is not found() for owner, name, found in self._links):
+                return False
+        except Exception:  # a name is gone, or what it stands for compares in another way
+            return False
+        objects = _objects(held[: self._num_modules])
+        if len(objects) != len(self._objects):
+            return False
+        for place in self._offloaded:
+            if not _is_offloaded(objects[place]):
+                return False
+            objects[place] = None  # a new one after each pass
+        if not same_objects(objects, self._objects):
+            return False
+        return self.weights.same([objects[place] for place in self._places], samples)
+
+    def equals(self, other: _Part) -> bool:
+        """True if `other`, which was just noted, says the same."""
+        one, two = self._links, other._links
+        return (
+            list(map(_call, self._owners)) == list(map(_call, other._owners))
+            and self._kinds == other._kinds
+            and self._names == other._names
+            and self._values == other._values
+            and [(name, found()) for _, name, found in one]
+            == [(name, found()) for _, name, found in two]
+            and same_objects(map(_call, self._objects), other._objects)
+            and self.weights.equals(other.weights)
+        )
+
+
+def _matters(name: str, value: object) -> bool:
+    """True if a model may compute from an attribute that is no plain value."""
+    if isinstance(value, _WATCHED):
+        return True
+    return callable(value) or name == "_hf_hook" or not is_library(type(value).__module__)
+
+
+def _is_fixed(value: object, members: set[int]) -> bool:
+    """True if `value` changes only by being replaced."""
+    if isinstance(value, PreTrainedConfig):  # looked at as its owner's part
+        return True
+    contents = Contents(members)
+    contents.add(value)
+    return contents.is_fixed and not isinstance(value, tuple)
+
+
+def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
+    """The configurations of all modules, and those inside."""
+    pending = [value for module in modules for value in vars(module).values()]
+    found: dict[int, PreTrainedConfig] = {}
+    while pending:
+        config = pending.pop()
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            pending += vars(config).values()
+    return list(found.values())
+
+
+def _in_training(modules: list[nn.Module]) -> Iterator[type]:
+    """The classes of modules that compute in another way because they are in training mode."""
+    kinds = dict.fromkeys(type(module) for module in modules if module.training)
+    return filter(reads_training, kinds)
+
+
+def _objects(held: list[dict[str, Any]]) -> list[Any]:
+    """Children, hooks, parameters and buffers of modules that hold `held`."""
+    books = filter(None, chain.from_iterable(map(_BOOKS, held)))
+    return list(chain.from_iterable(map(dict.values, books)))
+
+
+def _is_offloaded(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def _ref(value: Any) -> Ref:
+    """A reference that does not keep `value` alive, if Python has one for its kind."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
+def _attribute(owner: object, name: str) -> Ref:
+    ref = weakref.ref(owner)
+    return lambda: vars(ref()).get(name)
+
+
+def _attributes(owner: object) -> Ref:
+    ref = weakref.ref(owner)
+    return lambda: vars(ref())
+
+
+def _call(ref: Ref) -> Any:
+    return ref()
+
+
+def _are_alive(refs: list[Ref]) -> bool:
+    return all(ref() is not None for ref in refs)
+
+
+def _copy(value: Any) -> Any:
+    """A copy of plain values, collections included."""
+    if isinstance(value, dict):
+        return type(value)({key: _copy(item) for key, item in value.items()})
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_copy, value))
+    return value
+
+
+def _numerics() -> tuple[object, ...]:
+    """torch's settings, of all threads, that change which numbers a model computes."""
+    backends: Any = torch.backends
+    return (
+        torch.get_default_dtype(),
+        backends.fp32_precision,
+        backends.cuda.matmul.fp32_precision,
+        backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        backends.cudnn.conv.fp32_precision,
+        backends.mkldnn.matmul.fp32_precision,
+        backends.cuda.flash_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(),
+        backends.cuda.math_sdp_enabled(),
+        backends.cuda.cudnn_sdp_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _modes() -> list[object]:
+    """Return what changes torch's functions on this thread, less the default device."""
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    return [mode for mode in modes if not isinstance(mode, DeviceContext)]

@@ -1,0 +1,139 @@
+"""The functions that a model's classes call, and whether they are still the same.
+
+`LlamaAttention.forward = ...` and `modeling_llama.apply_rotary_pos_emb = ...` change a model, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+
+from kvpager.integrations.huggingface.model_state.contents import (
+    attributes,
+    is_library,
+    module_of,
+    names_read,
+)
+
+# The functions of these libraries are followed to the functions that they call.
+_CALLED_BY = ("transformers", "kvpager")
+_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
+
+Place = tuple[Mapping[str, Any], str]
+
+
+class Functions:
+    """The functions of `classes`, what those call, and the attention functions `names`.
+
+    `foreign` are those that belong to no library: what they hold may change as well.
+    O(instructions) for functions not met before.
+    """
+
+    def __init__(self, classes: Iterable[type], names: Iterable[str]) -> None:
+        self.foreign: list[Any] = []
+        self._met: set[int] = set()
+        self._places: dict[tuple[int, str], tuple[Place, object]] = {}
+        for name in _CALLS:
+            self._place(vars(nn.Module), name)
+        for name in names:
+            self._place(AttentionInterface._global_mapping, name)
+        for base in dict.fromkeys(base for kind in classes for base in kind.__mro__):
+            if not issubclass(PreTrainedModel, base) and not issubclass(GenerationMixin, base):
+                held = vars(base)
+                for name in [name for name in held if name == "__call__" or name[:2] != "__"]:
+                    self._place(held, name)
+        found = list(self._places.values())
+        self._mappings = [place[0] for place, _ in found]
+        self._names = [place[1] for place, _ in found]
+        self._objects = [value for _, value in found]
+
+    def same(self) -> bool:
+        """True if every name still stands for the same function. O(functions)."""
+        try:
+            now = map(operator.getitem, self._mappings, self._names)
+            return all(map(operator.is_, now, self._objects))
+        except KeyError:
+            return False
+
+    def _place(self, mapping: Mapping[str, Any], name: str) -> None:
+        value = mapping.get(name)
+        if value is None or (id(mapping), name) in self._places:
+            return
+        # A class gives a new view of its names each time: this one is kept, so its id stays.
+        self._places[id(mapping), name] = (mapping, name), value
+        if isinstance(value, functools.partial):
+            self.foreign.append(value)
+        for function in functions_in(value):
+            if id(function) not in self._met:
+                self._met.add(id(function))
+                self._follow(function)
+
+    def _follow(self, function: types.FunctionType) -> None:
+        home = module_of(function)
+        if not is_library(home):
+            self.foreign.append(function)
+        elif home.startswith("torch.nn.modules"):
+            self._modules_named(function, function.__globals__)
+        elif home.startswith(_CALLED_BY):
+            self._modules_named(function, function.__globals__)
+            for name in names_read(function.__code__)[1]:
+                if _is_function(function.__globals__.get(name)):
+                    self._place(function.__globals__, name)
+
+    def _modules_named(self, function: types.FunctionType, mapping: Mapping[str, Any]) -> None:
+        """Note the functions that `function` reads from torch's modules, as `F.linear`."""
+        read = attributes(function.__code__)
+        pending = [mapping.get(name) for name in names_read(function.__code__)[1]]
+        while pending:
+            module = pending.pop()
+            if not isinstance(module, types.ModuleType) or not module.__name__.startswith("torch"):
+                continue
+            held = vars(module)
+            for name in read & held.keys():
+                if _is_function(held[name]):
+                    self._place(held, name)
+                elif (id(held), name) not in self._places and held[name] is not module:
+                    pending += [held[name]] if name in ("nn", "functional") else []
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)
+
+
+@functools.lru_cache(maxsize=4096)
+def reads_training(kind: type) -> bool:
+    """True if modules of class `kind` compute in another way in training mode. O(instructions)."""
+    functions = functions_in(getattr(kind, "forward", None))
+    return any("training" in attributes(function.__code__) for function in functions)
+
+
+def functions_in(value: object) -> Iterator[types.FunctionType]:
+    """The functions that calling `value` runs, decorators and their insides included."""
+    pending, met = [value], set()
+    while pending:
+        one = pending.pop()
+        if id(one) in met:
+            continue
+        met.add(id(one))
+        if isinstance(one, staticmethod | classmethod):
+            pending.append(one.__func__)
+        elif isinstance(one, property):
+            pending.append(one.fget)
+        elif isinstance(one, types.FunctionType):
+            yield one
+            for cell in one.__closure__ or ():
+                pending += _if_callable(cell)
+
+
+def _if_callable(cell: types.CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents] if callable(cell.cell_contents) else []
+    except ValueError:  # empty
+        return []

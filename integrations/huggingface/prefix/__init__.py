@@ -1,0 +1,1 @@
+"""Prompts that were computed before: found again, and computed once."""

@@ -1,0 +1,296 @@
+"""Prompts and replies that were computed before: which there are, how a cache begins with them.
+
+They are kept in a namespace of the model as it was when it computed them. A cache learns the ids of
+what it holds at the start of `generate` (`prefill.py`), and here from what `generate` chooses.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+)
+
+from kvpager.blocks.sequences import Sequence
+from kvpager.errors import OutOfBlocks
+from kvpager.integrations.huggingface.cache.groups import Int32, Prompt
+from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
+from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
+from kvpager.integrations.huggingface.model_state.contents import is_library
+from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
+from kvpager.integrations.huggingface.releases import cache_in
+
+# What `PromptCache.chosen` has chosen, the last for each prompt cache holds.
+_chosen: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("kvpager_namespaces", default=())
+
+
+class Namespace(NamedTuple):
+    """Whose prompts may share blocks. With a `doubt`, a reason, none may."""
+
+    name: str
+    doubt: str | None
+
+
+class PromptCache:
+    """Which pool each model's prompts are in, and under which namespace."""
+
+    def __init__(self, namespace: str | None) -> None:
+        self._namespace = namespace
+        self._homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary()
+        self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._decoding: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    @property
+    def namespace(self) -> str | None:
+        """The namespace of calls made here: the one chosen around them, else the patch's."""
+        chosen = (name for prompts, name in reversed(_chosen.get()) if prompts is self)
+        return next(chosen, self._namespace)
+
+    @contextmanager
+    def chosen(self, namespace: str) -> Iterator[None]:
+        """Calls made within are of `namespace`: of this thread, or of this asyncio task."""
+        token = _chosen.set((*_chosen.get(), (self, namespace)))
+        try:
+            yield
+        finally:
+            _chosen.reset(token)
+
+    def namespace_of(self, model: nn.Module, *, samples: bool = True) -> Namespace:
+        """Name the model as it is now, within the namespace of now. O(modules + weights).
+
+        `samples` as in `ModelWatch.look`.
+        """
+        watch = self._watches.get(model)
+        if watch is None:
+            watch = self._watches.setdefault(model, ModelWatch(model))
+        state = watch.look(samples=samples)
+        # The length in front keeps a namespace's own digits apart from the version.
+        name = self.namespace or ""
+        return Namespace(f"{len(name)}:{name}:{state.version}", state.doubt)
+
+    def decoding_watch(self, model: nn.Module) -> ModelWatch:
+        """Return the watch over `model` while it decodes. O(1).
+
+        transformers chooses other settings while a model decodes: how experts are computed. So
+        prompts and decoding have a watch each.
+        """
+        watch = self._decoding.get(model)
+        if watch is None:
+            watch = self._decoding.setdefault(model, ModelWatch(model, has_parts=True))
+        return watch
+
+    def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt | str:
+        """The batch's prompts, of the model as it is and of the namespace of now. O(tokens).
+
+        Returns the reason instead if the model's state cannot be told.
+        """
+        namespace = self.namespace_of(model)
+        if namespace.doubt is not None:
+            return namespace.doubt
+        rows = [row[pad:] for row, pad in zip(_to_int32(ids), padding, strict=True)]
+        return Prompt(rows, namespace.name)
+
+    def known(self, model: nn.Module, cache: PagedCache, prompt: Prompt) -> NDArray[np.int64]:
+        """How many tokens of each row are in the pool, one at least being new. O(tokens)."""
+        pool = self._pool(model, cache)
+        if pool is None:
+            return np.zeros(len(prompt.rows), np.int64)
+        return np.array([_known(pool, row, prompt.namespace) for row in prompt.rows], np.int64)
+
+    def attach(self, model: nn.Module, cache: PagedCache, prompt: Prompt, padding: Padding) -> None:
+        """Let the cache begin with what earlier calls computed, and publish what this one does.
+
+        One that has begun so already begins again where there is more to find now.
+        """
+        group = cache.groups[0]
+        if group.num_columns:
+            if int((padding + self.known(model, cache, prompt)).min()) <= group.num_columns:
+                return
+            cache.reset()
+        group.padding, group.prompt = padding, prompt
+        pool = self._pool(model, cache)
+        if pool is not None:
+            _reuse(cache, self._homes[model], pool, prompt, padding)
+
+    def await_turn(self, model: nn.Module, cache: PagedCache) -> None:
+        """Wait for other calls if memory is short, before the cache takes cached blocks."""
+        if self._pool(model, cache) is not None:
+            cache.memory.await_turn(self._homes[model].kinds[0])
+
+    def _pool(self, model: nn.Module, cache: PagedCache) -> PagedPool | None:
+        """Where the model's prompts are, if there are any and the cache is made like theirs."""
+        home = self._homes.get(model)
+        if home is None or len(home.kinds) != len(cache.paged_layers()):
+            return None
+        return cache.memory.find_pool(home.layout)
+
+    def publish(self, model: nn.Module, cache: PagedCache) -> None:
+        """The prompt has been computed: its full blocks may be reused. O(blocks)."""
+        group, layers = cache.groups[0], cache.paged_layers()
+        kinds = [layer.kind for layer in layers if layer.kind is not None]
+        # Some models change as they compute, such as those with a moving rotary base.
+        # Without samples: what they would tell is told before anything is reused.
+        now = self.namespace_of(model, samples=False)
+        unchanged = group.prompt is not None and now == (group.prompt.namespace, None)
+        if unchanged and cache.is_fully_paged and len(kinds) == len(layers):
+            group.commit()
+            self._homes[model] = _Home(group.layout, kinds)
+        else:
+            group.prompt = None  # what follows is not reusable either
+
+
+def reply(
+    original: Callable[..., Any], prompts: PromptCache, model: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """`GenerationMixin._sample` for an empty paged cache, whose tokens are heard and published.
+
+    Within transformers' own decoding loop keys and values follow from the tokens, as those of a
+    prompt do; so a later prompt that repeats the reply, the next turn of a chat, finds its blocks.
+    What becomes of the cache afterwards nobody knows: no token is known from then on.
+    """
+    cache: Any = cache_in(kwargs)
+    processors, streamer = kwargs["logits_processor"], kwargs.get("streamer")
+    criteria = kwargs.get("stopping_criteria") or ()
+    is_thorough = any(map(_is_callers, [*processors, *criteria, streamer]))
+    lookout = _Lookout(cache, prompts.decoding_watch(model), is_thorough)
+    kwargs["logits_processor"] = LogitsProcessorList([lookout, *processors])
+    kwargs["streamer"] = _Listener(cache, streamer)
+    try:
+        result = original(model, *args, **kwargs)
+        if cache.groups and cache.groups[0].prompt is not None:
+            prompts.publish(model, cache)
+    finally:
+        for group in cache.groups:
+            group.prompt = None
+    return result
+
+
+def _is_callers(each: object) -> bool:
+    """True for a processor, criterion or streamer that runs code of the caller's."""
+    home = type(each).__module__
+    return not is_library(home) or isinstance(each, PrefixConstrainedLogitsProcessor)
+
+
+class _Listener:
+    """A streamer that lets a cache know which tokens were chosen, and passes them on."""
+
+    def __init__(self, cache: PagedCache, inner: Any) -> None:
+        self._cache = cache
+        self._inner = inner
+
+    def put(self, tokens: Tensor) -> None:
+        """The next token of each row, [rows]: they have been chosen, but not computed yet."""
+        for group in self._cache.groups:
+            group.note_next(_to_int32(tokens.reshape(-1)))
+        if self._inner is not None:
+            self._inner.put(tokens)
+
+    def end(self) -> None:
+        """There are no more."""
+        if self._inner is not None:
+            self._inner.end()
+
+
+class _Lookout(LogitsProcessor):
+    """Stops keeping a reply if the model that computes it changes, even if it changes back.
+
+    It stands before all other processors: of what a caller may hook into a step, nothing runs
+    between the forward pass and it.
+    """
+
+    def __init__(self, cache: PagedCache, watch: ModelWatch, is_thorough: bool) -> None:
+        self._cache, self._watch, self._is_thorough = cache, watch, is_thorough
+        self._before: ModelState | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Compare the model with what it was after the first pass.
+
+        All of it is compared if code of the caller's runs between passes, which may change it.
+        Otherwise only another thread may, and a part is compared, another one each time.
+        """
+        kept = [group for group in self._cache.groups if group.prompt is not None]
+        if kept:
+            is_first = self._before is None
+            if is_first or self._is_thorough:
+                now = self._watch.look(samples=is_first)
+            else:
+                now = self._watch.glance()
+            if self._before not in (None, now):
+                for group in kept:
+                    group.prompt = None
+                self._cache.memory.note_unserved(
+                    "reply not kept: a change of the model in the middle of it"
+                )
+            self._before = now
+        return scores
+
+
+class _Home(NamedTuple):
+    """Where a model's keys and values are: the pool's layout, and each layer's kind."""
+
+    layout: object
+    kinds: list[LayerKind]
+
+
+Padding = NDArray[np.int64]
+
+
+def _reuse(
+    cache: PagedCache, home: _Home, pool: PagedPool, prompt: Prompt, padding: Padding
+) -> None:
+    # Meanwhile no other cache takes what was found, and no interrupt loses it.
+    with pool.lock, pool.uninterrupted:
+        # A batch has one length: what the row with the least to offer has in common with the cache.
+        known = [_known(pool, row, prompt.namespace) for row in prompt.rows]
+        num_columns = int((padding + known).min())
+        if num_columns <= int(padding.min()):
+            return
+        lengths = np.maximum(num_columns - padding, 0).tolist()
+        sequences = _begin_known(pool, prompt, lengths)
+        if sequences is None:
+            return
+        cache.groups[0].adopt(home.layout, sequences, num_columns)
+        for layer, kind in zip(cache.paged_layers(), home.kinds, strict=True):
+            layer.bind(kind)
+            layer.num_columns = num_columns
+
+
+def _known(pool: PagedPool, row: Int32, namespace: str) -> int:
+    known = pool.manager.cached_tokens(row, namespace=namespace)
+    return min(known, len(row) - 1)
+
+
+def _begin_known(pool: PagedPool, prompt: Prompt, lengths: list[int]) -> list[Sequence] | None:
+    """Sequences of the first `lengths` tokens of each row, which are in the pool; None if full."""
+    sequences: list[Sequence] = []
+    for row, length in zip(prompt.rows, lengths, strict=True):
+        try:
+            # One token more, because the last one never counts as known.
+            sequences.append(pool.allocate(row[: length + 1], prompt.namespace))
+        except OutOfBlocks:
+            break
+        if sequences[-1].num_cached_tokens < length:  # the room for a copy was taken from it
+            break
+        pool.manager.truncate(sequences[-1], length)
+    else:
+        return sequences
+    pool.manager.free(sequences)
+    return None
+
+
+def _to_int32(ids: Tensor) -> NDArray[np.int32]:
+    return ids.cpu().numpy().astype(np.int32)

@@ -1,0 +1,204 @@
+"""Prompts as callers have them: token ids, padded batches, and what a tokenizer returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+
+from kvpager import _validate as arguments
+
+# A tokenizer returns these beside the prompts; they change nothing.
+_BESIDE = {
+    "length", "num_truncated_tokens", "offset_mapping", "overflow_to_sample_mapping",
+    "overflowing_tokens", "special_tokens_mask", "token_type_ids",
+}  # fmt: skip
+
+
+_ANY_SETTINGS = GenerationConfig()
+# Names of the prompt in the signature of transformers' `generate`.
+_OTHER_NAMES = {"inputs", "inputs_embeds"}
+
+
+class Reader(NamedTuple):
+    """Reads prompts for one model, and takes their padding off."""
+
+    vocabulary: int
+    model_arguments: frozenset[str]  # of `forward`
+    pad: int | None
+    ends: frozenset[int]
+
+    @classmethod
+    def of(cls, anatomy: Any, settings: Any) -> Reader:
+        """Return the reader for a model with `settings`, a `GenerationConfig`."""
+        ends = settings.eos_token_id
+        ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+        return cls(anatomy.vocabulary, anatomy.arguments, settings.pad_token_id, ends)
+
+    def one(self, prompt: Any, mask: Any = None) -> list[int]:
+        """Return the token ids of a prompt, or of a batch of one. O(tokens).
+
+        Raises: `TypeError`, `ValueError` for what is no prompt, or several.
+        """
+        prompt, mask = self._parts(prompt, mask)
+        if isinstance(prompt, str):
+            raise TypeError("prompt: expected token ids, got a str; tokenize it first")
+        array = _ids(prompt)
+        if array.ndim == 2:
+            if len(array) != 1:
+                raise ValueError(
+                    f"prompt: expected one prompt, got {len(array)}; use generate() for them"
+                )
+            if mask is None:
+                return self.several(array)[0]
+            array = array[0]
+        return self._checked(array, mask)
+
+    def several(self, prompts: Any, masks: Any = None) -> list[list[int]]:
+        """Return the token ids of each of several prompts. O(tokens).
+
+        Padding is what `masks` hides. Without masks, a tensor is read as `generate` reads it: its
+        pad tokens are padding, unless they end texts as well.
+
+        Raises: `TypeError`, `ValueError` for invalid prompts, or for ambiguous padding.
+        """
+        prompts, masks = self._parts(prompts, masks)
+        if isinstance(prompts, str):
+            raise TypeError("prompts: expected a list of prompts, got a str; tokenize it first")
+        if not isinstance(prompts, Iterable):
+            shown = arguments.shown(prompts)
+            raise TypeError(f"prompts {shown}: expected a list of prompts, or a padded tensor")
+        is_batch = isinstance(prompts, torch.Tensor | np.ndarray) and prompts.dtype != object
+        rows = list(_ids(prompts) if is_batch else prompts)
+        for row in rows:
+            if not isinstance(row, str | Mapping) and np.ndim(row) == 0:
+                raise TypeError("prompts: expected a list of prompts, got one; put it in a list")
+        if masks is None:
+            masks = self._guessed(rows, is_batch)
+        elif not hasattr(masks, "__len__") or any(np.ndim(mask) == 0 for mask in masks):
+            raise TypeError(f"attention_mask {arguments.shown(masks)}: expected a row per prompt")
+        elif len(masks) != len(rows):
+            raise ValueError(
+                f"attention_mask of {len(masks)} rows: expected one for each of {len(rows)} prompts"
+            )
+        return [self.one(row, mask) for row, mask in zip(rows, masks, strict=True)]
+
+    def refuse_others(self, options: Mapping[str, Any]) -> None:
+        """Refuse inputs of the model, or of a tokenizer, among `options`. O(options).
+
+        Names that are generation settings, too, are settings. Raises: `ValueError`.
+        """
+        inputs = self.model_arguments | _BESIDE | _OTHER_NAMES
+        for name in options.keys() & inputs:
+            if not hasattr(_ANY_SETTINGS, name):
+                raise _not_read(name)
+
+    def _parts(self, prompt: Any, mask: Any) -> tuple[Any, Any]:
+        """Return the ids and the mask in what a tokenizer returned; anything else as it is."""
+        if not isinstance(prompt, Mapping):
+            return prompt, mask
+        if "input_ids" not in prompt:
+            raise TypeError(f"prompt: expected input_ids in a dict of {sorted(prompt)}")
+        for name in prompt.keys() - {"input_ids", "attention_mask"}:
+            if name in self.model_arguments or name not in _BESIDE:
+                raise _not_read(name)
+        if mask is not None and "attention_mask" in prompt:
+            raise ValueError("attention_mask: the prompt brings one; leave out the argument")
+        return prompt["input_ids"], prompt.get("attention_mask", mask)
+
+    def _guessed(self, rows: list[Any], is_batch: bool) -> Sequence[Any]:
+        """Return the masks of prompts that came without."""
+        none = [None] * len(rows)
+        if any(isinstance(row, Mapping) for row in rows):
+            return none
+        if len({np.shape(row) for row in rows}) != 1 or np.ndim(rows[0]) != 1:
+            return none  # prompts of unlike lengths were not padded
+        ids = np.stack([_ids(row) for row in rows])
+        if is_batch and self.pad is not None and self.pad not in self.ends:
+            hidden = ids == self.pad
+            return ~hidden if hidden.any() else none
+        for token in {self.pad, *self.ends} - {None}:
+            is_token = ids == token
+            for runs in (_leading(is_token), _leading(is_token[:, ::-1])):
+                if len(set(runs)) > 1:
+                    raise ValueError(
+                        f"prompts: {min(runs)} to {max(runs)} of token {token} stand at one end of "
+                        "them, which may be padding or not; pass attention_mask"
+                    )
+        return none
+
+    def _checked(self, array: NDArray[Any], mask: Any) -> list[int]:
+        ids: list[int] = without_padding(arguments.token_ids(array), mask).tolist()
+        if not ids:
+            raise ValueError("prompt: it is empty; give at least one token")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(
+                    f"prompt: token id {token} is outside the vocabulary (0-{self.vocabulary - 1})"
+                )
+        return ids
+
+
+def _not_read(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: the engine computes texts from input_ids and attention_mask alone; "
+        f"leave {name} out, or use generate() of the model"
+    )
+
+
+def chosen(name: str, given: Any, input_ids: Any) -> Any:
+    """Return the argument `name`, or `input_ids`, as what a tokenizer returned is unpacked.
+
+    Raises: `TypeError` for neither or both.
+    """
+    if given is None and input_ids is None:
+        raise TypeError(f"{name}: missing. Pass token ids, or what a tokenizer returned.")
+    if given is not None and input_ids is not None:
+        raise TypeError(f"{name}: given twice. Leave out {name} or input_ids.")
+    return input_ids if given is None else given
+
+
+def each_options(options: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
+    """Yield the options of each of `count` requests: a seed counts up. O(1) each."""
+    if "name" in options:
+        raise TypeError("name: several requests cannot share one; leave it out, or use submit()")
+    seed: Any = options.get("seed")
+    for number in range(count):
+        yield options if not arguments.is_int(seed) else options | {"seed": seed + number}
+
+
+def _ids(prompt: Any) -> NDArray[Any]:
+    """Return the ids of a prompt or of several, from whichever device. O(tokens)."""
+    if isinstance(prompt, torch.Tensor):
+        prompt = prompt.cpu()
+    return arguments.integers("prompt", prompt)
+
+
+def _leading(is_token: NDArray[np.bool_]) -> list[int]:
+    """Return for each row with how many tokens of a kind it begins. O(tokens)."""
+    runs: list[int] = np.logical_and.accumulate(is_token, axis=1).sum(axis=1).tolist()
+    return runs
+
+
+def without_padding(ids: NDArray[np.int32], mask: Any) -> NDArray[np.int32]:
+    """Return the ids that `mask` shows, all of them without a mask. O(tokens)."""
+    if mask is None:
+        return ids
+    shown = np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)
+    if shown.ndim == 2 and len(shown) == 1:
+        shown = shown[0]
+    if shown.shape != ids.shape:
+        raise ValueError(f"attention_mask of shape {shown.shape}: expected {ids.shape}, as the ids")
+    if not np.isin(shown, (0, 1)).all():
+        raise ValueError("attention_mask: expected ones for tokens and zeros for padding")
+    places = np.flatnonzero(shown)
+    if len(places) and places[-1] - places[0] + 1 != len(places):
+        raise ValueError(
+            "attention_mask: a prompt has padding between its tokens; expected it before or after "
+            "them, or a mask of ones where pad tokens are part of the text"
+        )
+    return ids[places]

@@ -1,0 +1,150 @@
+"""What a model keeps in a cache, found out by a look at it: one short forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
+
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.model_state.offloaded import execution_device
+from kvpager.integrations.huggingface.releases import forward_cache_names
+from kvpager.integrations.huggingface.runner.step_cache import LayerPlan
+from kvpager.storage.block_storage import LayerShape
+
+
+class Anatomy(NamedTuple):
+    """A model's layers as a cache sees them, and what its forward pass takes."""
+
+    layers: tuple[LayerPlan, ...]  # kept in blocks
+    others: tuple[int, ...]  # indices of layers that are not
+    has_state: bool  # whether those hold something: recurrent layers
+    is_plain: bool  # whether windows are all that hides a token from later ones
+    is_encoder_decoder: bool
+    dtype: torch.dtype
+    device: torch.device
+    arguments: frozenset[str]  # of `forward`
+    cache_name: str  # of the argument of `forward` that takes the cache
+    max_length: int | None  # tokens of a sequence
+    vocabulary: int
+
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether nothing speaks against computing rows in one line, by what is known so far."""
+        takes_places = {"position_ids", "attention_mask"} <= self.arguments
+        is_more = self.has_state or self.is_encoder_decoder
+        return takes_places and self.is_plain and not is_more
+
+
+class _Watched(DynamicCache):
+    """A cache that remembers what was written to it."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.written: dict[int, tuple[LayerShape, torch.dtype, torch.device]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        self.written[layer_idx] = shape, key_states.dtype, key_states.device
+        both: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return both
+
+
+def plain_cache(model: Any) -> DynamicCache:
+    """An empty cache of transformers' own layers, whatever is patched. O(layers)."""
+    return _Watched(model.config)
+
+
+def blank_layers(model: Any, indices: Sequence[int]) -> dict[int, Any]:
+    """Some layers of an empty cache. O(layers)."""
+    layers = plain_cache(model).layers
+    return {index: layers[index] for index in indices}
+
+
+def study(model: Any) -> Anatomy:
+    """Look at `model`. One forward pass of two tokens.
+
+    Raises: `KVPagerError` for a model whose cache is of no kind that can be kept in blocks.
+    """
+    try:
+        cache, cache_name = _watch(model)
+    except Exception as error:  # by a model that reads no text, or keeps no such cache
+        raise _refusal(model, f"it did not take two tokens: {error!r}") from error
+    layers, others, has_state = [], [], False
+    for index, layer in enumerate(cache.layers):
+        written = cache.written.get(index)
+        if written is not None and type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layers.append(LayerPlan(index, written[0], getattr(layer, "sliding_window", None)))
+        else:
+            others.append(index)
+            has_state |= type(layer).__name__ != "DummyLayer"
+    kinds = {written[1:] for written in cache.written.values()}
+    if not layers or len(kinds) != 1:
+        what = "no attention layers" if not layers else "layers of several dtypes or devices"
+        raise _refusal(model, f"its cache keeps {what}")
+    ((dtype, place),) = kinds
+    text = model.config.get_text_config(decoder=True)
+    embeddings = model.get_input_embeddings()
+    if not hasattr(embeddings, "num_embeddings"):
+        raise _refusal(model, f"it has no table of embeddings, but a {type(embeddings).__name__}")
+    return Anatomy(
+        tuple(layers),
+        tuple(others),
+        has_state,
+        getattr(text, "attention_chunk_size", None) is None,
+        bool(model.config.is_encoder_decoder),
+        dtype,
+        place,
+        _arguments(model),
+        cache_name,
+        getattr(text, "max_position_embeddings", None),
+        int(embeddings.num_embeddings),
+    )
+
+
+@torch.inference_mode()
+def _watch(model: Any) -> tuple[_Watched, str]:
+    """Compute two tokens. Return the cache that was written, and the name of its argument."""
+    device = execution_device(model)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    first: Exception | None = None
+    for name in forward_cache_names(model):
+        cache = _Watched(model.config)
+        try:
+            if model.config.is_encoder_decoder:
+                pair = EncoderDecoderCache(cache, DynamicCache())
+                model(input_ids=ids, decoder_input_ids=ids, use_cache=True, **{name: pair})
+            else:
+                model(input_ids=ids, use_cache=True, **{name: cache})
+        except Exception as error:
+            first = first or error
+        else:
+            first = None
+            if cache.written:
+                break
+    if first is not None:
+        raise first
+    return cache, name
+
+
+def _refusal(model: nn.Module, reason: str) -> KVPagerError:
+    return KVPagerError(
+        f"{type(model).__name__} cannot be batched continuously: {reason}; use generate() for it"
+    )
+
+
+def _arguments(model: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)

@@ -1,0 +1,229 @@
+"""Which way to compute rows a model is right with: tried, since nothing else tells."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import weakref
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from kvpager._atomic import Uninterrupted, new_lock
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.attention import functions as attention
+from kvpager.integrations.huggingface.attention.packed import CannotPack
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.releases import CACHE_NAMES
+from kvpager.integrations.huggingface.runner.model_info import Anatomy, plain_cache
+from kvpager.integrations.huggingface.runner.runner import Runner, trial_plan
+from kvpager.storage.block_storage import BlockStorage
+
+logger = logging.getLogger("kvpager")
+
+# How far logits of a packed pass may be from those of single ones, by their norm: rounding.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE_16_BITS = 0.05
+_BLOCK_SIZE = 4  # of the trial: rows of more than one block
+
+
+class _Found(NamedTuple):
+    """A model as it was before the first engine."""
+
+    attention: str
+    was_training: bool
+    users: list[object]
+
+    def restore(self, model: Any) -> None:
+        """Make `model` as it was found. O(modules)."""
+        if model.config._attn_implementation != self.attention:
+            model.set_attn_implementation(self.attention)
+        model.train(self.was_training)
+
+
+_lock = new_lock()
+_uninterrupted = Uninterrupted(_lock)
+_found: weakref.WeakKeyDictionary[Any, _Found] = weakref.WeakKeyDictionary()
+
+
+def _leave_behind() -> None:
+    """Restore the models of the parent's engines in a forked process, where no engine runs."""
+    for model, found in list(_found.items()):
+        found.restore(model)
+    _found.clear()
+
+
+os.register_at_fork(after_in_child=_leave_behind)
+
+
+class ModelSwitch:
+    """A model in evaluation mode, with an attention that may be ours, while engines use it."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def acquire(self) -> None:
+        """Remember how the model was found, unless another engine uses it. Then `release`."""
+        model = self._model
+        with _lock, _uninterrupted:
+            found = _found.get(model)
+            if found is None:
+                found = _Found(model.config._attn_implementation, model.training, [])
+                _found[model] = found
+            found.users.append(self)
+        self._original = found.attention
+        model.eval()
+
+    def to_ours(self) -> None:
+        """Have the model call the attention that reads blocks in place, where it lets us choose."""
+        attention.register()
+        try:
+            self._model.set_attn_implementation(attention.NAME)
+        except ValueError:
+            logger.info("%s has no attention to choose", type(self._model).__name__)
+
+    def to_original(self) -> None:
+        """Have it call what it did."""
+        if self._model.config._attn_implementation != self._original:
+            self._model.set_attn_implementation(self._original)
+
+    def release(self) -> None:
+        """The last to release leaves the model as the first one found it. Idempotent."""
+        with _lock:
+            found = _found.get(self._model)
+            if found is None or self not in found.users:
+                return
+            found.users.remove(self)
+            if found.users:
+                return
+            del _found[self._model]
+        found.restore(self._model)
+
+
+def fit(
+    model: Any, anatomy: Anatomy, memory: PagedMemory, switch: ModelSwitch, packed: bool | None
+) -> bool:
+    """Whether `model` may compute rows in one line; leaves the attention that is right with it.
+
+    `packed` asks for one way, None takes the best there is. A few short passes.
+    Raises: `KVPagerError` where no way is right.
+    """
+    name = type(model).__name__
+    switch.to_ours()
+    if packed is not False and _is_right(model, anatomy, memory, is_packed=True):
+        return True
+    if packed:
+        raise KVPagerError(
+            f"{name} computes rows differently in one line of tokens; leave packed=None, and it "
+            "computes them one by one"
+        )
+    if not _is_right(model, anatomy, memory, is_packed=False):
+        switch.to_original()
+        if not _is_right(model, anatomy, memory, is_packed=False):
+            raise KVPagerError(
+                f"{name} cannot be batched continuously: over blocks, its logits are not those "
+                "of its own generate(); use that for it"
+            )
+    return False
+
+
+def _is_right(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: bool) -> bool:
+    """True if each row's logits equal those of the row alone; False if the model raises."""
+    if is_packed and not anatomy.may_be_packed:
+        return False
+    try:
+        return _gives_the_same(model, anatomy, memory, is_packed=is_packed)
+    except CannotPack:
+        return False
+    except Exception as error:  # of a model that looks at its cache in a way of its own
+        logger.info(
+            "%s does not take a cache of blocks (packed=%s): %r",
+            type(model).__name__,
+            is_packed,
+            error,
+        )
+        return False
+
+
+@torch.inference_mode()
+def _gives_the_same(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: bool) -> bool:
+    """Compare two rows of unlike lengths, in a step of many tokens and one of single ones."""
+    prompts = [_some_ids(model, anatomy, 5, 0), _some_ids(model, anatomy, 8, 1)]
+    tables = np.array([[3, 0], [1, 2]], np.int32)
+    storage = BlockStorage(
+        4,
+        _BLOCK_SIZE,
+        [layer.shape for layer in anatomy.layers],
+        dtype=anatomy.dtype,
+        device=anatomy.device,
+    )
+    runner = Runner(model, anatomy, storage, memory, is_packed=is_packed)
+    before = np.zeros(2, np.int32)
+    for counts in (np.array([len(prompt) - 1 for prompt in prompts]), np.array([1, 1])):
+        plan = trial_plan(prompts, before, counts, tables, storage)
+        logits = runner.run(plan, dict(enumerate(prompts)))
+        before = before + counts.astype(np.int32)
+    for prompt, found in zip(prompts, logits, strict=True):
+        alone = _alone(model, anatomy, prompt)
+        difference = (found.float() - alone).norm() / alone.norm()
+        if not difference <= _TOLERANCE.get(anatomy.dtype, _TOLERANCE_16_BITS):  # a NaN too
+            return False
+    return True
+
+
+def _alone(model: Any, anatomy: Anatomy, prompt: list[int]) -> Tensor:
+    """Return the logits after `prompt` as the model's `generate` has them.
+
+    Its last token is computed over transformers' own cache.
+    """
+    ids = torch.tensor([prompt], device=anatomy.device)
+    if anatomy.is_encoder_decoder:
+        return _decoded_alone(model, anatomy, ids)
+    plain = copy.copy(model)  # shares all weights, and has none of the caller's settings
+    plain.generation_config = GenerationConfig(
+        max_new_tokens=2,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+    def last(_: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, ids[0, -1:], 0.0)
+
+    options: dict[str, Any] = {}
+    if anatomy.cache_name == CACHE_NAMES[0]:  # `generate` refuses an argument that forward lacks
+        options[CACHE_NAMES[0]] = plain_cache(model)
+    output = plain.generate(
+        ids[:, :-1],
+        attention_mask=torch.ones_like(ids[:, :-1]),
+        logits_processor=LogitsProcessorList([last]),
+        **options,
+    )
+    logits: Tensor = output.logits[1][0].float()
+    return logits
+
+
+def _decoded_alone(model: Any, anatomy: Anatomy, ids: Tensor) -> Tensor:
+    """Return a decoder's logits after `ids`, which `generate` would put a token in front of."""
+    options: dict[str, Any] = {
+        anatomy.cache_name: EncoderDecoderCache(plain_cache(model), DynamicCache()),
+        "encoder_outputs": model.get_encoder()(input_ids=ids),
+    }
+    for part in (ids[:, :-1], ids[:, -1:]):
+        output = model(decoder_input_ids=part, use_cache=True, **options)
+    logits: Tensor = output.logits[0, -1].float()
+    return logits
+
+
+def _some_ids(model: Any, anatomy: Anatomy, count: int, seed: int) -> list[int]:
+    # Of tokens that a model can also choose: some have embeddings for images besides.
+    text = model.config.get_text_config(decoder=True)
+    most = min(anatomy.vocabulary, getattr(text, "vocab_size", None) or anatomy.vocabulary)
+    ids: list[int] = np.random.default_rng(seed).integers(0, most, count).tolist()
+    return ids

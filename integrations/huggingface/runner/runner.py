@@ -1,0 +1,192 @@
+"""Carries out a scheduler's step plans with a transformers model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.runner.model_info import Anatomy, blank_layers
+from kvpager.integrations.huggingface.runner.step_cache import StepCache, StepRows
+from kvpager.kernels.host_rows import to_device
+from kvpager.plans import NO_COPIES, StepPlan
+from kvpager.storage.block_storage import BlockStorage
+
+
+@dataclass
+class Kept:
+    """What a sample keeps besides blocks."""
+
+    others: dict[int, Any] = field(default_factory=dict)  # transformers' own layers
+    encoded: Any = None  # what the encoder made of the prompt
+    across: Any = None  # keys and values of that
+
+
+class Runner:
+    """A model, the storage of its blocks, and what its sequences keep besides.
+
+    Args:
+        model: in evaluation mode, on one device.
+        anatomy: of the model.
+        storage: with a layer for each of `anatomy.layers`.
+        memory: whose counters count.
+        is_packed: whether rows go through the model in one line; see `fitting`.
+        forward: what computes packed passes, where it is not the model itself: a compiled one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        storage: BlockStorage,
+        memory: PagedMemory,
+        *,
+        is_packed: bool,
+        forward: Any = None,
+    ) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.storage = storage
+        self.is_packed = is_packed
+        self._forward = model if forward is None else forward
+        self._kept: dict[int, Kept] = {}
+        # What a step's sizes do not change: told apart by its four dimensions, read by nobody.
+        self._no_mask = torch.zeros(1, 1, 1, 1, dtype=anatomy.dtype, device=anatomy.device)
+        others = blank_layers(model, anatomy.others)
+        self._cache = StepCache(storage, anatomy.layers, others, memory)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, encoder_ids: dict[int, list[int]] | None = None) -> Tensor:
+        """The logits [rows that want them, vocabulary] of `plan`. O(tokens * layers).
+
+        `encoder_ids`: what the encoder reads for samples that begin.
+        """
+        for move in plan.moves:
+            self.storage.apply(move)
+        if len(plan.copies):
+            self.storage.copy(plan.copies)
+        self.forget(plan.freed)
+        if not len(plan):
+            return torch.empty(0, 0)
+        rows = StepRows.of(plan, self.anatomy.device)
+        if self.is_packed:
+            return self._packed(rows, plan)
+        return self._row_by_row(rows, plan, encoder_ids or {})
+
+    def forget(self, samples: NDArray[np.int32]) -> None:
+        """Drop what samples kept. O(samples)."""
+        if self._kept:
+            for sample in samples.tolist():
+                self._kept.pop(sample, None)
+
+    def fork(self, parent: int, child: int) -> None:
+        """`child` goes on from where `parent` is. O(bytes kept besides blocks)."""
+        kept = self._kept.get(parent)
+        if kept is not None:
+            # What was encoded and read across never changes.
+            self._kept[child] = Kept(copy.deepcopy(kept.others), kept.encoded, kept.across)
+
+    def _packed(self, rows: StepRows, plan: StepPlan) -> Tensor:
+        last = np.cumsum(plan.counts, dtype=np.int64)[plan.wants_logits] - 1
+        keep = to_device(last, self.anatomy.device)
+        options: dict[str, Any] = {self.anatomy.cache_name: self._cache}
+        selects = "logits_to_keep" in self.anatomy.arguments
+        if selects:
+            options["logits_to_keep"] = keep
+        self._cache.begin(rows, is_packed=True)
+        logits: Tensor = self._forward(
+            input_ids=rows.ids,
+            position_ids=rows.positions,
+            attention_mask=self._no_mask,
+            use_cache=True,
+            **options,
+        ).logits[0]
+        return logits if selects else logits[keep]
+
+    def _row_by_row(
+        self, rows: StepRows, plan: StepPlan, encoder_ids: dict[int, list[int]]
+    ) -> Tensor:
+        logits = []
+        ends = np.cumsum(plan.counts, dtype=np.int64).tolist()
+        for number, last in enumerate(ends):
+            sample, wanted = int(plan.samples[number]), bool(plan.wants_logits[number])
+            if plan.starts[number] == 0 or sample not in self._kept:
+                assert not (plan.starts[number] and self.anatomy.has_state), "a state was lost"
+                self._kept[sample] = self._new(encoder_ids.get(sample))
+            kept = self._kept[sample]
+            for index, layer in kept.others.items():
+                self._cache.layers[index] = layer
+            first = last - int(plan.counts[number])
+            row = rows.row(number, first, last, int(plan.kv_lens[number]))
+            self._cache.begin(row, is_packed=False)
+            of_row = self._single(row, kept)
+            if wanted:
+                logits.append(of_row[0, -1])
+        return torch.stack(logits) if logits else torch.empty(0, 0)
+
+    def _single(self, row: StepRows, kept: Kept) -> Tensor:
+        accepted = self.anatomy.arguments
+        options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in accepted:
+            options["logits_to_keep"] = 1
+        if self.anatomy.is_encoder_decoder:
+            options["decoder_input_ids"] = row.ids
+            options["encoder_outputs"] = kept.encoded
+            options[self.anatomy.cache_name] = EncoderDecoderCache(self._cache, kept.across)
+        else:
+            options["input_ids"] = row.ids
+            options[self.anatomy.cache_name] = self._cache
+            if "attention_mask" in accepted:
+                options["attention_mask"] = row.ids.new_ones(1, row.longest)
+            if "position_ids" in accepted:
+                options["position_ids"] = row.positions
+        logits: Tensor = self.model(**options).logits
+        return logits
+
+    def _new(self, encoder_ids: list[int] | None) -> Kept:
+        kept = Kept(blank_layers(self.model, self.anatomy.others))
+        if self.anatomy.is_encoder_decoder:
+            ids = torch.tensor([encoder_ids], device=self.anatomy.device)
+            kept.encoded = self.model.get_encoder()(input_ids=ids)
+            kept.across = DynamicCache()
+        return kept
+
+
+def trial_plan(
+    prompts: list[list[int]],
+    starts: NDArray[np.int32],
+    counts: NDArray[Any],
+    tables: NDArray[np.int32],
+    storage: BlockStorage,
+) -> StepPlan:
+    """A plan of rows that no scheduler knows: `counts` tokens of `prompts`, from `starts` on."""
+    size = storage.block_size
+    spans = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    slots = [
+        tables[row, position // size] * size + position % size
+        for row, span in enumerate(spans)
+        for position in span
+    ]
+    ids = [prompts[row][position] for row, span in enumerate(spans) for position in span]
+    return StepPlan(
+        moves=[],
+        copies=NO_COPIES,
+        names=[None] * len(prompts),
+        samples=np.arange(len(prompts), dtype=np.int32),
+        starts=starts,
+        counts=counts.astype(np.int32),
+        ids=np.array(ids, np.int32),
+        slots=np.array(slots, np.int64),
+        kv_lens=(starts + counts).astype(np.int32),
+        tables=tables,
+        wants_logits=np.ones(len(prompts), np.bool_),
+        freed=np.empty(0, np.int32),
+        ended=[],
+    )

@@ -1,0 +1,173 @@
+"""Generation settings of a request: which an engine serves, and what their values may be.
+
+transformers looks at few of them. Others raise in the middle of a step, or change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+from kvpager import _validate as arguments
+
+# Ways to generate that are not one token after the other, row by row, and their off values.
+_NOT_SERVED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "num_beams": ("beam search", (None, 1)),
+    "num_beam_groups": ("beam search", (None, 1)),
+    "constraints": ("constrained search", (None,)),
+    "force_words_ids": ("constrained search", (None,)),
+    "penalty_alpha": ("contrastive search", (None, 0, 0.0)),
+    "prompt_lookup_num_tokens": ("prompt lookup", (None,)),
+    "dola_layers": ("decoding by contrasting layers", (None,)),
+    "assistant_early_exit": ("assisted decoding", (None,)),
+    "guidance_scale": ("guidance", (None, 1, 1.0)),
+    "token_healing": ("token healing", (None, False)),
+    "watermarking_config": ("watermarking", (None,)),
+}
+
+# Settings that change nothing in an engine, and what takes their place.
+_RETURNS = "an engine gives tokens and texts, and log probabilities with logprobs=True"
+_COMPILES = "an engine compiles its passes with Engine(compile=)"
+_KEEPS = "an engine keeps keys and values in its own pool"
+_WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "output_attentions": (_RETURNS, (None, False)),
+    "output_hidden_states": (_RETURNS, (None, False)),
+    "output_logits": (_RETURNS, (None, False)),
+    "output_scores": (_RETURNS, (None, False)),
+    "return_dict_in_generate": (_RETURNS, (None, False)),
+    "use_cache": (_KEEPS, (None, True)),
+    "cache_implementation": (_KEEPS, (None,)),
+    "cache_config": (_KEEPS, (None,)),
+    "prefill_chunk_size": ("an engine divides prompts by Engine(max_batch_tokens=)", (None,)),
+    "compile_config": (_COMPILES, (None,)),
+}
+
+# Arguments of transformers' `generate` that are no settings, and their place here.
+_ELSEWHERE = {
+    "generation_config": "an engine takes it as config. Pass config=",
+    "streamer": "submit() returns a stream. Iterate over its tokens, or over its text()",
+    "logits_processor": "they belong in a policy. Pass policy=engine.policy(processors=)",
+    "stopping_criteria": "they belong in a policy. Pass policy=engine.policy(criteria=)",
+}
+
+
+def check_given(settings: Mapping[str, Any]) -> None:
+    """Refuse single settings with wrong values, or without effect. O(settings).
+
+    Raises: `TypeError`, `ValueError`.
+    """
+    for name, place in _ELSEWHERE.items():
+        if name in settings:
+            raise ValueError(f"{name}: {place}.")
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if name in _CHECKS:
+            _CHECKS[name](name, value)
+        why, off = _WITHOUT_EFFECT.get(name, ("", (value,)))
+        if not any(value is each for each in off):
+            raise ValueError(f"{name}={arguments.shown(value)}: {why}. Leave {name} out.")
+
+
+def check_config(config: Any, own: Any) -> None:
+    """Refuse settings of a caller's `config` as `check_given` does.
+
+    Settings without effect may stay if the model's `own` config has them, too.
+    Raises: `TypeError`, `ValueError`.
+    """
+    if not isinstance(config, GenerationConfig):
+        raise TypeError(f"config: expected a GenerationConfig, got {type(config).__name__}")
+    given = {name: getattr(config, name, None) for name in _CHECKS.keys() | _WITHOUT_EFFECT.keys()}
+    for name in _WITHOUT_EFFECT:
+        if given[name] == getattr(own, name, None):
+            del given[name]
+    check_given(given)
+
+
+def check_served(settings: Any) -> None:
+    """Refuse ways to generate that cannot be batched continuously. Raises: `ValueError`."""
+    for name, (what, off) in _NOT_SERVED.items():
+        value = getattr(settings, name, None)
+        if value not in off:
+            raise ValueError(
+                f"{name}={value!r}: {what} cannot be batched continuously; use generate() for it"
+            )
+
+
+# -------------------------------------------------------------------- values
+
+
+def _at_least(least: int) -> Callable[[str, Any], object]:
+    return lambda name, value: arguments.count(name, value, at_least=least)
+
+
+def _share(name: str, value: Any) -> None:
+    arguments.number(name, value, at_least=0, at_most=1)
+
+
+def _factor(name: str, value: Any) -> None:
+    arguments.number(name, value, at_least=0, at_most=10**9)
+
+
+def _token(name: str, value: Any) -> None:
+    # transformers reads -1 as no such token.
+    arguments.count(name, value, at_least=-1)
+
+
+def _tokens(name: str, value: Any) -> None:
+    if arguments.is_int(value):
+        _token(name, value)
+        return
+    ids = arguments.integers(name, value.cpu() if hasattr(value, "cpu") else value)
+    if ids.size and ids.min() < -1:
+        raise ValueError(f"{name} {arguments.shown(value)}: expected token ids")
+
+
+def _suppressed(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} {arguments.shown(value)}: expected a list of token ids")
+    _tokens(name, value)
+
+
+def _texts(name: str, value: Any) -> None:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} {arguments.shown(value)}: expected a str, or a list of them")
+    if not texts or not all(texts):
+        raise ValueError(f"{name} {arguments.shown(value)}: expected a text. Leave {name} out.")
+
+
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "begin_suppress_tokens": _suppressed,
+    "decoder_start_token_id": _token,
+    "do_sample": arguments.flag,
+    "encoder_no_repeat_ngram_size": _at_least(0),
+    "encoder_repetition_penalty": _factor,
+    "eos_token_id": _tokens,
+    "epsilon_cutoff": _share,
+    "eta_cutoff": _share,
+    "forced_bos_token_id": _token,
+    "forced_eos_token_id": _tokens,
+    "max_length": _at_least(1),
+    "max_new_tokens": _at_least(1),
+    "max_time": arguments.seconds,
+    "min_length": _at_least(0),
+    "min_new_tokens": _at_least(0),
+    "min_p": _share,
+    "no_repeat_ngram_size": _at_least(0),
+    "num_beams": _at_least(1),
+    "num_return_sequences": _at_least(1),
+    "pad_token_id": _token,
+    "remove_invalid_values": arguments.flag,
+    "renormalize_logits": arguments.flag,
+    "repetition_penalty": _factor,
+    "stop_strings": _texts,
+    "suppress_tokens": _suppressed,
+    "temperature": _factor,
+    "top_k": _at_least(0),
+    "top_p": _share,
+    "typical_p": _share,
+    "use_cache": arguments.flag,
+}

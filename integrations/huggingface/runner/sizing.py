@@ -1,0 +1,120 @@
+"""How many blocks an engine's pool gets."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kvpager._sizes import size as as_text
+from kvpager._words import counted
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.runner.model_info import Anatomy
+from kvpager.integrations.huggingface.runner.runner import Runner, trial_plan
+from kvpager.plans import Plan
+from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.scheduling.request import Request, blocks_needed
+from kvpager.storage.block_storage import BlockStorage
+from kvpager.storage.free_memory import free_bytes
+
+# Of the memory that is free when nobody says how much to take: a device has nothing else to do,
+# while a host has.
+_OF_DEVICE, _OF_HOST = 0.9, 0.5
+_TRIALS, _TRIAL_TOKENS = 5, 128
+
+
+class Sizes(NamedTuple):
+    """Blocks of either tier."""
+
+    device: int
+    host: int
+
+
+def pool_blocks(
+    anatomy: Anatomy, memory: PagedMemory, max_running: int, max_length: int | None
+) -> Sizes:
+    """Blocks for the bounds of `memory`; without one, for `max_running` rows of `max_length`
+    tokens, as far as half of the host's free memory, or nine tenths of the device's, allow. O(1).
+
+    Raises: `ValueError` for bounds in which not one fits, `KVPagerError` for such a device.
+    """
+    size = BlockStorage.bytes_of_a_block(
+        memory.block_size,
+        [layer.shape for layer in anatomy.layers],
+        dtype=anatomy.dtype,
+        kv_dtype=memory.kv_dtype,
+    )
+    memory.refuse_below(size, on_device=True)
+    if memory.bound is not None:
+        device = memory.bound // size
+    else:
+        device = _free_bytes(anatomy.device) // size
+        if max_length is not None:
+            device = min(device, max_running * -(-max_length // memory.block_size))
+    host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
+    if device < 1:
+        raise KVPagerError(
+            f"{anatomy.device} has no room for one block of {counted(memory.block_size, 'token')} "
+            f"({as_text(size)}): free memory there, or use a smaller block_size"
+        )
+    return Sizes(device, host)
+
+
+def require_room(
+    request: Request, storage: BlockStorage, memory: PagedMemory, max_length: int | None
+) -> None:
+    """Refuse a request that the pool could not hold alone. O(1). Raises: `ValueError`."""
+    num_prompt = len(request.prompt)
+    if max_length is not None and num_prompt + request.max_new_tokens > max_length:
+        return  # which is the scheduler's to say
+    need = blocks_needed(request, num_prompt, storage.block_size)
+    if need <= storage.num_blocks:
+        return
+    bound = "the engine's pool, a part of the free memory,"
+    if memory.bound is not None:
+        bound = memory.bound_as_given()
+    num_bytes = need * storage.block_bytes
+    samples = "" if request.num_samples == 1 else f" in {request.num_samples} samples"
+    raise ValueError(
+        f"request {request.name!r}: a prompt of {num_prompt} and {request.max_new_tokens} new "
+        f"tokens{samples} may need {counted(need, 'block')} of KV cache ({as_text(num_bytes)}), "
+        f"{bound} allows {storage.num_blocks}. Raise memory to "
+        f"{as_text(num_bytes, round_up=True)} or lower max_new_tokens."
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(free_bytes(device) * _OF_DEVICE)
+    return int(free_bytes(device) * _OF_HOST)
+
+
+def measured_costs(runner: Runner) -> PreemptionCosts:
+    """What computing tokens and moving blocks takes here: medians of a few of each.
+
+    Overwrites the first blocks of both tiers, which nobody uses yet.
+    """
+    storage, longest = runner.storage, runner.anatomy.max_length or _TRIAL_TOKENS
+    tokens = min(_TRIAL_TOKENS, longest, storage.num_blocks * storage.block_size)
+    table = np.arange(-(-tokens // storage.block_size), dtype=np.int32)
+    plan = trial_plan(
+        [[0] * tokens], np.zeros(1, np.int32), np.array([tokens]), table[None], storage
+    )
+    num_blocks = min(8, storage.num_blocks, storage.num_host_blocks)
+    pairs = np.stack([np.arange(num_blocks, dtype=np.int32)] * 2, axis=1)
+    compute, move = [], []
+    for _ in range(_TRIALS):
+        began = time.perf_counter()
+        runner.run(plan, {0: [0] * tokens})
+        computed = time.perf_counter()
+        storage.apply(Plan(pairs, "device", "host"))
+        compute.append(computed - began)
+        move.append(time.perf_counter() - computed)
+    runner.forget(np.zeros(1, np.int32))
+    return PreemptionCosts(
+        seconds_per_token=median(compute) / tokens, seconds_per_block=median(move) / num_blocks
+    )

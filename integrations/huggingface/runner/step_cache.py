@@ -1,0 +1,222 @@
+"""A step plan as a model sees it: a cache that writes and reads where the plan says.
+
+Two ways to compute a plan's rows, with one cache:
+
+    packed      all rows in one forward pass, one after the other in a single line of tokens:
+                    ids        [r0 r0 r0 | r1 | r2 | r3 r3]     no padding anywhere
+                    positions  [ 0  1  2 |  9 | 40 |  7  8]
+                The attention function reads each row's blocks in place. For models whose attention
+                goes through transformers' registry and knows a token's place by `position_ids`.
+    row by row  a forward pass for each row, as `generate` would make it. For all other models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from kvpager.integrations.huggingface.attention import packed_compiled
+from kvpager.integrations.huggingface.attention.packed import PackedRows, PackedView
+from kvpager.integrations.huggingface.cache.handles import PagedTensor
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
+from kvpager.integrations.huggingface.cache.views import Blocks, PagedView, Part, packed
+from kvpager.kernels.append_kv import append_kv
+from kvpager.kernels.host_rows import HostRows, to_device
+from kvpager.plans import StepPlan
+from kvpager.storage.block_storage import BlockStorage, LayerShape
+
+
+class StepRows(NamedTuple):
+    """Where rows write and read, on the device of the model."""
+
+    ids: Tensor  # int64 [1, tokens]
+    positions: Tensor  # int64 [1, tokens]
+    slots: Tensor  # int64 [tokens]
+    tables: Tensor  # int32 [rows, blocks]
+    kv_lens: Tensor  # int32 [rows], the new tokens included
+    query_starts: Tensor | None  # int32 [rows + 1]; None where each row has one token, or one row
+    longest: int  # tokens of the longest row
+    host_rows: HostRows  # tables, lengths and query starts, from which kernels plan once
+
+    @classmethod
+    def of(cls, plan: StepPlan, device: torch.device) -> StepRows:
+        """All rows of `plan`. O(tokens + rows * blocks)."""
+        counts = plan.counts.astype(np.int64)
+        ends = np.cumsum(counts)
+        positions = np.arange(len(plan.ids)) + np.repeat(plan.starts - (ends - counts), counts)
+        starts = None
+        if len(plan.ids) != len(counts):
+            starts = np.concatenate([[0], ends]).astype(np.int32)
+        return cls(
+            to_device(plan.ids.astype(np.int64), device)[None],
+            to_device(positions, device)[None],
+            to_device(plan.slots, device),
+            to_device(plan.tables, device),
+            to_device(plan.kv_lens, device),
+            None if starts is None else to_device(starts, device),
+            int(plan.kv_lens.max(initial=0)),
+            HostRows(plan.tables, plan.kv_lens, starts),
+        )
+
+    def row(self, number: int, first: int, last: int, length: int) -> StepRows:
+        """Row `number` alone: tokens `first` to `last` of these, `length` in the cache. O(1).
+
+        The plan knows these numbers; to ask a tensor for them would wait for its device.
+        """
+        return StepRows(
+            self.ids[:, first:last],
+            self.positions[:, first:last],
+            self.slots[first:last],
+            self.tables[number : number + 1],
+            self.kv_lens[number : number + 1],
+            None,  # of packed rows only
+            length,
+            self.host_rows.row(number),
+        )
+
+
+class LayerPlan(NamedTuple):
+    """What is known of a model's layer before the first step."""
+
+    number: int  # among the layers of a cache
+    shape: LayerShape
+    window: int | None
+
+
+class StepCache(DynamicCache):
+    """A cache over a storage of blocks that holds what the current step's rows may see.
+
+    Args:
+        storage: a layer of it for each of `layers`.
+        others: transformers' own layers by their index, for what cannot be kept in blocks.
+    """
+
+    def __init__(
+        self,
+        storage: BlockStorage,
+        layers: Sequence[LayerPlan],
+        others: dict[int, Any],
+        memory: PagedMemory,
+    ) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = None
+        self.memory = memory
+        self.place = packed_compiled.enter(self)
+        self.rows: StepRows | None = None
+        self.is_packed = False
+        kept = {
+            plan.number: StepLayer(self, Place(storage, number), plan)
+            for number, plan in enumerate(layers)
+        }
+        self.layers = [kept.get(i) or others[i] for i in range(len(kept) + len(others))]
+
+    def begin(self, rows: StepRows, *, is_packed: bool) -> None:
+        """The pass that follows computes `rows`: all of them in one line, or a single one. O(1)."""
+        self.rows, self.is_packed = rows, is_packed
+        for layer in self.layers:
+            if isinstance(layer, StepLayer):
+                layer.is_written = False
+
+
+class StepLayer(DynamicLayer):
+    """A layer whose tokens are in blocks that the step's plan names."""
+
+    _layer_type = None
+
+    def __init__(self, cache: StepCache, place: Place, plan: LayerPlan) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.number = plan.number
+        self.place = place
+        self.window = plan.window
+        self.is_sliding = plan.window is not None
+        self.is_written = False
+        self.is_initialized = True
+        self.memory = cache.memory
+        self.shape, self.dtype = plan.shape, place.storage.dtype
+        self.device = place.storage.device
+        # Models look here for whether a layer holds something of an image: it holds text alone.
+        self.keys = self.values = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._cache = cache
+        self._caches = place.storage.layer(place.layer)
+        self._scales = place.storage.scales(place.layer)
+
+    @property
+    def rows(self) -> StepRows:
+        """The rows of the step."""
+        assert self._cache.rows is not None
+        return self._cache.rows
+
+    def packed_rows(self) -> PackedRows:
+        """What the rows of the packed pass read."""
+        self.memory.counters.in_place_reads += 1
+        rows = self.rows
+        blocks = Blocks(*self._caches, self._scales, rows.tables, rows.kv_lens, rows.host_rows)
+        return PackedRows(blocks, rows.query_starts, self.window, rows.ids.shape[1])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens [1, kv_heads, tokens, dim]; return handles to what rows may see."""
+        if torch.compiler.is_compiling():
+            return packed_compiled.marked(key_states, value_states, self._cache.place, self.number)
+        self.write(key_states, value_states)
+        if self._cache.is_packed:
+            view: Any = PackedView(self, self.rows.ids.shape[1])
+        else:
+            view = PagedView(RowGroup(self), 0, self._first_visible(), self.rows.longest)
+        return PagedTensor(view, 0), PagedTensor(view, 1)
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        """Write the new tokens [1, kv_heads, tokens, dim] to the slots of the step. O(tokens)."""
+        slots = self.rows.slots
+        append_kv(packed(key), packed(value), *self._caches, slots, scales=self._scales)
+        self.is_written = True
+
+    def _first_visible(self) -> int:
+        if self.window is None:
+            return 0
+        num_before = self.rows.longest - self.rows.ids.shape[1]
+        return max(num_before - self.window + 1, 0)
+
+    def get_seq_length(self) -> int:
+        """Tokens of the row so far; of packed rows, where positions say it, none."""
+        if self._cache.is_packed or self._cache.rows is None:
+            return 0
+        return self.rows.longest - (0 if self.is_written else self.rows.ids.shape[1])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns the next `query_length` queries attend over, and the first of them."""
+        if self._cache.is_packed or self._cache.rows is None:
+            return query_length, 0
+        first = self._first_visible()
+        return self.rows.longest - first, first
+
+
+class RowGroup:
+    """What a view asks of its group, answered for the one row of a pass."""
+
+    num_rows = 1
+    padding = np.zeros(1, np.int64)
+
+    def __init__(self, layer: StepLayer) -> None:
+        self.memory = layer.memory
+        self._layer = layer
+
+    def kind(self, number: int) -> LayerKind:
+        """What the layer is, and where it computes."""
+        return LayerKind(self._layer.shape, self._layer.dtype, self._layer.device)
+
+    def count_gather(self) -> None:
+        """A read is gathered."""
+        self.memory.counters.gathers += 1
+
+    def parts(self, number: int, stop: int) -> list[Part]:
+        """Where the row is."""
+        rows = self._layer.rows
+        return [Part(self._layer.place, None, rows.tables, rows.kv_lens, rows.host_rows)]

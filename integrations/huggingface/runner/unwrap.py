@@ -1,0 +1,149 @@
+"""The transformers model inside what an engine is given, and the models that an engine refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.model_state.offloaded import execution_device
+
+_TOLERANCE = 1e-3  # of the logits' norm: the same numbers, but for their rounding
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model inside `model`: itself, or the one that a wrapper holds.
+
+    A wrapper of PEFT or of the caller's may compute more than the model inside it. A short forward
+    pass of both tells. O(modules).
+
+    Raises: `TypeError` for what holds no such model; `KVPagerError` for a model that several
+    processes share, or whose wrapper computes other logits than the model inside it.
+    """
+    inner = model
+    while isinstance(inner, _TRANSPARENT):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    if not isinstance(inner, GenerationMixin):
+        wrapper, inner = inner, _generative_inside(inner)
+        refuse_spread(wrapper)
+        refuse_spread(inner)
+        _refuse_unlike(wrapper, inner)
+    else:
+        refuse_spread(inner)
+    return inner
+
+
+# These pass a call on to the model inside, and its result back.
+_TRANSPARENT = (
+    torch._dynamo.eval_frame.OptimizedModule,  # of torch.compile(model)
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+)
+
+
+def _generative_inside(model: Any) -> Any:
+    name = type(model).__name__
+    expected = "model: expected a transformers model that can generate, got"
+    if not isinstance(model, nn.Module):
+        if isinstance(getattr(model, "model", None), GenerationMixin):
+            raise TypeError(f"{expected} a {name}; pass its .model")
+        if isinstance(model, str):
+            raise TypeError(
+                f"{expected} the text {model!r}; load it with AutoModelForCausalLM.from_pretrained"
+            )
+        raise TypeError(f"{expected} {name}")
+    found = dict(_outermost(model, ""))
+    if not found:
+        raise TypeError(
+            f"{expected} {name}; load the checkpoint with a class that has a language-model head, "
+            "such as AutoModelForCausalLM"
+        )
+    if len(found) > 1:
+        paths = ", ".join(f"model.{path}" for path in found)
+        raise TypeError(f"{expected} {name}, which holds several; pass one of {paths}")
+    return next(iter(found.values()))
+
+
+def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield models that can generate, and are not part of another one. O(modules)."""
+    for name, child in module.named_children():
+        where = f"{path}.{name}" if path else name
+        if isinstance(child, GenerationMixin):
+            yield where, child
+        else:
+            yield from _outermost(child, where)
+
+
+@torch.inference_mode()
+def _refuse_unlike(wrapper: Any, inner: Any) -> None:
+    """Raise `KVPagerError` if `wrapper` computes other logits than the model `inner` of it."""
+    name, inside = type(wrapper).__name__, type(inner).__name__
+    advice = f"use generate() for it, or pass the {inside} alone"
+    for config in getattr(wrapper, "peft_config", {}).values():
+        # What such adapters compute depends on tokens of the prompt, which only PEFT looks at.
+        if getattr(config, "alora_invocation_tokens", None):
+            raise KVPagerError(f"{name}: activated LoRA cannot be batched continuously; {advice}")
+    training = [module for module in wrapper.modules() if module.training]
+    wrapper.eval()
+    try:
+        expected, found = _logits(wrapper, inner), _logits(inner, inner)
+    except Exception as error:
+        raise KVPagerError(
+            f"{name} cannot be batched continuously: it did not take three tokens: {error!r}; "
+            f"{advice}"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    if expected.shape == found.shape:
+        difference = (expected - found).norm()
+        if bool(difference <= _TOLERANCE * expected.norm()):
+            return
+    raise KVPagerError(
+        f"{name} cannot be batched continuously: its logits are not those of the {inside} inside "
+        "it, as with PEFT's prompt tuning, whose virtual tokens have no place in a block table; "
+        f"{advice}"
+    )
+
+
+def _logits(model: Any, inner: Any) -> Tensor:
+    """Return what `model` computes for three tokens."""
+    ids = torch.tensor([[2, 1, 0]], device=execution_device(inner))
+    options = {"decoder_input_ids": ids} if inner.config.is_encoder_decoder else {}
+    logits: Tensor = model(input_ids=ids, **options).logits
+    return logits.float()
+
+
+def refuse_spread(model: Any) -> None:
+    """Raise `KVPagerError` for a model whose forward pass several processes compute together.
+
+    Each process has its own engine, and the engines may order requests differently. Collective
+    operations of different steps would then be mixed up. O(parameters).
+    """
+    how = _spread(model)
+    if how is not None:
+        raise KVPagerError(
+            f"{type(model).__name__} is spread by {how}, which cannot be batched in blocks; use "
+            "generate() for it, or load the whole model in each process"
+        )
+
+
+def _spread(model: Any) -> str | None:
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        return "tensor parallelism"
+    if getattr(model, "_device_mesh", None) is not None:
+        return "tensor parallelism, or another parallelism of torch.distributed's device meshes"
+    if hasattr(model, "_pp_stage") or getattr(model, "hf_split_points", None) is not None:
+        return "pipeline parallelism"
+    for parameter in model.parameters():
+        if getattr(parameter, "device_mesh", None) is not None:
+            return "tensor parallelism or FSDP: it has DTensor weights"
+        if hasattr(parameter, "ds_id"):
+            return "DeepSpeed ZeRO-3"
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return "FSDP"
+    return None

@@ -1,0 +1,70 @@
+"""Steps that an engine computes before its first request, so that no request waits for a compiler.
+
+Triton compiles a kernel when it is first launched with other types or compile-time constants. For
+attention those follow from the shape of a step: whether rows have one query or several, whether
+rows share a prefix, and whether a row is long enough to be split. Each shape is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from kvpager.integrations.huggingface.runner.runner import Runner, trial_plan
+from kvpager.plans import StepPlan
+
+COMPILING = ("cuda",)  # device types whose kernels are compiled at the first launch
+_SHORT = 8  # tokens of rows that are too short to be split
+_ROWS = 4
+
+
+def warm_up(runner: Runner, max_batch_tokens: int, max_running: int) -> None:
+    """Compute a step of every shape. Overwrites the first blocks, which no request may hold yet."""
+    for plan in warm_up_steps(runner, max_batch_tokens, max_running):
+        runner.run(plan, {sample: [0] for sample in plan.samples.tolist()})
+        runner.forget(plan.samples)
+
+
+def warm_up_steps(runner: Runner, max_batch_tokens: int, max_running: int) -> Iterator[StepPlan]:
+    """Yield the steps: copies of blocks, decoding, prompts, and both at once."""
+    storage, longest = runner.storage, runner.anatomy.max_length or 2**15
+    begins_in_cache = not runner.anatomy.has_state  # a state is not in the blocks
+    room = min(longest, storage.num_blocks * storage.block_size)
+    few = min(_ROWS, max_running, max_batch_tokens)
+    prompt = min(max_batch_tokens - few + 1, room)
+    yield from _copies(runner)
+    yield _step(runner, [(0, prompt)])
+    if not begins_in_cache:
+        return
+    yield _step(runner, [(room - 1, 1)])  # one long row, split
+    yield _step(runner, [(min(_SHORT, room) - 1, 1)] * few)  # short rows
+    yield _step(runner, [(room - 1, 1)] * few)  # long rows with a prefix in common
+    if few > 1:
+        rows = [(room - 1, 1)] * (few - 1)
+        yield _step(runner, [*rows, (0, prompt)])
+        yield _step(runner, [*rows, (room - min(prompt, 2), min(prompt, 2))])
+
+
+def _step(runner: Runner, rows: list[tuple[int, int]]) -> StepPlan:
+    """Return a step of rows (tokens in the cache, new tokens) that all have the same blocks."""
+    storage = runner.storage
+    starts, counts = (np.array(each, np.int32) for each in zip(*rows, strict=True))
+    ends = starts + counts
+    num_blocks = -(-int(ends.max()) // storage.block_size)
+    tables = np.broadcast_to(np.arange(num_blocks, dtype=np.int32), (len(rows), num_blocks))
+    prompts = [[0] * int(end) for end in ends]
+    plan = trial_plan(prompts, starts, counts, tables.copy(), storage)
+    if len(np.unique(plan.slots)) < len(plan.slots):  # two rows must not write to one slot
+        plan = replace(plan, slots=np.full_like(plan.slots, -1))
+    return plan
+
+
+def _copies(runner: Runner) -> Iterator[StepPlan]:
+    """Yield a step that copies blocks for each number of pairs that a kernel is compiled for."""
+    plan = _step(runner, [(0, 1)])
+    for count in (1, 2, 9, 65, 257):
+        if 2 * count <= runner.storage.num_blocks:
+            blocks = np.arange(2 * count, dtype=np.int32).reshape(2, count).T
+            yield replace(plan, copies=blocks)

@@ -1,0 +1,156 @@
+"""`append_kv`, `gather_kv` and `copy_blocks` by the native kernels, or, for dtypes that these do
+not know, by the twins. Arguments are those of the twins in `reference.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpager.kernels import reference
+from kvpager.kernels.args import wrong_length
+from kvpager.kernels.cpu.library import (
+    APPEND,
+    COPY,
+    GATHER,
+    TYPES,
+    Library,
+    address,
+    int32_rows,
+    integers,
+)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# A copy does not care what it copies, only how wide it is; the type is that of as wide a float.
+_NO_TYPE = TYPES[torch.float32]
+
+
+class AppendKV:
+    """`append_kv` over one library."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def __call__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor,
+        *,
+        scales: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """As the twin. `ValueError` for a slot beyond the cache, with nothing written."""
+        if scales is not None and (key_cache.dtype != torch.int8 or key.dtype not in _FLOATS):
+            reference.append_kv(key, value, key_cache, value_cache, slots, scales=scales)
+            return
+        num_blocks, block_size, kv_heads, key_dim = key_cache.shape
+        slots = slots.contiguous()
+        key_scales, value_scales = scales or (None, None)
+        scale_strides = (0, 0, 0) if key_scales is None else key_scales.stride()
+        if value_scales is not None and value_scales.stride() != scale_strides:
+            reference.append_kv(key, value, key_cache, value_cache, slots, scales=scales)
+            return
+        # Asked for once each: with one token a step, asking is most of the time.
+        key_strides, value_strides = key.stride(), value.stride()
+        key_cache_strides, value_cache_strides = key_cache.stride(), value_cache.stride()
+        problem = self._library.call(
+            "append_kv",
+            APPEND,
+            key.data_ptr(), value.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),
+            address(key_scales), address(value_scales), *integers(slots),
+            TYPES.get(key.dtype, _NO_TYPE), TYPES.get(key_cache.dtype, _NO_TYPE),
+            key_cache.element_size(),
+            key.shape[0], kv_heads, num_blocks, block_size, torch.get_num_threads(),
+            key_dim, value_cache.shape[3],
+            key_strides[0], value_strides[0], key_strides[1], value_strides[1],
+            key_cache_strides[0], value_cache_strides[0],
+            key_cache_strides[1], value_cache_strides[1],
+            key_cache_strides[2], value_cache_strides[2],
+            *scale_strides,
+        )  # fmt: skip
+        if problem is not None:
+            token, slot, _ = problem.numbers
+            raise ValueError(
+                f"slots[{token}] is {slot}; the cache has slots 0 to {num_blocks * block_size - 1}"
+            )
+
+
+class GatherKV:
+    """`gather_kv` over one library."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def __call__(
+        self,
+        cache: Tensor,
+        block_tables: Tensor,
+        kv_lens: Tensor,
+        length: int,
+        *,
+        scales: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """As the twin. `ValueError` for a block that does not exist, with nothing read."""
+        dtype = dtype or cache.dtype
+        # The native one widens int8; any other change of dtype is the twin's.
+        if (
+            (cache.dtype != torch.int8 or dtype not in _FLOATS)
+            if scales is not None
+            else (cache.dtype != dtype)
+        ):
+            return reference.gather_kv(
+                cache, block_tables, kv_lens, length, scales=scales, dtype=dtype
+            )
+        block_tables = int32_rows(block_tables)
+        rows, columns = block_tables.shape
+        num_blocks, block_size, kv_heads, dim = cache.shape
+        kv_lens = kv_lens.contiguous()
+        output = cache.new_empty(rows, length, kv_heads, dim, dtype=dtype)
+        problem = self._library.call(
+            "gather_kv",
+            GATHER,
+            cache.data_ptr(), output.data_ptr(), address(scales), block_tables.data_ptr(),
+            *integers(kv_lens),
+            TYPES.get(cache.dtype, _NO_TYPE), TYPES.get(dtype, _NO_TYPE),
+            cache.element_size(), output.element_size(),
+            rows, length, kv_heads, dim,
+            num_blocks, block_size, columns, block_tables.stride(0),
+            *cache.stride()[:3], *((0, 0, 0) if scales is None else scales.stride()),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if problem is not None:
+            row, column, value = problem.numbers
+            if problem.code == 1:
+                raise wrong_length(row, value, columns * block_size)
+            raise ValueError(
+                f"block_tables[{row}, {column}] is {value}; "
+                f"the cache has blocks 0 to {num_blocks - 1}, and -1 is none"
+            )
+        return output
+
+
+class CopyBlocks:
+    """`copy_blocks` over one library."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def __call__(self, storage: Tensor, copies: Tensor) -> None:
+        """As the twin. `ValueError` for a block that does not exist, with nothing written."""
+        copies = copies.contiguous()
+        size = storage.element_size()
+        problem = self._library.call(
+            "copy_blocks",
+            COPY,
+            storage.data_ptr(), *integers(copies), len(copies), len(storage),
+            storage.stride(0) * size, storage[0].numel() * size if len(storage) else 0,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if problem is not None:
+            pair, _, block = problem.numbers
+            raise ValueError(
+                f"copies[{pair}] names block {block}; the storage has blocks 0 to "
+                f"{len(storage) - 1}, and a negative number skips the pair"
+            )

@@ -1,0 +1,233 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""The Triton kernels of `copies.py`, which describes what they do and why."""
+
+# Legend. Lower-case names of tensors are pointers inside kernels; `x_y` after a tensor x is its
+# stride along y. VECTORS vectors, PAIRS pairs and WIDTH units of a block are what one program
+# takes. A slot of -1 is no slot, a block of -1 no block, a pair with a -1 is skipped.
+
+# What changes from step to step (counts, and where index tensors begin) is not specialised: a new
+# variant would be compiled while requests wait.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INT8_LARGEST: tl.constexpr = tl.constexpr(127.0)
+E4M3_LARGEST: tl.constexpr = tl.constexpr(448.0)
+# Added to a float32 and taken away again, these round it to a multiple of 1 and of 2^-9.
+ROUND_TO_1: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
+ROUND_TO_2_9: tl.constexpr = tl.constexpr(16384.0)  # 2^14
+
+
+@triton.jit
+def _int8_from_float(x):
+    """float32 to int8: to the nearest, ties to even, at most 127."""
+    # A multiple of 1 is all that a float32 of this size can hold.
+    nearest = (x + ROUND_TO_1) - ROUND_TO_1
+    return tl.minimum(tl.maximum(nearest, -INT8_LARGEST), INT8_LARGEST).to(tl.int8)
+
+
+@triton.jit
+def _e4m3_from_float(x):
+    """float32 to the bits of float8_e4m3fn: to the nearest, ties to even, at most 448."""
+    x = tl.minimum(tl.maximum(x, -E4M3_LARGEST), E4M3_LARGEST)
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Three bits of mantissa stay of 23, and the exponent's bias goes from 127 to 7.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 the numbers are multiples of 2^-9, and their bits count them.
+    shifted = tl.abs(x) + ROUND_TO_2_9
+    small = shifted.to(tl.uint32, bitcast=True) & 0xFF
+    return (tl.where(magnitude < (121 << 23), small, normal) | (bits >> 24 & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _float_from_e4m3(stored):
+    """The bits of float8_e4m3fn to float32, exactly."""
+    bits = stored.to(tl.uint32)
+    # The same bits in the wider format, and the difference of the biases: 2^(127 - 7).
+    x = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True)
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), x * 1.329227995784916e36)
+
+
+@triton.jit
+def _store_vectors(x, vectors, scales, kept, inside):
+    """Write x [VECTORS, D] to `vectors`, quantised where there are `scales` [VECTORS]."""
+    written = kept[:, None] & inside
+    if scales is None:
+        tl.store(vectors, x, mask=written)
+    else:
+        exact = x.to(tl.float32)
+        # As integers, the bits of floats without a sign are ordered as their values are, and NaN
+        # comes after infinity: unlike the maximum of floats, this one never loses a NaN.
+        highest = tl.max(tl.abs(exact).to(tl.int32, bitcast=True), 1)
+        highest = highest.to(tl.float32, bitcast=True)
+        largest = INT8_LARGEST if vectors.dtype.element_ty == tl.int8 else E4M3_LARGEST
+        scale = tl.div_rn(highest, tl.zeros_like(highest) + largest)
+        ordinary = (scale > 0) & (scale < float("inf"))
+        ratio = tl.div_rn(exact, tl.where(ordinary, scale, 1.0)[:, None] + tl.zeros_like(exact))
+        ratio = tl.where(ordinary[:, None], ratio, 0.0)
+        if vectors.dtype.element_ty == tl.int8:
+            tl.store(vectors, _int8_from_float(ratio), mask=written)
+        else:
+            tl.store(vectors, _e4m3_from_float(ratio), mask=written)
+        tl.store(scales, scale, mask=kept)
+
+
+@triton.jit(do_not_specialize=["num_vectors"], do_not_specialize_on_alignment=["slots"])
+def append_vectors(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slots,
+    key_scales,
+    value_scales,
+    num_vectors,
+    key_token,
+    key_head,
+    value_token,
+    value_head,
+    key_cache_block,
+    value_cache_block,
+    key_scales_block,
+    value_scales_block,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """Write a tile of vectors of key and value to their tokens' slots."""
+    vector = tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)
+    token = (vector // HEADS).to(tl.int64)
+    head = (vector % HEADS).to(tl.int64)
+    slot = tl.load(slots + token, mask=vector < num_vectors, other=-1).to(tl.int64)
+    kept = slot >= 0
+    block = slot // BLOCK_SIZE
+    place = slot % BLOCK_SIZE * HEADS + head  # of the vector in its block
+
+    dim = tl.arange(0, triton.next_power_of_2(KEY_DIM))
+    inside = (dim < KEY_DIM)[None, :]
+    vectors = key + (token * key_token + head * key_head)[:, None] + dim[None, :]
+    x = tl.load(vectors, mask=kept[:, None] & inside, other=0.0)
+    vectors = key_cache + (block * key_cache_block + place * KEY_DIM)[:, None] + dim[None, :]
+    scales = None if key_scales is None else key_scales + block * key_scales_block + place
+    _store_vectors(x, vectors, scales, kept, inside)
+
+    dim = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
+    inside = (dim < VALUE_DIM)[None, :]
+    vectors = value + (token * value_token + head * value_head)[:, None] + dim[None, :]
+    x = tl.load(vectors, mask=kept[:, None] & inside, other=0.0)
+    vectors = value_cache + (block * value_cache_block + place * VALUE_DIM)[:, None] + dim[None, :]
+    scales = None if value_scales is None else value_scales + block * value_scales_block + place
+    _store_vectors(x, vectors, scales, kept, inside)
+
+
+@triton.jit(
+    do_not_specialize=["length", "num_columns", "tables_row"],
+    do_not_specialize_on_alignment=["tables", "kv_lens"],
+)
+def gather_vectors(
+    gathered,
+    cache,
+    scales,
+    tables,
+    kv_lens,
+    length,
+    num_columns,
+    cache_block,
+    scales_block,
+    tables_row,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """Read a tile of one row's vectors, zero where the row has none."""
+    tiles = tl.cdiv(length * HEADS, VECTORS)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    vector = tl.program_id(0) % tiles * VECTORS + tl.arange(0, VECTORS)
+    exists = vector < length * HEADS
+    position = tl.load(kv_lens + row).to(tl.int32) - length + vector // HEADS
+    column = position // BLOCK_SIZE
+    found = exists & (position >= 0) & (column < num_columns)
+    block = tl.load(tables + row * tables_row + column, mask=found, other=-1).to(tl.int64)
+    found &= block >= 0
+    place = position % BLOCK_SIZE * HEADS + vector % HEADS  # of the vector in its block
+
+    dim = tl.arange(0, triton.next_power_of_2(DIM))
+    inside = (dim < DIM)[None, :]
+    vectors = cache + (block * cache_block + place * DIM)[:, None] + dim[None, :]
+    x = tl.load(vectors, mask=found[:, None] & inside, other=0)
+    to = gathered.dtype.element_ty
+    if scales is not None:
+        # A float64 result is multiplied in float64, everything else in float32 and rounded once.
+        maths = tl.float64 if to == tl.float64 else tl.float32
+        scale = tl.load(scales + block * scales_block + place, mask=found, other=0.0).to(maths)
+        if x.dtype == tl.uint8:
+            x = _float_from_e4m3(x)
+        x = x.to(maths) * scale[:, None]
+    elif x.dtype == tl.float64 and to != tl.float64:
+        x = x.to(tl.float32)
+    vectors = gathered + (row * length * HEADS + vector)[:, None] * DIM + dim[None, :]
+    tl.store(vectors, x.to(to), mask=exists[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["copies"])
+def copy_runs(
+    storage,
+    copies,
+    num_pairs,
+    run,
+    block,
+    PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The same WIDTH units of every pair's block: read them all, then write them all.
+
+    `run` (units in a block) and `block` (units from one to the next) are counted in groups of
+    VECTOR units, by which the compiler sees that 16-byte loads fit.
+    """
+    pair = tl.arange(0, PAIRS)
+    source = tl.load(copies + pair * 2, mask=pair < num_pairs, other=-1).to(tl.int64)
+    destination = tl.load(copies + pair * 2 + 1, mask=pair < num_pairs, other=-1).to(tl.int64)
+    unit = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    kept = ((source >= 0) & (destination >= 0))[:, None] & (unit < run * VECTOR)[None, :]
+    x = tl.load(storage + (source * block * VECTOR)[:, None] + unit[None, :], mask=kept)
+    # No thread may write before every thread has read: another one may read what it overwrites.
+    tl.debug_barrier()
+    tl.store(storage + (destination * block * VECTOR)[:, None] + unit[None, :], x, mask=kept)
+
+
+@triton.jit(do_not_specialize=["first", "width"], do_not_specialize_on_alignment=["copies"])
+def stage_runs(
+    storage,
+    staging,
+    copies,
+    first,
+    width,
+    block,
+    WRITE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Units [first, first + width) of one pair's source to `staging`, or from there (WRITE).
+
+    `first`, `width` and `block` are counted in groups of VECTOR units.
+    """
+    tiles = tl.cdiv(width * VECTOR, WIDTH)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    source = tl.load(copies + pair * 2).to(tl.int64)
+    destination = tl.load(copies + pair * 2 + 1).to(tl.int64)
+    unit = tl.program_id(0) % tiles * WIDTH + tl.arange(0, WIDTH)
+    kept = (unit < width * VECTOR) & (tl.minimum(source, destination) >= 0)
+    row = tl.maximum(destination if WRITE else source, 0)
+    stored = storage + (row * block + first) * VECTOR + unit
+    staged = staging + pair * width * VECTOR + unit
+    if WRITE:
+        tl.store(stored, tl.load(staged, mask=kept), mask=kept)
+    else:
+        tl.store(staged, tl.load(stored, mask=kept), mask=kept)

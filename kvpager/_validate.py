@@ -1,0 +1,280 @@
+"""Reading what callers pass: one place for the checks, so that every message reads alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from itertools import islice
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvpager._words import counted
+from kvpager.blocks.contents import Contents
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+_INT32 = np.iinfo(np.int32)
+_NO_INTS = (bool, np.timedelta64)  # which Python and NumPy count among their integers
+COUNT_MAX = int(_INT32.max)  # blocks of a pool and tokens of a sequence are numbered in int32
+PRIORITY_MAX = COUNT_MAX  # of a request; a float64 still orders such priorities by time
+SECONDS_MAX = 10**9  # 31 years: what Python's own locks and clocks can wait for, and then some
+_SHOWN_MAX = 80  # characters of a value in a message
+
+
+def is_int(value: Any) -> bool:
+    """True if `value` is a whole number, and neither a truth value nor a time span."""
+    # NumPy counts a timedelta64 among its integers.
+    is_integral = type(value) is int or isinstance(value, Integral)
+    return is_integral and not isinstance(value, _NO_INTS)
+
+
+def shown(value: Any) -> str:
+    """Return `value` as it reads in a message: short, whatever it is. Never raises."""
+    try:
+        text = repr(value)
+    except Exception:  # a caller's own `__repr__`, or an int of more digits than Python prints
+        text = f"of type {type(value).__name__}"
+    return text if len(text) <= _SHOWN_MAX else f"{text[: _SHOWN_MAX - 3]}..."
+
+
+def count(name: str, value: int, *, at_least: int = 0, at_most: int = COUNT_MAX) -> int:
+    """Return `value` as a plain int within bounds; NumPy's own wrap around in arithmetic."""
+    if not is_int(value):
+        raise TypeError(f"{name} {shown(value)}: expected an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} {shown(value)}: expected at least {at_least}")
+    if value > at_most:
+        raise ValueError(f"{name} {shown(value)}: expected at most {at_most}")
+    return int(value)
+
+
+def flag(name: str, value: bool) -> bool:
+    """Return `value`, which is True or False: a string such as "no" would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} {shown(value)}: expected True or False")
+    return value
+
+
+def block_size(value: int) -> int:
+    """Return a power of two of at least 1."""
+    size = count("block_size", value, at_least=1)
+    if size & (size - 1):
+        raise ValueError(f"block_size {size}: expected a power of two, such as 16")
+    return size
+
+
+def number(name: str, value: float, *, at_least: float, at_most: float) -> float:
+    """Return `value` as a plain float within bounds. NaN is within none."""
+    if not (is_int(value) or isinstance(value, float | np.floating)):
+        raise TypeError(f"{name} {shown(value)}: expected a number, got {type(value).__name__}")
+    if not at_least <= value <= at_most:
+        raise ValueError(f"{name} {shown(value)}: expected {at_least:g} to {at_most:g}")
+    return float(value)
+
+
+def seconds(name: str, value: float) -> float:
+    """Return a duration in seconds, from 0 to `SECONDS_MAX`."""
+    if not (is_int(value) or isinstance(value, float | np.floating)):
+        raise TypeError(f"{name} {shown(value)}: expected seconds, got {type(value).__name__}")
+    if not 0 <= value <= SECONDS_MAX:
+        limits = f"at least 0 and at most {SECONDS_MAX:,}"
+        raise ValueError(f"{name} {shown(value)}: expected seconds, {limits}")
+    return float(value)
+
+
+def within_one(name: str, value: int | None, length: int) -> None:
+    """Refuse a token number beyond the end of a sequence."""
+    if value is not None and value > length:
+        raise ValueError(f"{name} {value}: the sequence has {counted(length, 'token')} only")
+
+
+def within(name: str, value: int | Int64, lengths: Int64) -> None:
+    """Refuse a token number beyond the end of a sequence; `value` is one for all, or one each."""
+    beyond = np.flatnonzero(lengths < value)
+    if len(beyond):
+        wrong = np.broadcast_to(value, lengths.shape)[beyond[0]]
+        length = counted(int(lengths[beyond[0]]), "token")
+        raise ValueError(f"{name} {wrong}: the sequence has {length} only")
+
+
+def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:
+    """Return one whole number of at least 0 for each sequence; a single one stands for all."""
+    numbers = integers(name, value)
+    if numbers.shape not in ((), (num_sequences,)):
+        raise ValueError(
+            f"{name} {shown(value)}: expected one int, or one for each of {num_sequences}"
+        )
+    if numbers.size and (numbers.min() < 0 or numbers.max() > COUNT_MAX):
+        raise ValueError(f"{name} {shown(value)}: expected 0 to {COUNT_MAX} each")
+    return np.broadcast_to(numbers.astype(np.int64), (num_sequences,))
+
+
+def label(name: str, value: str | None) -> None:
+    """Refuse a namespace, adapter or tenant that is neither None nor a string with a character.
+
+    1, 1.0 and True can then never be the same tenant. An empty string is a tenant's missing id:
+    its prompts would be shared with those of all others without one.
+    """
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} {shown(value)}: expected a str or None, got {type(value).__name__}"
+        )
+    if not value:
+        raise ValueError(f'{name} "": expected at least one character. Pass None for no {name}.')
+
+
+def contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
+    """Return what stands behind a prompt's placeholders. O(contents)."""
+    found = []
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"contents {shown(value)}: expected a list of (start, stop, digest)")
+    for item in value:
+        if not isinstance(item, tuple | list) or len(item) != 3:
+            raise TypeError(f"content {shown(item)}: expected (start, stop, digest)")
+        start, stop, digest = item
+        if not isinstance(digest, bytes) or not digest:
+            raise TypeError(
+                f"content {shown(item)}: expected bytes that stand for it, such as a SHA-256"
+            )
+        start = count("content's first token", start)
+        stop = count("content's end", stop, at_least=start + 1, at_most=length)
+        found.append((start, stop, digest, stop))
+    return Contents(found)
+
+
+def integers(name: str, value: Any) -> NDArray[np.integer[Any]]:
+    """Return an array of the integers in `value`, of any shape. O(items).
+
+    NumPy alone would read the values under a mask, and True among ints as 1: such are refused.
+    Raises: `TypeError`, `ValueError`.
+    """
+    try:
+        array = _read(value)
+    except _UNREADABLE as error:
+        raise _unreadable(name, value, error) from None
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name} of dtype {array.dtype}: expected integers")
+    return array if array.size else array.astype(np.int64)
+
+
+class _NotInteger(Exception):
+    """An item is no integer, although NumPy would read it as one."""
+
+
+# What NumPy, torch and callers' objects raise. Other errors may be a signal handler's own.
+_UNREADABLE = (
+    _NotInteger, np.ma.MaskError, AttributeError, LookupError, NotImplementedError, OverflowError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def _unreadable(name: str, value: Any, error: Exception) -> Exception:
+    if isinstance(error, _NotInteger):
+        return TypeError(f"{name} {error}")
+    if isinstance(error, np.ma.MaskError):
+        return ValueError(f"{name}: some are masked. Fill or drop them.")
+    if isinstance(error, OverflowError):
+        return ValueError(f"{name} of more than 64 bits: expected 32-bit integers")
+    if isinstance(error, ValueError) and _is_list(value):
+        return ValueError(f"{name} of several lengths: expected one flat list of ids")
+    # Such as a tensor on another device: its own advice is the best.
+    kind, why = type(value).__name__, str(error).partition("\n")[0].rstrip(".")
+    return TypeError(f"{name} of type {kind}: {why}. Pass a list of ints or a NumPy array.")
+
+
+def _read(value: Any) -> NDArray[Any]:
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, str | bytes | Mapping | Set):
+        raise _NotInteger(f"{shown(value)}: expected integers, got {type(value).__name__}")
+    mask = getattr(value, "mask", None)
+    if isinstance(mask, np.ndarray | np.bool_ | bool) and np.any(mask):
+        raise np.ma.MaskError
+    if not _is_list(value):
+        return np.asarray(value)
+    items = value if isinstance(value, list | tuple) else list(islice(iter(value), len(value)))
+    kinds = set(map(type, items))
+    if all(issubclass(kind, Integral) and not issubclass(kind, _NO_INTS) for kind in kinds):
+        array = np.asarray(items)
+        # NumPy takes ints beyond 64 bits for floats or objects.
+        return array if array.dtype.kind in "iu" else np.array([*map(int, items)], np.int64)
+    for item in items:
+        if not _is_list(item) and (array := _read(item)).size and array.dtype.kind not in "iu":
+            raise _NotInteger(f"of dtype {array.dtype}: expected integers")
+    return np.asarray(items)
+
+
+def _is_list(value: Any) -> bool:
+    """True for a sequence that NumPy would read item by item."""
+    return (
+        hasattr(value, "__len__")
+        and hasattr(value, "__getitem__")
+        and not hasattr(value, "__array__")
+        and not isinstance(value, str | bytes)
+    )
+
+
+def token_ids(value: ArrayLike) -> Int32:
+    """Return one-dimensional token ids as int32. O(tokens). Raises: `TypeError`, `ValueError`."""
+    if type(value) is np.ndarray and value.dtype == np.int32 and value.ndim == 1:
+        return value
+    if value is None:
+        raise TypeError("token ids None: expected a list of ints, or a count")
+    ids = integers("token ids", value)
+    if ids.ndim != 1:
+        raise ValueError(f"token ids of shape {ids.shape}: expected one dimension")
+    if ids.size and (ids.max() > _INT32.max or ids.min() < _INT32.min):
+        wrong = ids[(ids > _INT32.max) | (ids < _INT32.min)][0]
+        raise ValueError(f"token id {wrong}: expected 32-bit integers")
+    return ids.astype(np.int32)
+
+
+def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
+    """Return a prompt's length, and its ids where it has any."""
+    if is_int(value):
+        return count("prompt", value, at_least=1), None  # type: ignore[arg-type]
+    if isinstance(value, bool | float | str | bytes):
+        raise TypeError(f"prompt {shown(value)}: expected token ids or a count of tokens")
+    ids = token_ids(value)
+    return len(ids), ids
+
+
+def new_tokens(
+    num_sequences: int | None, tokens: Any, new_counts: ArrayLike | None
+) -> tuple[int | Int64, Int32 | None]:
+    """Return how many tokens each sequence gets, and all their ids, where known, end to end.
+
+    `num_sequences` is None where a single handle was named, whose ids stand in one plain list.
+    """
+    if new_counts is not None:
+        if not (is_int(tokens) and tokens == 1):
+            raise ValueError("give either tokens or counts, not both")
+        return counts("counts", new_counts, num_sequences or 1), None
+    if is_int(tokens):
+        return count("tokens", tokens, at_least=1), None
+    if isinstance(tokens, bool | float | str | bytes) or not isinstance(tokens, Iterable):
+        raise TypeError(f"tokens {shown(tokens)}: expected a count or token ids")
+    tokens = tokens if hasattr(tokens, "__len__") else list(tokens)
+    if num_sequences is None or getattr(tokens, "ndim", 1) == 0:
+        ids = token_ids(tokens)
+        return len(ids), ids
+    if len(tokens) != num_sequences:
+        raise ValueError(
+            f"token ids for {len(tokens)} sequences, but {num_sequences} were named; "
+            "give one id, or one list of ids, for each"
+        )
+    if isinstance(tokens, np.ndarray) and tokens.ndim <= 2:
+        each = 1 if tokens.ndim == 1 else tokens.shape[1]
+        return each, token_ids(tokens.reshape(-1))
+    if all(map(is_int, tokens)):
+        return 1, token_ids(tokens)
+    rows = [token_ids(np.atleast_1d(integers("token ids", row))) for row in tokens]
+    return np.array([len(row) for row in rows], np.int64), np.concatenate([_NO_IDS, *rows])
+
+
+_NO_IDS: Int32 = np.empty(0, np.int32)

@@ -1,0 +1,132 @@
+"""kvpager's own `Engine`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from kvpager.bench.throughput.models import twin
+from kvpager.bench.throughput.pacing import MONOTONIC, Clock, arrivals
+from kvpager.bench.throughput.results import Memory, Moment, Run, Served
+from kvpager.bench.throughput.systems import Options, Progress
+from kvpager.bench.throughput.workload import Item, Workload
+from kvpager.engine.metrics import StepRecord
+from kvpager.engine.stream import Output, Stream
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.engine import Engine
+from kvpager.integrations.huggingface.runner.model_info import study
+from kvpager.storage.block_storage import BlockStorage
+
+
+class EngineSystem:
+    """An engine that stays open from run to run; what it has cached does not."""
+
+    def __init__(
+        self,
+        model: Any,
+        options: Options,
+        workload: Workload,
+        *,
+        compiled: bool = False,
+        clock: Clock = MONOTONIC,
+    ) -> None:
+        self._model, self._clock = twin(model), clock
+        anatomy = study(self._model)
+        self.block_bytes = BlockStorage.bytes_of_a_block(
+            options.block_size,
+            [layer.shape for layer in anatomy.layers],
+            dtype=anatomy.dtype,
+            kv_dtype=options.engine.get("kv_dtype"),
+        )
+        self._start = 0.0
+        self._moments: list[Moment] = []
+        memory = options.memory
+        if memory is None:  # a fiftieth more: the scheduler keeps a few blocks back
+            memory = (workload.blocks(options.block_size) * 51 // 50 + 1) * self.block_bytes
+        try:
+            self.engine = Engine(
+                self._model,
+                memory=memory,
+                host_memory=options.host_memory,
+                block_size=options.block_size,
+                max_batch_tokens=options.max_batch_tokens,
+                max_running=options.max_running,
+                prefix_cache=options.prefix_cache,
+                # Weights do not change while they are measured: they may be packed.
+                compile={"options": {"freezing": True}} if compiled else False,
+                on_step=self._note,
+                **options.engine,
+            )
+        except ValueError as error:  # no block fits
+            raise KVPagerError(str(error)) from error
+
+    def run(self, workload: Workload, progress: Progress) -> Run:
+        """Serve the requests. Raises: `KVPagerError` for one that never fits, or fails."""
+        at_once = sum(item.arrival <= 0 for item in workload.items)
+        # The pause gives up cached prompts, and the first step sees all requests that are due:
+        # how the engine batches them depends on the workload, not on how fast they are submitted.
+        with self.engine.pause():
+            before = self.engine.stats().scheduler
+            self._moments = []
+            self._start = self._clock.now()
+            coming = arrivals(workload, self._start, self._clock)
+            streams = [self._submit(item) for _, item in itertools.islice(coming, at_once)]
+        streams += [self._submit(item) for _, item in coming]
+        outputs = []
+        for stream in streams:
+            outputs.append(stream.result())
+            progress(1)
+        after = self.engine.stats().scheduler
+        served = [
+            self._served(output, item.arrival)
+            for output, item in zip(outputs, workload.items, strict=True)
+        ]
+        return Run(
+            max(each.finished for each in served),
+            served,
+            memory=busiest(self._moments, self.block_bytes),
+            swapped=after.total_preempted_by_swap - before.total_preempted_by_swap,
+            recomputed=after.total_preempted_by_recompute - before.total_preempted_by_recompute,
+            hit_tokens=after.total_reused_tokens - before.total_reused_tokens,
+            moments=self._moments,
+        )
+
+    def close(self) -> None:
+        """Close the engine."""
+        self.engine.close()
+
+    def _submit(self, item: Item) -> Stream:
+        try:
+            return self.engine.submit(item.prompt, max_new_tokens=item.new_tokens)
+        except ValueError as error:  # it is too long for the pool
+            raise KVPagerError(str(error)) from error
+
+    def _served(self, output: Output, arrival: float) -> Served:
+        assert output.first_token is not None
+        assert output.finished is not None
+        first, finished = output.first_token - self._start, output.finished - self._start
+        return Served(arrival, first, finished, output.tokens)
+
+    def _note(self, record: StepRecord) -> None:
+        scheduler, pool = record.stats.scheduler, record.stats.pool
+        self._moments.append(
+            Moment(
+                self._clock.now() - self._start,
+                record.rows,
+                record.tokens,
+                pool.num_held,
+                pool.num_blocks,
+                record.slot_use,
+                scheduler.num_running,
+                scheduler.num_waiting,
+                scheduler.num_preempted,
+            )
+        )
+
+
+def busiest(moments: list[Moment], block_bytes: int) -> Memory | None:
+    """What is held when most is. O(steps)."""
+    if not moments:
+        return None
+    most = max(moments, key=lambda moment: moment.held_blocks)
+    return Memory(most.held_blocks * block_bytes, most.slot_use)

@@ -1,0 +1,162 @@
+"""Several systems, one after the other, over the same requests."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import kvpager
+from kvpager import _validate as arguments
+from kvpager.bench.environment import installed
+from kvpager.bench.throughput import models
+from kvpager.bench.throughput.results import Figures, Run, compare
+from kvpager.bench.throughput.systems import (
+    Options,
+    Progress,
+    System,
+    check_names,
+    opened,
+)
+from kvpager.bench.throughput.workload import Workload
+
+# Is told a system's name, the repeat (0: warming up) and how many requests come.
+Stage = Callable[[str, int, int], Progress]
+
+
+def measure(
+    names: Sequence[str],
+    model: Any,
+    workload: Workload,
+    options: Options,
+    *,
+    model_path: str | None = None,
+    repeats: int = 1,
+    subsets: dict[str, int] | None = None,
+    stage: Stage | None = None,
+    open_system: Any = opened,
+) -> list[Figures]:
+    """Have each system serve the requests `repeats` times, in turns: A B C A B C.
+
+    Before that, each serves a few others that are not counted. A machine whose speed drifts is slow
+    for all of them.
+
+    Args:
+        names: of `systems.SYSTEMS`.
+        model: what they serve.
+        workload: the requests.
+        options: for all systems.
+        model_path: where `model` is saved; None saves it for those that read it.
+        repeats: figures are the medians of so many.
+        subsets: of a system: it gets so many of the requests, the first ones.
+        stage: is told what comes next, and says what to tell of its progress.
+        open_system: makes a system ready, as `systems.opened` does.
+
+    Raises: `ValueError` for what makes no sense; `KVPagerError` where a system fails.
+    """
+    options.check()
+    names = check_names(names, options)
+    repeats = arguments.count("repeats", repeats, at_least=1)
+    workload.check(models.max_length(model))
+    works = {name: workload.first((subsets or {}).get(name, len(workload.items))) for name in names}
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    with _threads(options.threads), contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_folder(names, model, model_path))
+        systems: dict[str, System] = {}
+        for name in names:
+            few = workload.warm_up()
+            told = _tell(stage, name, 0, few)
+            systems[name] = stack.enter_context(
+                open_system(name, model, folder, options, works[name])
+            )
+            systems[name].run(few, told)
+        for repeat in range(1, repeats + 1):
+            for name, system in systems.items():
+                gc.collect()
+                run = system.run(works[name], _tell(stage, name, repeat, works[name]))
+                run.check([item.new_tokens for item in works[name].items])
+                runs[name].append(run)
+    notes = {
+        name: f"the first {len(work.items)} of {len(workload.items)} requests alone"
+        for name, work in works.items()
+        if len(work.items) < len(workload.items)
+    }
+    return compare(runs, notes)
+
+
+def _tell(stage: Stage | None, name: str, repeat: int, workload: Workload) -> Progress:
+    return stage(name, repeat, len(workload.items)) if stage is not None else _ignore
+
+
+def _ignore(count: int) -> None:
+    """Nobody wants to know."""
+
+
+@contextlib.contextmanager
+def _folder(names: Sequence[str], model: Any, path: str | None) -> Iterator[Path]:
+    """Where the model is saved, if somebody reads it there."""
+    if not any(name.startswith("vllm") for name in names):
+        yield Path()
+        return
+    with models.saved(model, path) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch computes with so many threads; transformers keeps quiet."""
+    before, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
+    torch.set_num_threads(count or before)
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        transformers_logging.set_verbosity(verbosity)
+
+
+def describe(model: Any, workload: Workload, options: Options, **more: Any) -> dict[str, Any]:
+    """What figures depend on, as plain data: the first line of a file of them. O(parameters)."""
+    return {
+        "workload": {
+            "name": workload.name,
+            "requests": len(workload.items),
+            "prompt_tokens": workload.prompt_tokens,
+            "new_tokens": workload.new_tokens,
+            "longest": workload.longest,
+            "last_arrival_s": workload.items[-1].arrival,
+        },
+        "model": {
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+        },
+        "options": {name: getattr(options, name) for name in options.__slots__} | more,
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "threads": options.threads or torch.get_num_threads(),
+            "python": platform.python_version(),
+        },
+        "versions": {
+            "kvpager": kvpager.__version__,
+            **{name: installed(name) for name in ("torch", "transformers", "numpy")},
+        },
+    }
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

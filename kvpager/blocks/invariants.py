@@ -1,0 +1,72 @@
+"""The laws of the control plane, recounted from the block tables.
+
+Each part checks its own books - pool, rows, prefix trees, fences - and what only shows when they
+are laid side by side is checked here: who holds which block, and that the index offers what is
+there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.blocks.pins import Fences
+from kvpager.blocks.pool import BlockPool
+from kvpager.blocks.prefix import PrefixIndex
+from kvpager.blocks.quotas import Quotas
+from kvpager.blocks.sequences import SequenceTable
+from kvpager.errors import BrokenInvariant
+
+
+def check(
+    device: BlockPool,
+    host: BlockPool,
+    rows: SequenceTable,
+    index: PrefixIndex,
+    fences: Fences,
+    quotas: Quotas,
+    owned: list[tuple[str | None, NDArray[np.int32]]],
+) -> None:
+    """Raise `BrokenInvariant` that names the first broken law found. O(blocks + tokens)."""
+    rows.check()
+    holders = np.zeros(device.num_blocks, np.int32)
+    host_holders = np.zeros(host.num_blocks, np.int32)
+    for row in rows.live_rows():
+        for pool, count, blocks in (
+            (device, holders, rows.device_blocks(row)),
+            (host, host_holders, rows.host_blocks(row)),
+        ):
+            if np.any(blocks >= pool.num_blocks):
+                raise BrokenInvariant(f"sequence {row}: its table names a block that is not there")
+            if len(np.unique(blocks)) != len(blocks):
+                raise BrokenInvariant(f"sequence {row}: a block stands twice in its table")
+            count[blocks] += 1
+    device.check("device", holders)
+    host.check("host", host_holders)
+    fences.check()
+    index.check()
+    for row in rows.live_rows():
+        _check_published(rows, row, index, device)
+    quotas.check(device, owned)
+    index.check_queues(quotas.is_known_open)
+
+
+def _check_published(rows: SequenceTable, row: int, index: PrefixIndex, device: BlockPool) -> None:
+    """What the index offers for this row's place is what its own blocks are for."""
+    position = int(rows.published[row])
+    node = index.locate(rows.nodes[row], position) if position else None
+    if node is None:
+        if position and not rows.twins[row]:
+            raise BrokenInvariant(f"sequence {row}: the index lost blocks that it holds")
+        return
+    if node.tree != rows.prompt(row).tree:
+        raise BrokenInvariant(f"sequence {row}: it stands in the tree of {node.tree!r}")
+    offered = index.path(node, position)
+    own = rows.blocks(row)[:position]
+    here = own >= 0
+    if not rows.twins[row] and np.any(own[here] != offered[here]):
+        raise BrokenInvariant(
+            f"sequence {row}: the index offers another's blocks in place of its own"
+        )
+    if not np.array_equal(device.ids[own[here]], device.ids[offered[here]]):
+        raise BrokenInvariant(f"sequence {row}: the index offers other tokens than it holds")

@@ -1,0 +1,176 @@
+"""The eviction policies, by name.
+
+`lru`, `lfu` and `fifo` are what their names say. `priority` ranks by what `retain` said, then by
+last use. `lifetime` learns how long blocks of each kind are worth keeping: see `lifetime.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import logging
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+
+from kvpager.blocks.eviction import (
+    NO_BLOCKS,
+    Arrays,
+    BlockPolicy,
+    Blocks,
+    EvictionPolicy,
+    Float64,
+    Int32,
+    Int64,
+    Rank,
+    UInt64,
+)
+from kvpager.blocks.policies.lifetime import Lifetime
+
+logger = logging.getLogger("kvpager")
+
+PRIORITY_MAX = 100
+PRIORITY_DEFAULT = 50
+# A rank is a float64, exact up to 2**53: the low bits order by time, the high ones by merit.
+_TICKS = 2.0**44
+_MERIT_MAX = 2**8
+_OUTDATED_MAX = 64
+
+
+class LRU(BlockPolicy):
+    """Least recently used: the block leaves that nobody has held for longest."""
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {"last_used": np.int64}
+    last_used: Int64
+
+    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+        self.last_used[blocks] = self.tick()
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return self.last_used[blocks]
+
+
+class FIFO(BlockPolicy):
+    """First in, first out: the block leaves that was offered first."""
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {"admitted": np.int64}
+    admitted: Int64
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        self.admitted[blocks] = self.tick()
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return self.admitted[blocks]
+
+
+class LFU(LRU):
+    """Least frequently used; among equals, least recently used."""
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {**LRU.COLUMNS, "uses": np.int32}
+    uses: Int32
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        self.uses[blocks] = 1
+
+    def touch(self, blocks: Blocks) -> None:  # noqa: D102
+        self.uses[blocks] = np.minimum(self.uses[blocks] + 1, _MERIT_MAX)
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return np.asarray(self.uses[blocks] * _TICKS + self.last_used[blocks], np.float64)
+
+
+class Priority(LRU):
+    """By priority, 0 to 100, lowest first; among equals, least recently used.
+
+    A block begins at 50 and keeps what `retain` gives it for a time to live, in seconds, or for as
+    long as it is offered; when the time is over it is the first to leave. Retention by priority
+    and time is TensorRT-LLM's.
+    """
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
+        **LRU.COLUMNS,
+        "priority": np.int32,
+        "expires": np.float64,
+    }
+    priority: Int32
+    expires: Float64
+
+    def __init__(self, num_blocks: int, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(num_blocks)
+        self.expires[:] = np.inf
+        self._clock = clock
+        self._due: list[tuple[float, int]] = []
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        self.priority[blocks] = PRIORITY_DEFAULT
+        self.expires[blocks] = np.inf
+
+    def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102
+        # First of all the clock, which may fail: the caller may have given it.
+        expires = np.inf if ttl_s is None else float(self._clock() + ttl_s)
+        self.priority[blocks] = priority
+        self.expires[blocks] = expires
+        if ttl_s is not None:
+            for block in blocks.tolist():
+                heapq.heappush(self._due, (expires, block))
+        if len(self._due) > 2 * self.num_blocks + _OUTDATED_MAX:
+            self._await()
+        return True
+
+    def fallen(self) -> Int32:  # noqa: D102
+        if not self._due:
+            return NO_BLOCKS
+        try:
+            now = float(self._clock())
+        except BaseException as error:
+            # Room is being made: that goes on, as if no time had passed.
+            with contextlib.suppress(Exception):  # of a log handler of the caller's
+                logger.error("the clock of the eviction policy failed: %r", error)
+            return NO_BLOCKS
+        over = []
+        while self._due and self._due[0][0] <= now:
+            expires, block = heapq.heappop(self._due)
+            if self.expires[block] == expires:
+                self.priority[block] = -1
+                self.expires[block] = np.inf
+                over.append(block)
+        return np.array(over, np.int32)
+
+    def forget(self, blocks: Blocks) -> None:  # noqa: D102
+        self.expires[blocks] = np.inf
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return np.asarray(self.priority[blocks] * _TICKS + self.last_used[blocks], np.float64)
+
+    def resize(self, num_blocks: int, places: Int32) -> None:  # noqa: D102
+        super().resize(num_blocks, places)
+        self.expires[len(places) :] = np.inf
+        self._await()
+
+    def restore(self, state: Arrays) -> None:  # noqa: D102
+        # By the time of day, which goes on when a process ends.
+        super().restore(state)
+        self._await()
+
+    def _await(self) -> None:
+        dated = np.flatnonzero(np.isfinite(self.expires))
+        self._due = list(zip(self.expires[dated].tolist(), dated.tolist(), strict=True))
+        heapq.heapify(self._due)
+
+
+POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
+    "lru": LRU,
+    "lfu": LFU,
+    "fifo": FIFO,
+    "priority": Priority,
+    "lifetime": Lifetime,
+}
+
+
+def make_policy(name: str, num_blocks: int) -> EvictionPolicy:
+    """The policy called `name`. Raises `ValueError` for another name than those of `POLICIES`."""
+    if name not in POLICIES:
+        raise ValueError(f"eviction {name!r}: expected one of {', '.join(POLICIES)}")
+    return POLICIES[name](num_blocks)

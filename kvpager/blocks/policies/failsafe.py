@@ -1,0 +1,124 @@
+"""A caller's eviction policy, which may fail without harm.
+
+A policy is asked in the middle of changes: an error there would leave counts and tables wrong. So
+`FailSafe` asks it, and keeps a `LRU` beside it. When the policy raises, or returns what is no rank,
+the error is logged, and from then on blocks leave least recently used first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kvpager.blocks.eviction import (
+    NO_BLOCKS,
+    Arrays,
+    Blocks,
+    EvictionPolicy,
+    Int32,
+    Int64,
+    Rank,
+    UInt64,
+)
+from kvpager.blocks.policies import LRU
+
+logger = logging.getLogger("kvpager")
+
+
+class FailSafe:
+    """An `EvictionPolicy` that asks another one, for as long as that works."""
+
+    def __init__(self, policy: EvictionPolicy, num_blocks: int) -> None:
+        self.in_charge: EvictionPolicy = policy
+        self.needs_fingerprints = bool(policy.needs_fingerprints)
+        self._spare = LRU(num_blocks)
+        self._on_failure: Callable[[], object] = lambda: None
+
+    def when_it_fails(self, act: Callable[[], object]) -> None:
+        """Have `act` called after the policy has failed: all ranks are others then. O(1)."""
+        self._on_failure = act
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        self._ask("admit", blocks, fingerprints, depths)
+
+    def touch(self, blocks: Blocks) -> None:  # noqa: D102
+        self._ask("touch", blocks)
+
+    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+        if self.in_charge is not self._spare:
+            self._spare.retire(blocks)
+        self._ask("retire", blocks)
+
+    def forget(self, blocks: Blocks) -> None:  # noqa: D102
+        self._ask("forget", blocks)
+
+    def rank(self, blocks: Blocks) -> Rank:
+        """Return the rank of each block. O(blocks)."""
+        ranks: Any = self._ask("rank", blocks, check=lambda ranks: _refuse_ranks(ranks, blocks))
+        return self._spare.rank(blocks) if ranks is None else np.asarray(ranks)
+
+    def fallen(self) -> Int32:
+        """Return the blocks whose rank fell by itself. O(blocks that fell)."""
+        num_blocks = self._spare.num_blocks
+        blocks = self._ask("fallen", check=lambda blocks: _refuse_blocks(blocks, num_blocks))
+        return NO_BLOCKS if blocks is None else np.asarray(blocks, np.int32)
+
+    def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102
+        return bool(self._ask("retain", blocks, priority, ttl_s))
+
+    def resize(self, num_blocks: int, places: Int32) -> None:  # noqa: D102
+        if self.in_charge is not self._spare:
+            self._spare.resize(num_blocks, places)
+        self._ask("resize", num_blocks, places)
+
+    def state(self) -> Arrays:  # noqa: D102
+        return self.in_charge.state()
+
+    def restore(self, state: Arrays) -> None:  # noqa: D102
+        self.in_charge.restore(state)
+
+    def _ask(
+        self, method: str, *arguments: Any, check: Callable[[Any], object] | None = None
+    ) -> Any:
+        """Return what the policy returns; None if it fails."""
+        try:
+            answer = getattr(self.in_charge, method)(*arguments)
+            if check is not None:
+                check(answer)
+        except BaseException as error:
+            self._fail(method, error)
+            return None
+        return answer
+
+    def _fail(self, method: str, error: BaseException) -> None:
+        failed, self.in_charge = self.in_charge, self._spare
+        self.needs_fingerprints = False
+        self._on_failure()
+        with contextlib.suppress(Exception):  # of a log handler of the caller's
+            logger.error(
+                "eviction policy %s failed in %s and is not asked any more; blocks leave least "
+                "recently used first",
+                type(failed).__name__,
+                method,
+                exc_info=error,
+            )
+
+
+def _refuse_ranks(ranks: Any, blocks: Blocks) -> None:
+    found = np.asarray(ranks)
+    if found.shape != blocks.shape or found.dtype.kind not in "iuf" or np.isnan(found).any():
+        raise ValueError(
+            f"rank(): expected a number for each of {len(blocks)} blocks, got {ranks!r}"
+        )
+
+
+def _refuse_blocks(blocks: Any, num_blocks: int) -> None:
+    found = np.asarray(blocks)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise ValueError(f"fallen(): expected a list of blocks, got {blocks!r}")
+    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < num_blocks:
+        raise ValueError(f"fallen(): expected blocks below {num_blocks}, got {blocks!r}")

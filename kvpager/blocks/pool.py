@@ -1,0 +1,327 @@
+"""The blocks of one tier: which are free, who holds the rest, and what tokens they are for.
+
+    never used ──take──▶ held ──release──▶ free ──take──▶ held
+                          │                  ▲
+                          ├─release─▶ evictable ─uncache─┤     the prefix index offers it
+                          └─release─▶ kept back ─unhold──┘     pinned, or a copy is under way
+
+Free blocks are an array used as a stack; blocks never handed out yet are a bump pointer. Both are
+O(1) with no search, and a block is first touched as late as possible: memory that was never
+needed is never paged in. The idea of the pair is mimalloc's (Leijen et al., 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.errors import BrokenInvariant
+
+Int32 = NDArray[np.int32]
+Index = NDArray[np.intp]
+Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
+
+
+class Ledger(Protocol):
+    """Who wants to know when blocks change hands: see `kvpager.blocks.quotas`."""
+
+    def freed(self, blocks: Index) -> None:
+        """These blocks are free now."""
+
+    def evictable(self, blocks: Index, change: int) -> None:
+        """These blocks became evictable (+1), or are no longer (-1)."""
+
+
+class BlockPool:
+    """A set of blocks with a reference count each.
+
+    `refs[b]`: the block tables that hold block `b`. `cached[b]`: the prefix index offers it.
+    `holds[b]`: pins and unfinished copies that keep it where it is. A block is free when it has
+    none of the three. `ids[b]`: the token ids its slots are for, as far as its sequence knows
+    them. The first `num_reserved` blocks (the null block) are never handed out.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, num_reserved: int = 0) -> None:
+        self.num_blocks = num_blocks
+        self.num_reserved = num_reserved
+        self.refs: Int32 = np.zeros(num_blocks, np.int32)
+        self.cached: NDArray[np.bool_] = np.zeros(num_blocks, np.bool_)
+        self.holds: Int32 = np.zeros(num_blocks, np.int32)
+        self.ids: Int32 = np.zeros((num_blocks, block_size), np.int32)
+        self.num_evictable = 0
+        self.num_kept = 0  # nobody's, but kept back by a hold
+        self.num_holds = 0
+        self._ledger: Ledger | None = None
+        self._is_watched = False  # somebody has to hear of single blocks, too
+        self._stack: Int32 = np.empty(num_blocks, np.int32)
+        self._stack_size = 0
+        self._num_used_ever = num_reserved  # the bump pointer
+        self._make_views()
+
+    def _make_views(self) -> None:
+        # A memoryview reads one number in half the time that an array takes.
+        self._refs_view, self._stack_view = self.refs.data, self._stack.data
+        self._cached_view = self.cached.data
+        self._items = self.ids.view(f"V{self.ids[0:1].nbytes}").reshape(-1)
+
+    # ---------------------------------------------------------------- counts, all O(1)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken right now."""
+        return self._stack_size + self.num_blocks - self._num_used_ever
+
+    @property
+    def num_never_used(self) -> int:
+        """Blocks that were never handed out."""
+        return self.num_blocks - self._num_used_ever
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that at least one block table holds."""
+        idle = self.num_free + self.num_evictable + self.num_kept
+        return self.num_blocks - self.num_reserved - idle
+
+    # ---------------------------------------------------------------- take and release
+
+    def take(self, count: int, make_room: Callable[[], object] | None = None) -> Int32:
+        """Hand out `count` blocks, each held once: int32 [count]. O(count).
+
+        The caller made sure that there are so many, or that `make_room` frees what is missing.
+        """
+        blocks = np.empty(count, np.int32)
+        if make_room is not None:
+            make_room()
+        from_stack = min(count, self._stack_size)
+        base = self._stack_size - from_stack
+        blocks[:from_stack] = self._stack[base : base + from_stack]
+        if from_stack < count:
+            first = self._num_used_ever
+            blocks[from_stack:] = np.arange(first, first + count - from_stack)
+        index = blocks.astype(np.intp, copy=False)
+        # Nothing was taken so far, should memory run out.
+        self._stack_size = base
+        self._num_used_ever += count - from_stack
+        self.refs[index] = 1
+        return blocks
+
+    def take_one(self) -> int:
+        """Like `take(1)`, as a plain int. O(1)."""
+        size = self._stack_size - 1
+        if size >= 0:
+            self._stack_size = size
+            block: int = self._stack_view[size]
+        else:
+            block = self._num_used_ever
+            self._num_used_ever = block + 1
+        self._refs_view[block] = 1
+        return block
+
+    def share(self, blocks: Blocks, times: int = 1) -> None:
+        """Let `times` more tables hold each of the distinct `blocks`. O(blocks)."""
+        # Here and below: NumPy indexes by its own integers several times faster than by int32.
+        index = blocks.astype(np.intp, copy=False)
+        refs = self.refs[index]
+        if np.count_nonzero(refs) < len(refs):
+            idle = index[refs == 0]
+            if self.num_holds:
+                kept = self.holds[idle] > 0
+                self.num_kept -= int(np.count_nonzero(kept))
+                idle = idle[~kept]
+            self._count_evictable(idle, -1)
+        self.refs[index] = refs + times
+
+    def release(self, blocks: Blocks, times: int | Int32 = 1) -> Index:
+        """Let one table less (`times`: so many less) hold each of the distinct `blocks`.
+
+        O(blocks). Returns those that may be evicted now; the others nobody keeps are free.
+        """
+        index = blocks.astype(np.intp, copy=False)
+        refs = self.refs[index] - times
+        self.refs[index] = refs
+        return self._settle(index[refs == 0] if np.count_nonzero(refs) else index)
+
+    def release_one(self, block: int) -> bool:
+        """Like `release`, of one block; whether it may be evicted now. O(1)."""
+        view = self._refs_view
+        if view[block] != 1 or self._is_watched or self._cached_view[block]:
+            return len(self.release(np.array([block], np.int32))) > 0
+        view[block] = 0
+        size = self._stack_size
+        self._stack_view[size] = block
+        self._stack_size = size + 1
+        return False
+
+    def watch(self, ledger: Ledger | None) -> None:
+        """Report to `ledger` from now on. O(1)."""
+        self._ledger = ledger
+        self._is_watched = bool(self.num_holds or ledger)
+
+    # ---------------------------------------------------------------- the prefix index, and holds
+
+    def cache(self, blocks: Blocks) -> None:
+        """The prefix index offers `blocks`, which tables hold, from now on. O(blocks)."""
+        self.cached[blocks.astype(np.intp, copy=False)] = True
+
+    def uncache(self, blocks: Blocks) -> None:
+        """The prefix index offers `blocks` no longer; nobody's are free now. O(blocks)."""
+        index = blocks.astype(np.intp, copy=False)
+        self.cached[index] = False
+        refs = self.refs[index]
+        idle = index[refs == 0] if np.count_nonzero(refs) else index
+        if self.num_holds:
+            idle = idle[self.holds[idle] == 0]
+        self._count_evictable(idle, -1)
+        self._push(idle)
+
+    def hold(self, blocks: Blocks) -> None:
+        """Keep the distinct `blocks`, none of them free, where they are. O(blocks)."""
+        index = blocks.astype(np.intp, copy=False)
+        idle = index[(self.holds[index] == 0) & (self.refs[index] == 0)]
+        self._count_evictable(idle, -1)
+        self.num_kept += len(idle)
+        self.num_holds += len(index)
+        self._is_watched = True
+        self.holds[index] += 1
+
+    def unhold(self, blocks: Blocks) -> Index:
+        """End one hold of each of the distinct `blocks`; those that may be evicted now.
+
+        O(blocks). The others nobody keeps are free.
+        """
+        index = blocks.astype(np.intp, copy=False)
+        self.holds[index] -= 1
+        self.num_holds -= len(index)
+        self._is_watched = bool(self.num_holds or self._ledger)
+        idle = index[(self.holds[index] == 0) & (self.refs[index] == 0)]
+        self.num_kept -= len(idle)
+        return self._settle(idle)
+
+    def _settle(self, idle: Index) -> Index:
+        """Find each block its place that no table holds any more."""
+        if self.num_holds and len(idle):
+            kept = self.holds[idle] > 0
+            self.num_kept += int(np.count_nonzero(kept))
+            idle = idle[~kept]
+        cached = self.cached[idle]
+        num_cached = np.count_nonzero(cached)
+        if not num_cached:
+            self._push(idle)
+            return _NONE
+        if num_cached < len(idle):
+            self._push(idle[~cached])
+            idle = idle[cached]
+        self._count_evictable(idle, 1)
+        return idle
+
+    def _push(self, blocks: Index) -> None:
+        self._stack[self._stack_size : self._stack_size + len(blocks)] = blocks
+        self._stack_size += len(blocks)
+        if self._ledger:
+            self._ledger.freed(blocks)
+
+    def _count_evictable(self, blocks: Index, change: int) -> None:
+        self.num_evictable += change * len(blocks)
+        if self._ledger:
+            self._ledger.evictable(blocks, change)
+
+    # ---------------------------------------------------------------- resize, check
+
+    def write_ids(self, blocks: Blocks, ids: Int32) -> None:
+        """Note whose tokens stand in `blocks`, one after the other. O(ids)."""
+        size = self.ids.shape[1]
+        num_full = len(ids) // size
+        # A block's ids as one item: three times as fast as a scatter of rows.
+        whole = np.ascontiguousarray(ids[: num_full * size]).view(self._items.dtype)
+        self._items[blocks[:num_full].astype(np.intp)] = whole
+        if num_full * size < len(ids):
+            self.ids[blocks[num_full], : len(ids) - num_full * size] = ids[num_full * size :]
+
+    def count_idle(self, blocks: Blocks) -> int:
+        """Return how many of `blocks` may be evicted. O(blocks)."""
+        idle = self.cached[blocks] & (self.refs[blocks] == 0) & (self.holds[blocks] == 0)
+        return int(np.count_nonzero(idle))
+
+    def in_use(self) -> NDArray[np.bool_]:
+        """Which blocks somebody keeps, bool [num_blocks]. O(num_blocks)."""
+        return (self.refs > 0) | self.cached | (self.holds > 0)
+
+    def resize(self, num_blocks: int, moved: Int32) -> None:
+        """Change the number of blocks; `moved`: (old, new) pairs, out of those cut off. O(n)."""
+        old, new = moved.T
+        for name in ("refs", "cached", "holds", "ids"):
+            before = getattr(self, name)
+            after = np.zeros((num_blocks, *before.shape[1:]), before.dtype)
+            kept = min(num_blocks, len(before))
+            after[:kept] = before[:kept]
+            after[new] = before[old]
+            setattr(self, name, after)
+        num_used_ever = max([min(self._num_used_ever, num_blocks), *(new + 1)])
+        free = self._stack[: self._stack_size]
+        free = free[(free < num_blocks) & ~np.isin(free, new)]
+        skipped = np.setdiff1d(np.arange(self._num_used_ever, num_used_ever, dtype=np.int32), new)
+        self.num_blocks = num_blocks
+        self._stack = np.empty(num_blocks, np.int32)
+        self._make_views()
+        self.restore(np.concatenate([skipped, free]), num_used_ever)
+
+    def free_list(self) -> Int32:
+        """The blocks that are free again, the next one to go last. O(free), a copy."""
+        return self._stack[: self._stack_size].copy()
+
+    def restore(self, free: Int32, num_used_ever: int) -> None:
+        """Set which blocks are free, in a pool whose counts are set already. O(free)."""
+        self._stack[: len(free)] = free
+        self._stack_size = len(free)
+        self._num_used_ever = num_used_ever
+        idle = self.refs == 0
+        self.num_holds = int(self.holds.sum())
+        self._is_watched = bool(self.num_holds or self._ledger)
+        self.num_kept = int(np.count_nonzero(idle & (self.holds > 0)))
+        self.num_evictable = int(np.count_nonzero(idle & self.cached & (self.holds == 0)))
+
+    def check(self, tier: str, holders: Int32) -> None:
+        """Raise `BrokenInvariant` unless the books agree with `holders`, tables per block. O(n)."""
+        if not 0 <= self._stack_size <= self._num_used_ever <= self.num_blocks:
+            raise BrokenInvariant(
+                f"{tier} pool: {self._stack_size} free again of {self._num_used_ever} used ever, "
+                f"of {self.num_blocks}"
+            )
+        wrong = np.flatnonzero(self.refs != holders)
+        if len(wrong):
+            raise BrokenInvariant(
+                f"{tier} block {wrong[0]}: refcount {self.refs[wrong[0]]}, "
+                f"but {holders[wrong[0]]} tables hold it"
+            )
+        free = self._stack[: self._stack_size]
+        if len(np.unique(free)) != len(free):
+            raise BrokenInvariant(f"{tier} pool: a block stands twice on the free list")
+        if np.any(free >= self._num_used_ever) or np.any(free < self.num_reserved):
+            raise BrokenInvariant(f"{tier} pool: a never used block stands on the free list")
+        taken = self.in_use()
+        if np.any(taken[free]):
+            raise BrokenInvariant(
+                f"{tier} block {free[taken[free]][0]}: on the free list and in use"
+            )
+        if np.any(taken[self._num_used_ever :]) or np.any(taken[: self.num_reserved]):
+            raise BrokenInvariant(f"{tier} pool: a block that was never handed out is in use")
+        idle = self.refs == 0
+        evictable = int(np.count_nonzero(idle & self.cached & (self.holds == 0)))
+        kept = int(np.count_nonzero(idle & (self.holds > 0)))
+        counted = (self.num_evictable, self.num_kept, self.num_holds)
+        if counted != (evictable, kept, int(self.holds.sum())) or np.any(self.holds < 0):
+            raise BrokenInvariant(
+                f"{tier} pool: counts {counted} blocks as evictable, kept back and holds, "
+                f"but {evictable}, {kept} and {self.holds.sum()} are"
+            )
+        if int(np.count_nonzero(taken)) + self.num_free != self.num_blocks - self.num_reserved:
+            raise BrokenInvariant(
+                f"{tier} pool: {np.count_nonzero(taken)} in use + {self.num_free} free "
+                f"is not {self.num_blocks - self.num_reserved}"
+            )
+
+
+_NONE: Index = np.empty(0, np.intp)

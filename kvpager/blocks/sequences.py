@@ -1,0 +1,354 @@
+"""Block tables, lengths and generations of all sequences: a structure of arrays.
+
+    row        0      1      2          a handle names (row, generation); `free` raises the row's
+    lengths   33     16      -          generation, so every old handle of the row is refused
+    tables    4 7 2  7       -          block ids in logical order, see `kvpager.blocks.ragged`
+
+In a table, -1 is "no block" and -2 - h is block h of the host. One decode step for a whole batch
+is then a handful of vector operations, whatever its size. The order of a row's counts is always
+
+    published blocks * block_size <= min(committed, known) <= lengths - drafts <= lengths
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.blocks.contents import NO_CONTENTS, Contents
+from kvpager.blocks.radix import Node
+from kvpager.blocks.ragged import Ragged, ranks
+from kvpager.errors import BrokenInvariant, StaleSequence
+from kvpager.plans import NO_COPIES
+
+if TYPE_CHECKING:
+    from kvpager.blocks.queries import Views
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+NO_BLOCK = -1
+
+
+class Sequence:
+    """A handle to one block table. Made by `BlockManager.allocate` and `fork`, ended by `free`.
+
+    `num_cached_tokens`: how many leading tokens have their KV in the pool already.
+    `copies`: int32 [n, 2], (source, destination) blocks to copy before anything is written,
+    because the prompt matched part of a block; usually empty. `ticket`: as in `Plan`.
+    """
+
+    __slots__ = ("_generation", "_manager", "_row", "copies", "num_cached_tokens", "ticket")
+
+    def __init__(
+        self,
+        manager: Views,
+        row: int,
+        generation: int,
+        num_cached_tokens: int = 0,
+        copies: Int32 = NO_COPIES,
+        ticket: int = 0,
+    ) -> None:
+        self._manager = manager
+        self._row = row
+        self._generation = generation
+        self.num_cached_tokens = num_cached_tokens
+        self.copies = copies
+        self.ticket = ticket
+
+    def __len__(self) -> int:
+        """Tokens in the sequence. O(1). Raises `StaleSequence` after `free`."""
+        return self._manager.length(self)
+
+    def __bool__(self) -> bool:
+        """A handle is true, however short its sequence."""
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        """Handles of the same sequence are equal. O(1)."""
+        return isinstance(other, Sequence) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[int, int, int]:
+        return id(self._manager), self._row, self._generation
+
+    def __repr__(self) -> str:
+        try:
+            state = f"{len(self)} tokens"
+        except StaleSequence:
+            state = "freed"
+        return f"<{self.name}: {state}>"
+
+    @property
+    def name(self) -> str:
+        """How errors and snapshots call it. O(1), takes no lock."""
+        return f"Sequence {self._row}.{self._generation}"
+
+
+class Batch:
+    """Sequences that step together. Made once by `BlockManager.batch`, good for many steps."""
+
+    __slots__ = ("epoch", "generations", "manager", "rows")
+
+    def __init__(self, manager: Views, rows: Int64, generations: Int64, epoch: int) -> None:
+        self.manager = manager
+        self.rows = rows
+        self.generations = generations
+        self.epoch = epoch  # the table's when it was last found live and on the device
+        rows.flags.writeable = generations.flags.writeable = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Prompt(NamedTuple):
+    """What a sequence is, apart from its tokens: whose it is, and what its placeholders show."""
+
+    namespace: str | None = None
+    adapter: str | None = None
+    contents: Contents = NO_CONTENTS
+
+    @property
+    def tree(self) -> tuple[str | None, str | None]:
+        """Which tree of the prefix index it belongs to."""
+        return self.namespace, self.adapter
+
+    def up_to(self, length: int) -> Prompt:
+        """Return the same with nothing shown behind token `length`: other tokens may come there."""
+        cut = self.contents.up_to(length)
+        return self if cut is self.contents else self._replace(contents=cut)
+
+
+class SequenceTable:
+    """The arrays. Rows are reused; generations are never."""
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
+        "lengths": np.int64,
+        "known": np.int64,  # leading tokens whose ids are known
+        "committed": np.int64,  # leading tokens whose KV is written
+        "drafts": np.int64,  # trailing tokens that may be taken back, never published
+        "published": np.int64,  # leading blocks that the prefix index offers
+        "first_blocks": np.int64,  # blocks before it were given back
+        "windows": np.int64,  # how far its layers look back; 0: to the beginning
+        "generations": np.int64,
+        "swapped": np.bool_,
+        "twins": np.bool_,  # the index offers somebody else's block in place of one of ours
+    }
+
+    lengths: Int64
+    known: Int64
+    committed: Int64
+    drafts: Int64
+    published: Int64
+    first_blocks: Int64
+    windows: Int64
+    generations: Int64
+    swapped: NDArray[np.bool_]
+    twins: NDArray[np.bool_]
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.tables = Ragged(NO_BLOCK)
+        for name, dtype in self.COLUMNS.items():
+            setattr(self, name, np.zeros(0, dtype))
+        self.list_columns()
+        self.prompts: list[Prompt | None] = []
+        self.nodes: list[Node | None] = []  # where `published` stands in the prefix index
+        self.free_rows: list[int] = []
+        self.epoch = 0  # changes whenever a handle goes stale or a sequence is swapped
+        self.num_special = 0  # rows with a window or with drafts
+
+    def __len__(self) -> int:
+        return len(self.prompts) - len(self.free_rows)
+
+    # ---------------------------------------------------------------- rows come and go
+
+    def reserve(self, num_columns: int, num_rows: int = 1) -> None:
+        """Make room for `num_rows` more rows of `num_columns` blocks. Amortised O(blocks)."""
+        missing = num_rows - len(self.free_rows)
+        if missing > 0:
+            self._add_rows(max(missing, 8, len(self.prompts)))
+        if num_rows == 1:
+            self.tables.reserve_row(self.free_rows[-1], num_columns)
+        else:
+            rows = np.array(self.free_rows[-num_rows:], np.int64)
+            self.tables.reserve(rows, np.full(num_rows, num_columns))
+
+    def _add_rows(self, more: int) -> None:
+        rows = len(self.prompts)
+        columns = {
+            name: np.concatenate([getattr(self, name), np.zeros(more, dtype)])
+            for name, dtype in self.COLUMNS.items()
+        }
+        self.tables.add_rows(rows + more - len(self.tables))
+        vars(self).update(columns)  # all were made, so nothing can fail half-way
+        self.list_columns()
+        self.prompts.extend([None] * more)
+        self.nodes.extend([None] * more)
+        self.free_rows.extend(range(rows + more - 1, rows - 1, -1))
+
+    def list_columns(self) -> None:
+        """List the arrays in which a row begins with zeros, after they were replaced. O(1)."""
+        # A memoryview writes one number in half the time that an array takes.
+        names = [name for name in self.COLUMNS if name != "generations"]
+        self._columns: list[memoryview[Any]] = [getattr(self, name).data for name in names]
+
+    def add(
+        self, prompt: Prompt, shared: Int32, fresh: Int32, length: int, committed: int, known: int
+    ) -> None:
+        """Begin the next free row, one reserved, with these blocks. O(blocks)."""
+        row = self.free_rows.pop()
+        self.prompts[row] = prompt
+        self.tables.trim(row, len(shared) + len(fresh))  # a call that was refused may have had more
+        table = self.tables.row(row)
+        table[: len(shared)] = shared
+        table[len(shared) : len(shared) + len(fresh)] = fresh
+        self.lengths[row] = length
+        self.committed[row] = committed
+        self.known[row] = known
+
+    def fork(self, parent: int) -> int:
+        """A second row with the same everything; there is one reserved. O(blocks)."""
+        row = self.free_rows.pop()
+        self.prompts[row], self.nodes[row] = self.prompts[parent], self.nodes[parent]
+        num_blocks = self.num_blocks(parent)
+        self.tables.row(row)[:num_blocks] = self.tables.row(parent)[:num_blocks]
+        for column in self._columns:
+            column[row] = column[parent]
+        self.num_special += self._is_special(row)
+        return row
+
+    def drop(self, row: int) -> None:
+        """End the row's life: its handles are stale from now on. O(row's blocks)."""
+        self.num_special -= self._is_special(row)
+        self.tables.release(row)
+        for column in self._columns:
+            column[row] = 0
+        self.generations[row] += 1
+        self.prompts[row] = self.nodes[row] = None
+        self.free_rows.append(row)
+        self.epoch += 1
+
+    def _is_special(self, row: int) -> bool:
+        return bool(self.windows[row] or self.drafts[row])
+
+    def set_drafts(self, rows: Int64, drafts: int | Int64) -> None:
+        """These rows have so many drafts now. O(rows named)."""
+        windows = self.windows[rows] > 0
+        before = np.count_nonzero(windows | (self.drafts[rows] > 0))
+        self.drafts[rows] = drafts
+        self.num_special += int(np.count_nonzero(windows | (self.drafts[rows] > 0)) - before)
+
+    def count_special(self) -> None:
+        """Windows or drafts were set: count the rows that have any. O(rows)."""
+        self.num_special = int(np.count_nonzero((self.windows > 0) | (self.drafts > 0)))
+
+    # ---------------------------------------------------------------- reading
+
+    def num_blocks(self, row: int) -> int:
+        """Blocks of the row's table, those given back included. O(1)."""
+        return -(-int(self.lengths[row]) // self.block_size)
+
+    def blocks(self, row: int) -> Int32:
+        """The row's table, a view: device blocks, -1, or -2 - h for host block h."""
+        return self.tables.part(row, 0, self.num_blocks(row))
+
+    def places(self, rows: Int64) -> tuple[Int64, Int64]:
+        """Return where in `tables.data` the rows' blocks are, and their columns. O(blocks)."""
+        return self.tables.places(rows, -(-self.lengths[rows] // self.block_size))
+
+    def device_blocks(self, row: int) -> Int32:
+        """The row's blocks that are on the device."""
+        blocks = self.blocks(row)
+        if self.first_blocks[row] or self.swapped[row]:
+            return blocks[blocks >= 0]
+        return blocks
+
+    def host_blocks(self, row: int) -> Int32:
+        """The row's blocks that are on the host, by their ids there."""
+        if not self.swapped[row]:
+            return np.empty(0, np.int32)
+        blocks = self.blocks(row)
+        return np.asarray(-2 - blocks[blocks < NO_BLOCK], np.int32)
+
+    def prompt(self, row: int) -> Prompt:
+        """Whose row it is."""
+        prompt = self.prompts[row]
+        assert prompt is not None, f"row {row} is not live"
+        return prompt
+
+    def live_rows(self) -> list[int]:
+        """The rows in use. O(rows)."""
+        return [row for row, prompt in enumerate(self.prompts) if prompt is not None]
+
+    def slots(self, rows: Int64, starts: Int64, counts: Int64) -> Int64:
+        """Flat slots of `counts` tokens from `starts` on, row by row. O(tokens)."""
+        owners = np.repeat(np.arange(len(rows)), counts)
+        positions = starts[owners] + ranks(counts)
+        places = self.tables.starts[rows][owners] + positions // self.block_size
+        blocks = self.tables.data[places]
+        slots: Int64 = blocks.astype(np.int64) * self.block_size + positions % self.block_size
+        return slots
+
+    def fill(self, num_blocks: int, counts: Int64, *, is_host: bool = False) -> Int64:
+        """How many slots of each block the first `counts` tokens of the rows take. O(blocks)."""
+        filled = np.zeros(num_blocks, np.int64)
+        for row in self.live_rows():
+            blocks = -2 - self.blocks(row) if is_host else self.blocks(row)
+            ends = counts[row] - np.arange(len(blocks)) * self.block_size
+            here = blocks >= 0
+            ends = np.minimum(ends[here], self.block_size)
+            filled[blocks[here]] = np.maximum(filled[blocks[here]], ends)
+        return filled
+
+    def check(self) -> None:
+        """Raise `BrokenInvariant` unless each row's own books are right. O(blocks)."""
+        live = self.live_rows()
+        idle = np.setdiff1d(np.arange(len(self.prompts)), live)
+        if sorted(self.free_rows) != idle.tolist():
+            raise BrokenInvariant("sequences: the free rows are not those without a prompt")
+        self.tables.check("sequences", -(-self.lengths // self.block_size))
+        for row in live:
+            first = int(self.first_blocks[row])
+            if np.any(self.blocks(row)[:first] != NO_BLOCK):
+                raise BrokenInvariant(f"sequence {row}: a block stands before its first one")
+            if np.any(self.blocks(row)[first:] == NO_BLOCK):
+                raise BrokenInvariant(f"sequence {row}: a block is missing")
+            self._check_row(row)
+        if any(getattr(self, name)[idle].any() for name in self.COLUMNS if name != "generations"):
+            raise BrokenInvariant("sequences: a row that is not in use is not empty")
+        special = np.count_nonzero((self.windows > 0) | (self.drafts > 0))
+        if special != self.num_special:
+            raise BrokenInvariant(f"sequences: {self.num_special} special rows, but {special} are")
+
+    def _check_row(self, row: int) -> None:
+        length, known = int(self.lengths[row]), int(self.known[row])
+        settled, committed = length - int(self.drafts[row]), int(self.committed[row])
+        if self.first_blocks[row] > self.num_blocks(row) or (self.first_blocks[row] and known):
+            raise BrokenInvariant(f"sequence {row}: offers what lacks its front")
+        if not 0 <= settled <= length:
+            raise BrokenInvariant(f"sequence {row}: {self.drafts[row]} drafts of {length} tokens")
+        if not 0 <= committed <= settled:
+            raise BrokenInvariant(f"sequence {row}: {committed} of {settled} tokens committed")
+        if not 0 <= known <= length:
+            raise BrokenInvariant(f"sequence {row}: knows {known} of {length} tokens")
+        if np.any(self.blocks(row) < NO_BLOCK) and not self.swapped[row]:
+            raise BrokenInvariant(f"sequence {row}: on the host, and not known as swapped")
+        if self.published[row] * self.block_size > min(committed, known):
+            raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
+
+
+def listed(target: Sequence | Batch | Iterable[Sequence]) -> Sequence | Batch | list[Sequence]:
+    """The sequences named, once: whatever an iterable does, it does before anything is decided."""
+    if isinstance(target, (Sequence, Batch)):
+        return target
+    if not isinstance(target, Iterable):
+        kind = type(target).__name__
+        raise TypeError(f"expected a Sequence, several of them, or a batch, got {kind}")
+    return list(target)

@@ -1,0 +1,119 @@
+"""What a manager holds and has done, as plain numbers, and as Prometheus metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from kvpager import _validate as arguments
+
+if TYPE_CHECKING:
+    from kvpager.blocks.manager import BlockManager
+
+
+class BlockState(IntEnum):
+    """Who keeps a device block."""
+
+    FREE = 0
+    CACHED = 1  # the prefix index alone
+    HELD = 2  # one block table
+    SHARED = 3  # several block tables
+    KEPT = 4  # nobody, but it is pinned or a copy of it is under way
+    RESERVED = 5  # the null block
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A moment's counts. Blocks unless the name says otherwise; totals since the manager began.
+
+    On the device, `num_held + num_cached + num_kept + num_free == num_blocks` (less one where the
+    manager has a null block), and `num_never_used` of the free ones were never handed out.
+    """
+
+    block_size: int
+    num_blocks: int
+    num_free: int
+    num_held: int
+    num_cached: int  # only the prefix index keeps them: they may be evicted
+    num_kept: int  # no table holds them, but they are pinned or in an unfinished copy
+    num_never_used: int
+    num_shared: int  # held by more than one table
+    num_host_blocks: int
+    num_host_free: int
+    num_sequences: int
+    num_swapped: int  # sequences
+    num_tokens: int  # token slots that hold a token, shared ones counted once
+    total_copied: int
+    total_evicted: int
+    total_swapped_out: int
+    total_swapped_in: int
+    total_prefix_queries: int  # prompts looked up
+    total_prefix_hits: int  # prompts of which at least one token was found
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+
+
+class Metrics:
+    """A manager's stats for `prometheus_client`: `REGISTRY.register(Metrics(manager))`.
+
+    Needs the extra `kvpager[metrics]`. With `block_bytes` (`BlockStorage.block_bytes`, say) the
+    bytes swapped are told, too. Several managers of a process need a `prefix` each.
+    """
+
+    def __init__(
+        self, manager: BlockManager, block_bytes: int | None = None, prefix: str = "kvpager"
+    ) -> None:
+        if block_bytes is not None:
+            block_bytes = arguments.count("block_bytes", block_bytes, at_least=1)
+        if not prefix.isidentifier():
+            raise ValueError(f"prefix {prefix!r}: expected letters, digits and underscores")
+        self._manager = manager
+        self._block_bytes = block_bytes
+        self._prefix = prefix
+
+    def collect(self) -> Iterator[Any]:
+        """One metric family after the other. O(blocks + sequences), see `BlockManager.stats`."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        stats = self._manager.stats()
+        states = {
+            "free": stats.num_free,
+            "held": stats.num_held,
+            "cached": stats.num_cached,
+            "kept": stats.num_kept,
+        }
+        blocks = GaugeMetricFamily(self._name("blocks"), "Device blocks.", labels=["state"])
+        for state, count in states.items():
+            blocks.add_metric([state], count)
+        yield blocks
+        gauges = {
+            "host_blocks_free": ("Free blocks of the host tier.", stats.num_host_free),
+            "sequences": ("Live sequences.", stats.num_sequences),
+            "sequences_swapped": ("Sequences that are swapped out.", stats.num_swapped),
+            "tokens": ("Token slots that hold a token.", stats.num_tokens),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(self._name(name), text, value=value)
+        counters = {
+            "prefix_queries": ("Prompts looked up.", stats.total_prefix_queries),
+            "prefix_hits": ("Prompts that found a prefix.", stats.total_prefix_hits),
+            "prefix_query_tokens": ("Tokens of prompts looked up.", stats.prefix_query_tokens),
+            "prefix_hit_tokens": ("Tokens found in the pool.", stats.prefix_hit_tokens),
+            "blocks_copied": ("Blocks copied on write.", stats.total_copied),
+            "blocks_evicted": ("Cached blocks given up.", stats.total_evicted),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(self._name(name), text, value=value)
+        if self._block_bytes is None:
+            return
+        swapped = CounterMetricFamily(
+            self._name("swap_bytes"), "Bytes swapped to a tier.", labels=["tier"]
+        )
+        swapped.add_metric(["host"], stats.total_swapped_out * self._block_bytes)
+        swapped.add_metric(["device"], stats.total_swapped_in * self._block_bytes)
+        yield swapped
+
+    def _name(self, name: str) -> str:
+        return f"{self._prefix}_{name}"

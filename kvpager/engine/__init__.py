@@ -1,0 +1,1 @@
+"""What every engine needs, whatever model library computes its steps."""

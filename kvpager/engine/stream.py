@@ -1,0 +1,362 @@
+"""What a request gives back: tokens as they come, and everything at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Hashable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from kvpager import _validate as arguments
+from kvpager._atomic import Condition
+from kvpager._words import counted
+from kvpager.engine.processes import Process
+from kvpager.engine.text import Detokenizer
+from kvpager.errors import KVPagerError
+
+logger = logging.getLogger("kvpager")
+
+Stop = Literal["eos", "length", "stopped"]
+
+
+class Token(NamedTuple):
+    """One generated token."""
+
+    id: int
+    sample: int  # which of the request's samples goes on with it
+    logprob: float | None = None
+
+
+@dataclass(slots=True)
+class Sample:
+    """One continuation of a prompt."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    reason: Stop | None = None  # why it ended; None where the request ended before
+    text: str | None = None  # from the end on, if the engine has a tokenizer
+
+
+@dataclass(slots=True)
+class Output:
+    """What became of a request.
+
+    Times are of `time.monotonic`; `first_token` is None where there was none.
+    """
+
+    name: Hashable
+    prompt: list[int]
+    samples: list[Sample]
+    submitted: float
+    begun: float | None = None  # its first step
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those of the first sample."""
+        return self.samples[0].tokens
+
+    @property
+    def text(self) -> str:
+        """Return the text of the first sample. Raises: `ValueError` without a tokenizer."""
+        text = self.samples[0].text
+        if text is None:
+            raise ValueError(f"request {self.name!r} has no text: {_NO_TOKENIZER}")
+        return text
+
+
+_NO_TOKENIZER = "make the engine with Engine(model, tokenizer=tokenizer)"
+
+
+class Mailbox:
+    """Where the engine leaves a request's tokens, for the reader of a `Stream`. Thread-safe."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self._arrived: deque[Token] = deque()
+        self._changed = Condition()
+        self._listeners: list[Callable[[], None]] = []
+        self._reader: Callable[[list[Token], bool], None] | None = None
+        self._process = Process("engine")
+        self.is_done = False
+        self.error: KVPagerError | None = None
+
+    # Not a generator: an interrupt's traceback would keep it, and the lock with it.
+    def _locked(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the lock; in a fork, none for ended requests, and `EngineClosed` for others."""
+        if self._process.is_current:
+            return self._changed
+        if not self.is_done:
+            self._process.refuse_fork()
+        return contextlib.nullcontext()
+
+    def put(self, tokens: list[Token]) -> None:
+        """Tokens of one step. O(tokens + listeners)."""
+        with self._changed:
+            self._arrived.extend(tokens)
+            self._wake()
+
+    def close(self, error: KVPagerError | None) -> None:
+        """Nothing follows. O(listeners)."""
+        with self._changed:
+            self.error = error
+            self.is_done = True  # last: a fork reads it without the lock
+            self._wake()
+
+    def listen(self, reader: Callable[[list[Token], bool], None]) -> None:
+        """Hand all tokens to `reader`, now and as they come. O(tokens)."""
+        self._process.refuse_fork()
+        with self._changed:
+            self._reader = reader
+            self._wake()
+
+    def _wake(self) -> None:
+        arrived = list(self._arrived) if self._reader is not None else []
+        if self._reader is not None:
+            self._arrived.clear()
+        self._changed.notify_all()
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            listener()
+        if self._reader is not None:  # last, because it may raise
+            self._reader(arrived, self.is_done)
+
+    def take(self, timeout: float | None = None) -> Token | None:
+        """Return the next token; None after the last. Raises: `TimeoutError`, `EngineClosed`."""
+        with self._locked():
+            if not self._changed.wait_for(lambda: self._arrived or self.is_done, timeout):
+                raise TimeoutError(f"no token of request {self.output.name!r} in {timeout} s")
+            return self._arrived.popleft() if self._arrived else None
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait until nothing follows. Raises: `TimeoutError`, `EngineClosed`."""
+        with self._locked():
+            if not self._changed.wait_for(lambda: self.is_done, timeout):
+                raise TimeoutError(f"request {self.output.name!r} is not done after {timeout} s")
+
+    async def changed(self, is_enough: Callable[[], bool]) -> None:
+        """Until `is_enough`, without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        while True:
+            woken = loop.create_future()
+            with self._locked():
+                if is_enough():
+                    return
+                self._listeners.append(partial(_resolve, loop, woken))
+            await woken
+
+    @property
+    def has_ended(self) -> bool:
+        """True if nothing follows. In a fork, nothing does."""
+        return self.is_done or not self._process.is_current
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` would return at once."""
+        return bool(self._arrived) or self.is_done
+
+
+def _resolve(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> None:
+    def resolve() -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    with contextlib.suppress(RuntimeError):  # the loop is gone, and whoever waited with it
+        loop.call_soon_threadsafe(resolve)
+
+
+class Courier:
+    """Does what others need not wait for, in order, on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._errands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvpager-courier", daemon=True)
+
+    def start(self) -> None:
+        """Begin. No signal cuts this short on another thread than the main one. O(1)."""
+        self._thread.start()
+
+    def post(self, errand: Callable[[], object]) -> None:
+        """Have `errand` done soon. O(1)."""
+        self._errands.put(errand)
+
+    def close(self) -> None:
+        """When all is done, end. Idempotent."""
+        self._errands.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (errand := self._errands.get()) is not None:
+            with listener_errors_logged():
+                errand()
+
+
+@contextlib.contextmanager
+def listener_errors_logged() -> Iterator[None]:
+    """Log what a listener raises, SystemExit as well: other requests wait for their tokens."""
+    try:
+        yield
+    except BaseException:
+        logger.exception("a listener raised")
+
+
+class Stream:
+    """A request that was submitted: iterate over its tokens, or wait for its result.
+
+        for token in engine.submit(prompt):           # or: async for
+            print(token.id)
+        output = engine.submit(prompt).result()       # or: await engine.submit(prompt)
+        for piece in engine.submit(prompt).text():    # or: async for
+            print(piece, end="")
+
+    A stream that is dropped before its end cancels its request: nobody would read the rest.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        cancel: Callable[[Mailbox], None],
+        *,
+        num_samples: int = 1,
+        detokenizer: Detokenizer | None = None,
+    ) -> None:
+        self._mailbox = mailbox
+        self._cancel = cancel
+        self._num_samples = num_samples
+        self._detokenizer = detokenizer
+
+    def __repr__(self) -> str:
+        # Without locks: a debugger may ask while another thread has them.
+        mailbox, output = self._mailbox, self._mailbox.output
+        if mailbox.is_done:
+            state = "done" if mailbox.error is None else type(mailbox.error).__name__
+        else:
+            state = "waiting" if output.begun is None else "running"
+        counts = [len(sample.tokens) for sample in output.samples] or [0]
+        tokens = " + ".join([*map(str, counts[:-1]), counted(counts[-1], "token")])
+        return f"<Stream of {output.name!r}: {state}, {len(output.prompt)} -> {tokens}>"
+
+    @property
+    def name(self) -> Hashable:
+        """The request's."""
+        return self._mailbox.output.name
+
+    @property
+    def done(self) -> bool:
+        """True if the request has ended, in whatever way."""
+        return self._mailbox.has_ended
+
+    def cancel(self) -> None:
+        """End the request; what was generated stays readable. Does nothing where it has ended."""
+        if not self._mailbox.is_done:
+            self._cancel(self._mailbox)
+
+    def result(self, timeout: float | None = None) -> Output:
+        """Wait for the end.
+
+        Raises: `RequestCancelled`, `RequestExpired`, `RequestFailed`; `TimeoutError` after
+        `timeout` seconds, and the request goes on.
+        """
+        if timeout is not None:
+            timeout = arguments.seconds("timeout", timeout)
+        self._mailbox.wait(timeout)
+        return self._outcome()
+
+    def listen(self, reader: Callable[[list[Token], bool], None]) -> None:
+        """Have `reader` called with new tokens and whether the request has ended, at once and
+        after every step, on the thread that hands tokens out: it is not to wait. O(tokens)."""
+        self._mailbox.listen(reader)
+
+    def partial(self) -> Output:
+        """What there is by now."""
+        return self._mailbox.output
+
+    def _outcome(self) -> Output:
+        if self._mailbox.error is not None:
+            raise self._mailbox.error
+        return self._mailbox.output
+
+    def text(self) -> TextStream:
+        """Return an iterable of text pieces, for `for` and `async for`.
+
+        Iteration resumes where reading stopped. Every piece ends with a whole character. Special
+        tokens are left out. The joined pieces equal `Output.text` if the tokens are valid UTF-8.
+
+        Raises: `ValueError` for an engine without a tokenizer, or several samples. Iterating
+        raises as `result`, after the last piece.
+        """
+        if self._detokenizer is None:
+            raise ValueError(f"text: there is no tokenizer; {_NO_TOKENIZER}")
+        if self._num_samples > 1:
+            raise ValueError(
+                f"text: the request has {self._num_samples} samples, whose tokens come in turns; "
+                "wait for the result, or submit it several times"
+            )
+        return TextStream(self, self._detokenizer)
+
+    def __iter__(self) -> Iterator[Token]:
+        """The tokens from where reading stopped. Raises: as `result`, after the last token."""
+        yield from self._tokens()
+        self._outcome()
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        async for token in self._atokens():
+            yield token
+        self._outcome()
+
+    def _tokens(self) -> Iterator[Token]:
+        while (token := self._mailbox.take()) is not None:
+            yield token
+
+    async def _atokens(self) -> AsyncIterator[Token]:
+        mailbox = self._mailbox
+        while True:
+            await mailbox.changed(lambda: mailbox.has_news)
+            token = mailbox.take(0)
+            if token is None:
+                break
+            yield token
+
+    def __await__(self) -> Generator[Any, None, Output]:
+        mailbox = self._mailbox
+        yield from mailbox.changed(lambda: mailbox.is_done).__await__()
+        return self._outcome()
+
+    def __del__(self) -> None:
+        # getattr: a half-made stream is finalised as well.
+        mailbox = getattr(self, "_mailbox", None)
+        if mailbox is not None and not mailbox.is_done:
+            self._cancel(mailbox)
+
+
+class TextStream:
+    """The text of a `Stream` as it comes. Made by `Stream.text`."""
+
+    def __init__(self, stream: Stream, detokenizer: Detokenizer) -> None:
+        self._stream = stream
+        self._detokenizer = detokenizer
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield pieces that are not empty. Raises: as `Stream.result`, after the last."""
+        for token in self._stream._tokens():
+            if piece := self._detokenizer.add(token.id):
+                yield piece
+        if piece := self._detokenizer.end():
+            yield piece
+        self._stream._outcome()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for token in self._stream._atokens():
+            if piece := self._detokenizer.add(token.id):
+                yield piece
+        if piece := self._detokenizer.end():
+            yield piece
+        self._stream._outcome()

@@ -1,0 +1,211 @@
+"""In which order requests are served: `fifo`, `priority` and `fair`.
+
+An order ranks all live requests, and keeps the waiting ones. The lowest rank goes first; when
+there is no room, the highest leaves. In each order every request comes to be the first at last,
+whatever is submitted after it: that, and that the first is never preempted, is why nothing starves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterator
+from heapq import heapify, heappop, heapreplace
+
+from kvpager import _validate as arguments
+from kvpager._validate import SECONDS_MAX
+from kvpager.errors import BrokenInvariant
+from kvpager.scheduling.request import Live, State
+
+Rank = tuple[float, int]
+
+
+class Order(ABC):
+    """The waiting requests, and the ranks of all."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str | None, list[tuple[Rank, Live]]] = {}
+        self._num_waiting = 0
+
+    @abstractmethod
+    def rank(self, live: Live) -> Rank:
+        """The lower, the sooner; no two requests have the same. O(1)."""
+
+    def enter(self, live: Live) -> None:  # noqa: B027
+        """A request was submitted. O(1)."""
+
+    def leave(self, live: Live) -> None:  # noqa: B027
+        """A request ended. O(1)."""
+
+    def charge(self, live: Live, prompt: int, decoded: int) -> None:  # noqa: B027
+        """So many tokens are computed for it. O(1)."""
+
+    def queue_of(self, live: Live) -> str | None:
+        """Which queue it waits in. Within one, ranks never change places."""
+        return None
+
+    def place(self, live: Live) -> Rank:
+        """Its place in its queue."""
+        return self.rank(live)
+
+    # ---------------------------------------------------------------- waiting
+
+    def __len__(self) -> int:
+        """How many wait. O(1)."""
+        return self._num_waiting
+
+    def push(self, live: Live) -> None:
+        """Let it wait. O(waiting) memory moved, a few microseconds for 10,000."""
+        insort(self._queues.setdefault(self.queue_of(live), []), (self.place(live), live))
+        self._num_waiting += 1
+
+    def remove(self, live: Live) -> None:
+        """It waits no longer. O(waiting)."""
+        name = self.queue_of(live)
+        queue = self._queues[name]
+        place = self.place(live)
+        del queue[bisect_left(queue, place, key=lambda entry: entry[0])]
+        if not queue:
+            del self._queues[name]
+        self._num_waiting -= 1
+
+    def check(self) -> None:
+        """Raise `BrokenInvariant` unless the queues are in order. O(waiting)."""
+        queues = self._queues.values()
+        if sum(map(len, queues)) != self._num_waiting or not all(queues):
+            raise BrokenInvariant(f"order: {self._num_waiting} wait, but the queues say otherwise")
+        for queue in queues:
+            places = [self.place(live) for _, live in queue]
+            if places != sorted(places) or any(
+                live.state is not State.WAITING for _, live in queue
+            ):
+                raise BrokenInvariant("order: a queue is not in order, or has one that runs")
+
+    def waiting(self) -> Iterator[Live]:
+        """Yield the waiting requests by rank. O(queues), then O(log queues) each.
+
+        Meanwhile the one that was yielded may be removed, and the ranks in its queue may change.
+        """
+        passed = Counter[str | None]()
+        heads = [
+            (self.rank(queue[0][1]), number, name)
+            for number, (name, queue) in enumerate(self._queues.items())
+        ]
+        heapify(heads)
+        while heads:
+            _, number, name = heads[0]
+            at = passed[name]
+            live = self._queues[name][at][1]
+            yield live
+            queue = self._queues.get(name, [])
+            if at < len(queue) and queue[at][1] is live:
+                at = passed[name] = at + 1
+            if at < len(queue):
+                heapreplace(heads, (self.rank(queue[at][1]), number, name))
+            else:
+                heappop(heads)
+
+
+class Fifo(Order):
+    """By arrival."""
+
+    def rank(self, live: Live) -> Rank:  # noqa: D102
+        return 0.0, live.arrival
+
+
+class Priority(Order):
+    """Lower priority numbers first; `ageing` seconds of waiting are worth one.
+
+    All grow old equally fast, so ranks stand still: priority + when submitted / ageing.
+    """
+
+    def __init__(self, ageing: float = 30.0) -> None:
+        super().__init__()
+        self.ageing = arguments.number("ageing", ageing, at_least=1e-6, at_most=SECONDS_MAX)
+
+    def rank(self, live: Live) -> Rank:  # noqa: D102
+        return live.request.priority + live.submitted / self.ageing, live.arrival
+
+
+class Fair(Order):
+    """The tenant with the least service first, as in VTC (Sheng et al., 2024).
+
+    Service is tokens computed, those decoded counting for `decode_weight`; what is computed again
+    after a preemption is not charged. A tenant who was away begins with the least service of those
+    who are not, so that nobody collects credit. `ageing` tokens of service are forgiven for each
+    second of waiting: otherwise ever new tenants could keep an old one waiting for good.
+    """
+
+    def __init__(self, decode_weight: float = 2.0, ageing: float = 10.0) -> None:
+        super().__init__()
+        self.decode_weight = arguments.number(
+            "decode_weight", decode_weight, at_least=0, at_most=1e6
+        )
+        self.ageing = arguments.number("ageing", ageing, at_least=0, at_most=1e9)
+        self.service: dict[str | None, float] = {}
+        self._active = Counter[str | None]()
+        self._last = 0.0  # the service of who left last, when nobody is active
+
+    def rank(self, live: Live) -> Rank:  # noqa: D102
+        return self.service[live.request.tenant] + live.submitted * self.ageing, live.arrival
+
+    def queue_of(self, live: Live) -> str | None:  # noqa: D102
+        return live.request.tenant
+
+    def place(self, live: Live) -> Rank:  # noqa: D102
+        return 0.0, live.arrival
+
+    def enter(self, live: Live) -> None:  # noqa: D102
+        tenant = live.request.tenant
+        if not self._active[tenant]:
+            self.service[tenant] = max(self.service.get(tenant, 0.0), self._least())
+        self._active[tenant] += 1
+
+    def leave(self, live: Live) -> None:  # noqa: D102
+        tenant = live.request.tenant
+        self._active[tenant] -= 1
+        if not self._active[tenant]:
+            del self._active[tenant]
+            self._last = max(self._last, self.service[tenant])
+            self._forget()
+
+    def _least(self) -> float:
+        active = [self.service[tenant] for tenant, count in self._active.items() if count]
+        return min(active, default=self._last)
+
+    def _forget(self) -> None:
+        """Leave out who would be lifted in any case: tenants may be many."""
+        if len(self.service) > 2 * len(self._active) + 64:
+            least = self._least()
+            self.service = {
+                tenant: service
+                for tenant, service in self.service.items()
+                if self._active[tenant] or service > least
+            }
+
+    def charge(self, live: Live, prompt: int, decoded: int) -> None:  # noqa: D102
+        self.service[live.request.tenant] += prompt + self.decode_weight * decoded
+
+
+ORDERS: dict[str, type[Fifo] | type[Priority] | type[Fair]] = {
+    "fifo": Fifo,
+    "priority": Priority,
+    "fair": Fair,
+}
+
+
+def make_order(order: str | Order) -> Order:
+    """An order by its name, or as it was handed in.
+
+    Raises: `ValueError` for another name, or an order that somebody uses; `TypeError`.
+    """
+    if isinstance(order, Order):
+        if len(order):
+            raise ValueError("order: this one has waiting requests; give each scheduler its own")
+        return order
+    if not isinstance(order, str):
+        raise TypeError(f"order {order!r}: expected a name or an Order")
+    if order not in ORDERS:
+        raise ValueError(f"order {order!r}: expected one of {', '.join(ORDERS)}, or an Order")
+    return ORDERS[order]()

@@ -1,0 +1,1 @@
+"""Replay recorded traffic against eviction policies: behind `kvpager simulate`."""

@@ -1,0 +1,326 @@
+"""What eviction policies would have made of recorded traffic.
+
+A trace is a list of prompts, each a list of prefix blocks. It is replayed through a real
+`BlockManager` whose blocks hold one token, the number of a prefix block: request by request,
+allocate, commit, free. What counts is the share of all blocks that were found, in order from the
+front, when their request came. Beside the policies stands the offline optimum, which knows the
+future: no policy can do better with the same capacity.
+
+Traces are read in the form of the Mooncake release (Qin et al., FAST 2025), one JSON object a line:
+`timestamp`, `input_length`, `output_length`, and `hash_ids`, one id for each prefix block.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager import _validate as arguments
+from kvpager.blocks.manager import BlockManager
+from kvpager.simulate import textfile
+
+Int32 = NDArray[np.int32]
+
+_ID_END = 2**31
+_BAD_LINES_SHOWN = 3
+_BAD_LINES_MAX = 1000  # to read on would tell nothing new
+_SKIPPED_MAX = 100_000  # bad lines of a file that is still taken for a trace
+_BLOCKS_MAX = 20_000_000  # of a trace; each takes some 200 bytes when they all differ
+_GENERATED_MAX = 1_000_000  # requests
+_MILLISECONDS_MAX = 10**15
+_PROGRESS_EVERY = 64  # requests
+_NEVER = 2**62
+OFFLINE = "offline optimum"
+
+
+class Recorded(NamedTuple):
+    """A request of a trace."""
+
+    seconds: float
+    prompt_length: int
+    output_length: int
+    hash_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Prompts in the order in which they came; equal numbers stand for equal prefixes.
+
+    The numbers are 0 .. `num_prefixes` - 1, and a longer prefix has a higher one than a shorter.
+    """
+
+    name: str
+    prompts: tuple[Int32, ...]
+    num_prefixes: int
+    skipped: tuple[str, ...] = ()  # what was wrong with the lines that were left out
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all prompts together. O(prompts)."""
+        return sum(len(prompt) for prompt in self.prompts)
+
+    @property
+    def unlimited(self) -> float:
+        """The hit ratio of a cache that never evicts. O(prompts)."""
+        return 1 - self.num_prefixes / max(self.num_blocks, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a policy made of a trace."""
+
+    policy: str
+    capacity: int
+    hits: int
+    blocks: int
+    evicted: int
+    too_long: int  # requests that did not fit into the pool at all
+    seconds: float
+
+    @property
+    def hit_ratio(self) -> float:
+        """Blocks found, of all blocks asked for. O(1)."""
+        return self.hits / max(self.blocks, 1)
+
+
+# -------------------------------------------------------------------- traces
+
+
+def read_trace(path: str | Path, skip_bad: bool = False) -> Trace:
+    """Read a trace, also a gzipped one. O(blocks).
+
+    Raises: `ValueError` naming the first lines that are not requests, or with `skip_bad` only where
+    no line is one; `OSError` where the file cannot be read.
+    """
+    path = Path(path)
+    records, bad = _read(path, skip_bad)
+    return _trace(path.name, [record.hash_ids for record in records], tuple(bad))
+
+
+def read_records(path: str | Path) -> list[Recorded]:
+    """The requests of a trace, with times and lengths. O(blocks). Raises: as `read_trace`."""
+    return _read(Path(path), skip_bad=False)[0]
+
+
+def _read(path: Path, skip_bad: bool) -> tuple[list[Recorded], list[str]]:
+    records: list[Recorded] = []
+    bad: list[str] = []
+    num_blocks, most_bad = 0, _SKIPPED_MAX if skip_bad else _BAD_LINES_MAX
+    for number, line in enumerate(textfile.lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_request(line))
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
+            if len(bad) > most_bad:
+                break
+        else:
+            num_blocks += len(records[-1].hash_ids)
+            if num_blocks > _BLOCKS_MAX:
+                raise ValueError(f"{path}: more than {_BLOCKS_MAX:,} blocks. Use a part of it.")
+    if bad and (not skip_bad or len(bad) > most_bad):
+        more = len(bad) - _BAD_LINES_SHOWN
+        what = f"; and {'at least ' * (len(bad) > most_bad)}{more:,} more" if more > 0 else ""
+        raise ValueError(f"{path}: {'; '.join(bad[:_BAD_LINES_SHOWN])}{what}")
+    if not records:
+        raise ValueError(f"{path}: no request in it")
+    return records, bad
+
+
+def _request(line: bytes) -> Recorded:
+    """The request of one line. Raises `ValueError` with what is wrong with it."""
+    try:
+        fields = json.loads(line)
+    except RecursionError:
+        raise ValueError("not JSON: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {getattr(error, 'msg', error)}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected an object, got {type(fields).__name__}")
+    for name in ("timestamp", "input_length", "output_length"):
+        value: Any = fields.get(name)
+        most = _MILLISECONDS_MAX if name == "timestamp" else arguments.COUNT_MAX
+        if type(value) not in (int, float) or not 0 <= value <= most:
+            limits = f"at least 0 and at most {most:,}"
+            raise ValueError(f"{name} {_short(value)}: expected a number, {limits}")
+    ids = fields.get("hash_ids")
+    if not isinstance(ids, list):
+        raise ValueError(f"hash_ids {_short(ids)}: expected a list")
+    for value in ids:
+        if type(value) is not int or not 0 <= value < _ID_END:
+            raise ValueError(f"hash_ids holds {_short(value)}: expected ints from 0 to 2**31 - 1")
+    lengths = int(fields["input_length"]), int(fields["output_length"])
+    return Recorded(fields["timestamp"] / 1000, *lengths, ids)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 30 else text[:27] + "..."
+
+
+def _trace(name: str, prompts: Iterable[list[int]], skipped: tuple[str, ...] = ()) -> Trace:
+    """Number the prefixes: the same id behind another prefix is another block."""
+    numbers: dict[tuple[int, int], int] = {}
+    numbered = []
+    for ids in prompts:
+        before, path = -1, np.empty(len(ids), np.int32)
+        for at, value in enumerate(ids):
+            before = path[at] = numbers.setdefault((before, value), len(numbers))
+        numbered.append(path)
+    return Trace(name, tuple(numbered), len(numbers), skipped)
+
+
+def generate_trace(num_requests: int, seed: int = 0) -> Trace:
+    """A made-up trace: conversations of several turns, questions asked once, system prompts.
+
+    Two in five requests begin a conversation whose turns come back at ever longer intervals, the
+    others are asked once; half of all begin with one of 16 system prompts, some far more often than
+    others. The same seed gives the same trace. O(blocks).
+    """
+    num_requests = arguments.count("num_requests", num_requests, at_least=1, at_most=_GENERATED_MAX)
+    random = np.random.default_rng(arguments.count("seed", seed))
+    systems = [[-1 - 100 * which - at for at in range(2 + 2 * which)] for which in range(16)]
+    popularity = 1 / np.arange(1, 17)
+    popularity /= popularity.sum()
+    waiting: list[tuple[int, int, list[int]]] = []  # when the next turn comes, a number, so far
+    prompts: list[list[int]] = []
+    num_ids = 0
+    for now in range(num_requests):
+        is_turn = bool(waiting) and waiting[0][0] <= now
+        if is_turn:
+            prompt = heapq.heappop(waiting)[2]
+            added = 1 + int(random.geometric(0.4))
+        else:
+            is_system = random.random() < 0.5
+            prompt = systems[random.choice(16, p=popularity)] if is_system else []
+            added = 1 + int(min(random.lognormal(2.3, 1.0), 200))
+        prompt = [*prompt, *range(num_ids, num_ids + added)]
+        num_ids += added
+        prompts.append(prompt)
+        if random.random() < (0.75 if is_turn else 0.4):
+            wait = 1 + int(random.lognormal(4.0, 1.2))
+            # The end of a prompt is a partly filled block, which the next turn fills otherwise.
+            heapq.heappush(waiting, (now + wait, now, prompt[:-1]))
+    return _trace(f"generated, {num_requests} requests, seed {seed}", prompts)
+
+
+# -------------------------------------------------------------------- replay
+
+
+def replay(
+    trace: Trace,
+    capacity: int,
+    policy: str,
+    progress: Callable[[int], object] | None = None,
+) -> Result:
+    """What `policy` makes of `trace` in a pool of `capacity` blocks. O(blocks * log capacity).
+
+    A prompt longer than the pool counts with the blocks it finds and is not held. `progress` is
+    told now and then how many requests were done since. Raises: `ValueError` for a bad argument.
+    """
+    capacity = arguments.count("capacity", capacity, at_least=1)
+    # `allocate` always leaves the last token to compute. So each prompt gets one more, which is
+    # never committed, and the pool one more block, which is free again with the prompt: all blocks
+    # of the trace are looked up, and exactly `capacity` of them can be kept.
+    # More blocks than there are prefixes would only cost memory.
+    manager = BlockManager(min(capacity, trace.num_prefixes) + 1, 1, eviction=policy)
+    hits = blocks = too_long = 0
+    start = time.perf_counter()
+    for number, prompt in enumerate(trace.prompts, 1):
+        blocks += len(prompt)
+        if len(prompt) > capacity:
+            hits += manager.cached_tokens(prompt)
+            too_long += 1
+        else:
+            sequence = manager.allocate(np.append(prompt, np.int32(trace.num_prefixes)))
+            hits += sequence.num_cached_tokens
+            manager.commit(sequence, len(prompt))
+            manager.free(sequence)
+        if progress is not None and number % _PROGRESS_EVERY == 0:
+            progress(_PROGRESS_EVERY)
+    if progress is not None:
+        progress(len(trace.prompts) % _PROGRESS_EVERY)
+    seconds = time.perf_counter() - start
+    return Result(policy, capacity, hits, blocks, manager.num_evicted_blocks, too_long, seconds)
+
+
+def offline_optimum(trace: Trace, capacity: int) -> Result:
+    """What the best possible policy makes of `trace`. O(blocks * log blocks).
+
+    Belady's rule (1966): the block leaves whose next use is furthest away. A prefix is used
+    whenever what follows it is, so that block is always a tip of the tree (among equals the deepest
+    is taken), and the rule needs no exception. It may keep the front of a prompt that is longer
+    than the pool, which policies may not: without that it would be no bound for them.
+    """
+    capacity = arguments.count("capacity", capacity, at_least=1)
+    start = time.perf_counter()
+    coming = _next_uses(trace)
+    next_use = [_NEVER] * trace.num_prefixes
+    is_cached = bytearray(trace.num_prefixes)
+    furthest: list[tuple[int, int]] = []  # (-next use, -number); what changed since is outdated
+    num_cached = hits = evicted = too_long = 0
+    for prompt, uses in zip(trace.prompts, coming, strict=True):
+        numbers = prompt.tolist()
+        found = 0
+        while found < len(numbers) and is_cached[numbers[found]]:
+            found += 1
+        hits += found
+        num_cached += len(numbers) - found
+        for number, use in zip(numbers, uses, strict=True):
+            is_cached[number] = True
+            next_use[number] = use
+        entries = [(-use, -number) for number, use in zip(numbers, uses, strict=True)]
+        if len(numbers) > capacity:
+            too_long += 1
+            for entry in entries:
+                heapq.heappush(furthest, entry)
+            entries = []
+        while num_cached > capacity:
+            use, number = heapq.heappop(furthest)
+            if is_cached[-number] and next_use[-number] == -use:
+                is_cached[-number] = False
+                num_cached -= 1
+                evicted += 1
+        # In the heap only now: what a request holds does not leave while it does.
+        for entry in entries:
+            heapq.heappush(furthest, entry)
+    seconds = time.perf_counter() - start
+    return Result(OFFLINE, capacity, hits, trace.num_blocks, evicted, too_long, seconds)
+
+
+def _next_uses(trace: Trace) -> list[list[int]]:
+    """For each block of each prompt, which request uses it next."""
+    later = np.full(trace.num_prefixes, _NEVER, np.int64)
+    coming = []
+    for request in range(len(trace.prompts) - 1, -1, -1):
+        prompt = trace.prompts[request]
+        coming.append(later[prompt].tolist())
+        later[prompt] = request
+    return coming[::-1]
+
+
+# -------------------------------------------------------------------- figures
+
+
+def summary(trace: Trace, results: Iterable[Result]) -> dict[str, Any]:
+    """Trace and results as plain data, for JSON. O(results)."""
+    return {
+        "trace": {
+            "name": trace.name,
+            "requests": len(trace.prompts),
+            "blocks": trace.num_blocks,
+            "prefixes": trace.num_prefixes,
+            "unlimited": trace.unlimited,
+            "skipped": list(trace.skipped),
+        },
+        "results": [{**asdict(result), "hit_ratio": result.hit_ratio} for result in results],
+    }

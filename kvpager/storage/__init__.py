@@ -1,0 +1,1 @@
+"""The bytes of the blocks, on devices and in host memory."""

@@ -1,0 +1,99 @@
+"""Names for blocks whose bytes leave the process: a chain of keyed 256-bit digests.
+
+A block's key covers everything its KV depends on: the storage layout, the model, the namespace's
+secret, the adapter, what placeholders show, all blocks before it, and its tokens. Every field is
+length-prefixed and has its place, so no two different inputs are encoded alike. Who does not know
+the secret can neither make a key nor test a guess. Inside the process nothing is hashed: the prefix
+index compares tokens.
+
+Keys are equal in every process and on every machine. BLAKE2b: RFC 7693.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kvpager import _validate as arguments
+from kvpager.blocks.contents import Content
+
+KEY_BYTES = 32
+_ROOT, _BLOCK = b"kvpager root", b"kvpager block"  # at most 16 bytes each
+
+
+@dataclass(frozen=True, slots=True)
+class KeyContext:
+    """What all blocks of one cache have in common.
+
+    `layout` names dtype, order, heads and block size (never inferred from a shape); `model` the
+    weights and their revision; `secret` is 16 to 64 random bytes of the namespace, or empty where
+    everybody may share.
+    """
+
+    layout: str
+    model: str
+    secret: bytes = b""
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: `TypeError` for names that are not strings, `ValueError` for a bad secret."""
+        for name in ("layout", "model"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} {getattr(self, name)!r}: expected a str")
+        arguments.label("adapter", self.adapter)
+        secret = self.secret
+        if not isinstance(secret, bytes) or (secret and not 16 <= len(secret) <= 64):
+            raise ValueError("secret: expected 16 to 64 bytes, or none")
+
+
+def content_keys(
+    ids: ArrayLike,
+    block_size: int,
+    context: KeyContext,
+    contents: Iterable[tuple[int, int, bytes]] = (),
+) -> list[bytes]:
+    """The keys of the full blocks of a prompt, 32 bytes each. O(tokens).
+
+    `contents`: as in `BlockManager.allocate`. Raises: `ValueError`, `TypeError` for bad arguments.
+    """
+    tokens = arguments.token_ids(ids)
+    block_size = arguments.block_size(block_size)
+    shown = arguments.contents(contents, len(tokens))
+    key, secret = _root(context, block_size), context.secret
+    # One digest a block: its own bytes and the key before it. Little-endian on every machine.
+    data = np.ascontiguousarray(tokens, "<i4").tobytes()
+    step, keys = 4 * block_size, list[bytes]()
+    for stop, tag in shown.stretches(block_size, 0, len(tokens) // block_size):
+        behind = _joined(_fields(tag)) if tag else b""
+        for start in range(step * len(keys), step * stop, step):
+            block = key + data[start : start + step] + behind
+            key = blake2b(block, digest_size=KEY_BYTES, key=secret, person=_BLOCK).digest()
+            keys.append(key)
+    return keys
+
+
+def _root(context: KeyContext, block_size: int) -> bytes:
+    adapter = b"" if context.adapter is None else context.adapter.encode()
+    fields = (
+        context.layout.encode(),
+        context.model.encode(),
+        bytes([context.adapter is not None]),
+        adapter,
+        block_size.to_bytes(8, "little"),
+    )
+    return blake2b(
+        _joined(fields), digest_size=KEY_BYTES, key=context.secret, person=_ROOT
+    ).digest()
+
+
+def _fields(tag: tuple[Content, ...]) -> Iterator[bytes]:
+    for start, stop, digest, _ in tag:
+        yield from (start.to_bytes(8, "little"), stop.to_bytes(8, "little"), digest)
+
+
+def _joined(fields: Iterable[bytes]) -> bytes:
+    return b"".join(len(field).to_bytes(8, "little") + field for field in fields)

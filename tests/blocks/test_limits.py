@@ -1,0 +1,314 @@
+"""Floors, fences and retention where they are easily broken: each was, once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from kvpager import BlockManager, OutOfBlocks
+from kvpager.blocks.eviction import Queue
+from kvpager.blocks.policies import Priority
+from kvpager.blocks.quotas import Account
+from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.stats import BlockState
+
+
+def cache(manager: BlockManager, tokens: range, namespace: str | None = None) -> None:
+    manager.free(manager.allocate(list(tokens), namespace=namespace), publish=True)
+
+
+def test_a_floor_is_kept_even_where_its_blocks_would_leave_first() -> None:
+    manager = BlockManager(8, 4)
+    manager.set_quota("acme", floor=4)
+    cache(manager, range(16), "acme")  # idle for longest
+    cache(manager, range(100, 116), "b")
+    manager.allocate(12, namespace="b")
+    assert manager.cached_tokens(list(range(16)), namespace="acme") == 16
+    manager.check()
+
+
+def test_idle_blocks_before_held_ones_leave_one_by_one() -> None:
+    manager = BlockManager(8, 4)
+    manager.set_quota("acme", floor=4)
+    sequence = manager.allocate(list(range(20)), namespace="acme")
+    manager.commit(sequence)
+    manager.slide(sequence, 16)
+    manager.allocate(16, namespace="b")  # needs one block of acme's four idle ones
+    assert manager.namespace_blocks("acme") == 4
+    assert manager.cached_tokens(list(range(20)), namespace="acme") == 12
+    manager.check()
+
+
+def test_the_deepest_idle_run_leaves_first_of_those_before_held_ones() -> None:
+    manager = BlockManager(31, 4)
+    front, left, right = list(range(40)), list(range(100, 140)), list(range(200, 240))
+    pair = []
+    for tail in (left, right):
+        pair.append(manager.allocate(front + tail))
+        manager.commit(pair[-1])
+    manager.slide(pair, 76)  # the last block of each is held; the 28 before are idle
+    manager.allocate(4 * manager.num_free_blocks + 4)
+    assert manager.cached_tokens(front) == 40
+    assert manager.stats().total_evicted == 2  # one idle block, and the held one behind it
+    manager.check()
+
+
+def test_what_would_make_a_floor_a_lie_is_refused() -> None:
+    manager = BlockManager(20, 4)
+    tokens = list(range(20))
+    first, twin = (manager.allocate(tokens, namespace="b") for _ in range(2))
+    manager.commit([first, twin])
+    manager.set_quota("a", floor=10)
+    manager.free(first)
+    manager.allocate(20, namespace="b")
+    with pytest.raises(ValueError, match="floors promise"):
+        manager.pin(twin)
+    with pytest.raises(ValueError, match="floors promise"):
+        manager.shrink(19)
+    with pytest.raises(ValueError, match="11 blocks, and 10 can be had"):
+        manager.set_quota("c", floor=1)
+    manager.check()
+    manager.allocate(40, namespace="a")
+    with pytest.raises(OutOfBlocks) as caught:
+        manager.allocate(4, namespace="b")
+    assert caught.value.missing == 1
+
+
+def test_a_time_to_live_ends_after_a_restore_as_well() -> None:
+    now = [100.0]
+    manager = BlockManager(3, 4, eviction=Priority(3, clock=lambda: now[0]))
+    kept, other = manager.allocate([1, 2, 3, 4]), manager.allocate([5, 6, 7, 8])
+    manager.commit([kept, other])
+    manager.retain(kept, 100, ttl_s=10)
+    manager.free([other, kept])
+    policy = Priority(3, clock=lambda: now[0])
+    restored = BlockManager.restore(manager.snapshot(), eviction=policy)
+    now[0] = 111.0
+    restored.allocate(8)
+    assert restored.cached_tokens([1, 2, 3, 4]) == 0
+    assert restored.cached_tokens([5, 6, 7, 8]) == 4
+
+
+def test_ids_of_drafts_that_a_fork_shares_are_refused() -> None:
+    manager = BlockManager(8, 4)
+    sequence = manager.allocate([])
+    manager.append(sequence, 4, draft=True)
+    child = manager.fork(sequence)
+    before = manager.snapshot()
+    with pytest.raises(ValueError, match="a fork shares these drafts"):
+        manager.accept(child, 4, [1, 2, 3, 4])
+    after = manager.snapshot()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    manager.accept(child, 4)
+    manager.check()
+
+
+def test_growing_does_not_forget_what_is_held_back() -> None:
+    manager = BlockManager(8, 4, 8, fences=True)
+    sequence = manager.allocate(8)
+    plans = [manager.swap(sequence, tier) for tier in ("host", "device")]
+    manager.grow(9)
+    manager.free(sequence)
+    manager.check()
+    assert (manager.block_states() == BlockState.KEPT).sum() == 4
+    for plan in plans:
+        manager.complete(plan)
+    assert manager.stats().num_free == 9
+
+
+def test_what_shrinking_cut_off_is_not_handed_out_before_it_was_copied() -> None:
+    manager = BlockManager(8, 4, fences=True)
+    first = manager.allocate(20)
+    manager.allocate(4)
+    manager.free(first)
+    plan = manager.shrink(4)
+    with pytest.raises(ValueError, match="complete the plan of `shrink` first"):
+        manager.grow(8)
+    manager.complete(plan)
+    manager.grow(8)
+    manager.check()
+
+
+def test_copies_left_open_by_a_restart_can_be_completed_by_their_tickets() -> None:
+    manager = BlockManager(8, 4, 8, fences=True)
+    sequence = manager.allocate(8)
+    manager.swap(sequence, "host")
+    restored = BlockManager.restore(manager.snapshot())
+    restored.free(list(restored.sequences().values()))
+    assert restored.stats().num_kept == 2
+    for ticket in restored.tickets():
+        restored.complete(ticket)
+    assert restored.stats().num_free == 8
+    restored.check()
+
+
+def test_a_refused_quota_changes_nothing() -> None:
+    manager = BlockManager(16, 4)
+    for tail in ([1, 2, 3, 4], [5, 6, 7, 8]):
+        manager.commit(manager.allocate([*range(8), *tail], namespace="n"))
+    before = manager.snapshot()
+    with pytest.raises(ValueError, match="holds 4 blocks"):
+        manager.set_quota("n", ceiling=1)
+    after = manager.snapshot()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("policy.now", np.array(2**63 - 1)),
+        ("rows.generations", np.full(1, 2**63 - 1)),
+        ("rows.first_blocks", np.full(1, 5)),
+        ("rows.windows", np.full(1, -1)),
+        ("nodes.blocks", np.full(2, -1, np.int32)),
+        ("queue.order", np.full(1, -1, np.int32)),
+        ("device.ids", np.zeros((0, 2**25), np.int32)),
+    ],
+)
+def test_a_snapshot_that_breaks_a_law_is_refused(name: str, value: np.ndarray) -> None:
+    manager = BlockManager(8, 4)
+    manager.commit(manager.allocate(list(range(8))))
+    arrays = manager.snapshot()
+    with pytest.raises(ValueError, match="not a snapshot"):
+        BlockManager.restore({**arrays, name: value})
+
+
+def test_handles_of_one_sequence_are_equal() -> None:
+    manager = BlockManager(8, 4)
+    live = [manager.allocate(4) for _ in range(3)]
+    assert set(manager.sequences().values()) == set(live)
+    victims = manager.victims(live, 2)
+    assert victims == live[:2]
+    assert victims[0] is live[0]
+    assert BlockManager(8, 4).allocate(4) != live[0]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda manager, sequence: manager.allocate(0),
+        lambda manager, sequence: manager.append(sequence, 0),
+        lambda manager, sequence: manager.append([sequence], -1),
+        lambda manager, sequence: manager.fork(sequence, 0),
+        lambda manager, sequence: manager.fork(sequence, 2**31 - 1),
+        lambda manager, sequence: manager.append(sequence, 2**31),
+    ],
+)
+def test_counts_of_nothing_or_of_too_much_are_refused(ask) -> None:
+    manager = BlockManager(8, 4)
+    sequence = manager.allocate(3)
+    before = manager.snapshot()
+    with pytest.raises(ValueError, match="expected at"):
+        ask(manager, sequence)
+    after = manager.snapshot()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+# -------------------------------------------------------------------- many tenants
+
+
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the accounts and queues that are looked at."""
+    looked = [0]
+    for owner, name in ((Account, "promised"), (Queue, "first")):
+        method = getattr(owner, name)
+
+        def counted(*args: object, method: Callable = method) -> object:
+            looked[0] += 1
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+    return looked
+
+
+@pytest.mark.parametrize("floor", [0, 1, 8])
+def test_a_call_costs_the_same_however_many_tenants_have_quotas(monkeypatch, floor: int) -> None:
+    looked = looks(monkeypatch)
+
+    def costs(num_tenants: int) -> dict[str, int]:
+        manager = BlockManager(2000, 4)
+        found = {}
+
+        def cost(name: str, call: Callable[[], object]) -> object:
+            looked[0] = 0
+            result = call()
+            found[name] = looked[0]
+            return result
+
+        for tenant in range(num_tenants):
+            manager.set_quota(f"t{tenant}", floor=floor, ceiling=1000)
+        for tenant in range(0, num_tenants, 2):
+            cache(manager, range(12), f"t{tenant}")
+        for number in range(2000 // 40):  # the pool is full of the cached prompts of one tenant
+            cache(manager, range(1000 * number, 1000 * number + 160), "t0" if number < 20 else "x")
+        sequence = cost("allocate", lambda: manager.allocate(range(40), namespace="t1"))
+        cost("append", lambda: manager.append(sequence, 40))
+        cost("commit", lambda: manager.commit(sequence))
+        cost("free", lambda: manager.free(sequence))
+        cost("change", lambda: manager.set_quota("t1", floor=floor, ceiling=900))
+        cost("drop", lambda: manager.drop_quota("t1"))
+        cost("set", lambda: manager.set_quota("t1", floor=floor, ceiling=900))
+        manager.check()
+        assert manager.num_evicted_blocks
+        return found
+
+    few, many = costs(6), costs(60)
+    assert all(many[name] <= few[name] + 8 for name in few), (few, many)
+
+
+def test_a_namespace_within_its_floor_gives_blocks_again_when_the_floor_falls() -> None:
+    manager = BlockManager(8, 4)
+    manager.set_quota("kept", floor=4)
+    cache(manager, range(16), "kept")
+    cache(manager, range(100, 116), "b")
+    manager.free(manager.allocate(16, namespace="b"))  # looks past what is kept
+    with pytest.raises(OutOfBlocks):
+        manager.allocate(20, namespace="b")
+    manager.set_quota("kept", floor=1)
+    manager.check()
+    manager.allocate(28, namespace="b")
+    manager.check()
+    assert manager.namespace_blocks("kept") == 1
+    manager.drop_quota("kept")
+    manager.check()
+    manager.allocate(4)
+    manager.check()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
+    """Blocks leave in the same order as in a restored manager, which counts from the start."""
+    random = np.random.default_rng(seed)
+    manager = BlockManager(24, 2, num_host_blocks=8)
+    names = [None, "a", "b", "c", "d"]
+    sequences: list[Sequence] = []
+    for _ in range(150):
+        name = names[random.integers(len(names))]
+        with contextlib.suppress(OutOfBlocks, ValueError):
+            match int(random.integers(6)):
+                case 0:
+                    ceiling = int(random.integers(4, 24))
+                    manager.set_quota(name, floor=int(random.integers(0, 5)), ceiling=ceiling)
+                case 1:
+                    manager.drop_quota(name)
+                case 2 if sequences:
+                    manager.free(sequences.pop(random.integers(len(sequences))), publish=True)
+                case 3 if sequences:
+                    manager.append(sequences[0], random.integers(0, 3, 3))
+                case _:
+                    ids = random.integers(0, 2, random.integers(1, 12))
+                    sequences.append(manager.allocate(ids, namespace=name))
+                    manager.commit(sequences[-1])
+        manager.check()
+    restored = BlockManager.restore(manager.snapshot())
+    for one in (manager, restored):
+        one.free(list(one.sequences().values()))
+    for _ in range(12):
+        with contextlib.suppress(OutOfBlocks):
+            for one in (manager, restored):
+                one.free(one.allocate(6, namespace="a"))
+        found, expected = manager.snapshot(), restored.snapshot()
+        assert all(np.array_equal(found[key], expected[key]) for key in found)

@@ -1,0 +1,713 @@
+"""What the prefix index finds, for whom, and what leaves it first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpager import BlockManager, OutOfBlocks
+from kvpager.blocks.policies import POLICIES
+from kvpager.blocks.sequences import Sequence
+
+# Operations of the paired isolation test, over all policies; 1,000,000 is a good night's worth.
+ISOLATION_OPERATIONS = 20_000
+A, B, C, D, E = ([first + i for i in range(4)] for first in range(10, 60, 10))  # a block each
+DOG, CAT = b"sha256 of a dog", b"sha256 of a cat"
+
+
+@pytest.fixture
+def manager() -> BlockManager:
+    return BlockManager(num_blocks=64, block_size=4)
+
+
+def committed(manager: BlockManager, ids: list[int], **who: object) -> Sequence:
+    sequence = manager.allocate(ids, **who)  # type: ignore[arg-type]
+    manager.commit(sequence)
+    return sequence
+
+
+def cache(manager: BlockManager, ids: list[int], **who: object) -> None:
+    """Leave a prompt behind that nobody holds."""
+    manager.free(committed(manager, ids, **who))
+
+
+def evict(manager: BlockManager, num_blocks: int = 1) -> None:
+    """Have so many cached blocks leave, whatever is free."""
+    manager.free(manager.allocate((manager.num_free_blocks + num_blocks) * manager.block_size))
+    manager.check()
+
+
+# -------------------------------------------------------------------- the shape of the tree
+
+
+def test_prompts_that_part_inside_a_run_share_what_comes_before(manager: BlockManager) -> None:
+    cache(manager, A + B + C)
+    cache(manager, A + B + D)
+    manager.check()
+    assert manager.cached_tokens(A + B + C) == 12
+    assert manager.cached_tokens(A + B + D) == 12
+    assert manager.stats().num_cached == 4
+
+
+def test_a_run_can_be_split_again_and_again(manager: BlockManager) -> None:
+    prompts = [A + B + C + D, A + B + C + E, A + B + E, A + E, E]
+    for prompt in prompts:
+        cache(manager, prompt)
+        manager.check()
+    assert [manager.cached_tokens(prompt) for prompt in prompts] == [len(p) for p in prompts]
+    assert manager.stats().num_cached == 8
+
+
+def test_a_sequence_goes_on_although_its_run_was_split(manager: BlockManager) -> None:
+    sequence = committed(manager, A + B + C)
+    cache(manager, A + D)
+    manager.append(sequence, E)
+    manager.commit(sequence)
+    manager.check()
+    assert manager.cached_tokens(A + B + C + E) == 16
+
+
+def test_a_sequence_shortened_to_the_upper_half_of_a_split_run_goes_on_there(
+    manager: BlockManager,
+) -> None:
+    sequence = committed(manager, A + B + C)
+    cache(manager, A + B + D)
+    manager.truncate(sequence, 4)
+    manager.append(sequence, E)
+    manager.commit(sequence)
+    manager.check()
+    for prompt in (A + B + C, A + B + D, A + E):
+        assert manager.cached_tokens(prompt) == len(prompt)
+
+
+def test_prompts_that_part_inside_a_block_share_its_first_tokens(manager: BlockManager) -> None:
+    cache(manager, A + B)
+    other = manager.allocate([*A, B[0], B[1], 99, 98])
+    assert other.num_cached_tokens == 6
+    manager.commit(other)
+    manager.check()
+    # Both continuations are offered now, and each is found by its own tokens.
+    assert manager.cached_tokens([*A, B[0], B[1], 99]) == 7
+    assert manager.cached_tokens(A + B[:3]) == 7
+
+
+def test_of_several_continuations_the_one_that_agrees_longest_is_copied(
+    manager: BlockManager,
+) -> None:
+    for block in ([1, 2, 3, 4], [1, 2, 9, 9], [1, 9, 9, 9]):
+        cache(manager, A + block)
+    assert manager.cached_tokens([*A, 1, 2, 3, 0]) == 7
+    assert manager.cached_tokens([*A, 1, 2, 9, 0]) == 7
+    assert manager.cached_tokens([*A, 1, 9, 0, 0]) == 6
+    assert manager.cached_tokens([*A, 1, 0, 0, 0]) == 5
+    assert manager.cached_tokens([*A, 0, 0, 0, 0]) == 4
+
+
+def test_a_partial_match_needs_no_open_block(manager: BlockManager) -> None:
+    cache(manager, A + B[:3])  # the second block never became full
+    assert manager.cached_tokens(A + B) == 4
+
+
+def test_a_chain_of_many_forks_is_walked_to_its_end() -> None:
+    manager = BlockManager(2048, 1)
+    prompt = list(range(500))
+    for depth in range(1, 500, 2):
+        cache(manager, [*prompt[:depth], -1])
+    cache(manager, prompt)
+    manager.check()
+    assert manager.cached_tokens(prompt) == 500
+    assert manager.cached_tokens([*prompt[:251], -1]) == 252
+    manager.drop_cached()
+    manager.check()
+    assert manager.num_free_blocks == 2048
+
+
+def test_a_prompt_grown_token_by_token_is_found_like_one_given_at_once(
+    manager: BlockManager,
+) -> None:
+    sequence = manager.allocate([])
+    for token in A + B + C:
+        manager.append(sequence, [token])
+        manager.commit(sequence)
+    manager.check()
+    assert manager.cached_tokens(A + B + C) == 12
+
+
+def test_a_run_that_lost_its_tail_is_extended_by_who_comes_next() -> None:
+    manager = BlockManager(8, 4)
+    cache(manager, A + B + C + D)
+    evict(manager, 2)
+    assert manager.cached_tokens(A + B + C + D) == 8
+    cache(manager, A + B + E)
+    cache(manager, A + B + C)
+    manager.check()
+    for prompt in (A + B + E, A + B + C):
+        assert manager.cached_tokens(prompt) == 12
+
+
+def test_a_place_beyond_a_lost_tail_is_not_mistaken_for_what_grew_there() -> None:
+    manager = BlockManager(16, 4)
+    first, twin = manager.allocate(A + B), manager.allocate(A + B)
+    manager.commit([first, twin])  # the twin's place is in the blocks of the first
+    manager.free(first)
+    held = manager.allocate(manager.num_free_blocks * 4)
+    manager.append(held, 1)  # the tail of the run leaves
+    manager.free(held)
+    assert manager.cached_tokens(A + B) == 4
+    cache(manager, A + C + D)
+    manager.append(twin, E)
+    manager.commit(twin)
+    manager.check()
+    assert manager.cached_tokens(A + B + E) == 12
+    assert manager.cached_tokens(A + C + E) == 8
+
+
+# -------------------------------------------------------------------- twins and forks
+
+
+def test_a_twin_goes_on_behind_the_blocks_that_are_offered(manager: BlockManager) -> None:
+    first, twin = manager.allocate(A + B), manager.allocate(A + B)
+    manager.commit([first, twin])
+    manager.append([first, twin], [C, D])
+    manager.commit([twin, first])
+    manager.check()
+    assert manager.stats().num_shared == 0
+    assert manager.cached_tokens(A + B + C) == manager.cached_tokens(A + B + D) == 12
+
+
+def test_a_twin_whose_counterpart_was_evicted_offers_its_own_blocks() -> None:
+    manager = BlockManager(8, 4)
+    first, twin = manager.allocate(A + B), manager.allocate(A + B)
+    manager.commit([first, twin])
+    manager.free(first)
+    evict(manager, 2)
+    assert manager.cached_tokens(A + B) == 0
+    manager.append(twin, C)
+    manager.commit(twin)
+    manager.check()
+    hit = manager.allocate(A + B + C + D)
+    assert hit.num_cached_tokens == 12
+    assert manager.block_table(hit)[:3].tolist() == manager.block_table(twin).tolist()
+
+
+def test_a_twin_that_lost_its_front_under_it_offers_everything_again() -> None:
+    manager = BlockManager(8, 4)
+    first, twin = manager.allocate(A + B), manager.allocate(A + B)
+    manager.commit([first, twin])
+    manager.append(twin, C)
+    manager.commit(twin)  # C stands behind the blocks of the first
+    manager.free(first)
+    manager.drop_cached()  # takes them, and with them C, although it is held
+    manager.check()
+    assert manager.cached_tokens(A + B + C) == 0
+    manager.commit(twin)
+    manager.check()
+    assert manager.cached_tokens(A + B + C) == 12
+
+
+def test_forks_offer_their_different_continuations(manager: BlockManager) -> None:
+    parent = committed(manager, A)
+    children = manager.fork(parent, 3)
+    manager.append(children, [B, C, D])
+    manager.commit(children)
+    manager.append(children, [E, E, E])
+    manager.commit(children)
+    manager.check()
+    for block in (B, C, D):
+        assert manager.cached_tokens(A + block + E) == 12
+
+
+def test_forks_that_write_the_same_are_twins(manager: BlockManager) -> None:
+    family = [parent := manager.allocate(A), *manager.fork(parent, 2)]
+    manager.append(family, [B, B, B])
+    manager.commit(family)
+    manager.check()
+    manager.free(family)
+    assert manager.stats().num_cached == 2
+    assert manager.cached_tokens(A + B) == 8
+
+
+def test_a_fork_taken_before_the_commit_publishes_once(manager: BlockManager) -> None:
+    parent = manager.allocate(A + B)
+    child = manager.fork(parent)
+    manager.commit(child)
+    manager.commit(parent)
+    manager.check()
+    manager.free([parent, child])
+    assert manager.stats().num_cached == 2
+
+
+# -------------------------------------------------------------------- who may have what
+
+
+WHO = [
+    {},
+    {"namespace": "a"},
+    {"namespace": "b"},
+    {"namespace": "ab"},
+    {"adapter": "a"},
+    {"adapter": "b"},
+    {"adapter": "ab"},
+    {"namespace": "a", "adapter": "b"},
+    {"namespace": "b", "adapter": "a"},
+    {"namespace": "None"},
+    {"adapter": "None"},
+]
+
+
+@pytest.mark.parametrize("owner", WHO, ids=str)
+def test_a_prefix_is_found_by_the_same_namespace_and_adapter_only(
+    manager: BlockManager, owner: dict[str, str]
+) -> None:
+    cache(manager, A + B, **owner)
+    for other in WHO:
+        assert manager.cached_tokens(A + B, **other) == (8 if other == owner else 0)
+
+
+@pytest.mark.parametrize("label", ["namespace", "adapter"])
+@pytest.mark.parametrize("value", [1, True, b"a", ("a",)])
+def test_a_namespace_or_adapter_that_is_no_string_is_refused(
+    manager: BlockManager, label: str, value: object
+) -> None:
+    for look in (manager.allocate, manager.cached_tokens):
+        with pytest.raises(TypeError, match=f"{label} .*expected a str or None"):
+            look(A, **{label: value})  # type: ignore[operator]
+    assert manager.stats().num_sequences == 0
+
+
+@pytest.mark.parametrize("label", ["namespace", "adapter"])
+def test_an_empty_namespace_or_adapter_is_refused_wherever_one_is_taken(
+    manager: BlockManager, label: str
+) -> None:
+    for look in (manager.allocate, manager.cached_tokens):
+        with pytest.raises(ValueError, match=f'{label} "": expected at least one character'):
+            look(A, **{label: ""})  # type: ignore[operator]
+    assert manager.stats().num_sequences == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda manager: manager.set_quota("", ceiling=1),
+        lambda manager: manager.quota(""),
+        lambda manager: manager.ceiling(""),
+        lambda manager: manager.drop_quota(""),
+        lambda manager: manager.namespace_blocks(""),
+    ],
+)
+def test_an_empty_namespace_has_no_quota(manager: BlockManager, call) -> None:
+    with pytest.raises(ValueError, match='namespace "": expected at least one character'):
+        call(manager)
+
+
+def test_a_fork_stays_with_its_parents_adapter(manager: BlockManager) -> None:
+    child = manager.fork(manager.allocate(A, adapter="math"))
+    manager.append(child, B)
+    manager.commit(child)
+    assert manager.cached_tokens(A + B, adapter="math") == 8
+    assert manager.cached_tokens(A + B) == 0
+
+
+# -------------------------------------------------------------------- contents
+
+PLACEHOLDERS = A + [7] * 8 + B
+
+
+def test_equal_contents_are_reused(manager: BlockManager) -> None:
+    cache(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
+    assert manager.cached_tokens(PLACEHOLDERS, contents=[(4, 12, DOG)]) == 16
+
+
+@pytest.mark.parametrize(
+    ("contents", "cached"),
+    [
+        ([], 4),  # plain tokens that look like placeholders
+        ([(4, 12, CAT)], 4),
+        ([(4, 8, DOG), (8, 12, DOG)], 8),  # the first block shows the same
+        ([(4, 8, DOG), (8, 12, CAT)], 8),
+        ([(5, 12, DOG)], 4),  # the same image, a token later
+        ([(4, 11, DOG)], 4),  # the same image, cut off a token earlier
+        ([(4, 12, DOG), (12, 13, CAT)], 12),
+        ([(0, 1, CAT), (4, 12, DOG)], 0),
+    ],
+)
+def test_other_contents_are_missed_from_the_first_block_they_overlap(
+    manager: BlockManager, contents: list[tuple[int, int, bytes]], cached: int
+) -> None:
+    cache(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
+    if contents[:1] == [(4, 8, DOG)]:
+        cache(manager, PLACEHOLDERS[:8], contents=[(4, 8, DOG)])
+    assert manager.cached_tokens(PLACEHOLDERS, contents=contents) == cached
+    manager.check()
+
+
+@pytest.mark.parametrize("start", [3, 4, 5, 7, 8])
+def test_the_block_that_a_content_begins_in_is_missed_as_a_whole(
+    manager: BlockManager, start: int
+) -> None:
+    prompt = [7] * 16
+    cache(manager, prompt, contents=[(start, 14, DOG)])
+    assert manager.cached_tokens(prompt, contents=[(start, 14, CAT)]) == start // 4 * 4
+
+
+def test_a_digest_a_byte_longer_is_another_content(manager: BlockManager) -> None:
+    cache(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
+    assert manager.cached_tokens(PLACEHOLDERS, contents=[(4, 12, DOG + b"\0")]) == 4
+
+
+def test_part_of_a_block_is_not_reused_across_a_contents_border(manager: BlockManager) -> None:
+    prompt = [1, 2, 7, 7, *B]
+    cache(manager, prompt, contents=[(2, 4, DOG)])
+    # Tokens 1, 2 come before the image, yet the block as a whole is another one.
+    assert manager.cached_tokens(prompt, contents=[(2, 4, CAT)]) == 0
+    assert manager.cached_tokens([1, 2, 3, 4]) == 0
+    assert manager.cached_tokens([1, 2, 7, 7], contents=[(2, 4, DOG)]) == 4
+
+
+def test_part_of_a_block_with_equal_contents_is_reused(manager: BlockManager) -> None:
+    cache(manager, [7, 7, 1, 2], contents=[(0, 2, DOG)])
+    assert manager.cached_tokens([7, 7, 1, 9], contents=[(0, 2, DOG)]) == 3
+    assert manager.cached_tokens([7, 7, 1, 9], contents=[(0, 2, CAT)]) == 0
+
+
+def test_prompts_that_show_different_things_can_be_offered_side_by_side(
+    manager: BlockManager,
+) -> None:
+    for digest in (DOG, CAT):
+        cache(manager, PLACEHOLDERS, contents=[(4, 12, digest)])
+    cache(manager, PLACEHOLDERS)
+    manager.check()
+    assert manager.stats().num_cached == 1 + 3 * 3
+    for contents in ([(4, 12, DOG)], [(4, 12, CAT)], []):
+        assert manager.cached_tokens(PLACEHOLDERS, contents=contents) == 16
+
+
+def test_what_follows_a_content_is_appended_behind_it(manager: BlockManager) -> None:
+    sequence = committed(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
+    manager.append(sequence, C)
+    manager.commit(sequence)
+    assert manager.cached_tokens(PLACEHOLDERS + C, contents=[(4, 12, DOG)]) == 20
+    assert manager.cached_tokens(PLACEHOLDERS + C) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ((0, 5, DOG), ValueError, "content's end 5: expected at most 4"),
+        ((2, 2, DOG), ValueError, "content's end 2: expected at least 3"),
+        ((-1, 2, DOG), ValueError, "first token -1: expected at least 0"),
+        ((0, 2, b""), TypeError, "expected bytes that stand for it"),
+        ((0, 2, "dog"), TypeError, "expected bytes that stand for it"),
+        ((0, 2.0, DOG), TypeError, "expected an int"),
+    ],
+)
+def test_contents_that_make_no_sense_are_refused(
+    manager: BlockManager, content: object, error: type[Exception], message: str
+) -> None:
+    for look in (manager.allocate, manager.cached_tokens):
+        with pytest.raises(error, match=message):
+            look(A, contents=[content])  # type: ignore[operator, list-item]
+    assert manager.stats().num_sequences == 0
+
+
+# -------------------------------------------------------------------- looking changes nothing
+
+
+def test_cached_tokens_changes_nothing() -> None:
+    manager = BlockManager(8, 4, num_events=10)
+    cache(manager, A + B)
+    cache(manager, C)
+    manager.events()
+    before = {name: array.copy() for name, array in manager.snapshot().items()}
+    for prompt in (A + B, A + B[:2], D, []):
+        manager.cached_tokens(prompt)
+        manager.cached_tokens(prompt, namespace="nobody yet", adapter="x")
+    after = manager.snapshot()
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert manager.events() == []
+
+
+def test_cached_tokens_counts_the_last_token_that_allocate_leaves_to_compute(
+    manager: BlockManager,
+) -> None:
+    cache(manager, A + B)
+    assert manager.cached_tokens(A + B) == 8
+    assert manager.allocate(A + B).num_cached_tokens == 7
+
+
+def test_looking_at_a_prompt_does_not_keep_it(manager: BlockManager) -> None:
+    manager = BlockManager(2, 4)
+    cache(manager, A)
+    cache(manager, B)
+    manager.cached_tokens(A)
+    evict(manager)
+    assert (manager.cached_tokens(A), manager.cached_tokens(B)) == (0, 4)
+
+
+# -------------------------------------------------------------------- what leaves first
+
+
+def order_of_leaving(manager: BlockManager, prompts: list[list[int]]) -> list[list[int]]:
+    """Which of these prompts of one block leave, one after the other."""
+    held = manager.allocate(manager.num_free_blocks * manager.block_size)
+    order = list[list[int]]()
+    for _ in prompts:
+        manager.append(held, manager.block_size)
+        manager.check()
+        gone = [p for p in prompts if p not in order and not manager.cached_tokens(p)]
+        assert len(gone) == 1
+        order += gone
+    return order
+
+
+def used_again(manager: BlockManager, ids: list[int]) -> None:
+    """Another sequence shares the whole of a cached prompt."""
+    sequence = manager.allocate([*ids, 0])
+    assert sequence.num_cached_tokens == len(ids)
+    manager.free(sequence)
+
+
+def test_lru_lets_go_first_what_was_used_longest_ago() -> None:
+    manager = BlockManager(6, 4, eviction="lru")
+    for prompt in (A, B, C):
+        cache(manager, prompt)
+    used_again(manager, A)
+    assert order_of_leaving(manager, [A, B, C]) == [B, C, A]
+
+
+def test_lru_counts_from_when_the_last_holder_left() -> None:
+    manager = BlockManager(6, 4, eviction="lru")
+    long = committed(manager, A)
+    cache(manager, B)
+    manager.free(long)
+    assert order_of_leaving(manager, [A, B]) == [B, A]
+
+
+def test_fifo_lets_go_first_what_was_offered_first() -> None:
+    manager = BlockManager(6, 4, eviction="fifo")
+    held = committed(manager, A)
+    for prompt in (B, C):
+        cache(manager, prompt)
+    manager.free(held)
+    used_again(manager, A)
+    assert order_of_leaving(manager, [A, B, C]) == [A, B, C]
+
+
+def test_lfu_lets_go_first_what_was_used_least() -> None:
+    manager = BlockManager(6, 4, eviction="lfu")
+    for prompt in (A, B, C):
+        cache(manager, prompt)
+    for prompt in (A, A, B):
+        used_again(manager, prompt)
+    cache(manager, D)
+    assert order_of_leaving(manager, [A, B, C, D]) == [C, D, B, A]
+
+
+def test_lfu_forgets_the_uses_of_what_left() -> None:
+    manager = BlockManager(3, 4, eviction="lfu")
+    cache(manager, A)
+    used_again(manager, A)
+    manager.drop_cached()
+    for prompt in (A, B):
+        cache(manager, prompt)
+    assert order_of_leaving(manager, [A, B]) == [A, B]
+
+
+def test_a_lifetime_keeps_what_is_used_again_and_again_over_what_came_once() -> None:
+    if "lifetime" not in POLICIES:
+        pytest.skip("this kvpager has no such policy")
+    manager = BlockManager(32, 4, eviction="lifetime")
+    fresh = count(100)
+    for _ in range(1000):
+        cache(manager, [*A, next(fresh), 0, 0, 0])
+    assert manager.cached_tokens(A) == 4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_tail_of_a_prompt_leaves_before_its_front(policy: str) -> None:
+    manager = BlockManager(8, 4, eviction=policy)
+    cache(manager, A + B + C)
+    for kept in (8, 4, 0):
+        evict(manager)
+        assert manager.cached_tokens(A + B + C) == kept
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_branch_leaves_before_the_trunk_it_stands_on(policy: str) -> None:
+    manager = BlockManager(8, 4, eviction=policy)
+    for prompt in (A + B, A + C, A + D):
+        cache(manager, prompt)
+    evict(manager, 3)
+    assert manager.cached_tokens(A) == 4
+    assert manager.stats().num_cached == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_eviction_never_takes_a_held_block(policy: str) -> None:
+    manager = BlockManager(8, 4, eviction=policy)
+    cache(manager, A + B + C)
+    held = manager.allocate(A + B + D)  # holds A and B
+    table = manager.block_table(held).tolist()
+    evict(manager)
+    assert manager.cached_tokens(A + B + C) == 8
+    with pytest.raises(OutOfBlocks, match="5 free, 0 evictable"):
+        manager.allocate(24)
+    assert manager.block_table(held).tolist() == table
+    manager.check()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_idle_blocks_in_front_of_held_ones_can_be_reclaimed(policy: str) -> None:
+    manager = BlockManager(4, 4, eviction=policy)
+    sequence = committed(manager, A + B + C + D)
+    manager.slide(sequence, 8)
+    assert manager.stats().num_cached == 2
+    table = manager.block_table(sequence).tolist()
+    other = manager.allocate(8)
+    assert not set(manager.block_table(other).tolist()) & set(table[2:])
+    assert manager.block_table(sequence).tolist() == table
+    manager.check()
+    manager.free([sequence, other])
+    manager.drop_cached()
+    manager.check()
+    assert manager.num_free_blocks == 4
+
+
+def test_a_prompt_can_be_cached_again_after_all_of_it_left() -> None:
+    manager = BlockManager(4, 4)
+    for _ in range(50):
+        cache(manager, A + B + C + D)
+        assert manager.cached_tokens(A + B + C + D) == 16
+        manager.drop_cached()
+        manager.check()
+
+
+def test_tenants_that_come_and_go_leave_nothing_behind(manager: BlockManager) -> None:
+    for i in range(300):
+        cache(manager, A + B, namespace=f"tenant {i}")
+    assert len(manager._index.roots) <= 33
+    manager.drop_cached()
+    assert not manager._index.roots
+    assert sum(node is not None for node in manager._index.nodes) == 0
+    manager.check()
+
+
+# -------------------------------------------------------------------- against a dictionary
+
+
+def common(one: list[int], other: list[int]) -> int:
+    agree = [a == b for a, b in zip(one, other, strict=False)]
+    return agree.index(False) if False in agree else len(agree)
+
+
+def expected(prefixes: Iterable[list[int]], prompt: list[int]) -> int:
+    """The longest that a published prefix, and then part of one block, agree with `prompt`."""
+    return max((common(prefix, prompt) for prefix in prefixes), default=0)
+
+
+TREES = st.tuples(st.sampled_from([None, "a"]), st.sampled_from([None, "x"]))
+HISTORY = st.lists(
+    st.tuples(
+        st.sampled_from(["publish", "grow", "free", "fork", "look"]),
+        TREES,
+        st.lists(st.integers(0, 1), max_size=14),
+        st.integers(0, 99),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=150)
+@given(HISTORY, st.sampled_from([1, 2, 4]), st.sampled_from(sorted(POLICIES)))
+def test_what_is_found_is_what_a_dictionary_of_prefixes_says(
+    history: list[tuple[str, tuple[str | None, str | None], list[int], int]],
+    block_size: int,
+    policy: str,
+) -> None:
+    manager = BlockManager(2000, block_size, eviction=policy)
+    known: dict[tuple[str | None, str | None], list[list[int]]] = {}
+    live: list[tuple[Sequence, tuple[str | None, str | None], list[int]]] = []
+    for what, tree, ids, number in history:
+        named = {"namespace": tree[0], "adapter": tree[1]}
+        assert manager.cached_tokens(ids, **named) == expected(known.get(tree, []), ids)
+        if what == "publish":
+            hit = expected(known.get(tree, []), ids[:-1])
+            sequence = manager.allocate(ids, **named)
+            assert sequence.num_cached_tokens == hit
+            live.append((sequence, tree, list(ids)))
+        elif live and what != "look":
+            sequence, tree, tokens = live[number % len(live)]
+            if what == "free":
+                manager.free(sequence)
+                live = [entry for entry in live if entry[0] is not sequence]
+                continue
+            if what == "fork":
+                sequence, tokens = manager.fork(sequence), list(tokens)
+                live.append((sequence, tree, tokens))
+            manager.append(sequence, ids)
+            tokens += ids
+        if live and what != "look":
+            sequence, tree, tokens = live[-1] if what != "grow" else live[number % len(live)]
+            manager.commit(sequence)
+            full = len(tokens) // block_size * block_size
+            known.setdefault(tree, []).append(tokens[:full])
+        manager.check()
+
+
+# -------------------------------------------------------------------- isolation, by pairs
+
+
+class Pairs:
+    """Tenants of tiny alphabets side by side, and for each what its own history explains."""
+
+    def __init__(self, policy: str, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.manager = BlockManager(48, 2, eviction=policy)
+        self.trees = [(n, a) for n in (None, " ", "a", "ab") for a in (None, " ", "b", "ab")]
+        self.published: dict[object, set[tuple[int, ...]]] = {tree: set() for tree in self.trees}
+        self.live: list[Sequence] = []
+        self.numbers = count()
+
+    def step(self) -> None:
+        """A tenant's prompt comes: it hits no more than its own past explains, and then all."""
+        manager, tree = self.manager, self.trees[self.random.integers(len(self.trees))]
+        who = {"namespace": tree[0], "adapter": tree[1]}
+        ids = self.random.integers(0, 2, self.random.integers(1, 13)).tolist()
+        if len(self.live) > 3:
+            manager.free(self.live.pop(self.random.integers(len(self.live))))
+        sequence = manager.allocate(ids, **who)
+        hit = tuple(ids[: sequence.num_cached_tokens])
+        assert not hit or hit in self.published[tree]
+        evicted = manager.num_evicted_blocks
+        if self.random.integers(2):
+            manager.commit(sequence)
+            full = len(ids) // 2 * 2
+            self.published[tree].update(tuple(ids[:end]) for end in range(1, full + 1))
+            assert evicted == manager.num_evicted_blocks
+            assert manager.cached_tokens(ids, **who) >= full
+        self.probe(ids, tree)
+        self.live.append(sequence)
+
+    def probe(self, ids: list[int], tree: tuple[str | None, str | None]) -> None:
+        """Who was never here before finds nothing, whatever its name resembles."""
+        fresh = f"{tree[0]}{next(self.numbers)}"
+        for namespace, adapter in ((fresh, tree[1]), (tree[0], fresh), (fresh, fresh)):
+            found = self.manager.cached_tokens(ids, namespace=namespace, adapter=adapter)
+            assert found == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_tenant_ever_sees_what_another_did(policy: str) -> None:
+    pairs = Pairs(policy, seed=1)
+    for number in range(ISOLATION_OPERATIONS // len(POLICIES)):
+        pairs.step()
+        if number % 200 == 0:
+            pairs.manager.check()
+    assert pairs.manager.num_evicted_blocks > 100
+    assert pairs.manager.stats().total_prefix_hits > 100

@@ -1,0 +1,741 @@
+"""Drafts, windows, appended ids, batches and handles: what each promises, one behaviour a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpager import BlockManager, OutOfBlocks, StaleSequence
+from kvpager.blocks.sequences import Sequence
+from kvpager.errors import SequenceSwapped
+
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture
+def manager() -> BlockManager:
+    return BlockManager(num_blocks=32, block_size=4, num_host_blocks=16)
+
+
+def equal(a: Arrays, b: Arrays) -> bool:
+    """Whether two snapshots say the same, to the bit."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype
+        and a[name].shape == b[name].shape
+        and a[name].tobytes() == b[name].tobytes()
+        for name in a
+    )
+
+
+def refused(
+    manager: BlockManager, error: Any, call: Callable[[], object], match: str = "."
+) -> None:
+    """`call` raises `error` and leaves everything as it was."""
+    before = manager.snapshot()
+    with pytest.raises(error, match=match):
+        call()
+    assert equal(manager.snapshot(), before)
+    manager.check()
+
+
+# -------------------------------------------------------------------- drafts
+
+
+def test_drafts_get_slots_like_other_tokens(manager: BlockManager) -> None:
+    sequence = manager.allocate(3)
+    step = manager.append(sequence, 6, draft=True)
+    assert len(sequence) == 9
+    assert step.slots.tolist() == manager.slots(sequence, 3).tolist()
+
+
+@pytest.mark.parametrize("commit", [None, 8, "batch", "publish"])
+def test_drafts_are_never_published(manager: BlockManager, commit) -> None:
+    sequence = manager.allocate(range(8))
+    other = manager.allocate(3)
+    manager.append(sequence, list(range(8, 16)), draft=True)
+    if commit == "batch":
+        manager.commit([sequence, other])
+    elif commit == "publish":
+        manager.free(sequence, publish=True)
+    else:
+        manager.commit(sequence, commit)
+    assert manager.cached_tokens(range(16)) == 8
+    manager.check()
+
+
+def test_a_commit_of_drafts_is_refused(manager: BlockManager) -> None:
+    sequence, other = manager.allocate(range(8)), manager.allocate(12)
+    manager.append(sequence, list(range(8, 12)), draft=True)
+    refused(manager, ValueError, lambda: manager.commit(sequence, 9), "8 tokens only")
+    refused(manager, ValueError, lambda: manager.commit([other, sequence], 9), "8 tokens only")
+
+
+@pytest.mark.parametrize("kept", range(10))
+def test_accept_keeps_the_first_and_gives_back_the_blocks_of_the_rest(
+    manager: BlockManager, kept: int
+) -> None:
+    sequence = manager.allocate(range(6))
+    manager.append(sequence, list(range(6, 15)), draft=True)
+    table = manager.block_table(sequence)
+    manager.accept(sequence, kept)
+    assert len(sequence) == 6 + kept
+    num_blocks = -(-(6 + kept) // 4)
+    assert manager.block_table(sequence).tolist() == table[:num_blocks].tolist()
+    assert manager.num_free_blocks == 32 - num_blocks
+    manager.commit(sequence)
+    assert manager.cached_tokens(range(15)) == (6 + kept) // 4 * 4
+    manager.check()
+
+
+def test_accepted_ids_become_publishable(manager: BlockManager) -> None:
+    sequence = manager.allocate(range(6))
+    manager.append(sequence, 5, draft=True)
+    manager.accept(sequence, 3, [6, 7, 8])
+    manager.commit(sequence)
+    manager.append(sequence, [9, 10, 11])
+    manager.commit(sequence)
+    assert manager.cached_tokens(range(12)) == 12
+
+
+def test_drafts_accepted_without_ids_end_what_can_be_reused(manager: BlockManager) -> None:
+    sequence = manager.allocate(range(6))
+    manager.append(sequence, 5, draft=True)
+    manager.accept(sequence, 5)
+    manager.append(sequence, [11])
+    manager.commit(sequence)
+    assert manager.cached_tokens(range(12)) == 4
+
+
+def test_ids_of_rejected_drafts_are_forgotten(manager: BlockManager) -> None:
+    sequence = manager.allocate(range(4))
+    manager.append(sequence, [4, 5, 99, 98], draft=True)
+    manager.accept(sequence, 2)
+    manager.append(sequence, [6, 7])
+    manager.commit(sequence)
+    assert manager.cached_tokens([*range(8), 9]) == 8
+    assert manager.cached_tokens([0, 1, 2, 3, 4, 5, 99, 98]) == 6
+
+
+def test_a_batch_accepts_different_counts(manager: BlockManager) -> None:
+    sequences = [manager.allocate([n] * 3) for n in range(6)]
+    manager.append(sequences, [[n] * 5 for n in range(6)], draft=True)
+    manager.accept(manager.batch(sequences), [0, 1, 2, 3, 4, 5])
+    assert manager.lengths(sequences).tolist() == [3, 4, 5, 6, 7, 8]
+    manager.commit(sequences)
+    assert [manager.cached_tokens([n] * 8) for n in range(6)] == [0, 4, 4, 4, 4, 8]
+    manager.check()
+
+
+def test_a_batch_accepts_ragged_ids(manager: BlockManager) -> None:
+    sequences = [manager.allocate([n] * 3) for n in range(3)]
+    manager.append(sequences, counts=[1, 5, 3], draft=True)
+    manager.accept(sequences, [1, 5, 0], [[0], [1] * 5, []])
+    manager.commit(sequences)
+    assert [manager.cached_tokens([n] * 8) for n in range(3)] == [4, 8, 0]
+    manager.check()
+
+
+def test_one_count_stands_for_the_whole_batch(manager: BlockManager) -> None:
+    sequences = [manager.allocate(3) for _ in range(3)]
+    manager.append(sequences, 4, draft=True)
+    manager.accept(sequences, 2)
+    assert manager.lengths(sequences).tolist() == [5, 5, 5]
+
+
+def test_more_drafts_may_follow_drafts(manager: BlockManager) -> None:
+    sequence = manager.allocate(3)
+    manager.append(sequence, 2, draft=True)
+    manager.append(sequence, 4, draft=True)
+    refused(manager, ValueError, lambda: manager.accept(sequence, 7), "have .6. drafts")
+    manager.accept(sequence, 5)
+    assert len(sequence) == 8
+
+
+def test_plain_tokens_wait_until_drafts_are_decided(manager: BlockManager) -> None:
+    sequence, other = manager.allocate(3), manager.allocate(3)
+    manager.append(sequence, 2, draft=True)
+    for call in (
+        lambda: manager.append(sequence, 1),
+        lambda: manager.append(sequence, counts=0),
+        lambda: manager.append([other, sequence], [1, 2]),
+        lambda: manager.append(manager.batch([other, sequence]), 1),
+    ):
+        refused(manager, ValueError, call, "has drafts")
+    manager.append(other, 1)
+    manager.accept(sequence, 0)
+    manager.append([other, sequence], 1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "tokens", "error"),
+    [
+        (3, None, ValueError),
+        ([3, 0], None, ValueError),
+        ([0, 0, 0], None, ValueError),
+        (-1, None, ValueError),
+        (2**31, None, ValueError),
+        (2**70, None, (TypeError, ValueError)),
+        (1.0, None, TypeError),
+        (True, None, TypeError),
+        (None, None, TypeError),
+        ("1", None, TypeError),
+        ([1, 1], [[1], []], ValueError),
+        ([1, 1], [[1]], ValueError),
+        ([1, 1], 1, ValueError),
+        ([1, 1], [[1.0], [2.0]], TypeError),
+        ([1, 1], [[2**31], [2]], ValueError),
+        ([1, 1], ["a", "b"], TypeError),
+    ],
+)
+def test_a_bad_accept_is_refused(manager: BlockManager, counts, tokens, error) -> None:
+    sequences = [manager.allocate(range(3)), manager.allocate(3)]
+    manager.append(sequences, 2, draft=True)
+    refused(manager, error, lambda: manager.accept(sequences, counts, tokens))
+
+
+def test_accept_without_drafts_takes_none_only(manager: BlockManager) -> None:
+    sequence = manager.allocate(3)
+    manager.accept(sequence, 0)
+    refused(manager, ValueError, lambda: manager.accept(sequence, 1))
+
+
+def test_a_fork_has_its_own_drafts(manager: BlockManager) -> None:
+    parent = manager.allocate(range(6))
+    manager.append(parent, [6, 7, 8, 9], draft=True)
+    child = manager.fork(parent)
+    manager.accept(parent, 4)
+    refused(manager, ValueError, lambda: manager.append(child, 1), "has drafts")
+    manager.accept(child, 1)
+    assert (len(parent), len(child)) == (10, 7)
+    step = manager.append(child, [99])
+    assert len(step.copies) == 1  # the parent still reads its own eighth token
+    manager.commit([parent, child])
+    assert manager.cached_tokens([*range(8), 0]) == 8
+    assert manager.cached_tokens([*range(7), 99]) == 8
+    manager.check()
+
+
+def test_drafts_of_a_fork_are_written_into_its_own_block(manager: BlockManager) -> None:
+    parent = manager.allocate(6)
+    child = manager.fork(parent)
+    step = manager.append(child, 1, draft=True)
+    assert len(step.copies) == 1
+    manager.accept(child, 0)
+    assert manager.block_table(child)[1] != manager.block_table(parent)[1]
+    manager.check()
+
+
+@pytest.mark.parametrize(("length", "left"), [(9, 3), (7, 1), (6, 0), (2, 0), (0, 0)])
+def test_truncate_takes_drafts_first(manager: BlockManager, length: int, left: int) -> None:
+    sequence = manager.allocate(range(6))
+    manager.append(sequence, 6, draft=True)
+    manager.truncate(sequence, length)
+    refused(manager, ValueError, lambda: manager.accept(sequence, left + 1))
+    manager.accept(sequence, left)
+    assert len(sequence) == length
+    manager.append(sequence, 1)
+    manager.check()
+
+
+def test_free_ends_drafts(manager: BlockManager) -> None:
+    sequence = manager.allocate(6)
+    manager.append(sequence, 6, draft=True)
+    manager.free(sequence)
+    assert manager.num_free_blocks == 32
+    manager.append(manager.allocate(1), 1)
+    manager.check()
+
+
+def test_a_refused_draft_changes_nothing(manager: BlockManager) -> None:
+    sequence = manager.allocate(100)
+    refused(manager, OutOfBlocks, lambda: manager.append(sequence, 40, draft=True))
+    manager.append(sequence, 1)
+
+
+def test_drafts_survive_a_swap(manager: BlockManager) -> None:
+    sequence = manager.allocate(range(6))
+    manager.append(sequence, list(range(6, 12)), draft=True)
+    manager.swap(sequence, "host")
+    refused(manager, SequenceSwapped, lambda: manager.accept(sequence, 1))
+    manager.swap(sequence, "device")
+    manager.accept(sequence, 2)
+    manager.commit(sequence)
+    assert manager.cached_tokens(range(12)) == 8
+    manager.check()
+
+
+# -------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+@pytest.mark.parametrize("window", range(1, 10))
+def test_append_frees_exactly_the_blocks_behind_the_first_new_tokens_window(
+    block_size: int, window: int
+) -> None:
+    for length in range(1, 20):
+        for count in (1, 3):
+            manager = BlockManager(64, block_size)
+            sequence = manager.allocate(length, window=window)
+            table = manager.block_table(sequence)
+            manager.append(sequence, count)
+            first_seen = max(0, length - window + 1)  # by the token at `length`, itself included
+            gone = first_seen // block_size
+            kept = manager.block_table(sequence)
+            assert (kept[:gone] == -1).all()
+            assert kept[gone : len(table)].tolist() == table[gone:].tolist()
+            assert manager.num_free_blocks == 64 - (len(kept) - gone)
+            assert len(manager.slots(sequence, gone * block_size)) == (
+                length + count - gone * block_size
+            )
+            manager.check()
+
+
+def test_what_a_window_leaves_stays_addressable_over_a_long_run() -> None:
+    manager = BlockManager(4, 4)
+    sequence = manager.allocate(4, window=6)
+    for length in range(4, 400):
+        slot = manager.append(sequence, 1).slots[0]
+        seen = manager.slots(sequence, max(0, length - 5), length + 1)
+        assert len(set(seen.tolist())) == len(seen)
+        assert seen[-1] == slot
+    manager.check()
+    assert manager.stats().num_held <= 3
+
+
+def test_a_batch_mixes_windows(manager: BlockManager) -> None:
+    sequences = [manager.allocate(16, window=window) for window in (None, 1, 4, 9, 100)]
+    manager.append(sequences, 1)
+    gone = [(manager.block_table(one) == -1).sum() for one in sequences]
+    assert gone == [0, 4, 3, 2, 0]
+    manager.check()
+
+
+def test_a_token_behind_the_window_cannot_be_asked_for(manager: BlockManager) -> None:
+    sequence = manager.allocate(16, window=4)
+    manager.append(sequence, 1)
+    refused(manager, ValueError, lambda: manager.slots(sequence), "expected 12 <= start")
+    refused(manager, ValueError, lambda: manager.truncate(sequence, 11), "before token 12")
+
+
+def test_a_windowed_fork_keeps_what_its_sibling_gave_back(manager: BlockManager) -> None:
+    parent = manager.allocate(16, window=4)
+    child = manager.fork(parent)
+    table = manager.block_table(child)
+    manager.append(parent, 1)
+    assert manager.block_table(child).tolist() == table.tolist()
+    assert manager.num_held_blocks == 5
+    manager.append(child, 5)
+    assert manager.block_table(child)[:3].tolist() == [-1] * 3
+    assert manager.num_held_blocks == 1 + 2 + 1
+    manager.check()
+    manager.free([parent, child])
+    assert manager.num_free_blocks == 32
+
+
+def test_a_fork_inherits_its_parents_window(manager: BlockManager) -> None:
+    child = manager.fork(manager.allocate(16, window=1))
+    manager.append(child, 1)
+    assert manager.block_table(child)[:4].tolist() == [-1] * 4
+
+
+def test_a_row_used_again_has_no_window(manager: BlockManager) -> None:
+    manager.free(manager.allocate(16, window=1))
+    sequence = manager.allocate(16)
+    manager.append(sequence, 1)
+    assert -1 not in manager.block_table(sequence)
+    manager.check()
+
+
+def test_one_generation_of_windowed_drafts_can_be_taken_back(manager: BlockManager) -> None:
+    sequence = manager.allocate(16, window=4)
+    manager.append(sequence, 6, draft=True)
+    manager.accept(sequence, 0)
+    assert len(manager.slots(sequence, 13)) == 3  # what the next token sees
+    manager.append(sequence, 1)
+    manager.check()
+
+
+def test_what_lost_its_front_is_not_offered(manager: BlockManager) -> None:
+    sequence = manager.allocate(range(8), window=1)
+    manager.append(sequence, list(range(8, 16)))
+    manager.commit(sequence)
+    assert manager.cached_tokens(range(16)) == 0
+    manager.check()
+
+
+def test_a_windowed_sequence_swaps_and_comes_back(manager: BlockManager) -> None:
+    sequence = manager.allocate(16, window=4)
+    manager.append(sequence, 1)
+    assert len(manager.swap(sequence, "host")) == 2
+    manager.swap(sequence, "device")
+    manager.append(sequence, 8)
+    assert (manager.block_table(sequence) >= 0).tolist() == [False] * 3 + [True] * 4
+    manager.check()
+
+
+@pytest.mark.parametrize(
+    ("window", "error"),
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (1.5, TypeError),
+        (True, TypeError),
+        ("4", TypeError),
+        (2**31, ValueError),
+    ],
+)
+def test_a_bad_window_is_refused(manager: BlockManager, window, error) -> None:
+    refused(manager, error, lambda: manager.allocate(4, window=window), "window")
+
+
+# -------------------------------------------------------------------- appended ids
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [3, 4, 5, 6, 7],
+        (3, 4, 5, 6, 7),
+        range(3, 8),
+        np.arange(3, 8),
+        np.arange(3, 8, dtype=np.int32),
+        np.arange(3, 8, dtype=np.uint8),
+        np.arange(3, 8, dtype=np.uint64),
+        np.arange(3, 8, dtype=">i4"),
+        np.arange(6, 16)[::2] // 2,
+        [np.int64(n) for n in range(3, 8)],
+    ],
+)
+def test_ids_may_come_in_many_forms(manager: BlockManager, ids) -> None:
+    for wrap in (False, True):
+        sequence = manager.allocate([int(wrap), 1, 2])
+        step = manager.append([sequence] if wrap else sequence, [ids] if wrap else ids)
+        assert len(step.slots) == 5
+        manager.commit(sequence)
+        assert manager.cached_tokens([int(wrap), *range(1, 8)]) == 8
+
+
+def test_an_iterator_of_ids_is_read_once(manager: BlockManager) -> None:
+    sequences = [manager.allocate([0, 1, 2]), manager.allocate([9, 1, 2])]
+    manager.append(sequences[0], iter([3]))
+    manager.append(sequences[1:], iter([[3]]))
+    manager.commit(iter(sequences))
+    assert manager.cached_tokens([0, 1, 2, 3]) == manager.cached_tokens([9, 1, 2, 3]) == 4
+
+
+@pytest.mark.parametrize(
+    "ids", [[1, 2, 3], np.array([1, 2, 3]), np.array([[1], [2], [3]]), [[1], [2], [3]]]
+)
+def test_one_id_for_each_of_a_batch(manager: BlockManager, ids) -> None:
+    sequences = [manager.allocate([0, 0, n]) for n in range(3)]
+    manager.append(sequences, ids)
+    manager.commit(sequences)
+    assert [manager.cached_tokens([0, 0, n, n + 1]) for n in range(3)] == [4, 4, 4]
+
+
+def test_a_matrix_of_ids_goes_row_by_row(manager: BlockManager) -> None:
+    sequences = [manager.allocate([n]) for n in range(3)]
+    step = manager.append(sequences, np.arange(21).reshape(3, 7))
+    assert len(step.slots) == 21
+    manager.commit(sequences)
+    for n in range(3):
+        assert manager.cached_tokens([n, *range(7 * n, 7 * n + 7)]) == 8
+
+
+def test_ragged_ids_and_ids_mixed_with_lists(manager: BlockManager) -> None:
+    sequences = [manager.allocate([n, n]) for n in range(4)]
+    step = manager.append(sequences, [[], [5, 6], 7, np.arange(6)])
+    assert manager.lengths(sequences).tolist() == [2, 4, 3, 8]
+    expected = [manager.slots(one, 2) for one in sequences]
+    assert step.slots.tolist() == np.concatenate(expected).tolist()
+    manager.commit(sequences)
+    assert manager.cached_tokens([3, 3, *range(6)]) == 8
+
+
+def test_int64_ids_that_fit_are_taken(manager: BlockManager) -> None:
+    edge = [2**31 - 1, -(2**31), 0, 2**31 - 1]
+    manager.commit(manager.allocate(np.array(edge, np.int64)))
+    sequence = manager.allocate([1])
+    manager.append(sequence, np.array(edge, np.int64))
+    assert manager.cached_tokens(edge) == 4
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        ([2**31], ValueError),
+        ([-(2**31) - 1], ValueError),
+        (np.array([2**40]), ValueError),
+        (np.array([2**63], np.uint64), ValueError),
+        ([2**70], (TypeError, ValueError)),
+        ([1.0], TypeError),
+        (np.array([1.0, 2.0]), TypeError),
+        (np.array([True]), TypeError),
+        ([True], TypeError),
+        (["a"], TypeError),
+        ("abc", TypeError),
+        (b"abc", TypeError),
+        ([None], TypeError),
+        (np.array([[1]]), ValueError),
+        (np.array(3), (TypeError, ValueError)),
+        ([[1, 2], [3]], ValueError),
+        (1.0, TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        (-1, ValueError),
+        (2**31, ValueError),
+        (2**63, ValueError),
+    ],
+)
+def test_bad_ids_or_counts_are_refused_and_change_nothing(manager, ids, error) -> None:
+    sequence = manager.allocate([1, 2])
+    refused(manager, error, lambda: manager.append(sequence, ids))
+    pair = [sequence, manager.allocate(2)]
+    if not isinstance(ids, int) and type(ids) is not np.ndarray:
+        refused(manager, (TypeError, ValueError), lambda: manager.append(pair, [[4], ids]))
+
+
+@pytest.mark.parametrize(
+    ("counts", "error"),
+    [
+        ([1], ValueError),
+        ([1, 2, 3], ValueError),
+        ([[1, 2]], ValueError),
+        ([1, -1], ValueError),
+        ([1, 2**31], ValueError),
+        ([1, 2**63], (TypeError, ValueError)),
+        ([1, 2**70], (TypeError, ValueError)),
+        ([1.0, 2.0], TypeError),
+        ([True, False], TypeError),
+        (["1", "2"], TypeError),
+        ("12", TypeError),
+    ],
+)
+def test_bad_counts_are_refused_and_change_nothing(manager: BlockManager, counts, error) -> None:
+    pair = [manager.allocate(3), manager.allocate(2)]
+    refused(manager, error, lambda: manager.append(pair, counts=counts))
+
+
+def test_counts_of_zero_change_nothing_and_one_count_stands_for_all(manager: BlockManager) -> None:
+    pair = [manager.allocate(3), manager.fork(manager.allocate(6))]
+    before = manager.snapshot()
+    step = manager.append(pair, counts=[0, 0])
+    assert (len(step.slots), len(step.copies)) == (0, 0)
+    assert len(manager.append(pair, counts=0).slots) == 0
+    assert len(manager.append([], 1).slots) == 0
+    assert equal(manager.snapshot(), before)
+    manager.append(pair, counts=np.uint8(5))
+    assert manager.lengths(pair).tolist() == [8, 11]
+
+
+def test_lengths_and_counts_beyond_the_end_are_refused(manager: BlockManager) -> None:
+    sequence, other = manager.allocate(5), manager.allocate(9)
+    for bad in (6, 2**31 - 1, 2**31, -1, 2**70):
+        refused(manager, ValueError, lambda bad=bad: manager.commit(sequence, bad))
+        refused(manager, ValueError, lambda bad=bad: manager.commit([other, sequence], bad))
+        refused(manager, ValueError, lambda bad=bad: manager.truncate(sequence, bad))
+    for bad in (1.0, True, "1"):
+        refused(manager, TypeError, lambda bad=bad: manager.commit(sequence, bad))
+        refused(manager, TypeError, lambda bad=bad: manager.truncate(sequence, bad))
+
+
+# -------------------------------------------------------------------- batches and handles
+
+
+def test_a_batch_notices_a_swap_and_works_again_afterwards(manager: BlockManager) -> None:
+    sequences = [manager.allocate(3) for _ in range(3)]
+    batch = manager.batch(sequences)
+    manager.append(batch, 1)
+    manager.swap(sequences[1], "host")
+    refused(manager, SequenceSwapped, lambda: manager.append(batch, 1))
+    refused(manager, SequenceSwapped, lambda: manager.commit(batch))
+    assert manager.lengths(batch).tolist() == [4, 4, 4]
+    manager.swap(sequences[1], "device")
+    manager.append(batch, 1)
+    assert manager.lengths(batch).tolist() == [5, 5, 5]
+
+
+def test_a_batch_made_of_swapped_sequences_works_when_they_are_back(manager: BlockManager) -> None:
+    sequence = manager.allocate(3)
+    manager.swap(sequence, "host")
+    batch = manager.batch([sequence])
+    refused(manager, SequenceSwapped, lambda: manager.append(batch, 1))
+    manager.swap(batch, "device")
+    manager.append(batch, 1)
+
+
+def test_a_batch_notices_a_row_that_a_new_sequence_took(manager: BlockManager) -> None:
+    sequences = [manager.allocate(3) for _ in range(3)]
+    batch = manager.batch(sequences)
+    manager.append(batch, 1)
+    manager.free(sequences[1])
+    taker = manager.allocate(7)
+    assert taker._row == sequences[1]._row
+    for call in (
+        lambda: manager.append(batch, 1),
+        lambda: manager.commit(batch),
+        lambda: manager.free(batch),
+        lambda: manager.swap(batch, "host"),
+        lambda: manager.lengths(batch),
+        lambda: manager.block_tables(batch),
+        lambda: manager.accept(batch, 0),
+        lambda: manager.reclaimable(batch),
+        lambda: manager.victims(batch, 1),
+        lambda: manager.slide(batch, 0),
+    ):
+        refused(manager, StaleSequence, call, "make the batch anew")
+    assert len(taker) == 7
+
+
+def test_a_batch_outlives_strangers_that_come_and_go(manager: BlockManager) -> None:
+    batch = manager.batch([manager.allocate(3), manager.allocate(4)])
+    for _ in range(20):
+        stranger = manager.allocate(5)
+        manager.free([manager.fork(stranger), stranger])
+        manager.append(batch, 1)
+    assert manager.lengths(batch).tolist() == [23, 24]
+    manager.check()
+
+
+def test_a_batch_frees_all_and_is_stale_then(manager: BlockManager) -> None:
+    batch = manager.batch([manager.allocate(3), manager.allocate(4)])
+    manager.free(batch)
+    refused(manager, StaleSequence, lambda: manager.free(batch))
+    assert manager.num_free_blocks == 32
+
+
+def test_free_with_publish_lets_the_same_prompt_hit(manager: BlockManager) -> None:
+    pair = [manager.allocate(range(10)), manager.allocate(range(50, 59))]
+    manager.append(pair[0], [10, 11])
+    manager.free(pair, publish=True)
+    assert manager.allocate(range(13)).num_cached_tokens == 12
+    assert manager.allocate(range(50, 60)).num_cached_tokens == 8
+    manager.check()
+
+
+def test_free_with_publish_of_a_swapped_sequence_is_refused(manager: BlockManager) -> None:
+    pair = [manager.allocate(range(10)), manager.allocate(range(8))]
+    manager.swap(pair[1], "host")
+    refused(manager, SequenceSwapped, lambda: manager.free(pair, publish=True))
+
+
+def test_a_sequence_named_twice_is_refused_everywhere(manager: BlockManager) -> None:
+    one, two = manager.allocate(range(5)), manager.allocate(5)
+    twice = [one, two, one]
+    for call in (
+        lambda: manager.batch(twice),
+        lambda: manager.append(twice, 1),
+        lambda: manager.append(iter(twice), 1),
+        lambda: manager.free(twice),
+        lambda: manager.free(twice, publish=True),
+        lambda: manager.swap(twice, "host"),
+        lambda: manager.swap(twice, "device"),
+        lambda: manager.commit(twice),
+        lambda: manager.accept(twice, 0),
+        lambda: manager.slide(twice, 0),
+        lambda: manager.lengths(twice),
+        lambda: manager.block_tables(twice),
+        lambda: manager.reclaimable(twice),
+        lambda: manager.victims(twice, 1),
+    ):
+        refused(manager, ValueError, call, "stands twice")
+
+
+VERBS: dict[str, Callable[[BlockManager, Sequence], object]] = {
+    "append": lambda m, s: m.append(s, 1),
+    "append ids": lambda m, s: m.append([s], [[1]]),
+    "append draft": lambda m, s: m.append(s, 1, draft=True),
+    "accept": lambda m, s: m.accept(s, 0),
+    "commit": lambda m, s: m.commit(s),
+    "commit many": lambda m, s: m.commit([s]),
+    "truncate": lambda m, s: m.truncate(s, 0),
+    "slide": lambda m, s: m.slide(s, 0),
+    "fork": lambda m, s: m.fork(s),
+    "fork one": lambda m, s: m.fork(s, 1),
+    "free": lambda m, s: m.free(s),
+    "free publish": lambda m, s: m.free([s], publish=True),
+    "swap out": lambda m, s: m.swap(s, "host"),
+    "swap in": lambda m, s: m.swap([s], "device", at_most=0),
+    "batch": lambda m, s: m.batch([s]),
+    "length": lambda m, s: m.length(s),
+    "lengths": lambda m, s: m.lengths(s),
+    "block_table": lambda m, s: m.block_table(s),
+    "block_tables": lambda m, s: m.block_tables(s),
+    "slots": lambda m, s: m.slots(s),
+    "reclaimable": lambda m, s: m.reclaimable(s),
+    "victims": lambda m, s: m.victims([s], 1),
+    "pin": lambda m, s: m.pin(s),
+    "retain": lambda m, s: m.retain(s, 3),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_handle_of_another_manager_is_refused(manager: BlockManager, verb: str) -> None:
+    manager.allocate(5)
+    other = BlockManager(8, 4)
+    theirs = other.allocate(5)
+    before = other.snapshot()
+    refused(manager, StaleSequence, lambda: VERBS[verb](manager, theirs), "another manager")
+    assert equal(other.snapshot(), before)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_freed_handle_is_refused(manager: BlockManager, verb: str) -> None:
+    stale = manager.allocate(5)
+    manager.free(stale)
+    refused(manager, StaleSequence, lambda: VERBS[verb](manager, stale), "was freed")
+    manager.allocate(5)
+    refused(manager, StaleSequence, lambda: VERBS[verb](manager, stale), "was freed")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("junk", [None, 3, "Sequence 0.0", [None], object()])
+def test_what_is_no_handle_is_refused(manager: BlockManager, verb: str, junk) -> None:
+    manager.allocate(5)
+    refused(manager, TypeError, lambda: VERBS[verb](manager, junk))
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["append", "accept", "commit", "truncate", "slide", "fork", "free publish", "slots", "pin"],
+)
+def test_a_swapped_sequence_is_refused(manager: BlockManager, verb: str) -> None:
+    sequence = manager.allocate(range(5))
+    manager.swap(sequence, "host", at_most=1)
+    refused(manager, SequenceSwapped, lambda: VERBS[verb](manager, sequence))
+
+
+def test_one_bad_handle_in_a_batch_changes_nothing(manager: BlockManager) -> None:
+    good = manager.allocate(range(9))
+    stale = manager.allocate(3)
+    manager.free(stale)
+    for call in (
+        lambda: manager.append([good, stale], 1),
+        lambda: manager.append([good, stale], [[1], [2]]),
+        lambda: manager.commit([good, stale]),
+        lambda: manager.free([good, stale]),
+        lambda: manager.free([good, stale], publish=True),
+        lambda: manager.swap([good, stale], "host"),
+        lambda: manager.slide([good, stale], 0),
+    ):
+        refused(manager, StaleSequence, call)
+
+
+@pytest.mark.parametrize("count", [-1, 1.0, True, "2", 2**31, 2**70])
+def test_a_bad_count_of_forks_is_refused(manager: BlockManager, count) -> None:
+    sequence = manager.allocate(5)
+    refused(manager, (TypeError, ValueError), lambda: manager.fork(sequence, count))
+
+
+def test_a_refused_allocation_changes_nothing_where_a_row_is_free(manager: BlockManager) -> None:
+    manager.free(manager.allocate(range(8)), publish=True)
+    manager.allocate(60)
+    refused(manager, OutOfBlocks, lambda: manager.allocate(200))
+    refused(manager, OutOfBlocks, lambda: manager.allocate([*range(8), *range(100)]))
+    refused(manager, TypeError, lambda: manager.allocate([1], adapter=3))  # type: ignore[arg-type]
+    refused(manager, ValueError, lambda: manager.allocate([1, 2], contents=[(0, 3, b"x")]))
+    refused(manager, ValueError, lambda: manager.allocate([1, 2], contents=[(1, 1, b"x")]))
+    refused(manager, TypeError, lambda: manager.allocate([1, 2], contents=[(0, 1, "x")]))  # type: ignore[list-item]

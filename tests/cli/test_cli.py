@@ -1,0 +1,370 @@
+"""The command `kvpager`: what it prints, what it measures, and how it says no."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("transformers")
+
+from typer.testing import CliRunner
+
+import kvpager
+from kvpager.bench.environment import is_inside
+from kvpager.blocks.stats import BlockState
+from kvpager.cli.app import app
+from kvpager.demo import measuring, report, session
+from kvpager.demo.measuring import HeldRow
+from kvpager.testing import tiny_llama_path
+
+ROOT = Path(__file__).resolve().parents[2]
+NEW_TOKENS = 12
+QUICK = ["demo", "--device", "cpu", "--new-tokens", str(NEW_TOKENS)]
+SCENARIOS = ["a", "b", "c", "d"]
+
+needs_model = pytest.mark.skipif(
+    not (tiny_llama_path() / "model.safetensors").is_file(), reason="the bundled model is absent"
+)
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), prog_name="kvpager")
+
+
+def run_process(*arguments: str, code: str | None = None, at: Path = ROOT, **variables: str) -> Any:
+    start = ["-c", code] if code else ["-m", "kvpager"]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=at,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+@pytest.fixture(scope="module")
+def json_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("figures") / "demo.json"
+
+
+@pytest.fixture(scope="module")
+def demo(json_file: Path) -> Any:
+    """One real run, as from a pipe, 80 columns wide."""
+    return run_process(*QUICK, "--json", json_file.name, at=json_file.parent, COLUMNS="80")
+
+
+@pytest.fixture(scope="module")
+def figures(demo: Any, json_file: Path) -> dict[str, Any]:
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    found: dict[str, Any] = json.loads(json_file.read_text(encoding="utf-8"))
+    return found
+
+
+def scenario(figures: dict[str, Any], key: str) -> dict[str, Any]:
+    return next(found for found in figures["scenarios"] if found["key"] == key)
+
+
+# --- the demo -------------------------------------------------------------------------------------
+
+
+@needs_model
+def test_demo_finds_all_outputs_identical(demo: Any) -> None:
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    assert demo.stdout.endswith("all outputs identical\nfigures: demo.json\n")
+    assert demo.stderr == ""
+    for key in SCENARIOS:
+        assert f"({key}) " in demo.stdout
+
+
+@needs_model
+def test_demo_fits_the_width_and_needs_no_colour(demo: Any) -> None:
+    assert max(map(len, demo.stdout.splitlines())) <= 80
+    assert "\x1b" not in demo.stdout
+    assert "S shared by several sequences" in demo.stdout
+
+
+@needs_model
+def test_demo_as_ascii_and_prompts_of_ones_own() -> None:
+    prompts = ["--prompt", "Gr\u00fc\u00dfe [bold]x[/]", "--prompt", "The"]
+    options = ["--block-size", "8", *prompts]
+    result = run_process(*QUICK, *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert result.returncode == 0, result.stderr
+    assert "block size 8" in result.stdout
+    assert "[bold]x[/]" in result.stdout
+    assert "Batch of 2 prompts" in result.stdout
+
+
+@pytest.fixture
+def one_other_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change the fifth token of the second row of scenario (a), as kvpager tells it."""
+    genuine = session.generate_paged
+
+    def other(engine: Any, scenario: Any) -> Any:
+        calls, paged = genuine(engine, scenario)
+        if scenario.key == "a":
+            rows = [list(row) for row in calls[0].rows]
+            rows[1][4] += 1
+            calls[0] = dataclasses.replace(calls[0], rows=rows)
+        return calls, paged
+
+    monkeypatch.setattr(session, "generate_paged", other)
+
+
+@needs_model
+@pytest.mark.usefixtures("one_other_token")
+def test_differing_token_is_exit_code_1_and_says_where() -> None:
+    result = call(*QUICK, "--json", "-")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert not found["identical"]
+    (difference,) = scenario(found, "a")["differences"]
+    assert (difference["row"], difference["position"]) == (2, 5)
+    assert difference["got"] == difference["expected"] + 1
+    assert difference["margin"] > difference["tolerance"] > 0
+    assert found["wrong"]
+    assert not difference["near_tie"]
+    assert [scenario(found, key)["identical"] for key in "bcd"] == [True] * 3
+
+
+@needs_model
+@pytest.mark.usefixtures("one_other_token")
+def test_a_near_tie_is_named_and_is_exit_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def level(engine: Any, ids: list[int], num_last: int) -> torch.Tensor:
+        return torch.ones(num_last, engine.model.config.vocab_size)
+
+    monkeypatch.setattr(session.Engine, "logits", level)
+    result = call(*QUICK)
+    assert result.exit_code == 0
+    assert "1 of 4 rows took the other side of a near-tie: row 2, new token 5" in result.output
+    assert "equal within the rounding of float32" in " ".join(result.output.split())
+    assert "all outputs identical\n" not in result.output
+
+
+@needs_model
+def test_wrong_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvpager.integrations.huggingface.attention import reading
+
+    genuine = reading.attend_checked
+    monkeypatch.setattr(
+        reading, "attend_checked", lambda *args, **options: genuine(*args, **options) * 1.5
+    )
+    result = call(*QUICK)
+    assert result.exit_code == 1
+    assert "outputs differ in scenario (a): row 1, new token " in result.output
+    assert "all outputs identical" not in result.output
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+
+@needs_model
+def test_figures_add_up(figures: dict[str, Any]) -> None:
+    assert figures["identical"] is True
+    assert [found["key"] for found in figures["scenarios"]] == SCENARIOS
+    for found in figures["scenarios"]:
+        plain, paged = found["dynamic_cache"], found["kvpager"]
+        assert plain["used_bytes"] + plain["wasted_bytes"] == plain["reserved_bytes"]
+        assert 0 < plain["used_bytes"] <= paged["used_bytes"] <= paged["held_bytes"]
+        assert paged["held_bytes"] == paged["num_held_blocks"] * paged["block_bytes"]
+        assert paged["held_bytes"] + paged["cached_bytes"] <= paged["reserved_bytes"]
+        states = paged["blocks_by_state"]
+        assert sum(states.values()) == paged["num_blocks"]
+        assert states["held"] + states["shared"] == paged["num_held_blocks"]
+        assert states["shared"] == paged["num_shared_blocks"]
+        assert states["cached"] == paged["num_cached_blocks"]
+        assert len(found["texts"]) * NEW_TOKENS == found["compared_tokens"]
+
+
+@needs_model
+@pytest.mark.parametrize("key", SCENARIOS)
+def test_paged_waste_is_an_open_tail_block_per_row(figures: dict[str, Any], key: str) -> None:
+    found = scenario(figures, key)
+    paged = found["kvpager"]
+    assert paged["held_bytes"] - paged["used_bytes"] < found["rows"] * paged["block_bytes"]
+
+
+@needs_model
+def test_padding_takes_no_blocks(figures: dict[str, Any]) -> None:
+    found = scenario(figures, "a")
+    block_size = figures["block_size"]
+    lengths = [text["prompt_tokens"] + NEW_TOKENS - 1 for text in found["texts"]]
+    assert found["kvpager"]["num_held_blocks"] == sum(-(-n // block_size) for n in lengths)
+    share = max(lengths) * len(lengths) / sum(lengths)
+    padded = found["dynamic_cache"]["reserved_bytes"]
+    assert padded / found["kvpager"]["used_bytes"] == pytest.approx(share)
+
+
+@needs_model
+def test_later_questions_find_the_system_prompt(figures: dict[str, Any]) -> None:
+    first, *later = scenario(figures, "b")["kvpager"]["calls"]
+    assert first["prefix_hit_tokens"] == 0
+    for each in later:
+        assert each["prefix_hit_tokens"] >= 500
+        assert each["new_blocks"] < first["new_blocks"] / 4
+
+
+@needs_model
+def test_beams_take_little_more_than_one_sequence(figures: dict[str, Any]) -> None:
+    found = scenario(figures, "c")
+    length = found["texts"][0]["prompt_tokens"] + NEW_TOKENS - 1
+    one_sequence = -(-length // figures["block_size"])
+    assert found["rows"] == 4
+    assert found["kvpager"]["num_held_blocks"] < 1.2 * one_sequence
+
+
+@needs_model
+def test_second_call_allocates_blocks_for_its_new_tokens_only(figures: dict[str, Any]) -> None:
+    _, second = scenario(figures, "d")["kvpager"]["calls"]
+    length = second["prompt_tokens"] + NEW_TOKENS - 1
+    block_size = figures["block_size"]
+    assert second["prefix_hit_tokens"] >= 1000
+    assert second["new_blocks"] == -(-length // block_size) - 1000 // block_size
+
+
+def test_shared_tokens_count_once() -> None:
+    rows = measuring.rows_by_ids([[1, 2, 3], [1, 2, 4, 5], [1, 2, 4]])
+    assert rows == [HeldRow(3, 0), HeldRow(4, 2), HeldRow(3, 3)]
+    layers = [measuring.LayerBytes(10, 4), measuring.LayerBytes(10, 1)]
+    assert measuring.needed_bytes(layers, rows) == 10 * (3 + 2 + 0) + 10 * (1 + 1 + 0)
+
+
+def test_block_map_is_bounded() -> None:
+    import numpy as np
+
+    states = np.array([BlockState.SHARED] * 60 + [BlockState.FREE] * 41, np.uint8)
+    cells, blocks_per_cell = report.summarise(states, 20)
+    assert blocks_per_cell == 6
+    assert cells.tolist() == [BlockState.SHARED] * 10 + [BlockState.FREE] * 7
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "float13"], "dtype 'float13': choose from float32, bfloat16, float16, auto"),
+        (["--block-size", "12"], "block_size 12: expected a power of two"),
+        (["--memory", "4 bananas"], "memory '4 bananas': expected a size"),
+        (["--new-tokens", "0"], "new tokens 0: expected at least 1"),
+        (["--prompt", " "], "expected some text"),
+        (["--device", "abacus"], "device 'abacus': expected a name"),
+        (["--device", "meta"], "device 'meta'"),
+        (["--device", "cuda:99"], "finds no such device"),
+        (["--model", "./no/such/model"], "model './no/such/model': there is no such folder"),
+        (["--model", str(ROOT / "tests")], "cannot be loaded"),
+        (["--json", "no/such/folder/x.json"], "expected a file in a folder that exists"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = call("demo", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("kvpager: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "96KiB"], "kvpager: scenario (a): KV cache out of memory: "),
+        (["--memory", "1KiB"], "kvpager: memory='1KiB': one block of 16 tokens takes "),
+        (["--new-tokens", "4000"], "the model has 4096 positions"),
+        (["--prompt", "x" * 4096], "but the model has room for"),
+    ],
+)
+def test_too_much_for_the_model_or_memory(arguments: list[str], message: str) -> None:
+    result = run_process("demo", "--device", "cpu", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--no-such-option"], ["no-such-command"]])
+def test_usage_error_is_exit_code_2(arguments: list[str]) -> None:
+    result = run_process(*arguments)
+    assert result.returncode == 2
+    assert "No such" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_missing_extra_is_named(missing: str) -> None:
+    code = f"import sys; sys.modules['{missing}'] = None; import kvpager.cli; kvpager.cli.main()"
+    result = run_process(code=code)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "pip install 'kvpager[cli]'" in result.stderr
+
+
+# --- help, version, env ---------------------------------------------------------------------------
+
+
+def test_help_lists_every_command() -> None:
+    result = run_process("--help")
+    assert result.returncode == 0
+    for word in ("demo", "env", "--version", "--help"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "env"])
+def test_help_lists_every_option(command: str) -> None:
+    from typer.main import get_command
+
+    result = run_process(command, "--help", COLUMNS="100")
+    assert result.returncode == 0
+    options = get_command(app).commands[command].params  # type: ignore[attr-defined]
+    for option in options:
+        assert option.opts[0] in result.stdout
+        assert option.help.split(",")[0].split(":")[0] in " ".join(result.stdout.split())
+
+
+def test_version() -> None:
+    result = run_process("--version")
+    assert (result.returncode, result.stdout) == (0, f"kvpager {kvpager.__version__}\n")
+
+
+def test_env_shows_versions_devices_and_kernels() -> None:
+    result = call("env")
+    assert result.exit_code == 0
+    for word in ("python", "torch", "transformers", "triton", "numpy", "CPUs", "GPUs"):
+        assert word in result.output
+    for operation in ("append_kv", "copy_blocks", "gather_kv", "paged_attention"):
+        assert operation in result.output
+
+
+def test_env_as_json() -> None:
+    result = call("env", "--json", "-")
+    found = json.loads(result.stdout)
+    assert found["kvpager"] == kvpager.__version__
+    assert set(found["versions"]) == {"python", "torch", "transformers", "triton", "numpy"}
+    assert found["kernels"]["cpu"]["paged_attention"].keys() == {"backend", "reason"}
+
+
+@pytest.mark.parametrize(
+    ("version", "inside"),
+    [("2.10.1", False), ("2.11.0", True), ("2.13.1+cu130", True), ("2.14.0", False), ("3", False)],
+)
+def test_supported_range_holds_both_ends(version: str, inside: bool) -> None:
+    assert is_inside(version, ("2.11", "2.13")) is inside
+
+
+def test_importing_the_commands_is_cheap() -> None:
+    code = "import sys, kvpager.cli, kvpager.cli.app; print(*sorted(sys.modules))"
+    loaded = run_process(code=code).stdout.split()
+    assert "kvpager.cli.app" in loaded
+    assert {"torch", "transformers", "numpy"}.isdisjoint(loaded)

@@ -1,0 +1,54 @@
+"""`kvpager check` and `kvpager mutants`."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from kvpager.cli.testing import app
+from kvpager.testing import simulator
+from kvpager.testing.histories import Failure
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(app, list(arguments), prog_name="kvpager")
+
+
+def test_check_says_how_much_was_simulated() -> None:
+    result = call("check", "--operations", "1e4", "--seed", "7", "--processes", "1")
+    assert result.exit_code == 0
+    assert "10,000 operations from 2 seeds, 0 failed" in result.output
+
+
+def test_check_fails_where_a_law_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments, **options):
+        return Failure("blocks add up", "they do not", 0)
+
+    monkeypatch.setattr(simulator, "_drive", broken)
+    result = call("check", "--operations", "100", "--processes", "1")
+    assert result.exit_code == 1
+    assert "blocks add up: they do not" in result.output
+    assert "1 failed" in result.output
+
+
+@pytest.mark.parametrize("count", ["x", "0", "1.5", "1e30", "-3", "nan"])
+def test_a_bad_count_is_refused(count: str) -> None:
+    result = call("check", f"--operations={count}")
+    assert result.exit_code == 2
+    assert "Invalid value" in result.output
+
+
+def test_mutants_shows_what_killed_each() -> None:
+    result = call("mutants", "--only", "kvpager.blocks.pins", "--processes", "2")
+    assert result.exit_code == 0
+    assert "let go of an unfinished copy" in result.output
+    assert "2 of 2 killed" in result.output
+
+
+def test_mutants_of_no_such_name_are_refused() -> None:
+    result = call("mutants", "--only", "nothing of the kind")
+    assert result.exit_code == 2
+    assert "no mutant of that name or module" in result.output

@@ -1,0 +1,134 @@
+"""A forked process cannot use its parent's engines, says so at once, and can make its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+BEFORE = """
+import multiprocessing, os, signal, sys, threading, traceback
+from tests.support import tiny_models
+import kvpager
+from kvpager import Engine, EngineClosed
+from transformers import GenerationConfig
+
+model = tiny_models.tiny_model("llama").train()
+attention = model.config._attn_implementation
+settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+
+def in_a_fork(check, is_multiprocessing=False):
+    if is_multiprocessing:
+        child = multiprocessing.get_context("fork").Process(target=check)
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0, child.exitcode
+        return
+    child = os.fork()
+    if not child:
+        signal.alarm(50)  # a call that hangs
+        try:
+            check()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        sys.exit(0)  # handlers of atexit run as well
+    assert os.waitpid(child, 0)[1] == 0
+
+def refuses(call, *args):
+    try:
+        call(*args)
+    except EngineClosed as error:
+        assert "fork" in str(error)
+    else:
+        raise AssertionError(f"{call} raised nothing")
+"""
+
+ENGINE = """
+engine = Engine(model, memory="4MiB")
+ended = engine.submit([5, 6, 7], **settings)
+expected = ended.result().tokens
+
+def check():
+    refuses(engine.submit, [5])
+    refuses(engine.generate, [[5], [6]])
+    refuses(engine.stats)
+    refuses(engine.clear)
+    refuses(engine.cancel, "running")
+    refuses(engine.pause().__enter__)
+    refuses(engine.__enter__)
+    refuses(running.result)
+    refuses(list, running)
+    refuses(running.listen, print)
+    assert running.done
+    assert ended.result().tokens == expected
+    running.cancel()
+    engine.close()
+    engine.__exit__(None, None, None)
+    assert model.training and model.config._attn_implementation == attention
+    with Engine(model, memory="4MiB") as own:
+        assert own.submit([5, 6, 7], **settings).result().tokens == expected
+    assert model.training and model.config._attn_implementation == attention
+
+# Locks that a thread holds as the process forks are held for ever in the child.
+with engine.pause():
+    running = engine.submit([5, 6, 7], name="running", **settings)
+    with engine._loop._lock, running._mailbox._changed:
+        in_a_fork(check)
+    in_a_fork(check, True)
+assert running.result().tokens == expected
+assert engine.submit([5, 6, 7], **settings).result().tokens == expected
+engine.close()
+assert model.training
+"""
+
+MANAGER = """
+with kvpager.patch(model, memory="4MiB"):
+    config = GenerationConfig(**settings)
+    manager = model.init_continuous_batching(config)
+    manager.start()
+
+    def check():
+        for call in (manager.warmup, manager.start, manager.get_result, manager.pause):
+            refuses(call)
+        refuses(manager.add_request, [5])
+        refuses(manager.add_requests, [[5]])
+        refuses(manager.cancel_request, "running")
+        refuses(list, manager)
+        assert not manager.is_running()
+        manager.stop()
+        manager.join(0.0)
+        manager.destroy()
+        (output,) = model.generate_batch([[5, 6, 7]], config).values()
+        assert len(output.generated_tokens) == 20
+
+    with manager.pause():
+        manager.add_request([5, 6, 7], request_id="running")
+        with manager._changed, manager._control:
+            in_a_fork(check)
+    assert len(manager.get_result("running", timeout=60).generated_tokens) == 20
+    manager.stop()
+
+    model.generate_batch([[5, 6, 7]], config, persistent_manager=True)
+    in_a_fork(lambda: model.generate_batch([[5, 6, 7]], config))
+    (output,) = model.generate_batch([[5, 6, 7]], config).values()
+    assert len(output.generated_tokens) == 20
+    model.destroy_cached_continuous_batching_manager()
+"""
+
+
+@pytest.mark.parametrize("script", [ENGINE, MANAGER], ids=["engine", "manager"])
+def test_a_fork_refuses_what_its_parent_serves_and_the_parent_goes_on(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BEFORE + script],
+        cwd=Path(__file__).resolve().parents[4],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr

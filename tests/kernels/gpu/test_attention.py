@@ -1,0 +1,713 @@
+"""The Triton attention kernels in Triton's CPU interpreter: tiny shapes, every option."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvpager.kernels import paged_attention, reference
+from kvpager.kernels import work_items as plan_module
+from kvpager.kernels.host_rows import HostRows
+from tests.support.kernel_cases import (
+    CASES,
+    ENTRY,
+    NAN,
+    Call,
+    Case,
+    Kernels,
+    Paged,
+    assert_as_exact_as_plain_torch,
+    attend,
+    in_blocks,
+    make_call,
+    slots_of,
+    strided_caches,
+    with_mask_of,
+)
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels are interpreted only under TRITON_INTERPRET=1", allow_module_level=True)
+
+from kvpager.kernels.gpu import attention, config, plans
+from kvpager.kernels.gpu import external as peers
+from kvpager.kernels.gpu.config import Target, Tile
+from tests.support import triton_interpreter
+
+triton_interpreter.install()
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+KV: list[Any] = ["int8", "fp8_e4m3"]
+# The interpreter needs 10 ms for a tile of one program: longer rows are for GPUs.
+SHORT = [name for name, case in CASES.items() if sum(length for _, length in case.rows) <= 140]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several tiles even in short rows, and no plans of other tests."""
+    rows = ((4, 512, Tile(16, 16, 1, 1), Tile(32, 32, 1, 1)),)
+    monkeypatch.setattr(config, "_INTERPRETED", rows)
+    monkeypatch.setattr(plan_module, "PARTIAL_COST_TOKENS", 2)
+    monkeypatch.delenv("KVPAGER_GPU_ATTENTION", raising=False)
+    plans._plans.clear()
+    yield
+    plans._plans.clear()
+
+
+def kernels(paged_attention: Any) -> Kernels:
+    return replace(ENTRY, paged_attention=paged_attention)
+
+
+TRITON = kernels(attention.paged_attention)
+
+
+def planned(
+    *tensors: Any,
+    causal: bool = True,
+    window: int | None = None,
+    chunk: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """`paged_attention` by way of an explicit plan."""
+    plan = attention.plan_attention(*tensors, causal=causal, window=window, chunk=chunk)
+    return attention.attend(*tensors[:5], plan, *tensors[5:], **options)
+
+
+def in_pieces(*tensors: Any, **options: Any) -> Tensor:
+    """Every row cut into items of 32 kv tokens, so that results are merged."""
+    return planned(*tensors, chunk=32, **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", SHORT)
+def test_attention_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    call = make_call(case, dtype)
+    output = attend(case, call, in_blocks(case, call, 16, dtype), kernels=TRITON)
+    assert_as_exact_as_plain_torch(case, call, output, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "block_size"), [(name, (3, 32)[index % 2]) for index, name in enumerate(SHORT)]
+)
+def test_rows_may_be_cut_into_pieces_and_blocks_of_any_size(name: str, block_size: int) -> None:
+    case = CASES[name]
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, block_size, torch.float32)
+    output = attend(case, call, blocks, kernels=kernels(in_pieces))
+    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+
+
+QUANTISED = (
+    "decode",
+    "chunked_prefill_over_a_cached_prefix",
+    "narrow_values",
+    "sinks_softcap_window",
+    "float_mask_per_head",
+    "bool_mask",
+    "empty_row",
+    "kv_starts",
+)
+# Of scores and weights in the dtype of the maths; weights of quantised values are bfloat16.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_caches_are_read_as_the_reference_reads_them(
+    name: str, kv_dtype: Any, dtype: torch.dtype
+) -> None:
+    case = CASES[name]
+    call = make_call(case, dtype)
+    blocks = in_blocks(case, call, 16, dtype, kv_dtype=kv_dtype)
+    output = attend(case, call, blocks, kernels=TRITON)
+    exact = attend(case, in_double(call), blocks, kernels=kernels(reference.paged_attention))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), exact, rtol=0, atol=TOLERANCE[dtype])
+
+
+def in_double(call: Call) -> Call:
+    mask = call.mask
+    if mask is not None and mask.dtype != torch.bool:
+        # The number that hides is the lowest of the mask's own dtype.
+        mask = mask.double().masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
+    sinks = None if call.sinks is None else call.sinks.double()
+    return replace(call, queries=[query.double() for query in call.queries], sinks=sinks, mask=mask)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_every_fp8_number_is_read_right(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "converts", lambda target, dtype: native)
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers[(numbers & 0x7F) == 0x7F] = 0  # NaN
+    numbers = numbers.view(torch.float8_e4m3fn)
+    # What a query sees of one token is the token's value.
+    cache = numbers.view(8, 1, 1, 32)
+    scales = torch.ones(8, 1, 1)
+    output = attention.paged_attention(
+        torch.zeros(8, 1, 32),
+        cache,
+        cache,
+        torch.arange(8, dtype=torch.int32)[:, None],
+        torch.ones(8, dtype=torch.int32),
+        scales=(scales, scales),
+    )
+    assert torch.equal(output.flatten(), numbers.float())
+
+
+def test_values_of_tiny_scale_keep_their_digits_in_fp16() -> None:
+    stored = torch.full((1, 4, 1, 16), 100, dtype=torch.int8)
+    scale = torch.full((1, 4, 1), 1e-7)
+    output = attention.paged_attention(
+        torch.zeros(1, 1, 16, dtype=torch.float16), stored, stored, torch.zeros(1, 1).int(),
+        torch.tensor([4]), scales=(scale, scale),
+    )  # fmt: skip
+    torch.testing.assert_close(output.float(), torch.full((1, 1, 16), 1e-5), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(3, 1), (10, 2), (7, 1), (20, 1)])
+@pytest.mark.parametrize("heads_max", [64, 3])
+def test_any_number_of_query_heads_shares_a_kv_head(
+    query_heads: int, kv_heads: int, heads_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "GROUP_MAX", heads_max)
+    case = Case(
+        ((1, 5), (9, 21)), query_heads=query_heads, kv_heads=kv_heads, mask="float", mask_heads=True
+    )
+    call = make_call(case, torch.float32)
+    output = attend(case, call, in_blocks(case, call, 16, torch.float32), kernels=TRITON)
+    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+
+
+@pytest.mark.parametrize("dims", [(8, 8), (80, 80), (96, 32), (192, 128), (256, 256)])
+def test_head_dims_need_not_be_powers_of_two(dims: tuple[int, int]) -> None:
+    case = Case(((2, 15), (1, 33)), key_dim=dims[0], value_dim=dims[1])
+    call = make_call(case, torch.float32)
+    output = attend(case, call, in_blocks(case, call, 16, torch.float32), kernels=TRITON)
+    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 47, 48, 49])
+@pytest.mark.parametrize("paged_attention", [attention.paged_attention, in_pieces])
+def test_rows_of_awkward_lengths(length: int, paged_attention: Any) -> None:
+    case = Case(((1, length), (1, 30)), sinks=True)
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 16, torch.float32)
+    output = attend(case, call, blocks, kernels=kernels(paged_attention))
+    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+
+
+@pytest.mark.parametrize("window", [None, 44])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_tiles_that_some_queries_see_in_part_are_masked(
+    window: int | None, block_size: int
+) -> None:
+    # Queries at 80 to 119, in tiles that begin and end inside tiles of kv tokens.
+    case = Case(((40, 120),), kv_heads=1, query_heads=2, window=window)
+    call = make_call(case, torch.float32)
+    output = attend(case, call, in_blocks(case, call, block_size, torch.float32), kernels=TRITON)
+    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+
+
+def test_queries_and_masks_may_be_views() -> None:
+    case = Case(((3, 21), (3, 34)), mask="bool")
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 16, torch.float32)
+    expected = attend(case, call, blocks, kernels=TRITON)
+    assert call.mask is not None
+    wide = torch.full((6, 4, 40), NAN)
+    wide[:, :, 8:24] = torch.cat(call.queries)
+    mask = call.mask.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    starts = torch.tensor([0, 9, 3, 9, 6, 9])[::2]
+    tables = blocks.tables.t().contiguous().t().long()
+    lens = torch.stack((blocks.kv_lens, blocks.kv_lens), 1)[:, 0].long()
+    for query in (wide[:, :, 8:24], wide[:, :, 8:24].transpose(0, 1).contiguous().transpose(0, 1)):
+        output = attention.paged_attention(query, *blocks.caches, tables, lens, starts, mask=mask)
+        assert torch.equal(output, expected)
+
+
+def forest(dtype: torch.dtype = torch.float32, dims: int = 16) -> Paged:
+    """Rows that share prefixes three levels deep, in blocks of 8; NaN in every unused slot."""
+    block_size, kv_lens = 8, [57, 60, 41, 42, 25, 9, 0]
+    a, b, c = [30, 31, 32], [20, 21], [10, 11]
+    rows = [[*a, *b, *c, 1], [*a, *b, *c, 2], [*a, *b, 3], [*a, *b, 4], [*a, 5], [6, 7], []]
+    tables = torch.full((len(rows), 9), -1, dtype=torch.int32)
+    caches = strided_caches(36, block_size, 2, dims, dims, dtype)
+    generator = seeded(5)
+    for row, blocks in enumerate(rows):
+        tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        slots = slots_of(tables[row], torch.arange(kv_lens[row]), block_size)
+        for cache in caches:
+            fresh = torch.randn(len(slots), 2, dims, generator=generator).to(dtype)
+            where = (slots // block_size, slots % block_size)
+            old = cache[where]
+            cache[where] = torch.where(old.isnan(), fresh, old)
+    return Paged(caches, None, tables, torch.tensor(kv_lens))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": 20},
+    "window_over_some": {"window": 45},
+    "softcap": {"softcap": 1.5, "scale": 1.0},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, -torch.inf])},
+    "strided_sinks": {"sinks": torch.tensor([0.5, 9, -1.0, 9, 2.0, 9, 1.0, 9])[::2]},
+    "kv_starts": {"kv_starts": torch.tensor([0, 30, 7, 0, 25, 8, 0])},
+    "bool_mask": {"mask": torch.rand(7, 4, 1, 60, generator=seeded(1)) < 0.6},
+    "float_mask": {"mask": torch.randn(1, 1, 2, 50, generator=seeded(2))},
+    "non_causal": {"causal": False},
+}
+
+
+@pytest.mark.parametrize("chunk", [False, True])
+@pytest.mark.parametrize("name", SHARED)
+def test_prefixes_that_rows_share_are_read_together(name: str, chunk: bool) -> None:
+    blocks, options = forest(), SHARED[name]
+    query = torch.randn(7, 4, 16, generator=seeded(3))
+    tensors = (query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    expected = reference.paged_attention(*tensors, **options)
+    output = in_pieces(*tensors, **options) if chunk else planned(*tensors, **options)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+    assert torch.equal(output[6], torch.zeros(4, 16))
+    if not chunk:
+        rows = {"causal": True, "window": None} | options
+        plan = attention.plan_attention(*tensors, causal=rows["causal"], window=rows["window"])
+        assert plan.work.num_large > 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_shared_prefixes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
+    blocks = forest(dtype)
+    query = torch.randn(7, 4, 16, generator=seeded(3)).to(dtype)
+    tensors = (blocks.tables, blocks.kv_lens)
+    exact = reference.paged_attention(
+        query.double(), blocks.caches[0].double(), blocks.caches[1].double(), *tensors
+    )
+    output = attention.paged_attention(query, *blocks.caches, *tensors)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(output.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_a_plan_serves_the_steps_after_it() -> None:
+    blocks = forest()
+    query = torch.randn(7, 4, 16, generator=seeded(4))
+    plan = attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    tables = blocks.tables.clone()
+    tables[2, 6] = 9  # row 2 goes on in a block of its own
+    for cache in blocks.caches:
+        cache[[1, 2, 3, 4, 5, 7, 9]] = cache[30]
+    kv_lens = blocks.kv_lens + torch.tensor([2, 1, 9, 3, 1, 4, 0])
+    again = attention.plan_attention(query, *blocks.caches, tables, kv_lens)
+    assert again.work is plan.work
+    output = attention.attend(query, *blocks.caches, tables, kv_lens, plan)
+    expected = reference.paged_attention(query, *blocks.caches, tables, kv_lens)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_blocks_given_back_in_the_middle_of_a_table_are_not_seen() -> None:
+    case = Case(((4, 80), (1, 70)))
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 16, torch.float32)
+    blocks.tables[:, 1:3] = -1
+    for queries in (call.queries, [queries[-1:] for queries in call.queries]):
+        several = len(queries[0]) > 1
+        starts = torch.tensor([0, len(queries[0]), len(queries[0]) + 1]) if several else None
+        tensors = (torch.cat(queries), *blocks.caches, blocks.tables, blocks.kv_lens, starts)
+        expected = reference.paged_attention(*tensors)
+        output = attention.paged_attention(*tensors)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_lengths_beyond_the_tables_of_a_plan_read_no_block() -> None:
+    # Inside a CUDA graph nobody checks: what is not in the table must not be followed.
+    case = Case(((1, 20),))
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 16, torch.float32)
+    tables = blocks.tables[:, :1]
+    plan = attention.plan_attention(call.queries[0], *blocks.caches, tables, torch.tensor([16]))
+    output = attention.attend(call.queries[0], *blocks.caches, tables, blocks.kv_lens, plan)
+    expected = reference.paged_attention(
+        call.queries[0], *blocks.caches, tables, torch.tensor([16])
+    )
+    torch.testing.assert_close(output, expected)
+
+
+def test_a_fixed_chunk_gives_the_same_bits_in_any_company() -> None:
+    case = Case(((1, 60), (1, 33), (1, 5)))
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 16, torch.float32)
+    query = torch.cat(call.queries)
+    together = in_pieces(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = in_pieces(query[one], *blocks.caches, blocks.tables[one], blocks.kv_lens[one])
+        assert torch.equal(alone, together[one])
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "kv_heads", "block_size"), [(8, 2, 4), (4, 4, 4), (4, 1, 4), (4, 2, 2)]
+)
+def test_a_plan_for_other_heads_or_blocks_is_refused(
+    query_heads: int, kv_heads: int, block_size: int
+) -> None:
+    rows = (torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
+    planned_for = strided_caches(4, 4, 2, 8, 8, torch.float32)
+    plan = attention.plan_attention(torch.zeros(2, 4, 8), *planned_for, *rows)
+    caches = strided_caches(4, block_size, kv_heads, 8, 8, torch.float32)
+    message = (
+        r"the plan is for block size, query heads and kv heads \(4, 4, 2\), but the call has "
+        rf"\({block_size}, {query_heads}, {kv_heads}\); make a plan with plan_attention"
+    )
+    with pytest.raises(ValueError, match=message):
+        attention.attend(torch.zeros(2, query_heads, 8), *caches, *rows, plan)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_plan_for_more_or_fewer_rows_is_refused(rows: int) -> None:
+    caches = strided_caches(4, 4, 2, 8, 8, torch.float32)
+    tables = torch.zeros(3, 2, dtype=torch.int32)
+    lens, query = torch.ones(3, dtype=torch.int32), torch.zeros(3, 4, 8)
+    plan = attention.plan_attention(query[:2], *caches, tables[:2], lens[:2])
+    message = rf"the plan is for 2 rows of 2 queries in all, but the call has {rows} and {rows};"
+    with pytest.raises(ValueError, match=message):
+        attention.attend(query[:rows], *caches, tables[:rows], lens[:rows], plan)
+
+
+def test_a_plan_for_one_query_a_row_is_refused_for_more() -> None:
+    caches = strided_caches(4, 4, 2, 8, 8, torch.float32)
+    rows = (torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
+    plan = attention.plan_attention(torch.zeros(2, 4, 8), *caches, *rows)
+    with pytest.raises(ValueError, match="of 2 queries in all, but the call has 2 and 3"):
+        attention.attend(torch.zeros(3, 4, 8), *caches, *rows, plan, torch.tensor([0, 2, 3]))
+
+
+def test_a_plan_for_several_queries_needs_to_know_whose_they_are() -> None:
+    case = Case(((2, 9), (1, 5)))
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 4, torch.float32)
+    query, starts = torch.cat(call.queries), torch.tensor([0, 2, 3])
+    rows = (blocks.tables, blocks.kv_lens)
+    plan = attention.plan_attention(query, *blocks.caches, *rows, starts)
+    with pytest.raises(ValueError, match="rows of several queries; pass their query_starts"):
+        attention.attend(query, *blocks.caches, *rows, plan)
+    output = attention.attend(query, *blocks.caches, *rows, plan, starts)
+    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+
+
+# The lowest number of float64 is -inf in float32, of which NumPy warns.
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_mask_may_be_of_a_wider_dtype_than_the_queries(dtype: torch.dtype) -> None:
+    case = CASES["float_mask_per_head"]
+    call = with_mask_of(torch.float64, make_call(case, dtype))
+    output = attend(case, call, in_blocks(case, call, 16, dtype), kernels=TRITON)
+    assert_as_exact_as_plain_torch(case, call, output, dtype)
+
+
+def test_no_queries_give_an_empty_result() -> None:
+    caches = strided_caches(2, 4, 2, 8, 8, torch.float32)
+    none = torch.zeros(0, dtype=torch.int32)
+    for rows, starts in ((0, None), (2, torch.zeros(3).int())):
+        lens = torch.zeros(rows, dtype=torch.int32)
+        output = attention.paged_attention(
+            torch.empty(0, 4, 8), *caches, none.new_zeros(rows, 1), lens, starts
+        )
+        assert output.shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float64, 8), (torch.float32, 520)])
+def test_what_triton_cannot_take_the_reference_computes(dtype: torch.dtype, dim: int) -> None:
+    case = Case(((1, 5), (1, 9)), key_dim=dim, value_dim=dim)
+    call = make_call(case, dtype)
+    output = attend(case, call, in_blocks(case, call, 4, dtype), kernels=TRITON)
+    assert_as_exact_as_plain_torch(case, call, output, dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_lens": torch.tensor([5, 1])}, "kv_lens reaches 5 tokens, but block_tables has room"),
+        ({"kv_lens": torch.tensor([-1, 1])}, r"kv_lens\[0\] is -1"),
+        ({"mask": torch.zeros(1, 1, 0, 1)}, "mask has 0 query rows, but a row has 1 queries"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    key_cache, value_cache = strided_caches(4, 4, 2, 8, 8, torch.float32)
+    arguments = {
+        "query": torch.zeros(2, 4, 8),
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "block_tables": torch.zeros(2, 1, dtype=torch.int32),
+        "kv_lens": torch.ones(2, dtype=torch.int32),
+    }
+    with pytest.raises(ValueError, match=message):
+        attention.paged_attention(**{**arguments, **changes})
+
+
+def test_layers_of_one_step_look_at_the_tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Tensor] = []
+    on_host = plans._on_host
+    monkeypatch.setattr(plans, "_on_host", lambda tensor: looked.append(tensor) or on_host(tensor))
+    blocks = forest()
+    query = torch.zeros(7, 4, 16)
+    first = attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    assert len(looked) == 2
+    for _ in range(3):
+        layer = attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+        assert layer is first
+    assert len(looked) == 2
+    blocks.tables[0, 0] = 35  # row 0 is another one now
+    assert attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens) != first
+    assert len(looked) == 4
+
+
+class WatchedLock:
+    """A lock that tells before a thread has to wait for it."""
+
+    def __init__(self, contended: threading.Event) -> None:
+        self._contended = contended
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._contended.set()
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+@dataclass
+class Interleaving:
+    """Runs two calls so that the second goes as far as it can while the first stands still."""
+
+    monkeypatch: pytest.MonkeyPatch
+    moved: threading.Event  # the second call is over, or waits for a lock
+
+    def run(self, place: Any, name: str, first: Any, second: Any) -> tuple[Any, Any]:
+        """What both return; the first stands where it returns from `place.name`."""
+        standing = threading.Event()
+        function = getattr(place, name)
+        this_thread = threading.current_thread()
+
+        def stand(*arguments: Any) -> Any:
+            result = function(*arguments)
+            if threading.current_thread() is not this_thread:
+                standing.set()
+                self.moved.wait()
+            return result
+
+        self.monkeypatch.setattr(place, name, stand)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(first)
+            future.add_done_callback(lambda _: standing.set())
+            standing.wait()
+            try:
+                result = second()
+            finally:
+                self.moved.set()
+            return future.result(), result
+
+
+@pytest.fixture
+def interleaving(monkeypatch: pytest.MonkeyPatch) -> Interleaving:
+    moved = threading.Event()
+    monkeypatch.setattr(plans, "threading", SimpleNamespace(Lock=lambda: WatchedLock(moved)))
+    monkeypatch.setattr(plans, "_lock", WatchedLock(moved))
+    return Interleaving(monkeypatch, moved)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "seen_before"),
+    [
+        (plans._Same, "holds", True),
+        (plans, "_on_host", False),
+        (plan_module.Planner, "plan", False),
+        (plans.Plans, "_upload", False),
+    ],
+)
+def test_plans_of_two_threads_never_mix(
+    place: Any, name: str, seen_before: bool, interleaving: Interleaving
+) -> None:
+    blocks = forest()
+    query = torch.zeros(7, 4, 16)
+    rows = [(blocks.tables[cut], blocks.kv_lens[cut]) for cut in (slice(4), slice(1, 6))]
+    shapes = plans.shapes_of(query, *blocks.caches)
+    expected = [plans.Plans(shapes).of(*batch, None) for batch in rows]
+
+    def plan(batch: int) -> Any:
+        return attention.plan_attention(query, *blocks.caches, *rows[batch])
+
+    plan(0 if seen_before else 1)
+    made = interleaving.run(place, name, lambda: plan(0), lambda: plan(1))
+    for again in (made, (plan(0), plan(1))):
+        for mine, alone in zip(again, expected, strict=True):
+            assert torch.equal(mine.items, alone.items)
+            assert torch.equal(mine.members, alone.members)
+            assert mine.num_rows == alone.num_rows
+
+
+def test_two_threads_that_begin_together_share_their_plans(interleaving: Interleaving) -> None:
+    blocks = forest()
+    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
+
+    def plan() -> Any:
+        return attention.plan_attention(*tensors)
+
+    first, second = interleaving.run(plans.Plans, "__init__", plan, plan)
+    assert first is second
+
+
+def test_tensors_of_inference_mode_are_looked_at_unless_the_host_has_their_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[Tensor] = []
+    genuine = plans._on_host
+    monkeypatch.setattr(plans, "_on_host", lambda t: looked_at.append(t) or genuine(t))
+    with torch.inference_mode():
+        blocks = forest()
+        tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
+        first = attention.plan_attention(*tensors)
+        blocks.tables[0, 0] = 35
+        second = attention.plan_attention(*tensors)
+        assert (first is second, len(looked_at)) == (False, 4)
+        rows = HostRows(blocks.tables.numpy(), blocks.kv_lens.numpy())
+        made = [attention.plan_attention(*tensors, host_rows=rows) for _ in range(3)]
+    assert made == [second] * 3
+    assert len(looked_at) == 4
+
+
+@pytest.mark.parametrize("with_starts", [False, True])
+def test_a_plan_from_the_host_is_that_of_the_tensors(with_starts: bool) -> None:
+    blocks = forest()
+    query = torch.randn(7, 4, 16)
+    starts = torch.arange(8, dtype=torch.int32) if with_starts else None
+    tensors = (query, *blocks.caches, blocks.tables, blocks.kv_lens, starts)
+    rows = HostRows(
+        blocks.tables.numpy(), blocks.kv_lens.numpy(), None if starts is None else starts.numpy()
+    )
+    expected = paged_attention.paged_attention(*tensors)
+    for kernel in (attention.paged_attention, paged_attention.paged_attention):
+        output = kernel(*tensors, host_rows=rows)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_the_host_have_one_object_for_each_number_of_queries() -> None:
+    rows = HostRows(np.zeros((3, 2), np.int32), np.full(3, 9))
+    assert rows.with_queries(1) is rows
+    assert rows.with_queries(4) is rows.with_queries(4)
+    assert rows.with_queries(4).query_starts.tolist() == [0, 4, 8, 12]
+    assert rows.row(1).tables.shape == (1, 2)
+
+
+def test_host_rows_of_another_step_are_refused() -> None:
+    blocks = forest()
+    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
+    tables, lens = blocks.tables.numpy(), blocks.kv_lens.numpy()
+    wrong = {
+        r"block_tables of shape \(6,": HostRows(tables[1:], lens),
+        r"kv_lens of shape \(6,\)": HostRows(tables, lens[1:]),
+        r"query_starts of shape \(8,\), but the call has None": HostRows(
+            tables, lens, np.arange(8)
+        ),
+    }
+    for message, rows in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            paged_attention.paged_attention(*tensors, host_rows=rows)
+
+
+def flash_attn_by_reference(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool, block_table: Tensor,
+) -> Tensor:  # fmt: skip
+    """What flash_attn_varlen_func documents, with a mark on it."""
+    lens = cu_seqlens_k.diff()
+    assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+    assert max_seqlen_k == block_table.shape[1] * key.shape[1]
+    return 1 + reference.paged_attention(
+        query, key, value, block_table, lens, cu_seqlens_q, scale=softmax_scale, causal=causal
+    )
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_by_reference)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    peers._peer.cache_clear()
+    monkeypatch.setattr(peers, "FLASH_ATTENTION_PAGE", 16)
+    monkeypatch.setattr(peers, "LONG_PREFILL", 5)
+
+
+@pytest.mark.usefixtures("flash_attn")
+@pytest.mark.parametrize(
+    ("case", "block_size", "asked"),
+    [
+        (Case(((5, 20), (1, 9)), key_dim=64, value_dim=64), 16, True),
+        (Case(((5, 20), (1, 9)), key_dim=64, value_dim=64, causal=False), 16, True),
+        (Case(((4, 20), (1, 9)), key_dim=64, value_dim=64), 16, False),
+        (Case(((1, 20), (1, 9)), key_dim=64, value_dim=64), 16, False),
+        (Case(((5, 20),), key_dim=64, value_dim=64), 8, False),
+        (Case(((5, 20),), key_dim=64, value_dim=32), 16, False),
+        (Case(((5, 20),), key_dim=80, value_dim=80), 16, False),
+        (Case(((5, 20),), key_dim=64, value_dim=64, window=4), 16, False),
+        (Case(((5, 20),), key_dim=64, value_dim=64, softcap=4.0), 16, False),
+        (Case(((5, 20),), key_dim=64, value_dim=64, sinks=True), 16, False),
+        (Case(((5, 20),), key_dim=64, value_dim=64, mask="bool"), 16, False),
+        (Case(((5, 20),), key_dim=64, value_dim=64, kv_starts=(3,)), 16, False),
+    ],
+)
+def test_a_peer_gets_long_plain_prefills_and_nothing_else(
+    case: Case, block_size: int, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = make_call(case, torch.float16)
+    blocks = in_blocks(case, call, block_size, torch.float16)
+    output = attend(case, call, blocks, kernels=TRITON)
+    monkeypatch.setenv("KVPAGER_GPU_ATTENTION", "triton")
+    expected = attend(case, call, blocks, kernels=TRITON)
+    torch.testing.assert_close(output - (1 if asked else 0), expected, rtol=0, atol=4e-3)
+
+
+def test_a_peer_that_is_not_installed_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPAGER_GPU_ATTENTION", "flashinfer")
+    peers._peer.cache_clear()
+    case = Case(((5, 20), (1, 9)), key_dim=64, value_dim=64)
+    call = make_call(case, torch.float16)
+    output = attend(case, call, in_blocks(case, call, 16, torch.float16), kernels=TRITON)
+    assert_as_exact_as_plain_torch(case, call, output, torch.float16)
+
+
+def test_an_unknown_peer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPAGER_GPU_ATTENTION", "xformers")
+    with pytest.raises(ValueError, match="KVPAGER_GPU_ATTENTION is 'xformers'; choose from"):
+        peers.chosen()
+
+
+@pytest.mark.parametrize("capability", [config.AMD, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256, 512])
+@pytest.mark.parametrize("element_bytes", [1, 2, 4])
+def test_every_gpu_has_tiles_for_every_head_dim(
+    capability: int, head_dim: int, element_bytes: int
+) -> None:
+    for group in (1, 5, 64):
+        small, large = config.tiles_for(Target(capability, 100), element_bytes, head_dim, group)
+        assert small.lines >= max(16, group)
+        assert large.lines >= small.lines
+        for tile in (small, large):
+            stage = 2 * tile.tokens * max(16, head_dim) * element_bytes
+            assert stage * max(1, tile.stages - 1) <= 99 << 10 or capability in (80, 90, 100)

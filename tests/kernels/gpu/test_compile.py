@@ -1,0 +1,95 @@
+"""Kernels compiled for GPUs that are not here: registers, spills, shared memory, access patterns.
+
+By default a few specialisations of each kernel, tiles and atomics for three architectures. For all
+specialisations:
+
+    KVPAGER_COMPILE=sm_80,sm_90,sm_100,gfx942 python -m pytest tests/kernels/gpu/test_compile.py
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.triton_compile import SHARED_BYTES_MAX, Needs, compile_elsewhere
+
+pytest.importorskip("triton")
+
+FOLDER = Path(__file__).resolve().parents[3] / "kernels" / "gpu"
+MODULES = [
+    path.stem
+    for path in sorted(FOLDER.glob("*.py"))
+    if "def specialisations(" in path.read_text(encoding="utf-8") and path.stem != "specialisation"
+]
+ASKED_FOR = [name for name in os.environ.get("KVPAGER_COMPILE", "").split(",") if name]
+# Moves have no tiles of their own per GPU.
+BY_DEFAULT = [("sm_90", module) for module in MODULES] + [
+    (architecture, module)
+    for architecture in ("sm_80", "sm_100")
+    for module in ("attention_specialisations", "allocator")
+]
+COMPILED = [(name, module) for name in ASKED_FOR for module in MODULES] or BY_DEFAULT
+
+
+@functools.cache
+def compiled(architecture: str, module: str) -> list[Needs]:
+    name = f"kvpager.kernels.gpu.{module}"
+    return compile_elsewhere(architecture, name, some=not ASKED_FOR)
+
+
+@pytest.mark.parametrize(("architecture", "module"), COMPILED)
+def test_kernels_fit_their_architecture(architecture: str, module: str) -> None:
+    found = compiled(architecture, module)
+    too_big = [
+        each
+        for each in found
+        if each.spilled_bytes > 0
+        or each.registers > each.max_registers
+        or each.shared_bytes > SHARED_BYTES_MAX[architecture]
+    ]
+    assert found
+    assert not too_big, [each._replace(accesses=[]) for each in too_big]
+
+
+def test_all_modules_with_kernels_are_compiled() -> None:
+    ideas = {
+        path.stem.removesuffix("_kernels")
+        for path in FOLDER.glob("*.py")
+        if "@triton.jit" in path.read_text(encoding="utf-8")
+    }
+    assert ideas == {module.removesuffix("_specialisations") for module in MODULES}
+
+
+def test_names_of_specialisations_are_unique() -> None:
+    for module in ("allocator", "moves"):
+        names = [each.name for each in compiled("sm_90", module)]
+        assert len(names) == len(set(names))
+        assert len(names) > 3
+
+
+def test_moves_take_16_bytes_at_a_time() -> None:
+    for each in compiled("sm_90", "moves"):
+        wide = {access.split(".")[0] for access in each.accesses if access.endswith("v4.b32")}
+        assert wide == {"ld", "st"}, each.name
+
+
+def test_copied_blocks_are_all_read_before_any_is_written() -> None:
+    """What keeps a block that is source and destination right; the interpreter cannot tell."""
+    copies = [each for each in compiled("sm_90", "moves") if each.name.endswith("pairs")]
+    assert copies
+    for each in copies:
+        kinds = [access.split(".")[0] for access in each.accesses]
+        first_store = kinds.index("st")
+        last_load = len(kinds) - 1 - kinds[::-1].index("ld")
+        assert "bar" in kinds[last_load:first_store], each.name
+
+
+def test_the_allocator_counts_in_relaxed_atomics() -> None:
+    """No fences: launches give all the order there has to be."""
+    for each in compiled("sm_90", "allocator"):
+        atomics = [access for access in each.accesses if access.startswith(("atom", "red"))]
+        assert atomics, each.name
+        assert all(".gpu.relaxed.add" in access for access in atomics), each.name

@@ -1,0 +1,44 @@
+"""Traffic compiles few variants of the Triton kernels, and none after an engine's warm-up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def variants(what: str) -> Any:
+    """Count with `kernel_variants.py`, in a process where kernels are not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    script = [sys.executable, "-m", "tests.support.kernel_variants", what]
+    ran = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_moves_of_any_size_from_anywhere_have_few_variants() -> None:
+    assert variants("moves") == {
+        "append_vectors": 1,
+        "gather_vectors": 1,
+        "copy_runs": 4,  # up to 1, 8, 64 and 256 pairs
+        "stage_runs": 2,  # into the buffer and out of it
+        "step_rows": 1,
+        "drop_rows": 1,
+    }
+
+
+def test_after_the_warm_up_of_an_engine_no_request_waits_for_a_compiler() -> None:
+    pytest.importorskip("transformers")
+    found = variants("engine")
+    assert {"attend_items", "merge_parts", "append_vectors", "copy_runs"} <= set(found)
+    assert {name: after for name, (_, after) in found.items()} == {
+        name: before for name, (before, _) in found.items()
+    }
+    assert found["attend_items"][0] <= 8  # of layers with a window and without

@@ -1,0 +1,263 @@
+"""Debug mode: every wrong index is named before any memory is touched."""
+
+from __future__ import annotations
+
+import runpy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpager.kernels import append_kv, copy_blocks, debug, gather_kv, paged_attention
+from kvpager.kernels.host_rows import HostRows
+from kvpager.kernels.quantisation import KV_DTYPES
+from kvpager.storage.block_storage import BlockStorage
+from tests.support.kernel_cases import CASES, Case, attend, in_blocks, make_call, strided_caches
+
+# 6 blocks of 4 slots, and tables of 3 columns: 12 tokens at most.
+BLOCKS, BLOCK_SIZE, COLUMNS = 6, 4, 3
+
+
+@pytest.fixture
+def debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debug, "enabled", lambda: True)
+
+
+@pytest.fixture
+def unreachable(debugging: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debug mode, and no kernel may run."""
+    del debugging
+
+    def select(operation: str, device: torch.device) -> Any:
+        pytest.fail(f"{operation} was to run on {device}")
+
+    for module in (append_kv, copy_blocks, gather_kv, paged_attention):
+        monkeypatch.setattr(module, "select", select)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True)]
+)
+def test_the_environment_switches_debug_mode_on(
+    value: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delenv("KVPAGER_DEBUG", raising=False)
+    else:
+        monkeypatch.setenv("KVPAGER_DEBUG", value)
+    assert debug.__file__ is not None
+    assert runpy.run_path(debug.__file__)["enabled"]() is expected
+
+
+def tables(*changes: tuple[int, int, int]) -> Tensor:
+    """Two rows over five blocks; `changes` are (row, column, entry)."""
+    blocks = torch.tensor([[5, 0, -1], [2, 4, 1]], dtype=torch.int32)
+    for row, column, entry in changes:
+        blocks[row, column] = entry
+    return blocks
+
+
+BAD_ROWS = [
+    (
+        {"block_tables": tables((1, 2, 6))},
+        r"block_tables\[1, 2\] is 6, but the cache has blocks 0 to 5, and -1 is none",
+    ),
+    ({"block_tables": tables((0, 1, -2))}, r"block_tables\[0, 1\] is -2, but the cache has"),
+    ({"block_tables": tables((1, 0, 1 << 30))}, r"block_tables\[1, 0\] is 1073741824, but"),
+    (
+        {"kv_lens": torch.tensor([7, -1])},
+        r"kv_lens\[1\] is -1, but block_tables has room for 0 to 12 tokens per row",
+    ),
+    ({"kv_lens": torch.tensor([13, 9])}, r"kv_lens\[0\] is 13, but block_tables has room for 0 to"),
+]
+
+BAD_ATTENTION = [
+    (
+        {"query_starts": torch.tensor([1, 2, 4])},
+        r"query_starts\[0\] is 1, but it has to rise from 0 to the 4 tokens of query",
+    ),
+    ({"query_starts": torch.tensor([0, 2, 3])}, r"query_starts\[2\] is 3, but it has to rise"),
+    ({"query_starts": torch.tensor([0, 2, 5])}, r"query_starts\[2\] is 5, but it has to rise"),
+    (
+        {"query_starts": torch.tensor([0, 5, 4])},
+        r"query_starts\[2\] is 4, but it must not fall from one row to the next",
+    ),
+    ({"query_starts": torch.tensor([0, -1, 4])}, r"query_starts\[1\] is -1, but it must not fall"),
+    (
+        {"kv_starts": torch.tensor([0, -5])},
+        r"kv_starts\[1\] is -5, but the first token of a row is 0",
+    ),
+    ({"mask": torch.zeros(1, 1, 2, 9)}, "mask has 2 query rows, but a row has 3 queries; pass"),
+]
+
+
+def attention_arguments() -> dict[str, Any]:
+    key_cache, value_cache = strided_caches(BLOCKS, BLOCK_SIZE, 2, 8, 8, torch.float32)
+    return {
+        "query": torch.zeros(4, 4, 8),
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "block_tables": tables(),
+        "kv_lens": torch.tensor([7, 9]),
+        "query_starts": torch.tensor([0, 1, 4]),
+    }
+
+
+@pytest.mark.usefixtures("unreachable")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("changes", "message"), [*BAD_ROWS, *BAD_ATTENTION])
+def test_attention_names_what_is_wrong(
+    changes: dict[str, Tensor], message: str, dtype: torch.dtype
+) -> None:
+    changes = {
+        name: value if value.is_floating_point() else value.to(dtype)
+        for name, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        paged_attention.paged_attention(**{**attention_arguments(), **changes})
+
+
+@pytest.mark.usefixtures("unreachable")
+@pytest.mark.parametrize(("changes", "message"), BAD_ROWS)
+def test_gather_names_what_is_wrong(changes: dict[str, Tensor], message: str) -> None:
+    arguments = attention_arguments()
+    rows = {"block_tables": arguments["block_tables"], "kv_lens": arguments["kv_lens"], **changes}
+    with pytest.raises(ValueError, match=message):
+        gather_kv.gather_kv(arguments["key_cache"], **rows, length=3)
+
+
+@pytest.mark.usefixtures("debugging")
+@pytest.mark.parametrize("kv_dtype", [None, *KV_DTYPES])
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([0, 24, 1], r"slots\[1\] is 24, but the cache has slots 0 to 23"),
+        ([3, -1, 1 << 40], r"slots\[2\] is 1099511627776, but the cache has slots 0 to 23"),
+        ([7, 3, 7], r"slots\[0\] and slots\[2\] are both 7; give every token a slot of its own"),
+        ([5, 0, 0], r"slots\[1\] and slots\[2\] are both 0; give"),
+    ],
+)
+def test_append_names_what_is_wrong_and_writes_nothing(
+    slots: list[int], message: str, kv_dtype: Any
+) -> None:
+    storage = BlockStorage(BLOCKS, BLOCK_SIZE, [(2, 8, 8)], dtype=torch.float32, kv_dtype=kv_dtype)
+    storage.tier().fill_(77)
+    tokens = torch.ones(3, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        append_kv.append_kv(
+            tokens, tokens, *storage.layer(0), torch.tensor(slots), scales=storage.scales(0)
+        )
+    assert storage.tier().eq(77).all()
+
+
+@pytest.mark.usefixtures("debugging")
+@pytest.mark.parametrize(
+    ("copies", "message"),
+    [
+        ([[0, 1], [2, 6]], r"copies\[1, 1\] is 6, but the storage has blocks 0 to 5"),
+        ([[0, 1], [9, 2]], r"copies\[1, 0\] is 9, but the storage has blocks 0 to 5"),
+        (
+            [[0, 3], [-1, 3], [1, 2], [4, 3]],
+            r"copies\[0\] and copies\[3\] both write block 3; give every block one source",
+        ),
+        ([[2, 0], [1, 0]], r"copies\[0\] and copies\[1\] both write block 0; give"),
+    ],
+)
+def test_copies_name_what_is_wrong_and_copy_nothing(copies: list[list[int]], message: str) -> None:
+    storage = torch.arange(12.0).view(BLOCKS, 2)
+    before = storage.clone()
+    with pytest.raises(ValueError, match=message):
+        copy_blocks.copy_blocks(storage, torch.tensor(copies))
+    assert torch.equal(storage, before)
+
+
+@pytest.mark.usefixtures("debugging")
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_that_is_right_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    call = make_call(case, torch.float32)
+    output = attend(case, call, in_blocks(case, call, 16, torch.float32))
+    monkeypatch.setattr(debug, "enabled", lambda: False)
+    assert torch.equal(output, attend(case, call, in_blocks(case, call, 16, torch.float32)))
+
+
+@pytest.mark.usefixtures("debugging")
+def test_what_kernels_skip_may_hold_anything() -> None:
+    case = Case(((1, 20), (1, 3), (1, 0)))
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 4, torch.float32)
+    # -1 in the middle is a block given back; what stands past a row's tokens is not followed.
+    blocks.tables[0, 2], blocks.tables[1, 1:], blocks.tables[2] = -1, 1000, -9
+    attend(case, call, blocks)
+    gather_kv.gather_kv(blocks.caches[0], blocks.tables, blocks.kv_lens, 30)
+    tokens = torch.ones(4, 2, 16)
+    append_kv.append_kv(tokens, tokens, *blocks.caches, torch.tensor([-1, 5, -1, -7]))
+    storage = torch.arange(12.0).view(BLOCKS, 2)
+    copy_blocks.copy_blocks(storage, torch.tensor([[-1, 3], [99, -1], [0, 3], [-1, 99]]))
+    assert torch.equal(storage[3], storage[0])
+
+
+@pytest.mark.usefixtures("debugging")
+def test_the_last_block_and_the_last_slot_are_in_bounds() -> None:
+    arguments = {**attention_arguments(), "kv_lens": torch.tensor([8, 12])}
+    for name in ("key_cache", "value_cache"):
+        arguments[name].zero_()
+    paged_attention.paged_attention(**arguments)
+    rows = arguments["block_tables"], arguments["kv_lens"]
+    gather_kv.gather_kv(arguments["key_cache"], *rows, 12)
+    caches, token = (arguments["key_cache"], arguments["value_cache"]), torch.ones(1, 2, 8)
+    append_kv.append_kv(token, token, *caches, torch.tensor([BLOCKS * BLOCK_SIZE - 1]))
+    assert caches[0][-1, -1].eq(1).all()
+    copy_blocks.copy_blocks(torch.zeros(2, 2), torch.tensor([[1, 0], [0, 1]]))
+
+
+@pytest.mark.usefixtures("debugging")
+@pytest.mark.parametrize("name", ["tables", "kv_lens", "query_starts"])
+def test_host_rows_have_the_values_of_the_tensors(name: str) -> None:
+    arguments = attention_arguments()
+    for cache in ("key_cache", "value_cache"):
+        arguments[cache].zero_()
+    names = {"tables": "block_tables", "kv_lens": "kv_lens", "query_starts": "query_starts"}
+    arrays = {ours: arguments[theirs].numpy().copy() for ours, theirs in names.items()}
+    arrays["tables"][0, -1] += 1  # behind the row's last token
+    paged_attention.paged_attention(**arguments, host_rows=HostRows(**arrays))
+    arrays[name].flat[1] += 1
+    with pytest.raises(ValueError, match=rf"{names[name]}\[.*host_rows has another value"):
+        paged_attention.paged_attention(**arguments, host_rows=HostRows(**arrays))
+
+
+@pytest.mark.usefixtures("debugging")
+def test_calls_of_nothing_at_all_pass() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    key_cache, value_cache = strided_caches(2, 4, 2, 8, 8, torch.float32)
+    query, rows = torch.empty(0, 4, 8), none.view(0, 1)
+    starts = torch.zeros(1, dtype=torch.int64)
+    output = paged_attention.paged_attention(query, key_cache, value_cache, rows, none, starts)
+    assert output.shape == (0, 4, 8)
+    assert gather_kv.gather_kv(key_cache, rows, none, 3).shape == (0, 3, 2, 8)
+    append_kv.append_kv(torch.empty(0, 2, 8), torch.empty(0, 2, 8), key_cache, value_cache, none)
+    copy_blocks.copy_blocks(torch.zeros(2, 2), none.view(0, 2))
+    assert key_cache.isnan().all()
+
+
+def test_without_debug_mode_no_value_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debug, "enabled", lambda: False)
+    names = ("rows", "queries", "kv_starts", "slots", "copies", "host_rows")
+    for name in (f"check_{name}" for name in names):
+        monkeypatch.setattr(debug, name, lambda *_: pytest.fail("a value was looked at"))
+    case = CASES["prefill"]
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 16, torch.float32)
+    attend(case, call, blocks)
+    gather_kv.gather_kv(blocks.caches[0], blocks.tables, blocks.kv_lens, 3)
+    copy_blocks.copy_blocks(torch.zeros(2, 2), torch.tensor([[0, 1]]))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("unreachable")
+@pytest.mark.parametrize(("changes", "message"), [*BAD_ROWS, *BAD_ATTENTION])
+def test_gpu_attention_names_what_is_wrong(changes: dict[str, Tensor], message: str) -> None:
+    arguments = {name: x.cuda() for name, x in {**attention_arguments(), **changes}.items()}
+    with pytest.raises(ValueError, match=message):
+        paged_attention.paged_attention(**arguments)

@@ -1,0 +1,618 @@
+"""Kernels against an oracle: dense float64 attention, written out row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvpager.kernels import backends, reference
+from kvpager.kernels.append_kv import append_kv
+from kvpager.kernels.copy_blocks import copy_blocks
+from kvpager.kernels.gather_kv import gather_kv
+from kvpager.kernels.paged_attention import paged_attention
+from tests.support.kernel_cases import (
+    CASES,
+    ENTRY,
+    IMPLEMENTATIONS,
+    NAN,
+    REFERENCE,
+    Call,
+    Case,
+    Kernels,
+    assert_as_exact_as_plain_torch,
+    attend,
+    in_blocks,
+    make_call,
+    paged,
+    slots_of,
+    strided_caches,
+    tables_for,
+    with_mask_of,
+)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Kernels:
+    return IMPLEMENTATIONS[request.param]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+def test_attention_through_blocks_is_dense_attention(
+    name: str, block_size: int, implementation: Kernels
+) -> None:
+    case = CASES[name]
+    call = make_call(case, torch.float32)
+    output = paged(case, call, block_size, torch.float32, kernels=implementation)
+    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_exact_in_every_dtype(
+    name: str, dtype: torch.dtype, implementation: Kernels
+) -> None:
+    case = CASES[name]
+    call = make_call(case, dtype)
+    output = paged(case, call, 16, dtype, kernels=implementation)
+    assert_as_exact_as_plain_torch(case, call, output, dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_how_the_work_is_tiled_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "TILE_SCORES", 1)  # 16 queries at a time
+    monkeypatch.setattr(reference, "TILE_TOKENS_PER_ROW", 32)
+    case = CASES[name]
+    call = make_call(case, torch.float32)
+    output = paged(case, call, 8, torch.float32, kernels=REFERENCE)
+    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_attention_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    call = make_call(case, dtype)
+    output = paged(case, call, 16, dtype, "cuda")
+    assert_as_exact_as_plain_torch(case, call, output, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_attention_agrees_with_the_cpu_reference(name: str) -> None:
+    case = CASES[name]
+    call = make_call(case, torch.float32)
+    expected = paged(case, call, 16, torch.float32, kernels=REFERENCE)
+    output = paged(case, call, 16, torch.float32, "cuda")
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_many_rows_agree_with_the_same_rows_alone(implementation: Kernels) -> None:
+    case = Case(tuple((1 + row % 3, 3 + 29 * row % 200) for row in range(40)))
+    call = make_call(case, torch.float32)
+    output = paged(case, call, 16, torch.float32, kernels=implementation)
+    together = output.split([count for count, _ in case.rows])
+    for row in (0, 7, 39):
+        alone = replace(case, rows=(case.rows[row],))
+        one = Call([call.queries[row]], [call.keys[row]], [call.values[row]], None, None)
+        output = paged(alone, one, 16, torch.float32, kernels=implementation)
+        torch.testing.assert_close(output, together[row])
+
+
+def test_one_row_of_100000_tokens_beside_a_row_of_one(implementation: Kernels) -> None:
+    case = Case(((3, 100_000), (1, 1)), query_heads=2, kv_heads=1, key_dim=32, value_dim=32)
+    call = make_call(case, torch.float32)
+    tables, blocks = tables_for([100_000, 1], 16)
+    caches = strided_caches(blocks, 16, 1, 32, 32, torch.float32)
+    for row, count in enumerate((100_000, 1)):
+        slots = slots_of(tables[row], torch.arange(count), 16)
+        implementation.append_kv(call.keys[row], call.values[row], *caches, slots)
+    output = implementation.paged_attention(
+        torch.cat(call.queries),
+        *caches,
+        tables,
+        torch.tensor([100_000, 1], dtype=torch.int32),
+        torch.tensor([0, 3, 4], dtype=torch.int32),
+    )
+    key, value = call.keys[0][:, 0].double(), call.values[0][:, 0].double()
+    scores = torch.einsum("qhd,nd->qhn", call.queries[0].double(), key) / 32**0.5
+    later = torch.arange(100_000) > torch.arange(99_997, 100_000)[:, None, None]
+    expected = scores.masked_fill(later, -torch.inf).softmax(-1) @ value
+    # Outputs are about 0.005: averages of so many values.
+    torch.testing.assert_close(output[:3].double(), expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(output[3], call.values[1][0].expand(2, 32))
+
+
+def test_queries_may_be_a_view_of_a_larger_projection(implementation: Kernels) -> None:
+    case = CASES["ragged_mix_of_prefill_and_decode"]
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 16, torch.float32)
+    expected = attend(case, call, blocks, kernels=implementation)
+    queries = torch.cat(call.queries)
+    wide = torch.full((len(queries), 7, 20), NAN)
+    wide[:, 2:6, 1:17] = queries
+    for view in (wide[:, 2:6, 1:17], queries.transpose(0, 1).contiguous().transpose(0, 1)):
+        strided = replace(call, queries=[view])
+        torch.testing.assert_close(attend(case, strided, blocks, kernels=implementation), expected)
+
+
+def test_what_stands_past_a_rows_last_block_is_not_followed(implementation: Kernels) -> None:
+    case = Case(((1, 40), (2, 8), (1, 0)))
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 8, torch.float32)
+    expected = attend(case, call, blocks, kernels=implementation)
+    blocks.tables[0, 5:], blocks.tables[1, 1:], blocks.tables[2] = -77, 1 << 30, 999
+    assert torch.equal(attend(case, call, blocks, kernels=implementation), expected)
+    gathered = implementation.gather_kv(blocks.caches[0], blocks.tables, blocks.kv_lens, 12)
+    assert torch.equal(gathered[1, 4:], call.keys[1])
+    assert gathered[2].eq(0).all()
+
+
+def test_lengths_below_zero_are_refused_before_anything_is_read(implementation: Kernels) -> None:
+    arguments = {**attention_arguments(), "kv_lens": torch.tensor([1, -3])}
+    with pytest.raises(ValueError, match="kv_lens"):
+        implementation.paged_attention(**arguments)
+    cache, tables = arguments["key_cache"], arguments["block_tables"]
+    with pytest.raises(ValueError, match="kv_lens"):
+        implementation.gather_kv(cache, tables, arguments["kv_lens"], 2)
+
+
+def test_queries_that_may_see_nothing_give_zero(implementation: Kernels) -> None:
+    case = Case(((4, 2), (2, 5)), kv_starts=(0, 5), sinks=True)
+    call = make_call(case, torch.float32)
+    output = paged(case, call, 4, torch.float32, kernels=implementation)
+    assert torch.equal(output[[0, 1, 4, 5]], torch.zeros(4, 4, 16))
+    assert output[2:4].abs().sum() > 0
+
+
+def test_a_mask_without_any_true_gives_zero(implementation: Kernels) -> None:
+    case = Case(((2, 9),))
+    call = make_call(case, torch.float32)
+    call.mask = torch.zeros(1, 1, 2, 9, dtype=torch.bool)
+    output = paged(case, call, 4, torch.float32, kernels=implementation)
+    assert torch.equal(output, torch.zeros(2, 4, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32])
+def test_a_mask_may_be_of_a_wider_dtype_than_the_queries(
+    mask_dtype: torch.dtype, dtype: torch.dtype, implementation: Kernels
+) -> None:
+    case = CASES["float_mask_per_head"]
+    call = with_mask_of(mask_dtype, make_call(case, dtype))
+    output = paged(case, call, 16, dtype, kernels=implementation)
+    assert_as_exact_as_plain_torch(case, call, output, dtype)
+
+
+def test_blocks_given_back_in_the_middle_of_a_table_are_not_seen(implementation: Kernels) -> None:
+    case = Case(((1, 12),))
+    call = make_call(case, torch.float32)
+    key_cache, value_cache = strided_caches(4, 4, 2, 16, 16, torch.float32)
+    append_kv(call.keys[0], call.values[0], key_cache, value_cache, torch.arange(12))
+    lens = torch.tensor([12])
+    key_cache[1], value_cache[1] = NAN, NAN
+    output = implementation.paged_attention(
+        call.queries[0], key_cache, value_cache, torch.tensor([[0, -1, 2]]).int(), lens
+    )
+    call.keys[0] = torch.cat((call.keys[0][:4], call.keys[0][8:]))
+    call.values[0] = torch.cat((call.values[0][:4], call.values[0][8:]))
+    assert_as_exact_as_plain_torch(Case(((1, 8),)), call, output, torch.float32)
+
+
+def test_no_queries_give_an_empty_result(implementation: Kernels) -> None:
+    key_cache, value_cache = strided_caches(2, 4, 2, 8, 8, torch.float32)
+    none = torch.zeros(0, dtype=torch.int32)
+    tables = none.view(0, 1)
+    output = implementation.paged_attention(
+        torch.empty(0, 4, 8), key_cache, value_cache, tables, none
+    )
+    assert output.shape == (0, 4, 8)
+
+
+def attention_arguments() -> dict[str, Any]:
+    key_cache, value_cache = strided_caches(4, 4, 2, 8, 8, torch.float32)
+    return {
+        "query": torch.zeros(2, 4, 8),
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "block_tables": torch.zeros(2, 1, dtype=torch.int32),
+        "kv_lens": torch.ones(2, dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query": torch.zeros(2, 3, 8)}, ValueError, "3 query heads are no multiple of 2"),
+        ({"query": torch.zeros(2, 4, 6)}, ValueError, "head_dim 6, but key_cache has 8"),
+        ({"query": torch.zeros(3, 4, 8)}, ValueError, "3 tokens for 2 rows; pass query_starts"),
+        ({"query": torch.zeros(2, 32)}, ValueError, r"query has shape \[2, 32\]; pass"),
+        ({"query": torch.zeros(2, 4, 8).half()}, TypeError, "query is torch.float16, but key_ca"),
+        ({"query": torch.zeros(2, 8, 4).mT}, ValueError, r"query has strides .* query.contiguous"),
+        ({"query": torch.zeros(2, 4, 8).int()}, TypeError, "query is torch.int32; pass a floati"),
+        (
+            {"key_cache": torch.zeros(4, 4, 8, 2).mT},
+            ValueError,
+            r"key_cache has strides \[64, 16, 1, 2\], but its last dimension has to be contiguous",
+        ),
+        ({"value_cache": torch.zeros(4, 4, 8, 2).mT}, ValueError, "pass value_cache.contiguous"),
+        (
+            {"value_cache": torch.zeros(4, 4, 2, 8).half()},
+            TypeError,
+            "value_cache is torch.float16",
+        ),
+        ({"kv_lens": torch.ones(2)}, TypeError, "kv_lens is torch.float32; pass torch.int32"),
+        ({"kv_lens": torch.ones(3).int()}, ValueError, r"kv_lens has shape \[3\]"),
+        ({"kv_lens": torch.full((2,), 5)}, ValueError, r"kv_lens.* 5.*, but block_tables has room"),
+        ({"query_starts": torch.ones(2).int()}, ValueError, r"pass \[rows \+ 1\] = \[3\]"),
+        ({"window": 0}, ValueError, "window is 0; pass at least 1 token"),
+        ({"window": "3"}, TypeError, "window is '3'; pass a whole number of tokens, or None"),
+        ({"window": 2.5}, TypeError, "window is 2.5; pass a whole number"),
+        ({"window": True}, TypeError, "window is True; pass a whole number"),
+        ({"window": [3]}, TypeError, r"window is \[3\]; pass a whole number"),
+        ({"causal": "no"}, TypeError, "causal is 'no'; pass True or False"),
+        ({"scale": NAN}, ValueError, "scale is nan; pass a finite number"),
+        ({"scale": 1e39}, ValueError, r"scale is 1e\+39; pass a finite number, of 32 bits"),
+        ({"softcap": 1e-50}, ValueError, "softcap is 1e-50; pass more than 0"),
+        ({"softcap": float("inf")}, ValueError, "softcap is inf; pass more than 0"),
+        ({"window": 1 << 63}, ValueError, "window is 9223372036854775808; pass at least 1"),
+        ({"query": None}, TypeError, "query is a NoneType; pass a torch.Tensor"),
+        ({"kv_lens": None}, TypeError, "kv_lens is a NoneType; pass a torch.Tensor"),
+        ({"softcap": -1}, ValueError, "softcap is -1; pass more than 0"),
+        ({"softcap": NAN}, ValueError, "softcap is nan; pass more than 0"),
+        ({"softcap": "x"}, TypeError, "softcap is 'x'; pass a number, or None for no cap"),
+        ({"scale": "x"}, TypeError, r"scale is 'x'; pass a number, or None for head_dim \*\* -0.5"),
+        ({"scale": 1j}, TypeError, "scale is 1j; pass a number"),
+        ({"scale": torch.ones(())}, TypeError, r"scale is tensor\(1.\); pass a number"),
+        ({"softcap": 0.0}, ValueError, "softcap is 0.0; pass more than 0"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks has shape \[2\]; pass"),
+        (
+            {"mask": torch.zeros(3, 1, 1, 1)},
+            ValueError,
+            r"pass \[1 or 2, 1 or 4, max queries, kv\]",
+        ),
+        (
+            {"mask": torch.zeros(1, 1, 1, 1).int()},
+            TypeError,
+            "mask is torch.int32; pass torch.bool",
+        ),
+        ({"mask": torch.zeros(1, 1, 0, 1)}, ValueError, "mask has 0 query rows, but a row has 1"),
+        (
+            {"mask": torch.zeros(1, 1, 1, 0)},
+            ValueError,
+            "mask has 0 columns, so it hides everything; pass at least one",
+        ),
+        ({"kv_starts": torch.zeros(1).int()}, ValueError, r"kv_starts has shape \[1\]"),
+        ({"kv_lens": torch.ones(2, device="meta").int()}, ValueError, "kv_lens is on meta, but"),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    paged_attention(**attention_arguments())  # what fits is remembered, and what does not is not
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            paged_attention(**{**attention_arguments(), **changes})
+
+
+def test_an_option_that_only_looks_like_one_that_passed_is_refused() -> None:
+    paged_attention(**attention_arguments(), window=3)
+    with pytest.raises(TypeError, match=r"window is 3.0; pass a whole number"):
+        paged_attention(**attention_arguments(), window=3.0)
+
+
+def append_arguments() -> dict[str, Any]:
+    key_cache, value_cache = strided_caches(4, 4, 2, 8, 8, torch.float32)
+    token, slots = torch.zeros(1, 2, 8), torch.zeros(1, dtype=torch.int64)
+    return {
+        "key": token, "value": token, "key_cache": key_cache, "value_cache": value_cache,
+        "slots": slots,
+    }  # fmt: skip
+
+
+def gather_arguments() -> dict[str, Any]:
+    attention = attention_arguments()
+    rows = {name: attention[name] for name in ("block_tables", "kv_lens")}
+    return {"cache": attention["key_cache"], **rows, "length": 1}
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "name"),
+    [
+        *((paged_attention, attention_arguments, name) for name in attention_arguments()),
+        *(
+            (paged_attention, attention_arguments, name)
+            for name in ("query_starts", "kv_starts", "sinks", "mask")
+        ),
+        *((append_kv, append_arguments, name) for name in append_arguments()),
+        *((gather_kv, gather_arguments, name) for name in ("cache", "block_tables", "kv_lens")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("wrong", "kind"), [(np.ones(2, np.int32), "numpy.ndarray"), ([1, 1], "list"), (3, "int")]
+)
+def test_an_argument_that_is_no_tensor_is_named(
+    operation: Any, arguments: Any, name: str, wrong: Any, kind: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} is a {kind}; pass a torch.Tensor: torch.from_"):
+        operation(**{**arguments(), name: wrong})
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_appended_tokens_gather_in_order(block_size: int, implementation: Kernels) -> None:
+    check_round_trip([3, 17, 1, 0], block_size, length=17, seed=1, kernels=implementation)
+
+
+def check_round_trip(
+    kv_lens: list[int],
+    block_size: int,
+    length: int,
+    seed: int,
+    device: str = "cpu",
+    kernels: Kernels = ENTRY,
+) -> None:
+    """Write every row's tokens in one shuffled call, then read the last `length` of each."""
+    tables, blocks = tables_for(kv_lens, block_size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    keys = [torch.randn(count, 2, 3, generator=generator) for count in kv_lens]
+    values = [torch.randn(count, 2, 5, generator=generator) for count in kv_lens]
+    slots = torch.cat(
+        [
+            slots_of(tables[row], torch.arange(count), block_size)
+            for row, count in enumerate(kv_lens)
+        ]
+    )
+    order = torch.randperm(len(slots), generator=generator)
+    caches = tuple(
+        cache.to(device) for cache in strided_caches(blocks, block_size, 2, 3, 5, torch.float32)
+    )
+    kernels.append_kv(
+        torch.cat(keys)[order].to(device),
+        torch.cat(values)[order].to(device),
+        caches[0],
+        caches[1],
+        slots[order].to(device),
+    )
+    lens = torch.tensor(kv_lens, dtype=torch.int32, device=device)
+    for cache, rows in zip(caches, (keys, values), strict=True):
+        gathered = kernels.gather_kv(cache, tables.to(device), lens, length).cpu()
+        for row, tokens in enumerate(rows):
+            padding = torch.zeros(max(0, length - len(tokens)), *tokens.shape[1:])
+            expected = torch.cat((padding, tokens[max(0, len(tokens) - length) :]))
+            assert torch.equal(gathered[row], expected)
+
+
+def test_any_history_of_appends_gathers_bit_by_bit(implementation: Kernels) -> None:
+    # Imported here because the GPU machine has no hypothesis.
+    hypothesis = pytest.importorskip("hypothesis")
+    st = pytest.importorskip("hypothesis.strategies")
+
+    @hypothesis.given(
+        st.lists(st.integers(0, 40), min_size=1, max_size=5),
+        st.sampled_from([1, 2, 8, 16]),
+        st.integers(0, 50),
+        st.integers(0, 99),
+    )
+    def round_trip(kv_lens: list[int], block_size: int, length: int, seed: int) -> None:
+        check_round_trip(kv_lens, block_size, length, seed, kernels=implementation)
+
+    round_trip()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_gpu_appended_tokens_gather_in_order(block_size: int) -> None:
+    check_round_trip([3, 17, 1, 0], block_size, length=17, seed=1, device="cuda")
+
+
+@pytest.mark.parametrize("skipped", [[1], [0, 1, 2], []])
+def test_a_negative_slot_skips_its_token(skipped: list[int], implementation: Kernels) -> None:
+    key_cache, value_cache = strided_caches(2, 4, 1, 2, 2, torch.float32)
+    slots = torch.tensor([6, 0, 3])
+    slots[skipped] = -1
+    key = torch.arange(6.0).view(3, 1, 2)
+    implementation.append_kv(key, -key, key_cache, value_cache, slots)
+    for token, slot in enumerate([6, 0, 3]):
+        found = key_cache[slot // 4, slot % 4]
+        if token in skipped:
+            assert found.isnan().all()
+        else:
+            assert torch.equal(found, key[token])
+            assert torch.equal(value_cache[slot // 4, slot % 4], -key[token])
+    assert int(key_cache.isnan().all(-1).sum()) == 8 - (3 - len(skipped))
+
+
+def test_append_takes_strided_keys_and_leaves_other_bytes_alone(implementation: Kernels) -> None:
+    key_cache, value_cache = strided_caches(2, 4, 3, 2, 2, torch.float32)
+    key = torch.randn(3, 4, 2).transpose(0, 1)  # [4 tokens, 3 heads, 2]
+    value = torch.randn(4, 3, 5)[..., 2:4]
+    implementation.append_kv(key, value, key_cache, value_cache, torch.arange(4, 8))
+    assert torch.equal(key_cache[1], key)
+    assert torch.equal(value_cache[1], value)
+    assert key_cache[0].isnan().all()
+    assert value_cache[0].isnan().all()
+
+
+def test_a_last_dimension_of_one_may_have_any_stride(implementation: Kernels) -> None:
+    key_cache, value_cache = strided_caches(2, 4, 2, 1, 1, torch.float32)
+    wide = torch.randn(4, 2, 3)
+    key, value = wide[..., 1::3], wide[..., 2::3]
+    implementation.append_kv(key, value, key_cache, value_cache, torch.arange(4))
+    assert torch.equal(key_cache[0], key)
+    assert torch.equal(value_cache[0], value)
+
+
+def test_no_gradient_flows_through_the_cache() -> None:
+    key_cache, value_cache = strided_caches(1, 4, 1, 2, 2, torch.float32)
+    key = torch.ones(4, 1, 2, requires_grad=True)
+    append_kv(key, key, key_cache, value_cache, torch.arange(4))
+    assert not key_cache.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"key": torch.zeros(3, 1, 4)}, ValueError, r"key has shape \[3, 1, 4\]; pass \[tokens"),
+        ({"value": torch.zeros(2, 1, 2)}, ValueError, r"value has shape \[2, 1, 2\]; pass"),
+        ({"slots": torch.zeros(2).long()}, ValueError, r"slots has shape \[2\]; pass"),
+        ({"slots": torch.zeros(3)}, TypeError, "slots is torch.float32; pass torch.int32"),
+        ({"key": torch.zeros(3, 1, 2).double()}, TypeError, "key is torch.float64, but key_cache"),
+        ({"key": torch.zeros(3, 2, 4).mT[..., :1, :]}, ValueError, "pass key.contiguous"),
+        ({"value": torch.zeros(3, 2, 4).mT[..., :1, :]}, ValueError, "pass value.contiguous"),
+        ({"slots": torch.zeros(3, device="meta").long()}, ValueError, "slots is on meta, but the"),
+    ],
+)
+def test_append_refuses_what_does_not_fit(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    key_cache, value_cache = strided_caches(2, 4, 1, 2, 2, torch.float32)
+    token = torch.zeros(3, 1, 2)
+    arguments = {"key": token, "value": token, "slots": torch.arange(3), **changes}
+    with pytest.raises(error, match=message):
+        append_kv(**arguments, key_cache=key_cache, value_cache=value_cache)
+
+
+def test_gather_refuses_a_negative_length() -> None:
+    cache, _ = strided_caches(2, 4, 1, 2, 2, torch.float32)
+    with pytest.raises(ValueError, match="length is -1; pass 0 or more tokens"):
+        gather_kv(cache, torch.zeros(1, 1).int(), torch.ones(1).int(), -1)
+
+
+def test_gather_in_another_dtype_rounds_once(implementation: Kernels) -> None:
+    cache, _ = strided_caches(2, 4, 1, 3, 3, torch.float32)
+    cache[1] = torch.randn(4, 1, 3)
+    tables, lens = torch.tensor([[1]]).int(), torch.tensor([4])
+    gathered = implementation.gather_kv(cache, tables, lens, 4, dtype=torch.bfloat16)
+    assert torch.equal(gathered[0], cache[1].bfloat16())
+    with pytest.raises(TypeError, match=r"dtype is torch.int32; pass a floating dtype"):
+        gather_kv(cache, tables, lens, 4, dtype=torch.int32)
+
+
+def test_gather_zeroes_tokens_whose_block_was_given_back(implementation: Kernels) -> None:
+    cache, _ = strided_caches(3, 2, 1, 1, 1, torch.float32)
+    cache.copy_(torch.arange(1.0, 7.0).view(3, 2, 1, 1))
+    cache[1] = NAN
+    tables, lens = torch.tensor([[0, -1, 2]]).int(), torch.tensor([5])
+    gathered = implementation.gather_kv(cache, tables, lens, 6)
+    assert gathered.flatten().tolist() == [0, 1, 2, 0, 0, 5]
+
+
+@pytest.fixture
+def uninitialised_is_nan() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN, so that reading it never passes for zeros."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", [0, 2])
+@pytest.mark.parametrize(("columns", "kv_lens"), [(0, [0, 0]), (1, [0, 0]), (2, [5, 3])])
+def test_rows_without_a_block_read_as_zeros(
+    columns: int,
+    kv_lens: list[int],
+    blocks: int,
+    dtype: torch.dtype,
+    stored: torch.dtype | None,
+    implementation: Kernels,
+) -> None:
+    cache = torch.ones(blocks, 4, 2, 16).to(stored or dtype)
+    scales = None if stored is None else torch.ones(blocks, 4, 2)
+    tables, lens = torch.full((2, columns), -1).int(), torch.tensor(kv_lens)
+    for length in (0, 1, 4, 9):
+        found = implementation.gather_kv(cache, tables, lens, length, scales=scales, dtype=dtype)
+        assert torch.equal(found, torch.zeros(2, length, 2, 16, dtype=dtype))
+    output = implementation.paged_attention(
+        torch.ones(2, 4, 16, dtype=dtype), cache, cache, tables, lens,
+        scales=None if scales is None else (scales, scales),
+    )  # fmt: skip
+    assert torch.equal(output, torch.zeros(2, 4, 16, dtype=dtype))
+
+
+def test_a_storage_without_blocks_is_written_and_copied_nowhere(implementation: Kernels) -> None:
+    cache, token = torch.empty(0, 4, 2, 16), torch.ones(2, 2, 16)
+    implementation.append_kv(token, token, cache, cache.clone(), torch.tensor([-1, -1]))
+    implementation.copy_blocks(cache, torch.tensor([[-1, -1]]))
+    implementation.copy_blocks(cache, torch.empty(0, 2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_block_copies_read_everything_before_they_write(
+    device: str, dtype: torch.dtype, implementation: Kernels
+) -> None:
+    storage = torch.arange(24.0, device=device).view(6, 2, 2)
+    before = storage.clone()
+    copies = torch.tensor([[0, 1], [1, 2], [-1, 3], [2, 0], [4, -1]], dtype=dtype, device=device)
+    implementation.copy_blocks(storage, copies)
+    assert torch.equal(storage[[1, 2, 0, 3, 4, 5]], before[[0, 1, 2, 3, 4, 5]])
+
+
+def test_block_copies_may_be_none_at_all(implementation: Kernels) -> None:
+    storage = torch.arange(4.0).view(2, 2)
+    implementation.copy_blocks(storage, torch.empty(0, 2, dtype=torch.int32))
+    implementation.copy_blocks(storage, torch.full((3, 2), -1))
+    assert storage.flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_block_copies_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"copies has shape \[2, 3\]; pass \[pairs, 2\]"):
+        copy_blocks(torch.zeros(2, 2), torch.zeros(2, 3).int())
+
+
+def test_blocks_that_are_no_single_run_are_not_copied() -> None:
+    with pytest.raises(ValueError, match="each block has to be one run of memory"):
+        copy_blocks(torch.zeros(4, 2, 3).mT, torch.zeros(1, 2).int())
+    apart = torch.arange(12.0).view(3, 4)[:, 1:3]  # between other bytes
+    copy_blocks(apart, torch.tensor([[0, 2]]))
+    assert torch.equal(apart[2], apart[0])
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([1, 1, 2], "query_starts reaches 1 at row 0"),
+        ([0, 2, 1], "query_starts reaches 1 at row 2"),
+        ([0, -1, 2], "query_starts reaches -1 at row 1"),
+        ([0, 1, 3], "query_starts reaches 3 at row 2; it has to rise from 0 to the 2 tokens"),
+        ([0, 1, 1], "query_starts reaches 1 at row 2"),
+    ],
+)
+def test_the_twin_refuses_query_starts_that_do_not_rise_to_the_tokens(
+    starts: list[int], message: str
+) -> None:
+    arguments = attention_arguments() | {"query_starts": torch.tensor(starts)}
+    with pytest.raises(ValueError, match=message):
+        reference.paged_attention(**arguments)
+
+
+def test_a_registered_kernel_is_selected_on_its_device_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "_registered", {})
+    monkeypatch.setattr(backends, "_provided", {"cpu", "cuda"})
+
+    def faster(*arguments: Any) -> None:
+        del arguments
+
+    backends.register("copy_blocks", "cpu", faster, "measured faster")
+    assert backends.select("copy_blocks", torch.device("cpu")) is faster
+    assert backends.select("copy_blocks", torch.device("cuda", 0)) is reference.copy_blocks
+    assert backends.select("gather_kv", torch.device("cpu")) is reference.gather_kv
+    assert backends.active()["cpu"]["copy_blocks"].reason == "measured faster"
+    assert backends.active()["cpu"]["gather_kv"].backend == "reference"
+
+
+def test_an_operation_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="operation 'sort' does not exist; choose from"):
+        backends.register("sort", "cpu", print, "a misspelling")
+    with pytest.raises(ValueError, match="operation 'sort' does not exist"):
+        backends.select("sort", torch.device("cpu"))

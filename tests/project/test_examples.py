@@ -1,0 +1,97 @@
+"""The examples and the README's programs run as they stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_paged_decoder_agrees_with_plain_attention() -> None:
+    output = run("examples/paged_decoder.py", cwd=ROOT)
+    assert "prompt of 52 tokens, 48 of them found in the pool" in output
+    assert "is attention over plain tensors" in output
+
+
+SAID = {
+    "serve": ["'The with statement ' goes on", "the same tokens as alone: True"],
+    "generate": ["paged: 6 layers, full attention", "the same tokens as without: True"],
+    "chat": ["0 of them cached", "318 tokens, 288 of them cached"],
+    "beams": ["8 beams at their peak: ", "blocks were copied"],
+    "eight_bits": ["bfloat16   96.0 KiB", "int8       54.0 KiB", "fp8_e4m3   54.0 KiB"],
+    "tenants": ["umbrella     0 of 243", "acme       240 of 243", "umbrella   240 of 243"],
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_an_example_for_transformers_shows_what_it_says(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    output = run(str(ROOT / "examples/huggingface" / f"{name}.py"), cwd=tmp_path)
+    assert [text for text in SAID[name] if text not in output] == []
+
+
+NOTEBOOK = ROOT / "examples/huggingface/tour.ipynb"
+
+
+def steady(printed: str) -> list[str]:
+    """The lines that are the same in every run: those without times."""
+    return [line for line in printed.splitlines() if not line.endswith(" ms")]
+
+
+def test_the_notebook_holds_what_its_cells_print(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    cells = [
+        cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    script = tmp_path / "tour.py"
+    between = "\nprint('\\x1e', end='')\n"
+    script.write_text(between.join("".join(cell["source"]) for cell in cells))
+    printed = run(str(script), cwd=tmp_path).split("\x1e")
+    stored = ["".join(line for part in cell["outputs"] for line in part["text"]) for cell in cells]
+    assert [*map(steady, printed)] == [*map(steady, stored)]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+
+
+def test_every_example_for_transformers_is_run() -> None:
+    assert {path.stem for path in (ROOT / "examples/huggingface").glob("*.py")} == set(SAID)
+
+
+def programs(page: str = "README.md") -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(programs())))
+def test_a_program_of_the_readme_runs(number: int, tmp_path: Path) -> None:
+    program = programs()[number]
+    if "transformers" in program:
+        pytest.importorskip("transformers")
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    run(str(script), cwd=tmp_path)
+
+
+def test_the_lines_about_eight_bits_follow_the_program_of_the_readme(tmp_path: Path) -> None:
+    tensors = next(program for program in programs() if "BlockStorage(" in program)
+    script = tmp_path / "program.py"
+    script.write_text("\n".join([tensors, *programs("docs/kernels.md")]))
+    run(str(script), cwd=tmp_path)

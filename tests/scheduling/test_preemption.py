@@ -1,0 +1,336 @@
+"""When there is no room: who leaves, by which way, and how it comes back."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from kvpager import BlockManager, Request, Scheduler, StepPlan
+from kvpager.plans import Reason
+from kvpager.scheduling.preemption import PreemptionCosts
+from tests.support.scheduling import BLOCK_SIZE, complete, ids, make, request, rows, run, step
+
+SWAP = PreemptionCosts(seconds_per_block=0.0)
+RECOMPUTE = PreemptionCosts(seconds_per_block=math.inf)
+WAYS = pytest.mark.parametrize("costs", [SWAP, RECOMPUTE], ids=["swap", "recompute"])
+
+
+def until_preempted(scheduler: Scheduler, steps_max: int = 50) -> None:
+    for _ in range(steps_max):
+        step(scheduler)
+        if scheduler.num_preempted:
+            return
+    raise AssertionError("nobody was preempted")
+
+
+def two_that_outgrow(costs: PreemptionCosts, num_host_blocks: int = 8) -> Scheduler:
+    """Six blocks for two requests that grow to four each."""
+    scheduler = make(num_blocks=6, num_host_blocks=num_host_blocks, costs=costs)
+    scheduler.submit(request("first", 4, new=13))
+    scheduler.submit(request("last", 4, new=13))
+    return scheduler
+
+
+# -------------------------------------------------------------------- who leaves
+
+
+@WAYS
+def test_the_last_leaves_and_the_first_goes_on(costs: PreemptionCosts) -> None:
+    scheduler = two_that_outgrow(costs)
+    until_preempted(scheduler)
+    seen = []
+    ended = run(scheduler, lambda plan: seen.append(rows(plan)))
+    assert list(ended) == ["first", "last"]
+    alone = [each for each in seen if each and "last" not in each]
+    assert alone
+    assert all(each == {"first": 1} for each in alone)
+
+
+@WAYS
+def test_the_first_is_in_every_step(costs: PreemptionCosts) -> None:
+    scheduler = make(num_blocks=10, num_host_blocks=5, costs=costs)
+    for name in range(6):
+        scheduler.submit(request(name, 4, new=12))
+    plans = []
+    while "0" not in [str(name) for plan in plans for name, _ in plan.ended]:
+        plans.append(step(scheduler))
+    assert len(plans) == 13  # twelve tokens, and the plan that tells of the end
+    stats = scheduler.stats()
+    assert stats.total_preempted_by_swap + stats.total_preempted_by_recompute > 0
+
+
+def test_what_is_computed_before_and_after_is_the_same() -> None:
+    outputs = {}
+    for costs in (SWAP, RECOMPUTE):
+        scheduler = two_that_outgrow(costs)
+        tokens: dict[object, list[int]] = {}
+
+        def note(plan: StepPlan, tokens: dict[object, list[int]] = tokens) -> None:
+            for name, start in zip(plan.names, plan.kv_lens, strict=True):
+                tokens.setdefault(name, []).append(int(start))
+
+        run(scheduler, note)
+        outputs[costs] = {name: max(lengths) for name, lengths in tokens.items()}
+    assert outputs[SWAP] == outputs[RECOMPUTE] == {"first": 16, "last": 16}
+
+
+# -------------------------------------------------------------------- which way
+
+
+def test_a_swap_says_which_blocks_to_move_out_and_in() -> None:
+    scheduler = two_that_outgrow(SWAP)
+    moves = []
+    run(scheduler, lambda plan: moves.extend(plan.moves))
+    assert [(move.source, move.destination) for move in moves] == [
+        ("device", "host"),
+        ("host", "device"),
+    ]
+    assert len(moves[0]) == len(moves[1]) > 0
+    stats = scheduler.stats()
+    assert (stats.total_preempted_by_swap, stats.total_preempted_by_recompute) == (1, 0)
+    assert stats.total_tokens == 2 * 16
+
+
+def test_recompute_computes_known_tokens_again_and_asks_for_no_token_twice() -> None:
+    scheduler = make(num_blocks=6, prefix_cache=False, costs=RECOMPUTE)
+    scheduler.submit(request("first", 4, new=13))
+    scheduler.submit(request("last", 4, new=13))
+    chosen = []
+    run(scheduler, lambda plan: chosen.append(int(plan.wants_logits.sum())))
+    assert sum(chosen) == 2 * 13
+    stats = scheduler.stats()
+    assert (stats.total_preempted_by_swap, stats.total_preempted_by_recompute) == (0, 1)
+    assert stats.total_tokens > 2 * 16
+
+
+def test_what_is_still_cached_is_not_computed_again() -> None:
+    scheduler = two_that_outgrow(RECOMPUTE)
+    run(scheduler)
+    assert scheduler.stats().total_reused_tokens > 0
+
+
+def test_what_is_computed_again_after_prefixes_were_forgotten_reuses_nothing_of_before() -> None:
+    scheduler = two_that_outgrow(RECOMPUTE)
+    step(scheduler)
+    scheduler.forget_prefixes()
+    run(scheduler)
+    assert scheduler.stats().total_preempted_by_recompute > 0
+    assert scheduler.stats().total_reused_tokens == 0
+
+
+def test_a_full_host_leaves_recompute() -> None:
+    scheduler = two_that_outgrow(SWAP, num_host_blocks=1)
+    run(scheduler)
+    stats = scheduler.stats()
+    assert (stats.total_preempted_by_swap, stats.total_preempted_by_recompute) == (0, 1)
+
+
+@pytest.mark.parametrize(("per_block", "swaps"), [(9.0, 1), (11.0, 0)])
+def test_the_cheaper_way_is_taken(per_block: float, swaps: int) -> None:
+    # The last one holds three blocks when it leaves, with eleven or twelve tokens in them.
+    costs = PreemptionCosts(
+        seconds_per_token=5.0, seconds_per_token_squared=0.0, seconds_per_block=per_block
+    )
+    scheduler = two_that_outgrow(costs)
+    until_preempted(scheduler)
+    assert scheduler.stats().total_preempted_by_swap == swaps
+
+
+def test_the_cost_model_is_what_it_says() -> None:
+    costs = PreemptionCosts(
+        seconds_per_token=2.0, seconds_per_token_squared=0.5, seconds_per_block=3.0
+    )
+    assert costs.swap_s(4) == 24.0
+    assert costs.recompute_s(10, 10) == 20.0 + 50.0
+    assert costs.recompute_s(10, 5) == 20.0 + 25.0  # two rows of five attend to less
+    assert RECOMPUTE.swap_s(0) == 0.0
+    for bad in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="seconds_per_block"):
+            PreemptionCosts(seconds_per_block=bad)
+
+
+# -------------------------------------------------------------------- coming back
+
+
+@WAYS
+def test_who_was_preempted_returns_before_anybody_new(costs: PreemptionCosts) -> None:
+    scheduler = two_that_outgrow(costs)
+    until_preempted(scheduler)
+    scheduler.submit(request("new", 1, new=2))
+    begun: list[object] = []
+    run(scheduler, lambda plan: begun.extend(plan.names))
+    assert begun.index("last") < begun.index("new")
+
+
+@WAYS
+def test_nobody_returns_only_to_leave_again(costs: PreemptionCosts) -> None:
+    scheduler = make(num_blocks=40, num_host_blocks=100, costs=costs, watermark=0.05)
+    for name in range(12):
+        scheduler.submit(request(name, 8, new=40))
+    ended = run(scheduler)
+    assert len(ended) == 12
+    stats = scheduler.stats()
+    preempted = stats.total_preempted_by_swap + stats.total_preempted_by_recompute
+    # Each has to leave now and then; going in and out at every step would be hundreds of times.
+    assert 0 < preempted <= 24
+
+
+@WAYS
+def test_rows_of_a_request_leave_and_return_together_and_share_again(
+    costs: PreemptionCosts,
+) -> None:
+    scheduler = make(num_blocks=12, num_host_blocks=12, costs=costs)
+    scheduler.submit(request("first", 4, new=25))
+    scheduler.submit(request("rows", 10, new=9, num_samples=3))
+    plan = scheduler.plan()
+    assert plan is not None
+    complete(scheduler, plan, times=3) if len(plan) == 1 else scheduler.complete(
+        plan, [0, 1, 1, 1], [7, 1, 2, 3]
+    )
+    until_preempted(scheduler)
+    shared = []
+
+    def note(plan: StepPlan) -> None:
+        at = [row for row, name in enumerate(plan.names) if name == "rows"]
+        assert len(at) in (0, 1, 2, 3)
+        if len(at) == 3:
+            shared.append(plan.tables[at, :2])
+
+    ended = run(scheduler, note)
+    assert set(ended) == {"first", "rows"}
+    assert shared
+    for tables in shared:
+        assert np.array_equal(tables[0], tables[1])
+        assert np.array_equal(tables[0], tables[2])
+
+
+def test_rows_that_are_computed_again_compute_what_they_share_once() -> None:
+    scheduler = make(num_blocks=12, prefix_cache=False, costs=RECOMPUTE)
+    scheduler.submit(request("first", 4, new=25))
+    scheduler.submit(request("rows", 10, new=9, num_samples=3))
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.complete(plan, [0, 1, 1, 1], [7, 1, 2, 3])
+    until_preempted(scheduler)
+    again: list[int] = []
+    found: list[int] = []
+
+    def note(plan: StepPlan) -> None:
+        mine = [row for row, name in enumerate(plan.names) if name == "rows"]
+        chunk = [int(plan.counts[row]) for row in mine if not plan.wants_logits[row]]
+        again.extend(chunk)
+        found.extend(mine)
+
+    run(scheduler, note)
+    length = again[0]  # the first row computes all it knows
+    assert sum(again) == length + 2 * (length - 8)  # the others what lies behind two full blocks
+
+
+def test_a_row_waits_for_all_that_it_begins_with() -> None:
+    """The third row shares more with the second than with the first, which computes for both."""
+    scheduler = make(num_blocks=14, prefix_cache=False, costs=RECOMPUTE)
+    scheduler.submit(request("first", 4, new=50))
+    scheduler.submit(request("rows", 8, new=14, num_samples=3, together=True))
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.complete(plan, [0, 1, 1], [7, 1, 2])
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.complete(plan, [0, 1, 2, 2], [7, 3, 4, 5])
+    until_preempted(scheduler)
+    starts: list[list[int]] = []
+
+    def note(plan: StepPlan) -> None:
+        mine = [row for row, name in enumerate(plan.names) if name == "rows"]
+        chunks = [int(plan.starts[row]) for row in mine if not plan.wants_logits[row]]
+        starts.extend([chunks] if chunks else [])
+
+    assert set(run(scheduler, note)) == {"first", "rows"}
+    assert [0] in starts  # alone: nobody begins at 8 while these are being computed
+    assert all(0 not in chunks or chunks == [0] for chunks in starts)
+
+
+def test_a_swapped_request_gives_up_what_it_still_holds_for_the_last_one_that_runs() -> None:
+    scheduler = make(num_blocks=16, num_host_blocks=16, costs=SWAP, watermark=0.25)
+    scheduler.submit(request("first", 4, new=61))  # it comes to fill the pool
+    scheduler.submit(Request(name="twin", prompt=ids(32), max_new_tokens=12))
+    step(scheduler)
+    scheduler.submit(Request(name="last", prompt=ids(32), max_new_tokens=30))
+    until_preempted(scheduler)
+    assert scheduler.stats().total_preempted_by_swap == 1
+    # Its prompt stays on the device for its twin, and then for nobody but itself.
+    assert list(run(scheduler)) == ["twin", "first", "last"]
+
+
+def test_an_aborted_step_leaves_what_it_would_have_moved_computed_again() -> None:
+    scheduler = two_that_outgrow(SWAP)
+    plan = None
+    while plan is None or not plan.moves:
+        plan = scheduler.plan()
+        assert plan is not None
+        if not plan.moves:
+            complete(scheduler, plan)
+    assert scheduler.abort(plan) == ["first"]
+    scheduler.check()
+    assert scheduler.manager.stats().num_host_free == 8  # what was to be moved may not be there
+    assert run(scheduler) == {"first": Reason.FAILED, "last": Reason.FINISHED}
+
+
+# -------------------------------------------------------------------- room to begin
+
+
+def test_nobody_begins_below_the_watermark_unless_nothing_runs() -> None:
+    scheduler = make(num_blocks=10, watermark=0.5)
+    scheduler.submit(request("a", 6 * BLOCK_SIZE, new=2))
+    scheduler.submit(request("b", 1, new=2))
+    assert rows(step(scheduler)) == {"a": 24}  # nothing ran
+    assert rows(step(scheduler)) == {"a": 1}  # three blocks are left, five have to be
+    assert rows(step(scheduler)) == {"b": 1}
+
+
+def test_cached_blocks_are_room() -> None:
+    scheduler = make(num_blocks=10, watermark=0.3)
+    scheduler.submit(request("old", 32, new=2))
+    run(scheduler)
+    assert scheduler.manager.num_free_blocks < 3
+    scheduler.submit(request("a", 8, new=2))
+    scheduler.submit(request("b", 8, new=2))
+    assert rows(step(scheduler)) == {"a": 8, "b": 8}
+
+
+def test_a_prefix_that_is_reused_is_no_room_for_others() -> None:
+    scheduler = make(num_blocks=8, watermark=0.25)
+    scheduler.submit(Request(name="old", prompt=ids(16), max_new_tokens=1))
+    run(scheduler)
+    scheduler.submit(request("a", 8, new=9))
+    scheduler.submit(Request(name="b", prompt=ids(20), max_new_tokens=1))  # four known, one new
+    assert rows(step(scheduler)) == {"a": 8}  # two blocks have to stay: five of six are too many
+
+
+def test_a_namespace_at_its_ceiling_waits_for_itself() -> None:
+    scheduler = make(num_blocks=20, num_host_blocks=4)
+    scheduler.manager.set_quota("acme", ceiling=5)
+    with pytest.raises(ValueError, match="may need 6 blocks, its namespace may have 5"):
+        scheduler.submit(request("too large", 4, new=18, namespace="acme"))
+    for name in range(3):
+        scheduler.submit(request(name, 4, new=14, namespace="acme"))
+        scheduler.submit(request(f"other{name}", 4, new=14))
+    most = []
+    ended = run(scheduler, lambda _: most.append(scheduler.manager.namespace_blocks("acme")))
+    assert set(ended.values()) == {Reason.FINISHED}
+    assert len(ended) == 6
+    assert max(most) == 5
+
+
+def test_blocks_that_somebody_else_holds_are_waited_for() -> None:
+    manager = BlockManager(6, BLOCK_SIZE)
+    scheduler = Scheduler(manager, watermark=0.0)
+    scheduler.submit(request("a", 8, new=9))
+    step(scheduler)
+    foreign = manager.allocate(4 * BLOCK_SIZE)
+    assert scheduler.plan() is None
+    assert (scheduler.num_running, scheduler.num_preempted) == (0, 1)
+    manager.free(foreign)
+    assert run(scheduler) == {"a": Reason.FINISHED}

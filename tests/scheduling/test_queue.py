@@ -1,0 +1,379 @@
+"""Who goes first, that everybody's turn comes, and that a shared beginning is computed once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpager import Request, Scheduler, StepPlan
+from kvpager.plans import Reason
+from kvpager.scheduling.queue import Fair, Fifo, Order, Priority
+from kvpager.scheduling.request import Live
+from tests.support.scheduling import (
+    BLOCK_SIZE,
+    Clock,
+    complete,
+    ids,
+    make,
+    request,
+    rows,
+    run,
+    step,
+)
+
+
+def begun(scheduler: Scheduler) -> list[object]:
+    """The requests in the order in which they first were in a step, until all have ended."""
+    names: dict[object, None] = {}
+    run(scheduler, lambda plan: names.update(dict.fromkeys(plan.names)))
+    return list(names)
+
+
+def one_at_a_time(order: str | Order, **options: object) -> Scheduler:
+    return make(order=order, max_running=1, **options)
+
+
+# -------------------------------------------------------------------- the three orders
+
+
+def test_fifo_is_by_arrival() -> None:
+    scheduler = one_at_a_time("fifo")
+    for name, priority in (("a", 2), ("b", 0), ("c", 1)):
+        scheduler.submit(request(name, priority=priority))
+    assert begun(scheduler) == ["a", "b", "c"]
+
+
+def test_fifo_lets_nobody_pass_who_does_not_fit_yet() -> None:
+    scheduler = make(num_blocks=8)
+    scheduler.submit(request("a", 12, new=4))
+    step(scheduler)
+    scheduler.submit(request("large", 24, new=4))
+    scheduler.submit(request("small", 1, new=1))
+    assert begun(scheduler) == ["a", "large", "small"]
+
+
+def test_priority_is_lower_first_and_then_by_arrival() -> None:
+    scheduler = one_at_a_time("priority", clock=Clock())
+    for name, priority in (("a", 2), ("b", 0), ("c", 2), ("d", -1)):
+        scheduler.submit(request(name, priority=priority))
+    assert begun(scheduler) == ["d", "b", "a", "c"]
+
+
+def test_waiting_improves_a_priority() -> None:
+    clock = Clock()
+    scheduler = one_at_a_time(Priority(ageing=10.0), clock=clock)
+    scheduler.submit(request("old", priority=3))
+    clock.now = 29.0
+    scheduler.submit(request("before", priority=0))
+    clock.now = 31.0
+    scheduler.submit(request("after", priority=0))
+    assert begun(scheduler) == ["before", "old", "after"]
+
+
+def test_who_ranks_last_by_priority_leaves_first() -> None:
+    scheduler = make(num_blocks=6, order="priority", clock=Clock())
+    scheduler.submit(request("low", 4, new=13, priority=5))
+    scheduler.submit(request("high", 4, new=13, priority=0))
+    assert list(run(scheduler)) == ["high", "low"]
+    assert scheduler.stats().total_preempted_by_recompute == 1
+
+
+def test_fair_takes_tenants_in_turn() -> None:
+    scheduler = one_at_a_time(Fair(ageing=0.0))
+    for name in ("a1", "a2", "a3", "b1", "b2"):
+        scheduler.submit(request(name, 4, new=3, tenant=name[0]))
+    assert begun(scheduler) == ["a1", "b1", "a2", "b2", "a3"]
+
+
+def test_fair_goes_by_tokens_not_by_requests() -> None:
+    scheduler = one_at_a_time(Fair(ageing=0.0))
+    for number in range(4):
+        scheduler.submit(request(f"short{number}", 4, new=2, tenant="a"))
+    for number in range(2):
+        scheduler.submit(request(f"long{number}", 16, new=3, tenant="b"))
+    # A short one is 4 + 2 * 1 tokens of service, a long one 16 + 2 * 2.
+    assert begun(scheduler) == ["short0", "long0", "short1", "short2", "short3", "long1"]
+
+
+def test_fair_counts_decoded_tokens_by_their_weight() -> None:
+    order = Fair(decode_weight=5.0, ageing=0.0)
+    scheduler = make(order=order)
+    scheduler.submit(request("a", 6, new=4, tenant="x"))
+    run(scheduler)
+    assert order.service["x"] == 6 + 5.0 * 3
+
+
+def test_what_is_cached_or_computed_again_is_not_charged() -> None:
+    order = Fair(ageing=0.0)
+    scheduler = make(num_blocks=6, order=order, prefix_cache=False)
+    for name in "ab":
+        scheduler.submit(request(name, 4, new=13, tenant=name))
+    run(scheduler)
+    assert scheduler.stats().total_preempted_by_recompute == 1
+    assert order.service == {"a": 4 + 24.0, "b": 4 + 24.0}
+    order = Fair(ageing=0.0)
+    scheduler = make(order=order)
+    for name in "ab":
+        scheduler.submit(Request(name=name, prompt=ids(8), max_new_tokens=1, tenant=name))
+        run(scheduler)
+    assert order.service["a"] == 8
+    assert order.service["b"] == 8 + 1  # lifted to the one who left, and one token to compute
+
+
+def test_a_tenant_who_was_away_brings_no_credit() -> None:
+    order = Fair(ageing=0.0)
+    scheduler = one_at_a_time(order)
+    for number in range(20):
+        scheduler.submit(request(f"a{number}", 4, new=3, tenant="a"))
+    for _ in range(30):
+        step(scheduler)
+    for number in range(5):
+        scheduler.submit(request(f"b{number}", 4, new=3, tenant="b"))
+    assert order.service["b"] == order.service["a"] > 50
+    late = begun(scheduler)
+    places = [late.index(f"b{number}") for number in range(5)]
+    assert max(np.diff(places)) <= 2  # in turn with the other's
+    assert min(np.diff(places)) >= 2
+
+
+@pytest.mark.parametrize("num_tenants", [2, 5])
+def test_busy_tenants_get_equal_shares_however_unlike_their_requests(num_tenants: int) -> None:
+    order = Fair(ageing=0.0)
+    scheduler = make(num_blocks=400, order=order, max_running=4, max_batch_tokens=64)
+    for tenant in range(num_tenants):
+        for number in range(60):
+            length, new = 4 + 6 * tenant, 3 + 3 * tenant
+            scheduler.submit(request((tenant, number), length, new=new, tenant=str(tenant)))
+    while min(Counter(name[0] for name in scheduler.names).values()) > 10:
+        step(scheduler)
+    service = list(order.service.values())
+    # Never further apart than what may be under way: VTC's bound.
+    most = 4 * (4 + 6 * num_tenants + 2 * (3 + 3 * num_tenants))
+    assert max(service) - min(service) <= most
+    assert min(service) > most
+
+
+def test_tenants_that_are_gone_are_forgotten() -> None:
+    order = Fair()
+    scheduler = make(order=order)
+    for number in range(500):
+        scheduler.submit(request(number, 2, new=1, tenant=str(number)))
+        run(scheduler)
+    assert len(order.service) < 100
+
+
+def test_an_order_of_ones_own() -> None:
+    class ShortestFirst(Fifo):
+        def rank(self, live):  # type: ignore[no-untyped-def]
+            return float(len(live.prompt)), live.arrival
+
+    scheduler = one_at_a_time(ShortestFirst())
+    for length in (9, 3, 6):
+        scheduler.submit(request(length, length))
+    assert begun(scheduler) == [3, 6, 9]
+
+
+def test_an_order_serves_one_scheduler() -> None:
+    order = Fifo()
+    make(order=order).submit(request("a"))
+    with pytest.raises(ValueError, match="give each scheduler its own"):
+        make(order=order)
+    with pytest.raises(TypeError, match="a name or an Order"):
+        make(order=3)
+    with pytest.raises(ValueError, match="ageing 0"):
+        Priority(ageing=0.0)
+
+
+# -------------------------------------------------------------------- nobody starves
+
+
+def flood(order: str) -> Iterator[Request]:
+    """Without end, requests that the order prefers to anything."""
+    number = 0
+    while True:
+        number += 1
+        tenant = f"new{number}" if order == "fair" else None
+        yield request(f"f{number}", 5, new=6, priority=-5, tenant=tenant)
+
+
+@settings(max_examples=25)
+@given(
+    order=st.sampled_from(["fifo", "priority", "fair"]),
+    num_blocks=st.integers(8, 40),
+    num_host_blocks=st.sampled_from([0, 10]),
+    max_running=st.integers(1, 6),
+    each=st.integers(1, 3),
+    chunked=st.booleans(),
+    watermark=st.sampled_from([0.0, 0.1]),
+)
+def test_nobody_starves_whatever_comes_after(
+    order: str,
+    num_blocks: int,
+    num_host_blocks: int,
+    max_running: int,
+    each: int,
+    chunked: bool,
+    watermark: float,
+) -> None:
+    clock = Clock()
+    scheduler = make(
+        num_blocks,
+        num_host_blocks,
+        order=order,
+        max_running=max_running,
+        max_batch_tokens=16,
+        chunked=chunked,
+        watermark=watermark,
+        clock=clock,
+    )
+    if order == "fair":  # it has a lot of service when the others still have none
+        scheduler.submit(request("before", 20, new=8, tenant="me"))
+    scheduler.submit(request("mine", 17, new=12, priority=5, tenant="me"))
+    others = flood(order)
+    for _ in range(1500):
+        clock.now += 1.0
+        if scheduler.num_waiting < 50:
+            for _ in range(each):
+                scheduler.submit(next(others))
+        plan = scheduler.plan()
+        assert plan is not None
+        if ("mine", Reason.FINISHED) in plan.ended:
+            return
+        if len(plan):
+            complete(scheduler, plan)
+    raise AssertionError(f"still waiting: {scheduler.stats()}")
+
+
+# -------------------------------------------------------------------- shared beginnings
+
+
+def computed(scheduler: Scheduler) -> tuple[int, list[StepPlan]]:
+    plans: list[StepPlan] = []
+    run(scheduler, plans.append)
+    return scheduler.stats().total_tokens, plans
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    scheduler = make(max_batch_tokens=64)
+    for name in range(5):
+        prompt = [*range(16), 100 + name]
+        scheduler.submit(Request(name=name, prompt=prompt, max_new_tokens=1))
+    total, plans = computed(scheduler)
+    assert total == 17 + 4
+    assert [len(plan) for plan in plans[:2]] == [1, 4]
+
+
+def test_a_leader_is_let_go() -> None:
+    scheduler = make(max_batch_tokens=64)
+    for name in "ab":
+        scheduler.submit(Request(name=name, prompt=ids(17), max_new_tokens=3))
+    step(scheduler)
+    waits = scheduler._lives["b"]
+    assert waits.leader is scheduler._lives["a"]
+    step(scheduler)
+    assert waits.leader is None  # or every request would keep the one before it
+
+
+def test_others_pass_who_waits_for_a_beginning() -> None:
+    scheduler = make(max_batch_tokens=8)
+    scheduler.submit(Request(name="leader", prompt=ids(16), max_new_tokens=1))
+    step(scheduler)
+    scheduler.submit(Request(name="waits", prompt=[*range(16), 99], max_new_tokens=1))
+    scheduler.submit(request("passes", 4))
+    scheduler.max_batch_tokens = 16
+    assert rows(step(scheduler)) == {"leader": 8, "passes": 4}
+    assert rows(step(scheduler)) == {"passes": 1, "waits": 1}
+
+
+def test_less_than_a_block_in_common_is_not_waited_for() -> None:
+    scheduler = make(max_batch_tokens=64)
+    scheduler.submit(Request(name="a", prompt=[1, 2, 3, 4, 5, 6, 7, 8], max_new_tokens=1))
+    scheduler.submit(Request(name="b", prompt=[1, 2, 3, 9, 9, 9, 9, 9], max_new_tokens=1))
+    assert rows(step(scheduler)) == {"a": 8, "b": 8}
+
+
+@pytest.mark.parametrize("other", [{"namespace": "x"}, {"adapter": "x"}])
+def test_the_beginning_of_somebody_else_is_not_waited_for(other: dict[str, str]) -> None:
+    scheduler = make(max_batch_tokens=64)
+    scheduler.submit(Request(name="a", prompt=ids(8), max_new_tokens=1))
+    scheduler.submit(Request(name="b", prompt=ids(8), max_new_tokens=1, **other))
+    assert rows(step(scheduler)) == {"a": 8, "b": 8}
+
+
+def test_what_is_cached_already_is_not_waited_for() -> None:
+    scheduler = make(max_batch_tokens=64)
+    scheduler.submit(Request(name="old", prompt=ids(9), max_new_tokens=1))
+    run(scheduler)
+    for name in "ab":
+        tail = [50 + ord(name)] * 5
+        scheduler.submit(Request(name=name, prompt=[*range(8), *tail], max_new_tokens=1))
+    assert rows(step(scheduler)) == {"a": 5, "b": 5}
+
+
+def test_a_leader_that_is_cancelled_is_not_waited_for() -> None:
+    scheduler = make(max_batch_tokens=8)
+    scheduler.submit(Request(name="leader", prompt=ids(40), max_new_tokens=1))
+    scheduler.submit(Request(name="waits", prompt=ids(40), max_new_tokens=1))
+    assert rows(step(scheduler)) == {"leader": 8}
+    scheduler.cancel("leader")
+    plan = step(scheduler)
+    assert (rows(plan), plan.starts.tolist()) == ({"waits": 8}, [8])
+
+
+def test_nobody_waits_for_a_second_beginning() -> None:
+    """Leaders that go first and have ever more in common, one after the other."""
+    scheduler = make(num_blocks=200, max_batch_tokens=12, order="priority", clock=Clock())
+    scheduler.submit(Request(name=0, prompt=ids(16), max_new_tokens=3))
+    step(scheduler)
+    scheduler.submit(Request(name="waits", prompt=ids(100), max_new_tokens=1, priority=5))
+    seen: list[object] = []
+    for number in range(1, 5):
+        prompt = [*range(16 * (number + 1)), 9000 + number]
+        leader = Request(name=number, prompt=prompt, max_new_tokens=3, priority=-number)
+        scheduler.submit(leader)
+        while number not in seen:
+            seen.extend(name for name in step(scheduler).names if name not in seen)
+    assert seen.index("waits") < seen.index(2)
+
+
+def test_a_thousand_that_wait_for_one_beginning_do_not_slow_a_plan() -> None:
+    """Only so many are looked past: counted, not timed."""
+    scheduler = make(num_blocks=2000, max_batch_tokens=BLOCK_SIZE)
+    for name in range(1000):
+        scheduler.submit(Request(name=name, prompt=ids(40), max_new_tokens=1))
+    step(scheduler)
+    looks = 0
+    awaits = scheduler._awaits
+
+    def counted(live):  # type: ignore[no-untyped-def]
+        nonlocal looks
+        looks += 1
+        return awaits(live)
+
+    scheduler._awaits = counted  # type: ignore[method-assign]
+    step(scheduler)
+    assert looks <= 33
+
+
+def test_a_fair_order_looks_at_each_tenant_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = [0]
+    rank = Fair.rank
+
+    def counted(self: Fair, live: Live) -> tuple[float, int]:
+        looked[0] += 1
+        return rank(self, live)
+
+    monkeypatch.setattr(Fair, "rank", counted)
+    scheduler = make(num_blocks=400, max_running=64, max_batch_tokens=4096, order="fair")
+    for number in range(200):
+        scheduler.submit(request(number, 4, new=2, tenant=f"t{number}"))
+    looked[0] = 0
+    plan = scheduler.plan()
+    assert plan is not None
+    assert len(plan) == 64
+    assert looked[0] <= 200 + 4 * 64

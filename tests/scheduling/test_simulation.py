@@ -1,0 +1,75 @@
+"""A few thousand requests of the serving simulator; `make simulate` is the long run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvpager import Scheduler
+from kvpager.testing import simulation
+from kvpager.testing.serving import reference
+from kvpager.testing.traffic import Scenario, make_scheduler
+from tests.support.scheduling import request
+
+
+def test_every_request_ends_once_with_the_tokens_that_are_its_own() -> None:
+    summary = simulation.run(3_000, seed=0)
+    assert not summary.failures, "\n".join(map(str, summary.failures))
+    assert summary.num_requests == 3_000
+    # It must have come to what is rare.
+    for name in ("swapped", "recomputed", "aborts", "copies", "moves", "reused", "expired"):
+        assert summary.counts[name] > 10, name
+
+
+def test_a_seed_gives_the_same_run() -> None:
+    assert str(simulation.simulate(11)) == str(simulation.simulate(11))
+
+
+class LosesAToken(Scheduler):
+    """Takes the last token of every sixth step for another one."""
+
+    num_completed = 0
+
+    def complete(self, plan, parents, tokens):  # type: ignore[no-untyped-def]
+        self.num_completed += 1
+        if self.num_completed % 6 == 0 and len(tokens):
+            tokens = np.array(tokens)
+            tokens[-1] = (tokens[-1] + 1) % 90
+        return super().complete(plan, parents, tokens)
+
+
+class ForgetsAnEnd(Scheduler):
+    """Never tells of the first request that ends."""
+
+    has_told = False
+
+    def plan(self):  # type: ignore[no-untyped-def]
+        plan = super().plan()
+        if plan is not None and plan.ended and not self.has_told:
+            self.has_told = True
+            plan.ended.pop()
+        return plan
+
+
+@pytest.mark.parametrize("broken", [LosesAToken, ForgetsAnEnd])
+def test_a_broken_scheduler_is_noticed(broken: type[Scheduler]) -> None:
+    def make(scenario: Scenario, clock):  # type: ignore[no-untyped-def]
+        scheduler = make_scheduler(scenario, clock)
+        scheduler.__class__ = broken
+        return scheduler
+
+    reports = [simulation.simulate(seed, make=make) for seed in range(6)]
+    assert any(report.failure for report in reports)
+
+
+def test_the_command_line_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulation.main(["--requests", "80", "--seed", "3"]) == 0
+    assert "80 requests from 2 seeds, 0 failed" in capsys.readouterr().out
+
+
+def test_the_reference_follows_the_request_alone() -> None:
+    beams = request("a", 6, new=5, num_samples=3, together=True)
+    rows = reference(beams)
+    assert rows == reference(beams)
+    assert all(len(row) <= 5 for row in rows)
+    assert len(reference(request("b", 6, new=1, num_samples=4))) == 4

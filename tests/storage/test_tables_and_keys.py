@@ -1,0 +1,386 @@
+"""Block tables in the forms kernels take, and names for blocks that leave the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpager import BlockManager, OutOfBlocks, SequenceSwapped, StaleSequence
+from kvpager.storage.keys import KEY_BYTES, KeyContext, content_keys
+from kvpager.storage.tables import TableMirror, flash_attention, flashinfer
+
+
+@pytest.fixture
+def manager() -> BlockManager:
+    return BlockManager(num_blocks=16, block_size=4, num_host_blocks=8)
+
+
+# -------------------------------------------------------------------- FlashInfer
+
+
+def test_flashinfer_gets_all_tables_end_to_end(manager: BlockManager) -> None:
+    sequences = [manager.allocate(n) for n in (9, 4, 1)]
+    ragged = flashinfer(manager, sequences)
+    assert ragged.indptr.tolist() == [0, 3, 4, 5]
+    for i, sequence in enumerate(sequences):
+        part = ragged.indices[ragged.indptr[i] : ragged.indptr[i + 1]]
+        assert part.tolist() == manager.block_table(sequence).tolist()
+    assert all(array.dtype == np.int32 for array in ragged)
+
+
+def test_flashinfer_counts_the_last_page_from_one_to_block_size(manager: BlockManager) -> None:
+    sequences = [manager.allocate(n) for n in (1, 3, 4, 5, 8)]
+    assert flashinfer(manager, sequences).last_page_len.tolist() == [1, 3, 4, 1, 4]
+
+
+def test_an_empty_sequence_has_no_page_and_length_zero_for_flashinfer(
+    manager: BlockManager,
+) -> None:
+    ragged = flashinfer(manager, [manager.allocate(5), manager.allocate([]), manager.allocate(1)])
+    assert ragged.indptr.tolist() == [0, 2, 2, 3]
+    assert ragged.last_page_len.tolist() == [1, 0, 1]
+
+
+def test_no_sequences_make_empty_flashinfer_tables(manager: BlockManager) -> None:
+    ragged = flashinfer(manager, [])
+    assert ragged.indptr.tolist() == [0]
+    assert len(ragged.indices) == len(ragged.last_page_len) == 0
+
+
+def test_flashinfer_tables_take_a_handle_a_batch_or_a_generator(manager: BlockManager) -> None:
+    sequence = manager.allocate(6)
+    expected = manager.block_table(sequence).tolist()
+    for target in (sequence, manager.batch([sequence]), (s for s in [sequence])):
+        assert flashinfer(manager, target).indices.tolist() == expected
+
+
+def test_flashinfer_has_no_word_for_a_block_that_is_away(manager: BlockManager) -> None:
+    swapped, slid, whole = (manager.allocate(9) for _ in range(3))
+    manager.swap(swapped, "host")
+    manager.slide(slid, 5)
+    with pytest.raises(ValueError, match="slid away"):
+        flashinfer(manager, [whole, slid])
+    for make in (flashinfer, flash_attention):
+        with pytest.raises(SequenceSwapped):
+            make(manager, [whole, swapped])
+
+
+def test_tables_of_a_freed_sequence_are_refused(manager: BlockManager) -> None:
+    sequence = manager.allocate(3)
+    manager.free(sequence)
+    mirror = TableMirror(manager, 2, 2)
+    for make in (flashinfer, flash_attention, lambda _, sequences: mirror.update(sequences)):
+        with pytest.raises(StaleSequence):
+            make(manager, [sequence])
+
+
+# -------------------------------------------------------------------- flash-attn
+
+
+def test_flash_attention_gets_rectangular_tables_that_name_block_0_behind_the_end(
+    manager: BlockManager,
+) -> None:
+    sequences = [manager.allocate(9), manager.allocate(2)]
+    padded = flash_attention(manager, sequences)
+    assert padded.block_table.shape == (2, 3)
+    assert padded.block_table[0].tolist() == manager.block_table(sequences[0]).tolist()
+    assert padded.block_table[1, 0] == manager.block_table(sequences[1])[0]
+    assert padded.block_table[1, 1:].tolist() == [0, 0]
+    assert padded.seq_lens.tolist() == [9, 2]
+    assert len(padded.slot_mapping) == 0
+
+
+def test_a_steps_slots_become_the_slot_mapping(manager: BlockManager) -> None:
+    sequences = [manager.allocate(4), manager.allocate(2)]
+    step = manager.append(sequences, 1)
+    padded = flash_attention(manager, sequences, step)
+    assert padded.slot_mapping.tolist() == step.slots.tolist()
+    assert padded.slot_mapping.dtype == np.int64
+
+
+def test_padding_adds_rows_columns_and_slots_that_nobody_reads(manager: BlockManager) -> None:
+    sequences = [manager.allocate(4), manager.allocate(2)]
+    step = manager.append(sequences, 1)
+    plain = flash_attention(manager, sequences, step)
+    padded = flash_attention(manager, sequences, step, num_rows=4, width=8, num_tokens=5)
+    assert padded.block_table.shape == (4, 8)
+    assert padded.block_table[:2, :2].tolist() == plain.block_table.tolist()
+    assert not padded.block_table[2:].any()
+    assert not padded.block_table[:, 2:].any()
+    assert padded.seq_lens.tolist() == [5, 3, 0, 0]
+    assert padded.slot_mapping.tolist() == [*step.slots.tolist(), -1, -1, -1]
+
+
+@pytest.mark.parametrize("too_small", ["num_rows", "width", "num_tokens"])
+def test_tables_that_do_not_fit_their_padding_are_refused(
+    manager: BlockManager, too_small: str
+) -> None:
+    sequences = [manager.allocate(8), manager.allocate(2)]
+    step = manager.append(sequences, 1)
+    room = {"num_rows": 2, "width": 3, "num_tokens": 2}
+    flash_attention(manager, sequences, step, **room)
+    with pytest.raises(ValueError, match=too_small):
+        flash_attention(manager, sequences, step, **{**room, too_small: room[too_small] - 1})
+
+
+def test_a_slid_sequence_keeps_its_length_for_windowed_attention(manager: BlockManager) -> None:
+    sequence = manager.allocate(9)
+    manager.slide(sequence, 5)
+    padded = flash_attention(manager, sequence)
+    assert padded.seq_lens.tolist() == [9]
+    assert padded.block_table[0, 1:].tolist() == manager.block_table(sequence)[1:].tolist()
+
+
+# -------------------------------------------------------------------- what changed
+
+
+def replayed(copy: np.ndarray, mirror: TableMirror, target: object) -> int:
+    delta = mirror.update(target)  # type: ignore[arg-type]
+    assert {array.dtype for array in delta} == {np.dtype(np.int32)}
+    copy[delta.rows, delta.columns] = delta.blocks
+    return len(delta.blocks)
+
+
+def test_a_mirror_tells_only_what_changed(manager: BlockManager) -> None:
+    sequences = [manager.allocate(4), manager.allocate(3)]
+    mirror, copy = TableMirror(manager, 2, 4), np.full((2, 4), -1)
+    assert replayed(copy, mirror, sequences) == 2
+    assert replayed(copy, mirror, sequences) == 0
+    manager.append(sequences, 1)  # only the first needs another block
+    assert replayed(copy, mirror, sequences) == 1
+    assert copy[:, :2].tolist() == manager.block_tables(sequences).tolist()
+
+
+def test_a_mirror_takes_back_what_a_shorter_batch_does_not_use(manager: BlockManager) -> None:
+    first, second = manager.allocate(8), manager.allocate(8)
+    mirror, copy = TableMirror(manager, 2, 2, padding=0), np.zeros((2, 2), int)
+    replayed(copy, mirror, [first, second])
+    replayed(copy, mirror, [second])
+    assert copy.tolist() == [manager.block_table(second).tolist(), [0, 0]]
+
+
+def test_a_mirror_too_small_refuses_and_forgets_nothing(manager: BlockManager) -> None:
+    sequence, long = manager.allocate(4), manager.allocate(9)
+    mirror, copy = TableMirror(manager, 1, 2), np.full((1, 2), -1)
+    replayed(copy, mirror, sequence)
+    for target in ([long], [sequence, manager.allocate(1)]):
+        with pytest.raises(ValueError, match="this mirror has room for 1 x 2"):
+            mirror.update(target)
+    assert replayed(copy, mirror, sequence) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("padding", [-1, 0])
+def test_replayed_changes_equal_the_full_tables_after_any_history(seed: int, padding: int) -> None:
+    random = np.random.default_rng(seed)
+    manager = BlockManager(24, 4, num_host_blocks=8)
+    mirror, copy = TableMirror(manager, 12, 8, padding=padding), np.full((12, 8), padding)
+    live, swapped = list[object](), set[object]()
+    for _ in range(250):
+        choice = random.integers(8)
+        here = [s for s in live if s not in swapped]
+        try:
+            if choice <= 1 and len(live) < 12:
+                live.append(manager.allocate(random.integers(0, 2, random.integers(0, 20))))
+            elif choice == 2 and live:
+                gone = live.pop(random.integers(len(live)))
+                swapped.discard(gone)
+                manager.free(gone)
+            elif choice == 3 and here and len(live) < 12:
+                live.append(manager.fork(here[random.integers(len(here))]))
+            elif choice == 4 and here:
+                one = here[random.integers(len(here))]
+                manager.truncate(one, random.integers(len(one) + 1))
+            elif choice == 5 and live:
+                one = live[random.integers(len(live))]
+                manager.swap(one, "device" if one in swapped else "host")
+                swapped ^= {one}
+            elif here:
+                growing = [s for s in here if len(s) < 30]
+                manager.append(growing, 1)
+                manager.commit(growing)
+        except OutOfBlocks:
+            pass
+        random.shuffle(live)
+        replayed(copy, mirror, live)
+        full = manager.block_tables(live, padding=padding)
+        rows, width = full.shape
+        assert np.array_equal(copy[:rows, :width], full)
+        assert (copy[rows:] == padding).all()
+        assert (copy[:, width:] == padding).all()
+
+
+# -------------------------------------------------------------------- keys
+
+CONTEXT = KeyContext("fp16/HND/8x128/4", "llama@1", b"s" * 16, "adapter")
+IDS = list(range(16))
+SHOWN = [(5, 10, b"image")]
+
+
+def test_every_full_block_gets_a_key_and_the_open_one_none() -> None:
+    assert [len(content_keys(range(n), 4, CONTEXT)) for n in (0, 3, 4, 9)] == [0, 0, 1, 2]
+
+
+def test_a_key_is_32_bytes() -> None:
+    assert KEY_BYTES == 32
+    assert {len(key) for key in content_keys(IDS, 4, CONTEXT, SHOWN)} == {32}
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("layout", "fp16/NHD/8x128/4"),
+        ("model", "llama@2"),
+        ("secret", b"t" * 16),
+        ("secret", b"s" * 17),
+        ("secret", b"s" * 16 + b"\0"),
+        ("secret", b""),
+        ("adapter", None),
+        ("adapter", " "),
+        ("adapter", "other"),
+    ],
+)
+def test_another_context_gives_other_keys_throughout(field: str, other: object) -> None:
+    keys = content_keys(IDS, 4, CONTEXT)
+    others = content_keys(IDS, 4, replace(CONTEXT, **{field: other}))
+    assert not set(keys) & set(others)
+
+
+def test_an_empty_adapter_is_refused() -> None:
+    with pytest.raises(ValueError, match='adapter "": expected at least one character'):
+        replace(CONTEXT, adapter="")
+
+
+def test_letters_cannot_move_from_one_field_into_the_next() -> None:
+    contexts = [
+        KeyContext("ab", "c"),
+        KeyContext("a", "bc"),
+        KeyContext("abc", ""),
+        KeyContext("", "abc"),
+        KeyContext("a", "b", adapter="c"),
+        KeyContext("a", "", adapter="bc"),
+    ]
+    assert len({content_keys(IDS, 4, context)[0] for context in contexts}) == len(contexts)
+
+
+def test_another_block_size_gives_other_keys() -> None:
+    assert not set(content_keys(IDS, 4, CONTEXT)) & set(content_keys(IDS, 8, CONTEXT))
+
+
+@pytest.mark.parametrize("position", range(16))
+def test_a_changed_token_changes_the_keys_from_its_block_on(position: int) -> None:
+    keys = content_keys(IDS, 4, CONTEXT)
+    changed = content_keys([*IDS[:position], 99, *IDS[position + 1 :]], 4, CONTEXT)
+    same = [a == b for a, b in zip(keys, changed, strict=True)]
+    assert same == [block < position // 4 for block in range(4)]
+
+
+def test_equal_blocks_at_different_depths_have_different_keys() -> None:
+    assert len(set(content_keys([7] * 16, 4, CONTEXT))) == 4
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        [],
+        [(5, 10, b"other")],
+        [(6, 10, b"image")],
+        [(5, 7, b"image")],
+        [(5, 10, b"image"), (7, 8, b"image")],
+    ],
+)
+def test_other_contents_change_the_keys_from_the_first_block_they_overlap(
+    shown: list[tuple[int, int, bytes]],
+) -> None:
+    keys = content_keys(IDS, 4, CONTEXT, SHOWN)
+    others = content_keys(IDS, 4, CONTEXT, shown)
+    assert [a == b for a, b in zip(keys, others, strict=True)] == [True, False, False, False]
+
+
+def test_contents_count_in_whatever_order_they_are_named() -> None:
+    shown = [(1, 3, b"a"), (5, 7, b"b")]
+    assert content_keys(IDS, 4, CONTEXT, shown) == content_keys(IDS, 4, CONTEXT, shown[::-1])
+
+
+PIECES = st.lists(st.tuples(st.integers(0, 7), st.binary(min_size=1, max_size=9)), max_size=3)
+
+
+@given(
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=8, max_size=8),
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=8, max_size=8),
+    PIECES,
+    PIECES,
+)
+def test_two_different_blocks_never_have_one_key(
+    ids: list[int],
+    others: list[int],
+    one: list[tuple[int, bytes]],
+    two: list[tuple[int, bytes]],
+) -> None:
+    first = sorted((start, 8, digest) for start, digest in one)
+    second = sorted((start, 8, digest) for start, digest in two)
+    same = (ids, first) == (others, second)
+    keys = content_keys(ids, 8, CONTEXT, first), content_keys(others, 8, CONTEXT, second)
+    assert (keys[0] == keys[1]) == same
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16, ">i4"])
+def test_keys_depend_on_the_numbers_and_not_on_their_dtype(dtype: object) -> None:
+    assert content_keys(np.array(IDS, dtype), 4, CONTEXT) == content_keys(IDS, 4, CONTEXT)
+
+
+def test_keys_are_equal_in_every_process() -> None:
+    code = (
+        "from kvpager.storage.keys import *;"
+        f"print(b''.join(content_keys({IDS}, 4, {CONTEXT!r}, {SHOWN})).hex())"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert said == {b"".join(content_keys(IDS, 4, CONTEXT, SHOWN)).hex()}
+
+
+def test_a_key_stays_the_same_from_release_to_release() -> None:
+    # Keys name bytes in other people's stores: whoever changes this loses them.
+    key = content_keys(IDS, 4, CONTEXT)[-1]
+    assert key.hex() == "93086a17801342a770ce1741371ea4d68ac07a279d2d06dc54aff2a4941dcb68"
+
+
+@pytest.mark.parametrize("secret", [b"short", b"s" * 15, b"s" * 65, "s" * 16, None, bytearray(16)])
+def test_a_secret_of_the_wrong_length_or_kind_is_refused(secret: object) -> None:
+    with pytest.raises(ValueError, match="secret: expected 16 to 64 bytes"):
+        content_keys(IDS, 4, replace(CONTEXT, secret=secret))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [0, 16, 64])
+def test_secrets_of_16_to_64_bytes_and_none_are_taken(length: int) -> None:
+    assert len(content_keys(IDS, 4, replace(CONTEXT, secret=b"s" * length))) == 4
+
+
+def test_contents_beyond_the_prompt_or_without_a_digest_are_refused() -> None:
+    with pytest.raises(ValueError, match="content's end 17: expected at most 16"):
+        content_keys(IDS, 4, CONTEXT, [(3, 17, b"image")])
+    with pytest.raises(ValueError, match="content's end 3: expected at least 4"):
+        content_keys(IDS, 4, CONTEXT, [(3, 3, b"image")])
+    for digest in (b"", "image"):
+        with pytest.raises(TypeError, match="expected bytes that stand for it"):
+            content_keys(IDS, 4, CONTEXT, [(3, 4, digest)])  # type: ignore[list-item]
+
+
+def test_a_block_size_that_is_no_power_of_two_is_refused() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        content_keys(IDS, 3, CONTEXT)

@@ -1,0 +1,222 @@
+"""The conformance suite passes what is right and names what is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from kvpager.blocks.manager import BlockManager
+from kvpager.errors import StaleSequence
+from kvpager.plans import Step
+from kvpager.testing.conformance import (
+    PROMISES,
+    BlockManagerAdapter,
+    ManagerConformance,
+    conformance_machine,
+    findings,
+)
+from kvpager.testing.histories import Violation
+from kvpager.testing.promises import ManagerAdapter
+from kvpager.testing.reference import NaiveManager, NaiveSequence
+
+
+class TestNaiveManager(ManagerConformance):
+    def make(self, num_blocks: int, block_size: int) -> ManagerAdapter:
+        return BlockManagerAdapter(NaiveManager(num_blocks, block_size, num_host_blocks=6))
+
+
+class TestBlockManager(ManagerConformance):
+    def make(self, num_blocks: int, block_size: int) -> ManagerAdapter:
+        return BlockManagerAdapter(BlockManager(num_blocks, block_size, num_host_blocks=6))
+
+
+class TestSmallestBlocks(ManagerConformance):
+    block_size = 1
+    histories = 40
+    examples = 20
+
+    def make(self, num_blocks: int, block_size: int) -> ManagerAdapter:
+        return BlockManagerAdapter(BlockManager(num_blocks, block_size))
+
+
+# ------------------------------------------------------------------ managers with one bug each
+
+
+class LosesABlock(NaiveManager):
+    """Every sequence freed takes its first block with it."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.lost: list[int] = []
+
+    def free(self, sequences: Any) -> None:
+        super().free(sequences)
+        self.lost += [block for block in sequences.blocks[:1] if not self.holders(block)]
+
+    def free_blocks(self) -> list[int]:
+        return [block for block in super().free_blocks() if block not in self.lost]
+
+
+class WritesShared(NaiveManager):
+    def own_tail(self, sequence: NaiveSequence) -> list[tuple[int, int]]:
+        return []
+
+
+class PublishesEarly(NaiveManager):
+    def append(self, *args: Any, **kwargs: Any) -> Step:
+        step = super().append(*args, **kwargs)
+        [sequence] = self.named(args[0])
+        sequence.num_committed = len(sequence)
+        self.publish(sequence)
+        return step
+
+
+class HandsOutTwice(NaiveManager):
+    def take(self, sequence: NaiveSequence) -> int:
+        if self.live and self.live[0].blocks and self.live[0] is not sequence:
+            sequence.blocks.append(self.live[0].blocks[0])
+            return sequence.blocks[-1]
+        return super().take(sequence)
+
+
+class FreesTwice(NaiveManager):
+    def free(self, sequences: Any) -> None:
+        with suppress(StaleSequence):
+            super().free(sequences)
+
+
+class ChangesWhenRefused(NaiveManager):
+    def append(self, *args: Any, **kwargs: Any) -> Step:
+        try:
+            return super().append(*args, **kwargs)
+        except Exception:
+            self.named(args[0])[0].blocks += self.free_blocks()[:1]
+            raise
+
+
+class ServesTheDead(NaiveManager):
+    def named(self, sequences: Any) -> list[NaiveSequence]:
+        return [sequences] if isinstance(sequences, NaiveSequence) else list(sequences)
+
+
+class MixesTenants(NaiveManager):
+    def match(self, namespace: str | None, tokens: Any) -> Any:
+        return super().match(None, tokens)
+
+
+class RefusesTooMuch(NaiveManager):
+    def require(self, need: int, keep: Iterable[int] = ()) -> None:
+        super().require(need + 1 if need else 0, keep)
+
+
+class WrongError(NaiveManager):
+    def require(self, need: int, keep: Iterable[int] = ()) -> None:
+        try:
+            super().require(need, keep)
+        except Exception:
+            raise IndexError("list index out of range") from None
+
+
+class ForgetsTheCopy(NaiveManager):
+    def append(self, *args: Any, **kwargs: Any) -> Step:
+        step = super().append(*args, **kwargs)
+        return Step(step.slots, step.copies[:0])
+
+
+class ForksIntoNewBlocks(NaiveManager):
+    def fork(self, *args: Any, **kwargs: Any) -> Any:
+        child: Any = super().fork(*args, **kwargs)
+        if child.blocks and self.free_blocks() and len(child) % self.block_size == 1:
+            child.blocks.pop()
+            self.take(child)
+        return child
+
+
+class BadBooks(NaiveManager):
+    def check(self) -> None:
+        assert not self.cached, "the books are wrong"
+
+
+BROKEN = {
+    LosesABlock: "blocks_add_up",
+    WritesShared: "shared_not_written",
+    PublishesEarly: "nothing_before_commit",
+    HandsOutTwice: "handed_out_once",
+    FreesTwice: "double_free_refused",
+    ChangesWhenRefused: "refusal_changes_nothing",
+    ServesTheDead: "stale_handle_refused",
+    MixesTenants: "namespaces_apart",
+    RefusesTooMuch: "served_when_it_fits",
+    WrongError: "full_pool_refused",
+    ForgetsTheCopy: "reads_back",
+    ForksIntoNewBlocks: "fork_moves_nothing",
+    BadBooks: "books_right",
+}
+
+
+def adapter_of(broken: type[NaiveManager]) -> Any:
+    return lambda num_blocks, block_size: BlockManagerAdapter(broken(num_blocks, block_size, 6))
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
+def test_each_bug_is_caught_by_the_promise_of_its_name(broken: type[NaiveManager]) -> None:
+    [finding] = findings(adapter_of(broken), promises=[BROKEN[broken]])
+    assert finding.verdict == "broken"
+    assert 1 <= len(finding.history) <= 6
+    assert finding.message
+
+
+def test_every_promise_has_a_manager_that_breaks_it() -> None:
+    assert set(BROKEN.values()) == set(PROMISES)
+
+
+def test_a_finding_reads_well() -> None:
+    [finding] = findings(adapter_of(WritesShared), promises=["shared_not_written"])
+    assert str(finding).startswith("shared_not_written: broken: block ")
+    assert any(line.startswith("append(pick=0, tokens=[") for line in finding.history)
+
+
+def test_findings_are_the_same_for_the_same_seed() -> None:
+    one, other = (
+        findings(adapter_of(WritesShared), promises=["reads_back"], seed=3) for _ in range(2)
+    )
+    assert one == other
+
+
+def test_the_state_machine_finds_a_bug_too() -> None:
+    machine = conformance_machine(adapter_of(WritesShared))
+    few = settings(phases=[Phase.generate], derandomize=True, max_examples=1_000)
+    with pytest.raises(Violation, match=r"shared_not_written|reads_back|handed_out_once"):
+        run_state_machine_as_test(machine, settings=few)
+
+
+# ------------------------------------------------------------------ what need not be offered
+
+
+class Bare:
+    """The required part of an adapter alone."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        full = BlockManagerAdapter(NaiveManager(num_blocks, block_size))
+        for name in ("num_blocks", "block_size", "out_of_blocks", "allocate", "append", "free"):
+            setattr(self, name, getattr(full, name))
+        for name in ("num_cached_tokens", "block_table", "num_free_blocks"):
+            setattr(self, name, getattr(full, name))
+
+
+def test_what_is_not_offered_is_not_asked_for() -> None:
+    make: Any = Bare
+    verdicts = {found.promise: found.verdict for found in findings(make, histories=5)}
+    absent = {promise for promise, verdict in verdicts.items() if verdict == "not offered"}
+    assert absent == {
+        "nothing_before_commit",
+        "namespaces_apart",
+        "fork_moves_nothing",
+        "books_right",
+    }
+    assert set(verdicts.values()) == {"kept", "not offered"}

@@ -1,0 +1,253 @@
+"""The simulator, the state machine, the isolation probes and the mutants notice bugs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+import kvpager
+from kvpager.blocks.manager import BlockManager
+from kvpager.plans import Step
+from kvpager.testing.histories import Number, Table, operation, shrink, simpler
+from kvpager.testing.isolation import isolation
+from kvpager.testing.machine import PagedMemory, manager_machine
+from kvpager.testing.memory import Content, TokenMemory
+from kvpager.testing.mutant_list import MUTANTS
+from kvpager.testing.mutants import Mutant, kill, mutated_source, table
+from kvpager.testing.operations import OPERATIONS
+from kvpager.testing.reference import NaiveManager
+from kvpager.testing.setups import Setup
+from kvpager.testing.simulator import replay_report, run, simulate
+from kvpager.testing.world import World
+
+TestPagedMemory = PagedMemory.TestCase
+TestPagedMemory.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+GENERATE = settings(phases=[Phase.generate], derandomize=True, max_examples=500)
+
+
+class ForgetsTheCopy(BlockManager):
+    def append(self, *args: Any, **kwargs: Any) -> Step:
+        step = super().append(*args, **kwargs)
+        return Step(step.slots, step.copies[:0])
+
+
+def forgetful(setup: Setup) -> BlockManager:
+    sizes = (setup.num_blocks, setup.block_size, setup.num_host_blocks)
+    return ForgetsTheCopy(
+        *sizes, null_block=setup.null_block, eviction=setup.eviction, fences=setup.fences
+    )
+
+
+def naive(setup: Setup) -> NaiveManager:
+    return NaiveManager(setup.num_blocks, setup.block_size, setup.num_host_blocks)
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_a_value_says_all_that_comes_before_it() -> None:
+    one, other = Content("acme", [1, 2, 3]), Content("acme", [0, 2, 3])
+    assert one.values[2] != other.values[2]
+    assert len({Content(name, [7]).values[0] for name in (None, "", "a", "a\0")}) == 4
+
+
+def test_memory_reads_through_a_table_what_was_written_and_copied() -> None:
+    memory = TokenMemory(4, 2, 1)
+    values = Content(None, [5, 6, 7]).values
+    memory.write_at([3, 0], 0, values)
+    memory.copy(np.array([[0, 1]]))
+    assert memory.read([3, 1], 3) == values
+    assert memory.mismatch([3, 2], values) == 2
+    assert memory.mismatch([3], values) == 2
+    memory.move([(3, 0)], "device", "host")
+    memory.move([(0, 2)], "host", "device")
+    assert memory.mismatch([2, 1], values) is None
+    assert memory.mismatch([-1, 1], values, start=2) is None
+
+
+# ------------------------------------------------------------------ the simulator
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_law_is_broken(seed: int) -> None:
+    report = simulate(seed, 1_500)
+    assert report.ok, str(report)
+    assert report.num_operations == 1_500
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_naive_manager_breaks_no_law(seed: int) -> None:
+    report = simulate(seed, 200, make_manager=naive)
+    assert report.ok, str(report)
+
+
+def test_a_seed_gives_the_same_run_again() -> None:
+    one, other = (simulate(3, 800) for _ in range(2))
+    assert replace(one, seconds=0) == replace(other, seconds=0)
+
+
+def test_a_seed_gives_the_same_run_in_another_process() -> None:
+    code = "from kvpager.testing.simulator import simulate; print(simulate(3, 800).counts)"
+    root = Path(kvpager.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(simulate(3, 800).counts)
+
+
+def test_a_failing_history_is_shrunk_and_still_fails() -> None:
+    report = simulate(3, 3_000, make_manager=forgetful)
+    assert report.failure is not None
+    assert report.failure.law == "reads back"
+    assert len(report.history) <= 4
+    again = replay_report(report, make_manager=forgetful)
+    assert again == report.failure
+    assert replay_report(report) is None  # the sound manager keeps the law in that history
+    assert str(simulate(3, 3_000, make_manager=forgetful)) == str(report)
+
+
+def test_a_failure_is_printed_with_its_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    steps: list[int] = []
+    summary = run(3_000, 3, progress=steps.append, make_manager=forgetful)
+    printed = capsys.readouterr().out
+    assert printed.startswith("seed 3: ")
+    assert "are enough" in printed
+    assert "append(picks=" in printed
+    assert len(summary.failures) == 1
+    assert sum(steps) == summary.num_operations
+
+
+def test_processes_change_nothing() -> None:
+    alone, shared = run(12_000, 5, processes=1), run(12_000, 5, processes=2)
+    assert alone.counts == shared.counts
+    assert alone.num_seeds == 3
+    assert not shared.failures
+
+
+def test_further_operations_can_be_entered() -> None:
+    more: Table = dict(OPERATIONS)
+
+    @operation(more, 2, needs=("num_blocks",), count=Number(3))
+    def look(world: World, count: int) -> None:
+        world.require("as many blocks", world.manager.num_blocks >= count - 3, "too few")
+
+    @operation(more, 2, needs=("no_such_verb",))
+    def never(world: World) -> None:
+        raise AssertionError("the manager does not offer it")
+
+    counts = [simulate(seed, 200, table=more).counts for seed in range(4)]
+    assert any(count["look"] for count in counts)
+    assert not any(count["never"] for count in counts)
+
+
+def test_the_machine_notices_a_bug_too() -> None:
+    machine = manager_machine(forgetful)
+    with pytest.raises(Exception, match="reads back"):
+        run_state_machine_as_test(machine, settings=GENERATE)
+
+
+# ------------------------------------------------------------------ shrinking
+
+
+def test_shrinking_keeps_what_is_needed() -> None:
+    history = [("noise", (number,)) for number in range(50)]
+    history[17], history[33] = ("first", ([4, 9, 4],)), ("second", (8,))
+
+    def fails(candidate: list[tuple[str, tuple[Any, ...]]]) -> bool:
+        names = [name for name, _ in candidate]
+        wanted = [arguments for name, arguments in candidate if name == "first"]
+        return "second" in names and any(9 in tokens for (tokens,) in wanted)
+
+    assert shrink(history, fails) == [("first", ([9],)), ("second", (0,))]
+
+
+def test_simpler_values_come_to_an_end() -> None:
+    assert list(simpler(0)) == list(simpler(None)) == list(simpler([])) == []
+
+
+# ------------------------------------------------------------------ isolation
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_namespaces_keep_apart(seed: int) -> None:
+    report = isolation(seed, 300)
+    assert report.ok, report.failure
+    assert report.foreign_hits == 0
+    assert report.own_hits > 0
+    assert report.foreign_probes > 100
+
+
+def test_a_shared_index_is_noticed() -> None:
+    class Mixed(BlockManager):
+        def allocate(self, prompt: Any, *, namespace: str | None = None) -> Any:
+            return super().allocate(prompt)
+
+    report = isolation(0, 300, make_manager=lambda setup: Mixed(setup.num_blocks, setup.block_size))
+    assert report.failure.startswith("namespaces apart: ")
+    assert report.foreign_hits == 1
+
+
+def test_a_lost_prefix_is_noticed() -> None:
+    class Forgetful(BlockManager):
+        def commit(self, *args: Any) -> None:
+            pass
+
+    report = isolation(
+        0, 300, make_manager=lambda setup: Forgetful(setup.num_blocks, setup.block_size)
+    )
+    assert report.failure.startswith("what is committed is reused: ")
+
+
+# ------------------------------------------------------------------ mutants
+
+
+def test_a_mutant_is_killed_and_a_harmless_change_is_not() -> None:
+    bug = Mutant(
+        "bug", "errors carry numbers", "kvpager.errors", "self.need = need", "self.need = 0"
+    )
+    harmless = replace(bug, name="harmless", replacement="self.need = need + 0")
+    ticks: list[int] = []
+    outcomes = kill([bug, harmless], operations=10_000, progress=ticks.append)
+    assert [outcome.killed for outcome in outcomes] == [True, False]
+    assert ticks == [1, 1]
+    assert table(outcomes).splitlines()[0].endswith("SURVIVED")
+    assert table(outcomes).endswith("1 of 2 killed")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_fits_its_source(mutant: Mutant) -> None:
+    assert mutant.replacement in mutated_source(mutant)
+
+
+@pytest.mark.parametrize("fragment", ["no such line", "self"])
+def test_a_fragment_that_does_not_stand_there_once_is_refused(fragment: str) -> None:
+    mutant = Mutant("misfit", "none", "kvpager.blocks.manager", fragment, "")
+    with pytest.raises(LookupError, match="'misfit': its fragment stands"):
+        kill([mutant])
+
+
+# ------------------------------------------------------------------ what the kit needs
+
+
+def test_the_kit_needs_neither_torch_nor_hypothesis() -> None:
+    modules = "findings, isolation, memory, mutants, mutant_list, reference, simulator"
+    code = (
+        f"import sys\nfrom kvpager.testing import {modules}\n"
+        "print([name for name in ('torch', 'transformers', 'hypothesis', 'pytest')"
+        " if name in sys.modules])"
+    )
+    root = Path(kvpager.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
