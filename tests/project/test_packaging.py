@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import setuptools
 
 import kvpager
 
@@ -79,15 +78,6 @@ def files_of(*tops: str) -> Iterator[Path]:
 def test_folder_beside_the_package_has_no_init(folder: str) -> None:
     # With one, `kernels` here would shadow the PyPI package that transformers imports.
     assert not (ROOT / folder / "__init__.py").exists()
-
-
-def test_every_folder_with_modules_is_packaged(pyproject: dict[str, Any]) -> None:
-    folders = {path.parent.relative_to(ROOT) for path in files_of(*LIBRARY) if path.suffix == ".py"}
-    names = {".".join(folder.parts) for folder in folders}
-    packages = {name if name.startswith("kvpager") else f"kvpager.{name}" for name in names}
-    include = pyproject["tool"]["setuptools"]["packages"]["find"]["include"]
-    found = set(setuptools.find_packages(str(ROOT), include=include))
-    assert packages == {name for name in found if (ROOT / name.replace(".", "/")).glob("*.py")}
 
 
 def test_version_is_the_same_everywhere(pyproject: dict[str, Any]) -> None:
