@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvpager.blocks.stats import Stats
-from kvpager.scheduling.request_table import SchedulerStats
+from kvpager.scheduling.stats import SchedulerStats
 
 
 class EngineStats(NamedTuple):

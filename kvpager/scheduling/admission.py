@@ -1,234 +1,229 @@
-"""Who comes onto the device: preempted requests first, then those that wait."""
+"""The requests that come onto the device: preempted ones first, then those that wait."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvpager.errors import OutOfBlocks
-from kvpager.scheduling.request import NOBODY, Live, State
-from kvpager.scheduling.request_table import Roster
+from kvpager.blocks.manager import BlockManager
+from kvpager.errors import OutOfBlocks, QueueFull
+from kvpager.scheduling.placement import Placement
+from kvpager.scheduling.request import Request, RequestState, Status, blocks_needed
+from kvpager.scheduling.request_table import RequestTable
+from kvpager.scheduling.sequence_state import num_common
 from kvpager.scheduling.step import Draft
-
-Int32 = NDArray[np.int32]
 
 _LOOK_PAST = 32  # waiting requests that a plan looks past, at the most
 
 
-class Admission(Roster):
-    """The part of a `Scheduler` that decides who begins, and computes prompts."""
+class AdmissionPolicy:
+    """Decides which requests are taken, and which begin or return in a step.
 
-    # ---------------------------------------------------------------- who comes onto the device
+    Args:
+        manager: has the blocks.
+        table: where the requests are.
+        placement: gives a request its blocks.
+        max_waiting: see `Scheduler`, as the others.
+        max_length: tokens of a row.
+        watermark: share of the blocks that stays available.
+        prefix_cache: prompts may share what is computed.
+    """
 
-    def _spare(self, live: Live) -> int:
-        """Blocks that have to stay available when this request comes onto the device.
+    def __init__(
+        self,
+        manager: BlockManager,
+        table: RequestTable,
+        placement: Placement,
+        *,
+        max_waiting: int | None,
+        max_length: int | None,
+        watermark: float,
+        prefix_cache: bool,
+    ) -> None:
+        self._manager = manager
+        self._table = table
+        self._placement = placement
+        self.max_waiting = max_waiting
+        self.max_length = max_length
+        self.watermark = watermark
+        self._prefix_cache = prefix_cache
+        stats = manager.stats()
+        usable = stats.num_held + stats.num_cached + stats.num_kept + stats.num_free
+        self._num_reserved = stats.num_blocks - usable  # the null block, if there is one
+        self.num_reused_tokens = 0  # of prompts, found in the prefix index
 
-        Where nobody else runs its own worst case has room, and that is all it may ask for. One
-        that returns leaves a block for each row, or it would soon have to leave again.
+    @property
+    def _num_usable(self) -> int:
+        return self._manager.num_blocks - self._num_reserved
+
+    # ---------------------------------------------------------------- what is taken at all
+
+    def refuse_impossible(self, request: Request, num_prompt: int) -> None:
+        """Raise `ValueError` if the request could not be served even alone. O(1)."""
+        name, length = request.name, num_prompt + request.max_new_tokens
+        max_running = self._table.max_running
+        if request.num_samples > max_running:
+            raise ValueError(
+                f"request {name!r}: {request.num_samples} samples, but at most "
+                f"{max_running} rows run; ask for fewer, or raise max_running"
+            )
+        what = f"a prompt of {num_prompt} and {request.max_new_tokens} new tokens"
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"request {name!r}: {what} are more than max_length {self.max_length}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        need = blocks_needed(request, num_prompt, self._manager.block_size)
+        if need > self._num_usable:
+            raise ValueError(
+                f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
+                f"blocks, the pool has {self._num_usable}; ask for less, or make the pool larger"
+            )
+        ceiling = self._manager.ceiling(request.namespace)
+        if ceiling is not None and need > ceiling:
+            raise ValueError(
+                f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
+                f"blocks, its namespace may have {ceiling}; ask for less or raise the quota"
+            )
+
+    def refuse_overflow(self) -> None:
+        """Raise `QueueFull` if no more requests may wait. O(1)."""
+        num_waiting = len(self._table.order)
+        if self.max_waiting is not None and num_waiting >= self.max_waiting:
+            raise QueueFull(num_waiting, self.max_waiting)
+
+    # ---------------------------------------------------------------- onto the device
+
+    def admit(self, draft: Draft) -> Iterator[RequestState]:
+        """Yield each request that comes onto the device in this step.
+
+        The caller adds its rows to `draft` before it asks for the next one.
         """
-        if not self._running:
-            return 0
-        spare = int(np.ceil(self.watermark * self._num_usable))
-        if live.state is State.WAITING:
-            return spare
-        num_rows = sum(len(one.samples) for one in self._running)
-        return max(spare, num_rows) + len(live.samples)
+        if not draft.is_blocked:
+            yield from self._return(draft)
+        if not draft.is_blocked:
+            yield from self._begin_waiting(draft)
 
-    def _has_rows(self, live: Live) -> bool:
-        return self._num_rows_reserved + live.request.num_samples <= self.max_running
-
-    def _return(self, draft: Draft) -> None:
-        """Bring back preempted requests, before anybody new."""
-        while self._preempted:
-            live = min(self._preempted, key=self._order.rank)
-            if self._has_rows(live) and self._come_back(live, draft):
-                continue
-            if self._running or not self._reclaim(live):
+    def _return(self, draft: Draft) -> Iterator[RequestState]:
+        """Bring back preempted requests, before any new one begins."""
+        table = self._table
+        while table.preempted:
+            state = min(table.preempted, key=table.order.rank)
+            if table.has_rows_for(state) and self._bring_back(state, draft):
+                yield state
+            elif table.running or not self._placement.reclaim(state):
                 draft.is_blocked = True
                 return
 
-    def _come_back(self, live: Live, draft: Draft) -> bool:
-        if live.state is State.DROPPED:
-            return self._begin(live, draft)
+    def _bring_back(self, state: RequestState, draft: Draft) -> bool:
+        if state.status is Status.DROPPED:
+            return self._begin(state, draft)
         # Moves are made before copies, so none may write where a copy made earlier reads.
-        if draft.is_prompt_copied or not self._has_budget(live, draft):
+        if draft.is_prompt_copied or not self._has_budget(state, draft):
             return False
         try:
-            draft.moves.append(self._preemption.swap_in(live, self._spare(live)))
+            draft.moves.append(self._placement.swap_in(state, self._spare(state)))
         except OutOfBlocks:
             return False
-        draft.moved.append(live)
-        self._preempted.remove(live)
-        self._enter(live)
-        if live.is_ready:
-            self._decode_more(live, draft)
-        else:
-            self._compute(live, draft)
+        draft.moved.append(state)
         return True
 
-    def _has_budget(self, live: Live, draft: Draft) -> bool:
-        if live.is_ready:
-            return len(live.samples) <= draft.budget
-        samples = self._samples
-        remaining = max(int(samples.lengths[n] - samples.computed[n]) for n in live.samples)
-        return bool(self._chunk(remaining, draft.budget))
+    def _has_budget(self, state: RequestState, draft: Draft) -> bool:
+        if state.is_ready:
+            return len(state.seq_ids) <= draft.budget
+        mine, sequences = state.seq_ids, self._table.sequences
+        return draft.chunk(int((sequences.lengths[mine] - sequences.computed[mine]).max())) > 0
 
-    def _decode_more(self, live: Live, draft: Draft) -> None:
-        numbers = np.array(live.samples, np.int32)
-        ids = self._samples.pending[numbers]
-        try:
-            step = self.manager.append(
-                self._preemption.handles(live), ids if self.prefix_cache else 1
-            )
-        except OutOfBlocks:
-            return  # a quota: the next step will see
-        self._samples.lengths[numbers] += 1
-        draft.decode(numbers, ids, step)
-
-    def _begin(self, live: Live, draft: Draft) -> bool:
-        """Give a request that waits, or was dropped, its blocks and a first chunk."""
-        is_new = live.state is State.WAITING
-        live.generation = self._generation  # all of it is computed from now on
-        if is_new:
-            self._samples.add(live)
-        length = self._samples.num_known(live.samples[0])
-        remaining = length - self._num_cached(live, length)
-        copies = None
-        if self._chunk(remaining, draft.budget):
-            with suppress(OutOfBlocks):
-                copies = self._preemption.begin(live, self._spare(live))
-        if copies is None:
-            if is_new:
-                self._samples.take_back(live)
-            return False
-        if is_new:
-            self._order.remove(live)
-            live.leader = None  # or a chain of them would never be let go
-        else:
-            self._preempted.remove(live)
-        draft.copy(copies)
-        draft.is_prompt_copied |= len(copies) > 0
-        self._totals["reused"] += length - remaining
-        self._enter(live)
-        self._compute(live, draft)
-        return True
-
-    def _num_cached(self, live: Live, length: int) -> int:
-        """How many of its first row's leading tokens need no computing now. O(tokens)."""
-        if not self.prefix_cache:
-            return 0
-        ids = self._samples.tokens(live.samples[0], 0, length - 1) if live.samples else None
-        namespace, adapter = live.identity
-        return self.manager.cached_tokens(
-            live.prompt[: length - 1] if ids is None else ids, namespace=namespace, adapter=adapter
-        )
-
-    def _admit(self, draft: Draft) -> None:
+    def _begin_waiting(self, draft: Draft) -> Iterator[RequestState]:
         """Let waiting requests begin, in their order, as long as there is room for the next."""
-        if not draft.budget or self._num_rows_reserved == self.max_running:
+        table = self._table
+        if not draft.budget or table.num_rows_reserved == table.max_running:
             return
         num_passed = 0
-        for live in self._order.waiting():
-            if not self._has_rows(live) or num_passed == _LOOK_PAST:
+        for state in table.order.waiting():
+            if not table.has_rows_for(state) or num_passed == _LOOK_PAST:
                 return
-            if self.prefix_cache and self._awaits(live):
+            if self._prefix_cache and self._awaits(state):
                 num_passed += 1
-            elif not self._begin(live, draft):
+            elif self._begin(state, draft):
+                yield state
+            else:
                 return
 
-    def _awaits(self, live: Live) -> bool:
-        """Whether somebody computes what its prompt begins with right now.
+    def _begin(self, state: RequestState, draft: Draft) -> bool:
+        """Give a waiting or dropped request its blocks, if there is room for a chunk of it."""
+        self._table.begin(state)
+        length = self._table.sequences.num_known(state.seq_ids[0])
+        remaining = length - self._num_cached(state, length)
+        copies = None
+        if draft.chunk(remaining):
+            with suppress(OutOfBlocks):
+                copies = self._placement.begin(state, self._spare(state))
+        if copies is None:
+            self._table.undo_begin(state)
+            return False
+        state.leader = None  # or a chain of them would never be let go
+        draft.copy(copies)
+        draft.is_prompt_copied |= len(copies) > 0
+        self.num_reused_tokens += length - remaining
+        return True
+
+    def _spare(self, state: RequestState) -> int:
+        """Return how many blocks stay available when this request comes onto the device.
+
+        Where nothing runs, the request's own worst case has room, and that is all it may ask for.
+        One that returns leaves a block for each row, or it would soon have to leave again.
+        """
+        if not self._table.running:
+            return 0
+        spare = int(np.ceil(self.watermark * self._num_usable))
+        if state.status is Status.WAITING:
+            return spare
+        return max(spare, self._table.count_rows()) + len(state.seq_ids)
+
+    # ---------------------------------------------------------------- shared beginnings
+
+    def _num_cached(self, state: RequestState, length: int) -> int:
+        """Return how many of its first row's leading tokens are cached now. O(tokens)."""
+        if not self._prefix_cache:
+            return 0
+        if state.seq_ids:
+            ids = self._table.sequences.tokens(state.seq_ids[0], 0, length - 1)
+        else:
+            ids = state.prompt[: length - 1]
+        namespace, adapter = state.identity
+        return self._manager.cached_tokens(ids, namespace=namespace, adapter=adapter)
+
+    def _awaits(self, state: RequestState) -> bool:
+        """True if another request is computing what its prompt begins with.
 
         It waits for one request at the most, and only while that computes: so not for long.
         """
-        if live.leader is None:
-            self._find_leader(live)
-        leader = live.leader
-        if leader is None or leader.state is not State.RUNNING or leader.is_ready:
+        if state.leader is None:
+            self._find_leader(state)
+        leader = state.leader
+        if leader is None or leader.status is not Status.RUNNING or leader.is_ready:
             return False
-        return bool(leader.samples) and self._num_computed(leader) < live.shared
+        return bool(leader.seq_ids) and self._num_computed(leader) < state.shared
 
-    def _find_leader(self, live: Live) -> None:
+    def _find_leader(self, state: RequestState) -> None:
+        identity = state.identity
         begun = [
             other
-            for other in self._running
-            if not other.is_ready and other.identity == live.identity
+            for other in self._table.running
+            if not other.is_ready and other.identity == identity
         ]
         if not begun:
             return
-        size = self.manager.block_size
-        shares = [_num_common(live.prompt[:-1], other.prompt) // size * size for other in begun]
+        size = self._manager.block_size
+        shares = [num_common(state.prompt[:-1], other.prompt) // size * size for other in begun]
         most = int(np.argmax(shares))
         if shares[most] <= self._num_computed(begun[most]):
             return  # committed already
-        if shares[most] >= self._num_cached(live, len(live.prompt)) + size:
-            live.leader, live.shared = begun[most], shares[most]
+        if shares[most] >= self._num_cached(state, len(state.prompt)) + size:
+            state.leader, state.shared = begun[most], shares[most]
 
-    def _num_computed(self, live: Live) -> int:
-        return int(self._samples.computed[live.samples[0]])
-
-    # ---------------------------------------------------------------- prompts, and room
-
-    def _prefill(self, draft: Draft) -> None:
-        """A chunk of each prompt that was begun, as far as the budget goes."""
-        begun = [live for live in self._running if not live.is_ready]
-        for live in sorted(begun, key=self._order.rank):
-            if not self._compute(live, draft):
-                draft.is_blocked = True
-                return
-
-    def _compute(self, live: Live, draft: Draft) -> bool:
-        """A chunk of each of the request's rows; whether the budget was enough to go on."""
-        samples = self._samples
-        for number in live.samples:
-            behind = int(samples.behind[number])
-            start, length = int(samples.computed[number]), int(samples.lengths[number])
-            if behind != NOBODY:
-                # One that is behind somebody itself has not computed what it counts as such.
-                if samples.behind[behind] != NOBODY or samples.computed[behind] < start:
-                    continue
-                samples.behind[number] = NOBODY
-            if start == length:
-                continue
-            count = self._chunk(length - start, draft.budget)
-            if not count:
-                return False
-            stop = start + count
-            slots = self.manager.slots(samples.handle(number), start, stop)
-            is_first = not samples.generated[number]
-            draft.compute(
-                number,
-                samples.tokens(number, start, stop),
-                slots,
-                wants=is_first and stop == length,
-            )
-            if is_first:
-                self._order.charge(live, count, 0)
-        return True
-
-    def _chunk(self, remaining: int, budget: int) -> int:
-        """How many tokens of a prompt to compute now."""
-        if self.chunked:
-            least = min(self.manager.block_size, remaining, self.max_batch_tokens)
-            return min(remaining, budget) if budget >= least else 0
-        alone = budget == self.max_batch_tokens
-        return remaining if remaining <= budget or alone else 0
-
-    def _reclaim(self, but: Live | None = None) -> bool:
-        """Take from a swapped request what it still has on the device; whether one had any."""
-        for live in sorted(self._preempted, key=self._order.rank, reverse=True):
-            if live is but or live.state is not State.SWAPPED:
-                continue
-            if self._preemption.holds_device_blocks(live):
-                self._preemption.drop(live)
-                return True
-        return False
-
-
-def _num_common(one: Int32, other: Int32) -> int:
-    """How many leading tokens two prompts have in common. O(tokens)."""
-    count = min(len(one), len(other))
-    differs = (one[:count] != other[:count]).nonzero()[0]
-    return int(differs[0]) if len(differs) else count
+    def _num_computed(self, state: RequestState) -> int:
+        return int(self._table.sequences.computed[state.seq_ids[0]])

@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heapreplace
 from kvpager import _validate as arguments
 from kvpager._validate import SECONDS_MAX
 from kvpager.errors import BrokenInvariant
-from kvpager.scheduling.request import Live, State
+from kvpager.scheduling.request import RequestState, Status
 
 Rank = tuple[float, int]
 
@@ -25,46 +25,46 @@ class Order(ABC):
     """The waiting requests, and the ranks of all."""
 
     def __init__(self) -> None:
-        self._queues: dict[str | None, list[tuple[Rank, Live]]] = {}
+        self._queues: dict[str | None, list[tuple[Rank, RequestState]]] = {}
         self._num_waiting = 0
 
     @abstractmethod
-    def rank(self, live: Live) -> Rank:
-        """The lower, the sooner; no two requests have the same. O(1)."""
+    def rank(self, state: RequestState) -> Rank:
+        """Return the rank: the lowest is served first, and no two requests have the same. O(1)."""
 
-    def enter(self, live: Live) -> None:  # noqa: B027
-        """A request was submitted. O(1)."""
+    def enter(self, state: RequestState) -> None:  # noqa: B027
+        """Take note of a request that was submitted. O(1)."""
 
-    def leave(self, live: Live) -> None:  # noqa: B027
-        """A request ended. O(1)."""
+    def leave(self, state: RequestState) -> None:  # noqa: B027
+        """Take note of a request that ended. O(1)."""
 
-    def charge(self, live: Live, prompt: int, decoded: int) -> None:  # noqa: B027
-        """So many tokens are computed for it. O(1)."""
+    def charge(self, state: RequestState, prompt: int, decoded: int) -> None:  # noqa: B027
+        """Charge a request for the tokens that a step computes for it. O(1)."""
 
-    def queue_of(self, live: Live) -> str | None:
-        """Which queue it waits in. Within one, ranks never change places."""
+    def queue_of(self, state: RequestState) -> str | None:
+        """Return the queue to wait in. Within one queue, ranks never change places. O(1)."""
         return None
 
-    def place(self, live: Live) -> Rank:
-        """Its place in its queue."""
-        return self.rank(live)
+    def place(self, state: RequestState) -> Rank:
+        """Return the place in its queue. O(1)."""
+        return self.rank(state)
 
     # ---------------------------------------------------------------- waiting
 
     def __len__(self) -> int:
-        """How many wait. O(1)."""
+        """Return the number of waiting requests. O(1)."""
         return self._num_waiting
 
-    def push(self, live: Live) -> None:
-        """Let it wait. O(waiting) memory moved, a few microseconds for 10,000."""
-        insort(self._queues.setdefault(self.queue_of(live), []), (self.place(live), live))
+    def push(self, state: RequestState) -> None:
+        """Let a request wait. O(waiting) memory moved, a few microseconds for 10,000."""
+        insort(self._queues.setdefault(self.queue_of(state), []), (self.place(state), state))
         self._num_waiting += 1
 
-    def remove(self, live: Live) -> None:
-        """It waits no longer. O(waiting)."""
-        name = self.queue_of(live)
+    def remove(self, state: RequestState) -> None:
+        """Take a request out of its queue. O(waiting)."""
+        name = self.queue_of(state)
         queue = self._queues[name]
-        place = self.place(live)
+        place = self.place(state)
         del queue[bisect_left(queue, place, key=lambda entry: entry[0])]
         if not queue:
             del self._queues[name]
@@ -76,13 +76,13 @@ class Order(ABC):
         if sum(map(len, queues)) != self._num_waiting or not all(queues):
             raise BrokenInvariant(f"order: {self._num_waiting} wait, but the queues say otherwise")
         for queue in queues:
-            places = [self.place(live) for _, live in queue]
+            places = [self.place(state) for _, state in queue]
             if places != sorted(places) or any(
-                live.state is not State.WAITING for _, live in queue
+                state.status is not Status.WAITING for _, state in queue
             ):
                 raise BrokenInvariant("order: a queue is not in order, or has one that runs")
 
-    def waiting(self) -> Iterator[Live]:
+    def waiting(self) -> Iterator[RequestState]:
         """Yield the waiting requests by rank. O(queues), then O(log queues) each.
 
         Meanwhile the one that was yielded may be removed, and the ranks in its queue may change.
@@ -96,10 +96,10 @@ class Order(ABC):
         while heads:
             _, number, name = heads[0]
             at = passed[name]
-            live = self._queues[name][at][1]
-            yield live
+            state = self._queues[name][at][1]
+            yield state
             queue = self._queues.get(name, [])
-            if at < len(queue) and queue[at][1] is live:
+            if at < len(queue) and queue[at][1] is state:
                 at = passed[name] = at + 1
             if at < len(queue):
                 heapreplace(heads, (self.rank(queue[at][1]), number, name))
@@ -110,8 +110,8 @@ class Order(ABC):
 class Fifo(Order):
     """By arrival."""
 
-    def rank(self, live: Live) -> Rank:  # noqa: D102
-        return 0.0, live.arrival
+    def rank(self, state: RequestState) -> Rank:  # noqa: D102
+        return 0.0, state.arrival
 
 
 class Priority(Order):
@@ -124,8 +124,8 @@ class Priority(Order):
         super().__init__()
         self.ageing = arguments.number("ageing", ageing, at_least=1e-6, at_most=SECONDS_MAX)
 
-    def rank(self, live: Live) -> Rank:  # noqa: D102
-        return live.request.priority + live.submitted / self.ageing, live.arrival
+    def rank(self, state: RequestState) -> Rank:  # noqa: D102
+        return state.request.priority + state.submitted / self.ageing, state.arrival
 
 
 class Fair(Order):
@@ -147,23 +147,23 @@ class Fair(Order):
         self._active = Counter[str | None]()
         self._last = 0.0  # the service of who left last, when nobody is active
 
-    def rank(self, live: Live) -> Rank:  # noqa: D102
-        return self.service[live.request.tenant] + live.submitted * self.ageing, live.arrival
+    def rank(self, state: RequestState) -> Rank:  # noqa: D102
+        return self.service[state.request.tenant] + state.submitted * self.ageing, state.arrival
 
-    def queue_of(self, live: Live) -> str | None:  # noqa: D102
-        return live.request.tenant
+    def queue_of(self, state: RequestState) -> str | None:  # noqa: D102
+        return state.request.tenant
 
-    def place(self, live: Live) -> Rank:  # noqa: D102
-        return 0.0, live.arrival
+    def place(self, state: RequestState) -> Rank:  # noqa: D102
+        return 0.0, state.arrival
 
-    def enter(self, live: Live) -> None:  # noqa: D102
-        tenant = live.request.tenant
+    def enter(self, state: RequestState) -> None:  # noqa: D102
+        tenant = state.request.tenant
         if not self._active[tenant]:
             self.service[tenant] = max(self.service.get(tenant, 0.0), self._least())
         self._active[tenant] += 1
 
-    def leave(self, live: Live) -> None:  # noqa: D102
-        tenant = live.request.tenant
+    def leave(self, state: RequestState) -> None:  # noqa: D102
+        tenant = state.request.tenant
         self._active[tenant] -= 1
         if not self._active[tenant]:
             del self._active[tenant]
@@ -184,8 +184,8 @@ class Fair(Order):
                 if self._active[tenant] or service > least
             }
 
-    def charge(self, live: Live, prompt: int, decoded: int) -> None:  # noqa: D102
-        self.service[live.request.tenant] += prompt + self.decode_weight * decoded
+    def charge(self, state: RequestState, prompt: int, decoded: int) -> None:  # noqa: D102
+        self.service[state.request.tenant] += prompt + self.decode_weight * decoded
 
 
 ORDERS: dict[str, type[Fifo] | type[Priority] | type[Fair]] = {
@@ -196,7 +196,7 @@ ORDERS: dict[str, type[Fifo] | type[Priority] | type[Fair]] = {
 
 
 def make_order(order: str | Order) -> Order:
-    """An order by its name, or as it was handed in.
+    """Return the order of this name, or the one given.
 
     Raises: `ValueError` for another name, or an order that somebody uses; `TypeError`.
     """

@@ -1,329 +1,242 @@
-"""Who is live, and where: the part of a `Scheduler` that knows requests, not steps."""
+"""Where each live request is: waiting, on the device, or preempted; and which have ended."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterator
 from heapq import heapify, heappop, heappush
-from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kvpager import _validate as arguments
-from kvpager._atomic import Change
-from kvpager.blocks.manager import BlockManager
-from kvpager.blocks.sequences import Batch
-from kvpager.errors import BrokenInvariant, QueueFull
-from kvpager.plans import Reason, StepPlan
-from kvpager.scheduling.preemption import Preemption, PreemptionCosts
-from kvpager.scheduling.queue import Order, make_order
-from kvpager.scheduling.request import Live, Request, Samples, State, blocks_needed, read_prompt
-from kvpager.scheduling.step import Draft
-
-Int32 = NDArray[np.int32]
+from kvpager.blocks.sequences import Sequence
+from kvpager.errors import BrokenInvariant
+from kvpager.plans import Reason
+from kvpager.scheduling.queue import Order
+from kvpager.scheduling.request import Int32, Request, RequestState, Status
+from kvpager.scheduling.sequence_state import SequenceState
 
 
-class Decoders(NamedTuple):
-    """The rows that decode, kept as long as they are the same."""
+class RequestTable:
+    """The requests of one scheduler. It knows no blocks: callers free them first.
 
-    numbers: Int32
-    batch: Batch
-    names: list[Hashable]
-    shares: list[tuple[Live, int]]  # somebody of each queue, and how many rows the queue has
+    Only this class writes its lists and the fields of a `RequestState`, except what a request
+    waits for.
 
+    Attributes:
+        order: the waiting requests, and the rank of each live one.
+        sequences: the rows of all requests.
+        running: requests on the device, by when they came.
+        preempted: requests that were taken off the device and will return.
+        num_rows_reserved: rows that the running requests may come to have.
+        generation: of the prefixes that new requests may share.
+        version: changes whenever the rows that decode do.
+    """
 
-class SchedulerStats(NamedTuple):
-    """A moment's counts, in requests unless the name says otherwise; totals since the beginning."""
-
-    num_waiting: int
-    num_running: int
-    num_running_rows: int
-    num_preempted: int
-    total_steps: int
-    total_tokens: int  # computed, prompts and decoding, again after a preemption included
-    total_reused_tokens: int  # of prompts, found in the prefix index
-    total_preempted_by_swap: int
-    total_preempted_by_recompute: int
-
-
-class Roster:
-    """The state of a `Scheduler`, which documents the arguments."""
-
-    def __init__(
-        self,
-        manager: BlockManager,
-        *,
-        max_batch_tokens: int = 2048,
-        max_running: int = 256,
-        max_waiting: int | None = None,
-        order: str | Order = "fifo",
-        watermark: float = 0.01,
-        prefix_cache: bool = True,
-        costs: PreemptionCosts | None = None,
-        max_length: int | None = None,
-        chunked: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        if not isinstance(manager, BlockManager):
-            raise TypeError(f"manager: expected a BlockManager, got {type(manager).__name__}")
-        if manager.has_fences:
-            raise ValueError("manager: a step's plans are applied in order; make it without fences")
-        arguments.number("watermark", watermark, at_least=0, at_most=1)
-        if watermark == 1:
-            raise ValueError(f"watermark {watermark}: expected a share, 0 <= watermark < 1")
-        self.manager = manager
-        self.max_batch_tokens = arguments.count("max_batch_tokens", max_batch_tokens, at_least=1)
-        rows = arguments.count("max_running", max_running, at_least=1)
-        self.max_running = min(rows, self.max_batch_tokens)
-        self.max_waiting = (
-            None if max_waiting is None else arguments.count("max_waiting", max_waiting, at_least=1)
-        )
-        self.max_length = (
-            None if max_length is None else arguments.count("max_length", max_length, at_least=1)
-        )
-        self.watermark = watermark
-        self.prefix_cache = arguments.flag("prefix_cache", prefix_cache)
-        self.chunked = arguments.flag("chunked", chunked)
-        self.clock = clock
-        self._lock: AbstractContextManager[Any] = threading.RLock()
-        self._change = Change(self)
-        self._order = make_order(order)
-        self._samples = Samples()
-        self._preemption = Preemption(
-            manager, self._samples, costs or PreemptionCosts(), by_ids=prefix_cache
-        )
-        stats = manager.stats()
-        usable = stats.num_held + stats.num_cached + stats.num_kept + stats.num_free
-        self._num_reserved = stats.num_blocks - usable  # the null block, if there is one
-        self._lives: dict[Hashable, Live] = {}
-        self._running: list[Live] = []  # by when they came onto the device
-        self._preempted: list[Live] = []
+    def __init__(self, order: Order, max_running: int) -> None:
+        self.order = order
+        self.sequences = SequenceState()
+        self.running: list[RequestState] = []
+        self.preempted: list[RequestState] = []
+        self.num_rows_reserved = 0
+        self.max_running = max_running
+        self.generation = 0
+        self.version = 0
+        self._live: dict[Hashable, RequestState] = {}
         self._deadlines: list[tuple[float, int, Hashable]] = []
         self._ended: list[tuple[Hashable, Reason]] = []
         self._untold: set[Hashable] = set()  # names in `_ended`
         self._num_submitted = 0
-        self._generation = 0
-        self._num_rows_reserved = 0
-        self._step: tuple[StepPlan, Draft] | None = None
-        self._decoding: Decoders | None = None  # None: to be made anew
-        self._totals = Counter[str]()
-
-    # ---------------------------------------------------------------- requests come and go
-
-    def submit(self, request: Request) -> None:
-        """Let a request wait for its turn. O(prompt).
-
-        Raises: `QueueFull`; `TypeError`, `ValueError` for a name in use (or whose end no plan has
-        told yet) and for what could never be served: a prompt that is empty or too long, more
-        samples than rows, more blocks than there are.
-        """
-        prompt = read_prompt(request)
-        name = request.name
-        with self._lock, self._change:
-            if name in self._lives or name in self._untold:
-                raise ValueError(f"request {name!r}: the name is in use; choose another")
-            self._refuse_impossible(request, len(prompt))
-            if self.max_waiting is not None and len(self._order) >= self.max_waiting:
-                raise QueueFull(len(self._order), self.max_waiting)
-            now = float(self.clock())
-            self._change.begin()
-            live = Live(request, prompt, self._num_submitted, now, self._generation)
-            self._num_submitted += 1
-            self._lives[name] = live
-            self._order.enter(live)
-            self._order.push(live)
-            if request.deadline is not None:
-                heappush(self._deadlines, (request.deadline, live.arrival, name))
-
-    def _refuse_impossible(self, request: Request, num_prompt: int) -> None:
-        name, length = request.name, num_prompt + request.max_new_tokens
-        if request.num_samples > self.max_running:
-            raise ValueError(
-                f"request {name!r}: {request.num_samples} samples, but at most "
-                f"{self.max_running} rows run; ask for fewer, or raise max_running"
-            )
-        what = f"a prompt of {num_prompt} and {request.max_new_tokens} new tokens"
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"request {name!r}: {what} are more than max_length {self.max_length}; "
-                "shorten the prompt or lower max_new_tokens"
-            )
-        need = blocks_needed(request, num_prompt, self.manager.block_size)
-        if need > self._num_usable:
-            raise ValueError(
-                f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
-                f"blocks, the pool has {self._num_usable}; ask for less, or make the pool larger"
-            )
-        ceiling = self.manager.ceiling(request.namespace)
-        if ceiling is not None and need > ceiling:
-            raise ValueError(
-                f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
-                f"blocks, its namespace may have {ceiling}; ask for less or raise the quota"
-            )
-
-    def cancel(self, name: Hashable) -> bool:
-        """End a request, whatever its state; whether it was live. O(its blocks + waiting).
-
-        While its step is being computed it ends with `complete`.
-        """
-        return self._stop(name, Reason.CANCELLED)
-
-    def finish(self, name: Hashable) -> bool:
-        """As `cancel`, for a request that has all it wants: it ends as `FINISHED`."""
-        return self._stop(name, Reason.FINISHED)
-
-    def _stop(self, name: Hashable, reason: Reason) -> bool:
-        with self._lock, self._change:
-            live = self._lives.get(name)
-            if live is None or live.ending is not None:
-                return False
-            self._change.begin()
-            if self._step is not None and live.state is State.RUNNING:
-                live.ending = reason
-            else:
-                self._end(live, reason)
-            return True
-
-    def _end(self, live: Live, reason: Reason) -> None:
-        """The request's life is over: everything it holds is given back."""
-        self._preemption.end(live.samples)
-        for number in live.samples:
-            self._samples.drop(number)
-        live.samples.clear()
-        if live.state is State.WAITING:
-            self._order.remove(live)
-        elif live.state is State.RUNNING:
-            self._leave(live)
-        else:
-            self._preempted.remove(live)
-        self._order.leave(live)
-        del self._lives[live.name]
-        if len(self._deadlines) > 2 * len(self._lives) + 64:  # most of them are of ended requests
-            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._lives]
-            heapify(self._deadlines)
-        self._ended.append((live.name, reason))
-        self._untold.add(live.name)
-
-    def _enter(self, live: Live) -> None:
-        self._running.append(live)
-        self._num_rows_reserved += live.request.num_samples
-        self._decoding = None
-
-    def _leave(self, live: Live) -> None:
-        self._running.remove(live)
-        self._num_rows_reserved -= live.request.num_samples
-        self._decoding = None
-
-    def _expire(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, arrival, name = heappop(self._deadlines)
-            live = self._lives.get(name)
-            if live is not None and live.arrival == arrival:
-                self._end(live, Reason.EXPIRED)
-
-    def forget_prefixes(self) -> None:
-        """Share nothing computed so far with what begins from now on: a model changed, say.
-
-        Requests that run, or are swapped, go on with what they have. O(requests + cached blocks).
-        """
-        with self._lock, self._change:
-            self._change.begin()
-            self._generation += 1
-            for live in self._lives.values():
-                if live.state is State.WAITING:
-                    live.generation = self._generation
-            self.manager.drop_cached()
 
     # ---------------------------------------------------------------- reading
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that have not begun. O(1)."""
-        return len(self._order)
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._live)
+
+    def get(self, name: Hashable) -> RequestState | None:
+        """Return the live request of this name. O(1)."""
+        return self._live.get(name)
+
+    def is_known(self, name: Hashable) -> bool:
+        """True if a live request has this name, or one whose end no plan has told yet. O(1)."""
+        return name in self._live or name in self._untold
+
+    def has_rows_for(self, state: RequestState) -> bool:
+        """True if all rows that a request may have can run now. O(1)."""
+        return self.num_rows_reserved + state.request.num_samples <= self.max_running
 
     @property
-    def num_running(self) -> int:
-        """Requests on the device. O(1)."""
-        return len(self._running)
+    def has_deadlines(self) -> bool:
+        """True if a live request may expire. O(1)."""
+        return bool(self._deadlines)
 
     @property
-    def num_preempted(self) -> int:
-        """Requests that were taken off the device and will return. O(1)."""
-        return len(self._preempted)
+    def has_ended(self) -> bool:
+        """True if requests or sequences ended since the last plan. O(1)."""
+        return bool(self._ended) or self.sequences.has_ended
 
-    @property
-    def has_work(self) -> bool:
-        """Whether anything lives, or `plan` has an end to tell. O(1)."""
-        return bool(self._lives or self._ended or self._samples.has_ended)
+    def count_rows(self) -> int:
+        """Return how many rows the running requests have. O(running)."""
+        return sum(len(state.seq_ids) for state in self.running)
 
-    @property
-    def names(self) -> list[Hashable]:
-        """The live requests, by arrival. O(requests)."""
-        return list(self._lives)
+    # ---------------------------------------------------------------- requests come and go
 
-    def stats(self) -> SchedulerStats:
-        """Counts of now and totals. O(running)."""
-        return SchedulerStats(
-            num_waiting=self.num_waiting,
-            num_running=self.num_running,
-            num_running_rows=sum(len(live.samples) for live in self._running),
-            num_preempted=self.num_preempted,
-            total_steps=self._totals["steps"],
-            total_tokens=self._totals["tokens"],
-            total_reused_tokens=self._totals["reused"],
-            total_preempted_by_swap=self._preemption.num_swapped,
-            total_preempted_by_recompute=self._preemption.num_dropped,
-        )
+    def add(self, request: Request, prompt: Int32, now: float) -> None:
+        """Let a request wait for its turn. O(waiting) memory moved."""
+        state = RequestState(request, prompt, self._num_submitted, now, self.generation)
+        self._num_submitted += 1
+        self._live[request.name] = state
+        self.order.enter(state)
+        self.order.push(state)
+        if request.deadline is not None:
+            heappush(self._deadlines, (request.deadline, state.arrival, request.name))
 
-    @property
-    def _num_usable(self) -> int:
-        return self.manager.num_blocks - self._num_reserved
+    def end(self, state: RequestState, reason: Reason) -> None:
+        """Remove a request whose blocks were freed. O(rows + waiting)."""
+        for number in state.seq_ids:
+            self.sequences.drop(number)
+        state.seq_ids.clear()
+        if state.status is Status.WAITING:
+            self.order.remove(state)
+        elif state.status is Status.RUNNING:
+            self._leave(state)
+        else:
+            self.preempted.remove(state)
+        self.order.leave(state)
+        del self._live[state.name]
+        if len(self._deadlines) > 2 * len(self._live) + 64:  # most of them are of ended requests
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._live]
+            heapify(self._deadlines)
+        self._ended.append((state.name, reason))
+        self._untold.add(state.name)
+
+    def end_later(self, state: RequestState, reason: Reason) -> None:
+        """Mark a request to be ended when its step is over. O(1)."""
+        state.ending = reason
+
+    def take_expired(self, now: float) -> list[RequestState]:
+        """Return the live requests whose deadline has passed, each once. O(log requests) each."""
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, arrival, name = heappop(self._deadlines)
+            state = self._live.get(name)
+            if state is not None and state.arrival == arrival:
+                expired.append(state)
+        return expired
+
+    def take_ended(self) -> list[tuple[Hashable, Reason]]:
+        """Return the requests that ended since the last call, and why. O(1)."""
+        ended = self._ended
+        self._ended, self._untold = [], set()
+        return ended
+
+    # ---------------------------------------------------------------- from place to place
+
+    def begin(self, state: RequestState) -> None:
+        """Give a waiting request its first row. O(1).
+
+        It, or one that was dropped, may share the prefixes of now: all of it is computed again.
+        """
+        state.generation = self.generation
+        if state.status is Status.WAITING:
+            state.seq_ids.append(self.sequences.add(state))
+
+    def undo_begin(self, state: RequestState) -> None:
+        """Take the first row of a waiting request back: there was no room for it. O(1)."""
+        if state.status is Status.WAITING:
+            self.sequences.undo_add(state.seq_ids.pop())
+
+    def enter(self, state: RequestState) -> None:
+        """Move a request onto the device, when it has its blocks. O(waiting)."""
+        if state.status is Status.WAITING:
+            self.order.remove(state)
+        else:
+            self.preempted.remove(state)
+        state.status = Status.RUNNING
+        self.running.append(state)
+        self.num_rows_reserved += state.request.num_samples
+        self.version += 1
+
+    def preempt(self, state: RequestState, status: Status) -> None:
+        """Note that a running request was swapped or dropped, or a swapped one dropped.
+
+        O(running).
+        """
+        if state.status is Status.RUNNING:
+            self._leave(state)
+            self.preempted.append(state)
+        state.status = status
+        if status is Status.DROPPED:
+            state.is_ready = False
+
+    def _leave(self, state: RequestState) -> None:
+        self.running.remove(state)
+        self.num_rows_reserved -= state.request.num_samples
+        self.version += 1
+
+    def let_decode(self, state: RequestState) -> None:
+        """Mark a request as ready to decode if all its rows are computed. O(rows)."""
+        mine, sequences = state.seq_ids, self.sequences
+        state.is_ready = bool((sequences.computed[mine] == sequences.lengths[mine]).all())
+        self.version += 1
+
+    def new_generation(self) -> None:
+        """Let requests that have not begun share nothing that was computed so far. O(requests)."""
+        self.generation += 1
+        for state in self._live.values():
+            if state.status is Status.WAITING:
+                state.generation = self.generation
+
+    # ---------------------------------------------------------------- rows of a request
+
+    def fork(self, parent: int, handles: list[Sequence]) -> list[int]:
+        """Add a row for each handle behind the row `parent`; return their numbers. O(tokens)."""
+        state = self.sequences.owner(parent)
+        children = [self.sequences.fork(parent, handle) for handle in handles]
+        at = state.seq_ids.index(parent) + 1
+        state.seq_ids[at:at] = children
+        self.version += 1
+        return children
+
+    def end_row(self, number: int) -> None:
+        """Remove one of several rows of a request, whose blocks were freed. O(rows)."""
+        self.sequences.owner(number).seq_ids.remove(number)
+        self.sequences.drop(number)
+        self.version += 1
+
+    # ---------------------------------------------------------------- laws
 
     def check(self) -> None:
-        """Recount everything, the manager's books included. O(blocks + tokens).
+        """Recount the requests and their rows. O(requests + rows).
 
         Raises: `BrokenInvariant`, naming the broken law.
         """
-        self.manager.check()
-        self._order.check()
-        places = [(live, {State.RUNNING}) for live in self._running]
-        places += [(live, {State.SWAPPED, State.DROPPED}) for live in self._preempted]
-        for live, states in places:
-            if live.state not in states:
+        self.order.check()
+        places = [(state, {Status.RUNNING}) for state in self.running]
+        places += [(state, {Status.SWAPPED, Status.DROPPED}) for state in self.preempted]
+        for state, allowed in places:
+            if state.status not in allowed:
                 raise BrokenInvariant(
-                    f"scheduler: {live.name!r} is {live.state.name}, listed elsewhere"
+                    f"scheduler: {state.name!r} is {state.status.name}, listed elsewhere"
                 )
-        listed = len(self._order) + len(self._running) + len(self._preempted)
-        if listed != len(self._lives):
-            raise BrokenInvariant(f"scheduler: {listed} are listed, but {len(self._lives)} live")
-        reserved = sum(live.request.num_samples for live in self._running)
-        if reserved != self._num_rows_reserved or reserved > self.max_running:
+        listed = len(self.order) + len(self.running) + len(self.preempted)
+        if listed != len(self._live):
+            raise BrokenInvariant(f"scheduler: {listed} are listed, but {len(self._live)} live")
+        reserved = sum(state.request.num_samples for state in self.running)
+        if reserved != self.num_rows_reserved or reserved > self.max_running:
             raise BrokenInvariant(
-                f"scheduler: {self._num_rows_reserved} rows reserved of {self.max_running}, "
+                f"scheduler: {self.num_rows_reserved} rows reserved of {self.max_running}, "
                 f"but {reserved} are"
             )
-        for live in self._lives.values():
-            self._check_live(live)
-        self._samples.check(self._lives.values())
+        for state in self._live.values():
+            self._check_rows(state)
+        self.sequences.check(self._live.values())
 
-    def _check_live(self, live: Live) -> None:
-        samples, name = self._samples, live.name
-        if (live.state is State.WAITING) != (not live.samples):
-            raise BrokenInvariant(f"scheduler: {name!r} is {live.state.name} with {live.samples}")
-        if len(live.samples) > live.request.num_samples:
-            raise BrokenInvariant(f"scheduler: {name!r} has {len(live.samples)} samples")
-        has_blocks = live.state in (State.RUNNING, State.SWAPPED)
-        for number in live.samples:
-            handle = samples.handles[number]
-            if (handle is not None) != has_blocks:
-                raise BrokenInvariant(f"scheduler: {name!r} is {live.state.name}, blocks or not")
-            length = 0 if handle is None else len(handle)
-            computed = int(samples.computed[number])
-            if length != samples.lengths[number] or not 0 <= computed <= length:
-                raise BrokenInvariant(f"scheduler: sample {number}: {computed} of {length} tokens")
-            if samples.generated[number] >= samples.limits[number]:
-                raise BrokenInvariant(f"scheduler: sample {number} has all its tokens and lives")
+    def _check_rows(self, state: RequestState) -> None:
+        name, rows = state.name, state.seq_ids
+        if (state.status is Status.WAITING) != (not rows):
+            raise BrokenInvariant(f"scheduler: {name!r} is {state.status.name} with rows {rows}")
+        if len(rows) > state.request.num_samples:
+            raise BrokenInvariant(f"scheduler: {name!r} has {len(rows)} rows")
+        has_blocks = state.status in (Status.RUNNING, Status.SWAPPED)
+        if any((self.sequences.handles[number] is not None) != has_blocks for number in rows):
+            raise BrokenInvariant(f"scheduler: {name!r} is {state.status.name}, blocks or not")

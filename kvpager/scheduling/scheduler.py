@@ -16,24 +16,33 @@ samples, beams and stopping are the same thing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import threading
+import time
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
-from kvpager.errors import OutOfBlocks
+from kvpager._atomic import Change
+from kvpager.blocks.manager import BlockManager
 from kvpager.plans import Reason, StepPlan
-from kvpager.scheduling.admission import Admission
-from kvpager.scheduling.request import Live, State
-from kvpager.scheduling.request_table import Decoders
+from kvpager.scheduling.admission import AdmissionPolicy
+from kvpager.scheduling.completion import Completion, read_continuations
+from kvpager.scheduling.decoding import Decoding
+from kvpager.scheduling.placement import Placement
+from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.scheduling.prefill import Prefill
+from kvpager.scheduling.queue import Order, make_order
+from kvpager.scheduling.request import Int32, Request, Status, read_prompt
+from kvpager.scheduling.request_table import RequestTable
+from kvpager.scheduling.stats import SchedulerStats
 from kvpager.scheduling.step import Draft
 
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 
-
-class Scheduler(Admission):
+class Scheduler:
     """Continuous batching over the blocks of one manager, which nobody else takes blocks of.
 
     Not thread-safe: callers on several threads need a lock. A signal waits for the end of a call.
@@ -56,10 +65,105 @@ class Scheduler(Admission):
         clock: seconds, for deadlines and ageing.
     """
 
+    def __init__(
+        self,
+        manager: BlockManager,
+        *,
+        max_batch_tokens: int = 2048,
+        max_running: int = 256,
+        max_waiting: int | None = None,
+        order: str | Order = "fifo",
+        watermark: float = 0.01,
+        prefix_cache: bool = True,
+        costs: PreemptionCosts | None = None,
+        max_length: int | None = None,
+        chunked: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        _refuse_bad_manager(manager)
+        _refuse_bad_watermark(watermark)
+        self.manager = manager
+        self.max_batch_tokens = arguments.count("max_batch_tokens", max_batch_tokens, at_least=1)
+        rows = arguments.count("max_running", max_running, at_least=1)
+        self.prefix_cache = arguments.flag("prefix_cache", prefix_cache)
+        self.chunked = arguments.flag("chunked", chunked)
+        self.clock = clock
+        self._lock: AbstractContextManager[Any] = threading.RLock()
+        self._change = Change(self)
+        self._table = RequestTable(make_order(order), min(rows, self.max_batch_tokens))
+        parts = manager, self._table
+        placement = Placement(*parts, costs or PreemptionCosts(), by_ids=prefix_cache)
+        self._placement = placement
+        self._admission = AdmissionPolicy(
+            *parts,
+            placement,
+            max_waiting=_count_or_none("max_waiting", max_waiting),
+            max_length=_count_or_none("max_length", max_length),
+            watermark=watermark,
+            prefix_cache=prefix_cache,
+        )
+        self._decoding = Decoding(*parts, placement, by_ids=prefix_cache)
+        self._prefill = Prefill(*parts)
+        self._completion = Completion(*parts, placement, by_ids=prefix_cache)
+        self._step: tuple[StepPlan, Draft] | None = None
+        self._num_steps = self._num_tokens = 0
+
+    # ---------------------------------------------------------------- requests come and go
+
+    def submit(self, request: Request) -> None:
+        """Let a request wait for its turn. O(prompt).
+
+        Raises: `QueueFull`; `TypeError`, `ValueError` for a name in use (or whose end no plan has
+        told yet) and for what could never be served: a prompt that is empty or too long, more
+        samples than rows, more blocks than there are.
+        """
+        prompt = read_prompt(request)
+        with self._lock, self._change:
+            if self._table.is_known(request.name):
+                raise ValueError(f"request {request.name!r}: the name is in use; choose another")
+            self._admission.refuse_impossible(request, len(prompt))
+            self._admission.refuse_overflow()
+            now = float(self.clock())
+            self._change.begin()
+            self._table.add(request, prompt, now)
+
+    def cancel(self, name: Hashable) -> bool:
+        """End a request, whatever its state; True if it was live. O(its blocks + waiting).
+
+        While its step is being computed it ends with `complete`.
+        """
+        return self._stop(name, Reason.CANCELLED)
+
+    def finish(self, name: Hashable) -> bool:
+        """Do as `cancel` for a request that has all it wants: it ends as `FINISHED`."""
+        return self._stop(name, Reason.FINISHED)
+
+    def _stop(self, name: Hashable, reason: Reason) -> bool:
+        with self._lock, self._change:
+            state = self._table.get(name)
+            if state is None or state.ending is not None:
+                return False
+            self._change.begin()
+            if self._step is not None and state.status is Status.RUNNING:
+                self._table.end_later(state, reason)
+            else:
+                self._placement.end(state, reason)
+            return True
+
+    def forget_prefixes(self) -> None:
+        """Share nothing computed so far with what begins from now on: a model changed, say.
+
+        Requests that run, or are swapped, go on with what they have. O(requests + cached blocks).
+        """
+        with self._lock, self._change:
+            self._change.begin()
+            self._table.new_generation()
+            self.manager.drop_cached()
+
     # ---------------------------------------------------------------- a step
 
     def plan(self) -> StepPlan | None:
-        """What to compute now; None where there is nothing at all. O(rows + tokens).
+        """Return what to compute now, or None if there is nothing at all. O(rows + tokens).
 
         A plan without rows has moves to make or ends to tell; it needs no `complete`.
         Raises: `ValueError` while the last plan is neither completed nor aborted.
@@ -67,29 +171,29 @@ class Scheduler(Admission):
         with self._lock, self._change:
             if self._step is not None:
                 raise ValueError("a step is under way; complete or abort its plan first")
-            now = float(self.clock()) if self._deadlines else 0.0
+            now = float(self.clock()) if self._table.has_deadlines else 0.0
             self._change.begin()
-            self._samples.recycle()
-            self._expire(now)
+            self._table.sequences.recycle()
+            for state in self._table.take_expired(now):
+                self._placement.end(state, Reason.EXPIRED)
             return self._plan()
 
     def _plan(self) -> StepPlan | None:
-        draft = Draft(self.max_batch_tokens)
-        self._decode(draft)
-        self._prefill(draft)
-        if not draft.is_blocked:
-            self._return(draft)
-        if not draft.is_blocked:
-            self._admit(draft)
-        if not (draft.parts or draft.moves or self._ended or self._samples.has_ended):
+        draft = Draft(self.max_batch_tokens, self.manager.block_size if self.chunked else None)
+        self._decoding.extend(draft)
+        self._prefill.extend(draft)
+        for state in self._admission.admit(draft):
+            if state.is_ready:
+                self._decoding.add(state, draft)
+            else:
+                self._prefill.add(state, draft)
+        if not (draft.parts or draft.moves or self._table.has_ended):
             return None
-        names = self._decoding.names[:] if draft.decoding is not None and self._decoding else None
-        plan = draft.finish(self.manager, self._samples, names, self._ended)
-        self._ended, self._untold = [], set()
+        plan = draft.finish(self.manager, self._table)
         if draft.parts:
             self._step = plan, draft
-            self._totals["steps"] += 1
-            self._totals["tokens"] += len(plan.ids)
+            self._num_steps += 1
+            self._num_tokens += len(plan.ids)
         return plan
 
     @property
@@ -97,63 +201,8 @@ class Scheduler(Admission):
         """Return the current plan, for a caller whose call of `plan` was interrupted. O(1)."""
         return None if self._step is None else self._step[0]
 
-    def _decode(self, draft: Draft) -> None:
-        """A token of every row that has all its others; whoever is last makes room."""
-        while True:
-            numbers, batch, _, shares = self._decoders()
-            if not len(numbers):
-                return
-            ids = self._samples.pending[numbers]
-            try:
-                step = self.manager.append(batch, ids if self.prefix_cache else 1)
-            except OutOfBlocks:
-                self._make_room(draft)
-                continue
-            self._samples.lengths[numbers] += 1
-            draft.decode(numbers, ids, step)
-            draft.decoding = batch
-            for live, count in shares:
-                self._order.charge(live, 0, count)
-            return
-
-    def _decoders(self) -> Decoders:
-        if self._decoding is None:
-            samples = self._samples
-            numbers = [n for live in self._running if live.is_ready for n in live.samples]
-            array = np.array(numbers, np.int32)
-            array.flags.writeable = False
-            batch = self.manager.batch([samples.handle(n) for n in numbers])
-            names = [samples.owner(n).name for n in numbers]
-            self._decoding = Decoders(array, batch, names, self._shares())
-        return self._decoding
-
-    def _make_room(self, draft: Draft) -> None:
-        """Preempt who is last; never the first, so that the first always gets on."""
-        draft.is_blocked = True
-        *_, last = sorted(self._running, key=self._order.rank)
-        if len(self._running) == 1:
-            if self._reclaim():
-                return
-            # Somebody else has taken blocks of this manager: wait for them.
-            self._preemption.drop(last)
-        elif (plan := self._preemption.preempt(last)) is not None:
-            draft.moves.append(plan)
-            draft.moved.append(last)
-        self._leave(last)
-        self._preempted.append(last)
-
-    def _shares(self) -> list[tuple[Live, int]]:
-        shares: dict[str | None, tuple[Live, int]] = {}
-        for live in self._running:
-            if live.is_ready:
-                name = self._order.queue_of(live)
-                shares[name] = live, shares.get(name, (live, 0))[1] + len(live.samples)
-        return list(shares.values())
-
-    # ---------------------------------------------------------------- what came of it
-
     def complete(self, plan: StepPlan, parents: ArrayLike, tokens: ArrayLike) -> Int32:
-        """The step was computed; this is how it goes on. O(rows), more for forks and ends.
+        """Say that the step was computed, and how it goes on. O(rows), more for forks and ends.
 
         Args:
             plan: the last one.
@@ -168,24 +217,23 @@ class Scheduler(Admission):
         Returns the sample number of each continuation, int32; -1 where it ended at once.
         Raises: `ValueError`, `TypeError` before anything is changed.
         """
-        parents, tokens = _continuations(parents, tokens)
+        parents, tokens = read_continuations(parents, tokens)
         if not len(plan) and not len(parents):
             return parents.astype(np.int32)
         with self._lock, self._change:
             draft = self._under_way(plan)
-            self._refuse_bad_parents(plan, parents)
+            self._completion.refuse_bad_parents(plan, parents)
             self._change.begin()
             self._step = None
-            self._commit(plan, draft)
-            stopped = [live for live in self._running if live.ending is not None]
+            self._completion.commit(plan, draft)
             keeps = plan.wants_logits
-            for live in stopped:
-                keeps = keeps & ~np.isin(plan.samples, live.samples)
-                self._end(live, live.ending or Reason.CANCELLED)
-            return self._continue(plan, keeps.nonzero()[0], parents, tokens)
+            for state in [state for state in self._table.running if state.ending is not None]:
+                keeps = keeps & ~np.isin(plan.samples, state.seq_ids)
+                self._placement.end(state, state.ending or Reason.CANCELLED)
+            return self._completion.advance(plan, keeps.nonzero()[0], parents, tokens)
 
     def abort(self, plan: StepPlan) -> list[Hashable]:
-        """The step failed: all requests in it end; the others live on. O(their blocks).
+        """Say that the step failed: all requests in it end; the others live on. O(their blocks).
 
         Blocks that were to be moved may not have been: requests that the plan swapped are computed
         again. Returns the names of those that ended. Raises: `ValueError` for another plan.
@@ -196,113 +244,105 @@ class Scheduler(Admission):
             draft = self._under_way(plan)
             self._change.begin()
             self._step = None
-            failed = [self._lives[name] for name in dict.fromkeys(plan.names)]
-            for live in failed:
-                self._end(live, Reason.FAILED)
-            for live in draft.moved:
-                if self._lives.get(live.name) is live and live.state is not State.DROPPED:
-                    if live.state is State.RUNNING:
-                        self._leave(live)
-                        self._preempted.append(live)
-                    self._preemption.drop(live)
-            for live in [live for live in self._running if live.ending is not None]:
-                self._end(live, live.ending or Reason.CANCELLED)
-            return [live.name for live in failed]
+            names = list(dict.fromkeys(plan.names))
+            for state in map(self._table.get, names):
+                if state is not None:
+                    self._placement.end(state, Reason.FAILED)
+            for state in draft.moved:
+                is_live = self._table.get(state.name) is state
+                if is_live and state.status is not Status.DROPPED:
+                    self._placement.drop(state)
+            for state in [state for state in self._table.running if state.ending is not None]:
+                self._placement.end(state, state.ending or Reason.CANCELLED)
+            return names
 
     def _under_way(self, plan: StepPlan) -> Draft:
         if self._step is None or self._step[0] is not plan:
             raise ValueError("this plan is not under way; each is completed or aborted once")
         return self._step[1]
 
-    def _refuse_bad_parents(self, plan: StepPlan, parents: Int64) -> None:
-        if not len(parents):
-            return
-        if parents[0] < 0 or parents[-1] >= len(plan) or np.any(parents[1:] < parents[:-1]):
-            raise ValueError(f"parents {parents}: expected rows below {len(plan)}, ascending")
-        if not plan.wants_logits[parents].all():
-            row = parents[~plan.wants_logits[parents]][0]
-            raise ValueError(f"parent {row}: this row's prompt is not computed to its end")
-        counts = np.bincount(parents, minlength=len(plan))
-        for row in (counts > 1).nonzero()[0].tolist():
-            live = self._samples.owner(int(plan.samples[row]))
-            total = int(counts[np.isin(plan.samples, live.samples)].sum())
-            if total > live.request.num_samples:
-                raise ValueError(
-                    f"request {live.name!r}: {total} samples, but num_samples is "
-                    f"{live.request.num_samples}"
-                )
+    # ---------------------------------------------------------------- reading
 
-    def _commit(self, plan: StepPlan, draft: Draft) -> None:
-        """The KV of the step's tokens is written."""
-        samples = self._samples
-        samples.computed[plan.samples] = plan.kv_lens
-        num_decoding = 0 if draft.decoding is None else len(draft.decoding)
-        if self.prefix_cache and draft.decoding is not None:
-            self.manager.commit(draft.decoding)
-        for number in plan.samples[num_decoding:].tolist():
-            if self.prefix_cache:
-                self.manager.commit(samples.handle(number), int(samples.computed[number]))
-            live = samples.owner(number)
-            if not live.is_ready:
-                mine = live.samples
-                live.is_ready = bool((samples.computed[mine] == samples.lengths[mine]).all())
-                self._decoding = None
+    @property
+    def num_waiting(self) -> int:
+        """Return the number of requests that have not begun. O(1)."""
+        return len(self._table.order)
 
-    def _continue(self, plan: StepPlan, rows: Int64, parents: Int64, tokens: Int32) -> Int32:
-        """Each of `rows` goes on as often as it is named, or ends."""
-        samples = self._samples
-        if np.array_equal(rows, parents):
-            numbers = plan.samples[rows]
-        else:
-            numbers = self._branch(plan, rows, parents)
-        going = numbers >= 0
-        samples.extend(numbers[going], tokens[going])
-        full = going & (samples.generated[numbers] >= samples.limits[numbers])
-        if full.any():
-            for number in numbers[full].tolist():
-                self._end_sample(number)
-            numbers[full] = -1
-        return numbers
+    @property
+    def num_running(self) -> int:
+        """Return the number of requests on the device. O(1)."""
+        return len(self._table.running)
 
-    def _branch(self, plan: StepPlan, rows: Int64, parents: Int64) -> Int32:
-        """End the rows that nobody named, fork those named several times."""
-        samples = self._samples
-        counts = np.bincount(parents, minlength=len(plan))
-        for number in plan.samples[rows[counts[rows] == 0]].tolist():
-            self._end_sample(number)
-        first = np.ones(len(parents), np.bool_)
-        first[1:] = parents[1:] != parents[:-1]
-        kept = np.isin(parents, rows)
-        numbers = np.where(first & kept, plan.samples[parents], -1).astype(np.int32)
-        for row in rows[counts[rows] > 1].tolist():
-            parent = int(plan.samples[row])
-            if samples.generated[parent] + 1 >= samples.limits[parent]:
-                continue  # they would end at once
-            live, begin = samples.owner(parent), int(np.searchsorted(parents, row))
-            handles = self.manager.fork(samples.handle(parent), int(counts[row]) - 1)
-            children = [samples.fork(parent, handle) for handle in handles]
-            at = live.samples.index(parent) + 1
-            live.samples[at:at] = children
-            numbers[begin + 1 : begin + 1 + len(children)] = children
-            self._decoding = None
-        return numbers
+    @property
+    def num_preempted(self) -> int:
+        """Return the number of requests that were taken off the device and will return. O(1)."""
+        return len(self._table.preempted)
 
-    def _end_sample(self, number: int) -> None:
-        live = self._samples.owner(number)
-        if len(live.samples) == 1:
-            self._end(live, Reason.FINISHED)
-            return
-        self._preemption.end([number])
-        self._samples.drop(number)
-        live.samples.remove(number)
-        self._decoding = None
+    @property
+    def has_work(self) -> bool:
+        """True if any request is live, or `plan` has an end to tell. O(1)."""
+        return len(self._table) > 0 or self._table.has_ended
+
+    @property
+    def names(self) -> list[Hashable]:
+        """Return the live requests, by arrival. O(requests)."""
+        return list(self._table)
+
+    @property
+    def max_running(self) -> int:
+        """Return how many rows may be on the device. O(1)."""
+        return self._table.max_running
+
+    @property
+    def max_waiting(self) -> int | None:
+        """Return how many requests may wait, or None for any number. O(1)."""
+        return self._admission.max_waiting
+
+    @property
+    def max_length(self) -> int | None:
+        """Return how many tokens a row may come to, or None for any number. O(1)."""
+        return self._admission.max_length
+
+    @property
+    def watermark(self) -> float:
+        """Return the share of the blocks that stays available when a request begins. O(1)."""
+        return self._admission.watermark
+
+    def stats(self) -> SchedulerStats:
+        """Return counts of now and totals. O(running)."""
+        return SchedulerStats(
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
+            num_running_rows=self._table.count_rows(),
+            num_preempted=self.num_preempted,
+            total_steps=self._num_steps,
+            total_tokens=self._num_tokens,
+            total_reused_tokens=self._admission.num_reused_tokens,
+            total_preempted_by_swap=self._placement.num_swapped,
+            total_preempted_by_recompute=self._placement.num_dropped,
+        )
+
+    def check(self) -> None:
+        """Recount everything, the manager's blocks included. O(blocks + tokens).
+
+        Raises: `BrokenInvariant`, naming the broken law.
+        """
+        self.manager.check()
+        self._table.check()
 
 
-def _continuations(parents: ArrayLike, tokens: ArrayLike) -> tuple[Int64, Int32]:
-    rows = arguments.integers("parents", parents)
-    if rows.ndim != 1:
-        raise TypeError(f"parents of {rows.dtype} {rows.shape}: expected a list of ints")
-    ids = arguments.token_ids(tokens)
-    if len(ids) != len(rows):
-        raise ValueError(f"{len(rows)} parents, but {len(ids)} tokens: expected one for each")
-    return rows.astype(np.int64), ids
+def _refuse_bad_manager(manager: BlockManager) -> None:
+    if not isinstance(manager, BlockManager):
+        raise TypeError(f"manager: expected a BlockManager, got {type(manager).__name__}")
+    if manager.has_fences:
+        raise ValueError("manager: a step's plans are applied in order; make it without fences")
+
+
+def _refuse_bad_watermark(watermark: float) -> None:
+    arguments.number("watermark", watermark, at_least=0, at_most=1)
+    if watermark == 1:
+        raise ValueError(f"watermark {watermark}: expected a share, 0 <= watermark < 1")
+
+
+def _count_or_none(name: str, value: int | None) -> int | None:
+    return None if value is None else arguments.count(name, value, at_least=1)

@@ -1,4 +1,4 @@
-"""A step being put together: parts of rows, then one `StepPlan`."""
+"""A step that is put together: parts of rows, then one `StepPlan`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import Batch
-from kvpager.plans import NO_COPIES, Plan, Reason, Step, StepPlan
-from kvpager.scheduling.request import Live, Samples
+from kvpager.plans import NO_COPIES, Plan, Step, StepPlan
+from kvpager.scheduling.request import Int32, RequestState
+from kvpager.scheduling.request_table import RequestTable
 
-Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
@@ -27,28 +27,53 @@ class Part(NamedTuple):
     wants: NDArray[np.bool_]
 
 
-class Draft:
-    """What was decided so far. `budget`: how many more tokens the step may have."""
+class Decoders(NamedTuple):
+    """The rows that decode."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    numbers: Int32
+    batch: Batch
+    names: list[Hashable]
+    shares: list[tuple[RequestState, int]]  # a request of each queue, and the rows of that queue
+
+
+class Draft:
+    """What was decided so far of a step.
+
+    Args:
+        max_tokens: tokens that the step may have.
+        least: tokens of a chunk of a prompt, unless the prompt or the step has fewer. None:
+            prompts are not divided, and one longer than `max_tokens` has a step for itself.
+    """
+
+    def __init__(self, max_tokens: int, least: int | None) -> None:
+        self.budget = max_tokens  # tokens that may still be added
         self.moves: list[Plan] = []
         self.copies: list[Int32] = []
         self.parts: list[Part] = []
-        self.decoding: Batch | None = None  # the rows of the first part, where they decode
-        self.moved: list[Live] = []  # requests that were swapped, either way
+        self.decoders: Decoders | None = None  # the rows of the first part, if they decode
+        self.moved: list[RequestState] = []  # requests that were swapped, either way
         self.is_prompt_copied = False
-        self.is_blocked = False  # somebody did not get what it needs: nobody new may begin
+        self.is_blocked = False  # a request did not get what it needs: no new one may begin
+        self._max_tokens = max_tokens
+        self._least = least
+
+    def chunk(self, remaining: int) -> int:
+        """Return how many of a prompt's `remaining` tokens the step has room for. O(1)."""
+        if self._least is not None:
+            least = min(self._least, remaining, self._max_tokens)
+            return min(remaining, self.budget) if self.budget >= least else 0
+        is_alone = self.budget == self._max_tokens
+        return remaining if remaining <= self.budget or is_alone else 0
 
     def decode(self, numbers: Int32, ids: Int32, step: Step) -> None:
-        """These rows take one token each. O(rows)."""
+        """Add rows that take one token each. O(rows)."""
         ones = np.ones(len(numbers), np.int32)
         self.parts.append(Part(numbers, ones, ids, step.slots, ones.astype(np.bool_)))
         self.copy(step.copies)
         self.budget -= len(numbers)
 
     def compute(self, number: int, ids: Int32, slots: Int64, *, wants: bool) -> None:
-        """One row takes a chunk of its prompt. O(tokens)."""
+        """Add a row that takes a chunk of its prompt. O(tokens)."""
         part = Part(
             np.array([number], np.int32),
             np.array([len(ids)], np.int32),
@@ -60,27 +85,21 @@ class Draft:
         self.budget = max(self.budget - len(ids), 0)
 
     def copy(self, copies: Int32) -> None:
-        """Blocks to copy, after those told before. O(1)."""
+        """Add blocks to copy, after those added before. O(1)."""
         if len(copies):
             self.copies.append(copies)
 
-    def finish(
-        self,
-        manager: BlockManager,
-        samples: Samples,
-        names: list[Hashable] | None,
-        ended: list[tuple[Hashable, Reason]],
-    ) -> StepPlan:
-        """The step as plain arrays; `names` where the first part's rows are all. O(rows)."""
-        part = self._joined()
+    def finish(self, manager: BlockManager, table: RequestTable) -> StepPlan:
+        """Return the step as plain arrays, and tell of what ended since the last one. O(rows)."""
+        part, sequences, decoders = self._joined(), table.sequences, self.decoders
         numbers = part.numbers
-        if names is None or len(names) != len(numbers):
-            names = [samples.owner(number).name for number in numbers.tolist()]
-        starts = samples.computed[numbers]
-        if self.decoding is not None and len(self.decoding) == len(numbers):
-            tables = manager.block_tables(self.decoding)
+        if decoders is not None and len(decoders.numbers) == len(numbers):
+            names, tables = decoders.names[:], manager.block_tables(decoders.batch)
         else:
-            tables = manager.block_tables([samples.handle(n) for n in numbers.tolist()])
+            listed = numbers.tolist()
+            names = [sequences.owner(number).name for number in listed]
+            tables = manager.block_tables([sequences.handle(number) for number in listed])
+        starts = sequences.computed[numbers]
         return StepPlan(
             moves=self.moves,
             copies=_only(self.copies, NO_COPIES),
@@ -93,8 +112,8 @@ class Draft:
             kv_lens=starts + part.counts,
             tables=tables,
             wants_logits=part.wants,
-            freed=samples.report(),
-            ended=ended,
+            freed=sequences.report(),
+            ended=table.take_ended(),
         )
 
     def _joined(self) -> Part:

@@ -361,9 +361,9 @@ def test_no_adapters_name_is_that_of_another_after_the_model_changed() -> None:
     for adapter in ("x", "x\0001", "x\0", "x\0\0001", "\0001", None):
         for generation in (0, 1):
             live = Request(name=len(names), prompt=PROMPT, max_new_tokens=1, adapter=adapter)
-            scheduler._generation = generation
+            scheduler._table.generation = generation
             scheduler.submit(live)
-            names.append(scheduler._lives[len(names)].identity)
+            names.append(scheduler._table.get(len(names)).identity)
     assert len(set(names)) == len(names)
 
 

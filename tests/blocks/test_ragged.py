@@ -11,7 +11,8 @@ import pytest
 from kvpager import BlockManager
 from kvpager.blocks.ragged import Ragged
 from kvpager.errors import BrokenInvariant
-from kvpager.scheduling.request import Live, Request, Samples
+from kvpager.scheduling.request import Request, RequestState
+from kvpager.scheduling.sequence_state import SequenceState
 
 MIB = 2**20
 
@@ -191,16 +192,16 @@ def test_a_call_that_is_refused_keeps_no_table(kept: Kept) -> None:
 
 
 def test_one_long_reply_does_not_widen_those_of_all_others(kept: Kept) -> None:
-    samples, prompt = Samples(), np.array([1, 2], np.int32)
+    sequences, prompt = SequenceState(), np.array([1, 2], np.int32)
     request = Request(name="a", prompt=prompt, max_new_tokens=30_000)
-    live = Live(request, prompt, 0, 0.0)
-    numbers = np.array([samples.add(live) for _ in range(500)], np.int32)
-    samples.extend(numbers, numbers)
+    state = RequestState(request, prompt, 0, 0.0)
+    numbers = np.array([sequences.add(state) for _ in range(500)], np.int32)
+    sequences.extend(numbers, numbers)
     few, one = kept(), numbers[7:8]
     for token in range(20_000):
-        samples.extend(one, np.array([token], np.int32))
-    assert samples.tokens(7, 0, 5).tolist() == [1, 2, 7, 0, 1]
-    assert samples.tokens(8, 0, 3).tolist() == [1, 2, 8]
+        sequences.extend(one, np.array([token], np.int32))
+    assert sequences.tokens(7, 0, 5).tolist() == [1, 2, 7, 0, 1]
+    assert sequences.tokens(8, 0, 3).tolist() == [1, 2, 8]
     assert kept() < few + 1  # as a table of 512 rows it would be 64 MiB
-    samples.drop(7)
+    sequences.drop(7)
     assert kept() < few + 0.5

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvpager import Request, Scheduler, StepPlan
 from kvpager.plans import Reason
 from kvpager.scheduling.queue import Fair, Fifo, Order, Priority
-from kvpager.scheduling.request import Live
+from kvpager.scheduling.request import RequestState
 from tests.support.scheduling import (
     BLOCK_SIZE,
     Clock,
@@ -273,8 +273,8 @@ def test_a_leader_is_let_go() -> None:
     for name in "ab":
         scheduler.submit(Request(name=name, prompt=ids(17), max_new_tokens=3))
     step(scheduler)
-    waits = scheduler._lives["b"]
-    assert waits.leader is scheduler._lives["a"]
+    waits = scheduler._table.get("b")
+    assert waits.leader is scheduler._table.get("a")
     step(scheduler)
     assert waits.leader is None  # or every request would keep the one before it
 
@@ -348,14 +348,14 @@ def test_a_thousand_that_wait_for_one_beginning_do_not_slow_a_plan() -> None:
         scheduler.submit(Request(name=name, prompt=ids(40), max_new_tokens=1))
     step(scheduler)
     looks = 0
-    awaits = scheduler._awaits
+    awaits = scheduler._admission._awaits
 
     def counted(live):  # type: ignore[no-untyped-def]
         nonlocal looks
         looks += 1
         return awaits(live)
 
-    scheduler._awaits = counted  # type: ignore[method-assign]
+    scheduler._admission._awaits = counted  # type: ignore[method-assign]
     step(scheduler)
     assert looks <= 33
 
@@ -364,7 +364,7 @@ def test_a_fair_order_looks_at_each_tenant_once_a_step(monkeypatch: pytest.Monke
     looked = [0]
     rank = Fair.rank
 
-    def counted(self: Fair, live: Live) -> tuple[float, int]:
+    def counted(self: Fair, live: RequestState) -> tuple[float, int]:
         looked[0] += 1
         return rank(self, live)
 

@@ -541,31 +541,31 @@ def test_it_says_who_is_where() -> None:
 
 
 def corrupt_row(scheduler: Scheduler) -> None:
-    scheduler._samples.computed[0] += 1
+    scheduler._table.sequences.computed[0] += 1
 
 
 def corrupt_reservation(scheduler: Scheduler) -> None:
-    scheduler._num_rows_reserved += 1
+    scheduler._table.num_rows_reserved += 1
 
 
 def corrupt_place(scheduler: Scheduler) -> None:
-    scheduler._preempted.append(scheduler._running.pop())
+    scheduler._table.preempted.append(scheduler._table.running.pop())
 
 
 def corrupt_names(scheduler: Scheduler) -> None:
-    del scheduler._lives["b"]
+    del scheduler._table._live["b"]
 
 
 def corrupt_numbers(scheduler: Scheduler) -> None:
-    scheduler._samples._free.append(0)
+    scheduler._table.sequences._free.append(0)
 
 
 def corrupt_queue(scheduler: Scheduler) -> None:
-    scheduler._order._num_waiting += 1
+    scheduler._table.order._num_waiting += 1
 
 
 def corrupt_blocks(scheduler: Scheduler) -> None:
-    scheduler.manager.free(scheduler._samples.handle(0))
+    scheduler.manager.free(scheduler._table.sequences.handle(0))
 
 
 @pytest.mark.parametrize(
@@ -597,7 +597,7 @@ def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
         scheduler.submit(request(number, deadline=1e9))
         scheduler.cancel(number)
         scheduler.plan()
-    assert len(scheduler._deadlines) < 100
+    assert len(scheduler._table._deadlines) < 100
 
 
 def test_what_was_computed_before_prefixes_were_forgotten_is_not_shared_afterwards() -> None:

@@ -1,0 +1,112 @@
+"""What came of a step: which rows continue, and with which tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kvpager import _validate as arguments
+from kvpager.blocks.manager import BlockManager
+from kvpager.plans import StepPlan
+from kvpager.scheduling.placement import Placement
+from kvpager.scheduling.request import Int32
+from kvpager.scheduling.request_table import RequestTable
+from kvpager.scheduling.step import Draft, Int64
+
+
+class Completion:
+    """Carries out a step that was computed: commits its tokens, then continues or ends its rows."""
+
+    def __init__(
+        self, manager: BlockManager, table: RequestTable, placement: Placement, *, by_ids: bool
+    ) -> None:
+        self._manager = manager
+        self._table = table
+        self._sequences = table.sequences
+        self._placement = placement
+        self._by_ids = by_ids
+
+    def refuse_bad_parents(self, plan: StepPlan, parents: Int64) -> None:
+        """Raise `ValueError` unless each parent is a row that may continue so often. O(rows)."""
+        if not len(parents):
+            return
+        if parents[0] < 0 or parents[-1] >= len(plan) or np.any(parents[1:] < parents[:-1]):
+            raise ValueError(f"parents {parents}: expected rows below {len(plan)}, ascending")
+        if not plan.wants_logits[parents].all():
+            row = parents[~plan.wants_logits[parents]][0]
+            raise ValueError(f"parent {row}: this row's prompt is not computed to its end")
+        counts = np.bincount(parents, minlength=len(plan))
+        for row in (counts > 1).nonzero()[0].tolist():
+            state = self._sequences.owner(int(plan.samples[row]))
+            total = int(counts[np.isin(plan.samples, state.seq_ids)].sum())
+            if total > state.request.num_samples:
+                raise ValueError(
+                    f"request {state.name!r}: {total} samples, but num_samples is "
+                    f"{state.request.num_samples}"
+                )
+
+    def commit(self, plan: StepPlan, draft: Draft) -> None:
+        """Note that the KV of the step's tokens is written. O(rows)."""
+        sequences = self._sequences
+        sequences.mark_computed(plan.samples, plan.kv_lens)
+        num_decoding = 0
+        if draft.decoders is not None:
+            num_decoding = len(draft.decoders.numbers)
+            if self._by_ids:
+                self._manager.commit(draft.decoders.batch)
+        for number in plan.samples[num_decoding:].tolist():
+            if self._by_ids:
+                computed = int(sequences.computed[number])
+                self._manager.commit(sequences.handle(number), computed)
+            state = sequences.owner(number)
+            if not state.is_ready:
+                self._table.let_decode(state)
+
+    def advance(self, plan: StepPlan, rows: Int64, parents: Int64, tokens: Int32) -> Int32:
+        """Continue each of `rows` as often as `parents` names it, or end it. O(rows).
+
+        Returns the number of the sequence of each continuation, -1 if it ended at once.
+        """
+        sequences = self._sequences
+        if np.array_equal(rows, parents):
+            numbers = plan.samples[rows]
+        else:
+            numbers = self._branch(plan, rows, parents)
+        going = numbers >= 0
+        sequences.extend(numbers[going], tokens[going])
+        full = going & (sequences.generated[numbers] >= sequences.limits[numbers])
+        if full.any():
+            for number in numbers[full].tolist():
+                self._placement.end_row(number)
+            numbers[full] = -1
+        return numbers
+
+    def _branch(self, plan: StepPlan, rows: Int64, parents: Int64) -> Int32:
+        """End the rows that are not named, and fork those that are named several times."""
+        sequences = self._sequences
+        counts = np.bincount(parents, minlength=len(plan))
+        for number in plan.samples[rows[counts[rows] == 0]].tolist():
+            self._placement.end_row(number)
+        first = np.ones(len(parents), np.bool_)
+        first[1:] = parents[1:] != parents[:-1]
+        kept = np.isin(parents, rows)
+        numbers = np.where(first & kept, plan.samples[parents], -1).astype(np.int32)
+        for row in rows[counts[rows] > 1].tolist():
+            parent = int(plan.samples[row])
+            if sequences.generated[parent] + 1 >= sequences.limits[parent]:
+                continue  # the forks would end at once
+            begin = int(np.searchsorted(parents, row)) + 1
+            children = self._placement.fork(parent, int(counts[row]) - 1)
+            numbers[begin : begin + len(children)] = children
+        return numbers
+
+
+def read_continuations(parents: ArrayLike, tokens: ArrayLike) -> tuple[Int64, Int32]:
+    """Return both as arrays of one length. O(rows). Raises: `TypeError`, `ValueError`."""
+    rows = arguments.integers("parents", parents)
+    if rows.ndim != 1:
+        raise TypeError(f"parents of {rows.dtype} {rows.shape}: expected a list of ints")
+    ids = arguments.token_ids(tokens)
+    if len(ids) != len(rows):
+        raise ValueError(f"{len(rows)} parents, but {len(ids)} tokens: expected one for each")
+    return rows.astype(np.int64), ids

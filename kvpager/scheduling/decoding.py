@@ -1,0 +1,92 @@
+"""The rows that decode: one token each in every step, and who makes room for them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvpager.blocks.manager import BlockManager
+from kvpager.errors import OutOfBlocks
+from kvpager.scheduling.placement import Placement
+from kvpager.scheduling.request import RequestState
+from kvpager.scheduling.request_table import RequestTable
+from kvpager.scheduling.step import Decoders, Draft
+
+
+class Decoding:
+    """Adds the rows to a step that have all their other tokens computed."""
+
+    def __init__(
+        self, manager: BlockManager, table: RequestTable, placement: Placement, *, by_ids: bool
+    ) -> None:
+        self._manager = manager
+        self._table = table
+        self._placement = placement
+        self._by_ids = by_ids
+        self._decoders: Decoders | None = None
+        self._version = -1  # of the table, when `_decoders` was made
+
+    def extend(self, draft: Draft) -> None:
+        """Add all rows that decode; preempt the last requests until these have room. O(rows)."""
+        sequences, order = self._table.sequences, self._table.order
+        while True:
+            decoders = self._current()
+            numbers = decoders.numbers
+            if not len(numbers):
+                return
+            ids = sequences.pending[numbers]
+            try:
+                step = self._manager.append(decoders.batch, ids if self._by_ids else 1)
+            except OutOfBlocks:
+                self._make_room(draft)
+                continue
+            sequences.make_room(numbers)
+            draft.decode(numbers, ids, step)
+            draft.decoders = decoders
+            for state, count in decoders.shares:
+                order.charge(state, 0, count)
+            return
+
+    def add(self, state: RequestState, draft: Draft) -> None:
+        """Add the rows of a request that returned ready to decode. O(rows)."""
+        sequences = self._table.sequences
+        numbers = np.array(state.seq_ids, np.int32)
+        ids = sequences.pending[numbers]
+        try:
+            step = self._manager.append(self._placement.handles(state), ids if self._by_ids else 1)
+        except OutOfBlocks:
+            return  # a quota: the next step will see
+        sequences.make_room(numbers)
+        draft.decode(numbers, ids, step)
+
+    def _current(self) -> Decoders:
+        """Return the rows that decode, kept as long as they are the same."""
+        if self._decoders is None or self._version != self._table.version:
+            self._decoders, self._version = self._find(), self._table.version
+        return self._decoders
+
+    def _find(self) -> Decoders:
+        sequences = self._table.sequences
+        ready = [state for state in self._table.running if state.is_ready]
+        rows = [number for state in ready for number in state.seq_ids]
+        numbers = np.array(rows, np.int32)
+        numbers.flags.writeable = False
+        batch = self._manager.batch([sequences.handle(number) for number in rows])
+        names = [state.name for state in ready for _ in state.seq_ids]
+        shares: dict[str | None, tuple[RequestState, int]] = {}
+        for state in ready:
+            queue = self._table.order.queue_of(state)
+            shares[queue] = state, shares.get(queue, (state, 0))[1] + len(state.seq_ids)
+        return Decoders(numbers, batch, names, list(shares.values()))
+
+    def _make_room(self, draft: Draft) -> None:
+        """Preempt the request that ranks last; never the first, so that the first always ends."""
+        draft.is_blocked = True
+        running = self._table.running
+        *_, last = sorted(running, key=self._table.order.rank)
+        if len(running) == 1:
+            # If nothing is to be had, another user of this manager took blocks: wait for them.
+            if not self._placement.reclaim():
+                self._placement.drop(last)
+        elif (plan := self._placement.preempt(last)) is not None:
+            draft.moves.append(plan)
+            draft.moved.append(last)

@@ -1,0 +1,220 @@
+"""How a request comes onto the device, leaves it before its end, and returns.
+
+It leaves by **swap**: its blocks move to the host and back, as they are. Or by **recompute**: they
+are freed, and its known tokens are computed again, except for what the prefix index still has by
+then. The unit is a request with all its rows, because rows that share blocks only free them
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.sequences import Sequence
+from kvpager.errors import OutOfBlocks
+from kvpager.plans import Plan, Reason
+from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.scheduling.request import Int32, RequestState, Status
+from kvpager.scheduling.request_table import RequestTable
+
+
+class Placement:
+    """Takes blocks for requests, moves and frees them, and tells the table where they are.
+
+    `num_swapped` and `num_dropped` count preemptions of requests, not of rows. `by_ids` says that
+    the manager is told token ids, so that prefixes can be reused.
+    """
+
+    def __init__(
+        self,
+        manager: BlockManager,
+        table: RequestTable,
+        costs: PreemptionCosts,
+        *,
+        by_ids: bool,
+    ) -> None:
+        self._manager = manager
+        self._table = table
+        self._sequences = table.sequences
+        self._costs = costs
+        self._by_ids = by_ids
+        self.num_swapped = self.num_dropped = 0
+
+    def handles(self, state: RequestState) -> list[Sequence]:
+        """Return the sequences of a request that has blocks. O(rows)."""
+        return [self._sequences.handle(number) for number in state.seq_ids]
+
+    # ---------------------------------------------------------------- away
+
+    def preempt(self, state: RequestState) -> Plan | None:
+        """Take a running request off the device, the cheaper way. O(blocks).
+
+        Returns the blocks to move, or None if they were freed. What was computed is committed.
+        """
+        if self._is_swap_cheaper(state):
+            try:
+                plan = self._manager.swap(self.handles(state), "host")
+            except OutOfBlocks:
+                pass  # the host is full
+            else:
+                self._table.preempt(state, Status.SWAPPED)
+                self.num_swapped += 1
+                return plan
+        self.drop(state)
+        self.num_dropped += 1
+        return None
+
+    def _is_swap_cheaper(self, state: RequestState) -> bool:
+        manager = self._manager
+        if not manager.num_host_blocks:
+            return False
+        tables = manager.block_tables(self.handles(state))
+        num_blocks = len(np.unique(tables[tables >= 0]))
+        computed = self._sequences.computed[state.seq_ids]
+        tokens = min(int(computed.sum()), num_blocks * manager.block_size)
+        swap_s = self._costs.swap_s(num_blocks)
+        return swap_s < self._costs.recompute_s(tokens, int(computed.max()))
+
+    def drop(self, state: RequestState) -> None:
+        """Free all blocks of a request, on the device and on the host; its rows live. O(blocks)."""
+        self._manager.free(self.handles(state))
+        for number in state.seq_ids:
+            self._sequences.unassign(number)
+        self._table.preempt(state, Status.DROPPED)
+
+    def reclaim(self, but: RequestState | None = None) -> bool:
+        """Drop the last swapped request that still has device blocks, if there is one. O(blocks).
+
+        Shared blocks of a swapped request stay on the device while another request holds them.
+        """
+        for state in sorted(self._table.preempted, key=self._table.order.rank, reverse=True):
+            if state is but or state.status is not Status.SWAPPED:
+                continue
+            if (self._manager.block_tables(self.handles(state)) >= 0).any():
+                self.drop(state)
+                return True
+        return False
+
+    # ---------------------------------------------------------------- the end
+
+    def end(self, state: RequestState, reason: Reason) -> None:
+        """End a request: free all that it holds. O(blocks + waiting)."""
+        self._free(state.seq_ids)
+        self._table.end(state, reason)
+
+    def end_row(self, number: int) -> None:
+        """End a row, and with the last row the request. O(blocks)."""
+        state = self._sequences.owner(number)
+        if len(state.seq_ids) == 1:
+            self.end(state, Reason.FINISHED)
+            return
+        self._free([number])
+        self._table.end_row(number)
+
+    def _free(self, numbers: Iterable[int]) -> None:
+        handles = [self._sequences.handles[number] for number in numbers]
+        held = [handle for handle in handles if handle is not None]
+        if held:
+            self._manager.free(held)
+
+    # ---------------------------------------------------------------- onto the device
+
+    def fork(self, parent: int, times: int) -> list[int]:
+        """Add rows that share the blocks of the row `parent`. O(tokens)."""
+        handles = self._manager.fork(self._sequences.handle(parent), times)
+        return self._table.fork(parent, handles)
+
+    def swap_in(self, state: RequestState, spare: int) -> Plan:
+        """Bring a swapped request back; leave `spare` blocks. O(blocks). Raises `OutOfBlocks`."""
+        plan = self._manager.swap(self.handles(state), "device", spare=spare)
+        self._table.enter(state)
+        return plan
+
+    def begin(self, state: RequestState, spare: int) -> Int32:
+        """Give a waiting or dropped request room for all its known tokens; leave `spare` blocks.
+
+        Its rows share the blocks that all their tokens are equal in. Each row is forked off the
+        earlier one that it has most in common with, at the last block boundary, and waits until
+        that one has computed the common part. Returns the blocks to copy first.
+        O(rows^2 * tokens). Raises `OutOfBlocks`; only cached blocks may have been evicted then.
+        """
+        branches = [self._branch(state, at) for at in range(1, len(state.seq_ids))]
+        try:
+            made = self._make(state, spare, branches, by_index=self._by_ids)
+        except OutOfBlocks:
+            if not branches or not self._by_ids:
+                raise
+            # What the index has of one row may take a block more than sharing with another does.
+            made = self._make(state, spare, branches, by_index=False)
+        sequences, numbers = self._sequences, state.seq_ids
+        for number, handle in zip(numbers, made, strict=True):
+            sequences.assign(number, handle)
+        for number, branch in zip(numbers[1:], branches, strict=True):
+            if sequences.computed[number] == branch.start > 0:
+                sequences.follow(number, numbers[branch.parent])
+        self._table.enter(state)
+        return np.concatenate([handle.copies for handle in made])
+
+    def _make(
+        self, state: RequestState, spare: int, branches: list[_Branch], *, by_index: bool
+    ) -> list[Sequence]:
+        more = sum(branch.num_blocks for branch in branches)
+        made = [self._allocate(state.seq_ids[0], spare + more)]
+        try:
+            for number, branch in zip(state.seq_ids[1:], branches, strict=True):
+                if not branch.start or (by_index and self._is_cached(number, branch.start)):
+                    made.append(self._allocate(number, 0))
+                else:
+                    made.append(self._fork_at(number, made[branch.parent], branch.start))
+        except OutOfBlocks:
+            self._manager.free(made)
+            raise
+        return made
+
+    def _branch(self, state: RequestState, at: int) -> _Branch:
+        sequences, size = self._sequences, self._manager.block_size
+        number = state.seq_ids[at]
+        common = [sequences.num_common(number, other) for other in state.seq_ids[:at]]
+        parent = int(np.argmax(common))
+        start = common[parent] // size * size
+        return _Branch(parent, start, -(-sequences.num_known(number) // size) - start // size)
+
+    def _is_cached(self, number: int, start: int) -> bool:
+        """True if the index has more of this row than what lies before `start`."""
+        namespace, adapter = self._sequences.owner(number).identity
+        ids = self._sequences.tokens(number, 0, self._sequences.num_known(number) - 1)
+        cached = self._manager.cached_tokens(ids, namespace=namespace, adapter=adapter)
+        return cached > start
+
+    def _allocate(self, number: int, spare: int) -> Sequence:
+        namespace, adapter = self._sequences.owner(number).identity
+        length = self._sequences.num_known(number)
+        prompt = self._sequences.tokens(number, 0, length) if self._by_ids else length
+        return self._manager.allocate(prompt, namespace=namespace, adapter=adapter, spare=spare)
+
+    def _fork_at(self, number: int, parent: Sequence, start: int) -> Sequence:
+        """Return blocks that are those of `parent` up to token `start`, and others from there."""
+        stop = self._sequences.num_known(number)
+        child = self._manager.fork(parent)
+        try:
+            self._manager.truncate(child, start)
+            if start < stop:
+                ids = self._sequences.tokens(number, start, stop)
+                self._manager.append(child, ids if self._by_ids else stop - start)
+        except OutOfBlocks:
+            self._manager.free(child)
+            raise
+        child.num_cached_tokens = start  # the parent computes them
+        return child
+
+
+class _Branch(NamedTuple):
+    """Where a row parts from an earlier one of its request, at a block boundary."""
+
+    parent: int  # which row
+    start: int  # the first token of its own
+    num_blocks: int  # of its own

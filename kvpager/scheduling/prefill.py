@@ -1,0 +1,50 @@
+"""Prompts in chunks, and the tokens of preempted requests that are computed again."""
+
+from __future__ import annotations
+
+from kvpager.blocks.manager import BlockManager
+from kvpager.scheduling.request import RequestState
+from kvpager.scheduling.request_table import RequestTable
+from kvpager.scheduling.step import Draft
+
+
+class Prefill:
+    """Adds chunks of the rows to a step that cannot decode yet."""
+
+    def __init__(self, manager: BlockManager, table: RequestTable) -> None:
+        self._manager = manager
+        self._table = table
+
+    def extend(self, draft: Draft) -> None:
+        """Add a chunk of each request that was begun, as far as the budget goes. O(tokens)."""
+        begun = [state for state in self._table.running if not state.is_ready]
+        for state in sorted(begun, key=self._table.order.rank):
+            if not self.add(state, draft):
+                draft.is_blocked = True
+                return
+
+    def add(self, state: RequestState, draft: Draft) -> bool:
+        """Add a chunk of each row of a request; False if the budget ends before. O(tokens)."""
+        sequences = self._table.sequences
+        for number in state.seq_ids:
+            if sequences.is_held_up(number):
+                continue
+            start, length = int(sequences.computed[number]), int(sequences.lengths[number])
+            if start == length:
+                continue
+            count = draft.chunk(length - start)
+            if not count:
+                return False
+            stop = start + count
+            slots = self._manager.slots(sequences.handle(number), start, stop)
+            # A row that has chosen tokens is computed again: it has its next token already.
+            is_first = not sequences.generated[number]
+            draft.compute(
+                number,
+                sequences.tokens(number, start, stop),
+                slots,
+                wants=is_first and stop == length,
+            )
+            if is_first:
+                self._table.order.charge(state, count, 0)
+        return True
