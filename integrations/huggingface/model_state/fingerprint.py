@@ -227,12 +227,15 @@ class _Part:
 
     def __init__(self, owners: list[Any], members: set[int]) -> None:
         self.roots: list[Ref] = []  # lead to what may change in place
-        self._links: list[tuple[Ref, str, Ref]] = []
+        self._link_places: list[tuple[int, str]] = []  # owner's place, name of the attribute
+        self._link_refs: list[Ref] = []
         self._owners = list(map(_ref, owners))
         self._kinds = list(map(type, owners))
         held: list[Any] = list(map(vars, owners))
         self._sizes = list(map(len, held))
-        self._names = [self._plain_names(owner, members) for owner in owners]
+        self._names = [
+            self._plain_names(place, owner, members) for place, owner in enumerate(owners)
+        ]
         self._readers: list[Callable[[Any], Any]] = [
             operator.itemgetter(*names) if names else len for names in self._names
         ]
@@ -255,7 +258,7 @@ class _Part:
         hooks = [one for one in objects if not isinstance(one, Tensor | nn.Module | None)]
         self.roots += [_ref(hook) for hook in hooks if not _is_fixed(hook, members)]
 
-    def _plain_names(self, owner: Any, members: set[int]) -> list[str]:
+    def _plain_names(self, place: int, owner: Any, members: set[int]) -> list[str]:
         """The attributes of `owner` that are compared by value; notes the others."""
         held = vars(owner)
         names = [name for name in held if name not in _TORCH_OWN]
@@ -265,7 +268,8 @@ class _Part:
             if name in plain or not _matters(name, value):
                 continue
             if _is_fixed(value, members):
-                self._links.append((_ref(owner), name, _ref(value)))
+                self._link_places.append((place, name))
+                self._link_refs.append(_ref(value))
             else:
                 self.roots.append(_attribute(owner, name))
         return plain
@@ -281,7 +285,8 @@ class _Part:
         try:
             if list(map(_use, self._readers, held)) != self._values:
                 return False
-            if any(vars(owner())[name] is not found() for owner, name, found in self._links):
+            links = [held[place][name] for place, name in self._link_places]
+            if not same_objects(links, self._link_refs):
                 return False
         except Exception:  # a name is gone, or what it stands for compares in another way
             return False
@@ -298,14 +303,13 @@ class _Part:
 
     def equals(self, other: _Part) -> bool:
         """True if `other`, which was just noted, says the same."""
-        one, two = self._links, other._links
         return (
             list(map(_call, self._owners)) == list(map(_call, other._owners))
             and self._kinds == other._kinds
             and self._names == other._names
             and self._values == other._values
-            and [(name, found()) for _, name, found in one]
-            == [(name, found()) for _, name, found in two]
+            and self._link_places == other._link_places
+            and same_objects(map(_call, self._link_refs), other._link_refs)
             and same_objects(map(_call, self._objects), other._objects)
             and self.weights.equals(other.weights)
         )

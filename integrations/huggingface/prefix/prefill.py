@@ -94,8 +94,7 @@ def _prefill_padded(
     if reason is not None and repeats > 1:
         cache.memory.note_unserved(f"equal rows not merged: {reason}")
         repeats = 1
-    obstacle = None if prompts is None and repeats == 1 else row_obstacle(model)
-    if obstacle is not None and repeats > 1:
+    if repeats > 1 and (obstacle := row_obstacle(model)) is not None:
         cache.memory.note_unserved(f"equal rows not merged: {obstacle}")
         repeats = 1
     if repeats > 1:
@@ -116,9 +115,11 @@ def _prefill_padded(
         prompt = prompts.prompt(model, input_ids, padding)
     if isinstance(prompt, str):
         cache.memory.note_doubt(prompt)
-    elif prompt is not None and obstacle is not None:
-        cache.memory.note_obstacle(obstacle)
-        prompt = None
+    elif prompts is not None and prompt is not None:
+        obstacle = prompts.row_obstacle(model, prompt)
+        if obstacle is not None:
+            cache.memory.note_obstacle(obstacle)
+            prompt = None
     if prompts is not None and isinstance(prompt, Prompt):
         output = _prefill_new(original, prompts, prompt, padding, announced, *given, **kwargs)
     else:

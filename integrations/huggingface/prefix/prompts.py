@@ -28,6 +28,7 @@ from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
+from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
 from kvpager.integrations.huggingface.releases import cache_in
 
 # What `PromptCache.chosen` has chosen, the last for each prompt cache holds.
@@ -50,7 +51,10 @@ class PromptCache:
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
             weakref.WeakKeyDictionary()
         )
-        self._decoding: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
+        self._decoding: weakref.WeakKeyDictionary[nn.Module, tuple[ModelWatch, str]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._obstacles: weakref.WeakKeyDictionary[nn.Module, tuple[str, str | None]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -82,16 +86,29 @@ class PromptCache:
         name = self.namespace or ""
         return Namespace(f"{len(name)}:{name}:{state.version}", state.doubt)
 
-    def decoding_watch(self, model: nn.Module) -> ModelWatch:
-        """Return the watch over `model` while it decodes. O(1).
+    def decoding_watch(self, model: nn.Module, namespace: str) -> tuple[ModelWatch, bool]:
+        """Return the watch over `model` while it decodes, and whether it may be out of date. O(1).
 
         transformers chooses other settings while a model decodes: how experts are computed. So
-        prompts and decoding have a watch each.
+        prompts and decoding have a watch each. That of decoding is out of date if it was last
+        asked for under another `namespace`, which names the model's version.
         """
-        watch = self._decoding.get(model)
+        watch, before = self._decoding.get(model, (None, ""))
         if watch is None:
-            watch = self._decoding.setdefault(model, ModelWatch(model, has_parts=True))
-        return watch
+            watch = ModelWatch(model, has_parts=True)
+        self._decoding[model] = watch, namespace
+        return watch, before != namespace
+
+    def row_obstacle(self, model: nn.Module, prompt: Prompt) -> str | None:
+        """Name what may treat rows by their place: `hooks.row_obstacle`. O(1) if nothing changed.
+
+        All that it reads is part of the version that the prompt's namespace names.
+        """
+        namespace, obstacle = self._obstacles.get(model, ("", None))
+        if namespace != prompt.namespace:
+            obstacle = row_obstacle(model)
+            self._obstacles[model] = prompt.namespace, obstacle
+        return obstacle
 
     def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt | str:
         """The batch's prompts, of the model as it is and of the namespace of now. O(tokens).
@@ -166,7 +183,7 @@ def reply(
     processors, streamer = kwargs["logits_processor"], kwargs.get("streamer")
     criteria = kwargs.get("stopping_criteria") or ()
     is_thorough = any(map(_is_callers, [*processors, *criteria, streamer]))
-    lookout = _Lookout(cache, prompts.decoding_watch(model), is_thorough)
+    lookout = _Lookout(cache, prompts, model, is_thorough)
     kwargs["logits_processor"] = LogitsProcessorList([lookout, *processors])
     kwargs["streamer"] = _Listener(cache, streamer)
     try:
@@ -212,8 +229,11 @@ class _Lookout(LogitsProcessor):
     between the forward pass and it.
     """
 
-    def __init__(self, cache: PagedCache, watch: ModelWatch, is_thorough: bool) -> None:
-        self._cache, self._watch, self._is_thorough = cache, watch, is_thorough
+    def __init__(
+        self, cache: PagedCache, prompts: PromptCache, model: nn.Module, is_thorough: bool
+    ) -> None:
+        self._cache, self._is_thorough = cache, is_thorough
+        self._prompts, self._model = prompts, model
         self._before: ModelState | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -225,10 +245,12 @@ class _Lookout(LogitsProcessor):
         kept = [group for group in self._cache.groups if group.prompt is not None]
         if kept:
             is_first = self._before is None
-            if is_first or self._is_thorough:
-                now = self._watch.look(samples=is_first)
+            namespace = kept[0].prompt.namespace
+            watch, is_outdated = self._prompts.decoding_watch(self._model, namespace)
+            if self._is_thorough or is_outdated:
+                now = watch.look(samples=is_first)
             else:
-                now = self._watch.glance()
+                now = watch.glance()
             if self._before not in (None, now):
                 for group in kept:
                     group.prompt = None
