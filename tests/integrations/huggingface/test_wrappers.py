@@ -446,7 +446,7 @@ def test_the_report_names_the_code_that_keeps_rows_from_being_merged() -> None:
     a_layer_is_replaced(model)
     with kvpager.patch(model, prefix_cache=True) as patch:
         tokens(model, num_beams=2)
-        found = "with the forward of Placed, defined in test_huggingface_wrappers"
+        found = f"with the forward of Placed, defined in {__name__}"
         assert f"equal rows not merged: 1 call {found}" in patch.report()
         assert f"prompts not kept: 1 call {found}" in patch.report()
 
