@@ -97,8 +97,7 @@ class Capacity(Views):
     def complete(self, work: Plan | Step | Sequence | int) -> None:
         """The copies of a plan, step or new sequence are made: let their blocks go. O(copies).
 
-        Needed with `fences=True` only; without it, or without copies, there is nothing to do. A
-        ticket of `tickets` will do as well.
+        Needed with `fences=True` only; without it, or without copies, there is nothing to do.
         Raises: `ValueError` where they were completed already, or are of another manager.
         """
         ticket = work if isinstance(work, int) else getattr(work, "ticket", None)
@@ -109,11 +108,6 @@ class Capacity(Views):
                 self._fences.refuse_closed(ticket)
                 self._change.begin()
                 self._index.retire(self._fences.complete(ticket))
-
-    def tickets(self) -> list[int]:
-        """Tickets of all unfinished copies, oldest first: after a restore, say. O(copies)."""
-        with self._lock:
-            return sorted(self._fences.in_flight)
 
     def pin(self, sequence: Sequence) -> int:
         """Keep what the index offers of this sequence, also when it is freed. O(blocks).

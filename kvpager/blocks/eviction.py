@@ -32,7 +32,6 @@ Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 UInt64 = NDArray[np.uint64]
 Rank = Float64 | Int64
-Arrays = dict[str, NDArray[np.generic]]
 T = TypeVar("T")
 
 NO_BLOCKS: Int32 = np.empty(0, np.int32)
@@ -71,12 +70,6 @@ class EvictionPolicy(Protocol):
 
     def resize(self, num_blocks: int, places: Int32) -> None:
         """Follow the pool to its new size, and its blocks to their new places."""
-
-    def state(self) -> Arrays:
-        """All it knows, as plain arrays."""
-
-    def restore(self, state: Arrays) -> None:
-        """Know what `state` says, and nothing else."""
 
 
 class BlockPolicy:
@@ -118,17 +111,6 @@ class BlockPolicy:
         self.num_blocks = num_blocks
         for name in self.COLUMNS:
             setattr(self, name, moved(getattr(self, name), num_blocks, places))
-
-    def state(self) -> Arrays:  # noqa: D102
-        columns = {name: getattr(self, name).copy() for name in self.COLUMNS}
-        return {"now": np.array(self.now), **columns}
-
-    def restore(self, state: Arrays) -> None:  # noqa: D102
-        self.now = int(np.asarray(state["now"]))
-        if not 0 <= self.now < 2**62:
-            raise ValueError(f"eviction state: time {self.now}")
-        for name, dtype in self.COLUMNS.items():
-            setattr(self, name, _column(state[name], self.num_blocks, dtype))
 
 
 class Queue(Generic[T]):
@@ -286,11 +268,3 @@ class Queues(Generic[T]):
                 raise BrokenInvariant(f"eviction: queue {number} is not listed by its first node")
             if queue.listed < np.inf and (queue.listed, number) not in self._fronts:
                 raise BrokenInvariant(f"eviction: queue {number} is not where it is listed")
-
-
-def _column(
-    values: NDArray[np.generic], num_blocks: int, dtype: type[np.generic]
-) -> NDArray[np.generic]:
-    if values.shape != (num_blocks,) or values.dtype != dtype:
-        raise ValueError(f"eviction state: {values.dtype} {values.shape} for {num_blocks} blocks")
-    return values.copy()

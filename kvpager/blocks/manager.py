@@ -16,18 +16,16 @@ the books; a call that raises has changed nothing. A signal waits for the end of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvpager import _validate as arguments
-from kvpager.blocks import snapshot
 from kvpager.blocks import swap as moves
 from kvpager.blocks.capacity import Capacity
 from kvpager.blocks.contents import NO_CONTENTS
-from kvpager.blocks.eviction import EvictionPolicy
 from kvpager.blocks.radix import Match
 from kvpager.blocks.ragged import ranks
 from kvpager.blocks.sequences import Prompt, Sequence, listed
@@ -596,29 +594,6 @@ class BlockManager(Capacity):
         self._host.release(leaving.blocks, leaving.holders)
         self._totals["in"] += need
         return plan
-
-    # ---------------------------------------------------------------- snapshot
-
-    def snapshot(self) -> dict[str, NDArray[Any]]:
-        """Everything it knows, as plain arrays: `kvpager.blocks.snapshot`. O(blocks + tokens)."""
-        with self._lock:
-            return snapshot.take(self)
-
-    @classmethod
-    def restore(
-        cls,
-        arrays: Mapping[str, NDArray[Any]],
-        *,
-        eviction: EvictionPolicy | None = None,
-        num_events: int = 0,
-    ) -> BlockManager:
-        """A manager equal to the one that `snapshot` was taken of. O(blocks + tokens).
-
-        `eviction`: an empty policy of the same kind, where it is not one of kvpager's.
-        `num_events`: as in `BlockManager`; it is not part of a snapshot.
-        Raises: `ValueError` where `arrays` are not a whole, lawful snapshot.
-        """
-        return snapshot.restore(cls, arrays, eviction, num_events)
 
 
 def _identity(

@@ -266,14 +266,10 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._stack = np.empty(num_blocks, np.int32)
         self._make_views()
-        self.restore(np.concatenate([skipped, free]), num_used_ever)
+        self._recount(np.concatenate([skipped, free]), num_used_ever)
 
-    def free_list(self) -> Int32:
-        """The blocks that are free again, the next one to go last. O(free), a copy."""
-        return self._stack[: self._stack_size].copy()
-
-    def restore(self, free: Int32, num_used_ever: int) -> None:
-        """Set which blocks are free, in a pool whose counts are set already. O(free)."""
+    def _recount(self, free: Int32, num_used_ever: int) -> None:
+        """Set the free blocks of a pool whose counts are set already. O(blocks)."""
         self._stack[: len(free)] = free
         self._stack_size = len(free)
         self._num_used_ever = num_used_ever

@@ -480,37 +480,6 @@ class PrefixIndex:
                 yield (node := stack.pop())
                 stack.extend(reversed(node.children.values()))
 
-    def adopt(self, parent: Node | None, tree: TreeKey | None, blocks: Int32, tag: Tag) -> Node:
-        """Put a node of another index where it was there: a root, or below `parent`. O(blocks)."""
-        if parent is None:
-            assert tree is not None
-            node = self._new_root(tree)
-        else:
-            node = self._new_node(parent, parent.end, blocks)
-            node.tag = tag
-            parent.children[self._key(int(blocks[0]), tag)] = node
-            self.node_of[blocks] = node.number
-            self.pool.cached[blocks] = True
-        return node
-
-    def queued(self) -> tuple[list[Node], list[float], list[Node]]:
-        """Nodes in the order in which they leave, their ranks, and those put aside. O(n log n)."""
-        order, ranks, aside = list[Node](), list[float](), list[Node]()
-        for queue in map(self._queues.__getitem__, self._queues):
-            order += sorted(queue.ranks, key=queue.ranks.__getitem__)
-            aside += queue.aside
-            ranks += [queue.ranks[node][0] for node in order[len(ranks) :]]
-        return order, ranks, aside
-
-    def queue_again(self, order: list[Node], ranks: list[float], aside: list[Node]) -> None:
-        """Queue these in this order, and nothing else. O(n log n)."""
-        for number in self._queues:
-            self._queues[number].clear()
-        for node, rank in zip(order, ranks, strict=True):
-            node.queue.push(rank, node)
-        for node in aside:
-            node.queue.put_aside(node)
-
     def requeue(self) -> None:
         """Queue all nodes by their ranks of now. O(n log n)."""
         for number in self._queues:

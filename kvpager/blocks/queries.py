@@ -84,12 +84,6 @@ class Views(Books):
             rows = self._resolve(named)
             return Batch(self, rows, self._rows.generations[rows], -1)
 
-    def sequences(self) -> dict[str, Sequence]:
-        """A handle for every live sequence, by its `name`: after a restore, say. O(sequences)."""
-        with self._lock:
-            handles = [self._handle(row) for row in self._rows.live_rows()]
-            return {handle.name: handle for handle in handles}
-
     def _handle(self, row: int) -> Sequence:
         rows = self._rows
         return Sequence(self, row, int(rows.generations[row]), int(rows.committed[row]))
@@ -165,15 +159,6 @@ class Views(Books):
             return self._rows.slots(np.array([row]), np.array([start]), np.array([end - start]))
 
     # ---------------------------------------------------------------- preemption
-
-    def reclaimable(self, sequences: Target) -> Int64:
-        """Device blocks that freeing each sequence alone would give back, int64 [n]. O(blocks)."""
-        named = listed(sequences)
-        with self._lock:
-            pool, rows = self._pool, self._resolve(named).tolist()
-            blocks = [self._rows.device_blocks(row) for row in rows]
-            alone = [(pool.refs[own] == 1) & (pool.holds[own] == 0) for own in blocks]
-            return np.array([np.count_nonzero(each) for each in alone], np.int64)
 
     def victims(self, sequences: Target, need: int) -> list[Sequence]:
         """The first of `sequences`, least important first, whose leaving frees `need` blocks.

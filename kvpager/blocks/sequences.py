@@ -87,7 +87,7 @@ class Sequence:
 
     @property
     def name(self) -> str:
-        """How errors and snapshots call it. O(1), takes no lock."""
+        """How errors call it. O(1), takes no lock."""
         return f"Sequence {self._row}.{self._generation}"
 
 
@@ -245,10 +245,6 @@ class SequenceTable:
         self.drafts[rows] = drafts
         self.num_special += int(np.count_nonzero(windows | (self.drafts[rows] > 0)) - before)
 
-    def count_special(self) -> None:
-        """Windows or drafts were set: count the rows that have any. O(rows)."""
-        self.num_special = int(np.count_nonzero((self.windows > 0) | (self.drafts > 0)))
-
     # ---------------------------------------------------------------- reading
 
     def num_blocks(self, row: int) -> int:
@@ -296,11 +292,11 @@ class SequenceTable:
         slots: Int64 = blocks.astype(np.int64) * self.block_size + positions % self.block_size
         return slots
 
-    def fill(self, num_blocks: int, counts: Int64, *, is_host: bool = False) -> Int64:
+    def fill(self, num_blocks: int, counts: Int64) -> Int64:
         """How many slots of each block the first `counts` tokens of the rows take. O(blocks)."""
         filled = np.zeros(num_blocks, np.int64)
         for row in self.live_rows():
-            blocks = -2 - self.blocks(row) if is_host else self.blocks(row)
+            blocks = self.blocks(row)
             ends = counts[row] - np.arange(len(blocks)) * self.block_size
             here = blocks >= 0
             ends = np.minimum(ends[here], self.block_size)

@@ -1,4 +1,4 @@
-"""Block tables in the forms that attention kernels take, and what changed since the last step.
+"""Block tables in the forms that attention kernels take.
 
 Nothing here touches a tensor: wrap the arrays by `torch.from_numpy`, or send them elsewhere.
 """
@@ -42,14 +42,6 @@ class PaddedTables(NamedTuple):
     block_table: Int32
     seq_lens: Int32
     slot_mapping: Int64
-
-
-class TableDelta(NamedTuple):
-    """What to write into a copy of the tables: `copy[rows, columns] = blocks`, int32 [n] each."""
-
-    rows: Int32
-    columns: Int32
-    blocks: Int32
 
 
 def flashinfer(manager: BlockManager, sequences: Target) -> RaggedTables:
@@ -106,44 +98,3 @@ def flash_attention(
     padded.seq_lens[:count] = lengths
     padded.slot_mapping[:num_slots] = slots
     return padded
-
-
-class TableMirror:
-    """Keeps a copy of some tables elsewhere, on a GPU say, up to date by its changes alone.
-
-        mirror = TableMirror(manager, num_rows=256, width=512)
-        delta = mirror.update(batch)        # after each step
-        device_tables[delta.rows, delta.columns] = delta.blocks
-
-    Row i of the copy is the i-th sequence named in `update`; the copy begins filled with
-    `padding`, and so is what a sequence does not use. A decode step of 256 sequences with 16-token
-    blocks changes some 16 entries instead of 256 rows.
-    """
-
-    def __init__(
-        self, manager: BlockManager, num_rows: int, width: int, *, padding: int = -1
-    ) -> None:
-        num_rows = arguments.count("num_rows", num_rows, at_least=1)
-        width = arguments.count("width", width, at_least=1)
-        self._manager = manager
-        least = -arguments.COUNT_MAX
-        self._padding = arguments.count("padding", padding, at_least=least)
-        self._copy = np.full((num_rows, width), padding, np.int32)
-
-    def update(self, sequences: Target) -> TableDelta:
-        """What changed since the last call. O(rows * width).
-
-        Raises: `StaleSequence`; `ValueError` where there are more rows or columns than agreed.
-        """
-        tables = self._manager.block_tables(sequences, padding=self._padding)
-        rows, width = tables.shape
-        most_rows, most = self._copy.shape
-        if rows > most_rows or width > most:
-            raise ValueError(
-                f"tables {rows} x {width}: this mirror has room for {most_rows} x {most}"
-            )
-        now = np.full_like(self._copy, self._padding)
-        now[:rows, :width] = tables
-        at = np.nonzero(now != self._copy)
-        self._copy = now
-        return TableDelta(at[0].astype(np.int32), at[1].astype(np.int32), now[at])

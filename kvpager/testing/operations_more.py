@@ -1,11 +1,11 @@
-"""The simulator's further operations: drafts, windows, key parts, families, room, restarts."""
+"""The simulator's further operations: drafts, windows, key parts, families, room."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.sequences import Sequence
 from kvpager.errors import StaleSequence
 from kvpager.testing.histories import Choice, Many, Number, Tokens, operation
 from kvpager.testing.memory import Content
@@ -282,41 +282,14 @@ def retain(world: World, pick: int, priority: int, ends: bool) -> None:
 # -------------------------------------------------------------------- the whole
 
 
-@operation(OPERATIONS, 0.1, needs=("snapshot",))
-def restart(world: World) -> None:
-    """Go on with a manager restored from a snapshot, which must equal it."""
-    arrays = world.manager.snapshot()
-    restored = type(world.manager).restore(arrays)
-    again = restored.snapshot()
-    # Seconds left to live differ by the time that passed.
-    same = arrays.keys() == again.keys() and all(
-        np.array_equal(arrays[name], again[name]) for name in arrays if name != "policy.expires"
-    )
-    world.require("restored equal", same, f"{_differences(arrays, again)} differ")
-    handles = restored.sequences()
-    world.freed.extend(row.handle for row in world.rows[:1])
-    for row in world.rows:
-        row.handle = handles[row.handle.name]
-    world.manager = restored
-    world.touched += world.rows
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    names = one.keys() | other.keys()
-    return sorted(
-        name
-        for name in names
-        if name not in one or name not in other or not np.array_equal(one[name], other[name])
-    )
-
-
-@operation(OPERATIONS, 0.1, needs=("snapshot",), pick=PICK, verb=Choice(("append", "free", "fork")))
+@operation(OPERATIONS, 0.1, needs=("victims",), pick=PICK, verb=Choice(("append", "free", "fork")))
 def foreign(world: World, pick: int, verb: str) -> None:
     """Use the handle of another manager, equal in all but that: refused."""
     row = world.pick(pick)
     if row is not None:
-        twin = type(world.manager).restore(world.manager.snapshot())
-        handle = twin.sequences()[row.handle.name]
+        other = world.setup.num_blocks, world.setup.block_size
+        mine = row.handle
+        handle = Sequence(BlockManager(*other), mine._row, mine._generation)
         refused(world, StaleSequence, lambda: getattr(world.manager, verb)(handle))
 
 

@@ -21,6 +21,7 @@ from kvpager.scheduling.queue import Fair, Priority
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.keys import KeyContext, content_keys
+from kvpager.testing.state import state_of
 
 PROMPT = [1, 2, 3, 4, 5]
 HUGE = 10**5000  # more digits than Python prints
@@ -143,7 +144,7 @@ def test_what_is_not_token_ids_is_refused_wherever_they_are_taken(
     manager.free(manager.allocate(PROMPT), publish=True)
     sequence, other = manager.allocate([7, 8]), manager.allocate([7, 9])
     scheduler = Scheduler(BlockManager(8, 4))
-    before = manager.snapshot()
+    before = state_of(manager)
     for call in (
         lambda: manager.allocate(ids),
         lambda: manager.cached_tokens(ids),
@@ -156,7 +157,7 @@ def test_what_is_not_token_ids_is_refused_wherever_they_are_taken(
     if form not in ("two dimensions", "no dimension", "several lengths"):
         with pytest.raises((TypeError, ValueError), match="token id"):
             manager.append([sequence, other], [PROMPT, ids])
-    after = manager.snapshot()
+    after = state_of(manager)
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert not scheduler.has_work
 

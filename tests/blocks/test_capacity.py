@@ -16,6 +16,8 @@ from kvpager.blocks.quotas import Quota
 from kvpager.blocks.sequences import Sequence
 from kvpager.blocks.stats import BlockState, Metrics
 from kvpager.plans import Plan, Step
+from kvpager.testing.state import handles_of
+from tests.support.twins import twin_of
 
 A, B, C, D, E = ([first + i for i in range(4)] for first in range(10, 60, 10))  # a block each
 
@@ -548,7 +550,7 @@ def test_a_prefix_pinned_twice_stays_until_both_pins_end() -> None:
     manager = BlockManager(6, 4)
     sequence = committed(manager, A)
     tickets = [manager.pin(sequence), manager.pin(manager.fork(sequence))]
-    manager.free(list(manager.sequences().values()))
+    manager.free(list(handles_of(manager).values()))
     manager.unpin(tickets[0])
     press(manager)
     assert manager.cached_tokens(A) == 4
@@ -748,7 +750,7 @@ def test_a_time_to_live_is_finite_and_not_negative(ranked: BlockManager, ttl_s: 
 
 def room(manager: BlockManager, namespace: str | None) -> int:
     """How many blocks a namespace could get now; says nothing about who loses them."""
-    twin = BlockManager.restore(manager.snapshot())
+    twin = twin_of(manager)
     num_blocks = 0
     with suppress(OutOfBlocks):
         while True:

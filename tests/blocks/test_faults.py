@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import random
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,22 +18,13 @@ from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step
+from kvpager.testing.state import differences, handles_of, state_of
 
 NUM_THREADS = 64
 NUM_OPERATIONS = 120  # of each thread; 10,000 for a night
 NUM_CORRUPTIONS = 500
 
 Arrays = dict[str, np.ndarray]
-
-
-def differences(a: Arrays, b: Arrays) -> list[str]:
-    """The names under which two snapshots do not agree to the bit."""
-    names = sorted(a.keys() ^ b.keys())
-    for name in sorted(a.keys() & b.keys()):
-        same = a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
-        if not same or a[name].tobytes() != b[name].tobytes():
-            names.append(name)
-    return names
 
 
 # -------------------------------------------------------------------- faults
@@ -193,7 +181,7 @@ def shrink() -> tuple[BlockManager, Operation]:
 def name_all() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
     family(manager)
-    return manager, lambda: (manager.sequences(), manager.batch(manager.sequences().values()))
+    return manager, lambda: (handles_of(manager), manager.batch(handles_of(manager).values()))
 
 
 def find_victims() -> tuple[BlockManager, Operation]:
@@ -245,14 +233,14 @@ def inject(patch: pytest.MonkeyPatch, target: str, fault: Fault) -> None:
 def test_memory_that_runs_out_changes_nothing(scenario, target, monkeypatch) -> None:
     for number in range(1, 50):
         manager, operation = scenario()
-        before, fault = manager.snapshot(), Fault(number)
+        before, fault = state_of(manager), Fault(number)
         with monkeypatch.context() as patch:
             inject(patch, target, fault)
             with contextlib.suppress(MemoryError):
                 operation()
         if not fault.was_hit:
             break
-        assert differences(manager.snapshot(), before) == []
+        assert differences(state_of(manager), before) == []
         manager.check()
         operation()
         manager.check()
@@ -286,7 +274,7 @@ class History:
         self.pins: list[int] = []
 
     def live(self, *, swapped: bool | None = None) -> list[Sequence]:
-        handles = list(self.manager.sequences().values())
+        handles = list(handles_of(self.manager).values())
         away = self.manager._rows.swapped
         return [one for one in handles if swapped is None or bool(away[one._row]) == swapped]
 
@@ -419,217 +407,11 @@ OPERATIONS: dict[str, tuple[float, Callable[[History, random.Random], object]]] 
 
 
 def policy_of(name: str, num_blocks: int, clock: Clock) -> Any:
-    """An empty policy; time stands still between two snapshots of one that looks at it."""
+    """An empty policy, by a clock that stands still."""
     return Priority(num_blocks, clock) if name == "priority" else POLICIES[name](num_blocks)
 
 
-def played(policy: str, seed: int, *, fences: bool = True, steps: int = 300) -> History:
-    clock, chance = Clock(), random.Random(f"{policy} {seed}")
-    eviction = policy_of(policy, 24, clock)
-    manager = BlockManager(24, 4, 12, eviction=eviction, fences=fences, null_block=bool(seed % 2))
-    if not fences:
-        manager.set_quota("a", floor=4, ceiling=12)
-        manager.set_quota("b", ceiling=10)
-    history = History(manager, clock)
-    for _ in range(steps):
-        history.step(chance)
-    manager.check()
-    return history
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("seed", range(4))
-def test_a_restored_manager_is_equal_and_stays_so(policy: str, seed: int) -> None:
-    first = played(policy, seed, fences=seed < 2)
-    arrays, clock = first.manager.snapshot(), Clock()
-    clock.now = first.clock.now
-    manager = BlockManager.restore(arrays, eviction=policy_of(policy, 24, clock))
-    assert differences(manager.snapshot(), arrays) == []
-    second = History(manager, clock)
-    second.work, second.pins = list(first.work), list(first.pins)
-    chances = [random.Random(seed), random.Random(seed)]
-    for _ in range(300):
-        assert first.step(chances[0]) == second.step(chances[1])
-        # What idle slots were for once is not part of what a manager knows.
-        odd = set(differences(second.manager.snapshot(), first.manager.snapshot()))
-        assert odd <= {"device.ids", "host.ids"}
-    second.manager.check()
-
-
-def test_taking_a_snapshot_changes_nothing() -> None:
-    history = played("lru", 5)
-    before = history.manager.snapshot()
-    before_events = len(history.manager.offered())
-    assert differences(history.manager.snapshot(), before) == []
-    assert len(history.manager.offered()) == before_events
-
-
-def test_a_snapshot_is_a_copy() -> None:
-    manager = played("lru", 6).manager
-    arrays = manager.snapshot()
-    kept = {name: array.copy() for name, array in arrays.items()}
-    restored = BlockManager.restore(arrays)
-    for owner in (manager, restored):
-        owner.free(list(owner.sequences().values()))
-        owner.drop_cached()
-    assert differences(arrays, kept) == []
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_snapshot_travels_through_npz(policy: str) -> None:
-    history = played(policy, 7)
-    arrays, file = history.manager.snapshot(), io.BytesIO()
-    np.savez(file, **arrays)
-    file.seek(0)
-    with np.load(file, allow_pickle=False) as loaded:
-        manager = BlockManager.restore(loaded, eviction=policy_of(policy, 24, history.clock))
-    assert differences(manager.snapshot(), arrays) == []
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_snapshot_travels_through_safetensors(policy: str) -> None:
-    safetensors = pytest.importorskip("safetensors.numpy")
-    history = played(policy, 8)
-    arrays = history.manager.snapshot()
-    loaded = safetensors.load(safetensors.save(arrays))
-    manager = BlockManager.restore(loaded, eviction=policy_of(policy, 24, history.clock))
-    assert differences(manager.snapshot(), arrays) == []
-
-
-def test_handles_of_a_restored_manager_go_by_the_old_names() -> None:
-    manager = played("lru", 9).manager
-    restored = BlockManager.restore(manager.snapshot())
-    old, new = manager.sequences(), restored.sequences()
-    assert old.keys() == new.keys()
-    for name, handle in old.items():
-        assert len(handle) == len(new[name])
-        assert manager.block_table(handle).tolist() == restored.block_table(new[name]).tolist()
-        with pytest.raises(StaleSequence, match="another manager"):
-            restored.length(handle)
-
-
-def test_a_handle_freed_before_the_snapshot_stays_stale_in_name() -> None:
-    manager = BlockManager(8, 4)
-    stale = manager.allocate(3)
-    manager.free(stale)
-    restored = BlockManager.restore(manager.snapshot())
-    assert restored.allocate(3).name != stale.name
-
-
-def test_an_empty_manager_can_be_restored() -> None:
-    manager = BlockManager(3, 2)
-    assert (
-        differences(BlockManager.restore(manager.snapshot()).snapshot(), manager.snapshot()) == []
-    )
-
-
-def test_a_policy_of_another_kind_is_refused() -> None:
-    class Mine(POLICIES["lru"]):  # type: ignore[misc]
-        pass
-
-    manager = BlockManager(8, 4, eviction=Mine(8))
-    with pytest.raises(ValueError, match="pass it as eviction"):
-        BlockManager.restore(manager.snapshot())
-    BlockManager.restore(manager.snapshot(), eviction=Mine(8))
-
-
 # -------------------------------------------------------------------- corruption
-
-
-def corrupted(arrays: Arrays, chance: random.Random) -> tuple[str, Arrays]:
-    """One array damaged, and how."""
-    bad = {name: array.copy() for name, array in arrays.items()}
-    name = chance.choice(sorted(bad))
-    array = bad[name]
-    how = chance.choice(["flip", "huge", "negative", "cut", "drop", "dtype", "shape", "longer"])
-    if how in ("flip", "huge", "negative") and not array.size:
-        how = "drop"
-    if how == "drop":
-        del bad[name]
-    elif how == "flip":
-        raw = bytearray(array.tobytes())
-        raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
-        bad[name] = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
-    elif how in ("huge", "negative"):
-        extreme = {"b": (1, 0), "f": (np.inf, np.nan)}.get(array.dtype.kind)
-        if extreme is None:
-            extreme = np.iinfo(array.dtype).max, np.iinfo(array.dtype).min
-        array.reshape(-1)[chance.randrange(array.size)] = extreme[how == "negative"]
-    elif how == "cut":
-        bad[name] = array.reshape(-1)[: array.size // 2]
-    elif how == "longer":
-        bad[name] = np.concatenate([array.reshape(-1), array.reshape(-1), array.reshape(-1)[:1]])
-    elif how == "shape":
-        bad[name] = array.reshape(*array.shape, 1)
-    else:
-        dtype = chance.choice([np.float64, np.uint64, np.complex128, "U3", "M8[s]", np.int8])
-        bad[name] = np.zeros(array.shape, dtype)
-    return f"{how} {name}", bad
-
-
-def restores_or_refuses(arrays: Arrays) -> bool:
-    """Whether it was restored, to a manager that keeps the laws; anything but a refusal raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            manager = BlockManager.restore(arrays)
-        except ValueError:
-            return False
-    manager.check()
-    return True
-
-
-def test_a_corrupt_array_is_refused_or_does_no_harm() -> None:
-    snapshots = [played("lru", 10).manager.snapshot(), played("fifo", 11).manager.snapshot()]
-    chance, num_refused = random.Random(0), 0
-    for _ in range(NUM_CORRUPTIONS):
-        how, arrays = corrupted(chance.choice(snapshots), chance)
-        try:
-            num_refused += not restores_or_refuses(arrays)
-        except Exception as error:
-            pytest.fail(f"{how}: {error!r}")
-    assert num_refused > NUM_CORRUPTIONS // 2
-
-
-def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    items: Any = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    return [path, *(leaf for key, below in items for leaf in leaves(below, (*path, key)))]
-
-
-def test_corrupt_words_of_the_manager_are_refused_or_do_no_harm() -> None:
-    arrays = played("lru", 10).manager.snapshot()
-    chance = random.Random(1)
-    values = [None, -1, 0, 2, 3, 1.5, "", "a", [], {}, True, [[]], [0], -(2**31), "lru", "00"]
-    for _ in range(NUM_CORRUPTIONS):
-        meta = json.loads(bytes(arrays["meta"]))
-        path = chance.choice([leaf for leaf in leaves(meta)[1:] if leaf[0] != "trees"])
-        inner = meta
-        for key in path[:-1]:
-            inner = inner[key]
-        value = chance.choice(values)
-        inner[path[-1]] = value
-        changed = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-        try:
-            restores_or_refuses({**arrays, "meta": changed})
-        except Exception as error:
-            pytest.fail(f"{path} = {value!r}: {error!r}")
-
-
-@pytest.mark.parametrize("junk", [{}, {"meta": np.zeros(0, np.uint8)}, {"meta": np.array("x")}])
-def test_what_is_no_snapshot_is_refused(junk) -> None:
-    with pytest.raises(ValueError, match="not a snapshot"):
-        BlockManager.restore(junk)
-
-
-def test_a_snapshot_of_another_version_is_refused() -> None:
-    arrays = BlockManager(4, 4).snapshot()
-    text = bytes(arrays["meta"]).replace(b'"version": 1', b'"version": 7')
-    with pytest.raises(ValueError, match="version 7"):
-        BlockManager.restore({**arrays, "meta": np.frombuffer(text, np.uint8)})
 
 
 # -------------------------------------------------------------------- threads
@@ -776,6 +558,6 @@ def test_many_threads_end_in_a_state_that_some_order_explains() -> None:
         worker.look()
         worker.make_room()
     manager.check()
-    assert manager.sequences() == {}
+    assert handles_of(manager) == {}
     manager.drop_cached()
     assert (manager.num_free_blocks, manager.stats().num_host_free) == (1024, 256)

@@ -29,13 +29,13 @@ from kvpager.blocks.policies import POLICIES
 from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.sequences import SequenceTable
 from kvpager.errors import BrokenInvariant
+from kvpager.testing.state import differences, state_of
 from tests.blocks.test_faults import (
     SCENARIOS,
     Clock,
     History,
     Operation,
     committed,
-    differences,
     family,
     find_victims,
     full_of_cached,
@@ -196,17 +196,17 @@ def _handlers_are_back() -> Iterator[None]:
 def test_an_interrupted_call_is_complete_or_has_changed_nothing(scenario) -> None:
     manager, operation = scenario()
     operation()
-    complete = manager.snapshot()
+    complete = state_of(manager)
     for number in moments(scenario):
         manager, operation = scenario()
-        before, moment = manager.snapshot(), Moments(number, by_signal)
+        before, moment = state_of(manager), Moments(number, by_signal)
         with contextlib.suppress(KeyboardInterrupt), moment:
             operation()
             assert not moment.was_hit, "the signal was lost"
         if not moment.was_hit:
             break
         manager.check()
-        after = manager.snapshot()
+        after = state_of(manager)
         assert not differences(after, before) or not differences(after, complete), number
         assert not is_locked(manager)
     else:
@@ -235,10 +235,10 @@ def test_a_signal_among_several_interrupts_as_ctrl_c_does(number: int) -> None:
 def test_a_call_cut_short_by_force_leaves_a_lawful_manager_or_a_broken_one(scenario) -> None:
     manager, operation = scenario()
     operation()
-    complete = manager.snapshot()
+    complete = state_of(manager)
     for number in moments(scenario):
         manager, operation = scenario()
-        before, moment = manager.snapshot(), Moments(number, by_force)
+        before, moment = state_of(manager), Moments(number, by_force)
         with contextlib.suppress(Interrupt), moment:
             operation()
         if not moment.was_hit:
@@ -246,7 +246,7 @@ def test_a_call_cut_short_by_force_leaves_a_lawful_manager_or_a_broken_one(scena
         assert not is_locked(manager)
         refusal = refused(manager)
         if refusal is None:
-            after = manager.snapshot()
+            after = state_of(manager)
             assert not differences(after, before) or not differences(after, complete), number
         else:
             # None: it came after the last change, and before that was noted.
@@ -547,7 +547,8 @@ def test_memory_that_runs_out_in_the_middle_breaks_the_manager(monkeypatch) -> N
             manager.free(sequence)
     calls: list[Operation] = [
         lambda: manager.free(sequence), lambda: manager.allocate(3), manager.check, manager.stats,
-        manager.snapshot, lambda: manager.length(sequence), lambda: manager.num_free_blocks,
+        lambda: state_of(manager), lambda: manager.length(sequence),
+        lambda: manager.num_free_blocks,
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(KVPagerError, match="BlockManager: an error cut a") as caught:

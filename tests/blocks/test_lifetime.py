@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from kvpager import BlockManager
-from kvpager.blocks.policies.lifetime import HELD, NUM_KINDS, Ghosts, Lifetime, Lifetimes
+from kvpager.blocks.policies.lifetime import HELD, Ghosts, Lifetime, Lifetimes
 from kvpager.simulate.replay import generate_trace, replay
+from kvpager.testing.state import state_of
 
 BLOCK_SIZE = 4
 
@@ -108,7 +109,7 @@ def test_beats_lru_on_a_made_up_trace() -> None:
 def test_same_calls_same_choices() -> None:
     one, two = (BlockManager(100, BLOCK_SIZE, eviction="lifetime") for _ in range(2))
     assert mixed(one, 0, 600) == mixed(two, 0, 600)
-    states = [manager.snapshot() for manager in (one, two)]
+    states = [state_of(manager) for manager in (one, two)]
     names = states[0].keys() - {"meta"}  # which holds tickets, different by design
     assert all(np.array_equal(states[0][name], states[1][name]) for name in names)
 
@@ -128,47 +129,7 @@ def test_blocks_of_many_rows_come_one_at_a_time() -> None:
     manager.check()
 
 
-# --- state, restore, resize -----------------------------------------------------------------------
-
-
-def test_restored_manager_goes_on_alike() -> None:
-    manager = BlockManager(100, BLOCK_SIZE, eviction="lifetime")
-    mixed(manager, 0, 700)
-    twin = BlockManager.restore(manager.snapshot())
-    assert policy_of(manager).lifetimes.past.any()
-    assert mixed(manager, 700, 700) == mixed(twin, 700, 700)
-    after, same = manager.snapshot(), twin.snapshot()
-    assert all(np.array_equal(after[name], same[name]) for name in after)
-
-
-def test_state_is_a_copy() -> None:
-    policy = Lifetime(8)
-    state = policy.state()
-    for array in state.values():
-        array[...] = 1
-    assert not policy.records.any()
-    assert not policy.ghosts.prints.any()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("records", np.zeros(7, np.int64)),
-        ("ghosts.prints", np.zeros(8, np.uint64)),
-        ("ghosts.records", np.full(256, (HELD + 1) << 8)),
-        ("records", np.full(8, 5 << 16)),  # released at tick 5 of a clock that stands at 0
-        ("lifetimes.reused", np.zeros(3)),
-        ("lifetimes.values", np.full(NUM_KINDS + 1, np.nan)),
-        ("lifetimes.released", np.full(NUM_KINDS + 1, -1.0)),
-        ("deadlines", np.full(8, np.inf)),
-        ("depths", np.full(8, -1)),
-        ("prompts", np.array([-1.0, 2.0])),
-    ],
-)
-def test_state_that_cannot_be_is_refused(name: str, value: np.ndarray) -> None:
-    state = {**Lifetime(8).state(), name: value}
-    with pytest.raises(ValueError, match="eviction state"):
-        Lifetime(8).restore(state)
+# --- resize ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_blocks", [90, 300])

@@ -10,10 +10,11 @@ import pytest
 
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.eviction import Queue
-from kvpager.blocks.policies import Priority
 from kvpager.blocks.quotas import Account
 from kvpager.blocks.sequences import Sequence
 from kvpager.blocks.stats import BlockState
+from kvpager.testing.state import handles_of, state_of
+from tests.support.twins import twin_of
 
 
 def cache(manager: BlockManager, tokens: range, namespace: str | None = None) -> None:
@@ -77,30 +78,15 @@ def test_what_would_make_a_floor_a_lie_is_refused() -> None:
     assert caught.value.missing == 1
 
 
-def test_a_time_to_live_ends_after_a_restore_as_well() -> None:
-    now = [100.0]
-    manager = BlockManager(3, 4, eviction=Priority(3, clock=lambda: now[0]))
-    kept, other = manager.allocate([1, 2, 3, 4]), manager.allocate([5, 6, 7, 8])
-    manager.commit([kept, other])
-    manager.retain(kept, 100, ttl_s=10)
-    manager.free([other, kept])
-    policy = Priority(3, clock=lambda: now[0])
-    restored = BlockManager.restore(manager.snapshot(), eviction=policy)
-    now[0] = 111.0
-    restored.allocate(8)
-    assert restored.cached_tokens([1, 2, 3, 4]) == 0
-    assert restored.cached_tokens([5, 6, 7, 8]) == 4
-
-
 def test_ids_of_drafts_that_a_fork_shares_are_refused() -> None:
     manager = BlockManager(8, 4)
     sequence = manager.allocate([])
     manager.append(sequence, 4, draft=True)
     child = manager.fork(sequence)
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(ValueError, match="a fork shares these drafts"):
         manager.accept(child, 4, [1, 2, 3, 4])
-    after = manager.snapshot()
+    after = state_of(manager)
     assert all(np.array_equal(before[name], after[name]) for name in before)
     manager.accept(child, 4)
     manager.check()
@@ -132,54 +118,21 @@ def test_what_shrinking_cut_off_is_not_handed_out_before_it_was_copied() -> None
     manager.check()
 
 
-def test_copies_left_open_by_a_restart_can_be_completed_by_their_tickets() -> None:
-    manager = BlockManager(8, 4, 8, fences=True)
-    sequence = manager.allocate(8)
-    manager.swap(sequence, "host")
-    restored = BlockManager.restore(manager.snapshot())
-    restored.free(list(restored.sequences().values()))
-    assert restored.stats().num_kept == 2
-    for ticket in restored.tickets():
-        restored.complete(ticket)
-    assert restored.stats().num_free == 8
-    restored.check()
-
-
 def test_a_refused_quota_changes_nothing() -> None:
     manager = BlockManager(16, 4)
     for tail in ([1, 2, 3, 4], [5, 6, 7, 8]):
         manager.commit(manager.allocate([*range(8), *tail], namespace="n"))
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(ValueError, match="holds 4 blocks"):
         manager.set_quota("n", ceiling=1)
-    after = manager.snapshot()
+    after = state_of(manager)
     assert all(np.array_equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("policy.now", np.array(2**63 - 1)),
-        ("rows.generations", np.full(1, 2**63 - 1)),
-        ("rows.first_blocks", np.full(1, 5)),
-        ("rows.windows", np.full(1, -1)),
-        ("nodes.blocks", np.full(2, -1, np.int32)),
-        ("queue.order", np.full(1, -1, np.int32)),
-        ("device.ids", np.zeros((0, 2**25), np.int32)),
-    ],
-)
-def test_a_snapshot_that_breaks_a_law_is_refused(name: str, value: np.ndarray) -> None:
-    manager = BlockManager(8, 4)
-    manager.commit(manager.allocate(list(range(8))))
-    arrays = manager.snapshot()
-    with pytest.raises(ValueError, match="not a snapshot"):
-        BlockManager.restore({**arrays, name: value})
 
 
 def test_handles_of_one_sequence_are_equal() -> None:
     manager = BlockManager(8, 4)
     live = [manager.allocate(4) for _ in range(3)]
-    assert set(manager.sequences().values()) == set(live)
+    assert set(handles_of(manager).values()) == set(live)
     victims = manager.victims(live, 2)
     assert victims == live[:2]
     assert victims[0] is live[0]
@@ -200,10 +153,10 @@ def test_handles_of_one_sequence_are_equal() -> None:
 def test_counts_of_nothing_or_of_too_much_are_refused(ask) -> None:
     manager = BlockManager(8, 4)
     sequence = manager.allocate(3)
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(ValueError, match="expected at"):
         ask(manager, sequence)
-    after = manager.snapshot()
+    after = state_of(manager)
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
@@ -280,7 +233,7 @@ def test_a_namespace_within_its_floor_gives_blocks_again_when_the_floor_falls() 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
-    """Blocks leave in the same order as in a restored manager, which counts from the start."""
+    """Blocks leave in the same order as in a manager that counts from the start."""
     random = np.random.default_rng(seed)
     manager = BlockManager(24, 2, num_host_blocks=8)
     names = [None, "a", "b", "c", "d"]
@@ -303,12 +256,13 @@ def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
                     sequences.append(manager.allocate(ids, namespace=name))
                     manager.commit(sequences[-1])
         manager.check()
-    restored = BlockManager.restore(manager.snapshot())
-    for one in (manager, restored):
-        one.free(list(one.sequences().values()))
+    recounted = twin_of(manager)
+    recounted._recount(recounted._quotas.limits)
+    for one in (manager, recounted):
+        one.free(list(handles_of(one).values()))
     for _ in range(12):
         with contextlib.suppress(OutOfBlocks):
-            for one in (manager, restored):
+            for one in (manager, recounted):
                 one.free(one.allocate(6, namespace="a"))
-        found, expected = manager.snapshot(), restored.snapshot()
+        found, expected = state_of(manager), state_of(recounted)
         assert all(np.array_equal(found[key], expected[key]) for key in found)

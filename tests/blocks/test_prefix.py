@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.policies import POLICIES
 from kvpager.blocks.sequences import Sequence
+from kvpager.testing.state import state_of
 
 # Operations of the paired isolation test, over all policies; 1,000,000 is a good night's worth.
 ISOLATION_OPERATIONS = 20_000
@@ -423,11 +424,11 @@ def test_cached_tokens_changes_nothing() -> None:
     cache(manager, A + B)
     cache(manager, C)
     manager.events()
-    before = {name: array.copy() for name, array in manager.snapshot().items()}
+    before = {name: array.copy() for name, array in state_of(manager).items()}
     for prompt in (A + B, A + B[:2], D, []):
         manager.cached_tokens(prompt)
         manager.cached_tokens(prompt, namespace="nobody yet", adapter="x")
-    after = manager.snapshot()
+    after = state_of(manager)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert manager.events() == []

@@ -11,6 +11,7 @@ import pytest
 from kvpager import BlockManager, OutOfBlocks, StaleSequence
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import SequenceSwapped
+from kvpager.testing.state import same_state, state_of
 
 Arrays = dict[str, np.ndarray]
 
@@ -20,24 +21,14 @@ def manager() -> BlockManager:
     return BlockManager(num_blocks=32, block_size=4, num_host_blocks=16)
 
 
-def equal(a: Arrays, b: Arrays) -> bool:
-    """Whether two snapshots say the same, to the bit."""
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype
-        and a[name].shape == b[name].shape
-        and a[name].tobytes() == b[name].tobytes()
-        for name in a
-    )
-
-
 def refused(
     manager: BlockManager, error: Any, call: Callable[[], object], match: str = "."
 ) -> None:
     """`call` raises `error` and leaves everything as it was."""
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(error, match=match):
         call()
-    assert equal(manager.snapshot(), before)
+    assert same_state(state_of(manager), before)
     manager.check()
 
 
@@ -521,12 +512,12 @@ def test_bad_counts_are_refused_and_change_nothing(manager: BlockManager, counts
 
 def test_counts_of_zero_change_nothing_and_one_count_stands_for_all(manager: BlockManager) -> None:
     pair = [manager.allocate(3), manager.fork(manager.allocate(6))]
-    before = manager.snapshot()
+    before = state_of(manager)
     step = manager.append(pair, counts=[0, 0])
     assert (len(step.slots), len(step.copies)) == (0, 0)
     assert len(manager.append(pair, counts=0).slots) == 0
     assert len(manager.append([], 1).slots) == 0
-    assert equal(manager.snapshot(), before)
+    assert same_state(state_of(manager), before)
     manager.append(pair, counts=np.uint8(5))
     assert manager.lengths(pair).tolist() == [8, 11]
 
@@ -582,7 +573,6 @@ def test_a_batch_notices_a_row_that_a_new_sequence_took(manager: BlockManager) -
         lambda: manager.lengths(batch),
         lambda: manager.block_tables(batch),
         lambda: manager.accept(batch, 0),
-        lambda: manager.reclaimable(batch),
         lambda: manager.victims(batch, 1),
         lambda: manager.slide(batch, 0),
     ):
@@ -638,7 +628,6 @@ def test_a_sequence_named_twice_is_refused_everywhere(manager: BlockManager) -> 
         lambda: manager.slide(twice, 0),
         lambda: manager.lengths(twice),
         lambda: manager.block_tables(twice),
-        lambda: manager.reclaimable(twice),
         lambda: manager.victims(twice, 1),
     ):
         refused(manager, ValueError, call, "stands twice")
@@ -665,7 +654,6 @@ VERBS: dict[str, Callable[[BlockManager, Sequence], object]] = {
     "block_table": lambda m, s: m.block_table(s),
     "block_tables": lambda m, s: m.block_tables(s),
     "slots": lambda m, s: m.slots(s),
-    "reclaimable": lambda m, s: m.reclaimable(s),
     "victims": lambda m, s: m.victims([s], 1),
     "pin": lambda m, s: m.pin(s),
     "retain": lambda m, s: m.retain(s, 3),
@@ -677,9 +665,9 @@ def test_a_handle_of_another_manager_is_refused(manager: BlockManager, verb: str
     manager.allocate(5)
     other = BlockManager(8, 4)
     theirs = other.allocate(5)
-    before = other.snapshot()
+    before = state_of(other)
     refused(manager, StaleSequence, lambda: VERBS[verb](manager, theirs), "another manager")
-    assert equal(other.snapshot(), before)
+    assert same_state(state_of(other), before)
 
 
 @pytest.mark.parametrize("verb", VERBS)

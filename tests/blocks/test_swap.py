@@ -11,6 +11,8 @@ from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step
+from kvpager.testing.state import handles_of, same_state, state_of
+from tests.support.twins import twin_of
 
 NUM_STEPS = 5_000
 BLOCK_SIZE = 4
@@ -19,16 +21,6 @@ BLOCK_SIZE = 4
 @pytest.fixture
 def manager() -> BlockManager:
     return BlockManager(num_blocks=16, block_size=BLOCK_SIZE, num_host_blocks=12)
-
-
-def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    """Whether two snapshots say the same, to the bit."""
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype
-        and a[name].shape == b[name].shape
-        and a[name].tobytes() == b[name].tobytes()
-        for name in a
-    )
 
 
 class Memory:
@@ -267,10 +259,10 @@ def test_plans_never_read_what_they_write(memory: Memory) -> None:
 @pytest.mark.parametrize("bad", [-1, 1.0, True, "1", 2**31, 2**70])
 def test_a_bad_at_most_is_refused(memory: Memory, bad) -> None:
     sequence = memory.allocate(list(range(8)))
-    before = memory.manager.snapshot()
+    before = state_of(memory.manager)
     with pytest.raises((TypeError, ValueError), match="at_most"):
         memory.manager.swap(sequence, "host", at_most=bad)
-    assert equal(memory.manager.snapshot(), before)
+    assert same_state(state_of(memory.manager), before)
 
 
 # -------------------------------------------------------------------- refusals
@@ -278,28 +270,28 @@ def test_a_bad_at_most_is_refused(memory: Memory, bad) -> None:
 
 def test_swapping_to_the_device_what_is_there_moves_and_changes_nothing(memory: Memory) -> None:
     sequence = memory.allocate(list(range(8)))
-    before = memory.manager.snapshot()
+    before = state_of(memory.manager)
     assert len(memory.swap(sequence, "device")) == 0
-    assert equal(memory.manager.snapshot(), before)
+    assert same_state(state_of(memory.manager), before)
 
 
 def test_what_is_wholly_on_the_host_cannot_leave_again(memory: Memory) -> None:
     sequence = memory.allocate(list(range(8)))
     memory.swap(sequence, "host")
-    before = memory.manager.snapshot()
+    before = state_of(memory.manager)
     with pytest.raises(SequenceSwapped, match="on the host already"):
         memory.manager.swap(sequence, "host")
-    assert equal(memory.manager.snapshot(), before)
+    assert same_state(state_of(memory.manager), before)
 
 
 def test_a_host_too_small_changes_nothing(memory: Memory) -> None:
     manager = memory.manager
     members = family(memory)
     memory.swap(memory.allocate(list(range(50, 82))), "host")
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="need 5 host blocks, 4 free"):
         manager.swap(members, "host")
-    assert equal(manager.snapshot(), before)
+    assert same_state(state_of(manager), before)
     assert len(memory.swap(members, "host", 4)) == 4
     memory.check()
 
@@ -307,10 +299,10 @@ def test_a_host_too_small_changes_nothing(memory: Memory) -> None:
 def test_no_host_at_all_refuses(memory: Memory) -> None:
     manager = BlockManager(4, 4)
     sequence = manager.allocate(range(8))
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="need 2 host blocks, 0 free"):
         manager.swap(sequence, "host")
-    assert equal(manager.snapshot(), before)
+    assert same_state(state_of(manager), before)
 
 
 def test_a_device_too_full_changes_nothing(memory: Memory) -> None:
@@ -318,10 +310,10 @@ def test_a_device_too_full_changes_nothing(memory: Memory) -> None:
     members = family(memory)
     memory.swap(members, "host")
     filler = memory.allocate(list(range(50, 102)))  # 13 of 16 blocks
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="need 5 device blocks, 3 free"):
         manager.swap(members, "device")
-    assert equal(manager.snapshot(), before)
+    assert same_state(state_of(manager), before)
     memory.swap(members, "device", 3)
     memory.check()
     memory.free(filler)
@@ -334,10 +326,10 @@ def test_the_way_back_stops_at_a_ceiling_and_changes_nothing() -> None:
     sequence = manager.allocate(range(16), namespace="a")
     manager.swap(sequence, "host")
     manager.set_quota("a", ceiling=3)
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="may have 3 blocks"):
         manager.swap(sequence, "device")
-    assert equal(manager.snapshot(), before)
+    assert same_state(state_of(manager), before)
     manager.set_quota("a", ceiling=4)
     manager.swap(sequence, "device")
     assert manager.namespace_blocks("a") == 4
@@ -404,15 +396,7 @@ def test_cached_blocks_make_room_for_the_way_back(memory: Memory) -> None:
     memory.check()
 
 
-# -------------------------------------------------------------------- reclaimable, victims
-
-
-def test_reclaimable_counts_what_only_that_sequence_holds(memory: Memory) -> None:
-    members, manager = family(memory), memory.manager
-    alone = memory.allocate(list(range(50, 59)))
-    assert manager.reclaimable([*members, alone]).tolist() == [1, 1, 1, 3]
-    assert manager.reclaimable(alone).tolist() == [3]
-    assert manager.reclaimable([]).tolist() == []
+# -------------------------------------------------------------------- victims
 
 
 def test_victims_are_the_first_that_are_enough(memory: Memory) -> None:
@@ -435,8 +419,8 @@ def test_victims_free_what_they_promise(memory: Memory) -> None:
     members, manager = family(memory), memory.manager
     for need in range(1, 6):
         chosen = manager.victims(members, need)
-        copy = BlockManager.restore(manager.snapshot())
-        handles = copy.sequences()
+        copy = twin_of(manager)
+        handles = handles_of(copy)
         free = copy.num_free_blocks
         copy.swap([handles[one.name] for one in chosen], "host")
         assert copy.num_free_blocks - free >= need
@@ -445,7 +429,7 @@ def test_victims_free_what_they_promise(memory: Memory) -> None:
 
 def test_too_few_victims_are_refused_with_numbers(memory: Memory) -> None:
     members, manager = family(memory), memory.manager
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="need 6 device blocks, 5 free") as caught:
         manager.victims(members, 6)
     assert caught.value.free == 5
@@ -454,7 +438,7 @@ def test_too_few_victims_are_refused_with_numbers(memory: Memory) -> None:
     for bad in (-1, 1.0, True, "1", 2**70):
         with pytest.raises((TypeError, ValueError)):
             manager.victims(members, bad)
-    assert equal(manager.snapshot(), before)
+    assert same_state(state_of(manager), before)
 
 
 # -------------------------------------------------------------------- random histories
@@ -473,7 +457,7 @@ def act(memory: Memory, chance: random.Random) -> None:
         ["allocate", "fork", "append", "commit", "truncate", "out", "in", "free", "drop"],
         [4, 3, 8, 5, 2, 4, 5, 3, 0.3],
     )[0]
-    before = manager.snapshot()
+    before = state_of(manager)
     try:
         if operation == "allocate" and len(live) < 7:
             # Few different tokens, so that prompts agree often.
@@ -499,11 +483,11 @@ def act(memory: Memory, chance: random.Random) -> None:
         elif operation == "drop":
             manager.drop_cached()
     except (OutOfBlocks, SequenceSwapped) as refusal:
-        after = manager.snapshot()
+        after = state_of(manager)
         if operation == "allocate":  # an idle row more is no change
             assert after["device.refs"].tolist() == before["device.refs"].tolist()
         else:
-            assert equal(after, before), refusal  # noqa: PT017
+            assert same_state(after, before), refusal  # noqa: PT017
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo"])
@@ -537,10 +521,10 @@ def test_a_swap_leaves_the_blocks_that_are_to_be_spared(manager: BlockManager) -
     sequence = manager.allocate(5 * BLOCK_SIZE)
     manager.swap(sequence, "host")
     manager.allocate(8 * BLOCK_SIZE)
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="need 9 device blocks, 8 free"):
         manager.swap(sequence, "device", spare=4)
-    assert equal(manager.snapshot(), before)
+    assert same_state(state_of(manager), before)
     manager.swap(sequence, "device", spare=3)
     assert manager.num_available_blocks == 3
 
@@ -550,10 +534,10 @@ def test_allocate_leaves_the_blocks_that_are_to_be_spared(manager: BlockManager)
     manager.free(manager.allocate(ids), publish=True)
     held = manager.allocate(10 * BLOCK_SIZE)
     assert (manager.num_free_blocks, manager.num_available_blocks) == (2, 6)
-    before = manager.snapshot()
+    before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="need 7 device blocks"):
         manager.allocate([*ids, 1], spare=2)  # four cached blocks are no room any more, one is new
-    assert equal(manager.snapshot(), before)
+    assert same_state(state_of(manager), before)
     assert manager.allocate([*ids, 1], spare=1).num_cached_tokens == 4 * BLOCK_SIZE
     manager.free(held)
     manager.check()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvpager import BlockManager, KVPagerError, Request, Scheduler
+from kvpager.testing.state import state_of
 from tests.support.interrupts import Interrupt, Moments, by_force, by_signal
 from tests.support.scheduling import ids
 
@@ -106,14 +107,14 @@ def test_a_clock_that_fails_changes_nothing() -> None:
     def fails() -> float:
         raise ZeroDivisionError("no time")
 
-    before = made.manager.snapshot()
+    before = state_of(made.manager)
     made.scheduler.clock = fails
     with pytest.raises(ZeroDivisionError, match="no time"):
         made.scheduler.submit(Request(name="late", prompt=ids(5), max_new_tokens=2))
     with pytest.raises(ZeroDivisionError, match="no time"):
         made.scheduler.plan()
     made.scheduler.check()
-    after = made.manager.snapshot()
+    after = state_of(made.manager)
     assert all((before[name] == after[name]).all() for name in before)
     made.scheduler.clock = clock
     made.scheduler.submit(Request(name="late", prompt=ids(5), max_new_tokens=2))

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpager import BlockManager, OutOfBlocks, SequenceSwapped, StaleSequence
+from kvpager import BlockManager, SequenceSwapped, StaleSequence
 from kvpager.storage.keys import KEY_BYTES, KeyContext, content_keys
-from kvpager.storage.tables import TableMirror, flash_attention, flashinfer
+from kvpager.storage.tables import flash_attention, flashinfer
 
 
 @pytest.fixture
@@ -75,8 +75,7 @@ def test_flashinfer_has_no_word_for_a_block_that_is_away(manager: BlockManager) 
 def test_tables_of_a_freed_sequence_are_refused(manager: BlockManager) -> None:
     sequence = manager.allocate(3)
     manager.free(sequence)
-    mirror = TableMirror(manager, 2, 2)
-    for make in (flashinfer, flash_attention, lambda _, sequences: mirror.update(sequences)):
+    for make in (flashinfer, flash_attention):
         with pytest.raises(StaleSequence):
             make(manager, [sequence])
 
@@ -136,85 +135,6 @@ def test_a_slid_sequence_keeps_its_length_for_windowed_attention(manager: BlockM
     padded = flash_attention(manager, sequence)
     assert padded.seq_lens.tolist() == [9]
     assert padded.block_table[0, 1:].tolist() == manager.block_table(sequence)[1:].tolist()
-
-
-# -------------------------------------------------------------------- what changed
-
-
-def replayed(copy: np.ndarray, mirror: TableMirror, target: object) -> int:
-    delta = mirror.update(target)  # type: ignore[arg-type]
-    assert {array.dtype for array in delta} == {np.dtype(np.int32)}
-    copy[delta.rows, delta.columns] = delta.blocks
-    return len(delta.blocks)
-
-
-def test_a_mirror_tells_only_what_changed(manager: BlockManager) -> None:
-    sequences = [manager.allocate(4), manager.allocate(3)]
-    mirror, copy = TableMirror(manager, 2, 4), np.full((2, 4), -1)
-    assert replayed(copy, mirror, sequences) == 2
-    assert replayed(copy, mirror, sequences) == 0
-    manager.append(sequences, 1)  # only the first needs another block
-    assert replayed(copy, mirror, sequences) == 1
-    assert copy[:, :2].tolist() == manager.block_tables(sequences).tolist()
-
-
-def test_a_mirror_takes_back_what_a_shorter_batch_does_not_use(manager: BlockManager) -> None:
-    first, second = manager.allocate(8), manager.allocate(8)
-    mirror, copy = TableMirror(manager, 2, 2, padding=0), np.zeros((2, 2), int)
-    replayed(copy, mirror, [first, second])
-    replayed(copy, mirror, [second])
-    assert copy.tolist() == [manager.block_table(second).tolist(), [0, 0]]
-
-
-def test_a_mirror_too_small_refuses_and_forgets_nothing(manager: BlockManager) -> None:
-    sequence, long = manager.allocate(4), manager.allocate(9)
-    mirror, copy = TableMirror(manager, 1, 2), np.full((1, 2), -1)
-    replayed(copy, mirror, sequence)
-    for target in ([long], [sequence, manager.allocate(1)]):
-        with pytest.raises(ValueError, match="this mirror has room for 1 x 2"):
-            mirror.update(target)
-    assert replayed(copy, mirror, sequence) == 0
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("padding", [-1, 0])
-def test_replayed_changes_equal_the_full_tables_after_any_history(seed: int, padding: int) -> None:
-    random = np.random.default_rng(seed)
-    manager = BlockManager(24, 4, num_host_blocks=8)
-    mirror, copy = TableMirror(manager, 12, 8, padding=padding), np.full((12, 8), padding)
-    live, swapped = list[object](), set[object]()
-    for _ in range(250):
-        choice = random.integers(8)
-        here = [s for s in live if s not in swapped]
-        try:
-            if choice <= 1 and len(live) < 12:
-                live.append(manager.allocate(random.integers(0, 2, random.integers(0, 20))))
-            elif choice == 2 and live:
-                gone = live.pop(random.integers(len(live)))
-                swapped.discard(gone)
-                manager.free(gone)
-            elif choice == 3 and here and len(live) < 12:
-                live.append(manager.fork(here[random.integers(len(here))]))
-            elif choice == 4 and here:
-                one = here[random.integers(len(here))]
-                manager.truncate(one, random.integers(len(one) + 1))
-            elif choice == 5 and live:
-                one = live[random.integers(len(live))]
-                manager.swap(one, "device" if one in swapped else "host")
-                swapped ^= {one}
-            elif here:
-                growing = [s for s in here if len(s) < 30]
-                manager.append(growing, 1)
-                manager.commit(growing)
-        except OutOfBlocks:
-            pass
-        random.shuffle(live)
-        replayed(copy, mirror, live)
-        full = manager.block_tables(live, padding=padding)
-        rows, width = full.shape
-        assert np.array_equal(copy[:rows, :width], full)
-        assert (copy[rows:] == padding).all()
-        assert (copy[:, width:] == padding).all()
 
 
 # -------------------------------------------------------------------- keys

@@ -17,7 +17,6 @@ import numpy as np
 
 from kvpager.blocks.eviction import (
     NO_BLOCKS,
-    Arrays,
     BlockPolicy,
     Blocks,
     EvictionPolicy,
@@ -147,11 +146,6 @@ class Priority(LRU):
     def resize(self, num_blocks: int, places: Int32) -> None:  # noqa: D102
         super().resize(num_blocks, places)
         self.expires[len(places) :] = np.inf
-        self._await()
-
-    def restore(self, state: Arrays) -> None:  # noqa: D102
-        # By the time of day, which goes on when a process ends.
-        super().restore(state)
         self._await()
 
     def _await(self) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 
 from kvpager.blocks.eviction import (
     NO_BLOCKS,
-    Arrays,
     Blocks,
     EvictionPolicy,
     Int32,
@@ -74,12 +73,6 @@ class FailSafe:
         if self.in_charge is not self._spare:
             self._spare.resize(num_blocks, places)
         self._ask("resize", num_blocks, places)
-
-    def state(self) -> Arrays:  # noqa: D102
-        return self.in_charge.state()
-
-    def restore(self, state: Arrays) -> None:  # noqa: D102
-        self.in_charge.restore(state)
 
     def _ask(
         self, method: str, *arguments: Any, check: Callable[[Any], object] | None = None

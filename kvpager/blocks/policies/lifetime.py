@@ -41,7 +41,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.eviction import Arrays, BlockPolicy, Blocks, Float64, Int32, Int64, UInt64
+from kvpager.blocks.eviction import BlockPolicy, Blocks, Float64, Int32, Int64, UInt64
 from kvpager.blocks.fingerprints import NO_DEPTHS
 
 Index = NDArray[np.intp]
@@ -287,52 +287,6 @@ class Lifetime(BlockPolicy):
             self.ghosts.put(*ghosts)
             self.lifetimes = Lifetimes(scale)
             self.learns_at = self.now + self.lifetimes.period
-
-    def state(self) -> Arrays:  # noqa: D102
-        return {
-            **super().state(),
-            **{name: array.copy() for name, array in self._learned().items()},
-            "prompts": np.array([self.num_prompts, self.mean_length]),
-            "learns_at": np.array(self.learns_at),
-        }
-
-    def restore(self, state: Arrays) -> None:
-        """Know what `state` says. O(blocks). Raises `ValueError` where it cannot be right."""
-        mine = self._learned()
-        theirs = {name: np.asarray(state[name]) for name in mine}
-        for name, array in mine.items():
-            found = theirs[name]
-            if found.shape != array.shape or found.dtype != array.dtype:
-                raise ValueError(f"eviction state: {name} is {found.dtype} {found.shape}")
-        super().restore(state)
-        for name, array in mine.items():
-            array[:] = theirs[name]
-        num_prompts, self.mean_length = np.asarray(state["prompts"], np.float64).tolist()
-        self.num_prompts = int(num_prompts)
-        self.learns_at = int(np.asarray(state["learns_at"]))
-        self._refuse_nonsense()
-
-    def _learned(self) -> dict[str, NDArray[np.int64] | UInt64 | Float64]:
-        ghosts, lifetimes = self.ghosts, self.lifetimes
-        return {
-            "ghosts.prints": ghosts.prints,
-            "ghosts.records": ghosts.records,
-            "lifetimes.past": lifetimes.past,
-            "lifetimes.released": lifetimes.released,
-            "lifetimes.reused": lifetimes.reused,
-            "lifetimes.values": lifetimes.values,
-        }
-
-    def _refuse_nonsense(self) -> None:
-        for records in (self.records, self.ghosts.records):
-            if np.any(records >> _KIND & _BYTE > HELD) or np.any(records >> _TIME > self.now):
-                raise ValueError("eviction state: a record of no kind, or of a time to come")
-        counts = [self.lifetimes.past, self.lifetimes.released, self.lifetimes.reused]
-        numbers = [*counts, self.lifetimes.values, self.deadlines, np.array([self.mean_length])]
-        if not all(np.all((array >= 0) & np.isfinite(array)) for array in numbers):
-            raise ValueError("eviction state: a count or time below 0, or not finite")
-        if not 0 <= self.num_prompts <= _MEAN_OVER or np.any(self.depths < 0):
-            raise ValueError(f"eviction state: {self.num_prompts} prompts, or a depth below 0")
 
 
 def _scale(num_blocks: int) -> int:
