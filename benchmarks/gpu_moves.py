@@ -15,7 +15,8 @@ from benchmarks.gpu_rig import KV_HEADS, Call, Rig, WrongResult, captured, run_a
 from kvpager import BlockStorage
 from kvpager.kernels.append_kv import append_kv
 from kvpager.kernels.copy_blocks import copy_blocks
-from kvpager.kernels.step_alloc import DeviceAllocator, fork_rows, release_rows, step_alloc
+from kvpager.kernels.device_allocator import DeviceAllocator
+from kvpager.kernels.step_alloc import fork_rows, release_rows, step_alloc
 
 HEAD_DIM, LAYERS = 128, 32
 

@@ -7,13 +7,10 @@ arguments and the algorithm are described in `step_alloc.py`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kvpager.kernels.step_alloc import DeviceAllocator
+from kvpager.kernels.device_allocator import DeviceAllocator
 
 
 def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,17 +30,21 @@ from transformers import GenerationConfig
 from kvpager import _validate as arguments
 from kvpager._sizes import size
 from kvpager._words import counted
-from kvpager.blocks.manager import BlockManager
+from kvpager.engine.config import EngineConfig
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.stream import Mailbox, Output, Stream
 from kvpager.engine.text import Detokenizer, text_tokenizer
 from kvpager.engine.threads import end_idle_workers
-from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.runner import warm_up as warming
-from kvpager.integrations.huggingface.runner.compiling import require_no_cuda_graphs
+from kvpager.integrations.huggingface.runner.build import (
+    compiled_forward,
+    make_scheduler,
+    make_storage,
+    max_length_of,
+)
 from kvpager.integrations.huggingface.runner.inputs import Reader, chosen, each_options
 from kvpager.integrations.huggingface.runner.loop import Loop
 from kvpager.integrations.huggingface.runner.model_info import study
@@ -49,15 +53,11 @@ from kvpager.integrations.huggingface.runner.request_state import Tracked
 from kvpager.integrations.huggingface.runner.runner import Runner
 from kvpager.integrations.huggingface.runner.sampling import Policy
 from kvpager.integrations.huggingface.runner.sizing import (
-    measured_costs,
     pool_blocks,
     require_room,
 )
 from kvpager.integrations.huggingface.runner.unwrap import unwrapped
-from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import Request
-from kvpager.scheduling.scheduler import Scheduler
-from kvpager.storage.block_storage import BlockStorage, KVDtype
 
 logger = logging.getLogger("kvpager")
 
@@ -71,30 +71,11 @@ class Engine:
         model: a transformers model that can generate, on one device. While the engine is open its
             attention implementation is `kvpager`, and it is in evaluation mode; when its last
             engine closes, it is as it was.
-        memory: bytes of the pool, such as `"4GiB"`; None takes what `max_running` rows of the
-            longest kind could need, at most nine tenths of a GPU's free memory, or half of the
-            host's for a model on the CPU.
-        host_memory: bytes of host memory to swap to when the pool is full.
-        block_size: token slots of a block, a power of two.
-        kv_dtype: `"int8"` or `"fp8_e4m3"` to keep keys and values in eight bits.
-        max_batch_tokens: the most tokens of a forward pass.
-        max_running: the most rows computed at a time.
-        max_waiting: the most requests that wait; None for no bound.
-        order: who is served first: `"fifo"`, `"priority"`, or `"fair"` between tenants.
-        prefix_cache: keep what prompts and replies have in common between requests. The engine
-            looks at the model before its steps. After a change of weights, hooks or settings, it
-            reuses nothing that was computed before; requests under way go on with what they have.
-        max_length: tokens of a sequence, its prompt included, at the most; None takes the model's
-            `max_position_embeddings`.
-        costs: what swapping and computing again take; None measures it where there is
-            `host_memory`.
-        packed: True insists on one forward pass for all rows, False on one for each row; None
-            finds out whether the model allows the former.
-        compile: have `torch.compile` compile the packed forward pass; or its arguments, such as
-            `{"options": {"freezing": True}}` for weights that never change. Modes that record
-            CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
+        config: the engine's settings, the defaults where None.
         tokenizer: the model's, for texts: `Stream.text`, `Output.text`, and `stop_strings`.
         on_step: is told of every step; for plots.
+        overrides: settings of `EngineConfig` in place of those of `config`, such as
+            `memory="4GiB"`.
 
     Thread-safe. Raises: `KVPagerError` for a model that cannot be batched; `TypeError`,
     `ValueError` for arguments that make no sense.
@@ -103,97 +84,51 @@ class Engine:
     def __init__(
         self,
         model: Any,
+        config: EngineConfig | None = None,
         *,
-        memory: int | str | None = None,
-        host_memory: int | str | None = None,
-        block_size: int = 16,
-        kv_dtype: KVDtype | None = None,
-        max_batch_tokens: int = 1024,
-        max_running: int = 256,
-        max_waiting: int | None = None,
-        order: Literal["fifo", "priority", "fair"] = "fifo",
-        prefix_cache: bool = True,
-        max_length: int | None = None,
-        costs: PreemptionCosts | None = None,
-        packed: bool | None = None,
-        compile: bool | Mapping[str, Any] = False,
         tokenizer: Any = None,
         on_step: Callable[[StepRecord], None] | None = None,
+        **overrides: Any,
     ) -> None:
         warn_if_untested()
-        _check_arguments(
-            packed=packed,
-            compile=compile,
-            prefix_cache=prefix_cache,
-            costs=costs,
-            on_step=on_step,
-            max_running=max_running,
-        )
+        self.config = config = EngineConfig.of(config, overrides)
+        if on_step is not None and not callable(on_step):
+            shown = arguments.shown(on_step)
+            raise TypeError(f"on_step {shown}: expected a function or None")
         self.model = model = unwrapped(model)
         self._tokenizer = text_tokenizer(tokenizer)
-        self._memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
+        self._memory = PagedMemory(
+            config.memory,
+            config.block_size,
+            kv_dtype=config.kv_dtype,
+            host_memory=config.host_memory,
+        )
+        self._numbers = itertools.count()
+        # A function that does not refer to the engine: a dropped one is to end.
+        self._usual = functools.lru_cache(maxsize=_MAX_POLICIES, typed=True)(
+            functools.partial(_usual_policy, model, self._tokenizer)
+        )
+        self._defaults: dict[str, Any] = {}
         switch = ModelSwitch(model)
         try:
             switch.acquire()
-            anatomy = study(model)
-            keeps_all = not anatomy.has_state and not anatomy.is_encoder_decoder
-            self.is_packed = fit(model, anatomy, self._memory, switch, packed)
-            if compile and not self.is_packed:
-                raise KVPagerError(
-                    f"compile: {type(model).__name__} is computed row by row, which is not "
-                    "compiled; leave it out"
-                )
-            if max_length is not None:
-                most = anatomy.max_length or 2**31 - 1
-                max_length = arguments.count("max_length", max_length, at_least=1, at_most=most)
-            max_length = anatomy.max_length if max_length is None else max_length
-            sizes = pool_blocks(anatomy, self._memory, max_running, max_length)
-            shapes = [layer.shape for layer in anatomy.layers]
-            storage = BlockStorage(
-                sizes.device,
-                block_size,
-                shapes,
-                dtype=anatomy.dtype,
-                kv_dtype=kv_dtype,
-                device=anatomy.device,
-                num_host_blocks=sizes.host,
-            )
-            forward = None
-            if compile:
-                arguments_ = {} if compile is True else dict(compile)
-                forward = torch.compile(model, **{"dynamic": True} | arguments_)
+            self._anatomy = anatomy = study(model)
+            self.is_packed = fit(model, anatomy, self._memory, switch, config.packed)
+            length = max_length_of(anatomy, config)
+            sizes = pool_blocks(anatomy, self._memory, config.max_running, length)
+            storage = make_storage(anatomy, config, sizes)
             runner = Runner(
                 model,
                 anatomy,
                 storage,
                 self._memory,
                 is_packed=self.is_packed,
-                forward=forward,
+                forward=compiled_forward(model, config, self.is_packed),
             )
-            if costs is None and sizes.host:
-                costs = measured_costs(runner)
-            scheduler = Scheduler(
-                BlockManager(sizes.device, block_size, num_host_blocks=sizes.host),
-                max_batch_tokens=max_batch_tokens,
-                max_running=max_running,
-                max_waiting=max_waiting,
-                order=order,
-                prefix_cache=prefix_cache and keeps_all,
-                max_length=max_length,
-                # Not every recurrent layer goes on with several tokens at once.
-                chunked=not anatomy.has_state,
-                costs=costs,
-            )
+            scheduler = make_scheduler(anatomy, config, sizes, length, runner)
             if anatomy.device.type in warming.COMPILING:
-                warming.warm_up(runner, max_batch_tokens, max_running)
-            self._anatomy = anatomy
-            self._numbers = itertools.count()
-            # A function that does not refer to the engine: a dropped one is to end.
-            self._usual = functools.lru_cache(maxsize=_MAX_POLICIES, typed=True)(
-                functools.partial(_usual_policy, model, self._tokenizer)
-            )
-            self._defaults: dict[str, Any] = {}
-            watch = ModelWatch(model, has_parts=True) if prefix_cache and keeps_all else None
+                warming.warm_up(runner, config.max_batch_tokens, config.max_running)
+            watch = ModelWatch(model, has_parts=True) if scheduler.prefix_cache else None
             self._loop = Loop(scheduler, runner, on_step, switch.release, watch)
             self._loop.start()
         except BaseException:
@@ -262,30 +197,18 @@ class Engine:
         arguments.label("name", name)
         prompt = chosen("prompt", prompt, input_ids)
         ids = self._reader(config, overrides).one(prompt, attention_mask)
-        if policy is None:
-            policy = self._policy(config, overrides)
-        elif config is not None or overrides:
-            raise TypeError("policy: it has all settings; give it, or config and single settings")
-        elif not isinstance(policy, Policy):
-            raise TypeError(f"policy {arguments.shown(policy)}: expected one of engine.policy()")
+        policy = self._chosen_policy(policy, config, overrides)
         if timeout is not None and not arguments.seconds("timeout", timeout):
             raise ValueError("timeout 0: expected seconds, more than 0; None for no timeout")
         begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start()]
-        if self._anatomy.has_state and policy.num_samples > 1:
-            raise ValueError(
-                f"num_return_sequences={policy.num_samples}: {type(self.model).__name__} keeps a "
-                "state that requests cannot share; submit the prompt several times"
-            )
         choice = policy.choice(len(begins), ids)
         generator = None
         if seed is not None:
             number = arguments.count("seed", seed, at_most=2**63 - 1)
             generator = torch.Generator(self._anatomy.device).manual_seed(number)
-        if name is None:
-            name = f"request-{next(self._numbers)}"
         now = time.monotonic()
         request = Request(
-            name=name,
+            name=f"request-{next(self._numbers)}" if name is None else name,
             prompt=np.asarray(begins, np.int32),
             max_new_tokens=choice.max_new_tokens,
             num_samples=policy.num_samples,
@@ -294,18 +217,21 @@ class Engine:
             priority=priority,
             deadline=None if timeout is None else now + timeout,
         )
-        loop = self._loop
-        require_room(request, loop.runner.storage, self._memory, loop.scheduler.max_length)
-        mailbox = Mailbox(Output(name, ids, [], submitted=now))
+        mailbox = Mailbox(Output(request.name, ids, [], submitted=now))
         tracked = Tracked(
             mailbox, choice, policy.num_samples, begins, generator, logprobs, self._tokenizer
         )
+        return self._queue(request, tracked)
+
+    def _queue(self, request: Request, tracked: Tracked) -> Stream:
+        loop = self._loop
+        require_room(request, loop.runner.storage, self._memory, loop.scheduler.max_length)
         detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer)
         # Made first: should an interrupt take it from the caller, it cancels the request.
         stream = Stream(
-            mailbox,
-            self._loop.cancel,
-            num_samples=policy.num_samples,
+            tracked.mailbox,
+            loop.cancel,
+            num_samples=request.num_samples,
             detokenizer=detokenizer,
         )
         loop.submit(request, tracked)
@@ -446,6 +372,23 @@ class Engine:
         pad = overrides.get("pad_token_id")
         return reader if pad is None else reader._replace(pad=pad)
 
+    def _chosen_policy(
+        self, policy: Policy | None, config: GenerationConfig | None, overrides: dict[str, Any]
+    ) -> Policy:
+        """Return the settings of a request that was given both ways. Raises: as `submit`."""
+        if policy is None:
+            policy = self._policy(config, overrides)
+        elif config is not None or overrides:
+            raise TypeError("policy: it has all settings; give it, or config and single settings")
+        elif not isinstance(policy, Policy):
+            raise TypeError(f"policy {arguments.shown(policy)}: expected one of engine.policy()")
+        if self._anatomy.has_state and policy.num_samples > 1:
+            raise ValueError(
+                f"num_return_sequences={policy.num_samples}: {type(self.model).__name__} keeps a "
+                "state that requests cannot share; submit the prompt several times"
+            )
+        return policy
+
     def _policy(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Policy:
         if overrides.keys() - {"max_new_tokens"} or config is not None:
             return self.policy(config, **overrides)
@@ -483,22 +426,3 @@ def _submitted() -> Iterator[list[Stream]]:
         for stream in streams:
             stream.cancel()
         raise
-
-
-def _check_arguments(
-    *, packed: Any, compile: Any, prefix_cache: Any, costs: Any, on_step: Any, max_running: Any
-) -> None:
-    """Refuse invalid arguments before the first forward pass. Raises: `TypeError`, `ValueError`."""
-    shown = arguments.shown
-    arguments.flag("prefix_cache", prefix_cache)
-    arguments.count("max_running", max_running, at_least=1)
-    if packed is not None and not isinstance(packed, bool):
-        raise TypeError(f"packed {shown(packed)}: expected True, False or None")
-    if not isinstance(compile, bool | Mapping):
-        raise TypeError(f"compile {shown(compile)}: expected a bool, or a dict for torch.compile")
-    if compile:
-        require_no_cuda_graphs({} if compile is True else compile)
-    if costs is not None and not isinstance(costs, PreemptionCosts):
-        raise TypeError(f"costs {shown(costs)}: expected PreemptionCosts or None")
-    if on_step is not None and not callable(on_step):
-        raise TypeError(f"on_step {shown(on_step)}: expected a function or None")

@@ -35,12 +35,12 @@ from kvpager.integrations.huggingface.cache.paged_cache import (
     least_block_bytes,
     unpaged,
 )
+from kvpager.integrations.huggingface.cache.report import PatchStats, report
 from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
 from kvpager.integrations.huggingface.continuous_batching.routes import retire, routes
 from kvpager.integrations.huggingface.prefix.prefill import prefill, returned_rows
 from kvpager.integrations.huggingface.prefix.prompts import PromptCache, reply
 from kvpager.integrations.huggingface.releases import cache_in, warn_if_untested
-from kvpager.integrations.huggingface.report import PatchStats, report
 from kvpager.storage.block_storage import KVDtype
 
 __all__ = ["PagedCache", "Patch", "PatchStats", "patch", "unpatch"]

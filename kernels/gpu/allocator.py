@@ -12,18 +12,16 @@ might; it has the same statements in the same order, each under the number of it
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpager.kernels.device_allocator import DeviceAllocator
 from kvpager.kernels.gpu import config
 from kvpager.kernels.gpu.specialisation import Specialisation
-
-if TYPE_CHECKING:
-    from kvpager.kernels.step_alloc import DeviceAllocator
 
 # At least so many lanes make a program, and up to so many a lone one, which settles what is pending
 # by itself. More rows take two launches of programs with LANES lanes.

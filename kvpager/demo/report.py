@@ -15,7 +15,7 @@ from kvpager.blocks.stats import BlockState
 from kvpager.demo.measuring import States
 from kvpager.demo.results import Result, Results
 from kvpager.demo.settings import Settings
-from kvpager.integrations.huggingface.report import change
+from kvpager.integrations.huggingface.cache.report import change
 
 MAP_LINES_MAX = 3
 MAP_CELLS_MAX = 96

@@ -153,7 +153,7 @@ def test_a_near_tie_is_named_and_is_exit_code_0(monkeypatch: pytest.MonkeyPatch)
 
 @needs_model
 def test_wrong_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvpager.integrations.huggingface.attention import reading
+    from kvpager.integrations.huggingface.cache import reading
 
     genuine = reading.attend_checked
     monkeypatch.setattr(

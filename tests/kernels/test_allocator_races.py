@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvpager.errors import BrokenInvariant
-from kvpager.kernels.step_alloc import DeviceAllocator
+from kvpager.kernels.device_allocator import DeviceAllocator
 from tests.support.allocator_history import History, perform, random_operation
 from tests.support.allocator_model import (
     NONE,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
-from kvpager.kernels.step_alloc import DeviceAllocator
+from kvpager.kernels.device_allocator import DeviceAllocator
 
 
 class History:

@@ -53,9 +53,9 @@ class Recorder:
 
 def moves(recorder: Recorder) -> Any:
     """Appends, reads, copies and allocations of random sizes, from tensors that begin anywhere."""
+    from kvpager.kernels.device_allocator import DeviceAllocator
     from kvpager.kernels.gpu import allocator
     from kvpager.kernels.gpu import copies as moves
-    from kvpager.kernels.step_alloc import DeviceAllocator
     from kvpager.storage.block_storage import BlockStorage
 
     chance = random.Random(3)

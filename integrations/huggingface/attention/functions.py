@@ -23,8 +23,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from kvpager.integrations.huggingface.attention import compiled, packed_compiled, reading
+from kvpager.integrations.huggingface.attention import packed_compiled
 from kvpager.integrations.huggingface.attention.packed import PackedView
+from kvpager.integrations.huggingface.cache import compiled, reading
 from kvpager.integrations.huggingface.cache.handles import common_view
 
 NAME = "kvpager"

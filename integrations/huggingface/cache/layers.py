@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.attention import compiled
+from kvpager.integrations.huggingface.cache import compiled
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.handles import paged_pair
 from kvpager.integrations.huggingface.cache.pools import LayerKind

@@ -20,13 +20,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvpager import _validate as arguments
 from kvpager._words import counted
 from kvpager.errors import OutOfBlocks
-from kvpager.integrations.huggingface.attention import compiled
+from kvpager.integrations.huggingface.cache import compiled
 from kvpager.integrations.huggingface.cache.columns import OtherColumns
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.layers import PagedLayer, PagedSlidingWindowLayer
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.report import CacheStats
 from kvpager.integrations.huggingface.releases import warn_if_untested
-from kvpager.integrations.huggingface.report import CacheStats
 from kvpager.storage.block_storage import BlockStorage, KVDtype, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.

@@ -24,7 +24,7 @@ from kvpager.integrations.huggingface.cache.columns import Announced, Unannounce
 from kvpager.integrations.huggingface.cache.groups import LayerGroup, Prompt
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
-from kvpager.integrations.huggingface.obstacles import PER_ROW, why_not_by_row, why_not_kept
+from kvpager.integrations.huggingface.prefix.obstacles import PER_ROW, why_not_by_row, why_not_kept
 from kvpager.integrations.huggingface.prefix.prompts import Padding, PromptCache
 from kvpager.integrations.huggingface.prefix.waves import waves
 from kvpager.integrations.huggingface.releases import (

@@ -243,10 +243,10 @@ class _Lookout(LogitsProcessor):
         Otherwise only another thread may, and a part is compared, another one each time.
         """
         kept = [group for group in self._cache.groups if group.prompt is not None]
-        if kept:
+        prompt = kept[0].prompt if kept else None
+        if prompt is not None:
             is_first = self._before is None
-            namespace = kept[0].prompt.namespace
-            watch, is_outdated = self._prompts.decoding_watch(self._model, namespace)
+            watch, is_outdated = self._prompts.decoding_watch(self._model, prompt.namespace)
             if self._is_thorough or is_outdated:
                 now = watch.look(samples=is_first)
             else:

@@ -27,8 +27,8 @@ from kvpager.engine.stream import (
 )
 from kvpager.engine.threads import end_idle_workers
 from kvpager.errors import EngineClosed, KVPagerError
-from kvpager.integrations.huggingface.continuous_batching.pauses import Pause
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
+from kvpager.integrations.huggingface.runner.pauses import Pause
 from kvpager.integrations.huggingface.runner.request_state import Live, Tracked
 from kvpager.integrations.huggingface.runner.runner import Runner
 from kvpager.integrations.huggingface.runner.sampling import Draw, Row, choose

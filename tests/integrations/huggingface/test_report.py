@@ -16,8 +16,8 @@ transformers = pytest.importorskip("transformers")
 
 import kvpager  # noqa: E402
 from kvpager.integrations.huggingface.cache.memory import PagedMemory  # noqa: E402
+from kvpager.integrations.huggingface.cache.report import change  # noqa: E402
 from kvpager.integrations.huggingface.releases import CACHE_NAMES  # noqa: E402
-from kvpager.integrations.huggingface.report import change  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 
 

@@ -15,7 +15,7 @@ import torch
 
 from kvpager.errors import BrokenInvariant
 from kvpager.kernels import debug, reference_alloc, step_alloc
-from kvpager.kernels.step_alloc import DeviceAllocator
+from kvpager.kernels.device_allocator import DeviceAllocator
 from tests.support.allocator_history import History, perform, random_operation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

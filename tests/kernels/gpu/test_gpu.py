@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference, step_alloc
-from kvpager.kernels.step_alloc import DeviceAllocator
+from kvpager.kernels.device_allocator import DeviceAllocator
 from kvpager.storage.block_storage import BlockStorage
 from tests.support.allocator_history import History, perform, random_operation
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kvpager
-from kvpager.integrations.huggingface.attention import reading
+from kvpager.integrations.huggingface.cache import reading
 from kvpager.kernels import backends, reference
 from kvpager.kernels.cpu.attention import PagedAttention
 from kvpager.kernels.paged_attention import paged_attention

@@ -8,12 +8,15 @@ import random
 import re
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 import kvpager
+from kvpager.blocks.policies import LRU
+from kvpager.engine.config import EngineConfig
 from kvpager.errors import (
     EngineClosed,
     KVPagerError,
@@ -951,3 +954,52 @@ def test_an_engine_refuses_bounds_without_room_for_a_block_as_a_patch_does(optio
         kvpager.patch(model, **options)
     with pytest.raises(ValueError, match=r"^memory='1KiB'"):  # rows compute on the device alone
         Engine(model, memory="1KiB", host_memory="1MiB")
+
+
+def test_settings_come_as_one_object_with_single_ones_in_their_place() -> None:
+    model = tiny_models.tiny_model("llama")
+    config = EngineConfig(memory="1MiB", max_running=4, order="fair")
+    with Engine(model, config, max_running=2) as engine:
+        assert (engine.config.max_running, engine.config.order) == (2, "fair")
+        assert config.max_running == 4
+        assert len(engine.generate([[5, 6, 7]], max_new_tokens=3)) == 1
+
+
+def test_a_setting_that_does_not_exist_is_refused_by_name() -> None:
+    model = tiny_models.tiny_model("llama")
+    with pytest.raises(TypeError, match=r"max_num: an engine has no such setting\. It has memory"):
+        Engine(model, max_num=3)
+    with pytest.raises(TypeError, match=r"expected an EngineConfig\. Give single settings by name"):
+        Engine(model, {"memory": "1MiB"})
+
+
+def test_an_engine_evicts_by_the_policy_it_was_given() -> None:
+    model = tiny_models.tiny_model("llama")
+    made: list[int] = []
+    evicted: list[int] = []
+
+    class Noting(LRU):
+        def __init__(self, num_blocks: int) -> None:
+            super().__init__(num_blocks)
+            made.append(num_blocks)
+
+        def forget(self, blocks: Any) -> None:
+            evicted.extend(blocks)
+            super().forget(blocks)
+
+    with Engine(model, memory="48KiB", eviction=Noting) as engine:
+        assert made == [engine.stats().pool.num_blocks]
+        for first in range(8):
+            engine.generate([[first, *range(10, 50)]], max_new_tokens=2)
+        assert evicted
+    for name in ("lifetime", "lfu"):
+        with Engine(model, memory="64KiB", eviction=name) as engine:
+            assert len(engine.generate([[5, 6, 7]], max_new_tokens=3)) == 1
+
+
+def test_an_unknown_eviction_is_refused() -> None:
+    model = tiny_models.tiny_model("llama")
+    with pytest.raises(ValueError, match="eviction 'newest': expected one of"):
+        Engine(model, eviction="newest")
+    with pytest.raises(TypeError, match="eviction 3: expected a policy's name, or a function"):
+        Engine(model, eviction=3)

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from torch._inductor import config
 
-from kvpager.integrations.huggingface.runner.compiling import (
+from kvpager.engine.compiling import (
     require_no_cuda_graphs,
 )
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kvpager.integrations.huggingface.attention import reading
+from kvpager.integrations.huggingface.cache import reading
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.views import PagedView
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from kvpager.integrations.huggingface.runner.loop import Loop
+
+class Pausable(Protocol):
+    """A loop of steps that holds them while somebody is in a pause."""
+
+    def begin_pause(self, pause: object) -> None:
+        """Hold steps from now on; the one under way ends first."""
+
+    def end_pause(self, pause: object) -> None:
+        """Let steps go on unless another pause holds them. Does nothing for an unknown pause."""
+
+    def drop_pause(self, pause: object) -> None:
+        """End a pause whose owner is gone, without waiting."""
 
 
 class Pause:
@@ -15,7 +25,7 @@ class Pause:
     wait for its own step; `EngineClosed` in a fork.
     """
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Pausable) -> None:
         self._loop = loop
         self._key = object()  # the loop does not keep a pause that is dropped
 

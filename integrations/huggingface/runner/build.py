@@ -1,0 +1,79 @@
+"""An engine's parts, made as its configuration says for what its model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvpager import _validate as arguments
+from kvpager.blocks.manager import BlockManager
+from kvpager.engine.config import EngineConfig
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.runner.model_info import Anatomy
+from kvpager.integrations.huggingface.runner.runner import Runner
+from kvpager.integrations.huggingface.runner.sizing import Sizes, measured_costs
+from kvpager.scheduling.scheduler import Scheduler
+from kvpager.storage.block_storage import BlockStorage
+
+
+def max_length_of(anatomy: Anatomy, config: EngineConfig) -> int | None:
+    """Return the most tokens of a sequence. Raises: `ValueError` for more than the model allows."""
+    if config.max_length is None:
+        return anatomy.max_length
+    most = anatomy.max_length or 2**31 - 1
+    return arguments.count("max_length", config.max_length, at_least=1, at_most=most)
+
+
+def make_storage(anatomy: Anatomy, config: EngineConfig, sizes: Sizes) -> BlockStorage:
+    """Make the tensors of the pool. O(bytes)."""
+    return BlockStorage(
+        sizes.device,
+        config.block_size,
+        [layer.shape for layer in anatomy.layers],
+        dtype=anatomy.dtype,
+        kv_dtype=config.kv_dtype,
+        device=anatomy.device,
+        num_host_blocks=sizes.host,
+    )
+
+
+def compiled_forward(model: Any, config: EngineConfig, is_packed: bool) -> Any:
+    """Return the compiled forward pass, None if none is asked for."""
+    if not config.compile:
+        return None
+    if not is_packed:
+        raise KVPagerError(
+            f"compile: {type(model).__name__} is computed row by row, which is not compiled; "
+            "leave it out"
+        )
+    return torch.compile(model, **{"dynamic": True} | config.compile_arguments)
+
+
+def make_scheduler(
+    anatomy: Anatomy, config: EngineConfig, sizes: Sizes, max_length: int | None, runner: Runner
+) -> Scheduler:
+    """Make the scheduler and the block manager. Measures what preemption costs if need be."""
+    costs = config.costs
+    if costs is None and sizes.host:
+        costs = measured_costs(runner)
+    manager = BlockManager(
+        sizes.device,
+        config.block_size,
+        num_host_blocks=sizes.host,
+        eviction=config.policy(sizes.device),
+    )
+    return Scheduler(
+        manager,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        order=config.order,
+        prefix_cache=config.prefix_cache
+        and not anatomy.has_state
+        and not anatomy.is_encoder_decoder,
+        max_length=max_length,
+        # Not every recurrent layer goes on with several tokens at once.
+        chunked=not anatomy.has_state,
+        costs=costs,
+    )

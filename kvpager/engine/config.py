@@ -1,0 +1,113 @@
+"""The settings of an engine, which `Engine`, the command line and the benchmarks share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from kvpager import _validate as arguments
+from kvpager.blocks.eviction import EvictionPolicy
+from kvpager.blocks.policies import make_policy
+from kvpager.engine.compiling import require_no_cuda_graphs
+from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.storage.block_storage import KVDtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine may use, and whom it serves first.
+
+    Args:
+        memory: bytes of the pool, such as `"4GiB"`; None takes what `max_running` rows of the
+            longest kind could need, at most nine tenths of a GPU's free memory, or half of the
+            host's for a model on the CPU.
+        host_memory: bytes of host memory to swap to when the pool is full.
+        block_size: token slots of a block, a power of two.
+        kv_dtype: `"int8"` or `"fp8_e4m3"` to keep keys and values in eight bits.
+        eviction: which cached blocks leave first: a name of `kvpager.blocks.policies.POLICIES`, or
+            a function that makes an `EvictionPolicy` for a number of blocks.
+        max_batch_tokens: the most tokens of a forward pass.
+        max_running: the most rows computed at a time.
+        max_waiting: the most requests that wait; None for no bound.
+        order: who is served first: `"fifo"`, `"priority"`, or `"fair"` between tenants.
+        prefix_cache: keep what prompts and replies have in common between requests. The engine
+            looks at the model before its steps. After a change of weights, hooks or settings, it
+            reuses nothing that was computed before; requests under way go on with what they have.
+        max_length: tokens of a sequence, its prompt included, at the most; None takes the model's
+            `max_position_embeddings`.
+        costs: what swapping and computing again take; None measures it where there is
+            `host_memory`.
+        packed: True insists on one forward pass for all rows, False on one for each row; None
+            finds out whether the model allows the former.
+        compile: have `torch.compile` compile the packed forward pass; or its arguments, such as
+            `{"options": {"freezing": True}}` for weights that never change. Modes that record
+            CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
+
+    Raises: `TypeError`, `ValueError` for settings that make no sense.
+    """
+
+    memory: int | str | None = None
+    host_memory: int | str | None = None
+    block_size: int = 16
+    kv_dtype: KVDtype | None = None
+    eviction: str | Callable[[int], EvictionPolicy] = "lru"
+    max_batch_tokens: int = 1024
+    max_running: int = 256
+    max_waiting: int | None = None
+    order: Literal["fifo", "priority", "fair"] = "fifo"
+    prefix_cache: bool = True
+    max_length: int | None = None
+    costs: PreemptionCosts | None = None
+    packed: bool | None = None
+    compile: bool | Mapping[str, Any] = False
+
+    def __post_init__(self) -> None:
+        shown = arguments.shown
+        arguments.flag("prefix_cache", self.prefix_cache)
+        arguments.count("max_running", self.max_running, at_least=1)
+        if isinstance(self.eviction, str):
+            make_policy(self.eviction, 1)
+        elif not callable(self.eviction):
+            raise TypeError(
+                f"eviction {shown(self.eviction)}: expected a policy's name, or a function that "
+                "makes a policy for a number of blocks"
+            )
+        if self.packed is not None and not isinstance(self.packed, bool):
+            raise TypeError(f"packed {shown(self.packed)}: expected True, False or None")
+        if not isinstance(self.compile, bool | Mapping):
+            raise TypeError(
+                f"compile {shown(self.compile)}: expected a bool, or a dict for torch.compile"
+            )
+        if self.compile:
+            require_no_cuda_graphs(self.compile_arguments)
+        if self.costs is not None and not isinstance(self.costs, PreemptionCosts):
+            raise TypeError(f"costs {shown(self.costs)}: expected PreemptionCosts or None")
+
+    @classmethod
+    def of(cls, config: EngineConfig | None, overrides: Mapping[str, Any]) -> EngineConfig:
+        """Return `config`, or the defaults, with some settings replaced. O(settings).
+
+        Raises: `TypeError` for a setting that does not exist, or a `config` of another type.
+        """
+        if config is not None and not isinstance(config, EngineConfig):
+            raise TypeError(
+                f"config {arguments.shown(config)}: expected an EngineConfig. Give single settings "
+                "by name, such as memory='4GiB'."
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in overrides:
+            if name not in known:
+                raise TypeError(
+                    f"{name}: an engine has no such setting. It has {', '.join(known)}."
+                )
+        return dataclasses.replace(config or cls(), **overrides)
+
+    @property
+    def compile_arguments(self) -> dict[str, Any]:
+        """The arguments of `torch.compile`."""
+        return {} if isinstance(self.compile, bool) else dict(self.compile)
+
+    def policy(self, num_blocks: int) -> str | EvictionPolicy:
+        """Return the eviction policy of a pool of `num_blocks` blocks, or its name."""
+        return self.eviction if isinstance(self.eviction, str) else self.eviction(num_blocks)
