@@ -1,0 +1,102 @@
+"""Requests, arguments and managers that a scheduler refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpager import (
+    BlockManager,
+    QueueFull,
+    Request,
+    Scheduler,
+)
+from tests.support.scheduling import (
+    BLOCK_SIZE,
+    ids,
+    make,
+    request,
+    run,
+    step,
+)
+
+
+def test_a_full_queue_refuses_and_says_so() -> None:
+    scheduler = make(max_waiting=2)
+    scheduler.submit(request("a"))
+    scheduler.submit(request("b"))
+    with pytest.raises(QueueFull, match="2 requests wait, at most 2 may") as error:
+        scheduler.submit(request("c"))
+    assert (error.value.num_waiting, error.value.max_waiting) == (2, 2)
+    step(scheduler)
+    scheduler.submit(request("c"))
+    assert set(run(scheduler)) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ({"length": 60, "new": 6}, "may need 17 blocks, the pool has 16"),
+        ({"length": 8, "new": 30, "num_samples": 2}, "may need 18 blocks"),
+        ({"length": 40, "new": 21}, "more than max_length 60"),
+        ({"num_samples": 9}, "9 samples, but at most 8 rows"),
+        ({"length": 0}, "prompt is empty"),
+        ({"new": 0}, "max_new_tokens 0"),
+        ({"num_samples": 0}, "num_samples 0"),
+        ({"deadline": float("nan")}, "deadline nan"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(bad: dict[str, float], error: str) -> None:
+    options = {"max_length": 60} if "max_length" in error else {}
+    scheduler = make(num_blocks=16, max_running=8, **options)
+    with pytest.raises(ValueError, match=error):
+        scheduler.submit(request("a", **bad))
+    assert not scheduler.has_work
+    scheduler.submit(request("a"))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"namespace": 1}, {"tenant": 1}, {"priority": 0.5}, {"name": []}, {"prompt": [0.5]}]
+)
+def test_arguments_of_the_wrong_type_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(TypeError):
+        make().submit(Request(**{"name": "a", "prompt": ids(3), "max_new_tokens": 1, **bad}))
+
+
+def test_exactly_what_fits_is_accepted() -> None:
+    scheduler = make(num_blocks=16)
+    scheduler.submit(request("a", 8, new=25, num_samples=2))  # 2 + 2 * 6 blocks, less the last
+    scheduler.submit(request("b", 60, new=5))
+    assert set(run(scheduler)) == {"a", "b"}
+
+
+def test_the_null_block_cannot_be_had() -> None:
+    scheduler = Scheduler(BlockManager(4, BLOCK_SIZE, null_block=True))
+    with pytest.raises(ValueError, match="the pool has 3"):
+        scheduler.submit(request("a", 12, new=2))
+    scheduler.submit(request("a", 12, new=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"order": "random"}, "expected one of fifo, priority, fair"),
+        ({"watermark": 1.0}, "watermark"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens"),
+        ({"max_running": 0}, "max_running"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_is_refused(options: dict[str, object], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        make(**options)
+
+
+def test_a_manager_with_fences_is_refused() -> None:
+    with pytest.raises(ValueError, match="without fences"):
+        Scheduler(BlockManager(4, fences=True))
+
+
+def test_the_prompt_is_copied() -> None:
+    scheduler, prompt = make(), ids(5)
+    scheduler.submit(Request(name="a", prompt=prompt, max_new_tokens=2))
+    prompt[:] = 9
+    assert step(scheduler).ids.tolist() == [0, 1, 2, 3, 4]
