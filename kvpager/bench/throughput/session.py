@@ -65,7 +65,6 @@ def measure(
     repeats = arguments.count("repeats", repeats, at_least=1)
     workload.check(models.max_length(model))
     works = {name: workload.first((subsets or {}).get(name, len(workload.items))) for name in names}
-    runs: dict[str, list[Run]] = {name: [] for name in names}
     with _threads(options.threads), contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder(names, model, model_path))
         systems: dict[str, System] = {}
@@ -76,18 +75,29 @@ def measure(
                 open_system(name, model, folder, options, works[name])
             )
             systems[name].run(few, told)
-        for repeat in range(1, repeats + 1):
-            for name, system in systems.items():
-                gc.collect()
-                run = system.run(works[name], _tell(stage, name, repeat, works[name]))
-                run.check([item.new_tokens for item in works[name].items])
-                runs[name].append(run)
-    notes = {
-        name: f"the first {len(work.items)} of {len(workload.items)} requests alone"
+        runs = _take_turns(systems, works, repeats, stage)
+    return compare(runs, _notes(works, len(workload.items)))
+
+
+def _take_turns(
+    systems: dict[str, System], works: dict[str, Workload], repeats: int, stage: Stage | None
+) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {name: [] for name in systems}
+    for repeat in range(1, repeats + 1):
+        for name, system in systems.items():
+            gc.collect()
+            run = system.run(works[name], _tell(stage, name, repeat, works[name]))
+            run.check([item.new_tokens for item in works[name].items])
+            runs[name].append(run)
+    return runs
+
+
+def _notes(works: dict[str, Workload], num_requests: int) -> dict[str, str]:
+    return {
+        name: f"the first {len(work.items)} of {num_requests} requests alone"
         for name, work in works.items()
-        if len(work.items) < len(workload.items)
+        if len(work.items) < num_requests
     }
-    return compare(runs, notes)
 
 
 def _tell(stage: Stage | None, name: str, repeat: int, workload: Workload) -> Progress:

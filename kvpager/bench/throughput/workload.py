@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -186,28 +186,36 @@ def from_trace(
         raise ValueError(f"speed {speed}: expected a number above 0")
     if limit is not None:
         limit = arguments.count("requests", limit, at_least=1)
-    make: Callable[[Recorded], list[int]] = _Prompts(vocabulary, seed)
+    prompts = _Prompts(vocabulary, seed)
     records = list(_csv_records(path)) if path.suffix == ".csv" else read_records(path)
-    items, num_tokens = [], 0
-    for record in sorted(records, key=lambda record: record.seconds):
-        length = record.prompt_length + record.output_length
-        if record.prompt_length < 1 or record.output_length < 1:
-            continue
-        if longest is None or length <= longest:
-            num_tokens += record.prompt_length
-            if num_tokens > _TOKENS_MAX:
-                raise ValueError(
-                    f"{path}: prompts of more than {_TOKENS_MAX:,} tokens. Take fewer requests, or "
-                    "leave out the longest."
-                )
-            items.append(Item(record.seconds, make(record), record.output_length))
-        if len(items) == limit:
-            break
-    if not items:
+    chosen = _chosen(records, path, limit, longest)
+    begin = chosen[0].seconds
+    items = tuple(
+        Item((record.seconds - begin) / speed, prompts(record), record.output_length)
+        for record in chosen
+    )
+    return Workload(f"{path.name}, {len(items)} requests", items, vocabulary)
+
+
+def _chosen(
+    records: list[Recorded], path: Path, limit: int | None, longest: int | None
+) -> list[Recorded]:
+    """Return the requests that are neither empty nor too long, by time, up to `limit` of them."""
+    served = [
+        record
+        for record in sorted(records, key=lambda record: record.seconds)
+        if record.prompt_length >= 1
+        and record.output_length >= 1
+        and (longest is None or record.prompt_length + record.output_length <= longest)
+    ][:limit]
+    if not served:
         raise ValueError(f"{path}: no request is left of {len(records)}")
-    begin = items[0].arrival
-    items = [item._replace(arrival=(item.arrival - begin) / speed) for item in items]
-    return Workload(f"{path.name}, {len(items)} requests", tuple(items), vocabulary)
+    if sum(record.prompt_length for record in served) > _TOKENS_MAX:
+        raise ValueError(
+            f"{path}: prompts of more than {_TOKENS_MAX:,} tokens. Take fewer requests, or "
+            "leave out the longest."
+        )
+    return served
 
 
 class _Prompts:
