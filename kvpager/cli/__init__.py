@@ -13,6 +13,6 @@ def main() -> None:
         message = f"the command line needs {' and '.join(missing)}: pip install 'kvpager[cli]'"
         print(f"kvpager: {message}", file=sys.stderr)
         raise SystemExit(2)
-    from kvpager.cli.run import app  # which has those of the other modules, too
+    from kvpager.cli.app import app
 
     app(prog_name="kvpager")

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
-from kvpager.demo.settings import BadInput, Settings
+from kvpager._bad_input import BadInput
+from kvpager.demo.settings import Settings
 
 LONG_PROMPT_TOKENS = 1000
 PROMPTS = (

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvpager import _validate as arguments
+from kvpager._bad_input import BadInput
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-
-
-class BadInput(Exception):
-    """Something the user can mend; its text is one line."""
 
 
 @dataclass(frozen=True, slots=True)

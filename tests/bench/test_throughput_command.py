@@ -33,7 +33,7 @@ def call(*arguments: str) -> Any:
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from kvpager.cli.bench import app
+    from kvpager.cli.app import app
 
     return CliRunner().invoke(
         app, ["bench", "throughput", *arguments], prog_name="kvpager", env={"COLUMNS": "120"}
@@ -114,7 +114,7 @@ def test_help_lists_every_option_of_the_command() -> None:
     pytest.importorskip("typer")
     from typer.main import get_command
 
-    from kvpager.cli.bench import app
+    from kvpager.cli.app import app
 
     result = call("--help")
     assert result.exit_code == 0

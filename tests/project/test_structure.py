@@ -33,7 +33,7 @@ def imports(file: Path, folder: str) -> set[str]:
     return found & modules
 
 
-@pytest.mark.parametrize("folder", ["scheduling"])
+@pytest.mark.parametrize("folder", ["cli", "scheduling"])
 def test_no_modules_of_a_folder_import_each_other(folder: str) -> None:
     files = (PACKAGE / folder).glob("*.py")
     graph = {file.stem: imports(file, folder) for file in files}

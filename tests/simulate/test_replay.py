@@ -276,7 +276,7 @@ def test_without_a_trace_one_is_made_up_and_torch_stays_away(tmp_path: Path) -> 
     for name in ("typer", "rich", "tqdm"):
         pytest.importorskip(name)
     code = (
-        "import sys, kvpager.cli.app as c; c.GENERATED = 50; "
+        "import sys, kvpager.cli.app as c, kvpager.cli.simulate as s; s.GENERATED = 50; "
         "sys.argv[1:] = ['simulate', '--capacity', '20']\n"
         "try: c.app()\nfinally: print('torch' in sys.modules)"
     )

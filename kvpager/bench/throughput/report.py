@@ -8,13 +8,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvpager._words import counted
 from kvpager.bench.throughput.results import Figures, Moment
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from kvpager.bench.throughput.workload import Workload
+
 _MIB = 1 << 20
 _NONE = "-"
+
+
+def show(machine: dict[str, Any], figures: Sequence[Figures], workload: Workload) -> None:
+    """Print what was served, by which model and machine, and the figures. O(tokens)."""
+    from rich.console import Console
+
+    model, threads = machine["model"], machine["machine"]["threads"]
+    print(
+        f"{workload.name}: {workload.prompt_tokens:,} prompt tokens, {workload.new_tokens:,} new\n"
+        f"{model['class']}, {model['parameters'] / 1e6:,.0f} million parameters, {model['dtype']}, "
+        f"{model['device']}, {counted(threads, 'thread')}"
+    )
+    Console(highlight=False).print(table(figures))
+    for line in notes(figures):
+        print(line)
 
 
 def table(figures: Sequence[Figures]) -> Table:

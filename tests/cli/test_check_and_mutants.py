@@ -8,7 +8,7 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner
 
-from kvpager.cli.testing import app
+from kvpager.cli.app import app
 from kvpager.testing import simulator
 from kvpager.testing.histories import Failure
 
