@@ -97,11 +97,13 @@ class Uninterrupted:
 class Change(Uninterrupted):
     """The section of a method that must not be cut short. The lock of `owner` is held around it."""
 
-    __slots__ = ("_begun", "_owner")
+    __slots__ = ("_begun", "_name", "_owner")
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, name: str = "") -> None:
+        """Call `owner` by `name` in errors, or by its class."""
         super().__init__(owner._lock)
         self._owner = weakref.ref(owner)
+        self._name = name or type(owner).__name__
         self._begun = False
 
     def begin(self) -> None:
@@ -114,7 +116,7 @@ class Change(Uninterrupted):
 
     def __enter__(self) -> None:
         if self._begun:  # a finaliser calls in the middle of a change, or its end was cut off
-            raise _refusal(type(self._owner()).__name__)
+            raise _refusal(self._name)
         if _get_ident() == _main_ident:
             _signals.hold(self._lock)
 
@@ -135,7 +137,7 @@ class Change(Uninterrupted):
     def _break_down(self, failure: BaseException | None) -> None:
         owner = self._owner()
         if owner is not None:
-            owner._lock = BrokenLock(type(owner).__name__, failure)
+            owner._lock = BrokenLock(self._name, failure)
 
 
 def _catchable(names: Iterable[str] | None = None) -> list[int]:

@@ -3,8 +3,8 @@
 Plans are applied in the order in which the manager gave them, each before the writes of its
 step. Under that rule a block may be handed out again as soon as a plan that reads it exists. Who
 copies behind the manager's back, on another stream or thread, makes it with `fences=True`: then
-every block a plan names stays where it is until `complete(plan)`. The order among plans still
-holds: a later one may read what an earlier, unfinished one is about to write.
+every block a plan names stays where it is until `copies.complete(plan)`. The order among plans
+still holds: a later one may read what an earlier, unfinished one is about to write.
 """
 
 from __future__ import annotations

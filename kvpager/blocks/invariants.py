@@ -8,26 +8,14 @@ there.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvpager.blocks.pins import Fences
-from kvpager.blocks.pool import BlockPool
-from kvpager.blocks.prefix import PrefixIndex
-from kvpager.blocks.quotas import Quotas
-from kvpager.blocks.sequences import SequenceTable
+from kvpager.blocks.state import BlockState
 from kvpager.errors import BrokenInvariant
 
 
-def check(
-    device: BlockPool,
-    host: BlockPool,
-    rows: SequenceTable,
-    index: PrefixIndex,
-    fences: Fences,
-    quotas: Quotas,
-    owned: list[tuple[str | None, NDArray[np.int32]]],
-) -> None:
+def check(state: BlockState) -> None:
     """Raise `BrokenInvariant` that names the first broken law found. O(blocks + tokens)."""
+    device, host, rows = state.pool, state.host, state.rows
     rows.check()
     holders = np.zeros(device.num_blocks, np.int32)
     host_holders = np.zeros(host.num_blocks, np.int32)
@@ -43,25 +31,26 @@ def check(
             count[blocks] += 1
     device.check("device", holders)
     host.check("host", host_holders)
-    fences.check()
-    index.check()
+    state.fences.check()
+    state.index.check()
     for row in rows.live_rows():
-        _check_published(rows, row, index, device)
-    quotas.check(device, owned)
-    index.check_queues(quotas.is_known_open)
+        _check_published(state, row)
+    state.accounts.check(device, state.owned())
+    state.evictor.check_queues(state.accounts.is_known_open)
 
 
-def _check_published(rows: SequenceTable, row: int, index: PrefixIndex, device: BlockPool) -> None:
+def _check_published(state: BlockState, row: int) -> None:
     """What the index offers for this row's place is what its own blocks are for."""
+    rows, forest, device = state.rows, state.forest, state.pool
     position = int(rows.published[row])
-    node = index.locate(rows.nodes[row], position) if position else None
+    node = forest.locate(rows.nodes[row], position) if position else None
     if node is None:
         if position and not rows.twins[row]:
             raise BrokenInvariant(f"sequence {row}: the index lost blocks that it holds")
         return
     if node.tree != rows.prompt(row).tree:
         raise BrokenInvariant(f"sequence {row}: it stands in the tree of {node.tree!r}")
-    offered = index.path(node, position)
+    offered = forest.path(node, position)
     own = rows.blocks(row)[:position]
     here = own >= 0
     if not rows.twins[row] and np.any(own[here] != offered[here]):

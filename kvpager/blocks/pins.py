@@ -1,94 +1,77 @@
-"""Blocks that must stay where they are: named by an unfinished copy, or pinned.
-
-A block whose copy is still under way must not be handed out again, or the late copy would read or
-write somebody else's tokens: vLLM #45357 and TensorRT-LLM #8813 are that bug.
-"""
+"""Prefixes that stay cached, or stay longer than others: `manager.pins`."""
 
 from __future__ import annotations
-
-import secrets
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager._validate import is_int
-from kvpager.blocks.pool import BlockPool, Blocks
-from kvpager.errors import BrokenInvariant
-from kvpager.plans import Tier
+from kvpager import _validate as arguments
+from kvpager.blocks.policies import PRIORITY_MAX
+from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.state import NO_BLOCKS, BlockState
 
 Int32 = NDArray[np.int32]
-_NONE: Int32 = np.empty(0, np.int32)
 
 
-class Fences:
-    """Tickets, and the blocks each one keeps back on the device and on the host."""
+class Pins:
+    """Keeps what the prefix index offers. Its methods are as safe to share as the manager's.
 
-    def __init__(self, device: BlockPool, host: BlockPool, *, is_on: bool) -> None:
-        self.is_on = is_on
-        self.in_flight: dict[int, tuple[Int32, Int32]] = {}
-        self.pins: dict[int, Blocks] = {}
-        self.cut_off: set[int] = set()  # copies out of blocks that the pool no longer has
-        # Tickets of two managers differ, so that one cannot complete the other's copies.
-        self.last_ticket = secrets.randbits(48) << 8
-        self._device = device
-        self._host = host
+    Writes the holds of the device pool, through the fences, and the policy's priorities.
+    """
 
-    def ticket(self, copies: Int32) -> int:
-        """The ticket for these copies; 0 where nothing has to wait for them. O(1)."""
-        return self.last_ticket + 1 if self.is_on and len(copies) else 0
+    def __init__(self, state: BlockState) -> None:
+        self._state = state
 
-    def begin(self, ticket: int, copies: Int32, source: Tier, destination: Tier) -> None:
-        """Keep back what these copies name until `complete`. O(copies)."""
-        if not ticket:
-            return
-        kept = {"device": _NONE, "host": _NONE}
-        for side, tier in enumerate((source, destination)):
-            kept[tier] = np.union1d(kept[tier], copies[:, side])
-        # Where the pool shrank, the blocks read from are no longer in it: nobody can take them.
-        inside = kept["device"] < self._device.num_blocks
-        if not inside.all():
-            self.cut_off.add(ticket)
-        kept["device"] = kept["device"][inside]
-        self._device.hold(kept["device"])
-        self._host.hold(kept["host"])
-        self.in_flight[ticket] = kept["device"], kept["host"]
-        self.last_ticket = ticket
+    def pin(self, sequence: Sequence) -> int:
+        """Keep what the index offers of this sequence, also when it is freed. O(blocks).
 
-    def refuse_closed(self, ticket: int) -> None:
-        """Raise `ValueError` for a ticket that is not under way. O(1)."""
-        if ticket not in self.in_flight:
-            raise ValueError(f"ticket {ticket}: completed already, or of another manager")
+        Returns the ticket for `unpin`. Raises: `StaleSequence`, `SequenceSwapped`, `ValueError`
+        where other namespaces' floors need the blocks.
+        """
+        state = self._state
+        with state.lock, state.change:
+            blocks = self._offered(state.resident_row(sequence))
+            pool = state.pool
+            idle = (pool.refs[blocks] == 0) & (pool.holds[blocks] == 0)
+            if state.accounts.shortfall(pool, fewer=int(np.count_nonzero(idle))) > 0:
+                raise ValueError("too few blocks would be left for what floors promise")
+            state.change.begin()
+            return state.fences.pin(blocks)
 
-    def complete(self, ticket: int) -> Blocks:
-        """Let the blocks of an open ticket go. Return those that may be evicted now. O(copies)."""
-        device, host = self.in_flight.pop(ticket)
-        self.cut_off.discard(ticket)
-        self._host.unhold(host)
-        return self._device.unhold(device)
+    def unpin(self, ticket: int) -> None:
+        """End a pin. O(blocks). Raises: `ValueError` for a ticket that is not one, or was used."""
+        state = self._state
+        with state.lock, state.change:
+            state.fences.refuse_no_pin(ticket)
+            state.change.begin()
+            state.evictor.retire(state.fences.unpin(ticket))
 
-    def pin(self, blocks: Blocks) -> int:
-        """Keep device blocks back until `unpin`. O(blocks)."""
-        self._device.hold(blocks)
-        self.last_ticket += 1
-        self.pins[self.last_ticket] = blocks
-        return self.last_ticket
+    def retain(self, sequence: Sequence, priority: int, ttl_s: float | None = None) -> None:
+        """Rank what the index offers of this sequence by `priority`, 0 (leaves first) to 100.
 
-    def refuse_no_pin(self, ticket: int) -> None:
-        """Raise `ValueError` for a ticket that is no pin. O(1)."""
-        if not is_int(ticket) or ticket not in self.pins:
-            raise ValueError(f"ticket {ticket!r}: not a pin of this manager, or ended already")
+        `ttl_s`: for so many seconds; then it is the first to leave. O(blocks).
+        Raises: `ValueError` where the manager was not made with `eviction="priority"`.
+        """
+        priority = arguments.count("priority", priority, at_most=PRIORITY_MAX)
+        if ttl_s is not None:
+            ttl_s = arguments.seconds("ttl_s", ttl_s)
+        state = self._state
+        with state.lock, state.change:
+            blocks = self._offered(state.resident_row(sequence))
+            state.change.begin()
+            try:
+                is_known = state.evictor.policy.retain(blocks, priority, ttl_s)
+            except Exception:  # of the policy's clock, which it reads before it changes
+                state.change.end()
+                raise
+            if not is_known:
+                state.change.end()
+                raise ValueError('this policy knows no priorities; use eviction="priority"')
+            state.evictor.offer_idle(blocks)
 
-    def unpin(self, ticket: int) -> Blocks:
-        """End an open pin. Return the device blocks that may be evicted now. O(blocks)."""
-        return self._device.unhold(self.pins.pop(ticket))
-
-    def check(self) -> None:
-        """Raise `BrokenInvariant` unless the pools hold back exactly these blocks. O(blocks)."""
-        device = [kept for kept, _ in self.in_flight.values()] + list(self.pins.values())
-        host = [kept for _, kept in self.in_flight.values()]
-        if max([*self.in_flight, *self.pins], default=0) > self.last_ticket:
-            raise BrokenInvariant("fences: a ticket that was not given yet is open")
-        for pool, kept in ((self._device, device), (self._host, host)):
-            holds = np.bincount(np.concatenate([_NONE, *kept]), minlength=pool.num_blocks)
-            if not np.array_equal(holds, pool.holds):
-                raise BrokenInvariant("fences: the pool holds back other blocks than they name")
+    def _offered(self, row: int) -> Int32:
+        # Perhaps not its own: an equal prefix may have been offered before.
+        rows, forest = self._state.rows, self._state.forest
+        position = int(rows.published[row])
+        node = forest.locate(rows.nodes[row], position) if position else None
+        return NO_BLOCKS if node is None else forest.path(node, position)

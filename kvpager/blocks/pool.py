@@ -26,7 +26,7 @@ Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
 
 
 class Ledger(Protocol):
-    """Who wants to know when blocks change hands: see `kvpager.blocks.quotas`."""
+    """Who wants to know when blocks change hands: see `kvpager.blocks.accounts`."""
 
     def freed(self, blocks: Index) -> None:
         """These blocks are free now."""
@@ -239,6 +239,19 @@ class BlockPool:
         self._items[blocks[:num_full].astype(np.intp)] = whole
         if num_full * size < len(ids):
             self.ids[blocks[num_full], : len(ids) - num_full * size] = ids[num_full * size :]
+
+    def write_slots(self, slots: NDArray[np.int64], ids: Int32) -> None:
+        """Note whose tokens stand in these flat slots. O(ids)."""
+        self.ids.reshape(-1)[slots] = ids
+
+    def copy_ids(self, sources: Blocks, destinations: Blocks) -> None:
+        """Note that `destinations` hold the tokens of `sources`. O(blocks)."""
+        self.ids[destinations] = self.ids[sources]
+
+    def receive(self, blocks: Blocks, ids: Int32, holders: Int32) -> None:
+        """Let `blocks`, just taken, stand for those of another pool. O(blocks)."""
+        self.ids[blocks] = ids
+        self.refs[blocks] = holders
 
     def count_idle(self, blocks: Blocks) -> int:
         """Return how many of `blocks` may be evicted. O(blocks)."""

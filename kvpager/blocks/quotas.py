@@ -1,286 +1,114 @@
-"""How many device blocks a namespace may have at most, and can always get.
+"""How many device blocks a namespace may have at most, and can always get: `manager.quotas`.
 
 A namespace's blocks are those its sequences hold and those that stay cached for it; no block ever
 belongs to two. Its `ceiling` bounds their number. Its `floor` is kept for it: as long as its
 sequences hold fewer, other namespaces can neither take the difference nor evict what is cached
 within it.
-
-Each namespace with a quota has an account. Sums over all accounts are kept as they change, so that
-a call looks at the accounts of the namespaces it names and at no others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-
-from kvpager.blocks.eviction import NO_BLOCKS
-from kvpager.blocks.pool import BlockPool, Blocks
-from kvpager.errors import BrokenInvariant
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
-Index = NDArray[np.intp]
-Owned = Iterable[tuple[str | None, Int32]]  # namespaces and their blocks
-Counts = dict[int, int]  # blocks by the number of an account
-
-
-@dataclass(frozen=True, slots=True)
-class Quota:
-    """Blocks of one namespace: `floor` at least, `ceiling` at most (None: as many as there are)."""
-
-    floor: int = 0
-    ceiling: int | None = None
-
-
-NO_QUOTA = Quota()
-
-
-@dataclass(slots=True)
-class Account:
-    """The blocks of one namespace, counted."""
-
-    namespace: str | None
-    quota: Quota
-    used: int = 0  # held or cached
-    evictable: int = 0  # cached, and in no table
-    unmet: int = 0  # what the floor still promises
-    guarded: int = 0  # evictable, but within the floor
-    is_open: bool = False  # some evictable blocks are not guarded
-
-    def promised(self, need: int = 0, revived: int = 0) -> tuple[int, int]:
-        """Return what would be unmet and guarded after `need` blocks were taken.
-
-        `revived`: evictable blocks that the same call is about to hold. O(1).
-        """
-        evictable = self.evictable - revived
-        unmet = max(self.quota.floor - (self.used - evictable) - need, 0)
-        return unmet, min(evictable, unmet)
+from kvpager import _validate as arguments
+from kvpager.blocks.accounts import Quota
+from kvpager.blocks.state import NO_BLOCKS, BlockState
 
 
 class Quotas:
-    """Accounts by number. Account 0 is that of all namespaces without a quota."""
+    """The quotas of a manager's namespaces. Its methods are as safe to share as the manager's.
 
-    def __init__(self, num_blocks: int) -> None:
-        self.limits: dict[str | None, Quota] = {}
-        self.numbers: dict[str | None, int] = {}
-        self._owner: Int32 = np.zeros(num_blocks, np.int32)
-        self._begin()
+    Writes the accounts, and which queue of the evictor the nodes of a namespace are in.
+    """
 
-    def _begin(self) -> None:
-        self._accounts = {0: Account(None, NO_QUOTA)}
-        self._last_number = 0
-        self._unmet = self._guarded = 0  # of all accounts
-        self.opened: set[int] = set()  # accounts with blocks that may leave since just now
+    def __init__(self, state: BlockState) -> None:
+        self._state = state
 
-    def owner(self, namespace: str | None) -> int:
-        """Return the number of a namespace's account. O(1)."""
-        return self.numbers.get(namespace, 0)
+    def set(self, namespace: str | None, *, floor: int = 0, ceiling: int | None = None) -> None:
+        """Bound the device blocks of a namespace, and keep some for it.
 
-    def account(self, namespace: str | None) -> Account:
-        """Return the account of a namespace that has a quota. O(1)."""
-        return self._accounts[self.numbers[namespace]]
+        O(1) for a namespace that has a quota, else O(sequences + its blocks).
 
-    # ---------------------------------------------------------------- quotas come and go
+        Args:
+            namespace: whose blocks.
+            floor: blocks its sequences can always get; what is cached within it nobody else evicts.
+            ceiling: the most blocks it may have, held and cached; beyond, it evicts its own.
 
-    def recount(self, limits: dict[str | None, Quota], pool: BlockPool, owned: Owned) -> None:
-        """Begin again with these quotas; `owned` are all blocks in use. O(blocks)."""
-        self.limits, self.numbers = {}, {}
-        self._owner = np.zeros(pool.num_blocks, np.int32)
-        self._begin()
-        nobody = self._accounts[0]
-        nobody.used = int(np.count_nonzero(pool.in_use()))
-        nobody.evictable = pool.num_evictable
-        self._settle(0)
-        blocks: dict[str | None, list[Int32]] = {namespace: [] for namespace in limits}
-        for namespace, some in owned:
-            if namespace in blocks:
-                blocks[namespace].append(some)
-        for namespace, quota in limits.items():
-            self.open(namespace, quota, pool, np.concatenate([NO_BLOCKS, *blocks[namespace]]))
-
-    def open(self, namespace: str | None, quota: Quota, pool: BlockPool, blocks: Int32) -> int:
-        """Give a namespace an account, and it `blocks`, which it has. O(blocks)."""
-        blocks = np.unique(blocks)
-        self._last_number += 1
-        number = self.numbers[namespace] = self._last_number
-        self.limits[namespace] = quota
-        account = Account(namespace, quota, len(blocks), pool.count_idle(blocks))
-        self._accounts[number] = account
-        self._owner[blocks] = number
-        self._accounts[0].used -= account.used
-        self._accounts[0].evictable -= account.evictable
-        self._settle(0)
-        self._settle(number)
-        return number
-
-    def change(self, namespace: str | None, quota: Quota) -> None:
-        """Give a namespace that has a quota another one. O(1)."""
-        self.limits[namespace] = self.account(namespace).quota = quota
-        self._settle(self.numbers[namespace])
-
-    def close(self, namespace: str | None) -> None:
-        """Count a namespace's blocks among those without a quota. O(blocks)."""
-        del self.limits[namespace]
-        number = self.numbers.pop(namespace)
-        account = self._accounts.pop(number)
-        self._unmet -= account.unmet
-        self._guarded -= account.guarded
-        self._owner[self._owner == number] = 0
-        self._accounts[0].used += account.used
-        self._accounts[0].evictable += account.evictable
-        self._settle(0)
-        self.opened.discard(number)
-
-    def parked(self, pool: BlockPool) -> list[tuple[str | None, Int32]]:
-        """Return the blocks that only an unfinished copy keeps, and whose they were. O(blocks)."""
-        blocks = ((pool.refs == 0) & ~pool.cached & (pool.holds > 0)).nonzero()[0]
-        blocks = blocks[blocks < len(self._owner)].astype(np.int32)
-        owners = self._owner[blocks]
-        return [(name, blocks[owners == number]) for name, number in self.numbers.items()]
-
-    # ---------------------------------------------------------------- what the pool reports
-
-    def charge(self, blocks: Blocks, owners: Int64) -> None:
-        """`blocks` were taken for their owners. O(blocks)."""
-        self._owner[blocks] = owners
-        for number, count in by_owner(owners).items():
-            self._accounts[number].used += count
-            self._settle(number)
-
-    def freed(self, blocks: Index) -> None:
-        """See `kvpager.blocks.pool.Ledger`."""
-        for number, count in self.count(blocks).items():
-            self._accounts[number].used -= count
-            self._settle(number)
-
-    def evictable(self, blocks: Index, change: int) -> None:
-        """See `kvpager.blocks.pool.Ledger`."""
-        for number, count in self.count(blocks).items():
-            self._accounts[number].evictable += change * count
-            self._settle(number)
-
-    def _settle(self, number: int) -> None:
-        """Bring the sums up to date after an account changed. O(1)."""
-        account = self._accounts[number]
-        unmet, guarded = account.promised()
-        self._unmet += unmet - account.unmet
-        self._guarded += guarded - account.guarded
-        account.unmet, account.guarded = unmet, guarded
-        was_open, account.is_open = account.is_open, account.evictable > guarded
-        if account.is_open and not was_open:
-            self.opened.add(number)
-
-    # ---------------------------------------------------------------- what may be taken
-
-    def refusal(
-        self, need: Counts, revived: Counts, pool: BlockPool
-    ) -> tuple[int, int, str, int] | None:
-        """Return why `need` blocks of each account cannot be had, or None where they can.
-
-        As (need, evictable, advice, missing). `revived`: cached blocks of each account that the
-        same call is about to hold. O(accounts named).
+        Raises: `ValueError` where the floors promise more than can be had, or the namespace holds
+        more than `ceiling` blocks already.
         """
-        unmet, guarded = self._unmet, self._guarded
-        for number in sorted(need.keys() | revived.keys()):
-            account, count = self._accounts[number], need.get(number, 0)
-            evictable = account.evictable - revived.get(number, 0)
-            over = account.used + count - evictable
-            ceiling = account.quota.ceiling
-            if ceiling is not None and count and over > ceiling:
-                advice = (
-                    f"namespace {account.namespace!r} may have {ceiling} blocks: free or swap a "
-                    "sequence of it, or raise its ceiling"
-                )
-                return count, evictable, advice, over - ceiling
-            after = account.promised(count, revived.get(number, 0))
-            unmet += after[0] - account.unmet
-            guarded += after[1] - account.guarded
-        total = sum(need.values())
-        can_leave = pool.num_evictable - sum(revived.values()) - guarded
-        missing = total - (pool.num_free - (unmet - guarded) + can_leave)
-        if missing > 0:
-            advice = "the floors of other namespaces keep the rest; free a sequence"
-            return total, can_leave, advice, missing
-        return None
+        arguments.label("namespace", namespace)
+        floor = arguments.count("floor", floor)
+        if ceiling is not None:
+            ceiling = arguments.count("ceiling", ceiling, at_least=max(floor, 1))
+        state, quota = self._state, Quota(floor, ceiling)
+        with state.lock, state.change:
+            accounts, blocks = state.accounts, NO_BLOCKS
+            is_new = namespace not in accounts.limits
+            if is_new:
+                blocks = state.owned_by(namespace)
+                held = len(blocks) - state.pool.count_idle(blocks)
+            else:
+                account = accounts.account(namespace)
+                held = account.used - account.evictable
+            self._refuse(namespace, quota, held)
+            state.change.begin()
+            if not accounts.limits:
+                state.recount({namespace: quota})
+            elif is_new:
+                number = accounts.open(namespace, quota, state.pool, blocks)
+                state.evictor.add_queue(namespace, number)
+            else:
+                accounts.change(namespace, quota)
+            state.evict_for(0, {accounts.owner(namespace): 0})
 
-    def forced(self, need: Counts) -> list[tuple[int, int]]:
-        """Return the accounts that must give up cached blocks for their ceilings, and how many."""
-        over = {
-            number: self._accounts[number].used + count - ceiling
-            for number, count in sorted(need.items())
-            if (ceiling := self._accounts[number].quota.ceiling) is not None
-        }
-        return [(number, count) for number, count in over.items() if count > 0]
-
-    def may_leave(self, number: int, need: int = 0) -> int:
-        """Return how many cached blocks of an account may leave when it takes `need`. O(1)."""
-        return self._accounts[number].evictable - self._accounts[number].promised(need)[1]
-
-    def num_may_leave(self, pool: BlockPool) -> int:
-        """Return how many cached blocks may leave when no blocks are taken. O(1)."""
-        return pool.num_evictable - self._guarded
-
-    def is_known_open(self, number: int) -> bool:
-        """True if some of the account's blocks may leave, and not since just now. O(1)."""
-        return not self.limits or (self._accounts[number].is_open and number not in self.opened)
-
-    def shortfall(self, pool: BlockPool, fewer: int = 0) -> int:
-        """Return how many promised blocks the pool would lack with `fewer` blocks less. O(1).
-
-        Never above 0 between calls: calls that would raise it above 0 are refused.
-        """
-        if not self.limits:
-            return 0
-        return self._unmet - (pool.num_free + pool.num_evictable - fewer)
-
-    def promised(self, namespace: str | None, floor: int, held: int) -> int:
-        """Return the blocks that all floors still promise, were this one's `floor`. O(1).
-
-        `held`: blocks that the namespace's sequences hold.
-        """
-        before = self.account(namespace).unmet if namespace in self.limits else 0
-        return self._unmet - before + max(floor - held, 0)
-
-    def count(self, blocks: Blocks) -> Counts:
-        """Return how many of `blocks` each account has. O(blocks)."""
-        return by_owner(self._owner[blocks])
-
-    def check(self, pool: BlockPool, owned: Owned) -> None:
-        """Raise `BrokenInvariant` unless the counts are those of a recount. O(blocks)."""
-        if not self.limits:
-            return
-        fresh = Quotas(pool.num_blocks)
-        fresh.recount(self.limits.copy(), pool, owned)
-        names = [None, *self.limits]
-        mine = [self._accounts[number] for number in (0, *map(self.owner, self.limits))]
-        for name, account, counted in zip(names, mine, fresh._accounts.values(), strict=True):
-            if account != counted:
-                raise BrokenInvariant(f"quotas: {name!r} counts {account}, but has {counted}")
-        if (self._unmet, self._guarded) != (fresh._unmet, fresh._guarded):
-            raise BrokenInvariant(
-                f"quotas: {self._unmet} unmet and {self._guarded} guarded blocks in all, "
-                f"but {fresh._unmet} and {fresh._guarded} are"
+    def _refuse(self, namespace: str | None, quota: Quota, held: int) -> None:
+        pool = self._state.pool
+        if quota.ceiling is not None and held > quota.ceiling:
+            raise ValueError(
+                f"ceiling {quota.ceiling}: namespace {namespace!r} holds {held} blocks; "
+                "free some first"
             )
-        if self.shortfall(pool) > 0:
-            raise BrokenInvariant(f"quotas: {self.shortfall(pool)} promised blocks cannot be had")
-        for account in mine:
-            ceiling = account.quota.ceiling
-            if ceiling is not None and account.used > ceiling:
-                raise BrokenInvariant(
-                    f"quotas: namespace {account.namespace!r} has more than its ceiling"
-                )
+        promised = self._state.accounts.promised(namespace, quota.floor, held)
+        if promised > pool.num_free + pool.num_evictable:
+            raise ValueError(
+                f"floor {quota.floor}: with what the other floors promise, {promised} blocks, and "
+                f"{pool.num_free + pool.num_evictable} can be had"
+            )
 
+    def get(self, namespace: str | None) -> Quota:
+        """Return the quota of a namespace. O(1). Raises: `ValueError` where it has none."""
+        arguments.label("namespace", namespace)
+        with self._state.lock:
+            return self._known(namespace)
 
-def by_owner(owners: Int32 | Int64) -> Counts:
-    """Return how often each number is in `owners`. O(owners)."""
-    if not len(owners):
-        return {}
-    first = int(owners[0])
-    if len(owners) == 1 or not np.count_nonzero(owners != first):  # the usual case
-        return {first: len(owners)}
-    numbers, counts = np.unique(owners, return_counts=True)
-    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    def _known(self, namespace: str | None) -> Quota:
+        limits = self._state.accounts.limits
+        if namespace not in limits:
+            raise ValueError(f"namespace {namespace!r} has no quota; give it one by quotas.set")
+        return limits[namespace]
+
+    def ceiling(self, namespace: str | None) -> int | None:
+        """Return the most blocks a namespace may have; None where no quota sets a bound. O(1)."""
+        arguments.label("namespace", namespace)
+        with self._state.lock:
+            quota = self._state.accounts.limits.get(namespace)
+            return None if quota is None else quota.ceiling
+
+    def drop(self, namespace: str | None) -> None:
+        """Let a namespace share what is left with the others. O(blocks). Raises: as `get`."""
+        arguments.label("namespace", namespace)
+        state = self._state
+        with state.lock, state.change:
+            self._known(namespace)
+            state.change.begin()
+            if len(state.accounts.limits) == 1:
+                state.recount({})
+                return
+            state.evictor.drop_queue(namespace)
+            state.accounts.close(namespace)
+
+    def used(self, namespace: str | None) -> int:
+        """Return the device blocks held by and cached for a namespace. O(1). Raises: as `get`."""
+        arguments.label("namespace", namespace)
+        with self._state.lock:
+            self._known(namespace)
+            return self._state.accounts.account(namespace).used

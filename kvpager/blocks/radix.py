@@ -1,7 +1,8 @@
-"""The nodes of the prefix trees: runs of blocks, and what tells one run from another."""
+"""The prefix trees: nodes that are runs of blocks, and what tells one run from another."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +10,13 @@ from numpy.typing import NDArray
 
 from kvpager.blocks.contents import Tag
 from kvpager.blocks.eviction import Queue
+from kvpager.blocks.fingerprints import moved
+from kvpager.blocks.pool import BlockPool, Blocks
+from kvpager.errors import BrokenInvariant
 
 Int32 = NDArray[np.int32]
 TreeKey = tuple[str | None, str | None]  # namespace, adapter
+_NO_BLOCKS: Int32 = np.empty(0, np.int32)
 
 
 class Node:
@@ -78,3 +83,154 @@ class Match(NamedTuple):
 def key_of(tokens: Int32, tag: Tag) -> object:
     """What a child is found by: all tokens of its first block, and what they show."""
     return tokens.tobytes() if tag is None else (tokens.tobytes(), tag)
+
+
+class Forest:
+    """The prefix trees: their nodes by number, by block, and by namespace.
+
+    Writes `nodes` and `node_of`. Reads the pool: the token ids of a run are those of its blocks.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self.roots: dict[TreeKey, Node] = {}
+        self.nodes: list[Node | None] = []  # by number
+        self.node_of: Int32 = np.full(pool.num_blocks, -1, np.int32)
+        self._roots_of: dict[str | None, dict[TreeKey, Node]] = {}
+        self._free_numbers: list[int] = []
+
+    # ---------------------------------------------------------------- nodes come and go
+
+    def new_root(self, tree: TreeKey, queue: Queue[Node]) -> Node:
+        """Begin a tree. O(1)."""
+        root = self.new_node(None, 0, _NO_BLOCKS)
+        root.tree, root.queue = tree, queue
+        self.roots[tree] = self._roots_of.setdefault(tree[0], {})[tree] = root
+        return root
+
+    def new_node(self, parent: Node | None, start: int, blocks: Int32) -> Node:
+        """Make a node, which its parent does not know yet. O(1)."""
+        number = self._free_numbers.pop() if self._free_numbers else len(self.nodes)
+        node = Node(number, parent, start, blocks)
+        if number == len(self.nodes):
+            self.nodes.append(node)
+        else:
+            self.nodes[number] = node
+        if len(blocks):
+            node.token = self.pool.ids.item(node.first, 0)
+        return node
+
+    def name(self, node: Node, blocks: Blocks) -> None:
+        """Note that these blocks stand in `node`. O(blocks)."""
+        self.node_of[blocks.astype(np.intp)] = node.number
+
+    def bury(self, node: Node) -> None:
+        """Forget a node that is in no tree any more. O(1)."""
+        node.end = node.start
+        node.queue.forget(node)
+        self.nodes[node.number] = None
+        self._free_numbers.append(node.number)
+
+    def drop_root(self, root: Node) -> None:
+        """Forget an empty tree. O(1)."""
+        del self.roots[root.tree]
+        roots = self._roots_of[root.tree[0]]
+        del roots[root.tree]
+        if not roots:
+            del self._roots_of[root.tree[0]]
+        self.bury(root)
+
+    def resize(self, num_blocks: int, places: Int32) -> None:
+        """Follow the pool to its new size, and its blocks to their new places. O(blocks)."""
+        for node in self.nodes:
+            if node is not None:
+                node.relocate(places)
+        self.node_of = moved(self.node_of, num_blocks, places)
+
+    # ---------------------------------------------------------------- reading
+
+    def key(self, block: int, tag: Tag) -> object:
+        """Return what a child that begins with `block` is found by. O(1)."""
+        return key_of(self.pool.ids[block], tag)
+
+    def locate(self, node: Node | None, position: int) -> Node | None:
+        """The node in which the place (node, position > 0) is now; None if it is gone. O(depth)."""
+        while node is not None and position <= node.start:
+            node = node.parent
+        return node if node is not None and position <= node.end else None
+
+    def path(self, node: Node, position: int) -> Int32:
+        """The first `position` blocks on the way to `node`, where that place is. O(depth)."""
+        runs = [node.blocks[: position - node.start]]
+        while (parent := node.parent) is not None:
+            runs.append(parent.blocks)
+            node = parent
+        return np.concatenate(runs[::-1])
+
+    def below(self, node: Node) -> Iterator[Node]:
+        """Return all nodes below this one. O(nodes)."""
+        stack = list(node.children.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            yield node
+
+    def walk(self) -> Iterator[Node]:
+        """All nodes, roots included; parents before children, siblings in order. O(nodes)."""
+        for root in self.roots.values():
+            stack = [root]
+            while stack:
+                yield (node := stack.pop())
+                stack.extend(reversed(node.children.values()))
+
+    def roots_of(self, namespace: str | None) -> list[Node]:
+        """Return the roots of a namespace's trees. O(trees)."""
+        return list(self._roots_of.get(namespace, {}).values())
+
+    def namespaces(self) -> list[str | None]:
+        """Return the namespaces that have a tree. O(namespaces)."""
+        return list(self._roots_of)
+
+    def owned(self) -> Iterator[tuple[str | None, Int32]]:
+        """Return the blocks offered to each namespace, run by run. O(nodes)."""
+        for namespace in self._roots_of:
+            for blocks in self.owned_by(namespace):
+                yield namespace, blocks
+
+    def owned_by(self, namespace: str | None) -> Iterator[Int32]:
+        """Return the blocks offered to one namespace, run by run. O(its nodes)."""
+        for root in self.roots_of(namespace):
+            for node in self.below(root):
+                yield node.blocks
+
+    def check(self) -> None:
+        """Raise `BrokenInvariant` unless trees and look-up tell the same story. O(blocks)."""
+        owner = np.full(self.pool.num_blocks, -1, np.int32)
+        count = 0
+        for tree, root in self.roots.items():
+            if root.tree != tree or root.parent is not None or root.end or not root.children:
+                raise BrokenInvariant(f"prefix index: the root of {tree!r} is out of place")
+            if self._roots_of.get(tree[0], {}).get(tree) is not root:
+                raise BrokenInvariant(f"prefix index: the tree {tree!r} is not its namespace's")
+            for node in [root, *self.below(root)]:
+                count += 1
+                self._check_node(node)
+                if np.any(owner[node.blocks] >= 0):
+                    raise BrokenInvariant("prefix index: a block stands twice in the trees")
+                owner[node.blocks] = node.number
+        if count != sum(node is not None for node in self.nodes):
+            raise BrokenInvariant("prefix index: a node is in no tree")
+        if np.any((owner >= 0) != self.pool.cached):
+            raise BrokenInvariant("prefix index: its blocks are not those the pool marks as cached")
+        wrong = np.flatnonzero((owner != self.node_of) & (owner >= 0))
+        if len(wrong):
+            raise BrokenInvariant(f"prefix index: block {wrong[0]} is looked up in a wrong node")
+
+    def _check_node(self, node: Node) -> None:
+        if self.nodes[node.number] is not node or (node.parent and node.end <= node.start):
+            raise BrokenInvariant(f"prefix index: node {node.number} is out of place or empty")
+        for key, child in node.children.items():
+            expected = self.key(child.first, child.tag)
+            in_place = child.parent is node and child.start == node.end and child.tree == node.tree
+            if not in_place or key != expected:
+                raise BrokenInvariant(f"prefix index: node {child.number} is out of place")

@@ -13,7 +13,7 @@ is then a handful of vector operations, whatever its size. The order of a row's 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +24,17 @@ from kvpager.blocks.ragged import Ragged, ranks
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plans import NO_COPIES
 
-if TYPE_CHECKING:
-    from kvpager.blocks.queries import Views
-
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 NO_BLOCK = -1
+
+
+class Owner(Protocol):
+    """An object that a handle belongs to: it knows how long the sequence is."""
+
+    def length(self, sequence: Sequence, /) -> int:
+        """Return the tokens in the sequence. O(1). Raises `StaleSequence`."""
 
 
 class Sequence:
@@ -41,18 +45,18 @@ class Sequence:
     because the prompt matched part of a block; usually empty. `ticket`: as in `Plan`.
     """
 
-    __slots__ = ("_generation", "_manager", "_row", "copies", "num_cached_tokens", "ticket")
+    __slots__ = ("_generation", "_owner", "_row", "copies", "num_cached_tokens", "ticket")
 
     def __init__(
         self,
-        manager: Views,
+        owner: Owner,
         row: int,
         generation: int,
         num_cached_tokens: int = 0,
         copies: Int32 = NO_COPIES,
         ticket: int = 0,
     ) -> None:
-        self._manager = manager
+        self._owner = owner
         self._row = row
         self._generation = generation
         self.num_cached_tokens = num_cached_tokens
@@ -61,7 +65,7 @@ class Sequence:
 
     def __len__(self) -> int:
         """Tokens in the sequence. O(1). Raises `StaleSequence` after `free`."""
-        return self._manager.length(self)
+        return self._owner.length(self)
 
     def __bool__(self) -> bool:
         """A handle is true, however short its sequence."""
@@ -76,7 +80,7 @@ class Sequence:
 
     @property
     def _identity(self) -> tuple[int, int, int]:
-        return id(self._manager), self._row, self._generation
+        return id(self._owner), self._row, self._generation
 
     def __repr__(self) -> str:
         try:
@@ -94,10 +98,10 @@ class Sequence:
 class Batch:
     """Sequences that step together. Made once by `BlockManager.batch`, good for many steps."""
 
-    __slots__ = ("epoch", "generations", "manager", "rows")
+    __slots__ = ("epoch", "generations", "owner", "rows")
 
-    def __init__(self, manager: Views, rows: Int64, generations: Int64, epoch: int) -> None:
-        self.manager = manager
+    def __init__(self, owner: Owner, rows: Int64, generations: Int64, epoch: int) -> None:
+        self.owner = owner
         self.rows = rows
         self.generations = generations
         self.epoch = epoch  # the table's when it was last found live and on the device
@@ -235,6 +239,17 @@ class SequenceTable:
         self.free_rows.append(row)
         self.epoch += 1
 
+    def replace(self, rows: Int64, old: Int32, new: Int32) -> None:
+        """Write table entry `new` wherever `rows` have `old`. O(blocks of `rows`)."""
+        if not len(old) or not len(rows):
+            return
+        order = np.argsort(old)
+        keys, values = old[order], new[order]
+        places, _ = self.places(rows)
+        entries = self.tables.data[places]
+        at = np.minimum(np.searchsorted(keys, entries), len(keys) - 1)
+        self.tables.data[places] = np.where(keys[at] == entries, values[at], entries)
+
     def _is_special(self, row: int) -> bool:
         return bool(self.windows[row] or self.drafts[row])
 
@@ -340,7 +355,10 @@ class SequenceTable:
             raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
 
 
-def listed(target: Sequence | Batch | Iterable[Sequence]) -> Sequence | Batch | list[Sequence]:
+Target = Sequence | Batch | Iterable[Sequence]
+
+
+def listed(target: Target) -> Sequence | Batch | list[Sequence]:
     """The sequences named, once: whatever an iterable does, it does before anything is decided."""
     if isinstance(target, (Sequence, Batch)):
         return target

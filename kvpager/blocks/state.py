@@ -1,6 +1,9 @@
-"""What a block manager knows, and how it takes and gives blocks.
+"""The arrays of a block manager, its lock, and the only functions that take or release blocks.
 
-Every verb goes through these few functions. A handle becomes a row in O(1), and a stale one is
+    manager ──▶ allocation · extension · truncation · publication · swap · resize
+                quotas · pins · copies · events · queries ──▶ BlockState
+
+Every verb goes through these functions. A handle becomes a row in O(1), and a stale one is
 refused. Blocks are taken in one place, after everything that can fail was done, and given back
 in one place.
 """
@@ -16,47 +19,52 @@ from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager._atomic import Change, new_lock
-from kvpager.blocks.events import EventLog, Kind
+from kvpager.blocks.accounts import Accounts, Counts, Quota, by_owner
+from kvpager.blocks.event_log import EventLog, Kind
 from kvpager.blocks.eviction import EvictionPolicy
-from kvpager.blocks.pins import Fences
+from kvpager.blocks.evictor import Evictor
+from kvpager.blocks.fences import Fences
 from kvpager.blocks.policies import POLICIES, make_policy
 from kvpager.blocks.policies.failsafe import FailSafe
 from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.prefix import PrefixIndex
-from kvpager.blocks.quotas import Counts, Quota, Quotas, by_owner
+from kvpager.blocks.radix import Forest
 from kvpager.blocks.sequences import Batch, Prompt, Sequence, SequenceTable
 from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.plans import Tier
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
-Target = Sequence | Batch | Iterable[Sequence]
 NO_BLOCKS: Int32 = np.empty(0, np.int32)
 TOTALS = ("copied", "evicted", "out", "in", "queries", "hits", "queried", "hit")
 
 
-class Books:
-    """The state of a `BlockManager`, which documents the arguments."""
+class BlockState:
+    """The state of a `BlockManager`, which documents the arguments.
+
+    Writes the arrays of both pools, through the methods of `BlockPool`, which nothing but this
+    class and its parts calls: prefix index, evictor, fences. Writes the accounts and the event log.
+    The columns of `rows` are written by the verbs, each of which says which ones.
+    """
 
     def __init__(
         self,
         num_blocks: int,
-        block_size: int = 16,
-        num_host_blocks: int = 0,
-        *,
-        eviction: str | EvictionPolicy = "lru",
-        null_block: bool = False,
-        fences: bool = False,
-        num_events: int = 0,
+        block_size: int,
+        num_host_blocks: int,
+        eviction: str | EvictionPolicy,
+        null_block: bool,
+        fences: bool,
+        num_events: int,
     ) -> None:
         arguments.flag("null_block", null_block)
         arguments.flag("fences", fences)
         num_blocks = arguments.count("num_blocks", num_blocks, at_least=1 + null_block)
         num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
         self.block_size = arguments.block_size(block_size)
-        self._shift = self.block_size.bit_length() - 1
-        self._pool = BlockPool(num_blocks, self.block_size, int(null_block))
-        self._host = BlockPool(num_host_blocks, self.block_size)
+        self.shift = self.block_size.bit_length() - 1
+        self.pool = BlockPool(num_blocks, self.block_size, int(null_block))
+        self.host = BlockPool(num_host_blocks, self.block_size)
         policy = make_policy(eviction, num_blocks) if isinstance(eviction, str) else eviction
         if getattr(policy, "num_blocks", num_blocks) != num_blocks:
             raise ValueError(f"eviction: this policy was not made for {num_blocks} blocks")
@@ -65,22 +73,39 @@ class Books:
         if type(policy) not in POLICIES.values():
             policy = FailSafe(policy, num_blocks)
         events = arguments.count("num_events", num_events)
-        self._events = EventLog(events) if events else None
-        self._index = PrefixIndex(self._pool, policy, self._events)
-        self._rows = SequenceTable(self.block_size)
-        self._fences = Fences(self._pool, self._host, is_on=fences)
-        self._quotas = Quotas(num_blocks)
+        self.log = EventLog(events) if events else None
+        self.forest = Forest(self.pool)
+        self.evictor = Evictor(self.forest, policy, self.log)
+        self.index = PrefixIndex(self.forest, self.evictor, self.log)
+        self.rows = SequenceTable(self.block_size)
+        self.fences = Fences(self.pool, self.host, is_on=fences)
+        self.accounts = Accounts(num_blocks)
         self._lock: AbstractContextManager[Any] = new_lock()
-        self._change = Change(self)
-        self._totals = dict.fromkeys(TOTALS, 0)
+        self.change = Change(self, "BlockManager")
+        self.totals = dict.fromkeys(TOTALS, 0)
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held around each call. Refuses every call after a change was cut short. O(1)."""
+        return self._lock
 
     # ---------------------------------------------------------------- handles
 
-    def _resolve(self, target: Sequence | Batch | list[Sequence]) -> Int64:
-        """The rows behind one handle, several, or a batch; refuses every stale one."""
-        table = self._rows
+    def length(self, sequence: Sequence, /) -> int:
+        """Return the tokens in the sequence. O(1). Raises `StaleSequence`."""
+        with self._lock:
+            return int(self.rows.lengths[self.row(sequence)])
+
+    def handle(self, row: int) -> Sequence:
+        """Return a handle for a live row. O(1)."""
+        rows = self.rows
+        return Sequence(self, row, int(rows.generations[row]), int(rows.committed[row]))
+
+    def resolve(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+        """Return the rows behind one handle, several, or a batch. O(n). Refuses every stale one."""
+        table = self.rows
         if isinstance(target, Batch):
-            if target.manager is not self:
+            if target.owner is not self:
                 raise StaleSequence("the batch belongs to another manager")
             if target.epoch != table.epoch:
                 stale = table.generations[target.rows] != target.generations
@@ -91,38 +116,38 @@ class Books:
                     )
             return target.rows
         if isinstance(target, Sequence):
-            return np.array([self._row(target)], np.int64)
-        rows = np.array([self._row(handle) for handle in target], np.int64)
+            return np.array([self.row(target)], np.int64)
+        rows = np.array([self.row(handle) for handle in target], np.int64)
         if len(rows) > 1 and len(np.unique(rows)) != len(rows):
             raise ValueError("a sequence stands twice in the batch; name each once")
         return rows
 
-    def _row(self, handle: Sequence) -> int:
-        """The row behind one handle; refuses a stale one."""
+    def row(self, handle: Sequence) -> int:
+        """Return the row behind one handle. O(1). Refuses a stale one."""
         # No message here takes another manager's lock, as a handle's own repr would.
         if not isinstance(handle, Sequence):
             raise TypeError(f"expected a Sequence, got {type(handle).__name__}")
-        if handle._manager is not self:
+        if handle._owner is not self:
             raise StaleSequence(f"{handle.name} belongs to another manager")
-        if self._rows.generations[handle._row] != handle._generation:
+        if self.rows.generations[handle._row] != handle._generation:
             raise StaleSequence(f"{handle.name} was freed")
         return handle._row
 
-    def _resident_row(self, handle: Sequence) -> int:
-        """Like `_row`, and refuses a sequence that is swapped out."""
-        row = self._row(handle)
-        if self._rows.swapped[row]:
+    def resident_row(self, handle: Sequence) -> int:
+        """Like `row`, and refuse a sequence that is swapped out. O(1)."""
+        row = self.row(handle)
+        if self.rows.swapped[row]:
             raise SequenceSwapped(f'sequence {row} is on the host; swap(sequence, "device") first')
         return row
 
-    def _resident(self, target: Sequence | Batch | list[Sequence]) -> Int64:
-        """Like `_resolve`, and refuses sequences that are swapped out."""
-        table = self._rows
-        if isinstance(target, Batch) and target.epoch == table.epoch and target.manager is self:
+    def resident(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+        """Like `resolve`, and refuse sequences that are swapped out. O(n)."""
+        table = self.rows
+        if isinstance(target, Batch) and target.epoch == table.epoch and target.owner is self:
             return target.rows
         if isinstance(target, Sequence):
-            return np.array([self._resident_row(target)], np.int64)
-        rows = self._resolve(target)
+            return np.array([self.resident_row(target)], np.int64)
+        rows = self.resolve(target)
         away = table.swapped[rows]
         if away.any():
             row = int(rows[away][0])
@@ -131,8 +156,9 @@ class Books:
             target.epoch = table.epoch
         return rows
 
-    def _refuse_drafts(self, rows: Int64) -> None:
-        drafting = rows[self._rows.drafts[rows] > 0]
+    def refuse_drafts(self, rows: Int64) -> None:
+        """Raise `ValueError` if one of these rows has drafts. O(rows)."""
+        drafting = rows[self.rows.drafts[rows] > 0]
         if len(drafting):
             raise ValueError(
                 f"sequence {drafting[0]} has drafts; accept(sequence, counts) first (0: none)"
@@ -140,83 +166,83 @@ class Books:
 
     # ---------------------------------------------------------------- take and give back
 
-    def _take(self, count: int, owners: Int64 | None, keep: Int32 = NO_BLOCKS) -> Int32:
+    def take(self, count: int, owners: Int64 | None, keep: Int32 = NO_BLOCKS) -> Int32:
         """Take `count` device blocks, evicting cached ones other than `keep` where needed.
 
         Raises `OutOfBlocks` if there are fewer; then nothing has changed. Otherwise the change has
-        begun.
+        begun. O(count), and of the blocks evicted.
         """
-        pool = self._pool
+        pool = self.pool
         if owners is None and count <= pool.num_free:
-            return self._taken(pool, count)
+            return self.take_free(pool, count)
         revived = keep[(pool.refs[keep] == 0) & (pool.holds[keep] == 0)] if len(keep) else keep
         need = self._require(count, owners, revived)
         blocks = pool.take(count, lambda: self._make_room(count, need, revived))
         if owners is not None:
-            self._quotas.charge(blocks, owners)
+            self.accounts.charge(blocks, owners)
         return blocks
 
-    def _taken(self, pool: BlockPool, count: int) -> Int32:
-        """Begin the change by taking `count` blocks that are free."""
-        self._change.begin()
+    def take_free(self, pool: BlockPool, count: int) -> Int32:
+        """Begin the change by taking `count` blocks that are free. O(count)."""
+        self.change.begin()
         try:
             if count != 1:
                 return pool.take(count)
             blocks = np.empty(1, np.int32)
             blocks[0] = pool.take_one()
         except MemoryError:  # which comes before any block is taken
-            self._change.end()
+            self.change.end()
             raise
         return blocks
 
     def _make_room(self, count: int, need: Counts | None, revived: Int32) -> None:
         """Begin the change by evicting what `count` blocks lack, but none of `revived`."""
-        self._change.begin()
+        self.change.begin()
         if len(revived):
-            self._pool.hold(revived)
-        self._evict_for(count, need)
+            self.pool.hold(revived)
+        self.evict_for(count, need)
         if len(revived):
-            self._index.offer(self._pool.unhold(revived))
+            self.evictor.offer(self.pool.unhold(revived))
 
-    def _reserve(self, num_columns: int, num_rows: int = 1) -> None:
+    def reserve(self, num_columns: int, num_rows: int = 1) -> None:
         """Make room in the block tables, a change of its own. O(1) but when they grow."""
-        self._change.begin()
+        self.change.begin()
         try:
-            self._rows.reserve(num_columns, num_rows)
+            self.rows.reserve(num_columns, num_rows)
         except MemoryError:  # which comes before anything is replaced
-            self._change.end()
+            self.change.end()
             raise
-        self._change.end()
+        self.change.end()
 
-    def _reserve_more(self, rows: Int64, num_columns: Int64) -> None:
-        """Make room for longer tables of these rows, a change of its own."""
-        if not np.count_nonzero(self._rows.tables.spans[rows] < num_columns):
+    def reserve_more(self, rows: Int64, num_columns: Int64) -> None:
+        """Make room for longer tables of these rows, a change of its own. O(rows)."""
+        if not np.count_nonzero(self.rows.tables.spans[rows] < num_columns):
             return
-        self._change.begin()
+        self.change.begin()
         try:
-            self._rows.tables.reserve(rows, num_columns)
+            self.rows.tables.reserve(rows, num_columns)
         except MemoryError:  # which comes before anything is replaced
-            self._change.end()
+            self.change.end()
             raise
-        self._change.end()
+        self.change.end()
 
-    def _refuse_beyond_pool(self, count: int) -> None:
-        """Refuse what can never be had, before room is made to note it."""
-        pool = self._pool
+    def refuse_beyond_pool(self, count: int) -> None:
+        """Refuse what can never be had, before room is made to note it. O(1)."""
+        pool = self.pool
         if count > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(count, pool.num_free, pool.num_evictable, pool.num_blocks)
 
     def _require(self, count: int, owners: Int64 | None, revived: Int32) -> Counts | None:
         """Refuse what cannot be had; otherwise return how many blocks each account takes."""
-        pool = self._pool
+        pool = self.pool
         if owners is None:
             evictable = pool.num_evictable - len(revived)
             if count > pool.num_free + evictable:
                 raise OutOfBlocks(count, pool.num_free, evictable, pool.num_blocks)
             return None
-        quotas = self._quotas
+        accounts = self.accounts
         need = by_owner(owners)
-        refusal = quotas.refusal(need, quotas.count(revived), pool)
+        refusal = accounts.refusal(need, accounts.count(revived), pool)
         if refusal is not None:
             count, evictable, advice, missing = refusal
             raise OutOfBlocks(
@@ -224,86 +250,142 @@ class Books:
             )
         return need
 
-    def _evict_for(self, count: int, need: Counts | None) -> None:
-        """Free what `count` blocks lack, of each namespace no more than its floor leaves."""
-        for number, forced in self._quotas.forced(need or {}):
-            self._totals["evicted"] += self._index.evict_from(number, forced)
-        self._evict(count - self._pool.num_free, need)
+    def evict_for(self, count: int, need: Counts | None) -> None:
+        """Free what `count` blocks lack, of each namespace no more than its floor leaves.
 
-    def _evict(self, count: int, need: Counts | None) -> None:
-        """Evict `count` blocks; with `need`, only what floors leave after that was taken."""
+        O(blocks evicted).
+        """
+        for number, forced in self.accounts.forced(need or {}):
+            self.totals["evicted"] += self.evictor.evict_from(number, forced)
+        self.evict(count - self.pool.num_free, need)
+
+    def evict(self, count: int, need: Counts | None) -> None:
+        """Evict `count` blocks; with `need`, only what floors leave after that was taken.
+
+        O(blocks evicted).
+        """
         if count <= 0:
             return
-        quotas = self._quotas
+        accounts = self.accounts
         if need is None:
-            self._totals["evicted"] += self._index.evict(count)
+            self.totals["evicted"] += self.evictor.evict(count)
             return
 
         def allowance(number: int) -> int:
-            return quotas.may_leave(number, need.get(number, 0))
+            return accounts.may_leave(number, need.get(number, 0))
 
-        self._index.relist(quotas.opened | need.keys())
-        quotas.opened.clear()
-        self._totals["evicted"] += self._index.evict(count, allowance)
+        self.evictor.relist(accounts.opened | need.keys())
+        accounts.opened.clear()
+        self.totals["evicted"] += self.evictor.evict(count, allowance)
 
-    def _release(self, blocks: Int32, times: int | Int32 = 1) -> None:
+    def release(self, blocks: Int32, times: int | Int32 = 1) -> None:
+        """Drop `times` references to each of the distinct device blocks. O(blocks)."""
         if len(blocks) == 1 and isinstance(times, int):
-            if self._pool.release_one(int(blocks[0])):
-                self._index.retire(blocks)
+            if self.pool.release_one(int(blocks[0])):
+                self.evictor.retire(blocks)
             return
-        evictable = self._pool.release(blocks, times)
+        evictable = self.pool.release(blocks, times)
         if len(evictable):
-            self._index.retire(evictable)
+            self.evictor.retire(evictable)
 
-    def _moved(
+    def release_host(self, blocks: Int32, times: int | Int32 = 1) -> None:
+        """Drop `times` references to each of the distinct host blocks. O(blocks)."""
+        self.host.release(blocks, times)
+
+    def share(self, blocks: Int32, times: int = 1) -> None:
+        """Add `times` references to each of the distinct device blocks. O(blocks)."""
+        self.pool.share(blocks, times)
+
+    def hand_over(
+        self, source: BlockPool, target: BlockPool, copies: Int32, holders: Int32
+    ) -> None:
+        """Move token ids and holders along with blocks that change their tier. O(blocks)."""
+        target.receive(copies[:, 1], source.ids[copies[:, 0]], holders)
+
+    def resize(self, num_blocks: int, copies: Int32) -> None:
+        """Give the device pool another size; `copies` name the blocks that move. O(blocks)."""
+        places = np.arange(self.pool.num_blocks, dtype=np.int32)
+        places[copies[:, 0]] = copies[:, 1]
+        self.rows.replace(np.array(self.rows.live_rows(), np.int64), *copies.T)
+        self.pool.resize(num_blocks, copies)
+        self.index.resize(num_blocks, places)
+        self.recount(self.accounts.limits)
+
+    # ---------------------------------------------------------------- token ids
+
+    def learn(self, rows: Int64, starts: Int64, ends: Int64, ids: Int32, slots: Int64) -> None:
+        """Note the ids of new tokens, where all before them are known. O(tokens)."""
+        table = self.rows
+        whole = table.known[rows] == starts
+        if whole.all():
+            self.pool.write_slots(slots, ids)
+            table.known[rows] = ends
+        else:
+            named = np.repeat(whole, ends - starts)
+            self.pool.write_slots(slots[named], ids[named])
+            table.known[rows[whole]] = ends[whole]
+
+    def write_ids(self, blocks: Int32, ids: Int32) -> None:
+        """Note whose tokens stand in `blocks`, one after the other. O(ids)."""
+        self.pool.write_ids(blocks, ids)
+
+    def copy_ids(self, copies: Int32) -> None:
+        """Note that the destinations of device copies hold their sources' tokens. O(blocks)."""
+        self.pool.copy_ids(copies[:, 0], copies[:, 1])
+
+    # ---------------------------------------------------------------- copies
+
+    def moved(
         self, copies: Int32, ticket: int, source: Tier, destination: Tier, kind: Kind = "copied"
     ) -> None:
-        self._fences.begin(ticket, copies, source, destination)
-        if self._events is not None and len(copies):
-            self._events.add(kind, copies=copies.copy(), tiers=(source, destination))
+        """Fence the blocks of these copies, and log them. O(copies)."""
+        self.fences.begin(ticket, copies, source, destination)
+        if self.log is not None and len(copies):
+            self.log.add(kind, copies=copies.copy(), tiers=(source, destination))
 
-    def _copied(self, copies: Int32, ticket: int) -> None:
-        self._totals["copied"] += len(copies)
-        self._moved(copies, ticket, "device", "device")
+    def copied(self, copies: Int32, ticket: int) -> None:
+        """Fence, log and count copies on the device. O(copies)."""
+        self.totals["copied"] += len(copies)
+        self.moved(copies, ticket, "device", "device")
 
     # ---------------------------------------------------------------- whose blocks they are
 
-    def _recount(
-        self,
-        limits: dict[str | None, Quota],
-        parked: list[tuple[str | None, Int32]] | None = None,
-    ) -> None:
-        self._pool.watch(self._quotas if limits else None)
-        self._quotas.recount(limits, self._pool, self._owned(parked))
-        self._index.set_queues(self._quotas.numbers)
+    def recount(self, limits: dict[str | None, Quota]) -> None:
+        """Count all blocks anew, under these quotas. O(blocks)."""
+        self.pool.watch(self.accounts if limits else None)
+        self.accounts.recount(limits, self.pool, self.owned())
+        self.evictor.set_queues(self.accounts.numbers)
 
-    def _owned(
-        self, parked: list[tuple[str | None, Int32]] | None = None
-    ) -> list[tuple[str | None, Int32]]:
-        """Whose all blocks in use are: held, offered, or parked until a copy is made. O(blocks)."""
-        rows = self._rows
+    def owned(self) -> list[tuple[str | None, Int32]]:
+        """Return the owners of all blocks: held, offered, or parked until a copy is made.
+
+        O(blocks).
+        """
+        rows = self.rows
         held = [(rows.prompt(row).namespace, rows.device_blocks(row)) for row in rows.live_rows()]
-        if parked is None:
-            parked = self._quotas.parked(self._pool)
-        return [*held, *self._index.owned(), *parked]
+        return [*held, *self.forest.owned(), *self.accounts.parked(self.pool)]
 
-    def _owned_by(self, namespace: str | None) -> Int32:
+    def owned_by(self, namespace: str | None) -> Int32:
         """Return a namespace's blocks: held, or offered. O(sequences + its blocks)."""
-        rows = self._rows
+        rows = self.rows
         mine = [row for row in rows.live_rows() if rows.prompt(row).namespace == namespace]
         held = [rows.device_blocks(row) for row in mine]
-        return np.unique(np.concatenate([NO_BLOCKS, *held, *self._index.owned_by(namespace)]))
+        return np.unique(np.concatenate([NO_BLOCKS, *held, *self.forest.owned_by(namespace)]))
 
-    def _owners(self, who: Iterable[Prompt], counts: Iterable[int]) -> Int64 | None:
-        """Under whose number each block to take is counted; None where nobody has a quota."""
-        if not self._quotas.limits:
+    def owners(self, who: Iterable[Prompt], counts: Iterable[int]) -> Int64 | None:
+        """Return the account that each block to take is counted in. O(blocks).
+
+        None if no namespace has a quota.
+        """
+        if not self.accounts.limits:
             return None
-        owners = [self._quotas.owner(prompt.namespace) for prompt in who]
+        owners = [self.accounts.owner(prompt.namespace) for prompt in who]
         return np.repeat(np.array(owners, np.int64), np.array(list(counts), np.int64))
 
-    def _owners_of_rows(self, rows: Int64, leaving: Int64, num_fresh: Int64) -> Int64 | None:
-        if not self._quotas.limits:
+    def owners_of_rows(self, rows: Int64, leaving: Int64, num_fresh: Int64) -> Int64 | None:
+        """As `owners`, of the blocks that an append takes. O(rows)."""
+        if not self.accounts.limits:
             return None
         growing = num_fresh.nonzero()[0]
-        who = [self._rows.prompt(row) for row in rows[[*leaving, *growing]].tolist()]
-        return self._owners(who, [*[1] * len(leaving), *num_fresh[growing].tolist()])
+        who = [self.rows.prompt(row) for row in rows[[*leaving, *growing]].tolist()]
+        return self.owners(who, [*[1] * len(leaving), *num_fresh[growing].tolist()])

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from kvpager import _validate as arguments
 
-if TYPE_CHECKING:
-    from kvpager.blocks.manager import BlockManager
 
-
-class BlockState(IntEnum):
+class BlockStatus(IntEnum):
     """Who keeps a device block."""
 
     FREE = 0
@@ -55,6 +52,13 @@ class Stats:
     prefix_hit_tokens: int
 
 
+class HasStats(Protocol):
+    """A manager, as far as `Metrics` needs one."""
+
+    def stats(self) -> Stats:
+        """Return counts of now and totals. O(blocks + sequences)."""
+
+
 class Metrics:
     """A manager's stats for `prometheus_client`: `REGISTRY.register(Metrics(manager))`.
 
@@ -63,7 +67,7 @@ class Metrics:
     """
 
     def __init__(
-        self, manager: BlockManager, block_bytes: int | None = None, prefix: str = "kvpager"
+        self, manager: HasStats, block_bytes: int | None = None, prefix: str = "kvpager"
     ) -> None:
         if block_bytes is not None:
             block_bytes = arguments.count("block_bytes", block_bytes, at_least=1)

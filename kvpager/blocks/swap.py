@@ -1,4 +1,4 @@
-"""Blocks that change their place: between device and host, and to the front of a pool that shrinks.
+"""Blocks that move between device and host.
 
 A block is in exactly one tier, with all its holders. It leaves the device when every table that
 holds it belongs to a swapped sequence, and comes back when the first of them does; so forks that
@@ -12,12 +12,78 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.blocks.accounts import Accounts
 from kvpager.blocks.pool import BlockPool
-from kvpager.blocks.quotas import Quotas
 from kvpager.blocks.sequences import NO_BLOCK, SequenceTable
+from kvpager.blocks.state import BlockState
+from kvpager.errors import OutOfBlocks, SequenceSwapped
+from kvpager.plans import Plan
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+
+
+class Swap:
+    """Moves sequences between the tiers. The caller holds the lock.
+
+    Writes the block tables, `swapped` and `twins` of sequences.
+    """
+
+    def __init__(self, state: BlockState) -> None:
+        self._state = state
+
+    def out(self, rows: list[int], at_most: int | None) -> Plan:
+        """Move what only `rows` and swapped sequences hold to the host. O(their blocks).
+
+        Raises: `OutOfBlocks` of the host, `SequenceSwapped` for a row that is all there already.
+        """
+        state, table, host = self._state, self._state.rows, self._state.host
+        for row in rows:
+            if len(table.host_blocks(row)) and not len(table.device_blocks(row)):
+                raise SequenceSwapped(f"sequence {row} is on the host already, all of it")
+        leaving = _leaving_device(table, state.pool, rows, at_most)
+        need = len(leaving.blocks)
+        if need > host.num_free:
+            raise OutOfBlocks(
+                need, host.num_free, 0, host.num_blocks, "host", "raise num_host_blocks"
+            )
+        copies = np.empty((need, 2), np.int32)
+        plan = Plan(copies, "device", "host", state.fences.ticket(copies))
+        copies[:, 0], copies[:, 1] = leaving.blocks, state.take_free(host, need)
+        state.hand_over(state.pool, host, copies, leaving.holders)
+        table.swapped[rows] = True
+        everyone = table.swapped.nonzero()[0]
+        table.replace(everyone, leaving.blocks, -2 - copies[:, 1])
+        # What the index offers stays behind as its own copy.
+        table.twins[everyone] |= table.published[everyone] > 0
+        table.epoch += 1
+        state.moved(plan.copies, plan.ticket, "device", "host")
+        state.release(leaving.blocks, leaving.holders)
+        state.totals["out"] += need
+        return plan
+
+    def back(self, rows: list[int], at_most: int | None, spare: int) -> Plan:
+        """Move what `rows` have on the host to the device. O(their blocks).
+
+        Raises: `OutOfBlocks` where fewer than `spare` blocks would be left.
+        """
+        state, table = self._state, self._state.rows
+        rows = [row for row in rows if table.swapped[row]]
+        leaving = _leaving_host(table, state.host, rows, at_most)
+        need = len(leaving.blocks)
+        state.refuse_beyond_pool(need + spare)
+        copies = np.empty((need, 2), np.int32)
+        plan = Plan(copies, "host", "device", state.fences.ticket(copies))
+        owners = _owners(table, rows, leaving, state.accounts) if state.accounts.limits else None
+        copies[:, 0], copies[:, 1] = leaving.blocks, state.take(need, owners)
+        state.hand_over(state.host, state.pool, copies, leaving.holders)
+        table.replace(table.swapped.nonzero()[0], -2 - leaving.blocks, copies[:, 1])
+        for row in rows:
+            table.swapped[row] = bool((table.blocks(row) < -1).any())
+        state.moved(plan.copies, plan.ticket, "host", "device")
+        state.release_host(leaving.blocks, leaving.holders)
+        state.totals["in"] += need
+        return plan
 
 
 class Leaving(NamedTuple):
@@ -27,10 +93,10 @@ class Leaving(NamedTuple):
     holders: Int32
 
 
-def leaving_device(
+def _leaving_device(
     table: SequenceTable, device: BlockPool, rows: list[int], at_most: int | None
 ) -> Leaving:
-    """The device blocks that nobody but `rows` and already swapped sequences holds.
+    """Return the device blocks that only `rows` and already swapped sequences hold.
 
     O(blocks of `rows` and of all swapped sequences). With `at_most`, those furthest from the front.
     """
@@ -51,10 +117,13 @@ def leaving_device(
     return Leaving(blocks[order], holders[order].astype(np.int32))
 
 
-def leaving_host(
+def _leaving_host(
     table: SequenceTable, host: BlockPool, rows: list[int], at_most: int | None
 ) -> Leaving:
-    """The host blocks that `rows` hold, with `at_most` those nearest to the front. O(blocks)."""
+    """Return the host blocks that `rows` hold, with `at_most` the nearest to the front.
+
+    O(blocks).
+    """
     entries, columns = _entries(table, np.array(rows, np.int64))
     away = entries < NO_BLOCK
     blocks, first = np.unique(-2 - entries[away], return_index=True)
@@ -63,29 +132,11 @@ def leaving_host(
     return Leaving(blocks, host.refs[blocks])
 
 
-def replace(table: SequenceTable, rows: Int64, old: Int32, new: Int32) -> None:
-    """Write table entry `new` wherever `rows` have `old`. O(blocks of `rows`)."""
-    if not len(old) or not len(rows):
-        return
-    order = np.argsort(old)
-    keys, values = old[order], new[order]
-    places, _ = table.places(rows)
-    entries = table.tables.data[places]
-    at = np.minimum(np.searchsorted(keys, entries), len(keys) - 1)
-    table.tables.data[places] = np.where(keys[at] == entries, values[at], entries)
-
-
-def hand_over(source: BlockPool, target: BlockPool, leaving: Leaving, arrived: Int32) -> None:
-    """Let `arrived` stand for `leaving`: token ids and holders move along. O(blocks)."""
-    target.ids[arrived] = source.ids[leaving.blocks]
-    target.refs[arrived] = leaving.holders
-
-
-def owners(table: SequenceTable, rows: list[int], leaving: Leaving, quotas: Quotas) -> Int64:
-    """Under whose number each host block counts when it is back on the device. O(blocks)."""
+def _owners(table: SequenceTable, rows: list[int], leaving: Leaving, accounts: Accounts) -> Int64:
+    """Return the account that each host block counts in when it is back. O(blocks)."""
     number_of = {}
     for row in rows:
-        owner = quotas.owner(table.prompt(row).namespace)
+        owner = accounts.owner(table.prompt(row).namespace)
         number_of.update(dict.fromkeys(table.host_blocks(row).tolist(), owner))
     return np.array([number_of[block] for block in leaving.blocks.tolist()], np.int64)
 

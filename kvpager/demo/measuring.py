@@ -120,10 +120,10 @@ def rows_by_keys(cache: Any, prompt_length: int, length: int) -> list[HeldRow]:
 
 
 def block_states(caches: Sequence[Any]) -> list[States]:
-    """The `BlockState` of every block, uint8 [blocks] for each pool of the caches. O(blocks)."""
+    """The `BlockStatus` of every block, uint8 [blocks] for each pool of the caches. O(blocks)."""
     groups = [group for cache in caches for group in getattr(cache, "groups", [])]
     pools = {id(group.pool): group.pool for group in groups if group.pool is not None}
-    return [pool.manager.block_states() for pool in pools.values()]
+    return [pool.manager.queries.block_statuses() for pool in pools.values()]
 
 
 def synchronize(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import kvpager
 from kvpager._sizes import size
-from kvpager.blocks.stats import BlockState
+from kvpager.blocks.stats import BlockStatus
 from kvpager.demo.measuring import States
 from kvpager.demo.results import Result, Results
 from kvpager.demo.settings import Settings
@@ -22,12 +22,12 @@ MAP_CELLS_MAX = 96
 
 # A letter tells the states apart without colour.
 CELLS = {
-    BlockState.SHARED: ("S", "black on green", "shared by several sequences"),
-    BlockState.HELD: ("o", "black on cyan", "held by one"),
-    BlockState.KEPT: ("k", "black on magenta", "kept back: pinned, or a copy is under way"),
-    BlockState.CACHED: ("c", "black on yellow", "cached only, for later prompts"),
-    BlockState.FREE: (".", "dim", "free"),
-    BlockState.RESERVED: ("0", "dim", "the null block"),
+    BlockStatus.SHARED: ("S", "black on green", "shared by several sequences"),
+    BlockStatus.HELD: ("o", "black on cyan", "held by one"),
+    BlockStatus.KEPT: ("k", "black on magenta", "kept back: pinned, or a copy is under way"),
+    BlockStatus.CACHED: ("c", "black on yellow", "cached only, for later prompts"),
+    BlockStatus.FREE: (".", "dim", "free"),
+    BlockStatus.RESERVED: ("0", "dim", "the null block"),
 }
 
 
@@ -151,7 +151,7 @@ def _show_map(console: Console, states: States) -> None:
     cells, blocks_per_cell = summarise(states, width * MAP_LINES_MAX)
     each = "1 block" if blocks_per_cell == 1 else f"{blocks_per_cell} blocks, by the commonest"
     legend = Text(f" a cell is {each}:")
-    for state in BlockState:
+    for state in BlockStatus:
         letter, style, meaning = CELLS[state]
         if (states == state).any():
             legend.append("  ").append(letter, style=style).append(f" {meaning}")
@@ -160,7 +160,7 @@ def _show_map(console: Console, states: States) -> None:
     for start in range(0, len(cells), width):
         line = Text(" ", no_wrap=True)
         for state in cells[start : start + width].tolist():
-            letter, style, _ = CELLS[BlockState(state)]
+            letter, style, _ = CELLS[BlockStatus(state)]
             line.append(letter, style=style)
         console.print(line)
 

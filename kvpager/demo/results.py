@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import kvpager
-from kvpager.blocks.stats import BlockState
+from kvpager.blocks.stats import BlockStatus
 from kvpager.demo.measuring import States
 from kvpager.demo.scenarios import Scenario
 from kvpager.demo.settings import Settings
@@ -152,7 +152,7 @@ class Result:
                 "open_bytes": paged.open_bytes,
                 "block_bytes": paged.block_bytes,
                 "blocks_by_state": {
-                    state.name.lower(): int((states == state).sum()) for state in BlockState
+                    state.name.lower(): int((states == state).sum()) for state in BlockStatus
                 },
                 "calls": [dataclasses.asdict(call) for call in paged.calls],
                 "seconds": paged.seconds,

@@ -81,7 +81,7 @@ class AdmissionPolicy:
                 f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
                 f"blocks, the pool has {self._num_usable}; ask for less, or make the pool larger"
             )
-        ceiling = self._manager.ceiling(request.namespace)
+        ceiling = self._manager.quotas.ceiling(request.namespace)
         if ceiling is not None and need > ceiling:
             raise ValueError(
                 f"request {name!r}: {what} in {request.num_samples} samples may need {need} "

@@ -334,7 +334,7 @@ class Scheduler:
 def _refuse_bad_manager(manager: BlockManager) -> None:
     if not isinstance(manager, BlockManager):
         raise TypeError(f"manager: expected a BlockManager, got {type(manager).__name__}")
-    if manager.has_fences:
+    if manager.copies.is_fenced:
         raise ValueError("manager: a step's plans are applied in order; make it without fences")
 
 

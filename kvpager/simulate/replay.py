@@ -250,7 +250,9 @@ def replay(
     if progress is not None:
         progress(len(trace.prompts) % _PROGRESS_EVERY)
     seconds = time.perf_counter() - start
-    return Result(policy, capacity, hits, blocks, manager.num_evicted_blocks, too_long, seconds)
+    return Result(
+        policy, capacity, hits, blocks, manager.queries.num_evicted_blocks, too_long, seconds
+    )
 
 
 def offline_optimum(trace: Trace, capacity: int) -> Result:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
-from kvpager.blocks.manager import BlockManager
-from kvpager.blocks.state import Target
+from kvpager.blocks.protocol import CacheManager
+from kvpager.blocks.sequences import Target
 from kvpager.plans import Step
 
 Int32 = NDArray[np.int32]
@@ -44,7 +44,7 @@ class PaddedTables(NamedTuple):
     slot_mapping: Int64
 
 
-def flashinfer(manager: BlockManager, sequences: Target) -> RaggedTables:
+def flashinfer(manager: CacheManager, sequences: Target) -> RaggedTables:
     """Tables for FlashInfer. O(blocks).
 
     Raises: `StaleSequence`, `SequenceSwapped`; `ValueError` for sequences whose front slid away,
@@ -62,7 +62,7 @@ def flashinfer(manager: BlockManager, sequences: Target) -> RaggedTables:
 
 
 def flash_attention(
-    manager: BlockManager,
+    manager: CacheManager,
     sequences: Target,
     step: Step | None = None,
     *,

@@ -81,7 +81,7 @@ class BlockManagerAdapter:
 
     def block_table(self, handle: Any) -> list[int]:
         """The sequence's blocks. O(blocks)."""
-        blocks: list[int] = self.manager.block_table(handle).tolist()
+        blocks: list[int] = self.manager.block_tables(handle)[0].tolist()
         return blocks
 
     def num_free_blocks(self) -> int:

@@ -124,7 +124,7 @@ class _Probe:
         self.manager.commit(handle)
         self.kept.append(handle)
         self.committed.pop((owner, prompt), None)
-        self.committed[owner, prompt] = self.manager.num_evicted_blocks
+        self.committed[owner, prompt] = self.manager.stats().total_evicted
         if len(self.committed) > _COMMITTED_MAX:
             del self.committed[next(iter(self.committed))]
 
@@ -134,7 +134,7 @@ class _Probe:
         pair = [owner, self.random.choice(others)]
         self.random.shuffle(pair)
         for asker in pair:
-            evicted = self.manager.num_evicted_blocks
+            evicted = self.manager.stats().total_evicted
             handle = self.allocate(self.setup.namespaces[asker], prompt)
             hit = handle.num_cached_tokens
             told = self.tell(owner, asker, prompt, hit)
@@ -169,7 +169,7 @@ class _Probe:
     def write_and_read(self, handle: Any, namespace: str | None, prompt: tuple[int, ...]) -> None:
         """Write what was not cached, then read all of it."""
         values = Content(namespace, prompt).values
-        table = self.manager.block_table(handle)
+        table = self.manager.block_tables(handle)[0]
         self.memory.copy(handle.copies)
         self.memory.write_at(table, handle.num_cached_tokens, values[handle.num_cached_tokens :])
         wrong = self.memory.mismatch(table, values)

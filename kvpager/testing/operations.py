@@ -252,7 +252,7 @@ def reuse(world: World, pick: int) -> None:
 
 
 @operation(
-    OPERATIONS, 1, pick=PICK, verb=Choice(("append", "block_table", "commit", "fork", "free"))
+    OPERATIONS, 1, pick=PICK, verb=Choice(("append", "block_tables", "commit", "fork", "free"))
 )
 def use_freed(world: World, pick: int, verb: str) -> None:
     """Use a freed handle: refused, whatever the verb."""

@@ -167,14 +167,16 @@ def swap_some(world: World, picks: list[int], number: int, later: bool) -> None:
     handles = [row.handle for row in rows]
     most = world.manager.num_blocks + 1
     others = [row for row in world.rows if not row.is_swapped and row not in rows]
-    staying = {block for row in others for block in world.manager.block_table(row.handle).tolist()}
-    before = [world.manager.block_table(row.handle).tolist() for row in rows]
+    staying = {
+        block for row in others for block in world.manager.block_tables(row.handle)[0].tolist()
+    }
+    before = [world.manager.block_tables(row.handle)[0].tolist() for row in rows]
     plan = world.attempt(most, world.manager.swap, handles, to, at_most=at_most)
     world.touched += rows
     if plan is None:
         return
     for row, table in zip(rows, before, strict=True):
-        now = world.manager.block_table(row.handle).tolist()
+        now = world.manager.block_tables(row.handle)[0].tolist()
         kept = all(new == old for old, new in zip(table, now, strict=True) if old in staying - {-1})
         world.require("shared blocks stay", kept, f"{table} became {now}, others hold {staying}")
     if at_most is not None:
@@ -186,7 +188,7 @@ def swap_some(world: World, picks: list[int], number: int, later: bool) -> None:
 
 
 def _is_away(world: World, row: Live) -> bool:
-    table = world.manager.block_table(row.handle)
+    table = world.manager.block_tables(row.handle)[0]
     return bool((table[row.start // world.size :] < 0).any())
 
 
@@ -228,29 +230,29 @@ def shrink(world: World, number: int) -> None:
         world.touched += world.rows
 
 
-@operation(OPERATIONS, 1, needs=("pin",), pick=PICK, number=Number())
+@operation(OPERATIONS, 1, needs=("pins",), pick=PICK, number=Number())
 def pin(world: World, pick: int, number: int) -> None:
     """Pin a sequence's prefix, or end a pin; never two more than three at a time."""
     if len(world.pins) < 3 and number % 2:
         row = world.pick_resident(pick)
         if row is not None:
             try:
-                world.pins.append(world.manager.pin(row.handle))
+                world.pins.append(world.manager.pins.pin(row.handle))
             except ValueError:  # floors need what it would keep
                 world.require("pins refused for floors", world.setup.quotas, "there is no floor")
     elif world.pins:
         ticket = world.pins.pop(number % len(world.pins))
-        world.manager.unpin(ticket)
-        refused(world, ValueError, lambda: world.manager.unpin(ticket))
+        world.manager.pins.unpin(ticket)
+        refused(world, ValueError, lambda: world.manager.pins.unpin(ticket))
 
 
-@operation(OPERATIONS, 0.3, needs=("complete",))
+@operation(OPERATIONS, 0.3, needs=("copies",))
 def complete(world: World) -> None:
     """Carry out all copies that wait, and say so."""
     world.complete_all()
 
 
-@operation(OPERATIONS, 0.3, needs=("set_quota",), pick=Number(), floor=Number(6), more=Number(12))
+@operation(OPERATIONS, 0.3, needs=("quotas",), pick=Number(), floor=Number(6), more=Number(12))
 def quota(world: World, pick: int, floor: int, more: int) -> None:
     """Give a namespace a quota, or take it away."""
     if not world.setup.quotas:
@@ -259,14 +261,14 @@ def quota(world: World, pick: int, floor: int, more: int) -> None:
     ceiling = None if more % 3 == 0 else max(floor + more, 1)
     try:
         if more == 12:
-            world.manager.drop_quota(namespace)
+            world.manager.quotas.drop(namespace)
         else:
-            world.manager.set_quota(namespace, floor=floor, ceiling=ceiling)
+            world.manager.quotas.set(namespace, floor=floor, ceiling=ceiling)
     except ValueError:
         world.counts["refused"] += 1
 
 
-@operation(OPERATIONS, 0.5, needs=("retain",), pick=PICK, priority=Number(100), ends=FLAG)
+@operation(OPERATIONS, 0.5, needs=("pins",), pick=PICK, priority=Number(100), ends=FLAG)
 def retain(world: World, pick: int, priority: int, ends: bool) -> None:
     """Keep a sequence's prefix by priority, for ever or for no time."""
     row = world.pick_resident(pick)
@@ -274,9 +276,9 @@ def retain(world: World, pick: int, priority: int, ends: bool) -> None:
         return
     ttl_s = 0.0 if ends else None
     if world.setup.eviction == "priority":
-        world.manager.retain(row.handle, priority, ttl_s)
+        world.manager.pins.retain(row.handle, priority, ttl_s)
     else:
-        refused(world, ValueError, lambda: world.manager.retain(row.handle, priority, ttl_s))
+        refused(world, ValueError, lambda: world.manager.pins.retain(row.handle, priority, ttl_s))
 
 
 # -------------------------------------------------------------------- the whole
@@ -289,7 +291,7 @@ def foreign(world: World, pick: int, verb: str) -> None:
     if row is not None:
         other = world.setup.num_blocks, world.setup.block_size
         mine = row.handle
-        handle = Sequence(BlockManager(*other), mine._row, mine._generation)
+        handle = Sequence(BlockManager(*other)._state, mine._row, mine._generation)
         refused(world, StaleSequence, lambda: getattr(world.manager, verb)(handle))
 
 

@@ -46,7 +46,7 @@ class NaiveManager:
         self.live: list[NaiveSequence] = []
         # The tokens from the front to the end of a block -> the block. Oldest use first.
         self.cached: dict[Prefix, int] = {}
-        self.num_evicted_blocks = 0
+        self.num_evicted = 0
 
     # ---------------------------------------------------------------- the five verbs
 
@@ -158,10 +158,12 @@ class NaiveManager:
 
     # ---------------------------------------------------------------- reading
 
-    def block_table(self, sequence: NaiveSequence) -> NDArray[np.int32]:
-        """The sequence's blocks in order, int32 [blocks]; -1: not on the device."""
-        [row] = self.named(sequence)
-        return np.array(row.blocks, np.int32)
+    def block_tables(self, sequences: Named) -> NDArray[np.int32]:
+        """Return blocks in order, int32 [n, most blocks]; -1: none that is on the device."""
+        rows = self.named(sequences)
+        width = max((len(row.blocks) for row in rows), default=0)
+        tables = [row.blocks + [-1] * (width - len(row.blocks)) for row in rows]
+        return np.array(tables, np.int32).reshape(len(rows), width)
 
     def slots(
         self, sequence: NaiveSequence, start: int = 0, stop: int | None = None
@@ -200,6 +202,7 @@ class NaiveManager:
             num_host_blocks=self.num_host_blocks,
             num_host_free=len(self.free_host_blocks()),
             num_sequences=len(self.live),
+            total_evicted=self.num_evicted,
         )
 
     def check(self) -> None:
@@ -255,7 +258,7 @@ class NaiveManager:
         idle = [prefix for prefix, block in self.cached.items() if not self.holders(block)]
         tips = [prefix for prefix in idle if not self.is_extended(prefix)]
         del self.cached[(tips or idle)[0]]
-        self.num_evicted_blocks += 1
+        self.num_evicted += 1
 
     def is_extended(self, prefix: Prefix) -> bool:
         """Whether the index also knows a longer prefix that begins with this one."""

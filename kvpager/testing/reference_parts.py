@@ -50,6 +50,7 @@ class NaiveStats:
     num_host_blocks: int
     num_host_free: int
     num_sequences: int
+    total_evicted: int
     num_kept: int = 0  # it has neither pins nor fences
 
 

@@ -15,30 +15,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.blocks.evictor import Evictor
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies.failsafe import FailSafe
 from kvpager.blocks.pool import BlockPool
-from kvpager.blocks.prefix import PrefixIndex
-from kvpager.blocks.radix import Node
+from kvpager.blocks.radix import Forest, Node
 from kvpager.blocks.sequences import Sequence, SequenceTable
+from kvpager.blocks.state import BlockState
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def state_of(manager: BlockManager) -> Arrays:
     """Return everything that `manager` knows. O(blocks + tokens)."""
-    with manager._lock:
-        rows, index, pool = manager._rows, manager._index, manager._pool
-        nodes = list(index.walk())
+    state = manager._state
+    with state.lock:
+        rows, pool, nodes = state.rows, state.pool, list(state.forest.walk())
         place = {node: number for number, node in enumerate(nodes)}
         return {
             **_pool_arrays("device", pool, rows),
-            **_pool_arrays("host", manager._host, rows),
-            **_row_arrays(rows, index, place),
-            **_node_arrays(index, nodes, place),
-            **_policy_arrays(index.policy),
-            "prints": np.where(pool.cached, index.arrivals.prints, np.uint64(0)),
-            "meta": np.frombuffer(repr(_words(manager, nodes)).encode(), np.uint8),
+            **_pool_arrays("host", state.host, rows),
+            **_row_arrays(rows, state.forest, place),
+            **_node_arrays(state.evictor, nodes, place),
+            **_policy_arrays(state.evictor.policy),
+            "prints": np.where(pool.cached, state.index.arrivals.prints, np.uint64(0)),
+            "meta": np.frombuffer(repr(_words(state, nodes)).encode(), np.uint8),
         }
 
 
@@ -60,21 +61,22 @@ def differences(one: Arrays, other: Arrays) -> list[str]:
 
 def handles_of(manager: BlockManager) -> dict[str, Sequence]:
     """Return a handle for every live sequence, by its `name`. O(sequences)."""
-    with manager._lock:
-        handles = [manager._handle(row) for row in manager._rows.live_rows()]
+    state = manager._state
+    with state.lock:
+        handles = [state.handle(row) for row in state.rows.live_rows()]
         return {handle.name: handle for handle in handles}
 
 
-def _words(manager: BlockManager, nodes: list[Node]) -> dict[str, Any]:
-    fences, rows = manager._fences, manager._rows
+def _words(state: BlockState, nodes: list[Node]) -> dict[str, Any]:
+    fences, rows, accounts = state.fences, state.rows, state.accounts
     return {
         "last_ticket": fences.last_ticket,
         "in_flight": [[t, d.tolist(), h.tolist()] for t, (d, h) in fences.in_flight.items()],
         "cut_off": sorted(fences.cut_off),
         "pins": [[ticket, blocks.tolist()] for ticket, blocks in fences.pins.items()],
-        "quotas": list(manager._quotas.limits.items()),
-        "parked": [[name, b.tolist()] for name, b in manager._quotas.parked(manager._pool)],
-        "totals": manager._totals,
+        "quotas": list(accounts.limits.items()),
+        "parked": [[name, b.tolist()] for name, b in accounts.parked(state.pool)],
+        "totals": state.totals,
         "prompts": [p and (*p[:2], p.contents.items) for p in rows.prompts[: _used(rows)]],
         "trees": [node.tree for node in nodes if node.parent is None],
         "tags": [node.tag for node in nodes],
@@ -101,11 +103,11 @@ def _pool_arrays(tier: str, pool: BlockPool, rows: SequenceTable) -> Arrays:
     }
 
 
-def _row_arrays(rows: SequenceTable, index: PrefixIndex, place: dict[Node, int]) -> Arrays:
+def _row_arrays(rows: SequenceTable, forest: Forest, place: dict[Node, int]) -> Arrays:
     live, count = rows.live_rows(), _used(rows)
     nodes = np.full(count, -1, np.int32)
     for row in live:
-        node = index.locate(rows.nodes[row], int(rows.published[row]))
+        node = forest.locate(rows.nodes[row], int(rows.published[row]))
         nodes[row] = place[node] if node is not None and rows.published[row] else -1
     return {
         **{f"rows.{name}": getattr(rows, name)[:count].copy() for name in rows.COLUMNS},
@@ -121,10 +123,10 @@ def _used(rows: SequenceTable) -> int:
     return 1 + max(used, default=-1)
 
 
-def _node_arrays(index: PrefixIndex, nodes: list[Node], place: dict[Node, int]) -> Arrays:
+def _node_arrays(evictor: Evictor, nodes: list[Node], place: dict[Node, int]) -> Arrays:
     parents = [-1 if node.parent is None else place[node.parent] for node in nodes]
     order, ranks, aside = list[Node](), list[float](), list[Node]()
-    for queue in map(index._queues.__getitem__, index._queues):
+    for queue in map(evictor._queues.__getitem__, evictor._queues):
         order += sorted(queue.ranks, key=queue.ranks.__getitem__)
         ranks += [queue.ranks[node][0] for node in order[len(ranks) :]]
         aside += queue.aside

@@ -120,7 +120,7 @@ class World:
         self.check_everything()
         self.manager.free([row.handle for row in self.rows])
         while self.pins:
-            self.manager.unpin(self.pins.pop())
+            self.manager.pins.unpin(self.pins.pop())
         self.rows, self.num_swapped, self.num_drafting = [], 0, 0
         stats = self.manager.stats()
         num_blocks = stats.num_blocks - self.num_reserved
@@ -232,20 +232,20 @@ class World:
         self.complete_all()
         self.memory.apply(plan)
         if ticket:
-            self.manager.complete(plan)
+            self.manager.copies.complete(plan)
 
     def _complete(self, work: Any, later: bool) -> None:
         if later:
             self.pending.append(work)
         else:
-            self.manager.complete(work)
+            self.manager.copies.complete(work)
 
     def complete_all(self) -> None:
         """Carry out and complete what waits, in order. O(copies)."""
         for work in self.pending:
             if hasattr(work, "destination"):
                 self.memory.apply(work)
-            self.manager.complete(work)
+            self.manager.copies.complete(work)
         self.pending.clear()
 
     # ---------------------------------------------------------------- what must always hold
@@ -257,7 +257,7 @@ class World:
             raise Violation("length", f"{told} tokens, not {length}")
         if row.is_swapped:
             return
-        table = self.manager.block_table(row.handle)
+        table = self.manager.block_tables(row.handle)[0]
         if len(table) != -(-length // self.size):
             raise Violation("length", f"{len(table)} blocks for {length} tokens")
         wrong = self.memory.mismatch(table, row.content.values, row.start)
@@ -278,7 +278,7 @@ class World:
     def _check_sharing(self) -> None:
         """One block, one place, one content; and the counts are those of the tables."""
         stats = self.manager.stats()
-        tables = [self.manager.block_table(row.handle) for row in self.rows]
+        tables = [self.manager.block_tables(row.handle)[0] for row in self.rows]
         blocks = np.concatenate([*tables, np.empty(0, np.int32)])
         held = len(np.unique(blocks[blocks >= 0]))
         self.require(

@@ -302,8 +302,8 @@ def test_a_time_to_live_is_bounded(ttl_s: object) -> None:
     sequence = manager.allocate(PROMPT)
     manager.commit(sequence)
     with pytest.raises((TypeError, ValueError), match=r"ttl_s .*expected seconds"):
-        manager.retain(sequence, 1, ttl_s=ttl_s)  # type: ignore[arg-type]
-    manager.retain(sequence, 1, ttl_s=np.float32(SECONDS_MAX))
+        manager.pins.retain(sequence, 1, ttl_s=ttl_s)  # type: ignore[arg-type]
+    manager.pins.retain(sequence, 1, ttl_s=np.float32(SECONDS_MAX))
     manager.check()
 
 

@@ -14,7 +14,7 @@ from kvpager.blocks.events import Event
 from kvpager.blocks.policies import Priority
 from kvpager.blocks.quotas import Quota
 from kvpager.blocks.sequences import Sequence
-from kvpager.blocks.stats import BlockState, Metrics
+from kvpager.blocks.stats import BlockStatus, Metrics
 from kvpager.plans import Plan, Step
 from kvpager.testing.state import handles_of
 from tests.support.twins import twin_of
@@ -48,12 +48,12 @@ def press(manager: BlockManager, namespace: str | None = None) -> None:
 def test_growing_adds_free_blocks_and_moves_none() -> None:
     manager = BlockManager(4, 4)
     sequence = manager.allocate(16)
-    table = manager.block_table(sequence).tolist()
+    table = manager.block_tables(sequence)[0].tolist()
     manager.grow(7)
     manager.check()
     assert (manager.num_blocks, manager.num_free_blocks) == (7, 3)
-    assert manager.block_table(sequence).tolist() == table
-    assert sorted(manager.block_table(manager.allocate(12)).tolist()) == [4, 5, 6]
+    assert manager.block_tables(sequence)[0].tolist() == table
+    assert sorted(manager.block_tables(manager.allocate(12))[0].tolist()) == [4, 5, 6]
 
 
 def test_growing_keeps_what_is_cached_and_its_order() -> None:
@@ -88,7 +88,7 @@ def test_growing_to_less_or_to_nonsense_is_refused(size: object) -> None:
 def test_shrinking_moves_the_blocks_beyond_to_free_ones() -> None:
     manager = BlockManager(8, 4)
     low, high = manager.allocate(20), manager.allocate(12)
-    beyond = manager.block_table(high)
+    beyond = manager.block_tables(high)[0]
     manager.free(low)
     plan = manager.shrink(4)
     manager.check()
@@ -96,15 +96,15 @@ def test_shrinking_moves_the_blocks_beyond_to_free_ones() -> None:
     assert plan.copies[:, 0].tolist() == sorted(beyond.tolist())
     assert plan.copies[:, 1].max() < 4
     assert not set(plan.copies[:, 0]) & set(plan.copies[:, 1])
-    assert manager.block_table(high).tolist() == plan.copies[:, 1].tolist()
+    assert manager.block_tables(high)[0].tolist() == plan.copies[:, 1].tolist()
     assert (manager.num_blocks, manager.num_free_blocks) == (4, 1)
 
 
 def test_shrinking_where_nothing_stands_beyond_moves_nothing() -> None:
     manager = BlockManager(8, 4)
-    table = manager.block_table(sequence := manager.allocate(8)).tolist()
+    table = manager.block_tables(sequence := manager.allocate(8))[0].tolist()
     assert len(manager.shrink(2)) == 0
-    assert manager.block_table(sequence).tolist() == table
+    assert manager.block_tables(sequence)[0].tolist() == table
     manager.check()
 
 
@@ -115,7 +115,7 @@ def test_forks_still_share_after_their_blocks_moved() -> None:
     manager.free(low)
     manager.shrink(3)
     manager.check()
-    assert manager.block_table(parent).tolist() == manager.block_table(child).tolist()
+    assert manager.block_tables(parent)[0].tolist() == manager.block_tables(child)[0].tolist()
     assert manager.stats().num_shared == 2
 
 
@@ -128,7 +128,7 @@ def test_a_cached_prefix_survives_the_move_and_is_hit_again() -> None:
     manager.check()
     hit = manager.allocate(A + B + C + D)
     assert hit.num_cached_tokens == 12
-    assert manager.block_table(hit)[:3].tolist() == plan.copies[:, 1].tolist()
+    assert manager.block_tables(hit)[0][:3].tolist() == plan.copies[:, 1].tolist()
 
 
 def test_shrinking_evicts_the_cached_blocks_for_which_there_is_no_room() -> None:
@@ -169,13 +169,13 @@ def test_shrinking_below_a_pinned_block_is_refused_and_changes_nothing() -> None
     manager = BlockManager(8, 4)
     low, pinned = manager.allocate(20), committed(manager, A)
     manager.free(low)
-    ticket = manager.pin(pinned)
+    ticket = manager.pins.pin(pinned)
     manager.free(pinned)
     before = manager.stats()
     with pytest.raises(ValueError, match="num_blocks 4: a block beyond is pinned"):
         manager.shrink(4)
     assert manager.stats() == before
-    manager.unpin(ticket)
+    manager.pins.unpin(ticket)
     manager.shrink(4)
     assert manager.cached_tokens(A) == 4
     manager.check()
@@ -196,7 +196,7 @@ def test_a_pool_can_shrink_and_grow_again_and_again() -> None:
         manager.check()
         assert manager.num_free_blocks == size - 2
     assert manager.cached_tokens(A + B) == 8
-    assert len(manager.block_table(sequence)) == 2
+    assert len(manager.block_tables(sequence)[0]) == 2
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -209,7 +209,7 @@ def test_a_memory_that_obeys_the_plan_keeps_all_contents(seed: int) -> None:
             ids = random.integers(0, 2, random.integers(1, 20)).tolist()
             sequence = manager.allocate(ids)
             memory[sequence.copies[:, 1]] = memory[sequence.copies[:, 0]]
-            start, table = sequence.num_cached_tokens, manager.block_table(sequence)
+            start, table = sequence.num_cached_tokens, manager.block_tables(sequence)[0]
             for position in range(start, len(ids)):
                 memory[table[position // 4], position % 4] = hash(tuple(ids[: position + 1]))
             manager.commit(sequence)
@@ -230,7 +230,7 @@ def test_a_memory_that_obeys_the_plan_keeps_all_contents(seed: int) -> None:
             memory = memory[:size].copy()
         manager.check()
         for sequence, ids in live.items():
-            kept = memory[manager.block_table(sequence)].reshape(-1)[: len(ids)]
+            kept = memory[manager.block_tables(sequence)[0]].reshape(-1)[: len(ids)]
             assert kept.tolist() == [hash(tuple(ids[: end + 1])) for end in range(len(ids))]
 
 
@@ -239,7 +239,7 @@ def test_a_memory_that_obeys_the_plan_keeps_all_contents(seed: int) -> None:
 
 def test_the_null_block_is_never_handed_out_and_all_others_are() -> None:
     manager = BlockManager(8, 4, null_block=True)
-    table = manager.block_table(manager.allocate(28))
+    table = manager.block_tables(manager.allocate(28))[0]
     assert sorted(table.tolist()) == list(range(1, 8))
     with pytest.raises(OutOfBlocks, match="0 free, 0 evictable of 8"):
         manager.allocate(1)
@@ -252,8 +252,8 @@ def test_the_null_block_is_reserved_and_counted_nowhere_else() -> None:
     manager.allocate(4)
     stats = manager.stats()
     assert stats.num_held + stats.num_cached + stats.num_kept + stats.num_free == 7
-    assert manager.block_states()[0] == BlockState.RESERVED
-    assert (manager.block_states() == BlockState.RESERVED).sum() == 1
+    assert manager.queries.block_statuses()[0] == BlockStatus.RESERVED
+    assert (manager.queries.block_statuses() == BlockStatus.RESERVED).sum() == 1
 
 
 def test_the_null_block_survives_shrinking_and_growing() -> None:
@@ -264,7 +264,7 @@ def test_the_null_block_survives_shrinking_and_growing() -> None:
     assert sorted(plan.copies[:, 1].tolist()) == [1, 2]
     manager.free(high)
     manager.grow(6)
-    assert sorted(manager.block_table(manager.allocate(20)).tolist()) == [1, 2, 3, 4, 5]
+    assert sorted(manager.block_tables(manager.allocate(20))[0].tolist()) == [1, 2, 3, 4, 5]
     manager.check()
 
 
@@ -289,7 +289,7 @@ def all_that_can_be_had(manager: BlockManager) -> set[int]:
         while True:
             taken.append(manager.allocate(1))
     manager.check()
-    blocks = {int(manager.block_table(one)[0]) for one in taken}
+    blocks = {int(manager.block_tables(one)[0][0]) for one in taken}
     manager.free(taken)
     return blocks
 
@@ -300,7 +300,7 @@ def test_a_block_on_its_way_to_the_host_is_not_handed_out_before_complete() -> N
     manager.check()
     assert manager.stats().num_kept == 2
     assert not all_that_can_be_had(manager) & set(plan.copies[:, 0].tolist())
-    manager.complete(plan)
+    manager.copies.complete(plan)
     manager.check()
     assert manager.stats().num_kept == 0
     assert all_that_can_be_had(manager) == set(range(6))
@@ -309,11 +309,11 @@ def test_a_block_on_its_way_to_the_host_is_not_handed_out_before_complete() -> N
 def test_a_host_block_on_its_way_back_is_not_handed_out_before_complete() -> None:
     manager = fenced(num_host_blocks=2)
     sequence, other = manager.allocate(8), manager.allocate(8)
-    manager.complete(manager.swap(sequence, "host"))
+    manager.copies.complete(manager.swap(sequence, "host"))
     back = manager.swap(sequence, "device")
     with pytest.raises(OutOfBlocks, match="need 2 host blocks, 0 free"):
         manager.swap(other, "host")
-    manager.complete(back)
+    manager.copies.complete(back)
     assert len(manager.swap(other, "host")) == 2
     manager.check()
 
@@ -326,9 +326,9 @@ def test_the_source_of_a_copy_on_write_stays_until_complete() -> None:
     source = int(step.copies[0, 0])
     manager.free(parent)
     manager.check()
-    assert manager.block_states()[source] == BlockState.KEPT
+    assert manager.queries.block_statuses()[source] == BlockStatus.KEPT
     assert source not in all_that_can_be_had(manager)
-    manager.complete(step)
+    manager.copies.complete(step)
     assert source in all_that_can_be_had(manager)
 
 
@@ -341,7 +341,7 @@ def test_the_source_of_a_partial_match_is_not_evicted_before_complete() -> None:
     assert hit.num_cached_tokens == 6
     assert source not in all_that_can_be_had(manager)
     assert manager.cached_tokens(A + B) == 8
-    manager.complete(hit)
+    manager.copies.complete(hit)
     manager.check()
     assert source in all_that_can_be_had(manager)
     assert manager.cached_tokens(A + B) == 4  # the first block is held by the hit
@@ -381,7 +381,7 @@ def test_freeing_a_sequence_with_a_copy_in_flight_keeps_both_ends(copy: str) -> 
         assert manager.stats().num_host_free == 4
     else:
         assert not all_that_can_be_had(manager) & set(copies.ravel().tolist())
-    manager.complete(work)  # type: ignore[arg-type]
+    manager.copies.complete(work)  # type: ignore[arg-type]
     manager.check()
     assert manager.stats().num_host_free == 6
     assert all_that_can_be_had(manager) == set(range(6))
@@ -394,19 +394,19 @@ def test_a_block_in_two_copies_stays_until_both_are_complete() -> None:
     source = int(steps[0].copies[0, 0])
     assert source == steps[1].copies[0, 0]
     manager.free(parent)
-    manager.complete(steps[1])
+    manager.copies.complete(steps[1])
     manager.check()
     assert source not in all_that_can_be_had(manager)
-    manager.complete(steps[0])
+    manager.copies.complete(steps[0])
     assert source in all_that_can_be_had(manager)
 
 
 def test_completing_twice_is_refused() -> None:
     manager = fenced()
     plan = manager.swap(manager.allocate(8), "host")
-    manager.complete(plan)
+    manager.copies.complete(plan)
     with pytest.raises(ValueError, match="completed already, or of another manager"):
-        manager.complete(plan)
+        manager.copies.complete(plan)
     manager.check()
 
 
@@ -414,9 +414,9 @@ def test_a_ticket_that_was_never_given_is_refused() -> None:
     manager = fenced()
     plan = manager.swap(manager.allocate(8), "host")
     with pytest.raises(ValueError, match="another manager"):
-        manager.complete(Plan(plan.copies, "device", "host", plan.ticket + 1))
+        manager.copies.complete(Plan(plan.copies, "device", "host", plan.ticket + 1))
     manager.check()
-    manager.complete(plan)
+    manager.copies.complete(plan)
 
 
 def test_what_copies_nothing_has_nothing_to_complete() -> None:
@@ -425,7 +425,7 @@ def test_what_copies_nothing_has_nothing_to_complete() -> None:
     step = manager.append(sequence, 1)
     assert sequence.ticket == step.ticket == 0
     for work in (sequence, step, sequence, step):
-        manager.complete(work)
+        manager.copies.complete(work)
     manager.check()
 
 
@@ -435,8 +435,8 @@ def test_without_fences_complete_does_nothing() -> None:
     assert plan.ticket == 0
     assert manager.stats().num_kept == 0
     before = manager.stats()
-    manager.complete(plan)
-    manager.complete(plan)
+    manager.copies.complete(plan)
+    manager.copies.complete(plan)
     assert manager.stats() == before
 
 
@@ -447,7 +447,7 @@ def test_shrinking_waits_for_copies_beyond() -> None:
     manager.free(low)
     with pytest.raises(ValueError, match="unfinished copy"):
         manager.shrink(4)
-    manager.complete(plan)
+    manager.copies.complete(plan)
     manager.shrink(4)
     manager.check()
 
@@ -459,7 +459,7 @@ def test_where_a_block_moved_by_shrinking_arrives_stays_until_complete() -> None
     plan = manager.shrink(4)
     manager.free(high)
     assert not all_that_can_be_had(manager) & set(plan.copies[:, 1].tolist())
-    manager.complete(plan)
+    manager.copies.complete(plan)
     assert all_that_can_be_had(manager) == set(range(4))
 
 
@@ -480,7 +480,7 @@ def test_a_late_swap_reads_what_was_there_when_it_was_planned(seed: int) -> None
         work, before = pending.pop(number)
         if before:
             assert writes[work.copies[:, 0]].tolist() == before
-        manager.complete(work)
+        manager.copies.complete(work)
 
     for _ in range(300):
         here = [s for s in live if s not in swapped]
@@ -491,7 +491,7 @@ def test_a_late_swap_reads_what_was_there_when_it_was_planned(seed: int) -> None
                 live.append(committed(manager, ids))
                 begin(live[-1])
                 num_shared = live[-1].num_cached_tokens // 4
-                writes[manager.block_table(live[-1])[num_shared:]] += 1
+                writes[manager.block_tables(live[-1])[0][num_shared:]] += 1
             elif choice == 2 and here:
                 begin(step := manager.append(here, [[0]] * len(here)))
                 writes[step.slots // 4] += 1
@@ -524,7 +524,7 @@ def test_a_late_swap_reads_what_was_there_when_it_was_planned(seed: int) -> None
 def test_a_pinned_prefix_survives_any_pressure() -> None:
     manager = BlockManager(6, 4)
     sequence = committed(manager, A + B)
-    manager.pin(sequence)
+    manager.pins.pin(sequence)
     manager.free(sequence)
     for prompt in (C, D, E):
         cache(manager, prompt)
@@ -538,9 +538,9 @@ def test_a_pinned_prefix_survives_any_pressure() -> None:
 def test_an_unpinned_prefix_can_leave_again() -> None:
     manager = BlockManager(6, 4)
     sequence = committed(manager, A + B)
-    ticket = manager.pin(sequence)
+    ticket = manager.pins.pin(sequence)
     manager.free(sequence)
-    manager.unpin(ticket)
+    manager.pins.unpin(ticket)
     manager.check()
     assert manager.stats().num_cached == 2
     assert manager.drop_cached() == 2
@@ -549,12 +549,12 @@ def test_an_unpinned_prefix_can_leave_again() -> None:
 def test_a_prefix_pinned_twice_stays_until_both_pins_end() -> None:
     manager = BlockManager(6, 4)
     sequence = committed(manager, A)
-    tickets = [manager.pin(sequence), manager.pin(manager.fork(sequence))]
+    tickets = [manager.pins.pin(sequence), manager.pins.pin(manager.fork(sequence))]
     manager.free(list(handles_of(manager).values()))
-    manager.unpin(tickets[0])
+    manager.pins.unpin(tickets[0])
     press(manager)
     assert manager.cached_tokens(A) == 4
-    manager.unpin(tickets[1])
+    manager.pins.unpin(tickets[1])
     press(manager)
     assert manager.cached_tokens(A) == 0
     manager.check()
@@ -563,7 +563,7 @@ def test_a_prefix_pinned_twice_stays_until_both_pins_end() -> None:
 def test_what_is_published_after_the_pin_is_not_pinned() -> None:
     manager = BlockManager(6, 4)
     sequence = committed(manager, A)
-    manager.pin(sequence)
+    manager.pins.pin(sequence)
     manager.append(sequence, B)
     manager.commit(sequence)
     manager.free(sequence)
@@ -574,20 +574,20 @@ def test_what_is_published_after_the_pin_is_not_pinned() -> None:
 def test_a_pinned_block_is_shared_and_given_back_like_any_other() -> None:
     manager = BlockManager(6, 4)
     sequence = committed(manager, A)
-    manager.pin(sequence)
+    manager.pins.pin(sequence)
     hit = manager.allocate(A + B)
     manager.free([sequence, hit])
     manager.check()
-    assert manager.block_states().tolist().count(BlockState.KEPT) == 1
+    assert manager.queries.block_statuses().tolist().count(BlockStatus.KEPT) == 1
 
 
 def test_unpinning_twice_or_by_a_wrong_ticket_is_refused() -> None:
     manager = BlockManager(6, 4)
-    ticket = manager.pin(committed(manager, A))
-    manager.unpin(ticket)
+    ticket = manager.pins.pin(committed(manager, A))
+    manager.pins.unpin(ticket)
     for wrong in (ticket, ticket + 1, 0, -1):
         with pytest.raises(ValueError, match="not a pin of this manager, or ended already"):
-            manager.unpin(wrong)
+            manager.pins.unpin(wrong)
     manager.check()
 
 
@@ -595,10 +595,10 @@ def test_a_copys_ticket_is_no_pin() -> None:
     manager = fenced()
     plan = manager.swap(manager.allocate(8), "host")
     with pytest.raises(ValueError, match="not a pin"):
-        manager.unpin(plan.ticket)
-    ticket = manager.pin(committed(manager, A))
+        manager.pins.unpin(plan.ticket)
+    ticket = manager.pins.pin(committed(manager, A))
     with pytest.raises(ValueError, match="completed already"):
-        manager.complete(Plan(plan.copies, "device", "host", ticket))
+        manager.copies.complete(Plan(plan.copies, "device", "host", ticket))
     manager.check()
 
 
@@ -609,9 +609,9 @@ def test_only_a_live_sequence_on_the_device_can_be_pinned() -> None:
     manager.swap(swapped, "host")
     for sequence, error in ((freed, StaleSequence), (swapped, SequenceSwapped)):
         with pytest.raises(error):
-            manager.pin(sequence)
+            manager.pins.pin(sequence)
         with pytest.raises(error):
-            manager.retain(sequence, 1)
+            manager.pins.retain(sequence, 1)
 
 
 # -------------------------------------------------------------------- retain
@@ -639,7 +639,7 @@ def retained(
     manager: BlockManager, ids: list[int], priority: int, ttl_s: float | None = None
 ) -> None:
     sequence = committed(manager, ids)
-    manager.retain(sequence, priority, ttl_s)
+    manager.pins.retain(sequence, priority, ttl_s)
     manager.free(sequence)
 
 
@@ -686,7 +686,7 @@ def test_before_its_time_is_over_a_priority_counts(ranked: BlockManager, clock: 
 
 def test_time_runs_out_for_held_blocks_too(ranked: BlockManager, clock: Clock) -> None:
     sequence = committed(ranked, A)
-    ranked.retain(sequence, 100, ttl_s=10)
+    ranked.pins.retain(sequence, 100, ttl_s=10)
     retained(ranked, B, 0)
     clock.now += 11
     ranked.free(ranked.allocate(4 * ranked.num_free_blocks))
@@ -697,8 +697,8 @@ def test_time_runs_out_for_held_blocks_too(ranked: BlockManager, clock: Clock) -
 
 def test_the_last_word_about_retention_counts(ranked: BlockManager, clock: Clock) -> None:
     sequence = committed(ranked, A)
-    ranked.retain(sequence, 100, ttl_s=10)
-    ranked.retain(sequence, 60)
+    ranked.pins.retain(sequence, 100, ttl_s=10)
+    ranked.pins.retain(sequence, 60)
     ranked.free(sequence)
     retained(ranked, B, 55)
     clock.now += 11
@@ -730,19 +730,19 @@ def test_other_policies_refuse_to_retain(policy: str) -> None:
     manager = BlockManager(6, 4, eviction=policy)
     sequence = committed(manager, A)
     with pytest.raises(ValueError, match='use eviction="priority"'):
-        manager.retain(sequence, 5)
+        manager.pins.retain(sequence, 5)
 
 
 @pytest.mark.parametrize("priority", [-1, 101, 1.5, True, "high"])
 def test_a_priority_is_an_int_from_0_to_100(ranked: BlockManager, priority: object) -> None:
     with pytest.raises((ValueError, TypeError), match="priority"):
-        ranked.retain(committed(ranked, A), priority)  # type: ignore[arg-type]
+        ranked.pins.retain(committed(ranked, A), priority)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ttl_s", [-1, -0.001, float("inf"), float("nan")])
 def test_a_time_to_live_is_finite_and_not_negative(ranked: BlockManager, ttl_s: float) -> None:
     with pytest.raises(ValueError, match=r"ttl_s .*: expected seconds, at least 0"):
-        ranked.retain(committed(ranked, A), 5, ttl_s)
+        ranked.pins.retain(committed(ranked, A), 5, ttl_s)
 
 
 # -------------------------------------------------------------------- quotas
@@ -762,30 +762,30 @@ def room(manager: BlockManager, namespace: str | None) -> int:
 
 def test_a_namespace_gets_no_more_than_its_ceiling() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", ceiling=3)
+    manager.quotas.set("acme", ceiling=3)
     manager.allocate(12, namespace="acme")
     with pytest.raises(OutOfBlocks, match="namespace 'acme' may have 3 blocks: free or swap"):
         manager.allocate(1, namespace="acme")
-    assert manager.namespace_blocks("acme") == 3
+    assert manager.quotas.used("acme") == 3
     assert room(manager, "other") == room(manager, None) == 5
     manager.check()
 
 
 def test_at_its_ceiling_a_namespace_evicts_its_own_blocks_first() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", ceiling=3)
+    manager.quotas.set("acme", ceiling=3)
     cache(manager, A, "other")  # the least recently used of all
     cache(manager, A + B, "acme")
     manager.allocate(8, namespace="acme")
     manager.check()
     assert manager.cached_tokens(A, namespace="other") == 4
     assert manager.cached_tokens(A + B, namespace="acme") == 4
-    assert manager.namespace_blocks("acme") == 3
+    assert manager.quotas.used("acme") == 3
 
 
 def test_nobody_else_can_take_a_floor() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", floor=3)
+    manager.quotas.set("acme", floor=3)
     assert room(manager, "other") == room(manager, None) == 5
     assert room(manager, "acme") == 8
     manager.allocate(20)
@@ -797,7 +797,7 @@ def test_nobody_else_can_take_a_floor() -> None:
 
 def test_what_is_cached_within_a_floor_nobody_else_evicts() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", floor=2)
+    manager.quotas.set("acme", floor=2)
     cache(manager, A + B + C, "acme")
     assert room(manager, "other") == 6
     manager.free(manager.allocate(24, namespace="other"))
@@ -807,7 +807,7 @@ def test_what_is_cached_within_a_floor_nobody_else_evicts() -> None:
 
 def test_a_floor_that_is_held_guards_nothing_more() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", floor=2)
+    manager.quotas.set("acme", floor=2)
     cache(manager, A, "acme")
     manager.allocate(8, namespace="acme")
     assert room(manager, "other") == 6
@@ -820,7 +820,7 @@ def test_sharing_a_cached_prefix_cannot_undercut_anothers_floor() -> None:
     manager = BlockManager(4, 4)
     cache(manager, A + B, "other")
     manager.allocate(8, namespace="other")
-    manager.set_quota("acme", floor=2)
+    manager.quotas.set("acme", floor=2)
     with pytest.raises(OutOfBlocks, match="floors of other namespaces keep the rest"):
         manager.allocate([*A, *B, 1], namespace="other")
     assert room(manager, "acme") == 2
@@ -828,19 +828,19 @@ def test_sharing_a_cached_prefix_cannot_undercut_anothers_floor() -> None:
 
 def test_no_namespace_is_a_namespace_of_its_own() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota(None, ceiling=2)
+    manager.quotas.set(None, ceiling=2)
     assert room(manager, None) == 2
     assert room(manager, "None") == 8
 
 
 def test_forks_count_once_and_their_copies_too() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", ceiling=3)
+    manager.quotas.set("acme", ceiling=3)
     parent = manager.allocate(6, namespace="acme")
     child, third = manager.fork(parent, 2)
-    assert manager.namespace_blocks("acme") == 2
+    assert manager.quotas.used("acme") == 2
     manager.append(child, 1)
-    assert manager.namespace_blocks("acme") == 3
+    assert manager.quotas.used("acme") == 3
     with pytest.raises(OutOfBlocks, match="namespace 'acme' may have 3 blocks"):
         manager.append(third, 1)
     manager.check()
@@ -848,74 +848,74 @@ def test_forks_count_once_and_their_copies_too() -> None:
 
 def test_swapped_blocks_do_not_count_until_they_are_back() -> None:
     manager = BlockManager(8, 4, 8)
-    manager.set_quota("acme", ceiling=3)
+    manager.quotas.set("acme", ceiling=3)
     sequence = manager.allocate(12, namespace="acme")
     manager.swap(sequence, "host")
-    assert manager.namespace_blocks("acme") == 0
+    assert manager.quotas.used("acme") == 0
     other = manager.allocate(4, namespace="acme")
     with pytest.raises(OutOfBlocks, match="namespace 'acme' may have 3 blocks"):
         manager.swap(sequence, "device")
     manager.free(other)
     manager.swap(sequence, "device")
-    assert manager.namespace_blocks("acme") == 3
+    assert manager.quotas.used("acme") == 3
     manager.check()
 
 
 def test_cached_and_kept_blocks_count() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", ceiling=3)
+    manager.quotas.set("acme", ceiling=3)
     sequence = committed(manager, A + B, "acme")
-    ticket = manager.pin(sequence)
+    ticket = manager.pins.pin(sequence)
     manager.free(sequence)
-    assert manager.namespace_blocks("acme") == 2
+    assert manager.quotas.used("acme") == 2
     assert room(manager, "acme") == 1
-    manager.unpin(ticket)
-    assert manager.namespace_blocks("acme") == 2
+    manager.pins.unpin(ticket)
+    assert manager.quotas.used("acme") == 2
     assert room(manager, "acme") == 3
 
 
 def test_a_batch_over_several_namespaces_charges_each() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("a", ceiling=3)
-    manager.set_quota("b", ceiling=2)
+    manager.quotas.set("a", ceiling=3)
+    manager.quotas.set("b", ceiling=2)
     mixed = [manager.allocate(4, namespace=name) for name in ("a", "b", None, "a")]
     with pytest.raises(OutOfBlocks, match="namespace 'a' may have 3 blocks"):
         manager.append(mixed, 1)
     assert [len(sequence) for sequence in mixed] == [4, 4, 4, 4]
     manager.append(mixed[:3], 1)
-    assert (manager.namespace_blocks("a"), manager.namespace_blocks("b")) == (3, 2)
+    assert (manager.quotas.used("a"), manager.quotas.used("b")) == (3, 2)
     manager.check()
 
 
 def test_a_quota_can_be_read_replaced_and_dropped() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", floor=1, ceiling=2)
-    assert manager.quota("acme") == Quota(1, 2)
-    manager.set_quota("acme", floor=3)
-    assert manager.quota("acme") == Quota(3, None)
-    manager.drop_quota("acme")
+    manager.quotas.set("acme", floor=1, ceiling=2)
+    assert manager.quotas.get("acme") == Quota(1, 2)
+    manager.quotas.set("acme", floor=3)
+    assert manager.quotas.get("acme") == Quota(3, None)
+    manager.quotas.drop("acme")
     assert room(manager, "other") == 8
     manager.check()
 
 
 def test_an_unknown_namespace_has_no_quota_to_read_or_drop() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", floor=1)
-    for use in (manager.quota, manager.drop_quota, manager.namespace_blocks):
+    manager.quotas.set("acme", floor=1)
+    for use in (manager.quotas.get, manager.quotas.drop, manager.quotas.used):
         for name in ("other", None):
-            with pytest.raises(ValueError, match="has no quota; give it one by set_quota"):
+            with pytest.raises(ValueError, match=r"has no quota; give it one by quotas\.set"):
                 use(name)
-    assert manager.quota("acme") == Quota(1)
+    assert manager.quotas.get("acme") == Quota(1)
 
 
 def test_floors_that_exceed_the_pool_are_refused_and_change_nothing() -> None:
     manager = BlockManager(8, 4, null_block=True)
-    manager.set_quota("a", floor=4)
+    manager.quotas.set("a", floor=4)
     with pytest.raises(ValueError, match="8 blocks, and 7 can be had"):
-        manager.set_quota("b", floor=4)
+        manager.quotas.set("b", floor=4)
     with pytest.raises(ValueError, match="has no quota"):
-        manager.quota("b")
-    manager.set_quota("a", floor=7)  # its own old floor does not count
+        manager.quotas.get("b")
+    manager.quotas.set("a", floor=7)  # its own old floor does not count
 
 
 @pytest.mark.parametrize(
@@ -924,16 +924,16 @@ def test_floors_that_exceed_the_pool_are_refused_and_change_nothing() -> None:
 def test_a_quota_that_makes_no_sense_is_refused(limits: dict[str, int]) -> None:
     manager = BlockManager(8, 4)
     with pytest.raises((ValueError, TypeError), match=r"floor|ceiling"):
-        manager.set_quota("acme", **limits)
+        manager.quotas.set("acme", **limits)
 
 
 def test_lowering_a_ceiling_evicts_the_namespaces_own_cached_blocks() -> None:
     manager = BlockManager(8, 4)
     cache(manager, A, "other")
     cache(manager, A + B + C, "acme")
-    manager.set_quota("acme", ceiling=1)
+    manager.quotas.set("acme", ceiling=1)
     manager.check()
-    assert manager.namespace_blocks("acme") == 1
+    assert manager.quotas.used("acme") == 1
     assert manager.cached_tokens(A + B + C, namespace="acme") == 4
     assert manager.cached_tokens(A, namespace="other") == 4
 
@@ -944,46 +944,46 @@ def test_a_ceiling_below_what_is_held_is_refused_and_changes_nothing() -> None:
     held = manager.allocate(8, namespace="acme")
     before = manager.stats()
     with pytest.raises(ValueError, match="ceiling 1: namespace 'acme' holds 2 blocks"):
-        manager.set_quota("acme", ceiling=1)
+        manager.quotas.set("acme", ceiling=1)
     assert manager.stats() == before
     assert manager.cached_tokens(A + B, namespace="acme") == 8
     with pytest.raises(ValueError, match="has no quota"):
-        manager.quota("acme")
+        manager.quotas.get("acme")
     manager.free(held)
     manager.check()
 
 
 def test_quotas_follow_the_pool_when_it_changes_its_size() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", floor=2, ceiling=4)
+    manager.quotas.set("acme", floor=2, ceiling=4)
     sequence = committed(manager, A + B, "acme")
     manager.grow(10)
     manager.check()
-    assert manager.namespace_blocks("acme") == 2
+    assert manager.quotas.used("acme") == 2
     manager.shrink(6)
     manager.check()
-    assert manager.namespace_blocks("acme") == 2
+    assert manager.quotas.used("acme") == 2
     assert room(manager, "acme") == 2
     manager.free(sequence)
 
 
 def test_dropping_what_is_cached_reaches_every_namespace() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", floor=2, ceiling=6)
+    manager.quotas.set("acme", floor=2, ceiling=6)
     cache(manager, A + B, "acme")
     cache(manager, C, "other")
     assert manager.drop_cached() == 3
-    assert manager.namespace_blocks("acme") == 0
+    assert manager.quotas.used("acme") == 0
     manager.check()
 
 
 def test_shrinking_evicts_from_namespaces_with_a_quota_too() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", ceiling=6)
+    manager.quotas.set("acme", ceiling=6)
     cache(manager, A + B + C, "acme")
     manager.shrink(2)
     manager.check()
-    assert manager.namespace_blocks("acme") == 2
+    assert manager.quotas.used("acme") == 2
     assert manager.cached_tokens(A + B + C, namespace="acme") == 8
 
 
@@ -991,9 +991,9 @@ def test_shrinking_evicts_from_namespaces_with_a_quota_too() -> None:
 def test_quotas_hold_through_any_history(seed: int) -> None:
     random = np.random.default_rng(seed)
     manager = BlockManager(24, 4, 12)
-    manager.set_quota("a", floor=5)
-    manager.set_quota("b", floor=2, ceiling=8)
-    manager.set_quota(None, ceiling=10)
+    manager.quotas.set("a", floor=5)
+    manager.quotas.set("b", floor=2, ceiling=8)
+    manager.quotas.set(None, ceiling=10)
     live: dict[Sequence, str | None] = {}
     swapped: set[Sequence] = set()
     for _ in range(250):
@@ -1024,9 +1024,9 @@ def test_quotas_hold_through_any_history(seed: int) -> None:
         manager.check()
         held = {name: set[int]() for name in (None, "a", "b", "c")}
         for sequence, name in live.items():
-            held[name].update(b for b in manager.block_table(sequence).tolist() if b >= 0)
-        assert manager.namespace_blocks("b") <= 8
-        assert manager.namespace_blocks(None) <= 10
+            held[name].update(b for b in manager.block_tables(sequence)[0].tolist() if b >= 0)
+        assert manager.quotas.used("b") <= 8
+        assert manager.quotas.used(None) <= 10
         assert len(held["c"]) + len(held[None]) <= 24 - max(5, len(held["a"])) - 2
     assert room(manager, "a") >= 5 - len(held["a"])
 
@@ -1037,14 +1037,14 @@ def test_quotas_hold_through_any_history(seed: int) -> None:
 def test_stats_and_block_states_add_up_in_every_state() -> None:
     manager = BlockManager(12, 4, 4, null_block=True, fences=True)
     pinned = committed(manager, A)
-    manager.pin(pinned)
+    manager.pins.pin(pinned)
     manager.free(pinned)
     cache(manager, B)
     manager.fork(manager.allocate(4))
     manager.allocate(4)
     manager.swap(manager.allocate(8), "host")
-    stats, states = manager.stats(), manager.block_states()
-    counts = {state.name: int((states == state).sum()) for state in BlockState}
+    stats, states = manager.stats(), manager.queries.block_statuses()
+    counts = {state.name: int((states == state).sum()) for state in BlockStatus}
     assert counts == {"FREE": 5, "CACHED": 1, "HELD": 1, "SHARED": 1, "KEPT": 3, "RESERVED": 1}
     assert (stats.num_free, stats.num_cached, stats.num_kept, stats.num_shared) == (5, 1, 3, 1)
     assert stats.num_held == counts["HELD"] + counts["SHARED"]
@@ -1063,7 +1063,7 @@ def metrics(manager: BlockManager, **arguments: object) -> Callable[..., float |
 def test_prometheus_reads_blocks_by_state() -> None:
     manager = BlockManager(8, 4)
     pinned = committed(manager, A)
-    manager.pin(pinned)
+    manager.pins.pin(pinned)
     manager.free(pinned)
     cache(manager, B)
     manager.allocate(8)
@@ -1107,11 +1107,11 @@ def watched(num_blocks: int = 8, num_events: int = 1000, **options: object) -> B
 def test_what_becomes_reusable_is_told_as_stored_with_its_place_and_tokens() -> None:
     manager = watched()
     sequence = manager.allocate(A + B, namespace="acme", adapter="math")
-    assert manager.events() == []
+    assert manager.events.fetch() == []
     manager.commit(sequence)
-    (event,) = manager.events()
+    (event,) = manager.events.fetch()
     assert (event.kind, event.namespace, event.adapter) == ("stored", "acme", "math")
-    assert event.blocks.tolist() == manager.block_table(sequence).tolist()
+    assert event.blocks.tolist() == manager.block_tables(sequence)[0].tolist()
     assert event.parent == -1
     assert event.tokens is not None
     assert event.tokens.tolist() == [A, B]
@@ -1122,22 +1122,22 @@ def test_what_is_stored_later_names_the_block_before_it() -> None:
     sequence = committed(manager, A)
     manager.append(sequence, B)
     manager.commit(sequence)
-    assert manager.events()[-1].parent == manager.block_table(sequence)[0]
+    assert manager.events.fetch()[-1].parent == manager.block_tables(sequence)[0][0]
 
 
 def test_a_twins_blocks_are_not_stored_twice() -> None:
     manager = watched()
     pair = [manager.allocate(A), manager.allocate(A)]
     manager.commit(pair)
-    assert [event.kind for event in manager.events()] == ["stored"]
+    assert [event.kind for event in manager.events.fetch()] == ["stored"]
 
 
 def test_room_made_is_told_as_evicted_and_removed() -> None:
     manager = watched(2)
     cache(manager, A + B)
-    tail = manager.events()[0].blocks.tolist()[1]
+    tail = manager.events.fetch()[0].blocks.tolist()[1]
     manager.allocate(4)
-    evicted, removed = manager.events()
+    evicted, removed = manager.events.fetch()
     assert (evicted.kind, evicted.blocks.tolist()) == ("evicted", [tail])
     assert (removed.kind, removed.blocks.tolist()) == ("removed", [tail])
 
@@ -1145,32 +1145,32 @@ def test_room_made_is_told_as_evicted_and_removed() -> None:
 def test_freeing_a_cached_sequence_removes_nothing() -> None:
     manager = watched()
     sequence = committed(manager, A)
-    manager.events()
+    manager.events.fetch()
     manager.free([sequence, manager.fork(sequence)])
-    assert manager.events() == []
+    assert manager.events.fetch() == []
 
 
 def test_what_is_offered_is_removed_only_when_its_last_copy_left() -> None:
     manager = watched()
     sequence = committed(manager, A + B)
-    manager.events()
+    manager.events.fetch()
     manager.swap(sequence, "host")  # what the index offers stays behind
     manager.free(sequence)
-    assert [event.kind for event in manager.events()] == ["copied"]
+    assert [event.kind for event in manager.events.fetch()] == ["copied"]
     manager.drop_cached()
-    assert [event.kind for event in manager.events()] == ["evicted", "removed"]
+    assert [event.kind for event in manager.events.fetch()] == ["evicted", "removed"]
 
 
 def test_every_kind_of_copy_is_told_with_its_tiers() -> None:
     manager = watched()
     parent = committed(manager, [*A, 1, 2])
     child = manager.fork(parent)
-    manager.events()
+    manager.events.fetch()
     step = manager.append(child, 1)
     out = manager.swap(child, "host")
     back = manager.swap(child, "device")
     hit = manager.allocate(A[:3])
-    events = manager.events()
+    events = manager.events.fetch()
     assert [event.tiers for event in events] == [
         ("device", "device"), ("device", "host"), ("host", "device"), ("device", "device"),
     ]  # fmt: skip
@@ -1183,10 +1183,10 @@ def test_every_kind_of_copy_is_told_with_its_tiers() -> None:
 def test_a_call_that_is_refused_tells_nothing() -> None:
     manager = watched(2)
     cache(manager, A)
-    manager.events()
+    manager.events.fetch()
     with pytest.raises(OutOfBlocks):
         manager.allocate(A + B + C)
-    assert manager.events() == []
+    assert manager.events.fetch() == []
 
 
 def test_events_are_numbered_from_one_and_never_skip() -> None:
@@ -1194,9 +1194,9 @@ def test_events_are_numbered_from_one_and_never_skip() -> None:
     numbers = list[int]()
     for prompt in (A, B, C):
         cache(manager, prompt)
-        numbers += [event.number for event in manager.events()]
+        numbers += [event.number for event in manager.events.fetch()]
     manager.drop_cached()
-    numbers += [event.number for event in manager.events()]
+    numbers += [event.number for event in manager.events.fetch()]
     assert numbers == [1, 2, 3, 4, 5]
 
 
@@ -1204,17 +1204,17 @@ def test_a_full_log_drops_the_oldest_and_says_so_once() -> None:
     manager = watched(num_events=2)
     for prompt in (A, B, C, D):
         cache(manager, prompt)
-    events = manager.events()
+    events = manager.events.fetch()
     assert [event.kind for event in events] == ["lost", "stored", "stored"]
     assert [event.number for event in events[1:]] == [3, 4]
     cache(manager, E)
-    assert [(event.kind, event.number) for event in manager.events()] == [("stored", 5)]
+    assert [(event.kind, event.number) for event in manager.events.fetch()] == [("stored", 5)]
 
 
 def test_events_tell_nothing_of_what_happens_to_their_arrays_later() -> None:
     manager = watched()
     sequence = committed(manager, A)
-    (event,) = manager.events()
+    (event,) = manager.events.fetch()
     manager.append(sequence, B)
     manager.commit(sequence)
     assert event.tokens is not None
@@ -1225,7 +1225,7 @@ def test_events_tell_nothing_of_what_happens_to_their_arrays_later() -> None:
 
 def test_a_manager_that_keeps_no_events_says_how_to_get_some() -> None:
     with pytest.raises(ValueError, match="make the manager with num_events"):
-        BlockManager(8, 4).events()
+        BlockManager(8, 4).events.fetch()
 
 
 class Router:
@@ -1281,13 +1281,13 @@ def test_a_router_knows_from_events_alone_what_is_offered(policy: str, seed: int
         except KVPagerError:
             manager.free([live.pop()] if live else [])
         manager.check()
-        events = manager.events()
+        events = manager.events.fetch()
         numbers = [last, *(event.number for event in events)]
         assert all(after == before + 1 for before, after in pairwise(numbers))
         last = numbers[-1]
         router.hear(events)
         anew = Router()
-        for event in manager.offered():
+        for event in manager.events.offered():
             anew.store(event)
         assert router.index == anew.index
-    assert manager.num_evicted_blocks > 50
+    assert manager.queries.num_evicted_blocks > 50

@@ -45,8 +45,8 @@ class Failing(LFU):
 def play(policy: EvictionPolicy, seed: int, steps: int = 120) -> BlockManager:
     manager = BlockManager(NUM_BLOCKS, 4, 12, eviction=policy, num_events=1000)
     if seed % 2:
-        manager.set_quota("a", floor=4, ceiling=12)
-        manager.set_quota("b", ceiling=10)
+        manager.quotas.set("a", floor=4, ceiling=12)
+        manager.quotas.set("b", ceiling=10)
     history, chance = History(manager, Clock()), random.Random(seed)
     for step in range(steps):
         history.step(chance)
@@ -160,18 +160,18 @@ def test_a_clock_that_fails_in_retain_changes_nothing() -> None:
     before = state_of(manager)
     clock.works = False
     with pytest.raises(ZeroDivisionError, match="no time"):
-        manager.retain(sequence, 80, 5.0)
+        manager.pins.retain(sequence, 80, 5.0)
     manager.check()
     after = state_of(manager)
     assert all(np.array_equal(before[name], after[name]) for name in before)
     clock.works = True
-    manager.retain(sequence, 80, 5.0)
+    manager.pins.retain(sequence, 80, 5.0)
 
 
 def test_a_clock_that_fails_while_room_is_made_keeps_what_is_retained(caplog) -> None:
     clock = Broken()
     manager, sequence = retained(clock)
-    manager.retain(sequence, 80, 5.0)
+    manager.pins.retain(sequence, 80, 5.0)
     manager.free(sequence)
     clock.now, clock.works = 10.0, False
     manager.free(manager.allocate(24))
@@ -185,4 +185,4 @@ def test_a_clock_that_fails_while_room_is_made_keeps_what_is_retained(caplog) ->
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies_of_kvpager_are_asked_directly(policy: str) -> None:
-    assert type(BlockManager(8, 4, eviction=policy)._index.policy) is POLICIES[policy]
+    assert type(BlockManager(8, 4, eviction=policy)._state.evictor.policy) is POLICIES[policy]

@@ -105,8 +105,8 @@ def append_evicting() -> tuple[BlockManager, Operation]:
 
 def append_batch_under_quotas() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
-    manager.set_quota("a", floor=2, ceiling=5)
-    manager.set_quota("b", floor=1)
+    manager.quotas.set("a", floor=2, ceiling=5)
+    manager.quotas.set("b", floor=1)
     for first, namespace in ((0, "a"), (100, "b"), (200, None)):
         manager.free(committed(manager, range(first, first + 8), namespace))
     names: list[str | None] = ["a", "b", None]
@@ -164,7 +164,7 @@ def swap_in_evicting() -> tuple[BlockManager, Operation]:
 
 def swap_in_under_quotas() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
-    manager.set_quota("a", floor=2, ceiling=4)
+    manager.quotas.set("a", floor=2, ceiling=4)
     sequence = manager.allocate(range(12), namespace="a")
     manager.swap(sequence, "host")
     manager.free(committed(manager, range(50, 66), "a"))
@@ -221,7 +221,7 @@ def inject(patch: pytest.MonkeyPatch, target: str, fault: Fault) -> None:
         for name in ("take", "take_one"):
             patch.setattr(BlockPool, name, fault.around(getattr(BlockPool, name)))
     elif target == "Plan":
-        for module in ("blocks.manager", "blocks.capacity"):
+        for module in ("blocks.swap", "blocks.resize"):
             patch.setattr(f"kvpager.{module}.Plan", fault.around(Plan))
     else:  # the library asks for instances of these, too
         kind = {"Step": Step, "Sequence": Sequence}[target]
@@ -275,7 +275,7 @@ class History:
 
     def live(self, *, swapped: bool | None = None) -> list[Sequence]:
         handles = list(handles_of(self.manager).values())
-        away = self.manager._rows.swapped
+        away = self.manager._state.rows.swapped
         return [one for one in handles if swapped is None or bool(away[one._row]) == swapped]
 
     def begun(self, copies: np.ndarray, ticket: int) -> list[list[int]]:
@@ -321,7 +321,7 @@ def do_append(history: History, chance: random.Random) -> object:
 
 
 def do_accept(history: History, chance: random.Random) -> object:
-    drafts = history.manager._rows.drafts
+    drafts = history.manager._state.rows.drafts
     here = [one for one in history.live(swapped=False) if drafts[one._row]]
     counts = [chance.randint(0, int(drafts[one._row])) for one in here]
     return history.manager.accept(here, counts)
@@ -364,24 +364,25 @@ def do_free(history: History, chance: random.Random) -> object:
 
 def do_complete(history: History, chance: random.Random) -> object:
     work = history.work
-    return history.manager.complete(work.pop(chance.randrange(len(work)))) if work else None
+    return history.manager.copies.complete(work.pop(chance.randrange(len(work)))) if work else None
 
 
 def do_pin(history: History, chance: random.Random) -> object:
     here = history.live(swapped=False)
     if here and len(history.pins) < 2:
-        history.pins.append(history.manager.pin(chance.choice(here)))
+        history.pins.append(history.manager.pins.pin(chance.choice(here)))
     return list(history.pins)
 
 
 def do_unpin(history: History, chance: random.Random) -> object:
-    return history.manager.unpin(history.pins.pop(0)) if history.pins else None
+    return history.manager.pins.unpin(history.pins.pop(0)) if history.pins else None
 
 
 def do_retain(history: History, chance: random.Random) -> object:
     here = history.live(swapped=False)
     ttl_s = chance.choice([None, 1.0, 5.0])
-    return history.manager.retain(chance.choice(here), chance.randint(0, 100), ttl_s) if here else 0
+    pins = history.manager.pins
+    return pins.retain(chance.choice(here), chance.randint(0, 100), ttl_s) if here else 0
 
 
 def do_wait(history: History, chance: random.Random) -> object:
@@ -497,10 +498,12 @@ class Worker:
         assert manager.lengths(self.own).tolist() == [len(ids) for ids in self.own.values()]
         for one in here:
             ids = self.own[one]
-            with manager._lock:  # or else others evict what is equal to it and idle, in between
+            with (
+                manager._state.lock
+            ):  # or else others evict what is equal to it and idle, in between
                 manager.commit(one)
                 assert manager.cached_tokens(ids) >= len(ids) // 4 * 4
-            assert len(manager.block_table(one)) == -(-len(ids) // 4)
+            assert len(manager.block_tables(one)[0]) == -(-len(ids) // 4)
 
     def act_on_shared(self) -> None:
         manager, chance = self.manager, self.chance

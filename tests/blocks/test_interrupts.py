@@ -110,41 +110,41 @@ def complete_copies() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows(fences=True)
     sequence = committed(manager, range(12))
     plan = manager.swap(sequence, "host")
-    return manager, lambda: manager.complete(plan)
+    return manager, lambda: manager.copies.complete(plan)
 
 
 def pin_a_prefix() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
     sequence = committed(manager, range(12))
-    return manager, lambda: manager.pin(sequence)
+    return manager, lambda: manager.pins.pin(sequence)
 
 
 def unpin_a_prefix() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
     sequence = committed(manager, range(12))
-    ticket = manager.pin(sequence)
+    ticket = manager.pins.pin(sequence)
     manager.free(sequence)
-    return manager, lambda: manager.unpin(ticket)
+    return manager, lambda: manager.pins.unpin(ticket)
 
 
 def retain_a_prefix() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows(eviction=policy_of("priority", 12, Clock()))
     manager.free(committed(manager, range(12)))
     sequence = manager.allocate(range(8))
-    return manager, lambda: manager.retain(sequence, 80, 5.0)
+    return manager, lambda: manager.pins.retain(sequence, 80, 5.0)
 
 
 def set_a_quota() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
     manager.free(committed(manager, range(12), "a"))
-    return manager, lambda: manager.set_quota("a", ceiling=1)
+    return manager, lambda: manager.quotas.set("a", ceiling=1)
 
 
 def drop_a_quota() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
-    manager.set_quota("a", floor=1)
+    manager.quotas.set("a", floor=1)
     manager.free(committed(manager, range(12), "a"))
-    return manager, lambda: manager.drop_quota("a")
+    return manager, lambda: manager.quotas.drop("a")
 
 
 def drop_cached() -> tuple[BlockManager, Operation]:
@@ -160,7 +160,7 @@ def grow() -> tuple[BlockManager, Operation]:
 def fetch_events() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows(num_events=100)
     committed(manager, range(8))
-    return manager, manager.events
+    return manager, manager.events.fetch
 
 
 CHANGES = [
@@ -273,7 +273,7 @@ def refused(manager: BlockManager) -> KVPagerError | None:
 
 
 def is_locked(manager: BlockManager) -> bool:
-    lock: Any = manager._lock
+    lock: Any = manager._state.lock
     return hasattr(lock, "_is_owned") and bool(lock._is_owned())
 
 
@@ -321,8 +321,8 @@ def test_random_interrupts_leave_a_lawful_manager(policy: str) -> None:
             eviction, fences = policy_of(policy, 24, clock), made % 3 == 0
             manager = BlockManager(24, 4, 12, eviction=eviction, fences=fences, num_events=99)
             if made % 3 == 1:
-                manager.set_quota("a", floor=4, ceiling=12)
-                manager.set_quota("b", ceiling=10)
+                manager.quotas.set("a", floor=4, ceiling=12)
+                manager.quotas.set("b", ceiling=10)
             made += 1
             history = History(manager, clock)
             for _ in range(200):
@@ -547,7 +547,7 @@ def test_memory_that_runs_out_in_the_middle_breaks_the_manager(monkeypatch) -> N
             manager.free(sequence)
     calls: list[Operation] = [
         lambda: manager.free(sequence), lambda: manager.allocate(3), manager.check, manager.stats,
-        lambda: state_of(manager), lambda: manager.length(sequence),
+        lambda: state_of(manager), lambda: len(sequence),
         lambda: manager.num_free_blocks,
     ]  # fmt: skip
     for call in calls:

@@ -38,7 +38,7 @@ def mixed(manager: BlockManager, first: int, count: int) -> list[int]:
 
 
 def policy_of(manager: BlockManager) -> Lifetime:
-    policy = manager._index.policy
+    policy = manager._state.evictor.policy
     assert isinstance(policy, Lifetime)
     return policy
 
@@ -79,7 +79,7 @@ def test_ghost_tells_an_old_prefix_from_a_new_one() -> None:
     for which in (0, 100):
         sequence = manager.allocate(prompt(which))
         manager.commit(sequence)
-        uses = policy.records[manager.block_table(sequence)[:8]] & 0xFF
+        uses = policy.records[manager.block_tables(sequence)[0][:8]] & 0xFF
         num_known[which] = np.count_nonzero(uses == 2)
         manager.free(sequence)
     assert num_known[0] >= 6  # another ghost may have taken its slot

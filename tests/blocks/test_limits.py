@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from kvpager import BlockManager, OutOfBlocks
+from kvpager.blocks.accounts import Account
 from kvpager.blocks.eviction import Queue
-from kvpager.blocks.quotas import Account
 from kvpager.blocks.sequences import Sequence
-from kvpager.blocks.stats import BlockState
+from kvpager.blocks.stats import BlockStatus
 from kvpager.testing.state import handles_of, state_of
 from tests.support.twins import twin_of
 
@@ -23,7 +23,7 @@ def cache(manager: BlockManager, tokens: range, namespace: str | None = None) ->
 
 def test_a_floor_is_kept_even_where_its_blocks_would_leave_first() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", floor=4)
+    manager.quotas.set("acme", floor=4)
     cache(manager, range(16), "acme")  # idle for longest
     cache(manager, range(100, 116), "b")
     manager.allocate(12, namespace="b")
@@ -33,12 +33,12 @@ def test_a_floor_is_kept_even_where_its_blocks_would_leave_first() -> None:
 
 def test_idle_blocks_before_held_ones_leave_one_by_one() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("acme", floor=4)
+    manager.quotas.set("acme", floor=4)
     sequence = manager.allocate(list(range(20)), namespace="acme")
     manager.commit(sequence)
     manager.slide(sequence, 16)
     manager.allocate(16, namespace="b")  # needs one block of acme's four idle ones
-    assert manager.namespace_blocks("acme") == 4
+    assert manager.quotas.used("acme") == 4
     assert manager.cached_tokens(list(range(20)), namespace="acme") == 12
     manager.check()
 
@@ -62,15 +62,15 @@ def test_what_would_make_a_floor_a_lie_is_refused() -> None:
     tokens = list(range(20))
     first, twin = (manager.allocate(tokens, namespace="b") for _ in range(2))
     manager.commit([first, twin])
-    manager.set_quota("a", floor=10)
+    manager.quotas.set("a", floor=10)
     manager.free(first)
     manager.allocate(20, namespace="b")
     with pytest.raises(ValueError, match="floors promise"):
-        manager.pin(twin)
+        manager.pins.pin(twin)
     with pytest.raises(ValueError, match="floors promise"):
         manager.shrink(19)
     with pytest.raises(ValueError, match="11 blocks, and 10 can be had"):
-        manager.set_quota("c", floor=1)
+        manager.quotas.set("c", floor=1)
     manager.check()
     manager.allocate(40, namespace="a")
     with pytest.raises(OutOfBlocks) as caught:
@@ -99,9 +99,9 @@ def test_growing_does_not_forget_what_is_held_back() -> None:
     manager.grow(9)
     manager.free(sequence)
     manager.check()
-    assert (manager.block_states() == BlockState.KEPT).sum() == 4
+    assert (manager.queries.block_statuses() == BlockStatus.KEPT).sum() == 4
     for plan in plans:
-        manager.complete(plan)
+        manager.copies.complete(plan)
     assert manager.stats().num_free == 9
 
 
@@ -113,7 +113,7 @@ def test_what_shrinking_cut_off_is_not_handed_out_before_it_was_copied() -> None
     plan = manager.shrink(4)
     with pytest.raises(ValueError, match="complete the plan of `shrink` first"):
         manager.grow(8)
-    manager.complete(plan)
+    manager.copies.complete(plan)
     manager.grow(8)
     manager.check()
 
@@ -124,7 +124,7 @@ def test_a_refused_quota_changes_nothing() -> None:
         manager.commit(manager.allocate([*range(8), *tail], namespace="n"))
     before = state_of(manager)
     with pytest.raises(ValueError, match="holds 4 blocks"):
-        manager.set_quota("n", ceiling=1)
+        manager.quotas.set("n", ceiling=1)
     after = state_of(manager)
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
@@ -192,7 +192,7 @@ def test_a_call_costs_the_same_however_many_tenants_have_quotas(monkeypatch, flo
             return result
 
         for tenant in range(num_tenants):
-            manager.set_quota(f"t{tenant}", floor=floor, ceiling=1000)
+            manager.quotas.set(f"t{tenant}", floor=floor, ceiling=1000)
         for tenant in range(0, num_tenants, 2):
             cache(manager, range(12), f"t{tenant}")
         for number in range(2000 // 40):  # the pool is full of the cached prompts of one tenant
@@ -201,11 +201,11 @@ def test_a_call_costs_the_same_however_many_tenants_have_quotas(monkeypatch, flo
         cost("append", lambda: manager.append(sequence, 40))
         cost("commit", lambda: manager.commit(sequence))
         cost("free", lambda: manager.free(sequence))
-        cost("change", lambda: manager.set_quota("t1", floor=floor, ceiling=900))
-        cost("drop", lambda: manager.drop_quota("t1"))
-        cost("set", lambda: manager.set_quota("t1", floor=floor, ceiling=900))
+        cost("change", lambda: manager.quotas.set("t1", floor=floor, ceiling=900))
+        cost("drop", lambda: manager.quotas.drop("t1"))
+        cost("set", lambda: manager.quotas.set("t1", floor=floor, ceiling=900))
         manager.check()
-        assert manager.num_evicted_blocks
+        assert manager.queries.num_evicted_blocks
         return found
 
     few, many = costs(6), costs(60)
@@ -214,18 +214,18 @@ def test_a_call_costs_the_same_however_many_tenants_have_quotas(monkeypatch, flo
 
 def test_a_namespace_within_its_floor_gives_blocks_again_when_the_floor_falls() -> None:
     manager = BlockManager(8, 4)
-    manager.set_quota("kept", floor=4)
+    manager.quotas.set("kept", floor=4)
     cache(manager, range(16), "kept")
     cache(manager, range(100, 116), "b")
     manager.free(manager.allocate(16, namespace="b"))  # looks past what is kept
     with pytest.raises(OutOfBlocks):
         manager.allocate(20, namespace="b")
-    manager.set_quota("kept", floor=1)
+    manager.quotas.set("kept", floor=1)
     manager.check()
     manager.allocate(28, namespace="b")
     manager.check()
-    assert manager.namespace_blocks("kept") == 1
-    manager.drop_quota("kept")
+    assert manager.quotas.used("kept") == 1
+    manager.quotas.drop("kept")
     manager.check()
     manager.allocate(4)
     manager.check()
@@ -244,9 +244,9 @@ def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
             match int(random.integers(6)):
                 case 0:
                     ceiling = int(random.integers(4, 24))
-                    manager.set_quota(name, floor=int(random.integers(0, 5)), ceiling=ceiling)
+                    manager.quotas.set(name, floor=int(random.integers(0, 5)), ceiling=ceiling)
                 case 1:
-                    manager.drop_quota(name)
+                    manager.quotas.drop(name)
                 case 2 if sequences:
                     manager.free(sequences.pop(random.integers(len(sequences))), publish=True)
                 case 3 if sequences:
@@ -257,7 +257,7 @@ def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
                     manager.commit(sequences[-1])
         manager.check()
     recounted = twin_of(manager)
-    recounted._recount(recounted._quotas.limits)
+    recounted._state.recount(recounted._state.accounts.limits)
     for one in (manager, recounted):
         one.free(list(handles_of(one).values()))
     for _ in range(12):

@@ -12,7 +12,7 @@ import pytest
 
 from kvpager import BlockManager, KVPagerError, OutOfBlocks, StaleSequence
 from kvpager.blocks.sequences import Batch, Sequence
-from kvpager.blocks.stats import BlockState
+from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import BrokenInvariant, SequenceSwapped
 
 
@@ -35,12 +35,12 @@ def committed(manager: BlockManager, ids: list[int], namespace: str | None = Non
 
 
 def test_a_sequence_gets_one_block_per_block_size_tokens(manager: BlockManager) -> None:
-    assert len(manager.block_table(manager.allocate(9))) == 3
+    assert len(manager.block_tables(manager.allocate(9))[0]) == 3
     assert manager.stats().num_held == 3
 
 
 def test_the_whole_pool_can_be_allocated(manager: BlockManager) -> None:
-    table = manager.block_table(manager.allocate(32))
+    table = manager.block_tables(manager.allocate(32))[0]
     assert sorted(table.tolist()) == list(range(8))
     assert table.dtype == np.int32
 
@@ -54,7 +54,7 @@ def test_an_empty_sequence_holds_nothing_and_can_grow(manager: BlockManager) -> 
 
 def test_slots_are_block_times_block_size_plus_offset(manager: BlockManager) -> None:
     sequence = manager.allocate(6)
-    table = manager.block_table(sequence)
+    table = manager.block_tables(sequence)[0]
     expected = [table[i // 4] * 4 + i % 4 for i in range(6)]
     assert manager.slots(sequence).tolist() == expected
     assert manager.slots(sequence, 3, 5).tolist() == expected[3:5]
@@ -77,9 +77,9 @@ def test_a_known_prefix_is_shared_and_one_token_is_left_to_compute(manager: Bloc
     second = manager.allocate(prompt(8))
     # The second block is needed for one more token than may be reused: it is copied in part.
     assert second.num_cached_tokens == 7
-    assert manager.block_table(second)[0] == manager.block_table(first)[0]
+    assert manager.block_tables(second)[0][0] == manager.block_tables(first)[0][0]
     assert second.copies.tolist() == [
-        [manager.block_table(first)[1], manager.block_table(second)[1]]
+        [manager.block_tables(first)[0][1], manager.block_tables(second)[0][1]]
     ]
 
 
@@ -88,7 +88,7 @@ def test_a_longer_prompt_shares_all_full_blocks_of_the_shorter(manager: BlockMan
     second = manager.allocate(prompt(10))
     assert second.num_cached_tokens == 8
     assert len(second.copies) == 0
-    assert manager.block_table(second)[:2].tolist() == manager.block_table(first).tolist()
+    assert manager.block_tables(second)[0][:2].tolist() == manager.block_tables(first)[0].tolist()
     assert manager.stats().num_shared == 2
 
 
@@ -142,7 +142,7 @@ def test_a_freed_prompt_stays_cached_until_its_room_is_needed(manager: BlockMana
     other = manager.allocate(16)
     assert manager.stats().num_cached == 0
     assert manager.stats().total_evicted == 1
-    assert len(manager.block_table(other)) == 4
+    assert len(manager.block_tables(other)[0]) == 4
 
 
 def test_the_least_recently_used_prefix_leaves_first_and_from_its_tail(
@@ -162,7 +162,7 @@ def test_two_equal_prompts_at_once_keep_their_own_blocks_and_one_is_offered(
     first, second = manager.allocate(prompt(8)), manager.allocate(prompt(8))
     manager.commit([first, second])
     manager.check()
-    assert not set(manager.block_table(first)) & set(manager.block_table(second))
+    assert not set(manager.block_tables(first)[0]) & set(manager.block_tables(second)[0])
     manager.free(first)
     manager.check()
     manager.append(second, prompt(4, first=8))
@@ -191,15 +191,15 @@ def test_a_fork_shares_every_block_and_copies_nothing(manager: BlockManager) -> 
     assert manager.stats().num_held == 2
     assert manager.stats().num_shared == 2
     for child in children:
-        assert manager.block_table(child).tolist() == manager.block_table(parent).tolist()
+        assert manager.block_tables(child)[0].tolist() == manager.block_tables(parent)[0].tolist()
 
 
 def test_writing_into_a_shared_block_copies_it_first(manager: BlockManager) -> None:
     parent = manager.allocate(6)
     child = manager.fork(parent)
-    tail = manager.block_table(parent)[1]
+    tail = manager.block_tables(parent)[0][1]
     step = manager.append(child, 1)
-    own = manager.block_table(child)[1]
+    own = manager.block_tables(child)[0][1]
     assert step.copies.tolist() == [[tail, own]]
     assert own != tail
     assert step.slots.tolist() == [own * 4 + 2]
@@ -214,10 +214,10 @@ def test_a_full_shared_tail_is_not_copied(manager: BlockManager) -> None:
 
 def test_the_last_of_a_batch_keeps_the_shared_tail(manager: BlockManager) -> None:
     family = [parent := manager.allocate(6), *manager.fork(parent, 2)]
-    tail = manager.block_table(parent)[1]
+    tail = manager.block_tables(parent)[0][1]
     step = manager.append(family, 1)
     assert step.copies[:, 0].tolist() == [tail, tail]
-    assert manager.block_table(family[-1])[1] == tail
+    assert manager.block_tables(family[-1])[0][1] == tail
     manager.check()
 
 
@@ -282,7 +282,7 @@ def test_block_tables_are_padded_with_minus_one(manager: BlockManager) -> None:
     assert tables.shape == (2, 3)
     assert tables.dtype == np.int32
     assert tables[1, 1:].tolist() == [-1, -1]
-    assert tables[0].tolist() == manager.block_table(sequences[0]).tolist()
+    assert tables[0].tolist() == manager.block_tables(sequences[0])[0].tolist()
 
 
 # -------------------------------------------------------------------- truncate, slide
@@ -310,7 +310,7 @@ def test_slide_gives_back_the_blocks_behind_a_window(manager: BlockManager) -> N
     sequence = manager.allocate(15)
     manager.slide(sequence, 9)
     assert manager.stats().num_free == 6
-    assert manager.block_table(sequence)[:2].tolist() == [-1, -1]
+    assert manager.block_tables(sequence)[0][:2].tolist() == [-1, -1]
     manager.append(sequence, 2)
     assert len(sequence) == 17
     with pytest.raises(ValueError, match="before token 8"):
@@ -323,7 +323,7 @@ def test_slide_gives_back_the_blocks_behind_a_window(manager: BlockManager) -> N
 
 def test_swap_moves_blocks_out_and_back(manager: BlockManager) -> None:
     sequence = manager.allocate(12)
-    table = manager.block_table(sequence)
+    table = manager.block_tables(sequence)[0]
     plan = manager.swap(sequence, "host")
     assert (plan.source, plan.destination) == ("device", "host")
     assert plan.copies[:, 0].tolist() == table.tolist()
@@ -331,7 +331,7 @@ def test_swap_moves_blocks_out_and_back(manager: BlockManager) -> None:
     assert manager.stats().num_host_free == 1
     back = manager.swap(sequence, "device")
     assert back.copies[:, 0].tolist() == plan.copies[:, 1].tolist()
-    assert manager.block_table(sequence).tolist() == back.copies[:, 1].tolist()
+    assert manager.block_tables(sequence)[0].tolist() == back.copies[:, 1].tolist()
     assert manager.stats().num_host_free == 4
     manager.check()
 
@@ -346,7 +346,7 @@ def test_swap_leaves_shared_blocks_where_they_are_needed(manager: BlockManager) 
     manager.check()
     assert manager.stats().num_held == 2  # the swapped child still counts on them
     manager.swap(child, "device")
-    assert len(manager.block_table(child)) == 3
+    assert len(manager.block_tables(child)[0]) == 3
     manager.check()
 
 
@@ -397,7 +397,7 @@ def test_swapping_to_where_it_is_moves_nothing(manager: BlockManager) -> None:
         lambda m, s: m.commit(s),
         lambda m, s: m.truncate(s, 0),
         lambda m, s: m.swap(s, "host"),
-        lambda m, s: m.block_table(s),
+        lambda m, s: m.block_tables(s)[0],
         lambda m, s: m.block_tables([s]),
         lambda m, s: m.batch([s]),
         lambda m, s: m.slots(s),
@@ -488,16 +488,16 @@ def test_other_bad_arguments_are_refused(manager: BlockManager) -> None:
 
 def test_a_grown_pool_keeps_its_sequences(manager: BlockManager) -> None:
     sequence = manager.allocate(32)
-    table = manager.block_table(sequence)
+    table = manager.block_tables(sequence)[0]
     manager.grow(10)
     manager.append(sequence, 8)
-    assert manager.block_table(sequence)[:8].tolist() == table.tolist()
+    assert manager.block_tables(sequence)[0][:8].tolist() == table.tolist()
     manager.check()
 
 
 def test_check_names_the_broken_law(manager: BlockManager) -> None:
-    block = manager.block_table(manager.allocate(4))[0]
-    manager._pool.refs[block] = 2
+    block = manager.block_tables(manager.allocate(4))[0][0]
+    manager._state.pool.refs[block] = 2
     with pytest.raises(BrokenInvariant, match=f"block {block}: refcount 2, but 1 tables hold it"):
         manager.check()
 
@@ -506,7 +506,7 @@ def test_empty_namespaces_leave_nothing_behind(manager: BlockManager) -> None:
     for tenant in range(20):
         manager.free(committed(manager, prompt(4), f"tenant {tenant}"))
     manager.drop_cached()
-    assert manager._index.roots == {}
+    assert manager._state.forest.roots == {}
 
 
 def test_threads_share_a_manager_without_losing_a_block() -> None:
@@ -554,7 +554,7 @@ def test_the_control_plane_never_imports_torch() -> None:
 def test_slide_takes_a_start_for_each_sequence(manager: BlockManager) -> None:
     long, short = manager.allocate(16), manager.allocate(3)
     manager.slide([long, short], [8, 1])
-    assert manager.block_table(long)[:2].tolist() == [-1, -1]
+    assert manager.block_tables(long)[0][:2].tolist() == [-1, -1]
     with pytest.raises(ValueError, match="start 4: the sequence has 3 tokens only"):
         manager.slide([long, short], [9, 4])
     with pytest.raises(ValueError, match="expected one int, or one for each of 2"):
@@ -565,15 +565,15 @@ def test_every_block_is_in_exactly_one_state(manager: BlockManager) -> None:
     manager.free(committed(manager, prompt(8)))
     manager.fork(manager.allocate(4))
     manager.allocate(4)
-    states = manager.block_states()
-    counts = {state: int((states == state).sum()) for state in BlockState}
+    states = manager.queries.block_statuses()
+    counts = {state: int((states == state).sum()) for state in BlockStatus}
     assert counts == {
-        BlockState.FREE: 4,
-        BlockState.CACHED: 2,
-        BlockState.HELD: 1,
-        BlockState.SHARED: 1,
-        BlockState.KEPT: 0,
-        BlockState.RESERVED: 0,
+        BlockStatus.FREE: 4,
+        BlockStatus.CACHED: 2,
+        BlockStatus.HELD: 1,
+        BlockStatus.SHARED: 1,
+        BlockStatus.KEPT: 0,
+        BlockStatus.RESERVED: 0,
     }
 
 
@@ -635,8 +635,6 @@ def test_what_takes_one_sequence_refuses_several(manager: BlockManager) -> None:
     pair = [manager.allocate(5), manager.allocate(6)]
     for operation in (
         manager.fork,
-        manager.length,
-        manager.block_table,
         manager.slots,
         lambda sequences: manager.truncate(sequences, 1),
     ):
@@ -696,7 +694,7 @@ def test_using_a_prompt_again_and_again_costs_no_memory(manager: BlockManager) -
     manager.free(committed(manager, prompt(9)))
     for _ in range(1000):
         manager.free(manager.allocate(prompt(9)))
-    assert len(manager._index._queues[0]._heap) < 100
+    assert len(manager._state.evictor._queues[0]._heap) < 100
     manager.check()
 
 
@@ -756,7 +754,7 @@ def test_a_slid_sequence_swaps_what_it_still_has(manager: BlockManager) -> None:
     assert plan.copies.min() >= 0
     manager.check()
     manager.swap(sequence, "device")
-    assert manager.block_table(sequence)[0] == -1
+    assert manager.block_tables(sequence)[0][0] == -1
     manager.check()
 
 
@@ -793,39 +791,41 @@ def test_stats_count_what_happened() -> None:
 
 def put(manager: BlockManager, sequence: Sequence, column: int, block: int) -> None:
     """Overwrite an entry of a block table."""
-    manager._rows.tables.row(sequence._row)[column] = block
+    manager._state.rows.tables.row(sequence._row)[column] = block
 
 
 BREAK = {
-    "refcount": lambda m, s: m._pool.refs.__setitem__(m.block_table(s)[0], 2),
-    "evictable count": lambda m, s: setattr(m._pool, "num_evictable", 2),
-    "free twice": lambda m, s: m._pool._stack.__setitem__(slice(0, 2), m._pool._stack[0]),
-    "free and used": lambda m, s: m._pool._stack.__setitem__(0, m.block_table(s)[0]),
-    "bump pointer": lambda m, s: setattr(m._pool, "_num_used_ever", 1),
-    "held back": lambda m, s: m._pool.holds.__setitem__(0, 1),
-    "pins": lambda m, s: m._fences.pins.popitem(),
-    "length": lambda m, s: m._rows.lengths.__setitem__(s._row, 40),
-    "committed": lambda m, s: m._rows.committed.__setitem__(s._row, 99),
-    "drafts": lambda m, s: m._rows.drafts.__setitem__(s._row, 4),
-    "special rows": lambda m, s: setattr(m._rows, "num_special", 3),
+    "refcount": lambda m, s: m._state.pool.refs.__setitem__(m.block_tables(s)[0][0], 2),
+    "evictable count": lambda m, s: setattr(m._state.pool, "num_evictable", 2),
+    "free twice": lambda m, s: m._state.pool._stack.__setitem__(
+        slice(0, 2), m._state.pool._stack[0]
+    ),
+    "free and used": lambda m, s: m._state.pool._stack.__setitem__(0, m.block_tables(s)[0][0]),
+    "bump pointer": lambda m, s: setattr(m._state.pool, "_num_used_ever", 1),
+    "held back": lambda m, s: m._state.pool.holds.__setitem__(0, 1),
+    "pins": lambda m, s: m._state.fences.pins.popitem(),
+    "length": lambda m, s: m._state.rows.lengths.__setitem__(s._row, 40),
+    "committed": lambda m, s: m._state.rows.committed.__setitem__(s._row, 99),
+    "drafts": lambda m, s: m._state.rows.drafts.__setitem__(s._row, 4),
+    "special rows": lambda m, s: setattr(m._state.rows, "num_special", 3),
     "hole": lambda m, s: put(m, s, 0, -1),
-    "twice": lambda m, s: put(m, s, 0, m.block_table(s)[1]),
+    "twice": lambda m, s: put(m, s, 0, m.block_tables(s)[0][1]),
     "no such block": lambda m, s: put(m, s, 0, 99),
     "stray": lambda m, s: put(m, s, 3, 1),
-    "free row": lambda m, s: m._rows.free_rows.append(s._row),
+    "free row": lambda m, s: m._state.rows.free_rows.append(s._row),
     "swapped": lambda m, s: put(m, s, 2, -2),
-    "published": lambda m, s: m._rows.published.__setitem__(s._row, 3),
-    "knows too much": lambda m, s: m._rows.known.__setitem__(s._row, 16),
-    "other tokens": lambda m, s: m._pool.ids.__setitem__((m.block_table(s)[0], 0), 55),
-    "namespace": lambda m, s: setattr(m._rows.nodes[s._row], "tree", ("acme", None)),
-    "run's start": lambda m, s: setattr(m._rows.nodes[s._row], "start", 7),
-    "run's end": lambda m, s: setattr(m._rows.nodes[s._row], "end", 1),
-    "run's parent": lambda m, s: setattr(m._rows.nodes[s._row], "parent", None),
-    "look-up": lambda m, s: m._index.node_of.__setitem__(m.block_table(s)[0], 9),
-    "cached flag": lambda m, s: m._pool.cached.__setitem__(m.block_table(s)[0], False),
-    "never evicted": lambda m, s: m._index._queues[0].ranks.clear(),
-    "quota": lambda m, s: setattr(m._quotas._accounts[1], "used", 7),
-    "host refcount": lambda m, s: m._host.refs.__setitem__(0, 1),
+    "published": lambda m, s: m._state.rows.published.__setitem__(s._row, 3),
+    "knows too much": lambda m, s: m._state.rows.known.__setitem__(s._row, 16),
+    "other tokens": lambda m, s: m._state.pool.ids.__setitem__((m.block_tables(s)[0][0], 0), 55),
+    "namespace": lambda m, s: setattr(m._state.rows.nodes[s._row], "tree", ("acme", None)),
+    "run's start": lambda m, s: setattr(m._state.rows.nodes[s._row], "start", 7),
+    "run's end": lambda m, s: setattr(m._state.rows.nodes[s._row], "end", 1),
+    "run's parent": lambda m, s: setattr(m._state.rows.nodes[s._row], "parent", None),
+    "look-up": lambda m, s: m._state.forest.node_of.__setitem__(m.block_tables(s)[0][0], 9),
+    "cached flag": lambda m, s: m._state.pool.cached.__setitem__(m.block_tables(s)[0][0], False),
+    "never evicted": lambda m, s: m._state.evictor._queues[0].ranks.clear(),
+    "quota": lambda m, s: setattr(m._state.accounts._accounts[1], "used", 7),
+    "host refcount": lambda m, s: m._state.host.refs.__setitem__(0, 1),
 }
 
 
@@ -835,8 +835,8 @@ def test_check_sees_every_kind_of_damage(law: str) -> None:
     others = [manager.allocate(4) for _ in range(3)]
     manager.free(committed(manager, prompt(4, first=60)))
     sequence = committed(manager, prompt(10))
-    manager.pin(sequence)
-    manager.set_quota("acme", floor=1)
+    manager.pins.pin(sequence)
+    manager.quotas.set("acme", floor=1)
     manager.free(others)
     manager.check()
     BREAK[law](manager, sequence)
@@ -847,7 +847,7 @@ def test_check_sees_every_kind_of_damage(law: str) -> None:
 def test_a_prompt_leaves_from_its_end(manager: BlockManager) -> None:
     manager.free(committed(manager, prompt(12)))
     held = manager.allocate(24)  # evicts one of the three
-    assert len(manager.block_table(held)) == 6
+    assert len(manager.block_tables(held)[0]) == 6
     manager.truncate(held, 20)
     assert manager.allocate(prompt(13)[:9]).num_cached_tokens == 8
 

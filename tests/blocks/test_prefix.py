@@ -193,7 +193,7 @@ def test_a_twin_whose_counterpart_was_evicted_offers_its_own_blocks() -> None:
     manager.check()
     hit = manager.allocate(A + B + C + D)
     assert hit.num_cached_tokens == 12
-    assert manager.block_table(hit)[:3].tolist() == manager.block_table(twin).tolist()
+    assert manager.block_tables(hit)[0][:3].tolist() == manager.block_tables(twin)[0].tolist()
 
 
 def test_a_twin_that_lost_its_front_under_it_offers_everything_again() -> None:
@@ -294,11 +294,11 @@ def test_an_empty_namespace_or_adapter_is_refused_wherever_one_is_taken(
 @pytest.mark.parametrize(
     "call",
     [
-        lambda manager: manager.set_quota("", ceiling=1),
-        lambda manager: manager.quota(""),
-        lambda manager: manager.ceiling(""),
-        lambda manager: manager.drop_quota(""),
-        lambda manager: manager.namespace_blocks(""),
+        lambda manager: manager.quotas.set("", ceiling=1),
+        lambda manager: manager.quotas.get(""),
+        lambda manager: manager.quotas.ceiling(""),
+        lambda manager: manager.quotas.drop(""),
+        lambda manager: manager.quotas.used(""),
     ],
 )
 def test_an_empty_namespace_has_no_quota(manager: BlockManager, call) -> None:
@@ -423,7 +423,7 @@ def test_cached_tokens_changes_nothing() -> None:
     manager = BlockManager(8, 4, num_events=10)
     cache(manager, A + B)
     cache(manager, C)
-    manager.events()
+    manager.events.fetch()
     before = {name: array.copy() for name, array in state_of(manager).items()}
     for prompt in (A + B, A + B[:2], D, []):
         manager.cached_tokens(prompt)
@@ -431,7 +431,7 @@ def test_cached_tokens_changes_nothing() -> None:
     after = state_of(manager)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    assert manager.events() == []
+    assert manager.events.fetch() == []
 
 
 def test_cached_tokens_counts_the_last_token_that_allocate_leaves_to_compute(
@@ -554,12 +554,12 @@ def test_eviction_never_takes_a_held_block(policy: str) -> None:
     manager = BlockManager(8, 4, eviction=policy)
     cache(manager, A + B + C)
     held = manager.allocate(A + B + D)  # holds A and B
-    table = manager.block_table(held).tolist()
+    table = manager.block_tables(held)[0].tolist()
     evict(manager)
     assert manager.cached_tokens(A + B + C) == 8
     with pytest.raises(OutOfBlocks, match="5 free, 0 evictable"):
         manager.allocate(24)
-    assert manager.block_table(held).tolist() == table
+    assert manager.block_tables(held)[0].tolist() == table
     manager.check()
 
 
@@ -569,10 +569,10 @@ def test_idle_blocks_in_front_of_held_ones_can_be_reclaimed(policy: str) -> None
     sequence = committed(manager, A + B + C + D)
     manager.slide(sequence, 8)
     assert manager.stats().num_cached == 2
-    table = manager.block_table(sequence).tolist()
+    table = manager.block_tables(sequence)[0].tolist()
     other = manager.allocate(8)
-    assert not set(manager.block_table(other).tolist()) & set(table[2:])
-    assert manager.block_table(sequence).tolist() == table
+    assert not set(manager.block_tables(other)[0].tolist()) & set(table[2:])
+    assert manager.block_tables(sequence)[0].tolist() == table
     manager.check()
     manager.free([sequence, other])
     manager.drop_cached()
@@ -592,10 +592,10 @@ def test_a_prompt_can_be_cached_again_after_all_of_it_left() -> None:
 def test_tenants_that_come_and_go_leave_nothing_behind(manager: BlockManager) -> None:
     for i in range(300):
         cache(manager, A + B, namespace=f"tenant {i}")
-    assert len(manager._index.roots) <= 33
+    assert len(manager._state.forest.roots) <= 33
     manager.drop_cached()
-    assert not manager._index.roots
-    assert sum(node is not None for node in manager._index.nodes) == 0
+    assert not manager._state.forest.roots
+    assert sum(node is not None for node in manager._state.forest.nodes) == 0
     manager.check()
 
 
@@ -685,12 +685,12 @@ class Pairs:
         sequence = manager.allocate(ids, **who)
         hit = tuple(ids[: sequence.num_cached_tokens])
         assert not hit or hit in self.published[tree]
-        evicted = manager.num_evicted_blocks
+        evicted = manager.queries.num_evicted_blocks
         if self.random.integers(2):
             manager.commit(sequence)
             full = len(ids) // 2 * 2
             self.published[tree].update(tuple(ids[:end]) for end in range(1, full + 1))
-            assert evicted == manager.num_evicted_blocks
+            assert evicted == manager.queries.num_evicted_blocks
             assert manager.cached_tokens(ids, **who) >= full
         self.probe(ids, tree)
         self.live.append(sequence)
@@ -710,5 +710,5 @@ def test_no_tenant_ever_sees_what_another_did(policy: str) -> None:
         pairs.step()
         if number % 200 == 0:
             pairs.manager.check()
-    assert pairs.manager.num_evicted_blocks > 100
+    assert pairs.manager.queries.num_evicted_blocks > 100
     assert pairs.manager.stats().total_prefix_hits > 100

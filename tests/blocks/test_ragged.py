@@ -182,7 +182,7 @@ def test_forks_in_their_thousands_keep_nothing_when_they_end(kept: Kept) -> None
 
 def test_a_call_that_is_refused_keeps_no_table(kept: Kept) -> None:
     manager = BlockManager(200_000, 1)
-    manager.set_quota("a", ceiling=5)
+    manager.quotas.set("a", ceiling=5)
     empty = kept()
     with pytest.raises(Exception, match="may have 5 blocks"):
         manager.allocate(150_000, namespace="a")

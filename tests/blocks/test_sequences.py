@@ -70,11 +70,11 @@ def test_accept_keeps_the_first_and_gives_back_the_blocks_of_the_rest(
 ) -> None:
     sequence = manager.allocate(range(6))
     manager.append(sequence, list(range(6, 15)), draft=True)
-    table = manager.block_table(sequence)
+    table = manager.block_tables(sequence)[0]
     manager.accept(sequence, kept)
     assert len(sequence) == 6 + kept
     num_blocks = -(-(6 + kept) // 4)
-    assert manager.block_table(sequence).tolist() == table[:num_blocks].tolist()
+    assert manager.block_tables(sequence)[0].tolist() == table[:num_blocks].tolist()
     assert manager.num_free_blocks == 32 - num_blocks
     manager.commit(sequence)
     assert manager.cached_tokens(range(15)) == (6 + kept) // 4 * 4
@@ -215,7 +215,7 @@ def test_drafts_of_a_fork_are_written_into_its_own_block(manager: BlockManager) 
     step = manager.append(child, 1, draft=True)
     assert len(step.copies) == 1
     manager.accept(child, 0)
-    assert manager.block_table(child)[1] != manager.block_table(parent)[1]
+    assert manager.block_tables(child)[0][1] != manager.block_tables(parent)[0][1]
     manager.check()
 
 
@@ -270,11 +270,11 @@ def test_append_frees_exactly_the_blocks_behind_the_first_new_tokens_window(
         for count in (1, 3):
             manager = BlockManager(64, block_size)
             sequence = manager.allocate(length, window=window)
-            table = manager.block_table(sequence)
+            table = manager.block_tables(sequence)[0]
             manager.append(sequence, count)
             first_seen = max(0, length - window + 1)  # by the token at `length`, itself included
             gone = first_seen // block_size
-            kept = manager.block_table(sequence)
+            kept = manager.block_tables(sequence)[0]
             assert (kept[:gone] == -1).all()
             assert kept[gone : len(table)].tolist() == table[gone:].tolist()
             assert manager.num_free_blocks == 64 - (len(kept) - gone)
@@ -299,7 +299,7 @@ def test_what_a_window_leaves_stays_addressable_over_a_long_run() -> None:
 def test_a_batch_mixes_windows(manager: BlockManager) -> None:
     sequences = [manager.allocate(16, window=window) for window in (None, 1, 4, 9, 100)]
     manager.append(sequences, 1)
-    gone = [(manager.block_table(one) == -1).sum() for one in sequences]
+    gone = [(manager.block_tables(one)[0] == -1).sum() for one in sequences]
     assert gone == [0, 4, 3, 2, 0]
     manager.check()
 
@@ -314,12 +314,12 @@ def test_a_token_behind_the_window_cannot_be_asked_for(manager: BlockManager) ->
 def test_a_windowed_fork_keeps_what_its_sibling_gave_back(manager: BlockManager) -> None:
     parent = manager.allocate(16, window=4)
     child = manager.fork(parent)
-    table = manager.block_table(child)
+    table = manager.block_tables(child)[0]
     manager.append(parent, 1)
-    assert manager.block_table(child).tolist() == table.tolist()
+    assert manager.block_tables(child)[0].tolist() == table.tolist()
     assert manager.num_held_blocks == 5
     manager.append(child, 5)
-    assert manager.block_table(child)[:3].tolist() == [-1] * 3
+    assert manager.block_tables(child)[0][:3].tolist() == [-1] * 3
     assert manager.num_held_blocks == 1 + 2 + 1
     manager.check()
     manager.free([parent, child])
@@ -329,14 +329,14 @@ def test_a_windowed_fork_keeps_what_its_sibling_gave_back(manager: BlockManager)
 def test_a_fork_inherits_its_parents_window(manager: BlockManager) -> None:
     child = manager.fork(manager.allocate(16, window=1))
     manager.append(child, 1)
-    assert manager.block_table(child)[:4].tolist() == [-1] * 4
+    assert manager.block_tables(child)[0][:4].tolist() == [-1] * 4
 
 
 def test_a_row_used_again_has_no_window(manager: BlockManager) -> None:
     manager.free(manager.allocate(16, window=1))
     sequence = manager.allocate(16)
     manager.append(sequence, 1)
-    assert -1 not in manager.block_table(sequence)
+    assert -1 not in manager.block_tables(sequence)[0]
     manager.check()
 
 
@@ -363,7 +363,7 @@ def test_a_windowed_sequence_swaps_and_comes_back(manager: BlockManager) -> None
     assert len(manager.swap(sequence, "host")) == 2
     manager.swap(sequence, "device")
     manager.append(sequence, 8)
-    assert (manager.block_table(sequence) >= 0).tolist() == [False] * 3 + [True] * 4
+    assert (manager.block_tables(sequence)[0] >= 0).tolist() == [False] * 3 + [True] * 4
     manager.check()
 
 
@@ -649,14 +649,14 @@ VERBS: dict[str, Callable[[BlockManager, Sequence], object]] = {
     "swap out": lambda m, s: m.swap(s, "host"),
     "swap in": lambda m, s: m.swap([s], "device", at_most=0),
     "batch": lambda m, s: m.batch([s]),
-    "length": lambda m, s: m.length(s),
+    "length": lambda m, s: m.lengths(s),
     "lengths": lambda m, s: m.lengths(s),
-    "block_table": lambda m, s: m.block_table(s),
+    "block_table": lambda m, s: m.block_tables(s)[0],
     "block_tables": lambda m, s: m.block_tables(s),
     "slots": lambda m, s: m.slots(s),
     "victims": lambda m, s: m.victims([s], 1),
-    "pin": lambda m, s: m.pin(s),
-    "retain": lambda m, s: m.retain(s, 3),
+    "pin": lambda m, s: m.pins.pin(s),
+    "retain": lambda m, s: m.pins.retain(s, 3),
 }
 
 

@@ -76,7 +76,7 @@ class Memory:
     def check(self) -> None:
         """Every token of every sequence stands where the tables say, on either tier."""
         self.manager.check()
-        rows = self.manager._rows
+        rows = self.manager._state.rows
         for sequence, expected in self.contents.items():
             found: list[int] = []
             for block in rows.blocks(sequence._row).tolist():
@@ -191,7 +191,7 @@ def test_copy_on_write_still_guards_a_swapped_holder(memory: Memory) -> None:
 
 def test_a_sequence_leaves_from_its_end_in_parts(memory: Memory) -> None:
     manager, sequence = memory.manager, memory.allocate(list(range(20)))
-    table = manager.block_table(sequence).tolist()
+    table = manager.block_tables(sequence)[0].tolist()
     for size in (2, 0, 1, 2):
         plan = memory.swap(sequence, "host", size)
         assert sorted(plan.copies[:, 0].tolist()) == sorted(table[len(table) - size :])
@@ -205,9 +205,9 @@ def test_a_sequence_comes_back_from_its_front_in_parts(memory: Memory) -> None:
     manager, sequence = memory.manager, memory.allocate(list(range(20)))
     memory.swap(sequence, "host")
     for here in (2, 2, 4):
-        memory.swap(sequence, "device", here - int((manager.block_table(sequence) >= 0).sum()))
+        memory.swap(sequence, "device", here - int((manager.block_tables(sequence)[0] >= 0).sum()))
         expected = [True] * here + [False] * (5 - here)
-        assert (manager.block_table(sequence) >= 0).tolist() == expected
+        assert (manager.block_tables(sequence)[0] >= 0).tolist() == expected
         with pytest.raises(SequenceSwapped):
             manager.append(sequence, 1)
         memory.check()
@@ -325,14 +325,14 @@ def test_the_way_back_stops_at_a_ceiling_and_changes_nothing() -> None:
     manager = BlockManager(16, 4, 16)
     sequence = manager.allocate(range(16), namespace="a")
     manager.swap(sequence, "host")
-    manager.set_quota("a", ceiling=3)
+    manager.quotas.set("a", ceiling=3)
     before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="may have 3 blocks"):
         manager.swap(sequence, "device")
     assert same_state(state_of(manager), before)
-    manager.set_quota("a", ceiling=4)
+    manager.quotas.set("a", ceiling=4)
     manager.swap(sequence, "device")
-    assert manager.namespace_blocks("a") == 4
+    assert manager.quotas.used("a") == 4
     manager.check()
 
 
@@ -392,7 +392,7 @@ def test_cached_blocks_make_room_for_the_way_back(memory: Memory) -> None:
     memory.free(other)
     assert manager.num_free_blocks == 0
     memory.swap(sequence, "device")
-    assert manager.num_evicted_blocks == 12
+    assert manager.queries.num_evicted_blocks == 12
     memory.check()
 
 
@@ -448,7 +448,7 @@ def act(memory: Memory, chance: random.Random) -> None:
     """One random operation; a refusal must leave everything as it was."""
     manager = memory.manager
     live = list(memory.contents)
-    rows = manager._rows
+    rows = manager._state.rows
     here = [one for one in live if not rows.swapped[one._row]]
     some = chance.sample(live, min(len(live), chance.randint(1, 4)))
     resident = chance.sample(here, min(len(here), chance.randint(1, 3)))

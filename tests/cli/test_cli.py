@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import kvpager
 from kvpager.bench.environment import is_inside
-from kvpager.blocks.stats import BlockState
+from kvpager.blocks.stats import BlockStatus
 from kvpager.cli.app import app
 from kvpager.demo import measuring, report, session
 from kvpager.demo.measuring import HeldRow
@@ -242,10 +242,10 @@ def test_shared_tokens_count_once() -> None:
 def test_block_map_is_bounded() -> None:
     import numpy as np
 
-    states = np.array([BlockState.SHARED] * 60 + [BlockState.FREE] * 41, np.uint8)
+    states = np.array([BlockStatus.SHARED] * 60 + [BlockStatus.FREE] * 41, np.uint8)
     cells, blocks_per_cell = report.summarise(states, 20)
     assert blocks_per_cell == 6
-    assert cells.tolist() == [BlockState.SHARED] * 10 + [BlockState.FREE] * 7
+    assert cells.tolist() == [BlockStatus.SHARED] * 10 + [BlockStatus.FREE] * 7
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -311,14 +311,14 @@ def test_a_prefix_that_is_reused_is_no_room_for_others() -> None:
 
 def test_a_namespace_at_its_ceiling_waits_for_itself() -> None:
     scheduler = make(num_blocks=20, num_host_blocks=4)
-    scheduler.manager.set_quota("acme", ceiling=5)
+    scheduler.manager.quotas.set("acme", ceiling=5)
     with pytest.raises(ValueError, match="may need 6 blocks, its namespace may have 5"):
         scheduler.submit(request("too large", 4, new=18, namespace="acme"))
     for name in range(3):
         scheduler.submit(request(name, 4, new=14, namespace="acme"))
         scheduler.submit(request(f"other{name}", 4, new=14))
     most = []
-    ended = run(scheduler, lambda _: most.append(scheduler.manager.namespace_blocks("acme")))
+    ended = run(scheduler, lambda _: most.append(scheduler.manager.quotas.used("acme")))
     assert set(ended.values()) == {Reason.FINISHED}
     assert len(ended) == 6
     assert max(most) == 5

@@ -31,7 +31,7 @@ def test_flashinfer_gets_all_tables_end_to_end(manager: BlockManager) -> None:
     assert ragged.indptr.tolist() == [0, 3, 4, 5]
     for i, sequence in enumerate(sequences):
         part = ragged.indices[ragged.indptr[i] : ragged.indptr[i + 1]]
-        assert part.tolist() == manager.block_table(sequence).tolist()
+        assert part.tolist() == manager.block_tables(sequence)[0].tolist()
     assert all(array.dtype == np.int32 for array in ragged)
 
 
@@ -56,7 +56,7 @@ def test_no_sequences_make_empty_flashinfer_tables(manager: BlockManager) -> Non
 
 def test_flashinfer_tables_take_a_handle_a_batch_or_a_generator(manager: BlockManager) -> None:
     sequence = manager.allocate(6)
-    expected = manager.block_table(sequence).tolist()
+    expected = manager.block_tables(sequence)[0].tolist()
     for target in (sequence, manager.batch([sequence]), (s for s in [sequence])):
         assert flashinfer(manager, target).indices.tolist() == expected
 
@@ -89,8 +89,8 @@ def test_flash_attention_gets_rectangular_tables_that_name_block_0_behind_the_en
     sequences = [manager.allocate(9), manager.allocate(2)]
     padded = flash_attention(manager, sequences)
     assert padded.block_table.shape == (2, 3)
-    assert padded.block_table[0].tolist() == manager.block_table(sequences[0]).tolist()
-    assert padded.block_table[1, 0] == manager.block_table(sequences[1])[0]
+    assert padded.block_table[0].tolist() == manager.block_tables(sequences[0])[0].tolist()
+    assert padded.block_table[1, 0] == manager.block_tables(sequences[1])[0][0]
     assert padded.block_table[1, 1:].tolist() == [0, 0]
     assert padded.seq_lens.tolist() == [9, 2]
     assert len(padded.slot_mapping) == 0
@@ -134,7 +134,7 @@ def test_a_slid_sequence_keeps_its_length_for_windowed_attention(manager: BlockM
     manager.slide(sequence, 5)
     padded = flash_attention(manager, sequence)
     assert padded.seq_lens.tolist() == [9]
-    assert padded.block_table[0, 1:].tolist() == manager.block_table(sequence)[1:].tolist()
+    assert padded.block_table[0, 1:].tolist() == manager.block_tables(sequence)[0][1:].tolist()
 
 
 # -------------------------------------------------------------------- keys

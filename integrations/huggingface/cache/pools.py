@@ -24,7 +24,7 @@ from kvpager._sizes import size
 from kvpager._words import counted
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import Batch, Sequence
-from kvpager.blocks.stats import BlockState
+from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks
 from kvpager.kernels.append_kv import append_checked, check_append
 from kvpager.kernels.args import Fitting, layout_of
@@ -295,7 +295,7 @@ class PagedPool:
     def _growing(self, need: int, operation: Callable[[], _T]) -> _T:
         """Do `operation`, which takes `need` blocks at the most, with more blocks where it must."""
         self.settle()
-        evicted = self.manager.num_evicted_blocks
+        evicted = self.manager.queries.num_evicted_blocks
         shortage = need - self.manager.num_free_blocks
         if self.memory.keep_pools and shortage > 0:
             # Memory is there to be used: fill it before giving cached prefixes up.
@@ -310,7 +310,7 @@ class PagedPool:
             if missing > 0:
                 self._grow(missing, error.need)
             result = operation()
-        self.memory.counters.evicted_blocks += self.manager.num_evicted_blocks - evicted
+        self.memory.counters.evicted_blocks += self.manager.queries.num_evicted_blocks - evicted
         return result
 
     def _room(self) -> int:
@@ -376,7 +376,7 @@ class PagedPool:
         """Give the free blocks behind the last one in use back. O(bytes that stay)."""
         with self.lock:
             self.settle()
-            used = np.flatnonzero(self.manager.block_states() != BlockState.FREE)
+            used = np.flatnonzero(self.manager.queries.block_statuses() != BlockStatus.FREE)
             least = int(used[-1]) + 1 if len(used) else 1
             if least == self.manager.num_blocks:
                 return

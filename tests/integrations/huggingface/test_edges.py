@@ -396,7 +396,7 @@ def test_what_follows_a_crop_is_not_taken_for_the_prompt() -> None:
         known = group.pool.allocate(IDS[0].tolist(), group.prompt.namespace)
         # The prompt's own two full blocks; what was written over its end is something else.
         assert known.num_cached_tokens == 32
-        assert group.pool.manager._rows.known[group.rows._sequences[0]._row] == 20
+        assert group.pool.manager._state.rows.known[group.rows._sequences[0]._row] == 20
         group.pool.manager.free(known)
 
 

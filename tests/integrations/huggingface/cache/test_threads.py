@@ -287,7 +287,7 @@ def test_a_forked_process_generates_while_a_thread_of_the_parent_held_the_memory
     with kvpager.patch(model, memory="1MiB", prefix_cache=True) as patch:
         assert torch.equal(generate(model, inputs), expected)
         held, forked = threading.Event(), threading.Event()
-        locks = [patch.memory.lock, *(pool.manager._lock for pool in patch.memory.pools())]
+        locks = [patch.memory.lock, *(pool.manager._state.lock for pool in patch.memory.pools())]
 
         def hold() -> None:
             with contextlib.ExitStack() as stack, patch.memory.calls.running():

@@ -1,0 +1,143 @@
+"""Sequences that begin, fork and end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager import _validate as arguments
+from kvpager.blocks.contents import NO_CONTENTS
+from kvpager.blocks.radix import Match
+from kvpager.blocks.sequences import Prompt, Sequence
+from kvpager.blocks.state import NO_BLOCKS, BlockState
+from kvpager.errors import OutOfBlocks
+from kvpager.plans import NO_COPIES
+
+Int32 = NDArray[np.int32]
+
+
+class Allocation:
+    """Begins, forks and ends rows of the sequence table. The caller holds the lock.
+
+    Writes all columns of a row that begins or ends, and the totals of prefix look-ups.
+    """
+
+    def __init__(self, state: BlockState) -> None:
+        self._state = state
+
+    def begin(
+        self, who: Prompt, length: int, ids: Int32 | None, window: int, spare: int
+    ) -> Sequence:
+        """Begin a sequence of `length` tokens. O(tokens). Raises: `OutOfBlocks`."""
+        state, match = self._state, _NO_MATCH
+        if ids is not None:
+            match = state.index.match(who.tree, ids[: max(length - 1, 0)], who.contents)
+        if spare:
+            self._refuse_without_spare(length, match.blocks, spare)
+        handle = self._new_row(who, length, ids, match)
+        if ids is not None:
+            row, shared = handle._row, match.blocks
+            if len(shared):
+                state.rows.nodes[row], state.rows.published[row] = match.node, len(shared)
+                state.evictor.policy.touch(shared)
+            totals = state.totals
+            totals["queries"] += 1
+            totals["hits"] += handle.num_cached_tokens > 0
+            totals["queried"] += length
+            totals["hit"] += handle.num_cached_tokens
+        if window:
+            state.rows.windows[handle._row] = window
+            state.rows.num_special += 1
+        return handle
+
+    def _new_row(self, who: Prompt, length: int, ids: Int32 | None, match: Match) -> Sequence:
+        state, rows, shared = self._state, self._state.rows, match.blocks
+        size = state.block_size
+        num_cached = len(shared) * size + match.num_partial
+        num_fresh = -(-length // size) - len(shared)
+        state.refuse_beyond_pool(num_fresh)
+        state.reserve(len(shared) + num_fresh)
+        row = rows.free_rows[-1]
+        copies = np.array([[match.partial_block, -1]], np.int32) if match.num_partial else NO_COPIES
+        handle = Sequence(
+            state, row, int(rows.generations[row]), num_cached, copies, state.fences.ticket(copies)
+        )
+        # Copies come before all writes, so without fences the block to copy from may be evicted
+        # meanwhile, and even be handed to this very sequence.
+        keep = copies[:, 0] if handle.ticket else NO_BLOCKS
+        owners = state.owners([who], [num_fresh])
+        fresh = state.take(
+            num_fresh, owners, np.concatenate([shared, keep]) if len(keep) else shared
+        )
+        if len(shared):
+            state.share(shared)
+        rows.add(who, shared, fresh, length, num_cached, 0 if ids is None else length)
+        if len(copies):
+            copies[0, 1] = fresh[0]
+            if copies[0, 0] == fresh[0]:
+                handle.copies, handle.ticket = NO_COPIES, 0
+            state.copied(handle.copies, handle.ticket)
+        if ids is not None:
+            state.write_ids(fresh, ids[len(shared) * size :])
+        return handle
+
+    def _refuse_without_spare(self, length: int, shared: Int32, spare: int) -> None:
+        """Refuse a prompt that would leave fewer than `spare` blocks that can be had."""
+        pool = self._state.pool
+        idle = int(np.count_nonzero((pool.refs[shared] == 0) & (pool.holds[shared] == 0)))
+        need = -(-length // self._state.block_size) - len(shared) + idle + spare
+        if need > pool.num_free + pool.num_evictable:
+            raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
+
+    def num_cached(self, who: Prompt, ids: Int32) -> int:
+        """Return how many leading tokens of a prompt the index offers. O(tokens)."""
+        match = self._state.index.match(who.tree, ids, who.contents)
+        return len(match.blocks) * self._state.block_size + match.num_partial
+
+    def fork(self, parent: int, times: int) -> list[Sequence]:
+        """Begin `times` rows that share every block of `parent`. O(blocks) each."""
+        state, rows = self._state, self._state.rows
+        state.reserve(rows.num_blocks(parent), times)
+        num_cached = int(rows.committed[parent])
+        next_rows = rows.free_rows[: -times - 1 : -1]
+        children = [
+            Sequence(state, row, int(rows.generations[row]), num_cached) for row in next_rows
+        ]
+        state.change.begin()
+        state.share(rows.device_blocks(parent), times)
+        for _ in children:
+            rows.fork(parent)
+        return children
+
+    def end(self, rows: list[int]) -> None:
+        """Give the blocks of these rows back and end their handles. O(blocks)."""
+        state, table = self._state, self._state.rows
+        for row in rows:
+            state.release(table.device_blocks(row))
+            if table.swapped[row]:
+                state.release_host(table.host_blocks(row))
+            table.drop(row)
+
+
+def identity(
+    namespace: str | None,
+    adapter: str | None,
+    contents: Iterable[tuple[int, int, bytes]],
+    length: int,
+) -> Prompt:
+    """Return what a sequence of `length` tokens is, apart from them. O(contents).
+
+    Raises: `TypeError` / `ValueError` for a bad part.
+    """
+    if namespace is None and adapter is None and not contents:
+        return _ANYBODY
+    arguments.label("namespace", namespace)
+    arguments.label("adapter", adapter)
+    shown = arguments.contents(contents, length) if contents else NO_CONTENTS
+    return Prompt(namespace, adapter, shown)
+
+
+_NO_MATCH = Match(None, NO_BLOCKS)
+_ANYBODY = Prompt()

@@ -1,0 +1,321 @@
+"""Which cached blocks leave when room is needed, and in which order.
+
+Idle tips leave, lowest rank first, block by block from the end of a run: a longer prefix is less
+likely to be shared. Idle blocks before held ones are put aside; they leave last, with all that
+follows them. Each account of `kvpager.blocks.accounts` has a queue of its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.blocks.event_log import EventLog
+from kvpager.blocks.eviction import EvictionPolicy, Queue, Queues
+from kvpager.blocks.policies.failsafe import FailSafe
+from kvpager.blocks.pool import Blocks
+from kvpager.blocks.radix import Forest, Node
+from kvpager.errors import BrokenInvariant
+
+Int32 = NDArray[np.int32]
+_NO_BLOCKS: Int32 = np.empty(0, np.int32)
+
+
+class Evictor:
+    """The order in which idle cached blocks leave, and their leaving.
+
+    Writes the queues, `end` and `children` of the nodes that leave, and, by `uncache`, which
+    blocks the pool marks as cached.
+    """
+
+    def __init__(self, forest: Forest, policy: EvictionPolicy, log: EventLog | None = None) -> None:
+        self.policy = policy
+        self._forest = forest
+        self._pool = forest.pool
+        # By the numbers of `kvpager.blocks.accounts`: 0 is that of all namespaces without a quota.
+        self._queues: Queues[Node] = Queues()
+        self._queue_of: dict[str | None, int] = {}
+        self._log = log
+        if isinstance(policy, FailSafe):
+            requeue = weakref.WeakMethod(self.requeue)
+            policy.when_it_fails(lambda: _call(requeue()))
+
+    # ---------------------------------------------------------------- idle blocks are queued
+
+    def retire(self, blocks: Blocks) -> None:
+        """No table holds these offered blocks any more: they may be evicted. O(blocks)."""
+        if len(blocks):
+            self.policy.retire(blocks)
+            self.offer(blocks)
+
+    def offer(self, blocks: Blocks) -> None:
+        """Queue the nodes of these idle blocks. O(blocks)."""
+        numbers = self._forest.node_of.take(blocks)
+        begins = numbers[1:] != numbers[:-1]  # blocks of a run stand together
+        if np.count_nonzero(begins):
+            numbers = numbers[np.concatenate([[True], begins])]
+        else:
+            numbers = numbers[:1]
+        for number in numbers.tolist():
+            node = self._forest.nodes[number]
+            assert node is not None
+            self.offer_node(node)
+
+    def offer_idle(self, blocks: Blocks) -> None:
+        """The rank of these blocks changed: queue those that are idle anew. O(blocks)."""
+        self.offer(blocks[self.idle(blocks)])
+
+    def offer_node(self, node: Node) -> None:
+        """Queue a node, or put it aside. O(log nodes)."""
+        if node.children or not self._is_idle(tail := int(node.blocks[-1])):
+            node.queue.put_aside(node)
+        else:
+            node.queue.push(self._rank(tail), node)
+
+    def _is_idle(self, block: int) -> bool:
+        return not (self._pool.refs[block] or self._pool.holds[block])
+
+    def _is_idle_tip(self, node: Node) -> bool:
+        return node.end > node.start and not node.children and self._is_idle(int(node.blocks[-1]))
+
+    def idle(self, blocks: Blocks) -> NDArray[np.bool_]:
+        """Return which of these cached blocks no table holds, bool [n]. O(blocks)."""
+        idle: NDArray[np.bool_] = self._pool.refs.take(blocks) == 0
+        if self._pool.num_holds:
+            idle &= self._pool.holds.take(blocks) == 0
+        return idle
+
+    def _rank(self, block: int) -> float:
+        return float(self.policy.rank(np.array([block], np.intp))[0])
+
+    def _next(self, queue: Queue[Node]) -> tuple[float, Node] | None:
+        """The idle tip that leaves first. Amortised O(log n): outdated entries are dropped."""
+        while (entry := queue.first()) is not None:
+            rank, node = entry
+            if self._is_idle_tip(node):
+                return rank, node
+            queue.drop_first()
+        return None
+
+    # ---------------------------------------------------------------- evict
+
+    def evict(
+        self,
+        count: int,
+        allowance: Callable[[int], int] | None = None,
+    ) -> int:
+        """Forget `count` idle blocks, from each queue at most its allowance. There are enough.
+
+        O(count log n): idle tips, lowest rank first. Only when there are no more of those, idle
+        blocks inside a run with everything after them, which may be more than asked for.
+        Return how many blocks the index forgot. Those that no table holds are now free.
+
+        `allowance` returns how many blocks of a queue may leave, None: all. A queue that has none
+        is not looked at again before `relist` names it.
+        """
+        self._refresh()
+        if allowance is None:
+            self.relist(self._queues)
+        gone: list[Blocks] = []
+        blocks: Blocks
+        room = dict[int, int]()
+
+        def left(number: int) -> int:
+            if number not in room:
+                room[number] = count if allowance is None else allowance(number)
+            return room[number]
+
+        while count > 0:
+            number, node, limit = self._lowest(left)
+            most = min(count, left(number))
+            if node is not None:
+                blocks = self._trim(node, most, limit)
+                num_idle = len(blocks)
+            else:
+                blocks, num_idle = self._cut(self._queues[number], most)
+            count -= num_idle
+            room[number] -= num_idle
+            gone.append(blocks)
+        return self._forget(gone)
+
+    def relist(self, numbers: Iterable[int]) -> None:
+        """Look at these queues again: they may have an allowance now. O(numbers)."""
+        for number in numbers:
+            self._queues.relist(number)
+
+    def evict_from(self, number: int, count: int) -> int:
+        """Forget `count` idle blocks of one queue, which has them. As `evict`."""
+        self._refresh()
+        queue, gone = self._queues[number], list[Blocks]()
+        while count > 0:
+            entry = self._next(queue)
+            if entry is not None:
+                gone.append(self._trim(entry[1], count, np.inf))
+                count -= len(gone[-1])
+            else:
+                blocks, num_idle = self._cut(queue, count)
+                gone.append(blocks)
+                count -= num_idle
+        return self._forget(gone)
+
+    def _forget(self, gone: list[Blocks]) -> int:
+        blocks = gone[0] if len(gone) == 1 else np.concatenate([_NO_BLOCKS, *gone])
+        self._pool.uncache(blocks)
+        self.policy.forget(blocks)
+        if self._log is not None and len(blocks):
+            ids = blocks.astype(np.int32)
+            self._log.add("evicted", blocks=ids)
+            self._log.add("removed", blocks=ids)
+        return len(blocks)
+
+    def _lowest(self, left: Callable[[int], int]) -> tuple[int, Node | None, float]:
+        """Return the queue whose first tip ranks lowest, that tip, and the next queue's rank.
+
+        Where no queue has a tip, one that has nodes put aside.
+        """
+        best = self._queues.lowest(self._next, left)
+        if best is not None:
+            return best
+        for number in self._queues:
+            if self._queues[number].aside and left(number) > 0:
+                return number, None, np.inf
+        raise BrokenInvariant("prefix index: fewer blocks can leave than the pool counts")
+
+    def _refresh(self) -> None:
+        fallen = self.policy.fallen()
+        if len(fallen):
+            fallen = fallen[self._pool.cached[fallen] & (self._pool.refs[fallen] == 0)]
+            self.offer(fallen)
+
+    def _trim(self, node: Node, count: int, limit: float) -> Blocks:
+        """Take up to `count` blocks off a tip's tail while they are idle and rank lowest."""
+        queue = node.queue
+        queue.drop_first()
+        tail = None
+        if count > 1 and node.end - node.start > 1:
+            after = self._next(queue)
+            limit = min(limit, after[0]) if after else limit
+            tail = node.blocks[-count:][::-1].astype(np.intp)
+            leave = self.policy.rank(tail) <= limit
+            leave &= self.idle(tail)
+            leave[0] = True
+            count = len(tail) if np.count_nonzero(leave) == len(tail) else int(leave.argmin())
+        blocks = node.blocks[-1:].copy() if tail is None else tail[:count]
+        self._shorten(node, node.end - len(blocks))
+        return blocks
+
+    def _cut(self, queue: Queue[Node], count: int) -> tuple[Blocks, int]:
+        """Take up to `count` idle blocks that stand before held ones, with all that follows them.
+
+        From the deepest run that has any: what stands before it keeps its place. O(nodes below).
+        """
+        node = queue.aside_first()
+        if not self.idle(node.blocks).any():
+            return _NO_BLOCKS, 0
+        below = list(self._forest.below(node))
+        deepest = max(
+            (other for other in below if self.idle(other.blocks).any()),
+            key=lambda other: other.start,
+            default=node,
+        )
+        if deepest is not node:
+            queue.put_aside(node)
+            queue.aside.pop(deepest, None)
+            node, below = deepest, list(self._forest.below(deepest))
+        idle = self.idle(node.blocks).nonzero()[0]
+        first = int(idle[-min(count, len(idle))])
+        gone = [node.blocks[first:].copy(), *(other.blocks.copy() for other in below)]
+        for other in below:
+            self._forest.bury(other)
+        node.children = {}
+        self._shorten(node, node.start + first)
+        blocks = np.concatenate(gone)
+        return blocks, int(np.count_nonzero(self.idle(blocks)))
+
+    def _shorten(self, node: Node, end: int) -> None:
+        """Let a run end earlier; an empty one leaves the tree, and its parent may be a tip now."""
+        node.end, node.sealed = end, True
+        if end > node.start:
+            self.offer_node(node)
+            return
+        parent = node.parent
+        assert parent is not None
+        del parent.children[self._forest.key(node.first, node.tag)]
+        self._forest.bury(node)
+        if parent.parent is not None:
+            if not parent.children and self._is_idle(int(parent.blocks[-1])):
+                self.offer_node(parent)
+        elif not parent.children and self._forest.roots.get(parent.tree) is parent:
+            # Tenants come and go: an empty tree must not stay behind.
+            self._forest.drop_root(parent)
+
+    # ---------------------------------------------------------------- queues
+
+    def queue(self, namespace: str | None) -> Queue[Node]:
+        """Return the queue that a namespace's blocks leave by. O(1)."""
+        return self._queues[self._queue_of.get(namespace, 0)]
+
+    def requeue(self) -> None:
+        """Queue all nodes by their ranks of now. O(n log n)."""
+        for number in self._queues:
+            self._queues[number].clear()
+        for node in self._forest.walk():
+            if node.parent is not None:
+                self.offer_node(node)
+
+    def set_queues(self, numbers: dict[str | None, int]) -> None:
+        """Give each of these namespaces a queue of its own, the others one together. O(nodes)."""
+        self._queues, self._queue_of = Queues(), {}
+        for namespace, number in numbers.items():
+            self._queue_of[namespace] = number
+            self._queues.add(number)
+        for namespace in self._forest.namespaces():
+            self._queue_again(namespace)
+
+    def add_queue(self, namespace: str | None, number: int) -> None:
+        """Give a namespace a queue of its own. O(its nodes)."""
+        self._queue_of[namespace] = number
+        self._queues.add(number)
+        self._queue_again(namespace)
+
+    def drop_queue(self, namespace: str | None) -> None:
+        """Let a namespace share a queue with those without a quota. O(its nodes)."""
+        number = self._queue_of.pop(namespace)
+        self._queue_again(namespace)
+        self._queues.drop(number)
+
+    def _queue_again(self, namespace: str | None) -> None:
+        queue = self.queue(namespace)
+        for root in self._forest.roots_of(namespace):
+            root.queue = queue
+            for node in self._forest.below(root):
+                node.queue.forget(node)
+                node.queue = queue
+                self.offer_node(node)
+
+    def check_queues(self, is_open: Callable[[int], bool]) -> None:
+        """Raise `BrokenInvariant` unless eviction looks at each open queue. O(queues)."""
+        self._queues.check(is_open)
+
+    def check(self) -> None:
+        """Raise `BrokenInvariant` unless each idle block can leave. O(blocks)."""
+        for node in self._forest.walk():
+            if node.parent is not None:
+                self._check_node(node)
+
+    def _check_node(self, node: Node) -> None:
+        idle = self.idle(node.blocks)
+        if idle.any() and node not in node.queue.aside:
+            # First asked, since a policy that fails here changes all ranks.
+            expected = self._rank(int(node.blocks[-1]))
+            rank = node.queue.ranks.get(node, (None, 0))[0]
+            if node.children or not idle[-1] or rank != expected:
+                raise BrokenInvariant(f"prefix index: idle block {node.blocks[-1]} never leaves")
+
+
+def _call(method: Callable[[], None] | None) -> None:
+    if method is not None:
+        method()

@@ -1,0 +1,153 @@
+"""What schedulers, adapters and storages need of a block manager.
+
+`BlockManager` is one. Another way to keep sequences, such as contiguous reservations, is used in
+its place when it has these members; each does what the method of that name in `BlockManager` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvpager.blocks.sequences import Batch, Sequence, Target
+from kvpager.blocks.stats import Stats
+from kvpager.plans import Plan, Step, Tier
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+class Ceilings(Protocol):
+    """What is asked of a manager's quotas."""
+
+    def ceiling(self, namespace: str | None) -> int | None:
+        """Return the most blocks a namespace may have. O(1)."""
+
+
+class Fencing(Protocol):
+    """What is asked of a manager's copies."""
+
+    @property
+    def is_fenced(self) -> bool:
+        """True if each plan must be completed. O(1)."""
+
+
+class CacheManager(Protocol):
+    """Block tables over a pool of blocks."""
+
+    @property
+    def block_size(self) -> int:
+        """Token slots of a block."""
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks of the host tier."""
+
+    @property
+    def quotas(self) -> Ceilings:
+        """Bounds of namespaces."""
+
+    @property
+    def copies(self) -> Fencing:
+        """Copies that are not finished."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks on the device."""
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be had without evicting."""
+
+    @property
+    def num_available_blocks(self) -> int:
+        """Blocks that can be had."""
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that sequences hold."""
+
+    # ---------------------------------------------------------------- the verbs
+
+    def allocate(
+        self,
+        prompt: int | ArrayLike,
+        *,
+        namespace: str | None = None,
+        adapter: str | None = None,
+        contents: Iterable[tuple[int, int, bytes]] = (),
+        window: int | None = None,
+        spare: int = 0,
+    ) -> Sequence:
+        """Begin a sequence."""
+
+    def cached_tokens(
+        self,
+        prompt: ArrayLike,
+        *,
+        namespace: str | None = None,
+        adapter: str | None = None,
+        contents: Iterable[tuple[int, int, bytes]] = (),
+    ) -> int:
+        """Return how many leading tokens need no computing."""
+
+    def append(
+        self,
+        sequences: Target,
+        tokens: int | ArrayLike | Iterable[ArrayLike] = 1,
+        *,
+        counts: ArrayLike | None = None,
+        draft: bool = False,
+    ) -> Step:
+        """Make room for further tokens."""
+
+    def commit(self, sequences: Target, length: int | None = None) -> None:
+        """Say that tokens' KV is written."""
+
+    @overload
+    def fork(self, sequence: Sequence) -> Sequence: ...
+    @overload
+    def fork(self, sequence: Sequence, count: int) -> list[Sequence]: ...
+
+    def free(self, sequences: Target, *, publish: bool = False) -> None:
+        """End sequences."""
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Keep the first tokens."""
+
+    def slide(self, sequences: Target, start: int | ArrayLike) -> None:
+        """Give back what lies behind a window."""
+
+    def swap(
+        self, sequences: Target, to: Tier, *, at_most: int | None = None, spare: int = 0
+    ) -> Plan:
+        """Move blocks between the tiers."""
+
+    def drop_cached(self) -> int:
+        """Evict all that is cached only."""
+
+    # ---------------------------------------------------------------- reading
+
+    def batch(self, sequences: Iterable[Sequence]) -> Batch:
+        """Return several handles as one argument."""
+
+    def lengths(self, sequences: Target) -> Int64:
+        """Return the tokens in each sequence."""
+
+    def block_tables(self, sequences: Target, *, padding: int = -1) -> Int32:
+        """Return the block tables."""
+
+    def tables_and_lengths(self, sequences: Target) -> tuple[Int32, Int64]:
+        """Return both, read at one moment."""
+
+    def slots(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> Int64:
+        """Return the slots of tokens."""
+
+    def stats(self) -> Stats:
+        """Return counts and totals."""
+
+    def check(self) -> None:
+        """Raise `BrokenInvariant` if a law is broken."""

@@ -1,0 +1,70 @@
+"""Written blocks that become reusable."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager import _validate as arguments
+from kvpager.blocks.state import BlockState
+
+Int64 = NDArray[np.int64]
+
+
+class Publication:
+    """Offers the full, committed blocks of sequences. The caller holds the lock.
+
+    Writes `committed`, `published`, `twins` and `nodes` of the rows it is given.
+    """
+
+    def __init__(self, state: BlockState) -> None:
+        self._state = state
+
+    def commit_row(self, row: int, length: int | None) -> None:
+        """Note that the KV of a row's first `length` tokens is written. O(new full blocks).
+
+        Raises: `ValueError` for more tokens than there are, drafts left out.
+        """
+        state, table = self._state, self._state.rows
+        settled = int(table.lengths[row]) - int(table.drafts[row])
+        arguments.within_one("length", length, settled)
+        state.change.begin()
+        length = settled if length is None else length
+        if length > table.committed[row]:
+            table.committed[row] = length
+        full = min(int(table.committed[row]), int(table.known[row])) >> state.shift
+        if full > table.published[row] or table.twins[row]:
+            self._publish(row, full)
+        state.index.settle()
+
+    def commit(self, rows: Int64, length: int | None) -> None:
+        """As `commit_row`, of several rows. O(rows + new full blocks)."""
+        state, table = self._state, self._state.rows
+        settled = table.lengths[rows] - table.drafts[rows]
+        if length is not None:
+            arguments.within("length", length, settled)
+            settled = np.full_like(settled, length)
+        state.change.begin()
+        committed = np.maximum(table.committed[rows], settled)
+        table.committed[rows] = committed
+        full = np.minimum(committed, table.known[rows]) >> state.shift
+        news = ((full > table.published[rows]) | table.twins[rows]).nonzero()[0]
+        for row, end in zip(rows[news].tolist(), full[news].tolist(), strict=True):
+            self._publish(row, end)
+        state.index.settle()
+
+    def _publish(self, row: int, end: int) -> None:
+        state, table, index = self._state, self._state.rows, self._state.index
+        who, position = table.prompt(row), int(table.published[row])
+        node = state.forest.locate(table.nodes[row], position) if position else None
+        if node is None:
+            # Nothing is published yet; or somebody else's blocks, which stood for ours, were
+            # evicted, and the chain is broken: begin from the front, with our own blocks.
+            node, position = index.root(who.tree) if end else None, 0
+            table.twins[row] = False
+        if position < end and node is not None:
+            node, is_twin = index.publish(
+                node, position, table.tables.part(row, position, end), who.contents
+            )
+            table.twins[row] |= is_twin
+        table.nodes[row], table.published[row] = node, end

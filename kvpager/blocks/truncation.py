@@ -1,0 +1,88 @@
+"""Sequences that lose their last tokens, or the blocks behind a sliding window."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager import _validate as arguments
+from kvpager.blocks.state import BlockState
+
+Int64 = NDArray[np.int64]
+
+
+class Truncation:
+    """Gives back blocks at either end of a sequence. The caller holds the lock.
+
+    Writes the block tables and all columns of the rows it shortens but `windows` and `swapped`.
+    """
+
+    def __init__(self, state: BlockState) -> None:
+        self._state = state
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens, if they are there. O(blocks given back).
+
+        Raises: `ValueError` where `length` is more than there is, or in blocks given back.
+        """
+        state, rows = self._state, self._state.rows
+        arguments.within("length", length, rows.lengths[[row]])
+        first = int(rows.first_blocks[row]) * state.block_size
+        if length < first:
+            raise ValueError(
+                f"length {length} is before token {first}, the first one "
+                "this sequence kept; allocate it anew"
+            )
+        state.change.begin()
+        self.shorten(row, length)
+
+    def shorten(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens; the change has begun. O(blocks given back)."""
+        state, rows = self._state, self._state.rows
+        keep = -(-length // state.block_size)
+        dropped = rows.blocks(row)[keep:].copy()
+        rows.blocks(row)[keep:] = -1
+        rows.tables.trim(row, keep)
+        gone = int(rows.lengths[row]) - length
+        rows.lengths[row] = length
+        for column in (rows.known, rows.committed):
+            column[row] = min(int(column[row]), length)
+        rows.published[row] = min(int(rows.published[row]), length // state.block_size)
+        rows.prompts[row] = rows.prompt(row).up_to(length)
+        if rows.drafts[row]:
+            rows.set_drafts(np.array([row]), max(0, int(rows.drafts[row]) - gone))
+        state.release(dropped)
+
+    def slide_windows(self, rows: Int64, starts: Int64) -> None:
+        """Give back what lies behind the windows of rows that go on at `starts`. O(rows).
+
+        The change has begun.
+        """
+        # The first new token, at `starts`, still looks back over `window` tokens, itself included.
+        windows = self._state.rows.windows[rows]
+        self._slide(rows, np.where(windows > 0, np.maximum(starts - windows + 1, 0), 0))
+
+    def slide(self, rows: Int64, starts: Int64) -> None:
+        """Give back the blocks that lie wholly before `starts`. O(blocks given back).
+
+        Raises: `ValueError` for a start beyond the end, or beyond the first draft.
+        """
+        table = self._state.rows
+        # Drafts may be taken back, and then the tokens before them are the last ones.
+        arguments.within("start", starts, table.lengths[rows] - table.drafts[rows])
+        self._state.change.begin()
+        self._slide(rows, starts)
+
+    def _slide(self, rows: Int64, starts: Int64) -> None:
+        state, table = self._state, self._state.rows
+        firsts = starts >> state.shift
+        moved = (firsts > table.first_blocks[rows]).nonzero()[0]
+        for row, first in zip(rows[moved].tolist(), firsts[moved].tolist(), strict=True):
+            behind = slice(int(table.first_blocks[row]), first)
+            blocks = table.blocks(row)[behind].copy()
+            table.blocks(row)[behind] = -1
+            table.first_blocks[row] = first
+            # What lacks its front cannot be offered, nor go on where it was.
+            table.known[row] = table.published[row] = 0
+            table.nodes[row] = None
+            state.release(blocks)
