@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.errors import OutOfBlocks, QueueFull
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.request import Request, RequestState, Status, blocks_needed
@@ -33,7 +33,7 @@ class AdmissionPolicy:
 
     def __init__(
         self,
-        manager: BlockManager,
+        manager: CacheManager,
         table: RequestTable,
         placement: Placement,
         *,

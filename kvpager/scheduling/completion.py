@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
-from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.plans import StepPlan
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.request import Int32
@@ -18,7 +18,7 @@ class Completion:
     """Carries out a step that was computed: commits its tokens, then continues or ends its rows."""
 
     def __init__(
-        self, manager: BlockManager, table: RequestTable, placement: Placement, *, by_ids: bool
+        self, manager: CacheManager, table: RequestTable, placement: Placement, *, by_ids: bool
     ) -> None:
         self._manager = manager
         self._table = table

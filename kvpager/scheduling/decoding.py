@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.errors import OutOfBlocks
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.request import RequestState
@@ -16,7 +16,7 @@ class Decoding:
     """Adds the rows to a step that have all their other tokens computed."""
 
     def __init__(
-        self, manager: BlockManager, table: RequestTable, placement: Placement, *, by_ids: bool
+        self, manager: CacheManager, table: RequestTable, placement: Placement, *, by_ids: bool
     ) -> None:
         self._manager = manager
         self._table = table

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import OutOfBlocks
 from kvpager.plans import Plan, Reason
@@ -31,7 +31,7 @@ class Placement:
 
     def __init__(
         self,
-        manager: BlockManager,
+        manager: CacheManager,
         table: RequestTable,
         costs: PreemptionCosts,
         *,

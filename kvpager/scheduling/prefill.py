@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.scheduling.request import RequestState
 from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.step import Draft
@@ -11,7 +11,7 @@ from kvpager.scheduling.step import Draft
 class Prefill:
     """Adds chunks of the rows to a step that cannot decode yet."""
 
-    def __init__(self, manager: BlockManager, table: RequestTable) -> None:
+    def __init__(self, manager: CacheManager, table: RequestTable) -> None:
         self._manager = manager
         self._table = table
 

@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike
 from kvpager import _validate as arguments
 from kvpager._atomic import Change
 from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.admission import AdmissionPolicy
 from kvpager.scheduling.completion import Completion, read_continuations
@@ -67,7 +68,7 @@ class Scheduler:
 
     def __init__(
         self,
-        manager: BlockManager,
+        manager: CacheManager,
         *,
         max_batch_tokens: int = 2048,
         max_running: int = 256,
@@ -331,7 +332,7 @@ class Scheduler:
         self._table.check()
 
 
-def _refuse_bad_manager(manager: BlockManager) -> None:
+def _refuse_bad_manager(manager: object) -> None:
     if not isinstance(manager, BlockManager):
         raise TypeError(f"manager: expected a BlockManager, got {type(manager).__name__}")
     if manager.copies.is_fenced:

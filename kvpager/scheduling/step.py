@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Batch
 from kvpager.plans import NO_COPIES, Plan, Step, StepPlan
 from kvpager.scheduling.request import Int32, RequestState
@@ -89,7 +89,7 @@ class Draft:
         if len(copies):
             self.copies.append(copies)
 
-    def finish(self, manager: BlockManager, table: RequestTable) -> StepPlan:
+    def finish(self, manager: CacheManager, table: RequestTable) -> StepPlan:
         """Return the step as plain arrays, and tell of what ended since the last one. O(rows)."""
         part, sequences, decoders = self._joined(), table.sequences, self.decoders
         numbers = part.numbers

@@ -7,7 +7,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.plans import StepPlan
 from kvpager.scheduling.request import Request
 from kvpager.testing.memory import TokenMemory
@@ -102,7 +102,7 @@ class Row:
 class Model:
     """Memory, and what every sample should find there."""
 
-    def __init__(self, manager: BlockManager) -> None:
+    def __init__(self, manager: CacheManager) -> None:
         self.size = manager.block_size
         self.memory = TokenMemory(manager.num_blocks, self.size, manager.num_host_blocks)
         self.rows: dict[int, Row] = {}
