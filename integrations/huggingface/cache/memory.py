@@ -17,6 +17,7 @@ from kvpager import _validate as arguments
 from kvpager._atomic import Uninterrupted, new_lock
 from kvpager._sizes import parse_memory, size
 from kvpager._words import counted
+from kvpager.integrations.huggingface.cache.budget import Counters
 from kvpager.integrations.huggingface.cache.calls import Calls
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.kernels.quantisation import KV_DTYPES
@@ -31,25 +32,6 @@ class PagedLayers(NamedTuple):
 
     kind: LayerKind
     window: int | None
-
-
-class Counters:
-    """What happened in all pools of one memory, those that are gone included."""
-
-    def __init__(self) -> None:
-        self.gathers = 0
-        self.in_place_reads = 0
-        self.copied_blocks = 0
-        self.evicted_blocks = 0
-        self.arrived_blocks = 0  # from the other tier
-        self.peak_held_bytes = 0  # of blocks
-        self.peak_dense_bytes = 0
-        self.prefix_query_tokens = 0
-        self.prefix_hit_tokens = 0
-        self.prefix_unserved_calls = 0
-        self.sessions = 0  # of continuous batching, which have pools of their own
-        self.session_requests = 0
-        self.session_tokens = 0  # generated
 
 
 class Group(Protocol):
@@ -162,7 +144,7 @@ class PagedMemory:
         with self.lock:
             pool = self._pools.get(layout)
             if pool is None:
-                pool = self._pools[layout] = PagedPool(self)
+                pool = self._pools[layout] = PagedPool(self, self._host_pool())
             return pool
 
     def keep(self, pool: PagedPool) -> None:
@@ -179,9 +161,12 @@ class PagedMemory:
     def new_pool(self) -> PagedPool:
         """A pool of a cache's own, for one whose layout is not known beforehand. O(1)."""
         with self.lock:
-            pool = PagedPool(self)
+            pool = PagedPool(self, self._host_pool())
             self._pools[object()] = pool
             return pool
+
+    def _host_pool(self) -> PagedPool | None:
+        return None if self.host is None else self.host.new_pool()
 
     def pools(self) -> list[PagedPool]:
         """The pools alive now."""
@@ -266,7 +251,7 @@ class PagedMemory:
         """Bytes that the bound leaves; 0 without a bound. O(pools)."""
         return max(self.bound - self.reserved_bytes, 0) if self.bound is not None else 0
 
-    def claim(self, num_bytes: int, claimant: PagedPool) -> bool:
+    def claim(self, num_bytes: int, claimant: object) -> bool:
         """Whether the bound leaves room for `num_bytes` more. O(pools).
 
         Pools that hold nothing but cached prefixes go first, then free blocks of other pools.
@@ -280,8 +265,10 @@ class PagedMemory:
                     pool.trim()
             return self.reserved_bytes + num_bytes <= self.bound
 
-    def _drop_idle_pools(self, claimant: PagedPool) -> None:
-        for pool in self._kept - {claimant}:
+    def _drop_idle_pools(self, claimant: object) -> None:
+        for pool in list(self._kept):
+            if pool is claimant:
+                continue
             pool.settle()
             if not pool.manager.num_held_blocks:
                 self._kept.discard(pool)  # the last reference, unless a cache still has one

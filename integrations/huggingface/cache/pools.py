@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,14 +26,12 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import Batch, Sequence
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.kernels.append_kv import append_checked, check_append
 from kvpager.kernels.args import Fitting, layout_of
 from kvpager.plans import Step
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 from kvpager.storage.free_memory import free_bytes
-
-if TYPE_CHECKING:
-    from kvpager.integrations.huggingface.cache.memory import PagedMemory
 
 _T = TypeVar("_T")
 
@@ -103,12 +101,12 @@ class _Shelf:
 class PagedPool:
     """A block manager and the storages that its decisions apply to, one per kind of layer."""
 
-    def __init__(self, memory: PagedMemory) -> None:
+    def __init__(self, memory: Budget, host: PagedPool | None) -> None:
         self.memory = memory
         self.block_size = memory.block_size
         self.manager = BlockManager(1, memory.block_size)
         self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
-        self.host = None if memory.host is None else memory.host.new_pool()
+        self.host = host
         self._storages: list[_Shelf] = []
         self._dropped: deque[Sequence] = deque()
         self._leaving: deque[tuple[list[torch.cuda.Event], list[Sequence]]] = deque()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
 from kvpager.kernels.gather_kv import gather_kv
 from kvpager.kernels.host_rows import HostRows, to_device
-
-if TYPE_CHECKING:
-    from kvpager.integrations.huggingface.cache.memory import PagedMemory
 
 
 class Tables(NamedTuple):
@@ -110,8 +108,11 @@ def packed(states: Tensor) -> Tensor:
 class Viewed(Protocol):
     """Layers that share block tables, as a view of them asks."""
 
-    memory: PagedMemory
     padding: NDArray[np.int64]  # columns of each row that are
+
+    @property
+    def memory(self) -> Budget:
+        """The memory that its pool is part of."""
 
     @property
     def num_rows(self) -> int:
