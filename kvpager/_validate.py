@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvpager._words import counted
-from kvpager.blocks.contents import Contents
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -126,25 +125,6 @@ def label(name: str, value: str | None) -> None:
         )
     if not value:
         raise ValueError(f'{name} "": expected at least one character. Pass None for no {name}.')
-
-
-def contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
-    """Return what stands behind a prompt's placeholders. O(contents)."""
-    found = []
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise TypeError(f"contents {shown(value)}: expected a list of (start, stop, digest)")
-    for item in value:
-        if not isinstance(item, tuple | list) or len(item) != 3:
-            raise TypeError(f"content {shown(item)}: expected (start, stop, digest)")
-        start, stop, digest = item
-        if not isinstance(digest, bytes) or not digest:
-            raise TypeError(
-                f"content {shown(item)}: expected bytes that stand for it, such as a SHA-256"
-            )
-        start = count("content's first token", start)
-        stop = count("content's end", stop, at_least=start + 1, at_most=length)
-        found.append((start, stop, digest, stop))
-    return Contents(found)
 
 
 def integers(name: str, value: Any) -> NDArray[np.integer[Any]]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
-from kvpager.blocks.contents import NO_CONTENTS
+from kvpager.blocks.contents import NO_CONTENTS, read_contents
 from kvpager.blocks.radix import Match
 from kvpager.blocks.sequences import Prompt, Sequence
 from kvpager.blocks.state import NO_BLOCKS, BlockState
@@ -135,7 +135,7 @@ def identity(
         return _ANYBODY
     arguments.label("namespace", namespace)
     arguments.label("adapter", adapter)
-    shown = arguments.contents(contents, length) if contents else NO_CONTENTS
+    shown = read_contents(contents, length) if contents else NO_CONTENTS
     return Prompt(namespace, adapter, shown)
 
 

@@ -13,6 +13,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
+from kvpager import _validate as arguments
+
 # A content: its first token, the one after its last, its digest, and its end. The end is less
 # than the token after the last where a sequence was cut short inside the content.
 Content = tuple[int, int, bytes, int]
@@ -98,3 +100,25 @@ def _clipped(content: Content, behind: int) -> Content:
 
 
 NO_CONTENTS = Contents()
+
+
+def read_contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
+    """Return what stands behind a prompt's placeholders. O(contents)."""
+    found = []
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"contents {arguments.shown(value)}: expected a list of (start, stop, digest)"
+        )
+    for item in value:
+        if not isinstance(item, tuple | list) or len(item) != 3:
+            raise TypeError(f"content {arguments.shown(item)}: expected (start, stop, digest)")
+        start, stop, digest = item
+        if not isinstance(digest, bytes) or not digest:
+            raise TypeError(
+                f"content {arguments.shown(item)}: expected bytes that stand for it, "
+                "such as a SHA-256"
+            )
+        start = arguments.count("content's first token", start)
+        stop = arguments.count("content's end", stop, at_least=start + 1, at_most=length)
+        found.append((start, stop, digest, stop))
+    return Contents(found)

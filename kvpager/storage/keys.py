@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
-from kvpager.blocks.contents import Content
+from kvpager.blocks.contents import Content, read_contents
 
 KEY_BYTES = 32
 _ROOT, _BLOCK = b"kvpager root", b"kvpager block"  # at most 16 bytes each
@@ -62,7 +62,7 @@ def content_keys(
     """
     tokens = arguments.token_ids(ids)
     block_size = arguments.block_size(block_size)
-    shown = arguments.contents(contents, len(tokens))
+    shown = read_contents(contents, len(tokens))
     key, secret = _root(context, block_size), context.secret
     # One digest a block: its own bytes and the key before it. Little-endian on every machine.
     data = np.ascontiguousarray(tokens, "<i4").tobytes()

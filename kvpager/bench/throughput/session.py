@@ -16,13 +16,13 @@ import kvpager
 from kvpager import _validate as arguments
 from kvpager.bench.environment import installed
 from kvpager.bench.throughput import models
+from kvpager.bench.throughput.opening import opened
 from kvpager.bench.throughput.results import Figures, Run, compare
 from kvpager.bench.throughput.systems import (
     Options,
     Progress,
     System,
     check_names,
-    opened,
 )
 from kvpager.bench.throughput.workload import Workload
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,30 +115,3 @@ def check_names(names: Sequence[str], options: Options) -> list[str]:
     if not names:
         raise ValueError(f"systems: none given; choose from {', '.join(SYSTEMS)}")
     return list(dict.fromkeys(names))
-
-
-@contextlib.contextmanager
-def opened(
-    name: str, model: Any, folder: Path, options: Options, workload: Workload
-) -> Iterator[System]:
-    """The system of that name, sized for `workload`, while this lasts."""
-    system = _make(name, model, folder, options, workload)
-    try:
-        yield system
-    finally:
-        system.close()
-
-
-def _make(name: str, model: Any, folder: Path, options: Options, workload: Workload) -> System:
-    # Here, for torch and transformers take seconds to load, and options are looked at before.
-    from kvpager.bench.throughput import by_engine, by_generate, by_generate_batch, by_vllm
-
-    if name in ("kvpager", "kvpager-compiled"):
-        compiled = name == "kvpager-compiled"
-        return by_engine.EngineSystem(model, options, workload, compiled=compiled)
-    if name in ("generate", "generate-rows"):
-        rows = options.batch if name == "generate-rows" else None
-        return by_generate.PaddedBatches(model, rows)
-    if name == "generate_batch":
-        return by_generate_batch.ContinuousBatches(model, options)
-    return by_vllm.Vllm(folder, options, workload, eager=name == "vllm-eager")
