@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpager import _validate as arguments
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.errors import BrokenInvariant
 
 _INT32_MAX = torch.iinfo(torch.int32).max

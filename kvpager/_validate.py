@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Set
 from itertools import islice
 from numbers import Integral
@@ -10,7 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvpager._words import counted
+from kvpager._text import counted
+
+_BYTES_MAX = 1 << 60
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", start=1)}
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -125,6 +130,21 @@ def label(name: str, value: str | None) -> None:
         )
     if not value:
         raise ValueError(f'{name} "": expected at least one character. Pass None for no {name}.')
+
+
+def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
+    """Read `"4GiB"`, `"500 MB"` or a number of bytes; None stays None (no bound). O(1)."""
+    if memory is None:
+        return None
+    if is_int(memory):
+        return count(name, int(memory), at_least=1, at_most=_BYTES_MAX)
+    if not isinstance(memory, str):
+        raise TypeError(f"{name} {memory!r}: expected bytes or a text such as '4GiB'")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{name} {memory!r}: expected a size such as '4GiB', '500MB' or 10**9")
+    num_bytes = int(float(match[1]) * _UNITS[match[2]])
+    return count(name, num_bytes, at_least=1, at_most=_BYTES_MAX)
 
 
 def integers(name: str, value: Any) -> NDArray[np.integer[Any]]:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvpager
-from kvpager._sizes import size
+from kvpager._text import size
 from kvpager.testing import tiny_llama_path
 
 path = tiny_llama_path()

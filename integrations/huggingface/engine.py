@@ -28,8 +28,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from kvpager import _validate as arguments
-from kvpager._sizes import size
-from kvpager._words import counted
+from kvpager._text import counted, size
 from kvpager.engine.config import EngineConfig
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.stream import Mailbox, Output, Stream

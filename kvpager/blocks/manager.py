@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvpager import _validate as arguments
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.blocks import invariants
 from kvpager.blocks.allocation import Allocation, identity
 from kvpager.blocks.copies import Copies

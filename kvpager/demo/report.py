@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import kvpager
-from kvpager._sizes import size
+from kvpager._text import size
 from kvpager.blocks.stats import BlockStatus
 from kvpager.demo.measuring import States
 from kvpager.demo.results import Result, Results

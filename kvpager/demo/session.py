@@ -15,7 +15,7 @@ from rich.console import Console
 
 import kvpager
 from kvpager._bad_input import BadInput
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.demo import measuring, report
 from kvpager.demo.comparing import differences
 from kvpager.demo.results import CallFigures, Paged, Plain, Result, Results, RowText

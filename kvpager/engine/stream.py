@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from kvpager import _validate as arguments
 from kvpager._atomic import Condition
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.engine.processes import Process
 from kvpager.engine.text import Detokenizer
 from kvpager.errors import KVPagerError

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager import _validate as arguments
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.kernels.copy_blocks import copy_blocks
 from kvpager.kernels.quantisation import KV_DTYPES, SCALE_DTYPE
 from kvpager.plans import Plan, Tier

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager._words import counted
+from kvpager._text import counted
 
 Pair = tuple[int, int]
 

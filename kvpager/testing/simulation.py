@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from random import Random
 from time import perf_counter
 
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.errors import QueueFull
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.request import Request

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from random import Random
 from time import perf_counter
 
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.testing.histories import (
     Failure,
     History,

@@ -15,8 +15,8 @@ import torch
 
 from kvpager import _validate as arguments
 from kvpager._atomic import Uninterrupted, new_lock
-from kvpager._sizes import parse_memory, size
-from kvpager._words import counted
+from kvpager._text import counted, size
+from kvpager._validate import parse_memory
 from kvpager.integrations.huggingface.cache.budget import Counters
 from kvpager.integrations.huggingface.cache.calls import Calls
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool

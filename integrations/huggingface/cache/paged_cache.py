@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvpager import _validate as arguments
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache import compiled
 from kvpager.integrations.huggingface.cache.columns import OtherColumns

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from kvpager import _validate as arguments
 from kvpager._atomic import whole
-from kvpager._sizes import size
-from kvpager._words import counted
+from kvpager._text import counted, size
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import Batch, Sequence
 from kvpager.blocks.stats import BlockStatus

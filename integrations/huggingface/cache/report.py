@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvpager._sizes import size
-from kvpager._words import counted
+from kvpager._text import counted, size
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 
 

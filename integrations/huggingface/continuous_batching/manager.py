@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from kvpager import _validate as arguments
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.engine.stream import Stream
 from kvpager.errors import KVPagerError, QueueFull, RequestCancelled
 from kvpager.integrations.huggingface.cache.memory import PagedMemory

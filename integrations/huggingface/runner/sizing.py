@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kvpager._sizes import size as as_text
-from kvpager._words import counted
+from kvpager._text import counted
+from kvpager._text import size as as_text
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import Anatomy

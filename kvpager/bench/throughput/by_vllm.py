@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvpager._sizes import parse_memory
+from kvpager._validate import parse_memory
 from kvpager.bench.throughput import vllm_child
 from kvpager.bench.throughput.results import Memory, Run, Served
 from kvpager.bench.throughput.systems import Options, Progress, interpreter

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpager._words import counted
+from kvpager._text import counted
 from kvpager.bench.throughput.results import Figures, Moment
 
 if TYPE_CHECKING:

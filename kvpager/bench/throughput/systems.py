@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvpager import _validate as arguments
-from kvpager._sizes import parse_memory
+from kvpager._validate import parse_memory
 from kvpager.bench.throughput.results import Run
 from kvpager.bench.throughput.workload import Workload
 

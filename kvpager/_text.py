@@ -1,0 +1,23 @@
+"""Counts and sizes of memory as texts that people read."""
+
+from __future__ import annotations
+
+import math
+
+
+def counted(count: int, thing: str) -> str:
+    """Return `1 layer`, or `2 layers`. O(1)."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def size(num_bytes: float, *, round_up: bool = False) -> str:
+    """Return `1536` as `1.5 KiB`, or no less than the bytes given with `round_up`. O(1)."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024:
+            break
+        value, unit = value / 1024, larger
+    digits = 0 if unit == "B" or abs(value) >= 100 else 1
+    if round_up:
+        value = math.ceil(value * 10**digits) / 10**digits
+    return f"{value:.{digits}f} {unit}"
