@@ -64,21 +64,21 @@ def test_all_modules_with_kernels_are_compiled() -> None:
 
 
 def test_names_of_specialisations_are_unique() -> None:
-    for module in ("allocator", "moves"):
+    for module in ("allocator", "copies"):
         names = [each.name for each in compiled("sm_90", module)]
         assert len(names) == len(set(names))
         assert len(names) > 3
 
 
 def test_moves_take_16_bytes_at_a_time() -> None:
-    for each in compiled("sm_90", "moves"):
+    for each in compiled("sm_90", "copies"):
         wide = {access.split(".")[0] for access in each.accesses if access.endswith("v4.b32")}
         assert wide == {"ld", "st"}, each.name
 
 
 def test_copied_blocks_are_all_read_before_any_is_written() -> None:
     """What keeps a block that is source and destination right; the interpreter cannot tell."""
-    copies = [each for each in compiled("sm_90", "moves") if each.name.endswith("pairs")]
+    copies = [each for each in compiled("sm_90", "copies") if each.name.endswith("pairs")]
     assert copies
     for each in copies:
         kinds = [access.split(".")[0] for access in each.accesses]
