@@ -346,7 +346,7 @@ _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def new_lock() -> Any:
-    """Return a reentrant lock that is free in a forked process, whoever holds it in this one. O(1).
+    """Return a reentrant lock that a fork frees in the child, even if a thread holds it here. O(1).
 
     A change that another thread was making remains as it was: half done.
     """

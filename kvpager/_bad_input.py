@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class BadInput(Exception):
-    """An input that the user can mend. The text is one line."""
+    """An input that the user can correct. The text is one line."""

@@ -58,7 +58,7 @@ class Budget(Protocol):
         """Return the bound as an argument."""
 
     def claim(self, num_bytes: int, claimant: object) -> bool:
-        """Whether the bound leaves room for `num_bytes` more, once others gave up what is idle."""
+        """Return True if `num_bytes` more fit the bound. Other pools first give up idle blocks."""
 
     def note_peak(self) -> None:
         """Compare what is held now with the most so far."""

@@ -133,7 +133,7 @@ def _origins(value: Any) -> list[str]:
     """Return the modules that define what calling `value` runs, decorators and insides."""
     value = _unwrapped(value)
     if isinstance(value, torch.jit.ScriptFunction):
-        return [""]  # torch's own class, and anybody's code
+        return [""]  # the class is torch's, the code inside need not be
     return [module_of(value), *map(module_of, functions_in(value))]
 
 

@@ -95,7 +95,7 @@ def _is_autocast(device_type: str) -> bool:
 
 
 def _rotation_moves(config: Any) -> bool:
-    """Whether a key's rotation depends on how long its sequence gets (dynamic NTK, LongRoPE)."""
+    """Return True if a key's rotation depends on its sequence's length (dynamic NTK, LongRoPE)."""
     settings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
     settings += [nested for outer in settings for nested in outer.values() if _is_dict(nested)]
     kinds = [str(one.get("rope_type", one.get("type"))) for one in settings if _is_dict(one)]

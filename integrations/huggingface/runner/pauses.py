@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Pausable(Protocol):
-    """A loop of steps that holds them while somebody is in a pause."""
+    """A loop that computes no step while any thread is in a pause."""
 
     def begin_pause(self, pause: object) -> None:
         """Hold steps from now on; the one under way ends first."""
