@@ -22,8 +22,10 @@ if TYPE_CHECKING:
         SequenceSwapped,
         StaleSequence,
     )
+    from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
     from kvpager.integrations.huggingface.engine import Engine
-    from kvpager.integrations.huggingface.patching import PagedCache, Patch, patch, unpatch
+    from kvpager.integrations.huggingface.patching.handle import Patch
+    from kvpager.integrations.huggingface.patching.patch import patch, unpatch
     from kvpager.plans import StepPlan
     from kvpager.scheduling.preemption import PreemptionCosts
     from kvpager.scheduling.request import Request
@@ -67,8 +69,8 @@ _HOME = {
     "KVPagerError": "kvpager.errors",
     "LayerShape": "kvpager.storage.block_storage",
     "OutOfBlocks": "kvpager.errors",
-    "PagedCache": "kvpager.integrations.huggingface.patching",
-    "Patch": "kvpager.integrations.huggingface.patching",
+    "PagedCache": "kvpager.integrations.huggingface.cache.paged_cache",
+    "Patch": "kvpager.integrations.huggingface.patching.handle",
     "PreemptionCosts": "kvpager.scheduling.preemption",
     "QueueFull": "kvpager.errors",
     "Request": "kvpager.scheduling.request",
@@ -80,8 +82,8 @@ _HOME = {
     "SequenceSwapped": "kvpager.errors",
     "StaleSequence": "kvpager.errors",
     "StepPlan": "kvpager.plans",
-    "patch": "kvpager.integrations.huggingface.patching",
-    "unpatch": "kvpager.integrations.huggingface.patching",
+    "patch": "kvpager.integrations.huggingface.patching.patch",
+    "unpatch": "kvpager.integrations.huggingface.patching.patch",
 }
 
 # Hidden from type checkers, which would otherwise take every misspelt name for a lazy one.

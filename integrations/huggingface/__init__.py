@@ -2,6 +2,7 @@
 
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.engine import Engine
-from kvpager.integrations.huggingface.patching import Patch, patch, unpatch
+from kvpager.integrations.huggingface.patching.handle import Patch
+from kvpager.integrations.huggingface.patching.patch import patch, unpatch
 
 __all__ = ["Engine", "PagedCache", "Patch", "patch", "unpatch"]

@@ -70,10 +70,10 @@ def run(options: Options) -> None:
     """
     program, arguments = _find(options.command)
     with one_line_errors():
-        import kvpager.integrations.huggingface.patching as patching
+        from kvpager.integrations.huggingface.patching.patch import patch
 
         try:
-            patch = patching.patch(
+            paging = patch(
                 memory=options.memory,
                 host_memory=options.host_memory,
                 block_size=options.block_size,
@@ -85,11 +85,11 @@ def run(options: Options) -> None:
             raise fail(str(error)) from None
     sys.argv = arguments
     try:
-        with patch:
+        with paging:
             program()
     finally:
         if options.report:
-            typer.echo(patch.report(), err=True)
+            typer.echo(paging.report(), err=True)
 
 
 def _find(command: list[str]) -> tuple[Callable[[], Any], list[str]]:

@@ -10,12 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 import kvpager
-from kvpager._text import size
+from kvpager._text import change, size
 from kvpager.blocks.stats import BlockStatus
 from kvpager.demo.measuring import States
 from kvpager.demo.results import Result, Results
 from kvpager.demo.settings import Settings
-from kvpager.integrations.huggingface.cache.report import change
 
 MAP_LINES_MAX = 3
 MAP_CELLS_MAX = 96

@@ -13,7 +13,7 @@ from kvpager.blocks.stats import BlockStatus
 from kvpager.demo.measuring import States
 from kvpager.demo.scenarios import Scenario
 from kvpager.demo.settings import Settings
-from kvpager.integrations.huggingface.patching import PatchStats
+from kvpager.integrations.huggingface.patching.report import PatchStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from kvpager.demo.results import CallFigures, Paged, Plain, Result, Results, Row
 from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import Settings
 from kvpager.errors import OutOfBlocks
-from kvpager.integrations.huggingface.patching import PatchStats
+from kvpager.integrations.huggingface.patching.report import PatchStats
 from kvpager.integrations.huggingface.releases import cache_of
 from kvpager.testing import tiny_llama_path
 

@@ -25,7 +25,7 @@ from kvpager.integrations.huggingface.cache.columns import OtherColumns
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.layers import PagedLayer, PagedSlidingWindowLayer
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.cache.report import CacheStats
+from kvpager.integrations.huggingface.cache.stats import CacheStats
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.storage.block_storage import BlockStorage, KVDtype, LayerShape
 

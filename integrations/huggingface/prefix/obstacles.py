@@ -6,15 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
+from kvpager.integrations.huggingface.prefix.inputs import PER_ROW, Inputs, Padding
 from kvpager.integrations.huggingface.releases import CACHE_NAMES
 
-# What `model_kwargs` may hold where a row's keys and values follow from its ids and padding. With
-# anything else in play, rows are neither merged nor reused.
-PER_ROW = {"attention_mask", "position_ids"}
 _HARMLESS = {
     *CACHE_NAMES,
     "use_cache",
@@ -25,17 +22,12 @@ _HARMLESS = {
 }
 
 
-def why_not_by_row(
-    model: nn.Module,
-    cache: PagedCache,
-    input_ids: Tensor,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-) -> str | None:
+def why_not_by_row(cache: PagedCache, inputs: Inputs) -> str | None:
     """Return why a row's keys and values do not follow from its ids, mask and positions alone.
 
     None if they do. O(parameters).
     """
+    model, input_ids, generation_config, model_kwargs = inputs
     if not cache.is_fully_paged:
         return "layers that are not paged"
     # What a model keeps outside the cache is neither repeated nor reused with it.
@@ -59,19 +51,12 @@ def why_not_by_row(
     return None
 
 
-def why_not_kept(
-    model: nn.Module,
-    cache: PagedCache,
-    input_ids: Tensor,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    padding: NDArray[np.int64],
-) -> str | None:
+def why_not_kept(cache: PagedCache, inputs: Inputs, padding: Padding) -> str | None:
     """Return why what follows a prompt's beginning may change its keys and values, or they move.
 
     None if the beginning may be reused. O(tokens). For rows that `why_not_by_row` is content with.
     """
-    config: Any = model.config
+    config: Any = inputs.model.config
     if getattr(config, "use_bidirectional_attention", False):
         return "a model whose tokens attend to later ones"
     if config.get_text_config(decoder=True) is not config:
@@ -82,9 +67,9 @@ def why_not_kept(
         return "a model with sliding windows"
     if cache.groups[0].num_layers is None:
         return "a cache without a configuration"
-    if generation_config.prefill_chunk_size is not None:
-        return f"prefill_chunk_size={generation_config.prefill_chunk_size}"
-    if not _are_usual(model_kwargs.get("position_ids"), input_ids, padding):
+    if (chunk := inputs.generation_config.prefill_chunk_size) is not None:
+        return f"prefill_chunk_size={chunk}"
+    if not _are_usual(inputs.model_kwargs.get("position_ids"), inputs.ids, padding):
         return "position_ids that do not count a prompt's tokens from 0"
     return None
 
@@ -106,7 +91,7 @@ def _is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _are_usual(positions: Tensor | None, input_ids: Tensor, padding: NDArray[np.int64]) -> bool:
+def _are_usual(positions: Tensor | None, input_ids: Tensor, padding: Padding) -> bool:
     if positions is None:
         return not padding.any()
     columns = np.arange(input_ids.shape[1])

@@ -18,54 +18,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.columns import Announced, Unannounced
 from kvpager.integrations.huggingface.cache.groups import LayerGroup, Prompt
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
-from kvpager.integrations.huggingface.prefix.obstacles import PER_ROW, why_not_by_row, why_not_kept
-from kvpager.integrations.huggingface.prefix.prompts import Padding, PromptCache
+from kvpager.integrations.huggingface.prefix.inputs import Inputs, Padding
+from kvpager.integrations.huggingface.prefix.obstacles import why_not_by_row, why_not_kept
+from kvpager.integrations.huggingface.prefix.prompts import PromptCache
 from kvpager.integrations.huggingface.prefix.waves import waves
-from kvpager.integrations.huggingface.releases import (
-    cache_in,
-    set_cache_of,
-    with_cache,
-)
+from kvpager.integrations.huggingface.releases import set_cache_of, with_cache
 
 Prefill = Callable[..., Any]
 
 
-def prefill(
-    original: Prefill,
-    prompts: PromptCache | None,
-    model: nn.Module,
-    input_ids: Tensor,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    **kwargs: Any,
-) -> Any:
+def prefill(original: Prefill, prompts: PromptCache | None, inputs: Inputs, **kwargs: Any) -> Any:
     """`GenerationMixin._prefill` for an empty paged cache. Returns the model's output.
 
     Should it fail, the cache is empty again.
     """
-    cache: Any = cache_in(model_kwargs)
+    cache = inputs.cache
     for group in cache.groups:
         group.reset()  # rows may be left of a batch that was cropped to nothing
-    padding = _left_padding(input_ids, model_kwargs.get("attention_mask"))
-    given = (model, input_ids, generation_config, model_kwargs)
+    padding = inputs.left_padding()
     reason = "an attention_mask that hides more than padding before the prompts"
     try:
         if padding is not None:
             try:
-                return _prefill_padded(original, prompts, padding, *given, **kwargs)
+                return _prefill_padded(original, prompts, padding, inputs, **kwargs)
             except Unannounced:
                 cache.reset()
                 reason = "a model that writes other columns than those of its prompt"
         if prompts is not None:
-            cache.memory.counters.prefix_unserved_calls += 1
-            cache.memory.note_unserved(f"prompts not kept: {reason}")
-        return original(*given, **kwargs)
+            _count_unserved(cache, reason)
+        return original(*inputs, **kwargs)
     except BaseException:
         cache.reset()
         raise
@@ -74,66 +61,76 @@ def prefill(
             group.announced = None
 
 
+def _count_unserved(cache: PagedCache, reason: str | None) -> None:
+    """Count a call whose prompts are not kept. No `reason`: the report has it already."""
+    cache.memory.counters.prefix_unserved_calls += 1
+    if reason is not None:
+        cache.memory.note_unserved(f"prompts not kept: {reason}")
+
+
 def _prefill_padded(
-    original: Prefill,
-    prompts: PromptCache | None,
-    padding: Padding,
-    model: nn.Module,
-    input_ids: Tensor,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    **kwargs: Any,
+    original: Prefill, prompts: PromptCache | None, padding: Padding, inputs: Inputs, **kwargs: Any
 ) -> Any:
     """Compute equal rows once, store no padding, and reuse what earlier calls computed.
 
     Raises: `Unannounced` where that is wrong for this model.
     """
-    cache: PagedCache = cache_in(model_kwargs)
-    reason = why_not_by_row(model, cache, input_ids, generation_config, model_kwargs)
-    repeats = _repeats(input_ids, generation_config, model_kwargs)
-    if reason is not None and repeats > 1:
-        cache.memory.note_unserved(f"equal rows not merged: {reason}")
-        repeats = 1
-    if repeats > 1 and (obstacle := row_obstacle(model)) is not None:
-        cache.memory.note_unserved(f"equal rows not merged: {obstacle}")
-        repeats = 1
+    cache: PagedCache = inputs.cache
+    reason = why_not_by_row(cache, inputs)
+    repeats = _repeats(cache, inputs, reason)
     if repeats > 1:
-        input_ids, padding = input_ids[::repeats], padding[::repeats]
-        model_kwargs = _of_rows(model_kwargs, slice(None, None, repeats))
-    rows, columns = input_ids.shape[:2]
-    announced = Announced(rows, columns, generation_config.prefill_chunk_size or columns)
-    announced = announced._replace(is_binding=repeats > 1)
+        inputs, padding = inputs.of_rows(slice(None, None, repeats)), padding[::repeats]
+    rows, columns = inputs.ids.shape[:2]
+    per_pass = inputs.generation_config.prefill_chunk_size or columns
+    announced = Announced(rows, columns, per_pass, is_binding=repeats > 1)
     for group in cache.groups:
         if group.holds_text:
             group.announce(padding, announced)
-    given = (model, input_ids, generation_config, model_kwargs)
-    prompt: Prompt | str | None = None
-    if prompts is not None and reason is None:
-        reason = why_not_kept(model, cache, input_ids, generation_config, model_kwargs, padding)
-    if prompts is not None and reason is None:
-        prompts.await_turn(model, cache)
-        prompt = prompts.prompt(model, input_ids, padding)
-    if isinstance(prompt, str):
-        cache.memory.note_doubt(prompt)
-    elif prompts is not None and prompt is not None:
-        obstacle = prompts.row_obstacle(model, prompt)
-        if obstacle is not None:
-            cache.memory.note_obstacle(obstacle)
-            prompt = None
-    if prompts is not None and isinstance(prompt, Prompt):
-        output = _prefill_new(original, prompts, prompt, padding, announced, *given, **kwargs)
+    prompt = None
+    if prompts is not None:
+        prompt, reason = _prompt_to_keep(prompts, cache, inputs, padding, reason)
+    if prompts is not None and prompt is not None:
+        output = _prefill_new(original, prompts, prompt, padding, announced, inputs, **kwargs)
     else:
-        output = original(*given, **kwargs)
+        output = original(*inputs, **kwargs)
         if repeats > 1:
             _check_written(cache, columns)
         if prompts is not None:
-            cache.memory.counters.prefix_unserved_calls += 1
-        if prompts is not None and reason is not None:
-            cache.memory.note_unserved(f"prompts not kept: {reason}")
+            _count_unserved(cache, reason)
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
-        _repeat_rows(output, len(input_ids), repeats)
+        _repeat_rows(output, rows, repeats)
     return output
+
+
+def _repeats(cache: PagedCache, inputs: Inputs, reason: str | None) -> int:
+    """Return how many equal rows may be computed as one; 1 if none, with the reason noted."""
+    repeats = inputs.repeats()
+    if repeats > 1 and reason is None:
+        reason = row_obstacle(inputs.model)
+    if repeats > 1 and reason is not None:
+        cache.memory.note_unserved(f"equal rows not merged: {reason}")
+        return 1
+    return repeats
+
+
+def _prompt_to_keep(
+    prompts: PromptCache, cache: PagedCache, inputs: Inputs, padding: Padding, reason: str | None
+) -> tuple[Prompt | None, str | None]:
+    """Return the prompts to look up and keep, or a reason why none are, unless it was noted."""
+    reason = reason or why_not_kept(cache, inputs, padding)
+    if reason is not None:
+        return None, reason
+    prompts.await_turn(inputs.model, cache)
+    prompt = prompts.prompt(inputs.model, inputs.ids, padding)
+    if isinstance(prompt, str):
+        cache.memory.note_doubt(prompt)
+        return None, None
+    obstacle = prompts.row_obstacle(inputs.model, prompt)
+    if obstacle is not None:
+        cache.memory.note_obstacle(obstacle)
+        return None, None
+    return prompt, None
 
 
 def _check_written(cache: PagedCache, columns: int) -> None:
@@ -149,14 +146,11 @@ def _prefill_new(
     prompt: Prompt,
     padding: Padding,
     announced: Announced,
-    model: nn.Module,
-    input_ids: Tensor,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
+    inputs: Inputs,
     **kwargs: Any,
 ) -> Any:
     """Compute what is new in each row, in as many passes as are worth it."""
-    cache: Any = cache_in(model_kwargs)
+    model, cache = inputs.model, inputs.cache
     passes = waves(prompt.rows, prompts.known(model, cache, prompt))
     if len(passes) == 1:
         prompts.attach(model, cache, prompt, padding)
@@ -164,7 +158,7 @@ def _prefill_new(
         known = group.num_columns > 0
         group.announced = announced._replace(is_binding=announced.is_binding or known)
         _count_hits(group, prompt)
-        output = original(model, input_ids, generation_config, model_kwargs, **kwargs)
+        output = original(*inputs, **kwargs)
         if group.announced is not None and group.announced.is_binding:
             _check_written(cache, announced.columns)
         prompts.publish(model, cache)
@@ -181,11 +175,10 @@ def _prefill_new(
         (group,) = part.groups
         group.announced = Announced(len(rows), columns, columns, is_binding=True)
         _count_hits(group, prompt.of(rows))
-        here = torch.from_numpy(rows).to(input_ids.device)
-        of_rows = with_cache(_of_rows(model_kwargs, (here, slice(first, None))), part)
-        outputs.append(
-            original(model, input_ids[here, first:], generation_config, of_rows, **kwargs)
-        )
+        here = torch.from_numpy(rows).to(inputs.ids.device)
+        theirs = inputs.of_rows((here, slice(first, None)))
+        theirs = theirs._replace(model_kwargs=with_cache(theirs.model_kwargs, part))
+        outputs.append(original(*theirs, **kwargs))
         _check_written(part, columns)
         prompts.publish(model, part)
     order = np.argsort(np.concatenate(passes))
@@ -199,46 +192,6 @@ def _count_hits(group: LayerGroup, prompt: Prompt) -> None:
     counters = group.memory.counters
     counters.prefix_query_tokens += sum(map(len, prompt.rows))
     counters.prefix_hit_tokens += int(group.lengths(group.num_columns).sum())
-
-
-def _of_rows(model_kwargs: dict[str, Any], rows: Any) -> dict[str, Any]:
-    """The same with what is given per row for these rows (and columns) only."""
-    return {
-        name: value[rows] if name in PER_ROW and value is not None else value
-        for name, value in model_kwargs.items()
-    }
-
-
-def returned_rows(generation_config: Any) -> int:
-    """Return how many rows `generate` makes of each prompt: beams, or samples. O(1)."""
-    return int(max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1))
-
-
-def _repeats(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> int:
-    """How many equal rows stand behind one another, as `generate` expands them; 1 for none."""
-    repeats = returned_rows(generation_config)
-    if repeats == 1 or len(input_ids) % repeats:
-        return 1
-    for tensor in (input_ids, *(model_kwargs.get(name) for name in PER_ROW)):
-        if tensor is not None and not torch.equal(
-            tensor[::repeats].repeat_interleave(repeats, dim=0), tensor
-        ):
-            return 1
-    return repeats
-
-
-def _left_padding(input_ids: Tensor, mask: Tensor | None) -> Padding | None:
-    """Padding columns before each row's first token; None where the mask is not plainly that."""
-    rows, columns = input_ids.shape[:2]
-    if mask is None:
-        return np.zeros(rows, np.int64)
-    if mask.shape != (rows, columns):
-        return None
-    here = mask.cpu().numpy() != 0
-    padding = here.argmax(axis=1)
-    behind = np.arange(columns) >= padding[:, None]
-    left_padded = (here == behind).all() and here.any(axis=1).all()
-    return padding if left_padded else None
 
 
 def _repeat_rows(output: Any, num_rows: int, repeats: int) -> None:

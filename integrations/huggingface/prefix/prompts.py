@@ -29,6 +29,7 @@ from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
 from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
+from kvpager.integrations.huggingface.prefix.inputs import Padding
 from kvpager.integrations.huggingface.releases import cache_in
 
 # What `PromptCache.chosen` has chosen, the last for each prompt cache holds.
@@ -266,9 +267,6 @@ class _Home(NamedTuple):
 
     layout: object
     kinds: list[LayerKind]
-
-
-Padding = NDArray[np.int64]
 
 
 def _reuse(

@@ -15,8 +15,8 @@ from tests.support.cache_name import cache_of
 transformers = pytest.importorskip("transformers")
 
 import kvpager  # noqa: E402
+from kvpager._text import change  # noqa: E402
 from kvpager.integrations.huggingface.cache.memory import PagedMemory  # noqa: E402
-from kvpager.integrations.huggingface.cache.report import change  # noqa: E402
 from kvpager.integrations.huggingface.releases import CACHE_NAMES  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvpager  # noqa: E402
 from kvpager.integrations.huggingface.cache.pools import PagedPool  # noqa: E402
-from kvpager.integrations.huggingface.patching import Patch  # noqa: E402
+from kvpager.integrations.huggingface.patching.handle import Patch  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 
 BLOCK = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvpager._text import counted, size
+from kvpager._text import change, counted, size
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 
 
@@ -50,26 +50,44 @@ class PatchStats:
     session_requests: int
     session_tokens: int
 
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """What one cache holds now. Blocks count once, whichever rows of the cache share them.
-
-    `num_tokens` are columns of the batch, padding included. `dense_bytes` are the bytes that
-    `DynamicCache` would hold in place of the paged layers; layers that are not paged are in none
-    of the figures.
-    """
-
-    num_rows: int
-    num_tokens: int
-    num_layers: int
-    num_paged_layers: int
-    num_blocks: int
-    num_shared_blocks: int  # held by more than one row of the cache
-    held_bytes: int
-    dense_bytes: int
-    num_host_blocks: int
-    host_held_bytes: int
+    @classmethod
+    def of(cls, memory: PagedMemory) -> PatchStats:
+        """Count what the pools of a patch hold now. O(blocks)."""
+        host = memory.host
+        pools, host_pools = memory.pools(), [] if host is None else host.pools()
+        memory.settle()
+        if host is not None:
+            host.settle()
+        stats = [(pool.manager.stats(), pool.block_bytes) for pool in pools]
+        counters = memory.counters
+        return cls(
+            num_blocks=sum(s.num_blocks for s, _ in stats),
+            num_held_blocks=sum(s.num_held for s, _ in stats),
+            num_shared_blocks=sum(s.num_shared for s, _ in stats),
+            num_cached_blocks=sum(s.num_cached for s, _ in stats),
+            num_sequences=sum(s.num_sequences for s, _ in stats),
+            reserved_bytes=memory.reserved_bytes,
+            held_bytes=sum(s.num_held * size for s, size in stats),
+            used_bytes=sum(s.num_tokens * size // s.block_size for s, size in stats),
+            cached_bytes=sum(s.num_cached * size for s, size in stats),
+            peak_held_bytes=counters.peak_held_bytes,
+            peak_dense_bytes=counters.peak_dense_bytes,
+            copied_blocks=counters.copied_blocks,
+            evicted_blocks=counters.evicted_blocks,
+            gathers=counters.gathers,
+            in_place_reads=counters.in_place_reads,
+            prefix_query_tokens=counters.prefix_query_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
+            prefix_unserved_calls=counters.prefix_unserved_calls,
+            host_reserved_bytes=sum(pool.reserved_bytes for pool in host_pools),
+            host_held_bytes=sum(pool.held_bytes for pool in host_pools),
+            peak_host_held_bytes=0 if host is None else host.counters.peak_held_bytes,
+            swapped_out_blocks=0 if host is None else host.counters.arrived_blocks,
+            swapped_in_blocks=counters.arrived_blocks,
+            num_sessions=counters.sessions,
+            session_requests=counters.session_requests,
+            session_tokens=counters.session_tokens,
+        )
 
 
 def report(memory: PagedMemory, stats: PatchStats) -> str:
@@ -122,14 +140,6 @@ def _unserved(memory: PagedMemory) -> Iterator[str]:
     for why, count in memory.unserved.items():
         what, _, reason = why.partition(": ")
         yield f"{what}: {counted(count, 'call')} with {reason}"
-
-
-def change(now: int, before: int) -> str:
-    """Return how `now` compares with `before`: `41% less`, `7% more`, `the same`. O(1)."""
-    percent = round(100 * (now - before) / max(before, 1))
-    if not percent:
-        return "the same"
-    return f"{abs(percent)}% {'more' if percent > 0 else 'less'}"
 
 
 def _described(layers: PagedLayers, memory: PagedMemory) -> str:

@@ -1,0 +1,1 @@
+"""`kvpager.patch`: paging behind transformers models, and out again."""

@@ -1,0 +1,149 @@
+"""The handle that `patch` returns, and which patch serves a model."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin
+
+from kvpager import _validate as arguments
+from kvpager._atomic import Uninterrupted, new_lock
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
+from kvpager.integrations.huggingface.continuous_batching.routes import retire
+from kvpager.integrations.huggingface.patching.replacements import restore_all
+from kvpager.integrations.huggingface.patching.report import PatchStats, report
+from kvpager.integrations.huggingface.prefix.prompts import PromptCache
+
+lock = new_lock()
+uninterrupted = Uninterrupted(lock)
+active: list[Patch] = []  # in the order they were made; the last one that covers a model serves it
+
+
+class Patch:
+    """Paging is on for a model, or for all of them, until `undo`. Made by `patch`."""
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        memory: PagedMemory,
+        prompts: PromptCache | None,
+    ) -> None:
+        self.memory = memory
+        self.prompts = prompts
+        self.managers: weakref.WeakSet[PagedBatchingManager] = weakref.WeakSet()
+        self._covers_all = model is None
+        self._served = "every model" if model is None else type(model).__name__
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._configs: list[Any] = []
+        if model is not None:
+            self._models.update(m for m in model.modules() if isinstance(m, GenerationMixin))
+            configs = [m.config for m in model.modules() if hasattr(m, "config")]
+            self._configs = list({id(config): config for config in configs}.values())
+
+    def __repr__(self) -> str:
+        state = "active" if self in active else "undone"
+        return f"<Patch of {self._served}: {state}, {self.memory.options()}>"
+
+    def covers(self, model: nn.Module) -> bool:
+        """Whether this patch serves `model`. O(1)."""
+        return self._covers_all or model in self._models
+
+    def is_of(self, model: nn.Module | None) -> bool:
+        """True if `patch` was called for this model, or for one inside it or around it.
+
+        None means every model. O(modules).
+        """
+        if model is None or self._covers_all:
+            return model is None and self._covers_all
+        return any(module in self._models for module in model.modules())
+
+    def covers_config(self, config: Any) -> bool:
+        """Whether this patch serves caches made for `config`. O(configurations of the model)."""
+        return self._covers_all or any(config is known for known in self._configs)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it was not undone. O(patches)."""
+        return self in active
+
+    def stats(self) -> PatchStats:
+        """Counts of now, and totals since the patch was made. O(blocks)."""
+        return PatchStats.of(self.memory)
+
+    def namespace(self, name: str) -> AbstractContextManager[None]:
+        """Calls made within share prompts with calls of namespace `name` only.
+
+            with paging.namespace("acme"):
+                model.generate(...)
+
+        It holds for calls of this thread, or of this asyncio task, alone. Raises: `KVPagerError`
+        without `prefix_cache`; `TypeError` for what is no name.
+        """
+        if name is None:
+            raise TypeError("namespace None: pass the name of a namespace")
+        arguments.label("namespace", name)
+        if self.prompts is None:
+            raise KVPagerError(
+                f"namespace {name!r}: no prompts are kept between calls; patch with "
+                "prefix_cache=True"
+            )
+        return self.prompts.chosen(name)
+
+    def report(self) -> str:
+        """What was paged and what that saved, as a text for people. O(blocks)."""
+        for manager in list(self.managers):
+            manager.note_doubt()
+        return report(self.memory, self.stats())
+
+    def clear(self) -> None:
+        """Give cached prefixes up, and all memory that no live cache needs. O(cached blocks)."""
+        self.memory.clear()
+
+    def undo(self) -> None:
+        """Take the patch out: transformers is as it was found. Caches made so far keep working.
+
+        Raises: `KVPagerError` where it was undone before.
+        """
+        with lock, uninterrupted:
+            if self not in active:
+                raise KVPagerError("this patch was undone already; make a new one with patch()")
+            active.remove(self)
+            if not active:
+                restore_all()
+        retire(self.managers)
+        self.memory.clear()
+
+    def __enter__(self) -> Patch:
+        if self not in active:
+            raise KVPagerError("this patch was undone already; make a new one with patch()")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self in active:
+            self.undo()
+
+
+def patch_for(model: Any, *, wanted: bool = False) -> Patch | None:
+    """The patch that serves `model`; one of plain options if paging is `wanted` by name."""
+    found = next((made for made in reversed(active) if made.covers(model)), None)
+    if found is None and wanted and active:
+        return _asked_for_by_name()
+    return found
+
+
+@functools.cache
+def _asked_for_by_name() -> Patch:
+    """Serves the models that no patch was made for: nobody's options but the usual ones."""
+    return Patch(None, PagedMemory(None, 16), None)

@@ -1,0 +1,156 @@
+"""`patch` puts paging behind transformers, `unpatch` takes it out again.
+
+Details of the arguments of `patch`:
+
+- `memory`: without it, pools grow as needed and give their memory back with the last cache. While a
+  pool grows, its old and new storage exist together; the bound counts one of them. A call waits
+  until its rows fit, at full length, beside the calls of other threads. It raises `OutOfBlocks` if
+  no other call computes a step for 60 seconds.
+- `kv_dtype`: a scale for each token and head; half the memory of bfloat16. Numbers are rounded, by
+  about 1 % of the attention's norm in int8 and 4 % in fp8, so tokens may differ.
+- `host_memory`: rows that move there live on there, with the same tokens, slower. Layers of every
+  kind may then have one block on the device beyond the bound.
+- `prefix_cache`: keeps the blocks of prompts, and of replies by greedy search and sampling. A
+  prompt that begins like an earlier one, or repeats a conversation, computes only what is new. It
+  serves causal text models whose layers all look at the whole prompt. It takes memory until
+  `clear` or `undo`; without `memory`, prompts are kept while a larger pool fits in half of the free
+  memory. A model whose weights, hooks, functions or settings changed reuses nothing. Call `clear`
+  after changes that leave no trace, such as writing single numbers through `.data`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from kvpager import _validate as arguments
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.paged_cache import least_block_bytes
+from kvpager.integrations.huggingface.patching.handle import Patch, active, lock, uninterrupted
+from kvpager.integrations.huggingface.patching.hooks import install
+from kvpager.integrations.huggingface.prefix.prompts import PromptCache
+from kvpager.integrations.huggingface.releases import warn_if_untested
+from kvpager.storage.block_storage import KVDtype
+
+
+def patch(
+    model: nn.Module | None = None,
+    *,
+    memory: int | str | None = None,
+    block_size: int = 16,
+    dtype: torch.dtype | str | None = None,
+    kv_dtype: KVDtype | None = None,
+    host_memory: int | str | None = None,
+    prefix_cache: bool = False,
+    namespace: str | None = None,
+    in_place: bool = True,
+) -> Patch:
+    """Keep the KV cache of a transformers model, or of every model, in shared blocks.
+
+        with kvpager.patch(model):
+            model.generate(...)             # the same tokens, in less memory
+
+    All ways to generate work as before. `undo()`, or leaving `with`, restores transformers exactly.
+
+    Args:
+        model: the model to serve; None serves every model of the process.
+        memory: the most bytes of all pools, such as `"4GiB"`; None lets pools grow as needed.
+        block_size: token slots of a block, a power of two.
+        dtype: the dtype that keys and values must have; None for the model's own.
+        kv_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, which rounds them.
+        host_memory: bytes of host memory for rows that `memory`, or the device, has no room for.
+        prefix_cache: keep the blocks of prompts and replies between calls, until `clear`.
+        namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
+        in_place: let `sdpa` and flash attention read blocks in place; False gathers them.
+
+    Raises: `TypeError`, `ValueError` for arguments that make no sense, such as a `memory` in which
+    not one block fits; nothing has changed then.
+    """
+    warn_if_untested()
+    _check_model(model)
+    prompts = _prompts(prefix_cache, namespace)
+    paged = PagedMemory(
+        memory, block_size, keep_pools=prefix_cache, in_place=arguments.flag("in_place", in_place),
+        dtype=_checked_dtype(dtype, model), kv_dtype=kv_dtype, host_memory=host_memory,
+    )  # fmt: skip
+    if isinstance(model, PreTrainedModel):
+        dtype_there = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
+        paged.refuse_below(least_block_bytes(model.config, dtype_there, paged))
+    return _activate(Patch(model, paged, prompts))
+
+
+def _activate(made: Patch) -> Patch:
+    with lock, uninterrupted:
+        if not active:
+            install()
+        active.append(made)
+    return made
+
+
+def _check_model(model: object) -> None:
+    if model is not None and not _generative(model):
+        raise TypeError(
+            f"patch: expected a transformers model that can generate, got {type(model).__name__}; "
+            "patch() without a model serves every model"
+        )
+
+
+def _prompts(prefix_cache: bool, namespace: str | None) -> PromptCache | None:
+    arguments.label("namespace", namespace)
+    if arguments.flag("prefix_cache", prefix_cache):
+        return PromptCache(namespace)
+    if namespace is not None:
+        raise ValueError(
+            f"namespace {namespace!r}: it separates prefixes, so set prefix_cache=True"
+        )
+    return None
+
+
+def unpatch(model: nn.Module | None = None) -> None:
+    """Undo every patch of a model. Use it when the handle that `patch` returned is lost.
+
+        kvpager.patch(model)
+        ...
+        kvpager.unpatch(model)
+
+    Args:
+        model: the model given to `patch`; None undoes `patch()`, which serves every model.
+
+    Does nothing if there is no such patch. Raises: `KVPagerError` if the model is served by
+    `patch()` without a model, which cannot be undone for one model alone.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch: expected the model that was patched, got {type(model).__name__}")
+    with lock:
+        of_model = [made for made in active if made.is_of(model)]
+        if model is not None and not of_model and any(made.is_of(None) for made in active):
+            raise KVPagerError(
+                f"unpatch({type(model).__name__}): patch() without a model serves every model; "
+                "call kvpager.unpatch() to undo it"
+            )
+        for made in of_model:
+            made.undo()
+
+
+def _generative(model: object) -> bool:
+    return isinstance(model, nn.Module) and any(
+        isinstance(module, GenerationMixin) for module in model.modules()
+    )
+
+
+def _checked_dtype(dtype: torch.dtype | str | None, model: nn.Module | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r}: expected a floating dtype such as torch.bfloat16")
+    if model is not None:
+        present = {parameter.dtype for parameter in model.parameters()}
+        if found not in present:
+            names = ", ".join(sorted(str(p).removeprefix("torch.") for p in present))
+            raise ValueError(
+                f"dtype {found}: the model has {names}; keys and values take the model's dtype"
+            )
+    return found
