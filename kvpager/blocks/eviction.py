@@ -1,8 +1,8 @@
 """Which cached block leaves first when room is needed.
 
 A policy is told what happens to blocks and gives each a rank; the lowest rank among the tips of
-the prefix trees leaves. A rank changes only when its block is named in a call (`fallen` names
-those that fell by themselves), so that the order can be kept in a heap.
+the prefix trees leaves. A rank changes only when its block is named in a call, so that the
+order can be kept in a heap. `reranked` names all others, before blocks leave.
 
     admit ──▶ touch ──▶ touch ──▶ retire ──▶ (touch ──▶ retire)* ──▶ forget
     offered   reused    reused    nobody     reused again            evicted, or withdrawn
@@ -62,8 +62,11 @@ class EvictionPolicy(Protocol):
     def forget(self, blocks: Blocks) -> None:
         """`blocks` are offered no longer."""
 
-    def fallen(self) -> Int32:
-        """Blocks whose rank fell since the last call although no call named them."""
+    def reranked(self, count: int) -> Int32:
+        """Return the blocks whose rank changed although no call named them, int32 [n].
+
+        The prefix index asks before `count` blocks leave; other ranks change in named calls only.
+        """
 
     def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:
         """Keep `blocks` by `priority`, for `ttl_s` seconds; False where the policy cannot."""
@@ -101,7 +104,7 @@ class BlockPolicy:
     def forget(self, blocks: Blocks) -> None:  # noqa: D102
         pass
 
-    def fallen(self) -> Int32:  # noqa: D102
+    def reranked(self, count: int) -> Int32:  # noqa: D102
         return NO_BLOCKS
 
     def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102

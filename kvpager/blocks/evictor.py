@@ -116,7 +116,7 @@ class Evictor:
         `allowance` returns how many blocks of a queue may leave, None: all. A queue that has none
         is not looked at again before `relist` names it.
         """
-        self._refresh()
+        self._refresh(count)
         if allowance is None:
             self.relist(self._queues)
         gone: list[Blocks] = []
@@ -148,7 +148,7 @@ class Evictor:
 
     def evict_from(self, number: int, count: int) -> int:
         """Forget `count` idle blocks of one queue, which has them. As `evict`."""
-        self._refresh()
+        self._refresh(count)
         queue, gone = self._queues[number], list[Blocks]()
         while count > 0:
             entry = self._next(queue)
@@ -184,11 +184,10 @@ class Evictor:
                 return number, None, np.inf
         raise BrokenInvariant("prefix index: fewer blocks can leave than the pool counts")
 
-    def _refresh(self) -> None:
-        fallen = self.policy.fallen()
-        if len(fallen):
-            fallen = fallen[self._pool.cached[fallen] & (self._pool.refs[fallen] == 0)]
-            self.offer(fallen)
+    def _refresh(self, count: int) -> None:
+        blocks = self.policy.reranked(count)
+        if len(blocks):
+            self.offer(blocks[self._pool.cached[blocks] & (self._pool.refs[blocks] == 0)])
 
     def _trim(self, node: Node, count: int, limit: float) -> Blocks:
         """Take up to `count` blocks off a tip's tail while they are idle and rank lowest."""

@@ -17,7 +17,7 @@ from kvpager.testing.state import handles_of, state_of
 from tests.blocks.test_faults import Clock, History, committed
 
 NUM_BLOCKS = 24
-METHODS = ("admit", "touch", "retire", "rank", "forget", "fallen", "retain", "resize")
+METHODS = ("admit", "touch", "retire", "rank", "forget", "reranked", "retain", "resize")
 
 
 class Failing(LFU):
@@ -75,7 +75,7 @@ def test_a_policy_that_raises_is_replaced_and_harms_nothing(method, kind, caplog
         manager.free(list(handles_of(manager).values()))
         manager.drop_cached()
         manager.check()
-    assert was_hit or method in ("fallen", "retain", "resize")
+    assert was_hit or method in ("reranked", "retain", "resize")
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,10 @@ def test_a_policy_whose_ranks_are_none_is_replaced(answer: Callable[..., Any], c
 
 
 @pytest.mark.parametrize("answer", [[NUM_BLOCKS * 9], [-1], ["a"], None, 7, [[0]]])
-def test_a_policy_whose_fallen_blocks_are_none_is_replaced(answer: Any, caplog) -> None:
-    policy_class = type("Odd", (LRU,), {"fallen": lambda self: answer})
+def test_a_policy_whose_reranked_blocks_are_none_is_replaced(answer: Any, caplog) -> None:
+    policy_class = type("Odd", (LRU,), {"reranked": lambda self, count: answer})
     play(policy_class(NUM_BLOCKS), seed=4)
-    assert "Odd failed in fallen" in caplog.text
+    assert "Odd failed in reranked" in caplog.text
 
 
 def test_blocks_leave_least_recently_used_first_after_a_failure() -> None:

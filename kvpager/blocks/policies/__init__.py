@@ -118,7 +118,7 @@ class Priority(LRU):
             self._await()
         return True
 
-    def fallen(self) -> Int32:  # noqa: D102
+    def reranked(self, count: int) -> Int32:  # noqa: D102
         if not self._due:
             return NO_BLOCKS
         try:

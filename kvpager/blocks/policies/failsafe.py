@@ -60,10 +60,12 @@ class FailSafe:
         ranks: Any = self._ask("rank", blocks, check=lambda ranks: _refuse_ranks(ranks, blocks))
         return self._spare.rank(blocks) if ranks is None else np.asarray(ranks)
 
-    def fallen(self) -> Int32:
-        """Return the blocks whose rank fell by itself. O(blocks that fell)."""
+    def reranked(self, count: int) -> Int32:
+        """Return the blocks whose rank changed by itself. O(blocks returned)."""
         num_blocks = self._spare.num_blocks
-        blocks = self._ask("fallen", check=lambda blocks: _refuse_blocks(blocks, num_blocks))
+        blocks = self._ask(
+            "reranked", count, check=lambda blocks: _refuse_blocks(blocks, num_blocks)
+        )
         return NO_BLOCKS if blocks is None else np.asarray(blocks, np.int32)
 
     def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102
@@ -112,6 +114,6 @@ def _refuse_ranks(ranks: Any, blocks: Blocks) -> None:
 def _refuse_blocks(blocks: Any, num_blocks: int) -> None:
     found = np.asarray(blocks)
     if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
-        raise ValueError(f"fallen(): expected a list of blocks, got {blocks!r}")
+        raise ValueError(f"reranked(): expected a list of blocks, got {blocks!r}")
     if len(found) and not 0 <= int(found.min()) <= int(found.max()) < num_blocks:
-        raise ValueError(f"fallen(): expected blocks below {num_blocks}, got {blocks!r}")
+        raise ValueError(f"reranked(): expected blocks below {num_blocks}, got {blocks!r}")
