@@ -42,11 +42,23 @@ class Options:
     ] = None
     policy: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Eviction policies.", show_default="all"),
+        typer.Option(
+            metavar="NAME,...",
+            help="Eviction policies, and s3-fifo, arc and 2q to compare them with.",
+            show_default="all",
+        ),
     ] = None
     generate: Annotated[
         int | None,
         typer.Option(metavar="N", help="Make up a trace of so many requests.", show_default="4000"),
+    ] = None
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Traffic to make up: mixed, chat, agents, evaluation, one-shot or shifting.",
+            show_default="mixed",
+        ),
     ] = None
     seed: Annotated[int, typer.Option(help="Of the generated trace.")] = 0
     skip_bad: Annotated[
@@ -78,7 +90,7 @@ def simulate(options: Options) -> None:
             _draw(plot, trace, results)
     write_json(json_file, summary(trace, results))
     if json_file != "-":
-        if options.trace is None and options.generate is None:
+        if all(given is None for given in (options.trace, options.generate, options.kind)):
             typer.echo("no TRACE given, so this one is made up:")
         _show_hit_ratios(trace, results)
         for name, file in (("figures", json_file), ("plot", plot)):
@@ -97,24 +109,27 @@ def _capacities(wanted: list[int] | None) -> list[int]:
 
 
 def _policies(wanted: str | None) -> list[str]:
-    from kvpager.blocks.policies import POLICIES
+    from kvpager.simulate.policies import COMPARED
 
-    names = list(POLICIES) if wanted is None else [name.strip() for name in wanted.split(",")]
+    names = list(COMPARED) if wanted is None else [name.strip() for name in wanted.split(",")]
     for name in names:
-        if name not in POLICIES:
-            raise BadInput(f"policy {name!r}: choose from {', '.join(POLICIES)}")
+        if name not in COMPARED:
+            raise BadInput(f"policy {name!r}: choose from {', '.join(COMPARED)}")
     return list(dict.fromkeys(names))
 
 
 def _find_trace(options: Options) -> Trace:
-    from kvpager.simulate.replay import generate_trace, read_trace
+    from kvpager.simulate.generate import generate_trace
+    from kvpager.simulate.replay import read_trace
 
-    path, generate = options.trace, options.generate
-    if path is not None and generate is not None:
-        raise BadInput("TRACE and --generate: expected one of the two")
+    path, generate, kind = options.trace, options.generate, options.kind
+    for name, value in (("generate", generate), ("kind", kind)):
+        if path is not None and value is not None:
+            raise BadInput(f"TRACE and --{name}: expected one of the two")
     try:
         if path is None:
-            return generate_trace(GENERATED if generate is None else generate, options.seed)
+            count = GENERATED if generate is None else generate
+            return generate_trace(count, options.seed, "mixed" if kind is None else kind)
         return read_trace(path, options.skip_bad)
     except OSError as error:
         raise BadInput(f"trace {path}: {error.strerror or error}") from None

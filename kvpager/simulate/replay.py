@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from kvpager import _validate as arguments
 from kvpager.blocks.manager import BlockManager
 from kvpager.simulate import textfile
+from kvpager.simulate.policies import COMPARED
 
 Int32 = NDArray[np.int32]
 
@@ -34,7 +35,6 @@ _BAD_LINES_SHOWN = 3
 _BAD_LINES_MAX = 1000  # to read on would tell nothing new
 _SKIPPED_MAX = 100_000  # bad lines of a file that is still taken for a trace
 _BLOCKS_MAX = 20_000_000  # of a trace; each takes some 200 bytes when they all differ
-_GENERATED_MAX = 1_000_000  # requests
 _MILLISECONDS_MAX = 10**15
 _PROGRESS_EVERY = 64  # requests
 _NEVER = 2**62
@@ -102,7 +102,7 @@ def read_trace(path: str | Path, skip_bad: bool = False) -> Trace:
     """
     path = Path(path)
     records, bad = _read(path, skip_bad)
-    return _trace(path.name, [record.hash_ids for record in records], tuple(bad))
+    return number_prefixes(path.name, [record.hash_ids for record in records], tuple(bad))
 
 
 def read_records(path: str | Path) -> list[Recorded]:
@@ -167,8 +167,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 30 else text[:27] + "..."
 
 
-def _trace(name: str, prompts: Iterable[list[int]], skipped: tuple[str, ...] = ()) -> Trace:
-    """Number the prefixes: the same id behind another prefix is another block."""
+def number_prefixes(
+    name: str, prompts: Iterable[list[int]], skipped: tuple[str, ...] = ()
+) -> Trace:
+    """Number the prefixes: the same id behind another prefix is another block. O(blocks)."""
     numbers: dict[tuple[int, int], int] = {}
     numbered = []
     for ids in prompts:
@@ -177,40 +179,6 @@ def _trace(name: str, prompts: Iterable[list[int]], skipped: tuple[str, ...] = (
             before = path[at] = numbers.setdefault((before, value), len(numbers))
         numbered.append(path)
     return Trace(name, tuple(numbered), len(numbers), skipped)
-
-
-def generate_trace(num_requests: int, seed: int = 0) -> Trace:
-    """A made-up trace: conversations of several turns, questions asked once, system prompts.
-
-    Two in five requests begin a conversation whose turns come back at ever longer intervals, the
-    others are asked once; half of all begin with one of 16 system prompts, some far more often than
-    others. The same seed gives the same trace. O(blocks).
-    """
-    num_requests = arguments.count("num_requests", num_requests, at_least=1, at_most=_GENERATED_MAX)
-    random = np.random.default_rng(arguments.count("seed", seed))
-    systems = [[-1 - 100 * which - at for at in range(2 + 2 * which)] for which in range(16)]
-    popularity = 1 / np.arange(1, 17)
-    popularity /= popularity.sum()
-    waiting: list[tuple[int, int, list[int]]] = []  # when the next turn comes, a number, so far
-    prompts: list[list[int]] = []
-    num_ids = 0
-    for now in range(num_requests):
-        is_turn = bool(waiting) and waiting[0][0] <= now
-        if is_turn:
-            prompt = heapq.heappop(waiting)[2]
-            added = 1 + int(random.geometric(0.4))
-        else:
-            is_system = random.random() < 0.5
-            prompt = systems[random.choice(16, p=popularity)] if is_system else []
-            added = 1 + int(min(random.lognormal(2.3, 1.0), 200))
-        prompt = [*prompt, *range(num_ids, num_ids + added)]
-        num_ids += added
-        prompts.append(prompt)
-        if random.random() < (0.75 if is_turn else 0.4):
-            wait = 1 + int(random.lognormal(4.0, 1.2))
-            # The end of a prompt is a partly filled block, which the next turn fills otherwise.
-            heapq.heappush(waiting, (now + wait, now, prompt[:-1]))
-    return _trace(f"generated, {num_requests} requests, seed {seed}", prompts)
 
 
 # -------------------------------------------------------------------- replay
@@ -232,7 +200,8 @@ def replay(
     # never committed, and the pool one more block, which is free again with the prompt: all blocks
     # of the trace are looked up, and exactly `capacity` of them can be kept.
     # More blocks than there are prefixes would only cost memory.
-    manager = BlockManager(min(capacity, trace.num_prefixes) + 1, 1, eviction=policy)
+    num_blocks = min(capacity, trace.num_prefixes) + 1
+    manager = BlockManager(num_blocks, 1, eviction=COMPARED[policy](num_blocks))
     hits = blocks = too_long = 0
     start = time.perf_counter()
     for number, prompt in enumerate(trace.prompts, 1):

@@ -9,7 +9,8 @@ import pytest
 
 from kvpager import BlockManager
 from kvpager.blocks.policies.lifetime import HELD, Ghosts, Lifetime, Lifetimes
-from kvpager.simulate.replay import generate_trace, replay
+from kvpager.simulate.generate import generate_trace
+from kvpager.simulate.replay import replay
 from kvpager.testing.state import state_of
 
 BLOCK_SIZE = 4

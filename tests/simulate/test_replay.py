@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from kvpager.blocks.policies import POLICIES
-from kvpager.simulate.replay import Trace, generate_trace, offline_optimum, read_trace, replay
+from kvpager.simulate.generate import KINDS, generate_trace
+from kvpager.simulate.policies import BASELINES
+from kvpager.simulate.replay import Trace, offline_optimum, read_trace, replay
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,12 +104,27 @@ def test_line_that_is_not_text_is_a_bad_line(tmp_path: Path) -> None:
     assert len(read_trace(path, skip_bad=True).prompts) == 1
 
 
-def test_generated_trace_depends_on_its_seed_alone() -> None:
-    one, same, other = (generate_trace(200, seed) for seed in (1, 1, 2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_trace_depends_on_its_arguments_alone(kind: str) -> None:
+    one, same, other = (generate_trace(200, seed, kind) for seed in (1, 1, 2))
     assert len(one.prompts) == 200
     assert [p.tolist() for p in one.prompts] == [p.tolist() for p in same.prompts]
     assert [p.tolist() for p in one.prompts] != [p.tolist() for p in other.prompts]
-    assert 0.3 < one.unlimited < 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [
+        ("mixed", 0.5, 0.8),
+        ("chat", 0.5, 0.8),
+        ("agents", 0.8, 0.95),
+        ("evaluation", 0.6, 0.95),
+        ("one-shot", 0.03, 0.15),
+        ("shifting", 0.6, 0.9),
+    ],
+)
+def test_generated_traffic_is_of_its_kind(kind: str, least: float, most: float) -> None:
+    assert least < generate_trace(3000, kind=kind).unlimited < most
 
 
 # --- counting -------------------------------------------------------------------------------------
@@ -246,7 +263,7 @@ def test_table_has_a_row_for_each_policy_and_a_column_for_each_capacity(tmp_path
     assert rows["lfu"] == ["0.2000", "0.2000"]
     assert rows["unlimited"] == ["0.4000", "0.4000"]
     assert rows["offline"] == ["optimum", "0.2000", "0.4000"]
-    assert set(POLICIES) < set(rows)
+    assert {*POLICIES, *BASELINES} < set(rows)
 
 
 def test_figures_as_json_alone(tmp_path: Path) -> None:
@@ -282,7 +299,7 @@ def test_without_a_trace_one_is_made_up_and_torch_stays_away(tmp_path: Path) -> 
     )
     result = run(code=code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("no TRACE given, so this one is made up:\ngenerated, 50 ")
+    assert result.stdout.startswith("no TRACE given, so this one is made up:\ngenerated mixed, 50 ")
     assert result.stdout.endswith("False\n")
     assert result.stderr == ""
 
@@ -312,6 +329,8 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
         (["."], ".: expected a regular file"),
         (["/dev/zero"], "/dev/zero: expected a regular file"),
         (["x", "--generate", "5"], "TRACE and --generate: expected one of the two"),
+        (["x", "--kind", "chat"], "TRACE and --kind: expected one of the two"),
+        (["--kind", "tea"], "kind='tea': expected one of mixed, chat"),
         (["--generate", "0"], "num_requests 0: expected at least 1"),
         (["--seed", "-1"], "seed -1: expected at least 0"),
         (["--capacity", "0"], "capacity 0: expected at least 1"),

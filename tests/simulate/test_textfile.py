@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from kvpager.simulate import replay, textfile
-from kvpager.simulate.replay import generate_trace, read_trace
+from kvpager.simulate.generate import generate_trace
+from kvpager.simulate.replay import read_trace
 from tests.simulate.test_replay import line
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="devices and pipes as files")

@@ -1,0 +1,14 @@
+"""Baselines from the literature that `kvpager simulate` compares eviction policies with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvpager.blocks.eviction import EvictionPolicy
+from kvpager.blocks.policies import POLICIES
+from kvpager.simulate.policies.arc import ARC
+from kvpager.simulate.policies.s3_fifo import S3FIFO
+from kvpager.simulate.policies.two_q import TwoQ
+
+BASELINES: dict[str, Callable[[int], EvictionPolicy]] = {"s3-fifo": S3FIFO, "arc": ARC, "2q": TwoQ}
+COMPARED = {**POLICIES, **BASELINES}

@@ -1,0 +1,118 @@
+"""Policies of the literature, which name the next block to leave instead of ranking all blocks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import OrderedDict
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.blocks.eviction import BlockPolicy, Blocks, Float64, Int32, Int64, Rank, UInt64
+
+Queue = OrderedDict[int, None]  # of blocks; the first leaves next
+
+
+class Ghosts:
+    """The fingerprints of the blocks that left last, at most `num_ghosts`."""
+
+    def __init__(self, num_ghosts: int) -> None:
+        self._num_ghosts = num_ghosts
+        self._prints: OrderedDict[int, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._prints)
+
+    def add(self, fingerprint: int) -> None:
+        """Remember a block that leaves. O(1)."""
+        self._prints[fingerprint] = None
+        self._prints.move_to_end(fingerprint)
+        self.trim(self._num_ghosts)
+
+    def take(self, fingerprint: int) -> bool:
+        """Forget a block that comes again. Return whether it was remembered. O(1)."""
+        return self._prints.pop(fingerprint, 0) is None
+
+    def trim(self, num_ghosts: int) -> None:
+        """Forget the oldest until at most `num_ghosts` are left. Amortised O(1)."""
+        while len(self._prints) > max(num_ghosts, 0):
+            self._prints.popitem(last=False)
+
+
+class QueuePolicy(BlockPolicy):
+    """A policy of queues of blocks, for one request at a time. Each call is O(blocks named).
+
+    The blocks of a prompt are queued from its end: a longer prefix is less likely to be shared.
+    """
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
+        "prints": np.uint64,
+        "ranks": np.float64,
+        "is_held": np.bool_,
+    }
+    needs_fingerprints = True
+    prints: UInt64
+    ranks: Float64
+    is_held: NDArray[np.bool_]
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        self.prints[blocks] = fingerprints
+        self.is_held[blocks] = True
+        for block, fingerprint in zip(
+            blocks[::-1].tolist(), fingerprints[::-1].tolist(), strict=True
+        ):
+            self.ranks[block] = self.tick()
+            self.insert(block, fingerprint)
+
+    def touch(self, blocks: Blocks) -> None:  # noqa: D102
+        self.is_held[blocks] = True
+        for block in blocks[::-1].tolist():
+            self.ranks[block] = self.tick()
+            self.hit(block)
+
+    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+        self.is_held[blocks] = False
+        for block in blocks[::-1].tolist():
+            self.ranks[block] = self.tick()
+            self.release(block)
+
+    def forget(self, blocks: Blocks) -> None:  # noqa: D102
+        for block, fingerprint in zip(blocks.tolist(), self.prints[blocks].tolist(), strict=True):
+            self.remove(block, fingerprint)
+
+    def reranked(self, count: int) -> Int32:  # noqa: D102
+        chosen = []
+        for number in range(count):
+            block = self.next_out(number)
+            if block is None:
+                break
+            self.ranks[block] = self.tick() - 2.0**52
+            chosen.append(block)
+        return np.array(chosen, np.int32)
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return self.ranks[blocks]
+
+    def idle(self, queue: Queue) -> int | None:
+        """Return the first block of a queue that no request holds. O(blocks held)."""
+        return next((block for block in queue if not self.is_held[block]), None)
+
+    @abstractmethod
+    def insert(self, block: int, fingerprint: int) -> None:
+        """Queue a block that is new."""
+
+    @abstractmethod
+    def hit(self, block: int) -> None:
+        """Note that a block is used again."""
+
+    def release(self, block: int) -> None:
+        """Note that no request holds a block any more."""
+
+    @abstractmethod
+    def next_out(self, number: int) -> int | None:
+        """Take the next block to leave out of its queue, after `number` others of this call."""
+
+    @abstractmethod
+    def remove(self, block: int, fingerprint: int) -> None:
+        """Forget a block, which `next_out` may have named."""
