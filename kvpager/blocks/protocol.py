@@ -151,3 +151,6 @@ class CacheManager(Protocol):
 
     def check(self) -> None:
         """Raise `BrokenInvariant` if a law is broken."""
+
+
+MEMBERS = tuple(name for name in vars(CacheManager) if not name.startswith("_"))

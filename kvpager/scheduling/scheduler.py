@@ -27,8 +27,7 @@ from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
 from kvpager._atomic import Change
-from kvpager.blocks.manager import BlockManager
-from kvpager.blocks.protocol import CacheManager
+from kvpager.blocks.protocol import MEMBERS, CacheManager
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.admission import AdmissionPolicy
 from kvpager.scheduling.completion import Completion, read_continuations
@@ -50,7 +49,7 @@ class Scheduler:
     If it interrupts the caller before `plan` returns, `step` has the plan.
 
     Args:
-        manager: whose blocks; made without `fences`.
+        manager: a `BlockManager` made without `fences`, or another `CacheManager`.
         max_batch_tokens: tokens of a step.
         max_running: rows on the device; a request counts with all it may have. Never more than
             `max_batch_tokens`, so that every row that decodes is in every step.
@@ -332,9 +331,14 @@ class Scheduler:
         self._table.check()
 
 
-def _refuse_bad_manager(manager: object) -> None:
-    if not isinstance(manager, BlockManager):
-        raise TypeError(f"manager: expected a BlockManager, got {type(manager).__name__}")
+def _refuse_bad_manager(manager: CacheManager) -> None:
+    missing = [name for name in MEMBERS if not hasattr(manager, name)]
+    if missing or isinstance(manager, type):
+        lacks = f" It lacks {', '.join(missing)}." if missing else ""
+        raise TypeError(
+            f"manager {arguments.shown(manager)}: expected a BlockManager, or another object with "
+            f"the members of CacheManager.{lacks}"
+        )
     if manager.copies.is_fenced:
         raise ValueError("manager: a step's plans are applied in order; make it without fences")
 

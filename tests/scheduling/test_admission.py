@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvpager import (
@@ -10,6 +12,7 @@ from kvpager import (
     Request,
     Scheduler,
 )
+from kvpager.plans import Reason
 from tests.support.scheduling import (
     BLOCK_SIZE,
     ids,
@@ -93,6 +96,38 @@ def test_a_scheduler_that_cannot_be_is_refused(options: dict[str, object], error
 def test_a_manager_with_fences_is_refused() -> None:
     with pytest.raises(ValueError, match="without fences"):
         Scheduler(BlockManager(4, fences=True))
+
+
+class Delegating:
+    """A manager that is no `BlockManager`: it hands every call on to one."""
+
+    def __init__(self, manager: BlockManager, lacking: tuple[str, ...] = ()) -> None:
+        self._manager, self._lacking = manager, lacking
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._lacking:
+            raise AttributeError(name)
+        return getattr(self._manager, name)
+
+
+def test_any_cache_manager_serves() -> None:
+    manager = BlockManager(8, BLOCK_SIZE, 8)
+    scheduler = Scheduler(Delegating(manager), watermark=0.0)  # type: ignore[arg-type]
+    for name in "abc":
+        scheduler.submit(request(name, 8, new=8))
+    assert set(run(scheduler).values()) == {Reason.FINISHED}
+    assert scheduler.stats().total_preempted_by_swap > 0
+    assert manager.num_held_blocks == 0
+
+
+def test_a_manager_without_members_that_are_needed_is_refused() -> None:
+    lacking = Delegating(BlockManager(8), lacking=("swap", "quotas"))
+    with pytest.raises(TypeError, match=r"It lacks quotas, swap\.$"):
+        Scheduler(lacking)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"manager None: .* It lacks block_size, "):
+        Scheduler(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected a BlockManager, or another object"):
+        Scheduler(BlockManager)  # type: ignore[arg-type]
 
 
 def test_the_prompt_is_copied() -> None:
