@@ -2,6 +2,7 @@
 
     KVPagerError
     ├── OutOfBlocks          a tier has too few blocks left; nothing has changed
+    │   └── OutOfQuota       a namespace may not have the blocks, whatever the tier has left
     ├── StaleSequence        the handle was freed, or belongs to another manager
     ├── SequenceSwapped      the sequence is in host memory; swap it back first
     ├── QueueFull            as many requests wait as may; submit it again later
@@ -16,6 +17,8 @@ A transformers that is newer than every tested release gives an `UntestedRelease
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class KVPagerError(Exception):
@@ -57,6 +60,21 @@ class OutOfBlocks(KVPagerError):
         # Exceptions are rebuilt from their message, which is not what this one is made from.
         made_from = (self.need, self.free, self.evictable, self.total, self.tier, self.advice)
         return type(self), (*made_from, self.missing, str(self))
+
+
+class OutOfQuota(OutOfBlocks):
+    """A namespace would pass the ceiling of its quota. Nothing has changed.
+
+    Attributes: `namespace`, and those of `OutOfBlocks`.
+    """
+
+    def __init__(self, namespace: str | None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.namespace = namespace
+
+    def __reduce__(self) -> tuple[type[OutOfQuota], tuple[object, ...]]:
+        _, made_from = super().__reduce__()
+        return type(self), (self.namespace, *made_from)
 
 
 class StaleSequence(KVPagerError):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvpager.blocks.eviction import NO_BLOCKS
 from kvpager.blocks.pool import BlockPool, Blocks
-from kvpager.errors import BrokenInvariant
+from kvpager.errors import BrokenInvariant, OutOfBlocks, OutOfQuota
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -176,27 +176,16 @@ class Accounts:
 
     # ---------------------------------------------------------------- what may be taken
 
-    def refusal(
-        self, need: Counts, revived: Counts, pool: BlockPool
-    ) -> tuple[int, int, str, int] | None:
-        """Return why `need` blocks of each account cannot be had, or None where they can.
+    def refuse(self, need: Counts, revived: Counts, pool: BlockPool) -> None:
+        """Raise `OutOfBlocks` if `need` blocks of each account cannot be had. O(accounts named).
 
-        As (need, evictable, advice, missing). `revived`: cached blocks of each account that the
-        same call is about to hold. O(accounts named).
+        `revived`: cached blocks of each account that the same call is about to hold.
         """
+        self.refuse_over_ceiling(need, revived, pool)
         unmet, guarded = self._unmet, self._guarded
-        for number in sorted(need.keys() | revived.keys()):
-            account, count = self._accounts[number], need.get(number, 0)
-            evictable = account.evictable - revived.get(number, 0)
-            over = account.used + count - evictable
-            ceiling = account.quota.ceiling
-            if ceiling is not None and count and over > ceiling:
-                advice = (
-                    f"namespace {account.namespace!r} may have {ceiling} blocks: free or swap a "
-                    "sequence of it, or raise its ceiling"
-                )
-                return count, evictable, advice, over - ceiling
-            after = account.promised(count, revived.get(number, 0))
+        for number in need.keys() | revived.keys():
+            account = self._accounts[number]
+            after = account.promised(need.get(number, 0), revived.get(number, 0))
             unmet += after[0] - account.unmet
             guarded += after[1] - account.guarded
         total = sum(need.values())
@@ -204,8 +193,24 @@ class Accounts:
         missing = total - (pool.num_free - (unmet - guarded) + can_leave)
         if missing > 0:
             advice = "the floors of other namespaces keep the rest; free a sequence"
-            return total, can_leave, advice, missing
-        return None
+            room = pool.num_free, can_leave, pool.num_blocks
+            raise OutOfBlocks(total, *room, advice=advice, missing=missing)
+
+    def refuse_over_ceiling(self, need: Counts, revived: Counts, pool: BlockPool) -> None:
+        """Raise `OutOfQuota` if a namespace would pass its ceiling. O(accounts named)."""
+        for number, count in sorted(need.items()):
+            account = self._accounts[number]
+            evictable = account.evictable - revived.get(number, 0)
+            over = account.used + count - evictable
+            ceiling = account.quota.ceiling
+            if ceiling is not None and over > ceiling:
+                advice = (
+                    f"namespace {account.namespace!r} may have {ceiling} blocks: free or swap a "
+                    "sequence of it, or raise its ceiling"
+                )
+                room = pool.num_free, evictable, pool.num_blocks
+                missing = over - ceiling
+                raise OutOfQuota(account.namespace, count, *room, advice=advice, missing=missing)
 
     def forced(self, need: Counts) -> list[tuple[int, int]]:
         """Return the accounts that must give up cached blocks for their ceilings, and how many."""

@@ -16,6 +16,7 @@ from kvpager.errors import OutOfBlocks
 from kvpager.plans import NO_COPIES
 
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 
 
 class Allocation:
@@ -34,9 +35,11 @@ class Allocation:
         state, match = self._state, _NO_MATCH
         if ids is not None:
             match = state.index.match(who.tree, ids[: max(length - 1, 0)], who.contents)
+        owners = state.owners([who], [-(-length // state.block_size) - len(match.blocks)])
+        state.refuse_over_quota(owners)
         if spare:
             self._refuse_without_spare(length, match.blocks, spare)
-        handle = self._new_row(who, length, ids, match)
+        handle = self._new_row(who, length, ids, match, owners)
         if ids is not None:
             row, shared = handle._row, match.blocks
             if len(shared):
@@ -52,7 +55,9 @@ class Allocation:
             state.rows.num_special += 1
         return handle
 
-    def _new_row(self, who: Prompt, length: int, ids: Int32 | None, match: Match) -> Sequence:
+    def _new_row(
+        self, who: Prompt, length: int, ids: Int32 | None, match: Match, owners: Int64 | None
+    ) -> Sequence:
         state, rows, shared = self._state, self._state.rows, match.blocks
         size = state.block_size
         num_cached = len(shared) * size + match.num_partial
@@ -67,7 +72,6 @@ class Allocation:
         # Copies come before all writes, so without fences the block to copy from may be evicted
         # meanwhile, and even be handed to this very sequence.
         keep = copies[:, 0] if handle.ticket else NO_BLOCKS
-        owners = state.owners([who], [num_fresh])
         fresh = state.take(
             num_fresh, owners, np.concatenate([shared, keep]) if len(keep) else shared
         )

@@ -40,6 +40,8 @@ class Extension:
         leaving, tails = self._shared_tails(rows, starts >> shift, (offsets > 0) & (num_new != 0))
         total = num_new * len(rows) if isinstance(num_new, int) else int(num_new.sum())
         num_taken = len(leaving) + total_fresh
+        owners = state.owners_of_rows(rows, leaving, num_fresh) if num_taken else None
+        state.refuse_over_quota(owners)
         state.refuse_beyond_pool(num_taken)
         if len(growing):
             state.reserve_more(rows[growing], (ends[growing] + mask) >> shift)
@@ -48,7 +50,6 @@ class Extension:
         step = Step(np.empty(total, np.int64), copies, state.fences.ticket(copies))
         fresh = NO_BLOCKS
         if num_taken:
-            owners = state.owners_of_rows(rows, leaving, num_fresh)
             taken = state.take(num_taken, owners)
             if len(leaving):
                 self._leave(rows[leaving], starts[leaving] >> shift, tails[leaving], taken, step)

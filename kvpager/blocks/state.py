@@ -226,6 +226,14 @@ class BlockState:
             raise
         self.change.end()
 
+    def refuse_over_quota(self, owners: Int64 | None) -> None:
+        """Raise `OutOfQuota` if a namespace may have no blocks for `owners`. O(owners).
+
+        It comes before the pool is asked: who waits for a ceiling need not wait for the pool.
+        """
+        if owners is not None:
+            self.accounts.refuse_over_ceiling(by_owner(owners), {}, self.pool)
+
     def refuse_beyond_pool(self, count: int) -> None:
         """Refuse what can never be had, before room is made to note it. O(1)."""
         pool = self.pool
@@ -240,14 +248,8 @@ class BlockState:
             if count > pool.num_free + evictable:
                 raise OutOfBlocks(count, pool.num_free, evictable, pool.num_blocks)
             return None
-        accounts = self.accounts
         need = by_owner(owners)
-        refusal = accounts.refusal(need, accounts.count(revived), pool)
-        if refusal is not None:
-            count, evictable, advice, missing = refusal
-            raise OutOfBlocks(
-                count, pool.num_free, evictable, pool.num_blocks, advice=advice, missing=missing
-            )
+        self.accounts.refuse(need, self.accounts.count(revived), pool)
         return need
 
     def evict_for(self, count: int, need: Counts | None) -> None:

@@ -71,10 +71,11 @@ class Swap:
         rows = [row for row in rows if table.swapped[row]]
         leaving = _leaving_host(table, state.host, rows, at_most)
         need = len(leaving.blocks)
+        owners = _owners(table, rows, leaving, state.accounts) if state.accounts.limits else None
+        state.refuse_over_quota(owners)
         state.refuse_beyond_pool(need + spare)
         copies = np.empty((need, 2), np.int32)
         plan = Plan(copies, "host", "device", state.fences.ticket(copies))
-        owners = _owners(table, rows, leaving, state.accounts) if state.accounts.limits else None
         copies[:, 0], copies[:, 1] = leaving.blocks, state.take(need, owners)
         state.hand_over(state.host, state.pool, copies, leaving.holders)
         table.replace(table.swapped.nonzero()[0], -2 - leaving.blocks, copies[:, 1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 
 import numpy as np
 
@@ -107,15 +106,34 @@ class AdmissionPolicy:
             yield from self._begin_waiting(draft)
 
     def _return(self, draft: Draft) -> Iterator[RequestState]:
-        """Bring back preempted requests, before any new one begins."""
+        """Bring back preempted requests, before any new one begins.
+
+        Those whose quota has no room wait for their own namespace, and nobody waits for them.
+        """
         table = self._table
-        while table.preempted:
-            state = min(table.preempted, key=table.order.rank)
+        while candidates := [each for each in table.preempted if not self._must_wait(each, draft)]:
+            state = min(candidates, key=table.order.rank)
             if table.has_rows_for(state) and self._bring_back(state, draft):
                 yield state
-            elif table.running or not self._placement.reclaim(state):
+            elif self._reclaim_for(state, draft):
+                draft.over_quota.discard(state.request.namespace)
+            elif not self._must_wait(state, draft):
                 draft.is_blocked = True
                 return
+
+    def _must_wait(self, state: RequestState, draft: Draft) -> bool:
+        """True if the quota of a request's namespace was found to have no room in this step."""
+        return state.request.namespace in draft.over_quota
+
+    def _reclaim_for(self, state: RequestState, draft: Draft) -> bool:
+        """Take blocks of swapped requests, unless one that runs will give some back. O(blocks)."""
+        rivals = [*self._table.running, *self._table.preempted]
+        if self._must_wait(state, draft):
+            namespace = state.request.namespace
+            rivals = [each for each in rivals if each.request.namespace == namespace]
+        if any(each.status is Status.RUNNING for each in rivals):
+            return False
+        return self._placement.reclaim(each for each in rivals if each is not state)
 
     def _bring_back(self, state: RequestState, draft: Draft) -> bool:
         if state.status is Status.DROPPED:
@@ -125,7 +143,8 @@ class AdmissionPolicy:
             return False
         try:
             draft.moves.append(self._placement.swap_in(state, self._spare(state)))
-        except OutOfBlocks:
+        except OutOfBlocks as error:
+            draft.note_refusal(error)
             return False
         draft.moved.append(state)
         return True
@@ -137,19 +156,24 @@ class AdmissionPolicy:
         return draft.chunk(int((sequences.lengths[mine] - sequences.computed[mine]).max())) > 0
 
     def _begin_waiting(self, draft: Draft) -> Iterator[RequestState]:
-        """Let waiting requests begin, in their order, as long as there is room for the next."""
+        """Let waiting requests begin, in their order, as long as there is room for the next.
+
+        A request whose quota has no room is passed over.
+        """
         table = self._table
         if not draft.budget or table.num_rows_reserved == table.max_running:
             return
         num_passed = 0
         for state in table.order.waiting():
+            if self._must_wait(state, draft):
+                continue
             if not table.has_rows_for(state) or num_passed == _LOOK_PAST:
                 return
             if self._prefix_cache and self._awaits(state):
                 num_passed += 1
             elif self._begin(state, draft):
                 yield state
-            else:
+            elif not self._must_wait(state, draft):
                 return
 
     def _begin(self, state: RequestState, draft: Draft) -> bool:
@@ -159,8 +183,10 @@ class AdmissionPolicy:
         remaining = length - self._num_cached(state, length)
         copies = None
         if draft.chunk(remaining):
-            with suppress(OutOfBlocks):
+            try:
                 copies = self._placement.begin(state, self._spare(state))
+            except OutOfBlocks as error:
+                draft.note_refusal(error)
         if copies is None:
             self._table.undo_begin(state)
             return False

@@ -86,14 +86,13 @@ class Placement:
             self._sequences.unassign(number)
         self._table.preempt(state, Status.DROPPED)
 
-    def reclaim(self, but: RequestState | None = None) -> bool:
+    def reclaim(self, among: Iterable[RequestState]) -> bool:
         """Drop the last swapped request that still has device blocks, if there is one. O(blocks).
 
         Shared blocks of a swapped request stay on the device while another request holds them.
         """
-        for state in sorted(self._table.preempted, key=self._table.order.rank, reverse=True):
-            if state is but or state.status is not Status.SWAPPED:
-                continue
+        swapped = [state for state in among if state.status is Status.SWAPPED]
+        for state in sorted(swapped, key=self._table.order.rank, reverse=True):
             if (self._manager.block_tables(self.handles(state)) >= 0).any():
                 self.drop(state)
                 return True

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Batch
+from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.plans import NO_COPIES, Plan, Step, StepPlan
 from kvpager.scheduling.request import Int32, RequestState
 from kvpager.scheduling.request_table import RequestTable
@@ -54,8 +55,14 @@ class Draft:
         self.moved: list[RequestState] = []  # requests that were swapped, either way
         self.is_prompt_copied = False
         self.is_blocked = False  # a request did not get what it needs: no new one may begin
+        self.over_quota: set[str | None] = set()  # namespaces: none of their requests may begin
         self._max_tokens = max_tokens
         self._least = least
+
+    def note_refusal(self, error: OutOfBlocks) -> None:
+        """Note whose quota has no room for a request, if that is why it got no blocks. O(1)."""
+        if isinstance(error, OutOfQuota):
+            self.over_quota.add(error.namespace)
 
     def chunk(self, remaining: int) -> int:
         """Return how many of a prompt's `remaining` tokens the step has room for. O(1)."""

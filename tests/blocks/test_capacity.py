@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -15,6 +16,7 @@ from kvpager.blocks.policies import Priority
 from kvpager.blocks.quotas import Quota
 from kvpager.blocks.sequences import Sequence
 from kvpager.blocks.stats import BlockStatus, Metrics
+from kvpager.errors import OutOfQuota
 from kvpager.plans import Plan, Step
 from kvpager.testing.state import handles_of
 from tests.support.twins import twin_of
@@ -769,6 +771,26 @@ def test_a_namespace_gets_no_more_than_its_ceiling() -> None:
     assert manager.quotas.used("acme") == 3
     assert room(manager, "other") == room(manager, None) == 5
     manager.check()
+
+
+def test_a_refusal_by_a_quota_names_the_namespace_even_if_the_pool_is_full() -> None:
+    manager = BlockManager(4, 4)
+    manager.quotas.set("acme", ceiling=2)
+    held = manager.allocate(8, namespace="acme")
+    manager.allocate(8)
+    for call in (
+        lambda: manager.append(held, 4),
+        lambda: manager.allocate(4, namespace="acme"),
+        lambda: manager.allocate(4, namespace="acme", spare=1),
+    ):
+        with pytest.raises(OutOfQuota, match="'acme' may have 2 blocks") as caught:
+            call()
+        copied = pickle.loads(pickle.dumps(caught.value))
+        assert copied.namespace == caught.value.namespace == "acme"
+        assert (str(copied), copied.missing) == (str(caught.value), caught.value.missing)
+    with pytest.raises(OutOfBlocks) as refused:
+        manager.allocate(4)
+    assert not isinstance(refused.value, OutOfQuota)
 
 
 def test_at_its_ceiling_a_namespace_evicts_its_own_blocks_first() -> None:

@@ -324,6 +324,40 @@ def test_a_namespace_at_its_ceiling_waits_for_itself() -> None:
     assert max(most) == 5
 
 
+def test_nobody_else_leaves_or_waits_for_a_namespace_at_its_ceiling() -> None:
+    scheduler = make(num_blocks=40, max_running=8)
+    scheduler.manager.quotas.set("acme", ceiling=6)
+    for name in range(4):
+        scheduler.submit(request(f"acme{name}", 4, new=16, namespace="acme"))
+    for name in range(3):
+        scheduler.submit(request(f"other{name}", 4, new=16))
+    computed: dict[object, int] = {}
+
+    def note(plan: StepPlan) -> None:
+        for name, count in rows(plan).items():
+            computed[name] = computed.get(name, 0) + count
+
+    ended = run(scheduler, note)
+    assert list(ended)[:4] == ["acme0", "other0", "other1", "other2"]
+    assert set(ended.values()) == {Reason.FINISHED}
+    assert [computed[f"other{name}"] for name in range(3)] == [19] * 3  # nothing twice
+    assert scheduler.stats().total_preempted_by_recompute > 0  # of acme's own
+
+
+def test_a_swapped_namespace_gives_shared_blocks_up_to_return() -> None:
+    scheduler = make(num_blocks=40, num_host_blocks=40, costs=SWAP)
+    scheduler.manager.quotas.set("acme", ceiling=6)
+    prompt = ids(8)
+    for name in range(3):
+        scheduler.submit(
+            Request(name=name, prompt=prompt, max_new_tokens=14, num_samples=1, namespace="acme")
+        )
+    scheduler.submit(request("other", 4, new=60))
+    ended = run(scheduler)
+    assert set(ended.values()) == {Reason.FINISHED}
+    assert scheduler.stats().total_preempted_by_swap > 0
+
+
 def test_blocks_that_somebody_else_holds_are_waited_for() -> None:
     manager = BlockManager(6, BLOCK_SIZE)
     scheduler = Scheduler(manager, watermark=0.0)
