@@ -15,7 +15,7 @@ from benchmarks import timing
 from benchmarks.gpu_rig import KV_HEADS, Call, Pool, Rig, require_close
 from benchmarks.peers import gpu_attention as peers
 from kvpager.kernels import reference
-from kvpager.kernels.gather_kv import gather_kv
+from kvpager.ops import AttentionArgs, gather_kv
 
 
 class Shape(NamedTuple):
@@ -201,8 +201,9 @@ def prefill(rig: Rig) -> None:
         found = works["kvpager"][0]()
         if prefix:
             # Torch has no one call for this.
-            tensors = (pool.query, *pool.storage.layer(0), pool.tables, pool.kv_lens)
-            require_close(case, found, reference.paged_attention(*tensors, starts))
+            args = AttentionArgs(pool.tables, pool.kv_lens, starts)
+            expected = reference.paged_attention(pool.query, *pool.storage.layer(0), args)
+            require_close(case, found, expected)
         else:
             works["sdpa"] = [_sdpa(pool, rows, layer) for layer in range(pool.num_layers)]
             require_close(case, found, works["sdpa"][0]().transpose(1, 2).flatten(0, 1))

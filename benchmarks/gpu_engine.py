@@ -11,6 +11,7 @@ import torch
 from benchmarks import timing
 from benchmarks.gpu_rig import Pool, Rig, require_close
 from kvpager.kernels import reference
+from kvpager.ops import AttentionArgs
 
 
 def correctness(rig: Rig) -> None:
@@ -39,8 +40,9 @@ def _check_prefill(pool: Pool, case: str, new: int) -> None:
     device = pool.rig.device
     pool.query = torch.randn(rows * new, heads, pool.head_dim, device=device).bfloat16()
     starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * new
-    tensors = (pool.query, *pool.storage.layer(0), pool.tables, pool.kv_lens)
-    expected = reference.paged_attention(*tensors, starts, scales=pool.storage.scales(0))
+    tensors = (pool.query, *pool.storage.layer(0))
+    args = AttentionArgs(pool.tables, pool.kv_lens, starts)
+    expected = reference.paged_attention(*tensors, args, scales=pool.storage.scales(0))
     require_close(case, pool.call(0, query_starts=starts)(), expected)
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from benchmarks import timing
 from benchmarks.gpu_rig import KV_HEADS, Call, Rig, WrongResult, captured, run_all
 from kvpager import BlockStorage
-from kvpager.kernels.append_kv import append_kv
-from kvpager.kernels.copy_blocks import copy_blocks
 from kvpager.kernels.device_allocator import DeviceAllocator
 from kvpager.kernels.step_alloc import fork_rows, release_rows, step_alloc
+from kvpager.ops import append_kv, copy_blocks
 
 HEAD_DIM, LAYERS = 128, 32
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import timing
 from kvpager import BlockStorage
 from kvpager.kernels import backends, reference
-from kvpager.kernels.paged_attention import paged_attention
+from kvpager.ops import AttentionArgs, paged_attention
 
 Call = Callable[[], Any]
 
@@ -217,16 +217,16 @@ class Pool:
             return partial(paged_attention, *tensors, query_starts, scales=scales)
         from kvpager.kernels.gpu.attention import attend, plan_attention
 
-        plan = plan_attention(*tensors, query_starts, share=share)
-        return partial(attend, *tensors, plan, query_starts, scales=scales)
+        args = AttentionArgs(self.tables, self.kv_lens, query_starts)
+        plan = plan_attention(self.query, *caches, args, share=share)
+        return partial(attend, self.query, *caches, args, plan, scales=scales)
 
     def check(self, name: str, call: Call, layer: int = 0, rows: int = 2) -> None:
         """Compare a decode with the plain twin, for a few rows. Raises `WrongResult`."""
         expected = reference.paged_attention(
             self.query[:rows],
             *self.storage.layer(layer),
-            self.tables[:rows],
-            self.kv_lens[:rows],
+            AttentionArgs(self.tables[:rows], self.kv_lens[:rows]),
             scales=self.storage.scales(layer),
         )
         require_close(name, call()[:rows], expected)

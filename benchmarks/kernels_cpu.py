@@ -48,8 +48,7 @@ from benchmarks.rotation import (
     token_slots,
 )
 from kvpager import BlockStorage
-from kvpager.kernels.append_kv import append_kv
-from kvpager.kernels.copy_blocks import copy_blocks
+from kvpager.ops import append_kv, copy_blocks
 
 COPY_LAYERS = 24
 CACHED_BYTES = 1 << 20  # per layer; measured out of the caches, too

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvpager import BlockStorage
-from kvpager.kernels.append_kv import append_kv
-from kvpager.kernels.paged_attention import paged_attention
+from kvpager.ops import append_kv, paged_attention
 
 KV_HEADS, QUERY_HEADS, BLOCK_SIZE = 4, 16, 16
 # Of the storage: a block holds this many layers, so a layer's parts lie as far apart as in a model.

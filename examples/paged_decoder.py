@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 
 from kvpager import BlockManager, BlockStorage, LayerShape, Sequence
-from kvpager.kernels.append_kv import append_kv
-from kvpager.kernels.paged_attention import paged_attention
+from kvpager.ops import append_kv, paged_attention
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
 BLOCK_SIZE, NUM_BLOCKS = 16, 64

@@ -6,9 +6,6 @@ from torch import Tensor
 
 from kvpager.kernels import debug
 from kvpager.kernels.args import (
-    Fitting,
-    layout_of,
-    layout_of_scales,
     require_caches,
     require_contiguous_rows,
     require_device,
@@ -21,8 +18,6 @@ from kvpager.kernels.args import (
     without_gradients,
 )
 from kvpager.kernels.backends import select
-
-_fitting = Fitting()
 
 
 @without_gradients
@@ -52,29 +47,13 @@ def append_kv(
     gradient flows through the cache. The slot mapping is vLLM's (Kwon et al., 2023, "Efficient
     Memory Management for LLM Serving with PagedAttention").
     """
-    tensors = (key, value, key_cache, value_cache, slots)
-    _fitting.check(
-        layout_of(*tensors), (layout_of_scales(scales),), lambda: check_append(*tensors, scales)
-    )
-    append_checked(*tensors, scales=scales)
-
-
-def append_checked(
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slots: Tensor,
-    *,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """`append_kv` of what passed `check_append` before, or is laid out as what did. O(tokens)."""
+    _require_fitting(key, value, key_cache, value_cache, slots, scales)
     if debug.enabled():
         debug.check_slots(slots, key_cache)
     select("append_kv", key_cache.device)(key, value, key_cache, value_cache, slots, scales=scales)
 
 
-def check_append(
+def _require_fitting(
     key: Tensor,
     value: Tensor,
     key_cache: Tensor,
@@ -82,7 +61,6 @@ def check_append(
     slots: Tensor,
     scales: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """`ValueError` or `TypeError` for what `append_kv` does not take. O(1)."""
     require_tensors(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slots=slots)
     require_dims("key", key, "[tokens, kv_heads, head_dim]", 3)
     require_caches(key_cache, value_cache, scales)

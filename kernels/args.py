@@ -7,7 +7,7 @@ Values are not looked at where they may be on a GPU, because reading one would w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -19,59 +19,6 @@ INTEGERS = (int32, int64)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_LAYOUTS_MAX = 4096
-
-
-class Fitting:
-    """Layouts of arguments that passed an entry point's checks: what fitted once, fits again.
-
-    A decode step makes the same call over and over; looking a layout up takes a quarter of the
-    time of checking it, which is as long as attention over 500 tokens.
-    """
-
-    def __init__(self) -> None:
-        self._layouts: set[Hashable] = set()
-
-    def check(
-        self,
-        layout: tuple[object, ...] | None,
-        options: tuple[object, ...],
-        check: Callable[[], None],
-    ) -> None:
-        """Run `check`, which raises or not, unless it passed for these before. O(1)."""
-        # With their types: 3 and 3.0 and True are one key otherwise.
-        key = (layout, options, tuple(map(type, options)))
-        try:
-            if layout is not None and key in self._layouts:
-                return
-        except TypeError:  # what cannot be hashed is no option, as the check will say
-            layout = None
-        check()
-        if layout is None:
-            return
-        if len(self._layouts) >= _LAYOUTS_MAX:  # tables grow, so there is always a new one
-            self._layouts.clear()
-        self._layouts.add(key)
-
-
-def layout_of(*tensors: Tensor | None) -> tuple[object, ...] | None:
-    """What checks look at: shapes, strides, dtypes, devices. None if one is no tensor. O(n)."""
-    try:
-        # One comprehension, not a call for each: this is on the path of every decode step.
-        return tuple(
-            [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-        )
-    except (AttributeError, TypeError):
-        return None
-
-
-def layout_of_scales(scales: tuple[Tensor, Tensor] | None) -> object:
-    """The layouts of both; the types of what is no pair of tensors. O(1)."""
-    if scales is None:
-        return None
-    if not isinstance(scales, tuple | list):
-        return type(scales)
-    return layout_of(*scales) or tuple(map(type, scales))
 
 
 def without_gradients(function: Callable[_P, _R]) -> Callable[_P, _R]:

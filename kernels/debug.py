@@ -16,6 +16,7 @@ import os
 import torch
 from torch import Tensor
 
+from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.host_rows import HostRows
 
 _enabled = os.environ.get("KVPAGER_DEBUG", "").lower() not in ("", "0", "false", "no", "off")
@@ -37,6 +38,15 @@ def check_slots(slots: Tensor, key_cache: Tensor) -> None:
             f"slots[{first}] and slots[{second}] are both {int(slots[first])}; "
             "give every token a slot of its own"
         )
+
+
+def check_attention(query: Tensor, key_cache: Tensor, args: AttentionArgs) -> None:
+    """`ValueError` for values of `args` that lead outside of query or cache. O(table entries)."""
+    rows = args.block_tables, args.kv_lens
+    check_host_rows(args.host_rows, *rows, args.query_starts, key_cache.shape[1])
+    check_rows(*rows, key_cache)
+    check_queries(query, args.query_starts, args.mask)
+    check_kv_starts(args.kv_starts)
 
 
 def check_rows(block_tables: Tensor, kv_lens: Tensor, cache: Tensor) -> None:

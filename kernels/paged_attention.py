@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any
-
-import numpy as np
-import torch
 from torch import Tensor
 
 from kvpager.kernels import debug
-from kvpager.kernels.args import (
-    Fitting,
-    layout_of,
-    layout_of_scales,
-    require_caches,
-    require_contiguous_rows,
-    require_device,
-    require_dims,
-    require_floating,
-    require_integers,
-    require_rows,
-    require_same,
-    require_shape,
-    require_tensors,
-    without_gradients,
-)
+from kvpager.kernels.args import without_gradients
+from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.backends import select
 from kvpager.kernels.host_rows import HostRows
-
-# What kernels compute with.
-_FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-_WINDOW_MAX = 1 << 62
-_NUMBERS = (float, int, np.floating)  # other reals, such as fractions, tensors do not know
-
-_fitting = Fitting()
 
 
 @without_gradients
@@ -104,160 +78,31 @@ def paged_attention(
     Block tables are PagedAttention's (Kwon et al., 2023), the online softmax is that of Milakov &
     Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
     """
-    tensors = (query, key_cache, value_cache, block_tables, kv_lens)
-    options = (query_starts, kv_starts, sinks, mask)
-    _fitting.check(
-        layout_of(*tensors, *options),
-        (layout_of_scales(scales), scale, causal, window, softcap),
-        lambda: check_attention(*tensors, *options, scales, scale, causal, window, softcap),
-    )
-    return attend_checked(
-        *tensors, query_starts, scale=scale, causal=causal, window=window, softcap=softcap,
-        sinks=sinks, mask=mask, kv_starts=kv_starts, scales=scales, host_rows=host_rows,
+    args = AttentionArgs(
+        block_tables, kv_lens, query_starts, scale, causal, window, softcap, mask, kv_starts,
+        host_rows,
     )  # fmt: skip
+    return attend(query, key_cache, value_cache, args, sinks=sinks, scales=scales)
 
 
-def attend_checked(
+@without_gradients
+def attend(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_tables: Tensor,
-    kv_lens: Tensor,
-    query_starts: Tensor | None,
+    args: AttentionArgs,
     *,
-    host_rows: HostRows | None = None,
-    **options: Any,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`paged_attention` of what passed `check_attention`, or is laid out as what did."""
-    if host_rows is not None:
-        host_rows.require_fit(block_tables, kv_lens, query_starts)
+    """Do as `paged_attention`, with arguments that all layers of a step share. Same complexity.
+
+    Arguments, result and errors are those of `paged_attention`.
+    """
+    args.require_layer(query, key_cache, value_cache, sinks, scales)
     if debug.enabled():
-        debug.check_host_rows(host_rows, block_tables, kv_lens, query_starts, key_cache.shape[1])
-        debug.check_rows(block_tables, kv_lens, key_cache)
-        debug.check_queries(query, query_starts, options.get("mask"))
-        debug.check_kv_starts(options.get("kv_starts"))
+        debug.check_attention(query, key_cache, args)
     output: Tensor = select("paged_attention", key_cache.device)(
-        query, key_cache, value_cache, block_tables, kv_lens, query_starts,
-        host_rows=host_rows, **options,
-    )  # fmt: skip
+        query, key_cache, value_cache, args, sinks, scales
+    )
     return output
-
-
-def check_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    kv_lens: Tensor,
-    query_starts: Tensor | None,
-    kv_starts: Tensor | None,
-    sinks: Tensor | None,
-    mask: Tensor | None,
-    scales: tuple[Tensor, Tensor] | None,
-    scale: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-) -> None:
-    """`ValueError` or `TypeError` for what `paged_attention` does not take. O(1)."""
-    optional = {
-        "query_starts": query_starts,
-        "kv_starts": kv_starts,
-        "sinks": sinks,
-        "mask": mask,
-    }
-    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    require_tensors(
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        block_tables=block_tables,
-        kv_lens=kv_lens,
-        **given,
-    )
-    require_caches(key_cache, value_cache, scales)
-    _check_query(query, key_cache, quantised=scales is not None)
-    rows = require_rows(block_tables, kv_lens)
-    _check_rows(rows, query, query_starts, kv_starts)
-    _check_options(scale, causal, window, softcap)
-    _check_biases(rows, query, sinks, mask)
-    require_device(
-        key_cache,
-        query=query,
-        block_tables=block_tables,
-        kv_lens=kv_lens,
-        **given,
-    )
-
-
-def _check_query(query: Tensor, key_cache: Tensor, *, quantised: bool) -> None:
-    require_dims("query", query, "[tokens, query_heads, head_dim]", 3)
-    query_heads, kv_heads = query.shape[1], key_cache.shape[2]
-    if query_heads % kv_heads:
-        raise ValueError(f"{query_heads} query heads are no multiple of {kv_heads} kv heads")
-    if query.shape[2] != key_cache.shape[3]:
-        raise ValueError(
-            f"query has head_dim {query.shape[2]}, but key_cache has {key_cache.shape[3]}"
-        )
-    require_floating("query", query.dtype)
-    if not quantised:
-        require_same("query", query, "key_cache", key_cache)
-    require_contiguous_rows(query=query)
-
-
-def _check_rows(
-    rows: int, query: Tensor, query_starts: Tensor | None, kv_starts: Tensor | None
-) -> None:
-    if query_starts is None:
-        if query.shape[0] != rows:
-            raise ValueError(
-                f"query has {query.shape[0]} tokens for {rows} rows; "
-                "pass query_starts unless every row has one"
-            )
-    else:
-        require_shape("query_starts", query_starts, (rows + 1,), "[rows + 1]")
-        require_integers("query_starts", query_starts)
-    if kv_starts is not None:
-        require_shape("kv_starts", kv_starts, (rows,), "[rows]")
-        require_integers("kv_starts", kv_starts)
-
-
-def _check_options(
-    scale: float | None, causal: bool, window: int | None, softcap: float | None
-) -> None:
-    if scale is not None and not isinstance(scale, _NUMBERS):
-        raise TypeError(f"scale is {scale!r}; pass a number, or None for head_dim ** -0.5")
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal is {causal!r}; pass True or False")
-    if window is not None and (not isinstance(window, Integral) or isinstance(window, bool)):
-        raise TypeError(f"window is {window!r}; pass a whole number of tokens, or None")
-    if softcap is not None and not isinstance(softcap, _NUMBERS):
-        raise TypeError(f"softcap is {softcap!r}; pass a number, or None for no cap")
-    if window is not None and not 1 <= window <= _WINDOW_MAX:
-        raise ValueError(f"window is {window}; pass at least 1 token, or None for no window")
-    if scale is not None and not abs(scale) <= _FLOAT_MAX:
-        raise ValueError(f"scale is {scale}; pass a finite number, of 32 bits")
-    if softcap is not None and not _FLOAT_MIN <= softcap <= _FLOAT_MAX:
-        raise ValueError(f"softcap is {softcap}; pass more than 0, or None for no cap")
-
-
-def _check_biases(rows: int, query: Tensor, sinks: Tensor | None, mask: Tensor | None) -> None:
-    query_heads = query.shape[1]
-    if sinks is not None:
-        require_shape("sinks", sinks, (query_heads,), "[query_heads]")
-        if not sinks.is_floating_point():
-            raise TypeError(f"sinks is {sinks.dtype}; pass a floating dtype")
-    if mask is None:
-        return
-    require_dims("mask", mask, "[1 or rows, 1 or query_heads, max queries, kv]", 4)
-    if mask.shape[0] not in (1, rows) or mask.shape[1] not in (1, query_heads):
-        raise ValueError(
-            f"mask has shape {list(mask.shape)}; "
-            f"pass [1 or {rows}, 1 or {query_heads}, max queries, kv]"
-        )
-    if mask.shape[2] == 0 and query.shape[0] > 0:
-        raise ValueError("mask has 0 query rows, but a row has 1 or more queries; pass them all")
-    if mask.shape[3] == 0:
-        raise ValueError("mask has 0 columns, so it hides everything; pass at least one")
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"mask is {mask.dtype}; pass torch.bool or a floating dtype")

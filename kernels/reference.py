@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels.args import require_lengths, require_starts
-from kvpager.kernels.host_rows import HostRows
+from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.quantisation import dequantise, indexable, quantise
 
 # One kv tile holds about this many tokens, all rows together: its fp32 copy stays in the cache
@@ -101,34 +101,25 @@ def paged_attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_tables: Tensor,
-    kv_lens: Tensor,
-    query_starts: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
+    args: AttentionArgs,
     sinks: Tensor | None = None,
-    mask: Tensor | None = None,
-    kv_starts: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
-    host_rows: HostRows | None = None,
 ) -> Tensor:
     """Attention of query [T, H, D] over the blocks of its rows: [T, H, Dv]. O(H * D * T * kv).
 
-    Needs no plan, so `host_rows` is not looked at.
+    Needs no plan, so `args.host_rows` is not looked at.
 
     KV is read tile by tile and the softmax is kept online: a running maximum and sum per query,
     with what was summed so far rescaled when the maximum rises (Milakov & Gimelshein 2018, "Online
     normalizer calculation for softmax"; FlashAttention, Dao et al. 2022, for the tiles).
     """
+    block_tables, kv_lens, mask = args.block_tables, args.kv_lens, args.mask
     require_lengths(kv_lens, block_tables.shape[1] * key_cache.shape[1])
     output = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     rows, num_query_heads = block_tables.shape[0], query.shape[1]
     if query.numel() == 0 or rows == 0:
         return output
-    ends, query_lens, longest = _query_lengths(query, rows, query_starts)
+    ends, query_lens, longest = _query_lengths(query, rows, args.query_starts)
     if mask is not None and mask.shape[2] < longest:
         raise ValueError(
             f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
@@ -141,12 +132,12 @@ def paged_attention(
         tables=block_tables.where(starts < kv_lens[:, None], -1),
         kv_lens=kv_lens.long(),
         kv_starts=torch.zeros_like(kv_lens, dtype=torch.int64)
-        if kv_starts is None
-        else kv_starts.long().clamp(min=0),
+        if args.kv_starts is None
+        else args.kv_starts.long().clamp(min=0),
         query_lens=query_lens,
         longest=longest,
-        causal=causal,
-        window=window,
+        causal=args.causal,
+        window=args.window,
         mask=mask,
     )
     tokens_per_row = max(1, min(TILE_TOKENS_PER_ROW, TILE_TOKENS // rows))
@@ -156,8 +147,8 @@ def paged_attention(
         key_scales=None if scales is None else scales[0],
         value_scales=None if scales is None else scales[1],
         blocks=max(1, tokens_per_row // key_cache.shape[1]),
-        scale=query.shape[2] ** -0.5 if scale is None else scale,
-        softcap=softcap,
+        scale=query.shape[2] ** -0.5 if args.scale is None else args.scale,
+        softcap=args.softcap,
         sinks=sinks,
     )
     columns = max(16, TILE_SCORES // (rows * num_query_heads * tokens_per_row))

@@ -10,7 +10,8 @@
     ├── RequestCancelled     a request ended early: cancelled, its stream dropped, its engine closed
     ├── RequestExpired       a request was not done by its deadline
     ├── RequestFailed        a request could not be computed; why is its `__cause__`
-    └── BrokenInvariant      `check()` found the books wrong: a bug, never an operating condition
+    ├── BrokenInvariant      `check()` found the books wrong: a bug, never an operating condition
+    └── BadInput             a command was given something that its user can correct
 
 Bad arguments raise `ValueError` or `TypeError` with the value, the bound and what to do.
 A transformers that is newer than every tested release gives an `UntestedReleaseWarning`.
@@ -125,3 +126,7 @@ class RequestFailed(KVPagerError):
 
 class UntestedReleaseWarning(UserWarning):
     """The installed transformers is newer than every release that kvpager was tested with."""
+
+
+class BadInput(KVPagerError):
+    """A command was given an input that its user can correct. The text is one line."""

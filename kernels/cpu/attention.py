@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpager.kernels import reference
 from kvpager.kernels.args import wrong_length, wrong_start
+from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.cpu.library import (
     ATTENTION,
     TYPES,
@@ -21,7 +22,6 @@ from kvpager.kernels.cpu.library import (
     int32_rows,
     integers,
 )
-from kvpager.kernels.host_rows import HostRows
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _KV_LEN, _TABLE_ENTRY, _QUERY_STARTS = 1, 2, 3  # the codes of kernels.cpp; 4: a mask too short
@@ -39,35 +39,21 @@ class PagedAttention:
         query: Tensor,
         key_cache: Tensor,
         value_cache: Tensor,
-        block_tables: Tensor,
-        kv_lens: Tensor,
-        query_starts: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        causal: bool = True,
-        window: int | None = None,
-        softcap: float | None = None,
+        args: AttentionArgs,
         sinks: Tensor | None = None,
-        mask: Tensor | None = None,
-        kv_starts: Tensor | None = None,
         scales: tuple[Tensor, Tensor] | None = None,
-        host_rows: HostRows | None = None,
     ) -> Tensor:
         """As the twin. `ValueError` for lengths, query starts or table entries that lead outside
         the tables, the queries or the cache; no key or value has been read then."""
+        mask = args.mask
         if not _is_covered(query, key_cache, mask, scales):
-            return reference.paged_attention(
-                query, key_cache, value_cache, block_tables, kv_lens, query_starts,
-                scale=scale, causal=causal, window=window, softcap=softcap, sinks=sinks,
-                mask=mask, kv_starts=kv_starts, scales=scales,
-            )  # fmt: skip
+            return reference.paged_attention(query, key_cache, value_cache, args, sinks, scales)
         tokens, query_heads, head_dim = query.shape
         num_blocks, block_size, kv_heads, value_dim = value_cache.shape
         output = query.new_empty(tokens, query_heads, value_dim)
-        block_tables = int32_rows(block_tables)
-        kv_lens = kv_lens.contiguous()
-        kv_starts = None if kv_starts is None else kv_starts.contiguous()
-        query_starts = None if query_starts is None else query_starts.contiguous()
+        block_tables, kv_lens = int32_rows(args.block_tables), args.kv_lens.contiguous()
+        kv_starts = None if args.kv_starts is None else args.kv_starts.contiguous()
+        query_starts = None if args.query_starts is None else args.query_starts.contiguous()
         sinks = None if sinks is None else sinks.float().contiguous()
         key_scales, value_scales = scales or (None, None)
         problem = self._library.call(
@@ -83,8 +69,8 @@ class PagedAttention:
             *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
             *((0, 0, 0) if key_scales is None else key_scales.stride()),
             *((0, 0) if mask is None else mask.shape[2:]), *_mask_strides(mask),
-            causal, window or 0, torch.get_num_threads(),
-            head_dim**-0.5 if scale is None else scale, softcap or 0.0,
+            args.causal, args.window or 0, torch.get_num_threads(),
+            head_dim**-0.5 if args.scale is None else args.scale, args.softcap or 0.0,
         )  # fmt: skip
         if problem is not None:
             raise _error(problem, block_tables, query, key_cache, mask)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
+from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.gpu import config
 from kvpager.kernels.gpu import external as peers
 from kvpager.kernels.gpu.attention_kernels import LOG2E, attend_items, merge_parts
 from kvpager.kernels.gpu.plans import AttentionPlan, plan_attention
-from kvpager.kernels.host_rows import HostRows
 
 __all__ = ["AttentionPlan", "attend", "paged_attention", "plan_attention"]
 
@@ -28,49 +28,31 @@ def paged_attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_tables: Tensor,
-    kv_lens: Tensor,
-    query_starts: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
+    args: AttentionArgs,
     sinks: Tensor | None = None,
-    mask: Tensor | None = None,
-    kv_starts: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
-    host_rows: HostRows | None = None,
 ) -> Tensor:
     """The twin of `reference.paged_attention`. O(kv tokens seen * query heads * dims).
 
-    Plans from `host_rows`, or else from host copies of the tables and lengths. For those it waits
-    for the GPU, unless they are those of the call before: the first layer of a step waits, the
-    others do not. In a CUDA graph use `attend`. The plain torch reference computes what Triton
+    Plans from `args.host_rows`, or else from host copies of the tables and lengths. For those it
+    waits for the GPU, unless they are those of the call before: the first layer of a step waits,
+    the others do not. In a CUDA graph use `attend`. The plain torch reference computes what Triton
     cannot take: float64, head dims over 512, a cache whose last dim is strided.
     """
-    options: dict[str, Any] = {
-        "scale": scale,
-        "softcap": softcap,
-        "sinks": sinks,
-        "mask": mask,
-        "kv_starts": kv_starts,
-    }
-    if scales is not None:
-        options["scales"] = scales
-    tensors = (query, key_cache, value_cache, block_tables, kv_lens, query_starts)
-    if not _takes(query, key_cache, value_cache):
-        return reference.paged_attention(*tensors, causal=causal, window=window, **options)
-    plan = plan_attention(*tensors, causal=causal, window=window, host_rows=host_rows)
-    if mask is not None and mask.shape[2] < plan.longest:
+    tensors = (query, key_cache, value_cache)
+    if not _takes(*tensors):
+        return reference.paged_attention(*tensors, args, sinks, scales)
+    plan = plan_attention(*tensors, args)
+    if args.mask is not None and args.mask.shape[2] < plan.longest:
         raise ValueError(
-            f"mask has {mask.shape[2]} query rows, but a row has {plan.longest} queries; "
+            f"mask has {args.mask.shape[2]} query rows, but a row has {plan.longest} queries; "
             "pass them all"
         )
-    by_peer = peers.attention(*tensors, plan, **options)
-    if by_peer is not None:
-        return by_peer
-    return attend(*tensors[:5], plan, query_starts, **options)
+    if sinks is None and scales is None:
+        by_peer = peers.attention(*tensors, args, plan)
+        if by_peer is not None:
+            return by_peer
+    return attend(*tensors, args, plan, sinks, scales)
 
 
 def _takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
@@ -86,38 +68,32 @@ def attend(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_tables: Tensor,
-    kv_lens: Tensor,
+    args: AttentionArgs,
     plan: AttentionPlan,
-    query_starts: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
     sinks: Tensor | None = None,
-    mask: Tensor | None = None,
-    kv_starts: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Paged attention by a plan that is there already. O(kv tokens seen * query heads * dims).
 
-    Arguments are those of `kvpager.kernels.paged_attention`; `causal` and `window` are the plan's.
-    Nothing here waits for the GPU, so a CUDA graph can capture it. Keep the plan for as long as the
-    graph. While rows only grow, replay; once `plan_attention` returns another plan, capture again:
-    from here that cannot be seen.
+    Arguments are those of `kvpager.ops.attend`. The plan must have been made for the same `causal`
+    and `window` as `args` has. Nothing here waits for the GPU, so a CUDA graph can capture it. Keep
+    the plan for as long as the graph. While rows only grow, replay; once `plan_attention` returns
+    another plan, capture again: from here that cannot be seen.
     """
-    _check_plan(plan, query, key_cache, block_tables, query_starts)
+    _check_plan(plan, query, key_cache, args)
+    tables, starts = args.block_tables, args.query_starts
     call = AttentionCall(
         query if query.stride(2) == 1 else query.contiguous(),
         key_cache,
         value_cache,
-        block_tables if block_tables.stride(1) == 1 else block_tables.contiguous(),
-        kv_lens.contiguous(),
-        None if plan.work.one_query or query_starts is None else query_starts.contiguous(),
-        query.shape[2] ** -0.5 if scale is None else scale,
-        softcap,
+        tables if tables.stride(1) == 1 else tables.contiguous(),
+        args.kv_lens.contiguous(),
+        None if plan.work.one_query or starts is None else starts.contiguous(),
+        query.shape[2] ** -0.5 if args.scale is None else args.scale,
+        args.softcap,
         None if sinks is None else sinks.contiguous(),
-        mask,
-        None if kv_starts is None else kv_starts.contiguous(),
+        args.mask,
+        None if args.kv_starts is None else args.kv_starts.contiguous(),
         scales,
     )
     output = query.new_empty((*query.shape[:2], value_cache.shape[3]))
@@ -144,15 +120,9 @@ def attend(
     return output
 
 
-def _check_plan(
-    plan: AttentionPlan,
-    query: Tensor,
-    key_cache: Tensor,
-    block_tables: Tensor,
-    query_starts: Tensor | None,
-) -> None:
+def _check_plan(plan: AttentionPlan, query: Tensor, key_cache: Tensor, args: AttentionArgs) -> None:
     """`ValueError` for a plan that was made for another kind of call. O(1)."""
-    sizes = (block_tables.shape[0], query.shape[0])
+    sizes = (len(args.block_tables), len(query))
     if sizes != (plan.num_rows, plan.num_queries):
         raise ValueError(
             f"the plan is for {plan.num_rows} rows of {plan.num_queries} queries in all, but the "
@@ -167,12 +137,13 @@ def _check_plan(
             f"the plan is for block size, query heads and kv heads {planned}, but the call has "
             f"{asked}; make a plan with plan_attention for these tensors"
         )
-    if query_starts is None and not plan.work.one_query:
-        raise ValueError("the plan is for rows of several queries; pass their query_starts")
-    if query_starts is not None and len(query_starts) != plan.num_rows + 1:
+    if (args.causal, args.window) != (shapes.causal, shapes.window):
         raise ValueError(
-            f"query_starts has {len(query_starts)} entries; pass {plan.num_rows + 1}, rows + 1"
+            f"the plan is for causal={shapes.causal} and window={shapes.window}, but the call has "
+            f"{args.causal} and {args.window}; make a plan with plan_attention for these arguments"
         )
+    if args.query_starts is None and not plan.work.one_query:
+        raise ValueError("the plan is for rows of several queries; pass their query_starts")
 
 
 class AttentionCall(NamedTuple):

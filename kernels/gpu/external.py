@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.gpu.plans import AttentionPlan
 
 CHOICES = ("auto", "triton", "flash_attn", "flashinfer", "varlen")
@@ -46,17 +47,13 @@ def attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_tables: Tensor,
-    kv_lens: Tensor,
-    query_starts: Tensor | None,
+    args: AttentionArgs,
     plan: AttentionPlan,
-    *,
-    scale: float | None = None,
-    **options: Any,
 ) -> Tensor | None:
-    """The call by a peer, or None where Triton should take it. `options`: softcap, sinks, ..."""
+    """The call by a peer, or None where Triton should take it."""
     name = chosen()
-    plain = all(option is None for option in options.values()) and plan.shapes.window is None
+    plain = all(each is None for each in (args.softcap, args.mask, args.kv_starts, args.window))
+    query_starts = args.query_starts
     if name == "triton" or not plain or query_starts is None:
         return None
     if plan.work.one_query or plan.work.holes or not _fits(query, key_cache, value_cache):
@@ -70,9 +67,9 @@ def attention(
     peer = _peer(name)
     if peer is None:
         return None
-    scale = query.shape[2] ** -0.5 if scale is None else scale
-    starts, tables = query_starts.int(), block_tables.int().clamp(min=0)
-    return peer(query, key_cache, value_cache, tables, kv_lens.int(), starts, plan, scale)
+    scale = query.shape[2] ** -0.5 if args.scale is None else args.scale
+    tables, kv_lens = args.block_tables.int().clamp(min=0), args.kv_lens.int()
+    return peer(query, key_cache, value_cache, tables, kv_lens, query_starts.int(), plan, scale)
 
 
 def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:

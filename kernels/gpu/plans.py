@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager.kernels.args import require_lengths
+from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.gpu import config
 from kvpager.kernels.host_rows import HostRows, Ints, to_device
 from kvpager.kernels.work_items import Planner, Tiling, WorkPlan
@@ -66,31 +67,27 @@ def plan_attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_tables: Tensor,
-    kv_lens: Tensor,
-    query_starts: Tensor | None = None,
+    args: AttentionArgs,
     *,
-    causal: bool = True,
-    window: int | None = None,
     chunk: int | None = None,
     share: bool = True,
-    host_rows: HostRows | None = None,
 ) -> AttentionPlan:
     """The plan of an attention call, for `attend`. O(rows * blocks), or O(1) if nothing changed.
 
-    Takes the tensors of `paged_attention`; of `query` and the caches only shapes, dtypes and the
-    device count. `chunk` and `share` are those of `Planner`. Tables and lengths are needed on the
-    host. With `host_rows` they are there: the step's first layer of a shape plans, the others get
-    its plan, and nothing waits for the GPU. Without, this waits for the stream unless the tensors
-    are those of the call before, unmodified by torch operations. After another kernel writes to
-    them, call `torch.autograd.graph.increment_version`.
+    Takes the arguments of `kvpager.ops.attend`; of `query` and the caches only shapes, dtypes and
+    the device count. `chunk` and `share` are those of `Planner`. Tables and lengths are needed on
+    the host. With `args.host_rows` they are there: the step's first layer of a shape plans, the
+    others get its plan, and nothing waits for the GPU. Without, this waits for the stream unless
+    the tensors are those of the call before, unmodified by torch operations. After another kernel
+    writes to them, call `torch.autograd.graph.increment_version`.
 
     Raises `ValueError` where `kv_lens` reaches beyond the tables.
     """
-    shapes = shapes_of(query, key_cache, value_cache, causal, window, chunk, share=share)
-    if host_rows is not None:
-        return host_rows.plan(shapes, lambda rows: _plans_for(shapes).of_host(rows))
-    return _plans_for(shapes).of(block_tables, kv_lens, query_starts)
+    tensors = (query, key_cache, value_cache)
+    shapes = shapes_of(*tensors, args.causal, args.window, chunk, share=share)
+    if args.host_rows is not None:
+        return args.host_rows.plan(shapes, lambda rows: _plans_for(shapes).of_host(rows))
+    return _plans_for(shapes).of(args.block_tables, args.kv_lens, args.query_starts)
 
 
 def _plans_for(shapes: Shapes) -> Plans:

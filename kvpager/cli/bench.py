@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpager._bad_input import BadInput
 from kvpager.cli.errors import one_line_errors
 from kvpager.cli.files import check_plot, check_writable
 from kvpager.cli.options import takes
+from kvpager.errors import BadInput
 
 if TYPE_CHECKING:
     from kvpager.bench.throughput.results import Figures

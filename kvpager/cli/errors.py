@@ -17,8 +17,7 @@ def fail(message: str) -> typer.Exit:
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what a user can mend into one line and exit code 2."""
-    from kvpager._bad_input import BadInput
-    from kvpager.errors import OutOfBlocks
+    from kvpager.errors import BadInput, OutOfBlocks
 
     try:
         yield

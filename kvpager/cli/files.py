@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvpager._bad_input import BadInput
 from kvpager.cli.errors import fail
+from kvpager.errors import BadInput
 
 
 def check_writable(json_file: str | None) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpager._bad_input import BadInput
 from kvpager.cli.errors import one_line_errors
 from kvpager.cli.files import check_plot, check_writable, write_json
 from kvpager.cli.options import JsonFile, takes
+from kvpager.errors import BadInput
 
 if TYPE_CHECKING:
     from kvpager.simulate.replay import Result, Trace

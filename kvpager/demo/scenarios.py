@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
-from kvpager._bad_input import BadInput
 from kvpager.demo.settings import Settings
+from kvpager.errors import BadInput
 
 LONG_PROMPT_TOKENS = 1000
 PROMPTS = (

@@ -14,14 +14,13 @@ import torch
 from rich.console import Console
 
 import kvpager
-from kvpager._bad_input import BadInput
 from kvpager._text import counted
 from kvpager.demo import measuring, report
 from kvpager.demo.comparing import differences
 from kvpager.demo.results import CallFigures, Paged, Plain, Result, Results, RowText
 from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import Settings
-from kvpager.errors import OutOfBlocks
+from kvpager.errors import BadInput, OutOfBlocks
 from kvpager.integrations.huggingface.patching.report import PatchStats
 from kvpager.integrations.huggingface.releases import cache_of
 from kvpager.testing import tiny_llama_path

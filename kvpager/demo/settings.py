@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvpager import _validate as arguments
-from kvpager._bad_input import BadInput
+from kvpager.errors import BadInput
 
 if TYPE_CHECKING:
     import torch

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from kvpager import _validate as arguments
 from kvpager._text import counted
-from kvpager.kernels.copy_blocks import copy_blocks
 from kvpager.kernels.quantisation import KV_DTYPES, SCALE_DTYPE
+from kvpager.ops import copy_blocks
 from kvpager.plans import Plan, Tier
 from kvpager.storage import streams
 from kvpager.storage.memory import allocate

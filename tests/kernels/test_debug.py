@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import append_kv, copy_blocks, debug, gather_kv, paged_attention
-from kvpager.kernels.host_rows import HostRows
 from kvpager.kernels.quantisation import KV_DTYPES
+from kvpager.ops import HostRows
 from kvpager.storage.block_storage import BlockStorage
 from tests.support.kernel_cases import CASES, Case, attend, in_blocks, make_call, strided_caches
 

@@ -11,10 +11,7 @@ import pytest
 import torch
 
 from kvpager.kernels import backends, reference
-from kvpager.kernels.append_kv import append_kv
-from kvpager.kernels.copy_blocks import copy_blocks
-from kvpager.kernels.gather_kv import gather_kv
-from kvpager.kernels.paged_attention import paged_attention
+from kvpager.ops import append_kv, copy_blocks, gather_kv, paged_attention
 from tests.support.kernel_cases import (
     CASES,
     ENTRY,
@@ -591,7 +588,7 @@ def test_the_twin_refuses_query_starts_that_do_not_rise_to_the_tokens(
 ) -> None:
     arguments = attention_arguments() | {"query_starts": torch.tensor(starts)}
     with pytest.raises(ValueError, match=message):
-        reference.paged_attention(**arguments)
+        REFERENCE.paged_attention(**arguments)
 
 
 def test_a_registered_kernel_is_selected_on_its_device_only(

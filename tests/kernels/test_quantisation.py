@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpager.kernels.append_kv import append_kv
-from kvpager.kernels.gather_kv import gather_kv
-from kvpager.kernels.paged_attention import paged_attention
 from kvpager.kernels.quantisation import KV_DTYPES, dequantise, quantise
+from kvpager.ops import append_kv, gather_kv, paged_attention
 from kvpager.storage.block_storage import BlockStorage, KVDtype
 from tests.support.kernel_cases import (
     CASES,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 from unittest import mock
 
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvpager.ops import AttentionArgs
 from kvpager.storage import streams
 
 TYPE = "maia"
@@ -209,11 +210,20 @@ def on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, BoardTensor)]
         args, kwargs = pytree.tree_map_only(BoardTensor, lambda t: t.inner, (args, kwargs))
-        result = function(*args, **kwargs)
+        result = function(*(_with_numbers(each) for each in args), **kwargs)
         device = tensors[0].device
         return pytree.tree_map_only(Tensor, lambda t: BoardTensor(t, device), result)
 
     return kernel
+
+
+def _with_numbers(argument: Any) -> Any:
+    """Return `argument`; of attention's arguments, the same with the tensors' numbers."""
+    if not isinstance(argument, AttentionArgs):
+        return argument
+    values = {field.name: getattr(argument, field.name) for field in fields(argument)}
+    numbers = pytree.tree_map_only(BoardTensor, lambda t: t.inner, values)
+    return AttentionArgs(**numbers)
 
 
 def _is_wait(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
-from kvpager.kernels.append_kv import append_kv
-from kvpager.kernels.copy_blocks import copy_blocks
-from kvpager.kernels.gather_kv import gather_kv
-from kvpager.kernels.paged_attention import paged_attention
+from kvpager.ops import AttentionArgs, append_kv, copy_blocks, gather_kv, paged_attention
 from kvpager.storage.block_storage import BlockStorage, KVDtype
 
 NAN = float("nan")
@@ -253,10 +250,33 @@ class Kernels:
     copy_blocks: Any
 
 
+@dataclass(frozen=True)
+class Unpacked:
+    """A backend's attention, called with the arguments of `paged_attention`."""
+
+    kernel: Any
+
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        *rows: Any,
+        sinks: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> Any:
+        args = AttentionArgs(*rows, **options)
+        return self.kernel(query, key_cache, value_cache, args, sinks, scales)
+
+
 # The entry points run whatever is registered for the device, the twins always themselves.
 ENTRY = Kernels(append_kv, gather_kv, paged_attention, copy_blocks)
 REFERENCE = Kernels(
-    reference.append_kv, reference.gather_kv, reference.paged_attention, reference.copy_blocks
+    reference.append_kv,
+    reference.gather_kv,
+    Unpacked(reference.paged_attention),
+    reference.copy_blocks,
 )
 IMPLEMENTATIONS = {"entry": ENTRY, "reference": REFERENCE}
 

@@ -14,7 +14,15 @@ from kvpager.kernels.cpu.attention import PagedAttention
 from kvpager.kernels.cpu.copies import AppendKV, CopyBlocks, GatherKV
 from kvpager.kernels.cpu.library import Library
 from kvpager.kernels.quantisation import quantise
-from tests.support.kernel_cases import CASES, REFERENCE, Kernels, dense, in_blocks, make_call
+from tests.support.kernel_cases import (
+    CASES,
+    REFERENCE,
+    Kernels,
+    Unpacked,
+    dense,
+    in_blocks,
+    make_call,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 VARIANTS = [variant.name for variant in compiler.VARIANTS]
@@ -35,7 +43,12 @@ def native_of(variant: str) -> Native:
     library = Library(built.path)
     return Native(
         library,
-        Kernels(AppendKV(library), GatherKV(library), PagedAttention(library), CopyBlocks(library)),
+        Kernels(
+            AppendKV(library),
+            GatherKV(library),
+            Unpacked(PagedAttention(library)),
+            CopyBlocks(library),
+        ),
     )
 
 

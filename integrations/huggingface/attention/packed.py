@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.views import Blocks, packed
-from kvpager.kernels.paged_attention import paged_attention
+from kvpager.ops import paged_attention
 from kvpager.storage.block_storage import LayerShape
 
 

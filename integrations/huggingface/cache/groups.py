@@ -42,7 +42,8 @@ from kvpager.integrations.huggingface.cache.pools import (
 )
 from kvpager.integrations.huggingface.cache.rows import BatchRows, Share
 from kvpager.integrations.huggingface.cache.views import PagedView, Part, Tables, packed
-from kvpager.kernels.host_rows import HostRows, to_device
+from kvpager.kernels.host_rows import to_device
+from kvpager.ops import HostRows
 from kvpager.storage.block_storage import BlockStorage
 
 _CPU = torch.device("cpu")
@@ -326,17 +327,17 @@ class LayerGroup:
     def write(self, number: int, start: int, key: Tensor, value: Tensor) -> None:
         """Write a layer's new columns, from `start`: [rows, kv_heads, new, dim]. O(tokens)."""
         assert self.pool is not None
-        kind, places = self._places[number]
+        places = self._places[number][1]
         for rows, slots, on_host in self._slots_of(start, start + key.shape[2], key.device):
             if not on_host and rows is None:  # as a rule
-                self.pool.write(kind, places.device, packed(key), packed(value), slots)
+                self.pool.write(places.device, packed(key), packed(value), slots)
                 continue
             pool, place = (self.pool.host, places.host) if on_host else (self.pool, places.device)
             assert pool is not None
             assert place is not None
             of_rows = (key, value) if rows is None else (key[rows], value[rows])
             keys, values = (packed(states).to(place.storage.device) for states in of_rows)
-            pool.write(kind, place, keys, values, slots)
+            pool.write(place, keys, values, slots)
 
     def _slots_of(self, start: int, stop: int, device: torch.device) -> list[Slots]:
         """Where columns `start` to `stop` go, for each pool that has rows."""

@@ -26,16 +26,12 @@ from kvpager.blocks.sequences import Batch, Sequence
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache.budget import Budget
-from kvpager.kernels.append_kv import append_checked, check_append
-from kvpager.kernels.args import Fitting, layout_of
+from kvpager.ops import append_kv
 from kvpager.plans import Step
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 from kvpager.storage.free_memory import free_bytes
 
 _T = TypeVar("_T")
-
-# Caches and slots are made here, as the kind of a layer says; so only the rest is looked at again.
-_fitting = Fitting()
 
 # Without a bound, a pool grows to keep prefixes up to this multiple of the most blocks ever in use,
 # and while the larger pool fits in this part of the memory that is free.
@@ -230,17 +226,12 @@ class PagedPool:
             self.memory.note_peak()
         return step
 
-    def write(
-        self, kind: LayerKind, place: Place, key: Tensor, value: Tensor, slots: Tensor
-    ) -> None:
-        """Write keys and values [tokens, heads, dim] of a layer of `kind` to `slots`. O(tokens)."""
+    def write(self, place: Place, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Write keys and values [tokens, heads, dim] of a layer to `slots`. O(tokens)."""
         storage, layer = place
         # Growing copies the storage: a write to the old one after that copy would be lost.
         with self.lock:
-            tensors = (key, value, *storage.layer(layer), slots)
-            scales = storage.scales(layer)
-            _fitting.check(layout_of(key, value), (kind,), lambda: check_append(*tensors, scales))
-            append_checked(*tensors, scales=scales)
+            append_kv(key, value, *storage.layer(layer), slots, scales=storage.scales(layer))
 
     def copy_from(self, other: PagedPool, copies: NDArray[np.int32]) -> list[torch.cuda.Event]:
         """Copy blocks of the other tier's pool for pairs (theirs, ours), int32 [n, 2]. O(bytes).

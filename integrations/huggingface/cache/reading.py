@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.views import PagedView, Part, packed
-from kvpager.kernels.args import Fitting, layout_of
-from kvpager.kernels.paged_attention import attend_checked, check_attention
-
-# What a view reads is laid out as the kind of its layer says, and is not looked at again.
-_fitting = Fitting()
+from kvpager.ops import AttentionArgs
+from kvpager.ops import attend as attend_in_place
 
 
 def attend(
@@ -60,19 +57,20 @@ def _attend_part(
     starts = None
     if q_len > 1:
         starts = torch.arange(0, rows * q_len + 1, q_len, dtype=torch.int32, device=query.device)
-    key_cache, value_cache, scales, tables, kv_lens, host_rows = blocks = part.on(query.device)
-    kv_starts = blocks.kv_starts(view.stop - view.start) if view.start else None
-    tensors = (packed(query), key_cache, value_cache, tables, kv_lens, starts)
-    _fitting.check(
-        layout_of(query, mask, sinks),
-        (view.kind, scale, causal, window, softcap),
-        lambda: check_attention(
-            *tensors, kv_starts, sinks, mask, scales, scale, causal, window, softcap
-        ),
+    blocks = part.on(query.device)
+    args = AttentionArgs(
+        blocks.tables,
+        blocks.kv_lens,
+        starts,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        mask=mask,
+        kv_starts=blocks.kv_starts(view.stop - view.start) if view.start else None,
+        host_rows=blocks.host_rows.with_queries(q_len),
     )
-    output = attend_checked(
-        *tensors, scale=scale, causal=causal, window=window, softcap=softcap,
-        sinks=sinks, mask=mask, kv_starts=kv_starts, scales=scales,
-        host_rows=host_rows.with_queries(q_len),
-    )  # fmt: skip
+    output = attend_in_place(
+        packed(query), blocks.key_cache, blocks.value_cache, args, sinks=sinks, scales=blocks.scales
+    )
     return output.view(rows, q_len, query_heads, -1)

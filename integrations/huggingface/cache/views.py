@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
-from kvpager.kernels.gather_kv import gather_kv
-from kvpager.kernels.host_rows import HostRows, to_device
+from kvpager.kernels.host_rows import to_device
+from kvpager.ops import HostRows, gather_kv
 
 
 class Tables(NamedTuple):

@@ -26,8 +26,8 @@ from kvpager.integrations.huggingface.cache.handles import PagedTensor
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
 from kvpager.integrations.huggingface.cache.views import Blocks, PagedView, Part, packed
-from kvpager.kernels.append_kv import append_kv
-from kvpager.kernels.host_rows import HostRows, to_device
+from kvpager.kernels.host_rows import to_device
+from kvpager.ops import HostRows, append_kv
 from kvpager.plans import StepPlan
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 

@@ -25,6 +25,7 @@ from kvpager.kernels.cpu import cache, compiler, provider
 from kvpager.kernels.cpu.cache import BuildError
 from kvpager.kernels.cpu.library import Library
 from kvpager.storage.block_storage import BlockStorage, LayerShape
+from tests.support.kernel_cases import Unpacked
 
 ROOT = Path(__file__).resolve().parents[3]
 PORTABLE = compiler.variant_named("portable")
@@ -440,7 +441,7 @@ def test_a_compiler_without_openmp_makes_kernels_for_one_thread(
     storage = torch.arange(6.0).view(3, 2)
     copy(storage, torch.tensor([[0, 1], [1, 2]]))
     assert storage.tolist() == [[0, 1], [0, 1], [2, 3]]
-    attend = backends.select("paged_attention", torch.device("cpu"))
+    attend = Unpacked(backends.select("paged_attention", torch.device("cpu")))
     query, cache = torch.ones(1, 2, 8), torch.ones(1, 4, 1, 8)
     tables, lens = torch.zeros(1, 1).int(), torch.tensor([3])
     torch.testing.assert_close(attend(query, cache, cache, tables, lens), query)

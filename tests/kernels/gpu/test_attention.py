@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpager.kernels import paged_attention, reference
+from kvpager.kernels import reference
 from kvpager.kernels import work_items as plan_module
-from kvpager.kernels.host_rows import HostRows
+from kvpager.ops import AttentionArgs, HostRows, paged_attention
 from tests.support.kernel_cases import (
     CASES,
     ENTRY,
@@ -27,6 +27,7 @@ from tests.support.kernel_cases import (
     Case,
     Kernels,
     Paged,
+    Unpacked,
     assert_as_exact_as_plain_torch,
     attend,
     in_blocks,
@@ -69,19 +70,36 @@ def kernels(paged_attention: Any) -> Kernels:
     return replace(ENTRY, paged_attention=paged_attention)
 
 
-TRITON = kernels(attention.paged_attention)
+by_reference = Unpacked(reference.paged_attention)
+by_triton = Unpacked(attention.paged_attention)
+TRITON = kernels(by_triton)
 
 
-def planned(
-    *tensors: Any,
-    causal: bool = True,
-    window: int | None = None,
-    chunk: int | None = None,
-    **options: Any,
-) -> Tensor:
+def plan_for(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, *rows: Any, **options: Any
+) -> Any:
+    """`plan_attention` with the arguments of `paged_attention`."""
+    own = {name: options.pop(name) for name in ("chunk", "share") if name in options}
+    args = AttentionArgs(*rows, **options)
+    return attention.plan_attention(query, key_cache, value_cache, args, **own)
+
+
+def by_plan(plan: Any, *tensors: Any, **options: Any) -> Tensor:
+    """`attend` with a plan and the arguments of `paged_attention`."""
+
+    def kernel(
+        query: Tensor, key_cache: Tensor, value_cache: Tensor, args: Any, *layer: Any
+    ) -> Any:
+        return attention.attend(query, key_cache, value_cache, args, plan, *layer)
+
+    output: Tensor = Unpacked(kernel)(*tensors, **options)
+    return output
+
+
+def planned(*tensors: Any, chunk: int | None = None, **options: Any) -> Tensor:
     """`paged_attention` by way of an explicit plan."""
-    plan = attention.plan_attention(*tensors, causal=causal, window=window, chunk=chunk)
-    return attention.attend(*tensors[:5], plan, *tensors[5:], **options)
+    ranges = {name: options[name] for name in ("causal", "window") if name in options}
+    return by_plan(plan_for(*tensors, chunk=chunk, **ranges), *tensors, **options)
 
 
 def in_pieces(*tensors: Any, **options: Any) -> Tensor:
@@ -133,7 +151,7 @@ def test_quantised_caches_are_read_as_the_reference_reads_them(
     call = make_call(case, dtype)
     blocks = in_blocks(case, call, 16, dtype, kv_dtype=kv_dtype)
     output = attend(case, call, blocks, kernels=TRITON)
-    exact = attend(case, in_double(call), blocks, kernels=kernels(reference.paged_attention))
+    exact = attend(case, in_double(call), blocks, kernels=kernels(by_reference))
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), exact, rtol=0, atol=TOLERANCE[dtype])
 
@@ -156,7 +174,7 @@ def test_every_fp8_number_is_read_right(native: bool, monkeypatch: pytest.Monkey
     # What a query sees of one token is the token's value.
     cache = numbers.view(8, 1, 1, 32)
     scales = torch.ones(8, 1, 1)
-    output = attention.paged_attention(
+    output = by_triton(
         torch.zeros(8, 1, 32),
         cache,
         cache,
@@ -170,7 +188,7 @@ def test_every_fp8_number_is_read_right(native: bool, monkeypatch: pytest.Monkey
 def test_values_of_tiny_scale_keep_their_digits_in_fp16() -> None:
     stored = torch.full((1, 4, 1, 16), 100, dtype=torch.int8)
     scale = torch.full((1, 4, 1), 1e-7)
-    output = attention.paged_attention(
+    output = by_triton(
         torch.zeros(1, 1, 16, dtype=torch.float16), stored, stored, torch.zeros(1, 1).int(),
         torch.tensor([4]), scales=(scale, scale),
     )  # fmt: skip
@@ -200,7 +218,7 @@ def test_head_dims_need_not_be_powers_of_two(dims: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 47, 48, 49])
-@pytest.mark.parametrize("paged_attention", [attention.paged_attention, in_pieces])
+@pytest.mark.parametrize("paged_attention", [by_triton, in_pieces])
 def test_rows_of_awkward_lengths(length: int, paged_attention: Any) -> None:
     case = Case(((1, length), (1, 30)), sinks=True)
     call = make_call(case, torch.float32)
@@ -234,7 +252,7 @@ def test_queries_and_masks_may_be_views() -> None:
     tables = blocks.tables.t().contiguous().t().long()
     lens = torch.stack((blocks.kv_lens, blocks.kv_lens), 1)[:, 0].long()
     for query in (wide[:, :, 8:24], wide[:, :, 8:24].transpose(0, 1).contiguous().transpose(0, 1)):
-        output = attention.paged_attention(query, *blocks.caches, tables, lens, starts, mask=mask)
+        output = by_triton(query, *blocks.caches, tables, lens, starts, mask=mask)
         assert torch.equal(output, expected)
 
 
@@ -281,13 +299,13 @@ def test_prefixes_that_rows_share_are_read_together(name: str, chunk: bool) -> N
     blocks, options = forest(), SHARED[name]
     query = torch.randn(7, 4, 16, generator=seeded(3))
     tensors = (query, *blocks.caches, blocks.tables, blocks.kv_lens)
-    expected = reference.paged_attention(*tensors, **options)
+    expected = by_reference(*tensors, **options)
     output = in_pieces(*tensors, **options) if chunk else planned(*tensors, **options)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
     assert torch.equal(output[6], torch.zeros(4, 16))
     if not chunk:
         rows = {"causal": True, "window": None} | options
-        plan = attention.plan_attention(*tensors, causal=rows["causal"], window=rows["window"])
+        plan = plan_for(*tensors, causal=rows["causal"], window=rows["window"])
         assert plan.work.num_large > 0
 
 
@@ -296,10 +314,10 @@ def test_shared_prefixes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
     blocks = forest(dtype)
     query = torch.randn(7, 4, 16, generator=seeded(3)).to(dtype)
     tensors = (blocks.tables, blocks.kv_lens)
-    exact = reference.paged_attention(
+    exact = by_reference(
         query.double(), blocks.caches[0].double(), blocks.caches[1].double(), *tensors
     )
-    output = attention.paged_attention(query, *blocks.caches, *tensors)
+    output = by_triton(query, *blocks.caches, *tensors)
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(output.double(), exact, rtol=tolerance, atol=tolerance)
 
@@ -307,16 +325,16 @@ def test_shared_prefixes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
 def test_a_plan_serves_the_steps_after_it() -> None:
     blocks = forest()
     query = torch.randn(7, 4, 16, generator=seeded(4))
-    plan = attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    plan = plan_for(query, *blocks.caches, blocks.tables, blocks.kv_lens)
     tables = blocks.tables.clone()
     tables[2, 6] = 9  # row 2 goes on in a block of its own
     for cache in blocks.caches:
         cache[[1, 2, 3, 4, 5, 7, 9]] = cache[30]
     kv_lens = blocks.kv_lens + torch.tensor([2, 1, 9, 3, 1, 4, 0])
-    again = attention.plan_attention(query, *blocks.caches, tables, kv_lens)
+    again = plan_for(query, *blocks.caches, tables, kv_lens)
     assert again.work is plan.work
-    output = attention.attend(query, *blocks.caches, tables, kv_lens, plan)
-    expected = reference.paged_attention(query, *blocks.caches, tables, kv_lens)
+    output = by_plan(plan, query, *blocks.caches, tables, kv_lens)
+    expected = by_reference(query, *blocks.caches, tables, kv_lens)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -329,8 +347,8 @@ def test_blocks_given_back_in_the_middle_of_a_table_are_not_seen() -> None:
         several = len(queries[0]) > 1
         starts = torch.tensor([0, len(queries[0]), len(queries[0]) + 1]) if several else None
         tensors = (torch.cat(queries), *blocks.caches, blocks.tables, blocks.kv_lens, starts)
-        expected = reference.paged_attention(*tensors)
-        output = attention.paged_attention(*tensors)
+        expected = by_reference(*tensors)
+        output = by_triton(*tensors)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -340,11 +358,9 @@ def test_lengths_beyond_the_tables_of_a_plan_read_no_block() -> None:
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
     tables = blocks.tables[:, :1]
-    plan = attention.plan_attention(call.queries[0], *blocks.caches, tables, torch.tensor([16]))
-    output = attention.attend(call.queries[0], *blocks.caches, tables, blocks.kv_lens, plan)
-    expected = reference.paged_attention(
-        call.queries[0], *blocks.caches, tables, torch.tensor([16])
-    )
+    plan = plan_for(call.queries[0], *blocks.caches, tables, torch.tensor([16]))
+    output = by_plan(plan, call.queries[0], *blocks.caches, tables, blocks.kv_lens)
+    expected = by_reference(call.queries[0], *blocks.caches, tables, torch.tensor([16]))
     torch.testing.assert_close(output, expected)
 
 
@@ -368,14 +384,14 @@ def test_a_plan_for_other_heads_or_blocks_is_refused(
 ) -> None:
     rows = (torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
     planned_for = strided_caches(4, 4, 2, 8, 8, torch.float32)
-    plan = attention.plan_attention(torch.zeros(2, 4, 8), *planned_for, *rows)
+    plan = plan_for(torch.zeros(2, 4, 8), *planned_for, *rows)
     caches = strided_caches(4, block_size, kv_heads, 8, 8, torch.float32)
     message = (
         r"the plan is for block size, query heads and kv heads \(4, 4, 2\), but the call has "
         rf"\({block_size}, {query_heads}, {kv_heads}\); make a plan with plan_attention"
     )
     with pytest.raises(ValueError, match=message):
-        attention.attend(torch.zeros(2, query_heads, 8), *caches, *rows, plan)
+        by_plan(plan, torch.zeros(2, query_heads, 8), *caches, *rows)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -383,18 +399,18 @@ def test_a_plan_for_more_or_fewer_rows_is_refused(rows: int) -> None:
     caches = strided_caches(4, 4, 2, 8, 8, torch.float32)
     tables = torch.zeros(3, 2, dtype=torch.int32)
     lens, query = torch.ones(3, dtype=torch.int32), torch.zeros(3, 4, 8)
-    plan = attention.plan_attention(query[:2], *caches, tables[:2], lens[:2])
+    plan = plan_for(query[:2], *caches, tables[:2], lens[:2])
     message = rf"the plan is for 2 rows of 2 queries in all, but the call has {rows} and {rows};"
     with pytest.raises(ValueError, match=message):
-        attention.attend(query[:rows], *caches, tables[:rows], lens[:rows], plan)
+        by_plan(plan, query[:rows], *caches, tables[:rows], lens[:rows])
 
 
 def test_a_plan_for_one_query_a_row_is_refused_for_more() -> None:
     caches = strided_caches(4, 4, 2, 8, 8, torch.float32)
     rows = (torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
-    plan = attention.plan_attention(torch.zeros(2, 4, 8), *caches, *rows)
+    plan = plan_for(torch.zeros(2, 4, 8), *caches, *rows)
     with pytest.raises(ValueError, match="of 2 queries in all, but the call has 2 and 3"):
-        attention.attend(torch.zeros(3, 4, 8), *caches, *rows, plan, torch.tensor([0, 2, 3]))
+        by_plan(plan, torch.zeros(3, 4, 8), *caches, *rows, torch.tensor([0, 2, 3]))
 
 
 def test_a_plan_for_several_queries_needs_to_know_whose_they_are() -> None:
@@ -403,10 +419,10 @@ def test_a_plan_for_several_queries_needs_to_know_whose_they_are() -> None:
     blocks = in_blocks(case, call, 4, torch.float32)
     query, starts = torch.cat(call.queries), torch.tensor([0, 2, 3])
     rows = (blocks.tables, blocks.kv_lens)
-    plan = attention.plan_attention(query, *blocks.caches, *rows, starts)
+    plan = plan_for(query, *blocks.caches, *rows, starts)
     with pytest.raises(ValueError, match="rows of several queries; pass their query_starts"):
-        attention.attend(query, *blocks.caches, *rows, plan)
-    output = attention.attend(query, *blocks.caches, *rows, plan, starts)
+        by_plan(plan, query, *blocks.caches, *rows)
+    output = by_plan(plan, query, *blocks.caches, *rows, starts)
     assert_as_exact_as_plain_torch(case, call, output, torch.float32)
 
 
@@ -425,9 +441,7 @@ def test_no_queries_give_an_empty_result() -> None:
     none = torch.zeros(0, dtype=torch.int32)
     for rows, starts in ((0, None), (2, torch.zeros(3).int())):
         lens = torch.zeros(rows, dtype=torch.int32)
-        output = attention.paged_attention(
-            torch.empty(0, 4, 8), *caches, none.new_zeros(rows, 1), lens, starts
-        )
+        output = by_triton(torch.empty(0, 4, 8), *caches, none.new_zeros(rows, 1), lens, starts)
         assert output.shape == (0, 4, 8)
 
 
@@ -457,7 +471,7 @@ def test_values_that_do_not_fit_are_refused(changes: dict[str, Any], message: st
         "kv_lens": torch.ones(2, dtype=torch.int32),
     }
     with pytest.raises(ValueError, match=message):
-        attention.paged_attention(**{**arguments, **changes})
+        by_triton(**{**arguments, **changes})
 
 
 def test_layers_of_one_step_look_at_the_tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,14 +480,14 @@ def test_layers_of_one_step_look_at_the_tables_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(plans, "_on_host", lambda tensor: looked.append(tensor) or on_host(tensor))
     blocks = forest()
     query = torch.zeros(7, 4, 16)
-    first = attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    first = plan_for(query, *blocks.caches, blocks.tables, blocks.kv_lens)
     assert len(looked) == 2
     for _ in range(3):
-        layer = attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+        layer = plan_for(query, *blocks.caches, blocks.tables, blocks.kv_lens)
         assert layer is first
     assert len(looked) == 2
     blocks.tables[0, 0] = 35  # row 0 is another one now
-    assert attention.plan_attention(query, *blocks.caches, blocks.tables, blocks.kv_lens) != first
+    assert plan_for(query, *blocks.caches, blocks.tables, blocks.kv_lens) != first
     assert len(looked) == 4
 
 
@@ -552,7 +566,7 @@ def test_plans_of_two_threads_never_mix(
     expected = [plans.Plans(shapes).of(*batch, None) for batch in rows]
 
     def plan(batch: int) -> Any:
-        return attention.plan_attention(query, *blocks.caches, *rows[batch])
+        return plan_for(query, *blocks.caches, *rows[batch])
 
     plan(0 if seen_before else 1)
     made = interleaving.run(place, name, lambda: plan(0), lambda: plan(1))
@@ -568,7 +582,7 @@ def test_two_threads_that_begin_together_share_their_plans(interleaving: Interle
     tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
 
     def plan() -> Any:
-        return attention.plan_attention(*tensors)
+        return plan_for(*tensors)
 
     first, second = interleaving.run(plans.Plans, "__init__", plan, plan)
     assert first is second
@@ -583,12 +597,12 @@ def test_tensors_of_inference_mode_are_looked_at_unless_the_host_has_their_value
     with torch.inference_mode():
         blocks = forest()
         tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
-        first = attention.plan_attention(*tensors)
+        first = plan_for(*tensors)
         blocks.tables[0, 0] = 35
-        second = attention.plan_attention(*tensors)
+        second = plan_for(*tensors)
         assert (first is second, len(looked_at)) == (False, 4)
         rows = HostRows(blocks.tables.numpy(), blocks.kv_lens.numpy())
-        made = [attention.plan_attention(*tensors, host_rows=rows) for _ in range(3)]
+        made = [plan_for(*tensors, host_rows=rows) for _ in range(3)]
     assert made == [second] * 3
     assert len(looked_at) == 4
 
@@ -602,8 +616,8 @@ def test_a_plan_from_the_host_is_that_of_the_tensors(with_starts: bool) -> None:
     rows = HostRows(
         blocks.tables.numpy(), blocks.kv_lens.numpy(), None if starts is None else starts.numpy()
     )
-    expected = paged_attention.paged_attention(*tensors)
-    for kernel in (attention.paged_attention, paged_attention.paged_attention):
+    expected = paged_attention(*tensors)
+    for kernel in (by_triton, paged_attention):
         output = kernel(*tensors, host_rows=rows)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
@@ -629,7 +643,7 @@ def test_host_rows_of_another_step_are_refused() -> None:
     }
     for message, rows in wrong.items():
         with pytest.raises(ValueError, match=message):
-            paged_attention.paged_attention(*tensors, host_rows=rows)
+            paged_attention(*tensors, host_rows=rows)
 
 
 def flash_attn_by_reference(
@@ -640,7 +654,7 @@ def flash_attn_by_reference(
     lens = cu_seqlens_k.diff()
     assert max_seqlen_q == int(cu_seqlens_q.diff().max())
     assert max_seqlen_k == block_table.shape[1] * key.shape[1]
-    return 1 + reference.paged_attention(
+    return 1 + by_reference(
         query, key, value, block_table, lens, cu_seqlens_q, scale=softmax_scale, causal=causal
     )
 

@@ -12,7 +12,7 @@ import kvpager
 from kvpager.integrations.huggingface.cache import reading
 from kvpager.kernels import backends, reference
 from kvpager.kernels.cpu.attention import PagedAttention
-from kvpager.kernels.paged_attention import paged_attention
+from kvpager.ops import attend
 from kvpager.testing import tiny_llama_path
 from tests.support import tiny_models
 from tests.support.tiny_models import assert_equal_but_for_near_ties
@@ -69,11 +69,11 @@ def test_layers_of_one_kind_share_one_tensor_of_tables_and_one_of_lengths(
 ) -> None:
     read: list[tuple[Tensor, Tensor]] = []
 
-    def recording(query: Tensor, key: Tensor, value: Tensor, *rows: Tensor, **options: Any) -> Any:
-        read.append(rows[:2])
-        return paged_attention(query, key, value, *rows, **options)
+    def recording(query: Tensor, key: Tensor, value: Tensor, args: Any, **options: Any) -> Any:
+        read.append((args.block_tables, args.kv_lens))
+        return attend(query, key, value, args, **options)
 
-    monkeypatch.setattr(reading, "attend_checked", recording)
+    monkeypatch.setattr(reading, "attend_in_place", recording)
     model = tiny_models.tiny_model(name)
     with kvpager.patch(model):
         # No longer than the window: the end of a longer prompt is stored, and read dense.

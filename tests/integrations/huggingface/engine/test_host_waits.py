@@ -42,17 +42,11 @@ class Planned:
         self.plans: list[Any] = []
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, tables: Tensor, lens: Tensor, plan: Any,
-        starts: Tensor | None = None, **options: Any,
-    ) -> Tensor:  # fmt: skip
-        attention._check_plan(plan, query, key, tables, starts)
+        self, query: Tensor, key: Tensor, value: Tensor, args: Any, plan: Any, *layer: Any
+    ) -> Tensor:
+        attention._check_plan(plan, query, key, args)
         self.plans.append(plan)
-        shapes = plan.shapes
-        twin = on_numbers(reference.paged_attention)
-        output: Tensor = twin(
-            query, key, value, tables, lens, starts,
-            causal=shapes.causal, window=shapes.window, **options,
-        )  # fmt: skip
+        output: Tensor = on_numbers(reference.paged_attention)(query, key, value, args, *layer)
         return output
 
 

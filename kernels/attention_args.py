@@ -1,0 +1,157 @@
+"""What a step's attention reads besides a layer's own tensors: made once, used by every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpager.kernels.args import (
+    require_caches,
+    require_contiguous_rows,
+    require_device,
+    require_dims,
+    require_floating,
+    require_integers,
+    require_rows,
+    require_same,
+    require_shape,
+    require_tensors,
+)
+from kvpager.kernels.host_rows import HostRows
+
+# What kernels compute with.
+_FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_WINDOW_MAX = 1 << 62
+_NUMBERS = (float, int, np.floating)  # other reals, such as fractions, tensors do not know
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionArgs:
+    """The rows of a step, what they may see, and how scores are made. `paged_attention` says more.
+
+    Make one for each step and pass it to `attend` with the query and caches of every layer, as
+    FlashInfer separates plan and run (Ye et al., 2025). Creation checks what the layers share,
+    O(1). Raises: `ValueError` and `TypeError` for arguments that do not fit together.
+    """
+
+    block_tables: Tensor
+    kv_lens: Tensor
+    query_starts: Tensor | None = None
+    scale: float | None = None
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    mask: Tensor | None = None
+    kv_starts: Tensor | None = None
+    host_rows: HostRows | None = None
+
+    def __post_init__(self) -> None:
+        require_tensors(block_tables=self.block_tables, kv_lens=self.kv_lens)
+        rows = require_rows(self.block_tables, self.kv_lens)
+        if self.query_starts is not None:
+            _require_row_numbers("query_starts", self.query_starts, rows + 1, "[rows + 1]")
+        if self.kv_starts is not None:
+            _require_row_numbers("kv_starts", self.kv_starts, rows, "[rows]")
+        _require_options(self.scale, self.causal, self.window, self.softcap)
+        if self.mask is not None:
+            _require_mask(self.mask)
+        if self.host_rows is not None:
+            self.host_rows.require_fit(self.block_tables, self.kv_lens, self.query_starts)
+
+    def require_layer(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        sinks: Tensor | None,
+        scales: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Check a layer's tensors, and against the rows. O(1). Raises: as the constructor."""
+        require_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
+        require_caches(key_cache, value_cache, scales)
+        _require_query(query, key_cache, quantised=scales is not None)
+        rows, query_heads = len(self.block_tables), query.shape[1]
+        if self.query_starts is None and len(query) != rows:
+            raise ValueError(
+                f"query has {len(query)} tokens for {rows} rows; "
+                "pass query_starts unless every row has one"
+            )
+        if sinks is not None:
+            require_tensors(sinks=sinks)
+            require_shape("sinks", sinks, (query_heads,), "[query_heads]")
+            if not sinks.is_floating_point():
+                raise TypeError(f"sinks is {sinks.dtype}; pass a floating dtype")
+        mask = self.mask
+        if mask is not None:
+            if mask.shape[0] not in (1, rows) or mask.shape[1] not in (1, query_heads):
+                raise ValueError(
+                    f"mask has shape {list(mask.shape)}; "
+                    f"pass [1 or {rows}, 1 or {query_heads}, max queries, kv]"
+                )
+            if mask.shape[2] == 0 and len(query):
+                raise ValueError(
+                    "mask has 0 query rows, but a row has 1 or more queries; pass them all"
+                )
+        require_device(
+            key_cache,
+            query=query,
+            block_tables=self.block_tables,
+            kv_lens=self.kv_lens,
+            query_starts=self.query_starts,
+            kv_starts=self.kv_starts,
+            sinks=sinks,
+            mask=mask,
+        )
+
+
+def _require_row_numbers(name: str, tensor: Tensor, length: int, meaning: str) -> None:
+    require_tensors(**{name: tensor})
+    require_shape(name, tensor, (length,), meaning)
+    require_integers(name, tensor)
+
+
+def _require_query(query: Tensor, key_cache: Tensor, *, quantised: bool) -> None:
+    require_dims("query", query, "[tokens, query_heads, head_dim]", 3)
+    query_heads, kv_heads = query.shape[1], key_cache.shape[2]
+    if query_heads % kv_heads:
+        raise ValueError(f"{query_heads} query heads are no multiple of {kv_heads} kv heads")
+    if query.shape[2] != key_cache.shape[3]:
+        raise ValueError(
+            f"query has head_dim {query.shape[2]}, but key_cache has {key_cache.shape[3]}"
+        )
+    require_floating("query", query.dtype)
+    if not quantised:
+        require_same("query", query, "key_cache", key_cache)
+    require_contiguous_rows(query=query)
+
+
+def _require_options(
+    scale: float | None, causal: bool, window: int | None, softcap: float | None
+) -> None:
+    if scale is not None and not isinstance(scale, _NUMBERS):
+        raise TypeError(f"scale is {scale!r}; pass a number, or None for head_dim ** -0.5")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal is {causal!r}; pass True or False")
+    if window is not None and (not isinstance(window, Integral) or isinstance(window, bool)):
+        raise TypeError(f"window is {window!r}; pass a whole number of tokens, or None")
+    if softcap is not None and not isinstance(softcap, _NUMBERS):
+        raise TypeError(f"softcap is {softcap!r}; pass a number, or None for no cap")
+    if window is not None and not 1 <= window <= _WINDOW_MAX:
+        raise ValueError(f"window is {window}; pass at least 1 token, or None for no window")
+    if scale is not None and not abs(scale) <= _FLOAT_MAX:
+        raise ValueError(f"scale is {scale}; pass a finite number, of 32 bits")
+    if softcap is not None and not _FLOAT_MIN <= softcap <= _FLOAT_MAX:
+        raise ValueError(f"softcap is {softcap}; pass more than 0, or None for no cap")
+
+
+def _require_mask(mask: Tensor) -> None:
+    require_tensors(mask=mask)
+    require_dims("mask", mask, "[1 or rows, 1 or query_heads, max queries, kv]", 4)
+    if mask.shape[3] == 0:
+        raise ValueError("mask has 0 columns, so it hides everything; pass at least one")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask is {mask.dtype}; pass torch.bool or a floating dtype")
