@@ -155,9 +155,9 @@ def test_a_near_tie_is_named_and_is_exit_code_0(monkeypatch: pytest.MonkeyPatch)
 def test_wrong_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvpager.integrations.huggingface.cache import reading
 
-    genuine = reading.attend_checked
+    genuine = reading.attend_in_place
     monkeypatch.setattr(
-        reading, "attend_checked", lambda *args, **options: genuine(*args, **options) * 1.5
+        reading, "attend_in_place", lambda *args, **options: genuine(*args, **options) * 1.5
     )
     result = call(*QUICK)
     assert result.exit_code == 1
