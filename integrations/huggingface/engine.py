@@ -31,7 +31,7 @@ from kvpager import _validate as arguments
 from kvpager._text import counted, size
 from kvpager.engine.config import EngineConfig
 from kvpager.engine.metrics import EngineStats, StepRecord
-from kvpager.engine.stream import Mailbox, Output, Stream
+from kvpager.engine.stream import Channel, Output, Stream
 from kvpager.engine.text import Detokenizer, text_tokenizer
 from kvpager.engine.threads import end_idle_workers
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
@@ -216,9 +216,9 @@ class Engine:
             priority=priority,
             deadline=None if timeout is None else now + timeout,
         )
-        mailbox = Mailbox(Output(request.name, ids, [], submitted=now))
+        channel = Channel(Output(request.name, ids, [], submitted=now))
         tracked = Tracked(
-            mailbox, choice, policy.num_samples, begins, generator, logprobs, self._tokenizer
+            channel, choice, policy.num_samples, begins, generator, logprobs, self._tokenizer
         )
         return self._queue(request, tracked)
 
@@ -228,7 +228,7 @@ class Engine:
         detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer)
         # Made first: should an interrupt take it from the caller, it cancels the request.
         stream = Stream(
-            tracked.mailbox,
+            tracked.channel,
             loop.cancel,
             num_samples=request.num_samples,
             detokenizer=detokenizer,
@@ -290,9 +290,9 @@ class Engine:
         if not isinstance(name, str):
             shown = arguments.shown(name)
             raise TypeError(f"cancel({shown}): expected a request's name. Pass stream.name.")
-        mailbox = self._loop.mailbox(name)
-        if mailbox is not None:
-            self._loop.cancel(mailbox)
+        channel = self._loop.channel(name)
+        if channel is not None:
+            self._loop.cancel(channel)
 
     def stats(self) -> EngineStats:
         """Counts of now, and totals since the engine was made. O(blocks + sequences)."""

@@ -75,7 +75,7 @@ class Output:
 _NO_TOKENIZER = "make the engine with Engine(model, tokenizer=tokenizer)"
 
 
-class Mailbox:
+class Channel:
     """Where the engine leaves a request's tokens, for the reader of a `Stream`. Thread-safe."""
 
     def __init__(self, output: Output) -> None:
@@ -172,31 +172,31 @@ def _resolve(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> No
         loop.call_soon_threadsafe(resolve)
 
 
-class Courier:
+class Dispatcher:
     """Does what others need not wait for, in order, on a thread of its own."""
 
     def __init__(self) -> None:
-        self._errands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="kvpager-courier", daemon=True)
+        self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvpager-dispatcher", daemon=True)
 
     def start(self) -> None:
         """Begin. No signal cuts this short on another thread than the main one. O(1)."""
         self._thread.start()
 
-    def post(self, errand: Callable[[], object]) -> None:
-        """Have `errand` done soon. O(1)."""
-        self._errands.put(errand)
+    def post(self, task: Callable[[], object]) -> None:
+        """Have `task` done soon. O(1)."""
+        self._tasks.put(task)
 
     def close(self) -> None:
         """When all is done, end. Idempotent."""
-        self._errands.put(None)
+        self._tasks.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
-        while (errand := self._errands.get()) is not None:
+        while (task := self._tasks.get()) is not None:
             with listener_errors_logged():
-                errand()
+                task()
 
 
 @contextlib.contextmanager
@@ -222,22 +222,22 @@ class Stream:
 
     def __init__(
         self,
-        mailbox: Mailbox,
-        cancel: Callable[[Mailbox], None],
+        channel: Channel,
+        cancel: Callable[[Channel], None],
         *,
         num_samples: int = 1,
         detokenizer: Detokenizer | None = None,
     ) -> None:
-        self._mailbox = mailbox
+        self._channel = channel
         self._cancel = cancel
         self._num_samples = num_samples
         self._detokenizer = detokenizer
 
     def __repr__(self) -> str:
         # Without locks: a debugger may ask while another thread has them.
-        mailbox, output = self._mailbox, self._mailbox.output
-        if mailbox.is_done:
-            state = "done" if mailbox.error is None else type(mailbox.error).__name__
+        channel, output = self._channel, self._channel.output
+        if channel.is_done:
+            state = "done" if channel.error is None else type(channel.error).__name__
         else:
             state = "waiting" if output.begun is None else "running"
         counts = [len(sample.tokens) for sample in output.samples] or [0]
@@ -247,17 +247,17 @@ class Stream:
     @property
     def name(self) -> Hashable:
         """The request's."""
-        return self._mailbox.output.name
+        return self._channel.output.name
 
     @property
     def done(self) -> bool:
         """True if the request has ended, in whatever way."""
-        return self._mailbox.has_ended
+        return self._channel.has_ended
 
     def cancel(self) -> None:
         """End the request; what was generated stays readable. Does nothing where it has ended."""
-        if not self._mailbox.is_done:
-            self._cancel(self._mailbox)
+        if not self._channel.is_done:
+            self._cancel(self._channel)
 
     def result(self, timeout: float | None = None) -> Output:
         """Wait for the end.
@@ -267,22 +267,22 @@ class Stream:
         """
         if timeout is not None:
             timeout = arguments.seconds("timeout", timeout)
-        self._mailbox.wait(timeout)
+        self._channel.wait(timeout)
         return self._outcome()
 
     def listen(self, reader: Callable[[list[Token], bool], None]) -> None:
         """Have `reader` called with new tokens and whether the request has ended, at once and
         after every step, on the thread that hands tokens out: it is not to wait. O(tokens)."""
-        self._mailbox.listen(reader)
+        self._channel.listen(reader)
 
     def partial(self) -> Output:
         """What there is by now."""
-        return self._mailbox.output
+        return self._channel.output
 
     def _outcome(self) -> Output:
-        if self._mailbox.error is not None:
-            raise self._mailbox.error
-        return self._mailbox.output
+        if self._channel.error is not None:
+            raise self._channel.error
+        return self._channel.output
 
     def text(self) -> TextStream:
         """Return an iterable of text pieces, for `for` and `async for`.
@@ -313,28 +313,28 @@ class Stream:
         self._outcome()
 
     def _tokens(self) -> Iterator[Token]:
-        while (token := self._mailbox.take()) is not None:
+        while (token := self._channel.take()) is not None:
             yield token
 
     async def _atokens(self) -> AsyncIterator[Token]:
-        mailbox = self._mailbox
+        channel = self._channel
         while True:
-            await mailbox.changed(lambda: mailbox.has_news)
-            token = mailbox.take(0)
+            await channel.changed(lambda: channel.has_news)
+            token = channel.take(0)
             if token is None:
                 break
             yield token
 
     def __await__(self) -> Generator[Any, None, Output]:
-        mailbox = self._mailbox
-        yield from mailbox.changed(lambda: mailbox.is_done).__await__()
+        channel = self._channel
+        yield from channel.changed(lambda: channel.is_done).__await__()
         return self._outcome()
 
     def __del__(self) -> None:
         # getattr: a half-made stream is finalised as well.
-        mailbox = getattr(self, "_mailbox", None)
-        if mailbox is not None and not mailbox.is_done:
-            self._cancel(mailbox)
+        channel = getattr(self, "_channel", None)
+        if channel is not None and not channel.is_done:
+            self._cancel(channel)
 
 
 class TextStream:

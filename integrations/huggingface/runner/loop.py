@@ -20,8 +20,8 @@ from kvpager._atomic import Condition
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.processes import Process
 from kvpager.engine.stream import (
-    Courier,
-    Mailbox,
+    Channel,
+    Dispatcher,
     Token,
     listener_errors_logged,
 )
@@ -82,8 +82,8 @@ class Loop:
         self._tracked: dict[Hashable, Tracked] = {}
         self._live: dict[int, Live] = {}  # by the scheduler's number of the sample
         # Cancellations come from finalisers as well, which may run inside any call.
-        self._inbox: queue.SimpleQueue[Mailbox | None] = queue.SimpleQueue()
-        self._courier = Courier()
+        self._inbox: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
+        self._dispatcher = Dispatcher()
         self._unpaused = Condition()
         self._pauses: dict[object, threading.Thread] = {}  # and who is in each
         self._between_steps = threading.Lock()
@@ -126,16 +126,16 @@ class Loop:
                 raise
         self._inbox.put(None)
 
-    def cancel(self, mailbox: Mailbox) -> None:
-        """End the request whose mailbox this is, soon. O(1); safe in a finaliser."""
+    def cancel(self, channel: Channel) -> None:
+        """End the request whose channel this is, soon. O(1); safe in a finaliser."""
         if self.process.is_current:
-            self._inbox.put(mailbox)
+            self._inbox.put(channel)
 
-    def mailbox(self, name: Hashable) -> Mailbox | None:
+    def channel(self, name: Hashable) -> Channel | None:
         """Return that of a live request. O(1). Raises: `EngineClosed` in a fork."""
         with self._locked():
             tracked = self._tracked.get(name)
-        return None if tracked is None else tracked.mailbox
+        return None if tracked is None else tracked.channel
 
     # Not a generator: an interrupt's traceback would keep it, and the lock with it.
     def _locked(self) -> AbstractContextManager[Any]:
@@ -196,7 +196,7 @@ class Loop:
     def drop_pause(self, pause: object) -> None:
         """Have a pause end soon. O(1); safe in a finaliser, and in a fork."""
         if self.process.is_current and pause in self._pauses:
-            self._courier.post(partial(self.end_pause, pause))
+            self._dispatcher.post(partial(self.end_pause, pause))
 
     def stop(self) -> None:
         """Have the thread end soon. O(1); safe in a finaliser, and in a fork."""
@@ -219,7 +219,7 @@ class Loop:
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)  # a new thread begins with one of its own
-        self._courier.start()
+        self._dispatcher.start()
         try:
             while self._may_step():
                 with self._between_steps:
@@ -233,11 +233,11 @@ class Loop:
             for name, tracked in self._tracked.items():
                 tracked.error = self.error
                 how = "was not done when the engine was closed"
-                self._courier.post(tracked.ending(Reason.CANCELLED, how))
+                self._dispatcher.post(tracked.ending(Reason.CANCELLED, how))
                 if self.error is None:
                     self.scheduler.cancel(name)
             self._tracked.clear()
-        self._courier.close()
+        self._dispatcher.close()
         self._on_end()
 
     def _may_step(self) -> bool:
@@ -251,17 +251,17 @@ class Loop:
             if wait:
                 self._rest()
             try:
-                mailbox = self._inbox.get(wait, self._patience() if wait else None)
+                channel = self._inbox.get(wait, self._patience() if wait else None)
             except queue.Empty:
                 return
             wait = False
-            if mailbox is None:
+            if channel is None:
                 continue
             with self._lock:
-                name = mailbox.output.name
+                name = channel.output.name
                 tracked = self._tracked.get(name)
                 # It may have ended by now, and another have its name.
-                if tracked is not None and tracked.mailbox is mailbox:
+                if tracked is not None and tracked.channel is channel:
                     self.scheduler.cancel(name)
 
     def _rest(self) -> None:
@@ -301,7 +301,7 @@ class Loop:
     def _note_begun(self, plan: StepPlan) -> None:
         now = time.monotonic()
         for name in plan.names:
-            output = self._tracked[name].mailbox.output
+            output = self._tracked[name].channel.output
             if output.begun is None:
                 output.begun = now
 
@@ -309,7 +309,7 @@ class Loop:
         """What an encoder reads for each sample."""
         if not self.runner.anatomy.is_encoder_decoder:
             return {}
-        prompts = (self._tracked[name].mailbox.output.prompt for name in plan.names)
+        prompts = (self._tracked[name].channel.output.prompt for name in plan.names)
         return dict(zip(plan.samples.tolist(), prompts, strict=True))
 
     def _choose(self, plan: StepPlan, logits: torch.Tensor) -> list[Draw]:
@@ -330,20 +330,20 @@ class Loop:
         tokens: list[int] = []
         successors: list[Live] = []
         failed: list[Hashable] = []
-        news: list[tuple[Mailbox, list[Token]]] = []
+        news: list[tuple[Channel, list[Token]]] = []
         now = time.monotonic()
         for row, draw in zip(np.flatnonzero(plan.wants_logits).tolist(), draws, strict=True):
             name, sample = plan.names[row], int(plan.samples[row])
             tracked = self._tracked[name]
             arrived, going_on = tracked.extend(self._live.get(sample), draw, now)
-            news.append((tracked.mailbox, arrived))
+            news.append((tracked.channel, arrived))
             for live, token in going_on:
                 parents.append(row)
                 tokens.append(token)
                 successors.append(live)
             if tracked.error is not None:
                 failed.append(name)
-        self._courier.post(partial(_hand_out, news))
+        self._dispatcher.post(partial(_hand_out, news))
         with self._lock:
             samples = self.scheduler.complete(
                 plan, np.array(parents, np.int64), np.array(tokens, np.int32)
@@ -360,7 +360,7 @@ class Loop:
     def _end(self, name: Hashable, reason: Reason) -> None:
         tracked = self._tracked.pop(name, None)
         if tracked is not None:
-            self._courier.post(tracked.ending(reason))
+            self._dispatcher.post(tracked.ending(reason))
 
     def _notice_change(self, watch: ModelWatch) -> None:
         """Share nothing that another state of the model computed.
@@ -424,7 +424,7 @@ class Loop:
             self._on_step = None
 
 
-def _hand_out(news: list[tuple[Mailbox, list[Token]]]) -> None:
-    for mailbox, arrived in news:
+def _hand_out(news: list[tuple[Channel, list[Token]]]) -> None:
+    for channel, arrived in news:
         with listener_errors_logged():
-            mailbox.put(arrived)
+            channel.put(arrived)

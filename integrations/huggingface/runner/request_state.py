@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpager.engine.stream import Mailbox, Sample, Stop, Token
+from kvpager.engine.stream import Channel, Sample, Stop, Token
 from kvpager.engine.text import decode
 from kvpager.errors import KVPagerError, RequestCancelled, RequestExpired, RequestFailed
 from kvpager.integrations.huggingface.runner.sampling import Choice, Draw
@@ -35,7 +35,7 @@ class Live:
 class Tracked:
     """A request between its submission and its end."""
 
-    mailbox: Mailbox
+    channel: Channel
     choice: Choice
     num_samples: int
     begins: list[int]  # the tokens that generated ones follow
@@ -57,7 +57,7 @@ class Tracked:
         if draw.error is not None:
             self.error = draw.error
             return arrived, going_on
-        output = self.mailbox.output
+        output = self.channel.output
         if live is None:
             output.first_token = now
             rows = [Live(self, number, self._new_sample()) for number in range(len(draw.tokens))]
@@ -92,23 +92,23 @@ class Tracked:
         return None
 
     def ending(self, reason: Reason, how: str = "was cancelled") -> Callable[[], None]:
-        """Return a function that closes the mailbox. Another thread calls it: it makes texts."""
-        self.mailbox.output.finished = time.monotonic()
+        """Return a function that closes the channel. Another thread calls it: it makes texts."""
+        self.channel.output.finished = time.monotonic()
         return partial(self._close, reason, how)
 
     def _close(self, reason: Reason, how: str) -> None:
-        output = self.mailbox.output
+        output = self.channel.output
         if self.tokenizer is not None:
             try:
                 for sample in output.samples:
                     sample.text = decode(self.tokenizer, sample.tokens)
             except BaseException as error:  # of a tokenizer of the caller's
                 self.error = self.error or error
-        self.mailbox.close(self._error(reason, how))
+        self.channel.close(self._error(reason, how))
 
     def _error(self, reason: Reason, how: str) -> KVPagerError | None:
         """Return why the request has no result. An error that was met comes first."""
-        name = self.mailbox.output.name
+        name = self.channel.output.name
         if self.error is not None:
             error = RequestFailed(f"request {name!r} failed: {self.error!r}")
             error.__cause__ = self.error

@@ -563,7 +563,7 @@ def test_a_dropped_engine_leaves_no_thread_and_the_model_as_it_was():
     attention = model.config._attn_implementation
     engine = Engine(model, memory="4MiB")
     engine.submit([5], max_new_tokens=2).result()
-    threads = [engine._loop._thread, engine._loop._courier._thread]
+    threads = [engine._loop._thread, engine._loop._dispatcher._thread]
     del engine
     for thread in threads:
         thread.join(timeout=60)
