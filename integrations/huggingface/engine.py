@@ -31,9 +31,8 @@ from kvpager import _validate as arguments
 from kvpager._text import counted, size
 from kvpager.engine.config import EngineConfig
 from kvpager.engine.metrics import EngineStats, StepRecord
-from kvpager.engine.stream import Channel, Output, Stream
-from kvpager.engine.text import Detokenizer, text_tokenizer
-from kvpager.engine.threads import end_idle_workers
+from kvpager.engine.stream import Output, Stream
+from kvpager.engine.text import text_tokenizer
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
 from kvpager.integrations.huggingface.releases import warn_if_untested
@@ -44,13 +43,12 @@ from kvpager.integrations.huggingface.runner.build import (
     make_storage,
     max_length_of,
 )
+from kvpager.integrations.huggingface.runner.core import EngineCore
 from kvpager.integrations.huggingface.runner.inputs import Reader, chosen, each_options
-from kvpager.integrations.huggingface.runner.loop import Loop
 from kvpager.integrations.huggingface.runner.model_info import study
 from kvpager.integrations.huggingface.runner.probe import ModelSwitch, fit
-from kvpager.integrations.huggingface.runner.request_state import Tracked
 from kvpager.integrations.huggingface.runner.runner import Runner
-from kvpager.integrations.huggingface.runner.sampling import Policy
+from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, Policy
 from kvpager.integrations.huggingface.runner.sizing import (
     pool_blocks,
     require_room,
@@ -96,12 +94,6 @@ class Engine:
             raise TypeError(f"on_step {shown}: expected a function or None")
         self.model = model = unwrapped(model)
         self._tokenizer = text_tokenizer(tokenizer)
-        self._memory = PagedMemory(
-            config.memory,
-            config.block_size,
-            kv_dtype=config.kv_dtype,
-            host_memory=config.host_memory,
-        )
         self._numbers = itertools.count()
         # A function that does not refer to the engine: a dropped one is to end.
         self._usual = functools.lru_cache(maxsize=_MAX_POLICIES, typed=True)(
@@ -111,41 +103,55 @@ class Engine:
         switch = ModelSwitch(model)
         try:
             switch.acquire()
-            self._anatomy = anatomy = study(model)
-            self.is_packed = fit(model, anatomy, self._memory, switch, config.packed)
-            length = max_length_of(anatomy, config)
-            sizes = pool_blocks(anatomy, self._memory, config.max_running, length)
-            storage = make_storage(anatomy, config, sizes)
-            runner = Runner(
-                model,
-                anatomy,
-                storage,
-                self._memory,
-                is_packed=self.is_packed,
-                forward=compiled_forward(model, config, self.is_packed),
-            )
-            scheduler = make_scheduler(anatomy, config, sizes, length, runner)
-            if anatomy.device.type in warming.COMPILING:
-                warming.warm_up(runner, config.max_batch_tokens, config.max_running)
-            watch = ModelWatch(model, has_parts=True) if scheduler.prefix_cache else None
-            self._loop = Loop(scheduler, runner, on_step, switch.release, watch)
-            self._loop.start()
+            self._core = self._start(switch, on_step)
         except BaseException:
             switch.release()
             raise
         logger.info("engine started: %r", self)
 
+    def _start(
+        self, switch: ModelSwitch, on_step: Callable[[StepRecord], None] | None
+    ) -> EngineCore:
+        """Make the engine's parts for its model, and begin."""
+        model, config = self.model, self.config
+        self._memory = memory = PagedMemory(
+            config.memory,
+            config.block_size,
+            kv_dtype=config.kv_dtype,
+            host_memory=config.host_memory,
+        )
+        self._anatomy = anatomy = study(model)
+        self.is_packed = fit(model, anatomy, memory, switch, config.packed)
+        length = max_length_of(anatomy, config)
+        sizes = pool_blocks(anatomy, memory, config.max_running, length)
+        self._storage = storage = make_storage(anatomy, config, sizes)
+        forward = compiled_forward(model, config, self.is_packed)
+        runner = Runner(model, anatomy, storage, memory, is_packed=self.is_packed, forward=forward)
+        scheduler = make_scheduler(anatomy, config, sizes, length, runner)
+        if anatomy.device.type in warming.COMPILING:
+            warming.warm_up(runner, config.max_batch_tokens, config.max_running)
+        return EngineCore(
+            scheduler,
+            runner,
+            LogitsSampler(),
+            tokenizer=self._tokenizer,
+            watch=ModelWatch(model, has_parts=True) if scheduler.prefix_cache else None,
+            on_step=on_step,
+            # A new thread begins with a number of its own.
+            on_begin=functools.partial(torch.set_num_threads, torch.get_num_threads()),
+            on_end=switch.release,
+        )
+
     def __repr__(self) -> str:
         # Without locks: a debugger may ask while another thread has them.
-        loop = self._loop
-        storage, scheduler = loop.runner.storage, loop.scheduler
+        storage, scheduler = self._storage, self._core.scheduler
         pool = (
             f"{counted(storage.num_blocks, 'block')} of {counted(storage.block_size, 'token')} "
             f"({size(storage.num_blocks * storage.block_bytes)})"
         )
         if storage.num_host_blocks:
             pool += f" and {storage.num_host_blocks} in host memory"
-        state = "open" if loop.is_open else "closed"
+        state = "open" if self._core.is_open else "closed"
         mode = "packed" if self.is_packed else "row by row"
         return (
             f"<Engine of {type(self.model).__name__}: {state}, {mode}, {pool}, {storage.dtype} on "
@@ -191,52 +197,44 @@ class Engine:
 
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
         """
-        self._loop.refuse_closed()
+        self._core.refuse_closed()
         arguments.flag("logprobs", logprobs)
         arguments.label("name", name)
-        prompt = chosen("prompt", prompt, input_ids)
-        ids = self._reader(config, overrides).one(prompt, attention_mask)
+        given = chosen("prompt", prompt, input_ids)
+        ids = self._reader(config, overrides).one(given, attention_mask)
         policy = self._chosen_policy(policy, config, overrides)
-        if timeout is not None and not arguments.seconds("timeout", timeout):
-            raise ValueError("timeout 0: expected seconds, more than 0; None for no timeout")
+        labels = {"name": name, "namespace": namespace, "tenant": tenant, "priority": priority}
+        return self._queue(ids, policy, seed, logprobs, timeout, labels)
+
+    def _queue(
+        self,
+        ids: list[int],
+        policy: Policy,
+        seed: int | None,
+        logprobs: bool,
+        timeout: float | None,
+        labels: dict[str, Any],
+    ) -> Stream:
+        """Queue a request whose prompt was read. `labels`: those that a `Request` has as well."""
+        deadline = _deadline(timeout)
         begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start()]
         choice = policy.choice(len(begins), ids)
-        generator = None
-        if seed is not None:
-            number = arguments.count("seed", seed, at_most=2**63 - 1)
-            generator = torch.Generator(self._anatomy.device).manual_seed(number)
-        now = time.monotonic()
+        settings = choice.settings(self._generator(seed), with_logprobs=logprobs)
         request = Request(
-            name=f"request-{next(self._numbers)}" if name is None else name,
             prompt=np.asarray(begins, np.int32),
             max_new_tokens=choice.max_new_tokens,
             num_samples=policy.num_samples,
-            namespace=namespace,
-            tenant=tenant,
-            priority=priority,
-            deadline=None if timeout is None else now + timeout,
+            deadline=deadline,
+            **labels | {"name": labels["name"] or f"request-{next(self._numbers)}"},
         )
-        channel = Channel(Output(request.name, ids, [], submitted=now))
-        tracked = Tracked(
-            channel, choice, policy.num_samples, begins, generator, logprobs, self._tokenizer
-        )
-        return self._queue(request, tracked)
+        require_room(request, self._storage, self._memory, self._core.scheduler.max_length)
+        return self._core.submit(request, settings, ids)
 
-    def _queue(self, request: Request, tracked: Tracked) -> Stream:
-        loop = self._loop
-        require_room(request, loop.runner.storage, self._memory, loop.scheduler.max_length)
-        detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer)
-        # Made first: should an interrupt take it from the caller, it cancels the request.
-        stream = Stream(
-            tracked.channel,
-            loop.cancel,
-            num_samples=request.num_samples,
-            detokenizer=detokenizer,
-        )
-        loop.submit(request, tracked)
-        if self._anatomy.device.type == "cpu":
-            end_idle_workers()
-        return stream
+    def _generator(self, seed: int | None) -> torch.Generator | None:
+        if seed is None:
+            return None
+        number = arguments.count("seed", seed, at_most=2**63 - 1)
+        return torch.Generator(self._anatomy.device).manual_seed(number)
 
     def generate(
         self,
@@ -290,27 +288,25 @@ class Engine:
         if not isinstance(name, str):
             shown = arguments.shown(name)
             raise TypeError(f"cancel({shown}): expected a request's name. Pass stream.name.")
-        channel = self._loop.channel(name)
-        if channel is not None:
-            self._loop.cancel(channel)
+        self._core.cancel(name)
 
     def stats(self) -> EngineStats:
         """Counts of now, and totals since the engine was made. O(blocks + sequences)."""
-        return self._loop.stats()
+        return self._core.stats()
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a block of the pool, all layers."""
-        return self._loop.runner.storage.block_bytes
+        return self._storage.block_bytes
 
     @property
     def error(self) -> BaseException | None:
         """What stopped the engine by itself: a defect. None as a rule."""
-        return self._loop.error
+        return self._core.error
 
     def clear(self) -> None:
         """Give cached prompts up. O(cached blocks)."""
-        self._loop.clear()
+        self._core.clear()
 
     def pause(self) -> AbstractContextManager[None]:
         """Hold steps inside the `with` block. `submit` still queues requests.
@@ -318,28 +314,28 @@ class Engine:
         Use it to change the model's weights, so that no step computes with half of the change.
         Drops cached prompts afterwards.
         """
-        return self._loop.pause()
+        return self._core.pause()
 
     @property
     def is_paused_here(self) -> bool:
         """True inside a pause of the current thread. O(pauses)."""
-        return self._loop.is_paused_here
+        return self._core.is_paused_here
 
     def close(self) -> None:
         """Cancel all requests, end the thread and restore the model's attention. Idempotent.
 
         In a forked process, every other call raises `EngineClosed`, and this one does nothing.
         """
-        self._loop.close()
+        self._core.close()
 
     def __del__(self) -> None:
         # getattr: a half-made engine is finalised as well.
-        loop = getattr(self, "_loop", None)
-        if loop is not None:
-            loop.stop()
+        core = getattr(self, "_core", None)
+        if core is not None:
+            core.stop()
 
     def __enter__(self) -> Engine:
-        self._loop.refuse_closed()
+        self._core.refuse_closed()
         return self
 
     def __exit__(
@@ -408,6 +404,14 @@ class Engine:
         if start is None:
             raise ValueError("the model's generation_config has no decoder_start_token_id")
         return int(start)
+
+
+def _deadline(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    if not arguments.seconds("timeout", timeout):
+        raise ValueError("timeout 0: expected seconds, more than 0; None for no timeout")
+    return time.monotonic() + timeout
 
 
 def _usual_policy(model: Any, tokenizer: Any, max_new_tokens: int | None) -> Policy:

@@ -108,7 +108,7 @@ def test_no_step_is_computed_before_all_requests_that_are_due_are_there(
 ) -> None:
     def slowly(self: EngineSystem, item: Item) -> Any:
         stream = submit(self, item)
-        if not self.engine._loop._pauses:
+        if not self.engine._core._pauses.is_any:
             stream.result()  # as if the next one were submitted after its end
         return stream
 

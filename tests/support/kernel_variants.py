@@ -106,7 +106,7 @@ def engine(recorder: Recorder) -> Any:
     before = recorder.counts()
     chance = random.Random(5)
     for _ in range(60):
-        runner.run(random_step(chance, runner, warming._step))
+        runner.run(random_step(chance, runner, warming._step), {})
     return {name: [before.get(name, 0), count] for name, count in recorder.counts().items()}
 
 

@@ -2,47 +2,121 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from kvpager._atomic import Condition
+from kvpager.engine.processes import Process
+from kvpager.errors import KVPagerError
 
 
-class Pausable(Protocol):
-    """A loop that computes no step while any thread is in a pause."""
+class Pauses:
+    """Steps of one thread, and the pauses of other threads that hold them.
 
-    def begin_pause(self, pause: object) -> None:
-        """Hold steps from now on; the one under way ends first."""
+    Args:
+        process: of the engine; in a fork of it, pauses are refused.
+        on_end: is called at the end of each pause, before steps continue.
+        defer: has a function called soon, on any thread.
+    """
 
-    def end_pause(self, pause: object) -> None:
-        """Let steps go on unless another pause holds them. Does nothing for an unknown pause."""
+    def __init__(
+        self,
+        process: Process,
+        on_end: Callable[[], None],
+        defer: Callable[[Callable[[], object]], None],
+    ) -> None:
+        self._process = process
+        self._on_end = on_end
+        self._defer = defer
+        self._changed = Condition()
+        self._holders: dict[object, threading.Thread] = {}  # by pause, the thread that is in it
+        self._steps = threading.Lock()  # held during a step
+        self._stepping: threading.Thread | None = None
 
-    def drop_pause(self, pause: object) -> None:
-        """End a pause whose owner is gone, without waiting."""
+    @property
+    def is_mine(self) -> bool:
+        """True inside a pause of the current thread. O(pauses)."""
+        with self._changed:
+            return threading.current_thread() in self._holders.values()
+
+    @property
+    def is_any(self) -> bool:
+        """True while any pause holds steps. O(1)."""
+        return bool(self._holders)
+
+    def wait(self, is_over: Callable[[], bool]) -> None:
+        """Wait until no pause holds steps, or `is_over`; `wake` has it asked again."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._holders or is_over())
+
+    def wake(self) -> None:
+        """Have `wait` look again. O(1)."""
+        with self._changed:
+            self._changed.notify_all()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Make pauses that begin wait for the end of this block. O(1)."""
+        with self._steps:
+            self._stepping = threading.current_thread()
+            try:
+                yield
+            finally:
+                self._stepping = None
+
+    def begin(self, pause: object) -> None:
+        """Hold steps; the one under way ends first. Raises: as `Pause`."""
+        self._process.refuse_fork()
+        if threading.current_thread() is self._stepping:
+            raise KVPagerError("pause: this is the engine's own thread, within a step")
+        with self._changed:
+            self._holders[pause] = threading.current_thread()
+        with self._steps:
+            pass
+
+    def end(self, pause: object) -> None:
+        """Let steps continue unless another pause holds them. Idempotent; nothing in a fork."""
+        if self._process.is_current and pause in self._holders:
+            try:
+                self._on_end()
+            finally:
+                with self._changed:
+                    self._holders.pop(pause, None)
+                    self._changed.notify_all()
+
+    def drop(self, pause: object) -> None:
+        """Have a pause end soon. O(1); safe in a finaliser, and in a fork."""
+        if self._process.is_current and pause in self._holders:
+            self._defer(partial(self.end, pause))
 
 
 class Pause:
-    """No step is computed inside; pauses of several threads may overlap.
+    """A `with` block in which no step is computed; pauses of several threads may overlap.
 
-    Its end gives cached prompts up. Raises: `KVPagerError` on the engine's own thread, which would
-    wait for its own step; `EngineClosed` in a fork.
+    Raises: `KVPagerError` within a step of the engine's own thread, which would wait for itself;
+    `EngineClosed` in a fork.
     """
 
-    def __init__(self, loop: Pausable) -> None:
-        self._loop = loop
-        self._key = object()  # the loop does not keep a pause that is dropped
+    def __init__(self, pauses: Pauses) -> None:
+        self._pauses = pauses
+        self._key = object()  # the engine does not keep a pause that is dropped
 
     def __enter__(self) -> None:
         try:
-            self._loop.begin_pause(self._key)
+            self._pauses.begin(self._key)
         except BaseException:
-            self._loop.end_pause(self._key)
+            self._pauses.end(self._key)
             raise
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._loop.end_pause(self._key)
+            self._pauses.end(self._key)
         except BaseException:  # an interrupt may have come before it began
-            self._loop.end_pause(self._key)
+            self._pauses.end(self._key)
             raise
 
     def __del__(self) -> None:
         # An interrupt may have come before `__exit__` began.
-        self._loop.drop_pause(self._key)
+        self._pauses.drop(self._key)

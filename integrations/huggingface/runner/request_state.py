@@ -1,4 +1,4 @@
-"""What the engine remembers of a request, and of each of its samples."""
+"""What an engine remembers of a request, and of each of its samples."""
 
 from __future__ import annotations
 
@@ -6,88 +6,109 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
+from kvpager.engine.runner import Draw, Row
 from kvpager.engine.stream import Channel, Sample, Stop, Token
 from kvpager.engine.text import decode
 from kvpager.errors import KVPagerError, RequestCancelled, RequestExpired, RequestFailed
-from kvpager.integrations.huggingface.runner.sampling import Choice, Draw
 from kvpager.plans import Reason
+from kvpager.scheduling.request import Request
+
+
+class RequestSettings(NamedTuple):
+    """How the tokens of a request are chosen, and when a sample of it ends."""
+
+    sampling: Any = None  # for the sampler alone
+    generator: Any = None  # random numbers of its own, for the sampler alone
+    stop_ids: frozenset[int] = frozenset()  # a sample ends with each of these
+    is_enough: Callable[[list[int]], bool] | None = None  # True for tokens that a sample ends with
+    with_logprobs: bool = False
 
 
 @dataclass(slots=True, eq=False)
-class Live:
-    """A sample that goes on."""
+class TrackedSample:
+    """A sample that continues."""
 
-    tracked: Tracked
+    tracked: TrackedRequest
     number: int  # among the request's samples
     sample: Sample
 
-    def ids(self) -> Tensor:
-        """All its tokens so far, [1, tokens]."""
-        return torch.tensor([self.tracked.begins + self.sample.tokens])
+    def ids(self) -> list[int]:
+        """Return all its tokens so far. O(tokens)."""
+        return self.tracked.begins + self.sample.tokens
+
+    def row(self) -> Row:
+        """Return the row of logits that its next token is chosen from. O(1)."""
+        return self.tracked.row(self.ids)
 
 
 @dataclass(slots=True, eq=False)
-class Tracked:
+class TrackedRequest:
     """A request between its submission and its end."""
 
     channel: Channel
-    choice: Choice
-    num_samples: int
+    request: Request
+    settings: RequestSettings
     begins: list[int]  # the tokens that generated ones follow
-    generator: torch.Generator | None
-    with_logprobs: bool
     tokenizer: Any = None
     error: BaseException | None = None
 
-    def begin_ids(self) -> Tensor:
-        """The tokens that generated ones follow, [1, tokens]."""
-        return torch.tensor([self.begins])
+    def first_row(self) -> Row:
+        """Return the row of logits behind the prompt. O(1)."""
+        return self.row(lambda: self.begins, self.request.num_samples)
+
+    def row(self, ids: Callable[[], list[int]], times: int = 1) -> Row:
+        """Return a row of logits with this request's settings. O(1)."""
+        settings = self.settings
+        return Row(settings.sampling, times, settings.generator, ids, settings.with_logprobs)
 
     def extend(
-        self, live: Live | None, draw: Draw, now: float
-    ) -> tuple[list[Token], list[tuple[Live, int]]]:
-        """Note the tokens drawn for a row: those to hand out, and who goes on with which."""
+        self, parent: TrackedSample | None, draw: Draw, now: float
+    ) -> tuple[list[Token], list[tuple[TrackedSample, int]]]:
+        """Note the tokens drawn for a row, of the prompt where `parent` is None. O(tokens drawn).
+
+        Returns the tokens to hand out, and the samples that continue, each with its token.
+        """
         arrived: list[Token] = []
-        going_on: list[tuple[Live, int]] = []
+        continuing: list[tuple[TrackedSample, int]] = []
         if draw.error is not None:
             self.error = draw.error
-            return arrived, going_on
-        output = self.channel.output
-        if live is None:
-            output.first_token = now
-            rows = [Live(self, number, self._new_sample()) for number in range(len(draw.tokens))]
-            output.samples.extend(each.sample for each in rows)
-        else:
-            rows = [live]
-        for number, (each, token) in enumerate(zip(rows, draw.tokens, strict=True)):
-            logprob = draw.logprobs[number] if draw.logprobs and self.with_logprobs else None
-            each.sample.tokens.append(token)
-            if each.sample.logprobs is not None and logprob is not None:
-                each.sample.logprobs.append(logprob)
-            arrived.append(Token(token, each.number, logprob))
+            return arrived, continuing
+        samples = self._begin(len(draw.tokens), now) if parent is None else [parent]
+        for number, (each, token) in enumerate(zip(samples, draw.tokens, strict=True)):
+            logprob = draw.logprobs[number] if draw.logprobs else None
+            arrived.append(self._note(each, token, logprob))
             try:
                 each.sample.reason = self._stop(each, token)
             except BaseException as error:  # of a criterion of the caller's, SystemExit as well
                 self.error = error
                 break
             if each.sample.reason is None:
-                going_on.append((each, token))
-        return arrived, going_on
+                continuing.append((each, token))
+        return arrived, continuing
 
-    def _new_sample(self) -> Sample:
-        return Sample(logprobs=[] if self.with_logprobs else None)
+    def _begin(self, count: int, now: float) -> list[TrackedSample]:
+        output = self.channel.output
+        output.first_token = now
+        with_logprobs = self.settings.with_logprobs
+        samples = [Sample(logprobs=[] if with_logprobs else None) for _ in range(count)]
+        output.samples.extend(samples)
+        return [TrackedSample(self, number, sample) for number, sample in enumerate(samples)]
 
-    def _stop(self, live: Live, token: int) -> Stop | None:
-        if token in self.choice.eos:
+    def _note(self, each: TrackedSample, token: int, logprob: float | None) -> Token:
+        each.sample.tokens.append(token)
+        if each.sample.logprobs is None or logprob is None:
+            return Token(token, each.number)
+        each.sample.logprobs.append(logprob)
+        return Token(token, each.number, logprob)
+
+    def _stop(self, each: TrackedSample, token: int) -> Stop | None:
+        if token in self.settings.stop_ids:
             return "eos"
-        if len(live.sample.tokens) >= self.choice.max_new_tokens:
+        if len(each.sample.tokens) >= self.request.max_new_tokens:
             return "length"
-        if self.choice.criteria and bool(self.choice.criteria(live.ids(), None).all()):
+        if self.settings.is_enough is not None and self.settings.is_enough(each.ids()):
             return "stopped"
         return None
 

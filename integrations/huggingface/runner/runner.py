@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,11 +63,21 @@ class Runner:
         others = blank_layers(model, anatomy.others)
         self._cache = StepCache(storage, anatomy.layers, others, memory)
 
-    @torch.inference_mode()
-    def run(self, plan: StepPlan, encoder_ids: dict[int, list[int]] | None = None) -> Tensor:
-        """The logits [rows that want them, vocabulary] of `plan`. O(tokens * layers).
+    @property
+    def device_type(self) -> str:
+        """Return the type of the model's device. O(1)."""
+        return self.anatomy.device.type
 
-        `encoder_ids`: what the encoder reads for samples that begin.
+    @property
+    def block_bytes(self) -> int:
+        """Return the bytes of a block, all layers. O(1)."""
+        return self.storage.block_bytes
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, prompts: Mapping[int, list[int]]) -> Tensor:
+        """Return the logits [rows that want them, vocabulary] of `plan`. O(tokens * layers).
+
+        `prompts`: what the encoder reads for samples that begin.
         """
         for move in plan.moves:
             self.storage.apply(move)
@@ -78,7 +89,7 @@ class Runner:
         rows = StepRows.of(plan, self.anatomy.device)
         if self.is_packed:
             return self._packed(rows, plan)
-        return self._row_by_row(rows, plan, encoder_ids or {})
+        return self._row_by_row(rows, plan, prompts)
 
     def forget(self, samples: NDArray[np.int32]) -> None:
         """Drop what samples kept. O(samples)."""
@@ -111,7 +122,7 @@ class Runner:
         return logits if selects else logits[keep]
 
     def _row_by_row(
-        self, rows: StepRows, plan: StepPlan, encoder_ids: dict[int, list[int]]
+        self, rows: StepRows, plan: StepPlan, prompts: Mapping[int, list[int]]
     ) -> Tensor:
         logits = []
         ends = np.cumsum(plan.counts, dtype=np.int64).tolist()
@@ -119,7 +130,7 @@ class Runner:
             sample, wanted = int(plan.samples[number]), bool(plan.wants_logits[number])
             if plan.starts[number] == 0 or sample not in self._kept:
                 assert not (plan.starts[number] and self.anatomy.has_state), "a state was lost"
-                self._kept[sample] = self._new(encoder_ids.get(sample))
+                self._kept[sample] = self._new(prompts.get(sample))
             kept = self._kept[sample]
             for index, layer in kept.others.items():
                 self._cache.layers[index] = layer

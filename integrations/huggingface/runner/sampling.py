@@ -26,8 +26,10 @@ from transformers.generation.stopping_criteria import (
 )
 
 from kvpager import _validate as arguments
+from kvpager.engine.runner import Draw, Row
 from kvpager.engine.text import text_tokenizer
 from kvpager.integrations.huggingface.model_state.offloaded import execution_device
+from kvpager.integrations.huggingface.runner.request_state import RequestSettings
 from kvpager.integrations.huggingface.runner.settings import (
     check_config,
     check_given,
@@ -124,6 +126,20 @@ class Policy:
         known = self._by_length.get(prompt_length)
         if known is not None:
             return known
+        settings = self._completed(prompt_length)
+        choice = self._make(settings, prompt_length, encoder_ids)
+        looks_at_encoder = (
+            settings.encoder_repetition_penalty or settings.encoder_no_repeat_ngram_size
+        )
+        # Unusual is a clock, say, which starts with its request.
+        if not choice.criteria and not looks_at_encoder:
+            if len(self._by_length) >= _MAX_CHOICES:
+                self._by_length.clear()
+            self._by_length[prompt_length] = choice
+        return choice
+
+    def _completed(self, prompt_length: int) -> GenerationConfig:
+        """Return the settings with what `generate` adds for a prompt. Raises: as `choice`."""
         settings, model = copy.deepcopy(self._settings), self._model
         model._prepare_special_tokens(settings, True, device=self._device)
         model._prepare_generated_length(
@@ -139,7 +155,12 @@ class Policy:
                 f"the prompt has {prompt_length} tokens, and max_length={settings.max_length}: "
                 "shorten the prompt, raise max_length, or set max_new_tokens"
             )
-        further, criteria = self._further
+        return settings
+
+    def _make(
+        self, settings: GenerationConfig, prompt_length: int, encoder_ids: list[int]
+    ) -> Choice:
+        model, (further, criteria) = self._model, self._further
         processors = model._get_logits_processor(
             settings,
             input_ids_seq_length=prompt_length,
@@ -153,7 +174,7 @@ class Policy:
         )
         unusual = [s for s in stops if type(s) not in (EosTokenCriteria, MaxLengthCriteria)]
         eos = settings._eos_token_tensor
-        choice = Choice(
+        return Choice(
             settings.max_length - prompt_length,
             frozenset() if eos is None else frozenset(eos.tolist()),
             processors,
@@ -161,15 +182,6 @@ class Policy:
             self.is_greedy,
             all(type(each) in _ROWWISE for each in processors),
         )
-        looks_at_encoder = (
-            settings.encoder_repetition_penalty or settings.encoder_no_repeat_ngram_size
-        )
-        # Unusual is a clock, say, which starts with its request.
-        if not unusual and not looks_at_encoder:
-            if len(self._by_length) >= _MAX_CHOICES:
-                self._by_length.clear()
-            self._by_length[prompt_length] = choice
-        return choice
 
 
 def _callables(name: str, given: Iterable[Callable[..., Any]]) -> list[Callable[..., Any]]:
@@ -190,48 +202,50 @@ class Choice(NamedTuple):
     is_greedy: bool
     is_rowwise: bool  # no processor looks at earlier tokens
 
+    def settings(
+        self, generator: torch.Generator | None = None, *, with_logprobs: bool = False
+    ) -> RequestSettings:
+        """Return what an engine is told of a request that goes on so. O(1)."""
+        is_enough = self._is_enough if self.criteria else None
+        return RequestSettings(self, generator, self.eos, is_enough, with_logprobs)
 
-class Row(NamedTuple):
-    """What is to be chosen for a row of logits."""
-
-    choice: Choice
-    times: int  # how many tokens: one for each sample that goes on from here
-    generator: torch.Generator | None
-    ids: Callable[[], Tensor]  # [1, tokens] so far
-
-
-class Draw(NamedTuple):
-    """What was chosen for a row."""
-
-    tokens: list[int]
-    logprobs: list[float] | None
-    error: BaseException | None = None
+    def _is_enough(self, ids: list[int]) -> bool:
+        return bool(self.criteria(torch.tensor([ids]), None).all())
 
 
-def choose(logits: Tensor, rows: Sequence[Row], *, with_logprobs: bool = False) -> list[Draw]:
-    """Choose tokens for the rows of `logits` [rows, vocabulary]. O(rows * vocabulary).
+class LogitsSampler:
+    """A sampler of engines that chooses tokens with transformers' processors.
 
-    What a request's own processors raise is its own: in its `Draw`.
+    The `sampling` of each row is a `Choice`, its generator one of torch.
     """
-    plain = [i for i, row in enumerate(rows) if row.choice.is_greedy and not row.choice.processors]
-    if len(plain) == len(rows) and not with_logprobs:  # as a rule, and quicker
-        return [Draw([token], None) for token in _highest(logits)]
-    draws: list[Draw | None] = [None] * len(rows)
-    for numbers in _alike(rows):
-        index = torch.tensor(numbers, device=logits.device)
-        try:
-            found = _draw(logits[index].float(), [rows[i] for i in numbers], with_logprobs)
-        except BaseException as error:  # of a processor of the caller's, SystemExit as well
-            # Of several rows, it may be the fault of one.
-            found = (
-                [Draw([], None, error)]
-                if len(numbers) == 1
-                else [each for i in numbers for each in choose(logits[i : i + 1], [rows[i]],
-                      with_logprobs=with_logprobs)]
-            )  # fmt: skip
-        for number, draw in zip(numbers, found, strict=True):
-            draws[number] = draw
-    return [draw for draw in draws if draw is not None]
+
+    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
+        """Choose tokens for the rows of `logits` [rows, vocabulary]. O(rows * vocabulary).
+
+        What a request's own processors raise is its own: in its `Draw`.
+        """
+        with_logprobs = any(row.with_logprobs for row in rows)
+        if not with_logprobs and all(map(_is_plain, rows)):  # as a rule, and quicker
+            return [Draw([token], None) for token in _highest(logits)]
+        draws: list[Draw | None] = [None] * len(rows)
+        for numbers in _alike(rows):
+            index = torch.tensor(numbers, device=logits.device)
+            try:
+                found = _draw(logits[index].float(), [rows[i] for i in numbers], with_logprobs)
+            except BaseException as error:  # of a processor of the caller's, SystemExit as well
+                if len(numbers) == 1:
+                    found = [Draw([], None, error)]
+                else:  # it may be the fault of one row
+                    found = [self.choose(logits[i : i + 1], [rows[i]])[0] for i in numbers]
+            for number, draw in zip(numbers, found, strict=True):
+                draws[number] = draw
+        return [draw for draw in draws if draw is not None]
+
+
+def _is_plain(row: Row) -> bool:
+    """True for a row whose next token is the one with the highest logit."""
+    choice: Choice = row.sampling
+    return choice.is_greedy and not choice.processors
 
 
 def _highest(logits: Tensor) -> list[int]:
@@ -247,7 +261,7 @@ def _alike(rows: Sequence[Row]) -> list[list[int]]:
     """Rows that can be served by one call, as lists of their numbers."""
     groups: dict[object, list[int]] = {}
     for number, row in enumerate(rows):
-        choice = row.choice
+        choice: Choice = row.sampling
         is_shared = choice.is_rowwise and row.generator is None and row.times == 1
         groups.setdefault(_key(choice) if is_shared else (number,), []).append(number)
     return list(groups.values())
@@ -269,11 +283,12 @@ def _exact(value: Any) -> Any:
 def _draw(scores: Tensor, rows: Sequence[Row], with_logprobs: bool) -> list[Draw]:
     """Tokens for rows of one kind: their `scores` [rows, vocabulary] in float32."""
     first = rows[0]
-    if first.choice.processors:
+    choice: Choice = first.sampling
+    if choice.processors:
         # Processors that look at rows alone are told no ids; others serve one row.
-        ids: Any = None if first.choice.is_rowwise else first.ids().to(scores.device)
-        scores = first.choice.processors(ids, scores)
-    if first.choice.is_greedy:
+        ids: Any = None if choice.is_rowwise else torch.tensor([first.ids()], device=scores.device)
+        scores = choice.processors(ids, scores)
+    if choice.is_greedy:
         tokens = scores.argmax(dim=-1, keepdim=True)
     else:
         tokens = torch.multinomial(

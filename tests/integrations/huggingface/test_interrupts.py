@@ -390,8 +390,8 @@ def test_an_interrupted_engine_serves_the_next_call(model) -> None:
         expected = generate(contextlib.nullcontext())
         for _ in interrupted(NUM_CALLS * 4, generate):
             assert generate(contextlib.nullcontext()) == expected
-            scheduler = engine._loop.scheduler
-            with engine._loop._lock:
+            scheduler = engine._core.scheduler
+            with engine._core._lock:
                 scheduler.check()
         with engine.pause():  # no step is under way, so cancelled requests have ended
             pass

@@ -306,7 +306,7 @@ def test_a_hard_stop_fails_what_is_not_done_and_loses_nothing(
 ) -> None:
     manager.start()
     with Gate(llama) as gate:
-        gate.open_after(monkeypatch, manager.batch_processor._loop, "stop")
+        gate.open_after(monkeypatch, manager.batch_processor._core, "stop")
         with manager.pause():
             names = manager.add_requests(PROMPTS, max_new_tokens=100, streaming=True)
         gate.let(1)
@@ -550,7 +550,7 @@ def test_a_defect_of_the_engine_leaves_nobody_waiting(
 
     manager.start()
     with manager.pause():
-        monkeypatch.setattr(manager.batch_processor._loop.scheduler, "plan", fail)
+        monkeypatch.setattr(manager.batch_processor._core.scheduler, "plan", fail)
         manager.add_request(PROMPTS[0])
     assert manager.get_result().status == FAILED
     assert "a defect" in str(manager.background_thread_status.fatal_error)

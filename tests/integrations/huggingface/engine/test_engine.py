@@ -75,7 +75,7 @@ def assert_nothing_is_held(engine):
         pass
     assert engine.stats().pool.num_held == 0
     assert engine.stats().pool.num_sequences == 0
-    engine._loop.scheduler.check()
+    engine._core.scheduler.check()
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +411,7 @@ def test_closing_ends_what_is_left_and_restores_the_model(monkeypatch):
     engine = Engine(model, memory="8MiB")
     assert model.config._attn_implementation == "kvpager"
     gate = Gate(model)
-    gate.open_after(monkeypatch, engine._loop, "stop")
+    gate.open_after(monkeypatch, engine._core, "stop")
     stream = engine.submit([5], max_new_tokens=1000)
     gate.let(1)
     gate.entered.acquire()
@@ -563,7 +563,7 @@ def test_a_dropped_engine_leaves_no_thread_and_the_model_as_it_was():
     attention = model.config._attn_implementation
     engine = Engine(model, memory="4MiB")
     engine.submit([5], max_new_tokens=2).result()
-    threads = [engine._loop._thread, engine._loop._dispatcher._thread]
+    threads = [engine._core._thread, engine._core._dispatcher._thread]
     del engine
     for thread in threads:
         thread.join(timeout=60)
@@ -720,13 +720,13 @@ def test_pausing_within_a_step_is_refused(llama):
 
 def test_a_request_that_is_interrupted_as_it_is_submitted_is_gone(llama, monkeypatch):
     with Engine(llama, memory="8MiB") as engine:
-        genuine = engine._loop.scheduler.submit
+        genuine = engine._core.scheduler.submit
 
         def interrupted(request):
             genuine(request)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(engine._loop.scheduler, "submit", interrupted)
+        monkeypatch.setattr(engine._core.scheduler, "submit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.submit([5, 6], max_new_tokens=3)
         monkeypatch.undo()

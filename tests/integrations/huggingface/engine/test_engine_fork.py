@@ -78,7 +78,7 @@ def check():
 # Locks that a thread holds as the process forks are held for ever in the child.
 with engine.pause():
     running = engine.submit([5, 6, 7], name="running", **settings)
-    with engine._loop._lock, running._channel._changed:
+    with engine._core._lock, running._channel._changed:
         in_a_fork(check)
     in_a_fork(check, True)
 assert running.result().tokens == expected

@@ -107,10 +107,10 @@ def test_a_step_of_an_engine_waits_for_nothing(
         tables = np.arange(4 * len(starts), dtype=np.int32).reshape(-1, 4)
         prompts = [list(range(3, 3 + start + count)) for start, count in STEPS[step]]
         plan = trial_plan(prompts, starts, counts, tables, storage)
-        runner.run(plan)
+        runner.run(plan, {})
         planned.plans.clear()
         with waits() as found:
-            runner.run(plan)
+            runner.run(plan, {})
     finally:
         switch.release()
     passes = 1 if is_packed else len(starts)

@@ -1,0 +1,254 @@
+"""An engine for any runner: requests of token ids, served by a thread of its own.
+
+with EngineCore(scheduler, runner, sampler) as core:
+    request = Request(name="a", prompt=ids, max_new_tokens=100)
+    for token in core.submit(request, RequestSettings(stop_ids=frozenset({2}))):
+        print(token.id)
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from kvpager.engine.metrics import EngineStats, StepRecord
+from kvpager.engine.model_watch import ModelGuard, ModelWatch
+from kvpager.engine.processes import Process
+from kvpager.engine.runner import Runner, Sampler
+from kvpager.engine.stream import Channel, Dispatcher, Output, Stream
+from kvpager.engine.text import Detokenizer
+from kvpager.engine.threads import end_idle_workers
+from kvpager.errors import EngineClosed
+from kvpager.integrations.huggingface.runner.loop import Loop
+from kvpager.integrations.huggingface.runner.pauses import Pause, Pauses
+from kvpager.integrations.huggingface.runner.request_state import RequestSettings, TrackedRequest
+from kvpager.scheduling.request import Request
+from kvpager.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger("kvpager")
+
+# Python ends threads like this one wherever they are when it exits, which C++ does not survive.
+_open: weakref.WeakSet[EngineCore] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for core in list(_open):
+        core.close()
+
+
+# How long to sleep while requests live and there is nothing to compute: a deadline may pass.
+_PATIENCE_S = 0.05
+
+
+def _nothing() -> None:
+    pass
+
+
+class EngineCore:
+    """A scheduler, a runner and a sampler, and the thread that has requests computed.
+
+    Thread-safe. Close it: its thread keeps it alive.
+
+    Args:
+        scheduler: nobody else may call it.
+        runner: computes its plans.
+        sampler: chooses tokens.
+        tokenizer: for texts, as `kvpager.engine.text.text_tokenizer` returns it.
+        watch: tells whether the model is still the same; None where nothing is shared anyway.
+        on_step: is told of every step, on the engine's thread.
+        on_begin: is called first of all on the engine's thread.
+        on_end: is called at the end of the engine's thread.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        sampler: Sampler,
+        *,
+        tokenizer: Any = None,
+        watch: ModelWatch | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
+        on_begin: Callable[[], None] = _nothing,
+        on_end: Callable[[], None] = _nothing,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.process = Process("engine")
+        self.error: BaseException | None = None  # what stopped the thread, a defect
+        self._tokenizer = tokenizer
+        self._on_begin, self._on_end = on_begin, on_end
+        self._is_open = True
+        self._lock = threading.RLock()  # over the scheduler and the requests
+        # Cancellations come from finalisers as well, which may run inside any call.
+        self._inbox: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
+        self._dispatcher = Dispatcher()
+        self._pauses = Pauses(self.process, self.clear, self._dispatcher.post)
+        guard = None if watch is None else ModelGuard(watch, scheduler, self._lock)
+        parts = scheduler, runner, sampler, self._dispatcher, self._lock
+        self._loop = Loop(*parts, guard, on_step)
+        self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
+        _open.add(self)
+        self._thread.start()
+
+    @property
+    def is_open(self) -> bool:
+        """True while requests are taken. O(1)."""
+        return self._is_open and self.process.is_current
+
+    @property
+    def between_steps(self) -> list[Callable[[], None]]:
+        """Functions that the engine's thread calls before each step; see `Loop`."""
+        return self._loop.between_steps
+
+    def submit(
+        self, request: Request, settings: RequestSettings, prompt: list[int] | None = None
+    ) -> Stream:
+        """Queue a request. O(tokens).
+
+        Args:
+            request: its deadline is on the clock of `time.monotonic`.
+            settings: how its tokens are chosen.
+            prompt: what the runner is told as its prompt, if that is not `request.prompt`: what an
+                encoder reads.
+
+        Raises: `EngineClosed`, and as `Scheduler.submit`.
+        """
+        begins = request.prompt.tolist()
+        output = Output(
+            request.name, begins if prompt is None else prompt, [], submitted=time.monotonic()
+        )
+        tracked = TrackedRequest(Channel(output), request, settings, begins, self._tokenizer)
+        # Made first: should an interrupt take it from the caller, it cancels the request.
+        stream = Stream(
+            tracked.channel,
+            self._cancel,
+            num_samples=request.num_samples,
+            detokenizer=None if self._tokenizer is None else Detokenizer(self._tokenizer),
+        )
+        with self._locked():
+            self.refuse_closed()
+            self._loop.submit(request, tracked)
+        self._inbox.put(None)
+        self._rest()
+        return stream
+
+    def cancel(self, name: Hashable) -> None:
+        """End a request; does nothing for one that has ended. O(1). Raises: `EngineClosed`."""
+        with self._locked():
+            tracked = self._loop.requests.get(name)
+        if tracked is not None:
+            self._cancel(tracked.channel)
+
+    def _cancel(self, channel: Channel) -> None:
+        """End the request whose channel this is, soon. O(1); safe in a finaliser."""
+        if self.process.is_current:
+            self._inbox.put(channel)
+
+    # Not a generator: an interrupt's traceback would keep it, and the lock with it.
+    def _locked(self) -> AbstractContextManager[Any]:
+        """Return the lock. Raises: `EngineClosed` in a fork, whose copy may be held for ever."""
+        self.process.refuse_fork()
+        return self._lock
+
+    def refuse_closed(self) -> None:
+        """Raise `EngineClosed` if no request is taken any more."""
+        self.process.refuse_fork()
+        if not self.is_open:
+            why = "" if self.error is None else f" after {self.error!r}"
+            raise EngineClosed(f"this engine is closed{why}; make a new one") from self.error
+
+    def stats(self) -> EngineStats:
+        """Return counts of now. O(blocks + sequences). Raises: `EngineClosed` in a fork."""
+        with self._locked():
+            return self._loop.stats()
+
+    def clear(self) -> None:
+        """Drop cached prompts. O(cached blocks). Raises: `EngineClosed` in a fork."""
+        with self._locked():
+            self.scheduler.forget_prefixes()
+
+    def pause(self) -> Pause:
+        """Return a `with` block inside which no step is computed; its end drops cached prompts."""
+        return Pause(self._pauses)
+
+    @property
+    def is_paused_here(self) -> bool:
+        """True inside a pause of the current thread. O(pauses)."""
+        return self._pauses.is_mine
+
+    def stop(self) -> None:
+        """Have the thread end soon. O(1); safe in a finaliser, and in a fork."""
+        if self.process.is_current:
+            self._is_open = False
+            self._inbox.put(None)
+
+    def close(self) -> None:
+        """Cancel all requests and end the thread. Idempotent. Does nothing in a fork."""
+        if not self.process.is_current:
+            return
+        with self._lock:
+            self.stop()
+        self._pauses.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> EngineCore:
+        self.refuse_closed()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        self._on_begin()
+        self._dispatcher.start()
+        try:
+            while self._may_step():
+                with self._pauses.step():
+                    is_idle = not self._pauses.is_any and not self._loop.step()
+                self._read_inbox(wait=is_idle)
+        except BaseException as error:  # a defect of ours: nobody shall wait for ever
+            logger.exception("the engine stopped")
+            self.error = error
+        with self._lock:
+            self._is_open = False
+            self._loop.end_all(self.error)
+        self._dispatcher.close()
+        self._on_end()
+
+    def _may_step(self) -> bool:
+        self._pauses.wait(lambda: not self.is_open)
+        return self.is_open
+
+    def _read_inbox(self, *, wait: bool) -> None:
+        """Act on cancellations; where there is nothing to compute, wait until something arrives."""
+        while True:
+            if wait:
+                self._rest()
+            try:
+                channel = self._inbox.get(wait, self._patience() if wait else None)
+            except queue.Empty:
+                return
+            wait = False
+            if channel is not None:
+                with self._lock:
+                    self._loop.cancel(channel)
+
+    def _patience(self) -> float | None:
+        with self._lock:
+            return _PATIENCE_S if self.scheduler.has_work else None
+
+    def _rest(self) -> None:
+        if self.runner.device_type == "cpu":
+            end_idle_workers()
