@@ -30,6 +30,7 @@ from transformers import GenerationConfig
 from kvpager import _validate as arguments
 from kvpager._text import counted, size
 from kvpager.engine.config import EngineConfig
+from kvpager.engine.core import EngineCore
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.stream import Output, Stream
 from kvpager.engine.text import text_tokenizer
@@ -43,7 +44,6 @@ from kvpager.integrations.huggingface.runner.build import (
     make_storage,
     max_length_of,
 )
-from kvpager.integrations.huggingface.runner.core import EngineCore
 from kvpager.integrations.huggingface.runner.inputs import Reader, chosen, each_options
 from kvpager.integrations.huggingface.runner.model_info import study
 from kvpager.integrations.huggingface.runner.probe import ModelSwitch, fit

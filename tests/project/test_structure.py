@@ -58,6 +58,18 @@ def test_a_folder_never_imports_what_it_must_do_without(folder: str, foreign: st
             assert not any(each.startswith("kvpager.integrations") for each in imports(file)), name
 
 
+def test_the_loop_of_an_engine_imports_no_torch() -> None:
+    """Neither do the modules that it stands on."""
+    found, pending = set(), {"kvpager.engine.core"}
+    files = modules()
+    while pending:
+        name = pending.pop()
+        found.add(name)
+        pending |= (imports(files[name]) & files.keys()) - found - {"kvpager"}
+        assert "torch" not in {each.partition(".")[0] for each in imports(files[name])}, name
+    assert {"kvpager.engine.loop", "kvpager.scheduling.scheduler"} <= found
+
+
 def written(tree: ast.AST) -> set[str]:
     """The attributes that code assigns, or assigns into."""
     names = set()

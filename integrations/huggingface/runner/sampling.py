@@ -26,10 +26,10 @@ from transformers.generation.stopping_criteria import (
 )
 
 from kvpager import _validate as arguments
+from kvpager.engine.request_state import RequestSettings
 from kvpager.engine.runner import Draw, Row
 from kvpager.engine.text import text_tokenizer
 from kvpager.integrations.huggingface.model_state.offloaded import execution_device
-from kvpager.integrations.huggingface.runner.request_state import RequestSettings
 from kvpager.integrations.huggingface.runner.settings import (
     check_config,
     check_given,

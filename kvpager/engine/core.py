@@ -18,17 +18,17 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from kvpager.engine.loop import Loop
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.model_watch import ModelGuard, ModelWatch
+from kvpager.engine.pauses import Pause, Pauses
 from kvpager.engine.processes import Process
+from kvpager.engine.request_state import RequestSettings, TrackedRequest
 from kvpager.engine.runner import Runner, Sampler
 from kvpager.engine.stream import Channel, Dispatcher, Output, Stream
 from kvpager.engine.text import Detokenizer
 from kvpager.engine.threads import end_idle_workers
 from kvpager.errors import EngineClosed
-from kvpager.integrations.huggingface.runner.loop import Loop
-from kvpager.integrations.huggingface.runner.pauses import Pause, Pauses
-from kvpager.integrations.huggingface.runner.request_state import RequestSettings, TrackedRequest
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
 

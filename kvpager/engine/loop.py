@@ -13,9 +13,9 @@ import numpy as np
 
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.model_watch import ModelGuard
+from kvpager.engine.request_state import TrackedRequest, TrackedSample
 from kvpager.engine.runner import Draw, Row, Runner, Sampler
 from kvpager.engine.stream import Channel, Dispatcher, Token, listener_errors_logged
-from kvpager.integrations.huggingface.runner.request_state import TrackedRequest, TrackedSample
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
