@@ -277,4 +277,18 @@ def new_tokens(
     return np.array([len(row) for row in rows], np.int64), np.concatenate([_NO_IDS, *rows])
 
 
+def accepted(num_sequences: int | None, kept: ArrayLike, tokens: Any) -> tuple[Int64, Int32 | None]:
+    """Return how many drafts each sequence keeps, and their ids, where given, end to end.
+
+    `num_sequences` is None where a single handle was named.
+    """
+    counted = counts("counts", kept, 1 if num_sequences is None else num_sequences)
+    if tokens is None:
+        return counted, None
+    each, ids = new_tokens(num_sequences, tokens, None)
+    if ids is None or np.any(counted != each):
+        raise ValueError(f"counts {kept!r}: expected one token id for each draft kept")
+    return counted, ids
+
+
 _NO_IDS: Int32 = np.empty(0, np.int32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +46,9 @@ class Step:
     """Where the tokens of one `append` go.
 
     `slots` is int64 [tokens], `block * block_size + offset`, sequence by sequence in the order
-    given. `copies` is int32 [n, 2]: blocks to copy on the device before anything is written,
-    because another holder still reads the source (copy-on-write). `ticket`: as in `Plan`.
+    given; of a `GroupedManager`, [groups, tokens]. `copies` is int32 [n, 2]: blocks to copy on the
+    device before anything is written, because another holder still reads the source
+    (copy-on-write). `ticket`: as in `Plan`.
     """
 
     slots: NDArray[np.int64]
@@ -62,6 +63,13 @@ class Reason(Enum):
     CANCELLED = "cancelled"
     EXPIRED = "expired"  # its deadline passed
     FAILED = "failed"  # the step it was in was aborted
+
+
+class GroupStep(NamedTuple):
+    """Where the layers of one group write and read in a step; as in `StepPlan`."""
+
+    slots: NDArray[np.int64]
+    tables: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,12 +91,14 @@ class StepPlan:
         starts: int32 [rows], tokens computed before.
         counts: int32 [rows], tokens to compute now.
         ids: int32 [tokens], row by row.
-        slots: int64 [tokens], `block * block_size + offset`.
+        slots: int64 [tokens], `block * block_size + offset`, of the first group of layers.
         kv_lens: int32 [rows], `starts + counts`.
-        tables: int32 [rows, blocks], -1 where there is none.
+        tables: int32 [rows, blocks], -1 where there is none: behind a window too. Of the first
+            group of layers.
         wants_logits: bool [rows], whether the logits of the row's last token choose the next one.
         freed: int32, the samples that ended since the last plan.
         ended: the requests that ended since the last plan, and why.
+        more_groups: slots and tables of further groups of layers.
     """
 
     moves: list[Plan]
@@ -104,6 +114,12 @@ class StepPlan:
     wants_logits: NDArray[np.bool_]
     freed: NDArray[np.int32]
     ended: list[tuple[Hashable, Reason]]
+    more_groups: tuple[GroupStep, ...] = ()
+
+    @property
+    def groups(self) -> tuple[GroupStep, ...]:
+        """Slots and tables of all groups of layers. O(groups)."""
+        return GroupStep(self.slots, self.tables), *self.more_groups
 
     def __len__(self) -> int:
         """How many rows are to be computed."""

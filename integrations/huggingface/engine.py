@@ -227,7 +227,7 @@ class Engine:
             deadline=deadline,
             **labels | {"name": labels["name"] or f"request-{next(self._numbers)}"},
         )
-        require_room(request, self._storage, self._memory, self._core.scheduler.max_length)
+        require_room(request, self._core.scheduler, self._storage, self._memory)
         return self._core.submit(request, settings, ids)
 
     def _generator(self, seed: int | None) -> torch.Generator | None:

@@ -34,7 +34,8 @@ def check(state: BlockState) -> None:
     state.fences.check()
     state.index.check()
     for row in rows.live_rows():
-        _check_published(state, row)
+        if not rows.keyed[row]:
+            _check_published(state, row)
     state.accounts.check(device, state.owned())
     state.evictor.check_queues(state.accounts.is_known_open)
 

@@ -80,6 +80,7 @@ class BlockManager:
         self._state = state = BlockState(
             num_blocks, block_size, num_host_blocks, eviction, null_block, fences, num_events
         )
+        self.windows: tuple[int | None, ...] = (None,)
         self.block_size: int = state.block_size
         self.num_host_blocks: int = state.host.num_blocks
         self.quotas = Quotas(state)
@@ -248,13 +249,8 @@ class BlockManager:
         for the ids of drafts that a fork shares.
         """
         named = listed(sequences)
-        is_one = isinstance(named, Sequence)
-        kept = arguments.counts("counts", counts, 1 if is_one else len(named))
-        ids = None
-        if tokens is not None:
-            each, ids = arguments.new_tokens(None if is_one else len(named), tokens, None)
-            if ids is None or np.any(kept != each):
-                raise ValueError(f"counts {counts!r}: expected one token id for each draft kept")
+        num_named = None if isinstance(named, Sequence) else len(named)
+        kept, ids = arguments.accepted(num_named, counts, tokens)
         state = self._state
         with state.lock, state.change:
             rows = state.resident(named)
@@ -386,7 +382,15 @@ class BlockManager:
         """
         return self.queries.slots(sequence, start, stop)
 
+    def open_slots(self, sequence: Sequence, start: int, stop: int) -> Int64:
+        """Return `slots` of tokens about to be written: they have their blocks. O(tokens)."""
+        return self.queries.slots(sequence, start, stop)
+
     # ---------------------------------------------------------------- the pool
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks a sequence of `num_tokens` holds. O(1)."""
+        return -(-num_tokens // self.block_size)
 
     @property
     def num_blocks(self) -> int:

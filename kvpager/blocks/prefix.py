@@ -123,6 +123,12 @@ class PrefixIndex:
         best = int(agreed.argmax())
         return candidates[best], int(agreed[best])
 
+    def find_first(self, tree: TreeKey, key: object) -> int:
+        """Return the first block of the run at the front of `tree` with this key, or -1. O(1)."""
+        root = self._forest.roots.get(tree)
+        node = None if root is None else root.children.get(key)
+        return -1 if node is None else node.first
+
     # ---------------------------------------------------------------- publish
 
     def root(self, tree: TreeKey) -> Node:
@@ -217,7 +223,7 @@ class PrefixIndex:
                 yield Event(0, "stored", **self._event(node.tree, node.tag, before, node.blocks))
 
     def _event(self, tree: TreeKey, tag: Tag, before: int, blocks: Blocks) -> dict[str, Any]:
-        namespace, adapter = tree
+        namespace, adapter = tree[:2]
         return {
             "blocks": blocks.copy(),
             "namespace": namespace,

@@ -1,7 +1,8 @@
 """What schedulers, adapters and storages need of a block manager.
 
-`BlockManager` is one. Another way to keep sequences, such as contiguous reservations, is used in
-its place when it has these members; each does what the method of that name in `BlockManager` says.
+`BlockManager` is one, `GroupedManager` another. A further way to keep sequences, such as contiguous
+reservations, is used in their place when it has these members; each does what the method of that
+name in `BlockManager` says.
 """
 
 from __future__ import annotations
@@ -36,11 +37,19 @@ class Fencing(Protocol):
 
 
 class CacheManager(Protocol):
-    """Block tables over a pool of blocks."""
+    """Block tables over a pool of blocks.
+
+    `BlockManager` has one table for each sequence. `GroupedManager` has one for each group of
+    layers: there `block_tables` and `slots` have a leading axis, the groups.
+    """
 
     @property
     def block_size(self) -> int:
         """Token slots of a block."""
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens back the layers of each group look; None: to the front."""
 
     @property
     def num_host_blocks(self) -> int:
@@ -79,7 +88,6 @@ class CacheManager(Protocol):
         namespace: str | None = None,
         adapter: str | None = None,
         contents: Iterable[tuple[int, int, bytes]] = (),
-        window: int | None = None,
         spare: int = 0,
     ) -> Sequence:
         """Begin a sequence."""
@@ -118,9 +126,6 @@ class CacheManager(Protocol):
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Keep the first tokens."""
 
-    def slide(self, sequences: Target, start: int | ArrayLike) -> None:
-        """Give back what lies behind a window."""
-
     def swap(
         self, sequences: Target, to: Tier, *, at_most: int | None = None, spare: int = 0
     ) -> Plan:
@@ -145,6 +150,12 @@ class CacheManager(Protocol):
 
     def slots(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> Int64:
         """Return the slots of tokens."""
+
+    def open_slots(self, sequence: Sequence, start: int, stop: int) -> Int64:
+        """Return the slots of tokens about to be written, which may take blocks."""
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return the most blocks that a sequence comes to hold up to `num_tokens`."""
 
     def stats(self) -> Stats:
         """Return counts and totals."""

@@ -37,13 +37,13 @@ class Publication:
             self._publish(row, full)
         state.index.settle()
 
-    def commit(self, rows: Int64, length: int | None) -> None:
+    def commit(self, rows: Int64, length: int | Int64 | None) -> None:
         """As `commit_row`, of several rows. O(rows + new full blocks)."""
         state, table = self._state, self._state.rows
         settled = table.lengths[rows] - table.drafts[rows]
         if length is not None:
             arguments.within("length", length, settled)
-            settled = np.full_like(settled, length)
+            settled = np.broadcast_to(np.asarray(length, np.int64), settled.shape)
         state.change.begin()
         committed = np.maximum(table.committed[rows], settled)
         table.committed[rows] = committed

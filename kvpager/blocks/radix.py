@@ -15,7 +15,8 @@ from kvpager.blocks.pool import BlockPool, Blocks
 from kvpager.errors import BrokenInvariant
 
 Int32 = NDArray[np.int32]
-TreeKey = tuple[str | None, str | None]  # namespace, adapter
+# Namespace and adapter, and the group of layers if it is not the first.
+TreeKey = tuple[str | None, str | None] | tuple[str | None, str | None, int]
 _NO_BLOCKS: Int32 = np.empty(0, np.int32)
 
 

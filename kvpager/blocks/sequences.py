@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.blocks.contents import NO_CONTENTS, Contents
-from kvpager.blocks.radix import Node
+from kvpager.blocks.radix import Node, TreeKey
 from kvpager.blocks.ragged import Ragged, ranks
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plans import NO_COPIES
@@ -117,10 +117,13 @@ class Prompt(NamedTuple):
     namespace: str | None = None
     adapter: str | None = None
     contents: Contents = NO_CONTENTS
+    group: int = 0  # of layers, see `grouped.py`
 
     @property
-    def tree(self) -> tuple[str | None, str | None]:
+    def tree(self) -> TreeKey:
         """Which tree of the prefix index it belongs to."""
+        if self.group:
+            return self.namespace, self.adapter, self.group
         return self.namespace, self.adapter
 
     def up_to(self, length: int) -> Prompt:
@@ -143,6 +146,7 @@ class SequenceTable:
         "generations": np.int64,
         "swapped": np.bool_,
         "twins": np.bool_,  # the index offers somebody else's block in place of one of ours
+        "keyed": np.bool_,  # each block is offered by itself: see `windows.py`
     }
 
     lengths: Int64
@@ -155,6 +159,7 @@ class SequenceTable:
     generations: Int64
     swapped: NDArray[np.bool_]
     twins: NDArray[np.bool_]
+    keyed: NDArray[np.bool_]
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -341,7 +346,8 @@ class SequenceTable:
     def _check_row(self, row: int) -> None:
         length, known = int(self.lengths[row]), int(self.known[row])
         settled, committed = length - int(self.drafts[row]), int(self.committed[row])
-        if self.first_blocks[row] > self.num_blocks(row) or (self.first_blocks[row] and known):
+        lacks_front = bool(self.first_blocks[row]) and not self.keyed[row]
+        if self.first_blocks[row] > self.num_blocks(row) or (lacks_front and known):
             raise BrokenInvariant(f"sequence {row}: offers what lacks its front")
         if not 0 <= settled <= length:
             raise BrokenInvariant(f"sequence {row}: {self.drafts[row]} drafts of {length} tokens")

@@ -60,7 +60,7 @@ class Truncation:
         """
         # The first new token, at `starts`, still looks back over `window` tokens, itself included.
         windows = self._state.rows.windows[rows]
-        self._slide(rows, np.where(windows > 0, np.maximum(starts - windows + 1, 0), 0))
+        self.drop_before(rows, np.where(windows > 0, np.maximum(starts - windows + 1, 0), 0))
 
     def slide(self, rows: Int64, starts: Int64) -> None:
         """Give back the blocks that lie wholly before `starts`. O(blocks given back).
@@ -71,9 +71,10 @@ class Truncation:
         # Drafts may be taken back, and then the tokens before them are the last ones.
         arguments.within("start", starts, table.lengths[rows] - table.drafts[rows])
         self._state.change.begin()
-        self._slide(rows, starts)
+        self.drop_before(rows, starts)
 
-    def _slide(self, rows: Int64, starts: Int64) -> None:
+    def drop_before(self, rows: Int64, starts: Int64) -> None:
+        """As `slide`, of starts that are right; the change has begun."""
         state, table = self._state, self._state.rows
         firsts = starts >> state.shift
         moved = (firsts > table.first_blocks[rows]).nonzero()[0]
@@ -82,7 +83,8 @@ class Truncation:
             blocks = table.blocks(row)[behind].copy()
             table.blocks(row)[behind] = -1
             table.first_blocks[row] = first
-            # What lacks its front cannot be offered, nor go on where it was.
-            table.known[row] = table.published[row] = 0
-            table.nodes[row] = None
+            if not table.keyed[row]:
+                # What lacks its front cannot be offered, nor go on where it was.
+                table.known[row] = table.published[row] = 0
+                table.nodes[row] = None
             state.release(blocks)

@@ -74,7 +74,7 @@ class AdmissionPolicy:
                 f"request {name!r}: {what} are more than max_length {self.max_length}; "
                 "shorten the prompt or lower max_new_tokens"
             )
-        need = blocks_needed(request, num_prompt, self._manager.block_size)
+        need = blocks_needed(request, num_prompt, self._manager)
         if need > self._num_usable:
             raise ValueError(
                 f"request {name!r}: {what} in {request.num_samples} samples may need {need} "

@@ -24,7 +24,8 @@ class Completion:
         self._table = table
         self._sequences = table.sequences
         self._placement = placement
-        self._by_ids = by_ids
+        # What is behind a window is given back when tokens are committed.
+        self._commits = by_ids or any(manager.windows)
 
     def refuse_bad_parents(self, plan: StepPlan, parents: Int64) -> None:
         """Raise `ValueError` unless each parent is a row that may continue so often. O(rows)."""
@@ -52,10 +53,10 @@ class Completion:
         num_decoding = 0
         if draft.decoders is not None:
             num_decoding = len(draft.decoders.numbers)
-            if self._by_ids:
+            if self._commits:
                 self._manager.commit(draft.decoders.batch)
         for number in plan.samples[num_decoding:].tolist():
-            if self._by_ids:
+            if self._commits:
                 computed = int(sequences.computed[number])
                 self._manager.commit(sequences.handle(number), computed)
             state = sequences.owner(number)

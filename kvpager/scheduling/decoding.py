@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvpager.blocks.protocol import CacheManager
-from kvpager.errors import OutOfBlocks, OutOfQuota
+from kvpager.errors import OutOfBlocks
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.request import RequestState
 from kvpager.scheduling.request_table import RequestTable
@@ -37,7 +37,7 @@ class Decoding:
             try:
                 step = self._manager.append(decoders.batch, ids if self._by_ids else 1)
             except OutOfBlocks as error:
-                self._make_room(draft, error)
+                self._placement.make_room(draft, error)
                 continue
             sequences.make_room(numbers)
             draft.decode(numbers, ids, step)
@@ -77,24 +77,3 @@ class Decoding:
             queue = self._table.order.queue_of(state)
             shares[queue] = state, shares.get(queue, (state, 0))[1] + len(state.seq_ids)
         return Decoders(numbers, batch, names, list(shares.values()))
-
-    def _make_room(self, draft: Draft, error: OutOfBlocks) -> None:
-        """Preempt the request that ranks last; never the first, so that the first always ends.
-
-        If a quota has no room, only requests of its namespace count.
-        """
-        running, preempted = self._table.running, self._table.preempted
-        if isinstance(error, OutOfQuota):
-            draft.note_refusal(error)
-            running = [each for each in running if each.request.namespace == error.namespace]
-            preempted = [each for each in preempted if each.request.namespace == error.namespace]
-        else:
-            draft.is_blocked = True
-        last = max(running, key=self._table.order.rank)
-        if len(running) == 1:
-            # If nothing is to be had, another user of this manager took blocks: wait for them.
-            if not self._placement.reclaim(preempted):
-                self._placement.drop(last)
-        elif (plan := self._placement.preempt(last)) is not None:
-            draft.moves.append(plan)
-            draft.moved.append(last)

@@ -15,11 +15,12 @@ import numpy as np
 
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Sequence
-from kvpager.errors import OutOfBlocks
+from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.plans import Plan, Reason
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import Int32, RequestState, Status
 from kvpager.scheduling.request_table import RequestTable
+from kvpager.scheduling.step import Draft
 
 
 class Placement:
@@ -98,6 +99,28 @@ class Placement:
                 return True
         return False
 
+    def make_room(self, draft: Draft, error: OutOfBlocks) -> None:
+        """Preempt the request that ranks last, none of which is in the step; never the first.
+
+        So the first request always ends. If a quota has no room, only requests of its namespace
+        count. O(running + blocks)
+        """
+        running, preempted = self._table.running, self._table.preempted
+        if isinstance(error, OutOfQuota):
+            draft.note_refusal(error)
+            running = [each for each in running if each.request.namespace == error.namespace]
+            preempted = [each for each in preempted if each.request.namespace == error.namespace]
+        else:
+            draft.is_blocked = True
+        last = max(running, key=self._table.order.rank)
+        if len(running) == 1:
+            # If nothing is to be had, another user of this manager took blocks: wait for them.
+            if not self.reclaim(preempted):
+                self.drop(last)
+        elif (plan := self.preempt(last)) is not None:
+            draft.moves.append(plan)
+            draft.moved.append(last)
+
     # ---------------------------------------------------------------- the end
 
     def end(self, state: RequestState, reason: Reason) -> None:
@@ -175,12 +198,16 @@ class Placement:
         return made
 
     def _branch(self, state: RequestState, at: int) -> _Branch:
-        sequences, size = self._sequences, self._manager.block_size
+        sequences, manager, size = self._sequences, self._manager, self._manager.block_size
         number = state.seq_ids[at]
+        if any(manager.windows):
+            # What a row has behind its window is gone when another could go on from there.
+            return _Branch(0, 0, manager.blocks_for(sequences.num_known(number)))
         common = [sequences.num_common(number, other) for other in state.seq_ids[:at]]
         parent = int(np.argmax(common))
         start = common[parent] // size * size
-        return _Branch(parent, start, -(-sequences.num_known(number) // size) - start // size)
+        own = manager.blocks_for(sequences.num_known(number)) - manager.blocks_for(start)
+        return _Branch(parent, start, own)
 
     def _is_cached(self, number: int, start: int) -> bool:
         """True if the index has more of this row than what lies before `start`."""

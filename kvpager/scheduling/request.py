@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
+from kvpager.blocks.protocol import CacheManager
 from kvpager.plans import Reason
 
 Int32 = NDArray[np.int32]
@@ -128,9 +129,15 @@ def read_prompt(request: Request) -> Int32:
     return prompt
 
 
-def blocks_needed(request: Request, num_prompt: int, block_size: int) -> int:
-    """The most blocks a request can come to hold when nothing but its prompt is shared. O(1)."""
-    shared = num_prompt // block_size
+def blocks_needed(request: Request, num_prompt: int, manager: CacheManager) -> int:
+    """Return the most blocks that a request can come to hold. O(groups).
+
+    Rows share their prompt. Where layers have a window, they compute it by themselves after a
+    preemption: see `Placement`.
+    """
     # The last token is chosen, and nothing is computed with it.
-    longest = -(-(num_prompt + request.max_new_tokens - 1) // block_size)
+    longest = manager.blocks_for(num_prompt + request.max_new_tokens - 1)
+    if any(manager.windows):
+        return request.num_samples * longest
+    shared = manager.blocks_for(num_prompt // manager.block_size * manager.block_size)
     return shared + request.num_samples * (longest - shared)

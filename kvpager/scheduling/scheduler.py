@@ -103,7 +103,7 @@ class Scheduler:
             prefix_cache=prefix_cache,
         )
         self._decoding = Decoding(*parts, placement, by_ids=prefix_cache)
-        self._prefill = Prefill(*parts)
+        self._prefill = Prefill(*parts, placement)
         self._completion = Completion(*parts, placement, by_ids=prefix_cache)
         self._step: tuple[StepPlan, Draft] | None = None
         self._num_steps = self._num_tokens = 0

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Batch
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.plans import NO_COPIES, Plan, Step, StepPlan
+from kvpager.plans import NO_COPIES, GroupStep, Plan, Step, StepPlan
 from kvpager.scheduling.request import Int32, RequestState
 from kvpager.scheduling.request_table import RequestTable
 
@@ -24,7 +24,7 @@ class Part(NamedTuple):
     numbers: Int32
     counts: Int32
     ids: Int32
-    slots: Int64
+    slots: Int64  # [tokens], or [groups, tokens]
     wants: NDArray[np.bool_]
 
 
@@ -107,6 +107,7 @@ class Draft:
             names = [sequences.owner(number).name for number in listed]
             tables = manager.block_tables([sequences.handle(number) for number in listed])
         starts = sequences.computed[numbers]
+        first, *others = map(GroupStep, *_by_group(part.slots, tables, len(manager.windows)))
         return StepPlan(
             moves=self.moves,
             copies=_only(self.copies, NO_COPIES),
@@ -115,12 +116,13 @@ class Draft:
             starts=starts,
             counts=part.counts,
             ids=part.ids,
-            slots=part.slots,
+            slots=first.slots,
             kv_lens=starts + part.counts,
-            tables=tables,
+            tables=first.tables,
             wants_logits=part.wants,
             freed=sequences.report(),
             ended=table.take_ended(),
+            more_groups=tuple(others),
         )
 
     def _joined(self) -> Part:
@@ -129,7 +131,12 @@ class Draft:
         if not self.parts:
             none = np.empty(0, np.int32)
             return Part(none, none, none, np.empty(0, np.int64), np.empty(0, np.bool_))
-        return Part(*(np.concatenate(column) for column in zip(*self.parts, strict=True)))
+        return Part(*(np.concatenate(column, axis=-1) for column in zip(*self.parts, strict=True)))
+
+
+def _by_group(slots: Int64, tables: Int32, num_groups: int) -> tuple[Int64, Int32]:
+    """Return both with a leading axis of groups. O(1)."""
+    return slots.reshape(num_groups, -1), tables.reshape(num_groups, *tables.shape[-2:])
 
 
 def _only(arrays: list[Int32], otherwise: Int32) -> Int32:

@@ -18,6 +18,7 @@ from kvpager.integrations.huggingface.runner.runner import Runner, trial_plan
 from kvpager.plans import Plan
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import Request, blocks_needed
+from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.block_storage import BlockStorage
 from kvpager.storage.free_memory import free_bytes
 
@@ -65,13 +66,13 @@ def pool_blocks(
 
 
 def require_room(
-    request: Request, storage: BlockStorage, memory: PagedMemory, max_length: int | None
+    request: Request, scheduler: Scheduler, storage: BlockStorage, memory: PagedMemory
 ) -> None:
-    """Refuse a request that the pool could not hold alone. O(1). Raises: `ValueError`."""
-    num_prompt = len(request.prompt)
+    """Refuse a request that the pool could not hold alone. O(groups). Raises: `ValueError`."""
+    num_prompt, max_length = len(request.prompt), scheduler.max_length
     if max_length is not None and num_prompt + request.max_new_tokens > max_length:
         return  # which is the scheduler's to say
-    need = blocks_needed(request, num_prompt, storage.block_size)
+    need = blocks_needed(request, num_prompt, scheduler.manager)
     if need <= storage.num_blocks:
         return
     bound = "the engine's pool, a part of the free memory,"

@@ -1,0 +1,71 @@
+"""Written tokens of sequences over groups: what they offer, and what is behind a window."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.blocks.group_table import GroupTable
+from kvpager.blocks.publication import Publication
+from kvpager.blocks.state import BlockState
+from kvpager.blocks.truncation import Truncation
+from kvpager.blocks.windows import WindowIndex
+
+Int64 = NDArray[np.int64]
+
+
+class GroupPublication:
+    """Commits tokens in all groups, and gives back the blocks behind windows.
+
+    The caller holds the lock. Writes what `Publication`, `WindowIndex` and `Truncation` write, and
+    `committed`.
+    """
+
+    def __init__(
+        self,
+        state: BlockState,
+        table: GroupTable,
+        index: WindowIndex,
+        truncation: Truncation,
+        windows: tuple[int | None, ...],
+    ) -> None:
+        self._state = state
+        self._table = table
+        self._index = index
+        self._truncation = truncation
+        self._publication = Publication(state)
+        is_windowed = np.array([window is not None for window in windows])
+        self._full, self._windowed = (~is_windowed).nonzero()[0], is_windowed.nonzero()[0]
+        self._spans: Int64 = np.array([w for w in windows if w is not None], np.int64)[:, None]
+
+    def settled(self, names: Int64) -> Int64:
+        """Return the tokens of sequences that have room in all groups, drafts left out. O(n)."""
+        rows, members = self._state.rows, self._table.rows[:, names]
+        settled: Int64 = (rows.lengths[members] - rows.drafts[members]).min(axis=0)
+        return settled
+
+    def commit(self, names: Int64, settled: Int64) -> None:
+        """Note that the KV of each sequence's first `settled` tokens is written.
+
+        O(n * groups), and of new full blocks.
+        """
+        state, rows = self._state, self._state.rows
+        members = self._table.rows[:, names]
+        state.change.begin()
+        full, windowed = members[self._full], members[self._windowed]
+        if full.size:
+            self._publication.commit(full.ravel(), np.tile(settled, len(full)))
+        if not windowed.size:
+            return
+        committed = np.maximum(rows.committed[windowed], settled)
+        rows.committed[windowed] = committed
+        ends = np.minimum(committed, rows.known[windowed]) >> state.shift
+        news = ends > rows.published[windowed]
+        if np.count_nonzero(news):
+            for group, at in np.argwhere(news).tolist():
+                digests = self._table.digests[int(names[at])]
+                self._index.publish(int(windowed[group, at]), digests, int(ends[group, at]))
+            state.index.settle()
+        # The next token still looks back over the window, itself included.
+        starts = np.maximum(committed - self._spans + 1, 0)
+        self._truncation.drop_before(windowed.ravel(), starts.ravel())

@@ -1,0 +1,171 @@
+"""Sequences over several groups of layers: which rows of the sequence table each one is.
+
+sequence   0   1   2        a handle names (sequence, generation)
+group 0    0   3   -        rows of `SequenceTable`, one for each group
+group 1    1   4   -
+lengths   33   9   -        a row of a group with a window may have room for fewer tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.blocks.sequences import Batch, Owner, Sequence
+from kvpager.blocks.state import BlockState
+from kvpager.errors import BrokenInvariant, SequenceSwapped, StaleSequence
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+class GroupTable:
+    """The sequences of a manager over groups. The caller holds the lock.
+
+    Attributes:
+        rows: int64 [groups, sequences], of the sequence table.
+        lengths: int64 [sequences], tokens.
+        digests: of the leading full blocks of each sequence, see `windows.py`.
+        pending: the token ids, None where unknown, of each sequence that has tokens for which
+            some group has no room yet.
+    """
+
+    def __init__(self, owner: Owner, state: BlockState, num_groups: int) -> None:
+        self.owner = owner
+        self._state = state
+        self.rows: Int64 = np.zeros((num_groups, 0), np.int64)
+        self.lengths: Int64 = np.zeros(0, np.int64)
+        self.generations: Int64 = np.zeros(0, np.int64)
+        self.digests: list[list[bytes]] = []
+        self.pending: dict[int, Int32 | None] = {}
+        self.free: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.lengths) - len(self.free)
+
+    def live(self) -> Int64:
+        """Return the sequences in use. O(sequences)."""
+        return np.setdiff1d(np.arange(len(self.lengths)), self.free)
+
+    # ---------------------------------------------------------------- handles
+
+    def sequence(self, handle: Sequence) -> int:
+        """Return the sequence behind a handle. O(1). Raises `StaleSequence`."""
+        if not isinstance(handle, Sequence):
+            raise TypeError(f"expected a Sequence, got {type(handle).__name__}")
+        if handle._owner is not self.owner:
+            raise StaleSequence(f"{handle.name} belongs to another manager")
+        if self.generations[handle._row] != handle._generation:
+            raise StaleSequence(f"{handle.name} was freed")
+        return handle._row
+
+    def resolve(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+        """Return the sequences behind one handle, several, or a batch. O(n).
+
+        Raises: `StaleSequence`, `ValueError` where one stands twice.
+        """
+        if isinstance(target, Batch):
+            if target.owner is not self.owner:
+                raise StaleSequence("the batch belongs to another manager")
+            if target.epoch != self._state.rows.epoch:
+                stale = self.generations[target.rows] != target.generations
+                if stale.any():
+                    name = int(target.rows[stale][0])
+                    raise StaleSequence(
+                        f"sequence {name} of the batch was freed; make the batch anew"
+                    )
+            return target.rows
+        handles = [target] if isinstance(target, Sequence) else target
+        found = np.array([self.sequence(handle) for handle in handles], np.int64)
+        if len(np.unique(found)) != len(found):
+            raise ValueError("a sequence stands twice in the batch; name each once")
+        return found
+
+    def resident(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+        """As `resolve`, and refuse what is swapped out. O(n). Raises `SequenceSwapped`."""
+        epoch = self._state.rows.epoch
+        if isinstance(target, Batch) and target.epoch == epoch and target.owner is self.owner:
+            return target.rows
+        found = self.resolve(target)
+        away = self._state.rows.swapped[self.rows[:, found]].any(axis=0)
+        if away.any():
+            name = int(found[away][0])
+            raise SequenceSwapped(f'sequence {name} is on the host; swap(sequence, "device") first')
+        if isinstance(target, Batch):
+            target.epoch = epoch
+        return found
+
+    # ---------------------------------------------------------------- sequences come and go
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more sequences. Amortised O(1)."""
+        if count <= len(self.free):
+            return
+        old = len(self.lengths)
+        more = max(count - len(self.free), 8, old)
+        rows = np.zeros((len(self.rows), old + more), np.int64)
+        rows[:, :old] = self.rows
+        lengths, generations = (np.zeros(old + more, np.int64) for _ in range(2))
+        lengths[:old], generations[:old] = self.lengths, self.generations
+        digests = [*self.digests, *([] for _ in range(more))]
+        free = [*range(old + more - 1, old - 1, -1), *self.free]
+        # All were made, so nothing can fail half-way.
+        self.rows, self.lengths, self.generations = rows, lengths, generations
+        self.digests, self.free = digests, free
+
+    def handles(self, count: int, num_cached: int) -> list[Sequence]:
+        """Return handles for the next `count` sequences, which are reserved. O(count)."""
+        names = self.free[: -count - 1 : -1]
+        return [
+            Sequence(self.owner, name, int(self.generations[name]), num_cached) for name in names
+        ]
+
+    def add(self, rows: Int64 | list[int], length: int, digests: list[bytes]) -> int:
+        """Begin the next sequence, one reserved. O(groups)."""
+        name = self.free.pop()
+        self.rows[:, name], self.lengths[name], self.digests[name] = rows, length, digests
+        return name
+
+    def fork(self, parent: int, rows: Int64 | list[int]) -> None:
+        """Begin the next sequence, one reserved, as `parent` is. O(groups + blocks)."""
+        name = self.add(rows, int(self.lengths[parent]), self.digests[parent].copy())
+        if parent in self.pending:
+            self.pending[name] = self.pending[parent]
+
+    def drop(self, name: int) -> None:
+        """End a sequence; its handles are stale from now on. O(groups)."""
+        self.rows[:, name] = self.lengths[name] = 0
+        self.digests[name] = []
+        self.pending.pop(name, None)
+        self.generations[name] += 1
+        self.free.append(name)
+
+    # ---------------------------------------------------------------- laws
+
+    def check(self, first_needed: Callable[[int, int], int]) -> None:
+        """Raise `BrokenInvariant` unless each row is one sequence's. O(sequences * groups).
+
+        `first_needed(group, tokens)`: the first block that what follows so many tokens looks at.
+        """
+        table, size = self._state.rows, self._state.block_size
+        live = self.live()
+        if len(live) != len(self):
+            raise BrokenInvariant("groups: a sequence is free twice")
+        if sorted(self.rows[:, live].ravel().tolist()) != table.live_rows():
+            raise BrokenInvariant("groups: a row is in two sequences, or in none")
+        for name in live.tolist():
+            length, rows = int(self.lengths[name]), self.rows[:, name]
+            rooms = table.lengths[rows]
+            if np.any(rooms > length) or bool((rooms < length).any()) != (name in self.pending):
+                raise BrokenInvariant(f"sequence {name}: room for {rooms}, {length} tokens")
+            if np.any((rooms < length) & (rooms % size > 0)):
+                raise BrokenInvariant(f"sequence {name}: its room {rooms} ends within a block")
+            if len(self.digests[name]) * size > length:
+                raise BrokenInvariant(f"sequence {name}: a digest stands for no tokens")
+            for group, row in enumerate(rows.tolist()):
+                if table.prompt(row).group != group:
+                    raise BrokenInvariant(f"sequence {name}: a row is of another group")
+                if table.first_blocks[row] > first_needed(group, int(table.committed[row])):
+                    raise BrokenInvariant(f"sequence {name}: a block within its window is gone")

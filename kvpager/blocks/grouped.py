@@ -1,0 +1,457 @@
+"""A model's layers in groups, each with its own block table, over one pool of equal blocks.
+
+    manager = GroupedManager((None, 1024), num_blocks=4096, max_chunk=2048)
+    seq = manager.allocate(prompt_ids)              # blocks of both groups, or none
+    slots = manager.open_slots(seq, 0, 2048)        # int64 [groups, tokens]
+    manager.commit(seq, 2048)                       # gives back what is behind the window
+    tables = manager.block_tables([seq])            # int32 [groups, sequences, blocks]
+
+All layers of a group look equally far back: to the front, or over a window. A block holds the
+tokens of one group's layers, and groups have the same number of layers; so any block serves any
+group, and no memory is set aside for one kind of layer. A sequence is one row of the sequence table
+for each group. As in vLLM's hybrid manager (Jenga, Zhang et al., 2025).
+
+Each verb takes or gives the blocks of all groups, or changes nothing, and signals wait for its end,
+as in `BlockManager`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvpager import _validate as arguments
+from kvpager._text import counted
+from kvpager.blocks import invariants
+from kvpager.blocks.allocation import identity
+from kvpager.blocks.copies import Copies
+from kvpager.blocks.eviction import EvictionPolicy
+from kvpager.blocks.extension import Extension
+from kvpager.blocks.group_allocation import GroupAllocation
+from kvpager.blocks.group_extension import GroupExtension
+from kvpager.blocks.group_publication import GroupPublication
+from kvpager.blocks.group_queries import GroupQueries
+from kvpager.blocks.group_table import GroupTable
+from kvpager.blocks.quotas import Quotas
+from kvpager.blocks.resize import Resize
+from kvpager.blocks.sequences import Batch, Prompt, Sequence, Target, listed
+from kvpager.blocks.state import BlockState
+from kvpager.blocks.stats import Stats
+from kvpager.blocks.swap import Swap
+from kvpager.blocks.truncation import Truncation
+from kvpager.blocks.windows import WindowIndex, first_needed
+from kvpager.errors import SequenceSwapped
+from kvpager.plans import Plan, Step, Tier
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+class GroupedManager:
+    """Block tables of several groups of layers over one pool. A `CacheManager`; thread-safe.
+
+    Args:
+        windows: for each group, how many tokens back its layers look, themselves included; None
+            for layers that look back to the front.
+        num_blocks: blocks on the device, each for `block_size` tokens of one group.
+        block_size: token slots of a block, a power of two.
+        num_host_blocks: blocks of the host tier, for `swap`.
+        max_chunk: groups with a window take room for so many tokens at a time, which
+            `open_slots` continues. None: for all tokens at once.
+        eviction: as for `BlockManager`.
+
+    Groups with a window give back the blocks behind it when tokens are committed; what was offered
+    for reuse by then stays cached. A prompt reuses whole blocks, as many as every group can serve.
+    """
+
+    def __init__(
+        self,
+        windows: Iterable[int | None],
+        num_blocks: int,
+        block_size: int = 16,
+        num_host_blocks: int = 0,
+        *,
+        max_chunk: int | None = None,
+        eviction: str | EvictionPolicy = "lru",
+    ) -> None:
+        self.windows = tuple(
+            None if window is None else arguments.count("window", window, at_least=1)
+            for window in windows
+        )
+        if not self.windows:
+            raise ValueError("windows (): expected one for each group. Pass (None,) for one group.")
+        if max_chunk is not None:
+            max_chunk = arguments.count("max_chunk", max_chunk, at_least=1)
+        self.max_chunk = max_chunk
+        self._state = state = BlockState(
+            num_blocks, block_size, num_host_blocks, eviction, False, False, 0
+        )
+        self.block_size: int = state.block_size
+        self.num_host_blocks: int = state.host.num_blocks
+        self.quotas = Quotas(state)
+        self.copies = Copies(state)
+        self._table = table = GroupTable(self, state, len(self.windows))
+        self._queries = GroupQueries(state, table)
+        self._index = WindowIndex(state, self.windows)
+        self._allocation = GroupAllocation(state, table)
+        self._truncation = Truncation(state)
+        extension = Extension(state, self._truncation)
+        self._drafts = extension
+        self._extension = GroupExtension(state, table, extension, self.windows, max_chunk)
+        self._publication = GroupPublication(
+            state, table, self._index, self._truncation, self.windows
+        )
+        self._swap = Swap(state)
+        self._resize = Resize(state)
+
+    def __repr__(self) -> str:
+        with self._state.lock:
+            pool = self._state.pool
+            return (
+                f"<GroupedManager of {counted(len(self.windows), 'group')}: {pool.num_held} held, "
+                f"{pool.num_free} free of {counted(pool.num_blocks, 'block')} of {self.block_size}>"
+            )
+
+    def length(self, sequence: Sequence, /) -> int:
+        """Return the tokens in the sequence. O(1). Raises `StaleSequence`."""
+        with self._state.lock:
+            return int(self._table.lengths[self._table.sequence(sequence)])
+
+    # ---------------------------------------------------------------- allocate, fork, free
+
+    def allocate(
+        self,
+        prompt: int | ArrayLike,
+        *,
+        namespace: str | None = None,
+        adapter: str | None = None,
+        contents: Iterable[tuple[int, int, bytes]] = (),
+        spare: int = 0,
+    ) -> Sequence:
+        """Begin a sequence of `prompt` tokens, as `BlockManager.allocate`. O(tokens * groups).
+
+        Groups with a window take room for `max_chunk` tokens behind the cached ones.
+        Raises: `OutOfBlocks` of the sum over all groups; `TypeError` / `ValueError` for a bad
+        prompt or key part.
+        """
+        length, ids = arguments.prompt(prompt)
+        who = self._identities(namespace, adapter, contents, length)
+        spare = arguments.count("spare", spare)
+        with self._state.lock, self._state.change:
+            hit = self._index.nothing()
+            if ids is not None:
+                hit = self._index.match(who, ids[: max(length - 1, 0)])
+            rooms = self._extension.rooms(hit.num_blocks * self.block_size, length)
+            return self._allocation.begin(who, length, rooms, ids, hit, spare)
+
+    def _identities(
+        self,
+        namespace: str | None,
+        adapter: str | None,
+        contents: Iterable[tuple[int, int, bytes]],
+        length: int,
+    ) -> list[Prompt]:
+        who = identity(namespace, adapter, contents, length)
+        return [who._replace(group=group) for group in range(len(self.windows))]
+
+    def cached_tokens(
+        self,
+        prompt: ArrayLike,
+        *,
+        namespace: str | None = None,
+        adapter: str | None = None,
+        contents: Iterable[tuple[int, int, bytes]] = (),
+    ) -> int:
+        """Return how many leading tokens of `prompt` every group has now. O(tokens * groups).
+
+        Advisory: the blocks may be evicted before `allocate`. Raises: as `allocate`.
+        """
+        ids = arguments.token_ids(prompt)
+        who = self._identities(namespace, adapter, contents, len(ids))
+        with self._state.lock:
+            return self._index.match(who, ids).num_blocks * self.block_size
+
+    @overload
+    def fork(self, sequence: Sequence) -> Sequence: ...
+    @overload
+    def fork(self, sequence: Sequence, count: int) -> list[Sequence]: ...
+    def fork(self, sequence: Sequence, count: int | None = None) -> Sequence | list[Sequence]:
+        """Return a sequence, or with `count` a list of n, that shares every block.
+
+        O(blocks) each. Raises: `StaleSequence`, `SequenceSwapped`.
+        """
+        times = 1 if count is None else arguments.count("count", count, at_least=1, at_most=2**16)
+        with self._state.lock, self._state.change:
+            [parent] = self._table.resident(_one(sequence)).tolist()
+            children = self._allocation.fork(parent, times)
+        return children[0] if count is None else children
+
+    def free(self, sequences: Target, *, publish: bool = False) -> None:
+        """Give the blocks of all groups back and end the handles. O(blocks).
+
+        `publish` commits all tokens that have room first. Raises: `StaleSequence`; with `publish`,
+        `SequenceSwapped`.
+        """
+        named = listed(sequences)
+        arguments.flag("publish", publish)
+        with self._state.lock, self._state.change:
+            if publish:
+                names = self._table.resident(named)
+                self._publication.commit(names, self._publication.settled(names))
+            else:
+                names = self._table.resolve(named)
+            self._allocation.end(names)
+
+    # ---------------------------------------------------------------- append, open_slots, accept
+
+    def append(
+        self,
+        sequences: Target,
+        tokens: int | ArrayLike | Iterable[ArrayLike] = 1,
+        *,
+        counts: ArrayLike | None = None,
+        draft: bool = False,
+    ) -> Step:
+        """Make room for further tokens, as `BlockManager.append`. O(tokens * groups).
+
+        `Step.slots` is int64 [groups, tokens]. It is -1 where a group with a window has no room
+        yet: beyond `max_chunk` tokens, or behind tokens that have none. `open_slots` makes it.
+        Raises: `OutOfBlocks`, `StaleSequence`, `SequenceSwapped`, `ValueError`, `TypeError`.
+        """
+        named = listed(sequences)
+        num_named = None if isinstance(named, Sequence) else len(named)
+        num_new, ids = arguments.new_tokens(num_named, tokens, counts)
+        arguments.flag("draft", draft)
+        state = self._state
+        with state.lock, state.change:
+            names = self._table.resident(named)
+            if state.rows.num_special and not draft:
+                state.refuse_drafts(self._table.rows[0, names])
+            return self._extension.append(names, num_new, ids, draft)
+
+    def open_slots(self, sequence: Sequence, start: int, stop: int) -> Int64:
+        """Return the slots of tokens about to be written, int64 [groups, tokens]. O(tokens).
+
+        Groups with a window take the blocks now that they lack, up to token `stop`.
+        Raises: `OutOfBlocks`, and as `slots`.
+        """
+        start, stop = arguments.count("start", start), arguments.count("stop", stop)
+        with self._state.lock, self._state.change:
+            [name] = self._table.resident(_one(sequence)).tolist()
+            arguments.within_one("stop", stop, int(self._table.lengths[name]))
+            self._queries.refuse_behind(name, start, stop)
+            self._extension.open(name, stop)
+            return self._queries.slots_of(name, start, stop)
+
+    def accept(
+        self,
+        sequences: Target,
+        counts: ArrayLike,
+        tokens: ArrayLike | Iterable[ArrayLike] | None = None,
+    ) -> None:
+        """Keep the first `counts` drafts of each sequence, as `BlockManager.accept`.
+
+        O(drafts * groups).
+        """
+        named = listed(sequences)
+        kept, ids = arguments.accepted(
+            None if isinstance(named, Sequence) else len(named), counts, tokens
+        )
+        state, table, groups = self._state, self._table, len(self.windows)
+        with state.lock, state.change:
+            names = table.resident(named)
+            rows = table.rows[:, names]
+            drafts = state.rows.drafts[rows[0]]
+            if np.any(kept > drafts):
+                raise ValueError(f"counts {counts!r}: the sequences have {drafts} drafts")
+            theirs = None if ids is None else np.tile(ids, groups)
+            self._drafts.accept(rows.ravel(), np.tile(kept, groups), theirs)
+            table.lengths[names] = state.rows.lengths[rows[0]]
+
+    # ---------------------------------------------------------------- commit, truncate
+
+    def commit(self, sequences: Target, length: int | None = None) -> None:
+        """Say that the KV of the first `length` tokens (default: all with slots) is written.
+
+        Full blocks of known tokens become reusable, drafts never. Groups with a window give back
+        the blocks that the token after these does not look at.
+        O(sequences * groups), and of blocks that became full.
+        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for more tokens than have slots.
+        """
+        named = listed(sequences)
+        length = None if length is None else arguments.count("length", length)
+        with self._state.lock, self._state.change:
+            names = self._table.resident(named)
+            settled = self._publication.settled(names)
+            if length is not None:
+                arguments.within("length", length, settled)
+                settled = np.full_like(settled, length)
+            self._publication.commit(names, settled)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Shorten the sequence to its first `length` tokens. O(blocks given back).
+
+        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` where `length` is more than there
+        is, or where blocks are gone that the token after it would look at.
+        """
+        length = arguments.count("length", length)
+        state, table, rows = self._state, self._table, self._state.rows
+        with state.lock, state.change:
+            [name] = table.resident(_one(sequence)).tolist()
+            arguments.within_one("length", length, int(table.lengths[name]))
+            members = table.rows[:, name].tolist()
+            for group, row in enumerate(members):
+                if rows.first_blocks[row] > self._first_needed(group, length):
+                    raise ValueError(
+                        f"length {length}: blocks within the window of {self.windows[group]} "
+                        "tokens before it were given back; allocate the sequence anew"
+                    )
+            state.change.begin()
+            for row in members:
+                if length < rows.lengths[row]:
+                    self._truncation.shorten(row, length)
+            self._extension.cut(name, length)
+
+    def _first_needed(self, group: int, num_tokens: int) -> int:
+        window = self.windows[group]
+        return 0 if window is None else first_needed(num_tokens, window, self.block_size)
+
+    # ---------------------------------------------------------------- swap
+
+    def swap(
+        self, sequences: Target, to: Tier, *, at_most: int | None = None, spare: int = 0
+    ) -> Plan:
+        """Move the blocks of all groups between tiers, as `BlockManager.swap`. O(blocks).
+
+        Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `SequenceSwapped` for a
+        sequence that is wholly on the host already, `ValueError`.
+        """
+        if not isinstance(to, str) or to not in ("device", "host"):
+            raise ValueError(f'swap to {to!r}: expected "device" or "host"')
+        at_most = None if at_most is None else arguments.count("at_most", at_most)
+        spare = arguments.count("spare", spare)
+        named = listed(sequences)
+        state, table = self._state, self._table
+        with state.lock, state.change:
+            names = table.resolve(named)
+            if to == "device":
+                return self._swap.back(table.rows[:, names].ravel().tolist(), at_most, spare)
+            return self._swap.out(self._not_on_host(names), at_most)
+
+    def _not_on_host(self, names: Int64) -> list[int]:
+        """Return the rows that are not wholly on the host already."""
+        rows, found = self._state.rows, list[int]()
+        for name in names.tolist():
+            members = self._table.rows[:, name].tolist()
+            here = [
+                row
+                for row in members
+                if len(rows.device_blocks(row)) or not len(rows.host_blocks(row))
+            ]
+            if not here:
+                raise SequenceSwapped(f"sequence {name} is on the host already, all of it")
+            found += here
+        return found
+
+    # ---------------------------------------------------------------- handles and tables
+
+    def batch(self, sequences: Iterable[Sequence]) -> Batch:
+        """Return one reusable argument for several handles. O(n).
+
+        Raises: `StaleSequence`, `ValueError` where a sequence stands twice.
+        """
+        return self._queries.batch(sequences)
+
+    def lengths(self, sequences: Target) -> Int64:
+        """Return the tokens in each sequence, int64 [n]. O(n). Raises `StaleSequence`."""
+        return self._queries.lengths(sequences)
+
+    def block_tables(self, sequences: Target, *, padding: int = -1) -> Int32:
+        """Return block tables, int32 [groups, n, most blocks]. O(groups * n * most blocks).
+
+        `padding` where no block of the device is: behind the window and beyond the room of a
+        group too. Raises `StaleSequence`.
+        """
+        return self._queries.block_tables(sequences, padding)
+
+    def tables_and_lengths(self, sequences: Target) -> tuple[Int32, Int64]:
+        """Return `block_tables` and `lengths` of sequences on the device, read at one moment.
+
+        O(groups * n * most blocks). Raises `StaleSequence`, `SequenceSwapped`.
+        """
+        return self._queries.tables_and_lengths(sequences)
+
+    def slots(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> Int64:
+        """Return flat slots of tokens `start` to `stop` (default: all), int64 [groups, tokens].
+
+        O(tokens * groups). Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for tokens
+        that have none.
+        """
+        return self._queries.slots(sequence, start, stop)
+
+    # ---------------------------------------------------------------- the pool
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return the most blocks that a sequence comes to hold up to `num_tokens`. O(groups).
+
+        A group with a window holds at most the window and a chunk.
+        """
+        size, total = self.block_size, 0
+        for window in self.windows:
+            blocks = -(-num_tokens // size)
+            if window is not None and self.max_chunk is not None:
+                blocks = min(blocks, -(-(window + self.max_chunk - 1) // size) + 1)
+            total += blocks
+        return total
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks on the device. O(1)."""
+        return self._state.pool.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Device blocks that can be had without evicting anything. O(1)."""
+        with self._state.lock:
+            return self._state.pool.num_free
+
+    @property
+    def num_available_blocks(self) -> int:
+        """Device blocks that can be had: free ones, and cached ones that may be evicted. O(1)."""
+        with self._state.lock:
+            return self._state.pool.num_free + self._state.pool.num_evictable
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Device blocks that sequences hold, shared ones counted once. O(1)."""
+        with self._state.lock:
+            return self._state.pool.num_held
+
+    def drop_cached(self) -> int:
+        """Evict all that only the prefix index keeps; return how many blocks that freed.
+
+        O(cached).
+        """
+        return self._resize.drop_cached()
+
+    def stats(self) -> Stats:
+        """Return counts of now and totals, blocks of all groups. O(blocks + sequences)."""
+        return self._queries.stats()
+
+    def check(self) -> None:
+        """Recount everything from the block tables. O(blocks + tokens).
+
+        Raises: `BrokenInvariant`, naming the broken law.
+        """
+        with self._state.lock, self._state.change:
+            invariants.check(self._state)
+            self._table.check(self._first_needed)
+
+
+def _one(sequence: Sequence) -> Sequence:
+    if not isinstance(sequence, Sequence):
+        raise TypeError(f"expected a Sequence, got {type(sequence).__name__}")
+    return sequence

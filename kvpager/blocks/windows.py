@@ -1,0 +1,181 @@
+"""What prompts share where some layers look back over a window only.
+
+A layer with a window needs the blocks of the last window before a hit and none before those. So
+the blocks of its group are offered one by one, each by a digest of all tokens up to its end. The
+digest stands in the prefix index as a content behind the block's tokens:
+
+    group 0, full       run of blocks a b c d e f       by their tokens, one after the other
+    group 1, window 2   e by digest(a..e), f by digest(a..f)        b, c, d were evicted
+
+A block that slid out of a window is a run of its own: it leaves by its own rank, before those that
+are still of use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.blocks.contents import Contents
+from kvpager.blocks.radix import Node, key_of
+from kvpager.blocks.sequences import Prompt
+from kvpager.blocks.state import NO_BLOCKS, BlockState
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+_FRONT = bytes(32)  # stands for the tokens before the first one
+
+
+class Held(NamedTuple):
+    """Blocks of one group that a new sequence shares: those from `first` on."""
+
+    first: int
+    blocks: Int32
+    node: Node | None = None  # where the last of them stands
+    is_keyed: bool = False  # each is offered by itself
+
+    @property
+    def table(self) -> Int32:
+        """Return the block table, -1 before `first`. O(blocks)."""
+        return np.concatenate([np.full(self.first, -1, np.int32), self.blocks])
+
+
+class Hit(NamedTuple):
+    """What the index has of a prompt, in whole blocks."""
+
+    num_blocks: int
+    held: list[Held]  # of each group
+    digests: list[bytes]  # of the blocks of the prompt looked at
+
+
+def first_needed(num_tokens: int, window: int, block_size: int) -> int:
+    """Return the first block that the token after `num_tokens` looks back to. O(1)."""
+    return max(num_tokens - window + 1, 0) // block_size
+
+
+class WindowIndex:
+    """Looks prompts up for all groups at once, and offers the blocks of those with a window.
+
+    The caller holds the lock. Writes `published` of the rows it is given.
+    """
+
+    def __init__(self, state: BlockState, windows: tuple[int | None, ...]) -> None:
+        self._state = state
+        self._windows = windows
+
+    # ---------------------------------------------------------------- look up
+
+    def match(self, who: Several[Prompt], ids: Int32) -> Hit:
+        """Return the longest prefix of `ids` that every group can serve. O(tokens)."""
+        state, most = self._state, len(ids) // self._state.block_size
+        found: list[tuple[Int32, Node | None]] = []
+        for prompt, window in zip(who, self._windows, strict=True):
+            if window is None:
+                match = state.index.match(
+                    prompt.tree, ids[: most * state.block_size], prompt.contents
+                )
+                most = min(most, len(match.blocks))
+                found.append((match.blocks, match.node))
+            else:
+                found.append((NO_BLOCKS, None))
+        if not most or not self._is_known(who):
+            return self.nothing()
+        if not any(self._windows):
+            return Hit(most, [Held(0, blocks[:most], node) for blocks, node in found], [])
+        blocks = ids[: most * state.block_size].reshape(most, -1)
+        digests: list[bytes] = []
+        self.extend(digests, blocks, who[0].contents)
+        keys = [self._key(block, digest) for block, digest in zip(blocks, digests, strict=True)]
+        most, offered = self._common(who, keys)
+        held = []
+        for (run, node), blocks_of, window in zip(found, offered, self._windows, strict=True):
+            if window is None:
+                held.append(Held(0, run[:most], node))
+            else:
+                first = first_needed(most * state.block_size, window, state.block_size)
+                held.append(Held(first, blocks_of[first:most].copy(), is_keyed=True))
+        return Hit(most, held, digests) if most else self.nothing(digests)
+
+    def _is_known(self, who: Several[Prompt]) -> bool:
+        roots = self._state.forest.roots
+        return all(prompt.tree in roots for prompt in who)
+
+    def nothing(self, digests: Several[bytes] = ()) -> Hit:
+        """Return a hit of no block. O(groups)."""
+        return Hit(
+            0,
+            [Held(0, NO_BLOCKS, is_keyed=window is not None) for window in self._windows],
+            list(digests),
+        )
+
+    def _common(self, who: Several[Prompt], keys: list[object]) -> tuple[int, list[Int32]]:
+        """Return how many blocks all groups with a window can serve, and which those are."""
+        offered = [np.full(len(keys), -1, np.int32) for _ in who]
+        most, agreed = len(keys), -1
+        while most != agreed:
+            agreed = most
+            for prompt, window, blocks in zip(who, self._windows, offered, strict=True):
+                if window is not None:
+                    most = self._served(prompt, window, keys[:most], blocks)
+        return most, offered
+
+    def _served(self, who: Prompt, window: int, keys: list[object], blocks: Int32) -> int:
+        """Return the most leading blocks before which one group has a whole window.
+
+        From the last block to the front; what is found is noted in `blocks`.
+        """
+        size, index, tree = self._state.block_size, self._state.index, who.tree
+        end = len(keys)
+        first = first_needed(end * size, window, size)
+        for position in range(len(keys) - 1, -1, -1):
+            if blocks[position] < 0:
+                blocks[position] = index.find_first(tree, keys[position])
+            if blocks[position] < 0:
+                end = position
+                first = first_needed(end * size, window, size)
+            elif position <= first:
+                return end
+        return end
+
+    # ---------------------------------------------------------------- publish
+
+    def publish(self, row: int, digests: list[bytes], end: int) -> None:
+        """Offer the blocks up to `end` of the row of a group with a window. O(their tokens).
+
+        `digests` are those of the sequence, and get longer if need be. The change has begun, and
+        the index is to settle afterwards.
+        """
+        state, table = self._state, self._state.rows
+        begin, who = int(table.published[row]), table.prompt(row)
+        blocks = table.tables.part(row, begin, end)
+        if len(digests) < end:
+            missing = blocks[len(digests) - begin :]
+            self.extend(digests, state.pool.ids[missing], who.contents)
+        for block, digest in zip(blocks.tolist(), digests[begin:end], strict=True):
+            root = state.index.root(who.tree)
+            state.index.publish(root, 0, np.array([block]), self._behind(digest))
+        table.published[row] = end
+
+    def extend(self, digests: list[bytes], blocks: Int32, contents: Contents) -> None:
+        """Add the digests of the `blocks` of token ids that follow, [n, block_size]. O(tokens)."""
+        before = digests[-1] if digests else _FRONT
+        begin, end = len(digests), len(digests) + len(blocks)
+        for stop, tag in contents.stretches(self._state.block_size, begin, end):
+            shown = b"" if tag is None else repr(tag).encode()
+            for position in range(len(digests), stop):
+                tokens = blocks[position - begin].tobytes()
+                before = blake2b(before + tokens + shown, digest_size=32).digest()
+                digests.append(before)
+
+    def _behind(self, digest: bytes) -> Contents:
+        size = self._state.block_size
+        return Contents([(0, size, digest, size)])
+
+    def _key(self, tokens: Int32, digest: bytes) -> object:
+        size = self._state.block_size
+        return key_of(tokens, ((0, size, digest, size),))
