@@ -112,7 +112,7 @@ def _says_what_was_stored(mask: Tensor | None, view: PagedView) -> bool:
     """Whether `mask` hides the columns that no block holds, and no other. Waits for a GPU, as
     transformers' own unpadding does; without a mask, nothing is waited for."""
     if mask is None:
-        return int(view.group.padding.max(initial=0)) <= view.start
+        return int(view.padding.max(initial=0)) <= view.start
     columns = torch.arange(view.start, view.stop, device=mask.device)
-    padding = torch.from_numpy(view.group.padding).to(mask.device)
+    padding = torch.from_numpy(view.padding).to(mask.device)
     return torch.equal(mask.to(torch.bool), columns >= padding[:, None])

@@ -122,7 +122,7 @@ def in_place(
         view = common_view(key, value)
         if isinstance(view, PackedView):
             return view.attend(module, query, **kwargs)
-        if view is None or not view.group.memory.in_place:
+        if view is None or not view.memory.in_place:
             return None
         shown = Shown(view.num_rows, view.stop - view.start, view.dtype)
         attend = functools.partial(reading.attend, view)

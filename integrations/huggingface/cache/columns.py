@@ -1,7 +1,21 @@
-"""Columns that layers may write: those announced for a prompt, and those that their group takes."""
+"""The columns of a batch, and the tokens among them.
+
+    columns        0  1  2  3  4  5  6  7        a batch as transformers sees it: one length,
+    row 0          .  .  .  t0 t1 t2 t3 t4       left-padded
+    row 1          t0 t1 t2 t3 t4 t5 t6 t7
+    sequences      row 0: t0..t4 in 2 blocks of 4; row 1: t0..t7 in 2 blocks
+
+Columns are transformers' view, tokens are the block manager's: a row's token is its column less
+its padding. So padding is never stored, and equal prompts have equal blocks however padded.
+
+Padding is known from the arguments of `generate`, before the model runs. A model may put columns of
+its own before the prompt: soft prompts, an image. So the first write of a prompt is compared with
+what was announced. Where they differ, every column is stored.
+"""
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager.errors import KVPagerError
+
+Int64 = NDArray[np.int64]
 
 
 class Announced(NamedTuple):
@@ -27,7 +43,7 @@ class Announced(NamedTuple):
         """True if a pass may write columns `start` to `stop` of `rows` rows."""
         return (rows, stop) == (self.rows, self._stop(start))
 
-    def shows(self, mask: Any, padding: NDArray[np.int64], start: int) -> bool:
+    def shows(self, mask: Any, padding: Int64, start: int) -> bool:
         """True if a pass from column `start` on hides `padding` [rows] and nothing else.
 
         `mask` is what the model builds its masks from. Waits for a GPU.
@@ -41,6 +57,108 @@ class Announced(NamedTuple):
 
     def _stop(self, start: int) -> int:
         return min(start + self.columns_per_pass, self.columns)
+
+
+class Columns:
+    """How many columns the rows of a batch have, and which of them are padding."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all columns. O(1)."""
+        self.count = 0
+        self.padding: Int64 = np.zeros(0, np.int64)  # columns before each row's first token
+        self.first_private = 0  # from this column on, no block is shared with another group
+        self.announced: Announced | None = None  # while the prompt is computed
+        self._step = 0, 0  # the first and the last column that were added last
+
+    def lengths(self, count: int) -> Int64:
+        """Return the tokens of each row among the first `count` columns, int64 [rows]. O(rows)."""
+        return np.maximum(count - self.padding, 0)
+
+    def begin(self, num_rows: int) -> None:
+        """Begin with `num_rows` rows, without padding unless it was announced for them. O(rows)."""
+        if len(self.padding) != num_rows:
+            self.padding = np.zeros(num_rows, np.int64)
+
+    def start_at(self, count: int) -> None:
+        """Begin with `count` columns that are stored already. O(1)."""
+        self.count = self.first_private = count
+
+    def add(self, start: int, stop: int) -> None:
+        """Note that a step adds the columns from `start` to `stop`. O(1)."""
+        self._step, self.count = (start, stop), stop
+
+    def select(self, rows: Int64) -> None:
+        """Keep the padding of `rows`; all columns may be shared from now on. O(rows)."""
+        self.padding, self.first_private = self.padding[rows], self.count
+
+    def truncate(self, count: int) -> None:
+        """Forget all columns from `count` on. O(rows)."""
+        self.padding = np.minimum(self.padding, count)
+        self.count, self.first_private = count, min(self.first_private, count)
+
+    def fork(self) -> Columns:
+        """Return a copy for a batch that shares all blocks of this one. O(rows)."""
+        self.first_private = self.count
+        twin = copy.copy(self)
+        twin.padding = self.padding.copy()
+        return twin
+
+    def check_takes(self, held_rows: int, num_rows: int, start: int, num_new: int) -> None:
+        """Raise `OtherColumns` unless a layer can write these columns of `num_rows` rows. O(1).
+
+        Raises: `ValueError` for another number of rows than the `held_rows` that there are.
+        """
+        stop = start + num_new
+        if start == self.count:
+            if held_rows not in (0, num_rows):
+                raise ValueError(f"the cache holds {held_rows} rows, but {num_rows} are written")
+            return
+        # Another layer has added the columns already, in this pass or in an earlier one.
+        private = start >= self.first_private and num_rows == held_rows
+        if private and (start, stop) == self._step:
+            return
+        late = start > 0 and stop <= self.count
+        if private and late and start >= int(self.padding.max(initial=0)):
+            return
+        raise OtherColumns(
+            f"a layer writes columns {start} to {stop} of {num_rows} rows, but its group has "
+            f"{self.count} columns of {held_rows} rows, copied or reordered at column "
+            f"{self.first_private}. Compiled code needs layers that write the same columns."
+        )
+
+    def announce(self, padding: Int64, announced: Announced) -> None:
+        """Expect a prompt with `padding` [rows] columns before its tokens. O(1)."""
+        self.padding, self.announced = padding, announced
+
+    def agree_with_mask(self, mask: Any) -> bool:
+        """Compare the mask of a pass with what was announced. O(columns).
+
+        Raises: as `agree_with_write`.
+        """
+        announced, start = self.announced, self.count
+        if announced is None or start >= announced.columns:
+            return True
+        return announced.shows(mask, self.padding, start) or self._distrust(announced, start)
+
+    def agree_with_write(self, num_rows: int, start: int, stop: int) -> bool:
+        """Compare new columns with those announced; store all of them if they differ. O(rows).
+
+        Raises: `Unannounced` where the pass is no use.
+        """
+        announced = self.announced
+        if announced is None or stop <= self.count or start >= announced.columns:
+            return True
+        return announced.holds(num_rows, start, stop) or self._distrust(announced, start)
+
+    def _distrust(self, announced: Announced, start: int) -> bool:
+        """Assume nothing about columns from `start` on. Returns False."""
+        if announced.is_binding:
+            raise Unannounced(f"the pass from column {start} on does not match {announced}")
+        self.padding, self.announced = np.minimum(self.padding, start), None
+        return False
 
 
 class Origin(NamedTuple):

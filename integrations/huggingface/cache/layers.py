@@ -29,7 +29,7 @@ class PagedLayer(DynamicLayer):
 
     def __init__(self, group: LayerGroup, number: int) -> None:
         self.group = group
-        group.num_members += 1
+        group.members.count += 1
         self.number = number  # among the layers of the group
         self.num_columns = 0
         self.kind: LayerKind | None = None
@@ -116,7 +116,7 @@ class PagedLayer(DynamicLayer):
         if keep_from:
             start, key, value = keep_from, key[:, :, keep_from:], value[:, :, keep_from:]
         self.group.write(self.number, start, key, value)
-        if self.number == self.group.num_members - 1 or self.group.origin is not None:
+        if self.number == self.group.members.count - 1 or self.group.origin is not None:
             self.group.memory.note_dense()
 
     def move(self, group: LayerGroup) -> None:

@@ -26,7 +26,7 @@ def attend(
     Reads the blocks in place and counts that. O(queries * kv tokens * heads * dims).
     """
     options = (scaling, causal, softcap, window)
-    view.group.memory.counters.in_place_reads += 1
+    view.memory.counters.in_place_reads += 1
     if len(view.parts) == 1:
         return _attend_part(view, view.parts[0], query, mask, sinks, *options)
     output = None

@@ -42,6 +42,7 @@ class Share(NamedTuple):
     rows: Int64  # their numbers in the batch, ascending
     sequences: list[Sequence]
     batch: Batch  # the same, for operations on all of them
+    on_host: bool
 
 
 class BatchRows:
@@ -79,7 +80,7 @@ class BatchRows:
                 if pool is not None and len(rows):
                     sequences = [self._sequences[row] for row in rows]
                     batch = pool.manager.batch(sequences)
-                    self._shares.append(Share(pool, rows, sequences, batch))
+                    self._shares.append(Share(pool, rows, sequences, batch, pool is not self.pool))
         return self._shares
 
     def _become(self, sequences: list[Sequence], on_host: NDArray[np.bool_]) -> None:
@@ -283,7 +284,7 @@ class BatchRows:
         """Full blocks of known tokens become reusable; those on the host do not. O(blocks)."""
         self.settle()
         for share in self.shares():
-            if share.pool is self.pool:
+            if not share.on_host:
                 share.pool.manager.commit(share.batch)
 
     @whole

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from kvpager.integrations.huggingface.cache.rows import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +29,20 @@ class CacheStats:
     dense_bytes: int
     num_host_blocks: int
     host_held_bytes: int
+
+
+class Holding(NamedTuple):
+    """Blocks of one pool that the rows of a group hold."""
+
+    num_blocks: int
+    num_shared_blocks: int  # in the tables of several rows
+    held_bytes: int
+    on_host: bool
+
+    @classmethod
+    def of(cls, share: Share) -> Holding:
+        """Count the blocks of rows that are in one pool. O(blocks)."""
+        tables = share.pool.manager.block_tables(share.batch)
+        blocks, holders = np.unique(tables[tables >= 0], return_counts=True)
+        num_bytes = len(blocks) * share.pool.block_bytes
+        return cls(len(blocks), int(np.count_nonzero(holders > 1)), num_bytes, share.on_host)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import weakref
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -105,29 +106,6 @@ def packed(states: Tensor) -> Tensor:
     return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
 
-class Viewed(Protocol):
-    """Layers that share block tables, as a view of them asks."""
-
-    padding: NDArray[np.int64]  # columns of each row that are
-
-    @property
-    def memory(self) -> Budget:
-        """The memory that its pool is part of."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the batch."""
-
-    def parts(self, number: int, stop: int) -> list[Part]:
-        """Where the rows of layer `number` are, up to column `stop`."""
-
-    def kind(self, number: int) -> LayerKind:
-        """What layer `number` is, and where it computes."""
-
-    def count_gather(self) -> None:
-        """A view gathers."""
-
-
 class PagedView:
     """A layer's keys and values of columns `start` to `stop`, as they are now.
 
@@ -136,29 +114,28 @@ class PagedView:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_dense",
-        "device",
-        "dtype",
-        "group",
-        "kind",
-        "num_rows",
-        "number",
-        "parts",
-        "shape",
-        "start",
-        "stop"
+        "__weakref__", "_dense", "_owner", "device", "dtype", "kind", "memory", "num_rows",
+        "padding", "parts", "shape", "start", "stop",
     )  # fmt: skip
 
-    def __init__(self, group: Viewed, number: int, start: int, stop: int) -> None:
-        self.group = group  # keeps the blocks alive
-        self.number = number
-        self.num_rows = group.num_rows
-        self.start = start
-        self.stop = stop
-        self.parts = group.parts(number, stop)
-        self.kind = group.kind(number)
-        self.shape, self.dtype, self.device = self.kind
+    def __init__(
+        self,
+        kind: LayerKind,
+        parts: list[Part],
+        padding: NDArray[np.int64],
+        start: int,
+        stop: int,
+        memory: Budget,
+        owner: object = None,
+    ) -> None:
+        """Show the columns of `parts`, whose rows begin with `padding` [rows] columns. O(1).
+
+        The view counts its reads in `memory`, and keeps `owner`, which holds the blocks, alive.
+        """
+        self.kind, self.parts, self.padding = kind, parts, padding
+        self.shape, self.dtype, self.device = kind
+        self.num_rows, self.start, self.stop = len(padding), start, stop
+        self.memory, self._owner = memory, owner
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def shows_the_same_as(self, other: PagedView) -> bool:
@@ -173,7 +150,7 @@ class PagedView:
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values as [rows, kv_heads, columns, dim]; padding is zero. Gathers once."""
         if self._dense is None:
-            self.group.count_gather()
+            self.memory.counters.gathers += 1
             num_columns = self.stop - self.start
             if len(self.parts) == 1:
                 key, value = (each.to(self.device) for each in self.parts[0].dense(num_columns))
@@ -197,3 +174,13 @@ class PagedView:
         return key, value
 
     materialise = dense
+
+
+class Views(weakref.WeakSet[PagedView]):
+    """The views of a group that somebody may still hold."""
+
+    def freeze(self) -> None:
+        """Let each view keep what it shows, and forget it: the blocks change. O(bytes shown)."""
+        for view in list(self):
+            view.materialise()
+        self.clear()

@@ -244,13 +244,13 @@ def _is_paged(cache: Any) -> bool:
 
 def _check_padding_is_still_hidden(cache: PagedCache, mask: torch.Tensor | None) -> None:
     """Padding was never stored, so a later call may not look at it either."""
-    group = max(cache.groups, key=lambda each: int(each.padding.max(initial=0)), default=None)
-    padding = 0 if group is None else int(group.padding.max(initial=0))
-    if group is None or not padding:
+    paddings = [group.columns.padding for group in cache.groups if group.columns.padding.any()]
+    if not paddings:
         return
-    columns = torch.arange(padding)
-    hidden = columns < torch.from_numpy(group.padding)[:, None]
-    if mask is None or mask.dim() != 2 or bool((mask[:, :padding].cpu() != 0)[hidden].any()):
+    padding = max(paddings, key=lambda each: int(each.max()))
+    columns = int(padding.max())
+    hidden = torch.arange(columns) < torch.from_numpy(padding)[:, None]
+    if mask is None or mask.dim() != 2 or bool((mask[:, :columns].cpu() != 0)[hidden].any()):
         raise ValueError(
             "this cache was begun with left padding, which takes no blocks: pass the "
             "attention_mask of the whole sequence, with zeros where the padding was"

@@ -65,7 +65,7 @@ def why_not_kept(cache: PagedCache, inputs: Inputs, padding: Padding) -> str | N
         return "a model whose positions depend on the length of the prompt"
     if len(cache.groups) != 1 or cache.groups[0].window is not None:
         return "a model with sliding windows"
-    if cache.groups[0].num_layers is None:
+    if cache.groups[0].members.expected is None:
         return "a cache without a configuration"
     if (chunk := inputs.generation_config.prefill_chunk_size) is not None:
         return f"prefill_chunk_size={chunk}"

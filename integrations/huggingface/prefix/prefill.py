@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.columns import Announced, Unannounced
-from kvpager.integrations.huggingface.cache.groups import LayerGroup, Prompt
+from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
+from kvpager.integrations.huggingface.cache.prompt import Prompt
 from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
 from kvpager.integrations.huggingface.prefix.inputs import Inputs, Padding
 from kvpager.integrations.huggingface.prefix.obstacles import why_not_by_row, why_not_kept
@@ -58,7 +59,7 @@ def prefill(original: Prefill, prompts: PromptCache | None, inputs: Inputs, **kw
         raise
     finally:
         for group in cache.groups:
-            group.announced = None
+            group.columns.announced = None
 
 
 def _count_unserved(cache: PagedCache, reason: str | None) -> None:
@@ -85,7 +86,7 @@ def _prefill_padded(
     announced = Announced(rows, columns, per_pass, is_binding=repeats > 1)
     for group in cache.groups:
         if group.holds_text:
-            group.announce(padding, announced)
+            group.columns.announce(padding, announced)
     prompt = None
     if prompts is not None:
         prompt, reason = _prompt_to_keep(prompts, cache, inputs, padding, reason)
@@ -156,10 +157,10 @@ def _prefill_new(
         prompts.attach(model, cache, prompt, padding)
         (group,) = cache.groups
         known = group.num_columns > 0
-        group.announced = announced._replace(is_binding=announced.is_binding or known)
+        group.columns.announced = announced._replace(is_binding=announced.is_binding or known)
         _count_hits(group, prompt)
         output = original(*inputs, **kwargs)
-        if group.announced is not None and group.announced.is_binding:
+        if group.columns.announced is not None and group.columns.announced.is_binding:
             _check_written(cache, announced.columns)
         prompts.publish(model, cache)
         return output
@@ -173,7 +174,7 @@ def _prefill_new(
         prompts.attach(model, part, prompt.of(rows), padding[rows] - first)
         columns = announced.columns - first
         (group,) = part.groups
-        group.announced = Announced(len(rows), columns, columns, is_binding=True)
+        group.columns.announced = Announced(len(rows), columns, columns, is_binding=True)
         _count_hits(group, prompt.of(rows))
         here = torch.from_numpy(rows).to(inputs.ids.device)
         theirs = inputs.of_rows((here, slice(first, None)))
@@ -191,7 +192,7 @@ def _prefill_new(
 def _count_hits(group: LayerGroup, prompt: Prompt) -> None:
     counters = group.memory.counters
     counters.prefix_query_tokens += sum(map(len, prompt.rows))
-    counters.prefix_hit_tokens += int(group.lengths(group.num_columns).sum())
+    counters.prefix_hit_tokens += int(group.columns.lengths(group.num_columns).sum())
 
 
 def _repeat_rows(output: Any, num_rows: int, repeats: int) -> None:

@@ -23,9 +23,9 @@ from transformers import (
 
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import OutOfBlocks
-from kvpager.integrations.huggingface.cache.groups import Int32, Prompt
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
+from kvpager.integrations.huggingface.cache.prompt import Int32, Prompt
 from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
 from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
@@ -139,7 +139,7 @@ class PromptCache:
             if int((padding + self.known(model, cache, prompt)).min()) <= group.num_columns:
                 return
             cache.reset()
-        group.padding, group.prompt = padding, prompt
+        group.columns.padding, group.prompt = padding, prompt
         pool = self._pool(model, cache)
         if pool is not None:
             _reuse(cache, self._homes[model], pool, prompt, padding)

@@ -81,6 +81,9 @@ class StepRows(NamedTuple):
         )
 
 
+_NO_PADDING = np.zeros(1, np.int64)  # of the one row of a pass
+
+
 class LayerPlan(NamedTuple):
     """What is known of a model's layer before the first step."""
 
@@ -169,7 +172,10 @@ class StepLayer(DynamicLayer):
         if self._cache.is_packed:
             view: Any = PackedView(self, self.rows.ids.shape[1])
         else:
-            view = PagedView(RowGroup(self), 0, self._first_visible(), self.rows.longest)
+            rows, kind = self.rows, LayerKind(self.shape, self.dtype, self.device)
+            parts = [Part(self.place, None, rows.tables, rows.kv_lens, rows.host_rows)]
+            columns = self._first_visible(), rows.longest
+            view = PagedView(kind, parts, _NO_PADDING, *columns, self.memory)
         return PagedTensor(view, 0), PagedTensor(view, 1)
 
     def write(self, key: Tensor, value: Tensor) -> None:
@@ -196,27 +202,3 @@ class StepLayer(DynamicLayer):
             return query_length, 0
         first = self._first_visible()
         return self.rows.longest - first, first
-
-
-class RowGroup:
-    """What a view asks of its group, answered for the one row of a pass."""
-
-    num_rows = 1
-    padding = np.zeros(1, np.int64)
-
-    def __init__(self, layer: StepLayer) -> None:
-        self.memory = layer.memory
-        self._layer = layer
-
-    def kind(self, number: int) -> LayerKind:
-        """What the layer is, and where it computes."""
-        return LayerKind(self._layer.shape, self._layer.dtype, self._layer.device)
-
-    def count_gather(self) -> None:
-        """A read is gathered."""
-        self.memory.counters.gathers += 1
-
-    def parts(self, number: int, stop: int) -> list[Part]:
-        """Where the row is."""
-        rows = self._layer.rows
-        return [Part(self._layer.place, None, rows.tables, rows.kv_lens, rows.host_rows)]

@@ -355,7 +355,7 @@ def test_reading_keys_over_and_over_keeps_nothing() -> None:
     cache.update(*torch.randn(2, 1, 2, 9, 16), 0)
     for _ in range(500):
         assert cache.layers[0].keys.shape[2] == 9
-    assert len(cache.groups[0]._views) == 0
+    assert len(cache.groups[0].views) == 0
 
 
 def test_a_namespace_without_prefix_cache_is_a_mistake() -> None:

@@ -1,0 +1,37 @@
+"""The token ids of a batch's rows, as far as they are known."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+class Prompt:
+    """The token ids of a batch's rows without their padding, for prefix reuse in a namespace."""
+
+    def __init__(self, rows: list[Int32], namespace: str) -> None:
+        self.rows = rows
+        self.namespace = namespace
+
+    def of(self, rows: Int64) -> Prompt:
+        """Return the ids of these rows only. O(rows)."""
+        return Prompt([self.rows[row] for row in rows], self.namespace)
+
+    def followed_by(self, ids: Int32) -> Prompt:
+        """Return the ids with one more for each row: `ids` [rows]. O(tokens)."""
+        return Prompt([np.append(row, ids[i]) for i, row in enumerate(self.rows)], self.namespace)
+
+    def cut(self, lengths: Int64) -> Prompt:
+        """Return the first `lengths` [rows] ids of each row. O(rows)."""
+        pairs = zip(self.rows, lengths.tolist(), strict=True)
+        return Prompt([row[:length] for row, length in pairs], self.namespace)
+
+    def ids(self, padding: Int64, start: int, stop: int) -> list[Int32]:
+        """Return each row's ids in columns `start` to `stop`, or nothing beyond the prompt."""
+        first, last = np.maximum(start - padding, 0), np.maximum(stop - padding, 0)
+        if any(len(row) < end for row, end in zip(self.rows, last, strict=True)):
+            return []
+        return [row[a:b] for row, a, b in zip(self.rows, first, last, strict=True)]

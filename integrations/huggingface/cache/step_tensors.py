@@ -1,0 +1,133 @@
+"""Where the tokens of a step are: slots to write, block tables to read.
+
+They are made once for all layers of a step, and again when the batch changes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvpager.integrations.huggingface.cache.columns import Columns
+from kvpager.integrations.huggingface.cache.pools import LayerKind, Places
+from kvpager.integrations.huggingface.cache.rows import BatchRows, Share
+from kvpager.integrations.huggingface.cache.views import Part, Tables
+from kvpager.kernels.host_rows import to_device
+from kvpager.ops import HostRows
+
+Int64 = NDArray[np.int64]
+
+_CPU = torch.device("cpu")
+
+
+class Slots(NamedTuple):
+    """Where new tokens of some rows go."""
+
+    rows: Tensor | None  # their numbers in the batch; None: all
+    slots: Tensor  # int64 [rows * columns], in the order of rows; -1 for padding
+    on_host: bool
+
+
+class StepTensors:
+    """The slots and block tables of the rows of a batch, on every device that asks for them."""
+
+    def __init__(self, rows: BatchRows, columns: Columns) -> None:
+        self._rows, self._columns = rows, columns
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all tensors: the batch changes. O(1)."""
+        self._slots: dict[tuple[torch.device, int, int], list[Slots]] = {}
+        self._tables: dict[tuple[torch.device, int], list[Tables]] = {}
+        self._parts: dict[tuple[int, int], list[Part]] = {}
+        self._new: tuple[int, int, list[Int64]] | None = None
+
+    def note_new(self, start: int, stop: int, slots: list[Int64]) -> None:
+        """Note the slots of columns that were just added, for each pool that has rows. O(1)."""
+        self._new = start, stop, slots
+
+    def slots(self, start: int, stop: int, device: torch.device) -> list[Slots]:
+        """Return where columns `start` to `stop` go, for each pool that has rows.
+
+        O(1) for columns that were asked for, else O(rows * columns).
+        """
+        slots = self._slots.get((device, start, stop))
+        if slots is None:
+            slots = self._slots[device, start, stop] = []
+            for number, share in enumerate(self._rows.shares()):
+                if self._new is not None and self._new[:2] == (start, stop):
+                    flat = self._with_padding(self._new[2][number], share, start, stop)
+                else:  # a layer that was late
+                    flat = self._written(share, start, stop)
+                tensor = to_device(flat, _CPU if share.on_host else device)
+                slots.append(Slots(self._numbers(share, device), tensor, share.on_host))
+            if stop == self._columns.count:
+                ahead = to_device(self._rows.ahead(), device).unbind()
+                for column, tensor in enumerate(ahead, start=stop):
+                    self._slots[device, column, column + 1] = [Slots(None, tensor, False)]
+        return slots
+
+    def _with_padding(self, slots: Int64, share: Share, start: int, stop: int) -> Int64:
+        """Return `slots` of the tokens among the columns, with -1 for those that are padding."""
+        num_columns = len(share.rows) * (stop - start)
+        if len(slots) == num_columns:
+            return slots
+        padded = np.full(num_columns, -1, np.int64)
+        padding = self._columns.padding[share.rows, None]
+        padded[(np.arange(start, stop) >= padding).reshape(-1)] = slots
+        return padded
+
+    def _written(self, share: Share, start: int, stop: int) -> Int64:
+        """Return the slots of columns that are there already, by the block tables."""
+        self._rows.settle()
+        slots_of, lengths = share.pool.manager.slots, self._columns.lengths
+        ranges = (lengths(column)[share.rows].tolist() for column in (start, stop))
+        slots = [slots_of(*each) for each in zip(share.sequences, *ranges, strict=True)]
+        return self._with_padding(np.concatenate(slots), share, start, stop)
+
+    def _numbers(self, share: Share, device: torch.device) -> Tensor | None:
+        """Return the rows' numbers, or None where it is all of them."""
+        return None if len(share.rows) == len(self._rows) else to_device(share.rows, device)
+
+    def parts(self, number: int, kind: LayerKind, places: Places, num_columns: int) -> list[Part]:
+        """Return where the first columns of layer `number` are: in one storage, or in two.
+
+        O(1) for columns that were asked for, else O(rows * blocks).
+        """
+        parts = self._parts.get((number, num_columns))
+        if parts is None:
+            parts = self._parts[number, num_columns] = []
+            for each in self._tables_of(kind.device, num_columns):
+                place = places.host if each.on_host else places.device
+                assert place is not None
+                parts.append(Part(place, each.rows, each.tables, each.lengths, each.host_rows))
+        return parts
+
+    def _tables_of(self, device: torch.device, num_columns: int) -> list[Tables]:
+        """Return block tables and lengths for each pool that has rows, those on the device there.
+
+        One tensor serves all layers of a step, so that a plan made for it serves them all, too.
+        """
+        found = self._tables.get((device, num_columns))
+        if found is None:
+            # Until a table changes, the steps that follow differ in lengths alone.
+            steps = range(num_columns, num_columns + self._rows.pool.block_size)
+            for column in steps:
+                self._tables[device, column] = []
+            lengths = np.stack([self._columns.lengths(column) for column in steps]).astype(np.int32)
+            for share in self._rows.shares():
+                here = share.pool.manager.block_tables(share.batch)
+                theirs = lengths[:, share.rows]
+                there = _CPU if share.on_host else device
+                tables, each = to_device(here, there), to_device(theirs, there).unbind()
+                rows = self._numbers(share, device)
+                for column, lens, tensor in zip(steps, theirs, each, strict=True):
+                    self._tables[device, column].append(
+                        Tables(rows, tables, tensor, HostRows(here, lens), share.on_host)
+                    )
+            found = self._tables[device, num_columns]
+        return found
