@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from kvpager import _validate as arguments
 from kvpager.blocks.eviction import EvictionPolicy
-from kvpager.blocks.policies import make_policy
+from kvpager.blocks.policies import Eviction, check_eviction, chosen_policy
 from kvpager.engine.compiling import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.block_storage import KVDtype
@@ -51,7 +51,7 @@ class EngineConfig:
     host_memory: int | str | None = None
     block_size: int = 16
     kv_dtype: KVDtype | None = None
-    eviction: str | Callable[[int], EvictionPolicy] = "lru"
+    eviction: Eviction = "lru"
     max_batch_tokens: int = 1024
     max_running: int = 256
     max_waiting: int | None = None
@@ -66,13 +66,7 @@ class EngineConfig:
         shown = arguments.shown
         arguments.flag("prefix_cache", self.prefix_cache)
         arguments.count("max_running", self.max_running, at_least=1)
-        if isinstance(self.eviction, str):
-            make_policy(self.eviction, 1)
-        elif not callable(self.eviction):
-            raise TypeError(
-                f"eviction {shown(self.eviction)}: expected a policy's name, or a function that "
-                "makes a policy for a number of blocks"
-            )
+        check_eviction(self.eviction)
         if self.packed is not None and not isinstance(self.packed, bool):
             raise TypeError(f"packed {shown(self.packed)}: expected True, False or None")
         if not isinstance(self.compile, bool | Mapping):
@@ -108,6 +102,6 @@ class EngineConfig:
         """The arguments of `torch.compile`."""
         return {} if isinstance(self.compile, bool) else dict(self.compile)
 
-    def policy(self, num_blocks: int) -> str | EvictionPolicy:
-        """Return the eviction policy of a pool of `num_blocks` blocks, or its name."""
-        return self.eviction if isinstance(self.eviction, str) else self.eviction(num_blocks)
+    def policy(self, num_blocks: int) -> EvictionPolicy:
+        """Make the eviction policy of a pool of `num_blocks` blocks. O(blocks)."""
+        return chosen_policy(self.eviction, num_blocks)

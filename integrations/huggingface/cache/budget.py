@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from kvpager._atomic import Uninterrupted
+from kvpager.blocks.policies import Eviction
 from kvpager.integrations.huggingface.cache.calls import Calls
 from kvpager.plans import Tier
 from kvpager.storage.block_storage import KVDtype
@@ -42,6 +43,7 @@ class Budget(Protocol):
     dtype: torch.dtype | None
     kv_dtype: KVDtype | None
     keep_pools: bool
+    eviction: Eviction
     in_place: bool
     calls: Calls
     counters: Counters

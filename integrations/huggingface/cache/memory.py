@@ -17,6 +17,7 @@ from kvpager import _validate as arguments
 from kvpager._atomic import Uninterrupted, new_lock
 from kvpager._text import counted, size
 from kvpager._validate import parse_memory
+from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.integrations.huggingface.cache.budget import Counters
 from kvpager.integrations.huggingface.cache.calls import Calls
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
@@ -58,6 +59,7 @@ class PagedMemory:
         dtype: what keys and values must be; None for anything.
         kv_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
         host_memory: bytes of host memory for sequences the pools have no room for.
+        eviction: which cached blocks leave first; host memory caches none.
     """
 
     tier: Tier = "device"
@@ -73,6 +75,7 @@ class PagedMemory:
         dtype: torch.dtype | None = None,
         kv_dtype: KVDtype | None = None,
         host_memory: int | str | None = None,
+        eviction: Eviction = "lru",
     ) -> None:
         self.bound = parse_memory(memory)
         self._given = memory if isinstance(memory, str) else None
@@ -83,6 +86,7 @@ class PagedMemory:
         if kv_dtype is not None and kv_dtype not in list(KV_DTYPES):
             raise ValueError(f"kv_dtype {kv_dtype!r}: expected None or one of {list(KV_DTYPES)}")
         self.kv_dtype = kv_dtype
+        self.eviction = check_eviction(eviction)
         self.counters = Counters()
         self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
         self.left_alone: dict[str, int] = {}  # what they are -> layers of a model, at the most
@@ -136,6 +140,9 @@ class PagedMemory:
             "host_memory": host,
             "prefix_cache": self.keep_pools or None,
             "in_place": None if self.in_place else False,
+            "eviction": None
+            if self.eviction == "lru"
+            else getattr(self.eviction, "__name__", self.eviction),
         }
         return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
 

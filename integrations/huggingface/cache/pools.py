@@ -22,6 +22,7 @@ from kvpager import _validate as arguments
 from kvpager._atomic import whole
 from kvpager._text import counted, size
 from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.policies import chosen_policy
 from kvpager.blocks.sequences import Batch, Sequence
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks
@@ -99,7 +100,9 @@ class PagedPool:
     def __init__(self, memory: Budget, host: PagedPool | None) -> None:
         self.memory = memory
         self.block_size = memory.block_size
-        self.manager = BlockManager(1, memory.block_size)
+        self.manager = BlockManager(
+            1, memory.block_size, eviction=chosen_policy(memory.eviction, 1)
+        )
         self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
         self.host = host
         self._storages: list[_Shelf] = []

@@ -85,6 +85,7 @@ def read_options(
     engine = {
         "block_size": block_size,
         "kv_dtype": patched.kv_dtype,
+        "eviction": patched.eviction,
         "memory": _memory(config, anatomy, patched, block_size, max_running, hints),
         "host_memory": _host_memory(config, patched),
         "max_running": max_running,

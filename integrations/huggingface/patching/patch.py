@@ -16,6 +16,9 @@ Details of the arguments of `patch`:
   `clear` or `undo`; without `memory`, prompts are kept while a larger pool fits in half of the free
   memory. A model whose weights, hooks, functions or settings changed reuses nothing. Call `clear`
   after changes that leave no trace, such as writing single numbers through `.data`.
+- `eviction`: a name of `kvpager.blocks.policies.POLICIES`, or a function that makes an
+  `EvictionPolicy` for a number of blocks. Every pool gets a policy of its own, those of continuous
+  batching included.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from kvpager import _validate as arguments
+from kvpager.blocks.policies import Eviction
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.paged_cache import least_block_bytes
@@ -46,6 +50,7 @@ def patch(
     prefix_cache: bool = False,
     namespace: str | None = None,
     in_place: bool = True,
+    eviction: Eviction = "lru",
 ) -> Patch:
     """Keep the KV cache of a transformers model, or of every model, in shared blocks.
 
@@ -64,6 +69,7 @@ def patch(
         prefix_cache: keep the blocks of prompts and replies between calls, until `clear`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
         in_place: let `sdpa` and flash attention read blocks in place; False gathers them.
+        eviction: which cached blocks leave first, as `EngineConfig` takes it.
 
     Raises: `TypeError`, `ValueError` for arguments that make no sense, such as a `memory` in which
     not one block fits; nothing has changed then.
@@ -74,6 +80,7 @@ def patch(
     paged = PagedMemory(
         memory, block_size, keep_pools=prefix_cache, in_place=arguments.flag("in_place", in_place),
         dtype=_checked_dtype(dtype, model), kv_dtype=kv_dtype, host_memory=host_memory,
+        eviction=eviction,
     )  # fmt: skip
     if isinstance(model, PreTrainedModel):
         dtype_there = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16

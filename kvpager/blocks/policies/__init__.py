@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvpager import _validate as arguments
 from kvpager.blocks.eviction import (
     NO_BLOCKS,
     BlockPolicy,
@@ -161,6 +162,30 @@ POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
     "priority": Priority,
     "lifetime": Lifetime,
 }
+
+
+# What a user names a policy by: its name, or a function that makes one for a number of blocks.
+Eviction = str | Callable[[int], EvictionPolicy]
+
+
+def check_eviction(eviction: Eviction) -> Eviction:
+    """Return `eviction`. O(1).
+
+    Raises: `ValueError` for a name that is none of `POLICIES`; `TypeError` for another object.
+    """
+    if isinstance(eviction, str):
+        make_policy(eviction, 1)
+    elif not callable(eviction):
+        raise TypeError(
+            f"eviction {arguments.shown(eviction)}: expected a policy's name, or a function that "
+            "makes a policy for a number of blocks"
+        )
+    return eviction
+
+
+def chosen_policy(eviction: Eviction, num_blocks: int) -> EvictionPolicy:
+    """Make the policy for a pool of `num_blocks` blocks. O(blocks)."""
+    return make_policy(eviction, num_blocks) if isinstance(eviction, str) else eviction(num_blocks)
 
 
 def make_policy(name: str, num_blocks: int) -> EvictionPolicy:
