@@ -8,7 +8,11 @@ within it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import AbstractContextManager
+
 from kvpager import _validate as arguments
+from kvpager._text import size
 from kvpager.blocks.accounts import Quota
 from kvpager.blocks.state import NO_BLOCKS, BlockState
 
@@ -112,3 +116,98 @@ class Quotas:
         with self._state.lock:
             self._known(namespace)
             return self._state.accounts.account(namespace).used
+
+
+class NamespaceQuotas(MutableMapping[str, int | str]):
+    """The most that each namespace may have: `quotas["acme"] = 512` blocks, or `"2GiB"`.
+
+    A quota bounds the device blocks that the namespace's sequences hold together with those that
+    stay cached for it, in each pool. At its quota, a namespace evicts its own cached blocks. A call
+    that needs more raises `OutOfQuota`. `del quotas["acme"]` lifts the bound.
+
+    Args:
+        pools: returns the quotas of each pool that there is now, and the bytes of its blocks.
+        lock: held while a quota changes.
+    """
+
+    def __init__(
+        self,
+        pools: Callable[[], Iterable[tuple[Quotas, int]]],
+        lock: AbstractContextManager[object],
+    ) -> None:
+        self._pools, self._lock = pools, lock
+        self._given: dict[str, int | str] = {}
+
+    def __repr__(self) -> str:
+        return repr(self._given)
+
+    def __getitem__(self, namespace: str) -> int | str:
+        return self._given[namespace]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __setitem__(self, namespace: str, quota: int | str) -> None:
+        """Bound a namespace from now on. O(its blocks) in each pool.
+
+        Raises: `ValueError` where its sequences hold more already, or for less than a block;
+        `TypeError` for what is no name or no quota. The quota stays as it was then.
+        """
+        if namespace is None:
+            raise TypeError("namespace None: pass the name of a namespace")
+        arguments.label("namespace", namespace)
+        _ceiling(quota, 0)
+        with self._lock:
+            bounded: list[tuple[Quotas, int | None]] = []
+            try:
+                for quotas, block_bytes in self._pools():
+                    before = quotas.ceiling(namespace)
+                    _bound(quotas, namespace, _ceiling(quota, block_bytes))
+                    bounded.append((quotas, before))
+            except ValueError:
+                for quotas, before in bounded:
+                    _bound(quotas, namespace, before)
+                raise
+            self._given[namespace] = quota
+
+    def __delitem__(self, namespace: str) -> None:
+        with self._lock:
+            del self._given[namespace]
+            for quotas, _ in self._pools():
+                _bound(quotas, namespace, None)
+
+    def enforce(self, quotas: Quotas, namespace: str | None, block_bytes: int) -> None:
+        """Bound a namespace in a pool that may be new, or whose blocks grew. O(1) if it is bounded.
+
+        Raises: `ValueError` where the quota is less than a block.
+        """
+        given = None if namespace is None else self._given.get(namespace)
+        if given is not None:
+            ceiling = _ceiling(given, block_bytes)
+            if quotas.ceiling(namespace) != ceiling:
+                _bound(quotas, namespace, ceiling)
+
+
+def _bound(quotas: Quotas, namespace: str | None, ceiling: int | None) -> None:
+    if ceiling is not None:
+        quotas.set(namespace, ceiling=ceiling)
+    elif quotas.ceiling(namespace) is not None:
+        quotas.drop(namespace)
+
+
+def _ceiling(quota: int | str, block_bytes: int) -> int | None:
+    """Return a quota in blocks; None for a size while the size of a block is not known, or 0."""
+    if not isinstance(quota, str):
+        return arguments.count("quota", quota, at_least=1)
+    num_bytes = arguments.parse_memory(quota, "quota") or 0
+    if not block_bytes:
+        return None
+    if num_bytes < block_bytes:
+        raise ValueError(
+            f"quota {quota!r}: one block takes {size(block_bytes)}. Raise the quota to at least "
+            f"{size(block_bytes, round_up=True)}."
+        )
+    return num_bytes // block_bytes

@@ -8,6 +8,7 @@ import torch
 
 from kvpager._atomic import Uninterrupted
 from kvpager.blocks.policies import Eviction
+from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.calls import Calls
 from kvpager.plans import Tier
 from kvpager.storage.block_storage import KVDtype
@@ -46,6 +47,7 @@ class Budget(Protocol):
     eviction: Eviction
     in_place: bool
     calls: Calls
+    quotas: NamespaceQuotas
     counters: Counters
 
     @property

@@ -22,7 +22,7 @@ from kvpager.integrations.huggingface.cache.pools import (
     Places,
     waiting_for_room,
 )
-from kvpager.integrations.huggingface.cache.prompt import Prompt
+from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.cache.rows import BatchRows
 from kvpager.integrations.huggingface.cache.stats import Holding
 from kvpager.integrations.huggingface.cache.step_tensors import StepTensors
@@ -160,7 +160,7 @@ class LayerGroup:
         if not columns.agree_with_write(num_rows, start, stop):
             self.prompt = None
         if not len(rows):
-            rows.begin(num_rows, self.prompt.namespace if self.prompt else None)
+            rows.begin(num_rows, self.prompt.key if self.prompt else None)
             columns.begin(num_rows)
         if stop <= columns.count:
             return
@@ -256,11 +256,13 @@ class LayerGroup:
 
     # ---------------------------------------------------------------- prompts
 
-    def adopt(self, layout: object, sequences: list[Sequence], num_columns: int) -> None:
+    def adopt(
+        self, layout: object, sequences: list[Sequence], key: PrefixKey, num_columns: int
+    ) -> None:
         """Begin with sequences whose first `num_columns` columns are in the pool already."""
         self.layout = layout
         rows = BatchRows(self.memory.pool(layout))
-        rows.adopt(sequences)
+        rows.adopt(sequences, key)
         self._enter(rows)
         self.columns.start_at(num_columns)
 
@@ -282,7 +284,7 @@ class LayerGroup:
         known = [part.prompt for part in parts if part.prompt is not None]
         if len(known) == len(parts):
             ids = [row for prompt in known for row in prompt.rows]
-            self.prompt = Prompt(ids, known[0].namespace).of(order)
+            self.prompt = Prompt(ids, known[0].key).of(order)
         for part in parts:
             part.reset()
 

@@ -18,6 +18,7 @@ from kvpager._atomic import Uninterrupted, new_lock
 from kvpager._text import counted, size
 from kvpager._validate import parse_memory
 from kvpager.blocks.policies import Eviction, check_eviction
+from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Counters
 from kvpager.integrations.huggingface.cache.calls import Calls
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
@@ -99,6 +100,9 @@ class PagedMemory:
         self.uninterrupted = Uninterrupted(self.lock)
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
+        self.quotas = NamespaceQuotas(
+            lambda: [(pool.manager.quotas, pool.block_bytes) for pool in self.pools()], self.lock
+        )
         if host_memory is not None:
             bound = parse_memory(host_memory, "host_memory")
             self.host = PagedMemory(bound, block_size, kv_dtype=kv_dtype)

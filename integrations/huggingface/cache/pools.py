@@ -25,8 +25,9 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies import chosen_policy
 from kvpager.blocks.sequences import Batch, Sequence
 from kvpager.blocks.stats import BlockStatus
-from kvpager.errors import OutOfBlocks
+from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.budget import Budget
+from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.ops import append_kv
 from kvpager.plans import Step
 from kvpager.storage.block_storage import BlockStorage, LayerShape
@@ -44,10 +45,13 @@ def waiting_for_room(pool: PagedPool, operation: Callable[[], _T]) -> _T:
     """Return what `operation` returns, waiting for other calls to free blocks if it has to.
 
     Hold the pool's lock; while this waits, other threads have it. Raises: `OutOfBlocks` if no
-    other call is running that could free some.
+    other call is running that could free some; `OutOfQuota` at once, since other namespaces do
+    not wait for one that has its share.
     """
     try:
         return operation()
+    except OutOfQuota:
+        raise
     except OutOfBlocks:
         found = pool.memory.calls.wait_for(lambda: _if_there_is_room(operation))
         if found is None:
@@ -197,15 +201,23 @@ class PagedPool:
         )
 
     @whole
-    def allocate(self, prompt: ArrayLike, namespace: str | None) -> Sequence:
+    def allocate(self, prompt: ArrayLike, key: PrefixKey | None) -> Sequence:
         """Like `BlockManager.allocate`, growing where needed and carrying out its copies."""
         length, ids = arguments.prompt(prompt)
         need = -(-length // self.block_size)
+        namespace, version = key or (None, None)
+        self.memory.quotas.enforce(self.manager.quotas, namespace, self.block_bytes)
         if ids is not None:
-            need -= self.manager.cached_tokens(ids, namespace=namespace) // self.block_size
-        sequence = self._growing(need, lambda: self.manager.allocate(prompt, namespace=namespace))
+            need -= self.num_known(ids, key) // self.block_size
+        allocate = partial(self.manager.allocate, prompt, namespace=namespace, adapter=version)
+        sequence = self._growing(need, allocate)
         self._copy(sequence.copies)
         return sequence
+
+    def num_known(self, ids: NDArray[np.int32], key: PrefixKey | None) -> int:
+        """Return how many leading tokens are in the pool now. O(tokens)."""
+        namespace, version = key or (None, None)
+        return self.manager.cached_tokens(ids, namespace=namespace, adapter=version)
 
     @whole
     def append(self, batch: Batch, counts: NDArray[np.int64], ids: list[NDArray[np.int32]]) -> Step:
@@ -296,6 +308,8 @@ class PagedPool:
                 self._resize(self.manager.num_blocks + min(more, room), 1)
         try:
             result = operation()
+        except OutOfQuota:
+            raise
         except OutOfBlocks as error:
             missing = error.need - error.free - error.evictable - self._await_copies()
             if missing > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,25 +11,32 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
-class Prompt:
-    """The token ids of a batch's rows without their padding, for prefix reuse in a namespace."""
+class PrefixKey(NamedTuple):
+    """Whose prompts may share blocks: those of a namespace, computed by a model in one state."""
 
-    def __init__(self, rows: list[Int32], namespace: str) -> None:
+    namespace: str | None
+    version: str  # of the model
+
+
+class Prompt:
+    """The token ids of a batch's rows without their padding, for prefix reuse under a key."""
+
+    def __init__(self, rows: list[Int32], key: PrefixKey) -> None:
         self.rows = rows
-        self.namespace = namespace
+        self.key = key
 
     def of(self, rows: Int64) -> Prompt:
         """Return the ids of these rows only. O(rows)."""
-        return Prompt([self.rows[row] for row in rows], self.namespace)
+        return Prompt([self.rows[row] for row in rows], self.key)
 
     def followed_by(self, ids: Int32) -> Prompt:
         """Return the ids with one more for each row: `ids` [rows]. O(tokens)."""
-        return Prompt([np.append(row, ids[i]) for i, row in enumerate(self.rows)], self.namespace)
+        return Prompt([np.append(row, ids[i]) for i, row in enumerate(self.rows)], self.key)
 
     def cut(self, lengths: Int64) -> Prompt:
         """Return the first `lengths` [rows] ids of each row. O(rows)."""
         pairs = zip(self.rows, lengths.tolist(), strict=True)
-        return Prompt([row[:length] for row, length in pairs], self.namespace)
+        return Prompt([row[:length] for row, length in pairs], self.key)
 
     def ids(self, padding: Int64, start: int, stop: int) -> list[Int32]:
         """Return each row's ids in columns `start` to `stop`, or nothing beyond the prompt."""

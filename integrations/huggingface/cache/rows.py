@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from kvpager._atomic import whole
 from kvpager.blocks.sequences import Batch, Sequence
-from kvpager.errors import KVPagerError, OutOfBlocks
+from kvpager.errors import KVPagerError, OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.pools import PagedPool, waiting_for_room
+from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -52,6 +53,7 @@ class BatchRows:
         self.pool = pool
         self.lock, self.uninterrupted = pool.lock, pool.uninterrupted
         self._sequences: list[Sequence] = []
+        self._key: PrefixKey | None = None  # of all rows: whose quota their blocks count in
         self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._any_on_host = False
         self._shares: list[Share] | None = None
@@ -95,19 +97,21 @@ class BatchRows:
         sequences = [sequence for part in parts for sequence in part._sequences]
         on_host = np.concatenate([part._on_host for part in parts])[order]
         self._become([sequences[row] for row in order], on_host)
+        self._key = parts[0]._key
         for part in parts:
             part.adopt([])
 
     # ---------------------------------------------------------------- growing
 
     @whole
-    def begin(self, num_rows: int, namespace: str | None) -> None:
-        """`num_rows` empty rows. O(rows)."""
+    def begin(self, num_rows: int, key: PrefixKey | None) -> None:
+        """Begin with `num_rows` empty rows. O(rows)."""
         nothing = np.empty(0, np.int32)
-        self.adopt([self.pool.allocate(nothing, namespace) for _ in range(num_rows)])
+        self.adopt([self.pool.allocate(nothing, key) for _ in range(num_rows)], key)
 
-    def adopt(self, sequences: list[Sequence]) -> None:
+    def adopt(self, sequences: list[Sequence], key: PrefixKey | None = None) -> None:
         """Begin with sequences of the device's pool. O(rows)."""
+        self._key = key
         self._become(sequences, np.zeros(len(sequences), np.bool_))
 
     @whole
@@ -133,8 +137,9 @@ class BatchRows:
                 # What the host refuses, it will refuse again.
                 if self.pool.host is None or error.tier == "host":
                     raise
-                short = error.need - error.free - error.evictable
-                self._make_room(max(short - self.pool.num_room_blocks, 1), counts)
+                # No room of the pool's helps a namespace that is at its quota.
+                room = 0 if isinstance(error, OutOfQuota) else self.pool.num_room_blocks
+                self._make_room(max(error.missing - room, 1), counts)
 
     def _append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
         slots: list[Int64] = []
@@ -226,7 +231,7 @@ class BatchRows:
         arrived: list[Sequence] = []
         try:
             for number in range(len(leaving)):
-                arrived.append(_twin(number, tables, lengths, arrived, target))
+                arrived.append(_twin(number, tables, lengths, arrived, target, self._key))
         except KVPagerError:
             target.manager.free(arrived)
             raise
@@ -297,6 +302,7 @@ class BatchRows:
             for row, sequence in enumerate(self._sequences)
         ]
         twin._become(sequences, self._on_host.copy())
+        twin._key = self._key
         return twin
 
     @whole
@@ -328,7 +334,12 @@ def _num_blocks(tables: Int32) -> int:
 
 
 def _twin(
-    number: int, tables: Int32, lengths: list[int], arrived: list[Sequence], target: PagedPool
+    number: int,
+    tables: Int32,
+    lengths: list[int],
+    arrived: list[Sequence],
+    target: PagedPool,
+    key: PrefixKey | None,
 ) -> Sequence:
     """A sequence of `target` for number `number` of those that leave.
 
@@ -341,7 +352,7 @@ def _twin(
         sequence = manager.fork(arrived[closest])
         manager.truncate(sequence, common[closest])
     else:
-        sequence = target.allocate(np.empty(0, np.int32), None)
+        sequence = target.allocate(np.empty(0, np.int32), key)
     try:
         _lengthen(target, sequence, lengths[number], _num_missing(tables[number]) * size)
     except KVPagerError:

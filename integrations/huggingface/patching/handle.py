@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 
 from kvpager import _validate as arguments
 from kvpager._atomic import Uninterrupted, new_lock
+from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
@@ -89,12 +90,26 @@ class Patch:
         if name is None:
             raise TypeError("namespace None: pass the name of a namespace")
         arguments.label("namespace", name)
+        return self._kept_prompts(f"namespace {name!r}").chosen(name)
+
+    @property
+    def quotas(self) -> NamespaceQuotas:
+        """The most that the calls and the kept prompts of each namespace may take.
+
+            paging.quotas["acme"] = "2GiB"      # or a number of blocks
+
+        The bound holds in each pool: models of unlike layers have pools of their own. Those of
+        continuous batching have no quotas. Raises: `KVPagerError` without `prefix_cache`.
+        """
+        self._kept_prompts("quotas")
+        return self.memory.quotas
+
+    def _kept_prompts(self, what: str) -> PromptCache:
         if self.prompts is None:
             raise KVPagerError(
-                f"namespace {name!r}: no prompts are kept between calls; patch with "
-                "prefix_cache=True"
+                f"{what}: no prompts are kept between calls; patch with prefix_cache=True"
             )
-        return self.prompts.chosen(name)
+        return self.prompts
 
     def report(self) -> str:
         """What was paged and what that saved, as a text for people. O(blocks)."""

@@ -25,7 +25,7 @@ from kvpager.blocks.sequences import Sequence
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
-from kvpager.integrations.huggingface.cache.prompt import Int32, Prompt
+from kvpager.integrations.huggingface.cache.prompt import Int32, PrefixKey, Prompt
 from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
 from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
@@ -34,13 +34,6 @@ from kvpager.integrations.huggingface.releases import cache_in
 
 # What `PromptCache.chosen` has chosen, the last for each prompt cache holds.
 _chosen: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("kvpager_namespaces", default=())
-
-
-class Namespace(NamedTuple):
-    """Whose prompts may share blocks. With a `doubt`, a reason, none may."""
-
-    name: str
-    doubt: str | None
 
 
 class PromptCache:
@@ -52,10 +45,10 @@ class PromptCache:
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
             weakref.WeakKeyDictionary()
         )
-        self._decoding: weakref.WeakKeyDictionary[nn.Module, tuple[ModelWatch, str]] = (
+        self._decoding: weakref.WeakKeyDictionary[nn.Module, tuple[ModelWatch, PrefixKey]] = (
             weakref.WeakKeyDictionary()
         )
-        self._obstacles: weakref.WeakKeyDictionary[nn.Module, tuple[str, str | None]] = (
+        self._obstacles: weakref.WeakKeyDictionary[nn.Module, tuple[PrefixKey, str | None]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -74,41 +67,39 @@ class PromptCache:
         finally:
             _chosen.reset(token)
 
-    def namespace_of(self, model: nn.Module, *, samples: bool = True) -> Namespace:
-        """Name the model as it is now, within the namespace of now. O(modules + weights).
+    def key_of(self, model: nn.Module, *, samples: bool = True) -> tuple[PrefixKey, str | None]:
+        """Return whose prompts may share blocks now, or a reason why none may.
 
-        `samples` as in `ModelWatch.look`.
+        `samples` as in `ModelWatch.look`. O(modules + weights).
         """
         watch = self._watches.get(model)
         if watch is None:
             watch = self._watches.setdefault(model, ModelWatch(model))
         state = watch.look(samples=samples)
-        # The length in front keeps a namespace's own digits apart from the version.
-        name = self.namespace or ""
-        return Namespace(f"{len(name)}:{name}:{state.version}", state.doubt)
+        return PrefixKey(self.namespace, str(state.version)), state.doubt
 
-    def decoding_watch(self, model: nn.Module, namespace: str) -> tuple[ModelWatch, bool]:
+    def decoding_watch(self, model: nn.Module, key: PrefixKey) -> tuple[ModelWatch, bool]:
         """Return the watch over `model` while it decodes, and whether it may be out of date. O(1).
 
         transformers chooses other settings while a model decodes: how experts are computed. So
         prompts and decoding have a watch each. That of decoding is out of date if it was last
-        asked for under another `namespace`, which names the model's version.
+        asked for under another `key`, which names the model's version.
         """
-        watch, before = self._decoding.get(model, (None, ""))
+        watch, before = self._decoding.get(model, (None, None))
         if watch is None:
             watch = ModelWatch(model, has_parts=True)
-        self._decoding[model] = watch, namespace
-        return watch, before != namespace
+        self._decoding[model] = watch, key
+        return watch, before != key
 
     def row_obstacle(self, model: nn.Module, prompt: Prompt) -> str | None:
         """Name what may treat rows by their place: `hooks.row_obstacle`. O(1) if nothing changed.
 
-        All that it reads is part of the version that the prompt's namespace names.
+        All that it reads is part of the version that the prompt's key names.
         """
-        namespace, obstacle = self._obstacles.get(model, ("", None))
-        if namespace != prompt.namespace:
+        key, obstacle = self._obstacles.get(model, (None, None))
+        if key != prompt.key:
             obstacle = row_obstacle(model)
-            self._obstacles[model] = prompt.namespace, obstacle
+            self._obstacles[model] = prompt.key, obstacle
         return obstacle
 
     def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt | str:
@@ -116,18 +107,18 @@ class PromptCache:
 
         Returns the reason instead if the model's state cannot be told.
         """
-        namespace = self.namespace_of(model)
-        if namespace.doubt is not None:
-            return namespace.doubt
+        key, doubt = self.key_of(model)
+        if doubt is not None:
+            return doubt
         rows = [row[pad:] for row, pad in zip(_to_int32(ids), padding, strict=True)]
-        return Prompt(rows, namespace.name)
+        return Prompt(rows, key)
 
     def known(self, model: nn.Module, cache: PagedCache, prompt: Prompt) -> NDArray[np.int64]:
         """How many tokens of each row are in the pool, one at least being new. O(tokens)."""
         pool = self._pool(model, cache)
         if pool is None:
             return np.zeros(len(prompt.rows), np.int64)
-        return np.array([_known(pool, row, prompt.namespace) for row in prompt.rows], np.int64)
+        return np.array([_known(pool, row, prompt.key) for row in prompt.rows], np.int64)
 
     def attach(self, model: nn.Module, cache: PagedCache, prompt: Prompt, padding: Padding) -> None:
         """Let the cache begin with what earlier calls computed, and publish what this one does.
@@ -162,8 +153,8 @@ class PromptCache:
         kinds = [layer.kind for layer in layers if layer.kind is not None]
         # Some models change as they compute, such as those with a moving rotary base.
         # Without samples: what they would tell is told before anything is reused.
-        now = self.namespace_of(model, samples=False)
-        unchanged = group.prompt is not None and now == (group.prompt.namespace, None)
+        now = self.key_of(model, samples=False)
+        unchanged = group.prompt is not None and now == (group.prompt.key, None)
         if unchanged and cache.is_fully_paged and len(kinds) == len(layers):
             group.commit()
             self._homes[model] = _Home(group.layout, kinds)
@@ -247,7 +238,7 @@ class _Lookout(LogitsProcessor):
         prompt = kept[0].prompt if kept else None
         if prompt is not None:
             is_first = self._before is None
-            watch, is_outdated = self._prompts.decoding_watch(self._model, prompt.namespace)
+            watch, is_outdated = self._prompts.decoding_watch(self._model, prompt.key)
             if self._is_thorough or is_outdated:
                 now = watch.look(samples=is_first)
             else:
@@ -275,7 +266,7 @@ def _reuse(
     # Meanwhile no other cache takes what was found, and no interrupt loses it.
     with pool.lock, pool.uninterrupted:
         # A batch has one length: what the row with the least to offer has in common with the cache.
-        known = [_known(pool, row, prompt.namespace) for row in prompt.rows]
+        known = [_known(pool, row, prompt.key) for row in prompt.rows]
         num_columns = int((padding + known).min())
         if num_columns <= int(padding.min()):
             return
@@ -283,15 +274,14 @@ def _reuse(
         sequences = _begin_known(pool, prompt, lengths)
         if sequences is None:
             return
-        cache.groups[0].adopt(home.layout, sequences, num_columns)
+        cache.groups[0].adopt(home.layout, sequences, prompt.key, num_columns)
         for layer, kind in zip(cache.paged_layers(), home.kinds, strict=True):
             layer.bind(kind)
             layer.num_columns = num_columns
 
 
-def _known(pool: PagedPool, row: Int32, namespace: str) -> int:
-    known = pool.manager.cached_tokens(row, namespace=namespace)
-    return min(known, len(row) - 1)
+def _known(pool: PagedPool, row: Int32, key: PrefixKey) -> int:
+    return min(pool.num_known(row, key), len(row) - 1)
 
 
 def _begin_known(pool: PagedPool, prompt: Prompt, lengths: list[int]) -> list[Sequence] | None:
@@ -300,7 +290,7 @@ def _begin_known(pool: PagedPool, prompt: Prompt, lengths: list[int]) -> list[Se
     for row, length in zip(prompt.rows, lengths, strict=True):
         try:
             # One token more, because the last one never counts as known.
-            sequences.append(pool.allocate(row[: length + 1], prompt.namespace))
+            sequences.append(pool.allocate(row[: length + 1], prompt.key))
         except OutOfBlocks:
             break
         if sequences[-1].num_cached_tokens < length:  # the room for a copy was taken from it

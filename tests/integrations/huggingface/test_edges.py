@@ -393,7 +393,7 @@ def test_what_follows_a_crop_is_not_taken_for_the_prompt() -> None:
         cache.crop(-(cache.get_seq_length() - 20))
         model(IDS.flip(1)[:, :20].expand(group.num_rows, -1), **passing(cache))
         group.commit()
-        known = group.pool.allocate(IDS[0].tolist(), group.prompt.namespace)
+        known = group.pool.allocate(IDS[0].tolist(), group.prompt.key)
         # The prompt's own two full blocks; what was written over its end is something else.
         assert known.num_cached_tokens == 32
         assert group.pool.manager._state.rows.known[group.rows._sequences[0]._row] == 20

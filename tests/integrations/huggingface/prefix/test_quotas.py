@@ -1,0 +1,198 @@
+"""Quotas of a patch: how much the calls and the kept prompts of a namespace may take."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from kvpager.errors import OutOfQuota
+
+transformers = pytest.importorskip("transformers")
+
+import kvpager  # noqa: E402
+from tests.support import tiny_models  # noqa: E402
+
+LENGTH = 100
+CALL = 7  # blocks of 16 for a prompt and the tokens that follow
+KNOWN = 96  # tokens in whole blocks
+
+
+@functools.cache
+def llama() -> Any:
+    return tiny_models.tiny_model("llama")
+
+
+def generate(seed: int, model: Any = None, rows: int = 1, **options: Any) -> Any:
+    prompts = tiny_models.prompts([LENGTH] * rows, seed=seed)
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, **options}
+    return (model or llama()).generate(**prompts, **options)
+
+
+def used(patch: Any, namespace: str) -> int:
+    """Blocks that a namespace has in the pools of a patch, at the most."""
+    return max(pool.manager.quotas.used(namespace) for pool in patch.memory.pools())
+
+
+def hits(patch: Any, seed: int) -> int:
+    """Tokens of a prompt that are known."""
+    before = patch.stats().prefix_hit_tokens
+    generate(seed)
+    return int(patch.stats().prefix_hit_tokens - before)
+
+
+def test_a_namespace_at_its_quota_evicts_its_own_prompts() -> None:
+    with kvpager.patch(llama(), prefix_cache=True, memory="1MiB") as patch:
+        patch.quotas["acme"] = 2 * CALL
+        with patch.namespace("umbrella"):
+            for seed in range(4):
+                generate(seed)
+        with patch.namespace("acme"):
+            for seed in range(6):
+                assert torch.equal(generate(seed), generate(seed))
+                assert used(patch, "acme") <= 2 * CALL
+            assert hits(patch, 5) == KNOWN
+            assert hits(patch, 0) == 0
+        with patch.namespace("umbrella"):
+            assert [hits(patch, seed) for seed in range(4)] == [KNOWN] * 4
+        for pool in patch.memory.pools():
+            pool.manager.check()
+
+
+def test_a_call_beyond_its_quota_raises_and_leaves_others_alone() -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        patch.quotas["acme"] = CALL - 1
+        with patch.namespace("umbrella"):
+            expected = generate(1)
+        with (
+            patch.namespace("acme"),
+            pytest.raises(OutOfQuota, match="namespace 'acme' may have 6 blocks"),
+        ):
+            generate(1)
+        assert patch.stats().num_held_blocks == 0
+        assert patch.stats().num_cached_blocks == CALL - 1
+        with patch.namespace("umbrella"):
+            assert hits(patch, 1) == KNOWN
+        patch.quotas["acme"] = CALL
+        with patch.namespace("acme"):
+            assert torch.equal(generate(1), expected)
+
+
+def test_a_quota_may_be_a_size() -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        patch.quotas["acme"] = "64KiB"  # before there is a pool
+        with patch.namespace("acme"):
+            for seed in range(3):
+                generate(seed)
+        (pool,) = patch.memory.pools()
+        assert pool.manager.quotas.ceiling("acme") == 2**16 // pool.block_bytes
+        patch.quotas["umbrella"] = "128KiB"
+        assert pool.manager.quotas.ceiling("umbrella") == 2**17 // pool.block_bytes
+
+
+def test_a_quota_holds_in_the_pool_of_each_model() -> None:
+    gpt2 = tiny_models.tiny_model("gpt2")
+    with kvpager.patch(prefix_cache=True) as patch, patch.namespace("acme"):
+        generate(1)
+        patch.quotas["acme"] = CALL
+        for seed in range(3):
+            generate(seed)
+            generate(seed, gpt2)
+            assert used(patch, "acme") == CALL
+
+
+def test_a_lower_quota_evicts_at_once() -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        with patch.namespace("acme"):
+            for seed in range(3):
+                generate(seed)
+        patch.quotas["acme"] = CALL
+        assert used(patch, "acme") <= CALL
+        del patch.quotas["acme"]
+        with patch.namespace("acme"):
+            for seed in range(3):
+                generate(seed)
+            assert [hits(patch, seed) for seed in range(3)] == [KNOWN] * 3
+
+
+def test_a_quota_below_what_is_held_is_refused() -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        patch.quotas["acme"] = 2 * CALL
+        with patch.namespace("acme"):
+            held = generate(1, return_dict_in_generate=True)
+            with pytest.raises(ValueError, match="namespace 'acme' holds 7 blocks"):
+                patch.quotas["acme"] = 2
+        assert dict(patch.quotas) == {"acme": 2 * CALL}
+        assert used(patch, "acme") == CALL
+        del held
+
+
+def test_rows_beyond_a_quota_live_in_host_memory() -> None:
+    expected = generate(1, rows=4)
+    with kvpager.patch(llama(), prefix_cache=True, host_memory="4MiB") as patch:
+        patch.quotas["acme"] = 2 * CALL + 1
+        with patch.namespace("acme"):
+            output = generate(1, rows=4, return_dict_in_generate=True)
+        assert torch.equal(output.sequences, expected)
+        assert patch.stats().host_held_bytes > 0
+        assert 0 < used(patch, "acme") <= 2 * CALL + 1
+
+
+def test_threads_of_two_namespaces_keep_to_their_quotas() -> None:
+    plain = [generate(seed) for seed in range(4)]
+    failures: list[BaseException] = []
+
+    def calls(patch: Any, namespace: str) -> None:
+        try:
+            with patch.namespace(namespace):
+                for seed in range(4):
+                    assert torch.equal(generate(seed), plain[seed])
+                    assert used(patch, namespace) <= patch.quotas[namespace]
+        except BaseException as error:
+            failures.append(error)
+
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        generate(9)
+        patch.quotas.update({"acme": CALL, "umbrella": 3 * CALL})
+        threads = [threading.Thread(target=calls, args=(patch, name)) for name in patch.quotas]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        with patch.namespace("acme"):
+            assert hits(patch, 0) == 0
+        with patch.namespace("umbrella"):
+            assert hits(patch, 3) == KNOWN
+
+
+@pytest.mark.parametrize(
+    ("namespace", "quota", "error", "message"),
+    [
+        (None, 3, TypeError, "namespace None: pass the name"),
+        ("", 3, ValueError, 'namespace "": expected at least one character'),
+        ("acme", 0, ValueError, "quota 0: expected at least 1"),
+        ("acme", 2.5, TypeError, "quota 2.5: expected an int"),
+        ("acme", "many", ValueError, "quota 'many': expected a size"),
+        ("acme", "1KiB", ValueError, "quota '1KiB': one block takes 8.0 KiB"),
+    ],
+)
+def test_a_quota_that_makes_no_sense_is_refused(
+    namespace: Any, quota: Any, error: type[Exception], message: str
+) -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        generate(1)
+        with pytest.raises(error, match=message):
+            patch.quotas[namespace] = quota
+        assert len(patch.quotas) == 0
+
+
+def test_quotas_need_prompts_that_are_kept() -> None:
+    with (
+        kvpager.patch(llama()) as patch,
+        pytest.raises(kvpager.KVPagerError, match="quotas: no pr"),
+    ):
+        patch.quotas["acme"] = 3
