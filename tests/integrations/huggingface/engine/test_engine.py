@@ -1,12 +1,10 @@
 """Continuous batching gives every request the tokens it would have had alone."""
 
 import asyncio
-import contextlib
 import copy
 import gc
 import random
 import re
-import threading
 import weakref
 from typing import Any
 
@@ -20,7 +18,6 @@ from kvpager.engine.config import EngineConfig
 from kvpager.errors import (
     EngineClosed,
     KVPagerError,
-    QueueFull,
     RequestCancelled,
     RequestExpired,
     RequestFailed,
@@ -265,17 +262,6 @@ def test_what_is_no_prompt_is_refused(llama, prompt):
 # -------------------------------------------------------------------- streams
 
 
-def test_a_stream_gives_tokens_one_by_one_and_then_the_result(llama):
-    with Engine(llama, memory="8MiB") as engine:
-        stream = engine.submit([5, 6, 7], max_new_tokens=9, do_sample=False)
-        tokens = [token.id for token in stream]
-        assert tokens == stream.result().tokens == alone(llama, [5, 6, 7], max_new_tokens=9)
-        assert stream.done
-        output = stream.result()
-    assert output.submitted <= output.first_token <= output.finished
-    assert output.samples[0].reason == "length"
-
-
 def test_asyncio_reads_many_streams_at_once(llama):
     prompts = some_prompts(llama)
 
@@ -298,66 +284,11 @@ def test_asyncio_reads_many_streams_at_once(llama):
 # -------------------------------------------------------------------- ends
 
 
-@pytest.mark.parametrize("passes", [1, 2, 5])  # prefilling, decoding
-def test_a_request_that_is_cancelled_ends_and_leaves_the_others_alone(llama, passes):
-    with Engine(llama, memory="8MiB", max_batch_tokens=16) as engine:
-        gate = Gate(llama)
-        stream = engine.submit(list(range(3, 33)), max_new_tokens=50)
-        other = engine.submit([7, 8, 9], max_new_tokens=NEW, do_sample=False)
-        gate.let(passes)
-        gate.entered.acquire()
-        stream.cancel()
-        gate.open()
-        with pytest.raises(RequestCancelled, match="was cancelled"):
-            stream.result(timeout=60)
-        assert other.result().tokens == alone(llama, [7, 8, 9])
-        assert len(stream.partial().samples[0].tokens if stream.partial().samples else []) < 50
-        assert_nothing_is_held(engine)
-
-
-def test_a_stream_that_is_dropped_cancels_its_request(llama):
-    with Engine(llama, memory="8MiB") as engine:
-        gate = Gate(llama)
-        stream = engine.submit([5, 6], name="dropped", max_new_tokens=500)
-        gate.let(2)
-        del stream
-        gate.open()
-        for _ in engine.submit([8], max_new_tokens=10):
-            pass
-        assert engine.stats().scheduler.total_tokens < 200
-        assert_nothing_is_held(engine)
-        engine.submit([5], name="dropped", max_new_tokens=1).result()
-
-
 def test_a_request_ends_at_its_deadline(llama):
     with Engine(llama, memory="8MiB") as engine:
         with pytest.raises(RequestExpired, match="deadline"):
             engine.submit([5, 6], max_new_tokens=900, timeout=1e-9).result(timeout=60)
         assert_nothing_is_held(engine)
-
-
-def test_a_full_queue_refuses(llama):
-    with Engine(llama, memory="8MiB", max_running=1, max_waiting=2) as engine:
-        gate = Gate(llama)
-        running = engine.submit([5], max_new_tokens=4)
-        gate.entered.acquire()
-        waiting = [engine.submit([6], max_new_tokens=4) for _ in range(2)]
-        with pytest.raises(QueueFull, match="max_waiting"):
-            engine.submit([7], max_new_tokens=4)
-        gate.open()
-        assert all(len(each.result().tokens) == 4 for each in (running, *waiting))
-        assert_nothing_is_held(engine)
-
-
-def test_a_name_is_used_once_at_a_time(llama):
-    with Engine(llama, memory="8MiB") as engine:
-        gate = Gate(llama)
-        stream = engine.submit([5], name="twice", max_new_tokens=3)
-        with pytest.raises(ValueError, match="'twice'"):
-            engine.submit([5], name="twice")
-        gate.open()
-        stream.result()
-        engine.submit([5], name="twice", max_new_tokens=1).result()
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit])
@@ -376,33 +307,6 @@ def test_a_processor_that_raises_ends_its_own_request(llama, where, kind):
             bad.result(timeout=60)
         assert isinstance(caught.value.__cause__, kind)
         assert good.result().tokens == alone(llama, [5, 6, 7])
-        assert_nothing_is_held(engine)
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, KeyboardInterrupt])
-def test_a_forward_pass_that_raises_ends_the_requests_in_it(llama, kind):
-    calls = []
-
-    def fail(module, inputs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise kind("of the model")
-
-    with Engine(llama, memory="8MiB") as engine:
-        hook = llama.model.register_forward_pre_hook(fail)
-        streams = [engine.submit([5, 6, i], max_new_tokens=20) for i in range(4)]
-        ends = []
-        for stream in streams:
-            try:
-                stream.result(timeout=60)
-            except RequestFailed as error:
-                ends.append(error)
-        hook.remove()
-        assert ends
-        assert all(isinstance(error.__cause__, kind) for error in ends)
-        assert engine.submit([7, 8, 9], max_new_tokens=NEW, do_sample=False).result().tokens == (
-            alone(llama, [7, 8, 9])
-        )
         assert_nothing_is_held(engine)
 
 
@@ -445,37 +349,6 @@ def test_a_pause_lets_weights_change():
                     parameter.mul_(-0.7)
         after = waiting.result().tokens
     assert before != after == alone(model, prompt)
-
-
-def test_fifty_threads_submit_and_cancel(llama):
-    prompts = some_prompts(llama, count=20, longest=30)
-    expected = [alone(llama, prompt, max_new_tokens=6) for prompt in prompts]
-    ended, wrong = [], []
-
-    def client(number):
-        source = random.Random(number)
-        for turn in range(20):
-            which = source.randrange(len(prompts))
-            stream = engine.submit(prompts[which], max_new_tokens=6, do_sample=False)
-            if source.random() < 0.4:
-                stream.cancel()
-            try:
-                if stream.result(timeout=120).tokens != expected[which]:
-                    wrong.append((number, turn))
-                ended.append("done")
-            except RequestCancelled:
-                ended.append("cancelled")
-
-    with Engine(llama, memory="1MiB", max_running=32, max_batch_tokens=256) as engine:
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(50)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert_nothing_is_held(engine)
-    assert len(ended) == 1000
-    assert not wrong
-    assert {"done", "cancelled"} == set(ended)
 
 
 # -------------------------------------------------------------------- models
@@ -625,60 +498,10 @@ def test_the_engine_follows_changes_of_the_models_settings():
     assert not set(before) & set(after)
 
 
-def test_a_listener_that_raises_does_not_keep_others_waiting(llama):
-    with Engine(llama, memory="8MiB") as engine:
-        stream = engine.submit([5, 6], max_new_tokens=5)
-
-        def fail(tokens, is_done):
-            raise ZeroDivisionError("of the listener")
-
-        with pytest.raises(ZeroDivisionError) if stream.partial().samples else _nothing():
-            stream.listen(fail)
-        assert len(stream.result(timeout=60).tokens) == 5
-
-
-@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
-def test_what_a_listener_raises_takes_no_tokens_from_others(llama, kind):
-    def fail(tokens, is_done):
-        if tokens or is_done:
-            raise kind("of the listener")
-
-    with Engine(llama, memory="8MiB") as engine:
-        with engine.pause():
-            bad = engine.submit([5, 6], max_new_tokens=5)
-            good = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
-            bad.listen(fail)
-        assert [token.id for token in good] == alone(llama, [5, 6, 7])
-        assert len(bad.result(timeout=60).tokens) == 5
-
-
-@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
-def test_what_on_step_raises_does_no_harm_to_requests(llama, kind):
-    def fail(record):
-        raise kind("of on_step")
-
-    with Engine(llama, memory="8MiB", on_step=fail) as engine:
-        assert len(engine.submit([5, 6], max_new_tokens=5).result(timeout=60).tokens) == 5
-
-
-@contextlib.contextmanager
-def _nothing():
-    with contextlib.suppress(ZeroDivisionError):
-        yield
-
-
 @pytest.mark.parametrize("options", [{"processors": [3]}, {"criteria": [None]}])
 def test_what_is_no_processor_is_refused(llama, options):
     with Engine(llama, memory="8MiB") as engine, pytest.raises(TypeError, match="functions"):
         engine.policy(**options)
-
-
-@pytest.mark.parametrize("timeout", [True, "9", -1.0, float("nan")])
-def test_a_result_waits_for_seconds(llama, timeout):
-    with Engine(llama, memory="8MiB") as engine:
-        stream = engine.submit([5], max_new_tokens=2)
-        with pytest.raises((ValueError, TypeError), match="timeout"):
-            stream.result(timeout=timeout)
 
 
 def test_lengths_of_many_kinds_leave_nothing_behind(llama):
@@ -701,39 +524,6 @@ def test_lengths_of_many_kinds_leave_nothing_behind(llama):
         gc.collect()
         assert len(kept) <= 70
         assert len(policy._by_length) <= 256
-
-
-def test_pausing_within_a_step_is_refused(llama):
-    raised = []
-
-    def pausing(record):
-        try:
-            with engine.pause():
-                pass
-        except KVPagerError as error:
-            raised.append(error)
-
-    with Engine(llama, memory="8MiB", on_step=pausing) as engine:
-        engine.submit([5], max_new_tokens=2).result(timeout=60)
-    assert raised
-
-
-def test_a_request_that_is_interrupted_as_it_is_submitted_is_gone(llama, monkeypatch):
-    with Engine(llama, memory="8MiB") as engine:
-        genuine = engine._core.scheduler.submit
-
-        def interrupted(request):
-            genuine(request)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(engine._core.scheduler, "submit", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            engine.submit([5, 6], max_new_tokens=3)
-        monkeypatch.undo()
-        assert engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False).result(60).tokens == (
-            alone(llama, [5, 6, 7])
-        )
-        assert_nothing_is_held(engine)
 
 
 @pytest.mark.parametrize(

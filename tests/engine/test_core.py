@@ -1,0 +1,513 @@
+"""The loop of an engine, over a runner whose tokens show what was in the blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from kvpager.engine.metrics import StepRecord
+from kvpager.engine.request_state import RequestSettings
+from kvpager.engine.stream import Token
+from kvpager.errors import (
+    EngineClosed,
+    KVPagerError,
+    QueueFull,
+    RequestCancelled,
+    RequestExpired,
+    RequestFailed,
+)
+from kvpager.scheduling.preemption import PreemptionCosts
+from tests.support.gates import Gate
+from tests.support.toy_runner import BLOCK_SIZE, ToyEngine, expected
+
+KINDS = pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+NEW = 16
+
+
+def some_prompts(count: int = 12, longest: int = 30, seed: int = 1) -> list[list[int]]:
+    source = random.Random(seed)
+    return [
+        [source.randrange(1000) for _ in range(source.randint(1, longest))] for _ in range(count)
+    ]
+
+
+# -------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("budget", [4, 7, 64, 2048])
+def test_tokens_follow_from_all_tokens_before_them(budget: int) -> None:
+    prompts = some_prompts()
+    with ToyEngine(256, max_batch_tokens=budget) as engine:
+        streams = [engine.ask(prompt, NEW) for prompt in prompts]
+        assert [stream.result().tokens for stream in streams] == [
+            expected(prompt, NEW) for prompt in prompts
+        ]
+        engine.check_idle()
+
+
+def test_a_stream_gives_tokens_one_by_one_and_then_the_result() -> None:
+    with ToyEngine() as engine:
+        stream = engine.ask([5, 6, 7], 9)
+        tokens = [token.id for token in stream]
+        assert tokens == stream.result().tokens == expected([5, 6, 7], 9)
+        assert stream.done
+        output = stream.result()
+    assert output.begun is not None
+    assert output.first_token is not None
+    assert output.finished is not None
+    assert output.submitted <= output.begun <= output.first_token <= output.finished
+    assert output.samples[0].reason == "length"
+
+
+def test_asyncio_reads_many_streams_at_once() -> None:
+    prompts = some_prompts()
+
+    async def read(engine: ToyEngine, prompt: list[int]) -> list[int]:
+        stream = engine.ask(prompt, NEW)
+        tokens = [token.id async for token in stream]
+        assert (await stream).tokens == tokens
+        return tokens
+
+    async def main() -> list[list[int]]:
+        with ToyEngine(256) as engine:
+            return await asyncio.gather(*(read(engine, prompt) for prompt in prompts))
+
+    assert asyncio.run(main()) == [expected(prompt, NEW) for prompt in prompts]
+
+
+def test_a_stop_token_and_a_criterion_end_a_sample() -> None:
+    tokens = expected([5, 6, 7], NEW)
+    with ToyEngine() as engine:
+        stop = RequestSettings(stop_ids=frozenset({tokens[4], -1}))
+        by_token = engine.ask([5, 6, 7], NEW, settings=stop).result()
+        enough = RequestSettings(is_enough=lambda ids: len(ids) == 9)
+        by_criterion = engine.ask([5, 6, 7], NEW, settings=enough).result()
+    assert (by_token.tokens, by_token.samples[0].reason) == (tokens[:5], "eos")
+    assert (by_criterion.tokens, by_criterion.samples[0].reason) == (tokens[:6], "stopped")
+
+
+def test_log_probabilities_are_given_to_those_who_ask() -> None:
+    settings = RequestSettings(with_logprobs=True)
+    with ToyEngine() as engine:
+        with engine.pause():
+            asked = engine.ask([5, 6, 7], 4, settings=settings)
+            other = engine.ask([5, 6, 8], 4)
+        assert [token.logprob for token in asked] == [-float(id) for id in expected([5, 6, 7], 4)]
+        assert asked.result().samples[0].logprobs == [-float(id) for id in expected([5, 6, 7], 4)]
+        assert other.result().samples[0].logprobs is None
+
+
+def test_samples_of_a_prompt_continue_apart() -> None:
+    prompt = list(range(10))
+    with ToyEngine() as engine:
+        stream = engine.ask(prompt, NEW, n=3)
+        tokens = list(stream)
+        samples = stream.result().samples
+        assert [sample.tokens for sample in samples] == [expected(prompt, NEW, k) for k in range(3)]
+        for number, sample in enumerate(samples):
+            assert [token.id for token in tokens if token.sample == number] == sample.tokens
+        assert len(engine.runner.forks) == 2  # the runner hears of them
+        assert engine.stats().pool.total_copied > 0  # they began in one block
+        engine.check_idle()
+
+
+def test_a_sample_may_end_before_the_others() -> None:
+    prompt = list(range(10))
+    ends = frozenset({expected(prompt, 1, 1)[0], expected(prompt, 5, 2)[4]})
+    with ToyEngine() as engine:
+        output = engine.ask(prompt, NEW, n=3, settings=RequestSettings(stop_ids=ends)).result()
+        assert [len(sample.tokens) for sample in output.samples] == [NEW, 1, 5]
+        engine.check_idle()
+
+
+def test_the_runner_is_told_of_prompts_and_of_samples_that_ended() -> None:
+    with ToyEngine() as engine:
+        engine.ask([5, 6, 7], 2).result()
+        assert engine.runner.prompts == {0: [5, 6, 7]}
+        engine.check_idle()
+        assert 0 in engine.runner.freed
+
+
+@pytest.mark.parametrize("costs", [PreemptionCosts(), PreemptionCosts(seconds_per_block=1e9)])
+def test_a_pool_for_a_third_of_the_requests_gives_the_same_tokens(costs: PreemptionCosts) -> None:
+    prompts = some_prompts(count=12, longest=60)
+    third = sum(-(-(len(prompt) + 40) // BLOCK_SIZE) for prompt in prompts) // 3
+    with ToyEngine(third, 200, costs=costs) as engine:
+        with engine.pause():  # all of them are there in the first step
+            streams = [engine.ask(prompt, 40, n=1 + (len(prompt) % 3)) for prompt in prompts]
+        for prompt, stream in zip(prompts, streams, strict=True):
+            for number, sample in enumerate(stream.result().samples):
+                assert sample.tokens == expected(prompt, 40, number)
+        counts = engine.stats().scheduler
+        engine.check_idle()
+    if costs.seconds_per_block > 1:
+        assert counts.total_preempted_by_recompute > 0
+        assert counts.total_preempted_by_swap == 0
+    else:
+        assert counts.total_preempted_by_swap > 0
+
+
+def test_a_shared_beginning_is_computed_once_within_a_namespace() -> None:
+    prompts = [list(range(64)) + prompt for prompt in some_prompts(6)]
+    with ToyEngine(512) as engine:
+        streams = [engine.ask(prompt, NEW) for prompt in prompts]
+        found = [stream.result().tokens for stream in streams]
+        assert found == [expected(prompt, NEW) for prompt in prompts]
+        hits = engine.stats().pool.prefix_hit_tokens
+        assert hits >= 64 * 5
+        engine.ask(prompts[0], 2, namespace="another").result()
+        assert engine.stats().pool.prefix_hit_tokens == hits
+
+
+def test_fifty_threads_submit_and_cancel() -> None:
+    prompts = some_prompts(count=20)
+    ended: list[str] = []
+    wrong: list[tuple[int, int]] = []
+
+    def client(number: int) -> None:
+        source = random.Random(number)
+        for turn in range(20):
+            prompt = source.choice(prompts)
+            stream = engine.ask(prompt, 6, name=f"{number}-{turn}")
+            if source.random() < 0.4:
+                stream.cancel()
+            try:
+                if stream.result(timeout=120).tokens != expected(prompt, 6):
+                    wrong.append((number, turn))
+                ended.append("done")
+            except RequestCancelled:
+                ended.append("cancelled")
+
+    with ToyEngine(128, max_running=32, max_batch_tokens=256) as engine:
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        engine.check_idle()
+    assert len(ended) == 1000
+    assert not wrong
+    assert {"done", "cancelled"} == set(ended)
+
+
+# -------------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])  # prefilling, decoding
+def test_a_request_that_is_cancelled_ends_and_leaves_the_others_alone(steps: int) -> None:
+    with ToyEngine(max_batch_tokens=16) as engine:
+        gate = Gate(engine.runner)
+        stream = engine.ask(list(range(3, 33)), 50)
+        other = engine.ask([7, 8, 9], NEW)
+        gate.let(steps)
+        gate.entered.acquire()
+        stream.cancel()
+        gate.open()
+        with pytest.raises(RequestCancelled, match="was cancelled"):
+            stream.result(timeout=60)
+        assert other.result().tokens == expected([7, 8, 9], NEW)
+        assert len(stream.partial().samples[0].tokens if stream.partial().samples else []) < 50
+        engine.check_idle()
+
+
+def test_a_stream_that_is_dropped_cancels_its_request() -> None:
+    with ToyEngine(256) as engine:
+        gate = Gate(engine.runner)
+        stream = engine.ask([5, 6], 500, name="dropped")
+        gate.let(2)
+        del stream
+        gate.open()
+        for _ in engine.ask([8], 10):
+            pass
+        assert engine.stats().scheduler.total_tokens < 200
+        engine.check_idle()
+        engine.ask([5], 1, name="dropped").result()
+
+
+def test_a_request_ends_at_its_deadline() -> None:
+    with ToyEngine(512) as engine:
+        with pytest.raises(RequestExpired, match="deadline"):
+            engine.ask([5, 6], 900, deadline=0.0).result(timeout=60)
+        engine.check_idle()
+
+
+def test_a_deadline_that_passes_while_nothing_can_run_is_noticed() -> None:
+    with ToyEngine(4) as engine:
+        foreign = engine.scheduler.manager.allocate(4 * BLOCK_SIZE)
+        stream = engine.ask([5, 6], 3, deadline=time.monotonic() + 0.1)
+        with pytest.raises(RequestExpired):
+            stream.result(timeout=60)
+        engine.scheduler.manager.free(foreign)
+
+
+def test_a_full_queue_refuses() -> None:
+    with ToyEngine(max_running=1, max_waiting=2) as engine:
+        gate = Gate(engine.runner)
+        running = engine.ask([5], 4)
+        gate.entered.acquire()
+        waiting = [engine.ask([6], 4) for _ in range(2)]
+        with pytest.raises(QueueFull, match="max_waiting"):
+            engine.ask([7], 4)
+        gate.open()
+        assert all(len(each.result().tokens) == 4 for each in (running, *waiting))
+        engine.check_idle()
+
+
+def test_a_name_is_used_once_at_a_time() -> None:
+    with ToyEngine() as engine:
+        gate = Gate(engine.runner)
+        stream = engine.ask([5], 3, name="twice")
+        with pytest.raises(ValueError, match="'twice'"):
+            engine.ask([5], name="twice")
+        gate.open()
+        stream.result()
+        engine.ask([5], 1, name="twice").result()
+
+
+def test_cancel_by_name_does_nothing_for_what_has_ended() -> None:
+    with ToyEngine() as engine:
+        gate = Gate(engine.runner)
+        stream = engine.ask([5], 30, name="mine")
+        gate.let(1)
+        engine.cancel("mine")
+        gate.open()
+        with pytest.raises(RequestCancelled):
+            stream.result(timeout=60)
+        engine.cancel("mine")
+        engine.cancel("of nobody")
+
+
+@KINDS
+@pytest.mark.parametrize("where", ["sampling", "is_enough"])
+def test_a_setting_that_raises_ends_its_own_request(where: str, kind: type[BaseException]) -> None:
+    def broken(ids: list[int]) -> bool:
+        if len(ids) > 6:
+            raise kind("of the request")
+        return False
+
+    settings: dict[str, Any] = {where: broken}
+    with ToyEngine() as engine:
+        bad = engine.ask([5, 6, 7], 30, settings=RequestSettings(**settings))
+        good = engine.ask([5, 6, 7], NEW)
+        with pytest.raises(RequestFailed, match=kind.__name__) as caught:
+            bad.result(timeout=60)
+        assert isinstance(caught.value.__cause__, kind)
+        assert good.result().tokens == expected([5, 6, 7], NEW)
+        engine.check_idle()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["runner", "sampler"])
+def test_a_step_that_raises_ends_the_requests_in_it(
+    where: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def fail(*_: object) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise kind("of the step")
+
+    with ToyEngine() as engine:
+        with engine.pause():
+            if where == "runner":
+                engine.runner.register_forward_pre_hook(fail)
+            else:
+                sampler = engine._loop._sampler
+                genuine = sampler.choose
+                choose = lambda *args: fail() or genuine(*args)  # noqa: E731
+                monkeypatch.setattr(sampler, "choose", choose)
+            streams = [engine.ask([5, 6, i], 20) for i in range(4)]
+        for stream in streams:
+            with pytest.raises(RequestFailed) as caught:
+                stream.result(timeout=60)
+            assert isinstance(caught.value.__cause__, kind)
+        assert engine.ask([7, 8, 9], NEW).result().tokens == expected([7, 8, 9], NEW)
+        engine.check_idle()
+
+
+def test_a_defect_ends_all_requests_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("a defect")
+
+    with ToyEngine() as engine:
+        with engine.pause():
+            stream = engine.ask([5], 3)
+            monkeypatch.setattr(engine.scheduler, "plan", fail)
+        with pytest.raises(RequestFailed, match="a defect"):
+            stream.result(timeout=60)
+        engine.close()
+        assert isinstance(engine.error, RuntimeError)
+        with pytest.raises(EngineClosed, match="after RuntimeError"):
+            engine.ask([5])
+
+
+def test_closing_ends_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[str] = []
+    engine = ToyEngine(512, core={"on_end": lambda: ends.append("end")})
+    gate = Gate(engine.runner)
+    gate.open_after(monkeypatch, engine, "stop")
+    stream = engine.ask([5], 1000)
+    gate.let(1)
+    gate.entered.acquire()
+    engine.close()
+    engine.close()
+    with pytest.raises(RequestCancelled, match="closed"):
+        stream.result(timeout=60)
+    with pytest.raises(EngineClosed, match="make a new one"):
+        engine.ask([5])
+    assert ends == ["end"]
+
+
+def test_a_request_that_is_interrupted_as_it_is_submitted_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ToyEngine() as engine:
+        genuine = engine.scheduler.submit
+
+        def interrupted(request: Any) -> None:
+            genuine(request)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(engine.scheduler, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.ask([5, 6], 3)
+        monkeypatch.undo()
+        assert engine.ask([5, 6, 7], NEW).result(60).tokens == expected([5, 6, 7], NEW)
+        engine.check_idle()
+
+
+# -------------------------------------------------------------------- listeners and on_step
+
+
+def test_a_listener_that_raises_does_not_keep_others_waiting() -> None:
+    def fail(tokens: list[Token], is_done: bool) -> None:
+        raise ZeroDivisionError("of the listener")
+
+    with ToyEngine() as engine:
+        with engine.pause():
+            stream = engine.ask([5, 6], 5)
+            with pytest.raises(ZeroDivisionError):  # it is called at once, by this thread
+                stream.listen(fail)
+        assert len(stream.result(timeout=60).tokens) == 5
+
+
+@pytest.mark.parametrize("timeout", [True, "9", -1.0, float("nan")])
+def test_a_result_waits_for_seconds(timeout: Any) -> None:
+    with ToyEngine() as engine:
+        stream = engine.ask([5], 2)
+        with pytest.raises((ValueError, TypeError), match="timeout"):
+            stream.result(timeout=timeout)
+
+
+@KINDS
+def test_what_a_listener_raises_takes_no_tokens_from_others(kind: type[BaseException]) -> None:
+    def fail(tokens: list[Token], is_done: bool) -> None:
+        if tokens or is_done:
+            raise kind("of the listener")
+
+    with ToyEngine() as engine:
+        with engine.pause():
+            bad = engine.ask([5, 6], 5)
+            good = engine.ask([5, 6, 7], NEW)
+            bad.listen(fail)
+        assert [token.id for token in good] == expected([5, 6, 7], NEW)
+        assert len(bad.result(timeout=60).tokens) == 5
+
+
+def test_on_step_is_told_of_every_step() -> None:
+    records: list[StepRecord] = []
+    with ToyEngine(core={"on_step": records.append}) as engine:
+        engine.ask([5, 6, 7], 4).result()
+        engine.check_idle()
+    computed = [record for record in records if record.rows]
+    assert [record.tokens for record in computed] == [3, 1, 1, 1, 1]
+    assert computed[3].stats.scheduler.total_tokens == 6
+
+
+@KINDS
+def test_what_on_step_raises_does_no_harm_to_requests(kind: type[BaseException]) -> None:
+    def fail(record: StepRecord) -> None:
+        raise kind("of on_step")
+
+    with ToyEngine(core={"on_step": fail}) as engine:
+        assert len(engine.ask([5, 6], 5).result(timeout=60).tokens) == 5
+
+
+# -------------------------------------------------------------------- pauses
+
+
+def test_no_step_is_computed_in_a_pause_and_its_end_drops_cached_prompts() -> None:
+    prompt = list(range(40))
+    with ToyEngine() as engine:
+        engine.ask(prompt, 2).result()
+        with engine.pause(), engine.pause():  # the second of a thread waits for nothing
+            assert engine.is_paused_here
+            before = engine.stats().scheduler.total_steps
+            stream = engine.ask(prompt, 2)
+            with pytest.raises(TimeoutError):
+                stream.result(timeout=0.01)
+            assert engine.stats().scheduler.total_steps == before
+        assert not engine.is_paused_here
+        assert stream.result().tokens == expected(prompt, 2)
+        assert engine.stats().pool.prefix_hit_tokens == 0
+
+
+def test_closing_in_a_pause_ends_requests() -> None:
+    with ToyEngine() as engine, engine.pause():
+        stream = engine.ask([5], 2)
+        engine.close()
+        with pytest.raises(RequestCancelled):
+            stream.result(timeout=60)
+
+
+def test_pausing_within_a_step_is_refused() -> None:
+    raised: list[KVPagerError] = []
+
+    def pausing(record: StepRecord) -> None:
+        try:
+            with engine.pause():
+                pass
+        except KVPagerError as error:
+            raised.append(error)
+
+    with ToyEngine(core={"on_step": pausing}) as engine:
+        engine.ask([5], 2).result(timeout=60)
+    assert raised
+
+
+# -------------------------------------------------------------------- between steps
+
+
+def test_functions_run_between_steps_and_cached_prompts_stay() -> None:
+    prompt, calls = list(range(40)), []
+
+    def note() -> None:
+        # Another thread gets the engine's lock meanwhile.
+        thread = threading.Thread(target=lambda: calls.append(engine.stats().scheduler.total_steps))
+        thread.start()
+        thread.join()
+
+    with ToyEngine() as engine:
+        engine.between_steps.append(note)
+        engine.ask(prompt, 3).result()
+        engine.ask(prompt, 3).result()
+        assert {0, 1, 2, 3, 4} <= set(calls)
+        assert engine.stats().pool.prefix_hit_tokens >= 36
+
+
+def test_a_function_between_steps_that_raises_stops_the_engine() -> None:
+    def fail() -> None:
+        raise RuntimeError("a defect")
+
+    with ToyEngine() as engine:
+        with engine.pause():
+            engine.between_steps.append(fail)
+            stream = engine.ask([5], 3)
+        with pytest.raises(RequestFailed, match="a defect"):
+            stream.result(timeout=60)
