@@ -32,6 +32,7 @@ from kvpager._text import counted, size
 from kvpager.engine.config import EngineConfig
 from kvpager.engine.core import EngineCore
 from kvpager.engine.metrics import EngineStats, StepRecord
+from kvpager.engine.quotas import TenantQuotas
 from kvpager.engine.stream import Output, Stream
 from kvpager.engine.text import text_tokenizer
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
@@ -187,7 +188,8 @@ class Engine:
             input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
             attention_mask: zeros for padding before or after the prompt, which is left out.
             name: unique among the requests that live; made up where None.
-            namespace: only requests of the same namespace share cached prompts.
+            namespace: only requests of the same namespace share cached prompts; `quotas` may bound
+                the blocks of each.
             tenant: whose request it is, for `order="fair"`.
             priority: lower is served first, for `order="priority"`.
             timeout: seconds after which it ends, done or not.
@@ -293,6 +295,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counts of now, and totals since the engine was made. O(blocks + sequences)."""
         return self._core.stats()
+
+    @property
+    def quotas(self) -> TenantQuotas:
+        """The most blocks of each namespace: `engine.quotas["acme"] = "2GiB"`, or a count."""
+        return self._core.quotas
 
     @property
     def block_bytes(self) -> int:

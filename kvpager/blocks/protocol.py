@@ -27,6 +27,12 @@ class Ceilings(Protocol):
     def ceiling(self, namespace: str | None) -> int | None:
         """Return the most blocks a namespace may have. O(1)."""
 
+    def set(self, namespace: str | None, *, ceiling: int | None = None) -> None:
+        """Bound the blocks of a namespace."""
+
+    def drop(self, namespace: str | None) -> None:
+        """Remove the bound."""
+
 
 class Fencing(Protocol):
     """What is asked of a manager's copies."""

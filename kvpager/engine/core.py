@@ -23,6 +23,7 @@ from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.model_watch import ModelGuard, ModelWatch
 from kvpager.engine.pauses import Pause, Pauses
 from kvpager.engine.processes import Process
+from kvpager.engine.quotas import TenantQuotas
 from kvpager.engine.request_state import RequestSettings, TrackedRequest
 from kvpager.engine.runner import Runner, Sampler
 from kvpager.engine.stream import Channel, Dispatcher, Output, Stream
@@ -66,6 +67,10 @@ class EngineCore:
         on_step: is told of every step, on the engine's thread.
         on_begin: is called first of all on the engine's thread.
         on_end: is called at the end of the engine's thread.
+
+    Attributes:
+        quotas: the most blocks of each namespace.
+        error: what stopped the engine by itself, a defect; None as a rule.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.process = Process("engine")
-        self.error: BaseException | None = None  # what stopped the thread, a defect
+        self.error: BaseException | None = None
         self._tokenizer = tokenizer
         self._on_begin, self._on_end = on_begin, on_end
         self._is_open = True
@@ -95,6 +100,9 @@ class EngineCore:
         guard = None if watch is None else ModelGuard(watch, scheduler, self._lock)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock
         self._loop = Loop(*parts, guard, on_step)
+        self.quotas = TenantQuotas(
+            scheduler.manager, self._locked, self._loop.live_requests, runner.block_bytes
+        )
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
         _open.add(self)
         self._thread.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -95,6 +95,10 @@ class Loop:
         # It may have ended by now, and another have its name.
         if tracked is not None and tracked.channel is channel:
             self.scheduler.cancel(name)
+
+    def live_requests(self) -> Iterator[Request]:
+        """Yield the live requests. Call under the lock."""
+        return (tracked.request for tracked in self.requests.values())
 
     def stats(self) -> EngineStats:
         """Return counts of now. Call under the lock. O(blocks + sequences)."""

@@ -198,6 +198,25 @@ def test_namespaces_share_nothing(llama):
         assert engine.stats().pool.prefix_hit_tokens >= 48
 
 
+def test_a_quota_bounds_the_memory_of_a_namespace(llama):
+    prompt = list(range(3, 35))
+    with Engine(llama, memory="8MiB") as engine:
+        assert engine.block_bytes == 8 * 1024
+        engine.quotas["acme"] = "32KiB"
+        assert dict(engine.quotas) == {"acme": 4}
+        with pytest.raises(ValueError, match="may need 5 blocks, its namespace may have 4"):
+            engine.submit(prompt, namespace="acme", max_new_tokens=40)
+        with engine.pause():
+            streams = [
+                engine.submit(prompt, namespace=name, max_new_tokens=NEW, do_sample=False)
+                for name in ("acme", "acme", None)
+            ]
+        expected = alone(llama, prompt)
+        assert [stream.result().tokens for stream in streams] == [expected] * 3
+        del engine.quotas["acme"]
+        assert len(engine.submit(prompt, namespace="acme", max_new_tokens=40).result().tokens) == 40
+
+
 # -------------------------------------------------------------------- sampling
 
 

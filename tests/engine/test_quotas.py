@@ -1,0 +1,96 @@
+"""A tenant gets no more blocks than its quota, and nobody else waits for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.gates import Gate
+from tests.support.toy_runner import BLOCK_SIZE, ToyEngine, expected
+
+
+def test_a_tenant_at_its_quota_waits_while_others_run() -> None:
+    most: list[int] = []
+    with ToyEngine(64, watermark=0.0, core={"on_step": lambda _: most.append(used())}) as engine:
+
+        def used() -> int:
+            return engine.scheduler.manager.quotas.used("acme")  # type: ignore[attr-defined]
+
+        engine.quotas["acme"] = 6
+        with engine.pause():
+            acme = [engine.ask([i, 5, 6, 7], 16, namespace="acme") for i in range(5)]
+            others = [engine.ask([i, 8, 9, 7], 16, namespace="other") for i in range(3)]
+        outputs = [stream.result(60) for stream in others]
+        last = max(output.finished or 0.0 for output in outputs)
+        assert last < (acme[-1].result(60).finished or 0.0)
+        assert [output.tokens for output in outputs] == [
+            expected([i, 8, 9, 7], 16) for i in range(3)
+        ]
+        for number, stream in enumerate(acme):
+            assert stream.result(60).tokens == expected([number, 5, 6, 7], 16)
+        engine.check_idle()
+    assert max(most) == 6
+
+
+def test_a_request_beyond_its_quota_is_refused() -> None:
+    with ToyEngine() as engine:
+        engine.quotas["acme"] = 5
+        with pytest.raises(ValueError, match=r"may need 6 blocks, its namespace may have 5"):
+            engine.ask([1, 2, 3, 4], 18, namespace="acme")
+        assert len(engine.ask([1, 2, 3, 4], 18).result().tokens) == 18
+        del engine.quotas["acme"]
+        assert len(engine.ask([1, 2, 3, 4], 18, namespace="acme").result().tokens) == 18
+
+
+def test_quotas_are_a_mapping_of_blocks() -> None:
+    with ToyEngine() as engine:  # whose blocks have 1 MiB
+        engine.quotas["acme"] = 10
+        engine.quotas["acme"] = "20.5MiB"
+        engine.quotas[None] = 3
+        assert dict(engine.quotas) == {"acme": 20, None: 3}
+        assert repr(engine.quotas) == "TenantQuotas({'acme': 20, None: 3})"
+        del engine.quotas["acme"]
+        assert dict(engine.quotas) == {None: 3}
+        with pytest.raises(KeyError):
+            del engine.quotas["acme"]
+        with pytest.raises(KeyError):
+            engine.quotas["acme"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "message"),
+    [
+        (0, ValueError, r"quotas\['acme'\] 0: expected at least 1"),
+        (1.5, TypeError, r"quotas\['acme'\] 1.5: expected an int"),
+        (None, TypeError, r"quotas\['acme'\] None"),
+        ("1KiB", ValueError, r"quotas\['acme'\]='1KiB': expected at least a block, 1.0 MiB"),
+        ("many", ValueError, r"quotas\['acme'\] 'many': expected a size"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(
+    limit: object, error: type[Exception], message: str
+) -> None:
+    with ToyEngine() as engine:
+        with pytest.raises(error, match=message):
+            engine.quotas["acme"] = limit  # type: ignore[assignment]
+        assert not engine.quotas
+
+
+def test_a_quota_below_what_a_live_request_needs_or_holds_is_refused() -> None:
+    with ToyEngine() as engine:
+        engine.quotas["acme"] = 12
+        with Gate(engine.runner) as gate:
+            streams = [
+                engine.ask([i] * 2 * BLOCK_SIZE, 4, name=f"r{i}", namespace="acme")
+                for i in range(3)
+            ]
+            gate.let(2)  # by now all three have begun
+            gate.entered.acquire()
+            with pytest.raises(ValueError, match=r"=2: 2 blocks, but request 'r0' may need 3"):
+                engine.quotas["acme"] = 2
+            with pytest.raises(ValueError, match=r"=4: 4 blocks, but its requests hold more"):
+                engine.quotas["acme"] = 4
+            assert dict(engine.quotas) == {"acme": 12}
+        for stream in streams:
+            stream.result(60)
+        engine.check_idle()
+        engine.quotas["acme"] = 2
