@@ -246,13 +246,7 @@ class LayerGroup:
         if self.rows is None:
             return []
         with self.lock:
-            self.rows.settle()
             return [Holding.of(share) for share in self.rows.shares()]
-
-    def settle(self) -> None:
-        """Let the block manager know all tokens that there are. O(rows)."""
-        if self.rows is not None:
-            self.rows.settle()
 
     # ---------------------------------------------------------------- prompts
 

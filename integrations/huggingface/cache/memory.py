@@ -43,9 +43,6 @@ class Group(Protocol):
     def dense_bytes(self) -> int:
         """Bytes of the tensors that `DynamicCache` would hold in their place."""
 
-    def settle(self) -> None:
-        """Let the block manager know all tokens that there are."""
-
 
 class PagedMemory:
     """The pools of one patch: their common block size, bound, counters and lock.
@@ -285,10 +282,8 @@ class PagedMemory:
                 self._kept.discard(pool)  # the last reference, unless a cache still has one
 
     def settle(self) -> None:
-        """Bring the managers of all pools up to date. O(rows + blocks freed)."""
+        """Free what finalisers and finished copies left behind. O(blocks freed)."""
         with self.lock:
-            for group in self._groups:
-                group.settle()
             for pool in self.pools():
                 pool.settle()
 

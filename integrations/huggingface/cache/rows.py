@@ -8,11 +8,8 @@ attention reads them from there. So a batch may be larger than the device's pool
 (Sheng et al., 2023), and what shared blocks before shares them after. A row returns when the
 device has room for it again.
 
-    a row's last block   t12 t13 t14  .          the manager knows of t12, and t13, t14 were added
-                         ^^^                     since: `settle` tells it of both at once
-
-As long as every row's last block has room, a decoding step takes nothing that anybody else could
-have. So the manager hears of it later: when a block is full, or before anybody asks.
+As long as every row's last block has room, a decoding step takes no block. Then block tables stay
+as they are, and slots are known ahead.
 """
 
 from __future__ import annotations
@@ -58,8 +55,7 @@ class BatchRows:
         self._any_on_host = False
         self._shares: list[Share] | None = None
         self._room = 0  # tokens for which every row's last block has room, and is its own
-        self._untold = 0  # tokens of each row that the manager does not know of yet
-        self._last_slots: Int64 = np.zeros(0, np.int64)  # of each row, of those that it knows of
+        self._last_slots: Int64 = np.zeros(0, np.int64)  # of each row
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -72,8 +68,7 @@ class BatchRows:
     def shares(self) -> list[Share]:
         """The rows by pool, the device's first; only pools that have some. O(1) until they change.
 
-        Their lengths may be behind until `settle`. Raises: `StaleSequence` for rows that were freed
-        behind our back.
+        Raises: `StaleSequence` for rows that were freed behind our back.
         """
         if self._shares is None:
             self._shares = []
@@ -87,13 +82,11 @@ class BatchRows:
 
     def _become(self, sequences: list[Sequence], on_host: NDArray[np.bool_]) -> None:
         self._sequences, self._on_host = sequences, on_host
-        self._any_on_host, self._shares = bool(on_host.any()), None
+        self._any_on_host, self._shares, self._room = bool(on_host.any()), None, 0
 
     @whole
     def join(self, parts: list[BatchRows], order: Int64) -> None:
         """Begin with the rows of `parts`, put in `order`; they have none afterwards. O(rows)."""
-        for part in parts:
-            part.settle()
         sequences = [sequence for part in parts for sequence in part._sequences]
         on_host = np.concatenate([part._on_host for part in parts])[order]
         self._become([sequences[row] for row in order], on_host)
@@ -122,7 +115,7 @@ class BatchRows:
         the `shares`, the slots of its rows' new tokens, one row after the other.
         Raises: `OutOfBlocks`, with every row as long as it was.
         """
-        self.settle()
+        self._room = 0
         if self._any_on_host:
             self._return_some()
         slots = waiting_for_room(self.pool, lambda: self._append_moving(counts, ids))
@@ -163,29 +156,18 @@ class BatchRows:
         self._room = size - 1 - int((self._last_slots % size).max())
 
     def ahead(self) -> Int64:
-        """The slots that `fill` gives out one after the other, int64 [tokens, rows]. O(tokens)."""
+        """Return the slots of the tokens that `fill` may add, int64 [tokens, rows]. O(tokens)."""
         with self.pool.lock:
-            room = self._room
-            return self._last_slots + np.arange(self._untold + 1, self._untold + room + 1)[:, None]
+            return self._last_slots + np.arange(1, self._room + 1)[:, None]
 
     @whole
     def fill(self) -> bool:
-        """As `append` of one unknown token to each row, if all last blocks have room. O(1).
-
-        The manager hears of it by `settle`.
-        """
+        """Append one unknown token to each row, if no table changes by it. O(rows)."""
         if not self._room:
             return False
         self._room -= 1
-        self._untold += 1
+        self._last_slots = self.pool.manager.append(self.shares()[0].batch).slots
         return True
-
-    @whole
-    def settle(self) -> None:
-        """Let the manager know how long the rows are, before somebody asks. O(rows)."""
-        untold, self._untold, self._room = self._untold, 0, 0
-        if untold:  # which takes no block and copies none
-            self.pool.manager.append(self.shares()[0].batch, untold)
 
     # ---------------------------------------------------------------- moving
 
@@ -220,7 +202,6 @@ class BatchRows:
     @whole
     def leave_device(self) -> None:
         """Move all rows to the host. Raises `OutOfBlocks`."""
-        self.settle()
         assert self.pool.host is not None
         self._move(np.flatnonzero(~self._on_host), self.pool, self.pool.host)
 
@@ -249,7 +230,6 @@ class BatchRows:
     @whole
     def select(self, rows: list[int]) -> None:
         """Make the batch the given rows of it, each as often as it is named. O(rows + blocks)."""
-        self.settle()
         unused = dict(enumerate(self._sequences))
         on_host = self._on_host[np.asarray(rows, np.int64)]
         # The first to name a row takes it over, further ones fork it.
@@ -272,7 +252,7 @@ class BatchRows:
     @whole
     def truncate(self, lengths: Int64) -> None:
         """Keep the first `lengths` [rows] tokens of each row. O(rows + blocks)."""
-        self.settle()
+        self._room = 0
         for share in self.shares():
             for sequence, length in zip(share.sequences, lengths[share.rows].tolist(), strict=True):
                 share.pool.manager.truncate(sequence, length)
@@ -280,14 +260,13 @@ class BatchRows:
     @whole
     def slide(self, starts: Int64) -> None:
         """Give back blocks wholly before token `starts` [rows] of each row. O(rows + blocks)."""
-        self.settle()
+        self._room = 0  # tables change
         for share in self.shares():
             share.pool.manager.slide(share.batch, starts[share.rows])
 
     @whole
     def commit(self) -> None:
         """Full blocks of known tokens become reusable; those on the host do not. O(blocks)."""
-        self.settle()
         for share in self.shares():
             if not share.on_host:
                 share.pool.manager.commit(share.batch)
@@ -295,7 +274,7 @@ class BatchRows:
     @whole
     def fork(self) -> BatchRows:
         """A second batch that shares every block of this one. O(rows + blocks)."""
-        self.settle()
+        self._room = 0
         twin = BatchRows(self.pool)
         sequences = [
             self._pool_of(row).manager.fork(sequence)
@@ -308,7 +287,6 @@ class BatchRows:
     @whole
     def free(self) -> None:
         """Give all blocks back: no rows are left. O(blocks)."""
-        self.settle()
         for share in self.shares():
             share.pool.manager.free(share.batch)
         self.adopt([])

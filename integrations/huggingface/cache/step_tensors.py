@@ -83,7 +83,6 @@ class StepTensors:
 
     def _written(self, share: Share, start: int, stop: int) -> Int64:
         """Return the slots of columns that are there already, by the block tables."""
-        self._rows.settle()
         slots_of, lengths = share.pool.manager.slots, self._columns.lengths
         ranges = (lengths(column)[share.rows].tolist() for column in (start, stop))
         slots = [slots_of(*each) for each in zip(share.sequences, *ranges, strict=True)]

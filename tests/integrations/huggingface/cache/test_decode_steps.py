@@ -1,4 +1,4 @@
-"""Decoding steps between two blocks, of which the block manager hears later."""
+"""Decoding steps between two blocks, which leave the block tables as they are."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def started(columns: int) -> tuple[PagedCache, DynamicCache, torch.Generator]:
 
 
 def questions(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """A list that grows whenever a block manager is asked for room."""
+    """A list that grows whenever a block manager is asked for block tables."""
     asked: list[None] = []
-    append = BlockManager.append
+    block_tables = BlockManager.block_tables
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         asked.append(None)
-        return append(*args, **kwargs)
+        return block_tables(*args, **kwargs)
 
-    monkeypatch.setattr(BlockManager, "append", counting)
+    monkeypatch.setattr(BlockManager, "block_tables", counting)
     return asked
 
 
-def test_the_manager_is_asked_when_a_block_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_made_again_when_a_block_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     paged, plain, generator = started(BLOCK)
     asked = questions(monkeypatch)
     steps_that_ask = []
