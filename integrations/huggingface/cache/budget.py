@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,23 +15,26 @@ from kvpager.plans import Tier
 from kvpager.storage.block_storage import KVDtype
 
 
+@dataclass
 class Counters:
-    """What happened in all pools of one memory, those that are gone included."""
+    """What happened in all pools of one memory, those that are gone included.
 
-    def __init__(self) -> None:
-        self.gathers = 0
-        self.in_place_reads = 0
-        self.copied_blocks = 0
-        self.evicted_blocks = 0
-        self.arrived_blocks = 0  # from the other tier
-        self.peak_held_bytes = 0  # of blocks
-        self.peak_dense_bytes = 0
-        self.prefix_query_tokens = 0
-        self.prefix_hit_tokens = 0
-        self.prefix_unserved_calls = 0
-        self.sessions = 0  # of continuous batching, which have pools of their own
-        self.session_requests = 0
-        self.session_tokens = 0  # generated
+    `PatchStats` says what each one counts.
+    """
+
+    gathers: int = 0
+    in_place_reads: int = 0
+    copied_blocks: int = 0
+    evicted_blocks: int = 0
+    peak_held_bytes: int = 0
+    peak_dense_bytes: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_unserved_calls: int = 0
+    swapped_in_blocks: int = 0  # that came from the other tier
+    num_sessions: int = 0
+    session_requests: int = 0
+    session_tokens: int = 0
 
 
 class Budget(Protocol):

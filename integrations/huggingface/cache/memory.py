@@ -245,7 +245,7 @@ class PagedMemory:
     def note_session(self, *, sessions: int = 0, requests: int = 0, tokens: int = 0) -> None:
         """Count what continuous batching served. O(1)."""
         with self.lock:
-            self.counters.sessions += sessions
+            self.counters.num_sessions += sessions
             self.counters.session_requests += requests
             self.counters.session_tokens += tokens
 

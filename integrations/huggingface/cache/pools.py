@@ -261,7 +261,7 @@ class PagedPool:
             for shelf in self._storages
             if (shelf.kind, shelf.first_layer) in theirs
         ]
-        self.memory.counters.arrived_blocks += len(copies)
+        self.memory.counters.swapped_in_blocks += len(copies)
         return [event for event in events if event is not None]
 
     def free_after(self, events: list[torch.cuda.Event], sequences: list[Sequence]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvpager._text import change, counted, size
+from kvpager.integrations.huggingface.cache.budget import Counters
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 
 
@@ -59,7 +60,7 @@ class PatchStats:
         if host is not None:
             host.settle()
         stats = [(pool.manager.stats(), pool.block_bytes) for pool in pools]
-        counters = memory.counters
+        swapped_out = Counters() if host is None else host.counters
         return cls(
             num_blocks=sum(s.num_blocks for s, _ in stats),
             num_held_blocks=sum(s.num_held for s, _ in stats),
@@ -70,23 +71,11 @@ class PatchStats:
             held_bytes=sum(s.num_held * size for s, size in stats),
             used_bytes=sum(s.num_tokens * size // s.block_size for s, size in stats),
             cached_bytes=sum(s.num_cached * size for s, size in stats),
-            peak_held_bytes=counters.peak_held_bytes,
-            peak_dense_bytes=counters.peak_dense_bytes,
-            copied_blocks=counters.copied_blocks,
-            evicted_blocks=counters.evicted_blocks,
-            gathers=counters.gathers,
-            in_place_reads=counters.in_place_reads,
-            prefix_query_tokens=counters.prefix_query_tokens,
-            prefix_hit_tokens=counters.prefix_hit_tokens,
-            prefix_unserved_calls=counters.prefix_unserved_calls,
             host_reserved_bytes=sum(pool.reserved_bytes for pool in host_pools),
             host_held_bytes=sum(pool.held_bytes for pool in host_pools),
-            peak_host_held_bytes=0 if host is None else host.counters.peak_held_bytes,
-            swapped_out_blocks=0 if host is None else host.counters.arrived_blocks,
-            swapped_in_blocks=counters.arrived_blocks,
-            num_sessions=counters.sessions,
-            session_requests=counters.session_requests,
-            session_tokens=counters.session_tokens,
+            peak_host_held_bytes=swapped_out.peak_held_bytes,
+            swapped_out_blocks=swapped_out.swapped_in_blocks,
+            **vars(memory.counters),
         )
 
 
