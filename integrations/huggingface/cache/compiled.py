@@ -41,7 +41,7 @@ class Layer(Protocol):
         """Write columns from `start` on."""
 
     def view(self, start: int, stop: int) -> PagedView:
-        """What columns `start` to `stop` show."""
+        """Return a view of columns `start` to `stop`."""
 
 
 class Mark(NamedTuple):

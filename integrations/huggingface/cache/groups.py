@@ -132,9 +132,10 @@ class LayerGroup:
             return pool.places(kind, number, num_layers)
 
     def _leave_device(self, pool: PagedPool) -> bool:
-        """Make room there for layers that nobody knew of; whether that was possible.
+        """Move all rows to host memory, so that further layers fit on the device.
 
-        The pool has as many blocks as it had room for while it knew fewer layers.
+        The pool has as many blocks as it had room for while it knew fewer layers. Returns False
+        without host memory, or if other caches hold blocks.
         """
         if pool.host is None or self.rows is None:
             return False
@@ -212,7 +213,7 @@ class LayerGroup:
         assert self.tensors is not None
         pool, places = self.rows.pool, self.members.at(number)[1]
         for rows, slots, on_host in self.tensors.slots(start, start + key.shape[2], key.device):
-            if not on_host and rows is None:  # as a rule
+            if not on_host and rows is None:  # the usual case
                 pool.write(places.device, packed(key), packed(value), slots)
                 continue
             place = places.host if on_host else places.device
@@ -224,14 +225,14 @@ class LayerGroup:
     # ---------------------------------------------------------------- reading
 
     def view(self, number: int, start: int, stop: int) -> PagedView:
-        """A layer's keys and values of columns `start` to `stop`."""
+        """Return a layer's keys and values of columns `start` to `stop`. O(1)."""
         parts, kind = self.parts(number, stop), self.members.at(number)[0]
         view = PagedView(kind, parts, self.columns.padding, start, stop, self.memory, owner=self)
         self.views.add(view)
         return view
 
     def parts(self, number: int, num_columns: int) -> list[Part]:
-        """Where the rows of a layer's first columns are: in one storage, or in two. O(1)."""
+        """Return where the rows of a layer's first columns are: in one storage or in two. O(1)."""
         assert self.tensors is not None
         return self.tensors.parts(number, *self.members.at(number), num_columns)
 
@@ -283,15 +284,15 @@ class LayerGroup:
             part.reset()
 
     def commit(self) -> None:
-        """Every layer has written all columns: full blocks of known tokens become reusable."""
+        """Offer the full blocks of known tokens to later prompts: every layer has written them."""
         if self.rows is not None and self.prompt is not None:
             self.rows.commit()
             self.memory.keep(self.rows.pool)
 
     def note_next(self, ids: Int32) -> None:
-        """All columns are written, and `ids` [rows] come next. O(tokens).
+        """Note that `ids` [rows] come next, now that all columns are written. O(tokens).
 
-        Does nothing where the ids of some column are not known, or other rows are meant.
+        Does nothing if the ids of some column are not known, or the number of rows differs.
         """
         if self.prompt is None or len(ids) != self.num_rows:
             return
@@ -327,7 +328,7 @@ class LayerGroup:
         self.columns.truncate(num_columns)
 
     def forget_before(self, column: int) -> None:
-        """Give back the blocks that lie wholly before `column`. O(rows + blocks)."""
+        """Free the blocks whose columns all lie before `column`. O(rows + blocks)."""
         if self.rows is None or not self.num_rows or column <= 0:
             return
         starts = self.columns.lengths(column)
@@ -348,7 +349,7 @@ class LayerGroup:
         self.prompt = None
 
     def leave(self, reason: str) -> None:
-        """One layer keeps its content elsewhere from now on; the last one frees the blocks."""
+        """Note that one more layer keeps its content elsewhere; the last one frees the blocks."""
         self.members.leave()
         self.memory.note_left_alone(reason, self.members.num_left)
         self._free_if_left()
@@ -358,7 +359,7 @@ class LayerGroup:
             self.reset()
 
     def _change_place(self) -> None:
-        """`place`, by which compiled code knows the group, is another tensor with its number."""
+        """Make `place`, by which compiled code knows the group, another tensor with its number."""
         # One made in inference mode could not be passed to operators outside of it.
         with torch.inference_mode(False):
             self.place = torch.tensor(self._number, device="cpu")
@@ -368,7 +369,7 @@ class LayerGroup:
 
     @whole
     def fork(self) -> LayerGroup:
-        """A second batch that shares every block of this one. O(rows + blocks)."""
+        """Return a second batch that shares every block of this one. O(rows + blocks)."""
         twin = LayerGroup(self.memory, self.members.expected, self.window)
         twin.layout, twin.prompt = self.layout, self.prompt
         twin.origin, twin.holds_text = self.origin, self.holds_text

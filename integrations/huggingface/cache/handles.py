@@ -1,4 +1,4 @@
-"""Tensors that stand for paged keys or values until somebody really needs the numbers.
+"""Tensors that stand for paged keys or values until an operation needs the numbers.
 
 A model passes what `Cache.update` returns on to its attention function. One that knows handles
 reads the blocks through them in place; for anything else - a slice, an addition, a print - the

@@ -22,7 +22,7 @@ class PagedLayer(DynamicLayer):
     """A full-attention layer: writes into its group's blocks, returns lazy handles.
 
     It behaves as the `DynamicLayer` it stands for. Where blocks cannot serve - gradients are
-    needed, `torch.export` is tracing, somebody assigns `keys` - it turns into one, for good.
+    needed, `torch.export` is tracing, a caller assigns `keys` - it turns into one, for good.
     """
 
     _layer_type = None
@@ -37,7 +37,7 @@ class PagedLayer(DynamicLayer):
         self._traced: compiled.Shape | None = None  # of what was written last in a trace
         super().__init__()  # type: ignore[no-untyped-call]
 
-    # `keys` and `values` are made when asked for, so that nobody holds on to stale ones.
+    # `keys` and `values` are made when asked for, so that none is kept that is out of date.
     @property
     def keys(self) -> Tensor | None:
         """The layer's keys [rows, kv_heads, columns, dim] as a lazy handle; None unless
@@ -127,7 +127,7 @@ class PagedLayer(DynamicLayer):
         compiled.enter(self)
 
     def _obstacle(self, key: Tensor, value: Tensor) -> str | None:
-        """What keeps these out of blocks, if anything does."""
+        """Return why these cannot be kept in blocks; None if they can."""
         if key.requires_grad or value.requires_grad:
             return "keys and values that need gradients"
         if compiled.is_exporting():
@@ -155,11 +155,11 @@ class PagedLayer(DynamicLayer):
         return compiled.Shape(rows, *self.kind.shape, self.kind.dtype, self.kind.device)
 
     def view(self, start: int, stop: int) -> PagedView:
-        """What columns `start` to `stop` show."""
+        """Return a view of columns `start` to `stop`."""
         return self.group.view(self.number, start, stop)
 
     def _before_step(self, num_columns: int) -> None:
-        """What the group's first layer does before a step adds columns."""
+        """Free blocks that the step does not need: the group's first layer calls this."""
 
     def _first_visible(self, num_columns: int) -> int:
         return 0
@@ -262,7 +262,7 @@ class PagedSlidingWindowLayer(PagedLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         self.store(key_states, value_states, 0, keep_from=first)
         self.num_columns = key_states.shape[2]
-        # All that these queries see is here; nobody asks for what lies before the window later.
+        # These queries see all that is here. Later ones see nothing before the window.
         return key_states, value_states
 
     def _is_beginning(self, first: int) -> bool:

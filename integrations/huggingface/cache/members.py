@@ -36,7 +36,7 @@ class Members:
 
     @property
     def first_kind(self) -> LayerKind:
-        """What the layer that was placed first stores."""
+        """The kind of the layer that was placed first."""
         return next(iter(self._places.values()))[0]
 
     def at(self, number: int) -> tuple[LayerKind, Places]:

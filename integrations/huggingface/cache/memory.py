@@ -260,7 +260,7 @@ class PagedMemory:
         return max(self.bound - self.reserved_bytes, 0) if self.bound is not None else 0
 
     def claim(self, num_bytes: int, claimant: object) -> bool:
-        """Whether the bound leaves room for `num_bytes` more. O(pools).
+        """True if the bound leaves room for `num_bytes` more. O(pools).
 
         Pools that hold nothing but cached prefixes go first, then free blocks of other pools.
         """

@@ -177,7 +177,7 @@ class PagedCache(DynamicCache):
 
     @property
     def is_fully_paged(self) -> bool:
-        """Whether every layer that holds something is kept in blocks."""
+        """True if every layer that holds something is kept in blocks."""
         return all(isinstance(layer, PagedLayer) for layer in _holding(self.layers))
 
     @property
@@ -404,7 +404,7 @@ def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> i
 
 
 def unpaged(cache: Any) -> bool:
-    """Whether `cache` is a plain `DynamicCache` that holds nothing yet, so that it can be paged."""
+    """True if `cache` is a plain `DynamicCache` that holds nothing yet, so that it can be paged."""
     return (
         type(cache) is DynamicCache
         and not cache.offloading

@@ -140,7 +140,7 @@ class PagedPool:
         return self.memory.room // max(self.block_bytes, 1)
 
     def places(self, kind: LayerKind, layer: int, num_layers: int) -> Places:
-        """Where layer number `layer` of `num_layers` is kept, on the device and in host memory.
+        """Return where layer `layer` of `num_layers` is kept, on the device and in host memory.
 
         O(storages). Raises: as `storage`.
         """
@@ -150,7 +150,7 @@ class PagedPool:
 
     @whole
     def storage(self, kind: LayerKind, layer: int, num_layers: int) -> Place:
-        """Where layer number `layer` of `num_layers` is kept in this pool.
+        """Return where layer `layer` of `num_layers` is kept in this pool.
 
         The first layer of a kind makes room for all layers from it on, which models nearly
         always shape alike; so one block is one run of bytes. O(storages).
@@ -319,7 +319,7 @@ class PagedPool:
         return result
 
     def _room(self) -> int:
-        """How many blocks more the pool may have without being short of any. O(pools)."""
+        """Return how many more blocks the pool may have before it is short of any. O(pools)."""
         if self.memory.bound is not None:
             return self.num_room_blocks
         if not self.memory.keep_pools:
@@ -367,7 +367,7 @@ class PagedPool:
 
     @whole
     def minimise(self) -> bool:
-        """Give all blocks but one back, if nobody holds any; whether that was so. O(1)."""
+        """Give all blocks but one back. Returns False, and does nothing, if some are held. O(1)."""
         self.settle()
         if self.manager.num_held_blocks:
             return False

@@ -62,13 +62,13 @@ class BatchRows:
 
     @property
     def any_on_host(self) -> bool:
-        """Whether some row has left the device."""
+        """True if some row is in host memory."""
         return self._any_on_host
 
     def shares(self) -> list[Share]:
-        """The rows by pool, the device's first; only pools that have some. O(1) until they change.
+        """Return the rows by pool, the device's first. O(1) until they change.
 
-        Raises: `StaleSequence` for rows that were freed behind our back.
+        Raises: `StaleSequence` for rows that were freed elsewhere.
         """
         if self._shares is None:
             self._shares = []
@@ -259,21 +259,21 @@ class BatchRows:
 
     @whole
     def slide(self, starts: Int64) -> None:
-        """Give back blocks wholly before token `starts` [rows] of each row. O(rows + blocks)."""
+        """Free blocks that lie before token `starts` [rows] of each row. O(rows + blocks)."""
         self._room = 0  # tables change
         for share in self.shares():
             share.pool.manager.slide(share.batch, starts[share.rows])
 
     @whole
     def commit(self) -> None:
-        """Full blocks of known tokens become reusable; those on the host do not. O(blocks)."""
+        """Offer full blocks of known tokens to later prompts; none on the host. O(blocks)."""
         for share in self.shares():
             if not share.on_host:
                 share.pool.manager.commit(share.batch)
 
     @whole
     def fork(self) -> BatchRows:
-        """A second batch that shares every block of this one. O(rows + blocks)."""
+        """Return a second batch that shares every block of this one. O(rows + blocks)."""
         self._room = 0
         twin = BatchRows(self.pool)
         sequences = [
@@ -299,7 +299,7 @@ class BatchRows:
 
 
 def _family(tables: Int32, number: int) -> NDArray[np.bool_]:
-    """Which rows share most blocks of row `number`, itself included, bool [rows]."""
+    """Return the rows that share most blocks of row `number`, itself included, bool [rows]."""
     own = tables[number]
     common = ((tables == own) & (own >= 0)).sum(axis=1)
     members: NDArray[np.bool_] = 2 * common > np.count_nonzero(own >= 0)
@@ -319,7 +319,7 @@ def _twin(
     target: PagedPool,
     key: PrefixKey | None,
 ) -> Sequence:
-    """A sequence of `target` for number `number` of those that leave.
+    """Make a sequence of `target` for number `number` of those that leave.
 
     It shares with one that has `arrived` what they shared before: as in a tree, a beginning.
     """
@@ -340,7 +340,7 @@ def _twin(
 
 
 def _common(tables: Int32, lengths: list[int], earlier: int, number: int, size: int) -> int:
-    """How many tokens of sequence `number` lie in blocks that it shares with the earlier one."""
+    """Return how many tokens of sequence `number` lie in blocks shared with the earlier one."""
     if _num_missing(tables[earlier]) != _num_missing(tables[number]):
         return 0
     num_blocks = int((tables[earlier] == tables[number]).cumprod().sum())
@@ -350,14 +350,14 @@ def _common(tables: Int32, lengths: list[int], earlier: int, number: int, size: 
 
 
 def _num_missing(table: Int32) -> int:
-    """Blocks at the front that were given back: a window has passed them."""
+    """Return how many blocks at the front were freed because a window has passed them."""
     return int(np.argmax(np.append(table, 0) >= 0))
 
 
 def _lengthen(pool: PagedPool, sequence: Sequence, length: int, start: int) -> None:
     """Make `sequence` `length` tokens long, without blocks wholly before token `start`."""
     while len(sequence) < length:
-        # By steps: blocks that were given back long ago shall not be needed all at once.
+        # By steps: blocks that a window has passed need not exist all at once.
         step = min(length - len(sequence), max(pool.block_size, length - start))
         pool.append(pool.manager.batch([sequence]), np.array([step]), [])
         pool.manager.slide([sequence], np.array([min(start, len(sequence))]))

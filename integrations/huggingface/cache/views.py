@@ -53,7 +53,7 @@ class Part(NamedTuple):
         return key, value
 
     def on(self, device: torch.device) -> Blocks:
-        """What a kernel on `device` reads. O(1) where the blocks are there; else copies them."""
+        """Return what a kernel on `device` reads. O(1) for blocks on it; copies others."""
         if self.place.storage.device == device:
             caches, scales = self.caches(), self.scales()
             return Blocks(*caches, scales, self.tables, self.kv_lens, self.host_rows)
@@ -96,7 +96,7 @@ class Blocks(NamedTuple):
 def packed(states: Tensor) -> Tensor:
     """[rows, heads, columns, dim] as the kernels take it: [rows * columns, heads, dim].
 
-    A view where it can be one; heads as runs of numbers in any case.
+    A view if strides allow it; the numbers of a head are always consecutive.
     """
     rows, heads, columns, dim = states.shape
     if columns == 1:
@@ -110,7 +110,7 @@ class PagedView:
     """A layer's keys and values of columns `start` to `stop`, as they are now.
 
     Reads the blocks in place while nothing has changed; just before something does, the group
-    calls `materialise`, so that whoever still holds the view keeps what it saw.
+    calls `materialise`, so that a view that is still held keeps what it showed.
     """
 
     __slots__ = (
@@ -139,7 +139,7 @@ class PagedView:
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def shows_the_same_as(self, other: PagedView) -> bool:
-        """Whether both may be read in place still, and read the same. O(1)."""
+        """True if both can still be read in place, and read the same. O(1)."""
         if self._dense is not None or other._dense is not None:
             return False
         # Of one group, with nothing changed since: then the parts are one list.
@@ -177,7 +177,7 @@ class PagedView:
 
 
 class Views(weakref.WeakSet[PagedView]):
-    """The views of a group that somebody may still hold."""
+    """The views of a group that may still be read."""
 
     def freeze(self) -> None:
         """Let each view keep what it shows, and forget it: the blocks change. O(bytes shown)."""

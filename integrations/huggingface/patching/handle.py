@@ -53,7 +53,7 @@ class Patch:
         return f"<Patch of {self._served}: {state}, {self.memory.options()}>"
 
     def covers(self, model: nn.Module) -> bool:
-        """Whether this patch serves `model`. O(1)."""
+        """True if this patch serves `model`. O(1)."""
         return self._covers_all or model in self._models
 
     def is_of(self, model: nn.Module | None) -> bool:
@@ -66,12 +66,12 @@ class Patch:
         return any(module in self._models for module in model.modules())
 
     def covers_config(self, config: Any) -> bool:
-        """Whether this patch serves caches made for `config`. O(configurations of the model)."""
+        """True if this patch serves caches made for `config`. O(configurations of the model)."""
         return self._covers_all or any(config is known for known in self._configs)
 
     @property
     def is_active(self) -> bool:
-        """Whether it was not undone. O(patches)."""
+        """True until the patch is undone. O(patches)."""
         return self in active
 
     def stats(self) -> PatchStats:
@@ -79,7 +79,7 @@ class Patch:
         return PatchStats.of(self.memory)
 
     def namespace(self, name: str) -> AbstractContextManager[None]:
-        """Calls made within share prompts with calls of namespace `name` only.
+        """Let calls made within share prompts with calls of namespace `name` only.
 
             with paging.namespace("acme"):
                 model.generate(...)
@@ -112,13 +112,13 @@ class Patch:
         return self.prompts
 
     def report(self) -> str:
-        """What was paged and what that saved, as a text for people. O(blocks)."""
+        """Describe what was paged and what that saved, as a text for people. O(blocks)."""
         for manager in list(self.managers):
             manager.note_doubt()
         return report(self.memory, self.stats())
 
     def clear(self) -> None:
-        """Give cached prefixes up, and all memory that no live cache needs. O(cached blocks)."""
+        """Free cached prefixes, and all memory that no live cache needs. O(cached blocks)."""
         self.memory.clear()
 
     def undo(self) -> None:
@@ -160,5 +160,5 @@ def patch_for(model: Any, *, wanted: bool = False) -> Patch | None:
 
 @functools.cache
 def _asked_for_by_name() -> Patch:
-    """Serves the models that no patch was made for: nobody's options but the usual ones."""
+    """Return a patch with the default options, for models that no patch was made for."""
     return Patch(None, PagedMemory(None, 16), None)

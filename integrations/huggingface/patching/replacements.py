@@ -57,5 +57,5 @@ def _restore(what: str, is_ours: bool, restore: Callable[[], None]) -> None:
     if is_ours:
         restore()
     else:
-        # Somebody patched over us, and may call what it found, which is inert from now on.
+        # Another patch replaced ours, and may call it. Ours does nothing from now on.
         logger.warning("%s was replaced while patched, and is left as it is", what)

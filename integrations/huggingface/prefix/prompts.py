@@ -114,7 +114,7 @@ class PromptCache:
         return Prompt(rows, key)
 
     def known(self, model: nn.Module, cache: PagedCache, prompt: Prompt) -> NDArray[np.int64]:
-        """How many tokens of each row are in the pool, one at least being new. O(tokens)."""
+        """Return how many tokens of each row are in the pool; at least one is new. O(tokens)."""
         pool = self._pool(model, cache)
         if pool is None:
             return np.zeros(len(prompt.rows), np.int64)
@@ -141,7 +141,7 @@ class PromptCache:
             cache.memory.await_turn(self._homes[model].kinds[0])
 
     def _pool(self, model: nn.Module, cache: PagedCache) -> PagedPool | None:
-        """Where the model's prompts are, if there are any and the cache is made like theirs."""
+        """Return the pool of the model's prompts; None without any, or for an unlike cache."""
         home = self._homes.get(model)
         if home is None or len(home.kinds) != len(cache.paged_layers()):
             return None
@@ -169,7 +169,7 @@ def reply(
 
     Within transformers' own decoding loop keys and values follow from the tokens, as those of a
     prompt do; so a later prompt that repeats the reply, the next turn of a chat, finds its blocks.
-    What becomes of the cache afterwards nobody knows: no token is known from then on.
+    After the loop the caller may change the cache, so no token is known from then on.
     """
     cache: Any = cache_in(kwargs)
     processors, streamer = kwargs["logits_processor"], kwargs.get("streamer")

@@ -63,7 +63,7 @@ def _split(rows: Int64, new: Int64) -> tuple[list[Int64], int]:
 
 
 def _shared_with_a_leader(prompts: list[Int32], known: Int64) -> Int64:
-    """How many tokens each row has in common with a row that goes ahead; -1 for one that does.
+    """Return how many tokens each row shares with a row that goes ahead; -1 for one that does.
 
     In lexicographic order, rows that begin alike stand together.
     """
@@ -73,7 +73,7 @@ def _shared_with_a_leader(prompts: list[Int32], known: Int64) -> Int64:
     for before, row in itertools.pairwise(order):
         adjacent = _common(prompts[before], prompts[row])
         common = min(common, adjacent) if shared[before] >= 0 else adjacent
-        # At least one token is computed in any case.
+        # At least one token of each row is computed.
         common = min(common, len(prompts[row]) - 1)
         if common > known[row]:
             shared[row] = common
