@@ -102,9 +102,9 @@ class Columns:
     def fork(self) -> Columns:
         """Return a copy for a batch that shares all blocks of this one. O(rows)."""
         self.first_private = self.count
-        twin = copy.copy(self)
-        twin.padding = self.padding.copy()
-        return twin
+        fork = copy.copy(self)
+        fork.padding = self.padding.copy()
+        return fork
 
     def check_takes(self, held_rows: int, num_rows: int, start: int, num_new: int) -> None:
         """Raise `OtherColumns` unless a layer can write these columns of `num_rows` rows. O(1).

@@ -247,7 +247,7 @@ class LayerGroup:
         if self.rows is None:
             return []
         with self.lock:
-            return [Holding.of(share) for share in self.rows.shares()]
+            return [Holding.of(partition) for partition in self.rows.partitions()]
 
     # ---------------------------------------------------------------- prompts
 
@@ -370,13 +370,13 @@ class LayerGroup:
     @whole
     def fork(self) -> LayerGroup:
         """Return a second batch that shares every block of this one. O(rows + blocks)."""
-        twin = LayerGroup(self.memory, self.members.expected, self.window)
-        twin.layout, twin.prompt = self.layout, self.prompt
-        twin.origin, twin.holds_text = self.origin, self.holds_text
-        twin.members, twin.columns = self.members.copy(), self.columns.fork()
+        fork = LayerGroup(self.memory, self.members.expected, self.window)
+        fork.layout, fork.prompt = self.layout, self.prompt
+        fork.origin, fork.holds_text = self.origin, self.holds_text
+        fork.members, fork.columns = self.members.copy(), self.columns.fork()
         if self.rows is not None:
-            twin._enter(self.rows.fork())
-        return twin
+            fork._enter(self.rows.fork())
+        return fork
 
     def new_apart(self) -> LayerGroup:
         """Make an empty group for layers of this one that have written nothing. O(1)."""

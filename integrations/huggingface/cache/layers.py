@@ -182,7 +182,7 @@ class PagedLayer(DynamicLayer):
         """Forget the layer's columns; the cache resets the group."""
         self.num_columns = 0
 
-    def twin(self, group: LayerGroup) -> PagedLayer:
+    def fork(self, group: LayerGroup) -> PagedLayer:
         """The same layer over a fork of its group. O(1)."""
         layer = copy.copy(self)
         layer.group = group

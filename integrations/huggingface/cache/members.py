@@ -78,9 +78,9 @@ class Members:
 
     def copy(self) -> Members:
         """Return the same layers for a fork of the group. O(layers)."""
-        twin = copy.copy(self)
-        twin._places, twin._bound = dict(self._places), self._bound.copy()
-        return twin
+        copied = copy.copy(self)
+        copied._places, copied._bound = dict(self._places), self._bound.copy()
+        return copied
 
     def send_away(self) -> None:
         """Note that another group keeps every layer, for now. O(1)."""

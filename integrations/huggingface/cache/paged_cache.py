@@ -347,31 +347,31 @@ class PagedCache(DynamicCache):
 
     def __copy__(self) -> PagedCache:
         """A shallow copy: the same layers in the same blocks."""
-        twin: PagedCache = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
+        fork: PagedCache = object.__new__(type(self))
+        fork.__dict__.update(self.__dict__)
+        return fork
 
     @compiled.on_the_host
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A second cache that shares every block of this one: copy-on-write, no bytes move."""
-        twin: PagedCache = object.__new__(type(self))
-        memo[id(self)] = twin
+        fork: PagedCache = object.__new__(type(self))
+        memo[id(self)] = fork
         forks = {id(group): group.fork() for group in self.groups}
         for name, value in self.__dict__.items():
             if name not in _NOT_COPIED:
-                twin.__dict__[name] = copy.deepcopy(value, memo)
-        twin.memory = self.memory
-        twin._before, twin._last_written = _Lengths({}, {}), sys.maxsize
-        twin.groups = list(forks.values())
-        twin.layers = [
-            layer.twin(forks[id(layer.group)]) if isinstance(layer, PagedLayer)
+                fork.__dict__[name] = copy.deepcopy(value, memo)
+        fork.memory = self.memory
+        fork._before, fork._last_written = _Lengths({}, {}), sys.maxsize
+        fork.groups = list(forks.values())
+        fork.layers = [
+            layer.fork(forks[id(layer.group)]) if isinstance(layer, PagedLayer)
             else copy.deepcopy(layer, memo)
             for layer in self.layers
         ]  # fmt: skip
-        twin.layer_class_to_replicate = None
+        fork.layer_class_to_replicate = None
         if self.layer_class_to_replicate is not None:
-            twin._page_lazily(twin.groups[0])
-        return twin
+            fork._page_lazily(fork.groups[0])
+        return fork
 
 
 def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> int:

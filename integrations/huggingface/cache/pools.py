@@ -88,7 +88,7 @@ class Places(NamedTuple):
 
 
 @dataclass
-class _Shelf:
+class _Segment:
     """A storage for consecutive layers of one kind, and how many of them were ever asked for."""
 
     kind: LayerKind
@@ -109,7 +109,7 @@ class PagedPool:
         )
         self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
         self.host = host
-        self._storages: list[_Shelf] = []
+        self._segments: list[_Segment] = []
         self._dropped: deque[Sequence] = deque()
         self._leaving: deque[tuple[list[torch.cuda.Event], list[Sequence]]] = deque()
         self._held = self._most_held = 0  # when blocks were last taken, and at the most
@@ -117,7 +117,7 @@ class PagedPool:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block over all storages. O(storages)."""
-        return sum(shelf.storage.block_bytes for shelf in self._storages)
+        return sum(segment.storage.block_bytes for segment in self._segments)
 
     @property
     def held_bytes(self) -> int:
@@ -127,7 +127,7 @@ class PagedPool:
     @property
     def reserved_bytes(self) -> int:
         """Bytes of all storages. O(storages)."""
-        return sum(shelf.storage.nbytes for shelf in self._storages)
+        return sum(segment.storage.nbytes for segment in self._segments)
 
     @property
     def num_spare_blocks(self) -> int:
@@ -162,18 +162,18 @@ class PagedPool:
             raise ValueError(
                 f"keys and values are {kind.dtype}, but dtype={self.memory.dtype} was asked for"
             )
-        for shelf in self._storages:
-            number = layer - shelf.first_layer
-            if shelf.kind == kind and 0 <= number < shelf.num_layers:
-                shelf.num_used = max(shelf.num_used, number + 1)
-                return Place(shelf.storage, number)
+        for segment in self._segments:
+            number = layer - segment.first_layer
+            if segment.kind == kind and 0 <= number < segment.num_layers:
+                segment.num_used = max(segment.num_used, number + 1)
+                return Place(segment.storage, number)
         # This layer is of another kind than was guessed: give the room meant for it back.
-        for shelf in self._storages:
-            if shelf.first_layer + shelf.num_used <= layer:
-                self._reserve(partial(shelf.storage.keep_layers, shelf.num_used), 1)
-                shelf.num_layers = shelf.num_used
+        for segment in self._segments:
+            if segment.first_layer + segment.num_used <= layer:
+                self._reserve(partial(segment.storage.keep_layers, segment.num_used), 1)
+                segment.num_layers = segment.num_used
         storage = self._new_storage(kind, num_layers - layer)
-        self._storages.append(_Shelf(kind, layer, num_layers - layer, 1, storage))
+        self._segments.append(_Segment(kind, layer, num_layers - layer, 1, storage))
         return Place(storage, 0)
 
     def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
@@ -255,11 +255,13 @@ class PagedPool:
         """
         # Both pools meet the same layers, so that their storages match; one that only one of them
         # has could not be had in the other, and nothing was written to it yet.
-        theirs = {(shelf.kind, shelf.first_layer): shelf.storage for shelf in other._storages}
+        theirs = {
+            (segment.kind, segment.first_layer): segment.storage for segment in other._segments
+        }
         events = [
-            shelf.storage.copy_from(theirs[shelf.kind, shelf.first_layer], copies)
-            for shelf in self._storages
-            if (shelf.kind, shelf.first_layer) in theirs
+            segment.storage.copy_from(theirs[segment.kind, segment.first_layer], copies)
+            for segment in self._segments
+            if (segment.kind, segment.first_layer) in theirs
         ]
         self.memory.counters.swapped_in_blocks += len(copies)
         return [event for event in events if event is not None]
@@ -333,9 +335,9 @@ class PagedPool:
         Growing needs old and new storage at once. O(storages).
         """
         sizes: dict[torch.device, int] = {}
-        for shelf in self._storages:
-            device = shelf.storage.device
-            sizes[device] = sizes.get(device, 0) + shelf.storage.block_bytes
+        for segment in self._segments:
+            device = segment.storage.device
+            sizes[device] = sizes.get(device, 0) + segment.storage.block_bytes
         return min(
             (int(free_bytes(device) * _KEPT_OF_FREE) // each for device, each in sizes.items()),
             default=0,
@@ -360,9 +362,9 @@ class PagedPool:
 
     def _resize(self, num_blocks: int, need: int) -> None:
         # Storages first: should one fail, the manager never learns of blocks without room.
-        for shelf in self._storages:
-            if shelf.storage.num_blocks < num_blocks:
-                self._reserve(partial(shelf.storage.grow, num_blocks), need)
+        for segment in self._segments:
+            if segment.storage.num_blocks < num_blocks:
+                self._reserve(partial(segment.storage.grow, num_blocks), need)
         self.manager.grow(num_blocks)
 
     @whole
@@ -373,8 +375,8 @@ class PagedPool:
             return False
         self.manager.drop_cached()
         self.manager.shrink(1)
-        for shelf in self._storages:
-            shelf.storage.shrink(1)
+        for segment in self._segments:
+            segment.storage.shrink(1)
         return True
 
     def trim(self) -> None:
@@ -386,9 +388,9 @@ class PagedPool:
             if least == self.manager.num_blocks:
                 return
             self.manager.shrink(least)  # moves no block: none behind is in use
-            for shelf in self._storages:
+            for segment in self._segments:
                 with contextlib.suppress(RuntimeError, MemoryError):  # then it stays as large
-                    shelf.storage.shrink(least)
+                    segment.storage.shrink(least)
 
     def _reserve(self, make: Callable[[], _T], need: int) -> _T:
         try:
@@ -399,7 +401,7 @@ class PagedPool:
     def _out_of_blocks(self, need: int, block_bytes: int = 0) -> OutOfBlocks:
         """Return the error of a pool that needs `need` blocks, in the words of `patch`."""
         stats, memory = self.manager.stats(), self.memory
-        room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._storages else (0, 0, 0)
+        room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._segments else (0, 0, 0)
         missing, num_bytes = max(need - room[0] - room[1], 1), block_bytes or self.block_bytes
         is_host = memory.tier == "host"
         message = f"KV cache out of {'host ' if is_host else ''}memory: "
@@ -430,6 +432,6 @@ class PagedPool:
 
     def _copy(self, copies: NDArray[np.int32]) -> None:
         if len(copies):
-            for shelf in self._storages:
-                shelf.storage.copy(copies)
+            for segment in self._segments:
+                segment.storage.copy(copies)
             self.memory.counters.copied_blocks += len(copies)

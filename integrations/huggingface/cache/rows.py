@@ -30,10 +30,10 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 # Of the device's blocks, how many stay free behind a row that returns: else it would soon leave.
-_SPARE = 1 / 8
+_RESERVE = 1 / 8
 
 
-class Share(NamedTuple):
+class Partition(NamedTuple):
     """Rows of a batch that are in one pool."""
 
     pool: PagedPool
@@ -53,7 +53,7 @@ class BatchRows:
         self._key: PrefixKey | None = None  # of all rows: whose quota their blocks count in
         self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._any_on_host = False
-        self._shares: list[Share] | None = None
+        self._partitions: list[Partition] | None = None
         self._room = 0  # tokens for which every row's last block has room, and is its own
         self._last_slots: Int64 = np.zeros(0, np.int64)  # of each row
 
@@ -65,24 +65,26 @@ class BatchRows:
         """True if some row is in host memory."""
         return self._any_on_host
 
-    def shares(self) -> list[Share]:
+    def partitions(self) -> list[Partition]:
         """Return the rows by pool, the device's first. O(1) until they change.
 
         Raises: `StaleSequence` for rows that were freed elsewhere.
         """
-        if self._shares is None:
-            self._shares = []
+        if self._partitions is None:
+            self._partitions = []
             for pool, here in ((self.pool, ~self._on_host), (self.pool.host, self._on_host)):
                 rows = np.flatnonzero(here)
                 if pool is not None and len(rows):
                     sequences = [self._sequences[row] for row in rows]
                     batch = pool.manager.batch(sequences)
-                    self._shares.append(Share(pool, rows, sequences, batch, pool is not self.pool))
-        return self._shares
+                    self._partitions.append(
+                        Partition(pool, rows, sequences, batch, pool is not self.pool)
+                    )
+        return self._partitions
 
     def _become(self, sequences: list[Sequence], on_host: NDArray[np.bool_]) -> None:
         self._sequences, self._on_host = sequences, on_host
-        self._any_on_host, self._shares, self._room = bool(on_host.any()), None, 0
+        self._any_on_host, self._partitions, self._room = bool(on_host.any()), None, 0
 
     @whole
     def join(self, parts: list[BatchRows], order: Int64) -> None:
@@ -112,7 +114,7 @@ class BatchRows:
         """Make room for `counts` [rows] more tokens, moving rows where there is none. O(tokens).
 
         `ids` are the new tokens' ids where they are known, else an empty list. Returns, for each of
-        the `shares`, the slots of its rows' new tokens, one row after the other.
+        the `partitions`, the slots of its rows' new tokens, one row after the other.
         Raises: `OutOfBlocks`, with every row as long as it was.
         """
         self._room = 0
@@ -137,13 +139,15 @@ class BatchRows:
     def _append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
         slots: list[Int64] = []
         try:
-            for share in self.shares():
-                known = [ids[row] for row in share.rows] if ids else []
-                slots.append(share.pool.append(share.batch, counts[share.rows], known).slots)
+            for partition in self.partitions():
+                known = [ids[row] for row in partition.rows] if ids else []
+                slots.append(
+                    partition.pool.append(partition.batch, counts[partition.rows], known).slots
+                )
         except KVPagerError:
-            for share, _ in zip(self.shares(), slots, strict=False):
-                for row, sequence in zip(share.rows, share.sequences, strict=True):
-                    share.pool.manager.truncate(sequence, len(sequence) - int(counts[row]))
+            for partition, _ in zip(self.partitions(), slots, strict=False):
+                for row, sequence in zip(partition.rows, partition.sequences, strict=True):
+                    partition.pool.manager.truncate(sequence, len(sequence) - int(counts[row]))
             raise
         return slots
 
@@ -166,7 +170,7 @@ class BatchRows:
         if not self._room:
             return False
         self._room -= 1
-        self._last_slots = self.pool.manager.append(self.shares()[0].batch).slots
+        self._last_slots = self.pool.manager.append(self.partitions()[0].batch).slots
         return True
 
     # ---------------------------------------------------------------- moving
@@ -176,7 +180,7 @@ class BatchRows:
 
         Rows that share most of their blocks move together.
         """
-        device, size = self.shares()[0], self.pool.block_size
+        device, size = self.partitions()[0], self.pool.block_size
         assert self.pool.host is not None
         tables = device.pool.manager.block_tables(device.batch)
         lengths = device.pool.manager.lengths(device.batch)
@@ -184,20 +188,20 @@ class BatchRows:
         fresh = -(-ends // size) - -(-lengths // size)
         staying = np.ones(len(device.rows), np.bool_)
         while missing > 0 and staying.any():
-            family = _family(tables, int(np.flatnonzero(staying)[-1])) & staying
-            staying &= ~family
-            missing -= _num_blocks(tables[family]) + int(fresh[family].sum())
-            self._move(device.rows[family], self.pool, self.pool.host)
+            group = _fork_group(tables, int(np.flatnonzero(staying)[-1])) & staying
+            staying &= ~group
+            missing -= _num_blocks(tables[group]) + int(fresh[group].sum())
+            self._move(device.rows[group], self.pool, self.pool.host)
 
     def _return_some(self) -> None:
-        """Let the host's first row return, with its family, if there is room and to spare."""
-        host = self.shares()[-1]
+        """Let the host's first row return, with its fork group, if there is room and to spare."""
+        host = self.partitions()[-1]
         tables = host.pool.manager.block_tables(host.batch)
-        family = _family(tables, 0)
-        spare = len(self) + int(_SPARE * self.pool.manager.num_blocks)
-        if self.pool.num_spare_blocks >= _num_blocks(tables[family]) + spare:
+        group = _fork_group(tables, 0)
+        reserve = len(self) + int(_RESERVE * self.pool.manager.num_blocks)
+        if self.pool.num_spare_blocks >= _num_blocks(tables[group]) + reserve:
             with contextlib.suppress(OutOfBlocks):  # of the device itself, whatever the bound says
-                self._move(host.rows[family], host.pool, self.pool)
+                self._move(host.rows[group], host.pool, self.pool)
 
     @whole
     def leave_device(self) -> None:
@@ -212,7 +216,7 @@ class BatchRows:
         arrived: list[Sequence] = []
         try:
             for number in range(len(leaving)):
-                arrived.append(_twin(number, tables, lengths, arrived, target, self._key))
+                arrived.append(_arriving(number, tables, lengths, arrived, target, self._key))
         except KVPagerError:
             target.manager.free(arrived)
             raise
@@ -253,52 +257,54 @@ class BatchRows:
     def truncate(self, lengths: Int64) -> None:
         """Keep the first `lengths` [rows] tokens of each row. O(rows + blocks)."""
         self._room = 0
-        for share in self.shares():
-            for sequence, length in zip(share.sequences, lengths[share.rows].tolist(), strict=True):
-                share.pool.manager.truncate(sequence, length)
+        for partition in self.partitions():
+            for sequence, length in zip(
+                partition.sequences, lengths[partition.rows].tolist(), strict=True
+            ):
+                partition.pool.manager.truncate(sequence, length)
 
     @whole
     def slide(self, starts: Int64) -> None:
         """Free blocks that lie before token `starts` [rows] of each row. O(rows + blocks)."""
         self._room = 0  # tables change
-        for share in self.shares():
-            share.pool.manager.slide(share.batch, starts[share.rows])
+        for partition in self.partitions():
+            partition.pool.manager.slide(partition.batch, starts[partition.rows])
 
     @whole
     def commit(self) -> None:
         """Offer full blocks of known tokens to later prompts; none on the host. O(blocks)."""
-        for share in self.shares():
-            if not share.on_host:
-                share.pool.manager.commit(share.batch)
+        for partition in self.partitions():
+            if not partition.on_host:
+                partition.pool.manager.commit(partition.batch)
 
     @whole
     def fork(self) -> BatchRows:
         """Return a second batch that shares every block of this one. O(rows + blocks)."""
         self._room = 0
-        twin = BatchRows(self.pool)
+        fork = BatchRows(self.pool)
         sequences = [
             self._pool_of(row).manager.fork(sequence)
             for row, sequence in enumerate(self._sequences)
         ]
-        twin._become(sequences, self._on_host.copy())
-        twin._key = self._key
-        return twin
+        fork._become(sequences, self._on_host.copy())
+        fork._key = self._key
+        return fork
 
     @whole
     def free(self) -> None:
         """Give all blocks back: no rows are left. O(blocks)."""
-        for share in self.shares():
-            share.pool.manager.free(share.batch)
+        for partition in self.partitions():
+            partition.pool.manager.free(partition.batch)
         self.adopt([])
 
     def discard(self) -> None:
         """Free the rows soon: safe to call from a finaliser, at any moment. O(rows)."""
-        # Not by way of the shares: making them takes a lock, and asks the manager.
+        # Not by way of the partitions: making them takes a lock, and asks the manager.
         for row, sequence in enumerate(self._sequences):
             self._pool_of(row).discard([sequence])
 
 
-def _family(tables: Int32, number: int) -> NDArray[np.bool_]:
+def _fork_group(tables: Int32, number: int) -> NDArray[np.bool_]:
     """Return the rows that share most blocks of row `number`, itself included, bool [rows]."""
     own = tables[number]
     common = ((tables == own) & (own >= 0)).sum(axis=1)
@@ -311,7 +317,7 @@ def _num_blocks(tables: Int32) -> int:
     return len(np.unique(tables[tables >= 0]))
 
 
-def _twin(
+def _arriving(
     number: int,
     tables: Int32,
     lengths: list[int],

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvpager.integrations.huggingface.cache.rows import Share
+from kvpager.integrations.huggingface.cache.rows import Partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,9 @@ class Holding(NamedTuple):
     on_host: bool
 
     @classmethod
-    def of(cls, share: Share) -> Holding:
+    def of(cls, partition: Partition) -> Holding:
         """Count the blocks of rows that are in one pool. O(blocks)."""
-        tables = share.pool.manager.block_tables(share.batch)
+        tables = partition.pool.manager.block_tables(partition.batch)
         blocks, holders = np.unique(tables[tables >= 0], return_counts=True)
-        num_bytes = len(blocks) * share.pool.block_bytes
-        return cls(len(blocks), int(np.count_nonzero(holders > 1)), num_bytes, share.on_host)
+        num_bytes = len(blocks) * partition.pool.block_bytes
+        return cls(len(blocks), int(np.count_nonzero(holders > 1)), num_bytes, partition.on_host)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.columns import Columns
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Places
-from kvpager.integrations.huggingface.cache.rows import BatchRows, Share
+from kvpager.integrations.huggingface.cache.rows import BatchRows, Partition
 from kvpager.integrations.huggingface.cache.views import Part, Tables
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows
@@ -58,39 +58,39 @@ class StepTensors:
         slots = self._slots.get((device, start, stop))
         if slots is None:
             slots = self._slots[device, start, stop] = []
-            for number, share in enumerate(self._rows.shares()):
+            for number, partition in enumerate(self._rows.partitions()):
                 if self._new is not None and self._new[:2] == (start, stop):
-                    flat = self._with_padding(self._new[2][number], share, start, stop)
+                    flat = self._with_padding(self._new[2][number], partition, start, stop)
                 else:  # a layer that was late
-                    flat = self._written(share, start, stop)
-                tensor = to_device(flat, _CPU if share.on_host else device)
-                slots.append(Slots(self._numbers(share, device), tensor, share.on_host))
+                    flat = self._written(partition, start, stop)
+                tensor = to_device(flat, _CPU if partition.on_host else device)
+                slots.append(Slots(self._numbers(partition, device), tensor, partition.on_host))
             if stop == self._columns.count:
                 ahead = to_device(self._rows.ahead(), device).unbind()
                 for column, tensor in enumerate(ahead, start=stop):
                     self._slots[device, column, column + 1] = [Slots(None, tensor, False)]
         return slots
 
-    def _with_padding(self, slots: Int64, share: Share, start: int, stop: int) -> Int64:
+    def _with_padding(self, slots: Int64, partition: Partition, start: int, stop: int) -> Int64:
         """Return `slots` of the tokens among the columns, with -1 for those that are padding."""
-        num_columns = len(share.rows) * (stop - start)
+        num_columns = len(partition.rows) * (stop - start)
         if len(slots) == num_columns:
             return slots
         padded = np.full(num_columns, -1, np.int64)
-        padding = self._columns.padding[share.rows, None]
+        padding = self._columns.padding[partition.rows, None]
         padded[(np.arange(start, stop) >= padding).reshape(-1)] = slots
         return padded
 
-    def _written(self, share: Share, start: int, stop: int) -> Int64:
+    def _written(self, partition: Partition, start: int, stop: int) -> Int64:
         """Return the slots of columns that are there already, by the block tables."""
-        slots_of, lengths = share.pool.manager.slots, self._columns.lengths
-        ranges = (lengths(column)[share.rows].tolist() for column in (start, stop))
-        slots = [slots_of(*each) for each in zip(share.sequences, *ranges, strict=True)]
-        return self._with_padding(np.concatenate(slots), share, start, stop)
+        slots_of, lengths = partition.pool.manager.slots, self._columns.lengths
+        ranges = (lengths(column)[partition.rows].tolist() for column in (start, stop))
+        slots = [slots_of(*each) for each in zip(partition.sequences, *ranges, strict=True)]
+        return self._with_padding(np.concatenate(slots), partition, start, stop)
 
-    def _numbers(self, share: Share, device: torch.device) -> Tensor | None:
+    def _numbers(self, partition: Partition, device: torch.device) -> Tensor | None:
         """Return the rows' numbers, or None where it is all of them."""
-        return None if len(share.rows) == len(self._rows) else to_device(share.rows, device)
+        return None if len(partition.rows) == len(self._rows) else to_device(partition.rows, device)
 
     def parts(self, number: int, kind: LayerKind, places: Places, num_columns: int) -> list[Part]:
         """Return where the first columns of layer `number` are: in one storage, or in two.
@@ -118,15 +118,15 @@ class StepTensors:
             for column in steps:
                 self._tables[device, column] = []
             lengths = np.stack([self._columns.lengths(column) for column in steps]).astype(np.int32)
-            for share in self._rows.shares():
-                here = share.pool.manager.block_tables(share.batch)
-                theirs = lengths[:, share.rows]
-                there = _CPU if share.on_host else device
+            for partition in self._rows.partitions():
+                here = partition.pool.manager.block_tables(partition.batch)
+                theirs = lengths[:, partition.rows]
+                there = _CPU if partition.on_host else device
                 tables, each = to_device(here, there), to_device(theirs, there).unbind()
-                rows = self._numbers(share, device)
+                rows = self._numbers(partition, device)
                 for column, lens, tensor in zip(steps, theirs, each, strict=True):
                     self._tables[device, column].append(
-                        Tables(rows, tables, tensor, HostRows(here, lens), share.on_host)
+                        Tables(rows, tables, tensor, HostRows(here, lens), partition.on_host)
                     )
             found = self._tables[device, num_columns]
         return found

@@ -27,8 +27,8 @@ from kvpager.integrations.huggingface.cache.prompt import Prompt
 from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
 from kvpager.integrations.huggingface.prefix.inputs import Inputs, Padding
 from kvpager.integrations.huggingface.prefix.obstacles import why_not_by_row, why_not_kept
+from kvpager.integrations.huggingface.prefix.prefill_batches import prefill_batches
 from kvpager.integrations.huggingface.prefix.prompts import PromptCache
-from kvpager.integrations.huggingface.prefix.waves import waves
 from kvpager.integrations.huggingface.releases import set_cache_of, with_cache
 
 Prefill = Callable[..., Any]
@@ -152,7 +152,7 @@ def _prefill_new(
 ) -> Any:
     """Compute what is new in each row, in as many passes as are worth it."""
     model, cache = inputs.model, inputs.cache
-    passes = waves(prompt.rows, prompts.known(model, cache, prompt))
+    passes = prefill_batches(prompt.rows, prompts.known(model, cache, prompt))
     if len(passes) == 1:
         prompts.attach(model, cache, prompt, padding)
         (group,) = cache.groups

@@ -231,7 +231,7 @@ def with_rows_on_the_host(states: list[torch.Tensor]) -> kvpager.PagedCache:
     cache.update(*(each.to(FIRST) for each in states), 0)
     rows = cache.groups[0].rows
     assert rows is not None
-    assert [share.rows.tolist() for share in rows.shares()] == [[0, 1], [2, 3]]
+    assert [each.rows.tolist() for each in rows.partitions()] == [[0, 1], [2, 3]]
     cache.batch_select_indices(torch.tensor([2, 3, 3]))
     host = host_of(cache)
     host.manager.free(host.allocate(3 * 4, None))  # it has all its 9 blocks from now on
@@ -255,7 +255,7 @@ def test_host_memory_is_not_written_while_a_copy_to_the_device_reads_it() -> Non
         cache.update(*one, 0)
         rows = cache.groups[0].rows
         assert rows is not None
-        assert [share.rows.tolist() for share in rows.shares()] == [[0], [1, 2]]
+        assert [each.rows.tolist() for each in rows.partitions()] == [[0], [1, 2]]
         for found, before in zip(of_rows(cache, slice(0, 10)), states, strict=True):
             assert torch.equal(found, before[[2, 3, 3]])
 

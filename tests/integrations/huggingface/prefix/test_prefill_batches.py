@@ -15,7 +15,7 @@ from tests.support.cache_name import cache_of, passing
 transformers = pytest.importorskip("transformers")
 
 import kvpager  # noqa: E402
-from kvpager.integrations.huggingface.prefix.waves import PASS_TOKENS, waves  # noqa: E402
+from kvpager.integrations.huggingface.prefix.prefill_batches import PASS_TOKENS, prefill_batches  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 
 PROMPTS = st.lists(
@@ -43,7 +43,7 @@ def test_every_row_is_computed_once_and_never_dearer_than_in_one_pass(
     prompts = [ids_of(*shape) for shape in shapes]
     lengths = np.array([len(prompt) for prompt in prompts])
     known = np.random.default_rng(seed).integers(0, lengths)
-    passes = waves(prompts, known)
+    passes = prefill_batches(prompts, known)
     assert sorted(np.concatenate(passes)) == list(range(len(prompts)))
     # What rows of earlier passes computed is known to later ones.
     new, done = lengths - known, []
@@ -62,20 +62,22 @@ def _common(one: Any, other: Any) -> int:
 
 def test_rows_that_know_alike_go_together_those_that_know_least_first() -> None:
     prompts = [np.full(2000, row, np.int32) for row in range(4)]
-    passes = waves(prompts, np.array([1990, 0, 1980, 10]))
+    passes = prefill_batches(prompts, np.array([1990, 0, 1980, 10]))
     assert [rows.tolist() for rows in passes] == [[1, 3], [0, 2]]
 
 
 def test_one_of_those_that_begin_alike_goes_ahead() -> None:
     stems = [np.full(2000, stem, np.int32) for stem in (0, 0, 1, 1, 0)]
     prompts = [np.append(stem, np.int32(10 + row)) for row, stem in enumerate(stems)]
-    passes = waves(prompts, np.zeros(5, np.int64))
+    passes = prefill_batches(prompts, np.zeros(5, np.int64))
     assert [rows.tolist() for rows in passes] == [[0, 2], [1, 3, 4]]
 
 
 def test_short_prompts_are_not_worth_a_second_pass() -> None:
     prompts = [np.arange(20, dtype=np.int32) for _ in range(4)]
-    assert [rows.tolist() for rows in waves(prompts, np.zeros(4, np.int64))] == [[0, 1, 2, 3]]
+    assert [rows.tolist() for rows in prefill_batches(prompts, np.zeros(4, np.int64))] == [
+        [0, 1, 2, 3]
+    ]
 
 
 def batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

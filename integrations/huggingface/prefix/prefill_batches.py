@@ -22,7 +22,7 @@ Int64 = NDArray[np.int64]
 PASS_TOKENS = 256
 
 
-def waves(prompts: list[Int32], known: Int64) -> list[Int64]:
+def prefill_batches(prompts: list[Int32], known: Int64) -> list[Int64]:
     """The rows of each pass, in order. O(rows^2 + rows log rows * tokens).
 
     Args:
@@ -31,14 +31,14 @@ def waves(prompts: list[Int32], known: Int64) -> list[Int64]:
     """
     new = np.array([len(prompt) for prompt in prompts], np.int64) - known
     order, cost = _split(np.arange(len(prompts)), new)
-    shared = _shared_with_a_leader(prompts, known)
+    shared = _shared_with_an_owner(prompts, known)
     follows = shared > known
     if follows.any():
-        # Leaders publish what they compute, so their followers know as much as they share.
+        # Owners publish what they compute, so the rows that share it know as much.
         less = np.where(follows, new - (shared - known), new)
-        ahead, of_leaders = _split(np.flatnonzero(~follows), less)
-        behind, of_followers = _split(np.flatnonzero(follows), less)
-        if of_leaders + of_followers < cost:
+        ahead, of_owners = _split(np.flatnonzero(~follows), less)
+        behind, of_others = _split(np.flatnonzero(follows), less)
+        if of_owners + of_others < cost:
             order = ahead + behind
     return order
 
@@ -62,7 +62,7 @@ def _split(rows: Int64, new: Int64) -> tuple[list[Int64], int]:
     return passes[::-1], best[-1]
 
 
-def _shared_with_a_leader(prompts: list[Int32], known: Int64) -> Int64:
+def _shared_with_an_owner(prompts: list[Int32], known: Int64) -> Int64:
     """Return how many tokens each row shares with a row that goes ahead; -1 for one that does.
 
     In lexicographic order, rows that begin alike stand together.
