@@ -118,7 +118,7 @@ class Batch:
             config = MistralConfig(num_hidden_layers=1, sliding_window=window)
         self.paged, self.dense = PagedCache(config), DynamicCache(config=config)
         self.padding, self.dtype = torch.tensor(padding), dtype
-        self.paged.groups[0].padding = np.array(padding)
+        self.paged.groups[0].columns.padding = np.array(padding)
         # Else a first piece longer than the window would be handed back as it came.
         self.paged.activate_past_recording()
         self.numbers = torch.Generator().manual_seed(3)

@@ -112,7 +112,7 @@ def test_rows_begin_their_blocks_where_their_padding_ends() -> None:
     generator = torch.Generator().manual_seed(0)
     paged = PagedCache(block_size=BLOCK)
     expected: list[Tensor] = []
-    paged.groups[0].padding = torch.tensor([0, 3, 9]).numpy()
+    paged.groups[0].columns.padding = torch.tensor([0, 3, 9]).numpy()
     for columns in (10, *[1] * (3 * BLOCK)):
         states = torch.randn(2, ROWS, HEADS, columns, DIM, generator=generator)
         keys, _ = paged.update(states[0], states[1], 0)
