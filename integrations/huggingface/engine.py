@@ -29,10 +29,10 @@ from transformers import GenerationConfig
 
 from kvpager import _validate as arguments
 from kvpager._text import counted, size
+from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.engine.config import EngineConfig
 from kvpager.engine.core import EngineCore
 from kvpager.engine.metrics import EngineStats, StepRecord
-from kvpager.engine.quotas import TenantQuotas
 from kvpager.engine.stream import Output, Stream
 from kvpager.engine.text import text_tokenizer
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
@@ -297,7 +297,7 @@ class Engine:
         return self._core.stats()
 
     @property
-    def quotas(self) -> TenantQuotas:
+    def quotas(self) -> NamespaceQuotas:
         """The most blocks of each namespace: `engine.quotas["acme"] = "2GiB"`, or a count."""
         return self._core.quotas
 

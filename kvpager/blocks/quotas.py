@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from kvpager import _validate as arguments
 from kvpager._text import size
 from kvpager.blocks.accounts import Quota
+from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.state import NO_BLOCKS, BlockState
 
 
@@ -127,15 +128,15 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
 
     Args:
         pools: returns the quotas of each pool that there is now, and the bytes of its blocks.
-        lock: held while a quota changes.
+        locked: returns the lock that is held while a quota changes.
     """
 
     def __init__(
         self,
-        pools: Callable[[], Iterable[tuple[Quotas, int]]],
-        lock: AbstractContextManager[object],
+        pools: Callable[[], Iterable[tuple[Ceilings, int]]],
+        locked: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._pools, self._lock = pools, lock
+        self._pools, self._locked = pools, locked
         self._given: dict[str, int | str] = {}
 
     def __repr__(self) -> str:
@@ -160,8 +161,8 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
             raise TypeError("namespace None: pass the name of a namespace")
         arguments.label("namespace", namespace)
         _ceiling(quota, 0)
-        with self._lock:
-            bounded: list[tuple[Quotas, int | None]] = []
+        with self._locked():
+            bounded: list[tuple[Ceilings, int | None]] = []
             try:
                 for quotas, block_bytes in self._pools():
                     before = quotas.ceiling(namespace)
@@ -174,12 +175,12 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
             self._given[namespace] = quota
 
     def __delitem__(self, namespace: str) -> None:
-        with self._lock:
+        with self._locked():
             del self._given[namespace]
             for quotas, _ in self._pools():
                 _bound(quotas, namespace, None)
 
-    def enforce(self, quotas: Quotas, namespace: str | None, block_bytes: int) -> None:
+    def enforce(self, quotas: Ceilings, namespace: str | None, block_bytes: int) -> None:
         """Bound a namespace in a pool that may be new, or whose blocks grew. O(1) if it is bounded.
 
         Raises: `ValueError` where the quota is less than a block.
@@ -191,7 +192,7 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
                 _bound(quotas, namespace, ceiling)
 
 
-def _bound(quotas: Quotas, namespace: str | None, ceiling: int | None) -> None:
+def _bound(quotas: Ceilings, namespace: str | None, ceiling: int | None) -> None:
     if ceiling is not None:
         quotas.set(namespace, ceiling=ceiling)
     elif quotas.ceiling(namespace) is not None:

@@ -18,12 +18,13 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.engine.loop import Loop
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.model_watch import ModelGuard, ModelWatch
 from kvpager.engine.pauses import Pause, Pauses
 from kvpager.engine.processes import Process
-from kvpager.engine.quotas import TenantQuotas
+from kvpager.engine.quotas import LiveQuotas
 from kvpager.engine.request_state import RequestSettings, TrackedRequest
 from kvpager.engine.runner import Runner, Sampler
 from kvpager.engine.stream import Channel, Dispatcher, Output, Stream
@@ -100,9 +101,8 @@ class EngineCore:
         guard = None if watch is None else ModelGuard(watch, scheduler, self._lock)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock
         self._loop = Loop(*parts, guard, on_step)
-        self.quotas = TenantQuotas(
-            scheduler.manager, self._locked, self._loop.live_requests, runner.block_bytes
-        )
+        quotas = LiveQuotas(scheduler.manager, self._loop.live_requests)
+        self.quotas = NamespaceQuotas(lambda: [(quotas, runner.block_bytes)], self._locked)
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
         _open.add(self)
         self._thread.start()

@@ -15,7 +15,7 @@ BLOCK_BYTES = 1024
 
 def quotas_of(*managers: BlockManager) -> NamespaceQuotas:
     pools = [(manager.quotas, BLOCK_BYTES) for manager in managers]
-    return NamespaceQuotas(lambda: pools, nullcontext())
+    return NamespaceQuotas(lambda: pools, nullcontext)
 
 
 @pytest.mark.parametrize("quota", [3, "3KiB", "3.9KiB"])

@@ -98,7 +98,8 @@ class PagedMemory:
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
         self.quotas = NamespaceQuotas(
-            lambda: [(pool.manager.quotas, pool.block_bytes) for pool in self.pools()], self.lock
+            lambda: [(pool.manager.quotas, pool.block_bytes) for pool in self.pools()],
+            lambda: self.lock,
         )
         if host_memory is not None:
             bound = parse_memory(host_memory, "host_memory")

@@ -203,7 +203,7 @@ def test_a_quota_bounds_the_memory_of_a_namespace(llama):
     with Engine(llama, memory="8MiB") as engine:
         assert engine.block_bytes == 8 * 1024
         engine.quotas["acme"] = "32KiB"
-        assert dict(engine.quotas) == {"acme": 4}
+        assert dict(engine.quotas) == {"acme": "32KiB"}
         with pytest.raises(ValueError, match="may need 5 blocks, its namespace may have 4"):
             engine.submit(prompt, namespace="acme", max_new_tokens=40)
         with engine.pause():
