@@ -1,0 +1,96 @@
+"""A forked process cannot use its parent's engines, says so at once, and can make its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import os, signal, sys, traceback
+from kvpager.errors import EngineClosed
+from tests.support.toy_runner import ToyEngine, expected
+
+def refuses(call, *args):
+    try:
+        call(*args)
+    except EngineClosed as error:
+        assert "fork" in str(error)
+    else:
+        raise AssertionError(f"{call} raised nothing")
+
+def in_a_fork(check):
+    child = os.fork()
+    if not child:
+        signal.alarm(50)  # a call that hangs
+        try:
+            check()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        sys.exit(0)  # handlers of atexit run as well
+    assert os.waitpid(child, 0)[1] == 0
+
+def check():
+    refuses(engine.ask, [5])
+    refuses(engine.stats)
+    refuses(engine.clear)
+    refuses(engine.cancel, "running")
+    refuses(engine.pause().__enter__)
+    refuses(engine.__enter__)
+    refuses(engine.quotas.__setitem__, "acme", 3)
+    refuses(engine.quotas.__delitem__, "other")
+    refuses(running.result)
+    refuses(list, running)
+    refuses(running.listen, print)
+    assert running.done and not engine.is_open
+    assert ended.result().tokens == expected([5, 6, 7], 20)
+    running.cancel()
+    engine.close()
+    engine.__exit__(None, None, None)
+    with ToyEngine() as own:
+        assert own.ask([5, 6, 7], 20).result().tokens == expected([5, 6, 7], 20)
+
+engine = ToyEngine()
+engine.quotas["other"] = 3
+ended = engine.ask([5, 6, 7], 20)
+ended.result()
+# Locks that a thread holds as the process forks are held for ever in the child.
+with engine.pause():
+    running = engine.ask([5, 6, 7], 20, name="running")
+    with engine._lock, running._channel._changed:
+        in_a_fork(check)
+    in_a_fork(check)
+assert running.result().tokens == expected([5, 6, 7], 20)
+engine.close()
+"""
+
+
+def test_a_fork_refuses_what_its_parent_serves_and_the_parent_continues() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_that_nobody_closed_ends_with_its_program() -> None:
+    program = """
+from tests.support.toy_runner import ToyEngine
+engine = ToyEngine(512)
+stream = engine.ask([5], 1500)
+next(iter(stream))
+print("the end")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
