@@ -11,8 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -326,57 +324,6 @@ def test_an_output_that_an_interrupt_keeps_from_its_reader_can_be_taken(model) -
 
 
 # -------------------------------------------------------------------- engines
-
-
-def test_the_traceback_of_an_interrupted_call_keeps_no_lock(model) -> None:
-    def interrupt(frame: FrameType, event: str, argument: object) -> None:
-        entered = contextlib._GeneratorContextManager.__enter__
-        if event == "return" and frame.f_code is entered.__code__:
-            sys.setprofile(None)
-            raise KeyboardInterrupt
-
-    with kvpager.Engine(model, block_size=4) as engine:
-        kept = None
-        sys.setprofile(interrupt)
-        try:
-            engine.stats()
-        except KeyboardInterrupt as error:
-            kept = error
-        finally:
-            sys.setprofile(None)
-        with ThreadPoolExecutor(1) as other:
-            stats = other.submit(engine.stats)
-            with contextlib.suppress(TimeoutError):
-                stats.result(PATIENCE)
-            is_free = stats.done()
-            del kept
-            gc.collect()
-        assert is_free
-
-
-def test_an_interrupted_pause_lets_steps_go_on(model) -> None:
-    with kvpager.Engine(model, block_size=4) as engine:
-
-        def pause(moment: Moments, is_end: bool) -> None:
-            pausing = engine.pause()
-            with contextlib.nullcontext() if is_end else moment:
-                pausing.__enter__()
-            with moment if is_end else contextlib.nullcontext():
-                pausing.__exit__(None, None, None)
-
-        for is_end in (False, True):
-            total = Moments(sys.maxsize, by_signal)
-            pause(total, is_end)
-            for number in range(1, sys.maxsize - total.left):
-                with pytest.raises(KeyboardInterrupt) as interrupt:
-                    pause(Moments(number, by_signal), is_end)
-                if (
-                    is_end and number == 1
-                ):  # it has not begun, so the end comes with the traceback's
-                    del interrupt
-                    gc.collect()
-                stream = engine.submit(PROMPTS[0], max_new_tokens=1)
-                assert len(stream.result(PATIENCE).tokens) == 1
 
 
 def test_an_interrupted_engine_serves_the_next_call(model) -> None:

@@ -1,0 +1,92 @@
+"""Ctrl-C in a call of an engine, at every moment: the next call is right, and nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import pytest
+
+from tests.support.interrupts import Moments, by_signal
+from tests.support.toy_runner import ToyEngine, expected
+
+PATIENCE = 60.0
+# How many moments of a submission to interrupt; it has a thousand.
+NUM_MOMENTS = int(os.environ.get("KVPAGER_INTERRUPTS", "0")) or 50
+
+
+def moments(call: Callable[[Moments], object]) -> range:
+    """Return the numbers of the moments at which `call` can be interrupted."""
+    total = Moments(sys.maxsize, by_signal)
+    call(total)
+    return range(1, sys.maxsize - total.left)
+
+
+def test_the_traceback_of_an_interrupted_call_keeps_no_lock() -> None:
+    def interrupt(frame: FrameType, event: str, argument: object) -> None:
+        entered = contextlib._GeneratorContextManager.__enter__
+        if event == "return" and frame.f_code is entered.__code__:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    with ToyEngine() as engine:
+        kept = None
+        sys.setprofile(interrupt)
+        try:
+            engine.stats()
+        except KeyboardInterrupt as error:
+            kept = error
+        finally:
+            sys.setprofile(None)
+        with ThreadPoolExecutor(1) as other:
+            stats = other.submit(engine.stats)
+            with contextlib.suppress(TimeoutError):
+                stats.result(PATIENCE)
+            is_free = stats.done()
+            del kept
+            gc.collect()
+        assert is_free
+
+
+@pytest.mark.parametrize("is_end", [False, True], ids=["begin", "end"])
+def test_an_interrupted_pause_lets_steps_continue(is_end: bool) -> None:
+    with ToyEngine() as engine:
+
+        def pause(moment: Moments) -> None:
+            pausing = engine.pause()
+            with contextlib.nullcontext() if is_end else moment:
+                pausing.__enter__()
+            with moment if is_end else contextlib.nullcontext():
+                pausing.__exit__(None, None, None)
+
+        for number in moments(pause):
+            with pytest.raises(KeyboardInterrupt) as interrupt:
+                pause(Moments(number, by_signal))
+            if is_end and number == 1:  # it has not begun, so the end comes with the traceback's
+                del interrupt
+                gc.collect()
+            assert len(engine.ask([5, 6, 7], 1).result(PATIENCE).tokens) == 1
+
+
+def test_an_interrupted_submission_leaves_nothing_behind() -> None:
+    prompt = list(range(10))
+    with ToyEngine(256) as engine:
+
+        def submit(moment: Moments) -> None:
+            with moment:
+                engine.ask(prompt, 400, n=2, name="interrupted").cancel()
+
+        found = moments(submit)
+        for number in random.Random(1).sample(found, min(NUM_MOMENTS, len(found))):
+            with contextlib.suppress(KeyboardInterrupt):
+                submit(Moments(number, by_signal))
+            gc.collect()
+            engine.cancel("interrupted")
+            assert engine.ask(prompt, 4).result(PATIENCE).tokens == expected(prompt, 4)
+            engine.check_idle()
