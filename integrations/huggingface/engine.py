@@ -124,7 +124,13 @@ class Engine:
         self._anatomy = anatomy = study(model)
         self.is_packed = fit(model, anatomy, memory, switch, config.packed)
         length = max_length_of(anatomy, config)
-        sizes = pool_blocks(anatomy, memory, config.max_running, length)
+        sizes = pool_blocks(
+            anatomy,
+            memory,
+            config.max_running,
+            length,
+            None if anatomy.has_state else config.max_batch_tokens,
+        )
         self._storage = storage = make_storage(anatomy, config, sizes)
         forward = compiled_forward(model, config, self.is_packed)
         runner = Runner(model, anatomy, storage, memory, is_packed=self.is_packed, forward=forward)

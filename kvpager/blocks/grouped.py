@@ -42,7 +42,7 @@ from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
 from kvpager.blocks.swap import Swap
 from kvpager.blocks.truncation import Truncation
-from kvpager.blocks.windows import WindowIndex, first_needed
+from kvpager.blocks.windows import WindowIndex, blocks_for, first_needed
 from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step, Tier
 
@@ -98,9 +98,8 @@ class GroupedManager:
         self._index = WindowIndex(state, self.windows)
         self._allocation = GroupAllocation(state, table)
         self._truncation = Truncation(state)
-        extension = Extension(state, self._truncation)
-        self._drafts = extension
-        self._extension = GroupExtension(state, table, extension, self.windows, max_chunk)
+        self._drafts = Extension(state, self._truncation)
+        self._extension = GroupExtension(state, table, self._drafts, self.windows, max_chunk)
         self._publication = GroupPublication(
             state, table, self._index, self._truncation, self.windows
         )
@@ -399,13 +398,7 @@ class GroupedManager:
 
         A group with a window holds at most the window and a chunk.
         """
-        size, total = self.block_size, 0
-        for window in self.windows:
-            blocks = -(-num_tokens // size)
-            if window is not None and self.max_chunk is not None:
-                blocks = min(blocks, -(-(window + self.max_chunk - 1) // size) + 1)
-            total += blocks
-        return total
+        return blocks_for(num_tokens, self.block_size, self.windows, self.max_chunk)
 
     @property
     def num_blocks(self) -> int:

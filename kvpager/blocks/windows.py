@@ -58,6 +58,22 @@ def first_needed(num_tokens: int, window: int, block_size: int) -> int:
     return max(num_tokens - window + 1, 0) // block_size
 
 
+def blocks_for(
+    num_tokens: int, block_size: int, windows: tuple[int | None, ...], max_chunk: int | None
+) -> int:
+    """Return the most blocks that a sequence of all groups comes to hold. O(groups).
+
+    A group with a window holds at most the window and a chunk of `max_chunk` tokens.
+    """
+    total = 0
+    for window in windows:
+        blocks = -(-num_tokens // block_size)
+        if window is not None and max_chunk is not None:
+            blocks = min(blocks, -(-(window + max_chunk - 1) // block_size) + 1)
+        total += blocks
+    return total
+
+
 class WindowIndex:
     """Looks prompts up for all groups at once, and offers the blocks of those with a window.
 

@@ -93,8 +93,7 @@ def engine(recorder: Recorder) -> Any:
 
     model = tiny_models.tiny_model("gemma3")  # with windows and without
     anatomy, memory = study(model), PagedMemory("64MiB", 16)
-    shapes = [layer.shape for layer in anatomy.layers]
-    storage = BlockStorage(600, 16, shapes, dtype=anatomy.dtype)
+    storage = BlockStorage(600, 16, anatomy.shapes, dtype=anatomy.dtype)
     ModelSwitch(model).to_ours()
     for name, kernel in (
         ("paged_attention", attention.paged_attention), ("append_kv", moves.append_kv),

@@ -7,6 +7,7 @@ import functools
 import logging
 from typing import Any, NamedTuple
 
+from kvpager.blocks.windows import blocks_for
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import Anatomy
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks
@@ -140,13 +141,13 @@ def _memory(
     """Bytes of the pool: as many as were asked for, at most what the requests announced need."""
     size = BlockStorage.bytes_of_a_block(
         block_size,
-        [layer.shape for layer in anatomy.layers],
+        anatomy.shapes,
         dtype=anatomy.dtype,
         kv_dtype=patched.kv_dtype,
     )
     if config.num_blocks is not None:  # of so many tokens as theirs have
         num_tokens: int = config.num_blocks * _page_size(config)[0]
-        return -(-num_tokens // block_size) * size
+        return -(-num_tokens // block_size) * len(anatomy.windows) * size
     share = config.max_memory_percent
     if share is not None:
         if not 0 < share <= 1:
@@ -173,7 +174,8 @@ def _announced_blocks(
     if anatomy.max_length is not None:
         longest = min(longest, anatomy.max_length)
     # And some to spare, which are kept for those that run.
-    blocks: int = -(-longest // block_size) * min(hints.num_requests, max_running)
+    each = blocks_for(longest, block_size, anatomy.windows, None)
+    blocks: int = each * min(hints.num_requests, max_running)
     return blocks + blocks // 32 + 1
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from kvpager import _validate as arguments
+from kvpager.blocks.grouped import GroupedManager
 from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.engine.config import EngineConfig
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.runner.model_info import Anatomy
@@ -30,7 +32,7 @@ def make_storage(anatomy: Anatomy, config: EngineConfig, sizes: Sizes) -> BlockS
     return BlockStorage(
         sizes.device,
         config.block_size,
-        [layer.shape for layer in anatomy.layers],
+        anatomy.shapes,
         dtype=anatomy.dtype,
         kv_dtype=config.kv_dtype,
         device=anatomy.device,
@@ -57,14 +59,10 @@ def make_scheduler(
     costs = config.costs
     if costs is None and sizes.host:
         costs = measured_costs(runner)
-    manager = BlockManager(
-        sizes.device,
-        config.block_size,
-        num_host_blocks=sizes.host,
-        eviction=config.policy(sizes.device),
-    )
+    # Not every recurrent layer goes on with several tokens at once.
+    chunked = not anatomy.has_state
     return Scheduler(
-        manager,
+        make_manager(anatomy, config, sizes, chunked=chunked),
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
         max_waiting=config.max_waiting,
@@ -73,7 +71,23 @@ def make_scheduler(
         and not anatomy.has_state
         and not anatomy.is_encoder_decoder,
         max_length=max_length,
-        # Not every recurrent layer goes on with several tokens at once.
-        chunked=not anatomy.has_state,
+        chunked=chunked,
         costs=costs,
+    )
+
+
+def make_manager(
+    anatomy: Anatomy, config: EngineConfig, sizes: Sizes, *, chunked: bool
+) -> CacheManager:
+    """Make the manager of the pool's blocks, over groups if layers have windows. O(blocks)."""
+    eviction = config.policy(sizes.device)
+    if not any(anatomy.windows):
+        return BlockManager(sizes.device, config.block_size, sizes.host, eviction=eviction)
+    return GroupedManager(
+        anatomy.windows,
+        sizes.device,
+        config.block_size,
+        sizes.host,
+        max_chunk=config.max_batch_tokens if chunked else None,
+        eviction=eviction,
     )

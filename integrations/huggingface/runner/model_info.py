@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.model_state.offloaded import execution_device
 from kvpager.integrations.huggingface.releases import forward_cache_names
+from kvpager.integrations.huggingface.runner.layer_groups import group_layers
 from kvpager.integrations.huggingface.runner.step_cache import LayerPlan
 from kvpager.storage.block_storage import LayerShape
 
@@ -36,6 +37,8 @@ class Anatomy(NamedTuple):
     cache_name: str  # of the argument of `forward` that takes the cache
     max_length: int | None  # tokens of a sequence
     vocabulary: int
+    windows: tuple[int | None, ...]  # of each group of layers
+    shapes: tuple[LayerShape, ...]  # of the layers that a block has room for
 
     @property
     def may_be_packed(self) -> bool:
@@ -87,7 +90,7 @@ def study(model: Any) -> Anatomy:
     for index, layer in enumerate(cache.layers):
         written = cache.written.get(index)
         if written is not None and type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            layers.append(LayerPlan(index, written[0], getattr(layer, "sliding_window", None)))
+            layers.append((index, written[0], getattr(layer, "sliding_window", None)))
         else:
             others.append(index)
             has_state |= type(layer).__name__ != "DummyLayer"
@@ -97,11 +100,14 @@ def study(model: Any) -> Anatomy:
         raise _refusal(model, f"its cache keeps {what}")
     ((dtype, place),) = kinds
     text = model.config.get_text_config(decoder=True)
+    max_length = getattr(text, "max_position_embeddings", None)
+    indices, shapes, windows = zip(*layers, strict=True)
+    groups = group_layers(shapes, windows, max_length)
     embeddings = model.get_input_embeddings()
     if not hasattr(embeddings, "num_embeddings"):
         raise _refusal(model, f"it has no table of embeddings, but a {type(embeddings).__name__}")
     return Anatomy(
-        tuple(layers),
+        tuple(map(LayerPlan, indices, shapes, windows, *zip(*groups.places, strict=True))),
         tuple(others),
         has_state,
         getattr(text, "attention_chunk_size", None) is None,
@@ -110,8 +116,10 @@ def study(model: Any) -> Anatomy:
         place,
         _arguments(model),
         cache_name,
-        getattr(text, "max_position_embeddings", None),
+        max_length,
         int(embeddings.num_embeddings),
+        groups.windows,
+        groups.shapes,
     )
 
 

@@ -154,18 +154,21 @@ def _is_right(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: b
 def _gives_the_same(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: bool) -> bool:
     """Compare two rows of unlike lengths, in a step of many tokens and one of single ones."""
     prompts = [_some_ids(model, anatomy, 5, 0), _some_ids(model, anatomy, 8, 1)]
-    tables = np.array([[3, 0], [1, 2]], np.int32)
+    groups = len(anatomy.windows)
+    tables = (
+        np.array([[3, 0], [1, 2]], np.int32) + 4 * np.arange(groups, dtype=np.int32)[:, None, None]
+    )
     storage = BlockStorage(
-        4,
+        4 * groups,
         _BLOCK_SIZE,
-        [layer.shape for layer in anatomy.layers],
+        anatomy.shapes,
         dtype=anatomy.dtype,
         device=anatomy.device,
     )
     runner = Runner(model, anatomy, storage, memory, is_packed=is_packed)
     before = np.zeros(2, np.int32)
     for counts in (np.array([len(prompt) - 1 for prompt in prompts]), np.array([1, 1])):
-        plan = trial_plan(prompts, before, counts, tables, storage)
+        plan = trial_plan(prompts, before, counts, tables, storage, groups)
         logits = runner.run(plan, dict(enumerate(prompts)))
         before = before + counts.astype(np.int32)
     for prompt, found in zip(prompts, logits, strict=True):

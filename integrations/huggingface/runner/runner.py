@@ -17,7 +17,7 @@ from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import Anatomy, blank_layers
 from kvpager.integrations.huggingface.runner.step_cache import StepCache, StepRows
 from kvpager.kernels.host_rows import to_device
-from kvpager.plans import NO_COPIES, StepPlan
+from kvpager.plans import NO_COPIES, GroupStep, StepPlan
 from kvpager.storage.block_storage import BlockStorage
 
 
@@ -36,7 +36,7 @@ class Runner:
     Args:
         model: in evaluation mode, on one device.
         anatomy: of the model.
-        storage: with a layer for each of `anatomy.layers`.
+        storage: with the layers `anatomy.shapes`.
         memory: whose counters count.
         is_packed: whether rows go through the model in one line; see `fitting`.
         forward: what computes packed passes, where it is not the model itself: a compiled one.
@@ -70,7 +70,7 @@ class Runner:
 
     @property
     def block_bytes(self) -> int:
-        """Return the bytes of a block, all layers. O(1)."""
+        """Return the bytes of a block, all layers of a group. O(1)."""
         return self.storage.block_bytes
 
     @torch.inference_mode()
@@ -86,7 +86,7 @@ class Runner:
         self.forget(plan.freed)
         if not len(plan):
             return torch.empty(0, 0)
-        rows = StepRows.of(plan, self.anatomy.device)
+        rows = StepRows.of(plan, self.storage.block_size, self.anatomy.device)
         if self.is_packed:
             return self._packed(rows, plan)
         return self._row_by_row(rows, plan, prompts)
@@ -176,15 +176,18 @@ def trial_plan(
     counts: NDArray[Any],
     tables: NDArray[np.int32],
     storage: BlockStorage,
+    num_groups: int = 1,
 ) -> StepPlan:
-    """A plan of rows that no scheduler knows: `counts` tokens of `prompts`, from `starts` on."""
+    """A plan of rows that no scheduler knows: `counts` tokens of `prompts`, from `starts` on.
+
+    `tables` are [rows, blocks], the same for all groups of layers, or [groups, rows, blocks].
+    """
     size = storage.block_size
     spans = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
-    slots = [
-        tables[row, position // size] * size + position % size
-        for row, span in enumerate(spans)
-        for position in span
-    ]
+    rows = [row for row, span in enumerate(spans) for _ in span]
+    positions = np.array([position for span in spans for position in span], np.int64)
+    tables = np.broadcast_to(tables, (num_groups, *tables.shape[-2:])).copy()
+    slots = tables[:, rows, positions // size].astype(np.int64) * size + positions % size
     ids = [prompts[row][position] for row, span in enumerate(spans) for position in span]
     return StepPlan(
         moves=[],
@@ -194,10 +197,11 @@ def trial_plan(
         starts=starts,
         counts=counts.astype(np.int32),
         ids=np.array(ids, np.int32),
-        slots=np.array(slots, np.int64),
+        slots=slots[0],
         kv_lens=(starts + counts).astype(np.int32),
-        tables=tables,
+        tables=tables[0],
         wants_logits=np.ones(len(prompts), np.bool_),
         freed=np.empty(0, np.int32),
         ended=[],
+        more_groups=tuple(map(GroupStep, slots[1:], tables[1:])),
     )

@@ -11,6 +11,7 @@ import torch
 
 from kvpager._text import counted
 from kvpager._text import size as as_text
+from kvpager.blocks.windows import blocks_for
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import Anatomy
@@ -36,7 +37,11 @@ class Sizes(NamedTuple):
 
 
 def pool_blocks(
-    anatomy: Anatomy, memory: PagedMemory, max_running: int, max_length: int | None
+    anatomy: Anatomy,
+    memory: PagedMemory,
+    max_running: int,
+    max_length: int | None,
+    max_chunk: int | None = None,
 ) -> Sizes:
     """Blocks for the bounds of `memory`; without one, for `max_running` rows of `max_length`
     tokens, as far as half of the host's free memory, or nine tenths of the device's, allow. O(1).
@@ -45,22 +50,25 @@ def pool_blocks(
     """
     size = BlockStorage.bytes_of_a_block(
         memory.block_size,
-        [layer.shape for layer in anatomy.layers],
+        anatomy.shapes,
         dtype=anatomy.dtype,
         kv_dtype=memory.kv_dtype,
     )
-    memory.refuse_below(size, on_device=True)
+    # Less than a block for each group of layers holds no token.
+    least = len(anatomy.windows)
+    memory.refuse_below(least * size, on_device=True)
     if memory.bound is not None:
         device = memory.bound // size
     else:
         device = _free_bytes(anatomy.device) // size
         if max_length is not None:
-            device = min(device, max_running * -(-max_length // memory.block_size))
+            longest = blocks_for(max_length, memory.block_size, anatomy.windows, max_chunk)
+            device = min(device, max_running * longest)
     host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
-    if device < 1:
+    if device < least:
         raise KVPagerError(
             f"{anatomy.device} has no room for one block of {counted(memory.block_size, 'token')} "
-            f"({as_text(size)}): free memory there, or use a smaller block_size"
+            f"({as_text(least * size)}): free memory there, or use a smaller block_size"
         )
     return Sizes(device, host)
 
@@ -103,7 +111,12 @@ def measured_costs(runner: Runner) -> PreemptionCosts:
     tokens = min(_TRIAL_TOKENS, longest, storage.num_blocks * storage.block_size)
     table = np.arange(-(-tokens // storage.block_size), dtype=np.int32)
     plan = trial_plan(
-        [[0] * tokens], np.zeros(1, np.int32), np.array([tokens]), table[None], storage
+        [[0] * tokens],
+        np.zeros(1, np.int32),
+        np.array([tokens]),
+        table[None],
+        storage,
+        len(runner.anatomy.windows),
     )
     num_blocks = min(8, storage.num_blocks, storage.num_host_blocks)
     pairs = np.stack([np.arange(num_blocks, dtype=np.int32)] * 2, axis=1)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -28,25 +29,60 @@ from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
 from kvpager.integrations.huggingface.cache.views import Blocks, PagedView, Part, packed
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, append_kv
-from kvpager.plans import StepPlan
+from kvpager.plans import GroupStep, StepPlan
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 
+Int32 = NDArray[np.int32]
 
-class StepRows(NamedTuple):
-    """Where rows write and read, on the device of the model."""
 
-    ids: Tensor  # int64 [1, tokens]
-    positions: Tensor  # int64 [1, tokens]
+class GroupRows(NamedTuple):
+    """Where rows write and read in one group of layers, on the device of the model."""
+
     slots: Tensor  # int64 [tokens]
-    tables: Tensor  # int32 [rows, blocks]
-    kv_lens: Tensor  # int32 [rows], the new tokens included
-    query_starts: Tensor | None  # int32 [rows + 1]; None where each row has one token, or one row
-    longest: int  # tokens of the longest row
+    tables: Tensor  # int32 [rows, blocks], from the first block that a row has
+    kv_lens: Tensor  # int32 [rows], tokens from there on, the new ones included
     host_rows: HostRows  # tables, lengths and query starts, from which kernels plan once
 
     @classmethod
-    def of(cls, plan: StepPlan, device: torch.device) -> StepRows:
-        """All rows of `plan`. O(tokens + rows * blocks)."""
+    def of(
+        cls,
+        group: GroupStep,
+        kv_lens: Int32,
+        starts: Int32 | None,
+        block_size: int,
+        device: torch.device,
+    ) -> GroupRows:
+        """Return those of all rows. O(tokens + rows * blocks)."""
+        tables, kv_lens = _from_first_block(group.tables, kv_lens, block_size)
+        return cls(
+            to_device(group.slots, device),
+            to_device(tables, device),
+            to_device(kv_lens, device),
+            HostRows(tables, kv_lens, starts),
+        )
+
+    def row(self, number: int, first: int, last: int) -> GroupRows:
+        """Return row `number` alone, with tokens `first` to `last`. O(1)."""
+        return GroupRows(
+            self.slots[first:last],
+            self.tables[number : number + 1],
+            self.kv_lens[number : number + 1],
+            self.host_rows.row(number),
+        )
+
+
+class StepRows(NamedTuple):
+    """The rows of a step, on the device of the model."""
+
+    ids: Tensor  # int64 [1, tokens]
+    positions: Tensor  # int64 [1, tokens]
+    groups: tuple[GroupRows, ...]
+    query_starts: Tensor | None  # int32 [rows + 1]; None where each row has one token, or one row
+    longest: int  # tokens of the longest row
+
+    @classmethod
+    def of(cls, plan: StepPlan, block_size: int, device: torch.device) -> StepRows:
+        """All rows of `plan`. O(tokens + rows * blocks * groups)."""
         counts = plan.counts.astype(np.int64)
         ends = np.cumsum(counts)
         positions = np.arange(len(plan.ids)) + np.repeat(plan.starts - (ends - counts), counts)
@@ -56,32 +92,45 @@ class StepRows(NamedTuple):
         return cls(
             to_device(plan.ids.astype(np.int64), device)[None],
             to_device(positions, device)[None],
-            to_device(plan.slots, device),
-            to_device(plan.tables, device),
-            to_device(plan.kv_lens, device),
+            tuple(
+                GroupRows.of(group, plan.kv_lens, starts, block_size, device)
+                for group in plan.groups
+            ),
             None if starts is None else to_device(starts, device),
             int(plan.kv_lens.max(initial=0)),
-            HostRows(plan.tables, plan.kv_lens, starts),
         )
 
     def row(self, number: int, first: int, last: int, length: int) -> StepRows:
-        """Row `number` alone: tokens `first` to `last` of these, `length` in the cache. O(1).
+        """Row `number` alone: tokens `first` to `last` of these, `length` in the cache. O(groups).
 
         The plan knows these numbers; to ask a tensor for them would wait for its device.
         """
         return StepRows(
             self.ids[:, first:last],
             self.positions[:, first:last],
-            self.slots[first:last],
-            self.tables[number : number + 1],
-            self.kv_lens[number : number + 1],
+            tuple(group.row(number, first, last) for group in self.groups),
             None,  # of packed rows only
             length,
-            self.host_rows.row(number),
         )
 
 
 _NO_PADDING = np.zeros(1, np.int64)  # of the one row of a pass
+
+
+def _from_first_block(tables: Int32, kv_lens: Int32, block_size: int) -> tuple[Int32, Int32]:
+    """Leave the blocks out that rows have given back, and their tokens. O(rows * blocks).
+
+    Kernels count queries and windows from a row's end.
+    """
+    if not tables.size or tables[:, 0].min() >= 0:
+        return tables, kv_lens
+    firsts = (tables >= 0).argmax(axis=1).astype(np.int32)
+    kv_lens = kv_lens - firsts * np.int32(block_size)
+    width = -(-int(kv_lens.max()) // block_size)
+    columns = np.minimum(firsts[:, None] + np.arange(width), tables.shape[1] - 1)
+    shown = np.take_along_axis(tables, columns, axis=1)
+    shown[np.arange(width) * block_size >= kv_lens[:, None]] = -1
+    return shown, kv_lens
 
 
 class LayerPlan(NamedTuple):
@@ -90,13 +139,15 @@ class LayerPlan(NamedTuple):
     number: int  # among the layers of a cache
     shape: LayerShape
     window: int | None
+    group: int  # of layers that share block tables
+    place: int  # its number among the layers of a block
 
 
 class StepCache(DynamicCache):
     """A cache over a storage of blocks that holds what the current step's rows may see.
 
     Args:
-        storage: a layer of it for each of `layers`.
+        storage: its blocks have the layers of a group.
         others: transformers' own layers by their index, for what cannot be kept in blocks.
     """
 
@@ -113,10 +164,7 @@ class StepCache(DynamicCache):
         self.place = packed_compiled.enter(self)
         self.rows: StepRows | None = None
         self.is_packed = False
-        kept = {
-            plan.number: StepLayer(self, Place(storage, number), plan)
-            for number, plan in enumerate(layers)
-        }
+        kept = {plan.number: StepLayer(self, Place(storage, plan.place), plan) for plan in layers}
         self.layers = [kept.get(i) or others[i] for i in range(len(kept) + len(others))]
 
     def begin(self, rows: StepRows, *, is_packed: bool) -> None:
@@ -136,6 +184,7 @@ class StepLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.number = plan.number
         self.place = place
+        self.group = plan.group
         self.window = plan.window
         self.is_sliding = plan.window is not None
         self.is_written = False
@@ -155,11 +204,16 @@ class StepLayer(DynamicLayer):
         assert self._cache.rows is not None
         return self._cache.rows
 
+    @property
+    def group_rows(self) -> GroupRows:
+        """The rows of the step, in the group of this layer."""
+        return self.rows.groups[self.group]
+
     def packed_rows(self) -> PackedRows:
         """What the rows of the packed pass read."""
         self.memory.counters.in_place_reads += 1
-        rows = self.rows
-        blocks = Blocks(*self._caches, self._scales, rows.tables, rows.kv_lens, rows.host_rows)
+        rows, group = self.rows, self.group_rows
+        blocks = Blocks(*self._caches, self._scales, group.tables, group.kv_lens, group.host_rows)
         return PackedRows(blocks, rows.query_starts, self.window, rows.ids.shape[1])
 
     def update(
@@ -172,15 +226,15 @@ class StepLayer(DynamicLayer):
         if self._cache.is_packed:
             view: Any = PackedView(self, self.rows.ids.shape[1])
         else:
-            rows, kind = self.rows, LayerKind(self.shape, self.dtype, self.device)
+            rows, kind = self.group_rows, LayerKind(self.shape, self.dtype, self.device)
             parts = [Part(self.place, None, rows.tables, rows.kv_lens, rows.host_rows)]
-            columns = self._first_visible(), rows.longest
+            columns = self._first_visible(), self.rows.longest
             view = PagedView(kind, parts, _NO_PADDING, *columns, self.memory)
         return PagedTensor(view, 0), PagedTensor(view, 1)
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """Write the new tokens [1, kv_heads, tokens, dim] to the slots of the step. O(tokens)."""
-        slots = self.rows.slots
+        slots = self.group_rows.slots
         append_kv(packed(key), packed(value), *self._caches, slots, scales=self._scales)
         self.is_written = True
 

@@ -55,9 +55,12 @@ def _step(runner: Runner, rows: list[tuple[int, int]]) -> StepPlan:
     num_blocks = -(-int(ends.max()) // storage.block_size)
     tables = np.broadcast_to(np.arange(num_blocks, dtype=np.int32), (len(rows), num_blocks))
     prompts = [[0] * int(end) for end in ends]
-    plan = trial_plan(prompts, starts, counts, tables.copy(), storage)
+    groups = len(runner.anatomy.windows)
+    plan = trial_plan(prompts, starts, counts, tables, storage, groups)
     if len(np.unique(plan.slots)) < len(plan.slots):  # two rows must not write to one slot
-        plan = replace(plan, slots=np.full_like(plan.slots, -1))
+        none = np.full_like(plan.slots, -1)
+        others = tuple(group._replace(slots=none) for group in plan.more_groups)
+        plan = replace(plan, slots=none, more_groups=others)
     return plan
 
 

@@ -34,7 +34,7 @@ class EngineSystem:
         anatomy = study(self._model)
         self.block_bytes = BlockStorage.bytes_of_a_block(
             options.block_size,
-            [layer.shape for layer in anatomy.layers],
+            anatomy.shapes,
             dtype=anatomy.dtype,
             kv_dtype=options.engine.get("kv_dtype"),
         )
@@ -42,7 +42,8 @@ class EngineSystem:
         self._moments: list[Moment] = []
         memory = options.memory
         if memory is None:  # a fiftieth more: the scheduler keeps a few blocks back
-            memory = (workload.blocks(options.block_size) * 51 // 50 + 1) * self.block_bytes
+            blocks = workload.blocks(options.block_size) * len(anatomy.windows)
+            memory = (blocks * 51 // 50 + 1) * self.block_bytes
         try:
             self.engine = Engine(
                 self._model,

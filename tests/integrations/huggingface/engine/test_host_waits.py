@@ -96,9 +96,7 @@ def test_a_step_of_an_engine_waits_for_nothing(
 ) -> None:
     model = on_board(tiny_models.tiny_model(name))
     anatomy, memory = study(model), PagedMemory("1MiB", BLOCK)
-    storage = BlockStorage(
-        32, BLOCK, [layer.shape for layer in anatomy.layers], dtype=anatomy.dtype, device=BOARD
-    )
+    storage = BlockStorage(32, BLOCK, anatomy.shapes, dtype=anatomy.dtype, device=BOARD)
     switch = ModelSwitch(model)
     switch.to_ours()
     try:
@@ -106,7 +104,7 @@ def test_a_step_of_an_engine_waits_for_nothing(
         starts, counts = (np.array(each, np.int32) for each in zip(*STEPS[step], strict=True))
         tables = np.arange(4 * len(starts), dtype=np.int32).reshape(-1, 4)
         prompts = [list(range(3, 3 + start + count)) for start, count in STEPS[step]]
-        plan = trial_plan(prompts, starts, counts, tables, storage)
+        plan = trial_plan(prompts, starts, counts, tables, storage, len(anatomy.windows))
         runner.run(plan, {})
         planned.plans.clear()
         with waits() as found:
@@ -118,7 +116,7 @@ def test_a_step_of_an_engine_waits_for_nothing(
     # Row by row, transformers looks at the padding mask of each pass, for each kind of layer.
     assert len(found) <= (0 if is_packed else passes * len(kinds)), found
     assert len(planned.plans) == passes * len(anatomy.layers)
-    assert len({id(plan) for plan in planned.plans}) <= passes * len(kinds)
+    assert len({id(plan) for plan in planned.plans}) <= passes * len(anatomy.windows)
 
 
 @pytest.mark.parametrize("queries", [1, 5], ids=["decode", "several queries"])
