@@ -104,6 +104,7 @@ class Model:
 
     def __init__(self, manager: CacheManager) -> None:
         self.size = manager.block_size
+        self.windows = manager.windows
         self.memory = TokenMemory(manager.num_blocks, self.size, manager.num_host_blocks)
         self.rows: dict[int, Row] = {}
         self.requests: dict[str, Request] = {}
@@ -152,7 +153,8 @@ class Model:
         if upto >= 2:
             self.memory.copy(plan.copies)
         if upto >= 3:
-            self.memory.write(plan.slots, [-7] * len(plan.slots))
+            for group in plan.groups:
+                self.memory.write(group.slots, [-7] * len(group.slots))
 
     def step(self, plan: StepPlan) -> tuple[Int64, Int32]:
         """Compute a step; how it goes on."""
@@ -184,8 +186,9 @@ class Model:
         """Every row is who it says, and goes on where it was."""
         if len(set(plan.samples.tolist())) != len(plan):
             raise Wrong(f"a sample stands twice in the step: {plan.samples.tolist()}")
-        if len(np.unique(plan.slots)) != len(plan.slots) or plan.slots.min() < 0:
-            raise Wrong(f"a slot is written twice, or is none: {plan.slots.tolist()}")
+        slots = np.concatenate([group.slots for group in plan.groups])
+        if len(np.unique(slots)) != len(slots) or slots.min() < 0:
+            raise Wrong(f"a slot is written twice, or is none: {slots.tolist()}")
         for number, name in zip(plan.samples.tolist(), map(str, plan.names), strict=True):
             if number not in self.rows:
                 if name in self.has_begun or name not in self.requests:
@@ -214,22 +217,30 @@ class Model:
             if plan.kv_lens[row] != start + count:
                 raise Wrong(f"sample {number}: sees {plan.kv_lens[row]} of {start + count}")
             new = values(salt_of(self.rows[number].request), known[: start + count])[start:]
-            self.memory.write(plan.slots[at : at + count], new.tolist())
+            for group in plan.groups:
+                self.memory.write(group.slots[at : at + count], new.tolist())
             at += count
         if at != len(plan.ids) or at != len(plan.slots):
             raise Wrong(f"{at} tokens in rows, {len(plan.ids)} ids, {len(plan.slots)} slots")
 
     def _read(self, plan: StepPlan, row: int, length: int) -> int:
+        """Read the first `length` tokens of a row as each group of layers sees them."""
         sample = self.rows[int(plan.samples[row])]
-        table = plan.tables[row, : -(-length // self.size)]
-        if np.any(table < 0):
-            raise Wrong(f"sample {plan.samples[row]}: no block for a token that it sees: {table}")
-        found = self.memory.tiers["device"].take(table, axis=0).ravel()[:length]
         expected = values(salt_of(sample.request), sample.tokens[:length])
-        if not np.array_equal(found, expected):
-            place = int((found != expected).argmax())
-            raise Wrong(f"{sample.request.name}: token {place} of {length} is not its own")
-        return digest(found)
+        seen_from = int(plan.starts[row]) + 1  # by the first of the new tokens
+        for group, window in zip(plan.groups, self.windows, strict=True):
+            first = 0 if window is None else max(seen_from - window, 0) // self.size
+            table = group.tables[row, first : -(-length // self.size)]
+            if np.any(table < 0):
+                raise Wrong(
+                    f"sample {plan.samples[row]}: no block for a token that it sees: {table}"
+                )
+            found = self.memory.tiers["device"].take(table, axis=0).ravel()
+            found, own = found[: length - first * self.size], expected[first * self.size :]
+            if not np.array_equal(found, own):
+                place = first * self.size + int((found != own).argmax())
+                raise Wrong(f"{sample.request.name}: token {place} of {length} is not its own")
+        return digest(expected)
 
     def go_on(self, plan: StepPlan, parents: Int64, tokens: Int32, numbers: Int32) -> None:
         """The step was completed: `numbers` are what the scheduler made of it."""

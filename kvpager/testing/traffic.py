@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
 
+from kvpager.blocks.grouped import GroupedManager
 from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import Request
@@ -44,6 +46,12 @@ class Scenario:
     chunked: bool
     rush: float  # steps between two arrivals, on the mean
     failures: float  # the share of steps that fail
+    windows: tuple[int | None, ...] = (None,)  # of each group of layers
+
+    @property
+    def max_chunk(self) -> int | None:
+        """Tokens for which groups with a window take room at a time."""
+        return self.max_batch_tokens if self.chunked else None
 
     def can_serve(self, request: Request) -> bool:
         """Whether this request can ever be served, worked out row by row."""
@@ -51,12 +59,25 @@ class Scenario:
         length = prompt + request.max_new_tokens
         if self.max_length is not None and length > self.max_length:
             return False
+        rows = min(self.max_running, self.max_batch_tokens)
+        if any(self.windows):
+            blocks_each = self._blocks_of_a_row(length - 1)
+            fits = request.num_samples * blocks_each <= self.num_blocks
+            return fits and request.num_samples <= rows
         blocks = {(0, at) for at in range(prompt // self.block_size)}
         for row in range(request.num_samples):
             for token in range(prompt // self.block_size * self.block_size, length - 1):
                 blocks.add((row + 1, token // self.block_size))
-        rows = min(self.max_running, self.max_batch_tokens)
         return len(blocks) <= self.num_blocks - self.null_block and request.num_samples <= rows
+
+    def _blocks_of_a_row(self, length: int) -> int:
+        total, size = 0, self.block_size
+        for window in self.windows:
+            blocks = -(-length // size)
+            if window is not None and self.max_chunk is not None:
+                blocks = min(blocks, -(-(window - 1 + self.max_chunk) // size) + 1)
+            total += blocks
+        return total
 
     def check_size(self, plan: StepPlan) -> None:
         """A step is within its budgets. Raises `Wrong`."""
@@ -83,7 +104,7 @@ def draw_scenario(random: Random) -> Scenario:
     """Settings, tiny to large; half of them such that many run and outgrow the pool. O(1)."""
     is_tight = random.random() < 0.5
     num_blocks = random.choice((7, 12, 24) if is_tight else (2, 4, 7, 12, 24, 64, 200))
-    return Scenario(
+    scenario = Scenario(
         num_blocks=num_blocks,
         block_size=random.choice((1, 2, 4, 4, 8)),
         num_host_blocks=random.choice((0, 3, num_blocks, 4 * num_blocks)),
@@ -100,11 +121,16 @@ def draw_scenario(random: Random) -> Scenario:
         rush=random.choice((0.05, 0.2, 1.0)),
         failures=random.choice((0.0, 0.0, 0.01, 0.05)),
     )
+    if random.random() < 0.7:
+        return scenario
+    windows = random.choice(((5,), (None, 5), (3, None, 20), (8, 8)))
+    num_blocks *= len(windows)
+    return replace(scenario, windows=windows, num_blocks=num_blocks, null_block=False)
 
 
 def draw_arrivals(random: Random, scenario: Scenario, count: int) -> list[Arrival]:
     """Requests that mostly fit, many of which begin alike. O(count)."""
-    room = scenario.num_blocks * scenario.block_size
+    room = scenario.num_blocks * scenario.block_size // len(scenario.windows)
     stems = [_tokens(random, random.randint(1, max(room // 2, 1))) for _ in range(3)]
     at, arrivals = 1.0, []
     for number in range(count):
@@ -153,16 +179,18 @@ def _tokens(random: Random, count: int) -> list[int]:
     return [random.randrange(VOCABULARY) for _ in range(count)]
 
 
+def make_manager(scenario: Scenario) -> CacheManager:
+    """The manager that a scenario wants. O(blocks)."""
+    sizes = scenario.num_blocks, scenario.block_size, scenario.num_host_blocks
+    if any(scenario.windows):
+        return GroupedManager(scenario.windows, *sizes, max_chunk=scenario.max_chunk)
+    return BlockManager(*sizes, null_block=scenario.null_block)
+
+
 def make_scheduler(scenario: Scenario, clock: Callable[[], float]) -> Scheduler:
     """kvpager's own, as the scenario wants it. O(blocks)."""
-    manager = BlockManager(
-        scenario.num_blocks,
-        scenario.block_size,
-        scenario.num_host_blocks,
-        null_block=scenario.null_block,
-    )
     return Scheduler(
-        manager,
+        make_manager(scenario),
         max_batch_tokens=scenario.max_batch_tokens,
         max_running=scenario.max_running,
         max_waiting=scenario.max_waiting,
