@@ -1,63 +1,35 @@
-"""transformers' continuous batching manager, with an engine inside."""
+"""transformers' continuous batching manager: sessions, each with an engine of its own."""
 
 from __future__ import annotations
 
-import itertools
 import logging
-import queue
+import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any
 
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from kvpager import _validate as arguments
-from kvpager._text import counted
-from kvpager.engine.stream import Stream
-from kvpager.errors import KVPagerError, QueueFull, RequestCancelled
+from kvpager.engine.processes import Process
+from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.continuous_batching.outputs import Handler, Job
+from kvpager.integrations.huggingface.continuous_batching.options import Options, read_options
+from kvpager.integrations.huggingface.continuous_batching.outputs import Handler, Job, Router
 from kvpager.integrations.huggingface.continuous_batching.policies import Policies, Wanted
-from kvpager.integrations.huggingface.continuous_batching.sessions import Sessions
-from kvpager.integrations.huggingface.runner.inputs import without_padding
+from kvpager.integrations.huggingface.continuous_batching.requests import Requests, Status
+from kvpager.integrations.huggingface.engine import Engine
+from kvpager.integrations.huggingface.runner.model_info import study
+from kvpager.integrations.huggingface.runner.unwrap import refuse_spread
 
 logger = logging.getLogger("kvpager")
 
 _PATIENCE = 10.0  # seconds that `add_request` waits for room in the queue, as transformers does
 
 
-class _Name(str):
-    """A request's name inside the engine: equal to no other, and printed as the caller's."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-class Padded(list[int]):
-    """A prompt without its padding, which stays in the `row` that outputs show."""
-
-    def __init__(self, row: Any, mask: Any) -> None:
-        ids = arguments.token_ids(_as_list(row))
-        super().__init__(without_padding(ids, mask).tolist())
-        self.row = ids.tolist()
-
-
-class _Asked(NamedTuple):
-    """A request that was added, and not queued yet."""
-
-    job: Job
-    prompt: list[int]
-    wanted: Wanted
-    namespace: str | None
-    seed: int | None
-
-
-class PagedBatchingManager(Sessions):
+class PagedBatchingManager(ContinuousBatchingManager):
     """Serves requests through transformers' interface. Made by `init_continuous_batching`.
 
     From `start` to the end of `stop` there is an engine: a session. A request that cannot be
@@ -88,22 +60,238 @@ class PagedBatchingManager(Sessions):
         namespace: Callable[[], str | None],
         may_be_kept: Callable[[], bool],
     ) -> None:
-        super().__init__(
-            model,
-            generation_config,
-            continuous_batching_config,
-            workload_hints,
+        self.model: Any = model
+        self.generation_config = generation_config
+        self.continuous_batching_config = continuous_batching_config
+        self.is_tp_driver = True
+        self.warmed_up = False
+        self.background_thread_status: Any = Status()
+        self.output_router: Any = Router()
+        self.batch_processor: Any = None  # the session's `Engine`
+        self._patched, self._may_be_kept = memory, may_be_kept
+        self.process = Process("manager")
+        refuse_spread(model)
+        self._anatomy = study(model)
+        self._refuse_placement()
+        self._options = self._read_options(workload_hints)
+        self._requests = Requests(
+            self.output_router,
+            self._status,
+            Policies(
+                model, generation_config, self._anatomy, per_request=self._options.per_request
+            ),
+            self._options,
             memory,
-            may_be_kept,
+            namespace,
+            generation_config.num_return_sequences or 1,
         )
-        self.num_return_sequences = generation_config.num_return_sequences or 1
-        self._namespace = namespace
-        self._policies = Policies(
-            model, generation_config, self._anatomy, per_request=self._options.per_request
+        self._changed: threading.Condition = self.output_router.changed
+        self._control = threading.Lock()  # of those who make a session
+        self._generation_thread: Any = None
+        self._is_destroyed = False
+        self.ends_with_call = False  # of `generate_batch`, whose caller has no other access
+
+    def _refuse_placement(self) -> None:
+        name, wanted = type(self.model).__name__, self._patched.dtype
+        if wanted is not None and wanted != self._anatomy.dtype:
+            raise KVPagerError(
+                f"{name} keeps keys and values in {self._anatomy.dtype}, and the patch was made "
+                f"for {wanted}"
+            )
+
+    def hint(self, workload_hints: Any) -> None:
+        """Note what is to come in the next session, for the size of its pool. O(options)."""
+        self._options = self._requests.options = self._read_options(workload_hints)
+
+    def _read_options(self, workload_hints: Any) -> Options:
+        return read_options(
+            self.continuous_batching_config,
+            self.generation_config,
+            self._anatomy,
+            self._patched,
+            workload_hints,
         )
-        self._held: list[_Asked] = []  # until `start`
-        self._request_counter = 0
-        self._seeds = itertools.count()
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """Nothing to do: an engine chooses the attention for its session."""
+
+    def warmup(self) -> None:
+        """Make the engine of the next session. A few short forward passes.
+
+        Raises: `KVPagerError` for a model that cannot be batched; `EngineClosed` in a fork.
+        """
+        self.process.refuse_fork()
+        with self._control:
+            self._warm()
+
+    def _warm(self) -> Engine:
+        """Return the engine of the next session, which is made once. Under `_control`."""
+        if self._is_destroyed:
+            raise RuntimeError("this manager was destroyed; make a new one")
+        if self.batch_processor is None:
+            options = self._options.engine
+            self.batch_processor = Engine(
+                self.model, max_waiting=self._options.max_waiting, **options
+            )
+        self.warmed_up = True
+        engine: Engine = self.batch_processor
+        return engine
+
+    def is_running(self) -> bool:
+        """True if there is a session, in this process. O(1)."""
+        return self._status.is_serving and self.process.is_current
+
+    def start(self) -> None:
+        """Begin a session: serve requests, those first that were added before.
+
+        An interrupt ends the session again. Raises: as `warmup`.
+        """
+        self.process.refuse_fork()
+        has_begun = False
+        try:
+            with self._control:  # of several threads that start, one does
+                if self.is_running():
+                    logger.warning("this manager is running already")
+                    return
+                engine = self._warm()
+                has_begun = True
+                self._begin(engine)
+            self._requests.queue_held()
+        except BaseException:
+            if has_begun:
+                self.end_now()
+            raise
+
+    def _begin(self, engine: Engine) -> None:
+        thread = threading.Thread(
+            target=self._serve, args=(engine,), name="kvpager-batching", daemon=True
+        )
+        with self._changed:
+            thread.start()  # it waits for this lock first
+            self._status.local_status, self._status.engine = Status.DONT_STOP, engine
+            self._generation_thread, self._status.is_serving = thread, True
+        self._patched.note_session(sessions=1)
+
+    def _serve(self, engine: Engine) -> None:
+        """Keep the engine until the session may end."""
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._may_end(engine))
+            engine.close()
+            self.note_doubt()
+        finally:
+            with self._changed:
+                self._status.local_status = Status.STOPPED
+                self._status.is_serving, self.batch_processor = False, None
+                self._changed.notify_all()
+
+    def note_doubt(self) -> None:
+        """Let the report say why the session shares no prompts, if it shares none. O(blocks)."""
+        engine = self._status.engine
+        doubt = None if engine is None else engine.stats().unshared
+        if doubt is not None:
+            self._patched.session_doubts.add(doubt)
+
+    def _may_end(self, engine: Engine) -> bool:
+        status = self._status.local_status
+        is_flushed = status == Status.FLUSH_AND_STOP and not self._requests.jobs
+        return is_flushed or status == Status.HARD_STOP or engine.error is not None
+
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ) -> None:
+        """End the session when its requests are done, or at once if `hard_stop`: they fail then.
+
+        Waits for that if `block`, for `timeout` seconds at the most. Outputs that nobody has taken
+        can still be. Does nothing in a fork.
+
+        Raises: `RuntimeError` inside a `pause` of this thread.
+        """
+        if not self.process.is_current:
+            return
+        if self._generation_thread is None:
+            logger.warning("this manager was not started, so there is nothing to stop")
+            return
+        engine = self.batch_processor
+        if engine is not None and engine.is_paused_here:
+            raise RuntimeError("stop inside pause would wait for ever; leave the pause first")
+        with self._changed:
+            wanted = Status.HARD_STOP if hard_stop else Status.FLUSH_AND_STOP
+            self._status.local_status = max(wanted, self._status.local_status)
+            self._changed.notify_all()
+        if block:
+            self.join(time.perf_counter(), timeout)
+        if keep_for_next_session and self._may_be_kept():
+            self.model._cached_continuous_batching_manager = self
+
+    def end_now(self) -> None:
+        """End the session after the step under way, without waiting for that. O(1)."""
+        with self._changed:
+            if self._status.is_serving:
+                self._status.local_status = Status.HARD_STOP
+                self._changed.notify_all()
+
+    def end_if_abandoned(self) -> None:
+        """End the session of a `generate_batch` that an interrupt has cut short. O(1)."""
+        if self.ends_with_call and not isinstance(sys.exception(), Exception):
+            self.end_now()
+
+    def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
+        """Wait for the session's end, for `timeout` seconds at the most; not in a fork."""
+        thread = self._generation_thread
+        if thread is None or not self.process.is_current:
+            return
+        with self._changed:
+            # Not `Thread.join`: an interrupt of it can make a thread that runs pass for ended.
+            has_ended = self._changed.wait_for(
+                lambda: not self._status.is_serving or self._generation_thread is not thread,
+                timeout,
+            )
+        if not has_ended:
+            logger.warning("the session has not ended after %s s", timeout)
+        else:
+            thread.join()  # it has nothing left to do
+            seconds = time.perf_counter() - stop_trigger_time
+            logger.info("the session ended after %.2f s", seconds)
+            if self._generation_thread is thread:
+                self._generation_thread = None
+
+    def destroy(self) -> None:
+        """End the session, for good. Idempotent. Does nothing in a fork. Raises: as `stop`."""
+        if not self.process.is_current:
+            return
+        if self.is_running():
+            self.stop()
+        with self._control:
+            self._is_destroyed = True
+            engine, self.batch_processor = self.batch_processor, None
+            if engine is not None:  # warmed up, and never started
+                engine.close()
+        self._requests.fail_held()
+
+    def pause(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """No step is computed inside, in whatever thread; requests go on afterwards.
+
+        To change the model's weights, say: cached prompts are given up. Raises: `RuntimeError`
+        without a session; `EngineClosed` in a fork.
+        """
+        self.process.refuse_fork()
+        engine = self.batch_processor
+        if not self.is_running() or engine is None:
+            raise RuntimeError("there is no session to pause; start the manager first")
+        pause: AbstractContextManager[None] = engine.pause()
+        return pause
+
+    @property
+    def _status(self) -> Status:
+        status: Status = self.background_thread_status
+        return status
+
+    # ---------------------------------------------------------------- requests
 
     def add_request(
         self,
@@ -125,7 +313,7 @@ class PagedBatchingManager(Sessions):
         try:
             self._add(jobs, input_ids, request_id, wanted, streaming, record_timestamps, _PATIENCE)
         except BaseException:
-            self._take_back(jobs)
+            self._requests.take_back(jobs)
             raise
         return jobs[0].names[0] if jobs else None
 
@@ -147,150 +335,19 @@ class PagedBatchingManager(Sessions):
             for ids in inputs:
                 self._add(jobs, ids, None, wanted, streaming, record_timestamps, None)
         except BaseException:
-            self._take_back(jobs)
+            self._requests.take_back(jobs)
             self.end_if_abandoned()
             raise
         return [job.names[0] for job in jobs]
 
-    def _add(
-        self,
-        jobs: list[Job],
-        input_ids: Any,
-        request_id: str | None,
-        wanted: Wanted,
-        is_streaming: bool,
-        with_timestamps: bool,
-        patience: float | None,
-    ) -> None:
-        """Add a request, and its job to `jobs`; none if the manager is stopping."""
+    def _add(self, jobs: list[Job], *asked: Any) -> None:
         self.process.refuse_fork()
-        prompt, is_named = _as_list(input_ids), request_id is not None
-        with self._changed:
-            denial = self._status.can_accept_new_requests()
-            if denial is not None:
-                tokens = counted(len(prompt), "token")
-                logger.warning("a request of %s is dropped: %s", tokens, denial)
-                return
-            while request_id is None or (request_id in self._jobs and not is_named):
-                request_id = f"req_{self._request_counter}"
-                self._request_counter += 1
-            job = Job(
-                self.output_router,
-                request_id,
-                input_ids.row if isinstance(input_ids, Padded) else prompt,
-                num_samples=self.num_return_sequences,
-                is_streaming=is_streaming,
-                with_timestamps=with_timestamps,
-                on_end=self._end,
-            )
-            taken = [name for name in job.names if name in self._jobs]
-            if taken:
-                raise ValueError(f"request {taken[0]!r} is not done yet; choose another name")
-            self._jobs.update(dict.fromkeys(job.names, job))
-            jobs.append(job)
-            seed = None if self._options.seed is None else self._options.seed + next(self._seeds)
-            asked = _Asked(job, prompt, wanted, self._namespace(), seed)
-            if not self._is_serving:
-                self._held.append(asked)
-                return
-        self._queue(asked, patience)
-
-    def _take_back(self, jobs: list[Job]) -> None:
-        """Let requests never have been added, with the outputs of their names. O(jobs)."""
-        with self._changed:  # signals wait until all is done
-            self._held = [asked for asked in self._held if asked.job not in jobs]
-            for job in jobs:
-                job.take_back()
-                for name in job.names:
-                    self.output_router.forget(name)
-                self._forget(job)
-
-    def _queue_held(self) -> None:
-        held: list[_Asked] = []
-        try:
-            with self._changed:
-                held += self._take_held()
-            for asked in held:
-                self._queue(asked, patience=None)
-        except BaseException as error:
-            for asked in held:  # those that run end with the session
-                asked.job.fail(RequestCancelled(f"start was cut short by {error!r}"))
-            raise
-
-    def _fail_held(self) -> None:
-        with self._changed:  # signals wait until all have failed
-            for asked in self._take_held():
-                asked.job.fail(RequestCancelled("the manager was destroyed before it was started"))
-
-    def _take_held(self) -> list[_Asked]:
-        held, self._held = self._held, []
-        return held
-
-    def _end(self, job: Job) -> None:
-        self._patched.note_session(requests=1, tokens=job.num_generated)
-        self._forget(job)
-
-    def _forget(self, job: Job) -> None:
-        with self._changed:
-            for name in job.names:
-                if self._jobs.get(name) is job:
-                    del self._jobs[name]
-            self._changed.notify_all()
-
-    def _queue(self, asked: _Asked, patience: float | None) -> None:
-        """Hand the request to the engine; what that refuses fails. Raises: `queue.Full`."""
-        deadline = None if patience is None else time.monotonic() + patience
-        try:
-            stream = self._submit(asked)
-            while stream is None:
-                self._wait_for_room(asked, deadline)
-                stream = self._submit(asked)
-        except (KVPagerError, ValueError, TypeError) as error:
-            asked.job.fail(error)
-        else:
-            asked.job.follow(stream)
-
-    def _submit(self, asked: _Asked) -> Stream | None:
-        engine = self._status.engine
-        assert engine is not None
-        policy = self._policies.policy(asked.wanted, len(asked.prompt), lambda: engine.stats().pool)
-        try:
-            return engine.submit(
-                asked.prompt,
-                name=_Name(asked.job.names[0]),
-                namespace=asked.namespace,
-                seed=asked.seed,
-                logprobs=self._options.with_logprobs,
-                policy=policy,
-            )
-        except QueueFull:
-            return None
-
-    def _wait_for_room(self, asked: _Asked, deadline: float | None) -> None:
-        if asked.job.is_cancelled:
-            raise RequestCancelled(f"request {asked.job.names[0]!r} was cancelled")
-        if deadline is not None and time.monotonic() >= deadline:
-            raise queue.Full(
-                f"{self._options.max_waiting} requests wait already; raise max_queue_size"
-            )
-        with self._changed:
-            # Nobody tells when a request begins.
-            self._changed.wait(0.02)
+        self._requests.add(jobs, *asked)
 
     def cancel_request(self, request_id: str) -> None:
         """End a request, with all its samples; does nothing for one that has ended. O(1)."""
         self.process.refuse_fork()
-        with self._changed:  # signals wait: what is not held any more has to fail
-            job = self._jobs.get(request_id)
-            if job is None:
-                return
-            job.is_cancelled = True
-            is_held = any(asked.job is job for asked in self._held)
-            self._held = [asked for asked in self._held if asked.job is not job]
-            if is_held:
-                job.fail(RequestCancelled(f"request {request_id!r} was cancelled"))
-            elif job.stream is not None:
-                job.stream.cancel()
+        self._requests.cancel(request_id)
 
     # ---------------------------------------------------------------- outputs
 
@@ -307,8 +364,8 @@ class PagedBatchingManager(Sessions):
             if output is not None:
                 found.append(output)
                 return True
-            is_live = request_id is None or request_id in self._jobs
-            return not (self._is_serving and is_live)
+            is_live = request_id is None or request_id in self._requests.jobs
+            return not (self._status.is_serving and is_live)
 
         try:
             with self._changed:
@@ -337,9 +394,3 @@ class PagedBatchingManager(Sessions):
         that wait already are handed over first."""
         self.process.refuse_fork()
         self.output_router.register(request_id, callback)
-
-
-def _as_list(input_ids: Any) -> list[Any]:
-    """Ids as a list, of a tensor with one row as well; the engine looks at what is in it."""
-    ids: list[Any] = input_ids.tolist() if hasattr(input_ids, "tolist") else list(input_ids)
-    return ids[0] if len(ids) == 1 and isinstance(ids[0], list) else ids

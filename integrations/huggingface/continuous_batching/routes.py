@@ -14,11 +14,9 @@ from typing import Any, Protocol
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.continuous_batching.manager import (
-    Padded,
-    PagedBatchingManager,
-)
+from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
 from kvpager.integrations.huggingface.continuous_batching.options import warn_once
+from kvpager.integrations.huggingface.continuous_batching.requests import Padded
 from kvpager.integrations.huggingface.prefix.prompts import PromptCache
 
 logger = logging.getLogger("kvpager")

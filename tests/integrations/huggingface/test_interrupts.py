@@ -218,7 +218,7 @@ def check_sessions(managers: Iterable[Any]) -> None:
     """Check that no session goes on, and that none left a request or a block."""
     for manager in list(managers):
         assert manager.is_running() is False
-        assert manager._jobs == {}
+        assert manager._requests.jobs == {}
         if manager._status.engine is not None:
             assert manager._status.engine.stats().pool.num_held == 0
 

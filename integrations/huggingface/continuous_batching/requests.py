@@ -1,0 +1,256 @@
+"""The requests of a continuous batching manager: they wait for a session, run, and end."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvpager import _validate as arguments
+from kvpager._text import counted
+from kvpager.engine.stream import Stream
+from kvpager.errors import KVPagerError, QueueFull, RequestCancelled
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.continuous_batching.options import Options
+from kvpager.integrations.huggingface.continuous_batching.outputs import Job, Router
+from kvpager.integrations.huggingface.continuous_batching.policies import Policies, Wanted
+from kvpager.integrations.huggingface.engine import Engine
+from kvpager.integrations.huggingface.runner.inputs import without_padding
+
+logger = logging.getLogger("kvpager")
+
+
+class Status:
+    """How far a session's end has come. Changed under the lock of the manager's router."""
+
+    DONT_STOP, FLUSH_AND_STOP, HARD_STOP, STOPPED = range(4)
+
+    def __init__(self) -> None:
+        self.local_status = self.DONT_STOP
+        self.engine: Engine | None = None  # of the session, or of the last one
+        self.is_serving = False  # from the start of a session to its end
+
+    @property
+    def fatal_error(self) -> BaseException | None:
+        """What stopped the session, other than `stop`."""
+        return None if self.engine is None else self.engine.error
+
+    def can_accept_new_requests(self) -> str | None:
+        """Why requests are turned away; None where they are not. O(1)."""
+        if self.fatal_error is not None:
+            return f"the engine stopped: {self.fatal_error!r}"
+        if self.local_status != self.DONT_STOP:
+            return "the manager is stopping, or has stopped"
+        return None
+
+
+class _Name(str):
+    """A request's name inside the engine: equal to no other, and printed as the caller's."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Padded(list[int]):
+    """A prompt without its padding, which stays in the `row` that outputs show."""
+
+    def __init__(self, row: Any, mask: Any) -> None:
+        ids = arguments.token_ids(_as_list(row))
+        super().__init__(without_padding(ids, mask).tolist())
+        self.row = ids.tolist()
+
+
+class _Asked(NamedTuple):
+    """A request that was added, and not queued yet."""
+
+    job: Job
+    prompt: list[int]
+    wanted: Wanted
+    namespace: str | None
+    seed: int | None
+
+
+class Requests:
+    """The requests of a manager that have not ended.
+
+    Args:
+        router: takes their outputs. Its lock guards the requests.
+        status: of the session.
+        policies: makes the policy of each request.
+        options: of the session; the manager replaces them for another session.
+        memory: of the patch, which counts what was served.
+        namespace: says whose prompts a request made now may share.
+        num_samples: outputs of each request.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        status: Status,
+        policies: Policies,
+        options: Options,
+        memory: PagedMemory,
+        namespace: Callable[[], str | None],
+        num_samples: int,
+    ) -> None:
+        self._router, self._status, self._policies = router, status, policies
+        self.options, self._memory, self._namespace = options, memory, namespace
+        self._num_samples = num_samples
+        self.jobs: dict[str, Job] = {}  # by all their names
+        self._held: list[_Asked] = []  # until a session begins
+        self._request_counter = 0
+        self._seeds = itertools.count()
+
+    def add(
+        self,
+        jobs: list[Job],
+        input_ids: Any,
+        request_id: str | None,
+        wanted: Wanted,
+        is_streaming: bool,
+        with_timestamps: bool,
+        patience: float | None,
+    ) -> None:
+        """Add a request, and its job to `jobs`; none if the manager is stopping."""
+        prompt, is_named = _as_list(input_ids), request_id is not None
+        with self._router.changed:
+            denial = self._status.can_accept_new_requests()
+            if denial is not None:
+                tokens = counted(len(prompt), "token")
+                logger.warning("a request of %s is dropped: %s", tokens, denial)
+                return
+            while request_id is None or (request_id in self.jobs and not is_named):
+                request_id = f"req_{self._request_counter}"
+                self._request_counter += 1
+            job = Job(
+                self._router,
+                request_id,
+                input_ids.row if isinstance(input_ids, Padded) else prompt,
+                num_samples=self._num_samples,
+                is_streaming=is_streaming,
+                with_timestamps=with_timestamps,
+                on_end=self._end,
+            )
+            taken = [name for name in job.names if name in self.jobs]
+            if taken:
+                raise ValueError(f"request {taken[0]!r} is not done yet; choose another name")
+            self.jobs.update(dict.fromkeys(job.names, job))
+            jobs.append(job)
+            seed = None if self.options.seed is None else self.options.seed + next(self._seeds)
+            asked = _Asked(job, prompt, wanted, self._namespace(), seed)
+            if not self._status.is_serving:
+                self._held.append(asked)
+                return
+        self._queue(asked, patience)
+
+    def take_back(self, jobs: list[Job]) -> None:
+        """Let requests never have been added, with the outputs of their names. O(jobs)."""
+        with self._router.changed:  # signals wait until all is done
+            self._held = [asked for asked in self._held if asked.job not in jobs]
+            for job in jobs:
+                job.take_back()
+                for name in job.names:
+                    self._router.forget(name)
+                self._forget(job)
+
+    def queue_held(self) -> None:
+        """Hand the requests over that were added before the session began. O(tokens)."""
+        held: list[_Asked] = []
+        try:
+            with self._router.changed:
+                held += self._take_held()
+            for asked in held:
+                self._queue(asked, patience=None)
+        except BaseException as error:
+            for asked in held:  # those that run end with the session
+                asked.job.fail(RequestCancelled(f"start was cut short by {error!r}"))
+            raise
+
+    def fail_held(self) -> None:
+        """End the requests that wait for a session: there will be none. O(requests)."""
+        with self._router.changed:  # signals wait until all have failed
+            for asked in self._take_held():
+                asked.job.fail(RequestCancelled("the manager was destroyed before it was started"))
+
+    def _take_held(self) -> list[_Asked]:
+        held, self._held = self._held, []
+        return held
+
+    def _end(self, job: Job) -> None:
+        self._memory.note_session(requests=1, tokens=job.num_generated)
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        with self._router.changed:
+            for name in job.names:
+                if self.jobs.get(name) is job:
+                    del self.jobs[name]
+            self._router.changed.notify_all()
+
+    def _queue(self, asked: _Asked, patience: float | None) -> None:
+        """Hand the request to the engine; what that refuses fails. Raises: `queue.Full`."""
+        deadline = None if patience is None else time.monotonic() + patience
+        try:
+            stream = self._submit(asked)
+            while stream is None:
+                self._wait_for_room(asked, deadline)
+                stream = self._submit(asked)
+        except (KVPagerError, ValueError, TypeError) as error:
+            asked.job.fail(error)
+        else:
+            asked.job.follow(stream)
+
+    def _submit(self, asked: _Asked) -> Stream | None:
+        engine = self._status.engine
+        assert engine is not None
+        policy = self._policies.policy(asked.wanted, len(asked.prompt), lambda: engine.stats().pool)
+        try:
+            return engine.submit(
+                asked.prompt,
+                name=_Name(asked.job.names[0]),
+                namespace=asked.namespace,
+                seed=asked.seed,
+                logprobs=self.options.with_logprobs,
+                policy=policy,
+            )
+        except QueueFull:
+            return None
+
+    def _wait_for_room(self, asked: _Asked, deadline: float | None) -> None:
+        if asked.job.is_cancelled:
+            raise RequestCancelled(f"request {asked.job.names[0]!r} was cancelled")
+        if deadline is not None and time.monotonic() >= deadline:
+            raise queue.Full(
+                f"{self.options.max_waiting} requests wait already; raise max_queue_size"
+            )
+        with self._router.changed:
+            # Nobody tells when a request begins.
+            self._router.changed.wait(0.02)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request, with all its samples; does nothing for one that has ended. O(1)."""
+        with self._router.changed:  # signals wait: what is not held any more has to fail
+            job = self.jobs.get(request_id)
+            if job is None:
+                return
+            job.is_cancelled = True
+            is_held = any(asked.job is job for asked in self._held)
+            self._held = [asked for asked in self._held if asked.job is not job]
+            if is_held:
+                job.fail(RequestCancelled(f"request {request_id!r} was cancelled"))
+            elif job.stream is not None:
+                job.stream.cancel()
+
+
+def _as_list(input_ids: Any) -> list[Any]:
+    """Ids as a list, of a tensor with one row as well; the engine looks at what is in it."""
+    ids: list[Any] = input_ids.tolist() if hasattr(input_ids, "tolist") else list(input_ids)
+    return ids[0] if len(ids) == 1 and isinstance(ids[0], list) else ids
