@@ -148,7 +148,7 @@ def write(key: Tensor, value: Tensor, place: Tensor, layer: int, start: int) -> 
 
 
 @write.register_fake
-def _(key: Tensor, value: Tensor, place: Tensor, layer: int, start: int) -> None:
+def _(*given: Any) -> None:
     return None
 
 
@@ -169,23 +169,11 @@ def _read(
 
 
 @_read.register_fake
-def _(
-    place: Tensor,
-    layer: int,
-    start: int,
-    stop: int,
-    rows: int,
-    kv_heads: int,
-    key_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    sizes = (rows, kv_heads, stop - start)
-    return (
-        torch.empty(*sizes, key_dim, dtype=dtype, device=device),
-        torch.empty(*sizes, value_dim, dtype=dtype, device=device),
-    )
+def _(place: Tensor, layer: int, start: int, stop: int, *given: Any) -> tuple[Tensor, Tensor]:
+    shape = Shape(*given)
+    sizes = (shape.rows, shape.kv_heads, stop - start)
+    of: Any = {"dtype": shape.dtype, "device": shape.device}
+    return torch.empty(*sizes, shape.key_dim, **of), torch.empty(*sizes, shape.value_dim, **of)
 
 
 @torch.library.custom_op("kvpager::attend", mutates_args=(), tags=_TAGS)
@@ -208,17 +196,7 @@ def _attend(
 
 @_attend.register_fake
 def _(
-    query: Tensor,
-    place: Tensor,
-    layer: int,
-    start: int,
-    stop: int,
-    value_dim: int,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scaling: float | None,
-    causal: bool,
-    softcap: float | None,
+    query: Tensor, place: Tensor, layer: int, start: int, stop: int, value_dim: int, *given: Any
 ) -> Tensor:
     rows, query_heads, q_len, _ = query.shape
     return query.new_empty(rows, q_len, query_heads, value_dim)

@@ -18,6 +18,18 @@ from kvpager.integrations.huggingface.cache.views import PagedView
 from kvpager.storage.block_storage import LayerShape
 
 
+def _on_the_cache(method: str) -> Any:
+    """Return a method that says to call `method` on the cache instead."""
+
+    def refuse(self: PagedLayer, *args: Any, **kwargs: Any) -> None:
+        raise KVPagerError(
+            f"{method}: the layers of a paged cache share their blocks; call it on the cache "
+            "instead"
+        )
+
+    return refuse
+
+
 class PagedLayer(DynamicLayer):
     """A full-attention layer: writes into its group's blocks, returns lazy handles.
 
@@ -189,17 +201,10 @@ class PagedLayer(DynamicLayer):
         compiled.enter(layer)
         return layer
 
-    def crop(self, tokens_to_remove: int) -> None:
-        raise _on_the_cache("crop")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise _on_the_cache("reorder_cache")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise _on_the_cache("batch_repeat_interleave")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise _on_the_cache("batch_select_indices")
+    crop = _on_the_cache("crop")
+    reorder_cache = _on_the_cache("reorder_cache")
+    batch_repeat_interleave = _on_the_cache("batch_repeat_interleave")
+    batch_select_indices = _on_the_cache("batch_select_indices")
 
     def _plain_state(self) -> dict[str, Any]:
         """The attributes of the transformers layer this one turns into."""
@@ -229,12 +234,6 @@ class PagedLayer(DynamicLayer):
         self.__class__ = self._plain_class  # type: ignore[assignment]
         self.__dict__.update(state)
         group.leave(reason)
-
-
-def _on_the_cache(method: str) -> KVPagerError:
-    return KVPagerError(
-        f"{method}: the layers of a paged cache share their blocks; call it on the cache instead"
-    )
 
 
 class PagedSlidingWindowLayer(PagedLayer):
