@@ -128,7 +128,7 @@ def check_pools(memory: PagedMemory) -> None:
         pool.settle()
         pool.manager.check()
         assert pool.manager.num_held_blocks == 0
-        sizes = {shelf.storage.num_blocks for shelf in pool._storages}
+        sizes = {segment.storage.num_blocks for segment in pool._segments}
         assert sizes <= {pool.manager.num_blocks}
 
 
