@@ -83,6 +83,7 @@ def test_an_interrupted_submission_leaves_nothing_behind() -> None:
                 engine.ask(prompt, 400, n=2, name="interrupted").cancel()
 
         found = moments(submit)
+        engine.check_idle()
         for number in random.Random(1).sample(found, min(NUM_MOMENTS, len(found))):
             with contextlib.suppress(KeyboardInterrupt):
                 submit(Moments(number, by_signal))
