@@ -144,7 +144,8 @@ class PagedBatchingManager(ContinuousBatchingManager):
     def start(self) -> None:
         """Begin a session: serve requests, those first that were added before.
 
-        An interrupt ends the session again. Raises: as `warmup`.
+        An interrupt ends the session again.
+        Raises: as `warmup`; `ValueError` for a quota of the patch that is less than a block.
         """
         self.process.refuse_fork()
         has_begun = False
@@ -154,6 +155,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
                     logger.warning("this manager is running already")
                     return
                 engine = self._warm()
+                engine.quotas.update(self._patched.quotas)
                 has_begun = True
                 self._begin(engine)
             self._requests.queue_held()

@@ -98,8 +98,9 @@ class Patch:
 
             paging.quotas["acme"] = "2GiB"      # or a number of blocks
 
-        The bound holds in each pool: models of unlike layers have pools of their own. Those of
-        continuous batching have no quotas. Raises: `KVPagerError` without `prefix_cache`.
+        The bound holds in each pool: models of unlike layers have pools of their own. A session of
+        continuous batching takes the quotas that hold when it begins.
+        Raises: `KVPagerError` without `prefix_cache`.
         """
         self._kept_prompts("quotas")
         return self.memory.quotas

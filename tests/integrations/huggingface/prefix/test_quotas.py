@@ -169,6 +169,21 @@ def test_threads_of_two_namespaces_keep_to_their_quotas() -> None:
             assert hits(patch, 3) == KNOWN
 
 
+def test_a_session_of_continuous_batching_has_the_quotas_of_the_patch() -> None:
+    config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    prompt = tiny_models.prompts([LENGTH], seed=1)["input_ids"][0].tolist()
+    with kvpager.patch(llama(), prefix_cache=True, memory="1MiB") as patch:
+        patch.quotas["acme"] = CALL - 1
+        outputs = []
+        for namespace in ("acme", "umbrella"):
+            with patch.namespace(namespace):
+                (output,) = llama().generate_batch([prompt], generation_config=config).values()
+                outputs.append(output)
+    assert "its namespace may have 6" in outputs[0].error
+    assert outputs[1].error is None
+    assert len(outputs[1].generated_tokens) == 8
+
+
 @pytest.mark.parametrize(
     ("namespace", "quota", "error", "message"),
     [
