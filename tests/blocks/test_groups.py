@@ -6,6 +6,9 @@ what each group's layers may look at.
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+import signal
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,10 @@ from hypothesis.stateful import (
 
 from kvpager import OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.blocks.grouped import GroupedManager
+from kvpager.testing.conformance import BlockManagerAdapter, ManagerConformance
 from kvpager.testing.memory import Content, TokenMemory
+from kvpager.testing.state import differences, state_of
+from tests.support.interrupts import Moments, by_signal
 
 WINDOWS = [(None,), (5,), (None, 5), (5, None, 9), (None, None, 1), (4, 4)]
 
@@ -287,5 +293,195 @@ class Groups(RuleBasedStateMachine):
             assert self.manager.num_free_blocks == self.manager.num_blocks
 
 
+def state_of_groups(manager: GroupedManager) -> dict[str, Any]:
+    """Return all that a manager over groups knows, but for room that is not used."""
+    table = manager._table
+    used = np.union1d(table.live(), table.generations.nonzero()[0])
+    return {
+        **state_of(manager),  # type: ignore[arg-type]
+        "groups.rows": table.rows[:, used],
+        "groups.lengths": table.lengths[used],
+        "groups.generations": table.generations[used],
+        "groups.pending": np.array(sorted(table.pending)),
+        "groups.digests": np.array([len(table.digests[name]) for name in used]),
+    }
+
+
+def begun() -> tuple[GroupedManager, Any]:
+    """Return a manager with a sequence that is computed in part, and little room."""
+    manager = GroupedManager((None, 5, 9), 40, 4, 40, max_chunk=8)
+    sequence = manager.allocate(range(30))
+    for start in (0, 8):
+        manager.open_slots(sequence, start, start + 8)
+        manager.commit(sequence, start + 8)
+    return manager, sequence
+
+
+def allocate_a_hit() -> tuple[GroupedManager, Any]:
+    manager, sequence = begun()
+    manager.free(sequence)
+    return manager, lambda: manager.allocate(range(20))
+
+
+def open_a_chunk() -> tuple[GroupedManager, Any]:
+    manager, sequence = begun()
+    return manager, lambda: manager.open_slots(sequence, 16, 24)
+
+
+def commit_a_chunk() -> tuple[GroupedManager, Any]:
+    manager, sequence = begun()
+    manager.open_slots(sequence, 16, 24)
+    return manager, lambda: manager.commit(sequence, 24)
+
+
+def append_in_part() -> tuple[GroupedManager, Any]:
+    manager, sequence = begun()
+    other = manager.allocate(3)
+    return manager, lambda: manager.append([sequence, other], counts=[5, 2])
+
+
+def fork_twice() -> tuple[GroupedManager, Any]:
+    manager, sequence = begun()
+    return manager, lambda: manager.fork(sequence, 9)
+
+
+def truncate() -> tuple[GroupedManager, Any]:
+    manager, sequence = begun()
+    return manager, lambda: manager.truncate(sequence, 16)
+
+
+def swap_out() -> tuple[GroupedManager, Any]:
+    manager, sequence = begun()
+    return manager, lambda: manager.swap(sequence, "host")
+
+
+CHANGES = [
+    allocate_a_hit,
+    open_a_chunk,
+    commit_a_chunk,
+    append_in_part,
+    fork_twice,
+    truncate,
+    swap_out,
+]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
+@pytest.mark.parametrize("scenario", CHANGES)
+def test_an_interrupted_call_is_complete_or_has_changed_nothing(
+    scenario: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two managers with the same history are equal, their tickets included.
+    monkeypatch.setattr(secrets, "randbits", lambda bits: 1)
+    manager, operation = scenario()
+    operation()
+    complete = state_of_groups(manager)
+    for number in range(1 + CHANGES.index(scenario), 10_000, 11):
+        manager, operation = scenario()
+        before, moment = state_of_groups(manager), Moments(number, by_signal)
+        with contextlib.suppress(KeyboardInterrupt), moment:
+            operation()
+            assert not moment.was_hit, "the signal was lost"
+        if not moment.was_hit:
+            break
+        manager.check()
+        after = state_of_groups(manager)
+        assert not differences(after, before) or not differences(after, complete), number
+    else:
+        pytest.fail("the operation never came through")
+
+
+def test_what_one_group_lacks_no_group_takes() -> None:
+    manager = GroupedManager((None, 8), 9, 4)
+    sequence = manager.allocate(range(16))  # four blocks each
+    with pytest.raises(OutOfBlocks) as caught:
+        manager.append(sequence)
+    assert (caught.value.need, caught.value.free) == (2, 1)
+    assert manager.num_free_blocks == 1
+    with pytest.raises(OutOfBlocks, match="need 4 device blocks, 1 free"):
+        manager.allocate(8)
+    manager.check()
+
+
+def test_a_block_behind_the_window_stays_cached_and_leaves_first() -> None:
+    manager = GroupedManager((4,), 8, 4)
+    one = manager.allocate(range(16))
+    manager.commit(one)
+    assert (manager.stats().num_held, manager.stats().num_cached) == (1, 3)
+    manager.free(one)
+    other = manager.allocate(range(100, 128))  # evicts all but one block
+    assert manager.stats().num_cached == 1
+    manager.free(other)
+    assert manager.cached_tokens(range(16)) == 16  # served by the last window alone
+    assert manager.cached_tokens(range(12)) == 0
+
+
+def test_groups_and_namespaces_share_no_prefix() -> None:
+    manager = GroupedManager((6, 6), 40, 4)
+    manager.commit(manager.allocate(range(12), namespace="a"))
+    assert manager.cached_tokens(range(12), namespace="a") == 12
+    assert manager.cached_tokens(range(12)) == 0
+    assert manager.cached_tokens(range(12), namespace="a", adapter="b") == 0
+    again = manager.allocate(range(13), namespace="a")
+    one, other = manager.block_tables(again)[:, 0]
+    assert not set(one[one >= 0]) & set(other[other >= 0])
+
+
+def test_an_equal_block_after_another_prompt_is_not_reused() -> None:
+    manager = GroupedManager((4,), 40, 4)
+    manager.commit(manager.allocate([1, 1, 1, 1, 7, 7, 7, 7]))
+    assert manager.cached_tokens([1, 1, 1, 1, 7, 7, 7, 7]) == 8
+    assert manager.cached_tokens([2, 2, 2, 2, 7, 7, 7, 7]) == 0
+    assert manager.cached_tokens([7, 7, 7, 7]) == 0
+
+
+def test_contents_before_the_window_tell_prompts_apart() -> None:
+    manager = GroupedManager((4,), 40, 4)
+    manager.commit(manager.allocate(range(12), contents=[(0, 3, b"cat")]))
+    assert manager.cached_tokens(range(12), contents=[(0, 3, b"cat")]) == 12
+    assert manager.cached_tokens(range(12), contents=[(0, 3, b"dog")]) == 0
+
+
+def test_a_quota_counts_the_blocks_of_all_groups() -> None:
+    manager = GroupedManager((None, 8), 40, 4)
+    manager.quotas.set("a", ceiling=6)
+    sequence = manager.allocate(range(12), namespace="a")
+    with pytest.raises(OutOfBlocks):
+        manager.append(sequence)
+    manager.commit(sequence)
+    manager.free(sequence)
+    manager.free(manager.allocate(range(50, 62), namespace="a"))
+    manager.check()
+    assert manager.stats().num_held == 0
+
+
+@pytest.mark.parametrize("windows", [(), (0,), (None, -1), (2.5,)])
+def test_windows_that_make_no_sense_are_refused(windows: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="window"):
+        GroupedManager(windows, 8)
+
+
+class OneGroup(BlockManagerAdapter):
+    """A manager over a single group for the conformance suite."""
+
+    def block_table(self, handle: Any) -> list[int]:
+        blocks: list[int] = self.manager.block_tables(handle)[0, 0].tolist()
+        return blocks
+
+
+class TestFullGroup(ManagerConformance):
+    histories = examples = 25
+
+    def make(self, num_blocks: int, block_size: int) -> OneGroup:
+        return OneGroup(GroupedManager((None,), num_blocks, block_size, 6))
+
+
+class TestGroupWithALongWindow(ManagerConformance):
+    histories = examples = 25
+
+    def make(self, num_blocks: int, block_size: int) -> OneGroup:
+        return OneGroup(GroupedManager((1000,), num_blocks, block_size, 6))
+
+
 TestGroups = Groups.TestCase
-TestGroups.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestGroups.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
