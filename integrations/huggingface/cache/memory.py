@@ -227,9 +227,12 @@ class PagedMemory:
                 logger.info("kvpager: not paged, transformers' own: %s", what)
             self.left_alone[what] = max(count, self.left_alone.get(what, 0))
 
-    def note_doubt(self, doubt: str) -> None:
-        """Count a call of a model whose state cannot be told; log it once. O(1)."""
-        self.note_obstacle(f"a model that may change unseen ({doubt})")
+    def note_not_kept(self, reason: str | None) -> None:
+        """Count a call whose prompts are not kept. No `reason`: it was noted before. O(1)."""
+        with self.lock:
+            self.counters.prefix_unserved_calls += 1
+        if reason is not None:
+            self.note_unserved(f"prompts not kept: {reason}")
 
     def note_obstacle(self, obstacle: str) -> None:
         """Count a call whose prompt is not kept because of its model; log it once. O(1)."""

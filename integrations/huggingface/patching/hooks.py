@@ -127,19 +127,14 @@ def _note_unserved(serving: Patch, generation_config: Any, cache: Any, mode: Any
             serving.memory.note_unserved(f"not paged: {what}, a cache of transformers' own")
         elif home != "kvpager":  # an engine's probe compares with a plain cache
             serving.memory.note_unserved(f"not paged: {name}, a cache passed by the caller")
+    elif serving.prompts is None:
+        return
     elif isinstance(cache, EncoderDecoderCache):
-        _note_not_kept(serving, "an encoder-decoder model")
-    elif serving.prompts is not None and mode == GenerationMode.ASSISTED_GENERATION:
+        serving.memory.note_not_kept("an encoder-decoder model")
+    elif mode == GenerationMode.ASSISTED_GENERATION:
         is_lookup = generation_config.prompt_lookup_num_tokens is not None
         what = "prompt lookup" if is_lookup else "assisted decoding"
         serving.memory.note_unserved(f"prompts not kept: {what}, whose drafts may be rejected")
-
-
-def _note_not_kept(serving: Patch, reason: str) -> None:
-    """Note for the report a call of `generate` whose prompts could not be looked at."""
-    if serving.prompts is not None:
-        serving.memory.counters.prefix_unserved_calls += 1
-        serving.memory.note_unserved(f"prompts not kept: {reason}")
 
 
 def _note_made_outside(serving: Patch | None, config: Any) -> None:
@@ -181,7 +176,8 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         if model_kwargs.get("inputs_embeds") is not None:
             if returned_rows(generation_config) > 1:
                 serving.memory.note_unserved("equal rows not merged: inputs_embeds")
-            _note_not_kept(serving, "inputs_embeds")
+            if serving.prompts is not None:
+                serving.memory.note_not_kept("inputs_embeds")
             return original(*inputs, **kwargs)
         return prefill(original, serving.prompts, inputs, **kwargs)
 

@@ -52,7 +52,7 @@ def prefill(original: Prefill, prompts: PromptCache | None, inputs: Inputs, **kw
                 cache.reset()
                 reason = "a model that writes other columns than those of its prompt"
         if prompts is not None:
-            _count_unserved(cache, reason)
+            cache.memory.note_not_kept(reason)
         return original(*inputs, **kwargs)
     except BaseException:
         cache.reset()
@@ -60,13 +60,6 @@ def prefill(original: Prefill, prompts: PromptCache | None, inputs: Inputs, **kw
     finally:
         for group in cache.groups:
             group.columns.announced = None
-
-
-def _count_unserved(cache: PagedCache, reason: str | None) -> None:
-    """Count a call whose prompts are not kept. No `reason`: the report has it already."""
-    cache.memory.counters.prefix_unserved_calls += 1
-    if reason is not None:
-        cache.memory.note_unserved(f"prompts not kept: {reason}")
 
 
 def _prefill_padded(
@@ -97,7 +90,7 @@ def _prefill_padded(
         if repeats > 1:
             _check_written(cache, columns)
         if prompts is not None:
-            _count_unserved(cache, reason)
+            cache.memory.note_not_kept(reason)
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
         _repeat_rows(output, rows, repeats)
@@ -125,11 +118,7 @@ def _prompt_to_keep(
     prompts.await_turn(inputs.model, cache)
     prompt = prompts.prompt(inputs.model, inputs.ids, padding)
     if isinstance(prompt, str):
-        cache.memory.note_doubt(prompt)
-        return None, None
-    obstacle = prompts.row_obstacle(inputs.model, prompt)
-    if obstacle is not None:
-        cache.memory.note_obstacle(obstacle)
+        cache.memory.note_obstacle(prompt)
         return None, None
     return prompt, None
 

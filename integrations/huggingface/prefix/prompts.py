@@ -91,25 +91,28 @@ class PromptCache:
         self._decoding[model] = watch, key
         return watch, before != key
 
-    def row_obstacle(self, model: nn.Module, prompt: Prompt) -> str | None:
+    def _row_obstacle(self, model: nn.Module, key: PrefixKey) -> str | None:
         """Name what may treat rows by their place: `hooks.row_obstacle`. O(1) if nothing changed.
 
-        All that it reads is part of the version that the prompt's key names.
+        All that it reads is part of the version that `key` names.
         """
-        key, obstacle = self._obstacles.get(model, (None, None))
-        if key != prompt.key:
+        before, obstacle = self._obstacles.get(model, (None, None))
+        if before != key:
             obstacle = row_obstacle(model)
-            self._obstacles[model] = prompt.key, obstacle
+            self._obstacles[model] = key, obstacle
         return obstacle
 
     def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt | str:
         """The batch's prompts, of the model as it is and of the namespace of now. O(tokens).
 
-        Returns the reason instead if the model's state cannot be told.
+        Returns a reason instead if the model's state, or what it does with rows, cannot be told.
         """
         key, doubt = self.key_of(model)
         if doubt is not None:
-            return doubt
+            return f"a model that may change unseen ({doubt})"
+        obstacle = self._row_obstacle(model, key)
+        if obstacle is not None:
+            return obstacle
         rows = [row[pad:] for row, pad in zip(_to_int32(ids), padding, strict=True)]
         return Prompt(rows, key)
 
