@@ -171,24 +171,49 @@ class PrefixIndex:
                     position = stop
         return node, is_twin
 
+    def publish_first(self, tree: TreeKey, block: int, tag: Tag) -> None:
+        """Offer a full block at the front of `tree`, unless an equal one is. O(block_size).
+
+        `settle` must follow.
+        """
+        root, key = self.root(tree), self._forest.key(block, tag)
+        equal = root.children.get(key)
+        if equal is None:
+            self._begin_run(root, 0, np.array([block], np.int32), tag, key)
+            return
+        self.settle()
+        offered = equal.blocks[:1]
+        self.policy.touch(offered)
+        self._evictor.retire(offered[self._evictor.idle(offered)])  # used, and idle again
+
     def _attach(self, node: Node, position: int, blocks: Blocks, tag: Tag) -> Node:
-        before = int(node.blocks[-1]) if position else -1
-        self.arrivals.add(blocks, position, before, node.tree)
         if (
             position and node in node.queue.ranks
         ):  # an idle tip, and now its blocks stand before held ones
             node.queue.forget(node)
             node.queue.put_aside(node)
-        if self._log is not None:
-            self._log.add("stored", **self._event(node.tree, tag, before, blocks))
-        if position and not (node.children or node.sealed) and node.tag == tag:
-            node.extend(blocks)
-        else:
-            parent, node = node, self._forest.new_node(node, position, blocks.astype(np.int32))
-            node.tag = tag
-            parent.children[self._forest.key(int(blocks[0]), tag)] = node
+        if not position or node.children or node.sealed or node.tag != tag:
+            key = self._forest.key(int(blocks[0]), tag)
+            return self._begin_run(node, position, blocks.astype(np.int32), tag, key)
+        self._tell(node, position, blocks, tag)
+        node.extend(blocks)
         self._forest.name(node, blocks)
         return node
+
+    def _begin_run(self, parent: Node, position: int, blocks: Int32, tag: Tag, key: object) -> Node:
+        self._tell(parent, position, blocks, tag)
+        node = self._forest.new_node(parent, position, blocks)
+        node.tag = tag
+        parent.children[key] = node
+        self._forest.name(node, blocks)
+        return node
+
+    def _tell(self, node: Node, position: int, blocks: Blocks, tag: Tag) -> None:
+        """Note `blocks` for the policy and the log, before they stand behind `node`."""
+        before = int(node.blocks[-1]) if position else -1
+        self.arrivals.add(blocks, position, before, node.tree)
+        if self._log is not None:
+            self._log.add("stored", **self._event(node.tree, tag, before, blocks))
 
     def settle(self) -> None:
         """Tell pool and policy about the blocks published since. O(blocks)."""

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
+from kvpager.blocks.ragged import ranks
 from kvpager.blocks.state import BlockState
 
 Int64 = NDArray[np.int64]
@@ -78,13 +79,20 @@ class Truncation:
         state, table = self._state, self._state.rows
         firsts = starts >> state.shift
         moved = (firsts > table.first_blocks[rows]).nonzero()[0]
-        for row, first in zip(rows[moved].tolist(), firsts[moved].tolist(), strict=True):
-            behind = slice(int(table.first_blocks[row]), first)
-            blocks = table.blocks(row)[behind].copy()
-            table.blocks(row)[behind] = -1
-            table.first_blocks[row] = first
-            if not table.keyed[row]:
-                # What lacks its front cannot be offered, nor go on where it was.
-                table.known[row] = table.published[row] = 0
-                table.nodes[row] = None
+        if not len(moved):
+            return
+        rows, firsts = rows[moved], firsts[moved]
+        counts, tables = firsts - table.first_blocks[rows], table.tables
+        behind = np.repeat(tables.starts[rows] + table.first_blocks[rows], counts) + ranks(counts)
+        blocks = tables.data[behind]
+        tables.data[behind] = -1
+        table.first_blocks[rows] = firsts
+        for row in rows[~table.keyed[rows]].tolist():
+            # What lacks its front cannot be offered, nor go on where it was.
+            table.known[row] = table.published[row] = 0
+            table.nodes[row] = None
+        if len(rows) == 1:
             state.release(blocks)
+        else:  # forks may give back the same blocks
+            distinct, times = np.unique(blocks, return_counts=True)
+            state.release(distinct, times.astype(np.int32))

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.contents import Contents
+from kvpager.blocks.contents import Contents, Tag
 from kvpager.blocks.radix import Node, key_of
 from kvpager.blocks.sequences import Prompt
 from kvpager.blocks.state import NO_BLOCKS, BlockState
@@ -106,7 +106,9 @@ class WindowIndex:
         blocks = ids[: most * state.block_size].reshape(most, -1)
         digests: list[bytes] = []
         self.extend(digests, blocks, who[0].contents)
-        keys = [self._key(block, digest) for block, digest in zip(blocks, digests, strict=True)]
+        keys = [
+            key_of(block, self._tag(digest)) for block, digest in zip(blocks, digests, strict=True)
+        ]
         most, offered = self._common(who, keys)
         held = []
         for (run, node), blocks_of, window in zip(found, offered, self._windows, strict=True):
@@ -173,8 +175,7 @@ class WindowIndex:
             missing = blocks[len(digests) - begin :]
             self.extend(digests, state.pool.ids[missing], who.contents)
         for block, digest in zip(blocks.tolist(), digests[begin:end], strict=True):
-            root = state.index.root(who.tree)
-            state.index.publish(root, 0, np.array([block]), self._behind(digest))
+            state.index.publish_first(who.tree, block, self._tag(digest))
         table.published[row] = end
 
     def extend(self, digests: list[bytes], blocks: Int32, contents: Contents) -> None:
@@ -188,10 +189,6 @@ class WindowIndex:
                 before = blake2b(before + tokens + shown, digest_size=32).digest()
                 digests.append(before)
 
-    def _behind(self, digest: bytes) -> Contents:
+    def _tag(self, digest: bytes) -> Tag:
         size = self._state.block_size
-        return Contents([(0, size, digest, size)])
-
-    def _key(self, tokens: Int32, digest: bytes) -> object:
-        size = self._state.block_size
-        return key_of(tokens, ((0, size, digest, size),))
+        return ((0, size, digest, size),)
