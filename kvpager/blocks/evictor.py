@@ -187,7 +187,7 @@ class Evictor:
     def _refresh(self, count: int) -> None:
         blocks = self.policy.reranked(count)
         if len(blocks):
-            self.offer(blocks[self._pool.cached[blocks] & (self._pool.refs[blocks] == 0)])
+            self.offer_idle(blocks[self._pool.cached[blocks]])
 
     def _trim(self, node: Node, count: int, limit: float) -> Blocks:
         """Take up to `count` blocks off a tip's tail while they are idle and rank lowest."""

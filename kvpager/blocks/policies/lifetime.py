@@ -1,78 +1,73 @@
-"""Evict first what has outlived the time for which a block of its kind is worth keeping.
+"""Evict first what has outlived its lifetime, under the strategy that would have hit most of late.
 
-The idea. A cached block earns a hit when it is reused and takes up room until then. How soon that
-happens, if ever, shows in part when its last holder leaves. There are eleven kinds:
+A block's deadline is the moment of its last release plus a lifetime; the block with the earliest
+deadline leaves. A strategy gives lifetimes, in pools, from what is remembered of a block:
 
-    new      used once: behind a known prefix, or in a prompt that is new from its first block
-             on and is short, middling, long or very long
-    twice    used twice, last by a prompt that added nothing, little or much behind it
-    often    used more often; the same three
+    lru        none: the block that was released first leaves
+    doubling   d for each doubling of its uses, d from 1/2 to 8: from recency towards frequency
+    reused     a if it was used more than once: what comes once does not push out what came again
+    own        reused and doubling, but none for a prefix that many prompts share and then add much
+               to: such a prefix is in use until it is not needed any more
+    lottery    8 for the blocks of one prompt in n: a part of a loop that is longer than the pool
 
-For each kind the policy counts how many blocks were released and at which ages they were used
-again. So it knows, for every lifetime T, how many hits a block of the kind earns if it is kept for
-T, and how much room * time it takes. The best T of all kinds together is found through a price of
-room * time: at a given price each kind takes the T that earns it most,
+Which strategy fits depends on traffic and pool. So all are tried, on paper. A strategy would hold
+the blocks whose deadlines are latest, as many as the pool has. It would have hit a block that is
+used again if the block's deadline was among them. Nothing else has to be simulated, because what is
+remembered of a block does not depend on the strategy in charge: a table of ghosts remembers evicted
+blocks by their fingerprints. Hits fade with time, and the strategy with most hits is in charge.
 
-    hits(kind, T) - price * room_time(kind, T),
+Time is counted in blocks: each block of each prompt, reused or new, is one tick. So nothing depends
+on the machine's speed, and the same constants serve pools and blocks of any size.
 
-and the price is right when all kinds together just fill the pool. The rank of a block is its
-deadline, the T of its kind after its release. It stays the same until the block is used again, so
-the order can be kept in a heap. Before anything is learned all kinds live equally long: LRU.
-
-What was evicted has to be seen when it comes again, or a kind that was once given a short life
-could never show that it deserves a longer one, and a prefix would seem new each time. A table of
-ghosts remembers evicted blocks by their fingerprints.
-
-Time is counted in blocks (each block of each prompt, reused or new, is one tick), ages in fractions
-of the pool and prompts in fractions of the mean prompt. So nothing depends on the machine's speed,
-and the same constants serve pools and blocks of any size.
-
-Whence. Hits per room * time, by class and age, are LHD's hit density (Beckmann, Chen and Cidon,
-2018), here for a whole life instead of the rest of one, so that ranks stand still. A ghost's return
-counts for more than a first coming, as in S3-FIFO (Yang et al., 2023). A rank that is a moment on a
-clock which demand drives is GreedyDual's (Young, 1994). The price is a Lagrange multiplier.
+Ghosts and a short stay for what came once are S3-FIFO's (Yang et al., 2023) and 2Q's (Johnson and
+Shasha, 1994). A choice between recency and frequency by what ghosts would have hit is ARC's
+(Megiddo and Modha, 2003). A rank that is a moment on a clock which demand drives is GreedyDual's
+(Young, 1994). A few blocks that stay while a loop passes are BIP's (Qureshi et al., 2007).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.eviction import BlockPolicy, Blocks, Float64, Int32, Int64, UInt64
+from kvpager.blocks.eviction import NO_BLOCKS, BlockPolicy, Blocks, Float64, Int32, Int64, UInt64
 from kvpager.blocks.fingerprints import NO_DEPTHS
 
 Index = NDArray[np.intp]
 
-# Where one class of prompts ends and the next begins, in mean prompts: by the length of those that
-# are new, and by what those that reuse something add.
-_LENGTHS = (0.5, 1.0, 2.0)
-_ADDITIONS = (0.0, 0.05)
+# All that is remembered of a block, or of its ghost, is one int64: its last release or use, and
+# below it what lifetimes depend on: whether it is a shared prefix, its prompt's lot, and its uses.
+# The time stands highest, so that the lower of two records is the older one.
+_USES = 0x3F
+_LOT, _LOTS = 6, 16
+_SHARED = 1 << 10
+_TIME = 11
+_TRAITS = (1 << _TIME) - 1
+
+_NO_EDGE = -(2.0**60)  # the pool holds everything
+_ADDS_MUCH = 0.05  # mean prompts
 _MEAN_OVER = 1024  # prompts that the mean is taken over: long enough to be steady
 
-BEHIND_PREFIX, IN_NEW_PROMPT, TWICE, OFTEN, NUM_KINDS = 0, 1, 5, 8, 11
-HELD = NUM_KINDS  # not released since its last use: nothing to learn from
 
-# All that is remembered of a block, or of its ghost, is one int64: its last release, its kind, its
-# uses. The time stands highest, so that the lower of two records is the older one.
-_TIME, _KIND, _BYTE = 16, 8, 0xFF
-_USES_MAX = _BYTE
-_FIRST_USE = HELD << _KIND | 1
-
-
-def _kind_table() -> Int64:
-    """The kind by [kind if new, class of addition, uses up to 3]."""
-    classes = np.arange(len(_ADDITIONS) + 1)
-    kinds = np.empty((TWICE, len(classes), 4), np.int64)
-    kinds[:, :, :2] = np.arange(TWICE)[:, None, None]
-    kinds[:, :, 2] = TWICE + classes
-    kinds[:, :, 3] = OFTEN + classes
-    return kinds
+def _lifetimes() -> Float64:
+    """Return lifetimes in pools, float64 [strategies, traits]; the first strategy is LRU."""
+    traits = np.arange(_TRAITS + 1)
+    uses = np.maximum(traits & _USES, 1)
+    doublings, is_reused = np.log2(uses), (uses > 1).astype(np.float64)
+    own = np.where(traits & _SHARED, 0.0, 1.0)
+    lots = traits >> _LOT & (_LOTS - 1)
+    rows = [each * doublings for each in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)]
+    rows += [stay * is_reused for stay in (1.0, 4.0)]
+    rows += [
+        (stay * is_reused + each * doublings) * own for stay in (1.0, 4.0) for each in (0.0, 1.0)
+    ]
+    rows += [8.0 * (lots % prompts == 0) for prompts in (2, 4, 16)]
+    return np.array(rows)
 
 
-_KINDS = _kind_table()
+LIFETIMES = _lifetimes()
 
 
 class Ghosts:
@@ -108,97 +103,84 @@ class Ghosts:
         used = used[self.records[used].argsort(kind="stable")]
         return self.prints[used], self.records[used]
 
+    def sample(self, first: int, step: int) -> Int64:
+        """Return the records in one slot of `step`, from slot `first` on. O(slots / step)."""
+        records: Int64 = self.records[first::step][self.prints[first::step] != 0]
+        return records
 
-class Lifetimes:
-    """How long a block of each kind is worth keeping, learned from releases and reuses.
 
-    `scale` is about the size of the pool, a power of two. Ages fall in bins, two for a factor of
-    two. Counts fade, so that what was learned follows the traffic.
-    """
+class Contest:
+    """How many blocks each strategy would have hit of late, and which of them is in charge."""
 
-    AGE_BINS_FROM = 1 / 32  # pools; blocks that come again sooner are hits whatever is done
-    LIFE_MAX = 8  # pools; what comes again later is not worth waiting for
-    PERIOD = 0.25  # pools, between two times of learning
-    PERIOD_MIN = 4096  # blocks: learning takes about 0.15 ms
-    MEMORY = 50  # pools, over which a count fades to 1/e
-    PRIOR = 100.0  # releases for which a kind counts as an average one
-    PRICES = 64  # four for a factor of two, from the dearest down
+    PERIOD = 0.25  # pools between two counts; at first a quarter of the time so far
+    PERIOD_MIN = 512  # ticks: a count takes about 0.4 ms
+    MEMORY = 8.0  # pools, over which a hit fades to 1/e
+    SAMPLE = 2048  # blocks and ghosts that stand for all, to find what the pool would hold
 
-    def __init__(self, scale: int) -> None:
-        unit = max(scale * self.AGE_BINS_FROM, 1.0)
-        half_octaves = int(2 * np.log2(2 * self.LIFE_MAX * scale / unit))
-        edges = np.ceil(unit * 2.0 ** (np.arange(half_octaves + 1) / 2))
-        self.edges: Int64 = np.concatenate([[0], edges]).astype(np.int64)
-        self.num_bins = len(self.edges) - 1
-        self.period = max(int(scale * self.PERIOD), self.PERIOD_MIN)
-        self._life_max = self.LIFE_MAX * scale
-        self._kept = float(np.exp(-self.period / (self.MEMORY * scale)))
-        # Only blocks released at least `age` ago can have been used again at that age.
-        self._delays = np.round(self.edges[:-1] / self.period).astype(np.int64)
-        self.past: Float64 = np.zeros((int(self._delays.max()) + 1, NUM_KINDS))
-        self.released: Float64 = np.zeros(HELD + 1)
-        self.reused: Float64 = np.zeros((HELD + 1) * self.num_bins)
-        self.values: Float64 = np.full(HELD + 1, 2.0 * scale)
+    def __init__(self, num_blocks: int, scale: int, now: int = 0) -> None:
+        """Begin with LRU. `scale` is about `num_blocks`."""
+        self.bonuses: Float64 = LIFETIMES * num_blocks  # ticks
+        self.hits: Float64 = np.zeros(len(LIFETIMES))
+        self.chosen = 0
+        # The earliest deadline that each strategy's pool holds.
+        self.edges: Float64 = np.full(len(LIFETIMES), _NO_EDGE)
+        self._scale = scale
+        self._counted_at = now
+        self.due_at = now + self.PERIOD_MIN
+        self._seen: list[tuple[Int64, int]] = []
 
-    def release(self, kinds: Int64 | int, count: int) -> None:
-        """Blocks were released, of a kind each, or all of one. O(blocks)."""
-        if isinstance(kinds, int):
-            self.released[kinds] += count
-        else:
-            self.released += np.bincount(kinds, minlength=len(self.released))
+    def see(self, records: Int64, now: int) -> None:
+        """Blocks of these records are used again. O(1)."""
+        self._seen.append((records, now))
 
-    def reuse(self, records: Int64, now: int) -> None:
-        """Blocks of these records are used again. O(blocks)."""
-        places = self.edges[1:-1].searchsorted(now - (records >> _TIME), "right")
-        places += (records >> _KIND & _BYTE) * self.num_bins
-        self.reused += np.bincount(places, minlength=len(self.reused))
+    def count(self, sample: Int64, num_held: int, now: int) -> bool:
+        """Count the hits since the last call. Return whether another strategy is in charge now.
 
-    def learn(self, num_blocks: int) -> None:
-        """Find the lifetimes at which the kinds fill `num_blocks`. O(kinds * ages * prices)."""
-        self.past[1:] = self.past[:-1].copy()
-        self.past[0] = self.released[:NUM_KINDS]
-        hits, room_times = self._curves()
-        prices = 32 / num_blocks * 2.0 ** (-np.arange(self.PRICES) / 4)
-        best = (hits - prices[:, None, None] * room_times).argmax(axis=2)
-        share = self.past[0] / max(float(self.past[0].sum()), 1.0)
-        # A tick releases one block, so the mean room * time of a block is the room that all take.
-        room = room_times[np.arange(NUM_KINDS), best] @ share
-        cheap = int(np.clip(room.searchsorted(num_blocks), 1, self.PRICES - 1))
-        step = max(float(room[cheap] - room[cheap - 1]), 1e-9)
-        weight = min(max((num_blocks - float(room[cheap - 1])) / step, 0.0), 1.0)
-        lives = np.minimum(self.edges[best[cheap - 1 : cheap + 1]], self._life_max)
-        found = lives[0] * (1 - weight) + lives[1] * weight
-        # Halfway only: one period's counts are noisy.
-        self.values[:NUM_KINDS] = (self.values[:NUM_KINDS] + found) / 2
-        self.reused *= self._kept
-        self.released *= self._kept
+        The pool holds `num_held` of the records in `sample`. O(strategies * (sample + seen)).
+        """
+        before, self.edges = self.edges, self._edges(sample, num_held)
+        ticks = now - self._counted_at
+        self.hits *= np.exp(-ticks / (self.MEMORY * self._scale))
+        if self._seen:
+            records = np.concatenate([records for records, _ in self._seen])
+            lengths = [len(records) for records, _ in self._seen]
+            times = np.repeat([time for _, time in self._seen], lengths)
+            # Edges move steadily between two counts, from the first one on with the clock.
+            moved = np.where(before > _NO_EDGE, self.edges - before, ticks) / max(ticks, 1)
+            edges = self.edges[:, None] - moved[:, None] * (now - times)
+            self.hits += np.count_nonzero(self._deadlines(records) >= edges, axis=1)
+        self._seen.clear()
+        self._counted_at = now
+        period = int(self.PERIOD * min(self._scale, now))
+        self.due_at = now + max(period, self.PERIOD_MIN)
+        best = int(self.hits.argmax())
+        if self.hits[best] <= self.hits[self.chosen]:
+            return False
+        self.chosen = best
+        return True
 
-    def _curves(self) -> tuple[Float64, Float64]:
-        """Hits and room * time of one block, by kind and lifetime, the first of which is none."""
-        reused = self.reused.reshape(-1, self.num_bins)[:NUM_KINDS]
-        released = self.past[self._delays].T
-        average = reused.sum(axis=0) / (released.sum(axis=0) + 1)
-        chance = (reused + self.PRIOR * average) / (released + self.PRIOR)
-        hits = np.minimum(chance.cumsum(axis=1), 1.0)
-        chance = np.diff(hits, axis=1, prepend=0.0)
-        # In each bin it stays if it was not used again so far; if it is now, for half of the bin.
-        room_times = ((1 - hits + chance / 2) * np.diff(self.edges)).cumsum(axis=1)
-        none = np.zeros((NUM_KINDS, 1))
-        num_lives = int(self.edges.searchsorted(self._life_max, "right"))
-        return (
-            np.hstack([none, hits[:, :num_lives]]),
-            np.hstack([none, room_times[:, :num_lives]]),
-        )
+    def _edges(self, sample: Int64, num_held: int) -> Float64:
+        if len(sample) <= num_held:
+            return np.full(len(LIFETIMES), _NO_EDGE)
+        last = len(sample) - 1 - num_held
+        edges: Float64 = np.partition(self._deadlines(sample), last, axis=1)[:, last]
+        return edges
+
+    def _deadlines(self, records: Int64) -> Float64:
+        """Return deadlines by [strategy, record]."""
+        deadlines: Float64 = self.bonuses[:, records & _TRAITS] + (records >> _TIME)
+        return deadlines
 
 
 class Lifetime(BlockPolicy):
-    """Learned lifetimes: the block leaves whose kind's time is over for longest.
+    """The block leaves whose deadline is earliest, under the strategy in charge.
 
-    Every call is O(blocks named); `retire` learns once in a quarter of the pool, O(1).
+    Every call is O(blocks named), but once in a quarter of the pool strategies are compared, O(1),
+    and when another one takes charge all blocks are ranked anew, O(pool).
     """
 
     COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
-        "records": np.int64,
+        "records": np.int64,  # 0: not offered
         "prints": np.uint64,
         "depths": np.int64,
         "deadlines": np.float64,
@@ -214,16 +196,16 @@ class Lifetime(BlockPolicy):
         super().__init__(num_blocks)
         scale = _scale(num_blocks)
         self.ghosts = Ghosts(self.GHOSTS_PER_BLOCK * scale)
-        self.lifetimes = Lifetimes(scale)
+        self.contest = Contest(num_blocks, scale)
         self.num_prompts, self.mean_length = 0, 0.0
-        self.learns_at = self.lifetimes.period
+        self.is_outdated = False
 
     def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
         self.now += len(blocks)
         index = blocks.astype(np.intp)
         self.prints[index] = fingerprints
         self.depths[index] = depths
-        self.records[index] = _FIRST_USE
+        self.records[index] = self.now << _TIME | 1
         known, records = self.ghosts.take(fingerprints)
         if len(known):
             self._use(index[known], records)
@@ -235,58 +217,60 @@ class Lifetime(BlockPolicy):
 
     def _use(self, index: Index, records: Int64) -> None:
         """Blocks are used again, of which `records` is known."""
-        self.lifetimes.reuse(records, self.now)
-        self.records[index] = np.minimum((records & _BYTE) + 1, _USES_MAX) | HELD << _KIND
+        self.contest.see(records, self.now)
+        self.records[index] = np.minimum((records & _USES) + 1, _USES) | self.now << _TIME
+        if self.now >= self.contest.due_at:
+            self._compare()
+
+    def _compare(self) -> None:
+        step = max((self.GHOSTS_PER_BLOCK + 1) * _scale(self.num_blocks) // Contest.SAMPLE, 1)
+        first = self.now % step  # other blocks each time, so that errors cancel out
+        cached = self.records[first::step]
+        sample = np.concatenate([cached[cached > 0], self.ghosts.sample(first, step)])
+        self.is_outdated |= self.contest.count(sample, self.num_blocks // step, self.now)
 
     def retire(self, blocks: Blocks) -> None:  # noqa: D102
-        if self.now >= self.learns_at:
-            self.lifetimes.learn(self.num_blocks)
-            self.learns_at = self.now + self.lifetimes.period
         index = np.asarray(blocks, np.intp)
-        uses = self.records.take(index) & _BYTE
+        uses = self.records.take(index) & _USES
         # Counted from the end: a ghost may be lost, and then a block in the middle seems new.
         known = (uses > 1).nonzero()[0]
         added = len(uses) - 1 - known.item(-1) if len(known) else len(uses)
-        kinds = self._kinds(added, self.depths.item(index.item(-1)) + 1)
-        if len(known):
-            self._release(index, uses, kinds.take(uses, mode="clip"))
-        else:
-            self._release(index, 1, kinds.item(1))
-
-    def _kinds(self, added: int, length: int) -> Int64:
-        """Which kinds the blocks of a prompt are of that added so many, by their uses."""
+        length = self.depths.item(index.item(-1)) + 1
         self.num_prompts = min(self.num_prompts + 1, _MEAN_OVER)
         self.mean_length += (length - self.mean_length) / self.num_prompts
-        if added < length:
-            kind_if_new = BEHIND_PREFIX
-        else:
-            kind_if_new = IN_NEW_PROMPT + bisect_left(_LENGTHS, length / self.mean_length)
-        kinds: Int64 = _KINDS[kind_if_new, bisect_left(_ADDITIONS, added / self.mean_length)]
-        return kinds
-
-    def _release(self, index: Index, uses: Int64 | int, kinds: Int64 | int) -> None:
-        """Begin the life of blocks, of a kind each, or all of one."""
-        self.lifetimes.release(kinds, len(index))
-        self.records[index] = (kinds << _KIND) + uses + (self.now << _TIME)
-        self.deadlines[index] = self.lifetimes.values[kinds] + self.now
+        traits = uses | (self.prints.item(index.item(-1)) % _LOTS) << _LOT
+        if len(known) and added > _ADDS_MUCH * self.mean_length:
+            traits |= np.where(uses > 2, _SHARED, 0)
+        self.records[index] = traits | self.now << _TIME
+        self.deadlines[index] = self.contest.bonuses[self.contest.chosen].take(traits) + self.now
 
     def rank(self, blocks: Blocks) -> Float64:  # noqa: D102
         return self.deadlines.take(blocks)
 
+    def reranked(self, count: int) -> Int32:  # noqa: D102
+        if not self.is_outdated:
+            return NO_BLOCKS
+        self.is_outdated = False
+        bonuses = self.contest.bonuses[self.contest.chosen]
+        self.deadlines[:] = bonuses.take(self.records & _TRAITS) + (self.records >> _TIME)
+        return np.arange(self.num_blocks, dtype=np.int32)
+
     def forget(self, blocks: Blocks) -> None:  # noqa: D102
         index = blocks.astype(np.intp)
         self.ghosts.put(self.prints.take(index), self.records.take(index))
+        self.records[index] = 0
 
     def resize(self, num_blocks: int, places: Int32) -> None:
-        """Follow the pool. What was learned stays valid as long as the scale does. O(blocks)."""
+        """Follow the pool. Strategies are compared anew. O(blocks)."""
         before = _scale(self.num_blocks)
         super().resize(num_blocks, places)
         if (scale := _scale(num_blocks)) != before:
             ghosts = self.ghosts.everyone()
             self.ghosts = Ghosts(self.GHOSTS_PER_BLOCK * scale)
             self.ghosts.put(*ghosts)
-            self.lifetimes = Lifetimes(scale)
-            self.learns_at = self.now + self.lifetimes.period
+        chosen, hits = self.contest.chosen, self.contest.hits
+        self.contest = Contest(num_blocks, scale, self.now)
+        self.contest.chosen, self.contest.hits = chosen, hits
 
 
 def _scale(num_blocks: int) -> int:
