@@ -28,9 +28,7 @@ class Allocation:
     def __init__(self, state: BlockState) -> None:
         self._state = state
 
-    def begin(
-        self, who: Prompt, length: int, ids: Int32 | None, window: int, spare: int
-    ) -> Sequence:
+    def begin(self, who: Prompt, length: int, ids: Int32 | None, spare: int) -> Sequence:
         """Begin a sequence of `length` tokens. O(tokens). Raises: `OutOfBlocks`."""
         state, match = self._state, _NO_MATCH
         if ids is not None:
@@ -50,9 +48,6 @@ class Allocation:
             totals["hits"] += handle.num_cached_tokens > 0
             totals["queried"] += length
             totals["hit"] += handle.num_cached_tokens
-        if window:
-            state.rows.windows[handle._row] = window
-            state.rows.num_special += 1
         return handle
 
     def _new_row(

@@ -84,9 +84,6 @@ class Extension:
         table.lengths[rows] = ends
         if ids is not None:
             state.learn(rows, starts, ends, ids, step.slots)
-        if table.num_special:
-            # Drafts may be taken back: the window moves with what is settled.
-            self._truncation.slide_windows(rows, starts - table.drafts[rows])
         if draft:
             table.set_drafts(rows, table.drafts[rows] + (ends - starts))
 

@@ -227,7 +227,7 @@ class GroupedManager:
         state = self._state
         with state.lock, state.change:
             names = self._table.resident(named)
-            if state.rows.num_special and not draft:
+            if state.rows.num_drafting and not draft:
                 state.refuse_drafts(self._table.rows[0, names])
             return self._extension.append(names, num_new, ids, draft)
 

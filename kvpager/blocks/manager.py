@@ -112,7 +112,6 @@ class BlockManager:
         namespace: str | None = None,
         adapter: str | None = None,
         contents: Iterable[tuple[int, int, bytes]] = (),
-        window: int | None = None,
         spare: int = 0,
     ) -> Sequence:
         """Begin a sequence of `prompt` tokens. O(tokens).
@@ -123,7 +122,6 @@ class BlockManager:
             adapter: which fine-tuned weights compute the KV.
             contents: what stands behind placeholder tokens, such as images: (first token, token
                 after the last, digest). Blocks that overlap one are reused only where it is equal.
-            window: how many tokens back the layers look; `append` gives back blocks behind it.
             spare: leave at least so many blocks that can be had afterwards, or raise.
 
         The handle's `num_cached_tokens` leading tokens need no computing; at least the last token
@@ -134,11 +132,10 @@ class BlockManager:
         """
         length, ids = arguments.prompt(prompt)
         who = identity(namespace, adapter, contents, length)
-        span = 0 if window is None else arguments.count("window", window, at_least=1)
         spare = arguments.count("spare", spare)
         state = self._state
         with state.lock, state.change:
-            return self._allocation.begin(who, length, ids, span, spare)
+            return self._allocation.begin(who, length, ids, spare)
 
     def cached_tokens(
         self,
@@ -232,7 +229,7 @@ class BlockManager:
         state = self._state
         with state.lock, state.change:
             rows = state.resident(named)
-            if state.rows.num_special and not draft:
+            if state.rows.num_drafting and not draft:
                 state.refuse_drafts(rows)
             return self._extension.append(rows, num_new, ids, draft)
 
@@ -280,7 +277,7 @@ class BlockManager:
         """Shorten the sequence to its first `length` tokens. O(blocks given back).
 
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` where `length` is more than there
-        is, or reaches before a window's first kept token.
+        is, or reaches before the first block that `slide` kept.
         """
         length = arguments.count("length", length)
         state = self._state

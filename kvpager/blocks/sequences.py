@@ -142,7 +142,6 @@ class SequenceTable:
         "drafts": np.int64,  # trailing tokens that may be taken back, never published
         "published": np.int64,  # leading blocks that the prefix index offers
         "first_blocks": np.int64,  # blocks before it were given back
-        "windows": np.int64,  # how far its layers look back; 0: to the beginning
         "generations": np.int64,
         "swapped": np.bool_,
         "twins": np.bool_,  # the index offers somebody else's block in place of one of ours
@@ -155,7 +154,6 @@ class SequenceTable:
     drafts: Int64
     published: Int64
     first_blocks: Int64
-    windows: Int64
     generations: Int64
     swapped: NDArray[np.bool_]
     twins: NDArray[np.bool_]
@@ -171,7 +169,7 @@ class SequenceTable:
         self.nodes: list[Node | None] = []  # where `published` stands in the prefix index
         self.free_rows: list[int] = []
         self.epoch = 0  # changes whenever a handle goes stale or a sequence is swapped
-        self.num_special = 0  # rows with a window or with drafts
+        self.num_drafting = 0  # rows with drafts
 
     def __len__(self) -> int:
         return len(self.prompts) - len(self.free_rows)
@@ -230,12 +228,12 @@ class SequenceTable:
         self.tables.row(row)[:num_blocks] = self.tables.row(parent)[:num_blocks]
         for column in self._columns:
             column[row] = column[parent]
-        self.num_special += self._is_special(row)
+        self.num_drafting += bool(self.drafts[row])
         return row
 
     def drop(self, row: int) -> None:
         """End the row's life: its handles are stale from now on. O(row's blocks)."""
-        self.num_special -= self._is_special(row)
+        self.num_drafting -= bool(self.drafts[row])
         self.tables.release(row)
         for column in self._columns:
             column[row] = 0
@@ -255,15 +253,11 @@ class SequenceTable:
         at = np.minimum(np.searchsorted(keys, entries), len(keys) - 1)
         self.tables.data[places] = np.where(keys[at] == entries, values[at], entries)
 
-    def _is_special(self, row: int) -> bool:
-        return bool(self.windows[row] or self.drafts[row])
-
     def set_drafts(self, rows: Int64, drafts: int | Int64) -> None:
         """These rows have so many drafts now. O(rows named)."""
-        windows = self.windows[rows] > 0
-        before = np.count_nonzero(windows | (self.drafts[rows] > 0))
+        before = np.count_nonzero(self.drafts[rows])
         self.drafts[rows] = drafts
-        self.num_special += int(np.count_nonzero(windows | (self.drafts[rows] > 0)) - before)
+        self.num_drafting += int(np.count_nonzero(self.drafts[rows]) - before)
 
     # ---------------------------------------------------------------- reading
 
@@ -339,9 +333,11 @@ class SequenceTable:
             self._check_row(row)
         if any(getattr(self, name)[idle].any() for name in self.COLUMNS if name != "generations"):
             raise BrokenInvariant("sequences: a row that is not in use is not empty")
-        special = np.count_nonzero((self.windows > 0) | (self.drafts > 0))
-        if special != self.num_special:
-            raise BrokenInvariant(f"sequences: {self.num_special} special rows, but {special} are")
+        drafting = np.count_nonzero(self.drafts)
+        if drafting != self.num_drafting:
+            raise BrokenInvariant(
+                f"sequences: {self.num_drafting} rows with drafts, but {drafting} have some"
+            )
 
     def _check_row(self, row: int) -> None:
         length, known = int(self.lengths[row]), int(self.known[row])

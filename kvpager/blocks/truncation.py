@@ -15,7 +15,7 @@ Int64 = NDArray[np.int64]
 class Truncation:
     """Gives back blocks at either end of a sequence. The caller holds the lock.
 
-    Writes the block tables and all columns of the rows it shortens but `windows` and `swapped`.
+    Writes the block tables and all columns of the rows it shortens but `swapped`.
     """
 
     def __init__(self, state: BlockState) -> None:
@@ -53,15 +53,6 @@ class Truncation:
         if rows.drafts[row]:
             rows.set_drafts(np.array([row]), max(0, int(rows.drafts[row]) - gone))
         state.release(dropped)
-
-    def slide_windows(self, rows: Int64, starts: Int64) -> None:
-        """Give back what lies behind the windows of rows that go on at `starts`. O(rows).
-
-        The change has begun.
-        """
-        # The first new token, at `starts`, still looks back over `window` tokens, itself included.
-        windows = self._state.rows.windows[rows]
-        self.drop_before(rows, np.where(windows > 0, np.maximum(starts - windows + 1, 0), 0))
 
     def slide(self, rows: Int64, starts: Int64) -> None:
         """Give back the blocks that lie wholly before `starts`. O(blocks given back).

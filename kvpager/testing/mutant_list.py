@@ -275,8 +275,8 @@ MUTANTS = (
         "slide a block too far",
         _READS_BACK,
         "kvpager.blocks.truncation",
-        "table.blocks(row)[behind].copy()",
-        "table.blocks(row)[behind].copy()[:-1]",
+        "blocks = tables.data[behind]",
+        "blocks = tables.data[behind][:-1]",
     ),
     Mutant(
         "offer a sequence that lost its front",

@@ -117,8 +117,6 @@ def append(
         row.content.extend(ids)
         if by_ids and row.num_known == first:
             row.num_known += len(ids)
-        if row.window:
-            row.start = max(row.start, first - row.window + 1)
         world.write(row, first, step.slots[start : start + len(ids)])
         start += len(ids)
     world.require("a slot for each token", start == len(step.slots), "slots are left over")

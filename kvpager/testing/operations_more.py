@@ -1,4 +1,4 @@
-"""The simulator's further operations: drafts, windows, key parts, families, room."""
+"""The simulator's further operations: drafts, key parts, families, room."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvpager.testing.world import Live, World
 
 __all__ = ["OPERATIONS"]
 
-# -------------------------------------------------------------------- drafts and windows
+# -------------------------------------------------------------------- drafts
 
 
 @operation(OPERATIONS, 2, needs=("accept",), pick=PICK, tokens=Tokens(5), by_ids=FLAG)
@@ -35,8 +35,6 @@ def draft(world: World, pick: int, tokens: list[int], by_ids: bool) -> None:
     row.content.extend(new)
     if by_ids and row.num_known == first:
         row.num_known += len(new)
-    if row.window:  # which moves with what is settled
-        row.start = max(row.start, first - row.num_drafts - row.window + 1)
     world.num_drafting += not row.num_drafts
     row.num_drafts += len(new)
     world.write(row, first, step.slots)
@@ -51,7 +49,7 @@ def accept(world: World, pick: int, number: int) -> None:
     settled = len(row.content) - row.num_drafts
     kept = number % (row.num_drafts + 1)
     if settled + kept < row.start // world.size * world.size:
-        kept = row.num_drafts  # the window has passed the others already
+        kept = row.num_drafts  # the others slid out already
     world.publish(row, settled)
     world.manager.commit(row.handle)
     refused(world, ValueError, lambda: world.manager.append(row.handle, 1))
@@ -64,16 +62,6 @@ def accept(world: World, pick: int, number: int) -> None:
     row.num_drafts = 0
     world.num_drafting -= 1
     world.touched.append(row)
-
-
-@operation(OPERATIONS, 1, needs=("accept",), tokens=Tokens(), window=Number(20))
-def allocate_windowed(world: World, tokens: list[int], window: int) -> None:
-    """Begin a sequence whose layers look back over a window only."""
-    make_room(world)
-    most = world.blocks(len(tokens))
-    handle = world.attempt(most, world.manager.allocate, tokens, window=window + 1)
-    if handle is not None:
-        begin(world, handle, Content(None, tokens), len(tokens)).window = window + 1
 
 
 # -------------------------------------------------------------------- parts of the key
@@ -299,7 +287,6 @@ def foreign(world: World, pick: int, verb: str) -> None:
 def use_old_batch(world: World, picks: list[int]) -> None:
     """Step a batch, free one of it, step it again: refused."""
     rows = list(dict.fromkeys(filter(None, map(world.pick_resident, picks))))
-    rows = [row for row in rows if not row.window]
     if not rows:
         return
     batch = world.manager.batch([row.handle for row in rows])

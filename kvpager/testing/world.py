@@ -25,8 +25,8 @@ class Live:
     """A live sequence: its handle and all that must be true of it.
 
     `start`: tokens before it slid out of the window. `num_known`: leading tokens whose ids the
-    manager was told. `num_committed`: leading tokens committed. `window`: how far its layers look
-    back, 0 to the front. `is_plain`: no adapter, and nothing is shown behind its tokens.
+    manager was told. `num_committed`: leading tokens committed. `is_plain`: no adapter, and nothing
+    is shown behind its tokens.
     """
 
     __slots__ = (
@@ -38,7 +38,6 @@ class Live:
         "num_drafts",
         "num_known",
         "start",
-        "window",
     )
 
     def __init__(self, handle: Any, content: Content, num_known: int, num_committed: int) -> None:
@@ -49,13 +48,12 @@ class Live:
         self.start = 0
         self.is_swapped = False
         self.num_drafts = 0
-        self.window = 0
         self.is_plain = True
 
     def child(self, handle: Any) -> Live:
         """The same for a fork of the sequence. O(tokens)."""
         twin = Live(handle, self.content.copy(), self.num_known, self.num_committed)
-        twin.start, twin.window, twin.is_plain = self.start, self.window, self.is_plain
+        twin.start, twin.is_plain = self.start, self.is_plain
         twin.num_drafts = self.num_drafts
         return twin
 

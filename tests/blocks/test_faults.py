@@ -80,11 +80,6 @@ def allocate_evicting() -> tuple[BlockManager, Operation]:
     return manager, lambda: manager.allocate(40)
 
 
-def allocate_windowed() -> tuple[BlockManager, Operation]:
-    manager = full_of_cached()
-    return manager, lambda: manager.allocate(9, window=3)
-
-
 def append_growing() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
     sequence = manager.allocate(range(8))
@@ -116,7 +111,7 @@ def append_batch_under_quotas() -> tuple[BlockManager, Operation]:
 
 def append_draft() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
-    sequence = manager.allocate(range(6), window=2)
+    sequence = manager.allocate(range(6))
     return manager, lambda: manager.append(sequence, 7, draft=True)
 
 
@@ -191,7 +186,7 @@ def find_victims() -> tuple[BlockManager, Operation]:
 
 
 SCENARIOS = [
-    allocate_cold, allocate_hit, allocate_revived, allocate_evicting, allocate_windowed,
+    allocate_cold, allocate_hit, allocate_revived, allocate_evicting,
     append_growing, append_in_place, append_evicting, append_batch_under_quotas, append_draft,
     accept_drafts, fork_many, swap_out, swap_out_in_part, swap_in, swap_in_evicting,
     swap_in_under_quotas, shrink, name_all, find_victims,
@@ -306,7 +301,6 @@ def do_allocate(history: History, chance: random.Random) -> object:
         namespace=chance.choice([None, None, "a", "b"]),
         adapter=chance.choice([None, None, None, "x"]),
         contents=contents,
-        window=chance.choice([None, None, None, 3, 6]),
     )
     copies = history.begun(sequence.copies, sequence.ticket)
     return sequence.name, sequence.num_cached_tokens, copies

@@ -807,7 +807,7 @@ BREAK = {
     "length": lambda m, s: m._state.rows.lengths.__setitem__(s._row, 40),
     "committed": lambda m, s: m._state.rows.committed.__setitem__(s._row, 99),
     "drafts": lambda m, s: m._state.rows.drafts.__setitem__(s._row, 4),
-    "special rows": lambda m, s: setattr(m._state.rows, "num_special", 3),
+    "rows with drafts": lambda m, s: setattr(m._state.rows, "num_drafting", 3),
     "hole": lambda m, s: put(m, s, 0, -1),
     "twice": lambda m, s: put(m, s, 0, m.block_tables(s)[0][1]),
     "no such block": lambda m, s: put(m, s, 0, 99),

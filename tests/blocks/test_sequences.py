@@ -1,4 +1,4 @@
-"""Drafts, windows, appended ids, batches and handles: what each promises, one behaviour a test."""
+"""Drafts, blocks given back, appended ids, batches and handles: one behaviour a test."""
 
 from __future__ import annotations
 
@@ -258,128 +258,48 @@ def test_drafts_survive_a_swap(manager: BlockManager) -> None:
     manager.check()
 
 
-# -------------------------------------------------------------------- windows
+# -------------------------------------------------------------------- blocks given back
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 4])
-@pytest.mark.parametrize("window", range(1, 10))
-def test_append_frees_exactly_the_blocks_behind_the_first_new_tokens_window(
-    block_size: int, window: int
-) -> None:
-    for length in range(1, 20):
-        for count in (1, 3):
-            manager = BlockManager(64, block_size)
-            sequence = manager.allocate(length, window=window)
-            table = manager.block_tables(sequence)[0]
-            manager.append(sequence, count)
-            first_seen = max(0, length - window + 1)  # by the token at `length`, itself included
-            gone = first_seen // block_size
-            kept = manager.block_tables(sequence)[0]
-            assert (kept[:gone] == -1).all()
-            assert kept[gone : len(table)].tolist() == table[gone:].tolist()
-            assert manager.num_free_blocks == 64 - (len(kept) - gone)
-            assert len(manager.slots(sequence, gone * block_size)) == (
-                length + count - gone * block_size
-            )
-            manager.check()
-
-
-def test_what_a_window_leaves_stays_addressable_over_a_long_run() -> None:
-    manager = BlockManager(4, 4)
-    sequence = manager.allocate(4, window=6)
-    for length in range(4, 400):
-        slot = manager.append(sequence, 1).slots[0]
-        seen = manager.slots(sequence, max(0, length - 5), length + 1)
-        assert len(set(seen.tolist())) == len(seen)
-        assert seen[-1] == slot
-    manager.check()
-    assert manager.stats().num_held <= 3
-
-
-def test_a_batch_mixes_windows(manager: BlockManager) -> None:
-    sequences = [manager.allocate(16, window=window) for window in (None, 1, 4, 9, 100)]
-    manager.append(sequences, 1)
-    gone = [(manager.block_tables(one)[0] == -1).sum() for one in sequences]
-    assert gone == [0, 4, 3, 2, 0]
-    manager.check()
-
-
-def test_a_token_behind_the_window_cannot_be_asked_for(manager: BlockManager) -> None:
-    sequence = manager.allocate(16, window=4)
-    manager.append(sequence, 1)
+def test_a_token_in_a_block_given_back_cannot_be_asked_for(manager: BlockManager) -> None:
+    sequence = manager.allocate(16)
+    manager.slide(sequence, 13)
     refused(manager, ValueError, lambda: manager.slots(sequence), "expected 12 <= start")
     refused(manager, ValueError, lambda: manager.truncate(sequence, 11), "before token 12")
 
 
-def test_a_windowed_fork_keeps_what_its_sibling_gave_back(manager: BlockManager) -> None:
-    parent = manager.allocate(16, window=4)
+def test_a_fork_keeps_what_its_sibling_gave_back(manager: BlockManager) -> None:
+    parent = manager.allocate(16)
     child = manager.fork(parent)
     table = manager.block_tables(child)[0]
-    manager.append(parent, 1)
+    manager.slide(parent, 13)
     assert manager.block_tables(child)[0].tolist() == table.tolist()
-    assert manager.num_held_blocks == 5
-    manager.append(child, 5)
+    assert manager.num_held_blocks == 4
+    manager.slide(child, 13)
     assert manager.block_tables(child)[0][:3].tolist() == [-1] * 3
-    assert manager.num_held_blocks == 1 + 2 + 1
+    assert manager.num_held_blocks == 1
     manager.check()
     manager.free([parent, child])
     assert manager.num_free_blocks == 32
 
 
-def test_a_fork_inherits_its_parents_window(manager: BlockManager) -> None:
-    child = manager.fork(manager.allocate(16, window=1))
-    manager.append(child, 1)
-    assert manager.block_tables(child)[0][:4].tolist() == [-1] * 4
-
-
-def test_a_row_used_again_has_no_window(manager: BlockManager) -> None:
-    manager.free(manager.allocate(16, window=1))
-    sequence = manager.allocate(16)
-    manager.append(sequence, 1)
-    assert -1 not in manager.block_tables(sequence)[0]
-    manager.check()
-
-
-def test_one_generation_of_windowed_drafts_can_be_taken_back(manager: BlockManager) -> None:
-    sequence = manager.allocate(16, window=4)
-    manager.append(sequence, 6, draft=True)
-    manager.accept(sequence, 0)
-    assert len(manager.slots(sequence, 13)) == 3  # what the next token sees
-    manager.append(sequence, 1)
-    manager.check()
-
-
 def test_what_lost_its_front_is_not_offered(manager: BlockManager) -> None:
-    sequence = manager.allocate(range(8), window=1)
+    sequence = manager.allocate(range(8))
+    manager.slide(sequence, 8)
     manager.append(sequence, list(range(8, 16)))
     manager.commit(sequence)
     assert manager.cached_tokens(range(16)) == 0
     manager.check()
 
 
-def test_a_windowed_sequence_swaps_and_comes_back(manager: BlockManager) -> None:
-    sequence = manager.allocate(16, window=4)
-    manager.append(sequence, 1)
+def test_a_sequence_without_its_front_swaps_and_comes_back(manager: BlockManager) -> None:
+    sequence = manager.allocate(17)
+    manager.slide(sequence, 13)
     assert len(manager.swap(sequence, "host")) == 2
     manager.swap(sequence, "device")
     manager.append(sequence, 8)
     assert (manager.block_tables(sequence)[0] >= 0).tolist() == [False] * 3 + [True] * 4
     manager.check()
-
-
-@pytest.mark.parametrize(
-    ("window", "error"),
-    [
-        (0, ValueError),
-        (-1, ValueError),
-        (1.5, TypeError),
-        (True, TypeError),
-        ("4", TypeError),
-        (2**31, ValueError),
-    ],
-)
-def test_a_bad_window_is_refused(manager: BlockManager, window, error) -> None:
-    refused(manager, error, lambda: manager.allocate(4, window=window), "window")
 
 
 # -------------------------------------------------------------------- appended ids
