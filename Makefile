@@ -10,7 +10,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types tests conformance matrix simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test test-all lint format types tests slow conformance matrix simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -28,7 +28,9 @@ help: ## list the targets
 demo: $(STAMP) ## see paging at work: a small model, on the CPU, offline
 	@$(BIN)/kvpager demo $(ARGS)
 
-test: lint types tests ## everything CI checks: lint, types, tests
+test: lint types tests ## before every commit: lint, types, the tests that are quick
+
+test-all: lint types tests slow ## everything CI checks: `make test` and the slow tests
 
 lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check .
@@ -41,8 +43,11 @@ format: $(STAMP) ## ruff: mend what can be mended, format the rest
 types: $(STAMP) ## mypy --strict over the library
 	@$(BIN)/mypy kvpager
 
-tests: $(STAMP) ## the test suite alone
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+tests: $(STAMP) ## the quick tests alone
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
+
+slow: $(STAMP) ## the slow tests alone: every architecture, compilers, wheels, long simulations
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
 
 conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/transformers.md
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.report $(ARGS)

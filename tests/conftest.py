@@ -83,8 +83,26 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at what `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, with the reason, where torch finds no GPU."""
+    """Mark most cases of large tests slow; skip GPU tests where torch finds no GPU."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("mostly_slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_test in cases.values():
+        marker = of_test[0].get_closest_marker("mostly_slow")
+        assert marker is not None
+        quick = marker.kwargs["quick"]
+        # Spread over all cases, so that each parameter has several of its values.
+        chosen = {len(of_test) * (2 * i + 1) // (2 * quick) for i in range(quick)}
+        for number, item in enumerate(of_test):
+            if number not in chosen:
+                item.add_marker(pytest.mark.slow)
+    _skip_gpu_items(items)
+
+
+def _skip_gpu_items(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -375,8 +375,8 @@ MUTANTS = (
         "let one adapter hit another's prefixes",
         _EQUAL,
         "kvpager.blocks.sequences",
-        "return self.namespace, self.adapter",
-        "return self.namespace, None",
+        "        return self.namespace, self.adapter\n",
+        "        return self.namespace, None\n",
     ),
     Mutant(
         "take the block that differs for equal",

@@ -35,6 +35,7 @@ from tests.support.throughput_cases import FIELDS, requests, silent, tiny
 # --- systems --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_systems_give_the_same_tokens_and_every_figure() -> None:
     model, work = tiny(), requests()
     names = ["kvpager", "generate", "generate-rows", "generate_batch"]
@@ -196,6 +197,7 @@ def scripted(calls: list[str], times: dict[str, list[float]], lost: int = 0) -> 
     return open_system
 
 
+@pytest.mark.slow
 def test_systems_warm_up_and_then_take_turns() -> None:
     calls: list[str] = []
     stages: list[tuple[str, int, int]] = []

@@ -43,6 +43,7 @@ def call(*arguments: str) -> Any:
 QUICK = ("--requests", "4", "--prompt-tokens", "5-20", "--new-tokens", "4", "--threads", "1")
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_lines_and_a_plot(
     saved_model: str, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_help_lists_every_option_of_the_command() -> None:
 # --- the benchmark --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_benchmark_has_a_figure_for_each_of_its_parts(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot = tmp_path / "rows.svg"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -465,6 +465,7 @@ def test_where_a_block_moved_by_shrinking_arrives_stays_until_complete() -> None
     assert all_that_can_be_had(manager) == set(range(4))
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_late_swap_reads_what_was_there_when_it_was_planned(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -785,7 +786,7 @@ def test_a_refusal_by_a_quota_names_the_namespace_even_if_the_pool_is_full() -> 
     ):
         with pytest.raises(OutOfQuota, match="'acme' may have 2 blocks") as caught:
             call()
-        copied = pickle.loads(pickle.dumps(caught.value))
+        copied = copy.copy(caught.value)
         assert copied.namespace == caught.value.namespace == "acme"
         assert (str(copied), copied.missing) == (str(caught.value), caught.value.missing)
     with pytest.raises(OutOfBlocks) as refused:
@@ -1009,6 +1010,7 @@ def test_shrinking_evicts_from_namespaces_with_a_quota_too() -> None:
     assert manager.cached_tokens(A + B + C, namespace="acme") == 8
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("seed", range(6))
 def test_quotas_hold_through_any_history(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -1275,6 +1277,7 @@ class Router:
             before = block
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "priority"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_router_knows_from_events_alone_what_is_offered(policy: str, seed: int) -> None:

@@ -56,6 +56,7 @@ def play(policy: EvictionPolicy, seed: int, steps: int = 120) -> BlockManager:
     return manager
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit])
 def test_a_policy_that_raises_is_replaced_and_harms_nothing(method, kind, caplog) -> None:

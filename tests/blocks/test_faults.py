@@ -526,6 +526,7 @@ class Worker:
             assert manager.num_free_blocks <= manager.num_blocks
 
 
+@pytest.mark.slow
 def test_many_threads_end_in_a_state_that_some_order_explains() -> None:
     manager = BlockManager(1024, 4, 256)
     shared = [manager.allocate(n) for n in range(1, 5)]

@@ -192,6 +192,7 @@ def _handlers_are_back() -> Iterator[None]:
 # -------------------------------------------------------------------- at every moment
 
 
+@pytest.mark.mostly_slow(quick=16)
 @pytest.mark.parametrize("scenario", CHANGES)
 def test_an_interrupted_call_is_complete_or_has_changed_nothing(scenario) -> None:
     manager, operation = scenario()
@@ -213,6 +214,7 @@ def test_an_interrupted_call_is_complete_or_has_changed_nothing(scenario) -> Non
         pytest.fail("the operation never came through")
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_among_several_interrupts_as_ctrl_c_does(number: int) -> None:
     raise_it = functools.partial(by_signal, number=number)
@@ -430,6 +432,7 @@ def test_an_interrupt_never_leaves_a_condition_locked() -> None:
         pytest.fail("the operation never came through")
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_wait_for_a_condition() -> None:
     condition = Condition()
     timer = threading.Timer(0.01, _thread.interrupt_main)

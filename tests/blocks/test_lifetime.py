@@ -48,6 +48,7 @@ def policy_of(manager: BlockManager) -> Lifetime:
 # --- what it keeps --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reused_blocks_survive_traffic_that_comes_once() -> None:
     found = {}
     for eviction in ("lru", "lifetime"):
@@ -177,6 +178,7 @@ def test_resize_moves_records_with_their_blocks() -> None:
     assert policy.prints[[1, 0]].tolist() == [5, 9]
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 17])
 def test_tiny_pools(num_blocks: int) -> None:
     manager = BlockManager(num_blocks, 1, eviction="lifetime")

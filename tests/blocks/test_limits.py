@@ -231,6 +231,7 @@ def test_a_namespace_within_its_floor_gives_blocks_again_when_the_floor_falls() 
     manager.check()
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("seed", range(6))
 def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
     """Blocks leave in the same order as in a manager that counts from the start."""

@@ -703,6 +703,7 @@ class Pairs:
             assert found == 0
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_tenant_ever_sees_what_another_did(policy: str) -> None:
     pairs = Pairs(policy, seed=1)

@@ -70,6 +70,7 @@ class Rows:
         assert len(ragged.data) <= 4 * spans + 2**16
 
 
+@pytest.mark.mostly_slow(quick=7)
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_read_as_they_were_written(seed: int) -> None:
     rows = Rows(seed)
@@ -143,6 +144,7 @@ def kept():
     kept.stop()
 
 
+@pytest.mark.slow
 def test_short_sequences_beside_a_long_one_stay_short(kept: Kept) -> None:
     manager = BlockManager(70_000, 1)
     empty = kept()
@@ -171,6 +173,7 @@ def test_a_sequence_that_was_cut_short_gives_its_table_back(kept: Kept) -> None:
     manager.check()
 
 
+@pytest.mark.slow
 def test_forks_in_their_thousands_keep_nothing_when_they_end(kept: Kept) -> None:
     manager = BlockManager(2000, 1)
     parent = manager.allocate(1000)
@@ -191,6 +194,7 @@ def test_a_call_that_is_refused_keeps_no_table(kept: Kept) -> None:
     manager.check()
 
 
+@pytest.mark.slow
 def test_one_long_reply_does_not_widen_those_of_all_others(kept: Kept) -> None:
     sequences, prompt = SequenceState(), np.array([1, 2], np.int32)
     request = Request(name="a", prompt=prompt, max_new_tokens=30_000)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvpager.testing.simulator import run
 
 
+@pytest.mark.slow
 def test_no_law_is_broken_in_many_random_histories() -> None:
     summary = run(400_000, seed=0, processes=2)
     assert not summary.failures, "\n".join(map(str, summary.failures))

@@ -490,6 +490,7 @@ def act(memory: Memory, chance: random.Random) -> None:
             assert same_state(after, before), refusal  # noqa: PT017
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo"])
 def test_a_long_random_history_keeps_every_token(policy: str) -> None:
     manager = BlockManager(20, BLOCK_SIZE, 14, eviction=policy)
@@ -501,6 +502,7 @@ def test_a_long_random_history_keeps_every_token(policy: str) -> None:
     assert min(stats.total_swapped_in, stats.total_swapped_out, stats.total_evicted) > 100
 
 
+@pytest.mark.mostly_slow(quick=16)
 @pytest.mark.parametrize("seed", range(20))
 def test_short_random_histories_in_a_tiny_pool(seed: int) -> None:
     manager = BlockManager(6, BLOCK_SIZE, 4)

@@ -41,6 +41,7 @@ def test_a_bad_count_is_refused(count: str) -> None:
     assert "Invalid value" in result.output
 
 
+@pytest.mark.slow
 def test_mutants_shows_what_killed_each() -> None:
     result = call("mutants", "--only", "kvpager.blocks.fences", "--processes", "2")
     assert result.exit_code == 0

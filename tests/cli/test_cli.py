@@ -78,6 +78,7 @@ def scenario(figures: dict[str, Any], key: str) -> dict[str, Any]:
 # --- the demo -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_model
 def test_demo_finds_all_outputs_identical(demo: Any) -> None:
     assert demo.returncode == 0, demo.stdout + demo.stderr
@@ -87,6 +88,7 @@ def test_demo_finds_all_outputs_identical(demo: Any) -> None:
         assert f"({key}) " in demo.stdout
 
 
+@pytest.mark.slow
 @needs_model
 def test_demo_fits_the_width_and_needs_no_colour(demo: Any) -> None:
     assert max(map(len, demo.stdout.splitlines())) <= 80
@@ -94,6 +96,7 @@ def test_demo_fits_the_width_and_needs_no_colour(demo: Any) -> None:
     assert "S shared by several sequences" in demo.stdout
 
 
+@pytest.mark.slow
 @needs_model
 def test_demo_as_ascii_and_prompts_of_ones_own() -> None:
     prompts = ["--prompt", "Gr\u00fc\u00dfe [bold]x[/]", "--prompt", "The"]
@@ -121,6 +124,7 @@ def one_other_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "generate_paged", other)
 
 
+@pytest.mark.slow
 @needs_model
 @pytest.mark.usefixtures("one_other_token")
 def test_differing_token_is_exit_code_1_and_says_where() -> None:
@@ -137,6 +141,7 @@ def test_differing_token_is_exit_code_1_and_says_where() -> None:
     assert [scenario(found, key)["identical"] for key in "bcd"] == [True] * 3
 
 
+@pytest.mark.slow
 @needs_model
 @pytest.mark.usefixtures("one_other_token")
 def test_a_near_tie_is_named_and_is_exit_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +156,7 @@ def test_a_near_tie_is_named_and_is_exit_code_0(monkeypatch: pytest.MonkeyPatch)
     assert "all outputs identical\n" not in result.output
 
 
+@pytest.mark.slow
 @needs_model
 def test_wrong_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvpager.integrations.huggingface.cache import reading
@@ -276,6 +282,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 @needs_model
 @pytest.mark.parametrize(
     ("arguments", "message"),

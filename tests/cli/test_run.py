@@ -55,24 +55,28 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_script_gets_its_own_options_and_a_paged_cache(script: Path) -> None:
     result = run("--memory", "8MiB", "program.py", "--memory", "x", "--", at=script.parent)
     assert result.stdout == "__main__ ['--memory', 'x', '--'] PagedCache\n"
     assert result.returncode == 7, result.stderr
 
 
+@pytest.mark.slow
 def test_a_module_runs_as_with_python_m(script: Path) -> None:
     result = run("-m", "program", "a", at=script.parent)
     assert result.stdout == "__main__ ['a'] PagedCache\n"
     assert result.returncode == 7, result.stderr
 
 
+@pytest.mark.slow
 def test_a_console_script_runs_by_its_name() -> None:
     result = run("transformers", "--help")
     assert result.returncode == 0, result.stderr
     assert "serve" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -182,6 +186,7 @@ def expected(chat_model: Path) -> str:
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 
 
+@pytest.mark.slow
 def test_the_openai_client_gets_transformers_own_replies(
     server: Server, chat_model: Path, expected: str
 ) -> None:

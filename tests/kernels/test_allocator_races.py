@@ -166,6 +166,7 @@ def assert_every_schedule(name: str, variant: Variant = RIGHT) -> None:
             assert_step(before, after, lanes)
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("name", STARTS)
 def test_every_schedule_of_a_step_is_right(name: str) -> None:
     assert_every_schedule(name)
@@ -200,6 +201,7 @@ def test_several_outcomes_are_reached() -> None:
     assert slots == {(True, False), (False, True)}
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("lengths", [(6,), (6, 6), (2, 6, 6)])
 def test_every_schedule_of_a_release_is_right(lengths: tuple[int, ...]) -> None:
     """Rows that share their first block, and have a second one of their own if they are long."""
@@ -303,12 +305,14 @@ def run_histories(count: int, variant: Variant = RIGHT) -> list[History]:
     return [run_history(seed, variant) for seed in range(count)]
 
 
+@pytest.mark.slow
 def test_rows_read_back_what_was_written_under_random_schedules() -> None:
     histories = run_histories(120)
     assert sum(history.copied for history in histories) > 100
     assert sum(history.refused for history in histories) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_random_schedules_find_wrong_variants(name: str) -> None:
     with pytest.raises((AssertionError, BrokenInvariant, KeyError)):

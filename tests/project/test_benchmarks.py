@@ -48,6 +48,7 @@ PARTS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_dry_and_writes_its_files(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     printed = run("gpu.py", "--dry-run", "--out", str(tmp_path))
@@ -74,6 +75,7 @@ def test_the_schedule_of_the_gpu_benchmark_has_the_most_telling_parts_first() ->
     assert list(gpu.schedule(["shared"], 60)) == ["copy", "shared"]
 
 
+@pytest.mark.slow
 def test_the_schedule_is_printed_before_anything_runs_and_the_summary_last(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--minutes", "3",
@@ -108,11 +110,13 @@ def test_no_figure_is_rounded_to_nothing() -> None:
     assert found == [0.0, 3.2e-7, 0.01235, 9.877, 12_345_678.2]
 
 
+@pytest.mark.slow
 def test_a_part_that_does_not_exist_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"--only nothing: choose from correctness, .*copies"):
         run("gpu.py", "--dry-run", "--only", "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
 def test_the_gpu_benchmark_says_why_it_measures_nothing(tmp_path: Path) -> None:
     printed = run("gpu.py", "--out", str(tmp_path))
@@ -120,6 +124,7 @@ def test_the_gpu_benchmark_says_why_it_measures_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_cpu_kernels_are_measured() -> None:
     options = ("--quick", "--only", "copy_block_16", "--repeats", "1", "--seconds", "0.1")
     found = figures(run("kernels_cpu.py", *options, "--threads", "1"))
@@ -138,6 +143,7 @@ def test_planning_a_step_is_measured() -> None:
         assert found[f"{part}_4_complete_us"] > 0
 
 
+@pytest.mark.slow
 def test_generate_is_measured() -> None:
     pytest.importorskip("transformers")
     options = ("--rows", "1", "--contexts", "64", "--dtypes", "fp32", "--new", "2")
@@ -146,6 +152,7 @@ def test_generate_is_measured() -> None:
     assert found["generate_fp32_b1_64_vs_dynamic_cache"]["same_tokens"] == 1
 
 
+@pytest.mark.slow
 def test_the_share_of_equal_replies_is_measured_and_no_reply_is_wrong() -> None:
     pytest.importorskip("transformers")
     found = figures(run("same_tokens.py", "--quick", "--dtypes", "float32,bfloat16"))
@@ -154,6 +161,7 @@ def test_the_share_of_equal_replies_is_measured_and_no_reply_is_wrong() -> None:
     assert [line["wrong"] for line in found.values()] == [0] * 6
 
 
+@pytest.mark.slow
 def test_the_prompts_benchmark_measures_beams_reuse_batches_and_padding() -> None:
     pytest.importorskip("transformers")
     found = figures(
@@ -169,6 +177,7 @@ def test_the_prompts_benchmark_measures_beams_reuse_batches_and_padding() -> Non
     )
 
 
+@pytest.mark.slow
 def test_the_memory_benchmark_grows_with_the_sum_of_the_lengths_and_is_drawn(
     tmp_path: Path,
 ) -> None:
@@ -194,6 +203,7 @@ def test_the_memory_benchmark_grows_with_the_sum_of_the_lengths_and_is_drawn(
     assert "kvpager, held" in text
 
 
+@pytest.mark.slow
 def test_a_plot_that_could_not_be_written_is_refused_at_once() -> None:
     with pytest.raises(AssertionError, match="folder that exists"):
         run("memory.py", "--plot", "nowhere/memory.svg")

@@ -27,6 +27,7 @@ def run(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_paged_decoder_agrees_with_plain_attention() -> None:
     output = run("examples/paged_decoder.py", cwd=ROOT)
     assert "prompt of 52 tokens, 48 of them found in the pool" in output
@@ -43,6 +44,7 @@ SAID = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAID)
 def test_an_example_for_transformers_shows_what_it_says(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
@@ -58,6 +60,7 @@ def steady(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if not line.endswith(" ms")]
 
 
+@pytest.mark.slow
 def test_the_notebook_holds_what_its_cells_print(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     cells = [
@@ -80,6 +83,7 @@ def programs(page: str = "README.md") -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(programs())))
 def test_a_program_of_the_readme_runs(number: int, tmp_path: Path) -> None:
     program = programs()[number]
@@ -90,6 +94,7 @@ def test_a_program_of_the_readme_runs(number: int, tmp_path: Path) -> None:
     run(str(script), cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_lines_about_eight_bits_follow_the_program_of_the_readme(tmp_path: Path) -> None:
     tensors = next(program for program in programs() if "BlockStorage(" in program)
     script = tmp_path / "program.py"

@@ -84,6 +84,7 @@ def test_version_is_the_same_everywhere(pyproject: dict[str, Any]) -> None:
     assert kvpager.__version__ == pyproject["project"]["version"]
 
 
+@pytest.mark.slow
 def test_transformers_runs_nothing_of_ours_as_the_kernels_package() -> None:
     pytest.importorskip("transformers")
     available, files = run_python(
@@ -156,6 +157,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
         _ = kvpager.no_such_name  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_missing_transformers_is_named_with_the_way_out() -> None:
     message = run_python(
         "import json, sys\n"
@@ -205,6 +207,7 @@ def wheel_files(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if name.startswith("kvpager/")}
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_library_file(wheel: Path) -> None:
     expected = set()
     for path in files_of(*LIBRARY):
@@ -243,6 +246,7 @@ print(json.dumps({"skipped": skipped, "strays": strays}))
 """
 
 
+@pytest.mark.slow
 def test_installed_wheel_imports_every_module(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     subprocess.run(

@@ -71,6 +71,7 @@ def num_moments(step: int) -> int:
     return sys.maxsize - moment.left
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("step", range(NUM_STEPS))
 def test_an_interrupted_scheduler_is_lawful_and_goes_on(step: int) -> None:
     total = num_moments(step)

@@ -201,6 +201,7 @@ def flood(order: str) -> Iterator[Request]:
         yield request(f"f{number}", 5, new=6, priority=-5, tenant=tenant)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     order=st.sampled_from(["fifo", "priority", "fair"]),

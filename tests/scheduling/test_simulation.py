@@ -12,6 +12,7 @@ from kvpager.testing.traffic import Scenario, make_scheduler
 from tests.support.scheduling import request
 
 
+@pytest.mark.slow
 def test_every_request_ends_once_with_the_tokens_that_are_its_own() -> None:
     summary = simulation.run(3_000, seed=0)
     assert not summary.failures, "\n".join(map(str, summary.failures))

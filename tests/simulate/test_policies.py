@@ -38,6 +38,7 @@ def hits_of(name: str, keys: list[int], size: int) -> int:
     return hits
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("size", [2, 40, 200])
 def test_baseline_hits_like_the_algorithm_of_its_paper(name: str, size: int) -> None:

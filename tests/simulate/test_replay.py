@@ -215,6 +215,7 @@ def test_offline_optimum_is_the_best_there_is(seed: int) -> None:
         assert offline_optimum(trace, capacity).hits == best_by_trying(trace, capacity)
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("seed", range(4))
 def test_no_policy_beats_the_offline_optimum(seed: int) -> None:
     trace = random_trace(100 + seed, 300)

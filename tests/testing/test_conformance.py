@@ -25,16 +25,27 @@ from kvpager.testing.promises import ManagerAdapter
 from kvpager.testing.reference import NaiveManager, NaiveSequence
 
 
+@pytest.mark.slow
 class TestNaiveManager(ManagerConformance):
     def make(self, num_blocks: int, block_size: int) -> ManagerAdapter:
         return BlockManagerAdapter(NaiveManager(num_blocks, block_size, num_host_blocks=6))
 
 
 class TestBlockManager(ManagerConformance):
+    histories = 15
+    examples = 10
+
     def make(self, num_blocks: int, block_size: int) -> ManagerAdapter:
         return BlockManagerAdapter(BlockManager(num_blocks, block_size, num_host_blocks=6))
 
 
+@pytest.mark.slow
+class TestBlockManagerAtLength(TestBlockManager):
+    histories = ManagerConformance.histories
+    examples = ManagerConformance.examples
+
+
+@pytest.mark.slow
 class TestSmallestBlocks(ManagerConformance):
     block_size = 1
     histories = 40

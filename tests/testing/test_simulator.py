@@ -127,6 +127,7 @@ def test_a_failure_is_printed_with_its_seed(capsys: pytest.CaptureFixture[str]) 
     assert sum(steps) == summary.num_operations
 
 
+@pytest.mark.slow
 def test_processes_change_nothing() -> None:
     alone, shared = run(12_000, 5, processes=1), run(12_000, 5, processes=2)
     assert alone.counts == shared.counts
@@ -150,6 +151,7 @@ def test_further_operations_can_be_entered() -> None:
     assert not any(count["never"] for count in counts)
 
 
+@pytest.mark.slow
 def test_the_machine_notices_a_bug_too() -> None:
     machine = manager_machine(forgetful)
     with pytest.raises(Exception, match="reads back"):
@@ -211,6 +213,7 @@ def test_a_lost_prefix_is_noticed() -> None:
 # ------------------------------------------------------------------ mutants
 
 
+@pytest.mark.slow
 def test_a_mutant_is_killed_and_a_harmless_change_is_not() -> None:
     bug = Mutant(
         "bug", "errors carry numbers", "kvpager.errors", "self.need = need", "self.need = 0"

@@ -55,6 +55,7 @@ def each(names: Iterable[str]) -> list[Any]:
     ]
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("name", each(tiny_models.ARCHITECTURES))
 def test_every_architecture_does_as_unpatched(name: str) -> None:
     for mode, variants in CORE.items():
@@ -62,6 +63,7 @@ def test_every_architecture_does_as_unpatched(name: str) -> None:
             conformance.check(name, mode, variant)
 
 
+@pytest.mark.mostly_slow(quick=22)
 @pytest.mark.parametrize("name", each(tiny_models.ARCHITECTURES))
 def test_every_layer_of_plain_attention_is_paged(name: str) -> None:
     case = conformance.case_of(name, None)
@@ -88,6 +90,7 @@ def caches_of(output: Any) -> list[Any]:
     return [cache]
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("mode", conformance.ALL_MODES)
 @pytest.mark.parametrize("name", each(REPRESENTATIVES))
 def test_every_mode_does_as_unpatched(name: str, mode: str) -> None:
@@ -98,6 +101,7 @@ def test_every_mode_does_as_unpatched(name: str, mode: str) -> None:
 # ---------------------------------------------------------------- the suite itself
 
 
+@pytest.mark.mostly_slow(quick=8)
 @pytest.mark.parametrize("name", each(tiny_models.ARCHITECTURES))
 def test_text_varies_so_that_a_wrong_key_shows(name: str) -> None:
     sequences = run(conformance.case_of(name, None), max_new_tokens=24).sequences

@@ -132,6 +132,7 @@ def check_pools(memory: PagedMemory) -> None:
         assert sizes <= {pool.manager.num_blocks}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("operation", "options"), CASES)
 def test_blocks_of_an_interrupted_cache_are_given_back(operation, options) -> None:
     memories: list[PagedMemory] = []
@@ -165,6 +166,7 @@ PATCHES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "settings"), PATCHES)
 def test_a_call_after_an_interrupted_one_is_right(model, options, settings) -> None:
     ids = torch.tensor([[0, 5, 9, 14, 20, 21], [3, 6, 9, 14, 20, 22]])
@@ -230,6 +232,7 @@ def check_threads() -> None:
             assert not thread.is_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_kept", [False, True], ids=["dropped", "kept"])
 def test_a_call_of_generate_batch_after_an_interrupted_one_is_right(model, is_kept) -> None:
     with kvpager.patch(model, memory="1MiB", block_size=4, prefix_cache=True) as paging:

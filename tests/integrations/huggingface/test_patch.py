@@ -417,6 +417,7 @@ def test_only_the_queries_need_gradients(llama: PreTrainedModel) -> None:
         _assert_near(gradient(), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_a_compiled_forward_gives_the_same_tokens() -> None:
     model = tiny_models.tiny_model("llama")
@@ -430,6 +431,7 @@ def test_a_compiled_forward_gives_the_same_tokens() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_a_compiled_model_makes_and_uses_its_own_cache() -> None:
     model = tiny_models.tiny_model("llama")

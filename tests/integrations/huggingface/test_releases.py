@@ -129,6 +129,7 @@ def test_a_patched_model_of_either_name_writes_the_same_tokens(kind, options):
         assert (paging.stats().prefix_hit_tokens > 0) == patching["prefix_cache"]
 
 
+@pytest.mark.mostly_slow(quick=16)
 @pytest.mark.parametrize("lengths", [[19], [19, 11], [21, 20]], ids=str)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("prefix_cache", [False, True])

@@ -85,6 +85,7 @@ def tokens(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> to
 # ---------------------------------------------------------------- every model, every mode
 
 
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", tiny_models.DECODERS)
@@ -98,6 +99,7 @@ def test_tokens_and_logits_are_those_of_unpatched_transformers(
     assert_same(paged, plain)
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", tiny_models.ENCODER_DECODERS)
 def test_encoder_decoder_tokens_and_logits_are_those_of_unpatched_transformers(
@@ -111,6 +113,7 @@ def test_encoder_decoder_tokens_and_logits_are_those_of_unpatched_transformers(
     assert_same(paged, plain, own_error(name, "equal lengths", mode))
 
 
+@pytest.mark.mostly_slow(quick=6)
 @pytest.mark.parametrize("mode", ["greedy", "four beams, three returned", "sampling"])
 @pytest.mark.parametrize("name", tiny_models.DECODERS + tiny_models.ENCODER_DECODERS)
 def test_gather_mode_reads_nothing_in_place_and_gives_the_same_tokens(name: str, mode: str) -> None:
@@ -132,6 +135,7 @@ def test_block_size_does_not_matter(name: str, block_size: int) -> None:
     assert_same(paged, unpatched(name, "left padding", mode))
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])
 def test_text_far_beyond_the_window_and_many_blocks_is_the_same(name: str) -> None:
     inputs = tiny_models.prompts([40, 75])
@@ -141,6 +145,7 @@ def test_text_far_beyond_the_window_and_many_blocks_is_the_same(name: str) -> No
         assert torch.equal(tokens(model_named(name), inputs, **options), plain)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "gathering"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -222,6 +227,7 @@ def _repetitive_prompt() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("assistant_seed", [0, 1], ids=["always right", "mostly wrong"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_assisted_decoding_gives_the_same_tokens(name: str, assistant_seed: int) -> None:
@@ -248,6 +254,7 @@ def test_an_assistant_may_share_the_configuration_object() -> None:
         assert torch.equal(tokens(model, inputs, **options), plain)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("mode", ["greedy", "four beams, three returned", "three samples each"])
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
@@ -311,6 +318,7 @@ def test_a_streamer_reads_the_same_text_from_a_thread() -> None:
         assert patch.stats().in_place_reads > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["no prefixes", "prefix cache"])
 def test_threads_may_generate_at_once_on_one_patch(prefix_cache: bool) -> None:
     model = model_named("llama")

@@ -94,6 +94,7 @@ def tuned(kind: str) -> Any:
     return model
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("options", PATCHES.values(), ids=PATCHES)
 @pytest.mark.parametrize("kind", PEFT_CONFIGS)
 def test_a_tuned_model_writes_its_own_tokens(kind: str, options: dict[str, Any]) -> None:
@@ -143,6 +144,7 @@ def softly_prompted(name: str) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("options", PATCHES.values(), ids=PATCHES)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_a_class_with_virtual_tokens_writes_its_own_tokens(
@@ -205,6 +207,7 @@ MASKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("options", PATCHES.values(), ids=PATCHES)
 @pytest.mark.parametrize("change", MASKS.values(), ids=MASKS)
 def test_a_wrapper_may_hide_other_columns(change: Any, options: dict[str, Any]) -> None:
@@ -301,6 +304,7 @@ def steered(model: PreTrainedModel, how: str) -> Any:
         yield
 
 
+@pytest.mark.mostly_slow(quick=5)
 @pytest.mark.parametrize("options", PATCHES.values(), ids=PATCHES)
 @pytest.mark.parametrize("how", [*STEERED, "hook of all modules"])
 def test_rows_under_a_hook_are_neither_merged_nor_split(how: str, options: dict[str, Any]) -> None:
@@ -427,6 +431,7 @@ PLACED = [
 ]
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("change", PLACED, ids=lambda change: change.__name__)
 def test_rows_of_a_model_with_code_of_the_callers_are_neither_merged_nor_split(change: Any) -> None:
     model, inputs = tiny_models.tiny_model("llama"), tiny_models.prompts([30, 30])
@@ -515,6 +520,7 @@ def seeing(cross: list[int]) -> PreTrainedModel:
     return tiny_models.tiny_model("mllama, an image", text_config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("cross", [[1], [0, 2], [1, 2]], ids=str)
 def test_layers_that_attend_to_an_image_have_its_columns(
@@ -566,6 +572,7 @@ PASSES: dict[str, Passes] = {
 }
 
 
+@pytest.mark.mostly_slow(quick=25)
 @pytest.mark.parametrize("change", ["nothing", "reordered", "copied", "cropped"])
 @pytest.mark.parametrize("kind", ["lazy", "full", "window"])
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)

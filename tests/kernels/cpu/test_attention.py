@@ -86,6 +86,7 @@ def assert_agrees(output: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=eps * largest)
 
 
+@pytest.mark.mostly_slow(quick=16)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("variant", "name", "block_size"), SELECTION)
 def test_attention_is_as_exact_as_plain_torch(
@@ -131,6 +132,7 @@ def test_int8_attention_costs_no_more_than_dequantising_first(
 DIMS = [(n, n) for n in (8, 16, 24, 32, 64, 80, 96, 112, 128, 192, 256)]
 
 
+@pytest.mark.mostly_slow(quick=28)
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [*DIMS, (1, 1), (33, 65), (576, 512), (7, 130)])
 def test_every_head_dim_and_group_size_agrees_with_the_twin(
@@ -195,6 +197,7 @@ def long_rows(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     }
 
 
+@pytest.mark.mostly_slow(quick=6)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_long_row_is_shared_among_threads(threads: int, native: Native) -> None:
     arguments = long_rows()

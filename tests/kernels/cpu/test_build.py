@@ -148,6 +148,7 @@ def test_a_library_is_built_once_and_then_found(folder: Path, copying: Compiler)
     assert len(copying.calls) == 2
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_command_builds_what_another_process_finds(
     folder: Path, capsys: pytest.CaptureFixture[str]
@@ -422,6 +423,7 @@ def test_a_compiler_that_is_killed_leaves_no_library_for_one_thread(
     assert not list(folder.glob("*.so"))
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.usefixtures("registry")
 def test_a_compiler_without_openmp_makes_kernels_for_one_thread(

@@ -173,6 +173,7 @@ def test_a_copy_outside_is_refused_before_anything_is_written(
 # -------------------------------------------------------------------- bounds
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")
 def test_nothing_outside_the_tensors_is_read() -> None:
     """In a process of its own: where this fails, it ends with a segmentation fault."""

@@ -43,6 +43,7 @@ def interpreted(how: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return allocator
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_read_back_what_was_written_after_any_history(kernels: Any, seed: int) -> None:
     chance = random.Random(seed)
@@ -56,6 +57,7 @@ def test_rows_read_back_what_was_written_after_any_history(kernels: Any, seed: i
     assert int(history.allocator.num_free) == len(history.allocator.free)
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("how", ["alone", "programs_of_2"])
 @pytest.mark.parametrize("seed", range(4))
 def test_kernels_decide_what_the_twin_decides(

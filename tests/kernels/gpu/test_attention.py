@@ -107,6 +107,7 @@ def in_pieces(*tensors: Any, **options: Any) -> Tensor:
     return planned(*tensors, chunk=32, **options)
 
 
+@pytest.mark.mostly_slow(quick=6)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", SHORT)
 def test_attention_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> None:
@@ -116,6 +117,7 @@ def test_attention_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> 
     assert_as_exact_as_plain_torch(case, call, output, dtype)
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize(
     ("name", "block_size"), [(name, (3, 32)[index % 2]) for index, name in enumerate(SHORT)]
 )
@@ -141,6 +143,7 @@ QUANTISED = (
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
 
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kv_dtype", KV)
 @pytest.mark.parametrize("name", QUANTISED)
@@ -195,6 +198,7 @@ def test_values_of_tiny_scale_keep_their_digits_in_fp16() -> None:
     torch.testing.assert_close(output.float(), torch.full((1, 1, 16), 1e-5), rtol=1e-2, atol=0)
 
 
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(3, 1), (10, 2), (7, 1), (20, 1)])
 @pytest.mark.parametrize("heads_max", [64, 3])
 def test_any_number_of_query_heads_shares_a_kv_head(
@@ -217,6 +221,7 @@ def test_head_dims_need_not_be_powers_of_two(dims: tuple[int, int]) -> None:
     assert_as_exact_as_plain_torch(case, call, output, torch.float32)
 
 
+@pytest.mark.mostly_slow(quick=7)
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 47, 48, 49])
 @pytest.mark.parametrize("paged_attention", [by_triton, in_pieces])
 def test_rows_of_awkward_lengths(length: int, paged_attention: Any) -> None:
@@ -293,6 +298,7 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("chunk", [False, True])
 @pytest.mark.parametrize("name", SHARED)
 def test_prefixes_that_rows_share_are_read_together(name: str, chunk: bool) -> None:
@@ -309,6 +315,7 @@ def test_prefixes_that_rows_share_are_read_together(name: str, chunk: bool) -> N
         assert plan.work.num_large > 0
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_shared_prefixes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
     blocks = forest(dtype)
@@ -607,6 +614,7 @@ def test_tensors_of_inference_mode_are_looked_at_unless_the_host_has_their_value
     assert len(looked_at) == 4
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("with_starts", [False, True])
 def test_a_plan_from_the_host_is_that_of_the_tensors(with_starts: bool) -> None:
     blocks = forest()
@@ -668,6 +676,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "LONG_PREFILL", 5)
 
 
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.usefixtures("flash_attn")
 @pytest.mark.parametrize(
     ("case", "block_size", "asked"),

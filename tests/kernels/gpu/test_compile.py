@@ -40,6 +40,7 @@ def compiled(architecture: str, module: str) -> list[Needs]:
     return compile_elsewhere(architecture, name, some=not ASKED_FOR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "module"), COMPILED)
 def test_kernels_fit_their_architecture(architecture: str, module: str) -> None:
     found = compiled(architecture, module)
@@ -63,6 +64,7 @@ def test_all_modules_with_kernels_are_compiled() -> None:
     assert ideas == {module.removesuffix("_specialisations") for module in MODULES}
 
 
+@pytest.mark.slow
 def test_names_of_specialisations_are_unique() -> None:
     for module in ("allocator", "copies"):
         names = [each.name for each in compiled("sm_90", module)]

@@ -186,6 +186,7 @@ def filled(kv_dtype: Any, dtype: torch.dtype, block_size: int, heads: int, dim: 
     return storage, tables, lens
 
 
+@pytest.mark.mostly_slow(quick=11)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize(

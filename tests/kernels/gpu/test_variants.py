@@ -23,6 +23,7 @@ def variants(what: str) -> Any:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_moves_of_any_size_from_anywhere_have_few_variants() -> None:
     assert variants("moves") == {
         "append_vectors": 1,
@@ -34,6 +35,7 @@ def test_moves_of_any_size_from_anywhere_have_few_variants() -> None:
     }
 
 
+@pytest.mark.slow
 def test_after_the_warm_up_of_an_engine_no_request_waits_for_a_compiler() -> None:
     pytest.importorskip("transformers")
     found = variants("engine")

@@ -90,6 +90,7 @@ def paged_layers(cache: Any) -> list[PagedLayer]:
 # ---------------------------------------------------------------- tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
@@ -116,6 +117,7 @@ def test_tokens_are_those_of_transformers(name: str, backend: str) -> None:
     assert (stats.gathers > 0) == (backend == "eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_gives_the_same_tokens(short_llama: PreTrainedModel, backend: str) -> None:
     if backend == "inductor" and torch.__version__.startswith("2.11."):
@@ -129,6 +131,7 @@ def test_every_backend_gives_the_same_tokens(short_llama: PreTrainedModel, backe
     paged_layers(cache_of(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_the_attention_kvpager_caps_scores_and_has_sinks(name: str) -> None:
     plain = tiny_models.tiny_model(name, attention="eager")
@@ -140,6 +143,7 @@ def test_the_attention_kvpager_caps_scores_and_has_sinks(name: str) -> None:
         assert patch.stats().gathers == 0
 
 
+@pytest.mark.slow
 def test_without_reading_in_place_the_tokens_are_the_same(short_llama: PreTrainedModel) -> None:
     expected = generate(short_llama, [13, 9]).sequences
     model = compiled(short_llama)
@@ -149,6 +153,7 @@ def test_without_reading_in_place_the_tokens_are_the_same(short_llama: PreTraine
         assert patch.stats().gathers > 0
 
 
+@pytest.mark.slow
 def test_blocks_behind_a_window_are_given_back() -> None:
     plain = tiny_models.tiny_model("mistral")  # a window of 8
     expected = generate(plain, [13], max_new_tokens=30).sequences
@@ -159,6 +164,7 @@ def test_blocks_behind_a_window_are_given_back() -> None:
         assert patch.stats().num_held_blocks <= 3
 
 
+@pytest.mark.slow
 def test_prompts_are_reused_between_calls(short_llama: PreTrainedModel) -> None:
     expected = generate(short_llama, [40]).sequences
     model = compiled(short_llama, "eager")
@@ -171,6 +177,7 @@ def test_prompts_are_reused_between_calls(short_llama: PreTrainedModel) -> None:
 # ---------------------------------------------------------------- graphs
 
 
+@pytest.mark.slow
 def test_a_graph_serves_every_step_and_every_cache(llama: PreTrainedModel) -> None:
     model = compiled(llama)
     graphs = []
@@ -183,6 +190,7 @@ def test_a_graph_serves_every_step_and_every_cache(llama: PreTrainedModel) -> No
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_window_takes_no_more_graphs_than_full_attention() -> None:
     model = compiled(tiny_models.tiny_model("mistral"), "eager")
     with kvpager.patch(model):
@@ -248,6 +256,7 @@ def a_fork_that_goes_on(model: Model, cache: Cache, ids: torch.Tensor) -> Any:
     return model(input_ids=ids[:, 3:6], **passing(fork)).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
@@ -302,6 +311,7 @@ def test_keys_show_what_was_there_when_they_were_made(change: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_a_cache_is_filled_where_nothing_else_is_asked_for(
     short_llama: PreTrainedModel, backend: str
@@ -331,6 +341,7 @@ def test_a_torch_that_takes_all_traced_code_for_exported_keeps_blocks(
     assert [layer.num_columns for layer in paged_layers(cache)] == [13]
 
 
+@pytest.mark.slow
 def test_a_graph_break_before_attention_changes_no_token(short_llama: PreTrainedModel) -> None:
     expected = generate(short_llama, [13, 9]).sequences
     with kvpager.patch(short_llama):
@@ -352,6 +363,7 @@ def test_a_graph_break_before_attention_changes_no_token(short_llama: PreTrained
     paged_layers(cache_of(found))
 
 
+@pytest.mark.slow
 def test_a_cache_without_a_configuration_is_paged_as_well(short_llama: PreTrainedModel) -> None:
     ids = tiny_models.prompts([13])["input_ids"]
     call, cache = torch.compile(short_llama, backend="eager"), kvpager.PagedCache()
@@ -362,6 +374,7 @@ def test_a_cache_without_a_configuration_is_paged_as_well(short_llama: PreTraine
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_does_not_matter_in_which_mode_a_cache_was_made(short_llama: PreTrainedModel) -> None:
     ids = tiny_models.prompts([13])["input_ids"]
     call = torch.compile(short_llama, backend="aot_eager")
@@ -378,6 +391,7 @@ def test_it_does_not_matter_in_which_mode_a_cache_was_made(short_llama: PreTrain
 # ---------------------------------------------------------------- where blocks cannot serve
 
 
+@pytest.mark.slow
 def test_layers_that_need_gradients_leave_their_blocks(short_llama: PreTrainedModel) -> None:
     ids = tiny_models.prompts([13, 13])["input_ids"]
 
@@ -394,6 +408,7 @@ def test_layers_that_need_gradients_leave_their_blocks(short_llama: PreTrainedMo
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cache_that_compiled_code_makes_is_transformers_own(llama: PreTrainedModel) -> None:
     ids = tiny_models.prompts([13])["input_ids"]
     with kvpager.patch(llama), torch.no_grad():
@@ -402,6 +417,7 @@ def test_a_cache_that_compiled_code_makes_is_transformers_own(llama: PreTrainedM
     assert type(cache) is transformers.DynamicCache
 
 
+@pytest.mark.slow
 def test_a_pool_that_is_full_leaves_the_cache_as_it_was(short_llama: PreTrainedModel) -> None:
     ids = tiny_models.prompts([16, 16])["input_ids"]
     bound = 3 * 16 * 2 * 2 * 16 * 4  # blocks, tokens, keys and values, heads, dims, bytes

@@ -151,6 +151,7 @@ class Batch:
 MODULE: Any = SimpleNamespace(is_causal=True)
 
 
+@pytest.mark.mostly_slow(quick=57)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("steps", STEPS)

@@ -68,6 +68,7 @@ def spread_of_transformers(name: str, mode: str, expected: Any) -> float:
     return max(float((logits - exact).abs().max()) for logits, exact in pairs)
 
 
+@pytest.mark.mostly_slow(quick=7)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMED)
 def test_it_reads_blocks_in_place_and_gives_what_eager_gives(name: str, mode: str) -> None:

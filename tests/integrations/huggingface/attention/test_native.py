@@ -88,6 +88,7 @@ def test_layers_of_one_kind_share_one_tensor_of_tables_and_one_of_lengths(
     assert len({id(kv_lens) for _, kv_lens in read}) == kinds * steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_tokens_do_not_depend_on_the_number_of_threads(
     kernel: PagedAttention, threads: int

@@ -98,6 +98,7 @@ def test_tensors_of_two_devices_do_not_mix() -> None:
             operation()
 
 
+@pytest.mark.mostly_slow(quick=1)
 @on_boards
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch", BATCHES)
@@ -115,6 +116,7 @@ def test_layers_keep_their_blocks_where_they_compute(split: str, batch: str, mod
     assert all(f"on {device}" in report for device in SPLITS[split])
 
 
+@pytest.mark.mostly_slow(quick=1)
 @on_boards
 @pytest.mark.parametrize("split", SPLITS)
 def test_blocks_are_gathered_where_they_are(split: str) -> None:
@@ -128,6 +130,7 @@ def test_blocks_are_gathered_where_they_are(split: str) -> None:
     assert [(key + 0).device for key in keys] == SPLITS[split]
 
 
+@pytest.mark.slow
 @on_boards
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_known_prompt_is_found_on_every_device(split: str) -> None:
@@ -140,6 +143,7 @@ def test_a_known_prompt_is_found_on_every_device(split: str) -> None:
         assert patch.stats().prefix_hit_tokens > before > 0
 
 
+@pytest.mark.slow
 @on_boards
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_copied_cache_goes_on_by_itself_on_every_device(split: str) -> None:
@@ -176,6 +180,7 @@ def test_a_bound_on_memory_holds_for_all_devices_together() -> None:
         generate(model, inputs)
 
 
+@pytest.mark.slow
 @on_boards
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "gathered"])
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
@@ -276,6 +281,7 @@ def test_host_memory_that_copies_still_read_is_waited_for_rather_than_missed() -
             assert torch.equal(found, before[[2, 3, 3]])
 
 
+@pytest.mark.slow
 @on_boards
 @pytest.mark.parametrize("seed", [1, 2, 5])
 def test_any_history_with_late_copies_leaves_what_a_dynamic_cache_holds(seed: int) -> None:
@@ -373,6 +379,7 @@ def test_an_offloaded_model_knows_its_prompts_again(offload: Offload, tmp_path: 
     assert 0 == hits[0] < hits[1] < hits[2]
 
 
+@pytest.mark.slow
 @on_boards
 @quietly
 def test_layers_kept_in_host_memory_have_their_blocks_on_the_device_that_computes() -> None:

@@ -60,6 +60,7 @@ def assert_everything_is_given_back(patch: Patch) -> None:
         assert pool.manager.num_held_blocks == 0
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "gathered"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)
@@ -240,6 +241,7 @@ def test_layers_that_are_not_known_beforehand_find_room_on_the_host(with_patch: 
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [None, "80KiB", "120KiB", "1GiB"])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_a_device_with_less_memory_than_the_bound_says_is_full_all_the_same(

@@ -186,6 +186,7 @@ def test_a_shorter_prompt_may_use_part_of_a_longer_one() -> None:
         assert max(computed.columns) <= BLOCK
 
 
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize("lengths", [[60, 60], [60, 40], [33, 60], [80, 33, 50]], ids=str)
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_reuse_is_right_whatever_the_left_padding(lengths: list[int], mode: dict[str, Any]) -> None:
@@ -357,6 +358,7 @@ def _rope(model: PreTrainedModel) -> None:
     model.model.rotary_emb.inv_freq.mul_(0.5)
 
 
+@pytest.mark.mostly_slow(quick=5)
 @pytest.mark.parametrize(
     "change",
     [
@@ -479,6 +481,7 @@ def test_another_models_cached_prefixes_are_given_up_too() -> None:
             tokens(other, long_prompt()[:, :30])
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prefill_chunk_size": 16}], ids=str)
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["no prefixes", "prefix cache"])
 def test_what_does_not_fit_says_so_and_leaves_the_pool_usable(

@@ -51,6 +51,7 @@ class Pause(LogitsProcessor):
         return scores
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize(
     ("name", "options", "prefix_cache"),
     [

@@ -128,6 +128,7 @@ def assert_alike(ours: GenerationOutput, theirs: GenerationOutput) -> None:
         assert len(ours.timestamps) == len(theirs.timestamps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "batching"),
     [

@@ -83,6 +83,7 @@ def llama():
 # -------------------------------------------------------------------- the same tokens
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("name", SERVED)
 def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
     model = tiny_models.tiny_model(name)
@@ -97,6 +98,7 @@ def test_rows_computed_one_by_one_have_the_tokens_of_packed_ones(name):
     assert batched(model, prompts, packed=False) == batched(model, prompts, packed=True)
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("budget", [16, 17, 64, 1024])
 @pytest.mark.parametrize("block_size", [4, 16])
 def test_chunks_of_any_size_make_no_difference(llama, budget, block_size):
@@ -105,6 +107,7 @@ def test_chunks_of_any_size_make_no_difference(llama, budget, block_size):
     assert found == [alone(llama, prompt) for prompt in prompts]
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -153,6 +156,7 @@ def test_custom_processors_and_criteria_are_asked(llama):
     assert output.samples[0].reason == "stopped"
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("costs", [PreemptionCosts(), PreemptionCosts(seconds_per_block=1e9)])
 @pytest.mark.parametrize("name", ["llama", "qwen3_next", "t5"])
 def test_a_pool_for_a_third_of_the_requests_gives_the_same_tokens(name, costs):
@@ -408,6 +412,7 @@ def test_eight_bits_hold_twice_the_tokens(llama):
     assert len(tokens) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_pass_has_the_tokens_of_an_eager_one(llama):
     prompts = some_prompts(llama, count=4)

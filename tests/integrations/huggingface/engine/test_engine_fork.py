@@ -122,6 +122,7 @@ with kvpager.patch(model, memory="4MiB"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [ENGINE, MANAGER], ids=["engine", "manager"])
 def test_a_fork_refuses_what_its_parent_serves_and_the_parent_goes_on(script: str) -> None:
     done = subprocess.run(

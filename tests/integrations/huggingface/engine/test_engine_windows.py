@@ -71,6 +71,7 @@ def assert_empty(engine: Engine) -> None:
     assert manager.num_free_blocks == manager.num_blocks
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize(("name", "packed"), WAYS)
 def test_tokens_are_those_of_generate_beyond_the_window(

@@ -88,6 +88,7 @@ STEPS = {
 }
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "row by row"])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -119,6 +120,7 @@ def test_a_step_of_an_engine_waits_for_nothing(
     assert len({id(plan) for plan in planned.plans}) <= passes * len(anatomy.windows)
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("queries", [1, 5], ids=["decode", "several queries"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_forward_pass_of_a_patched_model_waits_for_nothing(

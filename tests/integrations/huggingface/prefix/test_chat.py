@@ -49,6 +49,7 @@ def turns(model: Any, first: Tensor, count: int, **options: Any) -> list[Tensor]
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}], ids=["greedy", "sample"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
@@ -145,6 +146,7 @@ def go_on(model: Any, said: Tensor, cache: Any, **options: Any) -> Tensor:
     return tokens
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize(
     "continued", [edited, with_a_gap, elsewhere, embedded, by_another_model, by_hand]
 )

@@ -99,6 +99,7 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("options", MODES, ids=["greedy", "beams", "sampled"])
 def test_a_batch_of_known_and_new_prompts_computes_what_is_new(
