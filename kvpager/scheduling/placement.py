@@ -76,7 +76,9 @@ class Placement:
         tables = manager.block_tables(self.handles(state))
         num_blocks = len(np.unique(tables[tables >= 0]))
         computed = self._sequences.computed[state.seq_ids]
-        tokens = min(int(computed.sum()), num_blocks * manager.block_size)
+        tokens = int(computed.sum())
+        if not any(manager.windows):  # rows share tokens as they share blocks
+            tokens = min(tokens, num_blocks * manager.block_size)
         swap_s = self._costs.swap_s(num_blocks)
         return swap_s < self._costs.recompute_s(tokens, int(computed.max()))
 
