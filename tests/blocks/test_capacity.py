@@ -728,7 +728,7 @@ def test_retention_outlives_growing_and_shrinking(ranked: BlockManager, clock: C
     assert order_of_leaving(ranked, [A, B, C]) == [A, C, B]
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo"])
+@pytest.mark.parametrize("policy", ["lru", "lifetime"])
 def test_other_policies_refuse_to_retain(policy: str) -> None:
     manager = BlockManager(6, 4, eviction=policy)
     sequence = committed(manager, A)
@@ -1278,7 +1278,7 @@ class Router:
 
 
 @pytest.mark.mostly_slow(quick=2)
-@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "priority"])
+@pytest.mark.parametrize("policy", ["lru", "lifetime", "priority"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_router_knows_from_events_alone_what_is_offered(policy: str, seed: int) -> None:
     random = np.random.default_rng(seed)

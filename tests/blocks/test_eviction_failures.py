@@ -12,7 +12,7 @@ import pytest
 
 from kvpager import BlockManager
 from kvpager.blocks.eviction import EvictionPolicy
-from kvpager.blocks.policies import LFU, LRU, POLICIES, Priority
+from kvpager.blocks.policies import LRU, POLICIES, Priority
 from kvpager.testing.state import handles_of, state_of
 from tests.blocks.test_faults import Clock, History, committed
 
@@ -20,7 +20,7 @@ NUM_BLOCKS = 24
 METHODS = ("admit", "touch", "retire", "rank", "forget", "reranked", "retain", "resize")
 
 
-class Failing(LFU):
+class Failing(LRU):
     """Raises `error` at call `number` of a method, or returns `answer` in place of a rank."""
 
     def __init__(self, method: str, number: int, error: BaseException) -> None:

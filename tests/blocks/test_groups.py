@@ -63,7 +63,7 @@ class Groups(RuleBasedStateMachine):
         block_size=st.sampled_from((1, 2, 4)),
         num_host_blocks=st.integers(0, 20),
         max_chunk=st.sampled_from((None, 1, 3, 8)),
-        eviction=st.sampled_from(("lru", "lfu", "lifetime")),
+        eviction=st.sampled_from(("lru", "priority", "lifetime")),
     )
     def start(
         self,

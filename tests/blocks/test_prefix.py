@@ -490,36 +490,6 @@ def test_lru_counts_from_when_the_last_holder_left() -> None:
     assert order_of_leaving(manager, [A, B]) == [B, A]
 
 
-def test_fifo_lets_go_first_what_was_offered_first() -> None:
-    manager = BlockManager(6, 4, eviction="fifo")
-    held = committed(manager, A)
-    for prompt in (B, C):
-        cache(manager, prompt)
-    manager.free(held)
-    used_again(manager, A)
-    assert order_of_leaving(manager, [A, B, C]) == [A, B, C]
-
-
-def test_lfu_lets_go_first_what_was_used_least() -> None:
-    manager = BlockManager(6, 4, eviction="lfu")
-    for prompt in (A, B, C):
-        cache(manager, prompt)
-    for prompt in (A, A, B):
-        used_again(manager, prompt)
-    cache(manager, D)
-    assert order_of_leaving(manager, [A, B, C, D]) == [C, D, B, A]
-
-
-def test_lfu_forgets_the_uses_of_what_left() -> None:
-    manager = BlockManager(3, 4, eviction="lfu")
-    cache(manager, A)
-    used_again(manager, A)
-    manager.drop_cached()
-    for prompt in (A, B):
-        cache(manager, prompt)
-    assert order_of_leaving(manager, [A, B]) == [A, B]
-
-
 def test_a_lifetime_keeps_what_is_used_again_and_again_over_what_came_once() -> None:
     if "lifetime" not in POLICIES:
         pytest.skip("this kvpager has no such policy")

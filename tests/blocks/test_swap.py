@@ -491,7 +491,7 @@ def act(memory: Memory, chance: random.Random) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo"])
+@pytest.mark.parametrize("policy", ["lru", "priority", "lifetime"])
 def test_a_long_random_history_keeps_every_token(policy: str) -> None:
     manager = BlockManager(20, BLOCK_SIZE, 14, eviction=policy)
     memory, chance = Memory(manager), random.Random(f"swap {policy}")

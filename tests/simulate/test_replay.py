@@ -133,8 +133,8 @@ def test_generated_traffic_is_of_its_kind(kind: str, least: float, most: float) 
 @pytest.mark.parametrize(
     ("policy", "hits"),
     # A pool of 4. [1 2] twice, [3 4], then [5 6], for which two blocks have to leave:
-    # lru and fifo give up [1 2], lfu [3 4], which was used once only.
-    [("lru", 2 + 2), ("fifo", 2 + 2), ("priority", 2 + 2), ("lfu", 2 + 0)],
+    # lru and 2q give up [1 2], arc [3 4], which was used once only.
+    [("lru", 2 + 2), ("2q", 2 + 2), ("priority", 2 + 2), ("arc", 2 + 0)],
 )
 def test_hits_as_counted_by_hand(tmp_path: Path, policy: str, hits: int) -> None:
     trace = trace_of(tmp_path, [1, 2], [1, 2], [3, 4], [5, 6], [3, 4])
@@ -144,9 +144,9 @@ def test_hits_as_counted_by_hand(tmp_path: Path, policy: str, hits: int) -> None
     assert result.evicted == (2 if hits == 4 else 4)
 
 
-@pytest.mark.parametrize(("policy", "hits"), [("lru", 1 + 1), ("fifo", 1 + 0), ("lfu", 1 + 1)])
-def test_reuse_tells_lru_from_fifo(tmp_path: Path, policy: str, hits: int) -> None:
-    # A pool of 2: when [3] comes, fifo gives up [1], which came first, the others [2].
+@pytest.mark.parametrize(("policy", "hits"), [("lru", 1 + 1), ("2q", 1 + 0), ("arc", 1 + 1)])
+def test_reuse_tells_lru_from_first_in_first_out(tmp_path: Path, policy: str, hits: int) -> None:
+    # A pool of 2: when [3] comes, 2q gives up [1], which came first, the others [2].
     trace = trace_of(tmp_path, [1], [2], [1], [3], [1])
     assert replay(trace, 2, policy).hits == hits
 
@@ -261,7 +261,7 @@ def test_table_has_a_row_for_each_policy_and_a_column_for_each_capacity(tmp_path
     rows = {row[0]: row[1:] for row in map(str.split, result.stdout.splitlines()) if row}
     assert rows["blocks"] == ["2", "4"]
     assert rows["lru"] == ["0.2000", "0.4000"]
-    assert rows["lfu"] == ["0.2000", "0.2000"]
+    assert rows["arc"] == ["0.2000", "0.2000"]
     assert rows["unlimited"] == ["0.4000", "0.4000"]
     assert rows["offline"] == ["optimum", "0.2000", "0.4000"]
     assert {*POLICIES, *BASELINES} < set(rows)
@@ -336,7 +336,7 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
         (["--seed", "-1"], "seed -1: expected at least 0"),
         (["--capacity", "0"], "capacity 0: expected at least 1"),
         (["--capacity", "3000000000"], "capacity 3000000000: expected at most"),
-        (["--policy", "lru,best"], "policy 'best': choose from lru, lfu, fifo, priority, lifetime"),
+        (["--policy", "lru,best"], "policy 'best': choose from lru, priority, lifetime, s3-fifo"),
         (["--plot", "x.pdf"], "--plot x.pdf: expected a .png or .svg file"),
         (["--plot", "no/such/x.png"], "in a folder that exists"),
         (["--json", "no/such/x.json"], "expected a file in a folder that exists"),

@@ -1,7 +1,7 @@
 """The eviction policies, by name.
 
-`lru`, `lfu` and `fifo` are what their names say. `priority` ranks by what `retain` said, then by
-last use. `lifetime` learns how long blocks of each kind are worth keeping: see `lifetime.py`.
+`lru` evicts the least recently used block. `priority` ranks by what `retain` said, then by last
+use. `lifetime` follows the strategy that would have hit most of late: see `lifetime.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ PRIORITY_MAX = 100
 PRIORITY_DEFAULT = 50
 # A rank is a float64, exact up to 2**53: the low bits order by time, the high ones by merit.
 _TICKS = 2.0**44
-_MERIT_MAX = 2**8
 _OUTDATED_MAX = 64
 
 
@@ -50,35 +49,6 @@ class LRU(BlockPolicy):
 
     def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
         return self.last_used[blocks]
-
-
-class FIFO(BlockPolicy):
-    """First in, first out: the block leaves that was offered first."""
-
-    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {"admitted": np.int64}
-    admitted: Int64
-
-    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
-        self.admitted[blocks] = self.tick()
-
-    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
-        return self.admitted[blocks]
-
-
-class LFU(LRU):
-    """Least frequently used; among equals, least recently used."""
-
-    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {**LRU.COLUMNS, "uses": np.int32}
-    uses: Int32
-
-    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
-        self.uses[blocks] = 1
-
-    def touch(self, blocks: Blocks) -> None:  # noqa: D102
-        self.uses[blocks] = np.minimum(self.uses[blocks] + 1, _MERIT_MAX)
-
-    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
-        return np.asarray(self.uses[blocks] * _TICKS + self.last_used[blocks], np.float64)
 
 
 class Priority(LRU):
@@ -157,8 +127,6 @@ class Priority(LRU):
 
 POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
     "lru": LRU,
-    "lfu": LFU,
-    "fifo": FIFO,
     "priority": Priority,
     "lifetime": Lifetime,
 }

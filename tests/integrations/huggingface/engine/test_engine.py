@@ -806,7 +806,7 @@ def test_an_engine_evicts_by_the_policy_it_was_given() -> None:
         for first in range(8):
             engine.generate([[first, *range(10, 50)]], max_new_tokens=2)
         assert evicted
-    for name in ("lifetime", "lfu"):
+    for name in ("lifetime", "priority"):
         with Engine(model, memory="64KiB", eviction=name) as engine:
             assert len(engine.generate([[5, 6, 7]], max_new_tokens=3)) == 1
 
