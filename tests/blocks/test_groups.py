@@ -81,6 +81,7 @@ class Groups(RuleBasedStateMachine):
         self.windows, self.size, self.max_chunk = windows, block_size, max_chunk
         self.live: list[Row] = []
         self.fresh = 1000
+        self.past: list[Content] = []  # of sequences that were freed
 
     # -------------------------------------------------------------- helpers
 
@@ -136,6 +137,9 @@ class Groups(RuleBasedStateMachine):
     # -------------------------------------------------------------- operations
 
     @rule(target=rows, tokens=TOKENS, namespace=st.sampled_from((None, "acme")))
+    def allocate_new(self, tokens: list[int], namespace: str | None) -> Any:
+        return self.allocate(tokens, namespace)
+
     def allocate(self, tokens: list[int], namespace: str | None) -> Any:
         cached = self.manager.cached_tokens(tokens[:-1], namespace=namespace)
         handle = self.attempt(self.manager.allocate, tokens, namespace=namespace)
@@ -143,6 +147,16 @@ class Groups(RuleBasedStateMachine):
             return None
         assert handle.num_cached_tokens == cached
         return self.begin(handle, Content(namespace, tokens), known=True)
+
+    @rule(target=rows, pick=st.integers(0, 5), cut=st.integers(0, 12), more=st.integers(1, 3))
+    def allocate_again(self, pick: int, cut: int, more: int) -> Any:
+        """Begin as a sequence does that lives or was freed, perhaps not to its end."""
+        known = [*self.past, *(row.content for row in self.live)]
+        if not known:
+            return None
+        content = known[-1 - pick % len(known)]
+        ids = [*content.tokens[: max(len(content) - cut, 0)], *range(more)]
+        return self.allocate(ids, content.namespace)
 
     @rule(target=rows, count=st.integers(1, 20), spare=st.integers(0, 3))
     def allocate_unknown(self, count: int, spare: int) -> Any:
@@ -204,6 +218,7 @@ class Groups(RuleBasedStateMachine):
         is_written = row.computed == len(row) and not row.is_swapped
         self.manager.free(row.handle, publish=publish and is_written)
         self.live.remove(row)
+        self.past.append(row.content)
         with pytest.raises(StaleSequence):
             len(row.handle)
 
@@ -414,6 +429,33 @@ def test_a_block_behind_the_window_stays_cached_and_leaves_first() -> None:
     manager.free(other)
     assert manager.cached_tokens(range(16)) == 16  # served by the last window alone
     assert manager.cached_tokens(range(12)) == 0
+
+
+def test_a_hit_has_every_block_of_the_last_window() -> None:
+    manager = GroupedManager((9,), 8, 4)  # the token after 24 looks at the last two blocks
+    one = manager.allocate(range(24))
+    manager.commit(one, 16)
+    manager.commit(one)
+    manager.free(one)
+    served = []
+    for num_fresh in range(3, 9):  # the blocks leave one after the other
+        manager.free(manager.allocate(4 * num_fresh))
+        left = manager.stats().num_cached
+        served.append((left, manager.cached_tokens(range(24))))
+    assert served == [(5, 24), (4, 24), (3, 24), (2, 24), (1, 0), (0, 0)]
+
+
+def test_tokens_after_a_cut_are_not_taken_for_those_before_it() -> None:
+    manager = GroupedManager((2,), 40, 4)
+    manager.commit(manager.allocate(range(8)))
+    old, new, end = [20, 21, 22, 23], [50, 51, 52, 53], [60, 61, 62, 63]
+    sequence = manager.allocate([*range(8), *old, 0])
+    assert sequence.num_cached_tokens == 8
+    manager.truncate(sequence, 8)
+    manager.append(sequence, [*new, *end])
+    manager.commit(sequence)
+    assert manager.cached_tokens([*range(8), *new, *end]) == 16
+    assert manager.cached_tokens([*range(8), *old, *end]) == 8
 
 
 def test_groups_and_namespaces_share_no_prefix() -> None:
