@@ -6,7 +6,7 @@
     watch.look()        # ModelState(version=8, doubt=None)
 
 A model that nothing happened to is recognised by comparing what was noted of it at the last look,
-which takes a fraction of a millisecond. docs/design.md says which changes are seen.
+which takes a fraction of a millisecond. docs/contracts.md says which changes are seen.
 """
 
 from __future__ import annotations
