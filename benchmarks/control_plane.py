@@ -107,7 +107,7 @@ def prefix_hit(num_blocks: int) -> Iterator[Figure]:
     scale = PROMPT / length
     yield (
         "prefix_hit_16k_us",
-        median_s(lambda: manager.cached_tokens(ids), calls=20) * 1e6 * scale,
+        median_s(lambda: manager.match_prefix(ids), calls=20) * 1e6 * scale,
         "us",
     )
     whole = median_s(lambda: manager.free(manager.allocate(ids)), calls=20)

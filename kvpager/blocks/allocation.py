@@ -90,11 +90,6 @@ class Allocation:
         if need > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
 
-    def num_cached(self, who: Prompt, ids: Int32) -> int:
-        """Return how many leading tokens of a prompt the index offers. O(tokens)."""
-        match = self._state.index.match(who.tree, ids, who.contents)
-        return len(match.blocks) * self._state.block_size + match.num_partial
-
     def fork(self, parent: int, times: int) -> list[Sequence]:
         """Begin `times` rows that share every block of `parent`. O(blocks) each."""
         state, rows = self._state, self._state.rows

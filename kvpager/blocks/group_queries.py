@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from kvpager import _validate as arguments
 from kvpager.blocks.group_table import GroupTable
 from kvpager.blocks.queries import Queries
-from kvpager.blocks.sequences import Batch, Sequence, Target, listed
+from kvpager.blocks.sequences import Batch, PrefixMatch, Prompt, Sequence, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
+from kvpager.blocks.windows import WindowIndex
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -21,8 +22,9 @@ Int64 = NDArray[np.int64]
 class GroupQueries:
     """The reading half of a `GroupedManager`, which documents most of it. Writes nothing."""
 
-    def __init__(self, state: BlockState, table: GroupTable) -> None:
+    def __init__(self, state: BlockState, table: GroupTable, index: WindowIndex) -> None:
         self._state = state
+        self._index = index
         self._table = table
         self._queries = Queries(state)
 
@@ -87,6 +89,15 @@ class GroupQueries:
         rows = self._table.rows[:, name]
         starts, counts = np.full_like(rows, start), np.full_like(rows, stop - start)
         return self._state.rows.slots(rows, starts, counts).reshape(len(rows), -1)
+
+    def match_prefix(self, who: list[Prompt], ids: Int32, blocks: bool) -> int | PrefixMatch:
+        """See `GroupedManager.match_prefix`. O(tokens * groups)."""
+        with self._state.lock:
+            hit = self._index.match(who, ids)
+            num_tokens = hit.num_blocks * self._state.block_size
+            if not blocks:
+                return num_tokens
+            return PrefixMatch.of(num_tokens, np.stack([held.table for held in hit.held]))
 
     def stats(self) -> Stats:
         """See `GroupedManager.stats`. O(blocks + sequences)."""

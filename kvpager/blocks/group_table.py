@@ -97,6 +97,23 @@ class GroupTable:
             target.epoch = epoch
         return found
 
+    def swappable(self, names: Int64) -> list[int]:
+        """Return the rows that are not wholly on the host. O(n * groups).
+
+        Raises: `SequenceSwapped` for a sequence that has no such row.
+        """
+        table, found = self._state.rows, list[int]()
+        for name in names.tolist():
+            here = [
+                row
+                for row in self.rows[:, name].tolist()
+                if len(table.device_blocks(row)) or not len(table.host_blocks(row))
+            ]
+            if not here:
+                raise SequenceSwapped(f"sequence {name} is on the host already, all of it")
+            found += here
+        return found
+
     # ---------------------------------------------------------------- sequences come and go
 
     def reserve(self, count: int) -> None:

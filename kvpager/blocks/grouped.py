@@ -18,7 +18,7 @@ as in `BlockManager`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import overload
+from typing import Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -37,13 +37,20 @@ from kvpager.blocks.group_queries import GroupQueries
 from kvpager.blocks.group_table import GroupTable
 from kvpager.blocks.quotas import Quotas
 from kvpager.blocks.resize import Resize
-from kvpager.blocks.sequences import Batch, Prompt, Sequence, Target, listed
+from kvpager.blocks.sequences import (
+    Batch,
+    KeyParts,
+    PrefixMatch,
+    Prompt,
+    Sequence,
+    Target,
+    listed,
+)
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
 from kvpager.blocks.swap import Swap
 from kvpager.blocks.truncation import Truncation
 from kvpager.blocks.windows import WindowIndex, blocks_for, first_needed
-from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step, Tier
 
 Int32 = NDArray[np.int32]
@@ -94,8 +101,8 @@ class GroupedManager:
         self.quotas = Quotas(state)
         self.copies = Copies(state)
         self._table = table = GroupTable(self, state, len(self.windows))
-        self._queries = GroupQueries(state, table)
         self._index = WindowIndex(state, self.windows)
+        self._queries = GroupQueries(state, table, self._index)
         self._allocation = GroupAllocation(state, table)
         self._truncation = Truncation(state)
         self._drafts = Extension(state, self._truncation)
@@ -156,22 +163,31 @@ class GroupedManager:
         who = identity(namespace, adapter, contents, length)
         return [who._replace(group=group) for group in range(len(self.windows))]
 
-    def cached_tokens(
+    @overload
+    def match_prefix(
+        self, prompt: ArrayLike, *, blocks: Literal[True], **key: Unpack[KeyParts]
+    ) -> PrefixMatch: ...
+    @overload
+    def match_prefix(
+        self, prompt: ArrayLike, *, blocks: Literal[False] = False, **key: Unpack[KeyParts]
+    ) -> int: ...
+    def match_prefix(
         self,
         prompt: ArrayLike,
         *,
+        blocks: bool = False,
         namespace: str | None = None,
         adapter: str | None = None,
         contents: Iterable[tuple[int, int, bytes]] = (),
-    ) -> int:
-        """Return how many leading tokens of `prompt` every group has now. O(tokens * groups).
+    ) -> int | PrefixMatch:
+        """Return how many leading tokens every group has now, as `BlockManager.match_prefix`.
 
-        Advisory: the blocks may be evicted before `allocate`. Raises: as `allocate`.
+        With `blocks`, those of all groups: int32 [groups, n], -1 behind a window.
+        O(tokens * groups). Raises: as `allocate`.
         """
         ids = arguments.token_ids(prompt)
         who = self._identities(namespace, adapter, contents, len(ids))
-        with self._state.lock:
-            return self._index.match(who, ids).num_blocks * self.block_size
+        return self._queries.match_prefix(who, ids, arguments.flag("blocks", blocks))
 
     @overload
     def fork(self, sequence: Sequence) -> Sequence: ...
@@ -328,32 +344,14 @@ class GroupedManager:
         Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `SequenceSwapped` for a
         sequence that is wholly on the host already, `ValueError`.
         """
-        if not isinstance(to, str) or to not in ("device", "host"):
-            raise ValueError(f'swap to {to!r}: expected "device" or "host"')
-        at_most = None if at_most is None else arguments.count("at_most", at_most)
-        spare = arguments.count("spare", spare)
+        at_most, spare = arguments.swap(to, at_most, spare)
         named = listed(sequences)
         state, table = self._state, self._table
         with state.lock, state.change:
             names = table.resolve(named)
             if to == "device":
                 return self._swap.back(table.rows[:, names].ravel().tolist(), at_most, spare)
-            return self._swap.out(self._not_on_host(names), at_most)
-
-    def _not_on_host(self, names: Int64) -> list[int]:
-        """Return the rows that are not wholly on the host already."""
-        rows, found = self._state.rows, list[int]()
-        for name in names.tolist():
-            members = self._table.rows[:, name].tolist()
-            here = [
-                row
-                for row in members
-                if len(rows.device_blocks(row)) or not len(rows.host_blocks(row))
-            ]
-            if not here:
-                raise SequenceSwapped(f"sequence {name} is on the host already, all of it")
-            found += here
-        return found
+            return self._swap.out(table.swappable(names), at_most)
 
     # ---------------------------------------------------------------- handles and tables
 
@@ -424,10 +422,7 @@ class GroupedManager:
             return self._state.pool.num_held
 
     def drop_cached(self) -> int:
-        """Evict all that only the prefix index keeps; return how many blocks that freed.
-
-        O(cached).
-        """
+        """Evict all that is cached only. Return how many blocks came free. O(cached)."""
         return self._resize.drop_cached()
 
     def stats(self) -> Stats:

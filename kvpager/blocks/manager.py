@@ -17,7 +17,7 @@ the books; a call that raises has changed nothing. A signal waits for the end of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import overload
+from typing import Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,7 +35,7 @@ from kvpager.blocks.publication import Publication
 from kvpager.blocks.queries import Queries
 from kvpager.blocks.quotas import Quotas
 from kvpager.blocks.resize import Resize
-from kvpager.blocks.sequences import Batch, Sequence, Target, listed
+from kvpager.blocks.sequences import Batch, KeyParts, PrefixMatch, Sequence, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
 from kvpager.blocks.swap import Swap
@@ -137,23 +137,28 @@ class BlockManager:
         with state.lock, state.change:
             return self._allocation.begin(who, length, ids, spare)
 
-    def cached_tokens(
+    @overload
+    def match_prefix(
+        self, prompt: ArrayLike, *, blocks: Literal[True], **key: Unpack[KeyParts]
+    ) -> PrefixMatch: ...
+    @overload
+    def match_prefix(
+        self, prompt: ArrayLike, *, blocks: Literal[False] = False, **key: Unpack[KeyParts]
+    ) -> int: ...
+    def match_prefix(
         self,
         prompt: ArrayLike,
         *,
+        blocks: bool = False,
         namespace: str | None = None,
         adapter: str | None = None,
         contents: Iterable[tuple[int, int, bytes]] = (),
-    ) -> int:
-        """How many leading tokens of `prompt` are in the pool now; changes nothing. O(tokens).
+    ) -> int | PrefixMatch:
+        """Return how many leading tokens of `prompt` are cached now, with `blocks` a `PrefixMatch`.
 
-        A promise to nobody: they may be gone when it is allocated. Raises: as `allocate`.
+        Advisory: blocks may be evicted before `allocate`. O(tokens). Raises: as `allocate`.
         """
-        ids = arguments.token_ids(prompt)
-        who = identity(namespace, adapter, contents, len(ids))
-        state = self._state
-        with state.lock:
-            return self._allocation.num_cached(who, ids)
+        return self.queries.match_prefix(prompt, namespace, adapter, contents, blocks)
 
     @overload
     def fork(self, sequence: Sequence) -> Sequence: ...
@@ -319,10 +324,7 @@ class BlockManager:
         Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `SequenceSwapped` for one
         that is wholly on the host already, `ValueError`.
         """
-        if not isinstance(to, str) or to not in ("device", "host"):
-            raise ValueError(f'swap to {to!r}: expected "device" or "host"')
-        at_most = None if at_most is None else arguments.count("at_most", at_most)
-        spare = arguments.count("spare", spare)
+        at_most, spare = arguments.swap(to, at_most, spare)
         named = listed(sequences)
         state = self._state
         with state.lock, state.change:
@@ -432,10 +434,7 @@ class BlockManager:
         return self._resize.shrink(num_blocks)
 
     def drop_cached(self) -> int:
-        """Evict all that only the prefix index keeps; return how many blocks that freed.
-
-        O(cached).
-        """
+        """Evict all that is cached only. Return how many blocks came free. O(cached)."""
         return self._resize.drop_cached()
 
     def stats(self) -> Stats:

@@ -98,7 +98,7 @@ class CacheManager(Protocol):
     ) -> Sequence:
         """Begin a sequence."""
 
-    def cached_tokens(
+    def match_prefix(
         self,
         prompt: ArrayLike,
         *,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kvpager import _validate as arguments
 from kvpager._validate import COUNT_MAX
-from kvpager.blocks.sequences import Batch, Sequence, Target, listed
+from kvpager.blocks.allocation import identity
+from kvpager.blocks.sequences import Batch, PrefixMatch, Sequence, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import BlockStatus, Stats
 from kvpager.errors import OutOfBlocks
@@ -101,6 +102,28 @@ class Queries:
                 raise OutOfBlocks(need, found, 0, pool.num_blocks, advice=advice)
             handles = [state.handle(row) for row in rows] if isinstance(named, Batch) else named
             return [handles] if isinstance(handles, Sequence) else handles[:chosen]
+
+    def match_prefix(
+        self,
+        prompt: ArrayLike,
+        namespace: str | None,
+        adapter: str | None,
+        contents: Iterable[tuple[int, int, bytes]],
+        blocks: bool,
+    ) -> int | PrefixMatch:
+        """See `BlockManager.match_prefix`. O(tokens)."""
+        ids = arguments.token_ids(prompt)
+        who = identity(namespace, adapter, contents, len(ids))
+        arguments.flag("blocks", blocks)
+        state = self._state
+        with state.lock:
+            match = state.index.match(who.tree, ids, who.contents)
+            num_tokens = len(match.blocks) * state.block_size + match.num_partial
+            if not blocks:
+                return num_tokens
+            partial = [match.partial_block] if match.num_partial else []
+            found = np.concatenate([match.blocks, np.array(partial, np.int32)])
+        return PrefixMatch.of(num_tokens, found)
 
     # ---------------------------------------------------------------- the whole
 

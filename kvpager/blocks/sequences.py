@@ -13,7 +13,7 @@ is then a handful of vector operations, whatever its size. The order of a row's 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +109,31 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+class KeyParts(TypedDict, total=False):
+    """What tells prefixes of equal tokens apart, as `BlockManager.allocate` takes it."""
+
+    namespace: str | None
+    adapter: str | None
+    contents: Iterable[tuple[int, int, bytes]]
+
+
+class PrefixMatch(NamedTuple):
+    """What the pool has of a prompt. Advisory: blocks may be evicted before `allocate`.
+
+    `blocks` is int32 [n], read-only; the last one may agree in part. Of a `GroupedManager`,
+    [groups, n], -1 behind a window.
+    """
+
+    num_tokens: int
+    blocks: Int32
+
+    @classmethod
+    def of(cls, num_tokens: int, blocks: Int32) -> PrefixMatch:
+        """Return a match of blocks that nobody else writes. O(1)."""
+        blocks.flags.writeable = False
+        return cls(num_tokens, blocks)
 
 
 class Prompt(NamedTuple):

@@ -220,7 +220,7 @@ class AdmissionPolicy:
         else:
             ids = state.prompt[: length - 1]
         namespace, adapter = state.identity
-        return self._manager.cached_tokens(ids, namespace=namespace, adapter=adapter)
+        return self._manager.match_prefix(ids, namespace=namespace, adapter=adapter)
 
     def _awaits(self, state: RequestState) -> bool:
         """True if another request is computing what its prompt begins with.

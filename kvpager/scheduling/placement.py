@@ -215,7 +215,7 @@ class Placement:
         """True if the index has more of this row than what lies before `start`."""
         namespace, adapter = self._sequences.owner(number).identity
         ids = self._sequences.tokens(number, 0, self._sequences.num_known(number) - 1)
-        cached = self._manager.cached_tokens(ids, namespace=namespace, adapter=adapter)
+        cached = self._manager.match_prefix(ids, namespace=namespace, adapter=adapter)
         return cached > start
 
     def _allocate(self, number: int, spare: int) -> Sequence:

@@ -207,7 +207,7 @@ def replay(
     for number, prompt in enumerate(trace.prompts, 1):
         blocks += len(prompt)
         if len(prompt) > capacity:
-            hits += manager.cached_tokens(prompt)
+            hits += manager.match_prefix(prompt)
             too_long += 1
         else:
             sequence = manager.allocate(np.append(prompt, np.int32(trace.num_prefixes)))

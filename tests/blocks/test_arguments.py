@@ -126,7 +126,7 @@ def manager() -> BlockManager:
 @pytest.mark.parametrize("form", ALIKE)
 def test_the_same_ids_in_any_form_are_the_same_prompt(manager: BlockManager, form: str) -> None:
     manager.free(manager.allocate(PROMPT), publish=True)
-    assert manager.cached_tokens(ALIKE[form]) == 4
+    assert manager.match_prefix(ALIKE[form]) == 4
     assert manager.allocate(ALIKE[form]).num_cached_tokens == 4
     front = manager.allocate([9, 9, 9])
     manager.append(front, ALIKE[form])
@@ -147,7 +147,7 @@ def test_what_is_not_token_ids_is_refused_wherever_they_are_taken(
     before = state_of(manager)
     for call in (
         lambda: manager.allocate(ids),
-        lambda: manager.cached_tokens(ids),
+        lambda: manager.match_prefix(ids),
         lambda: manager.append(sequence, ids),
         lambda: content_keys(ids, 4, KeyContext("layout", "model")),
         lambda: scheduler.submit(Request(name="a", prompt=ids, max_new_tokens=1)),

@@ -64,7 +64,7 @@ def test_growing_keeps_what_is_cached_and_its_order() -> None:
     cache(manager, B)
     manager.grow(4)
     manager.allocate(12)
-    assert (manager.cached_tokens(A), manager.cached_tokens(B)) == (0, 4)
+    assert (manager.match_prefix(A), manager.match_prefix(B)) == (0, 4)
     manager.check()
 
 
@@ -140,7 +140,7 @@ def test_shrinking_evicts_the_cached_blocks_for_which_there_is_no_room() -> None
     cache(manager, B)
     manager.shrink(3)
     manager.check()
-    assert (manager.cached_tokens(A), manager.cached_tokens(B)) == (0, 4)
+    assert (manager.match_prefix(A), manager.match_prefix(B)) == (0, 4)
     assert manager.stats().total_evicted == 1
     assert len(held) == 8
 
@@ -153,7 +153,7 @@ def test_a_sequence_goes_on_after_its_blocks_moved() -> None:
     manager.append(sequence, C)
     manager.commit(sequence)
     manager.check()
-    assert manager.cached_tokens(A + B + C) == 12
+    assert manager.match_prefix(A + B + C) == 12
 
 
 def test_shrinking_below_what_is_held_is_refused_and_changes_nothing() -> None:
@@ -164,7 +164,7 @@ def test_shrinking_below_what_is_held_is_refused_and_changes_nothing() -> None:
     with pytest.raises(OutOfBlocks, match="need 5 remaining device blocks, 4 free"):
         manager.shrink(4)
     assert manager.stats() == before
-    assert manager.cached_tokens(A) == 4
+    assert manager.match_prefix(A) == 4
 
 
 def test_shrinking_below_a_pinned_block_is_refused_and_changes_nothing() -> None:
@@ -179,7 +179,7 @@ def test_shrinking_below_a_pinned_block_is_refused_and_changes_nothing() -> None
     assert manager.stats() == before
     manager.pins.unpin(ticket)
     manager.shrink(4)
-    assert manager.cached_tokens(A) == 4
+    assert manager.match_prefix(A) == 4
     manager.check()
 
 
@@ -197,7 +197,7 @@ def test_a_pool_can_shrink_and_grow_again_and_again() -> None:
         (manager.grow if size >= manager.num_blocks else manager.shrink)(size)
         manager.check()
         assert manager.num_free_blocks == size - 2
-    assert manager.cached_tokens(A + B) == 8
+    assert manager.match_prefix(A + B) == 8
     assert len(manager.block_tables(sequence)[0]) == 2
 
 
@@ -342,11 +342,11 @@ def test_the_source_of_a_partial_match_is_not_evicted_before_complete() -> None:
     manager.check()
     assert hit.num_cached_tokens == 6
     assert source not in all_that_can_be_had(manager)
-    assert manager.cached_tokens(A + B) == 8
+    assert manager.match_prefix(A + B) == 8
     manager.copies.complete(hit)
     manager.check()
     assert source in all_that_can_be_had(manager)
-    assert manager.cached_tokens(A + B) == 4  # the first block is held by the hit
+    assert manager.match_prefix(A + B) == 4  # the first block is held by the hit
 
 
 def test_a_partial_match_that_cannot_keep_its_source_is_refused_whole() -> None:
@@ -533,7 +533,7 @@ def test_a_pinned_prefix_survives_any_pressure() -> None:
         cache(manager, prompt)
     press(manager)
     assert manager.drop_cached() == 0
-    assert manager.cached_tokens(A + B) == 8
+    assert manager.match_prefix(A + B) == 8
     assert manager.stats().num_kept == 2
     manager.check()
 
@@ -556,10 +556,10 @@ def test_a_prefix_pinned_twice_stays_until_both_pins_end() -> None:
     manager.free(list(handles_of(manager).values()))
     manager.pins.unpin(tickets[0])
     press(manager)
-    assert manager.cached_tokens(A) == 4
+    assert manager.match_prefix(A) == 4
     manager.pins.unpin(tickets[1])
     press(manager)
-    assert manager.cached_tokens(A) == 0
+    assert manager.match_prefix(A) == 0
     manager.check()
 
 
@@ -571,7 +571,7 @@ def test_what_is_published_after_the_pin_is_not_pinned() -> None:
     manager.commit(sequence)
     manager.free(sequence)
     press(manager)
-    assert manager.cached_tokens(A + B) == 4
+    assert manager.match_prefix(A + B) == 4
 
 
 def test_a_pinned_block_is_shared_and_given_back_like_any_other() -> None:
@@ -652,7 +652,7 @@ def order_of_leaving(manager: BlockManager, prompts: list[list[int]]) -> list[li
     for _ in prompts:
         manager.append(held, 4)
         manager.check()
-        gone = [p for p in prompts if p not in order and not manager.cached_tokens(p)]
+        gone = [p for p in prompts if p not in order and not manager.match_prefix(p)]
         assert len(gone) == 1
         order += gone
     return order
@@ -801,8 +801,8 @@ def test_at_its_ceiling_a_namespace_evicts_its_own_blocks_first() -> None:
     cache(manager, A + B, "acme")
     manager.allocate(8, namespace="acme")
     manager.check()
-    assert manager.cached_tokens(A, namespace="other") == 4
-    assert manager.cached_tokens(A + B, namespace="acme") == 4
+    assert manager.match_prefix(A, namespace="other") == 4
+    assert manager.match_prefix(A + B, namespace="acme") == 4
     assert manager.quotas.used("acme") == 3
 
 
@@ -825,7 +825,7 @@ def test_what_is_cached_within_a_floor_nobody_else_evicts() -> None:
     assert room(manager, "other") == 6
     manager.free(manager.allocate(24, namespace="other"))
     manager.check()
-    assert manager.cached_tokens(A + B + C, namespace="acme") == 8
+    assert manager.match_prefix(A + B + C, namespace="acme") == 8
 
 
 def test_a_floor_that_is_held_guards_nothing_more() -> None:
@@ -836,7 +836,7 @@ def test_a_floor_that_is_held_guards_nothing_more() -> None:
     assert room(manager, "other") == 6
     manager.allocate(24, namespace="other")
     manager.check()
-    assert manager.cached_tokens(A, namespace="acme") == 0
+    assert manager.match_prefix(A, namespace="acme") == 0
 
 
 def test_sharing_a_cached_prefix_cannot_undercut_anothers_floor() -> None:
@@ -957,8 +957,8 @@ def test_lowering_a_ceiling_evicts_the_namespaces_own_cached_blocks() -> None:
     manager.quotas.set("acme", ceiling=1)
     manager.check()
     assert manager.quotas.used("acme") == 1
-    assert manager.cached_tokens(A + B + C, namespace="acme") == 4
-    assert manager.cached_tokens(A, namespace="other") == 4
+    assert manager.match_prefix(A + B + C, namespace="acme") == 4
+    assert manager.match_prefix(A, namespace="other") == 4
 
 
 def test_a_ceiling_below_what_is_held_is_refused_and_changes_nothing() -> None:
@@ -969,7 +969,7 @@ def test_a_ceiling_below_what_is_held_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="ceiling 1: namespace 'acme' holds 2 blocks"):
         manager.quotas.set("acme", ceiling=1)
     assert manager.stats() == before
-    assert manager.cached_tokens(A + B, namespace="acme") == 8
+    assert manager.match_prefix(A + B, namespace="acme") == 8
     with pytest.raises(ValueError, match="has no quota"):
         manager.quotas.get("acme")
     manager.free(held)
@@ -1007,7 +1007,7 @@ def test_shrinking_evicts_from_namespaces_with_a_quota_too() -> None:
     manager.shrink(2)
     manager.check()
     assert manager.quotas.used("acme") == 2
-    assert manager.cached_tokens(A + B + C, namespace="acme") == 8
+    assert manager.match_prefix(A + B + C, namespace="acme") == 8
 
 
 @pytest.mark.mostly_slow(quick=1)
@@ -1244,7 +1244,7 @@ def test_events_tell_nothing_of_what_happens_to_their_arrays_later() -> None:
     assert event.tokens is not None
     event.tokens[:] = event.blocks[:] = 77
     manager.check()
-    assert manager.cached_tokens(A + B) == 8
+    assert manager.match_prefix(A + B) == 8
 
 
 def test_a_manager_that_keeps_no_events_says_how_to_get_some() -> None:

@@ -121,7 +121,7 @@ def test_blocks_leave_least_recently_used_first_after_a_failure() -> None:
     manager.free(manager.allocate(4))  # evicts a block by the old ranks, and finds the new ones
     manager.check()
     manager.free(manager.allocate(12))
-    assert [manager.cached_tokens(range(first, first + 8)) for first in (0, 100, 200)] == [0, 8, 4]
+    assert [manager.match_prefix(range(first, first + 8)) for first in (0, 100, 200)] == [0, 8, 4]
 
 
 def test_a_log_handler_that_raises_harms_nothing() -> None:
@@ -178,7 +178,7 @@ def test_a_clock_that_fails_while_room_is_made_keeps_what_is_retained(caplog) ->
     manager.free(manager.allocate(24))
     manager.check()
     assert "clock of the eviction policy failed" in caplog.text
-    assert manager.cached_tokens(range(16)) == 8
+    assert manager.match_prefix(range(16)) == 8
     clock.works = True
     manager.free(manager.allocate(28))
     manager.check()

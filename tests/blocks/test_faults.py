@@ -496,7 +496,7 @@ class Worker:
                 manager._state.lock
             ):  # or else others evict what is equal to it and idle, in between
                 manager.commit(one)
-                assert manager.cached_tokens(ids) >= len(ids) // 4 * 4
+                assert manager.match_prefix(ids) >= len(ids) // 4 * 4
             assert len(manager.block_tables(one)[0]) == -(-len(ids) // 4)
 
     def act_on_shared(self) -> None:

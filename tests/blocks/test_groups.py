@@ -141,7 +141,7 @@ class Groups(RuleBasedStateMachine):
         return self.allocate(tokens, namespace)
 
     def allocate(self, tokens: list[int], namespace: str | None) -> Any:
-        cached = self.manager.cached_tokens(tokens[:-1], namespace=namespace)
+        cached = self.manager.match_prefix(tokens[:-1], namespace=namespace)
         handle = self.attempt(self.manager.allocate, tokens, namespace=namespace)
         if handle is None:
             return None
@@ -427,8 +427,20 @@ def test_a_block_behind_the_window_stays_cached_and_leaves_first() -> None:
     other = manager.allocate(range(100, 128))  # evicts all but one block
     assert manager.stats().num_cached == 1
     manager.free(other)
-    assert manager.cached_tokens(range(16)) == 16  # served by the last window alone
-    assert manager.cached_tokens(range(12)) == 0
+    assert manager.match_prefix(range(16)) == 16  # served by the last window alone
+    assert manager.match_prefix(range(12)) == 0
+
+
+def test_match_prefix_returns_the_blocks_of_every_group() -> None:
+    manager = GroupedManager((None, 4), 40, 4)
+    manager.free(manager.allocate(range(12)), publish=True)
+    match = manager.match_prefix(range(13), blocks=True)
+    assert match.num_tokens == 12
+    shared = manager.block_tables(manager.allocate(range(13)))[:, 0, :3]
+    assert match.blocks.tolist() == shared.tolist()
+    assert (match.blocks[1] < 0).tolist() == [True, True, False]
+    unknown = manager.match_prefix([99] * 12, blocks=True)
+    assert (unknown.num_tokens, unknown.blocks.shape) == (0, (2, 0))
 
 
 def test_a_hit_has_every_block_of_the_last_window() -> None:
@@ -461,9 +473,9 @@ def test_tokens_after_a_cut_are_not_taken_for_those_before_it() -> None:
 def test_groups_and_namespaces_share_no_prefix() -> None:
     manager = GroupedManager((6, 6), 40, 4)
     manager.commit(manager.allocate(range(12), namespace="a"))
-    assert manager.cached_tokens(range(12), namespace="a") == 12
-    assert manager.cached_tokens(range(12)) == 0
-    assert manager.cached_tokens(range(12), namespace="a", adapter="b") == 0
+    assert manager.match_prefix(range(12), namespace="a") == 12
+    assert manager.match_prefix(range(12)) == 0
+    assert manager.match_prefix(range(12), namespace="a", adapter="b") == 0
     again = manager.allocate(range(13), namespace="a")
     one, other = manager.block_tables(again)[:, 0]
     assert not set(one[one >= 0]) & set(other[other >= 0])
@@ -472,16 +484,16 @@ def test_groups_and_namespaces_share_no_prefix() -> None:
 def test_an_equal_block_after_another_prompt_is_not_reused() -> None:
     manager = GroupedManager((4,), 40, 4)
     manager.commit(manager.allocate([1, 1, 1, 1, 7, 7, 7, 7]))
-    assert manager.cached_tokens([1, 1, 1, 1, 7, 7, 7, 7]) == 8
-    assert manager.cached_tokens([2, 2, 2, 2, 7, 7, 7, 7]) == 0
-    assert manager.cached_tokens([7, 7, 7, 7]) == 0
+    assert manager.match_prefix([1, 1, 1, 1, 7, 7, 7, 7]) == 8
+    assert manager.match_prefix([2, 2, 2, 2, 7, 7, 7, 7]) == 0
+    assert manager.match_prefix([7, 7, 7, 7]) == 0
 
 
 def test_contents_before_the_window_tell_prompts_apart() -> None:
     manager = GroupedManager((4,), 40, 4)
     manager.commit(manager.allocate(range(12), contents=[(0, 3, b"cat")]))
-    assert manager.cached_tokens(range(12), contents=[(0, 3, b"cat")]) == 12
-    assert manager.cached_tokens(range(12), contents=[(0, 3, b"dog")]) == 0
+    assert manager.match_prefix(range(12), contents=[(0, 3, b"cat")]) == 12
+    assert manager.match_prefix(range(12), contents=[(0, 3, b"dog")]) == 0
 
 
 def test_a_quota_counts_the_blocks_of_all_groups() -> None:

@@ -67,7 +67,7 @@ def test_before_anything_is_learned_the_least_recent_leaves() -> None:
     manager = BlockManager(32, BLOCK_SIZE, eviction="lifetime")
     for which in range(6):  # 9 blocks each, one of them only while it is held
         use(manager, prompt(which))
-    cached = [manager.cached_tokens(prompt(which)) // BLOCK_SIZE for which in range(6)]
+    cached = [manager.match_prefix(prompt(which)) // BLOCK_SIZE for which in range(6)]
     assert cached[:2] == [0, 0]
     assert cached[4:] == [8, 8]
 
@@ -77,7 +77,7 @@ def test_ghost_tells_an_old_prefix_from_a_new_one() -> None:
     use(manager, prompt(0))
     for which in range(1, 10):
         use(manager, prompt(which))
-    assert manager.cached_tokens(prompt(0)) == 0
+    assert manager.match_prefix(prompt(0)) == 0
     policy, num_known = policy_of(manager), {}
     for which in (0, 100):
         sequence = manager.allocate(prompt(which))
@@ -161,7 +161,7 @@ def test_resize_keeps_what_is_remembered_of_blocks_and_ghosts(num_blocks: int) -
     manager.check()
     assert len(policy.records) == num_blocks
     assert np.count_nonzero(policy.ghosts.prints) > num_ghosts / 2
-    assert manager.cached_tokens(prompt(0)) + manager.cached_tokens(prompt(1)) > 0
+    assert manager.match_prefix(prompt(0)) + manager.match_prefix(prompt(1)) > 0
     mixed(manager, 700, 100)
     manager.check()
 

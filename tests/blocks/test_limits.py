@@ -27,7 +27,7 @@ def test_a_floor_is_kept_even_where_its_blocks_would_leave_first() -> None:
     cache(manager, range(16), "acme")  # idle for longest
     cache(manager, range(100, 116), "b")
     manager.allocate(12, namespace="b")
-    assert manager.cached_tokens(list(range(16)), namespace="acme") == 16
+    assert manager.match_prefix(list(range(16)), namespace="acme") == 16
     manager.check()
 
 
@@ -39,7 +39,7 @@ def test_idle_blocks_before_held_ones_leave_one_by_one() -> None:
     manager.slide(sequence, 16)
     manager.allocate(16, namespace="b")  # needs one block of acme's four idle ones
     assert manager.quotas.used("acme") == 4
-    assert manager.cached_tokens(list(range(20)), namespace="acme") == 12
+    assert manager.match_prefix(list(range(20)), namespace="acme") == 12
     manager.check()
 
 
@@ -52,7 +52,7 @@ def test_the_deepest_idle_run_leaves_first_of_those_before_held_ones() -> None:
         manager.commit(pair[-1])
     manager.slide(pair, 76)  # the last block of each is held; the 28 before are idle
     manager.allocate(4 * manager.num_free_blocks + 4)
-    assert manager.cached_tokens(front) == 40
+    assert manager.match_prefix(front) == 40
     assert manager.stats().total_evicted == 2  # one idle block, and the held one behind it
     manager.check()
 

@@ -50,8 +50,8 @@ def test_prompts_that_part_inside_a_run_share_what_comes_before(manager: BlockMa
     cache(manager, A + B + C)
     cache(manager, A + B + D)
     manager.check()
-    assert manager.cached_tokens(A + B + C) == 12
-    assert manager.cached_tokens(A + B + D) == 12
+    assert manager.match_prefix(A + B + C) == 12
+    assert manager.match_prefix(A + B + D) == 12
     assert manager.stats().num_cached == 4
 
 
@@ -60,7 +60,7 @@ def test_a_run_can_be_split_again_and_again(manager: BlockManager) -> None:
     for prompt in prompts:
         cache(manager, prompt)
         manager.check()
-    assert [manager.cached_tokens(prompt) for prompt in prompts] == [len(p) for p in prompts]
+    assert [manager.match_prefix(prompt) for prompt in prompts] == [len(p) for p in prompts]
     assert manager.stats().num_cached == 8
 
 
@@ -70,7 +70,7 @@ def test_a_sequence_goes_on_although_its_run_was_split(manager: BlockManager) ->
     manager.append(sequence, E)
     manager.commit(sequence)
     manager.check()
-    assert manager.cached_tokens(A + B + C + E) == 16
+    assert manager.match_prefix(A + B + C + E) == 16
 
 
 def test_a_sequence_shortened_to_the_upper_half_of_a_split_run_goes_on_there(
@@ -83,7 +83,7 @@ def test_a_sequence_shortened_to_the_upper_half_of_a_split_run_goes_on_there(
     manager.commit(sequence)
     manager.check()
     for prompt in (A + B + C, A + B + D, A + E):
-        assert manager.cached_tokens(prompt) == len(prompt)
+        assert manager.match_prefix(prompt) == len(prompt)
 
 
 def test_prompts_that_part_inside_a_block_share_its_first_tokens(manager: BlockManager) -> None:
@@ -93,8 +93,8 @@ def test_prompts_that_part_inside_a_block_share_its_first_tokens(manager: BlockM
     manager.commit(other)
     manager.check()
     # Both continuations are offered now, and each is found by its own tokens.
-    assert manager.cached_tokens([*A, B[0], B[1], 99]) == 7
-    assert manager.cached_tokens(A + B[:3]) == 7
+    assert manager.match_prefix([*A, B[0], B[1], 99]) == 7
+    assert manager.match_prefix(A + B[:3]) == 7
 
 
 def test_of_several_continuations_the_one_that_agrees_longest_is_copied(
@@ -102,16 +102,16 @@ def test_of_several_continuations_the_one_that_agrees_longest_is_copied(
 ) -> None:
     for block in ([1, 2, 3, 4], [1, 2, 9, 9], [1, 9, 9, 9]):
         cache(manager, A + block)
-    assert manager.cached_tokens([*A, 1, 2, 3, 0]) == 7
-    assert manager.cached_tokens([*A, 1, 2, 9, 0]) == 7
-    assert manager.cached_tokens([*A, 1, 9, 0, 0]) == 6
-    assert manager.cached_tokens([*A, 1, 0, 0, 0]) == 5
-    assert manager.cached_tokens([*A, 0, 0, 0, 0]) == 4
+    assert manager.match_prefix([*A, 1, 2, 3, 0]) == 7
+    assert manager.match_prefix([*A, 1, 2, 9, 0]) == 7
+    assert manager.match_prefix([*A, 1, 9, 0, 0]) == 6
+    assert manager.match_prefix([*A, 1, 0, 0, 0]) == 5
+    assert manager.match_prefix([*A, 0, 0, 0, 0]) == 4
 
 
 def test_a_partial_match_needs_no_open_block(manager: BlockManager) -> None:
     cache(manager, A + B[:3])  # the second block never became full
-    assert manager.cached_tokens(A + B) == 4
+    assert manager.match_prefix(A + B) == 4
 
 
 def test_a_chain_of_many_forks_is_walked_to_its_end() -> None:
@@ -121,8 +121,8 @@ def test_a_chain_of_many_forks_is_walked_to_its_end() -> None:
         cache(manager, [*prompt[:depth], -1])
     cache(manager, prompt)
     manager.check()
-    assert manager.cached_tokens(prompt) == 500
-    assert manager.cached_tokens([*prompt[:251], -1]) == 252
+    assert manager.match_prefix(prompt) == 500
+    assert manager.match_prefix([*prompt[:251], -1]) == 252
     manager.drop_cached()
     manager.check()
     assert manager.num_free_blocks == 2048
@@ -136,19 +136,19 @@ def test_a_prompt_grown_token_by_token_is_found_like_one_given_at_once(
         manager.append(sequence, [token])
         manager.commit(sequence)
     manager.check()
-    assert manager.cached_tokens(A + B + C) == 12
+    assert manager.match_prefix(A + B + C) == 12
 
 
 def test_a_run_that_lost_its_tail_is_extended_by_who_comes_next() -> None:
     manager = BlockManager(8, 4)
     cache(manager, A + B + C + D)
     evict(manager, 2)
-    assert manager.cached_tokens(A + B + C + D) == 8
+    assert manager.match_prefix(A + B + C + D) == 8
     cache(manager, A + B + E)
     cache(manager, A + B + C)
     manager.check()
     for prompt in (A + B + E, A + B + C):
-        assert manager.cached_tokens(prompt) == 12
+        assert manager.match_prefix(prompt) == 12
 
 
 def test_a_place_beyond_a_lost_tail_is_not_mistaken_for_what_grew_there() -> None:
@@ -159,13 +159,13 @@ def test_a_place_beyond_a_lost_tail_is_not_mistaken_for_what_grew_there() -> Non
     held = manager.allocate(manager.num_free_blocks * 4)
     manager.append(held, 1)  # the tail of the run leaves
     manager.free(held)
-    assert manager.cached_tokens(A + B) == 4
+    assert manager.match_prefix(A + B) == 4
     cache(manager, A + C + D)
     manager.append(twin, E)
     manager.commit(twin)
     manager.check()
-    assert manager.cached_tokens(A + B + E) == 12
-    assert manager.cached_tokens(A + C + E) == 8
+    assert manager.match_prefix(A + B + E) == 12
+    assert manager.match_prefix(A + C + E) == 8
 
 
 # -------------------------------------------------------------------- twins and forks
@@ -178,7 +178,7 @@ def test_a_twin_goes_on_behind_the_blocks_that_are_offered(manager: BlockManager
     manager.commit([twin, first])
     manager.check()
     assert manager.stats().num_shared == 0
-    assert manager.cached_tokens(A + B + C) == manager.cached_tokens(A + B + D) == 12
+    assert manager.match_prefix(A + B + C) == manager.match_prefix(A + B + D) == 12
 
 
 def test_a_twin_whose_counterpart_was_evicted_offers_its_own_blocks() -> None:
@@ -187,7 +187,7 @@ def test_a_twin_whose_counterpart_was_evicted_offers_its_own_blocks() -> None:
     manager.commit([first, twin])
     manager.free(first)
     evict(manager, 2)
-    assert manager.cached_tokens(A + B) == 0
+    assert manager.match_prefix(A + B) == 0
     manager.append(twin, C)
     manager.commit(twin)
     manager.check()
@@ -205,10 +205,10 @@ def test_a_twin_that_lost_its_front_under_it_offers_everything_again() -> None:
     manager.free(first)
     manager.drop_cached()  # takes them, and with them C, although it is held
     manager.check()
-    assert manager.cached_tokens(A + B + C) == 0
+    assert manager.match_prefix(A + B + C) == 0
     manager.commit(twin)
     manager.check()
-    assert manager.cached_tokens(A + B + C) == 12
+    assert manager.match_prefix(A + B + C) == 12
 
 
 def test_forks_offer_their_different_continuations(manager: BlockManager) -> None:
@@ -220,7 +220,7 @@ def test_forks_offer_their_different_continuations(manager: BlockManager) -> Non
     manager.commit(children)
     manager.check()
     for block in (B, C, D):
-        assert manager.cached_tokens(A + block + E) == 12
+        assert manager.match_prefix(A + block + E) == 12
 
 
 def test_forks_that_write_the_same_are_twins(manager: BlockManager) -> None:
@@ -230,7 +230,7 @@ def test_forks_that_write_the_same_are_twins(manager: BlockManager) -> None:
     manager.check()
     manager.free(family)
     assert manager.stats().num_cached == 2
-    assert manager.cached_tokens(A + B) == 8
+    assert manager.match_prefix(A + B) == 8
 
 
 def test_a_fork_taken_before_the_commit_publishes_once(manager: BlockManager) -> None:
@@ -267,7 +267,7 @@ def test_a_prefix_is_found_by_the_same_namespace_and_adapter_only(
 ) -> None:
     cache(manager, A + B, **owner)
     for other in WHO:
-        assert manager.cached_tokens(A + B, **other) == (8 if other == owner else 0)
+        assert manager.match_prefix(A + B, **other) == (8 if other == owner else 0)
 
 
 @pytest.mark.parametrize("label", ["namespace", "adapter"])
@@ -275,7 +275,7 @@ def test_a_prefix_is_found_by_the_same_namespace_and_adapter_only(
 def test_a_namespace_or_adapter_that_is_no_string_is_refused(
     manager: BlockManager, label: str, value: object
 ) -> None:
-    for look in (manager.allocate, manager.cached_tokens):
+    for look in (manager.allocate, manager.match_prefix):
         with pytest.raises(TypeError, match=f"{label} .*expected a str or None"):
             look(A, **{label: value})  # type: ignore[operator]
     assert manager.stats().num_sequences == 0
@@ -285,7 +285,7 @@ def test_a_namespace_or_adapter_that_is_no_string_is_refused(
 def test_an_empty_namespace_or_adapter_is_refused_wherever_one_is_taken(
     manager: BlockManager, label: str
 ) -> None:
-    for look in (manager.allocate, manager.cached_tokens):
+    for look in (manager.allocate, manager.match_prefix):
         with pytest.raises(ValueError, match=f'{label} "": expected at least one character'):
             look(A, **{label: ""})  # type: ignore[operator]
     assert manager.stats().num_sequences == 0
@@ -310,8 +310,8 @@ def test_a_fork_stays_with_its_parents_adapter(manager: BlockManager) -> None:
     child = manager.fork(manager.allocate(A, adapter="math"))
     manager.append(child, B)
     manager.commit(child)
-    assert manager.cached_tokens(A + B, adapter="math") == 8
-    assert manager.cached_tokens(A + B) == 0
+    assert manager.match_prefix(A + B, adapter="math") == 8
+    assert manager.match_prefix(A + B) == 0
 
 
 # -------------------------------------------------------------------- contents
@@ -321,7 +321,7 @@ PLACEHOLDERS = A + [7] * 8 + B
 
 def test_equal_contents_are_reused(manager: BlockManager) -> None:
     cache(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
-    assert manager.cached_tokens(PLACEHOLDERS, contents=[(4, 12, DOG)]) == 16
+    assert manager.match_prefix(PLACEHOLDERS, contents=[(4, 12, DOG)]) == 16
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_other_contents_are_missed_from_the_first_block_they_overlap(
     cache(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
     if contents[:1] == [(4, 8, DOG)]:
         cache(manager, PLACEHOLDERS[:8], contents=[(4, 8, DOG)])
-    assert manager.cached_tokens(PLACEHOLDERS, contents=contents) == cached
+    assert manager.match_prefix(PLACEHOLDERS, contents=contents) == cached
     manager.check()
 
 
@@ -353,27 +353,27 @@ def test_the_block_that_a_content_begins_in_is_missed_as_a_whole(
 ) -> None:
     prompt = [7] * 16
     cache(manager, prompt, contents=[(start, 14, DOG)])
-    assert manager.cached_tokens(prompt, contents=[(start, 14, CAT)]) == start // 4 * 4
+    assert manager.match_prefix(prompt, contents=[(start, 14, CAT)]) == start // 4 * 4
 
 
 def test_a_digest_a_byte_longer_is_another_content(manager: BlockManager) -> None:
     cache(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
-    assert manager.cached_tokens(PLACEHOLDERS, contents=[(4, 12, DOG + b"\0")]) == 4
+    assert manager.match_prefix(PLACEHOLDERS, contents=[(4, 12, DOG + b"\0")]) == 4
 
 
 def test_part_of_a_block_is_not_reused_across_a_contents_border(manager: BlockManager) -> None:
     prompt = [1, 2, 7, 7, *B]
     cache(manager, prompt, contents=[(2, 4, DOG)])
     # Tokens 1, 2 come before the image, yet the block as a whole is another one.
-    assert manager.cached_tokens(prompt, contents=[(2, 4, CAT)]) == 0
-    assert manager.cached_tokens([1, 2, 3, 4]) == 0
-    assert manager.cached_tokens([1, 2, 7, 7], contents=[(2, 4, DOG)]) == 4
+    assert manager.match_prefix(prompt, contents=[(2, 4, CAT)]) == 0
+    assert manager.match_prefix([1, 2, 3, 4]) == 0
+    assert manager.match_prefix([1, 2, 7, 7], contents=[(2, 4, DOG)]) == 4
 
 
 def test_part_of_a_block_with_equal_contents_is_reused(manager: BlockManager) -> None:
     cache(manager, [7, 7, 1, 2], contents=[(0, 2, DOG)])
-    assert manager.cached_tokens([7, 7, 1, 9], contents=[(0, 2, DOG)]) == 3
-    assert manager.cached_tokens([7, 7, 1, 9], contents=[(0, 2, CAT)]) == 0
+    assert manager.match_prefix([7, 7, 1, 9], contents=[(0, 2, DOG)]) == 3
+    assert manager.match_prefix([7, 7, 1, 9], contents=[(0, 2, CAT)]) == 0
 
 
 def test_prompts_that_show_different_things_can_be_offered_side_by_side(
@@ -385,15 +385,15 @@ def test_prompts_that_show_different_things_can_be_offered_side_by_side(
     manager.check()
     assert manager.stats().num_cached == 1 + 3 * 3
     for contents in ([(4, 12, DOG)], [(4, 12, CAT)], []):
-        assert manager.cached_tokens(PLACEHOLDERS, contents=contents) == 16
+        assert manager.match_prefix(PLACEHOLDERS, contents=contents) == 16
 
 
 def test_what_follows_a_content_is_appended_behind_it(manager: BlockManager) -> None:
     sequence = committed(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
     manager.append(sequence, C)
     manager.commit(sequence)
-    assert manager.cached_tokens(PLACEHOLDERS + C, contents=[(4, 12, DOG)]) == 20
-    assert manager.cached_tokens(PLACEHOLDERS + C) == 4
+    assert manager.match_prefix(PLACEHOLDERS + C, contents=[(4, 12, DOG)]) == 20
+    assert manager.match_prefix(PLACEHOLDERS + C) == 4
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_what_follows_a_content_is_appended_behind_it(manager: BlockManager) -> 
 def test_contents_that_make_no_sense_are_refused(
     manager: BlockManager, content: object, error: type[Exception], message: str
 ) -> None:
-    for look in (manager.allocate, manager.cached_tokens):
+    for look in (manager.allocate, manager.match_prefix):
         with pytest.raises(error, match=message):
             look(A, contents=[content])  # type: ignore[operator, list-item]
     assert manager.stats().num_sequences == 0
@@ -419,36 +419,81 @@ def test_contents_that_make_no_sense_are_refused(
 # -------------------------------------------------------------------- looking changes nothing
 
 
-def test_cached_tokens_changes_nothing() -> None:
+def test_match_prefix_changes_nothing() -> None:
     manager = BlockManager(8, 4, num_events=10)
     cache(manager, A + B)
     cache(manager, C)
     manager.events.fetch()
     before = {name: array.copy() for name, array in state_of(manager).items()}
     for prompt in (A + B, A + B[:2], D, []):
-        manager.cached_tokens(prompt)
-        manager.cached_tokens(prompt, namespace="nobody yet", adapter="x")
+        manager.match_prefix(prompt)
+        manager.match_prefix(prompt, namespace="nobody yet", adapter="x")
     after = state_of(manager)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert manager.events.fetch() == []
 
 
-def test_cached_tokens_counts_the_last_token_that_allocate_leaves_to_compute(
+def test_match_prefix_counts_the_last_token_that_allocate_leaves_to_compute(
     manager: BlockManager,
 ) -> None:
     cache(manager, A + B)
-    assert manager.cached_tokens(A + B) == 8
+    assert manager.match_prefix(A + B) == 8
     assert manager.allocate(A + B).num_cached_tokens == 7
+
+
+def test_match_prefix_returns_the_blocks_that_allocate_shares(manager: BlockManager) -> None:
+    cache(manager, A + B)
+    match = manager.match_prefix([*A, *B, 99], blocks=True)
+    assert match.num_tokens == 8
+    table = manager.block_tables(manager.allocate([*A, *B, 99]))[0]
+    assert match.blocks.dtype == np.int32
+    assert match.blocks.tolist() == table[:2].tolist()
+
+
+def test_match_prefix_returns_a_block_that_agrees_in_part(manager: BlockManager) -> None:
+    cache(manager, A + B)
+    whole = manager.match_prefix(A + B, blocks=True).blocks
+    match = manager.match_prefix([*A, *B[:2], 99], blocks=True)
+    assert (match.num_tokens, match.blocks.tolist()) == (6, whole.tolist())
+
+
+def test_match_prefix_of_an_unknown_prompt_has_no_blocks(manager: BlockManager) -> None:
+    cache(manager, A)
+    for key in ({}, {"namespace": "other"}, {"adapter": "x"}):
+        match = manager.match_prefix(A if key else D, blocks=True, **key)
+        assert (match.num_tokens, match.blocks.tolist()) == (0, [])
+
+
+def test_blocks_of_a_match_are_a_read_only_copy(manager: BlockManager) -> None:
+    cache(manager, A + B)
+    match = manager.match_prefix(A, blocks=True)
+    with pytest.raises(ValueError, match="read-only"):
+        match.blocks[0] = 0
+    cache(manager, A + C)
+    assert len(match.blocks) == 1
+
+
+def test_blocks_of_a_match_are_not_held(manager: BlockManager) -> None:
+    cache(manager, A + B)
+    match = manager.match_prefix(A + B, blocks=True)
+    assert len(match.blocks) == 2
+    assert manager.drop_cached() == 2
+    assert manager.match_prefix(A + B, blocks=True).num_tokens == 0
+
+
+def test_blocks_of_match_prefix_is_a_bool(manager: BlockManager) -> None:
+    with pytest.raises(TypeError, match="blocks"):
+        manager.match_prefix(A, blocks=1)  # type: ignore[call-overload]
 
 
 def test_looking_at_a_prompt_does_not_keep_it(manager: BlockManager) -> None:
     manager = BlockManager(2, 4)
     cache(manager, A)
     cache(manager, B)
-    manager.cached_tokens(A)
+    manager.match_prefix(A)
     evict(manager)
-    assert (manager.cached_tokens(A), manager.cached_tokens(B)) == (0, 4)
+    assert (manager.match_prefix(A), manager.match_prefix(B)) == (0, 4)
 
 
 # -------------------------------------------------------------------- what leaves first
@@ -461,7 +506,7 @@ def order_of_leaving(manager: BlockManager, prompts: list[list[int]]) -> list[li
     for _ in prompts:
         manager.append(held, manager.block_size)
         manager.check()
-        gone = [p for p in prompts if p not in order and not manager.cached_tokens(p)]
+        gone = [p for p in prompts if p not in order and not manager.match_prefix(p)]
         assert len(gone) == 1
         order += gone
     return order
@@ -497,7 +542,7 @@ def test_a_lifetime_keeps_what_is_used_again_and_again_over_what_came_once() -> 
     fresh = count(100)
     for _ in range(1000):
         cache(manager, [*A, next(fresh), 0, 0, 0])
-    assert manager.cached_tokens(A) == 4
+    assert manager.match_prefix(A) == 4
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -506,7 +551,7 @@ def test_the_tail_of_a_prompt_leaves_before_its_front(policy: str) -> None:
     cache(manager, A + B + C)
     for kept in (8, 4, 0):
         evict(manager)
-        assert manager.cached_tokens(A + B + C) == kept
+        assert manager.match_prefix(A + B + C) == kept
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -515,7 +560,7 @@ def test_a_branch_leaves_before_the_trunk_it_stands_on(policy: str) -> None:
     for prompt in (A + B, A + C, A + D):
         cache(manager, prompt)
     evict(manager, 3)
-    assert manager.cached_tokens(A) == 4
+    assert manager.match_prefix(A) == 4
     assert manager.stats().num_cached == 1
 
 
@@ -526,7 +571,7 @@ def test_eviction_never_takes_a_held_block(policy: str) -> None:
     held = manager.allocate(A + B + D)  # holds A and B
     table = manager.block_tables(held)[0].tolist()
     evict(manager)
-    assert manager.cached_tokens(A + B + C) == 8
+    assert manager.match_prefix(A + B + C) == 8
     with pytest.raises(OutOfBlocks, match="5 free, 0 evictable"):
         manager.allocate(24)
     assert manager.block_tables(held)[0].tolist() == table
@@ -554,7 +599,7 @@ def test_a_prompt_can_be_cached_again_after_all_of_it_left() -> None:
     manager = BlockManager(4, 4)
     for _ in range(50):
         cache(manager, A + B + C + D)
-        assert manager.cached_tokens(A + B + C + D) == 16
+        assert manager.match_prefix(A + B + C + D) == 16
         manager.drop_cached()
         manager.check()
 
@@ -606,7 +651,7 @@ def test_what_is_found_is_what_a_dictionary_of_prefixes_says(
     live: list[tuple[Sequence, tuple[str | None, str | None], list[int]]] = []
     for what, tree, ids, number in history:
         named = {"namespace": tree[0], "adapter": tree[1]}
-        assert manager.cached_tokens(ids, **named) == expected(known.get(tree, []), ids)
+        assert manager.match_prefix(ids, **named) == expected(known.get(tree, []), ids)
         if what == "publish":
             hit = expected(known.get(tree, []), ids[:-1])
             sequence = manager.allocate(ids, **named)
@@ -661,7 +706,7 @@ class Pairs:
             full = len(ids) // 2 * 2
             self.published[tree].update(tuple(ids[:end]) for end in range(1, full + 1))
             assert evicted == manager.queries.num_evicted_blocks
-            assert manager.cached_tokens(ids, **who) >= full
+            assert manager.match_prefix(ids, **who) >= full
         self.probe(ids, tree)
         self.live.append(sequence)
 
@@ -669,7 +714,7 @@ class Pairs:
         """Who was never here before finds nothing, whatever its name resembles."""
         fresh = f"{tree[0]}{next(self.numbers)}"
         for namespace, adapter in ((fresh, tree[1]), (tree[0], fresh), (fresh, fresh)):
-            found = self.manager.cached_tokens(ids, namespace=namespace, adapter=adapter)
+            found = self.manager.match_prefix(ids, namespace=namespace, adapter=adapter)
             assert found == 0
 
 

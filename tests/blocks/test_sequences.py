@@ -53,7 +53,7 @@ def test_drafts_are_never_published(manager: BlockManager, commit) -> None:
         manager.free(sequence, publish=True)
     else:
         manager.commit(sequence, commit)
-    assert manager.cached_tokens(range(16)) == 8
+    assert manager.match_prefix(range(16)) == 8
     manager.check()
 
 
@@ -77,7 +77,7 @@ def test_accept_keeps_the_first_and_gives_back_the_blocks_of_the_rest(
     assert manager.block_tables(sequence)[0].tolist() == table[:num_blocks].tolist()
     assert manager.num_free_blocks == 32 - num_blocks
     manager.commit(sequence)
-    assert manager.cached_tokens(range(15)) == (6 + kept) // 4 * 4
+    assert manager.match_prefix(range(15)) == (6 + kept) // 4 * 4
     manager.check()
 
 
@@ -88,7 +88,7 @@ def test_accepted_ids_become_publishable(manager: BlockManager) -> None:
     manager.commit(sequence)
     manager.append(sequence, [9, 10, 11])
     manager.commit(sequence)
-    assert manager.cached_tokens(range(12)) == 12
+    assert manager.match_prefix(range(12)) == 12
 
 
 def test_drafts_accepted_without_ids_end_what_can_be_reused(manager: BlockManager) -> None:
@@ -97,7 +97,7 @@ def test_drafts_accepted_without_ids_end_what_can_be_reused(manager: BlockManage
     manager.accept(sequence, 5)
     manager.append(sequence, [11])
     manager.commit(sequence)
-    assert manager.cached_tokens(range(12)) == 4
+    assert manager.match_prefix(range(12)) == 4
 
 
 def test_ids_of_rejected_drafts_are_forgotten(manager: BlockManager) -> None:
@@ -106,8 +106,8 @@ def test_ids_of_rejected_drafts_are_forgotten(manager: BlockManager) -> None:
     manager.accept(sequence, 2)
     manager.append(sequence, [6, 7])
     manager.commit(sequence)
-    assert manager.cached_tokens([*range(8), 9]) == 8
-    assert manager.cached_tokens([0, 1, 2, 3, 4, 5, 99, 98]) == 6
+    assert manager.match_prefix([*range(8), 9]) == 8
+    assert manager.match_prefix([0, 1, 2, 3, 4, 5, 99, 98]) == 6
 
 
 def test_a_batch_accepts_different_counts(manager: BlockManager) -> None:
@@ -116,7 +116,7 @@ def test_a_batch_accepts_different_counts(manager: BlockManager) -> None:
     manager.accept(manager.batch(sequences), [0, 1, 2, 3, 4, 5])
     assert manager.lengths(sequences).tolist() == [3, 4, 5, 6, 7, 8]
     manager.commit(sequences)
-    assert [manager.cached_tokens([n] * 8) for n in range(6)] == [0, 4, 4, 4, 4, 8]
+    assert [manager.match_prefix([n] * 8) for n in range(6)] == [0, 4, 4, 4, 4, 8]
     manager.check()
 
 
@@ -125,7 +125,7 @@ def test_a_batch_accepts_ragged_ids(manager: BlockManager) -> None:
     manager.append(sequences, counts=[1, 5, 3], draft=True)
     manager.accept(sequences, [1, 5, 0], [[0], [1] * 5, []])
     manager.commit(sequences)
-    assert [manager.cached_tokens([n] * 8) for n in range(3)] == [4, 8, 0]
+    assert [manager.match_prefix([n] * 8) for n in range(3)] == [4, 8, 0]
     manager.check()
 
 
@@ -204,8 +204,8 @@ def test_a_fork_has_its_own_drafts(manager: BlockManager) -> None:
     step = manager.append(child, [99])
     assert len(step.copies) == 1  # the parent still reads its own eighth token
     manager.commit([parent, child])
-    assert manager.cached_tokens([*range(8), 0]) == 8
-    assert manager.cached_tokens([*range(7), 99]) == 8
+    assert manager.match_prefix([*range(8), 0]) == 8
+    assert manager.match_prefix([*range(7), 99]) == 8
     manager.check()
 
 
@@ -254,7 +254,7 @@ def test_drafts_survive_a_swap(manager: BlockManager) -> None:
     manager.swap(sequence, "device")
     manager.accept(sequence, 2)
     manager.commit(sequence)
-    assert manager.cached_tokens(range(12)) == 8
+    assert manager.match_prefix(range(12)) == 8
     manager.check()
 
 
@@ -288,7 +288,7 @@ def test_what_lost_its_front_is_not_offered(manager: BlockManager) -> None:
     manager.slide(sequence, 8)
     manager.append(sequence, list(range(8, 16)))
     manager.commit(sequence)
-    assert manager.cached_tokens(range(16)) == 0
+    assert manager.match_prefix(range(16)) == 0
     manager.check()
 
 
@@ -326,7 +326,7 @@ def test_ids_may_come_in_many_forms(manager: BlockManager, ids) -> None:
         step = manager.append([sequence] if wrap else sequence, [ids] if wrap else ids)
         assert len(step.slots) == 5
         manager.commit(sequence)
-        assert manager.cached_tokens([int(wrap), *range(1, 8)]) == 8
+        assert manager.match_prefix([int(wrap), *range(1, 8)]) == 8
 
 
 def test_an_iterator_of_ids_is_read_once(manager: BlockManager) -> None:
@@ -334,7 +334,7 @@ def test_an_iterator_of_ids_is_read_once(manager: BlockManager) -> None:
     manager.append(sequences[0], iter([3]))
     manager.append(sequences[1:], iter([[3]]))
     manager.commit(iter(sequences))
-    assert manager.cached_tokens([0, 1, 2, 3]) == manager.cached_tokens([9, 1, 2, 3]) == 4
+    assert manager.match_prefix([0, 1, 2, 3]) == manager.match_prefix([9, 1, 2, 3]) == 4
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_one_id_for_each_of_a_batch(manager: BlockManager, ids) -> None:
     sequences = [manager.allocate([0, 0, n]) for n in range(3)]
     manager.append(sequences, ids)
     manager.commit(sequences)
-    assert [manager.cached_tokens([0, 0, n, n + 1]) for n in range(3)] == [4, 4, 4]
+    assert [manager.match_prefix([0, 0, n, n + 1]) for n in range(3)] == [4, 4, 4]
 
 
 def test_a_matrix_of_ids_goes_row_by_row(manager: BlockManager) -> None:
@@ -353,7 +353,7 @@ def test_a_matrix_of_ids_goes_row_by_row(manager: BlockManager) -> None:
     assert len(step.slots) == 21
     manager.commit(sequences)
     for n in range(3):
-        assert manager.cached_tokens([n, *range(7 * n, 7 * n + 7)]) == 8
+        assert manager.match_prefix([n, *range(7 * n, 7 * n + 7)]) == 8
 
 
 def test_ragged_ids_and_ids_mixed_with_lists(manager: BlockManager) -> None:
@@ -363,7 +363,7 @@ def test_ragged_ids_and_ids_mixed_with_lists(manager: BlockManager) -> None:
     expected = [manager.slots(one, 2) for one in sequences]
     assert step.slots.tolist() == np.concatenate(expected).tolist()
     manager.commit(sequences)
-    assert manager.cached_tokens([3, 3, *range(6)]) == 8
+    assert manager.match_prefix([3, 3, *range(6)]) == 8
 
 
 def test_int64_ids_that_fit_are_taken(manager: BlockManager) -> None:
@@ -371,7 +371,7 @@ def test_int64_ids_that_fit_are_taken(manager: BlockManager) -> None:
     manager.commit(manager.allocate(np.array(edge, np.int64)))
     sequence = manager.allocate([1])
     manager.append(sequence, np.array(edge, np.int64))
-    assert manager.cached_tokens(edge) == 4
+    assert manager.match_prefix(edge) == 4
 
 
 @pytest.mark.parametrize(

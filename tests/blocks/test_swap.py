@@ -345,7 +345,7 @@ def test_what_is_offered_stays_behind_as_a_copy(memory: Memory) -> None:
     manager.commit(sequence)
     memory.swap(sequence, "host")
     assert manager.stats().num_cached == 3
-    assert manager.cached_tokens(ids) == 12
+    assert manager.match_prefix(ids) == 12
     other = memory.allocate([*ids, 99])
     assert other.num_cached_tokens == 12
     memory.check()
@@ -359,10 +359,10 @@ def test_back_after_the_copies_were_evicted_it_offers_its_own(memory: Memory) ->
     manager.commit(sequence)
     memory.swap(sequence, "host")
     assert manager.drop_cached() == 3
-    assert manager.cached_tokens(ids) == 0
+    assert manager.match_prefix(ids) == 0
     memory.swap(sequence, "device")
     manager.commit(sequence)
-    assert manager.cached_tokens(ids) == 12
+    assert manager.match_prefix(ids) == 12
     other = memory.allocate([*ids, 99])
     assert other.num_cached_tokens == 12
     memory.check()
@@ -376,7 +376,7 @@ def test_back_while_the_copies_are_offered_still_both_live_on(memory: Memory) ->
     memory.swap(sequence, "device")
     memory.append([sequence], [[8, 9, 10, 11]])
     manager.commit(sequence)
-    assert manager.cached_tokens(range(12)) == 12
+    assert manager.match_prefix(range(12)) == 12
     memory.check()
     memory.free(sequence)
     memory.allocate([*range(12), 77])

@@ -217,7 +217,7 @@ class PagedPool:
     def num_known(self, ids: NDArray[np.int32], key: PrefixKey | None) -> int:
         """Return how many leading tokens are in the pool now. O(tokens)."""
         namespace, version = key or (None, None)
-        return self.manager.cached_tokens(ids, namespace=namespace, adapter=version)
+        return self.manager.match_prefix(ids, namespace=namespace, adapter=version)
 
     @whole
     def append(self, batch: Batch, counts: NDArray[np.int64], ids: list[NDArray[np.int32]]) -> Step:
