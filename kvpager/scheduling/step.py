@@ -107,7 +107,7 @@ class Draft:
             names = [sequences.owner(number).name for number in listed]
             tables = manager.block_tables([sequences.handle(number) for number in listed])
         starts = sequences.computed[numbers]
-        first, *others = map(GroupStep, *_by_group(part.slots, tables, len(manager.windows)))
+        first, others = _by_group(part.slots, tables)
         return StepPlan(
             moves=self.moves,
             copies=_only(self.copies, NO_COPIES),
@@ -122,7 +122,7 @@ class Draft:
             wants_logits=part.wants,
             freed=sequences.report(),
             ended=table.take_ended(),
-            more_groups=tuple(others),
+            more_groups=others,
         )
 
     def _joined(self) -> Part:
@@ -134,9 +134,13 @@ class Draft:
         return Part(*(np.concatenate(column, axis=-1) for column in zip(*self.parts, strict=True)))
 
 
-def _by_group(slots: Int64, tables: Int32, num_groups: int) -> tuple[Int64, Int32]:
-    """Return both with a leading axis of groups. O(1)."""
-    return slots.reshape(num_groups, -1), tables.reshape(num_groups, *tables.shape[-2:])
+def _by_group(slots: Int64, tables: Int32) -> tuple[GroupStep, tuple[GroupStep, ...]]:
+    """Return those of the first group of layers, and those of the others. O(groups)."""
+    if tables.ndim == 2:
+        return GroupStep(slots, tables), ()
+    # A step without rows has no slots, of any shape.
+    first, *others = map(GroupStep, slots.reshape(len(tables), -1), tables)
+    return first, tuple(others)
 
 
 def _only(arrays: list[Int32], otherwise: Int32) -> Int32:
