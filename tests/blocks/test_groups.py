@@ -453,7 +453,7 @@ def test_a_hit_has_every_block_of_the_last_window() -> None:
     for num_fresh in range(3, 9):  # the blocks leave one after the other
         manager.free(manager.allocate(4 * num_fresh))
         left = manager.stats().num_cached
-        served.append((left, manager.cached_tokens(range(24))))
+        served.append((left, manager.match_prefix(range(24))))
     assert served == [(5, 24), (4, 24), (3, 24), (2, 24), (1, 0), (0, 0)]
 
 
@@ -466,8 +466,8 @@ def test_tokens_after_a_cut_are_not_taken_for_those_before_it() -> None:
     manager.truncate(sequence, 8)
     manager.append(sequence, [*new, *end])
     manager.commit(sequence)
-    assert manager.cached_tokens([*range(8), *new, *end]) == 16
-    assert manager.cached_tokens([*range(8), *old, *end]) == 8
+    assert manager.match_prefix([*range(8), *new, *end]) == 16
+    assert manager.match_prefix([*range(8), *old, *end]) == 8
 
 
 def test_groups_and_namespaces_share_no_prefix() -> None:
