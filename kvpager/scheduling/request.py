@@ -24,8 +24,7 @@ class Request:
         name: whatever the caller calls it; no two live requests have the same.
         prompt: token ids, at least one.
         max_new_tokens: no row gets more; what a request may ever need goes by it.
-        num_samples: how many rows it may have at a time, at the most (parallel sampling, beams).
-        together: its rows are always in the same step, as beams need.
+        num_samples: the most rows at a time (parallel sampling, beams). They step together.
         namespace: only prefixes of the same namespace and adapter are reused.
         adapter: which fine-tuned weights compute it.
         tenant: whom the order `"fair"` charges for it.
@@ -37,7 +36,6 @@ class Request:
     prompt: Int32
     max_new_tokens: int
     num_samples: int = 1
-    together: bool = False
     namespace: str | None = None
     adapter: str | None = None
     tenant: str | None = None
@@ -120,7 +118,6 @@ def read_prompt(request: Request) -> Int32:
     arguments.count("num_samples", request.num_samples, at_least=1)
     for name in ("namespace", "adapter", "tenant"):
         arguments.label(name, getattr(request, name))
-    arguments.flag("together", request.together)
     most = arguments.PRIORITY_MAX
     arguments.count("priority", request.priority, at_least=-most, at_most=most)
     if request.deadline is not None:  # on the scheduler's clock, which may begin anywhere

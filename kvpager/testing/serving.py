@@ -40,13 +40,18 @@ def salt_of(request: Request) -> int:
     return crc32(repr((request.namespace, request.adapter)).encode())
 
 
+def has_beams(request: Request) -> bool:
+    """True if the request's rows compete; which ones do, follows from its prompt. O(1)."""
+    return request.num_samples > 1 and len(request.prompt) % 2 == 0
+
+
 def choose(request: Request, is_first: bool, seen: list[int]) -> list[Choice]:
     """How a request's rows go on, by what each of them read: the sampler.
 
-    Beams (`together`) compete: any row may go on several times or not at all. Other rows look at
-    nothing but themselves; the first one is split. Some stop early.
+    Beams compete: any row may go on several times or not at all. Other rows look at nothing but
+    themselves; the first one is split. Some stop early.
     """
-    if request.together:
+    if has_beams(request):
         number = sum(seen) * 31 % _MASK
         if number % 23 == 0:
             return []
@@ -199,7 +204,7 @@ class Model:
         for name in dict.fromkeys(map(str, plan.names)):
             mine = [number for number, row in self.rows.items() if row.request.name == name]
             chooses = any(plan.wants_logits[self._rows_of(plan, name)])
-            if chooses and self.requests[name].together:
+            if chooses:
                 present = [int(plan.samples[row]) for row in self._rows_of(plan, name)]
                 if sorted(mine) != sorted(present):
                     raise Wrong(f"{name}: {present} of {mine} are in the step")

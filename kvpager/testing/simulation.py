@@ -28,7 +28,7 @@ from kvpager.errors import QueueFull
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
-from kvpager.testing.serving import Model, Wrong, reference
+from kvpager.testing.serving import Model, Wrong, has_beams, reference
 from kvpager.testing.traffic import Arrival, Scenario, draw_arrivals, draw_scenario, make_scheduler
 
 MakeScheduler = Callable[[Scenario, Callable[[], float]], Scheduler]
@@ -172,7 +172,7 @@ class Simulation:
 
     def _compare(self, request: Request) -> None:
         found, expected = self.model.outputs[str(request.name)], reference(request)
-        if not request.together:
+        if not has_beams(request):
             found, expected = sorted(found), sorted(expected)
         if found != expected:
             raise Wrong(f"{request.name}: came to {found}, expected {expected}")

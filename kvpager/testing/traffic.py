@@ -159,7 +159,6 @@ def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[lis
         prompt=np.array(prompt, np.int32),
         max_new_tokens=max_new_tokens,
         num_samples=num_samples,
-        together=num_samples > 1 and random.random() < 0.6,
         namespace=random.choice((None, None, "a", "b")),
         adapter=random.choice((None, None, None, "b")),
         tenant=random.choice((None, "x", "y")),

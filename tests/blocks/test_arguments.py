@@ -331,7 +331,6 @@ def test_a_watermark_is_a_share(watermark: object) -> None:
 def test_a_flag_is_true_or_false(value: object) -> None:
     manager = BlockManager(8, 4)
     sequence = manager.allocate(PROMPT)
-    request = Request(name="a", prompt=PROMPT, max_new_tokens=1, together=value)
     for call in (
         lambda: BlockManager(8, 4, null_block=value),
         lambda: BlockManager(8, 4, fences=value),
@@ -339,7 +338,6 @@ def test_a_flag_is_true_or_false(value: object) -> None:
         lambda: manager.free(sequence, publish=value),
         lambda: Scheduler(manager, prefix_cache=value),
         lambda: Scheduler(manager, chunked=value),
-        lambda: Scheduler(manager).submit(request),
     ):
         with pytest.raises(TypeError, match="expected True or False"):
             call()

@@ -232,7 +232,7 @@ def test_a_row_waits_for_all_that_it_begins_with() -> None:
     """The third row shares more with the second than with the first, which computes for both."""
     scheduler = make(num_blocks=14, prefix_cache=False, costs=RECOMPUTE)
     scheduler.submit(request("first", 4, new=50))
-    scheduler.submit(request("rows", 8, new=14, num_samples=3, together=True))
+    scheduler.submit(request("rows", 8, new=14, num_samples=3))
     plan = scheduler.plan()
     assert plan is not None
     scheduler.complete(plan, [0, 1, 1], [7, 1, 2])

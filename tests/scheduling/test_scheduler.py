@@ -211,7 +211,7 @@ def test_a_row_that_is_named_twice_is_forked() -> None:
 
 def test_beams_change_places_and_end() -> None:
     scheduler = make()
-    scheduler.submit(request("a", 4, new=9, num_samples=3, together=True))
+    scheduler.submit(request("a", 4, new=9, num_samples=3))
     plan = scheduler.plan()
     assert plan is not None
     beams = scheduler.complete(plan, [0, 0, 0], [1, 2, 3])
