@@ -142,7 +142,7 @@ class Prompt(NamedTuple):
     namespace: str | None = None
     adapter: str | None = None
     contents: Contents = NO_CONTENTS
-    group: int = 0  # of layers, see `grouped.py`
+    group: int = 0  # of layers, see `groups`
 
     @property
     def tree(self) -> TreeKey:
@@ -170,7 +170,7 @@ class SequenceTable:
         "generations": np.int64,
         "swapped": np.bool_,
         "twins": np.bool_,  # the index offers somebody else's block in place of one of ours
-        "keyed": np.bool_,  # each block is offered by itself: see `windows.py`
+        "keyed": np.bool_,  # each block is offered by itself: see `groups/windows.py`
     }
 
     lengths: Int64

@@ -9,7 +9,7 @@ from random import Random
 
 import numpy as np
 
-from kvpager.blocks.grouped import GroupedManager
+from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.protocol import CacheManager
 from kvpager.plans import Reason, StepPlan

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from kvpager import OutOfBlocks, SequenceSwapped, StaleSequence
-from kvpager.blocks.grouped import GroupedManager
+from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.testing.conformance import BlockManagerAdapter, ManagerConformance
 from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.state import differences, state_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvpager import BlockManager, Scheduler, StepPlan
-from kvpager.blocks.grouped import GroupedManager
+from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.plans import Reason
 from kvpager.scheduling.preemption import PreemptionCosts
 from tests.support.scheduling import BLOCK_SIZE, ids, request

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvpager import Scheduler, StepPlan
-from kvpager.blocks.grouped import GroupedManager
+from kvpager.blocks.groups.manager import GroupedManager
 from tests.support.scheduling import request
 
 SIZE, WINDOW, CHUNK = 16, 1024, 2048

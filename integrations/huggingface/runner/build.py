@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kvpager import _validate as arguments
-from kvpager.blocks.grouped import GroupedManager
+from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.protocol import CacheManager
 from kvpager.engine.config import EngineConfig

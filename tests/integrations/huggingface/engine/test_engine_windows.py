@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from kvpager import Engine
-from kvpager.blocks.grouped import GroupedManager
+from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.scheduling.preemption import PreemptionCosts
 from tests.conformance.architectures import WINDOW
 from tests.support import tiny_models

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
-from kvpager.blocks.group_table import GroupTable
+from kvpager.blocks.groups.table import GroupTable
+from kvpager.blocks.groups.windows import WindowIndex
 from kvpager.blocks.queries import Queries
 from kvpager.blocks.sequences import Batch, PrefixMatch, Prompt, Sequence, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
-from kvpager.blocks.windows import WindowIndex
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]

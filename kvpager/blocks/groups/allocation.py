@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.blocks.allocation import Allocation
-from kvpager.blocks.group_table import GroupTable
+from kvpager.blocks.groups.table import GroupTable
+from kvpager.blocks.groups.windows import Hit
 from kvpager.blocks.sequences import Prompt, Sequence
 from kvpager.blocks.state import BlockState
-from kvpager.blocks.windows import Hit
 from kvpager.errors import OutOfBlocks
 
 Int32 = NDArray[np.int32]

@@ -30,11 +30,12 @@ from kvpager.blocks.allocation import identity
 from kvpager.blocks.copies import Copies
 from kvpager.blocks.eviction import EvictionPolicy
 from kvpager.blocks.extension import Extension
-from kvpager.blocks.group_allocation import GroupAllocation
-from kvpager.blocks.group_extension import GroupExtension
-from kvpager.blocks.group_publication import GroupPublication
-from kvpager.blocks.group_queries import GroupQueries
-from kvpager.blocks.group_table import GroupTable
+from kvpager.blocks.groups.allocation import GroupAllocation
+from kvpager.blocks.groups.extension import GroupExtension
+from kvpager.blocks.groups.publication import GroupPublication
+from kvpager.blocks.groups.queries import GroupQueries
+from kvpager.blocks.groups.table import GroupTable
+from kvpager.blocks.groups.windows import WindowIndex, blocks_for, first_needed
 from kvpager.blocks.quotas import Quotas
 from kvpager.blocks.resize import Resize
 from kvpager.blocks.sequences import (
@@ -50,7 +51,6 @@ from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
 from kvpager.blocks.swap import Swap
 from kvpager.blocks.truncation import Truncation
-from kvpager.blocks.windows import WindowIndex, blocks_for, first_needed
 from kvpager.plans import Plan, Step, Tier
 
 Int32 = NDArray[np.int32]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.group_table import GroupTable
+from kvpager.blocks.groups.table import GroupTable
+from kvpager.blocks.groups.windows import WindowIndex
 from kvpager.blocks.publication import Publication
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.truncation import Truncation
-from kvpager.blocks.windows import WindowIndex
 
 Int64 = NDArray[np.int64]
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.blocks.extension import Extension
-from kvpager.blocks.group_table import GroupTable
+from kvpager.blocks.groups.table import GroupTable
 from kvpager.blocks.ragged import ranks
 from kvpager.blocks.state import BlockState
 from kvpager.plans import Step

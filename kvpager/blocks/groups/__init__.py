@@ -1,0 +1,1 @@
+"""One block table for each group of layers, over one pool of blocks."""
