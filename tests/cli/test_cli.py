@@ -26,6 +26,7 @@ from kvpager.cli.app import app
 from kvpager.demo import measuring, report, session
 from kvpager.demo.measuring import HeldRow
 from kvpager.testing import tiny_llama_path
+from tests.support.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 12
@@ -39,6 +40,10 @@ needs_model = pytest.mark.skipif(
 
 def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), prog_name="kvpager")
+
+
+def run(*arguments: str, at: Path = ROOT, **environment: str) -> Any:
+    return run_program("kvpager", *arguments, cwd=at, **environment)
 
 
 def run_process(*arguments: str, code: str | None = None, at: Path = ROOT, **variables: str) -> Any:
@@ -61,7 +66,7 @@ def json_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def demo(json_file: Path) -> Any:
     """One real run, as from a pipe, 80 columns wide."""
-    return run_process(*QUICK, "--json", json_file.name, at=json_file.parent, COLUMNS="80")
+    return run(*QUICK, "--json", json_file.name, at=json_file.parent, COLUMNS="80")
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +299,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     ],
 )
 def test_too_much_for_the_model_or_memory(arguments: list[str], message: str) -> None:
-    result = run_process("demo", "--device", "cpu", *arguments)
+    result = run("demo", "--device", "cpu", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -303,7 +308,7 @@ def test_too_much_for_the_model_or_memory(arguments: list[str], message: str) ->
 
 @pytest.mark.parametrize("arguments", [["demo", "--no-such-option"], ["no-such-command"]])
 def test_usage_error_is_exit_code_2(arguments: list[str]) -> None:
-    result = run_process(*arguments)
+    result = run(*arguments)
     assert result.returncode == 2
     assert "No such" in result.stderr
     assert "Traceback" not in result.stderr
@@ -322,7 +327,7 @@ def test_missing_extra_is_named(missing: str) -> None:
 
 
 def test_help_lists_every_command() -> None:
-    result = run_process("--help")
+    result = run("--help")
     assert result.returncode == 0
     for word in ("demo", "env", "--version", "--help"):
         assert word in result.stdout
@@ -332,7 +337,7 @@ def test_help_lists_every_command() -> None:
 def test_help_lists_every_option(command: str) -> None:
     from typer.main import get_command
 
-    result = run_process(command, "--help", COLUMNS="100")
+    result = run(command, "--help", COLUMNS="100")
     assert result.returncode == 0
     options = get_command(app).commands[command].params  # type: ignore[attr-defined]
     for option in options:
@@ -341,7 +346,7 @@ def test_help_lists_every_option(command: str) -> None:
 
 
 def test_version() -> None:
-    result = run_process("--version")
+    result = run("--version")
     assert (result.returncode, result.stdout) == (0, f"kvpager {kvpager.__version__}\n")
 
 

@@ -20,6 +20,7 @@ pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
 from kvpager.testing import tiny_llama_path
+from tests.support.programs import run_program
 
 KVPAGER = (sys.executable, "-c", "from kvpager.cli import main; main()")
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,15 +30,7 @@ NEW_TOKENS = 22
 
 
 def run(*arguments: str, at: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [*KVPAGER, "run", *arguments],
-        cwd=at,
-        env={**ENVIRONMENT, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_program("kvpager", "run", *arguments, cwd=at, COLUMNS="80")
 
 
 # --- which program, and how it ends ---------------------------------------------------------------

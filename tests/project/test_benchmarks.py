@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.support.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -21,14 +21,8 @@ from benchmarks.gpu_rig import Rig  # noqa: E402
 
 
 def run(name: str, *arguments: str) -> str:
-    """What a benchmark prints on stdout, which has to end well."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / name), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run a benchmark, which has to end well, and return what it prints on stdout."""
+    result = run_program(ROOT / "benchmarks" / name, *arguments, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -77,11 +71,10 @@ def test_the_schedule_of_the_gpu_benchmark_has_the_most_telling_parts_first() ->
 
 @pytest.mark.slow
 def test_the_schedule_is_printed_before_anything_runs_and_the_summary_last(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--minutes", "3",
-         "--only", "correctness,append", "--out", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    options = ("--dry-run", "--minutes", "3", "--only", "correctness,append")
+    program = ROOT / "benchmarks" / "gpu.py"
+    result = run_program(program, *options, "--out", str(tmp_path), cwd=ROOT)
+    assert result.returncode == 0, result.stderr
     lines = result.stderr.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["copy", "correctness", "append"]
     assert "| append | us |" in lines[-5] + lines[-4] + lines[-3]
@@ -155,7 +148,7 @@ def test_generate_is_measured() -> None:
 @pytest.mark.slow
 def test_the_share_of_equal_replies_is_measured_and_no_reply_is_wrong() -> None:
     pytest.importorskip("transformers")
-    found = figures(run("same_tokens.py", "--quick", "--dtypes", "float32,bfloat16"))
+    found = figures(run("same_tokens.py", "--prompts", "4", "--dtypes", "float32,bfloat16"))
     assert found["same_tokens_float32_in_place"]["value"] == 100
     assert found["same_tokens_bfloat16_gathered"]["value"] == 100
     assert [line["wrong"] for line in found.values()] == [0] * 6

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.programs import run_program
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments: str, cwd: Path) -> str:
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(program: str | Path, *, cwd: Path) -> str:
+    """Run a program, which has to end well, and return its output."""
+    result = run_program(program, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-@pytest.mark.slow
 def test_the_paged_decoder_agrees_with_plain_attention() -> None:
     output = run("examples/paged_decoder.py", cwd=ROOT)
     assert "prompt of 52 tokens, 48 of them found in the pool" in output
@@ -48,7 +40,7 @@ SAID = {
 @pytest.mark.parametrize("name", SAID)
 def test_an_example_for_transformers_shows_what_it_says(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    output = run(str(ROOT / "examples/huggingface" / f"{name}.py"), cwd=tmp_path)
+    output = run(ROOT / "examples/huggingface" / f"{name}.py", cwd=tmp_path)
     assert [text for text in SAID[name] if text not in output] == []
 
 
@@ -69,7 +61,7 @@ def test_the_notebook_holds_what_its_cells_print(tmp_path: Path) -> None:
     script = tmp_path / "tour.py"
     between = "\nprint('\\x1e', end='')\n"
     script.write_text(between.join("".join(cell["source"]) for cell in cells))
-    printed = run(str(script), cwd=tmp_path).split("\x1e")
+    printed = run(script, cwd=tmp_path).split("\x1e")
     stored = ["".join(line for part in cell["outputs"] for line in part["text"]) for cell in cells]
     assert [*map(steady, printed)] == [*map(steady, stored)]
     assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
@@ -91,7 +83,7 @@ def test_a_program_of_the_readme_runs(number: int, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
     script = tmp_path / "program.py"
     script.write_text(program)
-    run(str(script), cwd=tmp_path)
+    run(script, cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -99,4 +91,4 @@ def test_the_lines_about_eight_bits_follow_the_program_of_the_readme(tmp_path: P
     tensors = next(program for program in programs() if "BlockStorage(" in program)
     script = tmp_path / "program.py"
     script.write_text("\n".join([tensors, *programs("docs/kernels.md")]))
-    run(str(script), cwd=tmp_path)
+    run(script, cwd=tmp_path)
