@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.views import Blocks, packed
-from kvpager.ops import paged_attention
+from kvpager.ops import attend as attend_in_place
 from kvpager.storage.block_storage import LayerShape
 
 
@@ -18,10 +18,9 @@ class CannotPack(KVPagerError):
 
 
 class PackedRows(NamedTuple):
-    """A layer's blocks, which of them each row reads, and where its queries are."""
+    """A layer's blocks, and how far back its queries look."""
 
     blocks: Blocks
-    query_starts: Tensor | None  # int32 [rows + 1]; None where each row has one query
     window: int | None
     num_tokens: int
 
@@ -87,18 +86,8 @@ def attend(
     if query.shape[2] != rows.num_tokens:
         raise CannotPack("its queries are not the tokens of the step")
     blocks = rows.blocks
-    output = paged_attention(
-        packed(query),
-        blocks.key_cache,
-        blocks.value_cache,
-        blocks.tables,
-        blocks.kv_lens,
-        rows.query_starts,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        window=rows.window,
-        scales=blocks.scales,
-        host_rows=blocks.host_rows,
+    args = blocks.tables.args(scale=scaling, window=rows.window, softcap=softcap)
+    output = attend_in_place(
+        packed(query), blocks.key_cache, blocks.value_cache, args, sinks=s_aux, scales=blocks.scales
     )
     return output[None]

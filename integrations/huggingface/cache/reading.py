@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.views import PagedView, Part, packed
-from kvpager.ops import AttentionArgs
 from kvpager.ops import attend as attend_in_place
 
 
@@ -54,21 +52,15 @@ def _attend_part(
 ) -> Tensor:
     """The output of the rows that are in one storage."""
     rows, query_heads, q_len, _ = query.shape
-    starts = None
-    if q_len > 1:
-        starts = torch.arange(0, rows * q_len + 1, q_len, dtype=torch.int32, device=query.device)
     blocks = part.on(query.device)
-    args = AttentionArgs(
-        blocks.tables,
-        blocks.kv_lens,
-        starts,
+    args = blocks.tables.args(
+        q_len,
         scale=scale,
         causal=causal,
         window=window,
         softcap=softcap,
         mask=mask,
-        kv_starts=blocks.kv_starts(view.stop - view.start) if view.start else None,
-        host_rows=blocks.host_rows.with_queries(q_len),
+        num_columns=view.stop - view.start if view.start else None,
     )
     output = attend_in_place(
         packed(query), blocks.key_cache, blocks.value_cache, args, sinks=sinks, scales=blocks.scales

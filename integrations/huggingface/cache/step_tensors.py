@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.columns import Columns
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Places
+from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.integrations.huggingface.cache.rows import BatchRows, Partition
-from kvpager.integrations.huggingface.cache.views import Part, Tables
+from kvpager.integrations.huggingface.cache.views import Part
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows
 
@@ -29,6 +30,14 @@ class Slots(NamedTuple):
 
     rows: Tensor | None  # their numbers in the batch; None: all
     slots: Tensor  # int64 [rows * columns], in the order of rows; -1 for padding
+    on_host: bool
+
+
+class Tables(NamedTuple):
+    """Block tables of the rows of a batch that are in one tier."""
+
+    rows: Tensor | None  # their numbers in the batch, int64 on the layer's device; None: all
+    tables: RowTables
     on_host: bool
 
 
@@ -103,7 +112,7 @@ class StepTensors:
             for each in self._tables_of(kind.device, num_columns):
                 place = places.host if each.on_host else places.device
                 assert place is not None
-                parts.append(Part(place, each.rows, each.tables, each.lengths, each.host_rows))
+                parts.append(Part(place, each.rows, each.tables))
         return parts
 
     def _tables_of(self, device: torch.device, num_columns: int) -> list[Tables]:
@@ -121,12 +130,13 @@ class StepTensors:
             for partition in self._rows.partitions():
                 here = partition.pool.manager.block_tables(partition.batch)
                 theirs = lengths[:, partition.rows]
-                there = _CPU if partition.on_host else device
+                on_host = partition.on_host
+                there = _CPU if on_host else device
                 tables, each = to_device(here, there), to_device(theirs, there).unbind()
                 rows = self._numbers(partition, device)
                 for column, lens, tensor in zip(steps, theirs, each, strict=True):
                     self._tables[device, column].append(
-                        Tables(rows, tables, tensor, HostRows(here, lens), partition.on_host)
+                        Tables(rows, RowTables(tables, tensor, HostRows(here, lens)), on_host)
                     )
             found = self._tables[device, num_columns]
         return found

@@ -12,28 +12,17 @@ from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
+from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, gather_kv
-
-
-class Tables(NamedTuple):
-    """Block tables and lengths of the rows of a batch that are in one tier."""
-
-    rows: Tensor | None  # their numbers in the batch, int64 on the layer's device; None: all
-    tables: Tensor  # int32 [rows, blocks], on the device of the tier
-    lengths: Tensor  # int32 [rows], tokens
-    host_rows: HostRows  # both as arrays
-    on_host: bool
 
 
 class Part(NamedTuple):
     """Rows of a view whose blocks are in one storage."""
 
     place: Place
-    rows: Tensor | None
-    tables: Tensor
-    kv_lens: Tensor
-    host_rows: HostRows
+    rows: Tensor | None  # their numbers in the batch, int64 on the layer's device; None: all
+    tables: RowTables
 
     def caches(self) -> tuple[Tensor, Tensor]:
         """The layer's key and value blocks, [blocks, block_size, kv_heads, dim] each."""
@@ -46,8 +35,9 @@ class Part(NamedTuple):
     def dense(self, num_columns: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last columns, [rows, columns, kv_heads, dim]; padding is zero."""
         dtype, scales = self.place.storage.dtype, self.scales() or (None, None)
+        rows = self.tables.tables, self.tables.kv_lens
         key, value = (
-            gather_kv(cache, self.tables, self.kv_lens, num_columns, scales=scale, dtype=dtype)
+            gather_kv(cache, *rows, num_columns, scales=scale, dtype=dtype)
             for cache, scale in zip(self.caches(), scales, strict=True)
         )
         return key, value
@@ -55,26 +45,24 @@ class Part(NamedTuple):
     def on(self, device: torch.device) -> Blocks:
         """Return what a kernel on `device` reads. O(1) for blocks on it; copies others."""
         if self.place.storage.device == device:
-            caches, scales = self.caches(), self.scales()
-            return Blocks(*caches, scales, self.tables, self.kv_lens, self.host_rows)
+            return Blocks(*self.caches(), self.scales(), self.tables)
         return self.staged(device)
 
     def staged(self, device: torch.device) -> Blocks:
         """The part's blocks of this layer, copied to `device`. O(bytes)."""
-        used = self.tables >= 0
-        blocks = self.tables[used].long()
-        tables = torch.full_like(self.tables, -1)
+        theirs = self.tables.tables
+        used = theirs >= 0
+        blocks = theirs[used].long()
+        tables = torch.full_like(theirs, -1)
         tables[used] = torch.arange(len(blocks), dtype=tables.dtype)
         caches = (*self.caches(), *(self.scales() or ()))
         key, value, *scales = (to_device(cache[blocks], device) for cache in caches)
-        lens = self.host_rows.kv_lens
+        host = HostRows(tables.numpy(), self.tables.host.kv_lens)
         return Blocks(
             key,
             value,
             (scales[0], scales[1]) if scales else None,
-            to_device(tables.numpy(), device),
-            to_device(lens, device),
-            HostRows(tables.numpy(), lens),
+            RowTables(to_device(host.tables, device), to_device(host.kv_lens, device), host),
         )
 
 
@@ -84,13 +72,7 @@ class Blocks(NamedTuple):
     key_cache: Tensor
     value_cache: Tensor
     scales: tuple[Tensor, Tensor] | None
-    tables: Tensor
-    kv_lens: Tensor
-    host_rows: HostRows
-
-    def kv_starts(self, num_columns: int) -> Tensor:
-        """The first token of each row that is among the last columns, int32 [rows]."""
-        return (self.kv_lens - num_columns).clamp_(min=0)
+    tables: RowTables
 
 
 def packed(states: Tensor) -> Tensor:

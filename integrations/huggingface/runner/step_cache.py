@@ -26,6 +26,7 @@ from kvpager.integrations.huggingface.attention.packed import PackedRows, Packed
 from kvpager.integrations.huggingface.cache.handles import PagedTensor
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
+from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.integrations.huggingface.cache.views import Blocks, PagedView, Part, packed
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, append_kv
@@ -39,36 +40,27 @@ class GroupRows(NamedTuple):
     """Where rows write and read in one group of layers, on the device of the model."""
 
     slots: Tensor  # int64 [tokens]
-    tables: Tensor  # int32 [rows, blocks], from the first block that a row has
-    kv_lens: Tensor  # int32 [rows], tokens from there on, the new ones included
-    host_rows: HostRows  # tables, lengths and query starts, from which kernels plan once
+    tables: RowTables  # from the first block that a row has, with the new tokens
 
     @classmethod
     def of(
         cls,
         group: GroupStep,
         kv_lens: Int32,
-        starts: Int32 | None,
+        starts: tuple[Int32, Tensor] | None,
         block_size: int,
         device: torch.device,
     ) -> GroupRows:
         """Return those of all rows. O(tokens + rows * blocks)."""
         tables, kv_lens = _from_first_block(group.tables, kv_lens, block_size)
-        return cls(
-            to_device(group.slots, device),
-            to_device(tables, device),
-            to_device(kv_lens, device),
-            HostRows(tables, kv_lens, starts),
-        )
+        on_host, there = starts or (None, None)
+        host = HostRows(tables, kv_lens, on_host)
+        rows = RowTables(to_device(tables, device), to_device(kv_lens, device), host, there)
+        return cls(to_device(group.slots, device), rows)
 
     def row(self, number: int, first: int, last: int) -> GroupRows:
         """Return row `number` alone, with tokens `first` to `last`. O(1)."""
-        return GroupRows(
-            self.slots[first:last],
-            self.tables[number : number + 1],
-            self.kv_lens[number : number + 1],
-            self.host_rows.row(number),
-        )
+        return GroupRows(self.slots[first:last], self.tables.row(number))
 
 
 class StepRows(NamedTuple):
@@ -77,7 +69,6 @@ class StepRows(NamedTuple):
     ids: Tensor  # int64 [1, tokens]
     positions: Tensor  # int64 [1, tokens]
     groups: tuple[GroupRows, ...]
-    query_starts: Tensor | None  # int32 [rows + 1]; None where each row has one token, or one row
     longest: int  # tokens of the longest row
 
     @classmethod
@@ -88,7 +79,8 @@ class StepRows(NamedTuple):
         positions = np.arange(len(plan.ids)) + np.repeat(plan.starts - (ends - counts), counts)
         starts = None
         if len(plan.ids) != len(counts):
-            starts = np.concatenate([[0], ends]).astype(np.int32)
+            on_host = np.concatenate([[0], ends]).astype(np.int32)
+            starts = on_host, to_device(on_host, device)
         return cls(
             to_device(plan.ids.astype(np.int64), device)[None],
             to_device(positions, device)[None],
@@ -96,7 +88,6 @@ class StepRows(NamedTuple):
                 GroupRows.of(group, plan.kv_lens, starts, block_size, device)
                 for group in plan.groups
             ),
-            None if starts is None else to_device(starts, device),
             int(plan.kv_lens.max(initial=0)),
         )
 
@@ -109,7 +100,6 @@ class StepRows(NamedTuple):
             self.ids[:, first:last],
             self.positions[:, first:last],
             tuple(group.row(number, first, last) for group in self.groups),
-            None,  # of packed rows only
             length,
         )
 
@@ -212,9 +202,8 @@ class StepLayer(DynamicLayer):
     def packed_rows(self) -> PackedRows:
         """What the rows of the packed pass read."""
         self.memory.counters.in_place_reads += 1
-        rows, group = self.rows, self.group_rows
-        blocks = Blocks(*self._caches, self._scales, group.tables, group.kv_lens, group.host_rows)
-        return PackedRows(blocks, rows.query_starts, self.window, rows.ids.shape[1])
+        blocks = Blocks(*self._caches, self._scales, self.group_rows.tables)
+        return PackedRows(blocks, self.window, self.rows.ids.shape[1])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -226,8 +215,8 @@ class StepLayer(DynamicLayer):
         if self._cache.is_packed:
             view: Any = PackedView(self, self.rows.ids.shape[1])
         else:
-            rows, kind = self.group_rows, LayerKind(self.shape, self.dtype, self.device)
-            parts = [Part(self.place, None, rows.tables, rows.kv_lens, rows.host_rows)]
+            kind = LayerKind(self.shape, self.dtype, self.device)
+            parts = [Part(self.place, None, self.group_rows.tables)]
             columns = self._first_visible(), self.rows.longest
             view = PagedView(kind, parts, _NO_PADDING, *columns, self.memory)
         return PagedTensor(view, 0), PagedTensor(view, 1)

@@ -412,12 +412,12 @@ def test_blocks_staged_on_another_device_are_read_as_those_in_place(kv_dtype: An
     cache.batch_select_indices(torch.tensor([1, 0]))
     (part,) = cache.groups[0].parts(1, 12)
     here, staged = part.on(torch.device("cpu")), part.staged(torch.device("cpu"))
-    assert staged.kv_lens.tolist() == [12, 12]
+    assert staged.tables.kv_lens.tolist() == [12, 12]
     for name in ("key_cache", "value_cache"):
-        rows = [getattr(blocks, name)[blocks.tables.long()] for blocks in (here, staged)]
+        rows = [getattr(blocks, name)[blocks.tables.tables.long()] for blocks in (here, staged)]
         assert torch.equal(*rows)
     for mine, theirs in zip(staged.scales or (), here.scales or (), strict=True):
-        assert torch.equal(mine[staged.tables.long()], theirs[here.tables.long()])
+        assert torch.equal(mine[staged.tables.tables.long()], theirs[here.tables.tables.long()])
 
 
 @pytest.mark.parametrize("host_memory", [0, -1, "much", 1.5])

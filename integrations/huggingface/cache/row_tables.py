@@ -1,0 +1,86 @@
+"""Block tables of a step's rows, and the attention arguments that all layers make of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpager.ops import AttentionArgs, HostRows
+
+
+class RowTables:
+    """Block tables and lengths of rows, on a device and on the host. Layers of a step share it.
+
+    Args:
+        tables: int32 [rows, blocks], on the device of the blocks.
+        kv_lens: int32 [rows], tokens.
+        host: both as arrays.
+        query_starts: int32 [rows + 1] for packed rows of several queries. None: all rows have
+            equally many queries.
+    """
+
+    __slots__ = ("_args", "host", "kv_lens", "query_starts", "tables")
+
+    def __init__(
+        self, tables: Tensor, kv_lens: Tensor, host: HostRows, query_starts: Tensor | None = None
+    ) -> None:
+        self.tables = tables
+        self.kv_lens = kv_lens
+        self.host = host
+        self.query_starts = query_starts
+        self._args: dict[tuple[object, ...], AttentionArgs] = {}
+
+    def row(self, number: int) -> RowTables:
+        """Return row `number` alone, with one query. O(1)."""
+        one = slice(number, number + 1)
+        return RowTables(self.tables[one], self.kv_lens[one], self.host.row(number))
+
+    def args(
+        self,
+        num_queries: int = 1,
+        *,
+        scale: float | None,
+        causal: bool = True,
+        window: int | None,
+        softcap: float | None,
+        mask: Tensor | None = None,
+        num_columns: int | None = None,
+    ) -> AttentionArgs:
+        """Return the arguments of `attend`, the same object for all layers that ask alike.
+
+        `num_queries`: of each row, unless there are `query_starts`. `num_columns`: read the last
+        ones only. O(1) once made, else O(rows).
+        """
+        # What is kept refers to its mask, so no other mask has that id.
+        key = (num_queries, scale, causal, window, softcap, num_columns, id(mask))
+        found = self._args.get(key)
+        if found is None:
+            starts, host = self.query_starts, self.host
+            if starts is None:
+                starts, host = self._equal_starts(num_queries), host.with_queries(num_queries)
+            found = AttentionArgs(
+                self.tables,
+                self.kv_lens,
+                starts,
+                scale=scale,
+                causal=causal,
+                window=window,
+                softcap=softcap,
+                mask=mask,
+                kv_starts=None if num_columns is None else self._last(num_columns),
+                host_rows=host,
+            )
+            if mask is None or num_queries == 1:  # others are large, and must not outlive a step
+                self._args[key] = found
+        return found
+
+    def _equal_starts(self, num_queries: int) -> Tensor | None:
+        if num_queries == 1:
+            return None
+        end = len(self.tables) * num_queries + 1
+        device = self.tables.device
+        return torch.arange(0, end, num_queries, dtype=torch.int32, device=device)
+
+    def _last(self, num_columns: int) -> Tensor:
+        """Return the first token of each row that is among the last columns, int32 [rows]."""
+        return (self.kv_lens - num_columns).clamp_(min=0)
