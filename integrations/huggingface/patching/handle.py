@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import weakref
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -141,12 +140,7 @@ class Patch:
             raise KVPagerError("this patch was undone already; make a new one with patch()")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self in active:
             self.undo()
 

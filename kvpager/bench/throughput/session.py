@@ -16,18 +16,40 @@ import kvpager
 from kvpager import _validate as arguments
 from kvpager.bench.environment import installed
 from kvpager.bench.throughput import models
-from kvpager.bench.throughput.opening import opened
+from kvpager.bench.throughput.by_engine import EngineSystem
+from kvpager.bench.throughput.by_generate import PaddedBatches
+from kvpager.bench.throughput.by_generate_batch import ContinuousBatches
+from kvpager.bench.throughput.by_vllm import Vllm
 from kvpager.bench.throughput.results import Figures, Run, compare
-from kvpager.bench.throughput.systems import (
-    Options,
-    Progress,
-    System,
-    check_names,
-)
+from kvpager.bench.throughput.systems import Options, Progress, System, check_names
 from kvpager.bench.throughput.workload import Workload
 
 # Is told a system's name, the repeat (0: warming up) and how many requests come.
 Stage = Callable[[str, int, int], Progress]
+
+
+@contextlib.contextmanager
+def opened(
+    name: str, model: Any, folder: Path, options: Options, workload: Workload
+) -> Iterator[System]:
+    """The system of that name, sized for `workload`, while this lasts."""
+    system = _make(name, model, folder, options, workload)
+    try:
+        yield system
+    finally:
+        system.close()
+
+
+def _make(name: str, model: Any, folder: Path, options: Options, workload: Workload) -> System:
+    if name in ("kvpager", "kvpager-compiled"):
+        compiled = name == "kvpager-compiled"
+        return EngineSystem(model, options, workload, compiled=compiled)
+    if name in ("generate", "generate-rows"):
+        rows = options.batch if name == "generate-rows" else None
+        return PaddedBatches(model, rows)
+    if name == "generate_batch":
+        return ContinuousBatches(model, options)
+    return Vllm(folder, options, workload, eager=name == "vllm-eager")
 
 
 def measure(
@@ -56,7 +78,7 @@ def measure(
         repeats: figures are the medians of so many.
         subsets: of a system: it gets so many of the requests, the first ones.
         stage: is told what comes next, and says what to tell of its progress.
-        open_system: makes a system ready, as `systems.opened` does.
+        open_system: makes a system ready, as `opened` does.
 
     Raises: `ValueError` for what makes no sense; `KVPagerError` where a system fails.
     """

@@ -47,15 +47,9 @@ class ARC(QueuePolicy):
             queue.move_to_end(block)
 
     def next_out(self, number: int) -> int | None:  # noqa: D102
-        queues = [self.once, self.often]
         if len(self.once) + number <= self.once_target:
-            queues.reverse()
-        for queue in queues:
-            block = self.idle(queue)
-            if block is not None:
-                del queue[block]
-                return block
-        return None
+            return self.take_idle(self.often, self.once)
+        return self.take_idle(self.once, self.often)
 
     def remove(self, block: int, fingerprint: int) -> None:  # noqa: D102
         ghosts = self.once_ghosts if block in self.is_once else self.often_ghosts

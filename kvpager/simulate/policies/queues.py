@@ -98,6 +98,15 @@ class QueuePolicy(BlockPolicy):
         """Return the first block of a queue that no request holds. O(blocks held)."""
         return next((block for block in queue if not self.is_held[block]), None)
 
+    def take_idle(self, *queues: Queue) -> int | None:
+        """Take the first block that no request holds out of the first queue that has one."""
+        for queue in queues:
+            block = self.idle(queue)
+            if block is not None:
+                del queue[block]
+                return block
+        return None
+
     @abstractmethod
     def insert(self, block: int, fingerprint: int) -> None:
         """Queue a block that is new."""

@@ -40,15 +40,9 @@ class TwoQ(QueuePolicy):
             self.main.move_to_end(block)
 
     def next_out(self, number: int) -> int | None:  # noqa: D102
-        queues = [self.new, self.main]
         if len(self.new) + number <= self.new_max:
-            queues.reverse()
-        for queue in queues:
-            block = self.idle(queue)
-            if block is not None:
-                del queue[block]
-                return block
-        return None
+            return self.take_idle(self.main, self.new)
+        return self.take_idle(self.new, self.main)
 
     def remove(self, block: int, fingerprint: int) -> None:  # noqa: D102
         if block in self.is_new:
