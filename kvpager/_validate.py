@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvpager._text import counted
+from kvpager.plans import Int32, Int64
 
 _BYTES_MAX = 1 << 60
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", start=1)}
 
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 
 _INT32 = np.iinfo(np.int32)
 _NO_INTS = (bool, np.timedelta64)  # which Python and NumPy count among their integers

@@ -17,9 +17,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+UInt64 = NDArray[np.uint64]
+Float64 = NDArray[np.float64]
 Tier = Literal["device", "host"]
 
-NO_COPIES: NDArray[np.int32] = np.empty((0, 2), np.int32)
+NO_BLOCKS: Int32 = np.empty(0, np.int32)
+NO_COPIES: Int32 = np.empty((0, 2), np.int32)
 NO_COPIES.flags.writeable = False
 
 
@@ -32,7 +37,7 @@ class Plan:
     where nothing waits for it.
     """
 
-    copies: NDArray[np.int32]
+    copies: Int32
     source: Tier
     destination: Tier
     ticket: int = 0
@@ -51,8 +56,8 @@ class Step:
     (copy-on-write). `ticket`: as in `Plan`.
     """
 
-    slots: NDArray[np.int64]
-    copies: NDArray[np.int32]
+    slots: Int64
+    copies: Int32
     ticket: int = 0
 
 
@@ -68,8 +73,8 @@ class Reason(Enum):
 class GroupStep(NamedTuple):
     """Where the layers of one group write and read in a step; as in `StepPlan`."""
 
-    slots: NDArray[np.int64]
-    tables: NDArray[np.int32]
+    slots: Int64
+    tables: Int32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,17 +107,17 @@ class StepPlan:
     """
 
     moves: list[Plan]
-    copies: NDArray[np.int32]
+    copies: Int32
     names: list[Hashable]
-    samples: NDArray[np.int32]
-    starts: NDArray[np.int32]
-    counts: NDArray[np.int32]
-    ids: NDArray[np.int32]
-    slots: NDArray[np.int64]
-    kv_lens: NDArray[np.int32]
-    tables: NDArray[np.int32]
+    samples: Int32
+    starts: Int32
+    counts: Int32
+    ids: Int32
+    slots: Int64
+    kv_lens: Int32
+    tables: Int32
     wants_logits: NDArray[np.bool_]
-    freed: NDArray[np.int32]
+    freed: Int32
     ended: list[tuple[Hashable, Reason]]
     more_groups: tuple[GroupStep, ...] = ()
 

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.eviction import NO_BLOCKS
 from kvpager.blocks.pool import BlockPool, Blocks
 from kvpager.errors import BrokenInvariant, OutOfBlocks, OutOfQuota
+from kvpager.plans import NO_BLOCKS, Int32, Int64
 
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 Index = NDArray[np.intp]
 Owned = Iterable[tuple[str | None, Int32]]  # namespaces and their blocks
 Counts = dict[int, int]  # blocks by the number of an account

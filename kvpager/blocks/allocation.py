@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager.blocks.contents import NO_CONTENTS, read_contents
 from kvpager.blocks.radix import Match
 from kvpager.blocks.sequences import Prompt, Sequence
-from kvpager.blocks.state import NO_BLOCKS, BlockState
+from kvpager.blocks.state import BlockState
 from kvpager.errors import OutOfBlocks
-from kvpager.plans import NO_COPIES
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import NO_BLOCKS, NO_COPIES, Int32, Int64
 
 
 class Allocation:

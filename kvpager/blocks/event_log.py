@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int32 = NDArray[np.int32]
+from kvpager.plans import Int32
+
 Kind = Literal["stored", "removed", "evicted", "copied", "moved", "lost"]
 _NONE: Int32 = np.empty(0, np.int32)
 

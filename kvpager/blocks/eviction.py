@@ -25,16 +25,12 @@ from numpy.typing import NDArray
 
 from kvpager.blocks.fingerprints import moved
 from kvpager.errors import BrokenInvariant
+from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64, UInt64
 
-Int32 = NDArray[np.int32]
 Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
-Int64 = NDArray[np.int64]
-Float64 = NDArray[np.float64]
-UInt64 = NDArray[np.uint64]
 Rank = Float64 | Int64
 T = TypeVar("T")
 
-NO_BLOCKS: Int32 = np.empty(0, np.int32)
 _OUTDATED_MAX = 64
 
 

@@ -19,9 +19,7 @@ from kvpager.blocks.policies.failsafe import FailSafe
 from kvpager.blocks.pool import Blocks
 from kvpager.blocks.radix import Forest, Node
 from kvpager.errors import BrokenInvariant
-
-Int32 = NDArray[np.int32]
-_NO_BLOCKS: Int32 = np.empty(0, np.int32)
+from kvpager.plans import NO_BLOCKS
 
 
 class Evictor:
@@ -162,7 +160,7 @@ class Evictor:
         return self._forget(gone)
 
     def _forget(self, gone: list[Blocks]) -> int:
-        blocks = gone[0] if len(gone) == 1 else np.concatenate([_NO_BLOCKS, *gone])
+        blocks = gone[0] if len(gone) == 1 else np.concatenate([NO_BLOCKS, *gone])
         self._pool.uncache(blocks)
         self.policy.forget(blocks)
         if self._log is not None and len(blocks):
@@ -213,7 +211,7 @@ class Evictor:
         """
         node = queue.aside_first()
         if not self.idle(node.blocks).any():
-            return _NO_BLOCKS, 0
+            return NO_BLOCKS, 0
         below = list(self._forest.below(node))
         deepest = max(
             (other for other in below if self.idle(other.blocks).any()),

@@ -7,12 +7,9 @@ from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager.blocks.ragged import ranks
-from kvpager.blocks.state import NO_BLOCKS, BlockState
+from kvpager.blocks.state import BlockState
 from kvpager.blocks.truncation import Truncation
-from kvpager.plans import NO_COPIES, Step
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import NO_BLOCKS, NO_COPIES, Int32, Int64, Step
 
 
 class Extension:

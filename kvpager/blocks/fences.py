@@ -9,14 +9,12 @@ from __future__ import annotations
 import secrets
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager._validate import is_int
 from kvpager.blocks.pool import BlockPool, Blocks
 from kvpager.errors import BrokenInvariant
-from kvpager.plans import Tier
+from kvpager.plans import Int32, Tier
 
-Int32 = NDArray[np.int32]
 _NONE: Int32 = np.empty(0, np.int32)
 
 

@@ -14,11 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.blocks.pool import BlockPool, Blocks
+from kvpager.plans import Int32, Int64, UInt64
 
-Int32 = NDArray[np.int32]
-UInt64 = NDArray[np.uint64]
 T = TypeVar("T", bound=np.generic)
-Int64 = NDArray[np.int64]
 NO_FINGERPRINTS: UInt64 = np.empty(0, np.uint64)
 NO_DEPTHS: Int64 = np.empty(0, np.int64)
 

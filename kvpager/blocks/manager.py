@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from typing import Literal, Unpack, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
 from kvpager._text import counted
@@ -40,10 +40,7 @@ from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
 from kvpager.blocks.swap import Swap
 from kvpager.blocks.truncation import Truncation
-from kvpager.plans import Plan, Step, Tier
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64, Plan, Step, Tier
 
 
 class BlockManager:

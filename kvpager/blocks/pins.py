@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager.blocks.policies import PRIORITY_MAX
 from kvpager.blocks.sequences import Sequence
-from kvpager.blocks.state import NO_BLOCKS, BlockState
-
-Int32 = NDArray[np.int32]
+from kvpager.blocks.state import BlockState
+from kvpager.plans import NO_BLOCKS, Int32
 
 
 class Pins:

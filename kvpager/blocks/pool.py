@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
+from kvpager.plans import Int32
 
-Int32 = NDArray[np.int32]
 Index = NDArray[np.intp]
 Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
 

@@ -24,7 +24,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.blocks.contents import NO_CONTENTS, Contents, Tag
 from kvpager.blocks.event_log import Event, EventLog
@@ -33,12 +32,11 @@ from kvpager.blocks.fingerprints import Arrivals
 from kvpager.blocks.pool import Blocks
 from kvpager.blocks.radix import Forest, Match, Node, TreeKey, key_of
 from kvpager.errors import BrokenInvariant
+from kvpager.plans import NO_BLOCKS, Int32
 
-Int32 = NDArray[np.int32]
 # How many runs are looked at for one whose first block matches in part: of prompts that all begin
 # alike there may be thousands, and the latest are the likeliest.
 _PARTIAL_CANDIDATES_MAX = 16
-_NO_BLOCKS: Int32 = np.empty(0, np.int32)
 
 
 class PrefixIndex:
@@ -63,14 +61,14 @@ class PrefixIndex:
         """The longest prefix of `tokens` that is known in `tree`. O(tokens)."""
         root = self._forest.roots.get(tree)
         if root is None:
-            return Match(None, _NO_BLOCKS)
+            return Match(None, NO_BLOCKS)
         num_full = len(tokens) // self.block_size
         wanted = tokens[: num_full * self.block_size].reshape(num_full, self.block_size)
         node, position, found = self._walk(
             root, 0, wanted, contents.stretches(self.block_size, 0, num_full)
         )
         if len(found) < 2:
-            blocks = found[0] if found else _NO_BLOCKS
+            blocks = found[0] if found else NO_BLOCKS
         else:
             blocks = np.concatenate(found)
         rest = tokens[position * self.block_size : (position + 1) * self.block_size]

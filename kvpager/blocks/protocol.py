@@ -10,15 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol, overload
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from kvpager.blocks.sequences import Batch, Sequence, Target
 from kvpager.blocks.stats import Stats
-from kvpager.plans import Plan, Step, Tier
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64, Plan, Step, Tier
 
 
 class Ceilings(Protocol):

@@ -14,9 +14,7 @@ from kvpager.blocks.sequences import Batch, PrefixMatch, Sequence, Target, liste
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import BlockStatus, Stats
 from kvpager.errors import OutOfBlocks
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64
 
 
 class Queries:

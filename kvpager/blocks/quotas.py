@@ -15,7 +15,8 @@ from kvpager import _validate as arguments
 from kvpager._text import size
 from kvpager.blocks.accounts import Quota
 from kvpager.blocks.protocol import Ceilings
-from kvpager.blocks.state import NO_BLOCKS, BlockState
+from kvpager.blocks.state import BlockState
+from kvpager.plans import NO_BLOCKS
 
 
 class Quotas:

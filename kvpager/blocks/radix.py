@@ -13,11 +13,10 @@ from kvpager.blocks.eviction import Queue
 from kvpager.blocks.fingerprints import moved
 from kvpager.blocks.pool import BlockPool, Blocks
 from kvpager.errors import BrokenInvariant
+from kvpager.plans import NO_BLOCKS, Int32
 
-Int32 = NDArray[np.int32]
 # Namespace and adapter, and the group of layers if it is not the first.
 TreeKey = tuple[str | None, str | None] | tuple[str | None, str | None, int]
-_NO_BLOCKS: Int32 = np.empty(0, np.int32)
 
 
 class Node:
@@ -104,7 +103,7 @@ class Forest:
 
     def new_root(self, tree: TreeKey, queue: Queue[Node]) -> Node:
         """Begin a tree. O(1)."""
-        root = self.new_node(None, 0, _NO_BLOCKS)
+        root = self.new_node(None, 0, NO_BLOCKS)
         root.tree, root.queue = tree, queue
         self.roots[tree] = self._roots_of.setdefault(tree[0], {})[tree] = root
         return root

@@ -15,12 +15,9 @@ from collections import Counter
 from contextlib import suppress
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64
 
 _SPAN_MIN = 4
 _ENTRIES_MIN = 2**16  # an array this small is not worth shrinking

@@ -22,10 +22,7 @@ from kvpager.blocks.contents import NO_CONTENTS, Contents
 from kvpager.blocks.radix import Node, TreeKey
 from kvpager.blocks.ragged import Ragged, ranks
 from kvpager.errors import BrokenInvariant, StaleSequence
-from kvpager.plans import NO_COPIES
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import NO_COPIES, Int32, Int64
 
 NO_BLOCK = -1
 

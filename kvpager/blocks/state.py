@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager._atomic import Change, new_lock
@@ -31,11 +30,8 @@ from kvpager.blocks.prefix import PrefixIndex
 from kvpager.blocks.radix import Forest
 from kvpager.blocks.sequences import Batch, Prompt, Sequence, SequenceTable
 from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
-from kvpager.plans import Tier
+from kvpager.plans import NO_BLOCKS, Int32, Int64, Tier
 
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
-NO_BLOCKS: Int32 = np.empty(0, np.int32)
 TOTALS = ("copied", "evicted", "out", "in", "queries", "hits", "queried", "hit")
 
 

@@ -10,17 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.blocks.accounts import Accounts
 from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.sequences import NO_BLOCK, SequenceTable
 from kvpager.blocks.state import BlockState
 from kvpager.errors import OutOfBlocks, SequenceSwapped
-from kvpager.plans import Plan
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64, Plan
 
 
 class Swap:

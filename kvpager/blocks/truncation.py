@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager.blocks.ragged import ranks
 from kvpager.blocks.state import BlockState
-
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int64
 
 
 class Truncation:

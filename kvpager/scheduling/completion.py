@@ -7,11 +7,10 @@ from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
 from kvpager.blocks.protocol import CacheManager
-from kvpager.plans import StepPlan
+from kvpager.plans import Int32, Int64, StepPlan
 from kvpager.scheduling.placement import Placement
-from kvpager.scheduling.request import Int32
 from kvpager.scheduling.request_table import RequestTable
-from kvpager.scheduling.step import Draft, Int64
+from kvpager.scheduling.step import Draft
 
 
 class Completion:

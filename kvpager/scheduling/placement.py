@@ -16,9 +16,9 @@ import numpy as np
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.plans import Plan, Reason
+from kvpager.plans import Int32, Plan, Reason
 from kvpager.scheduling.preemption import PreemptionCosts
-from kvpager.scheduling.request import Int32, RequestState, Status
+from kvpager.scheduling.request import RequestState, Status
 from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.step import Draft
 

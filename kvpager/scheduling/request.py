@@ -6,14 +6,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvpager import _validate as arguments
 from kvpager.blocks.protocol import CacheManager
-from kvpager.plans import Reason
-
-Int32 = NDArray[np.int32]
+from kvpager.plans import Int32, Reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

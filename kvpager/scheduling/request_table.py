@@ -7,9 +7,9 @@ from heapq import heapify, heappop, heappush
 
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import BrokenInvariant
-from kvpager.plans import Reason
+from kvpager.plans import Int32, Reason
 from kvpager.scheduling.queue import Order
-from kvpager.scheduling.request import Int32, Request, RequestState, Status
+from kvpager.scheduling.request import Request, RequestState, Status
 from kvpager.scheduling.sequence_state import SequenceState
 
 

@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike
 from kvpager import _validate as arguments
 from kvpager._atomic import Change
 from kvpager.blocks.protocol import MEMBERS, CacheManager
-from kvpager.plans import Reason, StepPlan
+from kvpager.plans import Int32, Reason, StepPlan
 from kvpager.scheduling.admission import AdmissionPolicy
 from kvpager.scheduling.completion import Completion, read_continuations
 from kvpager.scheduling.decoding import Decoding
@@ -36,7 +36,7 @@ from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.prefill import Prefill
 from kvpager.scheduling.queue import Order, make_order
-from kvpager.scheduling.request import Int32, Request, Status, read_prompt
+from kvpager.scheduling.request import Request, Status, read_prompt
 from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.stats import SchedulerStats
 from kvpager.scheduling.step import Draft

@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.blocks.ragged import Ragged
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import BrokenInvariant
+from kvpager.plans import Int32
 from kvpager.scheduling.request import RequestState
-
-Int32 = NDArray[np.int32]
 
 NO_LEADER = -1
 

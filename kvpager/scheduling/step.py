@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Batch
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.plans import NO_COPIES, GroupStep, Plan, Step, StepPlan
-from kvpager.scheduling.request import Int32, RequestState
+from kvpager.plans import NO_COPIES, GroupStep, Int32, Int64, Plan, Step, StepPlan
+from kvpager.scheduling.request import RequestState
 from kvpager.scheduling.request_table import RequestTable
-
-Int64 = NDArray[np.int64]
 
 
 class Part(NamedTuple):

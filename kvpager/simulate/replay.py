@@ -21,14 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager.blocks.manager import BlockManager
+from kvpager.plans import Int32
 from kvpager.simulate import textfile
 from kvpager.simulate.policies import COMPARED
-
-Int32 = NDArray[np.int32]
 
 _ID_END = 2**31
 _BAD_LINES_SHOWN = 3

@@ -8,15 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Target
-from kvpager.plans import Step
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64, Step
 
 
 class RaggedTables(NamedTuple):

@@ -5,15 +5,11 @@ from __future__ import annotations
 from zlib import crc32
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.blocks.protocol import CacheManager
-from kvpager.plans import StepPlan
+from kvpager.plans import Int32, Int64, StepPlan
 from kvpager.scheduling.request import Request
 from kvpager.testing.memory import TokenMemory
-
-Int64 = NDArray[np.int64]
-Int32 = NDArray[np.int32]
 
 VOCABULARY = 97
 _MIX = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio's fraction, as a signed number

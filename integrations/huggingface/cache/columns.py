@@ -19,12 +19,10 @@ import copy
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager.errors import KVPagerError
-
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int64
 
 
 class Announced(NamedTuple):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager._atomic import whole
@@ -27,10 +26,8 @@ from kvpager.integrations.huggingface.cache.rows import BatchRows
 from kvpager.integrations.huggingface.cache.stats import Holding
 from kvpager.integrations.huggingface.cache.step_tensors import StepTensors
 from kvpager.integrations.huggingface.cache.views import PagedView, Part, Views, packed
+from kvpager.plans import Int32, Int64
 from kvpager.storage.block_storage import BlockStorage
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 
 _numbers = itertools.count()
 

@@ -25,9 +25,7 @@ from kvpager.blocks.sequences import Batch, Sequence
 from kvpager.errors import KVPagerError, OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.pools import PagedPool, waiting_for_room
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64
 
 # Of the device's blocks, how many stay free behind a row that returns: else it would soon leave.
 _RESERVE = 1 / 8

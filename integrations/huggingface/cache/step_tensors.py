@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.columns import Columns
@@ -19,8 +18,7 @@ from kvpager.integrations.huggingface.cache.rows import BatchRows, Partition
 from kvpager.integrations.huggingface.cache.views import Part
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows
-
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int64
 
 _CPU = torch.device("cpu")
 

@@ -13,10 +13,8 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64
 
 # What a pass costs besides its tokens, in tokens: it reads all weights, however few there are.
 PASS_TOKENS = 256

@@ -25,12 +25,13 @@ from kvpager.blocks.sequences import Sequence
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
-from kvpager.integrations.huggingface.cache.prompt import Int32, PrefixKey, Prompt
+from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
 from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
 from kvpager.integrations.huggingface.prefix.inputs import Padding
 from kvpager.integrations.huggingface.releases import cache_in
+from kvpager.plans import Int32
 
 # What `PromptCache.chosen` has chosen, the last for each prompt cache holds.
 _chosen: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("kvpager_namespaces", default=())

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -30,10 +29,8 @@ from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.integrations.huggingface.cache.views import Blocks, PagedView, Part, packed
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, append_kv
-from kvpager.plans import GroupStep, StepPlan
+from kvpager.plans import GroupStep, Int32, StepPlan
 from kvpager.storage.block_storage import BlockStorage, LayerShape
-
-Int32 = NDArray[np.int32]
 
 
 class GroupRows(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.blocks.allocation import Allocation
 from kvpager.blocks.groups.table import GroupTable
@@ -11,9 +10,7 @@ from kvpager.blocks.groups.windows import Hit
 from kvpager.blocks.sequences import Prompt, Sequence
 from kvpager.blocks.state import BlockState
 from kvpager.errors import OutOfBlocks
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64
 
 
 class GroupAllocation:

@@ -10,16 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.blocks.extension import Extension
 from kvpager.blocks.groups.table import GroupTable
 from kvpager.blocks.ragged import ranks
 from kvpager.blocks.state import BlockState
-from kvpager.plans import Step
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64, Step
 
 
 class GroupExtension:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.blocks.groups.table import GroupTable
 from kvpager.blocks.groups.windows import WindowIndex
 from kvpager.blocks.publication import Publication
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.truncation import Truncation
-
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int64
 
 
 class GroupPublication:

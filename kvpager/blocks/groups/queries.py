@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager.blocks.groups.table import GroupTable
@@ -14,9 +13,7 @@ from kvpager.blocks.queries import Queries
 from kvpager.blocks.sequences import Batch, PrefixMatch, Prompt, Sequence, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64
 
 
 class GroupQueries:

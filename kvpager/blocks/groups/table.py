@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.blocks.sequences import Batch, Owner, Sequence
 from kvpager.blocks.state import BlockState
 from kvpager.errors import BrokenInvariant, SequenceSwapped, StaleSequence
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.plans import Int32, Int64
 
 
 class GroupTable:

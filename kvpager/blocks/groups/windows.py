@@ -18,15 +18,12 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager.blocks.contents import Contents, Tag
 from kvpager.blocks.radix import Node, key_of
 from kvpager.blocks.sequences import Prompt
-from kvpager.blocks.state import NO_BLOCKS, BlockState
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from kvpager.blocks.state import BlockState
+from kvpager.plans import NO_BLOCKS, Int32
 
 _FRONT = bytes(32)  # stands for the tokens before the first one
 

@@ -16,18 +16,9 @@ from typing import ClassVar
 import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager.blocks.eviction import (
-    NO_BLOCKS,
-    BlockPolicy,
-    Blocks,
-    EvictionPolicy,
-    Float64,
-    Int32,
-    Int64,
-    Rank,
-    UInt64,
-)
+from kvpager.blocks.eviction import BlockPolicy, Blocks, EvictionPolicy, Rank
 from kvpager.blocks.policies.lifetime import Lifetime
+from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64, UInt64
 
 logger = logging.getLogger("kvpager")
 

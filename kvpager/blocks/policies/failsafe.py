@@ -14,16 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from kvpager.blocks.eviction import (
-    NO_BLOCKS,
-    Blocks,
-    EvictionPolicy,
-    Int32,
-    Int64,
-    Rank,
-    UInt64,
-)
+from kvpager.blocks.eviction import Blocks, EvictionPolicy, Rank
 from kvpager.blocks.policies import LRU
+from kvpager.plans import NO_BLOCKS, Int32, Int64, UInt64
 
 logger = logging.getLogger("kvpager")
 
