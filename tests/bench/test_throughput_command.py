@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from tests.support import tiny_models
+from tests.support.programs import run_program
 from tests.support.throughput_cases import FIELDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,10 +130,9 @@ def test_help_lists_every_option_of_the_command() -> None:
 def test_the_benchmark_has_a_figure_for_each_of_its_parts(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot = tmp_path / "rows.svg"
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--quick", "--no-compile",
-         "--repeats", "1", "--threads", "1", "--plot", str(plot)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    result = run_program(
+        ROOT / "benchmarks" / "throughput.py", "--quick", "--no-compile", "--repeats", "1",
+        "--threads", "1", "--plot", str(plot), cwd=ROOT,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     machine, *lines = map(json.loads, result.stdout.splitlines())
