@@ -21,7 +21,7 @@ from kvpager.scheduling.queue import Fair, Priority
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.keys import KeyContext, content_keys
-from kvpager.testing.state import state_of
+from tests.support.manager_state import state_of
 
 PROMPT = [1, 2, 3, 4, 5]
 HUGE = 10**5000  # more digits than Python prints

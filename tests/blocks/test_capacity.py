@@ -18,7 +18,7 @@ from kvpager.blocks.sequences import Sequence
 from kvpager.blocks.stats import BlockStatus, Metrics
 from kvpager.errors import OutOfQuota
 from kvpager.plans import Plan, Step
-from kvpager.testing.state import handles_of
+from tests.support.manager_state import handles_of
 from tests.support.twins import twin_of
 
 A, B, C, D, E = ([first + i for i in range(4)] for first in range(10, 60, 10))  # a block each

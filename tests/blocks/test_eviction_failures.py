@@ -13,8 +13,8 @@ import pytest
 from kvpager import BlockManager
 from kvpager.blocks.eviction import EvictionPolicy
 from kvpager.blocks.policies import LRU, POLICIES, Priority
-from kvpager.testing.state import handles_of, state_of
 from tests.blocks.test_faults import Clock, History, committed
+from tests.support.manager_state import handles_of, state_of
 
 NUM_BLOCKS = 24
 METHODS = ("admit", "touch", "retire", "rank", "forget", "reranked", "retain", "resize")

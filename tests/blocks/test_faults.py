@@ -18,7 +18,7 @@ from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step
-from kvpager.testing.state import differences, handles_of, state_of
+from tests.support.manager_state import differences, handles_of, state_of
 
 NUM_THREADS = 64
 NUM_OPERATIONS = 120  # of each thread; 10,000 for a night

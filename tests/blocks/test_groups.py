@@ -28,8 +28,8 @@ from kvpager import OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.testing.conformance import BlockManagerAdapter, ManagerConformance
 from kvpager.testing.memory import Content, TokenMemory
-from kvpager.testing.state import differences, state_of
 from tests.support.interrupts import Moments, by_signal
+from tests.support.manager_state import differences, state_of
 
 WINDOWS = [(None,), (5,), (None, 5), (5, None, 9), (None, None, 1), (4, 4)]
 

@@ -29,7 +29,6 @@ from kvpager.blocks.policies import POLICIES
 from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.sequences import SequenceTable
 from kvpager.errors import BrokenInvariant
-from kvpager.testing.state import differences, state_of
 from tests.blocks.test_faults import (
     SCENARIOS,
     Clock,
@@ -44,6 +43,7 @@ from tests.blocks.test_faults import (
     policy_of,
 )
 from tests.support.interrupts import Interrupt, Moments, by_force, by_signal
+from tests.support.manager_state import differences, state_of
 
 NUM_TIMED = int(os.environ.get("KVPAGER_INTERRUPTS", "2000"))
 # Every so many of the moments of an operation, unless all are asked for.

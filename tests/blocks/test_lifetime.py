@@ -12,7 +12,7 @@ from kvpager.blocks.policies.lifetime import LIFETIMES, Contest, Ghosts, Lifetim
 from kvpager.simulate.generate import generate_trace
 from kvpager.simulate.policies import BASELINES
 from kvpager.simulate.replay import replay
-from kvpager.testing.state import state_of
+from tests.support.manager_state import state_of
 
 BLOCK_SIZE = 4
 

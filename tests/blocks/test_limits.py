@@ -13,7 +13,7 @@ from kvpager.blocks.accounts import Account
 from kvpager.blocks.eviction import Queue
 from kvpager.blocks.sequences import Sequence
 from kvpager.blocks.stats import BlockStatus
-from kvpager.testing.state import handles_of, state_of
+from tests.support.manager_state import handles_of, state_of
 from tests.support.twins import twin_of
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.policies import POLICIES
 from kvpager.blocks.sequences import Sequence
-from kvpager.testing.state import state_of
+from tests.support.manager_state import state_of
 
 # Operations of the paired isolation test, over all policies; 1,000,000 is a good night's worth.
 ISOLATION_OPERATIONS = 20_000

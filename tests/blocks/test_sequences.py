@@ -11,7 +11,7 @@ import pytest
 from kvpager import BlockManager, OutOfBlocks, StaleSequence
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import SequenceSwapped
-from kvpager.testing.state import same_state, state_of
+from tests.support.manager_state import same_state, state_of
 
 Arrays = dict[str, np.ndarray]
 

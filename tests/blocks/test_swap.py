@@ -11,7 +11,7 @@ from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step
-from kvpager.testing.state import handles_of, same_state, state_of
+from tests.support.manager_state import handles_of, same_state, state_of
 from tests.support.twins import twin_of
 
 NUM_STEPS = 5_000

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kvpager import BlockManager, KVPagerError, Request, Scheduler
-from kvpager.testing.state import state_of
 from tests.support.interrupts import Interrupt, Moments, by_force, by_signal
+from tests.support.manager_state import state_of
 from tests.support.scheduling import ids
 
 NUM_STEPS = 14
