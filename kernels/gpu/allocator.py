@@ -21,7 +21,6 @@ from torch import Tensor
 
 from kvpager.kernels.device_allocator import DeviceAllocator
 from kvpager.kernels.gpu import config
-from kvpager.kernels.gpu.specialisation import Specialisation
 
 # At least so many lanes make a program, and up to so many a lone one, which settles what is pending
 # by itself. More rows take two launches of programs with LANES lanes.
@@ -323,50 +322,3 @@ def _books(allocator: DeviceAllocator) -> tuple[Tensor, Tensor, Tensor]:
 
 def _on_device(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def specialisations() -> list[Specialisation]:
-    """A small batch, the largest of one program, one of many; and what forks and releases."""
-    lanes = ((LANES_MIN, True), (LANES_ALONE_MAX, True), (LANES, False))
-    steps = [_step_specialisation(count, alone) for count, alone in lanes]
-    books = ("lens", "tables", "ref_counts")
-    settle = ("slots", "rows", *books, "failures")
-    share = ("sources", "targets", *books, "failures")
-    drop = ("rows", *books, "free", "num_free")
-    return [
-        *steps,
-        _specialisation("settle", settle_rows, settle, {"LANES": LANES}),
-        _specialisation("fork", share_rows, share, {"COLUMNS": COLUMNS}),
-        _specialisation("release", drop_rows, drop, {"COLUMNS": COLUMNS}),
-    ]
-
-
-def _step_specialisation(lanes: int, alone: bool) -> Specialisation:
-    pointers = ("slots", "copies", "rows", "lens", "tables", "ref_counts", "free", "num_free")
-    return _specialisation(
-        f"step {lanes} lanes" + (" alone" if alone else ""),
-        step_rows,
-        (*pointers, "failures"),
-        {"LANES": lanes, "ALONE": alone},
-    )
-
-
-def _specialisation(
-    name: str,
-    function: Any,
-    pointers: tuple[str, ...],
-    constants: dict[str, Any],
-) -> Specialisation:
-    sizes = ("num_lanes", "num_columns") if "LANES" in constants else ("num_columns",)
-    signature = dict.fromkeys(pointers, "*i32") | dict.fromkeys(sizes, "i32")
-    if "slots" in pointers:
-        signature["slots"] = "*i64"
-    return Specialisation(
-        name=name,
-        function=function,
-        signature=signature,
-        constexprs={"BLOCK_SIZE": 16, **constants},
-        options={"num_warps": _warps(constants.get("LANES", COLUMNS))},
-        divisible=tuple(name for name in pointers if name not in ("rows", "sources", "targets")),
-        max_registers=48,
-    )

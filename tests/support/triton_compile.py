@@ -1,8 +1,8 @@
 """Compile Triton kernels for GPUs that are not here, and say what they need.
 
-    python tests/support/triton_compile.py sm_90 kvpager.kernels.gpu.copies [some]
+    python -m tests.support.triton_compile sm_90 tests.support.specialisations.copies [some]
 
-prints one line of JSON per specialisation of the module (see `kernels/gpu/specialisation.py`):
+prints one line of JSON per specialisation of the module (see `tests.support.specialisations`):
 registers per thread, bytes spilled per thread, bytes of shared memory per program, accesses to
 memory. With `some`, one of each kernel is enough for each 8-bit format, and one for each last word
 of the names (attention: decode, prefill, ..). Runs as a process of its

@@ -1,4 +1,4 @@
-"""What the attention kernels are compiled for: see `specialisation.py`.
+"""What the attention kernels are compiled for: see `tests.support.specialisations`.
 
 The arguments of real calls decide, on tensors without bytes: what is compiled here is what the
 launches of `attention.py` ask for.
@@ -21,7 +21,7 @@ from kvpager.kernels.gpu.attention import (
 )
 from kvpager.kernels.gpu.attention_kernels import attend_items, merge_parts
 from kvpager.kernels.gpu.plans import Plans, shapes_of
-from kvpager.kernels.gpu.specialisation import DIVISOR, Specialisation
+from tests.support.specialisations import DIVISOR, Specialisation
 
 
 def specialisations(capability: int = 80) -> list[Specialisation]:

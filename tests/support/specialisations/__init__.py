@@ -1,7 +1,7 @@
 """What a Triton kernel is compiled for, written down so that it can be checked without a GPU.
 
 Triton compiles a kernel again for every combination of argument types, compile-time constants and
-options that it is launched with. Each module of this folder has a function
+options that it is launched with. Each module of this package has a function
 
     def specialisations() -> list[Specialisation]
 
