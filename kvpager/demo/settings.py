@@ -36,9 +36,7 @@ class Settings:
             arguments.count("new tokens", self.new_tokens, at_least=1)
             arguments.block_size(self.block_size)
             if self.memory is not None:
-                from kvpager._validate import parse_memory
-
-                parse_memory(self.memory)
+                arguments.parse_memory(self.memory)
         except ValueError as error:
             raise BadInput(str(error)) from None
 

@@ -12,25 +12,17 @@ Needs pytest and Hypothesis; `kvpager.testing.findings` gives the same as data a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from kvpager.testing.adapters import BlockManagerAdapter
 from kvpager.testing.findings import Finding, MakeAdapter, findings
-from kvpager.testing.histories import Operation, Table, offered
+from kvpager.testing.histories import offered
 from kvpager.testing.promises import PROMISES, ManagerAdapter, Session
 from kvpager.testing.rules import RULES
-from kvpager.testing.strategies import strategy
+from kvpager.testing.strategies import machine_of
 
 __all__ = [
     "PROMISES",
@@ -40,24 +32,7 @@ __all__ = [
     "ManagerConformance",
     "conformance_machine",
     "findings",
-    "rules_of",
 ]
-
-
-def rules_of(table: Table) -> dict[str, Callable[..., Any]]:
-    """A Hypothesis rule for every operation; the machine keeps the world as `self.world`."""
-    return {name: _rule_of(operation) for name, operation in table.items()}
-
-
-def _rule_of(operation: Operation) -> Callable[..., Any]:
-    def run(machine: Any, **arguments: Any) -> None:
-        machine.world.apply(operation, tuple(arguments[name] for name in operation.arguments))
-
-    run.__name__ = operation.name
-    strategies: Any = {name: strategy(kind) for name, kind in operation.arguments.items()}
-    decorate: Any = rule  # its overloads take no dictionary
-    decorated: Callable[..., Any] = decorate(**strategies)(run)
-    return decorated
 
 
 def conformance_machine(
@@ -65,25 +40,14 @@ def conformance_machine(
 ) -> type[RuleBasedStateMachine]:
     """A state machine class that drives the managers `make_adapter` makes, all promises watched.
 
-    `pools` are the least and the most blocks of a manager. Its `TestCase` is a unittest class.
-    O(everything) after each step.
+    `pools` are the least and the most blocks of a manager. O(everything) after each step.
     """
 
-    class Conformance(RuleBasedStateMachine):
-        world: Session
-
-        @initialize(num_blocks=st.integers(*pools))
-        def start(self, num_blocks: int) -> None:
-            """A fresh manager over a small pool."""
-            self.world = Session(make_adapter(num_blocks, block_size))
-
-        def teardown(self) -> None:
-            """After all is freed, all blocks can be had again."""
-            if hasattr(self, "world"):
-                self.world.finish()
+    def make_session(num_blocks: int) -> Session:
+        return Session(make_adapter(num_blocks, block_size))
 
     table = offered(RULES, make_adapter(pools[1], block_size))
-    return type("Conformance", (Conformance,), dict(rules_of(table)))
+    return machine_of("Conformance", table, make_session, num_blocks=st.integers(*pools))
 
 
 class ManagerConformance:

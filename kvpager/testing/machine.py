@@ -10,12 +10,12 @@ The rules are the simulator's operations, so a new operation is a new rule as we
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize
+from hypothesis.stateful import RuleBasedStateMachine
 
-from kvpager.testing.conformance import rules_of
 from kvpager.testing.histories import Table, offered
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, eviction_policies, make_block_manager
+from kvpager.testing.strategies import machine_of
 from kvpager.testing.world import World
 
 
@@ -49,22 +49,12 @@ def manager_machine(
     After every step all sequences are read back and all books checked; at the end all is freed.
     """
 
-    class PagedMemory(RuleBasedStateMachine):
-        world: World
-
-        @initialize(setup=setups(block_size))
-        def start(self, setup: Setup) -> None:
-            """A fresh manager over a small pool."""
-            self.world = World(setup, make_manager(setup))
-
-        def teardown(self) -> None:
-            """After all is freed, every block is free or cached."""
-            if hasattr(self, "world"):
-                self.world.finish()
+    def make_world(setup: Setup) -> World:
+        return World(setup, make_manager(setup))
 
     smallest = Setup(1, 1, block_size, 1, 1, 1, (None,), "lru", 1)
-    rules = rules_of(offered(table, make_manager(smallest)))
-    return type("PagedMemory", (PagedMemory,), dict(rules))
+    table = offered(table, make_manager(smallest))
+    return machine_of("PagedMemory", table, make_world, setup=setups(block_size))
 
 
 PagedMemory = manager_machine()

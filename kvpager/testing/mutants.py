@@ -90,7 +90,7 @@ def kill(
         seeds: where each simulation begins.
         processes: how many mutants at a time.
         timeout_seconds: for one mutant; one that does not come to an end by then is killed.
-        progress: called with 1 after each mutant; a tqdm bar by default where tqdm is installed.
+        progress: called with 1 after each mutant, such as `tqdm(...).update`.
 
     Raises: `LookupError` where a fragment is not found once; `RuntimeError` where the unchanged
     source fails, or a mutant cannot even be imported.
@@ -105,14 +105,13 @@ def kill(
     if sound.killed:
         raise RuntimeError(f"the unchanged source fails, so no mutant can be judged: {sound.by}")
     outcomes: dict[str, Outcome] = {}
-    advance, close = (progress, _nothing) if progress else _bar(len(mutants))
     with ThreadPoolExecutor(processes) as pool:
         futures = [pool.submit(_try, mutant, limits, timeout_seconds) for mutant in mutants]
         for future in as_completed(futures):
             outcome = future.result()
             outcomes[outcome.mutant.name] = outcome
-            advance(1)
-    close()
+            if progress is not None:
+                progress(1)
     return [outcomes[name] for name in names]
 
 
@@ -150,16 +149,3 @@ def _try(mutant: Mutant, limits: dict[str, object], timeout_seconds: float) -> O
     result = json.loads(done.stdout.splitlines()[-1])
     seconds = perf_counter() - begin
     return Outcome(mutant, bool(result["by"]), result["by"], result["operations"], seconds)
-
-
-def _bar(total: int) -> tuple[Callable[[int], object], Callable[[], object]]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return _nothing, _nothing
-    bar = tqdm(total=total, unit="mutant")
-    return bar.update, bar.close
-
-
-def _nothing(*_: object) -> None:
-    """No progress bar."""

@@ -1,45 +1,34 @@
-"""Hypothesis strategies for what block managers are given.
+"""Hypothesis strategies and state machines of operations.
 
 Prompts come from a tiny alphabet, so that prefixes collide, and are a few blocks long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from hypothesis.strategies import SearchStrategy
 
-from kvpager.testing.histories import Choice, Kind, Many, Number, Pick, Tokens
-
-Item = TypeVar("Item")
+from kvpager.testing.histories import (
+    Choice,
+    Kind,
+    Many,
+    Number,
+    Operation,
+    Pick,
+    Table,
+    Tokens,
+    World,
+)
 
 _PICK_MAX = 31
 
 
-def prompts(alphabet: int = 3, longest: int = 18, shortest: int = 0) -> SearchStrategy[list[int]]:
-    """Token ids, `shortest` to `longest` of them, of 0 to `alphabet` - 1."""
-    return st.lists(st.integers(0, alphabet - 1), min_size=shortest, max_size=longest)
-
-
-def namespaces(names: Sequence[str | None] = (None, "acme")) -> SearchStrategy[str | None]:
-    """One of a few namespaces; None is one of its own."""
-    return st.sampled_from(list(names))
-
-
-def picks() -> SearchStrategy[int]:
-    """A number that names a live sequence, from the newest on, modulo how many there are."""
-    return st.integers(0, _PICK_MAX)
-
-
-def batches(items: Sequence[Item]) -> SearchStrategy[list[Item]]:
-    """Some of the sequences given, none twice, at least one, in any order."""
-    return st.lists(st.sampled_from(items), unique=True, min_size=1)
-
-
 def strategy(kind: Kind, *, alphabet: int = 3, longest: int = 18) -> SearchStrategy[Any]:
-    """The strategy for an argument of an `Operation`.
+    """Return the strategy for an argument of an `Operation`.
 
     >>> strategy(Number(3))
     integers(min_value=0, max_value=3)
@@ -47,12 +36,49 @@ def strategy(kind: Kind, *, alphabet: int = 3, longest: int = 18) -> SearchStrat
     if isinstance(kind, Number):
         return st.integers(0, kind.most)
     if isinstance(kind, Pick):
-        return picks()
+        return st.integers(0, _PICK_MAX)
     if isinstance(kind, Choice):
         return st.sampled_from(kind.options)
     if isinstance(kind, Tokens):
-        return prompts(alphabet, longest if kind.longest is None else kind.longest)
+        most = longest if kind.longest is None else kind.longest
+        return st.lists(st.integers(0, alphabet - 1), max_size=most)
     if isinstance(kind, Many):
         one = strategy(kind.kind, alphabet=alphabet, longest=longest)
         return st.lists(one, min_size=kind.least, max_size=kind.most)
     raise TypeError(f"kind {kind!r}: expected Number, Pick, Choice, Tokens or Many")
+
+
+def machine_of(
+    name: str, table: Table, make_world: Callable[..., World], **drawn: SearchStrategy[Any]
+) -> type[RuleBasedStateMachine]:
+    """Return a state machine class with a rule for each operation of `table`.
+
+    It begins with the world that `make_world` makes of what is `drawn`, and ends by finishing it.
+    Its `TestCase` is a unittest class. O(operations).
+    """
+
+    class Machine(RuleBasedStateMachine):
+        world: World
+
+        def teardown(self) -> None:
+            """Finish the world, if there is one."""
+            if hasattr(self, "world"):
+                self.world.finish()
+
+    def start(machine: Any, **drawn: Any) -> None:
+        machine.world = make_world(**drawn)
+
+    begin: Any = initialize  # its overloads take no dictionary
+    rules = {operation.name: _rule_of(operation) for operation in table.values()}
+    return type(name, (Machine,), {"start": begin(**drawn)(start), **rules})
+
+
+def _rule_of(operation: Operation) -> Callable[..., Any]:
+    def run(machine: Any, **arguments: Any) -> None:
+        machine.world.apply(operation, tuple(arguments[name] for name in operation.arguments))
+
+    run.__name__ = operation.name
+    strategies: Any = {name: strategy(kind) for name, kind in operation.arguments.items()}
+    decorate: Any = rule  # as above
+    decorated: Callable[..., Any] = decorate(**strategies)(run)
+    return decorated

@@ -18,7 +18,7 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.plans import Step
 from kvpager.testing.histories import Number, Table, operation, shrink, simpler
 from kvpager.testing.isolation import isolation
-from kvpager.testing.machine import PagedMemory, manager_machine
+from kvpager.testing.machine import manager_machine
 from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.mutant_list import MUTANTS
 from kvpager.testing.mutants import Mutant, kill, mutated_source, table
@@ -27,10 +27,6 @@ from kvpager.testing.reference import NaiveManager
 from kvpager.testing.setups import Setup
 from kvpager.testing.simulator import replay_report, run, simulate
 from kvpager.testing.world import World
-
-TestPagedMemory = PagedMemory.TestCase
-TestPagedMemory.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-
 
 GENERATE = settings(phases=[Phase.generate], derandomize=True, max_examples=500)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvpager import _validate as arguments
-from kvpager._validate import parse_memory
 from kvpager.bench.throughput.results import Run
 from kvpager.bench.throughput.workload import Workload
 
@@ -67,8 +66,8 @@ class Options:
 
     def check(self) -> None:
         """Refuse what makes no sense. Raises `ValueError`, `TypeError`."""
-        parse_memory(self.memory)
-        parse_memory(self.host_memory, "host_memory")
+        arguments.parse_memory(self.memory)
+        arguments.parse_memory(self.host_memory, "host_memory")
         arguments.block_size(self.block_size)
         arguments.count("max_running", self.max_running, at_least=1)
         arguments.count("max_batch_tokens", self.max_batch_tokens, at_least=1)
