@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -74,6 +75,16 @@ def pytest_sessionstart() -> None:
     from kvpager.kernels import backends
 
     backends.select("append_kv", torch.device("cpu"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the objects of imported modules out of garbage collections: there are millions."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # extension modules look for leaks as the interpreter ends
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
