@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpager.ops import AttentionArgs
@@ -112,7 +111,7 @@ class _Boards(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        flat = pytree.tree_leaves((args, kwargs))
+        flat = [*_leaves(args), *_leaves(kwargs)]
         if any(isinstance(leaf, BoardTensor) for leaf in flat) or _is_board(kwargs.get("device")):
             return _on_boards(func, args, kwargs)
         return func(*args, **kwargs)
@@ -208,11 +207,11 @@ def on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a kernel of the device: `function`, called with the tensors' numbers."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, BoardTensor)]
-        args, kwargs = pytree.tree_map_only(BoardTensor, lambda t: t.inner, (args, kwargs))
+        tensors = [t for t in [*_leaves(args), *_leaves(kwargs)] if isinstance(t, BoardTensor)]
+        args, kwargs = _mapped(BoardTensor, lambda t: t.inner, (args, kwargs))
         result = function(*(_with_numbers(each) for each in args), **kwargs)
         device = tensors[0].device
-        return pytree.tree_map_only(Tensor, lambda t: BoardTensor(t, device), result)
+        return _mapped(Tensor, lambda t: BoardTensor(t, device), result)
 
     return kernel
 
@@ -222,8 +221,31 @@ def _with_numbers(argument: Any) -> Any:
     if not isinstance(argument, AttentionArgs):
         return argument
     values = {field.name: getattr(argument, field.name) for field in fields(argument)}
-    numbers = pytree.tree_map_only(BoardTensor, lambda t: t.inner, values)
+    numbers = _mapped(BoardTensor, lambda t: t.inner, values)
     return AttentionArgs(**numbers)
+
+
+# torch's own walks through nested values take longer than all that the tests compute.
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what nested lists, tuples and dictionaries hold."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        yield value
+        return
+    for each in value:
+        yield from _leaves(each)
+
+
+def _mapped(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
+    """Return nested lists, tuples and dictionaries with each leaf of a `kind` changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(kind, change, each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(kind, change, each) for each in value])
+    return value
 
 
 def _is_wait(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
@@ -235,7 +257,7 @@ def _is_wait(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> boo
         return source.device != there and not (_is_board(torch.device(there)) and to_board)
     if name in _INDEXING:  # a mask's result has a size that only the device knows
         kinds = (torch.bool, torch.uint8)
-        indices = pytree.tree_leaves(args[1])
+        indices = _leaves(args[1])
         return any(isinstance(leaf, BoardTensor) and leaf.dtype in kinds for leaf in indices)
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None and isinstance(args[-1], BoardTensor)
@@ -247,7 +269,7 @@ def _is_board(device: object) -> bool:
 
 
 def _on_boards(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    leaves = pytree.tree_leaves((args, kwargs))
+    leaves = [*_leaves(args), *_leaves(kwargs)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if _listeners:
         with torch._C.DisableTorchFunctionSubclass():
@@ -264,14 +286,14 @@ def _on_boards(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> A
             return target
     if _late and func.__name__ not in _READS_NOTHING:
         _late[-1].synchronize()
-    args, kwargs = pytree.tree_map_only(BoardTensor, lambda t: t.inner, (args, kwargs))
+    args, kwargs = _mapped(BoardTensor, lambda t: t.inner, (args, kwargs))
     if _is_board(kwargs.get("device")):
         kwargs["device"] = _CPU
     result = func(*args, **kwargs)
     if not _is_board(device):
         return result
     # In-place operations return the tensor they were given.
-    return pytree.tree_map_only(
+    return _mapped(
         Tensor, lambda t: outer.get(id(t)) if id(t) in outer else BoardTensor(t, device), result
     )
 

@@ -100,9 +100,15 @@ def test_tensors_of_two_devices_do_not_mix() -> None:
 
 @pytest.mark.mostly_slow(quick=1)
 @on_boards
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("split", "batch", "mode"),
+    [("in turns", batch, mode) for batch in BATCHES for mode in MODES]
+    + [
+        ("in halves", "left padding", "greedy"),
+        ("in halves", "equal lengths", "beams"),
+        ("on another device", "left padding", "sampling"),
+    ],
+)
 def test_layers_keep_their_blocks_where_they_compute(split: str, batch: str, mode: str) -> None:
     model = spread(SPLITS[split])
     with kvpager.patch(model) as patch:
@@ -182,9 +188,16 @@ def test_a_bound_on_memory_holds_for_all_devices_together() -> None:
 
 @pytest.mark.slow
 @on_boards
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "gathered"])
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("split", "kv_dtype", "in_place"),
+    [
+        ("in turns", None, True),
+        ("in turns", "int8", False),
+        ("in halves", None, False),
+        ("in halves", "int8", True),
+        ("on another device", "int8", True),
+    ],
+)
 def test_rows_that_no_device_has_room_for_are_read_from_host_memory(
     split: str, kv_dtype: Any, in_place: bool
 ) -> None:
