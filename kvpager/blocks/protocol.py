@@ -74,10 +74,6 @@ class CacheManager(Protocol):
         """Blocks that can be had without evicting."""
 
     @property
-    def num_available_blocks(self) -> int:
-        """Blocks that can be had."""
-
-    @property
     def num_held_blocks(self) -> int:
         """Blocks that sequences hold."""
 
