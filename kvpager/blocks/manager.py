@@ -349,10 +349,6 @@ class BlockManager:
         """
         return self.queries.batch(sequences)
 
-    def owns(self, sequence: Sequence) -> bool:
-        """True if the handle is of this manager and not freed. O(1)."""
-        return self.queries.owns(sequence)
-
     def lengths(self, sequences: Target) -> Int64:
         """Return the tokens in each sequence, int64 [n]. O(n). Raises `StaleSequence`."""
         return self.queries.lengths(sequences)
@@ -383,10 +379,6 @@ class BlockManager:
         return self.queries.slots(sequence, start, stop)
 
     # ---------------------------------------------------------------- the pool
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks a sequence of `num_tokens` holds. O(1)."""
-        return -(-num_tokens // self.block_size)
 
     @property
     def num_blocks(self) -> int:

@@ -38,6 +38,13 @@ class Fencing(Protocol):
         """True if each plan must be completed. O(1)."""
 
 
+class Bounds(Protocol):
+    """What is asked of a manager's queries."""
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return the most blocks that a sequence comes to hold up to `num_tokens`. O(groups)."""
+
+
 class CacheManager(Protocol):
     """Block tables over a pool of blocks.
 
@@ -60,6 +67,10 @@ class CacheManager(Protocol):
     @property
     def quotas(self) -> Ceilings:
         """Bounds of namespaces."""
+
+    @property
+    def queries(self) -> Bounds:
+        """What sequences need."""
 
     @property
     def copies(self) -> Fencing:
@@ -151,9 +162,6 @@ class CacheManager(Protocol):
 
     def open_slots(self, sequence: Sequence, start: int, stop: int) -> Int64:
         """Return the slots of tokens about to be written, which may take blocks."""
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Return the most blocks that a sequence comes to hold up to `num_tokens`."""
 
     def stats(self) -> Stats:
         """Return counts and totals."""

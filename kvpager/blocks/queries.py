@@ -32,8 +32,12 @@ class Queries:
             rows = state.resolve(named)
             return Batch(state, rows, state.rows.generations[rows], -1)
 
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks a sequence of `num_tokens` holds. O(1)."""
+        return -(-num_tokens // self._state.block_size)
+
     def owns(self, sequence: Sequence) -> bool:
-        """See `BlockManager.owns`. O(1)."""
+        """True if the handle is of this manager and not freed. O(1)."""
         if not isinstance(sequence, Sequence):
             raise TypeError(f"expected a Sequence, got {type(sequence).__name__}")
         state = self._state

@@ -204,11 +204,13 @@ class Placement:
         number = state.seq_ids[at]
         if any(manager.windows):
             # What a row has behind its window is gone when another could go on from there.
-            return _Branch(0, 0, manager.blocks_for(sequences.num_known(number)))
+            return _Branch(0, 0, manager.queries.blocks_for(sequences.num_known(number)))
         common = [sequences.num_common(number, other) for other in state.seq_ids[:at]]
         parent = int(np.argmax(common))
         start = common[parent] // size * size
-        own = manager.blocks_for(sequences.num_known(number)) - manager.blocks_for(start)
+        own = manager.queries.blocks_for(sequences.num_known(number)) - manager.queries.blocks_for(
+            start
+        )
         return _Branch(parent, start, own)
 
     def _is_cached(self, number: int, start: int) -> bool:

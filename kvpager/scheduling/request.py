@@ -128,8 +128,8 @@ def blocks_needed(request: Request, num_prompt: int, manager: CacheManager) -> i
     preemption: see `Placement`.
     """
     # The last token is chosen, and nothing is computed with it.
-    longest = manager.blocks_for(num_prompt + request.max_new_tokens - 1)
+    longest = manager.queries.blocks_for(num_prompt + request.max_new_tokens - 1)
     if any(manager.windows):
         return request.num_samples * longest
-    shared = manager.blocks_for(num_prompt // manager.block_size * manager.block_size)
+    shared = manager.queries.blocks_for(num_prompt // manager.block_size * manager.block_size)
     return shared + request.num_samples * (longest - shared)

@@ -544,7 +544,7 @@ def test_many_threads_end_in_a_state_that_some_order_explains() -> None:
     assert not any(thread.is_alive() for thread in threads)
     assert [worker.failure for worker in workers if worker.failure] == []
     manager.check()
-    manager.free([one for one in shared if manager.owns(one)])
+    manager.free([one for one in shared if manager.queries.owns(one)])
     for worker in sorted(workers, key=lambda worker: len(worker.swapped)):
         worker.look()
         for one in set(worker.own) - worker.swapped:

@@ -35,7 +35,7 @@ from kvpager.blocks.groups.extension import GroupExtension
 from kvpager.blocks.groups.publication import GroupPublication
 from kvpager.blocks.groups.queries import GroupQueries
 from kvpager.blocks.groups.table import GroupTable
-from kvpager.blocks.groups.windows import WindowIndex, blocks_for, first_needed
+from kvpager.blocks.groups.windows import WindowIndex, first_needed
 from kvpager.blocks.quotas import Quotas
 from kvpager.blocks.resize import Resize
 from kvpager.blocks.sequences import (
@@ -99,7 +99,7 @@ class GroupedManager:
         self.copies = Copies(state)
         self._table = table = GroupTable(self, state, len(self.windows))
         self._index = WindowIndex(state, self.windows)
-        self._queries = GroupQueries(state, table, self._index)
+        self.queries = GroupQueries(state, table, self._index, self.windows, max_chunk)
         self._allocation = GroupAllocation(state, table)
         self._truncation = Truncation(state)
         self._drafts = Extension(state, self._truncation)
@@ -184,7 +184,7 @@ class GroupedManager:
         """
         ids = arguments.token_ids(prompt)
         who = self._identities(namespace, adapter, contents, len(ids))
-        return self._queries.match_prefix(who, ids, arguments.flag("blocks", blocks))
+        return self.queries.match_prefix(who, ids, arguments.flag("blocks", blocks))
 
     @overload
     def fork(self, sequence: Sequence) -> Sequence: ...
@@ -254,9 +254,9 @@ class GroupedManager:
         with self._state.lock, self._state.change:
             [name] = self._table.resident(_one(sequence)).tolist()
             arguments.within_one("stop", stop, int(self._table.lengths[name]))
-            self._queries.refuse_behind(name, start, stop)
+            self.queries.refuse_behind(name, start, stop)
             self._extension.open(name, stop)
-            return self._queries.slots_of(name, start, stop)
+            return self.queries.slots_of(name, start, stop)
 
     def accept(
         self,
@@ -357,11 +357,11 @@ class GroupedManager:
 
         Raises: `StaleSequence`, `ValueError` where a sequence stands twice.
         """
-        return self._queries.batch(sequences)
+        return self.queries.batch(sequences)
 
     def lengths(self, sequences: Target) -> Int64:
         """Return the tokens in each sequence, int64 [n]. O(n). Raises `StaleSequence`."""
-        return self._queries.lengths(sequences)
+        return self.queries.lengths(sequences)
 
     def block_tables(self, sequences: Target, *, padding: int = -1) -> Int32:
         """Return block tables, int32 [groups, n, most blocks]. O(groups * n * most blocks).
@@ -369,14 +369,14 @@ class GroupedManager:
         `padding` where no block of the device is: behind the window and beyond the room of a
         group too. Raises `StaleSequence`.
         """
-        return self._queries.block_tables(sequences, padding)
+        return self.queries.block_tables(sequences, padding)
 
     def tables_and_lengths(self, sequences: Target) -> tuple[Int32, Int64]:
         """Return `block_tables` and `lengths` of sequences on the device, read at one moment.
 
         O(groups * n * most blocks). Raises `StaleSequence`, `SequenceSwapped`.
         """
-        return self._queries.tables_and_lengths(sequences)
+        return self.queries.tables_and_lengths(sequences)
 
     def slots(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> Int64:
         """Return flat slots of tokens `start` to `stop` (default: all), int64 [groups, tokens].
@@ -384,16 +384,9 @@ class GroupedManager:
         O(tokens * groups). Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for tokens
         that have none.
         """
-        return self._queries.slots(sequence, start, stop)
+        return self.queries.slots(sequence, start, stop)
 
     # ---------------------------------------------------------------- the pool
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Return the most blocks that a sequence comes to hold up to `num_tokens`. O(groups).
-
-        A group with a window holds at most the window and a chunk.
-        """
-        return blocks_for(num_tokens, self.block_size, self.windows, self.max_chunk)
 
     @property
     def num_blocks(self) -> int:
@@ -424,7 +417,7 @@ class GroupedManager:
 
     def stats(self) -> Stats:
         """Return counts of now and totals, blocks of all groups. O(blocks + sequences)."""
-        return self._queries.stats()
+        return self.queries.stats()
 
     def check(self) -> None:
         """Recount everything from the block tables. O(blocks + tokens).

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvpager import _validate as arguments
 from kvpager.blocks.groups.table import GroupTable
-from kvpager.blocks.groups.windows import WindowIndex
+from kvpager.blocks.groups.windows import WindowIndex, blocks_for
 from kvpager.blocks.queries import Queries
 from kvpager.blocks.sequences import Batch, PrefixMatch, Prompt, Sequence, Target, listed
 from kvpager.blocks.state import BlockState
@@ -19,11 +19,26 @@ from kvpager.plans import Int32, Int64
 class GroupQueries:
     """The reading half of a `GroupedManager`, which documents most of it. Writes nothing."""
 
-    def __init__(self, state: BlockState, table: GroupTable, index: WindowIndex) -> None:
+    def __init__(
+        self,
+        state: BlockState,
+        table: GroupTable,
+        index: WindowIndex,
+        windows: tuple[int | None, ...],
+        max_chunk: int | None,
+    ) -> None:
         self._state = state
+        self._windows, self._max_chunk = windows, max_chunk
         self._index = index
         self._table = table
         self._queries = Queries(state)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return the most blocks that a sequence comes to hold up to `num_tokens`. O(groups).
+
+        A group with a window holds at most the window and a chunk.
+        """
+        return blocks_for(num_tokens, self._state.block_size, self._windows, self._max_chunk)
 
     def batch(self, sequences: Target) -> Batch:
         """See `GroupedManager.batch`. O(n)."""

@@ -92,7 +92,7 @@ def test_tokens_are_those_of_generate_beyond_the_window(
 def test_preempted_requests_have_the_tokens_of_generate(name: str, way: str) -> None:
     costs = PreemptionCosts(seconds_per_block=0.0 if way == "swap" else float("inf"))
     with Engine(model(name), **OPTIONS) as probe:
-        num_blocks = manager_of(probe).blocks_for(61 + 20)
+        num_blocks = manager_of(probe).queries.blocks_for(61 + 20)
         memory = 2 * num_blocks * probe.block_bytes
     host = {"host_memory": "4MiB"} if way == "swap" else {}
     with Engine(model(name), **OPTIONS | {"memory": memory, "costs": costs}, **host) as engine:
