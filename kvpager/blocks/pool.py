@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.errors import BrokenInvariant
-from kvpager.plans import Int32
+from kvpager.plans import Int32, Int64
 
 Index = NDArray[np.intp]
 Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
@@ -240,7 +240,7 @@ class BlockPool:
         if num_full * size < len(ids):
             self.ids[blocks[num_full], : len(ids) - num_full * size] = ids[num_full * size :]
 
-    def write_slots(self, slots: NDArray[np.int64], ids: Int32) -> None:
+    def write_slots(self, slots: Int64, ids: Int32) -> None:
         """Note whose tokens stand in these flat slots. O(ids)."""
         self.ids.reshape(-1)[slots] = ids
 

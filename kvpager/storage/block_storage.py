@@ -27,14 +27,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager import _validate as arguments
 from kvpager._text import counted
 from kvpager.kernels.quantisation import KV_DTYPES, SCALE_DTYPE
 from kvpager.ops import copy_blocks
-from kvpager.plans import Plan, Tier
+from kvpager.plans import Int32, Plan, Tier
 from kvpager.storage import streams
 from kvpager.storage.memory import allocate
 
@@ -234,7 +233,7 @@ class BlockStorage:
         self._order.enter()
         return self._views[index]
 
-    def copy(self, copies: NDArray[np.int32]) -> None:
+    def copy(self, copies: Int32) -> None:
         """Copy device blocks for pairs (source, destination), int32 [n, 2]. O(n * block_bytes).
 
         What `Step.copies` asks for, before the step's tokens are written. All reads happen before
@@ -272,7 +271,7 @@ class BlockStorage:
         if event is not None:
             self._host_reads.note(event)
 
-    def copy_from(self, other: BlockStorage, copies: NDArray[np.int32]) -> torch.cuda.Event | None:
+    def copy_from(self, other: BlockStorage, copies: Int32) -> torch.cuda.Event | None:
         """Copy another storage's blocks for pairs (theirs, ours), int32 [n, 2]. O(n * block_bytes).
 
         Between devices, and to and from storages in host memory. Waits for copies to the host. A
@@ -381,16 +380,14 @@ def _layout(
     return layout, start
 
 
-def _as_copies(copies: NDArray[np.int32]) -> NDArray[np.int32]:
+def _as_copies(copies: Int32) -> Int32:
     array = np.asarray(copies)
     if array.dtype.kind not in "iu":
         raise TypeError(f"copies of dtype {array.dtype}: expected int32 [n, 2]")
     return array
 
 
-def _check_copies(
-    copies: NDArray[np.int32], num_sources: int, num_destinations: int, lowest: int
-) -> None:
+def _check_copies(copies: Int32, num_sources: int, num_destinations: int, lowest: int) -> None:
     """`ValueError` unless `copies` is [n, 2] and names existing blocks. O(n)."""
     if copies.ndim != 2 or copies.shape[1] != 2:
         raise ValueError(f"copies has shape {list(copies.shape)}; pass int32 [n, 2]")

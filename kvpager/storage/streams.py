@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from kvpager.plans import Int32
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -31,9 +32,7 @@ def keep_for(tensor: Tensor, stream: torch.cuda.Stream) -> None:
     tensor.record_stream(stream)
 
 
-def copy_across(
-    source: Tensor, destination: Tensor, copies: NDArray[np.int32]
-) -> torch.cuda.Event | None:
+def copy_across(source: Tensor, destination: Tensor, copies: Int32) -> torch.cuda.Event | None:
     """Copy blocks for pairs (source, destination) [n, 2] from one device to another.
 
     Wait for copies to the host. A copy to a GPU may still read host memory afterwards: return its
@@ -50,7 +49,7 @@ def copy_across(
     return event
 
 
-def _runs(copies: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
+def _runs(copies: Int32) -> Iterator[tuple[int, int, int]]:
     """Yield the pairs as runs of consecutive blocks (source, destination, number of blocks)."""
     breaks = np.flatnonzero(np.any(np.diff(copies, axis=0) != 1, axis=1)) + 1
     starts = [0, *breaks.tolist()]

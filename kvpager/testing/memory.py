@@ -11,7 +11,9 @@ from typing import Protocol
 from zlib import crc32
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from kvpager.plans import Int32
 
 UNWRITTEN = -9
 _MULTIPLIER = 6364136223846793005  # Knuth's, for a 64-bit linear congruential step
@@ -22,7 +24,7 @@ class Moves(Protocol):
     """A plan, as far as memory is concerned: see `kvpager.plans.Plan`."""
 
     @property
-    def copies(self) -> NDArray[np.int32]:
+    def copies(self) -> Int32:
         """Pairs (source block, destination block), [n, 2]."""
 
     @property

@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager._text import counted
 from kvpager.errors import BrokenInvariant, OutOfBlocks, SequenceSwapped, StaleSequence
-from kvpager.plans import Plan, Step, Tier
+from kvpager.plans import Int32, Int64, Plan, Step, Tier
 
 Pair = tuple[int, int]
 Prefix = tuple[str | None, tuple[int, ...]]
@@ -32,7 +31,7 @@ class NaiveSequence:
         self.is_swapped = False
         self.num_committed = 0
         self.num_cached_tokens = 0
-        self.copies: NDArray[np.int32] = pairs_array([])
+        self.copies: Int32 = pairs_array([])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -190,16 +189,14 @@ class NaiveManager:
 
     # ---------------------------------------------------------------- reading
 
-    def block_tables(self, sequences: Named) -> NDArray[np.int32]:
+    def block_tables(self, sequences: Named) -> Int32:
         """Return blocks in order, int32 [n, most blocks]; -1: none that is on the device."""
         rows = self.named(sequences)
         width = max((len(row.blocks) for row in rows), default=0)
         tables = [row.blocks + [-1] * (width - len(row.blocks)) for row in rows]
         return np.array(tables, np.int32).reshape(len(rows), width)
 
-    def slots(
-        self, sequence: NaiveSequence, start: int = 0, stop: int | None = None
-    ) -> NDArray[np.int64]:
+    def slots(self, sequence: NaiveSequence, start: int = 0, stop: int | None = None) -> Int64:
         """Flat slots of tokens `start` to `stop`, int64 [tokens]."""
         [row] = self.named(sequence)
         self.refuse_swapped([row])
@@ -404,7 +401,7 @@ class NaiveManager:
                 raise SequenceSwapped(f'{row} is on the host; swap(sequence, "device") first')
 
 
-def pairs_array(pairs: list[Pair]) -> NDArray[np.int32]:
+def pairs_array(pairs: list[Pair]) -> Int32:
     """Pairs of blocks as int32 [n, 2]. O(pairs)."""
     return np.array(pairs, np.int32).reshape(-1, 2)
 

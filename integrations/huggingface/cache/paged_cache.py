@@ -9,10 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -27,6 +25,7 @@ from kvpager.integrations.huggingface.cache.layers import PagedLayer, PagedSlidi
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.stats import CacheStats
 from kvpager.integrations.huggingface.releases import warn_if_untested
+from kvpager.plans import Int64
 from kvpager.storage.block_storage import BlockStorage, KVDtype, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.
@@ -313,9 +312,7 @@ class PagedCache(DynamicCache):
                 "call activate_past_recording() before the tokens to remove are added"
             )
 
-    def join(
-        self, parts: list[PagedCache], order: NDArray[np.int64], padding: NDArray[np.int64]
-    ) -> None:
+    def join(self, parts: list[PagedCache], order: Int64, padding: Int64) -> None:
         """Begin with the rows of `parts`, put in `order`: copies of this empty cache, left empty.
 
         They may have less `padding` [rows] than they get. O(rows). For fully paged caches.

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from kvpager import _validate as arguments
@@ -29,7 +29,7 @@ from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.ops import append_kv
-from kvpager.plans import Step
+from kvpager.plans import Int32, Int64, Step
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 from kvpager.storage.free_memory import free_bytes
 
@@ -214,13 +214,13 @@ class PagedPool:
         self._copy(sequence.copies)
         return sequence
 
-    def num_known(self, ids: NDArray[np.int32], key: PrefixKey | None) -> int:
+    def num_known(self, ids: Int32, key: PrefixKey | None) -> int:
         """Return how many leading tokens are in the pool now. O(tokens)."""
         namespace, version = key or (None, None)
         return self.manager.match_prefix(ids, namespace=namespace, adapter=version)
 
     @whole
-    def append(self, batch: Batch, counts: NDArray[np.int64], ids: list[NDArray[np.int32]]) -> Step:
+    def append(self, batch: Batch, counts: Int64, ids: list[Int32]) -> Step:
         """Like `BlockManager.append`, growing where needed and carrying out its copies.
 
         `ids` are the new tokens' ids where they are known, else an empty list.
@@ -248,7 +248,7 @@ class PagedPool:
         with self.lock:
             append_kv(key, value, *storage.layer(layer), slots, scales=storage.scales(layer))
 
-    def copy_from(self, other: PagedPool, copies: NDArray[np.int32]) -> list[torch.cuda.Event]:
+    def copy_from(self, other: PagedPool, copies: Int32) -> list[torch.cuda.Event]:
         """Copy blocks of the other tier's pool for pairs (theirs, ours), int32 [n, 2]. O(bytes).
 
         Return the ends of the copies that may still read `other`, for its `free_after`.
@@ -430,7 +430,7 @@ class PagedPool:
             return 0
         return call.num_rows * -(-call.num_columns // self.memory.block_size)
 
-    def _copy(self, copies: NDArray[np.int32]) -> None:
+    def _copy(self, copies: Int32) -> None:
         if len(copies):
             for segment in self._segments:
                 segment.storage.copy(copies)

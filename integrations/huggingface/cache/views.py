@@ -5,9 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.budget import Budget
@@ -15,6 +13,7 @@ from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, gather_kv
+from kvpager.plans import Int64
 
 
 class Part(NamedTuple):
@@ -104,7 +103,7 @@ class PagedView:
         self,
         kind: LayerKind,
         parts: list[Part],
-        padding: NDArray[np.int64],
+        padding: Int64,
         start: int,
         stop: int,
         memory: Budget,

@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
@@ -31,7 +30,7 @@ from kvpager.integrations.huggingface.model_state.fingerprint import ModelState,
 from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
 from kvpager.integrations.huggingface.prefix.inputs import Padding
 from kvpager.integrations.huggingface.releases import cache_in
-from kvpager.plans import Int32
+from kvpager.plans import Int32, Int64
 
 # What `PromptCache.chosen` has chosen, the last for each prompt cache holds.
 _chosen: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("kvpager_namespaces", default=())
@@ -117,7 +116,7 @@ class PromptCache:
         rows = [row[pad:] for row, pad in zip(_to_int32(ids), padding, strict=True)]
         return Prompt(rows, key)
 
-    def known(self, model: nn.Module, cache: PagedCache, prompt: Prompt) -> NDArray[np.int64]:
+    def known(self, model: nn.Module, cache: PagedCache, prompt: Prompt) -> Int64:
         """Return how many tokens of each row are in the pool; at least one is new. O(tokens)."""
         pool = self._pool(model, cache)
         if pool is None:
@@ -306,5 +305,5 @@ def _begin_known(pool: PagedPool, prompt: Prompt, lengths: list[int]) -> list[Se
     return None
 
 
-def _to_int32(ids: Tensor) -> NDArray[np.int32]:
+def _to_int32(ids: Tensor) -> Int32:
     return ids.cpu().numpy().astype(np.int32)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 from kvpager import _validate as arguments
+from kvpager.plans import Int32
 
 # A tokenizer returns these beside the prompts; they change nothing.
 _BESIDE = {
@@ -184,7 +185,7 @@ def _leading(is_token: NDArray[np.bool_]) -> list[int]:
     return runs
 
 
-def without_padding(ids: NDArray[np.int32], mask: Any) -> NDArray[np.int32]:
+def without_padding(ids: Int32, mask: Any) -> Int32:
     """Return the ids that `mask` shows, all of them without a mask. O(tokens)."""
     if mask is None:
         return ids

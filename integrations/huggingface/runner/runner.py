@@ -17,7 +17,7 @@ from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import Anatomy, blank_layers
 from kvpager.integrations.huggingface.runner.step_cache import StepCache, StepRows
 from kvpager.kernels.host_rows import to_device
-from kvpager.plans import NO_COPIES, GroupStep, StepPlan
+from kvpager.plans import NO_COPIES, GroupStep, Int32, StepPlan
 from kvpager.storage.block_storage import BlockStorage
 
 
@@ -91,7 +91,7 @@ class Runner:
             return self._packed(rows, plan)
         return self._row_by_row(rows, plan, prompts)
 
-    def forget(self, samples: NDArray[np.int32]) -> None:
+    def forget(self, samples: Int32) -> None:
         """Drop what samples kept. O(samples)."""
         if self._kept:
             for sample in samples.tolist():
@@ -172,9 +172,9 @@ class Runner:
 
 def trial_plan(
     prompts: list[list[int]],
-    starts: NDArray[np.int32],
+    starts: Int32,
     counts: NDArray[Any],
-    tables: NDArray[np.int32],
+    tables: Int32,
     storage: BlockStorage,
     num_groups: int = 1,
 ) -> StepPlan:
