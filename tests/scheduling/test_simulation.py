@@ -1,4 +1,4 @@
-"""A few thousand requests of the serving simulator; `make simulate` is the long run."""
+"""Two thousand requests of the serving simulator; `make simulate` is the long run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.support.scheduling import request
 
 @pytest.mark.slow
 def test_every_request_ends_once_with_the_tokens_that_are_its_own() -> None:
-    summary = simulation.run(3_000, seed=0)
+    summary = simulation.run(2_000, seed=0)
     assert not summary.failures, "\n".join(map(str, summary.failures))
-    assert summary.num_requests == 3_000
+    assert summary.num_requests == 2_000
     # It must have come to what is rare.
     for name in ("swapped", "recomputed", "aborts", "copies", "moves", "reused", "expired"):
         assert summary.counts[name] > 10, name

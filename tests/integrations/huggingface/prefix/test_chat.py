@@ -57,7 +57,7 @@ def test_a_turn_computes_the_question_and_gives_the_same_tokens(
     name: str, rows: int, options: dict[str, Any]
 ) -> None:
     model, first = tiny_models.tiny_model(name), random_ids(rows, 21, seed=1)
-    plain = turns(model, first, 4, **options)
+    plain = turns(model, first, 3, **options)
     with kvpager.patch(model, prefix_cache=True, memory="64MiB") as patch:
         said = first
         for turn, expected in enumerate(plain):
