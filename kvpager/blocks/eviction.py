@@ -1,269 +1,318 @@
-"""Which cached block leaves first when room is needed.
+"""Which cached blocks leave when room is needed, and in which order.
 
-A policy is told what happens to blocks and gives each a rank; the lowest rank among the tips of
-the prefix trees leaves. A rank changes only when its block is named in a call, so that the
-order can be kept in a heap. `reranked` names all others, before blocks leave.
-
-    admit ──▶ touch ──▶ touch ──▶ retire ──▶ (touch ──▶ retire)* ──▶ forget
-    offered   reused    reused    nobody     reused again            evicted, or withdrawn
-                                  holds it
-
-The policies themselves are in `kvpager.blocks.policies`. One of the caller's that raises is not
-asked any more, see `kvpager.blocks.policies.failsafe`.
+Idle tips leave, lowest rank first, block by block from the end of a run: a longer prefix is less
+likely to be shared. Idle blocks before held ones are put aside; they leave last, with all that
+follows them. Each account of `kvpager.blocks.accounts` has a queue of its own.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+import weakref
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.fingerprints import moved
+from kvpager.blocks.event_log import EventLog
+from kvpager.blocks.policies.base import EvictionPolicy, Queue, Queues
+from kvpager.blocks.policies.failsafe import FailSafe
+from kvpager.blocks.pool import Blocks
+from kvpager.blocks.radix import Forest, Node
 from kvpager.errors import BrokenInvariant
-from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64, UInt64
-
-Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
-Rank = Float64 | Int64
-T = TypeVar("T")
-
-_OUTDATED_MAX = 64
+from kvpager.plans import NO_BLOCKS
 
 
-class EvictionPolicy(Protocol):
-    """What the prefix index asks of a policy. Blocks of a call are distinct, int32 [n]."""
+class Evictor:
+    """The order in which idle cached blocks leave, and their leaving.
 
-    needs_fingerprints: bool
+    Writes the queues, `end` and `children` of the nodes that leave, and, by `uncache`, which
+    blocks the pool marks as cached.
+    """
 
-    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:
-        """`blocks` are offered from now on, at `depths` blocks from the front, int64 [n].
+    def __init__(self, forest: Forest, policy: EvictionPolicy, log: EventLog | None = None) -> None:
+        self.policy = policy
+        self._forest = forest
+        self._pool = forest.pool
+        # By the numbers of `kvpager.blocks.accounts`: 0 is that of all namespaces without a quota.
+        self._queues: Queues[Node] = Queues()
+        self._queue_of: dict[str | None, int] = {}
+        self._log = log
+        if isinstance(policy, FailSafe):
+            requeue = weakref.WeakMethod(self.requeue)
+            policy.when_it_fails(lambda: _call(requeue()))
 
-        `fingerprints`, uint64 [n], see `kvpager.blocks.fingerprints`. Both are empty where the
-        policy does not need them.
-        """
-
-    def touch(self, blocks: Blocks) -> None:
-        """Another sequence uses `blocks`."""
+    # ---------------------------------------------------------------- idle blocks are queued
 
     def retire(self, blocks: Blocks) -> None:
-        """No table holds `blocks` any more."""
+        """No table holds these offered blocks any more: they may be evicted. O(blocks)."""
+        if len(blocks):
+            self.policy.retire(blocks)
+            self.offer(blocks)
 
-    def rank(self, blocks: Blocks) -> Rank:
-        """The rank of each block, float64 or int64 [n]."""
+    def offer(self, blocks: Blocks) -> None:
+        """Queue the nodes of these idle blocks. O(blocks)."""
+        numbers = self._forest.node_of.take(blocks)
+        begins = numbers[1:] != numbers[:-1]  # blocks of a run stand together
+        if np.count_nonzero(begins):
+            numbers = numbers[np.concatenate([[True], begins])]
+        else:
+            numbers = numbers[:1]
+        for number in numbers.tolist():
+            node = self._forest.nodes[number]
+            assert node is not None
+            self.offer_node(node)
 
-    def forget(self, blocks: Blocks) -> None:
-        """`blocks` are offered no longer."""
+    def offer_idle(self, blocks: Blocks) -> None:
+        """The rank of these blocks changed: queue those that are idle anew. O(blocks)."""
+        self.offer(blocks[self.idle(blocks)])
 
-    def reranked(self, count: int) -> Int32:
-        """Return the blocks whose rank changed although no call named them, int32 [n].
+    def offer_node(self, node: Node) -> None:
+        """Queue a node, or put it aside. O(log nodes)."""
+        if node.children or not self._is_idle(tail := int(node.blocks[-1])):
+            node.queue.put_aside(node)
+        else:
+            node.queue.push(self._rank(tail), node)
 
-        The prefix index asks before `count` blocks leave; other ranks change in named calls only.
-        """
+    def _is_idle(self, block: int) -> bool:
+        return not (self._pool.refs[block] or self._pool.holds[block])
 
-    def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:
-        """Keep `blocks` by `priority`, for `ttl_s` seconds; False where the policy cannot."""
+    def _is_idle_tip(self, node: Node) -> bool:
+        return node.end > node.start and not node.children and self._is_idle(int(node.blocks[-1]))
 
-    def resize(self, num_blocks: int, places: Int32) -> None:
-        """Follow the pool to its new size, and its blocks to their new places."""
+    def idle(self, blocks: Blocks) -> NDArray[np.bool_]:
+        """Return which of these cached blocks no table holds, bool [n]. O(blocks)."""
+        idle: NDArray[np.bool_] = self._pool.refs.take(blocks) == 0
+        if self._pool.num_holds:
+            idle &= self._pool.holds.take(blocks) == 0
+        return idle
 
+    def _rank(self, block: int) -> float:
+        return float(self.policy.rank(np.array([block], np.intp))[0])
 
-class BlockPolicy:
-    """A policy that keeps a few numbers for each block. Every call is O(blocks named)."""
-
-    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {}
-    needs_fingerprints = False
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self.now = 0  # ticks once for each call: logical time
-        for name, dtype in self.COLUMNS.items():
-            setattr(self, name, np.zeros(num_blocks, dtype))
-
-    def tick(self) -> int:
-        """A moment later than all before. O(1)."""
-        self.now += 1
-        return self.now
-
-    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
-        pass
-
-    def touch(self, blocks: Blocks) -> None:  # noqa: D102
-        pass
-
-    def retire(self, blocks: Blocks) -> None:  # noqa: D102
-        pass
-
-    def forget(self, blocks: Blocks) -> None:  # noqa: D102
-        pass
-
-    def reranked(self, count: int) -> Int32:  # noqa: D102
-        return NO_BLOCKS
-
-    def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102
-        return False
-
-    def resize(self, num_blocks: int, places: Int32) -> None:  # noqa: D102
-        self.num_blocks = num_blocks
-        for name in self.COLUMNS:
-            setattr(self, name, moved(getattr(self, name), num_blocks, places))
-
-
-class Queue(Generic[T]):
-    """Nodes in the order in which they may leave, and those put aside until nothing else is left.
-
-    `push` again moves a node; what the heap still says about it is outdated and dropped later.
-    """
-
-    def __init__(self, note: Callable[[Queue[T], float], None]) -> None:
-        """Call `note` for each node that ranks below `listed`."""
-        self.listed = np.inf  # at most the first rank, where `Queues` is to look here
-        self._note = note
-        self.ranks: dict[T, tuple[float, int]] = {}
-        self.aside: OrderedDict[T, None] = OrderedDict()
-        self._heap: list[tuple[float, int, T]] = []
-        self._count = 0
-
-    def push(self, rank: float, node: T) -> None:
-        """`node` leaves when its rank is the lowest; among equals, the first pushed. O(log n)."""
-        self.aside.pop(node, None)
-        if node in self.ranks and self.ranks[node][0] == rank:
-            return
-        self._count += 1
-        self.ranks[node] = (rank, self._count)
-        heapq.heappush(self._heap, (rank, self._count, node))
-        if rank < self.listed:
-            self._note(self, rank)
-        if len(self._heap) > 2 * len(self.ranks) + _OUTDATED_MAX:
-            self._heap = [(*place, node) for node, place in self.ranks.items()]
-            heapq.heapify(self._heap)
-
-    def first(self) -> tuple[float, T] | None:
-        """The node with the lowest rank. Amortised O(log n)."""
-        while self._heap:
-            rank, count, node = self._heap[0]
-            if self.ranks.get(node) == (rank, count):
+    def _next(self, queue: Queue[Node]) -> tuple[float, Node] | None:
+        """The idle tip that leaves first. Amortised O(log n): outdated entries are dropped."""
+        while (entry := queue.first()) is not None:
+            rank, node = entry
+            if self._is_idle_tip(node):
                 return rank, node
-            heapq.heappop(self._heap)
+            queue.drop_first()
         return None
 
-    def drop_first(self) -> None:
-        """Take what `first` returned out. O(log n)."""
-        _, _, node = heapq.heappop(self._heap)
-        del self.ranks[node]
+    # ---------------------------------------------------------------- evict
 
-    def put_aside(self, node: T) -> None:
-        """`node` cannot leave by itself, but some of its blocks are idle. O(1)."""
-        self.aside[node] = None
+    def evict(
+        self,
+        count: int,
+        allowance: Callable[[int], int] | None = None,
+    ) -> int:
+        """Forget `count` idle blocks, from each queue at most its allowance. There are enough.
 
-    def aside_first(self) -> T:
-        """Take out the node that was put aside first. O(1)."""
-        return self.aside.popitem(last=False)[0]
+        O(count log n): idle tips, lowest rank first. Only when there are no more of those, idle
+        blocks inside a run with everything after them, which may be more than asked for.
+        Return how many blocks the index forgot. Those that no table holds are now free.
 
-    def clear(self) -> None:
-        """Forget all nodes. O(n)."""
-        self.listed = np.inf
-        self.ranks.clear()
-        self.aside.clear()
-        self._heap.clear()
-
-    def forget(self, node: T) -> None:
-        """`node` is gone. O(1)."""
-        self.ranks.pop(node, None)
-        self.aside.pop(node, None)
-
-
-class Queues(Generic[T]):
-    """The queues of all accounts by number, and whose first node ranks lowest.
-
-    A heap lists each queue by a rank that is at most that of its first node: a node that ranks
-    lower lists its queue again, and what is no longer right is put right when it comes up.
-    """
-
-    def __init__(self) -> None:
-        self._by_number: dict[int, Queue[T]] = {}
-        self._fronts: list[tuple[float, int]] = []
-        self.add(0)
-
-    def __getitem__(self, number: int) -> Queue[T]:
-        return self._by_number[number]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._by_number)
-
-    def add(self, number: int) -> Queue[T]:
-        """Make a queue. O(1)."""
-        queue = self._by_number[number] = Queue[T](partial(self._note, number))
-        return queue
-
-    def drop(self, number: int) -> None:
-        """Forget a queue whose nodes went elsewhere. O(1)."""
-        del self._by_number[number]
-
-    def _note(self, number: int, queue: Queue[T], rank: float) -> None:
-        queue.listed = rank
-        heapq.heappush(self._fronts, (rank, number))
-        if len(self._fronts) > 2 * len(self._by_number) + _OUTDATED_MAX:
-            self._fronts = [
-                (queue.listed, number)
-                for number, queue in self._by_number.items()
-                if queue.listed < np.inf
-            ]
-            heapq.heapify(self._fronts)
-
-    def relist(self, number: int) -> None:
-        """List a queue again that was empty, or had no allowance. Amortised O(log n)."""
-        queue = self._by_number[number]
-        first = queue.first()
-        if first is not None and first[0] < queue.listed:
-            self._note(number, queue, first[0])
-
-    def lowest(
-        self, first: Callable[[Queue[T]], tuple[float, T] | None], left: Callable[[int], int]
-    ) -> tuple[int, T, float] | None:
-        """Return the queue whose first node ranks lowest, that node, and the next queue's rank.
-
-        Amortised O(log queues). `first` returns a queue's first node; `left` how many of its blocks
-        may leave. Queues without either are passed over until they are listed again.
+        `allowance` returns how many blocks of a queue may leave, None: all. A queue that has none
+        is not looked at again before `relist` names it.
         """
-        best = self._top(first, left)
-        if best is None:
-            return None
-        number, (_, node) = best
-        top = heapq.heappop(self._fronts)
-        after = self._top(first, left)
-        heapq.heappush(self._fronts, top)
-        return number, node, np.inf if after is None else after[1][0]
+        self._refresh(count)
+        if allowance is None:
+            self.relist(self._queues)
+        gone: list[Blocks] = []
+        blocks: Blocks
+        room = dict[int, int]()
 
-    def _top(
-        self, first: Callable[[Queue[T]], tuple[float, T] | None], left: Callable[[int], int]
-    ) -> tuple[int, tuple[float, T]] | None:
-        fronts = self._fronts
-        while fronts:
-            rank, number = fronts[0]
-            queue = self._by_number.get(number)
-            if queue is None or queue.listed != rank:
-                heapq.heappop(fronts)
-                continue
-            entry = first(queue)
-            if entry is None or left(number) <= 0:
-                heapq.heappop(fronts)
-                queue.listed = np.inf
-            elif entry[0] > rank:
-                queue.listed = entry[0]
-                heapq.heapreplace(fronts, (entry[0], number))
+        def left(number: int) -> int:
+            if number not in room:
+                room[number] = count if allowance is None else allowance(number)
+            return room[number]
+
+        while count > 0:
+            number, node, limit = self._lowest(left)
+            most = min(count, left(number))
+            if node is not None:
+                blocks = self._trim(node, most, limit)
+                num_idle = len(blocks)
             else:
-                return number, entry
-        return None
+                blocks, num_idle = self._cut(self._queues[number], most)
+            count -= num_idle
+            room[number] -= num_idle
+            gone.append(blocks)
+        return self._forget(gone)
 
-    def check(self, is_open: Callable[[int], bool]) -> None:
-        """Raise `BrokenInvariant` unless each queue that may give is listed. O(queues)."""
-        for number, queue in self._by_number.items():
-            first = queue.first()
-            if first is not None and is_open(number) and queue.listed > first[0]:
-                raise BrokenInvariant(f"eviction: queue {number} is not listed by its first node")
-            if queue.listed < np.inf and (queue.listed, number) not in self._fronts:
-                raise BrokenInvariant(f"eviction: queue {number} is not where it is listed")
+    def relist(self, numbers: Iterable[int]) -> None:
+        """Look at these queues again: they may have an allowance now. O(numbers)."""
+        for number in numbers:
+            self._queues.relist(number)
+
+    def evict_from(self, number: int, count: int) -> int:
+        """Forget `count` idle blocks of one queue, which has them. As `evict`."""
+        self._refresh(count)
+        queue, gone = self._queues[number], list[Blocks]()
+        while count > 0:
+            entry = self._next(queue)
+            if entry is not None:
+                gone.append(self._trim(entry[1], count, np.inf))
+                count -= len(gone[-1])
+            else:
+                blocks, num_idle = self._cut(queue, count)
+                gone.append(blocks)
+                count -= num_idle
+        return self._forget(gone)
+
+    def _forget(self, gone: list[Blocks]) -> int:
+        blocks = gone[0] if len(gone) == 1 else np.concatenate([NO_BLOCKS, *gone])
+        self._pool.uncache(blocks)
+        self.policy.forget(blocks)
+        if self._log is not None and len(blocks):
+            ids = blocks.astype(np.int32)
+            self._log.add("evicted", blocks=ids)
+            self._log.add("removed", blocks=ids)
+        return len(blocks)
+
+    def _lowest(self, left: Callable[[int], int]) -> tuple[int, Node | None, float]:
+        """Return the queue whose first tip ranks lowest, that tip, and the next queue's rank.
+
+        Where no queue has a tip, one that has nodes put aside.
+        """
+        best = self._queues.lowest(self._next, left)
+        if best is not None:
+            return best
+        for number in self._queues:
+            if self._queues[number].aside and left(number) > 0:
+                return number, None, np.inf
+        raise BrokenInvariant("prefix index: fewer blocks can leave than the pool counts")
+
+    def _refresh(self, count: int) -> None:
+        blocks = self.policy.reranked(count)
+        if len(blocks):
+            self.offer_idle(blocks[self._pool.cached[blocks]])
+
+    def _trim(self, node: Node, count: int, limit: float) -> Blocks:
+        """Take up to `count` blocks off a tip's tail while they are idle and rank lowest."""
+        queue = node.queue
+        queue.drop_first()
+        tail = None
+        if count > 1 and node.end - node.start > 1:
+            after = self._next(queue)
+            limit = min(limit, after[0]) if after else limit
+            tail = node.blocks[-count:][::-1].astype(np.intp)
+            leave = self.policy.rank(tail) <= limit
+            leave &= self.idle(tail)
+            leave[0] = True
+            count = len(tail) if np.count_nonzero(leave) == len(tail) else int(leave.argmin())
+        blocks = node.blocks[-1:].copy() if tail is None else tail[:count]
+        self._shorten(node, node.end - len(blocks))
+        return blocks
+
+    def _cut(self, queue: Queue[Node], count: int) -> tuple[Blocks, int]:
+        """Take up to `count` idle blocks that stand before held ones, with all that follows them.
+
+        From the deepest run that has any: what stands before it keeps its place. O(nodes below).
+        """
+        node = queue.aside_first()
+        if not self.idle(node.blocks).any():
+            return NO_BLOCKS, 0
+        below = list(self._forest.below(node))
+        deepest = max(
+            (other for other in below if self.idle(other.blocks).any()),
+            key=lambda other: other.start,
+            default=node,
+        )
+        if deepest is not node:
+            queue.put_aside(node)
+            queue.aside.pop(deepest, None)
+            node, below = deepest, list(self._forest.below(deepest))
+        idle = self.idle(node.blocks).nonzero()[0]
+        first = int(idle[-min(count, len(idle))])
+        gone = [node.blocks[first:].copy(), *(other.blocks.copy() for other in below)]
+        for other in below:
+            self._forest.bury(other)
+        node.children = {}
+        self._shorten(node, node.start + first)
+        blocks = np.concatenate(gone)
+        return blocks, int(np.count_nonzero(self.idle(blocks)))
+
+    def _shorten(self, node: Node, end: int) -> None:
+        """Let a run end earlier; an empty one leaves the tree, and its parent may be a tip now."""
+        node.end, node.sealed = end, True
+        if end > node.start:
+            self.offer_node(node)
+            return
+        parent = node.parent
+        assert parent is not None
+        del parent.children[self._forest.key(node.first, node.tag)]
+        self._forest.bury(node)
+        if parent.parent is not None:
+            if not parent.children and self._is_idle(int(parent.blocks[-1])):
+                self.offer_node(parent)
+        elif not parent.children and self._forest.roots.get(parent.tree) is parent:
+            # Tenants come and go: an empty tree must not stay behind.
+            self._forest.drop_root(parent)
+
+    # ---------------------------------------------------------------- queues
+
+    def queue(self, namespace: str | None) -> Queue[Node]:
+        """Return the queue that a namespace's blocks leave by. O(1)."""
+        return self._queues[self._queue_of.get(namespace, 0)]
+
+    def requeue(self) -> None:
+        """Queue all nodes by their ranks of now. O(n log n)."""
+        for number in self._queues:
+            self._queues[number].clear()
+        for node in self._forest.walk():
+            if node.parent is not None:
+                self.offer_node(node)
+
+    def set_queues(self, numbers: dict[str | None, int]) -> None:
+        """Give each of these namespaces a queue of its own, the others one together. O(nodes)."""
+        self._queues, self._queue_of = Queues(), {}
+        for namespace, number in numbers.items():
+            self._queue_of[namespace] = number
+            self._queues.add(number)
+        for namespace in self._forest.namespaces():
+            self._queue_again(namespace)
+
+    def add_queue(self, namespace: str | None, number: int) -> None:
+        """Give a namespace a queue of its own. O(its nodes)."""
+        self._queue_of[namespace] = number
+        self._queues.add(number)
+        self._queue_again(namespace)
+
+    def drop_queue(self, namespace: str | None) -> None:
+        """Let a namespace share a queue with those without a quota. O(its nodes)."""
+        number = self._queue_of.pop(namespace)
+        self._queue_again(namespace)
+        self._queues.drop(number)
+
+    def _queue_again(self, namespace: str | None) -> None:
+        queue = self.queue(namespace)
+        for root in self._forest.roots_of(namespace):
+            root.queue = queue
+            for node in self._forest.below(root):
+                node.queue.forget(node)
+                node.queue = queue
+                self.offer_node(node)
+
+    def check_queues(self, is_open: Callable[[int], bool]) -> None:
+        """Raise `BrokenInvariant` unless eviction looks at each open queue. O(queues)."""
+        self._queues.check(is_open)
+
+    def check(self) -> None:
+        """Raise `BrokenInvariant` unless each idle block can leave. O(blocks)."""
+        for node in self._forest.walk():
+            if node.parent is not None:
+                self._check_node(node)
+
+    def _check_node(self, node: Node) -> None:
+        idle = self.idle(node.blocks)
+        if idle.any() and node not in node.queue.aside:
+            # First asked, since a policy that fails here changes all ranks.
+            expected = self._rank(int(node.blocks[-1]))
+            rank = node.queue.ranks.get(node, (None, 0))[0]
+            if node.children or not idle[-1] or rank != expected:
+                raise BrokenInvariant(f"prefix index: idle block {node.blocks[-1]} never leaves")
+
+
+def _call(method: Callable[[], None] | None) -> None:
+    if method is not None:
+        method()

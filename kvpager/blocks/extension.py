@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
-from kvpager.blocks.ragged import ranks
+from kvpager.blocks.block_tables import ranks
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.truncation import Truncation
 from kvpager.plans import NO_BLOCKS, NO_COPIES, Int32, Int64, Step

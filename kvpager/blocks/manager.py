@@ -28,9 +28,9 @@ from kvpager.blocks import invariants
 from kvpager.blocks.allocation import Allocation, identity
 from kvpager.blocks.copies import Copies
 from kvpager.blocks.events import Events
-from kvpager.blocks.eviction import EvictionPolicy
 from kvpager.blocks.extension import Extension
 from kvpager.blocks.pins import Pins
+from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.publication import Publication
 from kvpager.blocks.queries import Queries
 from kvpager.blocks.quotas import Quotas
@@ -57,7 +57,7 @@ class BlockManager:
         block_size: token slots of a block, a power of two.
         num_host_blocks: blocks of the host tier, for `swap`.
         eviction: which cached blocks leave first: a name of `kvpager.blocks.policies.POLICIES`, or
-            a policy of your own, see `kvpager.blocks.eviction`.
+            a policy of your own, see `kvpager.blocks.policies.base`.
         null_block: never hand out block 0, so that padding may point there.
         fences: keep blocks that a plan names out of circulation until `copies.complete(plan)`.
         num_events: how many events to remember for `events.fetch`; 0: none.
@@ -356,7 +356,7 @@ class BlockManager:
     def block_tables(self, sequences: Target, *, padding: int = -1) -> Int32:
         """Return block tables, int32 [n, most blocks], `padding` where no block of the device is.
 
-        O(n * most blocks). Raises `StaleSequence`. What kernels take: `kvpager.storage.tables`.
+        O(n * most blocks). Raises `StaleSequence`. Other forms: `kvpager.storage.table_formats`.
         """
         return self.queries.block_tables(sequences, padding)
 

@@ -2,7 +2,7 @@
 
     row        0      1      2          a handle names (row, generation); `free` raises the row's
     lengths   33     16      -          generation, so every old handle of the row is refused
-    tables    4 7 2  7       -          block ids in logical order, see `kvpager.blocks.ragged`
+    tables    4 7 2  7       -          block ids in logical order, see `block_tables.py`
 
 In a table, -1 is "no block" and -2 - h is block h of the host. One decode step for a whole batch
 is then a handful of vector operations, whatever its size. The order of a row's counts is always
@@ -18,9 +18,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.blocks.block_tables import Ragged, ranks
 from kvpager.blocks.contents import NO_CONTENTS, Contents
 from kvpager.blocks.radix import Node, TreeKey
-from kvpager.blocks.ragged import Ragged, ranks
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plans import NO_COPIES, Int32, Int64
 

@@ -20,10 +20,10 @@ from kvpager import _validate as arguments
 from kvpager._atomic import Change, new_lock
 from kvpager.blocks.accounts import Accounts, Counts, Quota, by_owner
 from kvpager.blocks.event_log import EventLog, Kind
-from kvpager.blocks.eviction import EvictionPolicy
-from kvpager.blocks.evictor import Evictor
+from kvpager.blocks.eviction import Evictor
 from kvpager.blocks.fences import Fences
 from kvpager.blocks.policies import POLICIES, make_policy
+from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.policies.failsafe import FailSafe
 from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.prefix import PrefixIndex

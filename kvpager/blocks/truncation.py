@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager.blocks.ragged import ranks
+from kvpager.blocks.block_tables import ranks
 from kvpager.blocks.state import BlockState
 from kvpager.plans import Int64
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from kvpager import _validate as arguments
-from kvpager.blocks.eviction import EvictionPolicy
 from kvpager.blocks.policies import Eviction, check_eviction, chosen_policy
+from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.engine.compiling import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.block_storage import KVDtype

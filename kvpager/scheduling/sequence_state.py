@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kvpager.blocks.ragged import Ragged
+from kvpager.blocks.block_tables import Ragged
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import Int32

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from kvpager import BlockManager
-from kvpager.blocks.eviction import EvictionPolicy
 from kvpager.blocks.policies import LRU, POLICIES, Priority
+from kvpager.blocks.policies.base import EvictionPolicy
 from tests.blocks.test_faults import Clock, History, committed
 from tests.support.manager_state import handles_of, state_of
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.accounts import Account
-from kvpager.blocks.eviction import Queue
+from kvpager.blocks.policies.base import Queue
 from kvpager.blocks.sequences import Sequence
 from kvpager.blocks.stats import BlockStatus
 from tests.support.manager_state import handles_of, state_of

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvpager import BlockManager, SequenceSwapped, StaleSequence
 from kvpager.storage.keys import KEY_BYTES, KeyContext, content_keys
-from kvpager.storage.tables import flash_attention, flashinfer
+from kvpager.storage.table_formats import flash_attention, flashinfer
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.evictor import Evictor
+from kvpager.blocks.eviction import Evictor
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies.failsafe import FailSafe
 from kvpager.blocks.pool import BlockPool

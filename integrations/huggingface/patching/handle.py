@@ -17,8 +17,8 @@ from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
 from kvpager.integrations.huggingface.continuous_batching.routes import retire
-from kvpager.integrations.huggingface.patching.replacements import restore_all
 from kvpager.integrations.huggingface.patching.report import PatchStats, report
+from kvpager.integrations.huggingface.patching.undo import restore_all
 from kvpager.integrations.huggingface.prefix.prompts import PromptCache
 
 lock = new_lock()

@@ -1,61 +1,253 @@
-"""Attributes and attention functions that are replaced, and put back as they were found."""
+"""The functions of transformers that `patch` replaces, and what stands in for each of them."""
 
 from __future__ import annotations
 
-import logging
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from transformers import GenerationMixin, masking_utils
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import configuration_utils
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.modeling_utils import AttentionInterface
 
-from kvpager.integrations.huggingface.attention.functions import AttentionFunction
+from kvpager.integrations.huggingface.attention.flash import flash_names, reading_flash_in_place
+from kvpager.integrations.huggingface.attention.functions import reading_in_place, register
+from kvpager.integrations.huggingface.cache.paged_cache import PagedCache, unpaged
+from kvpager.integrations.huggingface.continuous_batching.routes import routes
+from kvpager.integrations.huggingface.patching.handle import Patch, active, patch_for
+from kvpager.integrations.huggingface.patching.undo import replace, replace_attention
+from kvpager.integrations.huggingface.prefix.inputs import Inputs, returned_rows
+from kvpager.integrations.huggingface.prefix.prefill import prefill
+from kvpager.integrations.huggingface.prefix.prompts import reply
+from kvpager.integrations.huggingface.releases import cache_in
 
-logger = logging.getLogger("kvpager")
+register()
 
-_undo: list[Callable[[], None]] = []
+_scope = threading.local()  # .patch: the patch that serves the cache being made, on this thread
+_NOBODY: Any = object()
 
 
-def replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Replace attribute `name` of `owner` by what `wrap` makes of it. O(1)."""
-    original = getattr(owner, name, None)
-    if original is None:
-        # A private hook that this transformers does without: what it serves is an optimisation.
-        logger.warning("transformers has no %s.%s: paging works without it", owner.__name__, name)
-        return
-    ours = wrap(original)
-    setattr(owner, name, ours)
-    _undo.append(
-        lambda: _restore(
-            f"{owner.__name__}.{name}",
-            getattr(owner, name) is ours,
-            lambda: setattr(owner, name, original),
-        )
+def install() -> None:
+    """Put the hooks in. Every one is taken out by `restore_all`, the last first."""
+    replace(DynamicCache, "__init__", _paging_init)
+    replace(GenerationMixin, "generate", _counted_generate)
+    replace(GenerationMixin, "_prepare_cache_for_generation", _scoped_prepare)
+    replace(GenerationMixin, "_prefill", _paging_prefill)
+    replace(GenerationMixin, "_sample", _listening_sample)
+    replace(masking_utils, "_preprocess_mask_arguments", _watched_masks)
+    for name, wrap in routes(patch_for).items():
+        replace(ContinuousMixin, name, wrap)
+    replace(
+        configuration_utils,
+        "ALL_CACHE_IMPLEMENTATIONS",
+        lambda original: (*original, "kvpager"),
     )
-
-
-def replace_attention(name: str, ours: AttentionFunction) -> None:
-    """Register `ours` as the attention function called `name`. O(1)."""
     registered: Any = AttentionInterface._global_mapping
-    original = registered[name]
-    AttentionInterface.register(name, ours)
-    _undo.append(
-        lambda: _restore(
-            f"the {name} attention",
-            registered[name] is ours,
-            lambda: AttentionInterface.register(name, original),
+    replace_attention("sdpa", reading_in_place(registered["sdpa"]))
+    for name in list(flash_names(registered)):
+        replace_attention(name, reading_flash_in_place(registered[name]))
+
+
+def _paging_init(original: Callable[..., None]) -> Callable[..., None]:
+    """`DynamicCache.__init__`: what it builds is paged afterwards, wherever it is built."""
+
+    @functools.wraps(original)
+    def __init__(self: DynamicCache, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if type(self) is DynamicCache and not torch.compiler.is_compiling():
+            config = kwargs.get("config", args[1] if len(args) > 1 else None)
+            _note_made_outside(_patch_in_scope(config), config)
+            _page(self, _patch_in_scope(config), config)
+
+    return __init__
+
+
+def _counted_generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate`: calls of other threads may wait for the memory of this one."""
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        serving = patch_for(self)
+        if serving is None or torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        with serving.memory.calls.running():
+            return original(self, *args, **kwargs)
+
+    return generate
+
+
+def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_prepare_cache_for_generation`: here it is known which model a cache is for."""
+
+    @functools.wraps(original)
+    def prepare(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        wanted = generation_config.cache_implementation == "kvpager"
+        serving = patch_for(self, wanted=wanted)
+        # T5Gemma goes on to replace the cache across by another of its class, with arguments of
+        # DynamicCache: what such models find there is plain, and paged in `_prefill`.
+        goes_on = type(self)._prepare_cache_for_generation is not prepare
+        outer = getattr(_scope, "patch", None)
+        _scope.patch = _NOBODY if serving is None or goes_on else serving
+        try:
+            result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            _scope.patch = outer
+        cache: Any = cache_in(model_kwargs)
+        if isinstance(cache, EncoderDecoderCache):
+            _page(cache.self_attention_cache, serving)
+            if not goes_on:
+                _page(cache.cross_attention_cache, serving)
+        else:
+            _page(cache, serving, self.config)
+        if serving is not None:
+            mode = args[0] if args else kwargs.get("generation_mode")
+            _note_unserved(serving, generation_config, cache, mode)
+        return result
+
+    return prepare
+
+
+def _note_unserved(serving: Patch, generation_config: Any, cache: Any, mode: Any) -> None:
+    """Note for the report why a call of `generate` gets no paged cache, or keeps no prompt."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if generation_config.use_cache is False:
+        serving.memory.note_unserved("not paged: use_cache=False")
+    elif not isinstance(own, PagedCache):
+        name, home = type(own).__name__, type(own).__module__.partition(".")[0]
+        named = generation_config.cache_implementation
+        if home == "transformers":
+            what = name if named is None else f"cache_implementation={named!r}"
+            serving.memory.note_unserved(f"not paged: {what}, a cache of transformers' own")
+        elif home != "kvpager":  # an engine's probe compares with a plain cache
+            serving.memory.note_unserved(f"not paged: {name}, a cache passed by the caller")
+    elif serving.prompts is None:
+        return
+    elif isinstance(cache, EncoderDecoderCache):
+        serving.memory.note_not_kept("an encoder-decoder model")
+    elif mode == GenerationMode.ASSISTED_GENERATION:
+        is_lookup = generation_config.prompt_lookup_num_tokens is not None
+        what = "prompt lookup" if is_lookup else "assisted decoding"
+        serving.memory.note_unserved(f"prompts not kept: {what}, whose drafts may be rejected")
+
+
+def _note_made_outside(serving: Patch | None, config: Any) -> None:
+    """Note for the report a cache that no `generate` makes."""
+    is_outside = getattr(_scope, "patch", None) is None and config is not None
+    if serving is not None and serving.prompts is not None and is_outside:
+        serving.memory.note_unserved(
+            "prompts not kept: a cache made outside generate(), as by a bare forward pass"
         )
-    )
 
 
-def restore_all() -> None:
-    """Put back everything that was replaced, the last first. O(replacements)."""
-    while _undo:
-        _undo.pop()()
+def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_prefill`: here the prompt's ids and padding are known."""
+
+    @functools.wraps(original)
+    def _prefill(
+        self: Any,
+        input_ids: torch.Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        serving, cache = patch_for(self), cache_in(model_kwargs)
+        if isinstance(cache, EncoderDecoderCache):
+            _page(cache.cross_attention_cache, serving)
+        inputs = Inputs(self, input_ids, generation_config, model_kwargs)
+        if serving is not None:
+            serving.memory.calls.note_size(
+                len(input_ids), _longest(generation_config, model_kwargs)
+            )
+        if serving is None or not _is_paged(cache) or args:
+            return original(*inputs, *args, **kwargs)
+        if cache.is_begun:
+            _check_padding_is_still_hidden(cache, model_kwargs.get("attention_mask"))
+            return original(*inputs, **kwargs)
+        if not kwargs.get("is_first_iteration", True) or self.config.is_encoder_decoder:
+            return original(*inputs, **kwargs)
+        if model_kwargs.get("inputs_embeds") is not None:
+            if returned_rows(generation_config) > 1:
+                serving.memory.note_unserved("equal rows not merged: inputs_embeds")
+            if serving.prompts is not None:
+                serving.memory.note_not_kept("inputs_embeds")
+            return original(*inputs, **kwargs)
+        return prefill(original, serving.prompts, inputs, **kwargs)
+
+    return _prefill
 
 
-def _restore(what: str, is_ours: bool, restore: Callable[[], None]) -> None:
-    if is_ours:
-        restore()
-    else:
-        # Another patch replaced ours, and may call it. Ours does nothing from now on.
-        logger.warning("%s was replaced while patched, and is left as it is", what)
+def _longest(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
+    """Return how long the rows of a call may get, the encoder's included; 0 if not known."""
+    encoded = getattr(model_kwargs.get("encoder_outputs"), "last_hidden_state", None)
+    columns = 0 if encoded is None else encoded.shape[1]
+    return max(generation_config.max_length or 0, columns)
+
+
+def _watched_masks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_preprocess_mask_arguments`: here a model's own code says which columns it hides."""
+
+    @functools.wraps(original)
+    def preprocess(
+        config: Any, inputs_embeds: Any, mask: Any, cache: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(cache, PagedCache) and not torch.compiler.is_compiling():
+            for group in cache.groups:
+                group.see_mask(mask)
+        return original(config, inputs_embeds, mask, cache, *args, **kwargs)
+
+    return preprocess
+
+
+def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_sample`: here the tokens that are chosen can be heard."""
+
+    @functools.wraps(original)
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        serving, cache = patch_for(self), cache_in(kwargs)
+        if serving is None or serving.prompts is None or not _is_paged(cache):
+            return original(self, *args, **kwargs)
+        if cache.is_begun or "logits_processor" not in kwargs:  # who knows what is in it
+            return original(self, *args, **kwargs)
+        return reply(original, serving.prompts, self, *args, **kwargs)
+
+    return _sample
+
+
+def _patch_in_scope(config: Any) -> Patch | None:
+    scoped = getattr(_scope, "patch", None)
+    if scoped is not None:
+        return None if scoped is _NOBODY else scoped
+    return next((made for made in reversed(active) if made.covers_config(config)), None)
+
+
+def _page(cache: Any, serving: Patch | None, config: Any = None) -> None:
+    if serving is not None and unpaged(cache):
+        PagedCache.convert(cache, serving.memory, config)
+
+
+def _is_paged(cache: Any) -> bool:
+    """Return True for a paged cache that has layers in blocks, as caches of attention do."""
+    return isinstance(cache, PagedCache) and bool(cache.groups)
+
+
+def _check_padding_is_still_hidden(cache: PagedCache, mask: torch.Tensor | None) -> None:
+    """Padding was never stored, so a later call may not look at it either."""
+    paddings = [group.columns.padding for group in cache.groups if group.columns.padding.any()]
+    if not paddings:
+        return
+    padding = max(paddings, key=lambda each: int(each.max()))
+    columns = int(padding.max())
+    hidden = torch.arange(columns) < torch.from_numpy(padding)[:, None]
+    if mask is None or mask.dim() != 2 or bool((mask[:, :columns].cpu() != 0)[hidden].any()):
+        raise ValueError(
+            "this cache was begun with left padding, which takes no blocks: pass the "
+            "attention_mask of the whole sequence, with zeros where the padding was"
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvpager.blocks.allocation import Allocation
+from kvpager.blocks.groups.prefix import Hit
 from kvpager.blocks.groups.table import GroupTable
-from kvpager.blocks.groups.windows import Hit
 from kvpager.blocks.sequences import Prompt, Sequence
 from kvpager.blocks.state import BlockState
 from kvpager.errors import OutOfBlocks

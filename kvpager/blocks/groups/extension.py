@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvpager.blocks.block_tables import ranks
 from kvpager.blocks.extension import Extension
 from kvpager.blocks.groups.table import GroupTable
-from kvpager.blocks.ragged import ranks
 from kvpager.blocks.state import BlockState
 from kvpager.plans import Int32, Int64, Step
 

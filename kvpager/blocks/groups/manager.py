@@ -28,14 +28,14 @@ from kvpager._text import counted
 from kvpager.blocks import invariants
 from kvpager.blocks.allocation import identity
 from kvpager.blocks.copies import Copies
-from kvpager.blocks.eviction import EvictionPolicy
 from kvpager.blocks.extension import Extension
 from kvpager.blocks.groups.allocation import GroupAllocation
+from kvpager.blocks.groups.commit import GroupPublication
 from kvpager.blocks.groups.extension import GroupExtension
-from kvpager.blocks.groups.publication import GroupPublication
+from kvpager.blocks.groups.prefix import WindowIndex, first_needed
 from kvpager.blocks.groups.queries import GroupQueries
 from kvpager.blocks.groups.table import GroupTable
-from kvpager.blocks.groups.windows import WindowIndex, first_needed
+from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.quotas import Quotas
 from kvpager.blocks.resize import Resize
 from kvpager.blocks.sequences import (

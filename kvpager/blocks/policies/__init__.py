@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager.blocks.eviction import BlockPolicy, Blocks, EvictionPolicy, Rank
+from kvpager.blocks.policies.base import BlockPolicy, Blocks, EvictionPolicy, Rank
 from kvpager.blocks.policies.lifetime import Lifetime
 from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64, UInt64
 

@@ -32,8 +32,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.eviction import BlockPolicy, Blocks
 from kvpager.blocks.fingerprints import NO_DEPTHS
+from kvpager.blocks.policies.base import BlockPolicy, Blocks
 from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64, UInt64
 
 Index = NDArray[np.intp]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvpager.blocks.eviction import EvictionPolicy
 from kvpager.blocks.policies import POLICIES
+from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.simulate.policies.arc import ARC
 from kvpager.simulate.policies.s3_fifo import S3FIFO
 from kvpager.simulate.policies.two_q import TwoQ

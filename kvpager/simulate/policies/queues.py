@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.blocks.eviction import BlockPolicy, Blocks, Rank
+from kvpager.blocks.policies.base import BlockPolicy, Blocks, Rank
 from kvpager.plans import Float64, Int32, Int64, UInt64
 
 Queue = OrderedDict[int, None]  # of blocks; the first leaves next

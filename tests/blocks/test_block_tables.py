@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvpager import BlockManager
-from kvpager.blocks.ragged import Ragged
+from kvpager.blocks.block_tables import Ragged
 from kvpager.errors import BrokenInvariant
 from kvpager.scheduling.request import Request, RequestState
 from kvpager.scheduling.sequence_state import SequenceState
@@ -109,7 +109,7 @@ def test_memory_that_runs_out_leaves_the_rows_as_they_were(monkeypatch) -> None:
     def out_of_memory(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("kvpager.blocks.ragged.np.empty", out_of_memory)
+    monkeypatch.setattr("kvpager.blocks.block_tables.np.empty", out_of_memory)
     with pytest.raises(MemoryError):
         ragged.reserve(np.array([0, 1]), np.array([8, 2**20]))
     ragged.check("rows", np.array([4, 0]))

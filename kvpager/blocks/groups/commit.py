@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvpager.blocks.groups.prefix import WindowIndex
 from kvpager.blocks.groups.table import GroupTable
-from kvpager.blocks.groups.windows import WindowIndex
 from kvpager.blocks.publication import Publication
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.truncation import Truncation

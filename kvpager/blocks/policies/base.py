@@ -1,0 +1,269 @@
+"""Which cached block leaves first when room is needed.
+
+A policy is told what happens to blocks and gives each a rank; the lowest rank among the tips of
+the prefix trees leaves. A rank changes only when its block is named in a call, so that the
+order can be kept in a heap. `reranked` names all others, before blocks leave.
+
+    admit ──▶ touch ──▶ touch ──▶ retire ──▶ (touch ──▶ retire)* ──▶ forget
+    offered   reused    reused    nobody     reused again            evicted, or withdrawn
+                                  holds it
+
+The policies themselves are in `kvpager.blocks.policies`. One of the caller's that raises is not
+asked any more, see `kvpager.blocks.policies.failsafe`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.blocks.fingerprints import moved
+from kvpager.errors import BrokenInvariant
+from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64, UInt64
+
+Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
+Rank = Float64 | Int64
+T = TypeVar("T")
+
+_OUTDATED_MAX = 64
+
+
+class EvictionPolicy(Protocol):
+    """What the prefix index asks of a policy. Blocks of a call are distinct, int32 [n]."""
+
+    needs_fingerprints: bool
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:
+        """`blocks` are offered from now on, at `depths` blocks from the front, int64 [n].
+
+        `fingerprints`, uint64 [n], see `kvpager.blocks.fingerprints`. Both are empty where the
+        policy does not need them.
+        """
+
+    def touch(self, blocks: Blocks) -> None:
+        """Another sequence uses `blocks`."""
+
+    def retire(self, blocks: Blocks) -> None:
+        """No table holds `blocks` any more."""
+
+    def rank(self, blocks: Blocks) -> Rank:
+        """The rank of each block, float64 or int64 [n]."""
+
+    def forget(self, blocks: Blocks) -> None:
+        """`blocks` are offered no longer."""
+
+    def reranked(self, count: int) -> Int32:
+        """Return the blocks whose rank changed although no call named them, int32 [n].
+
+        The prefix index asks before `count` blocks leave; other ranks change in named calls only.
+        """
+
+    def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:
+        """Keep `blocks` by `priority`, for `ttl_s` seconds; False where the policy cannot."""
+
+    def resize(self, num_blocks: int, places: Int32) -> None:
+        """Follow the pool to its new size, and its blocks to their new places."""
+
+
+class BlockPolicy:
+    """A policy that keeps a few numbers for each block. Every call is O(blocks named)."""
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {}
+    needs_fingerprints = False
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.now = 0  # ticks once for each call: logical time
+        for name, dtype in self.COLUMNS.items():
+            setattr(self, name, np.zeros(num_blocks, dtype))
+
+    def tick(self) -> int:
+        """A moment later than all before. O(1)."""
+        self.now += 1
+        return self.now
+
+    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        pass
+
+    def touch(self, blocks: Blocks) -> None:  # noqa: D102
+        pass
+
+    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+        pass
+
+    def forget(self, blocks: Blocks) -> None:  # noqa: D102
+        pass
+
+    def reranked(self, count: int) -> Int32:  # noqa: D102
+        return NO_BLOCKS
+
+    def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102
+        return False
+
+    def resize(self, num_blocks: int, places: Int32) -> None:  # noqa: D102
+        self.num_blocks = num_blocks
+        for name in self.COLUMNS:
+            setattr(self, name, moved(getattr(self, name), num_blocks, places))
+
+
+class Queue(Generic[T]):
+    """Nodes in the order in which they may leave, and those put aside until nothing else is left.
+
+    `push` again moves a node; what the heap still says about it is outdated and dropped later.
+    """
+
+    def __init__(self, note: Callable[[Queue[T], float], None]) -> None:
+        """Call `note` for each node that ranks below `listed`."""
+        self.listed = np.inf  # at most the first rank, where `Queues` is to look here
+        self._note = note
+        self.ranks: dict[T, tuple[float, int]] = {}
+        self.aside: OrderedDict[T, None] = OrderedDict()
+        self._heap: list[tuple[float, int, T]] = []
+        self._count = 0
+
+    def push(self, rank: float, node: T) -> None:
+        """`node` leaves when its rank is the lowest; among equals, the first pushed. O(log n)."""
+        self.aside.pop(node, None)
+        if node in self.ranks and self.ranks[node][0] == rank:
+            return
+        self._count += 1
+        self.ranks[node] = (rank, self._count)
+        heapq.heappush(self._heap, (rank, self._count, node))
+        if rank < self.listed:
+            self._note(self, rank)
+        if len(self._heap) > 2 * len(self.ranks) + _OUTDATED_MAX:
+            self._heap = [(*place, node) for node, place in self.ranks.items()]
+            heapq.heapify(self._heap)
+
+    def first(self) -> tuple[float, T] | None:
+        """The node with the lowest rank. Amortised O(log n)."""
+        while self._heap:
+            rank, count, node = self._heap[0]
+            if self.ranks.get(node) == (rank, count):
+                return rank, node
+            heapq.heappop(self._heap)
+        return None
+
+    def drop_first(self) -> None:
+        """Take what `first` returned out. O(log n)."""
+        _, _, node = heapq.heappop(self._heap)
+        del self.ranks[node]
+
+    def put_aside(self, node: T) -> None:
+        """`node` cannot leave by itself, but some of its blocks are idle. O(1)."""
+        self.aside[node] = None
+
+    def aside_first(self) -> T:
+        """Take out the node that was put aside first. O(1)."""
+        return self.aside.popitem(last=False)[0]
+
+    def clear(self) -> None:
+        """Forget all nodes. O(n)."""
+        self.listed = np.inf
+        self.ranks.clear()
+        self.aside.clear()
+        self._heap.clear()
+
+    def forget(self, node: T) -> None:
+        """`node` is gone. O(1)."""
+        self.ranks.pop(node, None)
+        self.aside.pop(node, None)
+
+
+class Queues(Generic[T]):
+    """The queues of all accounts by number, and whose first node ranks lowest.
+
+    A heap lists each queue by a rank that is at most that of its first node: a node that ranks
+    lower lists its queue again, and what is no longer right is put right when it comes up.
+    """
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, Queue[T]] = {}
+        self._fronts: list[tuple[float, int]] = []
+        self.add(0)
+
+    def __getitem__(self, number: int) -> Queue[T]:
+        return self._by_number[number]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_number)
+
+    def add(self, number: int) -> Queue[T]:
+        """Make a queue. O(1)."""
+        queue = self._by_number[number] = Queue[T](partial(self._note, number))
+        return queue
+
+    def drop(self, number: int) -> None:
+        """Forget a queue whose nodes went elsewhere. O(1)."""
+        del self._by_number[number]
+
+    def _note(self, number: int, queue: Queue[T], rank: float) -> None:
+        queue.listed = rank
+        heapq.heappush(self._fronts, (rank, number))
+        if len(self._fronts) > 2 * len(self._by_number) + _OUTDATED_MAX:
+            self._fronts = [
+                (queue.listed, number)
+                for number, queue in self._by_number.items()
+                if queue.listed < np.inf
+            ]
+            heapq.heapify(self._fronts)
+
+    def relist(self, number: int) -> None:
+        """List a queue again that was empty, or had no allowance. Amortised O(log n)."""
+        queue = self._by_number[number]
+        first = queue.first()
+        if first is not None and first[0] < queue.listed:
+            self._note(number, queue, first[0])
+
+    def lowest(
+        self, first: Callable[[Queue[T]], tuple[float, T] | None], left: Callable[[int], int]
+    ) -> tuple[int, T, float] | None:
+        """Return the queue whose first node ranks lowest, that node, and the next queue's rank.
+
+        Amortised O(log queues). `first` returns a queue's first node; `left` how many of its blocks
+        may leave. Queues without either are passed over until they are listed again.
+        """
+        best = self._top(first, left)
+        if best is None:
+            return None
+        number, (_, node) = best
+        top = heapq.heappop(self._fronts)
+        after = self._top(first, left)
+        heapq.heappush(self._fronts, top)
+        return number, node, np.inf if after is None else after[1][0]
+
+    def _top(
+        self, first: Callable[[Queue[T]], tuple[float, T] | None], left: Callable[[int], int]
+    ) -> tuple[int, tuple[float, T]] | None:
+        fronts = self._fronts
+        while fronts:
+            rank, number = fronts[0]
+            queue = self._by_number.get(number)
+            if queue is None or queue.listed != rank:
+                heapq.heappop(fronts)
+                continue
+            entry = first(queue)
+            if entry is None or left(number) <= 0:
+                heapq.heappop(fronts)
+                queue.listed = np.inf
+            elif entry[0] > rank:
+                queue.listed = entry[0]
+                heapq.heapreplace(fronts, (entry[0], number))
+            else:
+                return number, entry
+        return None
+
+    def check(self, is_open: Callable[[int], bool]) -> None:
+        """Raise `BrokenInvariant` unless each queue that may give is listed. O(queues)."""
+        for number, queue in self._by_number.items():
+            first = queue.first()
+            if first is not None and is_open(number) and queue.listed > first[0]:
+                raise BrokenInvariant(f"eviction: queue {number} is not listed by its first node")
+            if queue.listed < np.inf and (queue.listed, number) not in self._fronts:
+                raise BrokenInvariant(f"eviction: queue {number} is not where it is listed")
