@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager.blocks.policies import PRIORITY_MAX
+from kvpager.blocks.policies.priority import PRIORITY_MAX
 from kvpager.blocks.sequences import Sequence
 from kvpager.blocks.state import BlockState
 from kvpager.plans import NO_BLOCKS, Int32

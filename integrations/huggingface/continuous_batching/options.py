@@ -7,7 +7,7 @@ import functools
 import logging
 from typing import Any, NamedTuple
 
-from kvpager.blocks.groups.prefix import blocks_for
+from kvpager.blocks.groups.windows import blocks_for
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import Anatomy
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks

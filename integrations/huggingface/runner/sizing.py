@@ -11,7 +11,7 @@ import torch
 
 from kvpager._text import counted
 from kvpager._text import size as as_text
-from kvpager.blocks.groups.prefix import blocks_for
+from kvpager.blocks.groups.windows import blocks_for
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import Anatomy

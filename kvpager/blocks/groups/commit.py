@@ -1,4 +1,4 @@
-"""Written tokens of sequences over groups: what they offer, and what is behind a window."""
+"""Commit tokens of sequences over groups: offer full blocks, free those behind windows."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import numpy as np
 
 from kvpager.blocks.groups.prefix import WindowIndex
 from kvpager.blocks.groups.table import GroupTable
+from kvpager.blocks.groups.windows import Windows
 from kvpager.blocks.publication import Publication
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.truncation import Truncation
 from kvpager.plans import Int64
 
 
-class GroupPublication:
+class GroupCommit:
     """Commits tokens in all groups, and gives back the blocks behind windows.
 
-    The caller holds the lock. Writes what `Publication`, `WindowIndex` and `Truncation` write, and
+    The caller holds the lock. Writes what `Publication`, `WindowIndex` and `Windows` write, and
     `committed`.
     """
 
@@ -30,11 +31,10 @@ class GroupPublication:
         self._state = state
         self._table = table
         self._index = index
-        self._truncation = truncation
+        self._behind = Windows(truncation, windows)
         self._publication = Publication(state)
         is_windowed = np.array([window is not None for window in windows])
         self._full, self._windowed = (~is_windowed).nonzero()[0], is_windowed.nonzero()[0]
-        self._spans: Int64 = np.array([w for w in windows if w is not None], np.int64)[:, None]
 
     def settled(self, names: Int64) -> Int64:
         """Return the tokens of sequences that have room in all groups, drafts left out. O(n)."""
@@ -64,6 +64,4 @@ class GroupPublication:
                 digests = self._table.digests[int(names[at])]
                 self._index.publish(int(windowed[group, at]), digests, int(ends[group, at]))
             state.index.settle()
-        # The next token still looks back over the window, itself included.
-        starts = np.maximum(committed - self._spans + 1, 0)
-        self._truncation.drop_before(windowed.ravel(), starts.ravel())
+        self._behind.free_behind(windowed, committed)

@@ -30,11 +30,12 @@ from kvpager.blocks.allocation import identity
 from kvpager.blocks.copies import Copies
 from kvpager.blocks.extension import Extension
 from kvpager.blocks.groups.allocation import GroupAllocation
-from kvpager.blocks.groups.commit import GroupPublication
+from kvpager.blocks.groups.commit import GroupCommit
 from kvpager.blocks.groups.extension import GroupExtension
-from kvpager.blocks.groups.prefix import WindowIndex, first_needed
+from kvpager.blocks.groups.prefix import WindowIndex
 from kvpager.blocks.groups.queries import GroupQueries
 from kvpager.blocks.groups.table import GroupTable
+from kvpager.blocks.groups.windows import first_needed
 from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.quotas import Quotas
 from kvpager.blocks.resize import Resize
@@ -104,9 +105,7 @@ class GroupedManager:
         self._truncation = Truncation(state)
         self._drafts = Extension(state, self._truncation)
         self._extension = GroupExtension(state, table, self._drafts, self.windows, max_chunk)
-        self._publication = GroupPublication(
-            state, table, self._index, self._truncation, self.windows
-        )
+        self._publication = GroupCommit(state, table, self._index, self._truncation, self.windows)
         self._swap = Swap(state)
         self._resize = Resize(state)
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvpager.blocks.contents import Contents, Tag
+from kvpager.blocks.groups.windows import first_needed
 from kvpager.blocks.radix import Node, key_of
 from kvpager.blocks.sequences import Prompt
 from kvpager.blocks.state import BlockState
@@ -48,27 +49,6 @@ class Hit(NamedTuple):
     num_blocks: int
     held: list[Held]  # of each group
     digests: list[bytes]  # of the blocks of the prompt looked at
-
-
-def first_needed(num_tokens: int, window: int, block_size: int) -> int:
-    """Return the first block that the token after `num_tokens` looks back to. O(1)."""
-    return max(num_tokens - window + 1, 0) // block_size
-
-
-def blocks_for(
-    num_tokens: int, block_size: int, windows: tuple[int | None, ...], max_chunk: int | None
-) -> int:
-    """Return the most blocks that a sequence of all groups comes to hold. O(groups).
-
-    A group with a window holds at most the window and a chunk of `max_chunk` tokens.
-    """
-    total = 0
-    for window in windows:
-        blocks = -(-num_tokens // block_size)
-        if window is not None and max_chunk is not None:
-            blocks = min(blocks, -(-(window + max_chunk - 1) // block_size) + 1)
-        total += blocks
-    return total
 
 
 class WindowIndex:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager.blocks.groups.prefix import WindowIndex, blocks_for
+from kvpager.blocks.groups.prefix import WindowIndex
 from kvpager.blocks.groups.table import GroupTable
+from kvpager.blocks.groups.windows import blocks_for
 from kvpager.blocks.queries import Queries
 from kvpager.blocks.sequences import Batch, PrefixMatch, Prompt, Sequence, Target, listed
 from kvpager.blocks.state import BlockState

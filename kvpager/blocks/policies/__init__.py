@@ -6,115 +6,13 @@ use. `lifetime` follows the strategy that would have hit most of late: see `life
 
 from __future__ import annotations
 
-import contextlib
-import heapq
-import logging
-import time
 from collections.abc import Callable
-from typing import ClassVar
-
-import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager.blocks.policies.base import BlockPolicy, Blocks, EvictionPolicy, Rank
+from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.policies.lifetime import Lifetime
-from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64, UInt64
-
-logger = logging.getLogger("kvpager")
-
-PRIORITY_MAX = 100
-PRIORITY_DEFAULT = 50
-# A rank is a float64, exact up to 2**53: the low bits order by time, the high ones by merit.
-_TICKS = 2.0**44
-_OUTDATED_MAX = 64
-
-
-class LRU(BlockPolicy):
-    """Least recently used: the block leaves that nobody has held for longest."""
-
-    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {"last_used": np.int64}
-    last_used: Int64
-
-    def retire(self, blocks: Blocks) -> None:  # noqa: D102
-        self.last_used[blocks] = self.tick()
-
-    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
-        return self.last_used[blocks]
-
-
-class Priority(LRU):
-    """By priority, 0 to 100, lowest first; among equals, least recently used.
-
-    A block begins at 50 and keeps what `retain` gives it for a time to live, in seconds, or for as
-    long as it is offered; when the time is over it is the first to leave. Retention by priority
-    and time is TensorRT-LLM's.
-    """
-
-    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
-        **LRU.COLUMNS,
-        "priority": np.int32,
-        "expires": np.float64,
-    }
-    priority: Int32
-    expires: Float64
-
-    def __init__(self, num_blocks: int, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(num_blocks)
-        self.expires[:] = np.inf
-        self._clock = clock
-        self._due: list[tuple[float, int]] = []
-
-    def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
-        self.priority[blocks] = PRIORITY_DEFAULT
-        self.expires[blocks] = np.inf
-
-    def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102
-        # First of all the clock, which may fail: the caller may have given it.
-        expires = np.inf if ttl_s is None else float(self._clock() + ttl_s)
-        self.priority[blocks] = priority
-        self.expires[blocks] = expires
-        if ttl_s is not None:
-            for block in blocks.tolist():
-                heapq.heappush(self._due, (expires, block))
-        if len(self._due) > 2 * self.num_blocks + _OUTDATED_MAX:
-            self._await()
-        return True
-
-    def reranked(self, count: int) -> Int32:  # noqa: D102
-        if not self._due:
-            return NO_BLOCKS
-        try:
-            now = float(self._clock())
-        except BaseException as error:
-            # Room is being made: that goes on, as if no time had passed.
-            with contextlib.suppress(Exception):  # of a log handler of the caller's
-                logger.error("the clock of the eviction policy failed: %r", error)
-            return NO_BLOCKS
-        over = []
-        while self._due and self._due[0][0] <= now:
-            expires, block = heapq.heappop(self._due)
-            if self.expires[block] == expires:
-                self.priority[block] = -1
-                self.expires[block] = np.inf
-                over.append(block)
-        return np.array(over, np.int32)
-
-    def forget(self, blocks: Blocks) -> None:  # noqa: D102
-        self.expires[blocks] = np.inf
-
-    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
-        return np.asarray(self.priority[blocks] * _TICKS + self.last_used[blocks], np.float64)
-
-    def resize(self, num_blocks: int, places: Int32) -> None:  # noqa: D102
-        super().resize(num_blocks, places)
-        self.expires[len(places) :] = np.inf
-        self._await()
-
-    def _await(self) -> None:
-        dated = np.flatnonzero(np.isfinite(self.expires))
-        self._due = list(zip(self.expires[dated].tolist(), dated.tolist(), strict=True))
-        heapq.heapify(self._due)
-
+from kvpager.blocks.policies.lru import LRU
+from kvpager.blocks.policies.priority import Priority
 
 POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
     "lru": LRU,

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kvpager.blocks.policies import LRU
 from kvpager.blocks.policies.base import Blocks, EvictionPolicy, Rank
+from kvpager.blocks.policies.lru import LRU
 from kvpager.plans import NO_BLOCKS, Int32, Int64, UInt64
 
 logger = logging.getLogger("kvpager")

@@ -1,0 +1,23 @@
+"""The default policy."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from kvpager.blocks.policies.base import BlockPolicy, Blocks, Rank
+from kvpager.plans import Int64
+
+
+class LRU(BlockPolicy):
+    """Least recently used: the block leaves that nobody has held for longest."""
+
+    COLUMNS: ClassVar[dict[str, type[np.generic]]] = {"last_used": np.int64}
+    last_used: Int64
+
+    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+        self.last_used[blocks] = self.tick()
+
+    def rank(self, blocks: Blocks) -> Rank:  # noqa: D102
+        return self.last_used[blocks]
