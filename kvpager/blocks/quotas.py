@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 
 from kvpager import _validate as arguments
+from kvpager._atomic import Uninterrupted
 from kvpager._text import size
 from kvpager.blocks.accounts import Quota
 from kvpager.blocks.protocol import Ceilings
@@ -129,7 +130,7 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
 
     Args:
         pools: returns the quotas of each pool that there is now, and the bytes of its blocks.
-        locked: returns the lock that is held while a quota changes.
+        locked: returns the lock that is held while a quota changes. Signals wait meanwhile.
     """
 
     def __init__(
@@ -162,7 +163,8 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
             raise TypeError("namespace None: pass the name of a namespace")
         arguments.label("namespace", namespace)
         _ceiling(quota, 0)
-        with self._locked():
+        lock = self._locked()
+        with lock, Uninterrupted(lock):
             bounded: list[tuple[Ceilings, int | None]] = []
             try:
                 for quotas, block_bytes in self._pools():
@@ -176,7 +178,8 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
             self._given[namespace] = quota
 
     def __delitem__(self, namespace: str) -> None:
-        with self._locked():
+        lock = self._locked()
+        with lock, Uninterrupted(lock):
             del self._given[namespace]
             for quotas, _ in self._pools():
                 _bound(quotas, namespace, None)

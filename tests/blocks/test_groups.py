@@ -539,3 +539,14 @@ class TestGroupWithALongWindow(ManagerConformance):
 
 TestGroups = Groups.TestCase
 TestGroups.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_accept_keeps_tokens_that_have_no_room_yet() -> None:
+    manager = GroupedManager((5,), 40, 4, max_chunk=4)
+    waiting, drafting = manager.allocate(range(20)), manager.allocate([1, 2, 3])
+    manager.append(drafting, [4, 5], draft=True)
+    manager.accept([waiting, drafting], [0, 1])
+    assert manager.lengths([waiting, drafting]).tolist() == [20, 4]
+    manager.check()
+    manager.commit(waiting, 4)
+    assert manager.open_slots(waiting, 4, 8).shape == (1, 4)

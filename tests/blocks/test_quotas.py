@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import itertools
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.errors import OutOfQuota
+from tests.support.interrupts import Moments, by_signal
 
 BLOCK_BYTES = 1024
 
 
 def quotas_of(*managers: BlockManager) -> NamespaceQuotas:
     pools = [(manager.quotas, BLOCK_BYTES) for manager in managers]
-    return NamespaceQuotas(lambda: pools, nullcontext)
+    lock = threading.RLock()
+    return NamespaceQuotas(lambda: pools, lambda: lock)
 
 
 @pytest.mark.parametrize("quota", [3, "3KiB", "3.9KiB"])
@@ -69,3 +74,24 @@ def test_a_pool_that_comes_later_is_bounded_when_asked() -> None:
     assert manager.quotas.ceiling("acme") == 1
     with pytest.raises(ValueError, match=r"quota '3KiB': one block takes 4\.0 KiB\. Raise the"):
         quotas.enforce(manager.quotas, "acme", 4 * BLOCK_BYTES)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda quotas: quotas.update(acme=3), lambda quotas: quotas.pop("acme")],
+    ids=["set", "delete"],
+)
+def test_an_interrupted_change_is_complete_or_has_changed_nothing(
+    change: Callable[[NamespaceQuotas], object],
+) -> None:
+    managers = [BlockManager(8, 4), BlockManager(8, 4)]
+    quotas = quotas_of(*managers)
+    for number in itertools.count(1):
+        quotas["acme"] = 5
+        moments = Moments(number, by_signal)
+        with suppress(KeyboardInterrupt), moments:
+            change(quotas)
+        ceilings = [manager.quotas.ceiling("acme") for manager in managers]
+        assert ceilings == [quotas.get("acme")] * 2
+        if moments.left > 0:  # it ended before that moment
+            return

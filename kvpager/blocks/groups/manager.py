@@ -280,7 +280,8 @@ class GroupedManager:
                 raise ValueError(f"counts {counts!r}: the sequences have {drafts} drafts")
             theirs = None if ids is None else np.tile(ids, groups)
             self._drafts.accept(rows.ravel(), np.tile(kept, groups), theirs)
-            table.lengths[names] = state.rows.lengths[rows[0]]
+            # Not the room of a group: tokens may wait for theirs.
+            table.lengths[names] += kept - drafts
 
     # ---------------------------------------------------------------- commit, truncate
 
