@@ -156,8 +156,10 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
     def __setitem__(self, namespace: str, quota: int | str) -> None:
         """Bound a namespace from now on. O(its blocks) in each pool.
 
-        Raises: `ValueError` where its sequences hold more already, or for less than a block;
-        `TypeError` for what is no name or no quota. The quota stays as it was then.
+        Raises: `ValueError` where its sequences hold more already, or for a size below a block of
+        some pool; `TypeError` for what is no name or no quota. The quota stays as it was then.
+        Without a pool yet, any size is taken. If it is below a block of a pool that is made later,
+        each call of the namespace that needs that pool raises `ValueError`.
         """
         if namespace is None:
             raise TypeError("namespace None: pass the name of a namespace")
@@ -215,4 +217,4 @@ def _ceiling(quota: int | str, block_bytes: int) -> int | None:
             f"quota {quota!r}: one block takes {size(block_bytes)}. Raise the quota to at least "
             f"{size(block_bytes, round_up=True)}."
         )
-    return num_bytes // block_bytes
+    return min(num_bytes // block_bytes, arguments.COUNT_MAX)

@@ -130,6 +130,24 @@ def test_a_quota_below_what_is_held_is_refused() -> None:
         del held
 
 
+@pytest.mark.parametrize("quota", ["8192TiB", "1000000TiB"])
+def test_a_quota_beyond_all_counts_bounds_nothing(quota: str) -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch, patch.namespace("acme"):
+        patch.quotas["acme"] = quota
+        generate(1)
+        patch.quotas["acme"] = quota
+        assert hits(patch, 1) == KNOWN
+
+
+def test_calls_raise_at_a_quota_below_the_first_block() -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch, patch.namespace("acme"):
+        patch.quotas["acme"] = "100B"
+        with pytest.raises(ValueError, match=r"quota '100B': one block takes 8.0 KiB"):
+            generate(1)
+        patch.quotas["acme"] = CALL
+        generate(1)
+
+
 def test_rows_beyond_a_quota_live_in_host_memory() -> None:
     expected = generate(1, rows=4)
     with kvpager.patch(llama(), prefix_cache=True, host_memory="4MiB") as patch:
