@@ -18,6 +18,7 @@ from kvpager._atomic import Uninterrupted, new_lock
 from kvpager._text import counted, size
 from kvpager._validate import parse_memory
 from kvpager.blocks.policies import Eviction, check_eviction
+from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Counters
 from kvpager.integrations.huggingface.cache.calls import Calls
@@ -97,10 +98,7 @@ class PagedMemory:
         self.uninterrupted = Uninterrupted(self.lock)
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
-        self.quotas = NamespaceQuotas(
-            lambda: [(pool.manager.quotas, pool.block_bytes) for pool in self.pools()],
-            lambda: self.lock,
-        )
+        self.quotas = NamespaceQuotas(self._ceilings, lambda: self.lock)
         if host_memory is not None:
             bound = parse_memory(host_memory, "host_memory")
             self.host = PagedMemory(bound, block_size, kv_dtype=kv_dtype)
@@ -181,6 +179,11 @@ class PagedMemory:
         """The pools alive now."""
         with self.lock:
             return list(self._pools.values())
+
+    def _ceilings(self) -> list[tuple[Ceilings, int]]:
+        """Return the quotas of each pool, and the bytes of its blocks. O(pools + blocks freed)."""
+        self.settle()  # what was dropped counts in no quota
+        return [(pool.manager.quotas, pool.block_bytes) for pool in self.pools()]
 
     def await_turn(self, kind: LayerKind) -> None:
         """Let this thread's call of `generate` wait until all its rows fit beside other calls.

@@ -206,6 +206,7 @@ class PagedPool:
         length, ids = arguments.prompt(prompt)
         need = -(-length // self.block_size)
         namespace, version = key or (None, None)
+        self.settle()  # what was dropped counts in no quota
         self.memory.quotas.enforce(self.manager.quotas, namespace, self.block_bytes)
         if ids is not None:
             need -= self.num_known(ids, key) // self.block_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from typing import Any
 
@@ -128,6 +129,18 @@ def test_a_quota_below_what_is_held_is_refused() -> None:
         assert dict(patch.quotas) == {"acme": 2 * CALL}
         assert used(patch, "acme") == CALL
         del held
+
+
+def test_a_cache_that_was_dropped_does_not_stand_in_the_way_of_a_quota() -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        with patch.namespace("acme"):
+            output = generate(1, return_dict_in_generate=True)
+        with pytest.raises(ValueError, match="namespace 'acme' holds 7 blocks"):
+            patch.quotas["acme"] = 2
+        del output
+        gc.collect()
+        patch.quotas["acme"] = 2
+        assert used(patch, "acme") <= 2
 
 
 @pytest.mark.parametrize("quota", ["8192TiB", "1000000TiB"])
