@@ -158,7 +158,8 @@ class LayerGroup:
         if not columns.agree_with_write(num_rows, start, stop):
             self.prompt = None
         if not len(rows):
-            rows.begin(num_rows, self.prompt.key if self.prompt else None)
+            unkept = PrefixKey(self.memory.namespaces.current, None)
+            rows.begin(num_rows, self.prompt.key if self.prompt else unkept)
             columns.begin(num_rows)
         if stop <= columns.count:
             return

@@ -22,6 +22,7 @@ from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Counters
 from kvpager.integrations.huggingface.cache.calls import Calls
+from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.kernels.quantisation import KV_DTYPES
 from kvpager.plans import Tier
@@ -59,6 +60,7 @@ class PagedMemory:
         kv_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
         host_memory: bytes of host memory for sequences the pools have no room for.
         eviction: which cached blocks leave first; host memory caches none.
+        namespace: whose quota the blocks of a call count in, unless another is chosen around it.
     """
 
     tier: Tier = "device"
@@ -75,6 +77,7 @@ class PagedMemory:
         kv_dtype: KVDtype | None = None,
         host_memory: int | str | None = None,
         eviction: Eviction = "lru",
+        namespace: str | None = None,
     ) -> None:
         self.bound = parse_memory(memory)
         self._given = memory if isinstance(memory, str) else None
@@ -98,6 +101,7 @@ class PagedMemory:
         self.uninterrupted = Uninterrupted(self.lock)
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
         self._kept: set[PagedPool] = set()
+        self.namespaces = Namespaces(namespace)
         self.quotas = NamespaceQuotas(self._ceilings, lambda: self.lock)
         if host_memory is not None:
             bound = parse_memory(host_memory, "host_memory")

@@ -12,8 +12,8 @@ from kvpager.plans import Int32, Int64
 class PrefixKey(NamedTuple):
     """Whose prompts may share blocks: those of a namespace, computed by a model in one state."""
 
-    namespace: str | None
-    version: str  # of the model
+    namespace: str | None  # whose quota the blocks count in
+    version: str | None  # of the model; None where no prompt is kept
 
 
 class Prompt:

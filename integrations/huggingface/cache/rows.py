@@ -97,7 +97,7 @@ class BatchRows:
     # ---------------------------------------------------------------- growing
 
     @whole
-    def begin(self, num_rows: int, key: PrefixKey | None) -> None:
+    def begin(self, num_rows: int, key: PrefixKey) -> None:
         """Begin with `num_rows` empty rows. O(rows)."""
         nothing = np.empty(0, np.int32)
         self.adopt([self.pool.allocate(nothing, key) for _ in range(num_rows)], key)

@@ -150,7 +150,7 @@ def _manager(
         continuous_batching_config or ContinuousBatchingConfig(),
         workload_hints,
         memory=serving.memory,
-        namespace=lambda: None if serving.prompts is None else serving.prompts.namespace,
+        namespace=lambda: serving.memory.namespaces.current,
         may_be_kept=lambda: serving.is_active,
     )
     _note_call(manager)

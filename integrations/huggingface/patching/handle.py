@@ -89,7 +89,8 @@ class Patch:
         if name is None:
             raise TypeError("namespace None: pass the name of a namespace")
         arguments.label("namespace", name)
-        return self._kept_prompts(f"namespace {name!r}").chosen(name)
+        self._refuse_without_prompts(f"namespace {name!r}")
+        return self.memory.namespaces.chosen(name)
 
     @property
     def quotas(self) -> NamespaceQuotas:
@@ -97,19 +98,21 @@ class Patch:
 
             paging.quotas["acme"] = "2GiB"      # or a number of blocks
 
-        The bound holds in each pool: models of unlike layers have pools of their own. A session of
-        continuous batching takes the quotas that hold when it begins.
+        Calls count whether or not their prompts are kept. What a cache grows by, and its copies,
+        count in the namespace of the call that wrote its first token. The bound holds in each pool:
+        layers of another number, shape or window have a pool of their own, and a `PagedCache` that
+        the caller makes has pools without quotas. A session of continuous batching takes the quotas
+        that hold when it begins.
         Raises: `KVPagerError` without `prefix_cache`.
         """
-        self._kept_prompts("quotas")
+        self._refuse_without_prompts("quotas")
         return self.memory.quotas
 
-    def _kept_prompts(self, what: str) -> PromptCache:
+    def _refuse_without_prompts(self, what: str) -> None:
         if self.prompts is None:
             raise KVPagerError(
                 f"{what}: no prompts are kept between calls; patch with prefix_cache=True"
             )
-        return self.prompts
 
     def report(self) -> str:
         """Describe what was paged and what that saved, as a text for people. O(blocks)."""

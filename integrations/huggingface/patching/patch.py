@@ -76,15 +76,16 @@ def patch(
     """
     warn_if_untested()
     _check_model(model)
-    prompts = _prompts(prefix_cache, namespace)
+    _check_namespace(namespace, arguments.flag("prefix_cache", prefix_cache))
     paged = PagedMemory(
         memory, block_size, keep_pools=prefix_cache, in_place=arguments.flag("in_place", in_place),
         dtype=_checked_dtype(dtype, model), kv_dtype=kv_dtype, host_memory=host_memory,
-        eviction=eviction,
+        eviction=eviction, namespace=namespace,
     )  # fmt: skip
     if isinstance(model, PreTrainedModel):
         dtype_there = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
         paged.refuse_below(least_block_bytes(model.config, dtype_there, paged))
+    prompts = PromptCache(paged.namespaces) if prefix_cache else None
     return _activate(Patch(model, paged, prompts))
 
 
@@ -104,15 +105,12 @@ def _check_model(model: object) -> None:
         )
 
 
-def _prompts(prefix_cache: bool, namespace: str | None) -> PromptCache | None:
+def _check_namespace(namespace: str | None, prefix_cache: bool) -> None:
     arguments.label("namespace", namespace)
-    if arguments.flag("prefix_cache", prefix_cache):
-        return PromptCache(namespace)
-    if namespace is not None:
+    if namespace is not None and not prefix_cache:
         raise ValueError(
             f"namespace {namespace!r}: it separates prefixes, so set prefix_cache=True"
         )
-    return None
 
 
 def unpatch(model: nn.Module | None = None) -> None:

@@ -7,9 +7,7 @@ what it holds at the start of `generate` (`prefill.py`), and here from what `gen
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +20,7 @@ from transformers import (
 
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import OutOfBlocks
+from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
@@ -32,15 +31,12 @@ from kvpager.integrations.huggingface.prefix.inputs import Padding
 from kvpager.integrations.huggingface.releases import cache_in
 from kvpager.plans import Int32, Int64
 
-# What `PromptCache.chosen` has chosen, the last for each prompt cache holds.
-_chosen: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("kvpager_namespaces", default=())
-
 
 class PromptCache:
     """Which pool each model's prompts are in, and under which namespace."""
 
-    def __init__(self, namespace: str | None) -> None:
-        self._namespace = namespace
+    def __init__(self, namespaces: Namespaces) -> None:
+        self._namespaces = namespaces
         self._homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary()
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
             weakref.WeakKeyDictionary()
@@ -52,21 +48,6 @@ class PromptCache:
             weakref.WeakKeyDictionary()
         )
 
-    @property
-    def namespace(self) -> str | None:
-        """The namespace of calls made here: the one chosen around them, else the patch's."""
-        chosen = (name for prompts, name in reversed(_chosen.get()) if prompts is self)
-        return next(chosen, self._namespace)
-
-    @contextmanager
-    def chosen(self, namespace: str) -> Iterator[None]:
-        """Calls made within are of `namespace`: of this thread, or of this asyncio task."""
-        token = _chosen.set((*_chosen.get(), (self, namespace)))
-        try:
-            yield
-        finally:
-            _chosen.reset(token)
-
     def key_of(self, model: nn.Module, *, samples: bool = True) -> tuple[PrefixKey, str | None]:
         """Return whose prompts may share blocks now, or a reason why none may.
 
@@ -76,7 +57,7 @@ class PromptCache:
         if watch is None:
             watch = self._watches.setdefault(model, ModelWatch(model))
         state = watch.look(samples=samples)
-        return PrefixKey(self.namespace, str(state.version)), state.doubt
+        return PrefixKey(self._namespaces.current, str(state.version)), state.doubt
 
     def decoding_watch(self, model: nn.Module, key: PrefixKey) -> tuple[ModelWatch, bool]:
         """Return the watch over `model` while it decodes, and whether it may be out of date. O(1).

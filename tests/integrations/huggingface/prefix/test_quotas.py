@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import threading
@@ -16,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 import kvpager  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
+from tests.support.cache_name import cache_of, passing  # noqa: E402
 
 LENGTH = 100
 CALL = 7  # blocks of 16 for a prompt and the tokens that follow
@@ -31,6 +33,41 @@ def generate(seed: int, model: Any = None, rows: int = 1, **options: Any) -> Any
     prompts = tiny_models.prompts([LENGTH] * rows, seed=seed)
     options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, **options}
     return (model or llama()).generate(**prompts, **options)
+
+
+@functools.cache
+def mistral() -> Any:
+    return tiny_models.tiny_model("mistral", sliding_window=64)
+
+
+def forward(model: Any) -> Any:
+    with torch.no_grad():
+        return model(**tiny_models.prompts([LENGTH]), use_cache=True)
+
+
+def of_embeddings(model: Any) -> Any:
+    inputs = tiny_models.prompts([LENGTH])
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    return model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=8, do_sample=False)
+
+
+def padded(model: Any) -> Any:
+    inputs = tiny_models.prompts([LENGTH, 20])
+    return model.generate(**inputs, max_new_tokens=8, do_sample=False)
+
+
+UNKEPT: dict[str, tuple[Any, Any]] = {
+    "prompt lookup": (llama, lambda model: generate(1, model, prompt_lookup_num_tokens=3)),
+    "embeddings": (llama, of_embeddings),
+    "bare forward pass": (llama, forward),
+    "window": (mistral, lambda model: generate(1, model)),
+    "window, beams": (mistral, lambda model: generate(1, model, num_beams=3)),
+    "window, samples": (
+        mistral,
+        lambda model: generate(1, model, do_sample=True, num_return_sequences=2),
+    ),
+    "window, padded batch": (mistral, padded),
+}
 
 
 def used(patch: Any, namespace: str) -> int:
@@ -80,6 +117,68 @@ def test_a_call_beyond_its_quota_raises_and_leaves_others_alone() -> None:
         patch.quotas["acme"] = CALL
         with patch.namespace("acme"):
             assert torch.equal(generate(1), expected)
+
+
+@pytest.mark.parametrize("call", UNKEPT)
+def test_a_quota_bounds_calls_whose_prompts_are_not_kept(call: str) -> None:
+    make, run = UNKEPT[call]
+    with kvpager.patch(make(), prefix_cache=True) as patch:
+        patch.quotas["acme"] = 2
+        with patch.namespace("acme"), pytest.raises(OutOfQuota, match="'acme' may have 2 blocks"):
+            run(make())
+        assert patch.stats().num_held_blocks == 0
+        with patch.namespace("umbrella"):
+            run(make())
+        patch.quotas["acme"] = 6 * CALL
+        with patch.namespace("acme"):
+            run(make())
+
+
+def test_a_quota_bounds_a_compiled_call() -> None:
+    model = tiny_models.tiny_model("mistral", sliding_window=64)
+    with kvpager.patch(model, prefix_cache=True) as patch, torch.no_grad():
+        patch.quotas["acme"] = 2
+        compiled = torch.compile(model.forward, backend="eager")
+        inputs = tiny_models.prompts([LENGTH])
+        with patch.namespace("acme"), pytest.raises(OutOfQuota, match="'acme' may have 2 blocks"):
+            compiled(**inputs, **passing(transformers.DynamicCache(config=model.config)))
+
+
+def test_a_quota_of_the_namespace_that_patch_was_given_holds() -> None:
+    with kvpager.patch(mistral(), prefix_cache=True, namespace="acme") as patch:
+        patch.quotas["acme"] = 2
+        with pytest.raises(OutOfQuota, match="'acme' may have 2 blocks"):
+            generate(1, mistral())
+
+
+def test_counting_in_a_quota_does_not_keep_a_prompt() -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch, patch.namespace("acme"):
+        patch.quotas["acme"] = 2 * CALL
+        generate(1, prompt_lookup_num_tokens=3)
+        assert patch.stats().num_cached_blocks == 0
+        assert hits(patch, 1) == 0
+
+
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_a_cache_and_its_copies_count_where_it_began(make: Any) -> None:
+    with kvpager.patch(make(), prefix_cache=True) as patch:
+        patch.quotas["acme"] = 6 * CALL
+        with patch.namespace("acme"):
+            first = generate(1, make(), return_dict_in_generate=True)
+        patch.quotas["umbrella"] = 1
+        before = used(patch, "acme")
+        with patch.namespace("umbrella"):
+            cache = copy.deepcopy(cache_of(first))
+            cache.batch_repeat_interleave(2)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            make().generate(
+                first.sequences.repeat(2, 1), max_new_tokens=20, eos_token_id=None,
+                do_sample=False, **passing(cache),
+            )  # fmt: skip
+        assert used(patch, "acme") > before
+        assert used(patch, "umbrella") == 0
+        for pool in patch.memory.pools():
+            pool.manager.check()
 
 
 def test_a_quota_may_be_a_size() -> None:
@@ -159,6 +258,17 @@ def test_calls_raise_at_a_quota_below_the_first_block() -> None:
             generate(1)
         patch.quotas["acme"] = CALL
         generate(1)
+
+
+def test_rows_of_a_window_beyond_a_quota_live_in_host_memory() -> None:
+    expected = generate(1, mistral(), rows=4)
+    with kvpager.patch(mistral(), prefix_cache=True, host_memory="4MiB") as patch:
+        patch.quotas["acme"] = 2 * CALL
+        with patch.namespace("acme"):
+            output = generate(1, mistral(), rows=4, return_dict_in_generate=True)
+        assert torch.equal(output.sequences, expected)
+        assert patch.stats().host_held_bytes > 0
+        assert 0 < used(patch, "acme") <= 2 * CALL
 
 
 def test_rows_beyond_a_quota_live_in_host_memory() -> None:
