@@ -17,6 +17,7 @@ from kvpager._text import size
 from kvpager.blocks.accounts import Quota
 from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.state import BlockState
+from kvpager.errors import OutOfQuota
 from kvpager.plans import NO_BLOCKS
 
 
@@ -189,13 +190,19 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
     def enforce(self, quotas: Ceilings, namespace: str | None, block_bytes: int) -> None:
         """Bound a namespace in a pool that may be new, or whose blocks grew. O(1) if it is bounded.
 
-        Raises: `ValueError` where the quota is less than a block.
+        Raises: `OutOfQuota` if the namespace holds more; `ValueError` for less than a block.
         """
         given = None if namespace is None else self._given.get(namespace)
-        if given is not None:
-            ceiling = _ceiling(given, block_bytes)
-            if quotas.ceiling(namespace) != ceiling:
-                _bound(quotas, namespace, ceiling)
+        if given is None:
+            return
+        ceiling = _ceiling(given, block_bytes)
+        if ceiling is None or quotas.ceiling(namespace) == ceiling:
+            return
+        try:
+            quotas.set(namespace, ceiling=ceiling)
+        except ValueError as error:
+            message = f"{error}, or raise quota {given!r}"
+            raise OutOfQuota(namespace, 1, 0, 0, ceiling, message=message) from None
 
 
 def _bound(quotas: Ceilings, namespace: str | None, ceiling: int | None) -> None:

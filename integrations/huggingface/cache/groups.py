@@ -112,33 +112,33 @@ class LayerGroup:
                 self.layout = (self.members.expected, self.window, kind)
                 self._enter(BatchRows(self.memory.pool(self.layout)))
         assert self.rows is not None
-        pool = self.rows.pool
-        with pool.lock:
-            places = waiting_for_room(pool, lambda: self._find_places(pool, kind, number))
+        rows = self.rows
+        with self.lock:
+            places = waiting_for_room(rows.pool, lambda: self._find_places(rows, kind, number))
         count = self.members.place(number, kind, places)
         if count:
             self.memory.note_layers(PagedLayers(kind, self.window), count)
 
-    def _find_places(self, pool: PagedPool, kind: LayerKind, number: int) -> Places:
+    def _find_places(self, rows: BatchRows, kind: LayerKind, number: int) -> Places:
         num_layers = self.members.expected or number + 1
         try:
-            return pool.places(kind, number, num_layers)
+            return rows.places(kind, number, num_layers)
         except OutOfBlocks:
-            if not self._leave_device(pool):
+            if not self._leave_device(rows):
                 raise
-            return pool.places(kind, number, num_layers)
+            return rows.places(kind, number, num_layers)
 
-    def _leave_device(self, pool: PagedPool) -> bool:
+    def _leave_device(self, rows: BatchRows) -> bool:
         """Move all rows to host memory, so that further layers fit on the device.
 
         The pool has as many blocks as it had room for while it knew fewer layers. Returns False
         without host memory, or if other caches hold blocks.
         """
-        if pool.host is None or self.rows is None:
+        if rows.pool.host is None:
             return False
         self._freeze_views()
-        self.rows.leave_device()
-        return pool.minimise()
+        rows.leave_device()
+        return rows.pool.minimise()
 
     def _enter(self, rows: BatchRows) -> None:
         self.rows, self.tensors = rows, StepTensors(rows, self.columns)

@@ -206,14 +206,23 @@ class PagedPool:
         length, ids = arguments.prompt(prompt)
         need = -(-length // self.block_size)
         namespace, version = key or (None, None)
-        self.settle()  # what was dropped counts in no quota
-        self.memory.quotas.enforce(self.manager.quotas, namespace, self.block_bytes)
+        self.enforce_quota(key)
         if ids is not None:
             need -= self.num_known(ids, key) // self.block_size
         allocate = partial(self.manager.allocate, prompt, namespace=namespace, adapter=version)
         sequence = self._growing(need, allocate)
         self._copy(sequence.copies)
         return sequence
+
+    @whole
+    def enforce_quota(self, key: PrefixKey | None) -> None:
+        """Bound the blocks of a namespace, which are as large as they are now. O(storages).
+
+        Raises: as `NamespaceQuotas.enforce`.
+        """
+        self.settle()  # what was dropped counts in no quota
+        namespace = None if key is None else key.namespace
+        self.memory.quotas.enforce(self.manager.quotas, namespace, self.block_bytes)
 
     def num_known(self, ids: Int32, key: PrefixKey | None) -> int:
         """Return how many leading tokens are in the pool now. O(tokens)."""

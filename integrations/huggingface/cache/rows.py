@@ -23,7 +23,12 @@ from numpy.typing import NDArray
 from kvpager._atomic import whole
 from kvpager.blocks.sequences import Batch, Sequence
 from kvpager.errors import KVPagerError, OutOfBlocks, OutOfQuota
-from kvpager.integrations.huggingface.cache.pools import PagedPool, waiting_for_room
+from kvpager.integrations.huggingface.cache.pools import (
+    LayerKind,
+    PagedPool,
+    Places,
+    waiting_for_room,
+)
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.plans import Int32, Int64
 
@@ -93,6 +98,16 @@ class BatchRows:
         self._key = parts[0]._key
         for part in parts:
             part.adopt([])
+
+    def places(self, kind: LayerKind, layer: int, num_layers: int) -> Places:
+        """Return where a layer is kept. O(storages).
+
+        Raises: as `PagedPool.storage`; `OutOfQuota` if blocks grow beyond the rows' quota by it.
+        """
+        places = self.pool.places(kind, layer, num_layers)
+        if len(self):
+            self.pool.enforce_quota(self._key)
+        return places
 
     # ---------------------------------------------------------------- growing
 

@@ -251,6 +251,35 @@ def test_a_quota_beyond_all_counts_bounds_nothing(quota: str) -> None:
         assert hits(patch, 1) == KNOWN
 
 
+def generate_lazily() -> Any:
+    cache = transformers.DynamicCache()  # without a configuration: layers come one by one
+    return generate(1, return_dict_in_generate=True, **passing(cache))
+
+
+def test_a_size_bounds_a_cache_whose_layers_come_one_by_one() -> None:
+    with kvpager.patch(llama(), prefix_cache=True) as patch:
+        patch.quotas["acme"] = "48KiB"  # all blocks of one layer, or 6 blocks of both
+        with patch.namespace("acme"), pytest.raises(OutOfQuota, match="raise quota '48KiB'"):
+            generate_lazily()
+        assert patch.stats().num_held_blocks == 0
+        patch.quotas["acme"] = "56KiB"
+        with patch.namespace("acme"):
+            output = generate_lazily()
+        assert used(patch, "acme") == CALL
+        assert torch.equal(output.sequences, generate(1))
+
+
+def test_rows_whose_blocks_grow_beyond_a_quota_live_in_host_memory() -> None:
+    expected = generate(1)
+    with kvpager.patch(llama(), prefix_cache=True, host_memory="4MiB") as patch:
+        patch.quotas["acme"] = "48KiB"
+        with patch.namespace("acme"):
+            output = generate_lazily()
+        assert torch.equal(output.sequences, expected)
+        assert patch.stats().host_held_bytes > 0
+        assert used(patch, "acme") <= 6
+
+
 def test_calls_raise_at_a_quota_below_the_first_block() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch, patch.namespace("acme"):
         patch.quotas["acme"] = "100B"
