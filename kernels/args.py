@@ -16,6 +16,7 @@ from torch import Tensor, dtype, int32, int64
 from kvpager.kernels.quantisation import SCALE_DTYPE, is_quantised
 
 INTEGERS = (int32, int64)
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -152,6 +153,8 @@ def require_caches(
     key_cache: Tensor, value_cache: Tensor, scales: tuple[Tensor, Tensor] | None
 ) -> None:
     """Check a layer's caches, and their scales, against each other. O(1)."""
+    if scales is None and _are_plain(key_cache, value_cache):
+        return  # as a rule; this is on the path of every layer
     shape = "[blocks, block_size, kv_heads, head_dim]"
     require_dims("key_cache", key_cache, shape, 4)
     require_dims("value_cache", value_cache, shape, 4)
@@ -170,6 +173,19 @@ def require_caches(
     require_scales("key_cache", key_cache, "key_scales", key_scales)
     require_scales("value_cache", value_cache, "value_scales", value_scales)
     require_device(key_cache, value_cache=value_cache)
+
+
+def _are_plain(key_cache: Tensor, value_cache: Tensor) -> bool:
+    """True if two caches fit each other and need no scales. False: look again. O(1)."""
+    keys, values, of = key_cache.shape, value_cache.shape, key_cache.dtype
+    return (
+        len(keys) == len(values) == 4
+        and keys[:3] == values[:3]
+        and of is value_cache.dtype
+        and of in _PLAIN
+        and key_cache.stride(3) == value_cache.stride(3) == 1
+        and key_cache.device == value_cache.device
+    )
 
 
 def require_scales(cache_name: str, cache: Tensor, name: str, scales: Tensor | None) -> None:
