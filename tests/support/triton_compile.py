@@ -113,6 +113,7 @@ def compiled(specialisation: Any, architecture: str) -> Needs:
     options = {**specialisation.options, **config.COMPILER_OPTIONS}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as in the GPU tests, which compile when they launch
+        warnings.filterwarnings("ignore", "AnnAssign.__init__ missing", DeprecationWarning)
         kernel = triton.compile(source, target=target(architecture), options=options)
     registers, spilled = (nvidia if architecture.startswith("sm_") else amd)(kernel)
     return Needs(
