@@ -154,7 +154,7 @@ def require_caches(
 ) -> None:
     """Check a layer's caches, and their scales, against each other. O(1)."""
     if scales is None and _are_plain(key_cache, value_cache):
-        return  # as a rule; this is on the path of every layer
+        return  # the usual case; every layer of every step comes here
     shape = "[blocks, block_size, kv_heads, head_dim]"
     require_dims("key_cache", key_cache, shape, 4)
     require_dims("value_cache", value_cache, shape, 4)

@@ -63,7 +63,7 @@ class Evictor:
             self.offer_node(node)
 
     def offer_idle(self, blocks: Blocks) -> None:
-        """The rank of these blocks changed: queue those that are idle anew. O(blocks)."""
+        """Queue the idle ones of `blocks` again: their rank changed. O(blocks)."""
         self.offer(blocks[self.idle(blocks)])
 
     def offer_node(self, node: Node) -> None:
@@ -109,7 +109,7 @@ class Evictor:
 
         O(count log n): idle tips, lowest rank first. Only when there are no more of those, idle
         blocks inside a run with everything after them, which may be more than asked for.
-        Return how many blocks the index forgot. Those that no table holds are now free.
+        Return the number of blocks removed from the index. Blocks that no table holds are now free.
 
         `allowance` returns how many blocks of a queue may leave, None: all. A queue that has none
         is not looked at again before `relist` names it.

@@ -58,7 +58,7 @@ class CacheManager(Protocol):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """How many tokens back the layers of each group look; None: to the front."""
+        """The window of each group of layers, in tokens; None for full attention."""
 
     @property
     def num_host_blocks(self) -> int:
@@ -70,7 +70,7 @@ class CacheManager(Protocol):
 
     @property
     def queries(self) -> Bounds:
-        """What sequences need."""
+        """The bounds of what sequences hold."""
 
     @property
     def copies(self) -> Fencing:

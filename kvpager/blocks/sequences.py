@@ -128,7 +128,7 @@ class PrefixMatch(NamedTuple):
 
     @classmethod
     def of(cls, num_tokens: int, blocks: Int32) -> PrefixMatch:
-        """Return a match of blocks that nobody else writes. O(1)."""
+        """Return a match whose `blocks` are read-only. O(1)."""
         blocks.flags.writeable = False
         return cls(num_tokens, blocks)
 

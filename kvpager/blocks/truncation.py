@@ -82,6 +82,6 @@ class Truncation:
             table.nodes[row] = None
         if len(rows) == 1:
             state.release(blocks)
-        else:  # forks may give back the same blocks
+        else:  # forks may free the same blocks
             distinct, times = np.unique(blocks, return_counts=True)
             state.release(distinct, times.astype(np.int32))

@@ -60,18 +60,18 @@ class EngineCore:
     Thread-safe. Close it: its thread keeps it alive.
 
     Args:
-        scheduler: nobody else may call it.
+        scheduler: no other code may call it.
         runner: computes its plans.
         sampler: chooses tokens.
         tokenizer: for texts, as `kvpager.engine.text.text_tokenizer` returns it.
         watch: tells whether the model is still the same; None where nothing is shared anyway.
-        on_step: is told of every step, on the engine's thread.
+        on_step: called after every step, on the engine's thread.
         on_begin: is called first of all on the engine's thread.
         on_end: is called at the end of the engine's thread.
 
     Attributes:
         quotas: the most blocks of each namespace.
-        error: what stopped the engine by itself, a defect; None as a rule.
+        error: what stopped the engine by itself, a defect; None while it works.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class EngineCore:
                 with self._pauses.step():
                     is_idle = not self._pauses.is_any and not self._loop.step()
                 self._read_inbox(wait=is_idle)
-        except BaseException as error:  # a defect of ours: nobody shall wait for ever
+        except BaseException as error:  # a defect of kvpager: no caller may wait forever
             logger.exception("the engine stopped")
             self.error = error
         with self._lock:

@@ -28,8 +28,8 @@ _LOG_EVERY_S = 10.0  # preemptions, in INFO
 class Loop:
     """Computes the steps of a scheduler, one after the other.
 
-    The engine's thread calls `step` and `end_all`. Other threads call the methods that say so,
-    under `lock`.
+    The engine's thread calls `step` and `end_all`. Other threads call the methods whose docstrings
+    say so, under `lock`.
 
     Args:
         scheduler: read and changed under `lock` alone.
@@ -38,7 +38,7 @@ class Loop:
         dispatcher: hands tokens out.
         lock: reentrant.
         guard: drops cached prompts when the model changes; None where nothing is shared.
-        on_step: is told of every step.
+        on_step: called after every step.
 
     Attributes:
         between_steps: functions that are called before each step, under no lock. Cached prompts
@@ -77,7 +77,7 @@ class Loop:
         """Queue a request. Call under the lock. O(tokens). Raises: as `Scheduler.submit`."""
         if request.name in self.requests:
             raise ValueError(f"request {request.name!r}: the name is in use; choose another")
-        # First this: an interruption must not leave a request that nobody knows of.
+        # Track the request first: after an interrupt, no request may be queued but untracked.
         self.requests[request.name] = tracked
         try:
             self.scheduler.submit(request)

@@ -108,7 +108,7 @@ class AdmissionPolicy:
     def _return(self, draft: Draft) -> Iterator[RequestState]:
         """Bring back preempted requests, before any new one begins.
 
-        Those whose quota has no room wait for their own namespace, and nobody waits for them.
+        Requests whose quota is full wait for their own namespace; other requests pass them.
         """
         table = self._table
         while candidates := [each for each in table.preempted if not self._must_wait(each, draft)]:

@@ -23,7 +23,7 @@ class Completion:
         self._table = table
         self._sequences = table.sequences
         self._placement = placement
-        # What is behind a window is given back when tokens are committed.
+        # Blocks behind a window are freed when tokens are committed.
         self._commits = by_ids or any(manager.windows)
 
     def refuse_bad_parents(self, plan: StepPlan, parents: Int64) -> None:

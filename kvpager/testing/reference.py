@@ -409,7 +409,7 @@ def pairs_array(pairs: list[Pair]) -> Int32:
 def new_tokens(
     sequences: Named, tokens: int | list[int] | list[list[int]], counts: list[int] | None
 ) -> list[list[int | None]]:
-    """What `append` is to add to each sequence; None for a token of unknown id. O(tokens)."""
+    """Return the tokens that `append` adds to each sequence; None for an unknown id. O(tokens)."""
     single = isinstance(sequences, NaiveSequence)
     num_rows = 1 if single else len(sequences)
     if counts is not None:
@@ -430,7 +430,7 @@ def known(tokens: list[int | None]) -> tuple[int, ...]:
 
 
 def num_common(a: Iterable[int | None], b: Iterable[int | None]) -> int:
-    """How many leading tokens are equal. O(tokens)."""
+    """Return the number of equal leading tokens. O(tokens)."""
     count = 0
     for left, right in zip(a, b, strict=False):
         if left != right:

@@ -1,4 +1,4 @@
-"""A tenant gets no more blocks than its quota, and nobody else waits for it."""
+"""A tenant gets no more blocks than its quota, and other tenants do not wait for it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def serve(
     look: Callable[[StepPlan], None] = lambda plan: None,
     samples: int = 1,
 ) -> None:
-    """Compute until all requests have ended; a prompt continues as so many samples."""
+    """Compute until all requests have ended; each prompt continues as its number of samples."""
     has_begun: set[object] = set()
     for number in count():
         plan = scheduler.plan()

@@ -208,8 +208,8 @@ class PagedBatchingManager(ContinuousBatchingManager):
     ) -> None:
         """End the session when its requests are done, or at once if `hard_stop`: they fail then.
 
-        Waits for that if `block`, for `timeout` seconds at the most. Outputs that nobody has taken
-        can still be. Does nothing in a fork.
+        With `block`, waits for the end, for at most `timeout` seconds. Outputs that were not taken
+        stay available. Does nothing in a fork.
 
         Raises: `RuntimeError` inside a `pause` of this thread.
         """

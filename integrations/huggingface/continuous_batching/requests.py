@@ -35,11 +35,11 @@ class Status:
 
     @property
     def fatal_error(self) -> BaseException | None:
-        """What stopped the session, other than `stop`."""
+        """Return the error that stopped the session; None if `stop` did."""
         return None if self.engine is None else self.engine.error
 
     def can_accept_new_requests(self) -> str | None:
-        """Why requests are turned away; None where they are not. O(1)."""
+        """Return the reason for refusing requests; None if they are accepted. O(1)."""
         if self.fatal_error is not None:
             return f"the engine stopped: {self.fatal_error!r}"
         if self.local_status != self.DONT_STOP:
@@ -232,7 +232,7 @@ class Requests:
                 f"{self.options.max_waiting} requests wait already; raise max_queue_size"
             )
         with self._router.changed:
-            # Nobody tells when a request begins.
+            # No callback reports that a request begins.
             self._router.changed.wait(0.02)
 
     def cancel(self, request_id: str) -> None:

@@ -36,7 +36,7 @@ class Runner:
     Args:
         model: in evaluation mode, on one device.
         anatomy: of the model.
-        storage: with the layers `anatomy.shapes`.
+        storage: its layers have the shapes `anatomy.shapes`.
         memory: whose counters count.
         is_packed: whether rows go through the model in one line; see `fitting`.
         forward: what computes packed passes, where it is not the model itself: a compiled one.

@@ -205,7 +205,7 @@ class Choice(NamedTuple):
     def settings(
         self, generator: torch.Generator | None = None, *, with_logprobs: bool = False
     ) -> RequestSettings:
-        """Return what an engine is told of a request that goes on so. O(1)."""
+        """Return the settings of a request that samples by this choice. O(1)."""
         is_enough = self._is_enough if self.criteria else None
         return RequestSettings(self, generator, self.eos, is_enough, with_logprobs)
 
@@ -225,7 +225,7 @@ class LogitsSampler:
         What a request's own processors raise is its own: in its `Draw`.
         """
         with_logprobs = any(row.with_logprobs for row in rows)
-        if not with_logprobs and all(map(_is_plain, rows)):  # as a rule, and quicker
+        if not with_logprobs and all(map(_is_plain, rows)):  # the usual case, and quicker
             return [Draw([token], None) for token in _highest(logits)]
         draws: list[Draw | None] = [None] * len(rows)
         for numbers in _alike(rows):

@@ -105,7 +105,7 @@ _NO_PADDING = np.zeros(1, np.int64)  # of the one row of a pass
 
 
 def _from_first_block(tables: Int32, kv_lens: Int32, block_size: int) -> tuple[Int32, Int32]:
-    """Leave the blocks out that rows have given back, and their tokens. O(rows * blocks).
+    """Leave out the blocks that rows have freed, and their tokens. O(rows * blocks).
 
     Kernels count queries and windows from a row's end.
     """

@@ -14,7 +14,7 @@ from kvpager.plans import Int64
 
 
 class GroupCommit:
-    """Commits tokens in all groups, and gives back the blocks behind windows.
+    """Commits tokens in all groups, and frees the blocks behind windows.
 
     The caller holds the lock. Writes what `Publication`, `WindowIndex` and `Windows` write, and
     `committed`.

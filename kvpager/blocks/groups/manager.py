@@ -3,7 +3,7 @@
     manager = GroupedManager((None, 1024), num_blocks=4096, max_chunk=2048)
     seq = manager.allocate(prompt_ids)              # blocks of both groups, or none
     slots = manager.open_slots(seq, 0, 2048)        # int64 [groups, tokens]
-    manager.commit(seq, 2048)                       # gives back what is behind the window
+    manager.commit(seq, 2048)                       # frees blocks behind the window
     tables = manager.block_tables([seq])            # int32 [groups, sequences, blocks]
 
 All layers of a group look equally far back: to the front, or over a window. A block holds the
@@ -64,11 +64,11 @@ class GroupedManager:
         num_blocks: blocks on the device, each for `block_size` tokens of one group.
         block_size: token slots of a block, a power of two.
         num_host_blocks: blocks of the host tier, for `swap`.
-        max_chunk: groups with a window take room for so many tokens at a time, which
+        max_chunk: groups with a window take room for at most this many tokens at a time, which
             `open_slots` continues. None: for all tokens at once.
         eviction: as for `BlockManager`.
 
-    Groups with a window give back the blocks behind it when tokens are committed; what was offered
+    Groups with a window free the blocks behind it when tokens are committed; what was offered
     for reuse by then stays cached. A prompt reuses whole blocks, as many as every group can serve.
     """
 
@@ -304,7 +304,7 @@ class GroupedManager:
             self._publication.commit(names, settled)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
-        """Shorten the sequence to its first `length` tokens. O(blocks given back).
+        """Shorten the sequence to its first `length` tokens. O(blocks freed).
 
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` where `length` is more than there
         is, or where blocks are gone that the token after it would look at.
@@ -319,7 +319,7 @@ class GroupedManager:
                 if rows.first_blocks[row] > self._first_needed(group, length):
                     raise ValueError(
                         f"length {length}: blocks within the window of {self.windows[group]} "
-                        "tokens before it were given back; allocate the sequence anew"
+                        "tokens before it were freed. Allocate a new sequence."
                     )
             state.change.begin()
             for row in members:
@@ -395,13 +395,13 @@ class GroupedManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Device blocks that can be had without evicting anything. O(1)."""
+        """Return the free device blocks. O(1)."""
         with self._state.lock:
             return self._state.pool.num_free
 
     @property
     def num_available_blocks(self) -> int:
-        """Device blocks that can be had: free ones, and cached ones that may be evicted. O(1)."""
+        """Return the device blocks that are free or may be evicted. O(1)."""
         with self._state.lock:
             return self._state.pool.num_free + self._state.pool.num_evictable
 

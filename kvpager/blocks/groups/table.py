@@ -161,7 +161,7 @@ class GroupTable:
     def check(self, first_needed: Callable[[int, int], int]) -> None:
         """Raise `BrokenInvariant` unless each row is one sequence's. O(sequences * groups).
 
-        `first_needed(group, tokens)`: the first block that what follows so many tokens looks at.
+        `first_needed(group, tokens)`: the first block that the next token reads.
         """
         table, size = self._state.rows, self._state.block_size
         live = self.live()

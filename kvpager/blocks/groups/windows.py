@@ -40,7 +40,7 @@ class Windows:
         self._spans: Int64 = np.array([w for w in windows if w is not None], np.int64)[:, None]
 
     def free_behind(self, rows: Int64, num_written: Int64) -> None:
-        """Give back the blocks that tokens after the first `num_written` do not look at.
+        """Free the blocks that tokens after the first `num_written` do not read.
 
         Both are int64 [groups with a window, n]. O(n * groups), and of the blocks.
         """

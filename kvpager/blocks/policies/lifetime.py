@@ -177,7 +177,7 @@ class Lifetime(BlockPolicy):
     """The block leaves whose deadline is earliest, under the strategy in charge.
 
     Every call is O(blocks named), but once in a quarter of the pool strategies are compared, O(1),
-    and when another one takes charge all blocks are ranked anew, O(pool).
+    and when another one takes charge all blocks are ranked again, O(pool).
     """
 
     COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
@@ -262,7 +262,7 @@ class Lifetime(BlockPolicy):
         self.records[index] = 0
 
     def resize(self, num_blocks: int, places: Int32) -> None:
-        """Follow the pool. Strategies are compared anew. O(blocks)."""
+        """Follow the pool. The comparison of strategies starts again. O(blocks)."""
         before = _scale(self.num_blocks)
         super().resize(num_blocks, places)
         if (scale := _scale(num_blocks)) != before:

@@ -102,7 +102,7 @@ def test_attention_is_as_exact_as_plain_torch(
     assert largest_error(output, exact) <= bound
     assert (
         kernels.paged_attention.kernel.num_calls == served + 1
-    )  # and did not leave it to the twin
+    )  # and not by the plain torch reference
 
 
 @cache
