@@ -7,30 +7,8 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import os, signal, sys, traceback
-from kvpager.errors import EngineClosed
+from tests.support.forks import in_a_fork, refuses
 from tests.support.toy_runner import ToyEngine, expected
-
-def refuses(call, *args):
-    try:
-        call(*args)
-    except EngineClosed as error:
-        assert "fork" in str(error)
-    else:
-        raise AssertionError(f"{call} raised nothing")
-
-def in_a_fork(check):
-    child = os.fork()
-    if not child:
-        signal.alarm(50)  # a call that hangs
-        try:
-            check()
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        sys.exit(0)  # handlers of atexit run as well
-    assert os.waitpid(child, 0)[1] == 0
 
 def check():
     refuses(engine.ask, [5])

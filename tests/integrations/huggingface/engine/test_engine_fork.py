@@ -11,42 +11,15 @@ import pytest
 pytest.importorskip("transformers")
 
 BEFORE = """
-import multiprocessing, os, signal, sys, threading, traceback
 from tests.support import tiny_models
+from tests.support.forks import in_a_fork, refuses
 import kvpager
-from kvpager import Engine, EngineClosed
+from kvpager import Engine
 from transformers import GenerationConfig
 
 model = tiny_models.tiny_model("llama").train()
 attention = model.config._attn_implementation
 settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
-
-def in_a_fork(check, is_multiprocessing=False):
-    if is_multiprocessing:
-        child = multiprocessing.get_context("fork").Process(target=check)
-        child.start()
-        child.join(60)
-        assert child.exitcode == 0, child.exitcode
-        return
-    child = os.fork()
-    if not child:
-        signal.alarm(50)  # a call that hangs
-        try:
-            check()
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        sys.exit(0)  # handlers of atexit run as well
-    assert os.waitpid(child, 0)[1] == 0
-
-def refuses(call, *args):
-    try:
-        call(*args)
-    except EngineClosed as error:
-        assert "fork" in str(error)
-    else:
-        raise AssertionError(f"{call} raised nothing")
 """
 
 ENGINE = """
