@@ -290,7 +290,7 @@ class _Signals:
             self._put_back()
             raise
         finally:
-            self._depth = 0
+            self._depth, self._lock = 0, None  # the next `hold` is not to be where this lock dies
             self.deliver()
 
     def _put_back(self) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import random
 import secrets
@@ -283,13 +284,18 @@ def is_locked(manager: BlockManager) -> bool:
 
 
 class Alarm:
-    """Raises `KeyboardInterrupt` a given time after it was set, unless it was stopped before."""
+    """Raises `KeyboardInterrupt` a given time after it was set, unless it was stopped before.
+
+    The garbage collector rests meanwhile: Python drops an exception that is raised while the
+    collector calls a weak reference's callback, and pytest reports each that was dropped.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
         self.num_rung = 0
 
     def __enter__(self) -> Alarm:
+        gc.disable()
         self._before = signal.signal(signal.SIGALRM, self._ring)
         return self
 
@@ -297,6 +303,7 @@ class Alarm:
         self.is_set = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._before)
+        gc.enable()
 
     def set(self, seconds: float) -> None:
         self.is_set = True
