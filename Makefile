@@ -49,7 +49,7 @@ tests: $(STAMP) ## the quick tests alone
 slow: $(STAMP) ## the slow tests alone: every architecture, compilers, wheels, long simulations
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
 
-conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/transformers.md
+conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/models.md
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.report $(ARGS)
 
 matrix: ## the tests on the oldest and newest releases of Python, torch and transformers, in .venv-matrix

@@ -28,7 +28,7 @@ class Options:
         str | None,
         typer.Argument(
             metavar="TRACE",
-            help="Requests as JSON lines, see docs/simulate.md; may be gzipped.",
+            help="Requests as JSON lines, see docs/guides/eviction.md; may be gzipped.",
             show_default="a generated one",
         ),
     ] = None

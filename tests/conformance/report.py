@@ -1,4 +1,4 @@
-"""Every architecture in every mode, and the table of `docs/transformers.md` that comes of it.
+"""Every architecture in every mode, and the table of `docs/models.md` that comes of it.
 
     python -m tests.conformance.report              # all, with a process for each CPU
     python -m tests.conformance.report llama t5     # these only; the document stays as it is
@@ -31,7 +31,7 @@ from tests.conformance.case import run
 from tests.support import tiny_models
 from tests.support.cache_name import NAME
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "transformers.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _BEGIN, _END = "<!-- begin: made by `make conformance` -->\n", "<!-- end -->\n"
 
 

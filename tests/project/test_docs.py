@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\[((?:`[^`]*`|[^\]`])*)\]\(([^()\s]+)\)")
 NAME = re.compile(r"`[A-Za-z_]\w*(\.[A-Za-z_]\w*)*`")
 

@@ -34,7 +34,7 @@ from tests.conformance import report as conformance_report  # noqa: E402
 from tests.conformance.case import run  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "transformers.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 # Modes that every architecture is tried in, and architectures that are tried in every mode.
 CORE = {
     "greedy": ("in place", "gathered"),
