@@ -48,7 +48,7 @@ from kvpager.integrations.huggingface.runner.inputs import Reader, chosen, each_
 from kvpager.integrations.huggingface.runner.model_info import study
 from kvpager.integrations.huggingface.runner.probe import ModelSwitch, fit
 from kvpager.integrations.huggingface.runner.runner import Runner
-from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, Policy
+from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, SamplingSettings
 from kvpager.integrations.huggingface.runner.sizing import (
     pool_blocks,
     require_room,
@@ -58,7 +58,7 @@ from kvpager.scheduling.request import Request
 
 logger = logging.getLogger("kvpager")
 
-_MAX_POLICIES = 64  # of unlike lengths, kept for further requests
+_MAX_SETTINGS = 64  # of different `max_new_tokens`, kept for further requests
 
 
 class Engine:
@@ -96,8 +96,8 @@ class Engine:
         self._tokenizer = text_tokenizer(tokenizer)
         self._numbers = itertools.count()
         # A function that does not refer to the engine: a dropped one is to end.
-        self._usual = functools.lru_cache(maxsize=_MAX_POLICIES, typed=True)(
-            functools.partial(_usual_policy, model, self._tokenizer)
+        self._usual = functools.lru_cache(maxsize=_MAX_SETTINGS, typed=True)(
+            functools.partial(_usual_settings, model, self._tokenizer)
         )
         self._defaults: dict[str, Any] = {}
         switch = ModelSwitch(model)
@@ -180,7 +180,7 @@ class Engine:
         timeout: float | None = None,
         seed: int | None = None,
         logprobs: bool = False,
-        policy: Policy | None = None,
+        sampling_settings: SamplingSettings | None = None,
         **overrides: Any,
     ) -> Stream:
         """Queue a request. O(tokens).
@@ -200,7 +200,7 @@ class Engine:
             timeout: seconds after which it ends, done or not.
             seed: of its own random numbers; else it draws from torch's.
             logprobs: report each token's log probability, after all processors.
-            policy: settings that were made before, in place of `config` and `overrides`.
+            sampling_settings: from `engine.sampling_settings`, instead of `config` and `overrides`.
 
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
         """
@@ -209,14 +209,14 @@ class Engine:
         arguments.label("name", name)
         given = chosen("prompt", prompt, input_ids)
         ids = self._reader(config, overrides).one(given, attention_mask)
-        policy = self._chosen_policy(policy, config, overrides)
+        sampling = self._chosen_settings(sampling_settings, config, overrides)
         labels = {"name": name, "namespace": namespace, "tenant": tenant, "priority": priority}
-        return self._queue(ids, policy, seed, logprobs, timeout, labels)
+        return self._queue(ids, sampling, seed, logprobs, timeout, labels)
 
     def _queue(
         self,
         ids: list[int],
-        policy: Policy,
+        sampling: SamplingSettings,
         seed: int | None,
         logprobs: bool,
         timeout: float | None,
@@ -225,12 +225,12 @@ class Engine:
         """Queue a request whose prompt was read. `labels`: those that a `Request` has as well."""
         deadline = _deadline(timeout)
         begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start()]
-        choice = policy.choice(len(begins), ids)
+        choice = sampling.choice(len(begins), ids)
         settings = choice.settings(self._generator(seed), with_logprobs=logprobs)
         request = Request(
             prompt=np.asarray(begins, np.int32),
             max_new_tokens=choice.max_new_tokens,
-            num_samples=policy.num_samples,
+            num_samples=sampling.num_samples,
             deadline=deadline,
             **labels | {"name": labels["name"] or f"request-{next(self._numbers)}"},
         )
@@ -286,9 +286,14 @@ class Engine:
                 streams.append(self.submit(config=config, **each))
             return [await stream for stream in streams]
 
-    def policy(self, config: GenerationConfig | None = None, **options: Any) -> Policy:
-        """Settings for many requests, with processors and criteria of your own: see `Policy`."""
-        return Policy(self.model, config, **{"tokenizer": self._tokenizer} | options)
+    def sampling_settings(
+        self, config: GenerationConfig | None = None, **options: Any
+    ) -> SamplingSettings:
+        """Return settings for many requests, with your own processors and stopping criteria.
+
+        The options are those of `SamplingSettings`.
+        """
+        return SamplingSettings(self.model, config, **{"tokenizer": self._tokenizer} | options)
 
     def cancel(self, name: str) -> None:
         """End a request; does nothing for one that has ended. O(1)."""
@@ -374,27 +379,37 @@ class Engine:
         pad = overrides.get("pad_token_id")
         return reader if pad is None else reader._replace(pad=pad)
 
-    def _chosen_policy(
-        self, policy: Policy | None, config: GenerationConfig | None, overrides: dict[str, Any]
-    ) -> Policy:
+    def _chosen_settings(
+        self,
+        sampling: SamplingSettings | None,
+        config: GenerationConfig | None,
+        overrides: dict[str, Any],
+    ) -> SamplingSettings:
         """Return the settings of a request that was given both ways. Raises: as `submit`."""
-        if policy is None:
-            policy = self._policy(config, overrides)
+        if sampling is None:
+            sampling = self._made_settings(config, overrides)
         elif config is not None or overrides:
-            raise TypeError("policy: it has all settings; give it, or config and single settings")
-        elif not isinstance(policy, Policy):
-            raise TypeError(f"policy {arguments.shown(policy)}: expected one of engine.policy()")
-        if self._anatomy.has_state and policy.num_samples > 1:
+            raise TypeError(
+                "sampling_settings: already complete. Pass it, or config and single settings."
+            )
+        elif not isinstance(sampling, SamplingSettings):
+            shown = arguments.shown(sampling)
+            raise TypeError(
+                f"sampling_settings={shown}: expected a result of engine.sampling_settings()."
+            )
+        if self._anatomy.has_state and sampling.num_samples > 1:
             raise ValueError(
-                f"num_return_sequences={policy.num_samples}: {type(self.model).__name__} keeps a "
+                f"num_return_sequences={sampling.num_samples}: {type(self.model).__name__} keeps a "
                 "state that requests cannot share; submit the prompt several times"
             )
-        return policy
+        return sampling
 
-    def _policy(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Policy:
+    def _made_settings(
+        self, config: GenerationConfig | None, overrides: dict[str, Any]
+    ) -> SamplingSettings:
         if overrides.keys() - {"max_new_tokens"} or config is not None:
-            return self.policy(config, **overrides)
-        # One policy serves many requests, until the model's own settings change.
+            return self.sampling_settings(config, **overrides)
+        # One object serves many requests, until the model's own settings change.
         defaults = vars(self.model.generation_config)
         if defaults != self._defaults:
             self._defaults = copy.deepcopy(defaults)
@@ -421,9 +436,9 @@ def _deadline(timeout: float | None) -> float | None:
     return time.monotonic() + timeout
 
 
-def _usual_policy(model: Any, tokenizer: Any, max_new_tokens: int | None) -> Policy:
+def _usual_settings(model: Any, tokenizer: Any, max_new_tokens: int | None) -> SamplingSettings:
     options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    return Policy(model, tokenizer=tokenizer, **options)
+    return SamplingSettings(model, tokenizer=tokenizer, **options)
 
 
 @contextmanager

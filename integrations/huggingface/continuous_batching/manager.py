@@ -18,8 +18,8 @@ from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.continuous_batching.options import Options, read_options
 from kvpager.integrations.huggingface.continuous_batching.outputs import Handler, Job, Router
-from kvpager.integrations.huggingface.continuous_batching.policies import Policies, Wanted
 from kvpager.integrations.huggingface.continuous_batching.requests import Requests, Status
+from kvpager.integrations.huggingface.continuous_batching.sampling import SettingsFactory, Wanted
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner.model_info import study
 from kvpager.integrations.huggingface.runner.unwrap import refuse_spread
@@ -77,7 +77,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
         self._requests = Requests(
             self.output_router,
             self._status,
-            Policies(
+            SettingsFactory(
                 model, generation_config, self._anatomy, per_request=self._options.per_request
             ),
             self._options,

@@ -16,7 +16,7 @@ from kvpager.errors import KVPagerError, QueueFull, RequestCancelled
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.continuous_batching.options import Options
 from kvpager.integrations.huggingface.continuous_batching.outputs import Job, Router
-from kvpager.integrations.huggingface.continuous_batching.policies import Policies, Wanted
+from kvpager.integrations.huggingface.continuous_batching.sampling import SettingsFactory, Wanted
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner.inputs import without_padding
 
@@ -84,7 +84,7 @@ class Requests:
     Args:
         router: takes their outputs. Its lock guards the requests.
         status: of the session.
-        policies: makes the policy of each request.
+        factory: makes the sampling settings of each request.
         options: of the session; the manager replaces them for another session.
         memory: of the patch, which counts what was served.
         namespace: says whose prompts a request made now may share.
@@ -95,13 +95,13 @@ class Requests:
         self,
         router: Router,
         status: Status,
-        policies: Policies,
+        factory: SettingsFactory,
         options: Options,
         memory: PagedMemory,
         namespace: Callable[[], str | None],
         num_samples: int,
     ) -> None:
-        self._router, self._status, self._policies = router, status, policies
+        self._router, self._status, self._factory = router, status, factory
         self.options, self._memory, self._namespace = options, memory, namespace
         self._num_samples = num_samples
         self.jobs: dict[str, Job] = {}  # by all their names
@@ -211,7 +211,9 @@ class Requests:
     def _submit(self, asked: _Asked) -> Stream | None:
         engine = self._status.engine
         assert engine is not None
-        policy = self._policies.policy(asked.wanted, len(asked.prompt), lambda: engine.stats().pool)
+        sampling = self._factory.settings_for(
+            asked.wanted, len(asked.prompt), lambda: engine.stats().pool
+        )
         try:
             return engine.submit(
                 asked.prompt,
@@ -219,7 +221,7 @@ class Requests:
                 namespace=asked.namespace,
                 seed=asked.seed,
                 logprobs=self.options.with_logprobs,
-                policy=policy,
+                sampling_settings=sampling,
             )
         except QueueFull:
             return None

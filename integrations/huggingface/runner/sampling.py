@@ -47,10 +47,10 @@ _ROWWISE = (
     TypicalLogitsWarper,
 )
 
-_MAX_CHOICES = 256  # of prompts of unlike lengths, kept by a policy
+_MAX_CHOICES = 256  # of prompts of unlike lengths, kept by an object of settings
 
 
-class Policy:
+class SamplingSettings:
     """How requests of one generation config choose their tokens, and when they stop.
 
     Args:
@@ -95,7 +95,8 @@ class Policy:
         if unknown:
             raise ValueError(
                 f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig; "
-                "processors and criteria of your own go into engine.policy(processors=, criteria=)"
+                "pass your own processors and criteria to "
+                "engine.sampling_settings(processors=, criteria=)"
             )
         check_served(settings)
         self._tokenizer = text_tokenizer(tokenizer)

@@ -48,8 +48,8 @@ _WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
 _ELSEWHERE = {
     "generation_config": "an engine takes it as config. Pass config=",
     "streamer": "submit() returns a stream. Iterate over its tokens, or over its text()",
-    "logits_processor": "they belong in a policy. Pass policy=engine.policy(processors=)",
-    "stopping_criteria": "they belong in a policy. Pass policy=engine.policy(criteria=)",
+    "logits_processor": "pass it to engine.sampling_settings(processors=)",
+    "stopping_criteria": "pass them to engine.sampling_settings(criteria=)",
 }
 
 

@@ -24,7 +24,7 @@ from kvpager.errors import (
 )
 from kvpager.integrations.huggingface import engine as engine_module
 from kvpager.integrations.huggingface.engine import Engine
-from kvpager.integrations.huggingface.runner.sampling import Policy
+from kvpager.integrations.huggingface.runner.sampling import SamplingSettings
 from kvpager.scheduling.preemption import PreemptionCosts
 from tests.support import tiny_models
 from tests.support.gates import Gate
@@ -147,10 +147,10 @@ def test_custom_processors_and_criteria_are_asked(llama):
         return torch.tensor([ids.shape[1] >= 10])
 
     with Engine(llama, memory="8MiB") as engine:
-        policy = engine.policy(
+        settings = engine.sampling_settings(
             max_new_tokens=20, min_new_tokens=20, processors=[only_even], criteria=[after_six]
         )
-        output = engine.submit([5, 6, 7, 8], policy=policy).result()
+        output = engine.submit([5, 6, 7, 8], sampling_settings=settings).result()
     assert len(output.tokens) == 6
     assert all(token % 2 == 0 for token in output.tokens)
     assert output.samples[0].reason == "stopped"
@@ -323,8 +323,8 @@ def test_a_processor_that_raises_ends_its_own_request(llama, where, kind):
         return scores if where == "processors" else torch.tensor([False])
 
     with Engine(llama, memory="8MiB") as engine:
-        policy = engine.policy(max_new_tokens=30, **{where: [broken]})
-        bad = engine.submit([5, 6, 7], policy=policy)
+        settings = engine.sampling_settings(max_new_tokens=30, **{where: [broken]})
+        bad = engine.submit([5, 6, 7], sampling_settings=settings)
         good = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
         with pytest.raises(RequestFailed, match=kind.__name__) as caught:
             bad.result(timeout=60)
@@ -525,29 +525,29 @@ def test_the_engine_follows_changes_of_the_models_settings():
 @pytest.mark.parametrize("options", [{"processors": [3]}, {"criteria": [None]}])
 def test_what_is_no_processor_is_refused(llama, options):
     with Engine(llama, memory="8MiB") as engine, pytest.raises(TypeError, match="functions"):
-        engine.policy(**options)
+        engine.sampling_settings(**options)
 
 
 def test_lengths_of_many_kinds_leave_nothing_behind(llama):
     """Neither of requests that may generate more, nor of longer prompts."""
     kept = weakref.WeakSet()
 
-    class Kept(Policy):
+    class Kept(SamplingSettings):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             kept.add(self)
 
     with pytest.MonkeyPatch.context() as patched, Engine(llama, memory="8MiB") as engine:
-        patched.setattr(engine_module, "Policy", Kept)
+        patched.setattr(engine_module, "SamplingSettings", Kept)
         for number in range(200):
             stream = engine.submit([5] * (number + 1), max_new_tokens=number + 1)
             stream.cancel()
-        policy = engine.policy(max_new_tokens=1)
+        settings = engine.sampling_settings(max_new_tokens=1)
         for number in range(600):
-            policy.choice(number + 1, [5])
+            settings.choice(number + 1, [5])
         gc.collect()
         assert len(kept) <= 70
-        assert len(policy._by_length) <= 256
+        assert len(settings._by_length) <= 256
 
 
 @pytest.mark.parametrize(
@@ -604,7 +604,7 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
         {"max_new_tokens": True},
         {"output_logits": True},
         {"return_dict_in_generate": True},
-        {"policy": GenerationConfig()},
+        {"sampling_settings": GenerationConfig()},
         {"priority": 0.5},
         {"tenant": 3},
         {"namespace": ""},

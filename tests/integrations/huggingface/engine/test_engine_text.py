@@ -168,14 +168,14 @@ def tokenizer() -> Any:
 
 
 def saying(engine: Engine, tokens: list[int], **options: Any) -> Any:
-    """A policy that has every request generate `tokens`, whatever its prompt is."""
+    """Settings that have every request generate `tokens`, whatever its prompt is."""
 
     def only(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         forced = torch.full_like(scores, -float("inf"))
         forced[:, tokens[min(ids.shape[1] - 2, len(tokens) - 1)]] = 0
         return forced
 
-    return engine.policy(max_new_tokens=len(tokens), processors=[only], **options)
+    return engine.sampling_settings(max_new_tokens=len(tokens), processors=[only], **options)
 
 
 def test_an_engine_with_a_tokenizer_gives_texts(
@@ -183,7 +183,7 @@ def test_an_engine_with_a_tokenizer_gives_texts(
 ) -> None:
     ids = ids_of(tokenizer, TEXT)
     with Engine(tiny_llama, tokenizer=tokenizer, memory="8MiB") as engine:
-        stream = engine.submit([5, 6], policy=saying(engine, [*ids, 1]))
+        stream = engine.submit([5, 6], sampling_settings=saying(engine, [*ids, 1]))
         pieces = list(stream.text())
         output = stream.result()
         assert "".join(pieces) == output.text == output.samples[0].text == TEXT
@@ -191,15 +191,17 @@ def test_an_engine_with_a_tokenizer_gives_texts(
         assert "😀" in pieces
 
         async def read() -> list[str]:
-            return [piece async for piece in engine.submit([5, 6], policy=policy).text()]
+            return [
+                piece async for piece in engine.submit([5, 6], sampling_settings=settings).text()
+            ]
 
-        policy = saying(engine, ids)
+        settings = saying(engine, ids)
         assert asyncio.run(read()) == pieces
 
 
 def test_text_goes_on_where_reading_stopped(tiny_llama: PreTrainedModel, tokenizer: Any) -> None:
     with Engine(tiny_llama, tokenizer=tokenizer, memory="8MiB") as engine:
-        stream = engine.submit([5, 6], policy=saying(engine, ids_of(tokenizer, TEXT)))
+        stream = engine.submit([5, 6], sampling_settings=saying(engine, ids_of(tokenizer, TEXT)))
         first = next(iter(stream.text()))
         assert first + "".join(stream.text()) == TEXT
 
@@ -210,7 +212,7 @@ def test_half_a_character_at_the_end_is_what_the_tokenizer_makes_of_it(
     fast = tokenizer_of("byte level")
     ids = fast.convert_tokens_to_ids(["a", "ð", "Ł"])  # bytes F0 9F, of an emoji's four
     with Engine(tiny_llama, tokenizer=fast, memory="8MiB") as engine:
-        stream = engine.submit([5, 6], policy=saying(engine, ids))
+        stream = engine.submit([5, 6], sampling_settings=saying(engine, ids))
         assert list(stream.text()) == ["a", "\ufffd"]
         assert stream.result().text == "a\ufffd"
 
@@ -225,7 +227,9 @@ def test_samples_have_texts_of_their_own(tiny_llama: PreTrainedModel, tokenizer:
             assert sample.text == decoded(tokenizer, sample.tokens)
 
 
-def test_stop_strings_need_no_policy(tiny_llama: PreTrainedModel, tokenizer: Any) -> None:
+def test_stop_strings_need_no_sampling_settings(
+    tiny_llama: PreTrainedModel, tokenizer: Any
+) -> None:
     prompt = ids_of(tokenizer, "The with statement ")
     with Engine(tiny_llama, tokenizer=tokenizer, memory="8MiB") as engine:
         whole = engine.generate([prompt], max_new_tokens=30, do_sample=False)[0].text
@@ -240,7 +244,9 @@ def test_a_request_that_ends_early_gives_its_text_and_then_its_error(
     tiny_llama: PreTrainedModel, tokenizer: Any
 ) -> None:
     with Engine(tiny_llama, tokenizer=tokenizer, memory="8MiB") as engine:
-        stream = engine.submit([5, 6], policy=saying(engine, ids_of(tokenizer, TEXT) * 20))
+        stream = engine.submit(
+            [5, 6], sampling_settings=saying(engine, ids_of(tokenizer, TEXT) * 20)
+        )
         pieces = iter(stream.text())
         found = [next(pieces)]
         stream.cancel()
@@ -262,8 +268,8 @@ def test_a_tokenizer_that_raises_ends_its_own_request(
             return "text"
 
     with Engine(tiny_llama, tokenizer=Broken(), memory="8MiB") as engine:
-        bad = engine.submit([5, 6], policy=saying(engine, [6, 7]))
-        good = engine.submit([5, 6], policy=saying(engine, [6, 8]))
+        bad = engine.submit([5, 6], sampling_settings=saying(engine, [6, 7]))
+        good = engine.submit([5, 6], sampling_settings=saying(engine, [6, 8]))
         with pytest.raises(RequestFailed, match="of the tokenizer"):
             bad.result(timeout=60)
         assert good.result(timeout=60).text == "text"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kvpager.blocks.stats import Stats
 from kvpager.integrations.huggingface.continuous_batching.options import warn_once
 from kvpager.integrations.huggingface.runner.model_info import Anatomy
-from kvpager.integrations.huggingface.runner.sampling import Policy
+from kvpager.integrations.huggingface.runner.sampling import SamplingSettings
 
 # Arguments of logits processors that are no settings; transformers passes over them, too.
 _PASSED_OVER = {"filter_value", "min_tokens_to_keep"}
@@ -23,8 +23,8 @@ class Wanted(NamedTuple):
     settings: dict[str, Any]  # logits processors' own
 
 
-class Policies:
-    """Makes the policies of requests from one config, whose open settings are off.
+class SettingsFactory:
+    """Makes the sampling settings of requests from one config, whose open settings are off.
 
     Args:
         model: to be served.
@@ -41,7 +41,9 @@ class Policies:
         self._known = functools.lru_cache(maxsize=256)(self._make)
         self._known(1, (), ())  # raises
 
-    def policy(self, wanted: Wanted, num_prompt: int, pool: Callable[[], Stats]) -> Policy:
+    def settings_for(
+        self, wanted: Wanted, num_prompt: int, pool: Callable[[], Stats]
+    ) -> SamplingSettings:
         """For a request with so many tokens in its prompt. O(1), more when it is the first.
 
         `pool` tells how large the pool is.
@@ -97,9 +99,9 @@ class Policies:
 
     def _make(
         self, max_new_tokens: int, eos: tuple[int, ...], settings: tuple[tuple[str, Any], ...]
-    ) -> Policy:
+    ) -> SamplingSettings:
         options = {**self._special_tokens(), **dict(settings)}
-        return Policy(
+        return SamplingSettings(
             self._model,
             self._config,
             is_complete=True,
