@@ -44,10 +44,10 @@ from kvpager.integrations.huggingface.runner.build import (
     make_storage,
     max_length_of,
 )
-from kvpager.integrations.huggingface.runner.inputs import Reader, chosen, each_options
 from kvpager.integrations.huggingface.runner.model_info import study
+from kvpager.integrations.huggingface.runner.model_runner import Runner
 from kvpager.integrations.huggingface.runner.probe import ModelSwitch, fit
-from kvpager.integrations.huggingface.runner.runner import Runner
+from kvpager.integrations.huggingface.runner.prompt_reader import Reader, chosen, each_options
 from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, SamplingSettings
 from kvpager.integrations.huggingface.runner.sizing import (
     pool_blocks,

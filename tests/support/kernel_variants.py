@@ -83,8 +83,8 @@ def engine(recorder: Recorder) -> Any:
     from kvpager.integrations.huggingface.cache.memory import PagedMemory
     from kvpager.integrations.huggingface.runner import warm_up as warming
     from kvpager.integrations.huggingface.runner.model_info import study
+    from kvpager.integrations.huggingface.runner.model_runner import Runner
     from kvpager.integrations.huggingface.runner.probe import ModelSwitch
-    from kvpager.integrations.huggingface.runner.runner import Runner
     from kvpager.kernels import backends
     from kvpager.kernels.gpu import attention
     from kvpager.kernels.gpu import copies as moves

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.integrations.flash_attention import flash_attention_forward
 
 from kvpager.integrations.huggingface.attention.functions import AttentionFunction, in_place
-from kvpager.integrations.huggingface.cache.handles import common_view
-from kvpager.integrations.huggingface.cache.views import PagedView
+from kvpager.integrations.huggingface.cache.paged_tensor import common_view
+from kvpager.integrations.huggingface.cache.paged_view import PagedView
 
 # Flash attention computes in these alone; transformers casts others, and so would change tokens.
 _DTYPES = (torch.float16, torch.bfloat16)

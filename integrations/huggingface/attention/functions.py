@@ -25,8 +25,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvpager.integrations.huggingface.attention import packed_compiled
 from kvpager.integrations.huggingface.attention.packed import PackedView
-from kvpager.integrations.huggingface.cache import compiled, reading
-from kvpager.integrations.huggingface.cache.handles import common_view
+from kvpager.integrations.huggingface.cache import compiled, view_attention
+from kvpager.integrations.huggingface.cache.paged_tensor import common_view
 
 NAME = "kvpager"
 # The kernel could serve these, but transformers' own `sdpa` refuses or ignores them, and a patched
@@ -125,7 +125,7 @@ def in_place(
         if view is None or not view.memory.in_place:
             return None
         shown = Shown(view.num_rows, view.stop - view.start, view.dtype)
-        attend = functools.partial(reading.attend, view)
+        attend = functools.partial(view_attention.attend, view)
     return _attend(attend, shown, module, query, mask, **kwargs)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.cache.views import Blocks, packed
+from kvpager.integrations.huggingface.cache.paged_view import Blocks, packed
 from kvpager.ops import attend as attend_in_place
 from kvpager.storage.block_storage import LayerShape
 

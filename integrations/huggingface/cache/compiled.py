@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kvpager.integrations.huggingface.cache import reading
+from kvpager.integrations.huggingface.cache import view_attention
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
-from kvpager.integrations.huggingface.cache.views import PagedView
+from kvpager.integrations.huggingface.cache.paged_view import PagedView
 
 
 class Layer(Protocol):
@@ -129,7 +129,7 @@ def attend(
     causal: bool,
     softcap: float | None,
 ) -> Tensor:
-    """`reading.attend` of the columns behind `mark`. Traced."""
+    """`view_attention.attend` of the columns behind `mark`. Traced."""
     columns = (mark.place, mark.layer.number, mark.start, mark.stop)
     output: Tensor = _attend(query, *columns, value_dim, mask, sinks, scaling, causal, softcap)
     return output
@@ -191,7 +191,9 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     view = _layers[int(place), layer].view(start, stop)
-    return reading.attend(view, query, mask, sinks, scaling=scaling, causal=causal, softcap=softcap)
+    return view_attention.attend(
+        view, query, mask, sinks, scaling=scaling, causal=causal, softcap=softcap
+    )
 
 
 @_attend.register_fake

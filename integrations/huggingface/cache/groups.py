@@ -13,8 +13,9 @@ from kvpager._atomic import whole
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache.columns import Columns, Origin, OtherColumns
-from kvpager.integrations.huggingface.cache.members import Members
+from kvpager.integrations.huggingface.cache.layer_places import Members
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
+from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, Views, packed
 from kvpager.integrations.huggingface.cache.pools import (
     LayerKind,
     PagedPool,
@@ -25,7 +26,6 @@ from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.cache.rows import BatchRows
 from kvpager.integrations.huggingface.cache.stats import Holding
 from kvpager.integrations.huggingface.cache.step_tensors import StepTensors
-from kvpager.integrations.huggingface.cache.views import PagedView, Part, Views, packed
 from kvpager.plans import Int32, Int64
 from kvpager.storage.block_storage import BlockStorage
 

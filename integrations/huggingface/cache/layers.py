@@ -12,9 +12,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache import compiled
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
-from kvpager.integrations.huggingface.cache.handles import paged_pair
+from kvpager.integrations.huggingface.cache.paged_tensor import paged_pair
+from kvpager.integrations.huggingface.cache.paged_view import PagedView
 from kvpager.integrations.huggingface.cache.pools import LayerKind
-from kvpager.integrations.huggingface.cache.views import PagedView
 from kvpager.storage.block_storage import LayerShape
 
 

@@ -21,7 +21,7 @@ from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Counters
-from kvpager.integrations.huggingface.cache.calls import Calls
+from kvpager.integrations.huggingface.cache.generate_calls import Calls
 from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.kernels.quantisation import KV_DTYPES

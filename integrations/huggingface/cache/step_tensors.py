@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.columns import Columns
+from kvpager.integrations.huggingface.cache.paged_view import Part
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Places
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.integrations.huggingface.cache.rows import BatchRows, Partition
-from kvpager.integrations.huggingface.cache.views import Part
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows
 from kvpager.plans import Int64

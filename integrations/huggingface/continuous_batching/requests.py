@@ -18,7 +18,7 @@ from kvpager.integrations.huggingface.continuous_batching.options import Options
 from kvpager.integrations.huggingface.continuous_batching.outputs import Job, Router
 from kvpager.integrations.huggingface.continuous_batching.sampling import SettingsFactory, Wanted
 from kvpager.integrations.huggingface.engine import Engine
-from kvpager.integrations.huggingface.runner.inputs import without_padding
+from kvpager.integrations.huggingface.runner.prompt_reader import without_padding
 
 logger = logging.getLogger("kvpager")
 

@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PreTrainedConfig
 
 from kvpager._atomic import Uninterrupted, new_lock
+from kvpager.integrations.huggingface.model_state.called_functions import Functions, reads_training
 from kvpager.integrations.huggingface.model_state.contents import Contents, is_library, is_plain
-from kvpager.integrations.huggingface.model_state.functions import Functions, reads_training
 from kvpager.integrations.huggingface.model_state.offloaded import WeightFile, offloaded
 from kvpager.integrations.huggingface.model_state.weights import (
     Ref,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kvpager.integrations.huggingface.model_state.samples import Samples, Spread
+from kvpager.integrations.huggingface.model_state.weight_samples import Samples, Spread
 
 # Numbers read per tensor: a write that no version counter counts leaves no other trace.
 _SAMPLES = 16

@@ -15,11 +15,11 @@ from kvpager._atomic import Uninterrupted, new_lock
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.continuous_batching.entry_points import retire
 from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
-from kvpager.integrations.huggingface.continuous_batching.routes import retire
 from kvpager.integrations.huggingface.patching.report import PatchStats, report
 from kvpager.integrations.huggingface.patching.undo import restore_all
-from kvpager.integrations.huggingface.prefix.prompts import PromptCache
+from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 
 lock = new_lock()
 uninterrupted = Uninterrupted(lock)

@@ -34,7 +34,7 @@ from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.paged_cache import least_block_bytes
 from kvpager.integrations.huggingface.patching.handle import Patch, active, lock, uninterrupted
 from kvpager.integrations.huggingface.patching.replacements import install
-from kvpager.integrations.huggingface.prefix.prompts import PromptCache
+from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.storage.block_storage import KVDtype
 

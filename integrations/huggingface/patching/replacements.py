@@ -18,12 +18,12 @@ from transformers.modeling_utils import AttentionInterface
 from kvpager.integrations.huggingface.attention.flash import flash_names, reading_flash_in_place
 from kvpager.integrations.huggingface.attention.functions import reading_in_place, register
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache, unpaged
-from kvpager.integrations.huggingface.continuous_batching.routes import routes
+from kvpager.integrations.huggingface.continuous_batching.entry_points import routes
 from kvpager.integrations.huggingface.patching.handle import Patch, active, patch_for
 from kvpager.integrations.huggingface.patching.undo import replace, replace_attention
-from kvpager.integrations.huggingface.prefix.inputs import Inputs, returned_rows
 from kvpager.integrations.huggingface.prefix.prefill import prefill
-from kvpager.integrations.huggingface.prefix.prompts import reply
+from kvpager.integrations.huggingface.prefix.prefill_inputs import Inputs, returned_rows
+from kvpager.integrations.huggingface.prefix.prompt_cache import reply
 from kvpager.integrations.huggingface.releases import cache_in
 
 register()

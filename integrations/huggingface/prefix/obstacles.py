@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
-from kvpager.integrations.huggingface.prefix.inputs import PER_ROW, Inputs, Padding
+from kvpager.integrations.huggingface.prefix.prefill_inputs import PER_ROW, Inputs, Padding
 from kvpager.integrations.huggingface.releases import CACHE_NAMES
 
 _HARMLESS = {

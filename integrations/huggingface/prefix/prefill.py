@@ -24,11 +24,11 @@ from kvpager.integrations.huggingface.cache.columns import Announced, Unannounce
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.prompt import Prompt
-from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
-from kvpager.integrations.huggingface.prefix.inputs import Inputs, Padding
+from kvpager.integrations.huggingface.model_state.row_independence import row_obstacle
 from kvpager.integrations.huggingface.prefix.obstacles import why_not_by_row, why_not_kept
 from kvpager.integrations.huggingface.prefix.prefill_batches import prefill_batches
-from kvpager.integrations.huggingface.prefix.prompts import PromptCache
+from kvpager.integrations.huggingface.prefix.prefill_inputs import Inputs, Padding
+from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import set_cache_of, with_cache
 
 Prefill = Callable[..., Any]

@@ -13,7 +13,7 @@ from kvpager.blocks.protocol import CacheManager
 from kvpager.engine.config import EngineConfig
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.runner.model_info import Anatomy
-from kvpager.integrations.huggingface.runner.runner import Runner
+from kvpager.integrations.huggingface.runner.model_runner import Runner
 from kvpager.integrations.huggingface.runner.sizing import Sizes, measured_costs
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.block_storage import BlockStorage

@@ -21,7 +21,7 @@ from kvpager.integrations.huggingface.attention.packed import CannotPack
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.releases import CACHE_NAMES
 from kvpager.integrations.huggingface.runner.model_info import Anatomy, plain_cache
-from kvpager.integrations.huggingface.runner.runner import Runner, trial_plan
+from kvpager.integrations.huggingface.runner.model_runner import Runner, trial_plan
 from kvpager.storage.block_storage import BlockStorage
 
 logger = logging.getLogger("kvpager")

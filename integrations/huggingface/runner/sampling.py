@@ -30,7 +30,7 @@ from kvpager.engine.request_state import RequestSettings
 from kvpager.engine.runner import Draw, Row
 from kvpager.engine.text import text_tokenizer
 from kvpager.integrations.huggingface.model_state.offloaded import execution_device
-from kvpager.integrations.huggingface.runner.settings import (
+from kvpager.integrations.huggingface.runner.setting_checks import (
     check_config,
     check_given,
     check_served,

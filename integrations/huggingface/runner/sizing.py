@@ -15,7 +15,7 @@ from kvpager.blocks.groups.windows import blocks_for
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import Anatomy
-from kvpager.integrations.huggingface.runner.runner import Runner, trial_plan
+from kvpager.integrations.huggingface.runner.model_runner import Runner, trial_plan
 from kvpager.plans import Plan
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import Request, blocks_needed

@@ -22,11 +22,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvpager.integrations.huggingface.attention import packed_compiled
 from kvpager.integrations.huggingface.attention.packed import PackedRows, PackedView
-from kvpager.integrations.huggingface.cache.handles import PagedTensor
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.paged_tensor import PagedTensor
+from kvpager.integrations.huggingface.cache.paged_view import Blocks, PagedView, Part, packed
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
-from kvpager.integrations.huggingface.cache.views import Blocks, PagedView, Part, packed
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, append_kv
 from kvpager.plans import GroupStep, Int32, StepPlan

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvpager.integrations.huggingface.runner.runner import Runner, trial_plan
+from kvpager.integrations.huggingface.runner.model_runner import Runner, trial_plan
 from kvpager.plans import StepPlan
 
 COMPILING = ("cuda",)  # device types whose kernels are compiled at the first launch

@@ -16,7 +16,7 @@ import kvpager
 from kvpager.bench.environment import SUPPORTED
 from kvpager.errors import KVPagerError, UntestedReleaseWarning
 from kvpager.integrations.huggingface import releases
-from kvpager.integrations.huggingface.model_state import hooks
+from kvpager.integrations.huggingface.model_state import row_independence
 from tests.support import tiny_models
 from tests.support.cache_name import NAME, cache_of, passing
 
@@ -88,8 +88,8 @@ FOREIGN = [OtherName, OtherNameUnsaid, NameUnsaid]
 @pytest.fixture(autouse=True)
 def _classes_of_a_library(monkeypatch):
     """Let the classes above count as a library's: rows and prompts of others are not shared."""
-    known = {__name__.partition(".")[0], *hooks._ROWWISE}
-    monkeypatch.setattr(hooks, "_ROWWISE", known)
+    known = {__name__.partition(".")[0], *row_independence._ROWWISE}
+    monkeypatch.setattr(row_independence, "_ROWWISE", known)
 
 
 def foreign(kind: type[LlamaForCausalLM]) -> Any:

@@ -24,8 +24,8 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
 import kvpager  # noqa: E402
-from kvpager.integrations.huggingface.model_state.hooks import row_obstacle  # noqa: E402
-from kvpager.integrations.huggingface.prefix import prefill, prompts  # noqa: E402
+from kvpager.integrations.huggingface.model_state.row_independence import row_obstacle  # noqa: E402
+from kvpager.integrations.huggingface.prefix import prefill, prompt_cache  # noqa: E402
 from kvpager.integrations.huggingface.releases import cache_in, cache_of, with_cache  # noqa: E402
 from kvpager.testing import tiny_llama_path  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
@@ -169,7 +169,7 @@ def test_virtual_tokens_that_come_later_are_not_put_behind_a_known_prefix(
     kind.unaware = True
     # As if a known library had put the virtual tokens there.
     monkeypatch.setattr(prefill, "row_obstacle", lambda model: None)
-    monkeypatch.setattr(prompts, "row_obstacle", lambda model: None)
+    monkeypatch.setattr(prompt_cache, "row_obstacle", lambda model: None)
     with kvpager.patch(model, prefix_cache=True) as patch:
         monkeypatch.setenv("VIRTUAL_TOKENS", "0")  # which leaves no trace in the model
         tokens(model, {"input_ids": prompt})

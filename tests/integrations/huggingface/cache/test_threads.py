@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import LogitsProcessor, PreTrainedModel  # noqa: E402
 
 import kvpager  # noqa: E402
-from kvpager.integrations.huggingface.cache import calls  # noqa: E402
+from kvpager.integrations.huggingface.cache import generate_calls  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 
 BLOCK = 4
@@ -100,7 +100,7 @@ def test_of_calls_that_wait_for_each_other_one_fails_and_the_other_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As if nothing was known of their lengths: then both begin.
-    monkeypatch.setattr(calls.Calls, "note_size", lambda *_: None)
+    monkeypatch.setattr(generate_calls.Calls, "note_size", lambda *_: None)
     model = tiny_models.tiny_model("llama")
     plain = [generate(model, prompts(60, seed)) for seed in range(2)]
     both_hold = threading.Barrier(2, timeout=60)
@@ -123,7 +123,7 @@ def test_of_calls_that_wait_for_each_other_one_fails_and_the_other_goes_on(
 
 
 def test_a_wait_ends_when_no_other_call_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "WAIT_SECONDS_MAX", 0.05)
+    monkeypatch.setattr(generate_calls, "WAIT_SECONDS_MAX", 0.05)
     model = tiny_models.tiny_model("llama")
     expected = generate(model, prompts(60, 0))
     holds, goes_on = threading.Event(), threading.Event()
@@ -153,7 +153,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(calls, "time", self)
+        monkeypatch.setattr(generate_calls, "time", self)
 
     def monotonic(self) -> float:
         return self.now
@@ -165,7 +165,7 @@ class Clock:
 
 def test_all_waits_of_a_call_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, lock = Clock(monkeypatch), threading.RLock()
-    shared = calls.Calls(lock)
+    shared = generate_calls.Calls(lock)
     holds, goes_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -186,12 +186,12 @@ def test_all_waits_of_a_call_share_one_bound(monkeypatch: pytest.MonkeyPatch) ->
                 assert call is not None
                 shared.await_turn(call, 1, bound=1)
                 waited = clock.now
-                assert waited > calls.WAIT_SECONDS_MAX
+                assert waited > generate_calls.WAIT_SECONDS_MAX
                 assert shared.wait_for(lambda: None) is None
                 assert clock.now == waited
                 shared.note_step()  # others move: it may wait again
                 assert shared.wait_for(lambda: None) is None
-                assert clock.now > waited + calls.WAIT_SECONDS_MAX
+                assert clock.now > waited + generate_calls.WAIT_SECONDS_MAX
         finally:
             goes_on.set()
         future.result()
@@ -222,8 +222,8 @@ def test_a_large_call_has_its_turn_before_smaller_ones_that_come_later() -> None
     asked = {num_bytes: threading.Event() for num_bytes in (6, 10, 2)}
     begun, order = threading.Event(), list[int]()
 
-    class Observed(calls.Calls):
-        def _fits(self, call: calls.Call, num_bytes: int, bound: int) -> bool:
+    class Observed(generate_calls.Calls):
+        def _fits(self, call: generate_calls.Call, num_bytes: int, bound: int) -> bool:
             asked[num_bytes].set()
             return super()._fits(call, num_bytes, bound)
 
@@ -251,7 +251,7 @@ def test_a_large_call_has_its_turn_before_smaller_ones_that_come_later() -> None
 
 
 def test_a_call_that_an_interrupt_left_noted_is_not_taken_for_one_that_runs() -> None:
-    made = calls.Calls(threading.RLock())
+    made = generate_calls.Calls(threading.RLock())
 
     def interrupted() -> None:
         running = made.running()

@@ -23,8 +23,8 @@ pytest.importorskip("triton")
 import kvpager  # noqa: E402
 from kvpager.integrations.huggingface.cache.memory import PagedMemory  # noqa: E402
 from kvpager.integrations.huggingface.runner.model_info import study  # noqa: E402
+from kvpager.integrations.huggingface.runner.model_runner import Runner, trial_plan  # noqa: E402
 from kvpager.integrations.huggingface.runner.probe import ModelSwitch  # noqa: E402
-from kvpager.integrations.huggingface.runner.runner import Runner, trial_plan  # noqa: E402
 from kvpager.kernels import backends, reference  # noqa: E402
 from kvpager.kernels.gpu import attention  # noqa: E402
 from kvpager.storage.block_storage import BlockStorage  # noqa: E402

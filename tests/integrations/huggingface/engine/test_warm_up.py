@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner import warm_up as warming
-from kvpager.integrations.huggingface.runner.runner import Runner
+from kvpager.integrations.huggingface.runner.model_runner import Runner
 from kvpager.plans import StepPlan
 from tests.support import tiny_models
 

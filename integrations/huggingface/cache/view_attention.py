@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpager.integrations.huggingface.cache.views import PagedView, Part, packed
+from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, packed
 from kvpager.ops import attend as attend_in_place
 
 

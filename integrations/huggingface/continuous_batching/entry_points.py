@@ -17,7 +17,7 @@ from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
 from kvpager.integrations.huggingface.continuous_batching.options import warn_once
 from kvpager.integrations.huggingface.continuous_batching.requests import Padded
-from kvpager.integrations.huggingface.prefix.prompts import PromptCache
+from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 
 logger = logging.getLogger("kvpager")
 

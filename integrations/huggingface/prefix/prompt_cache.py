@@ -26,8 +26,8 @@ from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
-from kvpager.integrations.huggingface.model_state.hooks import row_obstacle
-from kvpager.integrations.huggingface.prefix.inputs import Padding
+from kvpager.integrations.huggingface.model_state.row_independence import row_obstacle
+from kvpager.integrations.huggingface.prefix.prefill_inputs import Padding
 from kvpager.integrations.huggingface.releases import cache_in
 from kvpager.plans import Int32, Int64
 

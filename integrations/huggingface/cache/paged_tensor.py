@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from kvpager.integrations.huggingface.cache.views import PagedView
+from kvpager.integrations.huggingface.cache.paged_view import PagedView
 
 
 class PagedTensor(torch.Tensor):

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from kvpager.integrations.huggingface.model_state.called_functions import Functions, functions_in
 from kvpager.integrations.huggingface.model_state.contents import (
     attributes,
     is_library,
     module_of,
     names_read,
 )
-from kvpager.integrations.huggingface.model_state.functions import Functions, functions_in
 
 # Hooks that these packages register themselves treat all rows alike.
 _KNOWN = ("torch.", "transformers.")
