@@ -258,7 +258,7 @@ class BlockManager:
                 raise ValueError(f"counts {counts!r}: the sequences have {drafts} drafts")
             self._extension.accept(rows, kept, ids)
 
-    # ---------------------------------------------------------------- commit, truncate, slide
+    # ---------------------------------------------------------------- commit, truncate, drop_before
 
     def commit(self, sequences: Target, length: int | None = None) -> None:
         """Say that the KV of the first `length` tokens (default: all) has really been written.
@@ -279,14 +279,14 @@ class BlockManager:
         """Shorten the sequence to its first `length` tokens. O(blocks given back).
 
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` where `length` is more than there
-        is, or reaches before the first block that `slide` kept.
+        is, or reaches before the first block that `drop_before` kept.
         """
         length = arguments.count("length", length)
         state = self._state
         with state.lock, state.change:
             self._truncation.truncate(state.resident_row(sequence), length)
 
-    def slide(self, sequences: Target, start: int | ArrayLike) -> None:
+    def drop_before(self, sequences: Target, start: int | ArrayLike) -> None:
         """Give back the blocks that lie wholly before token `start`. O(blocks given back).
 
         For layers that look back over a window only. Table entries before it become -1; such a
@@ -299,7 +299,7 @@ class BlockManager:
         starts = arguments.counts("start", start, num_named)
         state = self._state
         with state.lock, state.change:
-            self._truncation.slide(state.resident(named), starts)
+            self._truncation.drop_before(state.resident(named), starts)
 
     # ---------------------------------------------------------------- swap
 

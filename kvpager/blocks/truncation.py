@@ -52,7 +52,7 @@ class Truncation:
             rows.set_drafts(np.array([row]), max(0, int(rows.drafts[row]) - gone))
         state.release(dropped)
 
-    def slide(self, rows: Int64, starts: Int64) -> None:
+    def drop_before(self, rows: Int64, starts: Int64) -> None:
         """Give back the blocks that lie wholly before `starts`. O(blocks given back).
 
         Raises: `ValueError` for a start beyond the end, or beyond the first draft.
@@ -61,10 +61,10 @@ class Truncation:
         # Drafts may be taken back, and then the tokens before them are the last ones.
         arguments.within("start", starts, table.lengths[rows] - table.drafts[rows])
         self._state.change.begin()
-        self.drop_before(rows, starts)
+        self.release_before(rows, starts)
 
-    def drop_before(self, rows: Int64, starts: Int64) -> None:
-        """As `slide`, of starts that are right; the change has begun."""
+    def release_before(self, rows: Int64, starts: Int64) -> None:
+        """Release the blocks before valid `starts`; the change has begun. O(blocks released)."""
         state, table = self._state, self._state.rows
         firsts = starts >> state.shift
         moved = (firsts > table.first_blocks[rows]).nonzero()[0]

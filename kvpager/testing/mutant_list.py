@@ -272,7 +272,7 @@ MUTANTS = (
         "pass",
     ),
     Mutant(
-        "slide a block too far",
+        "drop a block too many at the front",
         _READS_BACK,
         "kvpager.blocks.truncation",
         "blocks = tables.data[behind]",

@@ -174,13 +174,13 @@ def truncate(world: World, pick: int, length: int) -> None:
     row.start = min(row.start, length)
 
 
-@operation(OPERATIONS, 1, needs=("slide",), pick=PICK, start=Number())
-def slide(world: World, pick: int, start: int) -> None:
-    """Let a sequence's first tokens slide out of the window."""
+@operation(OPERATIONS, 1, needs=("drop_before",), pick=PICK, start=Number())
+def drop_before(world: World, pick: int, start: int) -> None:
+    """Drop the blocks before a token, as a window does."""
     row = world.pick_resident(pick)
     if row is not None:
         start %= len(row.content) + 1
-        world.manager.slide(row.handle, start)
+        world.manager.drop_before(row.handle, start)
         row.start = max(start, row.start)
         world.touched.append(row)
 

@@ -193,7 +193,7 @@ def test_counts_that_are_no_counts_are_refused(manager: BlockManager, counts: ob
     manager.append(sequences, 3, draft=True)
     for call in (
         lambda: manager.accept(sequences, counts),
-        lambda: manager.slide(sequences, counts),
+        lambda: manager.drop_before(sequences, counts),
         lambda: manager.append(manager.fork(sequences[0]), counts=counts, draft=True),
     ):
         with pytest.raises((TypeError, ValueError), match=r"counts|start"):

@@ -1300,7 +1300,7 @@ def test_a_router_knows_from_events_alone_what_is_offered(policy: str, seed: int
                 live.append(manager.fork(live[random.integers(len(live))]))
             elif choice == 5 and live:
                 one = live[random.integers(len(live))]
-                manager.slide(one, random.integers(len(one) + 1))
+                manager.drop_before(one, random.integers(len(one) + 1))
             elif live:
                 manager.free(live.pop(random.integers(len(live))))
         except KVPagerError:

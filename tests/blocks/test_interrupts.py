@@ -101,10 +101,10 @@ def truncate_far() -> tuple[BlockManager, Operation]:
     return manager, lambda: manager.truncate(sequence, 5)
 
 
-def slide_far() -> tuple[BlockManager, Operation]:
+def drop_far() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
     pair = [committed(manager, range(12)), manager.allocate(12)]
-    return manager, lambda: manager.slide(pair, 9)
+    return manager, lambda: manager.drop_before(pair, 9)
 
 
 def complete_copies() -> tuple[BlockManager, Operation]:
@@ -167,7 +167,7 @@ def fetch_events() -> tuple[BlockManager, Operation]:
 CHANGES = [
     *(scenario for scenario in SCENARIOS if scenario not in (name_all, find_victims)),
     free_several, free_published, free_swapped, commit_batch, commit_into_a_run, commit_pictures,
-    truncate_far, slide_far, complete_copies, pin_a_prefix, unpin_a_prefix, retain_a_prefix,
+    truncate_far, drop_far, complete_copies, pin_a_prefix, unpin_a_prefix, retain_a_prefix,
     set_a_quota, drop_a_quota, drop_cached, grow, fetch_events,
 ]  # fmt: skip
 

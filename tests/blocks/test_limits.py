@@ -36,7 +36,7 @@ def test_idle_blocks_before_held_ones_leave_one_by_one() -> None:
     manager.quotas.set("acme", floor=4)
     sequence = manager.allocate(list(range(20)), namespace="acme")
     manager.commit(sequence)
-    manager.slide(sequence, 16)
+    manager.drop_before(sequence, 16)
     manager.allocate(16, namespace="b")  # needs one block of acme's four idle ones
     assert manager.quotas.used("acme") == 4
     assert manager.match_prefix(list(range(20)), namespace="acme") == 12
@@ -50,7 +50,7 @@ def test_the_deepest_idle_run_leaves_first_of_those_before_held_ones() -> None:
     for tail in (left, right):
         pair.append(manager.allocate(front + tail))
         manager.commit(pair[-1])
-    manager.slide(pair, 76)  # the last block of each is held; the 28 before are idle
+    manager.drop_before(pair, 76)  # the last block of each is held; the 28 before are idle
     manager.allocate(4 * manager.num_free_blocks + 4)
     assert manager.match_prefix(front) == 40
     assert manager.stats().total_evicted == 2  # one idle block, and the held one behind it

@@ -285,7 +285,7 @@ def test_block_tables_are_padded_with_minus_one(manager: BlockManager) -> None:
     assert tables[0].tolist() == manager.block_tables(sequences[0])[0].tolist()
 
 
-# -------------------------------------------------------------------- truncate, slide
+# -------------------------------------------------------------------- truncate, drop_before
 
 
 def test_truncate_gives_whole_blocks_back(manager: BlockManager) -> None:
@@ -308,7 +308,7 @@ def test_truncated_tokens_are_not_published_later(manager: BlockManager) -> None
 
 def test_slide_gives_back_the_blocks_behind_a_window(manager: BlockManager) -> None:
     sequence = manager.allocate(15)
-    manager.slide(sequence, 9)
+    manager.drop_before(sequence, 9)
     assert manager.stats().num_free == 6
     assert manager.block_tables(sequence)[0][:2].tolist() == [-1, -1]
     manager.append(sequence, 2)
@@ -553,12 +553,12 @@ def test_the_control_plane_never_imports_torch() -> None:
 
 def test_slide_takes_a_start_for_each_sequence(manager: BlockManager) -> None:
     long, short = manager.allocate(16), manager.allocate(3)
-    manager.slide([long, short], [8, 1])
+    manager.drop_before([long, short], [8, 1])
     assert manager.block_tables(long)[0][:2].tolist() == [-1, -1]
     with pytest.raises(ValueError, match="start 4: the sequence has 3 tokens only"):
-        manager.slide([long, short], [9, 4])
+        manager.drop_before([long, short], [9, 4])
     with pytest.raises(ValueError, match="expected one int, or one for each of 2"):
-        manager.slide([long, short], [1, 2, 3])
+        manager.drop_before([long, short], [1, 2, 3])
 
 
 def test_every_block_is_in_exactly_one_state(manager: BlockManager) -> None:
@@ -612,7 +612,7 @@ def test_numbers_too_large_are_refused_before_anything_changes(
         lambda: manager.truncate(sequence, huge),
         lambda: manager.slots(sequence, huge),
         lambda: manager.fork(sequence, huge),
-        lambda: manager.slide(sequence, huge),
+        lambda: manager.drop_before(sequence, huge),
         lambda: manager.allocate(huge),
     ):
         with pytest.raises((ValueError, TypeError)):
@@ -739,7 +739,7 @@ def test_appending_nothing_copies_nothing(manager: BlockManager) -> None:
 
 def test_a_fork_of_a_slid_sequence_is_not_offered_either(manager: BlockManager) -> None:
     sequence = manager.allocate(prompt(8))
-    manager.slide(sequence, 4)
+    manager.drop_before(sequence, 4)
     child = manager.fork(sequence)
     manager.commit([sequence, child])
     manager.check()
@@ -748,7 +748,7 @@ def test_a_fork_of_a_slid_sequence_is_not_offered_either(manager: BlockManager) 
 
 def test_a_slid_sequence_swaps_what_it_still_has(manager: BlockManager) -> None:
     sequence = manager.allocate(12)
-    manager.slide(sequence, 5)
+    manager.drop_before(sequence, 5)
     plan = manager.swap(sequence, "host")
     assert len(plan) == 2
     assert plan.copies.min() >= 0
@@ -763,7 +763,7 @@ def test_every_verb_but_swap_and_free_refuses_a_swapped_sequence(manager: BlockM
     manager.swap(sequence, "host")
     for operation in (
         lambda: manager.truncate(sequence, 1),
-        lambda: manager.slide(sequence, 1),
+        lambda: manager.drop_before(sequence, 1),
         lambda: manager.append([sequence], 1),
     ):
         with pytest.raises(SequenceSwapped):

@@ -582,7 +582,7 @@ def test_eviction_never_takes_a_held_block(policy: str) -> None:
 def test_idle_blocks_in_front_of_held_ones_can_be_reclaimed(policy: str) -> None:
     manager = BlockManager(4, 4, eviction=policy)
     sequence = committed(manager, A + B + C + D)
-    manager.slide(sequence, 8)
+    manager.drop_before(sequence, 8)
     assert manager.stats().num_cached == 2
     table = manager.block_tables(sequence)[0].tolist()
     other = manager.allocate(8)

@@ -263,7 +263,7 @@ def test_drafts_survive_a_swap(manager: BlockManager) -> None:
 
 def test_a_token_in_a_block_given_back_cannot_be_asked_for(manager: BlockManager) -> None:
     sequence = manager.allocate(16)
-    manager.slide(sequence, 13)
+    manager.drop_before(sequence, 13)
     refused(manager, ValueError, lambda: manager.slots(sequence), "expected 12 <= start")
     refused(manager, ValueError, lambda: manager.truncate(sequence, 11), "before token 12")
 
@@ -272,10 +272,10 @@ def test_a_fork_keeps_what_its_sibling_gave_back(manager: BlockManager) -> None:
     parent = manager.allocate(16)
     child = manager.fork(parent)
     table = manager.block_tables(child)[0]
-    manager.slide(parent, 13)
+    manager.drop_before(parent, 13)
     assert manager.block_tables(child)[0].tolist() == table.tolist()
     assert manager.num_held_blocks == 4
-    manager.slide(child, 13)
+    manager.drop_before(child, 13)
     assert manager.block_tables(child)[0][:3].tolist() == [-1] * 3
     assert manager.num_held_blocks == 1
     manager.check()
@@ -285,7 +285,7 @@ def test_a_fork_keeps_what_its_sibling_gave_back(manager: BlockManager) -> None:
 
 def test_what_lost_its_front_is_not_offered(manager: BlockManager) -> None:
     sequence = manager.allocate(range(8))
-    manager.slide(sequence, 8)
+    manager.drop_before(sequence, 8)
     manager.append(sequence, list(range(8, 16)))
     manager.commit(sequence)
     assert manager.match_prefix(range(16)) == 0
@@ -294,7 +294,7 @@ def test_what_lost_its_front_is_not_offered(manager: BlockManager) -> None:
 
 def test_a_sequence_without_its_front_swaps_and_comes_back(manager: BlockManager) -> None:
     sequence = manager.allocate(17)
-    manager.slide(sequence, 13)
+    manager.drop_before(sequence, 13)
     assert len(manager.swap(sequence, "host")) == 2
     manager.swap(sequence, "device")
     manager.append(sequence, 8)
@@ -494,7 +494,7 @@ def test_a_batch_notices_a_row_that_a_new_sequence_took(manager: BlockManager) -
         lambda: manager.block_tables(batch),
         lambda: manager.accept(batch, 0),
         lambda: manager.victims(batch, 1),
-        lambda: manager.slide(batch, 0),
+        lambda: manager.drop_before(batch, 0),
     ):
         refused(manager, StaleSequence, call, "make the batch anew")
     assert len(taker) == 7
@@ -545,7 +545,7 @@ def test_a_sequence_named_twice_is_refused_everywhere(manager: BlockManager) -> 
         lambda: manager.swap(twice, "device"),
         lambda: manager.commit(twice),
         lambda: manager.accept(twice, 0),
-        lambda: manager.slide(twice, 0),
+        lambda: manager.drop_before(twice, 0),
         lambda: manager.lengths(twice),
         lambda: manager.block_tables(twice),
         lambda: manager.victims(twice, 1),
@@ -561,7 +561,7 @@ VERBS: dict[str, Callable[[BlockManager, Sequence], object]] = {
     "commit": lambda m, s: m.commit(s),
     "commit many": lambda m, s: m.commit([s]),
     "truncate": lambda m, s: m.truncate(s, 0),
-    "slide": lambda m, s: m.slide(s, 0),
+    "drop_before": lambda m, s: m.drop_before(s, 0),
     "fork": lambda m, s: m.fork(s),
     "fork one": lambda m, s: m.fork(s, 1),
     "free": lambda m, s: m.free(s),
@@ -608,7 +608,17 @@ def test_what_is_no_handle_is_refused(manager: BlockManager, verb: str, junk) ->
 
 @pytest.mark.parametrize(
     "verb",
-    ["append", "accept", "commit", "truncate", "slide", "fork", "free publish", "slots", "pin"],
+    [
+        "append",
+        "accept",
+        "commit",
+        "truncate",
+        "drop_before",
+        "fork",
+        "free publish",
+        "slots",
+        "pin",
+    ],
 )
 def test_a_swapped_sequence_is_refused(manager: BlockManager, verb: str) -> None:
     sequence = manager.allocate(range(5))
@@ -627,7 +637,7 @@ def test_one_bad_handle_in_a_batch_changes_nothing(manager: BlockManager) -> Non
         lambda: manager.free([good, stale]),
         lambda: manager.free([good, stale], publish=True),
         lambda: manager.swap([good, stale], "host"),
-        lambda: manager.slide([good, stale], 0),
+        lambda: manager.drop_before([good, stale], 0),
     ):
         refused(manager, StaleSequence, call)
 

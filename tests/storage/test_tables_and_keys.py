@@ -64,7 +64,7 @@ def test_flashinfer_tables_take_a_handle_a_batch_or_a_generator(manager: BlockMa
 def test_flashinfer_has_no_word_for_a_block_that_is_away(manager: BlockManager) -> None:
     swapped, slid, whole = (manager.allocate(9) for _ in range(3))
     manager.swap(swapped, "host")
-    manager.slide(slid, 5)
+    manager.drop_before(slid, 5)
     with pytest.raises(ValueError, match="slid away"):
         flashinfer(manager, [whole, slid])
     for make in (flashinfer, flash_attention):
@@ -131,7 +131,7 @@ def test_tables_that_do_not_fit_their_padding_are_refused(
 
 def test_a_slid_sequence_keeps_its_length_for_windowed_attention(manager: BlockManager) -> None:
     sequence = manager.allocate(9)
-    manager.slide(sequence, 5)
+    manager.drop_before(sequence, 5)
     padded = flash_attention(manager, sequence)
     assert padded.seq_lens.tolist() == [9]
     assert padded.block_table[0, 1:].tolist() == manager.block_tables(sequence)[0][1:].tolist()

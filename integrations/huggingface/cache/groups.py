@@ -184,7 +184,7 @@ class LayerGroup:
             for first in range(0, stop, piece):
                 last = min(first + piece, stop)
                 rows.append(lengths(last) - lengths(first), [])
-                rows.slide(lengths(min(last, keep_from)))
+                rows.drop_before(lengths(min(last, keep_from)))
         else:
             self.tensors.note_new(start, stop, rows.append(lengths(stop) - lengths(start), ids))
         if rows.any_on_host:
@@ -334,7 +334,7 @@ class LayerGroup:
         if self._num_forgotten is not None and np.array_equal(blocks, self._num_forgotten):
             return  # most steps of a window leave no whole block behind
         self._freeze_views()
-        self.rows.slide(starts)
+        self.rows.drop_before(starts)
         self._num_forgotten = blocks
 
     def reset(self) -> None:

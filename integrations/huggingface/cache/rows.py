@@ -277,11 +277,11 @@ class BatchRows:
                 partition.pool.manager.truncate(sequence, length)
 
     @whole
-    def slide(self, starts: Int64) -> None:
+    def drop_before(self, starts: Int64) -> None:
         """Free blocks that lie before token `starts` [rows] of each row. O(rows + blocks)."""
         self._room = 0  # tables change
         for partition in self.partitions():
-            partition.pool.manager.slide(partition.batch, starts[partition.rows])
+            partition.pool.manager.drop_before(partition.batch, starts[partition.rows])
 
     @whole
     def commit(self) -> None:
@@ -379,4 +379,4 @@ def _lengthen(pool: PagedPool, sequence: Sequence, length: int, start: int) -> N
         # By steps: blocks that a window has passed need not exist all at once.
         step = min(length - len(sequence), max(pool.block_size, length - start))
         pool.append(pool.manager.batch([sequence]), np.array([step]), [])
-        pool.manager.slide([sequence], np.array([min(start, len(sequence))]))
+        pool.manager.drop_before([sequence], np.array([min(start, len(sequence))]))

@@ -46,4 +46,4 @@ class Windows:
         """
         # The next token still looks back over the window, itself included.
         starts = np.maximum(num_written - self._spans + 1, 0)
-        self._truncation.drop_before(rows.ravel(), starts.ravel())
+        self._truncation.release_before(rows.ravel(), starts.ravel())
