@@ -48,7 +48,7 @@ def decoding(rows: int, order: str, *, prefix_cache: bool, steps: int, new: int 
     scheduler = Scheduler(
         manager,
         max_batch_tokens=8192,
-        max_running=rows,
+        max_num_seqs=rows,
         order=order,
         prefix_cache=prefix_cache,
     )

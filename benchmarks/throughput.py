@@ -115,7 +115,7 @@ def memory(bench: Bench) -> None:
     runs = bench.engines(
         {
             "roomy": bench.options,
-            "capped": replace(tight, max_running=rows),
+            "capped": replace(tight, max_num_seqs=rows),
             "recompute": replace(tight, host_memory=host, engine={"costs": never}),
             "swap": replace(tight, host_memory=host, engine={"costs": always}),
         },
@@ -125,7 +125,7 @@ def memory(bench: Bench) -> None:
         last = mine[-1]
         bench.rate(
             f"third_{name}", mine, preempted_by_swap=last.swapped,
-            preempted_by_recompute=last.recomputed, max_running=rows if name == "capped" else None,
+            preempted_by_recompute=last.recomputed, max_num_seqs=rows if name == "capped" else None,
             same_tokens=round(same_tokens(last, runs["roomy"][-1]), 4),
         )  # fmt: skip
     for name in ("recompute", "swap"):
@@ -196,7 +196,7 @@ def concurrency(bench: Bench) -> None:
     rates: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
     for rows in bench.sizes.concurrency:
         work = bench.requests(rows, bench.sizes.prompt, bench.sizes.new)
-        options = replace(bench.options, max_running=rows)
+        options = replace(bench.options, max_num_seqs=rows)
         figures = session.measure(
             names, bench.model, work, options, repeats=bench.given.repeats, stage=bench.stage
         )

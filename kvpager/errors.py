@@ -87,21 +87,21 @@ class SequenceSwapped(KVPagerError):
 
 
 class QueueFull(KVPagerError):
-    """A scheduler has as many waiting requests as it takes. Nothing has changed.
+    """The request queue is full: the scheduler takes no more waiting requests. Nothing changed.
 
-    Attributes: `num_waiting`, `max_waiting`.
+    Attributes: `num_waiting`, `max_queue_size`.
     """
 
-    def __init__(self, num_waiting: int, max_waiting: int) -> None:
+    def __init__(self, num_waiting: int, max_queue_size: int) -> None:
         super().__init__(
-            f"{num_waiting} requests wait, at most {max_waiting} may; "
-            "submit it again when some have begun, or raise max_waiting"
+            f"request queue is full (max_queue_size={max_queue_size}). "
+            "Retry later or raise max_queue_size."
         )
         self.num_waiting = num_waiting
-        self.max_waiting = max_waiting
+        self.max_queue_size = max_queue_size
 
     def __reduce__(self) -> tuple[type[QueueFull], tuple[int, int]]:
-        return type(self), (self.num_waiting, self.max_waiting)
+        return type(self), (self.num_waiting, self.max_queue_size)
 
 
 class BrokenInvariant(KVPagerError):

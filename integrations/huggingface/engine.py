@@ -126,7 +126,7 @@ class Engine:
         sizes = pool_blocks(
             anatomy,
             memory,
-            config.max_running,
+            config.max_num_seqs,
             length,
             None if anatomy.has_state else config.max_batch_tokens,
         )
@@ -135,7 +135,7 @@ class Engine:
         runner = Runner(model, anatomy, storage, memory, is_packed=self.is_packed, forward=forward)
         scheduler = make_scheduler(anatomy, config, sizes, length, runner)
         if anatomy.device.type in warming.COMPILING:
-            warming.warm_up(runner, config.max_batch_tokens, config.max_running)
+            warming.warm_up(runner, config.max_batch_tokens, config.max_num_seqs)
         return EngineCore(
             scheduler,
             runner,

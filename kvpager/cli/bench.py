@@ -105,7 +105,7 @@ class Options:
         typer.Option(help="Of the host, for kvpager to swap to.", show_default="none"),
     ] = None
     block_size: Annotated[int, typer.Option(help="Token slots of kvpager's blocks.")] = 16
-    max_running: Annotated[int, typer.Option(help="The most rows at a time.")] = 256
+    max_num_seqs: Annotated[int, typer.Option(help="The most rows at a time.")] = 256
     max_batch_tokens: Annotated[
         int, typer.Option(help="Of a step of kvpager and generate_batch.")
     ] = 1024
@@ -191,7 +191,7 @@ def _system_options(options: Options) -> SystemOptions:
         memory=options.memory,
         host_memory=options.host_memory,
         block_size=options.block_size,
-        max_running=options.max_running,
+        max_num_seqs=options.max_num_seqs,
         max_batch_tokens=options.max_batch_tokens,
         prefix_cache=options.prefix_cache,
         batch=options.batch,

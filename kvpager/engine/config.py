@@ -19,7 +19,7 @@ class EngineConfig:
     """What an engine may use, and whom it serves first.
 
     Args:
-        memory: bytes of the pool, such as `"4GiB"`; None takes what `max_running` rows of the
+        memory: bytes of the pool, such as `"4GiB"`; None takes what `max_num_seqs` rows of the
             longest kind could need, at most nine tenths of a GPU's free memory, or half of the
             host's for a model on the CPU.
         host_memory: bytes of host memory to swap to when the pool is full.
@@ -28,8 +28,8 @@ class EngineConfig:
         eviction: which cached blocks leave first: a name of `kvpager.blocks.policies.POLICIES`, or
             a function that makes an `EvictionPolicy` for a number of blocks.
         max_batch_tokens: the most tokens of a forward pass.
-        max_running: the most rows computed at a time.
-        max_waiting: the most requests that wait; None for no bound.
+        max_num_seqs: the most rows computed at a time.
+        max_queue_size: the most requests that wait; None for no bound.
         order: who is served first: `"fifo"`, `"priority"`, or `"fair"` between tenants.
         prefix_cache: keep what prompts and replies have in common between requests. The engine
             looks at the model before its steps. After a change of weights, hooks or settings, it
@@ -53,8 +53,8 @@ class EngineConfig:
     kv_dtype: KVDtype | None = None
     eviction: Eviction = "lru"
     max_batch_tokens: int = 1024
-    max_running: int = 256
-    max_waiting: int | None = None
+    max_num_seqs: int = 256
+    max_queue_size: int | None = None
     order: Literal["fifo", "priority", "fair"] = "fifo"
     prefix_cache: bool = True
     max_length: int | None = None
@@ -65,7 +65,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         shown = arguments.shown
         arguments.flag("prefix_cache", self.prefix_cache)
-        arguments.count("max_running", self.max_running, at_least=1)
+        arguments.count("max_num_seqs", self.max_num_seqs, at_least=1)
         check_eviction(self.eviction)
         if self.packed is not None and not isinstance(self.packed, bool):
             raise TypeError(f"packed {shown(self.packed)}: expected True, False or None")

@@ -24,7 +24,7 @@ class AdmissionPolicy:
         manager: has the blocks.
         table: where the requests are.
         placement: gives a request its blocks.
-        max_waiting: see `Scheduler`, as the others.
+        max_queue_size: see `Scheduler`, as the others.
         max_length: tokens of a row.
         watermark: share of the blocks that stays available.
         prefix_cache: prompts may share what is computed.
@@ -36,7 +36,7 @@ class AdmissionPolicy:
         table: RequestTable,
         placement: Placement,
         *,
-        max_waiting: int | None,
+        max_queue_size: int | None,
         max_length: int | None,
         watermark: float,
         prefix_cache: bool,
@@ -44,7 +44,7 @@ class AdmissionPolicy:
         self._manager = manager
         self._table = table
         self._placement = placement
-        self.max_waiting = max_waiting
+        self.max_queue_size = max_queue_size
         self.max_length = max_length
         self.watermark = watermark
         self._prefix_cache = prefix_cache
@@ -62,11 +62,11 @@ class AdmissionPolicy:
     def refuse_impossible(self, request: Request, num_prompt: int) -> None:
         """Raise `ValueError` if the request could not be served even alone. O(1)."""
         name, length = request.name, num_prompt + request.max_new_tokens
-        max_running = self._table.max_running
-        if request.num_samples > max_running:
+        max_num_seqs = self._table.max_num_seqs
+        if request.num_samples > max_num_seqs:
             raise ValueError(
                 f"request {name!r}: {request.num_samples} samples, but at most "
-                f"{max_running} rows run; ask for fewer, or raise max_running"
+                f"{max_num_seqs} rows run; ask for fewer, or raise max_num_seqs"
             )
         what = f"a prompt of {num_prompt} and {request.max_new_tokens} new tokens"
         if self.max_length is not None and length > self.max_length:
@@ -90,8 +90,8 @@ class AdmissionPolicy:
     def refuse_overflow(self) -> None:
         """Raise `QueueFull` if no more requests may wait. O(1)."""
         num_waiting = len(self._table.order)
-        if self.max_waiting is not None and num_waiting >= self.max_waiting:
-            raise QueueFull(num_waiting, self.max_waiting)
+        if self.max_queue_size is not None and num_waiting >= self.max_queue_size:
+            raise QueueFull(num_waiting, self.max_queue_size)
 
     # ---------------------------------------------------------------- onto the device
 
@@ -161,7 +161,7 @@ class AdmissionPolicy:
         A request whose quota has no room is passed over.
         """
         table = self._table
-        if not draft.budget or table.num_rows_reserved == table.max_running:
+        if not draft.budget or table.num_rows_reserved == table.max_num_seqs:
             return
         num_passed = 0
         for state in table.order.waiting():

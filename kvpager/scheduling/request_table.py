@@ -29,13 +29,13 @@ class RequestTable:
         version: changes whenever the rows that decode do.
     """
 
-    def __init__(self, order: Order, max_running: int) -> None:
+    def __init__(self, order: Order, max_num_seqs: int) -> None:
         self.order = order
         self.sequences = SequenceState()
         self.running: list[RequestState] = []
         self.preempted: list[RequestState] = []
         self.num_rows_reserved = 0
-        self.max_running = max_running
+        self.max_num_seqs = max_num_seqs
         self.generation = 0
         self.version = 0
         self._live: dict[Hashable, RequestState] = {}
@@ -62,7 +62,7 @@ class RequestTable:
 
     def has_rows_for(self, state: RequestState) -> bool:
         """True if all rows that a request may have can run now. O(1)."""
-        return self.num_rows_reserved + state.request.num_samples <= self.max_running
+        return self.num_rows_reserved + state.request.num_samples <= self.max_num_seqs
 
     @property
     def has_deadlines(self) -> bool:
@@ -222,9 +222,9 @@ class RequestTable:
         if listed != len(self._live):
             raise BrokenInvariant(f"scheduler: {listed} are listed, but {len(self._live)} live")
         reserved = sum(state.request.num_samples for state in self.running)
-        if reserved != self.num_rows_reserved or reserved > self.max_running:
+        if reserved != self.num_rows_reserved or reserved > self.max_num_seqs:
             raise BrokenInvariant(
-                f"scheduler: {self.num_rows_reserved} rows reserved of {self.max_running}, "
+                f"scheduler: {self.num_rows_reserved} rows reserved of {self.max_num_seqs}, "
                 f"but {reserved} are"
             )
         for state in self._live.values():

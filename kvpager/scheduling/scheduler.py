@@ -51,9 +51,9 @@ class Scheduler:
     Args:
         manager: a `BlockManager` made without `fences`, or another `CacheManager`.
         max_batch_tokens: tokens of a step.
-        max_running: rows on the device; a request counts with all it may have. Never more than
+        max_num_seqs: rows on the device; a request counts with all it may have. Never more than
             `max_batch_tokens`, so that every row that decodes is in every step.
-        max_waiting: `submit` refuses more than so many waiting requests. None: no bound.
+        max_queue_size: `submit` refuses more than so many waiting requests. None: no bound.
         order: who goes first, `"fifo"`, `"priority"` or `"fair"`, or an `Order`.
         watermark: the share of the blocks that stays available when a request begins or returns,
             unless nothing runs: room for those that run to grow.
@@ -70,8 +70,8 @@ class Scheduler:
         manager: CacheManager,
         *,
         max_batch_tokens: int = 2048,
-        max_running: int = 256,
-        max_waiting: int | None = None,
+        max_num_seqs: int = 256,
+        max_queue_size: int | None = None,
         order: str | Order = "fifo",
         watermark: float = 0.01,
         prefix_cache: bool = True,
@@ -84,7 +84,7 @@ class Scheduler:
         _refuse_bad_watermark(watermark)
         self.manager = manager
         self.max_batch_tokens = arguments.count("max_batch_tokens", max_batch_tokens, at_least=1)
-        rows = arguments.count("max_running", max_running, at_least=1)
+        rows = arguments.count("max_num_seqs", max_num_seqs, at_least=1)
         self.prefix_cache = arguments.flag("prefix_cache", prefix_cache)
         self.chunked = arguments.flag("chunked", chunked)
         self.clock = clock
@@ -97,7 +97,7 @@ class Scheduler:
         self._admission = AdmissionPolicy(
             *parts,
             placement,
-            max_waiting=_count_or_none("max_waiting", max_waiting),
+            max_queue_size=_count_or_none("max_queue_size", max_queue_size),
             max_length=_count_or_none("max_length", max_length),
             watermark=watermark,
             prefix_cache=prefix_cache,
@@ -289,14 +289,14 @@ class Scheduler:
         return list(self._table)
 
     @property
-    def max_running(self) -> int:
+    def max_num_seqs(self) -> int:
         """Return how many rows may be on the device. O(1)."""
-        return self._table.max_running
+        return self._table.max_num_seqs
 
     @property
-    def max_waiting(self) -> int | None:
+    def max_queue_size(self) -> int | None:
         """Return how many requests may wait, or None for any number. O(1)."""
-        return self._admission.max_waiting
+        return self._admission.max_queue_size
 
     @property
     def max_length(self) -> int | None:

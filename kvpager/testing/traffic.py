@@ -36,8 +36,8 @@ class Scenario:
     num_host_blocks: int
     null_block: bool
     max_batch_tokens: int
-    max_running: int
-    max_waiting: int | None
+    max_num_seqs: int
+    max_queue_size: int | None
     order: str
     watermark: float
     prefix_cache: bool
@@ -59,7 +59,7 @@ class Scenario:
         length = prompt + request.max_new_tokens
         if self.max_length is not None and length > self.max_length:
             return False
-        rows = min(self.max_running, self.max_batch_tokens)
+        rows = min(self.max_num_seqs, self.max_batch_tokens)
         if any(self.windows):
             blocks_each = self._blocks_of_a_row(length - 1)
             fits = request.num_samples * blocks_each <= self.num_blocks
@@ -82,8 +82,8 @@ class Scenario:
     def check_size(self, plan: StepPlan) -> None:
         """A step is within its budgets. Raises `Wrong`."""
         num_tokens = int(plan.counts.sum())
-        if len(plan) > self.max_running:
-            raise Wrong(f"{len(plan)} rows in a step, at most {self.max_running} may be")
+        if len(plan) > self.max_num_seqs:
+            raise Wrong(f"{len(plan)} rows in a step, at most {self.max_num_seqs} may be")
         is_alone = not self.chunked and len(plan) == 1
         if num_tokens > self.max_batch_tokens and not is_alone:
             raise Wrong(f"{num_tokens} tokens in a step, at most {self.max_batch_tokens} may be")
@@ -110,8 +110,8 @@ def draw_scenario(random: Random) -> Scenario:
         num_host_blocks=random.choice((0, 3, num_blocks, 4 * num_blocks)),
         null_block=random.random() < 0.2,
         max_batch_tokens=random.choice((16, 64, 500) if is_tight else (1, 8, 17, 64, 500)),
-        max_running=32 if is_tight else random.choice((1, 4, 8, 32)),
-        max_waiting=None if is_tight else random.choice((None, None, 5)),
+        max_num_seqs=32 if is_tight else random.choice((1, 4, 8, 32)),
+        max_queue_size=None if is_tight else random.choice((None, None, 5)),
         order=random.choice(("fifo", "priority", "fair")),
         watermark=random.choice((0.0, 0.01) if is_tight else (0.0, 0.01, 0.1, 0.4)),
         prefix_cache=random.random() < 0.7,
@@ -191,8 +191,8 @@ def make_scheduler(scenario: Scenario, clock: Callable[[], float]) -> Scheduler:
     return Scheduler(
         make_manager(scenario),
         max_batch_tokens=scenario.max_batch_tokens,
-        max_running=scenario.max_running,
-        max_waiting=scenario.max_waiting,
+        max_num_seqs=scenario.max_num_seqs,
+        max_queue_size=scenario.max_queue_size,
         order=scenario.order,
         watermark=scenario.watermark,
         prefix_cache=scenario.prefix_cache,

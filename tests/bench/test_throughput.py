@@ -332,7 +332,7 @@ def vllm_python(tmp_path: Path) -> str:
 
 def test_vllm_serves_in_an_interpreter_of_its_own(vllm_python: str) -> None:
     model = tiny()
-    options = Options(vllm_python=vllm_python, max_running=2)
+    options = Options(vllm_python=vllm_python, max_num_seqs=2)
     (figures,) = session.measure(["vllm"], model, requests(3), options, repeats=2)
     for number, each in enumerate(figures.last.served):
         total = sum(requests(3).items[number].prompt)

@@ -246,7 +246,9 @@ def test_a_request_without_tokens_or_samples_is_refused(name: str, value: object
     assert not scheduler.has_work
 
 
-@pytest.mark.parametrize("name", ["max_batch_tokens", "max_running", "max_waiting", "max_length"])
+@pytest.mark.parametrize(
+    "name", ["max_batch_tokens", "max_num_seqs", "max_queue_size", "max_length"]
+)
 @pytest.mark.parametrize("value", [*NO_COUNTS[:-2], 0, -1, HUGE], ids=kind)
 def test_a_scheduler_without_room_is_refused(name: str, value: object) -> None:
     with pytest.raises((TypeError, ValueError), match=f"{name} .*expected"):
@@ -266,7 +268,7 @@ def test_a_requests_priority_is_bounded(priority: object) -> None:
 
 
 def test_the_furthest_priorities_still_go_by_arrival() -> None:
-    scheduler = Scheduler(BlockManager(64, 4), order="priority", max_running=1)
+    scheduler = Scheduler(BlockManager(64, 4), order="priority", max_num_seqs=1)
     most = 2**31 - 1
     for name, priority in (("last", most), ("b", -most), ("a", -most), ("c", np.int64(0))):
         prompt = np.array(PROMPT)

@@ -183,7 +183,7 @@ def test_fifty_threads_submit_and_cancel() -> None:
             except RequestCancelled:
                 ended.append("cancelled")
 
-    with ToyEngine(128, max_running=32, max_batch_tokens=256) as engine:
+    with ToyEngine(128, max_num_seqs=32, max_batch_tokens=256) as engine:
         threads = [threading.Thread(target=client, args=(number,)) for number in range(50)]
         for thread in threads:
             thread.start()
@@ -246,12 +246,12 @@ def test_a_deadline_that_passes_while_nothing_can_run_is_noticed() -> None:
 
 
 def test_a_full_queue_refuses() -> None:
-    with ToyEngine(max_running=1, max_waiting=2) as engine:
+    with ToyEngine(max_num_seqs=1, max_queue_size=2) as engine:
         gate = Gate(engine.runner)
         running = engine.ask([5], 4)
         gate.entered.acquire()
         waiting = [engine.ask([6], 4) for _ in range(2)]
-        with pytest.raises(QueueFull, match="max_waiting"):
+        with pytest.raises(QueueFull, match="max_queue_size"):
             engine.ask([7], 4)
         gate.open()
         assert all(len(each.result().tokens) == 4 for each in (running, *waiting))

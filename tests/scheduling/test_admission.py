@@ -24,12 +24,12 @@ from tests.support.scheduling import (
 
 
 def test_a_full_queue_refuses_and_says_so() -> None:
-    scheduler = make(max_waiting=2)
+    scheduler = make(max_queue_size=2)
     scheduler.submit(request("a"))
     scheduler.submit(request("b"))
-    with pytest.raises(QueueFull, match="2 requests wait, at most 2 may") as error:
+    with pytest.raises(QueueFull, match="request queue is full") as error:
         scheduler.submit(request("c"))
-    assert (error.value.num_waiting, error.value.max_waiting) == (2, 2)
+    assert (error.value.num_waiting, error.value.max_queue_size) == (2, 2)
     step(scheduler)
     scheduler.submit(request("c"))
     assert set(run(scheduler)) == {"a", "b", "c"}
@@ -50,7 +50,7 @@ def test_a_full_queue_refuses_and_says_so() -> None:
 )
 def test_what_can_never_be_served_is_refused(bad: dict[str, float], error: str) -> None:
     options = {"max_length": 60} if "max_length" in error else {}
-    scheduler = make(num_blocks=16, max_running=8, **options)
+    scheduler = make(num_blocks=16, max_num_seqs=8, **options)
     with pytest.raises(ValueError, match=error):
         scheduler.submit(request("a", **bad))
     assert not scheduler.has_work
@@ -85,7 +85,7 @@ def test_the_null_block_cannot_be_had() -> None:
         ({"order": "random"}, "expected one of fifo, priority, fair"),
         ({"watermark": 1.0}, "watermark"),
         ({"max_batch_tokens": 0}, "max_batch_tokens"),
-        ({"max_running": 0}, "max_running"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
     ],
 )
 def test_a_scheduler_that_cannot_be_is_refused(options: dict[str, object], error: str) -> None:

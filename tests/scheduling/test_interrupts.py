@@ -24,7 +24,7 @@ class Traffic:
     def __init__(self) -> None:
         self.manager = BlockManager(14, 4, 8)
         self.scheduler = Scheduler(
-            self.manager, max_batch_tokens=16, max_running=6, clock=lambda: self.now
+            self.manager, max_batch_tokens=16, max_num_seqs=6, clock=lambda: self.now
         )
         self.now = 0.0
         self.step = 0

@@ -325,7 +325,7 @@ def test_a_namespace_at_its_ceiling_waits_for_itself() -> None:
 
 
 def test_nobody_else_leaves_or_waits_for_a_namespace_at_its_ceiling() -> None:
-    scheduler = make(num_blocks=40, max_running=8)
+    scheduler = make(num_blocks=40, max_num_seqs=8)
     scheduler.manager.quotas.set("acme", ceiling=6)
     for name in range(4):
         scheduler.submit(request(f"acme{name}", 4, new=16, namespace="acme"))

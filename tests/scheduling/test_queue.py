@@ -35,7 +35,7 @@ def begun(scheduler: Scheduler) -> list[object]:
 
 
 def one_at_a_time(order: str | Order, **options: object) -> Scheduler:
-    return make(order=order, max_running=1, **options)
+    return make(order=order, max_num_seqs=1, **options)
 
 
 # -------------------------------------------------------------------- the three orders
@@ -144,7 +144,7 @@ def test_a_tenant_who_was_away_brings_no_credit() -> None:
 @pytest.mark.parametrize("num_tenants", [2, 5])
 def test_busy_tenants_get_equal_shares_however_unlike_their_requests(num_tenants: int) -> None:
     order = Fair(ageing=0.0)
-    scheduler = make(num_blocks=400, order=order, max_running=4, max_batch_tokens=64)
+    scheduler = make(num_blocks=400, order=order, max_num_seqs=4, max_batch_tokens=64)
     for tenant in range(num_tenants):
         for number in range(60):
             length, new = 4 + 6 * tenant, 3 + 3 * tenant
@@ -207,7 +207,7 @@ def flood(order: str) -> Iterator[Request]:
     order=st.sampled_from(["fifo", "priority", "fair"]),
     num_blocks=st.integers(8, 40),
     num_host_blocks=st.sampled_from([0, 10]),
-    max_running=st.integers(1, 6),
+    max_num_seqs=st.integers(1, 6),
     each=st.integers(1, 3),
     chunked=st.booleans(),
     watermark=st.sampled_from([0.0, 0.1]),
@@ -216,7 +216,7 @@ def test_nobody_starves_whatever_comes_after(
     order: str,
     num_blocks: int,
     num_host_blocks: int,
-    max_running: int,
+    max_num_seqs: int,
     each: int,
     chunked: bool,
     watermark: float,
@@ -226,7 +226,7 @@ def test_nobody_starves_whatever_comes_after(
         num_blocks,
         num_host_blocks,
         order=order,
-        max_running=max_running,
+        max_num_seqs=max_num_seqs,
         max_batch_tokens=16,
         chunked=chunked,
         watermark=watermark,
@@ -370,7 +370,7 @@ def test_a_fair_order_looks_at_each_tenant_once_a_step(monkeypatch: pytest.Monke
         return rank(self, live)
 
     monkeypatch.setattr(Fair, "rank", counted)
-    scheduler = make(num_blocks=400, max_running=64, max_batch_tokens=4096, order="fair")
+    scheduler = make(num_blocks=400, max_num_seqs=64, max_batch_tokens=4096, order="fair")
     for number in range(200):
         scheduler.submit(request(number, 4, new=2, tenant=f"t{number}"))
     looked[0] = 0

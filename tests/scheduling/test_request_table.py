@@ -103,7 +103,7 @@ def test_nobody_to_cancel() -> None:
 
 
 def test_an_aborted_step_ends_its_requests_and_no_others() -> None:
-    scheduler = make(max_running=2)
+    scheduler = make(max_num_seqs=2)
     for name in "abc":
         scheduler.submit(request(name))
     plan = scheduler.plan()
@@ -200,7 +200,7 @@ def corrupt_blocks(scheduler: Scheduler) -> None:
     ],
 )
 def test_wrong_books_are_noticed(corrupt: Callable[[Scheduler], None]) -> None:
-    scheduler = make(max_running=1)
+    scheduler = make(max_num_seqs=1)
     scheduler.submit(request("a"))
     scheduler.submit(request("b"))
     step(scheduler)

@@ -126,7 +126,7 @@ def test_without_chunks_a_prompt_beyond_the_budget_is_alone_in_its_step() -> Non
 
 
 def test_no_more_rows_run_than_may() -> None:
-    scheduler = make(max_running=3)
+    scheduler = make(max_num_seqs=3)
     for name in range(7):
         scheduler.submit(request(name, new=3))
     most = []
@@ -135,7 +135,7 @@ def test_no_more_rows_run_than_may() -> None:
 
 
 def test_a_request_counts_with_all_the_rows_it_may_have() -> None:
-    scheduler = make(max_running=4)
+    scheduler = make(max_num_seqs=4)
     for name in "ab":
         scheduler.submit(request(name, new=2, num_samples=3))
     assert rows(step(scheduler)) == {"a": 3}

@@ -105,7 +105,7 @@ def test_prompts_that_lack_room_for_a_chunk_wait_or_leave_and_all_are_served() -
 
 
 def test_samples_that_are_computed_again_have_windows_of_their_own() -> None:
-    scheduler = make(140, (None, 64), max_running=8)
+    scheduler = make(140, (None, 64), max_num_seqs=8)
     chosen = Counter[object]()
     for name in "abcd":
         scheduler.submit(request(name, 200, new=300, num_samples=2))

@@ -131,7 +131,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
         if self.batch_processor is None:
             options = self._options.engine
             self.batch_processor = Engine(
-                self.model, max_waiting=self._options.max_waiting, **options
+                self.model, max_queue_size=self._options.max_queue_size, **options
             )
         self.warmed_up = True
         engine: Engine = self.batch_processor

@@ -16,7 +16,7 @@ from kvpager.storage.free_memory import free_bytes, host_bytes
 
 logger = logging.getLogger("kvpager")
 
-_MAX_RUNNING = 256
+_MAX_NUM_SEQS = 256
 
 # Read below, or what is done in any case: no processor is dropped.
 _MAPPED = {
@@ -60,7 +60,7 @@ class Options(NamedTuple):
     """What a manager makes of a `ContinuousBatchingConfig`."""
 
     engine: dict[str, Any]  # arguments of `Engine`
-    max_waiting: int | None
+    max_queue_size: int | None
     with_logprobs: bool
     per_request: bool  # requests may have logits processors of their own
     seed: int | None
@@ -82,14 +82,14 @@ def read_options(
     _warn_of_others(config)
     page_size, is_said = _page_size(config)
     block_size = page_size if is_said else patched.block_size
-    max_running = config.max_requests_per_batch or _MAX_RUNNING
+    max_num_seqs = config.max_requests_per_batch or _MAX_NUM_SEQS
     engine = {
         "block_size": block_size,
         "kv_dtype": patched.kv_dtype,
         "eviction": patched.eviction,
-        "memory": _memory(config, anatomy, patched, block_size, max_running, hints),
+        "memory": _memory(config, anatomy, patched, block_size, max_num_seqs, hints),
         "host_memory": _host_memory(config, patched),
-        "max_running": max_running,
+        "max_num_seqs": max_num_seqs,
         "prefix_cache": config.allow_block_sharing,
         "compile": _compiles(config, generation_config),
     }
@@ -135,7 +135,7 @@ def _memory(
     anatomy: Anatomy,
     patched: PagedMemory,
     block_size: int,
-    max_running: int,
+    max_num_seqs: int,
     hints: Any,
 ) -> int | None:
     """Bytes of the pool: as many as were asked for, at most what the requests announced need."""
@@ -153,17 +153,17 @@ def _memory(
         if not 0 < share <= 1:
             raise ValueError(f"max_memory_percent {share}: expected a share, above 0 and up to 1")
         return int(free_bytes(anatomy.device) * share)
-    announced = _announced_blocks(hints, anatomy, block_size, max_running)
+    announced = _announced_blocks(hints, anatomy, block_size, max_num_seqs)
     if announced is None:
         return patched.bound
     plain = PagedMemory(patched.bound, block_size, kv_dtype=patched.kv_dtype)
     return (
-        min(announced, pool_blocks(anatomy, plain, max_running, anatomy.max_length).device) * size
+        min(announced, pool_blocks(anatomy, plain, max_num_seqs, anatomy.max_length).device) * size
     )
 
 
 def _announced_blocks(
-    hints: Any, anatomy: Anatomy, block_size: int, max_running: int
+    hints: Any, anatomy: Anatomy, block_size: int, max_num_seqs: int
 ) -> int | None:
     if hints is None or not hints.max_generated_length or not hints.num_requests:
         return None
@@ -175,7 +175,7 @@ def _announced_blocks(
         longest = min(longest, anatomy.max_length)
     # And some to spare, which are kept for those that run.
     each = blocks_for(longest, block_size, anatomy.windows, None)
-    blocks: int = each * min(hints.num_requests, max_running)
+    blocks: int = each * min(hints.num_requests, max_num_seqs)
     return blocks + blocks // 32 + 1
 
 

@@ -231,7 +231,7 @@ class Requests:
             raise RequestCancelled(f"request {asked.job.names[0]!r} was cancelled")
         if deadline is not None and time.monotonic() >= deadline:
             raise queue.Full(
-                f"{self.options.max_waiting} requests wait already; raise max_queue_size"
+                f"{self.options.max_queue_size} requests wait already; raise max_queue_size"
             )
         with self._router.changed:
             # No callback reports that a request begins.

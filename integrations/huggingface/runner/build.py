@@ -64,8 +64,8 @@ def make_scheduler(
     return Scheduler(
         make_manager(anatomy, config, sizes, chunked=chunked),
         max_batch_tokens=config.max_batch_tokens,
-        max_running=config.max_running,
-        max_waiting=config.max_waiting,
+        max_num_seqs=config.max_num_seqs,
+        max_queue_size=config.max_queue_size,
         order=config.order,
         prefix_cache=config.prefix_cache
         and not anatomy.has_state

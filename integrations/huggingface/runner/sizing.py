@@ -39,11 +39,11 @@ class Sizes(NamedTuple):
 def pool_blocks(
     anatomy: Anatomy,
     memory: PagedMemory,
-    max_running: int,
+    max_num_seqs: int,
     max_length: int | None,
     max_chunk: int | None = None,
 ) -> Sizes:
-    """Blocks for the bounds of `memory`; without one, for `max_running` rows of `max_length`
+    """Blocks for the bounds of `memory`; without one, for `max_num_seqs` rows of `max_length`
     tokens, as far as half of the host's free memory, or nine tenths of the device's, allow. O(1).
 
     Raises: `ValueError` for bounds in which not one fits, `KVPagerError` for such a device.
@@ -63,7 +63,7 @@ def pool_blocks(
         device = _free_bytes(anatomy.device) // size
         if max_length is not None:
             longest = blocks_for(max_length, memory.block_size, anatomy.windows, max_chunk)
-            device = min(device, max_running * longest)
+            device = min(device, max_num_seqs * longest)
     host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
     if device < least:
         raise KVPagerError(

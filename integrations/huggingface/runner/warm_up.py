@@ -20,19 +20,19 @@ _SHORT = 8  # tokens of rows that are too short to be split
 _ROWS = 4
 
 
-def warm_up(runner: Runner, max_batch_tokens: int, max_running: int) -> None:
+def warm_up(runner: Runner, max_batch_tokens: int, max_num_seqs: int) -> None:
     """Compute a step of every shape. Overwrites the first blocks, which no request may hold yet."""
-    for plan in warm_up_steps(runner, max_batch_tokens, max_running):
+    for plan in warm_up_steps(runner, max_batch_tokens, max_num_seqs):
         runner.run(plan, {sample: [0] for sample in plan.samples.tolist()})
         runner.forget(plan.samples)
 
 
-def warm_up_steps(runner: Runner, max_batch_tokens: int, max_running: int) -> Iterator[StepPlan]:
+def warm_up_steps(runner: Runner, max_batch_tokens: int, max_num_seqs: int) -> Iterator[StepPlan]:
     """Yield the steps: copies of blocks, decoding, prompts, and both at once."""
     storage, longest = runner.storage, runner.anatomy.max_length or 2**15
     begins_in_cache = not runner.anatomy.has_state  # a state is not in the blocks
     room = min(longest, storage.num_blocks * storage.block_size)
-    few = min(_ROWS, max_running, max_batch_tokens)
+    few = min(_ROWS, max_num_seqs, max_batch_tokens)
     prompt = min(max_batch_tokens - few + 1, room)
     yield from _copies(runner)
     yield _step(runner, [(0, prompt)])

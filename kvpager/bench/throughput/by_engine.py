@@ -51,7 +51,7 @@ class EngineSystem:
                 host_memory=options.host_memory,
                 block_size=options.block_size,
                 max_batch_tokens=options.max_batch_tokens,
-                max_running=options.max_running,
+                max_num_seqs=options.max_num_seqs,
                 prefix_cache=options.prefix_cache,
                 # Weights do not change while they are measured: they may be packed.
                 compile={"options": {"freezing": True}} if compiled else False,

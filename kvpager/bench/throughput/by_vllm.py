@@ -111,7 +111,7 @@ def _settings(folder: Path, options: Options, workload: Workload, eager: bool) -
         "skip_tokenizer_init": True,
         "enforce_eager": eager,
         "max_model_len": workload.longest,
-        "max_num_seqs": options.max_running,
+        "max_num_seqs": options.max_num_seqs,
         "enable_prefix_caching": options.prefix_cache,
         "disable_log_stats": False,  # its metrics are read
     }

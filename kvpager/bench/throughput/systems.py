@@ -44,7 +44,7 @@ class Options:
         memory: bytes of the pool of keys and values; None: what all requests together could need.
         host_memory: bytes of host memory to swap to.
         block_size: token slots of a block of kvpager's; others have their own default.
-        max_running: the most rows at a time.
+        max_num_seqs: the most rows at a time.
         max_batch_tokens: the most tokens of a step of kvpager and of `generate_batch`.
         prefix_cache: reuse what prompts have in common.
         batch: rows of a padded batch of `generate-rows`.
@@ -56,7 +56,7 @@ class Options:
     memory: int | str | None = None
     host_memory: int | str | None = None
     block_size: int = 16
-    max_running: int = 256
+    max_num_seqs: int = 256
     max_batch_tokens: int = 1024
     prefix_cache: bool = True
     batch: int | None = None
@@ -69,7 +69,7 @@ class Options:
         arguments.parse_memory(self.memory)
         arguments.parse_memory(self.host_memory, "host_memory")
         arguments.block_size(self.block_size)
-        arguments.count("max_running", self.max_running, at_least=1)
+        arguments.count("max_num_seqs", self.max_num_seqs, at_least=1)
         arguments.count("max_batch_tokens", self.max_batch_tokens, at_least=1)
         for name in ("batch", "threads"):
             value = getattr(self, name)

@@ -331,7 +331,7 @@ def test_an_output_that_an_interrupt_keeps_from_its_reader_can_be_taken(model) -
 
 def test_an_interrupted_engine_serves_the_next_call(model) -> None:
     prompts = [[5, 9, 14, 20, 21, 22, 23], [3, 6, 9]]
-    with kvpager.Engine(model, block_size=4, max_running=4) as engine:
+    with kvpager.Engine(model, block_size=4, max_num_seqs=4) as engine:
 
         def generate(moment: contextlib.AbstractContextManager[Any]) -> list[list[int]]:
             with moment:

@@ -118,10 +118,10 @@ def test_settings_with_a_meaning_are_mapped(
     llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = options_of(made(llama, max_batch_tokens=99, max_requests_per_batch=7))
-    assert (found["max_batch_tokens"], found["max_running"]) == (99, 7)
+    assert (found["max_batch_tokens"], found["max_num_seqs"]) == (99, 7)
     assert options_of(made(llama))["prefix_cache"] is True
     assert options_of(made(llama, allow_block_sharing=False))["prefix_cache"] is False
-    assert made(llama, max_queue_size=5)._options.max_waiting == 5
+    assert made(llama, max_queue_size=5)._options.max_queue_size == 5
     assert options_of(made(llama, default_compile_level=1))["compile"] is True
     assert options_of(made(llama))["compile"] is False
     assert options_of(made(llama, {"kv_dtype": "int8"}))["kv_dtype"] == "int8"

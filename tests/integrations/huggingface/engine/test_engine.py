@@ -560,8 +560,8 @@ def test_lengths_of_many_kinds_leave_nothing_behind(llama):
         ({"prefix_cache": "no"}, TypeError),
         ({"costs": 3.0}, TypeError),
         ({"on_step": 3}, TypeError),
-        ({"max_running": True}, TypeError),
-        ({"max_running": 0}, ValueError),
+        ({"max_num_seqs": True}, TypeError),
+        ({"max_num_seqs": 0}, ValueError),
         ({"max_batch_tokens": "24"}, TypeError),
         ({"memory": True}, TypeError),
         ({"max_length": True}, TypeError),
@@ -571,7 +571,7 @@ def test_lengths_of_many_kinds_leave_nothing_behind(llama):
         ({"compile": {"options": {"triton.cudagraphs": True}}}, ValueError),
         ({"compile": {"backend": "cudagraphs"}}, ValueError),
         ({"max_length": 10**9}, ValueError),
-        ({"max_waiting": 0}, ValueError),
+        ({"max_queue_size": 0}, ValueError),
         ({"order": "none"}, ValueError),
         ({"kv_dtype": ["int8"]}, ValueError),
     ],
@@ -772,10 +772,10 @@ def test_an_engine_refuses_bounds_without_room_for_a_block_as_a_patch_does(optio
 
 def test_settings_come_as_one_object_with_single_ones_in_their_place() -> None:
     model = tiny_models.tiny_model("llama")
-    config = EngineConfig(memory="1MiB", max_running=4, order="fair")
-    with Engine(model, config, max_running=2) as engine:
-        assert (engine.config.max_running, engine.config.order) == (2, "fair")
-        assert config.max_running == 4
+    config = EngineConfig(memory="1MiB", max_num_seqs=4, order="fair")
+    with Engine(model, config, max_num_seqs=2) as engine:
+        assert (engine.config.max_num_seqs, engine.config.order) == (2, "fair")
+        assert config.max_num_seqs == 4
         assert len(engine.generate([[5, 6, 7]], max_new_tokens=3)) == 1
 
 

@@ -866,7 +866,7 @@ def test_an_engine_notices_an_uncounted_write_while_requests_wait() -> None:
             weight.data.copy_(new)  # which torch does not count
 
     do = BetweenSteps(write)
-    with kvpager.Engine(model, memory="8MiB", max_running=1, on_step=do) as engine:
+    with kvpager.Engine(model, memory="8MiB", max_num_seqs=1, on_step=do) as engine:
         streams = [
             engine.submit(PROMPT, **GREEDY),  # computed before the write, in part
             engine.submit(PROMPT, **GREEDY),
