@@ -115,11 +115,11 @@ def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:
     return np.broadcast_to(numbers.astype(np.int64), (num_sequences,))
 
 
-def swap(to: object, at_most: int | None, spare: int) -> tuple[int | None, int]:
+def swap(to: object, at_most: int | None, reserve: int) -> tuple[int | None, int]:
     """Return the bounds of a swap as plain numbers. Raises: `ValueError`, `TypeError`. O(1)."""
     if not isinstance(to, str) or to not in ("device", "host"):
         raise ValueError(f'swap to {to!r}: expected "device" or "host"')
-    return None if at_most is None else count("at_most", at_most), count("spare", spare)
+    return None if at_most is None else count("at_most", at_most), count("reserve", reserve)
 
 
 def label(name: str, value: str | None) -> None:

@@ -24,15 +24,15 @@ class Allocation:
     def __init__(self, state: BlockState) -> None:
         self._state = state
 
-    def begin(self, who: Prompt, length: int, ids: Int32 | None, spare: int) -> Sequence:
+    def begin(self, who: Prompt, length: int, ids: Int32 | None, reserve: int) -> Sequence:
         """Begin a sequence of `length` tokens. O(tokens). Raises: `OutOfBlocks`."""
         state, match = self._state, _NO_MATCH
         if ids is not None:
             match = state.index.match(who.tree, ids[: max(length - 1, 0)], who.contents)
         owners = state.owners([who], [-(-length // state.block_size) - len(match.blocks)])
         state.refuse_over_quota(owners)
-        if spare:
-            self._refuse_without_spare(length, match.blocks, spare)
+        if reserve:
+            self._refuse_without_reserve(length, match.blocks, reserve)
         handle = self._new_row(who, length, ids, match, owners)
         if ids is not None:
             row, shared = handle._row, match.blocks
@@ -78,11 +78,11 @@ class Allocation:
             state.write_ids(fresh, ids[len(shared) * size :])
         return handle
 
-    def _refuse_without_spare(self, length: int, shared: Int32, spare: int) -> None:
-        """Refuse a prompt that would leave fewer than `spare` blocks that can be had."""
+    def _refuse_without_reserve(self, length: int, shared: Int32, reserve: int) -> None:
+        """Refuse a prompt that would leave fewer than `reserve` blocks that can be had."""
         pool = self._state.pool
         idle = int(np.count_nonzero((pool.refs[shared] == 0) & (pool.holds[shared] == 0)))
-        need = -(-length // self._state.block_size) - len(shared) + idle + spare
+        need = -(-length // self._state.block_size) - len(shared) + idle + reserve
         if need > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
 

@@ -109,7 +109,7 @@ class BlockManager:
         namespace: str | None = None,
         adapter: str | None = None,
         contents: Iterable[tuple[int, int, bytes]] = (),
-        spare: int = 0,
+        reserve: int = 0,
     ) -> Sequence:
         """Begin a sequence of `prompt` tokens. O(tokens).
 
@@ -119,7 +119,7 @@ class BlockManager:
             adapter: which fine-tuned weights compute the KV.
             contents: what stands behind placeholder tokens, such as images: (first token, token
                 after the last, digest). Blocks that overlap one are reused only where it is equal.
-            spare: leave at least so many blocks that can be had afterwards, or raise.
+            reserve: leave at least so many blocks that can be had afterwards, or raise.
 
         The handle's `num_cached_tokens` leading tokens need no computing; at least the last token
         always does, because its logits are what the caller is after. Where the match ends inside
@@ -129,10 +129,10 @@ class BlockManager:
         """
         length, ids = arguments.prompt(prompt)
         who = identity(namespace, adapter, contents, length)
-        spare = arguments.count("spare", spare)
+        reserve = arguments.count("reserve", reserve)
         state = self._state
         with state.lock, state.change:
-            return self._allocation.begin(who, length, ids, spare)
+            return self._allocation.begin(who, length, ids, reserve)
 
     @overload
     def match_prefix(
@@ -304,7 +304,7 @@ class BlockManager:
     # ---------------------------------------------------------------- swap
 
     def swap(
-        self, sequences: Target, to: Tier, *, at_most: int | None = None, spare: int = 0
+        self, sequences: Target, to: Tier, *, at_most: int | None = None, reserve: int = 0
     ) -> Plan:
         """Move blocks to the `"host"` tier, or back to the `"device"`. O(blocks of swapped ones).
 
@@ -316,18 +316,18 @@ class BlockManager:
         Args:
             at_most: move no more blocks than this: out, the furthest from the front first; in, the
                 nearest. The sequence counts as swapped until it has all its blocks back.
-            spare: in, leave at least so many blocks that can be had afterwards, or raise.
+            reserve: in, leave at least so many blocks that can be had afterwards, or raise.
 
         Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `SequenceSwapped` for one
         that is wholly on the host already, `ValueError`.
         """
-        at_most, spare = arguments.swap(to, at_most, spare)
+        at_most, reserve = arguments.swap(to, at_most, reserve)
         named = listed(sequences)
         state = self._state
         with state.lock, state.change:
             rows = state.resolve(named).tolist()
             swap = self._swap
-            return swap.out(rows, at_most) if to == "host" else swap.back(rows, at_most, spare)
+            return swap.out(rows, at_most) if to == "host" else swap.back(rows, at_most, reserve)
 
     def victims(self, sequences: Target, need: int) -> list[Sequence]:
         """Return the first of `sequences`, least important first, that free `need` blocks.

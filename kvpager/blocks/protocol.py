@@ -97,7 +97,7 @@ class CacheManager(Protocol):
         namespace: str | None = None,
         adapter: str | None = None,
         contents: Iterable[tuple[int, int, bytes]] = (),
-        spare: int = 0,
+        reserve: int = 0,
     ) -> Sequence:
         """Begin a sequence."""
 
@@ -136,7 +136,7 @@ class CacheManager(Protocol):
         """Keep the first tokens."""
 
     def swap(
-        self, sequences: Target, to: Tier, *, at_most: int | None = None, spare: int = 0
+        self, sequences: Target, to: Tier, *, at_most: int | None = None, reserve: int = 0
     ) -> Plan:
         """Move blocks between the tiers."""
 

@@ -58,10 +58,10 @@ class Swap:
         state.totals["out"] += need
         return plan
 
-    def back(self, rows: list[int], at_most: int | None, spare: int) -> Plan:
+    def back(self, rows: list[int], at_most: int | None, reserve: int) -> Plan:
         """Move what `rows` have on the host to the device. O(their blocks).
 
-        Raises: `OutOfBlocks` where fewer than `spare` blocks would be left.
+        Raises: `OutOfBlocks` where fewer than `reserve` blocks would be left.
         """
         state, table = self._state, self._state.rows
         rows = [row for row in rows if table.swapped[row]]
@@ -69,7 +69,7 @@ class Swap:
         need = len(leaving.blocks)
         owners = _owners(table, rows, leaving, state.accounts) if state.accounts.limits else None
         state.refuse_over_quota(owners)
-        state.refuse_beyond_pool(need + spare)
+        state.refuse_beyond_pool(need + reserve)
         copies = np.empty((need, 2), np.int32)
         plan = Plan(copies, "host", "device", state.fences.ticket(copies))
         copies[:, 0], copies[:, 1] = leaving.blocks, state.take(need, owners)

@@ -204,10 +204,10 @@ class AdmissionPolicy:
         """
         if not self._table.running:
             return 0
-        spare = int(np.ceil(self.watermark * self._num_usable))
+        reserve = int(np.ceil(self.watermark * self._num_usable))
         if state.status is Status.WAITING:
-            return spare
-        return max(spare, self._table.count_rows()) + len(state.seq_ids)
+            return reserve
+        return max(reserve, self._table.count_rows()) + len(state.seq_ids)
 
     # ---------------------------------------------------------------- shared beginnings
 

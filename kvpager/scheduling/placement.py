@@ -152,14 +152,14 @@ class Placement:
         handles = self._manager.fork(self._sequences.handle(parent), times)
         return self._table.fork(parent, handles)
 
-    def swap_in(self, state: RequestState, spare: int) -> Plan:
-        """Bring a swapped request back; leave `spare` blocks. O(blocks). Raises `OutOfBlocks`."""
-        plan = self._manager.swap(self.handles(state), "device", spare=spare)
+    def swap_in(self, state: RequestState, reserve: int) -> Plan:
+        """Bring a swapped request back; leave `reserve` blocks. O(blocks). Raises `OutOfBlocks`."""
+        plan = self._manager.swap(self.handles(state), "device", reserve=reserve)
         self._table.enter(state)
         return plan
 
-    def begin(self, state: RequestState, spare: int) -> Int32:
-        """Give a waiting or dropped request room for all its known tokens; leave `spare` blocks.
+    def begin(self, state: RequestState, reserve: int) -> Int32:
+        """Give a waiting or dropped request room for all its known tokens; leave `reserve` blocks.
 
         Its rows share the blocks that all their tokens are equal in. Each row is forked off the
         earlier one that it has most in common with, at the last block boundary, and waits until
@@ -168,12 +168,12 @@ class Placement:
         """
         branches = [self._branch(state, at) for at in range(1, len(state.seq_ids))]
         try:
-            made = self._make(state, spare, branches, by_index=self._by_ids)
+            made = self._make(state, reserve, branches, by_index=self._by_ids)
         except OutOfBlocks:
             if not branches or not self._by_ids:
                 raise
             # What the index has of one row may take a block more than sharing with another does.
-            made = self._make(state, spare, branches, by_index=False)
+            made = self._make(state, reserve, branches, by_index=False)
         sequences, numbers = self._sequences, state.seq_ids
         for number, handle in zip(numbers, made, strict=True):
             sequences.assign(number, handle)
@@ -184,10 +184,10 @@ class Placement:
         return np.concatenate([handle.copies for handle in made])
 
     def _make(
-        self, state: RequestState, spare: int, branches: list[_Branch], *, by_index: bool
+        self, state: RequestState, reserve: int, branches: list[_Branch], *, by_index: bool
     ) -> list[Sequence]:
         more = sum(branch.num_blocks for branch in branches)
-        made = [self._allocate(state.seq_ids[0], spare + more)]
+        made = [self._allocate(state.seq_ids[0], reserve + more)]
         try:
             for number, branch in zip(state.seq_ids[1:], branches, strict=True):
                 if not branch.start or (by_index and self._is_cached(number, branch.start)):
@@ -220,11 +220,11 @@ class Placement:
         cached = self._manager.match_prefix(ids, namespace=namespace, adapter=adapter)
         return cached > start
 
-    def _allocate(self, number: int, spare: int) -> Sequence:
+    def _allocate(self, number: int, reserve: int) -> Sequence:
         namespace, adapter = self._sequences.owner(number).identity
         length = self._sequences.num_known(number)
         prompt = self._sequences.tokens(number, 0, length) if self._by_ids else length
-        return self._manager.allocate(prompt, namespace=namespace, adapter=adapter, spare=spare)
+        return self._manager.allocate(prompt, namespace=namespace, adapter=adapter, reserve=reserve)
 
     def _fork_at(self, number: int, parent: Sequence, start: int) -> Sequence:
         """Return blocks that are those of `parent` up to token `start`, and others from there."""

@@ -782,7 +782,7 @@ def test_a_refusal_by_a_quota_names_the_namespace_even_if_the_pool_is_full() -> 
     for call in (
         lambda: manager.append(held, 4),
         lambda: manager.allocate(4, namespace="acme"),
-        lambda: manager.allocate(4, namespace="acme", spare=1),
+        lambda: manager.allocate(4, namespace="acme", reserve=1),
     ):
         with pytest.raises(OutOfQuota, match="'acme' may have 2 blocks") as caught:
             call()

@@ -158,12 +158,12 @@ class Groups(RuleBasedStateMachine):
         ids = [*content.tokens[: max(len(content) - cut, 0)], *range(more)]
         return self.allocate(ids, content.namespace)
 
-    @rule(target=rows, count=st.integers(1, 20), spare=st.integers(0, 3))
-    def allocate_unknown(self, count: int, spare: int) -> Any:
-        handle = self.attempt(self.manager.allocate, count, spare=spare)
+    @rule(target=rows, count=st.integers(1, 20), reserve=st.integers(0, 3))
+    def allocate_unknown(self, count: int, reserve: int) -> Any:
+        handle = self.attempt(self.manager.allocate, count, reserve=reserve)
         if handle is None:
             return None
-        assert self.manager.num_available_blocks >= spare
+        assert self.manager.num_available_blocks >= reserve
         return self.begin(handle, Content(None, self.new_tokens(count)), known=False)
 
     @rule(row=rows, count=st.integers(1, 9))

@@ -525,9 +525,9 @@ def test_a_swap_leaves_the_blocks_that_are_to_be_spared(manager: BlockManager) -
     manager.allocate(8 * BLOCK_SIZE)
     before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="need 9 device blocks, 8 free"):
-        manager.swap(sequence, "device", spare=4)
+        manager.swap(sequence, "device", reserve=4)
     assert same_state(state_of(manager), before)
-    manager.swap(sequence, "device", spare=3)
+    manager.swap(sequence, "device", reserve=3)
     assert manager.num_available_blocks == 3
 
 
@@ -538,8 +538,10 @@ def test_allocate_leaves_the_blocks_that_are_to_be_spared(manager: BlockManager)
     assert (manager.num_free_blocks, manager.num_available_blocks) == (2, 6)
     before = state_of(manager)
     with pytest.raises(OutOfBlocks, match="need 7 device blocks"):
-        manager.allocate([*ids, 1], spare=2)  # four cached blocks are no room any more, one is new
+        manager.allocate(
+            [*ids, 1], reserve=2
+        )  # four cached blocks are no room any more, one is new
     assert same_state(state_of(manager), before)
-    assert manager.allocate([*ids, 1], spare=1).num_cached_tokens == 4 * BLOCK_SIZE
+    assert manager.allocate([*ids, 1], reserve=1).num_cached_tokens == 4 * BLOCK_SIZE
     manager.free(held)
     manager.check()

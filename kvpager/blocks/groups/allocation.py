@@ -31,7 +31,7 @@ class GroupAllocation:
         rooms: list[int],
         ids: Int32 | None,
         hit: Hit,
-        spare: int,
+        reserve: int,
     ) -> Sequence:
         """Begin a sequence that has room for `rooms` tokens in each group. O(tokens * groups).
 
@@ -42,7 +42,7 @@ class GroupAllocation:
         shared = np.concatenate([held.blocks for held in hit.held])
         owners = state.owners(who, counts)
         state.refuse_over_quota(owners)
-        self._refuse_without_spare(sum(counts), shared, spare)
+        self._refuse_without_reserve(sum(counts), shared, reserve)
         self._table.reserve(1)
         state.reserve(hit.num_blocks + max(counts), len(who))
         [handle] = self._table.handles(1, hit.num_blocks * size)
@@ -80,11 +80,11 @@ class GroupAllocation:
             state.write_ids(fresh, ids[start:room])
         return row
 
-    def _refuse_without_spare(self, need: int, shared: Int32, spare: int) -> None:
-        """Refuse what can never be had, or would leave fewer than `spare` blocks."""
+    def _refuse_without_reserve(self, need: int, shared: Int32, reserve: int) -> None:
+        """Refuse what can never be had, or would leave fewer than `reserve` blocks."""
         pool = self._state.pool
-        if spare:
-            need += spare + int(np.count_nonzero(pool.refs[shared] == 0))
+        if reserve:
+            need += reserve + int(np.count_nonzero(pool.refs[shared] == 0))
         if need > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
 

@@ -131,7 +131,7 @@ class GroupedManager:
         namespace: str | None = None,
         adapter: str | None = None,
         contents: Iterable[tuple[int, int, bytes]] = (),
-        spare: int = 0,
+        reserve: int = 0,
     ) -> Sequence:
         """Begin a sequence of `prompt` tokens, as `BlockManager.allocate`. O(tokens * groups).
 
@@ -141,13 +141,13 @@ class GroupedManager:
         """
         length, ids = arguments.prompt(prompt)
         who = self._identities(namespace, adapter, contents, length)
-        spare = arguments.count("spare", spare)
+        reserve = arguments.count("reserve", reserve)
         with self._state.lock, self._state.change:
             hit = self._index.nothing()
             if ids is not None:
                 hit = self._index.match(who, ids[: max(length - 1, 0)])
             rooms = self._extension.rooms(hit.num_blocks * self.block_size, length)
-            return self._allocation.begin(who, length, rooms, ids, hit, spare)
+            return self._allocation.begin(who, length, rooms, ids, hit, reserve)
 
     def _identities(
         self,
@@ -334,20 +334,20 @@ class GroupedManager:
     # ---------------------------------------------------------------- swap
 
     def swap(
-        self, sequences: Target, to: Tier, *, at_most: int | None = None, spare: int = 0
+        self, sequences: Target, to: Tier, *, at_most: int | None = None, reserve: int = 0
     ) -> Plan:
         """Move the blocks of all groups between tiers, as `BlockManager.swap`. O(blocks).
 
         Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `SequenceSwapped` for a
         sequence that is wholly on the host already, `ValueError`.
         """
-        at_most, spare = arguments.swap(to, at_most, spare)
+        at_most, reserve = arguments.swap(to, at_most, reserve)
         named = listed(sequences)
         state, table = self._state, self._table
         with state.lock, state.change:
             names = table.resolve(named)
             if to == "device":
-                return self._swap.back(table.rows[:, names].ravel().tolist(), at_most, spare)
+                return self._swap.back(table.rows[:, names].ravel().tolist(), at_most, reserve)
             return self._swap.out(table.swappable(names), at_most)
 
     # ---------------------------------------------------------------- handles and tables
