@@ -197,7 +197,7 @@ def prefill(rig: Rig) -> None:
         heads = pool.query.shape[1]
         pool.query = torch.randn(rows * new, heads, pool.head_dim, device=rig.device).bfloat16()
         starts = torch.arange(rows + 1, dtype=torch.int32, device=rig.device) * new
-        works = {"kvpager": pool.calls(query_starts=starts)}
+        works = {"kvpager": pool.calls(cu_seqlens_q=starts)}
         found = works["kvpager"][0]()
         if prefix:
             # Torch has no one call for this.

@@ -43,7 +43,7 @@ def _check_prefill(pool: Pool, case: str, new: int) -> None:
     tensors = (pool.query, *pool.storage.layer(0))
     args = AttentionArgs(pool.tables, pool.kv_lens, starts)
     expected = reference.paged_attention(*tensors, args, scales=pool.storage.scales(0))
-    require_close(case, pool.call(0, query_starts=starts)(), expected)
+    require_close(case, pool.call(0, cu_seqlens_q=starts)(), expected)
 
 
 def engine(rig: Rig) -> None:

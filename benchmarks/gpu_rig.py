@@ -205,19 +205,19 @@ class Pool:
             for scale in self.storage.scales(layer) or ():
                 scale.uniform_(0.02, 0.03)
 
-    def calls(self, *, share: bool = True, query_starts: Tensor | None = None) -> list[Call]:
+    def calls(self, *, share: bool = True, cu_seqlens_q: Tensor | None = None) -> list[Call]:
         """Attention in each layer, planned before the clock starts where the kernel has plans."""
-        return [self.call(layer, share, query_starts) for layer in range(self.num_layers)]
+        return [self.call(layer, share, cu_seqlens_q) for layer in range(self.num_layers)]
 
-    def call(self, layer: int, share: bool = True, query_starts: Tensor | None = None) -> Call:
+    def call(self, layer: int, share: bool = True, cu_seqlens_q: Tensor | None = None) -> Call:
         """Attention in one layer."""
         caches, scales = self.storage.layer(layer), self.storage.scales(layer)
         tensors = (self.query, *caches, self.tables, self.kv_lens)
         if not planned(self.rig.device):
-            return partial(paged_attention, *tensors, query_starts, scales=scales)
+            return partial(paged_attention, *tensors, cu_seqlens_q, scales=scales)
         from kvpager.kernels.gpu.attention import attend, plan_attention
 
-        args = AttentionArgs(self.tables, self.kv_lens, query_starts)
+        args = AttentionArgs(self.tables, self.kv_lens, cu_seqlens_q)
         plan = plan_attention(self.query, *caches, args, share=share)
         return partial(attend, self.query, *caches, args, plan, scales=scales)
 

@@ -129,24 +129,24 @@ def require_lengths(kv_lens: Tensor, room: int) -> None:
 
 
 def wrong_start(row: int, start: int, tokens: int) -> ValueError:
-    """The error for query starts that do not rise from 0 to `tokens`."""
+    """The error for `cu_seqlens_q` that do not rise from 0 to `tokens`."""
     return ValueError(
-        f"query_starts reaches {start} at row {row}; it has to rise from 0 to the {tokens} tokens "
+        f"cu_seqlens_q reaches {start} at row {row}; it has to rise from 0 to the {tokens} tokens "
         "of query"
     )
 
 
-def require_starts(query_starts: Tensor, tokens: int) -> None:
+def require_starts(cu_seqlens_q: Tensor, tokens: int) -> None:
     """`ValueError` unless they rise from 0 to `tokens`, on a CPU, where nobody waits. O(rows)."""
-    if query_starts.device.type != "cpu":
+    if cu_seqlens_q.device.type != "cpu":
         return
     last = 0
-    for row, start in enumerate(query_starts.tolist()):
+    for row, start in enumerate(cu_seqlens_q.tolist()):
         if start < last or start > tokens or (row == 0 and start != 0):
             raise wrong_start(row, start, tokens)
         last = start
     if last != tokens:
-        raise wrong_start(len(query_starts) - 1, last, tokens)
+        raise wrong_start(len(cu_seqlens_q) - 1, last, tokens)
 
 
 def require_caches(

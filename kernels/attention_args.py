@@ -40,7 +40,7 @@ class AttentionArgs:
 
     block_tables: Tensor
     kv_lens: Tensor
-    query_starts: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
     scale: float | None = None
     causal: bool = True
     window: int | None = None
@@ -52,15 +52,15 @@ class AttentionArgs:
     def __post_init__(self) -> None:
         require_tensors(block_tables=self.block_tables, kv_lens=self.kv_lens)
         rows = require_rows(self.block_tables, self.kv_lens)
-        if self.query_starts is not None:
-            _require_row_numbers("query_starts", self.query_starts, rows + 1, "[rows + 1]")
+        if self.cu_seqlens_q is not None:
+            _require_row_numbers("cu_seqlens_q", self.cu_seqlens_q, rows + 1, "[rows + 1]")
         if self.kv_starts is not None:
             _require_row_numbers("kv_starts", self.kv_starts, rows, "[rows]")
         _require_options(self.scale, self.causal, self.window, self.softcap)
         if self.mask is not None:
             _require_mask(self.mask)
         if self.host_rows is not None:
-            self.host_rows.require_fit(self.block_tables, self.kv_lens, self.query_starts)
+            self.host_rows.require_fit(self.block_tables, self.kv_lens, self.cu_seqlens_q)
 
     def require_layer(
         self,
@@ -75,10 +75,10 @@ class AttentionArgs:
         require_caches(key_cache, value_cache, scales)
         _require_query(query, key_cache, quantised=scales is not None)
         rows, query_heads = len(self.block_tables), query.shape[1]
-        if self.query_starts is None and len(query) != rows:
+        if self.cu_seqlens_q is None and len(query) != rows:
             raise ValueError(
                 f"query has {len(query)} tokens for {rows} rows; "
-                "pass query_starts unless every row has one"
+                "pass cu_seqlens_q unless every row has one"
             )
         if sinks is not None:
             require_tensors(sinks=sinks)
@@ -101,7 +101,7 @@ class AttentionArgs:
             query=query,
             block_tables=self.block_tables,
             kv_lens=self.kv_lens,
-            query_starts=self.query_starts,
+            cu_seqlens_q=self.cu_seqlens_q,
             kv_starts=self.kv_starts,
             sinks=sinks,
             mask=mask,

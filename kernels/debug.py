@@ -43,9 +43,9 @@ def check_slots(slots: Tensor, key_cache: Tensor) -> None:
 def check_attention(query: Tensor, key_cache: Tensor, args: AttentionArgs) -> None:
     """`ValueError` for values of `args` that lead outside of query or cache. O(table entries)."""
     rows = args.block_tables, args.kv_lens
-    check_host_rows(args.host_rows, *rows, args.query_starts, key_cache.shape[1])
+    check_host_rows(args.host_rows, *rows, args.cu_seqlens_q, key_cache.shape[1])
     check_rows(*rows, key_cache)
-    check_queries(query, args.query_starts, args.mask)
+    check_queries(query, args.cu_seqlens_q, args.mask)
     check_kv_starts(args.kv_starts)
 
 
@@ -68,15 +68,15 @@ def check_host_rows(
     rows: HostRows | None,
     block_tables: Tensor,
     kv_lens: Tensor,
-    query_starts: Tensor | None,
+    cu_seqlens_q: Tensor | None,
     block_size: int,
 ) -> None:
     """Check that `host_rows` has the values of the tensors. O(entries). Raises: `ValueError`."""
     if rows is None:
         return
     pairs = {"kv_lens": (kv_lens, rows.kv_lens), "block_tables": (block_tables, rows.tables)}
-    if query_starts is not None and rows.query_starts is not None:
-        pairs["query_starts"] = (query_starts, rows.query_starts)
+    if cu_seqlens_q is not None and rows.cu_seqlens_q is not None:
+        pairs["cu_seqlens_q"] = (cu_seqlens_q, rows.cu_seqlens_q)
     for name, (tensor, array) in pairs.items():
         found = tensor.cpu()
         wrong = found != torch.from_numpy(array)
@@ -87,19 +87,19 @@ def check_host_rows(
         _refuse(name, found, wrong, "host_rows has another value there")
 
 
-def check_queries(query: Tensor, query_starts: Tensor | None, mask: Tensor | None) -> None:
-    """`ValueError` unless `query_starts` rises from 0 to the tokens there are. O(rows)."""
-    if query_starts is None:
+def check_queries(query: Tensor, cu_seqlens_q: Tensor | None, mask: Tensor | None) -> None:
+    """`ValueError` unless `cu_seqlens_q` rises from 0 to the tokens there are. O(rows)."""
+    if cu_seqlens_q is None:
         return
     tokens = query.shape[0]
-    wrong = torch.zeros_like(query_starts, dtype=torch.bool)
-    wrong[0] |= query_starts[0] != 0
-    wrong[-1] |= query_starts[-1] != tokens
+    wrong = torch.zeros_like(cu_seqlens_q, dtype=torch.bool)
+    wrong[0] |= cu_seqlens_q[0] != 0
+    wrong[-1] |= cu_seqlens_q[-1] != tokens
     bound = f"it has to rise from 0 to the {tokens} tokens of query"
-    _refuse("query_starts", query_starts, wrong, bound)
-    wrong[1:] = query_starts.diff() < 0
-    _refuse("query_starts", query_starts, wrong, "it must not fall from one row to the next")
-    longest = int(query_starts.diff().max()) if len(query_starts) > 1 else 0
+    _refuse("cu_seqlens_q", cu_seqlens_q, wrong, bound)
+    wrong[1:] = cu_seqlens_q.diff() < 0
+    _refuse("cu_seqlens_q", cu_seqlens_q, wrong, "it must not fall from one row to the next")
+    longest = int(cu_seqlens_q.diff().max()) if len(cu_seqlens_q) > 1 else 0
     if mask is not None and mask.shape[2] < longest:
         raise ValueError(
             f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"

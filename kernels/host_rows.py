@@ -15,24 +15,24 @@ _Plan = TypeVar("_Plan")
 
 
 class HostRows:
-    """Block tables, lengths and query starts of one step as NumPy arrays, and plans made from them.
+    """Block tables, lengths and `cu_seqlens_q` of one step in NumPy, and plans made from them.
 
     Every layer of a step gets the same object beside tensors of the same values. A GPU kernel then
     plans once for all layers of one shape and never waits for the device. Make a new object for
     every step: the arrays must not change, and they are not copied.
 
-    `tables` is int32 [rows, blocks], `kv_lens` [rows], and `query_starts` [rows + 1] or None where
+    `tables` is int32 [rows, blocks], `kv_lens` [rows], and `cu_seqlens_q` [rows + 1] or None where
     every row has one query, as `paged_attention` takes them.
     """
 
-    __slots__ = ("_plans", "_with_queries", "kv_lens", "query_starts", "tables")
+    __slots__ = ("_plans", "_with_queries", "cu_seqlens_q", "kv_lens", "tables")
 
     def __init__(
-        self, tables: NDArray[np.int32], kv_lens: Ints, query_starts: Ints | None = None
+        self, tables: NDArray[np.int32], kv_lens: Ints, cu_seqlens_q: Ints | None = None
     ) -> None:
         self.tables = tables
         self.kv_lens = kv_lens
-        self.query_starts = query_starts
+        self.cu_seqlens_q = cu_seqlens_q
         self._plans: dict[Hashable, object] = {}
         self._with_queries: dict[int, HostRows] = {}
 
@@ -42,7 +42,7 @@ class HostRows:
 
     def with_queries(self, count: int) -> HostRows:
         """Return the same rows with `count` queries each, always the same object. O(rows)."""
-        if count == 1 and self.query_starts is None:
+        if count == 1 and self.cu_seqlens_q is None:
             return self
         found = self._with_queries.get(count)
         if found is None:
@@ -58,11 +58,11 @@ class HostRows:
         return found  # type: ignore[return-value]
 
     def require_fit(
-        self, block_tables: Tensor, kv_lens: Tensor, query_starts: Tensor | None
+        self, block_tables: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor | None
     ) -> None:
         """Check that the arrays have the shapes of the tensors. O(1). Raises: `ValueError`."""
-        tensors = {"block_tables": block_tables, "kv_lens": kv_lens, "query_starts": query_starts}
-        arrays = (self.tables, self.kv_lens, self.query_starts)
+        tensors = {"block_tables": block_tables, "kv_lens": kv_lens, "cu_seqlens_q": cu_seqlens_q}
+        arrays = (self.tables, self.kv_lens, self.cu_seqlens_q)
         for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
             theirs = None if tensor is None else tuple(tensor.shape)
             ours = None if array is None else array.shape

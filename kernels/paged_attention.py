@@ -18,7 +18,7 @@ def paged_attention(
     value_cache: Tensor,
     block_tables: Tensor,
     kv_lens: Tensor,
-    query_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -45,8 +45,8 @@ def paged_attention(
     - `block_tables` int32 [rows, max_blocks]; -1 is no block, and its tokens are seen by nobody.
       Entries past a row's last token are not looked at.
     - `kv_lens` int32 or int64 [rows]: tokens of each row in the cache, its queries' own included.
-    - `query_starts` int32 or int64 [rows + 1]: row r has the queries `query_starts[r]` to
-      `query_starts[r + 1]`. Leave it out when every row has one query (decode).
+    - `cu_seqlens_q` int32 or int64 [rows + 1]: row r has the queries `cu_seqlens_q[r]` to
+      `cu_seqlens_q[r + 1]`. Leave it out when every row has one query (decode).
 
     A row's queries are its last tokens: query i of n stands at position `kv_len - n + i`. A query
     that may see nothing gives 0; so does a causal one at a negative position (left padding).
@@ -66,20 +66,20 @@ def paged_attention(
     - `kv_starts` int32 or int64 [rows]: tokens before it are not read.
     - `scales`, for caches of int8 or float8_e4m3fn: those of keys and of values, float32 [blocks,
       block_size, kv_heads], as `BlockStorage.scales` gives them (see `quantisation.py`).
-    - `host_rows`: the values of `block_tables`, `kv_lens` and `query_starts` as NumPy arrays. Pass
+    - `host_rows`: the values of `block_tables`, `kv_lens` and `cu_seqlens_q` as NumPy arrays. Pass
       one `HostRows` to all layers of a step: a GPU kernel plans from it once, without waiting for
       the GPU to read the tensors back.
 
     Slots that no query of a row may see are never used in arithmetic, so stale NaNs in them are
     harmless. `ValueError` and `TypeError` for wrong shapes, strides, dtypes, devices and options.
-    That lengths, query starts and table entries lead to what is there is looked at by the native
+    That lengths, `cu_seqlens_q` and table entries lead to what is there is looked at by the native
     CPU kernel, or in debug mode (`debug.py`), because looking waits for a GPU.
 
     Block tables are PagedAttention's (Kwon et al., 2023), the online softmax is that of Milakov &
     Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
     """
     args = AttentionArgs(
-        block_tables, kv_lens, query_starts, scale, causal, window, softcap, mask, kv_starts,
+        block_tables, kv_lens, cu_seqlens_q, scale, causal, window, softcap, mask, kv_starts,
         host_rows,
     )  # fmt: skip
     return attend(query, key_cache, value_cache, args, sinks=sinks, scales=scales)

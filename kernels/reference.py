@@ -119,7 +119,7 @@ def paged_attention(
     rows, num_query_heads = block_tables.shape[0], query.shape[1]
     if query.numel() == 0 or rows == 0:
         return output
-    ends, query_lens, longest = _query_lengths(query, rows, args.query_starts)
+    ends, query_lens, longest = _query_lengths(query, rows, args.cu_seqlens_q)
     if mask is not None and mask.shape[2] < longest:
         raise ValueError(
             f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
@@ -246,14 +246,14 @@ class _Cells:
 
 
 def _query_lengths(
-    query: Tensor, rows: int, query_starts: Tensor | None
+    query: Tensor, rows: int, cu_seqlens_q: Tensor | None
 ) -> tuple[Tensor, Tensor, int]:
     """Where each row's queries end in the packed tokens, how many it has, and the most of them."""
-    if query_starts is None:
+    if cu_seqlens_q is None:
         ones = torch.ones(rows, dtype=torch.int64, device=query.device)
         return ones.cumsum(0), ones, 1
-    require_starts(query_starts, len(query))
-    starts = query_starts.long()
+    require_starts(cu_seqlens_q, len(query))
+    starts = cu_seqlens_q.long()
     lengths = starts.diff()
     return starts[1:], lengths, int(lengths.max())
 

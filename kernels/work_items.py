@@ -96,7 +96,7 @@ class _Known(NamedTuple):
     plan: WorkPlan
     tables: NDArray[np.int32]
     kv_lens: Ints
-    query_starts: Ints | None  # None: every row has one query, and these count too:
+    cu_seqlens_q: Ints | None  # None: every row has one query, and these count too:
     full: NDArray[np.bool_]  # [rows, blocks]: full blocks, which do not change while a row grows
     shared: NDArray[np.bool_]  # those that an item reads for several rows
     limits: Ints  # [rows]: lengths from which on the work is out of balance
@@ -137,16 +137,16 @@ class Planner:
         self,
         tables: NDArray[np.int32],
         kv_lens: NDArray[np.integer],
-        query_starts: NDArray[np.integer] | None = None,
+        cu_seqlens_q: NDArray[np.integer] | None = None,
     ) -> WorkPlan:
         """The plan for block tables [rows, blocks], or the same object as before if it still holds.
 
         O(rows * blocks), sorting apart: some 20 us for 64 rows of 512 blocks where the plan holds,
-        1 ms where it does not. `query_starts` [rows + 1] may be left out where rows have one query.
+        1 ms where it does not. `cu_seqlens_q` [rows + 1] may be left out where rows have one query.
         Arrays are copied, never kept.
         """
         lens = kv_lens.astype(np.int64)
-        starts = None if query_starts is None else query_starts.astype(np.int64)
+        starts = None if cu_seqlens_q is None else cu_seqlens_q.astype(np.int64)
         if starts is not None and bool((np.diff(starts) == 1).all()):
             starts = None
         for index, known in enumerate(self._known):
@@ -164,12 +164,12 @@ class Planner:
     ) -> bool:
         if len(lens) != len(known.kv_lens):
             return False
-        if starts is not None or known.query_starts is not None:
+        if starts is not None or known.cu_seqlens_q is not None:
             return (
                 np.array_equal(lens, known.kv_lens)
                 and starts is not None
-                and known.query_starts is not None
-                and np.array_equal(starts, known.query_starts)
+                and known.cu_seqlens_q is not None
+                and np.array_equal(starts, known.cu_seqlens_q)
                 and np.array_equal(tables, known.tables)
             )
         width = known.tables.shape[1]

@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
     tables: Tensor
     kv_lens: Tensor
-    query_starts: Tensor
+    cu_seqlens_q: Tensor
     schedule: Tensor
 
 

@@ -25,7 +25,7 @@ struct AttentionArguments {
     void* output;
     const float *key_scales, *value_scales;  // null unless the cache is quantised
     const int32_t* tables;
-    Integers kv_lens, kv_starts, query_starts;
+    Integers kv_lens, kv_starts, cu_seqlens_q;
     const void* mask;
     const float* sinks;
     int64_t query_type, cache_type, mask_type;
@@ -44,7 +44,7 @@ struct AttentionArguments {
     float* partials;         // filled in here
     float scale, softcap;
 
-    int64_t first_query(int64_t row) const { return query_starts.at(row, row); }
+    int64_t first_query(int64_t row) const { return cu_seqlens_q.at(row, row); }
     int64_t queries_of(int64_t row) const { return first_query(row + 1) - first_query(row); }
 
     float element(const void* from, int64_t at) const {

@@ -24,7 +24,7 @@ from kvpager.kernels.cpu.library import (
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_KV_LEN, _TABLE_ENTRY, _QUERY_STARTS = 1, 2, 3  # the codes of kernels.cpp; 4: a mask too short
+_KV_LEN, _TABLE_ENTRY, _CU_SEQLENS_Q = 1, 2, 3  # the codes of kernels.cpp; 4: a mask too short
 
 
 class PagedAttention:
@@ -43,7 +43,7 @@ class PagedAttention:
         sinks: Tensor | None = None,
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """As the twin. `ValueError` for lengths, query starts or table entries that lead outside
+        """As the twin. `ValueError` for lengths, `cu_seqlens_q` or table entries that lead outside
         the tables, the queries or the cache; no key or value has been read then."""
         mask = args.mask
         if not _is_covered(query, key_cache, mask, scales):
@@ -53,7 +53,7 @@ class PagedAttention:
         output = query.new_empty(tokens, query_heads, value_dim)
         block_tables, kv_lens = int32_rows(args.block_tables), args.kv_lens.contiguous()
         kv_starts = None if args.kv_starts is None else args.kv_starts.contiguous()
-        query_starts = None if args.query_starts is None else args.query_starts.contiguous()
+        cu_seqlens_q = None if args.cu_seqlens_q is None else args.cu_seqlens_q.contiguous()
         sinks = None if sinks is None else sinks.float().contiguous()
         key_scales, value_scales = scales or (None, None)
         problem = self._library.call(
@@ -61,7 +61,7 @@ class PagedAttention:
             ATTENTION,
             query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), output.data_ptr(),
             address(key_scales), address(value_scales), block_tables.data_ptr(),
-            *integers(kv_lens), *integers(kv_starts), *integers(query_starts),
+            *integers(kv_lens), *integers(kv_starts), *integers(cu_seqlens_q),
             address(mask), address(sinks),
             TYPES[query.dtype], TYPES[key_cache.dtype], 0 if mask is None else TYPES[mask.dtype],
             len(block_tables), tokens, query_heads, kv_heads, head_dim, value_dim,
@@ -108,7 +108,7 @@ def _error(
             f"block_tables[{row}, {column}] is {value}; the cache has blocks 0 to "
             f"{len(cache) - 1}, and -1 is none"
         )
-    if problem.code == _QUERY_STARTS:
+    if problem.code == _CU_SEQLENS_Q:
         return wrong_start(row, value, len(query))
     assert mask is not None
     return ValueError(

@@ -9,7 +9,7 @@
 namespace {
 
 enum Problem : int { FINE = 0, NO_MEMORY = 100 };
-enum AttentionProblem : int { KV_LEN = 1, TABLE_ENTRY = 2, QUERY_STARTS = 3, MASK_QUERIES = 4 };
+enum AttentionProblem : int { KV_LEN = 1, TABLE_ENTRY = 2, CU_SEQLENS_Q = 3, MASK_QUERIES = 4 };
 
 constexpr auto BF16_ARITHMETIC = HAS_BF16_DOT ? attention::BF16_DOTS : attention::IN_FLOATS;
 constexpr auto INT8_ARITHMETIC = HAS_INT16_DOT ? attention::IN_INT16 : attention::IN_FLOATS;
@@ -21,16 +21,16 @@ int checked(const AttentionArguments& a) {
         a.problem[2] = value;
         return code;
     };
-    if (a.query_starts.data && a.first_query(0) != 0)
-        return wrong(QUERY_STARTS, 0, 0, a.first_query(0));
-    if (a.query_starts.data && a.first_query(a.rows) != a.tokens)
-        return wrong(QUERY_STARTS, a.rows, 0, a.first_query(a.rows));
+    if (a.cu_seqlens_q.data && a.first_query(0) != 0)
+        return wrong(CU_SEQLENS_Q, 0, 0, a.first_query(0));
+    if (a.cu_seqlens_q.data && a.first_query(a.rows) != a.tokens)
+        return wrong(CU_SEQLENS_Q, a.rows, 0, a.first_query(a.rows));
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t kv_len = a.kv_lens.at(row), queries = a.queries_of(row);
         if (kv_len < 0 || kv_len > a.table_columns * a.block_size)
             return wrong(KV_LEN, row, 0, kv_len);
         if (queries < 0 || a.first_query(row) + queries > a.tokens)
-            return wrong(QUERY_STARTS, row, 0, a.first_query(row + 1));
+            return wrong(CU_SEQLENS_Q, row, 0, a.first_query(row + 1));
         if (a.mask && queries > a.mask_queries) return wrong(MASK_QUERIES, row, 0, queries);
         if (queries == 0) continue;
         int64_t oldest = kv_len - queries;

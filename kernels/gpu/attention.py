@@ -81,7 +81,7 @@ def attend(
     another plan, capture again: from here that cannot be seen.
     """
     _check_plan(plan, query, key_cache, args)
-    tables, starts = args.block_tables, args.query_starts
+    tables, starts = args.block_tables, args.cu_seqlens_q
     call = AttentionCall(
         query if query.stride(2) == 1 else query.contiguous(),
         key_cache,
@@ -127,7 +127,7 @@ def _check_plan(plan: AttentionPlan, query: Tensor, key_cache: Tensor, args: Att
         raise ValueError(
             f"the plan is for {plan.num_rows} rows of {plan.num_queries} queries in all, but the "
             f"call has {sizes[0]} and {sizes[1]}; make a plan with plan_attention for these "
-            "tensors, whose query_starts have to end with the number of queries"
+            "tensors, whose cu_seqlens_q have to end with the number of queries"
         )
     asked = (key_cache.shape[1], query.shape[1], key_cache.shape[2])
     shapes = plan.shapes
@@ -142,8 +142,8 @@ def _check_plan(plan: AttentionPlan, query: Tensor, key_cache: Tensor, args: Att
             f"the plan is for causal={shapes.causal} and window={shapes.window}, but the call has "
             f"{args.causal} and {args.window}; make a plan with plan_attention for these arguments"
         )
-    if args.query_starts is None and not plan.work.one_query:
-        raise ValueError("the plan is for rows of several queries; pass their query_starts")
+    if args.cu_seqlens_q is None and not plan.work.one_query:
+        raise ValueError("the plan is for rows of several queries; pass their cu_seqlens_q")
 
 
 class AttentionCall(NamedTuple):
@@ -154,7 +154,7 @@ class AttentionCall(NamedTuple):
     value_cache: Tensor
     block_tables: Tensor
     kv_lens: Tensor
-    query_starts: Tensor | None
+    cu_seqlens_q: Tensor | None
     scale: float
     softcap: float | None
     sinks: Tensor | None
@@ -200,7 +200,7 @@ def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> 
         "items": plan.items,
         "members": plan.members,
         "slots": plan.slots,
-        "query_starts": call.query_starts,
+        "cu_seqlens_q": call.cu_seqlens_q,
         "kv_starts": call.kv_starts,
         "sinks": call.sinks,
         "mask": mask,

@@ -72,11 +72,11 @@ def _look_up(mask, line_at, real, column, mask_token, mask_width, LOWEST: tl.con
         "mask_query", "tables_row",
     ],
     # Views of a step's tensors begin anywhere; nothing of them is loaded as one run.
-    do_not_specialize_on_alignment=["tables", "kv_lens", "query_starts", "kv_starts", "mask"],
+    do_not_specialize_on_alignment=["tables", "kv_lens", "cu_seqlens_q", "kv_starts", "mask"],
 )  # fmt: skip
 def attend_items(
     output, partials, weights, query, key_cache, value_cache, tables, kv_lens, items, members,
-    slots, query_starts, kv_starts, sinks, mask, key_scales, value_scales,
+    slots, cu_seqlens_q, kv_starts, sinks, mask, key_scales, value_scales,
     scale, softcap, window, first_item, capacity, H,
     query_token, query_head, tables_row,
     key_block, key_slot, key_head, value_block, value_slot, value_head,
@@ -120,12 +120,12 @@ def attend_items(
         from_last = 1
     else:
         token_of = tl.load(members + first_member + line // GROUP, mask=real, other=0)
-        if query_starts is None:
+        if cu_seqlens_q is None:
             row = token_of
             from_last = 1 + 0 * line
         else:
             row = table_row + 0 * line
-            from_last = tl.load(query_starts + table_row + 1).to(tl.int32) - token_of
+            from_last = tl.load(cu_seqlens_q + table_row + 1).to(tl.int32) - token_of
         kv_len = tl.load(kv_lens + row).to(tl.int32)
         position = kv_len - from_last
     low = kv_len * 0

@@ -53,8 +53,8 @@ def attention(
     """The call by a peer, or None where Triton should take it."""
     name = chosen()
     plain = all(each is None for each in (args.softcap, args.mask, args.kv_starts, args.window))
-    query_starts = args.query_starts
-    if name == "triton" or not plain or query_starts is None:
+    cu_seqlens_q = args.cu_seqlens_q
+    if name == "triton" or not plain or cu_seqlens_q is None:
         return None
     if plan.work.one_query or plan.work.holes or not _fits(query, key_cache, value_cache):
         return None
@@ -69,7 +69,7 @@ def attention(
         return None
     scale = query.shape[2] ** -0.5 if args.scale is None else args.scale
     tables, kv_lens = args.block_tables.int().clamp(min=0), args.kv_lens.int()
-    return peer(query, key_cache, value_cache, tables, kv_lens, query_starts.int(), plan, scale)
+    return peer(query, key_cache, value_cache, tables, kv_lens, cu_seqlens_q.int(), plan, scale)
 
 
 def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:

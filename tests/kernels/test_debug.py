@@ -74,16 +74,16 @@ BAD_ROWS = [
 
 BAD_ATTENTION = [
     (
-        {"query_starts": torch.tensor([1, 2, 4])},
-        r"query_starts\[0\] is 1, but it has to rise from 0 to the 4 tokens of query",
+        {"cu_seqlens_q": torch.tensor([1, 2, 4])},
+        r"cu_seqlens_q\[0\] is 1, but it has to rise from 0 to the 4 tokens of query",
     ),
-    ({"query_starts": torch.tensor([0, 2, 3])}, r"query_starts\[2\] is 3, but it has to rise"),
-    ({"query_starts": torch.tensor([0, 2, 5])}, r"query_starts\[2\] is 5, but it has to rise"),
+    ({"cu_seqlens_q": torch.tensor([0, 2, 3])}, r"cu_seqlens_q\[2\] is 3, but it has to rise"),
+    ({"cu_seqlens_q": torch.tensor([0, 2, 5])}, r"cu_seqlens_q\[2\] is 5, but it has to rise"),
     (
-        {"query_starts": torch.tensor([0, 5, 4])},
-        r"query_starts\[2\] is 4, but it must not fall from one row to the next",
+        {"cu_seqlens_q": torch.tensor([0, 5, 4])},
+        r"cu_seqlens_q\[2\] is 4, but it must not fall from one row to the next",
     ),
-    ({"query_starts": torch.tensor([0, -1, 4])}, r"query_starts\[1\] is -1, but it must not fall"),
+    ({"cu_seqlens_q": torch.tensor([0, -1, 4])}, r"cu_seqlens_q\[1\] is -1, but it must not fall"),
     (
         {"kv_starts": torch.tensor([0, -5])},
         r"kv_starts\[1\] is -5, but the first token of a row is 0",
@@ -100,7 +100,7 @@ def attention_arguments() -> dict[str, Any]:
         "value_cache": value_cache,
         "block_tables": tables(),
         "kv_lens": torch.tensor([7, 9]),
-        "query_starts": torch.tensor([0, 1, 4]),
+        "cu_seqlens_q": torch.tensor([0, 1, 4]),
     }
 
 
@@ -213,12 +213,12 @@ def test_the_last_block_and_the_last_slot_are_in_bounds() -> None:
 
 
 @pytest.mark.usefixtures("debugging")
-@pytest.mark.parametrize("name", ["tables", "kv_lens", "query_starts"])
+@pytest.mark.parametrize("name", ["tables", "kv_lens", "cu_seqlens_q"])
 def test_host_rows_have_the_values_of_the_tensors(name: str) -> None:
     arguments = attention_arguments()
     for cache in ("key_cache", "value_cache"):
         arguments[cache].zero_()
-    names = {"tables": "block_tables", "kv_lens": "kv_lens", "query_starts": "query_starts"}
+    names = {"tables": "block_tables", "kv_lens": "kv_lens", "cu_seqlens_q": "cu_seqlens_q"}
     arrays = {ours: arguments[theirs].numpy().copy() for ours, theirs in names.items()}
     arrays["tables"][0, -1] += 1  # behind the row's last token
     paged_attention.paged_attention(**arguments, host_rows=HostRows(**arrays))

@@ -228,7 +228,7 @@ def attention_arguments() -> dict[str, Any]:
     [
         ({"query": torch.zeros(2, 3, 8)}, ValueError, "3 query heads are no multiple of 2"),
         ({"query": torch.zeros(2, 4, 6)}, ValueError, "head_dim 6, but key_cache has 8"),
-        ({"query": torch.zeros(3, 4, 8)}, ValueError, "3 tokens for 2 rows; pass query_starts"),
+        ({"query": torch.zeros(3, 4, 8)}, ValueError, "3 tokens for 2 rows; pass cu_seqlens_q"),
         ({"query": torch.zeros(2, 32)}, ValueError, r"query has shape \[2, 32\]; pass"),
         ({"query": torch.zeros(2, 4, 8).half()}, TypeError, "query is torch.float16, but key_ca"),
         ({"query": torch.zeros(2, 8, 4).mT}, ValueError, r"query has strides .* query.contiguous"),
@@ -247,7 +247,7 @@ def attention_arguments() -> dict[str, Any]:
         ({"kv_lens": torch.ones(2)}, TypeError, "kv_lens is torch.float32; pass torch.int32"),
         ({"kv_lens": torch.ones(3).int()}, ValueError, r"kv_lens has shape \[3\]"),
         ({"kv_lens": torch.full((2,), 5)}, ValueError, r"kv_lens.* 5.*, but block_tables has room"),
-        ({"query_starts": torch.ones(2).int()}, ValueError, r"pass \[rows \+ 1\] = \[3\]"),
+        ({"cu_seqlens_q": torch.ones(2).int()}, ValueError, r"pass \[rows \+ 1\] = \[3\]"),
         ({"window": 0}, ValueError, "window is 0; pass at least 1 token"),
         ({"window": "3"}, TypeError, "window is '3'; pass a whole number of tokens, or None"),
         ({"window": 2.5}, TypeError, "window is 2.5; pass a whole number"),
@@ -325,7 +325,7 @@ def gather_arguments() -> dict[str, Any]:
         *((paged_attention, attention_arguments, name) for name in attention_arguments()),
         *(
             (paged_attention, attention_arguments, name)
-            for name in ("query_starts", "kv_starts", "sinks", "mask")
+            for name in ("cu_seqlens_q", "kv_starts", "sinks", "mask")
         ),
         *((append_kv, append_arguments, name) for name in append_arguments()),
         *((gather_kv, gather_arguments, name) for name in ("cache", "block_tables", "kv_lens")),
@@ -576,17 +576,17 @@ def test_blocks_that_are_no_single_run_are_not_copied() -> None:
 @pytest.mark.parametrize(
     ("starts", "message"),
     [
-        ([1, 1, 2], "query_starts reaches 1 at row 0"),
-        ([0, 2, 1], "query_starts reaches 1 at row 2"),
-        ([0, -1, 2], "query_starts reaches -1 at row 1"),
-        ([0, 1, 3], "query_starts reaches 3 at row 2; it has to rise from 0 to the 2 tokens"),
-        ([0, 1, 1], "query_starts reaches 1 at row 2"),
+        ([1, 1, 2], "cu_seqlens_q reaches 1 at row 0"),
+        ([0, 2, 1], "cu_seqlens_q reaches 1 at row 2"),
+        ([0, -1, 2], "cu_seqlens_q reaches -1 at row 1"),
+        ([0, 1, 3], "cu_seqlens_q reaches 3 at row 2; it has to rise from 0 to the 2 tokens"),
+        ([0, 1, 1], "cu_seqlens_q reaches 1 at row 2"),
     ],
 )
-def test_the_twin_refuses_query_starts_that_do_not_rise_to_the_tokens(
+def test_reference_refuses_cu_seqlens_q_not_rising_to_the_tokens(
     starts: list[int], message: str
 ) -> None:
-    arguments = attention_arguments() | {"query_starts": torch.tensor(starts)}
+    arguments = attention_arguments() | {"cu_seqlens_q": torch.tensor(starts)}
     with pytest.raises(ValueError, match=message):
         REFERENCE.paged_attention(**arguments)
 

@@ -293,7 +293,7 @@ def test_a_plan_is_left_when_a_row_is_cut_below_what_it_shares(
     require_cover(after, tables, kv_lens, window=window)
 
 
-MANY = ([[0, 1, 2], [3, 4, 5]], [9, 9], [0, 3, 4])  # tables, kv_lens and query_starts
+MANY = ([[0, 1, 2], [3, 4, 5]], [9, 9], [0, 3, 4])  # tables, kv_lens and cu_seqlens_q
 
 
 @pytest.mark.parametrize(
@@ -323,8 +323,8 @@ def test_a_plan_for_several_queries_holds_for_nothing_else(changed: Any, reverse
 
 
 def plan_for(planner: Planner, tables: Any, kv_lens: list[int], starts: Any) -> WorkPlan:
-    query_starts = None if starts is None else np.array(starts)
-    return planner.plan(tables_of(tables), np.array(kv_lens), query_starts)
+    cu_seqlens_q = None if starts is None else np.array(starts)
+    return planner.plan(tables_of(tables), np.array(kv_lens), cu_seqlens_q)
 
 
 @pytest.mark.parametrize("change", ["fork", "finish", "join", "replace"])
@@ -428,16 +428,16 @@ def test_arrays_of_the_caller_may_change_afterwards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("query_starts", "changed"),
+    ("cu_seqlens_q", "changed"),
     [(None, 0), (None, 1), ([0, 2, 3], 0), ([0, 2, 3], 1), ([0, 2, 3], 2)],
 )
 def test_what_the_caller_changes_in_place_is_noticed(
-    query_starts: list[int] | None, changed: int
+    cu_seqlens_q: list[int] | None, changed: int
 ) -> None:
     planner = Planner(TILING)
     arrays = [tables_of([list(range(9)), list(range(20, 29))]), np.array([33, 33])]
-    if query_starts is not None:
-        arrays.append(np.array(query_starts))
+    if cu_seqlens_q is not None:
+        arrays.append(np.array(cu_seqlens_q))
     plan = planner.plan(*arrays)
     arrays[changed][1] -= 1  # other blocks, a row that was cut, a query of the next row
     assert planner.plan(*arrays) is not plan

@@ -15,19 +15,19 @@ class RowTables:
         tables: int32 [rows, blocks], on the device of the blocks.
         kv_lens: int32 [rows], tokens.
         host: both as arrays.
-        query_starts: int32 [rows + 1] for packed rows of several queries. None: all rows have
+        cu_seqlens_q: int32 [rows + 1] for packed rows of several queries. None: all rows have
             equally many queries.
     """
 
-    __slots__ = ("_args", "host", "kv_lens", "query_starts", "tables")
+    __slots__ = ("_args", "cu_seqlens_q", "host", "kv_lens", "tables")
 
     def __init__(
-        self, tables: Tensor, kv_lens: Tensor, host: HostRows, query_starts: Tensor | None = None
+        self, tables: Tensor, kv_lens: Tensor, host: HostRows, cu_seqlens_q: Tensor | None = None
     ) -> None:
         self.tables = tables
         self.kv_lens = kv_lens
         self.host = host
-        self.query_starts = query_starts
+        self.cu_seqlens_q = cu_seqlens_q
         self._args: dict[tuple[object, ...], AttentionArgs] = {}
 
     def row(self, number: int) -> RowTables:
@@ -48,14 +48,14 @@ class RowTables:
     ) -> AttentionArgs:
         """Return the arguments of `attend`, the same object for all layers that ask alike.
 
-        `num_queries`: of each row, unless there are `query_starts`. `num_columns`: read the last
+        `num_queries`: of each row, unless there are `cu_seqlens_q`. `num_columns`: read the last
         ones only. O(1) once made, else O(rows).
         """
         # What is kept refers to its mask, so no other mask has that id.
         key = (num_queries, scale, causal, window, softcap, num_columns, id(mask))
         found = self._args.get(key)
         if found is None:
-            starts, host = self.query_starts, self.host
+            starts, host = self.cu_seqlens_q, self.host
             if starts is None:
                 starts, host = self._equal_starts(num_queries), host.with_queries(num_queries)
             found = AttentionArgs(

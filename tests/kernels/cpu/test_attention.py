@@ -192,7 +192,7 @@ def long_rows(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "value_cache": value_cache,
         "block_tables": tables,
         "kv_lens": torch.tensor([100_000, 1, 0]),
-        "query_starts": torch.tensor([0, 2, 3, 4]),
+        "cu_seqlens_q": torch.tensor([0, 2, 3, 4]),
         "sinks": torch.tensor([6.0, -1.0]),
     }
 
@@ -287,7 +287,7 @@ def test_integers_of_either_width_and_any_stride_mean_the_same(native: Native) -
     expected = native.kernels.paged_attention(**small(), kv_starts=torch.tensor([3]))
     for dtype in (torch.int32, torch.int64):
         arguments = small() | {"kv_starts": torch.tensor([3])}
-        for name in ("kv_lens", "query_starts", "kv_starts"):
+        for name in ("kv_lens", "cu_seqlens_q", "kv_starts"):
             spread = torch.full((len(arguments[name]), 3), -9, dtype=dtype)
             spread[:, 1] = arguments[name]
             arguments[name] = spread[:, 1]
@@ -357,11 +357,11 @@ def run(name: str, native: Native) -> Tensor:
         ({"kv_lens": torch.tensor([-1])}, r"kv_lens\[0\] is -1"),
         ({"kv_lens": torch.tensor([1 << 62])}, "kv_lens.* 46116860.*, but block_tables"),
         ({"block_tables": torch.tensor([[0, 4, 1]]).int()}, r"block_tables\[0, 1\] is 4; the cach"),
-        ({"query_starts": torch.tensor([0, 3])}, "query_starts reaches 3 at row"),
-        ({"query_starts": torch.tensor([0, -1])}, "query_starts reaches -1 at row"),
-        ({"query_starts": torch.tensor([1, 2])}, "query_starts reaches 1 at row 0"),
+        ({"cu_seqlens_q": torch.tensor([0, 3])}, "cu_seqlens_q reaches 3 at row"),
+        ({"cu_seqlens_q": torch.tensor([0, -1])}, "cu_seqlens_q reaches -1 at row"),
+        ({"cu_seqlens_q": torch.tensor([1, 2])}, "cu_seqlens_q reaches 1 at row 0"),
         # Its last query would come out as whatever stood in memory.
-        ({"query_starts": torch.tensor([0, 1])}, "query_starts reaches 1 at row 1"),
+        ({"cu_seqlens_q": torch.tensor([0, 1])}, "cu_seqlens_q reaches 1 at row 1"),
         ({"block_tables": torch.tensor([[0, 1 << 32, 1]])}, r"block_tables\[0, 1\] is"),
         ({"mask": torch.ones(1, 1, 1, 40)}, "mask has 1 query rows, but a row has 2 queries"),
     ],

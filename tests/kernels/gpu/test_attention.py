@@ -427,7 +427,7 @@ def test_a_plan_for_several_queries_needs_to_know_whose_they_are() -> None:
     query, starts = torch.cat(call.queries), torch.tensor([0, 2, 3])
     rows = (blocks.tables, blocks.kv_lens)
     plan = plan_for(query, *blocks.caches, *rows, starts)
-    with pytest.raises(ValueError, match="rows of several queries; pass their query_starts"):
+    with pytest.raises(ValueError, match="rows of several queries; pass their cu_seqlens_q"):
         by_plan(plan, query, *blocks.caches, *rows)
     output = by_plan(plan, query, *blocks.caches, *rows, starts)
     assert_as_exact_as_plain_torch(case, call, output, torch.float32)
@@ -634,7 +634,7 @@ def test_rows_of_the_host_have_one_object_for_each_number_of_queries() -> None:
     rows = HostRows(np.zeros((3, 2), np.int32), np.full(3, 9))
     assert rows.with_queries(1) is rows
     assert rows.with_queries(4) is rows.with_queries(4)
-    assert rows.with_queries(4).query_starts.tolist() == [0, 4, 8, 12]
+    assert rows.with_queries(4).cu_seqlens_q.tolist() == [0, 4, 8, 12]
     assert rows.row(1).tables.shape == (1, 2)
 
 
@@ -645,7 +645,7 @@ def test_host_rows_of_another_step_are_refused() -> None:
     wrong = {
         r"block_tables of shape \(6,": HostRows(tables[1:], lens),
         r"kv_lens of shape \(6,\)": HostRows(tables, lens[1:]),
-        r"query_starts of shape \(8,\), but the call has None": HostRows(
+        r"cu_seqlens_q of shape \(8,\), but the call has None": HostRows(
             tables, lens, np.arange(8)
         ),
     }

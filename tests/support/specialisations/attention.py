@@ -89,7 +89,7 @@ def _compiled_for(
         value_cache=empty(64, block_size, kv_heads, value_dim, of=cache_dtype),
         block_tables=empty(4, 64),
         kv_lens=empty(4),
-        query_starts=None,
+        cu_seqlens_q=None,
         scale=1.0,
         softcap=softcap,
         sinks=empty(heads, of=dtype) if sinks else None,
@@ -103,7 +103,7 @@ def _compiled_for(
     lens = torch.full((4,), 32 * block_size)
     decode = plans.of(tables, lens, None)
     prefill = plans.of(tables, lens, torch.arange(5) * 16)
-    several = call._replace(query_starts=empty(5))
+    several = call._replace(cu_seqlens_q=empty(5))
     output = empty(64, heads, value_dim, of=dtype)
     for plan, this, kind in ((decode, call, "decode"), (prefill, several, "prefill")):
         for launch in launches(plan):
