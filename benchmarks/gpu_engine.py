@@ -41,7 +41,7 @@ def _check_prefill(pool: Pool, case: str, new: int) -> None:
     pool.query = torch.randn(rows * new, heads, pool.head_dim, device=device).bfloat16()
     starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * new
     tensors = (pool.query, *pool.storage.layer(0))
-    args = AttentionArgs(pool.tables, pool.kv_lens, starts)
+    args = AttentionArgs(pool.tables, pool.seq_lens, starts)
     expected = reference.paged_attention(*tensors, args, scales=pool.storage.scales(0))
     require_close(case, pool.call(0, cu_seqlens_q=starts)(), expected)
 

@@ -220,7 +220,7 @@ def growing(case: Case, name: str, lines: timing.Lines, settings: Settings) -> N
         timing.note(f"{name}: skipped, because transformers cannot be imported: {error}")
         return
     rotation = Rotation(case, room=1)
-    rotation.kv_lens += 1
+    rotation.seq_lens += 1
     new = torch.randn(case.rows, KV_HEADS, 1, case.head_dim).to(DTYPES[case.dtype])
     module = SimpleNamespace(num_key_value_groups=QUERY_HEADS // KV_HEADS, is_causal=True)
     heads = rotation.query[:, :, None]

@@ -75,7 +75,7 @@ class Rotation:
         # A pool that has been in use for a while hands out blocks in no order.
         blocks = torch.randperm(self.storage.num_blocks, dtype=torch.int32)
         self.tables = blocks.view(batches, case.rows, columns)
-        self.kv_lens = torch.full((case.rows,), case.length, dtype=torch.int32)
+        self.seq_lens = torch.full((case.rows,), case.length, dtype=torch.int32)
         self.stride = max(1, LAYERS // case.num_items)
         for item in range(case.num_items):
             self._fill(item)
@@ -98,7 +98,7 @@ class Rotation:
         """Attention in the blocks: [rows, query_heads, head_dim]."""
         layer, tables = self.place(item)
         return paged_attention(
-            self.query, *self.storage.layer(layer), tables, self.kv_lens,
+            self.query, *self.storage.layer(layer), tables, self.seq_lens,
             scales=self.storage.scales(layer),
         )  # fmt: skip
 

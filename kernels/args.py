@@ -90,21 +90,21 @@ def require_device(of: Tensor, **tensors: Tensor | None) -> None:
             )
 
 
-def require_rows(block_tables: Tensor, kv_lens: Tensor) -> int:
+def require_rows(block_tables: Tensor, seq_lens: Tensor) -> int:
     """Check a table and its lengths against each other; return the number of rows. O(1)."""
     require_dims("block_tables", block_tables, "[rows, max_blocks]", 2)
     require_integers("block_tables", block_tables)
-    require_shape("kv_lens", kv_lens, (block_tables.shape[0],), "[rows]")
-    require_integers("kv_lens", kv_lens)
+    require_shape("seq_lens", seq_lens, (block_tables.shape[0],), "[rows]")
+    require_integers("seq_lens", seq_lens)
     return block_tables.shape[0]
 
 
 def wrong_length(row: int, length: int, room: int) -> ValueError:
     """The error for a row's length outside its table, which has room for `room` tokens."""
     if length < 0:
-        return ValueError(f"kv_lens[{row}] is {length}; pass 0 or more tokens")
+        return ValueError(f"seq_lens[{row}] is {length}; pass 0 or more tokens")
     return ValueError(
-        f"kv_lens reaches {length} tokens, but block_tables has room for {room} per row; "
+        f"seq_lens reaches {length} tokens, but block_tables has room for {room} per row; "
         "pass wider tables"
     )
 
@@ -119,13 +119,13 @@ def require_tensors(**tensors: object) -> None:
         raise TypeError(f"{name} is a {shown}; pass a torch.Tensor: torch.from_numpy, torch.tensor")
 
 
-def require_lengths(kv_lens: Tensor, room: int) -> None:
+def require_lengths(seq_lens: Tensor, room: int) -> None:
     """`ValueError` for a length below 0 or above `room` on a CPU, where nobody waits. O(rows)."""
-    if kv_lens.device.type != "cpu" or len(kv_lens) == 0:
+    if seq_lens.device.type != "cpu" or len(seq_lens) == 0:
         return
-    for row in (int(kv_lens.argmin()), int(kv_lens.argmax())):
-        if not 0 <= int(kv_lens[row]) <= room:
-            raise wrong_length(row, int(kv_lens[row]), room)
+    for row in (int(seq_lens.argmin()), int(seq_lens.argmax())):
+        if not 0 <= int(seq_lens[row]) <= room:
+            raise wrong_length(row, int(seq_lens[row]), room)
 
 
 def wrong_start(row: int, start: int, tokens: int) -> ValueError:

@@ -39,7 +39,7 @@ class AttentionArgs:
     """
 
     block_tables: Tensor
-    kv_lens: Tensor
+    seq_lens: Tensor
     cu_seqlens_q: Tensor | None = None
     scale: float | None = None
     causal: bool = True
@@ -50,8 +50,8 @@ class AttentionArgs:
     host_rows: HostRows | None = None
 
     def __post_init__(self) -> None:
-        require_tensors(block_tables=self.block_tables, kv_lens=self.kv_lens)
-        rows = require_rows(self.block_tables, self.kv_lens)
+        require_tensors(block_tables=self.block_tables, seq_lens=self.seq_lens)
+        rows = require_rows(self.block_tables, self.seq_lens)
         if self.cu_seqlens_q is not None:
             _require_row_numbers("cu_seqlens_q", self.cu_seqlens_q, rows + 1, "[rows + 1]")
         if self.kv_starts is not None:
@@ -60,7 +60,7 @@ class AttentionArgs:
         if self.mask is not None:
             _require_mask(self.mask)
         if self.host_rows is not None:
-            self.host_rows.require_fit(self.block_tables, self.kv_lens, self.cu_seqlens_q)
+            self.host_rows.require_fit(self.block_tables, self.seq_lens, self.cu_seqlens_q)
 
     def require_layer(
         self,
@@ -100,7 +100,7 @@ class AttentionArgs:
             key_cache,
             query=query,
             block_tables=self.block_tables,
-            kv_lens=self.kv_lens,
+            seq_lens=self.seq_lens,
             cu_seqlens_q=self.cu_seqlens_q,
             kv_starts=self.kv_starts,
             sinks=sinks,

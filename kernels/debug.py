@@ -42,24 +42,24 @@ def check_slots(slots: Tensor, key_cache: Tensor) -> None:
 
 def check_attention(query: Tensor, key_cache: Tensor, args: AttentionArgs) -> None:
     """`ValueError` for values of `args` that lead outside of query or cache. O(table entries)."""
-    rows = args.block_tables, args.kv_lens
+    rows = args.block_tables, args.seq_lens
     check_host_rows(args.host_rows, *rows, args.cu_seqlens_q, key_cache.shape[1])
     check_rows(*rows, key_cache)
     check_queries(query, args.cu_seqlens_q, args.mask)
     check_kv_starts(args.kv_starts)
 
 
-def check_rows(block_tables: Tensor, kv_lens: Tensor, cache: Tensor) -> None:
+def check_rows(block_tables: Tensor, seq_lens: Tensor, cache: Tensor) -> None:
     """`ValueError` unless lengths fit their tables and used entries exist. O(table entries)."""
     num_blocks, block_size = cache.shape[:2]
     columns = block_tables.shape[1]
     room = columns * block_size
     bound = f"block_tables has room for 0 to {room} tokens per row"
-    _refuse("kv_lens", kv_lens, (kv_lens < 0) | (kv_lens > room), bound)
-    starts = torch.arange(columns, device=kv_lens.device) * block_size
+    _refuse("seq_lens", seq_lens, (seq_lens < 0) | (seq_lens > room), bound)
+    starts = torch.arange(columns, device=seq_lens.device) * block_size
     wrong = (block_tables < -1) | (block_tables >= num_blocks)
     # Entries past a row's last token are never followed, so they may hold anything.
-    wrong &= starts < kv_lens[:, None]
+    wrong &= starts < seq_lens[:, None]
     bound = f"the cache has blocks 0 to {num_blocks - 1}, and -1 is none"
     _refuse("block_tables", block_tables, wrong, bound)
 
@@ -67,21 +67,21 @@ def check_rows(block_tables: Tensor, kv_lens: Tensor, cache: Tensor) -> None:
 def check_host_rows(
     rows: HostRows | None,
     block_tables: Tensor,
-    kv_lens: Tensor,
+    seq_lens: Tensor,
     cu_seqlens_q: Tensor | None,
     block_size: int,
 ) -> None:
     """Check that `host_rows` has the values of the tensors. O(entries). Raises: `ValueError`."""
     if rows is None:
         return
-    pairs = {"kv_lens": (kv_lens, rows.kv_lens), "block_tables": (block_tables, rows.tables)}
+    pairs = {"seq_lens": (seq_lens, rows.seq_lens), "block_tables": (block_tables, rows.tables)}
     if cu_seqlens_q is not None and rows.cu_seqlens_q is not None:
         pairs["cu_seqlens_q"] = (cu_seqlens_q, rows.cu_seqlens_q)
     for name, (tensor, array) in pairs.items():
         found = tensor.cpu()
         wrong = found != torch.from_numpy(array)
         if name == "block_tables":  # entries past a row's last token are never followed
-            tokens_max = kv_lens.cpu()[:, None] - 1
+            tokens_max = seq_lens.cpu()[:, None] - 1
             columns = torch.arange(found.shape[1])
             wrong &= columns <= tokens_max // block_size
         _refuse(name, found, wrong, "host_rows has another value there")

@@ -23,7 +23,7 @@ from kvpager.kernels.backends import select
 def gather_kv(
     cache: Tensor,
     block_tables: Tensor,
-    kv_lens: Tensor,
+    seq_lens: Tensor,
     length: int,
     *,
     scales: Tensor | None = None,
@@ -33,7 +33,7 @@ def gather_kv(
 
     - `cache` [blocks, block_size, kv_heads, head_dim]: one of the views of `BlockStorage.layer`.
     - `block_tables` int32 [rows, max_blocks], -1 where a row has no block.
-    - `kv_lens` int32 or int64 [rows]: the tokens of each row, at most max_blocks * block_size.
+    - `seq_lens` int32 or int64 [rows]: the tokens of each row, at most max_blocks * block_size.
     - `length`: tokens to return, at least 0.
     - `scales` float32 [blocks, block_size, kv_heads]: for a quantised cache, the one of
       `BlockStorage.scales` that belongs to it.
@@ -46,21 +46,21 @@ def gather_kv(
     `ValueError` and `TypeError` for wrong shapes, strides, dtypes and devices. Values are not
     looked at, but for negative lengths on a CPU; debug mode looks at all (`debug.py`).
     """
-    require_tensors(cache=cache, block_tables=block_tables, kv_lens=kv_lens)
+    require_tensors(cache=cache, block_tables=block_tables, seq_lens=seq_lens)
     require_dims("cache", cache, "[blocks, block_size, kv_heads, head_dim]", 4)
     require_contiguous_rows(cache=cache)
     require_scales("cache", cache, "scales", scales)
-    require_rows(block_tables, kv_lens)
+    require_rows(block_tables, seq_lens)
     if length < 0:
         raise ValueError(f"length is {length}; pass 0 or more tokens")
     if dtype is not None:
         require_floating("dtype", dtype)
     elif scales is not None:
         raise TypeError("dtype is None; with scales, pass that of the result: torch.bfloat16, ...")
-    require_device(cache, block_tables=block_tables, kv_lens=kv_lens)
+    require_device(cache, block_tables=block_tables, seq_lens=seq_lens)
     if debug.enabled():
-        debug.check_rows(block_tables, kv_lens, cache)
+        debug.check_rows(block_tables, seq_lens, cache)
     gathered: Tensor = select("gather_kv", cache.device)(
-        cache, block_tables, kv_lens, length, scales=scales, dtype=dtype
+        cache, block_tables, seq_lens, length, scales=scales, dtype=dtype
     )
     return gathered

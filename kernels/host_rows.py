@@ -21,24 +21,24 @@ class HostRows:
     plans once for all layers of one shape and never waits for the device. Make a new object for
     every step: the arrays must not change, and they are not copied.
 
-    `tables` is int32 [rows, blocks], `kv_lens` [rows], and `cu_seqlens_q` [rows + 1] or None where
+    `tables` is int32 [rows, blocks], `seq_lens` [rows], and `cu_seqlens_q` [rows + 1] or None where
     every row has one query, as `paged_attention` takes them.
     """
 
-    __slots__ = ("_plans", "_with_queries", "cu_seqlens_q", "kv_lens", "tables")
+    __slots__ = ("_plans", "_with_queries", "cu_seqlens_q", "seq_lens", "tables")
 
     def __init__(
-        self, tables: NDArray[np.int32], kv_lens: Ints, cu_seqlens_q: Ints | None = None
+        self, tables: NDArray[np.int32], seq_lens: Ints, cu_seqlens_q: Ints | None = None
     ) -> None:
         self.tables = tables
-        self.kv_lens = kv_lens
+        self.seq_lens = seq_lens
         self.cu_seqlens_q = cu_seqlens_q
         self._plans: dict[Hashable, object] = {}
         self._with_queries: dict[int, HostRows] = {}
 
     def row(self, number: int) -> HostRows:
         """Return one row alone, with one query. O(1)."""
-        return HostRows(self.tables[number : number + 1], self.kv_lens[number : number + 1])
+        return HostRows(self.tables[number : number + 1], self.seq_lens[number : number + 1])
 
     def with_queries(self, count: int) -> HostRows:
         """Return the same rows with `count` queries each, always the same object. O(rows)."""
@@ -46,8 +46,8 @@ class HostRows:
             return self
         found = self._with_queries.get(count)
         if found is None:
-            starts = np.arange(len(self.kv_lens) + 1, dtype=np.int32) * np.int32(count)
-            found = self._with_queries[count] = HostRows(self.tables, self.kv_lens, starts)
+            starts = np.arange(len(self.seq_lens) + 1, dtype=np.int32) * np.int32(count)
+            found = self._with_queries[count] = HostRows(self.tables, self.seq_lens, starts)
         return found
 
     def plan(self, key: Hashable, make: Callable[[HostRows], _Plan]) -> _Plan:
@@ -58,11 +58,11 @@ class HostRows:
         return found  # type: ignore[return-value]
 
     def require_fit(
-        self, block_tables: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor | None
+        self, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None
     ) -> None:
         """Check that the arrays have the shapes of the tensors. O(1). Raises: `ValueError`."""
-        tensors = {"block_tables": block_tables, "kv_lens": kv_lens, "cu_seqlens_q": cu_seqlens_q}
-        arrays = (self.tables, self.kv_lens, self.cu_seqlens_q)
+        tensors = {"block_tables": block_tables, "seq_lens": seq_lens, "cu_seqlens_q": cu_seqlens_q}
+        arrays = (self.tables, self.seq_lens, self.cu_seqlens_q)
         for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
             theirs = None if tensor is None else tuple(tensor.shape)
             ours = None if array is None else array.shape

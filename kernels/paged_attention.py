@@ -17,7 +17,7 @@ def paged_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     block_tables: Tensor,
-    kv_lens: Tensor,
+    seq_lens: Tensor,
     cu_seqlens_q: Tensor | None = None,
     *,
     scale: float | None = None,
@@ -44,11 +44,11 @@ def paged_attention(
       the views of `BlockStorage.layer`: of the dtype of `query`, or quantised.
     - `block_tables` int32 [rows, max_blocks]; -1 is no block, and its tokens are seen by nobody.
       Entries past a row's last token are not looked at.
-    - `kv_lens` int32 or int64 [rows]: tokens of each row in the cache, its queries' own included.
+    - `seq_lens` int32 or int64 [rows]: tokens of each row in the cache, its queries' own included.
     - `cu_seqlens_q` int32 or int64 [rows + 1]: row r has the queries `cu_seqlens_q[r]` to
       `cu_seqlens_q[r + 1]`. Leave it out when every row has one query (decode).
 
-    A row's queries are its last tokens: query i of n stands at position `kv_len - n + i`. A query
+    A row's queries are its last tokens: query i of n stands at position `seq_len - n + i`. A query
     that may see nothing gives 0; so does a causal one at a negative position (left padding).
 
     Options:
@@ -66,7 +66,7 @@ def paged_attention(
     - `kv_starts` int32 or int64 [rows]: tokens before it are not read.
     - `scales`, for caches of int8 or float8_e4m3fn: those of keys and of values, float32 [blocks,
       block_size, kv_heads], as `BlockStorage.scales` gives them (see `quantisation.py`).
-    - `host_rows`: the values of `block_tables`, `kv_lens` and `cu_seqlens_q` as NumPy arrays. Pass
+    - `host_rows`: the values of `block_tables`, `seq_lens` and `cu_seqlens_q` as NumPy arrays. Pass
       one `HostRows` to all layers of a step: a GPU kernel plans from it once, without waiting for
       the GPU to read the tensors back.
 
@@ -79,7 +79,7 @@ def paged_attention(
     Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
     """
     args = AttentionArgs(
-        block_tables, kv_lens, cu_seqlens_q, scale, causal, window, softcap, mask, kv_starts,
+        block_tables, seq_lens, cu_seqlens_q, scale, causal, window, softcap, mask, kv_starts,
         host_rows,
     )  # fmt: skip
     return attend(query, key_cache, value_cache, args, sinks=sinks, scales=scales)

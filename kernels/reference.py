@@ -58,7 +58,7 @@ def append_kv(
 def gather_kv(
     cache: Tensor,
     block_tables: Tensor,
-    kv_lens: Tensor,
+    seq_lens: Tensor,
     length: int,
     *,
     scales: Tensor | None = None,
@@ -68,10 +68,10 @@ def gather_kv(
     dtype = dtype or cache.dtype
     rows, columns = block_tables.shape
     block_size = cache.shape[1]
-    require_lengths(kv_lens, columns * block_size)
+    require_lengths(seq_lens, columns * block_size)
     if length == 0 or columns == 0 or cache.shape[0] == 0:
         return cache.new_zeros(rows, length, *cache.shape[2:], dtype=dtype)
-    positions = kv_lens.long()[:, None] - length + torch.arange(length, device=cache.device)
+    positions = seq_lens.long()[:, None] - length + torch.arange(length, device=cache.device)
     column = torch.div(positions, block_size, rounding_mode="floor")
     blocks = block_tables.gather(1, column.clamp(0, columns - 1)).long()
     found = (positions >= 0) & (column < columns) & (blocks >= 0)
@@ -113,8 +113,8 @@ def paged_attention(
     with what was summed so far rescaled when the maximum rises (Milakov & Gimelshein 2018, "Online
     normalizer calculation for softmax"; FlashAttention, Dao et al. 2022, for the tiles).
     """
-    block_tables, kv_lens, mask = args.block_tables, args.kv_lens, args.mask
-    require_lengths(kv_lens, block_tables.shape[1] * key_cache.shape[1])
+    block_tables, seq_lens, mask = args.block_tables, args.seq_lens, args.mask
+    require_lengths(seq_lens, block_tables.shape[1] * key_cache.shape[1])
     output = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     rows, num_query_heads = block_tables.shape[0], query.shape[1]
     if query.numel() == 0 or rows == 0:
@@ -129,9 +129,9 @@ def paged_attention(
     starts = torch.arange(block_tables.shape[1], device=query.device) * key_cache.shape[1]
     cells = _Cells(
         # What stands past a row's last token is not followed.
-        tables=block_tables.where(starts < kv_lens[:, None], -1),
-        kv_lens=kv_lens.long(),
-        kv_starts=torch.zeros_like(kv_lens, dtype=torch.int64)
+        tables=block_tables.where(starts < seq_lens[:, None], -1),
+        seq_lens=seq_lens.long(),
+        kv_starts=torch.zeros_like(seq_lens, dtype=torch.int64)
         if args.kv_starts is None
         else args.kv_starts.long().clamp(min=0),
         query_lens=query_lens,
@@ -185,7 +185,7 @@ class _Cells:
     """Which query may look at which kv token, for the query columns `first` to `last`."""
 
     tables: Tensor  # [R, max_blocks]
-    kv_lens: Tensor  # [R] int64, as are the two below
+    seq_lens: Tensor  # [R] int64, as are the two below
     kv_starts: Tensor
     query_lens: Tensor
     longest: int  # query columns of the whole call
@@ -203,7 +203,7 @@ class _Cells:
         return replace(
             self,
             tables=self.tables[rows],
-            kv_lens=self.kv_lens[rows],
+            seq_lens=self.seq_lens[rows],
             kv_starts=self.kv_starts[rows],
             query_lens=self.query_lens[rows],
             mask=self.mask[rows] if several and self.mask is not None else self.mask,
@@ -211,14 +211,14 @@ class _Cells:
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Position of every query column in its row, and whether it is a query: each [R, Q]."""
-        columns = torch.arange(self.first, self.last, device=self.kv_lens.device)
+        columns = torch.arange(self.first, self.last, device=self.seq_lens.device)
         # Columns that only pad a row with few queries see nothing, so they keep no slot alive.
         real = columns >= self.longest - self.query_lens[:, None]
-        return self.kv_lens[:, None] - self.longest + columns, real
+        return self.seq_lens[:, None] - self.longest + columns, real
 
     def reach(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Kv tokens that some query of a row sees [low, high), and that all see: each int64 [R]."""
-        start = self.kv_lens - self.longest
+        start = self.seq_lens - self.longest
         newest = start + self.last - 1
         oldest = start + torch.clamp(self.longest - self.query_lens, min=self.first)
         low, full_low = self.kv_starts, self.kv_starts
@@ -227,7 +227,7 @@ class _Cells:
             full_low = torch.maximum(full_low, newest - self.window + 1)
         high, full_high = newest + 1, oldest + 1
         if not self.causal:
-            high = full_high = self.kv_lens
+            high = full_high = self.seq_lens
         return low, high, full_low, full_high
 
     def visible(self, start: int, stop: int) -> Tensor:
@@ -236,7 +236,7 @@ class _Cells:
         position, real = (tensor[:, :, None] for tensor in self.positions())
         token = torch.arange(start, stop, device=position.device)
         held = (self.tables >= 0).repeat_interleave(block_size, 1)
-        held &= (token >= self.kv_starts[:, None]) & (token < self.kv_lens[:, None])
+        held &= (token >= self.kv_starts[:, None]) & (token < self.seq_lens[:, None])
         seen = held[:, None, :] & real
         if self.causal:
             seen &= token <= position
@@ -301,7 +301,7 @@ def _tiles(tile: _Tile, cells: _Cells) -> Iterator[tuple[Tensor | None, _Cells, 
     columns = -(-max(0, int(high.max())) // block_size)
     if columns > cells.tables.shape[1]:
         raise ValueError(
-            f"kv_lens reaches {int(high.max())} tokens, but block_tables has room for "
+            f"seq_lens reaches {int(high.max())} tokens, but block_tables has room for "
             f"{cells.tables.shape[1] * block_size} per row; pass wider tables"
         )
     edges = torch.arange(0, columns, tile.blocks, device=low.device) * block_size
@@ -371,7 +371,7 @@ def _mask_tile(mask: Tensor, cells: _Cells, start: int, stop: int) -> tuple[Tens
     part = mask[:, :, offset + cells.first : offset + cells.last]
     width = part.shape[3]
     token = torch.arange(start, stop, device=part.device)
-    column = token - cells.kv_lens[:, None] + width
+    column = token - cells.seq_lens[:, None] + width
     inside = ((column >= 0) & (column < width))[:, None, None, :]
     index = column.clamp(0, width - 1)[:, None, None, :]
     part = part.expand(len(column), -1, -1, -1)

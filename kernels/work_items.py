@@ -95,7 +95,7 @@ class _Known(NamedTuple):
 
     plan: WorkPlan
     tables: NDArray[np.int32]
-    kv_lens: Ints
+    seq_lens: Ints
     cu_seqlens_q: Ints | None  # None: every row has one query, and these count too:
     full: NDArray[np.bool_]  # [rows, blocks]: full blocks, which do not change while a row grows
     shared: NDArray[np.bool_]  # those that an item reads for several rows
@@ -136,7 +136,7 @@ class Planner:
     def plan(
         self,
         tables: NDArray[np.int32],
-        kv_lens: NDArray[np.integer],
+        seq_lens: NDArray[np.integer],
         cu_seqlens_q: NDArray[np.integer] | None = None,
     ) -> WorkPlan:
         """The plan for block tables [rows, blocks], or the same object as before if it still holds.
@@ -145,7 +145,7 @@ class Planner:
         1 ms where it does not. `cu_seqlens_q` [rows + 1] may be left out where rows have one query.
         Arrays are copied, never kept.
         """
-        lens = kv_lens.astype(np.int64)
+        lens = seq_lens.astype(np.int64)
         starts = None if cu_seqlens_q is None else cu_seqlens_q.astype(np.int64)
         if starts is not None and bool((np.diff(starts) == 1).all()):
             starts = None
@@ -162,11 +162,11 @@ class Planner:
     def _holds(
         self, known: _Known, tables: NDArray[np.int32], lens: Ints, starts: Ints | None
     ) -> bool:
-        if len(lens) != len(known.kv_lens):
+        if len(lens) != len(known.seq_lens):
             return False
         if starts is not None or known.cu_seqlens_q is not None:
             return (
-                np.array_equal(lens, known.kv_lens)
+                np.array_equal(lens, known.seq_lens)
                 and starts is not None
                 and known.cu_seqlens_q is not None
                 and np.array_equal(starts, known.cu_seqlens_q)
@@ -175,7 +175,7 @@ class Planner:
         width = known.tables.shape[1]
         if tables.shape[1] < width or bool((lens > known.limits).any()):
             return False
-        if bool((lens < known.kv_lens).any()):
+        if bool((lens < known.seq_lens).any()):
             # A shared item would read on past the row's end; a window, back to before the first.
             return False
         changed = tables[:, :width] != known.tables

@@ -82,7 +82,7 @@ class StepPlan:
     """What a `Scheduler` wants computed now: plain arrays and names, so it can cross a process.
 
     Apply `moves` in order, then `copies` (all reads before all writes), then compute `counts[i]`
-    tokens of each row i: write their KV to `slots`, and let them see the first `kv_lens[i]` tokens
+    tokens of each row i: write their KV to `slots`, and let them see the first `seq_lens[i]` tokens
     through `tables[i]`. Rows that go on decoding come first, the rows of a request side by side.
 
     Attributes:
@@ -97,7 +97,7 @@ class StepPlan:
         counts: int32 [rows], tokens to compute now.
         ids: int32 [tokens], row by row.
         slots: int64 [tokens], `block * block_size + offset`, of the first group of layers.
-        kv_lens: int32 [rows], `starts + counts`.
+        seq_lens: int32 [rows], `starts + counts`.
         tables: int32 [rows, blocks], -1 where there is none: behind a window too. Of the first
             group of layers.
         wants_logits: bool [rows], whether the logits of the row's last token choose the next one.
@@ -114,7 +114,7 @@ class StepPlan:
     counts: Int32
     ids: Int32
     slots: Int64
-    kv_lens: Int32
+    seq_lens: Int32
     tables: Int32
     wants_logits: NDArray[np.bool_]
     freed: Int32

@@ -28,7 +28,7 @@ class Step(NamedTuple):
     """Rows of one decode step."""
 
     tables: Tensor  # int32 [rows, columns]
-    kv_lens: Tensor  # int32 [rows]
+    seq_lens: Tensor  # int32 [rows]
     query_heads: int
     kv_heads: int
     head_dim: int
@@ -43,7 +43,7 @@ def flashinfer(step: Step) -> Attend:
     device = step.tables.device
     starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * columns
     indices = step.tables.flatten()
-    last = step.kv_lens - (columns - 1) * step.block_size
+    last = step.seq_lens - (columns - 1) * step.block_size
     wrapper: Any = library.BatchDecodeWithPagedKVCacheWrapper(
         torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
         "NHD",
@@ -78,7 +78,7 @@ def flash_attention_3(step: Step) -> Attend:
             query[:, None],
             key_cache,
             value_cache,
-            cache_seqlens=step.kv_lens,
+            cache_seqlens=step.seq_lens,
             page_table=step.tables,
             causal=True,
         )
@@ -98,7 +98,7 @@ def flash_attention_2(step: Step) -> Attend:
             query[:, None],
             key_cache,
             value_cache,
-            cache_seqlens=step.kv_lens,
+            cache_seqlens=step.seq_lens,
             block_table=step.tables,
             causal=True,
         )

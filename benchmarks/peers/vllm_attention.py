@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     vLLM makes it once a step too."""
 
     tables: Tensor
-    kv_lens: Tensor
+    seq_lens: Tensor
     cu_seqlens_q: Tensor
     schedule: Tensor
 
@@ -76,13 +76,13 @@ class Decode:
         self._shape = (rows * columns, kv_heads, block_size, 2 * head_dim)
         self._dtype = dtype
         tables = torch.randperm(rows * columns, dtype=torch.int32).view(rows, columns)
-        kv_lens = torch.full((rows,), length, dtype=torch.int32)
+        seq_lens = torch.full((rows,), length, dtype=torch.int32)
         starts = torch.arange(rows + 1, dtype=torch.int32)
         schedule = torch.ops._C.get_scheduler_metadata(
-            rows, query_heads, kv_heads, head_dim, kv_lens, dtype, starts,
+            rows, query_heads, kv_heads, head_dim, seq_lens, dtype, starts,
             True, -1, self._isa, True, None, "auto",
         )  # fmt: skip
-        self._batch = Batch(tables, kv_lens, starts, schedule)
+        self._batch = Batch(tables, seq_lens, starts, schedule)
         positions = torch.arange(length)
         blocks = tables.long()[:, positions // block_size]
         self._slots = (blocks * block_size + positions % block_size).flatten()
@@ -101,10 +101,10 @@ class Decode:
 
     def attend(self, query: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
         """The output for query [rows, query_heads, head_dim], in a tensor that is used again."""
-        tables, kv_lens, starts, schedule = self._batch
+        tables, seq_lens, starts, schedule = self._batch
         operator: Any = torch.ops._C.cpu_attention_with_kv_cache
         operator(
-            query, *cache, self._output, starts, kv_lens, self._scale, True, None, -1,
+            query, *cache, self._output, starts, seq_lens, self._scale, True, None, -1,
             tables, 0.0, schedule, None, None, 1.0, 1.0, "auto",
         )  # fmt: skip
         return self._output

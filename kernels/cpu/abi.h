@@ -25,7 +25,7 @@ struct AttentionArguments {
     void* output;
     const float *key_scales, *value_scales;  // null unless the cache is quantised
     const int32_t* tables;
-    Integers kv_lens, kv_starts, cu_seqlens_q;
+    Integers seq_lens, kv_starts, cu_seqlens_q;
     const void* mask;
     const float* sinks;
     int64_t query_type, cache_type, mask_type;

@@ -71,17 +71,17 @@ inline Plan plan(const AttentionArguments& a) {
     int64_t heads_per_kv = a.query_heads / a.kv_heads;
     int64_t chunk = std::max<int64_t>(1, QUERIES / heads_per_kv), total = 0;
     for (int64_t row = 0; row < a.rows; row++)
-        total += a.kv_lens.at(row) * ((a.queries_of(row) + chunk - 1) / chunk);
+        total += a.seq_lens.at(row) * ((a.queries_of(row) + chunk - 1) / chunk);
     // Four ranges a thread even out what rows of different length leave over.
     int64_t range = std::max<int64_t>(8 * TILE_MOST, total / (4 * a.threads) / TILE_MOST * TILE_MOST + TILE_MOST);
     if (a.threads == 1) range = INT64_MAX / 2;
     for (int64_t row = 0; row < a.rows; row++) {
-        int64_t kv_len = a.kv_lens.at(row), queries = a.queries_of(row);
+        int64_t seq_len = a.seq_lens.at(row), queries = a.queries_of(row);
         for (int64_t query = 0; query < queries; query += chunk) {
-            int64_t count = std::min(chunk, queries - query), position = kv_len - queries + query;
+            int64_t count = std::min(chunk, queries - query), position = seq_len - queries + query;
             int64_t first = a.first_query(row) + query;
-            int64_t start = visible(a, row, position, kv_len).first;
-            int64_t stop = visible(a, row, position + count - 1, kv_len).last;
+            int64_t start = visible(a, row, position, seq_len).first;
+            int64_t stop = visible(a, row, position + count - 1, seq_len).last;
             int64_t parts = std::max<int64_t>(1, (stop - start + range - 1) / range);
             int64_t part_range = ((stop - start + parts - 1) / parts + TILE_MOST - 1) / TILE_MOST * TILE_MOST;
             if (parts > 1)

@@ -24,7 +24,7 @@ from kvpager.kernels.cpu.library import (
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_KV_LEN, _TABLE_ENTRY, _CU_SEQLENS_Q = 1, 2, 3  # the codes of kernels.cpp; 4: a mask too short
+_SEQ_LEN, _TABLE_ENTRY, _CU_SEQLENS_Q = 1, 2, 3  # the codes of kernels.cpp; 4: a mask too short
 
 
 class PagedAttention:
@@ -51,7 +51,7 @@ class PagedAttention:
         tokens, query_heads, head_dim = query.shape
         num_blocks, block_size, kv_heads, value_dim = value_cache.shape
         output = query.new_empty(tokens, query_heads, value_dim)
-        block_tables, kv_lens = int32_rows(args.block_tables), args.kv_lens.contiguous()
+        block_tables, seq_lens = int32_rows(args.block_tables), args.seq_lens.contiguous()
         kv_starts = None if args.kv_starts is None else args.kv_starts.contiguous()
         cu_seqlens_q = None if args.cu_seqlens_q is None else args.cu_seqlens_q.contiguous()
         sinks = None if sinks is None else sinks.float().contiguous()
@@ -61,7 +61,7 @@ class PagedAttention:
             ATTENTION,
             query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), output.data_ptr(),
             address(key_scales), address(value_scales), block_tables.data_ptr(),
-            *integers(kv_lens), *integers(kv_starts), *integers(cu_seqlens_q),
+            *integers(seq_lens), *integers(kv_starts), *integers(cu_seqlens_q),
             address(mask), address(sinks),
             TYPES[query.dtype], TYPES[key_cache.dtype], 0 if mask is None else TYPES[mask.dtype],
             len(block_tables), tokens, query_heads, kv_heads, head_dim, value_dim,
@@ -101,7 +101,7 @@ def _error(
     problem: Problem, tables: Tensor, query: Tensor, cache: Tensor, mask: Tensor | None
 ) -> ValueError:
     row, column, value = problem.numbers
-    if problem.code == _KV_LEN:
+    if problem.code == _SEQ_LEN:
         return wrong_length(row, value, tables.shape[1] * cache.shape[1])
     if problem.code == _TABLE_ENTRY:
         return ValueError(

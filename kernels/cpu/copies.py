@@ -86,7 +86,7 @@ class GatherKV:
         self,
         cache: Tensor,
         block_tables: Tensor,
-        kv_lens: Tensor,
+        seq_lens: Tensor,
         length: int,
         *,
         scales: Tensor | None = None,
@@ -101,18 +101,18 @@ class GatherKV:
             else (cache.dtype != dtype)
         ):
             return reference.gather_kv(
-                cache, block_tables, kv_lens, length, scales=scales, dtype=dtype
+                cache, block_tables, seq_lens, length, scales=scales, dtype=dtype
             )
         block_tables = int32_rows(block_tables)
         rows, columns = block_tables.shape
         num_blocks, block_size, kv_heads, dim = cache.shape
-        kv_lens = kv_lens.contiguous()
+        seq_lens = seq_lens.contiguous()
         output = cache.new_empty(rows, length, kv_heads, dim, dtype=dtype)
         problem = self._library.call(
             "gather_kv",
             GATHER,
             cache.data_ptr(), output.data_ptr(), address(scales), block_tables.data_ptr(),
-            *integers(kv_lens),
+            *integers(seq_lens),
             TYPES.get(cache.dtype, _NO_TYPE), TYPES.get(dtype, _NO_TYPE),
             cache.element_size(), output.element_size(),
             rows, length, kv_heads, dim,

@@ -9,7 +9,7 @@
 namespace {
 
 enum Problem : int { FINE = 0, NO_MEMORY = 100 };
-enum AttentionProblem : int { KV_LEN = 1, TABLE_ENTRY = 2, CU_SEQLENS_Q = 3, MASK_QUERIES = 4 };
+enum AttentionProblem : int { SEQ_LEN = 1, TABLE_ENTRY = 2, CU_SEQLENS_Q = 3, MASK_QUERIES = 4 };
 
 constexpr auto BF16_ARITHMETIC = HAS_BF16_DOT ? attention::BF16_DOTS : attention::IN_FLOATS;
 constexpr auto INT8_ARITHMETIC = HAS_INT16_DOT ? attention::IN_INT16 : attention::IN_FLOATS;
@@ -26,16 +26,16 @@ int checked(const AttentionArguments& a) {
     if (a.cu_seqlens_q.data && a.first_query(a.rows) != a.tokens)
         return wrong(CU_SEQLENS_Q, a.rows, 0, a.first_query(a.rows));
     for (int64_t row = 0; row < a.rows; row++) {
-        int64_t kv_len = a.kv_lens.at(row), queries = a.queries_of(row);
-        if (kv_len < 0 || kv_len > a.table_columns * a.block_size)
-            return wrong(KV_LEN, row, 0, kv_len);
+        int64_t seq_len = a.seq_lens.at(row), queries = a.queries_of(row);
+        if (seq_len < 0 || seq_len > a.table_columns * a.block_size)
+            return wrong(SEQ_LEN, row, 0, seq_len);
         if (queries < 0 || a.first_query(row) + queries > a.tokens)
             return wrong(CU_SEQLENS_Q, row, 0, a.first_query(row + 1));
         if (a.mask && queries > a.mask_queries) return wrong(MASK_QUERIES, row, 0, queries);
         if (queries == 0) continue;
-        int64_t oldest = kv_len - queries;
-        int64_t start = attention::visible(a, row, oldest, kv_len).first;
-        int64_t stop = attention::visible(a, row, kv_len - 1, kv_len).last;
+        int64_t oldest = seq_len - queries;
+        int64_t start = attention::visible(a, row, oldest, seq_len).first;
+        int64_t stop = attention::visible(a, row, seq_len - 1, seq_len).last;
         if (start >= stop) continue;  // as where kv_starts lies past the row's end
         int64_t first = start / a.block_size, last = (stop - 1) / a.block_size + 1;
         const int32_t* table = a.tables + row * a.table_stride;

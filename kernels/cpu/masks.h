@@ -18,7 +18,7 @@ INLINE float bias_of(fp16 value) {
 
 // The mask of a tile: bias[head or 0][query][token], -inf where a query may not look.
 template <class M>
-void read_mask(const AttentionArguments& a, const Task& task, int64_t kv_len, int64_t start,
+void read_mask(const AttentionArguments& a, const Task& task, int64_t seq_len, int64_t start,
                int count, float* bias) {
     int64_t heads = a.mask_head ? a.query_heads : 1;
     int64_t row_queries = a.queries_of(task.row);
@@ -28,19 +28,19 @@ void read_mask(const AttentionArguments& a, const Task& task, int64_t kv_len, in
         for (int64_t query = 0; query < task.num_queries; query++) {
             const M* line = base + head * a.mask_head
                 + (a.mask_queries - from_end + query) * a.mask_query
-                + (start - kv_len + a.mask_columns) * a.mask_column;
+                + (start - seq_len + a.mask_columns) * a.mask_column;
             float* out = bias + (head * task.num_queries + query) * TILE_MOST;
             for (int i = 0; i < count; i++) out[i] = bias_of(line[i * a.mask_column]);
         }
 }
 
-inline void read_any_mask(const AttentionArguments& a, const Task& task, int64_t kv_len,
+inline void read_any_mask(const AttentionArguments& a, const Task& task, int64_t seq_len,
                           int64_t start, int count, float* bias) {
     switch (a.mask_type) {
-        case TYPE_FLOAT32: return read_mask<float>(a, task, kv_len, start, count, bias);
-        case TYPE_BFLOAT16: return read_mask<bf16>(a, task, kv_len, start, count, bias);
-        case TYPE_FLOAT16: return read_mask<fp16>(a, task, kv_len, start, count, bias);
-        default: return read_mask<uint8_t>(a, task, kv_len, start, count, bias);
+        case TYPE_FLOAT32: return read_mask<float>(a, task, seq_len, start, count, bias);
+        case TYPE_BFLOAT16: return read_mask<bf16>(a, task, seq_len, start, count, bias);
+        case TYPE_FLOAT16: return read_mask<fp16>(a, task, seq_len, start, count, bias);
+        default: return read_mask<uint8_t>(a, task, seq_len, start, count, bias);
     }
 }
 

@@ -139,7 +139,7 @@ struct GatherArguments {
     void* output;         // [rows, length, kv_heads, dim], contiguous
     const float* scales;  // null unless quantised, and where the cache has no block
     const int32_t* tables;
-    Integers kv_lens;
+    Integers seq_lens;
     int64_t cache_type, output_type, element_size, output_size;
     int64_t rows, length, kv_heads, dim;
     int64_t num_blocks, block_size, table_columns, table_stride;
@@ -187,14 +187,14 @@ inline void gather_run(const GatherArguments& a, int64_t block, int64_t offset, 
 inline int gather(const GatherArguments& a) {
     // Positions of the columns are right-aligned: the last one is the row's newest token.
     for (int64_t row = 0; row < a.rows; row++) {
-        int64_t kv_len = a.kv_lens.at(row);
-        if (kv_len < 0 || kv_len > a.table_columns * a.block_size) {
+        int64_t seq_len = a.seq_lens.at(row);
+        if (seq_len < 0 || seq_len > a.table_columns * a.block_size) {
             a.problem[0] = row;
-            a.problem[2] = kv_len;
+            a.problem[2] = seq_len;
             return 1;
         }
-        int64_t first = std::max<int64_t>(0, kv_len - a.length) / a.block_size;
-        int64_t last = std::min((kv_len + a.block_size - 1) / a.block_size, a.table_columns);
+        int64_t first = std::max<int64_t>(0, seq_len - a.length) / a.block_size;
+        int64_t last = std::min((seq_len + a.block_size - 1) / a.block_size, a.table_columns);
         for (int64_t column = first; column < last; column++) {
             int64_t block = a.tables[row * a.table_stride + column];
             if (block < a.num_blocks) continue;
@@ -214,7 +214,7 @@ inline int gather(const GatherArguments& a) {
     for (int64_t i = 0; i < a.rows * pieces; i++) {
         int64_t row = i / pieces, column = i % pieces * PIECE;
         int64_t end = std::min(column + PIECE, a.length);
-        int64_t shift = a.kv_lens.at(row) - a.length;
+        int64_t shift = a.seq_lens.at(row) - a.length;
         while (column < end) {
             char* to = (char*)a.output + (row * a.length + column) * token_bytes;
             int64_t position = column + shift, count = std::min(end - column, -position);

@@ -34,10 +34,10 @@ struct Task {
 // What of a row's kv some query may see: [first, last).
 struct Range { int64_t first, last; };
 
-INLINE Range visible(const AttentionArguments& a, int64_t row, int64_t position, int64_t kv_len) {
-    int64_t first = std::max<int64_t>(0, a.kv_starts.at(row)), last = kv_len;
+INLINE Range visible(const AttentionArguments& a, int64_t row, int64_t position, int64_t seq_len) {
+    int64_t first = std::max<int64_t>(0, a.kv_starts.at(row)), last = seq_len;
     if (a.window > 0) first = std::max(first, position - a.window + 1);
-    if (a.mask) first = std::max(first, kv_len - a.mask_columns);
+    if (a.mask) first = std::max(first, seq_len - a.mask_columns);
     if (a.causal) last = std::min(last, position + 1);
     return {first, std::max(first, last)};
 }

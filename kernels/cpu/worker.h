@@ -24,14 +24,14 @@ template <class T, Arithmetic arithmetic> struct Worker {
     int64_t vectors = 0;        // query vectors per kv head: query token * group + head in the group
     int64_t heads_per_kv = 0;
     int64_t query_stride = 0, sum_stride = 0;
-    int64_t kv_len = 0;
+    int64_t seq_len = 0;
     float key_scales[TILE], value_scales[TILE];  // of the tile and the kv head at hand
     Tile<T> tiles[2] = {};
     Tile<T> *tile = nullptr, *next = nullptr;
     enum { NOTHING, RANGES, BIAS } hiding = NOTHING;
 
     void run() {
-        kv_len = a.kv_lens.at(task.row);
+        seq_len = a.seq_lens.at(task.row);
         heads_per_kv = a.query_heads / a.kv_heads;
         vectors = heads_per_kv * task.num_queries;
         query_stride = padded(a.head_dim);
@@ -199,13 +199,13 @@ template <class T, Arithmetic arithmetic> struct Worker {
     }
 
     Range range_of(int64_t query) {
-        return visible(a, task.row, task.first_position + query, kv_len);
+        return visible(a, task.row, task.first_position + query, seq_len);
     }
 
     void hide_by_bias() {
         hiding = BIAS;
         int64_t lines = task.num_queries * (a.mask && a.mask_head ? a.query_heads : 1);
-        if (a.mask) read_any_mask(a, task, kv_len, tile->start, tile->count, scratch.bias);
+        if (a.mask) read_any_mask(a, task, seq_len, tile->start, tile->count, scratch.bias);
         else std::fill(scratch.bias, scratch.bias + lines * TILE_MOST, 0.0f);
         bool seen[TILE] = {};
         for (int64_t line = 0; line < lines; line++) {

@@ -87,7 +87,7 @@ def attend(
         key_cache,
         value_cache,
         tables if tables.stride(1) == 1 else tables.contiguous(),
-        args.kv_lens.contiguous(),
+        args.seq_lens.contiguous(),
         None if plan.work.one_query or starts is None else starts.contiguous(),
         query.shape[2] ** -0.5 if args.scale is None else args.scale,
         args.softcap,
@@ -153,7 +153,7 @@ class AttentionCall(NamedTuple):
     key_cache: Tensor
     value_cache: Tensor
     block_tables: Tensor
-    kv_lens: Tensor
+    seq_lens: Tensor
     cu_seqlens_q: Tensor | None
     scale: float
     softcap: float | None
@@ -196,7 +196,7 @@ def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> 
         "key_cache": key_cache,
         "value_cache": value_cache,
         "tables": call.block_tables,
-        "kv_lens": call.kv_lens,
+        "seq_lens": call.seq_lens,
         "items": plan.items,
         "members": plan.members,
         "slots": plan.slots,

@@ -72,10 +72,10 @@ def _look_up(mask, line_at, real, column, mask_token, mask_width, LOWEST: tl.con
         "mask_query", "tables_row",
     ],
     # Views of a step's tensors begin anywhere; nothing of them is loaded as one run.
-    do_not_specialize_on_alignment=["tables", "kv_lens", "cu_seqlens_q", "kv_starts", "mask"],
+    do_not_specialize_on_alignment=["tables", "seq_lens", "cu_seqlens_q", "kv_starts", "mask"],
 )  # fmt: skip
 def attend_items(
-    output, partials, weights, query, key_cache, value_cache, tables, kv_lens, items, members,
+    output, partials, weights, query, key_cache, value_cache, tables, seq_lens, items, members,
     slots, cu_seqlens_q, kv_starts, sinks, mask, key_scales, value_scales,
     scale, softcap, window, first_item, capacity, H,
     query_token, query_head, tables_row,
@@ -115,8 +115,8 @@ def attend_items(
     if ALONE:
         token_of = table_row
         row = table_row
-        kv_len = tl.load(kv_lens + row).to(tl.int32)
-        position = kv_len - 1
+        seq_len = tl.load(seq_lens + row).to(tl.int32)
+        position = seq_len - 1
         from_last = 1
     else:
         token_of = tl.load(members + first_member + line // GROUP, mask=real, other=0)
@@ -126,10 +126,10 @@ def attend_items(
         else:
             row = table_row + 0 * line
             from_last = tl.load(cu_seqlens_q + table_row + 1).to(tl.int32) - token_of
-        kv_len = tl.load(kv_lens + row).to(tl.int32)
-        position = kv_len - from_last
-    low = kv_len * 0
-    high = kv_len
+        seq_len = tl.load(seq_lens + row).to(tl.int32)
+        position = seq_len - from_last
+    low = seq_len * 0
+    high = seq_len
     if CAUSAL:
         high = position + 1
     if window is not None:
@@ -225,7 +225,7 @@ def attend_items(
             visible = visible & held[None, :] & real[:, None]
         if mask is not None:
             # Right-aligned: the last column is the row's last token.
-            column = token[None, :] - (kv_len + 0 * line)[:, None] + mask_width
+            column = token[None, :] - (seq_len + 0 * line)[:, None] + mask_width
             allowed, bias = _look_up(mask, line_at, real, column, mask_token, mask_width, LOWEST)
             visible = visible & allowed
             scores = tl.where(visible, scores + bias, float("-inf"))

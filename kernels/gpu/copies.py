@@ -91,7 +91,7 @@ def append_kv(
 def gather_kv(
     cache: Tensor,
     block_tables: Tensor,
-    kv_lens: Tensor,
+    seq_lens: Tensor,
     length: int,
     *,
     scales: Tensor | None = None,
@@ -102,7 +102,9 @@ def gather_kv(
     Caches whose blocks are not one run each the twin reads.
     """
     if not (_is_run(cache) and _is_run(scales)):
-        return reference.gather_kv(cache, block_tables, kv_lens, length, scales=scales, dtype=dtype)
+        return reference.gather_kv(
+            cache, block_tables, seq_lens, length, scales=scales, dtype=dtype
+        )
     rows, columns = block_tables.shape
     _, block_size, heads, dim = cache.shape
     gathered = torch.empty(
@@ -121,7 +123,7 @@ def gather_kv(
             _numbers(cache),
             scales,
             block_tables,
-            kv_lens.contiguous(),
+            seq_lens.contiguous(),
             length,
             columns,
             cache.stride(0),

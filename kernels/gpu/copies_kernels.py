@@ -127,14 +127,14 @@ def append_vectors(
 
 @triton.jit(
     do_not_specialize=["length", "num_columns", "tables_row"],
-    do_not_specialize_on_alignment=["tables", "kv_lens"],
+    do_not_specialize_on_alignment=["tables", "seq_lens"],
 )
 def gather_vectors(
     gathered,
     cache,
     scales,
     tables,
-    kv_lens,
+    seq_lens,
     length,
     num_columns,
     cache_block,
@@ -150,7 +150,7 @@ def gather_vectors(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     vector = tl.program_id(0) % tiles * VECTORS + tl.arange(0, VECTORS)
     exists = vector < length * HEADS
-    position = tl.load(kv_lens + row).to(tl.int32) - length + vector // HEADS
+    position = tl.load(seq_lens + row).to(tl.int32) - length + vector // HEADS
     column = position // BLOCK_SIZE
     found = exists & (position >= 0) & (column < num_columns)
     block = tl.load(tables + row * tables_row + column, mask=found, other=-1).to(tl.int64)

@@ -68,8 +68,8 @@ def attention(
     if peer is None:
         return None
     scale = query.shape[2] ** -0.5 if args.scale is None else args.scale
-    tables, kv_lens = args.block_tables.int().clamp(min=0), args.kv_lens.int()
-    return peer(query, key_cache, value_cache, tables, kv_lens, cu_seqlens_q.int(), plan, scale)
+    tables, seq_lens = args.block_tables.int().clamp(min=0), args.seq_lens.int()
+    return peer(query, key_cache, value_cache, tables, seq_lens, cu_seqlens_q.int(), plan, scale)
 
 
 def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
@@ -118,12 +118,12 @@ def _by_flash_attn(
     key_cache: Tensor,
     value_cache: Tensor,
     tables: Tensor,
-    kv_lens: Tensor,
+    seq_lens: Tensor,
     starts: Tensor,
     plan: AttentionPlan,
     scale: float,
 ) -> Tensor:
-    ends = torch.nn.functional.pad(kv_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    ends = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
     output: Tensor = function(
         query,
         key_cache,
@@ -150,7 +150,7 @@ def _by_varlen(
     key_cache: Tensor,
     value_cache: Tensor,
     tables: Tensor,
-    kv_lens: Tensor,
+    seq_lens: Tensor,
     starts: Tensor,
     plan: AttentionPlan,
     scale: float,
@@ -166,7 +166,7 @@ def _by_varlen(
         scale=scale,
         window_size=(-1, 0) if plan.shapes.causal else (-1, -1),
         enable_gqa=query.shape[1] != key_cache.shape[2],
-        seqused_k=kv_lens,
+        seqused_k=seq_lens,
         block_table=tables,
     )
     return output
@@ -178,20 +178,20 @@ def _by_flashinfer(
     key_cache: Tensor,
     value_cache: Tensor,
     tables: Tensor,
-    kv_lens: Tensor,
+    seq_lens: Tensor,
     starts: Tensor,
     plan: AttentionPlan,
     scale: float,
 ) -> Tensor:
     block_size = key_cache.shape[1]
-    pages = (kv_lens + block_size - 1) // block_size
+    pages = (seq_lens + block_size - 1) // block_size
     columns = torch.arange(tables.shape[1], device=tables.device)
     wrapper = wrapper_class(_workspace(query.device), "NHD")
     wrapper.plan(
         starts,
         torch.nn.functional.pad(pages.cumsum(0, dtype=torch.int32), (1, 0)),
         tables[columns < pages[:, None]],
-        torch.where(kv_lens > 0, (kv_lens - 1) % block_size + 1, 0),
+        torch.where(seq_lens > 0, (seq_lens - 1) % block_size + 1, 0),
         query.shape[1],
         key_cache.shape[2],
         query.shape[2],

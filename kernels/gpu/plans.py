@@ -81,13 +81,13 @@ def plan_attention(
     the tensors are those of the call before, unmodified by torch operations. After another kernel
     writes to them, call `torch.autograd.graph.increment_version`.
 
-    Raises `ValueError` where `kv_lens` reaches beyond the tables.
+    Raises `ValueError` where `seq_lens` reaches beyond the tables.
     """
     tensors = (query, key_cache, value_cache)
     shapes = shapes_of(*tensors, args.causal, args.window, chunk, share=share)
     if args.host_rows is not None:
         return args.host_rows.plan(shapes, lambda rows: _plans_for(shapes).of_host(rows))
-    return _plans_for(shapes).of(args.block_tables, args.kv_lens, args.cu_seqlens_q)
+    return _plans_for(shapes).of(args.block_tables, args.seq_lens, args.cu_seqlens_q)
 
 
 def _plans_for(shapes: Shapes) -> Plans:
@@ -158,27 +158,27 @@ class Plans:
         self._uploaded: list[AttentionPlan] = []
 
     def of(
-        self, block_tables: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor | None
+        self, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None
     ) -> AttentionPlan:
         """As `plan_attention`. One thread at a time: what was seen belongs to one plan."""
         with self._lock:
-            return self._of(block_tables, kv_lens, cu_seqlens_q)
+            return self._of(block_tables, seq_lens, cu_seqlens_q)
 
     def of_host(self, rows: HostRows) -> AttentionPlan:
         """Plan from arrays. O(rows * blocks). Raises: `ValueError` as `plan_attention`."""
         with self._lock:
-            return self._make(rows.tables, rows.kv_lens, rows.cu_seqlens_q)
+            return self._make(rows.tables, rows.seq_lens, rows.cu_seqlens_q)
 
     def _of(
-        self, block_tables: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor | None
+        self, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None
     ) -> AttentionPlan:
-        tensors = (block_tables, kv_lens, cu_seqlens_q)
+        tensors = (block_tables, seq_lens, cu_seqlens_q)
         if self._last is not None and all(
             same.holds(tensor) for same, tensor in zip(self._seen, tensors, strict=True)
         ):
             return self._last
         seen = tuple(_Same(tensor) for tensor in tensors)
-        tables, lens = _on_host(block_tables), _on_host(kv_lens)
+        tables, lens = _on_host(block_tables), _on_host(seq_lens)
         starts = None if cu_seqlens_q is None else _on_host(cu_seqlens_q)
         self._last = self._make(tables, lens, starts)
         self._seen = seen

@@ -48,7 +48,7 @@ class Completion:
     def commit(self, plan: StepPlan, draft: Draft) -> None:
         """Note that the KV of the step's tokens is written. O(rows)."""
         sequences = self._sequences
-        sequences.mark_computed(plan.samples, plan.kv_lens)
+        sequences.mark_computed(plan.samples, plan.seq_lens)
         num_decoding = 0
         if draft.decoders is not None:
             num_decoding = len(draft.decoders.numbers)

@@ -115,7 +115,7 @@ class Draft:
             counts=part.counts,
             ids=part.ids,
             slots=first.slots,
-            kv_lens=starts + part.counts,
+            seq_lens=starts + part.counts,
             tables=first.tables,
             wants_logits=part.wants,
             freed=sequences.report(),

@@ -165,7 +165,7 @@ class Model:
         for row in plan.starts.nonzero()[0].tolist():
             self._read(plan, row, int(plan.starts[row]))
         self._write(plan)
-        seen = [self._read(plan, row, int(plan.kv_lens[row])) for row in range(len(plan))]
+        seen = [self._read(plan, row, int(plan.seq_lens[row])) for row in range(len(plan))]
         chosen: list[Choice] = []
         for name in dict.fromkeys(map(str, plan.names)):
             mine = [row for row in self._rows_of(plan, name) if plan.wants_logits[row]]
@@ -215,8 +215,8 @@ class Model:
                 raise Wrong(f"sample {number}: {ids} at {start}, its tokens are {known}")
             if bool(plan.wants_logits[row]) != (start + count == len(known)):
                 raise Wrong(f"sample {number}: wants logits at {start + count} of {len(known)}")
-            if plan.kv_lens[row] != start + count:
-                raise Wrong(f"sample {number}: sees {plan.kv_lens[row]} of {start + count}")
+            if plan.seq_lens[row] != start + count:
+                raise Wrong(f"sample {number}: sees {plan.seq_lens[row]} of {start + count}")
             new = values(salt_of(self.rows[number].request), known[: start + count])[start:]
             for group in plan.groups:
                 self.memory.write(group.slots[at : at + count], new.tolist())

@@ -66,10 +66,13 @@ BAD_ROWS = [
     ({"block_tables": tables((0, 1, -2))}, r"block_tables\[0, 1\] is -2, but the cache has"),
     ({"block_tables": tables((1, 0, 1 << 30))}, r"block_tables\[1, 0\] is 1073741824, but"),
     (
-        {"kv_lens": torch.tensor([7, -1])},
-        r"kv_lens\[1\] is -1, but block_tables has room for 0 to 12 tokens per row",
+        {"seq_lens": torch.tensor([7, -1])},
+        r"seq_lens\[1\] is -1, but block_tables has room for 0 to 12 tokens per row",
     ),
-    ({"kv_lens": torch.tensor([13, 9])}, r"kv_lens\[0\] is 13, but block_tables has room for 0 to"),
+    (
+        {"seq_lens": torch.tensor([13, 9])},
+        r"seq_lens\[0\] is 13, but block_tables has room for 0 to",
+    ),
 ]
 
 BAD_ATTENTION = [
@@ -99,7 +102,7 @@ def attention_arguments() -> dict[str, Any]:
         "key_cache": key_cache,
         "value_cache": value_cache,
         "block_tables": tables(),
-        "kv_lens": torch.tensor([7, 9]),
+        "seq_lens": torch.tensor([7, 9]),
         "cu_seqlens_q": torch.tensor([0, 1, 4]),
     }
 
@@ -122,7 +125,7 @@ def test_attention_names_what_is_wrong(
 @pytest.mark.parametrize(("changes", "message"), BAD_ROWS)
 def test_gather_names_what_is_wrong(changes: dict[str, Tensor], message: str) -> None:
     arguments = attention_arguments()
-    rows = {"block_tables": arguments["block_tables"], "kv_lens": arguments["kv_lens"], **changes}
+    rows = {"block_tables": arguments["block_tables"], "seq_lens": arguments["seq_lens"], **changes}
     with pytest.raises(ValueError, match=message):
         gather_kv.gather_kv(arguments["key_cache"], **rows, length=3)
 
@@ -190,7 +193,7 @@ def test_what_kernels_skip_may_hold_anything() -> None:
     # -1 in the middle is a block given back; what stands past a row's tokens is not followed.
     blocks.tables[0, 2], blocks.tables[1, 1:], blocks.tables[2] = -1, 1000, -9
     attend(case, call, blocks)
-    gather_kv.gather_kv(blocks.caches[0], blocks.tables, blocks.kv_lens, 30)
+    gather_kv.gather_kv(blocks.caches[0], blocks.tables, blocks.seq_lens, 30)
     tokens = torch.ones(4, 2, 16)
     append_kv.append_kv(tokens, tokens, *blocks.caches, torch.tensor([-1, 5, -1, -7]))
     storage = torch.arange(12.0).view(BLOCKS, 2)
@@ -200,11 +203,11 @@ def test_what_kernels_skip_may_hold_anything() -> None:
 
 @pytest.mark.usefixtures("debugging")
 def test_the_last_block_and_the_last_slot_are_in_bounds() -> None:
-    arguments = {**attention_arguments(), "kv_lens": torch.tensor([8, 12])}
+    arguments = {**attention_arguments(), "seq_lens": torch.tensor([8, 12])}
     for name in ("key_cache", "value_cache"):
         arguments[name].zero_()
     paged_attention.paged_attention(**arguments)
-    rows = arguments["block_tables"], arguments["kv_lens"]
+    rows = arguments["block_tables"], arguments["seq_lens"]
     gather_kv.gather_kv(arguments["key_cache"], *rows, 12)
     caches, token = (arguments["key_cache"], arguments["value_cache"]), torch.ones(1, 2, 8)
     append_kv.append_kv(token, token, *caches, torch.tensor([BLOCKS * BLOCK_SIZE - 1]))
@@ -213,12 +216,12 @@ def test_the_last_block_and_the_last_slot_are_in_bounds() -> None:
 
 
 @pytest.mark.usefixtures("debugging")
-@pytest.mark.parametrize("name", ["tables", "kv_lens", "cu_seqlens_q"])
+@pytest.mark.parametrize("name", ["tables", "seq_lens", "cu_seqlens_q"])
 def test_host_rows_have_the_values_of_the_tensors(name: str) -> None:
     arguments = attention_arguments()
     for cache in ("key_cache", "value_cache"):
         arguments[cache].zero_()
-    names = {"tables": "block_tables", "kv_lens": "kv_lens", "cu_seqlens_q": "cu_seqlens_q"}
+    names = {"tables": "block_tables", "seq_lens": "seq_lens", "cu_seqlens_q": "cu_seqlens_q"}
     arrays = {ours: arguments[theirs].numpy().copy() for ours, theirs in names.items()}
     arrays["tables"][0, -1] += 1  # behind the row's last token
     paged_attention.paged_attention(**arguments, host_rows=HostRows(**arrays))
@@ -250,7 +253,7 @@ def test_without_debug_mode_no_value_is_looked_at(monkeypatch: pytest.MonkeyPatc
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
     attend(case, call, blocks)
-    gather_kv.gather_kv(blocks.caches[0], blocks.tables, blocks.kv_lens, 3)
+    gather_kv.gather_kv(blocks.caches[0], blocks.tables, blocks.seq_lens, 3)
     copy_blocks.copy_blocks(torch.zeros(2, 2), torch.tensor([[0, 1]]))
 
 

@@ -146,18 +146,18 @@ def test_what_stands_past_a_rows_last_block_is_not_followed(implementation: Kern
     expected = attend(case, call, blocks, kernels=implementation)
     blocks.tables[0, 5:], blocks.tables[1, 1:], blocks.tables[2] = -77, 1 << 30, 999
     assert torch.equal(attend(case, call, blocks, kernels=implementation), expected)
-    gathered = implementation.gather_kv(blocks.caches[0], blocks.tables, blocks.kv_lens, 12)
+    gathered = implementation.gather_kv(blocks.caches[0], blocks.tables, blocks.seq_lens, 12)
     assert torch.equal(gathered[1, 4:], call.keys[1])
     assert gathered[2].eq(0).all()
 
 
 def test_lengths_below_zero_are_refused_before_anything_is_read(implementation: Kernels) -> None:
-    arguments = {**attention_arguments(), "kv_lens": torch.tensor([1, -3])}
-    with pytest.raises(ValueError, match="kv_lens"):
+    arguments = {**attention_arguments(), "seq_lens": torch.tensor([1, -3])}
+    with pytest.raises(ValueError, match="seq_lens"):
         implementation.paged_attention(**arguments)
     cache, tables = arguments["key_cache"], arguments["block_tables"]
-    with pytest.raises(ValueError, match="kv_lens"):
-        implementation.gather_kv(cache, tables, arguments["kv_lens"], 2)
+    with pytest.raises(ValueError, match="seq_lens"):
+        implementation.gather_kv(cache, tables, arguments["seq_lens"], 2)
 
 
 def test_queries_that_may_see_nothing_give_zero(implementation: Kernels) -> None:
@@ -219,7 +219,7 @@ def attention_arguments() -> dict[str, Any]:
         "key_cache": key_cache,
         "value_cache": value_cache,
         "block_tables": torch.zeros(2, 1, dtype=torch.int32),
-        "kv_lens": torch.ones(2, dtype=torch.int32),
+        "seq_lens": torch.ones(2, dtype=torch.int32),
     }
 
 
@@ -244,9 +244,13 @@ def attention_arguments() -> dict[str, Any]:
             TypeError,
             "value_cache is torch.float16",
         ),
-        ({"kv_lens": torch.ones(2)}, TypeError, "kv_lens is torch.float32; pass torch.int32"),
-        ({"kv_lens": torch.ones(3).int()}, ValueError, r"kv_lens has shape \[3\]"),
-        ({"kv_lens": torch.full((2,), 5)}, ValueError, r"kv_lens.* 5.*, but block_tables has room"),
+        ({"seq_lens": torch.ones(2)}, TypeError, "seq_lens is torch.float32; pass torch.int32"),
+        ({"seq_lens": torch.ones(3).int()}, ValueError, r"seq_lens has shape \[3\]"),
+        (
+            {"seq_lens": torch.full((2,), 5)},
+            ValueError,
+            r"seq_lens.* 5.*, but block_tables has room",
+        ),
         ({"cu_seqlens_q": torch.ones(2).int()}, ValueError, r"pass \[rows \+ 1\] = \[3\]"),
         ({"window": 0}, ValueError, "window is 0; pass at least 1 token"),
         ({"window": "3"}, TypeError, "window is '3'; pass a whole number of tokens, or None"),
@@ -260,7 +264,7 @@ def attention_arguments() -> dict[str, Any]:
         ({"softcap": float("inf")}, ValueError, "softcap is inf; pass more than 0"),
         ({"window": 1 << 63}, ValueError, "window is 9223372036854775808; pass at least 1"),
         ({"query": None}, TypeError, "query is a NoneType; pass a torch.Tensor"),
-        ({"kv_lens": None}, TypeError, "kv_lens is a NoneType; pass a torch.Tensor"),
+        ({"seq_lens": None}, TypeError, "seq_lens is a NoneType; pass a torch.Tensor"),
         ({"softcap": -1}, ValueError, "softcap is -1; pass more than 0"),
         ({"softcap": NAN}, ValueError, "softcap is nan; pass more than 0"),
         ({"softcap": "x"}, TypeError, "softcap is 'x'; pass a number, or None for no cap"),
@@ -286,7 +290,7 @@ def attention_arguments() -> dict[str, Any]:
             "mask has 0 columns, so it hides everything; pass at least one",
         ),
         ({"kv_starts": torch.zeros(1).int()}, ValueError, r"kv_starts has shape \[1\]"),
-        ({"kv_lens": torch.ones(2, device="meta").int()}, ValueError, "kv_lens is on meta, but"),
+        ({"seq_lens": torch.ones(2, device="meta").int()}, ValueError, "seq_lens is on meta, but"),
     ],
 )
 def test_attention_refuses_what_does_not_fit(
@@ -315,7 +319,7 @@ def append_arguments() -> dict[str, Any]:
 
 def gather_arguments() -> dict[str, Any]:
     attention = attention_arguments()
-    rows = {name: attention[name] for name in ("block_tables", "kv_lens")}
+    rows = {name: attention[name] for name in ("block_tables", "seq_lens")}
     return {"cache": attention["key_cache"], **rows, "length": 1}
 
 
@@ -328,7 +332,7 @@ def gather_arguments() -> dict[str, Any]:
             for name in ("cu_seqlens_q", "kv_starts", "sinks", "mask")
         ),
         *((append_kv, append_arguments, name) for name in append_arguments()),
-        *((gather_kv, gather_arguments, name) for name in ("cache", "block_tables", "kv_lens")),
+        *((gather_kv, gather_arguments, name) for name in ("cache", "block_tables", "seq_lens")),
     ],
 )
 @pytest.mark.parametrize(
@@ -347,7 +351,7 @@ def test_appended_tokens_gather_in_order(block_size: int, implementation: Kernel
 
 
 def check_round_trip(
-    kv_lens: list[int],
+    seq_lens: list[int],
     block_size: int,
     length: int,
     seed: int,
@@ -355,14 +359,14 @@ def check_round_trip(
     kernels: Kernels = ENTRY,
 ) -> None:
     """Write every row's tokens in one shuffled call, then read the last `length` of each."""
-    tables, blocks = tables_for(kv_lens, block_size, seed)
+    tables, blocks = tables_for(seq_lens, block_size, seed)
     generator = torch.Generator().manual_seed(seed)
-    keys = [torch.randn(count, 2, 3, generator=generator) for count in kv_lens]
-    values = [torch.randn(count, 2, 5, generator=generator) for count in kv_lens]
+    keys = [torch.randn(count, 2, 3, generator=generator) for count in seq_lens]
+    values = [torch.randn(count, 2, 5, generator=generator) for count in seq_lens]
     slots = torch.cat(
         [
             slots_of(tables[row], torch.arange(count), block_size)
-            for row, count in enumerate(kv_lens)
+            for row, count in enumerate(seq_lens)
         ]
     )
     order = torch.randperm(len(slots), generator=generator)
@@ -376,7 +380,7 @@ def check_round_trip(
         caches[1],
         slots[order].to(device),
     )
-    lens = torch.tensor(kv_lens, dtype=torch.int32, device=device)
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
     for cache, rows in zip(caches, (keys, values), strict=True):
         gathered = kernels.gather_kv(cache, tables.to(device), lens, length).cpu()
         for row, tokens in enumerate(rows):
@@ -396,8 +400,8 @@ def test_any_history_of_appends_gathers_bit_by_bit(implementation: Kernels) -> N
         st.integers(0, 50),
         st.integers(0, 99),
     )
-    def round_trip(kv_lens: list[int], block_size: int, length: int, seed: int) -> None:
-        check_round_trip(kv_lens, block_size, length, seed, kernels=implementation)
+    def round_trip(seq_lens: list[int], block_size: int, length: int, seed: int) -> None:
+        check_round_trip(seq_lens, block_size, length, seed, kernels=implementation)
 
     round_trip()
 
@@ -512,10 +516,10 @@ def uninitialised_is_nan() -> Iterator[None]:
 @pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("blocks", [0, 2])
-@pytest.mark.parametrize(("columns", "kv_lens"), [(0, [0, 0]), (1, [0, 0]), (2, [5, 3])])
+@pytest.mark.parametrize(("columns", "seq_lens"), [(0, [0, 0]), (1, [0, 0]), (2, [5, 3])])
 def test_rows_without_a_block_read_as_zeros(
     columns: int,
-    kv_lens: list[int],
+    seq_lens: list[int],
     blocks: int,
     dtype: torch.dtype,
     stored: torch.dtype | None,
@@ -523,7 +527,7 @@ def test_rows_without_a_block_read_as_zeros(
 ) -> None:
     cache = torch.ones(blocks, 4, 2, 16).to(stored or dtype)
     scales = None if stored is None else torch.ones(blocks, 4, 2)
-    tables, lens = torch.full((2, columns), -1).int(), torch.tensor(kv_lens)
+    tables, lens = torch.full((2, columns), -1).int(), torch.tensor(seq_lens)
     for length in (0, 1, 4, 9):
         found = implementation.gather_kv(cache, tables, lens, length, scales=scales, dtype=dtype)
         assert torch.equal(found, torch.zeros(2, length, 2, 16, dtype=dtype))

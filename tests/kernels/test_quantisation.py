@@ -344,7 +344,7 @@ def call_append(**caches: Any) -> None:
 
 def call_attention(**caches: Any) -> None:
     tables, lens = torch.zeros(1, 1).int(), torch.ones(1).int()
-    paged_attention(torch.ones(1, 4, 8), block_tables=tables, kv_lens=lens, **caches)
+    paged_attention(torch.ones(1, 4, 8), block_tables=tables, seq_lens=lens, **caches)
 
 
 FLOAT_CACHE = torch.zeros(4, 4, 2, 8)
@@ -415,7 +415,7 @@ def test_keys_and_queries_are_never_eight_bits_themselves() -> None:
     with pytest.raises(TypeError, match=r"value is torch.bfloat16, but key is torch.float32"):
         append_kv(eight.float(), eight.bfloat16(), slots=torch.tensor([0]), **caches)
     with pytest.raises(TypeError, match=r"query is torch.float8_e4m3fn; pass a floating dtype"):
-        paged_attention(eight, block_tables=tables, kv_lens=lens, **caches)
+        paged_attention(eight, block_tables=tables, seq_lens=lens, **caches)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_gather_refuses_scales_that_do_not_fit(
     options: dict[str, Any] = {**passed, "dtype": torch.float32, **changes}
     with pytest.raises(error, match=message):
         gather_kv(
-            block_tables=torch.zeros(1, 1).int(), kv_lens=torch.ones(1).int(), length=1, **options
+            block_tables=torch.zeros(1, 1).int(), seq_lens=torch.ones(1).int(), length=1, **options
         )
 
 

@@ -27,15 +27,15 @@ def tables_of(rows: Sequence[Sequence[int]], columns: int | None = None) -> Tabl
     return tables
 
 
-def visible(position: int, kv_len: int, causal: bool, window: int | None) -> set[int]:
+def visible(position: int, seq_len: int, causal: bool, window: int | None) -> set[int]:
     low = 0 if window is None else max(0, position - window + 1)
-    return set(range(low, max(low, min(kv_len, position + 1 if causal else kv_len))))
+    return set(range(low, max(low, min(seq_len, position + 1 if causal else seq_len))))
 
 
 def require_cover(
     plan: WorkPlan,
     tables: Tables,
-    kv_lens: Sequence[int],
+    seq_lens: Sequence[int],
     query_counts: Sequence[int] | None = None,
     *,
     block_size: int = TILING.block_size,
@@ -43,7 +43,7 @@ def require_cover(
     window: int | None = None,
 ) -> int:
     """Every query sees each of its tokens through one item. Returns the kv tokens that are read."""
-    counts = [1] * len(kv_lens) if query_counts is None else query_counts
+    counts = [1] * len(seq_lens) if query_counts is None else query_counts
     rows = [row for row, count in enumerate(counts) for _ in range(count)]
     ranks = [count - index for count in counts for index in range(count)]  # from the last
     seen: list[list[int]] = [[] for _ in rows]
@@ -54,13 +54,13 @@ def require_cover(
         members = plan.queries[first : first + count].tolist()
         assert count >= 1
         if plan.one_query and count > 1:  # nothing past the end of any of them
-            assert stop <= min(kv_lens[member] for member in members)
+            assert stop <= min(seq_lens[member] for member in members)
         reached: set[int] = set()
         for member, slot in zip(members, plan.slots[first : first + count].tolist(), strict=True):
             row = rows[member]
             parts[member] += 1
             slots[member].append(slot)
-            may_see = visible(kv_lens[row] - ranks[member], kv_lens[row], causal, window)
+            may_see = visible(seq_lens[row] - ranks[member], seq_lens[row], causal, window)
             mine = {token for token in may_see if start <= token < stop}
             seen[member].extend(mine)
             reached |= mine
@@ -70,7 +70,7 @@ def require_cover(
                 assert tables[table_row, column] == tables[row, column]
         tokens_read += len(reached)
     for query, row in enumerate(rows):
-        expected = visible(kv_lens[row] - ranks[query], kv_lens[row], causal, window)
+        expected = visible(seq_lens[row] - ranks[query], seq_lens[row], causal, window)
         assert sorted(seen[query]) == sorted(expected)
     require_slots(plan, parts, slots)
     return tokens_read
@@ -95,28 +95,28 @@ def require_slots(plan: WorkPlan, parts: list[int], slots: list[list[int]]) -> N
 
 
 def test_rows_without_anything_in_common_are_read_alone() -> None:
-    kv_lens = [0, 1, 3, 4, 5, 20]
+    seq_lens = [0, 1, 3, 4, 5, 20]
     tables = tables_of([[], [1], [2], [3], [4, 5], [6, 7, 8, 9, 10]])
-    plan = Planner(TILING).plan(tables, np.array(kv_lens))
-    assert require_cover(plan, tables, kv_lens) == sum(kv_lens)
+    plan = Planner(TILING).plan(tables, np.array(seq_lens))
+    assert require_cover(plan, tables, seq_lens) == sum(seq_lens)
     assert plan.num_large == 0
 
 
 def test_a_prefix_of_many_rows_is_read_once() -> None:
     prefix = list(range(100, 120))
     tables = tables_of([[*prefix, row] for row in range(4)])
-    kv_lens = [81, 82, 83, 84]
-    plan = Planner(TILING).plan(tables, np.array(kv_lens))
-    assert require_cover(plan, tables, kv_lens) == 80 + 1 + 2 + 3 + 4
+    seq_lens = [81, 82, 83, 84]
+    plan = Planner(TILING).plan(tables, np.array(seq_lens))
+    assert require_cover(plan, tables, seq_lens) == 80 + 1 + 2 + 3 + 4
     assert plan.num_large > 0
 
 
 def test_prefixes_inside_prefixes_are_read_once_each() -> None:
     a, b, c = list(range(100, 140)), list(range(200, 240)), list(range(300, 340))
     tables = tables_of([[*a, *b, *c, 1], [*a, *b, *c, 2], [*a, *b, 3], [*a, 4], [5]])
-    kv_lens = [481, 481, 321, 161, 1]
-    plan = Planner(TILING).plan(tables, np.array(kv_lens))
-    assert require_cover(plan, tables, kv_lens) == 480 + 5
+    seq_lens = [481, 481, 321, 161, 1]
+    plan = Planner(TILING).plan(tables, np.array(seq_lens))
+    assert require_cover(plan, tables, seq_lens) == 480 + 5
 
 
 def test_more_rows_than_a_tile_holds_share_a_prefix_tile_by_tile() -> None:
@@ -151,19 +151,19 @@ def test_sharing_can_be_turned_off() -> None:
 
 
 def test_uneven_rows_become_items_of_even_length() -> None:
-    kv_lens = [400, 8, 8, 8]
+    seq_lens = [400, 8, 8, 8]
     tables = tables_of([list(range(100)), [200, 201], [300, 301], [400, 401]])
-    plan = Planner(TILING).plan(tables, np.array(kv_lens))
-    require_cover(plan, tables, kv_lens)
+    plan = Planner(TILING).plan(tables, np.array(seq_lens))
+    require_cover(plan, tables, seq_lens)
     lengths = np.minimum(plan.items[:, 4], 400) - plan.items[:, 3]
-    assert lengths[plan.items[:, 2] == 0].max() <= -(-sum(kv_lens) // TILING.items) + TILING.align
+    assert lengths[plan.items[:, 2] == 0].max() <= -(-sum(seq_lens) // TILING.items) + TILING.align
     assert len(plan.items) >= TILING.items
 
 
 def test_long_items_come_first() -> None:
     tables = tables_of([[1], list(range(10, 16)), [2, 3, 4]])
-    kv_lens = np.array([3, 24, 9])
-    plan = Planner(TILING._replace(items=1)).plan(tables, kv_lens)
+    seq_lens = np.array([3, 24, 9])
+    plan = Planner(TILING._replace(items=1)).plan(tables, seq_lens)
     assert plan.items[:, 2].tolist() == [1, 2, 0]
 
 
@@ -174,14 +174,14 @@ def test_rows_with_several_queries_are_covered(
     causal: bool, window: int | None, chunk: int | None
 ) -> None:
     query_counts = [5, 1, 0, 9, 3]
-    kv_lens = [40, 7, 12, 9, 1]  # the last row has more queries than tokens
+    seq_lens = [40, 7, 12, 9, 1]  # the last row has more queries than tokens
     tables = tables_of([list(range(20 * row, 20 * row + 10)) for row in range(5)])
     planner = Planner(TILING, causal=causal, window=window, chunk=chunk)
     starts = np.cumsum([0, *query_counts])
-    plan = planner.plan(tables, np.array(kv_lens), starts)
-    require_cover(plan, tables, kv_lens, query_counts, causal=causal, window=window)
+    plan = planner.plan(tables, np.array(seq_lens), starts)
+    require_cover(plan, tables, seq_lens, query_counts, causal=causal, window=window)
     assert not plan.one_query
-    assert planner.plan(tables, np.array(kv_lens), starts) is plan
+    assert planner.plan(tables, np.array(seq_lens), starts) is plan
     assert planner.plan(tables, np.array([41, 7, 12, 9, 1]), starts) is not plan
 
 
@@ -193,43 +193,43 @@ def test_rows_of_one_query_each_are_decode_whoever_says_so() -> None:
     assert require_cover(plan, tables, [81, 81]) == 82
 
 
-@pytest.mark.parametrize("kv_len", [24, 22])  # 22: the last block is half full
+@pytest.mark.parametrize("seq_len", [24, 22])  # 22: the last block is half full
 @pytest.mark.parametrize(
     ("window", "hole", "holes"),
     [(None, 2, True), (4, 2, False), (4, 4, True), (None, 5, True), (4, 5, True), (None, 6, False)],
 )
 def test_a_missing_block_counts_only_where_a_query_may_look(
-    window: int | None, hole: int, holes: bool, kv_len: int
+    window: int | None, hole: int, holes: bool, seq_len: int
 ) -> None:
     tables = tables_of([list(range(7))])
     tables[0, hole] = -1
-    plan = Planner(TILING, window=window).plan(tables, np.array([kv_len]), np.array([0, 3]))
+    plan = Planner(TILING, window=window).plan(tables, np.array([seq_len]), np.array([0, 3]))
     assert plan.holes == holes
 
 
 def test_a_fixed_chunk_sums_a_row_the_same_way_in_any_company() -> None:
     prefix = list(range(100, 110))
     rows = [[*prefix, 1], [*prefix, 2], list(range(200, 230)), [3]]
-    kv_lens = [41, 43, 117, 2]
+    seq_lens = [41, 43, 117, 2]
     planner = Planner(TILING, chunk=8)
-    together = planner.plan(tables_of(rows), np.array(kv_lens))
-    require_cover(together, tables_of(rows), kv_lens)
+    together = planner.plan(tables_of(rows), np.array(seq_lens))
+    require_cover(together, tables_of(rows), seq_lens)
     for row, blocks in enumerate(rows):
-        alone = planner.plan(tables_of([blocks]), np.array([kv_lens[row]]))
+        alone = planner.plan(tables_of([blocks]), np.array([seq_lens[row]]))
         mine = together.items[together.items[:, 2] == row]
         assert mine[:, 3:].tolist() == alone.items[:, 3:].tolist()
         assert (mine[:, 3] % 8 == 0).all()
-        ends = np.minimum(mine[:, 4], kv_lens[row])
+        ends = np.minimum(mine[:, 4], seq_lens[row])
         assert (ends - mine[:, 3]).max() <= 8
 
 
 def test_a_fixed_chunk_stays_fixed_while_its_row_grows() -> None:
     tables = tables_of([list(range(10))])
     planner = Planner(TILING, chunk=8)
-    for kv_len in range(40):
-        plan = planner.plan(tables, np.array([kv_len]))
+    for seq_len in range(40):
+        plan = planner.plan(tables, np.array([seq_len]))
         starts = sorted(plan.items[:, 3].tolist())
-        assert starts == list(range(0, max(kv_len, 1), 8))
+        assert starts == list(range(0, max(seq_len, 1), 8))
 
 
 def test_a_chunk_that_no_tile_fits_is_refused() -> None:
@@ -270,11 +270,11 @@ def test_items_of_a_fixed_chunk_end_where_chunks_end_however_rows_grow(
 ) -> None:
     tables = tables_of([list(range(10))])
     planner = Planner(TILING, chunk=8, window=window)
-    for kv_len in range(first, 40):
-        plan = planner.plan(tables, np.array([kv_len]))
-        require_cover(plan, tables, [kv_len], window=window)
+    for seq_len in range(first, 40):
+        plan = planner.plan(tables, np.array([seq_len]))
+        require_cover(plan, tables, [seq_len], window=window)
         for start, stop in plan.items[:, 3:].tolist():
-            assert start // 8 == (min(stop, kv_len) - 1) // 8
+            assert start // 8 == (min(stop, seq_len) - 1) // 8
 
 
 @pytest.mark.parametrize("cut", [79, 41, 4, 0])
@@ -287,13 +287,13 @@ def test_a_plan_is_left_when_a_row_is_cut_below_what_it_shares(
     tables = tables_of([[*prefix, row] for row in range(3)])
     plan = planner.plan(tables, np.array([83, 82, 81]))
     assert plan.num_large > 0
-    kv_lens = [84, cut, 82]
-    after = planner.plan(tables, np.array(kv_lens))
+    seq_lens = [84, cut, 82]
+    after = planner.plan(tables, np.array(seq_lens))
     assert after is not plan
-    require_cover(after, tables, kv_lens, window=window)
+    require_cover(after, tables, seq_lens, window=window)
 
 
-MANY = ([[0, 1, 2], [3, 4, 5]], [9, 9], [0, 3, 4])  # tables, kv_lens and cu_seqlens_q
+MANY = ([[0, 1, 2], [3, 4, 5]], [9, 9], [0, 3, 4])  # tables, seq_lens and cu_seqlens_q
 
 
 @pytest.mark.parametrize(
@@ -317,14 +317,14 @@ def test_a_plan_for_several_queries_holds_for_nothing_else(changed: Any, reverse
     assert plan_for(planner, *before) is plan
     other = plan_for(planner, *after)
     assert other is not plan
-    tables, kv_lens, starts = after
-    counts = [1] * len(kv_lens) if starts is None else np.diff(starts).tolist()
-    require_cover(other, tables_of(tables), kv_lens, counts)
+    tables, seq_lens, starts = after
+    counts = [1] * len(seq_lens) if starts is None else np.diff(starts).tolist()
+    require_cover(other, tables_of(tables), seq_lens, counts)
 
 
-def plan_for(planner: Planner, tables: Any, kv_lens: list[int], starts: Any) -> WorkPlan:
+def plan_for(planner: Planner, tables: Any, seq_lens: list[int], starts: Any) -> WorkPlan:
     cu_seqlens_q = None if starts is None else np.array(starts)
-    return planner.plan(tables_of(tables), np.array(kv_lens), cu_seqlens_q)
+    return planner.plan(tables_of(tables), np.array(seq_lens), cu_seqlens_q)
 
 
 @pytest.mark.parametrize("change", ["fork", "finish", "join", "replace"])
@@ -332,8 +332,8 @@ def test_a_plan_is_left_when_rows_fork_join_or_finish(change: str) -> None:
     prefix = list(range(100, 120))
     rows = [[*prefix, 1], [*prefix, 2], list(range(200, 221))]
     planner = Planner(TILING)
-    kv_lens = np.full(3, 81)
-    plan = planner.plan(tables_of(rows), kv_lens)
+    seq_lens = np.full(3, 81)
+    plan = planner.plan(tables_of(rows), seq_lens)
     if change == "fork":
         rows.append(rows[2])
     elif change == "finish":
@@ -343,10 +343,10 @@ def test_a_plan_is_left_when_rows_fork_join_or_finish(change: str) -> None:
     else:
         rows[1] = list(range(400, 421))
     tables = tables_of(rows)
-    kv_lens = np.full(len(rows), 81)
-    after = planner.plan(tables, kv_lens)
+    seq_lens = np.full(len(rows), 81)
+    after = planner.plan(tables, seq_lens)
     assert after is not plan
-    require_cover(after, tables, kv_lens.tolist())
+    require_cover(after, tables, seq_lens.tolist())
 
 
 def test_callers_that_take_turns_keep_their_plans() -> None:
@@ -392,14 +392,14 @@ def test_a_block_given_back_behind_the_window_needs_no_new_plan() -> None:
 def test_a_block_that_one_row_gave_back_is_read_through_another(ahead: int) -> None:
     planner = Planner(TILING, window=140)
     rows = [[*range(100, 140), *range(10 * row, 10 * row + 7)] for row in (1, 2)]
-    kv_lens = [170, 170]
-    kv_lens[ahead] = 180
-    plan = planner.plan(tables_of(rows), np.array(kv_lens))
+    seq_lens = [170, 170]
+    seq_lens[ahead] = 180
+    plan = planner.plan(tables_of(rows), np.array(seq_lens))
     assert plan.num_large > 0
-    kv_lens[ahead] = 184
+    seq_lens[ahead] = 184
     rows[ahead][:11] = [-1] * 11  # tokens 0 to 43, of which the other row still sees 30 to 43
     tables = tables_of(rows)
-    require_cover(planner.plan(tables, np.array(kv_lens)), tables, kv_lens, window=140)
+    require_cover(planner.plan(tables, np.array(seq_lens)), tables, seq_lens, window=140)
 
 
 def test_a_window_reaches_further_back_in_a_row_that_was_cut() -> None:
@@ -419,10 +419,10 @@ def test_items_start_where_a_shared_prefix_ends_however_tiles_lie() -> None:
 
 def test_arrays_of_the_caller_may_change_afterwards() -> None:
     planner = Planner(TILING)
-    tables, kv_lens = tables_of([list(range(10))]), np.array([33])
-    plan = planner.plan(tables, kv_lens)
+    tables, seq_lens = tables_of([list(range(10))]), np.array([33])
+    plan = planner.plan(tables, seq_lens)
     before = plan.items.copy()
-    tables[:], kv_lens[:] = 7, 1
+    tables[:], seq_lens[:] = 7, 1
     assert np.array_equal(plan.items, before)
     assert planner.plan(tables_of([list(range(10))]), np.array([33])) is plan
 
@@ -450,7 +450,7 @@ class Forest:
     block_size: int
     window: int | None
     rows: list[list[int]] = field(default_factory=list)
-    kv_lens: list[int] = field(default_factory=list)
+    seq_lens: list[int] = field(default_factory=list)
     next_block: int = 0
 
     def fresh(self) -> int:
@@ -459,34 +459,34 @@ class Forest:
 
     def join(self, tokens: int) -> None:
         self.rows.append([])
-        self.kv_lens.append(0)
+        self.seq_lens.append(0)
         self.append(len(self.rows) - 1, tokens)
 
     def append(self, row: int, tokens: int) -> None:
         blocks = self.rows[row]
-        used = -(-self.kv_lens[row] // self.block_size)
+        used = -(-self.seq_lens[row] // self.block_size)
         del blocks[used:]
-        if tokens and self.kv_lens[row] % self.block_size:
+        if tokens and self.seq_lens[row] % self.block_size:
             blocks[-1] = self.fresh()  # copy-on-write, needed or not
-        self.kv_lens[row] += tokens
-        while len(blocks) * self.block_size < self.kv_lens[row]:
+        self.seq_lens[row] += tokens
+        while len(blocks) * self.block_size < self.seq_lens[row]:
             blocks.append(self.fresh())
 
     def fork(self, row: int) -> None:
         self.rows.append(list(self.rows[row]))
-        self.kv_lens.append(self.kv_lens[row])
+        self.seq_lens.append(self.seq_lens[row])
 
     def finish(self, row: int) -> None:
         self.rows.pop(row)
-        self.kv_lens.pop(row)
+        self.seq_lens.pop(row)
 
     def truncate(self, row: int, tokens: int) -> None:
-        self.kv_lens[row] = max(0, self.kv_lens[row] - tokens)
+        self.seq_lens[row] = max(0, self.seq_lens[row] - tokens)
 
     def give_back(self, row: int) -> None:
         """What no query may see any more."""
         if self.window is not None:
-            behind = max(0, self.kv_lens[row] - self.window) // self.block_size
+            behind = max(0, self.seq_lens[row] - self.window) // self.block_size
             self.rows[row][:behind] = [-1] * min(behind, len(self.rows[row]))
 
 
@@ -519,9 +519,9 @@ def test_any_history_of_sequences_is_covered_after_every_step() -> None:
             for each in range(len(forest.rows)):
                 forest.give_back(each)
             tables = tables_of(forest.rows, columns=200)
-            plan = planner.plan(tables, np.array(forest.kv_lens, np.int32))
-            tokens_read = require_cover(plan, tables, forest.kv_lens, window=window)
-            assert tokens_read <= sum(forest.kv_lens)
+            plan = planner.plan(tables, np.array(forest.seq_lens, np.int32))
+            tokens_read = require_cover(plan, tables, forest.seq_lens, window=window)
+            assert tokens_read <= sum(forest.seq_lens)
 
     holds()
 

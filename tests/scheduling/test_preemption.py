@@ -68,7 +68,7 @@ def test_what_is_computed_before_and_after_is_the_same() -> None:
         tokens: dict[object, list[int]] = {}
 
         def note(plan: StepPlan, tokens: dict[object, list[int]] = tokens) -> None:
-            for name, start in zip(plan.names, plan.kv_lens, strict=True):
+            for name, start in zip(plan.names, plan.seq_lens, strict=True):
                 tokens.setdefault(name, []).append(int(start))
 
         run(scheduler, note)

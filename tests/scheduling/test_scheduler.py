@@ -29,7 +29,11 @@ def test_a_prompt_and_then_a_token_a_step() -> None:
     scheduler.submit(Request(name="a", prompt=ids(6), max_new_tokens=3))
     first = step(scheduler)
     assert first.names == ["a"]
-    assert (first.starts.tolist(), first.counts.tolist(), first.kv_lens.tolist()) == ([0], [6], [6])
+    assert (first.starts.tolist(), first.counts.tolist(), first.seq_lens.tolist()) == (
+        [0],
+        [6],
+        [6],
+    )
     assert first.ids.tolist() == [0, 1, 2, 3, 4, 5]
     assert first.wants_logits.tolist() == [True]
     second = step(scheduler)
@@ -51,7 +55,7 @@ def test_arrays_have_the_types_that_are_promised() -> None:
     scheduler = make()
     scheduler.submit(request("a"))
     plan = step(scheduler)
-    for name in ("copies", "samples", "starts", "counts", "ids", "kv_lens", "tables", "freed"):
+    for name in ("copies", "samples", "starts", "counts", "ids", "seq_lens", "tables", "freed"):
         assert getattr(plan, name).dtype == np.int32, name
     assert plan.slots.dtype == np.int64
     assert plan.wants_logits.dtype == np.bool_
@@ -71,7 +75,7 @@ def test_slots_are_those_of_the_tables() -> None:
         expected = [
             int(plan.tables[row, at // BLOCK_SIZE]) * BLOCK_SIZE + at % BLOCK_SIZE
             for row in range(len(plan))
-            for at in range(plan.starts[row], plan.kv_lens[row])
+            for at in range(plan.starts[row], plan.seq_lens[row])
         ]
         assert plan.slots.tolist() == expected
 

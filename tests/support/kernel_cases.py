@@ -29,12 +29,12 @@ def strided_caches(
     return key, value
 
 
-def tables_for(kv_lens: list[int], block_size: int, seed: int = 0) -> tuple[Tensor, int]:
+def tables_for(seq_lens: list[int], block_size: int, seed: int = 0) -> tuple[Tensor, int]:
     """Shuffled block tables, -1 where a row has no block, one column wider; and the blocks."""
-    counts = [-(-length // block_size) for length in kv_lens]
+    counts = [-(-length // block_size) for length in seq_lens]
     blocks = sum(counts) + 2
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).int()
-    tables = torch.full((len(kv_lens), max(counts, default=0) + 1), -1, dtype=torch.int32)
+    tables = torch.full((len(seq_lens), max(counts, default=0) + 1), -1, dtype=torch.int32)
     taken = 0
     for row, count in enumerate(counts):
         tables[row, :count] = order[taken : taken + count]
@@ -288,11 +288,11 @@ class Paged:
     caches: tuple[Tensor, Tensor]
     scales: tuple[Tensor, Tensor] | None
     tables: Tensor
-    kv_lens: Tensor
+    seq_lens: Tensor
 
     def stored(self, row: int) -> tuple[Tensor, Tensor]:
         """What stands in the slots of a row's tokens, in float64: [kv, kv_heads, dim] each."""
-        block_size, length = self.caches[0].shape[1], int(self.kv_lens[row])
+        block_size, length = self.caches[0].shape[1], int(self.seq_lens[row])
         slots = slots_of(self.tables[row], torch.arange(length), block_size)
         key, value = (
             cache[slots // block_size, slots % block_size].double()
@@ -324,8 +324,8 @@ def in_blocks(
     kv_dtype: KVDtype | None = None,
 ) -> Paged:
     """Keys and values in shuffled blocks, with NaN in every slot that no query may see."""
-    kv_lens = [length for _, length in case.rows]
-    tables, blocks = tables_for(kv_lens, block_size)
+    seq_lens = [length for _, length in case.rows]
+    tables, blocks = tables_for(seq_lens, block_size)
     sizes = (case.kv_heads, case.key_dim, case.value_dim)
     scales = None
     if kv_dtype is None:
@@ -339,7 +339,7 @@ def in_blocks(
         slots = slots_of(tables[row], tokens, block_size)
         key, value = call.keys[row][tokens], call.values[row][tokens]
         kernels.append_kv(key, value, *caches, slots, scales=scales)
-    return Paged(caches, scales, tables, torch.tensor(kv_lens, dtype=torch.int32))
+    return Paged(caches, scales, tables, torch.tensor(seq_lens, dtype=torch.int32))
 
 
 def attend(
@@ -357,7 +357,7 @@ def attend(
         put(torch.cat(call.queries)),
         *map(put, blocks.caches),
         put(blocks.tables),
-        put(blocks.kv_lens),
+        put(blocks.seq_lens),
         None if decode else put(starts),
         scale=case.scale,
         causal=case.causal,

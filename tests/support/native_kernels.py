@@ -84,7 +84,7 @@ def small(kv_dtype: str | None = None, dtype: torch.dtype = torch.float32) -> di
         "key_cache": key.view(4, 16, 2, 32),
         "value_cache": value.view(4, 16, 2, 32),
         "block_tables": torch.tensor([[3, 0, 2]]).int(),
-        "kv_lens": torch.tensor([40]).int(),
+        "seq_lens": torch.tensor([40]).int(),
         "cu_seqlens_q": torch.tensor([0, 2]).int(),
     }
     if kv_dtype:

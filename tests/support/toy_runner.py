@@ -89,7 +89,7 @@ class ToyRunner:
     def _compute(self, plan: StepPlan, row: int, tokens: slice) -> list[int]:
         """Write the states of a row's new tokens; return those of all its tokens."""
         slots = self._device.reshape(-1)
-        table, start, length = plan.tables[row], int(plan.starts[row]), int(plan.kv_lens[row])
+        table, start, length = plan.tables[row], int(plan.starts[row]), int(plan.seq_lens[row])
         places = np.arange(length)
         seen = table[places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE
         state = int(slots[seen[start - 1]]) if start else _BEFORE_ALL

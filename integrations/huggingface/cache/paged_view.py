@@ -34,7 +34,7 @@ class Part(NamedTuple):
     def dense(self, num_columns: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last columns, [rows, columns, kv_heads, dim]; padding is zero."""
         dtype, scales = self.place.storage.dtype, self.scales() or (None, None)
-        rows = self.tables.tables, self.tables.kv_lens
+        rows = self.tables.tables, self.tables.seq_lens
         key, value = (
             gather_kv(cache, *rows, num_columns, scales=scale, dtype=dtype)
             for cache, scale in zip(self.caches(), scales, strict=True)
@@ -56,12 +56,12 @@ class Part(NamedTuple):
         tables[used] = torch.arange(len(blocks), dtype=tables.dtype)
         caches = (*self.caches(), *(self.scales() or ()))
         key, value, *scales = (to_device(cache[blocks], device) for cache in caches)
-        host = HostRows(tables.numpy(), self.tables.host.kv_lens)
+        host = HostRows(tables.numpy(), self.tables.host.seq_lens)
         return Blocks(
             key,
             value,
             (scales[0], scales[1]) if scales else None,
-            RowTables(to_device(host.tables, device), to_device(host.kv_lens, device), host),
+            RowTables(to_device(host.tables, device), to_device(host.seq_lens, device), host),
         )
 
 

@@ -13,19 +13,19 @@ class RowTables:
 
     Args:
         tables: int32 [rows, blocks], on the device of the blocks.
-        kv_lens: int32 [rows], tokens.
+        seq_lens: int32 [rows], tokens.
         host: both as arrays.
         cu_seqlens_q: int32 [rows + 1] for packed rows of several queries. None: all rows have
             equally many queries.
     """
 
-    __slots__ = ("_args", "cu_seqlens_q", "host", "kv_lens", "tables")
+    __slots__ = ("_args", "cu_seqlens_q", "host", "seq_lens", "tables")
 
     def __init__(
-        self, tables: Tensor, kv_lens: Tensor, host: HostRows, cu_seqlens_q: Tensor | None = None
+        self, tables: Tensor, seq_lens: Tensor, host: HostRows, cu_seqlens_q: Tensor | None = None
     ) -> None:
         self.tables = tables
-        self.kv_lens = kv_lens
+        self.seq_lens = seq_lens
         self.host = host
         self.cu_seqlens_q = cu_seqlens_q
         self._args: dict[tuple[object, ...], AttentionArgs] = {}
@@ -33,7 +33,7 @@ class RowTables:
     def row(self, number: int) -> RowTables:
         """Return row `number` alone, with one query. O(1)."""
         one = slice(number, number + 1)
-        return RowTables(self.tables[one], self.kv_lens[one], self.host.row(number))
+        return RowTables(self.tables[one], self.seq_lens[one], self.host.row(number))
 
     def args(
         self,
@@ -60,7 +60,7 @@ class RowTables:
                 starts, host = self._equal_starts(num_queries), host.with_queries(num_queries)
             found = AttentionArgs(
                 self.tables,
-                self.kv_lens,
+                self.seq_lens,
                 starts,
                 scale=scale,
                 causal=causal,
@@ -83,4 +83,4 @@ class RowTables:
 
     def _last(self, num_columns: int) -> Tensor:
         """Return the first token of each row that is among the last columns, int32 [rows]."""
-        return (self.kv_lens - num_columns).clamp_(min=0)
+        return (self.seq_lens - num_columns).clamp_(min=0)

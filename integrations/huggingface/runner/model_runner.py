@@ -135,7 +135,7 @@ class Runner:
             for index, layer in kept.others.items():
                 self._cache.layers[index] = layer
             first = last - int(plan.counts[number])
-            row = rows.row(number, first, last, int(plan.kv_lens[number]))
+            row = rows.row(number, first, last, int(plan.seq_lens[number]))
             self._cache.begin(row, is_packed=False)
             of_row = self._single(row, kept)
             if wanted:
@@ -198,7 +198,7 @@ def trial_plan(
         counts=counts.astype(np.int32),
         ids=np.array(ids, np.int32),
         slots=slots[0],
-        kv_lens=(starts + counts).astype(np.int32),
+        seq_lens=(starts + counts).astype(np.int32),
         tables=tables[0],
         wants_logits=np.ones(len(prompts), np.bool_),
         freed=np.empty(0, np.int32),

@@ -43,16 +43,16 @@ class GroupRows(NamedTuple):
     def of(
         cls,
         group: GroupStep,
-        kv_lens: Int32,
+        seq_lens: Int32,
         starts: tuple[Int32, Tensor] | None,
         block_size: int,
         device: torch.device,
     ) -> GroupRows:
         """Return those of all rows. O(tokens + rows * blocks)."""
-        tables, kv_lens = _from_first_block(group.tables, kv_lens, block_size)
+        tables, seq_lens = _from_first_block(group.tables, seq_lens, block_size)
         on_host, there = starts or (None, None)
-        host = HostRows(tables, kv_lens, on_host)
-        rows = RowTables(to_device(tables, device), to_device(kv_lens, device), host, there)
+        host = HostRows(tables, seq_lens, on_host)
+        rows = RowTables(to_device(tables, device), to_device(seq_lens, device), host, there)
         return cls(to_device(group.slots, device), rows)
 
     def row(self, number: int, first: int, last: int) -> GroupRows:
@@ -82,10 +82,10 @@ class StepRows(NamedTuple):
             to_device(plan.ids.astype(np.int64), device)[None],
             to_device(positions, device)[None],
             tuple(
-                GroupRows.of(group, plan.kv_lens, starts, block_size, device)
+                GroupRows.of(group, plan.seq_lens, starts, block_size, device)
                 for group in plan.groups
             ),
-            int(plan.kv_lens.max(initial=0)),
+            int(plan.seq_lens.max(initial=0)),
         )
 
     def row(self, number: int, first: int, last: int, length: int) -> StepRows:
@@ -104,20 +104,20 @@ class StepRows(NamedTuple):
 _NO_PADDING = np.zeros(1, np.int64)  # of the one row of a pass
 
 
-def _from_first_block(tables: Int32, kv_lens: Int32, block_size: int) -> tuple[Int32, Int32]:
+def _from_first_block(tables: Int32, seq_lens: Int32, block_size: int) -> tuple[Int32, Int32]:
     """Leave out the blocks that rows have freed, and their tokens. O(rows * blocks).
 
     Kernels count queries and windows from a row's end.
     """
     if not tables.size or tables[:, 0].min() >= 0:
-        return tables, kv_lens
+        return tables, seq_lens
     firsts = (tables >= 0).argmax(axis=1).astype(np.int32)
-    kv_lens = kv_lens - firsts * np.int32(block_size)
-    width = -(-int(kv_lens.max()) // block_size)
+    seq_lens = seq_lens - firsts * np.int32(block_size)
+    width = -(-int(seq_lens.max()) // block_size)
     columns = np.minimum(firsts[:, None] + np.arange(width), tables.shape[1] - 1)
     shown = np.take_along_axis(tables, columns, axis=1)
-    shown[np.arange(width) * block_size >= kv_lens[:, None]] = -1
-    return shown, kv_lens
+    shown[np.arange(width) * block_size >= seq_lens[:, None]] = -1
+    return shown, seq_lens
 
 
 class LayerPlan(NamedTuple):

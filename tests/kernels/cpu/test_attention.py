@@ -191,7 +191,7 @@ def long_rows(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "key_cache": key_cache,
         "value_cache": value_cache,
         "block_tables": tables,
-        "kv_lens": torch.tensor([100_000, 1, 0]),
+        "seq_lens": torch.tensor([100_000, 1, 0]),
         "cu_seqlens_q": torch.tensor([0, 2, 3, 4]),
         "sinks": torch.tensor([6.0, -1.0]),
     }
@@ -287,7 +287,7 @@ def test_integers_of_either_width_and_any_stride_mean_the_same(native: Native) -
     expected = native.kernels.paged_attention(**small(), kv_starts=torch.tensor([3]))
     for dtype in (torch.int32, torch.int64):
         arguments = small() | {"kv_starts": torch.tensor([3])}
-        for name in ("kv_lens", "cu_seqlens_q", "kv_starts"):
+        for name in ("seq_lens", "cu_seqlens_q", "kv_starts"):
             spread = torch.full((len(arguments[name]), 3), -9, dtype=dtype)
             spread[:, 1] = arguments[name]
             arguments[name] = spread[:, 1]
@@ -353,9 +353,9 @@ def run(name: str, native: Native) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kv_lens": torch.tensor([49])}, "kv_lens.* 49.*, but block_tables has room for"),
-        ({"kv_lens": torch.tensor([-1])}, r"kv_lens\[0\] is -1"),
-        ({"kv_lens": torch.tensor([1 << 62])}, "kv_lens.* 46116860.*, but block_tables"),
+        ({"seq_lens": torch.tensor([49])}, "seq_lens.* 49.*, but block_tables has room for"),
+        ({"seq_lens": torch.tensor([-1])}, r"seq_lens\[0\] is -1"),
+        ({"seq_lens": torch.tensor([1 << 62])}, "seq_lens.* 46116860.*, but block_tables"),
         ({"block_tables": torch.tensor([[0, 4, 1]]).int()}, r"block_tables\[0, 1\] is 4; the cach"),
         ({"cu_seqlens_q": torch.tensor([0, 3])}, "cu_seqlens_q reaches 3 at row"),
         ({"cu_seqlens_q": torch.tensor([0, -1])}, "cu_seqlens_q reaches -1 at row"),

@@ -116,7 +116,7 @@ def test_a_slot_outside_is_refused_before_anything_is_written(slot: int, native:
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64, torch.int8])
 def test_gathered_bits_are_the_twins(dtype: torch.dtype, native: Native) -> None:
-    kv_lens = torch.tensor([[37, 7], [0, 7], [5, 7], [300, 7]])
+    seq_lens = torch.tensor([[37, 7], [0, 7], [5, 7], [300, 7]])
     tables, blocks = tables_for([37, 0, 5, 300], 4)
     tables[3, 2], tables[0, 11:] = -1, 1 << 30
     cache, scales, outputs = strided_caches(blocks, 4, 3, 10, 10, torch.float32)[0], None, [dtype]
@@ -130,7 +130,7 @@ def test_gathered_bits_are_the_twins(dtype: torch.dtype, native: Native) -> None
         options = {"scales": scales, "dtype": out}
         for source in (cache, cache.transpose(1, 2).contiguous().transpose(1, 2)):
             for length in (0, 1, 36, 38, 290, 310):
-                for lens in (kv_lens[:, 0], kv_lens[:, 0].int()):
+                for lens in (seq_lens[:, 0], seq_lens[:, 0].int()):
                     found = native.kernels.gather_kv(source, tables, lens, length, **options)
                     expected = REFERENCE.gather_kv(source, tables, lens, length, **options)
                     assert found.dtype == out
@@ -142,7 +142,7 @@ def test_a_gather_from_outside_is_refused(native: Native) -> None:
     with pytest.raises(ValueError, match=r"block_tables\[0, 1\] is 3; the cache has blocks 0 to 2"):
         native.kernels.gather_kv(cache, tables, torch.tensor([5]), 5)
     assert native.kernels.gather_kv(cache, tables, torch.tensor([4]), 4).shape == (1, 4, 1, 2)
-    with pytest.raises(ValueError, match=r"kv_lens\[0\] is -1"):
+    with pytest.raises(ValueError, match=r"seq_lens\[0\] is -1"):
         native.kernels.gather_kv(cache, tables, torch.tensor([-1]), 5)
 
 
@@ -199,7 +199,7 @@ def run_everything_at_page_ends() -> None:
         arguments = {name: at_page_end(tensor) for name, tensor in small().items()}
         kernels.paged_attention(**arguments)
         kernels.gather_kv(
-            arguments["key_cache"], arguments["block_tables"], arguments["kv_lens"], 48
+            arguments["key_cache"], arguments["block_tables"], arguments["seq_lens"], 48
         )
         caches, slots = (arguments["key_cache"], arguments["value_cache"]), torch.tensor([63, 1])
         token = at_page_end(torch.ones(2, 2, 32))
@@ -216,7 +216,7 @@ def at_page_ends(call: Call, blocks: Paged) -> tuple[Call, Paged]:
         (at_page_end(caches[0]), at_page_end(caches[1])),
         None if scales is None else (at_page_end(scales[0]), at_page_end(scales[1])),
         at_page_end(blocks.tables),
-        at_page_end(blocks.kv_lens),
+        at_page_end(blocks.seq_lens),
     )
 
 

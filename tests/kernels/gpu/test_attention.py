@@ -255,7 +255,7 @@ def test_queries_and_masks_may_be_views() -> None:
     mask = call.mask.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     starts = torch.tensor([0, 9, 3, 9, 6, 9])[::2]
     tables = blocks.tables.t().contiguous().t().long()
-    lens = torch.stack((blocks.kv_lens, blocks.kv_lens), 1)[:, 0].long()
+    lens = torch.stack((blocks.seq_lens, blocks.seq_lens), 1)[:, 0].long()
     for query in (wide[:, :, 8:24], wide[:, :, 8:24].transpose(0, 1).contiguous().transpose(0, 1)):
         output = by_triton(query, *blocks.caches, tables, lens, starts, mask=mask)
         assert torch.equal(output, expected)
@@ -263,7 +263,7 @@ def test_queries_and_masks_may_be_views() -> None:
 
 def forest(dtype: torch.dtype = torch.float32, dims: int = 16) -> Paged:
     """Rows that share prefixes three levels deep, in blocks of 8; NaN in every unused slot."""
-    block_size, kv_lens = 8, [57, 60, 41, 42, 25, 9, 0]
+    block_size, seq_lens = 8, [57, 60, 41, 42, 25, 9, 0]
     a, b, c = [30, 31, 32], [20, 21], [10, 11]
     rows = [[*a, *b, *c, 1], [*a, *b, *c, 2], [*a, *b, 3], [*a, *b, 4], [*a, 5], [6, 7], []]
     tables = torch.full((len(rows), 9), -1, dtype=torch.int32)
@@ -271,13 +271,13 @@ def forest(dtype: torch.dtype = torch.float32, dims: int = 16) -> Paged:
     generator = seeded(5)
     for row, blocks in enumerate(rows):
         tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        slots = slots_of(tables[row], torch.arange(kv_lens[row]), block_size)
+        slots = slots_of(tables[row], torch.arange(seq_lens[row]), block_size)
         for cache in caches:
             fresh = torch.randn(len(slots), 2, dims, generator=generator).to(dtype)
             where = (slots // block_size, slots % block_size)
             old = cache[where]
             cache[where] = torch.where(old.isnan(), fresh, old)
-    return Paged(caches, None, tables, torch.tensor(kv_lens))
+    return Paged(caches, None, tables, torch.tensor(seq_lens))
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -304,7 +304,7 @@ SHARED: dict[str, dict[str, Any]] = {
 def test_prefixes_that_rows_share_are_read_together(name: str, chunk: bool) -> None:
     blocks, options = forest(), SHARED[name]
     query = torch.randn(7, 4, 16, generator=seeded(3))
-    tensors = (query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    tensors = (query, *blocks.caches, blocks.tables, blocks.seq_lens)
     expected = by_reference(*tensors, **options)
     output = in_pieces(*tensors, **options) if chunk else planned(*tensors, **options)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
@@ -320,7 +320,7 @@ def test_prefixes_that_rows_share_are_read_together(name: str, chunk: bool) -> N
 def test_shared_prefixes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
     blocks = forest(dtype)
     query = torch.randn(7, 4, 16, generator=seeded(3)).to(dtype)
-    tensors = (blocks.tables, blocks.kv_lens)
+    tensors = (blocks.tables, blocks.seq_lens)
     exact = by_reference(
         query.double(), blocks.caches[0].double(), blocks.caches[1].double(), *tensors
     )
@@ -332,16 +332,16 @@ def test_shared_prefixes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
 def test_a_plan_serves_the_steps_after_it() -> None:
     blocks = forest()
     query = torch.randn(7, 4, 16, generator=seeded(4))
-    plan = plan_for(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    plan = plan_for(query, *blocks.caches, blocks.tables, blocks.seq_lens)
     tables = blocks.tables.clone()
     tables[2, 6] = 9  # row 2 goes on in a block of its own
     for cache in blocks.caches:
         cache[[1, 2, 3, 4, 5, 7, 9]] = cache[30]
-    kv_lens = blocks.kv_lens + torch.tensor([2, 1, 9, 3, 1, 4, 0])
-    again = plan_for(query, *blocks.caches, tables, kv_lens)
+    seq_lens = blocks.seq_lens + torch.tensor([2, 1, 9, 3, 1, 4, 0])
+    again = plan_for(query, *blocks.caches, tables, seq_lens)
     assert again.work is plan.work
-    output = by_plan(plan, query, *blocks.caches, tables, kv_lens)
-    expected = by_reference(query, *blocks.caches, tables, kv_lens)
+    output = by_plan(plan, query, *blocks.caches, tables, seq_lens)
+    expected = by_reference(query, *blocks.caches, tables, seq_lens)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -353,7 +353,7 @@ def test_blocks_given_back_in_the_middle_of_a_table_are_not_seen() -> None:
     for queries in (call.queries, [queries[-1:] for queries in call.queries]):
         several = len(queries[0]) > 1
         starts = torch.tensor([0, len(queries[0]), len(queries[0]) + 1]) if several else None
-        tensors = (torch.cat(queries), *blocks.caches, blocks.tables, blocks.kv_lens, starts)
+        tensors = (torch.cat(queries), *blocks.caches, blocks.tables, blocks.seq_lens, starts)
         expected = by_reference(*tensors)
         output = by_triton(*tensors)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
@@ -366,7 +366,7 @@ def test_lengths_beyond_the_tables_of_a_plan_read_no_block() -> None:
     blocks = in_blocks(case, call, 16, torch.float32)
     tables = blocks.tables[:, :1]
     plan = plan_for(call.queries[0], *blocks.caches, tables, torch.tensor([16]))
-    output = by_plan(plan, call.queries[0], *blocks.caches, tables, blocks.kv_lens)
+    output = by_plan(plan, call.queries[0], *blocks.caches, tables, blocks.seq_lens)
     expected = by_reference(call.queries[0], *blocks.caches, tables, torch.tensor([16]))
     torch.testing.assert_close(output, expected)
 
@@ -376,10 +376,10 @@ def test_a_fixed_chunk_gives_the_same_bits_in_any_company() -> None:
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
     query = torch.cat(call.queries)
-    together = in_pieces(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    together = in_pieces(query, *blocks.caches, blocks.tables, blocks.seq_lens)
     for row in range(3):
         one = slice(row, row + 1)
-        alone = in_pieces(query[one], *blocks.caches, blocks.tables[one], blocks.kv_lens[one])
+        alone = in_pieces(query[one], *blocks.caches, blocks.tables[one], blocks.seq_lens[one])
         assert torch.equal(alone, together[one])
 
 
@@ -425,7 +425,7 @@ def test_a_plan_for_several_queries_needs_to_know_whose_they_are() -> None:
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 4, torch.float32)
     query, starts = torch.cat(call.queries), torch.tensor([0, 2, 3])
-    rows = (blocks.tables, blocks.kv_lens)
+    rows = (blocks.tables, blocks.seq_lens)
     plan = plan_for(query, *blocks.caches, *rows, starts)
     with pytest.raises(ValueError, match="rows of several queries; pass their cu_seqlens_q"):
         by_plan(plan, query, *blocks.caches, *rows)
@@ -463,8 +463,11 @@ def test_what_triton_cannot_take_the_reference_computes(dtype: torch.dtype, dim:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kv_lens": torch.tensor([5, 1])}, "kv_lens reaches 5 tokens, but block_tables has room"),
-        ({"kv_lens": torch.tensor([-1, 1])}, r"kv_lens\[0\] is -1"),
+        (
+            {"seq_lens": torch.tensor([5, 1])},
+            "seq_lens reaches 5 tokens, but block_tables has room",
+        ),
+        ({"seq_lens": torch.tensor([-1, 1])}, r"seq_lens\[0\] is -1"),
         ({"mask": torch.zeros(1, 1, 0, 1)}, "mask has 0 query rows, but a row has 1 queries"),
     ],
 )
@@ -475,7 +478,7 @@ def test_values_that_do_not_fit_are_refused(changes: dict[str, Any], message: st
         "key_cache": key_cache,
         "value_cache": value_cache,
         "block_tables": torch.zeros(2, 1, dtype=torch.int32),
-        "kv_lens": torch.ones(2, dtype=torch.int32),
+        "seq_lens": torch.ones(2, dtype=torch.int32),
     }
     with pytest.raises(ValueError, match=message):
         by_triton(**{**arguments, **changes})
@@ -487,14 +490,14 @@ def test_layers_of_one_step_look_at_the_tables_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(plans, "_on_host", lambda tensor: looked.append(tensor) or on_host(tensor))
     blocks = forest()
     query = torch.zeros(7, 4, 16)
-    first = plan_for(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+    first = plan_for(query, *blocks.caches, blocks.tables, blocks.seq_lens)
     assert len(looked) == 2
     for _ in range(3):
-        layer = plan_for(query, *blocks.caches, blocks.tables, blocks.kv_lens)
+        layer = plan_for(query, *blocks.caches, blocks.tables, blocks.seq_lens)
         assert layer is first
     assert len(looked) == 2
     blocks.tables[0, 0] = 35  # row 0 is another one now
-    assert plan_for(query, *blocks.caches, blocks.tables, blocks.kv_lens) != first
+    assert plan_for(query, *blocks.caches, blocks.tables, blocks.seq_lens) != first
     assert len(looked) == 4
 
 
@@ -568,7 +571,7 @@ def test_plans_of_two_threads_never_mix(
 ) -> None:
     blocks = forest()
     query = torch.zeros(7, 4, 16)
-    rows = [(blocks.tables[cut], blocks.kv_lens[cut]) for cut in (slice(4), slice(1, 6))]
+    rows = [(blocks.tables[cut], blocks.seq_lens[cut]) for cut in (slice(4), slice(1, 6))]
     shapes = plans.shapes_of(query, *blocks.caches)
     expected = [plans.Plans(shapes).of(*batch, None) for batch in rows]
 
@@ -586,7 +589,7 @@ def test_plans_of_two_threads_never_mix(
 
 def test_two_threads_that_begin_together_share_their_plans(interleaving: Interleaving) -> None:
     blocks = forest()
-    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
+    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.seq_lens)
 
     def plan() -> Any:
         return plan_for(*tensors)
@@ -603,12 +606,12 @@ def test_tensors_of_inference_mode_are_looked_at_unless_the_host_has_their_value
     monkeypatch.setattr(plans, "_on_host", lambda t: looked_at.append(t) or genuine(t))
     with torch.inference_mode():
         blocks = forest()
-        tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
+        tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.seq_lens)
         first = plan_for(*tensors)
         blocks.tables[0, 0] = 35
         second = plan_for(*tensors)
         assert (first is second, len(looked_at)) == (False, 4)
-        rows = HostRows(blocks.tables.numpy(), blocks.kv_lens.numpy())
+        rows = HostRows(blocks.tables.numpy(), blocks.seq_lens.numpy())
         made = [plan_for(*tensors, host_rows=rows) for _ in range(3)]
     assert made == [second] * 3
     assert len(looked_at) == 4
@@ -620,9 +623,9 @@ def test_a_plan_from_the_host_is_that_of_the_tensors(with_starts: bool) -> None:
     blocks = forest()
     query = torch.randn(7, 4, 16)
     starts = torch.arange(8, dtype=torch.int32) if with_starts else None
-    tensors = (query, *blocks.caches, blocks.tables, blocks.kv_lens, starts)
+    tensors = (query, *blocks.caches, blocks.tables, blocks.seq_lens, starts)
     rows = HostRows(
-        blocks.tables.numpy(), blocks.kv_lens.numpy(), None if starts is None else starts.numpy()
+        blocks.tables.numpy(), blocks.seq_lens.numpy(), None if starts is None else starts.numpy()
     )
     expected = paged_attention(*tensors)
     for kernel in (by_triton, paged_attention):
@@ -640,11 +643,11 @@ def test_rows_of_the_host_have_one_object_for_each_number_of_queries() -> None:
 
 def test_host_rows_of_another_step_are_refused() -> None:
     blocks = forest()
-    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.kv_lens)
-    tables, lens = blocks.tables.numpy(), blocks.kv_lens.numpy()
+    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.seq_lens)
+    tables, lens = blocks.tables.numpy(), blocks.seq_lens.numpy()
     wrong = {
         r"block_tables of shape \(6,": HostRows(tables[1:], lens),
-        r"kv_lens of shape \(6,\)": HostRows(tables, lens[1:]),
+        r"seq_lens of shape \(6,\)": HostRows(tables, lens[1:]),
         r"cu_seqlens_q of shape \(8,\), but the call has None": HostRows(
             tables, lens, np.arange(8)
         ),

@@ -88,7 +88,7 @@ def _compiled_for(
         key_cache=empty(64, block_size, kv_heads, key_dim, of=cache_dtype),
         value_cache=empty(64, block_size, kv_heads, value_dim, of=cache_dtype),
         block_tables=empty(4, 64),
-        kv_lens=empty(4),
+        seq_lens=empty(4),
         cu_seqlens_q=None,
         scale=1.0,
         softcap=softcap,

@@ -85,9 +85,9 @@ def test_layers_of_one_kind_share_their_attention_arguments(
         if step:  # masks of prompts are large, so their arguments are not kept
             assert len({id(args) for args in mine}) == kinds
         assert len({id(args.block_tables) for args in mine}) == kinds
-        assert len({id(args.kv_lens) for args in mine}) == kinds
+        assert len({id(args.seq_lens) for args in mine}) == kinds
     # `read` keeps them all, so no two have one id by chance.
-    assert len({id(args.kv_lens) for args in read}) == kinds * steps
+    assert len({id(args.seq_lens) for args in read}) == kinds * steps
 
 
 @pytest.mark.slow

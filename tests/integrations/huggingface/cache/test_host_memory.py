@@ -412,7 +412,7 @@ def test_blocks_staged_on_another_device_are_read_as_those_in_place(kv_dtype: An
     cache.batch_select_indices(torch.tensor([1, 0]))
     (part,) = cache.groups[0].parts(1, 12)
     here, staged = part.on(torch.device("cpu")), part.staged(torch.device("cpu"))
-    assert staged.tables.kv_lens.tolist() == [12, 12]
+    assert staged.tables.seq_lens.tolist() == [12, 12]
     for name in ("key_cache", "value_cache"):
         rows = [getattr(blocks, name)[blocks.tables.tables.long()] for blocks in (here, staged)]
         assert torch.equal(*rows)
