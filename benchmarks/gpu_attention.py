@@ -168,8 +168,15 @@ def quantised(rig: Rig) -> None:
             return
         works = {}
         for kind in ("bf16", "int8", "fp8_e4m3"):
-            kv_dtype = None if kind == "bf16" else kind
-            pool = Pool(rig, rows, length, block_size=block_size, kv_dtype=kv_dtype, layers_max=16)
+            kv_cache_dtype = None if kind == "bf16" else kind
+            pool = Pool(
+                rig,
+                rows,
+                length,
+                block_size=block_size,
+                kv_cache_dtype=kv_cache_dtype,
+                layers_max=16,
+            )
             works[kind] = pool.calls()
             pool.check(f"{case} {kind}", works[kind][0])
         times = rig.measure(works)

@@ -18,15 +18,15 @@ def correctness(rig: Rig) -> None:
     """Decode, shared prefixes and prefill beside plain torch, for every kind of cache."""
     checked = 0
     sizes = itertools.product((None, "int8", "fp8_e4m3"), (16, 64))
-    for kv_dtype, block_size in sizes:
-        case = f"{kv_dtype or 'bf16'}_block{block_size}"
+    for kv_cache_dtype, block_size in sizes:
+        case = f"{kv_cache_dtype or 'bf16'}_block{block_size}"
         if rig.over(f"correctness {case}"):
             return
         shared = 2 * block_size
         for rows, length in ((2, 96), (4, 192)) if rig.dry else ((2, 1000), (16, 4096)):
             pool = Pool(
-                rig, rows, length, block_size=block_size, kv_dtype=kv_dtype, shared=shared,
-                layers_max=1,
+                rig, rows, length, block_size=block_size, kv_cache_dtype=kv_cache_dtype,
+                shared=shared, layers_max=1,
             )  # fmt: skip
             pool.check(f"{case} decode", pool.call(0))
             pool.check(f"{case} each row alone", pool.call(0, share=False))

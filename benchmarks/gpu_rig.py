@@ -157,7 +157,7 @@ class Pool:
         head_dim: int = 128,
         block_size: int = 16,
         group: int = 4,
-        kv_dtype: Any = None,
+        kv_cache_dtype: Any = None,
         shared: int = 0,
         layers_max: int = LAYERS_MAX,
     ) -> None:
@@ -165,7 +165,7 @@ class Pool:
         columns, common = -(-length // block_size), shared // block_size
         own = columns - common
         num_blocks = common + rows * own
-        itemsize = 1 if kv_dtype else 2
+        itemsize = 1 if kv_cache_dtype else 2
         self.kv_bytes = num_blocks * block_size * 2 * KV_HEADS * head_dim * itemsize
         self.num_layers = self.layers_for(self.kv_bytes, rig, layers_max)
         self.rig, self.block_size, self.head_dim = rig, block_size, head_dim
@@ -175,7 +175,7 @@ class Pool:
             block_size,
             [(KV_HEADS, head_dim, head_dim)] * self.num_layers,
             dtype=torch.bfloat16,
-            kv_dtype=kv_dtype,
+            kv_cache_dtype=kv_cache_dtype,
             device=rig.device,
         )
         blocks = torch.randperm(num_blocks, dtype=torch.int32)
@@ -193,7 +193,7 @@ class Pool:
         return max(1, min(wanted, rig.room() // kv_bytes))
 
     def _fill(self) -> None:
-        if self.storage.kv_dtype is None:
+        if self.storage.kv_cache_dtype is None:
             self.storage.tier().normal_()
             return
         for layer in range(self.num_layers):

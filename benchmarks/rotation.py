@@ -51,7 +51,7 @@ class Rotation:
     def __init__(
         self,
         case: Case,
-        kv_dtype: str | None = None,
+        kv_cache_dtype: str | None = None,
         room: int = 0,
         block_size: int = BLOCK_SIZE,
     ) -> None:
@@ -70,7 +70,7 @@ class Rotation:
         layer = (KV_HEADS, case.head_dim, case.head_dim)
         self.storage = BlockStorage(
             batches * case.rows * columns, block_size, [layer] * LAYERS, dtype=dtype,
-            kv_dtype=kv_dtype,
+            kv_cache_dtype=kv_cache_dtype,
         )  # fmt: skip
         # A pool that has been in use for a while hands out blocks in no order.
         blocks = torch.randperm(self.storage.num_blocks, dtype=torch.int32)

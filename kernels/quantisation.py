@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KV_DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+KV_CACHE_DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 SCALE_DTYPE = torch.float32
 
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max}
@@ -34,11 +34,11 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     holds NaN or an infinity stores 0 with that as its scale, so all of it comes back as NaN: a
     fault upstream does not turn into plausible numbers.
 
-    `ValueError` unless `dtype` is one of `KV_DTYPES`.
+    `ValueError` unless `dtype` is one of `KV_CACHE_DTYPES`.
     """
     largest = _LARGEST.get(dtype)
     if largest is None:
-        raise ValueError(f"dtype is {dtype}; pass one of {list(KV_DTYPES.values())}")
+        raise ValueError(f"dtype is {dtype}; pass one of {list(KV_CACHE_DTYPES.values())}")
     exact = x.to(SCALE_DTYPE)
     scale = exact.abs().amax(-1) / largest
     ordinary = (scale > 0) & scale.isfinite()

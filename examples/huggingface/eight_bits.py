@@ -15,8 +15,8 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 inputs = tokenizer("The return value is ", add_special_tokens=False, return_tensors="pt")
 
-for kv_dtype in (None, "int8", "fp8_e4m3"):
-    with kvpager.patch(model, kv_dtype=kv_dtype) as paging:
+for kv_cache_dtype in (None, "int8", "fp8_e4m3"):
+    with kvpager.patch(model, kv_cache_dtype=kv_cache_dtype) as paging:
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
         held = size(paging.stats().peak_held_bytes)
-    print(f"{kv_dtype or 'bfloat16':9} {held:>9}  {tokenizer.decode(output[0])}")
+    print(f"{kv_cache_dtype or 'bfloat16':9} {held:>9}  {tokenizer.decode(output[0])}")

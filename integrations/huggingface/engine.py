@@ -117,7 +117,7 @@ class Engine:
         self._memory = memory = PagedMemory(
             config.memory,
             config.block_size,
-            kv_dtype=config.kv_dtype,
+            kv_cache_dtype=config.kv_cache_dtype,
             host_memory=config.host_memory,
         )
         self._anatomy = anatomy = study(model)

@@ -47,7 +47,7 @@ class Options:
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache", help="Reuse prompts and replies of earlier calls.")
     ] = False
-    kv_dtype: Annotated[
+    kv_cache_dtype: Annotated[
         str | None, typer.Option(help="int8 or fp8_e4m3: keep keys and values in eight bits.")
     ] = None
     in_place: Annotated[
@@ -78,7 +78,7 @@ def run(options: Options) -> None:
                 host_memory=options.host_memory,
                 block_size=options.block_size,
                 prefix_cache=options.prefix_cache,
-                kv_dtype=cast(Any, options.kv_dtype),  # it is checked there
+                kv_cache_dtype=cast(Any, options.kv_cache_dtype),  # it is checked there
                 in_place=options.in_place,
             )
         except (TypeError, ValueError) as error:

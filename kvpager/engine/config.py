@@ -11,7 +11,7 @@ from kvpager.blocks.policies import Eviction, check_eviction, chosen_policy
 from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.engine.compiling import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
-from kvpager.storage.block_storage import KVDtype
+from kvpager.storage.block_storage import KVCacheDtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class EngineConfig:
             host's for a model on the CPU.
         host_memory: bytes of host memory to swap to when the pool is full.
         block_size: token slots of a block, a power of two.
-        kv_dtype: `"int8"` or `"fp8_e4m3"` to keep keys and values in eight bits.
+        kv_cache_dtype: `"int8"` or `"fp8_e4m3"` to keep keys and values in eight bits.
         eviction: which cached blocks leave first: a name of `kvpager.blocks.policies.POLICIES`, or
             a function that makes an `EvictionPolicy` for a number of blocks.
         max_batch_tokens: the most tokens of a forward pass.
@@ -50,7 +50,7 @@ class EngineConfig:
     memory: int | str | None = None
     host_memory: int | str | None = None
     block_size: int = 16
-    kv_dtype: KVDtype | None = None
+    kv_cache_dtype: KVCacheDtype | None = None
     eviction: Eviction = "lru"
     max_batch_tokens: int = 1024
     max_num_seqs: int = 256

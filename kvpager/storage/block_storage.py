@@ -9,9 +9,9 @@ block is one run through all layers, copy-on-write is one memory copy, a swap on
 put one buffer; layer-first storage needs two per layer. `BlockStorage` knows nothing of
 `BlockManager`: it holds tensors and carries out plans, whoever made them.
 
-Keys and values may be stored in eight bits (`kv_dtype`), with one scale per token and head. The
-scales lie inside the block, so whatever moves a block moves them too. The tier is then a tensor
-of bytes, and every part starts at a multiple of 16 bytes, zero to 15 unused ones before it:
+Keys and values may be stored in eight bits (`kv_cache_dtype`), with one scale per token and head.
+The scales lie inside the block, so whatever moves a block moves its scales too. The tier is then a
+tensor of bytes. Every part starts at a multiple of 16 bytes, after 0 to 15 unused bytes:
 
     layer   key | value | key scales | value scales
     key scales, value scales    float32 [ block_size, kv_heads ]
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kvpager import _validate as arguments
 from kvpager._text import counted
-from kvpager.kernels.quantisation import KV_DTYPES, SCALE_DTYPE
+from kvpager.kernels.quantisation import KV_CACHE_DTYPES, SCALE_DTYPE
 from kvpager.ops import copy_blocks
 from kvpager.plans import Int32, Plan, Tier
 from kvpager.storage import streams
@@ -39,7 +39,7 @@ from kvpager.storage.memory import allocate
 
 LayerCache = tuple[Tensor, Tensor]
 LayerScales = tuple[Tensor, Tensor]
-KVDtype = Literal["int8", "fp8_e4m3"]
+KVCacheDtype = Literal["int8", "fp8_e4m3"]
 
 # What the widest loads of GPUs and CPUs take, and every dtype's own alignment divides.
 PART_ALIGNMENT_BYTES = 16
@@ -79,8 +79,8 @@ class BlockStorage:
     a CPU, for a storage that a GPU's one swaps to. Errors of the allocation itself
     (`torch.OutOfMemoryError`, `RuntimeError`) are torch's.
 
-    Keys and values are of `dtype`, or of eight bits where `kv_dtype` says "int8" or "fp8_e4m3";
-    `dtype` is then what they are computed in, and kernels need `scales` beside `layer`.
+    Keys and values are stored as `dtype`, or in eight bits with `kv_cache_dtype` "int8" or
+    "fp8_e4m3". Then `dtype` is the dtype of the maths, and kernels need `scales` beside `layer`.
 
     Memory is not zeroed: pages never written cost nothing on a CPU (see `memory`), and no kernel
     reads a slot that was never written.
@@ -93,25 +93,27 @@ class BlockStorage:
         layers: Sequence[LayerShape | tuple[int, int, int]],
         *,
         dtype: torch.dtype,
-        kv_dtype: KVDtype | None = None,
+        kv_cache_dtype: KVCacheDtype | None = None,
         device: torch.device | str = "cpu",
         num_host_blocks: int = 0,
         pinned: bool = False,
     ) -> None:
-        """O(1) on a CPU, O(bytes) where memory has to be page-locked.
+        """Allocate the blocks. O(1) on a CPU, O(bytes) if memory is page-locked.
 
-        `ValueError` unless sizes are positive, `block_size` is a power of two and `kv_dtype` is
-        one there is; `TypeError` unless `dtype` is floating and has 16 bits or more, and for one
-        LayerShape in place of a list of them.
+        Raises:
+            ValueError: a size is not positive, `block_size` is not a power of two, or
+                `kv_cache_dtype` is unknown.
+            TypeError: `dtype` is not a floating dtype of at least 16 bits, or `layers` is a single
+                `LayerShape`.
         """
         self._block_size = arguments.block_size(block_size)
         self._layers = _layer_shapes(layers)
-        self._dtype, self._kv_dtype = _dtypes(dtype, kv_dtype)
+        self._dtype, self._kv_cache_dtype = _dtypes(dtype, kv_cache_dtype)
         num_blocks = arguments.count("num_blocks", num_blocks, at_least=1)
         num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
         arguments.flag("pinned", pinned)
         _, run = self._layout(self._layers)
-        stored = dtype if kv_dtype is None else torch.uint8
+        stored = dtype if kv_cache_dtype is None else torch.uint8
         # Made in inference mode, the storage could never be written outside of it.
         with torch.inference_mode(False):
             self._device_tier = allocate(num_blocks, run, stored, device, pinned=pinned)
@@ -123,7 +125,7 @@ class BlockStorage:
         self._host_reads = streams.HostReads()
 
     def __repr__(self) -> str:
-        stored = "" if self._kv_dtype is None else f" as {self._kv_dtype}"
+        stored = "" if self._kv_cache_dtype is None else f" as {self._kv_cache_dtype}"
         return (
             f"<BlockStorage: {counted(self.num_blocks, 'block')} of {self.block_bytes} bytes, "
             f"{counted(len(self._layers), 'layer')} of {self.dtype}{stored} on {self.device}>"
@@ -135,14 +137,14 @@ class BlockStorage:
         layers: Sequence[LayerShape | tuple[int, int, int]],
         *,
         dtype: torch.dtype,
-        kv_dtype: KVDtype | None = None,
+        kv_cache_dtype: KVCacheDtype | None = None,
     ) -> int:
         """`block_bytes` of the storage that these arguments would make. O(layers)."""
-        dtype, kv_dtype = _dtypes(dtype, kv_dtype)
+        dtype, kv_cache_dtype = _dtypes(dtype, kv_cache_dtype)
         _, elements = _layout(
-            arguments.block_size(block_size), _layer_shapes(layers), dtype, kv_dtype
+            arguments.block_size(block_size), _layer_shapes(layers), dtype, kv_cache_dtype
         )
-        return elements * (dtype if kv_dtype is None else torch.uint8).itemsize
+        return elements * (dtype if kv_cache_dtype is None else torch.uint8).itemsize
 
     @property
     def num_blocks(self) -> int:
@@ -166,13 +168,13 @@ class BlockStorage:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every key and value as it is computed, and stored too unless `kv_dtype` says else."""
+        """Dtype of keys and values in the maths, and in memory unless `kv_cache_dtype` is set."""
         return self._dtype
 
     @property
-    def kv_dtype(self) -> KVDtype | None:
+    def kv_cache_dtype(self) -> KVCacheDtype | None:
         """The eight bits that keys and values are stored in; None where they are of `dtype`."""
-        return self._kv_dtype
+        return self._kv_cache_dtype
 
     @property
     def device(self) -> torch.device:
@@ -197,9 +199,9 @@ class BlockStorage:
     def tier(self, tier: Tier = "device") -> Tensor:
         """A tier's whole tensor [blocks, elements per block], to move bytes by hand. O(1).
 
-        Of `dtype`, or with a `kv_dtype` of uint8: a block then holds more than one dtype. After
-        `grow` the device tier is another tensor: ask again. Waits for copies out of host memory
-        that are under way.
+        Its dtype is `dtype`, or uint8 with a `kv_cache_dtype`, since a block then holds several
+        dtypes. `grow` replaces the device tier: call this again. Waits until copies out of host
+        memory have ended.
         """
         if tier not in ("device", "host"):
             raise ValueError(f'tier {tier!r}: expected "device" or "host"')
@@ -222,7 +224,7 @@ class BlockStorage:
     def scales(self, index: int) -> LayerScales | None:
         """A layer's key and value scales: float32 views [blocks, block_size, kv_heads]. O(1).
 
-        None unless the storage has a `kv_dtype`. Otherwise as `layer`.
+        None unless the storage has a `kv_cache_dtype`. Otherwise as `layer`.
         """
         scales = self._layer(index)[2:]
         return (scales[0], scales[1]) if scales else None
@@ -280,8 +282,8 @@ class BlockStorage:
         if later work on the device runs after it.
         `ValueError` for a block that does not exist, or where the layers or dtypes differ.
         """
-        if (self.layers, self.dtype, self.kv_dtype, self.block_size) != (
-            other.layers, other.dtype, other.kv_dtype, other.block_size
+        if (self.layers, self.dtype, self.kv_cache_dtype, self.block_size) != (
+            other.layers, other.dtype, other.kv_cache_dtype, other.block_size
         ):  # fmt: skip
             raise ValueError(f"{other!r} keeps other blocks than {self!r}")
         copies = _as_copies(copies)
@@ -352,7 +354,7 @@ class BlockStorage:
         self._layers, self._device_tier, self._host_tier, self._views = layers, device, host, views
 
     def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[_Part]], int]:
-        return _layout(self._block_size, layers, self._dtype, self._kv_dtype)
+        return _layout(self._block_size, layers, self._dtype, self._kv_cache_dtype)
 
     def _layer_views(self, layers: tuple[LayerShape, ...], device: Tensor) -> list[list[Tensor]]:
         layout, _ = self._layout(layers)
@@ -360,17 +362,20 @@ class BlockStorage:
 
 
 def _layout(
-    block_size: int, layers: Sequence[LayerShape], dtype: torch.dtype, kv_dtype: KVDtype | None
+    block_size: int,
+    layers: Sequence[LayerShape],
+    dtype: torch.dtype,
+    kv_cache_dtype: KVCacheDtype | None,
 ) -> tuple[list[list[_Part]], int]:
     """Every layer's parts, in order, and the elements of a block."""
-    stored = dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
+    stored = dtype if kv_cache_dtype is None else KV_CACHE_DTYPES[kv_cache_dtype]
     # Elements of the tier: bytes where it is quantised, and then aligned.
-    unit, alignment = (dtype.itemsize, 1) if kv_dtype is None else (1, PART_ALIGNMENT_BYTES)
+    unit, alignment = (dtype.itemsize, 1) if kv_cache_dtype is None else (1, PART_ALIGNMENT_BYTES)
     layout, start = [], 0
     for heads, key_dim, value_dim in layers:
         kinds: list[tuple[torch.dtype, tuple[int, ...]]]
         kinds = [(stored, (block_size, heads, key_dim)), (stored, (block_size, heads, value_dim))]
-        kinds += [] if kv_dtype is None else [(SCALE_DTYPE, (block_size, heads))] * 2
+        kinds += [] if kv_cache_dtype is None else [(SCALE_DTYPE, (block_size, heads))] * 2
         parts = []
         for part_dtype, shape in kinds:
             end = start + math.prod(shape) * part_dtype.itemsize // unit
@@ -401,17 +406,23 @@ def _check_copies(copies: Int32, num_sources: int, num_destinations: int, lowest
             )
 
 
-def _dtypes(dtype: torch.dtype, kv_dtype: KVDtype | None) -> tuple[torch.dtype, KVDtype | None]:
+def _dtypes(
+    dtype: torch.dtype, kv_cache_dtype: KVCacheDtype | None
+) -> tuple[torch.dtype, KVCacheDtype | None]:
     """Both, checked."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype {dtype!r}: expected a torch.dtype, such as torch.float32")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; pass a floating dtype such as torch.bfloat16")
     if dtype.itemsize < 2:
-        raise TypeError(f"dtype is {dtype}, which has no maths; store it with kv_dtype instead")
-    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-        raise ValueError(f"kv_dtype {kv_dtype!r}: expected None or one of {list(KV_DTYPES)}")
-    return dtype, kv_dtype
+        raise TypeError(
+            f"dtype is {dtype}, which has no maths; store it with kv_cache_dtype instead"
+        )
+    if kv_cache_dtype is not None and kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(
+            f"kv_cache_dtype={kv_cache_dtype!r}: must be None or one of {list(KV_CACHE_DTYPES)}"
+        )
+    return dtype, kv_cache_dtype
 
 
 def _layer_shapes(layers: Sequence[LayerShape | tuple[int, int, int]]) -> tuple[LayerShape, ...]:

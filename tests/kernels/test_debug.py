@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import append_kv, copy_blocks, debug, gather_kv, paged_attention
-from kvpager.kernels.quantisation import KV_DTYPES
+from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.ops import HostRows
 from kvpager.storage.block_storage import BlockStorage
 from tests.support.kernel_cases import CASES, Case, attend, in_blocks, make_call, strided_caches
@@ -131,7 +131,7 @@ def test_gather_names_what_is_wrong(changes: dict[str, Tensor], message: str) ->
 
 
 @pytest.mark.usefixtures("debugging")
-@pytest.mark.parametrize("kv_dtype", [None, *KV_DTYPES])
+@pytest.mark.parametrize("kv_cache_dtype", [None, *KV_CACHE_DTYPES])
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
@@ -142,9 +142,11 @@ def test_gather_names_what_is_wrong(changes: dict[str, Tensor], message: str) ->
     ],
 )
 def test_append_names_what_is_wrong_and_writes_nothing(
-    slots: list[int], message: str, kv_dtype: Any
+    slots: list[int], message: str, kv_cache_dtype: Any
 ) -> None:
-    storage = BlockStorage(BLOCKS, BLOCK_SIZE, [(2, 8, 8)], dtype=torch.float32, kv_dtype=kv_dtype)
+    storage = BlockStorage(
+        BLOCKS, BLOCK_SIZE, [(2, 8, 8)], dtype=torch.float32, kv_cache_dtype=kv_cache_dtype
+    )
     storage.tier().fill_(77)
     tokens = torch.ones(3, 2, 8)
     with pytest.raises(ValueError, match=message):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpager.kernels.quantisation import KV_DTYPES, dequantise, quantise
+from kvpager.kernels.quantisation import KV_CACHE_DTYPES, dequantise, quantise
 from kvpager.ops import append_kv, gather_kv, paged_attention
-from kvpager.storage.block_storage import BlockStorage, KVDtype
+from kvpager.storage.block_storage import BlockStorage, KVCacheDtype
 from tests.support.kernel_cases import (
     CASES,
     ENTRY,
@@ -27,7 +27,7 @@ from tests.support.kernel_cases import (
 
 INFINITY = float("inf")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-KV: list[Any] = list(KV_DTYPES)
+KV: list[Any] = list(KV_CACHE_DTYPES)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -36,20 +36,27 @@ def implementation(request: pytest.FixtureRequest) -> Kernels:
 
 
 def one_layer(
-    kv_dtype: KVDtype, *, blocks: int = 4, heads: int = 2, key_dim: int = 6, value_dim: int = 10
+    kv_cache_dtype: KVCacheDtype,
+    *,
+    blocks: int = 4,
+    heads: int = 2,
+    key_dim: int = 6,
+    value_dim: int = 10,
 ) -> BlockStorage:
     """Blocks of four tokens, every byte 255: NaN as a scale and as float8_e4m3fn."""
     shape = (heads, key_dim, value_dim)
-    storage = BlockStorage(blocks, 4, [shape], dtype=torch.float32, kv_dtype=kv_dtype)
+    storage = BlockStorage(blocks, 4, [shape], dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
     storage.tier().fill_(255)
     return storage
 
 
-def rounding_bound(x: Tensor, kv_dtype: str) -> Tensor:
+def rounding_bound(x: Tensor, kv_cache_dtype: str) -> Tensor:
     """How far each element of `x` [.., D] may lie from what comes back."""
     exact = x.double()
-    scale = exact.abs().amax(-1, keepdim=True) / (127 if kv_dtype == "int8" else 448)
-    half_step = scale / 2 if kv_dtype == "int8" else torch.maximum(exact.abs() / 16, scale / 1024)
+    scale = exact.abs().amax(-1, keepdim=True) / (127 if kv_cache_dtype == "int8" else 448)
+    half_step = (
+        scale / 2 if kv_cache_dtype == "int8" else torch.maximum(exact.abs() / 16, scale / 1024)
+    )
     # The scale is rounded to float32, and so is their product: a hair on top.
     return half_step + exact.abs() * 1e-6
 
@@ -66,14 +73,14 @@ def vectors(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("kv_dtype", KV)
-def test_every_element_comes_back_to_half_a_step(kv_dtype: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", KV)
+def test_every_element_comes_back_to_half_a_step(kv_cache_dtype: str, dtype: torch.dtype) -> None:
     x = vectors(dtype)
-    stored, scale = quantise(x, KV_DTYPES[kv_dtype])
-    assert stored.dtype == KV_DTYPES[kv_dtype]
+    stored, scale = quantise(x, KV_CACHE_DTYPES[kv_cache_dtype])
+    assert stored.dtype == KV_CACHE_DTYPES[kv_cache_dtype]
     assert (scale.dtype, scale.shape) == (torch.float32, x.shape[:-1])
     error = (dequantise(stored, scale, torch.float64) - x.double()).abs()
-    assert bool((error <= rounding_bound(x, kv_dtype)).all())
+    assert bool((error <= rounding_bound(x, kv_cache_dtype)).all())
 
 
 def test_int8_rounds_ties_to_even_and_is_symmetric() -> None:
@@ -84,43 +91,45 @@ def test_int8_rounds_ties_to_even_and_is_symmetric() -> None:
     assert torch.equal(quantise(-x, torch.int8)[0], -stored)
 
 
-@pytest.mark.parametrize("kv_dtype", KV)
-def test_the_largest_number_uses_the_whole_range(kv_dtype: str) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", KV)
+def test_the_largest_number_uses_the_whole_range(kv_cache_dtype: str) -> None:
     x = torch.randn(1000, 3)
-    stored, _ = quantise(x, KV_DTYPES[kv_dtype])
-    largest = 127 if kv_dtype == "int8" else 448
+    stored, _ = quantise(x, KV_CACHE_DTYPES[kv_cache_dtype])
+    largest = 127 if kv_cache_dtype == "int8" else 448
     assert stored.float().abs().amax(-1).eq(largest).all()
 
 
-@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
 @pytest.mark.parametrize("smallest", [0.0, -0.0, 1e-45])
-def test_zero_and_almost_zero_are_stored_as_zero(kv_dtype: str, smallest: float) -> None:
-    stored, scale = quantise(torch.full((2, 5), smallest), KV_DTYPES[kv_dtype])
+def test_zero_and_almost_zero_are_stored_as_zero(kv_cache_dtype: str, smallest: float) -> None:
+    stored, scale = quantise(torch.full((2, 5), smallest), KV_CACHE_DTYPES[kv_cache_dtype])
     assert scale.eq(0).all()
     assert stored.float().eq(0).all()
 
 
 @pytest.mark.parametrize("fault", [NAN, INFINITY, -INFINITY])
-@pytest.mark.parametrize("kv_dtype", KV)
-def test_a_fault_in_a_vector_stays_a_fault_and_stays_there(kv_dtype: str, fault: float) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", KV)
+def test_a_fault_in_a_vector_stays_a_fault_and_stays_there(
+    kv_cache_dtype: str, fault: float
+) -> None:
     x = torch.ones(3, 4)
     x[1, 2] = fault
-    back = dequantise(*quantise(x, KV_DTYPES[kv_dtype]), torch.float32)
+    back = dequantise(*quantise(x, KV_CACHE_DTYPES[kv_cache_dtype]), torch.float32)
     assert back[1].isnan().all()
     torch.testing.assert_close(back[[0, 2]], x[[0, 2]])
 
 
-def test_a_dtype_that_is_no_kv_dtype_is_refused() -> None:
+def test_an_unsupported_kv_cache_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype is torch.int16; pass one of \[torch.int8"):
         quantise(torch.ones(2, 2), torch.int16)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
 def test_appended_tokens_gather_to_half_a_step(
-    kv_dtype: KVDtype, dtype: torch.dtype, implementation: Kernels
+    kv_cache_dtype: KVCacheDtype, dtype: torch.dtype, implementation: Kernels
 ) -> None:
-    storage = one_layer(kv_dtype, blocks=12)
+    storage = one_layer(kv_cache_dtype, blocks=12)
     key = vectors(dtype)
     value = torch.randn(2, 40, 30).to(dtype)[..., 5:15].transpose(0, 1)
     slots = torch.randperm(44)[:40]
@@ -132,16 +141,18 @@ def test_appended_tokens_gather_to_half_a_step(
         gathered = implementation.gather_kv(
             cache, table, lens, 44, scales=scale, dtype=torch.float32
         )[0, slots]
-        assert bool(((gathered.double() - x.double()).abs() <= rounding_bound(x, kv_dtype)).all())
+        assert bool(
+            ((gathered.double() - x.double()).abs() <= rounding_bound(x, kv_cache_dtype)).all()
+        )
         rounded = implementation.gather_kv(cache, table, lens, 44, scales=scale, dtype=dtype)
         assert torch.equal(rounded[0, slots], gathered.to(dtype))
 
 
-@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
 def test_append_writes_its_tokens_bytes_and_no_other(
-    kv_dtype: KVDtype, implementation: Kernels
+    kv_cache_dtype: KVCacheDtype, implementation: Kernels
 ) -> None:
-    storage = one_layer(kv_dtype, heads=3)
+    storage = one_layer(kv_cache_dtype, heads=3)
     expected = storage.tier().clone()
     key, value = torch.randn(3, 3, 6), torch.randn(3, 3, 10)
     slots = torch.tensor([6, -1, 3])
@@ -155,9 +166,11 @@ def test_append_writes_its_tokens_bytes_and_no_other(
     assert torch.equal(storage.tier(), expected)
 
 
-@pytest.mark.parametrize("kv_dtype", KV)
-def test_vectors_of_zeros_come_back_as_zeros(kv_dtype: KVDtype, implementation: Kernels) -> None:
-    storage = one_layer(kv_dtype)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
+def test_vectors_of_zeros_come_back_as_zeros(
+    kv_cache_dtype: KVCacheDtype, implementation: Kernels
+) -> None:
+    storage = one_layer(kv_cache_dtype)
     key, value = torch.randn(8, 2, 6), torch.randn(8, 2, 10)
     key[3], value[5, 1] = 0, 0
     caches, scales = storage.layer(0), storage.scales(0)
@@ -174,11 +187,11 @@ def test_vectors_of_zeros_come_back_as_zeros(kv_dtype: KVDtype, implementation: 
 
 
 @pytest.mark.parametrize("fault", [NAN, INFINITY])
-@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
 def test_a_fault_that_is_appended_is_not_read_as_a_number(
-    kv_dtype: KVDtype, fault: float, implementation: Kernels
+    kv_cache_dtype: KVCacheDtype, fault: float, implementation: Kernels
 ) -> None:
-    storage = one_layer(kv_dtype)
+    storage = one_layer(kv_cache_dtype)
     key, value = torch.ones(2, 2, 6), torch.ones(2, 2, 10)
     key[0, 1, 4] = fault
     caches, scales = storage.layer(0), storage.scales(0)
@@ -197,9 +210,11 @@ def test_a_fault_that_is_appended_is_not_read_as_a_number(
     assert gathered[0, 1].isfinite().all()
 
 
-@pytest.mark.parametrize("kv_dtype", KV)
-def test_slots_that_no_row_uses_gather_as_zeros(kv_dtype: KVDtype, implementation: Kernels) -> None:
-    storage = one_layer(kv_dtype)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
+def test_slots_that_no_row_uses_gather_as_zeros(
+    kv_cache_dtype: KVCacheDtype, implementation: Kernels
+) -> None:
+    storage = one_layer(kv_cache_dtype)
     caches, scales = storage.layer(0), storage.scales(0)
     assert scales is not None
     key, value = torch.randn(2, 2, 6), torch.randn(2, 2, 10)
@@ -222,11 +237,15 @@ def test_slots_that_no_row_uses_gather_as_zeros(kv_dtype: KVDtype, implementatio
 
 
 def attended(
-    case: Case, dtype: torch.dtype, kv_dtype: KVDtype, kernels: Kernels, device: str = "cpu"
+    case: Case,
+    dtype: torch.dtype,
+    kv_cache_dtype: KVCacheDtype,
+    kernels: Kernels,
+    device: str = "cpu",
 ) -> tuple[Any, Tensor]:
     """The call with the keys and values that were stored, for the oracle, and the output."""
     call = make_call(case, dtype)
-    blocks = in_blocks(case, call, 16, dtype, kernels, kv_dtype)
+    blocks = in_blocks(case, call, 16, dtype, kernels, kv_cache_dtype)
     output = attend(case, call, blocks, device, kernels)
     stored = [blocks.stored(row) for row in range(len(case.rows))]
     keys, values = [key for key, _ in stored], [value for _, value in stored]
@@ -234,12 +253,12 @@ def attended(
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
 def test_attention_over_eight_bits_is_dense_attention_over_what_they_mean(
-    name: str, kv_dtype: KVDtype, implementation: Kernels
+    name: str, kv_cache_dtype: KVCacheDtype, implementation: Kernels
 ) -> None:
     case = CASES[name]
-    call, output = attended(case, torch.float32, kv_dtype, implementation)
+    call, output = attended(case, torch.float32, kv_cache_dtype, implementation)
     assert_as_exact_as_plain_torch(case, call, output, torch.float32)
 
 
@@ -248,29 +267,33 @@ MIXED = ["decode", "ragged_mix_of_prefill_and_decode", "float_mask_per_head", "h
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", MIXED)
-@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
 def test_queries_of_every_dtype_read_eight_bits(
-    name: str, kv_dtype: KVDtype, dtype: torch.dtype, implementation: Kernels
+    name: str, kv_cache_dtype: KVCacheDtype, dtype: torch.dtype, implementation: Kernels
 ) -> None:
     case = CASES[name]
-    call, output = attended(case, dtype, kv_dtype, implementation)
+    call, output = attended(case, dtype, kv_cache_dtype, implementation)
     assert_as_exact_as_plain_torch(case, call, output, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kv_dtype", KV)
-def test_gpu_attention_over_eight_bits_is_dense_attention(name: str, kv_dtype: KVDtype) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", KV)
+def test_gpu_attention_over_eight_bits_is_dense_attention(
+    name: str, kv_cache_dtype: KVCacheDtype
+) -> None:
     case = CASES[name]
-    call, output = attended(case, torch.float32, kv_dtype, ENTRY, "cuda")
+    call, output = attended(case, torch.float32, kv_cache_dtype, ENTRY, "cuda")
     assert_as_exact_as_plain_torch(case, call, output, torch.float32)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kv_dtype", KV)
-def test_gpu_append_stores_every_element_to_half_a_step(kv_dtype: KVDtype) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", KV)
+def test_gpu_append_stores_every_element_to_half_a_step(kv_cache_dtype: KVCacheDtype) -> None:
     shape, slots = [(2, 6, 10)], torch.arange(40, device="cuda")
-    storage = BlockStorage(10, 4, shape, dtype=torch.float32, kv_dtype=kv_dtype, device="cuda")
+    storage = BlockStorage(
+        10, 4, shape, dtype=torch.float32, kv_cache_dtype=kv_cache_dtype, device="cuda"
+    )
     storage.tier().fill_(255)
     caches, scales = storage.layer(0), storage.scales(0)
     assert scales is not None
@@ -278,13 +301,13 @@ def test_gpu_append_stores_every_element_to_half_a_step(kv_dtype: KVDtype) -> No
     append_kv(tokens[0].cuda(), tokens[1].cuda(), *caches, slots, scales=scales)
     for x, cache, scale in zip(tokens, caches, scales, strict=True):
         back = dequantise(cache, scale, torch.float64).cpu().view(x.shape)
-        assert bool(((back - x.double()).abs() <= rounding_bound(x, kv_dtype)).all())
+        assert bool(((back - x.double()).abs() <= rounding_bound(x, kv_cache_dtype)).all())
 
 
 @pytest.mark.parametrize("outliers", [False, True])
-@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
 def test_a_long_cache_costs_the_rounding_of_its_numbers_and_no_more(
-    kv_dtype: KVDtype, outliers: bool, implementation: Kernels
+    kv_cache_dtype: KVCacheDtype, outliers: bool, implementation: Kernels
 ) -> None:
     """Against float64 attention, at most twice the error of rounding alone."""
     rows, length, heads, dim = 4, 2048, 2, 64
@@ -295,7 +318,9 @@ def test_a_long_cache_costs_the_rounding_of_its_numbers_and_no_more(
     if outliers:
         key[..., :4] += 12
     shape = [(heads, dim, dim)]
-    storage = BlockStorage(rows * 128, 16, shape, dtype=torch.float32, kv_dtype=kv_dtype)
+    storage = BlockStorage(
+        rows * 128, 16, shape, dtype=torch.float32, kv_cache_dtype=kv_cache_dtype
+    )
     caches, scales = storage.layer(0), storage.scales(0)
     slots = torch.arange(rows * length)
     implementation.append_kv(key.flatten(0, 1), value.flatten(0, 1), *caches, slots, scales=scales)
@@ -308,21 +333,24 @@ def test_a_long_cache_costs_the_rounding_of_its_numbers_and_no_more(
         return torch.einsum("rhqn,rnhd->rqhd", scores.softmax(-1), values.double())[:, 0]
 
     truth = exact(key, value)
-    rounded = (dequantise(*quantise(x, KV_DTYPES[kv_dtype]), torch.float64) for x in (key, value))
+    rounded = (
+        dequantise(*quantise(x, KV_CACHE_DTYPES[kv_cache_dtype]), torch.float64)
+        for x in (key, value)
+    )
     rounding_error = (exact(*rounded) - truth).norm()
     assert 0 < (output.double() - truth).norm() <= 2 * rounding_error
     # What rounding costs on such data in the first place: figures with room, as a tripwire.
     relative = rounding_error / truth.norm()
-    assert relative < (0.06 if kv_dtype == "int8" else 0.12)
+    assert relative < (0.06 if kv_cache_dtype == "int8" else 0.12)
 
 
-@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
 def test_garbage_in_blocks_that_are_not_seen_never_shows(
-    kv_dtype: KVDtype, implementation: Kernels
+    kv_cache_dtype: KVCacheDtype, implementation: Kernels
 ) -> None:
     case = Case(((1, 40), (3, 20)), window=9)
     call = make_call(case, torch.float32)
-    blocks = in_blocks(case, call, 16, torch.float32, implementation, kv_dtype)
+    blocks = in_blocks(case, call, 16, torch.float32, implementation, kv_cache_dtype)
     assert blocks.scales is not None
     assert all(scale.isnan().sum() > scale.numel() / 2 for scale in blocks.scales)
     output = attend(case, call, blocks, kernels=implementation)
@@ -332,8 +360,8 @@ def test_garbage_in_blocks_that_are_not_seen_never_shows(
     assert torch.equal(attend(case, call, blocks, kernels=implementation), output)
 
 
-def quantised_arguments(kv_dtype: KVDtype = "int8") -> dict[str, Any]:
-    storage = one_layer(kv_dtype, key_dim=8, value_dim=8)
+def quantised_arguments(kv_cache_dtype: KVCacheDtype = "int8") -> dict[str, Any]:
+    storage = one_layer(kv_cache_dtype, key_dim=8, value_dim=8)
     key_cache, value_cache = storage.layer(0)
     return {"key_cache": key_cache, "value_cache": value_cache, "scales": storage.scales(0)}
 
@@ -444,5 +472,5 @@ def test_gather_refuses_scales_that_do_not_fit(
 def test_eight_bits_take_half_the_room_of_sixteen_but_for_the_scales() -> None:
     shape, blocks = [(8, 128, 128)], 10
     half = BlockStorage(blocks, 16, shape, dtype=torch.bfloat16)
-    eight = BlockStorage(blocks, 16, shape, dtype=torch.bfloat16, kv_dtype="int8")
+    eight = BlockStorage(blocks, 16, shape, dtype=torch.bfloat16, kv_cache_dtype="int8")
     assert eight.nbytes == half.nbytes // 2 + blocks * 16 * 8 * 2 * 4

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvpager.blocks.manager import BlockManager
-from kvpager.kernels.quantisation import KV_DTYPES
+from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.plans import NO_COPIES, Plan, Tier
 from kvpager.storage import memory, streams
 from kvpager.storage.block_storage import BlockStorage, LayerShape
@@ -139,9 +139,9 @@ def check_move(
     assert torch.equal(storage.tier(source), sources)
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_blocks_move_to_another_storage_bit_by_bit(kv_dtype: Any) -> None:
-    made: dict[str, Any] = {"dtype": torch.float32, "kv_dtype": kv_dtype}
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
+def test_blocks_move_to_another_storage_bit_by_bit(kv_cache_dtype: Any) -> None:
+    made: dict[str, Any] = {"dtype": torch.float32, "kv_cache_dtype": kv_cache_dtype}
     here = BlockStorage(6, 4, [(2, 8, 8), (1, 4, 8)], **made)
     there = BlockStorage(3, 4, [(2, 8, 8), (1, 4, 8)], **made)
     for storage in (here, there):
@@ -225,7 +225,10 @@ def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str) -> 
     ("dtype", "message"),
     [
         (torch.int8, r"dtype is torch.int8; pass a floating dtype"),
-        (torch.float8_e4m3fn, r"dtype is torch.float8_e4m3fn, .* store it with kv_dtype instead"),
+        (
+            torch.float8_e4m3fn,
+            r"dtype is torch.float8_e4m3fn, .* store it with kv_cache_dtype instead",
+        ),
         ("float32", "dtype 'float32': expected a torch.dtype"),
     ],
 )
@@ -234,10 +237,10 @@ def test_a_dtype_that_nothing_is_computed_in_is_refused(dtype: Any, message: str
         BlockStorage(4, 16, EQUAL, dtype=dtype)
 
 
-@pytest.mark.parametrize("kv_dtype", ["int4", "fp8", torch.int8])
-def test_a_kv_dtype_that_does_not_exist_is_refused(kv_dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected None or one of \['int8', 'fp8_e4m3'\]"):
-        BlockStorage(4, 16, EQUAL, dtype=torch.float32, kv_dtype=kv_dtype)
+@pytest.mark.parametrize("kv_cache_dtype", ["int4", "fp8", torch.int8])
+def test_an_unknown_kv_cache_dtype_is_refused(kv_cache_dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be None or one of \['int8', 'fp8_e4m3'\]"):
+        BlockStorage(4, 16, EQUAL, dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
 
 
 def test_blocks_that_do_not_exist_are_refused_and_nothing_moves() -> None:
@@ -333,9 +336,11 @@ QUANTISED_PARTS = [64, 32, 32, 32, 64, 64, 16, 16, 24, 72, 48, 48]
 QUANTISED_STARTS = [0, 64, 96, 128, 160, 224, 288, 304, 320, 352, 432, 480]
 
 
-def quantised(kv_dtype: Any, layers: Any = UNEQUAL, **options: Any) -> BlockStorage:
+def quantised(kv_cache_dtype: Any, layers: Any = UNEQUAL, **options: Any) -> BlockStorage:
     """A storage of eight bits with random bytes in both tiers."""
-    storage = BlockStorage(6, 4, layers, dtype=torch.bfloat16, kv_dtype=kv_dtype, **options)
+    storage = BlockStorage(
+        6, 4, layers, dtype=torch.bfloat16, kv_cache_dtype=kv_cache_dtype, **options
+    )
     for tier in (storage.tier("device"), storage.tier("host")):
         tier.copy_(torch.randint(0, 256, tier.shape, dtype=torch.uint8))
     return storage
@@ -351,19 +356,21 @@ def views(storage: BlockStorage) -> list[torch.Tensor]:
     return [view.contiguous().view(torch.uint8).view(len(view), -1).clone() for view in found]
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_eight_bits_keep_their_scales_inside_the_block(kv_dtype: Any) -> None:
-    storage = quantised(kv_dtype, num_host_blocks=2)
-    assert (storage.dtype, storage.kv_dtype) == (torch.bfloat16, kv_dtype)
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_eight_bits_keep_their_scales_inside_the_block(kv_cache_dtype: Any) -> None:
+    storage = quantised(kv_cache_dtype, num_host_blocks=2)
+    assert (storage.dtype, storage.kv_cache_dtype) == (torch.bfloat16, kv_cache_dtype)
     assert (storage.tier().dtype, storage.block_bytes) == (torch.uint8, 528)
     assert (storage.nbytes, storage.host_nbytes) == (6 * 528, 2 * 528)
-    assert f"torch.bfloat16 as {kv_dtype}" in repr(storage)
+    assert f"torch.bfloat16 as {kv_cache_dtype}" in repr(storage)
     parts = iter(zip(QUANTISED_STARTS, QUANTISED_PARTS, strict=True))
     for index, (heads, key_dim, value_dim) in enumerate(UNEQUAL):
         scales = storage.scales(index)
         assert scales is not None
         for cache, dim in zip(storage.layer(index), (key_dim, value_dim), strict=True):
-            check_part(storage, cache, (6, 4, heads, dim), KV_DTYPES[kv_dtype], *next(parts))
+            check_part(
+                storage, cache, (6, 4, heads, dim), KV_CACHE_DTYPES[kv_cache_dtype], *next(parts)
+            )
         for scale in scales:
             check_part(storage, scale, (6, 4, heads), torch.float32, *next(parts))
 
@@ -387,7 +394,7 @@ def check_part(
 
 def test_a_storage_that_is_not_quantised_has_no_scales_and_no_gaps() -> None:
     storage = BlockStorage(2, 1, [LayerShape(1, 3, 1)] * 3, dtype=torch.bfloat16)
-    assert storage.kv_dtype is None
+    assert storage.kv_cache_dtype is None
     assert storage.scales(0) is None
     assert storage.tier().dtype == torch.bfloat16
     assert storage.block_bytes == 3 * 4 * 2
@@ -398,27 +405,27 @@ def test_a_storage_that_is_not_quantised_has_no_scales_and_no_gaps() -> None:
         storage.scales(3)
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_scales_write_through(kv_dtype: Any) -> None:
-    storage = quantised(kv_dtype)
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_scales_write_through(kv_cache_dtype: Any) -> None:
+    storage = quantised(kv_cache_dtype)
     scales = storage.scales(1)
     assert scales is not None
     scales[1][5, 3, 0] = 2.5
     assert storage.tier()[5, 304 + 12 : 304 + 16].view(torch.float32).item() == 2.5
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_copies_carry_scales_bit_by_bit(kv_dtype: Any) -> None:
-    storage = quantised(kv_dtype)
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_copies_carry_scales_bit_by_bit(kv_cache_dtype: Any) -> None:
+    storage = quantised(kv_cache_dtype)
     before = views(storage)
     storage.copy(pairs((0, 1), (1, 2), (2, 0), (-1, 5)))
     for old, new in zip(before, views(storage), strict=True):
         assert torch.equal(new, old[[2, 0, 1, 3, 4, 5]])
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_scales_swap_to_the_host_and_back(kv_dtype: Any) -> None:
-    storage = quantised(kv_dtype, num_host_blocks=4)
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_scales_swap_to_the_host_and_back(kv_cache_dtype: Any) -> None:
+    storage = quantised(kv_cache_dtype, num_host_blocks=4)
     before = views(storage)
     storage.apply(move("device", "host", (1, 3), (4, 0)))
     storage.tier().zero_()
@@ -428,9 +435,9 @@ def test_scales_swap_to_the_host_and_back(kv_dtype: Any) -> None:
         assert new[[0, 1, 3, 4]].eq(0).all()
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_scales_stay_when_the_storage_grows_shrinks_and_loses_layers(kv_dtype: Any) -> None:
-    storage = quantised(kv_dtype, num_host_blocks=3)
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_scales_stay_when_the_storage_grows_shrinks_and_loses_layers(kv_cache_dtype: Any) -> None:
+    storage = quantised(kv_cache_dtype, num_host_blocks=3)
     before, host = views(storage), storage.tier("host").clone()
     storage.grow(9)
     storage.shrink(4)
@@ -448,9 +455,9 @@ def test_scales_stay_when_the_storage_grows_shrinks_and_loses_layers(kv_dtype: A
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_gpu_copies_and_swaps_carry_scales(kv_dtype: Any) -> None:
-    storage = quantised(kv_dtype, num_host_blocks=4, device="cuda")
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_gpu_copies_and_swaps_carry_scales(kv_cache_dtype: Any) -> None:
+    storage = quantised(kv_cache_dtype, num_host_blocks=4, device="cuda")
     before = views(storage)
     storage.copy(pairs((0, 1)))
     storage.apply(move("device", "host", (3, 2)))
@@ -459,14 +466,14 @@ def test_gpu_copies_and_swaps_carry_scales(kv_dtype: Any) -> None:
         assert torch.equal(new, old[[0, 0, 2, 3, 4, 3]])
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8", "fp8_e4m3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bytes_of_a_block_are_known_before_there_is_one(
-    dtype: torch.dtype, kv_dtype: Any
+    dtype: torch.dtype, kv_cache_dtype: Any
 ) -> None:
     layers = [LayerShape(3, 24, 20), LayerShape(1, 5, 7)]
-    storage = BlockStorage(2, 8, layers, dtype=dtype, kv_dtype=kv_dtype)
-    foreseen = BlockStorage.bytes_of_a_block(8, layers, dtype=dtype, kv_dtype=kv_dtype)
+    storage = BlockStorage(2, 8, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+    foreseen = BlockStorage.bytes_of_a_block(8, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     assert foreseen == storage.block_bytes == storage.nbytes // 2
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpager.kernels import reference
 from kvpager.ops import AttentionArgs, append_kv, copy_blocks, gather_kv, paged_attention
-from kvpager.storage.block_storage import BlockStorage, KVDtype
+from kvpager.storage.block_storage import BlockStorage, KVCacheDtype
 
 NAN = float("nan")
 
@@ -321,17 +321,19 @@ def in_blocks(
     block_size: int,
     dtype: torch.dtype,
     kernels: Kernels = ENTRY,
-    kv_dtype: KVDtype | None = None,
+    kv_cache_dtype: KVCacheDtype | None = None,
 ) -> Paged:
     """Keys and values in shuffled blocks, with NaN in every slot that no query may see."""
     seq_lens = [length for _, length in case.rows]
     tables, blocks = tables_for(seq_lens, block_size)
     sizes = (case.kv_heads, case.key_dim, case.value_dim)
     scales = None
-    if kv_dtype is None:
+    if kv_cache_dtype is None:
         caches = strided_caches(blocks, block_size, *sizes, dtype)
     else:
-        storage = BlockStorage(blocks, block_size, [sizes], dtype=dtype, kv_dtype=kv_dtype)
+        storage = BlockStorage(
+            blocks, block_size, [sizes], dtype=dtype, kv_cache_dtype=kv_cache_dtype
+        )
         storage.tier().fill_(255)  # NaN in float32, so in scales, and in float8_e4m3fn
         caches, scales = storage.layer(0), storage.scales(0)
     for row in range(len(case.rows)):

@@ -64,15 +64,15 @@ def require(variant: str) -> Native:
 # What a case needs is worked out once; no kernel here writes to it.
 call_of = cache(lambda name, dtype: make_call(CASES[name], dtype))
 blocks_of = cache(
-    lambda name, dtype, block_size, kv_dtype=None: in_blocks(
-        CASES[name], call_of(name, dtype), block_size, dtype, REFERENCE, kv_dtype
+    lambda name, dtype, block_size, kv_cache_dtype=None: in_blocks(
+        CASES[name], call_of(name, dtype), block_size, dtype, REFERENCE, kv_cache_dtype
     )
 )
 exact_of = cache(lambda name, dtype: dense(CASES[name], call_of(name, dtype), torch.float64))
 plain_of = cache(lambda name, dtype: dense(CASES[name], call_of(name, dtype), dtype))
 
 
-def small(kv_dtype: str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def small(kv_cache_dtype: str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """One row of 40 tokens in three blocks of 16, four blocks in all; two queries."""
     generator = torch.Generator().manual_seed(5)
     key, value, query = (
@@ -87,7 +87,7 @@ def small(kv_dtype: str | None = None, dtype: torch.dtype = torch.float32) -> di
         "seq_lens": torch.tensor([40]).int(),
         "cu_seqlens_q": torch.tensor([0, 2]).int(),
     }
-    if kv_dtype:
+    if kv_cache_dtype:
         quantise_caches(arguments)
     return arguments
 

@@ -12,7 +12,7 @@ from kvpager.blocks.policies import Eviction
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.generate_calls import Calls
 from kvpager.plans import Tier
-from kvpager.storage.block_storage import KVDtype
+from kvpager.storage.block_storage import KVCacheDtype
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Budget(Protocol):
     bound: int | None
     tier: Tier
     dtype: torch.dtype | None
-    kv_dtype: KVDtype | None
+    kv_cache_dtype: KVCacheDtype | None
     keep_pools: bool
     eviction: Eviction
     in_place: bool

@@ -97,7 +97,7 @@ class LayerGroup:
             size,
             [kind.shape] * (self.members.expected or max(self.members.count, 1)),
             dtype=kind.dtype,
-            kv_dtype=self.memory.kv_dtype,
+            kv_cache_dtype=self.memory.kv_cache_dtype,
         )
         return num_rows * -(-num_columns // size) * block_bytes
 

@@ -266,7 +266,7 @@ class PagedSlidingWindowLayer(PagedLayer):
 
     def _is_beginning(self, first: int) -> bool:
         # Numbers that are rounded as they are stored have to be read as they were stored.
-        exact = self.group.memory.kv_dtype is None
+        exact = self.group.memory.kv_cache_dtype is None
         return (
             first > 0
             and self.num_columns == 0

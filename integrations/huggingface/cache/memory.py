@@ -24,9 +24,9 @@ from kvpager.integrations.huggingface.cache.budget import Counters
 from kvpager.integrations.huggingface.cache.generate_calls import Calls
 from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
-from kvpager.kernels.quantisation import KV_DTYPES
+from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.plans import Tier
-from kvpager.storage.block_storage import KVDtype
+from kvpager.storage.block_storage import KVCacheDtype
 
 logger = logging.getLogger("kvpager")
 
@@ -57,7 +57,7 @@ class PagedMemory:
         keep_pools: keep pools that prompts are published in when no cache uses them.
         in_place: let attention functions read blocks in place; else every read gathers.
         dtype: what keys and values must be; None for anything.
-        kv_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
+        kv_cache_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
         host_memory: bytes of host memory for sequences the pools have no room for.
         eviction: which cached blocks leave first; host memory caches none.
         namespace: whose quota the blocks of a call count in, unless another is chosen around it.
@@ -74,7 +74,7 @@ class PagedMemory:
         keep_pools: bool = False,
         in_place: bool = True,
         dtype: torch.dtype | None = None,
-        kv_dtype: KVDtype | None = None,
+        kv_cache_dtype: KVCacheDtype | None = None,
         host_memory: int | str | None = None,
         eviction: Eviction = "lru",
         namespace: str | None = None,
@@ -85,9 +85,11 @@ class PagedMemory:
         self.keep_pools = keep_pools
         self.in_place = in_place
         self.dtype = dtype
-        if kv_dtype is not None and kv_dtype not in list(KV_DTYPES):
-            raise ValueError(f"kv_dtype {kv_dtype!r}: expected None or one of {list(KV_DTYPES)}")
-        self.kv_dtype = kv_dtype
+        if kv_cache_dtype is not None and kv_cache_dtype not in list(KV_CACHE_DTYPES):
+            raise ValueError(
+                f"kv_cache_dtype={kv_cache_dtype!r}: must be None or one of {list(KV_CACHE_DTYPES)}"
+            )
+        self.kv_cache_dtype = kv_cache_dtype
         self.eviction = check_eviction(eviction)
         self.counters = Counters()
         self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
@@ -105,7 +107,7 @@ class PagedMemory:
         self.quotas = NamespaceQuotas(self._ceilings, lambda: self.lock)
         if host_memory is not None:
             bound = parse_memory(host_memory, "host_memory")
-            self.host = PagedMemory(bound, block_size, kv_dtype=kv_dtype)
+            self.host = PagedMemory(bound, block_size, kv_cache_dtype=kv_cache_dtype)
             self.host._given = host_memory if isinstance(host_memory, str) else None
             self.host.tier, self.host.lock = "host", self.lock
             self.host.uninterrupted = self.uninterrupted
@@ -140,7 +142,7 @@ class PagedMemory:
             "memory": None if self.bound is None else size(self.bound),
             "block_size": self.block_size,
             "dtype": self.dtype,
-            "kv_dtype": self.kv_dtype,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "host_memory": host,
             "prefix_cache": self.keep_pools or None,
             "in_place": None if self.in_place else False,

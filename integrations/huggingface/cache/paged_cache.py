@@ -26,7 +26,7 @@ from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.stats import CacheStats
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.plans import Int64
-from kvpager.storage.block_storage import BlockStorage, KVDtype, LayerShape
+from kvpager.storage.block_storage import BlockStorage, KVCacheDtype, LayerShape
 
 # The constructor as transformers has it, whatever is patched over it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
@@ -62,7 +62,7 @@ class PagedCache(DynamicCache):
         config: the model's configuration; without one, all layers are full attention.
         memory: the most bytes to reserve, such as `"4GiB"`; None for no bound.
         block_size: token slots of a block, a power of two.
-        kv_dtype: "int8" or "fp8_e4m3" to keep keys and values in eight bits, which rounds them.
+        kv_cache_dtype: "int8" or "fp8_e4m3" keeps keys and values in eight bits, rounded.
         host_memory: bytes of host memory for rows that `memory`, or the device, has no room for.
         offloading: False; here for code that makes another cache of a cache's class (T5Gemma).
 
@@ -75,7 +75,7 @@ class PagedCache(DynamicCache):
         *,
         memory: int | str | None = None,
         block_size: int = 16,
-        kv_dtype: KVDtype | None = None,
+        kv_cache_dtype: KVCacheDtype | None = None,
         host_memory: int | str | None = None,
         offloading: bool = False,
     ) -> None:
@@ -85,7 +85,9 @@ class PagedCache(DynamicCache):
         if arguments.flag("offloading", offloading):
             raise ValueError("offloading True: blocks are not offloaded; use DynamicCache for that")
         warn_if_untested()
-        paged_memory = PagedMemory(memory, block_size, kv_dtype=kv_dtype, host_memory=host_memory)
+        paged_memory = PagedMemory(
+            memory, block_size, kv_cache_dtype=kv_cache_dtype, host_memory=host_memory
+        )
         paged_memory.refuse_below(least_block_bytes(config, torch.bfloat16, paged_memory))
         _DYNAMIC_CACHE_INIT(self, config=config)
         self._page(paged_memory, config)
@@ -396,7 +398,7 @@ def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> i
         return 0
     shape = LayerShape(int(heads), int(min(known)), int(min(known)))
     return BlockStorage.bytes_of_a_block(
-        memory.block_size, [shape] * num_layers, dtype=dtype, kv_dtype=memory.kv_dtype
+        memory.block_size, [shape] * num_layers, dtype=dtype, kv_cache_dtype=memory.kv_cache_dtype
     )
 
 

@@ -178,9 +178,9 @@ class PagedPool:
 
     def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
         shapes, num_blocks = [kind.shape] * num_layers, self.manager.num_blocks
-        kv_dtype = self.memory.kv_dtype
+        kv_cache_dtype = self.memory.kv_cache_dtype
         block_bytes = BlockStorage.bytes_of_a_block(
-            self.block_size, shapes, dtype=kind.dtype, kv_dtype=kv_dtype
+            self.block_size, shapes, dtype=kind.dtype, kv_cache_dtype=kv_cache_dtype
         )
         fits = self.memory.claim(num_blocks * block_bytes, self)
         # Another pool may have filled the bound: what then lives in host memory needs a block here.
@@ -193,7 +193,7 @@ class PagedPool:
                 self.block_size,
                 shapes,
                 dtype=kind.dtype,
-                kv_dtype=kv_dtype,
+                kv_cache_dtype=kv_cache_dtype,
                 device="cpu" if on_host else kind.device,
                 pinned=on_host and kind.device.type == "cuda",
             ),

@@ -85,7 +85,7 @@ def read_options(
     max_num_seqs = config.max_requests_per_batch or _MAX_NUM_SEQS
     engine = {
         "block_size": block_size,
-        "kv_dtype": patched.kv_dtype,
+        "kv_cache_dtype": patched.kv_cache_dtype,
         "eviction": patched.eviction,
         "memory": _memory(config, anatomy, patched, block_size, max_num_seqs, hints),
         "host_memory": _host_memory(config, patched),
@@ -143,7 +143,7 @@ def _memory(
         block_size,
         anatomy.shapes,
         dtype=anatomy.dtype,
-        kv_dtype=patched.kv_dtype,
+        kv_cache_dtype=patched.kv_cache_dtype,
     )
     if config.num_blocks is not None:  # of so many tokens as theirs have
         num_tokens: int = config.num_blocks * _page_size(config)[0]
@@ -156,7 +156,7 @@ def _memory(
     announced = _announced_blocks(hints, anatomy, block_size, max_num_seqs)
     if announced is None:
         return patched.bound
-    plain = PagedMemory(patched.bound, block_size, kv_dtype=patched.kv_dtype)
+    plain = PagedMemory(patched.bound, block_size, kv_cache_dtype=patched.kv_cache_dtype)
     return (
         min(announced, pool_blocks(anatomy, plain, max_num_seqs, anatomy.max_length).device) * size
     )

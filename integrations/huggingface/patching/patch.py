@@ -6,8 +6,8 @@ Details of the arguments of `patch`:
   pool grows, its old and new storage exist together; the bound counts one of them. A call waits
   until its rows fit, at full length, beside the calls of other threads. It raises `OutOfBlocks` if
   no other call computes a step for 60 seconds.
-- `kv_dtype`: a scale for each token and head; half the memory of bfloat16. Numbers are rounded, by
-  about 1 % of the attention's norm in int8 and 4 % in fp8, so tokens may differ.
+- `kv_cache_dtype`: one scale per token and head; half the memory of bfloat16. Rounding moves the
+  attention output by about 1 % of its norm in int8 and 4 % in fp8, so tokens may differ.
 - `host_memory`: rows that move there live on there, with the same tokens, slower. Layers of every
   kind may then have one block on the device beyond the bound.
 - `prefix_cache`: keeps the blocks of prompts, and of replies by greedy search and sampling. A
@@ -36,7 +36,7 @@ from kvpager.integrations.huggingface.patching.handle import Patch, active, lock
 from kvpager.integrations.huggingface.patching.replacements import install
 from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import warn_if_untested
-from kvpager.storage.block_storage import KVDtype
+from kvpager.storage.block_storage import KVCacheDtype
 
 
 def patch(
@@ -45,7 +45,7 @@ def patch(
     memory: int | str | None = None,
     block_size: int = 16,
     dtype: torch.dtype | str | None = None,
-    kv_dtype: KVDtype | None = None,
+    kv_cache_dtype: KVCacheDtype | None = None,
     host_memory: int | str | None = None,
     prefix_cache: bool = False,
     namespace: str | None = None,
@@ -64,7 +64,7 @@ def patch(
         memory: the most bytes of all pools, such as `"4GiB"`; None lets pools grow as needed.
         block_size: token slots of a block, a power of two.
         dtype: the dtype that keys and values must have; None for the model's own.
-        kv_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, which rounds them.
+        kv_cache_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, rounded.
         host_memory: bytes of host memory for rows that `memory`, or the device, has no room for.
         prefix_cache: keep the blocks of prompts and replies between calls, until `clear`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
@@ -79,7 +79,7 @@ def patch(
     _check_namespace(namespace, arguments.flag("prefix_cache", prefix_cache))
     paged = PagedMemory(
         memory, block_size, keep_pools=prefix_cache, in_place=arguments.flag("in_place", in_place),
-        dtype=_checked_dtype(dtype, model), kv_dtype=kv_dtype, host_memory=host_memory,
+        dtype=_checked_dtype(dtype, model), kv_cache_dtype=kv_cache_dtype, host_memory=host_memory,
         eviction=eviction, namespace=namespace,
     )  # fmt: skip
     if isinstance(model, PreTrainedModel):

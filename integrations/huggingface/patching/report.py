@@ -134,8 +134,8 @@ def _unserved(memory: PagedMemory) -> Iterator[str]:
 def _described(layers: PagedLayers, memory: PagedMemory) -> str:
     shape, dtype, device = layers.kind
     kept = str(dtype).removeprefix("torch.")
-    if memory.kv_dtype is not None:
-        kept += f" kept as {memory.kv_dtype}"
+    if memory.kv_cache_dtype is not None:
+        kept += f" kept as {memory.kv_cache_dtype}"
     sees = (
         "full attention"
         if layers.window is None

@@ -34,7 +34,7 @@ def make_storage(anatomy: Anatomy, config: EngineConfig, sizes: Sizes) -> BlockS
         config.block_size,
         anatomy.shapes,
         dtype=anatomy.dtype,
-        kv_dtype=config.kv_dtype,
+        kv_cache_dtype=config.kv_cache_dtype,
         device=anatomy.device,
         num_host_blocks=sizes.host,
     )

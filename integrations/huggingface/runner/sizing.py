@@ -52,7 +52,7 @@ def pool_blocks(
         memory.block_size,
         anatomy.shapes,
         dtype=anatomy.dtype,
-        kv_dtype=memory.kv_dtype,
+        kv_cache_dtype=memory.kv_cache_dtype,
     )
     # Less than a block for each group of layers holds no token.
     least = len(anatomy.windows)

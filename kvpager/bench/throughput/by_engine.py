@@ -36,7 +36,7 @@ class EngineSystem:
             options.block_size,
             anatomy.shapes,
             dtype=anatomy.dtype,
-            kv_dtype=options.engine.get("kv_dtype"),
+            kv_cache_dtype=options.engine.get("kv_cache_dtype"),
         )
         self._start = 0.0
         self._moments: list[Moment] = []

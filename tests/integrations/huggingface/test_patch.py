@@ -232,8 +232,8 @@ def test_a_patch_shows_what_it_serves_and_its_options(llama: PreTrainedModel) ->
             "host_memory=8.0 GiB, prefix_cache=True>"
         )
     assert "undone" in repr(patch)
-    with kvpager.patch(kv_dtype="int8") as patch:
-        assert repr(patch) == "<Patch of every model: active, block_size=16, kv_dtype=int8>"
+    with kvpager.patch(kv_cache_dtype="int8") as patch:
+        assert repr(patch) == "<Patch of every model: active, block_size=16, kv_cache_dtype=int8>"
 
 
 def test_undo_inside_with_is_fine(llama: PreTrainedModel) -> None:

@@ -76,7 +76,7 @@ def test_a_cache_may_begin_while_another_thread_counts() -> None:
 
 def test_the_report_names_layers_blocks_reads_and_what_was_saved() -> None:
     model = tiny_models.tiny_model("gemma3")
-    with kvpager.patch(model, kv_dtype="int8") as patch:
+    with kvpager.patch(model, kv_cache_dtype="int8") as patch:
         assert patch.report().startswith("nothing was paged yet")
         kept = generate(model, [40, 9], num_beams=3)
         report, stats = patch.report(), patch.stats()

@@ -133,10 +133,10 @@ DIMS = [(n, n) for n in (8, 16, 24, 32, 64, 80, 96, 112, 128, 192, 256)]
 
 
 @pytest.mark.mostly_slow(quick=28)
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [*DIMS, (1, 1), (33, 65), (576, 512), (7, 130)])
 def test_every_head_dim_and_group_size_agrees_with_the_twin(
-    key_dim: int, value_dim: int, kv_dtype: Any, native: Native
+    key_dim: int, value_dim: int, kv_cache_dtype: Any, native: Native
 ) -> None:
     groups = (1, 2, 3, 4, 5, 6, 7, 8, 12, 17)
     for number, group in enumerate(groups):
@@ -144,7 +144,7 @@ def test_every_head_dim_and_group_size_agrees_with_the_twin(
         case = Case(((3, 35), (1, 34), (1, 0)), heads * group, heads, key_dim, value_dim)
         dtype = FLOATS[number % 3]
         call = make_call(case, dtype)
-        blocks = in_blocks(case, call, 16, dtype, REFERENCE, kv_dtype)
+        blocks = in_blocks(case, call, 16, dtype, REFERENCE, kv_cache_dtype)
         expected = attend(case, call, blocks, kernels=REFERENCE)
         assert_agrees(attend(case, call, blocks, kernels=native.kernels), expected)
 
@@ -216,17 +216,17 @@ def test_a_long_row_is_shared_among_threads(threads: int, native: Native) -> Non
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
 @pytest.mark.parametrize("where", ["query", "key_cache", "value_cache"])
 def test_a_nan_in_use_comes_out_as_nan_where_it_was_used(
-    where: str, kv_dtype: str | None, dtype: torch.dtype, native: Native
+    where: str, kv_cache_dtype: str | None, dtype: torch.dtype, native: Native
 ) -> None:
     # In block 3 are the row's tokens 0 to 15: the first ones of a tile, and one in its middle.
     for offset in (0, 1, 7, 15):
         arguments = small(dtype=dtype)
         place = (0, 1) if where == "query" else (3, offset, 1)
         arguments[where][place][offset] = NAN
-        if kv_dtype:
+        if kv_cache_dtype:
             quantise_caches(arguments)
         faulty = native.kernels.paged_attention(**arguments).isnan().any(-1)
         # Query heads 2 and 3 read kv head 1.
@@ -236,14 +236,14 @@ def test_a_nan_in_use_comes_out_as_nan_where_it_was_used(
         assert faulty.tolist() == expected
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
 @pytest.mark.parametrize("fault", [float("inf"), -float("inf")])
 def test_an_infinite_value_does_not_come_out_finite(
-    fault: float, kv_dtype: str | None, native: Native
+    fault: float, kv_cache_dtype: str | None, native: Native
 ) -> None:
     arguments = small(dtype=torch.bfloat16)
     arguments["value_cache"][3, 5, 1, 7] = fault
-    if kv_dtype:
+    if kv_cache_dtype:
         quantise_caches(arguments)
     output = native.kernels.paged_attention(**arguments)
     assert not output[:, 2:, 7].isfinite().any()
@@ -259,11 +259,11 @@ def test_an_infinite_score_that_is_negative_weighs_nothing(native: Native) -> No
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_holes_in_a_table_are_not_seen(kv_dtype: str | None, native: Native) -> None:
-    arguments = small(kv_dtype)
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
+def test_holes_in_a_table_are_not_seen(kv_cache_dtype: str | None, native: Native) -> None:
+    arguments = small(kv_cache_dtype)
     arguments["block_tables"] = torch.tensor([[3, -1, 2]]).int()
-    cache = arguments["scales"][0] if kv_dtype else arguments["key_cache"]
+    cache = arguments["scales"][0] if kv_cache_dtype else arguments["key_cache"]
     cache[:2] = NAN
     output = native.kernels.paged_attention(**arguments)
     assert output.isfinite().all()

@@ -191,8 +191,8 @@ def run_everything_at_page_ends() -> None:
         kernels = native_of(variant.name).kernels
         for name in ("sinks_softcap_window", "float_mask_per_head", "bool_mask", "odd_head_dims"):
             for dtype in FLOATS:
-                for kv_dtype in (None, "int8"):
-                    call, blocks = call_of(name, dtype), blocks_of(name, dtype, 16, kv_dtype)
+                for kv_cache_dtype in (None, "int8"):
+                    call, blocks = call_of(name, dtype), blocks_of(name, dtype, 16, kv_cache_dtype)
                     expected = attend(CASES[name], call, blocks, kernels=kernels)
                     call, blocks = at_page_ends(call, blocks)
                     assert torch.equal(attend(CASES[name], call, blocks, kernels=kernels), expected)

@@ -145,14 +145,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
 @pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("kv_dtype", KV)
+@pytest.mark.parametrize("kv_cache_dtype", KV)
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_caches_are_read_as_the_reference_reads_them(
-    name: str, kv_dtype: Any, dtype: torch.dtype
+    name: str, kv_cache_dtype: Any, dtype: torch.dtype
 ) -> None:
     case = CASES[name]
     call = make_call(case, dtype)
-    blocks = in_blocks(case, call, 16, dtype, kv_dtype=kv_dtype)
+    blocks = in_blocks(case, call, 16, dtype, kv_cache_dtype=kv_cache_dtype)
     output = attend(case, call, blocks, kernels=TRITON)
     exact = attend(case, in_double(call), blocks, kernels=kernels(by_reference))
     assert output.dtype == dtype

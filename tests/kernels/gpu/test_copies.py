@@ -29,7 +29,7 @@ from tests.support import triton_interpreter
 triton_interpreter.install()
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-KV_DTYPES: list[Any] = [None, "int8", "fp8_e4m3"]
+KV_CACHE_DTYPES: list[Any] = [None, "int8", "fp8_e4m3"]
 
 
 def poisoned(num_blocks: int, block_size: int, layers: Any, **options: Any) -> BlockStorage:
@@ -59,16 +59,23 @@ def slots_for(tokens: int, num_slots: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
 @pytest.mark.parametrize(
     ("block_size", "heads", "key_dim", "value_dim"),
     [(1, 3, 80, 80), (4, 2, 96, 96), (16, 1, 192, 128), (64, 2, 16, 24), (2, 1, 1, 1)],
 )
 def test_appended_bytes_are_those_of_the_twin(
-    dtype: torch.dtype, kv_dtype: Any, block_size: int, heads: int, key_dim: int, value_dim: int
+    dtype: torch.dtype,
+    kv_cache_dtype: Any,
+    block_size: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
 ) -> None:
     layers = [(1, 8, 8), (heads, key_dim, value_dim)]
-    ours, twin = storages(-(-24 // block_size), block_size, layers, dtype=dtype, kv_dtype=kv_dtype)
+    ours, twin = storages(
+        -(-24 // block_size), block_size, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype
+    )
     key = normal(13, heads, key_dim, dtype=dtype)
     value = normal(13, heads, value_dim, dtype=dtype, seed=2)
     slots = slots_for(13, 24)
@@ -78,8 +85,8 @@ def test_appended_bytes_are_those_of_the_twin(
     assert_same_bytes(twin.tier(), ours.tier())
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_unusual_numbers_are_quantised_as_the_twin_does(kv_dtype: Any) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_unusual_numbers_are_quantised_as_the_twin_does(kv_cache_dtype: Any) -> None:
     key = normal(12, 2, 8, dtype=torch.float32)
     key[0] = 0
     key[1] *= 1e-30
@@ -94,14 +101,14 @@ def test_unusual_numbers_are_quantised_as_the_twin_does(kv_dtype: Any) -> None:
     key[9, 0] = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, 125.5, -126.5])
     key[9, 1] = torch.tensor([448, 17, 19, 1.0625, 1.1875, 3 * 2**-10, -(2**-10), 5 * 2**-10])
     key[10] = torch.finfo(torch.float32).max
-    ours, twin = storages(3, 4, [(2, 8, 8)], dtype=torch.float32, kv_dtype=kv_dtype)
+    ours, twin = storages(3, 4, [(2, 8, 8)], dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
     slots = torch.arange(12).flip(0)
     for storage, append in ((ours, moves.append_kv), (twin, reference.append_kv)):
         append(key, key.flip(0), *storage.layer(0), slots, scales=storage.scales(0))
     tables, lens = torch.arange(3).int()[None], torch.tensor([12])
     for index in range(2):
         options: dict[str, Any] = {"dtype": torch.float32}
-        if kv_dtype is not None:
+        if kv_cache_dtype is not None:
             scales = [storage.scales(0)[index] for storage in (twin, ours)]  # type: ignore[index]
             # NaNs may differ in bits that mean nothing.
             torch.testing.assert_close(*scales, rtol=0, atol=0, equal_nan=True)
@@ -121,7 +128,7 @@ def test_every_float8_is_read_and_written_exactly() -> None:
     exact = torch.cat((finite, between, between.nextafter(torch.tensor(500.0)), -between))
     # A first element of 448 makes the scale 1.
     key = torch.cat((torch.full((len(exact), 1, 1), 448.0), exact[:, None, None]), 2)
-    ours, twin = storages(len(key), 1, [(1, 2, 2)], dtype=torch.float32, kv_dtype="fp8_e4m3")
+    ours, twin = storages(len(key), 1, [(1, 2, 2)], dtype=torch.float32, kv_cache_dtype="fp8_e4m3")
     slots = torch.arange(len(key))
     moves.append_kv(key, key, *ours.layer(0), slots, scales=ours.scales(0))
     reference.append_kv(key, key, *twin.layer(0), slots, scales=twin.scales(0))
@@ -170,9 +177,11 @@ def test_caches_that_are_no_run_of_memory_are_left_to_the_twin() -> None:
     )
 
 
-def filled(kv_dtype: Any, dtype: torch.dtype, block_size: int, heads: int, dim: int) -> Any:
+def filled(kv_cache_dtype: Any, dtype: torch.dtype, block_size: int, heads: int, dim: int) -> Any:
     """A layer with tokens in some slots and NaN in the others; tables and lengths for it."""
-    storage = poisoned(9, block_size, [(heads, dim, dim)], dtype=dtype, kv_dtype=kv_dtype)
+    storage = poisoned(
+        9, block_size, [(heads, dim, dim)], dtype=dtype, kv_cache_dtype=kv_cache_dtype
+    )
     tables = torch.tensor([[3, 0, 7, -1], [2, -1, 5, 5], [-1, -1, -1, -1], [8, 1, 4, 6]]).int()
     lens = torch.tensor([2 * block_size + 1, 3 * block_size, 0, 1])
     slots = [
@@ -188,15 +197,15 @@ def filled(kv_dtype: Any, dtype: torch.dtype, block_size: int, heads: int, dim: 
 
 @pytest.mark.mostly_slow(quick=11)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
 @pytest.mark.parametrize(
     ("block_size", "heads", "dim", "length"),
     [(1, 3, 80, 4), (4, 2, 96, 9), (16, 1, 192, 30), (64, 1, 16, 7), (4, 2, 16, 25)],
 )
 def test_gathered_tokens_are_those_of_the_twin(
-    dtype: torch.dtype, kv_dtype: Any, block_size: int, heads: int, dim: int, length: int
+    dtype: torch.dtype, kv_cache_dtype: Any, block_size: int, heads: int, dim: int, length: int
 ) -> None:
-    storage, tables, lens = filled(kv_dtype, dtype, block_size, heads, dim)
+    storage, tables, lens = filled(kv_cache_dtype, dtype, block_size, heads, dim)
     scales = storage.scales(0)
     options = {} if scales is None else {"scales": scales[0], "dtype": dtype}
     got = moves.gather_kv(storage.layer(0)[0], tables, lens, length, **options)
@@ -208,10 +217,10 @@ def test_gathered_tokens_are_those_of_the_twin(
 
 
 @pytest.mark.parametrize("to", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_gathered_tokens_may_be_of_another_dtype(kv_dtype: Any, to: torch.dtype) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
+def test_gathered_tokens_may_be_of_another_dtype(kv_cache_dtype: Any, to: torch.dtype) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        storage, tables, lens = filled(kv_dtype, dtype, 4, 2, 16)
+        storage, tables, lens = filled(kv_cache_dtype, dtype, 4, 2, 16)
         scales = storage.scales(0)
         options: dict[str, Any] = {"scales": scales and scales[0], "dtype": to}
         got = moves.gather_kv(storage.layer(0)[0], tables.long(), lens.int(), 9, **options)

@@ -18,7 +18,7 @@ from tests.support.allocator_history import History, perform, random_operation
 
 pytestmark = pytest.mark.gpu
 
-KV_DTYPES: list[Any] = [None, "int8", "fp8_e4m3"]
+KV_CACHE_DTYPES: list[Any] = [None, "int8", "fp8_e4m3"]
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def assert_reads_back(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
 @pytest.mark.parametrize(
     ("block_size", "heads", "key_dim", "value_dim"),
     [(16, 8, 128, 128), (1, 3, 80, 80), (64, 2, 96, 192), (32, 1, 576, 512), (4, 2, 1, 7)],
@@ -210,7 +210,7 @@ def assert_reads_back(
 def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
     moves: Any,
     dtype: torch.dtype,
-    kv_dtype: Any,
+    kv_cache_dtype: Any,
     block_size: int,
     heads: int,
     key_dim: int,
@@ -218,7 +218,7 @@ def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
 ) -> None:
     layers = [(1, 8, 8), (heads, key_dim, value_dim)]
     ours, twin = twin_storages(
-        -(-300 // block_size), block_size, layers, dtype=dtype, kv_dtype=kv_dtype
+        -(-300 // block_size), block_size, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype
     )
     key = normal(260, heads, key_dim, dtype=dtype)
     value = normal(260, heads, value_dim, dtype=dtype, seed=1)

@@ -171,7 +171,7 @@ def test_eight_bits_are_the_same_on_several_devices() -> None:
     inputs = tiny_models.prompts(BATCHES["left padding"])
     found = []
     for model in (copy.deepcopy(whole()), spread(SPLITS["in turns"])):
-        with kvpager.patch(model, kv_dtype="int8"):
+        with kvpager.patch(model, kv_cache_dtype="int8"):
             found.append(generate(model, inputs).sequences)
     assert torch.equal(*found)
 
@@ -189,7 +189,7 @@ def test_a_bound_on_memory_holds_for_all_devices_together() -> None:
 @pytest.mark.slow
 @on_boards
 @pytest.mark.parametrize(
-    ("split", "kv_dtype", "in_place"),
+    ("split", "kv_cache_dtype", "in_place"),
     [
         ("in turns", None, True),
         ("in turns", "int8", False),
@@ -199,16 +199,18 @@ def test_a_bound_on_memory_holds_for_all_devices_together() -> None:
     ],
 )
 def test_rows_that_no_device_has_room_for_are_read_from_host_memory(
-    split: str, kv_dtype: Any, in_place: bool
+    split: str, kv_cache_dtype: Any, in_place: bool
 ) -> None:
     inputs, options = tiny_models.prompts(BATCHES["left padding"]), {"max_new_tokens": 24}
-    with kvpager.patch(model := copy.deepcopy(whole()), block_size=4, kv_dtype=kv_dtype) as patch:
+    with kvpager.patch(
+        model := copy.deepcopy(whole()), block_size=4, kv_cache_dtype=kv_cache_dtype
+    ) as patch:
         plain = generate(model, inputs, **options).sequences
         bound = patch.stats().peak_held_bytes // 3
     with kvpager.patch(
         model := spread(SPLITS[split]),
         block_size=4,
-        kv_dtype=kv_dtype,
+        kv_cache_dtype=kv_cache_dtype,
         memory=bound,
         host_memory="1MiB",
         in_place=in_place,

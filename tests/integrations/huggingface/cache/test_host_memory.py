@@ -127,14 +127,14 @@ def test_a_cache_that_outgrew_both_memories_keeps_what_it_held() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3"])
-def test_eight_bits_move_with_their_scales(kv_dtype: Any) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8_e4m3"])
+def test_eight_bits_move_with_their_scales(kv_cache_dtype: Any) -> None:
     model = tiny_models.tiny_model("llama")
-    with kvpager.patch(model, block_size=BLOCK, kv_dtype=kv_dtype) as patch:
+    with kvpager.patch(model, block_size=BLOCK, kv_cache_dtype=kv_cache_dtype) as patch:
         expected = generate(model, LENGTHS)
         bound = patch.stats().peak_held_bytes // 3
     with kvpager.patch(
-        model, block_size=BLOCK, kv_dtype=kv_dtype, memory=bound, host_memory="1GiB"
+        model, block_size=BLOCK, kv_cache_dtype=kv_cache_dtype, memory=bound, host_memory="1GiB"
     ) as patch:
         assert torch.equal(generate(model, LENGTHS), expected)
         assert patch.stats().swapped_out_blocks
@@ -402,10 +402,10 @@ def test_threads_that_share_a_full_pool_get_their_own_tokens() -> None:
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_blocks_staged_on_another_device_are_read_as_those_in_place(kv_dtype: Any) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
+def test_blocks_staged_on_another_device_are_read_as_those_in_place(kv_cache_dtype: Any) -> None:
     model = tiny_models.tiny_model("llama")
-    cache = kvpager.PagedCache(model.config, block_size=BLOCK, kv_dtype=kv_dtype)
+    cache = kvpager.PagedCache(model.config, block_size=BLOCK, kv_cache_dtype=kv_cache_dtype)
     with torch.no_grad():
         # Whole blocks: nobody knows what is in slots that were never written.
         model(tiny_models.prompts([12, 12])["input_ids"], **passing(cache))

@@ -196,7 +196,7 @@ def test_kvpager_can_be_asked_for_by_name(name: str) -> None:
     inputs = tiny_models.prompts([13, 13])
     plain = tokens(model, inputs)
     # The options of a patch of another model are not this one's.
-    with kvpager.patch(model_named("qwen2"), kv_dtype="int8", memory="4KiB") as patch:
+    with kvpager.patch(model_named("qwen2"), kv_cache_dtype="int8", memory="4KiB") as patch:
         result = generate(model, inputs, cache_implementation="kvpager")
         assert torch.equal(result.sequences, plain)
         assert patch.stats().peak_held_bytes == 0

@@ -21,10 +21,10 @@ transformers = pytest.importorskip("transformers")
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
 import kvpager  # noqa: E402
-from kvpager.kernels.quantisation import KV_DTYPES, dequantise, quantise  # noqa: E402
+from kvpager.kernels.quantisation import KV_CACHE_DTYPES, dequantise, quantise  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 
-KV = list(KV_DTYPES)
+KV = list(KV_CACHE_DTYPES)
 # full, windows, gathered by the model's own code, Dk != Dv, cross attention
 MODELS = ["llama", "gemma3", "gpt2", "bloom", "deepseek_v3", "t5", "bart"]
 MODES: dict[str, dict[str, Any]] = {
@@ -35,11 +35,11 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def rounded_entries(monkeypatch: pytest.MonkeyPatch, kv_dtype: str) -> Iterator[None]:
+def rounded_entries(monkeypatch: pytest.MonkeyPatch, kv_cache_dtype: str) -> Iterator[None]:
     """transformers' own layers, as if they kept keys and values in eight bits."""
 
     def rounded(states: Tensor) -> Tensor:
-        return dequantise(*quantise(states, KV_DTYPES[kv_dtype]), states.dtype)
+        return dequantise(*quantise(states, KV_CACHE_DTYPES[kv_cache_dtype]), states.dtype)
 
     with monkeypatch.context() as patched:
         for layer in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -79,7 +79,7 @@ def test_generate_from_int8_is_generate_from_rounded_keys_and_values(
     inputs = tiny_models.prompts([21, 9, 34])
     with rounded_entries(monkeypatch, "int8"):
         expected = generate(model, inputs, **MODES[mode])
-    with kvpager.patch(model, kv_dtype="int8", in_place=in_place) as patch:
+    with kvpager.patch(model, kv_cache_dtype="int8", in_place=in_place) as patch:
         assert_same(generate(model, inputs, **MODES[mode]), expected)
         stats = patch.stats()
     assert (stats.in_place_reads > 0) == (in_place and name not in ("bloom", "deepseek_v3"))
@@ -92,27 +92,27 @@ def test_generate_from_fp8_is_generate_from_rounded_keys_and_values(
     model, inputs = tiny_models.tiny_model("llama"), tiny_models.prompts([21, 9, 34])
     with rounded_entries(monkeypatch, "fp8_e4m3"):
         expected = generate(model, inputs)
-    with kvpager.patch(model, kv_dtype="fp8_e4m3"):
+    with kvpager.patch(model, kv_cache_dtype="fp8_e4m3"):
         assert_same(generate(model, inputs), expected)
 
 
-@pytest.mark.parametrize("kv_dtype", KV)
-def test_eight_bits_take_a_byte_and_a_share_of_a_scale(kv_dtype: Any) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", KV)
+def test_eight_bits_take_a_byte_and_a_share_of_a_scale(kv_cache_dtype: Any) -> None:
     model, inputs = tiny_models.tiny_model("llama"), tiny_models.prompts([40])
     held = {}
-    for kept in (None, kv_dtype):
-        with kvpager.patch(model, kv_dtype=kept) as patch:
+    for kept in (None, kv_cache_dtype):
+        with kvpager.patch(model, kv_cache_dtype=kept) as patch:
             result = generate(model, inputs, max_new_tokens=2)
             held[kept] = patch.stats().held_bytes
             del result
     # Heads of 16 numbers in float32: 64 bytes, or 16 and a scale of 4.
-    assert held[None] * 20 == held[kv_dtype] * 64
+    assert held[None] * 20 == held[kv_cache_dtype] * 64
 
 
-@pytest.mark.parametrize("kv_dtype", KV)
-def test_cached_prompts_are_reused_as_they_were_rounded(kv_dtype: Any) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", KV)
+def test_cached_prompts_are_reused_as_they_were_rounded(kv_cache_dtype: Any) -> None:
     model, inputs = tiny_models.tiny_model("llama"), tiny_models.prompts([70])
-    with kvpager.patch(model, kv_dtype=kv_dtype, prefix_cache=True) as patch:
+    with kvpager.patch(model, kv_cache_dtype=kv_cache_dtype, prefix_cache=True) as patch:
         first = generate(model, inputs)
         assert_same(generate(model, inputs), first)
         assert patch.stats().prefix_hit_tokens == 64
@@ -134,14 +134,14 @@ def test_caches_in_eight_bits_are_continued_copied_and_cropped(
 
     with rounded_entries(monkeypatch, "int8"):
         expected = logits(transformers.DynamicCache(config=model.config))
-    found = logits(kvpager.PagedCache(model.config, kv_dtype="int8"))
+    found = logits(kvpager.PagedCache(model.config, kv_cache_dtype="int8"))
     for mine, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, exact, rtol=0, atol=1e-4)
 
 
 def test_a_layer_that_leaves_its_blocks_takes_its_rounded_numbers_along() -> None:
     model, ids = tiny_models.tiny_model("llama"), tiny_models.prompts([20])["input_ids"]
-    cache = kvpager.PagedCache(model.config, kv_dtype="int8")
+    cache = kvpager.PagedCache(model.config, kv_cache_dtype="int8")
     with torch.no_grad():
         model(ids, **passing(cache))
     stored = cache.layers[0].keys.clone()
@@ -151,8 +151,8 @@ def test_a_layer_that_leaves_its_blocks_takes_its_rounded_numbers_along() -> Non
     assert torch.equal(cache.layers[0].keys, stored)
 
 
-def test_an_unknown_kv_dtype_is_refused_with_nothing_patched() -> None:
+def test_an_unknown_kv_cache_dtype_leaves_the_model_unpatched() -> None:
     model, init = tiny_models.tiny_model("llama"), transformers.DynamicCache.__init__
-    with pytest.raises(ValueError, match=r"kv_dtype 'int4': expected None or one of \['int8'"):
-        kvpager.patch(model, kv_dtype="int4")
+    with pytest.raises(ValueError, match=r"kv_cache_dtype='int4': must be None or one of \['int8'"):
+        kvpager.patch(model, kv_cache_dtype="int4")
     assert transformers.DynamicCache.__init__ is init

@@ -124,7 +124,7 @@ def test_settings_with_a_meaning_are_mapped(
     assert made(llama, max_queue_size=5)._options.max_queue_size == 5
     assert options_of(made(llama, default_compile_level=1))["compile"] is True
     assert options_of(made(llama))["compile"] is False
-    assert options_of(made(llama, {"kv_dtype": "int8"}))["kv_dtype"] == "int8"
+    assert options_of(made(llama, {"kv_cache_dtype": "int8"}))["kv_cache_dtype"] == "int8"
     made(llama, use_async_batching=False, use_cuda_graph=False)  # just as it is done
     assert not caplog.records
 

@@ -405,7 +405,7 @@ def test_a_recurrent_state_is_not_shared_between_samples():
 def test_eight_bits_hold_twice_the_tokens(llama):
     with (
         Engine(llama, memory="1MiB") as whole,
-        Engine(llama, memory="1MiB", kv_dtype="int8") as half,
+        Engine(llama, memory="1MiB", kv_cache_dtype="int8") as half,
     ):
         assert half.stats().pool.num_blocks > 1.8 * whole.stats().pool.num_blocks
         tokens = half.submit([5, 6, 7], max_new_tokens=4, do_sample=False).result().tokens
@@ -573,7 +573,7 @@ def test_lengths_of_many_kinds_leave_nothing_behind(llama):
         ({"max_length": 10**9}, ValueError),
         ({"max_queue_size": 0}, ValueError),
         ({"order": "none"}, ValueError),
-        ({"kv_dtype": ["int8"]}, ValueError),
+        ({"kv_cache_dtype": ["int8"]}, ValueError),
     ],
 )
 def test_options_that_make_no_sense_are_refused(llama, options, error):
