@@ -41,7 +41,7 @@ class AttentionArgs:
     block_tables: Tensor
     seq_lens: Tensor
     cu_seqlens_q: Tensor | None = None
-    scale: float | None = None
+    softmax_scale: float | None = None
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
@@ -56,7 +56,7 @@ class AttentionArgs:
             _require_row_numbers("cu_seqlens_q", self.cu_seqlens_q, rows + 1, "[rows + 1]")
         if self.kv_starts is not None:
             _require_row_numbers("kv_starts", self.kv_starts, rows, "[rows]")
-        _require_options(self.scale, self.causal, self.window, self.softcap)
+        _require_options(self.softmax_scale, self.causal, self.window, self.softcap)
         if self.mask is not None:
             _require_mask(self.mask)
         if self.host_rows is not None:
@@ -130,10 +130,12 @@ def _require_query(query: Tensor, key_cache: Tensor, *, quantised: bool) -> None
 
 
 def _require_options(
-    scale: float | None, causal: bool, window: int | None, softcap: float | None
+    softmax_scale: float | None, causal: bool, window: int | None, softcap: float | None
 ) -> None:
-    if scale is not None and not isinstance(scale, _NUMBERS):
-        raise TypeError(f"scale is {scale!r}; pass a number, or None for head_dim ** -0.5")
+    if softmax_scale is not None and not isinstance(softmax_scale, _NUMBERS):
+        raise TypeError(
+            f"softmax_scale is {softmax_scale!r}; pass a number, or None for head_dim ** -0.5"
+        )
     if not isinstance(causal, bool):
         raise TypeError(f"causal is {causal!r}; pass True or False")
     if window is not None and (not isinstance(window, Integral) or isinstance(window, bool)):
@@ -142,8 +144,8 @@ def _require_options(
         raise TypeError(f"softcap is {softcap!r}; pass a number, or None for no cap")
     if window is not None and not 1 <= window <= _WINDOW_MAX:
         raise ValueError(f"window is {window}; pass at least 1 token, or None for no window")
-    if scale is not None and not abs(scale) <= _FLOAT_MAX:
-        raise ValueError(f"scale is {scale}; pass a finite number, of 32 bits")
+    if softmax_scale is not None and not abs(softmax_scale) <= _FLOAT_MAX:
+        raise ValueError(f"softmax_scale is {softmax_scale}; pass a finite number, of 32 bits")
     if softcap is not None and not _FLOAT_MIN <= softcap <= _FLOAT_MAX:
         raise ValueError(f"softcap is {softcap}; pass more than 0, or None for no cap")
 

@@ -20,7 +20,7 @@ def paged_attention(
     seq_lens: Tensor,
     cu_seqlens_q: Tensor | None = None,
     *,
-    scale: float | None = None,
+    softmax_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
@@ -53,10 +53,10 @@ def paged_attention(
 
     Options:
 
-    - `scale` of the scores; `head_dim ** -0.5` unless given.
+    - `softmax_scale`: factor of the scores, `head_dim ** -0.5` unless given.
     - `causal`: a query sees no later token. `False`: it sees all of its row (cross attention).
     - `window`: a query at position p sees only tokens after `p - window`, at least 1.
-    - `softcap`: scores become `softcap * tanh(score / softcap)`, after scale and before mask.
+    - `softcap`: scores become `softcap * tanh(score / softcap)`, after scaling and before the mask.
     - `sinks` [query_heads]: one more logit per head that takes weight and has no value.
     - `mask` [1 or rows, 1 or query_heads, max queries, kv], bool (True: may look) or float (added
       to the scores; -inf or the dtype's lowest number: may not look). It is **right-aligned** both
@@ -79,8 +79,8 @@ def paged_attention(
     Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
     """
     args = AttentionArgs(
-        block_tables, seq_lens, cu_seqlens_q, scale, causal, window, softcap, mask, kv_starts,
-        host_rows,
+        block_tables, seq_lens, cu_seqlens_q, softmax_scale, causal, window, softcap, mask,
+        kv_starts, host_rows,
     )  # fmt: skip
     return attend(query, key_cache, value_cache, args, sinks=sinks, scales=scales)
 

@@ -147,7 +147,7 @@ def paged_attention(
         key_scales=None if scales is None else scales[0],
         value_scales=None if scales is None else scales[1],
         blocks=max(1, tokens_per_row // key_cache.shape[1]),
-        scale=query.shape[2] ** -0.5 if args.scale is None else args.scale,
+        softmax_scale=query.shape[2] ** -0.5 if args.softmax_scale is None else args.softmax_scale,
         softcap=args.softcap,
         sinks=sinks,
     )
@@ -175,7 +175,7 @@ class _Tile:
     key_scales: Tensor | None
     value_scales: Tensor | None
     blocks: int  # table columns per tile
-    scale: float
+    softmax_scale: float
     softcap: float | None
     sinks: Tensor | None
 
@@ -269,7 +269,7 @@ def _attend(tile: _Tile, cells: _Cells, query: Tensor) -> Tensor:
     K, Dv = tile.value_cache.shape[2:]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     grouped = query.to(dtype).view(R, Q, K, H // K, D).permute(0, 2, 3, 1, 4)
-    scaled = (grouped * tile.scale).reshape(R, K, H // K * Q, D)
+    scaled = (grouped * tile.softmax_scale).reshape(R, K, H // K * Q, D)
     # The lowest number instead of -inf: a query that has seen nothing yet needs no special case.
     highest = scaled.new_full((R, K, H // K, Q), torch.finfo(dtype).min)
     total = torch.zeros_like(highest)

@@ -39,10 +39,10 @@ struct AttentionArguments {
     int64_t mask_row, mask_head, mask_query, mask_column;
     int64_t causal, window;  // window 0: none
     int64_t threads;
-    double scale_, softcap_;  // softcap 0: none
+    double softmax_scale_, softcap_;  // softcap 0: none
     int64_t* problem;        // row, column, value of what is wrong
     float* partials;         // filled in here
-    float scale, softcap;
+    float softmax_scale, softcap;
 
     int64_t first_query(int64_t row) const { return cu_seqlens_q.at(row, row); }
     int64_t queries_of(int64_t row) const { return first_query(row + 1) - first_query(row); }

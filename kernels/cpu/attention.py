@@ -70,7 +70,8 @@ class PagedAttention:
             *((0, 0, 0) if key_scales is None else key_scales.stride()),
             *((0, 0) if mask is None else mask.shape[2:]), *_mask_strides(mask),
             args.causal, args.window or 0, torch.get_num_threads(),
-            head_dim**-0.5 if args.scale is None else args.scale, args.softcap or 0.0,
+            head_dim**-0.5 if args.softmax_scale is None else args.softmax_scale,
+            args.softcap or 0.0,
         )  # fmt: skip
         if problem is not None:
             raise _error(problem, block_tables, query, key_cache, mask)

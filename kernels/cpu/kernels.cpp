@@ -64,7 +64,7 @@ int kvpager_threaded() {
 
 int kvpager_paged_attention(AttentionArguments* arguments) try {
     AttentionArguments& a = *arguments;
-    a.scale = float(a.scale_);
+    a.softmax_scale = float(a.softmax_scale_);
     a.softcap = float(a.softcap_);
     if (int code = checked(a)) return code;
     switch (a.cache_type) {

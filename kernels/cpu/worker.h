@@ -125,13 +125,13 @@ template <class T, Arithmetic arithmetic> struct Worker {
     // scaled here already, as in the twin: large ones would overflow before.
     float begin_query(float* row, int64_t offset) {
         memset(row, 0, query_stride * sizeof(float));
-        if (arithmetic == IN_INT16) return begin_int16((int16_t*)row, offset) * a.scale;
+        if (arithmetic == IN_INT16) return begin_int16((int16_t*)row, offset) * a.softmax_scale;
         if (arithmetic == BF16_DOTS)
             memcpy(row, (const bf16*)a.query + offset, a.head_dim * sizeof(bf16));
         else
             for (int64_t d = 0; d < a.head_dim; d++)
-                row[place_of<T>(d)] = a.element(a.query, offset + d) * a.scale;
-        return arithmetic == IN_FLOATS ? 1 : a.scale;
+                row[place_of<T>(d)] = a.element(a.query, offset + d) * a.softmax_scale;
+        return arithmetic == IN_FLOATS ? 1 : a.softmax_scale;
     }
 
     float begin_int16(int16_t* to, int64_t offset) {

@@ -89,7 +89,7 @@ def attend(
         tables if tables.stride(1) == 1 else tables.contiguous(),
         args.seq_lens.contiguous(),
         None if plan.work.one_query or starts is None else starts.contiguous(),
-        query.shape[2] ** -0.5 if args.scale is None else args.scale,
+        query.shape[2] ** -0.5 if args.softmax_scale is None else args.softmax_scale,
         args.softcap,
         None if sinks is None else sinks.contiguous(),
         args.mask,
@@ -155,7 +155,7 @@ class AttentionCall(NamedTuple):
     block_tables: Tensor
     seq_lens: Tensor
     cu_seqlens_q: Tensor | None
-    scale: float
+    softmax_scale: float
     softcap: float | None
     sinks: Tensor | None
     mask: Tensor | None
@@ -190,7 +190,11 @@ def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> 
         mask = mask.view(torch.uint8)
     if call.scales is not None and not config.converts(plan.target, key_cache.dtype):
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
-    scale = call.scale * LOG2E.value if call.softcap is None else call.scale / call.softcap
+    scale = (
+        call.softmax_scale * LOG2E.value
+        if call.softcap is None
+        else call.softmax_scale / call.softcap
+    )
     return {
         "query": query,
         "key_cache": key_cache,

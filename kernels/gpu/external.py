@@ -67,9 +67,10 @@ def attention(
     peer = _peer(name)
     if peer is None:
         return None
-    scale = query.shape[2] ** -0.5 if args.scale is None else args.scale
+    softmax_scale = query.shape[2] ** -0.5 if args.softmax_scale is None else args.softmax_scale
     tables, seq_lens = args.block_tables.int().clamp(min=0), args.seq_lens.int()
-    return peer(query, key_cache, value_cache, tables, seq_lens, cu_seqlens_q.int(), plan, scale)
+    rows = tables, seq_lens, cu_seqlens_q.int()
+    return peer(query, key_cache, value_cache, *rows, plan, softmax_scale)
 
 
 def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
@@ -121,7 +122,7 @@ def _by_flash_attn(
     seq_lens: Tensor,
     starts: Tensor,
     plan: AttentionPlan,
-    scale: float,
+    softmax_scale: float,
 ) -> Tensor:
     ends = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
     output: Tensor = function(
@@ -132,7 +133,7 @@ def _by_flash_attn(
         cu_seqlens_k=ends,
         max_seqlen_q=plan.longest,
         max_seqlen_k=_most_tokens(tables, key_cache),
-        softmax_scale=scale,
+        softmax_scale=softmax_scale,
         causal=plan.shapes.causal,
         block_table=tables,
     )
@@ -153,7 +154,7 @@ def _by_varlen(
     seq_lens: Tensor,
     starts: Tensor,
     plan: AttentionPlan,
-    scale: float,
+    softmax_scale: float,
 ) -> Tensor:
     output: Tensor = function(
         query,
@@ -163,7 +164,7 @@ def _by_varlen(
         None,
         plan.longest,
         _most_tokens(tables, key_cache),
-        scale=scale,
+        scale=softmax_scale,
         window_size=(-1, 0) if plan.shapes.causal else (-1, -1),
         enable_gqa=query.shape[1] != key_cache.shape[2],
         seqused_k=seq_lens,
@@ -181,7 +182,7 @@ def _by_flashinfer(
     seq_lens: Tensor,
     starts: Tensor,
     plan: AttentionPlan,
-    scale: float,
+    softmax_scale: float,
 ) -> Tensor:
     block_size = key_cache.shape[1]
     pages = (seq_lens + block_size - 1) // block_size
@@ -197,7 +198,7 @@ def _by_flashinfer(
         query.shape[2],
         block_size,
         causal=plan.shapes.causal,
-        sm_scale=scale,
+        sm_scale=softmax_scale,
         q_data_type=query.dtype,
         kv_data_type=key_cache.dtype,
     )

@@ -56,7 +56,7 @@ class Case:
     key_dim: int = 16
     value_dim: int = 16
     causal: bool = True
-    scale: float | None = None
+    softmax_scale: float | None = None
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
@@ -77,14 +77,14 @@ CASES = {
     "multi_head": Case(((3, 21), (1, 34)), query_heads=4, kv_heads=4),
     "multi_query": Case(((3, 21), (1, 34)), query_heads=4, kv_heads=1),
     "narrow_values": Case(((3, 21), (1, 34)), key_dim=24, value_dim=8),
-    "own_scale": Case(((3, 21), (1, 34)), scale=0.37),
+    "own_softmax_scale": Case(((3, 21), (1, 34)), softmax_scale=0.37),
     "window": Case(((1, 70), (9, 45), (4, 4)), window=7),
     "window_wide_and_many_queries": Case(((90, 130), (12, 131)), window=44),
     "window_of_one": Case(((3, 21), (1, 34)), window=1),
     "window_beyond_the_row": Case(((3, 21), (1, 34)), window=1000),
-    "softcap": Case(((3, 21), (1, 34)), softcap=0.8, scale=1.0),
+    "softcap": Case(((3, 21), (1, 34)), softcap=0.8, softmax_scale=1.0),
     "sinks": Case(((3, 21), (1, 34)), sinks=True),
-    "softcap_far_above_the_scores": Case(((3, 21), (1, 34)), softcap=5000.0, scale=1.0),
+    "softcap_far_above_the_scores": Case(((3, 21), (1, 34)), softcap=5000.0, softmax_scale=1.0),
     "sinks_softcap_window": Case(((3, 21), (1, 34)), sinks=True, softcap=2.0, window=5),
     "non_causal": Case(((3, 21), (5, 34)), causal=False),
     "non_causal_window": Case(((3, 21), (5, 34)), causal=False, window=6),
@@ -214,7 +214,7 @@ def mask_of(case: Case, mask: Tensor, row: int, head: int) -> Tensor:
 
 def dense(case: Case, call: Call, dtype: torch.dtype) -> Tensor:
     """The oracle, computed in `dtype`: packed [tokens, query_heads, value_dim]."""
-    scale = case.key_dim**-0.5 if case.scale is None else case.scale
+    scale = case.key_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
     outputs = []
     for row, (queries, _) in enumerate(case.rows):
         output = torch.zeros(queries, case.query_heads, case.value_dim, dtype=dtype)
@@ -361,7 +361,7 @@ def attend(
         put(blocks.tables),
         put(blocks.seq_lens),
         None if decode else put(starts),
-        scale=case.scale,
+        softmax_scale=case.softmax_scale,
         causal=case.causal,
         window=case.window,
         softcap=case.softcap,

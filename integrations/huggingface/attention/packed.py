@@ -86,7 +86,7 @@ def attend(
     if query.shape[2] != rows.num_tokens:
         raise CannotPack("its queries are not the tokens of the step")
     blocks = rows.blocks
-    args = blocks.tables.args(scale=scaling, window=rows.window, softcap=softcap)
+    args = blocks.tables.args(softmax_scale=scaling, window=rows.window, softcap=softcap)
     output = attend_in_place(
         packed(query), blocks.key_cache, blocks.value_cache, args, sinks=s_aux, scales=blocks.scales
     )

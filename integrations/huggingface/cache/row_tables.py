@@ -39,7 +39,7 @@ class RowTables:
         self,
         num_queries: int = 1,
         *,
-        scale: float | None,
+        softmax_scale: float | None,
         causal: bool = True,
         window: int | None,
         softcap: float | None,
@@ -52,7 +52,7 @@ class RowTables:
         ones only. O(1) once made, else O(rows).
         """
         # What is kept refers to its mask, so no other mask has that id.
-        key = (num_queries, scale, causal, window, softcap, num_columns, id(mask))
+        key = (num_queries, softmax_scale, causal, window, softcap, num_columns, id(mask))
         found = self._args.get(key)
         if found is None:
             starts, host = self.cu_seqlens_q, self.host
@@ -62,7 +62,7 @@ class RowTables:
                 self.tables,
                 self.seq_lens,
                 starts,
-                scale=scale,
+                softmax_scale=softmax_scale,
                 causal=causal,
                 window=window,
                 softcap=softcap,

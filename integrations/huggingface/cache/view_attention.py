@@ -45,7 +45,7 @@ def _attend_part(
     query: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
-    scale: float | None,
+    softmax_scale: float | None,
     causal: bool,
     softcap: float | None,
     window: int | None,
@@ -55,7 +55,7 @@ def _attend_part(
     blocks = part.on(query.device)
     args = blocks.tables.args(
         q_len,
-        scale=scale,
+        softmax_scale=softmax_scale,
         causal=causal,
         window=window,
         softcap=softcap,

@@ -288,7 +288,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 20},
     "window_over_some": {"window": 45},
-    "softcap": {"softcap": 1.5, "scale": 1.0},
+    "softcap": {"softcap": 1.5, "softmax_scale": 1.0},
     "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, -torch.inf])},
     "strided_sinks": {"sinks": torch.tensor([0.5, 9, -1.0, 9, 2.0, 9, 1.0, 9])[::2]},
     "kv_starts": {"kv_starts": torch.tensor([0, 30, 7, 0, 25, 8, 0])},
@@ -666,7 +666,14 @@ def flash_attn_by_reference(
     assert max_seqlen_q == int(cu_seqlens_q.diff().max())
     assert max_seqlen_k == block_table.shape[1] * key.shape[1]
     return 1 + by_reference(
-        query, key, value, block_table, lens, cu_seqlens_q, scale=softmax_scale, causal=causal
+        query,
+        key,
+        value,
+        block_table,
+        lens,
+        cu_seqlens_q,
+        softmax_scale=softmax_scale,
+        causal=causal,
     )
 
 

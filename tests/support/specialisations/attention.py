@@ -90,7 +90,7 @@ def _compiled_for(
         block_tables=empty(4, 64),
         seq_lens=empty(4),
         cu_seqlens_q=None,
-        scale=1.0,
+        softmax_scale=1.0,
         softcap=softcap,
         sinks=empty(heads, of=dtype) if sinks else None,
         mask=None if mask is None else empty(4, 1, 64, 1024, of=mask),
