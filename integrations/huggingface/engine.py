@@ -121,7 +121,7 @@ class Engine:
             host_memory=config.host_memory,
         )
         self._anatomy = anatomy = study(model)
-        self.is_packed = fit(model, anatomy, memory, switch, config.packed)
+        self.is_packed = fit(model, anatomy, memory, switch, config.forward)
         length = max_length_of(anatomy, config)
         sizes = pool_blocks(
             anatomy,
@@ -158,7 +158,7 @@ class Engine:
         if storage.num_host_blocks:
             pool += f" and {storage.num_host_blocks} in host memory"
         state = "open" if self._core.is_open else "closed"
-        mode = "packed" if self.is_packed else "row by row"
+        mode = "packed" if self.is_packed else "per sequence"
         return (
             f"<Engine of {type(self.model).__name__}: {state}, {mode}, {pool}, {storage.dtype} on "
             f"{storage.device}; {scheduler.num_running} running, {scheduler.num_waiting} waiting>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from kvpager import _validate as arguments
 from kvpager.blocks.policies import Eviction, check_eviction, chosen_policy
@@ -12,6 +12,8 @@ from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.engine.compiling import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.block_storage import KVCacheDtype
+
+Forward = Literal["auto", "packed", "per_sequence"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,8 @@ class EngineConfig:
             `max_position_embeddings`.
         costs: what swapping and computing again take; None measures it where there is
             `host_memory`.
-        packed: True insists on one forward pass for all rows, False on one for each row; None
-            finds out whether the model allows the former.
+        forward: `"packed"` computes all rows of a step in one forward pass, `"per_sequence"` each
+            row in its own. `"auto"` probes the model and packs if the logits stay the same.
         compile: have `torch.compile` compile the packed forward pass; or its arguments, such as
             `{"options": {"freezing": True}}` for weights that never change. Modes that record
             CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
@@ -59,7 +61,7 @@ class EngineConfig:
     prefix_cache: bool = True
     max_length: int | None = None
     costs: PreemptionCosts | None = None
-    packed: bool | None = None
+    forward: Forward = "auto"
     compile: bool | Mapping[str, Any] = False
 
     def __post_init__(self) -> None:
@@ -67,8 +69,10 @@ class EngineConfig:
         arguments.flag("prefix_cache", self.prefix_cache)
         arguments.count("max_num_seqs", self.max_num_seqs, at_least=1)
         check_eviction(self.eviction)
-        if self.packed is not None and not isinstance(self.packed, bool):
-            raise TypeError(f"packed {shown(self.packed)}: expected True, False or None")
+        if self.forward not in get_args(Forward):
+            error = ValueError if isinstance(self.forward, str) else TypeError
+            modes = ", ".join(map(repr, get_args(Forward)))
+            raise error(f"forward={shown(self.forward)}: expected one of {modes}.")
         if not isinstance(self.compile, bool | Mapping):
             raise TypeError(
                 f"compile {shown(self.compile)}: expected a bool, or a dict for torch.compile"

@@ -46,8 +46,8 @@ def compiled_forward(model: Any, config: EngineConfig, is_packed: bool) -> Any:
         return None
     if not is_packed:
         raise KVPagerError(
-            f"compile: {type(model).__name__} is computed row by row, which is not compiled; "
-            "leave it out"
+            f"compile={config.compile!r}: {type(model).__name__} computes a forward pass per "
+            "sequence, which is not compiled. Leave compile out."
         )
     return torch.compile(model, **{"dynamic": True} | config.compile_arguments)
 

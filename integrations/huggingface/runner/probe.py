@@ -1,4 +1,4 @@
-"""Which way to compute rows a model is right with: tried, since nothing else tells."""
+"""Probe which forward pass a model computes correctly: packed, or one for each sequence."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from kvpager._atomic import Uninterrupted, new_lock
+from kvpager.engine.config import Forward
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.attention import functions as attention
 from kvpager.integrations.huggingface.attention.packed import CannotPack
@@ -106,21 +107,21 @@ class ModelSwitch:
 
 
 def fit(
-    model: Any, anatomy: Anatomy, memory: PagedMemory, switch: ModelSwitch, packed: bool | None
+    model: Any, anatomy: Anatomy, memory: PagedMemory, switch: ModelSwitch, forward: Forward
 ) -> bool:
-    """Whether `model` may compute rows in one line; leaves the attention that is right with it.
+    """True if `model` computes packed rows correctly. Sets the attention that it needs for it.
 
-    `packed` asks for one way, None takes the best there is. A few short passes.
-    Raises: `KVPagerError` where no way is right.
+    `forward` asks for one mode; `"auto"` prefers packed passes. Runs a few short passes.
+    Raises: `KVPagerError` if no mode that `forward` allows reproduces the model's own logits.
     """
     name = type(model).__name__
     switch.to_ours()
-    if packed is not False and _is_right(model, anatomy, memory, is_packed=True):
+    if forward != "per_sequence" and _is_right(model, anatomy, memory, is_packed=True):
         return True
-    if packed:
+    if forward == "packed":
         raise KVPagerError(
-            f"{name} computes rows differently in one line of tokens; leave packed=None, and it "
-            "computes them one by one"
+            f"forward='packed': {name} computes other logits for packed rows. "
+            "Pass forward='auto' or 'per_sequence'."
         )
     if not _is_right(model, anatomy, memory, is_packed=False):
         switch.to_original()
@@ -142,9 +143,9 @@ def _is_right(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: b
         return False
     except Exception as error:  # of a model that looks at its cache in a way of its own
         logger.info(
-            "%s does not take a cache of blocks (packed=%s): %r",
+            "%s does not take a cache of blocks (%s): %r",
             type(model).__name__,
-            is_packed,
+            "packed" if is_packed else "per_sequence",
             error,
         )
         return False

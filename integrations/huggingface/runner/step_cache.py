@@ -7,7 +7,8 @@ Two ways to compute a plan's rows, with one cache:
                     positions  [ 0  1  2 |  9 | 40 |  7  8]
                 The attention function reads each row's blocks in place. For models whose attention
                 goes through transformers' registry and knows a token's place by `position_ids`.
-    row by row  a forward pass for each row, as `generate` would make it. For all other models.
+    per sequence
+                a forward pass for each row, as `generate` would make it. For all other models.
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
 def test_rows_computed_one_by_one_have_the_tokens_of_packed_ones(name):
     model = tiny_models.tiny_model(name)
     prompts = some_prompts(model)
-    assert batched(model, prompts, packed=False) == batched(model, prompts, packed=True)
+    assert batched(model, prompts, forward="per_sequence") == batched(
+        model, prompts, forward="packed"
+    )
 
 
 @pytest.mark.mostly_slow(quick=3)
@@ -392,8 +394,8 @@ def test_a_model_with_attention_of_its_own_is_not_packed():
     model = tiny_models.tiny_model("bloom")
     with Engine(model, memory="8MiB") as engine:
         assert not engine.is_packed
-    with pytest.raises(KVPagerError, match="differently in one line"):
-        Engine(model, memory="8MiB", packed=True)
+    with pytest.raises(KVPagerError, match="other logits for packed rows"):
+        Engine(model, memory="8MiB", forward="packed")
 
 
 def test_a_recurrent_state_is_not_shared_between_samples():
@@ -555,8 +557,8 @@ def test_lengths_of_many_kinds_leave_nothing_behind(llama):
     [
         ({"model": "gpt2"}, TypeError),
         ({"model": torch.nn.Linear(2, 2)}, TypeError),
-        ({"packed": "yes"}, TypeError),
-        ({"packed": 1}, TypeError),
+        ({"forward": "yes"}, ValueError),
+        ({"forward": 1}, TypeError),
         ({"prefix_cache": "no"}, TypeError),
         ({"costs": 3.0}, TypeError),
         ({"on_step": 3}, TypeError),

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from kvpager import Engine
 from kvpager.blocks.groups.manager import GroupedManager
+from kvpager.engine.config import Forward
 from kvpager.scheduling.preemption import PreemptionCosts
 from tests.conformance.architectures import WINDOW
 from tests.support import tiny_models
@@ -22,10 +23,10 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_i
 OPTIONS: dict[str, Any] = {"memory": "4MiB", "block_size": BLOCK, "max_batch_tokens": 16}
 # llama 4 hides tokens by chunk, which a line of rows cannot express.
 WAYS = [
-    (name, packed)
+    (name, forward)
     for name in MODELS
-    for packed in (None, False)
-    if (name, packed) != ("llama4", None)
+    for forward in ("auto", "per_sequence")
+    if (name, forward) != ("llama4", "auto")
 ]
 
 pytestmark = [
@@ -73,13 +74,13 @@ def assert_empty(engine: Engine) -> None:
 
 @pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize(("name", "packed"), WAYS)
+@pytest.mark.parametrize(("name", "forward"), WAYS)
 def test_tokens_are_those_of_generate_beyond_the_window(
-    name: str, packed: bool | None, prefix_cache: bool
+    name: str, forward: Forward, prefix_cache: bool
 ) -> None:
-    options = OPTIONS | {"packed": packed, "prefix_cache": prefix_cache}
+    options = OPTIONS | {"forward": forward, "prefix_cache": prefix_cache}
     with Engine(model(name), **options) as engine:
-        assert engine.is_packed == (packed is None)
+        assert engine.is_packed == (forward == "auto")
         assert [output.tokens for output in engine.generate(prompts(), **GREEDY)] == alone(name)
         before = engine.stats().scheduler.total_reused_tokens
         assert [output.tokens for output in engine.generate(prompts(), **GREEDY)] == alone(name)

@@ -89,7 +89,7 @@ STEPS = {
 
 
 @pytest.mark.mostly_slow(quick=2)
-@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "row by row"])
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "per sequence"])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_step_of_an_engine_waits_for_nothing(

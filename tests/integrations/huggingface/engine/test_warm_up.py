@@ -72,5 +72,5 @@ def test_steps_of_every_shape_are_computed(
 
 def test_an_engine_on_a_cpu_does_not_warm_up(steps: list[StepPlan]) -> None:
     model = tiny_models.tiny_model("llama")
-    with Engine(model, memory="8MiB", packed=True):
+    with Engine(model, memory="8MiB", forward="packed"):
         assert all(len(plan.copies) == 0 for plan in steps)
