@@ -111,7 +111,7 @@ class Sampler:
         self.peak = max(self.peak, record.stats.pool.num_held)
 
     def __call__(self) -> None:
-        self.engine.clear()
+        self.engine.clear_prefix_cache()
         options = {"do_sample": True, "max_new_tokens": self.sizes.sample_new}
         count = self.sizes.samples
         if self.together:

@@ -321,9 +321,9 @@ class Engine:
         """What stopped the engine by itself: a defect. None as a rule."""
         return self._core.error
 
-    def clear(self) -> None:
+    def clear_prefix_cache(self) -> None:
         """Give cached prompts up. O(cached blocks)."""
-        self._core.clear()
+        self._core.clear_prefix_cache()
 
     def pause(self) -> AbstractContextManager[None]:
         """Hold steps inside the `with` block. `submit` still queues requests.

@@ -422,9 +422,9 @@ class BlockManager:
         """
         return self._resize.shrink(num_blocks)
 
-    def drop_cached(self) -> int:
+    def clear_prefix_cache(self) -> int:
         """Evict all that is cached only. Return how many blocks came free. O(cached)."""
-        return self._resize.drop_cached()
+        return self._resize.clear_prefix_cache()
 
     def stats(self) -> Stats:
         """Return counts of now and totals since the manager began. O(blocks + sequences)."""

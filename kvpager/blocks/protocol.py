@@ -140,7 +140,7 @@ class CacheManager(Protocol):
     ) -> Plan:
         """Move blocks between the tiers."""
 
-    def drop_cached(self) -> int:
+    def clear_prefix_cache(self) -> int:
         """Evict all that is cached only."""
 
     # ---------------------------------------------------------------- reading

@@ -72,8 +72,8 @@ class Resize:
             raise ValueError(f"num_blocks {num_blocks}: too few for what floors promise")
         return excess
 
-    def drop_cached(self) -> int:
-        """See `BlockManager.drop_cached`. O(cached)."""
+    def clear_prefix_cache(self) -> int:
+        """See `BlockManager.clear_prefix_cache`. O(cached)."""
         state = self._state
         with state.lock, state.change:
             free = state.pool.num_free

@@ -97,7 +97,7 @@ class EngineCore:
         # Cancellations come from finalisers as well, which may run inside any call.
         self._inbox: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
         self._dispatcher = Dispatcher()
-        self._pauses = Pauses(self.process, self.clear, self._dispatcher.post)
+        self._pauses = Pauses(self.process, self.clear_prefix_cache, self._dispatcher.post)
         guard = None if watch is None else ModelGuard(watch, scheduler, self._lock)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock
         self._loop = Loop(*parts, guard, on_step)
@@ -179,10 +179,10 @@ class EngineCore:
         with self._locked():
             return self._loop.stats()
 
-    def clear(self) -> None:
+    def clear_prefix_cache(self) -> None:
         """Drop cached prompts. O(cached blocks). Raises: `EngineClosed` in a fork."""
         with self._locked():
-            self.scheduler.forget_prefixes()
+            self.scheduler.clear_prefix_cache()
 
     def pause(self) -> Pause:
         """Return a `with` block inside which no step is computed; its end drops cached prompts."""

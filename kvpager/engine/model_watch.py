@@ -88,4 +88,4 @@ class ModelGuard:
         if is_new or state.doubt is not None:
             self.num_changes += is_new
             with self._lock:
-                scheduler.forget_prefixes()
+                scheduler.clear_prefix_cache()

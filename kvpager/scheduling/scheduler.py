@@ -150,7 +150,7 @@ class Scheduler:
                 self._placement.end(state, reason)
             return True
 
-    def forget_prefixes(self) -> None:
+    def clear_prefix_cache(self) -> None:
         """Share nothing computed so far with what begins from now on: a model changed, say.
 
         Requests that run, or are swapped, go on with what they have. O(requests + cached blocks).
@@ -158,7 +158,7 @@ class Scheduler:
         with self._lock, self._change:
             self._change.begin()
             self._table.new_generation()
-            self.manager.drop_cached()
+            self.manager.clear_prefix_cache()
 
     # ---------------------------------------------------------------- a step
 

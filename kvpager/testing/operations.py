@@ -210,11 +210,11 @@ def grow(world: World, extra: int) -> None:
         world.memory.resize(num_blocks)
 
 
-@operation(OPERATIONS, 0.1, needs=("drop_cached",))
-def drop_cached(world: World) -> None:
+@operation(OPERATIONS, 0.1, needs=("clear_prefix_cache",))
+def clear_prefix_cache(world: World) -> None:
     """Evict everything that only the prefix index holds."""
     cached = world.manager.stats().num_cached
-    dropped = world.manager.drop_cached()
+    dropped = world.manager.clear_prefix_cache()
     left = world.manager.stats().num_cached
     world.require(
         "all cached are dropped", dropped == cached and not left, f"{dropped} of {cached}"

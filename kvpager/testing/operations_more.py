@@ -95,7 +95,9 @@ def allocate_shown(world: World, tokens: list[int], adapter: str | None, shown: 
         begin(world, handle, content, len(tokens)).is_plain = False
 
 
-@operation(OPERATIONS, 0.3, needs=("drop_cached",), front=Tokens(), tails=Many(Tokens(), 3, 3))
+@operation(
+    OPERATIONS, 0.3, needs=("clear_prefix_cache",), front=Tokens(), tails=Many(Tokens(), 3, 3)
+)
 def replace_twin(world: World, front: list[int], tails: list[list[int]]) -> None:
     """Two compute the same at once; one leaves, its blocks too, others come; the twin goes on."""
     if world.setup.quotas or len(world.rows) + 4 > world.setup.num_sequences_max:
@@ -116,7 +118,7 @@ def replace_twin(world: World, front: list[int], tails: list[list[int]]) -> None
     world.manager.free(leaver.handle)
     world.forget(leaver)
     world.touched.remove(leaver)
-    world.manager.drop_cached()
+    world.manager.clear_prefix_cache()
     tokens = front + tails[1]
     handle = world.attempt(world.blocks(len(tokens)), world.manager.allocate, tokens)
     if handle is None:

@@ -180,7 +180,7 @@ class NaiveManager:
             raise ValueError(f"num_blocks {num_blocks}: there are {self.num_blocks} already")
         self.num_blocks = num_blocks
 
-    def drop_cached(self) -> int:
+    def clear_prefix_cache(self) -> int:
         """Forget all blocks that no sequence holds; how many there were."""
         idle = [prefix for prefix, block in self.cached.items() if not self.holders(block)]
         for prefix in idle:

@@ -129,7 +129,7 @@ class World:
             and stats.num_held == 0,
             f"with no sequence left: {stats}",
         )
-        self.manager.drop_cached()
+        self.manager.clear_prefix_cache()
         self.manager.check()
         free = self.manager.stats().num_free
         self.require("blocks add up", free == num_blocks, f"{free} of {num_blocks} are free")

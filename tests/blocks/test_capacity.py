@@ -532,7 +532,7 @@ def test_a_pinned_prefix_survives_any_pressure() -> None:
     for prompt in (C, D, E):
         cache(manager, prompt)
     press(manager)
-    assert manager.drop_cached() == 0
+    assert manager.clear_prefix_cache() == 0
     assert manager.match_prefix(A + B) == 8
     assert manager.stats().num_kept == 2
     manager.check()
@@ -546,7 +546,7 @@ def test_an_unpinned_prefix_can_leave_again() -> None:
     manager.pins.unpin(ticket)
     manager.check()
     assert manager.stats().num_cached == 2
-    assert manager.drop_cached() == 2
+    assert manager.clear_prefix_cache() == 2
 
 
 def test_a_prefix_pinned_twice_stays_until_both_pins_end() -> None:
@@ -712,7 +712,7 @@ def test_a_retained_block_that_left_is_an_ordinary_one_when_it_comes_again(
     ranked: BlockManager,
 ) -> None:
     retained(ranked, A, 100)
-    ranked.drop_cached()
+    ranked.clear_prefix_cache()
     cache(ranked, A)
     retained(ranked, B, 60)
     assert order_of_leaving(ranked, [A, B]) == [A, B]
@@ -995,7 +995,7 @@ def test_dropping_what_is_cached_reaches_every_namespace() -> None:
     manager.quotas.set("acme", floor=2, ceiling=6)
     cache(manager, A + B, "acme")
     cache(manager, C, "other")
-    assert manager.drop_cached() == 3
+    assert manager.clear_prefix_cache() == 3
     assert manager.quotas.used("acme") == 0
     manager.check()
 
@@ -1181,7 +1181,7 @@ def test_what_is_offered_is_removed_only_when_its_last_copy_left() -> None:
     manager.swap(sequence, "host")  # what the index offers stays behind
     manager.free(sequence)
     assert [event.kind for event in manager.events.fetch()] == ["copied"]
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     assert [event.kind for event in manager.events.fetch()] == ["evicted", "removed"]
 
 
@@ -1219,7 +1219,7 @@ def test_events_are_numbered_from_one_and_never_skip() -> None:
     for prompt in (A, B, C):
         cache(manager, prompt)
         numbers += [event.number for event in manager.events.fetch()]
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     numbers += [event.number for event in manager.events.fetch()]
     assert numbers == [1, 2, 3, 4, 5]
 

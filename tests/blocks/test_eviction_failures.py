@@ -74,7 +74,7 @@ def test_a_policy_that_raises_is_replaced_and_harms_nothing(method, kind, caplog
         assert f"Failing failed in {method}" in caplog.text
         assert repr(error) in repr(caplog.records[0].exc_info)
         manager.free(list(handles_of(manager).values()))
-        manager.drop_cached()
+        manager.clear_prefix_cache()
         manager.check()
     assert was_hit or method in ("reranked", "retain", "resize")
 

@@ -557,5 +557,5 @@ def test_many_threads_end_in_a_state_that_some_order_explains() -> None:
         worker.make_room()
     manager.check()
     assert handles_of(manager) == {}
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     assert (manager.num_free_blocks, manager.stats().num_host_free) == (1024, 256)

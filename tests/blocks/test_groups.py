@@ -275,8 +275,8 @@ class Groups(RuleBasedStateMachine):
             row.is_swapped = not row.is_swapped
 
     @rule()
-    def drop_cached(self) -> None:
-        self.manager.drop_cached()
+    def clear_prefix_cache(self) -> None:
+        self.manager.clear_prefix_cache()
 
     # -------------------------------------------------------------- laws
 
@@ -303,7 +303,7 @@ class Groups(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "manager"):
             self.manager.free([row.handle for row in self.live])
-            self.manager.drop_cached()
+            self.manager.clear_prefix_cache()
             self.manager.check()
             assert self.manager.num_free_blocks == self.manager.num_blocks
 

@@ -148,9 +148,9 @@ def drop_a_quota() -> tuple[BlockManager, Operation]:
     return manager, lambda: manager.quotas.drop("a")
 
 
-def drop_cached() -> tuple[BlockManager, Operation]:
+def clear_prefix_cache() -> tuple[BlockManager, Operation]:
     manager = full_of_cached()
-    return manager, manager.drop_cached
+    return manager, manager.clear_prefix_cache
 
 
 def grow() -> tuple[BlockManager, Operation]:
@@ -168,7 +168,7 @@ CHANGES = [
     *(scenario for scenario in SCENARIOS if scenario not in (name_all, find_victims)),
     free_several, free_published, free_swapped, commit_batch, commit_into_a_run, commit_pictures,
     truncate_far, drop_far, complete_copies, pin_a_prefix, unpin_a_prefix, retain_a_prefix,
-    set_a_quota, drop_a_quota, drop_cached, grow, fetch_events,
+    set_a_quota, drop_a_quota, clear_prefix_cache, grow, fetch_events,
 ]  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def test_when_a_twins_blocks_are_evicted_the_rest_offers_its_own(manager: BlockM
     first, second = manager.allocate(prompt(4)), manager.allocate(prompt(4))
     manager.commit([first, second])
     manager.free(first)
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     manager.append(second, prompt(4, first=4))
     manager.commit(second)
     manager.check()
@@ -505,7 +505,7 @@ def test_check_names_the_broken_law(manager: BlockManager) -> None:
 def test_empty_namespaces_leave_nothing_behind(manager: BlockManager) -> None:
     for tenant in range(20):
         manager.free(committed(manager, prompt(4), f"tenant {tenant}"))
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     assert manager._state.forest.roots == {}
 
 
@@ -702,7 +702,7 @@ def test_a_prefix_is_offered_again_after_its_twin_was_evicted(manager: BlockMana
     first, second = manager.allocate(prompt(8)), manager.allocate(prompt(8))
     manager.commit([first, second])
     manager.free(first)
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     manager.commit(second)
     assert manager.allocate(prompt(9)).num_cached_tokens == 8
     manager.check()
@@ -785,7 +785,7 @@ def test_stats_count_what_happened() -> None:
     # 8 of the first; 3 of the second beyond what it shares; 4 of the child's own block.
     assert stats.num_tokens == 8 + 3 + 4
     manager.free([first, second, child])
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     assert manager.stats().total_evicted == 2
 
 
@@ -857,7 +857,7 @@ def test_an_empty_namespace_begins_anew_for_who_still_holds_its_root() -> None:
     twin = manager.allocate(prompt(8), namespace="acme")
     manager.free(committed(manager, prompt(8), "acme"))
     manager.commit(twin, 0)
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     manager.commit(twin)
     manager.check()
     assert manager.allocate(prompt(9), namespace="acme").num_cached_tokens == 8

@@ -123,7 +123,7 @@ def test_a_chain_of_many_forks_is_walked_to_its_end() -> None:
     manager.check()
     assert manager.match_prefix(prompt) == 500
     assert manager.match_prefix([*prompt[:251], -1]) == 252
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     manager.check()
     assert manager.num_free_blocks == 2048
 
@@ -203,7 +203,7 @@ def test_a_twin_that_lost_its_front_under_it_offers_everything_again() -> None:
     manager.append(twin, C)
     manager.commit(twin)  # C stands behind the blocks of the first
     manager.free(first)
-    manager.drop_cached()  # takes them, and with them C, although it is held
+    manager.clear_prefix_cache()  # takes them, and with them C, although it is held
     manager.check()
     assert manager.match_prefix(A + B + C) == 0
     manager.commit(twin)
@@ -478,7 +478,7 @@ def test_blocks_of_a_match_are_not_held(manager: BlockManager) -> None:
     cache(manager, A + B)
     match = manager.match_prefix(A + B, blocks=True)
     assert len(match.blocks) == 2
-    assert manager.drop_cached() == 2
+    assert manager.clear_prefix_cache() == 2
     assert manager.match_prefix(A + B, blocks=True).num_tokens == 0
 
 
@@ -590,7 +590,7 @@ def test_idle_blocks_in_front_of_held_ones_can_be_reclaimed(policy: str) -> None
     assert manager.block_tables(sequence)[0].tolist() == table
     manager.check()
     manager.free([sequence, other])
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     manager.check()
     assert manager.num_free_blocks == 4
 
@@ -600,7 +600,7 @@ def test_a_prompt_can_be_cached_again_after_all_of_it_left() -> None:
     for _ in range(50):
         cache(manager, A + B + C + D)
         assert manager.match_prefix(A + B + C + D) == 16
-        manager.drop_cached()
+        manager.clear_prefix_cache()
         manager.check()
 
 
@@ -608,7 +608,7 @@ def test_tenants_that_come_and_go_leave_nothing_behind(manager: BlockManager) ->
     for i in range(300):
         cache(manager, A + B, namespace=f"tenant {i}")
     assert len(manager._state.forest.roots) <= 33
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     assert not manager._state.forest.roots
     assert sum(node is not None for node in manager._state.forest.nodes) == 0
     manager.check()

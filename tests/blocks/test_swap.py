@@ -358,7 +358,7 @@ def test_back_after_the_copies_were_evicted_it_offers_its_own(memory: Memory) ->
     sequence = memory.allocate(ids)
     manager.commit(sequence)
     memory.swap(sequence, "host")
-    assert manager.drop_cached() == 3
+    assert manager.clear_prefix_cache() == 3
     assert manager.match_prefix(ids) == 0
     memory.swap(sequence, "device")
     manager.commit(sequence)
@@ -481,7 +481,7 @@ def act(memory: Memory, chance: random.Random) -> None:
         elif operation == "free" and live:
             memory.free(some[0])
         elif operation == "drop":
-            manager.drop_cached()
+            manager.clear_prefix_cache()
     except (OutOfBlocks, SequenceSwapped) as refusal:
         after = state_of(manager)
         if operation == "allocate":  # an idle row more is no change
@@ -512,7 +512,7 @@ def test_short_random_histories_in_a_tiny_pool(seed: int) -> None:
         memory.check()
     for one in list(memory.contents):
         memory.free(one)
-    manager.drop_cached()
+    manager.clear_prefix_cache()
     assert (manager.num_free_blocks, manager.stats().num_host_free) == (6, 4)
 
 

@@ -13,7 +13,7 @@ from tests.support.toy_runner import ToyEngine, expected
 def check():
     refuses(engine.ask, [5])
     refuses(engine.stats)
-    refuses(engine.clear)
+    refuses(engine.clear_prefix_cache)
     refuses(engine.cancel, "running")
     refuses(engine.pause().__enter__)
     refuses(engine.__enter__)

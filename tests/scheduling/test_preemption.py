@@ -114,7 +114,7 @@ def test_what_is_still_cached_is_not_computed_again() -> None:
 def test_what_is_computed_again_after_prefixes_were_forgotten_reuses_nothing_of_before() -> None:
     scheduler = two_that_outgrow(RECOMPUTE)
     step(scheduler)
-    scheduler.forget_prefixes()
+    scheduler.clear_prefix_cache()
     run(scheduler)
     assert scheduler.stats().total_preempted_by_recompute > 0
     assert scheduler.stats().total_reused_tokens == 0

@@ -225,7 +225,7 @@ def test_what_was_computed_before_prefixes_were_forgotten_is_not_shared_afterwar
     scheduler.submit(request("before", prompt=prompt, new=30))
     step(scheduler)
     scheduler.submit(request("waits", prompt=prompt))
-    scheduler.forget_prefixes()
+    scheduler.clear_prefix_cache()
     scheduler.submit(request("after", prompt=prompt))
     computed: dict[object, int] = {}
     run(

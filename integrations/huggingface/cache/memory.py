@@ -300,12 +300,12 @@ class PagedMemory:
             for pool in self.pools():
                 pool.settle()
 
-    def clear(self) -> None:
+    def clear_prefix_cache(self) -> None:
         """Let cached prefixes go, and the pools no cache uses. O(cached blocks)."""
         with self.lock:
             for pool in self.pools():
                 pool.settle()
-                pool.manager.drop_cached()
+                pool.manager.clear_prefix_cache()
             self._kept.clear()
 
 

@@ -383,7 +383,7 @@ class PagedPool:
         self.settle()
         if self.manager.num_held_blocks:
             return False
-        self.manager.drop_cached()
+        self.manager.clear_prefix_cache()
         self.manager.shrink(1)
         for segment in self._segments:
             segment.storage.shrink(1)

@@ -120,9 +120,9 @@ class Patch:
             manager.note_doubt()
         return report(self.memory, self.stats())
 
-    def clear(self) -> None:
+    def clear_prefix_cache(self) -> None:
         """Free cached prefixes, and all memory that no live cache needs. O(cached blocks)."""
-        self.memory.clear()
+        self.memory.clear_prefix_cache()
 
     def undo(self) -> None:
         """Take the patch out: transformers is as it was found. Caches made so far keep working.
@@ -136,7 +136,7 @@ class Patch:
             if not active:
                 restore_all()
         retire(self.managers)
-        self.memory.clear()
+        self.memory.clear_prefix_cache()
 
     def __enter__(self) -> Patch:
         if self not in active:

@@ -411,9 +411,9 @@ class GroupedManager:
         with self._state.lock:
             return self._state.pool.num_held
 
-    def drop_cached(self) -> int:
+    def clear_prefix_cache(self) -> int:
         """Evict all that is cached only. Return how many blocks came free. O(cached)."""
-        return self._resize.drop_cached()
+        return self._resize.clear_prefix_cache()
 
     def stats(self) -> Stats:
         """Return counts of now and totals, blocks of all groups. O(blocks + sequences)."""

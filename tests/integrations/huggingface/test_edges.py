@@ -147,7 +147,7 @@ def test_clear_forgets_prompts_of_caches_that_just_died() -> None:
     with kvpager.patch(model, prefix_cache=True) as patch:
         kept = model.generate(IDS + 50, max_new_tokens=2, return_dict_in_generate=True)
         logits(model)
-        patch.clear()
+        patch.clear_prefix_cache()
         hits = patch.stats().prefix_hit_tokens
         logits(model)
         assert patch.stats().prefix_hit_tokens == hits

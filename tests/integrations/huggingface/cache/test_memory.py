@@ -410,7 +410,7 @@ def test_clear_gives_cached_prefixes_up() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         generate(llama(), long_prompt())
         assert patch.stats().cached_bytes > 0
-        patch.clear()
+        patch.clear_prefix_cache()
         gc.collect()
         assert (patch.stats().cached_bytes, patch.stats().reserved_bytes) == (0, 0)
         generate(llama(), long_prompt())
@@ -421,7 +421,7 @@ def test_a_live_cache_survives_clear() -> None:
     plain = tokens(llama(), ids, max_new_tokens=16)
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         first = generate(llama(), ids)
-        patch.clear()
+        patch.clear_prefix_cache()
         generate(llama(), tiny_models.prompts([70], seed=9))
         second = generate(llama(), first.sequences, **passing(cache_of(first)))
         assert torch.equal(second.sequences, plain)

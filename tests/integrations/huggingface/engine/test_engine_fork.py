@@ -31,7 +31,7 @@ def check():
     refuses(engine.submit, [5])
     refuses(engine.generate, [[5], [6]])
     refuses(engine.stats)
-    refuses(engine.clear)
+    refuses(engine.clear_prefix_cache)
     refuses(engine.cancel, "running")
     refuses(engine.pause().__enter__)
     refuses(engine.__enter__)

@@ -68,7 +68,7 @@ def assert_empty(engine: Engine) -> None:
     manager = manager_of(engine)
     manager.check()
     assert manager.num_held_blocks == 0
-    engine.clear()
+    engine.clear_prefix_cache()
     assert manager.num_free_blocks == manager.num_blocks
 
 
