@@ -49,10 +49,7 @@ from kvpager.integrations.huggingface.runner.model_runner import Runner
 from kvpager.integrations.huggingface.runner.probe import ModelSwitch, fit
 from kvpager.integrations.huggingface.runner.prompt_reader import Reader, chosen, each_options
 from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, SamplingSettings
-from kvpager.integrations.huggingface.runner.sizing import (
-    pool_blocks,
-    require_room,
-)
+from kvpager.integrations.huggingface.runner.sizing import pool_blocks, require_room
 from kvpager.integrations.huggingface.runner.unwrap import unwrapped
 from kvpager.scheduling.request import Request
 
@@ -169,7 +166,7 @@ class Engine:
     def submit(
         self,
         prompt: Sequence[int] | torch.Tensor | NDArray[Any] | Mapping[str, Any] | None = None,
-        config: GenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         input_ids: Any = None,
         attention_mask: Any = None,
@@ -188,7 +185,7 @@ class Engine:
         Args:
             prompt: token ids, or what a tokenizer returned for one text; for an encoder-decoder
                 model, what its encoder reads.
-            config: generation settings, the model's own where None; `overrides` are settings over
+            generation_config: settings, the model's own where None; `overrides` are settings over
                 those, such as `max_new_tokens=64`.
             input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
             attention_mask: zeros for padding before or after the prompt, which is left out.
@@ -200,7 +197,7 @@ class Engine:
             timeout: seconds after which it ends, done or not.
             seed: of its own random numbers; else it draws from torch's.
             logprobs: report each token's log probability, after all processors.
-            sampling_settings: from `engine.sampling_settings`, instead of `config` and `overrides`.
+            sampling_settings: from `engine.sampling_settings`, instead of both.
 
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
         """
@@ -208,8 +205,8 @@ class Engine:
         arguments.flag("logprobs", logprobs)
         arguments.label("name", name)
         given = chosen("prompt", prompt, input_ids)
-        ids = self._reader(config, overrides).one(given, attention_mask)
-        sampling = self._chosen_settings(sampling_settings, config, overrides)
+        ids = self._reader(generation_config, overrides).one(given, attention_mask)
+        sampling = self._chosen_settings(sampling_settings, generation_config, overrides)
         labels = {"name": name, "namespace": namespace, "tenant": tenant, "priority": priority}
         return self._queue(ids, sampling, seed, logprobs, timeout, labels)
 
@@ -246,7 +243,7 @@ class Engine:
     def generate(
         self,
         prompts: Iterable[Any] | None = None,
-        config: GenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         input_ids: Any = None,
         attention_mask: Any = None,
@@ -265,15 +262,15 @@ class Engine:
         arguments.flag("progress", progress)
         with _submitted() as streams:
             prompts = chosen("prompts", prompts, input_ids)
-            for each in self._requests(prompts, config, attention_mask, options):
-                streams.append(self.submit(config=config, **each))
+            for each in self._requests(prompts, generation_config, attention_mask, options):
+                streams.append(self.submit(generation_config=generation_config, **each))
             bar = tqdm(streams, desc="requests", unit="request", disable=not progress)
             return [stream.result() for stream in bar]
 
     async def agenerate(
         self,
         prompts: Iterable[Any] | None = None,
-        config: GenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         input_ids: Any = None,
         attention_mask: Any = None,
@@ -282,18 +279,16 @@ class Engine:
         """Serve `prompts` as `generate` does; other tasks of asyncio go on meanwhile."""
         with _submitted() as streams:
             prompts = chosen("prompts", prompts, input_ids)
-            for each in self._requests(prompts, config, attention_mask, options):
-                streams.append(self.submit(config=config, **each))
+            for each in self._requests(prompts, generation_config, attention_mask, options):
+                streams.append(self.submit(generation_config=generation_config, **each))
             return [await stream for stream in streams]
 
     def sampling_settings(
-        self, config: GenerationConfig | None = None, **options: Any
+        self, generation_config: GenerationConfig | None = None, **options: Any
     ) -> SamplingSettings:
-        """Return settings for many requests, with your own processors and stopping criteria.
-
-        The options are those of `SamplingSettings`.
-        """
-        return SamplingSettings(self.model, config, **{"tokenizer": self._tokenizer} | options)
+        """Return settings for many requests. The options are those of `SamplingSettings`."""
+        options = {"tokenizer": self._tokenizer} | options
+        return SamplingSettings(self.model, generation_config, **options)
 
     def cancel(self, name: str) -> None:
         """End a request; does nothing for one that has ended. O(1)."""
@@ -361,7 +356,11 @@ class Engine:
     # ---------------------------------------------------------------- making requests
 
     def _requests(
-        self, prompts: Any, config: GenerationConfig | None, mask: Any, options: dict[str, Any]
+        self,
+        prompts: Any,
+        config: GenerationConfig | None,
+        mask: Any,
+        options: dict[str, Any],
     ) -> list[dict[str, Any]]:
         """Return the arguments of `submit` for each of several prompts."""
         rows = self._reader(config, options).several(prompts, mask)
@@ -389,14 +388,10 @@ class Engine:
         if sampling is None:
             sampling = self._made_settings(config, overrides)
         elif config is not None or overrides:
-            raise TypeError(
-                "sampling_settings: already complete. Pass it, or config and single settings."
-            )
+            raise TypeError("sampling_settings: already complete. Pass no other settings.")
         elif not isinstance(sampling, SamplingSettings):
             shown = arguments.shown(sampling)
-            raise TypeError(
-                f"sampling_settings={shown}: expected a result of engine.sampling_settings()."
-            )
+            raise TypeError(f"sampling_settings={shown}: expected engine.sampling_settings(...).")
         if self._anatomy.has_state and sampling.num_samples > 1:
             raise ValueError(
                 f"num_return_sequences={sampling.num_samples}: {type(self.model).__name__} keeps a "
@@ -424,7 +419,7 @@ class Engine:
         if start is None:
             start = config.bos_token_id
         if start is None:
-            raise ValueError("the model's generation_config has no decoder_start_token_id")
+            raise ValueError("the model's config has no decoder_start_token_id")
         return int(start)
 
 

@@ -54,13 +54,13 @@ class SamplingSettings:
     """How requests of one generation config choose their tokens, and when they stop.
 
     Args:
-        model: whose defaults hold where `config` says nothing.
-        config: generation settings; the model's own where None.
-        is_complete: what `config` leaves open is off, whatever the model's defaults are.
-        processors: further logits processors.
-        criteria: further stopping criteria.
+        model: whose defaults hold where `generation_config` says nothing.
+        generation_config: settings; the model's own where None.
+        is_complete: settings that `generation_config` leaves open are off, not the model's own.
+        logits_processor: further logits processors.
+        stopping_criteria: further stopping criteria.
         tokenizer: for settings that need one, such as `stop_strings`.
-        overrides: single settings over those of `config`.
+        overrides: single settings over those of `generation_config`.
 
     Raises: `ValueError` for ways to generate that cannot be batched continuously; `ValueError`,
     `TypeError` for settings that make no sense or have no effect.
@@ -69,34 +69,33 @@ class SamplingSettings:
     def __init__(
         self,
         model: Any,
-        config: GenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         is_complete: bool = False,
-        processors: Iterable[Callable[..., Tensor]] = (),
-        criteria: Iterable[Callable[..., Any]] = (),
+        logits_processor: Iterable[Callable[..., Tensor]] = (),
+        stopping_criteria: Iterable[Callable[..., Any]] = (),
         tokenizer: Any = None,
         **overrides: Any,
     ) -> None:
         arguments.flag("is_complete", is_complete)
         check_given(overrides)
-        if config is not None and not is_complete:
-            check_config(config, model.generation_config)
+        if generation_config is not None and not is_complete:
+            check_config(generation_config, model.generation_config)
         self._has_default_length = overrides.get("max_length") is None and (
-            config is None or config.max_length is None
+            generation_config is None or generation_config.max_length is None
         )
         self._has_default_minimum = overrides.get("min_length") is None and (
-            config is None or config.min_length is None
+            generation_config is None or generation_config.min_length is None
         )
-        if is_complete and config is not None:
-            settings = copy.deepcopy(config)
+        if is_complete and generation_config is not None:
+            settings = copy.deepcopy(generation_config)
             unknown = settings.update(**overrides)
         else:
-            settings, unknown = model._prepare_generation_config(config, **overrides)
+            settings, unknown = model._prepare_generation_config(generation_config, **overrides)
         if unknown:
             raise ValueError(
-                f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig; "
-                "pass your own processors and criteria to "
-                "engine.sampling_settings(processors=, criteria=)"
+                f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig. "
+                "Pass your own functions as logits_processor= or stopping_criteria=."
             )
         check_served(settings)
         self._tokenizer = text_tokenizer(tokenizer)
@@ -114,7 +113,10 @@ class SamplingSettings:
         self.is_greedy = not settings.do_sample
         self._model, self._device = model, execution_device(model)
         self._settings = settings
-        self._further = _callables("processors", processors), _callables("criteria", criteria)
+        self._further = (
+            _callables("logits_processor", logits_processor),
+            _callables("stopping_criteria", stopping_criteria),
+        )
         self._by_length: dict[int, Choice] = {}
 
     def choice(self, prompt_length: int, encoder_ids: list[int]) -> Choice:

@@ -44,23 +44,14 @@ _WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "compile_config": (_COMPILES, (None,)),
 }
 
-# Arguments of transformers' `generate` that are no settings, and their place here.
-_ELSEWHERE = {
-    "generation_config": "an engine takes it as config. Pass config=",
-    "streamer": "submit() returns a stream. Iterate over its tokens, or over its text()",
-    "logits_processor": "pass it to engine.sampling_settings(processors=)",
-    "stopping_criteria": "pass them to engine.sampling_settings(criteria=)",
-}
-
 
 def check_given(settings: Mapping[str, Any]) -> None:
     """Refuse single settings with wrong values, or without effect. O(settings).
 
     Raises: `TypeError`, `ValueError`.
     """
-    for name, place in _ELSEWHERE.items():
-        if name in settings:
-            raise ValueError(f"{name}: {place}.")
+    if "streamer" in settings:
+        raise ValueError("streamer: submit() returns a stream. Iterate over its tokens or text().")
     for name, value in settings.items():
         if value is None:
             continue
@@ -78,7 +69,9 @@ def check_config(config: Any, own: Any) -> None:
     Raises: `TypeError`, `ValueError`.
     """
     if not isinstance(config, GenerationConfig):
-        raise TypeError(f"config: expected a GenerationConfig, got {type(config).__name__}")
+        raise TypeError(
+            f"generation_config: expected a GenerationConfig, got {type(config).__name__}"
+        )
     given = {name: getattr(config, name, None) for name in _CHECKS.keys() | _WITHOUT_EFFECT.keys()}
     for name in _WITHOUT_EFFECT:
         if given[name] == getattr(own, name, None):

@@ -150,7 +150,10 @@ def test_custom_processors_and_criteria_are_asked(llama):
 
     with Engine(llama, memory="8MiB") as engine:
         settings = engine.sampling_settings(
-            max_new_tokens=20, min_new_tokens=20, processors=[only_even], criteria=[after_six]
+            max_new_tokens=20,
+            min_new_tokens=20,
+            logits_processor=[only_even],
+            stopping_criteria=[after_six],
         )
         output = engine.submit([5, 6, 7, 8], sampling_settings=settings).result()
     assert len(output.tokens) == 6
@@ -317,16 +320,15 @@ def test_a_request_ends_at_its_deadline(llama):
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit])
-@pytest.mark.parametrize("where", ["processors", "criteria"])
+@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
 def test_a_processor_that_raises_ends_its_own_request(llama, where, kind):
     def broken(ids, scores, **kwargs):
         if ids.shape[1] > 6:
             raise kind("of the processor")
-        return scores if where == "processors" else torch.tensor([False])
+        return scores if where == "logits_processor" else torch.tensor([False])
 
     with Engine(llama, memory="8MiB") as engine:
-        settings = engine.sampling_settings(max_new_tokens=30, **{where: [broken]})
-        bad = engine.submit([5, 6, 7], sampling_settings=settings)
+        bad = engine.submit([5, 6, 7], max_new_tokens=30, **{where: [broken]})
         good = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
         with pytest.raises(RequestFailed, match=kind.__name__) as caught:
             bad.result(timeout=60)
@@ -524,7 +526,7 @@ def test_the_engine_follows_changes_of_the_models_settings():
     assert not set(before) & set(after)
 
 
-@pytest.mark.parametrize("options", [{"processors": [3]}, {"criteria": [None]}])
+@pytest.mark.parametrize("options", [{"logits_processor": [3]}, {"stopping_criteria": [None]}])
 def test_what_is_no_processor_is_refused(llama, options):
     with Engine(llama, memory="8MiB") as engine, pytest.raises(TypeError, match="functions"):
         engine.sampling_settings(**options)
@@ -601,7 +603,7 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
         {"num_return_sequences": 0},
         {"num_return_sequences": -1},
         {"num_return_sequences": True},
-        {"config": GenerationConfig(num_return_sequences=0)},
+        {"generation_config": GenerationConfig(num_return_sequences=0)},
         {"do_sample": "no"},
         {"max_new_tokens": True},
         {"output_logits": True},
@@ -613,9 +615,9 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
         {"name": ["a", "list"]},
         {"timeout": float("inf")},
         {"max_new_tokens": "9"},
-        {"config": {"max_new_tokens": 3}},
+        {"generation_config": {"max_new_tokens": 3}},
         {"prompt": {"ids": [5]}},
-        {"logits_processor": []},
+        {"logits_processor": [3]},
         {"name": 3},
         {"name": True},
         {"name": ""},
@@ -644,7 +646,7 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
         {"num_beam_groups": 2},
         {"tokenizer": 3},
         {"is_complete": "yes"},
-        {"config": GenerationConfig(top_k=True)},
+        {"generation_config": GenerationConfig(top_k=True)},
         {"streamer": print},
     ],
 )
@@ -664,7 +666,7 @@ def test_wrong_settings_of_a_request_are_refused(llama, options):
 )
 def test_settings_without_effect_are_refused_wherever_they_stand(llama, settings, message):
     with Engine(llama, memory="8MiB") as engine:
-        for given in (settings, {"config": GenerationConfig(**settings)}):
+        for given in (settings, {"generation_config": GenerationConfig(**settings)}):
             with pytest.raises(ValueError, match=message):
                 engine.submit([5], **given)
 
@@ -673,7 +675,7 @@ def test_settings_without_effect_may_stay_where_the_model_has_them():
     model = tiny_models.tiny_model("llama")
     model.generation_config.use_cache = False
     with Engine(model, memory="8MiB") as engine:
-        for given in ({}, {"config": copy.deepcopy(model.generation_config)}):
+        for given in ({}, {"generation_config": copy.deepcopy(model.generation_config)}):
             assert len(engine.submit([5], max_new_tokens=2, **given).result(60).tokens) == 2
 
 

@@ -175,7 +175,7 @@ def saying(engine: Engine, tokens: list[int], **options: Any) -> Any:
         forced[:, tokens[min(ids.shape[1] - 2, len(tokens) - 1)]] = 0
         return forced
 
-    return engine.sampling_settings(max_new_tokens=len(tokens), processors=[only], **options)
+    return engine.sampling_settings(max_new_tokens=len(tokens), logits_processor=[only], **options)
 
 
 def test_an_engine_with_a_tokenizer_gives_texts(
