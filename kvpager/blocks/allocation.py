@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager.blocks.contents import NO_CONTENTS, read_contents
+from kvpager.blocks.mm_hashes import NO_CONTENTS, read_contents
 from kvpager.blocks.radix import Match
 from kvpager.blocks.sequences import Prompt, Sequence
 from kvpager.blocks.state import BlockState

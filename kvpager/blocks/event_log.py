@@ -26,7 +26,7 @@ class Event:
     """One thing that happened. `number` counts all events of a manager; it never skips.
 
     `tokens` (stored) is int32 [blocks, block_size], and `contents` what stands behind them, see
-    `kvpager.blocks.contents`; `copies` (copied, moved) is int32 [n, 2], from `tiers[0]` to
+    `kvpager.blocks.mm_hashes`; `copies` (copied, moved) is int32 [n, 2], from `tiers[0]` to
     `tiers[1]`. A `lost` event says that older ones were dropped because nobody fetched them: begin
     anew from `manager.events.offered`.
     """

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from kvpager.blocks.contents import NO_CONTENTS, Contents, Tag
 from kvpager.blocks.event_log import Event, EventLog
 from kvpager.blocks.eviction import Evictor
 from kvpager.blocks.fingerprints import Arrivals
+from kvpager.blocks.mm_hashes import NO_CONTENTS, Contents, Tag
 from kvpager.blocks.pool import Blocks
 from kvpager.blocks.radix import Forest, Match, Node, TreeKey, key_of
 from kvpager.errors import BrokenInvariant

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.blocks.block_tables import Ragged, ranks
-from kvpager.blocks.contents import NO_CONTENTS, Contents
+from kvpager.blocks.mm_hashes import NO_CONTENTS, Contents
 from kvpager.blocks.radix import Node, TreeKey
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plans import NO_COPIES, Int32, Int64

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
-from kvpager.blocks.contents import Content, read_contents
+from kvpager.blocks.mm_hashes import Content, read_contents
 
 KEY_BYTES = 32
 _ROOT, _BLOCK = b"kvpager root", b"kvpager block"  # at most 16 bytes each

@@ -16,7 +16,7 @@ import torch
 
 from kvpager import BlockManager
 from kvpager._validate import SECONDS_MAX
-from kvpager.blocks.contents import OVERLAP_MAX, Contents
+from kvpager.blocks.mm_hashes import OVERLAP_MAX, Contents
 from kvpager.scheduling.queue import Fair, Priority
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvpager.blocks.contents import Contents, Tag
 from kvpager.blocks.groups.windows import first_needed
+from kvpager.blocks.mm_hashes import Contents, Tag
 from kvpager.blocks.radix import Node, key_of
 from kvpager.blocks.sequences import Prompt
 from kvpager.blocks.state import BlockState
