@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager.blocks.mm_hashes import NO_CONTENTS, read_contents
+from kvpager.blocks.mm_hashes import NO_MM_HASHES, read_mm_hashes
 from kvpager.blocks.radix import Match
 from kvpager.blocks.sequences import Prompt, Sequence
 from kvpager.blocks.state import BlockState
@@ -28,7 +28,7 @@ class Allocation:
         """Begin a sequence of `length` tokens. O(tokens). Raises: `OutOfBlocks`."""
         state, match = self._state, _NO_MATCH
         if ids is not None:
-            match = state.index.match(who.tree, ids[: max(length - 1, 0)], who.contents)
+            match = state.index.match(who.tree, ids[: max(length - 1, 0)], who.mm_hashes)
         owners = state.owners([who], [-(-length // state.block_size) - len(match.blocks)])
         state.refuse_over_quota(owners)
         if reserve:
@@ -114,18 +114,18 @@ class Allocation:
 def identity(
     namespace: str | None,
     adapter: str | None,
-    contents: Iterable[tuple[int, int, bytes]],
+    mm_hashes: Iterable[tuple[int, int, bytes]],
     length: int,
 ) -> Prompt:
-    """Return what a sequence of `length` tokens is, apart from them. O(contents).
+    """Return what a sequence of `length` tokens is, apart from them. O(mm_hashes).
 
     Raises: `TypeError` / `ValueError` for a bad part.
     """
-    if namespace is None and adapter is None and not contents:
+    if namespace is None and adapter is None and not mm_hashes:
         return _ANYBODY
     arguments.label("namespace", namespace)
     arguments.label("adapter", adapter)
-    shown = read_contents(contents, length) if contents else NO_CONTENTS
+    shown = read_mm_hashes(mm_hashes, length) if mm_hashes else NO_MM_HASHES
     return Prompt(namespace, adapter, shown)
 
 

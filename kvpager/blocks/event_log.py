@@ -25,7 +25,7 @@ _NONE: Int32 = np.empty(0, np.int32)
 class Event:
     """One thing that happened. `number` counts all events of a manager; it never skips.
 
-    `tokens` (stored) is int32 [blocks, block_size], and `contents` what stands behind them, see
+    `tokens` (stored) is int32 [blocks, block_size]; `mm_hashes` is the blocks' tag, see
     `kvpager.blocks.mm_hashes`; `copies` (copied, moved) is int32 [n, 2], from `tiers[0]` to
     `tiers[1]`. A `lost` event says that older ones were dropped because nobody fetched them: begin
     anew from `manager.events.offered`.
@@ -38,7 +38,7 @@ class Event:
     adapter: str | None = None
     parent: int = -1
     tokens: Int32 | None = None
-    contents: tuple[tuple[int, int, bytes, int], ...] = ()
+    mm_hashes: tuple[tuple[int, int, bytes, int], ...] = ()
     copies: Int32 | None = None
     tiers: tuple[str, str] | None = None
 

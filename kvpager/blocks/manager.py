@@ -108,7 +108,7 @@ class BlockManager:
         *,
         namespace: str | None = None,
         adapter: str | None = None,
-        contents: Iterable[tuple[int, int, bytes]] = (),
+        mm_hashes: Iterable[tuple[int, int, bytes]] = (),
         reserve: int = 0,
     ) -> Sequence:
         """Begin a sequence of `prompt` tokens. O(tokens).
@@ -117,8 +117,9 @@ class BlockManager:
             prompt: the token ids, or a count where the ids are unknown (no prefix reuse then).
             namespace: only prefixes committed under the same namespace and adapter are reused.
             adapter: which fine-tuned weights compute the KV.
-            contents: what stands behind placeholder tokens, such as images: (first token, token
-                after the last, digest). Blocks that overlap one are reused only where it is equal.
+            mm_hashes: (start, stop, hash) of each image or other input behind the placeholder
+                tokens `start` to `stop`. A block that overlaps one is reused only if its hash and
+                position are equal.
             reserve: leave at least so many blocks that can be had afterwards, or raise.
 
         The handle's `num_cached_tokens` leading tokens need no computing; at least the last token
@@ -128,7 +129,7 @@ class BlockManager:
         Raises: `OutOfBlocks`; `TypeError` / `ValueError` for a bad prompt or key part.
         """
         length, ids = arguments.prompt(prompt)
-        who = identity(namespace, adapter, contents, length)
+        who = identity(namespace, adapter, mm_hashes, length)
         reserve = arguments.count("reserve", reserve)
         state = self._state
         with state.lock, state.change:
@@ -149,13 +150,13 @@ class BlockManager:
         blocks: bool = False,
         namespace: str | None = None,
         adapter: str | None = None,
-        contents: Iterable[tuple[int, int, bytes]] = (),
+        mm_hashes: Iterable[tuple[int, int, bytes]] = (),
     ) -> int | PrefixMatch:
         """Return how many leading tokens of `prompt` are cached now, with `blocks` a `PrefixMatch`.
 
         Advisory: blocks may be evicted before `allocate`. O(tokens). Raises: as `allocate`.
         """
-        return self.queries.match_prefix(prompt, namespace, adapter, contents, blocks)
+        return self.queries.match_prefix(prompt, namespace, adapter, mm_hashes, blocks)
 
     @overload
     def fork(self, sequence: Sequence) -> Sequence: ...

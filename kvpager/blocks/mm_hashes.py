@@ -1,7 +1,7 @@
-"""Images, embeddings and the like that stand behind placeholder tokens of a prompt.
+"""Hashes of the images, audio or embeddings behind a prompt's placeholder tokens.
 
-Two prompts share a block only where the same contents stand behind it. A block's *tag* lists the
-contents that it overlaps; consecutive blocks with equal tags are one stretch.
+Two prompts share a block only if the block overlaps the same hashes in both. A block's *tag* lists
+the hashes that overlap it. Consecutive blocks with equal tags form a stretch.
 
     tokens    t t t t | i i i i | i i t t | t t j j |        blocks of four tokens
     tag       None      (i,)      (i,)      (j,)             three stretches
@@ -15,24 +15,24 @@ from itertools import accumulate
 
 from kvpager import _validate as arguments
 
-# A content: its first token, the one after its last, its digest, and its end. The end is less
-# than the token after the last where a sequence was cut short inside the content.
-Content = tuple[int, int, bytes, int]
-Tag = tuple[Content, ...] | None  # what a run's blocks overlap, the same for all of them
+# (start, stop, hash, end): the hash covers tokens `start` to `stop`. `end` is less than `stop` if
+# the sequence was truncated inside the range.
+MMHash = tuple[int, int, bytes, int]
+Tag = tuple[MMHash, ...] | None
 
-OVERLAP_MAX = 64  # contents behind one token; a bound keeps a prompt's tags O(tokens) in size
+OVERLAP_MAX = 64  # hashes over one token; the bound keeps a prompt's tags O(tokens) in size
 
 
-class Contents:
-    """The contents of one prompt, by their first tokens."""
+class MMHashes:
+    """The hashes of one prompt, sorted by their first tokens."""
 
     __slots__ = ("_ends_max", "_starts", "items")
 
-    def __init__(self, items: Iterable[Content] = ()) -> None:
-        """O(n log n). Raises: `ValueError` where too many stand behind one token."""
+    def __init__(self, items: Iterable[MMHash] = ()) -> None:
+        """O(n log n). Raises: `ValueError` if more than `OVERLAP_MAX` cover one token."""
         self.items = tuple(sorted(items))
         self._starts = [start for start, _, _, _ in self.items]
-        # The furthest end among a content and those before it.
+        # For each hash, the furthest end among it and the hashes before it.
         self._ends_max = list(accumulate((end for _, _, _, end in self.items), max))
         if len(self.items) > OVERLAP_MAX:
             self._refuse_deep_overlap()
@@ -46,18 +46,18 @@ class Contents:
             depth = number - bisect_right(ends, start)
             if depth > OVERLAP_MAX:
                 raise ValueError(
-                    f"contents: more than {OVERLAP_MAX} stand behind token {start}. "
-                    "Join those that overlap into one, with one digest."
+                    f"mm_hashes: more than {OVERLAP_MAX} cover token {start}. "
+                    "Join overlapping ranges into one range with one hash."
                 )
 
-    def up_to(self, length: int) -> Contents:
-        """Return the same without what lies behind token `length`. O(1) if nothing does."""
+    def up_to(self, length: int) -> MMHashes:
+        """Return the hashes that start before token `length`, cut there. O(n)."""
         if not self.items or self._ends_max[-1] <= length:
             return self
-        return Contents((*c[:3], min(c[3], length)) for c in self.items if c[0] < length)
+        return MMHashes((*c[:3], min(c[3], length)) for c in self.items if c[0] < length)
 
     def stretches(self, block_size: int, first: int, end: int) -> list[tuple[int, Tag]]:
-        """Return blocks `first` to `end` as (end of stretch, tag). O(contents in reach)."""
+        """Return blocks `first` to `end` as (end of stretch, tag). O(hashes in range)."""
         if not self.items:
             return [(end, None)]
         found: list[tuple[int, Tag]] = []
@@ -68,57 +68,59 @@ class Contents:
         return found or [(end, None)]
 
     def tag(self, block_size: int, block: int) -> Tag:
-        """Return one block's tag. O(contents in reach)."""
+        """Return one block's tag. O(hashes in range)."""
         return self.stretches(block_size, block, block + 1)[0][1]
 
     def _sweep(self, size: int, block: int, end: int) -> Iterator[tuple[int, Tag]]:
-        """Go from block to block at which a content begins or ends."""
+        """Yield (end of stretch, tag) at each block where a range begins or ends."""
         items, starts = self.items, self._starts
         at = bisect_left(starts, block * size)
         here = list(items[bisect_right(self._ends_max, block * size) : at])
         while block < end:
             begin, behind = block * size, (block + 1) * size
-            here = [content for content in here if content[3] > begin]
+            here = [one for one in here if one[3] > begin]
             while at < len(items) and starts[at] < behind:
                 if items[at][3] > begin:
                     here.append(items[at])
                 at += 1
             stop = min(end, starts[at] // size) if at < len(items) else end
             for _, last, _, cut in here:
-                # The block in which a content was cut short has a tag of its own.
+                # The block in which a range was truncated has its own tag.
                 change = cut // size if cut < last else -(-cut // size)
                 stop = min(stop, change if change > block else -(-cut // size))
-            yield stop, tuple(_clipped(content, behind) for content in here) or None
+            yield stop, tuple(_clipped(one, behind) for one in here) or None
             block = stop
 
 
-def _clipped(content: Content, behind: int) -> Content:
-    start, stop, digest, end = content
+def _clipped(mm_hash: MMHash, behind: int) -> MMHash:
+    start, stop, digest, end = mm_hash
     if end == stop or end < behind:
-        return content
+        return mm_hash
     return start, stop, digest, stop
 
 
-NO_CONTENTS = Contents()
+NO_MM_HASHES = MMHashes()
 
 
-def read_contents(value: Iterable[tuple[int, int, bytes]], length: int) -> Contents:
-    """Return what stands behind a prompt's placeholders. O(contents)."""
+def read_mm_hashes(value: Iterable[tuple[int, int, bytes]], length: int) -> MMHashes:
+    """Validate the hashes of a prompt of `length` tokens. O(n log n).
+
+    Raises: `TypeError` / `ValueError` for an item that is not (start, stop, hash).
+    """
     found = []
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise TypeError(
-            f"contents {arguments.shown(value)}: expected a list of (start, stop, digest)"
+            f"mm_hashes={arguments.shown(value)}: expected a list of (start, stop, hash)"
         )
     for item in value:
         if not isinstance(item, tuple | list) or len(item) != 3:
-            raise TypeError(f"content {arguments.shown(item)}: expected (start, stop, digest)")
+            raise TypeError(f"mm_hashes: {arguments.shown(item)} is not a (start, stop, hash)")
         start, stop, digest = item
         if not isinstance(digest, bytes) or not digest:
             raise TypeError(
-                f"content {arguments.shown(item)}: expected bytes that stand for it, "
-                "such as a SHA-256"
+                f"mm_hashes: {arguments.shown(item)} has no hash. Pass bytes, such as a SHA-256."
             )
-        start = arguments.count("content's first token", start)
-        stop = arguments.count("content's end", stop, at_least=start + 1, at_most=length)
+        start = arguments.count("mm_hashes start", start)
+        stop = arguments.count("mm_hashes stop", stop, at_least=start + 1, at_most=length)
         found.append((start, stop, digest, stop))
-    return Contents(found)
+    return MMHashes(found)

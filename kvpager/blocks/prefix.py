@@ -28,7 +28,7 @@ import numpy as np
 from kvpager.blocks.event_log import Event, EventLog
 from kvpager.blocks.eviction import Evictor
 from kvpager.blocks.fingerprints import Arrivals
-from kvpager.blocks.mm_hashes import NO_CONTENTS, Contents, Tag
+from kvpager.blocks.mm_hashes import NO_MM_HASHES, MMHashes, Tag
 from kvpager.blocks.pool import Blocks
 from kvpager.blocks.radix import Forest, Match, Node, TreeKey, key_of
 from kvpager.errors import BrokenInvariant
@@ -57,7 +57,7 @@ class PrefixIndex:
 
     # ---------------------------------------------------------------- look up
 
-    def match(self, tree: TreeKey, tokens: Int32, contents: Contents = NO_CONTENTS) -> Match:
+    def match(self, tree: TreeKey, tokens: Int32, mm_hashes: MMHashes = NO_MM_HASHES) -> Match:
         """The longest prefix of `tokens` that is known in `tree`. O(tokens)."""
         root = self._forest.roots.get(tree)
         if root is None:
@@ -65,7 +65,7 @@ class PrefixIndex:
         num_full = len(tokens) // self.block_size
         wanted = tokens[: num_full * self.block_size].reshape(num_full, self.block_size)
         node, position, found = self._walk(
-            root, 0, wanted, contents.stretches(self.block_size, 0, num_full)
+            root, 0, wanted, mm_hashes.stretches(self.block_size, 0, num_full)
         )
         if len(found) < 2:
             blocks = found[0] if found else NO_BLOCKS
@@ -74,7 +74,7 @@ class PrefixIndex:
         rest = tokens[position * self.block_size : (position + 1) * self.block_size]
         if not len(rest):
             return Match(node, blocks)
-        tag = contents.tag(self.block_size, position)
+        tag = mm_hashes.tag(self.block_size, position)
         return Match(node, blocks, *self._partial(node, position, rest, tag))
 
     def _walk(
@@ -137,7 +137,7 @@ class PrefixIndex:
         return root
 
     def publish(
-        self, node: Node, position: int, blocks: Blocks, contents: Contents
+        self, node: Node, position: int, blocks: Blocks, mm_hashes: MMHashes
     ) -> tuple[Node, bool]:
         """Offer full `blocks` after place (node, position). O(tokens).
 
@@ -145,7 +145,7 @@ class PrefixIndex:
         and whether any is not the sequence's own. `settle` must follow.
         """
         end, is_twin = position + len(blocks), False
-        first, tags = position, contents.stretches(self.block_size, position, end)
+        first, tags = position, mm_hashes.stretches(self.block_size, position, end)
         if position < node.end or self._forest.key(int(blocks[0]), tags[0][1]) in node.children:
             wanted = self.pool.ids.take(blocks, axis=0)
             node, position, found = self._walk(node, position, wanted, tags)
@@ -253,7 +253,7 @@ class PrefixIndex:
             "adapter": adapter,
             "parent": before,
             "tokens": self.pool.ids[blocks],
-            "contents": tag or (),
+            "mm_hashes": tag or (),
         }
 
     def resize(self, num_blocks: int, places: Int32) -> None:

@@ -96,7 +96,7 @@ class CacheManager(Protocol):
         *,
         namespace: str | None = None,
         adapter: str | None = None,
-        contents: Iterable[tuple[int, int, bytes]] = (),
+        mm_hashes: Iterable[tuple[int, int, bytes]] = (),
         reserve: int = 0,
     ) -> Sequence:
         """Begin a sequence."""
@@ -107,7 +107,7 @@ class CacheManager(Protocol):
         *,
         namespace: str | None = None,
         adapter: str | None = None,
-        contents: Iterable[tuple[int, int, bytes]] = (),
+        mm_hashes: Iterable[tuple[int, int, bytes]] = (),
     ) -> int:
         """Return how many leading tokens need no computing."""
 

@@ -62,7 +62,7 @@ class Publication:
             table.twins[row] = False
         if position < end and node is not None:
             node, is_twin = index.publish(
-                node, position, table.tables.part(row, position, end), who.contents
+                node, position, table.tables.part(row, position, end), who.mm_hashes
             )
             table.twins[row] |= is_twin
         table.nodes[row], table.published[row] = node, end

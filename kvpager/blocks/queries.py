@@ -110,16 +110,16 @@ class Queries:
         prompt: ArrayLike,
         namespace: str | None,
         adapter: str | None,
-        contents: Iterable[tuple[int, int, bytes]],
+        mm_hashes: Iterable[tuple[int, int, bytes]],
         blocks: bool,
     ) -> int | PrefixMatch:
         """See `BlockManager.match_prefix`. O(tokens)."""
         ids = arguments.token_ids(prompt)
-        who = identity(namespace, adapter, contents, len(ids))
+        who = identity(namespace, adapter, mm_hashes, len(ids))
         arguments.flag("blocks", blocks)
         state = self._state
         with state.lock:
-            match = state.index.match(who.tree, ids, who.contents)
+            match = state.index.match(who.tree, ids, who.mm_hashes)
             num_tokens = len(match.blocks) * state.block_size + match.num_partial
             if not blocks:
                 return num_tokens

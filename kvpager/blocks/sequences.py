@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.blocks.block_tables import Ragged, ranks
-from kvpager.blocks.mm_hashes import NO_CONTENTS, Contents
+from kvpager.blocks.mm_hashes import NO_MM_HASHES, MMHashes
 from kvpager.blocks.radix import Node, TreeKey
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plans import NO_COPIES, Int32, Int64
@@ -113,7 +113,7 @@ class KeyParts(TypedDict, total=False):
 
     namespace: str | None
     adapter: str | None
-    contents: Iterable[tuple[int, int, bytes]]
+    mm_hashes: Iterable[tuple[int, int, bytes]]
 
 
 class PrefixMatch(NamedTuple):
@@ -138,7 +138,7 @@ class Prompt(NamedTuple):
 
     namespace: str | None = None
     adapter: str | None = None
-    contents: Contents = NO_CONTENTS
+    mm_hashes: MMHashes = NO_MM_HASHES
     group: int = 0  # of layers, see `groups`
 
     @property
@@ -150,8 +150,8 @@ class Prompt(NamedTuple):
 
     def up_to(self, length: int) -> Prompt:
         """Return the same with nothing shown behind token `length`: other tokens may come there."""
-        cut = self.contents.up_to(length)
-        return self if cut is self.contents else self._replace(contents=cut)
+        cut = self.mm_hashes.up_to(length)
+        return self if cut is self.mm_hashes else self._replace(mm_hashes=cut)
 
 
 class SequenceTable:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
-from kvpager.blocks.mm_hashes import Content, read_contents
+from kvpager.blocks.mm_hashes import MMHash, read_mm_hashes
 
 KEY_BYTES = 32
 _ROOT, _BLOCK = b"kvpager root", b"kvpager block"  # at most 16 bytes each
@@ -54,15 +54,15 @@ def content_keys(
     ids: ArrayLike,
     block_size: int,
     context: KeyContext,
-    contents: Iterable[tuple[int, int, bytes]] = (),
+    mm_hashes: Iterable[tuple[int, int, bytes]] = (),
 ) -> list[bytes]:
     """The keys of the full blocks of a prompt, 32 bytes each. O(tokens).
 
-    `contents`: as in `BlockManager.allocate`. Raises: `ValueError`, `TypeError` for bad arguments.
+    `mm_hashes`: as in `BlockManager.allocate`. Raises: `ValueError`, `TypeError` for bad arguments.
     """
     tokens = arguments.token_ids(ids)
     block_size = arguments.block_size(block_size)
-    shown = read_contents(contents, len(tokens))
+    shown = read_mm_hashes(mm_hashes, len(tokens))
     key, secret = _root(context, block_size), context.secret
     # One digest a block: its own bytes and the key before it. Little-endian on every machine.
     data = np.ascontiguousarray(tokens, "<i4").tobytes()
@@ -90,7 +90,7 @@ def _root(context: KeyContext, block_size: int) -> bytes:
     ).digest()
 
 
-def _fields(tag: tuple[Content, ...]) -> Iterator[bytes]:
+def _fields(tag: tuple[MMHash, ...]) -> Iterator[bytes]:
     for start, stop, digest, _ in tag:
         yield from (start.to_bytes(8, "little"), stop.to_bytes(8, "little"), digest)
 

@@ -77,17 +77,17 @@ def accept(world: World, pick: int, number: int) -> None:
 )
 def allocate_shown(world: World, tokens: list[int], adapter: str | None, shown: list[int]) -> None:
     """Begin a sequence under an adapter, with images behind some of its tokens."""
-    contents, seen, start = [], list(tokens), 0
+    mm_hashes, seen, start = [], list(tokens), 0
     for number in shown:
         stop = start + 1 + number % 5
         if stop > len(tokens):
             break
         digest = bytes([number % 2])
-        contents.append((start, stop, digest))
+        mm_hashes.append((start, stop, digest))
         seen[start:stop] = [token + 1000 * (1 + number % 2) for token in tokens[start:stop]]
         start = stop + number % 3
     make_room(world)
-    options = {"namespace": "shown", "adapter": adapter, "contents": contents}
+    options = {"namespace": "shown", "adapter": adapter, "mm_hashes": mm_hashes}
     handle = world.attempt(world.blocks(len(tokens)), world.manager.allocate, tokens, **options)
     if handle is not None:
         # No setup has a namespace of that name.

@@ -16,7 +16,7 @@ import torch
 
 from kvpager import BlockManager
 from kvpager._validate import SECONDS_MAX
-from kvpager.blocks.mm_hashes import OVERLAP_MAX, Contents
+from kvpager.blocks.mm_hashes import OVERLAP_MAX, MMHashes
 from kvpager.scheduling.queue import Fair, Priority
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
@@ -368,11 +368,11 @@ def test_no_adapters_name_is_that_of_another_after_the_model_changed() -> None:
     assert len(set(names)) == len(names)
 
 
-# -------------------------------------------------------------------- contents
+# -------------------------------------------------------------------- mm_hashes
 
 
 def tags(items: list[tuple[int, int, bytes, int]], size: int, first: int, end: int) -> list[object]:
-    """Each block's contents, by their definition."""
+    """Each block's mm_hashes, by their definition."""
     return [
         tuple(
             (start, stop, digest, cut if cut < min(stop, block * size + size) else stop)
@@ -393,28 +393,28 @@ def test_every_block_is_tagged_with_the_contents_that_it_overlaps(seed: int) -> 
         stop = int(random.integers(start + 1, num_blocks * size + 1))
         cut = stop if random.integers(2) else int(random.integers(start, stop + 1))
         items.append((start, stop, b"%d" % (number % 3), cut))
-    contents = Contents(items)
+    mm_hashes = MMHashes(items)
     for _ in range(8):
         first = int(random.integers(0, num_blocks))
         end = int(random.integers(first, num_blocks + 1))
         found: list[object] = []
-        stretches = contents.stretches(size, first, end)
+        stretches = mm_hashes.stretches(size, first, end)
         for stop, tag in stretches:
             found += [tag] * (stop - first - len(found))
         assert found == tags(sorted(items), size, first, end)
         assert all(one[1] != two[1] for one, two in pairwise(stretches))
-    assert contents.up_to(num_blocks * size) is contents
+    assert mm_hashes.up_to(num_blocks * size) is mm_hashes
 
 
 def test_contents_without_end_behind_one_token_are_refused(manager: BlockManager) -> None:
     deep = [(at, 4, b"%d" % at) for at in range(4)] * (OVERLAP_MAX // 4)
-    manager.allocate(4, contents=deep)
-    with pytest.raises(ValueError, match="more than 64 stand behind token 3"):
-        manager.allocate(4, contents=[*deep, (3, 4, b"one more")])
+    manager.allocate(4, mm_hashes=deep)
+    with pytest.raises(ValueError, match="more than 64 cover token 3"):
+        manager.allocate(4, mm_hashes=[*deep, (3, 4, b"one more")])
 
 
 def test_a_tag_costs_no_more_where_a_prompt_has_many_contents() -> None:
-    """Contents looked at, of a prompt swept once and of blocks looked up one by one."""
+    """Hashes looked at, of a prompt swept once and of blocks looked up one by one."""
     looked = [0]
 
     class Counted(tuple[int, int, bytes, int]):
@@ -428,10 +428,10 @@ def test_a_tag_costs_no_more_where_a_prompt_has_many_contents() -> None:
 
     for number in (100, 1000):
         items = [Counted((4 * at + 1, 4 * at + 3, b"%d" % at, 4 * at + 3)) for at in range(number)]
-        contents = Contents(items)
+        mm_hashes = MMHashes(items)
         looked[0] = 0
-        assert len(contents.stretches(4, 0, number)) == number
+        assert len(mm_hashes.stretches(4, 0, number)) == number
         assert looked[0] <= 10 * number
         looked[0] = 0
-        assert all(contents.tag(4, block) for block in range(number))
+        assert all(mm_hashes.tag(4, block) for block in range(number))
         assert looked[0] <= 10 * number

@@ -295,12 +295,12 @@ def do_allocate(history: History, chance: random.Random) -> object:
     if len(history.live()) >= 8:
         return None
     ids = tokens(chance, 20)
-    contents = [(1, len(ids), b"cat")] if len(ids) > 1 and chance.random() < 0.1 else []
+    mm_hashes = [(1, len(ids), b"cat")] if len(ids) > 1 and chance.random() < 0.1 else []
     sequence = history.manager.allocate(
         ids if chance.random() < 0.9 else len(ids) or [],
         namespace=chance.choice([None, None, "a", "b"]),
         adapter=chance.choice([None, None, None, "x"]),
-        contents=contents,
+        mm_hashes=mm_hashes,
     )
     copies = history.begun(sequence.copies, sequence.ticket)
     return sequence.name, sequence.num_cached_tokens, copies

@@ -491,9 +491,9 @@ def test_an_equal_block_after_another_prompt_is_not_reused() -> None:
 
 def test_contents_before_the_window_tell_prompts_apart() -> None:
     manager = GroupedManager((4,), 40, 4)
-    manager.commit(manager.allocate(range(12), contents=[(0, 3, b"cat")]))
-    assert manager.match_prefix(range(12), contents=[(0, 3, b"cat")]) == 12
-    assert manager.match_prefix(range(12), contents=[(0, 3, b"dog")]) == 0
+    manager.commit(manager.allocate(range(12), mm_hashes=[(0, 3, b"cat")]))
+    assert manager.match_prefix(range(12), mm_hashes=[(0, 3, b"cat")]) == 12
+    assert manager.match_prefix(range(12), mm_hashes=[(0, 3, b"dog")]) == 0
 
 
 def test_a_quota_counts_the_blocks_of_all_groups() -> None:

@@ -91,7 +91,7 @@ def commit_into_a_run() -> tuple[BlockManager, Operation]:
 
 def commit_pictures() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
-    sequence = manager.allocate(range(16), contents=[(5, 7, b"cat"), (9, 14, b"dog")])
+    sequence = manager.allocate(range(16), mm_hashes=[(5, 7, b"cat"), (9, 14, b"dog")])
     return manager, lambda: manager.commit(sequence)
 
 

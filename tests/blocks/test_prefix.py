@@ -314,18 +314,18 @@ def test_a_fork_stays_with_its_parents_adapter(manager: BlockManager) -> None:
     assert manager.match_prefix(A + B) == 0
 
 
-# -------------------------------------------------------------------- contents
+# -------------------------------------------------------------------- mm_hashes
 
 PLACEHOLDERS = A + [7] * 8 + B
 
 
 def test_equal_contents_are_reused(manager: BlockManager) -> None:
-    cache(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
-    assert manager.match_prefix(PLACEHOLDERS, contents=[(4, 12, DOG)]) == 16
+    cache(manager, PLACEHOLDERS, mm_hashes=[(4, 12, DOG)])
+    assert manager.match_prefix(PLACEHOLDERS, mm_hashes=[(4, 12, DOG)]) == 16
 
 
 @pytest.mark.parametrize(
-    ("contents", "cached"),
+    ("mm_hashes", "cached"),
     [
         ([], 4),  # plain tokens that look like placeholders
         ([(4, 12, CAT)], 4),
@@ -338,12 +338,12 @@ def test_equal_contents_are_reused(manager: BlockManager) -> None:
     ],
 )
 def test_other_contents_are_missed_from_the_first_block_they_overlap(
-    manager: BlockManager, contents: list[tuple[int, int, bytes]], cached: int
+    manager: BlockManager, mm_hashes: list[tuple[int, int, bytes]], cached: int
 ) -> None:
-    cache(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
-    if contents[:1] == [(4, 8, DOG)]:
-        cache(manager, PLACEHOLDERS[:8], contents=[(4, 8, DOG)])
-    assert manager.match_prefix(PLACEHOLDERS, contents=contents) == cached
+    cache(manager, PLACEHOLDERS, mm_hashes=[(4, 12, DOG)])
+    if mm_hashes[:1] == [(4, 8, DOG)]:
+        cache(manager, PLACEHOLDERS[:8], mm_hashes=[(4, 8, DOG)])
+    assert manager.match_prefix(PLACEHOLDERS, mm_hashes=mm_hashes) == cached
     manager.check()
 
 
@@ -352,67 +352,67 @@ def test_the_block_that_a_content_begins_in_is_missed_as_a_whole(
     manager: BlockManager, start: int
 ) -> None:
     prompt = [7] * 16
-    cache(manager, prompt, contents=[(start, 14, DOG)])
-    assert manager.match_prefix(prompt, contents=[(start, 14, CAT)]) == start // 4 * 4
+    cache(manager, prompt, mm_hashes=[(start, 14, DOG)])
+    assert manager.match_prefix(prompt, mm_hashes=[(start, 14, CAT)]) == start // 4 * 4
 
 
 def test_a_digest_a_byte_longer_is_another_content(manager: BlockManager) -> None:
-    cache(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
-    assert manager.match_prefix(PLACEHOLDERS, contents=[(4, 12, DOG + b"\0")]) == 4
+    cache(manager, PLACEHOLDERS, mm_hashes=[(4, 12, DOG)])
+    assert manager.match_prefix(PLACEHOLDERS, mm_hashes=[(4, 12, DOG + b"\0")]) == 4
 
 
 def test_part_of_a_block_is_not_reused_across_a_contents_border(manager: BlockManager) -> None:
     prompt = [1, 2, 7, 7, *B]
-    cache(manager, prompt, contents=[(2, 4, DOG)])
+    cache(manager, prompt, mm_hashes=[(2, 4, DOG)])
     # Tokens 1, 2 come before the image, yet the block as a whole is another one.
-    assert manager.match_prefix(prompt, contents=[(2, 4, CAT)]) == 0
+    assert manager.match_prefix(prompt, mm_hashes=[(2, 4, CAT)]) == 0
     assert manager.match_prefix([1, 2, 3, 4]) == 0
-    assert manager.match_prefix([1, 2, 7, 7], contents=[(2, 4, DOG)]) == 4
+    assert manager.match_prefix([1, 2, 7, 7], mm_hashes=[(2, 4, DOG)]) == 4
 
 
 def test_part_of_a_block_with_equal_contents_is_reused(manager: BlockManager) -> None:
-    cache(manager, [7, 7, 1, 2], contents=[(0, 2, DOG)])
-    assert manager.match_prefix([7, 7, 1, 9], contents=[(0, 2, DOG)]) == 3
-    assert manager.match_prefix([7, 7, 1, 9], contents=[(0, 2, CAT)]) == 0
+    cache(manager, [7, 7, 1, 2], mm_hashes=[(0, 2, DOG)])
+    assert manager.match_prefix([7, 7, 1, 9], mm_hashes=[(0, 2, DOG)]) == 3
+    assert manager.match_prefix([7, 7, 1, 9], mm_hashes=[(0, 2, CAT)]) == 0
 
 
 def test_prompts_that_show_different_things_can_be_offered_side_by_side(
     manager: BlockManager,
 ) -> None:
     for digest in (DOG, CAT):
-        cache(manager, PLACEHOLDERS, contents=[(4, 12, digest)])
+        cache(manager, PLACEHOLDERS, mm_hashes=[(4, 12, digest)])
     cache(manager, PLACEHOLDERS)
     manager.check()
     assert manager.stats().num_cached == 1 + 3 * 3
-    for contents in ([(4, 12, DOG)], [(4, 12, CAT)], []):
-        assert manager.match_prefix(PLACEHOLDERS, contents=contents) == 16
+    for mm_hashes in ([(4, 12, DOG)], [(4, 12, CAT)], []):
+        assert manager.match_prefix(PLACEHOLDERS, mm_hashes=mm_hashes) == 16
 
 
-def test_what_follows_a_content_is_appended_behind_it(manager: BlockManager) -> None:
-    sequence = committed(manager, PLACEHOLDERS, contents=[(4, 12, DOG)])
+def test_tokens_after_an_mm_hash_are_shared_too(manager: BlockManager) -> None:
+    sequence = committed(manager, PLACEHOLDERS, mm_hashes=[(4, 12, DOG)])
     manager.append(sequence, C)
     manager.commit(sequence)
-    assert manager.match_prefix(PLACEHOLDERS + C, contents=[(4, 12, DOG)]) == 20
+    assert manager.match_prefix(PLACEHOLDERS + C, mm_hashes=[(4, 12, DOG)]) == 20
     assert manager.match_prefix(PLACEHOLDERS + C) == 4
 
 
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ((0, 5, DOG), ValueError, "content's end 5: expected at most 4"),
-        ((2, 2, DOG), ValueError, "content's end 2: expected at least 3"),
-        ((-1, 2, DOG), ValueError, "first token -1: expected at least 0"),
-        ((0, 2, b""), TypeError, "expected bytes that stand for it"),
-        ((0, 2, "dog"), TypeError, "expected bytes that stand for it"),
+        ((0, 5, DOG), ValueError, "mm_hashes stop 5: expected at most 4"),
+        ((2, 2, DOG), ValueError, "mm_hashes stop 2: expected at least 3"),
+        ((-1, 2, DOG), ValueError, "mm_hashes start -1: expected at least 0"),
+        ((0, 2, b""), TypeError, "has no hash"),
+        ((0, 2, "dog"), TypeError, "has no hash"),
         ((0, 2.0, DOG), TypeError, "expected an int"),
     ],
 )
-def test_contents_that_make_no_sense_are_refused(
+def test_invalid_mm_hashes_are_refused(
     manager: BlockManager, content: object, error: type[Exception], message: str
 ) -> None:
     for look in (manager.allocate, manager.match_prefix):
         with pytest.raises(error, match=message):
-            look(A, contents=[content])  # type: ignore[operator, list-item]
+            look(A, mm_hashes=[content])  # type: ignore[operator, list-item]
     assert manager.stats().num_sequences == 0
 
 

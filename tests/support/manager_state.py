@@ -77,7 +77,7 @@ def _words(state: BlockState, nodes: list[Node]) -> dict[str, Any]:
         "quotas": list(accounts.limits.items()),
         "parked": [[name, b.tolist()] for name, b in accounts.parked(state.pool)],
         "totals": state.totals,
-        "prompts": [p and (*p[:2], p.contents.items) for p in rows.prompts[: _used(rows)]],
+        "prompts": [p and (*p[:2], p.mm_hashes.items) for p in rows.prompts[: _used(rows)]],
         "trees": [node.tree for node in nodes if node.parent is None],
         "tags": [node.tag for node in nodes],
     }

@@ -130,7 +130,7 @@ class GroupedManager:
         *,
         namespace: str | None = None,
         adapter: str | None = None,
-        contents: Iterable[tuple[int, int, bytes]] = (),
+        mm_hashes: Iterable[tuple[int, int, bytes]] = (),
         reserve: int = 0,
     ) -> Sequence:
         """Begin a sequence of `prompt` tokens, as `BlockManager.allocate`. O(tokens * groups).
@@ -140,7 +140,7 @@ class GroupedManager:
         prompt or key part.
         """
         length, ids = arguments.prompt(prompt)
-        who = self._identities(namespace, adapter, contents, length)
+        who = self._identities(namespace, adapter, mm_hashes, length)
         reserve = arguments.count("reserve", reserve)
         with self._state.lock, self._state.change:
             hit = self._index.nothing()
@@ -153,10 +153,10 @@ class GroupedManager:
         self,
         namespace: str | None,
         adapter: str | None,
-        contents: Iterable[tuple[int, int, bytes]],
+        mm_hashes: Iterable[tuple[int, int, bytes]],
         length: int,
     ) -> list[Prompt]:
-        who = identity(namespace, adapter, contents, length)
+        who = identity(namespace, adapter, mm_hashes, length)
         return [who._replace(group=group) for group in range(len(self.windows))]
 
     @overload
@@ -174,7 +174,7 @@ class GroupedManager:
         blocks: bool = False,
         namespace: str | None = None,
         adapter: str | None = None,
-        contents: Iterable[tuple[int, int, bytes]] = (),
+        mm_hashes: Iterable[tuple[int, int, bytes]] = (),
     ) -> int | PrefixMatch:
         """Return how many leading tokens every group has now, as `BlockManager.match_prefix`.
 
@@ -182,7 +182,7 @@ class GroupedManager:
         O(tokens * groups). Raises: as `allocate`.
         """
         ids = arguments.token_ids(prompt)
-        who = self._identities(namespace, adapter, contents, len(ids))
+        who = self._identities(namespace, adapter, mm_hashes, len(ids))
         return self.queries.match_prefix(who, ids, arguments.flag("blocks", blocks))
 
     @overload

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvpager.blocks.groups.windows import first_needed
-from kvpager.blocks.mm_hashes import Contents, Tag
+from kvpager.blocks.mm_hashes import MMHashes, Tag
 from kvpager.blocks.radix import Node, key_of
 from kvpager.blocks.sequences import Prompt
 from kvpager.blocks.state import BlockState
@@ -70,7 +70,7 @@ class WindowIndex:
         for prompt, window in zip(who, self._windows, strict=True):
             if window is None:
                 match = state.index.match(
-                    prompt.tree, ids[: most * state.block_size], prompt.contents
+                    prompt.tree, ids[: most * state.block_size], prompt.mm_hashes
                 )
                 most = min(most, len(match.blocks))
                 found.append((match.blocks, match.node))
@@ -82,7 +82,7 @@ class WindowIndex:
             return Hit(most, [Held(0, blocks[:most], node) for blocks, node in found], [])
         blocks = ids[: most * state.block_size].reshape(most, -1)
         digests: list[bytes] = []
-        self.extend(digests, blocks, who[0].contents)
+        self.extend(digests, blocks, who[0].mm_hashes)
         keys = [
             key_of(block, self._tag(digest)) for block, digest in zip(blocks, digests, strict=True)
         ]
@@ -150,16 +150,16 @@ class WindowIndex:
         blocks = table.tables.part(row, begin, end)
         if len(digests) < end:
             missing = blocks[len(digests) - begin :]
-            self.extend(digests, state.pool.ids[missing], who.contents)
+            self.extend(digests, state.pool.ids[missing], who.mm_hashes)
         for block, digest in zip(blocks.tolist(), digests[begin:end], strict=True):
             state.index.publish_first(who.tree, block, self._tag(digest))
         table.published[row] = end
 
-    def extend(self, digests: list[bytes], blocks: Int32, contents: Contents) -> None:
+    def extend(self, digests: list[bytes], blocks: Int32, mm_hashes: MMHashes) -> None:
         """Add the digests of the `blocks` of token ids that follow, [n, block_size]. O(tokens)."""
         before = digests[-1] if digests else _FRONT
         begin, end = len(digests), len(digests) + len(blocks)
-        for stop, tag in contents.stretches(self._state.block_size, begin, end):
+        for stop, tag in mm_hashes.stretches(self._state.block_size, begin, end):
             shown = b"" if tag is None else repr(tag).encode()
             for position in range(len(digests), stop):
                 tokens = blocks[position - begin].tobytes()
