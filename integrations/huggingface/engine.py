@@ -44,10 +44,14 @@ from kvpager.integrations.huggingface.runner.build import (
     make_storage,
     max_length_of,
 )
-from kvpager.integrations.huggingface.runner.model_info import study
-from kvpager.integrations.huggingface.runner.model_runner import Runner
-from kvpager.integrations.huggingface.runner.probe import ModelSwitch, fit
-from kvpager.integrations.huggingface.runner.prompt_reader import Reader, chosen, each_options
+from kvpager.integrations.huggingface.runner.model_info import inspect_model
+from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
+from kvpager.integrations.huggingface.runner.probe import AttentionSwitch, fit
+from kvpager.integrations.huggingface.runner.prompt_reader import (
+    PromptReader,
+    options_per_prompt,
+    prompt_argument,
+)
 from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, SamplingSettings
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks, require_room
 from kvpager.integrations.huggingface.runner.unwrap import unwrapped
@@ -97,7 +101,7 @@ class Engine:
             functools.partial(_usual_settings, model, self._tokenizer)
         )
         self._defaults: dict[str, Any] = {}
-        switch = ModelSwitch(model)
+        switch = AttentionSwitch(model)
         try:
             switch.acquire()
             self._core = self._start(switch, on_step)
@@ -107,7 +111,7 @@ class Engine:
         logger.info("engine started: %r", self)
 
     def _start(
-        self, switch: ModelSwitch, on_step: Callable[[StepRecord], None] | None
+        self, switch: AttentionSwitch, on_step: Callable[[StepRecord], None] | None
     ) -> EngineCore:
         """Make the engine's parts for its model, and begin."""
         model, config = self.model, self.config
@@ -117,21 +121,23 @@ class Engine:
             kv_cache_dtype=config.kv_cache_dtype,
             host_memory=config.host_memory,
         )
-        self._anatomy = anatomy = study(model)
-        self.is_packed = fit(model, anatomy, memory, switch, config.forward)
-        length = max_length_of(anatomy, config)
+        self._info = info = inspect_model(model)
+        self.is_packed = fit(model, info, memory, switch, config.forward)
+        length = max_length_of(info, config)
         sizes = pool_blocks(
-            anatomy,
+            info,
             memory,
             config.max_num_seqs,
             length,
-            None if anatomy.has_state else config.max_batch_tokens,
+            None if info.has_state else config.max_batch_tokens,
         )
-        self._storage = storage = make_storage(anatomy, config, sizes)
+        self._storage = storage = make_storage(info, config, sizes)
         forward = compiled_forward(model, config, self.is_packed)
-        runner = Runner(model, anatomy, storage, memory, is_packed=self.is_packed, forward=forward)
-        scheduler = make_scheduler(anatomy, config, sizes, length, runner)
-        if anatomy.device.type in warming.COMPILING:
+        runner = ModelRunner(
+            model, info, storage, memory, is_packed=self.is_packed, forward=forward
+        )
+        scheduler = make_scheduler(info, config, sizes, length, runner)
+        if info.device.type in warming.COMPILING:
             warming.warm_up(runner, config.max_batch_tokens, config.max_num_seqs)
         return EngineCore(
             scheduler,
@@ -204,7 +210,7 @@ class Engine:
         self._core.refuse_closed()
         arguments.flag("logprobs", logprobs)
         arguments.label("name", name)
-        given = chosen("prompt", prompt, input_ids)
+        given = prompt_argument("prompt", prompt, input_ids)
         ids = self._reader(generation_config, overrides).one(given, attention_mask)
         sampling = self._chosen_settings(sampling_settings, generation_config, overrides)
         labels = {"name": name, "namespace": namespace, "tenant": tenant, "priority": priority}
@@ -221,7 +227,7 @@ class Engine:
     ) -> Stream:
         """Queue a request whose prompt was read. `labels`: those that a `Request` has as well."""
         deadline = _deadline(timeout)
-        begins = ids if not self._anatomy.is_encoder_decoder else [self._decoder_start()]
+        begins = ids if not self._info.is_encoder_decoder else [self._decoder_start()]
         choice = sampling.choice(len(begins), ids)
         settings = choice.settings(self._generator(seed), with_logprobs=logprobs)
         request = Request(
@@ -238,7 +244,7 @@ class Engine:
         if seed is None:
             return None
         number = arguments.count("seed", seed, at_most=2**63 - 1)
-        return torch.Generator(self._anatomy.device).manual_seed(number)
+        return torch.Generator(self._info.device).manual_seed(number)
 
     def generate(
         self,
@@ -261,7 +267,7 @@ class Engine:
         """
         arguments.flag("progress", progress)
         with _submitted() as streams:
-            prompts = chosen("prompts", prompts, input_ids)
+            prompts = prompt_argument("prompts", prompts, input_ids)
             for each in self._requests(prompts, generation_config, attention_mask, options):
                 streams.append(self.submit(generation_config=generation_config, **each))
             bar = tqdm(streams, desc="requests", unit="request", disable=not progress)
@@ -278,7 +284,7 @@ class Engine:
     ) -> list[Output]:
         """Serve `prompts` as `generate` does; other tasks of asyncio go on meanwhile."""
         with _submitted() as streams:
-            prompts = chosen("prompts", prompts, input_ids)
+            prompts = prompt_argument("prompts", prompts, input_ids)
             for each in self._requests(prompts, generation_config, attention_mask, options):
                 streams.append(self.submit(generation_config=generation_config, **each))
             return [await stream for stream in streams]
@@ -364,14 +370,14 @@ class Engine:
     ) -> list[dict[str, Any]]:
         """Return the arguments of `submit` for each of several prompts."""
         rows = self._reader(config, options).several(prompts, mask)
-        each = each_options(options, len(rows))
+        each = options_per_prompt(options, len(rows))
         return [{"prompt": row} | more for row, more in zip(rows, each, strict=True)]
 
-    def _reader(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> Reader:
-        reader = Reader.of(self._anatomy, self.model.generation_config)
+    def _reader(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> PromptReader:
+        reader = PromptReader.of(self._info, self.model.generation_config)
         reader.refuse_others(overrides)
         if isinstance(config, GenerationConfig):
-            given = Reader.of(self._anatomy, config)
+            given = PromptReader.of(self._info, config)
             reader = reader._replace(
                 pad=reader.pad if given.pad is None else given.pad, ends=given.ends or reader.ends
             )
@@ -392,7 +398,7 @@ class Engine:
         elif not isinstance(sampling, SamplingSettings):
             shown = arguments.shown(sampling)
             raise TypeError(f"sampling_settings={shown}: expected engine.sampling_settings(...).")
-        if self._anatomy.has_state and sampling.num_samples > 1:
+        if self._info.has_state and sampling.num_samples > 1:
             raise ValueError(
                 f"num_return_sequences={sampling.num_samples}: {type(self.model).__name__} keeps a "
                 "state that requests cannot share; submit the prompt several times"

@@ -92,7 +92,7 @@ def _look(record: Record) -> None:
         record.reads[str(attention)] = ", ".join(way for way, count in how.items() if count) or "-"
         if attention is None:
             record.layers = _kinds(cache)
-            if "(" in record.layers and patch.memory.paged and not patch.memory.left_alone:
+            if "(" in record.layers and patch.memory.paged and not patch.memory.unpaged_layers:
                 record.layers = _bound(patch.memory)  # it returned a copy that it made (Whisper)
             decoder = case.model.config.get_text_config(decoder=True)
             record.attention = decoder._attn_implementation

@@ -82,9 +82,9 @@ def engine(recorder: Recorder) -> Any:
     """Steps of random rows after a warm-up, as an engine computes them."""
     from kvpager.integrations.huggingface.cache.memory import PagedMemory
     from kvpager.integrations.huggingface.runner import warm_up as warming
-    from kvpager.integrations.huggingface.runner.model_info import study
-    from kvpager.integrations.huggingface.runner.model_runner import Runner
-    from kvpager.integrations.huggingface.runner.probe import ModelSwitch
+    from kvpager.integrations.huggingface.runner.model_info import inspect_model
+    from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
+    from kvpager.integrations.huggingface.runner.probe import AttentionSwitch
     from kvpager.kernels import backends
     from kvpager.kernels.gpu import attention
     from kvpager.kernels.gpu import copies as moves
@@ -92,15 +92,15 @@ def engine(recorder: Recorder) -> Any:
     from tests.support import tiny_models
 
     model = tiny_models.tiny_model("gemma3")  # with windows and without
-    anatomy, memory = study(model), PagedMemory("64MiB", 16)
-    storage = BlockStorage(600, 16, anatomy.shapes, dtype=anatomy.dtype)
-    ModelSwitch(model).to_ours()
+    info, memory = inspect_model(model), PagedMemory("64MiB", 16)
+    storage = BlockStorage(600, 16, info.shapes, dtype=info.dtype)
+    AttentionSwitch(model).to_paged()
     for name, kernel in (
         ("paged_attention", attention.paged_attention), ("append_kv", moves.append_kv),
         ("copy_blocks", moves.copy_blocks),
     ):  # fmt: skip
         backends.register(name, "cpu", kernel, "recorded")
-    runner = Runner(model, anatomy, storage, memory, is_packed=True)
+    runner = ModelRunner(model, info, storage, memory, is_packed=True)
     warming.warm_up(runner, 64, 8)
     before = recorder.counts()
     chance = random.Random(5)
@@ -113,7 +113,7 @@ def random_step(chance: random.Random, runner: Any, make: Callable[..., Any]) ->
     """Rows that decode, prompts in chunks, or both; some with blocks to copy first."""
     from dataclasses import replace
 
-    longest = runner.anatomy.max_length
+    longest = runner.info.max_length
     decoding = [(chance.randrange(longest), 1) for _ in range(chance.randrange(7))]
     prompts = [
         (chance.choice((0, chance.randrange(longest // 2))), chance.randint(2, 25))

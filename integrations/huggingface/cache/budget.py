@@ -10,7 +10,7 @@ import torch
 from kvpager._atomic import Uninterrupted
 from kvpager.blocks.policies import Eviction
 from kvpager.blocks.quotas import NamespaceQuotas
-from kvpager.integrations.huggingface.cache.generate_calls import Calls
+from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
 from kvpager.plans import Tier
 from kvpager.storage.block_storage import KVCacheDtype
 
@@ -50,7 +50,7 @@ class Budget(Protocol):
     keep_pools: bool
     eviction: Eviction
     in_place: bool
-    calls: Calls
+    calls: GenerateCalls
     quotas: NamespaceQuotas
     counters: Counters
 

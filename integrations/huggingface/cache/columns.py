@@ -25,7 +25,7 @@ from kvpager.errors import KVPagerError
 from kvpager.plans import Int64
 
 
-class Announced(NamedTuple):
+class ExpectedPrompt(NamedTuple):
     """The columns of a prompt, as `generate` hands it to the model.
 
     `is_binding` is true if rows or columns were left out. The result of a pass that writes
@@ -68,7 +68,7 @@ class Columns:
         self.count = 0
         self.padding: Int64 = np.zeros(0, np.int64)  # columns before each row's first token
         self.first_private = 0  # from this column on, no block is shared with another group
-        self.announced: Announced | None = None  # while the prompt is computed
+        self.announced: ExpectedPrompt | None = None  # while the prompt is computed
         self._step = 0, 0  # the first and the last column that were added last
 
     def lengths(self, count: int) -> Int64:
@@ -105,7 +105,7 @@ class Columns:
         return fork
 
     def check_takes(self, held_rows: int, num_rows: int, start: int, num_new: int) -> None:
-        """Raise `OtherColumns` unless a layer can write these columns of `num_rows` rows. O(1).
+        """Raise `ColumnMismatch` unless a layer can write these columns of `num_rows` rows. O(1).
 
         Raises: `ValueError` for another number of rows than the `held_rows` that there are.
         """
@@ -121,13 +121,13 @@ class Columns:
         late = start > 0 and stop <= self.count
         if private and late and start >= int(self.padding.max(initial=0)):
             return
-        raise OtherColumns(
+        raise ColumnMismatch(
             f"a layer writes columns {start} to {stop} of {num_rows} rows, but its group has "
             f"{self.count} columns of {held_rows} rows, copied or reordered at column "
             f"{self.first_private}. Compiled code needs layers that write the same columns."
         )
 
-    def announce(self, padding: Int64, announced: Announced) -> None:
+    def announce(self, padding: Int64, announced: ExpectedPrompt) -> None:
         """Expect a prompt with `padding` [rows] columns before its tokens. O(1)."""
         self.padding, self.announced = padding, announced
 
@@ -144,17 +144,17 @@ class Columns:
     def agree_with_write(self, num_rows: int, start: int, stop: int) -> bool:
         """Compare new columns with those announced; store all of them if they differ. O(rows).
 
-        Raises: `Unannounced` where the pass is no use.
+        Raises: `UnexpectedColumns` where the pass is no use.
         """
         announced = self.announced
         if announced is None or stop <= self.count or start >= announced.columns:
             return True
         return announced.holds(num_rows, start, stop) or self._distrust(announced, start)
 
-    def _distrust(self, announced: Announced, start: int) -> bool:
+    def _distrust(self, announced: ExpectedPrompt, start: int) -> bool:
         """Assume nothing about columns from `start` on. Returns False."""
         if announced.is_binding:
-            raise Unannounced(f"the pass from column {start} on does not match {announced}")
+            raise UnexpectedColumns(f"the pass from column {start} on does not match {announced}")
         self.padding, self.announced = np.minimum(self.padding, start), None
         return False
 
@@ -166,9 +166,9 @@ class Origin(NamedTuple):
     is_fork: bool  # layers had written columns there; otherwise they begin
 
 
-class Unannounced(KVPagerError):
+class UnexpectedColumns(KVPagerError):
     """A forward pass writes other columns than those it was given, or hides others."""
 
 
-class OtherColumns(KVPagerError):
+class ColumnMismatch(KVPagerError):
     """A layer writes other columns than its group. Nothing has changed."""

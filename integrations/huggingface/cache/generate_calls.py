@@ -34,7 +34,7 @@ _LOOK_SECONDS, _LOOK_SECONDS_MAX = 0.01, 0.25
 
 
 @dataclass(eq=False)
-class Call:
+class GenerateCall:
     """A call of `generate` that has not ended."""
 
     depth: int = 1  # an assistant's `generate` runs within the model's
@@ -49,14 +49,14 @@ class Call:
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # made in this call
 
 
-class Calls:
+class GenerateCalls:
     """The calls of `generate` that run now, at most one for each thread."""
 
     def __init__(self, lock: threading.RLock) -> None:
         self._lock, self._uninterrupted = lock, Uninterrupted(lock)
         self._changed = threading.Condition(lock)
         # By thread. Weak, so that no call waits for one that an interrupt kept from ending.
-        self._calls: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
+        self._calls: weakref.WeakValueDictionary[int, GenerateCall] = weakref.WeakValueDictionary()
         self._steps = self._ends = 0
         self._tickets = itertools.count()
 
@@ -65,13 +65,13 @@ class Calls:
         """Note a call of this thread while the block runs. Resets its caches if it raises."""
         thread = threading.get_ident()
         frame = id(sys._getframe(2))  # of the `with` statement: contextlib's is between
-        call: Call | None = None
+        call: GenerateCall | None = None
         try:
             with self._lock, self._uninterrupted:
                 call = self._calls.get(thread)
                 # An interrupt just before the block leaves a call noted while its traceback lives.
                 if call is None or not _is_running(call.frame):
-                    call = self._calls[thread] = Call(depth=0, frame=frame)
+                    call = self._calls[thread] = GenerateCall(depth=0, frame=frame)
                 call.depth += 1
             yield
         except BaseException:
@@ -94,7 +94,7 @@ class Calls:
         for thread in set(self._calls) - {threading.get_ident()}:
             del self._calls[thread]
 
-    def current(self) -> Call | None:
+    def current(self) -> GenerateCall | None:
         """Return this thread's call; None outside of `generate`. O(1)."""
         return self._calls.get(threading.get_ident())
 
@@ -114,14 +114,14 @@ class Calls:
         """Note that a call has computed a step. O(1)."""
         self._steps += 1
 
-    def await_turn(self, call: Call, num_bytes: int, bound: int) -> None:
+    def await_turn(self, call: GenerateCall, num_bytes: int, bound: int) -> None:
         """Wait until `num_bytes` fit in `bound` beside the claims of other calls. O(calls)."""
         with self._lock:
             call.ticket = next(self._tickets)
             self.wait_for(lambda: self._fits(call, num_bytes, bound) or None)
             call.claimed_bytes = num_bytes
 
-    def _fits(self, call: Call, num_bytes: int, bound: int) -> bool:
+    def _fits(self, call: GenerateCall, num_bytes: int, bound: int) -> bool:
         others = self._others(call)
         begun = [each for each in others if each.claimed_bytes is not None]
         if any(each.waiting is not None for each in begun):
@@ -137,7 +137,7 @@ class Calls:
         Return None if no other call runs, or none computed a step or ended in `WAIT_SECONDS_MAX`
         of this call's waiting. The caller holds the lock; waiting releases it.
         """
-        call = self.current() or Call()
+        call = self.current() or GenerateCall()
         pause = _LOOK_SECONDS
         while (found := attempt()) is None:
             moves = self._steps + self._ends
@@ -157,7 +157,7 @@ class Calls:
             pause = min(2 * pause, _LOOK_SECONDS_MAX)
         return found
 
-    def _others(self, call: Call) -> list[Call]:
+    def _others(self, call: GenerateCall) -> list[GenerateCall]:
         return [each for each in self._calls.values() if each is not call]
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from kvpager._atomic import whole
 from kvpager.blocks.sequences import Sequence
 from kvpager.errors import OutOfBlocks
-from kvpager.integrations.huggingface.cache.columns import Columns, Origin, OtherColumns
-from kvpager.integrations.huggingface.cache.layer_places import Members
+from kvpager.integrations.huggingface.cache.columns import ColumnMismatch, Columns, Origin
+from kvpager.integrations.huggingface.cache.layer_places import LayerPlaces
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, Views, packed
 from kvpager.integrations.huggingface.cache.pools import (
@@ -45,7 +45,7 @@ class LayerGroup:
         self.memory = memory
         self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
         self.window = window
-        self.members = Members(num_layers)
+        self.members = LayerPlaces(num_layers)
         self.columns = Columns()
         self.views = Views()
         self.rows: BatchRows | None = None  # None before a layer is bound
@@ -191,7 +191,7 @@ class LayerGroup:
             self.prompt = None  # what is not on the device is not offered to others
 
     def check_takes(self, num_rows: int, start: int, num_new: int) -> None:
-        """Raise `OtherColumns` unless a layer can write these columns to the group. O(1).
+        """Raise `ColumnMismatch` unless a layer can write these columns to the group. O(1).
 
         Raises: `ValueError` for another number of rows.
         """
@@ -200,7 +200,7 @@ class LayerGroup:
     def see_mask(self, mask: Any) -> None:
         """Compare the mask of a pass with what was announced. O(columns).
 
-        Raises: `Unannounced` where the pass is no use.
+        Raises: `UnexpectedColumns` where the pass is no use.
         """
         if not self.columns.agree_with_mask(mask):
             self.prompt = None
@@ -349,7 +349,7 @@ class LayerGroup:
     def leave(self, reason: str) -> None:
         """Note that one more layer keeps its content elsewhere; the last one frees the blocks."""
         self.members.leave()
-        self.memory.note_left_alone(reason, self.members.num_left)
+        self.memory.note_unpaged(reason, self.members.num_left)
         self._free_if_left()
 
     def _free_if_left(self) -> None:
@@ -399,7 +399,7 @@ class LayerGroup:
             return False
         try:
             self.check_takes(num_rows, start, num_new)
-        except (OtherColumns, ValueError):
+        except (ColumnMismatch, ValueError):
             return False
         return True
 

@@ -8,7 +8,7 @@ from collections import Counter
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Places
 
 
-class Members:
+class LayerPlaces:
     """The layers of a group.
 
     Args:
@@ -60,7 +60,7 @@ class Members:
         """Note that one more layer keeps its content elsewhere. O(1)."""
         self._num_left += 1
 
-    def move(self, number: int, target: Members, *, to_fork: bool) -> int:
+    def move(self, number: int, target: LayerPlaces, *, to_fork: bool) -> int:
         """Let `target` have layer `number`. Returns the layer's number there. O(1).
 
         `to_fork` says that `target` is a copy of this group, with a place for each layer.
@@ -76,7 +76,7 @@ class Members:
         target.count += 1
         return target.count - 1
 
-    def copy(self) -> Members:
+    def copy(self) -> LayerPlaces:
         """Return the same layers for a fork of the group. O(layers)."""
         copied = copy.copy(self)
         copied._places, copied._bound = dict(self._places), self._bound.copy()

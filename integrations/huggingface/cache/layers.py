@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache import compiled
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
-from kvpager.integrations.huggingface.cache.paged_tensor import paged_pair
+from kvpager.integrations.huggingface.cache.paged_tensor import paged_tensors
 from kvpager.integrations.huggingface.cache.paged_view import PagedView
 from kvpager.integrations.huggingface.cache.pools import LayerKind
 from kvpager.storage.block_storage import LayerShape
@@ -156,7 +156,7 @@ class PagedLayer(DynamicLayer):
     def _handles(self, start: int) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             return compiled.read(self, self._shape(), start, self.num_columns)
-        return paged_pair(self.view(start, self.num_columns))
+        return paged_tensors(self.view(start, self.num_columns))
 
     def _shape(self) -> compiled.Shape:
         rows = self.group.num_rows

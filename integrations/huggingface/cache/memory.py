@@ -21,7 +21,7 @@ from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Counters
-from kvpager.integrations.huggingface.cache.generate_calls import Calls
+from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
 from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES
@@ -93,12 +93,12 @@ class PagedMemory:
         self.eviction = check_eviction(eviction)
         self.counters = Counters()
         self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
-        self.left_alone: dict[str, int] = {}  # what they are -> layers of a model, at the most
+        self.unpaged_layers: dict[str, int] = {}  # what they are -> layers of a model, at the most
         self.session_doubts: set[str] = set()  # why sessions could not share prompts
-        self.unserved: dict[str, int] = {}  # what kept caches or prompts out -> calls
+        self.fallbacks: dict[str, int] = {}  # what kept caches or prompts out -> calls
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of the caches alive now
         self.lock = new_lock()
-        self.calls = Calls(self.lock)
+        self.calls = GenerateCalls(self.lock)
         _memories.add(self)
         self.uninterrupted = Uninterrupted(self.lock)
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
@@ -228,32 +228,32 @@ class PagedMemory:
         with self.lock:
             self.paged[layers] = max(count, self.paged.get(layers, 0))
 
-    def note_left_alone(self, what: str, count: int) -> None:
+    def note_unpaged(self, what: str, count: int) -> None:
         """A model has `count` layers that are not paged, of a class or for a reason that `what`
         names; says so once. O(1)."""
         with self.lock:
-            if what not in self.left_alone:
+            if what not in self.unpaged_layers:
                 logger.info("kvpager: not paged, transformers' own: %s", what)
-            self.left_alone[what] = max(count, self.left_alone.get(what, 0))
+            self.unpaged_layers[what] = max(count, self.unpaged_layers.get(what, 0))
 
     def note_not_kept(self, reason: str | None) -> None:
         """Count a call whose prompts are not kept. No `reason`: it was noted before. O(1)."""
         with self.lock:
             self.counters.prefix_unserved_calls += 1
         if reason is not None:
-            self.note_unserved(f"prompts not kept: {reason}")
+            self.note_fallback(f"prompts not kept: {reason}")
 
     def note_obstacle(self, obstacle: str) -> None:
         """Count a call whose prompt is not kept because of its model; log it once. O(1)."""
         why = f"prompts not kept: {obstacle}"
-        if why not in self.unserved:
+        if why not in self.fallbacks:
             logger.warning("kvpager: %s", why)
-        self.note_unserved(why)
+        self.note_fallback(why)
 
-    def note_unserved(self, why: str) -> None:
+    def note_fallback(self, why: str) -> None:
         """Count a call whose cache stays transformers' own, or whose prompt is not kept. O(1)."""
         with self.lock:
-            self.unserved[why] = self.unserved.get(why, 0) + 1
+            self.fallbacks[why] = self.fallbacks.get(why, 0) + 1
 
     def note_session(self, *, sessions: int = 0, requests: int = 0, tokens: int = 0) -> None:
         """Count what continuous batching served. O(1)."""

@@ -19,7 +19,7 @@ from kvpager import _validate as arguments
 from kvpager._text import counted
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache import compiled
-from kvpager.integrations.huggingface.cache.columns import OtherColumns
+from kvpager.integrations.huggingface.cache.columns import ColumnMismatch
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.layers import PagedLayer, PagedSlidingWindowLayer
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
@@ -232,7 +232,7 @@ class PagedCache(DynamicCache):
         try:
             try:
                 return super().update(*states, *args, **kwargs)
-            except OtherColumns:
+            except ColumnMismatch:
                 layer = self.layers[layer_idx]
                 assert isinstance(layer, PagedLayer)
                 self._set_apart(layer, key_states.shape[0], key_states.shape[2])
@@ -402,7 +402,7 @@ def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> i
     )
 
 
-def unpaged(cache: Any) -> bool:
+def can_be_paged(cache: Any) -> bool:
     """True if `cache` is a plain `DynamicCache` that holds nothing yet, so that it can be paged."""
     return (
         type(cache) is DynamicCache
@@ -420,7 +420,7 @@ def _note_others(layers: list[Any], memory: PagedMemory) -> None:
     """Note the layers that stay transformers' own, by class. O(layers)."""
     others = Counter(type(layer).__name__ for layer in layers if not _is_attention(layer))
     for layer_class, count in others.items():
-        memory.note_left_alone(layer_class, count)
+        memory.note_unpaged(layer_class, count)
 
 
 def _holding(layers: Iterable[Any]) -> Iterable[Any]:

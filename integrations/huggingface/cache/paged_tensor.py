@@ -99,7 +99,7 @@ _METADATA = {
 }
 
 
-def paged_pair(view: PagedView) -> tuple[Tensor, Tensor]:
+def paged_tensors(view: PagedView) -> tuple[Tensor, Tensor]:
     """The handles of a layer's keys and values. O(1), about 4 us each."""
     return PagedTensor(view, 0), PagedTensor(view, 1)
 

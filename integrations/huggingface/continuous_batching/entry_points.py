@@ -24,7 +24,7 @@ logger = logging.getLogger("kvpager")
 _KEPT = "_cached_continuous_batching_manager"
 
 
-class Serving(Protocol):
+class ServingPatch(Protocol):
     """What a route needs of a patch."""
 
     memory: PagedMemory
@@ -36,11 +36,11 @@ class Serving(Protocol):
         """Whether it was not undone."""
 
 
-Find = Callable[[Any], Serving | None]
-Route = Callable[..., Any]
+FindPatch = Callable[[Any], ServingPatch | None]
+EntryPoint = Callable[..., Any]
 
 
-def routes(find: Find) -> dict[str, Callable[[Route], Route]]:
+def entry_points(find: FindPatch) -> dict[str, Callable[[EntryPoint], EntryPoint]]:
     """What wraps which method of `ContinuousMixin`; `find` says which patch serves a model.
 
     The others build on these, and work as they are.
@@ -51,7 +51,7 @@ def routes(find: Find) -> dict[str, Callable[[Route], Route]]:
     }
 
 
-def _init(find: Find, original: Route) -> Route:
+def _init(find: FindPatch, original: EntryPoint) -> EntryPoint:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -65,7 +65,7 @@ def _init(find: Find, original: Route) -> Route:
     return init_continuous_batching
 
 
-def _generate_batch(find: Find, original: Route) -> Route:
+def _generate_batch(find: FindPatch, original: EntryPoint) -> EntryPoint:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -125,7 +125,7 @@ def _warn_of_ignored(model: Any, config: Any, options: dict[str, Any]) -> None:
 
 def _manager(
     model: Any,
-    serving: Serving,
+    serving: ServingPatch,
     generation_config: Any = None,
     continuous_batching_config: Any = None,
     workload_hints: Any = None,
@@ -175,7 +175,7 @@ def _warn_of_another(kept: PagedBatchingManager, generation: Any, batching: Any)
             )
 
 
-def retire(managers: Iterable[PagedBatchingManager]) -> None:
+def release_managers(managers: Iterable[PagedBatchingManager]) -> None:
     """The patch is undone: models keep no managers of it; sessions go on. O(managers)."""
     for manager in list(managers):
         if getattr(manager.model, _KEPT, None) is manager:

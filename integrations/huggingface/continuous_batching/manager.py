@@ -19,10 +19,13 @@ from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.continuous_batching.options import Options, read_options
 from kvpager.integrations.huggingface.continuous_batching.outputs import Handler, Job, Router
 from kvpager.integrations.huggingface.continuous_batching.requests import Requests, Status
-from kvpager.integrations.huggingface.continuous_batching.sampling import SettingsFactory, Wanted
+from kvpager.integrations.huggingface.continuous_batching.sampling import (
+    RequestOverrides,
+    SettingsFactory,
+)
 from kvpager.integrations.huggingface.engine import Engine
-from kvpager.integrations.huggingface.runner.model_info import study
-from kvpager.integrations.huggingface.runner.unwrap import refuse_spread
+from kvpager.integrations.huggingface.runner.model_info import inspect_model
+from kvpager.integrations.huggingface.runner.unwrap import refuse_sharded
 
 logger = logging.getLogger("kvpager")
 
@@ -70,15 +73,15 @@ class PagedBatchingManager(ContinuousBatchingManager):
         self.batch_processor: Any = None  # the session's `Engine`
         self._patched, self._may_be_kept = memory, may_be_kept
         self.process = Process("manager")
-        refuse_spread(model)
-        self._anatomy = study(model)
+        refuse_sharded(model)
+        self._info = inspect_model(model)
         self._refuse_placement()
         self._options = self._read_options(workload_hints)
         self._requests = Requests(
             self.output_router,
             self._status,
             SettingsFactory(
-                model, generation_config, self._anatomy, per_request=self._options.per_request
+                model, generation_config, self._info, per_request=self._options.per_request
             ),
             self._options,
             memory,
@@ -93,9 +96,9 @@ class PagedBatchingManager(ContinuousBatchingManager):
 
     def _refuse_placement(self) -> None:
         name, wanted = type(self.model).__name__, self._patched.dtype
-        if wanted is not None and wanted != self._anatomy.dtype:
+        if wanted is not None and wanted != self._info.dtype:
             raise KVPagerError(
-                f"{name} keeps keys and values in {self._anatomy.dtype}, and the patch was made "
+                f"{name} keeps keys and values in {self._info.dtype}, and the patch was made "
                 f"for {wanted}"
             )
 
@@ -107,7 +110,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
         return read_options(
             self.continuous_batching_config,
             self.generation_config,
-            self._anatomy,
+            self._info,
             self._patched,
             workload_hints,
         )
@@ -158,7 +161,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
                 engine.quotas.update(self._patched.quotas)
                 has_begun = True
                 self._begin(engine)
-            self._requests.queue_held()
+            self._requests.queue_pending()
         except BaseException:
             if has_begun:
                 self.end_now()
@@ -273,7 +276,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
             engine, self.batch_processor = self.batch_processor, None
             if engine is not None:  # warmed up, and never started
                 engine.close()
-        self._requests.fail_held()
+        self._requests.fail_pending()
 
     def pause(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """No step is computed inside, in whatever thread; requests go on afterwards.
@@ -310,7 +313,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
         Raises: `ValueError` for a name that is in use; `queue.Full` where `max_queue_size` requests
         still wait after ten seconds.
         """
-        wanted = Wanted(max_new_tokens, eos_token_id, logit_processor_kwargs)
+        wanted = RequestOverrides(max_new_tokens, eos_token_id, logit_processor_kwargs)
         jobs: list[Job] = []
         try:
             self._add(jobs, input_ids, request_id, wanted, streaming, record_timestamps, _PATIENCE)
@@ -331,7 +334,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
 
         An error, or an interrupt, takes all of them back: the caller has no names.
         """
-        wanted = Wanted(max_new_tokens, None, logit_processor_kwargs)
+        wanted = RequestOverrides(max_new_tokens, None, logit_processor_kwargs)
         jobs: list[Job] = []
         try:
             for ids in inputs:

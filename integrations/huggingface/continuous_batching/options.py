@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kvpager.blocks.groups.windows import blocks_for
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.runner.model_info import Anatomy
+from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks
 from kvpager.storage.block_storage import BlockStorage
 from kvpager.storage.free_memory import free_bytes, host_bytes
@@ -73,7 +73,7 @@ def warn_once(option: str, instead: str) -> None:
 
 
 def read_options(
-    config: Any, generation_config: Any, anatomy: Anatomy, patched: PagedMemory, hints: Any
+    config: Any, generation_config: Any, info: ModelInfo, patched: PagedMemory, hints: Any
 ) -> Options:
     """`config` as options, those of the patch where it says nothing. O(options).
 
@@ -87,7 +87,7 @@ def read_options(
         "block_size": block_size,
         "kv_cache_dtype": patched.kv_cache_dtype,
         "eviction": patched.eviction,
-        "memory": _memory(config, anatomy, patched, block_size, max_num_seqs, hints),
+        "memory": _memory(config, info, patched, block_size, max_num_seqs, hints),
         "host_memory": _host_memory(config, patched),
         "max_num_seqs": max_num_seqs,
         "prefix_cache": config.allow_block_sharing,
@@ -132,7 +132,7 @@ def _warn_of_others(config: Any) -> None:
 
 def _memory(
     config: Any,
-    anatomy: Anatomy,
+    info: ModelInfo,
     patched: PagedMemory,
     block_size: int,
     max_num_seqs: int,
@@ -141,40 +141,38 @@ def _memory(
     """Bytes of the pool: as many as were asked for, at most what the requests announced need."""
     size = BlockStorage.bytes_of_a_block(
         block_size,
-        anatomy.shapes,
-        dtype=anatomy.dtype,
+        info.shapes,
+        dtype=info.dtype,
         kv_cache_dtype=patched.kv_cache_dtype,
     )
     if config.num_blocks is not None:  # of so many tokens as theirs have
         num_tokens: int = config.num_blocks * _page_size(config)[0]
-        return -(-num_tokens // block_size) * len(anatomy.windows) * size
+        return -(-num_tokens // block_size) * len(info.windows) * size
     share = config.max_memory_percent
     if share is not None:
         if not 0 < share <= 1:
             raise ValueError(f"max_memory_percent {share}: expected a share, above 0 and up to 1")
-        return int(free_bytes(anatomy.device) * share)
-    announced = _announced_blocks(hints, anatomy, block_size, max_num_seqs)
+        return int(free_bytes(info.device) * share)
+    announced = _announced_blocks(hints, info, block_size, max_num_seqs)
     if announced is None:
         return patched.bound
     plain = PagedMemory(patched.bound, block_size, kv_cache_dtype=patched.kv_cache_dtype)
-    return (
-        min(announced, pool_blocks(anatomy, plain, max_num_seqs, anatomy.max_length).device) * size
-    )
+    return min(announced, pool_blocks(info, plain, max_num_seqs, info.max_length).device) * size
 
 
 def _announced_blocks(
-    hints: Any, anatomy: Anatomy, block_size: int, max_num_seqs: int
+    hints: Any, info: ModelInfo, block_size: int, max_num_seqs: int
 ) -> int | None:
     if hints is None or not hints.max_generated_length or not hints.num_requests:
         return None
-    if anatomy.is_encoder_decoder:
+    if info.is_encoder_decoder:
         longest = 1 + hints.max_generated_length
     else:
         longest = hints.max_prompt_length + hints.max_generated_length
-    if anatomy.max_length is not None:
-        longest = min(longest, anatomy.max_length)
+    if info.max_length is not None:
+        longest = min(longest, info.max_length)
     # And some to spare, which are kept for those that run.
-    each = blocks_for(longest, block_size, anatomy.windows, None)
+    each = blocks_for(longest, block_size, info.windows, None)
     blocks: int = each * min(hints.num_requests, max_num_seqs)
     return blocks + blocks // 32 + 1
 

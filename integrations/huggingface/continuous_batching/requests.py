@@ -16,7 +16,10 @@ from kvpager.errors import KVPagerError, QueueFull, RequestCancelled
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.continuous_batching.options import Options
 from kvpager.integrations.huggingface.continuous_batching.outputs import Job, Router
-from kvpager.integrations.huggingface.continuous_batching.sampling import SettingsFactory, Wanted
+from kvpager.integrations.huggingface.continuous_batching.sampling import (
+    RequestOverrides,
+    SettingsFactory,
+)
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner.prompt_reader import without_padding
 
@@ -68,12 +71,12 @@ class Padded(list[int]):
         self.row = ids.tolist()
 
 
-class _Asked(NamedTuple):
+class _PendingRequest(NamedTuple):
     """A request that was added, and not queued yet."""
 
     job: Job
     prompt: list[int]
-    wanted: Wanted
+    wanted: RequestOverrides
     namespace: str | None
     seed: int | None
 
@@ -105,7 +108,7 @@ class Requests:
         self.options, self._memory, self._namespace = options, memory, namespace
         self._num_samples = num_samples
         self.jobs: dict[str, Job] = {}  # by all their names
-        self._held: list[_Asked] = []  # until a session begins
+        self._pending: list[_PendingRequest] = []  # until a session begins
         self._request_counter = 0
         self._seeds = itertools.count()
 
@@ -114,7 +117,7 @@ class Requests:
         jobs: list[Job],
         input_ids: Any,
         request_id: str | None,
-        wanted: Wanted,
+        wanted: RequestOverrides,
         is_streaming: bool,
         with_timestamps: bool,
         patience: float | None,
@@ -145,44 +148,46 @@ class Requests:
             self.jobs.update(dict.fromkeys(job.names, job))
             jobs.append(job)
             seed = None if self.options.seed is None else self.options.seed + next(self._seeds)
-            asked = _Asked(job, prompt, wanted, self._namespace(), seed)
+            request = _PendingRequest(job, prompt, wanted, self._namespace(), seed)
             if not self._status.is_serving:
-                self._held.append(asked)
+                self._pending.append(request)
                 return
-        self._queue(asked, patience)
+        self._queue(request, patience)
 
     def take_back(self, jobs: list[Job]) -> None:
         """Let requests never have been added, with the outputs of their names. O(jobs)."""
         with self._router.changed:  # signals wait until all is done
-            self._held = [asked for asked in self._held if asked.job not in jobs]
+            self._pending = [request for request in self._pending if request.job not in jobs]
             for job in jobs:
                 job.take_back()
                 for name in job.names:
                     self._router.forget(name)
                 self._forget(job)
 
-    def queue_held(self) -> None:
+    def queue_pending(self) -> None:
         """Hand the requests over that were added before the session began. O(tokens)."""
-        held: list[_Asked] = []
+        taken: list[_PendingRequest] = []
         try:
             with self._router.changed:
-                held += self._take_held()
-            for asked in held:
-                self._queue(asked, patience=None)
+                taken += self._take_pending()
+            for request in taken:
+                self._queue(request, patience=None)
         except BaseException as error:
-            for asked in held:  # those that run end with the session
-                asked.job.fail(RequestCancelled(f"start was cut short by {error!r}"))
+            for request in taken:  # those that run end with the session
+                request.job.fail(RequestCancelled(f"start was cut short by {error!r}"))
             raise
 
-    def fail_held(self) -> None:
+    def fail_pending(self) -> None:
         """End the requests that wait for a session: there will be none. O(requests)."""
         with self._router.changed:  # signals wait until all have failed
-            for asked in self._take_held():
-                asked.job.fail(RequestCancelled("the manager was destroyed before it was started"))
+            for request in self._take_pending():
+                request.job.fail(
+                    RequestCancelled("the manager was destroyed before it was started")
+                )
 
-    def _take_held(self) -> list[_Asked]:
-        held, self._held = self._held, []
-        return held
+    def _take_pending(self) -> list[_PendingRequest]:
+        taken, self._pending = self._pending, []
+        return taken
 
     def _end(self, job: Job) -> None:
         self._memory.note_session(requests=1, tokens=job.num_generated)
@@ -195,40 +200,40 @@ class Requests:
                     del self.jobs[name]
             self._router.changed.notify_all()
 
-    def _queue(self, asked: _Asked, patience: float | None) -> None:
+    def _queue(self, request: _PendingRequest, patience: float | None) -> None:
         """Hand the request to the engine; what that refuses fails. Raises: `queue.Full`."""
         deadline = None if patience is None else time.monotonic() + patience
         try:
-            stream = self._submit(asked)
+            stream = self._submit(request)
             while stream is None:
-                self._wait_for_room(asked, deadline)
-                stream = self._submit(asked)
+                self._wait_for_room(request, deadline)
+                stream = self._submit(request)
         except (KVPagerError, ValueError, TypeError) as error:
-            asked.job.fail(error)
+            request.job.fail(error)
         else:
-            asked.job.follow(stream)
+            request.job.follow(stream)
 
-    def _submit(self, asked: _Asked) -> Stream | None:
+    def _submit(self, request: _PendingRequest) -> Stream | None:
         engine = self._status.engine
         assert engine is not None
         sampling = self._factory.settings_for(
-            asked.wanted, len(asked.prompt), lambda: engine.stats().pool
+            request.wanted, len(request.prompt), lambda: engine.stats().pool
         )
         try:
             return engine.submit(
-                asked.prompt,
-                name=_Name(asked.job.names[0]),
-                namespace=asked.namespace,
-                seed=asked.seed,
+                request.prompt,
+                name=_Name(request.job.names[0]),
+                namespace=request.namespace,
+                seed=request.seed,
                 logprobs=self.options.with_logprobs,
                 sampling_settings=sampling,
             )
         except QueueFull:
             return None
 
-    def _wait_for_room(self, asked: _Asked, deadline: float | None) -> None:
-        if asked.job.is_cancelled:
-            raise RequestCancelled(f"request {asked.job.names[0]!r} was cancelled")
+    def _wait_for_room(self, request: _PendingRequest, deadline: float | None) -> None:
+        if request.job.is_cancelled:
+            raise RequestCancelled(f"request {request.job.names[0]!r} was cancelled")
         if deadline is not None and time.monotonic() >= deadline:
             raise queue.Full(
                 f"{self.options.max_queue_size} requests wait already; raise max_queue_size"
@@ -239,14 +244,14 @@ class Requests:
 
     def cancel(self, request_id: str) -> None:
         """End a request, with all its samples; does nothing for one that has ended. O(1)."""
-        with self._router.changed:  # signals wait: what is not held any more has to fail
+        with self._router.changed:  # signals wait: what is not pending any more has to fail
             job = self.jobs.get(request_id)
             if job is None:
                 return
             job.is_cancelled = True
-            is_held = any(asked.job is job for asked in self._held)
-            self._held = [asked for asked in self._held if asked.job is not job]
-            if is_held:
+            is_pending = any(request.job is job for request in self._pending)
+            self._pending = [request for request in self._pending if request.job is not job]
+            if is_pending:
                 job.fail(RequestCancelled(f"request {request_id!r} was cancelled"))
             elif job.stream is not None:
                 job.stream.cancel()

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from kvpager.blocks.stats import Stats
 from kvpager.integrations.huggingface.continuous_batching.options import warn_once
-from kvpager.integrations.huggingface.runner.model_info import Anatomy
+from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.sampling import SamplingSettings
 
 # Arguments of logits processors that are no settings; transformers passes over them, too.
 _PASSED_OVER = {"filter_value", "min_tokens_to_keep"}
 
 
-class Wanted(NamedTuple):
+class RequestOverrides(NamedTuple):
     """What a request asks for beside its prompt."""
 
     max_new_tokens: int | None
@@ -29,20 +29,20 @@ class SettingsFactory:
     Args:
         model: to be served.
         config: settings of all requests.
-        anatomy: of the model.
+        info: of the model.
         per_request: whether requests may have settings of their own.
 
     Raises: `ValueError` for settings that cannot be batched.
     """
 
-    def __init__(self, model: Any, config: Any, anatomy: Anatomy, *, per_request: bool) -> None:
-        self._model, self._config, self._anatomy = model, config, anatomy
+    def __init__(self, model: Any, config: Any, info: ModelInfo, *, per_request: bool) -> None:
+        self._model, self._config, self._info = model, config, info
         self._per_request = per_request
         self._known = functools.lru_cache(maxsize=256)(self._make)
         self._known(1, (), ())  # raises
 
     def settings_for(
-        self, wanted: Wanted, num_prompt: int, pool: Callable[[], Stats]
+        self, wanted: RequestOverrides, num_prompt: int, pool: Callable[[], Stats]
     ) -> SamplingSettings:
         """For a request with so many tokens in its prompt. O(1), more when it is the first.
 
@@ -66,10 +66,10 @@ class SettingsFactory:
             tuple(sorted(settings.items())),
         )
 
-    def _limit(self, wanted: Wanted, num_prompt: int, pool: Callable[[], Stats]) -> int:
+    def _limit(self, wanted: RequestOverrides, num_prompt: int, pool: Callable[[], Stats]) -> int:
         """The most new tokens: as asked for, as far as the model's positions go."""
-        begins = 1 if self._anatomy.is_encoder_decoder else num_prompt
-        longest, asked = self._anatomy.max_length, wanted.max_new_tokens
+        begins = 1 if self._info.is_encoder_decoder else num_prompt
+        longest, asked = self._info.max_length, wanted.max_new_tokens
         if asked is None:
             asked = self._config.max_new_tokens
         if asked is None and self._config.max_length is not None:

@@ -29,7 +29,7 @@ _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
 Place = tuple[Mapping[str, Any], str]
 
 
-class Functions:
+class CalledFunctions:
     """The functions of `classes`, what those call, and the attention functions `names`.
 
     `foreign` are those that belong to no library: what they hold may change as well.

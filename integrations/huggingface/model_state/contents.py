@@ -33,7 +33,7 @@ _BY_NAME: tuple[type, ...] = (types.BuiltinFunctionType, types.ModuleType, types
 _BY_NAME += (logging.Logger, torch.ScriptObject)
 _ITEMS = (list, tuple, set, frozenset, collections.deque)
 # Methods that write into a collection and tell nothing of what it holds.
-_NOTING = {"add", "append", "appendleft", "extend", "put", "write"}
+_RECORDING = {"add", "append", "appendleft", "extend", "put", "write"}
 _DEPTH_MAX = 8
 _VALUES_MAX = 5000
 _ARRAY_BYTES_MAX = 1 << 16
@@ -260,7 +260,7 @@ def names_read(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
         if not is_free and one.opname not in ("LOAD_GLOBAL", "LOAD_NAME"):
             continue
         is_method = following is not None and following.opname in ("LOAD_METHOD", "LOAD_ATTR")
-        if not (is_method and following and following.argval in _NOTING):
+        if not (is_method and following and following.argval in _RECORDING):
             (free if is_free else named).add(one.argval)
     for nested in code.co_consts:
         if isinstance(nested, types.CodeType):

@@ -28,7 +28,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PreTrainedConfig
 
 from kvpager._atomic import Uninterrupted, new_lock
-from kvpager.integrations.huggingface.model_state.called_functions import Functions, reads_training
+from kvpager.integrations.huggingface.model_state.called_functions import (
+    CalledFunctions,
+    reads_training,
+)
 from kvpager.integrations.huggingface.model_state.contents import Contents, is_library, is_plain
 from kvpager.integrations.huggingface.model_state.offloaded import WeightFile, offloaded
 from kvpager.integrations.huggingface.model_state.weights import (
@@ -44,7 +47,7 @@ _PARTS = (31, 23, 17, 11, 7, 5, 3, 2)
 _PART_SIZE_MIN = 12  # modules
 # What every module has besides its own attributes. Those that matter are read by name.
 _TORCH_OWN = vars(nn.Module()).keys() - {"training"}
-_BOOKS = operator.itemgetter(
+_MODULE_DICTS = operator.itemgetter(
     "_modules", "_forward_pre_hooks", "_forward_hooks", "_parameters", "_buffers"
 )
 _GLOBAL_HOOKS = [
@@ -88,7 +91,7 @@ class ModelWatch:
         # Signals wait for the end of a look: what their handlers raise is no fault of the model.
         self._lock = new_lock()
         self._uninterrupted = Uninterrupted(self._lock)
-        self._noted: _Noted | None = None
+        self._noted: _Snapshot | None = None
         self._version = next(_versions)
         self._turn = 0
 
@@ -106,33 +109,33 @@ class ModelWatch:
             self._turn += 1
             return self._compare(lambda noted: noted.part_same(self._turn))
 
-    def _compare(self, is_same: Callable[[_Noted], bool]) -> ModelState:
+    def _compare(self, is_same: Callable[[_Snapshot], bool]) -> ModelState:
         try:
             noted = self._noted
             if noted is None or not is_same(noted):
-                noted = self._note(_Noted(self._model(), self._has_parts))
+                noted = self._note(_Snapshot(self._model(), self._has_parts))
         except Exception as error:  # another thread changes the model, say, or a file is gone
             self._noted, self._version = None, next(_versions)
             return ModelState(self._version, f"the model cannot be looked at: {error!r}")
         return ModelState(self._version, noted.doubt)
 
-    def _note(self, noted: _Noted) -> _Noted:
+    def _note(self, noted: _Snapshot) -> _Snapshot:
         if self._noted is None or not self._noted.equals(noted):
             self._version = next(_versions)
         self._noted = noted
         return noted
 
 
-class _Noted:
+class _Snapshot:
     """All that is noted of a model at a look."""
 
     def __init__(self, model: Any, has_parts: bool) -> None:
         modules = list(model.modules())
         members = {id(module) for module in modules}
         owners: list[Any] = modules + _configs(modules)
-        self._whole = _Part(owners, members)
+        self._whole = _PartSnapshot(owners, members)
         many = next((n for n in _PARTS if n * _PART_SIZE_MIN <= len(owners)), 1) * has_parts
-        self._parts = [_Part(owners[number::many], members) for number in range(many)]
+        self._parts = [_PartSnapshot(owners[number::many], members) for number in range(many)]
         hooks = [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
         modes = _modes()
         self._hooks, self._modes = list(map(_ref, hooks)), list(map(_ref, modes))
@@ -140,7 +143,7 @@ class _Noted:
         roots += self._whole.roots
         kinds = {type(module) for module in modules}
         names = {str(getattr(owner, "_attn_implementation", None)) for owner in owners}
-        self._functions = Functions(kinds, names)
+        self._functions = CalledFunctions(kinds, names)
         self._roots = roots + [_ref(function) for function in self._functions.foreign]
         self._members = members
         self._contents = self._read()
@@ -194,7 +197,7 @@ class _Noted:
             and self._weights.same(tensors, samples)
         )
 
-    def equals(self, other: _Noted) -> bool:
+    def equals(self, other: _Snapshot) -> bool:
         """True if the model that `other` was just noted of computes as it did."""
         return (
             self._whole.equals(other._whole)
@@ -222,7 +225,7 @@ class _Noted:
         return contents.tensors + tensors, [one for one in found if isinstance(one, WeightFile)]
 
 
-class _Part:
+class _PartSnapshot:
     """Some modules and configurations as they were: attributes, children, weights, hooks."""
 
     def __init__(self, owners: list[Any], members: set[int]) -> None:
@@ -301,7 +304,7 @@ class _Part:
             return False
         return self.weights.same([objects[place] for place in self._places], samples)
 
-    def equals(self, other: _Part) -> bool:
+    def equals(self, other: _PartSnapshot) -> bool:
         """True if `other`, which was just noted, says the same."""
         return (
             list(map(_call, self._owners)) == list(map(_call, other._owners))
@@ -351,7 +354,7 @@ def _in_training(modules: list[nn.Module]) -> Iterator[type]:
 
 def _objects(held: list[dict[str, Any]]) -> list[Any]:
     """Children, hooks, parameters and buffers of modules that hold `held`."""
-    books = filter(None, chain.from_iterable(map(_BOOKS, held)))
+    books = filter(None, chain.from_iterable(map(_MODULE_DICTS, held)))
     return list(chain.from_iterable(map(dict.values, books)))
 
 

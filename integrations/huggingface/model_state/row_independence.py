@@ -19,7 +19,10 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from kvpager.integrations.huggingface.model_state.called_functions import Functions, functions_in
+from kvpager.integrations.huggingface.model_state.called_functions import (
+    CalledFunctions,
+    functions_in,
+)
 from kvpager.integrations.huggingface.model_state.contents import (
     attributes,
     is_library,
@@ -39,11 +42,11 @@ _TORCH_OWN = vars(nn.Module()).keys() - {"forward"}
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 # What a hook that only takes notes may call, besides methods of tensors.
 _HARMLESS = {"float", "int", "len", "list", "str", "tuple", "type"}
-_NOTING = {"add", "append", "appendleft", "extend"}  # these return None
+_RECORDING = {"add", "append", "appendleft", "extend"}  # these return None
 _WRITING = ("STORE_SUBSCR", "STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_SUBSCR")
 
 
-def row_obstacle(model: nn.Module) -> str | None:
+def row_dependence(model: nn.Module) -> str | None:
     """Name what may treat rows by their place in the batch. O(modules).
 
     Returns None if nothing may. Adapters chosen per row, soft prompts and steering vectors come as
@@ -97,16 +100,16 @@ def _of_module(module: nn.Module) -> Iterator[str]:
 def _of_hooks(hooks: Any, where: str) -> Iterator[str]:
     for hook in hooks:
         is_known = all(origin.startswith(_KNOWN) for origin in _origins(hook))
-        if not is_known and not _only_notes(hook):
+        if not is_known and not _only_records(hook):
             yield f"a hook on {where}"
 
 
-_functions: weakref.WeakKeyDictionary[nn.Module, tuple[object, Functions]] = (
+_functions: weakref.WeakKeyDictionary[nn.Module, tuple[object, CalledFunctions]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _functions_of(model: nn.Module, modules: list[nn.Module]) -> Functions:
+def _functions_of(model: nn.Module, modules: list[nn.Module]) -> CalledFunctions:
     """Return the functions that the classes of `modules` call. O(functions) if they are known."""
     configs = {id(config): config for config in (vars(one).get("config") for one in modules)}
     names = {str(getattr(config, "_attn_implementation", None)) for config in configs.values()}
@@ -114,7 +117,7 @@ def _functions_of(model: nn.Module, modules: list[nn.Module]) -> Functions:
     known = _functions.get(model)
     if known is not None and known[0] == key and known[1].same():
         return known[1]
-    found = Functions(*key)
+    found = CalledFunctions(*key)
     if not found.foreign:  # which may refer to the model, and would keep it alive
         _functions[model] = key, found
     return found
@@ -167,7 +170,7 @@ def _is_its_own(method: Any, module: nn.Module) -> bool:
     return function is not None and method.__self__ is module and not _is_foreign(function)
 
 
-def _only_notes(hook: Any) -> bool:
+def _only_records(hook: Any) -> bool:
     """True for a function that appends to a collection, and surely does nothing else."""
     if not isinstance(hook, types.FunctionType):
         return False
@@ -192,7 +195,7 @@ def _changes_nothing(code: types.CodeType) -> bool:
     # One expression: the function that it loads first is the one it calls last.
     straight = not any("JUMP" in each.opname for each in found)
     calls = [before is not None and before.opname.startswith("CALL") for before, _ in returns]
-    return straight and calls == [True] and found[1].argval in _NOTING
+    return straight and calls == [True] and found[1].argval in _RECORDING
 
 
 _PREPARING = ("RESUME", "COPY_FREE_VARS", "PUSH_NULL", "PRECALL", "CACHE", "NOP", "MAKE_CELL")
@@ -204,7 +207,7 @@ def _writes(before: dis.Instruction | None, each: dis.Instruction) -> bool:
     if each.opname == "BINARY_OP":
         return each.argrepr.endswith("=")
     is_outer = before is not None and before.opname in _OUTER
-    return each.opname in _WRITING or (each.argval in _NOTING and not is_outer)
+    return each.opname in _WRITING or (each.argval in _RECORDING and not is_outer)
 
 
 def _is_none(before: dis.Instruction | None, last: dis.Instruction) -> bool:

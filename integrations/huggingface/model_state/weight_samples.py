@@ -11,24 +11,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-class Spread(NamedTuple):
+class SampleSpread(NamedTuple):
     """Where the numbers of a sample are: `length` of them, `step` apart."""
 
     length: int
     step: int
 
 
-class Samples:
+class WeightSamples:
     """Reads the same numbers of the same tensors each time.
 
     On a CPU, they are read where they lie: a view of every tensor would take ten times as long to
     make, and if it was kept, the memory of a weight that was replaced would not be freed.
     """
 
-    def __init__(self, tensors: list[Tensor], spreads: list[Spread]) -> None:
+    def __init__(self, tensors: list[Tensor], spreads: list[SampleSpread]) -> None:
         self._near: list[int] = []  # places of tensors in the memory of the CPU
         self._arrays: dict[int, list[NDArray[Any]]] = {}  # by bytes of a number
-        self._far: dict[tuple[torch.device, torch.dtype], list[tuple[int, Spread]]] = {}
+        self._far: dict[tuple[torch.device, torch.dtype], list[tuple[int, SampleSpread]]] = {}
         for place, (tensor, spread) in enumerate(zip(tensors, spreads, strict=True)):
             if not spread.length:
                 continue
@@ -63,7 +63,7 @@ class Samples:
             return [each.view(torch.uint8).cpu().numpy().tobytes() for each in joined]
 
 
-def _array(tensor: Tensor, spread: Spread) -> NDArray[Any]:
+def _array(tensor: Tensor, spread: SampleSpread) -> NDArray[Any]:
     """An array over the sample, which does not keep the memory of `tensor`."""
     num_bytes = ((spread.length - 1) * spread.step + 1) * tensor.itemsize
     memory: Any = (ctypes.c_char * num_bytes).from_address(tensor.data_ptr())

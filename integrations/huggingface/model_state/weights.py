@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kvpager.integrations.huggingface.model_state.weight_samples import Samples, Spread
+from kvpager.integrations.huggingface.model_state.weight_samples import SampleSpread, WeightSamples
 
 # Numbers read per tensor: a write that no version counter counts leaves no other trace.
 _SAMPLES = 16
@@ -45,7 +45,7 @@ class Weights:
         self.doubt: str | None = None
         self._has_wrappers = any(type(tensor) not in _PLAIN for tensor in tensors)
         self._unreadable: set[int] = set()  # places among the tensors inside
-        spreads: list[Spread] = []
+        spreads: list[SampleSpread] = []
         with torch._C.DisableTorchFunctionSubclass():
             for place, tensor in enumerate(self._inner(tensors)):
                 try:
@@ -57,7 +57,7 @@ class Weights:
             inner = self._inner(tensors)
             self._inner_refs: list[Ref] = [weakref.ref(tensor) for tensor in inner]
             self.key = (list(map(id, inner)), _state(inner), _shapes(inner))
-            self._samples = Samples(inner, spreads)
+            self._samples = WeightSamples(inner, spreads)
             self.numbers = self._samples.read(inner)
 
     def same(self, tensors: list[Tensor], samples: bool) -> bool:
@@ -124,16 +124,16 @@ def _shapes(inner: list[Tensor]) -> tuple[list[Any], ...]:
     return list(map(Tensor.size, inner)), list(map(Tensor.stride, inner)), list(map(_dtype, inner))
 
 
-def _spread(tensor: Tensor) -> Spread:
+def _spread(tensor: Tensor) -> SampleSpread:
     """Choose a few numbers of `tensor`, or all of them. Raises: `UnreadableTensor`."""
     _refuse_unreadable(tensor)
     if not tensor.numel():
-        return Spread(0, 1)
+        return SampleSpread(0, 1)
     lengths = zip(tensor.shape, tensor.stride(), strict=True)
     # From the first to the last number in memory, whatever the order of the dimensions.
     span = 1 + sum((size - 1) * stride for size, stride in lengths)
     step = 1 if tensor.is_inference() else -(-span // _SAMPLES)
-    return Spread(-(-span // step), step)
+    return SampleSpread(-(-span // step), step)
 
 
 def _refuse_unreadable(tensor: Tensor) -> None:

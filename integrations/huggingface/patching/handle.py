@@ -15,7 +15,7 @@ from kvpager._atomic import Uninterrupted, new_lock
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.continuous_batching.entry_points import retire
+from kvpager.integrations.huggingface.continuous_batching.entry_points import release_managers
 from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
 from kvpager.integrations.huggingface.patching.report import PatchStats, report
 from kvpager.integrations.huggingface.patching.undo import restore_all
@@ -55,7 +55,7 @@ class Patch:
         """True if this patch serves `model`. O(1)."""
         return self._covers_all or model in self._models
 
-    def is_of(self, model: nn.Module | None) -> bool:
+    def was_made_for(self, model: nn.Module | None) -> bool:
         """True if `patch` was called for this model, or for one inside it or around it.
 
         None means every model. O(modules).
@@ -135,7 +135,7 @@ class Patch:
             active.remove(self)
             if not active:
                 restore_all()
-        retire(self.managers)
+        release_managers(self.managers)
         self.memory.clear_prefix_cache()
 
     def __enter__(self) -> Patch:
@@ -152,11 +152,11 @@ def patch_for(model: Any, *, wanted: bool = False) -> Patch | None:
     """The patch that serves `model`; one of plain options if paging is `wanted` by name."""
     found = next((made for made in reversed(active) if made.covers(model)), None)
     if found is None and wanted and active:
-        return _asked_for_by_name()
+        return _default_patch()
     return found
 
 
 @functools.cache
-def _asked_for_by_name() -> Patch:
+def _default_patch() -> Patch:
     """Return a patch with the default options, for models that no patch was made for."""
     return Patch(None, PagedMemory(None, 16), None)

@@ -129,8 +129,8 @@ def unpatch(model: nn.Module | None = None) -> None:
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: expected the model that was patched, got {type(model).__name__}")
     with lock:
-        of_model = [made for made in active if made.is_of(model)]
-        if model is not None and not of_model and any(made.is_of(None) for made in active):
+        of_model = [made for made in active if made.was_made_for(model)]
+        if model is not None and not of_model and any(made.was_made_for(None) for made in active):
             raise KVPagerError(
                 f"unpatch({type(model).__name__}): patch() without a model serves every model; "
                 "call kvpager.unpatch() to undo it"

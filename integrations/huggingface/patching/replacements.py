@@ -17,19 +17,19 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvpager.integrations.huggingface.attention.flash import flash_names, reading_flash_in_place
 from kvpager.integrations.huggingface.attention.functions import reading_in_place, register
-from kvpager.integrations.huggingface.cache.paged_cache import PagedCache, unpaged
-from kvpager.integrations.huggingface.continuous_batching.entry_points import routes
+from kvpager.integrations.huggingface.cache.paged_cache import PagedCache, can_be_paged
+from kvpager.integrations.huggingface.continuous_batching.entry_points import entry_points
 from kvpager.integrations.huggingface.patching.handle import Patch, active, patch_for
 from kvpager.integrations.huggingface.patching.undo import replace, replace_attention
 from kvpager.integrations.huggingface.prefix.prefill import prefill
-from kvpager.integrations.huggingface.prefix.prefill_inputs import Inputs, returned_rows
+from kvpager.integrations.huggingface.prefix.prefill_inputs import PrefillInputs, returned_rows
 from kvpager.integrations.huggingface.prefix.prompt_cache import reply
 from kvpager.integrations.huggingface.releases import cache_in
 
 register()
 
 _scope = threading.local()  # .patch: the patch that serves the cache being made, on this thread
-_NOBODY: Any = object()
+_NO_PATCH: Any = object()
 
 
 def install() -> None:
@@ -40,7 +40,7 @@ def install() -> None:
     replace(GenerationMixin, "_prefill", _paging_prefill)
     replace(GenerationMixin, "_sample", _listening_sample)
     replace(masking_utils, "_preprocess_mask_arguments", _watched_masks)
-    for name, wrap in routes(patch_for).items():
+    for name, wrap in entry_points(patch_for).items():
         replace(ContinuousMixin, name, wrap)
     replace(
         configuration_utils,
@@ -94,7 +94,7 @@ def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         # DynamicCache: what such models find there is plain, and paged in `_prefill`.
         goes_on = type(self)._prepare_cache_for_generation is not prepare
         outer = getattr(_scope, "patch", None)
-        _scope.patch = _NOBODY if serving is None or goes_on else serving
+        _scope.patch = _NO_PATCH if serving is None or goes_on else serving
         try:
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
         finally:
@@ -108,25 +108,25 @@ def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
             _page(cache, serving, self.config)
         if serving is not None:
             mode = args[0] if args else kwargs.get("generation_mode")
-            _note_unserved(serving, generation_config, cache, mode)
+            _note_fallback(serving, generation_config, cache, mode)
         return result
 
     return prepare
 
 
-def _note_unserved(serving: Patch, generation_config: Any, cache: Any, mode: Any) -> None:
+def _note_fallback(serving: Patch, generation_config: Any, cache: Any, mode: Any) -> None:
     """Note for the report why a call of `generate` gets no paged cache, or keeps no prompt."""
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if generation_config.use_cache is False:
-        serving.memory.note_unserved("not paged: use_cache=False")
+        serving.memory.note_fallback("not paged: use_cache=False")
     elif not isinstance(own, PagedCache):
         name, home = type(own).__name__, type(own).__module__.partition(".")[0]
         named = generation_config.cache_implementation
         if home == "transformers":
             what = name if named is None else f"cache_implementation={named!r}"
-            serving.memory.note_unserved(f"not paged: {what}, a cache of transformers' own")
+            serving.memory.note_fallback(f"not paged: {what}, a cache of transformers' own")
         elif home != "kvpager":  # an engine's probe compares with a plain cache
-            serving.memory.note_unserved(f"not paged: {name}, a cache passed by the caller")
+            serving.memory.note_fallback(f"not paged: {name}, a cache passed by the caller")
     elif serving.prompts is None:
         return
     elif isinstance(cache, EncoderDecoderCache):
@@ -134,14 +134,14 @@ def _note_unserved(serving: Patch, generation_config: Any, cache: Any, mode: Any
     elif mode == GenerationMode.ASSISTED_GENERATION:
         is_lookup = generation_config.prompt_lookup_num_tokens is not None
         what = "prompt lookup" if is_lookup else "assisted decoding"
-        serving.memory.note_unserved(f"prompts not kept: {what}, whose drafts may be rejected")
+        serving.memory.note_fallback(f"prompts not kept: {what}, whose drafts may be rejected")
 
 
 def _note_made_outside(serving: Patch | None, config: Any) -> None:
     """Note for the report a cache that no `generate` makes."""
     is_outside = getattr(_scope, "patch", None) is None and config is not None
     if serving is not None and serving.prompts is not None and is_outside:
-        serving.memory.note_unserved(
+        serving.memory.note_fallback(
             "prompts not kept: a cache made outside generate(), as by a bare forward pass"
         )
 
@@ -161,7 +161,7 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         serving, cache = patch_for(self), cache_in(model_kwargs)
         if isinstance(cache, EncoderDecoderCache):
             _page(cache.cross_attention_cache, serving)
-        inputs = Inputs(self, input_ids, generation_config, model_kwargs)
+        inputs = PrefillInputs(self, input_ids, generation_config, model_kwargs)
         if serving is not None:
             serving.memory.calls.note_size(
                 len(input_ids), _longest(generation_config, model_kwargs)
@@ -175,7 +175,7 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*inputs, **kwargs)
         if model_kwargs.get("inputs_embeds") is not None:
             if returned_rows(generation_config) > 1:
-                serving.memory.note_unserved("equal rows not merged: inputs_embeds")
+                serving.memory.note_fallback("equal rows not merged: inputs_embeds")
             if serving.prompts is not None:
                 serving.memory.note_not_kept("inputs_embeds")
             return original(*inputs, **kwargs)
@@ -224,12 +224,12 @@ def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
 def _patch_in_scope(config: Any) -> Patch | None:
     scoped = getattr(_scope, "patch", None)
     if scoped is not None:
-        return None if scoped is _NOBODY else scoped
+        return None if scoped is _NO_PATCH else scoped
     return next((made for made in reversed(active) if made.covers_config(config)), None)
 
 
 def _page(cache: Any, serving: Patch | None, config: Any = None) -> None:
-    if serving is not None and unpaged(cache):
+    if serving is not None and can_be_paged(cache):
         PagedCache.convert(cache, serving.memory, config)
 
 

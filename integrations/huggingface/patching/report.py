@@ -110,7 +110,7 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
 def _layers(memory: PagedMemory) -> Iterator[str]:
     for layers, count in memory.paged.items():
         yield f"paged: {counted(count, 'layer')}, {_described(layers, memory)}"
-    for what, count in memory.left_alone.items():
+    for what, count in memory.unpaged_layers.items():
         yield f"not paged, transformers' own: {counted(count, 'layer')}, {what}"
 
 
@@ -126,7 +126,7 @@ def _sessions(stats: PatchStats, memory: PagedMemory) -> Iterator[str]:
 
 
 def _unserved(memory: PagedMemory) -> Iterator[str]:
-    for why, count in memory.unserved.items():
+    for why, count in memory.fallbacks.items():
         what, _, reason = why.partition(": ")
         yield f"{what}: {counted(count, 'call')} with {reason}"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
-from kvpager.integrations.huggingface.prefix.prefill_inputs import PER_ROW, Inputs, Padding
+from kvpager.integrations.huggingface.prefix.prefill_inputs import PER_ROW, Padding, PrefillInputs
 from kvpager.integrations.huggingface.releases import CACHE_NAMES
 
 _HARMLESS = {
@@ -22,7 +22,7 @@ _HARMLESS = {
 }
 
 
-def why_not_by_row(cache: PagedCache, inputs: Inputs) -> str | None:
+def row_merge_obstacle(cache: PagedCache, inputs: PrefillInputs) -> str | None:
     """Return why a row's keys and values do not follow from its ids, mask and positions alone.
 
     None if they do. O(parameters).
@@ -51,10 +51,11 @@ def why_not_by_row(cache: PagedCache, inputs: Inputs) -> str | None:
     return None
 
 
-def why_not_kept(cache: PagedCache, inputs: Inputs, padding: Padding) -> str | None:
-    """Return why what follows a prompt's beginning may change its keys and values, or they move.
+def prefix_obstacle(cache: PagedCache, inputs: PrefillInputs, padding: Padding) -> str | None:
+    """Return why a prompt's prefix may not be reused; None if it may be. O(tokens).
 
-    None if the beginning may be reused. O(tokens). For rows that `why_not_by_row` is content with.
+    Later tokens must not change the prefix's keys and values, and these must not depend on their
+    position in the batch. Call it only if `row_merge_obstacle` returned None.
     """
     config: Any = inputs.model.config
     if getattr(config, "use_bidirectional_attention", False):

@@ -20,21 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpager.integrations.huggingface.cache.columns import Announced, Unannounced
+from kvpager.integrations.huggingface.cache.columns import ExpectedPrompt, UnexpectedColumns
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.prompt import Prompt
-from kvpager.integrations.huggingface.model_state.row_independence import row_obstacle
-from kvpager.integrations.huggingface.prefix.obstacles import why_not_by_row, why_not_kept
+from kvpager.integrations.huggingface.model_state.row_independence import row_dependence
+from kvpager.integrations.huggingface.prefix.obstacles import prefix_obstacle, row_merge_obstacle
 from kvpager.integrations.huggingface.prefix.prefill_batches import prefill_batches
-from kvpager.integrations.huggingface.prefix.prefill_inputs import Inputs, Padding
+from kvpager.integrations.huggingface.prefix.prefill_inputs import Padding, PrefillInputs
 from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import set_cache_of, with_cache
 
 Prefill = Callable[..., Any]
 
 
-def prefill(original: Prefill, prompts: PromptCache | None, inputs: Inputs, **kwargs: Any) -> Any:
+def prefill(
+    original: Prefill, prompts: PromptCache | None, inputs: PrefillInputs, **kwargs: Any
+) -> Any:
     """`GenerationMixin._prefill` for an empty paged cache. Returns the model's output.
 
     Should it fail, the cache is empty again.
@@ -48,7 +50,7 @@ def prefill(original: Prefill, prompts: PromptCache | None, inputs: Inputs, **kw
         if padding is not None:
             try:
                 return _prefill_padded(original, prompts, padding, inputs, **kwargs)
-            except Unannounced:
+            except UnexpectedColumns:
                 cache.reset()
                 reason = "a model that writes other columns than those of its prompt"
         if prompts is not None:
@@ -63,20 +65,24 @@ def prefill(original: Prefill, prompts: PromptCache | None, inputs: Inputs, **kw
 
 
 def _prefill_padded(
-    original: Prefill, prompts: PromptCache | None, padding: Padding, inputs: Inputs, **kwargs: Any
+    original: Prefill,
+    prompts: PromptCache | None,
+    padding: Padding,
+    inputs: PrefillInputs,
+    **kwargs: Any,
 ) -> Any:
     """Compute equal rows once, store no padding, and reuse what earlier calls computed.
 
-    Raises: `Unannounced` where that is wrong for this model.
+    Raises: `UnexpectedColumns` where that is wrong for this model.
     """
     cache: PagedCache = inputs.cache
-    reason = why_not_by_row(cache, inputs)
+    reason = row_merge_obstacle(cache, inputs)
     repeats = _repeats(cache, inputs, reason)
     if repeats > 1:
         inputs, padding = inputs.of_rows(slice(None, None, repeats)), padding[::repeats]
     rows, columns = inputs.ids.shape[:2]
     per_pass = inputs.generation_config.prefill_chunk_size or columns
-    announced = Announced(rows, columns, per_pass, is_binding=repeats > 1)
+    announced = ExpectedPrompt(rows, columns, per_pass, is_binding=repeats > 1)
     for group in cache.groups:
         if group.holds_text:
             group.columns.announce(padding, announced)
@@ -97,22 +103,26 @@ def _prefill_padded(
     return output
 
 
-def _repeats(cache: PagedCache, inputs: Inputs, reason: str | None) -> int:
+def _repeats(cache: PagedCache, inputs: PrefillInputs, reason: str | None) -> int:
     """Return how many equal rows may be computed as one; 1 if none, with the reason noted."""
     repeats = inputs.repeats()
     if repeats > 1 and reason is None:
-        reason = row_obstacle(inputs.model)
+        reason = row_dependence(inputs.model)
     if repeats > 1 and reason is not None:
-        cache.memory.note_unserved(f"equal rows not merged: {reason}")
+        cache.memory.note_fallback(f"equal rows not merged: {reason}")
         return 1
     return repeats
 
 
 def _prompt_to_keep(
-    prompts: PromptCache, cache: PagedCache, inputs: Inputs, padding: Padding, reason: str | None
+    prompts: PromptCache,
+    cache: PagedCache,
+    inputs: PrefillInputs,
+    padding: Padding,
+    reason: str | None,
 ) -> tuple[Prompt | None, str | None]:
     """Return the prompts to look up and keep, or a reason why none are, unless it was noted."""
-    reason = reason or why_not_kept(cache, inputs, padding)
+    reason = reason or prefix_obstacle(cache, inputs, padding)
     if reason is not None:
         return None, reason
     prompts.await_turn(inputs.model, cache)
@@ -124,10 +134,10 @@ def _prompt_to_keep(
 
 
 def _check_written(cache: PagedCache, columns: int) -> None:
-    """Raise `Unannounced` unless the prompt is in the cache, a model may have used another one."""
+    """Raise `UnexpectedColumns` unless the model wrote the prompt to this cache. O(groups)."""
     lengths = {group.num_columns for group in cache.groups if group.num_columns}
     if lengths != {columns}:
-        raise Unannounced(f"the cache holds {sorted(lengths)} columns of {columns}")
+        raise UnexpectedColumns(f"the cache holds {sorted(lengths)} columns of {columns}")
 
 
 def _prefill_new(
@@ -135,8 +145,8 @@ def _prefill_new(
     prompts: PromptCache,
     prompt: Prompt,
     padding: Padding,
-    announced: Announced,
-    inputs: Inputs,
+    announced: ExpectedPrompt,
+    inputs: PrefillInputs,
     **kwargs: Any,
 ) -> Any:
     """Compute what is new in each row, in as many passes as are worth it."""
@@ -163,7 +173,7 @@ def _prefill_new(
         prompts.attach(model, part, prompt.of(rows), padding[rows] - first)
         columns = announced.columns - first
         (group,) = part.groups
-        group.columns.announced = Announced(len(rows), columns, columns, is_binding=True)
+        group.columns.announced = ExpectedPrompt(len(rows), columns, columns, is_binding=True)
         _count_hits(group, prompt.of(rows))
         here = torch.from_numpy(rows).to(inputs.ids.device)
         theirs = inputs.of_rows((here, slice(first, None)))

@@ -18,7 +18,7 @@ PER_ROW = {"attention_mask", "position_ids"}
 Padding = NDArray[np.int64]
 
 
-class Inputs(NamedTuple):
+class PrefillInputs(NamedTuple):
     """What `GenerationMixin._prefill` is given first."""
 
     model: nn.Module
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
         """The cache that the prompt is written to."""
         return cache_in(self.model_kwargs)
 
-    def of_rows(self, rows: Any) -> Inputs:
+    def of_rows(self, rows: Any) -> PrefillInputs:
         """Return the inputs with only these rows, or these (rows, columns). O(columns)."""
         of_rows = {
             name: value[rows] if name in PER_ROW and value is not None else value

@@ -26,7 +26,7 @@ from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
-from kvpager.integrations.huggingface.model_state.row_independence import row_obstacle
+from kvpager.integrations.huggingface.model_state.row_independence import row_dependence
 from kvpager.integrations.huggingface.prefix.prefill_inputs import Padding
 from kvpager.integrations.huggingface.releases import cache_in
 from kvpager.plans import Int32, Int64
@@ -37,7 +37,9 @@ class PromptCache:
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
-        self._homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary()
+        self._layouts: weakref.WeakKeyDictionary[nn.Module, _PoolLayout] = (
+            weakref.WeakKeyDictionary()
+        )
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
             weakref.WeakKeyDictionary()
         )
@@ -73,13 +75,13 @@ class PromptCache:
         return watch, before != key
 
     def _row_obstacle(self, model: nn.Module, key: PrefixKey) -> str | None:
-        """Name what may treat rows by their place: `hooks.row_obstacle`. O(1) if nothing changed.
+        """Name what may treat rows by their place: `hooks.row_dependence`. O(1) if nothing changed.
 
         All that it reads is part of the version that `key` names.
         """
         before, obstacle = self._obstacles.get(model, (None, None))
         if before != key:
-            obstacle = row_obstacle(model)
+            obstacle = row_dependence(model)
             self._obstacles[model] = key, obstacle
         return obstacle
 
@@ -117,16 +119,16 @@ class PromptCache:
         group.columns.padding, group.prompt = padding, prompt
         pool = self._pool(model, cache)
         if pool is not None:
-            _reuse(cache, self._homes[model], pool, prompt, padding)
+            _reuse(cache, self._layouts[model], pool, prompt, padding)
 
     def await_turn(self, model: nn.Module, cache: PagedCache) -> None:
         """Wait for other calls if memory is short, before the cache takes cached blocks."""
         if self._pool(model, cache) is not None:
-            cache.memory.await_turn(self._homes[model].kinds[0])
+            cache.memory.await_turn(self._layouts[model].kinds[0])
 
     def _pool(self, model: nn.Module, cache: PagedCache) -> PagedPool | None:
         """Return the pool of the model's prompts; None without any, or for an unlike cache."""
-        home = self._homes.get(model)
+        home = self._layouts.get(model)
         if home is None or len(home.kinds) != len(cache.paged_layers()):
             return None
         return cache.memory.find_pool(home.layout)
@@ -141,7 +143,7 @@ class PromptCache:
         unchanged = group.prompt is not None and now == (group.prompt.key, None)
         if unchanged and cache.is_fully_paged and len(kinds) == len(layers):
             group.commit()
-            self._homes[model] = _Home(group.layout, kinds)
+            self._layouts[model] = _PoolLayout(group.layout, kinds)
         else:
             group.prompt = None  # what follows is not reusable either
 
@@ -159,9 +161,9 @@ def reply(
     processors, streamer = kwargs["logits_processor"], kwargs.get("streamer")
     criteria = kwargs.get("stopping_criteria") or ()
     is_thorough = any(map(_is_callers, [*processors, *criteria, streamer]))
-    lookout = _Lookout(cache, prompts, model, is_thorough)
+    lookout = _ModelChangeGuard(cache, prompts, model, is_thorough)
     kwargs["logits_processor"] = LogitsProcessorList([lookout, *processors])
-    kwargs["streamer"] = _Listener(cache, streamer)
+    kwargs["streamer"] = _TokenStreamer(cache, streamer)
     try:
         result = original(model, *args, **kwargs)
         if cache.groups and cache.groups[0].prompt is not None:
@@ -178,7 +180,7 @@ def _is_callers(each: object) -> bool:
     return not is_library(home) or isinstance(each, PrefixConstrainedLogitsProcessor)
 
 
-class _Listener:
+class _TokenStreamer:
     """A streamer that lets a cache know which tokens were chosen, and passes them on."""
 
     def __init__(self, cache: PagedCache, inner: Any) -> None:
@@ -198,7 +200,7 @@ class _Listener:
             self._inner.end()
 
 
-class _Lookout(LogitsProcessor):
+class _ModelChangeGuard(LogitsProcessor):
     """Stops keeping a reply if the model that computes it changes, even if it changes back.
 
     It stands before all other processors: of what a caller may hook into a step, nothing runs
@@ -230,14 +232,14 @@ class _Lookout(LogitsProcessor):
             if self._before not in (None, now):
                 for group in kept:
                     group.prompt = None
-                self._cache.memory.note_unserved(
+                self._cache.memory.note_fallback(
                     "reply not kept: a change of the model in the middle of it"
                 )
             self._before = now
         return scores
 
 
-class _Home(NamedTuple):
+class _PoolLayout(NamedTuple):
     """Where a model's keys and values are: the pool's layout, and each layer's kind."""
 
     layout: object
@@ -245,7 +247,7 @@ class _Home(NamedTuple):
 
 
 def _reuse(
-    cache: PagedCache, home: _Home, pool: PagedPool, prompt: Prompt, padding: Padding
+    cache: PagedCache, home: _PoolLayout, pool: PagedPool, prompt: Prompt, padding: Padding
 ) -> None:
     # Meanwhile no other cache takes what was found, and no interrupt loses it.
     with pool.lock, pool.uninterrupted:

@@ -12,30 +12,30 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.protocol import CacheManager
 from kvpager.engine.config import EngineConfig
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.runner.model_info import Anatomy
-from kvpager.integrations.huggingface.runner.model_runner import Runner
-from kvpager.integrations.huggingface.runner.sizing import Sizes, measured_costs
+from kvpager.integrations.huggingface.runner.model_info import ModelInfo
+from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
+from kvpager.integrations.huggingface.runner.sizing import PoolSizes, measured_costs
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.block_storage import BlockStorage
 
 
-def max_length_of(anatomy: Anatomy, config: EngineConfig) -> int | None:
+def max_length_of(info: ModelInfo, config: EngineConfig) -> int | None:
     """Return the most tokens of a sequence. Raises: `ValueError` for more than the model allows."""
     if config.max_length is None:
-        return anatomy.max_length
-    most = anatomy.max_length or 2**31 - 1
+        return info.max_length
+    most = info.max_length or 2**31 - 1
     return arguments.count("max_length", config.max_length, at_least=1, at_most=most)
 
 
-def make_storage(anatomy: Anatomy, config: EngineConfig, sizes: Sizes) -> BlockStorage:
+def make_storage(info: ModelInfo, config: EngineConfig, sizes: PoolSizes) -> BlockStorage:
     """Make the tensors of the pool. O(bytes)."""
     return BlockStorage(
         sizes.device,
         config.block_size,
-        anatomy.shapes,
-        dtype=anatomy.dtype,
+        info.shapes,
+        dtype=info.dtype,
         kv_cache_dtype=config.kv_cache_dtype,
-        device=anatomy.device,
+        device=info.device,
         num_host_blocks=sizes.host,
     )
 
@@ -53,23 +53,25 @@ def compiled_forward(model: Any, config: EngineConfig, is_packed: bool) -> Any:
 
 
 def make_scheduler(
-    anatomy: Anatomy, config: EngineConfig, sizes: Sizes, max_length: int | None, runner: Runner
+    info: ModelInfo,
+    config: EngineConfig,
+    sizes: PoolSizes,
+    max_length: int | None,
+    runner: ModelRunner,
 ) -> Scheduler:
     """Make the scheduler and the block manager. Measures what preemption costs if need be."""
     costs = config.costs
     if costs is None and sizes.host:
         costs = measured_costs(runner)
     # Not every recurrent layer goes on with several tokens at once.
-    chunked = not anatomy.has_state
+    chunked = not info.has_state
     return Scheduler(
-        make_manager(anatomy, config, sizes, chunked=chunked),
+        make_manager(info, config, sizes, chunked=chunked),
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         max_queue_size=config.max_queue_size,
         order=config.order,
-        prefix_cache=config.prefix_cache
-        and not anatomy.has_state
-        and not anatomy.is_encoder_decoder,
+        prefix_cache=config.prefix_cache and not info.has_state and not info.is_encoder_decoder,
         max_length=max_length,
         chunked=chunked,
         costs=costs,
@@ -77,14 +79,14 @@ def make_scheduler(
 
 
 def make_manager(
-    anatomy: Anatomy, config: EngineConfig, sizes: Sizes, *, chunked: bool
+    info: ModelInfo, config: EngineConfig, sizes: PoolSizes, *, chunked: bool
 ) -> CacheManager:
     """Make the manager of the pool's blocks, over groups if layers have windows. O(blocks)."""
     eviction = config.policy(sizes.device)
-    if not any(anatomy.windows):
+    if not any(info.windows):
         return BlockManager(sizes.device, config.block_size, sizes.host, eviction=eviction)
     return GroupedManager(
-        anatomy.windows,
+        info.windows,
         sizes.device,
         config.block_size,
         sizes.host,

@@ -19,14 +19,14 @@ from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.model_state.offloaded import execution_device
 from kvpager.integrations.huggingface.releases import forward_cache_names
 from kvpager.integrations.huggingface.runner.layer_groups import group_layers
-from kvpager.integrations.huggingface.runner.step_cache import LayerPlan
+from kvpager.integrations.huggingface.runner.step_cache import LayerInfo
 from kvpager.storage.block_storage import LayerShape
 
 
-class Anatomy(NamedTuple):
+class ModelInfo(NamedTuple):
     """A model's layers as a cache sees them, and what its forward pass takes."""
 
-    layers: tuple[LayerPlan, ...]  # kept in blocks
+    layers: tuple[LayerInfo, ...]  # kept in blocks
     others: tuple[int, ...]  # indices of layers that are not
     has_state: bool  # whether those hold something: recurrent layers
     is_plain: bool  # whether windows are all that hides a token from later ones
@@ -48,7 +48,7 @@ class Anatomy(NamedTuple):
         return takes_places and self.is_plain and not is_more
 
 
-class _Watched(DynamicCache):
+class _RecordingCache(DynamicCache):
     """A cache that remembers what was written to it."""
 
     def __init__(self, config: Any) -> None:
@@ -68,7 +68,7 @@ class _Watched(DynamicCache):
 
 def plain_cache(model: Any) -> DynamicCache:
     """An empty cache of transformers' own layers, whatever is patched. O(layers)."""
-    return _Watched(model.config)
+    return _RecordingCache(model.config)
 
 
 def blank_layers(model: Any, indices: Sequence[int]) -> dict[int, Any]:
@@ -77,13 +77,13 @@ def blank_layers(model: Any, indices: Sequence[int]) -> dict[int, Any]:
     return {index: layers[index] for index in indices}
 
 
-def study(model: Any) -> Anatomy:
+def inspect_model(model: Any) -> ModelInfo:
     """Look at `model`. One forward pass of two tokens.
 
     Raises: `KVPagerError` for a model whose cache is of no kind that can be kept in blocks.
     """
     try:
-        cache, cache_name = _watch(model)
+        cache, cache_name = _record_pass(model)
     except Exception as error:  # by a model that reads no text, or keeps no such cache
         raise _refusal(model, f"it did not take two tokens: {error!r}") from error
     layers, others, has_state = [], [], False
@@ -106,8 +106,8 @@ def study(model: Any) -> Anatomy:
     embeddings = model.get_input_embeddings()
     if not hasattr(embeddings, "num_embeddings"):
         raise _refusal(model, f"it has no table of embeddings, but a {type(embeddings).__name__}")
-    return Anatomy(
-        tuple(map(LayerPlan, indices, shapes, windows, *zip(*groups.places, strict=True))),
+    return ModelInfo(
+        tuple(map(LayerInfo, indices, shapes, windows, *zip(*groups.places, strict=True))),
         tuple(others),
         has_state,
         getattr(text, "attention_chunk_size", None) is None,
@@ -124,13 +124,13 @@ def study(model: Any) -> Anatomy:
 
 
 @torch.inference_mode()
-def _watch(model: Any) -> tuple[_Watched, str]:
+def _record_pass(model: Any) -> tuple[_RecordingCache, str]:
     """Compute two tokens. Return the cache that was written, and the name of its argument."""
     device = execution_device(model)
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     first: Exception | None = None
     for name in forward_cache_names(model):
-        cache = _Watched(model.config)
+        cache = _RecordingCache(model.config)
         try:
             if model.config.is_encoder_decoder:
                 pair = EncoderDecoderCache(cache, DynamicCache())

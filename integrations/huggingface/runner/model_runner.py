@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.runner.model_info import Anatomy, blank_layers
+from kvpager.integrations.huggingface.runner.model_info import ModelInfo, blank_layers
 from kvpager.integrations.huggingface.runner.step_cache import StepCache, StepRows
 from kvpager.kernels.host_rows import to_device
 from kvpager.plans import NO_COPIES, GroupStep, Int32, StepPlan
@@ -22,7 +22,7 @@ from kvpager.storage.block_storage import BlockStorage
 
 
 @dataclass
-class Kept:
+class SampleState:
     """What a sample keeps besides blocks."""
 
     others: dict[int, Any] = field(default_factory=dict)  # transformers' own layers
@@ -30,13 +30,13 @@ class Kept:
     across: Any = None  # keys and values of that
 
 
-class Runner:
+class ModelRunner:
     """A model, the storage of its blocks, and what its sequences keep besides.
 
     Args:
         model: in evaluation mode, on one device.
-        anatomy: of the model.
-        storage: its layers have the shapes `anatomy.shapes`.
+        info: of the model.
+        storage: its layers have the shapes `info.shapes`.
         memory: whose counters count.
         is_packed: whether rows go through the model in one line; see `fitting`.
         forward: what computes packed passes, where it is not the model itself: a compiled one.
@@ -45,7 +45,7 @@ class Runner:
     def __init__(
         self,
         model: Any,
-        anatomy: Anatomy,
+        info: ModelInfo,
         storage: BlockStorage,
         memory: PagedMemory,
         *,
@@ -53,20 +53,20 @@ class Runner:
         forward: Any = None,
     ) -> None:
         self.model = model
-        self.anatomy = anatomy
+        self.info = info
         self.storage = storage
         self.is_packed = is_packed
         self._forward = model if forward is None else forward
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, SampleState] = {}
         # What a step's sizes do not change: told apart by its four dimensions, read by nobody.
-        self._no_mask = torch.zeros(1, 1, 1, 1, dtype=anatomy.dtype, device=anatomy.device)
-        others = blank_layers(model, anatomy.others)
-        self._cache = StepCache(storage, anatomy.layers, others, memory)
+        self._no_mask = torch.zeros(1, 1, 1, 1, dtype=info.dtype, device=info.device)
+        others = blank_layers(model, info.others)
+        self._cache = StepCache(storage, info.layers, others, memory)
 
     @property
     def device_type(self) -> str:
         """Return the type of the model's device. O(1)."""
-        return self.anatomy.device.type
+        return self.info.device.type
 
     @property
     def block_bytes(self) -> int:
@@ -86,7 +86,7 @@ class Runner:
         self.forget(plan.freed)
         if not len(plan):
             return torch.empty(0, 0)
-        rows = StepRows.of(plan, self.storage.block_size, self.anatomy.device)
+        rows = StepRows.of(plan, self.storage.block_size, self.info.device)
         if self.is_packed:
             return self._packed(rows, plan)
         return self._row_by_row(rows, plan, prompts)
@@ -102,13 +102,13 @@ class Runner:
         kept = self._kept.get(parent)
         if kept is not None:
             # What was encoded and read across never changes.
-            self._kept[child] = Kept(copy.deepcopy(kept.others), kept.encoded, kept.across)
+            self._kept[child] = SampleState(copy.deepcopy(kept.others), kept.encoded, kept.across)
 
     def _packed(self, rows: StepRows, plan: StepPlan) -> Tensor:
         last = np.cumsum(plan.counts, dtype=np.int64)[plan.wants_logits] - 1
-        keep = to_device(last, self.anatomy.device)
-        options: dict[str, Any] = {self.anatomy.cache_name: self._cache}
-        selects = "logits_to_keep" in self.anatomy.arguments
+        keep = to_device(last, self.info.device)
+        options: dict[str, Any] = {self.info.cache_name: self._cache}
+        selects = "logits_to_keep" in self.info.arguments
         if selects:
             options["logits_to_keep"] = keep
         self._cache.begin(rows, is_packed=True)
@@ -129,7 +129,7 @@ class Runner:
         for number, last in enumerate(ends):
             sample, wanted = int(plan.samples[number]), bool(plan.wants_logits[number])
             if plan.starts[number] == 0 or sample not in self._kept:
-                assert not (plan.starts[number] and self.anatomy.has_state), "a state was lost"
+                assert not (plan.starts[number] and self.info.has_state), "a state was lost"
                 self._kept[sample] = self._new(prompts.get(sample))
             kept = self._kept[sample]
             for index, layer in kept.others.items():
@@ -142,18 +142,18 @@ class Runner:
                 logits.append(of_row[0, -1])
         return torch.stack(logits) if logits else torch.empty(0, 0)
 
-    def _single(self, row: StepRows, kept: Kept) -> Tensor:
-        accepted = self.anatomy.arguments
+    def _single(self, row: StepRows, kept: SampleState) -> Tensor:
+        accepted = self.info.arguments
         options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in accepted:
             options["logits_to_keep"] = 1
-        if self.anatomy.is_encoder_decoder:
+        if self.info.is_encoder_decoder:
             options["decoder_input_ids"] = row.ids
             options["encoder_outputs"] = kept.encoded
-            options[self.anatomy.cache_name] = EncoderDecoderCache(self._cache, kept.across)
+            options[self.info.cache_name] = EncoderDecoderCache(self._cache, kept.across)
         else:
             options["input_ids"] = row.ids
-            options[self.anatomy.cache_name] = self._cache
+            options[self.info.cache_name] = self._cache
             if "attention_mask" in accepted:
                 options["attention_mask"] = row.ids.new_ones(1, row.longest)
             if "position_ids" in accepted:
@@ -161,10 +161,10 @@ class Runner:
         logits: Tensor = self.model(**options).logits
         return logits
 
-    def _new(self, encoder_ids: list[int] | None) -> Kept:
-        kept = Kept(blank_layers(self.model, self.anatomy.others))
-        if self.anatomy.is_encoder_decoder:
-            ids = torch.tensor([encoder_ids], device=self.anatomy.device)
+    def _new(self, encoder_ids: list[int] | None) -> SampleState:
+        kept = SampleState(blank_layers(self.model, self.info.others))
+        if self.info.is_encoder_decoder:
+            ids = torch.tensor([encoder_ids], device=self.info.device)
             kept.encoded = self.model.get_encoder()(input_ids=ids)
             kept.across = DynamicCache()
         return kept

@@ -21,8 +21,8 @@ from kvpager.integrations.huggingface.attention import functions as attention
 from kvpager.integrations.huggingface.attention.packed import CannotPack
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.releases import CACHE_NAMES
-from kvpager.integrations.huggingface.runner.model_info import Anatomy, plain_cache
-from kvpager.integrations.huggingface.runner.model_runner import Runner, trial_plan
+from kvpager.integrations.huggingface.runner.model_info import ModelInfo, plain_cache
+from kvpager.integrations.huggingface.runner.model_runner import ModelRunner, trial_plan
 from kvpager.storage.block_storage import BlockStorage
 
 logger = logging.getLogger("kvpager")
@@ -62,7 +62,7 @@ def _leave_behind() -> None:
 os.register_at_fork(after_in_child=_leave_behind)
 
 
-class ModelSwitch:
+class AttentionSwitch:
     """A model in evaluation mode, with an attention that may be ours, while engines use it."""
 
     def __init__(self, model: Any) -> None:
@@ -80,7 +80,7 @@ class ModelSwitch:
         self._original = found.attention
         model.eval()
 
-    def to_ours(self) -> None:
+    def to_paged(self) -> None:
         """Have the model call the attention that reads blocks in place, where it lets us choose."""
         attention.register()
         try:
@@ -107,7 +107,7 @@ class ModelSwitch:
 
 
 def fit(
-    model: Any, anatomy: Anatomy, memory: PagedMemory, switch: ModelSwitch, forward: Forward
+    model: Any, info: ModelInfo, memory: PagedMemory, switch: AttentionSwitch, forward: Forward
 ) -> bool:
     """True if `model` computes packed rows correctly. Sets the attention that it needs for it.
 
@@ -115,17 +115,17 @@ def fit(
     Raises: `KVPagerError` if no mode that `forward` allows reproduces the model's own logits.
     """
     name = type(model).__name__
-    switch.to_ours()
-    if forward != "per_sequence" and _is_right(model, anatomy, memory, is_packed=True):
+    switch.to_paged()
+    if forward != "per_sequence" and _is_right(model, info, memory, is_packed=True):
         return True
     if forward == "packed":
         raise KVPagerError(
             f"forward='packed': {name} computes other logits for packed rows. "
             "Pass forward='auto' or 'per_sequence'."
         )
-    if not _is_right(model, anatomy, memory, is_packed=False):
+    if not _is_right(model, info, memory, is_packed=False):
         switch.to_original()
-        if not _is_right(model, anatomy, memory, is_packed=False):
+        if not _is_right(model, info, memory, is_packed=False):
             raise KVPagerError(
                 f"{name} cannot be batched continuously: over blocks, its logits are not those "
                 "of its own generate(); use that for it"
@@ -133,12 +133,12 @@ def fit(
     return False
 
 
-def _is_right(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: bool) -> bool:
+def _is_right(model: Any, info: ModelInfo, memory: PagedMemory, *, is_packed: bool) -> bool:
     """True if each row's logits equal those of the row alone; False if the model raises."""
-    if is_packed and not anatomy.may_be_packed:
+    if is_packed and not info.may_be_packed:
         return False
     try:
-        return _gives_the_same(model, anatomy, memory, is_packed=is_packed)
+        return _gives_the_same(model, info, memory, is_packed=is_packed)
     except CannotPack:
         return False
     except Exception as error:  # of a model that looks at its cache in a way of its own
@@ -152,42 +152,42 @@ def _is_right(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: b
 
 
 @torch.inference_mode()
-def _gives_the_same(model: Any, anatomy: Anatomy, memory: PagedMemory, *, is_packed: bool) -> bool:
+def _gives_the_same(model: Any, info: ModelInfo, memory: PagedMemory, *, is_packed: bool) -> bool:
     """Compare two rows of unlike lengths, in a step of many tokens and one of single ones."""
-    prompts = [_some_ids(model, anatomy, 5, 0), _some_ids(model, anatomy, 8, 1)]
-    groups = len(anatomy.windows)
+    prompts = [_some_ids(model, info, 5, 0), _some_ids(model, info, 8, 1)]
+    groups = len(info.windows)
     tables = (
         np.array([[3, 0], [1, 2]], np.int32) + 4 * np.arange(groups, dtype=np.int32)[:, None, None]
     )
     storage = BlockStorage(
         4 * groups,
         _BLOCK_SIZE,
-        anatomy.shapes,
-        dtype=anatomy.dtype,
-        device=anatomy.device,
+        info.shapes,
+        dtype=info.dtype,
+        device=info.device,
     )
-    runner = Runner(model, anatomy, storage, memory, is_packed=is_packed)
+    runner = ModelRunner(model, info, storage, memory, is_packed=is_packed)
     before = np.zeros(2, np.int32)
     for counts in (np.array([len(prompt) - 1 for prompt in prompts]), np.array([1, 1])):
         plan = trial_plan(prompts, before, counts, tables, storage, groups)
         logits = runner.run(plan, dict(enumerate(prompts)))
         before = before + counts.astype(np.int32)
     for prompt, found in zip(prompts, logits, strict=True):
-        alone = _alone(model, anatomy, prompt)
+        alone = _alone(model, info, prompt)
         difference = (found.float() - alone).norm() / alone.norm()
-        if not difference <= _TOLERANCE.get(anatomy.dtype, _TOLERANCE_16_BITS):  # a NaN too
+        if not difference <= _TOLERANCE.get(info.dtype, _TOLERANCE_16_BITS):  # a NaN too
             return False
     return True
 
 
-def _alone(model: Any, anatomy: Anatomy, prompt: list[int]) -> Tensor:
+def _alone(model: Any, info: ModelInfo, prompt: list[int]) -> Tensor:
     """Return the logits after `prompt` as the model's `generate` has them.
 
     Its last token is computed over transformers' own cache.
     """
-    ids = torch.tensor([prompt], device=anatomy.device)
-    if anatomy.is_encoder_decoder:
-        return _decoded_alone(model, anatomy, ids)
+    ids = torch.tensor([prompt], device=info.device)
+    if info.is_encoder_decoder:
+        return _decoded_alone(model, info, ids)
     plain = copy.copy(model)  # shares all weights, and has none of the caller's settings
     plain.generation_config = GenerationConfig(
         max_new_tokens=2,
@@ -201,7 +201,7 @@ def _alone(model: Any, anatomy: Anatomy, prompt: list[int]) -> Tensor:
         return torch.full_like(scores, -torch.inf).index_fill(1, ids[0, -1:], 0.0)
 
     options: dict[str, Any] = {}
-    if anatomy.cache_name == CACHE_NAMES[0]:  # `generate` refuses an argument that forward lacks
+    if info.cache_name == CACHE_NAMES[0]:  # `generate` refuses an argument that forward lacks
         options[CACHE_NAMES[0]] = plain_cache(model)
     output = plain.generate(
         ids[:, :-1],
@@ -213,10 +213,10 @@ def _alone(model: Any, anatomy: Anatomy, prompt: list[int]) -> Tensor:
     return logits
 
 
-def _decoded_alone(model: Any, anatomy: Anatomy, ids: Tensor) -> Tensor:
+def _decoded_alone(model: Any, info: ModelInfo, ids: Tensor) -> Tensor:
     """Return a decoder's logits after `ids`, which `generate` would put a token in front of."""
     options: dict[str, Any] = {
-        anatomy.cache_name: EncoderDecoderCache(plain_cache(model), DynamicCache()),
+        info.cache_name: EncoderDecoderCache(plain_cache(model), DynamicCache()),
         "encoder_outputs": model.get_encoder()(input_ids=ids),
     }
     for part in (ids[:, :-1], ids[:, -1:]):
@@ -225,9 +225,9 @@ def _decoded_alone(model: Any, anatomy: Anatomy, ids: Tensor) -> Tensor:
     return logits
 
 
-def _some_ids(model: Any, anatomy: Anatomy, count: int, seed: int) -> list[int]:
+def _some_ids(model: Any, info: ModelInfo, count: int, seed: int) -> list[int]:
     # Of tokens that a model can also choose: some have embeddings for images besides.
     text = model.config.get_text_config(decoder=True)
-    most = min(anatomy.vocabulary, getattr(text, "vocab_size", None) or anatomy.vocabulary)
+    most = min(info.vocabulary, getattr(text, "vocab_size", None) or info.vocabulary)
     ids: list[int] = np.random.default_rng(seed).integers(0, most, count).tolist()
     return ids

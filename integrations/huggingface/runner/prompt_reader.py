@@ -25,7 +25,7 @@ _ANY_SETTINGS = GenerationConfig()
 _OTHER_NAMES = {"inputs", "inputs_embeds"}
 
 
-class Reader(NamedTuple):
+class PromptReader(NamedTuple):
     """Reads prompts for one model, and takes their padding off."""
 
     vocabulary: int
@@ -34,11 +34,11 @@ class Reader(NamedTuple):
     ends: frozenset[int]
 
     @classmethod
-    def of(cls, anatomy: Any, settings: Any) -> Reader:
+    def of(cls, info: Any, settings: Any) -> PromptReader:
         """Return the reader for a model with `settings`, a `GenerationConfig`."""
         ends = settings.eos_token_id
         ends = frozenset([ends] if isinstance(ends, int) else ends or ())
-        return cls(anatomy.vocabulary, anatomy.arguments, settings.pad_token_id, ends)
+        return cls(info.vocabulary, info.arguments, settings.pad_token_id, ends)
 
     def one(self, prompt: Any, mask: Any = None) -> list[int]:
         """Return the token ids of a prompt, or of a batch of one. O(tokens).
@@ -151,7 +151,7 @@ def _not_read(name: str) -> ValueError:
     )
 
 
-def chosen(name: str, given: Any, input_ids: Any) -> Any:
+def prompt_argument(name: str, given: Any, input_ids: Any) -> Any:
     """Return the argument `name`, or `input_ids`, as what a tokenizer returned is unpacked.
 
     Raises: `TypeError` for neither or both.
@@ -163,7 +163,7 @@ def chosen(name: str, given: Any, input_ids: Any) -> Any:
     return input_ids if given is None else given
 
 
-def each_options(options: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
+def options_per_prompt(options: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
     """Yield the options of each of `count` requests: a seed counts up. O(1) each."""
     if "name" in options:
         raise TypeError("name: several requests cannot share one; leave it out, or use submit()")

@@ -14,8 +14,8 @@ from kvpager._text import size as as_text
 from kvpager.blocks.groups.windows import blocks_for
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.runner.model_info import Anatomy
-from kvpager.integrations.huggingface.runner.model_runner import Runner, trial_plan
+from kvpager.integrations.huggingface.runner.model_info import ModelInfo
+from kvpager.integrations.huggingface.runner.model_runner import ModelRunner, trial_plan
 from kvpager.plans import Plan
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import Request, blocks_needed
@@ -29,7 +29,7 @@ _OF_DEVICE, _OF_HOST = 0.9, 0.5
 _TRIALS, _TRIAL_TOKENS = 5, 128
 
 
-class Sizes(NamedTuple):
+class PoolSizes(NamedTuple):
     """Blocks of either tier."""
 
     device: int
@@ -37,12 +37,12 @@ class Sizes(NamedTuple):
 
 
 def pool_blocks(
-    anatomy: Anatomy,
+    info: ModelInfo,
     memory: PagedMemory,
     max_num_seqs: int,
     max_length: int | None,
     max_chunk: int | None = None,
-) -> Sizes:
+) -> PoolSizes:
     """Blocks for the bounds of `memory`; without one, for `max_num_seqs` rows of `max_length`
     tokens, as far as half of the host's free memory, or nine tenths of the device's, allow. O(1).
 
@@ -50,27 +50,27 @@ def pool_blocks(
     """
     size = BlockStorage.bytes_of_a_block(
         memory.block_size,
-        anatomy.shapes,
-        dtype=anatomy.dtype,
+        info.shapes,
+        dtype=info.dtype,
         kv_cache_dtype=memory.kv_cache_dtype,
     )
     # Less than a block for each group of layers holds no token.
-    least = len(anatomy.windows)
+    least = len(info.windows)
     memory.refuse_below(least * size, on_device=True)
     if memory.bound is not None:
         device = memory.bound // size
     else:
-        device = _free_bytes(anatomy.device) // size
+        device = _free_bytes(info.device) // size
         if max_length is not None:
-            longest = blocks_for(max_length, memory.block_size, anatomy.windows, max_chunk)
+            longest = blocks_for(max_length, memory.block_size, info.windows, max_chunk)
             device = min(device, max_num_seqs * longest)
     host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
     if device < least:
         raise KVPagerError(
-            f"{anatomy.device} has no room for one block of {counted(memory.block_size, 'token')} "
+            f"{info.device} has no room for one block of {counted(memory.block_size, 'token')} "
             f"({as_text(least * size)}): free memory there, or use a smaller block_size"
         )
-    return Sizes(device, host)
+    return PoolSizes(device, host)
 
 
 def require_room(
@@ -102,12 +102,12 @@ def _free_bytes(device: torch.device) -> int:
     return int(free_bytes(device) * _OF_HOST)
 
 
-def measured_costs(runner: Runner) -> PreemptionCosts:
+def measured_costs(runner: ModelRunner) -> PreemptionCosts:
     """What computing tokens and moving blocks takes here: medians of a few of each.
 
     Overwrites the first blocks of both tiers, which nobody uses yet.
     """
-    storage, longest = runner.storage, runner.anatomy.max_length or _TRIAL_TOKENS
+    storage, longest = runner.storage, runner.info.max_length or _TRIAL_TOKENS
     tokens = min(_TRIAL_TOKENS, longest, storage.num_blocks * storage.block_size)
     table = np.arange(-(-tokens // storage.block_size), dtype=np.int32)
     plan = trial_plan(
@@ -116,7 +116,7 @@ def measured_costs(runner: Runner) -> PreemptionCosts:
         np.array([tokens]),
         table[None],
         storage,
-        len(runner.anatomy.windows),
+        len(runner.info.windows),
     )
     num_blocks = min(8, storage.num_blocks, storage.num_host_blocks)
     pairs = np.stack([np.arange(num_blocks, dtype=np.int32)] * 2, axis=1)

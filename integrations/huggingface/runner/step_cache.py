@@ -121,7 +121,7 @@ def _from_first_block(tables: Int32, seq_lens: Int32, block_size: int) -> tuple[
     return shown, seq_lens
 
 
-class LayerPlan(NamedTuple):
+class LayerInfo(NamedTuple):
     """What is known of a model's layer before the first step."""
 
     number: int  # among the layers of a cache
@@ -142,7 +142,7 @@ class StepCache(DynamicCache):
     def __init__(
         self,
         storage: BlockStorage,
-        layers: Sequence[LayerPlan],
+        layers: Sequence[LayerInfo],
         others: dict[int, Any],
         memory: PagedMemory,
     ) -> None:
@@ -168,7 +168,7 @@ class StepLayer(DynamicLayer):
 
     _layer_type = None
 
-    def __init__(self, cache: StepCache, place: Place, plan: LayerPlan) -> None:
+    def __init__(self, cache: StepCache, place: Place, plan: LayerInfo) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.number = plan.number
         self.place = place

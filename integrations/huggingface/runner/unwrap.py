@@ -29,11 +29,11 @@ def unwrapped(model: Any) -> Any:
         inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
     if not isinstance(inner, GenerationMixin):
         wrapper, inner = inner, _generative_inside(inner)
-        refuse_spread(wrapper)
-        refuse_spread(inner)
+        refuse_sharded(wrapper)
+        refuse_sharded(inner)
         _refuse_unlike(wrapper, inner)
     else:
-        refuse_spread(inner)
+        refuse_sharded(inner)
     return inner
 
 
@@ -118,13 +118,13 @@ def _logits(model: Any, inner: Any) -> Tensor:
     return logits.float()
 
 
-def refuse_spread(model: Any) -> None:
+def refuse_sharded(model: Any) -> None:
     """Raise `KVPagerError` for a model whose forward pass several processes compute together.
 
     Each process has its own engine, and the engines may order requests differently. Collective
     operations of different steps would then be mixed up. O(parameters).
     """
-    how = _spread(model)
+    how = _sharding(model)
     if how is not None:
         raise KVPagerError(
             f"{type(model).__name__} is spread by {how}, which cannot be batched in blocks; use "
@@ -132,7 +132,7 @@ def refuse_spread(model: Any) -> None:
         )
 
 
-def _spread(model: Any) -> str | None:
+def _sharding(model: Any) -> str | None:
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return "tensor parallelism"
     if getattr(model, "_device_mesh", None) is not None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvpager.integrations.huggingface.runner.model_runner import Runner, trial_plan
+from kvpager.integrations.huggingface.runner.model_runner import ModelRunner, trial_plan
 from kvpager.plans import StepPlan
 
 COMPILING = ("cuda",)  # device types whose kernels are compiled at the first launch
@@ -20,17 +20,19 @@ _SHORT = 8  # tokens of rows that are too short to be split
 _ROWS = 4
 
 
-def warm_up(runner: Runner, max_batch_tokens: int, max_num_seqs: int) -> None:
+def warm_up(runner: ModelRunner, max_batch_tokens: int, max_num_seqs: int) -> None:
     """Compute a step of every shape. Overwrites the first blocks, which no request may hold yet."""
     for plan in warm_up_steps(runner, max_batch_tokens, max_num_seqs):
         runner.run(plan, {sample: [0] for sample in plan.samples.tolist()})
         runner.forget(plan.samples)
 
 
-def warm_up_steps(runner: Runner, max_batch_tokens: int, max_num_seqs: int) -> Iterator[StepPlan]:
+def warm_up_steps(
+    runner: ModelRunner, max_batch_tokens: int, max_num_seqs: int
+) -> Iterator[StepPlan]:
     """Yield the steps: copies of blocks, decoding, prompts, and both at once."""
-    storage, longest = runner.storage, runner.anatomy.max_length or 2**15
-    begins_in_cache = not runner.anatomy.has_state  # a state is not in the blocks
+    storage, longest = runner.storage, runner.info.max_length or 2**15
+    begins_in_cache = not runner.info.has_state  # a state is not in the blocks
     room = min(longest, storage.num_blocks * storage.block_size)
     few = min(_ROWS, max_num_seqs, max_batch_tokens)
     prompt = min(max_batch_tokens - few + 1, room)
@@ -47,7 +49,7 @@ def warm_up_steps(runner: Runner, max_batch_tokens: int, max_num_seqs: int) -> I
         yield _step(runner, [*rows, (room - min(prompt, 2), min(prompt, 2))])
 
 
-def _step(runner: Runner, rows: list[tuple[int, int]]) -> StepPlan:
+def _step(runner: ModelRunner, rows: list[tuple[int, int]]) -> StepPlan:
     """Return a step of rows (tokens in the cache, new tokens) that all have the same blocks."""
     storage = runner.storage
     starts, counts = (np.array(each, np.int32) for each in zip(*rows, strict=True))
@@ -55,7 +57,7 @@ def _step(runner: Runner, rows: list[tuple[int, int]]) -> StepPlan:
     num_blocks = -(-int(ends.max()) // storage.block_size)
     tables = np.broadcast_to(np.arange(num_blocks, dtype=np.int32), (len(rows), num_blocks))
     prompts = [[0] * int(end) for end in ends]
-    groups = len(runner.anatomy.windows)
+    groups = len(runner.info.windows)
     plan = trial_plan(prompts, starts, counts, tables, storage, groups)
     if len(np.unique(plan.slots)) < len(plan.slots):  # two rows must not write to one slot
         none = np.full_like(plan.slots, -1)
@@ -64,7 +66,7 @@ def _step(runner: Runner, rows: list[tuple[int, int]]) -> StepPlan:
     return plan
 
 
-def _copies(runner: Runner) -> Iterator[StepPlan]:
+def _copies(runner: ModelRunner) -> Iterator[StepPlan]:
     """Yield a step that copies blocks for each number of pairs that a kernel is compiled for."""
     plan = _step(runner, [(0, 1)])
     for count in (1, 2, 9, 65, 257):

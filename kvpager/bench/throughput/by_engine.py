@@ -14,7 +14,7 @@ from kvpager.engine.metrics import StepRecord
 from kvpager.engine.stream import Output, Stream
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.engine import Engine
-from kvpager.integrations.huggingface.runner.model_info import study
+from kvpager.integrations.huggingface.runner.model_info import inspect_model
 from kvpager.storage.block_storage import BlockStorage
 
 
@@ -31,18 +31,18 @@ class EngineSystem:
         clock: Clock = MONOTONIC,
     ) -> None:
         self._model, self._clock = twin(model), clock
-        anatomy = study(self._model)
+        info = inspect_model(self._model)
         self.block_bytes = BlockStorage.bytes_of_a_block(
             options.block_size,
-            anatomy.shapes,
-            dtype=anatomy.dtype,
+            info.shapes,
+            dtype=info.dtype,
             kv_cache_dtype=options.engine.get("kv_cache_dtype"),
         )
         self._start = 0.0
         self._moments: list[Moment] = []
         memory = options.memory
         if memory is None:  # a fiftieth more: the scheduler keeps a few blocks back
-            blocks = workload.blocks(options.block_size) * len(anatomy.windows)
+            blocks = workload.blocks(options.block_size) * len(info.windows)
             memory = (blocks * 51 // 50 + 1) * self.block_bytes
         try:
             self.engine = Engine(

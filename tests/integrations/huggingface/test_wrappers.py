@@ -24,7 +24,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
 import kvpager  # noqa: E402
-from kvpager.integrations.huggingface.model_state.row_independence import row_obstacle  # noqa: E402
+from kvpager.integrations.huggingface.model_state.row_independence import row_dependence  # noqa: E402
 from kvpager.integrations.huggingface.prefix import prefill, prompt_cache  # noqa: E402
 from kvpager.integrations.huggingface.releases import cache_in, cache_of, with_cache  # noqa: E402
 from kvpager.testing import tiny_llama_path  # noqa: E402
@@ -168,8 +168,8 @@ def test_virtual_tokens_that_come_later_are_not_put_behind_a_known_prefix(
     turns = {"input_ids": torch.cat([prompt[:, :200], other[:, :100]], dim=1)}
     kind.unaware = True
     # As if a known library had put the virtual tokens there.
-    monkeypatch.setattr(prefill, "row_obstacle", lambda model: None)
-    monkeypatch.setattr(prompt_cache, "row_obstacle", lambda model: None)
+    monkeypatch.setattr(prefill, "row_dependence", lambda model: None)
+    monkeypatch.setattr(prompt_cache, "row_dependence", lambda model: None)
     with kvpager.patch(model, prefix_cache=True) as patch:
         monkeypatch.setenv("VIRTUAL_TOKENS", "0")  # which leaves no trace in the model
         tokens(model, {"input_ids": prompt})
@@ -339,7 +339,7 @@ def compiled(model: PreTrainedModel) -> None:
 def test_a_forward_that_a_library_replaces_keeps_rows_merged(change: Any) -> None:
     model = tiny_models.tiny_model("llama")
     change(model)
-    assert row_obstacle(model) is None
+    assert row_dependence(model) is None
 
 
 class Placed(torch.nn.Module):
@@ -462,7 +462,7 @@ def test_functions_of_the_callers_keep_rows_from_being_merged(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_models.tiny_model("llama")
-    assert row_obstacle(model) is None
+    assert row_dependence(model) is None
     owner, name = modeling_llama, "apply_rotary_pos_emb"
     if where == "the attention function":
         mapping: Any = AttentionInterface._global_mapping
@@ -471,7 +471,7 @@ def test_functions_of_the_callers_keep_rows_from_being_merged(
     else:
         rotate = getattr(owner, name)
         monkeypatch.setattr(owner, name, functools.wraps(rotate)(lambda *a, **k: rotate(*a, **k)))
-    assert row_obstacle(model) is not None
+    assert row_dependence(model) is not None
 
 
 def test_the_report_says_that_a_hook_keeps_prompts_from_being_shared() -> None:
@@ -496,9 +496,9 @@ HOOKS: dict[str, tuple[Any, bool]] = {
 @pytest.mark.parametrize(("hook", "is_alike"), HOOKS.values(), ids=HOOKS)
 def test_a_hook_that_surely_only_takes_notes_keeps_rows_merged(hook: Any, is_alike: bool) -> None:
     model = tiny_models.tiny_model("llama")
-    assert row_obstacle(model) is None
+    assert row_dependence(model) is None
     model.model.layers[0].register_forward_hook(hook)
-    assert (row_obstacle(model) is None) == is_alike
+    assert (row_dependence(model) is None) == is_alike
 
 
 # ---------------------------------------------------------------- layers with columns of their own

@@ -100,7 +100,7 @@ def test_of_calls_that_wait_for_each_other_one_fails_and_the_other_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As if nothing was known of their lengths: then both begin.
-    monkeypatch.setattr(generate_calls.Calls, "note_size", lambda *_: None)
+    monkeypatch.setattr(generate_calls.GenerateCalls, "note_size", lambda *_: None)
     model = tiny_models.tiny_model("llama")
     plain = [generate(model, prompts(60, seed)) for seed in range(2)]
     both_hold = threading.Barrier(2, timeout=60)
@@ -165,7 +165,7 @@ class Clock:
 
 def test_all_waits_of_a_call_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, lock = Clock(monkeypatch), threading.RLock()
-    shared = generate_calls.Calls(lock)
+    shared = generate_calls.GenerateCalls(lock)
     holds, goes_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -222,8 +222,8 @@ def test_a_large_call_has_its_turn_before_smaller_ones_that_come_later() -> None
     asked = {num_bytes: threading.Event() for num_bytes in (6, 10, 2)}
     begun, order = threading.Event(), list[int]()
 
-    class Observed(generate_calls.Calls):
-        def _fits(self, call: generate_calls.Call, num_bytes: int, bound: int) -> bool:
+    class Observed(generate_calls.GenerateCalls):
+        def _fits(self, call: generate_calls.GenerateCall, num_bytes: int, bound: int) -> bool:
             asked[num_bytes].set()
             return super()._fits(call, num_bytes, bound)
 
@@ -251,7 +251,7 @@ def test_a_large_call_has_its_turn_before_smaller_ones_that_come_later() -> None
 
 
 def test_a_call_that_an_interrupt_left_noted_is_not_taken_for_one_that_runs() -> None:
-    made = generate_calls.Calls(threading.RLock())
+    made = generate_calls.GenerateCalls(threading.RLock())
 
     def interrupted() -> None:
         running = made.running()

@@ -101,7 +101,7 @@ def test_host_memory(llama: PreTrainedModel) -> None:
 
 def test_a_dtype_the_patch_was_not_made_for_is_refused(llama: PreTrainedModel) -> None:
     manager = made(llama, {"dtype": torch.float32})
-    assert manager._anatomy.dtype == torch.float32
+    assert manager._info.dtype == torch.float32
     manager._patched.dtype = torch.bfloat16
     with pytest.raises(KVPagerError, match="the patch was made for"):
         manager._refuse_placement()

@@ -22,9 +22,9 @@ pytest.importorskip("triton")
 
 import kvpager  # noqa: E402
 from kvpager.integrations.huggingface.cache.memory import PagedMemory  # noqa: E402
-from kvpager.integrations.huggingface.runner.model_info import study  # noqa: E402
-from kvpager.integrations.huggingface.runner.model_runner import Runner, trial_plan  # noqa: E402
-from kvpager.integrations.huggingface.runner.probe import ModelSwitch  # noqa: E402
+from kvpager.integrations.huggingface.runner.model_info import inspect_model  # noqa: E402
+from kvpager.integrations.huggingface.runner.model_runner import ModelRunner, trial_plan  # noqa: E402
+from kvpager.integrations.huggingface.runner.probe import AttentionSwitch  # noqa: E402
 from kvpager.kernels import backends, reference  # noqa: E402
 from kvpager.kernels.gpu import attention  # noqa: E402
 from kvpager.storage.block_storage import BlockStorage  # noqa: E402
@@ -96,16 +96,16 @@ def test_a_step_of_an_engine_waits_for_nothing(
     name: str, step: str, is_packed: bool, planned: Planned
 ) -> None:
     model = on_board(tiny_models.tiny_model(name))
-    anatomy, memory = study(model), PagedMemory("1MiB", BLOCK)
-    storage = BlockStorage(32, BLOCK, anatomy.shapes, dtype=anatomy.dtype, device=BOARD)
-    switch = ModelSwitch(model)
-    switch.to_ours()
+    info, memory = inspect_model(model), PagedMemory("1MiB", BLOCK)
+    storage = BlockStorage(32, BLOCK, info.shapes, dtype=info.dtype, device=BOARD)
+    switch = AttentionSwitch(model)
+    switch.to_paged()
     try:
-        runner = Runner(model, anatomy, storage, memory, is_packed=is_packed)
+        runner = ModelRunner(model, info, storage, memory, is_packed=is_packed)
         starts, counts = (np.array(each, np.int32) for each in zip(*STEPS[step], strict=True))
         tables = np.arange(4 * len(starts), dtype=np.int32).reshape(-1, 4)
         prompts = [list(range(3, 3 + start + count)) for start, count in STEPS[step]]
-        plan = trial_plan(prompts, starts, counts, tables, storage, len(anatomy.windows))
+        plan = trial_plan(prompts, starts, counts, tables, storage, len(info.windows))
         runner.run(plan, {})
         planned.plans.clear()
         with waits() as found:
@@ -113,11 +113,11 @@ def test_a_step_of_an_engine_waits_for_nothing(
     finally:
         switch.release()
     passes = 1 if is_packed else len(starts)
-    kinds = {layer.window for layer in anatomy.layers}
+    kinds = {layer.window for layer in info.layers}
     # Row by row, transformers looks at the padding mask of each pass, for each kind of layer.
     assert len(found) <= (0 if is_packed else passes * len(kinds)), found
-    assert len(planned.plans) == passes * len(anatomy.layers)
-    assert len({id(plan) for plan in planned.plans}) <= passes * len(anatomy.windows)
+    assert len(planned.plans) == passes * len(info.layers)
+    assert len({id(plan) for plan in planned.plans}) <= passes * len(info.windows)
 
 
 @pytest.mark.mostly_slow(quick=1)

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner import warm_up as warming
-from kvpager.integrations.huggingface.runner.model_runner import Runner
+from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
 from kvpager.plans import StepPlan
 from tests.support import tiny_models
 
@@ -22,13 +22,13 @@ PROMPT = [5, 6, 7, 8, 9]
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
     """The steps that runners compute."""
     found: list[StepPlan] = []
-    genuine = Runner.run
+    genuine = ModelRunner.run
 
-    def run(runner: Runner, plan: StepPlan, *args: Any) -> torch.Tensor:
+    def run(runner: ModelRunner, plan: StepPlan, *args: Any) -> torch.Tensor:
         found.append(plan)
         return genuine(runner, plan, *args)
 
-    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(ModelRunner, "run", run)
     return found
 
 

@@ -433,7 +433,7 @@ def test_an_unchanged_model_is_recognised_without_being_noted_again(
     model = llama()
     watch = ModelWatch(model)
     before = watch.look()
-    monkeypatch.setattr(fingerprint, "_Noted", None)
+    monkeypatch.setattr(fingerprint, "_Snapshot", None)
     assert watch.look() == before
     assert watch.look(samples=False) == before
 
@@ -884,7 +884,7 @@ def test_what_a_signal_handler_raises_is_no_fault_of_the_model() -> None:
     def late(*_: object) -> None:
         raise Late
 
-    watch, genuine = ModelWatch(model := llama()), fingerprint._Noted.same
+    watch, genuine = ModelWatch(model := llama()), fingerprint._Snapshot.same
     state = watch.look()
 
     def same(noted: Any, samples: bool) -> bool:
@@ -893,7 +893,7 @@ def test_what_a_signal_handler_raises_is_no_fault_of_the_model() -> None:
 
     before = signal.signal(signal.SIGALRM, late)
     try:
-        with replaced(fingerprint._Noted, "same", same), pytest.raises(Late):
+        with replaced(fingerprint._Snapshot, "same", same), pytest.raises(Late):
             watch.look()
     finally:
         signal.signal(signal.SIGALRM, before)
