@@ -119,7 +119,7 @@ class Sampler:
         else:
             outputs = self.engine.generate([self.prompt] * count, **options)
         found = [sample for output in outputs for sample in output.samples]
-        assert [len(sample.tokens) for sample in found] == [self.sizes.sample_new] * count
+        assert [len(sample.token_ids) for sample in found] == [self.sizes.sample_new] * count
 
 
 class Watched:

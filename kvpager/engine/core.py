@@ -132,7 +132,7 @@ class EngineCore:
         """
         begins = request.prompt.tolist()
         output = Output(
-            request.name, begins if prompt is None else prompt, [], submitted=time.monotonic()
+            request.name, begins if prompt is None else prompt, [], arrival_time=time.monotonic()
         )
         tracked = TrackedRequest(Channel(output), request, settings, begins, self._tokenizer)
         # Made first: should an interrupt take it from the caller, it cancels the request.

@@ -153,13 +153,13 @@ class Loop:
         now = time.monotonic()
         for name in plan.names:
             output = self.requests[name].channel.output
-            if output.begun is None:
-                output.begun = now
+            if output.first_scheduled_time is None:
+                output.first_scheduled_time = now
         self._log_preemptions()
         return plan
 
     def _prompts(self, plan: StepPlan) -> dict[int, list[int]]:
-        prompts = (self.requests[name].channel.output.prompt for name in plan.names)
+        prompts = (self.requests[name].channel.output.prompt_token_ids for name in plan.names)
         return dict(zip(plan.samples.tolist(), prompts, strict=True))
 
     def _choose(self, plan: StepPlan, logits: Any) -> list[Draw]:

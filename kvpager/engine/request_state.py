@@ -36,7 +36,7 @@ class TrackedSample:
 
     def ids(self) -> list[int]:
         """Return all its tokens so far. O(tokens)."""
-        return self.tracked.begins + self.sample.tokens
+        return self.tracked.begins + self.sample.token_ids
 
     def row(self) -> Row:
         """Return the row of logits that its next token is chosen from. O(1)."""
@@ -90,14 +90,14 @@ class TrackedRequest:
 
     def _begin(self, count: int, now: float) -> list[TrackedSample]:
         output = self.channel.output
-        output.first_token = now
+        output.first_token_time = now
         with_logprobs = self.settings.with_logprobs
         samples = [Sample(logprobs=[] if with_logprobs else None) for _ in range(count)]
         output.samples.extend(samples)
         return [TrackedSample(self, number, sample) for number, sample in enumerate(samples)]
 
     def _note(self, each: TrackedSample, token: int, logprob: float | None) -> Token:
-        each.sample.tokens.append(token)
+        each.sample.token_ids.append(token)
         if each.sample.logprobs is None or logprob is None:
             return Token(token, each.number)
         each.sample.logprobs.append(logprob)
@@ -106,7 +106,7 @@ class TrackedRequest:
     def _stop(self, each: TrackedSample, token: int) -> Stop | None:
         if token in self.settings.stop_ids:
             return "eos"
-        if len(each.sample.tokens) >= self.request.max_new_tokens:
+        if len(each.sample.token_ids) >= self.request.max_new_tokens:
             return "length"
         if self.settings.is_enough is not None and self.settings.is_enough(each.ids()):
             return "stopped"
@@ -114,7 +114,7 @@ class TrackedRequest:
 
     def ending(self, reason: Reason, how: str = "was cancelled") -> Callable[[], None]:
         """Return a function that closes the channel. Another thread calls it: it makes texts."""
-        self.channel.output.finished = time.monotonic()
+        self.channel.output.finished_time = time.monotonic()
         return partial(self._close, reason, how)
 
     def _close(self, reason: Reason, how: str) -> None:
@@ -122,7 +122,7 @@ class TrackedRequest:
         if self.tokenizer is not None:
             try:
                 for sample in output.samples:
-                    sample.text = decode(self.tokenizer, sample.tokens)
+                    sample.text = decode(self.tokenizer, sample.token_ids)
             except BaseException as error:  # of a tokenizer of the caller's
                 self.error = self.error or error
         self.channel.close(self._error(reason, how))

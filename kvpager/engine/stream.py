@@ -37,7 +37,7 @@ class Token(NamedTuple):
 class Sample:
     """One continuation of a prompt."""
 
-    tokens: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None
     reason: Stop | None = None  # why it ended; None where the request ended before
     text: str | None = None  # from the end on, if the engine has a tokenizer
@@ -47,21 +47,21 @@ class Sample:
 class Output:
     """What became of a request.
 
-    Times are of `time.monotonic`; `first_token` is None where there was none.
+    Times are those of `time.monotonic`. A time is None if the request did not get that far.
     """
 
     name: Hashable
-    prompt: list[int]
+    prompt_token_ids: list[int]
     samples: list[Sample]
-    submitted: float
-    begun: float | None = None  # its first step
-    first_token: float | None = None
-    finished: float | None = None
+    arrival_time: float
+    first_scheduled_time: float | None = None  # of its first step
+    first_token_time: float | None = None
+    finished_time: float | None = None
 
     @property
-    def tokens(self) -> list[int]:
-        """Those of the first sample."""
-        return self.samples[0].tokens
+    def token_ids(self) -> list[int]:
+        """Return the token ids of the first sample. O(1)."""
+        return self.samples[0].token_ids
 
     @property
     def text(self) -> str:
@@ -239,10 +239,10 @@ class Stream:
         if channel.is_done:
             state = "done" if channel.error is None else type(channel.error).__name__
         else:
-            state = "waiting" if output.begun is None else "running"
-        counts = [len(sample.tokens) for sample in output.samples] or [0]
+            state = "waiting" if output.first_scheduled_time is None else "running"
+        counts = [len(sample.token_ids) for sample in output.samples] or [0]
         tokens = " + ".join([*map(str, counts[:-1]), counted(counts[-1], "token")])
-        return f"<Stream of {output.name!r}: {state}, {len(output.prompt)} -> {tokens}>"
+        return f"<Stream of {output.name!r}: {state}, {len(output.prompt_token_ids)} -> {tokens}>"
 
     @property
     def name(self) -> Hashable:

@@ -44,7 +44,7 @@ def test_tokens_follow_from_all_tokens_before_them(budget: int) -> None:
     prompts = some_prompts()
     with ToyEngine(256, max_batch_tokens=budget) as engine:
         streams = [engine.ask(prompt, NEW) for prompt in prompts]
-        assert [stream.result().tokens for stream in streams] == [
+        assert [stream.result().token_ids for stream in streams] == [
             expected(prompt, NEW) for prompt in prompts
         ]
         engine.check_idle()
@@ -54,13 +54,18 @@ def test_a_stream_gives_tokens_one_by_one_and_then_the_result() -> None:
     with ToyEngine() as engine:
         stream = engine.ask([5, 6, 7], 9)
         tokens = [token.id for token in stream]
-        assert tokens == stream.result().tokens == expected([5, 6, 7], 9)
+        assert tokens == stream.result().token_ids == expected([5, 6, 7], 9)
         assert stream.done
         output = stream.result()
-    assert output.begun is not None
-    assert output.first_token is not None
-    assert output.finished is not None
-    assert output.submitted <= output.begun <= output.first_token <= output.finished
+    assert output.first_scheduled_time is not None
+    assert output.first_token_time is not None
+    assert output.finished_time is not None
+    assert (
+        output.arrival_time
+        <= output.first_scheduled_time
+        <= output.first_token_time
+        <= output.finished_time
+    )
     assert output.samples[0].reason == "length"
 
 
@@ -70,7 +75,7 @@ def test_asyncio_reads_many_streams_at_once() -> None:
     async def read(engine: ToyEngine, prompt: list[int]) -> list[int]:
         stream = engine.ask(prompt, NEW)
         tokens = [token.id async for token in stream]
-        assert (await stream).tokens == tokens
+        assert (await stream).token_ids == tokens
         return tokens
 
     async def main() -> list[list[int]]:
@@ -87,8 +92,8 @@ def test_a_stop_token_and_a_criterion_end_a_sample() -> None:
         by_token = engine.ask([5, 6, 7], NEW, settings=stop).result()
         enough = RequestSettings(is_enough=lambda ids: len(ids) == 9)
         by_criterion = engine.ask([5, 6, 7], NEW, settings=enough).result()
-    assert (by_token.tokens, by_token.samples[0].reason) == (tokens[:5], "eos")
-    assert (by_criterion.tokens, by_criterion.samples[0].reason) == (tokens[:6], "stopped")
+    assert (by_token.token_ids, by_token.samples[0].reason) == (tokens[:5], "eos")
+    assert (by_criterion.token_ids, by_criterion.samples[0].reason) == (tokens[:6], "stopped")
 
 
 def test_log_probabilities_are_given_to_those_who_ask() -> None:
@@ -108,9 +113,11 @@ def test_samples_of_a_prompt_continue_apart() -> None:
         stream = engine.ask(prompt, NEW, n=3)
         tokens = list(stream)
         samples = stream.result().samples
-        assert [sample.tokens for sample in samples] == [expected(prompt, NEW, k) for k in range(3)]
+        assert [sample.token_ids for sample in samples] == [
+            expected(prompt, NEW, k) for k in range(3)
+        ]
         for number, sample in enumerate(samples):
-            assert [token.id for token in tokens if token.sample == number] == sample.tokens
+            assert [token.id for token in tokens if token.sample == number] == sample.token_ids
         assert len(engine.runner.forks) == 2  # the runner hears of them
         assert engine.stats().pool.total_copied > 0  # they began in one block
         engine.check_idle()
@@ -121,7 +128,7 @@ def test_a_sample_may_end_before_the_others() -> None:
     ends = frozenset({expected(prompt, 1, 1)[0], expected(prompt, 5, 2)[4]})
     with ToyEngine() as engine:
         output = engine.ask(prompt, NEW, n=3, settings=RequestSettings(stop_ids=ends)).result()
-        assert [len(sample.tokens) for sample in output.samples] == [NEW, 1, 5]
+        assert [len(sample.token_ids) for sample in output.samples] == [NEW, 1, 5]
         engine.check_idle()
 
 
@@ -142,7 +149,7 @@ def test_a_pool_for_a_third_of_the_requests_gives_the_same_tokens(costs: Preempt
             streams = [engine.ask(prompt, 40, n=1 + (len(prompt) % 3)) for prompt in prompts]
         for prompt, stream in zip(prompts, streams, strict=True):
             for number, sample in enumerate(stream.result().samples):
-                assert sample.tokens == expected(prompt, 40, number)
+                assert sample.token_ids == expected(prompt, 40, number)
         counts = engine.stats().scheduler
         engine.check_idle()
     if costs.seconds_per_block > 1:
@@ -156,7 +163,7 @@ def test_a_shared_beginning_is_computed_once_within_a_namespace() -> None:
     prompts = [list(range(64)) + prompt for prompt in some_prompts(6)]
     with ToyEngine(512) as engine:
         streams = [engine.ask(prompt, NEW) for prompt in prompts]
-        found = [stream.result().tokens for stream in streams]
+        found = [stream.result().token_ids for stream in streams]
         assert found == [expected(prompt, NEW) for prompt in prompts]
         hits = engine.stats().pool.prefix_hit_tokens
         assert hits >= 64 * 5
@@ -177,7 +184,7 @@ def test_fifty_threads_submit_and_cancel() -> None:
             if source.random() < 0.4:
                 stream.cancel()
             try:
-                if stream.result(timeout=120).tokens != expected(prompt, 6):
+                if stream.result(timeout=120).token_ids != expected(prompt, 6):
                     wrong.append((number, turn))
                 ended.append("done")
             except RequestCancelled:
@@ -210,8 +217,8 @@ def test_a_request_that_is_cancelled_ends_and_leaves_the_others_alone(steps: int
         gate.open()
         with pytest.raises(RequestCancelled, match="was cancelled"):
             stream.result(timeout=60)
-        assert other.result().tokens == expected([7, 8, 9], NEW)
-        assert len(stream.partial().samples[0].tokens if stream.partial().samples else []) < 50
+        assert other.result().token_ids == expected([7, 8, 9], NEW)
+        assert len(stream.partial().samples[0].token_ids if stream.partial().samples else []) < 50
         engine.check_idle()
 
 
@@ -254,7 +261,7 @@ def test_a_full_queue_refuses() -> None:
         with pytest.raises(QueueFull, match="max_queue_size"):
             engine.ask([7], 4)
         gate.open()
-        assert all(len(each.result().tokens) == 4 for each in (running, *waiting))
+        assert all(len(each.result().token_ids) == 4 for each in (running, *waiting))
         engine.check_idle()
 
 
@@ -297,7 +304,7 @@ def test_a_setting_that_raises_ends_its_own_request(where: str, kind: type[BaseE
         with pytest.raises(RequestFailed, match=kind.__name__) as caught:
             bad.result(timeout=60)
         assert isinstance(caught.value.__cause__, kind)
-        assert good.result().tokens == expected([5, 6, 7], NEW)
+        assert good.result().token_ids == expected([5, 6, 7], NEW)
         engine.check_idle()
 
 
@@ -327,7 +334,7 @@ def test_a_step_that_raises_ends_the_requests_in_it(
             with pytest.raises(RequestFailed) as caught:
                 stream.result(timeout=60)
             assert isinstance(caught.value.__cause__, kind)
-        assert engine.ask([7, 8, 9], NEW).result().tokens == expected([7, 8, 9], NEW)
+        assert engine.ask([7, 8, 9], NEW).result().token_ids == expected([7, 8, 9], NEW)
         engine.check_idle()
 
 
@@ -378,7 +385,7 @@ def test_a_request_that_is_interrupted_as_it_is_submitted_is_gone(
         with pytest.raises(KeyboardInterrupt):
             engine.ask([5, 6], 3)
         monkeypatch.undo()
-        assert engine.ask([5, 6, 7], NEW).result(60).tokens == expected([5, 6, 7], NEW)
+        assert engine.ask([5, 6, 7], NEW).result(60).token_ids == expected([5, 6, 7], NEW)
         engine.check_idle()
 
 
@@ -394,7 +401,7 @@ def test_a_listener_that_raises_does_not_keep_others_waiting() -> None:
             stream = engine.ask([5, 6], 5)
             with pytest.raises(ZeroDivisionError):  # it is called at once, by this thread
                 stream.listen(fail)
-        assert len(stream.result(timeout=60).tokens) == 5
+        assert len(stream.result(timeout=60).token_ids) == 5
 
 
 @pytest.mark.parametrize("timeout", [True, "9", -1.0, float("nan")])
@@ -417,7 +424,7 @@ def test_what_a_listener_raises_takes_no_tokens_from_others(kind: type[BaseExcep
             good = engine.ask([5, 6, 7], NEW)
             bad.listen(fail)
         assert [token.id for token in good] == expected([5, 6, 7], NEW)
-        assert len(bad.result(timeout=60).tokens) == 5
+        assert len(bad.result(timeout=60).token_ids) == 5
 
 
 def test_on_step_is_told_of_every_step() -> None:
@@ -436,7 +443,7 @@ def test_what_on_step_raises_does_no_harm_to_requests(kind: type[BaseException])
         raise kind("of on_step")
 
     with ToyEngine(core={"on_step": fail}) as engine:
-        assert len(engine.ask([5, 6], 5).result(timeout=60).tokens) == 5
+        assert len(engine.ask([5, 6], 5).result(timeout=60).token_ids) == 5
 
 
 # -------------------------------------------------------------------- pauses
@@ -454,7 +461,7 @@ def test_no_step_is_computed_in_a_pause_and_its_end_drops_cached_prompts() -> No
                 stream.result(timeout=0.01)
             assert engine.stats().scheduler.total_steps == before
         assert not engine.is_paused_here
-        assert stream.result().tokens == expected(prompt, 2)
+        assert stream.result().token_ids == expected(prompt, 2)
         assert engine.stats().pool.prefix_hit_tokens == 0
 
 

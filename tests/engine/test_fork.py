@@ -23,12 +23,12 @@ def check():
     refuses(list, running)
     refuses(running.listen, print)
     assert running.done and not engine.is_open
-    assert ended.result().tokens == expected([5, 6, 7], 20)
+    assert ended.result().token_ids == expected([5, 6, 7], 20)
     running.cancel()
     engine.close()
     engine.__exit__(None, None, None)
     with ToyEngine() as own:
-        assert own.ask([5, 6, 7], 20).result().tokens == expected([5, 6, 7], 20)
+        assert own.ask([5, 6, 7], 20).result().token_ids == expected([5, 6, 7], 20)
 
 engine = ToyEngine()
 engine.quotas["other"] = 3
@@ -40,7 +40,7 @@ with engine.pause():
     with engine._lock, running._channel._changed:
         in_a_fork(check)
     in_a_fork(check)
-assert running.result().tokens == expected([5, 6, 7], 20)
+assert running.result().token_ids == expected([5, 6, 7], 20)
 engine.close()
 """
 

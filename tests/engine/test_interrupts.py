@@ -71,7 +71,7 @@ def test_an_interrupted_pause_lets_steps_continue(is_end: bool) -> None:
             if is_end and number == 1:  # it has not begun, so the end comes with the traceback's
                 del interrupt
                 gc.collect()
-            assert len(engine.ask([5, 6, 7], 1).result(PATIENCE).tokens) == 1
+            assert len(engine.ask([5, 6, 7], 1).result(PATIENCE).token_ids) == 1
 
 
 def test_an_interrupted_submission_leaves_nothing_behind() -> None:
@@ -88,5 +88,5 @@ def test_an_interrupted_submission_leaves_nothing_behind() -> None:
             with contextlib.suppress(KeyboardInterrupt):
                 submit(Moments(number, by_signal))
             engine.cancel("interrupted")
-            assert engine.ask(prompt, 4).result(PATIENCE).tokens == expected(prompt, 4)
+            assert engine.ask(prompt, 4).result(PATIENCE).token_ids == expected(prompt, 4)
             engine.check_idle()

@@ -41,7 +41,7 @@ def test_a_change_of_the_model_drops_cached_prompts() -> None:
     watch = Watch()
     with ToyEngine(core={"watch": watch}) as engine:
         for _ in range(2):
-            assert engine.ask(PROMPT, 2).result().tokens == expected(PROMPT, 2)
+            assert engine.ask(PROMPT, 2).result().token_ids == expected(PROMPT, 2)
         hits = engine.stats().pool.prefix_hit_tokens
         assert hits >= 36
         watch.version = 1

@@ -20,13 +20,13 @@ def test_a_tenant_at_its_quota_waits_while_others_run() -> None:
             acme = [engine.ask([i, 5, 6, 7], 16, namespace="acme") for i in range(5)]
             others = [engine.ask([i, 8, 9, 7], 16, namespace="other") for i in range(3)]
         outputs = [stream.result(60) for stream in others]
-        last = max(output.finished or 0.0 for output in outputs)
-        assert last < (acme[-1].result(60).finished or 0.0)
-        assert [output.tokens for output in outputs] == [
+        last = max(output.finished_time or 0.0 for output in outputs)
+        assert last < (acme[-1].result(60).finished_time or 0.0)
+        assert [output.token_ids for output in outputs] == [
             expected([i, 8, 9, 7], 16) for i in range(3)
         ]
         for number, stream in enumerate(acme):
-            assert stream.result(60).tokens == expected([number, 5, 6, 7], 16)
+            assert stream.result(60).token_ids == expected([number, 5, 6, 7], 16)
         engine.check_idle()
     assert max(most) == 6
 
@@ -36,9 +36,9 @@ def test_a_request_beyond_its_quota_is_refused() -> None:
         engine.quotas["acme"] = 5
         with pytest.raises(ValueError, match=r"may need 6 blocks, its namespace may have 5"):
             engine.ask([1, 2, 3, 4], 18, namespace="acme")
-        assert len(engine.ask([1, 2, 3, 4], 18).result().tokens) == 18
+        assert len(engine.ask([1, 2, 3, 4], 18).result().token_ids) == 18
         del engine.quotas["acme"]
-        assert len(engine.ask([1, 2, 3, 4], 18, namespace="acme").result().tokens) == 18
+        assert len(engine.ask([1, 2, 3, 4], 18, namespace="acme").result().token_ids) == 18
 
 
 def test_quotas_are_a_mapping_in_blocks_or_bytes() -> None:

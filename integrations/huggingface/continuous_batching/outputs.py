@@ -187,7 +187,7 @@ class Job:
         row.timestamps.append(now)
         if token.logprob is not None:
             row.logprobs.append(token.logprob)
-        if sample.reason is not None and len(sample.tokens) == len(row.tokens):
+        if sample.reason is not None and len(sample.token_ids) == len(row.tokens):
             self._deliver(row, RequestStatus.FINISHED)
         elif self._is_streaming:
             self._deliver(row, RequestStatus.DECODING)
@@ -231,5 +231,5 @@ class Job:
 
     def _begun(self, now: float) -> float:
         """When its first step began, on the clock that transformers uses."""
-        begun = None if self.stream is None else self.stream.partial().begun
+        begun = None if self.stream is None else self.stream.partial().first_scheduled_time
         return now if begun is None else now - (time.monotonic() - begun)

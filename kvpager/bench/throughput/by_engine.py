@@ -103,10 +103,10 @@ class EngineSystem:
             raise KVPagerError(str(error)) from error
 
     def _served(self, output: Output, arrival: float) -> Served:
-        assert output.first_token is not None
-        assert output.finished is not None
-        first, finished = output.first_token - self._start, output.finished - self._start
-        return Served(arrival, first, finished, output.tokens)
+        assert output.first_token_time is not None
+        assert output.finished_time is not None
+        first, finished = output.first_token_time - self._start, output.finished_time - self._start
+        return Served(arrival, first, finished, output.token_ids)
 
     def _note(self, record: StepRecord) -> None:
         scheduler, pool = record.stats.scheduler, record.stats.pool

@@ -335,7 +335,7 @@ def test_an_interrupted_engine_serves_the_next_call(model) -> None:
 
         def generate(moment: contextlib.AbstractContextManager[Any]) -> list[list[int]]:
             with moment:
-                return [output.tokens for output in engine.generate(prompts, max_new_tokens=3)]
+                return [output.token_ids for output in engine.generate(prompts, max_new_tokens=3)]
 
         expected = generate(contextlib.nullcontext())
         for _ in interrupted(NUM_CALLS * 4, generate):

@@ -63,7 +63,7 @@ def batched(model, prompts, settings=None, **options):
     with Engine(model, **{"memory": "8MiB", "max_batch_tokens": 24} | options) as engine:
         outputs = engine.generate(prompts, **settings)
         assert_nothing_is_held(engine)
-    return [output.tokens for output in outputs]
+    return [output.token_ids for output in outputs]
 
 
 def assert_nothing_is_held(engine):
@@ -134,7 +134,7 @@ def test_the_models_own_generation_config_holds(llama):
     )
     prompts = some_prompts(model)
     with Engine(model, memory="8MiB") as engine:
-        found = [output.tokens for output in engine.generate(prompts)]
+        found = [output.token_ids for output in engine.generate(prompts)]
     assert found == [model.generate(torch.tensor([p]))[0].tolist()[len(p) :] for p in prompts]
 
 
@@ -156,8 +156,8 @@ def test_custom_processors_and_criteria_are_asked(llama):
             stopping_criteria=[after_six],
         )
         output = engine.submit([5, 6, 7, 8], sampling_settings=settings).result()
-    assert len(output.tokens) == 6
-    assert all(token % 2 == 0 for token in output.tokens)
+    assert len(output.token_ids) == 6
+    assert all(token % 2 == 0 for token in output.token_ids)
     assert output.samples[0].reason == "stopped"
 
 
@@ -180,7 +180,7 @@ def test_a_pool_for_a_third_of_the_requests_gives_the_same_tokens(name, costs):
         counts = engine.stats().scheduler
         assert_nothing_is_held(engine)
     expected = [alone(model, prompt, max_new_tokens=40) for prompt in prompts]
-    assert [output.tokens for output in outputs] == expected
+    assert [output.token_ids for output in outputs] == expected
     if costs.seconds_per_block > 1:
         assert counts.total_preempted_by_recompute > 0
         assert counts.total_preempted_by_swap == 0
@@ -194,7 +194,7 @@ def test_a_shared_beginning_is_computed_once(llama):
     with Engine(llama, memory="8MiB") as engine:
         outputs = engine.generate(prompts, max_new_tokens=NEW, do_sample=False)
         assert engine.stats().pool.prefix_hit_tokens >= 64 * 5
-    assert [output.tokens for output in outputs] == [alone(llama, prompt) for prompt in prompts]
+    assert [output.token_ids for output in outputs] == [alone(llama, prompt) for prompt in prompts]
 
 
 def test_namespaces_share_nothing(llama):
@@ -221,9 +221,11 @@ def test_a_quota_bounds_the_memory_of_a_namespace(llama):
                 for name in ("acme", "acme", None)
             ]
         expected = alone(llama, prompt)
-        assert [stream.result().tokens for stream in streams] == [expected] * 3
+        assert [stream.result().token_ids for stream in streams] == [expected] * 3
         del engine.quotas["acme"]
-        assert len(engine.submit(prompt, namespace="acme", max_new_tokens=40).result().tokens) == 40
+        assert (
+            len(engine.submit(prompt, namespace="acme", max_new_tokens=40).result().token_ids) == 40
+        )
 
 
 # -------------------------------------------------------------------- sampling
@@ -236,12 +238,12 @@ def test_samples_of_a_prompt_see_their_own_tokens(llama):
     with Engine(llama, memory="8MiB") as engine:
         output = engine.submit(prompt, logprobs=True, seed=3, **settings).result()
         assert engine.stats().pool.total_copied > 0  # they began in one block
-    assert len({tuple(sample.tokens) for sample in output.samples}) == 5
+    assert len({tuple(sample.token_ids) for sample in output.samples}) == 5
     for sample in output.samples:
-        ids = torch.tensor([prompt + sample.tokens])
+        ids = torch.tensor([prompt + sample.token_ids])
         with torch.no_grad():
             scores = llama(ids).logits[0].log_softmax(-1)
-        expected = scores[len(prompt) - 1 : -1].gather(1, torch.tensor(sample.tokens)[:, None])
+        expected = scores[len(prompt) - 1 : -1].gather(1, torch.tensor(sample.token_ids)[:, None])
         torch.testing.assert_close(torch.tensor(sample.logprobs), expected[:, 0])
 
 
@@ -249,7 +251,9 @@ def test_a_seed_decides_the_tokens(llama):
     settings = {"do_sample": True, "temperature": 1.3, "top_k": 30, "max_new_tokens": 12}
     with Engine(llama, memory="8MiB") as engine:
         noise = [engine.submit([i + 3], **settings) for i in range(5)]
-        found = [engine.submit([5, 6], seed=seed, **settings).result().tokens for seed in (1, 1, 2)]
+        found = [
+            engine.submit([5, 6], seed=seed, **settings).result().token_ids for seed in (1, 1, 2)
+        ]
         assert all(stream.result() for stream in noise)
     assert found[0] == found[1] != found[2]
 
@@ -259,7 +263,7 @@ def test_sampling_obeys_its_settings(llama):
         greedy = engine.submit([5, 6], max_new_tokens=10, do_sample=False)
         cold = engine.submit([5, 6], max_new_tokens=10, do_sample=True, top_k=1)
         narrow = engine.submit([5, 6], max_new_tokens=10, do_sample=True, top_p=1e-6)
-        assert greedy.result().tokens == cold.result().tokens == narrow.result().tokens
+        assert greedy.result().token_ids == cold.result().token_ids == narrow.result().token_ids
 
 
 @pytest.mark.parametrize(
@@ -296,14 +300,14 @@ def test_asyncio_reads_many_streams_at_once(llama):
     async def read(engine, prompt):
         stream = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
         tokens = [token.id async for token in stream]
-        assert (await stream).tokens == tokens
+        assert (await stream).token_ids == tokens
         return tokens
 
     async def main():
         with Engine(llama, memory="8MiB") as engine:
             found = await asyncio.gather(*(read(engine, prompt) for prompt in prompts))
             outputs = await engine.agenerate(prompts, max_new_tokens=NEW, do_sample=False)
-        assert [output.tokens for output in outputs] == found
+        assert [output.token_ids for output in outputs] == found
         return found
 
     assert asyncio.run(main()) == [alone(llama, prompt) for prompt in prompts]
@@ -333,7 +337,7 @@ def test_a_processor_that_raises_ends_its_own_request(llama, where, kind):
         with pytest.raises(RequestFailed, match=kind.__name__) as caught:
             bad.result(timeout=60)
         assert isinstance(caught.value.__cause__, kind)
-        assert good.result().tokens == alone(llama, [5, 6, 7])
+        assert good.result().token_ids == alone(llama, [5, 6, 7])
         assert_nothing_is_held(engine)
 
 
@@ -361,20 +365,20 @@ def test_generate_works_beside_an_open_engine(llama):
     with Engine(llama, memory="8MiB") as engine:
         stream = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
         assert alone(llama, [5, 6, 7]) == expected
-        assert stream.result().tokens == expected
+        assert stream.result().token_ids == expected
 
 
 def test_a_pause_lets_weights_change():
     model = tiny_models.tiny_model("llama")
     prompt = list(range(3, 53))
     with Engine(model, memory="8MiB") as engine:
-        before = engine.submit(prompt, max_new_tokens=NEW, do_sample=False).result().tokens
+        before = engine.submit(prompt, max_new_tokens=NEW, do_sample=False).result().token_ids
         with engine.pause():
             waiting = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.mul_(-0.7)
-        after = waiting.result().tokens
+        after = waiting.result().token_ids
     assert before != after == alone(model, prompt)
 
 
@@ -412,7 +416,7 @@ def test_eight_bits_hold_twice_the_tokens(llama):
         Engine(llama, memory="1MiB", kv_cache_dtype="int8") as half,
     ):
         assert half.stats().pool.num_blocks > 1.8 * whole.stats().pool.num_blocks
-        tokens = half.submit([5, 6, 7], max_new_tokens=4, do_sample=False).result().tokens
+        tokens = half.submit([5, 6, 7], max_new_tokens=4, do_sample=False).result().token_ids
     assert len(tokens) == 4
 
 
@@ -442,7 +446,7 @@ def test_what_runs_during_a_pause_shares_nothing_with_what_comes_after():
                     parameter.mul_(-0.7)
         later = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
         expected = alone(model, prompt)
-        assert waiting.result().tokens == later.result().tokens == expected
+        assert waiting.result().token_ids == later.result().token_ids == expected
         running.cancel()
 
 
@@ -451,7 +455,7 @@ def test_engines_of_one_model_do_not_disturb_each_other():
     attention = model.config._attn_implementation
     first, second = Engine(model, memory="4MiB"), Engine(model, memory="4MiB")
     first.close()
-    found = second.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False).result().tokens
+    found = second.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False).result().token_ids
     assert not model.training
     second.close()
     assert model.training
@@ -480,7 +484,7 @@ def test_rows_of_unlike_settings_are_drawn_apart(llama):
                 engine.submit([5, 6], max_new_tokens=12, do_sample=True, **settings)
                 for settings in ({"top_k": 1}, {"top_k": 0, "temperature": 50.0}, {"top_k": 1})
             ]
-        found = [stream.result().tokens for stream in streams]
+        found = [stream.result().token_ids for stream in streams]
     expected = alone(llama, [5, 6], max_new_tokens=12)
     assert found[0] == found[2] == expected != found[1]
 
@@ -497,7 +501,7 @@ def test_scores_that_cannot_be_drawn_from_end_their_own_request():
             ]
         with pytest.raises(RequestFailed):
             streams[1].result(timeout=60)
-        assert all(len(streams[i].result().tokens) == 1 for i in (0, 2))
+        assert all(len(streams[i].result().token_ids) == 1 for i in (0, 2))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -520,9 +524,9 @@ def test_costs_are_measured_for_every_kind_of_model(name, block_size):
 def test_the_engine_follows_changes_of_the_models_settings():
     model = tiny_models.tiny_model("llama")
     with Engine(model, memory="8MiB") as engine:
-        before = engine.submit([5, 6], max_new_tokens=NEW).result().tokens
+        before = engine.submit([5, 6], max_new_tokens=NEW).result().token_ids
         model.generation_config.suppress_tokens = before
-        after = engine.submit([5, 6], max_new_tokens=NEW).result().tokens
+        after = engine.submit([5, 6], max_new_tokens=NEW).result().token_ids
     assert not set(before) & set(after)
 
 
@@ -676,7 +680,7 @@ def test_settings_without_effect_may_stay_where_the_model_has_them():
     model.generation_config.use_cache = False
     with Engine(model, memory="8MiB") as engine:
         for given in ({}, {"generation_config": copy.deepcopy(model.generation_config)}):
-            assert len(engine.submit([5], max_new_tokens=2, **given).result(60).tokens) == 2
+            assert len(engine.submit([5], max_new_tokens=2, **given).result(60).token_ids) == 2
 
 
 def test_a_setting_off_or_for_no_token_is_no_error(llama):
@@ -688,7 +692,7 @@ def test_a_setting_off_or_for_no_token_is_no_error(llama):
         "num_beams": 1,
     }
     with Engine(llama, memory="8MiB") as engine:
-        assert len(engine.submit([5], max_new_tokens=2, **off).result(60).tokens) == 2
+        assert len(engine.submit([5], max_new_tokens=2, **off).result(60).token_ids) == 2
 
 
 def test_cancel_takes_a_name(llama):
@@ -755,9 +759,9 @@ def test_a_request_that_memory_has_no_room_for_says_what_to_raise() -> None:
             r"memory='64KiB' allows 8\. Raise memory to 80.0 KiB or lower max_new_tokens",
         ):
             engine.submit(prompt, max_new_tokens=50)
-        assert len(engine.generate([prompt], max_new_tokens=9)[0].tokens) == 9
+        assert len(engine.generate([prompt], max_new_tokens=9)[0].token_ids) == 9
     with Engine(model, memory="80KiB") as engine:
-        assert len(engine.generate([prompt], max_new_tokens=50)[0].tokens) == 50
+        assert len(engine.generate([prompt], max_new_tokens=50)[0].token_ids) == 50
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
 ENGINE = """
 engine = Engine(model, memory="4MiB")
 ended = engine.submit([5, 6, 7], **settings)
-expected = ended.result().tokens
+expected = ended.result().token_ids
 
 def check():
     refuses(engine.submit, [5])
@@ -39,13 +39,13 @@ def check():
     refuses(list, running)
     refuses(running.listen, print)
     assert running.done
-    assert ended.result().tokens == expected
+    assert ended.result().token_ids == expected
     running.cancel()
     engine.close()
     engine.__exit__(None, None, None)
     assert model.training and model.config._attn_implementation == attention
     with Engine(model, memory="4MiB") as own:
-        assert own.submit([5, 6, 7], **settings).result().tokens == expected
+        assert own.submit([5, 6, 7], **settings).result().token_ids == expected
     assert model.training and model.config._attn_implementation == attention
 
 # Locks that a thread holds as the process forks are held for ever in the child.
@@ -54,8 +54,8 @@ with engine.pause():
     with engine._core._lock, running._channel._changed:
         in_a_fork(check)
     in_a_fork(check, True)
-assert running.result().tokens == expected
-assert engine.submit([5, 6, 7], **settings).result().tokens == expected
+assert running.result().token_ids == expected
+assert engine.submit([5, 6, 7], **settings).result().token_ids == expected
 engine.close()
 assert model.training
 """

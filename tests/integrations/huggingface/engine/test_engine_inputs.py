@@ -74,9 +74,9 @@ def test_padding_is_not_computed(model: PreTrainedModel, side: str, form: str) -
     prompts, mask = FORMS[form](batch)
     with Engine(model, memory="4MiB") as engine:
         outputs = engine.generate(prompts, attention_mask=mask, **GREEDY)
-        alone = [output.tokens for output in engine.generate(expected, **GREEDY)]
+        alone = [output.token_ids for output in engine.generate(expected, **GREEDY)]
     assert [output.prompt for output in outputs] == expected
-    assert [output.tokens for output in outputs] == alone
+    assert [output.token_ids for output in outputs] == alone
 
 
 def test_one_padded_prompt_is_submitted_without_its_padding(llama: PreTrainedModel) -> None:

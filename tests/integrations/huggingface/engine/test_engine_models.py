@@ -33,7 +33,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id
 
 def served(model: Any) -> list[list[int]]:
     with Engine(model, memory="4MiB") as engine:
-        return [output.tokens for output in engine.generate(PROMPTS, **GREEDY)]
+        return [output.token_ids for output in engine.generate(PROMPTS, **GREEDY)]
 
 
 def alone(model: Any) -> list[list[int]]:

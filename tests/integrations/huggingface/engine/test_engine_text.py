@@ -224,7 +224,7 @@ def test_samples_have_texts_of_their_own(tiny_llama: PreTrainedModel, tokenizer:
         with pytest.raises(ValueError, match="3 samples"):
             stream.text()
         for sample in stream.result().samples:
-            assert sample.text == decoded(tokenizer, sample.tokens)
+            assert sample.text == decoded(tokenizer, sample.token_ids)
 
 
 def test_stop_strings_need_no_sampling_settings(

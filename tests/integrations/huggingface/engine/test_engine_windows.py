@@ -81,9 +81,9 @@ def test_tokens_are_those_of_generate_beyond_the_window(
     options = OPTIONS | {"forward": forward, "prefix_cache": prefix_cache}
     with Engine(model(name), **options) as engine:
         assert engine.is_packed == (forward == "auto")
-        assert [output.tokens for output in engine.generate(prompts(), **GREEDY)] == alone(name)
+        assert [output.token_ids for output in engine.generate(prompts(), **GREEDY)] == alone(name)
         before = engine.stats().scheduler.total_reused_tokens
-        assert [output.tokens for output in engine.generate(prompts(), **GREEDY)] == alone(name)
+        assert [output.token_ids for output in engine.generate(prompts(), **GREEDY)] == alone(name)
         assert (engine.stats().scheduler.total_reused_tokens - before > 100) == prefix_cache
         assert_empty(engine)
 
@@ -97,7 +97,7 @@ def test_preempted_requests_have_the_tokens_of_generate(name: str, way: str) -> 
         memory = 2 * num_blocks * probe.block_bytes
     host = {"host_memory": "4MiB"} if way == "swap" else {}
     with Engine(model(name), **OPTIONS | {"memory": memory, "costs": costs}, **host) as engine:
-        assert [output.tokens for output in engine.generate(prompts(), **GREEDY)] == alone(name)
+        assert [output.token_ids for output in engine.generate(prompts(), **GREEDY)] == alone(name)
         stats = engine.stats().scheduler
         assert stats.total_preempted_by_swap + stats.total_preempted_by_recompute > 0
         assert (stats.total_preempted_by_swap > 0) == (way == "swap")
@@ -122,7 +122,7 @@ def test_a_cancelled_request_leaves_no_block(name: str) -> None:
         next(iter(stream))
         stream.cancel()
         [output] = engine.generate([prompts()[0]], **GREEDY)
-        assert output.tokens == alone(name)[0]
+        assert output.token_ids == alone(name)[0]
         assert_empty(engine)
 
 

@@ -53,7 +53,7 @@ def test_every_kind_of_model_is_warmed_up_and_serves_right_afterwards(
     with Engine(model, memory=memory, max_num_seqs=2, max_batch_tokens=32) as engine:
         before = list(steps)
         output = engine.submit(PROMPT, max_new_tokens=8, do_sample=False).result()
-    assert output.tokens == expected
+    assert output.token_ids == expected
     assert all(len(plan.ids) <= 32 for plan in before[-7:])
 
 
