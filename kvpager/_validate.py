@@ -123,7 +123,7 @@ def swap(to: object, at_most: int | None, reserve: int) -> tuple[int | None, int
 
 
 def label(name: str, value: str | None) -> None:
-    """Refuse a namespace, adapter or tenant that is neither None nor a string with a character.
+    """Refuse a namespace, LoRA or tenant that is neither None nor a string with a character.
 
     1, 1.0 and True can then never be the same tenant. An empty string is a tenant's missing id:
     its prompts would be shared with those of all others without one.

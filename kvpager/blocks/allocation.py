@@ -113,7 +113,7 @@ class Allocation:
 
 def identity(
     namespace: str | None,
-    adapter: str | None,
+    lora: str | None,
     mm_hashes: Iterable[tuple[int, int, bytes]],
     length: int,
 ) -> Prompt:
@@ -121,12 +121,12 @@ def identity(
 
     Raises: `TypeError` / `ValueError` for a bad part.
     """
-    if namespace is None and adapter is None and not mm_hashes:
+    if namespace is None and lora is None and not mm_hashes:
         return _ANYBODY
     arguments.label("namespace", namespace)
-    arguments.label("adapter", adapter)
+    arguments.label("lora", lora)
     shown = read_mm_hashes(mm_hashes, length) if mm_hashes else NO_MM_HASHES
-    return Prompt(namespace, adapter, shown)
+    return Prompt(namespace, lora, shown)
 
 
 _NO_MATCH = Match(None, NO_BLOCKS)

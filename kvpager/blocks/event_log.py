@@ -35,7 +35,7 @@ class Event:
     kind: Kind
     blocks: Int32 = field(default_factory=lambda: _NONE)
     namespace: str | None = None
-    adapter: str | None = None
+    lora: str | None = None
     parent: int = -1
     tokens: Int32 | None = None
     mm_hashes: tuple[tuple[int, int, bytes, int], ...] = ()

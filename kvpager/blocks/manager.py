@@ -107,7 +107,7 @@ class BlockManager:
         prompt: int | ArrayLike,
         *,
         namespace: str | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
         reserve: int = 0,
     ) -> Sequence:
@@ -115,8 +115,8 @@ class BlockManager:
 
         Args:
             prompt: the token ids, or a count where the ids are unknown (no prefix reuse then).
-            namespace: only prefixes committed under the same namespace and adapter are reused.
-            adapter: which fine-tuned weights compute the KV.
+            namespace: only prefixes committed under the same namespace and `lora` are reused.
+            lora: the LoRA adapter, or other fine-tuned weights, that compute the KV.
             mm_hashes: (start, stop, hash) of each image or other input behind the placeholder
                 tokens `start` to `stop`. A block that overlaps one is reused only if its hash and
                 position are equal.
@@ -129,7 +129,7 @@ class BlockManager:
         Raises: `OutOfBlocks`; `TypeError` / `ValueError` for a bad prompt or key part.
         """
         length, ids = arguments.prompt(prompt)
-        who = identity(namespace, adapter, mm_hashes, length)
+        who = identity(namespace, lora, mm_hashes, length)
         reserve = arguments.count("reserve", reserve)
         state = self._state
         with state.lock, state.change:
@@ -149,14 +149,14 @@ class BlockManager:
         *,
         blocks: bool = False,
         namespace: str | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
     ) -> int | PrefixMatch:
         """Return how many leading tokens of `prompt` are cached now, with `blocks` a `PrefixMatch`.
 
         Advisory: blocks may be evicted before `allocate`. O(tokens). Raises: as `allocate`.
         """
-        return self.queries.match_prefix(prompt, namespace, adapter, mm_hashes, blocks)
+        return self.queries.match_prefix(prompt, namespace, lora, mm_hashes, blocks)
 
     @overload
     def fork(self, sequence: Sequence) -> Sequence: ...

@@ -1,6 +1,6 @@
 """Which token prefixes already have their blocks in the pool.
 
-A compressed radix tree per namespace and adapter. A node is a run of whole blocks with no fork in
+A compressed radix tree per namespace and LoRA. A node is a run of whole blocks with no fork in
 it; its children differ in their first block:
 
     root ── [system prompt, 40 blocks] ─┬─ [question A, 3]
@@ -246,11 +246,11 @@ class PrefixIndex:
                 yield Event(0, "stored", **self._event(node.tree, node.tag, before, node.blocks))
 
     def _event(self, tree: TreeKey, tag: Tag, before: int, blocks: Blocks) -> dict[str, Any]:
-        namespace, adapter = tree[:2]
+        namespace, lora = tree[:2]
         return {
             "blocks": blocks.copy(),
             "namespace": namespace,
-            "adapter": adapter,
+            "lora": lora,
             "parent": before,
             "tokens": self.pool.ids[blocks],
             "mm_hashes": tag or (),

@@ -95,7 +95,7 @@ class CacheManager(Protocol):
         prompt: int | ArrayLike,
         *,
         namespace: str | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
         reserve: int = 0,
     ) -> Sequence:
@@ -106,7 +106,7 @@ class CacheManager(Protocol):
         prompt: ArrayLike,
         *,
         namespace: str | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
     ) -> int:
         """Return how many leading tokens need no computing."""

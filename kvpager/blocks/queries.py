@@ -109,13 +109,13 @@ class Queries:
         self,
         prompt: ArrayLike,
         namespace: str | None,
-        adapter: str | None,
+        lora: str | None,
         mm_hashes: Iterable[tuple[int, int, bytes]],
         blocks: bool,
     ) -> int | PrefixMatch:
         """See `BlockManager.match_prefix`. O(tokens)."""
         ids = arguments.token_ids(prompt)
-        who = identity(namespace, adapter, mm_hashes, len(ids))
+        who = identity(namespace, lora, mm_hashes, len(ids))
         arguments.flag("blocks", blocks)
         state = self._state
         with state.lock:

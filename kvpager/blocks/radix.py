@@ -15,7 +15,7 @@ from kvpager.blocks.pool import BlockPool, Blocks
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import NO_BLOCKS, Int32
 
-# Namespace and adapter, and the group of layers if it is not the first.
+# Namespace and LoRA, and the group of layers if it is not the first.
 TreeKey = tuple[str | None, str | None] | tuple[str | None, str | None, int]
 
 

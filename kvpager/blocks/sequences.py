@@ -112,7 +112,7 @@ class KeyParts(TypedDict, total=False):
     """What tells prefixes of equal tokens apart, as `BlockManager.allocate` takes it."""
 
     namespace: str | None
-    adapter: str | None
+    lora: str | None
     mm_hashes: Iterable[tuple[int, int, bytes]]
 
 
@@ -137,7 +137,7 @@ class Prompt(NamedTuple):
     """What a sequence is, apart from its tokens: whose it is, and what its placeholders show."""
 
     namespace: str | None = None
-    adapter: str | None = None
+    lora: str | None = None
     mm_hashes: MMHashes = NO_MM_HASHES
     group: int = 0  # of layers, see `groups`
 
@@ -145,8 +145,8 @@ class Prompt(NamedTuple):
     def tree(self) -> TreeKey:
         """Which tree of the prefix index it belongs to."""
         if self.group:
-            return self.namespace, self.adapter, self.group
-        return self.namespace, self.adapter
+            return self.namespace, self.lora, self.group
+        return self.namespace, self.lora
 
     def up_to(self, length: int) -> Prompt:
         """Return the same with nothing shown behind token `length`: other tokens may come there."""

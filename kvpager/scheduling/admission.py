@@ -219,8 +219,8 @@ class AdmissionPolicy:
             ids = self._table.sequences.tokens(state.seq_ids[0], 0, length - 1)
         else:
             ids = state.prompt[: length - 1]
-        namespace, adapter = state.identity
-        return self._manager.match_prefix(ids, namespace=namespace, adapter=adapter)
+        namespace, lora = state.identity
+        return self._manager.match_prefix(ids, namespace=namespace, lora=lora)
 
     def _awaits(self, state: RequestState) -> bool:
         """True if another request is computing what its prompt begins with.

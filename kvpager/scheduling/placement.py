@@ -215,16 +215,16 @@ class Placement:
 
     def _is_cached(self, number: int, start: int) -> bool:
         """True if the index has more of this row than what lies before `start`."""
-        namespace, adapter = self._sequences.owner(number).identity
+        namespace, lora = self._sequences.owner(number).identity
         ids = self._sequences.tokens(number, 0, self._sequences.num_known(number) - 1)
-        cached = self._manager.match_prefix(ids, namespace=namespace, adapter=adapter)
+        cached = self._manager.match_prefix(ids, namespace=namespace, lora=lora)
         return cached > start
 
     def _allocate(self, number: int, reserve: int) -> Sequence:
-        namespace, adapter = self._sequences.owner(number).identity
+        namespace, lora = self._sequences.owner(number).identity
         length = self._sequences.num_known(number)
         prompt = self._sequences.tokens(number, 0, length) if self._by_ids else length
-        return self._manager.allocate(prompt, namespace=namespace, adapter=adapter, reserve=reserve)
+        return self._manager.allocate(prompt, namespace=namespace, lora=lora, reserve=reserve)
 
     def _fork_at(self, number: int, parent: Sequence, start: int) -> Sequence:
         """Return blocks that are those of `parent` up to token `start`, and others from there."""

@@ -20,8 +20,8 @@ class Request:
         prompt: token ids, at least one.
         max_new_tokens: no row gets more; what a request may ever need goes by it.
         num_samples: the most rows at a time (parallel sampling, beams). They step together.
-        namespace: only prefixes of the same namespace and adapter are reused.
-        adapter: which fine-tuned weights compute it.
+        namespace: only prefixes of the same namespace and `lora` are reused.
+        lora: the LoRA adapter, or other fine-tuned weights, that compute it.
         tenant: whom the order `"fair"` charges for it.
         priority: lower goes first, under the order `"priority"`.
         deadline: when to end it, on the scheduler's clock, running or not.
@@ -32,7 +32,7 @@ class Request:
     max_new_tokens: int
     num_samples: int = 1
     namespace: str | None = None
-    adapter: str | None = None
+    lora: str | None = None
     tenant: str | None = None
     priority: int = 0
     deadline: float | None = None
@@ -90,12 +90,12 @@ class RequestState:
 
     @property
     def identity(self) -> tuple[str | None, str | None]:
-        """Return the namespace and the adapter whose prefixes it may share."""
-        # A caller's NULs are doubled: no adapter's name ends like one with a generation.
-        adapter = self.request.adapter and self.request.adapter.replace("\0", "\0\0")
+        """Return the namespace and the LoRA whose prefixes the request may share."""
+        # A caller's NULs are doubled: no name of a LoRA ends like one with a generation.
+        lora = self.request.lora and self.request.lora.replace("\0", "\0\0")
         if self.generation:
-            adapter = f"{adapter or ''}\0{self.generation}"
-        return self.request.namespace, adapter
+            lora = f"{lora or ''}\0{self.generation}"
+        return self.request.namespace, lora
 
 
 def read_prompt(request: Request) -> Int32:
@@ -111,7 +111,7 @@ def read_prompt(request: Request) -> Int32:
         raise ValueError(f"request {request.name!r}: the prompt is empty; give at least one token")
     arguments.count("max_new_tokens", request.max_new_tokens, at_least=1)
     arguments.count("num_samples", request.num_samples, at_least=1)
-    for name in ("namespace", "adapter", "tenant"):
+    for name in ("namespace", "lora", "tenant"):
         arguments.label(name, getattr(request, name))
     most = arguments.PRIORITY_MAX
     arguments.count("priority", request.priority, at_least=-most, at_most=most)

@@ -1,7 +1,7 @@
 """Names for blocks whose bytes leave the process: a chain of keyed 256-bit digests.
 
 A block's key covers everything its KV depends on: the storage layout, the model, the namespace's
-secret, the adapter, what placeholders show, all blocks before it, and its tokens. Every field is
+secret, the lora, what placeholders show, all blocks before it, and its tokens. Every field is
 length-prefixed and has its place, so no two different inputs are encoded alike. Who does not know
 the secret can neither make a key nor test a guess. Inside the process nothing is hashed: the prefix
 index compares tokens.
@@ -37,14 +37,14 @@ class KeyContext:
     layout: str
     model: str
     secret: bytes = b""
-    adapter: str | None = None
+    lora: str | None = None
 
     def __post_init__(self) -> None:
         """Raises: `TypeError` for names that are not strings, `ValueError` for a bad secret."""
         for name in ("layout", "model"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} {getattr(self, name)!r}: expected a str")
-        arguments.label("adapter", self.adapter)
+        arguments.label("lora", self.lora)
         secret = self.secret
         if not isinstance(secret, bytes) or (secret and not 16 <= len(secret) <= 64):
             raise ValueError("secret: expected 16 to 64 bytes, or none")
@@ -77,12 +77,12 @@ def content_keys(
 
 
 def _root(context: KeyContext, block_size: int) -> bytes:
-    adapter = b"" if context.adapter is None else context.adapter.encode()
+    lora = b"" if context.lora is None else context.lora.encode()
     fields = (
         context.layout.encode(),
         context.model.encode(),
-        bytes([context.adapter is not None]),
-        adapter,
+        bytes([context.lora is not None]),
+        lora,
         block_size.to_bytes(8, "little"),
     )
     return blake2b(

@@ -372,10 +372,10 @@ MUTANTS = (
         "return tokens.tobytes()",
     ),
     Mutant(
-        "let one adapter hit another's prefixes",
+        "let one LoRA hit another's prefixes",
         _EQUAL,
         "kvpager.blocks.sequences",
-        "        return self.namespace, self.adapter\n",
+        "        return self.namespace, self.lora\n",
         "        return self.namespace, None\n",
     ),
     Mutant(

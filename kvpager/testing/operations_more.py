@@ -72,11 +72,11 @@ def accept(world: World, pick: int, number: int) -> None:
     3,
     needs=("accept",),
     tokens=Tokens(),
-    adapter=Choice((None, " ", "a", "acme")),
+    lora=Choice((None, " ", "a", "acme")),
     shown=Many(Number(20), least=0, most=3),
 )
-def allocate_shown(world: World, tokens: list[int], adapter: str | None, shown: list[int]) -> None:
-    """Begin a sequence under an adapter, with images behind some of its tokens."""
+def allocate_shown(world: World, tokens: list[int], lora: str | None, shown: list[int]) -> None:
+    """Begin a sequence under a LoRA, with images behind some of its tokens."""
     mm_hashes, seen, start = [], list(tokens), 0
     for number in shown:
         stop = start + 1 + number % 5
@@ -87,11 +87,11 @@ def allocate_shown(world: World, tokens: list[int], adapter: str | None, shown: 
         seen[start:stop] = [token + 1000 * (1 + number % 2) for token in tokens[start:stop]]
         start = stop + number % 3
     make_room(world)
-    options = {"namespace": "shown", "adapter": adapter, "mm_hashes": mm_hashes}
+    options = {"namespace": "shown", "lora": lora, "mm_hashes": mm_hashes}
     handle = world.attempt(world.blocks(len(tokens)), world.manager.allocate, tokens, **options)
     if handle is not None:
         # No setup has a namespace of that name.
-        content = Content(f"shown under {adapter!r}", seen)
+        content = Content(f"shown under {lora!r}", seen)
         begin(world, handle, content, len(tokens)).is_plain = False
 
 

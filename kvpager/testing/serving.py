@@ -32,8 +32,8 @@ def values(salt: int, tokens: list[int]) -> Int64:
 
 
 def salt_of(request: Request) -> int:
-    """Equal prompts of other namespaces or adapters have other keys and values."""
-    return crc32(repr((request.namespace, request.adapter)).encode())
+    """Equal prompts of other namespaces or LoRAs have other keys and values."""
+    return crc32(repr((request.namespace, request.lora)).encode())
 
 
 def has_beams(request: Request) -> bool:

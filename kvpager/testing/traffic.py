@@ -160,7 +160,7 @@ def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[lis
         max_new_tokens=max_new_tokens,
         num_samples=num_samples,
         namespace=random.choice((None, None, "a", "b")),
-        adapter=random.choice((None, None, None, "b")),
+        lora=random.choice((None, None, None, "b")),
         tenant=random.choice((None, "x", "y")),
         priority=random.randint(0, 3),
         deadline=at + random.randint(0, 60) if random.random() < 0.15 else None,

@@ -346,7 +346,7 @@ def test_a_flag_is_true_or_false(value: object) -> None:
     assert len(sequence) == 5
 
 
-@pytest.mark.parametrize("name", ["namespace", "adapter", "tenant"])
+@pytest.mark.parametrize("name", ["namespace", "lora", "tenant"])
 @pytest.mark.parametrize(("value", "error"), [("", ValueError), (1, TypeError), (b"a", TypeError)])
 def test_a_request_names_its_tenant_or_none(name: str, value: object, error: type) -> None:
     scheduler = Scheduler(BlockManager(8, 4))
@@ -359,9 +359,9 @@ def test_a_request_names_its_tenant_or_none(name: str, value: object, error: typ
 def test_no_adapters_name_is_that_of_another_after_the_model_changed() -> None:
     scheduler = Scheduler(BlockManager(64, 4))
     names = []
-    for adapter in ("x", "x\0001", "x\0", "x\0\0001", "\0001", None):
+    for lora in ("x", "x\0001", "x\0", "x\0\0001", "\0001", None):
         for generation in (0, 1):
-            live = Request(name=len(names), prompt=PROMPT, max_new_tokens=1, adapter=adapter)
+            live = Request(name=len(names), prompt=PROMPT, max_new_tokens=1, lora=lora)
             scheduler._table.generation = generation
             scheduler.submit(live)
             names.append(scheduler._table.get(len(names)).identity)

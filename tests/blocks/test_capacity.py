@@ -1130,11 +1130,11 @@ def watched(num_blocks: int = 8, num_events: int = 1000, **options: object) -> B
 
 def test_what_becomes_reusable_is_told_as_stored_with_its_place_and_tokens() -> None:
     manager = watched()
-    sequence = manager.allocate(A + B, namespace="acme", adapter="math")
+    sequence = manager.allocate(A + B, namespace="acme", lora="math")
     assert manager.events.fetch() == []
     manager.commit(sequence)
     (event,) = manager.events.fetch()
-    assert (event.kind, event.namespace, event.adapter) == ("stored", "acme", "math")
+    assert (event.kind, event.namespace, event.lora) == ("stored", "acme", "math")
     assert event.blocks.tolist() == manager.block_tables(sequence)[0].tolist()
     assert event.parent == -1
     assert event.tokens is not None
@@ -1273,7 +1273,7 @@ class Router:
         for block, tokens in zip(event.blocks.tolist(), event.tokens.tolist(), strict=True):
             assert block not in self.index, "stored twice"
             assert before == -1 or before in self.index, "stored before its front"
-            self.index[block] = (event.namespace, event.adapter, before, tokens)
+            self.index[block] = (event.namespace, event.lora, before, tokens)
             before = block
 
 
@@ -1290,8 +1290,8 @@ def test_a_router_knows_from_events_alone_what_is_offered(policy: str, seed: int
             if choice <= 2:
                 ids = random.integers(0, 2, random.integers(1, 24)).tolist()
                 name = [None, "a"][random.integers(2)]
-                adapter = [None, "x"][random.integers(2)]
-                live.append(manager.allocate(ids, namespace=name, adapter=adapter))
+                lora = [None, "x"][random.integers(2)]
+                live.append(manager.allocate(ids, namespace=name, lora=lora))
                 manager.commit(live[-1])
             elif choice == 3 and live:
                 manager.append(live, [[1]] * len(live))

@@ -299,7 +299,7 @@ def do_allocate(history: History, chance: random.Random) -> object:
     sequence = history.manager.allocate(
         ids if chance.random() < 0.9 else len(ids) or [],
         namespace=chance.choice([None, None, "a", "b"]),
-        adapter=chance.choice([None, None, None, "x"]),
+        lora=chance.choice([None, None, None, "x"]),
         mm_hashes=mm_hashes,
     )
     copies = history.begun(sequence.copies, sequence.ticket)

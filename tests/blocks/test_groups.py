@@ -475,7 +475,7 @@ def test_groups_and_namespaces_share_no_prefix() -> None:
     manager.commit(manager.allocate(range(12), namespace="a"))
     assert manager.match_prefix(range(12), namespace="a") == 12
     assert manager.match_prefix(range(12)) == 0
-    assert manager.match_prefix(range(12), namespace="a", adapter="b") == 0
+    assert manager.match_prefix(range(12), namespace="a", lora="b") == 0
     again = manager.allocate(range(13), namespace="a")
     one, other = manager.block_tables(again)[:, 0]
     assert not set(one[one >= 0]) & set(other[other >= 0])

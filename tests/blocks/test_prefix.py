@@ -251,13 +251,13 @@ WHO = [
     {"namespace": "a"},
     {"namespace": "b"},
     {"namespace": "ab"},
-    {"adapter": "a"},
-    {"adapter": "b"},
-    {"adapter": "ab"},
-    {"namespace": "a", "adapter": "b"},
-    {"namespace": "b", "adapter": "a"},
+    {"lora": "a"},
+    {"lora": "b"},
+    {"lora": "ab"},
+    {"namespace": "a", "lora": "b"},
+    {"namespace": "b", "lora": "a"},
     {"namespace": "None"},
-    {"adapter": "None"},
+    {"lora": "None"},
 ]
 
 
@@ -270,7 +270,7 @@ def test_a_prefix_is_found_by_the_same_namespace_and_adapter_only(
         assert manager.match_prefix(A + B, **other) == (8 if other == owner else 0)
 
 
-@pytest.mark.parametrize("label", ["namespace", "adapter"])
+@pytest.mark.parametrize("label", ["namespace", "lora"])
 @pytest.mark.parametrize("value", [1, True, b"a", ("a",)])
 def test_a_namespace_or_adapter_that_is_no_string_is_refused(
     manager: BlockManager, label: str, value: object
@@ -281,7 +281,7 @@ def test_a_namespace_or_adapter_that_is_no_string_is_refused(
     assert manager.stats().num_sequences == 0
 
 
-@pytest.mark.parametrize("label", ["namespace", "adapter"])
+@pytest.mark.parametrize("label", ["namespace", "lora"])
 def test_an_empty_namespace_or_adapter_is_refused_wherever_one_is_taken(
     manager: BlockManager, label: str
 ) -> None:
@@ -307,10 +307,10 @@ def test_an_empty_namespace_has_no_quota(manager: BlockManager, call) -> None:
 
 
 def test_a_fork_stays_with_its_parents_adapter(manager: BlockManager) -> None:
-    child = manager.fork(manager.allocate(A, adapter="math"))
+    child = manager.fork(manager.allocate(A, lora="math"))
     manager.append(child, B)
     manager.commit(child)
-    assert manager.match_prefix(A + B, adapter="math") == 8
+    assert manager.match_prefix(A + B, lora="math") == 8
     assert manager.match_prefix(A + B) == 0
 
 
@@ -427,7 +427,7 @@ def test_match_prefix_changes_nothing() -> None:
     before = {name: array.copy() for name, array in state_of(manager).items()}
     for prompt in (A + B, A + B[:2], D, []):
         manager.match_prefix(prompt)
-        manager.match_prefix(prompt, namespace="nobody yet", adapter="x")
+        manager.match_prefix(prompt, namespace="nobody yet", lora="x")
     after = state_of(manager)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -460,7 +460,7 @@ def test_match_prefix_returns_a_block_that_agrees_in_part(manager: BlockManager)
 
 def test_match_prefix_of_an_unknown_prompt_has_no_blocks(manager: BlockManager) -> None:
     cache(manager, A)
-    for key in ({}, {"namespace": "other"}, {"adapter": "x"}):
+    for key in ({}, {"namespace": "other"}, {"lora": "x"}):
         match = manager.match_prefix(A if key else D, blocks=True, **key)
         assert (match.num_tokens, match.blocks.tolist()) == (0, [])
 
@@ -650,7 +650,7 @@ def test_what_is_found_is_what_a_dictionary_of_prefixes_says(
     known: dict[tuple[str | None, str | None], list[list[int]]] = {}
     live: list[tuple[Sequence, tuple[str | None, str | None], list[int]]] = []
     for what, tree, ids, number in history:
-        named = {"namespace": tree[0], "adapter": tree[1]}
+        named = {"namespace": tree[0], "lora": tree[1]}
         assert manager.match_prefix(ids, **named) == expected(known.get(tree, []), ids)
         if what == "publish":
             hit = expected(known.get(tree, []), ids[:-1])
@@ -693,7 +693,7 @@ class Pairs:
     def step(self) -> None:
         """A tenant's prompt comes: it hits no more than its own past explains, and then all."""
         manager, tree = self.manager, self.trees[self.random.integers(len(self.trees))]
-        who = {"namespace": tree[0], "adapter": tree[1]}
+        who = {"namespace": tree[0], "lora": tree[1]}
         ids = self.random.integers(0, 2, self.random.integers(1, 13)).tolist()
         if len(self.live) > 3:
             manager.free(self.live.pop(self.random.integers(len(self.live))))
@@ -713,8 +713,8 @@ class Pairs:
     def probe(self, ids: list[int], tree: tuple[str | None, str | None]) -> None:
         """Who was never here before finds nothing, whatever its name resembles."""
         fresh = f"{tree[0]}{next(self.numbers)}"
-        for namespace, adapter in ((fresh, tree[1]), (tree[0], fresh), (fresh, fresh)):
-            found = self.manager.match_prefix(ids, namespace=namespace, adapter=adapter)
+        for namespace, lora in ((fresh, tree[1]), (tree[0], fresh), (fresh, fresh)):
+            found = self.manager.match_prefix(ids, namespace=namespace, lora=lora)
             assert found == 0
 
 

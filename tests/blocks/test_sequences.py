@@ -653,7 +653,7 @@ def test_a_refused_allocation_changes_nothing_where_a_row_is_free(manager: Block
     manager.allocate(60)
     refused(manager, OutOfBlocks, lambda: manager.allocate(200))
     refused(manager, OutOfBlocks, lambda: manager.allocate([*range(8), *range(100)]))
-    refused(manager, TypeError, lambda: manager.allocate([1], adapter=3))  # type: ignore[arg-type]
+    refused(manager, TypeError, lambda: manager.allocate([1], lora=3))  # type: ignore[arg-type]
     refused(manager, ValueError, lambda: manager.allocate([1, 2], mm_hashes=[(0, 3, b"x")]))
     refused(manager, ValueError, lambda: manager.allocate([1, 2], mm_hashes=[(1, 1, b"x")]))
     refused(manager, TypeError, lambda: manager.allocate([1, 2], mm_hashes=[(0, 1, "x")]))  # type: ignore[list-item]

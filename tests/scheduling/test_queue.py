@@ -298,7 +298,7 @@ def test_less_than_a_block_in_common_is_not_waited_for() -> None:
     assert rows(step(scheduler)) == {"a": 8, "b": 8}
 
 
-@pytest.mark.parametrize("other", [{"namespace": "x"}, {"adapter": "x"}])
+@pytest.mark.parametrize("other", [{"namespace": "x"}, {"lora": "x"}])
 def test_the_beginning_of_somebody_else_is_not_waited_for(other: dict[str, str]) -> None:
     scheduler = make(max_batch_tokens=64)
     scheduler.submit(Request(name="a", prompt=ids(8), max_new_tokens=1))

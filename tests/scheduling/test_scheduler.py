@@ -165,7 +165,7 @@ def test_what_was_generated_is_found_again() -> None:
     assert plan.starts.tolist() == [8]
 
 
-@pytest.mark.parametrize("other", [{"namespace": "x"}, {"adapter": "x"}])
+@pytest.mark.parametrize("other", [{"namespace": "x"}, {"lora": "x"}])
 def test_a_prefix_of_somebody_else_is_computed_again(other: dict[str, str]) -> None:
     scheduler = make()
     scheduler.submit(Request(name="a", prompt=ids(12), max_new_tokens=2))

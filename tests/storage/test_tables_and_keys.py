@@ -162,9 +162,9 @@ def test_a_key_is_32_bytes() -> None:
         ("secret", b"s" * 17),
         ("secret", b"s" * 16 + b"\0"),
         ("secret", b""),
-        ("adapter", None),
-        ("adapter", " "),
-        ("adapter", "other"),
+        ("lora", None),
+        ("lora", " "),
+        ("lora", "other"),
     ],
 )
 def test_another_context_gives_other_keys_throughout(field: str, other: object) -> None:
@@ -174,8 +174,8 @@ def test_another_context_gives_other_keys_throughout(field: str, other: object) 
 
 
 def test_an_empty_adapter_is_refused() -> None:
-    with pytest.raises(ValueError, match='adapter "": expected at least one character'):
-        replace(CONTEXT, adapter="")
+    with pytest.raises(ValueError, match='lora "": expected at least one character'):
+        replace(CONTEXT, lora="")
 
 
 def test_letters_cannot_move_from_one_field_into_the_next() -> None:
@@ -184,8 +184,8 @@ def test_letters_cannot_move_from_one_field_into_the_next() -> None:
         KeyContext("a", "bc"),
         KeyContext("abc", ""),
         KeyContext("", "abc"),
-        KeyContext("a", "b", adapter="c"),
-        KeyContext("a", "", adapter="bc"),
+        KeyContext("a", "b", lora="c"),
+        KeyContext("a", "", lora="bc"),
     ]
     assert len({content_keys(IDS, 4, context)[0] for context in contexts}) == len(contexts)
 

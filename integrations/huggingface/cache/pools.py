@@ -209,7 +209,7 @@ class PagedPool:
         self.enforce_quota(key)
         if ids is not None:
             need -= self.num_known(ids, key) // self.block_size
-        allocate = partial(self.manager.allocate, prompt, namespace=namespace, adapter=version)
+        allocate = partial(self.manager.allocate, prompt, namespace=namespace, lora=version)
         sequence = self._growing(need, allocate)
         self._copy(sequence.copies)
         return sequence
@@ -227,7 +227,7 @@ class PagedPool:
     def num_known(self, ids: Int32, key: PrefixKey | None) -> int:
         """Return how many leading tokens are in the pool now. O(tokens)."""
         namespace, version = key or (None, None)
-        return self.manager.match_prefix(ids, namespace=namespace, adapter=version)
+        return self.manager.match_prefix(ids, namespace=namespace, lora=version)
 
     @whole
     def append(self, batch: Batch, counts: Int64, ids: list[Int32]) -> Step:

@@ -129,7 +129,7 @@ class GroupedManager:
         prompt: int | ArrayLike,
         *,
         namespace: str | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
         reserve: int = 0,
     ) -> Sequence:
@@ -140,7 +140,7 @@ class GroupedManager:
         prompt or key part.
         """
         length, ids = arguments.prompt(prompt)
-        who = self._identities(namespace, adapter, mm_hashes, length)
+        who = self._identities(namespace, lora, mm_hashes, length)
         reserve = arguments.count("reserve", reserve)
         with self._state.lock, self._state.change:
             hit = self._index.nothing()
@@ -152,11 +152,11 @@ class GroupedManager:
     def _identities(
         self,
         namespace: str | None,
-        adapter: str | None,
+        lora: str | None,
         mm_hashes: Iterable[tuple[int, int, bytes]],
         length: int,
     ) -> list[Prompt]:
-        who = identity(namespace, adapter, mm_hashes, length)
+        who = identity(namespace, lora, mm_hashes, length)
         return [who._replace(group=group) for group in range(len(self.windows))]
 
     @overload
@@ -173,7 +173,7 @@ class GroupedManager:
         *,
         blocks: bool = False,
         namespace: str | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
     ) -> int | PrefixMatch:
         """Return how many leading tokens every group has now, as `BlockManager.match_prefix`.
@@ -182,7 +182,7 @@ class GroupedManager:
         O(tokens * groups). Raises: as `allocate`.
         """
         ids = arguments.token_ids(prompt)
-        who = self._identities(namespace, adapter, mm_hashes, len(ids))
+        who = self._identities(namespace, lora, mm_hashes, len(ids))
         return self.queries.match_prefix(who, ids, arguments.flag("blocks", blocks))
 
     @overload
