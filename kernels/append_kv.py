@@ -6,6 +6,8 @@ from torch import Tensor
 
 from kvpager.kernels import debug
 from kvpager.kernels.args import (
+    INTEGERS,
+    are_plain,
     require_caches,
     require_contiguous_rows,
     require_device,
@@ -47,10 +49,28 @@ def append_kv(
     gradient flows through the cache. The slot mapping is vLLM's (Kwon et al., 2023, "Efficient
     Memory Management for LLM Serving with PagedAttention").
     """
-    _require_fitting(key, value, key_cache, value_cache, slots, scales)
+    if scales is not None or not _fit(key, value, key_cache, value_cache, slots):
+        _require_fitting(key, value, key_cache, value_cache, slots, scales)
     if debug.enabled():
         debug.check_slots(slots, key_cache)
     select("append_kv", key_cache.device)(key, value, key_cache, value_cache, slots, scales=scales)
+
+
+def _fit(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> bool:
+    """True for what the layers of a decoding step pass. False: check in full. O(1)."""
+    if not (isinstance(key, Tensor) and isinstance(value, Tensor) and isinstance(slots, Tensor)):
+        return False
+    of, device, tokens = key.dtype, key.device, slots.shape
+    return (
+        are_plain(key_cache, value_cache)
+        and len(tokens) == 1
+        and key.shape == tokens + key_cache.shape[2:]
+        and value.shape == tokens + value_cache.shape[2:]
+        and of is value.dtype is key_cache.dtype
+        and slots.dtype in INTEGERS
+        and key.stride(2) == value.stride(2) == 1
+        and device == value.device == slots.device == key_cache.device
+    )
 
 
 def _require_fitting(

@@ -153,8 +153,6 @@ def require_caches(
     key_cache: Tensor, value_cache: Tensor, scales: tuple[Tensor, Tensor] | None
 ) -> None:
     """Check a layer's caches, and their scales, against each other. O(1)."""
-    if scales is None and _are_plain(key_cache, value_cache):
-        return  # the usual case; every layer of every step comes here
     shape = "[blocks, block_size, kv_heads, head_dim]"
     require_dims("key_cache", key_cache, shape, 4)
     require_dims("value_cache", value_cache, shape, 4)
@@ -175,8 +173,10 @@ def require_caches(
     require_device(key_cache, value_cache=value_cache)
 
 
-def _are_plain(key_cache: Tensor, value_cache: Tensor) -> bool:
-    """True if two caches fit each other and need no scales. False: look again. O(1)."""
+def are_plain(key_cache: Tensor, value_cache: Tensor) -> bool:
+    """True if two caches fit each other and need no scales. False: check in full. O(1)."""
+    if not (isinstance(key_cache, Tensor) and isinstance(value_cache, Tensor)):
+        return False
     keys, values, of = key_cache.shape, value_cache.shape, key_cache.dtype
     return (
         len(keys) == len(values) == 4

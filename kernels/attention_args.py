@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels.args import (
+    are_plain,
     require_caches,
     require_contiguous_rows,
     require_device,
@@ -71,6 +72,8 @@ class AttentionArgs:
         scales: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Check a layer's tensors, and against the rows. O(1). Raises: as the constructor."""
+        if sinks is None and scales is None and self._fits(query, key_cache, value_cache):
+            return
         require_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
         require_caches(key_cache, value_cache, scales)
         _require_query(query, key_cache, quantised=scales is not None)
@@ -105,6 +108,24 @@ class AttentionArgs:
             kv_starts=self.kv_starts,
             sinks=sinks,
             mask=mask,
+        )
+
+    def _fits(self, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+        """True for what the layers of a decoding step pass. False: check in full. O(1)."""
+        if self.mask is not None or not isinstance(query, Tensor):
+            return False
+        device, starts, behind = query.device, self.cu_seqlens_q, self.kv_starts
+        return (
+            are_plain(key_cache, value_cache)
+            and query.dim() == 3
+            and query.shape[2] == key_cache.shape[3]
+            and query.shape[1] % key_cache.shape[2] == 0
+            and (starts is not None or query.shape[0] == self.block_tables.shape[0])
+            and query.dtype is key_cache.dtype
+            and query.stride(2) == 1
+            and device == key_cache.device == self.block_tables.device == self.seq_lens.device
+            and (starts is None or starts.device == device)
+            and (behind is None or behind.device == device)
         )
 
 
