@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpager import BlockManager, BlockStorage, LayerShape, Sequence
+from kvpager import BlockManager, BlockStorage, LayerShape, SequenceHandle
 from kvpager.ops import append_kv, paged_attention
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
@@ -37,7 +37,7 @@ def write(token_ids: list[int], slots: torch.Tensor) -> None:
         append_kv(KEYS[layer, token_ids], VALUES[layer, token_ids], key_cache, value_cache, slots)
 
 
-def start(prompt: list[int]) -> Sequence:
+def start(prompt: list[int]) -> SequenceHandle:
     """Begin a sequence; what the pool knows already is not written again."""
     sequence = manager.allocate(prompt)
     storage.copy(sequence.copies)
@@ -48,7 +48,7 @@ def start(prompt: list[int]) -> Sequence:
     return sequence
 
 
-def step(sequences: list[Sequence], token_ids: list[int]) -> None:
+def step(sequences: list[SequenceHandle], token_ids: list[int]) -> None:
     """Append one token to each sequence."""
     plan = manager.append(sequences, token_ids)
     storage.copy(plan.copies)
@@ -56,7 +56,7 @@ def step(sequences: list[Sequence], token_ids: list[int]) -> None:
     manager.commit(sequences)
 
 
-def attend(query: torch.Tensor, sequences: list[Sequence], layer: int) -> torch.Tensor:
+def attend(query: torch.Tensor, sequences: list[SequenceHandle], layer: int) -> torch.Tensor:
     """One query token [query_heads, head_dim] per sequence, over all of its tokens."""
     tables = torch.from_numpy(manager.block_tables(sequences))
     lengths = torch.from_numpy(manager.lengths(sequences))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvpager.blocks.manager import BlockManager
-    from kvpager.blocks.sequences import Sequence
+    from kvpager.blocks.sequences import SequenceHandle
     from kvpager.errors import (
         BrokenInvariant,
         EngineClosed,
@@ -52,7 +52,7 @@ __all__ = [
     "RequestExpired",
     "RequestFailed",
     "Scheduler",
-    "Sequence",
+    "SequenceHandle",
     "SequenceSwapped",
     "StaleSequence",
     "StepPlan",
@@ -78,7 +78,7 @@ _HOME = {
     "RequestExpired": "kvpager.errors",
     "RequestFailed": "kvpager.errors",
     "Scheduler": "kvpager.scheduling.scheduler",
-    "Sequence": "kvpager.blocks.sequences",
+    "SequenceHandle": "kvpager.blocks.sequences",
     "SequenceSwapped": "kvpager.errors",
     "StaleSequence": "kvpager.errors",
     "StepPlan": "kvpager.plans",

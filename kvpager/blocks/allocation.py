@@ -9,7 +9,7 @@ import numpy as np
 from kvpager import _validate as arguments
 from kvpager.blocks.mm_hashes import NO_MM_HASHES, read_mm_hashes
 from kvpager.blocks.radix import Match
-from kvpager.blocks.sequences import Prompt, Sequence
+from kvpager.blocks.sequences import Prompt, SequenceHandle
 from kvpager.blocks.state import BlockState
 from kvpager.errors import OutOfBlocks
 from kvpager.plans import NO_BLOCKS, NO_COPIES, Int32, Int64
@@ -24,7 +24,7 @@ class Allocation:
     def __init__(self, state: BlockState) -> None:
         self._state = state
 
-    def begin(self, who: Prompt, length: int, ids: Int32 | None, reserve: int) -> Sequence:
+    def begin(self, who: Prompt, length: int, ids: Int32 | None, reserve: int) -> SequenceHandle:
         """Begin a sequence of `length` tokens. O(tokens). Raises: `OutOfBlocks`."""
         state, match = self._state, _NO_MATCH
         if ids is not None:
@@ -48,7 +48,7 @@ class Allocation:
 
     def _new_row(
         self, who: Prompt, length: int, ids: Int32 | None, match: Match, owners: Int64 | None
-    ) -> Sequence:
+    ) -> SequenceHandle:
         state, rows, shared = self._state, self._state.rows, match.blocks
         size = state.block_size
         num_cached = len(shared) * size + match.num_partial
@@ -57,7 +57,7 @@ class Allocation:
         state.reserve(len(shared) + num_fresh)
         row = rows.free_rows[-1]
         copies = np.array([[match.partial_block, -1]], np.int32) if match.num_partial else NO_COPIES
-        handle = Sequence(
+        handle = SequenceHandle(
             state, row, int(rows.generations[row]), num_cached, copies, state.fences.ticket(copies)
         )
         # Copies come before all writes, so without fences the block to copy from may be evicted
@@ -86,14 +86,14 @@ class Allocation:
         if need > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
 
-    def fork(self, parent: int, times: int) -> list[Sequence]:
+    def fork(self, parent: int, times: int) -> list[SequenceHandle]:
         """Begin `times` rows that share every block of `parent`. O(blocks) each."""
         state, rows = self._state, self._state.rows
         state.reserve(rows.num_blocks(parent), times)
         num_cached = int(rows.committed[parent])
         next_rows = rows.free_rows[: -times - 1 : -1]
         children = [
-            Sequence(state, row, int(rows.generations[row]), num_cached) for row in next_rows
+            SequenceHandle(state, row, int(rows.generations[row]), num_cached) for row in next_rows
         ]
         state.change.begin()
         state.share(rows.device_blocks(parent), times)

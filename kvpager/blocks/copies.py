@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.state import BlockState
 from kvpager.plans import Plan, Step
 
@@ -21,7 +21,7 @@ class Copies:
         """True if the blocks of a plan are kept back until `complete(plan)`. O(1)."""
         return self._state.fences.is_on
 
-    def complete(self, work: Plan | Step | Sequence | int) -> None:
+    def complete(self, work: Plan | Step | SequenceHandle | int) -> None:
         """Say that the copies of a plan, step or new sequence are made. O(copies).
 
         Lets their blocks go. Needed with `fences=True` only; without it, or without copies, there

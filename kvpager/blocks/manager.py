@@ -35,7 +35,7 @@ from kvpager.blocks.publication import Publication
 from kvpager.blocks.queries import Queries
 from kvpager.blocks.quotas import Quotas
 from kvpager.blocks.resize import Resize
-from kvpager.blocks.sequences import Batch, KeyParts, PrefixMatch, Sequence, Target, listed
+from kvpager.blocks.sequences import Batch, KeyParts, PrefixMatch, SequenceHandle, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
 from kvpager.blocks.swap import Swap
@@ -110,7 +110,7 @@ class BlockManager:
         lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
         reserve: int = 0,
-    ) -> Sequence:
+    ) -> SequenceHandle:
         """Begin a sequence of `prompt` tokens. O(tokens).
 
         Args:
@@ -159,10 +159,12 @@ class BlockManager:
         return self.queries.match_prefix(prompt, namespace, lora, mm_hashes, blocks)
 
     @overload
-    def fork(self, sequence: Sequence) -> Sequence: ...
+    def fork(self, sequence: SequenceHandle) -> SequenceHandle: ...
     @overload
-    def fork(self, sequence: Sequence, count: int) -> list[Sequence]: ...
-    def fork(self, sequence: Sequence, count: int | None = None) -> Sequence | list[Sequence]:
+    def fork(self, sequence: SequenceHandle, count: int) -> list[SequenceHandle]: ...
+    def fork(
+        self, sequence: SequenceHandle, count: int | None = None
+    ) -> SequenceHandle | list[SequenceHandle]:
         """A second sequence - with `count`, a list of so many - that shares every block.
 
         No data moves; whoever first writes into a shared block gets a copy of it. O(blocks) each;
@@ -194,7 +196,7 @@ class BlockManager:
                 numbers = rows.tolist()
             else:
                 # A plain number is faster than an array of one.
-                one = state.row(named) if isinstance(named, Sequence) else None
+                one = state.row(named) if isinstance(named, SequenceHandle) else None
                 numbers = state.resolve(named).tolist() if one is None else [one]
                 state.change.begin()
             self._allocation.end(numbers)
@@ -226,7 +228,7 @@ class BlockManager:
         """
         named = listed(sequences)
         # Before the lock: whatever the caller's iterables do, they do it now.
-        num_named = None if isinstance(named, Sequence) else len(named)
+        num_named = None if isinstance(named, SequenceHandle) else len(named)
         num_new, ids = arguments.new_tokens(num_named, tokens, counts)
         arguments.flag("draft", draft)
         state = self._state
@@ -249,7 +251,7 @@ class BlockManager:
         for the ids of drafts that a fork shares.
         """
         named = listed(sequences)
-        num_named = None if isinstance(named, Sequence) else len(named)
+        num_named = None if isinstance(named, SequenceHandle) else len(named)
         kept, ids = arguments.accepted(num_named, counts, tokens)
         state = self._state
         with state.lock, state.change:
@@ -271,12 +273,12 @@ class BlockManager:
         length = None if length is None else arguments.count("length", length)
         state = self._state
         with state.lock, state.change:
-            if isinstance(named, Sequence):  # plain numbers are faster than arrays of one
+            if isinstance(named, SequenceHandle):  # plain numbers are faster than arrays of one
                 self._publication.commit_row(state.resident_row(named), length)
             else:
                 self._publication.commit(state.resident(named), length)
 
-    def truncate(self, sequence: Sequence, length: int) -> None:
+    def truncate(self, sequence: SequenceHandle, length: int) -> None:
         """Shorten the sequence to its first `length` tokens. O(blocks given back).
 
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` where `length` is more than there
@@ -296,7 +298,7 @@ class BlockManager:
         beyond the first draft.
         """
         named = listed(sequences)
-        num_named = 1 if isinstance(named, Sequence) else len(named)
+        num_named = 1 if isinstance(named, SequenceHandle) else len(named)
         starts = arguments.counts("start", start, num_named)
         state = self._state
         with state.lock, state.change:
@@ -330,7 +332,7 @@ class BlockManager:
             swap = self._swap
             return swap.out(rows, at_most) if to == "host" else swap.back(rows, at_most, reserve)
 
-    def victims(self, sequences: Target, need: int) -> list[Sequence]:
+    def victims(self, sequences: Target, need: int) -> list[SequenceHandle]:
         """Return the first of `sequences`, least important first, that free `need` blocks.
 
         For preemption: swap them, or free them with `publish`. `OutOfBlocks.missing` says how many
@@ -343,7 +345,7 @@ class BlockManager:
 
     # ---------------------------------------------------------------- handles and tables
 
-    def batch(self, sequences: Iterable[Sequence]) -> Batch:
+    def batch(self, sequences: Iterable[SequenceHandle]) -> Batch:
         """Return one reusable argument for several handles: steps then skip its making. O(n).
 
         Raises: `StaleSequence`, `ValueError` where a sequence stands twice.
@@ -368,14 +370,14 @@ class BlockManager:
         """
         return self.queries.tables_and_lengths(sequences)
 
-    def slots(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> Int64:
+    def slots(self, sequence: SequenceHandle, start: int = 0, stop: int | None = None) -> Int64:
         """Return flat slots of tokens `start` to `stop` (default: all), int64 [tokens]. O(tokens).
 
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for tokens it does not hold.
         """
         return self.queries.slots(sequence, start, stop)
 
-    def open_slots(self, sequence: Sequence, start: int, stop: int) -> Int64:
+    def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
         """Return `slots` of tokens about to be written: they have their blocks. O(tokens)."""
         return self.queries.slots(sequence, start, stop)
 

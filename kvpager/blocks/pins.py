@@ -6,7 +6,7 @@ import numpy as np
 
 from kvpager import _validate as arguments
 from kvpager.blocks.policies.priority import PRIORITY_MAX
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.state import BlockState
 from kvpager.plans import NO_BLOCKS, Int32
 
@@ -20,7 +20,7 @@ class Pins:
     def __init__(self, state: BlockState) -> None:
         self._state = state
 
-    def pin(self, sequence: Sequence) -> int:
+    def pin(self, sequence: SequenceHandle) -> int:
         """Keep what the index offers of this sequence, also when it is freed. O(blocks).
 
         Returns the ticket for `unpin`. Raises: `StaleSequence`, `SequenceSwapped`, `ValueError`
@@ -44,7 +44,7 @@ class Pins:
             state.change.begin()
             state.evictor.retire(state.fences.unpin(ticket))
 
-    def retain(self, sequence: Sequence, priority: int, ttl_s: float | None = None) -> None:
+    def retain(self, sequence: SequenceHandle, priority: int, ttl_s: float | None = None) -> None:
         """Rank what the index offers of this sequence by `priority`, 0 (leaves first) to 100.
 
         `ttl_s`: for so many seconds; then it is the first to leave. O(blocks).

@@ -12,7 +12,7 @@ from typing import Protocol, overload
 
 from numpy.typing import ArrayLike
 
-from kvpager.blocks.sequences import Batch, Sequence, Target
+from kvpager.blocks.sequences import Batch, SequenceHandle, Target
 from kvpager.blocks.stats import Stats
 from kvpager.plans import Int32, Int64, Plan, Step, Tier
 
@@ -98,7 +98,7 @@ class CacheManager(Protocol):
         lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
         reserve: int = 0,
-    ) -> Sequence:
+    ) -> SequenceHandle:
         """Begin a sequence."""
 
     def match_prefix(
@@ -125,14 +125,14 @@ class CacheManager(Protocol):
         """Say that tokens' KV is written."""
 
     @overload
-    def fork(self, sequence: Sequence) -> Sequence: ...
+    def fork(self, sequence: SequenceHandle) -> SequenceHandle: ...
     @overload
-    def fork(self, sequence: Sequence, count: int) -> list[Sequence]: ...
+    def fork(self, sequence: SequenceHandle, count: int) -> list[SequenceHandle]: ...
 
     def free(self, sequences: Target, *, publish: bool = False) -> None:
         """End sequences."""
 
-    def truncate(self, sequence: Sequence, length: int) -> None:
+    def truncate(self, sequence: SequenceHandle, length: int) -> None:
         """Keep the first tokens."""
 
     def swap(
@@ -145,7 +145,7 @@ class CacheManager(Protocol):
 
     # ---------------------------------------------------------------- reading
 
-    def batch(self, sequences: Iterable[Sequence]) -> Batch:
+    def batch(self, sequences: Iterable[SequenceHandle]) -> Batch:
         """Return several handles as one argument."""
 
     def lengths(self, sequences: Target) -> Int64:
@@ -157,10 +157,10 @@ class CacheManager(Protocol):
     def tables_and_lengths(self, sequences: Target) -> tuple[Int32, Int64]:
         """Return both, read at one moment."""
 
-    def slots(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> Int64:
+    def slots(self, sequence: SequenceHandle, start: int = 0, stop: int | None = None) -> Int64:
         """Return the slots of tokens."""
 
-    def open_slots(self, sequence: Sequence, start: int, stop: int) -> Int64:
+    def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
         """Return the slots of tokens about to be written, which may take blocks."""
 
     def stats(self) -> Stats:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvpager import _validate as arguments
 from kvpager._validate import COUNT_MAX
 from kvpager.blocks.allocation import identity
-from kvpager.blocks.sequences import Batch, PrefixMatch, Sequence, Target, listed
+from kvpager.blocks.sequences import Batch, PrefixMatch, SequenceHandle, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import BlockStatus, Stats
 from kvpager.errors import OutOfBlocks
@@ -25,7 +25,7 @@ class Queries:
 
     # ---------------------------------------------------------------- sequences
 
-    def batch(self, sequences: Iterable[Sequence]) -> Batch:
+    def batch(self, sequences: Iterable[SequenceHandle]) -> Batch:
         """See `BlockManager.batch`. O(n)."""
         named, state = listed(sequences), self._state
         with state.lock:
@@ -36,10 +36,10 @@ class Queries:
         """Return how many blocks a sequence of `num_tokens` holds. O(1)."""
         return -(-num_tokens // self._state.block_size)
 
-    def owns(self, sequence: Sequence) -> bool:
+    def owns(self, sequence: SequenceHandle) -> bool:
         """True if the handle is of this manager and not freed. O(1)."""
-        if not isinstance(sequence, Sequence):
-            raise TypeError(f"expected a Sequence, got {type(sequence).__name__}")
+        if not isinstance(sequence, SequenceHandle):
+            raise TypeError(f"expected a SequenceHandle, got {type(sequence).__name__}")
         state = self._state
         with state.lock:
             return sequence._owner is state and bool(
@@ -72,7 +72,7 @@ class Queries:
             width = -(-int(table.lengths[rows].max(initial=0)) // state.block_size)
             return table.tables.table(rows, width), table.lengths[rows]
 
-    def slots(self, sequence: Sequence, start: int, stop: int | None) -> Int64:
+    def slots(self, sequence: SequenceHandle, start: int, stop: int | None) -> Int64:
         """See `BlockManager.slots`. O(tokens)."""
         start = arguments.count("start", start)
         state = self._state
@@ -86,7 +86,7 @@ class Queries:
                 raise ValueError(f"start {start}: expected {first} <= start <= stop = {end}")
             return table.slots(np.array([row]), np.array([start]), np.array([end - start]))
 
-    def victims(self, sequences: Target, need: int) -> list[Sequence]:
+    def victims(self, sequences: Target, need: int) -> list[SequenceHandle]:
         """See `BlockManager.victims`. O(blocks of those chosen)."""
         need = arguments.count("need", need)
         named, state = listed(sequences), self._state
@@ -103,7 +103,7 @@ class Queries:
                 advice = "so many would those named give back; name more of them"
                 raise OutOfBlocks(need, found, 0, pool.num_blocks, advice=advice)
             handles = [state.handle(row) for row in rows] if isinstance(named, Batch) else named
-            return [handles] if isinstance(handles, Sequence) else handles[:chosen]
+            return [handles] if isinstance(handles, SequenceHandle) else handles[:chosen]
 
     def match_prefix(
         self,

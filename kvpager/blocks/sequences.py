@@ -30,11 +30,11 @@ NO_BLOCK = -1
 class Owner(Protocol):
     """An object that a handle belongs to: it knows how long the sequence is."""
 
-    def length(self, sequence: Sequence, /) -> int:
+    def length(self, sequence: SequenceHandle, /) -> int:
         """Return the tokens in the sequence. O(1). Raises `StaleSequence`."""
 
 
-class Sequence:
+class SequenceHandle:
     """A handle to one block table. Made by `BlockManager.allocate` and `fork`, ended by `free`.
 
     `num_cached_tokens`: how many leading tokens have their KV in the pool already.
@@ -70,7 +70,7 @@ class Sequence:
 
     def __eq__(self, other: object) -> bool:
         """Handles of the same sequence are equal. O(1)."""
-        return isinstance(other, Sequence) and self._identity == other._identity
+        return isinstance(other, SequenceHandle) and self._identity == other._identity
 
     def __hash__(self) -> int:
         return hash(self._identity)
@@ -379,14 +379,14 @@ class SequenceTable:
             raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
 
 
-Target = Sequence | Batch | Iterable[Sequence]
+Target = SequenceHandle | Batch | Iterable[SequenceHandle]
 
 
-def listed(target: Target) -> Sequence | Batch | list[Sequence]:
+def listed(target: Target) -> SequenceHandle | Batch | list[SequenceHandle]:
     """The sequences named, once: whatever an iterable does, it does before anything is decided."""
-    if isinstance(target, (Sequence, Batch)):
+    if isinstance(target, (SequenceHandle, Batch)):
         return target
     if not isinstance(target, Iterable):
         kind = type(target).__name__
-        raise TypeError(f"expected a Sequence, several of them, or a batch, got {kind}")
+        raise TypeError(f"expected a SequenceHandle, several of them, or a batch, got {kind}")
     return list(target)

@@ -28,7 +28,7 @@ from kvpager.blocks.policies.failsafe import FailSafe
 from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.prefix import PrefixIndex
 from kvpager.blocks.radix import Forest
-from kvpager.blocks.sequences import Batch, Prompt, Sequence, SequenceTable
+from kvpager.blocks.sequences import Batch, Prompt, SequenceHandle, SequenceTable
 from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.plans import NO_BLOCKS, Int32, Int64, Tier
 
@@ -87,17 +87,17 @@ class BlockState:
 
     # ---------------------------------------------------------------- handles
 
-    def length(self, sequence: Sequence, /) -> int:
+    def length(self, sequence: SequenceHandle, /) -> int:
         """Return the tokens in the sequence. O(1). Raises `StaleSequence`."""
         with self._lock:
             return int(self.rows.lengths[self.row(sequence)])
 
-    def handle(self, row: int) -> Sequence:
+    def handle(self, row: int) -> SequenceHandle:
         """Return a handle for a live row. O(1)."""
         rows = self.rows
-        return Sequence(self, row, int(rows.generations[row]), int(rows.committed[row]))
+        return SequenceHandle(self, row, int(rows.generations[row]), int(rows.committed[row]))
 
-    def resolve(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+    def resolve(self, target: SequenceHandle | Batch | list[SequenceHandle]) -> Int64:
         """Return the rows behind one handle, several, or a batch. O(n). Refuses every stale one."""
         table = self.rows
         if isinstance(target, Batch):
@@ -111,37 +111,37 @@ class BlockState:
                         f"sequence {row} of the batch was freed; make the batch anew"
                     )
             return target.rows
-        if isinstance(target, Sequence):
+        if isinstance(target, SequenceHandle):
             return np.array([self.row(target)], np.int64)
         rows = np.array([self.row(handle) for handle in target], np.int64)
         if len(rows) > 1 and len(np.unique(rows)) != len(rows):
             raise ValueError("a sequence stands twice in the batch; name each once")
         return rows
 
-    def row(self, handle: Sequence) -> int:
+    def row(self, handle: SequenceHandle) -> int:
         """Return the row behind one handle. O(1). Refuses a stale one."""
         # No message here takes another manager's lock, as a handle's own repr would.
-        if not isinstance(handle, Sequence):
-            raise TypeError(f"expected a Sequence, got {type(handle).__name__}")
+        if not isinstance(handle, SequenceHandle):
+            raise TypeError(f"expected a SequenceHandle, got {type(handle).__name__}")
         if handle._owner is not self:
             raise StaleSequence(f"{handle.name} belongs to another manager")
         if self.rows.generations[handle._row] != handle._generation:
             raise StaleSequence(f"{handle.name} was freed")
         return handle._row
 
-    def resident_row(self, handle: Sequence) -> int:
+    def resident_row(self, handle: SequenceHandle) -> int:
         """Like `row`, and refuse a sequence that is swapped out. O(1)."""
         row = self.row(handle)
         if self.rows.swapped[row]:
             raise SequenceSwapped(f'sequence {row} is on the host; swap(sequence, "device") first')
         return row
 
-    def resident(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+    def resident(self, target: SequenceHandle | Batch | list[SequenceHandle]) -> Int64:
         """Like `resolve`, and refuse sequences that are swapped out. O(n)."""
         table = self.rows
         if isinstance(target, Batch) and target.epoch == table.epoch and target.owner is self:
             return target.rows
-        if isinstance(target, Sequence):
+        if isinstance(target, SequenceHandle):
             return np.array([self.resident_row(target)], np.int64)
         rows = self.resolve(target)
         away = table.swapped[rows]

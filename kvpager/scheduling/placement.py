@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvpager.blocks.protocol import CacheManager
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.plans import Int32, Plan, Reason
 from kvpager.scheduling.preemption import PreemptionCosts
@@ -45,7 +45,7 @@ class Placement:
         self._by_ids = by_ids
         self.num_swapped = self.num_dropped = 0
 
-    def handles(self, state: RequestState) -> list[Sequence]:
+    def handles(self, state: RequestState) -> list[SequenceHandle]:
         """Return the sequences of a request that has blocks. O(rows)."""
         return [self._sequences.handle(number) for number in state.seq_ids]
 
@@ -185,7 +185,7 @@ class Placement:
 
     def _make(
         self, state: RequestState, reserve: int, branches: list[_Branch], *, by_index: bool
-    ) -> list[Sequence]:
+    ) -> list[SequenceHandle]:
         more = sum(branch.num_blocks for branch in branches)
         made = [self._allocate(state.seq_ids[0], reserve + more)]
         try:
@@ -220,13 +220,13 @@ class Placement:
         cached = self._manager.match_prefix(ids, namespace=namespace, lora=lora)
         return cached > start
 
-    def _allocate(self, number: int, reserve: int) -> Sequence:
+    def _allocate(self, number: int, reserve: int) -> SequenceHandle:
         namespace, lora = self._sequences.owner(number).identity
         length = self._sequences.num_known(number)
         prompt = self._sequences.tokens(number, 0, length) if self._by_ids else length
         return self._manager.allocate(prompt, namespace=namespace, lora=lora, reserve=reserve)
 
-    def _fork_at(self, number: int, parent: Sequence, start: int) -> Sequence:
+    def _fork_at(self, number: int, parent: SequenceHandle, start: int) -> SequenceHandle:
         """Return blocks that are those of `parent` up to token `start`, and others from there."""
         stop = self._sequences.num_known(number)
         child = self._manager.fork(parent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from heapq import heapify, heappop, heappush
 
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import Int32, Reason
 from kvpager.scheduling.queue import Order
@@ -188,7 +188,7 @@ class RequestTable:
 
     # ---------------------------------------------------------------- rows of a request
 
-    def fork(self, parent: int, handles: list[Sequence]) -> list[int]:
+    def fork(self, parent: int, handles: list[SequenceHandle]) -> list[int]:
         """Add a row for each handle behind the row `parent`; return their numbers. O(tokens)."""
         state = self.sequences.owner(parent)
         children = [self.sequences.fork(parent, handle) for handle in handles]

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kvpager.blocks.block_tables import Ragged
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import Int32
 from kvpager.scheduling.request import RequestState
@@ -37,7 +37,7 @@ class SequenceState:
         self.limits: Int32 = np.zeros(0, np.int32)
         self.leaders: Int32 = np.zeros(0, np.int32)  # computes what it begins with, or NO_LEADER
         self.history = Ragged(0)  # tokens generated, the pending one last
-        self.handles: list[Sequence | None] = []
+        self.handles: list[SequenceHandle | None] = []
         self.owners: list[RequestState | None] = []
         self._free: list[int] = []
         self._ended: list[int] = []
@@ -53,7 +53,7 @@ class SequenceState:
         self.leaders[number] = NO_LEADER
         return number
 
-    def fork(self, parent: int, handle: Sequence) -> int:
+    def fork(self, parent: int, handle: SequenceHandle) -> int:
         """Return a sequence that has had the same life as `parent`. O(tokens generated)."""
         number = self._take(self.owner(parent))
         for column in (self.lengths, self.computed, self.generated, self.limits, self.leaders):
@@ -110,7 +110,7 @@ class SequenceState:
 
     # ---------------------------------------------------------------- their blocks
 
-    def assign(self, number: int, handle: Sequence) -> None:
+    def assign(self, number: int, handle: SequenceHandle) -> None:
         """Give a sequence the blocks of `handle`, which hold all its known tokens. O(1)."""
         self.handles[number] = handle
         self.lengths[number] = self.num_known(number)
@@ -162,7 +162,7 @@ class SequenceState:
         assert state is not None, f"sequence {number} is not live"
         return state
 
-    def handle(self, number: int) -> Sequence:
+    def handle(self, number: int) -> SequenceHandle:
         """Return the manager's handle: there is one while the request has blocks. O(1)."""
         handle = self.handles[number]
         assert handle is not None, f"sequence {number} has no blocks"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvpager.blocks.manager import BlockManager
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import StaleSequence
 from kvpager.testing.histories import Choice, Many, Number, Tokens, operation
 from kvpager.testing.memory import Content
@@ -281,7 +281,7 @@ def foreign(world: World, pick: int, verb: str) -> None:
     if row is not None:
         other = world.setup.num_blocks, world.setup.block_size
         mine = row.handle
-        handle = Sequence(BlockManager(*other)._state, mine._row, mine._generation)
+        handle = SequenceHandle(BlockManager(*other)._state, mine._row, mine._generation)
         refused(world, StaleSequence, lambda: getattr(world.manager, verb)(handle))
 
 

@@ -14,7 +14,7 @@ from kvpager import BlockManager, KVPagerError, OutOfBlocks, SequenceSwapped, St
 from kvpager.blocks.events import Event
 from kvpager.blocks.policies import Priority
 from kvpager.blocks.quotas import Quota
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.stats import BlockStatus, Metrics
 from kvpager.errors import OutOfQuota
 from kvpager.plans import Plan, Step
@@ -24,7 +24,9 @@ from tests.support.twins import twin_of
 A, B, C, D, E = ([first + i for i in range(4)] for first in range(10, 60, 10))  # a block each
 
 
-def committed(manager: BlockManager, ids: list[int], namespace: str | None = None) -> Sequence:
+def committed(
+    manager: BlockManager, ids: list[int], namespace: str | None = None
+) -> SequenceHandle:
     sequence = manager.allocate(ids, namespace=namespace)
     manager.commit(sequence)
     return sequence
@@ -36,7 +38,7 @@ def cache(manager: BlockManager, ids: list[int], namespace: str | None = None) -
 
 def press(manager: BlockManager, namespace: str | None = None) -> None:
     """Take every block that can be had, one by one, and give them back."""
-    taken = list[Sequence]()
+    taken = list[SequenceHandle]()
     with suppress(OutOfBlocks):
         while True:
             taken.append(manager.allocate(1, namespace=namespace))
@@ -205,7 +207,7 @@ def test_a_pool_can_shrink_and_grow_again_and_again() -> None:
 def test_a_memory_that_obeys_the_plan_keeps_all_contents(seed: int) -> None:
     random = np.random.default_rng(seed)
     manager, memory = BlockManager(24, 4), np.zeros((24, 4), np.int64)
-    live: dict[Sequence, list[int]] = {}
+    live: dict[SequenceHandle, list[int]] = {}
     for _ in range(120):
         try:
             ids = random.integers(0, 2, random.integers(1, 20)).tolist()
@@ -286,7 +288,7 @@ def fenced(num_blocks: int = 6, num_host_blocks: int = 6) -> BlockManager:
 
 def all_that_can_be_had(manager: BlockManager) -> set[int]:
     """Every device block that the manager is willing to hand out, evicting what it may."""
-    taken = list[Sequence]()
+    taken = list[SequenceHandle]()
     with suppress(OutOfBlocks):
         while True:
             taken.append(manager.allocate(1))
@@ -471,10 +473,10 @@ def test_a_late_swap_reads_what_was_there_when_it_was_planned(seed: int) -> None
     random = np.random.default_rng(seed)
     manager = BlockManager(12, 4, 8, fences=True)
     writes = np.zeros(12, int)  # how often somebody wrote into each block
-    live, swapped = list[Sequence](), set[Sequence]()
-    pending = list[tuple[Plan | Step | Sequence, list[int]]]()
+    live, swapped = list[SequenceHandle](), set[SequenceHandle]()
+    pending = list[tuple[Plan | Step | SequenceHandle, list[int]]]()
 
-    def begin(work: Plan | Step | Sequence) -> None:
+    def begin(work: Plan | Step | SequenceHandle) -> None:
         if work.ticket:
             out = isinstance(work, Plan) and work.destination == "host"
             pending.append((work, writes[work.copies[:, 0]].tolist() if out else []))
@@ -1018,8 +1020,8 @@ def test_quotas_hold_through_any_history(seed: int) -> None:
     manager.quotas.set("a", floor=5)
     manager.quotas.set("b", floor=2, ceiling=8)
     manager.quotas.set(None, ceiling=10)
-    live: dict[Sequence, str | None] = {}
-    swapped: set[Sequence] = set()
+    live: dict[SequenceHandle, str | None] = {}
+    swapped: set[SequenceHandle] = set()
     for _ in range(250):
         here = [s for s in live if s not in swapped]
         choice = random.integers(6)
@@ -1283,7 +1285,7 @@ class Router:
 def test_a_router_knows_from_events_alone_what_is_offered(policy: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     manager, router = watched(16, eviction=policy), Router()
-    live, last = list[Sequence](), 0
+    live, last = list[SequenceHandle](), 0
     for _ in range(300):
         choice = random.integers(7)
         try:

@@ -15,7 +15,7 @@ import pytest
 from kvpager import BlockManager, KVPagerError, OutOfBlocks, StaleSequence
 from kvpager.blocks.policies import POLICIES, Priority
 from kvpager.blocks.pool import BlockPool
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step
 from tests.support.manager_state import differences, handles_of, state_of
@@ -39,7 +39,7 @@ def manager_with_rows(**options: Any) -> BlockManager:
     return manager
 
 
-def committed(manager: BlockManager, ids, namespace: str | None = None) -> Sequence:
+def committed(manager: BlockManager, ids, namespace: str | None = None) -> SequenceHandle:
     sequence = manager.allocate(ids, namespace=namespace)
     manager.commit(sequence)
     return sequence
@@ -52,7 +52,7 @@ def full_of_cached(**options: Any) -> BlockManager:
     return manager
 
 
-def family(manager: BlockManager) -> list[Sequence]:
+def family(manager: BlockManager) -> list[SequenceHandle]:
     parent = manager.allocate(range(6))
     members = [parent, *manager.fork(parent, 2)]
     manager.append(members, [[6], [7], [8]])
@@ -219,11 +219,11 @@ def inject(patch: pytest.MonkeyPatch, target: str, fault: Fault) -> None:
         for module in ("blocks.swap", "blocks.resize"):
             patch.setattr(f"kvpager.{module}.Plan", fault.around(Plan))
     else:  # the library asks for instances of these, too
-        kind = {"Step": Step, "Sequence": Sequence}[target]
+        kind = {"Step": Step, "SequenceHandle": SequenceHandle}[target]
         patch.setattr(kind, "__init__", fault.around(kind.__init__))
 
 
-@pytest.mark.parametrize("target", ["take", "Plan", "Step", "Sequence"])
+@pytest.mark.parametrize("target", ["take", "Plan", "Step", "SequenceHandle"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_memory_that_runs_out_changes_nothing(scenario, target, monkeypatch) -> None:
     for number in range(1, 50):
@@ -268,7 +268,7 @@ class History:
         self.work: list[Plan] = []
         self.pins: list[int] = []
 
-    def live(self, *, swapped: bool | None = None) -> list[Sequence]:
+    def live(self, *, swapped: bool | None = None) -> list[SequenceHandle]:
         handles = list(handles_of(self.manager).values())
         away = self.manager._state.rows.swapped
         return [one for one in handles if swapped is None or bool(away[one._row]) == swapped]
@@ -417,13 +417,13 @@ REFUSALS = (OutOfBlocks, StaleSequence, SequenceSwapped)
 class Worker:
     """One thread: a sequence of its own that it knows everything about, and shared ones."""
 
-    def __init__(self, number: int, manager: BlockManager, shared: list[Sequence]) -> None:
+    def __init__(self, number: int, manager: BlockManager, shared: list[SequenceHandle]) -> None:
         self.number = number
         self.manager = manager
         self.shared = shared
         self.chance = random.Random(number)
-        self.own: dict[Sequence, list[int]] = {}
-        self.swapped: set[Sequence] = set()
+        self.own: dict[SequenceHandle, list[int]] = {}
+        self.swapped: set[SequenceHandle] = set()
         self.failure: BaseException | None = None
 
     def run(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.accounts import Account
 from kvpager.blocks.policies.base import Queue
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.stats import BlockStatus
 from tests.support.manager_state import handles_of, state_of
 from tests.support.twins import twin_of
@@ -238,7 +238,7 @@ def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
     random = np.random.default_rng(seed)
     manager = BlockManager(24, 2, num_host_blocks=8)
     names = [None, "a", "b", "c", "d"]
-    sequences: list[Sequence] = []
+    sequences: list[SequenceHandle] = []
     for _ in range(150):
         name = names[random.integers(len(names))]
         with contextlib.suppress(OutOfBlocks, ValueError):

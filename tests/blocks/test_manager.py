@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvpager import BlockManager, KVPagerError, OutOfBlocks, StaleSequence
-from kvpager.blocks.sequences import Batch, Sequence
+from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import BrokenInvariant, SequenceSwapped
 
@@ -25,7 +25,9 @@ def prompt(length: int, first: int = 0) -> list[int]:
     return list(range(first, first + length))
 
 
-def committed(manager: BlockManager, ids: list[int], namespace: str | None = None) -> Sequence:
+def committed(
+    manager: BlockManager, ids: list[int], namespace: str | None = None
+) -> SequenceHandle:
     sequence = manager.allocate(ids, namespace=namespace)
     manager.commit(sequence)
     return sequence
@@ -473,7 +475,7 @@ def test_other_bad_arguments_are_refused(manager: BlockManager) -> None:
     sequence = manager.allocate(3)
     with pytest.raises(TypeError, match="namespace 7"):
         manager.allocate([1], namespace=7)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected a Sequence"):
+    with pytest.raises(TypeError, match="expected a SequenceHandle"):
         manager.free([7])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="the sequence has 3 tokens only"):
         manager.truncate(sequence, 4)
@@ -639,7 +641,7 @@ def test_what_takes_one_sequence_refuses_several(manager: BlockManager) -> None:
         lambda sequences: manager.truncate(sequences, 1),
     ):
         for several in (pair, manager.batch(pair)):
-            with pytest.raises(TypeError, match="expected a Sequence"):
+            with pytest.raises(TypeError, match="expected a SequenceHandle"):
                 operation(several)
     assert manager.lengths(pair).tolist() == [5, 6]
 
@@ -789,7 +791,7 @@ def test_stats_count_what_happened() -> None:
     assert manager.stats().total_evicted == 2
 
 
-def put(manager: BlockManager, sequence: Sequence, column: int, block: int) -> None:
+def put(manager: BlockManager, sequence: SequenceHandle, column: int, block: int) -> None:
     """Overwrite an entry of a block table."""
     manager._state.rows.tables.row(sequence._row)[column] = block
 

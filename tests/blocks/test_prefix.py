@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.policies import POLICIES
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from tests.support.manager_state import state_of
 
 # Operations of the paired isolation test, over all policies; 1,000,000 is a good night's worth.
@@ -26,7 +26,7 @@ def manager() -> BlockManager:
     return BlockManager(num_blocks=64, block_size=4)
 
 
-def committed(manager: BlockManager, ids: list[int], **who: object) -> Sequence:
+def committed(manager: BlockManager, ids: list[int], **who: object) -> SequenceHandle:
     sequence = manager.allocate(ids, **who)  # type: ignore[arg-type]
     manager.commit(sequence)
     return sequence
@@ -648,7 +648,7 @@ def test_what_is_found_is_what_a_dictionary_of_prefixes_says(
 ) -> None:
     manager = BlockManager(2000, block_size, eviction=policy)
     known: dict[tuple[str | None, str | None], list[list[int]]] = {}
-    live: list[tuple[Sequence, tuple[str | None, str | None], list[int]]] = []
+    live: list[tuple[SequenceHandle, tuple[str | None, str | None], list[int]]] = []
     for what, tree, ids, number in history:
         named = {"namespace": tree[0], "lora": tree[1]}
         assert manager.match_prefix(ids, **named) == expected(known.get(tree, []), ids)
@@ -687,7 +687,7 @@ class Pairs:
         self.manager = BlockManager(48, 2, eviction=policy)
         self.trees = [(n, a) for n in (None, " ", "a", "ab") for a in (None, " ", "b", "ab")]
         self.published: dict[object, set[tuple[int, ...]]] = {tree: set() for tree in self.trees}
-        self.live: list[Sequence] = []
+        self.live: list[SequenceHandle] = []
         self.numbers = count()
 
     def step(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvpager import BlockManager, OutOfBlocks, StaleSequence
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import SequenceSwapped
 from tests.support.manager_state import same_state, state_of
 
@@ -553,7 +553,7 @@ def test_a_sequence_named_twice_is_refused_everywhere(manager: BlockManager) -> 
         refused(manager, ValueError, call, "stands twice")
 
 
-VERBS: dict[str, Callable[[BlockManager, Sequence], object]] = {
+VERBS: dict[str, Callable[[BlockManager, SequenceHandle], object]] = {
     "append": lambda m, s: m.append(s, 1),
     "append ids": lambda m, s: m.append([s], [[1]]),
     "append draft": lambda m, s: m.append(s, 1, draft=True),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvpager import BlockManager, OutOfBlocks
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step
 from tests.support.manager_state import handles_of, same_state, state_of
@@ -32,7 +32,7 @@ class Memory:
             "device": np.full((manager.num_blocks, manager.block_size), -1, np.int64),
             "host": np.full((manager.num_host_blocks, manager.block_size), -1, np.int64),
         }
-        self.contents: dict[Sequence, list[int]] = {}
+        self.contents: dict[SequenceHandle, list[int]] = {}
 
     def copy(self, copies: np.ndarray, source: str = "device", target: str = "device") -> None:
         self.tiers[target][copies[:, 1]] = self.tiers[source][copies[:, 0]]
@@ -41,7 +41,7 @@ class Memory:
         self.copy(plan.copies, plan.source, plan.destination)
         return plan
 
-    def begin(self, sequence: Sequence, ids: list[int]) -> Sequence:
+    def begin(self, sequence: SequenceHandle, ids: list[int]) -> SequenceHandle:
         self.copy(sequence.copies)
         new = ids[sequence.num_cached_tokens :]
         slots = self.manager.slots(sequence, sequence.num_cached_tokens)
@@ -49,19 +49,19 @@ class Memory:
         self.contents[sequence] = list(ids)
         return sequence
 
-    def write(self, sequences: list[Sequence], step: Step, ids: list[list[int]]) -> None:
+    def write(self, sequences: list[SequenceHandle], step: Step, ids: list[list[int]]) -> None:
         self.copy(step.copies)
         self.tiers["device"].reshape(-1)[step.slots] = np.concatenate(ids)
         for sequence, new in zip(sequences, ids, strict=True):
             self.contents[sequence].extend(new)
 
-    def allocate(self, ids: list[int], namespace: str | None = None) -> Sequence:
+    def allocate(self, ids: list[int], namespace: str | None = None) -> SequenceHandle:
         return self.begin(self.manager.allocate(ids, namespace=namespace), ids)
 
-    def append(self, sequences: list[Sequence], ids: list[list[int]]) -> None:
+    def append(self, sequences: list[SequenceHandle], ids: list[list[int]]) -> None:
         self.write(sequences, self.manager.append(sequences, ids), ids)
 
-    def fork(self, parent: Sequence) -> Sequence:
+    def fork(self, parent: SequenceHandle) -> SequenceHandle:
         child = self.manager.fork(parent)
         self.contents[child] = list(self.contents[parent])
         return child
@@ -69,7 +69,7 @@ class Memory:
     def swap(self, sequences, to, at_most: int | None = None) -> Plan:
         return self.apply(self.manager.swap(sequences, to, at_most=at_most))
 
-    def free(self, sequence: Sequence) -> None:
+    def free(self, sequence: SequenceHandle) -> None:
         self.manager.free(sequence)
         del self.contents[sequence]
 
@@ -90,7 +90,7 @@ def memory(manager: BlockManager) -> Memory:
     return Memory(manager)
 
 
-def family(memory: Memory) -> list[Sequence]:
+def family(memory: Memory) -> list[SequenceHandle]:
     """Three forks: two blocks of all, then a block of each one's own."""
     parent = memory.allocate(list(range(8)))
     members = [parent, memory.fork(parent), memory.fork(parent)]

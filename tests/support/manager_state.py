@@ -20,7 +20,7 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies.failsafe import FailSafe
 from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.radix import Forest, Node
-from kvpager.blocks.sequences import Sequence, SequenceTable
+from kvpager.blocks.sequences import SequenceHandle, SequenceTable
 from kvpager.blocks.state import BlockState
 
 Arrays = dict[str, NDArray[Any]]
@@ -59,7 +59,7 @@ def differences(one: Arrays, other: Arrays) -> list[str]:
     )
 
 
-def handles_of(manager: BlockManager) -> dict[str, Sequence]:
+def handles_of(manager: BlockManager) -> dict[str, SequenceHandle]:
     """Return a handle for every live sequence, by its `name`. O(sequences)."""
     state = manager._state
     with state.lock:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpager._atomic import whole
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache.columns import ColumnMismatch, Columns, Origin
 from kvpager.integrations.huggingface.cache.layer_places import LayerPlaces
@@ -250,7 +250,7 @@ class LayerGroup:
     # ---------------------------------------------------------------- prompts
 
     def adopt(
-        self, layout: object, sequences: list[Sequence], key: PrefixKey, num_columns: int
+        self, layout: object, sequences: list[SequenceHandle], key: PrefixKey, num_columns: int
     ) -> None:
         """Begin with sequences whose first `num_columns` columns are in the pool already."""
         self.layout = layout

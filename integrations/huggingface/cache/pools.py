@@ -23,7 +23,7 @@ from kvpager._atomic import whole
 from kvpager._text import counted, size
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies import chosen_policy
-from kvpager.blocks.sequences import Batch, Sequence
+from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.budget import Budget
@@ -110,8 +110,8 @@ class PagedPool:
         self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
         self.host = host
         self._segments: list[_Segment] = []
-        self._dropped: deque[Sequence] = deque()
-        self._leaving: deque[tuple[list[torch.cuda.Event], list[Sequence]]] = deque()
+        self._dropped: deque[SequenceHandle] = deque()
+        self._leaving: deque[tuple[list[torch.cuda.Event], list[SequenceHandle]]] = deque()
         self._held = self._most_held = 0  # when blocks were last taken, and at the most
 
     @property
@@ -201,7 +201,7 @@ class PagedPool:
         )
 
     @whole
-    def allocate(self, prompt: ArrayLike, key: PrefixKey | None) -> Sequence:
+    def allocate(self, prompt: ArrayLike, key: PrefixKey | None) -> SequenceHandle:
         """Like `BlockManager.allocate`, growing where needed and carrying out its copies."""
         length, ids = arguments.prompt(prompt)
         need = -(-length // self.block_size)
@@ -276,7 +276,7 @@ class PagedPool:
         self.memory.counters.swapped_in_blocks += len(copies)
         return [event for event in events if event is not None]
 
-    def free_after(self, events: list[torch.cuda.Event], sequences: list[Sequence]) -> None:
+    def free_after(self, events: list[torch.cuda.Event], sequences: list[SequenceHandle]) -> None:
         """Free `sequences` when all `events` are over: until then copies read their blocks. O(1).
 
         Until then nothing is written to the blocks. Other holders copy on write.
@@ -284,7 +284,7 @@ class PagedPool:
         self._leaving.append((events, sequences))
         self.settle()
 
-    def discard(self, sequences: list[Sequence]) -> None:
+    def discard(self, sequences: list[SequenceHandle]) -> None:
         """Free `sequences` soon: safe to call from a finaliser, at any moment. O(1)."""
         # A finaliser may run inside any call of this thread, also one that is halfway through the
         # manager's books, so it only leaves word; the next operation acts on it.

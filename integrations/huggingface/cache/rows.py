@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager._atomic import whole
-from kvpager.blocks.sequences import Batch, Sequence
+from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.errors import KVPagerError, OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.pools import (
     LayerKind,
@@ -41,7 +41,7 @@ class Partition(NamedTuple):
 
     pool: PagedPool
     rows: Int64  # their numbers in the batch, ascending
-    sequences: list[Sequence]
+    sequences: list[SequenceHandle]
     batch: Batch  # the same, for operations on all of them
     on_host: bool
 
@@ -52,7 +52,7 @@ class BatchRows:
     def __init__(self, pool: PagedPool) -> None:
         self.pool = pool
         self.lock, self.uninterrupted = pool.lock, pool.uninterrupted
-        self._sequences: list[Sequence] = []
+        self._sequences: list[SequenceHandle] = []
         self._key: PrefixKey | None = None  # of all rows: whose quota their blocks count in
         self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._any_on_host = False
@@ -85,7 +85,7 @@ class BatchRows:
                     )
         return self._partitions
 
-    def _become(self, sequences: list[Sequence], on_host: NDArray[np.bool_]) -> None:
+    def _become(self, sequences: list[SequenceHandle], on_host: NDArray[np.bool_]) -> None:
         self._sequences, self._on_host = sequences, on_host
         self._any_on_host, self._partitions, self._room = bool(on_host.any()), None, 0
 
@@ -117,7 +117,7 @@ class BatchRows:
         nothing = np.empty(0, np.int32)
         self.adopt([self.pool.allocate(nothing, key) for _ in range(num_rows)], key)
 
-    def adopt(self, sequences: list[Sequence], key: PrefixKey | None = None) -> None:
+    def adopt(self, sequences: list[SequenceHandle], key: PrefixKey | None = None) -> None:
         """Begin with sequences of the device's pool. O(rows)."""
         self._key = key
         self._become(sequences, np.zeros(len(sequences), np.bool_))
@@ -226,7 +226,7 @@ class BatchRows:
         """Move rows and their bytes. All or nothing. O(bytes)."""
         leaving = [self._sequences[row] for row in rows]
         tables, lengths = source.manager.block_tables(leaving), [len(each) for each in leaving]
-        arrived: list[Sequence] = []
+        arrived: list[SequenceHandle] = []
         try:
             for number in range(len(leaving)):
                 arrived.append(_arriving(number, tables, lengths, arrived, target, self._key))
@@ -334,10 +334,10 @@ def _arriving(
     number: int,
     tables: Int32,
     lengths: list[int],
-    arrived: list[Sequence],
+    arrived: list[SequenceHandle],
     target: PagedPool,
     key: PrefixKey | None,
-) -> Sequence:
+) -> SequenceHandle:
     """Make a sequence of `target` for number `number` of those that leave.
 
     It shares with one that has `arrived` what they shared before: as in a tree, a beginning.
@@ -373,7 +373,7 @@ def _num_missing(table: Int32) -> int:
     return int(np.argmax(np.append(table, 0) >= 0))
 
 
-def _lengthen(pool: PagedPool, sequence: Sequence, length: int, start: int) -> None:
+def _lengthen(pool: PagedPool, sequence: SequenceHandle, length: int, start: int) -> None:
     """Make `sequence` `length` tokens long, without blocks wholly before token `start`."""
     while len(sequence) < length:
         # By steps: blocks that a window has passed need not exist all at once.

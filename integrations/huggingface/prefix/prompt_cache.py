@@ -18,7 +18,7 @@ from transformers import (
     PrefixConstrainedLogitsProcessor,
 )
 
-from kvpager.blocks.sequences import Sequence
+from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
@@ -270,9 +270,11 @@ def _known(pool: PagedPool, row: Int32, key: PrefixKey) -> int:
     return min(pool.num_known(row, key), len(row) - 1)
 
 
-def _begin_known(pool: PagedPool, prompt: Prompt, lengths: list[int]) -> list[Sequence] | None:
+def _begin_known(
+    pool: PagedPool, prompt: Prompt, lengths: list[int]
+) -> list[SequenceHandle] | None:
     """Sequences of the first `lengths` tokens of each row, which are in the pool; None if full."""
-    sequences: list[Sequence] = []
+    sequences: list[SequenceHandle] = []
     for row, length in zip(prompt.rows, lengths, strict=True):
         try:
             # One token more, because the last one never counts as known.

@@ -7,7 +7,7 @@ import numpy as np
 from kvpager.blocks.allocation import Allocation
 from kvpager.blocks.groups.prefix import Hit
 from kvpager.blocks.groups.table import GroupTable
-from kvpager.blocks.sequences import Prompt, Sequence
+from kvpager.blocks.sequences import Prompt, SequenceHandle
 from kvpager.blocks.state import BlockState
 from kvpager.errors import OutOfBlocks
 from kvpager.plans import Int32, Int64
@@ -32,7 +32,7 @@ class GroupAllocation:
         ids: Int32 | None,
         hit: Hit,
         reserve: int,
-    ) -> Sequence:
+    ) -> SequenceHandle:
         """Begin a sequence that has room for `rooms` tokens in each group. O(tokens * groups).
 
         Raises: `OutOfBlocks` of the sum over all groups.
@@ -88,7 +88,7 @@ class GroupAllocation:
         if need > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
 
-    def fork(self, parent: int, times: int) -> list[Sequence]:
+    def fork(self, parent: int, times: int) -> list[SequenceHandle]:
         """Begin `times` sequences that share every block of `parent`. O(blocks) each."""
         state, rows = self._state, self._state.rows
         members = self._table.rows[:, parent].tolist()

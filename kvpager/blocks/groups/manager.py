@@ -44,7 +44,7 @@ from kvpager.blocks.sequences import (
     KeyParts,
     PrefixMatch,
     Prompt,
-    Sequence,
+    SequenceHandle,
     Target,
     listed,
 )
@@ -117,7 +117,7 @@ class GroupedManager:
                 f"{pool.num_free} free of {counted(pool.num_blocks, 'block')} of {self.block_size}>"
             )
 
-    def length(self, sequence: Sequence, /) -> int:
+    def length(self, sequence: SequenceHandle, /) -> int:
         """Return the tokens in the sequence. O(1). Raises `StaleSequence`."""
         with self._state.lock:
             return int(self._table.lengths[self._table.sequence(sequence)])
@@ -132,7 +132,7 @@ class GroupedManager:
         lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
         reserve: int = 0,
-    ) -> Sequence:
+    ) -> SequenceHandle:
         """Begin a sequence of `prompt` tokens, as `BlockManager.allocate`. O(tokens * groups).
 
         Groups with a window take room for `max_chunk` tokens behind the cached ones.
@@ -186,10 +186,12 @@ class GroupedManager:
         return self.queries.match_prefix(who, ids, arguments.flag("blocks", blocks))
 
     @overload
-    def fork(self, sequence: Sequence) -> Sequence: ...
+    def fork(self, sequence: SequenceHandle) -> SequenceHandle: ...
     @overload
-    def fork(self, sequence: Sequence, count: int) -> list[Sequence]: ...
-    def fork(self, sequence: Sequence, count: int | None = None) -> Sequence | list[Sequence]:
+    def fork(self, sequence: SequenceHandle, count: int) -> list[SequenceHandle]: ...
+    def fork(
+        self, sequence: SequenceHandle, count: int | None = None
+    ) -> SequenceHandle | list[SequenceHandle]:
         """Return a sequence, or with `count` a list of n, that shares every block.
 
         O(blocks) each. Raises: `StaleSequence`, `SequenceSwapped`.
@@ -233,7 +235,7 @@ class GroupedManager:
         Raises: `OutOfBlocks`, `StaleSequence`, `SequenceSwapped`, `ValueError`, `TypeError`.
         """
         named = listed(sequences)
-        num_named = None if isinstance(named, Sequence) else len(named)
+        num_named = None if isinstance(named, SequenceHandle) else len(named)
         num_new, ids = arguments.new_tokens(num_named, tokens, counts)
         arguments.flag("draft", draft)
         state = self._state
@@ -243,7 +245,7 @@ class GroupedManager:
                 state.refuse_drafts(self._table.rows[0, names])
             return self._extension.append(names, num_new, ids, draft)
 
-    def open_slots(self, sequence: Sequence, start: int, stop: int) -> Int64:
+    def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
         """Return the slots of tokens about to be written, int64 [groups, tokens]. O(tokens).
 
         Groups with a window take the blocks now that they lack, up to token `stop`.
@@ -269,7 +271,7 @@ class GroupedManager:
         """
         named = listed(sequences)
         kept, ids = arguments.accepted(
-            None if isinstance(named, Sequence) else len(named), counts, tokens
+            None if isinstance(named, SequenceHandle) else len(named), counts, tokens
         )
         state, table, groups = self._state, self._table, len(self.windows)
         with state.lock, state.change:
@@ -303,7 +305,7 @@ class GroupedManager:
                 settled = np.full_like(settled, length)
             self._publication.commit(names, settled)
 
-    def truncate(self, sequence: Sequence, length: int) -> None:
+    def truncate(self, sequence: SequenceHandle, length: int) -> None:
         """Shorten the sequence to its first `length` tokens. O(blocks freed).
 
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` where `length` is more than there
@@ -352,7 +354,7 @@ class GroupedManager:
 
     # ---------------------------------------------------------------- handles and tables
 
-    def batch(self, sequences: Iterable[Sequence]) -> Batch:
+    def batch(self, sequences: Iterable[SequenceHandle]) -> Batch:
         """Return one reusable argument for several handles. O(n).
 
         Raises: `StaleSequence`, `ValueError` where a sequence stands twice.
@@ -378,7 +380,7 @@ class GroupedManager:
         """
         return self.queries.tables_and_lengths(sequences)
 
-    def slots(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> Int64:
+    def slots(self, sequence: SequenceHandle, start: int = 0, stop: int | None = None) -> Int64:
         """Return flat slots of tokens `start` to `stop` (default: all), int64 [groups, tokens].
 
         O(tokens * groups). Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for tokens
@@ -429,7 +431,7 @@ class GroupedManager:
             self._table.check(self._first_needed)
 
 
-def _one(sequence: Sequence) -> Sequence:
-    if not isinstance(sequence, Sequence):
-        raise TypeError(f"expected a Sequence, got {type(sequence).__name__}")
+def _one(sequence: SequenceHandle) -> SequenceHandle:
+    if not isinstance(sequence, SequenceHandle):
+        raise TypeError(f"expected a SequenceHandle, got {type(sequence).__name__}")
     return sequence

@@ -13,7 +13,7 @@ are still of use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ class WindowIndex:
 
     # ---------------------------------------------------------------- look up
 
-    def match(self, who: Several[Prompt], ids: Int32) -> Hit:
+    def match(self, who: Sequence[Prompt], ids: Int32) -> Hit:
         """Return the longest prefix of `ids` that every group can serve. O(tokens)."""
         state, most = self._state, len(ids) // self._state.block_size
         found: list[tuple[Int32, Node | None]] = []
@@ -96,11 +96,11 @@ class WindowIndex:
                 held.append(Held(first, blocks_of[first:most].copy(), is_keyed=True))
         return Hit(most, held, digests) if most else self.nothing(digests)
 
-    def _is_known(self, who: Several[Prompt]) -> bool:
+    def _is_known(self, who: Sequence[Prompt]) -> bool:
         roots = self._state.forest.roots
         return all(prompt.tree in roots for prompt in who)
 
-    def nothing(self, digests: Several[bytes] = ()) -> Hit:
+    def nothing(self, digests: Sequence[bytes] = ()) -> Hit:
         """Return a hit of no block. O(groups)."""
         return Hit(
             0,
@@ -108,7 +108,7 @@ class WindowIndex:
             list(digests),
         )
 
-    def _common(self, who: Several[Prompt], keys: list[object]) -> tuple[int, list[Int32]]:
+    def _common(self, who: Sequence[Prompt], keys: list[object]) -> tuple[int, list[Int32]]:
         """Return how many blocks all groups with a window can serve, and which those are."""
         offered = [np.full(len(keys), -1, np.int32) for _ in who]
         most, agreed = len(keys), -1

@@ -11,7 +11,7 @@ from kvpager.blocks.groups.prefix import WindowIndex
 from kvpager.blocks.groups.table import GroupTable
 from kvpager.blocks.groups.windows import blocks_for
 from kvpager.blocks.queries import Queries
-from kvpager.blocks.sequences import Batch, PrefixMatch, Prompt, Sequence, Target, listed
+from kvpager.blocks.sequences import Batch, PrefixMatch, Prompt, SequenceHandle, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
 from kvpager.plans import Int32, Int64
@@ -77,7 +77,7 @@ class GroupQueries:
         flat = state.rows.tables.table(table.rows[:, names].ravel(), width)
         return flat.reshape(len(table.rows), len(names), width)
 
-    def slots(self, sequence: Sequence, start: int, stop: int | None) -> Int64:
+    def slots(self, sequence: SequenceHandle, start: int, stop: int | None) -> Int64:
         """See `GroupedManager.slots`. O(tokens * groups)."""
         start = arguments.count("start", start)
         state, table = self._state, self._table

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvpager.blocks.sequences import Batch, Owner, Sequence
+from kvpager.blocks.sequences import Batch, Owner, SequenceHandle
 from kvpager.blocks.state import BlockState
 from kvpager.errors import BrokenInvariant, SequenceSwapped, StaleSequence
 from kvpager.plans import Int32, Int64
@@ -48,17 +48,17 @@ class GroupTable:
 
     # ---------------------------------------------------------------- handles
 
-    def sequence(self, handle: Sequence) -> int:
+    def sequence(self, handle: SequenceHandle) -> int:
         """Return the sequence behind a handle. O(1). Raises `StaleSequence`."""
-        if not isinstance(handle, Sequence):
-            raise TypeError(f"expected a Sequence, got {type(handle).__name__}")
+        if not isinstance(handle, SequenceHandle):
+            raise TypeError(f"expected a SequenceHandle, got {type(handle).__name__}")
         if handle._owner is not self.owner:
             raise StaleSequence(f"{handle.name} belongs to another manager")
         if self.generations[handle._row] != handle._generation:
             raise StaleSequence(f"{handle.name} was freed")
         return handle._row
 
-    def resolve(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+    def resolve(self, target: SequenceHandle | Batch | list[SequenceHandle]) -> Int64:
         """Return the sequences behind one handle, several, or a batch. O(n).
 
         Raises: `StaleSequence`, `ValueError` where one stands twice.
@@ -74,13 +74,13 @@ class GroupTable:
                         f"sequence {name} of the batch was freed; make the batch anew"
                     )
             return target.rows
-        handles = [target] if isinstance(target, Sequence) else target
+        handles = [target] if isinstance(target, SequenceHandle) else target
         found = np.array([self.sequence(handle) for handle in handles], np.int64)
         if len(np.unique(found)) != len(found):
             raise ValueError("a sequence stands twice in the batch; name each once")
         return found
 
-    def resident(self, target: Sequence | Batch | list[Sequence]) -> Int64:
+    def resident(self, target: SequenceHandle | Batch | list[SequenceHandle]) -> Int64:
         """As `resolve`, and refuse what is swapped out. O(n). Raises `SequenceSwapped`."""
         epoch = self._state.rows.epoch
         if isinstance(target, Batch) and target.epoch == epoch and target.owner is self.owner:
@@ -129,11 +129,12 @@ class GroupTable:
         self.rows, self.lengths, self.generations = rows, lengths, generations
         self.digests, self.free = digests, free
 
-    def handles(self, count: int, num_cached: int) -> list[Sequence]:
+    def handles(self, count: int, num_cached: int) -> list[SequenceHandle]:
         """Return handles for the next `count` sequences, which are reserved. O(count)."""
         names = self.free[: -count - 1 : -1]
         return [
-            Sequence(self.owner, name, int(self.generations[name]), num_cached) for name in names
+            SequenceHandle(self.owner, name, int(self.generations[name]), num_cached)
+            for name in names
         ]
 
     def add(self, rows: Int64 | list[int], length: int, digests: list[bytes]) -> int:
