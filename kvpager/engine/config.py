@@ -36,7 +36,7 @@ class EngineConfig:
         prefix_cache: keep what prompts and replies have in common between requests. The engine
             looks at the model before its steps. After a change of weights, hooks or settings, it
             reuses nothing that was computed before; requests under way go on with what they have.
-        max_length: tokens of a sequence, its prompt included, at the most; None takes the model's
+        max_model_len: maximum tokens of a sequence, prompt included; None takes the model's
             `max_position_embeddings`.
         costs: what swapping and computing again take; None measures it where there is
             `host_memory`.
@@ -59,7 +59,7 @@ class EngineConfig:
     max_queue_size: int | None = None
     order: Literal["fifo", "priority", "fair"] = "fifo"
     prefix_cache: bool = True
-    max_length: int | None = None
+    max_model_len: int | None = None
     costs: PreemptionCosts | None = None
     forward: Forward = "auto"
     compile: bool | Mapping[str, Any] = False

@@ -25,7 +25,7 @@ class AdmissionPolicy:
         table: where the requests are.
         placement: gives a request its blocks.
         max_queue_size: see `Scheduler`, as the others.
-        max_length: tokens of a row.
+        max_model_len: tokens of a row.
         watermark: share of the blocks that stays available.
         prefix_cache: prompts may share what is computed.
     """
@@ -37,7 +37,7 @@ class AdmissionPolicy:
         placement: Placement,
         *,
         max_queue_size: int | None,
-        max_length: int | None,
+        max_model_len: int | None,
         watermark: float,
         prefix_cache: bool,
     ) -> None:
@@ -45,7 +45,7 @@ class AdmissionPolicy:
         self._table = table
         self._placement = placement
         self.max_queue_size = max_queue_size
-        self.max_length = max_length
+        self.max_model_len = max_model_len
         self.watermark = watermark
         self._prefix_cache = prefix_cache
         stats = manager.stats()
@@ -69,9 +69,9 @@ class AdmissionPolicy:
                 f"{max_num_seqs} rows run; ask for fewer, or raise max_num_seqs"
             )
         what = f"a prompt of {num_prompt} and {request.max_new_tokens} new tokens"
-        if self.max_length is not None and length > self.max_length:
+        if self.max_model_len is not None and length > self.max_model_len:
             raise ValueError(
-                f"request {name!r}: {what} are more than max_length {self.max_length}; "
+                f"request {name!r}: {what} are more than max_model_len {self.max_model_len}; "
                 "shorten the prompt or lower max_new_tokens"
             )
         need = blocks_needed(request, num_prompt, self._manager)

@@ -59,7 +59,7 @@ class Scheduler:
             unless nothing runs: room for those that run to grow.
         prefix_cache: reuse what equal prompts have computed, and offer what is computed.
         costs: what decides whether a preempted request is swapped or computed again.
-        max_length: tokens that a row may come to.
+        max_model_len: tokens that a row may come to.
         chunked: divide prompts among steps. If not, a prompt that is longer than
             `max_batch_tokens` has its step for itself.
         clock: seconds, for deadlines and ageing.
@@ -76,7 +76,7 @@ class Scheduler:
         watermark: float = 0.01,
         prefix_cache: bool = True,
         costs: PreemptionCosts | None = None,
-        max_length: int | None = None,
+        max_model_len: int | None = None,
         chunked: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -98,7 +98,7 @@ class Scheduler:
             *parts,
             placement,
             max_queue_size=_count_or_none("max_queue_size", max_queue_size),
-            max_length=_count_or_none("max_length", max_length),
+            max_model_len=_count_or_none("max_model_len", max_model_len),
             watermark=watermark,
             prefix_cache=prefix_cache,
         )
@@ -299,9 +299,9 @@ class Scheduler:
         return self._admission.max_queue_size
 
     @property
-    def max_length(self) -> int | None:
+    def max_model_len(self) -> int | None:
         """Return how many tokens a row may come to, or None for any number. O(1)."""
-        return self._admission.max_length
+        return self._admission.max_model_len
 
     @property
     def watermark(self) -> float:

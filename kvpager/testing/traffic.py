@@ -42,7 +42,7 @@ class Scenario:
     watermark: float
     prefix_cache: bool
     costs: str
-    max_length: int | None
+    max_model_len: int | None
     chunked: bool
     rush: float  # steps between two arrivals, on the mean
     failures: float  # the share of steps that fail
@@ -57,7 +57,7 @@ class Scenario:
         """Whether this request can ever be served, worked out row by row."""
         prompt = len(request.prompt)
         length = prompt + request.max_new_tokens
-        if self.max_length is not None and length > self.max_length:
+        if self.max_model_len is not None and length > self.max_model_len:
             return False
         rows = min(self.max_num_seqs, self.max_batch_tokens)
         if any(self.windows):
@@ -116,7 +116,7 @@ def draw_scenario(random: Random) -> Scenario:
         watermark=random.choice((0.0, 0.01) if is_tight else (0.0, 0.01, 0.1, 0.4)),
         prefix_cache=random.random() < 0.7,
         costs=random.choice(list(COSTS)),
-        max_length=random.choice((None, None, None, 40)),
+        max_model_len=random.choice((None, None, None, 40)),
         chunked=random.random() < 0.7,
         rush=random.choice((0.05, 0.2, 1.0)),
         failures=random.choice((0.0, 0.0, 0.01, 0.05)),
@@ -197,7 +197,7 @@ def make_scheduler(scenario: Scenario, clock: Callable[[], float]) -> Scheduler:
         watermark=scenario.watermark,
         prefix_cache=scenario.prefix_cache,
         costs=COSTS[scenario.costs],
-        max_length=scenario.max_length,
+        max_model_len=scenario.max_model_len,
         chunked=scenario.chunked,
         clock=clock,
     )

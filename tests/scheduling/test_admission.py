@@ -40,7 +40,7 @@ def test_a_full_queue_refuses_and_says_so() -> None:
     [
         ({"length": 60, "new": 6}, "may need 17 blocks, the pool has 16"),
         ({"length": 8, "new": 30, "num_samples": 2}, "may need 18 blocks"),
-        ({"length": 40, "new": 21}, "more than max_length 60"),
+        ({"length": 40, "new": 21}, "more than max_model_len 60"),
         ({"num_samples": 9}, "9 samples, but at most 8 rows"),
         ({"length": 0}, "prompt is empty"),
         ({"new": 0}, "max_new_tokens 0"),
@@ -49,7 +49,7 @@ def test_a_full_queue_refuses_and_says_so() -> None:
     ],
 )
 def test_what_can_never_be_served_is_refused(bad: dict[str, float], error: str) -> None:
-    options = {"max_length": 60} if "max_length" in error else {}
+    options = {"max_model_len": 60} if "max_model_len" in error else {}
     scheduler = make(num_blocks=16, max_num_seqs=8, **options)
     with pytest.raises(ValueError, match=error):
         scheduler.submit(request("a", **bad))

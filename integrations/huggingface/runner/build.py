@@ -21,10 +21,10 @@ from kvpager.storage.block_storage import BlockStorage
 
 def max_length_of(info: ModelInfo, config: EngineConfig) -> int | None:
     """Return the most tokens of a sequence. Raises: `ValueError` for more than the model allows."""
-    if config.max_length is None:
+    if config.max_model_len is None:
         return info.max_length
     most = info.max_length or 2**31 - 1
-    return arguments.count("max_length", config.max_length, at_least=1, at_most=most)
+    return arguments.count("max_model_len", config.max_model_len, at_least=1, at_most=most)
 
 
 def make_storage(info: ModelInfo, config: EngineConfig, sizes: PoolSizes) -> BlockStorage:
@@ -56,7 +56,7 @@ def make_scheduler(
     info: ModelInfo,
     config: EngineConfig,
     sizes: PoolSizes,
-    max_length: int | None,
+    max_model_len: int | None,
     runner: ModelRunner,
 ) -> Scheduler:
     """Make the scheduler and the block manager. Measures what preemption costs if need be."""
@@ -72,7 +72,7 @@ def make_scheduler(
         max_queue_size=config.max_queue_size,
         order=config.order,
         prefix_cache=config.prefix_cache and not info.has_state and not info.is_encoder_decoder,
-        max_length=max_length,
+        max_model_len=max_model_len,
         chunked=chunked,
         costs=costs,
     )

@@ -40,10 +40,10 @@ def pool_blocks(
     info: ModelInfo,
     memory: PagedMemory,
     max_num_seqs: int,
-    max_length: int | None,
+    max_model_len: int | None,
     max_chunk: int | None = None,
 ) -> PoolSizes:
-    """Blocks for the bounds of `memory`; without one, for `max_num_seqs` rows of `max_length`
+    """Blocks for the bounds of `memory`; without one, for `max_num_seqs` rows of `max_model_len`
     tokens, as far as half of the host's free memory, or nine tenths of the device's, allow. O(1).
 
     Raises: `ValueError` for bounds in which not one fits, `KVPagerError` for such a device.
@@ -61,8 +61,8 @@ def pool_blocks(
         device = memory.bound // size
     else:
         device = _free_bytes(info.device) // size
-        if max_length is not None:
-            longest = blocks_for(max_length, memory.block_size, info.windows, max_chunk)
+        if max_model_len is not None:
+            longest = blocks_for(max_model_len, memory.block_size, info.windows, max_chunk)
             device = min(device, max_num_seqs * longest)
     host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
     if device < least:
@@ -77,8 +77,8 @@ def require_room(
     request: Request, scheduler: Scheduler, storage: BlockStorage, memory: PagedMemory
 ) -> None:
     """Refuse a request that the pool could not hold alone. O(groups). Raises: `ValueError`."""
-    num_prompt, max_length = len(request.prompt), scheduler.max_length
-    if max_length is not None and num_prompt + request.max_new_tokens > max_length:
+    num_prompt, max_model_len = len(request.prompt), scheduler.max_model_len
+    if max_model_len is not None and num_prompt + request.max_new_tokens > max_model_len:
         return  # which is the scheduler's to say
     need = blocks_needed(request, num_prompt, scheduler.manager)
     if need <= storage.num_blocks:
