@@ -4,7 +4,7 @@
 #include <new>
 
 #include "attention.h"
-#include "moves.h"
+#include "copies.h"
 
 namespace {
 
@@ -82,12 +82,12 @@ int kvpager_paged_attention(AttentionArguments* arguments) try {
     return FINE;
 } catch (const std::bad_alloc&) { return NO_MEMORY; }
 
-int kvpager_append_kv(const moves::AppendArguments* arguments) { return moves::append(*arguments); }
+int kvpager_append_kv(const copies::AppendArguments* arguments) { return copies::append(*arguments); }
 
-int kvpager_gather_kv(const moves::GatherArguments* arguments) { return moves::gather(*arguments); }
+int kvpager_gather_kv(const copies::GatherArguments* arguments) { return copies::gather(*arguments); }
 
-int kvpager_copy_blocks(const moves::CopyArguments* arguments) try {
-    return moves::copy(*arguments);
+int kvpager_copy_blocks(const copies::CopyArguments* arguments) try {
+    return copies::copy(*arguments);
 } catch (const std::bad_alloc&) { return NO_MEMORY; }
 
 }

@@ -24,7 +24,7 @@ TYPES = {
     torch.bool: 4,
 }
 
-# As in abi.h and moves.h: q is a pointer or int64, d a double. `Integers` there are two fields.
+# As in abi.h and copies.h: q is a pointer or int64, d a double. `Integers` there are two fields.
 ATTENTION = struct.Struct("=7q 6q 2q 3q 6q 4q 2q 3q 3q 3q 2q 4q 3q 2d q 16x".replace(" ", ""))
 APPEND = struct.Struct("=2q 2q 2q 2q 3q 5q 2q 2q 2q 2q 2q 2q 3q q".replace(" ", ""))
 GATHER = struct.Struct("=4q 2q 4q 4q 4q 3q 3q q q".replace(" ", ""))

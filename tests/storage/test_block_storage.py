@@ -111,7 +111,7 @@ def test_copies_of_a_plan_may_be_read_only() -> None:
     assert torch.equal(storage.tier()[1], storage.tier()[0])
 
 
-MOVES = [
+COPIES = [
     ((0, 3), (1, 4), (2, 5)),  # one run
     ((0, 0), (2, 1), (3, 2), (5, 5)),  # runs broken in the source
     ((0, 1), (1, 0)),  # descending in the destination
@@ -119,7 +119,7 @@ MOVES = [
 ]
 
 
-@pytest.mark.parametrize("copies", MOVES)
+@pytest.mark.parametrize("copies", COPIES)
 @pytest.mark.parametrize(("source", "destination"), [("device", "host"), ("host", "device")])
 def test_a_plan_moves_exactly_its_blocks_bit_by_bit(
     source: Tier, destination: Tier, copies: tuple[tuple[int, int], ...]
@@ -266,7 +266,7 @@ def test_storage_never_shrinks() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("copies", MOVES)
+@pytest.mark.parametrize("copies", COPIES)
 @pytest.mark.parametrize(("source", "destination"), [("device", "host"), ("host", "device")])
 def test_gpu_blocks_swap_with_page_locked_memory(
     source: Tier, destination: Tier, copies: tuple[tuple[int, int], ...]

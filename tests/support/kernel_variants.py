@@ -1,6 +1,6 @@
 """Record which variants of the Triton kernels would be compiled, without a GPU and a compiler.
 
-    python -m tests.support.kernel_variants moves     # random calls of what moves keys and values
+    python -m tests.support.kernel_variants copies    # random calls of the copy kernels
     python -m tests.support.kernel_variants engine    # random steps after the warm-up of an engine
 
 prints one line of JSON: kernel -> number of variants (for `engine`: before and after the traffic).
@@ -51,11 +51,11 @@ class Recorder:
         return {name: len(found) for name, found in self.variants.items()}
 
 
-def moves(recorder: Recorder) -> Any:
+def copies_called(recorder: Recorder) -> Any:
     """Appends, reads, copies and allocations of random sizes, from tensors that begin anywhere."""
     from kvpager.kernels.device_allocator import DeviceAllocator
     from kvpager.kernels.gpu import allocator
-    from kvpager.kernels.gpu import copies as moves
+    from kvpager.kernels.gpu import copies as copy_kernels
     from kvpager.storage.block_storage import BlockStorage
 
     chance = random.Random(3)
@@ -65,13 +65,15 @@ def moves(recorder: Recorder) -> Any:
     for _ in range(300):
         first, count = chance.randrange(5), chance.randint(1, 300)
         key, value = torch.empty(2, count, 8, 64, dtype=torch.bfloat16)
-        moves.append_kv(key, value, *caches, torch.empty(first + count, dtype=torch.int64)[first:])
+        copy_kernels.append_kv(
+            key, value, *caches, torch.empty(first + count, dtype=torch.int64)[first:]
+        )
         tables = torch.empty(count, chance.randint(1, 40), dtype=torch.int32)
         lens = torch.empty(first + count, dtype=torch.int32)[first:]
-        moves.gather_kv(caches[0], tables, lens, chance.randint(1, 600))
+        copy_kernels.gather_kv(caches[0], tables, lens, chance.randint(1, 600))
         pairs = chance.choice((chance.randint(1, 16), chance.randint(1, 600)))
         copies = torch.empty(first + pairs, 2, dtype=torch.int32)[first:]
-        moves.copy_blocks(storage.tier(), copies)
+        copy_kernels.copy_blocks(storage.tier(), copies)
         lanes = torch.empty(first + chance.randint(9, 16), dtype=torch.int32)[first:]
         allocator.step_alloc(books, lanes[:16])
         allocator.release_rows(books, lanes)
@@ -87,7 +89,7 @@ def engine(recorder: Recorder) -> Any:
     from kvpager.integrations.huggingface.runner.probe import AttentionSwitch
     from kvpager.kernels import backends
     from kvpager.kernels.gpu import attention
-    from kvpager.kernels.gpu import copies as moves
+    from kvpager.kernels.gpu import copies as copy_kernels
     from kvpager.storage.block_storage import BlockStorage
     from tests.support import tiny_models
 
@@ -96,8 +98,8 @@ def engine(recorder: Recorder) -> Any:
     storage = BlockStorage(600, 16, info.shapes, dtype=info.dtype)
     AttentionSwitch(model).to_paged()
     for name, kernel in (
-        ("paged_attention", attention.paged_attention), ("append_kv", moves.append_kv),
-        ("copy_blocks", moves.copy_blocks),
+        ("paged_attention", attention.paged_attention), ("append_kv", copy_kernels.append_kv),
+        ("copy_blocks", copy_kernels.copy_blocks),
     ):  # fmt: skip
         backends.register(name, "cpu", kernel, "recorded")
     runner = ModelRunner(model, info, storage, memory, is_packed=True)
@@ -129,5 +131,5 @@ def random_step(chance: random.Random, runner: Any, make: Callable[..., Any]) ->
 
 
 if __name__ == "__main__":
-    found = {"moves": moves, "engine": engine}[sys.argv[1]](Recorder())
+    found = {"copies": copies_called, "engine": engine}[sys.argv[1]](Recorder())
     print(json.dumps(found))

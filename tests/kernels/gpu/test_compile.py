@@ -66,7 +66,7 @@ def test_names_of_specialisations_are_unique() -> None:
         assert len(names) > 3
 
 
-def test_moves_take_16_bytes_at_a_time() -> None:
+def test_copies_load_16_bytes_at_a_time() -> None:
     for each in compiled("sm_90", "copies"):
         wide = {access.split(".")[0] for access in each.accesses if access.endswith("v4.b32")}
         assert wide == {"ld", "st"}, each.name

@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from kvpager.kernels.gpu import copies as moves
+from kvpager.kernels.gpu import copies as copy_kernels
 from tests.support import triton_interpreter
 
 triton_interpreter.install()
@@ -79,7 +79,7 @@ def test_appended_bytes_are_those_of_the_twin(
     key = normal(13, heads, key_dim, dtype=dtype)
     value = normal(13, heads, value_dim, dtype=dtype, seed=2)
     slots = slots_for(13, 24)
-    moves.append_kv(key, value, *ours.layer(1), slots, scales=ours.scales(1))
+    copy_kernels.append_kv(key, value, *ours.layer(1), slots, scales=ours.scales(1))
     reference.append_kv(key, value, *twin.layer(1), slots, scales=twin.scales(1))
     # All bytes: those of other layers, of other slots and between the parts are as they were.
     assert_same_bytes(twin.tier(), ours.tier())
@@ -103,7 +103,7 @@ def test_unusual_numbers_are_quantised_as_the_twin_does(kv_cache_dtype: Any) -> 
     key[10] = torch.finfo(torch.float32).max
     ours, twin = storages(3, 4, [(2, 8, 8)], dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
     slots = torch.arange(12).flip(0)
-    for storage, append in ((ours, moves.append_kv), (twin, reference.append_kv)):
+    for storage, append in ((ours, copy_kernels.append_kv), (twin, reference.append_kv)):
         append(key, key.flip(0), *storage.layer(0), slots, scales=storage.scales(0))
     tables, lens = torch.arange(3).int()[None], torch.tensor([12])
     for index in range(2):
@@ -116,7 +116,7 @@ def test_unusual_numbers_are_quantised_as_the_twin_does(kv_cache_dtype: Any) -> 
             assert_same_bytes(*(storage.layer(0)[index].contiguous() for storage in (twin, ours)))
         cache = ours.layer(0)[index]
         expected = reference.gather_kv(cache, tables, lens, 12, **options)
-        got = moves.gather_kv(cache, tables, lens, 12, **options)
+        got = copy_kernels.gather_kv(cache, tables, lens, 12, **options)
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
         assert got.isnan().any()
 
@@ -130,11 +130,11 @@ def test_every_float8_is_read_and_written_exactly() -> None:
     key = torch.cat((torch.full((len(exact), 1, 1), 448.0), exact[:, None, None]), 2)
     ours, twin = storages(len(key), 1, [(1, 2, 2)], dtype=torch.float32, kv_cache_dtype="fp8_e4m3")
     slots = torch.arange(len(key))
-    moves.append_kv(key, key, *ours.layer(0), slots, scales=ours.scales(0))
+    copy_kernels.append_kv(key, key, *ours.layer(0), slots, scales=ours.scales(0))
     reference.append_kv(key, key, *twin.layer(0), slots, scales=twin.scales(0))
     assert_same_bytes(twin.tier(), ours.tier())
     cache = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16, 1, 1)
-    read = moves.gather_kv(
+    read = copy_kernels.gather_kv(
         cache,
         torch.arange(16).int()[None],
         torch.tensor([256]),
@@ -150,7 +150,7 @@ def test_strided_keys_and_slots_of_32_bits_are_taken() -> None:
     key, value = packed[:, 0], packed[:, 2].transpose(0, 1).contiguous().transpose(0, 1)
     ours, twin = storages(4, 4, [(2, 40, 40)], dtype=torch.bfloat16)
     slots = torch.stack((slots_for(9, 16).int(), torch.zeros(9, dtype=torch.int32)), 1)[:, 0]
-    moves.append_kv(key, value, *ours.layer(0), slots)
+    copy_kernels.append_kv(key, value, *ours.layer(0), slots)
     reference.append_kv(key, value, *twin.layer(0), slots)
     assert_same_bytes(twin.tier(), ours.tier())
 
@@ -159,7 +159,7 @@ def test_no_tokens_and_only_skipped_tokens_change_nothing() -> None:
     ours, twin = storages(2, 4, [(2, 8, 8)], dtype=torch.float32)
     for tokens in (0, 3):
         key = normal(tokens, 2, 8, dtype=torch.float32)
-        moves.append_kv(key, key, *ours.layer(0), torch.full((tokens,), -1))
+        copy_kernels.append_kv(key, key, *ours.layer(0), torch.full((tokens,), -1))
     assert_same_bytes(twin.tier(), ours.tier())
 
 
@@ -167,12 +167,12 @@ def test_caches_that_are_no_run_of_memory_are_left_to_the_twin() -> None:
     heads_first = torch.zeros(3, 2, 4, 8).transpose(1, 2)
     expected = heads_first.clone()
     key, slots = normal(5, 2, 8, dtype=torch.float32), slots_for(5, 12)
-    moves.append_kv(key, key, heads_first, heads_first.clone(), slots)
+    copy_kernels.append_kv(key, key, heads_first, heads_first.clone(), slots)
     reference.append_kv(key, key, expected, expected.clone(), slots)
     assert torch.equal(heads_first, expected)
     tables, lens = torch.tensor([[2, 0]]), torch.tensor([6])
     assert torch.equal(
-        moves.gather_kv(heads_first, tables, lens, 6),
+        copy_kernels.gather_kv(heads_first, tables, lens, 6),
         reference.gather_kv(expected, tables, lens, 6),
     )
 
@@ -208,7 +208,7 @@ def test_gathered_tokens_are_those_of_the_twin(
     storage, tables, lens = filled(kv_cache_dtype, dtype, block_size, heads, dim)
     scales = storage.scales(0)
     options = {} if scales is None else {"scales": scales[0], "dtype": dtype}
-    got = moves.gather_kv(storage.layer(0)[0], tables, lens, length, **options)
+    got = copy_kernels.gather_kv(storage.layer(0)[0], tables, lens, length, **options)
     assert got.dtype == dtype
     assert got.isfinite().all(), "what lies in slots that no row uses shows"
     expected = reference.gather_kv(storage.layer(0)[0], tables, lens, length, **options)
@@ -223,7 +223,7 @@ def test_gathered_tokens_may_be_of_another_dtype(kv_cache_dtype: Any, to: torch.
         storage, tables, lens = filled(kv_cache_dtype, dtype, 4, 2, 16)
         scales = storage.scales(0)
         options: dict[str, Any] = {"scales": scales and scales[0], "dtype": to}
-        got = moves.gather_kv(storage.layer(0)[0], tables.long(), lens.int(), 9, **options)
+        got = copy_kernels.gather_kv(storage.layer(0)[0], tables.long(), lens.int(), 9, **options)
         expected = reference.gather_kv(storage.layer(0)[0], tables, lens, 9, **options)
         assert got.dtype == to
         assert torch.equal(got, expected)
@@ -232,11 +232,11 @@ def test_gathered_tokens_may_be_of_another_dtype(kv_cache_dtype: Any, to: torch.
 def test_float64_caches_are_moved_and_rounded() -> None:
     storage, tables, lens = filled(None, torch.float64, 4, 2, 16)
     key, slots = normal(3, 2, 16, dtype=torch.float64), torch.tensor([12, 13, 14])
-    moves.append_kv(key, key, *storage.layer(0), slots)
+    copy_kernels.append_kv(key, key, *storage.layer(0), slots)
     cache = storage.layer(0)[1]
     assert torch.equal(cache[3, :3], key)
     for to in (torch.float64, torch.float32):
-        got = moves.gather_kv(cache, tables, lens, 9, dtype=to)
+        got = copy_kernels.gather_kv(cache, tables, lens, 9, dtype=to)
         assert torch.equal(got, reference.gather_kv(cache, tables, lens, 9, dtype=to))
 
 
@@ -249,7 +249,7 @@ def test_gathering_nothing_gives_zeros_of_the_right_shape() -> None:
         (tables[:, :0], lens * 0, 3),
         (tables, lens * 0, 3),
     ):
-        got = moves.gather_kv(cache, some_tables, some_lens, length)
+        got = copy_kernels.gather_kv(cache, some_tables, some_lens, length)
         assert got.shape == (len(some_lens), length, 2, 16)
         assert not got.any()
 
@@ -259,14 +259,14 @@ def test_tables_may_be_strided() -> None:
     cache = storage.layer(0)[0]
     expected = reference.gather_kv(cache, tables, lens, 10)
     for given in (torch.stack((tables, tables + 1), 2)[:, :, 0], tables.T.contiguous().T):
-        assert torch.equal(moves.gather_kv(cache, given, lens, 10), expected)
+        assert torch.equal(copy_kernels.gather_kv(cache, given, lens, 10), expected)
 
 
 def test_lengths_beyond_the_tables_read_no_block() -> None:
     # The twin refuses them, but a GPU's lengths are not looked at.
     storage, tables, lens = filled(None, torch.float32, 4, 2, 16)
     cache = storage.layer(0)[0]
-    got = moves.gather_kv(cache, tables[:, :2], lens, 10)
+    got = copy_kernels.gather_kv(cache, tables[:, :2], lens, 10)
     tables[:, 2:] = -1
     assert torch.equal(got, reference.gather_kv(cache, tables, lens, 10))
 
@@ -297,14 +297,14 @@ def test_copied_blocks_are_those_of_the_twin(
 ) -> None:
     chance = random.Random(num_pairs)
     # Small tiles, so that several programs share the work.
-    monkeypatch.setattr(moves, "COPY_TILE_BYTES", 256)
-    monkeypatch.setattr(moves, "COPY_RUN_BYTES", 16)
+    monkeypatch.setattr(copy_kernels, "COPY_TILE_BYTES", 256)
+    monkeypatch.setattr(copy_kernels, "COPY_RUN_BYTES", 16)
     storage = torch.randint(0, 120, (11, *shape), generator=torch.Generator().manual_seed(0))
     storage = storage.to(dtype)
     for copies in (random_pairs(chance, 11, num_pairs), random_pairs(chance, 11, num_pairs).long()):
         expected = storage.clone()
         reference.copy_blocks(expected, copies)
-        moves.copy_blocks(storage, copies)
+        copy_kernels.copy_blocks(storage, copies)
         assert_same_bytes(expected, storage)
 
 
@@ -312,14 +312,14 @@ def test_copied_blocks_are_those_of_the_twin(
 def test_many_pairs_are_copied_slice_by_slice(
     staging_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moves, "COPY_PAIRS_MAX", 2)
-    monkeypatch.setattr(moves, "STAGING_BYTES", staging_bytes)
+    monkeypatch.setattr(copy_kernels, "COPY_PAIRS_MAX", 2)
+    monkeypatch.setattr(copy_kernels, "STAGING_BYTES", staging_bytes)
     chance = random.Random(0)
     for columns in (12, 13):
         storage = normal(6, columns, dtype=torch.float32)
         expected, copies = storage.clone(), random_pairs(chance, 6, 5)
         reference.copy_blocks(expected, copies)
-        moves.copy_blocks(storage, copies)
+        copy_kernels.copy_blocks(storage, copies)
         assert_same_bytes(expected, storage)
 
 
@@ -327,10 +327,10 @@ def test_many_pairs_are_copied_slice_by_slice(
 def test_a_pair_with_one_negative_entry_moves_nothing(
     pairs_max: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moves, "COPY_PAIRS_MAX", pairs_max)
+    monkeypatch.setattr(copy_kernels, "COPY_PAIRS_MAX", pairs_max)
     storage = normal(4, 12, dtype=torch.float32)
     before = storage.clone()
-    moves.copy_blocks(storage, torch.tensor([[2, -1], [-1, 3], [1, -1]]))
+    copy_kernels.copy_blocks(storage, torch.tensor([[2, -1], [-1, 3], [1, -1]]))
     assert_same_bytes(before, storage)
 
 
@@ -338,7 +338,7 @@ def test_blocks_that_lie_apart_are_copied_alone() -> None:
     whole = normal(5, 20, dtype=torch.bfloat16)
     expected, copies = whole.clone(), torch.tensor([[0, 3], [3, 0], [4, 1]])
     reference.copy_blocks(expected[:, 3:16], copies)
-    moves.copy_blocks(whole[:, 3:16], copies)
+    copy_kernels.copy_blocks(whole[:, 3:16], copies)
     assert torch.equal(whole, expected)
     assert not torch.equal(whole[0], whole[1])
 
@@ -350,7 +350,7 @@ def test_memory_that_starts_anywhere_is_copied() -> None:
     start = -odd.data_ptr() % 16
     storage = odd[start : start + 96].view(3, 32)
     storage[2] = torch.arange(32)
-    moves.copy_blocks(storage, torch.tensor([[2, 0]]))
+    copy_kernels.copy_blocks(storage, torch.tensor([[2, 0]]))
     assert torch.equal(storage[0], storage[2])
     assert not storage[1].any()
 
@@ -359,10 +359,10 @@ def test_a_copied_block_carries_its_scales() -> None:
     storage, tables, lens = filled("int8", torch.float32, 4, 2, 16)
     scales = storage.scales(0)
     options = {"scales": scales[0], "dtype": torch.float32}
-    before = moves.gather_kv(storage.layer(0)[0], tables, lens, 5, **options)
-    moves.copy_blocks(storage.tier(), torch.tensor([[3, 1], [0, 4], [7, 6]]))
+    before = copy_kernels.gather_kv(storage.layer(0)[0], tables, lens, 5, **options)
+    copy_kernels.copy_blocks(storage.tier(), torch.tensor([[3, 1], [0, 4], [7, 6]]))
     tables[0] = torch.tensor([1, 4, 6, -1])
-    after = moves.gather_kv(storage.layer(0)[0], tables, lens, 5, **options)
+    after = copy_kernels.gather_kv(storage.layer(0)[0], tables, lens, 5, **options)
     assert torch.equal(before[0], after[0])
 
 
@@ -379,17 +379,17 @@ def test_offsets_beyond_32_bits_are_reached() -> None:
     scales = torch.zeros(3, 4, 2), torch.zeros(3, 4, 2)
     key = normal(3, 2, 16, dtype=torch.float32)
     slots = torch.tensor([8, 9, 3])
-    moves.append_kv(key, -key, key_cache, value_cache, slots, scales=scales)
+    copy_kernels.append_kv(key, -key, key_cache, value_cache, slots, scales=scales)
     options: dict[str, Any] = {"dtype": torch.float32}
     tables, lens = torch.tensor([[2]]), torch.tensor([2])
     for cache, its_scales in ((key_cache, scales[0]), (value_cache, scales[1])):
-        got = moves.gather_kv(cache, tables, lens, 2, scales=its_scales, **options)
+        got = copy_kernels.gather_kv(cache, tables, lens, 2, scales=its_scales, **options)
         expected = reference.gather_kv(cache, tables, lens, 2, scales=its_scales, **options)
         assert torch.equal(got, expected)
         assert expected.all(-1).any()
     runs = memory.as_strided((3, 5), (apart, 1), 2 * run + 1)
     runs[2] = torch.arange(5)
-    moves.copy_blocks(runs, torch.tensor([[2, 0]]))
+    copy_kernels.copy_blocks(runs, torch.tensor([[2, 0]]))
     assert runs[0].tolist() == [0, 1, 2, 3, 4]
 
 

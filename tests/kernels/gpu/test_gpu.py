@@ -1,4 +1,4 @@
-"""Moves and the device-side allocator where they belong: on a GPU, with races and CUDA graphs."""
+"""Copies and the device-side allocator where they belong: on a GPU, with races and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ KV_CACHE_DTYPES: list[Any] = [None, "int8", "fp8_e4m3"]
 
 
 @pytest.fixture
-def moves() -> Any:
+def copy_kernels() -> Any:
     pytest.importorskip("triton")
-    from kvpager.kernels.gpu import copies as moves
+    from kvpager.kernels.gpu import copies as copy_kernels
 
-    return moves
+    return copy_kernels
 
 
 @pytest.fixture(params=["one_program", "many_programs"])
@@ -124,7 +124,7 @@ def test_no_call_of_the_allocator_waits_for_the_gpu(kernels: Any) -> None:
     assert allocator.lens.tolist() == [0] * 8 + [1]
 
 
-def test_captured_steps_are_replayed(kernels: Any, moves: Any) -> None:
+def test_captured_steps_are_replayed(kernels: Any, copy_kernels: Any) -> None:
     """Allocate, copy and append in a CUDA graph; fork and release between its replays."""
     num_rows, num_blocks, block_size = 24, 70, 4
     allocator = DeviceAllocator(num_blocks, block_size, num_rows, 6, device="cuda")
@@ -136,8 +136,8 @@ def test_captured_steps_are_replayed(kernels: Any, moves: Any) -> None:
 
     def step() -> Tensor:
         slots, copies = kernels.step_alloc(allocator, rows)
-        moves.copy_blocks(storage.tier(), copies)
-        moves.append_kv(key, -key, *storage.layer(0), slots)
+        copy_kernels.copy_blocks(storage.tier(), copies)
+        copy_kernels.append_kv(key, -key, *storage.layer(0), slots)
         return slots
 
     # Compiles; with rows of -1 it changes nothing.
@@ -169,7 +169,7 @@ def test_captured_steps_are_replayed(kernels: Any, moves: Any) -> None:
                 refused += 1
         allocator.check()
         assert int(allocator.failures) == refused
-        assert_reads_back(moves, storage, allocator, tokens)
+        assert_reads_back(copy_kernels, storage, allocator, tokens)
         between_replays(kernels, allocator, tokens, chance)
     assert refused > 0
 
@@ -191,11 +191,11 @@ def between_replays(
 
 
 def assert_reads_back(
-    moves: Any, storage: BlockStorage, allocator: DeviceAllocator, tokens: list[list[int]]
+    copy_kernels: Any, storage: BlockStorage, allocator: DeviceAllocator, tokens: list[list[int]]
 ) -> None:
     longest = max(map(len, tokens))
     for cache, sign in zip(storage.layer(0), (1, -1), strict=True):
-        read = moves.gather_kv(cache, allocator.tables, allocator.lens, longest)
+        read = copy_kernels.gather_kv(cache, allocator.tables, allocator.lens, longest)
         for row, numbers in enumerate(tokens):
             expected = torch.tensor([0] * (longest - len(numbers)) + numbers) * sign
             assert torch.equal(read[row].cpu(), expected[:, None, None].expand(-1, 2, 16).float())
@@ -208,7 +208,7 @@ def assert_reads_back(
     [(16, 8, 128, 128), (1, 3, 80, 80), (64, 2, 96, 192), (32, 1, 576, 512), (4, 2, 1, 7)],
 )
 def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
-    moves: Any,
+    copy_kernels: Any,
     dtype: torch.dtype,
     kv_cache_dtype: Any,
     block_size: int,
@@ -227,7 +227,7 @@ def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
     slots[::7] = -1
     on_gpu = [tensor.cuda() for tensor in (key, value, slots)]
     with no_waiting():
-        moves.append_kv(*on_gpu[:2], *ours.layer(1), on_gpu[2], scales=ours.scales(1))
+        copy_kernels.append_kv(*on_gpu[:2], *ours.layer(1), on_gpu[2], scales=ours.scales(1))
     reference.append_kv(key, value, *twin.layer(1), slots, scales=twin.scales(1))
     assert_same_bytes(ours.tier(), twin.tier())
 
@@ -240,7 +240,7 @@ def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
         scales = [None if s is None else s[index] for s in (ours.scales(1), twin.scales(1))]
         caches = [storage.layer(1)[index] for storage in (ours, twin)]
         with no_waiting():
-            got = moves.gather_kv(caches[0], *where, 290, scales=scales[0], dtype=dtype)
+            got = copy_kernels.gather_kv(caches[0], *where, 290, scales=scales[0], dtype=dtype)
         expected = reference.gather_kv(caches[1], tables, lens, 290, scales=scales[1], dtype=dtype)
         torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
@@ -248,7 +248,7 @@ def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
 @pytest.mark.parametrize("num_pairs", [1, 2, 5, 62, 200, 254, 300])
 @pytest.mark.parametrize(("dtype", "columns"), [(torch.bfloat16, 1 << 17), (torch.float16, 999)])
 def test_blocks_change_places_in_one_copy(
-    moves: Any, num_pairs: int, dtype: torch.dtype, columns: int
+    copy_kernels: Any, num_pairs: int, dtype: torch.dtype, columns: int
 ) -> None:
     """Cycles of blocks, each source and destination: a write before a read would show."""
     num_blocks = num_pairs + 3
@@ -262,11 +262,11 @@ def test_blocks_change_places_in_one_copy(
     for _ in range(10):
         storage = original.clone()
         with no_waiting():
-            moves.copy_blocks(storage, on_gpu)
+            copy_kernels.copy_blocks(storage, on_gpu)
         assert torch.equal(storage.cpu(), expected)
 
 
-def test_pools_of_more_than_2_31_elements_are_reached_everywhere(moves: Any) -> None:
+def test_pools_of_more_than_2_31_elements_are_reached_everywhere(copy_kernels: Any) -> None:
     block_size, heads, dim, num_layers = 16, 8, 128, 32
     num_blocks = (1 << 31) // (block_size * heads * dim * 2 * num_layers) + 2
     needed = num_blocks * block_size * heads * dim * 2 * num_layers * 2
@@ -282,10 +282,10 @@ def test_pools_of_more_than_2_31_elements_are_reached_everywhere(moves: Any) -> 
     last = num_blocks - 1
     key = normal(block_size, heads, dim, dtype=torch.bfloat16).cuda()
     slots = torch.arange(block_size, device="cuda") + last * block_size
-    moves.append_kv(key, -key, *storage.layer(num_layers - 1), slots)
-    moves.copy_blocks(storage.tier(), torch.tensor([[last, 0]], device="cuda"))
+    copy_kernels.append_kv(key, -key, *storage.layer(num_layers - 1), slots)
+    copy_kernels.copy_blocks(storage.tier(), torch.tensor([[last, 0]], device="cuda"))
     for block in (0, last):
         tables = torch.tensor([[block]], dtype=torch.int32, device="cuda")
         lens = torch.tensor([block_size], device="cuda")
         for cache, expected in zip(storage.layer(num_layers - 1), (key, -key), strict=True):
-            assert torch.equal(moves.gather_kv(cache, tables, lens, block_size)[0], expected)
+            assert torch.equal(copy_kernels.gather_kv(cache, tables, lens, block_size)[0], expected)

@@ -24,8 +24,8 @@ def variants(what: str) -> Any:
 
 
 @pytest.mark.slow
-def test_moves_of_any_size_from_anywhere_have_few_variants() -> None:
-    assert variants("moves") == {
+def test_copies_of_any_size_and_offset_have_few_variants() -> None:
+    assert variants("copies") == {
         "append_vectors": 1,
         "gather_vectors": 1,
         "copy_runs": 4,  # up to 1, 8, 64 and 256 pairs

@@ -8,7 +8,7 @@
 
 #include "abi.h"
 
-namespace moves {
+namespace copies {
 
 // Bytes below which a second thread costs more than it saves.
 constexpr int64_t PARALLEL_BYTES = 1 << 17;
@@ -282,4 +282,4 @@ inline int copy(const CopyArguments& a) {
     return 0;
 }
 
-}  // namespace moves
+}  // namespace copies
