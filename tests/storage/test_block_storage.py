@@ -17,7 +17,7 @@ from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.plans import NO_COPIES, Plan, Tier
 from kvpager.storage import memory, streams
 from kvpager.storage.block_storage import BlockStorage, LayerShape
-from tests.support.fake_devices import boards, late_copies
+from tests.support.fake_devices import fake_devices, late_copies
 
 EQUAL = [LayerShape(2, 8, 8)] * 3
 UNEQUAL = [LayerShape(2, 8, 4), LayerShape(1, 16, 16), LayerShape(3, 2, 6)]
@@ -602,10 +602,10 @@ def test_a_stream_that_records_a_graph_waits_for_no_other(two_streams: Streams) 
 def test_host_memory_is_not_touched_while_a_copy_out_of_it_is_under_way(
     touch: Callable[[BlockStorage], None],
 ) -> None:
-    with boards() as board, late_copies() as stream:
+    with fake_devices() as fake_device, late_copies() as stream:
         layers = [LayerShape(1, 8, 8)] * 2
         storage = BlockStorage(
-            6, 4, layers, dtype=torch.float32, device=board(0), num_host_blocks=6
+            6, 4, layers, dtype=torch.float32, device=fake_device(0), num_host_blocks=6
         )
         storage.tier("host").copy_(torch.arange(6.0 * 128).view(6, 128))
         storage.apply(Plan(pairs((0, 1), (2, 3)), "host", "device"))

@@ -1,11 +1,11 @@
-"""Devices for machines that have none: tensors on a board live apart, and never mix with others.
+"""Fake devices, for machines without a GPU.
 
-`maia` is a device that torch has a name for and nothing else. Within `boards()`, its tensors keep
-their numbers in ordinary ones, and every operation is done on those; but one that is given tensors
-of two devices is refused, as a real device would do, and what it makes is on its tensors' device.
+torch has a name for the device type `maia`, but no driver. Within `fake_devices()`, a tensor on
+`maia` wraps a CPU tensor, and operations run on the wrapped tensors. As on a real device, an
+operation refuses tensors of two devices, and its result is on the device of its operands.
 
-`late_copies()` queues copies from host memory to a board, which are then made when a program waits
-for them, or when the board computes something else: as late as a GPU may.
+`late_copies()` queues copies from host memory to a fake device. A queued copy runs as late as on a
+GPU: when a program waits for it, or before the next operation on the device.
 """
 
 from __future__ import annotations
@@ -28,15 +28,13 @@ TYPE = "maia"
 _CPU = torch.device("cpu")
 _data_ptr = torch.Tensor.data_ptr
 _numpy = torch.Tensor.numpy
-# What says where a tensor is or takes it elsewhere. Everything else is done on the numbers before
+# Functions that tell or change a tensor's device. All others run on the wrapped tensors, before
 # torch asks for the device's driver.
-_OF_THE_BOARD = {"__get__", "__set__", "to", "cpu", "detach", "requires_grad_"}
+_ON_THE_TENSOR = {"__get__", "__set__", "to", "cpu", "detach", "requires_grad_"}
 _READS_NOTHING = {"__getitem__", "__get__", "element_size", "size", "stride", "dim"}
-# What moves numbers from one device to another.
-_MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.Tensor.copy_)
-
-
-# What reads numbers of a device on the host, and so waits for it.
+# Operations that copy between devices.
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.Tensor.copy_)
+# Operations that read values on the host, and so wait for the device.
 _READS = {
     "__bool__", "__contains__", "__float__", "__index__", "__int__", "_local_scalar_dense",
     "allclose", "equal", "is_nonzero", "item", "masked_select", "nonzero", "tolist", "unique",
@@ -45,18 +43,18 @@ _INDEXING = {"__getitem__", "__setitem__", "index", "index_put", "index_put_"}
 _listeners: list[list[str]] = []
 
 
-class BoardTensor(torch.Tensor):
-    """Looks like a tensor on a board; `inner` has the numbers."""
+class DeviceTensor(torch.Tensor):
+    """A tensor that claims to be on a fake device; `inner` is the CPU tensor with its values."""
 
     inner: Tensor
 
     @staticmethod
     def __new__(
         cls, inner: Tensor, device: torch.device | None = None, requires_grad: bool = False
-    ) -> BoardTensor:
-        if isinstance(inner, BoardTensor):  # as accelerate makes a parameter of a tensor
+    ) -> DeviceTensor:
+        if isinstance(inner, DeviceTensor):  # as accelerate makes a parameter of a tensor
             inner, device = inner.inner, inner.device
-        tensor: BoardTensor = torch.Tensor._make_wrapper_subclass(
+        tensor: DeviceTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
@@ -77,8 +75,8 @@ class BoardTensor(torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], device: torch.device, _size: object, _stride: object
-    ) -> BoardTensor:
-        return BoardTensor(inner["inner"], device)
+    ) -> DeviceTensor:
+        return DeviceTensor(inner["inner"], device)
 
     def __repr__(self) -> str:
         return f"{self.inner!r} on {self.device}"
@@ -91,18 +89,18 @@ class BoardTensor(torch.Tensor):
             raise TypeError(f"can't convert a tensor on {args[0].device} to numpy")
         if not all(issubclass(cls, kind) or kind is torch.nn.Parameter for kind in types):
             return NotImplemented  # another kind of tensor knows better what to do
-        if func.__name__ not in _OF_THE_BOARD:
-            return _on_boards(func, args, kwargs or {})
+        if func.__name__ not in _ON_THE_TENSOR:
+            return _on_fake_devices(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _on_boards(func, args, kwargs or {})
+        return _on_fake_devices(func, args, kwargs or {})
 
 
-class _Boards(TorchDispatchMode):
-    """Also what makes tensors from nothing (`torch.empty(.., device=..)`) comes through here."""
+class _FakeDevices(TorchDispatchMode):
+    """Runs operations on fake devices, factories such as `torch.empty(device=...)` included."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -112,38 +110,38 @@ class _Boards(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         flat = [*_leaves(args), *_leaves(kwargs)]
-        if any(isinstance(leaf, BoardTensor) for leaf in flat) or _is_board(kwargs.get("device")):
-            return _on_boards(func, args, kwargs)
+        if any(isinstance(leaf, DeviceTensor) for leaf in flat) or _is_fake(kwargs.get("device")):
+            return _on_fake_devices(func, args, kwargs)
         return func(*args, **kwargs)
 
 
 class _Tensors(TorchFunctionMode):
-    """`torch.tensor` asks for the device's driver before it is dispatched."""
+    """Handles `torch.tensor`, which asks for the device's driver before dispatch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and _is_board(kwargs.get("device")):
+        if func in (torch.tensor, torch.as_tensor) and _is_fake(kwargs.get("device")):
             device = kwargs.pop("device")
             return func(*args, **kwargs).to(device)
         return func(*args, **kwargs)
 
 
 @contextmanager
-def boards() -> Iterator[Callable[[int], torch.device]]:
-    """While this lasts, `torch.device("maia", number)` can be computed on."""
-    with _Boards(), _Tensors():
+def fake_devices() -> Iterator[Callable[[int], torch.device]]:
+    """Make `torch.device("maia", number)` usable within the context."""
+    with _FakeDevices(), _Tensors():
         yield lambda number: torch.device(TYPE, number)
 
 
 @dataclass(eq=False)
 class LateStream:
-    """A stream that makes its copies when it has to."""
+    """A stream that defers its copies until a program waits for them."""
 
     copies: list[Callable[[], None]] = field(default_factory=list)
     num_made: int = 0
 
     def synchronize(self, number: int | None = None) -> None:
-        """Make the first `number` copies, or all of them."""
+        """Run the first `number` copies, or all copies."""
         for copy in self.copies[self.num_made : number]:
             copy()
         self.num_made = max(self.num_made, len(self.copies) if number is None else number)
@@ -174,11 +172,11 @@ _late: list[LateStream] = []
 
 @contextmanager
 def late_copies() -> Iterator[LateStream]:
-    """Queue copies from host memory to devices on the stream that this yields."""
+    """Queue copies from host memory to fake devices on the yielded stream."""
     stream = LateStream()
 
     def current_stream(device: torch.device) -> LateStream | None:
-        return stream if _is_board(device) else None
+        return stream if _is_fake(device) else None
 
     with (
         mock.patch.object(streams, "current_stream", current_stream),
@@ -203,31 +201,31 @@ def waits() -> Iterator[list[str]]:
         _listeners.remove(found)
 
 
-def on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a kernel of the device: `function`, called with the tensors' numbers."""
+def on_wrapped_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel of the fake device that runs `function` on the wrapped tensors."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        tensors = [t for t in [*_leaves(args), *_leaves(kwargs)] if isinstance(t, BoardTensor)]
-        args, kwargs = _mapped(BoardTensor, lambda t: t.inner, (args, kwargs))
-        result = function(*(_with_numbers(each) for each in args), **kwargs)
+        tensors = [t for t in [*_leaves(args), *_leaves(kwargs)] if isinstance(t, DeviceTensor)]
+        args, kwargs = _mapped(DeviceTensor, lambda t: t.inner, (args, kwargs))
+        result = function(*(_unwrapped(each) for each in args), **kwargs)
         device = tensors[0].device
-        return _mapped(Tensor, lambda t: BoardTensor(t, device), result)
+        return _mapped(Tensor, lambda t: DeviceTensor(t, device), result)
 
     return kernel
 
 
-def _with_numbers(argument: Any) -> Any:
-    """Return `argument`; of attention's arguments, the same with the tensors' numbers."""
+def _unwrapped(argument: Any) -> Any:
+    """Return `argument`, with wrapped tensors if it is an `AttentionArgs`."""
     if not isinstance(argument, AttentionArgs):
         return argument
     values = {field.name: getattr(argument, field.name) for field in fields(argument)}
-    numbers = _mapped(BoardTensor, lambda t: t.inner, values)
+    numbers = _mapped(DeviceTensor, lambda t: t.inner, values)
     return AttentionArgs(**numbers)
 
 
-# torch's own walks through nested values take longer than all that the tests compute.
+# torch's own tree functions take longer than everything that the tests compute.
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what nested lists, tuples and dictionaries hold."""
+    """Yield the leaves of nested lists, tuples and dictionaries."""
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list | tuple):
@@ -253,22 +251,22 @@ def _is_wait(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> boo
     if name in ("_to_copy", "copy_"):
         source = args[0] if name == "_to_copy" else args[1]
         there = kwargs.get("device", source.device) if name == "_to_copy" else args[0].device
-        to_board = kwargs.get("non_blocking", False) or (name == "copy_" and True in args[2:])
-        return source.device != there and not (_is_board(torch.device(there)) and to_board)
-    if name in _INDEXING:  # a mask's result has a size that only the device knows
+        to_device = kwargs.get("non_blocking", False) or (name == "copy_" and True in args[2:])
+        return source.device != there and not (_is_fake(torch.device(there)) and to_device)
+    if name in _INDEXING:  # only the device knows the size of a masked result
         kinds = (torch.bool, torch.uint8)
         indices = _leaves(args[1])
-        return any(isinstance(leaf, BoardTensor) and leaf.dtype in kinds for leaf in indices)
+        return any(isinstance(leaf, DeviceTensor) and leaf.dtype in kinds for leaf in indices)
     if name == "repeat_interleave":
-        return kwargs.get("output_size") is None and isinstance(args[-1], BoardTensor)
+        return kwargs.get("output_size") is None and isinstance(args[-1], DeviceTensor)
     return name in _READS
 
 
-def _is_board(device: object) -> bool:
+def _is_fake(device: object) -> bool:
     return isinstance(device, torch.device) and device.type == TYPE
 
 
-def _on_boards(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+def _on_fake_devices(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = [*_leaves(args), *_leaves(kwargs)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if _listeners:
@@ -278,30 +276,32 @@ def _on_boards(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> A
                     found.append(func.__name__)
     with torch._C.DisableTorchFunctionSubclass():
         device = kwargs.get("device") or _common_device(func, tensors)
-    outer = {id(t.inner): t for t in tensors if isinstance(t, BoardTensor)}
+    outer = {id(t.inner): t for t in tensors if isinstance(t, DeviceTensor)}
     if _late and func is Tensor.copy_ and kwargs.get("non_blocking"):
         target, source = args
-        if isinstance(target, BoardTensor) and not isinstance(source, BoardTensor):
+        if isinstance(target, DeviceTensor) and not isinstance(source, DeviceTensor):
             _late[-1].copies.append(lambda: target.inner.copy_(source))
             return target
     if _late and func.__name__ not in _READS_NOTHING:
         _late[-1].synchronize()
-    args, kwargs = _mapped(BoardTensor, lambda t: t.inner, (args, kwargs))
-    if _is_board(kwargs.get("device")):
+    args, kwargs = _mapped(DeviceTensor, lambda t: t.inner, (args, kwargs))
+    if _is_fake(kwargs.get("device")):
         kwargs["device"] = _CPU
     result = func(*args, **kwargs)
-    if not _is_board(device):
+    if not _is_fake(device):
         return result
     # In-place operations return the tensor they were given.
     return _mapped(
-        Tensor, lambda t: outer.get(id(t)) if id(t) in outer else BoardTensor(t, device), result
+        Tensor,
+        lambda t: outer.get(id(t)) if id(t) in outer else DeviceTensor(t, device),
+        result,
     )
 
 
 def _common_device(func: object, tensors: list[Tensor]) -> torch.device:
-    if func in _MOVES:
+    if func in _COPIES:
         return tensors[0].device
-    # As everywhere in torch, a number is at home on every device.
+    # torch accepts a CPU scalar beside tensors of any device.
     devices = {t.device for t in tensors if t.dim() or t.device.type != "cpu"}
     if len(devices) > 1:
         raise RuntimeError(f"{func}: tensors on {sorted(map(str, devices))}")

@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel  # noqa: E402
 import kvpager  # noqa: E402
 from kvpager.integrations.huggingface.cache.pools import PagedPool  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
-from tests.support.fake_devices import boards, late_copies  # noqa: E402
+from tests.support.fake_devices import fake_devices, late_copies  # noqa: E402
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("maia", 0), torch.device("maia", 1)
 SPLITS = {
@@ -45,7 +45,7 @@ BATCHES = {"equal lengths": [29, 29], "left padding": [44, 6, 30]}  # blocks fil
 
 @pytest.fixture
 def _boards() -> Iterator[None]:
-    with boards():
+    with fake_devices():
         yield
 
 

@@ -29,9 +29,9 @@ from kvpager.kernels import backends, reference  # noqa: E402
 from kvpager.kernels.gpu import attention  # noqa: E402
 from kvpager.storage.block_storage import BlockStorage  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
-from tests.support.fake_devices import boards, on_numbers, waits  # noqa: E402
+from tests.support.fake_devices import fake_devices, on_wrapped_tensors, waits  # noqa: E402
 
-BOARD = torch.device("maia", 0)
+DEVICE = torch.device("maia", 0)
 BLOCK = 16
 
 
@@ -46,7 +46,9 @@ class Planned:
     ) -> Tensor:
         attention._check_plan(plan, query, key, args)
         self.plans.append(plan)
-        output: Tensor = on_numbers(reference.paged_attention)(query, key, value, args, *layer)
+        output: Tensor = on_wrapped_tensors(reference.paged_attention)(
+            query, key, value, args, *layer
+        )
         return output
 
 
@@ -56,27 +58,27 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
     monkeypatch.setattr(attention, "attend", watched.attend)
     kernels = {
         "paged_attention": attention.paged_attention,
-        "append_kv": on_numbers(reference.append_kv),
-        "gather_kv": on_numbers(reference.gather_kv),
-        "copy_blocks": on_numbers(reference.copy_blocks),
+        "append_kv": on_wrapped_tensors(reference.append_kv),
+        "gather_kv": on_wrapped_tensors(reference.gather_kv),
+        "copy_blocks": on_wrapped_tensors(reference.copy_blocks),
     }
     for name, kernel in kernels.items():
-        monkeypatch.setitem(backends._registered, (name, BOARD.type), (kernel, "a board"))
-    with boards():
+        monkeypatch.setitem(backends._registered, (name, DEVICE.type), (kernel, "on a fake device"))
+    with fake_devices():
         yield watched
 
 
-def on_board(model: Any) -> Any:
+def on_fake_device(model: Any) -> Any:
     """Copy a model to the fake device."""
     model = copy.deepcopy(model)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                moved = parameter.detach().to(BOARD)
+                moved = parameter.detach().to(DEVICE)
                 module._parameters[name] = nn.Parameter(moved, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(BOARD)
+                module._buffers[name] = buffer.to(DEVICE)
     return model
 
 
@@ -95,9 +97,9 @@ STEPS = {
 def test_a_step_of_an_engine_waits_for_nothing(
     name: str, step: str, is_packed: bool, planned: Planned
 ) -> None:
-    model = on_board(tiny_models.tiny_model(name))
+    model = on_fake_device(tiny_models.tiny_model(name))
     info, memory = inspect_model(model), PagedMemory("1MiB", BLOCK)
-    storage = BlockStorage(32, BLOCK, info.shapes, dtype=info.dtype, device=BOARD)
+    storage = BlockStorage(32, BLOCK, info.shapes, dtype=info.dtype, device=DEVICE)
     switch = AttentionSwitch(model)
     switch.to_paged()
     try:
@@ -126,11 +128,11 @@ def test_a_step_of_an_engine_waits_for_nothing(
 def test_a_forward_pass_of_a_patched_model_waits_for_nothing(
     name: str, queries: int, planned: Planned
 ) -> None:
-    model = on_board(tiny_models.tiny_model(name))
+    model = on_fake_device(tiny_models.tiny_model(name))
     num_layers = model.config.num_hidden_layers
 
     def step(cache: Any, count: int) -> Any:
-        ids = torch.full((2, count), 7, device=BOARD)
+        ids = torch.full((2, count), 7, device=DEVICE)
         return cache_of(model(ids, **passing(cache), use_cache=True))
 
     with kvpager.patch(model), torch.no_grad():
@@ -145,8 +147,8 @@ def test_a_forward_pass_of_a_patched_model_waits_for_nothing(
 
 
 def test_rows_in_host_memory_are_planned_from_what_is_there(planned: Planned) -> None:
-    model = on_board(tiny_models.tiny_model("llama"))
-    ids = torch.full((3, 40), 7, device=BOARD)
+    model = on_fake_device(tiny_models.tiny_model("llama"))
+    ids = torch.full((3, 40), 7, device=DEVICE)
     with kvpager.patch(model, memory="20KiB", host_memory="1MiB") as patch, torch.no_grad():
         cache = cache_of(model(ids, use_cache=True))
         assert patch.stats().peak_host_held_bytes > 0
