@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kvpager.kernels import reference
 from kvpager.kernels.attention_args import AttentionArgs
-from kvpager.kernels.gpu import config
-from kvpager.kernels.gpu import external as peers
+from kvpager.kernels.gpu import config, external
 from kvpager.kernels.gpu.attention_kernels import LOG2E, attend_items, merge_parts
 from kvpager.kernels.gpu.plans import AttentionPlan, plan_attention
 
@@ -49,9 +48,9 @@ def paged_attention(
             "pass them all"
         )
     if sinks is None and scales is None:
-        by_peer = peers.attention(*tensors, args, plan)
-        if by_peer is not None:
-            return by_peer
+        by_external = external.attention(*tensors, args, plan)
+        if by_external is not None:
+            return by_external
     return attend(*tensors, args, plan, sinks, scales)
 
 

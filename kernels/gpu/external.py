@@ -1,14 +1,14 @@
-"""Long prefills by somebody else's kernel, where one is installed: FlashAttention or FlashInfer.
+"""External backends for long prefills: FlashAttention or FlashInfer, if one is installed.
 
     KVPAGER_GPU_ATTENTION=auto | triton | flash_attn | flashinfer | varlen
 
-`auto`, the default, asks flash-attn (Dao, 2023) for long prefills and keeps the rest. The others
-ask that peer whenever it covers the call, and `triton` nobody: `varlen` is torch's own
-`torch.nn.attention.varlen`, `flashinfer` is FlashInfer (Ye et al., 2025). A peer covers plain
-attention in 16 bits over whole tables. Whatever goes beyond that, or is in doubt, is left to
-Triton: decode, windows, masks, sinks, caps, quantised caches, missing blocks.
+`auto`, the default, gives long prefills to flash-attn (Dao, 2023) and all other calls to Triton.
+`triton` uses no external backend. The other values use the named backend for every call that it
+covers: `varlen` is `torch.nn.attention.varlen`, `flashinfer` is FlashInfer (Ye et al., 2025). An
+external backend covers plain attention in 16 bits over whole tables. Triton runs everything else:
+decode, windows, masks, sinks, soft caps, quantised caches and missing blocks.
 
-The calls follow the peers' documented signatures. They have not been run on a GPU by this project.
+The calls follow the documented signatures of the backends. This project has not run them on a GPU.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.gpu.plans import AttentionPlan
 
 CHOICES = ("auto", "triton", "flash_attn", "flashinfer", "varlen")
-LONG_PREFILL = 256  # queries of a row; below, the peers gain little
+LONG_PREFILL = 256  # queries per row; for fewer, external backends gain little
 # FlashAttention-2 reads pages of a multiple of this many tokens only, also inside torch.
 FLASH_ATTENTION_PAGE = 256
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
 
-Peer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionPlan, float], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionPlan, float], Tensor]
 
 
 def chosen() -> str:
-    """What the environment asks for: one of `CHOICES`. O(1). `ValueError` for anything else."""
+    """Return the value of KVPAGER_GPU_ATTENTION, `auto` if unset. O(1).
+
+    Raises: `ValueError` unless it is one of `CHOICES`.
+    """
     name = os.environ.get("KVPAGER_GPU_ATTENTION", "auto")
     if name not in CHOICES:
-        raise ValueError(f"KVPAGER_GPU_ATTENTION is {name!r}; choose from {list(CHOICES)}")
+        raise ValueError(f"KVPAGER_GPU_ATTENTION={name!r}: must be one of {list(CHOICES)}")
     return name
 
 
@@ -50,7 +53,7 @@ def attention(
     args: AttentionArgs,
     plan: AttentionPlan,
 ) -> Tensor | None:
-    """The call by a peer, or None where Triton should take it."""
+    """Return the output of an external backend, or None if Triton has to run the call."""
     name = chosen()
     plain = all(each is None for each in (args.softcap, args.mask, args.kv_starts, args.window))
     cu_seqlens_q = args.cu_seqlens_q
@@ -64,17 +67,17 @@ def attention(
             return None
     if name != "flashinfer" and key_cache.shape[1] % FLASH_ATTENTION_PAGE:
         return None
-    peer = _peer(name)
-    if peer is None:
+    backend = _backend(name)
+    if backend is None:
         return None
     softmax_scale = query.shape[2] ** -0.5 if args.softmax_scale is None else args.softmax_scale
     tables, seq_lens = args.block_tables.int().clamp(min=0), args.seq_lens.int()
     rows = tables, seq_lens, cu_seqlens_q.int()
-    return peer(query, key_cache, value_cache, *rows, plan, softmax_scale)
+    return backend(query, key_cache, value_cache, *rows, plan, softmax_scale)
 
 
 def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
-    """Whether every peer takes these dtypes, head dims and strides."""
+    """True if all external backends support these dtypes, head dims and strides."""
     same = query.dtype == key_cache.dtype == value_cache.dtype
     return (
         same
@@ -87,8 +90,8 @@ def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
 
 
 @lru_cache
-def _peer(name: str) -> Peer | None:
-    """The adapter of a peer that is installed and has the parameters we know of, or None."""
+def _backend(name: str) -> Backend | None:
+    """Return the adapter of a backend; None unless it is installed with the known parameters."""
     module, attribute, adapter, parameters = {
         "flash_attn": ("flash_attn", "flash_attn_varlen_func", _by_flash_attn, ("block_table",)),
         "varlen": (
@@ -102,7 +105,7 @@ def _peer(name: str) -> Peer | None:
     try:
         function = getattr(import_module(module), attribute)
         known = inspect.signature(function).parameters
-    except Exception:  # a broken install of a peer must not break attention
+    except Exception:  # a broken installation must not break attention
         return None
     if not all(parameter in known for parameter in parameters):
         return None
@@ -141,7 +144,7 @@ def _by_flash_attn(
 
 
 def _most_tokens(tables: Tensor, key_cache: Tensor) -> int:
-    """kv tokens that a row may have: the plan outlives the lengths that it was made from."""
+    """Return the most kv tokens a row can have: a plan outlives the lengths it was made from."""
     return tables.shape[1] * key_cache.shape[1]
 
 

@@ -20,14 +20,13 @@ def register() -> None:
             backends.register(operation, DEVICE_TYPE, getattr(reference_alloc, operation), why)
         return
     # Only here, because importing them decorates kernels, which needs Triton.
-    from kvpager.kernels.gpu import allocator, attention, copies
-    from kvpager.kernels.gpu import external as peers
+    from kvpager.kernels.gpu import allocator, attention, copies, external
 
     backends.register("append_kv", DEVICE_TYPE, copies.append_kv, "Triton; K and V in one launch")
     backends.register("copy_blocks", DEVICE_TYPE, copies.copy_blocks, "Triton; one launch")
     backends.register("gather_kv", DEVICE_TYPE, copies.gather_kv, "Triton; one launch")
     try:
-        reason = f"Triton; work items that share prefixes ({peers.chosen()})"
+        reason = f"Triton; work items that share prefixes ({external.chosen()})"
     except ValueError as error:  # a call says so, too; what shows the outcome must not fail
         reason = str(error)
     backends.register("paged_attention", DEVICE_TYPE, attention.paged_attention, reason)

@@ -41,8 +41,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are interpreted only under TRITON_INTERPRET=1", allow_module_level=True)
 
-from kvpager.kernels.gpu import attention, config, plans
-from kvpager.kernels.gpu import external as peers
+from kvpager.kernels.gpu import attention, config, external, plans
 from kvpager.kernels.gpu.config import Target, Tile
 from tests.support import triton_interpreter
 
@@ -661,7 +660,7 @@ def flash_attn_by_reference(
     query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool, block_table: Tensor,
 ) -> Tensor:  # fmt: skip
-    """What flash_attn_varlen_func documents, with a mark on it."""
+    """Compute what flash_attn_varlen_func documents, plus 1 to mark the caller."""
     lens = cu_seqlens_k.diff()
     assert max_seqlen_q == int(cu_seqlens_q.diff().max())
     assert max_seqlen_k == block_table.shape[1] * key.shape[1]
@@ -681,9 +680,9 @@ def flash_attn_by_reference(
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(flash_attn_varlen_func=flash_attn_by_reference)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    peers._peer.cache_clear()
-    monkeypatch.setattr(peers, "FLASH_ATTENTION_PAGE", 16)
-    monkeypatch.setattr(peers, "LONG_PREFILL", 5)
+    external._backend.cache_clear()
+    monkeypatch.setattr(external, "FLASH_ATTENTION_PAGE", 16)
+    monkeypatch.setattr(external, "LONG_PREFILL", 5)
 
 
 @pytest.mark.mostly_slow(quick=4)
@@ -705,7 +704,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
         (Case(((5, 20),), key_dim=64, value_dim=64, kv_starts=(3,)), 16, False),
     ],
 )
-def test_a_peer_gets_long_plain_prefills_and_nothing_else(
+def test_an_external_backend_gets_long_plain_prefills_only(
     case: Case, block_size: int, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = make_call(case, torch.float16)
@@ -716,19 +715,19 @@ def test_a_peer_gets_long_plain_prefills_and_nothing_else(
     torch.testing.assert_close(output - (1 if asked else 0), expected, rtol=0, atol=4e-3)
 
 
-def test_a_peer_that_is_not_installed_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_runs_without_the_chosen_external_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVPAGER_GPU_ATTENTION", "flashinfer")
-    peers._peer.cache_clear()
+    external._backend.cache_clear()
     case = Case(((5, 20), (1, 9)), key_dim=64, value_dim=64)
     call = make_call(case, torch.float16)
     output = attend(case, call, in_blocks(case, call, 16, torch.float16), kernels=TRITON)
     assert_as_exact_as_plain_torch(case, call, output, torch.float16)
 
 
-def test_an_unknown_peer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_external_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVPAGER_GPU_ATTENTION", "xformers")
-    with pytest.raises(ValueError, match="KVPAGER_GPU_ATTENTION is 'xformers'; choose from"):
-        peers.chosen()
+    with pytest.raises(ValueError, match="KVPAGER_GPU_ATTENTION='xformers': must be one of"):
+        external.chosen()
 
 
 @pytest.mark.parametrize("capability", [config.AMD, 80, 86, 89, 90, 100, 120])
