@@ -41,7 +41,7 @@ def go_on(scheduler: Scheduler, plan: StepPlan) -> None:
     scheduler.complete(plan, rows, np.full(len(rows), 7, np.int32))
 
 
-def decoding(rows: int, order: str, *, prefix_cache: bool, steps: int, new: int = 0) -> Scheduler:
+def decoding(rows: int, policy: str, *, prefix_cache: bool, steps: int, new: int = 0) -> Scheduler:
     """A scheduler all of whose rows decode."""
     # Room for every row to its end, and no more: what waits has to wait.
     manager = BlockManager(rows * (LENGTH + 16 + (new + steps + 100)) // 16 + 2 * rows, 16)
@@ -49,7 +49,7 @@ def decoding(rows: int, order: str, *, prefix_cache: bool, steps: int, new: int 
         manager,
         max_batch_tokens=8192,
         max_num_seqs=rows,
-        order=order,
+        policy=policy,
         prefix_cache=prefix_cache,
     )
     for row in range(rows):
@@ -85,10 +85,10 @@ def timed(scheduler: Scheduler, steps: int, *, replace: int = 0) -> tuple[float,
 
 
 def figures(rows: int, steps: int) -> Iterator[tuple[str, float]]:
-    for order in ("fifo", "priority", "fair"):
-        scheduler = decoding(rows, order, prefix_cache=True, steps=steps)
+    for policy in ("fifo", "priority", "fair"):
+        scheduler = decoding(rows, policy, prefix_cache=True, steps=steps)
         for part, seconds in zip(("plan", "complete"), timed(scheduler, steps), strict=True):
-            yield f"decode_{order}_{rows}_{part}_us", seconds * 1e6
+            yield f"decode_{policy}_{rows}_{part}_us", seconds * 1e6
     scheduler = decoding(rows, "fifo", prefix_cache=False, steps=steps)
     for part, seconds in zip(("plan", "complete"), timed(scheduler, steps), strict=True):
         yield f"decode_without_prefix_cache_{rows}_{part}_us", seconds * 1e6
@@ -97,12 +97,12 @@ def figures(rows: int, steps: int) -> Iterator[tuple[str, float]]:
         ("plan", "complete"), timed(scheduler, steps, replace=rows), strict=True
     ):
         yield f"churn_{rows}_{part}_us", seconds * 1e6
-    for order in ("fifo", "fair"):
-        scheduler = decoding(rows, order, prefix_cache=True, steps=steps)
+    for policy in ("fifo", "fair"):
+        scheduler = decoding(rows, policy, prefix_cache=True, steps=steps)
         for _ in range(10_000):
             scheduler.submit(request(64, 8))
         for part, seconds in zip(("plan", "complete"), timed(scheduler, steps), strict=True):
-            yield f"waiting_{order}_{rows}_{part}_us", seconds * 1e6
+            yield f"waiting_{policy}_{rows}_{part}_us", seconds * 1e6
 
 
 def main() -> None:

@@ -198,8 +198,8 @@ class Engine:
             name: unique among the requests that live; made up where None.
             namespace: only requests of the same namespace share cached prompts; `quotas` may bound
                 the blocks of each.
-            tenant: whose request it is, for `order="fair"`.
-            priority: lower is served first, for `order="priority"`.
+            tenant: whose request it is, for `policy="fair"`.
+            priority: lower is served first, for `policy="priority"`.
             timeout: seconds after which it ends, done or not.
             seed: of its own random numbers; else it draws from torch's.
             logprobs: report each token's log probability, after all processors.

@@ -32,7 +32,7 @@ class EngineConfig:
         max_batch_tokens: the most tokens of a forward pass.
         max_num_seqs: the most rows computed at a time.
         max_queue_size: the most requests that wait; None for no bound.
-        order: who is served first: `"fifo"`, `"priority"`, or `"fair"` between tenants.
+        policy: who is served first: `"fifo"`, `"priority"`, or `"fair"` between tenants.
         prefix_cache: keep what prompts and replies have in common between requests. The engine
             looks at the model before its steps. After a change of weights, hooks or settings, it
             reuses nothing that was computed before; requests under way go on with what they have.
@@ -57,7 +57,7 @@ class EngineConfig:
     max_batch_tokens: int = 1024
     max_num_seqs: int = 256
     max_queue_size: int | None = None
-    order: Literal["fifo", "priority", "fair"] = "fifo"
+    policy: Literal["fifo", "priority", "fair"] = "fifo"
     prefix_cache: bool = True
     max_model_len: int | None = None
     costs: PreemptionCosts | None = None
@@ -106,6 +106,6 @@ class EngineConfig:
         """The arguments of `torch.compile`."""
         return {} if isinstance(self.compile, bool) else dict(self.compile)
 
-    def policy(self, num_blocks: int) -> EvictionPolicy:
+    def eviction_policy(self, num_blocks: int) -> EvictionPolicy:
         """Make the eviction policy of a pool of `num_blocks` blocks. O(blocks)."""
         return chosen_policy(self.eviction, num_blocks)

@@ -89,7 +89,7 @@ class AdmissionPolicy:
 
     def refuse_overflow(self) -> None:
         """Raise `QueueFull` if no more requests may wait. O(1)."""
-        num_waiting = len(self._table.order)
+        num_waiting = self._table.policy.num_waiting
         if self.max_queue_size is not None and num_waiting >= self.max_queue_size:
             raise QueueFull(num_waiting, self.max_queue_size)
 
@@ -112,7 +112,7 @@ class AdmissionPolicy:
         """
         table = self._table
         while candidates := [each for each in table.preempted if not self._must_wait(each, draft)]:
-            state = min(candidates, key=table.order.rank)
+            state = min(candidates, key=table.policy.rank)
             if table.has_rows_for(state) and self._bring_back(state, draft):
                 yield state
             elif self._reclaim_for(state, draft):
@@ -164,7 +164,7 @@ class AdmissionPolicy:
         if not draft.budget or table.num_rows_reserved == table.max_num_seqs:
             return
         num_passed = 0
-        for state in table.order.waiting():
+        for state in table.policy.waiting():
             if self._must_wait(state, draft):
                 continue
             if not table.has_rows_for(state) or num_passed == _LOOK_PAST:

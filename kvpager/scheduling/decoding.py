@@ -27,7 +27,7 @@ class Decoding:
 
     def extend(self, draft: Draft) -> None:
         """Add all rows that decode; preempt the last requests until these have room. O(rows)."""
-        sequences, order = self._table.sequences, self._table.order
+        sequences, policy = self._table.sequences, self._table.policy
         while True:
             decoders = self._current()
             numbers = decoders.numbers
@@ -43,7 +43,7 @@ class Decoding:
             draft.decode(numbers, ids, step)
             draft.decoders = decoders
             for state, count in decoders.shares:
-                order.charge(state, 0, count)
+                policy.charge(state, 0, count)
             return
 
     def add(self, state: RequestState, draft: Draft) -> None:
@@ -74,6 +74,6 @@ class Decoding:
         names = [state.name for state in ready for _ in state.seq_ids]
         shares: dict[str | None, tuple[RequestState, int]] = {}
         for state in ready:
-            queue = self._table.order.queue_of(state)
+            queue = self._table.policy.queue_of(state)
             shares[queue] = state, shares.get(queue, (state, 0))[1] + len(state.seq_ids)
         return Decoders(numbers, batch, names, list(shares.values()))

@@ -95,7 +95,7 @@ class Placement:
         Shared blocks of a swapped request stay on the device while another request holds them.
         """
         swapped = [state for state in among if state.status is Status.SWAPPED]
-        for state in sorted(swapped, key=self._table.order.rank, reverse=True):
+        for state in sorted(swapped, key=self._table.policy.rank, reverse=True):
             if (self._manager.block_tables(self.handles(state)) >= 0).any():
                 self.drop(state)
                 return True
@@ -114,7 +114,7 @@ class Placement:
             preempted = [each for each in preempted if each.request.namespace == error.namespace]
         else:
             draft.is_blocked = True
-        last = max(running, key=self._table.order.rank)
+        last = max(running, key=self._table.policy.rank)
         if len(running) == 1:
             # If nothing is to be had, another user of this manager took blocks: wait for them.
             if not self.reclaim(preempted):

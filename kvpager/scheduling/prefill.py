@@ -21,7 +21,7 @@ class Prefill:
     def extend(self, draft: Draft) -> None:
         """Add a chunk of each request that was begun, as far as budget and blocks go. O(tokens)."""
         begun = [state for state in self._table.running if not state.is_ready]
-        for state in sorted(begun, key=self._table.order.rank):
+        for state in sorted(begun, key=self._table.policy.rank):
             if not self._add_for_sure(state, draft):
                 draft.is_blocked = True
                 return
@@ -66,5 +66,5 @@ class Prefill:
                 wants=is_first and stop == length,
             )
             if is_first:
-                self._table.order.charge(state, count, 0)
+                self._table.policy.charge(state, count, 0)
         return True

@@ -1,7 +1,7 @@
-"""In which order requests are served: `fifo`, `priority` and `fair`.
+"""Scheduling policies, which decide who is served first: `fifo`, `priority` and `fair`.
 
-An order ranks all live requests, and keeps the waiting ones. The lowest rank goes first; when
-there is no room, the highest leaves. In each order every request comes to be the first at last,
+A policy ranks all live requests, and keeps the waiting ones. The lowest rank goes first; when
+there is no room, the highest leaves. Under each policy every request comes to be the first at last,
 whatever is submitted after it: that, and that the first is never preempted, is why nothing starves.
 """
 
@@ -21,12 +21,16 @@ from kvpager.scheduling.request import RequestState, Status
 Rank = tuple[float, int]
 
 
-class Order(ABC):
-    """The waiting requests, and the ranks of all."""
+class SchedulingPolicy(ABC):
+    """Ranks all live requests, and keeps the waiting ones in queues.
+
+    Attributes:
+        num_waiting: how many requests wait.
+    """
 
     def __init__(self) -> None:
         self._queues: dict[str | None, list[tuple[Rank, RequestState]]] = {}
-        self._num_waiting = 0
+        self.num_waiting = 0
 
     @abstractmethod
     def rank(self, state: RequestState) -> Rank:
@@ -51,14 +55,10 @@ class Order(ABC):
 
     # ---------------------------------------------------------------- waiting
 
-    def __len__(self) -> int:
-        """Return the number of waiting requests. O(1)."""
-        return self._num_waiting
-
     def push(self, state: RequestState) -> None:
         """Let a request wait. O(waiting) memory moved, a few microseconds for 10,000."""
         insort(self._queues.setdefault(self.queue_of(state), []), (self.place(state), state))
-        self._num_waiting += 1
+        self.num_waiting += 1
 
     def remove(self, state: RequestState) -> None:
         """Take a request out of its queue. O(waiting)."""
@@ -68,19 +68,23 @@ class Order(ABC):
         del queue[bisect_left(queue, place, key=lambda entry: entry[0])]
         if not queue:
             del self._queues[name]
-        self._num_waiting -= 1
+        self.num_waiting -= 1
 
     def check(self) -> None:
         """Raise `BrokenInvariant` unless the queues are in order. O(waiting)."""
         queues = self._queues.values()
-        if sum(map(len, queues)) != self._num_waiting or not all(queues):
-            raise BrokenInvariant(f"order: {self._num_waiting} wait, but the queues say otherwise")
+        if sum(map(len, queues)) != self.num_waiting or not all(queues):
+            raise BrokenInvariant(
+                f"policy: num_waiting is {self.num_waiting}, but the queues differ"
+            )
         for queue in queues:
             places = [self.place(state) for _, state in queue]
             if places != sorted(places) or any(
                 state.status is not Status.WAITING for _, state in queue
             ):
-                raise BrokenInvariant("order: a queue is not in order, or has one that runs")
+                raise BrokenInvariant(
+                    "policy: a queue is out of order, or holds a request that does not wait"
+                )
 
     def waiting(self) -> Iterator[RequestState]:
         """Yield the waiting requests by rank. O(queues), then O(log queues) each.
@@ -107,14 +111,14 @@ class Order(ABC):
                 heappop(heads)
 
 
-class Fifo(Order):
+class Fifo(SchedulingPolicy):
     """By arrival."""
 
     def rank(self, state: RequestState) -> Rank:  # noqa: D102
         return 0.0, state.arrival
 
 
-class Priority(Order):
+class Priority(SchedulingPolicy):
     """Lower priority numbers first; `ageing` seconds of waiting are worth one.
 
     All grow old equally fast, so ranks stand still: priority + when submitted / ageing.
@@ -128,7 +132,7 @@ class Priority(Order):
         return state.request.priority + state.submitted / self.ageing, state.arrival
 
 
-class Fair(Order):
+class Fair(SchedulingPolicy):
     """The tenant with the least service first, as in VTC (Sheng et al., 2024).
 
     Service is tokens computed, those decoded counting for `decode_weight`; what is computed again
@@ -188,24 +192,28 @@ class Fair(Order):
         self.service[state.request.tenant] += prompt + self.decode_weight * decoded
 
 
-ORDERS: dict[str, type[Fifo] | type[Priority] | type[Fair]] = {
+POLICIES: dict[str, type[Fifo] | type[Priority] | type[Fair]] = {
     "fifo": Fifo,
     "priority": Priority,
     "fair": Fair,
 }
 
 
-def make_order(order: str | Order) -> Order:
-    """Return the order of this name, or the one given.
+def make_policy(policy: str | SchedulingPolicy) -> SchedulingPolicy:
+    """Return the policy of this name, or the given one.
 
-    Raises: `ValueError` for another name, or an order that somebody uses; `TypeError`.
+    Raises: `ValueError` for an unknown name or a policy that a scheduler uses; `TypeError`.
     """
-    if isinstance(order, Order):
-        if len(order):
-            raise ValueError("order: this one has waiting requests; give each scheduler its own")
-        return order
-    if not isinstance(order, str):
-        raise TypeError(f"order {order!r}: expected a name or an Order")
-    if order not in ORDERS:
-        raise ValueError(f"order {order!r}: expected one of {', '.join(ORDERS)}, or an Order")
-    return ORDERS[order]()
+    if isinstance(policy, SchedulingPolicy):
+        if policy.num_waiting:
+            raise ValueError(
+                "policy: another scheduler uses it. Give each scheduler its own policy."
+            )
+        return policy
+    if not isinstance(policy, str):
+        raise TypeError(f"policy={policy!r}: expected a name or a SchedulingPolicy.")
+    if policy not in POLICIES:
+        raise ValueError(
+            f"policy={policy!r}: expected one of {', '.join(POLICIES)}, or a SchedulingPolicy."
+        )
+    return POLICIES[policy]()

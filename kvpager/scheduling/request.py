@@ -22,8 +22,8 @@ class Request:
         num_samples: the most rows at a time (parallel sampling, beams). They step together.
         namespace: only prefixes of the same namespace and `lora` are reused.
         lora: the LoRA adapter, or other fine-tuned weights, that compute it.
-        tenant: whom the order `"fair"` charges for it.
-        priority: lower goes first, under the order `"priority"`.
+        tenant: whom the policy `"fair"` charges for it.
+        priority: lower goes first, under the policy `"priority"`.
         deadline: when to end it, on the scheduler's clock, running or not.
     """
 

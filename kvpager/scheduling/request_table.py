@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heappush
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import Int32, Reason
-from kvpager.scheduling.queue import Order
+from kvpager.scheduling.queue import SchedulingPolicy
 from kvpager.scheduling.request import Request, RequestState, Status
 from kvpager.scheduling.sequence_state import SequenceState
 
@@ -20,7 +20,7 @@ class RequestTable:
     waits for.
 
     Attributes:
-        order: the waiting requests, and the rank of each live one.
+        policy: the waiting requests, and the rank of each live one.
         sequences: the rows of all requests.
         running: requests on the device, by when they came.
         preempted: requests that were taken off the device and will return.
@@ -29,8 +29,8 @@ class RequestTable:
         version: changes whenever the rows that decode do.
     """
 
-    def __init__(self, order: Order, max_num_seqs: int) -> None:
-        self.order = order
+    def __init__(self, policy: SchedulingPolicy, max_num_seqs: int) -> None:
+        self.policy = policy
         self.sequences = SequenceState()
         self.running: list[RequestState] = []
         self.preempted: list[RequestState] = []
@@ -85,8 +85,8 @@ class RequestTable:
         state = RequestState(request, prompt, self._num_submitted, now, self.generation)
         self._num_submitted += 1
         self._live[request.name] = state
-        self.order.enter(state)
-        self.order.push(state)
+        self.policy.enter(state)
+        self.policy.push(state)
         if request.deadline is not None:
             heappush(self._deadlines, (request.deadline, state.arrival, request.name))
 
@@ -96,12 +96,12 @@ class RequestTable:
             self.sequences.drop(number)
         state.seq_ids.clear()
         if state.status is Status.WAITING:
-            self.order.remove(state)
+            self.policy.remove(state)
         elif state.status is Status.RUNNING:
             self._leave(state)
         else:
             self.preempted.remove(state)
-        self.order.leave(state)
+        self.policy.leave(state)
         del self._live[state.name]
         if len(self._deadlines) > 2 * len(self._live) + 64:  # most of them are of ended requests
             self._deadlines = [entry for entry in self._deadlines if entry[2] in self._live]
@@ -148,7 +148,7 @@ class RequestTable:
     def enter(self, state: RequestState) -> None:
         """Move a request onto the device, when it has its blocks. O(waiting)."""
         if state.status is Status.WAITING:
-            self.order.remove(state)
+            self.policy.remove(state)
         else:
             self.preempted.remove(state)
         state.status = Status.RUNNING
@@ -210,7 +210,7 @@ class RequestTable:
 
         Raises: `BrokenInvariant`, naming the broken law.
         """
-        self.order.check()
+        self.policy.check()
         places = [(state, {Status.RUNNING}) for state in self.running]
         places += [(state, {Status.SWAPPED, Status.DROPPED}) for state in self.preempted]
         for state, allowed in places:
@@ -218,7 +218,7 @@ class RequestTable:
                 raise BrokenInvariant(
                     f"scheduler: {state.name!r} is {state.status.name}, listed elsewhere"
                 )
-        listed = len(self.order) + len(self.running) + len(self.preempted)
+        listed = self.policy.num_waiting + len(self.running) + len(self.preempted)
         if listed != len(self._live):
             raise BrokenInvariant(f"scheduler: {listed} are listed, but {len(self._live)} live")
         reserved = sum(state.request.num_samples for state in self.running)

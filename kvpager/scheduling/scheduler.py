@@ -35,7 +35,7 @@ from kvpager.scheduling.decoding import Decoding
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.prefill import Prefill
-from kvpager.scheduling.queue import Order, make_order
+from kvpager.scheduling.queue import SchedulingPolicy, make_policy
 from kvpager.scheduling.request import Request, Status, read_prompt
 from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.stats import SchedulerStats
@@ -54,7 +54,7 @@ class Scheduler:
         max_num_seqs: rows on the device; a request counts with all it may have. Never more than
             `max_batch_tokens`, so that every row that decodes is in every step.
         max_queue_size: `submit` refuses more than so many waiting requests. None: no bound.
-        order: who goes first, `"fifo"`, `"priority"` or `"fair"`, or an `Order`.
+        policy: who goes first, `"fifo"`, `"priority"` or `"fair"`, or a `SchedulingPolicy`.
         watermark: the share of the blocks that stays available when a request begins or returns,
             unless nothing runs: room for those that run to grow.
         prefix_cache: reuse what equal prompts have computed, and offer what is computed.
@@ -72,7 +72,7 @@ class Scheduler:
         max_batch_tokens: int = 2048,
         max_num_seqs: int = 256,
         max_queue_size: int | None = None,
-        order: str | Order = "fifo",
+        policy: str | SchedulingPolicy = "fifo",
         watermark: float = 0.01,
         prefix_cache: bool = True,
         costs: PreemptionCosts | None = None,
@@ -90,7 +90,7 @@ class Scheduler:
         self.clock = clock
         self._lock: AbstractContextManager[Any] = threading.RLock()
         self._change = Change(self)
-        self._table = RequestTable(make_order(order), min(rows, self.max_batch_tokens))
+        self._table = RequestTable(make_policy(policy), min(rows, self.max_batch_tokens))
         parts = manager, self._table
         placement = Placement(*parts, costs or PreemptionCosts(), by_ids=prefix_cache)
         self._placement = placement
@@ -266,7 +266,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Return the number of requests that have not begun. O(1)."""
-        return len(self._table.order)
+        return self._table.policy.num_waiting
 
     @property
     def num_running(self) -> int:

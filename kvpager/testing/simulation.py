@@ -5,7 +5,7 @@
 
     python -m kvpager.testing.simulation --requests 1e5 --processes 2
 
-A seed decides everything: pool, host tier, order, budgets, costs, and the traffic - arrivals,
+A seed decides everything: pool, host tier, policy, budgets, costs, and the traffic - arrivals,
 shared beginnings, namespaces, parallel samples, beams, deadlines, cancellations, steps that fail.
 The model's KV is one integer a slot: it writes what stands for a token, reads every row's whole
 past through its table, and chooses the next token by all it read; a token that is lost, doubled or

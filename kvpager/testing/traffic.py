@@ -38,7 +38,7 @@ class Scenario:
     max_batch_tokens: int
     max_num_seqs: int
     max_queue_size: int | None
-    order: str
+    policy: str
     watermark: float
     prefix_cache: bool
     costs: str
@@ -112,7 +112,7 @@ def draw_scenario(random: Random) -> Scenario:
         max_batch_tokens=random.choice((16, 64, 500) if is_tight else (1, 8, 17, 64, 500)),
         max_num_seqs=32 if is_tight else random.choice((1, 4, 8, 32)),
         max_queue_size=None if is_tight else random.choice((None, None, 5)),
-        order=random.choice(("fifo", "priority", "fair")),
+        policy=random.choice(("fifo", "priority", "fair")),
         watermark=random.choice((0.0, 0.01) if is_tight else (0.0, 0.01, 0.1, 0.4)),
         prefix_cache=random.random() < 0.7,
         costs=random.choice(list(COSTS)),
@@ -193,7 +193,7 @@ def make_scheduler(scenario: Scenario, clock: Callable[[], float]) -> Scheduler:
         max_batch_tokens=scenario.max_batch_tokens,
         max_num_seqs=scenario.max_num_seqs,
         max_queue_size=scenario.max_queue_size,
-        order=scenario.order,
+        policy=scenario.policy,
         watermark=scenario.watermark,
         prefix_cache=scenario.prefix_cache,
         costs=COSTS[scenario.costs],

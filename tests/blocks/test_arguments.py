@@ -260,7 +260,7 @@ PRIORITIES = [True, 1.0, float("nan"), float("inf"), "1", Fraction(1), 2**31, -(
 
 @pytest.mark.parametrize("priority", PRIORITIES, ids=kind)
 def test_a_requests_priority_is_bounded(priority: object) -> None:
-    scheduler = Scheduler(BlockManager(8, 4), order="priority")
+    scheduler = Scheduler(BlockManager(8, 4), policy="priority")
     request = Request(name="a", prompt=PROMPT, max_new_tokens=1, priority=priority)
     with pytest.raises((TypeError, ValueError), match=r"priority .*expected"):
         scheduler.submit(request)
@@ -268,7 +268,7 @@ def test_a_requests_priority_is_bounded(priority: object) -> None:
 
 
 def test_the_furthest_priorities_still_go_by_arrival() -> None:
-    scheduler = Scheduler(BlockManager(64, 4), order="priority", max_num_seqs=1)
+    scheduler = Scheduler(BlockManager(64, 4), policy="priority", max_num_seqs=1)
     most = 2**31 - 1
     for name, priority in (("last", most), ("b", -most), ("a", -most), ("c", np.int64(0))):
         prompt = np.array(PROMPT)

@@ -82,7 +82,7 @@ def test_the_null_block_cannot_be_had() -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"order": "random"}, "expected one of fifo, priority, fair"),
+        ({"policy": "random"}, "expected one of fifo, priority, fair"),
         ({"watermark": 1.0}, "watermark"),
         ({"max_batch_tokens": 0}, "max_batch_tokens"),
         ({"max_num_seqs": 0}, "max_num_seqs"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvpager import Request, Scheduler, StepPlan
 from kvpager.plans import Reason
-from kvpager.scheduling.queue import Fair, Fifo, Order, Priority
+from kvpager.scheduling.queue import Fair, Fifo, Priority, SchedulingPolicy
 from kvpager.scheduling.request import RequestState
 from tests.support.scheduling import (
     BLOCK_SIZE,
@@ -34,8 +34,8 @@ def begun(scheduler: Scheduler) -> list[object]:
     return list(names)
 
 
-def one_at_a_time(order: str | Order, **options: object) -> Scheduler:
-    return make(order=order, max_num_seqs=1, **options)
+def one_at_a_time(policy: str | SchedulingPolicy, **options: object) -> Scheduler:
+    return make(policy=policy, max_num_seqs=1, **options)
 
 
 # -------------------------------------------------------------------- the three orders
@@ -76,7 +76,7 @@ def test_waiting_improves_a_priority() -> None:
 
 
 def test_who_ranks_last_by_priority_leaves_first() -> None:
-    scheduler = make(num_blocks=6, order="priority", clock=Clock())
+    scheduler = make(num_blocks=6, policy="priority", clock=Clock())
     scheduler.submit(request("low", 4, new=13, priority=5))
     scheduler.submit(request("high", 4, new=13, priority=0))
     assert list(run(scheduler)) == ["high", "low"]
@@ -101,40 +101,40 @@ def test_fair_goes_by_tokens_not_by_requests() -> None:
 
 
 def test_fair_counts_decoded_tokens_by_their_weight() -> None:
-    order = Fair(decode_weight=5.0, ageing=0.0)
-    scheduler = make(order=order)
+    policy = Fair(decode_weight=5.0, ageing=0.0)
+    scheduler = make(policy=policy)
     scheduler.submit(request("a", 6, new=4, tenant="x"))
     run(scheduler)
-    assert order.service["x"] == 6 + 5.0 * 3
+    assert policy.service["x"] == 6 + 5.0 * 3
 
 
 def test_what_is_cached_or_computed_again_is_not_charged() -> None:
-    order = Fair(ageing=0.0)
-    scheduler = make(num_blocks=6, order=order, prefix_cache=False)
+    policy = Fair(ageing=0.0)
+    scheduler = make(num_blocks=6, policy=policy, prefix_cache=False)
     for name in "ab":
         scheduler.submit(request(name, 4, new=13, tenant=name))
     run(scheduler)
     assert scheduler.stats().total_preempted_by_recompute == 1
-    assert order.service == {"a": 4 + 24.0, "b": 4 + 24.0}
-    order = Fair(ageing=0.0)
-    scheduler = make(order=order)
+    assert policy.service == {"a": 4 + 24.0, "b": 4 + 24.0}
+    policy = Fair(ageing=0.0)
+    scheduler = make(policy=policy)
     for name in "ab":
         scheduler.submit(Request(name=name, prompt=ids(8), max_new_tokens=1, tenant=name))
         run(scheduler)
-    assert order.service["a"] == 8
-    assert order.service["b"] == 8 + 1  # lifted to the one who left, and one token to compute
+    assert policy.service["a"] == 8
+    assert policy.service["b"] == 8 + 1  # lifted to the one who left, and one token to compute
 
 
 def test_a_tenant_who_was_away_brings_no_credit() -> None:
-    order = Fair(ageing=0.0)
-    scheduler = one_at_a_time(order)
+    policy = Fair(ageing=0.0)
+    scheduler = one_at_a_time(policy)
     for number in range(20):
         scheduler.submit(request(f"a{number}", 4, new=3, tenant="a"))
     for _ in range(30):
         step(scheduler)
     for number in range(5):
         scheduler.submit(request(f"b{number}", 4, new=3, tenant="b"))
-    assert order.service["b"] == order.service["a"] > 50
+    assert policy.service["b"] == policy.service["a"] > 50
     late = begun(scheduler)
     places = [late.index(f"b{number}") for number in range(5)]
     assert max(np.diff(places)) <= 2  # in turn with the other's
@@ -143,15 +143,15 @@ def test_a_tenant_who_was_away_brings_no_credit() -> None:
 
 @pytest.mark.parametrize("num_tenants", [2, 5])
 def test_busy_tenants_get_equal_shares_however_unlike_their_requests(num_tenants: int) -> None:
-    order = Fair(ageing=0.0)
-    scheduler = make(num_blocks=400, order=order, max_num_seqs=4, max_batch_tokens=64)
+    policy = Fair(ageing=0.0)
+    scheduler = make(num_blocks=400, policy=policy, max_num_seqs=4, max_batch_tokens=64)
     for tenant in range(num_tenants):
         for number in range(60):
             length, new = 4 + 6 * tenant, 3 + 3 * tenant
             scheduler.submit(request((tenant, number), length, new=new, tenant=str(tenant)))
     while min(Counter(name[0] for name in scheduler.names).values()) > 10:
         step(scheduler)
-    service = list(order.service.values())
+    service = list(policy.service.values())
     # Never further apart than what may be under way: VTC's bound.
     most = 4 * (4 + 6 * num_tenants + 2 * (3 + 3 * num_tenants))
     assert max(service) - min(service) <= most
@@ -159,12 +159,12 @@ def test_busy_tenants_get_equal_shares_however_unlike_their_requests(num_tenants
 
 
 def test_tenants_that_are_gone_are_forgotten() -> None:
-    order = Fair()
-    scheduler = make(order=order)
+    policy = Fair()
+    scheduler = make(policy=policy)
     for number in range(500):
         scheduler.submit(request(number, 2, new=1, tenant=str(number)))
         run(scheduler)
-    assert len(order.service) < 100
+    assert len(policy.service) < 100
 
 
 def test_an_order_of_ones_own() -> None:
@@ -178,13 +178,13 @@ def test_an_order_of_ones_own() -> None:
     assert begun(scheduler) == [3, 6, 9]
 
 
-def test_an_order_serves_one_scheduler() -> None:
-    order = Fifo()
-    make(order=order).submit(request("a"))
-    with pytest.raises(ValueError, match="give each scheduler its own"):
-        make(order=order)
-    with pytest.raises(TypeError, match="a name or an Order"):
-        make(order=3)
+def test_a_policy_serves_one_scheduler() -> None:
+    policy = Fifo()
+    make(policy=policy).submit(request("a"))
+    with pytest.raises(ValueError, match="Give each scheduler its own policy"):
+        make(policy=policy)
+    with pytest.raises(TypeError, match="a name or a SchedulingPolicy"):
+        make(policy=3)
     with pytest.raises(ValueError, match="ageing 0"):
         Priority(ageing=0.0)
 
@@ -192,19 +192,19 @@ def test_an_order_serves_one_scheduler() -> None:
 # -------------------------------------------------------------------- nobody starves
 
 
-def flood(order: str) -> Iterator[Request]:
-    """Without end, requests that the order prefers to anything."""
+def flood(policy: str) -> Iterator[Request]:
+    """Without end, requests that the policy prefers to anything."""
     number = 0
     while True:
         number += 1
-        tenant = f"new{number}" if order == "fair" else None
+        tenant = f"new{number}" if policy == "fair" else None
         yield request(f"f{number}", 5, new=6, priority=-5, tenant=tenant)
 
 
 @pytest.mark.slow
 @settings(max_examples=25)
 @given(
-    order=st.sampled_from(["fifo", "priority", "fair"]),
+    policy=st.sampled_from(["fifo", "priority", "fair"]),
     num_blocks=st.integers(8, 40),
     num_host_blocks=st.sampled_from([0, 10]),
     max_num_seqs=st.integers(1, 6),
@@ -213,7 +213,7 @@ def flood(order: str) -> Iterator[Request]:
     watermark=st.sampled_from([0.0, 0.1]),
 )
 def test_nobody_starves_whatever_comes_after(
-    order: str,
+    policy: str,
     num_blocks: int,
     num_host_blocks: int,
     max_num_seqs: int,
@@ -225,17 +225,17 @@ def test_nobody_starves_whatever_comes_after(
     scheduler = make(
         num_blocks,
         num_host_blocks,
-        order=order,
+        policy=policy,
         max_num_seqs=max_num_seqs,
         max_batch_tokens=16,
         chunked=chunked,
         watermark=watermark,
         clock=clock,
     )
-    if order == "fair":  # it has a lot of service when the others still have none
+    if policy == "fair":  # it has a lot of service when the others still have none
         scheduler.submit(request("before", 20, new=8, tenant="me"))
     scheduler.submit(request("mine", 17, new=12, priority=5, tenant="me"))
-    others = flood(order)
+    others = flood(policy)
     for _ in range(1500):
         clock.now += 1.0
         if scheduler.num_waiting < 50:
@@ -328,7 +328,7 @@ def test_a_leader_that_is_cancelled_is_not_waited_for() -> None:
 
 def test_nobody_waits_for_a_second_beginning() -> None:
     """Leaders that go first and have ever more in common, one after the other."""
-    scheduler = make(num_blocks=200, max_batch_tokens=12, order="priority", clock=Clock())
+    scheduler = make(num_blocks=200, max_batch_tokens=12, policy="priority", clock=Clock())
     scheduler.submit(Request(name=0, prompt=ids(16), max_new_tokens=3))
     step(scheduler)
     scheduler.submit(Request(name="waits", prompt=ids(100), max_new_tokens=1, priority=5))
@@ -370,7 +370,7 @@ def test_a_fair_order_looks_at_each_tenant_once_a_step(monkeypatch: pytest.Monke
         return rank(self, live)
 
     monkeypatch.setattr(Fair, "rank", counted)
-    scheduler = make(num_blocks=400, max_num_seqs=64, max_batch_tokens=4096, order="fair")
+    scheduler = make(num_blocks=400, max_num_seqs=64, max_batch_tokens=4096, policy="fair")
     for number in range(200):
         scheduler.submit(request(number, 4, new=2, tenant=f"t{number}"))
     looked[0] = 0

@@ -28,7 +28,7 @@ def scheduler_of(source: random.Random, kind: str) -> Scheduler:
     return Scheduler(
         manager,
         costs=PreemptionCosts(seconds_per_block=source.choice([0.0, math.inf])),
-        order=source.choice(["fifo", "priority", "fair"]),
+        policy=source.choice(["fifo", "priority", "fair"]),
         prefix_cache=source.random() < 0.7,
         max_batch_tokens=source.choice([8, 64]),
         watermark=source.choice([0.0, 0.1]),

@@ -180,7 +180,7 @@ def corrupt_numbers(scheduler: Scheduler) -> None:
 
 
 def corrupt_queue(scheduler: Scheduler) -> None:
-    scheduler._table.order._num_waiting += 1
+    scheduler._table.policy.num_waiting += 1
 
 
 def corrupt_blocks(scheduler: Scheduler) -> None:

@@ -70,7 +70,7 @@ def make_scheduler(
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         max_queue_size=config.max_queue_size,
-        order=config.order,
+        policy=config.policy,
         prefix_cache=config.prefix_cache and not info.has_state and not info.is_encoder_decoder,
         max_model_len=max_model_len,
         chunked=chunked,
@@ -82,7 +82,7 @@ def make_manager(
     info: ModelInfo, config: EngineConfig, sizes: PoolSizes, *, chunked: bool
 ) -> CacheManager:
     """Make the manager of the pool's blocks, over groups if layers have windows. O(blocks)."""
-    eviction = config.policy(sizes.device)
+    eviction = config.eviction_policy(sizes.device)
     if not any(info.windows):
         return BlockManager(sizes.device, config.block_size, sizes.host, eviction=eviction)
     return GroupedManager(

@@ -580,7 +580,7 @@ def test_lengths_of_many_kinds_leave_nothing_behind(llama):
         ({"compile": {"backend": "cudagraphs"}}, ValueError),
         ({"max_model_len": 10**9}, ValueError),
         ({"max_queue_size": 0}, ValueError),
-        ({"order": "none"}, ValueError),
+        ({"policy": "none"}, ValueError),
         ({"kv_cache_dtype": ["int8"]}, ValueError),
     ],
 )
@@ -780,9 +780,9 @@ def test_an_engine_refuses_bounds_without_room_for_a_block_as_a_patch_does(optio
 
 def test_settings_come_as_one_object_with_single_ones_in_their_place() -> None:
     model = tiny_models.tiny_model("llama")
-    config = EngineConfig(memory="1MiB", max_num_seqs=4, order="fair")
+    config = EngineConfig(memory="1MiB", max_num_seqs=4, policy="fair")
     with Engine(model, config, max_num_seqs=2) as engine:
-        assert (engine.config.max_num_seqs, engine.config.order) == (2, "fair")
+        assert (engine.config.max_num_seqs, engine.config.policy) == (2, "fair")
         assert config.max_num_seqs == 4
         assert len(engine.generate([[5, 6, 7]], max_new_tokens=3)) == 1
 
