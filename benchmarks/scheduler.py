@@ -33,7 +33,7 @@ NUMBERS = itertools.count()
 def request(length: int, new: int) -> Request:
     number = next(NUMBERS)
     prompt = np.random.default_rng(number).integers(0, 32_000, length, dtype=np.int32)
-    return Request(name=number, prompt=prompt, max_new_tokens=new, tenant=str(number % 8))
+    return Request(request_id=number, prompt=prompt, max_new_tokens=new, tenant=str(number % 8))
 
 
 def go_on(scheduler: Scheduler, plan: StepPlan) -> None:

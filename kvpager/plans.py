@@ -79,7 +79,7 @@ class GroupStep(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """What a `Scheduler` wants computed now: plain arrays and names, so it can cross a process.
+    """What a `Scheduler` wants computed now: plain arrays and ids, so it can cross a process.
 
     Apply `moves` in order, then `copies` (all reads before all writes), then compute `counts[i]`
     tokens of each row i: write their KV to `slots`, and let them see the first `seq_lens[i]` tokens
@@ -89,7 +89,7 @@ class StepPlan:
         moves: swaps, to be applied first.
         copies: int32 [n, 2], device blocks to copy next. A block may be source of one pair and
             destination of another, never destination of two.
-        names: the request of each row.
+        request_ids: the request of each row.
         samples: int32 [rows], the number of each row's sequence. It stays the same while the
             sequence lives, preempted or not, and is given to no other before a plan after the
             one that has it in `freed`.
@@ -108,7 +108,7 @@ class StepPlan:
 
     moves: list[Plan]
     copies: Int32
-    names: list[Hashable]
+    request_ids: list[Hashable]
     samples: Int32
     starts: Int32
     counts: Int32
@@ -128,7 +128,7 @@ class StepPlan:
 
     def __len__(self) -> int:
         """How many rows are to be computed."""
-        return len(self.names)
+        return len(self.request_ids)
 
     def __bool__(self) -> bool:
         """A plan without rows is a plan: it may have moves to make and ends to tell."""

@@ -176,7 +176,7 @@ class Engine:
         *,
         input_ids: Any = None,
         attention_mask: Any = None,
-        name: str | None = None,
+        request_id: str | None = None,
         namespace: str | None = None,
         tenant: str | None = None,
         priority: int = 0,
@@ -195,7 +195,7 @@ class Engine:
                 those, such as `max_new_tokens=64`.
             input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
             attention_mask: zeros for padding before or after the prompt, which is left out.
-            name: unique among the requests that live; made up where None.
+            request_id: unique among live requests; None makes one up.
             namespace: only requests of the same namespace share cached prompts; `quotas` may bound
                 the blocks of each.
             tenant: whose request it is, for `policy="fair"`.
@@ -209,11 +209,16 @@ class Engine:
         """
         self._core.refuse_closed()
         arguments.flag("logprobs", logprobs)
-        arguments.label("name", name)
+        arguments.label("request_id", request_id)
         given = prompt_argument("prompt", prompt, input_ids)
         ids = self._reader(generation_config, overrides).one(given, attention_mask)
         sampling = self._chosen_settings(sampling_settings, generation_config, overrides)
-        labels = {"name": name, "namespace": namespace, "tenant": tenant, "priority": priority}
+        labels = {
+            "request_id": request_id,
+            "namespace": namespace,
+            "tenant": tenant,
+            "priority": priority,
+        }
         return self._queue(ids, sampling, seed, logprobs, timeout, labels)
 
     def _queue(
@@ -235,7 +240,7 @@ class Engine:
             max_new_tokens=choice.max_new_tokens,
             num_samples=sampling.num_samples,
             deadline=deadline,
-            **labels | {"name": labels["name"] or f"request-{next(self._numbers)}"},
+            **labels | {"request_id": labels["request_id"] or f"request-{next(self._numbers)}"},
         )
         require_room(request, self._core.scheduler, self._storage, self._memory)
         return self._core.submit(request, settings, ids)
@@ -261,8 +266,8 @@ class Engine:
         Prompts are a list, a padded tensor, or what a tokenizer returned, whose mask is taken:
         `generate(tokenizer(texts))` and `generate(**tokenizer(texts))` are the same.
         A padded tensor without `attention_mask` is read as the model's `generate` reads it.
-        `progress` shows a bar. Other options are those of `submit`, except `name`. With a `seed`,
-        each prompt has the next one: seed, seed + 1, ... If a request fails, the
+        `progress` shows a bar. Other options are those of `submit`, except `request_id`.
+        With a `seed`, each prompt has the next one: seed, seed + 1, ... If a request fails, the
         others are cancelled. Raises: as `submit` and `Stream.result`.
         """
         arguments.flag("progress", progress)
@@ -296,12 +301,12 @@ class Engine:
         options = {"tokenizer": self._tokenizer} | options
         return SamplingSettings(self.model, generation_config, **options)
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, request_id: str) -> None:
         """End a request; does nothing for one that has ended. O(1)."""
-        if not isinstance(name, str):
-            shown = arguments.shown(name)
-            raise TypeError(f"cancel({shown}): expected a request's name. Pass stream.name.")
-        self._core.cancel(name)
+        if not isinstance(request_id, str):
+            shown = arguments.shown(request_id)
+            raise TypeError(f"cancel({shown}): expected a request id. Pass stream.request_id.")
+        self._core.cancel(request_id)
 
     def stats(self) -> EngineStats:
         """Counts of now, and totals since the engine was made. O(blocks + sequences)."""

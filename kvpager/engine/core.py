@@ -1,7 +1,7 @@
 """An engine for any runner: requests of token ids, served by a thread of its own.
 
 with EngineCore(scheduler, runner, sampler) as core:
-    request = Request(name="a", prompt=ids, max_new_tokens=100)
+    request = Request(request_id="a", prompt=ids, max_new_tokens=100)
     for token in core.submit(request, RequestSettings(stop_ids=frozenset({2}))):
         print(token.id)
 """
@@ -132,7 +132,10 @@ class EngineCore:
         """
         begins = request.prompt.tolist()
         output = Output(
-            request.name, begins if prompt is None else prompt, [], arrival_time=time.monotonic()
+            request.request_id,
+            begins if prompt is None else prompt,
+            [],
+            arrival_time=time.monotonic(),
         )
         tracked = TrackedRequest(Channel(output), request, settings, begins, self._tokenizer)
         # Made first: should an interrupt take it from the caller, it cancels the request.
@@ -149,10 +152,10 @@ class EngineCore:
         self._rest()
         return stream
 
-    def cancel(self, name: Hashable) -> None:
+    def cancel(self, request_id: Hashable) -> None:
         """End a request; does nothing for one that has ended. O(1). Raises: `EngineClosed`."""
         with self._locked():
-            tracked = self._loop.requests.get(name)
+            tracked = self._loop.requests.get(request_id)
         if tracked is not None:
             self._cancel(tracked.channel)
 

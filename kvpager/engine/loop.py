@@ -57,7 +57,7 @@ class Loop:
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self.requests: dict[Hashable, TrackedRequest] = {}  # those that live, by name
+        self.requests: dict[Hashable, TrackedRequest] = {}  # the live requests, by id
         self.between_steps: list[Callable[[], None]] = []
         if guard is not None:
             self.between_steps.append(guard.between_steps)
@@ -75,26 +75,28 @@ class Loop:
 
     def submit(self, request: Request, tracked: TrackedRequest) -> None:
         """Queue a request. Call under the lock. O(tokens). Raises: as `Scheduler.submit`."""
-        if request.name in self.requests:
-            raise ValueError(f"request {request.name!r}: the name is in use; choose another")
+        if request.request_id in self.requests:
+            raise ValueError(
+                f"request_id={request.request_id!r}: a live request has this id. Choose another."
+            )
         # Track the request first: after an interrupt, no request may be queued but untracked.
-        self.requests[request.name] = tracked
+        self.requests[request.request_id] = tracked
         try:
             self.scheduler.submit(request)
         except BaseException:
-            del self.requests[request.name]
-            self.scheduler.cancel(request.name)
+            del self.requests[request.request_id]
+            self.scheduler.cancel(request.request_id)
             raise
         if self._guard is not None:
             self._guard.note_arrival()
 
     def cancel(self, channel: Channel) -> None:
         """End the request whose channel this is. Call under the lock. O(its blocks + waiting)."""
-        name = channel.output.name
-        tracked = self.requests.get(name)
-        # It may have ended by now, and another have its name.
+        request_id = channel.output.request_id
+        tracked = self.requests.get(request_id)
+        # It may have ended by now, and another may have its id.
         if tracked is not None and tracked.channel is channel:
-            self.scheduler.cancel(name)
+            self.scheduler.cancel(request_id)
 
     def live_requests(self) -> Iterator[Request]:
         """Yield the live requests. Call under the lock."""
@@ -132,12 +134,12 @@ class Loop:
 
     def end_all(self, error: BaseException | None) -> None:
         """End all requests, with `error` if a defect stopped the engine. Call under the lock."""
-        for name, tracked in self.requests.items():
+        for request_id, tracked in self.requests.items():
             tracked.error = error
             how = "was not done when the engine was closed"
             self._dispatcher.post(tracked.ending(Reason.CANCELLED, how))
             if error is None:
-                self.scheduler.cancel(name)
+                self.scheduler.cancel(request_id)
         self.requests.clear()
 
     def _plan(self) -> StepPlan | None:
@@ -148,28 +150,31 @@ class Loop:
             return None
         for sample in plan.freed.tolist():
             self._samples.pop(sample, None)
-        for name, reason in plan.ended:
-            self._end(name, reason)
+        for request_id, reason in plan.ended:
+            self._end(request_id, reason)
         now = time.monotonic()
-        for name in plan.names:
-            output = self.requests[name].channel.output
+        for request_id in plan.request_ids:
+            output = self.requests[request_id].channel.output
             if output.first_scheduled_time is None:
                 output.first_scheduled_time = now
         self._log_preemptions()
         return plan
 
     def _prompts(self, plan: StepPlan) -> dict[int, list[int]]:
-        prompts = (self.requests[name].channel.output.prompt_token_ids for name in plan.names)
+        prompts = (
+            self.requests[request_id].channel.output.prompt_token_ids
+            for request_id in plan.request_ids
+        )
         return dict(zip(plan.samples.tolist(), prompts, strict=True))
 
     def _choose(self, plan: StepPlan, logits: Any) -> list[Draw]:
         numbers = np.flatnonzero(plan.wants_logits).tolist()
-        rows = [self._row(plan.names[i], int(plan.samples[i])) for i in numbers]
+        rows = [self._row(plan.request_ids[i], int(plan.samples[i])) for i in numbers]
         return self._sampler.choose(logits, rows) if rows else []
 
-    def _row(self, name: Hashable, number: int) -> Row:
+    def _row(self, request_id: Hashable, number: int) -> Row:
         sample = self._samples.get(number)
-        return self.requests[name].first_row() if sample is None else sample.row()
+        return self.requests[request_id].first_row() if sample is None else sample.row()
 
     def _advance(self, plan: StepPlan, draws: list[Draw]) -> None:
         """Hand the chosen tokens out, and tell the scheduler which rows continue with which."""
@@ -180,8 +185,8 @@ class Loop:
         news: list[tuple[Channel, list[Token]]] = []
         now = time.monotonic()
         for row, draw in zip(np.flatnonzero(plan.wants_logits).tolist(), draws, strict=True):
-            name, number = plan.names[row], int(plan.samples[row])
-            tracked = self.requests[name]
+            request_id, number = plan.request_ids[row], int(plan.samples[row])
+            tracked = self.requests[request_id]
             arrived, continuing = tracked.extend(self._samples.get(number), draw, now)
             news.append((tracked.channel, arrived))
             for sample, token in continuing:
@@ -189,14 +194,14 @@ class Loop:
                 tokens.append(token)
                 successors.append(sample)
             if tracked.error is not None:
-                failed.append(name)
+                failed.append(request_id)
         self._dispatcher.post(partial(_hand_out, news))
         with self._lock:
             numbers = self.scheduler.complete(
                 plan, np.array(parents, np.int64), np.array(tokens, np.int32)
             )
-            for name in failed:
-                self.scheduler.cancel(name)
+            for request_id in failed:
+                self.scheduler.cancel(request_id)
         for row, number, sample in zip(parents, numbers.tolist(), successors, strict=True):
             if number < 0:  # it has ended by itself
                 continue
@@ -204,21 +209,21 @@ class Loop:
                 self.runner.fork(int(plan.samples[row]), number)
             self._samples[number] = sample
 
-    def _end(self, name: Hashable, reason: Reason) -> None:
-        tracked = self.requests.pop(name, None)
+    def _end(self, request_id: Hashable, reason: Reason) -> None:
+        tracked = self.requests.pop(request_id, None)
         if tracked is not None:
             self._dispatcher.post(tracked.ending(reason))
 
     def _give_up(self, plan: StepPlan, error: BaseException) -> None:
         """The step failed, and with it the requests in it; the others continue."""
-        names = list(dict.fromkeys(plan.names))
-        shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+        request_ids = list(dict.fromkeys(plan.request_ids))
+        shown = ", ".join(map(repr, request_ids[:3])) + (", ..." if len(request_ids) > 3 else "")
         logger.error("a step failed, and requests %s: %r", shown, error, exc_info=error)
         with self._lock:
-            for name in self.scheduler.abort(plan):
-                if name in self.requests:
-                    self.requests[name].error = error
-                self._end(name, Reason.FAILED)
+            for request_id in self.scheduler.abort(plan):
+                if request_id in self.requests:
+                    self.requests[request_id].error = error
+                self._end(request_id, Reason.FAILED)
 
     def _record(self, plan: StepPlan, seconds: float) -> None:
         self._busy_seconds += seconds

@@ -38,7 +38,7 @@ class LiveQuotas:
             if need > ceiling:
                 raise ValueError(
                     f"quota of {ceiling} blocks for namespace {namespace!r}: its request "
-                    f"{request.name!r} may need {need}. Cancel it, or raise the quota."
+                    f"{request.request_id!r} may need {need}. Cancel it, or raise the quota."
                 )
         try:
             self._manager.quotas.set(namespace, ceiling=ceiling)

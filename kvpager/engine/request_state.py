@@ -129,13 +129,13 @@ class TrackedRequest:
 
     def _error(self, reason: Reason, how: str) -> KVPagerError | None:
         """Return why the request has no result. An error that was met comes first."""
-        name = self.channel.output.name
+        request_id = self.channel.output.request_id
         if self.error is not None:
-            error = RequestFailed(f"request {name!r} failed: {self.error!r}")
+            error = RequestFailed(f"request {request_id!r} failed: {self.error!r}")
             error.__cause__ = self.error
             return error
         if reason is Reason.CANCELLED:
-            return RequestCancelled(f"request {name!r} {how}")
+            return RequestCancelled(f"request {request_id!r} {how}")
         if reason is Reason.EXPIRED:
-            return RequestExpired(f"request {name!r} was not done by its deadline")
+            return RequestExpired(f"request {request_id!r} was not done by its deadline")
         return None

@@ -50,7 +50,7 @@ class Output:
     Times are those of `time.monotonic`. A time is None if the request did not get that far.
     """
 
-    name: Hashable
+    request_id: Hashable
     prompt_token_ids: list[int]
     samples: list[Sample]
     arrival_time: float
@@ -68,7 +68,7 @@ class Output:
         """Return the text of the first sample. Raises: `ValueError` without a tokenizer."""
         text = self.samples[0].text
         if text is None:
-            raise ValueError(f"request {self.name!r} has no text: {_NO_TOKENIZER}")
+            raise ValueError(f"request {self.request_id!r} has no text: {_NO_TOKENIZER}")
         return text
 
 
@@ -132,14 +132,16 @@ class Channel:
         """Return the next token; None after the last. Raises: `TimeoutError`, `EngineClosed`."""
         with self._locked():
             if not self._changed.wait_for(lambda: self._arrived or self.is_done, timeout):
-                raise TimeoutError(f"no token of request {self.output.name!r} in {timeout} s")
+                raise TimeoutError(f"no token of request {self.output.request_id!r} in {timeout} s")
             return self._arrived.popleft() if self._arrived else None
 
     def wait(self, timeout: float | None) -> None:
         """Wait until nothing follows. Raises: `TimeoutError`, `EngineClosed`."""
         with self._locked():
             if not self._changed.wait_for(lambda: self.is_done, timeout):
-                raise TimeoutError(f"request {self.output.name!r} is not done after {timeout} s")
+                raise TimeoutError(
+                    f"request {self.output.request_id!r} is not done after {timeout} s"
+                )
 
     async def changed(self, is_enough: Callable[[], bool]) -> None:
         """Until `is_enough`, without blocking the event loop."""
@@ -242,12 +244,13 @@ class Stream:
             state = "waiting" if output.first_scheduled_time is None else "running"
         counts = [len(sample.token_ids) for sample in output.samples] or [0]
         tokens = " + ".join([*map(str, counts[:-1]), counted(counts[-1], "token")])
-        return f"<Stream of {output.name!r}: {state}, {len(output.prompt_token_ids)} -> {tokens}>"
+        num_prompt = len(output.prompt_token_ids)
+        return f"<Stream of {output.request_id!r}: {state}, {num_prompt} -> {tokens}>"
 
     @property
-    def name(self) -> Hashable:
-        """The request's."""
-        return self._channel.output.name
+    def request_id(self) -> Hashable:
+        """Return the id of the request."""
+        return self._channel.output.request_id
 
     @property
     def done(self) -> bool:

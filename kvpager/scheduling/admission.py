@@ -61,29 +61,29 @@ class AdmissionPolicy:
 
     def refuse_impossible(self, request: Request, num_prompt: int) -> None:
         """Raise `ValueError` if the request could not be served even alone. O(1)."""
-        name, length = request.name, num_prompt + request.max_new_tokens
+        request_id, length = request.request_id, num_prompt + request.max_new_tokens
         max_num_seqs = self._table.max_num_seqs
         if request.num_samples > max_num_seqs:
             raise ValueError(
-                f"request {name!r}: {request.num_samples} samples, but at most "
+                f"request {request_id!r}: {request.num_samples} samples, but at most "
                 f"{max_num_seqs} rows run; ask for fewer, or raise max_num_seqs"
             )
         what = f"a prompt of {num_prompt} and {request.max_new_tokens} new tokens"
         if self.max_model_len is not None and length > self.max_model_len:
             raise ValueError(
-                f"request {name!r}: {what} are more than max_model_len {self.max_model_len}; "
+                f"request {request_id!r}: {what} are more than max_model_len {self.max_model_len}; "
                 "shorten the prompt or lower max_new_tokens"
             )
         need = blocks_needed(request, num_prompt, self._manager)
         if need > self._num_usable:
             raise ValueError(
-                f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
+                f"request {request_id!r}: {what} in {request.num_samples} samples may need {need} "
                 f"blocks, the pool has {self._num_usable}; ask for less, or make the pool larger"
             )
         ceiling = self._manager.quotas.ceiling(request.namespace)
         if ceiling is not None and need > ceiling:
             raise ValueError(
-                f"request {name!r}: {what} in {request.num_samples} samples may need {need} "
+                f"request {request_id!r}: {what} in {request.num_samples} samples may need {need} "
                 f"blocks, its namespace may have {ceiling}; ask for less or raise the quota"
             )
 

@@ -41,7 +41,7 @@ class Completion:
             total = int(counts[np.isin(plan.samples, state.seq_ids)].sum())
             if total > state.request.num_samples:
                 raise ValueError(
-                    f"request {state.name!r}: {total} samples, but num_samples is "
+                    f"request {state.request_id!r}: {total} samples, but num_samples is "
                     f"{state.request.num_samples}"
                 )
 

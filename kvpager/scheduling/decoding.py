@@ -71,9 +71,9 @@ class Decoding:
         numbers = np.array(rows, np.int32)
         numbers.flags.writeable = False
         batch = self._manager.batch([sequences.handle(number) for number in rows])
-        names = [state.name for state in ready for _ in state.seq_ids]
+        request_ids = [state.request_id for state in ready for _ in state.seq_ids]
         shares: dict[str | None, tuple[RequestState, int]] = {}
         for state in ready:
             queue = self._table.policy.queue_of(state)
             shares[queue] = state, shares.get(queue, (state, 0))[1] + len(state.seq_ids)
-        return Decoders(numbers, batch, names, list(shares.values()))
+        return Decoders(numbers, batch, request_ids, list(shares.values()))

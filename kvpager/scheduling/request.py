@@ -16,7 +16,7 @@ class Request:
     """A prompt to be continued, and how.
 
     Args:
-        name: whatever the caller calls it; no two live requests have the same.
+        request_id: the caller's id, any hashable value; unique among live requests.
         prompt: token ids, at least one.
         max_new_tokens: no row gets more; what a request may ever need goes by it.
         num_samples: the most rows at a time (parallel sampling, beams). They step together.
@@ -27,7 +27,7 @@ class Request:
         deadline: when to end it, on the scheduler's clock, running or not.
     """
 
-    name: Hashable
+    request_id: Hashable
     prompt: Int32
     max_new_tokens: int
     num_samples: int = 1
@@ -84,9 +84,9 @@ class RequestState:
         self.shared = 0  # tokens of that beginning
 
     @property
-    def name(self) -> Hashable:
-        """Return the caller's name for it."""
-        return self.request.name
+    def request_id(self) -> Hashable:
+        """Return the caller's id of the request."""
+        return self.request.request_id
 
     @property
     def identity(self) -> tuple[str | None, str | None]:
@@ -105,10 +105,12 @@ def read_prompt(request: Request) -> Int32:
     """
     if not isinstance(request, Request):
         raise TypeError(f"expected a Request, got {type(request).__name__}")
-    hash(request.name)
+    hash(request.request_id)
     prompt = arguments.token_ids(request.prompt).copy()
     if not len(prompt):
-        raise ValueError(f"request {request.name!r}: the prompt is empty; give at least one token")
+        raise ValueError(
+            f"request {request.request_id!r}: the prompt is empty; give at least one token"
+        )
     arguments.count("max_new_tokens", request.max_new_tokens, at_least=1)
     arguments.count("num_samples", request.num_samples, at_least=1)
     for name in ("namespace", "lora", "tenant"):

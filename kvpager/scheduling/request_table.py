@@ -41,7 +41,7 @@ class RequestTable:
         self._live: dict[Hashable, RequestState] = {}
         self._deadlines: list[tuple[float, int, Hashable]] = []
         self._ended: list[tuple[Hashable, Reason]] = []
-        self._untold: set[Hashable] = set()  # names in `_ended`
+        self._untold: set[Hashable] = set()  # ids in `_ended`
         self._num_submitted = 0
 
     # ---------------------------------------------------------------- reading
@@ -52,13 +52,13 @@ class RequestTable:
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._live)
 
-    def get(self, name: Hashable) -> RequestState | None:
-        """Return the live request of this name. O(1)."""
-        return self._live.get(name)
+    def get(self, request_id: Hashable) -> RequestState | None:
+        """Return the live request with this id. O(1)."""
+        return self._live.get(request_id)
 
-    def is_known(self, name: Hashable) -> bool:
-        """True if a live request has this name, or one whose end no plan has told yet. O(1)."""
-        return name in self._live or name in self._untold
+    def is_known(self, request_id: Hashable) -> bool:
+        """True if a live request has this id, or one whose end no plan has told yet. O(1)."""
+        return request_id in self._live or request_id in self._untold
 
     def has_rows_for(self, state: RequestState) -> bool:
         """True if all rows that a request may have can run now. O(1)."""
@@ -84,11 +84,11 @@ class RequestTable:
         """Let a request wait for its turn. O(waiting) memory moved."""
         state = RequestState(request, prompt, self._num_submitted, now, self.generation)
         self._num_submitted += 1
-        self._live[request.name] = state
+        self._live[request.request_id] = state
         self.policy.enter(state)
         self.policy.push(state)
         if request.deadline is not None:
-            heappush(self._deadlines, (request.deadline, state.arrival, request.name))
+            heappush(self._deadlines, (request.deadline, state.arrival, request.request_id))
 
     def end(self, state: RequestState, reason: Reason) -> None:
         """Remove a request whose blocks were freed. O(rows + waiting)."""
@@ -102,12 +102,12 @@ class RequestTable:
         else:
             self.preempted.remove(state)
         self.policy.leave(state)
-        del self._live[state.name]
+        del self._live[state.request_id]
         if len(self._deadlines) > 2 * len(self._live) + 64:  # most of them are of ended requests
             self._deadlines = [entry for entry in self._deadlines if entry[2] in self._live]
             heapify(self._deadlines)
-        self._ended.append((state.name, reason))
-        self._untold.add(state.name)
+        self._ended.append((state.request_id, reason))
+        self._untold.add(state.request_id)
 
     def end_later(self, state: RequestState, reason: Reason) -> None:
         """Mark a request to be ended when its step is over. O(1)."""
@@ -117,8 +117,8 @@ class RequestTable:
         """Return the live requests whose deadline has passed, each once. O(log requests) each."""
         expired = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, arrival, name = heappop(self._deadlines)
-            state = self._live.get(name)
+            _, arrival, request_id = heappop(self._deadlines)
+            state = self._live.get(request_id)
             if state is not None and state.arrival == arrival:
                 expired.append(state)
         return expired
@@ -216,7 +216,7 @@ class RequestTable:
         for state, allowed in places:
             if state.status not in allowed:
                 raise BrokenInvariant(
-                    f"scheduler: {state.name!r} is {state.status.name}, listed elsewhere"
+                    f"scheduler: {state.request_id!r} is {state.status.name}, listed elsewhere"
                 )
         listed = self.policy.num_waiting + len(self.running) + len(self.preempted)
         if listed != len(self._live):
@@ -232,11 +232,15 @@ class RequestTable:
         self.sequences.check(self._live.values())
 
     def _check_rows(self, state: RequestState) -> None:
-        name, rows = state.name, state.seq_ids
+        request_id, rows = state.request_id, state.seq_ids
         if (state.status is Status.WAITING) != (not rows):
-            raise BrokenInvariant(f"scheduler: {name!r} is {state.status.name} with rows {rows}")
+            raise BrokenInvariant(
+                f"scheduler: {request_id!r} is {state.status.name} with rows {rows}"
+            )
         if len(rows) > state.request.num_samples:
-            raise BrokenInvariant(f"scheduler: {name!r} has {len(rows)} rows")
+            raise BrokenInvariant(f"scheduler: {request_id!r} has {len(rows)} rows")
         has_blocks = state.status in (Status.RUNNING, Status.SWAPPED)
         if any((self.sequences.handles[number] is not None) != has_blocks for number in rows):
-            raise BrokenInvariant(f"scheduler: {name!r} is {state.status.name}, blocks or not")
+            raise BrokenInvariant(
+                f"scheduler: {request_id!r} is {state.status.name}, blocks or not"
+            )

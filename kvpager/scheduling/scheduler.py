@@ -1,7 +1,7 @@
 """Iteration-level scheduling: which tokens of which requests are computed in the next step.
 
     scheduler = Scheduler(manager)
-    scheduler.submit(Request(name="a", prompt=ids, max_new_tokens=100))
+    scheduler.submit(Request(request_id="a", prompt=ids, max_new_tokens=100))
     while scheduler.has_work:
         plan = scheduler.plan()                     # moves, copies, rows, slots, tables
         ...                                         # the data plane obeys, the sampler chooses
@@ -113,34 +113,37 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn. O(prompt).
 
-        Raises: `QueueFull`; `TypeError`, `ValueError` for a name in use (or whose end no plan has
+        Raises: `QueueFull`; `TypeError`, `ValueError` for an id in use (or whose end no plan has
         told yet) and for what could never be served: a prompt that is empty or too long, more
         samples than rows, more blocks than there are.
         """
         prompt = read_prompt(request)
         with self._lock, self._change:
-            if self._table.is_known(request.name):
-                raise ValueError(f"request {request.name!r}: the name is in use; choose another")
+            if self._table.is_known(request.request_id):
+                raise ValueError(
+                    f"request_id={request.request_id!r}: a live request has this id. "
+                    "Choose another."
+                )
             self._admission.refuse_impossible(request, len(prompt))
             self._admission.refuse_overflow()
             now = float(self.clock())
             self._change.begin()
             self._table.add(request, prompt, now)
 
-    def cancel(self, name: Hashable) -> bool:
+    def cancel(self, request_id: Hashable) -> bool:
         """End a request, whatever its state; True if it was live. O(its blocks + waiting).
 
         While its step is being computed it ends with `complete`.
         """
-        return self._stop(name, Reason.CANCELLED)
+        return self._stop(request_id, Reason.CANCELLED)
 
-    def finish(self, name: Hashable) -> bool:
+    def finish(self, request_id: Hashable) -> bool:
         """Do as `cancel` for a request that has all it wants: it ends as `FINISHED`."""
-        return self._stop(name, Reason.FINISHED)
+        return self._stop(request_id, Reason.FINISHED)
 
-    def _stop(self, name: Hashable, reason: Reason) -> bool:
+    def _stop(self, request_id: Hashable, reason: Reason) -> bool:
         with self._lock, self._change:
-            state = self._table.get(name)
+            state = self._table.get(request_id)
             if state is None or state.ending is not None:
                 return False
             self._change.begin()
@@ -236,7 +239,7 @@ class Scheduler:
         """Say that the step failed: all requests in it end; the others live on. O(their blocks).
 
         Blocks that were to be moved may not have been: requests that the plan swapped are computed
-        again. Returns the names of those that ended. Raises: `ValueError` for another plan.
+        again. Returns the ids of those that ended. Raises: `ValueError` for another plan.
         """
         with self._lock, self._change:
             if not len(plan) and self._step is None:
@@ -244,17 +247,17 @@ class Scheduler:
             draft = self._under_way(plan)
             self._change.begin()
             self._step = None
-            names = list(dict.fromkeys(plan.names))
-            for state in map(self._table.get, names):
+            request_ids = list(dict.fromkeys(plan.request_ids))
+            for state in map(self._table.get, request_ids):
                 if state is not None:
                     self._placement.end(state, Reason.FAILED)
             for state in draft.moved:
-                is_live = self._table.get(state.name) is state
+                is_live = self._table.get(state.request_id) is state
                 if is_live and state.status is not Status.DROPPED:
                     self._placement.drop(state)
             for state in [state for state in self._table.running if state.ending is not None]:
                 self._placement.end(state, state.ending or Reason.CANCELLED)
-            return names
+            return request_ids
 
     def _under_way(self, plan: StepPlan) -> Draft:
         if self._step is None or self._step[0] is not plan:
@@ -284,8 +287,8 @@ class Scheduler:
         return len(self._table) > 0 or self._table.has_ended
 
     @property
-    def names(self) -> list[Hashable]:
-        """Return the live requests, by arrival. O(requests)."""
+    def request_ids(self) -> list[Hashable]:
+        """Return the ids of the live requests, by arrival. O(requests)."""
         return list(self._table)
 
     @property

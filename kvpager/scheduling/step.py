@@ -31,7 +31,7 @@ class Decoders(NamedTuple):
 
     numbers: Int32
     batch: Batch
-    names: list[Hashable]
+    request_ids: list[Hashable]
     shares: list[tuple[RequestState, int]]  # a request of each queue, and the rows of that queue
 
 
@@ -99,17 +99,17 @@ class Draft:
         part, sequences, decoders = self._joined(), table.sequences, self.decoders
         numbers = part.numbers
         if decoders is not None and len(decoders.numbers) == len(numbers):
-            names, tables = decoders.names[:], manager.block_tables(decoders.batch)
+            request_ids, tables = decoders.request_ids[:], manager.block_tables(decoders.batch)
         else:
             listed = numbers.tolist()
-            names = [sequences.owner(number).name for number in listed]
+            request_ids = [sequences.owner(number).request_id for number in listed]
             tables = manager.block_tables([sequences.handle(number) for number in listed])
         starts = sequences.computed[numbers]
         first, others = _by_group(part.slots, tables)
         return StepPlan(
             moves=self.moves,
             copies=_only(self.copies, NO_COPIES),
-            names=names,
+            request_ids=request_ids,
             samples=numbers,
             starts=starts,
             counts=part.counts,

@@ -115,12 +115,12 @@ class Model:
 
     def begin(self, request: Request) -> None:
         """It was submitted."""
-        self.requests[str(request.name)] = request
-        self.outputs[str(request.name)] = []
+        self.requests[str(request.request_id)] = request
+        self.outputs[str(request.request_id)] = []
 
     def end(self, name: str) -> None:
         """It has ended: none of its samples may be left."""
-        if any(row.request.name == name for row in self.rows.values()):
+        if any(row.request.request_id == name for row in self.rows.values()):
             raise Wrong(f"{name} ended, and not all its samples were freed")
         del self.requests[name], self.outputs[name]
         self.has_begun.discard(name)
@@ -167,7 +167,7 @@ class Model:
         self._write(plan)
         seen = [self._read(plan, row, int(plan.seq_lens[row])) for row in range(len(plan))]
         chosen: list[Choice] = []
-        for name in dict.fromkeys(map(str, plan.names)):
+        for name in dict.fromkeys(map(str, plan.request_ids)):
             mine = [row for row in self._rows_of(plan, name) if plan.wants_logits[row]]
             if not mine:
                 continue
@@ -181,7 +181,7 @@ class Model:
         return parents, np.array([token for _, token in chosen], np.int32)
 
     def _rows_of(self, plan: StepPlan, name: str) -> list[int]:
-        return [row for row, other in enumerate(plan.names) if other == name]
+        return [row for row, other in enumerate(plan.request_ids) if other == name]
 
     def _check_rows(self, plan: StepPlan) -> None:
         """Every row is who it says, and goes on where it was."""
@@ -190,15 +190,15 @@ class Model:
         slots = np.concatenate([group.slots for group in plan.groups])
         if len(np.unique(slots)) != len(slots) or slots.min() < 0:
             raise Wrong(f"a slot is written twice, or is none: {slots.tolist()}")
-        for number, name in zip(plan.samples.tolist(), map(str, plan.names), strict=True):
+        for number, name in zip(plan.samples.tolist(), map(str, plan.request_ids), strict=True):
             if number not in self.rows:
                 if name in self.has_begun or name not in self.requests:
                     raise Wrong(f"{name}: sample {number} comes from nowhere")
                 self.rows[number] = Row(self.requests[name], [])
-            if self.rows[number].request.name != name:
+            if self.rows[number].request.request_id != name:
                 raise Wrong(f"sample {number} is not one of {name}")
-        for name in dict.fromkeys(map(str, plan.names)):
-            mine = [number for number, row in self.rows.items() if row.request.name == name]
+        for name in dict.fromkeys(map(str, plan.request_ids)):
+            mine = [number for number, row in self.rows.items() if row.request.request_id == name]
             chooses = any(plan.wants_logits[self._rows_of(plan, name)])
             if chooses:
                 present = [int(plan.samples[row]) for row in self._rows_of(plan, name)]
@@ -240,7 +240,9 @@ class Model:
             found, own = found[: length - first * self.size], expected[first * self.size :]
             if not np.array_equal(found, own):
                 place = first * self.size + int((found != own).argmax())
-                raise Wrong(f"{sample.request.name}: token {place} of {length} is not its own")
+                raise Wrong(
+                    f"{sample.request.request_id}: token {place} of {length} is not its own"
+                )
         return digest(expected)
 
     def go_on(self, plan: StepPlan, parents: Int64, tokens: Int32, numbers: Int32) -> None:
@@ -257,7 +259,7 @@ class Model:
             parents.tolist(), tokens.tolist(), numbers.tolist(), strict=True
         ):
             parent = before[row]
-            name, new = str(parent.request.name), [*past[row], token]
+            name, new = str(parent.request.request_id), [*past[row], token]
             if name in self.stopped or len(new) == parent.request.max_new_tokens:
                 if number >= 0:
                     raise Wrong(f"{name}: sample {number} should have ended with {new}")
@@ -271,4 +273,4 @@ class Model:
 
     def _done(self, row: Row, new: list[int]) -> None:
         row.has_ended = True
-        self.outputs[str(row.request.name)].append(new)
+        self.outputs[str(row.request.request_id)].append(new)

@@ -102,7 +102,7 @@ class Simulation:
             if self.num_steps % 8 == 0 or self.scenario.num_blocks < 16:
                 self.scheduler.check()
             if self.num_steps - self._last_end > _STEPS_WITHOUT_END:
-                raise Wrong(f"nothing ends any more; live: {self.scheduler.names}")
+                raise Wrong(f"nothing ends any more; live: {self.scheduler.request_ids}")
         self._finish()
 
     # ---------------------------------------------------------------- requests come and go
@@ -110,7 +110,7 @@ class Simulation:
     def _submit(self) -> None:
         while self.arrivals and self.arrivals[-1].at <= self.num_steps:
             arrival = self.arrivals[-1]
-            name = str(arrival.request.name)
+            name = str(arrival.request.request_id)
             try:
                 self.scheduler.submit(arrival.request)
             except QueueFull:
@@ -171,11 +171,11 @@ class Simulation:
             self._last_end = self.num_steps
 
     def _compare(self, request: Request) -> None:
-        found, expected = self.model.outputs[str(request.name)], reference(request)
+        found, expected = self.model.outputs[str(request.request_id)], reference(request)
         if not has_beams(request):
             found, expected = sorted(found), sorted(expected)
         if found != expected:
-            raise Wrong(f"{request.name}: came to {found}, expected {expected}")
+            raise Wrong(f"{request.request_id}: came to {found}, expected {expected}")
 
     def _play(self, plan: StepPlan) -> None:
         self.counts["moves"] += len(plan.moves)
@@ -200,8 +200,8 @@ class Simulation:
         self.counts["aborts"] += 1
         self.model.spoil(plan, self.random.randrange(4))
         names = self.scheduler.abort(plan)
-        if set(names) != set(plan.names) or len(set(names)) != len(names):
-            raise Wrong(f"aborted a step of {plan.names}, and {names} ended")
+        if set(names) != set(plan.request_ids) or len(set(names)) != len(names):
+            raise Wrong(f"aborted a step of {plan.request_ids}, and {names} ended")
         for name in names:
             self.asked[str(name)] = {Reason.FAILED}
 
@@ -210,7 +210,7 @@ class Simulation:
         scheduler.check()
         if self.live or self.model.rows:
             raise Wrong(f"never ended: {list(self.live)}, samples {list(self.model.rows)}")
-        if scheduler.plan() is not None or scheduler.names:
+        if scheduler.plan() is not None or scheduler.request_ids:
             raise Wrong("all has ended, and there is still something to do")
         if scheduler.manager.num_held_blocks:
             raise Wrong(f"{scheduler.manager.num_held_blocks} blocks are still held")

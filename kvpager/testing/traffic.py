@@ -155,7 +155,7 @@ def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[lis
     if num_samples == 1 and random.random() < 0.15:  # one that may come to fill the pool
         max_new_tokens = max(min(room - len(prompt), 100), 1)
     request = Request(
-        name=name,
+        request_id=name,
         prompt=np.array(prompt, np.int32),
         max_new_tokens=max_new_tokens,
         num_samples=num_samples,

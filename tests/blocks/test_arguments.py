@@ -150,7 +150,7 @@ def test_what_is_not_token_ids_is_refused_wherever_they_are_taken(
         lambda: manager.match_prefix(ids),
         lambda: manager.append(sequence, ids),
         lambda: content_keys(ids, 4, KeyContext("layout", "model")),
-        lambda: scheduler.submit(Request(name="a", prompt=ids, max_new_tokens=1)),
+        lambda: scheduler.submit(Request(request_id="a", prompt=ids, max_new_tokens=1)),
     ):
         with pytest.raises((TypeError, ValueError), match=r"token id|tokens|prompt"):
             call()
@@ -204,7 +204,7 @@ def test_counts_that_are_no_counts_are_refused(manager: BlockManager, counts: ob
 @pytest.mark.parametrize("parents", [[True], [0.0], np.ma.masked_array([0], mask=[1]), [2**80]])
 def test_parents_that_are_no_rows_are_refused(parents: object) -> None:
     scheduler = Scheduler(BlockManager(8, 4))
-    scheduler.submit(Request(name="a", prompt=np.array(PROMPT), max_new_tokens=2))
+    scheduler.submit(Request(request_id="a", prompt=np.array(PROMPT), max_new_tokens=2))
     plan = scheduler.plan()
     assert plan is not None
     with pytest.raises((TypeError, ValueError), match="parents"):
@@ -261,7 +261,7 @@ PRIORITIES = [True, 1.0, float("nan"), float("inf"), "1", Fraction(1), 2**31, -(
 @pytest.mark.parametrize("priority", PRIORITIES, ids=kind)
 def test_a_requests_priority_is_bounded(priority: object) -> None:
     scheduler = Scheduler(BlockManager(8, 4), policy="priority")
-    request = Request(name="a", prompt=PROMPT, max_new_tokens=1, priority=priority)
+    request = Request(request_id="a", prompt=PROMPT, max_new_tokens=1, priority=priority)
     with pytest.raises((TypeError, ValueError), match=r"priority .*expected"):
         scheduler.submit(request)
     assert not scheduler.has_work
@@ -272,7 +272,9 @@ def test_the_furthest_priorities_still_go_by_arrival() -> None:
     most = 2**31 - 1
     for name, priority in (("last", most), ("b", -most), ("a", -most), ("c", np.int64(0))):
         prompt = np.array(PROMPT)
-        scheduler.submit(Request(name=name, prompt=prompt, max_new_tokens=1, priority=priority))
+        scheduler.submit(
+            Request(request_id=name, prompt=prompt, max_new_tokens=1, priority=priority)
+        )
     assert [first(scheduler) for _ in range(4)] == ["b", "a", "c", "last"]
 
 
@@ -280,7 +282,7 @@ def first(scheduler: Scheduler) -> object:
     plan = scheduler.plan()
     assert plan is not None
     scheduler.complete(plan, [], [])
-    return plan.names[0]
+    return plan.request_ids[0]
 
 
 @pytest.mark.parametrize("deadline", [float("nan"), float("inf"), -float("inf"), HUGE, 1e300, "9",
@@ -288,7 +290,7 @@ def first(scheduler: Scheduler) -> object:
     ids=kind)  # fmt: skip
 def test_a_deadline_is_a_moment_on_the_clock(deadline: object) -> None:
     scheduler = Scheduler(BlockManager(8, 4))
-    request = Request(name="a", prompt=PROMPT, max_new_tokens=1, deadline=deadline)
+    request = Request(request_id="a", prompt=PROMPT, max_new_tokens=1, deadline=deadline)
     with pytest.raises((TypeError, ValueError), match=r"deadline .*expected"):
         scheduler.submit(request)
     assert not scheduler.has_work
@@ -361,7 +363,7 @@ def test_no_adapters_name_is_that_of_another_after_the_model_changed() -> None:
     names = []
     for lora in ("x", "x\0001", "x\0", "x\0\0001", "\0001", None):
         for generation in (0, 1):
-            live = Request(name=len(names), prompt=PROMPT, max_new_tokens=1, lora=lora)
+            live = Request(request_id=len(names), prompt=PROMPT, max_new_tokens=1, lora=lora)
             scheduler._table.generation = generation
             scheduler.submit(live)
             names.append(scheduler._table.get(len(names)).identity)

@@ -180,7 +180,7 @@ def test_fifty_threads_submit_and_cancel() -> None:
         source = random.Random(number)
         for turn in range(20):
             prompt = source.choice(prompts)
-            stream = engine.ask(prompt, 6, name=f"{number}-{turn}")
+            stream = engine.ask(prompt, 6, request_id=f"{number}-{turn}")
             if source.random() < 0.4:
                 stream.cancel()
             try:
@@ -225,7 +225,7 @@ def test_a_request_that_is_cancelled_ends_and_leaves_the_others_alone(steps: int
 def test_a_stream_that_is_dropped_cancels_its_request() -> None:
     with ToyEngine(256) as engine:
         gate = Gate(engine.runner)
-        stream = engine.ask([5, 6], 500, name="dropped")
+        stream = engine.ask([5, 6], 500, request_id="dropped")
         gate.let(2)
         del stream
         gate.open()
@@ -233,7 +233,7 @@ def test_a_stream_that_is_dropped_cancels_its_request() -> None:
             pass
         assert engine.stats().scheduler.total_tokens < 200
         engine.check_idle()
-        engine.ask([5], 1, name="dropped").result()
+        engine.ask([5], 1, request_id="dropped").result()
 
 
 def test_a_request_ends_at_its_deadline() -> None:
@@ -268,18 +268,18 @@ def test_a_full_queue_refuses() -> None:
 def test_a_name_is_used_once_at_a_time() -> None:
     with ToyEngine() as engine:
         gate = Gate(engine.runner)
-        stream = engine.ask([5], 3, name="twice")
+        stream = engine.ask([5], 3, request_id="twice")
         with pytest.raises(ValueError, match="'twice'"):
-            engine.ask([5], name="twice")
+            engine.ask([5], request_id="twice")
         gate.open()
         stream.result()
-        engine.ask([5], 1, name="twice").result()
+        engine.ask([5], 1, request_id="twice").result()
 
 
 def test_cancel_by_name_does_nothing_for_what_has_ended() -> None:
     with ToyEngine() as engine:
         gate = Gate(engine.runner)
-        stream = engine.ask([5], 30, name="mine")
+        stream = engine.ask([5], 30, request_id="mine")
         gate.let(1)
         engine.cancel("mine")
         gate.open()

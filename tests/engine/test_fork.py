@@ -36,7 +36,7 @@ ended = engine.ask([5, 6, 7], 20)
 ended.result()
 # Locks that a thread holds as the process forks are held for ever in the child.
 with engine.pause():
-    running = engine.ask([5, 6, 7], 20, name="running")
+    running = engine.ask([5, 6, 7], 20, request_id="running")
     with engine._lock, running._channel._changed:
         in_a_fork(check)
     in_a_fork(check)

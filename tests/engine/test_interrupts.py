@@ -80,7 +80,7 @@ def test_an_interrupted_submission_leaves_nothing_behind() -> None:
 
         def submit(moment: Moments) -> None:
             with moment:
-                engine.ask(prompt, 400, n=2, name="interrupted").cancel()
+                engine.ask(prompt, 400, n=2, request_id="interrupted").cancel()
 
         found = moments(submit)
         engine.check_idle()

@@ -61,7 +61,7 @@ def test_a_quota_below_what_a_live_request_needs_or_holds_is_refused() -> None:
         engine.quotas["acme"] = 12
         with Gate(engine.runner) as gate:
             streams = [
-                engine.ask([i] * 2 * BLOCK_SIZE, 4, name=f"r{i}", namespace="acme")
+                engine.ask([i] * 2 * BLOCK_SIZE, 4, request_id=f"r{i}", namespace="acme")
                 for i in range(3)
             ]
             gate.let(2)  # by now all three have begun

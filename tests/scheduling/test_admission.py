@@ -132,6 +132,6 @@ def test_a_manager_without_members_that_are_needed_is_refused() -> None:
 
 def test_the_prompt_is_copied() -> None:
     scheduler, prompt = make(), ids(5)
-    scheduler.submit(Request(name="a", prompt=prompt, max_new_tokens=2))
+    scheduler.submit(Request(request_id="a", prompt=prompt, max_new_tokens=2))
     prompt[:] = 9
     assert step(scheduler).ids.tolist() == [0, 1, 2, 3, 4]

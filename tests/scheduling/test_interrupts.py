@@ -35,7 +35,7 @@ class Traffic:
         with contextlib.suppress(ValueError):  # the name is in use: an interrupt came after it
             scheduler.submit(
                 Request(
-                    name=name,
+                    request_id=name,
                     prompt=ids(9 + name % 3, first=100 * (name % 2)),
                     max_new_tokens=6,
                     num_samples=1 + name % 2,
@@ -111,13 +111,13 @@ def test_a_clock_that_fails_changes_nothing() -> None:
     before = state_of(made.manager)
     made.scheduler.clock = fails
     with pytest.raises(ZeroDivisionError, match="no time"):
-        made.scheduler.submit(Request(name="late", prompt=ids(5), max_new_tokens=2))
+        made.scheduler.submit(Request(request_id="late", prompt=ids(5), max_new_tokens=2))
     with pytest.raises(ZeroDivisionError, match="no time"):
         made.scheduler.plan()
     made.scheduler.check()
     after = state_of(made.manager)
     assert all((before[name] == after[name]).all() for name in before)
     made.scheduler.clock = clock
-    made.scheduler.submit(Request(name="late", prompt=ids(5), max_new_tokens=2))
+    made.scheduler.submit(Request(request_id="late", prompt=ids(5), max_new_tokens=2))
     made.advance()
     made.scheduler.check()

@@ -68,7 +68,7 @@ def test_what_is_computed_before_and_after_is_the_same() -> None:
         tokens: dict[object, list[int]] = {}
 
         def note(plan: StepPlan, tokens: dict[object, list[int]] = tokens) -> None:
-            for name, start in zip(plan.names, plan.seq_lens, strict=True):
+            for name, start in zip(plan.request_ids, plan.seq_lens, strict=True):
                 tokens.setdefault(name, []).append(int(start))
 
         run(scheduler, note)
@@ -160,7 +160,7 @@ def test_who_was_preempted_returns_before_anybody_new(costs: PreemptionCosts) ->
     until_preempted(scheduler)
     scheduler.submit(request("new", 1, new=2))
     begun: list[object] = []
-    run(scheduler, lambda plan: begun.extend(plan.names))
+    run(scheduler, lambda plan: begun.extend(plan.request_ids))
     assert begun.index("last") < begun.index("new")
 
 
@@ -193,7 +193,7 @@ def test_rows_of_a_request_leave_and_return_together_and_share_again(
     shared = []
 
     def note(plan: StepPlan) -> None:
-        at = [row for row, name in enumerate(plan.names) if name == "rows"]
+        at = [row for row, name in enumerate(plan.request_ids) if name == "rows"]
         assert len(at) in (0, 1, 2, 3)
         if len(at) == 3:
             shared.append(plan.tables[at, :2])
@@ -218,7 +218,7 @@ def test_rows_that_are_computed_again_compute_what_they_share_once() -> None:
     found: list[int] = []
 
     def note(plan: StepPlan) -> None:
-        mine = [row for row, name in enumerate(plan.names) if name == "rows"]
+        mine = [row for row, name in enumerate(plan.request_ids) if name == "rows"]
         chunk = [int(plan.counts[row]) for row in mine if not plan.wants_logits[row]]
         again.extend(chunk)
         found.extend(mine)
@@ -243,7 +243,7 @@ def test_a_row_waits_for_all_that_it_begins_with() -> None:
     starts: list[list[int]] = []
 
     def note(plan: StepPlan) -> None:
-        mine = [row for row, name in enumerate(plan.names) if name == "rows"]
+        mine = [row for row, name in enumerate(plan.request_ids) if name == "rows"]
         chunks = [int(plan.starts[row]) for row in mine if not plan.wants_logits[row]]
         starts.extend([chunks] if chunks else [])
 
@@ -255,9 +255,9 @@ def test_a_row_waits_for_all_that_it_begins_with() -> None:
 def test_a_swapped_request_gives_up_what_it_still_holds_for_the_last_one_that_runs() -> None:
     scheduler = make(num_blocks=16, num_host_blocks=16, costs=SWAP, watermark=0.25)
     scheduler.submit(request("first", 4, new=61))  # it comes to fill the pool
-    scheduler.submit(Request(name="twin", prompt=ids(32), max_new_tokens=12))
+    scheduler.submit(Request(request_id="twin", prompt=ids(32), max_new_tokens=12))
     step(scheduler)
-    scheduler.submit(Request(name="last", prompt=ids(32), max_new_tokens=30))
+    scheduler.submit(Request(request_id="last", prompt=ids(32), max_new_tokens=30))
     until_preempted(scheduler)
     assert scheduler.stats().total_preempted_by_swap == 1
     # Its prompt stays on the device for its twin, and then for nobody but itself.
@@ -302,10 +302,11 @@ def test_cached_blocks_are_room() -> None:
 
 def test_a_prefix_that_is_reused_is_no_room_for_others() -> None:
     scheduler = make(num_blocks=8, watermark=0.25)
-    scheduler.submit(Request(name="old", prompt=ids(16), max_new_tokens=1))
+    scheduler.submit(Request(request_id="old", prompt=ids(16), max_new_tokens=1))
     run(scheduler)
     scheduler.submit(request("a", 8, new=9))
-    scheduler.submit(Request(name="b", prompt=ids(20), max_new_tokens=1))  # four known, one new
+    # Four blocks are known, one is new.
+    scheduler.submit(Request(request_id="b", prompt=ids(20), max_new_tokens=1))
     assert rows(step(scheduler)) == {"a": 8}  # two blocks have to stay: five of six are too many
 
 
@@ -350,7 +351,9 @@ def test_a_swapped_namespace_gives_shared_blocks_up_to_return() -> None:
     prompt = ids(8)
     for name in range(3):
         scheduler.submit(
-            Request(name=name, prompt=prompt, max_new_tokens=14, num_samples=1, namespace="acme")
+            Request(
+                request_id=name, prompt=prompt, max_new_tokens=14, num_samples=1, namespace="acme"
+            )
         )
     scheduler.submit(request("other", 4, new=60))
     ended = run(scheduler)

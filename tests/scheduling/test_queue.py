@@ -30,7 +30,7 @@ from tests.support.scheduling import (
 def begun(scheduler: Scheduler) -> list[object]:
     """The requests in the order in which they first were in a step, until all have ended."""
     names: dict[object, None] = {}
-    run(scheduler, lambda plan: names.update(dict.fromkeys(plan.names)))
+    run(scheduler, lambda plan: names.update(dict.fromkeys(plan.request_ids)))
     return list(names)
 
 
@@ -119,7 +119,7 @@ def test_what_is_cached_or_computed_again_is_not_charged() -> None:
     policy = Fair(ageing=0.0)
     scheduler = make(policy=policy)
     for name in "ab":
-        scheduler.submit(Request(name=name, prompt=ids(8), max_new_tokens=1, tenant=name))
+        scheduler.submit(Request(request_id=name, prompt=ids(8), max_new_tokens=1, tenant=name))
         run(scheduler)
     assert policy.service["a"] == 8
     assert policy.service["b"] == 8 + 1  # lifted to the one who left, and one token to compute
@@ -149,7 +149,7 @@ def test_busy_tenants_get_equal_shares_however_unlike_their_requests(num_tenants
         for number in range(60):
             length, new = 4 + 6 * tenant, 3 + 3 * tenant
             scheduler.submit(request((tenant, number), length, new=new, tenant=str(tenant)))
-    while min(Counter(name[0] for name in scheduler.names).values()) > 10:
+    while min(Counter(name[0] for name in scheduler.request_ids).values()) > 10:
         step(scheduler)
     service = list(policy.service.values())
     # Never further apart than what may be under way: VTC's bound.
@@ -263,7 +263,7 @@ def test_a_shared_beginning_is_computed_once() -> None:
     scheduler = make(max_batch_tokens=64)
     for name in range(5):
         prompt = [*range(16), 100 + name]
-        scheduler.submit(Request(name=name, prompt=prompt, max_new_tokens=1))
+        scheduler.submit(Request(request_id=name, prompt=prompt, max_new_tokens=1))
     total, plans = computed(scheduler)
     assert total == 17 + 4
     assert [len(plan) for plan in plans[:2]] == [1, 4]
@@ -272,7 +272,7 @@ def test_a_shared_beginning_is_computed_once() -> None:
 def test_a_leader_is_let_go() -> None:
     scheduler = make(max_batch_tokens=64)
     for name in "ab":
-        scheduler.submit(Request(name=name, prompt=ids(17), max_new_tokens=3))
+        scheduler.submit(Request(request_id=name, prompt=ids(17), max_new_tokens=3))
     step(scheduler)
     waits = scheduler._table.get("b")
     assert waits.leader is scheduler._table.get("a")
@@ -282,9 +282,9 @@ def test_a_leader_is_let_go() -> None:
 
 def test_others_pass_who_waits_for_a_beginning() -> None:
     scheduler = make(max_batch_tokens=8)
-    scheduler.submit(Request(name="leader", prompt=ids(16), max_new_tokens=1))
+    scheduler.submit(Request(request_id="leader", prompt=ids(16), max_new_tokens=1))
     step(scheduler)
-    scheduler.submit(Request(name="waits", prompt=[*range(16), 99], max_new_tokens=1))
+    scheduler.submit(Request(request_id="waits", prompt=[*range(16), 99], max_new_tokens=1))
     scheduler.submit(request("passes", 4))
     scheduler.max_batch_tokens = 16
     assert rows(step(scheduler)) == {"leader": 8, "passes": 4}
@@ -293,33 +293,33 @@ def test_others_pass_who_waits_for_a_beginning() -> None:
 
 def test_less_than_a_block_in_common_is_not_waited_for() -> None:
     scheduler = make(max_batch_tokens=64)
-    scheduler.submit(Request(name="a", prompt=[1, 2, 3, 4, 5, 6, 7, 8], max_new_tokens=1))
-    scheduler.submit(Request(name="b", prompt=[1, 2, 3, 9, 9, 9, 9, 9], max_new_tokens=1))
+    scheduler.submit(Request(request_id="a", prompt=[1, 2, 3, 4, 5, 6, 7, 8], max_new_tokens=1))
+    scheduler.submit(Request(request_id="b", prompt=[1, 2, 3, 9, 9, 9, 9, 9], max_new_tokens=1))
     assert rows(step(scheduler)) == {"a": 8, "b": 8}
 
 
 @pytest.mark.parametrize("other", [{"namespace": "x"}, {"lora": "x"}])
 def test_the_beginning_of_somebody_else_is_not_waited_for(other: dict[str, str]) -> None:
     scheduler = make(max_batch_tokens=64)
-    scheduler.submit(Request(name="a", prompt=ids(8), max_new_tokens=1))
-    scheduler.submit(Request(name="b", prompt=ids(8), max_new_tokens=1, **other))
+    scheduler.submit(Request(request_id="a", prompt=ids(8), max_new_tokens=1))
+    scheduler.submit(Request(request_id="b", prompt=ids(8), max_new_tokens=1, **other))
     assert rows(step(scheduler)) == {"a": 8, "b": 8}
 
 
 def test_what_is_cached_already_is_not_waited_for() -> None:
     scheduler = make(max_batch_tokens=64)
-    scheduler.submit(Request(name="old", prompt=ids(9), max_new_tokens=1))
+    scheduler.submit(Request(request_id="old", prompt=ids(9), max_new_tokens=1))
     run(scheduler)
     for name in "ab":
         tail = [50 + ord(name)] * 5
-        scheduler.submit(Request(name=name, prompt=[*range(8), *tail], max_new_tokens=1))
+        scheduler.submit(Request(request_id=name, prompt=[*range(8), *tail], max_new_tokens=1))
     assert rows(step(scheduler)) == {"a": 5, "b": 5}
 
 
 def test_a_leader_that_is_cancelled_is_not_waited_for() -> None:
     scheduler = make(max_batch_tokens=8)
-    scheduler.submit(Request(name="leader", prompt=ids(40), max_new_tokens=1))
-    scheduler.submit(Request(name="waits", prompt=ids(40), max_new_tokens=1))
+    scheduler.submit(Request(request_id="leader", prompt=ids(40), max_new_tokens=1))
+    scheduler.submit(Request(request_id="waits", prompt=ids(40), max_new_tokens=1))
     assert rows(step(scheduler)) == {"leader": 8}
     scheduler.cancel("leader")
     plan = step(scheduler)
@@ -329,16 +329,16 @@ def test_a_leader_that_is_cancelled_is_not_waited_for() -> None:
 def test_nobody_waits_for_a_second_beginning() -> None:
     """Leaders that go first and have ever more in common, one after the other."""
     scheduler = make(num_blocks=200, max_batch_tokens=12, policy="priority", clock=Clock())
-    scheduler.submit(Request(name=0, prompt=ids(16), max_new_tokens=3))
+    scheduler.submit(Request(request_id=0, prompt=ids(16), max_new_tokens=3))
     step(scheduler)
-    scheduler.submit(Request(name="waits", prompt=ids(100), max_new_tokens=1, priority=5))
+    scheduler.submit(Request(request_id="waits", prompt=ids(100), max_new_tokens=1, priority=5))
     seen: list[object] = []
     for number in range(1, 5):
         prompt = [*range(16 * (number + 1)), 9000 + number]
-        leader = Request(name=number, prompt=prompt, max_new_tokens=3, priority=-number)
+        leader = Request(request_id=number, prompt=prompt, max_new_tokens=3, priority=-number)
         scheduler.submit(leader)
         while number not in seen:
-            seen.extend(name for name in step(scheduler).names if name not in seen)
+            seen.extend(name for name in step(scheduler).request_ids if name not in seen)
     assert seen.index("waits") < seen.index(2)
 
 
@@ -346,7 +346,7 @@ def test_a_thousand_that_wait_for_one_beginning_do_not_slow_a_plan() -> None:
     """Only so many are looked past: counted, not timed."""
     scheduler = make(num_blocks=2000, max_batch_tokens=BLOCK_SIZE)
     for name in range(1000):
-        scheduler.submit(Request(name=name, prompt=ids(40), max_new_tokens=1))
+        scheduler.submit(Request(request_id=name, prompt=ids(40), max_new_tokens=1))
     step(scheduler)
     looks = 0
     awaits = scheduler._admission._awaits

@@ -73,7 +73,7 @@ def test_random_requests_under_quotas_all_end(kind: str, seed: int) -> None:
     def continuations(plan: StepPlan) -> list[int]:
         rows = []
         for row in plan.wants_logits.nonzero()[0].tolist():
-            name = plan.names[row]
+            name = plan.request_ids[row]
             rows += [row] * (1 if name in begun else samples[name])
             begun.add(name)
         return rows
@@ -82,7 +82,9 @@ def test_random_requests_under_quotas_all_end(kind: str, seed: int) -> None:
         if not scheduler.has_work:
             break
         plan = scheduler.plan()
-        assert plan is not None, scheduler.names  # as long as any lives, there is something to do
+        assert plan is not None, (
+            scheduler.request_ids
+        )  # as long as any lives, there is something to do
         if len(plan):
             rows = continuations(plan)
             scheduler.complete(plan, np.array(rows, np.int64), 7 + np.arange(len(rows)))

@@ -53,9 +53,9 @@ def test_a_request_can_be_cancelled_in_any_state(state: str, num_host_blocks: in
     assert scheduler.cancel("a")
     assert not scheduler.cancel("a")
     if plan is not None:
-        assert scheduler.names == ["a"]  # its step is still computed
+        assert scheduler.request_ids == ["a"]  # its step is still computed
         assert complete(scheduler, plan).tolist() == [-1]
-    assert "a" not in scheduler.names
+    assert "a" not in scheduler.request_ids
     assert run(scheduler)["a"] is Reason.CANCELLED
     assert scheduler.manager.num_held_blocks == 0
     stats = scheduler.manager.stats()
@@ -83,7 +83,7 @@ def test_a_deadline_ends_a_request_in_any_state(state: str) -> None:
     ended = scheduler.plan()
     assert ended is not None
     assert ended.ended == [("a", Reason.EXPIRED)]
-    assert "a" not in ended.names
+    assert "a" not in ended.request_ids
 
 
 def test_a_deadline_of_a_name_that_came_again_does_not_end_it() -> None:
@@ -116,22 +116,22 @@ def test_an_aborted_step_ends_its_requests_and_no_others() -> None:
 
 def test_nothing_of_an_aborted_step_is_reused() -> None:
     scheduler = make(max_batch_tokens=8)
-    scheduler.submit(Request(name="a", prompt=ids(16), max_new_tokens=2))
+    scheduler.submit(Request(request_id="a", prompt=ids(16), max_new_tokens=2))
     step(scheduler)
     plan = scheduler.plan()
     assert plan is not None
     scheduler.abort(plan)
-    scheduler.submit(Request(name="b", prompt=ids(16), max_new_tokens=2))
+    scheduler.submit(Request(request_id="b", prompt=ids(16), max_new_tokens=2))
     assert step(scheduler).starts.tolist() == [8]  # what the step before it computed is good
 
 
 def test_a_name_can_be_used_again_once_its_end_was_told() -> None:
     scheduler = make()
     scheduler.submit(request("a"))
-    with pytest.raises(ValueError, match="in use"):
+    with pytest.raises(ValueError, match="a live request has this id"):
         scheduler.submit(request("a"))
     scheduler.cancel("a")
-    with pytest.raises(ValueError, match="in use"):
+    with pytest.raises(ValueError, match="a live request has this id"):
         scheduler.submit(request("a"))
     scheduler.plan()
     scheduler.submit(request("a"))
@@ -145,7 +145,7 @@ def test_it_says_who_is_where() -> None:
     scheduler = make(num_blocks=6, num_host_blocks=6)
     for name in "abc":
         scheduler.submit(request(name, 4, new=13))
-    assert (scheduler.num_waiting, scheduler.num_running, scheduler.names) == (
+    assert (scheduler.num_waiting, scheduler.num_running, scheduler.request_ids) == (
         3,
         0,
         ["a", "b", "c"],
@@ -155,7 +155,7 @@ def test_it_says_who_is_where() -> None:
     counts = (scheduler.num_waiting, scheduler.num_running, scheduler.num_preempted)
     stats = scheduler.stats()
     assert counts == (stats.num_waiting, stats.num_running, stats.num_preempted)
-    assert sum(counts) == len(scheduler.names) == 3
+    assert sum(counts) == len(scheduler.request_ids) == 3
     assert stats.num_running_rows == scheduler.num_running
 
 

@@ -26,9 +26,9 @@ from tests.support.scheduling import (
 
 def test_a_prompt_and_then_a_token_a_step() -> None:
     scheduler = make()
-    scheduler.submit(Request(name="a", prompt=ids(6), max_new_tokens=3))
+    scheduler.submit(Request(request_id="a", prompt=ids(6), max_new_tokens=3))
     first = step(scheduler)
-    assert first.names == ["a"]
+    assert first.request_ids == ["a"]
     assert (first.starts.tolist(), first.counts.tolist(), first.seq_lens.tolist()) == (
         [0],
         [6],
@@ -148,9 +148,9 @@ def test_a_request_counts_with_all_the_rows_it_may_have() -> None:
 
 def test_a_known_prefix_is_not_computed_again() -> None:
     scheduler = make()
-    scheduler.submit(Request(name="a", prompt=ids(12), max_new_tokens=2))
+    scheduler.submit(Request(request_id="a", prompt=ids(12), max_new_tokens=2))
     run(scheduler)
-    scheduler.submit(Request(name="b", prompt=ids(15), max_new_tokens=2))
+    scheduler.submit(Request(request_id="b", prompt=ids(15), max_new_tokens=2))
     plan = step(scheduler)
     assert (plan.starts.tolist(), plan.ids.tolist()) == ([12], [12, 13, 14])
     assert scheduler.stats().total_reused_tokens == 12
@@ -158,9 +158,11 @@ def test_a_known_prefix_is_not_computed_again() -> None:
 
 def test_what_was_generated_is_found_again() -> None:
     scheduler = make()
-    scheduler.submit(Request(name="a", prompt=ids(4), max_new_tokens=6))
+    scheduler.submit(Request(request_id="a", prompt=ids(4), max_new_tokens=6))
     run(scheduler)
-    scheduler.submit(Request(name="b", prompt=[0, 1, 2, 3, 7, 7, 7, 7, 7, 7], max_new_tokens=2))
+    scheduler.submit(
+        Request(request_id="b", prompt=[0, 1, 2, 3, 7, 7, 7, 7, 7, 7], max_new_tokens=2)
+    )
     plan = step(scheduler)
     assert plan.starts.tolist() == [8]
 
@@ -168,16 +170,16 @@ def test_what_was_generated_is_found_again() -> None:
 @pytest.mark.parametrize("other", [{"namespace": "x"}, {"lora": "x"}])
 def test_a_prefix_of_somebody_else_is_computed_again(other: dict[str, str]) -> None:
     scheduler = make()
-    scheduler.submit(Request(name="a", prompt=ids(12), max_new_tokens=2))
+    scheduler.submit(Request(request_id="a", prompt=ids(12), max_new_tokens=2))
     run(scheduler)
-    scheduler.submit(Request(name="b", prompt=ids(12), max_new_tokens=2, **other))
+    scheduler.submit(Request(request_id="b", prompt=ids(12), max_new_tokens=2, **other))
     assert step(scheduler).starts.tolist() == [0]
 
 
 def test_without_the_prefix_cache_nothing_is_kept() -> None:
     scheduler = make(prefix_cache=False)
     for name in "ab":
-        scheduler.submit(Request(name=name, prompt=ids(12), max_new_tokens=3))
+        scheduler.submit(Request(request_id=name, prompt=ids(12), max_new_tokens=3))
         run(scheduler)
     assert scheduler.stats().total_reused_tokens == 0
     assert scheduler.manager.num_free_blocks == 64
@@ -185,9 +187,9 @@ def test_without_the_prefix_cache_nothing_is_kept() -> None:
 
 def test_part_of_a_block_is_copied_and_kept() -> None:
     scheduler = make()
-    scheduler.submit(Request(name="a", prompt=ids(8), max_new_tokens=2))
+    scheduler.submit(Request(request_id="a", prompt=ids(8), max_new_tokens=2))
     run(scheduler)
-    scheduler.submit(Request(name="b", prompt=[0, 1, 2, 3, 4, 5, 99], max_new_tokens=2))
+    scheduler.submit(Request(request_id="b", prompt=[0, 1, 2, 3, 4, 5, 99], max_new_tokens=2))
     plan = step(scheduler)
     assert plan.starts.tolist() == [6]
     assert plan.copies[:, 1].tolist() == [int(plan.tables[0, 1])]
@@ -241,7 +243,7 @@ def test_a_row_nobody_names_has_ended() -> None:
     assert plan is not None
     assert scheduler.complete(plan, [1], [5]).tolist() == [1]
     plan = step(scheduler)
-    assert (plan.names, plan.ended) == (["b"], [("a", Reason.FINISHED)])
+    assert (plan.request_ids, plan.ended) == (["b"], [("a", Reason.FINISHED)])
 
 
 def test_the_last_token_ends_a_row_without_being_computed() -> None:

@@ -34,8 +34,8 @@ def serve(
             break
         look(plan)
         rows = plan.wants_logits.nonzero()[0]
-        begins = [plan.names[row] not in has_begun for row in rows]
-        has_begun.update(plan.names[row] for row in rows)
+        begins = [plan.request_ids[row] not in has_begun for row in rows]
+        has_begun.update(plan.request_ids[row] for row in rows)
         parents = np.repeat(rows, np.where(begins, samples, 1)) if len(rows) else rows
         if len(plan):
             scheduler.complete(plan, parents, 7 + np.arange(len(parents)) % 50)
@@ -112,7 +112,7 @@ def test_samples_that_are_computed_again_have_windows_of_their_own() -> None:
 
     def look(plan: StepPlan) -> None:
         chosen.update(
-            name for name, wants in zip(plan.names, plan.wants_logits, strict=True) if wants
+            name for name, wants in zip(plan.request_ids, plan.wants_logits, strict=True) if wants
         )
 
     serve(scheduler, look, samples=2)

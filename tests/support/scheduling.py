@@ -41,7 +41,7 @@ def request(name: Hashable, length: int = 3, new: int = 4, **options: Any) -> Re
     prompt = options.pop("prompt", None)
     if prompt is None:
         prompt = ids(length, 1000 * (crc32(repr(name).encode()) % 100_003))
-    return Request(name=name, prompt=prompt, max_new_tokens=new, **options)
+    return Request(request_id=name, prompt=prompt, max_new_tokens=new, **options)
 
 
 def complete(scheduler: Scheduler, plan: StepPlan, times: int = 1, token: int = 7) -> np.ndarray:
@@ -81,6 +81,6 @@ def run(
 def rows(plan: StepPlan) -> dict[Hashable, int]:
     """How many tokens of each request a step has."""
     counts: dict[Hashable, int] = {}
-    for name, count in zip(plan.names, plan.counts.tolist(), strict=True):
+    for name, count in zip(plan.request_ids, plan.counts.tolist(), strict=True):
         counts[name] = counts.get(name, 0) + count
     return counts

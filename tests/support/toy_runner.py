@@ -153,14 +153,14 @@ class ToyEngine(EngineCore):
         new: int = 8,
         *,
         n: int = 1,
-        name: str | None = None,
+        request_id: str | None = None,
         settings: RequestSettings | None = None,
         **options: Any,
     ) -> Stream:
         """Queue a request for `new` tokens."""
         self._num_requests += 1
         request = Request(
-            name=name or f"request-{self._num_requests}",
+            request_id=request_id or f"request-{self._num_requests}",
             prompt=np.array(prompt, np.int32),
             max_new_tokens=new,
             num_samples=n,

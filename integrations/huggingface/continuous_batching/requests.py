@@ -50,8 +50,8 @@ class Status:
         return None
 
 
-class _Name(str):
-    """A request's name inside the engine: equal to no other, and printed as the caller's."""
+class _RequestId(str):
+    """A request id inside the engine: equal to no other, and printed as the caller's."""
 
     __slots__ = ()
 
@@ -222,7 +222,7 @@ class Requests:
         try:
             return engine.submit(
                 request.prompt,
-                name=_Name(request.job.names[0]),
+                request_id=_RequestId(request.job.names[0]),
                 namespace=request.namespace,
                 seed=request.seed,
                 logprobs=self.options.with_logprobs,

@@ -192,7 +192,7 @@ def trial_plan(
     return StepPlan(
         moves=[],
         copies=NO_COPIES,
-        names=[None] * len(prompts),
+        request_ids=[None] * len(prompts),
         samples=np.arange(len(prompts), dtype=np.int32),
         starts=starts,
         counts=counts.astype(np.int32),

@@ -89,7 +89,7 @@ def require_room(
     num_bytes = need * storage.block_bytes
     samples = "" if request.num_samples == 1 else f" in {request.num_samples} samples"
     raise ValueError(
-        f"request {request.name!r}: a prompt of {num_prompt} and {request.max_new_tokens} new "
+        f"request {request.request_id!r}: a prompt of {num_prompt} and {request.max_new_tokens} new "
         f"tokens{samples} may need {counted(need, 'block')} of KV cache ({as_text(num_bytes)}), "
         f"{bound} allows {storage.num_blocks}. Raise memory to "
         f"{as_text(num_bytes, round_up=True)} or lower max_new_tokens."

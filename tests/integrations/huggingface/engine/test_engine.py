@@ -698,10 +698,10 @@ def test_a_setting_off_or_for_no_token_is_no_error(llama):
 def test_cancel_takes_a_name(llama):
     with Engine(llama, memory="8MiB") as engine:
         stream = engine.submit([5], max_new_tokens=2)
-        with pytest.raises(TypeError, match=r"Pass stream\.name"):
+        with pytest.raises(TypeError, match=r"Pass stream\.request_id"):
             engine.cancel(stream)
         stream.result(60)
-        engine.cancel(stream.name)  # it has ended
+        engine.cancel(stream.request_id)  # it has ended
 
 
 # -------------------------------------------------------------------- what it says of itself
@@ -722,7 +722,7 @@ def test_the_log_tells_of_starts_preemptions_and_failed_steps(llama, caplog):
     with Engine(llama, memory="8MiB") as engine:
         hook = llama.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(RequestFailed):
-            engine.submit([5], name="mine").result(timeout=60)
+            engine.submit([5], request_id="mine").result(timeout=60)
         hook.remove()
     (failed,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "a step failed, and requests 'mine'" in failed.message
@@ -732,7 +732,7 @@ def test_the_log_tells_of_starts_preemptions_and_failed_steps(llama, caplog):
 def test_an_engine_and_its_streams_show_what_they_are(llama):
     with Engine(llama, memory="8MiB", host_memory="1MiB") as engine:
         with engine.pause():
-            stream = engine.submit([5, 6, 7], name="mine", max_new_tokens=4)
+            stream = engine.submit([5, 6, 7], request_id="mine", max_new_tokens=4)
             assert "0 running, 1 waiting>" in repr(engine)
             assert repr(stream) == "<Stream of 'mine': waiting, 3 -> 0 tokens>"
         stream.result()

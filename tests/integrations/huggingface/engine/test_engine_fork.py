@@ -50,7 +50,7 @@ def check():
 
 # Locks that a thread holds as the process forks are held for ever in the child.
 with engine.pause():
-    running = engine.submit([5, 6, 7], name="running", **settings)
+    running = engine.submit([5, 6, 7], request_id="running", **settings)
     with engine._core._lock, running._channel._changed:
         in_a_fork(check)
     in_a_fork(check, True)
