@@ -238,7 +238,7 @@ class Engine:
         request = Request(
             prompt=np.asarray(begins, np.int32),
             max_new_tokens=choice.max_new_tokens,
-            num_samples=sampling.num_samples,
+            n=sampling.num_samples,
             deadline=deadline,
             **labels | {"request_id": labels["request_id"] or f"request-{next(self._numbers)}"},
         )

@@ -142,7 +142,7 @@ class EngineCore:
         stream = Stream(
             tracked.channel,
             self._cancel,
-            num_samples=request.num_samples,
+            n=request.n,
             detokenizer=None if self._tokenizer is None else Detokenizer(self._tokenizer),
         )
         with self._locked():

@@ -56,7 +56,7 @@ class TrackedRequest:
 
     def first_row(self) -> Row:
         """Return the row of logits behind the prompt. O(1)."""
-        return self.row(lambda: self.begins, self.request.num_samples)
+        return self.row(lambda: self.begins, self.request.n)
 
     def row(self, ids: Callable[[], list[int]], times: int = 1) -> Row:
         """Return a row of logits with this request's settings. O(1)."""

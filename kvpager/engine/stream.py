@@ -227,12 +227,12 @@ class Stream:
         channel: Channel,
         cancel: Callable[[Channel], None],
         *,
-        num_samples: int = 1,
+        n: int = 1,
         detokenizer: Detokenizer | None = None,
     ) -> None:
         self._channel = channel
         self._cancel = cancel
-        self._num_samples = num_samples
+        self._n = n
         self._detokenizer = detokenizer
 
     def __repr__(self) -> str:
@@ -298,9 +298,9 @@ class Stream:
         """
         if self._detokenizer is None:
             raise ValueError(f"text: there is no tokenizer; {_NO_TOKENIZER}")
-        if self._num_samples > 1:
+        if self._n > 1:
             raise ValueError(
-                f"text: the request has {self._num_samples} samples, whose tokens come in turns; "
+                f"text: the request has {self._n} samples, whose tokens come in turns; "
                 "wait for the result, or submit it several times"
             )
         return TextStream(self, self._detokenizer)

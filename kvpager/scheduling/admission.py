@@ -63,9 +63,9 @@ class AdmissionPolicy:
         """Raise `ValueError` if the request could not be served even alone. O(1)."""
         request_id, length = request.request_id, num_prompt + request.max_new_tokens
         max_num_seqs = self._table.max_num_seqs
-        if request.num_samples > max_num_seqs:
+        if request.n > max_num_seqs:
             raise ValueError(
-                f"request {request_id!r}: {request.num_samples} samples, but at most "
+                f"request {request_id!r}: {request.n} samples, but at most "
                 f"{max_num_seqs} rows run; ask for fewer, or raise max_num_seqs"
             )
         what = f"a prompt of {num_prompt} and {request.max_new_tokens} new tokens"
@@ -77,13 +77,13 @@ class AdmissionPolicy:
         need = blocks_needed(request, num_prompt, self._manager)
         if need > self._num_usable:
             raise ValueError(
-                f"request {request_id!r}: {what} in {request.num_samples} samples may need {need} "
+                f"request {request_id!r}: {what} in {request.n} samples may need {need} "
                 f"blocks, the pool has {self._num_usable}; ask for less, or make the pool larger"
             )
         ceiling = self._manager.quotas.ceiling(request.namespace)
         if ceiling is not None and need > ceiling:
             raise ValueError(
-                f"request {request_id!r}: {what} in {request.num_samples} samples may need {need} "
+                f"request {request_id!r}: {what} in {request.n} samples may need {need} "
                 f"blocks, its namespace may have {ceiling}; ask for less or raise the quota"
             )
 

@@ -39,10 +39,9 @@ class Completion:
         for row in (counts > 1).nonzero()[0].tolist():
             state = self._sequences.owner(int(plan.samples[row]))
             total = int(counts[np.isin(plan.samples, state.seq_ids)].sum())
-            if total > state.request.num_samples:
+            if total > state.request.n:
                 raise ValueError(
-                    f"request {state.request_id!r}: {total} samples, but num_samples is "
-                    f"{state.request.num_samples}"
+                    f"request {state.request_id!r}: {total} samples, but n is {state.request.n}"
                 )
 
     def commit(self, plan: StepPlan, draft: Draft) -> None:

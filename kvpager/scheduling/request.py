@@ -19,7 +19,7 @@ class Request:
         request_id: the caller's id, any hashable value; unique among live requests.
         prompt: token ids, at least one.
         max_new_tokens: no row gets more; what a request may ever need goes by it.
-        num_samples: the most rows at a time (parallel sampling, beams). They step together.
+        n: the most rows at a time (parallel sampling, beams). They step together.
         namespace: only prefixes of the same namespace and `lora` are reused.
         lora: the LoRA adapter, or other fine-tuned weights, that compute it.
         tenant: whom the policy `"fair"` charges for it.
@@ -30,7 +30,7 @@ class Request:
     request_id: Hashable
     prompt: Int32
     max_new_tokens: int
-    num_samples: int = 1
+    n: int = 1
     namespace: str | None = None
     lora: str | None = None
     tenant: str | None = None
@@ -112,7 +112,7 @@ def read_prompt(request: Request) -> Int32:
             f"request {request.request_id!r}: the prompt is empty; give at least one token"
         )
     arguments.count("max_new_tokens", request.max_new_tokens, at_least=1)
-    arguments.count("num_samples", request.num_samples, at_least=1)
+    arguments.count("n", request.n, at_least=1)
     for name in ("namespace", "lora", "tenant"):
         arguments.label(name, getattr(request, name))
     most = arguments.PRIORITY_MAX
@@ -132,6 +132,6 @@ def blocks_needed(request: Request, num_prompt: int, manager: CacheManager) -> i
     # The last token is chosen, and nothing is computed with it.
     longest = manager.queries.blocks_for(num_prompt + request.max_new_tokens - 1)
     if any(manager.windows):
-        return request.num_samples * longest
+        return request.n * longest
     shared = manager.queries.blocks_for(num_prompt // manager.block_size * manager.block_size)
-    return shared + request.num_samples * (longest - shared)
+    return shared + request.n * (longest - shared)

@@ -62,7 +62,7 @@ class RequestTable:
 
     def has_rows_for(self, state: RequestState) -> bool:
         """True if all rows that a request may have can run now. O(1)."""
-        return self.num_rows_reserved + state.request.num_samples <= self.max_num_seqs
+        return self.num_rows_reserved + state.request.n <= self.max_num_seqs
 
     @property
     def has_deadlines(self) -> bool:
@@ -153,7 +153,7 @@ class RequestTable:
             self.preempted.remove(state)
         state.status = Status.RUNNING
         self.running.append(state)
-        self.num_rows_reserved += state.request.num_samples
+        self.num_rows_reserved += state.request.n
         self.version += 1
 
     def preempt(self, state: RequestState, status: Status) -> None:
@@ -170,7 +170,7 @@ class RequestTable:
 
     def _leave(self, state: RequestState) -> None:
         self.running.remove(state)
-        self.num_rows_reserved -= state.request.num_samples
+        self.num_rows_reserved -= state.request.n
         self.version += 1
 
     def let_decode(self, state: RequestState) -> None:
@@ -221,7 +221,7 @@ class RequestTable:
         listed = self.policy.num_waiting + len(self.running) + len(self.preempted)
         if listed != len(self._live):
             raise BrokenInvariant(f"scheduler: {listed} are listed, but {len(self._live)} live")
-        reserved = sum(state.request.num_samples for state in self.running)
+        reserved = sum(state.request.n for state in self.running)
         if reserved != self.num_rows_reserved or reserved > self.max_num_seqs:
             raise BrokenInvariant(
                 f"scheduler: {self.num_rows_reserved} rows reserved of {self.max_num_seqs}, "
@@ -237,7 +237,7 @@ class RequestTable:
             raise BrokenInvariant(
                 f"scheduler: {request_id!r} is {state.status.name} with rows {rows}"
             )
-        if len(rows) > state.request.num_samples:
+        if len(rows) > state.request.n:
             raise BrokenInvariant(f"scheduler: {request_id!r} has {len(rows)} rows")
         has_blocks = state.status in (Status.RUNNING, Status.SWAPPED)
         if any((self.sequences.handles[number] is not None) != has_blocks for number in rows):

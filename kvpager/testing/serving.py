@@ -38,7 +38,7 @@ def salt_of(request: Request) -> int:
 
 def has_beams(request: Request) -> bool:
     """True if the request's rows compete; which ones do, follows from its prompt. O(1)."""
-    return request.num_samples > 1 and len(request.prompt) % 2 == 0
+    return request.n > 1 and len(request.prompt) % 2 == 0
 
 
 def choose(request: Request, is_first: bool, seen: list[int]) -> list[Choice]:
@@ -51,12 +51,12 @@ def choose(request: Request, is_first: bool, seen: list[int]) -> list[Choice]:
         number = sum(seen) * 31 % _MASK
         if number % 23 == 0:
             return []
-        width = request.num_samples
+        width = request.n
         parents = sorted((number >> (3 * at)) % len(seen) for at in range(width))
         return [(row, _token(seen[row], at)) for at, row in enumerate(parents)]
     if is_first:
         [own] = seen
-        return [(0, _token(own, at)) for at in range(request.num_samples)]
+        return [(0, _token(own, at)) for at in range(request.n)]
     return [(row, _token(own, 0)) for row, own in enumerate(seen) if own % 29]
 
 

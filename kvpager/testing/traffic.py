@@ -62,13 +62,13 @@ class Scenario:
         rows = min(self.max_num_seqs, self.max_batch_tokens)
         if any(self.windows):
             blocks_each = self._blocks_of_a_row(length - 1)
-            fits = request.num_samples * blocks_each <= self.num_blocks
-            return fits and request.num_samples <= rows
+            fits = request.n * blocks_each <= self.num_blocks
+            return fits and request.n <= rows
         blocks = {(0, at) for at in range(prompt // self.block_size)}
-        for row in range(request.num_samples):
+        for row in range(request.n):
             for token in range(prompt // self.block_size * self.block_size, length - 1):
                 blocks.add((row + 1, token // self.block_size))
-        return len(blocks) <= self.num_blocks - self.null_block and request.num_samples <= rows
+        return len(blocks) <= self.num_blocks - self.null_block and request.n <= rows
 
     def _blocks_of_a_row(self, length: int) -> int:
         total, size = 0, self.block_size
@@ -158,7 +158,7 @@ def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[lis
         request_id=name,
         prompt=np.array(prompt, np.int32),
         max_new_tokens=max_new_tokens,
-        num_samples=num_samples,
+        n=num_samples,
         namespace=random.choice((None, None, "a", "b")),
         lora=random.choice((None, None, None, "b")),
         tenant=random.choice((None, "x", "y")),

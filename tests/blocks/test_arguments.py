@@ -236,7 +236,7 @@ def test_a_size_is_a_whole_number_within_bounds(name: str, value: object) -> Non
         BlockManager(**{"num_blocks": 8, name: value})
 
 
-@pytest.mark.parametrize("name", ["max_new_tokens", "num_samples"])
+@pytest.mark.parametrize("name", ["max_new_tokens", "n"])
 @pytest.mark.parametrize("value", [*NO_COUNTS, 0, -1, HUGE], ids=kind)
 def test_a_request_without_tokens_or_samples_is_refused(name: str, value: object) -> None:
     scheduler = Scheduler(BlockManager(8, 4))

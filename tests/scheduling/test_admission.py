@@ -39,12 +39,12 @@ def test_a_full_queue_refuses_and_says_so() -> None:
     ("bad", "error"),
     [
         ({"length": 60, "new": 6}, "may need 17 blocks, the pool has 16"),
-        ({"length": 8, "new": 30, "num_samples": 2}, "may need 18 blocks"),
+        ({"length": 8, "new": 30, "n": 2}, "may need 18 blocks"),
         ({"length": 40, "new": 21}, "more than max_model_len 60"),
-        ({"num_samples": 9}, "9 samples, but at most 8 rows"),
+        ({"n": 9}, "9 samples, but at most 8 rows"),
         ({"length": 0}, "prompt is empty"),
         ({"new": 0}, "max_new_tokens 0"),
-        ({"num_samples": 0}, "num_samples 0"),
+        ({"n": 0}, "n 0"),
         ({"deadline": float("nan")}, "deadline nan"),
     ],
 )
@@ -67,7 +67,7 @@ def test_arguments_of_the_wrong_type_are_refused(bad: dict[str, object]) -> None
 
 def test_exactly_what_fits_is_accepted() -> None:
     scheduler = make(num_blocks=16)
-    scheduler.submit(request("a", 8, new=25, num_samples=2))  # 2 + 2 * 6 blocks, less the last
+    scheduler.submit(request("a", 8, new=25, n=2))  # 2 + 2 * 6 blocks, less the last
     scheduler.submit(request("b", 60, new=5))
     assert set(run(scheduler)) == {"a", "b"}
 

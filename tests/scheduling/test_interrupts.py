@@ -38,7 +38,7 @@ class Traffic:
                     request_id=name,
                     prompt=ids(9 + name % 3, first=100 * (name % 2)),
                     max_new_tokens=6,
-                    num_samples=1 + name % 2,
+                    n=1 + name % 2,
                     deadline=self.now + 3.5 if name % 4 == 3 else None,
                 )
             )

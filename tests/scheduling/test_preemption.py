@@ -183,7 +183,7 @@ def test_rows_of_a_request_leave_and_return_together_and_share_again(
 ) -> None:
     scheduler = make(num_blocks=12, num_host_blocks=12, costs=costs)
     scheduler.submit(request("first", 4, new=25))
-    scheduler.submit(request("rows", 10, new=9, num_samples=3))
+    scheduler.submit(request("rows", 10, new=9, n=3))
     plan = scheduler.plan()
     assert plan is not None
     complete(scheduler, plan, times=3) if len(plan) == 1 else scheduler.complete(
@@ -209,7 +209,7 @@ def test_rows_of_a_request_leave_and_return_together_and_share_again(
 def test_rows_that_are_computed_again_compute_what_they_share_once() -> None:
     scheduler = make(num_blocks=12, prefix_cache=False, costs=RECOMPUTE)
     scheduler.submit(request("first", 4, new=25))
-    scheduler.submit(request("rows", 10, new=9, num_samples=3))
+    scheduler.submit(request("rows", 10, new=9, n=3))
     plan = scheduler.plan()
     assert plan is not None
     scheduler.complete(plan, [0, 1, 1, 1], [7, 1, 2, 3])
@@ -232,7 +232,7 @@ def test_a_row_waits_for_all_that_it_begins_with() -> None:
     """The third row shares more with the second than with the first, which computes for both."""
     scheduler = make(num_blocks=14, prefix_cache=False, costs=RECOMPUTE)
     scheduler.submit(request("first", 4, new=50))
-    scheduler.submit(request("rows", 8, new=14, num_samples=3))
+    scheduler.submit(request("rows", 8, new=14, n=3))
     plan = scheduler.plan()
     assert plan is not None
     scheduler.complete(plan, [0, 1, 1], [7, 1, 2])
@@ -351,9 +351,7 @@ def test_a_swapped_namespace_gives_shared_blocks_up_to_return() -> None:
     prompt = ids(8)
     for name in range(3):
         scheduler.submit(
-            Request(
-                request_id=name, prompt=prompt, max_new_tokens=14, num_samples=1, namespace="acme"
-            )
+            Request(request_id=name, prompt=prompt, max_new_tokens=14, n=1, namespace="acme")
         )
     scheduler.submit(request("other", 4, new=60))
     ended = run(scheduler)

@@ -46,7 +46,7 @@ def submit_some(scheduler: Scheduler, source: random.Random) -> dict[Hashable, i
             prompt=ids(source.randint(1, 14), source.choice([0, 0, 50])),
             namespace=source.choice(["a", "b", "c", None]),
             tenant=source.choice("xyz"),
-            num_samples=count,
+            n=count,
         )
         try:
             scheduler.submit(asked)

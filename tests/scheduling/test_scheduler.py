@@ -141,7 +141,7 @@ def test_no_more_rows_run_than_may() -> None:
 def test_a_request_counts_with_all_the_rows_it_may_have() -> None:
     scheduler = make(max_num_seqs=4)
     for name in "ab":
-        scheduler.submit(request(name, new=2, num_samples=3))
+        scheduler.submit(request(name, new=2, n=3))
     assert rows(step(scheduler)) == {"a": 3}
     assert set(rows(step(scheduler))) == {"a"}
 
@@ -200,7 +200,7 @@ def test_part_of_a_block_is_copied_and_kept() -> None:
 
 def test_a_row_that_is_named_twice_is_forked() -> None:
     scheduler = make()
-    scheduler.submit(request("a", 5, new=4, num_samples=3))
+    scheduler.submit(request("a", 5, new=4, n=3))
     plan = scheduler.plan()
     assert plan is not None
     found = scheduler.complete(plan, [0, 0, 0], [1, 2, 3])
@@ -217,7 +217,7 @@ def test_a_row_that_is_named_twice_is_forked() -> None:
 
 def test_beams_change_places_and_end() -> None:
     scheduler = make()
-    scheduler.submit(request("a", 4, new=9, num_samples=3))
+    scheduler.submit(request("a", 4, new=9, n=3))
     plan = scheduler.plan()
     assert plan is not None
     beams = scheduler.complete(plan, [0, 0, 0], [1, 2, 3])
@@ -248,7 +248,7 @@ def test_a_row_nobody_names_has_ended() -> None:
 
 def test_the_last_token_ends_a_row_without_being_computed() -> None:
     scheduler = make()
-    scheduler.submit(request("a", 3, new=1, num_samples=2))
+    scheduler.submit(request("a", 3, new=1, n=2))
     plan = scheduler.plan()
     assert plan is not None
     assert scheduler.complete(plan, [0, 0], [1, 2]).tolist() == [-1, -1]
@@ -268,14 +268,14 @@ def test_a_request_may_fill_the_pool_to_the_last_block() -> None:
         ([1], [5], "rows below 1"),
         ([-1], [5], "rows below 1"),
         ([0], [5, 6], "1 parents, but 2 tokens"),
-        ([0, 0, 0], [1, 2, 3], "num_samples is 2"),
+        ([0, 0, 0], [1, 2, 3], "n is 2"),
     ],
 )
 def test_a_bad_continuation_changes_nothing(
     parents: list[int], tokens: list[int], error: str
 ) -> None:
     scheduler = make()
-    scheduler.submit(request("a", num_samples=2))
+    scheduler.submit(request("a", n=2))
     plan = scheduler.plan()
     assert plan is not None
     with pytest.raises(ValueError, match=error):

@@ -69,8 +69,8 @@ def test_the_command_line_says_what_it_did(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_reference_follows_the_request_alone() -> None:
-    beams = request("a", 6, new=5, num_samples=3)
+    beams = request("a", 6, new=5, n=3)
     rows = reference(beams)
     assert rows == reference(beams)
     assert all(len(row) <= 5 for row in rows)
-    assert len(reference(request("b", 6, new=1, num_samples=4))) == 4
+    assert len(reference(request("b", 6, new=1, n=4))) == 4

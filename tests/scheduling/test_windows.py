@@ -108,7 +108,7 @@ def test_samples_that_are_computed_again_have_windows_of_their_own() -> None:
     scheduler = make(140, (None, 64), max_num_seqs=8)
     chosen = Counter[object]()
     for name in "abcd":
-        scheduler.submit(request(name, 200, new=300, num_samples=2))
+        scheduler.submit(request(name, 200, new=300, n=2))
 
     def look(plan: StepPlan) -> None:
         chosen.update(

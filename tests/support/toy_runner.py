@@ -163,7 +163,7 @@ class ToyEngine(EngineCore):
             request_id=request_id or f"request-{self._num_requests}",
             prompt=np.array(prompt, np.int32),
             max_new_tokens=new,
-            num_samples=n,
+            n=n,
             **options,
         )
         return self.submit(request, settings or RequestSettings())

@@ -87,7 +87,7 @@ def require_room(
     if memory.bound is not None:
         bound = memory.bound_as_given()
     num_bytes = need * storage.block_bytes
-    samples = "" if request.num_samples == 1 else f" in {request.num_samples} samples"
+    samples = "" if request.n == 1 else f" in {request.n} samples"
     raise ValueError(
         f"request {request.request_id!r}: a prompt of {num_prompt} and {request.max_new_tokens} new "
         f"tokens{samples} may need {counted(need, 'block')} of KV cache ({as_text(num_bytes)}), "
