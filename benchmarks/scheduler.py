@@ -37,7 +37,7 @@ def request(length: int, new: int) -> Request:
 
 
 def go_on(scheduler: Scheduler, plan: StepPlan) -> None:
-    rows = plan.wants_logits.nonzero()[0]
+    rows = plan.needs_logits.nonzero()[0]
     scheduler.complete(plan, rows, np.full(len(rows), 7, np.int32))
 
 

@@ -137,7 +137,7 @@ class Watched:
             start = time.perf_counter()
             found = plan(scheduler)
             seconds = time.perf_counter() - start
-            decodes = found is not None and len(found) == len(found.ids) == num_rows
+            decodes = found is not None and len(found) == len(found.token_ids) == num_rows
             self.steps.append((start, decodes, seconds))
             return found
 

@@ -73,58 +73,59 @@ class Reason(Enum):
 class GroupStep(NamedTuple):
     """Where the layers of one group write and read in a step; as in `StepPlan`."""
 
-    slots: Int64
-    tables: Int32
+    slot_mapping: Int64
+    block_tables: Int32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """What a `Scheduler` wants computed now: plain arrays and ids, so it can cross a process.
 
-    Apply `moves` in order, then `copies` (all reads before all writes), then compute `counts[i]`
-    tokens of each row i: write their KV to `slots`, and let them see the first `seq_lens[i]` tokens
-    through `tables[i]`. Rows that go on decoding come first, the rows of a request side by side.
+    Apply `moves` in order, then `copies` (all reads before all writes). Then compute
+    `num_scheduled[i]` tokens of each row i: write their KV to `slot_mapping`, and let them attend
+    to the first `seq_lens[i]` tokens through `block_tables[i]`. Decoding rows come first. The rows
+    of a request stand side by side.
 
     Attributes:
         moves: swaps, to be applied first.
         copies: int32 [n, 2], device blocks to copy next. A block may be source of one pair and
             destination of another, never destination of two.
         request_ids: the request of each row.
-        samples: int32 [rows], the number of each row's sequence. It stays the same while the
+        seq_ids: int32 [rows], the number of each row's sequence. It stays the same while the
             sequence lives, preempted or not, and is given to no other before a plan after the
             one that has it in `freed`.
-        starts: int32 [rows], tokens computed before.
-        counts: int32 [rows], tokens to compute now.
-        ids: int32 [tokens], row by row.
-        slots: int64 [tokens], `block * block_size + offset`, of the first group of layers.
-        seq_lens: int32 [rows], `starts + counts`.
-        tables: int32 [rows, blocks], -1 where there is none: behind a window too. Of the first
-            group of layers.
-        wants_logits: bool [rows], whether the logits of the row's last token choose the next one.
-        freed: int32, the samples that ended since the last plan.
+        num_computed: int32 [rows], tokens computed before.
+        num_scheduled: int32 [rows], tokens to compute now.
+        token_ids: int32 [tokens], row by row.
+        slot_mapping: int64 [tokens], `block * block_size + offset`, of the first group of layers.
+        seq_lens: int32 [rows], `num_computed + num_scheduled`.
+        block_tables: int32 [rows, blocks] of the first group of layers; -1 where a row has no
+            block, as behind a window.
+        needs_logits: bool [rows], whether the logits of the row's last token choose the next one.
+        freed: int32, the sequences that ended since the last plan.
         ended: the requests that ended since the last plan, and why.
-        more_groups: slots and tables of further groups of layers.
+        more_groups: slot mapping and block tables of further groups of layers.
     """
 
     moves: list[Plan]
     copies: Int32
     request_ids: list[Hashable]
-    samples: Int32
-    starts: Int32
-    counts: Int32
-    ids: Int32
-    slots: Int64
+    seq_ids: Int32
+    num_computed: Int32
+    num_scheduled: Int32
+    token_ids: Int32
+    slot_mapping: Int64
     seq_lens: Int32
-    tables: Int32
-    wants_logits: NDArray[np.bool_]
+    block_tables: Int32
+    needs_logits: NDArray[np.bool_]
     freed: Int32
     ended: list[tuple[Hashable, Reason]]
     more_groups: tuple[GroupStep, ...] = ()
 
     @property
     def groups(self) -> tuple[GroupStep, ...]:
-        """Slots and tables of all groups of layers. O(groups)."""
-        return GroupStep(self.slots, self.tables), *self.more_groups
+        """Return the slot mapping and the block tables of each group of layers. O(groups)."""
+        return GroupStep(self.slot_mapping, self.block_tables), *self.more_groups
 
     def __len__(self) -> int:
         """How many rows are to be computed."""

@@ -165,11 +165,11 @@ class Loop:
             self.requests[request_id].channel.output.prompt_token_ids
             for request_id in plan.request_ids
         )
-        return dict(zip(plan.samples.tolist(), prompts, strict=True))
+        return dict(zip(plan.seq_ids.tolist(), prompts, strict=True))
 
     def _choose(self, plan: StepPlan, logits: Any) -> list[Draw]:
-        numbers = np.flatnonzero(plan.wants_logits).tolist()
-        rows = [self._row(plan.request_ids[i], int(plan.samples[i])) for i in numbers]
+        numbers = np.flatnonzero(plan.needs_logits).tolist()
+        rows = [self._row(plan.request_ids[i], int(plan.seq_ids[i])) for i in numbers]
         return self._sampler.choose(logits, rows) if rows else []
 
     def _row(self, request_id: Hashable, number: int) -> Row:
@@ -184,8 +184,8 @@ class Loop:
         failed: list[Hashable] = []
         news: list[tuple[Channel, list[Token]]] = []
         now = time.monotonic()
-        for row, draw in zip(np.flatnonzero(plan.wants_logits).tolist(), draws, strict=True):
-            request_id, number = plan.request_ids[row], int(plan.samples[row])
+        for row, draw in zip(np.flatnonzero(plan.needs_logits).tolist(), draws, strict=True):
+            request_id, number = plan.request_ids[row], int(plan.seq_ids[row])
             tracked = self.requests[request_id]
             arrived, continuing = tracked.extend(self._samples.get(number), draw, now)
             news.append((tracked.channel, arrived))
@@ -205,8 +205,8 @@ class Loop:
         for row, number, sample in zip(parents, numbers.tolist(), successors, strict=True):
             if number < 0:  # it has ended by itself
                 continue
-            if number != plan.samples[row]:
-                self.runner.fork(int(plan.samples[row]), number)
+            if number != plan.seq_ids[row]:
+                self.runner.fork(int(plan.seq_ids[row]), number)
             self._samples[number] = sample
 
     def _end(self, request_id: Hashable, reason: Reason) -> None:
@@ -232,7 +232,7 @@ class Loop:
         with self._lock:
             stats = self.stats()
         try:
-            self._on_step(StepRecord(len(plan), len(plan.ids), seconds, stats))
+            self._on_step(StepRecord(len(plan), len(plan.token_ids), seconds, stats))
         except BaseException:  # the caller's: requests do not suffer for it
             logger.exception("on_step raised and is not called any more")
             self._on_step = None

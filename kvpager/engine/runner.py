@@ -28,7 +28,7 @@ class Runner(Protocol):
         Args:
             plan: may have no rows, and moves all the same. What the samples in `plan.freed` keep
                 besides blocks is not needed any more.
-            prompts: the prompt of each row's request, by the row's number in `plan.samples`.
+            prompts: the prompt of each row's request, by the row's number in `plan.seq_ids`.
 
         Returns the logits of the rows that want them, in order; only the sampler reads them.
         An exception ends the requests of the step.

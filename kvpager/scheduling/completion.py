@@ -32,13 +32,13 @@ class Completion:
             return
         if parents[0] < 0 or parents[-1] >= len(plan) or np.any(parents[1:] < parents[:-1]):
             raise ValueError(f"parents {parents}: expected rows below {len(plan)}, ascending")
-        if not plan.wants_logits[parents].all():
-            row = parents[~plan.wants_logits[parents]][0]
+        if not plan.needs_logits[parents].all():
+            row = parents[~plan.needs_logits[parents]][0]
             raise ValueError(f"parent {row}: this row's prompt is not computed to its end")
         counts = np.bincount(parents, minlength=len(plan))
         for row in (counts > 1).nonzero()[0].tolist():
-            state = self._sequences.owner(int(plan.samples[row]))
-            total = int(counts[np.isin(plan.samples, state.seq_ids)].sum())
+            state = self._sequences.owner(int(plan.seq_ids[row]))
+            total = int(counts[np.isin(plan.seq_ids, state.seq_ids)].sum())
             if total > state.request.n:
                 raise ValueError(
                     f"request {state.request_id!r}: {total} samples, but n is {state.request.n}"
@@ -47,13 +47,13 @@ class Completion:
     def commit(self, plan: StepPlan, draft: Draft) -> None:
         """Note that the KV of the step's tokens is written. O(rows)."""
         sequences = self._sequences
-        sequences.mark_computed(plan.samples, plan.seq_lens)
+        sequences.mark_computed(plan.seq_ids, plan.seq_lens)
         num_decoding = 0
         if draft.decoders is not None:
-            num_decoding = len(draft.decoders.numbers)
+            num_decoding = len(draft.decoders.seq_ids)
             if self._commits:
                 self._manager.commit(draft.decoders.batch)
-        for number in plan.samples[num_decoding:].tolist():
+        for number in plan.seq_ids[num_decoding:].tolist():
             if self._commits:
                 computed = int(sequences.computed[number])
                 self._manager.commit(sequences.handle(number), computed)
@@ -68,7 +68,7 @@ class Completion:
         """
         sequences = self._sequences
         if np.array_equal(rows, parents):
-            numbers = plan.samples[rows]
+            numbers = plan.seq_ids[rows]
         else:
             numbers = self._branch(plan, rows, parents)
         going = numbers >= 0
@@ -84,14 +84,14 @@ class Completion:
         """End the rows that are not named, and fork those that are named several times."""
         sequences = self._sequences
         counts = np.bincount(parents, minlength=len(plan))
-        for number in plan.samples[rows[counts[rows] == 0]].tolist():
+        for number in plan.seq_ids[rows[counts[rows] == 0]].tolist():
             self._placement.end_row(number)
         first = np.ones(len(parents), np.bool_)
         first[1:] = parents[1:] != parents[:-1]
         kept = np.isin(parents, rows)
-        numbers = np.where(first & kept, plan.samples[parents], -1).astype(np.int32)
+        numbers = np.where(first & kept, plan.seq_ids[parents], -1).astype(np.int32)
         for row in rows[counts[rows] > 1].tolist():
-            parent = int(plan.samples[row])
+            parent = int(plan.seq_ids[row])
             if sequences.generated[parent] + 1 >= sequences.limits[parent]:
                 continue  # the forks would end at once
             begin = int(np.searchsorted(parents, row)) + 1

@@ -30,17 +30,17 @@ class Decoding:
         sequences, policy = self._table.sequences, self._table.policy
         while True:
             decoders = self._current()
-            numbers = decoders.numbers
-            if not len(numbers):
+            seq_ids = decoders.seq_ids
+            if not len(seq_ids):
                 return
-            ids = sequences.pending[numbers]
+            token_ids = sequences.pending[seq_ids]
             try:
-                step = self._manager.append(decoders.batch, ids if self._by_ids else 1)
+                step = self._manager.append(decoders.batch, token_ids if self._by_ids else 1)
             except OutOfBlocks as error:
                 self._placement.make_room(draft, error)
                 continue
-            sequences.make_room(numbers)
-            draft.decode(numbers, ids, step)
+            sequences.make_room(seq_ids)
+            draft.decode(seq_ids, token_ids, step)
             draft.decoders = decoders
             for state, count in decoders.shares:
                 policy.charge(state, 0, count)
@@ -49,14 +49,16 @@ class Decoding:
     def add(self, state: RequestState, draft: Draft) -> None:
         """Add the rows of a request that returned ready to decode. O(rows)."""
         sequences = self._table.sequences
-        numbers = np.array(state.seq_ids, np.int32)
-        ids = sequences.pending[numbers]
+        seq_ids = np.array(state.seq_ids, np.int32)
+        token_ids = sequences.pending[seq_ids]
         try:
-            step = self._manager.append(self._placement.handles(state), ids if self._by_ids else 1)
+            step = self._manager.append(
+                self._placement.handles(state), token_ids if self._by_ids else 1
+            )
         except OutOfBlocks:
             return  # a quota: the next step will see
-        sequences.make_room(numbers)
-        draft.decode(numbers, ids, step)
+        sequences.make_room(seq_ids)
+        draft.decode(seq_ids, token_ids, step)
 
     def _current(self) -> Decoders:
         """Return the rows that decode, kept as long as they are the same."""
@@ -67,13 +69,13 @@ class Decoding:
     def _find(self) -> Decoders:
         sequences = self._table.sequences
         ready = [state for state in self._table.running if state.is_ready]
-        rows = [number for state in ready for number in state.seq_ids]
-        numbers = np.array(rows, np.int32)
-        numbers.flags.writeable = False
-        batch = self._manager.batch([sequences.handle(number) for number in rows])
+        rows = [seq_id for state in ready for seq_id in state.seq_ids]
+        seq_ids = np.array(rows, np.int32)
+        seq_ids.flags.writeable = False
+        batch = self._manager.batch([sequences.handle(seq_id) for seq_id in rows])
         request_ids = [state.request_id for state in ready for _ in state.seq_ids]
         shares: dict[str | None, tuple[RequestState, int]] = {}
         for state in ready:
             queue = self._table.policy.queue_of(state)
             shares[queue] = state, shares.get(queue, (state, 0))[1] + len(state.seq_ids)
-        return Decoders(numbers, batch, request_ids, list(shares.values()))
+        return Decoders(seq_ids, batch, request_ids, list(shares.values()))

@@ -46,24 +46,24 @@ class Prefill:
 
     def _add(self, state: RequestState, draft: Draft) -> bool:
         sequences = self._table.sequences
-        for number in state.seq_ids:
-            if sequences.is_held_up(number):
+        for seq_id in state.seq_ids:
+            if sequences.is_held_up(seq_id):
                 continue
-            start, length = int(sequences.computed[number]), int(sequences.lengths[number])
+            start, length = int(sequences.computed[seq_id]), int(sequences.lengths[seq_id])
             if start == length:
                 continue
             count = draft.chunk(length - start)
             if not count:
                 return False
             stop = start + count
-            slots = self._manager.open_slots(sequences.handle(number), start, stop)
+            slot_mapping = self._manager.open_slots(sequences.handle(seq_id), start, stop)
             # A row that has chosen tokens is computed again: it has its next token already.
-            is_first = not sequences.generated[number]
+            is_first = not sequences.generated[seq_id]
             draft.compute(
-                number,
-                sequences.tokens(number, start, stop),
-                slots,
-                wants=is_first and stop == length,
+                seq_id,
+                sequences.tokens(seq_id, start, stop),
+                slot_mapping,
+                needs_logits=is_first and stop == length,
             )
             if is_first:
                 self._table.policy.charge(state, count, 0)

@@ -196,7 +196,7 @@ class Scheduler:
         if draft.parts:
             self._step = plan, draft
             self._num_steps += 1
-            self._num_tokens += len(plan.ids)
+            self._num_tokens += len(plan.token_ids)
         return plan
 
     @property
@@ -229,9 +229,9 @@ class Scheduler:
             self._change.begin()
             self._step = None
             self._completion.commit(plan, draft)
-            keeps = plan.wants_logits
+            keeps = plan.needs_logits
             for state in [state for state in self._table.running if state.ending is not None]:
-                keeps = keeps & ~np.isin(plan.samples, state.seq_ids)
+                keeps = keeps & ~np.isin(plan.seq_ids, state.seq_ids)
                 self._placement.end(state, state.ending or Reason.CANCELLED)
             return self._completion.advance(plan, keeps.nonzero()[0], parents, tokens)
 

@@ -19,17 +19,17 @@ from kvpager.scheduling.request_table import RequestTable
 class Part(NamedTuple):
     """Some rows of a step."""
 
-    numbers: Int32
-    counts: Int32
-    ids: Int32
-    slots: Int64  # [tokens], or [groups, tokens]
-    wants: NDArray[np.bool_]
+    seq_ids: Int32
+    num_scheduled: Int32
+    token_ids: Int32
+    slot_mapping: Int64  # [tokens], or [groups, tokens]
+    needs_logits: NDArray[np.bool_]
 
 
 class Decoders(NamedTuple):
     """The rows that decode."""
 
-    numbers: Int32
+    seq_ids: Int32
     batch: Batch
     request_ids: list[Hashable]
     shares: list[tuple[RequestState, int]]  # a request of each queue, and the rows of that queue
@@ -70,24 +70,26 @@ class Draft:
         is_alone = self.budget == self._max_tokens
         return remaining if remaining <= self.budget or is_alone else 0
 
-    def decode(self, numbers: Int32, ids: Int32, step: Step) -> None:
+    def decode(self, seq_ids: Int32, token_ids: Int32, step: Step) -> None:
         """Add rows that take one token each. O(rows)."""
-        ones = np.ones(len(numbers), np.int32)
-        self.parts.append(Part(numbers, ones, ids, step.slots, ones.astype(np.bool_)))
+        ones = np.ones(len(seq_ids), np.int32)
+        self.parts.append(Part(seq_ids, ones, token_ids, step.slots, ones.astype(np.bool_)))
         self.copy(step.copies)
-        self.budget -= len(numbers)
+        self.budget -= len(seq_ids)
 
-    def compute(self, number: int, ids: Int32, slots: Int64, *, wants: bool) -> None:
+    def compute(
+        self, seq_id: int, token_ids: Int32, slot_mapping: Int64, *, needs_logits: bool
+    ) -> None:
         """Add a row that takes a chunk of its prompt. O(tokens)."""
         part = Part(
-            np.array([number], np.int32),
-            np.array([len(ids)], np.int32),
-            ids,
-            slots,
-            np.array([wants], np.bool_),
+            np.array([seq_id], np.int32),
+            np.array([len(token_ids)], np.int32),
+            token_ids,
+            slot_mapping,
+            np.array([needs_logits], np.bool_),
         )
         self.parts.append(part)
-        self.budget = max(self.budget - len(ids), 0)
+        self.budget = max(self.budget - len(token_ids), 0)
 
     def copy(self, copies: Int32) -> None:
         """Add blocks to copy, after those added before. O(1)."""
@@ -97,27 +99,27 @@ class Draft:
     def finish(self, manager: CacheManager, table: RequestTable) -> StepPlan:
         """Return the step as plain arrays, and tell of what ended since the last one. O(rows)."""
         part, sequences, decoders = self._joined(), table.sequences, self.decoders
-        numbers = part.numbers
-        if decoders is not None and len(decoders.numbers) == len(numbers):
+        seq_ids = part.seq_ids
+        if decoders is not None and len(decoders.seq_ids) == len(seq_ids):
             request_ids, tables = decoders.request_ids[:], manager.block_tables(decoders.batch)
         else:
-            listed = numbers.tolist()
-            request_ids = [sequences.owner(number).request_id for number in listed]
-            tables = manager.block_tables([sequences.handle(number) for number in listed])
-        starts = sequences.computed[numbers]
-        first, others = _by_group(part.slots, tables)
+            listed = seq_ids.tolist()
+            request_ids = [sequences.owner(seq_id).request_id for seq_id in listed]
+            tables = manager.block_tables([sequences.handle(seq_id) for seq_id in listed])
+        num_computed = sequences.computed[seq_ids]
+        first, others = _by_group(part.slot_mapping, tables)
         return StepPlan(
             moves=self.moves,
             copies=_only(self.copies, NO_COPIES),
             request_ids=request_ids,
-            samples=numbers,
-            starts=starts,
-            counts=part.counts,
-            ids=part.ids,
-            slots=first.slots,
-            seq_lens=starts + part.counts,
-            tables=first.tables,
-            wants_logits=part.wants,
+            seq_ids=seq_ids,
+            num_computed=num_computed,
+            num_scheduled=part.num_scheduled,
+            token_ids=part.token_ids,
+            slot_mapping=first.slot_mapping,
+            seq_lens=num_computed + part.num_scheduled,
+            block_tables=first.block_tables,
+            needs_logits=part.needs_logits,
             freed=sequences.report(),
             ended=table.take_ended(),
             more_groups=others,
@@ -132,12 +134,12 @@ class Draft:
         return Part(*(np.concatenate(column, axis=-1) for column in zip(*self.parts, strict=True)))
 
 
-def _by_group(slots: Int64, tables: Int32) -> tuple[GroupStep, tuple[GroupStep, ...]]:
+def _by_group(slot_mapping: Int64, block_tables: Int32) -> tuple[GroupStep, tuple[GroupStep, ...]]:
     """Return those of the first group of layers, and those of the others. O(groups)."""
-    if tables.ndim == 2:
-        return GroupStep(slots, tables), ()
+    if block_tables.ndim == 2:
+        return GroupStep(slot_mapping, block_tables), ()
     # A step without rows has no slots, of any shape.
-    first, *others = map(GroupStep, slots.reshape(len(tables), -1), tables)
+    first, *others = map(GroupStep, slot_mapping.reshape(len(block_tables), -1), block_tables)
     return first, tuple(others)
 
 

@@ -155,20 +155,20 @@ class Model:
             self.memory.copy(plan.copies)
         if upto >= 3:
             for group in plan.groups:
-                self.memory.write(group.slots, [-7] * len(group.slots))
+                self.memory.write(group.slot_mapping, [-7] * len(group.slot_mapping))
 
     def step(self, plan: StepPlan) -> tuple[Int64, Int32]:
         """Compute a step; how it goes on."""
         self._check_rows(plan)
         self.apply(plan)
         # What a row computed before has to be there before any row of this step writes.
-        for row in plan.starts.nonzero()[0].tolist():
-            self._read(plan, row, int(plan.starts[row]))
+        for row in plan.num_computed.nonzero()[0].tolist():
+            self._read(plan, row, int(plan.num_computed[row]))
         self._write(plan)
         seen = [self._read(plan, row, int(plan.seq_lens[row])) for row in range(len(plan))]
         chosen: list[Choice] = []
         for name in dict.fromkeys(map(str, plan.request_ids)):
-            mine = [row for row in self._rows_of(plan, name) if plan.wants_logits[row]]
+            mine = [row for row in self._rows_of(plan, name) if plan.needs_logits[row]]
             if not mine:
                 continue
             request = self.requests[name]
@@ -185,12 +185,12 @@ class Model:
 
     def _check_rows(self, plan: StepPlan) -> None:
         """Every row is who it says, and goes on where it was."""
-        if len(set(plan.samples.tolist())) != len(plan):
-            raise Wrong(f"a sample stands twice in the step: {plan.samples.tolist()}")
-        slots = np.concatenate([group.slots for group in plan.groups])
+        if len(set(plan.seq_ids.tolist())) != len(plan):
+            raise Wrong(f"a sample stands twice in the step: {plan.seq_ids.tolist()}")
+        slots = np.concatenate([group.slot_mapping for group in plan.groups])
         if len(np.unique(slots)) != len(slots) or slots.min() < 0:
             raise Wrong(f"a slot is written twice, or is none: {slots.tolist()}")
-        for number, name in zip(plan.samples.tolist(), map(str, plan.request_ids), strict=True):
+        for number, name in zip(plan.seq_ids.tolist(), map(str, plan.request_ids), strict=True):
             if number not in self.rows:
                 if name in self.has_begun or name not in self.requests:
                     raise Wrong(f"{name}: sample {number} comes from nowhere")
@@ -199,42 +199,44 @@ class Model:
                 raise Wrong(f"sample {number} is not one of {name}")
         for name in dict.fromkeys(map(str, plan.request_ids)):
             mine = [number for number, row in self.rows.items() if row.request.request_id == name]
-            chooses = any(plan.wants_logits[self._rows_of(plan, name)])
+            chooses = any(plan.needs_logits[self._rows_of(plan, name)])
             if chooses:
-                present = [int(plan.samples[row]) for row in self._rows_of(plan, name)]
+                present = [int(plan.seq_ids[row]) for row in self._rows_of(plan, name)]
                 if sorted(mine) != sorted(present):
                     raise Wrong(f"{name}: {present} of {mine} are in the step")
 
     def _write(self, plan: StepPlan) -> None:
         at = 0
-        for row, number in enumerate(plan.samples.tolist()):
+        for row, number in enumerate(plan.seq_ids.tolist()):
             known = self.rows[number].tokens
-            start, count = int(plan.starts[row]), int(plan.counts[row])
-            ids = plan.ids[at : at + count].tolist()
+            start, count = int(plan.num_computed[row]), int(plan.num_scheduled[row])
+            ids = plan.token_ids[at : at + count].tolist()
             if count < 1 or ids != known[start : start + count]:
                 raise Wrong(f"sample {number}: {ids} at {start}, its tokens are {known}")
-            if bool(plan.wants_logits[row]) != (start + count == len(known)):
+            if bool(plan.needs_logits[row]) != (start + count == len(known)):
                 raise Wrong(f"sample {number}: wants logits at {start + count} of {len(known)}")
             if plan.seq_lens[row] != start + count:
                 raise Wrong(f"sample {number}: sees {plan.seq_lens[row]} of {start + count}")
             new = values(salt_of(self.rows[number].request), known[: start + count])[start:]
             for group in plan.groups:
-                self.memory.write(group.slots[at : at + count], new.tolist())
+                self.memory.write(group.slot_mapping[at : at + count], new.tolist())
             at += count
-        if at != len(plan.ids) or at != len(plan.slots):
-            raise Wrong(f"{at} tokens in rows, {len(plan.ids)} ids, {len(plan.slots)} slots")
+        if at != len(plan.token_ids) or at != len(plan.slot_mapping):
+            raise Wrong(
+                f"{at} tokens in rows, {len(plan.token_ids)} ids, {len(plan.slot_mapping)} slots"
+            )
 
     def _read(self, plan: StepPlan, row: int, length: int) -> int:
         """Read the first `length` tokens of a row as each group of layers sees them."""
-        sample = self.rows[int(plan.samples[row])]
+        sample = self.rows[int(plan.seq_ids[row])]
         expected = values(salt_of(sample.request), sample.tokens[:length])
-        seen_from = int(plan.starts[row]) + 1  # by the first of the new tokens
+        seen_from = int(plan.num_computed[row]) + 1  # by the first of the new tokens
         for group, window in zip(plan.groups, self.windows, strict=True):
             first = 0 if window is None else max(seen_from - window, 0) // self.size
-            table = group.tables[row, first : -(-length // self.size)]
+            table = group.block_tables[row, first : -(-length // self.size)]
             if np.any(table < 0):
                 raise Wrong(
-                    f"sample {plan.samples[row]}: no block for a token that it sees: {table}"
+                    f"sample {plan.seq_ids[row]}: no block for a token that it sees: {table}"
                 )
             found = self.memory.tiers["device"].take(table, axis=0).ravel()
             found, own = found[: length - first * self.size], expected[first * self.size :]
@@ -249,9 +251,9 @@ class Model:
         """The step was completed: `numbers` are what the scheduler made of it."""
         if len(numbers) != len(parents):
             raise Wrong(f"{len(parents)} continuations, {len(numbers)} samples")
-        before = {row: self.rows[number] for row, number in enumerate(plan.samples.tolist())}
+        before = {row: self.rows[number] for row, number in enumerate(plan.seq_ids.tolist())}
         named = set(parents.tolist())
-        for row in plan.wants_logits.nonzero()[0].tolist():
+        for row in plan.needs_logits.nonzero()[0].tolist():
             if row not in named:
                 self._done(before[row], before[row].new)
         past = {row: one.new for row, one in before.items()}
@@ -264,10 +266,10 @@ class Model:
                 if number >= 0:
                     raise Wrong(f"{name}: sample {number} should have ended with {new}")
                 self._done(parent, new)
-            elif number == plan.samples[row]:
+            elif number == plan.seq_ids[row]:
                 parent.new = new
             elif number < 0 or number in self.rows:
-                raise Wrong(f"{name}: a fork of {plan.samples[row]} became sample {number}")
+                raise Wrong(f"{name}: a fork of {plan.seq_ids[row]} became sample {number}")
             else:
                 self.rows[number] = Row(parent.request, new)
 

@@ -81,7 +81,7 @@ class Scenario:
 
     def check_size(self, plan: StepPlan) -> None:
         """A step is within its budgets. Raises `Wrong`."""
-        num_tokens = int(plan.counts.sum())
+        num_tokens = int(plan.num_scheduled.sum())
         if len(plan) > self.max_num_seqs:
             raise Wrong(f"{len(plan)} rows in a step, at most {self.max_num_seqs} may be")
         is_alone = not self.chunked and len(plan) == 1

@@ -134,4 +134,4 @@ def test_the_prompt_is_copied() -> None:
     scheduler, prompt = make(), ids(5)
     scheduler.submit(Request(request_id="a", prompt=prompt, max_new_tokens=2))
     prompt[:] = 9
-    assert step(scheduler).ids.tolist() == [0, 1, 2, 3, 4]
+    assert step(scheduler).token_ids.tolist() == [0, 1, 2, 3, 4]

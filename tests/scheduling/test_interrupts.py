@@ -44,7 +44,7 @@ class Traffic:
             )
         plan = scheduler.step or scheduler.plan()
         if plan is not None and len(plan):
-            rows = plan.wants_logits.nonzero()[0].tolist()
+            rows = plan.needs_logits.nonzero()[0].tolist()
             scheduler.complete(plan, rows, [7] * len(rows))
         scheduler.cancel(name - 5)
         self.step += 1

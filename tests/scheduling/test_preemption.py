@@ -98,7 +98,7 @@ def test_recompute_computes_known_tokens_again_and_asks_for_no_token_twice() -> 
     scheduler.submit(request("first", 4, new=13))
     scheduler.submit(request("last", 4, new=13))
     chosen = []
-    run(scheduler, lambda plan: chosen.append(int(plan.wants_logits.sum())))
+    run(scheduler, lambda plan: chosen.append(int(plan.needs_logits.sum())))
     assert sum(chosen) == 2 * 13
     stats = scheduler.stats()
     assert (stats.total_preempted_by_swap, stats.total_preempted_by_recompute) == (0, 1)
@@ -196,7 +196,7 @@ def test_rows_of_a_request_leave_and_return_together_and_share_again(
         at = [row for row, name in enumerate(plan.request_ids) if name == "rows"]
         assert len(at) in (0, 1, 2, 3)
         if len(at) == 3:
-            shared.append(plan.tables[at, :2])
+            shared.append(plan.block_tables[at, :2])
 
     ended = run(scheduler, note)
     assert set(ended) == {"first", "rows"}
@@ -219,7 +219,7 @@ def test_rows_that_are_computed_again_compute_what_they_share_once() -> None:
 
     def note(plan: StepPlan) -> None:
         mine = [row for row, name in enumerate(plan.request_ids) if name == "rows"]
-        chunk = [int(plan.counts[row]) for row in mine if not plan.wants_logits[row]]
+        chunk = [int(plan.num_scheduled[row]) for row in mine if not plan.needs_logits[row]]
         again.extend(chunk)
         found.extend(mine)
 
@@ -244,7 +244,7 @@ def test_a_row_waits_for_all_that_it_begins_with() -> None:
 
     def note(plan: StepPlan) -> None:
         mine = [row for row, name in enumerate(plan.request_ids) if name == "rows"]
-        chunks = [int(plan.starts[row]) for row in mine if not plan.wants_logits[row]]
+        chunks = [int(plan.num_computed[row]) for row in mine if not plan.needs_logits[row]]
         starts.extend([chunks] if chunks else [])
 
     assert set(run(scheduler, note)) == {"first", "rows"}

@@ -323,7 +323,7 @@ def test_a_leader_that_is_cancelled_is_not_waited_for() -> None:
     assert rows(step(scheduler)) == {"leader": 8}
     scheduler.cancel("leader")
     plan = step(scheduler)
-    assert (rows(plan), plan.starts.tolist()) == ({"waits": 8}, [8])
+    assert (rows(plan), plan.num_computed.tolist()) == ({"waits": 8}, [8])
 
 
 def test_nobody_waits_for_a_second_beginning() -> None:

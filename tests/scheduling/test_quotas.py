@@ -72,7 +72,7 @@ def test_random_requests_under_quotas_all_end(kind: str, seed: int) -> None:
 
     def continuations(plan: StepPlan) -> list[int]:
         rows = []
-        for row in plan.wants_logits.nonzero()[0].tolist():
+        for row in plan.needs_logits.nonzero()[0].tolist():
             name = plan.request_ids[row]
             rows += [row] * (1 if name in begun else samples[name])
             begun.add(name)

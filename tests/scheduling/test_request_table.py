@@ -122,7 +122,7 @@ def test_nothing_of_an_aborted_step_is_reused() -> None:
     assert plan is not None
     scheduler.abort(plan)
     scheduler.submit(Request(request_id="b", prompt=ids(16), max_new_tokens=2))
-    assert step(scheduler).starts.tolist() == [8]  # what the step before it computed is good
+    assert step(scheduler).num_computed.tolist() == [8]  # what the step before it computed is good
 
 
 def test_a_name_can_be_used_again_once_its_end_was_told() -> None:

@@ -29,20 +29,20 @@ def test_a_prompt_and_then_a_token_a_step() -> None:
     scheduler.submit(Request(request_id="a", prompt=ids(6), max_new_tokens=3))
     first = step(scheduler)
     assert first.request_ids == ["a"]
-    assert (first.starts.tolist(), first.counts.tolist(), first.seq_lens.tolist()) == (
+    assert (first.num_computed.tolist(), first.num_scheduled.tolist(), first.seq_lens.tolist()) == (
         [0],
         [6],
         [6],
     )
-    assert first.ids.tolist() == [0, 1, 2, 3, 4, 5]
-    assert first.wants_logits.tolist() == [True]
+    assert first.token_ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert first.needs_logits.tolist() == [True]
     second = step(scheduler)
-    assert (second.starts.tolist(), second.counts.tolist()) == ([6], [1])
-    assert second.ids.tolist() == [7]
-    assert second.tables.shape == (1, 2)
-    assert second.samples.tolist() == first.samples.tolist()
+    assert (second.num_computed.tolist(), second.num_scheduled.tolist()) == ([6], [1])
+    assert second.token_ids.tolist() == [7]
+    assert second.block_tables.shape == (1, 2)
+    assert second.seq_ids.tolist() == first.seq_ids.tolist()
     third = step(scheduler)
-    assert third.ids.tolist() == [7]
+    assert third.token_ids.tolist() == [7]
     last = scheduler.plan()
     assert last is not None
     assert (len(last), last.ended, last.freed.tolist()) == (0, [("a", Reason.FINISHED)], [0])
@@ -55,15 +55,24 @@ def test_arrays_have_the_types_that_are_promised() -> None:
     scheduler = make()
     scheduler.submit(request("a"))
     plan = step(scheduler)
-    for name in ("copies", "samples", "starts", "counts", "ids", "seq_lens", "tables", "freed"):
+    for name in (
+        "copies",
+        "seq_ids",
+        "num_computed",
+        "num_scheduled",
+        "token_ids",
+        "seq_lens",
+        "block_tables",
+        "freed",
+    ):
         assert getattr(plan, name).dtype == np.int32, name
-    assert plan.slots.dtype == np.int64
-    assert plan.wants_logits.dtype == np.bool_
+    assert plan.slot_mapping.dtype == np.int64
+    assert plan.needs_logits.dtype == np.bool_
     assert plan.copies.shape == (0, 2)
     ended = scheduler.cancel("a") and scheduler.plan()
     assert isinstance(ended, StepPlan)
-    assert ended.tables.shape[0] == 0
-    assert ended.slots.dtype == np.int64
+    assert ended.block_tables.shape[0] == 0
+    assert ended.slot_mapping.dtype == np.int64
 
 
 def test_slots_are_those_of_the_tables() -> None:
@@ -73,11 +82,11 @@ def test_slots_are_those_of_the_tables() -> None:
     for _ in range(3):
         plan = step(scheduler)
         expected = [
-            int(plan.tables[row, at // BLOCK_SIZE]) * BLOCK_SIZE + at % BLOCK_SIZE
+            int(plan.block_tables[row, at // BLOCK_SIZE]) * BLOCK_SIZE + at % BLOCK_SIZE
             for row in range(len(plan))
-            for at in range(plan.starts[row], plan.seq_lens[row])
+            for at in range(plan.num_computed[row], plan.seq_lens[row])
         ]
-        assert plan.slots.tolist() == expected
+        assert plan.slot_mapping.tolist() == expected
 
 
 def test_rows_that_decode_come_before_prompts() -> None:
@@ -96,8 +105,8 @@ def test_a_long_prompt_is_computed_in_chunks_of_what_the_budget_leaves() -> None
     scheduler.submit(request("b", 20))
     plans = [step(scheduler) for _ in range(4)]
     assert [rows(plan).get("b") for plan in plans] == [9, 9, 2, 1]
-    assert [bool(plan.wants_logits[-1]) for plan in plans] == [False, False, True, True]
-    assert plans[1].starts.tolist() == [3, 9]
+    assert [bool(plan.needs_logits[-1]) for plan in plans] == [False, False, True, True]
+    assert plans[1].num_computed.tolist() == [3, 9]
 
 
 def test_no_chunk_is_smaller_than_a_block() -> None:
@@ -152,7 +161,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     run(scheduler)
     scheduler.submit(Request(request_id="b", prompt=ids(15), max_new_tokens=2))
     plan = step(scheduler)
-    assert (plan.starts.tolist(), plan.ids.tolist()) == ([12], [12, 13, 14])
+    assert (plan.num_computed.tolist(), plan.token_ids.tolist()) == ([12], [12, 13, 14])
     assert scheduler.stats().total_reused_tokens == 12
 
 
@@ -164,7 +173,7 @@ def test_what_was_generated_is_found_again() -> None:
         Request(request_id="b", prompt=[0, 1, 2, 3, 7, 7, 7, 7, 7, 7], max_new_tokens=2)
     )
     plan = step(scheduler)
-    assert plan.starts.tolist() == [8]
+    assert plan.num_computed.tolist() == [8]
 
 
 @pytest.mark.parametrize("other", [{"namespace": "x"}, {"lora": "x"}])
@@ -173,7 +182,7 @@ def test_a_prefix_of_somebody_else_is_computed_again(other: dict[str, str]) -> N
     scheduler.submit(Request(request_id="a", prompt=ids(12), max_new_tokens=2))
     run(scheduler)
     scheduler.submit(Request(request_id="b", prompt=ids(12), max_new_tokens=2, **other))
-    assert step(scheduler).starts.tolist() == [0]
+    assert step(scheduler).num_computed.tolist() == [0]
 
 
 def test_without_the_prefix_cache_nothing_is_kept() -> None:
@@ -191,8 +200,8 @@ def test_part_of_a_block_is_copied_and_kept() -> None:
     run(scheduler)
     scheduler.submit(Request(request_id="b", prompt=[0, 1, 2, 3, 4, 5, 99], max_new_tokens=2))
     plan = step(scheduler)
-    assert plan.starts.tolist() == [6]
-    assert plan.copies[:, 1].tolist() == [int(plan.tables[0, 1])]
+    assert plan.num_computed.tolist() == [6]
+    assert plan.copies[:, 1].tolist() == [int(plan.block_tables[0, 1])]
 
 
 # -------------------------------------------------------------------- going on
@@ -204,14 +213,16 @@ def test_a_row_that_is_named_twice_is_forked() -> None:
     plan = scheduler.plan()
     assert plan is not None
     found = scheduler.complete(plan, [0, 0, 0], [1, 2, 3])
-    assert found[0] == plan.samples[0]
+    assert found[0] == plan.seq_ids[0]
     assert len(set(found.tolist())) == 3
     plan = scheduler.plan()
     assert plan is not None
-    assert plan.samples.tolist() == found.tolist()
-    assert plan.ids.tolist() == [1, 2, 3]
-    assert plan.tables[:, 0].tolist() == [int(plan.tables[0, 0])] * 3  # the full block is shared
-    assert len(set(plan.tables[:, 1].tolist())) == 3  # and the open one was copied
+    assert plan.seq_ids.tolist() == found.tolist()
+    assert plan.token_ids.tolist() == [1, 2, 3]
+    assert (
+        plan.block_tables[:, 0].tolist() == [int(plan.block_tables[0, 0])] * 3
+    )  # the full block is shared
+    assert len(set(plan.block_tables[:, 1].tolist())) == 3  # and the open one was copied
     assert len(plan.copies) == 2
 
 
@@ -227,10 +238,10 @@ def test_beams_change_places_and_end() -> None:
     assert after[:2].tolist() == beams[1:].tolist()
     plan = scheduler.plan()
     assert plan is not None
-    assert plan.samples.tolist() == after.tolist()
+    assert plan.seq_ids.tolist() == after.tolist()
     assert plan.freed.tolist() == [int(beams[0])]
     assert after[2] not in beams  # a number is not given again before its end was told
-    assert plan.ids.tolist() == [4, 5, 6]
+    assert plan.token_ids.tolist() == [4, 5, 6]
     scheduler.complete(plan, [], [])
     assert run(scheduler) == {"a": Reason.FINISHED}
 

@@ -33,7 +33,7 @@ def serve(
         if plan is None:
             break
         look(plan)
-        rows = plan.wants_logits.nonzero()[0]
+        rows = plan.needs_logits.nonzero()[0]
         begins = [plan.request_ids[row] not in has_begun for row in rows]
         has_begun.update(plan.request_ids[row] for row in rows)
         parents = np.repeat(rows, np.where(begins, samples, 1)) if len(rows) else rows
@@ -56,8 +56,8 @@ def test_a_windowed_layer_holds_its_window_and_two_blocks_at_8k_tokens(
 
     def look(plan: StepPlan) -> None:
         for row in range(len(plan)):
-            held = int(np.count_nonzero(plan.groups[-1].tables[row] >= 0))
-            (decoding if plan.counts[row] == 1 else prompt).append(held)
+            held = int(np.count_nonzero(plan.groups[-1].block_tables[row] >= 0))
+            (decoding if plan.num_scheduled[row] == 1 else prompt).append(held)
 
     serve(scheduler, look)
     assert len(decoding) == 99
@@ -89,7 +89,7 @@ def test_what_one_prompt_computed_another_reuses_beyond_the_window() -> None:
     serve(scheduler)
     scheduler.submit(request("b", prompt=np.append(prompt, [1, 2, 3]), new=2))
     counts: list[int] = []
-    serve(scheduler, lambda plan: counts.extend(plan.counts.tolist()))
+    serve(scheduler, lambda plan: counts.extend(plan.num_scheduled.tolist()))
     assert counts == [3, 1]
 
 
@@ -112,7 +112,7 @@ def test_samples_that_are_computed_again_have_windows_of_their_own() -> None:
 
     def look(plan: StepPlan) -> None:
         chosen.update(
-            name for name, wants in zip(plan.request_ids, plan.wants_logits, strict=True) if wants
+            name for name, wants in zip(plan.request_ids, plan.needs_logits, strict=True) if wants
         )
 
     serve(scheduler, look, samples=2)

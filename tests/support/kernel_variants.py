@@ -122,9 +122,11 @@ def random_step(chance: random.Random, runner: Any, make: Callable[..., Any]) ->
         for _ in range(chance.randrange(0 if decoding else 1, 3))
     ]
     plan = make(runner, decoding + prompts)
-    tables = np.array([chance.sample(range(600), plan.tables.shape[1]) for _ in plan.request_ids])
+    tables = np.array(
+        [chance.sample(range(600), plan.block_tables.shape[1]) for _ in plan.request_ids]
+    )
     if chance.random() < 0.5:
-        plan = replace(plan, tables=tables.astype(np.int32))
+        plan = replace(plan, block_tables=tables.astype(np.int32))
     count = chance.choice((0, 0, 1, 5, 30))
     copies = np.array(chance.sample(range(600), 2 * count), np.int32).reshape(-1, 2)
     return replace(plan, copies=copies)

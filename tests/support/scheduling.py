@@ -46,7 +46,7 @@ def request(name: Hashable, length: int = 3, new: int = 4, **options: Any) -> Re
 
 def complete(scheduler: Scheduler, plan: StepPlan, times: int = 1, token: int = 7) -> np.ndarray:
     """Every row that chooses goes on so many times."""
-    rows = np.repeat(plan.wants_logits.nonzero()[0], times)
+    rows = np.repeat(plan.needs_logits.nonzero()[0], times)
     found = scheduler.complete(plan, rows, token + np.arange(len(rows)))
     scheduler.check()
     return found
@@ -81,6 +81,6 @@ def run(
 def rows(plan: StepPlan) -> dict[Hashable, int]:
     """How many tokens of each request a step has."""
     counts: dict[Hashable, int] = {}
-    for name, count in zip(plan.request_ids, plan.counts.tolist(), strict=True):
+    for name, count in zip(plan.request_ids, plan.num_scheduled.tolist(), strict=True):
         counts[name] = counts.get(name, 0) + count
     return counts

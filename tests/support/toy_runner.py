@@ -79,21 +79,24 @@ class ToyRunner:
             for hook in list(self._hooks):
                 hook(self, ())
         first, hashes = 0, []
-        for row, count in enumerate(plan.counts.tolist()):
+        for row, count in enumerate(plan.num_scheduled.tolist()):
             states = self._compute(plan, row, slice(first, first + count))
             first += count
-            if plan.wants_logits[row]:
+            if plan.needs_logits[row]:
                 hashes.append(_hash(states))
         return hashes
 
     def _compute(self, plan: StepPlan, row: int, tokens: slice) -> list[int]:
         """Write the states of a row's new tokens; return those of all its tokens."""
         slots = self._device.reshape(-1)
-        table, start, length = plan.tables[row], int(plan.starts[row]), int(plan.seq_lens[row])
+        table = plan.block_tables[row]
+        start, length = int(plan.num_computed[row]), int(plan.seq_lens[row])
         places = np.arange(length)
         seen = table[places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE
         state = int(slots[seen[start - 1]]) if start else _BEFORE_ALL
-        for token, slot in zip(plan.ids[tokens].tolist(), plan.slots[tokens], strict=True):
+        for token, slot in zip(
+            plan.token_ids[tokens].tolist(), plan.slot_mapping[tokens], strict=True
+        ):
             slots[slot] = state = _state(state, token)
         states: list[int] = slots[seen].tolist()
         assert min(states) >= 0, "a slot that was never written is read"

@@ -105,7 +105,7 @@ class ModelRunner:
             self._kept[child] = SampleState(copy.deepcopy(kept.others), kept.encoded, kept.across)
 
     def _packed(self, rows: StepRows, plan: StepPlan) -> Tensor:
-        last = np.cumsum(plan.counts, dtype=np.int64)[plan.wants_logits] - 1
+        last = np.cumsum(plan.num_scheduled, dtype=np.int64)[plan.needs_logits] - 1
         keep = to_device(last, self.info.device)
         options: dict[str, Any] = {self.info.cache_name: self._cache}
         selects = "logits_to_keep" in self.info.arguments
@@ -125,16 +125,16 @@ class ModelRunner:
         self, rows: StepRows, plan: StepPlan, prompts: Mapping[int, list[int]]
     ) -> Tensor:
         logits = []
-        ends = np.cumsum(plan.counts, dtype=np.int64).tolist()
+        ends = np.cumsum(plan.num_scheduled, dtype=np.int64).tolist()
         for number, last in enumerate(ends):
-            sample, wanted = int(plan.samples[number]), bool(plan.wants_logits[number])
-            if plan.starts[number] == 0 or sample not in self._kept:
-                assert not (plan.starts[number] and self.info.has_state), "a state was lost"
+            sample, wanted = int(plan.seq_ids[number]), bool(plan.needs_logits[number])
+            if plan.num_computed[number] == 0 or sample not in self._kept:
+                assert not (plan.num_computed[number] and self.info.has_state), "a state was lost"
                 self._kept[sample] = self._new(prompts.get(sample))
             kept = self._kept[sample]
             for index, layer in kept.others.items():
                 self._cache.layers[index] = layer
-            first = last - int(plan.counts[number])
+            first = last - int(plan.num_scheduled[number])
             row = rows.row(number, first, last, int(plan.seq_lens[number]))
             self._cache.begin(row, is_packed=False)
             of_row = self._single(row, kept)
@@ -193,14 +193,14 @@ def trial_plan(
         moves=[],
         copies=NO_COPIES,
         request_ids=[None] * len(prompts),
-        samples=np.arange(len(prompts), dtype=np.int32),
-        starts=starts,
-        counts=counts.astype(np.int32),
-        ids=np.array(ids, np.int32),
-        slots=slots[0],
+        seq_ids=np.arange(len(prompts), dtype=np.int32),
+        num_computed=starts,
+        num_scheduled=counts.astype(np.int32),
+        token_ids=np.array(ids, np.int32),
+        slot_mapping=slots[0],
         seq_lens=(starts + counts).astype(np.int32),
-        tables=tables[0],
-        wants_logits=np.ones(len(prompts), np.bool_),
+        block_tables=tables[0],
+        needs_logits=np.ones(len(prompts), np.bool_),
         freed=np.empty(0, np.int32),
         ended=[],
         more_groups=tuple(map(GroupStep, slots[1:], tables[1:])),

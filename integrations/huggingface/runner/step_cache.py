@@ -50,11 +50,11 @@ class GroupRows(NamedTuple):
         device: torch.device,
     ) -> GroupRows:
         """Return those of all rows. O(tokens + rows * blocks)."""
-        tables, seq_lens = _from_first_block(group.tables, seq_lens, block_size)
+        tables, seq_lens = _from_first_block(group.block_tables, seq_lens, block_size)
         on_host, there = starts or (None, None)
         host = HostRows(tables, seq_lens, on_host)
         rows = RowTables(to_device(tables, device), to_device(seq_lens, device), host, there)
-        return cls(to_device(group.slots, device), rows)
+        return cls(to_device(group.slot_mapping, device), rows)
 
     def row(self, number: int, first: int, last: int) -> GroupRows:
         """Return row `number` alone, with tokens `first` to `last`. O(1)."""
@@ -72,15 +72,17 @@ class StepRows(NamedTuple):
     @classmethod
     def of(cls, plan: StepPlan, block_size: int, device: torch.device) -> StepRows:
         """All rows of `plan`. O(tokens + rows * blocks * groups)."""
-        counts = plan.counts.astype(np.int64)
+        counts = plan.num_scheduled.astype(np.int64)
         ends = np.cumsum(counts)
-        positions = np.arange(len(plan.ids)) + np.repeat(plan.starts - (ends - counts), counts)
+        positions = np.arange(len(plan.token_ids)) + np.repeat(
+            plan.num_computed - (ends - counts), counts
+        )
         starts = None
-        if len(plan.ids) != len(counts):
+        if len(plan.token_ids) != len(counts):
             on_host = np.concatenate([[0], ends]).astype(np.int32)
             starts = on_host, to_device(on_host, device)
         return cls(
-            to_device(plan.ids.astype(np.int64), device)[None],
+            to_device(plan.token_ids.astype(np.int64), device)[None],
             to_device(positions, device)[None],
             tuple(
                 GroupRows.of(group, plan.seq_lens, starts, block_size, device)

@@ -23,8 +23,8 @@ _ROWS = 4
 def warm_up(runner: ModelRunner, max_batch_tokens: int, max_num_seqs: int) -> None:
     """Compute a step of every shape. Overwrites the first blocks, which no request may hold yet."""
     for plan in warm_up_steps(runner, max_batch_tokens, max_num_seqs):
-        runner.run(plan, {sample: [0] for sample in plan.samples.tolist()})
-        runner.forget(plan.samples)
+        runner.run(plan, {sample: [0] for sample in plan.seq_ids.tolist()})
+        runner.forget(plan.seq_ids)
 
 
 def warm_up_steps(
@@ -59,10 +59,11 @@ def _step(runner: ModelRunner, rows: list[tuple[int, int]]) -> StepPlan:
     prompts = [[0] * int(end) for end in ends]
     groups = len(runner.info.windows)
     plan = trial_plan(prompts, starts, counts, tables, storage, groups)
-    if len(np.unique(plan.slots)) < len(plan.slots):  # two rows must not write to one slot
-        none = np.full_like(plan.slots, -1)
-        others = tuple(group._replace(slots=none) for group in plan.more_groups)
-        plan = replace(plan, slots=none, more_groups=others)
+    # Two rows must not write to one slot.
+    if len(np.unique(plan.slot_mapping)) < len(plan.slot_mapping):
+        none = np.full_like(plan.slot_mapping, -1)
+        others = tuple(group._replace(slot_mapping=none) for group in plan.more_groups)
+        plan = replace(plan, slot_mapping=none, more_groups=others)
     return plan
 
 

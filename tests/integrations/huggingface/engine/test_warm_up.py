@@ -54,7 +54,7 @@ def test_every_kind_of_model_is_warmed_up_and_serves_right_afterwards(
         before = list(steps)
         output = engine.submit(PROMPT, max_new_tokens=8, do_sample=False).result()
     assert output.token_ids == expected
-    assert all(len(plan.ids) <= 32 for plan in before[-7:])
+    assert all(len(plan.token_ids) <= 32 for plan in before[-7:])
 
 
 def test_steps_of_every_shape_are_computed(
@@ -62,7 +62,7 @@ def test_steps_of_every_shape_are_computed(
 ) -> None:
     monkeypatch.setattr(warming, "COMPILING", ("cpu",))
     with Engine(tiny_models.tiny_model("llama"), memory="8MiB", max_batch_tokens=64):
-        counts = [plan.counts.tolist() for plan in steps]
+        counts = [plan.num_scheduled.tolist() for plan in steps]
     assert [1] in counts
     assert [1, 1, 1, 1] in counts
     assert [61] in counts
