@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from kvpager.engine.runner import Draw, Row
-from kvpager.engine.stream import Channel, Sample, Stop, Token
+from kvpager.engine.stream import Channel, Sample, Token
 from kvpager.engine.text import decode
 from kvpager.errors import KVPagerError, RequestCancelled, RequestExpired, RequestFailed
 from kvpager.plans import Reason
@@ -22,7 +22,8 @@ class RequestSettings(NamedTuple):
     sampling: Any = None  # for the sampler alone
     generator: Any = None  # random numbers of its own, for the sampler alone
     stop_ids: frozenset[int] = frozenset()  # a sample ends with each of these
-    is_enough: Callable[[list[int]], bool] | None = None  # True for tokens that a sample ends with
+    # Returns the `stop_reason` for tokens that a sample ends with, else None.
+    find_stop: Callable[[list[int]], str | None] | None = None
     with_logprobs: bool = False
 
 
@@ -80,11 +81,11 @@ class TrackedRequest:
             logprob = draw.logprobs[number] if draw.logprobs else None
             arrived.append(self._note(each, token, logprob))
             try:
-                each.sample.reason = self._stop(each, token)
+                self._finish(each, token)
             except BaseException as error:  # of a criterion of the caller's, SystemExit as well
                 self.error = error
                 break
-            if each.sample.reason is None:
+            if each.sample.finish_reason is None:
                 continuing.append((each, token))
         return arrived, continuing
 
@@ -103,14 +104,17 @@ class TrackedRequest:
         each.sample.logprobs.append(logprob)
         return Token(token, each.number, logprob)
 
-    def _stop(self, each: TrackedSample, token: int) -> Stop | None:
+    def _finish(self, each: TrackedSample, token: int) -> None:
+        """Note why a sample ends with `token`, if it does."""
+        sample, find_stop = each.sample, self.settings.find_stop
         if token in self.settings.stop_ids:
-            return "eos"
-        if len(each.sample.token_ids) >= self.request.max_new_tokens:
-            return "length"
-        if self.settings.is_enough is not None and self.settings.is_enough(each.ids()):
-            return "stopped"
-        return None
+            sample.finish_reason = "stop"
+        elif len(sample.token_ids) >= self.request.max_new_tokens:
+            sample.finish_reason = "length"
+        elif find_stop is not None:
+            sample.stop_reason = find_stop(each.ids())
+            if sample.stop_reason is not None:
+                sample.finish_reason = "stop"
 
     def ending(self, reason: Reason, how: str = "was cancelled") -> Callable[[], None]:
         """Return a function that closes the channel. Another thread calls it: it makes texts."""

@@ -22,7 +22,7 @@ from kvpager.errors import KVPagerError
 
 logger = logging.getLogger("kvpager")
 
-Stop = Literal["eos", "length", "stopped"]
+FinishReason = Literal["stop", "length"]
 
 
 class Token(NamedTuple):
@@ -39,7 +39,8 @@ class Sample:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None
-    reason: Stop | None = None  # why it ended; None where the request ended before
+    finish_reason: FinishReason | None = None  # None if the request ended before this sample
+    stop_reason: str | None = None  # the stop string, or the criterion's name; None for stop ids
     text: str | None = None  # from the end on, if the engine has a tokenizer
 
 

@@ -66,7 +66,7 @@ def test_a_stream_gives_tokens_one_by_one_and_then_the_result() -> None:
         <= output.first_token_time
         <= output.finished_time
     )
-    assert output.samples[0].reason == "length"
+    assert output.samples[0].finish_reason == "length"
 
 
 def test_asyncio_reads_many_streams_at_once() -> None:
@@ -90,10 +90,15 @@ def test_a_stop_token_and_a_criterion_end_a_sample() -> None:
     with ToyEngine() as engine:
         stop = RequestSettings(stop_ids=frozenset({tokens[4], -1}))
         by_token = engine.ask([5, 6, 7], NEW, settings=stop).result()
-        enough = RequestSettings(is_enough=lambda ids: len(ids) == 9)
+        enough = RequestSettings(find_stop=lambda ids: "nine" if len(ids) == 9 else None)
         by_criterion = engine.ask([5, 6, 7], NEW, settings=enough).result()
-    assert (by_token.token_ids, by_token.samples[0].reason) == (tokens[:5], "eos")
-    assert (by_criterion.token_ids, by_criterion.samples[0].reason) == (tokens[:6], "stopped")
+    first, second = by_token.samples[0], by_criterion.samples[0]
+    assert (first.token_ids, first.finish_reason, first.stop_reason) == (tokens[:5], "stop", None)
+    assert (second.token_ids, second.finish_reason, second.stop_reason) == (
+        tokens[:6],
+        "stop",
+        "nine",
+    )
 
 
 def test_log_probabilities_are_given_to_those_who_ask() -> None:
@@ -290,12 +295,11 @@ def test_cancel_by_name_does_nothing_for_what_has_ended() -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("where", ["sampling", "is_enough"])
+@pytest.mark.parametrize("where", ["sampling", "find_stop"])
 def test_a_setting_that_raises_ends_its_own_request(where: str, kind: type[BaseException]) -> None:
-    def broken(ids: list[int]) -> bool:
+    def broken(ids: list[int]) -> None:
         if len(ids) > 6:
             raise kind("of the request")
-        return False
 
     settings: dict[str, Any] = {where: broken}
     with ToyEngine() as engine:

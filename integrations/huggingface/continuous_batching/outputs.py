@@ -187,7 +187,7 @@ class Job:
         row.timestamps.append(now)
         if token.logprob is not None:
             row.logprobs.append(token.logprob)
-        if sample.reason is not None and len(sample.token_ids) == len(row.tokens):
+        if sample.finish_reason is not None and len(sample.token_ids) == len(row.tokens):
             self._deliver(row, RequestStatus.FINISHED)
         elif self._is_streaming:
             self._deliver(row, RequestStatus.DECODING)

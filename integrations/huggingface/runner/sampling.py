@@ -23,6 +23,7 @@ from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from kvpager import _validate as arguments
@@ -181,9 +182,10 @@ class SamplingSettings:
             settings.max_length - prompt_length,
             frozenset() if eos is None else frozenset(eos.tolist()),
             processors,
-            StoppingCriteriaList(unusual),
+            unusual,
             self.is_greedy,
             all(type(each) in _ROWWISE for each in processors),
+            self._tokenizer,
         )
 
 
@@ -201,19 +203,36 @@ class Choice(NamedTuple):
     max_new_tokens: int
     eos: frozenset[int]
     processors: LogitsProcessorList
-    criteria: StoppingCriteriaList  # besides length and eos
+    criteria: list[Callable[..., Any]]  # besides length and eos
     is_greedy: bool
     is_rowwise: bool  # no processor looks at earlier tokens
+    tokenizer: Any  # finds stop strings; None if the engine has none
 
     def settings(
         self, generator: torch.Generator | None = None, *, with_logprobs: bool = False
     ) -> RequestSettings:
         """Return the settings of a request that samples by this choice. O(1)."""
-        is_enough = self._is_enough if self.criteria else None
-        return RequestSettings(self, generator, self.eos, is_enough, with_logprobs)
+        find_stop = self._find_stop if self.criteria else None
+        return RequestSettings(self, generator, self.eos, find_stop, with_logprobs)
 
-    def _is_enough(self, ids: list[int]) -> bool:
-        return bool(self.criteria(torch.tensor([ids]), None).all())
+    def _find_stop(self, ids: list[int]) -> str | None:
+        """Return the stop string or the name of the criterion that `ids` meet, if any do."""
+        for criterion in self.criteria:
+            if torch.as_tensor(criterion(torch.tensor([ids]), None)).all():
+                if isinstance(criterion, StopStringCriteria):
+                    return self._stop_string(criterion, ids)
+                return getattr(criterion, "__name__", type(criterion).__name__)
+        return None
+
+    def _stop_string(self, criterion: StopStringCriteria, ids: list[int]) -> str:
+        strings = criterion.stop_strings
+        if len(strings) == 1:
+            return strings[0]
+        # A token has at least one character of the string that it is part of.
+        text = self.tokenizer.decode(
+            ids[-criterion.maximum_token_len :], clean_up_tokenization_spaces=False
+        )
+        return next((each for each in strings if each in text), ", ".join(strings))
 
 
 class LogitsSampler:

@@ -158,7 +158,8 @@ def test_custom_processors_and_criteria_are_asked(llama):
         output = engine.submit([5, 6, 7, 8], sampling_settings=settings).result()
     assert len(output.token_ids) == 6
     assert all(token % 2 == 0 for token in output.token_ids)
-    assert output.samples[0].reason == "stopped"
+    sample = output.samples[0]
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", "after_six")
 
 
 @pytest.mark.mostly_slow(quick=1)

@@ -237,7 +237,21 @@ def test_stop_strings_need_no_sampling_settings(
         stream = engine.submit(prompt, max_new_tokens=30, do_sample=False, stop_strings=stop)
         text = "".join(stream.text())
     assert text == whole[: whole.index(stop) + len(stop)] == stream.result().text
-    assert stream.result().samples[0].reason == "stopped"
+    sample = stream.result().samples[0]
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", stop)
+
+
+def test_the_stop_reason_is_the_stop_string_that_was_found(
+    tiny_llama: PreTrainedModel, tokenizer: Any
+) -> None:
+    prompt = ids_of(tokenizer, "The with statement ")
+    with Engine(tiny_llama, tokenizer=tokenizer, memory="8MiB") as engine:
+        whole = engine.generate([prompt], max_new_tokens=30, do_sample=False)[0].text
+        stops = ["never said", whole[4:7]]
+        (output,) = engine.generate(
+            [prompt], max_new_tokens=30, do_sample=False, stop_strings=stops
+        )
+    assert (output.samples[0].finish_reason, output.samples[0].stop_reason) == ("stop", whole[4:7])
 
 
 def test_a_request_that_ends_early_gives_its_text_and_then_its_error(
