@@ -66,7 +66,7 @@ class Loop:
         self._lock = lock
         self._guard = guard
         self._on_step = on_step
-        self._samples: dict[int, TrackedSample] = {}  # by the scheduler's number
+        self._samples: dict[int, TrackedSample] = {}  # by sequence id
         self._busy_seconds = 0.0
         self._num_preempted = 0
         self._logged: float | None = None  # when preemptions were, in INFO
@@ -168,12 +168,12 @@ class Loop:
         return dict(zip(plan.seq_ids.tolist(), prompts, strict=True))
 
     def _choose(self, plan: StepPlan, logits: Any) -> list[Draw]:
-        numbers = np.flatnonzero(plan.needs_logits).tolist()
-        rows = [self._row(plan.request_ids[i], int(plan.seq_ids[i])) for i in numbers]
+        chosen = np.flatnonzero(plan.needs_logits).tolist()
+        rows = [self._row(plan.request_ids[i], int(plan.seq_ids[i])) for i in chosen]
         return self._sampler.choose(logits, rows) if rows else []
 
-    def _row(self, request_id: Hashable, number: int) -> Row:
-        sample = self._samples.get(number)
+    def _row(self, request_id: Hashable, seq_id: int) -> Row:
+        sample = self._samples.get(seq_id)
         return self.requests[request_id].first_row() if sample is None else sample.row()
 
     def _advance(self, plan: StepPlan, draws: list[Draw]) -> None:
@@ -185,9 +185,9 @@ class Loop:
         news: list[tuple[Channel, list[Token]]] = []
         now = time.monotonic()
         for row, draw in zip(np.flatnonzero(plan.needs_logits).tolist(), draws, strict=True):
-            request_id, number = plan.request_ids[row], int(plan.seq_ids[row])
+            request_id, seq_id = plan.request_ids[row], int(plan.seq_ids[row])
             tracked = self.requests[request_id]
-            arrived, continuing = tracked.extend(self._samples.get(number), draw, now)
+            arrived, continuing = tracked.extend(self._samples.get(seq_id), draw, now)
             news.append((tracked.channel, arrived))
             for sample, token in continuing:
                 parents.append(row)
@@ -197,17 +197,17 @@ class Loop:
                 failed.append(request_id)
         self._dispatcher.post(partial(_hand_out, news))
         with self._lock:
-            numbers = self.scheduler.complete(
+            seq_ids = self.scheduler.complete(
                 plan, np.array(parents, np.int64), np.array(tokens, np.int32)
             )
             for request_id in failed:
                 self.scheduler.cancel(request_id)
-        for row, number, sample in zip(parents, numbers.tolist(), successors, strict=True):
-            if number < 0:  # it has ended by itself
+        for row, seq_id, sample in zip(parents, seq_ids.tolist(), successors, strict=True):
+            if seq_id < 0:  # it has ended by itself
                 continue
-            if number != plan.seq_ids[row]:
-                self.runner.fork(int(plan.seq_ids[row]), number)
-            self._samples[number] = sample
+            if seq_id != plan.seq_ids[row]:
+                self.runner.fork(int(plan.seq_ids[row]), seq_id)
+            self._samples[seq_id] = sample
 
     def _end(self, request_id: Hashable, reason: Reason) -> None:
         tracked = self.requests.pop(request_id, None)

@@ -32,7 +32,7 @@ class TrackedSample:
     """A sample that continues."""
 
     tracked: TrackedRequest
-    number: int  # among the request's samples
+    index: int  # among the request's samples
     sample: Sample
 
     def ids(self) -> list[int]:
@@ -77,8 +77,8 @@ class TrackedRequest:
             self.error = draw.error
             return arrived, continuing
         samples = self._begin(len(draw.tokens), now) if parent is None else [parent]
-        for number, (each, token) in enumerate(zip(samples, draw.tokens, strict=True)):
-            logprob = draw.logprobs[number] if draw.logprobs else None
+        for index, (each, token) in enumerate(zip(samples, draw.tokens, strict=True)):
+            logprob = draw.logprobs[index] if draw.logprobs else None
             arrived.append(self._note(each, token, logprob))
             try:
                 self._finish(each, token)
@@ -95,14 +95,14 @@ class TrackedRequest:
         with_logprobs = self.settings.with_logprobs
         samples = [Sample(logprobs=[] if with_logprobs else None) for _ in range(count)]
         output.samples.extend(samples)
-        return [TrackedSample(self, number, sample) for number, sample in enumerate(samples)]
+        return [TrackedSample(self, index, sample) for index, sample in enumerate(samples)]
 
     def _note(self, each: TrackedSample, token: int, logprob: float | None) -> Token:
         each.sample.token_ids.append(token)
         if each.sample.logprobs is None or logprob is None:
-            return Token(token, each.number)
+            return Token(token, each.index)
         each.sample.logprobs.append(logprob)
-        return Token(token, each.number, logprob)
+        return Token(token, each.index, logprob)
 
     def _finish(self, each: TrackedSample, token: int) -> None:
         """Note why a sample ends with `token`, if it does."""

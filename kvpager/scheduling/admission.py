@@ -113,7 +113,7 @@ class AdmissionPolicy:
         table = self._table
         while candidates := [each for each in table.preempted if not self._must_wait(each, draft)]:
             state = min(candidates, key=table.policy.rank)
-            if table.has_rows_for(state) and self._bring_back(state, draft):
+            if table.has_room_for(state) and self._bring_back(state, draft):
                 yield state
             elif self._reclaim_for(state, draft):
                 draft.over_quota.discard(state.request.namespace)
@@ -161,15 +161,15 @@ class AdmissionPolicy:
         A request whose quota has no room is passed over.
         """
         table = self._table
-        if not draft.budget or table.num_rows_reserved == table.max_num_seqs:
+        if not draft.budget or table.num_seqs_reserved == table.max_num_seqs:
             return
         num_passed = 0
         for state in table.policy.waiting():
             if self._must_wait(state, draft):
                 continue
-            if not table.has_rows_for(state) or num_passed == _LOOK_PAST:
+            if not table.has_room_for(state) or num_passed == _LOOK_PAST:
                 return
-            if self._prefix_cache and self._awaits(state):
+            if self._prefix_cache and self._must_wait_for_prefix(state):
                 num_passed += 1
             elif self._begin(state, draft):
                 yield state
@@ -190,7 +190,7 @@ class AdmissionPolicy:
         if copies is None:
             self._table.undo_begin(state)
             return False
-        state.leader = None  # or a chain of them would never be let go
+        state.waits_for = None  # or a chain of them would never be let go
         draft.copy(copies)
         draft.is_prompt_copied |= len(copies) > 0
         self.num_reused_tokens += length - remaining
@@ -207,7 +207,7 @@ class AdmissionPolicy:
         reserve = int(np.ceil(self.watermark * self._num_usable))
         if state.status is Status.WAITING:
             return reserve
-        return max(reserve, self._table.count_rows()) + len(state.seq_ids)
+        return max(reserve, self._table.count_seqs()) + len(state.seq_ids)
 
     # ---------------------------------------------------------------- shared beginnings
 
@@ -222,19 +222,19 @@ class AdmissionPolicy:
         namespace, lora = state.identity
         return self._manager.match_prefix(ids, namespace=namespace, lora=lora)
 
-    def _awaits(self, state: RequestState) -> bool:
+    def _must_wait_for_prefix(self, state: RequestState) -> bool:
         """True if another request is computing what its prompt begins with.
 
         It waits for one request at the most, and only while that computes: so not for long.
         """
-        if state.leader is None:
-            self._find_leader(state)
-        leader = state.leader
-        if leader is None or leader.status is not Status.RUNNING or leader.is_ready:
+        if state.waits_for is None:
+            self._find_prefill(state)
+        other = state.waits_for
+        if other is None or other.status is not Status.RUNNING or other.is_ready:
             return False
-        return bool(leader.seq_ids) and self._num_computed(leader) < state.shared
+        return bool(other.seq_ids) and self._num_computed(other) < state.num_shared
 
-    def _find_leader(self, state: RequestState) -> None:
+    def _find_prefill(self, state: RequestState) -> None:
         identity = state.identity
         begun = [
             other
@@ -249,7 +249,7 @@ class AdmissionPolicy:
         if shares[most] <= self._num_computed(begun[most]):
             return  # committed already
         if shares[most] >= self._num_cached(state, len(state.prompt)) + size:
-            state.leader, state.shared = begun[most], shares[most]
+            state.waits_for, state.num_shared = begun[most], shares[most]
 
     def _num_computed(self, state: RequestState) -> int:
         return int(self._table.sequences.computed[state.seq_ids[0]])

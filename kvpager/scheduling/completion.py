@@ -53,51 +53,51 @@ class Completion:
             num_decoding = len(draft.decoders.seq_ids)
             if self._commits:
                 self._manager.commit(draft.decoders.batch)
-        for number in plan.seq_ids[num_decoding:].tolist():
+        for seq_id in plan.seq_ids[num_decoding:].tolist():
             if self._commits:
-                computed = int(sequences.computed[number])
-                self._manager.commit(sequences.handle(number), computed)
-            state = sequences.owner(number)
+                computed = int(sequences.computed[seq_id])
+                self._manager.commit(sequences.handle(seq_id), computed)
+            state = sequences.owner(seq_id)
             if not state.is_ready:
                 self._table.let_decode(state)
 
     def advance(self, plan: StepPlan, rows: Int64, parents: Int64, tokens: Int32) -> Int32:
         """Continue each of `rows` as often as `parents` names it, or end it. O(rows).
 
-        Returns the number of the sequence of each continuation, -1 if it ended at once.
+        Returns the seq_id of the sequence of each continuation, -1 if it ended at once.
         """
         sequences = self._sequences
         if np.array_equal(rows, parents):
-            numbers = plan.seq_ids[rows]
+            seq_ids = plan.seq_ids[rows]
         else:
-            numbers = self._branch(plan, rows, parents)
-        going = numbers >= 0
-        sequences.extend(numbers[going], tokens[going])
-        full = going & (sequences.generated[numbers] >= sequences.limits[numbers])
+            seq_ids = self._branch(plan, rows, parents)
+        going = seq_ids >= 0
+        sequences.extend(seq_ids[going], tokens[going])
+        full = going & (sequences.generated[seq_ids] >= sequences.limits[seq_ids])
         if full.any():
-            for number in numbers[full].tolist():
-                self._placement.end_row(number)
-            numbers[full] = -1
-        return numbers
+            for seq_id in seq_ids[full].tolist():
+                self._placement.end_sequence(seq_id)
+            seq_ids[full] = -1
+        return seq_ids
 
     def _branch(self, plan: StepPlan, rows: Int64, parents: Int64) -> Int32:
         """End the rows that are not named, and fork those that are named several times."""
         sequences = self._sequences
         counts = np.bincount(parents, minlength=len(plan))
-        for number in plan.seq_ids[rows[counts[rows] == 0]].tolist():
-            self._placement.end_row(number)
+        for seq_id in plan.seq_ids[rows[counts[rows] == 0]].tolist():
+            self._placement.end_sequence(seq_id)
         first = np.ones(len(parents), np.bool_)
         first[1:] = parents[1:] != parents[:-1]
         kept = np.isin(parents, rows)
-        numbers = np.where(first & kept, plan.seq_ids[parents], -1).astype(np.int32)
+        seq_ids = np.where(first & kept, plan.seq_ids[parents], -1).astype(np.int32)
         for row in rows[counts[rows] > 1].tolist():
             parent = int(plan.seq_ids[row])
             if sequences.generated[parent] + 1 >= sequences.limits[parent]:
                 continue  # the forks would end at once
             begin = int(np.searchsorted(parents, row)) + 1
             children = self._placement.fork(parent, int(counts[row]) - 1)
-            numbers[begin : begin + len(children)] = children
-        return numbers
+            seq_ids[begin : begin + len(children)] = children
+        return seq_ids
 
 
 def read_continuations(parents: ArrayLike, tokens: ArrayLike) -> tuple[Int64, Int32]:

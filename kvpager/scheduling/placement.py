@@ -47,7 +47,7 @@ class Placement:
 
     def handles(self, state: RequestState) -> list[SequenceHandle]:
         """Return the sequences of a request that has blocks. O(rows)."""
-        return [self._sequences.handle(number) for number in state.seq_ids]
+        return [self._sequences.handle(seq_id) for seq_id in state.seq_ids]
 
     # ---------------------------------------------------------------- away
 
@@ -85,8 +85,8 @@ class Placement:
     def drop(self, state: RequestState) -> None:
         """Free all blocks of a request, on the device and on the host; its rows live. O(blocks)."""
         self._manager.free(self.handles(state))
-        for number in state.seq_ids:
-            self._sequences.unassign(number)
+        for seq_id in state.seq_ids:
+            self._sequences.unassign(seq_id)
         self._table.preempt(state, Status.DROPPED)
 
     def reclaim(self, among: Iterable[RequestState]) -> bool:
@@ -130,17 +130,17 @@ class Placement:
         self._free(state.seq_ids)
         self._table.end(state, reason)
 
-    def end_row(self, number: int) -> None:
+    def end_sequence(self, seq_id: int) -> None:
         """End a row, and with the last row the request. O(blocks)."""
-        state = self._sequences.owner(number)
+        state = self._sequences.owner(seq_id)
         if len(state.seq_ids) == 1:
             self.end(state, Reason.FINISHED)
             return
-        self._free([number])
-        self._table.end_row(number)
+        self._free([seq_id])
+        self._table.end_sequence(seq_id)
 
-    def _free(self, numbers: Iterable[int]) -> None:
-        handles = [self._sequences.handles[number] for number in numbers]
+    def _free(self, seq_ids: Iterable[int]) -> None:
+        handles = [self._sequences.handles[seq_id] for seq_id in seq_ids]
         held = [handle for handle in handles if handle is not None]
         if held:
             self._manager.free(held)
@@ -174,12 +174,12 @@ class Placement:
                 raise
             # What the index has of one row may take a block more than sharing with another does.
             made = self._make(state, reserve, branches, by_index=False)
-        sequences, numbers = self._sequences, state.seq_ids
-        for number, handle in zip(numbers, made, strict=True):
-            sequences.assign(number, handle)
-        for number, branch in zip(numbers[1:], branches, strict=True):
-            if sequences.computed[number] == branch.start > 0:
-                sequences.follow(number, numbers[branch.parent])
+        sequences, seq_ids = self._sequences, state.seq_ids
+        for seq_id, handle in zip(seq_ids, made, strict=True):
+            sequences.assign(seq_id, handle)
+        for seq_id, branch in zip(seq_ids[1:], branches, strict=True):
+            if sequences.computed[seq_id] == branch.start > 0:
+                sequences.wait_for(seq_id, seq_ids[branch.parent])
         self._table.enter(state)
         return np.concatenate([handle.copies for handle in made])
 
@@ -189,11 +189,11 @@ class Placement:
         more = sum(branch.num_blocks for branch in branches)
         made = [self._allocate(state.seq_ids[0], reserve + more)]
         try:
-            for number, branch in zip(state.seq_ids[1:], branches, strict=True):
-                if not branch.start or (by_index and self._is_cached(number, branch.start)):
-                    made.append(self._allocate(number, 0))
+            for seq_id, branch in zip(state.seq_ids[1:], branches, strict=True):
+                if not branch.start or (by_index and self._is_cached(seq_id, branch.start)):
+                    made.append(self._allocate(seq_id, 0))
                 else:
-                    made.append(self._fork_at(number, made[branch.parent], branch.start))
+                    made.append(self._fork_at(seq_id, made[branch.parent], branch.start))
         except OutOfBlocks:
             self._manager.free(made)
             raise
@@ -201,39 +201,39 @@ class Placement:
 
     def _branch(self, state: RequestState, at: int) -> _Branch:
         sequences, manager, size = self._sequences, self._manager, self._manager.block_size
-        number = state.seq_ids[at]
+        seq_id = state.seq_ids[at]
         if any(manager.windows):
             # What a row has behind its window is gone when another could go on from there.
-            return _Branch(0, 0, manager.queries.blocks_for(sequences.num_known(number)))
-        common = [sequences.num_common(number, other) for other in state.seq_ids[:at]]
+            return _Branch(0, 0, manager.queries.blocks_for(sequences.num_known(seq_id)))
+        common = [sequences.num_common(seq_id, other) for other in state.seq_ids[:at]]
         parent = int(np.argmax(common))
         start = common[parent] // size * size
-        own = manager.queries.blocks_for(sequences.num_known(number)) - manager.queries.blocks_for(
+        own = manager.queries.blocks_for(sequences.num_known(seq_id)) - manager.queries.blocks_for(
             start
         )
         return _Branch(parent, start, own)
 
-    def _is_cached(self, number: int, start: int) -> bool:
+    def _is_cached(self, seq_id: int, start: int) -> bool:
         """True if the index has more of this row than what lies before `start`."""
-        namespace, lora = self._sequences.owner(number).identity
-        ids = self._sequences.tokens(number, 0, self._sequences.num_known(number) - 1)
+        namespace, lora = self._sequences.owner(seq_id).identity
+        ids = self._sequences.tokens(seq_id, 0, self._sequences.num_known(seq_id) - 1)
         cached = self._manager.match_prefix(ids, namespace=namespace, lora=lora)
         return cached > start
 
-    def _allocate(self, number: int, reserve: int) -> SequenceHandle:
-        namespace, lora = self._sequences.owner(number).identity
-        length = self._sequences.num_known(number)
-        prompt = self._sequences.tokens(number, 0, length) if self._by_ids else length
+    def _allocate(self, seq_id: int, reserve: int) -> SequenceHandle:
+        namespace, lora = self._sequences.owner(seq_id).identity
+        length = self._sequences.num_known(seq_id)
+        prompt = self._sequences.tokens(seq_id, 0, length) if self._by_ids else length
         return self._manager.allocate(prompt, namespace=namespace, lora=lora, reserve=reserve)
 
-    def _fork_at(self, number: int, parent: SequenceHandle, start: int) -> SequenceHandle:
+    def _fork_at(self, seq_id: int, parent: SequenceHandle, start: int) -> SequenceHandle:
         """Return blocks that are those of `parent` up to token `start`, and others from there."""
-        stop = self._sequences.num_known(number)
+        stop = self._sequences.num_known(seq_id)
         child = self._manager.fork(parent)
         try:
             self._manager.truncate(child, start)
             if start < stop:
-                ids = self._sequences.tokens(number, start, stop)
+                ids = self._sequences.tokens(seq_id, start, stop)
                 self._manager.append(child, ids if self._by_ids else stop - start)
         except OutOfBlocks:
             self._manager.free(child)

@@ -47,7 +47,7 @@ class Prefill:
     def _add(self, state: RequestState, draft: Draft) -> bool:
         sequences = self._table.sequences
         for seq_id in state.seq_ids:
-            if sequences.is_held_up(seq_id):
+            if sequences.is_waiting(seq_id):
                 continue
             start, length = int(sequences.computed[seq_id]), int(sequences.lengths[seq_id])
             if start == length:

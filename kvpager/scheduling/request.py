@@ -59,13 +59,13 @@ class RequestState:
         "ending",
         "generation",
         "is_ready",
-        "leader",
+        "num_shared",
         "prompt",
         "request",
         "seq_ids",
-        "shared",
         "status",
         "submitted",
+        "waits_for",
     )
 
     def __init__(
@@ -80,8 +80,8 @@ class RequestState:
         self.seq_ids: list[int] = []  # its rows, see `SequenceState`
         self.is_ready = False  # all rows have all their tokens computed: they may decode
         self.ending: Reason | None = None  # what it ends with when the step it is in is over
-        self.leader: RequestState | None = None  # computes the beginning of its prompt
-        self.shared = 0  # tokens of that beginning
+        self.waits_for: RequestState | None = None  # computes the beginning of its prompt
+        self.num_shared = 0  # tokens of that beginning
 
     @property
     def request_id(self) -> Hashable:

@@ -24,7 +24,7 @@ class RequestTable:
         sequences: the rows of all requests.
         running: requests on the device, by when they came.
         preempted: requests that were taken off the device and will return.
-        num_rows_reserved: rows that the running requests may come to have.
+        num_seqs_reserved: rows that the running requests may come to have.
         generation: of the prefixes that new requests may share.
         version: changes whenever the rows that decode do.
     """
@@ -34,7 +34,7 @@ class RequestTable:
         self.sequences = SequenceState()
         self.running: list[RequestState] = []
         self.preempted: list[RequestState] = []
-        self.num_rows_reserved = 0
+        self.num_seqs_reserved = 0
         self.max_num_seqs = max_num_seqs
         self.generation = 0
         self.version = 0
@@ -60,9 +60,9 @@ class RequestTable:
         """True if a live request has this id, or one whose end no plan has told yet. O(1)."""
         return request_id in self._live or request_id in self._untold
 
-    def has_rows_for(self, state: RequestState) -> bool:
+    def has_room_for(self, state: RequestState) -> bool:
         """True if all rows that a request may have can run now. O(1)."""
-        return self.num_rows_reserved + state.request.n <= self.max_num_seqs
+        return self.num_seqs_reserved + state.request.n <= self.max_num_seqs
 
     @property
     def has_deadlines(self) -> bool:
@@ -74,7 +74,7 @@ class RequestTable:
         """True if requests or sequences ended since the last plan. O(1)."""
         return bool(self._ended) or self.sequences.has_ended
 
-    def count_rows(self) -> int:
+    def count_seqs(self) -> int:
         """Return how many rows the running requests have. O(running)."""
         return sum(len(state.seq_ids) for state in self.running)
 
@@ -92,8 +92,8 @@ class RequestTable:
 
     def end(self, state: RequestState, reason: Reason) -> None:
         """Remove a request whose blocks were freed. O(rows + waiting)."""
-        for number in state.seq_ids:
-            self.sequences.drop(number)
+        for seq_id in state.seq_ids:
+            self.sequences.drop(seq_id)
         state.seq_ids.clear()
         if state.status is Status.WAITING:
             self.policy.remove(state)
@@ -153,7 +153,7 @@ class RequestTable:
             self.preempted.remove(state)
         state.status = Status.RUNNING
         self.running.append(state)
-        self.num_rows_reserved += state.request.n
+        self.num_seqs_reserved += state.request.n
         self.version += 1
 
     def preempt(self, state: RequestState, status: Status) -> None:
@@ -170,7 +170,7 @@ class RequestTable:
 
     def _leave(self, state: RequestState) -> None:
         self.running.remove(state)
-        self.num_rows_reserved -= state.request.n
+        self.num_seqs_reserved -= state.request.n
         self.version += 1
 
     def let_decode(self, state: RequestState) -> None:
@@ -189,7 +189,7 @@ class RequestTable:
     # ---------------------------------------------------------------- rows of a request
 
     def fork(self, parent: int, handles: list[SequenceHandle]) -> list[int]:
-        """Add a row for each handle behind the row `parent`; return their numbers. O(tokens)."""
+        """Add a row for each handle behind the row `parent`; return their seq_ids. O(tokens)."""
         state = self.sequences.owner(parent)
         children = [self.sequences.fork(parent, handle) for handle in handles]
         at = state.seq_ids.index(parent) + 1
@@ -197,10 +197,10 @@ class RequestTable:
         self.version += 1
         return children
 
-    def end_row(self, number: int) -> None:
+    def end_sequence(self, seq_id: int) -> None:
         """Remove one of several rows of a request, whose blocks were freed. O(rows)."""
-        self.sequences.owner(number).seq_ids.remove(number)
-        self.sequences.drop(number)
+        self.sequences.owner(seq_id).seq_ids.remove(seq_id)
+        self.sequences.drop(seq_id)
         self.version += 1
 
     # ---------------------------------------------------------------- laws
@@ -222,16 +222,16 @@ class RequestTable:
         if listed != len(self._live):
             raise BrokenInvariant(f"scheduler: {listed} are listed, but {len(self._live)} live")
         reserved = sum(state.request.n for state in self.running)
-        if reserved != self.num_rows_reserved or reserved > self.max_num_seqs:
+        if reserved != self.num_seqs_reserved or reserved > self.max_num_seqs:
             raise BrokenInvariant(
-                f"scheduler: {self.num_rows_reserved} rows reserved of {self.max_num_seqs}, "
+                f"scheduler: {self.num_seqs_reserved} rows reserved of {self.max_num_seqs}, "
                 f"but {reserved} are"
             )
         for state in self._live.values():
-            self._check_rows(state)
+            self._check_seqs(state)
         self.sequences.check(self._live.values())
 
-    def _check_rows(self, state: RequestState) -> None:
+    def _check_seqs(self, state: RequestState) -> None:
         request_id, rows = state.request_id, state.seq_ids
         if (state.status is Status.WAITING) != (not rows):
             raise BrokenInvariant(
@@ -240,7 +240,7 @@ class RequestTable:
         if len(rows) > state.request.n:
             raise BrokenInvariant(f"scheduler: {request_id!r} has {len(rows)} rows")
         has_blocks = state.status in (Status.RUNNING, Status.SWAPPED)
-        if any((self.sequences.handles[number] is not None) != has_blocks for number in rows):
+        if any((self.sequences.handles[seq_id] is not None) != has_blocks for seq_id in rows):
             raise BrokenInvariant(
                 f"scheduler: {request_id!r} is {state.status.name}, blocks or not"
             )

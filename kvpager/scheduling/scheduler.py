@@ -316,7 +316,7 @@ class Scheduler:
         return SchedulerStats(
             num_waiting=self.num_waiting,
             num_running=self.num_running,
-            num_running_rows=self._table.count_rows(),
+            num_running_seqs=self._table.count_seqs(),
             num_preempted=self.num_preempted,
             total_steps=self._num_steps,
             total_tokens=self._num_tokens,

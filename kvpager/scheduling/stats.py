@@ -10,7 +10,7 @@ class SchedulerStats(NamedTuple):
 
     num_waiting: int
     num_running: int
-    num_running_rows: int
+    num_running_seqs: int
     num_preempted: int
     total_steps: int
     total_tokens: int  # computed, prompts and decoding, again after a preemption included

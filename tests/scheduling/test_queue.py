@@ -275,9 +275,9 @@ def test_a_leader_is_let_go() -> None:
         scheduler.submit(Request(request_id=name, prompt=ids(17), max_new_tokens=3))
     step(scheduler)
     waits = scheduler._table.get("b")
-    assert waits.leader is scheduler._table.get("a")
+    assert waits.waits_for is scheduler._table.get("a")
     step(scheduler)
-    assert waits.leader is None  # or every request would keep the one before it
+    assert waits.waits_for is None  # or every request would keep the one before it
 
 
 def test_others_pass_who_waits_for_a_beginning() -> None:
@@ -349,14 +349,14 @@ def test_a_thousand_that_wait_for_one_beginning_do_not_slow_a_plan() -> None:
         scheduler.submit(Request(request_id=name, prompt=ids(40), max_new_tokens=1))
     step(scheduler)
     looks = 0
-    awaits = scheduler._admission._awaits
+    awaits = scheduler._admission._must_wait_for_prefix
 
     def counted(live):  # type: ignore[no-untyped-def]
         nonlocal looks
         looks += 1
         return awaits(live)
 
-    scheduler._admission._awaits = counted  # type: ignore[method-assign]
+    scheduler._admission._must_wait_for_prefix = counted  # type: ignore[method-assign]
     step(scheduler)
     assert looks <= 33
 

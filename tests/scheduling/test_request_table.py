@@ -156,7 +156,7 @@ def test_it_says_who_is_where() -> None:
     stats = scheduler.stats()
     assert counts == (stats.num_waiting, stats.num_running, stats.num_preempted)
     assert sum(counts) == len(scheduler.request_ids) == 3
-    assert stats.num_running_rows == scheduler.num_running
+    assert stats.num_running_seqs == scheduler.num_running
 
 
 def corrupt_row(scheduler: Scheduler) -> None:
@@ -164,7 +164,7 @@ def corrupt_row(scheduler: Scheduler) -> None:
 
 
 def corrupt_reservation(scheduler: Scheduler) -> None:
-    scheduler._table.num_rows_reserved += 1
+    scheduler._table.num_seqs_reserved += 1
 
 
 def corrupt_place(scheduler: Scheduler) -> None:

@@ -89,8 +89,9 @@ def require_room(
     num_bytes = need * storage.block_bytes
     samples = "" if request.n == 1 else f" in {request.n} samples"
     raise ValueError(
-        f"request {request.request_id!r}: a prompt of {num_prompt} and {request.max_new_tokens} new "
-        f"tokens{samples} may need {counted(need, 'block')} of KV cache ({as_text(num_bytes)}), "
+        f"request {request.request_id!r}: a prompt of {num_prompt} and "
+        f"{request.max_new_tokens} new tokens{samples} may need {counted(need, 'block')} of KV "
+        f"cache ({as_text(num_bytes)}), "
         f"{bound} allows {storage.num_blocks}. Raise memory to "
         f"{as_text(num_bytes, round_up=True)} or lower max_new_tokens."
     )
