@@ -247,7 +247,7 @@ def test_a_request_without_tokens_or_samples_is_refused(name: str, value: object
 
 
 @pytest.mark.parametrize(
-    "name", ["max_batch_tokens", "max_num_seqs", "max_queue_size", "max_length"]
+    "name", ["max_batch_tokens", "max_num_seqs", "max_queue_size", "max_model_len"]
 )
 @pytest.mark.parametrize("value", [*NO_COUNTS[:-2], 0, -1, HUGE], ids=kind)
 def test_a_scheduler_without_room_is_refused(name: str, value: object) -> None:
