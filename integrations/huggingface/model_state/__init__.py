@@ -1,1 +1,1 @@
-"""Whether a model still computes what it computed before."""
+"""Detect changes of a model that make its cached keys and values invalid."""

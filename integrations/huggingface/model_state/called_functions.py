@@ -1,4 +1,4 @@
-"""The functions that a model's classes call, and whether they are still the same.
+"""Notice when a function that a model's classes call is replaced.
 
 `LlamaAttention.forward = ...` and `modeling_llama.apply_rotary_pos_emb = ...` change a model, too.
 """
@@ -22,7 +22,7 @@ from kvpager.integrations.huggingface.model_state.contents import (
     names_read,
 )
 
-# The functions of these libraries are followed to the functions that they call.
+# Functions of these libraries are searched for the functions that they call in turn.
 _CALLED_BY = ("transformers", "kvpager")
 _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
 
@@ -30,10 +30,10 @@ Place = tuple[Mapping[str, Any], str]
 
 
 class CalledFunctions:
-    """The functions of `classes`, what those call, and the attention functions `names`.
+    """The functions of `classes`, the functions that these call, and attention functions by name.
 
-    `foreign` are those that belong to no library: what they hold may change as well.
-    O(instructions) for functions not met before.
+    `foreign` lists the functions that belong to no known library. The values that such a function
+    holds may change as well. O(instructions) for functions that were not read before.
     """
 
     def __init__(self, classes: Iterable[type], names: Iterable[str]) -> None:
@@ -55,7 +55,7 @@ class CalledFunctions:
         self._objects = [value for _, value in found]
 
     def same(self) -> bool:
-        """True if every name still stands for the same function. O(functions)."""
+        """True if every name still refers to the same function. O(functions)."""
         try:
             now = map(operator.getitem, self._mappings, self._names)
             return all(map(operator.is_, now, self._objects))
@@ -66,7 +66,7 @@ class CalledFunctions:
         value = mapping.get(name)
         if value is None or (id(mapping), name) in self._places:
             return
-        # A class gives a new view of its names each time: this one is kept, so its id stays.
+        # `vars` of a class returns a new view each time; this view is kept, so its id stays valid.
         self._places[id(mapping), name] = (mapping, name), value
         if isinstance(value, functools.partial):
             self.foreign.append(value)
@@ -76,19 +76,21 @@ class CalledFunctions:
                 self._follow(function)
 
     def _follow(self, function: types.FunctionType) -> None:
-        home = module_of(function)
-        if not is_library(home):
+        module_name = module_of(function)
+        if not is_library(module_name):
             self.foreign.append(function)
-        elif home.startswith("torch.nn.modules"):
-            self._modules_named(function, function.__globals__)
-        elif home.startswith(_CALLED_BY):
-            self._modules_named(function, function.__globals__)
+        elif module_name.startswith("torch.nn.modules"):
+            self._add_torch_functions(function, function.__globals__)
+        elif module_name.startswith(_CALLED_BY):
+            self._add_torch_functions(function, function.__globals__)
             for name in names_read(function.__code__)[1]:
                 if _is_function(function.__globals__.get(name)):
                     self._place(function.__globals__, name)
 
-    def _modules_named(self, function: types.FunctionType, mapping: Mapping[str, Any]) -> None:
-        """Note the functions that `function` reads from torch's modules, as `F.linear`."""
+    def _add_torch_functions(
+        self, function: types.FunctionType, mapping: Mapping[str, Any]
+    ) -> None:
+        """Add the functions that `function` calls through torch's modules, such as `F.linear`."""
         read = attributes(function.__code__)
         pending = [mapping.get(name) for name in names_read(function.__code__)[1]]
         while pending:
@@ -109,26 +111,26 @@ def _is_function(value: object) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def reads_training(kind: type) -> bool:
-    """True if modules of class `kind` compute in another way in training mode. O(instructions)."""
+    """True if `forward` of class `kind` reads the training mode. O(instructions)."""
     functions = functions_in(getattr(kind, "forward", None))
     return any("training" in attributes(function.__code__) for function in functions)
 
 
 def functions_in(value: object) -> Iterator[types.FunctionType]:
-    """The functions that calling `value` runs, decorators and their insides included."""
+    """Yield the functions that calling `value` runs: decorators, and what these wrap."""
     pending, met = [value], set()
     while pending:
-        one = pending.pop()
-        if id(one) in met:
+        each = pending.pop()
+        if id(each) in met:
             continue
-        met.add(id(one))
-        if isinstance(one, staticmethod | classmethod):
-            pending.append(one.__func__)
-        elif isinstance(one, property):
-            pending.append(one.fget)
-        elif isinstance(one, types.FunctionType):
-            yield one
-            for cell in one.__closure__ or ():
+        met.add(id(each))
+        if isinstance(each, staticmethod | classmethod):
+            pending.append(each.__func__)
+        elif isinstance(each, property):
+            pending.append(each.fget)
+        elif isinstance(each, types.FunctionType):
+            yield each
+            for cell in each.__closure__ or ():
                 pending += _if_callable(cell)
 
 

@@ -1,6 +1,6 @@
-"""What functions and objects that a model calls hold: closures, defaults, globals, attributes.
+"""Read the values that functions and objects hold: closures, defaults, globals, attributes.
 
-A hook or a replaced `forward` computes from them. Their change is a change of the model.
+A hook or a replaced `forward` computes from these values. If they change, the model has changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-# Code of these is known to keep no state of its own that a model computes from.
+# The code of these libraries keeps no state from which a model computes.
 _LIBRARIES = {"accelerate", "kvpager", "numpy", "peft", "tokenizers", "torch", "torchao"}
 _LIBRARIES |= {"torchvision", "tqdm", "transformers", *sys.stdlib_module_names} - {"test"}
 _NUMBERS = (bool, int, float, complex, range, torch.dtype, torch.device, torch.Size)
@@ -32,7 +32,7 @@ _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 _BY_NAME: tuple[type, ...] = (types.BuiltinFunctionType, types.ModuleType, types.CodeType)
 _BY_NAME += (logging.Logger, torch.ScriptObject)
 _ITEMS = (list, tuple, set, frozenset, collections.deque)
-# Methods that write into a collection and tell nothing of what it holds.
+# Methods that write into a collection and return nothing of its content.
 _RECORDING = {"add", "append", "appendleft", "extend", "put", "write"}
 _DEPTH_MAX = 8
 _VALUES_MAX = 5000
@@ -51,15 +51,15 @@ def is_plain(value: object, depth: int = 3) -> bool:
 
 
 def is_library(module: str | None) -> bool:
-    """True for the name of a module whose code is taken as it is."""
+    """True if `module` belongs to a library whose code is assumed not to change."""
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
 def module_of(value: object) -> str:
-    """Return the name of the module that the code of `value` is from; "" if it is not known. O(1).
+    """Return the name of the module that defines the code of `value`; "" if it is unknown. O(1).
 
-    `functools.wraps` gives a wrapper the `__module__` of what it wraps, so a function is asked for
-    its globals.
+    `functools.wraps` copies `__module__` from the wrapped function. So the name of a function's
+    module is read from its globals.
     """
     if isinstance(value, types.FunctionType):
         return str(value.__globals__.get("__name__", ""))
@@ -67,31 +67,32 @@ def module_of(value: object) -> str:
 
 
 class Contents:
-    """Collects what values hold, as a key that compares equal as long as nothing changed.
+    """A comparison key of values and of all objects that they refer to.
+
+    The keys of two reads are equal if nothing has changed between them. The caller compares
+    `tensors`. `doubts` names the objects whose changes cannot be seen.
 
     Args:
-        members: ids of the modules of the model, which are looked at by other means.
-
-    `tensors` are compared by the caller. `doubts` say what may change without a trace.
+        members: ids of the model's modules. They are named by id only; `_PartSnapshot` reads them.
     """
 
     def __init__(self, members: Collection[int] = ()) -> None:
         self.key: list[object] = []
         self.tensors: list[Tensor] = []
         self.doubts: list[str] = []
-        self.refs: list[Any] = []  # of every object that the key names by its id
-        self.is_fixed = True  # nothing was met that can change in place
+        self.refs: list[Any] = []  # weak references to the objects that the key names by id
+        self.is_fixed = True  # until an object is read that can change in place
         self._members = members
-        # The objects are kept until all is read: another one could take the id of one that is gone.
+        # Keeps the objects alive during the read, so that no id is used twice.
         self._met: dict[int, tuple[int, object]] = {}
         self._num_values = 0
 
     def add(self, value: object) -> None:
-        """Read `value`, and all that it leads to. O(values)."""
+        """Read `value` and all values that it refers to. O(values)."""
         self.key.append(self._read(value, 0))
 
     def forget(self) -> None:
-        """Let go of every object, and keep what is compared with later. O(1)."""
+        """Release the objects; keep the key and the references. O(1)."""
         self._met.clear()
         self.tensors = []
 
@@ -103,7 +104,7 @@ class Contents:
             return "met", self._met[id(value)][0]
         self._met[id(value)] = len(self._met), value
         if depth > _DEPTH_MAX or self._num_values > _VALUES_MAX:
-            return self._doubt(value, "leads to more than is looked at")
+            return self._doubt(value, "refers to more values than are compared")
         if isinstance(value, Tensor):
             self.is_fixed = False
             self.tensors.append(value)
@@ -121,7 +122,7 @@ class Contents:
         return keys, [self._read(item, depth + 1) for item in value.values()]
 
     def _object(self, value: Any, depth: int) -> object:
-        """The key of what is none of Python's collections."""
+        """Return the key of an object that is not one of Python's collections."""
         if isinstance(value, types.FunctionType):
             return self._function(value, depth)
         if isinstance(value, types.MethodType):
@@ -147,7 +148,7 @@ class Contents:
         return self._named(value), [self._read(part, depth + 1) for part in parts]
 
     def _named(self, value: Any) -> int:
-        """The id of `value`, which is believed as long as the object lives."""
+        """Return the id of `value`. It identifies the object for as long as its reference lives."""
         try:
             self.refs.append(weakref.ref(value))
         except TypeError:
@@ -177,7 +178,7 @@ class Contents:
     def _array(self, value: Any) -> object:
         self.is_fixed = False
         if value.nbytes > _ARRAY_BYTES_MAX or value.dtype.hasobject:
-            return self._doubt(value, "is an array whose writes are not counted")
+            return self._doubt(value, "is too large to compare, and writes to it are not counted")
         return str(value.dtype), value.shape, value.tobytes()
 
     def _instance(self, value: Any, depth: int) -> object:
@@ -190,11 +191,11 @@ class Contents:
         is_settings = isinstance(value, PreTrainedConfig | types.SimpleNamespace)
         if is_library(kind.__module__) and not is_settings:
             if isinstance(value, _RANDOM) or not held:
-                return self._doubt(value, "may change without a trace")
+                return self._doubt(value, "may change undetected")
             return self._named(value)
         self.is_fixed = False
         if not hasattr(value, "__dict__") and not any(_slots(kind)):
-            return self._doubt(value, "may change without a trace")
+            return self._doubt(value, "may change undetected")
         return self._named(value), self._read(kind, depth + 1), self._read(held, depth + 1)
 
     def _doubt(self, value: object, why: str) -> object:
@@ -208,7 +209,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def _data(held: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a class holds, less the names that Python gives every class."""
+    """Return the attributes of a class without those that Python gives every class."""
     own = {name: value for name, value in held.items() if not name.startswith("__")}
     return own | {"__call__": held.get("__call__")}
 
@@ -220,7 +221,7 @@ def _slots(kind: type) -> Iterator[str]:
 
 
 def _held_by(function: types.FunctionType) -> Iterator[Any]:
-    """The values that `function` may compute from, besides its arguments."""
+    """Yield the values, besides its arguments, from which `function` may compute."""
     code = function.__code__
     free, named = names_read(code)
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -248,20 +249,20 @@ def _content(cell: types.CellType) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def names_read(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The variables of outer functions and the globals that `code` reads. O(instructions).
+    """Return the outer functions' variables and the globals that `code` reads. O(instructions).
 
-    A collection that `code` only appends to is not read.
+    A collection to which `code` only appends does not count as read.
     """
     free: set[str] = set()
     named: set[str] = set()
     found = list(dis.get_instructions(code))
-    for one, following in zip(found, [*found[1:], None], strict=True):
-        is_free = one.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
-        if not is_free and one.opname not in ("LOAD_GLOBAL", "LOAD_NAME"):
+    for load, following in zip(found, [*found[1:], None], strict=True):
+        is_free = load.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
+        if not is_free and load.opname not in ("LOAD_GLOBAL", "LOAD_NAME"):
             continue
         is_method = following is not None and following.opname in ("LOAD_METHOD", "LOAD_ATTR")
         if not (is_method and following and following.argval in _RECORDING):
-            (free if is_free else named).add(one.argval)
+            (free if is_free else named).add(load.argval)
     for nested in code.co_consts:
         if isinstance(nested, types.CodeType):
             of_outer, of_module = names_read(nested)
@@ -272,6 +273,6 @@ def names_read(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
 
 @functools.lru_cache(maxsize=4096)
 def attributes(code: types.CodeType) -> frozenset[str]:
-    """The names of attributes and globals that `code` mentions. O(instructions)."""
+    """Return the names of attributes and globals that `code` uses. O(instructions)."""
     nested = [attributes(each) for each in code.co_consts if isinstance(each, types.CodeType)]
     return frozenset(code.co_names).union(*nested)

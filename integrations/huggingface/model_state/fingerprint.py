@@ -1,12 +1,12 @@
-"""Whether a model is still the one that computed the keys and values of before.
+"""Notice when a model no longer computes the keys and values that it computed before.
 
     watch = ModelWatch(model)
     watch.look()        # ModelState(version=7, doubt=None)
     model.set_adapter("other")
     watch.look()        # ModelState(version=8, doubt=None)
 
-A model that nothing happened to is recognised by comparing what was noted of it at the last look,
-which takes a fraction of a millisecond. docs/contracts.md says which changes are seen.
+Each look compares the model with a snapshot from an earlier look. If nothing has changed, this
+takes a fraction of a millisecond. docs/contracts.md lists the changes that are noticed.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from kvpager.integrations.huggingface.model_state.weights import (
     same_objects,
 )
 
-# Into how many parts `ModelWatch.glance` divides a model. Prime numbers, so that modules that every
-# layer has, adapters for one, come in all parts.
+# `ModelWatch.glance` divides a model into one of these numbers of parts. They are prime, so that
+# modules that every layer has, such as adapters, are spread over all parts.
 _PARTS = (31, 23, 17, 11, 7, 5, 3, 2)
 _PART_SIZE_MIN = 12  # modules
-# What every module has besides its own attributes. Those that matter are read by name.
+# Attributes that torch gives every module. The relevant ones are read by name.
 _TORCH_OWN = vars(nn.Module()).keys() - {"training"}
 _MODULE_DICTS = operator.itemgetter(
     "_modules", "_forward_pre_hooks", "_forward_hooks", "_parameters", "_buffers"
@@ -65,10 +65,10 @@ _versions = itertools.count()
 
 
 class ModelState(NamedTuple):
-    """A model as it is now.
+    """The state of a model at one look.
 
-    `version` is another one after each change that is seen, and no other model has it. `doubt`
-    says why the model's state cannot be told, None where it can.
+    `version` changes with each noticed change, and is unique among all models. `doubt` says why
+    some changes cannot be noticed; None if all can.
     """
 
     version: int
@@ -76,11 +76,11 @@ class ModelState(NamedTuple):
 
 
 class ModelWatch:
-    """Tells whether a model is the same as before. Keeps neither it nor its weights alive.
+    """A comparison of a model with itself over time. Keeps neither model nor weights alive.
 
     Args:
         model: the model to compare with itself.
-        has_parts: note parts of the model as well, for `glance`.
+        has_parts: also take snapshots of parts of the model, which `glance` needs.
 
     Thread-safe.
     """
@@ -88,46 +88,46 @@ class ModelWatch:
     def __init__(self, model: nn.Module, *, has_parts: bool = False) -> None:
         self._model = weakref.ref(model)
         self._has_parts = has_parts
-        # Signals wait for the end of a look: what their handlers raise is no fault of the model.
+        # Signals wait for the end of a look, so that their errors are not taken for the model's.
         self._lock = new_lock()
         self._uninterrupted = Uninterrupted(self._lock)
-        self._noted: _Snapshot | None = None
+        self._snapshot: _Snapshot | None = None
         self._version = next(_versions)
         self._turn = 0
 
     def look(self, *, samples: bool = True) -> ModelState:
-        """Compare all of the model with the last look. O(modules + weights).
+        """Compare the whole model with the last look. O(modules + weights).
 
-        `samples` reads a few numbers of each weight, to notice a write that torch does not count.
+        `samples` reads a few elements of each weight, to notice writes that torch does not count.
         """
         with self._lock, self._uninterrupted:
-            return self._compare(lambda noted: noted.same(samples))
+            return self._compare(lambda snapshot: snapshot.same(samples))
 
     def glance(self) -> ModelState:
-        """Compare a small part of the model with the last look, another one each time."""
+        """Compare one small part of the model with the last look; the next part at each call."""
         with self._lock, self._uninterrupted:
             self._turn += 1
-            return self._compare(lambda noted: noted.part_same(self._turn))
+            return self._compare(lambda snapshot: snapshot.part_same(self._turn))
 
     def _compare(self, is_same: Callable[[_Snapshot], bool]) -> ModelState:
         try:
-            noted = self._noted
-            if noted is None or not is_same(noted):
-                noted = self._note(_Snapshot(self._model(), self._has_parts))
-        except Exception as error:  # another thread changes the model, say, or a file is gone
-            self._noted, self._version = None, next(_versions)
-            return ModelState(self._version, f"the model cannot be looked at: {error!r}")
-        return ModelState(self._version, noted.doubt)
+            snapshot = self._snapshot
+            if snapshot is None or not is_same(snapshot):
+                snapshot = self._keep(_Snapshot(self._model(), self._has_parts))
+        except Exception as error:  # another thread changes the model, or a file is missing
+            self._snapshot, self._version = None, next(_versions)
+            return ModelState(self._version, f"the model cannot be read: {error!r}")
+        return ModelState(self._version, snapshot.doubt)
 
-    def _note(self, noted: _Snapshot) -> _Snapshot:
-        if self._noted is None or not self._noted.equals(noted):
+    def _keep(self, snapshot: _Snapshot) -> _Snapshot:
+        if self._snapshot is None or not self._snapshot.equals(snapshot):
             self._version = next(_versions)
-        self._noted = noted
-        return noted
+        self._snapshot = snapshot
+        return snapshot
 
 
 class _Snapshot:
-    """All that is noted of a model at a look."""
+    """The state of a model at one look: modules, weights, hooks, functions, torch's settings."""
 
     def __init__(self, model: Any, has_parts: bool) -> None:
         modules = list(model.modules())
@@ -139,7 +139,7 @@ class _Snapshot:
         hooks = [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
         modes = _modes()
         self._hooks, self._modes = list(map(_ref, hooks)), list(map(_ref, modes))
-        roots = [_ref(one) for one in [*hooks, *modes] if not _is_fixed(one, members)]
+        roots = [_ref(each) for each in [*hooks, *modes] if not _is_fixed(each, members)]
         roots += self._whole.roots
         kinds = {type(module) for module in modules}
         names = {str(getattr(owner, "_attn_implementation", None)) for owner in owners}
@@ -149,23 +149,23 @@ class _Snapshot:
         self._contents = self._read()
         self._is_offloaded = any(hasattr(module, "_hf_hook") for module in modules)
         self._model = weakref.ref(model)
-        tensors, self._files = self._elsewhere(self._contents)
+        tensors, self._files = self._outside(self._contents)
         self._weights = Weights(tensors)
         self._settings = _numerics()
         training = [f"a {kind.__name__} is in training mode" for kind in _in_training(modules)]
         weights = [self._whole.weights.doubt, self._weights.doubt]
         self.doubt = next(filter(None, [*training, *self._contents.doubts, *weights]), None)
-        # Kept as long as this is, an object would keep what it refers to: the model itself.
+        # An object kept in the snapshot would keep the model alive through its references.
         self._contents.forget()
 
     def same(self, samples: bool) -> bool:
-        """True if the model is as noted. O(modules + weights)."""
+        """True if the model equals the snapshot. O(modules + weights)."""
         return (
             self._same_surroundings() and self._whole.same(samples) and self._same_contents(samples)
         )
 
     def part_same(self, turn: int) -> bool:
-        """True if a part of the model is as noted; with the first one, what surrounds it, too."""
+        """True if one part of the model equals the snapshot. The first part includes settings."""
         number = turn % len(self._parts)
         return (
             (number > 0 or self._same_surroundings())
@@ -174,7 +174,7 @@ class _Snapshot:
         )
 
     def _same_surroundings(self) -> bool:
-        """True if torch's settings, hooks and modes and the model's functions are as noted."""
+        """True if torch's settings, hooks and modes, and the model's functions, are unchanged."""
         hooks = chain.from_iterable(hooks.values() for hooks in _GLOBAL_HOOKS)
         return (
             self._settings == _numerics()
@@ -184,11 +184,11 @@ class _Snapshot:
         )
 
     def _same_contents(self, samples: bool) -> bool:
-        """True if what hooks hold, and weights elsewhere, are as noted."""
+        """True if the values held by hooks, and weights outside of modules, are unchanged."""
         if not self._roots and not self._is_offloaded:
             return True
         contents = self._read()
-        tensors, files = self._elsewhere(contents)
+        tensors, files = self._outside(contents)
         return (
             contents.key == self._contents.key
             and _are_alive(self._contents.refs)
@@ -198,7 +198,7 @@ class _Snapshot:
         )
 
     def equals(self, other: _Snapshot) -> bool:
-        """True if the model that `other` was just noted of computes as it did."""
+        """True if the newer snapshot `other` shows the same model."""
         return (
             self._whole.equals(other._whole)
             and self._settings == other._settings
@@ -217,20 +217,20 @@ class _Snapshot:
             contents.add(root())
         return contents
 
-    def _elsewhere(self, contents: Contents) -> tuple[list[Tensor], list[WeightFile]]:
-        """Tensors that no module has as a weight, and files of weights."""
+    def _outside(self, contents: Contents) -> tuple[list[Tensor], list[WeightFile]]:
+        """Return the tensors that are no module's weights, and the files of weights."""
         model = self._model()
         found = list(offloaded(model)) if self._is_offloaded and model is not None else []
         tensors = [weight for weight in found if isinstance(weight, Tensor)]
-        return contents.tensors + tensors, [one for one in found if isinstance(one, WeightFile)]
+        return contents.tensors + tensors, [each for each in found if isinstance(each, WeightFile)]
 
 
 class _PartSnapshot:
-    """Some modules and configurations as they were: attributes, children, weights, hooks."""
+    """The state of some modules and configurations: attributes, children, weights, hooks."""
 
     def __init__(self, owners: list[Any], members: set[int]) -> None:
-        self.roots: list[Ref] = []  # lead to what may change in place
-        self._link_places: list[tuple[int, str]] = []  # owner's place, name of the attribute
+        self.roots: list[Ref] = []  # of the objects that may change in place
+        self._link_places: list[tuple[int, str]] = []  # the owner's position, the attribute's name
         self._link_refs: list[Ref] = []
         self._owners = list(map(_ref, owners))
         self._kinds = list(map(type, owners))
@@ -245,24 +245,24 @@ class _PartSnapshot:
         self._values = [_copy(read(each)) for read, each in zip(self._readers, held, strict=True)]
         self._num_modules = sum(isinstance(owner, nn.Module) for owner in owners)
         objects = _objects(held[: self._num_modules])
-        self._offloaded = [place for place, one in enumerate(objects) if _is_offloaded(one)]
+        self._offloaded = [place for place, each in enumerate(objects) if _is_offloaded(each)]
         self._places = [
             place
-            for place, one in enumerate(objects)
-            if isinstance(one, Tensor) and not _is_offloaded(one)
+            for place, each in enumerate(objects)
+            if isinstance(each, Tensor) and not _is_offloaded(each)
         ]
         weights = [objects[place] for place in self._places]
         self.weights = Weights(weights)
-        # What a quantised weight is read with may be an attribute of it.
+        # A quantised weight may keep its scales as attributes.
         self.roots += [_attributes(weight) for weight in weights if holds_settings(weight)]
         for place in self._offloaded:
             objects[place] = None
         self._objects = list(map(_ref, objects))
-        hooks = [one for one in objects if not isinstance(one, Tensor | nn.Module | None)]
+        hooks = [each for each in objects if not isinstance(each, Tensor | nn.Module | None)]
         self.roots += [_ref(hook) for hook in hooks if not _is_fixed(hook, members)]
 
     def _plain_names(self, place: int, owner: Any, members: set[int]) -> list[str]:
-        """The attributes of `owner` that are compared by value; notes the others."""
+        """Return the attributes of `owner` to compare by value; record the other relevant ones."""
         held = vars(owner)
         names = [name for name in held if name not in _TORCH_OWN]
         plain = [name for name in names if is_plain(held[name])]
@@ -278,7 +278,7 @@ class _PartSnapshot:
         return plain
 
     def same(self, samples: bool) -> bool:
-        """True if these modules are as they were. O(modules + weights)."""
+        """True if these modules are unchanged. O(modules + weights)."""
         owners = [owner() for owner in self._owners]
         if list(map(type, owners)) != self._kinds:
             return False
@@ -291,7 +291,7 @@ class _PartSnapshot:
             links = [held[place][name] for place, name in self._link_places]
             if not same_objects(links, self._link_refs):
                 return False
-        except Exception:  # a name is gone, or what it stands for compares in another way
+        except Exception:  # an attribute is gone, or its value cannot be compared
             return False
         objects = _objects(held[: self._num_modules])
         if len(objects) != len(self._objects):
@@ -299,13 +299,13 @@ class _PartSnapshot:
         for place in self._offloaded:
             if not _is_offloaded(objects[place]):
                 return False
-            objects[place] = None  # a new one after each pass
+            objects[place] = None  # accelerate makes a new meta tensor after each pass
         if not same_objects(objects, self._objects):
             return False
         return self.weights.same([objects[place] for place in self._places], samples)
 
     def equals(self, other: _PartSnapshot) -> bool:
-        """True if `other`, which was just noted, says the same."""
+        """True if the newer snapshot `other` shows the same modules."""
         return (
             list(map(_call, self._owners)) == list(map(_call, other._owners))
             and self._kinds == other._kinds
@@ -319,15 +319,15 @@ class _PartSnapshot:
 
 
 def _matters(name: str, value: object) -> bool:
-    """True if a model may compute from an attribute that is no plain value."""
+    """True if a model may compute from `value`, an attribute that is not a plain value."""
     if isinstance(value, _WATCHED):
         return True
     return callable(value) or name == "_hf_hook" or not is_library(type(value).__module__)
 
 
 def _is_fixed(value: object, members: set[int]) -> bool:
-    """True if `value` changes only by being replaced."""
-    if isinstance(value, PreTrainedConfig):  # looked at as its owner's part
+    """True if `value` cannot change in place, but only be replaced."""
+    if isinstance(value, PreTrainedConfig):  # compared as an owner itself
         return True
     contents = Contents(members)
     contents.add(value)
@@ -335,7 +335,7 @@ def _is_fixed(value: object, members: set[int]) -> bool:
 
 
 def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
-    """The configurations of all modules, and those inside."""
+    """Return the configurations of all modules, nested configurations included."""
     pending = [value for module in modules for value in vars(module).values()]
     found: dict[int, PreTrainedConfig] = {}
     while pending:
@@ -347,15 +347,15 @@ def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
 
 
 def _in_training(modules: list[nn.Module]) -> Iterator[type]:
-    """The classes of modules that compute in another way because they are in training mode."""
+    """Return the classes of modules in training mode whose results depend on the mode."""
     kinds = dict.fromkeys(type(module) for module in modules if module.training)
     return filter(reads_training, kinds)
 
 
 def _objects(held: list[dict[str, Any]]) -> list[Any]:
-    """Children, hooks, parameters and buffers of modules that hold `held`."""
-    books = filter(None, chain.from_iterable(map(_MODULE_DICTS, held)))
-    return list(chain.from_iterable(map(dict.values, books)))
+    """Return children, hooks, parameters and buffers of modules with the attributes `held`."""
+    filled = filter(None, chain.from_iterable(map(_MODULE_DICTS, held)))
+    return list(chain.from_iterable(map(dict.values, filled)))
 
 
 def _is_offloaded(value: object) -> bool:
@@ -363,7 +363,7 @@ def _is_offloaded(value: object) -> bool:
 
 
 def _ref(value: Any) -> Ref:
-    """A reference that does not keep `value` alive, if Python has one for its kind."""
+    """Return a weak reference to `value`, or a strong one if its class allows no weak ones."""
     try:
         return weakref.ref(value)
     except TypeError:
@@ -389,7 +389,7 @@ def _are_alive(refs: list[Ref]) -> bool:
 
 
 def _copy(value: Any) -> Any:
-    """A copy of plain values, collections included."""
+    """Copy a plain value; collections are copied at every level."""
     if isinstance(value, dict):
         return type(value)({key: _copy(item) for key, item in value.items()})
     if type(value) in (list, tuple, set):
@@ -398,7 +398,7 @@ def _copy(value: Any) -> Any:
 
 
 def _numerics() -> tuple[object, ...]:
-    """torch's settings, of all threads, that change which numbers a model computes."""
+    """Return the process-wide settings of torch that change the results of a model."""
     backends: Any = torch.backends
     return (
         torch.get_default_dtype(),
@@ -417,6 +417,6 @@ def _numerics() -> tuple[object, ...]:
 
 
 def _modes() -> list[object]:
-    """Return what changes torch's functions on this thread, less the default device."""
+    """Return the modes that change torch's functions on this thread, without the default device."""
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     return [mode for mode in modes if not isinstance(mode, DeviceContext)]

@@ -1,7 +1,7 @@
-"""Weights that accelerate keeps elsewhere - in host memory, on disk - between forward passes.
+"""Find the weights that accelerate keeps in host memory or on disk between forward passes.
 
-Its hooks put them in before a module computes and leave tensors without numbers behind, new ones
-each time. So what tells whether a model is the same as before is what the hooks take them from.
+accelerate's hooks load a module's weights before it computes, and replace them by new meta tensors
+afterwards. So changes are visible only at the source from which the hooks load.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class WeightFile(NamedTuple):
-    """A file with weights, as it was last written."""
+    """A file with weights: its size and the time of its last write."""
 
     path: str
     num_bytes: int
@@ -23,26 +23,29 @@ class WeightFile(NamedTuple):
 
 
 def offloaded(model: nn.Module) -> Iterator[Tensor | WeightFile]:
-    """What the hooks of `model` take its weights from. O(weights); looks at files, not into them.
+    """Yield the tensors and files from which the hooks of `model` load its weights. O(weights).
 
-    Raises: `OSError` for a file that is gone, which the next forward pass would raise as well.
+    Does not read the files. Raises: `OSError` for a missing file, as the next forward pass would.
     """
     for module in model.modules():
-        hook = vars(module).get("_hf_hook")
-        for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "offload", False):
-                yield from _weights_of(module, one)
+        for hook in _hooks_of(module):
+            if getattr(hook, "offload", False):
+                yield from _weights_of(module, hook)
+
+
+def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    hook = vars(module).get("_hf_hook")
+    return tuple(getattr(hook, "hooks", (hook,)))
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Return where `model` computes its first layer. O(modules)."""
+    """Return the device on which `model` computes its first layer. O(modules)."""
     device: torch.device = next(model.parameters()).device
     if device.type != "meta":
         return device
     for module in model.modules():
-        hook = vars(module).get("_hf_hook")
-        for one in getattr(hook, "hooks", (hook,)):
-            found = getattr(one, "execution_device", None)
+        for hook in _hooks_of(module):
+            found = getattr(hook, "execution_device", None)
             if found is not None:
                 return torch.device(found)
     return device
@@ -57,7 +60,7 @@ def _weights_of(module: nn.Module, hook: Any) -> Iterator[Tensor | WeightFile]:
 
 
 def _source(weights: Any, name: str) -> Tensor | WeightFile:
-    while hasattr(weights, "dataset"):  # one module's part of the weights of all
+    while hasattr(weights, "dataset"):  # a view of one module's weights
         name, weights = f"{weights.prefix}{name}", weights.dataset
     in_memory = getattr(weights, "state_dict", weights)
     if name in in_memory:

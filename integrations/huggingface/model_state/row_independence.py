@@ -1,8 +1,8 @@
-"""Code of others that runs inside a model's forward pass, and may tell one row from another.
+"""Decide whether a model computes each row of a batch independently of the row's position.
 
-Whether a module treats rows by their place in the batch cannot be read from its code. So rows are
-merged only in models whose code is of known libraries: of transformers, torch, PEFT, and those
-that quantise weights.
+The code of a module does not show whether its result depends on a row's position in the batch. So
+equal rows are merged only in models whose code comes from known libraries: transformers, torch,
+PEFT, and libraries that quantise weights.
 """
 
 from __future__ import annotations
@@ -30,36 +30,35 @@ from kvpager.integrations.huggingface.model_state.contents import (
     names_read,
 )
 
-# Hooks that these packages register themselves treat all rows alike.
+# Hooks that these packages register compute every row in the same way.
 _KNOWN = ("torch.", "transformers.")
-# Besides those of `is_library`: their modules compute every row in the same way.
+# Modules of these libraries, and of those in `is_library`, compute every row in the same way.
 _ROWWISE = {"aqlm", "auto_round", "bitsandbytes", "compressed_tensors", "eetq", "fbgemm_gpu"}
 _ROWWISE |= {"gptqmodel", "hqq", "liger_kernel", "optimum", "spqr_quant", "vptq"}
-# Modules of torch's own classes that run code of the caller's.
+# Modules of torch's classes that run code of the user.
 _CONTAINERS = (torch.jit.ScriptModule, torch.fx.GraphModule)
-# What every module has, hooks included, which are looked at by name.
+# Attributes of every module. Hooks are among them; `_of_module` reads these by name.
 _TORCH_OWN = vars(nn.Module()).keys() - {"forward"}
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
-# What a hook that only takes notes may call, besides methods of tensors.
+# Functions that a hook which only records may call, besides methods of tensors.
 _HARMLESS = {"float", "int", "len", "list", "str", "tuple", "type"}
 _RECORDING = {"add", "append", "appendleft", "extend"}  # these return None
 _WRITING = ("STORE_SUBSCR", "STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_SUBSCR")
 
 
 def row_dependence(model: nn.Module) -> str | None:
-    """Name what may treat rows by their place in the batch. O(modules).
+    """Name the first part of `model` whose result may depend on a row's position. O(modules).
 
-    Returns None if nothing may. Adapters chosen per row, soft prompts and steering vectors come as
-    hooks, replaced methods or modules of the caller's own. A hook that only takes notes is no
-    obstacle.
+    Returns None if there is no such part. Adapters per row, soft prompts and steering vectors come
+    as hooks, replaced methods or modules of the user. A hook that only records values is allowed.
     """
     modules = list(model.modules())
     found = next(itertools.chain(_of_model(model, modules), *map(_of_module, modules)), None)
-    return None if found is None else f"{found}, which may treat rows by their place in the batch"
+    return None if found is None else f"{found}, which may treat rows differently"
 
 
 def _of_model(model: nn.Module, modules: list[nn.Module]) -> Iterator[str]:
-    """Name the obstacles that are not of one module."""
+    """Name foreign code that belongs to the model or to its classes."""
     prepare: Any = vars(model).get("prepare_inputs_for_generation")
     if prepare is not None and not _is_its_own(prepare, model):
         yield "a replaced prepare_inputs_for_generation"
@@ -77,15 +76,15 @@ def _of_model(model: nn.Module, modules: list[nn.Module]) -> Iterator[str]:
 
 
 def _of_module(module: nn.Module) -> Iterator[str]:
-    """Name the obstacles that a module has besides its class."""
+    """Name foreign code that a module has in its own attributes and hooks."""
     name = type(module).__name__
     held = vars(module)
     for attribute in held.keys() - _TORCH_OWN:
         value = held[attribute]
-        if attribute == "_hf_hook":  # accelerate, which calls what was there before
+        if attribute == "_hf_hook":  # of accelerate, which calls the original forward
             hooks = getattr(value, "hooks", (value,))
             if not all(type(hook).__module__.startswith("accelerate.") for hook in hooks):
-                yield f"a hook of accelerate's on {name}"
+                yield f"a custom accelerate hook on {name}"
         elif attribute in ("forward", "_old_forward"):
             is_accelerate = "_hf_hook" in held and attribute == "forward"
             if _is_foreign(value) if is_accelerate else not _is_its_own(value, module):
@@ -110,15 +109,15 @@ _functions: weakref.WeakKeyDictionary[nn.Module, tuple[object, CalledFunctions]]
 
 
 def _functions_of(model: nn.Module, modules: list[nn.Module]) -> CalledFunctions:
-    """Return the functions that the classes of `modules` call. O(functions) if they are known."""
-    configs = {id(config): config for config in (vars(one).get("config") for one in modules)}
+    """Return the functions that the classes of `modules` call. O(functions) once they are known."""
+    configs = {id(config): config for config in (vars(each).get("config") for each in modules)}
     names = {str(getattr(config, "_attn_implementation", None)) for config in configs.values()}
     key = set(map(type, modules)), names
     known = _functions.get(model)
     if known is not None and known[0] == key and known[1].same():
         return known[1]
     found = CalledFunctions(*key)
-    if not found.foreign:  # which may refer to the model, and would keep it alive
+    if not found.foreign:  # a foreign function may refer to the model and keep it alive
         _functions[model] = key, found
     return found
 
@@ -128,26 +127,26 @@ def _forward_of(kind: type) -> Any:
 
 
 def _is_foreign(value: object) -> bool:
-    """True if calling `value` runs code that is of no known library."""
+    """True if calling `value` runs code outside the known libraries."""
     return not all(map(_is_known, _origins(value)))
 
 
 def _origins(value: Any) -> list[str]:
-    """Return the modules that define what calling `value` runs, decorators and insides."""
+    """Return the names of the modules that define the functions which calling `value` runs."""
     value = _unwrapped(value)
     if isinstance(value, torch.jit.ScriptFunction):
-        return [""]  # the class is torch's, the code inside need not be
+        return [""]  # the class belongs to torch, the code inside may not
     return [module_of(value), *map(module_of, functions_in(value))]
 
 
 def _origin(value: Any) -> str:
-    """Name the first module that is not known among those that define `value`."""
+    """Return the name of the first unknown module among those that define `value`."""
     origins = _origins(value)
     return next((each for each in origins if not _is_known(each)), origins[0])
 
 
 def _unwrapped(value: Any) -> Any:
-    """Return the function or object that a partial, a method or a compiled function calls."""
+    """Return the function or object behind a partial, a method or a compiled function."""
     while True:
         if isinstance(value, functools.partial):
             value = value.func
@@ -164,14 +163,14 @@ def _is_known(module: str) -> bool:
 
 
 def _is_its_own(method: Any, module: nn.Module) -> bool:
-    """True for a method of `module`, compiled or not, whose code is of a known library."""
+    """True for a method of `module`, compiled or not, that a known library defines."""
     method = getattr(method, "_torchdynamo_orig_callable", method)
     function = getattr(method, "__func__", None)
     return function is not None and method.__self__ is module and not _is_foreign(function)
 
 
 def _only_records(hook: Any) -> bool:
-    """True for a function that appends to a collection, and surely does nothing else."""
+    """True for a function that provably does nothing but append to a collection."""
     if not isinstance(hook, types.FunctionType):
         return False
     code = hook.__code__
@@ -184,7 +183,7 @@ def _only_records(hook: Any) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _changes_nothing(code: types.CodeType) -> bool:
-    """True if `code` writes nothing in place and returns None, or what appending returns."""
+    """True if `code` writes nothing in place and returns None, or the result of an append."""
     found = [each for each in dis.get_instructions(code) if each.opname not in _PREPARING]
     pairs = list(zip([None, *found], found, strict=False))
     if any(_writes(before, each) for before, each in pairs):
@@ -192,7 +191,7 @@ def _changes_nothing(code: types.CodeType) -> bool:
     returns = [pair for pair in pairs if pair[1].opname.startswith("RETURN_")]
     if all(_is_none(before, each) for before, each in returns):
         return True
-    # One expression: the function that it loads first is the one it calls last.
+    # A single expression calls last the function that it loads first.
     straight = not any("JUMP" in each.opname for each in found)
     calls = [before is not None and before.opname.startswith("CALL") for before, _ in returns]
     return straight and calls == [True] and found[1].argval in _RECORDING
@@ -203,7 +202,7 @@ _OUTER = ("LOAD_DEREF", "LOAD_GLOBAL")
 
 
 def _writes(before: dis.Instruction | None, each: dis.Instruction) -> bool:
-    """True if an instruction may change what the model computes from."""
+    """True if an instruction may write to an object that the model reads."""
     if each.opname == "BINARY_OP":
         return each.argrepr.endswith("=")
     is_outer = before is not None and before.opname in _OUTER

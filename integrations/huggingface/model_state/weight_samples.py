@@ -1,4 +1,4 @@
-"""A few numbers of many tensors, read at once: 16 of each, spread over its memory."""
+"""Read a few elements of many tensors at once, spread evenly over each tensor's memory."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 
 
 class SampleSpread(NamedTuple):
-    """Where the numbers of a sample are: `length` of them, `step` apart."""
+    """The elements of a sample: `length` elements, `step` apart."""
 
     length: int
     step: int
 
 
 class WeightSamples:
-    """Reads the same numbers of the same tensors each time.
+    """A reader of the same elements of the same tensors each time.
 
-    On a CPU, they are read where they lie: a view of every tensor would take ten times as long to
-    make, and if it was kept, the memory of a weight that was replaced would not be freed.
+    On a CPU it reads the elements at their addresses. Making a view of every tensor would take ten
+    times as long, and keeping the views would keep replaced weights alive.
     """
 
     def __init__(self, tensors: list[Tensor], spreads: list[SampleSpread]) -> None:
-        self._near: list[int] = []  # places of tensors in the memory of the CPU
-        self._arrays: dict[int, list[NDArray[Any]]] = {}  # by bytes of a number
+        self._near: list[int] = []  # positions of the tensors in CPU memory
+        self._arrays: dict[int, list[NDArray[Any]]] = {}  # by bytes of an element
         self._far: dict[tuple[torch.device, torch.dtype], list[tuple[int, SampleSpread]]] = {}
         for place, (tensor, spread) in enumerate(zip(tensors, spreads, strict=True)):
             if not spread.length:
@@ -41,11 +41,11 @@ class WeightSamples:
         self._addresses = [tensors[place].untyped_storage().data_ptr() for place in self._near]
 
     def read(self, tensors: list[Tensor]) -> tuple[bytes, ...] | None:
-        """The numbers as bytes, since a NaN is not equal to itself. O(tensors).
+        """Return the elements as bytes, since a NaN does not equal itself. O(tensors).
 
-        None if a tensor has moved.
+        Returns None if a tensor has moved.
         """
-        # As long as these are referred to, no other thread can free what is read.
+        # These references keep other threads from freeing the memory during the read.
         storages = [tensors[place].untyped_storage() for place in self._near]
         if [storage.data_ptr() for storage in storages] != self._addresses:
             return None
@@ -64,7 +64,7 @@ class WeightSamples:
 
 
 def _array(tensor: Tensor, spread: SampleSpread) -> NDArray[Any]:
-    """An array over the sample, which does not keep the memory of `tensor`."""
+    """Return an array over the sample that does not keep the memory of `tensor` alive."""
     num_bytes = ((spread.length - 1) * spread.step + 1) * tensor.itemsize
     memory: Any = (ctypes.c_char * num_bytes).from_address(tensor.data_ptr())
     numbers: NDArray[Any] = np.frombuffer(memory, np.dtype(f"V{tensor.itemsize}"))

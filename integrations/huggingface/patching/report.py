@@ -122,7 +122,7 @@ def _sessions(stats: PatchStats, memory: PagedMemory) -> Iterator[str]:
             f"{counted(stats.session_tokens, 'token')} generated"
         )
     for doubt in sorted(memory.session_doubts):
-        yield f"continuous batching shares no prompts of a model that may change unseen ({doubt})"
+        yield f"continuous batching: prompts not shared, the model may change undetected ({doubt})"
 
 
 def _unserved(memory: PagedMemory) -> Iterator[str]:

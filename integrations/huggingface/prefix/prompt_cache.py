@@ -92,7 +92,7 @@ class PromptCache:
         """
         key, doubt = self.key_of(model)
         if doubt is not None:
-            return f"a model that may change unseen ({doubt})"
+            return f"a model that may change undetected ({doubt})"
         obstacle = self._row_obstacle(model, key)
         if obstacle is not None:
             return obstacle

@@ -508,9 +508,9 @@ UNTOLD = [
     (of_inference, "does not count writes to inference tensors"),
     (sparse, "it is a sparse_coo tensor"),
     (nested, "it is a nested tensor"),
-    (lazy, "it has no numbers in memory"),
-    (opaque_hook, "a list_iterator may change without a trace"),
-    (random_hook, "a Generator may change without a trace"),
+    (lazy, "it has no values in memory"),
+    (opaque_hook, "a list_iterator may change undetected"),
+    (random_hook, "a Generator may change undetected"),
     (dropout, "a LlamaAttention is in training mode"),
 ]
 
@@ -527,7 +527,7 @@ def test_a_model_whose_state_cannot_be_told_shares_nothing_and_says_why(
         assert tokens(model) == tokens(model) == plain
         assert patch.stats().prefix_hit_tokens == 0
         assert patch.stats().prefix_unserved_calls == 2
-        assert "prompts not kept: 2 calls with a model that may change unseen" in patch.report()
+        assert "prompts not kept: 2 calls with a model that may change undetected" in patch.report()
         assert "of other kinds" not in patch.report()
         assert reason in patch.report()
 
@@ -643,7 +643,7 @@ def test_a_wrapper_that_does_not_tell_what_it_holds_shares_nothing() -> None:
     with kvpager.patch(model, prefix_cache=True) as patch:
         assert tokens(model) == tokens(model) == plain
         assert patch.stats().prefix_hit_tokens == 0
-        assert "Wrapped does not tell what it holds" in patch.report()
+        assert "Wrapped does not show its values" in patch.report()
 
 
 # ---------------------------------------------------------------- engines
@@ -849,7 +849,7 @@ def test_a_session_of_generate_batch_notices_a_change() -> None:
                 replies.append(manager.get_result(name, timeout=60).generated_tokens)
             opaque_hook(model)
             manager.get_result(manager.add_request(PROMPT), timeout=60)
-            reason = "shares no prompts of a model that may change unseen (a list_iterator may"
+            reason = "prompts not shared, the model may change undetected (a list_iterator may"
             assert reason in patch.report()
         finally:
             manager.stop(block=True)
