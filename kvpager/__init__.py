@@ -10,24 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvpager.blocks.manager import BlockManager
     from kvpager.blocks.sequences import SequenceHandle
-    from kvpager.errors import (
-        BrokenInvariant,
-        EngineClosed,
-        KVPagerError,
-        OutOfBlocks,
-        QueueFull,
-        RequestCancelled,
-        RequestExpired,
-        RequestFailed,
-        SequenceSwapped,
-        StaleSequence,
-    )
+    from kvpager.engine.config import EngineConfig
+    from kvpager.errors import KVPagerError, OutOfBlocks
     from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
     from kvpager.integrations.huggingface.engine import Engine
-    from kvpager.integrations.huggingface.patching.handle import Patch
     from kvpager.integrations.huggingface.patching.patch import patch, unpatch
     from kvpager.plans import StepPlan
-    from kvpager.scheduling.preemption import PreemptionCosts
     from kvpager.scheduling.request import Request
     from kvpager.scheduling.scheduler import Scheduler
     from kvpager.storage.block_storage import BlockStorage, LayerShape
@@ -37,24 +25,15 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockManager",
     "BlockStorage",
-    "BrokenInvariant",
     "Engine",
-    "EngineClosed",
+    "EngineConfig",
     "KVPagerError",
     "LayerShape",
     "OutOfBlocks",
     "PagedCache",
-    "Patch",
-    "PreemptionCosts",
-    "QueueFull",
     "Request",
-    "RequestCancelled",
-    "RequestExpired",
-    "RequestFailed",
     "Scheduler",
     "SequenceHandle",
-    "SequenceSwapped",
-    "StaleSequence",
     "StepPlan",
     "patch",
     "unpatch",
@@ -63,24 +42,15 @@ __all__ = [
 _HOME = {
     "BlockManager": "kvpager.blocks.manager",
     "BlockStorage": "kvpager.storage.block_storage",
-    "BrokenInvariant": "kvpager.errors",
     "Engine": "kvpager.integrations.huggingface.engine",
-    "EngineClosed": "kvpager.errors",
+    "EngineConfig": "kvpager.engine.config",
     "KVPagerError": "kvpager.errors",
     "LayerShape": "kvpager.storage.block_storage",
     "OutOfBlocks": "kvpager.errors",
     "PagedCache": "kvpager.integrations.huggingface.cache.paged_cache",
-    "Patch": "kvpager.integrations.huggingface.patching.handle",
-    "PreemptionCosts": "kvpager.scheduling.preemption",
-    "QueueFull": "kvpager.errors",
     "Request": "kvpager.scheduling.request",
-    "RequestCancelled": "kvpager.errors",
-    "RequestExpired": "kvpager.errors",
-    "RequestFailed": "kvpager.errors",
     "Scheduler": "kvpager.scheduling.scheduler",
     "SequenceHandle": "kvpager.blocks.sequences",
-    "SequenceSwapped": "kvpager.errors",
-    "StaleSequence": "kvpager.errors",
     "StepPlan": "kvpager.plans",
     "patch": "kvpager.integrations.huggingface.patching.patch",
     "unpatch": "kvpager.integrations.huggingface.patching.patch",

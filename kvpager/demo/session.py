@@ -21,6 +21,7 @@ from kvpager.demo.results import CallFigures, Paged, Plain, Result, Results, Row
 from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import Settings
 from kvpager.errors import BadInput, OutOfBlocks
+from kvpager.integrations.huggingface.patching.handle import Patch
 from kvpager.integrations.huggingface.patching.report import PatchStats
 from kvpager.integrations.huggingface.releases import cache_of
 from kvpager.testing import tiny_llama_path
@@ -221,7 +222,7 @@ def generate_paged(engine: Engine, scenario: Scenario) -> tuple[list[Generated],
         return [_without_cache(call) for call in done], paged
 
 
-def _patched(engine: Engine, *, prefix_cache: bool) -> kvpager.Patch:
+def _patched(engine: Engine, *, prefix_cache: bool) -> Patch:
     settings = engine.settings
     try:
         return kvpager.patch(

@@ -10,13 +10,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from kvpager import BlockManager, KVPagerError, OutOfBlocks, SequenceSwapped, StaleSequence
+from kvpager import BlockManager, KVPagerError, OutOfBlocks
 from kvpager.blocks.events import Event
 from kvpager.blocks.policies import Priority
 from kvpager.blocks.quotas import Quota
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.stats import BlockStatus, Metrics
-from kvpager.errors import OutOfQuota
+from kvpager.errors import OutOfQuota, SequenceSwapped, StaleSequence
 from kvpager.plans import Plan, Step
 from tests.support.manager_state import handles_of
 from tests.support.twins import twin_of

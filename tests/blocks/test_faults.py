@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpager import BlockManager, KVPagerError, OutOfBlocks, StaleSequence
+from kvpager import BlockManager, KVPagerError, OutOfBlocks
 from kvpager.blocks.policies import POLICIES, Priority
 from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.sequences import SequenceHandle
-from kvpager.errors import SequenceSwapped
+from kvpager.errors import SequenceSwapped, StaleSequence
 from kvpager.plans import Plan, Step
 from tests.support.manager_state import differences, handles_of, state_of
 

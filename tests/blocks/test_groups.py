@@ -24,8 +24,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvpager import OutOfBlocks, SequenceSwapped, StaleSequence
+from kvpager import OutOfBlocks
 from kvpager.blocks.groups.manager import GroupedManager
+from kvpager.errors import SequenceSwapped, StaleSequence
 from kvpager.testing.conformance import BlockManagerAdapter, ManagerConformance
 from kvpager.testing.memory import Content, TokenMemory
 from tests.support.interrupts import Moments, by_signal

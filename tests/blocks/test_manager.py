@@ -10,10 +10,10 @@ import threading
 import numpy as np
 import pytest
 
-from kvpager import BlockManager, KVPagerError, OutOfBlocks, StaleSequence
+from kvpager import BlockManager, KVPagerError, OutOfBlocks
 from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.blocks.stats import BlockStatus
-from kvpager.errors import BrokenInvariant, SequenceSwapped
+from kvpager.errors import BrokenInvariant, SequenceSwapped, StaleSequence
 
 
 @pytest.fixture

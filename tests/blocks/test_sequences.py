@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpager import BlockManager, OutOfBlocks, StaleSequence
+from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.sequences import SequenceHandle
-from kvpager.errors import SequenceSwapped
+from kvpager.errors import SequenceSwapped, StaleSequence
 from tests.support.manager_state import same_state, state_of
 
 Arrays = dict[str, np.ndarray]

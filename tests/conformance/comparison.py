@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import kvpager
+from kvpager.integrations.huggingface import Patch
 from tests.conformance.case import Case, at_least
 from tests.conformance.modes import MODES
 from tests.support import tiny_models
@@ -83,7 +84,7 @@ def _fails_unpaged(mode: str, expected: Any) -> bool:
 
 
 @contextlib.contextmanager
-def paged(case: Case, how: Variant) -> Iterator[kvpager.Patch]:
+def paged(case: Case, how: Variant) -> Iterator[Patch]:
     """Paging is on; afterwards every pool has kept its laws."""
     with kvpager.patch(None if how.all_models else case.model, **how.options) as patch:
         yield patch

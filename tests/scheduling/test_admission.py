@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvpager import (
-    BlockManager,
-    QueueFull,
-    Request,
-    Scheduler,
-)
+from kvpager import BlockManager, Request, Scheduler
+from kvpager.errors import QueueFull
 from kvpager.plans import Reason
 from tests.support.scheduling import (
     BLOCK_SIZE,

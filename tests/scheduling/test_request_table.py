@@ -6,13 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from kvpager import (
-    BrokenInvariant,
-    Request,
-    Scheduler,
-    StaleSequence,
-    StepPlan,
-)
+from kvpager import Request, Scheduler, StepPlan
+from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plans import Reason
 from tests.support.scheduling import (
     Clock,

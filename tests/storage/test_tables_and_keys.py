@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpager import BlockManager, SequenceSwapped, StaleSequence
+from kvpager import BlockManager
+from kvpager.errors import SequenceSwapped, StaleSequence
 from kvpager.storage.keys import KEY_BYTES, KeyContext, content_keys
 from kvpager.storage.table_formats import flash_attention, flashinfer
 

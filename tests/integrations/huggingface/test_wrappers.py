@@ -24,6 +24,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
 import kvpager  # noqa: E402
+from kvpager.integrations.huggingface import Patch  # noqa: E402
 from kvpager.integrations.huggingface.model_state.row_independence import row_dependence  # noqa: E402
 from kvpager.integrations.huggingface.prefix import prefill, prompt_cache  # noqa: E402
 from kvpager.integrations.huggingface.releases import cache_in, cache_of, with_cache  # noqa: E402
@@ -56,7 +57,7 @@ def tokens(model: Any, inputs: dict[str, Any] = PADDED, **options: Any) -> Any:
         return type(error)
 
 
-def check_pools(patch: kvpager.Patch) -> None:
+def check_pools(patch: Patch) -> None:
     for pool in patch.memory.pools():
         pool.settle()
         pool.manager.check()

@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.requests import (  # noqa: E402
 
 import kvpager  # noqa: E402
 from kvpager.errors import KVPagerError  # noqa: E402
+from kvpager.integrations.huggingface import Patch  # noqa: E402
 from kvpager.integrations.huggingface.continuous_batching import manager as manager_module  # noqa: E402
 from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
@@ -73,7 +74,7 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.fixture
-def patch(llama: PreTrainedModel) -> Iterator[kvpager.Patch]:
+def patch(llama: PreTrainedModel) -> Iterator[Patch]:
     with kvpager.patch(llama, memory="1MiB") as made:
         yield made
     assert llama.config._attn_implementation == "sdpa"
@@ -81,7 +82,7 @@ def patch(llama: PreTrainedModel) -> Iterator[kvpager.Patch]:
 
 
 @pytest.fixture
-def manager(llama: PreTrainedModel, patch: kvpager.Patch) -> Iterator[PagedBatchingManager]:
+def manager(llama: PreTrainedModel, patch: Patch) -> Iterator[PagedBatchingManager]:
     made = llama.init_continuous_batching(settings())
     yield made
     made.destroy()
@@ -196,7 +197,7 @@ def test_settings_that_a_config_leaves_open_are_not_the_models(llama: PreTrained
 
 
 def test_generate_with_the_paged_cache_of_transformers_is_batched(
-    llama: PreTrainedModel, patch: kvpager.Patch
+    llama: PreTrainedModel, patch: Patch
 ) -> None:
     inputs = torch.tensor(some_prompts(9, 9))
     options = {"max_new_tokens": NEW, "do_sample": False}
@@ -206,7 +207,7 @@ def test_generate_with_the_paged_cache_of_transformers_is_batched(
     assert len(patch.managers) == 1 or not list(patch.managers)  # one was made, and may be gone
 
 
-def test_nothing_to_do_is_done_at_once(llama: PreTrainedModel, patch: kvpager.Patch) -> None:
+def test_nothing_to_do_is_done_at_once(llama: PreTrainedModel, patch: Patch) -> None:
     assert llama.generate_batch([]) == {}
 
 
@@ -252,7 +253,7 @@ def test_the_manager_has_every_public_method_of_transformers(
     ],
 )
 def test_ways_to_generate_that_cannot_be_batched_are_refused(
-    llama: PreTrainedModel, patch: kvpager.Patch, options: dict[str, Any], message: str
+    llama: PreTrainedModel, patch: Patch, options: dict[str, Any], message: str
 ) -> None:
     threads = _our_threads()
     with pytest.raises(ValueError, match=message):
@@ -384,9 +385,7 @@ def test_nothing_is_computed_in_a_pause(manager: PagedBatchingManager) -> None:
     assert manager.get_result(name).status == FINISHED
 
 
-def test_a_persistent_manager_is_kept_on_the_model(
-    llama: PreTrainedModel, patch: kvpager.Patch
-) -> None:
+def test_a_persistent_manager_is_kept_on_the_model(llama: PreTrainedModel, patch: Patch) -> None:
     llama.generate_batch(PROMPTS[:1], settings(), persistent_manager=True)
     kept = llama._cached_continuous_batching_manager
     outputs = llama.generate_batch(PROMPTS, persistent_manager=True)
@@ -504,7 +503,7 @@ def test_outputs_of_a_loop_that_is_gone_can_be_taken(manager: PagedBatchingManag
 
 
 def test_a_request_that_cannot_be_served_fails_and_the_others_go_on(
-    llama: PreTrainedModel, patch: kvpager.Patch
+    llama: PreTrainedModel, patch: Patch
 ) -> None:
     config = ContinuousBatchingConfig(num_blocks=1)
     prompts = [PROMPTS[0], [], some_prompts(300)[0], PROMPTS[1]]
@@ -516,9 +515,7 @@ def test_a_request_that_cannot_be_served_fails_and_the_others_go_on(
     assert "blocks" in long.error or "max_length" in long.error
 
 
-def test_samples_of_a_request_that_fails_fail_all(
-    llama: PreTrainedModel, patch: kvpager.Patch
-) -> None:
+def test_samples_of_a_request_that_fails_fail_all(llama: PreTrainedModel, patch: Patch) -> None:
     config = settings(num_return_sequences=2, do_sample=True)
     with llama.continuous_batching_context_manager(config) as manager:
         manager.add_request([], request_id="x")
@@ -571,7 +568,7 @@ def test_a_name_in_use_is_refused(manager: PagedBatchingManager) -> None:
 
 
 def test_a_full_queue_makes_callers_wait_then_refuses(
-    llama: PreTrainedModel, patch: kvpager.Patch, monkeypatch: pytest.MonkeyPatch
+    llama: PreTrainedModel, patch: Patch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import queue
 
@@ -590,7 +587,7 @@ def test_a_full_queue_makes_callers_wait_then_refuses(
 
 
 def test_of_several_threads_that_start_a_manager_one_does(
-    llama: PreTrainedModel, patch: kvpager.Patch, monkeypatch: pytest.MonkeyPatch
+    llama: PreTrainedModel, patch: Patch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = llama.init_continuous_batching(settings())
     served = []
@@ -617,8 +614,6 @@ def test_of_several_threads_that_start_a_manager_one_does(
     assert not [each for each in threading.enumerate() if each.name == "kvpager-batching"]
 
 
-def test_no_return_sequences_at_all_are_refused(
-    llama: PreTrainedModel, patch: kvpager.Patch
-) -> None:
+def test_no_return_sequences_at_all_are_refused(llama: PreTrainedModel, patch: Patch) -> None:
     with pytest.raises(ValueError, match="num_return_sequences"):
         llama.init_continuous_batching(settings(num_return_sequences=0))

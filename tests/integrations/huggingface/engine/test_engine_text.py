@@ -19,8 +19,9 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from kvpager import Engine, RequestCancelled, RequestFailed  # noqa: E402
+from kvpager import Engine  # noqa: E402
 from kvpager.engine.text import Detokenizer  # noqa: E402
+from kvpager.errors import RequestCancelled, RequestFailed  # noqa: E402
 from kvpager.testing import tiny_llama_path  # noqa: E402
 
 TEXT = "The clause’s end, it is 😀😀 a “test” — naïve café 日本語 👨‍👩‍👧 done."
