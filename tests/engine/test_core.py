@@ -146,7 +146,7 @@ def test_the_runner_is_told_of_prompts_and_of_samples_that_ended() -> None:
 
 
 @pytest.mark.parametrize("costs", [PreemptionCosts(), PreemptionCosts(seconds_per_block=1e9)])
-def test_a_pool_for_a_third_of_the_requests_gives_the_same_tokens(costs: PreemptionCosts) -> None:
+def test_a_pool_for_few_requests_gives_the_same_tokens(costs: PreemptionCosts) -> None:
     prompts = some_prompts(count=12, longest=60)
     third = sum(-(-(len(prompt) + 40) // BLOCK_SIZE) for prompt in prompts) // 3
     with ToyEngine(third, 200, costs=costs) as engine:

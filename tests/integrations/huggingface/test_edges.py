@@ -87,7 +87,7 @@ def test_keys_computed_under_autocast_are_not_reused_without_it() -> None:
     torch.testing.assert_close(paged, logits(model), atol=1e-5, rtol=1e-5)
 
 
-def test_a_prompt_seen_under_a_mask_with_holes_is_not_reused() -> None:
+def test_a_prompt_under_a_mask_with_holes_is_not_reused() -> None:
     model = model_named()
     holes = torch.ones_like(IDS)
     holes[0, 3:9] = 0
@@ -193,7 +193,7 @@ def interrupted(*_: Any, **__: Any) -> Any:
 # ---------------------------------------------------------------- pools under one bound
 
 
-def test_two_models_under_one_bound_do_not_wait_for_each_other() -> None:
+def test_two_models_under_one_bound_do_not_block_each_other() -> None:
     models = [model_named("llama"), model_named("qwen2")]
     failures: list[BaseException] = []
 
@@ -231,7 +231,7 @@ def test_a_bound_is_filled_before_cached_prefixes_go() -> None:
         assert stats.num_cached_blocks == 12
 
 
-def test_without_a_bound_pools_grow_to_five_times_what_was_in_use_to_keep_prompts() -> None:
+def test_an_unbounded_pool_keeps_prompts_up_to_five_times() -> None:
     model = model_named()
     with kvpager.patch(model, prefix_cache=True) as patch:
         logits(model)
@@ -281,7 +281,7 @@ def test_a_bound_below_one_block_says_what_a_block_takes() -> None:
         logits(model)
 
 
-def test_a_pool_that_still_has_sequences_is_not_dropped_for_another() -> None:
+def test_a_pool_with_sequences_is_not_dropped_for_another() -> None:
     llama, qwen = model_named("llama"), model_named("qwen2")
     plain = llama.generate(IDS, max_new_tokens=24, do_sample=False)
     with kvpager.patch(prefix_cache=True, memory="130KB"):
@@ -312,7 +312,7 @@ def test_layers_of_different_kinds_reserve_what_they_need() -> None:
 # ---------------------------------------------------------------- layers and handles
 
 
-def test_a_gathered_handle_can_be_viewed_like_the_tensor_it_stands_for() -> None:
+def test_a_gathered_tensor_can_be_viewed_like_any_other() -> None:
     cache, plain = kvpager.PagedCache(), DynamicCache()
     key = torch.randn(2, 3, 9, 16)
     for one in (cache, plain):
@@ -320,7 +320,7 @@ def test_a_gathered_handle_can_be_viewed_like_the_tensor_it_stands_for() -> None
     assert torch.equal(cache.layers[0].keys.view(6, 9, 16), plain.layers[0].keys.view(6, 9, 16))
 
 
-def test_a_cache_is_serialised_as_the_plain_one_it_stands_for() -> None:
+def test_a_cache_is_serialised_as_a_plain_dynamic_cache() -> None:
     model = model_named("mistral")
     with kvpager.patch(model):
         with torch.no_grad():
@@ -466,7 +466,7 @@ def test_growing_ahead_costs_no_other_pool_its_prefixes() -> None:
     assert idle in memory._kept
 
 
-def test_a_pool_in_use_is_still_kept_when_another_finds_no_room() -> None:
+def test_a_pool_in_use_survives_when_another_has_no_room() -> None:
     kind = LayerKind(LayerShape(1, 16, 16), torch.float32, torch.device("cpu"))
     memory = PagedMemory(100 * 16 * 32 * 4, 16, keep_pools=True)
     used, other = memory.pool("used"), memory.pool("other")
@@ -479,7 +479,7 @@ def test_a_pool_in_use_is_still_kept_when_another_finds_no_room() -> None:
     assert used in memory._kept
 
 
-def test_a_layer_that_lags_behind_a_copy_may_not_write_into_shared_blocks() -> None:
+def test_a_layer_behind_a_copy_never_writes_shared_blocks() -> None:
     cache = kvpager.PagedCache()
     key = torch.randn(1, 2, 5, 16)
     cache.update(key, key, 0)
@@ -519,7 +519,7 @@ def test_layers_that_hold_nothing_keep_no_cache_from_being_paged(name: str, mode
 
 
 @pytest.mark.parametrize("stateful", [False, True], ids=["plain", "stateful"])
-def test_rows_are_merged_only_where_the_cache_is_all_there_is(stateful: bool) -> None:
+def test_rows_are_merged_only_if_all_state_is_cached(stateful: bool) -> None:
     model, seen = model_named(), []
     model._is_stateful = stateful  # as RecurrentGemma, with its state in its modules until 5.22
     model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(len(call[1][0])))

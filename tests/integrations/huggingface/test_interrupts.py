@@ -234,7 +234,7 @@ def check_threads() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_kept", [False, True], ids=["dropped", "kept"])
-def test_a_call_of_generate_batch_after_an_interrupted_one_is_right(model, is_kept) -> None:
+def test_generate_batch_after_an_interrupted_call_is_right(model, is_kept) -> None:
     with kvpager.patch(model, memory="1MiB", block_size=4, prefix_cache=True) as paging:
 
         def generate(moment: contextlib.AbstractContextManager[Any]) -> list[list[int]]:
@@ -304,7 +304,7 @@ def test_an_interrupted_add_takes_its_requests_back(model, monkeypatch) -> None:
         assert manager.get_result() is None
 
 
-def test_an_output_that_an_interrupt_keeps_from_its_reader_can_be_taken(model) -> None:
+def test_an_output_survives_an_interrupt_of_its_reader(model) -> None:
     with kvpager.patch(model, memory="1MiB", block_size=4) as paging:
         manager = model.init_continuous_batching(GREEDY, BATCHING)
         manager.start()

@@ -206,7 +206,7 @@ def test_undoing_a_model_leaves_the_patches_of_others(llama: PreTrainedModel) ->
         assert (pages(llama), pages(other)) == (False, True)
 
 
-def test_a_model_inside_or_around_the_patched_one_names_its_patch(llama: PreTrainedModel) -> None:
+def test_an_inner_or_outer_model_names_its_patch(llama: PreTrainedModel) -> None:
     around = torch.nn.ModuleDict({"model": llama})
     kvpager.patch(around)
     kvpager.unpatch(llama)
@@ -298,7 +298,7 @@ def test_patching_a_model_does_not_page_another(llama: PreTrainedModel) -> None:
         assert not pages(other)
 
 
-def test_patching_a_model_does_not_page_one_that_shares_its_configuration(
+def test_a_patch_leaves_other_models_of_its_configuration_unpaged(
     llama: PreTrainedModel,
 ) -> None:
     other = type(llama)(llama.config).eval()
@@ -517,7 +517,7 @@ def test_memory_is_read_in_the_usual_spellings(llama: PreTrainedModel, text: int
         assert patch.memory.bound == 1024**3
 
 
-def test_asking_for_kvpager_by_name_without_a_patch_is_transformers_own_error(
+def test_kvpager_by_name_without_a_patch_is_an_error(
     llama: PreTrainedModel,
 ) -> None:
     with pytest.raises(ValueError, match="cache_implementation"):

@@ -100,14 +100,14 @@ def foreign(kind: type[LlamaForCausalLM]) -> Any:
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_an_engine_passes_the_cache_under_the_name_that_a_model_takes(kind):
+def test_an_engine_passes_the_cache_by_the_models_name(kind):
     expected = text(tiny_models.tiny_model("llama"))
     with kvpager.Engine(foreign(kind)) as engine:
         (output,) = engine.generate(PROMPT["input_ids"].tolist(), max_new_tokens=6, do_sample=False)
     assert PROMPT["input_ids"].tolist()[0] + output.tokens == expected[0]
 
 
-def test_an_engine_refuses_a_model_that_takes_the_cache_under_neither_name():
+def test_an_engine_refuses_a_model_without_a_cache_argument():
     class Neither(LlamaForCausalLM):
         def forward(self, input_ids=None, **options):
             return super().forward(input_ids)
@@ -147,7 +147,7 @@ def test_a_model_that_ignores_the_cache_writes_the_same_tokens(lengths, options,
         assert [seeded(), seeded()] == [plain, plain]
 
 
-def test_generate_takes_a_paged_cache_under_the_name_of_the_release():
+def test_generate_takes_a_paged_cache_by_the_releases_name():
     model = tiny_models.tiny_model("llama")
     plain = text(model)
     cache = kvpager.PagedCache(model.config)
@@ -174,7 +174,7 @@ def test_the_old_name_still_works_where_transformers_takes_it(prefix_cache):
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_cache_is_found_and_replaced_under_the_name_it_was_passed(name):
+def test_a_cache_is_found_and_replaced_by_its_name(name):
     first, second = transformers.DynamicCache(), transformers.DynamicCache()
     given = {name: first, "use_cache": True}
     assert releases.cache_in(given) is first
@@ -191,7 +191,7 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["5.25.0", "5.25.0.dev0", "6.0.1", "5.100.0"])
-def test_a_transformers_newer_than_every_tested_one_is_warned_of_once(installed, version):
+def test_an_untested_transformers_release_warns_once(installed, version):
     installed(version)
     model = tiny_models.tiny_model("llama")
     makers = [
@@ -249,7 +249,7 @@ def test_a_model_without_attention_keeps_the_cache_that_transformers_made(name):
 
 
 @pytest.mark.skipif(NAME == "past_key_values", reason="this release passes another argument")
-def test_a_paged_cache_serves_a_model_without_attention_in_transformers_own_layers():
+def test_a_paged_cache_serves_a_model_without_attention():
     model = tiny_models.tiny_model("mamba")
     plain = text(model)
     with kvpager.patch(model):

@@ -234,7 +234,7 @@ class OfTheCaller(transformers.StaticCache):
     pass
 
 
-def test_the_report_tells_a_callers_cache_from_the_probe_of_an_engine() -> None:
+def test_the_report_ignores_the_cache_of_an_engine_probe() -> None:
     model = tiny_models.tiny_model("llama")
     own = OfTheCaller(config=model.config, max_cache_len=64)
     with kvpager.patch() as patch:

@@ -116,7 +116,7 @@ def test_encoder_decoder_tokens_and_logits_are_those_of_unpatched_transformers(
 @pytest.mark.mostly_slow(quick=6)
 @pytest.mark.parametrize("mode", ["greedy", "four beams, three returned", "sampling"])
 @pytest.mark.parametrize("name", tiny_models.DECODERS + tiny_models.ENCODER_DECODERS)
-def test_gather_mode_reads_nothing_in_place_and_gives_the_same_tokens(name: str, mode: str) -> None:
+def test_gather_mode_reads_nothing_in_place_with_equal_tokens(name: str, mode: str) -> None:
     batch = "left padding" if name in tiny_models.DECODERS else "equal lengths"
     plain = unpatched(name, batch, mode)
     with kvpager.patch(model_named(name), in_place=False) as patch:
@@ -137,7 +137,7 @@ def test_block_size_does_not_matter(name: str, block_size: int) -> None:
 
 @pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])
-def test_text_far_beyond_the_window_and_many_blocks_is_the_same(name: str) -> None:
+def test_text_far_beyond_the_window_is_the_same(name: str) -> None:
     inputs = tiny_models.prompts([40, 75])
     options = {"max_new_tokens": 60, "eos_token_id": None}
     plain = tokens(model_named(name), inputs, **options)

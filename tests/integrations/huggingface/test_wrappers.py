@@ -160,7 +160,7 @@ def test_a_class_with_virtual_tokens_writes_its_own_tokens(
         check_pools(patch)
 
 
-def test_virtual_tokens_that_come_later_are_not_put_behind_a_known_prefix(
+def test_later_virtual_tokens_do_not_follow_a_cached_prefix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = softly_prompted("llama")
@@ -227,7 +227,7 @@ def test_a_wrapper_may_hide_other_columns(change: Any, options: dict[str, Any]) 
             check_pools(patch)
 
 
-def test_drafts_of_an_assistant_with_virtual_tokens_are_judged_as_before() -> None:
+def test_drafts_of_an_assistant_with_virtual_tokens_are_unchanged() -> None:
     model, assistant = softly_prompted("llama"), tiny_models.tiny_model("llama", seed=1)
     prompt = tiny_models.prompts([17])
     expected = tokens(model, prompt, assistant_model=assistant)
@@ -434,7 +434,7 @@ PLACED = [
 
 @pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("change", PLACED, ids=lambda change: change.__name__)
-def test_rows_of_a_model_with_code_of_the_callers_are_neither_merged_nor_split(change: Any) -> None:
+def test_rows_of_models_with_user_code_are_never_merged(change: Any) -> None:
     model, inputs = tiny_models.tiny_model("llama"), tiny_models.prompts([30, 30])
     inputs = {name: value[:1].repeat(2, 1) for name, value in inputs.items()}
     change(model)
@@ -448,7 +448,7 @@ def test_rows_of_a_model_with_code_of_the_callers_are_neither_merged_nor_split(c
             assert patch.stats().prefix_hit_tokens == 0
 
 
-def test_the_report_names_the_code_that_keeps_rows_from_being_merged() -> None:
+def test_the_report_names_code_that_prevents_merging_rows() -> None:
     model = tiny_models.tiny_model("llama")
     a_layer_is_replaced(model)
     with kvpager.patch(model, prefix_cache=True) as patch:
@@ -475,7 +475,7 @@ def test_functions_of_the_callers_keep_rows_from_being_merged(
     assert row_dependence(model) is not None
 
 
-def test_the_report_says_that_a_hook_keeps_prompts_from_being_shared() -> None:
+def test_the_report_names_hooks_that_prevent_sharing_prompts() -> None:
     model = tiny_models.tiny_model("llama")
     model.model.layers[0].register_forward_hook(HOOKS["returns another output"][0])
     with kvpager.patch(model, prefix_cache=True) as patch:
@@ -538,7 +538,7 @@ def test_layers_that_attend_to_an_image_have_its_columns(
                     check_pools(patch)
 
 
-def test_a_cache_whose_first_layer_is_empty_goes_on_as_unpatched() -> None:
+def test_a_cache_with_an_empty_first_layer_continues_as_unpatched() -> None:
     model, inputs = seeing([0]), tiny_models.prompts([9, 9])
 
     def turns() -> Any:
@@ -618,7 +618,7 @@ def assert_the_same(paged: kvpager.PagedCache, plain: DynamicCache) -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_step_without_room_leaves_layers_with_other_columns_as_they_were(failing: int) -> None:
+def test_a_step_without_room_leaves_diverged_layers_unchanged(failing: int) -> None:
     block_bytes = 4 * 2 * 2 * 16 * 4  # of a layer
     cache, plain = kvpager.PagedCache(memory=18 * block_bytes, block_size=4), DynamicCache()
     for each in (cache, plain):
@@ -632,7 +632,7 @@ def test_a_step_without_room_leaves_layers_with_other_columns_as_they_were(faili
     assert_the_same(cache, plain)
 
 
-def test_drafts_of_a_models_own_first_layers_are_judged_as_before() -> None:
+def test_drafts_of_a_models_first_layers_are_unchanged() -> None:
     model = tiny_models.tiny_model("llama", num_hidden_layers=4)
     prompt = tiny_models.prompts([17])
     expected = tokens(model, prompt, assistant_early_exit=2)

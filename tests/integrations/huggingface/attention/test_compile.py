@@ -338,7 +338,7 @@ def test_a_cache_is_filled_where_nothing_else_is_asked_for(
         torch.testing.assert_close(layer.values + 0, other.values + 0, atol=1e-5, rtol=0)
 
 
-def test_a_torch_that_takes_all_traced_code_for_exported_keeps_blocks(
+def test_a_torch_that_reports_traces_as_exports_keeps_blocks(
     short_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # as in torch 2.11
@@ -382,7 +382,7 @@ def test_a_cache_without_a_configuration_is_paged_as_well(short_llama: PreTraine
 
 
 @pytest.mark.slow
-def test_it_does_not_matter_in_which_mode_a_cache_was_made(short_llama: PreTrainedModel) -> None:
+def test_a_cache_made_in_any_grad_mode_works(short_llama: PreTrainedModel) -> None:
     ids = tiny_models.prompts([13])["input_ids"]
     with torch.no_grad():
         whole = short_llama(input_ids=ids).logits
@@ -427,7 +427,7 @@ def test_a_cache_that_compiled_code_makes_is_transformers_own(llama: PreTrainedM
 
 
 @pytest.mark.slow
-def test_a_pool_that_is_full_leaves_the_cache_as_it_was(short_llama: PreTrainedModel) -> None:
+def test_a_full_pool_leaves_the_cache_unchanged(short_llama: PreTrainedModel) -> None:
     ids = tiny_models.prompts([16, 16])["input_ids"]
     bound = 3 * 16 * 2 * 2 * 16 * 4  # blocks, tokens, keys and values, heads, dims, bytes
     call = torch.compile(short_llama, backend="eager", fullgraph=True)

@@ -219,7 +219,7 @@ def test_what_means_something_else_is_left_to_the_original(call: str) -> None:
     assert batch.paged.memory.counters.in_place_reads == 0
 
 
-def test_padding_that_no_mask_tells_of_is_left_to_the_original() -> None:
+def test_padding_without_a_mask_is_left_to_the_original() -> None:
     batch, original = Batch([0, 3], None, torch.bfloat16), Original()
     query, (key, value), _ = batch.step(12)
     reading_flash_in_place(original)(MODULE, query, key, value, None)

@@ -178,7 +178,7 @@ def test_a_cache_dropped_within_a_block_gives_its_blocks_back() -> None:
     pool.manager.check()
 
 
-def test_a_window_gives_blocks_back_only_when_one_lies_behind_it(
+def test_a_window_frees_only_whole_blocks_behind_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = tiny_models.tiny_model("mistral").config

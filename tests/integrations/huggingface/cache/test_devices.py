@@ -198,7 +198,7 @@ def test_a_bound_on_memory_holds_for_all_devices_together() -> None:
         ("on another device", "int8", True),
     ],
 )
-def test_rows_that_no_device_has_room_for_are_read_from_host_memory(
+def test_rows_beyond_the_device_are_read_from_host_memory(
     split: str, kv_cache_dtype: Any, in_place: bool
 ) -> None:
     inputs, options = tiny_models.prompts(BATCHES["left padding"]), {"max_new_tokens": 24}
@@ -259,7 +259,7 @@ def with_rows_on_the_host(states: list[torch.Tensor]) -> kvpager.PagedCache:
 
 
 @on_boards
-def test_host_memory_is_not_written_while_a_copy_to_the_device_reads_it() -> None:
+def test_host_memory_is_not_written_during_copies_from_it() -> None:
     states = [torch.randn(4, 2, 10, 16) for _ in range(2)]
     cache = with_rows_on_the_host(states)
     host = host_of(cache)
@@ -281,7 +281,7 @@ def test_host_memory_is_not_written_while_a_copy_to_the_device_reads_it() -> Non
 
 
 @on_boards
-def test_host_memory_that_copies_still_read_is_waited_for_rather_than_missed() -> None:
+def test_a_full_host_waits_for_copies_that_read_it() -> None:
     states = [torch.randn(4, 2, 10, 16) for _ in range(2)]
     cache = with_rows_on_the_host(states)
     with late_copies():
@@ -299,7 +299,7 @@ def test_host_memory_that_copies_still_read_is_waited_for_rather_than_missed() -
 @pytest.mark.slow
 @on_boards
 @pytest.mark.parametrize("seed", [1, 2, 5])
-def test_any_history_with_late_copies_leaves_what_a_dynamic_cache_holds(seed: int) -> None:
+def test_any_history_with_late_copies_matches_a_dynamic_cache(seed: int) -> None:
     torch.manual_seed(seed)
     choices = random.Random(seed)
     cache, plain = small_cache(16, 200), DynamicCache()
@@ -397,7 +397,7 @@ def test_an_offloaded_model_knows_its_prompts_again(offload: Offload, tmp_path: 
 @pytest.mark.slow
 @on_boards
 @quietly
-def test_layers_kept_in_host_memory_have_their_blocks_on_the_device_that_computes() -> None:
+def test_offloaded_layers_have_blocks_on_the_computing_device() -> None:
     there = places([FIRST, FIRST, "cpu", "cpu"], rest=FIRST)
     model = accelerate.dispatch_model(copy.deepcopy(whole()), there, main_device=FIRST)
     assert model.model.layers[3].mlp.down_proj.weight.device.type == "meta"

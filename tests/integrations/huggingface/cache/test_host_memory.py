@@ -201,9 +201,7 @@ def test_rows_that_share_return_together_and_share_again() -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("room", range(32, 68, 4))
-def test_a_step_that_finds_no_room_leaves_every_kind_of_layer_as_it_was(
-    name: str, room: int
-) -> None:
+def test_a_step_without_room_leaves_every_layer_unchanged(name: str, room: int) -> None:
     model = tiny_models.tiny_model(name)
     ids = tiny_models.prompts([64, 64, 64])["input_ids"]
     cache = kvpager.PagedCache(model.config, block_size=BLOCK, memory=f"{room}KiB")
@@ -225,7 +223,7 @@ def test_a_step_that_finds_no_room_leaves_every_kind_of_layer_as_it_was(
 
 
 @pytest.mark.parametrize("with_patch", [False, True])
-def test_layers_that_are_not_known_beforehand_find_room_on_the_host(with_patch: bool) -> None:
+def test_layers_unknown_beforehand_find_room_on_the_host(with_patch: bool) -> None:
     model = tiny_models.tiny_model("llama")
     ids = tiny_models.prompts([40, 40, 40])["input_ids"]
     bounds: dict[str, Any] = {"block_size": BLOCK, "memory": "24KiB", "host_memory": "1GiB"}
@@ -244,7 +242,7 @@ def test_layers_that_are_not_known_beforehand_find_room_on_the_host(with_patch: 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", [None, "80KiB", "120KiB", "1GiB"])
 @pytest.mark.parametrize("prefix_cache", [False, True])
-def test_a_device_with_less_memory_than_the_bound_says_is_full_all_the_same(
+def test_a_device_smaller_than_the_bound_can_be_full(
     memory: str | None, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_models.tiny_model("llama")
@@ -269,7 +267,7 @@ def test_a_device_with_less_memory_than_the_bound_says_is_full_all_the_same(
             generate(model, [50])
 
 
-def test_keys_that_somebody_holds_stay_as_they_were_while_rows_move() -> None:
+def test_held_keys_stay_unchanged_while_rows_move() -> None:
     model = tiny_models.tiny_model("llama")
     ids = tiny_models.prompts([60, 60, 60], seed=2)["input_ids"]
     other = tiny_models.prompts([60, 60, 60], seed=3)["input_ids"]
@@ -329,7 +327,7 @@ def test_many_rows_move_at_once() -> None:
     torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_batch_that_lives_in_both_can_be_copied_cropped_selected_and_continued() -> None:
+def test_a_batch_in_both_tiers_supports_every_cache_operation() -> None:
     model = tiny_models.tiny_model("gemma2")
     inputs = tiny_models.prompts([30, 30, 30, 30])["input_ids"]
     more = tiny_models.prompts([5, 5], seed=9)["input_ids"]
@@ -403,7 +401,7 @@ def test_threads_that_share_a_full_pool_get_their_own_tokens() -> None:
 
 
 @pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
-def test_blocks_staged_on_another_device_are_read_as_those_in_place(kv_cache_dtype: Any) -> None:
+def test_staged_blocks_are_read_like_blocks_in_place(kv_cache_dtype: Any) -> None:
     model = tiny_models.tiny_model("llama")
     cache = kvpager.PagedCache(model.config, block_size=BLOCK, kv_cache_dtype=kv_cache_dtype)
     with torch.no_grad():

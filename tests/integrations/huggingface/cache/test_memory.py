@@ -70,7 +70,7 @@ def test_only_the_open_tail_blocks_are_wasted() -> None:
         del output
 
 
-def test_layers_with_a_window_give_back_what_slid_out_of_it() -> None:
+def test_windowed_layers_free_blocks_behind_the_window() -> None:
     model = tiny_models.tiny_model("mistral")
     with kvpager.patch(model, block_size=4) as patch:
         output = generate(model, tiny_models.prompts([50]), max_new_tokens=40)
@@ -484,7 +484,7 @@ def test_another_models_cached_prefixes_are_given_up_too() -> None:
 @pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prefill_chunk_size": 16}], ids=str)
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["no prefixes", "prefix cache"])
-def test_what_does_not_fit_says_so_and_leaves_the_pool_usable(
+def test_a_batch_that_does_not_fit_leaves_the_pool_usable(
     prefix_cache: bool, mode: dict[str, Any]
 ) -> None:
     short = long_prompt()[:, :50]
@@ -538,7 +538,7 @@ def test_a_cache_that_could_not_grow_keeps_what_it_held() -> None:
         ({"memory": "1GiB", "host_memory": 8}, "host_memory=8 B: .* Raise host_memory to at least"),
     ],
 )
-def test_a_bound_below_one_block_is_refused_where_the_model_is_known(
+def test_a_bound_below_one_block_is_refused_for_a_model(
     options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -562,7 +562,7 @@ def test_no_bound_is_refused_in_which_a_block_fits(name: str) -> None:
         pass
 
 
-def test_a_process_wide_bound_below_one_block_fails_at_its_first_use() -> None:
+def test_a_global_bound_below_one_block_fails_at_first_use() -> None:
     with (
         kvpager.patch(memory=8),
         pytest.raises(kvpager.OutOfBlocks, match=r"memory=8 B allows 0. Raise memory to 8.0 KiB"),
@@ -582,7 +582,7 @@ def test_the_memory_that_an_error_asks_for_is_enough() -> None:
         generate(llama(), ids, max_new_tokens=1)
 
 
-def test_the_memory_that_an_error_asks_for_is_enough_for_the_whole_reply() -> None:
+def test_the_memory_named_in_an_error_suffices() -> None:
     ids = long_prompt()[:, :19]
     with (
         kvpager.patch(llama(), memory=2 * _block_bytes()),
@@ -595,7 +595,7 @@ def test_the_memory_that_an_error_asks_for_is_enough_for_the_whole_reply() -> No
         generate(llama(), ids, max_new_tokens=64, min_new_tokens=64)
 
 
-def test_free_blocks_of_a_pool_in_use_go_to_another_that_needs_them() -> None:
+def test_a_pool_in_use_gives_free_blocks_to_another_pool() -> None:
     other, ids = tiny_models.tiny_model("gpt2"), long_prompt()[:, :20]
     batch = tiny_models.prompts([50])
     plain, plain_rest = tokens(other, batch), tokens(llama(), ids, max_new_tokens=16)
@@ -613,7 +613,7 @@ def test_free_blocks_of_a_pool_in_use_go_to_another_that_needs_them() -> None:
 # ---------------------------------------------------------------- without a bound
 
 
-def test_prefixes_are_kept_in_half_of_the_memory_that_is_free(
+def test_prefixes_are_kept_in_half_of_the_free_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batches = [tiny_models.prompts([100], seed=seed) for seed in range(8)]
@@ -630,7 +630,7 @@ def test_prefixes_are_kept_in_half_of_the_memory_that_is_free(
         assert patch.stats().evicted_blocks > 0
 
 
-def test_what_a_call_needs_is_not_bound_by_what_prefixes_may_take(
+def test_a_call_may_take_more_than_cached_prefixes_may(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pools, "free_bytes", lambda _: 0)
@@ -681,7 +681,7 @@ def control_groups(folder: Path, files: dict[str, str]) -> None:
     ],
     ids=["no limit", "version 2, nested", "version 1", "in a container, over its limit"],
 )
-def test_the_limit_of_a_container_counts_as_memory_that_is_not_free(
+def test_free_memory_respects_the_limit_of_a_container(
     own: str,
     files: dict[str, str],
     left: int | None,
@@ -702,7 +702,7 @@ def test_the_limit_of_a_container_counts_as_memory_that_is_not_free(
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_a_prompt_longer_than_the_window_takes_blocks_for_its_end_alone(name: str) -> None:
+def test_a_prompt_beyond_the_window_takes_blocks_for_its_end(name: str) -> None:
     model = tiny_models.tiny_model(name)
     inputs = tiny_models.prompts([400, 90])
     plain = tokens(model, inputs, max_new_tokens=24)
@@ -718,7 +718,7 @@ def test_a_prompt_longer_than_the_window_takes_blocks_for_its_end_alone(name: st
     assert peak <= windowed + full
 
 
-def test_a_prompt_longer_than_the_window_that_finds_no_room_leaves_an_empty_cache() -> None:
+def test_a_prompt_beyond_the_window_without_room_leaves_nothing() -> None:
     model = tiny_models.tiny_model("mistral")
     ids = tiny_models.prompts([100, 100])["input_ids"]
     cache = kvpager.PagedCache(model.config, block_size=4, memory=12 * 2 * 2 * 2 * 16 * 4)

@@ -243,7 +243,7 @@ def test_an_explicit_dynamic_cache_is_paged_while_patched() -> None:
         assert patch.stats().num_held_blocks > 0
 
 
-def test_a_dynamic_cache_filled_before_the_patch_stays_what_it_is() -> None:
+def test_a_dynamic_cache_filled_before_the_patch_stays_unchanged() -> None:
     model = model_named("llama")
     inputs = tiny_models.prompts([13, 9])
     first = generate(model, inputs)

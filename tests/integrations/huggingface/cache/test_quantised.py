@@ -97,7 +97,7 @@ def test_generate_from_fp8_is_generate_from_rounded_keys_and_values(
 
 
 @pytest.mark.parametrize("kv_cache_dtype", KV)
-def test_eight_bits_take_a_byte_and_a_share_of_a_scale(kv_cache_dtype: Any) -> None:
+def test_eight_bit_elements_take_one_byte_plus_scales(kv_cache_dtype: Any) -> None:
     model, inputs = tiny_models.tiny_model("llama"), tiny_models.prompts([40])
     held = {}
     for kept in (None, kv_cache_dtype):
@@ -139,7 +139,7 @@ def test_caches_in_eight_bits_are_continued_copied_and_cropped(
         torch.testing.assert_close(mine, exact, rtol=0, atol=1e-4)
 
 
-def test_a_layer_that_leaves_its_blocks_takes_its_rounded_numbers_along() -> None:
+def test_a_layer_that_leaves_blocks_keeps_its_rounded_values() -> None:
     model, ids = tiny_models.tiny_model("llama"), tiny_models.prompts([20])["input_ids"]
     cache = kvpager.PagedCache(model.config, kv_cache_dtype="int8")
     with torch.no_grad():

@@ -96,7 +96,7 @@ def test_no_call_waits_for_memory_that_no_other_call_has(monkeypatch: pytest.Mon
         assert patch.stats().num_held_blocks == 0
 
 
-def test_of_calls_that_wait_for_each_other_one_fails_and_the_other_goes_on(
+def test_one_of_two_deadlocked_calls_fails_the_other_continues(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As if nothing was known of their lengths: then both begin.
@@ -197,7 +197,7 @@ def test_all_waits_of_a_call_share_one_bound(monkeypatch: pytest.MonkeyPatch) ->
         future.result()
 
 
-def test_a_call_that_fails_gives_its_blocks_back_while_its_traceback_lives() -> None:
+def test_a_failed_call_frees_blocks_while_its_traceback_lives() -> None:
     model = tiny_models.tiny_model("llama")
 
     def fail() -> None:
@@ -218,7 +218,7 @@ def test_an_assistant_of_a_call_waits_for_nobody() -> None:
         assert torch.equal(generate(model, inputs, assistant_model=model), plain)
 
 
-def test_a_large_call_has_its_turn_before_smaller_ones_that_come_later() -> None:
+def test_a_large_call_precedes_smaller_calls_that_come_later() -> None:
     asked = {num_bytes: threading.Event() for num_bytes in (6, 10, 2)}
     begun, order = threading.Event(), list[int]()
 
@@ -250,7 +250,7 @@ def test_a_large_call_has_its_turn_before_smaller_ones_that_come_later() -> None
     assert order == [6, 10, 2]
 
 
-def test_a_call_that_an_interrupt_left_noted_is_not_taken_for_one_that_runs() -> None:
+def test_an_interrupted_call_does_not_count_as_running() -> None:
     made = generate_calls.GenerateCalls(threading.RLock())
 
     def interrupted() -> None:
@@ -281,7 +281,7 @@ def test_a_call_that_an_interrupt_left_noted_is_not_taken_for_one_that_runs() ->
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_generates_while_a_thread_of_the_parent_held_the_memory() -> None:
+def test_a_fork_generates_although_a_parent_thread_held_memory() -> None:
     model = tiny_models.tiny_model("llama")
     inputs = prompts(9, seed=1)
     expected = generate(model, inputs)

@@ -163,7 +163,7 @@ def test_outputs_are_those_of_transformers_field_by_field(
         assert_alike(ours[name], output)
 
 
-def test_forked_children_have_tokens_of_their_own_and_the_names_of_transformers(
+def test_samples_have_their_own_tokens_and_names_of_transformers(
     llama: PreTrainedModel,
 ) -> None:
     def outputs() -> list[GenerationOutput]:
@@ -303,7 +303,7 @@ def test_stop_waits_for_requests_whose_outputs_can_be_taken_afterwards(
     assert manager.get_result() is None
 
 
-def test_a_hard_stop_fails_what_is_not_done_and_loses_nothing(
+def test_a_hard_stop_fails_unfinished_requests_and_loses_no_output(
     manager: PagedBatchingManager, llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager.start()
@@ -502,7 +502,7 @@ def test_outputs_of_a_loop_that_is_gone_can_be_taken(manager: PagedBatchingManag
 # ---------------------------------------------------------------- what goes wrong
 
 
-def test_a_request_that_cannot_be_served_fails_and_the_others_go_on(
+def test_an_invalid_request_fails_and_the_others_continue(
     llama: PreTrainedModel, patch: Patch
 ) -> None:
     config = ContinuousBatchingConfig(num_blocks=1)
@@ -523,7 +523,7 @@ def test_samples_of_a_request_that_fails_fail_all(llama: PreTrainedModel, patch:
     assert [(o.request_id, o.status) for o in found] == [("x", FAILED), ("x__child#0", FAILED)]
 
 
-def test_an_error_in_the_model_fails_the_requests_of_its_step(
+def test_a_model_error_fails_the_requests_of_its_step(
     llama: PreTrainedModel, manager: PagedBatchingManager
 ) -> None:
     def fail(*_: Any) -> None:

@@ -189,7 +189,7 @@ def test_a_seed_makes_samples_the_same(llama: PreTrainedModel) -> None:
     assert sampled(6) != first
 
 
-def test_requests_have_logits_processors_of_their_own_where_that_is_set(
+def test_requests_have_logits_processors_of_their_own_if_enabled(
     llama: PreTrainedModel,
 ) -> None:
     greedy = torch.tensor([PROMPT])
@@ -301,7 +301,7 @@ def test_the_calls_of_transformers_serve_are_answered(serving: tuple[Any, Any, A
     assert server.is_alive()
 
 
-def test_a_request_that_serve_cannot_have_is_an_error_not_a_wait(
+def test_an_invalid_request_to_serve_raises_instead_of_waiting(
     serving: tuple[Any, Any, Any],
 ) -> None:
     server, model, tokenizer = serving

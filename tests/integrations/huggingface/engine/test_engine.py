@@ -92,7 +92,7 @@ def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_rows_computed_one_by_one_have_the_tokens_of_packed_ones(name):
+def test_rows_computed_per_sequence_equal_packed_rows(name):
     model = tiny_models.tiny_model(name)
     prompts = some_prompts(model)
     assert batched(model, prompts, forward="per_sequence") == batched(
@@ -165,7 +165,7 @@ def test_custom_processors_and_criteria_are_asked(llama):
 @pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("costs", [PreemptionCosts(), PreemptionCosts(seconds_per_block=1e9)])
 @pytest.mark.parametrize("name", ["llama", "qwen3_next", "t5"])
-def test_a_pool_for_a_third_of_the_requests_gives_the_same_tokens(name, costs):
+def test_a_pool_for_few_requests_gives_the_same_tokens(name, costs):
     model = tiny_models.tiny_model(name)
     prompts = some_prompts(model, count=12, longest=60)
     lengths = [len(p) + 40 if name != "t5" else 41 for p in prompts]
@@ -433,7 +433,7 @@ def test_a_compiled_pass_has_the_tokens_of_an_eager_one(llama):
 # -------------------------------------------------------------------- several at once, and changes
 
 
-def test_what_runs_during_a_pause_shares_nothing_with_what_comes_after():
+def test_a_pause_separates_the_prompts_before_and_after():
     model = tiny_models.tiny_model("llama")
     prompt = list(range(3, 67))
     with Engine(model, memory="8MiB") as engine:
@@ -464,7 +464,7 @@ def test_engines_of_one_model_do_not_disturb_each_other():
     assert found == alone(model.eval(), [5, 6, 7])
 
 
-def test_a_dropped_engine_leaves_no_thread_and_the_model_as_it_was():
+def test_a_dropped_engine_leaves_no_thread_and_restores_the_model():
     model = tiny_models.tiny_model("llama")
     attention = model.config._attn_implementation
     engine = Engine(model, memory="4MiB")
@@ -751,7 +751,7 @@ def test_an_engine_and_its_streams_show_what_they_are(llama):
     assert "<Engine of LlamaForCausalLM: closed, " in repr(engine)
 
 
-def test_a_request_that_memory_has_no_room_for_says_what_to_raise() -> None:
+def test_a_request_too_large_for_memory_says_what_to_raise() -> None:
     model, prompt = tiny_models.tiny_model("llama"), list(range(1, 100))
     with Engine(model, memory="64KiB") as engine:
         with pytest.raises(
@@ -769,7 +769,7 @@ def test_a_request_that_memory_has_no_room_for_says_what_to_raise() -> None:
     "options",
     [{"memory": "1KiB"}, {"memory": 1024}, {"memory": "1MiB", "host_memory": "1KiB"}],
 )
-def test_an_engine_refuses_bounds_without_room_for_a_block_as_a_patch_does(options) -> None:
+def test_an_engine_refuses_bounds_below_one_block(options) -> None:
     model = tiny_models.tiny_model("llama")
     with pytest.raises(ValueError, match=r"takes 8.0 KiB in all layers. Raise .* 8.0 KiB") as told:
         Engine(model, **options)
@@ -779,7 +779,7 @@ def test_an_engine_refuses_bounds_without_room_for_a_block_as_a_patch_does(optio
         Engine(model, memory="1KiB", host_memory="1MiB")
 
 
-def test_settings_come_as_one_object_with_single_ones_in_their_place() -> None:
+def test_settings_come_as_an_object_or_as_keywords() -> None:
     model = tiny_models.tiny_model("llama")
     config = EngineConfig(memory="1MiB", max_num_seqs=4, policy="fair")
     with Engine(model, config, max_num_seqs=2) as engine:

@@ -47,7 +47,7 @@ def test_what_records_graphs_is_named(arguments: dict[str, Any], named: str) -> 
     assert f"compile={{{named}}}" in str(error.value)
 
 
-def test_graphs_for_all_that_is_compiled_are_refused_unless_switched_off() -> None:
+def test_global_cuda_graphs_are_refused_unless_switched_off() -> None:
     with config.patch({"triton.cudagraphs": True}):
         with pytest.raises(ValueError, match=r"config\.triton\.cudagraphs"):
             require_no_cuda_graphs({})

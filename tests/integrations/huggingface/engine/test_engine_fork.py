@@ -97,7 +97,7 @@ with kvpager.patch(model, memory="4MiB"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [ENGINE, MANAGER], ids=["engine", "manager"])
-def test_a_fork_refuses_what_its_parent_serves_and_the_parent_goes_on(script: str) -> None:
+def test_a_fork_refuses_calls_and_the_parent_continues(script: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", BEFORE + script],
         cwd=Path(__file__).resolve().parents[4],

@@ -133,7 +133,7 @@ def test_a_mask_has_a_row_for_each_prompt(llama: PreTrainedModel, mask: Any) -> 
         engine.generate([[5]], attention_mask=mask, max_new_tokens=1)
 
 
-def test_ids_of_a_single_text_are_all_tokens_even_pad_tokens(llama: PreTrainedModel) -> None:
+def test_pad_tokens_of_a_single_text_are_tokens(llama: PreTrainedModel) -> None:
     prompts = [[0, 0, 5, 0, 6, 0], [7, 8, 9]]
     with Engine(llama, memory="4MiB") as engine:
         assert engine.submit(prompts[0], max_new_tokens=1).result().prompt == prompts[0]
@@ -189,7 +189,7 @@ def test_what_may_be_padding_or_not_is_refused(
         engine.generate(**options, max_new_tokens=1)
 
 
-def test_texts_that_all_begin_with_the_end_token_are_not_taken_for_padded(
+def test_texts_that_begin_with_eos_are_not_padded(
     llama: PreTrainedModel,
 ) -> None:
     prompts = torch.tensor([[2, 5, 6], [2, 8, 9]])

@@ -113,7 +113,7 @@ class Holder(nn.Module):
         return output
 
 
-def test_the_model_inside_a_wrapper_of_the_callers_is_served_if_that_changes_nothing() -> None:
+def test_a_model_in_a_transparent_wrapper_is_served() -> None:
     model = tiny_models.tiny_model("llama").train()
     wrapper = Holder(model)
     assert served(wrapper) == alone(model.eval())
@@ -156,9 +156,7 @@ def test_a_wrapper_that_is_refused_keeps_its_mode() -> None:
         (lambda llama: None, "got NoneType"),
     ],
 )
-def test_what_is_no_model_that_generates_is_refused_with_a_way_out(
-    model: Any, message: str
-) -> None:
+def test_models_that_cannot_generate_are_refused_with_advice(model: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Engine(model(tiny_models.tiny_model("llama")), memory="4MiB")
 
@@ -297,7 +295,7 @@ def kosmos() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("make", [bark, cpmant, kosmos])
-def test_models_that_take_no_cache_of_blocks_are_refused_as_documented(make: Any) -> None:
+def test_models_without_a_block_cache_are_refused_as_documented(make: Any) -> None:
     model = make()
     attention = model.config._attn_implementation
     with pytest.raises(KVPagerError, match="cannot be batched continuously"):

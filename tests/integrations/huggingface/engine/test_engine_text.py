@@ -119,7 +119,7 @@ def test_a_text_may_begin_and_end_anywhere(kind: str) -> None:
             assert "".join(pieces_of(tokenizer, part)) == decoded(tokenizer, part)
 
 
-def test_a_run_of_bytes_that_ends_too_early_keeps_its_whole_characters() -> None:
+def test_an_incomplete_byte_sequence_keeps_its_whole_characters() -> None:
     """The tokenizer itself replaces every byte of the run, those of whole characters as well."""
     tokenizer = tokenizer_of("sentence piece")
     ids = ids_of(tokenizer, TEXT)
@@ -207,7 +207,7 @@ def test_text_goes_on_where_reading_stopped(tiny_llama: PreTrainedModel, tokeniz
         assert first + "".join(stream.text()) == TEXT
 
 
-def test_half_a_character_at_the_end_is_what_the_tokenizer_makes_of_it(
+def test_half_a_character_at_the_end_is_decoded_anyway(
     tiny_llama: PreTrainedModel,
 ) -> None:
     fast = tokenizer_of("byte level")
@@ -255,7 +255,7 @@ def test_the_stop_reason_is_the_stop_string_that_was_found(
     assert (output.samples[0].finish_reason, output.samples[0].stop_reason) == ("stop", whole[4:7])
 
 
-def test_a_request_that_ends_early_gives_its_text_and_then_its_error(
+def test_a_failed_request_yields_its_text_then_its_error(
     tiny_llama: PreTrainedModel, tokenizer: Any
 ) -> None:
     with Engine(tiny_llama, tokenizer=tokenizer, memory="8MiB") as engine:

@@ -37,7 +37,7 @@ def test_as_many_full_as_windowed_layers_are_two_groups() -> None:
     assert found.places[:4] == ((1, 0), (0, 0), (1, 1), (0, 1))
 
 
-def test_five_windowed_layers_for_each_full_one_leave_few_places_empty() -> None:
+def test_five_windowed_layers_per_full_layer_waste_little() -> None:
     found = groups(([1024] * 5 + [None]) * 10 + [1024] * 2)  # gemma 3 of 27 billion
     assert (found.windows, len(found.shapes)) == ((None, *[1024] * 6), 10)
     sizes = [sum(place[0] == group for place in found.places) for group in range(7)]
@@ -55,7 +55,7 @@ def test_a_window_that_no_sequence_outgrows_is_none() -> None:
     assert groups([4096, None] * 4, max_length=None).windows == (None, 4096)
 
 
-def test_layers_of_unlike_shapes_are_one_group_that_keeps_all_blocks() -> None:
+def test_layers_of_different_shapes_form_one_full_group() -> None:
     shapes = [SHAPE, LayerShape(4, 256, 256)] * 3
     found = group_layers(shapes, [1024, None] * 3, 32_768)
     assert found == LayerGroups((None,), tuple(shapes), tuple((0, layer) for layer in range(6)))

@@ -44,7 +44,7 @@ def alone(model: Any) -> list[int]:
         ("t5", "8MiB"),
     ],
 )  # fmt: skip
-def test_every_kind_of_model_is_warmed_up_and_serves_right_afterwards(
+def test_every_kind_of_model_serves_right_after_warm_up(
     name: str, memory: str, steps: list[StepPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_models.tiny_model(name)

@@ -517,9 +517,7 @@ UNTOLD = [
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Lazy modules")
 @pytest.mark.parametrize(("make", "reason"), UNTOLD, ids=lambda each: getattr(each, "__name__", ""))
-def test_a_model_whose_state_cannot_be_told_shares_nothing_and_says_why(
-    make: Any, reason: str
-) -> None:
+def test_a_model_that_may_change_undetected_shares_nothing(make: Any, reason: str) -> None:
     model = llama()
     make(model)
     plain = tokens(model)
@@ -534,9 +532,7 @@ def test_a_model_whose_state_cannot_be_told_shares_nothing_and_says_why(
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Lazy modules")
 @pytest.mark.parametrize(("make", "reason"), UNTOLD, ids=lambda each: getattr(each, "__name__", ""))
-def test_an_engine_whose_model_cannot_be_told_shares_nothing_and_says_why(
-    make: Any, reason: str
-) -> None:
+def test_an_engine_whose_model_may_change_undetected_shares_nothing(make: Any, reason: str) -> None:
     model = llama()
     with kvpager.Engine(model, memory="8MiB") as engine:
         make(model)
@@ -557,7 +553,7 @@ class Mode(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_is_shared_with_calls_for_which_torchs_functions_are_others() -> None:
+def test_calls_under_other_torch_function_modes_share_nothing() -> None:
     model, hits = llama(), []
     with kvpager.patch(model, prefix_cache=True) as patch:
 
@@ -636,7 +632,7 @@ def test_weights_inside_wrappers_are_looked_at() -> None:
     assert tokens(model) != plain
 
 
-def test_a_wrapper_that_does_not_tell_what_it_holds_shares_nothing() -> None:
+def test_a_wrapper_that_hides_its_values_shares_nothing() -> None:
     model = llama()
     plain = tokens(model)
     wrap_weights(model, Wrapped)
@@ -662,7 +658,7 @@ SEEN = [
 
 
 @pytest.mark.parametrize("change", SEEN, ids=lambda change: change.__name__)
-def test_an_engine_reuses_nothing_that_another_state_of_its_model_computed(change: Change) -> None:
+def test_an_engine_reuses_nothing_after_its_model_changes(change: Change) -> None:
     model = llama()
     with contextlib.closing(change(model)) as steps:
         next(steps)
@@ -794,7 +790,7 @@ def test_a_switch_that_transformers_makes_for_decoding_keeps_replies(
             assert patch.stats().prefix_hit_tokens == turn * (reply.shape[1] - 1)
 
 
-def test_what_a_request_under_way_computed_is_not_shared_after_a_change() -> None:
+def test_blocks_of_a_request_are_private_after_a_change() -> None:
     model = llama()
 
     def write() -> None:
@@ -814,7 +810,7 @@ def test_what_a_request_under_way_computed_is_not_shared_after_a_change() -> Non
     assert after.tokens == expected.tolist()
 
 
-def test_a_change_that_is_undone_between_two_requests_is_noticed_while_one_is_computed() -> None:
+def test_an_undone_change_is_noticed_during_a_request() -> None:
     model = llama()
     steps: list[int] = []
 
@@ -877,7 +873,7 @@ def test_an_engine_notices_an_uncounted_write_while_requests_wait() -> None:
     assert after == expected.tolist()
 
 
-def test_what_a_signal_handler_raises_is_no_fault_of_the_model() -> None:
+def test_errors_of_signal_handlers_are_not_blamed_on_models() -> None:
     class Late(TimeoutError):
         pass
 

@@ -200,7 +200,7 @@ def test_a_reply_in_one_namespace_is_unknown_in_another() -> None:
     assert cached <= 16
 
 
-def test_a_model_of_fewer_layers_for_a_while_reuses_nothing_of_it() -> None:
+def test_a_temporarily_shortened_model_reuses_nothing() -> None:
     model, prompt = tiny_models.tiny_model("llama"), random_ids(1, 50, seed=4)
     expected = generate(model, prompt)
     with kvpager.patch(model, prefix_cache=True, memory="64MiB"):

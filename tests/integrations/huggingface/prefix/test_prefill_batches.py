@@ -37,9 +37,7 @@ def cost(passes: list[Any], new: Any) -> int:
 
 
 @given(shapes=PROMPTS, seed=st.integers(0, 99))
-def test_every_row_is_computed_once_and_never_dearer_than_in_one_pass(
-    shapes: list[Any], seed: int
-) -> None:
+def test_every_row_runs_once_at_most_at_single_pass_cost(shapes: list[Any], seed: int) -> None:
     prompts = [ids_of(*shape) for shape in shapes]
     lengths = np.array([len(prompt) for prompt in prompts])
     known = np.random.default_rng(seed).integers(0, lengths)
@@ -60,7 +58,7 @@ def _common(one: Any, other: Any) -> int:
     return int(np.cumprod(one[:length] == other[:length]).sum())
 
 
-def test_rows_that_know_alike_go_together_those_that_know_least_first() -> None:
+def test_rows_with_similar_prefixes_share_passes_longest_first() -> None:
     prompts = [np.full(2000, row, np.int32) for row in range(4)]
     passes = prefill_batches(prompts, np.array([1990, 0, 1980, 10]))
     assert [rows.tolist() for rows in passes] == [[1, 3], [0, 2]]
@@ -102,9 +100,7 @@ MODES: list[dict[str, Any]] = [
 @pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("options", MODES, ids=["greedy", "beams", "sampled"])
-def test_a_batch_of_known_and_new_prompts_computes_what_is_new(
-    name: str, options: dict[str, Any]
-) -> None:
+def test_a_mixed_batch_computes_only_its_new_tokens(name: str, options: dict[str, Any]) -> None:
     model = tiny_models.tiny_model(name)
     stem, other = random_ids(600, seed=1), random_ids(500, seed=2)
     rows = [torch.cat([stem, random_ids(n, seed=n)]) for n in (5, 20)] + [other, other[:9]]
@@ -132,7 +128,7 @@ def test_a_batch_of_known_and_new_prompts_computes_what_is_new(
             assert pool.manager.num_held_blocks == 0
 
 
-def test_a_prompt_that_rows_share_is_computed_once_in_the_first_call_already() -> None:
+def test_a_prompt_shared_by_rows_is_computed_once() -> None:
     model = tiny_models.tiny_model("llama")
     stem = random_ids(640, seed=1)
     inputs = batch([torch.cat([stem, random_ids(n, seed=n)]) for n in (5, 20, 9, 14)])
@@ -179,7 +175,7 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
             assert pool.manager.num_held_blocks == 0
 
 
-def test_replies_after_several_passes_are_kept_under_their_own_rows_ids() -> None:
+def test_replies_after_several_passes_are_kept_per_row() -> None:
     model = tiny_models.tiny_model("llama")
     stem = random_ids(640, seed=1)
     rows = [torch.cat([stem, random_ids(n, seed=n)]) for n in (40, 5, 20)]

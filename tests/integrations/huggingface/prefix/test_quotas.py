@@ -230,7 +230,7 @@ def test_a_quota_below_what_is_held_is_refused() -> None:
         del held
 
 
-def test_a_cache_that_was_dropped_does_not_stand_in_the_way_of_a_quota() -> None:
+def test_a_dropped_cache_does_not_count_against_a_quota() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         with patch.namespace("acme"):
             output = generate(1, return_dict_in_generate=True)
@@ -256,7 +256,7 @@ def generate_lazily() -> Any:
     return generate(1, return_dict_in_generate=True, **passing(cache))
 
 
-def test_a_size_bounds_a_cache_whose_layers_come_one_by_one() -> None:
+def test_a_size_bounds_a_cache_with_lazy_layers() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         patch.quotas["acme"] = "48KiB"  # all blocks of one layer, or 6 blocks of both
         with patch.namespace("acme"), pytest.raises(OutOfQuota, match="raise quota '48KiB'"):
@@ -269,7 +269,7 @@ def test_a_size_bounds_a_cache_whose_layers_come_one_by_one() -> None:
         assert torch.equal(output.sequences, generate(1))
 
 
-def test_rows_whose_blocks_grow_beyond_a_quota_live_in_host_memory() -> None:
+def test_rows_that_outgrow_a_quota_live_in_host_memory() -> None:
     expected = generate(1)
     with kvpager.patch(llama(), prefix_cache=True, host_memory="4MiB") as patch:
         patch.quotas["acme"] = "48KiB"
@@ -289,7 +289,7 @@ def test_calls_raise_at_a_quota_below_the_first_block() -> None:
         generate(1)
 
 
-def test_rows_of_a_window_beyond_a_quota_live_in_host_memory() -> None:
+def test_windowed_rows_beyond_a_quota_live_in_host_memory() -> None:
     expected = generate(1, mistral(), rows=4)
     with kvpager.patch(mistral(), prefix_cache=True, host_memory="4MiB") as patch:
         patch.quotas["acme"] = 2 * CALL
@@ -339,7 +339,7 @@ def test_threads_of_two_namespaces_keep_to_their_quotas() -> None:
             assert hits(patch, 3) == KNOWN
 
 
-def test_a_session_of_continuous_batching_has_the_quotas_of_the_patch() -> None:
+def test_continuous_batching_has_the_quotas_of_the_patch() -> None:
     config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1)
     prompt = tiny_models.prompts([LENGTH], seed=1)["input_ids"][0].tolist()
     with kvpager.patch(llama(), prefix_cache=True, memory="1MiB") as patch:
