@@ -284,7 +284,7 @@ def new_tokens(
 
 
 def accepted(num_sequences: int | None, kept: ArrayLike, tokens: Any) -> tuple[Int64, Int32 | None]:
-    """Return how many drafts each sequence keeps, and their ids, where given, end to end.
+    """Return how many speculative tokens each sequence keeps, and their concatenated ids or None.
 
     `num_sequences` is None where a single handle was named.
     """
@@ -293,7 +293,7 @@ def accepted(num_sequences: int | None, kept: ArrayLike, tokens: Any) -> tuple[I
         return counted, None
     each, ids = new_tokens(num_sequences, tokens, None)
     if ids is None or np.any(counted != each):
-        raise ValueError(f"counts {kept!r}: expected one token id for each draft kept")
+        raise ValueError(f"counts {kept!r}: expected one token id for each token kept")
     return counted, ids
 
 

@@ -1,4 +1,4 @@
-"""Sequences that grow: slots for further tokens, copy-on-write, drafts."""
+"""Sequences that grow: slots for further tokens, copy-on-write, speculative tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from kvpager.plans import NO_BLOCKS, NO_COPIES, Int32, Int64, Step
 
 
 class Extension:
-    """Appends tokens to sequences, and keeps or drops drafts. The caller holds the lock.
+    """Appends tokens to sequences, and accepts speculative ones. The caller holds the lock.
 
-    Writes the block tables, `lengths`, `known` and `drafts` of the rows it is given.
+    Writes the block tables, `lengths`, `known` and `speculative` of the rows it is given.
     """
 
     def __init__(self, state: BlockState, truncation: Truncation) -> None:
         self._state = state
         self._truncation = truncation
 
-    def append(self, rows: Int64, num_new: int | Int64, ids: Int32 | None, draft: bool) -> Step:
+    def append(
+        self, rows: Int64, num_new: int | Int64, ids: Int32 | None, speculative: bool
+    ) -> Step:
         """Make room for `num_new` more tokens of each row. O(tokens). Raises: `OutOfBlocks`."""
-        if ids is None and not draft and isinstance(num_new, int) and num_new == 1:
+        if ids is None and not speculative and isinstance(num_new, int) and num_new == 1:
             step = self._append_within_blocks(rows)
             if step is not None:
                 return step
@@ -67,7 +69,7 @@ class Extension:
             np.add(step.slots, offsets, out=step.slots)
         else:
             step.slots[:] = table.slots(rows, starts, ends - starts)
-        self._note(rows, starts, ends, ids, draft, step)
+        self._note(rows, starts, ends, ids, speculative, step)
         return step
 
     def _append_within_blocks(self, rows: Int64) -> Step | None:
@@ -98,7 +100,7 @@ class Extension:
         starts: Int64,
         ends: Int64,
         ids: Int32 | None,
-        draft: bool,
+        speculative: bool,
         step: Step,
     ) -> None:
         """Change what is known of rows whose new tokens have their slots."""
@@ -107,8 +109,8 @@ class Extension:
         table.lengths[rows] = ends
         if ids is not None:
             state.learn(rows, starts, ends, ids, step.slots)
-        if draft:
-            table.set_drafts(rows, table.drafts[rows] + (ends - starts))
+        if speculative:
+            table.set_speculative(rows, table.speculative[rows] + (ends - starts))
 
     def _shared_tails(
         self, rows: Int64, columns: Int64, writes: NDArray[np.bool_]
@@ -142,21 +144,23 @@ class Extension:
         state.release(blocks, times.astype(np.int32))
 
     def accept(self, rows: Int64, kept: Int64, ids: Int32 | None) -> None:
-        """Keep the first `kept` drafts of each row and drop the others. O(drafts).
+        """Keep the first `kept` speculative tokens of each row and drop the others. O(tokens).
 
-        Raises: `ValueError` for the ids of drafts that a fork shares.
+        Raises: `ValueError` for ids of tokens that a fork shares.
         """
         state, table = self._state, self._state.rows
-        starts = table.lengths[rows] - table.drafts[rows]
+        starts = table.lengths[rows] - table.speculative[rows]
         ends = starts + kept
         if ids is not None:
             slots = table.slots(rows, starts, kept)
             blocks = slots >> state.shift
             if np.any((state.pool.refs[blocks] > 1) | state.pool.cached[blocks]):
-                raise ValueError("a fork shares these drafts; accept them by counts alone")
+                raise ValueError(
+                    "tokens: a fork shares these speculative tokens. Accept them without ids."
+                )
         state.change.begin()
         if ids is not None:
             state.learn(rows, starts, ends, ids, slots)
-        table.set_drafts(rows, 0)
+        table.set_speculative(rows, 0)
         for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
             self._truncation.shorten(row, end)

@@ -209,7 +209,7 @@ class BlockManager:
         tokens: int | ArrayLike | Iterable[ArrayLike] = 1,
         *,
         counts: ArrayLike | None = None,
-        draft: bool = False,
+        speculative: bool = False,
     ) -> Step:
         """Make room for further tokens of one sequence or of a whole batch. O(tokens).
 
@@ -218,8 +218,8 @@ class BlockManager:
             tokens: how many for each; or their ids, so that they can be reused once committed:
                 for one sequence a list of ids, for several one id (or list of ids) each.
             counts: how many for each sequence, where they differ and the ids are unknown.
-            draft: look-ahead slots for speculative decoding. They are not published before
-                `accept` keeps some and takes the rest back.
+            speculative: reserve look-ahead slots for speculative decoding. They stay unpublished
+                until `accept` keeps some and drops the rest.
 
         Apply `copies`, then write the new tokens' KV to `slots`. Of several holders of a partly
         filled block the last one in the batch keeps it, if nobody outside the batch holds it.
@@ -230,13 +230,13 @@ class BlockManager:
         # Before the lock: whatever the caller's iterables do, they do it now.
         num_named = None if isinstance(named, SequenceHandle) else len(named)
         num_new, ids = arguments.new_tokens(num_named, tokens, counts)
-        arguments.flag("draft", draft)
+        arguments.flag("speculative", speculative)
         state = self._state
         with state.lock, state.change:
             rows = state.resident(named)
-            if state.rows.num_drafting and not draft:
-                state.refuse_drafts(rows)
-            return self._extension.append(rows, num_new, ids, draft)
+            if state.rows.num_speculating and not speculative:
+                state.refuse_speculative(rows)
+            return self._extension.append(rows, num_new, ids, speculative)
 
     def accept(
         self,
@@ -244,11 +244,11 @@ class BlockManager:
         counts: ArrayLike,
         tokens: ArrayLike | Iterable[ArrayLike] | None = None,
     ) -> None:
-        """Keep the first `counts` drafts of each sequence and take the others back. O(drafts).
+        """Keep the first `counts` speculative tokens of each sequence, drop the rest. O(tokens).
 
-        `tokens`: the ids of those kept, in one list for each sequence, where `append` was not told.
-        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for more than there are drafts, or
-        for the ids of drafts that a fork shares.
+        `tokens`: the ids of the kept tokens, a list for each sequence, if `append` got counts.
+        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` if a count exceeds the speculative
+        tokens, or for ids of tokens that a fork shares.
         """
         named = listed(sequences)
         num_named = None if isinstance(named, SequenceHandle) else len(named)
@@ -256,9 +256,11 @@ class BlockManager:
         state = self._state
         with state.lock, state.change:
             rows = state.resident(named)
-            drafts = state.rows.drafts[rows]
-            if np.any(kept > drafts):
-                raise ValueError(f"counts {counts!r}: the sequences have {drafts} drafts")
+            speculative = state.rows.speculative[rows]
+            if np.any(kept > speculative):
+                raise ValueError(
+                    f"counts={counts!r}: the sequences have {speculative} speculative tokens"
+                )
             self._extension.accept(rows, kept, ids)
 
     # ---------------------------------------------------------------- commit, truncate, drop_before
@@ -266,7 +268,7 @@ class BlockManager:
     def commit(self, sequences: Target, length: int | None = None) -> None:
         """Say that the KV of the first `length` tokens (default: all) has really been written.
 
-        Full blocks of known tokens become reusable, drafts never. O(blocks that became full).
+        Full blocks of known tokens become reusable, speculative tokens never. O(newly full blocks).
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for more tokens than there are.
         """
         named = listed(sequences)
@@ -295,7 +297,7 @@ class BlockManager:
         For layers that look back over a window only. Table entries before it become -1; such a
         sequence is not offered for prefix reuse from then on.
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for a start beyond the end, or
-        beyond the first draft.
+        beyond the first speculative token.
         """
         named = listed(sequences)
         num_named = 1 if isinstance(named, SequenceHandle) else len(named)

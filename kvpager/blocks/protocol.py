@@ -117,7 +117,7 @@ class CacheManager(Protocol):
         tokens: int | ArrayLike | Iterable[ArrayLike] = 1,
         *,
         counts: ArrayLike | None = None,
-        draft: bool = False,
+        speculative: bool = False,
     ) -> Step:
         """Make room for further tokens."""
 

@@ -21,10 +21,10 @@ class Publication:
     def commit_row(self, row: int, length: int | None) -> None:
         """Note that the KV of a row's first `length` tokens is written. O(new full blocks).
 
-        Raises: `ValueError` for more tokens than there are, drafts left out.
+        Raises: `ValueError` for more tokens than there are, speculative tokens left out.
         """
         state, table = self._state, self._state.rows
-        settled = int(table.lengths[row]) - int(table.drafts[row])
+        settled = int(table.lengths[row]) - int(table.speculative[row])
         arguments.within_one("length", length, settled)
         state.change.begin()
         length = settled if length is None else length
@@ -38,7 +38,7 @@ class Publication:
     def commit(self, rows: Int64, length: int | Int64 | None) -> None:
         """As `commit_row`, of several rows. O(rows + new full blocks)."""
         state, table = self._state, self._state.rows
-        settled = table.lengths[rows] - table.drafts[rows]
+        settled = table.lengths[rows] - table.speculative[rows]
         if length is not None:
             arguments.within("length", length, settled)
             settled = np.broadcast_to(np.asarray(length, np.int64), settled.shape)

@@ -7,7 +7,7 @@
 In a table, -1 is "no block" and -2 - h is block h of the host. One decode step for a whole batch
 is then a handful of vector operations, whatever its size. The order of a row's counts is always
 
-    published blocks * block_size <= min(committed, known) <= lengths - drafts <= lengths
+    published blocks * block_size <= min(committed, known) <= lengths - speculative <= lengths
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class SequenceTable:
         "lengths": np.int64,
         "known": np.int64,  # leading tokens whose ids are known
         "committed": np.int64,  # leading tokens whose KV is written
-        "drafts": np.int64,  # trailing tokens that may be taken back, never published
+        "speculative": np.int64,  # trailing tokens that may be taken back, never published
         "published": np.int64,  # leading blocks that the prefix index offers
         "first_blocks": np.int64,  # blocks before it were given back
         "generations": np.int64,
@@ -173,7 +173,7 @@ class SequenceTable:
     lengths: Int64
     known: Int64
     committed: Int64
-    drafts: Int64
+    speculative: Int64
     published: Int64
     first_blocks: Int64
     generations: Int64
@@ -191,7 +191,7 @@ class SequenceTable:
         self.nodes: list[Node | None] = []  # where `published` stands in the prefix index
         self.free_rows: list[int] = []
         self.epoch = 0  # changes whenever a handle goes stale or a sequence is swapped
-        self.num_drafting = 0  # rows with drafts
+        self.num_speculating = 0  # rows with speculative tokens
 
     def __len__(self) -> int:
         return len(self.prompts) - len(self.free_rows)
@@ -250,12 +250,12 @@ class SequenceTable:
         self.tables.row(row)[:num_blocks] = self.tables.row(parent)[:num_blocks]
         for column in self._columns:
             column[row] = column[parent]
-        self.num_drafting += bool(self.drafts[row])
+        self.num_speculating += bool(self.speculative[row])
         return row
 
     def drop(self, row: int) -> None:
         """End the row's life: its handles are stale from now on. O(row's blocks)."""
-        self.num_drafting -= bool(self.drafts[row])
+        self.num_speculating -= bool(self.speculative[row])
         self.tables.release(row)
         for column in self._columns:
             column[row] = 0
@@ -275,11 +275,11 @@ class SequenceTable:
         at = np.minimum(np.searchsorted(keys, entries), len(keys) - 1)
         self.tables.data[places] = np.where(keys[at] == entries, values[at], entries)
 
-    def set_drafts(self, rows: Int64, drafts: int | Int64) -> None:
-        """These rows have so many drafts now. O(rows named)."""
-        before = np.count_nonzero(self.drafts[rows])
-        self.drafts[rows] = drafts
-        self.num_drafting += int(np.count_nonzero(self.drafts[rows]) - before)
+    def set_speculative(self, rows: Int64, speculative: int | Int64) -> None:
+        """Set how many trailing tokens of the rows are speculative. O(rows named)."""
+        before = np.count_nonzero(self.speculative[rows])
+        self.speculative[rows] = speculative
+        self.num_speculating += int(np.count_nonzero(self.speculative[rows]) - before)
 
     # ---------------------------------------------------------------- reading
 
@@ -355,20 +355,23 @@ class SequenceTable:
             self._check_row(row)
         if any(getattr(self, name)[idle].any() for name in self.COLUMNS if name != "generations"):
             raise BrokenInvariant("sequences: a row that is not in use is not empty")
-        drafting = np.count_nonzero(self.drafts)
-        if drafting != self.num_drafting:
+        speculating = np.count_nonzero(self.speculative)
+        if speculating != self.num_speculating:
             raise BrokenInvariant(
-                f"sequences: {self.num_drafting} rows with drafts, but {drafting} have some"
+                f"sequences: num_speculating {self.num_speculating}, but {speculating} rows have "
+                "speculative tokens"
             )
 
     def _check_row(self, row: int) -> None:
         length, known = int(self.lengths[row]), int(self.known[row])
-        settled, committed = length - int(self.drafts[row]), int(self.committed[row])
+        settled, committed = length - int(self.speculative[row]), int(self.committed[row])
         lacks_front = bool(self.first_blocks[row]) and not self.keyed[row]
         if self.first_blocks[row] > self.num_blocks(row) or (lacks_front and known):
             raise BrokenInvariant(f"sequence {row}: offers what lacks its front")
         if not 0 <= settled <= length:
-            raise BrokenInvariant(f"sequence {row}: {self.drafts[row]} drafts of {length} tokens")
+            raise BrokenInvariant(
+                f"sequence {row}: {self.speculative[row]} of {length} tokens are speculative"
+            )
         if not 0 <= committed <= settled:
             raise BrokenInvariant(f"sequence {row}: {committed} of {settled} tokens committed")
         if not 0 <= known <= length:

@@ -152,12 +152,13 @@ class BlockState:
             target.epoch = table.epoch
         return rows
 
-    def refuse_drafts(self, rows: Int64) -> None:
-        """Raise `ValueError` if one of these rows has drafts. O(rows)."""
-        drafting = rows[self.rows.drafts[rows] > 0]
-        if len(drafting):
+    def refuse_speculative(self, rows: Int64) -> None:
+        """Raise `ValueError` if one of these rows has speculative tokens. O(rows)."""
+        speculating = rows[self.rows.speculative[rows] > 0]
+        if len(speculating):
             raise ValueError(
-                f"sequence {drafting[0]} has drafts; accept(sequence, counts) first (0: none)"
+                f"sequence {speculating[0]} has speculative tokens. Call accept(sequence, counts) "
+                "first; 0 drops them."
             )
 
     # ---------------------------------------------------------------- take and give back

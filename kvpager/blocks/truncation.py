@@ -48,18 +48,18 @@ class Truncation:
             column[row] = min(int(column[row]), length)
         rows.published[row] = min(int(rows.published[row]), length // state.block_size)
         rows.prompts[row] = rows.prompt(row).up_to(length)
-        if rows.drafts[row]:
-            rows.set_drafts(np.array([row]), max(0, int(rows.drafts[row]) - gone))
+        if rows.speculative[row]:
+            rows.set_speculative(np.array([row]), max(0, int(rows.speculative[row]) - gone))
         state.release(dropped)
 
     def drop_before(self, rows: Int64, starts: Int64) -> None:
         """Give back the blocks that lie wholly before `starts`. O(blocks given back).
 
-        Raises: `ValueError` for a start beyond the end, or beyond the first draft.
+        Raises: `ValueError` for a start beyond the end, or beyond the first speculative token.
         """
         table = self._state.rows
         # Drafts may be taken back, and then the tokens before them are the last ones.
-        arguments.within("start", starts, table.lengths[rows] - table.drafts[rows])
+        arguments.within("start", starts, table.lengths[rows] - table.speculative[rows])
         self._state.change.begin()
         self.release_before(rows, starts)
 

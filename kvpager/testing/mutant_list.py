@@ -251,10 +251,10 @@ MUTANTS = (
         "full = int(table.known[row]) >> state.shift",
     ),
     Mutant(
-        "publish drafts",
+        "publish speculative tokens",
         _COMMITTED,
         "kvpager.blocks.publication",
-        "settled = int(table.lengths[row]) - int(table.drafts[row])",
+        "settled = int(table.lengths[row]) - int(table.speculative[row])",
         "settled = int(table.lengths[row])",
     ),
     Mutant(

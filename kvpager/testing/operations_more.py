@@ -1,4 +1,4 @@
-"""The simulator's further operations: drafts, key parts, families, room."""
+"""The simulator's further operations: speculative tokens, key parts, families, room."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from kvpager.testing.world import Live, World
 
 __all__ = ["OPERATIONS"]
 
-# -------------------------------------------------------------------- drafts
+# -------------------------------------------------------------------- speculative tokens
 
 
 @operation(OPERATIONS, 2, needs=("accept",), pick=PICK, tokens=Tokens(5), by_ids=FLAG)
-def draft(world: World, pick: int, tokens: list[int], by_ids: bool) -> None:
+def append_speculative(world: World, pick: int, tokens: list[int], by_ids: bool) -> None:
     """Give a sequence look-ahead slots, by ids or by a count; a second time adds to them."""
-    row = world.pick_drafting(pick) or world.pick_resident(pick)
+    row = world.pick_speculating(pick) or world.pick_resident(pick)
     if row is None or not tokens:
         return
     first = len(row.content)
     new = tokens if by_ids else world.fresh_tokens(len(tokens))
     most = 1 + world.blocks(len(tokens))
     given: Any = tokens if by_ids else len(tokens)
-    step = world.attempt(most, world.manager.append, row.handle, given, draft=True)
+    step = world.attempt(most, world.manager.append, row.handle, given, speculative=True)
     world.touched.append(row)
     if step is None:
         return
@@ -35,32 +35,32 @@ def draft(world: World, pick: int, tokens: list[int], by_ids: bool) -> None:
     row.content.extend(new)
     if by_ids and row.num_known == first:
         row.num_known += len(new)
-    world.num_drafting += not row.num_drafts
-    row.num_drafts += len(new)
+    world.num_speculating += not row.num_speculative
+    row.num_speculative += len(new)
     world.write(row, first, step.slots)
 
 
 @operation(OPERATIONS, 2, needs=("accept",), pick=PICK, number=Number())
 def accept(world: World, pick: int, number: int) -> None:
-    """Keep some drafts, take the others back; before that, commit, which must not publish them."""
-    row = world.pick_drafting(pick)
+    """Commit, which publishes no speculative token, then keep some of them and drop the rest."""
+    row = world.pick_speculating(pick)
     if row is None:
         return
-    settled = len(row.content) - row.num_drafts
-    kept = number % (row.num_drafts + 1)
+    settled = len(row.content) - row.num_speculative
+    kept = number % (row.num_speculative + 1)
     if settled + kept < row.start // world.size * world.size:
-        kept = row.num_drafts  # the others slid out already
+        kept = row.num_speculative  # the others slid out already
     world.publish(row, settled)
     world.manager.commit(row.handle)
     refused(world, ValueError, lambda: world.manager.append(row.handle, 1))
     refused(world, ValueError, lambda: world.manager.commit(row.handle, settled + 1))
-    refused(world, ValueError, lambda: world.manager.accept(row.handle, row.num_drafts + 1))
+    refused(world, ValueError, lambda: world.manager.accept(row.handle, row.num_speculative + 1))
     world.manager.accept(row.handle, kept)
     row.content.truncate(settled + kept)
     row.num_known = min(row.num_known, settled + kept)
     row.start = min(row.start, settled + kept)
-    row.num_drafts = 0
-    world.num_drafting -= 1
+    row.num_speculative = 0
+    world.num_speculating -= 1
     world.touched.append(row)
 
 
@@ -185,7 +185,7 @@ def _is_away(world: World, row: Live) -> bool:
 @operation(OPERATIONS, 1, needs=("victims",), need=Number(12))
 def preempt(world: World, need: int) -> None:
     """Free the fewest of the oldest sequences that give back so many blocks; publish them first."""
-    rows = [row for row in world.rows if not (row.is_swapped or row.num_drafts)]
+    rows = [row for row in world.rows if not (row.is_swapped or row.num_speculative)]
     handles = [row.handle for row in rows]
     victims = world.attempt(1 << 30, world.manager.victims, handles, need)
     if victims is None:

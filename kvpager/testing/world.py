@@ -35,8 +35,8 @@ class Live:
         "is_plain",
         "is_swapped",
         "num_committed",
-        "num_drafts",
         "num_known",
+        "num_speculative",
         "start",
     )
 
@@ -47,14 +47,14 @@ class Live:
         self.num_committed = num_committed
         self.start = 0
         self.is_swapped = False
-        self.num_drafts = 0
+        self.num_speculative = 0
         self.is_plain = True
 
     def child(self, handle: Any) -> Live:
         """The same for a fork of the sequence. O(tokens)."""
         twin = Live(handle, self.content.copy(), self.num_known, self.num_committed)
         twin.start, twin.is_plain = self.start, self.is_plain
-        twin.num_drafts = self.num_drafts
+        twin.num_speculative = self.num_speculative
         return twin
 
 
@@ -72,7 +72,7 @@ class World:
         self.memory = TokenMemory(setup.num_blocks, self.size, setup.num_host_blocks)
         self.rows: list[Live] = []
         self.num_swapped = 0
-        self.num_drafting = 0
+        self.num_speculating = 0
         self.pending: list[Any] = []  # plans that the manager gave and nobody has carried out
         self.pins: list[int] = []
         self.num_reserved = int(setup.null_block and isinstance(manager, BlockManager))
@@ -119,7 +119,7 @@ class World:
         self.manager.free([row.handle for row in self.rows])
         while self.pins:
             self.manager.pins.unpin(self.pins.pop())
-        self.rows, self.num_swapped, self.num_drafting = [], 0, 0
+        self.rows, self.num_swapped, self.num_speculating = [], 0, 0
         stats = self.manager.stats()
         num_blocks = stats.num_blocks - self.num_reserved
         self.require(
@@ -146,17 +146,17 @@ class World:
         return self.rows[-1 - number % len(self.rows)] if self.rows else None
 
     def pick_resident(self, number: int) -> Live | None:
-        """The same among those on the device without drafts. O(sequences) where some are not."""
-        if not (self.num_swapped or self.num_drafting):
+        """Pick a sequence on the device without speculative tokens. O(sequences)."""
+        if not (self.num_swapped or self.num_speculating):
             return self.pick(number)
-        rows = [row for row in self.rows if not (row.is_swapped or row.num_drafts)]
+        rows = [row for row in self.rows if not (row.is_swapped or row.num_speculative)]
         return rows[-1 - number % len(rows)] if rows else None
 
-    def pick_drafting(self, number: int) -> Live | None:
-        """The same among those that have drafts. O(sequences) where there are any."""
-        if not self.num_drafting:
+    def pick_speculating(self, number: int) -> Live | None:
+        """Pick a sequence with speculative tokens. O(sequences)."""
+        if not self.num_speculating:
             return None
-        rows = [row for row in self.rows if row.num_drafts and not row.is_swapped]
+        rows = [row for row in self.rows if row.num_speculative and not row.is_swapped]
         return rows[-1 - number % len(rows)] if rows else None
 
     def fresh_tokens(self, count: int) -> list[int]:
@@ -207,7 +207,7 @@ class World:
         """A sequence was freed. O(sequences)."""
         self.rows.remove(row)
         self.num_swapped -= row.is_swapped
-        self.num_drafting -= row.num_drafts > 0
+        self.num_speculating -= row.num_speculative > 0
         self.freed = [row.handle, *self.freed[: _FREED_KEPT - 1]]
 
     def publish(self, row: Live, num_committed: int) -> None:

@@ -190,11 +190,11 @@ def test_rows_under_a_mask_are_refused(manager: BlockManager) -> None:
 )
 def test_counts_that_are_no_counts_are_refused(manager: BlockManager, counts: object) -> None:
     sequences = [manager.allocate(4), manager.allocate(4)]
-    manager.append(sequences, 3, draft=True)
+    manager.append(sequences, 3, speculative=True)
     for call in (
         lambda: manager.accept(sequences, counts),
         lambda: manager.drop_before(sequences, counts),
-        lambda: manager.append(manager.fork(sequences[0]), counts=counts, draft=True),
+        lambda: manager.append(manager.fork(sequences[0]), counts=counts, speculative=True),
     ):
         with pytest.raises((TypeError, ValueError), match=r"counts|start"):
             call()
@@ -240,7 +240,7 @@ def test_a_size_is_a_whole_number_within_bounds(name: str, value: object) -> Non
 @pytest.mark.parametrize("value", [*NO_COUNTS, 0, -1, HUGE], ids=kind)
 def test_a_request_without_tokens_or_samples_is_refused(name: str, value: object) -> None:
     scheduler = Scheduler(BlockManager(8, 4))
-    request = Request(**{"name": "a", "prompt": PROMPT, "max_new_tokens": 1, name: value})
+    request = Request(**{"request_id": "a", "prompt": PROMPT, "max_new_tokens": 1, name: value})
     with pytest.raises((TypeError, ValueError), match=f"{name} .*expected"):
         scheduler.submit(request)
     assert not scheduler.has_work
@@ -338,7 +338,7 @@ def test_a_flag_is_true_or_false(value: object) -> None:
     for call in (
         lambda: BlockManager(8, 4, null_block=value),
         lambda: BlockManager(8, 4, fences=value),
-        lambda: manager.append(sequence, draft=value),
+        lambda: manager.append(sequence, speculative=value),
         lambda: manager.free(sequence, publish=value),
         lambda: Scheduler(manager, prefix_cache=value),
         lambda: Scheduler(manager, chunked=value),
@@ -352,7 +352,7 @@ def test_a_flag_is_true_or_false(value: object) -> None:
 @pytest.mark.parametrize(("value", "error"), [("", ValueError), (1, TypeError), (b"a", TypeError)])
 def test_a_request_names_its_tenant_or_none(name: str, value: object, error: type) -> None:
     scheduler = Scheduler(BlockManager(8, 4))
-    request = Request(**{"name": "a", "prompt": PROMPT, "max_new_tokens": 1, name: value})
+    request = Request(**{"request_id": "a", "prompt": PROMPT, "max_new_tokens": 1, name: value})
     with pytest.raises(error, match=f"{name} "):
         scheduler.submit(request)
     assert not scheduler.has_work

@@ -197,7 +197,7 @@ def test_a_call_that_is_refused_keeps_no_table(kept: Kept) -> None:
 @pytest.mark.slow
 def test_one_long_reply_does_not_widen_those_of_all_others(kept: Kept) -> None:
     sequences, prompt = SequenceState(), np.array([1, 2], np.int32)
-    request = Request(name="a", prompt=prompt, max_new_tokens=30_000)
+    request = Request(request_id="a", prompt=prompt, max_new_tokens=30_000)
     state = RequestState(request, prompt, 0, 0.0)
     numbers = np.array([sequences.add(state) for _ in range(500)], np.int32)
     sequences.extend(numbers, numbers)

@@ -109,16 +109,16 @@ def append_batch_under_quotas() -> tuple[BlockManager, Operation]:
     return manager, lambda: manager.append(batch, 5)
 
 
-def append_draft() -> tuple[BlockManager, Operation]:
+def append_speculative() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
     sequence = manager.allocate(range(6))
-    return manager, lambda: manager.append(sequence, 7, draft=True)
+    return manager, lambda: manager.append(sequence, 7, speculative=True)
 
 
-def accept_drafts() -> tuple[BlockManager, Operation]:
+def accept_speculative() -> tuple[BlockManager, Operation]:
     manager = manager_with_rows()
     sequence = manager.allocate(range(6))
-    manager.append(sequence, 7, draft=True)
+    manager.append(sequence, 7, speculative=True)
     return manager, lambda: manager.accept(sequence, 3, [6, 7, 8])
 
 
@@ -187,8 +187,8 @@ def find_victims() -> tuple[BlockManager, Operation]:
 
 SCENARIOS = [
     allocate_cold, allocate_hit, allocate_revived, allocate_evicting,
-    append_growing, append_in_place, append_evicting, append_batch_under_quotas, append_draft,
-    accept_drafts, fork_many, swap_out, swap_out_in_part, swap_in, swap_in_evicting,
+    append_growing, append_in_place, append_evicting, append_batch_under_quotas, append_speculative,
+    accept_speculative, fork_many, swap_out, swap_out_in_part, swap_in, swap_in_evicting,
     swap_in_under_quotas, shrink, name_all, find_victims,
 ]  # fmt: skip
 
@@ -310,14 +310,14 @@ def do_append(history: History, chance: random.Random) -> object:
     here = history.live(swapped=False)
     some = chance.sample(here, min(len(here), chance.randint(0, 3)))
     ids = [tokens(chance, 4) for _ in some]
-    step = history.manager.append(some, ids, draft=chance.random() < 0.15)
+    step = history.manager.append(some, ids, speculative=chance.random() < 0.15)
     return step.slots.tolist(), history.begun(step.copies, step.ticket)
 
 
 def do_accept(history: History, chance: random.Random) -> object:
-    drafts = history.manager._state.rows.drafts
-    here = [one for one in history.live(swapped=False) if drafts[one._row]]
-    counts = [chance.randint(0, int(drafts[one._row])) for one in here]
+    speculative = history.manager._state.rows.speculative
+    here = [one for one in history.live(swapped=False) if speculative[one._row]]
+    counts = [chance.randint(0, int(speculative[one._row])) for one in here]
     return history.manager.accept(here, counts)
 
 
@@ -438,7 +438,7 @@ class Worker:
                 except REFUSALS:
                     pass
                 except ValueError as error:  # the others changed it meanwhile
-                    if not any(w in str(error) for w in ("has drafts", "have", "token")):
+                    if not any(w in str(error) for w in ("speculative", "have", "token")):
                         raise
         except BaseException as error:
             self.failure = error
@@ -510,7 +510,7 @@ class Worker:
         elif operation == 1:
             manager.append([one, other] if one is not other else one, 1)
         elif operation == 2:
-            manager.append(one, 2, draft=True)
+            manager.append(one, 2, speculative=True)
             manager.accept(one, chance.randint(0, 2))
         elif operation == 3:
             manager.truncate(one, 3)

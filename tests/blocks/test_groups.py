@@ -240,23 +240,25 @@ class Groups(RuleBasedStateMachine):
         row.computed = min(row.computed, length)
         self.read(row, row.computed)
 
-    @rule(row=rows, drafts=st.integers(1, 4), kept=st.integers(0, 4), by_ids=st.booleans())
-    def draft(self, row: Row | None, drafts: int, kept: int, by_ids: bool) -> None:
+    @rule(row=rows, speculative=st.integers(1, 4), kept=st.integers(0, 4), by_ids=st.booleans())
+    def append_speculative(
+        self, row: Row | None, speculative: int, kept: int, by_ids: bool
+    ) -> None:
         if row is None or row not in self.live or row.is_swapped or row.computed < len(row):
             return
-        if self.max_chunk is not None and drafts > self.max_chunk:
+        if self.max_chunk is not None and speculative > self.max_chunk:
             return
-        ids, start = self.new_tokens(drafts), len(row)
+        ids, start = self.new_tokens(speculative), len(row)
         step = self.attempt(
-            self.manager.append, [row.handle], [ids] if by_ids else drafts, draft=True
+            self.manager.append, [row.handle], [ids] if by_ids else speculative, speculative=True
         )
         if step is None:
             return
         self.memory.copy(step.copies)
         row.content.extend(ids)
         self.write(row, start, step.slots)
-        self.manager.accept([row.handle], [min(kept, drafts)])
-        row.content.truncate(start + min(kept, drafts))
+        self.manager.accept([row.handle], [min(kept, speculative)])
+        row.content.truncate(start + min(kept, speculative))
         row.is_known &= by_ids
         row.computed = len(row)
         self.manager.commit(row.handle)
@@ -544,10 +546,10 @@ TestGroups.settings = settings(max_examples=100, stateful_step_count=30, deadlin
 
 def test_accept_keeps_tokens_that_have_no_room_yet() -> None:
     manager = GroupedManager((5,), 40, 4, max_chunk=4)
-    waiting, drafting = manager.allocate(range(20)), manager.allocate([1, 2, 3])
-    manager.append(drafting, [4, 5], draft=True)
-    manager.accept([waiting, drafting], [0, 1])
-    assert manager.lengths([waiting, drafting]).tolist() == [20, 4]
+    waiting, speculating = manager.allocate(range(20)), manager.allocate([1, 2, 3])
+    manager.append(speculating, [4, 5], speculative=True)
+    manager.accept([waiting, speculating], [0, 1])
+    assert manager.lengths([waiting, speculating]).tolist() == [20, 4]
     manager.check()
     manager.commit(waiting, 4)
     assert manager.open_slots(waiting, 4, 8).shape == (1, 4)

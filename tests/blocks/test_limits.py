@@ -78,13 +78,13 @@ def test_what_would_make_a_floor_a_lie_is_refused() -> None:
     assert caught.value.missing == 1
 
 
-def test_ids_of_drafts_that_a_fork_shares_are_refused() -> None:
+def test_ids_of_speculative_tokens_that_a_fork_shares_are_refused() -> None:
     manager = BlockManager(8, 4)
     sequence = manager.allocate([])
-    manager.append(sequence, 4, draft=True)
+    manager.append(sequence, 4, speculative=True)
     child = manager.fork(sequence)
     before = state_of(manager)
-    with pytest.raises(ValueError, match="a fork shares these drafts"):
+    with pytest.raises(ValueError, match="a fork shares these speculative tokens"):
         manager.accept(child, 4, [1, 2, 3, 4])
     after = state_of(manager)
     assert all(np.array_equal(before[name], after[name]) for name in before)

@@ -37,9 +37,9 @@ class GroupCommit:
         self._full, self._windowed = (~is_windowed).nonzero()[0], is_windowed.nonzero()[0]
 
     def settled(self, names: Int64) -> Int64:
-        """Return the tokens of sequences that have room in all groups, drafts left out. O(n)."""
+        """Return how many tokens have slots in all groups, without speculative ones. O(n)."""
         rows, members = self._state.rows, self._table.rows[:, names]
-        settled: Int64 = (rows.lengths[members] - rows.drafts[members]).min(axis=0)
+        settled: Int64 = (rows.lengths[members] - rows.speculative[members]).min(axis=0)
         return settled
 
     def commit(self, names: Int64, settled: Int64) -> None:

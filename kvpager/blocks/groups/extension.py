@@ -50,24 +50,26 @@ class GroupExtension:
         size = self._state.block_size
         return -(-num_tokens // size) * size
 
-    def append(self, names: Int64, num_new: int | Int64, ids: Int32 | None, draft: bool) -> Step:
+    def append(
+        self, names: Int64, num_new: int | Int64, ids: Int32 | None, speculative: bool
+    ) -> Step:
         """Make room for `num_new` more tokens of each sequence. O(tokens * groups).
 
-        Raises: `OutOfBlocks`; `ValueError` for drafts where some tokens get no room.
+        Raises: `OutOfBlocks`; `ValueError` for speculative tokens where some tokens get no room.
         """
         table, groups = self._table, len(self._windows)
         if self._waits(names, num_new):
-            if draft:
+            if speculative:
                 raise ValueError(
-                    "draft: tokens before them, or some of them, get no slots yet. Append fewer, "
-                    "or call open_slots first."
+                    "speculative=True: some tokens up to the new length get no slots yet. "
+                    "Append fewer tokens, or call open_slots first."
                 )
             return self._append_in_part(names, num_new, ids)
         step = self._extension.append(
             table.rows[:, names].ravel(),
             num_new if isinstance(num_new, int) else np.tile(num_new, groups),
             None if ids is None else np.tile(ids, groups),
-            draft,
+            speculative,
         )
         table.lengths[names] += num_new
         return replace(step, slots=step.slots.reshape(groups, -1))

@@ -103,8 +103,8 @@ class GroupedManager:
         self.queries = GroupQueries(state, table, self._index, self.windows, max_chunk)
         self._allocation = GroupAllocation(state, table)
         self._truncation = Truncation(state)
-        self._drafts = Extension(state, self._truncation)
-        self._extension = GroupExtension(state, table, self._drafts, self.windows, max_chunk)
+        self._speculation = Extension(state, self._truncation)
+        self._extension = GroupExtension(state, table, self._speculation, self.windows, max_chunk)
         self._publication = GroupCommit(state, table, self._index, self._truncation, self.windows)
         self._swap = Swap(state)
         self._resize = Resize(state)
@@ -226,7 +226,7 @@ class GroupedManager:
         tokens: int | ArrayLike | Iterable[ArrayLike] = 1,
         *,
         counts: ArrayLike | None = None,
-        draft: bool = False,
+        speculative: bool = False,
     ) -> Step:
         """Make room for further tokens, as `BlockManager.append`. O(tokens * groups).
 
@@ -237,13 +237,13 @@ class GroupedManager:
         named = listed(sequences)
         num_named = None if isinstance(named, SequenceHandle) else len(named)
         num_new, ids = arguments.new_tokens(num_named, tokens, counts)
-        arguments.flag("draft", draft)
+        arguments.flag("speculative", speculative)
         state = self._state
         with state.lock, state.change:
             names = self._table.resident(named)
-            if state.rows.num_drafting and not draft:
-                state.refuse_drafts(self._table.rows[0, names])
-            return self._extension.append(names, num_new, ids, draft)
+            if state.rows.num_speculating and not speculative:
+                state.refuse_speculative(self._table.rows[0, names])
+            return self._extension.append(names, num_new, ids, speculative)
 
     def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
         """Return the slots of tokens about to be written, int64 [groups, tokens]. O(tokens).
@@ -265,9 +265,9 @@ class GroupedManager:
         counts: ArrayLike,
         tokens: ArrayLike | Iterable[ArrayLike] | None = None,
     ) -> None:
-        """Keep the first `counts` drafts of each sequence, as `BlockManager.accept`.
+        """Keep the first `counts` speculative tokens of each sequence, as `BlockManager.accept`.
 
-        O(drafts * groups).
+        O(tokens * groups).
         """
         named = listed(sequences)
         kept, ids = arguments.accepted(
@@ -277,21 +277,23 @@ class GroupedManager:
         with state.lock, state.change:
             names = table.resident(named)
             rows = table.rows[:, names]
-            drafts = state.rows.drafts[rows[0]]
-            if np.any(kept > drafts):
-                raise ValueError(f"counts {counts!r}: the sequences have {drafts} drafts")
+            speculative = state.rows.speculative[rows[0]]
+            if np.any(kept > speculative):
+                raise ValueError(
+                    f"counts={counts!r}: the sequences have {speculative} speculative tokens"
+                )
             theirs = None if ids is None else np.tile(ids, groups)
-            self._drafts.accept(rows.ravel(), np.tile(kept, groups), theirs)
+            self._speculation.accept(rows.ravel(), np.tile(kept, groups), theirs)
             # Not the room of a group: tokens may wait for theirs.
-            table.lengths[names] += kept - drafts
+            table.lengths[names] += kept - speculative
 
     # ---------------------------------------------------------------- commit, truncate
 
     def commit(self, sequences: Target, length: int | None = None) -> None:
         """Say that the KV of the first `length` tokens (default: all with slots) is written.
 
-        Full blocks of known tokens become reusable, drafts never. Groups with a window give back
-        the blocks that the token after these does not look at.
+        Full blocks of known tokens become reusable, speculative tokens never. Groups with a window
+        release the blocks that the next token does not attend to.
         O(sequences * groups), and of blocks that became full.
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for more tokens than have slots.
         """
