@@ -101,7 +101,7 @@ def _peers(rig: Rig, pool: Pool, shape: Shape) -> dict[str, list[Call]]:
         return {}
     heads = KV_HEADS * shape.group
     step = peers.Step(
-        pool.tables,
+        pool.block_tables,
         pool.seq_lens,
         heads,
         KV_HEADS,
@@ -214,7 +214,7 @@ def prefill(rig: Rig) -> None:
         found = works["kvpager"][0]()
         if prefix:
             # Torch has no one call for this.
-            args = AttentionArgs(pool.tables, pool.seq_lens, starts)
+            args = AttentionArgs(pool.block_tables, pool.seq_lens, starts)
             expected = reference.paged_attention(pool.query, *pool.storage.layer(0), args)
             require_close(case, found, expected)
         else:
@@ -237,7 +237,9 @@ def _sdpa(pool: Pool, rows: int, layer: int) -> Call:
     length = int(pool.seq_lens[0])
 
     def dense(cache: Tensor) -> Tensor:
-        return gather_kv(cache, pool.tables, pool.seq_lens, length).transpose(1, 2).contiguous()
+        return (
+            gather_kv(cache, pool.block_tables, pool.seq_lens, length).transpose(1, 2).contiguous()
+        )
 
     keys, values = map(dense, pool.storage.layer(layer))
     query = pool.query.view(rows, -1, *pool.query.shape[1:]).transpose(1, 2).contiguous()

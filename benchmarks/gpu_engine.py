@@ -36,12 +36,12 @@ def correctness(rig: Rig) -> None:
 
 
 def _check_prefill(pool: Pool, case: str, new: int) -> None:
-    rows, heads = len(pool.tables), pool.query.shape[1]
+    rows, heads = len(pool.block_tables), pool.query.shape[1]
     device = pool.rig.device
     pool.query = torch.randn(rows * new, heads, pool.head_dim, device=device).bfloat16()
     starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * new
     tensors = (pool.query, *pool.storage.layer(0))
-    args = AttentionArgs(pool.tables, pool.seq_lens, starts)
+    args = AttentionArgs(pool.block_tables, pool.seq_lens, starts)
     expected = reference.paged_attention(*tensors, args, scales=pool.storage.scales(0))
     require_close(case, pool.call(0, cu_seqlens_q=starts)(), expected)
 

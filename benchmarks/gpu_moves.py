@@ -158,7 +158,7 @@ class Soak:
         number = (self.clock * self.rows + self.places).int()
         refused = slots < 0
         self.tokens.view(-1)[slots.masked_fill(refused, self.tokens.numel() - 1)] = number
-        position = self.allocator.lens[self.lanes.clamp(min=0)].long() - 1
+        position = self.allocator.seq_lens[self.lanes.clamp(min=0)].long() - 1
         row = self.lanes.masked_fill(refused, self.rows)
         self.expected[row, position.masked_fill(refused, 0)] = number
 
@@ -191,8 +191,8 @@ class Soak:
     def check(self) -> None:
         """The allocator's laws, and that every row's tokens are the ones it was given."""
         self.allocator.check()
-        lens = self.allocator.lens
-        table = self.allocator.tables.long()
+        lens = self.allocator.seq_lens
+        table = self.allocator.block_tables.long()
         found = self.tokens[table.clamp(min=0)].flatten(1)
         columns = torch.arange(found.shape[1], device=lens.device)
         wrong = (found != self.expected[: self.rows, : found.shape[1]]) & (columns < lens[:, None])

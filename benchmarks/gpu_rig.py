@@ -181,7 +181,7 @@ class Pool:
         blocks = torch.randperm(num_blocks, dtype=torch.int32)
         first = blocks[:common].expand(rows, -1)
         tables = torch.cat((first, blocks[common:].view(rows, own)), 1)
-        self.tables = tables.to(rig.device)
+        self.block_tables = tables.to(rig.device)
         self.seq_lens = torch.full((rows,), length, dtype=torch.int32, device=rig.device)
         self.query = torch.randn(rows, KV_HEADS * group, head_dim, device=rig.device).bfloat16()
         self._fill()
@@ -212,12 +212,12 @@ class Pool:
     def call(self, layer: int, share: bool = True, cu_seqlens_q: Tensor | None = None) -> Call:
         """Attention in one layer."""
         caches, scales = self.storage.layer(layer), self.storage.scales(layer)
-        tensors = (self.query, *caches, self.tables, self.seq_lens)
+        tensors = (self.query, *caches, self.block_tables, self.seq_lens)
         if not planned(self.rig.device):
             return partial(paged_attention, *tensors, cu_seqlens_q, scales=scales)
         from kvpager.kernels.gpu.attention import attend, plan_attention
 
-        args = AttentionArgs(self.tables, self.seq_lens, cu_seqlens_q)
+        args = AttentionArgs(self.block_tables, self.seq_lens, cu_seqlens_q)
         plan = plan_attention(self.query, *caches, args, share=share)
         return partial(attend, self.query, *caches, args, plan, scales=scales)
 
@@ -226,7 +226,7 @@ class Pool:
         expected = reference.paged_attention(
             self.query[:rows],
             *self.storage.layer(layer),
-            AttentionArgs(self.tables[:rows], self.seq_lens[:rows]),
+            AttentionArgs(self.block_tables[:rows], self.seq_lens[:rows]),
             scales=self.storage.scales(layer),
         )
         require_close(name, call()[:rows], expected)

@@ -226,7 +226,7 @@ def growing(case: Case, name: str, lines: timing.Lines, settings: Settings) -> N
     heads = rotation.query[:, :, None]
     # The layers of a step share them.
     newest = torch.tensor([case.length])
-    slots = [token_slots(tables, newest).flatten() for tables in rotation.tables]
+    slots = [token_slots(tables, newest).flatten() for tables in rotation.block_tables]
 
     def paged(item: int) -> Tensor:
         layer, _ = rotation.place(item)

@@ -74,7 +74,7 @@ class Rotation:
         )  # fmt: skip
         # A pool that has been in use for a while hands out blocks in no order.
         blocks = torch.randperm(self.storage.num_blocks, dtype=torch.int32)
-        self.tables = blocks.view(batches, case.rows, columns)
+        self.block_tables = blocks.view(batches, case.rows, columns)
         self.seq_lens = torch.full((case.rows,), case.length, dtype=torch.int32)
         self.stride = max(1, LAYERS // case.num_items)
         for item in range(case.num_items):
@@ -83,7 +83,7 @@ class Rotation:
     def place(self, item: int) -> tuple[int, Tensor]:
         """The layer and the block tables of an item."""
         batch, layer = divmod(item, LAYERS)
-        return layer * self.stride, self.tables[batch]
+        return layer * self.stride, self.block_tables[batch]
 
     def _fill(self, item: int) -> None:
         layer, tables = self.place(item)

@@ -74,7 +74,10 @@ def check_host_rows(
     """Check that `host_rows` has the values of the tensors. O(entries). Raises: `ValueError`."""
     if rows is None:
         return
-    pairs = {"seq_lens": (seq_lens, rows.seq_lens), "block_tables": (block_tables, rows.tables)}
+    pairs = {
+        "seq_lens": (seq_lens, rows.seq_lens),
+        "block_tables": (block_tables, rows.block_tables),
+    }
     if cu_seqlens_q is not None and rows.cu_seqlens_q is not None:
         pairs["cu_seqlens_q"] = (cu_seqlens_q, rows.cu_seqlens_q)
     for name, (tensor, array) in pairs.items():

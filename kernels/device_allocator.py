@@ -15,20 +15,20 @@ _INT32_MAX = torch.iinfo(torch.int32).max
 class DeviceAllocator:
     """The blocks of a pool, who holds them, and which are free: int32 tensors on one device.
 
-    A *row* is a sequence's place: `tables[row]` are its blocks, in order, -1 after the last, and
-    `lens[row]` its tokens. Rows of length 0 are unused. The tensors may be read at any time, and
-    written between calls by who keeps the laws of `check` (to set up rows that were prefilled).
-    All calls on one allocator belong on one stream.
+    A *row* holds one sequence: `block_tables[row]` lists its blocks in order, -1 after the last;
+    `seq_lens[row]` is its length in tokens. A row of length 0 is unused. Read the tensors at any
+    time. Between calls, code that keeps the invariants of `check` may write them, for example to
+    set up prefilled rows. Issue all calls on one allocator from one stream.
     """
 
     __slots__ = (
         "block_size",
+        "block_tables",
         "failures",
         "free",
-        "lens",
         "num_free",
         "ref_counts",
-        "tables",
+        "seq_lens",
     )
 
     def __init__(
@@ -63,15 +63,17 @@ class DeviceAllocator:
         """int32 [1]."""
         self.ref_counts: Tensor = torch.zeros(num_blocks, dtype=torch.int32, device=device)
         """int32 [num_blocks]: how many tables hold each block."""
-        self.tables: Tensor = torch.full((num_rows, columns), -1, dtype=torch.int32, device=device)
+        self.block_tables: Tensor = torch.full(
+            (num_rows, columns), -1, dtype=torch.int32, device=device
+        )
         """int32 [num_rows, max_blocks_per_row]."""
-        self.lens: Tensor = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.seq_lens: Tensor = torch.zeros(num_rows, dtype=torch.int32, device=device)
         """int32 [num_rows]: tokens."""
         self.failures: Tensor = torch.zeros(1, dtype=torch.int32, device=device)
         """int32 [1]: rows refused so far; set it to 0 at will."""
 
     def __repr__(self) -> str:
-        rows, columns = self.tables.shape
+        rows, columns = self.block_tables.shape
         return (
             f"<DeviceAllocator: {counted(len(self.free), 'block')} of {self.block_size} slots, "
             f"{counted(rows, 'row')} of {counted(columns, 'block')} on {self.free.device}>"
@@ -82,13 +84,13 @@ class DeviceAllocator:
 
         Waits for the device.
         """
-        num_blocks, columns = len(self.free), self.tables.shape[1]
+        num_blocks, columns = len(self.free), self.block_tables.shape[1]
         num_free = int(self.num_free)
         if not 0 <= num_free <= num_blocks:
             raise BrokenInvariant(f"num_free is {num_free} of {num_blocks} blocks")
         holders = [0] * num_blocks
         for row, (table, length) in enumerate(
-            zip(self.tables.tolist(), self.lens.tolist(), strict=True)
+            zip(self.block_tables.tolist(), self.seq_lens.tolist(), strict=True)
         ):
             used = -(-length // self.block_size)
             if not 0 <= used <= columns:

@@ -21,16 +21,16 @@ class HostRows:
     plans once for all layers of one shape and never waits for the device. Make a new object for
     every step: the arrays must not change, and they are not copied.
 
-    `tables` is int32 [rows, blocks], `seq_lens` [rows], and `cu_seqlens_q` [rows + 1] or None where
-    every row has one query, as `paged_attention` takes them.
+    The arrays are those of `paged_attention`: `block_tables` int32 [rows, blocks], `seq_lens`
+    [rows], and `cu_seqlens_q` [rows + 1], or None if every row has one query.
     """
 
-    __slots__ = ("_plans", "_with_queries", "cu_seqlens_q", "seq_lens", "tables")
+    __slots__ = ("_plans", "_with_queries", "block_tables", "cu_seqlens_q", "seq_lens")
 
     def __init__(
-        self, tables: NDArray[np.int32], seq_lens: Ints, cu_seqlens_q: Ints | None = None
+        self, block_tables: NDArray[np.int32], seq_lens: Ints, cu_seqlens_q: Ints | None = None
     ) -> None:
-        self.tables = tables
+        self.block_tables = block_tables
         self.seq_lens = seq_lens
         self.cu_seqlens_q = cu_seqlens_q
         self._plans: dict[Hashable, object] = {}
@@ -38,7 +38,7 @@ class HostRows:
 
     def row(self, number: int) -> HostRows:
         """Return one row alone, with one query. O(1)."""
-        return HostRows(self.tables[number : number + 1], self.seq_lens[number : number + 1])
+        return HostRows(self.block_tables[number : number + 1], self.seq_lens[number : number + 1])
 
     def with_queries(self, count: int) -> HostRows:
         """Return the same rows with `count` queries each, always the same object. O(rows)."""
@@ -47,7 +47,7 @@ class HostRows:
         found = self._with_queries.get(count)
         if found is None:
             starts = np.arange(len(self.seq_lens) + 1, dtype=np.int32) * np.int32(count)
-            found = self._with_queries[count] = HostRows(self.tables, self.seq_lens, starts)
+            found = self._with_queries[count] = HostRows(self.block_tables, self.seq_lens, starts)
         return found
 
     def plan(self, key: Hashable, make: Callable[[HostRows], _Plan]) -> _Plan:
@@ -62,7 +62,7 @@ class HostRows:
     ) -> None:
         """Check that the arrays have the shapes of the tensors. O(1). Raises: `ValueError`."""
         tensors = {"block_tables": block_tables, "seq_lens": seq_lens, "cu_seqlens_q": cu_seqlens_q}
-        arrays = (self.tables, self.seq_lens, self.cu_seqlens_q)
+        arrays = (self.block_tables, self.seq_lens, self.cu_seqlens_q)
         for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
             theirs = None if tensor is None else tuple(tensor.shape)
             ours = None if array is None else array.shape

@@ -129,7 +129,7 @@ def paged_attention(
     starts = torch.arange(block_tables.shape[1], device=query.device) * key_cache.shape[1]
     cells = _Cells(
         # What stands past a row's last token is not followed.
-        tables=block_tables.where(starts < seq_lens[:, None], -1),
+        block_tables=block_tables.where(starts < seq_lens[:, None], -1),
         seq_lens=seq_lens.long(),
         kv_starts=torch.zeros_like(seq_lens, dtype=torch.int64)
         if args.kv_starts is None
@@ -184,7 +184,7 @@ class _Tile:
 class _Cells:
     """Which query may look at which kv token, for the query columns `first` to `last`."""
 
-    tables: Tensor  # [R, max_blocks]
+    block_tables: Tensor  # [R, max_blocks]
     seq_lens: Tensor  # [R] int64, as are the two below
     kv_starts: Tensor
     query_lens: Tensor
@@ -202,7 +202,7 @@ class _Cells:
         several = self.mask is not None and self.mask.shape[0] > 1
         return replace(
             self,
-            tables=self.tables[rows],
+            block_tables=self.block_tables[rows],
             seq_lens=self.seq_lens[rows],
             kv_starts=self.kv_starts[rows],
             query_lens=self.query_lens[rows],
@@ -232,10 +232,10 @@ class _Cells:
 
     def visible(self, start: int, stop: int) -> Tensor:
         """Which query sees which kv token of [start, stop), the mask apart: bool [R, 1, Q, N]."""
-        block_size = (stop - start) // max(1, self.tables.shape[1])
+        block_size = (stop - start) // max(1, self.block_tables.shape[1])
         position, real = (tensor[:, :, None] for tensor in self.positions())
         token = torch.arange(start, stop, device=position.device)
-        held = (self.tables >= 0).repeat_interleave(block_size, 1)
+        held = (self.block_tables >= 0).repeat_interleave(block_size, 1)
         held &= (token >= self.kv_starts[:, None]) & (token < self.seq_lens[:, None])
         seen = held[:, None, :] & real
         if self.causal:
@@ -299,10 +299,10 @@ def _tiles(tile: _Tile, cells: _Cells) -> Iterator[tuple[Tensor | None, _Cells, 
     block_size = tile.key_cache.shape[1]
     low, high, full_low, full_high = cells.reach()
     columns = -(-max(0, int(high.max())) // block_size)
-    if columns > cells.tables.shape[1]:
+    if columns > cells.block_tables.shape[1]:
         raise ValueError(
             f"seq_lens reaches {int(high.max())} tokens, but block_tables has room for "
-            f"{cells.tables.shape[1] * block_size} per row; pass wider tables"
+            f"{cells.block_tables.shape[1] * block_size} per row; pass wider tables"
         )
     edges = torch.arange(0, columns, tile.blocks, device=low.device) * block_size
     ends = (edges + tile.blocks * block_size).clamp(max=columns * block_size)
@@ -318,9 +318,9 @@ def _tiles(tile: _Tile, cells: _Cells) -> Iterator[tuple[Tensor | None, _Cells, 
         part = cells.take(rows)
         first = index * tile.blocks
         last = min(first + tile.blocks, columns)
-        part = replace(part, tables=part.tables[:, first:last])
+        part = replace(part, block_tables=part.block_tables[:, first:last])
         # A block that was given back may stand as -1 in the middle of a table.
-        hidden = not plain or bool((part.tables < 0).any())
+        hidden = not plain or bool((part.block_tables < 0).any())
         yield rows, part, first * block_size, last * block_size, hidden
 
 
@@ -335,8 +335,8 @@ def _add_tile(
 ) -> None:
     """Fold kv tokens [start, stop) into `state`: maximum, sum of weights, weighted values."""
     highest, total, summed = state
-    keys = _read(tile.key_cache, tile.key_scales, cells.tables, query.dtype)
-    values = _read(tile.value_cache, tile.value_scales, cells.tables, query.dtype)
+    keys = _read(tile.key_cache, tile.key_scales, cells.block_tables, query.dtype)
+    values = _read(tile.value_cache, tile.value_scales, cells.block_tables, query.dtype)
     scores = _matmul(query, keys.transpose(2, 3)).view(*highest.shape, stop - start)
     if tile.softcap is not None:
         scores = scores.div_(tile.softcap).tanh_().mul_(tile.softcap)
@@ -389,11 +389,11 @@ def _per_group(tensor: Tensor, scores: Tensor) -> Tensor:
     return tensor.reshape(R, K, G, Q, N)
 
 
-def _read(cache: Tensor, scales: Tensor | None, tables: Tensor, dtype: torch.dtype) -> Tensor:
-    """The blocks of `tables` [R, n] as one contiguous tensor of `dtype`: [R, K, n * block, D]."""
-    R, n = tables.shape
+def _read(cache: Tensor, scales: Tensor | None, block_tables: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the blocks of `block_tables` [R, n] as a contiguous [R, K, n * block_size, D]."""
+    R, n = block_tables.shape
     _, block_size, K, D = cache.shape
-    index = tables.clamp(min=0).flatten()
+    index = block_tables.clamp(min=0).flatten()
     blocks = indexable(cache).index_select(0, index).view(cache.dtype)
     tokens = blocks.view(R, n * block_size, K, D).transpose(1, 2)
     # One pass converts and brings a head's tokens together, so that the matmuls copy nothing.

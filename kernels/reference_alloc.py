@@ -20,22 +20,22 @@ def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor
     for lane, row in enumerate(rows.tolist()):
         if row < 0:
             continue
-        length = int(allocator.lens[row])
+        length = int(allocator.seq_lens[row])
         column, offset = divmod(length, allocator.block_size)
-        tail = int(allocator.tables[row, column]) if offset else None
+        tail = int(allocator.block_tables[row, column]) if offset else None
         if tail is not None and allocator.ref_counts[tail] == 1:
             block = tail
-        elif column == allocator.tables.shape[1] or allocator.num_free[0] == 0:
+        elif column == allocator.block_tables.shape[1] or allocator.num_free[0] == 0:
             allocator.failures += 1
             continue
         else:
             block = _pop(allocator)
-            allocator.tables[row, column] = block
+            allocator.block_tables[row, column] = block
             if tail is not None:
                 allocator.ref_counts[tail] -= 1
                 copies[lane, 0], copies[lane, 1] = tail, block
         slots[lane] = block * allocator.block_size + offset
-        allocator.lens[row] = length + 1
+        allocator.seq_lens[row] = length + 1
     return slots, copies
 
 
@@ -44,13 +44,13 @@ def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> N
     for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
         if source < 0 or target < 0:
             continue
-        if allocator.lens[target] != 0:
+        if allocator.seq_lens[target] != 0:
             allocator.failures += 1
             continue
-        blocks = allocator.tables[source, : _num_blocks(allocator, source)]
+        blocks = allocator.block_tables[source, : _num_blocks(allocator, source)]
         allocator.ref_counts[blocks.long()] += 1
-        allocator.tables[target, : len(blocks)] = blocks
-        allocator.lens[target] = allocator.lens[source]
+        allocator.block_tables[target, : len(blocks)] = blocks
+        allocator.seq_lens[target] = allocator.seq_lens[source]
 
 
 def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
@@ -58,13 +58,13 @@ def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
     for row in rows.tolist():
         if row < 0:
             continue
-        for block in allocator.tables[row, : _num_blocks(allocator, row)].tolist():
+        for block in allocator.block_tables[row, : _num_blocks(allocator, row)].tolist():
             allocator.ref_counts[block] -= 1
             if allocator.ref_counts[block] == 0:
                 allocator.free[allocator.num_free.long()] = block
                 allocator.num_free += 1
-        allocator.tables[row] = -1
-        allocator.lens[row] = 0
+        allocator.block_tables[row] = -1
+        allocator.seq_lens[row] = 0
 
 
 def _pop(allocator: DeviceAllocator) -> int:
@@ -76,4 +76,4 @@ def _pop(allocator: DeviceAllocator) -> int:
 
 
 def _num_blocks(allocator: DeviceAllocator, row: int) -> int:
-    return -(-int(allocator.lens[row]) // allocator.block_size)
+    return -(-int(allocator.seq_lens[row]) // allocator.block_size)

@@ -5,7 +5,7 @@
     slots, copies = step_alloc(allocator, rows)     # one more token slot for each row
     copy_blocks(storage, copies)                    # copy-on-write, before anything is written
     append_kv(key, value, *layer, slots)            # each layer; a slot of -1 is skipped
-    paged_attention(query, *layer, allocator.tables[rows], allocator.lens[rows])
+    paged_attention(query, *layer, allocator.block_tables[rows], allocator.seq_lens[rows])
 
     fork_rows(allocator, sources, targets)          # targets share every block of their sources
     release_rows(allocator, rows)                   # blocks that nobody else holds are free again
@@ -74,7 +74,7 @@ def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> AllocatedStep:
     """
     require_dims("rows", rows, "[n]", 1)
     _require_row_numbers(allocator, rows=rows)
-    slots, copies = select("step_alloc", allocator.lens.device)(allocator, rows)
+    slots, copies = select("step_alloc", allocator.seq_lens.device)(allocator, rows)
     return AllocatedStep(slots, copies)
 
 
@@ -94,7 +94,7 @@ def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> N
     _require_row_numbers(allocator, distinct=False, sources=sources)
     if debug.enabled() and bool(torch.isin(targets[targets >= 0], sources).any()):
         raise ValueError("a row is a source and a target of one call; fork in two calls")
-    select("fork_rows", allocator.lens.device)(allocator, sources, targets)
+    select("fork_rows", allocator.seq_lens.device)(allocator, sources, targets)
 
 
 @torch.no_grad()
@@ -108,14 +108,14 @@ def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
     """
     require_dims("rows", rows, "[n]", 1)
     _require_row_numbers(allocator, rows=rows)
-    select("release_rows", allocator.lens.device)(allocator, rows)
+    select("release_rows", allocator.seq_lens.device)(allocator, rows)
 
 
 def _require_row_numbers(
     allocator: DeviceAllocator, distinct: bool = True, **tensors: Tensor
 ) -> None:
-    require_device(allocator.lens, **tensors)
-    num_rows = len(allocator.lens)
+    require_device(allocator.seq_lens, **tensors)
+    num_rows = len(allocator.seq_lens)
     for name, rows in tensors.items():
         require_integers(name, rows)
         if not debug.enabled() or len(rows) == 0:

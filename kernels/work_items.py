@@ -94,7 +94,7 @@ class _Known(NamedTuple):
     """What a plan was made from, as far as it has to stay so."""
 
     plan: WorkPlan
-    tables: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
     seq_lens: Ints
     cu_seqlens_q: Ints | None  # None: every row has one query, and these count too:
     full: NDArray[np.bool_]  # [rows, blocks]: full blocks, which do not change while a row grows
@@ -135,7 +135,7 @@ class Planner:
 
     def plan(
         self,
-        tables: NDArray[np.int32],
+        block_tables: NDArray[np.int32],
         seq_lens: NDArray[np.integer],
         cu_seqlens_q: NDArray[np.integer] | None = None,
     ) -> WorkPlan:
@@ -150,17 +150,20 @@ class Planner:
         if starts is not None and bool((np.diff(starts) == 1).all()):
             starts = None
         for index, known in enumerate(self._known):
-            if self._holds(known, tables, lens, starts):
+            if self._holds(known, block_tables, lens, starts):
                 if index:
                     self._known.insert(0, self._known.pop(index))
                 return known.plan
-        known = self._decode(tables, lens) if starts is None else self._many(tables, lens, starts)
+        if starts is None:
+            known = self._decode(block_tables, lens)
+        else:
+            known = self._many(block_tables, lens, starts)
         self._known.insert(0, known)
         del self._known[self._keep :]
         return known.plan
 
     def _holds(
-        self, known: _Known, tables: NDArray[np.int32], lens: Ints, starts: Ints | None
+        self, known: _Known, block_tables: NDArray[np.int32], lens: Ints, starts: Ints | None
     ) -> bool:
         if len(lens) != len(known.seq_lens):
             return False
@@ -170,15 +173,15 @@ class Planner:
                 and starts is not None
                 and known.cu_seqlens_q is not None
                 and np.array_equal(starts, known.cu_seqlens_q)
-                and np.array_equal(tables, known.tables)
+                and np.array_equal(block_tables, known.block_tables)
             )
-        width = known.tables.shape[1]
-        if tables.shape[1] < width or bool((lens > known.limits).any()):
+        width = known.block_tables.shape[1]
+        if block_tables.shape[1] < width or bool((lens > known.limits).any()):
             return False
         if bool((lens < known.seq_lens).any()):
             # A shared item would read on past the row's end; a window, back to before the first.
             return False
-        changed = tables[:, :width] != known.tables
+        changed = block_tables[:, :width] != known.block_tables
         changed &= known.full
         if not changed.any():
             return True
@@ -187,19 +190,19 @@ class Planner:
         # A block that its row gave back behind the window is missed by nobody, unless the item
         # that reads it does so for other rows too.
         behind = (lens - self._window) // self._tiling.block_size
-        gone = (tables[:, :width] < 0) & (np.arange(width) < behind[:, None]) & ~known.shared
+        gone = (block_tables[:, :width] < 0) & (np.arange(width) < behind[:, None]) & ~known.shared
         return not bool((changed & ~gone).any())
 
-    def _decode(self, tables: NDArray[np.int32], lens: Ints) -> _Known:
+    def _decode(self, block_tables: NDArray[np.int32], lens: Ints) -> _Known:
         lows = np.zeros_like(lens)
         if self._window is not None:
             lows = np.maximum(lens - self._window, 0)
         # The newest block is never shared: it is where its row goes on writing.
         full = np.maximum(lens - 1, 0) // self._tiling.block_size
-        width = min(int(full.max(initial=0)), tables.shape[1])
+        width = min(int(full.max(initial=0)), block_tables.shape[1])
         columns = np.arange(width)
         covered = columns < full[:, None]
-        cropped = tables[:, :width].copy()
+        cropped = block_tables[:, :width].copy()
         order = np.arange(len(lens))
         common = np.zeros(max(0, len(lens) - 1), np.int64)
         if self._share and len(lens) > 1 and width:
@@ -220,7 +223,7 @@ class Planner:
             plan, cropped, lens, None, covered, covered & (columns < shared[:, None]), limits
         )
 
-    def _many(self, tables: NDArray[np.int32], lens: Ints, starts: Ints) -> _Known:
+    def _many(self, block_tables: NDArray[np.int32], lens: Ints, starts: Ints) -> _Known:
         tiling = self._tiling
         counts = np.diff(starts)
         row, tile = _ragged(-(-counts // tiling.many))
@@ -234,17 +237,19 @@ class Planner:
         segments = _Segments(first, count, row, low, high, np.zeros(len(row), np.bool_))
         order = np.arange(int(starts[-1]))
         plan, _ = _work(segments, order, len(order), tiling, self._chunk, one_query=False)
-        plan = _with_holes(plan, tables, tiling.block_size, lens)
+        plan = _with_holes(plan, block_tables, tiling.block_size, lens)
         nothing = np.zeros((0, 0), np.bool_)
-        return _Known(plan, tables.copy(), lens, starts, nothing, nothing, lens)
+        return _Known(plan, block_tables.copy(), lens, starts, nothing, nothing, lens)
 
 
-def _common_prefixes(tables: NDArray[np.int32], covered: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+def _common_prefixes(
+    block_tables: NDArray[np.int32], covered: NDArray[np.bool_]
+) -> tuple[Ints, Ints]:
     """Rows in an order that brings common prefixes together, and how many blocks each has in
     common with the next."""
-    rows = len(tables)
+    rows = len(block_tables)
     # Blocks that do not count differ from all others: -1 is in use for none.
-    keys = np.where(covered, tables, -2 - np.arange(rows, dtype=np.int32)[:, None])
+    keys = np.where(covered, block_tables, -2 - np.arange(rows, dtype=np.int32)[:, None])
     # Any total order will do; that of the bytes is the quickest.
     names = [line.tobytes() for line in keys]
     order = np.array(sorted(range(rows), key=names.__getitem__), np.int64)
@@ -374,11 +379,13 @@ def _with_slots(
     )
 
 
-def _with_holes(plan: WorkPlan, tables: NDArray[np.int32], block_size: int, lens: Ints) -> WorkPlan:
+def _with_holes(
+    plan: WorkPlan, block_tables: NDArray[np.int32], block_size: int, lens: Ints
+) -> WorkPlan:
     """The plan, with `holes` set if one of its items meets a block that is not there."""
-    columns = tables.shape[1]
-    missing = np.zeros((len(tables), columns + 1), np.int64)
-    np.cumsum((tables < 0), axis=1, out=missing[:, 1:])
+    columns = block_tables.shape[1]
+    missing = np.zeros((len(block_tables), columns + 1), np.int64)
+    np.cumsum((block_tables < 0), axis=1, out=missing[:, 1:])
     row = plan.items[:, 2]
     stop = np.minimum(plan.items[:, 4], lens[row])
     first = np.minimum(plan.items[:, 3] // block_size, columns)

@@ -27,7 +27,7 @@ class Unavailable(Exception):
 class Step(NamedTuple):
     """Rows of one decode step."""
 
-    tables: Tensor  # int32 [rows, columns]
+    block_tables: Tensor  # int32 [rows, columns]
     seq_lens: Tensor  # int32 [rows]
     query_heads: int
     kv_heads: int
@@ -39,10 +39,10 @@ class Step(NamedTuple):
 def flashinfer(step: Step) -> Attend:
     """FlashInfer's batch decode, planned before the clock starts."""
     library = _imported("flashinfer")
-    rows, columns = step.tables.shape
-    device = step.tables.device
+    rows, columns = step.block_tables.shape
+    device = step.block_tables.device
     starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * columns
-    indices = step.tables.flatten()
+    indices = step.block_tables.flatten()
     last = step.seq_lens - (columns - 1) * step.block_size
     wrapper: Any = library.BatchDecodeWithPagedKVCacheWrapper(
         torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
@@ -79,7 +79,7 @@ def flash_attention_3(step: Step) -> Attend:
             key_cache,
             value_cache,
             cache_seqlens=step.seq_lens,
-            page_table=step.tables,
+            page_table=step.block_tables,
             causal=True,
         )
         return (found[0] if isinstance(found, tuple) else found)[:, 0]
@@ -99,7 +99,7 @@ def flash_attention_2(step: Step) -> Attend:
             key_cache,
             value_cache,
             cache_seqlens=step.seq_lens,
-            block_table=step.tables,
+            block_table=step.block_tables,
             causal=True,
         )
         return output[:, 0]

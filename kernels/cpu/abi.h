@@ -24,7 +24,7 @@ struct AttentionArguments {
     const void *query, *key, *value;
     void* output;
     const float *key_scales, *value_scales;  // null unless the cache is quantised
-    const int32_t* tables;
+    const int32_t* block_tables;
     Integers seq_lens, kv_starts, cu_seqlens_q;
     const void* mask;
     const float* sinks;

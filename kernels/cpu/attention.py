@@ -99,11 +99,11 @@ def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
 
 
 def _error(
-    problem: Problem, tables: Tensor, query: Tensor, cache: Tensor, mask: Tensor | None
+    problem: Problem, block_tables: Tensor, query: Tensor, cache: Tensor, mask: Tensor | None
 ) -> ValueError:
     row, column, value = problem.numbers
     if problem.code == _SEQ_LEN:
-        return wrong_length(row, value, tables.shape[1] * cache.shape[1])
+        return wrong_length(row, value, block_tables.shape[1] * cache.shape[1])
     if problem.code == _TABLE_ENTRY:
         return ValueError(
             f"block_tables[{row}, {column}] is {value}; the cache has blocks 0 to "

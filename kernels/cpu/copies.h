@@ -138,7 +138,7 @@ struct GatherArguments {
     const void* cache;    // [blocks, block_size, kv_heads, dim]
     void* output;         // [rows, length, kv_heads, dim], contiguous
     const float* scales;  // null unless quantised, and where the cache has no block
-    const int32_t* tables;
+    const int32_t* block_tables;
     Integers seq_lens;
     int64_t cache_type, output_type, element_size, output_size;
     int64_t rows, length, kv_heads, dim;
@@ -196,7 +196,7 @@ inline int gather(const GatherArguments& a) {
         int64_t first = std::max<int64_t>(0, seq_len - a.length) / a.block_size;
         int64_t last = std::min((seq_len + a.block_size - 1) / a.block_size, a.table_columns);
         for (int64_t column = first; column < last; column++) {
-            int64_t block = a.tables[row * a.table_stride + column];
+            int64_t block = a.block_tables[row * a.table_stride + column];
             if (block < a.num_blocks) continue;
             a.problem[0] = row;
             a.problem[1] = column;
@@ -223,7 +223,7 @@ inline int gather(const GatherArguments& a) {
                 offset = position % a.block_size;
                 count = std::min(end - column, a.block_size - offset);
                 int64_t at = position / a.block_size;
-                if (at < a.table_columns) block = a.tables[row * a.table_stride + at];
+                if (at < a.table_columns) block = a.block_tables[row * a.table_stride + at];
             }
             if (block < 0) memset(to, 0, count * token_bytes);
             else gather_run(a, block, offset, count, to);

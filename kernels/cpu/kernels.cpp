@@ -38,7 +38,7 @@ int checked(const AttentionArguments& a) {
         int64_t stop = attention::visible(a, row, seq_len - 1, seq_len).last;
         if (start >= stop) continue;  // as where kv_starts lies past the row's end
         int64_t first = start / a.block_size, last = (stop - 1) / a.block_size + 1;
-        const int32_t* table = a.tables + row * a.table_stride;
+        const int32_t* table = a.block_tables + row * a.table_stride;
         for (int64_t column = first; column < last; column++)
             if (table[column] >= a.num_blocks) return wrong(TABLE_ENTRY, row, column, table[column]);
     }

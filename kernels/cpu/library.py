@@ -79,11 +79,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def int32_rows(tables: Tensor) -> Tensor:
+def int32_rows(block_tables: Tensor) -> Tensor:
     """Block tables as the native side reads them. What int32 cannot hold stays out of bounds."""
-    if tables.dtype != torch.int32:
-        tables = tables.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
-    return tables if tables.stride(1) == 1 else tables.contiguous()
+    if block_tables.dtype != torch.int32:
+        block_tables = block_tables.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
+    return block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
 
 
 def integers(tensor: Tensor | None) -> tuple[int, int]:

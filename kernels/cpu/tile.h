@@ -54,7 +54,7 @@ template <class T> struct Tile {
         start = from;
         count = int(std::min<int64_t>(TILE, task.stop - from));
         holes = false;
-        const int32_t* table = a.tables + task.row * a.table_stride;
+        const int32_t* table = a.block_tables + task.row * a.table_stride;
         for (int i = 0; i < count;) {
             int64_t block = table[(from + i) / a.block_size], offset = (from + i) % a.block_size;
             int run = int(std::min<int64_t>(count - i, a.block_size - offset));

@@ -35,7 +35,7 @@ PENDING: tl.constexpr = tl.constexpr(-2)
 @triton.jit
 def _settle(
     slots,
-    lens,
+    seq_lens,
     ref_counts,
     failures,
     lane,
@@ -53,7 +53,7 @@ def _settle(
     # [S2]
     tl.store(slots + lane, slot.to(tl.int64), mask=stays)
     # [S3]
-    tl.store(lens + row, length + 1, mask=alone)
+    tl.store(seq_lens + row, length + 1, mask=alone)
     # [S4]
     tl.atomic_add(failures, tl.sum((stays & (holders != 1)).to(tl.int32), 0), sem="relaxed")
 
@@ -63,8 +63,8 @@ def step_rows(
     slots,
     copies,
     rows,
-    lens,
-    tables,
+    seq_lens,
+    block_tables,
     ref_counts,
     free,
     num_free,
@@ -83,10 +83,10 @@ def step_rows(
     live = row >= 0
     row = tl.where(live, row, 0)
     # [2]
-    length = tl.load(lens + row, mask=live, other=0)
+    length = tl.load(seq_lens + row, mask=live, other=0)
     column = length // BLOCK_SIZE
     offset = length % BLOCK_SIZE
-    entry = tables + row * num_columns + column
+    entry = block_tables + row * num_columns + column
     partial = live & (offset != 0)
     grows = live & (offset == 0) & (column < num_columns)
     # [3]
@@ -126,22 +126,22 @@ def step_rows(
     tl.store(copies + lane * 2, tl.where(copied, tail, -1), mask=exists)
     tl.store(copies + lane * 2 + 1, tl.where(copied, block, -1), mask=exists)
     # [15]
-    tl.store(lens + row, length + 1, mask=served)
+    tl.store(seq_lens + row, length + 1, mask=served)
     # [16]
     refused = live & (served == 0) & (stays == 0)
     tl.atomic_add(failures, tl.sum(refused.to(tl.int32), 0), sem="relaxed")
     if ALONE:
         # All rows are in this program, so all are through when its threads are.
         tl.debug_barrier()
-        _settle(slots, lens, ref_counts, failures, lane, row, length, tail, stays, BLOCK_SIZE)
+        _settle(slots, seq_lens, ref_counts, failures, lane, row, length, tail, stays, BLOCK_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_lanes"], do_not_specialize_on_alignment=["rows"])
 def settle_rows(
     slots,
     rows,
-    lens,
-    tables,
+    seq_lens,
+    block_tables,
     ref_counts,
     failures,
     num_lanes,
@@ -153,17 +153,17 @@ def settle_rows(
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     stays = tl.load(slots + lane, mask=lane < num_lanes, other=-1) == PENDING
     row = tl.load(rows + lane, mask=stays, other=0).to(tl.int64)
-    length = tl.load(lens + row, mask=stays, other=0)
-    tail = tl.load(tables + row * num_columns + length // BLOCK_SIZE, mask=stays, other=0)
-    _settle(slots, lens, ref_counts, failures, lane, row, length, tail, stays, BLOCK_SIZE)
+    length = tl.load(seq_lens + row, mask=stays, other=0)
+    tail = tl.load(block_tables + row * num_columns + length // BLOCK_SIZE, mask=stays, other=0)
+    _settle(slots, seq_lens, ref_counts, failures, lane, row, length, tail, stays, BLOCK_SIZE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["sources", "targets"])
 def share_rows(
     sources,
     targets,
-    lens,
-    tables,
+    seq_lens,
+    block_tables,
     ref_counts,
     failures,
     num_columns,
@@ -177,32 +177,32 @@ def share_rows(
     target = tl.load(targets + pair).to(tl.int64)
     if (source >= 0) & (target >= 0):
         # [F2]
-        in_use = tl.load(lens + target)
+        in_use = tl.load(seq_lens + target)
         if in_use != 0:
             # [F3]
             tl.atomic_add(failures, 1, sem="relaxed")
         else:
             # [F4]
-            length = tl.load(lens + source)
+            length = tl.load(seq_lens + source)
             num_blocks = tl.cdiv(length, BLOCK_SIZE)
             for first in range(0, num_blocks, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
                 held = column < num_blocks
                 # [F5]
-                block = tl.load(tables + source * num_columns + column, mask=held, other=0)
+                block = tl.load(block_tables + source * num_columns + column, mask=held, other=0)
                 # [F6]
                 tl.atomic_add(ref_counts + block, 1, mask=held, sem="relaxed")
                 # [F7]
-                tl.store(tables + target * num_columns + column, block, mask=held)
+                tl.store(block_tables + target * num_columns + column, block, mask=held)
             # [F8]
-            tl.store(lens + target, length)
+            tl.store(seq_lens + target, length)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
 def drop_rows(
     rows,
-    lens,
-    tables,
+    seq_lens,
+    block_tables,
     ref_counts,
     free,
     num_free,
@@ -215,11 +215,11 @@ def drop_rows(
     row = tl.load(rows + tl.program_id(0)).to(tl.int64)
     if row >= 0:
         # [R2]
-        num_blocks = tl.cdiv(tl.load(lens + row), BLOCK_SIZE)
+        num_blocks = tl.cdiv(tl.load(seq_lens + row), BLOCK_SIZE)
         for first in range(0, num_blocks, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             held = column < num_blocks
-            entry = tables + row * num_columns + column
+            entry = block_tables + row * num_columns + column
             # [R3]
             block = tl.load(entry, mask=held, other=0)
             # [R4]
@@ -233,7 +233,7 @@ def drop_rows(
             # [R7]
             tl.store(entry, tl.full([COLUMNS], -1, tl.int32), mask=held)
         # [R8]
-        tl.store(lens + row, 0)
+        tl.store(seq_lens + row, 0)
 
 
 def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,13 +248,13 @@ def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor
     lanes = max(LANES_MIN, triton.next_power_of_2(num_lanes)) if alone else LANES
     grid = (triton.cdiv(num_lanes, lanes),)
     options = {"LANES": lanes, "num_warps": _warps(lanes), **config.COMPILER_OPTIONS}
-    books, sizes = _books(allocator), (num_lanes, allocator.tables.shape[1])
+    tensors, sizes = _tensors(allocator), (num_lanes, allocator.block_tables.shape[1])
     with _on_device(rows):
         step_rows[grid](
             slots,
             copies,
             rows,
-            *books,
+            *tensors,
             allocator.free,
             allocator.num_free,
             allocator.failures,
@@ -267,7 +267,7 @@ def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor
             settle_rows[grid](
                 slots,
                 rows,
-                *books,
+                *tensors,
                 allocator.failures,
                 *sizes,
                 BLOCK_SIZE=allocator.block_size,
@@ -284,9 +284,9 @@ def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> N
         share_rows[(len(sources),)](
             sources.contiguous(),
             targets.contiguous(),
-            *_books(allocator),
+            *_tensors(allocator),
             allocator.failures,
-            allocator.tables.shape[1],
+            allocator.block_tables.shape[1],
             BLOCK_SIZE=allocator.block_size,
             COLUMNS=COLUMNS,
             **config.COMPILER_OPTIONS,
@@ -300,10 +300,10 @@ def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
     with _on_device(rows):
         drop_rows[(len(rows),)](
             rows.contiguous(),
-            *_books(allocator),
+            *_tensors(allocator),
             allocator.free,
             allocator.num_free,
-            allocator.tables.shape[1],
+            allocator.block_tables.shape[1],
             BLOCK_SIZE=allocator.block_size,
             COLUMNS=COLUMNS,
             **config.COMPILER_OPTIONS,
@@ -315,9 +315,9 @@ def _warps(lanes: int) -> int:
     return max(1, lanes // 32)
 
 
-def _books(allocator: DeviceAllocator) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(allocator: DeviceAllocator) -> tuple[Tensor, Tensor, Tensor]:
     """What every kernel takes, in order."""
-    return allocator.lens, allocator.tables, allocator.ref_counts
+    return allocator.seq_lens, allocator.block_tables, allocator.ref_counts
 
 
 def _on_device(tensor: Tensor) -> Any:

@@ -80,12 +80,12 @@ def attend(
     another plan, capture again: from here that cannot be seen.
     """
     _check_plan(plan, query, key_cache, args)
-    tables, starts = args.block_tables, args.cu_seqlens_q
+    block_tables, starts = args.block_tables, args.cu_seqlens_q
     call = AttentionCall(
         query if query.stride(2) == 1 else query.contiguous(),
         key_cache,
         value_cache,
-        tables if tables.stride(1) == 1 else tables.contiguous(),
+        block_tables if block_tables.stride(1) == 1 else block_tables.contiguous(),
         args.seq_lens.contiguous(),
         None if plan.work.one_query or starts is None else starts.contiguous(),
         query.shape[2] ** -0.5 if args.softmax_scale is None else args.softmax_scale,
@@ -198,7 +198,7 @@ def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> 
         "query": query,
         "key_cache": key_cache,
         "value_cache": value_cache,
-        "tables": call.block_tables,
+        "block_tables": call.block_tables,
         "seq_lens": call.seq_lens,
         "items": plan.items,
         "members": plan.members,
@@ -217,7 +217,7 @@ def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> 
         "H": query.shape[1],
         "query_token": query.stride(0),
         "query_head": query.stride(1),
-        "tables_row": call.block_tables.stride(0),
+        "block_tables_row": call.block_tables.stride(0),
         **_strides("key", key_cache),
         **_strides("value", value_cache),
         **_strides("key_scales", call.scales and call.scales[0]),

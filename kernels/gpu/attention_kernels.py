@@ -69,16 +69,18 @@ def _look_up(mask, line_at, real, column, mask_token, mask_width, LOWEST: tl.con
 @triton.jit(
     do_not_specialize=[
         "window", "first_item", "capacity", "mask_queries", "mask_width", "mask_row", "mask_head",
-        "mask_query", "tables_row",
+        "mask_query", "block_tables_row",
     ],
     # Views of a step's tensors begin anywhere; nothing of them is loaded as one run.
-    do_not_specialize_on_alignment=["tables", "seq_lens", "cu_seqlens_q", "kv_starts", "mask"],
+    do_not_specialize_on_alignment=[
+        "block_tables", "seq_lens", "cu_seqlens_q", "kv_starts", "mask",
+    ],
 )  # fmt: skip
 def attend_items(
-    output, partials, weights, query, key_cache, value_cache, tables, seq_lens, items, members,
-    slots, cu_seqlens_q, kv_starts, sinks, mask, key_scales, value_scales,
+    output, partials, weights, query, key_cache, value_cache, block_tables, seq_lens, items,
+    members, slots, cu_seqlens_q, kv_starts, sinks, mask, key_scales, value_scales,
     scale, softcap, window, first_item, capacity, H,
-    query_token, query_head, tables_row,
+    query_token, query_head, block_tables_row,
     key_block, key_slot, key_head, value_block, value_slot, value_head,
     key_scales_block, key_scales_slot, key_scales_head,
     value_scales_block, value_scales_slot, value_scales_head,
@@ -170,26 +172,28 @@ def attend_items(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     summed = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
-    tables += table_row.to(tl.int64) * tables_row
+    block_tables += table_row.to(tl.int64) * block_tables_row
     lane = tl.arange(0, BLOCK_N)
     if BLOCK_SIZE % BLOCK_N == 0:  # a tile lies in one block: one look-up for all its tokens
         tile_start = lo - lo % BLOCK_N
-        next_block = tl.load(tables + tile_start // BLOCK_SIZE, mask=tile_start < hi, other=-1)
+        next_block = tl.load(
+            block_tables + tile_start // BLOCK_SIZE, mask=tile_start < hi, other=-1
+        )
     else:
         tile_start = lo
         next_block = tl.load(
-            tables + (tile_start + lane) // BLOCK_SIZE, mask=tile_start + lane < hi, other=-1
+            block_tables + (tile_start + lane) // BLOCK_SIZE, mask=tile_start + lane < hi, other=-1
         )
     for tile in tl.range(tile_start, hi, BLOCK_N):
         block = next_block.to(tl.int64)
         ahead = tile + BLOCK_N
         token = tile + lane
         if BLOCK_SIZE % BLOCK_N == 0:
-            next_block = tl.load(tables + ahead // BLOCK_SIZE, mask=ahead < hi, other=-1)
+            next_block = tl.load(block_tables + ahead // BLOCK_SIZE, mask=ahead < hi, other=-1)
             slot_of = tile % BLOCK_SIZE + lane
         else:
             ahead += lane
-            next_block = tl.load(tables + ahead // BLOCK_SIZE, mask=ahead < hi, other=-1)
+            next_block = tl.load(block_tables + ahead // BLOCK_SIZE, mask=ahead < hi, other=-1)
             slot_of = token % BLOCK_SIZE
         held = (token >= lo) & (token < hi) & (block >= 0)
         key_at = block * key_block + slot_of * key_slot

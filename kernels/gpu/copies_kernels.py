@@ -126,20 +126,20 @@ def append_vectors(
 
 
 @triton.jit(
-    do_not_specialize=["length", "num_columns", "tables_row"],
-    do_not_specialize_on_alignment=["tables", "seq_lens"],
+    do_not_specialize=["length", "num_columns", "block_tables_row"],
+    do_not_specialize_on_alignment=["block_tables", "seq_lens"],
 )
 def gather_vectors(
     gathered,
     cache,
     scales,
-    tables,
+    block_tables,
     seq_lens,
     length,
     num_columns,
     cache_block,
     scales_block,
-    tables_row,
+    block_tables_row,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -153,7 +153,9 @@ def gather_vectors(
     position = tl.load(seq_lens + row).to(tl.int32) - length + vector // HEADS
     column = position // BLOCK_SIZE
     found = exists & (position >= 0) & (column < num_columns)
-    block = tl.load(tables + row * tables_row + column, mask=found, other=-1).to(tl.int64)
+    block = tl.load(block_tables + row * block_tables_row + column, mask=found, other=-1).to(
+        tl.int64
+    )
     found &= block >= 0
     place = position % BLOCK_SIZE * HEADS + vector % HEADS  # of the vector in its block
 

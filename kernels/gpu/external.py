@@ -71,8 +71,8 @@ def attention(
     if backend is None:
         return None
     softmax_scale = query.shape[2] ** -0.5 if args.softmax_scale is None else args.softmax_scale
-    tables, seq_lens = args.block_tables.int().clamp(min=0), args.seq_lens.int()
-    rows = tables, seq_lens, cu_seqlens_q.int()
+    block_tables, seq_lens = args.block_tables.int().clamp(min=0), args.seq_lens.int()
+    rows = block_tables, seq_lens, cu_seqlens_q.int()
     return backend(query, key_cache, value_cache, *rows, plan, softmax_scale)
 
 
@@ -121,7 +121,7 @@ def _by_flash_attn(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    tables: Tensor,
+    block_tables: Tensor,
     seq_lens: Tensor,
     starts: Tensor,
     plan: AttentionPlan,
@@ -135,17 +135,17 @@ def _by_flash_attn(
         cu_seqlens_q=starts,
         cu_seqlens_k=ends,
         max_seqlen_q=plan.longest,
-        max_seqlen_k=_most_tokens(tables, key_cache),
+        max_seqlen_k=_most_tokens(block_tables, key_cache),
         softmax_scale=softmax_scale,
         causal=plan.shapes.causal,
-        block_table=tables,
+        block_table=block_tables,
     )
     return output
 
 
-def _most_tokens(tables: Tensor, key_cache: Tensor) -> int:
+def _most_tokens(block_tables: Tensor, key_cache: Tensor) -> int:
     """Return the most kv tokens a row can have: a plan outlives the lengths it was made from."""
-    return tables.shape[1] * key_cache.shape[1]
+    return block_tables.shape[1] * key_cache.shape[1]
 
 
 def _by_varlen(
@@ -153,7 +153,7 @@ def _by_varlen(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    tables: Tensor,
+    block_tables: Tensor,
     seq_lens: Tensor,
     starts: Tensor,
     plan: AttentionPlan,
@@ -166,12 +166,12 @@ def _by_varlen(
         starts,
         None,
         plan.longest,
-        _most_tokens(tables, key_cache),
+        _most_tokens(block_tables, key_cache),
         scale=softmax_scale,
         window_size=(-1, 0) if plan.shapes.causal else (-1, -1),
         enable_gqa=query.shape[1] != key_cache.shape[2],
         seqused_k=seq_lens,
-        block_table=tables,
+        block_table=block_tables,
     )
     return output
 
@@ -181,7 +181,7 @@ def _by_flashinfer(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    tables: Tensor,
+    block_tables: Tensor,
     seq_lens: Tensor,
     starts: Tensor,
     plan: AttentionPlan,
@@ -189,12 +189,12 @@ def _by_flashinfer(
 ) -> Tensor:
     block_size = key_cache.shape[1]
     pages = (seq_lens + block_size - 1) // block_size
-    columns = torch.arange(tables.shape[1], device=tables.device)
+    columns = torch.arange(block_tables.shape[1], device=block_tables.device)
     wrapper = wrapper_class(_workspace(query.device), "NHD")
     wrapper.plan(
         starts,
         torch.nn.functional.pad(pages.cumsum(0, dtype=torch.int32), (1, 0)),
-        tables[columns < pages[:, None]],
+        block_tables[columns < pages[:, None]],
         torch.where(seq_lens > 0, (seq_lens - 1) % block_size + 1, 0),
         query.shape[1],
         key_cache.shape[2],

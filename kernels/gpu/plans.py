@@ -167,7 +167,7 @@ class Plans:
     def of_host(self, rows: HostRows) -> AttentionPlan:
         """Plan from arrays. O(rows * blocks). Raises: `ValueError` as `plan_attention`."""
         with self._lock:
-            return self._make(rows.tables, rows.seq_lens, rows.cu_seqlens_q)
+            return self._make(rows.block_tables, rows.seq_lens, rows.cu_seqlens_q)
 
     def _of(
         self, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None
@@ -178,15 +178,16 @@ class Plans:
         ):
             return self._last
         seen = tuple(_Same(tensor) for tensor in tensors)
-        tables, lens = _on_host(block_tables), _on_host(seq_lens)
         starts = None if cu_seqlens_q is None else _on_host(cu_seqlens_q)
-        self._last = self._make(tables, lens, starts)
+        self._last = self._make(_on_host(block_tables), _on_host(seq_lens), starts)
         self._seen = seen
         return self._last
 
-    def _make(self, tables: NDArray[np.int32], lens: Ints, starts: Ints | None) -> AttentionPlan:
-        require_lengths(torch.from_numpy(lens), tables.shape[1] * self._shapes.block_size)
-        work = self._planner.plan(tables, lens, starts)
+    def _make(
+        self, block_tables: NDArray[np.int32], lens: Ints, starts: Ints | None
+    ) -> AttentionPlan:
+        require_lengths(torch.from_numpy(lens), block_tables.shape[1] * self._shapes.block_size)
+        work = self._planner.plan(block_tables, lens, starts)
         if starts is None:
             starts = np.arange(len(lens) + 1, dtype=np.int32)
         sizes = (len(lens), int(starts[-1]), int(np.diff(starts).max(initial=0)))

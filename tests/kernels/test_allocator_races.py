@@ -78,8 +78,8 @@ class Start(NamedTuple):
         for tail, holders in enumerate(self.sharing):
             idle = range(stepping, stepping + self.idle if tail == 0 else stepping)
             for holder in (*range(row, row + holders), *idle):
-                memory["lens", holder] = 2
-                memory["tables", holder, 0] = tail
+                memory["seq_lens", holder] = 2
+                memory["block_tables", holder, 0] = tail
                 memory["ref_counts", tail] += 1
             row += holders
         memory["num_free"] = self.free
@@ -106,7 +106,7 @@ STARTS = {
 
 def assert_books_balance(memory: Memory) -> None:
     """Refcounts are the holders there are, and each block is free or held."""
-    rows = range(memory.count("lens"))
+    rows = range(memory.count("seq_lens"))
     holders = Counter(block for row in rows for block in memory.table(row))
     num_blocks = memory.count("ref_counts")
     for block in range(num_blocks):
@@ -124,15 +124,15 @@ def assert_step(before: Memory, after: Memory, lanes: list[int]) -> None:
     refused = 0
     for lane in lanes:
         row, slot = before["rows", lane], after["slots", lane]
-        length = before["lens", row]
+        length = before["seq_lens", row]
         old, new = before.table(row), after.table(row)
         copy = (after["sources_copied", lane], after["blocks_copied", lane])
         if slot == NONE:
             refused += 1
-            assert (after["lens", row], new, copy) == (length, old, (NONE, NONE))
+            assert (after["seq_lens", row], new, copy) == (length, old, (NONE, NONE))
             assert after["num_free"] == 0, "refused with blocks left"
             continue
-        assert after["lens", row] == length + 1
+        assert after["seq_lens", row] == length + 1
         assert slot == new[-1] * BLOCK_SIZE + length % BLOCK_SIZE
         assert after["ref_counts", new[-1]] == 1, "a block that others hold is written"
         copied = length % BLOCK_SIZE != 0 and new != old
@@ -145,7 +145,7 @@ def assert_step(before: Memory, after: Memory, lanes: list[int]) -> None:
 def assert_no_copy_too_many(before: Memory, after: Memory, lanes: list[int]) -> None:
     """Of the rows that share a block, all but one copy it; all do, where an idle row keeps it."""
     tails = Counter(
-        before.table(lane)[-1] for lane in lanes if before["lens", lane] % BLOCK_SIZE != 0
+        before.table(lane)[-1] for lane in lanes if before["seq_lens", lane] % BLOCK_SIZE != 0
     )
     copied = Counter(after["sources_copied", lane] for lane in lanes)
     for tail, stepping in tails.items():
@@ -208,10 +208,10 @@ def test_every_schedule_of_a_release_is_right(lengths: tuple[int, ...]) -> None:
     num_rows = len(lengths) + 1
     memory = memory_of(num_rows + 1, BLOCK_SIZE, num_rows, 2, len(lengths))
     for row, length in enumerate((2, *lengths)):
-        memory["lens", row] = length
+        memory["seq_lens", row] = length
         for column in range(memory.num_blocks(row)):
             block = 0 if column == 0 else row + 1
-            memory["tables", row, column] = block
+            memory["block_tables", row, column] = block
             memory["ref_counts", block] += 1
     held = [block for block in range(num_rows + 1) if memory["ref_counts", block]]
     memory["num_free"] = 0
@@ -226,15 +226,15 @@ def test_every_schedule_of_a_release_is_right(lengths: tuple[int, ...]) -> None:
         launch: Launch = [lambda _, lane=lane: drop_rows(_, lane) for lane in range(len(leaving))]
         for after in explore(memory, [launch]):
             assert_books_balance(after)
-            assert all(after["lens", row] == 0 for row in leaving)
+            assert all(after["seq_lens", row] == 0 for row in leaving)
 
 
 @pytest.mark.parametrize("targets", [(1, 2), (1, 2, 3)])
 def test_every_schedule_of_a_fork_is_right(targets: tuple[int, ...]) -> None:
     memory = memory_of(3, BLOCK_SIZE, 4, 2, len(targets))
-    memory["lens", 0] = 6
+    memory["seq_lens", 0] = 6
     for column in range(2):
-        memory["tables", 0, column] = 2 - column
+        memory["block_tables", 0, column] = 2 - column
         memory["ref_counts", 2 - column] = 1
     memory["free", 0], memory["num_free"] = 0, 1
     for pair, target in enumerate(targets):
@@ -272,21 +272,21 @@ class Scheduled:
     def _run(
         self, allocator: DeviceAllocator, rows: Tensor, targets: Tensor, launches: list[Launch]
     ) -> Memory:
-        num_rows, columns = allocator.tables.shape
+        num_rows, columns = allocator.block_tables.shape
         memory = memory_of(len(allocator.free), allocator.block_size, num_rows, columns, len(rows))
-        arrays = {name: getattr(allocator, name) for name in ("free", "ref_counts", "lens")}
+        arrays = {name: getattr(allocator, name) for name in ("free", "ref_counts", "seq_lens")}
         for name, tensor in {**arrays, "rows": rows, "targets": targets}.items():
             for index, value in enumerate(tensor.tolist()):
                 memory[name, index] = value
-        for row, table in enumerate(allocator.tables.tolist()):
+        for row, table in enumerate(allocator.block_tables.tolist()):
             for column, block in enumerate(table):
-                memory["tables", row, column] = block
+                memory["block_tables", row, column] = block
         memory["num_free"], memory["failures"] = int(allocator.num_free), int(allocator.failures)
         run_random(memory, launches, self.chance)
         for name, tensor in arrays.items():
             tensor.copy_(torch.tensor([memory[name, index] for index in range(len(tensor))]))
-        flat = [memory["tables", row, at] for row in range(num_rows) for at in range(columns)]
-        allocator.tables.copy_(torch.tensor(flat).view(num_rows, columns))
+        flat = [memory["block_tables", row, at] for row in range(num_rows) for at in range(columns)]
+        allocator.block_tables.copy_(torch.tensor(flat).view(num_rows, columns))
         allocator.num_free[0], allocator.failures[0] = memory["num_free"], memory["failures"]
         return memory
 

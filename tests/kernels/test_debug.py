@@ -193,9 +193,9 @@ def test_what_kernels_skip_may_hold_anything() -> None:
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 4, torch.float32)
     # -1 in the middle is a block given back; what stands past a row's tokens is not followed.
-    blocks.tables[0, 2], blocks.tables[1, 1:], blocks.tables[2] = -1, 1000, -9
+    blocks.block_tables[0, 2], blocks.block_tables[1, 1:], blocks.block_tables[2] = -1, 1000, -9
     attend(case, call, blocks)
-    gather_kv.gather_kv(blocks.caches[0], blocks.tables, blocks.seq_lens, 30)
+    gather_kv.gather_kv(blocks.caches[0], blocks.block_tables, blocks.seq_lens, 30)
     tokens = torch.ones(4, 2, 16)
     append_kv.append_kv(tokens, tokens, *blocks.caches, torch.tensor([-1, 5, -1, -7]))
     storage = torch.arange(12.0).view(BLOCKS, 2)
@@ -218,17 +218,17 @@ def test_the_last_block_and_the_last_slot_are_in_bounds() -> None:
 
 
 @pytest.mark.usefixtures("debugging")
-@pytest.mark.parametrize("name", ["tables", "seq_lens", "cu_seqlens_q"])
+@pytest.mark.parametrize("name", ["block_tables", "seq_lens", "cu_seqlens_q"])
 def test_host_rows_have_the_values_of_the_tensors(name: str) -> None:
     arguments = attention_arguments()
     for cache in ("key_cache", "value_cache"):
         arguments[cache].zero_()
-    names = {"tables": "block_tables", "seq_lens": "seq_lens", "cu_seqlens_q": "cu_seqlens_q"}
-    arrays = {ours: arguments[theirs].numpy().copy() for ours, theirs in names.items()}
-    arrays["tables"][0, -1] += 1  # behind the row's last token
+    names = ("block_tables", "seq_lens", "cu_seqlens_q")
+    arrays = {each: arguments[each].numpy().copy() for each in names}
+    arrays["block_tables"][0, -1] += 1  # behind the row's last token
     paged_attention.paged_attention(**arguments, host_rows=HostRows(**arrays))
     arrays[name].flat[1] += 1
-    with pytest.raises(ValueError, match=rf"{names[name]}\[.*host_rows has another value"):
+    with pytest.raises(ValueError, match=rf"{name}\[.*host_rows has another value"):
         paged_attention.paged_attention(**arguments, host_rows=HostRows(**arrays))
 
 
@@ -255,7 +255,7 @@ def test_without_debug_mode_no_value_is_looked_at(monkeypatch: pytest.MonkeyPatc
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
     attend(case, call, blocks)
-    gather_kv.gather_kv(blocks.caches[0], blocks.tables, blocks.seq_lens, 3)
+    gather_kv.gather_kv(blocks.caches[0], blocks.block_tables, blocks.seq_lens, 3)
     copy_blocks.copy_blocks(torch.zeros(2, 2), torch.tensor([[0, 1]]))
 
 

@@ -144,9 +144,13 @@ def test_what_stands_past_a_rows_last_block_is_not_followed(implementation: Kern
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 8, torch.float32)
     expected = attend(case, call, blocks, kernels=implementation)
-    blocks.tables[0, 5:], blocks.tables[1, 1:], blocks.tables[2] = -77, 1 << 30, 999
+    blocks.block_tables[0, 5:], blocks.block_tables[1, 1:], blocks.block_tables[2] = (
+        -77,
+        1 << 30,
+        999,
+    )
     assert torch.equal(attend(case, call, blocks, kernels=implementation), expected)
-    gathered = implementation.gather_kv(blocks.caches[0], blocks.tables, blocks.seq_lens, 12)
+    gathered = implementation.gather_kv(blocks.caches[0], blocks.block_tables, blocks.seq_lens, 12)
     assert torch.equal(gathered[1, 4:], call.keys[1])
     assert gathered[2].eq(0).all()
 

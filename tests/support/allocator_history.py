@@ -55,7 +55,7 @@ class History:
         self.copied += int((copies[:, 0] >= 0).sum())
         given = [slot for slot in slots.tolist() if slot >= 0]
         assert len(set(given)) == len(given), "a slot was given twice"
-        room = self.allocator.tables.numel() // len(self.tokens) * self.allocator.block_size
+        room = self.allocator.block_tables.numel() // len(self.tokens) * self.allocator.block_size
         free = int(self.allocator.num_free)
         for row, slot in zip(rows, slots.tolist(), strict=True):
             if row < 0:
@@ -88,18 +88,18 @@ class History:
     def check(self) -> None:
         """Every block is free or held, and every row reads back exactly what was written to it."""
         self.allocator.check()
-        assert self.allocator.lens.tolist() == [len(tokens) for tokens in self.tokens]
+        assert self.allocator.seq_lens.tolist() == [len(tokens) for tokens in self.tokens]
         assert int(self.allocator.failures) == self.refused
         for row, tokens in enumerate(self.tokens):
             used = -(-len(tokens) // self.allocator.block_size)
-            blocks = self.allocator.tables[row, :used].long()
+            blocks = self.allocator.block_tables[row, :used].long()
             assert self.payload[blocks].view(-1)[: len(tokens)].tolist() == tokens, f"row {row}"
 
     def state(self) -> list[Tensor]:
         """Everything a call may change or give, the free blocks in order."""
         books = self.allocator
         free = books.free[: int(books.num_free)]
-        changed = [free, books.ref_counts, books.tables, books.lens, books.failures]
+        changed = [free, books.ref_counts, books.block_tables, books.seq_lens, books.failures]
         return [*changed, self.payload, *self.last_step]
 
 

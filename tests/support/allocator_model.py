@@ -25,7 +25,7 @@ PENDING = -2
 NONE = -1
 
 # Each row stands once in a call, and each lane is one program's: what they index is theirs.
-OWN = ("rows", "targets", "lens", "tables", "slots", "sources_copied", "blocks_copied")
+OWN = ("rows", "targets", "seq_lens", "block_tables", "slots", "sources_copied", "blocks_copied")
 
 Access = tuple[str, str, tuple[int, ...], int]
 Program = Generator[Access, int, None]
@@ -66,10 +66,10 @@ class Memory:
         return sum(place[0] == array for place in self.cells)
 
     def num_blocks(self, row: int) -> int:
-        return -(-self["lens", row] // self.block_size)
+        return -(-self["seq_lens", row] // self.block_size)
 
     def table(self, row: int) -> list[int]:
-        return [self["tables", row, column] for column in range(self.num_blocks(row))]
+        return [self["block_tables", row, column] for column in range(self.num_blocks(row))]
 
 
 def memory_of(
@@ -81,9 +81,9 @@ def memory_of(
         memory["free", block] = num_blocks - 1 - block
         memory["ref_counts", block] = 0
     for row in range(num_rows):
-        memory["lens", row] = 0
+        memory["seq_lens", row] = 0
         for column in range(num_columns):
-            memory["tables", row, column] = NONE
+            memory["block_tables", row, column] = NONE
     for lane in range(num_lanes):
         for array in ("rows", "targets", "slots", "sources_copied", "blocks_copied"):
             memory[array, lane] = NONE
@@ -162,11 +162,11 @@ def step_rows(memory: Memory, lanes: list[int], variant: Variant = RIGHT) -> Pro
         x.row = yield load("rows", x.lane)
     live = [x for x in state if x.row >= 0]
     for x in live:  # [2]
-        x.length = yield load("lens", x.row)
+        x.length = yield load("seq_lens", x.row)
         x.partial = x.length % size != 0
         x.grows = x.length % size == 0 and x.length // size < last
     for x in filter(lambda x: x.partial, live):  # [3]
-        x.tail = yield load("tables", x.row, x.length // size)
+        x.tail = yield load("block_tables", x.row, x.length // size)
     for x in filter(lambda x: x.partial, live):  # [4]
         holders = yield load("ref_counts", x.tail)
         x.shared = holders > 1
@@ -191,7 +191,7 @@ def step_rows(memory: Memory, lanes: list[int], variant: Variant = RIGHT) -> Pro
     for x in served:  # [10]
         yield store(1, "ref_counts", x.block)
     for x in served:  # [11]
-        yield store(x.block, "tables", x.row, x.length // size)
+        yield store(x.block, "block_tables", x.row, x.length // size)
     if variant.rejoins:
         for x in filter(lambda x: x.copying and not x.served, live):  # [12]
             yield add(1, "ref_counts", x.tail)
@@ -207,7 +207,7 @@ def step_rows(memory: Memory, lanes: list[int], variant: Variant = RIGHT) -> Pro
         yield store(x.block if copied else NONE, "blocks_copied", x.lane)
     for x in live:  # [15]
         if x.served or (x.stays and not variant.settles):
-            yield store(x.length + 1, "lens", x.row)
+            yield store(x.length + 1, "seq_lens", x.row)
     yield add(sum(not x.served and not x.stays for x in live), "failures")  # [16]
 
 
@@ -219,12 +219,12 @@ def settle_rows(memory: Memory, lanes: list[int]) -> Program:
         if (yield load("slots", lane)) != PENDING:
             continue
         row = yield load("rows", lane)
-        length = yield load("lens", row)
-        tail = yield load("tables", row, length // size)
+        length = yield load("seq_lens", row)
+        tail = yield load("block_tables", row, length // size)
         alone = (yield load("ref_counts", tail)) == 1  # [S1]
         yield store(tail * size + length % size if alone else NONE, "slots", lane)  # [S2]
         if alone:
-            yield store(length + 1, "lens", row)  # [S3]
+            yield store(length + 1, "seq_lens", row)  # [S3]
         refused += not alone
     yield add(refused, "failures")  # [S4]
 
@@ -235,19 +235,19 @@ def share_rows(memory: Memory, pair: int) -> Program:
     target = yield load("targets", pair)
     if source < 0 or target < 0:
         return
-    if (yield load("lens", target)) != 0:  # [F2]
+    if (yield load("seq_lens", target)) != 0:  # [F2]
         yield add(1, "failures")  # [F3]
         return
-    length = yield load("lens", source)  # [F4]
+    length = yield load("seq_lens", source)  # [F4]
     columns = range(-(-length // memory.block_size))
     blocks = {}
     for column in columns:  # [F5]
-        blocks[column] = yield load("tables", source, column)
+        blocks[column] = yield load("block_tables", source, column)
     for block in blocks.values():  # [F6]
         yield add(1, "ref_counts", block)
     for column in columns:  # [F7]
-        yield store(blocks[column], "tables", target, column)
-    yield store(length, "lens", target)  # [F8]
+        yield store(blocks[column], "block_tables", target, column)
+    yield store(length, "seq_lens", target)  # [F8]
 
 
 def drop_rows(memory: Memory, lane: int) -> Program:
@@ -255,11 +255,11 @@ def drop_rows(memory: Memory, lane: int) -> Program:
     row = yield load("rows", lane)  # [R1]
     if row < 0:
         return
-    length = yield load("lens", row)  # [R2]
+    length = yield load("seq_lens", row)  # [R2]
     columns = range(-(-length // memory.block_size))
     blocks, unheld = {}, []
     for column in columns:  # [R3]
-        blocks[column] = yield load("tables", row, column)
+        blocks[column] = yield load("block_tables", row, column)
     for block in blocks.values():  # [R4]
         before = yield fetch_add(-1, "ref_counts", block)
         unheld += [block] if before == 1 else []
@@ -267,8 +267,8 @@ def drop_rows(memory: Memory, lane: int) -> Program:
     for rank, block in enumerate(unheld):  # [R6]
         yield store(block, "free", top + rank)
     for column in columns:  # [R7]
-        yield store(NONE, "tables", row, column)
-    yield store(0, "lens", row)  # [R8]
+        yield store(NONE, "block_tables", row, column)
+    yield store(0, "seq_lens", row)  # [R8]
 
 
 # A launch: its programs, each made anew from the memory it runs on.

@@ -287,13 +287,13 @@ class Paged:
 
     caches: tuple[Tensor, Tensor]
     scales: tuple[Tensor, Tensor] | None
-    tables: Tensor
+    block_tables: Tensor
     seq_lens: Tensor
 
     def stored(self, row: int) -> tuple[Tensor, Tensor]:
         """What stands in the slots of a row's tokens, in float64: [kv, kv_heads, dim] each."""
         block_size, length = self.caches[0].shape[1], int(self.seq_lens[row])
-        slots = slots_of(self.tables[row], torch.arange(length), block_size)
+        slots = slots_of(self.block_tables[row], torch.arange(length), block_size)
         key, value = (
             cache[slots // block_size, slots % block_size].double()
             * (1 if self.scales is None else self._scale(which, slots))
@@ -358,7 +358,7 @@ def attend(
     output: Tensor = kernels.paged_attention(
         put(torch.cat(call.queries)),
         *map(put, blocks.caches),
-        put(blocks.tables),
+        put(blocks.block_tables),
         put(blocks.seq_lens),
         None if decode else put(starts),
         softmax_scale=case.softmax_scale,

@@ -34,7 +34,7 @@ class Part(NamedTuple):
     def dense(self, num_columns: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last columns, [rows, columns, kv_heads, dim]; padding is zero."""
         dtype, scales = self.place.storage.dtype, self.scales() or (None, None)
-        rows = self.tables.tables, self.tables.seq_lens
+        rows = self.tables.block_tables, self.tables.seq_lens
         key, value = (
             gather_kv(cache, *rows, num_columns, scales=scale, dtype=dtype)
             for cache, scale in zip(self.caches(), scales, strict=True)
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
     def staged(self, device: torch.device) -> Blocks:
         """The part's blocks of this layer, copied to `device`. O(bytes)."""
-        theirs = self.tables.tables
+        theirs = self.tables.block_tables
         used = theirs >= 0
         blocks = theirs[used].long()
         tables = torch.full_like(theirs, -1)
@@ -61,7 +61,7 @@ class Part(NamedTuple):
             key,
             value,
             (scales[0], scales[1]) if scales else None,
-            RowTables(to_device(host.tables, device), to_device(host.seq_lens, device), host),
+            RowTables(to_device(host.block_tables, device), to_device(host.seq_lens, device), host),
         )
 
 

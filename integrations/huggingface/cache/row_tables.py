@@ -12,19 +12,23 @@ class RowTables:
     """Block tables and lengths of rows, on a device and on the host. Layers of a step share it.
 
     Args:
-        tables: int32 [rows, blocks], on the device of the blocks.
+        block_tables: int32 [rows, blocks], on the device of the blocks.
         seq_lens: int32 [rows], tokens.
         host: both as arrays.
         cu_seqlens_q: int32 [rows + 1] for packed rows of several queries. None: all rows have
             equally many queries.
     """
 
-    __slots__ = ("_args", "cu_seqlens_q", "host", "seq_lens", "tables")
+    __slots__ = ("_args", "block_tables", "cu_seqlens_q", "host", "seq_lens")
 
     def __init__(
-        self, tables: Tensor, seq_lens: Tensor, host: HostRows, cu_seqlens_q: Tensor | None = None
+        self,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        host: HostRows,
+        cu_seqlens_q: Tensor | None = None,
     ) -> None:
-        self.tables = tables
+        self.block_tables = block_tables
         self.seq_lens = seq_lens
         self.host = host
         self.cu_seqlens_q = cu_seqlens_q
@@ -33,7 +37,7 @@ class RowTables:
     def row(self, number: int) -> RowTables:
         """Return row `number` alone, with one query. O(1)."""
         one = slice(number, number + 1)
-        return RowTables(self.tables[one], self.seq_lens[one], self.host.row(number))
+        return RowTables(self.block_tables[one], self.seq_lens[one], self.host.row(number))
 
     def args(
         self,
@@ -59,7 +63,7 @@ class RowTables:
             if starts is None:
                 starts, host = self._equal_starts(num_queries), host.with_queries(num_queries)
             found = AttentionArgs(
-                self.tables,
+                self.block_tables,
                 self.seq_lens,
                 starts,
                 softmax_scale=softmax_scale,
@@ -77,8 +81,8 @@ class RowTables:
     def _equal_starts(self, num_queries: int) -> Tensor | None:
         if num_queries == 1:
             return None
-        end = len(self.tables) * num_queries + 1
-        device = self.tables.device
+        end = len(self.block_tables) * num_queries + 1
+        device = self.block_tables.device
         return torch.arange(0, end, num_queries, dtype=torch.int32, device=device)
 
     def _last(self, num_columns: int) -> Tensor:

@@ -215,7 +215,7 @@ def at_page_ends(call: Call, blocks: Paged) -> tuple[Call, Paged]:
     return replace(call, queries=[queries], **moved), Paged(
         (at_page_end(caches[0]), at_page_end(caches[1])),
         None if scales is None else (at_page_end(scales[0]), at_page_end(scales[1])),
-        at_page_end(blocks.tables),
+        at_page_end(blocks.block_tables),
         at_page_end(blocks.seq_lens),
     )
 

@@ -82,7 +82,7 @@ def test_a_row_grows_block_by_block(kernels: Any) -> None:
     history = History(kernels, 4, 2, 2, 3)
     slots = [history.step([1])[0] for _ in range(5)]
     assert slots == [0, 1, 2, 3, 4]
-    assert history.allocator.tables.tolist() == [[-1, -1, -1], [0, 1, 2]]
+    assert history.allocator.block_tables.tolist() == [[-1, -1, -1], [0, 1, 2]]
     history.check()
 
 
@@ -117,7 +117,7 @@ def test_full_blocks_stay_shared(kernels: Any) -> None:
     history.step([0, 1])
     history.check()
     assert history.copied == 0
-    tables = history.allocator.tables
+    tables = history.allocator.block_tables
     assert tables[0, 0] == tables[1, 0]
     assert tables[0, 1] != tables[1, 1]
 
@@ -150,9 +150,9 @@ def test_a_full_table_is_refused_though_blocks_are_left(kernels: Any) -> None:
     history = History(kernels, 9, 2, 2, 2)
     for _ in range(4):
         history.step([0, 1])
-    before = history.allocator.tables.clone()
+    before = history.allocator.block_tables.clone()
     assert history.step([1, 0]) == [-1, -1]
-    assert torch.equal(history.allocator.tables, before)
+    assert torch.equal(history.allocator.block_tables, before)
     history.check()
 
 
@@ -191,10 +191,10 @@ def test_row_numbers_may_be_strided_and_of_64_bits(kernels: Any, dtype: torch.dt
     assert copies.dtype == torch.int32
     assert slots.tolist() == [0, 4, -1]
     kernels.fork_rows(allocator, rows, rows + 1)
-    assert allocator.lens.tolist() == [1, 1, 1, 1]
+    assert allocator.seq_lens.tolist() == [1, 1, 1, 1]
     kernels.release_rows(allocator, rows)
     allocator.check()
-    assert allocator.lens.tolist() == [0, 1, 0, 1]
+    assert allocator.seq_lens.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -248,9 +248,9 @@ def test_debug_mode_looks_at_row_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda a: a.ref_counts[0].fill_(2), "block 0: refcount 2, but 1 tables hold it"),
         (lambda a: a.num_free.sub_(1), "block 1: 0 tables hold it, and it is free 0 times"),
         (lambda a: a.free[0].fill_(1), "block 1: 0 tables hold it, and it is free 2 times"),
-        (lambda a: a.tables[0, 1].fill_(1), "row 0: a block stands after its 1 tokens"),
-        (lambda a: a.tables[0, 0].fill_(-1), "row 0: blocks"),
-        (lambda a: a.lens[0].fill_(9), "row 0: 9 tokens do not fit 2 blocks"),
+        (lambda a: a.block_tables[0, 1].fill_(1), "row 0: a block stands after its 1 tokens"),
+        (lambda a: a.block_tables[0, 0].fill_(-1), "row 0: blocks"),
+        (lambda a: a.seq_lens[0].fill_(9), "row 0: 9 tokens do not fit 2 blocks"),
     ],
 )
 def test_check_names_the_broken_law(spoil: Any, law: str) -> None:

@@ -253,7 +253,7 @@ def test_queries_and_masks_may_be_views() -> None:
     wide[:, :, 8:24] = torch.cat(call.queries)
     mask = call.mask.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     starts = torch.tensor([0, 9, 3, 9, 6, 9])[::2]
-    tables = blocks.tables.t().contiguous().t().long()
+    tables = blocks.block_tables.t().contiguous().t().long()
     lens = torch.stack((blocks.seq_lens, blocks.seq_lens), 1)[:, 0].long()
     for query in (wide[:, :, 8:24], wide[:, :, 8:24].transpose(0, 1).contiguous().transpose(0, 1)):
         output = by_triton(query, *blocks.caches, tables, lens, starts, mask=mask)
@@ -303,7 +303,7 @@ SHARED: dict[str, dict[str, Any]] = {
 def test_prefixes_that_rows_share_are_read_together(name: str, chunk: bool) -> None:
     blocks, options = forest(), SHARED[name]
     query = torch.randn(7, 4, 16, generator=seeded(3))
-    tensors = (query, *blocks.caches, blocks.tables, blocks.seq_lens)
+    tensors = (query, *blocks.caches, blocks.block_tables, blocks.seq_lens)
     expected = by_reference(*tensors, **options)
     output = in_pieces(*tensors, **options) if chunk else planned(*tensors, **options)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
@@ -319,7 +319,7 @@ def test_prefixes_that_rows_share_are_read_together(name: str, chunk: bool) -> N
 def test_shared_prefixes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
     blocks = forest(dtype)
     query = torch.randn(7, 4, 16, generator=seeded(3)).to(dtype)
-    tensors = (blocks.tables, blocks.seq_lens)
+    tensors = (blocks.block_tables, blocks.seq_lens)
     exact = by_reference(
         query.double(), blocks.caches[0].double(), blocks.caches[1].double(), *tensors
     )
@@ -331,8 +331,8 @@ def test_shared_prefixes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
 def test_a_plan_serves_the_steps_after_it() -> None:
     blocks = forest()
     query = torch.randn(7, 4, 16, generator=seeded(4))
-    plan = plan_for(query, *blocks.caches, blocks.tables, blocks.seq_lens)
-    tables = blocks.tables.clone()
+    plan = plan_for(query, *blocks.caches, blocks.block_tables, blocks.seq_lens)
+    tables = blocks.block_tables.clone()
     tables[2, 6] = 9  # row 2 goes on in a block of its own
     for cache in blocks.caches:
         cache[[1, 2, 3, 4, 5, 7, 9]] = cache[30]
@@ -348,11 +348,11 @@ def test_blocks_given_back_in_the_middle_of_a_table_are_not_seen() -> None:
     case = Case(((4, 80), (1, 70)))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
-    blocks.tables[:, 1:3] = -1
+    blocks.block_tables[:, 1:3] = -1
     for queries in (call.queries, [queries[-1:] for queries in call.queries]):
         several = len(queries[0]) > 1
         starts = torch.tensor([0, len(queries[0]), len(queries[0]) + 1]) if several else None
-        tensors = (torch.cat(queries), *blocks.caches, blocks.tables, blocks.seq_lens, starts)
+        tensors = (torch.cat(queries), *blocks.caches, blocks.block_tables, blocks.seq_lens, starts)
         expected = by_reference(*tensors)
         output = by_triton(*tensors)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
@@ -363,7 +363,7 @@ def test_lengths_beyond_the_tables_of_a_plan_read_no_block() -> None:
     case = Case(((1, 20),))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
-    tables = blocks.tables[:, :1]
+    tables = blocks.block_tables[:, :1]
     plan = plan_for(call.queries[0], *blocks.caches, tables, torch.tensor([16]))
     output = by_plan(plan, call.queries[0], *blocks.caches, tables, blocks.seq_lens)
     expected = by_reference(call.queries[0], *blocks.caches, tables, torch.tensor([16]))
@@ -375,10 +375,12 @@ def test_a_fixed_chunk_gives_the_same_bits_in_any_company() -> None:
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
     query = torch.cat(call.queries)
-    together = in_pieces(query, *blocks.caches, blocks.tables, blocks.seq_lens)
+    together = in_pieces(query, *blocks.caches, blocks.block_tables, blocks.seq_lens)
     for row in range(3):
         one = slice(row, row + 1)
-        alone = in_pieces(query[one], *blocks.caches, blocks.tables[one], blocks.seq_lens[one])
+        alone = in_pieces(
+            query[one], *blocks.caches, blocks.block_tables[one], blocks.seq_lens[one]
+        )
         assert torch.equal(alone, together[one])
 
 
@@ -424,7 +426,7 @@ def test_a_plan_for_several_queries_needs_to_know_whose_they_are() -> None:
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 4, torch.float32)
     query, starts = torch.cat(call.queries), torch.tensor([0, 2, 3])
-    rows = (blocks.tables, blocks.seq_lens)
+    rows = (blocks.block_tables, blocks.seq_lens)
     plan = plan_for(query, *blocks.caches, *rows, starts)
     with pytest.raises(ValueError, match="rows of several queries; pass their cu_seqlens_q"):
         by_plan(plan, query, *blocks.caches, *rows)
@@ -489,14 +491,14 @@ def test_layers_of_one_step_look_at_the_tables_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(plans, "_on_host", lambda tensor: looked.append(tensor) or on_host(tensor))
     blocks = forest()
     query = torch.zeros(7, 4, 16)
-    first = plan_for(query, *blocks.caches, blocks.tables, blocks.seq_lens)
+    first = plan_for(query, *blocks.caches, blocks.block_tables, blocks.seq_lens)
     assert len(looked) == 2
     for _ in range(3):
-        layer = plan_for(query, *blocks.caches, blocks.tables, blocks.seq_lens)
+        layer = plan_for(query, *blocks.caches, blocks.block_tables, blocks.seq_lens)
         assert layer is first
     assert len(looked) == 2
-    blocks.tables[0, 0] = 35  # row 0 is another one now
-    assert plan_for(query, *blocks.caches, blocks.tables, blocks.seq_lens) != first
+    blocks.block_tables[0, 0] = 35  # row 0 is another one now
+    assert plan_for(query, *blocks.caches, blocks.block_tables, blocks.seq_lens) != first
     assert len(looked) == 4
 
 
@@ -570,7 +572,7 @@ def test_plans_of_two_threads_never_mix(
 ) -> None:
     blocks = forest()
     query = torch.zeros(7, 4, 16)
-    rows = [(blocks.tables[cut], blocks.seq_lens[cut]) for cut in (slice(4), slice(1, 6))]
+    rows = [(blocks.block_tables[cut], blocks.seq_lens[cut]) for cut in (slice(4), slice(1, 6))]
     shapes = plans.shapes_of(query, *blocks.caches)
     expected = [plans.Plans(shapes).of(*batch, None) for batch in rows]
 
@@ -588,7 +590,7 @@ def test_plans_of_two_threads_never_mix(
 
 def test_two_threads_that_begin_together_share_their_plans(interleaving: Interleaving) -> None:
     blocks = forest()
-    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.seq_lens)
+    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.block_tables, blocks.seq_lens)
 
     def plan() -> Any:
         return plan_for(*tensors)
@@ -605,12 +607,12 @@ def test_tensors_of_inference_mode_are_looked_at_unless_the_host_has_their_value
     monkeypatch.setattr(plans, "_on_host", lambda t: looked_at.append(t) or genuine(t))
     with torch.inference_mode():
         blocks = forest()
-        tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.seq_lens)
+        tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.block_tables, blocks.seq_lens)
         first = plan_for(*tensors)
-        blocks.tables[0, 0] = 35
+        blocks.block_tables[0, 0] = 35
         second = plan_for(*tensors)
         assert (first is second, len(looked_at)) == (False, 4)
-        rows = HostRows(blocks.tables.numpy(), blocks.seq_lens.numpy())
+        rows = HostRows(blocks.block_tables.numpy(), blocks.seq_lens.numpy())
         made = [plan_for(*tensors, host_rows=rows) for _ in range(3)]
     assert made == [second] * 3
     assert len(looked_at) == 4
@@ -622,9 +624,11 @@ def test_a_plan_from_the_host_is_that_of_the_tensors(with_starts: bool) -> None:
     blocks = forest()
     query = torch.randn(7, 4, 16)
     starts = torch.arange(8, dtype=torch.int32) if with_starts else None
-    tensors = (query, *blocks.caches, blocks.tables, blocks.seq_lens, starts)
+    tensors = (query, *blocks.caches, blocks.block_tables, blocks.seq_lens, starts)
     rows = HostRows(
-        blocks.tables.numpy(), blocks.seq_lens.numpy(), None if starts is None else starts.numpy()
+        blocks.block_tables.numpy(),
+        blocks.seq_lens.numpy(),
+        None if starts is None else starts.numpy(),
     )
     expected = paged_attention(*tensors)
     for kernel in (by_triton, paged_attention):
@@ -637,13 +641,13 @@ def test_rows_of_the_host_have_one_object_for_each_number_of_queries() -> None:
     assert rows.with_queries(1) is rows
     assert rows.with_queries(4) is rows.with_queries(4)
     assert rows.with_queries(4).cu_seqlens_q.tolist() == [0, 4, 8, 12]
-    assert rows.row(1).tables.shape == (1, 2)
+    assert rows.row(1).block_tables.shape == (1, 2)
 
 
 def test_host_rows_of_another_step_are_refused() -> None:
     blocks = forest()
-    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.tables, blocks.seq_lens)
-    tables, lens = blocks.tables.numpy(), blocks.seq_lens.numpy()
+    tensors = (torch.zeros(7, 4, 16), *blocks.caches, blocks.block_tables, blocks.seq_lens)
+    tables, lens = blocks.block_tables.numpy(), blocks.seq_lens.numpy()
     wrong = {
         r"block_tables of shape \(6,": HostRows(tables[1:], lens),
         r"seq_lens of shape \(6,\)": HostRows(tables, lens[1:]),

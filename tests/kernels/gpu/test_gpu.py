@@ -121,7 +121,7 @@ def test_no_call_of_the_allocator_waits_for_the_gpu(kernels: Any) -> None:
         kernels.step_alloc(allocator, rows)
         kernels.release_rows(allocator, rows)
     allocator.check()
-    assert allocator.lens.tolist() == [0] * 8 + [1]
+    assert allocator.seq_lens.tolist() == [0] * 8 + [1]
 
 
 def test_captured_steps_are_replayed(kernels: Any, copy_kernels: Any) -> None:
@@ -195,7 +195,7 @@ def assert_reads_back(
 ) -> None:
     longest = max(map(len, tokens))
     for cache, sign in zip(storage.layer(0), (1, -1), strict=True):
-        read = copy_kernels.gather_kv(cache, allocator.tables, allocator.lens, longest)
+        read = copy_kernels.gather_kv(cache, allocator.block_tables, allocator.seq_lens, longest)
         for row, numbers in enumerate(tokens):
             expected = torch.tensor([0] * (longest - len(numbers)) + numbers) * sign
             assert torch.equal(read[row].cpu(), expected[:, None, None].expand(-1, 2, 16).float())

@@ -17,15 +17,16 @@ from kvpager.kernels.gpu.allocator import (
 )
 from tests.support.specialisations import Specialisation
 
+_TENSORS = ("seq_lens", "block_tables", "ref_counts")
+
 
 def specialisations() -> list[Specialisation]:
     """A small batch, the largest of one program, one of many; and what forks and releases."""
     lanes = ((LANES_MIN, True), (LANES_ALONE_MAX, True), (LANES, False))
     steps = [_step_specialisation(count, alone) for count, alone in lanes]
-    books = ("lens", "tables", "ref_counts")
-    settle = ("slots", "rows", *books, "failures")
-    share = ("sources", "targets", *books, "failures")
-    drop = ("rows", *books, "free", "num_free")
+    settle = ("slots", "rows", *_TENSORS, "failures")
+    share = ("sources", "targets", *_TENSORS, "failures")
+    drop = ("rows", *_TENSORS, "free", "num_free")
     return [
         *steps,
         _specialisation("settle", settle_rows, settle, {"LANES": LANES}),
@@ -35,7 +36,7 @@ def specialisations() -> list[Specialisation]:
 
 
 def _step_specialisation(lanes: int, alone: bool) -> Specialisation:
-    pointers = ("slots", "copies", "rows", "lens", "tables", "ref_counts", "free", "num_free")
+    pointers = ("slots", "copies", "rows", *_TENSORS, "free", "num_free")
     return _specialisation(
         f"step {lanes} lanes" + (" alone" if alone else ""),
         step_rows,

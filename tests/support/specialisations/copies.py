@@ -66,7 +66,7 @@ def _append_specialisation(
 def _gather_specialisation(
     name: str, computed: str, stored: str, heads: int, dim: int
 ) -> Specialisation:
-    pointers = {"gathered": computed, "cache": stored, "tables": "*i32", "seq_lens": "*i32"}
+    pointers = {"gathered": computed, "cache": stored, "block_tables": "*i32", "seq_lens": "*i32"}
     constants: dict[str, Any] = {"BLOCK_SIZE": 16, "HEADS": heads, "DIM": dim}
     constants["VECTORS"] = _vectors(dim)
     if stored == computed:
@@ -81,7 +81,7 @@ def _gather_specialisation(
         | {"cache_block": "i64", "scales_block": "i64"},
         constexprs=constants,
         options={"num_warps": 4},
-        divisible=(*set(pointers) - {"tables", "seq_lens"}, "cache_block", "scales_block"),
+        divisible=(*set(pointers) - {"block_tables", "seq_lens"}, "cache_block", "scales_block"),
         max_registers=48,
     )
 

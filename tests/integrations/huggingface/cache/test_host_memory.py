@@ -412,10 +412,14 @@ def test_staged_blocks_are_read_like_blocks_in_place(kv_cache_dtype: Any) -> Non
     here, staged = part.on(torch.device("cpu")), part.staged(torch.device("cpu"))
     assert staged.tables.seq_lens.tolist() == [12, 12]
     for name in ("key_cache", "value_cache"):
-        rows = [getattr(blocks, name)[blocks.tables.tables.long()] for blocks in (here, staged)]
+        rows = [
+            getattr(blocks, name)[blocks.tables.block_tables.long()] for blocks in (here, staged)
+        ]
         assert torch.equal(*rows)
     for mine, theirs in zip(staged.scales or (), here.scales or (), strict=True):
-        assert torch.equal(mine[staged.tables.tables.long()], theirs[here.tables.tables.long()])
+        assert torch.equal(
+            mine[staged.tables.block_tables.long()], theirs[here.tables.block_tables.long()]
+        )
 
 
 @pytest.mark.parametrize("host_memory", [0, -1, "much", 1.5])
