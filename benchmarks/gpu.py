@@ -37,7 +37,7 @@ import torch
 # As a file of its own, too: `python benchmarks/gpu.py`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu_attention, gpu_engine, gpu_moves, timing
+from benchmarks import gpu_attention, gpu_copies, gpu_engine, timing
 from benchmarks.gpu_rig import Rig
 
 # What runs, the most telling first, and which share of the minutes each has at most.
@@ -48,10 +48,10 @@ PARTS: dict[str, tuple[Callable[[Rig], None], int]] = {
     "shared": (gpu_attention.shared_prefix, 8),
     "quantised": (gpu_attention.quantised, 10),
     "prefill": (gpu_attention.prefill, 10),
-    "append": (gpu_moves.append, 4),
-    "copies": (gpu_moves.copies, 4),
-    "step_alloc": (gpu_moves.allocator_steps, 3),
-    "soak": (gpu_moves.allocator_soak, 7),
+    "append": (gpu_copies.append, 4),
+    "copies": (gpu_copies.copies, 4),
+    "step_alloc": (gpu_copies.allocator_steps, 3),
+    "soak": (gpu_copies.allocator_soak, 7),
     "decode_shapes": (gpu_attention.decode_shapes, 10),
 }
 _COPY_SHARE = 2  # of the plain copy, which comes before all parts
