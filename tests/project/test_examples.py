@@ -1,9 +1,8 @@
-"""The examples and the README's programs run as they stand."""
+"""The examples run as they stand."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -69,26 +68,3 @@ def test_the_notebook_holds_what_its_cells_print(tmp_path: Path) -> None:
 
 def test_every_example_for_transformers_is_run() -> None:
     assert {path.stem for path in (ROOT / "examples/huggingface").glob("*.py")} == set(SAID)
-
-
-def programs(page: str = "README.md") -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(programs())))
-def test_a_program_of_the_readme_runs(number: int, tmp_path: Path) -> None:
-    program = programs()[number]
-    if "transformers" in program:
-        pytest.importorskip("transformers")
-    script = tmp_path / "program.py"
-    script.write_text(program)
-    run(script, cwd=tmp_path)
-
-
-@pytest.mark.slow
-def test_the_lines_about_eight_bits_follow_the_program_of_the_readme(tmp_path: Path) -> None:
-    tensors = next(program for program in programs() if "BlockStorage(" in program)
-    script = tmp_path / "program.py"
-    script.write_text("\n".join([tensors, *programs("docs/kernels.md")]))
-    run(script, cwd=tmp_path)
