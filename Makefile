@@ -10,7 +10,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types tests slow conformance matrix simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test test-all lint format types tests slow conformance docs diagrams matrix simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -48,6 +48,12 @@ tests: $(STAMP) ## the quick tests alone
 
 slow: $(STAMP) ## the slow tests alone: every architecture, compilers, wheels, long simulations
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
+
+docs: $(STAMP) ## the documentation as a site, in build/site; needs no network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "built build/site/index.html"
+
+diagrams: $(STAMP) ## draw the diagrams of the documentation
+	@$(BIN)/python docs/diagrams
 
 conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/models.md
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.report $(ARGS)
