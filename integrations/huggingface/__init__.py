@@ -1,4 +1,4 @@
-"""Put paging behind transformers models: `patch`, `PagedCache` and `Engine`."""
+"""Paged KV caches for transformers models: `patch`, `PagedCache` and `Engine`."""
 
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.engine import Engine

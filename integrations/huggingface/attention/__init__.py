@@ -1,1 +1,1 @@
-"""The attention functions that transformers calls, reading blocks in place."""
+"""Attention functions for transformers that read blocks in place."""

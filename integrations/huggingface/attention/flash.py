@@ -1,9 +1,9 @@
-"""transformers' flash attention functions, reading paged keys and values in place.
+"""Let transformers' flash attention functions read paged keys and values in place.
 
-Flash attention knows no 4D masks: it is given None or a 2D mask of padding [rows, kv columns], is
-causal by alignment to the right (the last query is the last token), and takes windows, soft caps
-and sinks as arguments. The paged kernel means the same by them. It is asked where the padding that
-the mask tells of is the padding that was never stored; everything else goes to the original.
+Flash attention takes no 4D masks, but None or a 2D padding mask [rows, kv columns]. It is causal by
+alignment to the right: the last query is the last token. It takes windows, soft caps and sinks as
+arguments, as the paged kernel does. The paged kernel serves a call if the mask hides exactly the
+padding that was never stored. The original function serves every other call.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from kvpager.integrations.huggingface.attention.functions import AttentionFuncti
 from kvpager.integrations.huggingface.cache.paged_tensor import common_view
 from kvpager.integrations.huggingface.cache.paged_view import PagedView
 
-# Flash attention computes in these alone; transformers casts others, and so would change tokens.
+# Flash attention computes in these dtypes only; transformers casts others, which changes tokens.
 _DTYPES = (torch.float16, torch.bfloat16)
-# Arguments by which several sequences stand in one row, or keys and values elsewhere.
+# Arguments that pack several sequences into a row, or that pass keys and values in other ways.
 _OTHER_LAYOUTS = (
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "block_table", "cache",
     "position_bias",
@@ -30,14 +30,14 @@ _OTHER_LAYOUTS = (
 
 
 def flash_names(registered: Mapping[str, AttentionFunction]) -> Iterator[str]:
-    """The names in the registry whose functions take what flash attention takes. O(names)."""
+    """Yield the names of registered functions with flash attention's arguments. O(names)."""
     for name, function in registered.items():
         if name.startswith("flash_attention_") or function is flash_attention_forward:
             yield name
 
 
 def reading_flash_in_place(original: AttentionFunction) -> AttentionFunction:
-    """A flash attention that reads handles in place and leaves the rest to `original`."""
+    """Return a flash attention that reads paged tensors in place, or else calls `original`."""
 
     @functools.wraps(original)
     def attention(
@@ -75,30 +75,30 @@ def _options(
     position_ids: Tensor | None = None,
     **others: Any,
 ) -> dict[str, Any] | None:
-    """The same call as options of the paged kernel; None where it would mean something else."""
+    """Return the call's options for the paged kernel; None if the kernel computes other results."""
     if query.dtype not in _DTYPES or any(others.get(name) is not None for name in _OTHER_LAYOUTS):
         return None
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    # transformers' own rule. Without causality it would be a window to both sides.
+    # transformers' own rule. Without causality, the window would extend to both sides.
     windowed = sliding_window is not None and view.stop - view.start > sliding_window
     if not causal and (windowed or mask is not None):
         return None
     if mask is None and _is_packed(position_ids, query):
         return None
-    if not _says_what_was_stored(mask, view):
+    if not _hides_padding_only(mask, view):
         return None
     return {
         "dropout": dropout,
         "scaling": scaling,
         "causal": causal,
         "window": sliding_window if windowed else None,
-        "softcap": softcap or None,  # 0 is none
+        "softcap": softcap or None,  # 0 means no soft cap
         "s_aux": None if s_aux is None else s_aux.to(query.dtype),  # as transformers does
     }
 
 
 def _is_packed(positions: Tensor | None, query: Tensor) -> bool:
-    """Whether positions of a single row begin anew in it: then it is several sequences."""
+    """True if positions restart within a single row, which then holds several sequences."""
     rows, _, q_len, _ = query.shape
     if positions is None or rows > 1 or q_len == 1:
         return False
@@ -108,9 +108,11 @@ def _is_packed(positions: Tensor | None, query: Tensor) -> bool:
     return not torch.equal((positions - positions.min())[0].to(steps.dtype), steps)
 
 
-def _says_what_was_stored(mask: Tensor | None, view: PagedView) -> bool:
-    """Whether `mask` hides the columns that no block holds, and no other. Waits for a GPU, as
-    transformers' own unpadding does; without a mask, nothing is waited for."""
+def _hides_padding_only(mask: Tensor | None, view: PagedView) -> bool:
+    """True if `mask` hides exactly the padding, which no block holds.
+
+    Waits for a GPU, as transformers' own unpadding does. Without a mask, it does not wait.
+    """
     if mask is None:
         return int(view.padding.max(initial=0)) <= view.start
     columns = torch.arange(view.start, view.stop, device=mask.device)

@@ -1,11 +1,12 @@
-"""transformers' attention functions, reading paged keys and values in place.
+"""Let transformers' attention functions read paged keys and values in place.
 
-transformers looks its attention functions up in a registry. While patched, `sdpa` there is
-`reading_in_place(the original)`: a pair of handles goes to the paged kernel, everything else, and
-every case the kernel does not cover, goes to the original, for which handles gather by themselves.
+transformers looks up attention functions in a registry. While a patch is active, the registry's
+`sdpa` is `reading_in_place(original)`. It passes paged keys and values to the paged kernel. If the
+kernel does not cover a case, the original computes it, and the paged tensors gather themselves.
 
-`kvpager` is another name there, for good: it takes what `sdpa` refuses as well (soft caps, sinks),
-so that models which are left to `eager` otherwise can read in place: gemma 2, gpt-oss, t5gemma.
+`kvpager` is a further name in the registry, with or without a patch. It also takes soft caps and
+sinks, which `sdpa` refuses. Gemma 2, gpt-oss and T5Gemma, which otherwise need `eager`, can so read
+blocks in place.
 
     model.set_attn_implementation("kvpager")
 """
@@ -29,15 +30,15 @@ from kvpager.integrations.huggingface.cache import compiled, view_attention
 from kvpager.integrations.huggingface.cache.paged_tensor import common_view
 
 NAME = "kvpager"
-# The kernel could serve these, but transformers' own `sdpa` refuses or ignores them, and a patched
-# model has to do as the unpatched one.
+# The kernel takes these options, but transformers' `sdpa` refuses or ignores them. A patched model
+# has to behave like an unpatched one.
 _NOT_OF_SDPA = ("softcap", "s_aux")
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def reading_in_place(original: AttentionFunction) -> AttentionFunction:
-    """An attention function that reads handles in place and leaves the rest to `original`."""
+    """Return an attention that reads paged tensors in place, or else calls `original`."""
 
     @functools.wraps(original)
     def attention(
@@ -58,9 +59,9 @@ def reading_in_place(original: AttentionFunction) -> AttentionFunction:
 
 
 def register() -> None:
-    """Make `kvpager` a name of an attention implementation. O(1).
+    """Register `kvpager` as the name of an attention implementation. O(1).
 
-    A name of its own takes nothing away, so it stays when patches are undone.
+    The name replaces none, so it stays registered when patches are undone.
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -74,11 +75,11 @@ def attention_forward(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention implementation `kvpager`. O(queries * kv tokens * heads * dims).
+    """Compute attention as the implementation `kvpager`. O(queries * kv tokens * heads * dims).
 
-    Paged keys and values are read in place, where gradients do not forbid it; others are attended
-    to by transformers' `sdpa`, or, with a soft cap or sinks, by plain torch, as `eager` does.
-    Attention weights are not returned.
+    Reads paged keys and values in place if no gradients are needed. Otherwise it calls
+    transformers' `sdpa`, or with a soft cap or sinks computes in plain torch as `eager` does.
+    Returns no attention weights.
     """
     indices = kwargs.pop("indices", None)
     if indices is not None:
@@ -102,10 +103,10 @@ def in_place(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The output by the paged kernel; None where it cannot be had. O(kv tokens).
+    """Return the paged kernel's output; None if the kernel cannot serve the call. O(kv tokens).
 
-    With `causal` among the options, queries are a row's last tokens, as flash attention has it;
-    without, arguments mean what they mean to `sdpa`.
+    With `causal` among the options, the queries are a row's last tokens, as in flash attention.
+    Without it, arguments have the meaning that `sdpa` gives them.
     """
     if query.requires_grad:
         return None
@@ -130,7 +131,7 @@ def in_place(
 
 
 class Shown(NamedTuple):
-    """What there is to attend to. Asked of a handle, each would take longer than a look."""
+    """The size and dtype of the keys. Reading these from a paged tensor would take longer."""
 
     num_rows: int
     num_columns: int
@@ -154,7 +155,7 @@ def _attend(
     window: int | None = None,
     **others: Any,
 ) -> Tensor | None:
-    """The attention output [rows, q_len, query_heads, value_dim], or None if not covered."""
+    """Return the output [rows, q_len, query_heads, value_dim]; None if the kernel cannot."""
     rows, _, q_len, _ = query.shape
     kv_len = shown.num_columns
     if dropout or rows != shown.num_rows or query.dtype != shown.dtype:
@@ -164,7 +165,7 @@ def _attend(
     if causal is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
-        # As in transformers: a mask says it all, and a single query is the last token.
+        # As in transformers: a mask includes causality, and a single query is the last token.
         causal = q_len > 1 and mask is None and bool(is_causal)
         if causal and kv_len != q_len:
             return None
@@ -191,7 +192,7 @@ def _dense(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """As `_attend`, over dense keys and values, differentiable. Steps and dtypes are `eager`'s."""
+    """Return what `_attend` returns, over dense tensors, differentiable; computed as by `eager`."""
     groups, q_len, kv_len = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -216,13 +217,13 @@ def _dense(
 
 
 def _chosen(mask: Tensor | None, indices: Tensor, kv_len: int) -> Tensor:
-    """`mask` without the keys that an indexer left out: `indices` [rows, queries, k] are chosen.
+    """Return `mask` reduced to the keys that an indexer chose: `indices` [rows, queries, k].
 
-    Where the attention is not `eager` or `sdpa`, models with an indexer leave that to it.
+    Models with an indexer apply it themselves for `eager` and `sdpa` only.
     """
     chosen = torch.zeros(*indices.shape[:2], kv_len, dtype=torch.bool, device=indices.device)
     chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)
-    if mask is None:  # causal, that is
+    if mask is None:  # causal attention
         return chosen.tril(kv_len - indices.shape[1])
     if mask.dtype == torch.bool:
         return mask & chosen
@@ -230,7 +231,7 @@ def _chosen(mask: Tensor | None, indices: Tensor, kv_len: int) -> Tensor:
 
 
 def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Position bias and mask as one additive mask."""
+    """Return the position bias and the mask as one additive mask."""
     if mask is None:
         return position_bias
     if mask.dtype == torch.bool:

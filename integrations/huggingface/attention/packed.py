@@ -1,4 +1,4 @@
-"""What a packed pass sees of a layer: the tokens of many sequences in one line, without padding."""
+"""Attention of a packed pass: the tokens of many sequences in one row, without padding."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kvpager.storage.block_storage import LayerShape
 
 
 class CannotPack(KVPagerError):
-    """A model uses keys and values in a way that rows in one line of tokens do not allow."""
+    """The model uses keys and values in a way that packed rows do not support."""
 
 
 class PackedRows(NamedTuple):
-    """A layer's blocks, and how far back its queries look."""
+    """A layer's blocks, its window, and the number of tokens in the pass."""
 
     blocks: Blocks
     window: int | None
@@ -26,18 +26,18 @@ class PackedRows(NamedTuple):
 
 
 class PackedLayer(Protocol):
-    """What a view needs of its layer."""
+    """The members of a layer that its view uses."""
 
     shape: LayerShape
     dtype: torch.dtype
     device: torch.device
 
     def packed_rows(self) -> PackedRows:
-        """Those of the pass that runs now; counts a read."""
+        """Return the rows of the current pass, and count a read in place."""
 
 
 class PackedView:
-    """What the rows of a packed pass see of a layer. It can be attended to, and nothing else."""
+    """The keys and values of a layer in a packed pass. They support attention only."""
 
     __slots__ = ("device", "dtype", "layer", "num_rows", "shape", "start", "stop")
 
@@ -48,15 +48,15 @@ class PackedView:
         self.shape, self.dtype, self.device = layer.shape, layer.dtype, layer.device
 
     def shows_the_same_as(self, other: object) -> bool:
-        """As of a `PagedView`."""
+        """True for the same view, as `PagedView.shows_the_same_as`. O(1)."""
         return self is other
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Raises `CannotPack`."""
-        raise CannotPack("keys and values are used by something else than a registered attention")
+        """Raise `CannotPack`: packed keys and values have no dense form."""
+        raise CannotPack("its keys and values are used outside of a registered attention function")
 
     def attend(self, module: Any, query: Tensor, **options: Any) -> Tensor:
-        """As the function `attend`, of this view's layer."""
+        """Call the function `attend` for this view's layer."""
         return attend(self.layer, module, query, **options)
 
 
@@ -73,10 +73,10 @@ def attend(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """The output [1, tokens, query_heads, value_dim] for `query` [1, query_heads, tokens, dim].
+    """Return the output [1, tokens, query_heads, value_dim].
 
-    O(queries * kv tokens * heads * dims). Raises: `CannotPack` for what a line of rows cannot
-    express.
+    `query` is [1, query_heads, tokens, dim]. O(queries * kv tokens * heads * dims).
+    Raises: `CannotPack` for options that packed rows do not support.
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)

@@ -1,10 +1,11 @@
-"""A packed pass inside code that `torch.compile` traces.
+"""Compute a packed pass inside code that `torch.compile` traces.
 
-What a step's rows are is of the host; a compiled graph has it as one operator for each layer that
-the compiler does not look into: write the new tokens, then attend. While a model is traced, keys
-and values that a layer was handed bear a mark, and an attention function that meets two marked
-tensors calls the operator. It gets the `place` of the cache, a tensor that holds a number under
-which it is found at run time, and is declared to change it: that keeps layers in their order.
+The rows of a step are known on the host only. So a compiled graph has one opaque operator for each
+layer, which writes the new tokens and then attends. During a trace, the layer marks the keys and
+values that it is given. An attention function that is given two marked tensors calls the operator.
+
+The operator's argument `place` is a tensor with a number by which it finds the cache at run time.
+The operator is declared to mutate `place`, which keeps the layers in order.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from kvpager.integrations.huggingface.attention import packed
 
 
 class Layer(packed.PackedLayer, Protocol):
-    """What the operator needs of a layer."""
+    """The members of a layer that the operator uses."""
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """Write the pass's new tokens, [1, kv_heads, tokens, dim]."""
 
 
 class Cache(Protocol):
-    """Where layers are found."""
+    """The members of a cache that the operator uses."""
 
     layers: list[Any]
 
 
 class Mark(NamedTuple):
-    """Of keys or values that a layer was handed in this trace."""
+    """The mark on keys or values that a layer was given in this trace."""
 
     place: Tensor
     number: int  # of the layer, in the cache
@@ -43,7 +44,7 @@ _caches: weakref.WeakValueDictionary[int, Cache] = weakref.WeakValueDictionary()
 
 
 def enter(cache: Cache) -> Tensor:
-    """Let operators find `cache` for as long as it lives: by the place returned. O(1)."""
+    """Register `cache` while it lives; return the tensor by which operators find it. O(1)."""
     with torch.inference_mode(False):
         place = torch.tensor(id(cache), device="cpu")
     _caches[id(cache)] = cache
@@ -51,7 +52,7 @@ def enter(cache: Cache) -> Tensor:
 
 
 def marked(key: Tensor, value: Tensor, place: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """The tensors with marks. Traced."""
+    """Return the tensors with marks. Traced."""
     key, value = key.view(key.shape), value.view(value.shape)
     key.kvpager_packed = Mark(place, index, 0)  # type: ignore[attr-defined]
     value.kvpager_packed = Mark(place, index, 1)  # type: ignore[attr-defined]
@@ -59,7 +60,7 @@ def marked(key: Tensor, value: Tensor, place: Tensor, index: int) -> tuple[Tenso
 
 
 def common_mark(key: Tensor, value: Tensor) -> Mark | None:
-    """The mark of keys and values of one layer. Traced."""
+    """Return the mark that keys and values of one layer share, or None. Traced."""
     of_key: Mark | None = getattr(key, "kvpager_packed", None)
     of_value: Mark | None = getattr(value, "kvpager_packed", None)
     if of_key is None or of_value is None or (of_key.which, of_value.which) != (0, 1):
@@ -78,7 +79,7 @@ def attend(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """As `packed.attend`. Traced; that the model can be packed was found out before."""
+    """Call `packed.attend` as an operator. Traced; the engine has probed the model before."""
     output: Tensor = _attend(query, key, value, mark.place, mark.number, s_aux, scaling, softcap)
     return output
 

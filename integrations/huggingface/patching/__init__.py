@@ -1,1 +1,1 @@
-"""`kvpager.patch`: paging behind transformers models, and out again."""
+"""`kvpager.patch`: page the KV caches of transformers models, until the patch is undone."""

@@ -1,4 +1,4 @@
-"""The handle that `patch` returns, and which patch serves a model."""
+"""The handle that `patch` returns, and the lookup of the patch that serves a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ active: list[Patch] = []  # in the order they were made; the last one that cover
 
 
 class Patch:
-    """Paging is on for a model, or for all of them, until `undo`. Made by `patch`."""
+    """An active patch of one model or of every model. `patch` makes it, `undo` ends it."""
 
     def __init__(
         self,
@@ -78,31 +78,30 @@ class Patch:
         return PatchStats.of(self.memory)
 
     def namespace(self, name: str) -> AbstractContextManager[None]:
-        """Let calls made within share prompts with calls of namespace `name` only.
+        """Let calls inside the `with` block share prompts with namespace `name` only. O(1).
 
             with paging.namespace("acme"):
                 model.generate(...)
 
-        It holds for calls of this thread, or of this asyncio task, alone. Raises: `KVPagerError`
-        without `prefix_cache`; `TypeError` for what is no name.
+        Applies to calls of this thread, or of this asyncio task. Raises: `KVPagerError` without
+        `prefix_cache`; `TypeError` if `name` is not a string.
         """
         if name is None:
-            raise TypeError("namespace None: pass the name of a namespace")
+            raise TypeError("namespace=None: expected a str. Pass the name of a namespace.")
         arguments.label("namespace", name)
         self._refuse_without_prompts(f"namespace {name!r}")
         return self.memory.namespaces.chosen(name)
 
     @property
     def quotas(self) -> NamespaceQuotas:
-        """The most that the calls and the kept prompts of each namespace may take.
+        """Return the quotas: the most blocks of each namespace, for running calls and kept prompts.
 
             paging.quotas["acme"] = "2GiB"      # or a number of blocks
 
-        Calls count whether or not their prompts are kept. What a cache grows by, and its copies,
-        count in the namespace of the call that wrote its first token. The bound holds in each pool:
-        layers of another number, shape or window have a pool of their own, and a `PagedCache` that
-        the caller makes has pools without quotas. A session of continuous batching takes the quotas
-        that hold when it begins.
+        A call counts even if its prompts are not kept. A cache and its copies count in the
+        namespace of the call that wrote its first token. A quota applies to each pool separately:
+        layers of another number, shape or window have a pool of their own. A `PagedCache` that the
+        user makes has no quotas. A session of continuous batching takes the quotas at its start.
         Raises: `KVPagerError` without `prefix_cache`.
         """
         self._refuse_without_prompts("quotas")
@@ -111,11 +110,11 @@ class Patch:
     def _refuse_without_prompts(self, what: str) -> None:
         if self.prompts is None:
             raise KVPagerError(
-                f"{what}: no prompts are kept between calls; patch with prefix_cache=True"
+                f"{what}: no prompts are kept between calls. Pass patch(prefix_cache=True)."
             )
 
     def report(self) -> str:
-        """Describe what was paged and what that saved, as a text for people. O(blocks)."""
+        """Return a text on the paged layers, the blocks in use and the memory saved. O(blocks)."""
         for manager in list(self.managers):
             manager.note_doubt()
         return report(self.memory, self.stats())
@@ -125,9 +124,9 @@ class Patch:
         self.memory.clear_prefix_cache()
 
     def undo(self) -> None:
-        """Take the patch out: transformers is as it was found. Caches made so far keep working.
+        """Restore transformers. Caches that were made under the patch keep working. O(managers).
 
-        Raises: `KVPagerError` where it was undone before.
+        Raises: `KVPagerError` if the patch was undone before.
         """
         with lock, uninterrupted:
             if self not in active:
@@ -149,7 +148,10 @@ class Patch:
 
 
 def patch_for(model: Any, *, wanted: bool = False) -> Patch | None:
-    """The patch that serves `model`; one of plain options if paging is `wanted` by name."""
+    """Return the patch that serves `model`, or None. O(patches).
+
+    If the caller asks for paging by name (`wanted`), an unserved model gets the default patch.
+    """
     found = next((made for made in reversed(active) if made.covers(model)), None)
     if found is None and wanted and active:
         return _default_patch()

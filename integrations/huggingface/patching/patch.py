@@ -1,21 +1,21 @@
-"""`patch` puts paging behind transformers, `unpatch` takes it out again.
+"""`patch` pages the KV caches of transformers models, `unpatch` ends this.
 
 Details of the arguments of `patch`:
 
-- `memory`: without it, pools grow as needed and give their memory back with the last cache. While a
-  pool grows, its old and new storage exist together; the bound counts one of them. A call waits
-  until its rows fit, at full length, beside the calls of other threads. It raises `OutOfBlocks` if
-  no other call computes a step for 60 seconds.
+- `memory`: without it, pools grow as needed and are freed with the last cache. While a pool grows,
+  its old and new storage exist together; the bound counts one of them. A call waits until its rows
+  fit, at full length, beside the calls of other threads. It raises `OutOfBlocks` if no other call
+  computes a step for 60 seconds.
 - `kv_cache_dtype`: one scale per token and head; half the memory of bfloat16. Rounding moves the
   attention output by about 1 % of its norm in int8 and 4 % in fp8, so tokens may differ.
-- `host_memory`: rows that move there live on there, with the same tokens, slower. Layers of every
-  kind may then have one block on the device beyond the bound.
+- `host_memory`: rows that move there continue there, with the same tokens, but slower. Each kind of
+  layers may then take one block on the device beyond the bound.
 - `prefix_cache`: keeps the blocks of prompts, and of replies by greedy search and sampling. A
-  prompt that begins like an earlier one, or repeats a conversation, computes only what is new. It
-  serves causal text models whose layers all look at the whole prompt. It takes memory until
+  prompt that begins like an earlier one, or repeats a conversation, computes only its new tokens.
+  It serves causal text models without sliding windows. It takes memory until
   `clear` or `undo`; without `memory`, prompts are kept while a larger pool fits in half of the free
   memory. A model whose weights, hooks, functions or settings changed reuses nothing. Call `clear`
-  after changes that leave no trace, such as writing single numbers through `.data`.
+  after changes that cannot be noticed, such as writing single elements through `.data`.
 - `eviction`: a name of `kvpager.blocks.policies.POLICIES`, or a function that makes an
   `EvictionPolicy` for a number of blocks. Every pool gets a policy of its own, those of continuous
   batching included.
@@ -100,8 +100,8 @@ def _activate(made: Patch) -> Patch:
 def _check_model(model: object) -> None:
     if model is not None and not _generative(model):
         raise TypeError(
-            f"patch: expected a transformers model that can generate, got {type(model).__name__}; "
-            "patch() without a model serves every model"
+            f"model: expected a transformers model that can generate, got {type(model).__name__}. "
+            "Call patch() without a model to serve every model."
         )
 
 
@@ -109,7 +109,7 @@ def _check_namespace(namespace: str | None, prefix_cache: bool) -> None:
     arguments.label("namespace", namespace)
     if namespace is not None and not prefix_cache:
         raise ValueError(
-            f"namespace {namespace!r}: it separates prefixes, so set prefix_cache=True"
+            f"namespace={namespace!r}: separates cached prefixes only. Pass prefix_cache=True too."
         )
 
 
@@ -127,13 +127,13 @@ def unpatch(model: nn.Module | None = None) -> None:
     `patch()` without a model, which cannot be undone for one model alone.
     """
     if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"unpatch: expected the model that was patched, got {type(model).__name__}")
+        raise TypeError(f"model: expected the model that was patched, got {type(model).__name__}")
     with lock:
         of_model = [made for made in active if made.was_made_for(model)]
         if model is not None and not of_model and any(made.was_made_for(None) for made in active):
             raise KVPagerError(
-                f"unpatch({type(model).__name__}): patch() without a model serves every model; "
-                "call kvpager.unpatch() to undo it"
+                f"unpatch({type(model).__name__}): patch() without a model serves every model. "
+                "Call kvpager.unpatch() without a model to undo it."
             )
         for made in of_model:
             made.undo()
@@ -150,12 +150,13 @@ def _checked_dtype(dtype: torch.dtype | str | None, model: nn.Module | None) -> 
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype {dtype!r}: expected a floating dtype such as torch.bfloat16")
+        raise ValueError(f"dtype={dtype!r}: expected a floating dtype such as torch.bfloat16")
     if model is not None:
         present = {parameter.dtype for parameter in model.parameters()}
         if found not in present:
             names = ", ".join(sorted(str(p).removeprefix("torch.") for p in present))
             raise ValueError(
-                f"dtype {found}: the model has {names}; keys and values take the model's dtype"
+                f"dtype={found}: the model's weights are {names}, and so are its keys and values. "
+                "Load the model in that dtype, or leave dtype out."
             )
     return found

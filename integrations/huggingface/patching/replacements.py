@@ -1,4 +1,4 @@
-"""The functions of transformers that `patch` replaces, and what stands in for each of them."""
+"""Replacements for the functions of transformers that `patch` replaces."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NO_PATCH: Any = object()
 
 
 def install() -> None:
-    """Put the hooks in. Every one is taken out by `restore_all`, the last first."""
+    """Replace functions of transformers. `restore_all` undoes it. O(replacements)."""
     replace(DynamicCache, "__init__", _paging_init)
     replace(GenerationMixin, "generate", _counted_generate)
     replace(GenerationMixin, "_prepare_cache_for_generation", _scoped_prepare)
@@ -54,7 +54,7 @@ def install() -> None:
 
 
 def _paging_init(original: Callable[..., None]) -> Callable[..., None]:
-    """`DynamicCache.__init__`: what it builds is paged afterwards, wherever it is built."""
+    """Wrap `DynamicCache.__init__`, so that every new cache is paged."""
 
     @functools.wraps(original)
     def __init__(self: DynamicCache, *args: Any, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ def _paging_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _counted_generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`generate`: calls of other threads may wait for the memory of this one."""
+    """Wrap `generate`, so that calls of other threads can wait for this call's memory."""
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ def _counted_generate(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`_prepare_cache_for_generation`: here it is known which model a cache is for."""
+    """Wrap `_prepare_cache_for_generation`, which knows the model that a cache is made for."""
 
     @functools.wraps(original)
     def prepare(
@@ -90,11 +90,11 @@ def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         wanted = generation_config.cache_implementation == "kvpager"
         serving = patch_for(self, wanted=wanted)
-        # T5Gemma goes on to replace the cache across by another of its class, with arguments of
-        # DynamicCache: what such models find there is plain, and paged in `_prefill`.
-        goes_on = type(self)._prepare_cache_for_generation is not prepare
+        # T5Gemma's override then replaces the cross-attention cache by a new one of its class, with
+        # the arguments of DynamicCache. So that cache stays plain here; `_prefill` pages it.
+        is_overridden = type(self)._prepare_cache_for_generation is not prepare
         outer = getattr(_scope, "patch", None)
-        _scope.patch = _NO_PATCH if serving is None or goes_on else serving
+        _scope.patch = _NO_PATCH if serving is None or is_overridden else serving
         try:
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
         finally:
@@ -102,7 +102,7 @@ def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         cache: Any = cache_in(model_kwargs)
         if isinstance(cache, EncoderDecoderCache):
             _page(cache.self_attention_cache, serving)
-            if not goes_on:
+            if not is_overridden:
                 _page(cache.cross_attention_cache, serving)
         else:
             _page(cache, serving, self.config)
@@ -120,12 +120,12 @@ def _note_fallback(serving: Patch, generation_config: Any, cache: Any, mode: Any
     if generation_config.use_cache is False:
         serving.memory.note_fallback("not paged: use_cache=False")
     elif not isinstance(own, PagedCache):
-        name, home = type(own).__name__, type(own).__module__.partition(".")[0]
+        name, package = type(own).__name__, type(own).__module__.partition(".")[0]
         named = generation_config.cache_implementation
-        if home == "transformers":
+        if package == "transformers":
             what = name if named is None else f"cache_implementation={named!r}"
             serving.memory.note_fallback(f"not paged: {what}, a cache of transformers' own")
-        elif home != "kvpager":  # an engine's probe compares with a plain cache
+        elif package != "kvpager":  # an engine's probe compares with a plain cache
             serving.memory.note_fallback(f"not paged: {name}, a cache passed by the caller")
     elif serving.prompts is None:
         return
@@ -138,7 +138,7 @@ def _note_fallback(serving: Patch, generation_config: Any, cache: Any, mode: Any
 
 
 def _note_made_outside(serving: Patch | None, config: Any) -> None:
-    """Note for the report a cache that no `generate` makes."""
+    """Note for the report a cache that is made outside of `generate`."""
     is_outside = getattr(_scope, "patch", None) is None and config is not None
     if serving is not None and serving.prompts is not None and is_outside:
         serving.memory.note_fallback(
@@ -147,7 +147,7 @@ def _note_made_outside(serving: Patch | None, config: Any) -> None:
 
 
 def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`_prefill`: here the prompt's ids and padding are known."""
+    """Wrap `_prefill`, which knows the prompt's ids and padding."""
 
     @functools.wraps(original)
     def _prefill(
@@ -185,14 +185,14 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _longest(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
-    """Return how long the rows of a call may get, the encoder's included; 0 if not known."""
+    """Return the most columns of a call, also in the encoder; 0 if unknown."""
     encoded = getattr(model_kwargs.get("encoder_outputs"), "last_hidden_state", None)
     columns = 0 if encoded is None else encoded.shape[1]
     return max(generation_config.max_length or 0, columns)
 
 
 def _watched_masks(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`_preprocess_mask_arguments`: here a model's own code says which columns it hides."""
+    """Wrap `_preprocess_mask_arguments`, to which a model passes the columns that it hides."""
 
     @functools.wraps(original)
     def preprocess(
@@ -207,14 +207,14 @@ def _watched_masks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`_sample`: here the tokens that are chosen can be heard."""
+    """Wrap `_sample`, which knows the tokens that are chosen."""
 
     @functools.wraps(original)
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         serving, cache = patch_for(self), cache_in(kwargs)
         if serving is None or serving.prompts is None or not _is_paged(cache):
             return original(self, *args, **kwargs)
-        if cache.is_begun or "logits_processor" not in kwargs:  # who knows what is in it
+        if cache.is_begun or "logits_processor" not in kwargs:  # the cache's tokens are unknown
             return original(self, *args, **kwargs)
         return reply(original, serving.prompts, self, *args, **kwargs)
 
@@ -234,12 +234,12 @@ def _page(cache: Any, serving: Patch | None, config: Any = None) -> None:
 
 
 def _is_paged(cache: Any) -> bool:
-    """Return True for a paged cache that has layers in blocks, as caches of attention do."""
+    """True for a paged cache with layers in blocks; a cache without attention has none."""
     return isinstance(cache, PagedCache) and bool(cache.groups)
 
 
 def _check_padding_is_still_hidden(cache: PagedCache, mask: torch.Tensor | None) -> None:
-    """Padding was never stored, so a later call may not look at it either."""
+    """Refuse a mask that shows the cache's left padding, which was never stored."""
     paddings = [group.columns.padding for group in cache.groups if group.columns.padding.any()]
     if not paddings:
         return
@@ -248,6 +248,6 @@ def _check_padding_is_still_hidden(cache: PagedCache, mask: torch.Tensor | None)
     hidden = torch.arange(columns) < torch.from_numpy(padding)[:, None]
     if mask is None or mask.dim() != 2 or bool((mask[:, :columns].cpu() != 0)[hidden].any()):
         raise ValueError(
-            "this cache was begun with left padding, which takes no blocks: pass the "
-            "attention_mask of the whole sequence, with zeros where the padding was"
+            "attention_mask: the cache was begun with left padding, which it does not store. "
+            "Pass the mask of the whole sequence, with zeros at the padding."
         )

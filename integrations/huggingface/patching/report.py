@@ -1,4 +1,4 @@
-"""What a patch did, in numbers and in words."""
+"""The figures of a patch, and the text that reports them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemo
 
 @dataclass(frozen=True, slots=True)
 class PatchStats:
-    """What a patch's pools hold now, and what happened in them since the patch was made.
+    """The current contents of a patch's pools, and totals since the patch was made.
 
-    Blocks count once however many sequences share them; `used_bytes` are the bytes of slots that
-    hold a token, so `held_bytes - used_bytes` is wasted in open tail blocks. `peak_dense_bytes`
-    are the most that `DynamicCache` would have held for the same calls, at the end of a step.
-    `prefix_unserved_calls` had a `prefix_cache` and prompts that it does not keep.
-    Blocks in host memory are counted by the last five alone; rows that were too many from their
-    first token on are held there, but were never swapped out.
-    `num_sessions` are those of continuous batching, whose pools are not among the blocks. The
-    requests that ended in them, and the tokens these generated, are counted.
+    A block counts once, however many sequences share it. `used_bytes` are the bytes of slots that
+    hold a token; `held_bytes - used_bytes` is the waste in partly filled blocks.
+    `peak_dense_bytes` is the most that `DynamicCache` would have held for the same calls at the end
+    of a step. `prefix_unserved_calls` counts calls whose prompts `prefix_cache` does not keep.
+
+    The fields with `host` or `swapped` in their name count host memory, all others the device. Rows
+    that began in host memory were never swapped out.
+
+    `num_sessions`, `session_requests` and `session_tokens` count continuous batching: its sessions,
+    their ended requests, and the tokens that these generated. Its pools are in no other field.
     """
 
     num_blocks: int
@@ -53,7 +55,7 @@ class PatchStats:
 
     @classmethod
     def of(cls, memory: PagedMemory) -> PatchStats:
-        """Count what the pools of a patch hold now. O(blocks)."""
+        """Return the figures of a patch's pools. O(blocks)."""
         host = memory.host
         pools, host_pools = memory.pools(), [] if host is None else host.pools()
         memory.settle()
@@ -80,8 +82,8 @@ class PatchStats:
 
 
 def report(memory: PagedMemory, stats: PatchStats) -> str:
-    """A few lines: layers, blocks, sharing, reads, bytes saved. O(kinds of layers)."""
-    lines = [*_layers(memory), *_sessions(stats, memory), *_unserved(memory)] or [
+    """Return a text on layers, blocks, sharing, reads and bytes saved. O(kinds of layers)."""
+    lines = [*_layers(memory), *_sessions(stats, memory), *_fallbacks(memory)] or [
         "nothing was paged yet"
     ]
     lines += [
@@ -125,7 +127,7 @@ def _sessions(stats: PatchStats, memory: PagedMemory) -> Iterator[str]:
         yield f"continuous batching: prompts not shared, the model may change undetected ({doubt})"
 
 
-def _unserved(memory: PagedMemory) -> Iterator[str]:
+def _fallbacks(memory: PagedMemory) -> Iterator[str]:
     for why, count in memory.fallbacks.items():
         what, _, reason = why.partition(": ")
         yield f"{what}: {counted(count, 'call')} with {reason}"

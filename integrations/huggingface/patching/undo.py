@@ -1,4 +1,4 @@
-"""Attributes and attention functions that are replaced, and put back as they were found."""
+"""Replace attributes and attention functions of transformers, and restore the originals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _undo: list[Callable[[], None]] = []
 
 
 def replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Replace attribute `name` of `owner` by what `wrap` makes of it. O(1)."""
+    """Replace attribute `name` of `owner` by `wrap(attribute)`. O(1)."""
     original = getattr(owner, name, None)
     if original is None:
-        # A private hook that this transformers does without: what it serves is an optimisation.
+        # This release lacks a private function, and with it an optimisation.
         logger.warning("transformers has no %s.%s: paging works without it", owner.__name__, name)
         return
     ours = wrap(original)
@@ -48,7 +48,7 @@ def replace_attention(name: str, ours: AttentionFunction) -> None:
 
 
 def restore_all() -> None:
-    """Put back everything that was replaced, the last first. O(replacements)."""
+    """Restore all originals, in reverse order. O(replacements)."""
     while _undo:
         _undo.pop()()
 
@@ -57,5 +57,5 @@ def _restore(what: str, is_ours: bool, restore: Callable[[], None]) -> None:
     if is_ours:
         restore()
     else:
-        # Another patch replaced ours, and may call it. Ours does nothing from now on.
-        logger.warning("%s was replaced while patched, and is left as it is", what)
+        # Other code replaced our function and may call it. Without a patch it calls the original.
+        logger.warning("%s was replaced by other code while patched, and is left unchanged", what)

@@ -1,1 +1,1 @@
-"""Prompts that were computed before: found again, and computed once."""
+"""Prefix caching for `generate`: compute equal prompts once, and reuse earlier ones."""

@@ -1,4 +1,4 @@
-"""Why a batch's prompts are neither merged nor kept, in words for a report."""
+"""Reasons for which a batch's prompts are neither merged nor kept, as the report shows them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _HARMLESS = {
     "use_cache",
     "logits_to_keep",
     "return_dict",
-    "output_attentions",  # these two are looked at more closely
+    "output_attentions",  # these two are checked separately
     "output_hidden_states",
 }
 
 
 def row_merge_obstacle(cache: PagedCache, inputs: PrefillInputs) -> str | None:
-    """Return why a row's keys and values do not follow from its ids, mask and positions alone.
+    """Return why a row's keys and values depend on more than its ids, mask and positions.
 
-    None if they do. O(parameters).
+    Returns None if they do not. O(parameters).
     """
     model, input_ids, generation_config, model_kwargs = inputs
     if not cache.is_fully_paged:
         return "layers that are not paged"
-    # What a model keeps outside the cache is neither repeated nor reused with it.
+    # State outside the cache is neither repeated nor reused with it.
     if getattr(model, "_is_stateful", False):
         return "a model that keeps state outside its cache"
-    # Dropout makes equal rows differ, and autocast computes in another dtype than was asked for.
+    # Dropout makes equal rows differ; autocast computes in another dtype than the model's.
     if model.training:
         return "a model in training mode"
     places = {tensor.device.type for tensor in (input_ids, *model.parameters())}
@@ -41,13 +41,13 @@ def row_merge_obstacle(cache: PagedCache, inputs: PrefillInputs) -> str | None:
         return "autocast"
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, False) or model_kwargs.get(name):
-            return f"{name}=True, which is about all tokens of a prompt"
+            return f"{name}=True, which needs all tokens of a prompt computed"
     given = {name for name, value in model_kwargs.items() if value is not None}
     if others := given - PER_ROW - _HARMLESS:
-        return f"{', '.join(sorted(others))}, of which a cache knows nothing"
+        return f"{', '.join(sorted(others))}, which the prompt's token ids do not include"
     for name in sorted(given & PER_ROW):
         if model_kwargs[name].shape != input_ids.shape:
-            return f"{name} of another shape than the ids"
+            return f"{name} of another shape than input_ids"
     return None
 
 
@@ -61,8 +61,8 @@ def prefix_obstacle(cache: PagedCache, inputs: PrefillInputs, padding: Padding) 
     if getattr(config, "use_bidirectional_attention", False):
         return "a model whose tokens attend to later ones"
     if config.get_text_config(decoder=True) is not config:
-        return "a model of more than text"
-    if _rotation_moves(config):
+        return "a multimodal model"
+    if _rotation_depends_on_length(config):
         return "a model whose positions depend on the length of the prompt"
     if len(cache.groups) != 1 or cache.groups[0].window is not None:
         return "a model with sliding windows"
@@ -70,21 +70,21 @@ def prefix_obstacle(cache: PagedCache, inputs: PrefillInputs, padding: Padding) 
         return "a cache without a configuration"
     if (chunk := inputs.generation_config.prefill_chunk_size) is not None:
         return f"prefill_chunk_size={chunk}"
-    if not _are_usual(inputs.model_kwargs.get("position_ids"), inputs.ids, padding):
+    if not _count_from_zero(inputs.model_kwargs.get("position_ids"), inputs.ids, padding):
         return "position_ids that do not count a prompt's tokens from 0"
     return None
 
 
 def _is_autocast(device_type: str) -> bool:
-    # Offloaded weights are on "meta", for which torch does not answer the second question.
+    # For "meta", the device of offloaded weights, `is_autocast_enabled` raises.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _rotation_moves(config: Any) -> bool:
-    """Return True if a key's rotation depends on its sequence's length (dynamic NTK, LongRoPE)."""
+def _rotation_depends_on_length(config: Any) -> bool:
+    """True if a key's rotation depends on its sequence's length (dynamic NTK, LongRoPE)."""
     settings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
     settings += [nested for outer in settings for nested in outer.values() if _is_dict(nested)]
-    kinds = [str(one.get("rope_type", one.get("type"))) for one in settings if _is_dict(one)]
+    kinds = [str(each.get("rope_type", each.get("type"))) for each in settings if _is_dict(each)]
     return any("dynamic" in kind or "longrope" in kind for kind in kinds)
 
 
@@ -92,7 +92,7 @@ def _is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _are_usual(positions: Tensor | None, input_ids: Tensor, padding: Padding) -> bool:
+def _count_from_zero(positions: Tensor | None, input_ids: Tensor, padding: Padding) -> bool:
     if positions is None:
         return not padding.any()
     columns = np.arange(input_ids.shape[1])

@@ -1,13 +1,13 @@
-"""What the start of `generate` knows and a cache never sees: padding, equal prompts, token ids.
+"""Prefill of `generate`: use the prompt's ids and mask, which a cache never sees.
 
-`Cache.update` is given keys and values only. Here, where the prompt's ids and mask are at hand:
+`Cache.update` gets keys and values only. Here the prompt's ids and mask are known, so that
 
-- left padding is noted, so that it takes no blocks;
+- left padding takes no blocks;
 - rows that beams or `num_return_sequences` repeat are computed once and forked;
 - with prefix caching, blocks that an earlier call of the same model wrote are shared.
 
-Each is done only where the inputs are plainly of the kind it understands; anything else goes
-through as it is.
+Each of these applies only to inputs that it is known to be right for. All other inputs take
+transformers' own path.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ Prefill = Callable[..., Any]
 def prefill(
     original: Prefill, prompts: PromptCache | None, inputs: PrefillInputs, **kwargs: Any
 ) -> Any:
-    """`GenerationMixin._prefill` for an empty paged cache. Returns the model's output.
+    """Run `GenerationMixin._prefill` for an empty paged cache. Return the model's output.
 
-    Should it fail, the cache is empty again.
+    If it raises, the cache is empty again.
     """
     cache = inputs.cache
     for group in cache.groups:
-        group.reset()  # rows may be left of a batch that was cropped to nothing
+        group.reset()  # a batch that was cropped to no columns still has rows
     padding = inputs.left_padding()
-    reason = "an attention_mask that hides more than padding before the prompts"
+    reason = "an attention_mask that hides more than left padding"
     try:
         if padding is not None:
             try:
                 return _prefill_padded(original, prompts, padding, inputs, **kwargs)
             except UnexpectedColumns:
                 cache.reset()
-                reason = "a model that writes other columns than those of its prompt"
+                reason = "a model that adds columns to its prompt, or drops some"
         if prompts is not None:
             cache.memory.note_not_kept(reason)
         return original(*inputs, **kwargs)
@@ -71,9 +71,9 @@ def _prefill_padded(
     inputs: PrefillInputs,
     **kwargs: Any,
 ) -> Any:
-    """Compute equal rows once, store no padding, and reuse what earlier calls computed.
+    """Compute equal rows once, store no padding, and reuse blocks of earlier calls.
 
-    Raises: `UnexpectedColumns` where that is wrong for this model.
+    Raises: `UnexpectedColumns` if the model does not write the prompt's columns.
     """
     cache: PagedCache = inputs.cache
     reason = row_merge_obstacle(cache, inputs)
@@ -104,7 +104,7 @@ def _prefill_padded(
 
 
 def _repeats(cache: PagedCache, inputs: PrefillInputs, reason: str | None) -> int:
-    """Return how many equal rows may be computed as one; 1 if none, with the reason noted."""
+    """Return how many equal rows to compute as one; 1 for no merging, which the report explains."""
     repeats = inputs.repeats()
     if repeats > 1 and reason is None:
         reason = row_dependence(inputs.model)
@@ -121,7 +121,7 @@ def _prompt_to_keep(
     padding: Padding,
     reason: str | None,
 ) -> tuple[Prompt | None, str | None]:
-    """Return the prompts to look up and keep, or a reason why none are, unless it was noted."""
+    """Return the prompts to look up and keep, or None with a reason that is yet to be noted."""
     reason = reason or prefix_obstacle(cache, inputs, padding)
     if reason is not None:
         return None, reason
@@ -149,7 +149,7 @@ def _prefill_new(
     inputs: PrefillInputs,
     **kwargs: Any,
 ) -> Any:
-    """Compute what is new in each row, in as many passes as are worth it."""
+    """Compute the new tokens of each row, in the cheapest division into passes."""
     model, cache = inputs.model, inputs.cache
     passes = prefill_batches(prompt.rows, prompts.known(model, cache, prompt))
     if len(passes) == 1:
@@ -165,7 +165,7 @@ def _prefill_new(
         return output
     parts = [copy.deepcopy(cache) for _ in passes]
     skipped = [int(padding[rows].min()) for rows in passes]
-    # All hold what they know before the first one may need room.
+    # Attach all cached prefixes first: the first pass could otherwise evict those of later passes.
     for part, rows, first in zip(parts, passes, skipped, strict=True):
         prompts.attach(model, part, prompt.of(rows), padding[rows] - first)
     outputs = []
@@ -176,9 +176,9 @@ def _prefill_new(
         group.columns.announced = ExpectedPrompt(len(rows), columns, columns, is_binding=True)
         _count_hits(group, prompt.of(rows))
         here = torch.from_numpy(rows).to(inputs.ids.device)
-        theirs = inputs.of_rows((here, slice(first, None)))
-        theirs = theirs._replace(model_kwargs=with_cache(theirs.model_kwargs, part))
-        outputs.append(original(*theirs, **kwargs))
+        of_pass = inputs.of_rows((here, slice(first, None)))
+        of_pass = of_pass._replace(model_kwargs=with_cache(of_pass.model_kwargs, part))
+        outputs.append(original(*of_pass, **kwargs))
         _check_written(part, columns)
         prompts.publish(model, part)
     order = np.argsort(np.concatenate(passes))

@@ -1,11 +1,11 @@
-"""In which order the prompts of a batch are computed, when parts of them are known.
+"""Divide a batch's prompts into passes by the length of their cached prefixes.
 
-    row 0   [known ........][new]           a batch is a rectangle: in one pass, every row would
-    row 1   [new ................]          compute as many columns as the row that knows least
-    row 2   [known ........][new]
+    row 0   [cached .......][new]           a batch is a rectangle: in a single pass, every row
+    row 1   [new ................]          computes as many columns as the longest uncached row
+    row 2   [cached .......][new]
 
-So rows that know about as much are computed together, those that know least first, and of rows that
-begin alike one goes ahead: the others then find its beginning in the pool.
+So rows with about as many new tokens share a pass, and passes with more new tokens come first. Of
+rows with a common prefix, one row is computed first. The others find the prefix in the pool.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import numpy as np
 
 from kvpager.plans import Int32, Int64
 
-# What a pass costs besides its tokens, in tokens: it reads all weights, however few there are.
+# The fixed cost of a pass in tokens: it reads all weights, even for a few tokens.
 PASS_TOKENS = 256
 
 
 def prefill_batches(prompts: list[Int32], known: Int64) -> list[Int64]:
-    """The rows of each pass, in order. O(rows^2 + rows log rows * tokens).
+    """Return the rows of each pass, in order. O(rows^2 + rows log rows * tokens).
 
     Args:
         prompts: each row's token ids, without padding.
-        known: how many tokens of each row need no computing, int64 [rows].
+        known: the number of cached leading tokens of each row, int64 [rows].
     """
     new = np.array([len(prompt) for prompt in prompts], np.int64) - known
     order, cost = _split(np.arange(len(prompts)), new)
     shared = _shared_with_an_owner(prompts, known)
     follows = shared > known
     if follows.any():
-        # Owners publish what they compute, so the rows that share it know as much.
+        # Owners publish their blocks, so the rows that share a prefix find it cached.
         less = np.where(follows, new - (shared - known), new)
         ahead, of_owners = _split(np.flatnonzero(~follows), less)
         behind, of_others = _split(np.flatnonzero(follows), less)
@@ -42,12 +42,12 @@ def prefill_batches(prompts: list[Int32], known: Int64) -> list[Int64]:
 
 
 def _split(rows: Int64, new: Int64) -> tuple[list[Int64], int]:
-    """The cheapest division of `rows` into passes, the longest first, and its cost in tokens."""
+    """Return the cheapest division of `rows` into passes, longest first, and its token cost."""
     if not len(rows):
         return [], 0
     rows = rows[np.argsort(-new[rows], kind="stable")]
     longest = new[rows]
-    # best[n]: the cost of the first n rows; a pass costs its rows times the longest of them.
+    # best[n]: the cost of the first n rows. A pass costs its number of rows times its longest row.
     best, begins = [0], [0]
     for end in range(1, len(rows) + 1):
         costs = np.array(best) + (end - np.arange(end)) * longest[:end] + PASS_TOKENS
@@ -61,9 +61,10 @@ def _split(rows: Int64, new: Int64) -> tuple[list[Int64], int]:
 
 
 def _shared_with_an_owner(prompts: list[Int32], known: Int64) -> Int64:
-    """Return how many tokens each row shares with a row that goes ahead; -1 for one that does.
+    """Return how many leading tokens each row shares with an owner; -1 for owners themselves.
 
-    In lexicographic order, rows that begin alike stand together.
+    An owner is a row that is computed first. Rows are compared in lexicographic order, in which
+    rows with a common prefix are adjacent.
     """
     order = sorted(range(len(prompts)), key=lambda row: prompts[row].astype(">u4").tobytes())
     shared = np.full(len(prompts), -1, np.int64)
@@ -78,7 +79,7 @@ def _shared_with_an_owner(prompts: list[Int32], known: Int64) -> Int64:
     return shared
 
 
-def _common(one: Int32, other: Int32) -> int:
-    length = min(len(one), len(other))
-    differs = np.flatnonzero(one[:length] != other[:length])
+def _common(first: Int32, second: Int32) -> int:
+    length = min(len(first), len(second))
+    differs = np.flatnonzero(first[:length] != second[:length])
     return int(differs[0]) if len(differs) else length

@@ -1,4 +1,4 @@
-"""The arguments of `generate` once the prompt is known, and what can be told from them."""
+"""The arguments of `GenerationMixin._prefill`, and the padding and repeats among their rows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from kvpager.integrations.huggingface.releases import cache_in
 
-# What `model_kwargs` may hold where a row's keys and values follow from its ids and padding. With
-# anything else in play, rows are neither merged nor reused.
+# The `model_kwargs` that have a row for each row of the batch. With other inputs, keys and values
+# depend on more than ids and padding, so rows are neither merged nor reused.
 PER_ROW = {"attention_mask", "position_ids"}
 
 Padding = NDArray[np.int64]
 
 
 class PrefillInputs(NamedTuple):
-    """What `GenerationMixin._prefill` is given first."""
+    """The first arguments of `GenerationMixin._prefill`."""
 
     model: nn.Module
     ids: Tensor  # [rows, columns]
@@ -28,11 +28,11 @@ class PrefillInputs(NamedTuple):
 
     @property
     def cache(self) -> Any:
-        """The cache that the prompt is written to."""
+        """Return the cache to which the prompt is written."""
         return cache_in(self.model_kwargs)
 
     def of_rows(self, rows: Any) -> PrefillInputs:
-        """Return the inputs with only these rows, or these (rows, columns). O(columns)."""
+        """Return the inputs of some rows, or of some (rows, columns). O(columns)."""
         of_rows = {
             name: value[rows] if name in PER_ROW and value is not None else value
             for name, value in self.model_kwargs.items()
@@ -40,10 +40,7 @@ class PrefillInputs(NamedTuple):
         return self._replace(ids=self.ids[rows], model_kwargs=of_rows)
 
     def repeats(self) -> int:
-        """Return how many equal rows stand behind one another, as `generate` expands them.
-
-        1 if rows differ. O(ids).
-        """
+        """Return how often each prompt is repeated by `generate`; 1 if repeats differ. O(ids)."""
         repeats = returned_rows(self.generation_config)
         if repeats == 1 or len(self.ids) % repeats:
             return 1
@@ -55,9 +52,9 @@ class PrefillInputs(NamedTuple):
         return repeats
 
     def left_padding(self) -> Padding | None:
-        """Return the padding columns before each row's first token, int64 [rows]. O(ids).
+        """Return the number of padding columns before each row's first token, int64 [rows]. O(ids).
 
-        None if the mask hides anything else.
+        Returns None if the mask hides any other column.
         """
         rows, columns = self.ids.shape[:2]
         mask = self.model_kwargs.get("attention_mask")
@@ -67,8 +64,8 @@ class PrefillInputs(NamedTuple):
             return None
         here = mask.cpu().numpy() != 0
         padding = here.argmax(axis=1)
-        behind = np.arange(columns) >= padding[:, None]
-        left_padded = (here == behind).all() and here.any(axis=1).all()
+        tokens = np.arange(columns) >= padding[:, None]
+        left_padded = (here == tokens).all() and here.any(axis=1).all()
         return padding if left_padded else None
 
 

@@ -1,7 +1,7 @@
-"""Prompts and replies that were computed before: which there are, how a cache begins with them.
+"""Reuse prompts and replies that an earlier call of `generate` computed.
 
-They are kept in a namespace of the model as it was when it computed them. A cache learns the ids of
-what it holds at the start of `generate` (`prefill.py`), and here from what `generate` chooses.
+A namespace for each version of a model separates their prefixes. A cache learns the token ids of
+its columns from the prompt (`prefill.py`), and from the tokens that `generate` chooses (`reply`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvpager.plans import Int32, Int64
 
 
 class PromptCache:
-    """Which pool each model's prompts are in, and under which namespace."""
+    """The pool and the prefix key of each model's prompts."""
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
@@ -51,9 +51,9 @@ class PromptCache:
         )
 
     def key_of(self, model: nn.Module, *, samples: bool = True) -> tuple[PrefixKey, str | None]:
-        """Return whose prompts may share blocks now, or a reason why none may.
+        """Return the key under which prompts share blocks now, and a reason if they must not.
 
-        `samples` as in `ModelWatch.look`. O(modules + weights).
+        `samples` is an argument of `ModelWatch.look`. O(modules + weights).
         """
         watch = self._watches.get(model)
         if watch is None:
@@ -62,11 +62,11 @@ class PromptCache:
         return PrefixKey(self._namespaces.current, str(state.version)), state.doubt
 
     def decoding_watch(self, model: nn.Module, key: PrefixKey) -> tuple[ModelWatch, bool]:
-        """Return the watch over `model` while it decodes, and whether it may be out of date. O(1).
+        """Return the watch over `model` while it decodes, and True if it may be out of date. O(1).
 
-        transformers chooses other settings while a model decodes: how experts are computed. So
-        prompts and decoding have a watch each. That of decoding is out of date if it was last
-        asked for under another `key`, which names the model's version.
+        transformers changes some settings while a model decodes, such as how experts are computed.
+        So prompts and decoding have a watch each. The decoding watch is out of date if its last
+        call had another `key`, which contains the model's version.
         """
         watch, before = self._decoding.get(model, (None, None))
         if watch is None:
@@ -75,9 +75,9 @@ class PromptCache:
         return watch, before != key
 
     def _row_obstacle(self, model: nn.Module, key: PrefixKey) -> str | None:
-        """Name what may treat rows by their place: `hooks.row_dependence`. O(1) if nothing changed.
+        """Return `row_dependence(model)`. O(1) if the model has not changed.
 
-        All that it reads is part of the version that `key` names.
+        The version in `key` covers everything that `row_dependence` reads.
         """
         before, obstacle = self._obstacles.get(model, (None, None))
         if before != key:
@@ -86,9 +86,9 @@ class PromptCache:
         return obstacle
 
     def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt | str:
-        """The batch's prompts, of the model as it is and of the namespace of now. O(tokens).
+        """Return the batch's prompts under the current model version and namespace. O(tokens).
 
-        Returns a reason instead if the model's state, or what it does with rows, cannot be told.
+        Returns a reason instead if the model may change undetected or may treat rows differently.
         """
         key, doubt = self.key_of(model)
         if doubt is not None:
@@ -100,16 +100,16 @@ class PromptCache:
         return Prompt(rows, key)
 
     def known(self, model: nn.Module, cache: PagedCache, prompt: Prompt) -> Int64:
-        """Return how many tokens of each row are in the pool; at least one is new. O(tokens)."""
+        """Return the number of cached tokens of each row; at least one token is new. O(tokens)."""
         pool = self._pool(model, cache)
         if pool is None:
             return np.zeros(len(prompt.rows), np.int64)
         return np.array([_known(pool, row, prompt.key) for row in prompt.rows], np.int64)
 
     def attach(self, model: nn.Module, cache: PagedCache, prompt: Prompt, padding: Padding) -> None:
-        """Let the cache begin with what earlier calls computed, and publish what this one does.
+        """Begin the cache with cached prefixes, and record its token ids for `publish`. O(tokens).
 
-        One that has begun so already begins again where there is more to find now.
+        A cache that was begun this way begins again if the pool now holds longer prefixes.
         """
         group = cache.groups[0]
         if group.num_columns:
@@ -122,47 +122,47 @@ class PromptCache:
             _reuse(cache, self._layouts[model], pool, prompt, padding)
 
     def await_turn(self, model: nn.Module, cache: PagedCache) -> None:
-        """Wait for other calls if memory is short, before the cache takes cached blocks."""
+        """Wait for other calls if memory is short, before the cache takes blocks. O(layers)."""
         if self._pool(model, cache) is not None:
             cache.memory.await_turn(self._layouts[model].kinds[0])
 
     def _pool(self, model: nn.Module, cache: PagedCache) -> PagedPool | None:
-        """Return the pool of the model's prompts; None without any, or for an unlike cache."""
-        home = self._layouts.get(model)
-        if home is None or len(home.kinds) != len(cache.paged_layers()):
+        """Return the pool of the model's prompts; None if there is none that fits the cache."""
+        layout = self._layouts.get(model)
+        if layout is None or len(layout.kinds) != len(cache.paged_layers()):
             return None
-        return cache.memory.find_pool(home.layout)
+        return cache.memory.find_pool(layout.key)
 
     def publish(self, model: nn.Module, cache: PagedCache) -> None:
-        """The prompt has been computed: its full blocks may be reused. O(blocks)."""
+        """Publish the full blocks of a prompt that has been computed. O(blocks)."""
         group, layers = cache.groups[0], cache.paged_layers()
         kinds = [layer.kind for layer in layers if layer.kind is not None]
-        # Some models change as they compute, such as those with a moving rotary base.
-        # Without samples: what they would tell is told before anything is reused.
+        # Some models change as they compute, such as those with a dynamic rotary base.
+        # Weights are sampled before blocks are reused, so it need not happen here.
         now = self.key_of(model, samples=False)
         unchanged = group.prompt is not None and now == (group.prompt.key, None)
         if unchanged and cache.is_fully_paged and len(kinds) == len(layers):
             group.commit()
             self._layouts[model] = _PoolLayout(group.layout, kinds)
         else:
-            group.prompt = None  # what follows is not reusable either
+            group.prompt = None  # later columns are not reusable either
 
 
 def reply(
     original: Callable[..., Any], prompts: PromptCache, model: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """`GenerationMixin._sample` for an empty paged cache, whose tokens are heard and published.
+    """Run `GenerationMixin._sample` for a new paged cache, and publish the blocks of its tokens.
 
-    Within transformers' own decoding loop keys and values follow from the tokens, as those of a
-    prompt do; so a later prompt that repeats the reply, the next turn of a chat, finds its blocks.
-    After the loop the caller may change the cache, so no token is known from then on.
+    In transformers' decoding loop, keys and values depend on the tokens alone, as in a prompt. So
+    the next turn of a chat, which repeats the reply, finds its blocks. After the loop the caller
+    may change the cache, so its later tokens are unknown.
     """
     cache: Any = cache_in(kwargs)
     processors, streamer = kwargs["logits_processor"], kwargs.get("streamer")
     criteria = kwargs.get("stopping_criteria") or ()
-    is_thorough = any(map(_is_callers, [*processors, *criteria, streamer]))
-    lookout = _ModelChangeGuard(cache, prompts, model, is_thorough)
-    kwargs["logits_processor"] = LogitsProcessorList([lookout, *processors])
+    is_thorough = any(map(_is_user_code, [*processors, *criteria, streamer]))
+    guard = _ModelChangeGuard(cache, prompts, model, is_thorough)
+    kwargs["logits_processor"] = LogitsProcessorList([guard, *processors])
     kwargs["streamer"] = _TokenStreamer(cache, streamer)
     try:
         result = original(model, *args, **kwargs)
@@ -174,37 +174,36 @@ def reply(
     return result
 
 
-def _is_callers(each: object) -> bool:
-    """True for a processor, criterion or streamer that runs code of the caller's."""
-    home = type(each).__module__
-    return not is_library(home) or isinstance(each, PrefixConstrainedLogitsProcessor)
+def _is_user_code(each: object) -> bool:
+    """True for a processor, criterion or streamer that runs code of the user."""
+    module_name = type(each).__module__
+    return not is_library(module_name) or isinstance(each, PrefixConstrainedLogitsProcessor)
 
 
 class _TokenStreamer:
-    """A streamer that lets a cache know which tokens were chosen, and passes them on."""
+    """A streamer that tells a cache the chosen tokens, and passes them to the user's streamer."""
 
     def __init__(self, cache: PagedCache, inner: Any) -> None:
         self._cache = cache
         self._inner = inner
 
     def put(self, tokens: Tensor) -> None:
-        """The next token of each row, [rows]: they have been chosen, but not computed yet."""
+        """Record the next token of each row, [rows], which is chosen but not computed yet."""
         for group in self._cache.groups:
             group.note_next(_to_int32(tokens.reshape(-1)))
         if self._inner is not None:
             self._inner.put(tokens)
 
     def end(self) -> None:
-        """There are no more."""
+        """End the user's streamer."""
         if self._inner is not None:
             self._inner.end()
 
 
 class _ModelChangeGuard(LogitsProcessor):
-    """Stops keeping a reply if the model that computes it changes, even if it changes back.
+    """A logits processor that stops keeping a reply if the model changes, even temporarily.
 
-    It stands before all other processors: of what a caller may hook into a step, nothing runs
-    between the forward pass and it.
+    It is the first processor, so that no code of the user runs between the forward pass and it.
     """
 
     def __init__(
@@ -215,10 +214,10 @@ class _ModelChangeGuard(LogitsProcessor):
         self._before: ModelState | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Compare the model with what it was after the first pass.
+        """Compare the model with its state after the first pass. Return `scores` unchanged.
 
-        All of it is compared if code of the caller's runs between passes, which may change it.
-        Otherwise only another thread may, and a part is compared, another one each time.
+        Compares the whole model if code of the user runs between passes, which may change it.
+        Otherwise only another thread may change it, so each call compares the next part.
         """
         kept = [group for group in self._cache.groups if group.prompt is not None]
         prompt = kept[0].prompt if kept else None
@@ -233,25 +232,25 @@ class _ModelChangeGuard(LogitsProcessor):
                 for group in kept:
                     group.prompt = None
                 self._cache.memory.note_fallback(
-                    "reply not kept: a change of the model in the middle of it"
+                    "reply not kept: a change of the model during the call"
                 )
             self._before = now
         return scores
 
 
 class _PoolLayout(NamedTuple):
-    """Where a model's keys and values are: the pool's layout, and each layer's kind."""
+    """The key of the pool that holds a model's prompts, and the kind of each layer."""
 
-    layout: object
+    key: object
     kinds: list[LayerKind]
 
 
 def _reuse(
-    cache: PagedCache, home: _PoolLayout, pool: PagedPool, prompt: Prompt, padding: Padding
+    cache: PagedCache, layout: _PoolLayout, pool: PagedPool, prompt: Prompt, padding: Padding
 ) -> None:
-    # Meanwhile no other cache takes what was found, and no interrupt loses it.
+    # No other cache may take the blocks meanwhile, and no interrupt may lose them.
     with pool.lock, pool.uninterrupted:
-        # A batch has one length: what the row with the least to offer has in common with the cache.
+        # All rows have as many columns as the row with the shortest cached prefix.
         known = [_known(pool, row, prompt.key) for row in prompt.rows]
         num_columns = int((padding + known).min())
         if num_columns <= int(padding.min()):
@@ -260,8 +259,8 @@ def _reuse(
         sequences = _begin_known(pool, prompt, lengths)
         if sequences is None:
             return
-        cache.groups[0].adopt(home.layout, sequences, prompt.key, num_columns)
-        for layer, kind in zip(cache.paged_layers(), home.kinds, strict=True):
+        cache.groups[0].adopt(layout.key, sequences, prompt.key, num_columns)
+        for layer, kind in zip(cache.paged_layers(), layout.kinds, strict=True):
             layer.bind(kind)
             layer.num_columns = num_columns
 
@@ -273,15 +272,15 @@ def _known(pool: PagedPool, row: Int32, key: PrefixKey) -> int:
 def _begin_known(
     pool: PagedPool, prompt: Prompt, lengths: list[int]
 ) -> list[SequenceHandle] | None:
-    """Sequences of the first `lengths` tokens of each row, which are in the pool; None if full."""
+    """Return sequences of the first `lengths` tokens of each row, all cached; None if full."""
     sequences: list[SequenceHandle] = []
     for row, length in zip(prompt.rows, lengths, strict=True):
         try:
-            # One token more, because the last one never counts as known.
+            # One more token, because the prompt's last token never counts as cached.
             sequences.append(pool.allocate(row[: length + 1], prompt.key))
         except OutOfBlocks:
             break
-        if sequences[-1].num_cached_tokens < length:  # the room for a copy was taken from it
+        if sequences[-1].num_cached_tokens < length:  # its own copy evicted part of it
             break
         pool.manager.truncate(sequences[-1], length)
     else:

@@ -218,10 +218,10 @@ def test_an_inner_or_outer_model_names_its_patch(llama: PreTrainedModel) -> None
 
 def test_one_model_cannot_leave_a_process_wide_patch(llama: PreTrainedModel) -> None:
     with kvpager.patch():
-        with pytest.raises(kvpager.KVPagerError, match=r"call kvpager.unpatch\(\) to undo it"):
+        with pytest.raises(kvpager.KVPagerError, match=r"Call kvpager.unpatch\(\) without a model"):
             kvpager.unpatch(llama)
         assert pages(llama)
-    with pytest.raises(TypeError, match="unpatch: expected the model that was patched, got str"):
+    with pytest.raises(TypeError, match="model: expected the model that was patched, got str"):
         kvpager.unpatch("llama")  # type: ignore[arg-type]
 
 
