@@ -81,13 +81,13 @@ class GroupStep(NamedTuple):
 class StepPlan:
     """What a `Scheduler` wants computed now: plain arrays and ids, so it can cross a process.
 
-    Apply `moves` in order, then `copies` (all reads before all writes). Then compute
+    Apply `swaps` in order, then `copies` (all reads before all writes). Then compute
     `num_scheduled[i]` tokens of each row i: write their KV to `slot_mapping`, and let them attend
     to the first `seq_lens[i]` tokens through `block_tables[i]`. Decoding rows come first. The rows
     of a request stand side by side.
 
     Attributes:
-        moves: swaps, to be applied first.
+        swaps: blocks to move between the tiers, first of all.
         copies: int32 [n, 2], device blocks to copy next. A block may be source of one pair and
             destination of another, never destination of two.
         request_ids: the request of each row.
@@ -107,7 +107,7 @@ class StepPlan:
         more_groups: slot mapping and block tables of further groups of layers.
     """
 
-    moves: list[Plan]
+    swaps: list[Plan]
     copies: Int32
     request_ids: list[Hashable]
     seq_ids: Int32
@@ -128,9 +128,9 @@ class StepPlan:
         return GroupStep(self.slot_mapping, self.block_tables), *self.more_groups
 
     def __len__(self) -> int:
-        """How many rows are to be computed."""
+        """Return the number of rows to compute. O(1)."""
         return len(self.request_ids)
 
     def __bool__(self) -> bool:
-        """A plan without rows is a plan: it may have moves to make and ends to tell."""
+        """True, also for a plan without rows: it may have swaps and ended requests."""
         return True

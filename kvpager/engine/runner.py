@@ -23,10 +23,10 @@ class Runner(Protocol):
         """Return the bytes of a block, all layers. O(1)."""
 
     def run(self, plan: StepPlan, prompts: Mapping[int, list[int]]) -> Any:
-        """Apply the moves and copies of `plan`, then compute its rows.
+        """Apply the swaps and copies of `plan`, then compute its rows.
 
         Args:
-            plan: may have no rows, and moves all the same. What the samples in `plan.freed` keep
+            plan: may have swaps but no rows. What the samples in `plan.freed` keep
                 besides blocks is not needed any more.
             prompts: the prompt of each row's request, by the row's number in `plan.seq_ids`.
 

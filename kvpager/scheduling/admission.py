@@ -142,7 +142,7 @@ class AdmissionPolicy:
         if draft.is_prompt_copied or not self._has_budget(state, draft):
             return False
         try:
-            draft.moves.append(self._placement.swap_in(state, self._spare(state)))
+            draft.swaps.append(self._placement.swap_in(state, self._spare(state)))
         except OutOfBlocks as error:
             draft.note_refusal(error)
             return False

@@ -120,7 +120,7 @@ class Placement:
             if not self.reclaim(preempted):
                 self.drop(last)
         elif (plan := self.preempt(last)) is not None:
-            draft.moves.append(plan)
+            draft.swaps.append(plan)
             draft.moved.append(last)
 
     # ---------------------------------------------------------------- the end

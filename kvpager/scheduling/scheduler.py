@@ -3,7 +3,7 @@
     scheduler = Scheduler(manager)
     scheduler.submit(Request(request_id="a", prompt=ids, max_new_tokens=100))
     while scheduler.has_work:
-        plan = scheduler.plan()                     # moves, copies, rows, slots, tables
+        plan = scheduler.plan()                     # swaps, copies, rows, slots, tables
         ...                                         # the data plane obeys, the sampler chooses
         scheduler.complete(plan, parents, tokens)   # which rows go on, each with which token
 
@@ -168,7 +168,7 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """Return what to compute now, or None if there is nothing at all. O(rows + tokens).
 
-        A plan without rows has moves to make or ends to tell; it needs no `complete`.
+        A plan without rows has swaps or ended requests only. It needs no `complete`.
         Raises: `ValueError` while the last plan is neither completed nor aborted.
         """
         with self._lock, self._change:
@@ -190,7 +190,7 @@ class Scheduler:
                 self._decoding.add(state, draft)
             else:
                 self._prefill.add(state, draft)
-        if not (draft.parts or draft.moves or self._table.has_ended):
+        if not (draft.parts or draft.swaps or self._table.has_ended):
             return None
         plan = draft.finish(self.manager, self._table)
         if draft.parts:

@@ -46,7 +46,7 @@ class Draft:
 
     def __init__(self, max_tokens: int, least: int | None) -> None:
         self.budget = max_tokens  # tokens that may still be added
-        self.moves: list[Plan] = []
+        self.swaps: list[Plan] = []
         self.copies: list[Int32] = []
         self.parts: list[Part] = []
         self.decoders: Decoders | None = None  # the rows of the first part, if they decode
@@ -109,7 +109,7 @@ class Draft:
         num_computed = sequences.computed[seq_ids]
         first, others = _by_group(part.slot_mapping, tables)
         return StepPlan(
-            moves=self.moves,
+            swaps=self.swaps,
             copies=_only(self.copies, NO_COPIES),
             request_ids=request_ids,
             seq_ids=seq_ids,

@@ -139,18 +139,18 @@ class Model:
 
     def apply(self, plan: StepPlan) -> None:
         """Moves, then copies."""
-        for move in plan.moves:
-            self.memory.apply(move)
+        for swap in plan.swaps:
+            self.memory.apply(swap)
         if len(np.unique(plan.copies[:, 1])) != len(plan.copies):
             raise Wrong(f"two copies into one block: {plan.copies.tolist()}")
         self.memory.copy(plan.copies)
 
     def spoil(self, plan: StepPlan, upto: int) -> None:
-        """A step that fails: before its moves, before its copies, before or after its writes."""
+        """Run a step up to stage `upto`: swaps, copies, writes; then it fails."""
         self._check_rows(plan)
         if upto >= 1:
-            for move in plan.moves:
-                self.memory.apply(move)
+            for swap in plan.swaps:
+                self.memory.apply(swap)
         if upto >= 2:
             self.memory.copy(plan.copies)
         if upto >= 3:

@@ -178,7 +178,7 @@ class Simulation:
             raise Wrong(f"{request.request_id}: came to {found}, expected {expected}")
 
     def _play(self, plan: StepPlan) -> None:
-        self.counts["moves"] += len(plan.moves)
+        self.counts["swaps"] += len(plan.swaps)
         self.counts["copies"] += len(plan.copies)
         if not len(plan):
             self.model.apply(plan)

@@ -82,7 +82,7 @@ def test_what_is_computed_before_and_after_is_the_same() -> None:
 def test_a_swap_says_which_blocks_to_move_out_and_in() -> None:
     scheduler = two_that_outgrow(SWAP)
     moves = []
-    run(scheduler, lambda plan: moves.extend(plan.moves))
+    run(scheduler, lambda plan: moves.extend(plan.swaps))
     assert [(move.source, move.destination) for move in moves] == [
         ("device", "host"),
         ("host", "device"),
@@ -267,10 +267,10 @@ def test_a_swapped_request_gives_up_what_it_still_holds_for_the_last_one_that_ru
 def test_an_aborted_step_leaves_what_it_would_have_moved_computed_again() -> None:
     scheduler = two_that_outgrow(SWAP)
     plan = None
-    while plan is None or not plan.moves:
+    while plan is None or not plan.swaps:
         plan = scheduler.plan()
         assert plan is not None
-        if not plan.moves:
+        if not plan.swaps:
             complete(scheduler, plan)
     assert scheduler.abort(plan) == ["first"]
     scheduler.check()

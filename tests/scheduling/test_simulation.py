@@ -18,7 +18,7 @@ def test_every_request_ends_once_with_the_tokens_that_are_its_own() -> None:
     assert not summary.failures, "\n".join(map(str, summary.failures))
     assert summary.num_requests == 2_000
     # It must have come to what is rare.
-    for name in ("swapped", "recomputed", "aborts", "copies", "moves", "reused", "expired"):
+    for name in ("swapped", "recomputed", "aborts", "copies", "swaps", "reused", "expired"):
         assert summary.counts[name] > 10, name
 
 

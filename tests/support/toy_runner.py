@@ -2,7 +2,7 @@
 
 The state of a token is a hash of its id and of the state before it, as keys and values depend on
 all tokens before. A row's next token is a hash of the states of all its tokens, read through its
-block table. So a wrong table, slot, copy or move gives wrong tokens.
+block table. So a wrong table, slot, copy or swap gives wrong tokens.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class ToyRunner:
     def run(self, plan: StepPlan, prompts: Mapping[int, list[int]]) -> list[int]:
         """Return the hash of each row that wants logits."""
         tiers = {"device": self._device, "host": self._host}
-        for move in plan.moves:
-            tiers[move.destination][move.copies[:, 1]] = tiers[move.source][move.copies[:, 0]]
+        for swap in plan.swaps:
+            tiers[swap.destination][swap.copies[:, 1]] = tiers[swap.source][swap.copies[:, 0]]
         self._device[plan.copies[:, 1]] = self._device[plan.copies[:, 0]]
         self.freed += plan.freed.tolist()
         self.prompts.update(prompts)

@@ -79,8 +79,8 @@ class ModelRunner:
 
         `prompts`: what the encoder reads for samples that begin.
         """
-        for move in plan.moves:
-            self.storage.apply(move)
+        for swap in plan.swaps:
+            self.storage.apply(swap)
         if len(plan.copies):
             self.storage.copy(plan.copies)
         self.forget(plan.freed)
@@ -190,7 +190,7 @@ def trial_plan(
     slots = tables[:, rows, positions // size].astype(np.int64) * size + positions % size
     ids = [prompts[row][position] for row, span in enumerate(spans) for position in span]
     return StepPlan(
-        moves=[],
+        swaps=[],
         copies=NO_COPIES,
         request_ids=[None] * len(prompts),
         seq_ids=np.arange(len(prompts), dtype=np.int32),
