@@ -57,7 +57,7 @@ class Bench:
         )
 
     def requests(self, count: int, prompt: tuple[int, int], new: int, shared: int = 0) -> Workload:
-        return synthetic(count, prompt, new, vocabulary=self.vocabulary, shared=shared)
+        return synthetic(count, prompt, new, vocabulary=self.vocabulary, prefix_len=shared)
 
     def usual(self) -> Workload:
         """The requests of `systems` and `memory`."""

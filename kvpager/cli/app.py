@@ -1,6 +1,6 @@
 """The command `kvpager`: each of its commands is a module of this folder.
 
-torch, transformers and NumPy load when a command runs that needs them.
+torch, transformers and NumPy load only when a command needs them.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from kvpager.cli.bench import throughput
 from kvpager.cli.check import check
 from kvpager.cli.demo import demo
 from kvpager.cli.env import env
+from kvpager.cli.errors import Command, Commands
 from kvpager.cli.mutants import mutants
 from kvpager.cli.run import PASS_THROUGH, run
 from kvpager.cli.simulate import simulate
 
 app = typer.Typer(
     name="kvpager",
+    cls=Commands,
     help="Paged KV-cache memory for PyTorch LLM inference.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure.", no_args_is_help=True)
+bench = typer.Typer(help="Measure throughput and latency.", no_args_is_help=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -39,7 +41,7 @@ def kvpager_command(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
@@ -47,7 +49,7 @@ def kvpager_command(
 
 
 for command in (demo, env, simulate, check, mutants):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.command(context_settings=PASS_THROUGH)(run)
-bench.command()(throughput)
+bench.command(cls=Command)(throughput)
 app.add_typer(bench, name="bench")

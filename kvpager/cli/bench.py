@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpager.cli.errors import one_line_errors
-from kvpager.cli.files import check_plot, check_writable
-from kvpager.cli.options import takes
-from kvpager.errors import BadInput
+from kvpager.cli.errors import wrong_usage
+from kvpager.cli.files import check_plot, check_writable, write_text
+from kvpager.cli.options import option, takes
 
 if TYPE_CHECKING:
     from kvpager.bench.throughput.results import Figures
@@ -24,127 +22,132 @@ if TYPE_CHECKING:
     from kvpager.bench.throughput.workload import Workload
 
 
+_model = functools.partial(option, "Model and hardware")
+_systems_option = functools.partial(option, "Systems")
+_requests = functools.partial(option, "Requests")
+_trace = functools.partial(option, "Recorded requests")
+_limit = functools.partial(option, "Memory and batching")
+_output = functools.partial(option, "Output")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The options of the command."""
 
     model: Annotated[
         str | None,
-        typer.Option(
+        _model(
+            "Folder written by save_pretrained.",
             metavar="PATH",
-            help="A folder that save_pretrained made.",
-            show_default="random weights, a bfloat16 Llama of 28 million parameters",
+            show_default="random weights: a bfloat16 Llama of 28 million parameters",
         ),
     ] = None
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda:1.")] = "cpu"
+    device: Annotated[str, _model("Device, such as cpu or cuda:1.")] = "cpu"
+    threads: Annotated[
+        int | None, _model("CPU threads per system.", show_default="torch's own choice")
+    ] = None
     systems: Annotated[
         str | None,
-        typer.Option(
+        _systems_option(
+            "kvpager, kvpager-compiled, generate, generate-rows, generate_batch, vllm, vllm-eager.",
             metavar="NAME,...",
-            help="kvpager, kvpager-compiled, generate, generate-rows, generate_batch, vllm, "
-            "vllm-eager.",
-            show_default="those that are there",
+            show_default="those installed",
         ),
     ] = None
     compiled: Annotated[
-        bool, typer.Option("--compile", help="kvpager compiled by torch.compile, too.")
+        bool,
+        typer.Option(
+            "--compile", help="Add kvpager-compiled: torch.compile.", rich_help_panel="Systems"
+        ),
     ] = False
-    batch: Annotated[
+    batch_size: Annotated[
         int | None,
-        typer.Option(metavar="ROWS", help="generate in padded batches of so many, too."),
+        _systems_option("Add generate-rows: padded batches of this many requests.", metavar="ROWS"),
     ] = None
     vllm_python: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATH", help="An interpreter that has vLLM, or its environment's folder."
-        ),
+        _systems_option("Python interpreter or environment with vLLM.", metavar="PATH"),
     ] = None
-    requests: Annotated[
+    generate_batch_limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="How many.", show_default="64, or all of the trace"),
-    ] = None
-    prompt_tokens: Annotated[
-        str, typer.Option(metavar="LOW-HIGH", help="Of a prompt; all lengths are as likely.")
-    ] = "32-512"
-    new_tokens: Annotated[int, typer.Option(help="Of each reply.")] = 128
-    shared_prefix: Annotated[
-        int, typer.Option(metavar="TOKENS", help="What all prompts begin with, besides.")
-    ] = 0
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Requests a second, at random moments (Poisson).", show_default="all at once"
+        _systems_option(
+            "Requests for generate_batch: the first N.", metavar="N", show_default="all"
         ),
     ] = None
-    seed: Annotated[int, typer.Option(help="Of lengths, token ids and moments.")] = 0
+    num_prompts: Annotated[
+        int | None,
+        _requests("Number of requests.", metavar="N", show_default="64, or all of the trace"),
+    ] = None
+    input_len: Annotated[
+        str, _requests("Tokens per prompt, uniformly distributed.", metavar="LOW-HIGH")
+    ] = "32-512"
+    output_len: Annotated[int, _requests("Generated tokens per request.")] = 128
+    prefix_len: Annotated[
+        int, _requests("Length of a prefix shared by all prompts.", metavar="TOKENS")
+    ] = 0
+    request_rate: Annotated[
+        float | None,
+        _requests("Requests per second (Poisson arrivals).", show_default="all at once"),
+    ] = None
+    seed: Annotated[int, _requests("Seed of lengths, token ids and arrival times.")] = 0
     trace: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Recorded requests instead, JSON lines or .csv; see docs/benchmarks.md.",
-        ),
+        _trace("Replay a trace: .jsonl or .csv, see docs/benchmarks.md.", metavar="FILE"),
     ] = None
-    longest: Annotated[
+    max_request_len: Annotated[
         int | None,
-        typer.Option(
-            metavar="TOKENS", help="Leave out requests of a trace that have more, reply included."
-        ),
+        _trace("Skip requests with more tokens, reply included.", metavar="TOKENS"),
     ] = None
-    speed: Annotated[
-        float, typer.Option(help="How many times as quickly a trace's requests come.")
-    ] = 1.0
+    speed: Annotated[float, _trace("Replay speed; 2 halves the time between arrivals.")] = 1.0
     memory: Annotated[
         str | None,
-        typer.Option(
-            help="Of keys and values in kvpager and vLLM, such as 64MiB.",
-            show_default="enough for all requests at once",
+        _limit(
+            "KV cache of kvpager and vLLM, such as 64MiB.",
+            metavar="SIZE",
+            show_default="room for all requests at once",
         ),
     ] = None
     host_memory: Annotated[
         str | None,
-        typer.Option(help="Of the host, for kvpager to swap to.", show_default="none"),
+        _limit("Host memory that kvpager swaps to.", metavar="SIZE", show_default="none"),
     ] = None
-    block_size: Annotated[int, typer.Option(help="Token slots of kvpager's blocks.")] = 16
-    max_num_seqs: Annotated[int, typer.Option(help="The most rows at a time.")] = 256
+    block_size: Annotated[int, _limit("Tokens per block of kvpager.")] = 16
+    max_num_seqs: Annotated[int, _limit("Maximum concurrent sequences.")] = 256
     max_batch_tokens: Annotated[
-        int, typer.Option(help="Of a step of kvpager and generate_batch.")
+        int, _limit("Maximum tokens per step of kvpager and generate_batch.")
     ] = 1024
-    prefix_cache: Annotated[bool, typer.Option(help="Reuse what prompts have in common.")] = True
-    threads: Annotated[
-        int | None, typer.Option(help="Of each system.", show_default="torch's own choice")
-    ] = None
-    generate_batch_requests: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="generate_batch gets the first N alone.", show_default="all"
-        ),
-    ] = None
-    repeats: Annotated[int, typer.Option(help="Figures are the medians of so many.")] = 1
+    prefix_cache: Annotated[bool, _limit("Reuse the KV of shared prefixes.")] = True
+    repeats: Annotated[int, _output("Runs per system; figures are medians.")] = 1
     plot: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Draw kvpager's last run; ends in .png or .svg."),
+        _output("Plot kvpager's last run to a .png or .svg file.", metavar="FILE"),
     ] = None
     json_file: Annotated[
         str | None,
-        typer.Option("--json", metavar="FILE|-", help="JSON lines; - prints them alone."),
+        typer.Option(
+            "--json",
+            metavar="FILE|-",
+            help="Write JSON lines; - prints only them.",
+            rich_help_panel="Output",
+        ),
     ] = None
 
 
 @takes(Options)
 def throughput(options: Options) -> None:
-    """Have kvpager, transformers and vLLM serve the same requests, and compare.
+    """Measure throughput and latency of kvpager, transformers and vLLM on the same requests.
 
-    Each first serves a few others that are not counted; then they take turns, --repeats times.
+    Every system warms up on a few other requests. Then the systems take turns,
+    --repeats times.
 
-    Exit code: 0, or 2 for bad input.
+    Exit status: 0; 1 if a system fails; 2 for wrong usage.
     """
-    with one_line_errors(), _bad_values():
-        check_writable(options.json_file)
-        check_plot(options.plot)
+    check_writable(options.json_file)
+    check_plot(options.plot)
+    with wrong_usage():
         bench = _prepare(options)
-    with one_line_errors(), _failures():
-        machine, figures = _run(bench, quiet=options.json_file == "-")
-        _report(machine, figures, bench.workload, options)
+    machine, figures = _run(bench, quiet=options.json_file == "-")
+    _report(machine, figures, bench.workload, options)
 
 
 # -------------------------------------------------------------------- inputs
@@ -169,7 +172,7 @@ def _prepare(options: Options) -> _Bench:
     settings = {
         "model_path": options.model,
         "repeats": options.repeats,
-        "subsets": _subsets(options.generate_batch_requests),
+        "subsets": _subsets(options.generate_batch_limit),
     }
     arguments.count("repeats", options.repeats, at_least=1)
 
@@ -194,7 +197,7 @@ def _system_options(options: Options) -> SystemOptions:
         max_num_seqs=options.max_num_seqs,
         max_batch_tokens=options.max_batch_tokens,
         prefix_cache=options.prefix_cache,
-        batch=options.batch,
+        batch_size=options.batch_size,
         threads=options.threads,
         vllm_python=options.vllm_python,
     )
@@ -212,7 +215,7 @@ def _systems(options: Options, given: SystemOptions) -> list[str]:
         names.append("kvpager-compiled")
     names = check_names(names, given)
     if options.plot is not None and not any(map(_is_drawn, names)):
-        raise ValueError("--plot draws kvpager's steps: have kvpager among the --systems")
+        raise ValueError(f"plot={options.plot}: shows kvpager's steps. Add kvpager to --systems.")
     return names
 
 
@@ -225,7 +228,7 @@ def _subsets(count: int | None) -> dict[str, int]:
 
     if count is None:
         return {}
-    return {"generate_batch": arguments.count("generate_batch requests", count, at_least=1)}
+    return {"generate_batch": arguments.count("generate_batch_limit", count, at_least=1)}
 
 
 def _workload(options: Options, vocabulary: int, max_length: int | None) -> Workload:
@@ -235,18 +238,20 @@ def _workload(options: Options, vocabulary: int, max_length: int | None) -> Work
         return from_trace(
             options.trace,
             vocabulary=vocabulary,
-            limit=options.requests,
-            longest=max_length if options.longest is None else options.longest,
+            num_prompts=options.num_prompts,
+            max_request_len=max_length
+            if options.max_request_len is None
+            else options.max_request_len,
             speed=options.speed,
             seed=options.seed,
         )
     return synthetic(
-        64 if options.requests is None else options.requests,
-        _range(options.prompt_tokens),
-        options.new_tokens,
+        64 if options.num_prompts is None else options.num_prompts,
+        _range(options.input_len),
+        options.output_len,
         vocabulary=vocabulary,
-        shared=options.shared_prefix,
-        rate=options.rate,
+        prefix_len=options.prefix_len,
+        request_rate=options.request_rate,
         seed=options.seed,
     )
 
@@ -255,32 +260,8 @@ def _range(text: str) -> tuple[int, int]:
     """Return the bounds in `32-512`; one number is both."""
     match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
     if match is None:
-        raise ValueError(f"prompt tokens {text!r}: expected LOW-HIGH, such as 32-512")
+        raise ValueError(f"input_len={text!r}: expected LOW-HIGH, such as 32-512.")
     return int(match[1]), int(match[2] or match[1])
-
-
-@contextlib.contextmanager
-def _bad_values() -> Iterator[None]:
-    """Turn what the library refuses into bad input."""
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"{error.filename}: {error.strerror or error}") from None
-    except (ValueError, TypeError) as error:
-        raise BadInput(str(error)) from None
-
-
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    """Turn the failure of a system to serve the model into bad input."""
-    from kvpager.errors import KVPagerError, OutOfBlocks
-
-    try:
-        yield
-    except OutOfBlocks:
-        raise
-    except (KVPagerError, OSError) as error:
-        raise BadInput(str(error)) from None
 
 
 # -------------------------------------------------------------------- the run
@@ -337,13 +318,10 @@ def _report(
 
     json_file, plot = options.json_file, options.plot
     if json_file is not None:
-        text = report.lines(machine, figures)
-        if json_file == "-":
-            sys.stdout.write(text)
-        else:
-            Path(json_file).write_text(text, encoding="utf-8")
+        write_text(json_file, report.lines(machine, figures))
     if plot is not None:
-        report.draw(plot, next(each for each in figures if _is_drawn(each.system)), workload.name)
+        drawn = next(each for each in figures if _is_drawn(each.system))
+        report.draw(plot, drawn, workload.name, machine)
     if json_file == "-":
         return
     report.show(machine, figures, workload)

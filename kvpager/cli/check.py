@@ -1,4 +1,4 @@
-"""The command `kvpager check`: random histories of the block manager."""
+"""The command `kvpager check`: random tests of the block manager."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from kvpager.cli.options import NUM_CPUS, Operations, Processes
 def check(
     operations: Operations = 1_000_000,
     seed: Annotated[
-        int, typer.Option(min=0, help="The first seed; a new one every 5,000 operations.")
+        int, typer.Option(min=0, help="First seed; the next seed follows after 5,000 operations.")
     ] = 0,
     processes: Processes = NUM_CPUS,
 ) -> None:
-    """Simulate random histories of the block manager against plain lists.
+    """Test the block manager with random operations against a reference of plain lists.
 
-    Every operation's contents are read back. A failure prints its seed and a short history.
+    Every operation reads the contents of its blocks back. A failure prints its
+    seed and a short history.
 
-    Exit code: 0 if no law was broken, 1 if one was, 2 for bad input.
+    Exit status: 0 if every invariant held; 1 if not; 2 for wrong usage.
     """
     from tqdm import tqdm
 

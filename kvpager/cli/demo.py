@@ -1,4 +1,4 @@
-"""The command `kvpager demo`: a model generates with kvpager and without."""
+"""The command `kvpager demo`: generate with kvpager and without it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kvpager.cli.errors import one_line_errors
 from kvpager.cli.files import check_writable, write_json
-from kvpager.cli.options import JsonFile, takes
+from kvpager.cli.options import JsonFile, option, takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,33 +17,42 @@ class Options:
 
     model: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Model and hardware",
+            "Any causal language model of transformers.",
             metavar="NAME_OR_PATH",
-            help="Any transformers causal language model.",
             show_default="the bundled one, offline",
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        option(
+            "Model and hardware",
+            "Device, such as cpu or cuda:1.",
+            show_default="cuda if torch finds one, else cpu",
+        ),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        option(
+            "Model and hardware",
+            "float32, bfloat16, float16, or auto for the checkpoint's dtype.",
+            show_default="float32 for the bundled model, else auto",
         ),
     ] = None
     prompt: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="A prompt of scenario (a); may be given repeatedly."),
+        option("Requests", "Prompt of scenario (a); repeatable.", metavar="TEXT"),
     ] = None
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each row.")] = 32
-    device: Annotated[
-        str | None,
-        typer.Option(help="Such as cpu or cuda:1.", show_default="cuda if there is one, else cpu"),
-    ] = None
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16, float16, or auto: as the checkpoint says.",
-            show_default="float32 for the bundled model, else auto",
-        ),
-    ] = None
-    block_size: Annotated[int, typer.Option(help="Token slots of a block, a power of two.")] = 16
+    max_new_tokens: Annotated[int, option("Requests", "Generated tokens per row.")] = 32
+    block_size: Annotated[int, option("Memory", "Tokens per block, a power of two.")] = 16
     memory: Annotated[
         str | None,
-        typer.Option(
-            help="The most bytes the blocks may take, such as 64MiB.", show_default="no bound"
+        option(
+            "Memory",
+            "Maximum KV cache memory, such as 64MiB.",
+            metavar="SIZE",
+            show_default="no bound",
         ),
     ] = None
     json_file: JsonFile = None
@@ -52,29 +60,29 @@ class Options:
 
 @takes(Options)
 def demo(options: Options) -> None:
-    """Generate with transformers' own cache and with kvpager, and compare texts and memory.
+    """Generate with DynamicCache and with kvpager, and compare texts and memory.
 
-    Exit code: 0 if all outputs are identical or differ by near-ties only (two tokens whose logits
-    are equal within the dtype's rounding), 1 for any other difference, 2 for bad input.
+    Exit status: 0 if all outputs are identical or differ only by near-ties;
+    1 for any other difference; 2 for wrong usage. In a near-tie the logits of
+    two tokens are equal within the dtype's rounding.
     """
     from kvpager.demo.settings import Settings
 
     settings = Settings(
         model=options.model,
         prompts=tuple(options.prompt or ()),
-        new_tokens=options.new_tokens,
+        max_new_tokens=options.max_new_tokens,
         device=options.device,
         dtype=options.dtype,
         block_size=options.block_size,
         memory=options.memory,
     )
     json_file = options.json_file
-    with one_line_errors():
-        check_writable(json_file)
-        settings.check()
-        from kvpager.demo.session import run
+    check_writable(json_file)
+    settings.check()
+    from kvpager.demo.session import run
 
-        results, console = run(settings, quiet=json_file == "-")
+    results, console = run(settings, quiet=json_file == "-")
     write_json(json_file, results.as_json())
     if json_file not in (None, "-"):
         console.print(f"figures: {json_file}", markup=False, highlight=False)

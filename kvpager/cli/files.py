@@ -8,17 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvpager.cli.errors import fail
 from kvpager.errors import BadInput
 
 
 def check_writable(json_file: str | None) -> None:
-    """Raise `BadInput` if `--json` names no file that could be written. O(1)."""
+    """Raise `BadInput` if the folder of `--json` does not exist. O(1)."""
     if json_file is None or json_file == "-":
         return
     path = Path(json_file)
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise BadInput(f"--json {json_file}: expected a file in a folder that exists, or -")
+        raise BadInput(f"--json={json_file}: expected a file in a folder that exists, or -.")
 
 
 def check_plot(file: str | None) -> None:
@@ -27,22 +26,22 @@ def check_plot(file: str | None) -> None:
         return
     path = Path(file)
     if path.suffix not in (".png", ".svg") or not path.absolute().parent.is_dir():
-        raise BadInput(f"--plot {file}: expected a .png or .svg file in a folder that exists")
+        raise BadInput(f"--plot={file}: expected a .png or .svg file in a folder that exists.")
     if find_spec("matplotlib") is None:
         raise BadInput(
-            "--plot needs matplotlib, which is not installed: pip install 'kvpager[plot]'"
+            f"--plot={file}: matplotlib is not installed. Run: pip install 'kvpager[plot]'"
         )
 
 
 def write_json(json_file: str | None, figures: dict[str, Any]) -> None:
-    """Write the figures to a file, or to stdout for -. O(figures)."""
-    if json_file is None:
-        return
-    text = json.dumps(figures, indent=2) + "\n"
-    if json_file == "-":
+    """Write the figures to a file, or to stdout for `-`. O(figures). Raises `OSError`."""
+    if json_file is not None:
+        write_text(json_file, json.dumps(figures, indent=2) + "\n")
+
+
+def write_text(file: str, text: str) -> None:
+    """Write `text` to a file, or to stdout for `-`. O(text). Raises `OSError`."""
+    if file == "-":
         sys.stdout.write(text)
-        return
-    try:
-        Path(json_file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise fail(f"--json {json_file}: {error.strerror or error}") from None
+    else:
+        Path(file).write_text(text, encoding="utf-8")

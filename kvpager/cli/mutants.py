@@ -1,4 +1,4 @@
-"""The command `kvpager mutants`: planted bugs, and which of them the tests notice."""
+"""The command `kvpager mutants`: plant bugs and count those that the simulator detects."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Annotated
 
 import typer
 
-from kvpager.cli.errors import fail
 from kvpager.cli.options import NUM_CPUS, Operations, Processes
+from kvpager.errors import BadInput
 
-# What "proven" asks for: of the planted bugs, this part must be noticed.
+# The fraction of planted bugs that the simulator has to detect.
 KILLED_LEAST = 0.95
 
 
 def mutants(
     operations: Operations = 30_000,
     only: Annotated[
-        str, typer.Option(metavar="TEXT", help="Those whose name or module contains this.")
+        str, typer.Option(metavar="TEXT", help="Only mutants with TEXT in their name or module.")
     ] = "",
     processes: Processes = NUM_CPUS,
 ) -> None:
-    """Plant known bugs in the block manager, one at a time, and show which the tests notice.
+    """Plant known bugs in the block manager, one at a time, and show which are detected.
 
-    Each is simulated for at most --operations operations, in an interpreter of its own.
+    Each mutant runs for at most --operations operations, in its own interpreter.
 
-    Exit code: 0 if at least 95 % are killed, 1 if fewer, 2 for bad input.
+    Exit status: 0 if at least 95 % are killed; 1 if fewer; 2 for wrong usage.
     """
     from tqdm import tqdm
 
@@ -34,7 +34,7 @@ def mutants(
 
     chosen = [mutant for mutant in MUTANTS if only in mutant.name or only in mutant.module]
     if not chosen:
-        raise fail(f"--only {only}: no mutant of that name or module")
+        raise BadInput(f"--only={only}: no mutant has this in its name or module.")
     with tqdm(total=len(chosen), unit="mutant", disable=not sys.stderr.isatty()) as bar:
         outcomes = kill(chosen, operations=operations, processes=processes, progress=bar.update)
     typer.echo(table(outcomes))

@@ -1,4 +1,4 @@
-"""The command `kvpager run`: another program, with every transformers model in it patched."""
+"""The command `kvpager run`: run a program with every transformers model patched."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from kvpager.cli.errors import fail, one_line_errors
-from kvpager.cli.options import takes
+from kvpager.cli.errors import one_line_errors, wrong_usage
+from kvpager.cli.options import names_of, option, takes
+from kvpager.errors import BadInput
 
 # Options after COMMAND belong to it.
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -27,34 +28,44 @@ class Options:
         list[str],
         typer.Argument(
             metavar="COMMAND ...",
-            help="A console script such as `transformers serve MODEL`, a .py file, or `-m MODULE`, "
-            "with its arguments.",
+            help="A console script such as `transformers serve MODEL`, a .py file or `-m MODULE`, "
+            "and its arguments.",
         ),
     ]
     memory: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Memory",
+            "Maximum KV cache memory of all pools, such as 4GiB.",
             metavar="SIZE",
-            help="Bound of all pools, such as 4GiB.",
             show_default="no bound",
         ),
     ] = None
     host_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Room in host memory for rows that do not fit."),
+        option("Memory", "Host memory for rows that do not fit.", metavar="SIZE"),
     ] = None
-    block_size: Annotated[int, typer.Option(help="Token slots of a block, a power of two.")] = 16
-    prefix_cache: Annotated[
-        bool, typer.Option("--prefix-cache", help="Reuse prompts and replies of earlier calls.")
-    ] = False
+    block_size: Annotated[int, option("Memory", "Tokens per block, a power of two.")] = 16
     kv_cache_dtype: Annotated[
-        str | None, typer.Option(help="int8 or fp8_e4m3: keep keys and values in eight bits.")
+        str | None, option("Memory", "int8 or fp8_e4m3: quantise the KV cache to 8 bits.")
     ] = None
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache",
+            help="Reuse the KV of earlier prompts and replies.",
+            rich_help_panel="Reuse and reading",
+        ),
+    ] = False
     in_place: Annotated[
-        bool, typer.Option(help="Read blocks in place, or gather them for every read.")
+        bool,
+        option("Reuse and reading", "Read blocks in place, or gather them for every read."),
     ] = True
     report: Annotated[
-        bool, typer.Option("--report", help="Print what was paged to stderr at the end.")
+        bool,
+        typer.Option(
+            "--report", help="Print a report to stderr at exit.", rich_help_panel="Output"
+        ),
     ] = False
 
 
@@ -64,25 +75,23 @@ def run(options: Options) -> None:
 
     Example: kvpager run --memory 4GiB transformers serve MODEL --continuous-batching
 
-    Options of kvpager stand before COMMAND, options of the program after it. Exit code: that of
-    the program; 2 if the program is not found or an option of kvpager is refused. Processes that
-    the program starts are not patched.
+    Options before COMMAND belong to kvpager, options after it to the program.
+    Child processes of the program are not patched.
+
+    Exit status: the program's; 2 for wrong usage of kvpager.
     """
-    program, arguments = _find(options.command)
-    with one_line_errors():
+    with one_line_errors(names_of(Options)), wrong_usage():  # not around the program itself
+        program, arguments = _find(options.command)
         from kvpager.integrations.huggingface.patching.patch import patch
 
-        try:
-            paging = patch(
-                memory=options.memory,
-                host_memory=options.host_memory,
-                block_size=options.block_size,
-                prefix_cache=options.prefix_cache,
-                kv_cache_dtype=cast(Any, options.kv_cache_dtype),  # it is checked there
-                in_place=options.in_place,
-            )
-        except (TypeError, ValueError) as error:
-            raise fail(str(error)) from None
+        paging = patch(
+            memory=options.memory,
+            host_memory=options.host_memory,
+            block_size=options.block_size,
+            prefix_cache=options.prefix_cache,
+            kv_cache_dtype=cast(Any, options.kv_cache_dtype),  # `patch` checks it
+            in_place=options.in_place,
+        )
     sys.argv = arguments
     try:
         with paging:
@@ -93,23 +102,23 @@ def run(options: Options) -> None:
 
 
 def _find(command: list[str]) -> tuple[Callable[[], Any], list[str]]:
-    """Return the program as a function, and its `sys.argv`. Exits with 2 if there is none."""
+    """Return the program as a function, and its `sys.argv`. Raises `BadInput` if not found."""
     name, *rest = command
     if name == "-m":
         if not rest:
-            raise fail("run -m: name a module, as in `kvpager run -m package.module`")
+            raise BadInput("-m: no module given. Name one: kvpager run -m package.module")
         return lambda: runpy.run_module(rest[0], run_name="__main__", alter_sys=True), rest
     if Path(name).name.startswith("python"):
-        raise fail(f"run {name}: leave the interpreter out, as in `kvpager run script.py`")
+        raise BadInput(f"{name}: not a program of its own. Leave it out: kvpager run script.py")
     if name.endswith(".py"):
         if not Path(name).is_file():
-            raise fail(f"run {name}: there is no such file")
+            raise BadInput(f"{name}: no such file.")
         sys.path.insert(0, str(Path(name).resolve().parent))  # as the interpreter does
         return lambda: runpy.run_path(name, run_name="__main__"), command
     found = next(iter(entry_points(group="console_scripts", name=name)), None)
     if found is None:
-        raise fail(
-            f"run {name}: no installed Python program has this name. "
+        raise BadInput(
+            f"{name}: no installed Python program has this name. "
             "Name a console script, a .py file, or -m MODULE."
         )
     return lambda: sys.exit(found.load()()), command

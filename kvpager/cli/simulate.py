@@ -1,4 +1,4 @@
-"""The command `kvpager simulate`: a trace under each eviction policy. It needs no torch."""
+"""The command `kvpager simulate`: replay a trace under each eviction policy, without torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpager.cli.errors import one_line_errors
+from kvpager.cli.errors import wrong_usage
 from kvpager.cli.files import check_plot, check_writable, write_json
-from kvpager.cli.options import JsonFile, takes
+from kvpager.cli.options import JsonFile, PlotFile, option, takes
 from kvpager.errors import BadInput
 
 if TYPE_CHECKING:
@@ -28,70 +28,73 @@ class Options:
         str | None,
         typer.Argument(
             metavar="TRACE",
-            help="Requests as JSON lines, see docs/guides/eviction.md; may be gzipped.",
-            show_default="a generated one",
+            help="Requests as JSON lines (also .gz), see docs/guides/eviction.md.",
+            show_default="a generated trace",
         ),
     ] = None
     capacity: Annotated[
         list[int] | None,
-        typer.Option(
+        option(
+            "Cache",
+            "Pool size in blocks; repeatable.",
             metavar="BLOCKS",
-            help="Blocks of the pool; may be given repeatedly.",
             show_default="1000, 5859, 10000, 30000 and 50000",
         ),
     ] = None
     policy: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Cache",
+            "Eviction policies; s3-fifo, arc and 2q are baselines.",
             metavar="NAME,...",
-            help="Eviction policies, and s3-fifo, arc and 2q to compare them with.",
             show_default="all",
         ),
     ] = None
     generate: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Make up a trace of so many requests.", show_default="4000"),
+        option("Requests", "Generate a trace of N requests.", metavar="N", show_default="4000"),
     ] = None
     kind: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Requests",
+            "Generated traffic: mixed, chat, agents, evaluation, one-shot or shifting.",
             metavar="KIND",
-            help="Traffic to make up: mixed, chat, agents, evaluation, one-shot or shifting.",
             show_default="mixed",
         ),
     ] = None
-    seed: Annotated[int, typer.Option(help="Of the generated trace.")] = 0
+    seed: Annotated[int, option("Requests", "Seed of the generated trace.")] = 0
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out lines that are not requests.")
+        bool,
+        typer.Option(
+            "--skip-bad", help="Skip lines that are not requests.", rich_help_panel="Requests"
+        ),
     ] = False
-    plot: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Draw the hit ratios; the name ends in .png or .svg."),
-    ] = None
+    plot: PlotFile = None
     json_file: JsonFile = None
 
 
 @takes(Options)
 def simulate(options: Options) -> None:
-    """Replay a trace and compare the hit ratios of the eviction policies.
+    """Replay a trace and compare the hit ratios of eviction policies.
 
-    Exit code: 0, or 2 for bad input.
+    Exit status: 0; 1 if the work fails; 2 for wrong usage.
     """
     from kvpager.simulate.replay import summary
 
     json_file, plot = options.json_file, options.plot
-    with one_line_errors():
-        check_writable(json_file)
-        check_plot(plot)
+    check_writable(json_file)
+    check_plot(plot)
+    with wrong_usage():
         capacities, policies = _capacities(options.capacity), _policies(options.policy)
         trace = _find_trace(options)
-        results = _replay_all(trace, capacities, policies, quiet=json_file == "-")
-        if plot is not None:
-            _draw(plot, trace, results)
+    results = _replay_all(trace, capacities, policies, quiet=json_file == "-")
+    if plot is not None:
+        _draw(plot, trace, results)
     write_json(json_file, summary(trace, results))
     if json_file != "-":
         if all(given is None for given in (options.trace, options.generate, options.kind)):
-            typer.echo("no TRACE given, so this one is made up:")
+            typer.echo("No TRACE given: generating one.")
         _show_hit_ratios(trace, results)
         for name, file in (("figures", json_file), ("plot", plot)):
             if file is not None:
@@ -101,11 +104,7 @@ def simulate(options: Options) -> None:
 def _capacities(wanted: list[int] | None) -> list[int]:
     from kvpager import _validate as arguments
 
-    try:
-        found = [arguments.count("capacity", n, at_least=1) for n in wanted or CAPACITIES]
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-    return sorted(set(found))
+    return sorted({arguments.count("capacity", n, at_least=1) for n in wanted or CAPACITIES})
 
 
 def _policies(wanted: str | None) -> list[str]:
@@ -114,7 +113,7 @@ def _policies(wanted: str | None) -> list[str]:
     names = list(COMPARED) if wanted is None else [name.strip() for name in wanted.split(",")]
     for name in names:
         if name not in COMPARED:
-            raise BadInput(f"policy {name!r}: choose from {', '.join(COMPARED)}")
+            raise BadInput(f"--policy={name}: expected one of {', '.join(COMPARED)}.")
     return list(dict.fromkeys(names))
 
 
@@ -125,16 +124,11 @@ def _find_trace(options: Options) -> Trace:
     path, generate, kind = options.trace, options.generate, options.kind
     for name, value in (("generate", generate), ("kind", kind)):
         if path is not None and value is not None:
-            raise BadInput(f"TRACE and --{name}: expected one of the two")
-    try:
-        if path is None:
-            count = GENERATED if generate is None else generate
-            return generate_trace(count, options.seed, "mixed" if kind is None else kind)
+            raise BadInput(f"--{name}={value}: conflicts with TRACE. Give one of the two.")
+    if path is not None:
         return read_trace(path, options.skip_bad)
-    except OSError as error:
-        raise BadInput(f"trace {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise BadInput(" ".join(str(error).split())) from None
+    count = GENERATED if generate is None else generate
+    return generate_trace(count, options.seed, "mixed" if kind is None else kind)
 
 
 def _replay_all(
@@ -157,56 +151,61 @@ def _replay_all(
 
 
 def _show_hit_ratios(trace: Trace, results: list[Result]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    rows: dict[str, list[str]] = {}
-    for result in results:
-        rows.setdefault(result.policy, []).append(f"{result.hit_ratio:.4f}")
-    best = results[-1].policy  # the offline optimum is replayed last
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("blocks")
-    for result in results:
-        if result.policy == best:
-            table.add_column(str(result.capacity), justify="right")
-    for name, ratios in rows.items():
-        table.add_row(name, *ratios, style="bold" if name == best else "")
-    table.add_row("unlimited", *[f"{trace.unlimited:.4f}"] * len(rows[best]), style="dim")
-    typer.echo(
+    from kvpager.bench import tables
+
+    console = Console(highlight=False)
+    console.print(
         f"{trace.name}: {len(trace.prompts)} requests, {trace.num_blocks} blocks, "
-        f"{trace.num_prefixes} of them different\nhit ratios:"
+        f"{trace.num_prefixes} of them distinct\nhit ratio by pool size:",
+        markup=False,
     )
-    Console(highlight=False).print(table)
+    by_size: dict[int, list[Result]] = {}
     for result in results:
-        if result.policy == best and result.too_long:
-            typer.echo(
-                f"prompts longer than {result.capacity} blocks, "
-                f"counted with what they found but never held: {result.too_long}"
+        by_size.setdefault(result.capacity, []).append(result)
+    policies = [result.policy for result in next(iter(by_size.values()))]
+    columns = [
+        tables.Column(
+            f"{capacity:,} blocks".replace(" ", "\n"),
+            [f"{each.hit_ratio:.4f}" for each in found] + [f"{trace.unlimited:.4f}"],
+        )
+        for capacity, found in by_size.items()
+    ]
+    tables.show(console, "policy", [*policies, "unlimited"], columns)
+    optimum = policies[-1]  # the offline optimum is replayed last
+    for result in results:
+        if result.policy == optimum and result.too_long:
+            console.print(
+                f"{result.too_long} prompts are longer than {result.capacity} blocks. "
+                "Their hits count, but they are never cached.",
+                markup=False,
             )
     if trace.skipped:
-        typer.echo(f"lines left out: {len(trace.skipped)}, the first: {trace.skipped[0]}")
+        console.print(
+            f"{len(trace.skipped)} lines skipped, the first: {trace.skipped[0]}", markup=False
+        )
 
 
 def _draw(file: str, trace: Trace, results: list[Result]) -> None:
-    from matplotlib.figure import Figure
+    from kvpager.bench import plots
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    best = results[-1].policy
-    for name in dict.fromkeys(result.policy for result in results):
-        mine = [result for result in results if result.policy == name]
-        axes.plot(
-            [result.capacity for result in mine],
-            [result.hit_ratio for result in mine],
-            "k--o" if name == best else "-o",
-            label=name,
-        )
-    axes.axhline(trace.unlimited, label="unlimited", color="grey", linestyle=":")
-    axes.set(xscale="log", xlabel="blocks", ylabel="hit ratio", title=trace.name)
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    try:
-        figure.savefig(file)
-    except OSError as error:
-        raise BadInput(f"--plot {file}: {error.strerror or error}") from None
+    optimum = results[-1].policy
+    with plots.saved(file, (7, 4.5)) as figure:
+        axes = figure.subplots()
+        looks = plots.looks()
+        for name in dict.fromkeys(result.policy for result in results):
+            mine = [result for result in results if result.policy == name]
+            look = next(looks)
+            axes.plot(
+                [result.capacity for result in mine],
+                [result.hit_ratio for result in mine],
+                **look | ({"color": "black", "linewidth": 2} if name == optimum else {}),
+                label=name,
+            )
+        axes.axhline(trace.unlimited, label="unlimited", color="grey", linewidth=0.8)
+        axes.set(xscale="log", xlabel="pool size, blocks", ylabel="hit ratio")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        subtitle = f"{len(trace.prompts):,} requests, {trace.num_prefixes:,} distinct blocks"
+        plots.titles(figure, trace.name, subtitle)

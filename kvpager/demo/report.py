@@ -39,7 +39,7 @@ def show_heading(console: Console, model: str, dtype: str, device: str, settings
     )
     console.print(
         "Every scenario runs with transformers' DynamicCache, then with kvpager.\n"
-        f"{settings.new_tokens} new tokens a row; end-of-text is suppressed, so rows compare.\n"
+        f"{settings.max_new_tokens} new tokens a row; end-of-text is suppressed, so rows compare.\n"
         "A row's last token has no keys and values yet. What rows share is needed once.",
         style="dim",
         highlight=False,

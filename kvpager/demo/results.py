@@ -194,7 +194,7 @@ class Results:
             "device": self.device,
             "dtype": self.dtype,
             "block_size": self.settings.block_size,
-            "new_tokens": self.settings.new_tokens,
+            "new_tokens": self.settings.max_new_tokens,
             "memory": self.settings.memory,
             "identical": self.identical,
             "wrong": self.is_wrong,

@@ -67,11 +67,11 @@ def _room(settings: Settings, max_positions: int | None) -> int:
     """Prompt tokens that leave room for the new ones."""
     if max_positions is None:
         return 1 << 30
-    room = max_positions - settings.new_tokens
+    room = max_positions - settings.max_new_tokens
     if room < 256:
         raise BadInput(
-            f"new tokens {settings.new_tokens}: the model has {max_positions} positions, and the "
-            "prompts need at least 256 of them"
+            f"max_new_tokens={settings.max_new_tokens}: the model has {max_positions} positions, "
+            f"and prompts need 256. Pass at most {max_positions - 256}."
         )
     return room
 
@@ -81,10 +81,10 @@ def _batch(settings: Settings, tokenize: Tokenize, room: int) -> Scenario:
     rows = tuple(map(tokenize, texts))
     for text, row in zip(texts, rows, strict=True):
         if not row:
-            raise BadInput(f"prompt {text!r}: it has no tokens")
+            raise BadInput(f"prompt={text!r}: tokenizes to nothing.")
         if len(row) > room:
             raise BadInput(
-                f"prompt {text[:20]!r}...: {len(row)} tokens, but the model has room for {room}"
+                f"prompt={text[:20]!r}...: {len(row)} tokens, the model has room for {room}."
             )
     lengths = ", ".join(str(len(row)) for row in rows)
     tokens = "token" if lengths == "1" else "tokens"

@@ -129,17 +129,17 @@ def _load(settings: Settings, device: torch.device) -> tuple[Any, Any]:
     name = settings.model or str(tiny_llama_path())
     dtype = settings.dtype or ("auto" if settings.model else "float32")
     if settings.model and _looks_like_path(name) and not Path(name).expanduser().is_dir():
-        raise BadInput(f"model {name!r}: there is no such folder")
+        raise BadInput(f"model={name}: no such folder.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BadInput(f"model {name!r} cannot be loaded: {reason}") from None
+        raise BadInput(f"model={name}: cannot be loaded: {reason}") from None
     try:
         return model.to(device).eval(), tokenizer
     except torch.OutOfMemoryError:
-        raise BadInput(f"model {name!r} does not fit on {device}; try --dtype bfloat16") from None
+        raise BadInput(f"model={name}: does not fit on {device}. Try --dtype bfloat16.") from None
 
 
 def _looks_like_path(name: str) -> bool:
@@ -160,11 +160,11 @@ def generate_plain(engine: Engine, scenario: Scenario) -> tuple[list[Generated],
     for prompts in scenario.calls:
         if not scenario.keep_caches and done:
             done[-1] = _without_cache(done[-1])
-        done.append(engine.generate(prompts, scenario, engine.settings.new_tokens))
+        done.append(engine.generate(prompts, scenario, engine.settings.max_new_tokens))
     alive = [call for call in done if call.cache is not None]
     layers = measuring.layer_bytes(alive[-1].cache)
     longest = max(len(row) for call in alive for row in call.prompts)
-    num_rows, known = scenario.rows_alive, longest + engine.settings.new_tokens
+    num_rows, known = scenario.rows_alive, longest + engine.settings.max_new_tokens
     limit = engine.max_positions
     held = known - 1
     plain = Plain(
@@ -209,7 +209,7 @@ def generate_paged(engine: Engine, scenario: Scenario) -> tuple[list[Generated],
             if not scenario.keep_caches and done:
                 done[-1] = _without_cache(done[-1])
             before = patch.stats()
-            done.append(engine.generate(prompts, scenario, settings.new_tokens))
+            done.append(engine.generate(prompts, scenario, settings.max_new_tokens))
             figures.append(_call_figures(prompts, before, patch.stats()))
         stats = patch.stats()
         paged = Paged(

@@ -20,7 +20,7 @@ class Settings:
 
     model: str | None = None
     prompts: tuple[str, ...] = ()
-    new_tokens: int = 32
+    max_new_tokens: int = 32
     device: str | None = None
     dtype: str | None = None
     block_size: int = 16
@@ -29,11 +29,11 @@ class Settings:
     def check(self) -> None:
         """Refuse what makes no sense on any machine. O(prompts). Raises `BadInput`."""
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise BadInput(f"dtype {self.dtype!r}: choose from {', '.join(DTYPES)}")
+            raise BadInput(f"dtype={self.dtype}: expected one of {', '.join(DTYPES)}.")
         if not all(prompt.strip() for prompt in self.prompts):
-            raise BadInput("prompt '': expected some text")
+            raise BadInput("prompt='': expected some text.")
         try:
-            arguments.count("new tokens", self.new_tokens, at_least=1)
+            arguments.count("max_new_tokens", self.max_new_tokens, at_least=1)
             arguments.block_size(self.block_size)
             if self.memory is not None:
                 arguments.parse_memory(self.memory)
@@ -48,17 +48,14 @@ class Settings:
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise BadInput(
-                f"device {name!r}: expected a name such as cpu, cuda or cuda:1"
-            ) from None
+            raise BadInput(f"device={name}: expected a name such as cpu or cuda:1.") from None
         if device.type == "meta":
-            raise BadInput("device 'meta': it computes nothing; choose cpu or cuda")
+            raise BadInput("device=meta: computes nothing. Choose cpu or cuda.")
         try:
             torch.empty(1, device=device).cpu()
         except (AssertionError, ImportError, NotImplementedError, RuntimeError):
             raise BadInput(
-                f"device {name!r}: torch {torch.__version__} finds no such device here; "
-                f"there is {_devices()}"
+                f"device={name}: not found by torch {torch.__version__}. Choose from {_devices()}."
             ) from None
         return device
 

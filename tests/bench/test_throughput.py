@@ -39,7 +39,7 @@ from tests.support.throughput_cases import FIELDS, requests, silent, tiny
 def test_all_systems_give_the_same_tokens_and_every_figure() -> None:
     model, work = tiny(), requests()
     names = ["kvpager", "generate", "generate-rows", "generate_batch"]
-    figures = session.measure(names, model, work, Options(batch=4, threads=1), repeats=2)
+    figures = session.measure(names, model, work, Options(batch_size=4, threads=1), repeats=2)
     assert [each.system for each in figures] == names
     expected = [served.tokens for served in figures[0].last.served]
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
@@ -120,7 +120,7 @@ def test_no_step_is_computed_before_all_requests_that_are_due_are_there(
 
 
 def test_prefixes_are_shared_within_a_run_and_forgotten_after_it() -> None:
-    work = requests(5, shared=32)
+    work = requests(5, prefix_len=32)
     figures = session.measure(["kvpager"], tiny(), work, Options(), repeats=2)
     first, second = (run.hit_tokens for run in figures[0].runs)
     assert first == second
@@ -131,7 +131,7 @@ def test_prefixes_are_shared_within_a_run_and_forgotten_after_it() -> None:
 
 
 def test_a_request_that_never_fits_is_an_error_that_says_so() -> None:
-    model, work = tiny(), requests(shared=64)
+    model, work = tiny(), requests(prefix_len=64)
     system = EngineSystem(model, Options(), work)
     system.close()
     small = Options(memory=2 * system.block_bytes)
@@ -238,14 +238,14 @@ def test_replies_of_another_length_than_asked_for_are_no_figures() -> None:
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (["nothing"], {}, "system 'nothing': choose from kvpager, "),
+        (["nothing"], {}, "systems=nothing: expected names from kvpager, "),
         ([], {}, "none given"),
-        (["generate-rows"], {}, "how many rows"),
-        (["kvpager"], {"batch": 0}, "batch 0"),
-        (["kvpager"], {"memory": "many"}, "memory 'many'"),
-        (["kvpager"], {"block_size": 3}, "block_size 3"),
-        (["kvpager"], {"threads": 0}, "threads 0"),
-        (["vllm"], {"vllm_python": "nowhere"}, "vllm_python nowhere: neither"),
+        (["generate-rows"], {}, "systems=generate-rows: set batch_size"),
+        (["kvpager"], {"batch_size": 0}, "batch_size.0"),
+        (["kvpager"], {"memory": "many"}, "memory.'many'"),
+        (["kvpager"], {"block_size": 3}, "block_size.3"),
+        (["kvpager"], {"threads": 0}, "threads.0"),
+        (["vllm"], {"vllm_python": "nowhere"}, "vllm_python=nowhere: no interpreter"),
     ],
 )
 def test_systems_and_options_that_make_no_sense_are_refused(
@@ -257,10 +257,10 @@ def test_systems_and_options_that_make_no_sense_are_refused(
 
 def test_a_system_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systems, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="vLLM is not installed here"):
+    with pytest.raises(ValueError, match="vLLM is not installed"):
         systems.check_names(["vllm"], Options())
     assert systems.usual(Options()) == ["kvpager", "generate", "generate_batch"]
-    assert systems.usual(Options(batch=2, vllm_python=sys.executable), compiled=True) == list(
+    assert systems.usual(Options(batch_size=2, vllm_python=sys.executable), compiled=True) == list(
         systems.SYSTEMS
     )
 

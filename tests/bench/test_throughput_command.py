@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from kvpager.bench.throughput.results import Figures, Moment, Run
 from tests.support import tiny_models
 from tests.support.programs import run_program
 from tests.support.throughput_cases import FIELDS
@@ -34,11 +36,11 @@ def call(*arguments: str) -> Any:
     from kvpager.cli.app import app
 
     return CliRunner().invoke(
-        app, ["bench", "throughput", *arguments], prog_name="kvpager", env={"COLUMNS": "120"}
+        app, ["bench", "throughput", *arguments], prog_name="kvpager", env={"COLUMNS": "80"}
     )
 
 
-QUICK = ("--requests", "4", "--prompt-tokens", "5-20", "--new-tokens", "4", "--threads", "1")
+QUICK = ("--num-prompts", "4", "--input-len", "5-20", "--output-len", "4", "--threads", "1")
 
 
 @pytest.mark.slow
@@ -48,21 +50,34 @@ def test_the_command_prints_a_table_and_writes_lines_and_a_plot(
     pytest.importorskip("matplotlib")
     lines, plot = tmp_path / "figures.jsonl", tmp_path / "run.svg"
     result = call(
-        *QUICK, "--model", saved_model, "--batch", "3", "--generate-batch-requests", "2",
+        *QUICK, "--model", saved_model, "--batch-size", "3", "--generate-batch-limit", "2",
         "--systems", "kvpager,generate,generate-rows,generate_batch", "--repeats", "2",
         "--json", str(lines), "--plot", str(plot),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    for word in ("tokens/s", "first token, s, p99", "slots of it in use", "preempted, by swap"):
+    for word in (
+        "tokens/s",
+        "TTFT p99, s",
+        "ITL median, ms",
+        "KV utilisation",
+        "preempted by swap",
+    ):
         assert word in result.output
     assert "* generate_batch: the first 2 of 4 requests alone" in result.output
-    assert max(map(len, result.output.splitlines())) <= 100
+    assert max(map(len, result.output.splitlines())) <= 80
     machine, *records = map(json.loads, lines.read_text().splitlines())
     assert machine["options"]["repeats"] == 2
     assert machine["workload"]["requests"] == 4
     assert all(set(each) == FIELDS for each in records)
     text = plot.read_text()
-    for word in ("blocks held", "slots with a token", "running", "waiting", "preempted"):
+    for word in (
+        "blocks held",
+        "tokens stored",
+        "running",
+        "waiting",
+        "preempted",
+        "LlamaForCausalLM",
+    ):
         assert word in text
 
 
@@ -81,19 +96,22 @@ def test_json_on_stdout_is_json_alone(saved_model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt-tokens", "x"], "prompt tokens 'x': expected LOW-HIGH"),
-        (["--systems", "foo"], "system 'foo'"),
-        (["--requests", "0"], "requests 0"),
-        (["--repeats", "0"], "repeats 0"),
-        (["--generate-batch-requests", "0"], "generate_batch requests 0"),
+        (["--input-len", "x"], "--input-len='x': expected LOW-HIGH"),
+        (["--systems", "foo"], "--systems=foo: expected names from"),
+        (["--num-prompts", "0"], "--num-prompts=0: expected at least 1"),
+        (["--repeats", "0"], "--repeats=0: expected at least 1"),
+        (["--generate-batch-limit", "0"], "--generate-batch-limit=0: expected at least 1"),
         (["--trace", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
-        (["--model", "nowhere"], "model nowhere: there is no such folder"),
-        (["--plot", "a.txt"], "--plot a.txt"),
-        (["--systems", "generate", "--plot", "a.svg"], "have kvpager among the --systems"),
-        (["--json", "nowhere/a"], "--json nowhere/a"),
-        (["--device", "cuda:99"], "device 'cuda:99'"),
-        (["--rate", "-1"], "rate -1.0"),
-        (["--new-tokens", "99999"], "positions; leave such requests out"),
+        (["--model", "nowhere"], "--model=nowhere: no such folder"),
+        (["--plot", "a.txt"], "--plot=a.txt: expected a .png or .svg file"),
+        (
+            ["--systems", "generate", "--plot", "a.svg"],
+            "--plot=a.svg: shows kvpager's steps. Add kvpager to --systems",
+        ),
+        (["--json", "nowhere/a"], "--json=nowhere/a: expected a file in a folder"),
+        (["--device", "cuda:99"], "--device=cuda:99: not found by torch"),
+        (["--request-rate", "-1"], "--request-rate=-1.0: expected a positive number"),
+        (["--output-len", "99999"], "positions. Shorten or leave out such requests"),
         (["--memory", "1"], "one block of 16 tokens takes"),
     ],
 )
@@ -109,18 +127,42 @@ def test_the_command_refuses_nonsense_in_one_line(
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_help_lists_every_option_of_the_command() -> None:
-    pytest.importorskip("typer")
-    from typer.main import get_command
+def test_a_plot_ends_with_its_last_request_and_needs_no_colour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    from kvpager.bench.throughput import report
 
-    from kvpager.cli.app import app
+    moments = [Moment(float(n), 1, 1, 5, 10, 0.9, 2, 1, 0) for n in range(4)]
+    idle = [Moment(float(n), 0, 0, 0, 10, 0.0, 0, 0, 0) for n in range(4, 90)]
+    run = Run(4.0, [], moments=moments + idle)
+    machine = {
+        "model": {"class": "Llama", "parameters": 28e6, "dtype": "bfloat16", "device": "cpu"},
+        "machine": {"threads": 2, "processor": "EPYC", "platform": "Linux"},
+    }
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    report.draw(tmp_path / "a.svg", Figures("kvpager", 1, [run]), "title", machine)
+    above, below = drawn[0].axes
+    assert above.get_xlim() == (0.0, 4.0)
+    assert above.get_title() == "Llama, 28 million parameters, bfloat16\ncpu: EPYC, 2 threads"
+    looks = [(line.get_linestyle(), line.get_marker()) for line in below.get_lines()]
+    assert len(set(looks)) == len(looks) == 3
 
-    result = call("--help")
-    assert result.exit_code == 0
-    command: Any = get_command(app)
-    for option in command.commands["bench"].commands["throughput"].params:
-        assert option.help
-        assert option.opts[0][:24] in result.output, option.opts
+
+def test_seven_systems_fit_80_columns_uncut() -> None:
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from kvpager.bench import tables
+
+    columns = [tables.Column(f"system-{n}", ["12,345,678", "0.123"]) for n in range(7)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    tables.show(console, "", ["tokens/s", "KV utilisation"], columns)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("12,345,678") == 7
+    assert text.count("KV utilisation") == 2
 
 
 # --- the benchmark --------------------------------------------------------------------------------

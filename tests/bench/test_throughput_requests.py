@@ -33,7 +33,7 @@ from tests.support.throughput_cases import FakeClock, requests, silent, tiny
 
 
 def test_made_up_requests_are_what_was_asked_for() -> None:
-    work = synthetic(200, (10, 20), 5, vocabulary=50, shared=30, seed=3)
+    work = synthetic(200, (10, 20), 5, vocabulary=50, prefix_len=30, seed=3)
     lengths = {len(item.prompt) for item in work.items}
     assert lengths == set(range(40, 51))
     assert {item.new_tokens for item in work.items} == {5}
@@ -50,12 +50,12 @@ def _prompts(work: Workload) -> list[list[int]]:
 
 
 def test_the_same_seed_gives_the_same_requests_and_another_others() -> None:
-    assert requests(rate=3.0) == requests(rate=3.0)
+    assert requests(request_rate=3.0) == requests(request_rate=3.0)
     assert _prompts(requests()) != _prompts(requests(seed=2))
 
 
 def test_a_rate_spreads_arrivals_as_a_poisson_process_does() -> None:
-    moments = [item.arrival for item in requests(4000, rate=20.0).items]
+    moments = [item.arrival for item in requests(4000, request_rate=20.0).items]
     assert moments[0] == 0
     assert moments == sorted(moments)
     gaps = [later - before for before, later in itertools.pairwise(moments)]
@@ -67,19 +67,19 @@ def test_a_rate_spreads_arrivals_as_a_poisson_process_does() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_requests": 0}, "requests 0: expected at least 1"),
-        ({"prompt_tokens": (0, 4)}, "prompt tokens 0"),
-        ({"prompt_tokens": (9, 4)}, "9-4: expected the lower number first"),
-        ({"new_tokens": 0}, "new tokens 0"),
-        ({"shared": -1}, "shared prefix -1"),
-        ({"rate": 0.0}, "rate 0.0"),
-        ({"rate": float("inf")}, "rate inf"),
-        ({"seed": -1}, "seed -1"),
-        ({"vocabulary": 3}, "vocabulary 3"),
+        ({"num_prompts": 0}, "num_prompts.0: expected at least 1"),
+        ({"input_len": (0, 4)}, "input_len.0"),
+        ({"input_len": (9, 4)}, "9-4: expected the lower bound first"),
+        ({"output_len": 0}, "output_len.0"),
+        ({"prefix_len": -1}, "prefix_len.-1"),
+        ({"request_rate": 0.0}, "request_rate=0.0"),
+        ({"request_rate": float("inf")}, "request_rate=inf"),
+        ({"seed": -1}, "seed.-1"),
+        ({"vocabulary": 3}, "vocabulary=3"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
-    options = {"num_requests": 2, "prompt_tokens": (2, 4), "new_tokens": 3, "vocabulary": 50}
+    options = {"num_prompts": 2, "input_len": (2, 4), "output_len": 3, "vocabulary": 50}
     with pytest.raises(ValueError, match=message):
         synthetic(**{**options, **changes})
 
@@ -94,7 +94,7 @@ def test_a_request_longer_than_the_model_allows_is_refused_with_its_number() -> 
 
 
 def test_warming_up_says_nothing_that_is_said_later() -> None:
-    work = requests(shared=16)
+    work = requests(prefix_len=16)
     few = work.warm_up()
     assert max(len(prompt) for prompt in _prompts(few)) == max(map(len, _prompts(work)))
     beginnings = {tuple(prompt[:4]) for prompt in _prompts(work)}
@@ -120,7 +120,7 @@ def test_a_trace_keeps_its_times_lengths_and_shared_beginnings(tmp_path: Path) -
         record(6000, 30, 0, [4]),
     ]
     file.write_text("\n".join(lines))
-    work = from_trace(file, vocabulary=99, speed=2.0, longest=1000)
+    work = from_trace(file, vocabulary=99, speed=2.0, max_request_len=1000)
     assert [(item.arrival, len(item.prompt), item.new_tokens) for item in work.items] == [
         (0.0, 700, 9), (0.5, 600, 4), (1.25, 5, 6)
     ]  # fmt: skip
@@ -128,7 +128,7 @@ def test_a_trace_keeps_its_times_lengths_and_shared_beginnings(tmp_path: Path) -
     assert first[:512] == second[:512]
     assert first[512:600] != second[512:]
     assert third != first[:5]
-    assert from_trace(file, vocabulary=99, limit=2).items == tuple(
+    assert from_trace(file, vocabulary=99, num_prompts=2).items == tuple(
         item._replace(arrival=item.arrival * 2) for item in work.items[:2]
     )
 
@@ -147,7 +147,7 @@ def test_a_csv_file_is_a_trace_too(tmp_path: Path) -> None:
     [
         ("a.jsonl", "{}", "line 1: timestamp None"),
         ("a.jsonl", "", "no request in it"),
-        ("a.jsonl", record(1, 0, 4, []), "no request is left of 1"),
+        ("a.jsonl", record(1, 0, 4, []), "none of 1 requests is short enough"),
         ("a.csv", "arrival,prompt_length\n1,2\n", "no column 'output_length'"),
         ("a.csv", "arrival,prompt_length,output_length\n1,2,3\n1,x,3\n", "line 3: expected three"),
         ("a.csv", "arrival,prompt_length,output_length\n1,2\n", "line 2: expected three"),
@@ -156,7 +156,11 @@ def test_a_csv_file_is_a_trace_too(tmp_path: Path) -> None:
         ("a.csv", f"arrival,prompt_length,output_length\n1,{2**31},3\n", "line 2: .* at most"),
         ("a.csv", f"arrival,prompt_length,output_length\n1,2,{'9' * 5000}\n", "line 2: expected"),
         ("a.csv", f'arrival,prompt_length,output_length\n1,2,"{"9" * 200_000}', "field limit"),
-        ("a.csv", f"arrival,prompt_length,output_length\n1,{10**9},3\n", "50,000,000 tokens"),
+        (
+            "a.csv",
+            f"arrival,prompt_length,output_length\n1,{10**9},3\n",
+            "50,000,000 prompt tokens",
+        ),
         ("a.csv", "x" * (2**24 + 1), "line 1: longer than"),
     ],
 )

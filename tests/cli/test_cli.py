@@ -20,17 +20,19 @@ pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 import kvpager
+from kvpager.bench import environment
 from kvpager.bench.environment import is_inside
 from kvpager.blocks.stats import BlockStatus
 from kvpager.cli.app import app
 from kvpager.demo import measuring, report, session
 from kvpager.demo.measuring import HeldRow
+from kvpager.errors import KVPagerError
 from kvpager.testing import tiny_llama_path
 from tests.support.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 12
-QUICK = ["demo", "--device", "cpu", "--new-tokens", str(NEW_TOKENS)]
+QUICK = ["demo", "--device", "cpu", "--max-new-tokens", str(NEW_TOKENS)]
 SCENARIOS = ["a", "b", "c", "d"]
 
 needs_model = pytest.mark.skipif(
@@ -265,16 +267,16 @@ def test_block_map_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype", "float13"], "dtype 'float13': choose from float32, bfloat16, float16, auto"),
-        (["--block-size", "12"], "block_size 12: expected a power of two"),
-        (["--memory", "4 bananas"], "memory '4 bananas': expected a size"),
-        (["--new-tokens", "0"], "new tokens 0: expected at least 1"),
-        (["--prompt", " "], "expected some text"),
-        (["--device", "abacus"], "device 'abacus': expected a name"),
-        (["--device", "meta"], "device 'meta'"),
-        (["--device", "cuda:99"], "finds no such device"),
-        (["--model", "./no/such/model"], "model './no/such/model': there is no such folder"),
-        (["--model", str(ROOT / "tests")], "cannot be loaded"),
+        (["--dtype", "float13"], "--dtype=float13: expected one of float32, bfloat16"),
+        (["--block-size", "12"], "--block-size=12: expected a power of two"),
+        (["--memory", "4 bananas"], "--memory='4 bananas': expected a size"),
+        (["--max-new-tokens", "0"], "--max-new-tokens=0: expected at least 1"),
+        (["--prompt", " "], "--prompt='': expected some text"),
+        (["--device", "abacus"], "--device=abacus: expected a name"),
+        (["--device", "meta"], "--device=meta: computes nothing"),
+        (["--device", "cuda:99"], "--device=cuda:99: not found by torch"),
+        (["--model", "./no/such/model"], "--model=./no/such/model: no such folder"),
+        (["--model", str(ROOT / "tests")], ": cannot be loaded: "),
         (["--json", "no/such/folder/x.json"], "expected a file in a folder that exists"),
     ],
 )
@@ -293,9 +295,9 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     ("arguments", "message"),
     [
         (["--memory", "96KiB"], "kvpager: scenario (a): KV cache out of memory: "),
-        (["--memory", "1KiB"], "kvpager: memory='1KiB': one block of 16 tokens takes "),
-        (["--new-tokens", "4000"], "the model has 4096 positions"),
-        (["--prompt", "x" * 4096], "but the model has room for"),
+        (["--memory", "1KiB"], "kvpager: --memory='1KiB': one block of 16 tokens takes "),
+        (["--max-new-tokens", "4000"], "the model has 4096 positions"),
+        (["--prompt", "x" * 4096], "tokens, the model has room for"),
     ],
 )
 def test_too_much_for_the_model_or_memory(arguments: list[str], message: str) -> None:
@@ -306,12 +308,54 @@ def test_too_much_for_the_model_or_memory(arguments: list[str], message: str) ->
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["demo", "--no-such-option"], ["no-such-command"]])
-def test_usage_error_is_exit_code_2(arguments: list[str]) -> None:
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert "No such" in result.stderr
-    assert "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-command"], "No such command 'no-such-command'. See `kvpager --help`."),
+        (["demo", "--no-such-option"], "--no-such-option: no such option. See `kvpager demo --"),
+        (["demo", "--modle", "x"], "--modle: no such option (meant: --model?)"),
+        (["demo", "--block-size", "x"], "--block-size"),
+        (["check", "--seed", "-3"], "--seed"),
+        (["check", "--operations", "x"], "--operations=x: not a number. See `kvpager check --h"),
+        (["run"], "Missing argument 'COMMAND ...'. See `kvpager run --help`."),
+        (["mutants", "--only", "?"], "--only=?: no mutant has this in its name or module."),
+        (["simulate", "nowhere.jsonl"], "nowhere.jsonl: No such file or directory."),
+        (["simulate", "--policy", "x"], "--policy=x: expected one of lru, "),
+        (["simulate", "--capacity", "0"], "--capacity=0: expected at least 1"),
+        (["simulate", "x", "--kind", "chat"], "--kind=chat: conflicts with TRACE."),
+        (["env", "--json", "no/folder/x"], "--json=no/folder/x: expected a file in a folder"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"kvpager: {message}")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KVPagerError("the engine\nstopped"), "the engine stopped"),
+        (OSError(28, "No space left on device", "x.json"), "x.json: No space left on device."),
+    ],
+)
+def test_failed_work_is_one_line_and_status_1(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing() -> None:
+        raise error
+
+    monkeypatch.setattr(environment, "collect", failing)
+    result = call("env")
+    assert result.exit_code == 1
+    assert result.stderr == f"kvpager: {message}\n"
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "collect", lambda: 1 / 0)
+    assert isinstance(call("env").exception, ZeroDivisionError)
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
@@ -333,16 +377,38 @@ def test_help_lists_every_command() -> None:
         assert word in result.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "env"])
-def test_help_lists_every_option(command: str) -> None:
+COMMANDS = ["demo", "env", "simulate", "check", "mutants", "run", "bench throughput"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_all_of_every_option_in_80_columns(command: str) -> None:
     from typer.main import get_command
 
-    result = run(command, "--help", COLUMNS="100")
-    assert result.returncode == 0
-    options = get_command(app).commands[command].params  # type: ignore[attr-defined]
-    for option in options:
-        assert option.opts[0] in result.stdout
-        assert option.help.split(",")[0].split(":")[0] in " ".join(result.stdout.split())
+    words = command.split()
+    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in result.stdout
+    found: Any = get_command(app)
+    for word in words:
+        found = found.commands[word]
+    for option in found.params:
+        assert option.help
+        assert option.opts[0] in result.stdout or option.param_type_name == "argument"
+        for word in option.help.split():
+            assert word in result.stdout, option.opts
+
+
+@pytest.mark.parametrize("command", ["demo", "simulate", "run", "bench throughput"])
+def test_help_groups_the_options(command: str) -> None:
+    result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "80"})
+    panels = [
+        line
+        for line in result.stdout.splitlines()
+        if line.startswith("\N{BOX DRAWINGS LIGHT ARC DOWN AND RIGHT}")
+    ]
+    assert len(panels) >= 3
+    assert "Output" in panels[-1]
 
 
 def test_version() -> None:

@@ -74,11 +74,11 @@ def test_a_console_script_runs_by_its_name() -> None:
     ("arguments", "problem"),
     [
         (["nothing-of-this-name"], "no installed Python program has this name"),
-        (["missing.py"], "there is no such file"),
-        (["python", "script.py"], "leave the interpreter out"),
-        (["-m"], "name a module"),
-        (["--memory", "much", "-m", "json.tool"], "memory 'much'"),
-        (["--block-size", "12", "-m", "json.tool"], "block_size"),
+        (["missing.py"], "no such file"),
+        (["python", "script.py"], "Leave it out"),
+        (["-m"], "-m: no module given"),
+        (["--memory", "much", "-m", "json.tool"], "--memory='much'"),
+        (["--block-size", "12", "-m", "json.tool"], "--block-size=12: "),
     ],
 )
 def test_what_cannot_run_is_one_line_and_exit_code_2(arguments: list[str], problem: str) -> None:

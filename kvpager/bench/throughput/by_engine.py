@@ -12,7 +12,7 @@ from kvpager.bench.throughput.systems import Options, Progress
 from kvpager.bench.throughput.workload import Item, Workload
 from kvpager.engine.metrics import StepRecord
 from kvpager.engine.stream import Output, Stream
-from kvpager.errors import KVPagerError
+from kvpager.errors import BadInput
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner.model_info import inspect_model
 from kvpager.storage.block_storage import BlockStorage
@@ -59,7 +59,7 @@ class EngineSystem:
                 **options.engine,
             )
         except ValueError as error:  # no block fits
-            raise KVPagerError(str(error)) from error
+            raise BadInput(str(error)) from error
 
     def run(self, workload: Workload, progress: Progress) -> Run:
         """Serve the requests. Raises: `KVPagerError` for one that never fits, or fails."""
@@ -100,7 +100,7 @@ class EngineSystem:
         try:
             return self.engine.submit(item.prompt, max_new_tokens=item.new_tokens)
         except ValueError as error:  # it is too long for the pool
-            raise KVPagerError(str(error)) from error
+            raise BadInput(str(error)) from error
 
     def _served(self, output: Output, arrival: float) -> Served:
         assert output.first_token_time is not None

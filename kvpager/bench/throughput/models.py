@@ -43,7 +43,7 @@ def load(path: str | None, device: str | None = None) -> Any:
         model = default_model()
     else:
         if not Path(path).expanduser().is_dir():
-            raise ValueError(f"model {path}: there is no such folder; save_pretrained makes one")
+            raise ValueError(f"model={path}: no such folder. Make one with save_pretrained.")
         try:
             with _without_bars():
                 model = AutoModelForCausalLM.from_pretrained(
@@ -51,7 +51,7 @@ def load(path: str | None, device: str | None = None) -> Any:
                 )
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"model {path} cannot be loaded: {reason}") from None
+            raise ValueError(f"model={path}: cannot be loaded: {reason}") from None
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return model.to(device or "cpu").eval()
 

@@ -1,4 +1,4 @@
-"""Figures as a table, as JSON lines and as a plot."""
+"""Print figures as a table and JSON lines, and plot a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvpager._text import counted
+from kvpager.bench import plots
 from kvpager.bench.throughput.results import Figures, Moment
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from kvpager.bench.tables import Column
     from kvpager.bench.throughput.workload import Workload
 
 _MIB = 1 << 20
@@ -21,39 +23,43 @@ _NONE = "-"
 
 
 def show(machine: dict[str, Any], figures: Sequence[Figures], workload: Workload) -> None:
-    """Print what was served, by which model and machine, and the figures. O(tokens)."""
+    """Print the requests, the model, the hardware and the figures of each system. O(tokens)."""
     from rich.console import Console
 
-    model, threads = machine["model"], machine["machine"]["threads"]
-    print(
-        f"{workload.name}: {workload.prompt_tokens:,} prompt tokens, {workload.new_tokens:,} new\n"
-        f"{model['class']}, {model['parameters'] / 1e6:,.0f} million parameters, {model['dtype']}, "
-        f"{model['device']}, {counted(threads, 'thread')}"
-    )
-    Console(highlight=False).print(table(figures))
+    from kvpager.bench import tables
+
+    console = Console(highlight=False)
+    for line in (
+        f"{workload.name}: {workload.prompt_tokens:,} prompt tokens, {workload.new_tokens:,} new",
+        *setting(machine),
+    ):
+        console.print(line, markup=False)
+    tables.show(console, "", list(_ROWS), [_column(each) for each in figures])
     for line in notes(figures):
-        print(line)
+        console.print(line, markup=False)
 
 
-def table(figures: Sequence[Figures]) -> Table:
-    """One column for each system. O(tokens)."""
-    from rich import box
-    from rich.table import Table
+def setting(machine: dict[str, Any]) -> tuple[str, str]:
+    """Return the model and the hardware, a line each. O(1)."""
+    model, hardware = machine["model"], machine["machine"]
+    threads = counted(hardware["threads"], "thread")
+    return (
+        f"{model['class']}, {model['parameters'] / 1e6:,.0f} million parameters, {model['dtype']}",
+        f"{model['device']}: {hardware['processor'] or hardware['platform']}, {threads}",
+    )
 
-    found = Table(box=box.SIMPLE_HEAD)
-    found.add_column("")
-    for each in figures:
-        # Long names take two lines, so that seven systems fit.
-        name = re.sub(r"(?<=.)([-_])", r"\n\1", each.system)
-        found.add_column(name + ("*" if each.note else ""), justify="right", no_wrap=True)
-    records = [each.as_record() for each in figures]
-    for label, show in _ROWS.items():
-        found.add_row(label, *map(show, records))
-    return found
+
+def _column(figures: Figures) -> Column:
+    from kvpager.bench.tables import Column
+
+    # A long name takes two lines, so that more systems fit beside each other.
+    name = re.sub(r"(?<=.)([-_])", r"\n\1", figures.system) + ("*" if figures.note else "")
+    record = figures.as_record()
+    return Column(name, [show(record) for show in _ROWS.values()])
 
 
 def _shows(key: str, form: str, factor: float = 1) -> Callable[[dict[str, Any]], str]:
-    """How a figure of a record is shown."""
+    """Return a function that formats one figure of a record. O(1)."""
 
     def show(record: dict[str, Any]) -> str:
         value = record[key]
@@ -64,68 +70,69 @@ def _shows(key: str, form: str, factor: float = 1) -> Callable[[dict[str, Any]],
 
 _ROWS = {
     "tokens/s": _shows("tokens_per_s", "{:,.0f}"),
-    "of kvpager's": _shows("over_kvpager", "{:.2f}"),
-    "first token, s, median": _shows("first_token_s_median", "{:.2f}"),
-    "first token, s, p99": _shows("first_token_s_p99", "{:.2f}"),
-    "each further one, ms": _shows("per_token_s_median", "{:.1f}", 1000),
-    "KV held at peak, MiB": _shows("kv_peak_bytes", "{:,.1f}", 1 / _MIB),
-    "slots of it in use": _shows("kv_live_share", "{:.1%}"),
-    "preempted, by swap": _shows("preempted_by_swap", "{:,}"),
-    "preempted, by recompute": _shows("preempted_by_recompute", "{:,}"),
-    "prompt tokens cached": _shows("prefix_hit_tokens", "{:,}"),
+    "relative to kvpager": _shows("over_kvpager", "{:.2f}"),
+    "TTFT median, s": _shows("first_token_s_median", "{:.2f}"),
+    "TTFT p99, s": _shows("first_token_s_p99", "{:.2f}"),
+    "ITL median, ms": _shows("per_token_s_median", "{:.1f}", 1000),
+    "KV peak, MiB": _shows("kv_peak_bytes", "{:,.1f}", 1 / _MIB),
+    "KV utilisation": _shows("kv_live_share", "{:.1%}"),
+    "preempted by swap": _shows("preempted_by_swap", "{:,}"),
+    "preempted by recompute": _shows("preempted_by_recompute", "{:,}"),
+    "prefix cache hits": _shows("prefix_hit_tokens", "{:,}"),
 }
 
 
 def notes(figures: Sequence[Figures]) -> list[str]:
-    """What the stars of the table stand for. O(systems)."""
+    """Return the footnotes of the table. O(systems)."""
     return [f"* {each.system}: {each.note}" for each in figures if each.note]
 
 
 def lines(machine: dict[str, Any], figures: Sequence[Figures]) -> str:
-    """JSON lines: what the figures depend on, then one line for each system. O(tokens)."""
+    """Return JSON lines: the machine and settings, then a line per system. O(tokens)."""
     records = [machine, *(each.as_record() for each in figures)]
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def draw(file: str | Path, figures: Figures, title: str) -> None:
-    """Blocks and requests over the time of a system's last run, as .svg or .png. O(steps).
+def draw(file: str | Path, figures: Figures, title: str, machine: dict[str, Any]) -> None:
+    """Plot KV utilisation and requests over the system's last run, as .svg or .png. O(steps).
 
-    Raises: `ValueError` where the system told of no steps; `OSError`.
+    Raises: `ValueError` if the system recorded no steps; `OSError`.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    moments = figures.last.moments
+    moments = _until_idle(figures.last.moments)
     if not moments:
-        raise ValueError(f"{figures.system} told of no steps: there is nothing to draw")
-    # Text as text, and nothing of chance or of today: the same figures give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kvpager"}):
-        figure = Figure(figsize=(7.5, 6), layout="constrained")
+        raise ValueError(f"plot={file}: {figures.system} recorded no steps.")
+    with plots.saved(file, (7.5, 6)) as figure:
         above, below = figure.subplots(2, sharex=True)
-        _draw_blocks(above, moments)
+        _draw_memory(above, moments)
         _draw_requests(below, moments)
-        above.set_title(title)
-        metadata = {"Date": None} if Path(file).suffix == ".svg" else None
-        figure.savefig(file, metadata=metadata)
+        plots.titles(figure, f"{figures.system}: {title}", "\n".join(setting(machine)))
 
 
-def _draw_blocks(axes: Any, moments: list[Moment]) -> None:
+def _until_idle(moments: list[Moment]) -> list[Moment]:
+    """Return the moments up to the first after the last request. O(steps)."""
+    busy = [number for number, each in enumerate(moments) if each.running or each.waiting]
+    return moments[: busy[-1] + 2] if busy else []
+
+
+def _draw_memory(axes: Any, moments: list[Moment]) -> None:
     times = [moment.seconds for moment in moments]
-    held = [moment.held_blocks / moment.pool_blocks for moment in moments]
-    live = [share * moment.slot_use for share, moment in zip(held, moments, strict=True)]
-    axes.fill_between(times, held, color="lightsteelblue", label="blocks held")
-    axes.plot(times, live, color="tab:blue", label="slots with a token")
-    axes.set(ylabel="share of the pool", ylim=(0, 1.05))
+    held = np.array([moment.held_blocks / moment.pool_blocks for moment in moments])
+    used = held * np.array([moment.slot_use for moment in moments])
+    axes.fill_between(times, held, color="0.85", label="blocks held")
+    axes.plot(times, held, color="0.45", linewidth=0.8)
+    axes.plot(times, used, color="black", linewidth=1, label="tokens stored")
+    axes.set(ylabel="share of the KV cache", ylim=(0, 1.05), xlim=(0, times[-1]))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_requests(axes: Any, moments: list[Moment]) -> None:
     times = [moment.seconds for moment in moments]
-    for name, colour in (
-        ("running", "tab:green"), ("waiting", "tab:orange"), ("preempted", "tab:red"),
-    ):  # fmt: skip
+    for name, look in zip(("running", "waiting", "preempted"), plots.looks(), strict=False):
         counts = [getattr(moment, name) for moment in moments]
-        axes.plot(times, counts, color=colour, label=name, drawstyle="steps-post")
+        axes.plot(
+            times, counts, label=name, drawstyle="steps-post", **look,
+            markevery=max(len(times) // 8, 1),
+        )  # fmt: skip
     axes.set(xlabel="seconds", ylabel="requests")
     axes.set_ylim(bottom=0)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

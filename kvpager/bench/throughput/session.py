@@ -45,7 +45,7 @@ def _make(name: str, model: Any, folder: Path, options: Options, workload: Workl
         compiled = name == "kvpager-compiled"
         return EngineSystem(model, options, workload, compiled=compiled)
     if name in ("generate", "generate-rows"):
-        rows = options.batch if name == "generate-rows" else None
+        rows = options.batch_size if name == "generate-rows" else None
         return PaddedBatches(model, rows)
     if name == "generate_batch":
         return ContinuousBatches(model, options)

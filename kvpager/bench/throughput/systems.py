@@ -18,7 +18,7 @@ SYSTEMS = {
     "kvpager": "kvpager's Engine",
     "kvpager-compiled": "kvpager's Engine, compiled with frozen weights",
     "generate": "transformers' generate, all requests in one padded batch",
-    "generate-rows": "transformers' generate, padded batches of --batch requests",
+    "generate-rows": "transformers' generate, padded batches of --batch-size requests",
     "generate_batch": "transformers' continuous batching, as behind generate_batch",
     "vllm": "vLLM as it comes",
     "vllm-eager": "vLLM with enforce_eager=True",
@@ -47,7 +47,7 @@ class Options:
         max_num_seqs: the most rows at a time.
         max_batch_tokens: the most tokens of a step of kvpager and of `generate_batch`.
         prefix_cache: reuse what prompts have in common.
-        batch: rows of a padded batch of `generate-rows`.
+        batch_size: requests per padded batch of `generate-rows`.
         threads: of each system; None leaves torch's setting.
         vllm_python: an interpreter that can import vLLM, or the folder of its environment.
         engine: further arguments of `Engine`.
@@ -59,7 +59,7 @@ class Options:
     max_num_seqs: int = 256
     max_batch_tokens: int = 1024
     prefix_cache: bool = True
-    batch: int | None = None
+    batch_size: int | None = None
     threads: int | None = None
     vllm_python: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Options:
         arguments.block_size(self.block_size)
         arguments.count("max_num_seqs", self.max_num_seqs, at_least=1)
         arguments.count("max_batch_tokens", self.max_batch_tokens, at_least=1)
-        for name in ("batch", "threads"):
+        for name in ("batch_size", "threads"):
             value = getattr(self, name)
             if value is not None:
                 arguments.count(name, value, at_least=1)
@@ -84,7 +84,7 @@ def interpreter(path: str) -> str:
     given = Path(path).expanduser()
     found = given / "bin" / "python" if given.is_dir() else given
     if not found.is_file():
-        raise ValueError(f"vllm_python {path}: neither an interpreter nor an environment's folder")
+        raise ValueError(f"vllm_python={path}: no interpreter and no environment.")
     return str(found.absolute())
 
 
@@ -93,7 +93,7 @@ def usual(options: Options, *, compiled: bool = False) -> list[str]:
     chosen = ["kvpager", "generate", "generate_batch"]
     if compiled:
         chosen.insert(1, "kvpager-compiled")
-    if options.batch is not None:
+    if options.batch_size is not None:
         chosen.insert(chosen.index("generate") + 1, "generate-rows")
     if options.vllm_python is not None or find_spec("vllm") is not None:
         chosen += _VLLM
@@ -104,13 +104,13 @@ def check_names(names: Sequence[str], options: Options) -> list[str]:
     """`names`, each once. Raises `ValueError` for one that is unknown or cannot run here."""
     for name in names:
         if name not in SYSTEMS:
-            raise ValueError(f"system {name!r}: choose from {', '.join(SYSTEMS)}")
-        if name == "generate-rows" and options.batch is None:
-            raise ValueError("system 'generate-rows': say how many rows a batch has")
+            raise ValueError(f"systems={name}: expected names from {', '.join(SYSTEMS)}.")
+        if name == "generate-rows" and options.batch_size is None:
+            raise ValueError("systems=generate-rows: set batch_size.")
         if name in _VLLM and options.vllm_python is None and find_spec("vllm") is None:
             raise ValueError(
-                f"system {name!r}: vLLM is not installed here; name an interpreter that has it"
+                f"systems={name}: vLLM is not installed. Set vllm_python to its interpreter."
             )
     if not names:
-        raise ValueError(f"systems: none given; choose from {', '.join(SYSTEMS)}")
+        raise ValueError(f"systems: none given. Choose from {', '.join(SYSTEMS)}.")
     return list(dict.fromkeys(names))

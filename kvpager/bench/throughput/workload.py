@@ -81,7 +81,7 @@ class Workload:
         number, item = max(enumerate(self.items), key=_length_of_numbered)
         raise ValueError(
             f"request {number}: {len(item.prompt)} + {item.new_tokens} tokens, but the model has "
-            f"{max_length} positions; leave such requests out"
+            f"{max_length} positions. Shorten or leave out such requests."
         )
 
 
@@ -90,64 +90,64 @@ def _length_of_numbered(numbered: tuple[int, Item]) -> int:
 
 
 def synthetic(
-    num_requests: int,
-    prompt_tokens: tuple[int, int],
-    new_tokens: int,
+    num_prompts: int,
+    input_len: tuple[int, int],
+    output_len: int,
     *,
     vocabulary: int,
-    shared: int = 0,
-    rate: float | None = None,
+    prefix_len: int = 0,
+    request_rate: float | None = None,
     seed: int = 0,
 ) -> Workload:
-    """Made-up requests; the same arguments give the same. O(tokens).
+    """Return random requests; the same arguments give the same requests. O(tokens).
 
     Args:
-        num_requests: how many.
-        prompt_tokens: the least and the most tokens of a prompt's own, all lengths as likely.
-        new_tokens: of each reply.
-        vocabulary: ids are below it.
-        shared: tokens that all prompts begin with, besides their own.
-        rate: requests a second, at random moments (a Poisson process); None: all at once.
-        seed: of lengths, ids and moments.
+        num_prompts: number of requests.
+        input_len: bounds of a prompt's own length, both included; lengths are uniform.
+        output_len: generated tokens per request.
+        vocabulary: token ids are below this number.
+        prefix_len: length of a prefix that all prompts share, in addition to `input_len`.
+        request_rate: requests per second, a Poisson process; None: all arrive at once.
+        seed: seed of lengths, token ids and arrival times.
 
-    Raises: `ValueError`, `TypeError` for what makes no sense.
+    Raises: `ValueError`, `TypeError` for an argument out of bounds.
     """
-    num_requests = arguments.count("requests", num_requests, at_least=1)
-    low, high = prompt_tokens
-    low = arguments.count("prompt tokens", low, at_least=1)
-    high = arguments.count("prompt tokens", high)
+    num_prompts = arguments.count("num_prompts", num_prompts, at_least=1)
+    low, high = input_len
+    low = arguments.count("input_len", low, at_least=1)
+    high = arguments.count("input_len", high)
     if high < low:
-        raise ValueError(f"prompt tokens {low}-{high}: expected the lower number first")
-    new_tokens = arguments.count("new tokens", new_tokens, at_least=1)
-    shared = arguments.count("shared prefix", shared)
+        raise ValueError(f"input_len={low}-{high}: expected the lower bound first.")
+    output_len = arguments.count("output_len", output_len, at_least=1)
+    prefix_len = arguments.count("prefix_len", prefix_len)
     random = np.random.default_rng(arguments.count("seed", seed))
-    lengths = random.integers(low, high + 1, num_requests)
-    moments = _moments(random, num_requests, rate)
-    beginning = _ids(random, shared, vocabulary)
+    lengths = random.integers(low, high + 1, num_prompts)
+    times = _arrival_times(random, num_prompts, request_rate)
+    prefix = _ids(random, prefix_len, vocabulary)
     items = tuple(
-        Item(float(moment), beginning + _ids(random, int(length), vocabulary), new_tokens)
-        for moment, length in zip(moments, lengths, strict=True)
+        Item(float(time), prefix + _ids(random, int(length), vocabulary), output_len)
+        for time, length in zip(times, lengths, strict=True)
     )
-    name = f"{num_requests} requests, prompts of {low}-{high} tokens, {new_tokens} new"
-    if shared:
-        name += f", {shared} shared"
-    if rate is not None:
-        name += f", {rate:g} a second"
+    name = f"{num_prompts} requests, prompts of {low}-{high} tokens, {output_len} new"
+    if prefix_len:
+        name += f", shared prefix of {prefix_len}"
+    if request_rate is not None:
+        name += f", {request_rate:g} a second"
     return Workload(name, items, vocabulary)
 
 
-def _moments(random: np.random.Generator, num_requests: int, rate: float | None) -> Iterable[float]:
+def _arrival_times(random: np.random.Generator, count: int, rate: float | None) -> Iterable[float]:
     if rate is None:
-        return [0.0] * num_requests
+        return [0.0] * count
     if not 0 < rate < math.inf:
-        raise ValueError(f"rate {rate}: expected requests a second, above 0")
-    moments = np.cumsum(random.exponential(1 / rate, num_requests))
-    return [float(moment) for moment in moments - moments[0]]
+        raise ValueError(f"request_rate={rate}: expected a positive number of requests per second.")
+    times = np.cumsum(random.exponential(1 / rate, count))
+    return [float(time) for time in times - times[0]]
 
 
 def _ids(random: np.random.Generator, count: int, vocabulary: int) -> list[int]:
     if vocabulary <= FIRST_ID:
-        raise ValueError(f"vocabulary {vocabulary}: expected more than {FIRST_ID} ids")
+        raise ValueError(f"vocabulary={vocabulary}: expected more than {FIRST_ID} ids.")
     ids: list[int] = random.integers(FIRST_ID, vocabulary, count).tolist()
     return ids
 
@@ -159,8 +159,8 @@ def from_trace(
     path: str | Path,
     *,
     vocabulary: int,
-    limit: int | None = None,
-    longest: int | None = None,
+    num_prompts: int | None = None,
+    max_request_len: int | None = None,
     speed: float = 1.0,
     seed: int = 0,
 ) -> Workload:
@@ -174,21 +174,21 @@ def from_trace(
     Args:
         path: the file.
         vocabulary: ids are below it.
-        limit: the first so many requests alone.
-        longest: leave out requests that have more tokens, prompt and reply together.
-        speed: how many times as quickly requests come as they did.
-        seed: of the tokens.
+        num_prompts: take only the first n requests.
+        max_request_len: leave out requests with more tokens, prompt and reply together.
+        speed: replay speed; 2 halves the time between arrivals.
+        seed: seed of the token ids.
 
     Raises: `OSError`; `ValueError` naming the first lines that are not requests.
     """
     path = Path(path)
     if not 0 < speed < math.inf:
-        raise ValueError(f"speed {speed}: expected a number above 0")
-    if limit is not None:
-        limit = arguments.count("requests", limit, at_least=1)
+        raise ValueError(f"speed={speed}: expected a positive number.")
+    if num_prompts is not None:
+        num_prompts = arguments.count("num_prompts", num_prompts, at_least=1)
     prompts = _Prompts(vocabulary, seed)
     records = list(_csv_records(path)) if path.suffix == ".csv" else read_records(path)
-    chosen = _chosen(records, path, limit, longest)
+    chosen = _chosen(records, path, num_prompts, max_request_len)
     begin = chosen[0].seconds
     items = tuple(
         Item((record.seconds - begin) / speed, prompts(record), record.output_length)
@@ -198,22 +198,27 @@ def from_trace(
 
 
 def _chosen(
-    records: list[Recorded], path: Path, limit: int | None, longest: int | None
+    records: list[Recorded], path: Path, num_prompts: int | None, max_request_len: int | None
 ) -> list[Recorded]:
-    """Return the requests that are neither empty nor too long, by time, up to `limit` of them."""
+    """Return up to `num_prompts` requests by time, without empty and too long ones."""
     served = [
         record
         for record in sorted(records, key=lambda record: record.seconds)
         if record.prompt_length >= 1
         and record.output_length >= 1
-        and (longest is None or record.prompt_length + record.output_length <= longest)
-    ][:limit]
+        and (
+            max_request_len is None
+            or record.prompt_length + record.output_length <= max_request_len
+        )
+    ][:num_prompts]
     if not served:
-        raise ValueError(f"{path}: no request is left of {len(records)}")
+        raise ValueError(
+            f"{path}: none of {len(records)} requests is short enough. Raise max_request_len."
+        )
     if sum(record.prompt_length for record in served) > _TOKENS_MAX:
         raise ValueError(
-            f"{path}: prompts of more than {_TOKENS_MAX:,} tokens. Take fewer requests, or "
-            "leave out the longest."
+            f"{path}: more than {_TOKENS_MAX:,} prompt tokens. Lower num_prompts or "
+            "max_request_len."
         )
     return served
 
