@@ -62,16 +62,16 @@ class Step:
 
 
 class Reason(Enum):
-    """Why a request ended."""
+    """The reason why a request ended."""
 
-    FINISHED = "finished"  # no sample is left, or `finish` was called
+    FINISHED = "finished"  # it has no sequence left, or `finish` was called
     CANCELLED = "cancelled"
     EXPIRED = "expired"  # its deadline passed
-    FAILED = "failed"  # the step it was in was aborted
+    FAILED = "failed"  # its step was aborted
 
 
 class GroupStep(NamedTuple):
-    """Where the layers of one group write and read in a step; as in `StepPlan`."""
+    """The slots and block tables of one group of layers in a step; as in `StepPlan`."""
 
     slot_mapping: Int64
     block_tables: Int32
@@ -79,7 +79,7 @@ class GroupStep(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """What a `Scheduler` wants computed now: plain arrays and ids, so it can cross a process.
+    """One step of a `Scheduler`: plain arrays and ids, so it can cross a process.
 
     Apply `swaps` in order, then `copies` (all reads before all writes). Then compute
     `num_scheduled[i]` tokens of each row i: write their KV to `slot_mapping`, and let them attend
@@ -88,22 +88,22 @@ class StepPlan:
 
     Attributes:
         swaps: blocks to move between the tiers, first of all.
-        copies: int32 [n, 2], device blocks to copy next. A block may be source of one pair and
-            destination of another, never destination of two.
+        copies: int32 [n, 2], pairs of device blocks to copy next: source, destination. A block may
+            be the source of one pair and the destination of another, but never the destination of
+            two.
         request_ids: the request of each row.
-        seq_ids: int32 [rows], the number of each row's sequence. It stays the same while the
-            sequence lives, preempted or not, and is given to no other before a plan after the
-            one that has it in `freed`.
-        num_computed: int32 [rows], tokens computed before.
-        num_scheduled: int32 [rows], tokens to compute now.
-        token_ids: int32 [tokens], row by row.
+        seq_ids: int32 [rows], the sequence of each row. An id stays the same while the sequence
+            lives. It is reused only after the plan that follows the plan with the id in `freed`.
+        num_computed: int32 [rows], tokens computed in earlier steps.
+        num_scheduled: int32 [rows], tokens to compute in this step.
+        token_ids: int32 [tokens], the tokens to compute, row by row.
         slot_mapping: int64 [tokens], `block * block_size + offset`, of the first group of layers.
         seq_lens: int32 [rows], `num_computed + num_scheduled`.
         block_tables: int32 [rows, blocks] of the first group of layers; -1 where a row has no
             block, as behind a window.
-        needs_logits: bool [rows], whether the logits of the row's last token choose the next one.
+        needs_logits: bool [rows], True if the logits of the row's last token choose the next one.
         freed: int32, the sequences that ended since the last plan.
-        ended: the requests that ended since the last plan, and why.
+        ended: the requests that ended since the last plan, each with its reason.
         more_groups: slot mapping and block tables of further groups of layers.
     """
 
@@ -128,9 +128,9 @@ class StepPlan:
         return GroupStep(self.slot_mapping, self.block_tables), *self.more_groups
 
     def __len__(self) -> int:
-        """Return the number of rows to compute. O(1)."""
+        """Return the number of rows. O(1)."""
         return len(self.request_ids)
 
     def __bool__(self) -> bool:
-        """True, also for a plan without rows: it may have swaps and ended requests."""
+        """Return True: even a plan without rows may have swaps to apply or ends to report."""
         return True

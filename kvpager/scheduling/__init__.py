@@ -1,4 +1,4 @@
-"""Which requests run in the next step, and with how many tokens. NumPy only."""
+"""Scheduling: decides which requests run in a step, and with how many tokens. NumPy only."""
 
 from kvpager.scheduling.preemption import PreemptionCosts
 

@@ -1,4 +1,4 @@
-"""The requests that come onto the device: preempted ones first, then those that wait."""
+"""Admission: resume preempted requests, then admit waiting ones."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.request import Request, RequestState, Status, blocks_needed
 from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.sequence_state import num_common
-from kvpager.scheduling.step import Draft
+from kvpager.scheduling.step import StepBuilder
 
-_LOOK_PAST = 32  # waiting requests that a plan looks past, at the most
+_LOOK_PAST = 32  # maximum waiting requests that one plan skips because they wait for a prefix
 
 
 class AdmissionPolicy:
-    """Decides which requests are taken, and which begin or return in a step.
+    """Decides which requests the scheduler accepts, and which start or resume in a step.
+
+    The keyword arguments are those of `Scheduler`.
 
     Args:
-        manager: has the blocks.
-        table: where the requests are.
-        placement: gives a request its blocks.
-        max_queue_size: see `Scheduler`, as the others.
-        max_model_len: tokens of a row.
-        watermark: share of the blocks that stays available.
-        prefix_cache: prompts may share what is computed.
+        manager: owns the blocks.
+        table: the live requests.
+        placement: allocates the blocks of a request.
     """
 
     def __init__(
@@ -50,157 +48,163 @@ class AdmissionPolicy:
         self._prefix_cache = prefix_cache
         stats = manager.stats()
         usable = stats.num_held + stats.num_cached + stats.num_kept + stats.num_free
-        self._num_reserved = stats.num_blocks - usable  # the null block, if there is one
-        self.num_reused_tokens = 0  # of prompts, found in the prefix index
+        self._num_reserved = stats.num_blocks - usable  # 1 if the manager has a null block, else 0
+        self.num_reused_tokens = 0  # prompt tokens found in the prefix cache
 
     @property
     def _num_usable(self) -> int:
         return self._manager.num_blocks - self._num_reserved
 
-    # ---------------------------------------------------------------- what is taken at all
+    # ---------------------------------------------------------------- accept or refuse
 
     def refuse_impossible(self, request: Request, num_prompt: int) -> None:
-        """Raise `ValueError` if the request could not be served even alone. O(1)."""
+        """Raise `ValueError` if the request could not run even alone. O(1)."""
         request_id, length = request.request_id, num_prompt + request.max_new_tokens
         max_num_seqs = self._table.max_num_seqs
         if request.n > max_num_seqs:
             raise ValueError(
-                f"request {request_id!r}: {request.n} samples, but at most "
-                f"{max_num_seqs} rows run; ask for fewer, or raise max_num_seqs"
+                f"request {request_id!r}: n={request.n} is more than max_num_seqs={max_num_seqs}. "
+                "Lower n or raise max_num_seqs."
             )
-        what = f"a prompt of {num_prompt} and {request.max_new_tokens} new tokens"
+        what = f"{num_prompt} prompt tokens and {request.max_new_tokens} new tokens"
         if self.max_model_len is not None and length > self.max_model_len:
             raise ValueError(
-                f"request {request_id!r}: {what} are more than max_model_len {self.max_model_len}; "
-                "shorten the prompt or lower max_new_tokens"
+                f"request {request_id!r}: {what} exceed max_model_len={self.max_model_len}. "
+                "Shorten the prompt or lower max_new_tokens."
             )
         need = blocks_needed(request, num_prompt, self._manager)
         if need > self._num_usable:
             raise ValueError(
-                f"request {request_id!r}: {what} in {request.n} samples may need {need} "
-                f"blocks, the pool has {self._num_usable}; ask for less, or make the pool larger"
+                f"request {request_id!r}: {what}, n={request.n}, may need {need} blocks, but the "
+                f"pool has {self._num_usable}. Lower max_new_tokens or n, or enlarge the pool."
             )
         ceiling = self._manager.quotas.ceiling(request.namespace)
         if ceiling is not None and need > ceiling:
             raise ValueError(
-                f"request {request_id!r}: {what} in {request.n} samples may need {need} "
-                f"blocks, its namespace may have {ceiling}; ask for less or raise the quota"
+                f"request {request_id!r}: {what}, n={request.n}, may need {need} blocks, but the "
+                f"quota of its namespace is {ceiling}. Lower max_new_tokens or n, or raise the "
+                "quota."
             )
 
     def refuse_overflow(self) -> None:
-        """Raise `QueueFull` if no more requests may wait. O(1)."""
+        """Raise `QueueFull` if the queue is full. O(1)."""
         num_waiting = self._table.policy.num_waiting
         if self.max_queue_size is not None and num_waiting >= self.max_queue_size:
             raise QueueFull(num_waiting, self.max_queue_size)
 
-    # ---------------------------------------------------------------- onto the device
+    # ---------------------------------------------------------------- start and resume
 
-    def admit(self, draft: Draft) -> Iterator[RequestState]:
-        """Yield each request that comes onto the device in this step.
+    def admit(self, builder: StepBuilder) -> Iterator[RequestState]:
+        """Yield each request that starts or resumes in this step.
 
-        The caller adds its rows to `draft` before it asks for the next one.
+        The caller adds the request's rows to `builder` before it asks for the next request.
         """
-        if not draft.is_blocked:
-            yield from self._return(draft)
-        if not draft.is_blocked:
-            yield from self._begin_waiting(draft)
+        if not builder.is_blocked:
+            yield from self._resume(builder)
+        if not builder.is_blocked:
+            yield from self._begin_waiting(builder)
 
-    def _return(self, draft: Draft) -> Iterator[RequestState]:
-        """Bring back preempted requests, before any new one begins.
+    def _resume(self, builder: StepBuilder) -> Iterator[RequestState]:
+        """Resume preempted requests before any waiting request starts.
 
-        Requests whose quota is full wait for their own namespace; other requests pass them.
+        A request whose quota is full waits for its own namespace; other requests overtake it.
         """
         table = self._table
-        while candidates := [each for each in table.preempted if not self._must_wait(each, draft)]:
+        while candidates := [
+            each for each in table.preempted if not self._is_over_quota(each, builder)
+        ]:
             state = min(candidates, key=table.policy.rank)
-            if table.has_room_for(state) and self._bring_back(state, draft):
+            if table.has_room_for(state) and self._resume_one(state, builder):
                 yield state
-            elif self._reclaim_for(state, draft):
-                draft.over_quota.discard(state.request.namespace)
-            elif not self._must_wait(state, draft):
-                draft.is_blocked = True
+            elif self._reclaim_for(state, builder):
+                builder.over_quota.discard(state.request.namespace)
+            elif not self._is_over_quota(state, builder):
+                builder.is_blocked = True
                 return
 
-    def _must_wait(self, state: RequestState, draft: Draft) -> bool:
-        """True if the quota of a request's namespace was found to have no room in this step."""
-        return state.request.namespace in draft.over_quota
+    def _is_over_quota(self, state: RequestState, builder: StepBuilder) -> bool:
+        """Return True if this step found the quota of the request's namespace full."""
+        return state.request.namespace in builder.over_quota
 
-    def _reclaim_for(self, state: RequestState, draft: Draft) -> bool:
-        """Take blocks of swapped requests, unless one that runs will give some back. O(blocks)."""
-        rivals = [*self._table.running, *self._table.preempted]
-        if self._must_wait(state, draft):
+    def _reclaim_for(self, state: RequestState, builder: StepBuilder) -> bool:
+        """Drop a swapped request whose device blocks `state` may take. O(blocks).
+
+        Returns False if there is none, or if a running request will release blocks anyway.
+        """
+        others = [*self._table.running, *self._table.preempted]
+        if self._is_over_quota(state, builder):
             namespace = state.request.namespace
-            rivals = [each for each in rivals if each.request.namespace == namespace]
-        if any(each.status is Status.RUNNING for each in rivals):
+            others = [each for each in others if each.request.namespace == namespace]
+        if any(each.status is Status.RUNNING for each in others):
             return False
-        return self._placement.reclaim(each for each in rivals if each is not state)
+        return self._placement.reclaim(each for each in others if each is not state)
 
-    def _bring_back(self, state: RequestState, draft: Draft) -> bool:
+    def _resume_one(self, state: RequestState, builder: StepBuilder) -> bool:
         if state.status is Status.DROPPED:
-            return self._begin(state, draft)
-        # Moves are made before copies, so none may write where a copy made earlier reads.
-        if draft.is_prompt_copied or not self._has_budget(state, draft):
+            return self._begin(state, builder)
+        # The data plane applies swaps before copies: no swap may overwrite the source of a copy.
+        if builder.is_prompt_copied or not self._has_budget(state, builder):
             return False
         try:
-            draft.swaps.append(self._placement.swap_in(state, self._spare(state)))
+            builder.swaps.append(self._placement.swap_in(state, self._num_to_reserve(state)))
         except OutOfBlocks as error:
-            draft.note_refusal(error)
+            builder.note_refusal(error)
             return False
-        draft.moved.append(state)
+        builder.swapped.append(state)
         return True
 
-    def _has_budget(self, state: RequestState, draft: Draft) -> bool:
+    def _has_budget(self, state: RequestState, builder: StepBuilder) -> bool:
         if state.is_ready:
-            return len(state.seq_ids) <= draft.budget
+            return len(state.seq_ids) <= builder.budget
         mine, sequences = state.seq_ids, self._table.sequences
-        return draft.chunk(int((sequences.lengths[mine] - sequences.computed[mine]).max())) > 0
+        return builder.chunk(int((sequences.lengths[mine] - sequences.computed[mine]).max())) > 0
 
-    def _begin_waiting(self, draft: Draft) -> Iterator[RequestState]:
-        """Let waiting requests begin, in their order, as long as there is room for the next.
+    def _begin_waiting(self, builder: StepBuilder) -> Iterator[RequestState]:
+        """Start waiting requests by rank until the next one finds no room.
 
-        A request whose quota has no room is passed over.
+        Skips requests whose quota is full, and requests that wait for a prefix.
         """
         table = self._table
-        if not draft.budget or table.num_seqs_reserved == table.max_num_seqs:
+        if not builder.budget or table.num_seqs_reserved == table.max_num_seqs:
             return
         num_passed = 0
         for state in table.policy.waiting():
-            if self._must_wait(state, draft):
+            if self._is_over_quota(state, builder):
                 continue
             if not table.has_room_for(state) or num_passed == _LOOK_PAST:
                 return
             if self._prefix_cache and self._must_wait_for_prefix(state):
                 num_passed += 1
-            elif self._begin(state, draft):
+            elif self._begin(state, builder):
                 yield state
-            elif not self._must_wait(state, draft):
+            elif not self._is_over_quota(state, builder):
                 return
 
-    def _begin(self, state: RequestState, draft: Draft) -> bool:
-        """Give a waiting or dropped request its blocks, if there is room for a chunk of it."""
+    def _begin(self, state: RequestState, builder: StepBuilder) -> bool:
+        """Allocate the blocks of a waiting or dropped request if a chunk of it fits in the step."""
         self._table.begin(state)
         length = self._table.sequences.num_known(state.seq_ids[0])
         remaining = length - self._num_cached(state, length)
         copies = None
-        if draft.chunk(remaining):
+        if builder.chunk(remaining):
             try:
-                copies = self._placement.begin(state, self._spare(state))
+                copies = self._placement.begin(state, self._num_to_reserve(state))
             except OutOfBlocks as error:
-                draft.note_refusal(error)
+                builder.note_refusal(error)
         if copies is None:
             self._table.undo_begin(state)
             return False
-        state.waits_for = None  # or a chain of them would never be let go
-        draft.copy(copies)
-        draft.is_prompt_copied |= len(copies) > 0
+        state.waits_for = None  # otherwise requests would keep each other alive in a chain
+        builder.copy(copies)
+        builder.is_prompt_copied |= len(copies) > 0
         self.num_reused_tokens += length - remaining
         return True
 
-    def _spare(self, state: RequestState) -> int:
-        """Return how many blocks stay available when this request comes onto the device.
+    def _num_to_reserve(self, state: RequestState) -> int:
+        """Return how many blocks must stay available when this request starts or resumes.
 
-        Where nothing runs, the request's own worst case has room, and that is all it may ask for.
-        One that returns leaves a block for each row, or it would soon have to leave again.
+        If nothing runs, the request's own worst case fits, so nothing is reserved. A resuming
+        request leaves one block per sequence, or it would soon be preempted again.
         """
         if not self._table.running:
             return 0
@@ -209,10 +213,10 @@ class AdmissionPolicy:
             return reserve
         return max(reserve, self._table.count_seqs()) + len(state.seq_ids)
 
-    # ---------------------------------------------------------------- shared beginnings
+    # ---------------------------------------------------------------- shared prefixes
 
     def _num_cached(self, state: RequestState, length: int) -> int:
-        """Return how many of its first row's leading tokens are cached now. O(tokens)."""
+        """Return how many leading tokens of the request's first sequence are cached. O(tokens)."""
         if not self._prefix_cache:
             return 0
         if state.seq_ids:
@@ -223,9 +227,9 @@ class AdmissionPolicy:
         return self._manager.match_prefix(ids, namespace=namespace, lora=lora)
 
     def _must_wait_for_prefix(self, state: RequestState) -> bool:
-        """True if another request is computing what its prompt begins with.
+        """Return True while another request computes a prefix of this prompt.
 
-        It waits for one request at the most, and only while that computes: so not for long.
+        A request waits for one other request at most, and only during its prefill.
         """
         if state.waits_for is None:
             self._find_prefill(state)

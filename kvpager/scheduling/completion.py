@@ -1,4 +1,4 @@
-"""What came of a step: which rows continue, and with which tokens."""
+"""Completion of a step: which rows continue, and with which tokens."""
 
 from __future__ import annotations
 
@@ -10,49 +10,60 @@ from kvpager.blocks.protocol import CacheManager
 from kvpager.plans import Int32, Int64, StepPlan
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.request_table import RequestTable
-from kvpager.scheduling.step import Draft
+from kvpager.scheduling.step import StepBuilder
 
 
 class Completion:
-    """Carries out a step that was computed: commits its tokens, then continues or ends its rows."""
+    """Commits the tokens of a computed step, then continues, forks or ends its sequences."""
 
     def __init__(
-        self, manager: CacheManager, table: RequestTable, placement: Placement, *, by_ids: bool
+        self,
+        manager: CacheManager,
+        table: RequestTable,
+        placement: Placement,
+        *,
+        prefix_cache: bool,
     ) -> None:
         self._manager = manager
         self._table = table
         self._sequences = table.sequences
         self._placement = placement
         # Blocks behind a window are freed when tokens are committed.
-        self._commits = by_ids or any(manager.windows)
+        self._commits = prefix_cache or any(manager.windows)
 
     def refuse_bad_parents(self, plan: StepPlan, parents: Int64) -> None:
-        """Raise `ValueError` unless each parent is a row that may continue so often. O(rows)."""
+        """Raise `ValueError` unless each parent may continue as often as it is listed. O(rows)."""
         if not len(parents):
             return
         if parents[0] < 0 or parents[-1] >= len(plan) or np.any(parents[1:] < parents[:-1]):
-            raise ValueError(f"parents {parents}: expected rows below {len(plan)}, ascending")
+            raise ValueError(
+                f"parents={parents}: expected ascending rows of the plan, 0 to {len(plan) - 1}."
+            )
         if not plan.needs_logits[parents].all():
             row = parents[~plan.needs_logits[parents]][0]
-            raise ValueError(f"parent {row}: this row's prompt is not computed to its end")
+            raise ValueError(
+                f"parents: row {row} does not need logits, because its prompt is not complete. "
+                "Continue only rows with needs_logits."
+            )
         counts = np.bincount(parents, minlength=len(plan))
         for row in (counts > 1).nonzero()[0].tolist():
             state = self._sequences.owner(int(plan.seq_ids[row]))
             total = int(counts[np.isin(plan.seq_ids, state.seq_ids)].sum())
             if total > state.request.n:
                 raise ValueError(
-                    f"request {state.request_id!r}: {total} samples, but n is {state.request.n}"
+                    f"parents: request {state.request_id!r} would have {total} sequences, but n is "
+                    f"{state.request.n}. Continue fewer."
                 )
 
-    def commit(self, plan: StepPlan, draft: Draft) -> None:
-        """Note that the KV of the step's tokens is written. O(rows)."""
+    def commit(self, plan: StepPlan, builder: StepBuilder) -> None:
+        """Record that the KV of the step's tokens is written. O(rows)."""
         sequences = self._sequences
         sequences.mark_computed(plan.seq_ids, plan.seq_lens)
         num_decoding = 0
-        if draft.decoders is not None:
-            num_decoding = len(draft.decoders.seq_ids)
+        if builder.decode_batch is not None:
+            num_decoding = len(builder.decode_batch.seq_ids)
             if self._commits:
-                self._manager.commit(draft.decoders.batch)
+                self._manager.commit(builder.decode_batch.batch)
         for seq_id in plan.seq_ids[num_decoding:].tolist():
             if self._commits:
                 computed = int(sequences.computed[seq_id])
@@ -62,9 +73,9 @@ class Completion:
                 self._table.let_decode(state)
 
     def advance(self, plan: StepPlan, rows: Int64, parents: Int64, tokens: Int32) -> Int32:
-        """Continue each of `rows` as often as `parents` names it, or end it. O(rows).
+        """Continue each of `rows` as often as `parents` lists it; end it if absent. O(rows).
 
-        Returns the seq_id of the sequence of each continuation, -1 if it ended at once.
+        Returns the sequence id of each continuation, -1 if it ended at once.
         """
         sequences = self._sequences
         if np.array_equal(rows, parents):
@@ -81,7 +92,7 @@ class Completion:
         return seq_ids
 
     def _branch(self, plan: StepPlan, rows: Int64, parents: Int64) -> Int32:
-        """End the rows that are not named, and fork those that are named several times."""
+        """End the rows that `parents` omits, and fork those that it lists several times."""
         sequences = self._sequences
         counts = np.bincount(parents, minlength=len(plan))
         for seq_id in plan.seq_ids[rows[counts[rows] == 0]].tolist():
@@ -93,7 +104,7 @@ class Completion:
         for row in rows[counts[rows] > 1].tolist():
             parent = int(plan.seq_ids[row])
             if sequences.generated[parent] + 1 >= sequences.limits[parent]:
-                continue  # the forks would end at once
+                continue  # the forks would reach max_new_tokens at once
             begin = int(np.searchsorted(parents, row)) + 1
             children = self._placement.fork(parent, int(counts[row]) - 1)
             seq_ids[begin : begin + len(children)] = children
@@ -101,11 +112,15 @@ class Completion:
 
 
 def read_continuations(parents: ArrayLike, tokens: ArrayLike) -> tuple[Int64, Int32]:
-    """Return both as arrays of one length. O(rows). Raises: `TypeError`, `ValueError`."""
+    """Return both as arrays of equal length. O(rows). Raises: `TypeError`, `ValueError`."""
     rows = arguments.integers("parents", parents)
     if rows.ndim != 1:
-        raise TypeError(f"parents of {rows.dtype} {rows.shape}: expected a list of ints")
+        raise TypeError(
+            f"parents: expected a list of ints, got {rows.dtype} of shape {rows.shape}."
+        )
     ids = arguments.token_ids(tokens)
     if len(ids) != len(rows):
-        raise ValueError(f"{len(rows)} parents, but {len(ids)} tokens: expected one for each")
+        raise ValueError(
+            f"tokens: got {len(ids)} for {len(rows)} parents. Pass one token per parent."
+        )
     return rows.astype(np.int64), ids

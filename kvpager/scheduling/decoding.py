@@ -1,4 +1,4 @@
-"""The rows that decode: one token each in every step, and who makes room for them."""
+"""Decoding: each decoding sequence gets one token in every step."""
 
 from __future__ import annotations
 
@@ -9,64 +9,74 @@ from kvpager.errors import OutOfBlocks
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.request import RequestState
 from kvpager.scheduling.request_table import RequestTable
-from kvpager.scheduling.step import Decoders, Draft
+from kvpager.scheduling.step import DecodeBatch, StepBuilder
 
 
 class Decoding:
-    """Adds the rows to a step that have all their other tokens computed."""
+    """Adds sequences to a step whose tokens are all computed except the newest."""
 
     def __init__(
-        self, manager: CacheManager, table: RequestTable, placement: Placement, *, by_ids: bool
+        self,
+        manager: CacheManager,
+        table: RequestTable,
+        placement: Placement,
+        *,
+        prefix_cache: bool,
     ) -> None:
         self._manager = manager
         self._table = table
         self._placement = placement
-        self._by_ids = by_ids
-        self._decoders: Decoders | None = None
-        self._version = -1  # of the table, when `_decoders` was made
+        self._prefix_cache = prefix_cache
+        self._decode_batch: DecodeBatch | None = None
+        self._version = -1  # `RequestTable.version` when `_decode_batch` was made
 
-    def extend(self, draft: Draft) -> None:
-        """Add all rows that decode; preempt the last requests until these have room. O(rows)."""
+    def extend(self, builder: StepBuilder) -> None:
+        """Add every decoding sequence. O(sequences).
+
+        Preempts the requests that rank last until the remaining ones have room.
+        """
         sequences, policy = self._table.sequences, self._table.policy
         while True:
-            decoders = self._current()
-            seq_ids = decoders.seq_ids
+            decode_batch = self._current()
+            seq_ids = decode_batch.seq_ids
             if not len(seq_ids):
                 return
             token_ids = sequences.pending[seq_ids]
             try:
-                step = self._manager.append(decoders.batch, token_ids if self._by_ids else 1)
+                step = self._manager.append(
+                    decode_batch.batch, token_ids if self._prefix_cache else 1
+                )
             except OutOfBlocks as error:
-                self._placement.make_room(draft, error)
+                self._placement.make_room(builder, error)
                 continue
             sequences.make_room(seq_ids)
-            draft.decode(seq_ids, token_ids, step)
-            draft.decoders = decoders
-            for state, count in decoders.shares:
+            builder.decode(seq_ids, token_ids, step)
+            builder.decode_batch = decode_batch
+            for state, count in decode_batch.charges:
                 policy.charge(state, 0, count)
             return
 
-    def add(self, state: RequestState, draft: Draft) -> None:
-        """Add the rows of a request that returned ready to decode. O(rows)."""
+    def add(self, state: RequestState, builder: StepBuilder) -> None:
+        """Add the sequences of a request that resumed ready to decode. O(sequences)."""
         sequences = self._table.sequences
         seq_ids = np.array(state.seq_ids, np.int32)
         token_ids = sequences.pending[seq_ids]
         try:
             step = self._manager.append(
-                self._placement.handles(state), token_ids if self._by_ids else 1
+                self._placement.handles(state), token_ids if self._prefix_cache else 1
             )
         except OutOfBlocks:
-            return  # a quota: the next step will see
+            return  # a quota is full; the next step tries again
         sequences.make_room(seq_ids)
-        draft.decode(seq_ids, token_ids, step)
+        builder.decode(seq_ids, token_ids, step)
 
-    def _current(self) -> Decoders:
-        """Return the rows that decode, kept as long as they are the same."""
-        if self._decoders is None or self._version != self._table.version:
-            self._decoders, self._version = self._find(), self._table.version
-        return self._decoders
+    def _current(self) -> DecodeBatch:
+        """Return the decoding sequences, from a cache while the table is unchanged."""
+        if self._decode_batch is None or self._version != self._table.version:
+            self._decode_batch, self._version = self._find(), self._table.version
+        return self._decode_batch
 
-    def _find(self) -> Decoders:
+    def _find(self) -> DecodeBatch:
         sequences = self._table.sequences
         ready = [state for state in self._table.running if state.is_ready]
         rows = [seq_id for state in ready for seq_id in state.seq_ids]
@@ -78,4 +88,4 @@ class Decoding:
         for state in ready:
             queue = self._table.policy.queue_of(state)
             shares[queue] = state, shares.get(queue, (state, 0))[1] + len(state.seq_ids)
-        return Decoders(seq_ids, batch, request_ids, list(shares.values()))
+        return DecodeBatch(seq_ids, batch, request_ids, list(shares.values()))

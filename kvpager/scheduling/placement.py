@@ -1,9 +1,9 @@
-"""How a request comes onto the device, leaves it before its end, and returns.
+"""Placement of requests on the device: allocation, preemption, return and release.
 
-It leaves by **swap**: its blocks move to the host and back, as they are. Or by **recompute**: they
-are freed, and its known tokens are computed again, except for what the prefix index still has by
-then. The unit is a request with all its rows, because rows that share blocks only free them
-together.
+A request is preempted by **swap** or by **recompute**. Swap moves its blocks to the host and back.
+Recompute frees its blocks, and later computes its known tokens again unless the prefix cache still
+has them. All sequences of a request are preempted together, because shared blocks become free only
+when every sequence releases them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from kvpager.plans import Int32, Plan, Reason
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import RequestState, Status
 from kvpager.scheduling.request_table import RequestTable
-from kvpager.scheduling.step import Draft
+from kvpager.scheduling.step import StepBuilder
 
 
 class Placement:
-    """Takes blocks for requests, moves and frees them, and tells the table where they are.
+    """Allocates, moves and frees the blocks of requests, and updates the request table.
 
-    `num_swapped` and `num_dropped` count preemptions of requests, not of rows. `by_ids` says that
-    the manager is told token ids, so that prefixes can be reused.
+    With `prefix_cache`, the manager gets token ids and can share prefixes. Without it, the manager
+    gets lengths.
+
+    Attributes:
+        num_swapped: preemptions of requests by swap.
+        num_dropped: preemptions of requests by recompute.
     """
 
     def __init__(
@@ -36,31 +40,31 @@ class Placement:
         table: RequestTable,
         costs: PreemptionCosts,
         *,
-        by_ids: bool,
+        prefix_cache: bool,
     ) -> None:
         self._manager = manager
         self._table = table
         self._sequences = table.sequences
         self._costs = costs
-        self._by_ids = by_ids
+        self._prefix_cache = prefix_cache
         self.num_swapped = self.num_dropped = 0
 
     def handles(self, state: RequestState) -> list[SequenceHandle]:
-        """Return the sequences of a request that has blocks. O(rows)."""
+        """Return the handles of a request that has blocks. O(sequences)."""
         return [self._sequences.handle(seq_id) for seq_id in state.seq_ids]
 
-    # ---------------------------------------------------------------- away
+    # ---------------------------------------------------------------- preemption
 
     def preempt(self, state: RequestState) -> Plan | None:
-        """Take a running request off the device, the cheaper way. O(blocks).
+        """Preempt a running request in the cheaper way. O(blocks).
 
-        Returns the blocks to move, or None if they were freed. What was computed is committed.
+        Returns the blocks to move, or None if they were freed. Computed tokens are committed.
         """
         if self._is_swap_cheaper(state):
             try:
                 plan = self._manager.swap(self.handles(state), "host")
             except OutOfBlocks:
-                pass  # the host is full
+                pass  # the host pool is full
             else:
                 self._table.preempt(state, Status.SWAPPED)
                 self.num_swapped += 1
@@ -77,22 +81,23 @@ class Placement:
         num_blocks = len(np.unique(tables[tables >= 0]))
         computed = self._sequences.computed[state.seq_ids]
         tokens = int(computed.sum())
-        if not any(manager.windows):  # rows share tokens as they share blocks
+        if not any(manager.windows):  # shared blocks hold shared tokens
             tokens = min(tokens, num_blocks * manager.block_size)
         swap_s = self._costs.swap_s(num_blocks)
         return swap_s < self._costs.recompute_s(tokens, int(computed.max()))
 
     def drop(self, state: RequestState) -> None:
-        """Free all blocks of a request, on the device and on the host; its rows live. O(blocks)."""
+        """Free all blocks of a request, on both tiers; its sequences stay live. O(blocks)."""
         self._manager.free(self.handles(state))
         for seq_id in state.seq_ids:
             self._sequences.unassign(seq_id)
         self._table.preempt(state, Status.DROPPED)
 
     def reclaim(self, among: Iterable[RequestState]) -> bool:
-        """Drop the last swapped request that still has device blocks, if there is one. O(blocks).
+        """Drop the swapped request that ranks last among those with device blocks. O(blocks).
 
-        Shared blocks of a swapped request stay on the device while another request holds them.
+        A swapped request keeps shared blocks on the device while another request holds them.
+        Returns False if there is none.
         """
         swapped = [state for state in among if state.status is Status.SWAPPED]
         for state in sorted(swapped, key=self._table.policy.rank, reverse=True):
@@ -101,37 +106,37 @@ class Placement:
                 return True
         return False
 
-    def make_room(self, draft: Draft, error: OutOfBlocks) -> None:
-        """Preempt the request that ranks last, none of which is in the step; never the first.
+    def make_room(self, builder: StepBuilder, error: OutOfBlocks) -> None:
+        """Preempt the running request that ranks last. O(running + blocks).
 
-        So the first request always ends. If a quota has no room, only requests of its namespace
-        count. O(running + blocks)
+        The first request is never preempted by another, so it always ends. If a quota is full, only
+        requests of its namespace are preempted. No row of the preempted request is in the step.
         """
         running, preempted = self._table.running, self._table.preempted
         if isinstance(error, OutOfQuota):
-            draft.note_refusal(error)
+            builder.note_refusal(error)
             running = [each for each in running if each.request.namespace == error.namespace]
             preempted = [each for each in preempted if each.request.namespace == error.namespace]
         else:
-            draft.is_blocked = True
+            builder.is_blocked = True
         last = max(running, key=self._table.policy.rank)
         if len(running) == 1:
-            # If nothing is to be had, another user of this manager took blocks: wait for them.
+            # Without anything to reclaim, another user of the manager holds blocks: wait.
             if not self.reclaim(preempted):
                 self.drop(last)
         elif (plan := self.preempt(last)) is not None:
-            draft.swaps.append(plan)
-            draft.moved.append(last)
+            builder.swaps.append(plan)
+            builder.swapped.append(last)
 
-    # ---------------------------------------------------------------- the end
+    # ---------------------------------------------------------------- end
 
     def end(self, state: RequestState, reason: Reason) -> None:
-        """End a request: free all that it holds. O(blocks + waiting)."""
+        """End a request and free its blocks. O(blocks + waiting)."""
         self._free(state.seq_ids)
         self._table.end(state, reason)
 
     def end_sequence(self, seq_id: int) -> None:
-        """End a row, and with the last row the request. O(blocks)."""
+        """End a sequence, and the request with its last sequence. O(blocks)."""
         state = self._sequences.owner(seq_id)
         if len(state.seq_ids) == 1:
             self.end(state, Reason.FINISHED)
@@ -145,34 +150,36 @@ class Placement:
         if held:
             self._manager.free(held)
 
-    # ---------------------------------------------------------------- onto the device
+    # ---------------------------------------------------------------- allocation
 
     def fork(self, parent: int, times: int) -> list[int]:
-        """Add rows that share the blocks of the row `parent`. O(tokens)."""
+        """Add `times` sequences that share the blocks of `parent`. O(tokens)."""
         handles = self._manager.fork(self._sequences.handle(parent), times)
         return self._table.fork(parent, handles)
 
     def swap_in(self, state: RequestState, reserve: int) -> Plan:
-        """Bring a swapped request back; leave `reserve` blocks. O(blocks). Raises `OutOfBlocks`."""
+        """Swap a request in; leave `reserve` blocks. O(blocks). Raises `OutOfBlocks`."""
         plan = self._manager.swap(self.handles(state), "device", reserve=reserve)
         self._table.enter(state)
         return plan
 
     def begin(self, state: RequestState, reserve: int) -> Int32:
-        """Give a waiting or dropped request room for all its known tokens; leave `reserve` blocks.
+        """Allocate blocks for all known tokens of a waiting or dropped request.
 
-        Its rows share the blocks that all their tokens are equal in. Each row is forked off the
-        earlier one that it has most in common with, at the last block boundary, and waits until
-        that one has computed the common part. Returns the blocks to copy first.
-        O(rows^2 * tokens). Raises `OutOfBlocks`; only cached blocks may have been evicted then.
+        Leaves `reserve` blocks available. The sequences of the request share equal leading blocks:
+        each sequence is forked from the earlier sequence with the longest common prefix, at the
+        last block boundary. It then waits until that sequence has computed the common part.
+
+        Returns the blocks to copy first. O(sequences^2 * tokens).
+        Raises: `OutOfBlocks`; cached blocks may have been evicted, nothing else changed.
         """
         branches = [self._branch(state, at) for at in range(1, len(state.seq_ids))]
         try:
-            made = self._make(state, reserve, branches, by_index=self._by_ids)
+            made = self._make(state, reserve, branches, by_index=self._prefix_cache)
         except OutOfBlocks:
-            if not branches or not self._by_ids:
+            if not branches or not self._prefix_cache:
                 raise
-            # What the index has of one row may take a block more than sharing with another does.
+            # A cached prefix may need one block more than sharing between sequences does.
             made = self._make(state, reserve, branches, by_index=False)
         sequences, seq_ids = self._sequences, state.seq_ids
         for seq_id, handle in zip(seq_ids, made, strict=True):
@@ -203,7 +210,7 @@ class Placement:
         sequences, manager, size = self._sequences, self._manager, self._manager.block_size
         seq_id = state.seq_ids[at]
         if any(manager.windows):
-            # What a row has behind its window is gone when another could go on from there.
+            # Blocks behind a window are freed, so another sequence cannot continue from them.
             return _Branch(0, 0, manager.queries.blocks_for(sequences.num_known(seq_id)))
         common = [sequences.num_common(seq_id, other) for other in state.seq_ids[:at]]
         parent = int(np.argmax(common))
@@ -214,7 +221,7 @@ class Placement:
         return _Branch(parent, start, own)
 
     def _is_cached(self, seq_id: int, start: int) -> bool:
-        """True if the index has more of this row than what lies before `start`."""
+        """Return True if more than the first `start` tokens of this sequence are cached."""
         namespace, lora = self._sequences.owner(seq_id).identity
         ids = self._sequences.tokens(seq_id, 0, self._sequences.num_known(seq_id) - 1)
         cached = self._manager.match_prefix(ids, namespace=namespace, lora=lora)
@@ -223,28 +230,28 @@ class Placement:
     def _allocate(self, seq_id: int, reserve: int) -> SequenceHandle:
         namespace, lora = self._sequences.owner(seq_id).identity
         length = self._sequences.num_known(seq_id)
-        prompt = self._sequences.tokens(seq_id, 0, length) if self._by_ids else length
+        prompt = self._sequences.tokens(seq_id, 0, length) if self._prefix_cache else length
         return self._manager.allocate(prompt, namespace=namespace, lora=lora, reserve=reserve)
 
     def _fork_at(self, seq_id: int, parent: SequenceHandle, start: int) -> SequenceHandle:
-        """Return blocks that are those of `parent` up to token `start`, and others from there."""
+        """Return a sequence that shares the first `start` tokens of `parent`. O(tokens)."""
         stop = self._sequences.num_known(seq_id)
         child = self._manager.fork(parent)
         try:
             self._manager.truncate(child, start)
             if start < stop:
                 ids = self._sequences.tokens(seq_id, start, stop)
-                self._manager.append(child, ids if self._by_ids else stop - start)
+                self._manager.append(child, ids if self._prefix_cache else stop - start)
         except OutOfBlocks:
             self._manager.free(child)
             raise
-        child.num_cached_tokens = start  # the parent computes them
+        child.num_cached_tokens = start  # computed by the parent
         return child
 
 
 class _Branch(NamedTuple):
-    """Where a row parts from an earlier one of its request, at a block boundary."""
+    """Where a sequence diverges from an earlier sequence of its request."""
 
-    parent: int  # which row
-    start: int  # the first token of its own
-    num_blocks: int  # of its own
+    parent: int  # index of the earlier sequence in the request
+    start: int  # tokens in common, a multiple of the block size
+    num_blocks: int  # blocks that the sequence does not share

@@ -1,4 +1,4 @@
-"""Prompts in chunks, and the tokens of preempted requests that are computed again."""
+"""Prefill: prompts in chunks, and the tokens that preempted requests recompute."""
 
 from __future__ import annotations
 
@@ -7,44 +7,50 @@ from kvpager.errors import OutOfBlocks
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.request import RequestState, Status
 from kvpager.scheduling.request_table import RequestTable
-from kvpager.scheduling.step import Draft
+from kvpager.scheduling.step import StepBuilder
 
 
 class Prefill:
-    """Adds chunks of the rows to a step that cannot decode yet."""
+    """Adds chunks of sequences that cannot decode yet to a step."""
 
     def __init__(self, manager: CacheManager, table: RequestTable, placement: Placement) -> None:
         self._manager = manager
         self._table = table
         self._placement = placement
 
-    def extend(self, draft: Draft) -> None:
-        """Add a chunk of each request that was begun, as far as budget and blocks go. O(tokens)."""
+    def extend(self, builder: StepBuilder) -> None:
+        """Add a chunk of each running request that is in prefill. O(tokens).
+
+        Stops at the first request that exceeds the token budget or finds no blocks.
+        """
         begun = [state for state in self._table.running if not state.is_ready]
         for state in sorted(begun, key=self._table.policy.rank):
-            if not self._add_for_sure(state, draft):
-                draft.is_blocked = True
+            if not self._add_or_make_room(state, builder):
+                builder.is_blocked = True
                 return
 
-    def _add_for_sure(self, state: RequestState, draft: Draft) -> bool:
-        """As `add`; where nothing is in the step yet, preempt the last requests for room."""
+    def _add_or_make_room(self, state: RequestState, builder: StepBuilder) -> bool:
+        """Add chunks as `add`; if the step is empty, preempt requests to make room."""
         while state.status is Status.RUNNING:
             try:
-                return self._add(state, draft)
-            except OutOfBlocks as error:  # of a group of layers with a window
-                if draft.parts:
-                    return False  # what is in the step ends, and gives blocks back
-                self._placement.make_room(draft, error)
+                return self._add(state, builder)
+            except OutOfBlocks as error:  # only groups of layers with a window need blocks here
+                if builder.parts:
+                    return False  # requests in the step will release blocks
+                self._placement.make_room(builder, error)
         return True
 
-    def add(self, state: RequestState, draft: Draft) -> bool:
-        """Add a chunk of each row of a request; False if the budget ends before. O(tokens)."""
+    def add(self, state: RequestState, builder: StepBuilder) -> bool:
+        """Add a chunk of each sequence of a request. O(tokens).
+
+        Returns False if the token budget or the blocks do not suffice for all of its sequences.
+        """
         try:
-            return self._add(state, draft)
+            return self._add(state, builder)
         except OutOfBlocks:
             return False
 
-    def _add(self, state: RequestState, draft: Draft) -> bool:
+    def _add(self, state: RequestState, builder: StepBuilder) -> bool:
         sequences = self._table.sequences
         for seq_id in state.seq_ids:
             if sequences.is_waiting(seq_id):
@@ -52,14 +58,14 @@ class Prefill:
             start, length = int(sequences.computed[seq_id]), int(sequences.lengths[seq_id])
             if start == length:
                 continue
-            count = draft.chunk(length - start)
+            count = builder.chunk(length - start)
             if not count:
                 return False
             stop = start + count
             slot_mapping = self._manager.open_slots(sequences.handle(seq_id), start, stop)
-            # A row that has chosen tokens is computed again: it has its next token already.
+            # A recomputed sequence already has its next token.
             is_first = not sequences.generated[seq_id]
-            draft.compute(
+            builder.compute(
                 seq_id,
                 sequences.tokens(seq_id, start, stop),
                 slot_mapping,

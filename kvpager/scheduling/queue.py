@@ -1,8 +1,10 @@
-"""Scheduling policies, which decide who is served first: `fifo`, `priority` and `fair`.
+"""Scheduling policies: `fifo`, `priority` and `fair`.
 
-A policy ranks all live requests, and keeps the waiting ones. The lowest rank goes first; when
-there is no room, the highest leaves. Under each policy every request comes to be the first at last,
-whatever is submitted after it: that, and that the first is never preempted, is why nothing starves.
+A policy ranks all live requests, and keeps the waiting ones. The request with the lowest rank is
+served first; the request with the highest rank is preempted first.
+
+No request starves. Under each policy every request eventually ranks first, whatever is submitted
+after it, and the first request is never preempted.
 """
 
 from __future__ import annotations
@@ -34,29 +36,29 @@ class SchedulingPolicy(ABC):
 
     @abstractmethod
     def rank(self, state: RequestState) -> Rank:
-        """Return the rank: the lowest is served first, and no two requests have the same. O(1)."""
+        """Return the rank of a request. The lowest is served first; ranks are unique. O(1)."""
 
     def enter(self, state: RequestState) -> None:  # noqa: B027
-        """Take note of a request that was submitted. O(1)."""
+        """Record that a request was submitted. O(1)."""
 
     def leave(self, state: RequestState) -> None:  # noqa: B027
-        """Take note of a request that ended. O(1)."""
+        """Record that a request ended. O(1)."""
 
     def charge(self, state: RequestState, prompt: int, decoded: int) -> None:  # noqa: B027
-        """Charge a request for the tokens that a step computes for it. O(1)."""
+        """Charge a request for `prompt` and `decoded` tokens of a step. O(1)."""
 
     def queue_of(self, state: RequestState) -> str | None:
-        """Return the queue to wait in. Within one queue, ranks never change places. O(1)."""
+        """Return the queue of a request. Within a queue the order never changes. O(1)."""
         return None
 
     def place(self, state: RequestState) -> Rank:
-        """Return the place in its queue. O(1)."""
+        """Return the sort key of a request within its queue. O(1)."""
         return self.rank(state)
 
     # ---------------------------------------------------------------- waiting
 
     def push(self, state: RequestState) -> None:
-        """Let a request wait. O(waiting) memory moved, a few microseconds for 10,000."""
+        """Add a waiting request. O(waiting) memory moved: microseconds for 10,000 requests."""
         insort(self._queues.setdefault(self.queue_of(state), []), (self.place(state), state))
         self.num_waiting += 1
 
@@ -83,13 +85,13 @@ class SchedulingPolicy(ABC):
                 state.status is not Status.WAITING for _, state in queue
             ):
                 raise BrokenInvariant(
-                    "policy: a queue is out of order, or holds a request that does not wait"
+                    "policy: a queue is out of order, or holds a request that is not waiting"
                 )
 
     def waiting(self) -> Iterator[RequestState]:
         """Yield the waiting requests by rank. O(queues), then O(log queues) each.
 
-        Meanwhile the one that was yielded may be removed, and the ranks in its queue may change.
+        The caller may remove the yielded request, and the ranks of its queue may change meanwhile.
         """
         passed = Counter[str | None]()
         heads = [
@@ -112,16 +114,19 @@ class SchedulingPolicy(ABC):
 
 
 class Fifo(SchedulingPolicy):
-    """By arrival."""
+    """Ranks requests by arrival."""
 
     def rank(self, state: RequestState) -> Rank:  # noqa: D102
         return 0.0, state.arrival
 
 
 class Priority(SchedulingPolicy):
-    """Lower priority numbers first; `ageing` seconds of waiting are worth one.
+    """Ranks requests by priority, lower first. Ties go by arrival.
 
-    All grow old equally fast, so ranks stand still: priority + when submitted / ageing.
+    `ageing` seconds of waiting lower a priority by one, so no request starves. All requests age
+    equally, so the rank is constant: priority + time of submission / ageing.
+
+    Raises: `TypeError`, `ValueError` for an `ageing` below 1e-6.
     """
 
     def __init__(self, ageing: float = 30.0) -> None:
@@ -133,12 +138,14 @@ class Priority(SchedulingPolicy):
 
 
 class Fair(SchedulingPolicy):
-    """The tenant with the least service first, as in VTC (Sheng et al., 2024).
+    """Serves the tenant with the least service first, as in VTC (Sheng et al., 2024).
 
-    Service is tokens computed, those decoded counting for `decode_weight`; what is computed again
-    after a preemption is not charged. A tenant who was away begins with the least service of those
-    who are not, so that nobody collects credit. `ageing` tokens of service are forgiven for each
-    second of waiting: otherwise ever new tenants could keep an old one waiting for good.
+    Service counts prompt tokens once and decoded tokens `decode_weight` times. Recomputed tokens
+    are free. A tenant that returns starts with the least service of the active tenants, so idle
+    tenants collect no credit. Each second of waiting forgives `ageing` tokens of service;
+    otherwise a stream of new tenants could starve an old one.
+
+    Raises: `TypeError`, `ValueError` for arguments below 0.
     """
 
     def __init__(self, decode_weight: float = 2.0, ageing: float = 10.0) -> None:
@@ -149,7 +156,7 @@ class Fair(SchedulingPolicy):
         self.ageing = arguments.number("ageing", ageing, at_least=0, at_most=1e9)
         self.service: dict[str | None, float] = {}
         self._active = Counter[str | None]()
-        self._last = 0.0  # the service of who left last, when nobody is active
+        self._last = 0.0  # the most service of any tenant that became idle
 
     def rank(self, state: RequestState) -> Rank:  # noqa: D102
         return self.service[state.request.tenant] + state.submitted * self.ageing, state.arrival
@@ -179,7 +186,7 @@ class Fair(SchedulingPolicy):
         return min(active, default=self._last)
 
     def _forget(self) -> None:
-        """Leave out who would be lifted in any case: tenants may be many."""
+        """Drop idle tenants that would start with the least service anyway. O(tenants)."""
         if len(self.service) > 2 * len(self._active) + 64:
             least = self._least()
             self.service = {

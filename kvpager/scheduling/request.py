@@ -1,4 +1,4 @@
-"""Requests, as a caller hands them in, and what a scheduler knows of each that lives."""
+"""Requests: what a caller submits, and the scheduler's state of each live request."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kvpager.plans import Int32, Reason
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """A prompt to be continued, and how.
+    """A prompt to continue.
 
     Args:
         request_id: the caller's id, any hashable value; unique among live requests.
-        prompt: token ids, at least one.
-        max_new_tokens: no row gets more; what a request may ever need goes by it.
-        n: the most rows at a time (parallel sampling, beams). They step together.
-        namespace: only prefixes of the same namespace and `lora` are reused.
-        lora: the LoRA adapter, or other fine-tuned weights, that compute it.
-        tenant: whom the policy `"fair"` charges for it.
-        priority: lower goes first, under the policy `"priority"`.
-        deadline: when to end it, on the scheduler's clock, running or not.
+        prompt: int32 token ids, at least one.
+        max_new_tokens: maximum new tokens per sequence; bounds the blocks of the request.
+        n: maximum sequences at a time, for parallel sampling or beams. They step together.
+        namespace: the tenant; the request shares prefixes only within its namespace and `lora`.
+        lora: the LoRA adapter, or other fine-tuned weights, that computes the request.
+        tenant: whose service the policy `"fair"` charges.
+        priority: lower is served first, under the policy `"priority"`.
+        deadline: time at which the request ends, on the scheduler's clock; None for no deadline.
     """
 
     request_id: Hashable
@@ -41,17 +41,17 @@ class Request:
 class Status(Enum):
     """Where a live request is."""
 
-    WAITING = auto()  # not begun
-    RUNNING = auto()  # on the device
-    SWAPPED = auto()  # preempted; its blocks are on the host
-    DROPPED = auto()  # preempted; its blocks were given back
+    WAITING = auto()  # not started
+    RUNNING = auto()  # has device blocks
+    SWAPPED = auto()  # preempted by swap; its blocks are on the host
+    DROPPED = auto()  # preempted by recompute; it has no blocks
 
 
 class RequestState:
-    """A request from `submit` to its end.
+    """A live request.
 
-    `RequestTable` writes all of it, except what the request waits for: that is the admission
-    policy's.
+    `RequestTable` writes every field except `waits_for` and `num_shared`, which
+    `AdmissionPolicy` writes.
     """
 
     __slots__ = (
@@ -74,14 +74,14 @@ class RequestState:
         self.request = request
         self.prompt = prompt
         self.arrival = arrival
-        self.generation = generation  # of the prefixes it may share
+        self.generation = generation  # the generation of cached prefixes it may share
         self.submitted = submitted
         self.status = Status.WAITING
-        self.seq_ids: list[int] = []  # its rows, see `SequenceState`
-        self.is_ready = False  # all rows have all their tokens computed: they may decode
-        self.ending: Reason | None = None  # what it ends with when the step it is in is over
-        self.waits_for: RequestState | None = None  # computes the beginning of its prompt
-        self.num_shared = 0  # tokens of that beginning
+        self.seq_ids: list[int] = []  # its sequences in `SequenceState`
+        self.is_ready = False  # every sequence has finished prefill and may decode
+        self.ending: Reason | None = None  # the reason to end it with after the current step
+        self.waits_for: RequestState | None = None  # computes a prefix that this request will share
+        self.num_shared = 0  # tokens of that prefix
 
     @property
     def request_id(self) -> Hashable:
@@ -99,17 +99,17 @@ class RequestState:
 
 
 def read_prompt(request: Request) -> Int32:
-    """Return a copy of the prompt's ids, once all of the request is found right. O(tokens).
+    """Check all fields of a request and return a copy of its prompt. O(tokens).
 
     Raises: `TypeError`, `ValueError`.
     """
     if not isinstance(request, Request):
-        raise TypeError(f"expected a Request, got {type(request).__name__}")
+        raise TypeError(f"request: expected a Request, got {type(request).__name__}.")
     hash(request.request_id)
     prompt = arguments.token_ids(request.prompt).copy()
     if not len(prompt):
         raise ValueError(
-            f"request {request.request_id!r}: the prompt is empty; give at least one token"
+            f"request {request.request_id!r}: the prompt is empty. Pass at least one token id."
         )
     arguments.count("max_new_tokens", request.max_new_tokens, at_least=1)
     arguments.count("n", request.n, at_least=1)
@@ -117,19 +117,19 @@ def read_prompt(request: Request) -> Int32:
         arguments.label(name, getattr(request, name))
     most = arguments.PRIORITY_MAX
     arguments.count("priority", request.priority, at_least=-most, at_most=most)
-    if request.deadline is not None:  # on the scheduler's clock, which may begin anywhere
+    if request.deadline is not None:  # the scheduler's clock may start anywhere
         far = float(2**53)
         arguments.number("deadline", request.deadline, at_least=-far, at_most=far)
     return prompt
 
 
 def blocks_needed(request: Request, num_prompt: int, manager: CacheManager) -> int:
-    """Return the most blocks that a request can come to hold. O(groups).
+    """Return the maximum number of blocks that a request may hold. O(groups).
 
-    Rows share their prompt. Where layers have a window, they compute it by themselves after a
-    preemption: see `Placement`.
+    Sequences of a request share its prompt. If layers have a window, each sequence computes the
+    prompt by itself after a preemption; see `Placement`.
     """
-    # The last token is chosen, and nothing is computed with it.
+    # The last token needs no slot, because no step computes it.
     longest = manager.queries.blocks_for(num_prompt + request.max_new_tokens - 1)
     if any(manager.windows):
         return request.n * longest

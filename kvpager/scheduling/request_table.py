@@ -1,4 +1,4 @@
-"""Where each live request is: waiting, on the device, or preempted; and which have ended."""
+"""The live requests by place: waiting, running or preempted; and the requests that ended."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kvpager.scheduling.sequence_state import SequenceState
 class RequestTable:
     """The requests of one scheduler. It knows no blocks: callers free them first.
 
-    Only this class writes its lists and the fields of a `RequestState`, except what a request
-    waits for.
+    Only this class writes its lists and the fields of a `RequestState`, except `waits_for` and
+    `num_shared`.
 
     Attributes:
-        policy: the waiting requests, and the rank of each live one.
-        sequences: the rows of all requests.
-        running: requests on the device, by when they came.
-        preempted: requests that were taken off the device and will return.
-        num_seqs_reserved: rows that the running requests may come to have.
-        generation: of the prefixes that new requests may share.
-        version: changes whenever the rows that decode do.
+        policy: ranks the live requests, and keeps the waiting ones.
+        sequences: the sequences of all requests.
+        running: requests on the device, in the order in which they started or resumed.
+        preempted: requests that were swapped or dropped and will resume.
+        num_seqs_reserved: the sum of `n` over the running requests.
+        generation: the generation of cached prefixes that new requests may share.
+        version: changes whenever the set of decoding sequences may have changed.
     """
 
     def __init__(self, policy: SchedulingPolicy, max_num_seqs: int) -> None:
@@ -41,7 +41,7 @@ class RequestTable:
         self._live: dict[Hashable, RequestState] = {}
         self._deadlines: list[tuple[float, int, Hashable]] = []
         self._ended: list[tuple[Hashable, Reason]] = []
-        self._untold: set[Hashable] = set()  # ids in `_ended`
+        self._unreported: set[Hashable] = set()  # ids in `_ended`
         self._num_submitted = 0
 
     # ---------------------------------------------------------------- reading
@@ -57,16 +57,16 @@ class RequestTable:
         return self._live.get(request_id)
 
     def is_known(self, request_id: Hashable) -> bool:
-        """True if a live request has this id, or one whose end no plan has told yet. O(1)."""
-        return request_id in self._live or request_id in self._untold
+        """Return True if a request with this id is live or its end is not reported yet. O(1)."""
+        return request_id in self._live or request_id in self._unreported
 
     def has_room_for(self, state: RequestState) -> bool:
-        """True if all rows that a request may have can run now. O(1)."""
+        """Return True if all `n` sequences of a request may run now. O(1)."""
         return self.num_seqs_reserved + state.request.n <= self.max_num_seqs
 
     @property
     def has_deadlines(self) -> bool:
-        """True if a live request may expire. O(1)."""
+        """True if a live request has a deadline. O(1)."""
         return bool(self._deadlines)
 
     @property
@@ -75,13 +75,13 @@ class RequestTable:
         return bool(self._ended) or self.sequences.has_ended
 
     def count_seqs(self) -> int:
-        """Return how many rows the running requests have. O(running)."""
+        """Return the number of sequences of the running requests. O(running)."""
         return sum(len(state.seq_ids) for state in self.running)
 
-    # ---------------------------------------------------------------- requests come and go
+    # ---------------------------------------------------------------- add and end
 
     def add(self, request: Request, prompt: Int32, now: float) -> None:
-        """Let a request wait for its turn. O(waiting) memory moved."""
+        """Add a waiting request. O(waiting) memory moved."""
         state = RequestState(request, prompt, self._num_submitted, now, self.generation)
         self._num_submitted += 1
         self._live[request.request_id] = state
@@ -91,7 +91,7 @@ class RequestTable:
             heappush(self._deadlines, (request.deadline, state.arrival, request.request_id))
 
     def end(self, state: RequestState, reason: Reason) -> None:
-        """Remove a request whose blocks were freed. O(rows + waiting)."""
+        """Remove a request whose blocks were freed. O(sequences + waiting)."""
         for seq_id in state.seq_ids:
             self.sequences.drop(seq_id)
         state.seq_ids.clear()
@@ -103,18 +103,18 @@ class RequestTable:
             self.preempted.remove(state)
         self.policy.leave(state)
         del self._live[state.request_id]
-        if len(self._deadlines) > 2 * len(self._live) + 64:  # most of them are of ended requests
+        if len(self._deadlines) > 2 * len(self._live) + 64:  # most are of ended requests
             self._deadlines = [entry for entry in self._deadlines if entry[2] in self._live]
             heapify(self._deadlines)
         self._ended.append((state.request_id, reason))
-        self._untold.add(state.request_id)
+        self._unreported.add(state.request_id)
 
     def end_later(self, state: RequestState, reason: Reason) -> None:
-        """Mark a request to be ended when its step is over. O(1)."""
+        """Mark a request to end after the current step. O(1)."""
         state.ending = reason
 
     def take_expired(self, now: float) -> list[RequestState]:
-        """Return the live requests whose deadline has passed, each once. O(log requests) each."""
+        """Return the live requests whose deadline has passed. O(log requests) each."""
         expired = []
         while self._deadlines and self._deadlines[0][0] <= now:
             _, arrival, request_id = heappop(self._deadlines)
@@ -124,29 +124,29 @@ class RequestTable:
         return expired
 
     def take_ended(self) -> list[tuple[Hashable, Reason]]:
-        """Return the requests that ended since the last call, and why. O(1)."""
+        """Return the requests that ended since the last call, each with its reason. O(1)."""
         ended = self._ended
-        self._ended, self._untold = [], set()
+        self._ended, self._unreported = [], set()
         return ended
 
-    # ---------------------------------------------------------------- from place to place
+    # ---------------------------------------------------------------- change of place
 
     def begin(self, state: RequestState) -> None:
-        """Give a waiting request its first row. O(1).
+        """Give a waiting request its first sequence. O(1).
 
-        It, or one that was dropped, may share the prefixes of now: all of it is computed again.
+        A waiting or dropped request holds nothing computed, so it may share current prefixes.
         """
         state.generation = self.generation
         if state.status is Status.WAITING:
             state.seq_ids.append(self.sequences.add(state))
 
     def undo_begin(self, state: RequestState) -> None:
-        """Take the first row of a waiting request back: there was no room for it. O(1)."""
+        """Undo `begin` of a waiting request that found no blocks. O(1)."""
         if state.status is Status.WAITING:
             self.sequences.undo_add(state.seq_ids.pop())
 
     def enter(self, state: RequestState) -> None:
-        """Move a request onto the device, when it has its blocks. O(waiting)."""
+        """Make a request running, after its blocks were allocated or swapped in. O(waiting)."""
         if state.status is Status.WAITING:
             self.policy.remove(state)
         else:
@@ -157,7 +157,7 @@ class RequestTable:
         self.version += 1
 
     def preempt(self, state: RequestState, status: Status) -> None:
-        """Note that a running request was swapped or dropped, or a swapped one dropped.
+        """Record that a running request was swapped or dropped, or a swapped one dropped.
 
         O(running).
         """
@@ -174,22 +174,22 @@ class RequestTable:
         self.version += 1
 
     def let_decode(self, state: RequestState) -> None:
-        """Mark a request as ready to decode if all its rows are computed. O(rows)."""
+        """Mark a request as ready if the prefill of all its sequences is done. O(sequences)."""
         mine, sequences = state.seq_ids, self.sequences
         state.is_ready = bool((sequences.computed[mine] == sequences.lengths[mine]).all())
         self.version += 1
 
     def new_generation(self) -> None:
-        """Let requests that have not begun share nothing that was computed so far. O(requests)."""
+        """Make waiting and new requests ignore every prefix cached so far. O(requests)."""
         self.generation += 1
         for state in self._live.values():
             if state.status is Status.WAITING:
                 state.generation = self.generation
 
-    # ---------------------------------------------------------------- rows of a request
+    # ---------------------------------------------------------------- sequences of a request
 
     def fork(self, parent: int, handles: list[SequenceHandle]) -> list[int]:
-        """Add a row for each handle behind the row `parent`; return their seq_ids. O(tokens)."""
+        """Add a sequence per handle after `parent`; return their ids. O(tokens)."""
         state = self.sequences.owner(parent)
         children = [self.sequences.fork(parent, handle) for handle in handles]
         at = state.seq_ids.index(parent) + 1
@@ -198,17 +198,17 @@ class RequestTable:
         return children
 
     def end_sequence(self, seq_id: int) -> None:
-        """Remove one of several rows of a request, whose blocks were freed. O(rows)."""
+        """Remove one of several sequences, after its blocks were freed. O(sequences)."""
         self.sequences.owner(seq_id).seq_ids.remove(seq_id)
         self.sequences.drop(seq_id)
         self.version += 1
 
-    # ---------------------------------------------------------------- laws
+    # ---------------------------------------------------------------- invariants
 
     def check(self) -> None:
-        """Recount the requests and their rows. O(requests + rows).
+        """Recount the requests and their sequences. O(requests + sequences).
 
-        Raises: `BrokenInvariant`, naming the broken law.
+        Raises: `BrokenInvariant`, which names the broken invariant.
         """
         self.policy.check()
         places = [(state, {Status.RUNNING}) for state in self.running]
@@ -216,31 +216,35 @@ class RequestTable:
         for state, allowed in places:
             if state.status not in allowed:
                 raise BrokenInvariant(
-                    f"scheduler: {state.request_id!r} is {state.status.name}, listed elsewhere"
+                    f"scheduler: {state.request_id!r} is {state.status.name}, but in another list"
                 )
         listed = self.policy.num_waiting + len(self.running) + len(self.preempted)
         if listed != len(self._live):
-            raise BrokenInvariant(f"scheduler: {listed} are listed, but {len(self._live)} live")
+            raise BrokenInvariant(
+                f"scheduler: {len(self._live)} requests live, but lists hold {listed}"
+            )
         reserved = sum(state.request.n for state in self.running)
         if reserved != self.num_seqs_reserved or reserved > self.max_num_seqs:
             raise BrokenInvariant(
-                f"scheduler: {self.num_seqs_reserved} rows reserved of {self.max_num_seqs}, "
-                f"but {reserved} are"
+                f"scheduler: num_seqs_reserved is {self.num_seqs_reserved} of at most "
+                f"{self.max_num_seqs}, but running requests reserve {reserved}"
             )
         for state in self._live.values():
             self._check_seqs(state)
         self.sequences.check(self._live.values())
 
     def _check_seqs(self, state: RequestState) -> None:
-        request_id, rows = state.request_id, state.seq_ids
-        if (state.status is Status.WAITING) != (not rows):
+        request_id, seq_ids = state.request_id, state.seq_ids
+        if (state.status is Status.WAITING) != (not seq_ids):
             raise BrokenInvariant(
-                f"scheduler: {request_id!r} is {state.status.name} with rows {rows}"
+                f"scheduler: {request_id!r} is {state.status.name} with sequences {seq_ids}"
             )
-        if len(rows) > state.request.n:
-            raise BrokenInvariant(f"scheduler: {request_id!r} has {len(rows)} rows")
-        has_blocks = state.status in (Status.RUNNING, Status.SWAPPED)
-        if any((self.sequences.handles[seq_id] is not None) != has_blocks for seq_id in rows):
+        if len(seq_ids) > state.request.n:
             raise BrokenInvariant(
-                f"scheduler: {request_id!r} is {state.status.name}, blocks or not"
+                f"scheduler: {request_id!r} has {len(seq_ids)} sequences, but n={state.request.n}"
+            )
+        has_blocks = state.status in (Status.RUNNING, Status.SWAPPED)
+        if any((self.sequences.handles[seq_id] is not None) != has_blocks for seq_id in seq_ids):
+            raise BrokenInvariant(
+                f"scheduler: {request_id!r} is {state.status.name}, contrary to its blocks"
             )

@@ -1,17 +1,18 @@
-"""Iteration-level scheduling: which tokens of which requests are computed in the next step.
+"""Iteration-level scheduling: decides which tokens of which requests the next step computes.
 
     scheduler = Scheduler(manager)
     scheduler.submit(Request(request_id="a", prompt=ids, max_new_tokens=100))
     while scheduler.has_work:
-        plan = scheduler.plan()                     # swaps, copies, rows, slots, tables
-        ...                                         # the data plane obeys, the sampler chooses
-        scheduler.complete(plan, parents, tokens)   # which rows go on, each with which token
+        plan = scheduler.plan()                     # swaps, copies, rows, slots, block tables
+        ...                                         # compute the step and sample tokens
+        scheduler.complete(plan, parents, tokens)   # which rows continue, with which tokens
 
-After Orca (Yu et al., 2022) and vLLM (Kwon et al., 2023). A step takes one token of every row that
-decodes, then chunks of prompts: of those that are being computed, of those that were preempted
-and return, of those that wait. `complete` is the one way on: a row that is named once continues,
-one named several times is forked, one that is not named has ended. Plain decoding, parallel
-samples, beams and stopping are the same thing.
+After Orca (Yu et al., 2022) and vLLM (Kwon et al., 2023). A step contains one token of every
+decoding sequence. Chunks of prompts follow: first of running requests, then of requests that
+resume, then of waiting requests.
+
+`complete` covers decoding, parallel samples, beams and stopping. A row listed once in `parents`
+continues, a row listed several times is forked, and a row that is not listed ends.
 """
 
 from __future__ import annotations
@@ -39,30 +40,32 @@ from kvpager.scheduling.queue import SchedulingPolicy, make_policy
 from kvpager.scheduling.request import Request, Status, read_prompt
 from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.stats import SchedulerStats
-from kvpager.scheduling.step import Draft
+from kvpager.scheduling.step import StepBuilder
 
 
 class Scheduler:
-    """Continuous batching over the blocks of one manager, which nobody else takes blocks of.
+    """Continuous batching over the blocks of one manager. No other code may allocate from it.
 
     Not thread-safe: callers on several threads need a lock. A signal waits for the end of a call.
-    If it interrupts the caller before `plan` returns, `step` has the plan.
+    If an interrupt keeps the caller from the result of `plan`, `step` returns the plan.
 
     Args:
         manager: a `BlockManager` made without `fences`, or another `CacheManager`.
-        max_batch_tokens: tokens of a step.
-        max_num_seqs: rows on the device; a request counts with all it may have. Never more than
-            `max_batch_tokens`, so that every row that decodes is in every step.
-        max_queue_size: `submit` refuses more than so many waiting requests. None: no bound.
-        policy: who goes first, `"fifo"`, `"priority"` or `"fair"`, or a `SchedulingPolicy`.
-        watermark: the share of the blocks that stays available when a request begins or returns,
-            unless nothing runs: room for those that run to grow.
-        prefix_cache: reuse what equal prompts have computed, and offer what is computed.
-        costs: what decides whether a preempted request is swapped or computed again.
-        max_model_len: tokens that a row may come to.
-        chunked: divide prompts among steps. If not, a prompt that is longer than
-            `max_batch_tokens` has its step for itself.
-        clock: seconds, for deadlines and ageing.
+        max_batch_tokens: maximum tokens per step.
+        max_num_seqs: maximum sequences on the device; a request counts with its `n`. Capped at
+            `max_batch_tokens`, so that every decoding sequence fits in every step.
+        max_queue_size: maximum waiting requests; None for no limit.
+        policy: `"fifo"`, `"priority"`, `"fair"`, or a `SchedulingPolicy` of your own.
+        watermark: the share of the blocks, 0 <= watermark < 1, that stays available when a request
+            starts or resumes. It leaves running requests room to grow; it is ignored if none runs.
+        prefix_cache: share the KV of equal prefixes between requests.
+        costs: the cost model for swap vs. recompute.
+        max_model_len: maximum tokens per sequence, prompt included; None for no limit.
+        chunked: split prompts over several steps. If False, a prompt longer than
+            `max_batch_tokens` gets a step of its own.
+        clock: returns seconds, for deadlines and ageing.
+
+    Raises: `TypeError`, `ValueError` for arguments that are out of range.
     """
 
     def __init__(
@@ -84,15 +87,15 @@ class Scheduler:
         _refuse_bad_watermark(watermark)
         self.manager = manager
         self.max_batch_tokens = arguments.count("max_batch_tokens", max_batch_tokens, at_least=1)
-        rows = arguments.count("max_num_seqs", max_num_seqs, at_least=1)
+        num_seqs = arguments.count("max_num_seqs", max_num_seqs, at_least=1)
         self.prefix_cache = arguments.flag("prefix_cache", prefix_cache)
         self.chunked = arguments.flag("chunked", chunked)
         self.clock = clock
         self._lock: AbstractContextManager[Any] = threading.RLock()
         self._change = Change(self)
-        self._table = RequestTable(make_policy(policy), min(rows, self.max_batch_tokens))
+        self._table = RequestTable(make_policy(policy), min(num_seqs, self.max_batch_tokens))
         parts = manager, self._table
-        placement = Placement(*parts, costs or PreemptionCosts(), by_ids=prefix_cache)
+        placement = Placement(*parts, costs or PreemptionCosts(), prefix_cache=prefix_cache)
         self._placement = placement
         self._admission = AdmissionPolicy(
             *parts,
@@ -102,20 +105,19 @@ class Scheduler:
             watermark=watermark,
             prefix_cache=prefix_cache,
         )
-        self._decoding = Decoding(*parts, placement, by_ids=prefix_cache)
+        self._decoding = Decoding(*parts, placement, prefix_cache=prefix_cache)
         self._prefill = Prefill(*parts, placement)
-        self._completion = Completion(*parts, placement, by_ids=prefix_cache)
-        self._step: tuple[StepPlan, Draft] | None = None
+        self._completion = Completion(*parts, placement, prefix_cache=prefix_cache)
+        self._step: tuple[StepPlan, StepBuilder] | None = None
         self._num_steps = self._num_tokens = 0
 
-    # ---------------------------------------------------------------- requests come and go
+    # ---------------------------------------------------------------- requests
 
     def submit(self, request: Request) -> None:
-        """Let a request wait for its turn. O(prompt).
+        """Queue a request. O(prompt).
 
-        Raises: `QueueFull`; `TypeError`, `ValueError` for an id in use (or whose end no plan has
-        told yet) and for what could never be served: a prompt that is empty or too long, more
-        samples than rows, more blocks than there are.
+        Raises: `QueueFull`; `TypeError`, `ValueError` for a request that could never run, or an id
+        that is in use. An id is in use until a plan has reported the end of its request.
         """
         prompt = read_prompt(request)
         with self._lock, self._change:
@@ -131,14 +133,14 @@ class Scheduler:
             self._table.add(request, prompt, now)
 
     def cancel(self, request_id: Hashable) -> bool:
-        """End a request, whatever its state; True if it was live. O(its blocks + waiting).
+        """End a request as `CANCELLED`; return True if it was live. O(its blocks + waiting).
 
-        While its step is being computed it ends with `complete`.
+        A request in the current step ends when the step is completed.
         """
         return self._stop(request_id, Reason.CANCELLED)
 
     def finish(self, request_id: Hashable) -> bool:
-        """Do as `cancel` for a request that has all it wants: it ends as `FINISHED`."""
+        """End a request as `FINISHED`; otherwise as `cancel`."""
         return self._stop(request_id, Reason.FINISHED)
 
     def _stop(self, request_id: Hashable, reason: Reason) -> bool:
@@ -163,17 +165,17 @@ class Scheduler:
             self._table.new_generation()
             self.manager.clear_prefix_cache()
 
-    # ---------------------------------------------------------------- a step
+    # ---------------------------------------------------------------- steps
 
     def plan(self) -> StepPlan | None:
-        """Return what to compute now, or None if there is nothing at all. O(rows + tokens).
+        """Return the plan of the next step, or None if there is nothing to do. O(rows + tokens).
 
-        A plan without rows has swaps or ended requests only. It needs no `complete`.
+        A plan without rows only has swaps to apply or ends to report; it needs no `complete`.
         Raises: `ValueError` while the last plan is neither completed nor aborted.
         """
         with self._lock, self._change:
             if self._step is not None:
-                raise ValueError("a step is under way; complete or abort its plan first")
+                raise ValueError("plan: a step is under way. Complete or abort its plan first.")
             now = float(self.clock()) if self._table.has_deadlines else 0.0
             self._change.begin()
             self._table.sequences.recycle()
@@ -182,53 +184,57 @@ class Scheduler:
             return self._plan()
 
     def _plan(self) -> StepPlan | None:
-        draft = Draft(self.max_batch_tokens, self.manager.block_size if self.chunked else None)
-        self._decoding.extend(draft)
-        self._prefill.extend(draft)
-        for state in self._admission.admit(draft):
+        builder = StepBuilder(
+            self.max_batch_tokens, self.manager.block_size if self.chunked else None
+        )
+        self._decoding.extend(builder)
+        self._prefill.extend(builder)
+        for state in self._admission.admit(builder):
             if state.is_ready:
-                self._decoding.add(state, draft)
+                self._decoding.add(state, builder)
             else:
-                self._prefill.add(state, draft)
-        if not (draft.parts or draft.swaps or self._table.has_ended):
+                self._prefill.add(state, builder)
+        if not (builder.parts or builder.swaps or self._table.has_ended):
             return None
-        plan = draft.finish(self.manager, self._table)
-        if draft.parts:
-            self._step = plan, draft
+        plan = builder.finish(self.manager, self._table)
+        if builder.parts:
+            self._step = plan, builder
             self._num_steps += 1
             self._num_tokens += len(plan.token_ids)
         return plan
 
     @property
     def step(self) -> StepPlan | None:
-        """Return the current plan, for a caller whose call of `plan` was interrupted. O(1)."""
+        """Return the plan under way, for a caller that was interrupted in `plan`. O(1)."""
         return None if self._step is None else self._step[0]
 
     def complete(self, plan: StepPlan, parents: ArrayLike, tokens: ArrayLike) -> Int32:
-        """Say that the step was computed, and how it goes on. O(rows), more for forks and ends.
+        """Record that the step was computed, and how its rows continue.
+
+        O(rows), plus the blocks of sequences that fork or end.
 
         Args:
-            plan: the last one.
-            parents: int [continuations], ascending: the row of `plan` that each goes on from, one
-                of those that want logits.
-            tokens: int32 [continuations], the token it goes on with.
+            plan: the plan under way.
+            parents: int [continuations], ascending: the row of `plan` that each continuation
+                extends, one with `needs_logits`.
+            tokens: int32 [continuations], the next token of each continuation.
 
-        A row that is not named has ended; of a row's continuations the first keeps its sample
-        number, the others are forks. Those that have `max_new_tokens` end by themselves, and
-        those of a request that was cancelled are left out. A request without samples is finished.
+        A row with `needs_logits` that is not listed ends. The first continuation of a row keeps its
+        sequence id; the others are forks. A sequence with `max_new_tokens` ends by itself.
+        Continuations of cancelled requests are ignored. A request without sequences is finished.
 
-        Returns the sample number of each continuation, int32; -1 where it ended at once.
-        Raises: `ValueError`, `TypeError` before anything is changed.
+        Returns the sequence id of each continuation, int32; -1 if it ended at once.
+        Raises: `ValueError`, `TypeError` before anything changes.
         """
         parents, tokens = read_continuations(parents, tokens)
         if not len(plan) and not len(parents):
             return parents.astype(np.int32)
         with self._lock, self._change:
-            draft = self._under_way(plan)
+            builder = self._under_way(plan)
             self._completion.refuse_bad_parents(plan, parents)
             self._change.begin()
             self._step = None
-            self._completion.commit(plan, draft)
+            self._completion.commit(plan, builder)
             keeps = plan.needs_logits
             for state in [state for state in self._table.running if state.ending is not None]:
                 keeps = keeps & ~np.isin(plan.seq_ids, state.seq_ids)
@@ -236,22 +242,22 @@ class Scheduler:
             return self._completion.advance(plan, keeps.nonzero()[0], parents, tokens)
 
     def abort(self, plan: StepPlan) -> list[Hashable]:
-        """Say that the step failed: all requests in it end; the others live on. O(their blocks).
+        """Record that the step failed: end all requests in it, as `FAILED`. O(their blocks).
 
-        Blocks that were to be moved may not have been: requests that the plan swapped are computed
-        again. Returns the ids of those that ended. Raises: `ValueError` for another plan.
+        The swaps of the plan may not have happened, so requests that it swapped are recomputed.
+        Returns the ids of the requests that failed. Raises: `ValueError` for another plan.
         """
         with self._lock, self._change:
             if not len(plan) and self._step is None:
                 return []
-            draft = self._under_way(plan)
+            builder = self._under_way(plan)
             self._change.begin()
             self._step = None
             request_ids = list(dict.fromkeys(plan.request_ids))
             for state in map(self._table.get, request_ids):
                 if state is not None:
                     self._placement.end(state, Reason.FAILED)
-            for state in draft.moved:
+            for state in builder.swapped:
                 is_live = self._table.get(state.request_id) is state
                 if is_live and state.status is not Status.DROPPED:
                     self._placement.drop(state)
@@ -259,60 +265,60 @@ class Scheduler:
                 self._placement.end(state, state.ending or Reason.CANCELLED)
             return request_ids
 
-    def _under_way(self, plan: StepPlan) -> Draft:
+    def _under_way(self, plan: StepPlan) -> StepBuilder:
         if self._step is None or self._step[0] is not plan:
-            raise ValueError("this plan is not under way; each is completed or aborted once")
+            raise ValueError("plan: not the plan under way. Complete or abort each plan once.")
         return self._step[1]
 
-    # ---------------------------------------------------------------- reading
+    # ---------------------------------------------------------------- queries
 
     @property
     def num_waiting(self) -> int:
-        """Return the number of requests that have not begun. O(1)."""
+        """The number of waiting requests. O(1)."""
         return self._table.policy.num_waiting
 
     @property
     def num_running(self) -> int:
-        """Return the number of requests on the device. O(1)."""
+        """The number of running requests. O(1)."""
         return len(self._table.running)
 
     @property
     def num_preempted(self) -> int:
-        """Return the number of requests that were taken off the device and will return. O(1)."""
+        """The number of preempted requests. O(1)."""
         return len(self._table.preempted)
 
     @property
     def has_work(self) -> bool:
-        """True if any request is live, or `plan` has an end to tell. O(1)."""
+        """True if a request is live, or an end is not reported yet. O(1)."""
         return len(self._table) > 0 or self._table.has_ended
 
     @property
     def request_ids(self) -> list[Hashable]:
-        """Return the ids of the live requests, by arrival. O(requests)."""
+        """The ids of the live requests, by arrival. O(requests)."""
         return list(self._table)
 
     @property
     def max_num_seqs(self) -> int:
-        """Return how many rows may be on the device. O(1)."""
+        """The maximum number of sequences on the device. O(1)."""
         return self._table.max_num_seqs
 
     @property
     def max_queue_size(self) -> int | None:
-        """Return how many requests may wait, or None for any number. O(1)."""
+        """The maximum number of waiting requests, or None. O(1)."""
         return self._admission.max_queue_size
 
     @property
     def max_model_len(self) -> int | None:
-        """Return how many tokens a row may come to, or None for any number. O(1)."""
+        """The maximum tokens of a sequence, or None. O(1)."""
         return self._admission.max_model_len
 
     @property
     def watermark(self) -> float:
-        """Return the share of the blocks that stays available when a request begins. O(1)."""
+        """The share of blocks that stays available when a request starts. O(1)."""
         return self._admission.watermark
 
     def stats(self) -> SchedulerStats:
-        """Return counts of now and totals. O(running)."""
+        """Return current counts, and totals since the start. O(running)."""
         return SchedulerStats(
             num_waiting=self.num_waiting,
             num_running=self.num_running,
@@ -326,9 +332,9 @@ class Scheduler:
         )
 
     def check(self) -> None:
-        """Recount everything, the manager's blocks included. O(blocks + tokens).
+        """Recount the state of the scheduler and of its manager. O(blocks + tokens).
 
-        Raises: `BrokenInvariant`, naming the broken law.
+        Raises: `BrokenInvariant`, which names the broken invariant.
         """
         self.manager.check()
         self._table.check()
@@ -339,17 +345,19 @@ def _refuse_bad_manager(manager: CacheManager) -> None:
     if missing or isinstance(manager, type):
         lacks = f" It lacks {', '.join(missing)}." if missing else ""
         raise TypeError(
-            f"manager {arguments.shown(manager)}: expected a BlockManager, or another object with "
-            f"the members of CacheManager.{lacks}"
+            f"manager={arguments.shown(manager)}: expected a BlockManager or another CacheManager."
+            f"{lacks}"
         )
     if manager.copies.is_fenced:
-        raise ValueError("manager: a step's plans are applied in order; make it without fences")
+        raise ValueError(
+            "manager: a scheduler applies plans in order. Make the manager without fences."
+        )
 
 
 def _refuse_bad_watermark(watermark: float) -> None:
     arguments.number("watermark", watermark, at_least=0, at_most=1)
     if watermark == 1:
-        raise ValueError(f"watermark {watermark}: expected a share, 0 <= watermark < 1")
+        raise ValueError(f"watermark={watermark}: expected 0 <= watermark < 1.")
 
 
 def _count_or_none(name: str, value: int | None) -> int | None:

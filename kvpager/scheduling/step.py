@@ -1,4 +1,4 @@
-"""A step that is put together: parts of rows, then one `StepPlan`."""
+"""A step under construction: parts of rows, joined into one `StepPlan`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvpager.scheduling.request_table import RequestTable
 
 
 class Part(NamedTuple):
-    """Some rows of a step."""
+    """Some rows of a step; the fields are those of `StepPlan`."""
 
     seq_ids: Int32
     num_scheduled: Int32
@@ -26,52 +26,52 @@ class Part(NamedTuple):
     needs_logits: NDArray[np.bool_]
 
 
-class Decoders(NamedTuple):
-    """The rows that decode."""
+class DecodeBatch(NamedTuple):
+    """The sequences that decode, and what a step of them needs."""
 
     seq_ids: Int32
     batch: Batch
     request_ids: list[Hashable]
-    shares: list[tuple[RequestState, int]]  # a request of each queue, and the rows of that queue
+    charges: list[tuple[RequestState, int]]  # per queue: a request and the number of rows
 
 
-class Draft:
-    """What was decided so far of a step.
+class StepBuilder:
+    """The rows, swaps and copies decided so far for one step.
 
     Args:
-        max_tokens: tokens that the step may have.
-        least: tokens of a chunk of a prompt, unless the prompt or the step has fewer. None:
-            prompts are not divided, and one longer than `max_tokens` has a step for itself.
+        max_tokens: maximum tokens of the step.
+        min_chunk: minimum tokens of a prompt's chunk, unless fewer remain or `max_tokens` is lower.
+            None never splits prompts; a prompt longer than `max_tokens` gets a step of its own.
     """
 
-    def __init__(self, max_tokens: int, least: int | None) -> None:
-        self.budget = max_tokens  # tokens that may still be added
+    def __init__(self, max_tokens: int, min_chunk: int | None) -> None:
+        self.budget = max_tokens  # tokens that the step still has room for
         self.swaps: list[Plan] = []
         self.copies: list[Int32] = []
         self.parts: list[Part] = []
-        self.decoders: Decoders | None = None  # the rows of the first part, if they decode
-        self.moved: list[RequestState] = []  # requests that were swapped, either way
+        self.decode_batch: DecodeBatch | None = None  # the first part, if it decodes
+        self.swapped: list[RequestState] = []  # requests swapped out or in by this step
         self.is_prompt_copied = False
-        self.is_blocked = False  # a request did not get what it needs: no new one may begin
-        self.over_quota: set[str | None] = set()  # namespaces: none of their requests may begin
+        self.is_blocked = False  # a request found no room, so no other may start
+        self.over_quota: set[str | None] = set()  # namespaces whose requests may not start
         self._max_tokens = max_tokens
-        self._least = least
+        self._min_chunk = min_chunk
 
     def note_refusal(self, error: OutOfBlocks) -> None:
-        """Note whose quota has no room for a request, if that is why it got no blocks. O(1)."""
+        """Note the namespace if its quota is the reason of a refusal. O(1)."""
         if isinstance(error, OutOfQuota):
             self.over_quota.add(error.namespace)
 
     def chunk(self, remaining: int) -> int:
-        """Return how many of a prompt's `remaining` tokens the step has room for. O(1)."""
-        if self._least is not None:
-            least = min(self._least, remaining, self._max_tokens)
+        """Return how many of a prompt's `remaining` tokens fit in the step. O(1)."""
+        if self._min_chunk is not None:
+            least = min(self._min_chunk, remaining, self._max_tokens)
             return min(remaining, self.budget) if self.budget >= least else 0
         is_alone = self.budget == self._max_tokens
         return remaining if remaining <= self.budget or is_alone else 0
 
     def decode(self, seq_ids: Int32, token_ids: Int32, step: Step) -> None:
-        """Add rows that take one token each. O(rows)."""
+        """Add rows of one token each. O(rows)."""
         ones = np.ones(len(seq_ids), np.int32)
         self.parts.append(Part(seq_ids, ones, token_ids, step.slots, ones.astype(np.bool_)))
         self.copy(step.copies)
@@ -80,7 +80,7 @@ class Draft:
     def compute(
         self, seq_id: int, token_ids: Int32, slot_mapping: Int64, *, needs_logits: bool
     ) -> None:
-        """Add a row that takes a chunk of its prompt. O(tokens)."""
+        """Add a row that computes a chunk of its tokens. O(tokens)."""
         part = Part(
             np.array([seq_id], np.int32),
             np.array([len(token_ids)], np.int32),
@@ -92,16 +92,19 @@ class Draft:
         self.budget = max(self.budget - len(token_ids), 0)
 
     def copy(self, copies: Int32) -> None:
-        """Add blocks to copy, after those added before. O(1)."""
+        """Append blocks to copy. O(1)."""
         if len(copies):
             self.copies.append(copies)
 
     def finish(self, manager: CacheManager, table: RequestTable) -> StepPlan:
-        """Return the step as plain arrays, and tell of what ended since the last one. O(rows)."""
-        part, sequences, decoders = self._joined(), table.sequences, self.decoders
+        """Return the plan, which also reports what ended since the last plan. O(rows)."""
+        part, sequences, decode_batch = self._joined(), table.sequences, self.decode_batch
         seq_ids = part.seq_ids
-        if decoders is not None and len(decoders.seq_ids) == len(seq_ids):
-            request_ids, tables = decoders.request_ids[:], manager.block_tables(decoders.batch)
+        if decode_batch is not None and len(decode_batch.seq_ids) == len(seq_ids):
+            request_ids, tables = (
+                decode_batch.request_ids[:],
+                manager.block_tables(decode_batch.batch),
+            )
         else:
             listed = seq_ids.tolist()
             request_ids = [sequences.owner(seq_id).request_id for seq_id in listed]
@@ -135,10 +138,10 @@ class Draft:
 
 
 def _by_group(slot_mapping: Int64, block_tables: Int32) -> tuple[GroupStep, tuple[GroupStep, ...]]:
-    """Return those of the first group of layers, and those of the others. O(groups)."""
+    """Return the arrays of the first group of layers, and of the other groups. O(groups)."""
     if block_tables.ndim == 2:
         return GroupStep(slot_mapping, block_tables), ()
-    # A step without rows has no slots, of any shape.
+    # A step without rows has no slots; reshape gives each group an empty array.
     first, *others = map(GroupStep, slot_mapping.reshape(len(block_tables), -1), block_tables)
     return first, tuple(others)
 

@@ -34,7 +34,9 @@ def test_a_tenant_at_its_quota_waits_while_others_run() -> None:
 def test_a_request_beyond_its_quota_is_refused() -> None:
     with ToyEngine() as engine:
         engine.quotas["acme"] = 5
-        with pytest.raises(ValueError, match=r"may need 6 blocks, its namespace may have 5"):
+        with pytest.raises(
+            ValueError, match=r"may need 6 blocks, but the quota of its namespace is 5"
+        ):
             engine.ask([1, 2, 3, 4], 18, namespace="acme")
         assert len(engine.ask([1, 2, 3, 4], 18).result().token_ids) == 18
         del engine.quotas["acme"]

@@ -19,7 +19,7 @@ from tests.support.scheduling import (
 )
 
 
-def test_a_full_queue_refuses_and_says_so() -> None:
+def test_a_full_queue_refuses_a_request() -> None:
     scheduler = make(max_queue_size=2)
     scheduler.submit(request("a"))
     scheduler.submit(request("b"))
@@ -34,17 +34,17 @@ def test_a_full_queue_refuses_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
-        ({"length": 60, "new": 6}, "may need 17 blocks, the pool has 16"),
+        ({"length": 60, "new": 6}, "may need 17 blocks, but the pool has 16"),
         ({"length": 8, "new": 30, "n": 2}, "may need 18 blocks"),
-        ({"length": 40, "new": 21}, "more than max_model_len 60"),
-        ({"n": 9}, "9 samples, but at most 8 rows"),
+        ({"length": 40, "new": 21}, "exceed max_model_len=60"),
+        ({"n": 9}, "n=9 is more than max_num_seqs=8"),
         ({"length": 0}, "prompt is empty"),
         ({"new": 0}, "max_new_tokens 0"),
         ({"n": 0}, "n 0"),
         ({"deadline": float("nan")}, "deadline nan"),
     ],
 )
-def test_what_can_never_be_served_is_refused(bad: dict[str, float], error: str) -> None:
+def test_a_request_that_can_never_run_is_refused(bad: dict[str, float], error: str) -> None:
     options = {"max_model_len": 60} if "max_model_len" in error else {}
     scheduler = make(num_blocks=16, max_num_seqs=8, **options)
     with pytest.raises(ValueError, match=error):
@@ -54,21 +54,22 @@ def test_what_can_never_be_served_is_refused(bad: dict[str, float], error: str) 
 
 
 @pytest.mark.parametrize(
-    "bad", [{"namespace": 1}, {"tenant": 1}, {"priority": 0.5}, {"name": []}, {"prompt": [0.5]}]
+    "bad",
+    [{"namespace": 1}, {"tenant": 1}, {"priority": 0.5}, {"request_id": []}, {"prompt": [0.5]}],
 )
 def test_arguments_of_the_wrong_type_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(TypeError):
-        make().submit(Request(**{"name": "a", "prompt": ids(3), "max_new_tokens": 1, **bad}))
+        make().submit(Request(**{"request_id": "a", "prompt": ids(3), "max_new_tokens": 1, **bad}))
 
 
-def test_exactly_what_fits_is_accepted() -> None:
+def test_a_request_that_just_fits_is_accepted() -> None:
     scheduler = make(num_blocks=16)
-    scheduler.submit(request("a", 8, new=25, n=2))  # 2 + 2 * 6 blocks, less the last
+    scheduler.submit(request("a", 8, new=25, n=2))  # 2 + 2 * 6 blocks; the last token needs none
     scheduler.submit(request("b", 60, new=5))
     assert set(run(scheduler)) == {"a", "b"}
 
 
-def test_the_null_block_cannot_be_had() -> None:
+def test_the_null_block_does_not_count_as_room() -> None:
     scheduler = Scheduler(BlockManager(4, BLOCK_SIZE, null_block=True))
     with pytest.raises(ValueError, match="the pool has 3"):
         scheduler.submit(request("a", 12, new=2))
@@ -84,7 +85,7 @@ def test_the_null_block_cannot_be_had() -> None:
         ({"max_num_seqs": 0}, "max_num_seqs"),
     ],
 )
-def test_a_scheduler_that_cannot_be_is_refused(options: dict[str, object], error: str) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, object], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         make(**options)
 
@@ -95,7 +96,7 @@ def test_a_manager_with_fences_is_refused() -> None:
 
 
 class Delegating:
-    """A manager that is no `BlockManager`: it hands every call on to one."""
+    """A manager that is not a `BlockManager`, but forwards every call to one."""
 
     def __init__(self, manager: BlockManager, lacking: tuple[str, ...] = ()) -> None:
         self._manager, self._lacking = manager, lacking
@@ -106,7 +107,7 @@ class Delegating:
         return getattr(self._manager, name)
 
 
-def test_any_cache_manager_serves() -> None:
+def test_a_scheduler_works_with_any_cache_manager() -> None:
     manager = BlockManager(8, BLOCK_SIZE, 8)
     scheduler = Scheduler(Delegating(manager), watermark=0.0)  # type: ignore[arg-type]
     for name in "abc":
@@ -116,13 +117,13 @@ def test_any_cache_manager_serves() -> None:
     assert manager.num_held_blocks == 0
 
 
-def test_a_manager_without_members_that_are_needed_is_refused() -> None:
+def test_a_manager_that_lacks_members_is_refused() -> None:
     lacking = Delegating(BlockManager(8), lacking=("swap", "quotas"))
     with pytest.raises(TypeError, match=r"It lacks quotas, swap\.$"):
         Scheduler(lacking)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"manager None: .* It lacks block_size, "):
+    with pytest.raises(TypeError, match=r"manager=None: .* It lacks block_size, "):
         Scheduler(None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected a BlockManager, or another object"):
+    with pytest.raises(TypeError, match="expected a BlockManager or another CacheManager"):
         Scheduler(BlockManager)  # type: ignore[arg-type]
 
 

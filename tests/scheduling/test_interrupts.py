@@ -1,4 +1,4 @@
-"""Ctrl-C, or a clock that fails, in a scheduler's call: it is complete, or has changed nothing."""
+"""Interrupts and failing clocks: a call of a scheduler completes or changes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_STEPS = 14
 
 
 class Traffic:
-    """A few requests that end, expire, are cancelled, preempted and forked, step by step."""
+    """Requests that end, expire, are cancelled, preempted and forked, step by step."""
 
     def __init__(self) -> None:
         self.manager = BlockManager(14, 4, 8)
@@ -30,9 +30,9 @@ class Traffic:
         self.step = 0
 
     def advance(self) -> None:
-        """Do what comes next. A call that an interrupt took the outcome of is done again."""
+        """Submit, compute and cancel once; repeat what an interrupt cut short."""
         scheduler, name = self.scheduler, self.step
-        with contextlib.suppress(ValueError):  # the name is in use: an interrupt came after it
+        with contextlib.suppress(ValueError):  # the id is in use: the interrupt came later
             scheduler.submit(
                 Request(
                     request_id=name,
@@ -59,7 +59,7 @@ def traffic(steps: int) -> Traffic:
 
 
 def interrupt(made: Traffic, moment: Moments) -> bool:
-    """Run a step that is interrupted; True if there was such a moment."""
+    """Interrupt a step at `moment`; return True if the step reached it."""
     with contextlib.suppress(KeyboardInterrupt, Interrupt), moment:
         made.advance()
     return moment.was_hit
@@ -73,7 +73,7 @@ def num_moments(step: int) -> int:
 
 @pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("step", range(NUM_STEPS))
-def test_an_interrupted_scheduler_is_lawful_and_goes_on(step: int) -> None:
+def test_an_interrupted_scheduler_is_consistent_and_continues(step: int) -> None:
     total = num_moments(step)
     for number in random.Random(step).sample(range(1, total), 6):
         made = traffic(step)
@@ -86,7 +86,7 @@ def test_an_interrupted_scheduler_is_lawful_and_goes_on(step: int) -> None:
 
 
 @pytest.mark.parametrize("step", range(0, NUM_STEPS, 3))
-def test_a_scheduler_that_is_cut_short_by_force_is_lawful_or_broken(step: int) -> None:
+def test_a_forced_exception_leaves_a_consistent_or_broken_scheduler(step: int) -> None:
     total = num_moments(step)
     for number in random.Random(step).sample(range(1, total), 6):
         made = traffic(step)
@@ -101,7 +101,7 @@ def test_a_scheduler_that_is_cut_short_by_force_is_lawful_or_broken(step: int) -
         assert not message or "an error cut a change short" in message
 
 
-def test_a_clock_that_fails_changes_nothing() -> None:
+def test_a_failing_clock_changes_nothing() -> None:
     made = traffic(4)
     clock: Any = made.scheduler.clock
 

@@ -1,4 +1,4 @@
-"""When there is no room: who leaves, by which way, and how it comes back."""
+"""Preemption: which request leaves, by swap or recompute, and how it resumes."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def until_preempted(scheduler: Scheduler, steps_max: int = 50) -> None:
         step(scheduler)
         if scheduler.num_preempted:
             return
-    raise AssertionError("nobody was preempted")
+    raise AssertionError("no request was preempted")
 
 
 def two_that_outgrow(costs: PreemptionCosts, num_host_blocks: int = 8) -> Scheduler:
-    """Six blocks for two requests that grow to four each."""
+    """Return a scheduler with six blocks, and two requests that grow to four blocks each."""
     scheduler = make(num_blocks=6, num_host_blocks=num_host_blocks, costs=costs)
     scheduler.submit(request("first", 4, new=13))
     scheduler.submit(request("last", 4, new=13))
     return scheduler
 
 
-# -------------------------------------------------------------------- who leaves
+# -------------------------------------------------------------------- which request leaves
 
 
 @WAYS
-def test_the_last_leaves_and_the_first_goes_on(costs: PreemptionCosts) -> None:
+def test_the_request_that_ranks_last_is_preempted(costs: PreemptionCosts) -> None:
     scheduler = two_that_outgrow(costs)
     until_preempted(scheduler)
     seen = []
@@ -49,19 +49,19 @@ def test_the_last_leaves_and_the_first_goes_on(costs: PreemptionCosts) -> None:
 
 
 @WAYS
-def test_the_first_is_in_every_step(costs: PreemptionCosts) -> None:
+def test_the_first_request_is_in_every_step(costs: PreemptionCosts) -> None:
     scheduler = make(num_blocks=10, num_host_blocks=5, costs=costs)
     for name in range(6):
         scheduler.submit(request(name, 4, new=12))
     plans = []
     while "0" not in [str(name) for plan in plans for name, _ in plan.ended]:
         plans.append(step(scheduler))
-    assert len(plans) == 13  # twelve tokens, and the plan that tells of the end
+    assert len(plans) == 13  # twelve tokens, and the plan that reports the end
     stats = scheduler.stats()
     assert stats.total_preempted_by_swap + stats.total_preempted_by_recompute > 0
 
 
-def test_what_is_computed_before_and_after_is_the_same() -> None:
+def test_swap_and_recompute_compute_the_same_tokens() -> None:
     outputs = {}
     for costs in (SWAP, RECOMPUTE):
         scheduler = two_that_outgrow(costs)
@@ -76,10 +76,10 @@ def test_what_is_computed_before_and_after_is_the_same() -> None:
     assert outputs[SWAP] == outputs[RECOMPUTE] == {"first": 16, "last": 16}
 
 
-# -------------------------------------------------------------------- which way
+# -------------------------------------------------------------------- swap or recompute
 
 
-def test_a_swap_says_which_blocks_to_move_out_and_in() -> None:
+def test_a_swap_moves_blocks_out_and_in() -> None:
     scheduler = two_that_outgrow(SWAP)
     moves = []
     run(scheduler, lambda plan: moves.extend(plan.swaps))
@@ -93,7 +93,7 @@ def test_a_swap_says_which_blocks_to_move_out_and_in() -> None:
     assert stats.total_tokens == 2 * 16
 
 
-def test_recompute_computes_known_tokens_again_and_asks_for_no_token_twice() -> None:
+def test_recompute_samples_no_token_twice() -> None:
     scheduler = make(num_blocks=6, prefix_cache=False, costs=RECOMPUTE)
     scheduler.submit(request("first", 4, new=13))
     scheduler.submit(request("last", 4, new=13))
@@ -105,13 +105,13 @@ def test_recompute_computes_known_tokens_again_and_asks_for_no_token_twice() -> 
     assert stats.total_tokens > 2 * 16
 
 
-def test_what_is_still_cached_is_not_computed_again() -> None:
+def test_recompute_reuses_cached_blocks() -> None:
     scheduler = two_that_outgrow(RECOMPUTE)
     run(scheduler)
     assert scheduler.stats().total_reused_tokens > 0
 
 
-def test_what_is_computed_again_after_prefixes_were_forgotten_reuses_nothing_of_before() -> None:
+def test_recompute_after_clear_prefix_cache_reuses_nothing() -> None:
     scheduler = two_that_outgrow(RECOMPUTE)
     step(scheduler)
     scheduler.clear_prefix_cache()
@@ -120,7 +120,7 @@ def test_what_is_computed_again_after_prefixes_were_forgotten_reuses_nothing_of_
     assert scheduler.stats().total_reused_tokens == 0
 
 
-def test_a_full_host_leaves_recompute() -> None:
+def test_a_full_host_pool_leads_to_recompute() -> None:
     scheduler = two_that_outgrow(SWAP, num_host_blocks=1)
     run(scheduler)
     stats = scheduler.stats()
@@ -129,7 +129,7 @@ def test_a_full_host_leaves_recompute() -> None:
 
 @pytest.mark.parametrize(("per_block", "swaps"), [(9.0, 1), (11.0, 0)])
 def test_the_cheaper_way_is_taken(per_block: float, swaps: int) -> None:
-    # The last one holds three blocks when it leaves, with eleven or twelve tokens in them.
+    # The preempted request holds three blocks with eleven or twelve tokens.
     costs = PreemptionCosts(
         seconds_per_token=5.0, seconds_per_token_squared=0.0, seconds_per_block=per_block
     )
@@ -138,24 +138,24 @@ def test_the_cheaper_way_is_taken(per_block: float, swaps: int) -> None:
     assert scheduler.stats().total_preempted_by_swap == swaps
 
 
-def test_the_cost_model_is_what_it_says() -> None:
+def test_the_cost_model_follows_its_formula() -> None:
     costs = PreemptionCosts(
         seconds_per_token=2.0, seconds_per_token_squared=0.5, seconds_per_block=3.0
     )
     assert costs.swap_s(4) == 24.0
     assert costs.recompute_s(10, 10) == 20.0 + 50.0
-    assert costs.recompute_s(10, 5) == 20.0 + 25.0  # two rows of five attend to less
+    assert costs.recompute_s(10, 5) == 20.0 + 25.0  # two sequences of five tokens attend to less
     assert RECOMPUTE.swap_s(0) == 0.0
     for bad in (-1.0, math.nan):
         with pytest.raises(ValueError, match="seconds_per_block"):
             PreemptionCosts(seconds_per_block=bad)
 
 
-# -------------------------------------------------------------------- coming back
+# -------------------------------------------------------------------- resuming
 
 
 @WAYS
-def test_who_was_preempted_returns_before_anybody_new(costs: PreemptionCosts) -> None:
+def test_preempted_requests_resume_before_waiting_ones_start(costs: PreemptionCosts) -> None:
     scheduler = two_that_outgrow(costs)
     until_preempted(scheduler)
     scheduler.submit(request("new", 1, new=2))
@@ -165,7 +165,7 @@ def test_who_was_preempted_returns_before_anybody_new(costs: PreemptionCosts) ->
 
 
 @WAYS
-def test_nobody_returns_only_to_leave_again(costs: PreemptionCosts) -> None:
+def test_a_resumed_request_is_not_preempted_at_once(costs: PreemptionCosts) -> None:
     scheduler = make(num_blocks=40, num_host_blocks=100, costs=costs, watermark=0.05)
     for name in range(12):
         scheduler.submit(request(name, 8, new=40))
@@ -173,12 +173,12 @@ def test_nobody_returns_only_to_leave_again(costs: PreemptionCosts) -> None:
     assert len(ended) == 12
     stats = scheduler.stats()
     preempted = stats.total_preempted_by_swap + stats.total_preempted_by_recompute
-    # Each has to leave now and then; going in and out at every step would be hundreds of times.
+    # A request that resumed too early would be preempted at every step: hundreds of times.
     assert 0 < preempted <= 24
 
 
 @WAYS
-def test_rows_of_a_request_leave_and_return_together_and_share_again(
+def test_sequences_of_a_request_resume_together_and_share_blocks(
     costs: PreemptionCosts,
 ) -> None:
     scheduler = make(num_blocks=12, num_host_blocks=12, costs=costs)
@@ -206,7 +206,7 @@ def test_rows_of_a_request_leave_and_return_together_and_share_again(
         assert np.array_equal(tables[0], tables[2])
 
 
-def test_rows_that_are_computed_again_compute_what_they_share_once() -> None:
+def test_recomputed_sequences_compute_their_common_prefix_once() -> None:
     scheduler = make(num_blocks=12, prefix_cache=False, costs=RECOMPUTE)
     scheduler.submit(request("first", 4, new=25))
     scheduler.submit(request("rows", 10, new=9, n=3))
@@ -224,12 +224,15 @@ def test_rows_that_are_computed_again_compute_what_they_share_once() -> None:
         found.extend(mine)
 
     run(scheduler, note)
-    length = again[0]  # the first row computes all it knows
-    assert sum(again) == length + 2 * (length - 8)  # the others what lies behind two full blocks
+    length = again[0]  # the first sequence computes all its known tokens
+    assert sum(again) == length + 2 * (length - 8)  # the others share two full blocks
 
 
-def test_a_row_waits_for_all_that_it_begins_with() -> None:
-    """The third row shares more with the second than with the first, which computes for both."""
+def test_a_sequence_waits_for_its_whole_common_prefix() -> None:
+    """The third sequence shares more with the second than with the first.
+
+    The first computes the prefix of both.
+    """
     scheduler = make(num_blocks=14, prefix_cache=False, costs=RECOMPUTE)
     scheduler.submit(request("first", 4, new=50))
     scheduler.submit(request("rows", 8, new=14, n=3))
@@ -248,23 +251,23 @@ def test_a_row_waits_for_all_that_it_begins_with() -> None:
         starts.extend([chunks] if chunks else [])
 
     assert set(run(scheduler, note)) == {"first", "rows"}
-    assert [0] in starts  # alone: nobody begins at 8 while these are being computed
+    assert [0] in starts  # no row starts at token 8 while tokens 0 to 7 are computed
     assert all(0 not in chunks or chunks == [0] for chunks in starts)
 
 
-def test_a_swapped_request_gives_up_what_it_still_holds_for_the_last_one_that_runs() -> None:
+def test_a_swapped_request_gives_up_shared_device_blocks() -> None:
     scheduler = make(num_blocks=16, num_host_blocks=16, costs=SWAP, watermark=0.25)
-    scheduler.submit(request("first", 4, new=61))  # it comes to fill the pool
+    scheduler.submit(request("first", 4, new=61))  # grows until it fills the pool
     scheduler.submit(Request(request_id="twin", prompt=ids(32), max_new_tokens=12))
     step(scheduler)
     scheduler.submit(Request(request_id="last", prompt=ids(32), max_new_tokens=30))
     until_preempted(scheduler)
     assert scheduler.stats().total_preempted_by_swap == 1
-    # Its prompt stays on the device for its twin, and then for nobody but itself.
+    # "twin" keeps the shared prompt on the device, and after its end "last" does.
     assert list(run(scheduler)) == ["twin", "first", "last"]
 
 
-def test_an_aborted_step_leaves_what_it_would_have_moved_computed_again() -> None:
+def test_requests_swapped_by_an_aborted_step_are_recomputed() -> None:
     scheduler = two_that_outgrow(SWAP)
     plan = None
     while plan is None or not plan.swaps:
@@ -274,23 +277,25 @@ def test_an_aborted_step_leaves_what_it_would_have_moved_computed_again() -> Non
             complete(scheduler, plan)
     assert scheduler.abort(plan) == ["first"]
     scheduler.check()
-    assert scheduler.manager.stats().num_host_free == 8  # what was to be moved may not be there
+    assert scheduler.manager.stats().num_host_free == 8  # the moved blocks cannot be trusted
     assert run(scheduler) == {"first": Reason.FAILED, "last": Reason.FINISHED}
 
 
-# -------------------------------------------------------------------- room to begin
+# -------------------------------------------------------------------- admission
 
 
-def test_nobody_begins_below_the_watermark_unless_nothing_runs() -> None:
+def test_the_watermark_holds_back_requests_unless_none_runs() -> None:
     scheduler = make(num_blocks=10, watermark=0.5)
     scheduler.submit(request("a", 6 * BLOCK_SIZE, new=2))
     scheduler.submit(request("b", 1, new=2))
-    assert rows(step(scheduler)) == {"a": 24}  # nothing ran
-    assert rows(step(scheduler)) == {"a": 1}  # three blocks are left, five have to be
+    assert rows(step(scheduler)) == {"a": 24}  # no other request runs
+    assert rows(step(scheduler)) == {
+        "a": 1
+    }  # three blocks are available, but the watermark is five
     assert rows(step(scheduler)) == {"b": 1}
 
 
-def test_cached_blocks_are_room() -> None:
+def test_cached_blocks_count_as_available() -> None:
     scheduler = make(num_blocks=10, watermark=0.3)
     scheduler.submit(request("old", 32, new=2))
     run(scheduler)
@@ -300,20 +305,22 @@ def test_cached_blocks_are_room() -> None:
     assert rows(step(scheduler)) == {"a": 8, "b": 8}
 
 
-def test_a_prefix_that_is_reused_is_no_room_for_others() -> None:
+def test_blocks_of_a_reused_prefix_are_not_available() -> None:
     scheduler = make(num_blocks=8, watermark=0.25)
     scheduler.submit(Request(request_id="old", prompt=ids(16), max_new_tokens=1))
     run(scheduler)
     scheduler.submit(request("a", 8, new=9))
-    # Four blocks are known, one is new.
+    # Four blocks are cached, one is new.
     scheduler.submit(Request(request_id="b", prompt=ids(20), max_new_tokens=1))
-    assert rows(step(scheduler)) == {"a": 8}  # two blocks have to stay: five of six are too many
+    assert rows(step(scheduler)) == {
+        "a": 8
+    }  # the watermark is two blocks, so five of six are too many
 
 
-def test_a_namespace_at_its_ceiling_waits_for_itself() -> None:
+def test_a_namespace_stays_below_its_quota() -> None:
     scheduler = make(num_blocks=20, num_host_blocks=4)
     scheduler.manager.quotas.set("acme", ceiling=5)
-    with pytest.raises(ValueError, match="may need 6 blocks, its namespace may have 5"):
+    with pytest.raises(ValueError, match="may need 6 blocks, but the quota of its namespace is 5"):
         scheduler.submit(request("too large", 4, new=18, namespace="acme"))
     for name in range(3):
         scheduler.submit(request(name, 4, new=14, namespace="acme"))
@@ -325,7 +332,7 @@ def test_a_namespace_at_its_ceiling_waits_for_itself() -> None:
     assert max(most) == 5
 
 
-def test_nobody_else_leaves_or_waits_for_a_namespace_at_its_ceiling() -> None:
+def test_a_full_quota_delays_no_other_namespace() -> None:
     scheduler = make(num_blocks=40, max_num_seqs=8)
     scheduler.manager.quotas.set("acme", ceiling=6)
     for name in range(4):
@@ -341,11 +348,11 @@ def test_nobody_else_leaves_or_waits_for_a_namespace_at_its_ceiling() -> None:
     ended = run(scheduler, note)
     assert list(ended)[:4] == ["acme0", "other0", "other1", "other2"]
     assert set(ended.values()) == {Reason.FINISHED}
-    assert [computed[f"other{name}"] for name in range(3)] == [19] * 3  # nothing twice
-    assert scheduler.stats().total_preempted_by_recompute > 0  # of acme's own
+    assert [computed[f"other{name}"] for name in range(3)] == [19] * 3  # nothing is recomputed
+    assert scheduler.stats().total_preempted_by_recompute > 0  # requests of acme only
 
 
-def test_a_swapped_namespace_gives_shared_blocks_up_to_return() -> None:
+def test_swapped_requests_of_a_full_quota_resume() -> None:
     scheduler = make(num_blocks=40, num_host_blocks=40, costs=SWAP)
     scheduler.manager.quotas.set("acme", ceiling=6)
     prompt = ids(8)
@@ -359,7 +366,7 @@ def test_a_swapped_namespace_gives_shared_blocks_up_to_return() -> None:
     assert scheduler.stats().total_preempted_by_swap > 0
 
 
-def test_blocks_that_somebody_else_holds_are_waited_for() -> None:
+def test_a_scheduler_waits_for_blocks_held_elsewhere() -> None:
     manager = BlockManager(6, BLOCK_SIZE)
     scheduler = Scheduler(manager, watermark=0.0)
     scheduler.submit(request("a", 8, new=9))

@@ -1,4 +1,4 @@
-"""Who goes first, that everybody's turn comes, and that a shared beginning is computed once."""
+"""Scheduling policies: order, freedom from starvation, and waiting for shared prefixes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.scheduling import (
 
 
 def begun(scheduler: Scheduler) -> list[object]:
-    """The requests in the order in which they first were in a step, until all have ended."""
+    """Run until all requests have ended; return them in the order of their first step."""
     names: dict[object, None] = {}
     run(scheduler, lambda plan: names.update(dict.fromkeys(plan.request_ids)))
     return list(names)
@@ -38,17 +38,17 @@ def one_at_a_time(policy: str | SchedulingPolicy, **options: object) -> Schedule
     return make(policy=policy, max_num_seqs=1, **options)
 
 
-# -------------------------------------------------------------------- the three orders
+# -------------------------------------------------------------------- the three policies
 
 
-def test_fifo_is_by_arrival() -> None:
+def test_fifo_serves_by_arrival() -> None:
     scheduler = one_at_a_time("fifo")
     for name, priority in (("a", 2), ("b", 0), ("c", 1)):
         scheduler.submit(request(name, priority=priority))
     assert begun(scheduler) == ["a", "b", "c"]
 
 
-def test_fifo_lets_nobody_pass_who_does_not_fit_yet() -> None:
+def test_fifo_lets_no_request_overtake_a_large_one() -> None:
     scheduler = make(num_blocks=8)
     scheduler.submit(request("a", 12, new=4))
     step(scheduler)
@@ -57,7 +57,7 @@ def test_fifo_lets_nobody_pass_who_does_not_fit_yet() -> None:
     assert begun(scheduler) == ["a", "large", "small"]
 
 
-def test_priority_is_lower_first_and_then_by_arrival() -> None:
+def test_priority_serves_lower_first_and_then_by_arrival() -> None:
     scheduler = one_at_a_time("priority", clock=Clock())
     for name, priority in (("a", 2), ("b", 0), ("c", 2), ("d", -1)):
         scheduler.submit(request(name, priority=priority))
@@ -75,7 +75,7 @@ def test_waiting_improves_a_priority() -> None:
     assert begun(scheduler) == ["before", "old", "after"]
 
 
-def test_who_ranks_last_by_priority_leaves_first() -> None:
+def test_the_lowest_priority_is_preempted_first() -> None:
     scheduler = make(num_blocks=6, policy="priority", clock=Clock())
     scheduler.submit(request("low", 4, new=13, priority=5))
     scheduler.submit(request("high", 4, new=13, priority=0))
@@ -83,24 +83,24 @@ def test_who_ranks_last_by_priority_leaves_first() -> None:
     assert scheduler.stats().total_preempted_by_recompute == 1
 
 
-def test_fair_takes_tenants_in_turn() -> None:
+def test_fair_serves_tenants_in_turn() -> None:
     scheduler = one_at_a_time(Fair(ageing=0.0))
     for name in ("a1", "a2", "a3", "b1", "b2"):
         scheduler.submit(request(name, 4, new=3, tenant=name[0]))
     assert begun(scheduler) == ["a1", "b1", "a2", "b2", "a3"]
 
 
-def test_fair_goes_by_tokens_not_by_requests() -> None:
+def test_fair_counts_tokens_rather_than_requests() -> None:
     scheduler = one_at_a_time(Fair(ageing=0.0))
     for number in range(4):
         scheduler.submit(request(f"short{number}", 4, new=2, tenant="a"))
     for number in range(2):
         scheduler.submit(request(f"long{number}", 16, new=3, tenant="b"))
-    # A short one is 4 + 2 * 1 tokens of service, a long one 16 + 2 * 2.
+    # A short request costs 4 + 2 * 1 tokens of service, a long one 16 + 2 * 2.
     assert begun(scheduler) == ["short0", "long0", "short1", "short2", "short3", "long1"]
 
 
-def test_fair_counts_decoded_tokens_by_their_weight() -> None:
+def test_fair_weights_decoded_tokens() -> None:
     policy = Fair(decode_weight=5.0, ageing=0.0)
     scheduler = make(policy=policy)
     scheduler.submit(request("a", 6, new=4, tenant="x"))
@@ -108,7 +108,7 @@ def test_fair_counts_decoded_tokens_by_their_weight() -> None:
     assert policy.service["x"] == 6 + 5.0 * 3
 
 
-def test_what_is_cached_or_computed_again_is_not_charged() -> None:
+def test_fair_charges_neither_cached_nor_recomputed_tokens() -> None:
     policy = Fair(ageing=0.0)
     scheduler = make(num_blocks=6, policy=policy, prefix_cache=False)
     for name in "ab":
@@ -122,10 +122,10 @@ def test_what_is_cached_or_computed_again_is_not_charged() -> None:
         scheduler.submit(Request(request_id=name, prompt=ids(8), max_new_tokens=1, tenant=name))
         run(scheduler)
     assert policy.service["a"] == 8
-    assert policy.service["b"] == 8 + 1  # lifted to the one who left, and one token to compute
+    assert policy.service["b"] == 8 + 1  # starts with the service of "a", and computes one token
 
 
-def test_a_tenant_who_was_away_brings_no_credit() -> None:
+def test_an_idle_tenant_collects_no_credit() -> None:
     policy = Fair(ageing=0.0)
     scheduler = one_at_a_time(policy)
     for number in range(20):
@@ -137,12 +137,12 @@ def test_a_tenant_who_was_away_brings_no_credit() -> None:
     assert policy.service["b"] == policy.service["a"] > 50
     late = begun(scheduler)
     places = [late.index(f"b{number}") for number in range(5)]
-    assert max(np.diff(places)) <= 2  # in turn with the other's
+    assert max(np.diff(places)) <= 2  # tenants alternate
     assert min(np.diff(places)) >= 2
 
 
 @pytest.mark.parametrize("num_tenants", [2, 5])
-def test_busy_tenants_get_equal_shares_however_unlike_their_requests(num_tenants: int) -> None:
+def test_busy_tenants_get_equal_service(num_tenants: int) -> None:
     policy = Fair(ageing=0.0)
     scheduler = make(num_blocks=400, policy=policy, max_num_seqs=4, max_batch_tokens=64)
     for tenant in range(num_tenants):
@@ -152,13 +152,13 @@ def test_busy_tenants_get_equal_shares_however_unlike_their_requests(num_tenants
     while min(Counter(name[0] for name in scheduler.request_ids).values()) > 10:
         step(scheduler)
     service = list(policy.service.values())
-    # Never further apart than what may be under way: VTC's bound.
+    # The bound of VTC: the service of all requests that may run at a time.
     most = 4 * (4 + 6 * num_tenants + 2 * (3 + 3 * num_tenants))
     assert max(service) - min(service) <= most
     assert min(service) > most
 
 
-def test_tenants_that_are_gone_are_forgotten() -> None:
+def test_idle_tenants_are_forgotten() -> None:
     policy = Fair()
     scheduler = make(policy=policy)
     for number in range(500):
@@ -167,7 +167,7 @@ def test_tenants_that_are_gone_are_forgotten() -> None:
     assert len(policy.service) < 100
 
 
-def test_an_order_of_ones_own() -> None:
+def test_a_custom_policy_ranks_requests() -> None:
     class ShortestFirst(Fifo):
         def rank(self, live):  # type: ignore[no-untyped-def]
             return float(len(live.prompt)), live.arrival
@@ -189,11 +189,11 @@ def test_a_policy_serves_one_scheduler() -> None:
         Priority(ageing=0.0)
 
 
-# -------------------------------------------------------------------- nobody starves
+# -------------------------------------------------------------------- starvation
 
 
 def flood(policy: str) -> Iterator[Request]:
-    """Without end, requests that the policy prefers to anything."""
+    """Yield requests without end that the policy prefers to all others."""
     number = 0
     while True:
         number += 1
@@ -212,7 +212,7 @@ def flood(policy: str) -> Iterator[Request]:
     chunked=st.booleans(),
     watermark=st.sampled_from([0.0, 0.1]),
 )
-def test_nobody_starves_whatever_comes_after(
+def test_no_request_starves(
     policy: str,
     num_blocks: int,
     num_host_blocks: int,
@@ -232,7 +232,7 @@ def test_nobody_starves_whatever_comes_after(
         watermark=watermark,
         clock=clock,
     )
-    if policy == "fair":  # it has a lot of service when the others still have none
+    if policy == "fair":  # "me" has much service, and new tenants have none
         scheduler.submit(request("before", 20, new=8, tenant="me"))
     scheduler.submit(request("mine", 17, new=12, priority=5, tenant="me"))
     others = flood(policy)
@@ -250,7 +250,7 @@ def test_nobody_starves_whatever_comes_after(
     raise AssertionError(f"still waiting: {scheduler.stats()}")
 
 
-# -------------------------------------------------------------------- shared beginnings
+# -------------------------------------------------------------------- shared prefixes
 
 
 def computed(scheduler: Scheduler) -> tuple[int, list[StepPlan]]:
@@ -259,7 +259,7 @@ def computed(scheduler: Scheduler) -> tuple[int, list[StepPlan]]:
     return scheduler.stats().total_tokens, plans
 
 
-def test_a_shared_beginning_is_computed_once() -> None:
+def test_a_shared_prefix_is_computed_once() -> None:
     scheduler = make(max_batch_tokens=64)
     for name in range(5):
         prompt = [*range(16), 100 + name]
@@ -269,7 +269,7 @@ def test_a_shared_beginning_is_computed_once() -> None:
     assert [len(plan) for plan in plans[:2]] == [1, 4]
 
 
-def test_a_leader_is_let_go() -> None:
+def test_a_started_request_drops_its_reference_to_another() -> None:
     scheduler = make(max_batch_tokens=64)
     for name in "ab":
         scheduler.submit(Request(request_id=name, prompt=ids(17), max_new_tokens=3))
@@ -277,10 +277,10 @@ def test_a_leader_is_let_go() -> None:
     waits = scheduler._table.get("b")
     assert waits.waits_for is scheduler._table.get("a")
     step(scheduler)
-    assert waits.waits_for is None  # or every request would keep the one before it
+    assert waits.waits_for is None  # otherwise requests would keep each other alive in a chain
 
 
-def test_others_pass_who_waits_for_a_beginning() -> None:
+def test_requests_overtake_one_that_waits_for_a_prefix() -> None:
     scheduler = make(max_batch_tokens=8)
     scheduler.submit(Request(request_id="leader", prompt=ids(16), max_new_tokens=1))
     step(scheduler)
@@ -291,7 +291,7 @@ def test_others_pass_who_waits_for_a_beginning() -> None:
     assert rows(step(scheduler)) == {"passes": 1, "waits": 1}
 
 
-def test_less_than_a_block_in_common_is_not_waited_for() -> None:
+def test_less_than_a_common_block_is_not_waited_for() -> None:
     scheduler = make(max_batch_tokens=64)
     scheduler.submit(Request(request_id="a", prompt=[1, 2, 3, 4, 5, 6, 7, 8], max_new_tokens=1))
     scheduler.submit(Request(request_id="b", prompt=[1, 2, 3, 9, 9, 9, 9, 9], max_new_tokens=1))
@@ -299,14 +299,14 @@ def test_less_than_a_block_in_common_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("other", [{"namespace": "x"}, {"lora": "x"}])
-def test_the_beginning_of_somebody_else_is_not_waited_for(other: dict[str, str]) -> None:
+def test_prefixes_of_other_namespaces_are_not_waited_for(other: dict[str, str]) -> None:
     scheduler = make(max_batch_tokens=64)
     scheduler.submit(Request(request_id="a", prompt=ids(8), max_new_tokens=1))
     scheduler.submit(Request(request_id="b", prompt=ids(8), max_new_tokens=1, **other))
     assert rows(step(scheduler)) == {"a": 8, "b": 8}
 
 
-def test_what_is_cached_already_is_not_waited_for() -> None:
+def test_a_cached_prefix_is_not_waited_for() -> None:
     scheduler = make(max_batch_tokens=64)
     scheduler.submit(Request(request_id="old", prompt=ids(9), max_new_tokens=1))
     run(scheduler)
@@ -316,7 +316,7 @@ def test_what_is_cached_already_is_not_waited_for() -> None:
     assert rows(step(scheduler)) == {"a": 5, "b": 5}
 
 
-def test_a_leader_that_is_cancelled_is_not_waited_for() -> None:
+def test_a_cancelled_request_is_not_waited_for() -> None:
     scheduler = make(max_batch_tokens=8)
     scheduler.submit(Request(request_id="leader", prompt=ids(40), max_new_tokens=1))
     scheduler.submit(Request(request_id="waits", prompt=ids(40), max_new_tokens=1))
@@ -326,8 +326,8 @@ def test_a_leader_that_is_cancelled_is_not_waited_for() -> None:
     assert (rows(plan), plan.num_computed.tolist()) == ({"waits": 8}, [8])
 
 
-def test_nobody_waits_for_a_second_beginning() -> None:
-    """Leaders that go first and have ever more in common, one after the other."""
+def test_a_request_waits_for_one_prefix_at_most() -> None:
+    """Later requests share ever longer prefixes with it and are served before it."""
     scheduler = make(num_blocks=200, max_batch_tokens=12, policy="priority", clock=Clock())
     scheduler.submit(Request(request_id=0, prompt=ids(16), max_new_tokens=3))
     step(scheduler)
@@ -342,26 +342,26 @@ def test_nobody_waits_for_a_second_beginning() -> None:
     assert seen.index("waits") < seen.index(2)
 
 
-def test_a_thousand_that_wait_for_one_beginning_do_not_slow_a_plan() -> None:
-    """Only so many are looked past: counted, not timed."""
+def test_a_plan_skips_a_bounded_number_of_requests() -> None:
+    """At most 32 requests that wait for a prefix are skipped."""
     scheduler = make(num_blocks=2000, max_batch_tokens=BLOCK_SIZE)
     for name in range(1000):
         scheduler.submit(Request(request_id=name, prompt=ids(40), max_new_tokens=1))
     step(scheduler)
-    looks = 0
-    awaits = scheduler._admission._must_wait_for_prefix
+    calls = 0
+    must_wait = scheduler._admission._must_wait_for_prefix
 
     def counted(live):  # type: ignore[no-untyped-def]
-        nonlocal looks
-        looks += 1
-        return awaits(live)
+        nonlocal calls
+        calls += 1
+        return must_wait(live)
 
     scheduler._admission._must_wait_for_prefix = counted  # type: ignore[method-assign]
     step(scheduler)
-    assert looks <= 33
+    assert calls <= 33
 
 
-def test_a_fair_order_looks_at_each_tenant_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fair_ranks_each_tenant_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = [0]
     rank = Fair.rank
 

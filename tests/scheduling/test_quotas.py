@@ -1,4 +1,4 @@
-"""Requests of namespaces with quotas: all of them end, and no quota is passed."""
+"""Requests of namespaces with quotas: all of them end, within their quotas."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scheduler_of(source: random.Random, kind: str) -> Scheduler:
 
 
 def submit_some(scheduler: Scheduler, source: random.Random) -> dict[Hashable, int]:
-    """Submit requests that can be served; return how many samples each has."""
+    """Submit requests that can run; return the number of samples of each."""
     samples: dict[Hashable, int] = {}
     for name in range(25):
         count = source.choice([1, 1, 1, 2, 3])
@@ -82,9 +82,7 @@ def test_random_requests_under_quotas_all_end(kind: str, seed: int) -> None:
         if not scheduler.has_work:
             break
         plan = scheduler.plan()
-        assert plan is not None, (
-            scheduler.request_ids
-        )  # as long as any lives, there is something to do
+        assert plan is not None, scheduler.request_ids
         if len(plan):
             rows = continuations(plan)
             scheduler.complete(plan, np.array(rows, np.int64), 7 + np.arange(len(rows)))

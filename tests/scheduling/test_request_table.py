@@ -1,4 +1,4 @@
-"""Where requests are, how they end, and the laws of the table."""
+"""The request table: the place of requests, their ends, and its invariants."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STATES = ("waiting", "begun", "decoding", "preempted", "in a step")
 
 
 def brought_into(state: str, **options: int) -> tuple[Scheduler, StepPlan | None]:
-    """A scheduler whose request "a" is in a state, and the plan of a step that is under way."""
+    """Return a scheduler whose request "a" is in `state`, and the plan under way, if any."""
     scheduler = make(num_blocks=6, max_batch_tokens=8, clock=Clock(), **options)
     if state == "preempted":
         scheduler.submit(request("first", 4, new=14))
@@ -48,7 +48,7 @@ def test_a_request_can_be_cancelled_in_any_state(state: str, num_host_blocks: in
     assert scheduler.cancel("a")
     assert not scheduler.cancel("a")
     if plan is not None:
-        assert scheduler.request_ids == ["a"]  # its step is still computed
+        assert scheduler.request_ids == ["a"]  # it ends with its step
         assert complete(scheduler, plan).tolist() == [-1]
     assert "a" not in scheduler.request_ids
     assert run(scheduler)["a"] is Reason.CANCELLED
@@ -58,7 +58,7 @@ def test_a_request_can_be_cancelled_in_any_state(state: str, num_host_blocks: in
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_request_can_be_finished_from_outside(state: str) -> None:
+def test_a_request_can_be_finished_in_any_state(state: str) -> None:
     scheduler, plan = brought_into(state)
     assert scheduler.finish("a")
     if plan is not None:
@@ -81,7 +81,7 @@ def test_a_deadline_ends_a_request_in_any_state(state: str) -> None:
     assert "a" not in ended.request_ids
 
 
-def test_a_deadline_of_a_name_that_came_again_does_not_end_it() -> None:
+def test_an_old_deadline_does_not_end_a_reused_request_id() -> None:
     clock = Clock()
     scheduler = make(clock=clock)
     scheduler.submit(request("a", new=1, deadline=5.0))
@@ -91,13 +91,13 @@ def test_a_deadline_of_a_name_that_came_again_does_not_end_it() -> None:
     assert run(scheduler) == {"a": Reason.FINISHED}
 
 
-def test_nobody_to_cancel() -> None:
+def test_cancelling_an_unknown_request_does_nothing() -> None:
     scheduler = make()
     assert not scheduler.cancel("a")
     assert not scheduler.finish("a")
 
 
-def test_an_aborted_step_ends_its_requests_and_no_others() -> None:
+def test_an_aborted_step_ends_only_its_own_requests() -> None:
     scheduler = make(max_num_seqs=2)
     for name in "abc":
         scheduler.submit(request(name))
@@ -109,7 +109,7 @@ def test_an_aborted_step_ends_its_requests_and_no_others() -> None:
     assert run(scheduler) == {"a": Reason.FAILED, "b": Reason.FAILED, "c": Reason.FINISHED}
 
 
-def test_nothing_of_an_aborted_step_is_reused() -> None:
+def test_tokens_of_an_aborted_step_are_not_reused() -> None:
     scheduler = make(max_batch_tokens=8)
     scheduler.submit(Request(request_id="a", prompt=ids(16), max_new_tokens=2))
     step(scheduler)
@@ -117,10 +117,10 @@ def test_nothing_of_an_aborted_step_is_reused() -> None:
     assert plan is not None
     scheduler.abort(plan)
     scheduler.submit(Request(request_id="b", prompt=ids(16), max_new_tokens=2))
-    assert step(scheduler).num_computed.tolist() == [8]  # what the step before it computed is good
+    assert step(scheduler).num_computed.tolist() == [8]  # tokens of the completed step are valid
 
 
-def test_a_name_can_be_used_again_once_its_end_was_told() -> None:
+def test_a_request_id_is_reusable_after_its_reported_end() -> None:
     scheduler = make()
     scheduler.submit(request("a"))
     with pytest.raises(ValueError, match="a live request has this id"):
@@ -133,10 +133,10 @@ def test_a_name_can_be_used_again_once_its_end_was_told() -> None:
     assert run(scheduler) == {"a": Reason.FINISHED}
 
 
-# -------------------------------------------------------------------- its own books
+# -------------------------------------------------------------------- counts and invariants
 
 
-def test_it_says_who_is_where() -> None:
+def test_counts_tell_where_requests_are() -> None:
     scheduler = make(num_blocks=6, num_host_blocks=6)
     for name in "abc":
         scheduler.submit(request(name, 4, new=13))
@@ -194,7 +194,7 @@ def corrupt_blocks(scheduler: Scheduler) -> None:
         corrupt_blocks,
     ],
 )
-def test_wrong_books_are_noticed(corrupt: Callable[[Scheduler], None]) -> None:
+def test_check_finds_corrupted_state(corrupt: Callable[[Scheduler], None]) -> None:
     scheduler = make(max_num_seqs=1)
     scheduler.submit(request("a"))
     scheduler.submit(request("b"))
@@ -205,7 +205,7 @@ def test_wrong_books_are_noticed(corrupt: Callable[[Scheduler], None]) -> None:
         scheduler.check()
 
 
-def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
+def test_deadlines_of_ended_requests_are_forgotten() -> None:
     scheduler = make(clock=Clock())
     for number in range(500):
         scheduler.submit(request(number, deadline=1e9))
@@ -214,7 +214,7 @@ def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
     assert len(scheduler._table._deadlines) < 100
 
 
-def test_what_was_computed_before_prefixes_were_forgotten_is_not_shared_afterwards() -> None:
+def test_nothing_is_shared_across_clear_prefix_cache() -> None:
     scheduler = make()
     prompt = ids(40)
     scheduler.submit(request("before", prompt=prompt, new=30))
@@ -227,5 +227,5 @@ def test_what_was_computed_before_prefixes_were_forgotten_is_not_shared_afterwar
         scheduler,
         lambda plan: [computed.update({n: computed.get(n, 0) + c}) for n, c in rows(plan).items()],
     )
-    # The first of the two computes the prompt again, the other shares that.
+    # One of the two computes the prompt again, the other shares it.
     assert sorted(computed[name] >= 40 for name in ("waits", "after")) == [False, True]

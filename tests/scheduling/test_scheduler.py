@@ -1,4 +1,4 @@
-"""Requests through a scheduler: what a step has, and how it goes on."""
+"""The scheduler: the plan of a step, and how sequences continue."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.support.scheduling import (
     step,
 )
 
-# -------------------------------------------------------------------- what a step says
+# -------------------------------------------------------------------- plans
 
 
-def test_a_prompt_and_then_a_token_a_step() -> None:
+def test_a_step_computes_a_prompt_and_then_one_token() -> None:
     scheduler = make()
     scheduler.submit(Request(request_id="a", prompt=ids(6), max_new_tokens=3))
     first = step(scheduler)
@@ -51,7 +51,7 @@ def test_a_prompt_and_then_a_token_a_step() -> None:
     assert scheduler.manager.num_held_blocks == 0
 
 
-def test_arrays_have_the_types_that_are_promised() -> None:
+def test_plan_arrays_have_the_documented_dtypes() -> None:
     scheduler = make()
     scheduler.submit(request("a"))
     plan = step(scheduler)
@@ -75,7 +75,7 @@ def test_arrays_have_the_types_that_are_promised() -> None:
     assert ended.slot_mapping.dtype == np.int64
 
 
-def test_slots_are_those_of_the_tables() -> None:
+def test_the_slot_mapping_follows_the_block_tables() -> None:
     scheduler = make()
     scheduler.submit(request("a", 9))
     scheduler.submit(request("b", 2))
@@ -89,7 +89,7 @@ def test_slots_are_those_of_the_tables() -> None:
         assert plan.slot_mapping.tolist() == expected
 
 
-def test_rows_that_decode_come_before_prompts() -> None:
+def test_decoding_rows_come_before_prompts() -> None:
     scheduler = make(max_batch_tokens=6)
     scheduler.submit(request("a", 2, new=9))
     step(scheduler)
@@ -98,7 +98,7 @@ def test_rows_that_decode_come_before_prompts() -> None:
     assert list(rows(step(scheduler)).items()) == [("a", 1), ("b", 4)]
 
 
-def test_a_long_prompt_is_computed_in_chunks_of_what_the_budget_leaves() -> None:
+def test_a_long_prompt_is_chunked_to_the_remaining_budget() -> None:
     scheduler = make(max_batch_tokens=10)
     scheduler.submit(request("a", 2, new=9))
     step(scheduler)
@@ -115,7 +115,7 @@ def test_no_chunk_is_smaller_than_a_block() -> None:
     scheduler.submit(request("b", 1, new=3))
     scheduler.submit(request("c", 1, new=3))
     step(scheduler)
-    scheduler.submit(request("d", 20))  # three tokens of budget are left
+    scheduler.submit(request("d", 20))  # the budget has room for three tokens
     assert "d" not in rows(step(scheduler))
 
 
@@ -127,7 +127,7 @@ def test_without_chunks_only_whole_prompts_are_computed() -> None:
     assert rows(step(scheduler)) == {"a": 1, "b": 6}
 
 
-def test_without_chunks_a_prompt_beyond_the_budget_is_alone_in_its_step() -> None:
+def test_without_chunks_an_oversized_prompt_is_alone_in_its_step() -> None:
     scheduler = make(max_batch_tokens=10, chunked=False)
     scheduler.submit(request("a", 3, new=3))
     scheduler.submit(request("b", 25, new=2))
@@ -138,7 +138,7 @@ def test_without_chunks_a_prompt_beyond_the_budget_is_alone_in_its_step() -> Non
     assert all(sum(each.values()) <= 10 for each in found if each != {"b": 25})
 
 
-def test_no_more_rows_run_than_may() -> None:
+def test_at_most_max_num_seqs_sequences_run() -> None:
     scheduler = make(max_num_seqs=3)
     for name in range(7):
         scheduler.submit(request(name, new=3))
@@ -147,7 +147,7 @@ def test_no_more_rows_run_than_may() -> None:
     assert max(most) == 3
 
 
-def test_a_request_counts_with_all_the_rows_it_may_have() -> None:
+def test_a_request_counts_with_its_n_sequences() -> None:
     scheduler = make(max_num_seqs=4)
     for name in "ab":
         scheduler.submit(request(name, new=2, n=3))
@@ -155,7 +155,7 @@ def test_a_request_counts_with_all_the_rows_it_may_have() -> None:
     assert set(rows(step(scheduler))) == {"a"}
 
 
-def test_a_known_prefix_is_not_computed_again() -> None:
+def test_a_cached_prefix_is_reused() -> None:
     scheduler = make()
     scheduler.submit(Request(request_id="a", prompt=ids(12), max_new_tokens=2))
     run(scheduler)
@@ -165,7 +165,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     assert scheduler.stats().total_reused_tokens == 12
 
 
-def test_what_was_generated_is_found_again() -> None:
+def test_generated_tokens_are_reused() -> None:
     scheduler = make()
     scheduler.submit(Request(request_id="a", prompt=ids(4), max_new_tokens=6))
     run(scheduler)
@@ -177,7 +177,7 @@ def test_what_was_generated_is_found_again() -> None:
 
 
 @pytest.mark.parametrize("other", [{"namespace": "x"}, {"lora": "x"}])
-def test_a_prefix_of_somebody_else_is_computed_again(other: dict[str, str]) -> None:
+def test_prefixes_of_other_namespaces_and_loras_are_not_reused(other: dict[str, str]) -> None:
     scheduler = make()
     scheduler.submit(Request(request_id="a", prompt=ids(12), max_new_tokens=2))
     run(scheduler)
@@ -185,7 +185,7 @@ def test_a_prefix_of_somebody_else_is_computed_again(other: dict[str, str]) -> N
     assert step(scheduler).num_computed.tolist() == [0]
 
 
-def test_without_the_prefix_cache_nothing_is_kept() -> None:
+def test_without_the_prefix_cache_nothing_is_reused() -> None:
     scheduler = make(prefix_cache=False)
     for name in "ab":
         scheduler.submit(Request(request_id=name, prompt=ids(12), max_new_tokens=3))
@@ -194,7 +194,7 @@ def test_without_the_prefix_cache_nothing_is_kept() -> None:
     assert scheduler.manager.num_free_blocks == 64
 
 
-def test_part_of_a_block_is_copied_and_kept() -> None:
+def test_a_partly_matching_block_is_copied() -> None:
     scheduler = make()
     scheduler.submit(Request(request_id="a", prompt=ids(8), max_new_tokens=2))
     run(scheduler)
@@ -204,10 +204,10 @@ def test_part_of_a_block_is_copied_and_kept() -> None:
     assert plan.copies[:, 1].tolist() == [int(plan.block_tables[0, 1])]
 
 
-# -------------------------------------------------------------------- going on
+# -------------------------------------------------------------------- continuations
 
 
-def test_a_row_that_is_named_twice_is_forked() -> None:
+def test_a_row_listed_several_times_is_forked() -> None:
     scheduler = make()
     scheduler.submit(request("a", 5, new=4, n=3))
     plan = scheduler.plan()
@@ -219,14 +219,13 @@ def test_a_row_that_is_named_twice_is_forked() -> None:
     assert plan is not None
     assert plan.seq_ids.tolist() == found.tolist()
     assert plan.token_ids.tolist() == [1, 2, 3]
-    assert (
-        plan.block_tables[:, 0].tolist() == [int(plan.block_tables[0, 0])] * 3
-    )  # the full block is shared
-    assert len(set(plan.block_tables[:, 1].tolist())) == 3  # and the open one was copied
+    full, partial = plan.block_tables.T
+    assert full.tolist() == [int(full[0])] * 3  # shared
+    assert len(set(partial.tolist())) == 3  # copied
     assert len(plan.copies) == 2
 
 
-def test_beams_change_places_and_end() -> None:
+def test_beams_are_forked_dropped_and_ended() -> None:
     scheduler = make()
     scheduler.submit(request("a", 4, new=9, n=3))
     plan = scheduler.plan()
@@ -234,19 +233,19 @@ def test_beams_change_places_and_end() -> None:
     beams = scheduler.complete(plan, [0, 0, 0], [1, 2, 3])
     plan = scheduler.plan()
     assert plan is not None
-    after = scheduler.complete(plan, [1, 2, 2], [4, 5, 6])  # the first beam is given up
+    after = scheduler.complete(plan, [1, 2, 2], [4, 5, 6])  # drops the first beam
     assert after[:2].tolist() == beams[1:].tolist()
     plan = scheduler.plan()
     assert plan is not None
     assert plan.seq_ids.tolist() == after.tolist()
     assert plan.freed.tolist() == [int(beams[0])]
-    assert after[2] not in beams  # a number is not given again before its end was told
+    assert after[2] not in beams  # an id is not reused before its end is reported
     assert plan.token_ids.tolist() == [4, 5, 6]
     scheduler.complete(plan, [], [])
     assert run(scheduler) == {"a": Reason.FINISHED}
 
 
-def test_a_row_nobody_names_has_ended() -> None:
+def test_a_row_that_is_not_listed_ends() -> None:
     scheduler = make()
     scheduler.submit(request("a", new=9))
     scheduler.submit(request("b", new=9))
@@ -257,7 +256,7 @@ def test_a_row_nobody_names_has_ended() -> None:
     assert (plan.request_ids, plan.ended) == (["b"], [("a", Reason.FINISHED)])
 
 
-def test_the_last_token_ends_a_row_without_being_computed() -> None:
+def test_the_last_token_is_not_computed() -> None:
     scheduler = make()
     scheduler.submit(request("a", 3, new=1, n=2))
     plan = scheduler.plan()
@@ -276,9 +275,9 @@ def test_a_request_may_fill_the_pool_to_the_last_block() -> None:
 @pytest.mark.parametrize(
     ("parents", "tokens", "error"),
     [
-        ([1], [5], "rows below 1"),
-        ([-1], [5], "rows below 1"),
-        ([0], [5, 6], "1 parents, but 2 tokens"),
+        ([1], [5], "rows of the plan, 0 to 0"),
+        ([-1], [5], "rows of the plan, 0 to 0"),
+        ([0], [5, 6], "got 2 for 1 parents"),
         ([0, 0, 0], [1, 2, 3], "n is 2"),
     ],
 )
@@ -295,12 +294,12 @@ def test_a_bad_continuation_changes_nothing(
     assert scheduler.complete(plan, [0, 0], [1, 2]).tolist() == [0, 1]
 
 
-def test_a_row_in_the_middle_of_its_prompt_cannot_go_on() -> None:
+def test_a_row_in_prefill_cannot_continue() -> None:
     scheduler = make(max_batch_tokens=4)
     scheduler.submit(request("a", 9))
     plan = scheduler.plan()
     assert plan is not None
-    with pytest.raises(ValueError, match="not computed to its end"):
+    with pytest.raises(ValueError, match="row 0 does not need logits"):
         scheduler.complete(plan, [0], [1])
     with pytest.raises(TypeError, match="parents"):
         scheduler.complete(plan, [0.5], [1])
@@ -316,15 +315,15 @@ def test_parents_out_of_order_are_refused() -> None:
         scheduler.complete(plan, [1, 0], [1, 2])
 
 
-def test_one_step_at_a_time() -> None:
+def test_a_plan_is_completed_or_aborted_once() -> None:
     scheduler = make()
     scheduler.submit(request("a"))
     plan = scheduler.plan()
     assert plan is not None
-    with pytest.raises(ValueError, match="under way"):
+    with pytest.raises(ValueError, match="a step is under way"):
         scheduler.plan()
     complete(scheduler, plan)
-    with pytest.raises(ValueError, match="not under way"):
+    with pytest.raises(ValueError, match="not the plan under way"):
         scheduler.complete(plan, [0], [1])
-    with pytest.raises(ValueError, match="not under way"):
+    with pytest.raises(ValueError, match="not the plan under way"):
         scheduler.abort(plan)

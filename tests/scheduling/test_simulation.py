@@ -13,21 +13,21 @@ from tests.support.scheduling import request
 
 
 @pytest.mark.slow
-def test_every_request_ends_once_with_the_tokens_that_are_its_own() -> None:
+def test_every_request_ends_once_with_its_own_tokens() -> None:
     summary = simulation.run(2_000, seed=0)
     assert not summary.failures, "\n".join(map(str, summary.failures))
     assert summary.num_requests == 2_000
-    # It must have come to what is rare.
+    # The run must contain rare events.
     for name in ("swapped", "recomputed", "aborts", "copies", "swaps", "reused", "expired"):
         assert summary.counts[name] > 10, name
 
 
-def test_a_seed_gives_the_same_run() -> None:
+def test_a_seed_determines_the_run() -> None:
     assert str(simulation.simulate(11)) == str(simulation.simulate(11))
 
 
 class LosesAToken(Scheduler):
-    """Takes the last token of every sixth step for another one."""
+    """Changes the last token of every sixth step."""
 
     num_completed = 0
 
@@ -40,7 +40,7 @@ class LosesAToken(Scheduler):
 
 
 class ForgetsAnEnd(Scheduler):
-    """Never tells of the first request that ends."""
+    """Does not report the end of the first request."""
 
     has_told = False
 
@@ -63,12 +63,12 @@ def test_a_broken_scheduler_is_noticed(broken: type[Scheduler]) -> None:
     assert any(report.failure for report in reports)
 
 
-def test_the_command_line_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_reports_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert simulation.main(["--requests", "80", "--seed", "3"]) == 0
     assert "80 requests from 2 seeds, 0 failed" in capsys.readouterr().out
 
 
-def test_the_reference_follows_the_request_alone() -> None:
+def test_the_reference_depends_on_the_request_alone() -> None:
     beams = request("a", 6, new=5, n=3)
     rows = reference(beams)
     assert rows == reference(beams)

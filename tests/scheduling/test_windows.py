@@ -1,4 +1,4 @@
-"""Schedulers over groups of layers: bounded blocks, prompts in chunks, room that is lacking."""
+"""Schedulers over groups of layers: bounded blocks, chunked prompts, preemption."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def serve(
     look: Callable[[StepPlan], None] = lambda plan: None,
     samples: int = 1,
 ) -> None:
-    """Compute until all requests have ended; each prompt continues as its number of samples."""
+    """Serve all requests to their end, each with `samples` samples."""
     has_begun: set[object] = set()
     for number in count():
         plan = scheduler.plan()
@@ -47,7 +47,7 @@ def serve(
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("windows", [(WINDOW,), (None, WINDOW)])
-def test_a_windowed_layer_holds_its_window_and_two_blocks_at_8k_tokens(
+def test_a_windowed_group_holds_its_window_plus_two_blocks(
     windows: tuple[int | None, ...], prefix_cache: bool
 ) -> None:
     scheduler = make(2000, windows, prefix_cache=prefix_cache)
@@ -66,23 +66,23 @@ def test_a_windowed_layer_holds_its_window_and_two_blocks_at_8k_tokens(
     assert scheduler.manager.num_held_blocks == 0
 
 
-def test_a_prompt_far_longer_than_the_pool_is_served_through_a_window() -> None:
+def test_a_windowed_prompt_may_exceed_the_pool() -> None:
     need = (WINDOW + CHUNK) // SIZE + 1
     scheduler = make(need, (WINDOW,))
     assert 10 * need < 50_000 // SIZE
     scheduler.submit(request("a", 50_000, new=20))
     serve(scheduler)
-    with pytest.raises(ValueError, match=rf"may need {need} blocks, the pool has {need - 1}"):
+    with pytest.raises(ValueError, match=rf"may need {need} blocks, but the pool has {need - 1}"):
         make(need - 1, (WINDOW,)).submit(request("a", 50_000, new=20))
 
 
-def test_groups_of_a_request_count_together_when_it_is_submitted() -> None:
+def test_submit_counts_the_blocks_of_all_groups() -> None:
     scheduler = make(100, (None, None, WINDOW))
-    with pytest.raises(ValueError, match="may need 150 blocks, the pool has 100"):
+    with pytest.raises(ValueError, match="may need 150 blocks, but the pool has 100"):
         scheduler.submit(request("a", 700, new=101))
 
 
-def test_what_one_prompt_computed_another_reuses_beyond_the_window() -> None:
+def test_a_prefix_longer_than_the_window_is_reused() -> None:
     scheduler = make(2000, (None, WINDOW))
     prompt = np.arange(8192, dtype=np.int32)
     scheduler.submit(request("a", prompt=prompt, new=2))
@@ -93,7 +93,7 @@ def test_what_one_prompt_computed_another_reuses_beyond_the_window() -> None:
     assert counts == [3, 1]
 
 
-def test_prompts_that_lack_room_for_a_chunk_wait_or_leave_and_all_are_served() -> None:
+def test_prompts_that_outgrow_the_pool_are_all_served() -> None:
     size = (WINDOW + CHUNK) // SIZE + 1
     scheduler = make(size + 40, (WINDOW,))
     for name in "abcd":
@@ -104,7 +104,7 @@ def test_prompts_that_lack_room_for_a_chunk_wait_or_leave_and_all_are_served() -
     assert scheduler.manager.num_held_blocks == 0
 
 
-def test_samples_that_are_computed_again_have_windows_of_their_own() -> None:
+def test_recomputed_samples_have_windows_of_their_own() -> None:
     scheduler = make(140, (None, 64), max_num_seqs=8)
     chosen = Counter[object]()
     for name in "abcd":

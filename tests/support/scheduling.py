@@ -1,4 +1,4 @@
-"""What the scheduler's tests share: requests in one line, and steps with a simple sampler."""
+"""Helpers for scheduler tests: requests in one line, and steps with a simple sampler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK_SIZE = 4
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that tests set."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -27,7 +27,7 @@ class Clock:
 def make(
     num_blocks: int = 64, num_host_blocks: int = 0, block_size: int = BLOCK_SIZE, **options: Any
 ) -> Scheduler:
-    """A scheduler with a manager of its own, without a watermark unless one is asked for."""
+    """Return a scheduler over a new manager; the watermark is 0 by default."""
     manager = BlockManager(num_blocks, block_size, num_host_blocks)
     return Scheduler(manager, **{"watermark": 0.0, **options})
 
@@ -37,7 +37,7 @@ def ids(count: int, first: int = 0) -> np.ndarray:
 
 
 def request(name: Hashable, length: int = 3, new: int = 4, **options: Any) -> Request:
-    """A request whose prompt is unlike all others', unless `prompt` is given."""
+    """Return a request with a unique prompt of `length` tokens, or with `prompt`."""
     prompt = options.pop("prompt", None)
     if prompt is None:
         prompt = ids(length, 1000 * (crc32(repr(name).encode()) % 100_003))
@@ -45,7 +45,7 @@ def request(name: Hashable, length: int = 3, new: int = 4, **options: Any) -> Re
 
 
 def complete(scheduler: Scheduler, plan: StepPlan, times: int = 1, token: int = 7) -> np.ndarray:
-    """Every row that chooses goes on so many times."""
+    """Continue every row that needs logits `times` times."""
     rows = np.repeat(plan.needs_logits.nonzero()[0], times)
     found = scheduler.complete(plan, rows, token + np.arange(len(rows)))
     scheduler.check()
@@ -53,7 +53,7 @@ def complete(scheduler: Scheduler, plan: StepPlan, times: int = 1, token: int = 
 
 
 def step(scheduler: Scheduler) -> StepPlan:
-    """Plan, and let every row go on once. There must be something to compute."""
+    """Plan a step and continue every row once. Fails if there is nothing to do."""
     plan = scheduler.plan()
     assert plan is not None
     scheduler.check()
@@ -65,7 +65,7 @@ def step(scheduler: Scheduler) -> StepPlan:
 def run(
     scheduler: Scheduler, each: Callable[[StepPlan], object] = len, steps_max: int = 2_000
 ) -> dict[Hashable, Reason]:
-    """Until nothing is left; how each request ended, in the order of their ends."""
+    """Run to the end; return the reason of each request, in the order of their ends."""
     ended: dict[Hashable, Reason] = {}
     for _ in range(steps_max):
         if not scheduler.has_work:
@@ -75,11 +75,11 @@ def run(
         for name, reason in plan.ended:
             assert name not in ended
             ended[name] = reason
-    raise AssertionError(f"after {steps_max} steps there are still {scheduler.names}")
+    raise AssertionError(f"after {steps_max} steps there are still {scheduler.request_ids}")
 
 
 def rows(plan: StepPlan) -> dict[Hashable, int]:
-    """How many tokens of each request a step has."""
+    """Return the number of tokens that a step computes for each request."""
     counts: dict[Hashable, int] = {}
     for name, count in zip(plan.request_ids, plan.num_scheduled.tolist(), strict=True):
         counts[name] = counts.get(name, 0) + count

@@ -214,7 +214,9 @@ def test_a_quota_bounds_the_memory_of_a_namespace(llama):
         assert engine.block_bytes == 8 * 1024
         engine.quotas["acme"] = "32KiB"
         assert dict(engine.quotas) == {"acme": "32KiB"}
-        with pytest.raises(ValueError, match="may need 5 blocks, its namespace may have 4"):
+        with pytest.raises(
+            ValueError, match="may need 5 blocks, but the quota of its namespace is 4"
+        ):
             engine.submit(prompt, namespace="acme", max_new_tokens=40)
         with engine.pause():
             streams = [

@@ -349,7 +349,7 @@ def test_continuous_batching_has_the_quotas_of_the_patch() -> None:
             with patch.namespace(namespace):
                 (output,) = llama().generate_batch([prompt], generation_config=config).values()
                 outputs.append(output)
-    assert "its namespace may have 6" in outputs[0].error
+    assert "the quota of its namespace is 6" in outputs[0].error
     assert outputs[1].error is None
     assert len(outputs[1].generated_tokens) == 8
 
