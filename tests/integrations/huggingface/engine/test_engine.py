@@ -189,7 +189,7 @@ def test_a_pool_for_few_requests_gives_the_same_tokens(name, costs):
         assert counts.total_preempted_by_swap > 0
 
 
-def test_a_shared_beginning_is_computed_once(llama):
+def test_a_shared_prefix_is_computed_once(llama):
     beginning = some_prompts(llama, count=1, longest=1)[0] * 64
     prompts = [beginning + prompt for prompt in some_prompts(llama, count=6)]
     with Engine(llama, memory="8MiB") as engine:
@@ -619,15 +619,15 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
         {"priority": 0.5},
         {"tenant": 3},
         {"namespace": ""},
-        {"name": ["a", "list"]},
+        {"request_id": ["a", "list"]},
         {"timeout": float("inf")},
         {"max_new_tokens": "9"},
         {"generation_config": {"max_new_tokens": 3}},
         {"prompt": {"ids": [5]}},
         {"logits_processor": [3]},
-        {"name": 3},
-        {"name": True},
-        {"name": ""},
+        {"request_id": 3},
+        {"request_id": True},
+        {"request_id": ""},
         {"use_cache": "no"},
         {"temperature": float("nan"), "do_sample": True},
         {"temperature": True, "do_sample": True},
