@@ -1,1 +1,1 @@
-"""What every engine needs, whatever model library computes its steps."""
+"""The engine: serves requests with any model library. It never imports transformers."""

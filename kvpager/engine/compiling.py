@@ -1,4 +1,4 @@
-"""Arguments of `torch.compile` that an engine's thread can use."""
+"""Checks of `torch.compile` arguments for the engine's thread."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ _CUDA_GRAPHS = "triton.cudagraphs"
 
 
 def require_no_cuda_graphs(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of `torch.compile` that ask for CUDA graphs. O(1). Raises: `ValueError`.
+    """Raise `ValueError` if arguments of `torch.compile` request CUDA graphs. O(1).
 
-    torch keeps its CUDA graph trees in thread-local state that only the main thread and autograd's
-    threads have: in an engine's thread the compiled forward pass would fail an assertion.
+    torch keeps its CUDA graph trees in thread-local state of the main thread and of autograd's
+    threads. In the engine's thread, the compiled forward pass would fail an assertion.
     """
     asked = _asking(arguments)
     if asked is not None:
         raise ValueError(
-            f"compile={{{asked}}}: it records CUDA graphs, which torch cannot do in an engine's "
-            "thread. Use mode='default' or mode='max-autotune-no-cudagraphs'."
+            f"compile={{{asked}}}: torch cannot record CUDA graphs in the engine's thread. "
+            "Use mode='default' or mode='max-autotune-no-cudagraphs'."
         )
 
 
 def _asking(arguments: Mapping[str, Any]) -> str | None:
-    """Return the argument that asks for CUDA graphs, as text."""
+    """Return the argument that requests CUDA graphs as text, or None."""
     from torch._inductor import config, list_mode_options
 
     backend, mode = arguments.get("backend", "inductor"), arguments.get("mode")

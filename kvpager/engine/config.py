@@ -1,4 +1,4 @@
-"""The settings of an engine, which `Engine`, the command line and the benchmarks share."""
+"""The settings of an engine, shared by `Engine`, the command line and the benchmarks."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ Forward = Literal["auto", "packed", "per_sequence"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What an engine may use, and whom it serves first.
+    """The settings of an engine.
 
     Args:
-        memory: bytes of the pool, such as `"4GiB"`; None takes what `max_num_seqs` rows of the
-            longest kind could need, at most nine tenths of a GPU's free memory, or half of the
-            host's for a model on the CPU.
-        host_memory: bytes of host memory to swap to when the pool is full.
-        block_size: token slots of a block, a power of two.
-        kv_cache_dtype: `"int8"` or `"fp8_e4m3"` to keep keys and values in eight bits.
-        eviction: which cached blocks leave first: a name of `kvpager.blocks.policies.POLICIES`, or
-            a function that makes an `EvictionPolicy` for a number of blocks.
-        max_batch_tokens: the most tokens of a forward pass.
-        max_num_seqs: the most rows computed at a time.
-        max_queue_size: the most requests that wait; None for no bound.
-        policy: who is served first: `"fifo"`, `"priority"`, or `"fair"` between tenants.
-        prefix_cache: keep what prompts and replies have in common between requests. The engine
-            looks at the model before its steps. After a change of weights, hooks or settings, it
-            reuses nothing that was computed before; requests under way go on with what they have.
+        memory: bytes of the KV cache, such as `"4GiB"`. None takes enough for `max_num_seqs`
+            sequences of maximum length, but at most nine tenths of a GPU's free memory, or half of
+            the free host memory for a model on the CPU.
+        host_memory: bytes of host memory for swapped requests; None for no swap.
+        block_size: token slots per block, a power of two.
+        kv_cache_dtype: `"int8"` or `"fp8_e4m3"` to store keys and values in eight bits.
+        eviction: the eviction policy: a name in `kvpager.blocks.policies.POLICIES`, or a function
+            that makes an `EvictionPolicy` for a number of blocks.
+        max_batch_tokens: maximum tokens per forward pass.
+        max_num_seqs: maximum concurrent sequences, capped at `max_batch_tokens`.
+        max_queue_size: maximum waiting requests; None for no limit.
+        policy: scheduling policy: `"fifo"`, `"priority"`, or `"fair"` between tenants.
+        prefix_cache: share the KV of equal prefixes between requests. The engine drops cached
+            prefixes when the model's weights, hooks or settings change. Running requests continue
+            with the KV they have.
         max_model_len: maximum tokens of a sequence, prompt included; None takes the model's
             `max_position_embeddings`.
-        costs: what swapping and computing again take; None measures it where there is
-            `host_memory`.
+        costs: cost model for swap vs. recompute; None measures it if `host_memory` is set.
         forward: `"packed"` computes all rows of a step in one forward pass, `"per_sequence"` each
             row in its own. `"auto"` probes the model and packs if the logits stay the same.
-        compile: have `torch.compile` compile the packed forward pass; or its arguments, such as
-            `{"options": {"freezing": True}}` for weights that never change. Modes that record
-            CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
+        compile: True compiles the packed forward pass with `torch.compile`. A dict passes
+            arguments to it, such as `{"options": {"freezing": True}}` for constant weights. Modes
+            that record CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
 
-    Raises: `TypeError`, `ValueError` for settings that make no sense.
+    Raises: `TypeError`, `ValueError` for settings of a wrong type or value.
     """
 
     memory: int | str | None = None
@@ -75,29 +74,29 @@ class EngineConfig:
             raise error(f"forward={shown(self.forward)}: expected one of {modes}.")
         if not isinstance(self.compile, bool | Mapping):
             raise TypeError(
-                f"compile {shown(self.compile)}: expected a bool, or a dict for torch.compile"
+                f"compile={shown(self.compile)}: expected a bool, or a dict for torch.compile."
             )
         if self.compile:
             require_no_cuda_graphs(self.compile_arguments)
         if self.costs is not None and not isinstance(self.costs, PreemptionCosts):
-            raise TypeError(f"costs {shown(self.costs)}: expected PreemptionCosts or None")
+            raise TypeError(f"costs={shown(self.costs)}: expected PreemptionCosts or None.")
 
     @classmethod
     def of(cls, config: EngineConfig | None, overrides: Mapping[str, Any]) -> EngineConfig:
-        """Return `config`, or the defaults, with some settings replaced. O(settings).
+        """Return `config`, or the defaults, with `overrides` applied. O(settings).
 
-        Raises: `TypeError` for a setting that does not exist, or a `config` of another type.
+        Raises: `TypeError` for an unknown setting, or a `config` of another type.
         """
         if config is not None and not isinstance(config, EngineConfig):
             raise TypeError(
-                f"config {arguments.shown(config)}: expected an EngineConfig. Give single settings "
-                "by name, such as memory='4GiB'."
+                f"config={arguments.shown(config)}: expected an EngineConfig. Pass single settings "
+                "by keyword, such as memory='4GiB'."
             )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in overrides:
             if name not in known:
                 raise TypeError(
-                    f"{name}: an engine has no such setting. It has {', '.join(known)}."
+                    f"{name}: unknown engine setting. Known settings: {', '.join(known)}."
                 )
         return dataclasses.replace(config or cls(), **overrides)
 

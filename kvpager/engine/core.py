@@ -1,4 +1,4 @@
-"""An engine for any runner: requests of token ids, served by a thread of its own.
+"""An engine for any runner. Serves requests of token ids on its own thread.
 
 with EngineCore(scheduler, runner, sampler) as core:
     request = Request(request_id="a", prompt=ids, max_new_tokens=100)
@@ -36,7 +36,7 @@ from kvpager.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger("kvpager")
 
-# Python ends threads like this one wherever they are when it exits, which C++ does not survive.
+# At exit Python stops daemon threads anywhere, and C++ code does not survive that.
 _open: weakref.WeakSet[EngineCore] = weakref.WeakSet()
 
 
@@ -46,7 +46,7 @@ def _close_all() -> None:
         core.close()
 
 
-# How long to sleep while requests live and there is nothing to compute: a deadline may pass.
+# Maximum sleep while requests live but nothing is computed: a deadline may pass.
 _PATIENCE_S = 0.05
 
 
@@ -55,23 +55,23 @@ def _nothing() -> None:
 
 
 class EngineCore:
-    """A scheduler, a runner and a sampler, and the thread that has requests computed.
+    """Runs a scheduler, a runner and a sampler on a thread of its own.
 
-    Thread-safe. Close it: its thread keeps it alive.
+    Thread-safe. The thread keeps the engine alive, so close the engine after use.
 
     Args:
         scheduler: no other code may call it.
-        runner: computes its plans.
-        sampler: chooses tokens.
-        tokenizer: for texts, as `kvpager.engine.text.text_tokenizer` returns it.
-        watch: tells whether the model is still the same; None where nothing is shared anyway.
-        on_step: called after every step, on the engine's thread.
-        on_begin: is called first of all on the engine's thread.
-        on_end: is called at the end of the engine's thread.
+        runner: computes the plans of the scheduler.
+        sampler: chooses tokens from logits.
+        tokenizer: decodes replies; a result of `kvpager.engine.text.text_tokenizer`, or None.
+        watch: reports changes of the model; None if requests share no prefixes.
+        on_step: callback invoked after every step, on the engine's thread.
+        on_begin: callback invoked at the start of the engine's thread.
+        on_end: callback invoked at the end of the engine's thread.
 
     Attributes:
-        quotas: the most blocks of each namespace.
-        error: what stopped the engine by itself, a defect; None while it works.
+        quotas: the maximum blocks of each namespace.
+        error: the defect that stopped the engine, or None.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._on_begin, self._on_end = on_begin, on_end
         self._is_open = True
-        self._lock = threading.RLock()  # over the scheduler and the requests
-        # Cancellations come from finalisers as well, which may run inside any call.
+        self._lock = threading.RLock()  # guards the scheduler and the requests
+        # Finalisers cancel requests too, and may run inside any call: they must not take locks.
         self._inbox: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
         self._dispatcher = Dispatcher()
         self._pauses = Pauses(self.process, self.clear_prefix_cache, self._dispatcher.post)
@@ -109,7 +109,7 @@ class EngineCore:
 
     @property
     def is_open(self) -> bool:
-        """True while requests are taken. O(1)."""
+        """True while the engine accepts requests. O(1)."""
         return self._is_open and self.process.is_current
 
     @property
@@ -123,12 +123,12 @@ class EngineCore:
         """Queue a request. O(tokens).
 
         Args:
-            request: its deadline is on the clock of `time.monotonic`.
-            settings: how its tokens are chosen.
-            prompt: what the runner is told as its prompt, if that is not `request.prompt`: what an
-                encoder reads.
+            request: the request. Its deadline is on the clock of `time.monotonic`.
+            settings: how to choose its tokens, and when to stop.
+            prompt: token ids that the runner gets as the prompt, such as the input of an encoder.
+                None passes `request.prompt`.
 
-        Raises: `EngineClosed`, and as `Scheduler.submit`.
+        Raises: `EngineClosed`; otherwise as `Scheduler.submit`.
         """
         begins = request.prompt.tolist()
         output = Output(
@@ -138,7 +138,7 @@ class EngineCore:
             arrival_time=time.monotonic(),
         )
         tracked = TrackedRequest(Channel(output), request, settings, begins, self._tokenizer)
-        # Made first: should an interrupt take it from the caller, it cancels the request.
+        # The stream exists before the request: if an interrupt drops it, it cancels the request.
         stream = Stream(
             tracked.channel,
             self._cancel,
@@ -153,32 +153,32 @@ class EngineCore:
         return stream
 
     def cancel(self, request_id: Hashable) -> None:
-        """End a request; does nothing for one that has ended. O(1). Raises: `EngineClosed`."""
+        """Cancel a request, unless it has ended. O(1). Raises: `EngineClosed`."""
         with self._locked():
             tracked = self._loop.requests.get(request_id)
         if tracked is not None:
             self._cancel(tracked.channel)
 
     def _cancel(self, channel: Channel) -> None:
-        """End the request whose channel this is, soon. O(1); safe in a finaliser."""
+        """Cancel the request of a channel soon. O(1); safe in a finaliser."""
         if self.process.is_current:
             self._inbox.put(channel)
 
-    # Not a generator: an interrupt's traceback would keep it, and the lock with it.
+    # Not a generator: the traceback of an interrupt would keep it alive, with the lock held.
     def _locked(self) -> AbstractContextManager[Any]:
-        """Return the lock. Raises: `EngineClosed` in a fork, whose copy may be held for ever."""
+        """Return the lock. Raises: `EngineClosed` in a fork, where the lock may never be free."""
         self.process.refuse_fork()
         return self._lock
 
     def refuse_closed(self) -> None:
-        """Raise `EngineClosed` if no request is taken any more."""
+        """Raise `EngineClosed` if the engine accepts no more requests."""
         self.process.refuse_fork()
         if not self.is_open:
             why = "" if self.error is None else f" after {self.error!r}"
-            raise EngineClosed(f"this engine is closed{why}; make a new one") from self.error
+            raise EngineClosed(f"the engine is closed{why}. Make a new one.") from self.error
 
     def stats(self) -> EngineStats:
-        """Return counts of now. O(blocks + sequences). Raises: `EngineClosed` in a fork."""
+        """Return current counts. O(blocks + sequences). Raises: `EngineClosed` in a fork."""
         with self._locked():
             return self._loop.stats()
 
@@ -188,7 +188,7 @@ class EngineCore:
             self.scheduler.clear_prefix_cache()
 
     def pause(self) -> Pause:
-        """Return a `with` block inside which no step is computed; its end drops cached prompts."""
+        """Return a context manager that holds all steps. Its end drops cached prefixes."""
         return Pause(self._pauses)
 
     @property
@@ -197,7 +197,7 @@ class EngineCore:
         return self._pauses.is_mine
 
     def stop(self) -> None:
-        """Have the thread end soon. O(1); safe in a finaliser, and in a fork."""
+        """Ask the thread to end soon. O(1); safe in a finaliser, and in a fork."""
         if self.process.is_current:
             self._is_open = False
             self._inbox.put(None)
@@ -229,7 +229,7 @@ class EngineCore:
                 with self._pauses.step():
                     is_idle = not self._pauses.is_any and not self._loop.step()
                 self._read_inbox(wait=is_idle)
-        except BaseException as error:  # a defect of kvpager: no caller may wait forever
+        except BaseException as error:  # a defect of kvpager: callers must not wait forever
             logger.exception("the engine stopped")
             self.error = error
         with self._lock:
@@ -243,7 +243,7 @@ class EngineCore:
         return self.is_open
 
     def _read_inbox(self, *, wait: bool) -> None:
-        """Act on cancellations; where there is nothing to compute, wait until something arrives."""
+        """Carry out cancellations. With `wait`, wait for the next request or cancellation."""
         while True:
             if wait:
                 self._rest()

@@ -1,4 +1,4 @@
-"""The steps of an engine: plan, compute, choose tokens, hand them out."""
+"""The steps of an engine: plan, compute, choose tokens, deliver them."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ from kvpager.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger("kvpager")
 
-_LOG_EVERY_S = 10.0  # preemptions, in INFO
+_LOG_EVERY_S = 10.0  # interval of INFO messages about preemptions
 
 
 class Loop:
-    """Computes the steps of a scheduler, one after the other.
+    """Computes the steps of a scheduler, one after another.
 
-    The engine's thread calls `step` and `end_all`. Other threads call the methods whose docstrings
-    say so, under `lock`.
+    The engine's thread calls `step` and `end_all`. Any thread may call the other methods while it
+    holds `lock`.
 
     Args:
-        scheduler: read and changed under `lock` alone.
-        runner: computes its plans.
-        sampler: chooses tokens.
-        dispatcher: hands tokens out.
-        lock: reentrant.
-        guard: drops cached prompts when the model changes; None where nothing is shared.
-        on_step: called after every step.
+        scheduler: accessed only while `lock` is held.
+        runner: computes the plans of the scheduler.
+        sampler: chooses tokens from logits.
+        dispatcher: delivers tokens to streams on its own thread.
+        lock: a reentrant lock.
+        guard: drops cached prefixes when the model changes; None if requests share no prefixes.
+        on_step: callback invoked after every step.
 
     Attributes:
-        between_steps: functions that are called before each step, under no lock. Cached prompts
-            stay. One that raises stops the engine.
+        requests: the live requests, by id.
+        between_steps: callbacks invoked before each step, without the lock. They keep cached
+            prefixes. A callback that raises stops the engine.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Loop:
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self.requests: dict[Hashable, TrackedRequest] = {}  # the live requests, by id
+        self.requests: dict[Hashable, TrackedRequest] = {}
         self.between_steps: list[Callable[[], None]] = []
         if guard is not None:
             self.between_steps.append(guard.between_steps)
@@ -69,9 +70,9 @@ class Loop:
         self._samples: dict[int, TrackedSample] = {}  # by sequence id
         self._busy_seconds = 0.0
         self._num_preempted = 0
-        self._logged: float | None = None  # when preemptions were, in INFO
+        self._logged: float | None = None  # time of the last INFO message about preemptions
 
-    # ---------------------------------------------------------------- for any thread
+    # ---------------------------------------------------------------- any thread, under the lock
 
     def submit(self, request: Request, tracked: TrackedRequest) -> None:
         """Queue a request. Call under the lock. O(tokens). Raises: as `Scheduler.submit`."""
@@ -79,7 +80,7 @@ class Loop:
             raise ValueError(
                 f"request_id={request.request_id!r}: a live request has this id. Choose another."
             )
-        # Track the request first: after an interrupt, no request may be queued but untracked.
+        # Track the request first: after an interrupt, no queued request may be untracked.
         self.requests[request.request_id] = tracked
         try:
             self.scheduler.submit(request)
@@ -91,10 +92,10 @@ class Loop:
             self._guard.note_arrival()
 
     def cancel(self, channel: Channel) -> None:
-        """End the request whose channel this is. Call under the lock. O(its blocks + waiting)."""
+        """Cancel the request of a channel. Call under the lock. O(its blocks + waiting)."""
         request_id = channel.output.request_id
         tracked = self.requests.get(request_id)
-        # It may have ended by now, and another may have its id.
+        # The request may have ended, and another request may have its id.
         if tracked is not None and tracked.channel is channel:
             self.scheduler.cancel(request_id)
 
@@ -103,17 +104,17 @@ class Loop:
         return (tracked.request for tracked in self.requests.values())
 
     def stats(self) -> EngineStats:
-        """Return counts of now. Call under the lock. O(blocks + sequences)."""
+        """Return current counts. Call under the lock. O(blocks + sequences)."""
         num_changes, doubt = 0, None
         if self._guard is not None:
             num_changes, doubt = self._guard.num_changes, self._guard.doubt
         pool = self.scheduler.manager.stats()
         return EngineStats(self.scheduler.stats(), pool, self._busy_seconds, num_changes, doubt)
 
-    # ---------------------------------------------------------------- the engine's thread
+    # ---------------------------------------------------------------- the engine's thread only
 
     def step(self) -> bool:
-        """Compute the scheduler's next step; False if there was nothing to do."""
+        """Compute the next step of the scheduler; return False if there is nothing to do."""
         for function in self.between_steps:
             function()
         with self._lock:
@@ -124,7 +125,7 @@ class Loop:
         try:
             logits = self.runner.run(plan, self._prompts(plan))
             draws = self._choose(plan, logits)
-        except BaseException as error:  # of a hook of the caller's, SystemExit as well
+        except BaseException as error:  # a hook of the caller may raise anything, even SystemExit
             self._give_up(plan, error)
             return True
         if len(plan):
@@ -133,7 +134,10 @@ class Loop:
         return True
 
     def end_all(self, error: BaseException | None) -> None:
-        """End all requests, with `error` if a defect stopped the engine. Call under the lock."""
+        """End all requests, with `error` if a defect stopped the engine. Call under the lock.
+
+        O(requests).
+        """
         for request_id, tracked in self.requests.items():
             tracked.error = error
             how = "was not done when the engine was closed"
@@ -177,7 +181,7 @@ class Loop:
         return self.requests[request_id].first_row() if sample is None else sample.row()
 
     def _advance(self, plan: StepPlan, draws: list[Draw]) -> None:
-        """Hand the chosen tokens out, and tell the scheduler which rows continue with which."""
+        """Deliver the chosen tokens, and complete the plan with the continuations."""
         parents: list[int] = []
         tokens: list[int] = []
         successors: list[TrackedSample] = []
@@ -203,7 +207,7 @@ class Loop:
             for request_id in failed:
                 self.scheduler.cancel(request_id)
         for row, seq_id, sample in zip(parents, seq_ids.tolist(), successors, strict=True):
-            if seq_id < 0:  # it has ended by itself
+            if seq_id < 0:  # the sequence has max_new_tokens
                 continue
             if seq_id != plan.seq_ids[row]:
                 self.runner.fork(int(plan.seq_ids[row]), seq_id)
@@ -215,10 +219,10 @@ class Loop:
             self._dispatcher.post(tracked.ending(reason))
 
     def _give_up(self, plan: StepPlan, error: BaseException) -> None:
-        """The step failed, and with it the requests in it; the others continue."""
+        """End the requests of a failed step. Other requests continue."""
         request_ids = list(dict.fromkeys(plan.request_ids))
         shown = ", ".join(map(repr, request_ids[:3])) + (", ..." if len(request_ids) > 3 else "")
-        logger.error("a step failed, and requests %s: %r", shown, error, exc_info=error)
+        logger.error("step failed for requests %s: %r", shown, error, exc_info=error)
         with self._lock:
             for request_id in self.scheduler.abort(plan):
                 if request_id in self.requests:
@@ -233,12 +237,12 @@ class Loop:
             stats = self.stats()
         try:
             self._on_step(StepRecord(len(plan), len(plan.token_ids), seconds, stats))
-        except BaseException:  # the caller's: requests do not suffer for it
-            logger.exception("on_step raised and is not called any more")
+        except BaseException:  # a defect of the callback must not end requests
+            logger.exception("on_step raised an exception and is disabled")
             self._on_step = None
 
     def _log_preemptions(self) -> None:
-        """Log requests that had to leave the device, in INFO once in a while, else in DEBUG."""
+        """Log new preemptions, at INFO at most every 10 seconds and otherwise at DEBUG."""
         if not self.scheduler.num_preempted:
             return
         counts = self.scheduler.stats()
@@ -250,8 +254,8 @@ class Loop:
         is_due = self._logged is None or now - self._logged >= _LOG_EVERY_S
         logger.log(
             logging.INFO if is_due else logging.DEBUG,
-            "KV cache is full: preempted %d times by swap, %d by recompute so far; %d requests "
-            "run, %d wait. A larger memory= avoids it.",
+            "KV cache is full: %d preemptions by swap and %d by recompute so far; %d requests "
+            "run, %d wait. Raise memory= to avoid preemption.",
             swaps,
             recomputes,
             counts.num_running,

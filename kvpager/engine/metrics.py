@@ -1,4 +1,4 @@
-"""What an engine counts."""
+"""The counts of an engine."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from kvpager.scheduling.stats import SchedulerStats
 
 
 class EngineStats(NamedTuple):
-    """A moment's counts.
+    """Counts at one moment.
 
     `model_changes` counts changes of the model's weights, hooks or settings; each dropped the
-    cached prompts. `unshared` is the reason why no prompts are shared now, or None.
+    cached prefixes. `unshared` is the reason why requests share no prefixes now, or None.
     """
 
     scheduler: SchedulerStats
     pool: Stats
-    busy_seconds: float  # in forward passes and sampling, since the engine was made
+    busy_seconds: float  # in forward passes and sampling, in total
     model_changes: int = 0
     unshared: str | None = None
 
 
 class StepRecord(NamedTuple):
-    """One step: what it computed, how long that took, and the counts after it."""
+    """One step: its rows and tokens, its duration, and the counts after it."""
 
     rows: int
     tokens: int
@@ -32,7 +32,7 @@ class StepRecord(NamedTuple):
 
     @property
     def slot_use(self) -> float:
-        """Of the token slots in held blocks, the share that holds a token; 1 where none is held."""
+        """The share of token slots in held blocks that hold a token; 1 if no block is held."""
         pool = self.stats.pool
         slots = pool.num_held * pool.block_size
         return pool.num_tokens / slots if slots else 1.0

@@ -1,4 +1,4 @@
-"""Cached prompts are dropped when the model that computed them changes."""
+"""Drops cached prefixes when the model that computed them changes."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ logger = logging.getLogger("kvpager")
 
 
 class ModelState(Protocol):
-    """A model at a moment."""
+    """The state of a model at one moment."""
 
     @property
     def version(self) -> int:
-        """Return a number that is another one after each change of the model. O(1)."""
+        """A number that differs after each change of the model. O(1)."""
 
     @property
     def doubt(self) -> str | None:
-        """Return why the state cannot be told, or None if it can. O(1)."""
+        """The reason why changes may go unnoticed, or None. O(1)."""
 
 
 class ModelWatch(Protocol):
-    """Tells whether a model is the same as before."""
+    """Detects changes of a model."""
 
     def look(self) -> ModelState:
-        """Compare all of the model with the last look."""
+        """Compare the whole model with its last known state."""
 
     def glance(self) -> ModelState:
-        """Compare a small part of the model with the last look, another part each time."""
+        """Compare a small part of the model with its last known state, a new part each time."""
 
 
 class ModelGuard:
-    """Lets requests share nothing that another state of the model computed.
+    """Keeps requests from sharing prefixes that another state of the model computed.
 
-    `between_steps` looks at the model before each step, under no lock. Before a request begins, all
-    of the model is looked at; while requests only continue, a part of it. `catch_up` looks again if
-    a request came meanwhile: its caller may have changed the model just before.
+    `between_steps` checks the model before each step, without the lock. It checks the whole model
+    if a request may start, and a part of it otherwise. `catch_up` checks again if a request arrived
+    meanwhile, because its caller may have changed the model just before.
 
     Args:
-        watch: tells whether the model changed.
-        scheduler: has the cached prompts.
-        lock: over the scheduler, reentrant.
+        watch: detects changes of the model.
+        scheduler: owns the cached prefixes.
+        lock: guards the scheduler; reentrant.
     """
 
     def __init__(
@@ -52,26 +52,26 @@ class ModelGuard:
         self._watch = watch
         self._scheduler = scheduler
         self._lock = lock
-        self._state: ModelState | None = None  # at the last look
-        self._has_arrivals = False  # since the beginning of the last look
+        self._state: ModelState | None = None  # at the last check
+        self._has_arrivals = False  # since the last check began
         self.num_changes = 0
 
     @property
     def doubt(self) -> str | None:
-        """Return why requests share no prompts now, or None if they do. O(1)."""
+        """The reason why requests share no prefixes now, or None. O(1)."""
         return None if self._state is None else self._state.doubt
 
     def between_steps(self) -> None:
-        """Look at the model, and drop cached prompts if it changed."""
+        """Check the model, and drop cached prefixes if it changed."""
         self._has_arrivals = False
         self._look()
 
     def note_arrival(self) -> None:
-        """Note that a request waits, after the scheduler has it. Call under the lock. O(1)."""
+        """Record that the scheduler got a request. Call under the lock. O(1)."""
         self._has_arrivals = True
 
     def catch_up(self) -> None:
-        """Look at the model again if a request came during the last look. Call under the lock."""
+        """Check again if a request arrived during the last check. Call under the lock."""
         if self._has_arrivals:
             self._look()
 
@@ -84,7 +84,7 @@ class ModelGuard:
         before, self._state = self._state, state
         is_new = before is not None and before.version != state.version
         if state.doubt is not None and (before is None or before.doubt != state.doubt):
-            logger.warning("requests share no prompts: %s", state.doubt)
+            logger.warning("requests share no prefixes: %s", state.doubt)
         if is_new or state.doubt is not None:
             self.num_changes += is_new
             with self._lock:

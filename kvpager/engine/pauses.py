@@ -1,4 +1,4 @@
-"""Pauses of an engine, which no interrupt leaves on."""
+"""Pauses of an engine. An interrupted pause always ends."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvpager.errors import KVPagerError
 
 
 class Pauses:
-    """Steps of one thread, and the pauses of other threads that hold them.
+    """The steps of one thread, and the pauses of other threads that hold them.
 
     Args:
-        process: of the engine; in a fork of it, pauses are refused.
-        on_end: is called at the end of each pause, before steps continue.
-        defer: has a function called soon, on any thread.
+        process: the process of the engine; pauses are refused in its forks.
+        on_end: callback invoked at the end of each pause, before steps continue.
+        defer: calls a function soon, on any thread.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Pauses:
         self._on_end = on_end
         self._defer = defer
         self._changed = Condition()
-        self._holders: dict[object, threading.Thread] = {}  # by pause, the thread that is in it
+        self._holders: dict[object, threading.Thread] = {}  # the thread of each pause
         self._steps = threading.Lock()  # held during a step
         self._stepping: threading.Thread | None = None
 
@@ -47,18 +47,18 @@ class Pauses:
         return bool(self._holders)
 
     def wait(self, is_over: Callable[[], bool]) -> None:
-        """Wait until no pause holds steps, or `is_over`; `wake` has it asked again."""
+        """Wait until no pause holds steps or `is_over()`, which `wake` evaluates again."""
         with self._changed:
             self._changed.wait_for(lambda: not self._holders or is_over())
 
     def wake(self) -> None:
-        """Have `wait` look again. O(1)."""
+        """Make `wait` evaluate its condition again. O(1)."""
         with self._changed:
             self._changed.notify_all()
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Make pauses that begin wait for the end of this block. O(1)."""
+        """Return a context manager; a pause that begins waits for its end. O(1)."""
         with self._steps:
             self._stepping = threading.current_thread()
             try:
@@ -67,17 +67,23 @@ class Pauses:
                 self._stepping = None
 
     def begin(self, pause: object) -> None:
-        """Hold steps; the one under way ends first. Raises: as `Pause`."""
+        """Hold steps, after the current step has ended. Raises: as `Pause`."""
         self._process.refuse_fork()
         if threading.current_thread() is self._stepping:
-            raise KVPagerError("pause: this is the engine's own thread, within a step")
+            raise KVPagerError(
+                "pause: called within a step, on the engine's own thread. That thread would wait "
+                "for itself. Call it on another thread."
+            )
         with self._changed:
             self._holders[pause] = threading.current_thread()
         with self._steps:
             pass
 
     def end(self, pause: object) -> None:
-        """Let steps continue unless another pause holds them. Idempotent; nothing in a fork."""
+        """End a pause; steps continue unless another pause holds them. Idempotent.
+
+        Does nothing in a fork.
+        """
         if self._process.is_current and pause in self._holders:
             try:
                 self._on_end()
@@ -87,21 +93,20 @@ class Pauses:
                     self._changed.notify_all()
 
     def drop(self, pause: object) -> None:
-        """Have a pause end soon. O(1); safe in a finaliser, and in a fork."""
+        """Ask for the end of a pause soon. O(1); safe in a finaliser, and in a fork."""
         if self._process.is_current and pause in self._holders:
             self._defer(partial(self.end, pause))
 
 
 class Pause:
-    """A `with` block in which no step is computed; pauses of several threads may overlap.
+    """A context manager during which no step is computed. Pauses of several threads may overlap.
 
-    Raises: `KVPagerError` within a step of the engine's own thread, which would wait for itself;
-    `EngineClosed` in a fork.
+    Raises: `KVPagerError` within a step on the engine's own thread; `EngineClosed` in a fork.
     """
 
     def __init__(self, pauses: Pauses) -> None:
         self._pauses = pauses
-        self._key = object()  # the engine does not keep a pause that is dropped
+        self._key = object()  # the engine refers to the key, so a dropped pause is finalised
 
     def __enter__(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Engines and forks: a forked process has a copy of an engine, without its threads."""
+"""Detection of forks: a forked process has a copy of an engine, but not its threads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from kvpager.errors import EngineClosed
 
 
 class Process:
-    """The process that something belongs to.
+    """The process that an object belongs to.
 
     Args:
-        what: is named in errors, such as "engine".
+        what: the name of the object in errors, such as "engine".
     """
 
     def __init__(self, what: str) -> None:
@@ -20,13 +20,13 @@ class Process:
 
     @property
     def is_current(self) -> bool:
-        """True in that process, False in a fork of it. O(1)."""
+        """True in the process, False in its forks. O(1)."""
         return os.getpid() == self._id
 
     def refuse_fork(self) -> None:
-        """Raise `EngineClosed` in a fork. Its locks may be held by threads that are not there."""
+        """Raise `EngineClosed` in a fork, where missing threads may hold the locks. O(1)."""
         if not self.is_current:
             raise EngineClosed(
-                f"this {self._what} belongs to process {self._id}, and process {os.getpid()} was "
-                f"forked from that one; make a new {self._what} after the fork"
+                f"this {self._what} belongs to process {self._id}, but the current process "
+                f"{os.getpid()} is a fork of it. Make a new {self._what} after the fork."
             )

@@ -9,12 +9,12 @@ from kvpager.scheduling.request import Request, blocks_needed
 
 
 class LiveQuotas:
-    """The quotas of a manager, none of them below what a live request may need.
+    """The quotas of a manager, never below the blocks that a live request may need.
 
-    Such a request could never end. The caller holds the lock over the manager.
+    Otherwise that request could never end. The caller holds the lock of the manager.
 
     Args:
-        manager: has the blocks.
+        manager: owns the blocks.
         live: returns the live requests.
     """
 
@@ -23,11 +23,11 @@ class LiveQuotas:
         self._live = live
 
     def ceiling(self, namespace: str | None) -> int | None:
-        """Return the most blocks a namespace may have. O(1)."""
+        """Return the maximum blocks of a namespace, or None. O(1)."""
         return self._manager.quotas.ceiling(namespace)
 
     def set(self, namespace: str | None, *, ceiling: int | None = None) -> None:
-        """Bound the blocks of a namespace. O(live requests + blocks).
+        """Set the maximum blocks of a namespace. O(live requests + blocks).
 
         Raises: `ValueError` if a live request may need more, or its requests hold more.
         """
@@ -37,17 +37,17 @@ class LiveQuotas:
             need = blocks_needed(request, len(request.prompt), self._manager)
             if need > ceiling:
                 raise ValueError(
-                    f"quota of {ceiling} blocks for namespace {namespace!r}: its request "
-                    f"{request.request_id!r} may need {need}. Cancel it, or raise the quota."
+                    f"quota of {ceiling} blocks for namespace {namespace!r}: request "
+                    f"{request.request_id!r} may need {need}. Cancel it or raise the quota."
                 )
         try:
             self._manager.quotas.set(namespace, ceiling=ceiling)
         except ValueError as error:
             raise ValueError(
                 f"quota of {ceiling} blocks for namespace {namespace!r}: its requests hold more. "
-                "Wait for them, cancel some, or raise the quota."
+                "Wait for them, cancel some or raise the quota."
             ) from error
 
     def drop(self, namespace: str | None) -> None:
-        """Remove the bound. O(blocks)."""
+        """Remove the quota of a namespace. O(blocks)."""
         self._manager.quotas.drop(namespace)

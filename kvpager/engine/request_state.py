@@ -1,4 +1,4 @@
-"""What an engine remembers of a request, and of each of its samples."""
+"""The engine's state of a live request and of its samples."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from kvpager.scheduling.request import Request
 
 
 class RequestSettings(NamedTuple):
-    """How the tokens of a request are chosen, and when a sample of it ends."""
+    """How to choose the tokens of a request, and when to end a sample.
 
-    sampling: Any = None  # for the sampler alone
-    generator: Any = None  # random numbers of its own, for the sampler alone
-    stop_ids: frozenset[int] = frozenset()  # a sample ends with each of these
-    # Returns the `stop_reason` for tokens that a sample ends with, else None.
+    `sampling` and `generator` are opaque to the engine; the sampler reads them.
+    """
+
+    sampling: Any = None
+    generator: Any = None  # random number generator of the request
+    stop_ids: frozenset[int] = frozenset()  # token ids that end a sample
+    # Maps the tokens of a sample to its `stop_reason`, or to None if it continues.
     find_stop: Callable[[list[int]], str | None] | None = None
     with_logprobs: bool = False
 
@@ -32,44 +35,45 @@ class TrackedSample:
     """A sample that continues."""
 
     tracked: TrackedRequest
-    index: int  # among the request's samples
+    index: int  # in `Output.samples`
     sample: Sample
 
     def ids(self) -> list[int]:
-        """Return all its tokens so far. O(tokens)."""
+        """Return all tokens so far, the prompt included. O(tokens)."""
         return self.tracked.begins + self.sample.token_ids
 
     def row(self) -> Row:
-        """Return the row of logits that its next token is chosen from. O(1)."""
+        """Return the row of logits for the next token. O(1)."""
         return self.tracked.row(self.ids)
 
 
 @dataclass(slots=True, eq=False)
 class TrackedRequest:
-    """A request between its submission and its end."""
+    """A request from submission to its end."""
 
     channel: Channel
     request: Request
     settings: RequestSettings
-    begins: list[int]  # the tokens that generated ones follow
+    begins: list[int]  # the tokens before the generated ones
     tokenizer: Any = None
     error: BaseException | None = None
 
     def first_row(self) -> Row:
-        """Return the row of logits behind the prompt. O(1)."""
+        """Return the row of logits for the first token of all samples. O(1)."""
         return self.row(lambda: self.begins, self.request.n)
 
     def row(self, ids: Callable[[], list[int]], times: int = 1) -> Row:
-        """Return a row of logits with this request's settings. O(1)."""
+        """Return a row of logits with the settings of the request. O(1)."""
         settings = self.settings
         return Row(settings.sampling, times, settings.generator, ids, settings.with_logprobs)
 
     def extend(
         self, parent: TrackedSample | None, draw: Draw, now: float
     ) -> tuple[list[Token], list[tuple[TrackedSample, int]]]:
-        """Note the tokens drawn for a row, of the prompt where `parent` is None. O(tokens drawn).
+        """Append the tokens drawn for a row. O(drawn tokens).
 
-        Returns the tokens to hand out, and the samples that continue, each with its token.
+        `parent` is None for the row that ends the prompt, from which all samples start.
+        Returns the tokens to deliver, and the samples that continue, each with its token.
         """
         arrived: list[Token] = []
         continuing: list[tuple[TrackedSample, int]] = []
@@ -82,7 +86,9 @@ class TrackedRequest:
             arrived.append(self._note(each, token, logprob))
             try:
                 self._finish(each, token)
-            except BaseException as error:  # of a criterion of the caller's, SystemExit as well
+            except (
+                BaseException
+            ) as error:  # a criterion of the caller may raise anything, even SystemExit
                 self.error = error
                 break
             if each.sample.finish_reason is None:
@@ -105,7 +111,7 @@ class TrackedRequest:
         return Token(token, each.index, logprob)
 
     def _finish(self, each: TrackedSample, token: int) -> None:
-        """Note why a sample ends with `token`, if it does."""
+        """Set the finish reason of a sample if `token` ends it."""
         sample, find_stop = each.sample, self.settings.find_stop
         if token in self.settings.stop_ids:
             sample.finish_reason = "stop"
@@ -117,7 +123,7 @@ class TrackedRequest:
                 sample.finish_reason = "stop"
 
     def ending(self, reason: Reason, how: str = "was cancelled") -> Callable[[], None]:
-        """Return a function that closes the channel. Another thread calls it: it makes texts."""
+        """Return a function that decodes texts and closes the channel, for another thread."""
         self.channel.output.finished_time = time.monotonic()
         return partial(self._close, reason, how)
 
@@ -127,12 +133,12 @@ class TrackedRequest:
             try:
                 for sample in output.samples:
                     sample.text = decode(self.tokenizer, sample.token_ids)
-            except BaseException as error:  # of a tokenizer of the caller's
+            except BaseException as error:  # a tokenizer of the caller may raise anything
                 self.error = self.error or error
         self.channel.close(self._error(reason, how))
 
     def _error(self, reason: Reason, how: str) -> KVPagerError | None:
-        """Return why the request has no result. An error that was met comes first."""
+        """Return why the request has no result, or None. `self.error` takes precedence."""
         request_id = self.channel.output.request_id
         if self.error is not None:
             error = RequestFailed(f"request {request_id!r} failed: {self.error!r}")
@@ -141,5 +147,5 @@ class TrackedRequest:
         if reason is Reason.CANCELLED:
             return RequestCancelled(f"request {request_id!r} {how}")
         if reason is Reason.EXPIRED:
-            return RequestExpired(f"request {request_id!r} was not done by its deadline")
+            return RequestExpired(f"request {request_id!r} was not finished by its deadline")
         return None

@@ -1,4 +1,4 @@
-"""What an engine needs of the code that computes: a `Runner` and a `Sampler`."""
+"""The protocols of the code that computes: `Runner` and `Sampler`."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from kvpager.plans import StepPlan
 
 
 class Runner(Protocol):
-    """Computes the plans of one scheduler, over blocks of its own.
+    """Computes the plans of one scheduler.
 
-    An engine calls `run` and `fork` on its own thread.
+    The engine calls `run` and `fork` on its own thread.
     """
 
     @property
     def device_type(self) -> str:
-        """Return the type of the device that computes, such as `"cpu"`. O(1)."""
+        """The type of the device that computes, such as `"cpu"`. O(1)."""
 
     @property
     def block_bytes(self) -> int:
-        """Return the bytes of a block, all layers. O(1)."""
+        """The bytes of a block, all layers. O(1)."""
 
     def run(self, plan: StepPlan, prompts: Mapping[int, list[int]]) -> Any:
         """Apply the swaps and copies of `plan`, then compute its rows.
 
         Args:
-            plan: may have swaps but no rows. What the samples in `plan.freed` keep
-                besides blocks is not needed any more.
-            prompts: the prompt of each row's request, by the row's number in `plan.seq_ids`.
+            plan: the plan. It may have swaps but no rows. The runner may drop its state of the
+                sequences in `plan.freed`.
+            prompts: the prompt of each row's request, by sequence id.
 
-        Returns the logits of the rows that want them, in order; only the sampler reads them.
-        An exception ends the requests of the step.
+        Returns the logits of the rows with `needs_logits`, in order, in a form that the sampler
+        reads. An exception ends the requests of the step.
         """
 
     def fork(self, parent: int, child: int) -> None:
-        """Let sample `child` continue from where sample `parent` is, besides the blocks."""
+        """Copy the runner's state of sequence `parent` to sequence `child`, blocks excluded."""
 
 
 class Row(NamedTuple):
-    """A row of logits, and what its request says about it."""
+    """A row of logits, and how to choose tokens from it."""
 
     sampling: Any  # see `RequestSettings`
-    times: int  # how many tokens to choose: one for each sample that continues from this row
+    times: int  # number of tokens to choose: one per sample that continues from this row
     generator: Any  # see `RequestSettings`
-    ids: Callable[[], list[int]]  # the row's tokens so far
+    ids: Callable[[], list[int]]  # returns the tokens of the row so far
     with_logprobs: bool
 
 
 class Draw(NamedTuple):
-    """The tokens chosen for a row, or the error that prevented it."""
+    """The tokens chosen for a row, or the error that prevented the choice."""
 
     tokens: list[int]
     logprobs: list[float] | None
@@ -62,5 +62,5 @@ class Sampler(Protocol):
     def choose(self, logits: Any, rows: Sequence[Row]) -> list[Draw]:
         """Return a draw for each row of `logits`, in order.
 
-        The error of one request belongs into its draw. An exception ends all requests of the step.
+        Return an error of one request in its draw. An exception ends all requests of the step.
         """

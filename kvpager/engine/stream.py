@@ -1,4 +1,4 @@
-"""What a request gives back: tokens as they come, and everything at the end."""
+"""Streams: the tokens of a request as they arrive, and its output at the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Token(NamedTuple):
     """One generated token."""
 
     id: int
-    sample: int  # which of the request's samples goes on with it
+    sample: int  # index of its sample in `Output.samples`
     logprob: float | None = None
 
 
@@ -41,12 +41,12 @@ class Sample:
     logprobs: list[float] | None = None
     finish_reason: FinishReason | None = None  # None if the request ended before this sample
     stop_reason: str | None = None  # the stop string, or the criterion's name; None for stop ids
-    text: str | None = None  # from the end on, if the engine has a tokenizer
+    text: str | None = None  # after the end, if the engine has a tokenizer
 
 
 @dataclass(slots=True)
 class Output:
-    """What became of a request.
+    """The result of a request.
 
     Times are those of `time.monotonic`. A time is None if the request did not get that far.
     """
@@ -69,15 +69,15 @@ class Output:
         """Return the text of the first sample. Raises: `ValueError` without a tokenizer."""
         text = self.samples[0].text
         if text is None:
-            raise ValueError(f"request {self.request_id!r} has no text: {_NO_TOKENIZER}")
+            raise ValueError(f"request {self.request_id!r} has no text. {_NO_TOKENIZER}")
         return text
 
 
-_NO_TOKENIZER = "make the engine with Engine(model, tokenizer=tokenizer)"
+_NO_TOKENIZER = "Make the engine with Engine(model, tokenizer=tokenizer)."
 
 
 class Channel:
-    """Where the engine leaves a request's tokens, for the reader of a `Stream`. Thread-safe."""
+    """Passes the tokens of a request from the engine to a `Stream`. Thread-safe."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
@@ -89,9 +89,12 @@ class Channel:
         self.is_done = False
         self.error: KVPagerError | None = None
 
-    # Not a generator: an interrupt's traceback would keep it, and the lock with it.
+    # Not a generator: the traceback of an interrupt would keep it alive, with the lock held.
     def _locked(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the lock; in a fork, none for ended requests, and `EngineClosed` for others."""
+        """Return the lock. In a fork, return no lock for an ended request.
+
+        Raises: `EngineClosed` in a fork, for a request that has not ended.
+        """
         if self._process.is_current:
             return self._changed
         if not self.is_done:
@@ -99,20 +102,20 @@ class Channel:
         return contextlib.nullcontext()
 
     def put(self, tokens: list[Token]) -> None:
-        """Tokens of one step. O(tokens + listeners)."""
+        """Deliver the tokens of one step. O(tokens + listeners)."""
         with self._changed:
             self._arrived.extend(tokens)
             self._wake()
 
     def close(self, error: KVPagerError | None) -> None:
-        """Nothing follows. O(listeners)."""
+        """End the channel, with `error` if the request has no result. O(listeners)."""
         with self._changed:
             self.error = error
-            self.is_done = True  # last: a fork reads it without the lock
+            self.is_done = True  # set last: a fork reads it without the lock
             self._wake()
 
     def listen(self, reader: Callable[[list[Token], bool], None]) -> None:
-        """Hand all tokens to `reader`, now and as they come. O(tokens)."""
+        """Pass all tokens to `reader`, now and as they arrive. O(tokens)."""
         self._process.refuse_fork()
         with self._changed:
             self._reader = reader
@@ -126,18 +129,21 @@ class Channel:
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             listener()
-        if self._reader is not None:  # last, because it may raise
+        if self._reader is not None:  # called last, because it may raise
             self._reader(arrived, self.is_done)
 
     def take(self, timeout: float | None = None) -> Token | None:
-        """Return the next token; None after the last. Raises: `TimeoutError`, `EngineClosed`."""
+        """Return the next token, or None after the last one.
+
+        Raises: `TimeoutError`, `EngineClosed`.
+        """
         with self._locked():
             if not self._changed.wait_for(lambda: self._arrived or self.is_done, timeout):
                 raise TimeoutError(f"no token of request {self.output.request_id!r} in {timeout} s")
             return self._arrived.popleft() if self._arrived else None
 
     def wait(self, timeout: float | None) -> None:
-        """Wait until nothing follows. Raises: `TimeoutError`, `EngineClosed`."""
+        """Wait for the end. Raises: `TimeoutError`, `EngineClosed`."""
         with self._locked():
             if not self._changed.wait_for(lambda: self.is_done, timeout):
                 raise TimeoutError(
@@ -145,7 +151,7 @@ class Channel:
                 )
 
     async def changed(self, is_enough: Callable[[], bool]) -> None:
-        """Until `is_enough`, without blocking the event loop."""
+        """Wait until `is_enough()`, without blocking the event loop."""
         loop = asyncio.get_running_loop()
         while True:
             woken = loop.create_future()
@@ -157,12 +163,12 @@ class Channel:
 
     @property
     def has_ended(self) -> bool:
-        """True if nothing follows. In a fork, nothing does."""
+        """True if no token follows, as always in a fork."""
         return self.is_done or not self._process.is_current
 
     @property
     def has_news(self) -> bool:
-        """Whether `take` would return at once."""
+        """True if `take` would return at once."""
         return bool(self._arrived) or self.is_done
 
 
@@ -171,27 +177,27 @@ def _resolve(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> No
         if not woken.done():
             woken.set_result(None)
 
-    with contextlib.suppress(RuntimeError):  # the loop is gone, and whoever waited with it
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and its tasks with it
         loop.call_soon_threadsafe(resolve)
 
 
 class Dispatcher:
-    """Does what others need not wait for, in order, on a thread of its own."""
+    """Runs tasks in order on a thread of its own, so that steps need not wait for them."""
 
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvpager-dispatcher", daemon=True)
 
     def start(self) -> None:
-        """Begin. No signal cuts this short on another thread than the main one. O(1)."""
+        """Start the thread. Call it off the main thread, where no signal interrupts it. O(1)."""
         self._thread.start()
 
     def post(self, task: Callable[[], object]) -> None:
-        """Have `task` done soon. O(1)."""
+        """Run `task` soon. O(1)."""
         self._tasks.put(task)
 
     def close(self) -> None:
-        """When all is done, end. Idempotent."""
+        """End the thread after all tasks. Idempotent."""
         self._tasks.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -204,15 +210,18 @@ class Dispatcher:
 
 @contextlib.contextmanager
 def listener_errors_logged() -> Iterator[None]:
-    """Log what a listener raises, SystemExit as well: other requests wait for their tokens."""
+    """Return a context manager that logs every exception of a listener, even SystemExit.
+
+    A listener that raises must not keep tokens from other requests.
+    """
     try:
         yield
     except BaseException:
-        logger.exception("a listener raised")
+        logger.exception("a listener raised an exception")
 
 
 class Stream:
-    """A request that was submitted: iterate over its tokens, or wait for its result.
+    """A submitted request: iterate over its tokens, or wait for its result.
 
         for token in engine.submit(prompt):           # or: async for
             print(token.id)
@@ -220,7 +229,7 @@ class Stream:
         for piece in engine.submit(prompt).text():    # or: async for
             print(piece, end="")
 
-    A stream that is dropped before its end cancels its request: nobody would read the rest.
+    Keep a reference to the stream: garbage-collecting it before its end cancels the request.
     """
 
     def __init__(
@@ -237,7 +246,7 @@ class Stream:
         self._detokenizer = detokenizer
 
     def __repr__(self) -> str:
-        # Without locks: a debugger may ask while another thread has them.
+        # Takes no lock: a debugger may call it while another thread holds the lock.
         channel, output = self._channel, self._channel.output
         if channel.is_done:
             state = "done" if channel.error is None else type(channel.error).__name__
@@ -250,24 +259,24 @@ class Stream:
 
     @property
     def request_id(self) -> Hashable:
-        """Return the id of the request."""
+        """The id of the request."""
         return self._channel.output.request_id
 
     @property
     def done(self) -> bool:
-        """True if the request has ended, in whatever way."""
+        """True if the request has ended, for any reason."""
         return self._channel.has_ended
 
     def cancel(self) -> None:
-        """End the request; what was generated stays readable. Does nothing where it has ended."""
+        """Cancel the request, unless it has ended. Generated tokens stay readable. O(1)."""
         if not self._channel.is_done:
             self._cancel(self._channel)
 
     def result(self, timeout: float | None = None) -> Output:
-        """Wait for the end.
+        """Wait for the end and return the output.
 
         Raises: `RequestCancelled`, `RequestExpired`, `RequestFailed`; `TimeoutError` after
-        `timeout` seconds, and the request goes on.
+        `timeout` seconds. The request continues after a timeout.
         """
         if timeout is not None:
             timeout = arguments.seconds("timeout", timeout)
@@ -275,12 +284,15 @@ class Stream:
         return self._outcome()
 
     def listen(self, reader: Callable[[list[Token], bool], None]) -> None:
-        """Have `reader` called with new tokens and whether the request has ended, at once and
-        after every step, on the thread that hands tokens out: it is not to wait. O(tokens)."""
+        """Call `reader` with new tokens, and with True once the request has ended. O(tokens).
+
+        The first call happens at once, the others after each step on the thread that delivers
+        tokens to all streams. So `reader` must not block.
+        """
         self._channel.listen(reader)
 
     def partial(self) -> Output:
-        """What there is by now."""
+        """Return the output so far. O(1)."""
         return self._channel.output
 
     def _outcome(self) -> Output:
@@ -291,23 +303,23 @@ class Stream:
     def text(self) -> TextStream:
         """Return an iterable of text pieces, for `for` and `async for`.
 
-        Iteration resumes where reading stopped. Every piece ends with a whole character. Special
-        tokens are left out. The joined pieces equal `Output.text` if the tokens are valid UTF-8.
+        Iteration resumes where reading stopped. Every piece ends with a complete character. Special
+        tokens are omitted. The joined pieces equal `Output.text` if the tokens are valid UTF-8.
 
-        Raises: `ValueError` for an engine without a tokenizer, or several samples. Iterating
-        raises as `result`, after the last piece.
+        Raises: `ValueError` for an engine without a tokenizer, or a request with several samples.
+        Iteration raises as `result`, after the last piece.
         """
         if self._detokenizer is None:
-            raise ValueError(f"text: there is no tokenizer; {_NO_TOKENIZER}")
+            raise ValueError(f"text: the engine has no tokenizer. {_NO_TOKENIZER}")
         if self._n > 1:
             raise ValueError(
-                f"text: the request has {self._n} samples, whose tokens come in turns; "
-                "wait for the result, or submit it several times"
+                f"text: the request has {self._n} samples, whose tokens are interleaved. "
+                "Use result(), or submit a request for each sample."
             )
         return TextStream(self, self._detokenizer)
 
     def __iter__(self) -> Iterator[Token]:
-        """The tokens from where reading stopped. Raises: as `result`, after the last token."""
+        """Yield tokens from where reading stopped. Raises: as `result`, after the last token."""
         yield from self._tokens()
         self._outcome()
 
@@ -335,21 +347,21 @@ class Stream:
         return self._outcome()
 
     def __del__(self) -> None:
-        # getattr: a half-made stream is finalised as well.
+        # getattr: a stream whose constructor was interrupted is finalised, too.
         channel = getattr(self, "_channel", None)
         if channel is not None and not channel.is_done:
             self._cancel(channel)
 
 
 class TextStream:
-    """The text of a `Stream` as it comes. Made by `Stream.text`."""
+    """The text of a `Stream` as it arrives, from `Stream.text`."""
 
     def __init__(self, stream: Stream, detokenizer: Detokenizer) -> None:
         self._stream = stream
         self._detokenizer = detokenizer
 
     def __iter__(self) -> Iterator[str]:
-        """Yield pieces that are not empty. Raises: as `Stream.result`, after the last."""
+        """Yield non-empty pieces. Raises: as `Stream.result`, after the last piece."""
         for token in self._stream._tokens():
             if piece := self._detokenizer.add(token.id):
                 yield piece

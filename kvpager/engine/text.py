@@ -1,4 +1,7 @@
-"""Text from tokens as they come: a character may take several tokens, and a token several bytes."""
+"""Incremental decoding: turns tokens into text as they arrive.
+
+A character may consist of several tokens, and a token of several bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ _MAX_HELD = 4 * _MAX_TOKENS
 
 
 class Detokenizer:
-    """Turns a text's tokens into pieces of it, each as soon as later tokens cannot change it.
+    """Turns tokens into pieces of text, each as soon as later tokens cannot change it.
 
-    A tokenizer decodes whole texts: whether a token begins with a space depends on the tokens
-    before it. So the last tokens are decoded with and without the new ones, as vLLM and TGI do:
+    The text of a token depends on the tokens before it; a leading space, for example. So each piece
+    is the difference of two decodings, as in vLLM and TGI:
 
         ids     ... [ context ][ held ]
         piece       decode(context + held) - decode(context)
 
-    Tokens are held while the text ends in the middle of a character.
+    Tokens are held while the text ends with an incomplete character.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -32,7 +35,7 @@ class Detokenizer:
         self._held: list[int] = []
 
     def add(self, token: int) -> str:
-        """Return the text that `token` completes; often all of its own. O(1) amortised."""
+        """Return the text that `token` completes, or "". O(1) amortised."""
         if token in self._special:
             return ""
         self._held.append(token)
@@ -41,7 +44,7 @@ class Detokenizer:
             return self._release(len(self._held), piece)
         if len(self._held) < _MAX_HELD:
             return ""
-        # These are no characters. Of the last tokens alone, one may still become complete.
+        # The held bytes are not valid UTF-8. Only the last tokens may still become a character.
         for number in range(len(self._held) - _MAX_TOKENS, 0, -1):
             beginning = self._text(self._held[:number])
             if piece.startswith(beginning):
@@ -49,19 +52,19 @@ class Detokenizer:
         return self._release(len(self._held), piece)
 
     def end(self) -> str:
-        """Return what is held: the tokenizer's replacement for half a character. O(1)."""
+        """Return the text of held tokens: replacement characters. O(1)."""
         return self._release(len(self._held), self._text(self._held)) if self._held else ""
 
     def _release(self, number: int, piece: str) -> str:
-        if piece:  # else the tokens before stay the context: a space may depend on them
+        if piece:  # otherwise keep the context: a later space may depend on it
             self._context = self._held[:number]
         self._held = self._held[number:]
         return piece
 
     def _text(self, ids: list[int]) -> str:
-        """Return what `ids` add to the text of the context."""
+        """Return the text that `ids` add after the context."""
         before, after = self._decode(self._context), self._decode(self._context + ids)
-        # Some tokenizers replace a run of bytes as a whole if the last of them break it.
+        # Some tokenizers replace a whole run of bytes if its last bytes are invalid.
         return after[len(before) :] if after.startswith(before) else self._decode(ids)
 
     def _decode(self, ids: list[int]) -> str:
@@ -75,9 +78,9 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
-    """Return the tokenizer of `tokenizer`, which may be a processor; None for None. O(1).
+    """Return the tokenizer of `tokenizer`, which may be a processor or None. O(1).
 
-    Raises: `TypeError` for what cannot decode.
+    Raises: `TypeError` for an object that cannot decode.
     """
     if tokenizer is None:
         return None
@@ -85,6 +88,6 @@ def text_tokenizer(tokenizer: Any) -> Any:
         if hasattr(found, "decode") and hasattr(found, "all_special_ids"):
             return found
     raise TypeError(
-        f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}; load it with "
-        "AutoTokenizer.from_pretrained"
+        f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}. "
+        "Load it with AutoTokenizer.from_pretrained."
     )

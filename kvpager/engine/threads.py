@@ -1,10 +1,9 @@
-"""OpenMP's idle workers, which slow those of other threads down.
+"""Ends idle OpenMP workers, which slow down the workers of other threads.
 
-Every thread that runs torch on a CPU has OpenMP workers of its own. GNU's OpenMP counts all of the
-process: once there are more than cores, workers no longer wait for work awake but sleep, and each
-of a model's hundreds of parallel regions has to wake them. With two cores, one thread that did
-something parallel before (making a model does) and an engine's thread are enough: a decoding step
-of 64 rows then took 55 ms, and 40 without the idle workers.
+Every thread that runs torch on a CPU has OpenMP workers of its own. If a process has more workers
+than cores, GNU's OpenMP puts idle workers to sleep instead of letting them spin. Then each of a
+model's hundreds of parallel regions has to wake them. On two cores, the workers of the thread that
+made the model are enough: a decoding step of 64 rows took 55 ms with them and 40 ms without.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ _OMP_PAUSE_SOFT = 1
 
 
 def end_idle_workers() -> None:
-    """End the calling thread's OpenMP workers; its next parallel region makes new ones. O(workers).
+    """End the OpenMP workers of the calling thread. O(workers).
 
-    Does nothing where OpenMP is not GNU's, or not loaded yet.
+    The next parallel region makes new workers. Does nothing unless GNU's OpenMP is loaded.
     """
     pause = _pause()
     if pause is not None:
@@ -32,7 +31,7 @@ def end_idle_workers() -> None:
 def _pause() -> Callable[[int], int] | None:
     if not sys.platform.startswith("linux"):
         return None
-    # torch brings its own copy along: the one that is loaded counts.
+    # torch ships its own copy of the library, so look for the loaded one.
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split()[-1] for line in lines if "/libgomp" in line}
     if len(paths) != 1:

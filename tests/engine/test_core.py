@@ -1,4 +1,4 @@
-"""The loop of an engine, over a runner whose tokens show what was in the blocks."""
+"""The engine core, over a runner whose tokens depend on the contents of the blocks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def some_prompts(count: int = 12, longest: int = 30, seed: int = 1) -> list[list
 
 
 @pytest.mark.parametrize("budget", [4, 7, 64, 2048])
-def test_tokens_follow_from_all_tokens_before_them(budget: int) -> None:
+def test_tokens_depend_on_all_earlier_tokens(budget: int) -> None:
     prompts = some_prompts()
     with ToyEngine(256, max_batch_tokens=budget) as engine:
         streams = [engine.ask(prompt, NEW) for prompt in prompts]
@@ -50,7 +50,7 @@ def test_tokens_follow_from_all_tokens_before_them(budget: int) -> None:
         engine.check_idle()
 
 
-def test_a_stream_gives_tokens_one_by_one_and_then_the_result() -> None:
+def test_a_stream_yields_tokens_and_then_the_result() -> None:
     with ToyEngine() as engine:
         stream = engine.ask([5, 6, 7], 9)
         tokens = [token.id for token in stream]
@@ -101,7 +101,7 @@ def test_a_stop_token_and_a_criterion_end_a_sample() -> None:
     )
 
 
-def test_log_probabilities_are_given_to_those_who_ask() -> None:
+def test_log_probabilities_are_returned_on_request() -> None:
     settings = RequestSettings(with_logprobs=True)
     with ToyEngine() as engine:
         with engine.pause():
@@ -112,7 +112,7 @@ def test_log_probabilities_are_given_to_those_who_ask() -> None:
         assert other.result().samples[0].logprobs is None
 
 
-def test_samples_of_a_prompt_continue_apart() -> None:
+def test_samples_of_a_prompt_diverge() -> None:
     prompt = list(range(10))
     with ToyEngine() as engine:
         stream = engine.ask(prompt, NEW, n=3)
@@ -123,8 +123,8 @@ def test_samples_of_a_prompt_continue_apart() -> None:
         ]
         for number, sample in enumerate(samples):
             assert [token.id for token in tokens if token.sample == number] == sample.token_ids
-        assert len(engine.runner.forks) == 2  # the runner hears of them
-        assert engine.stats().pool.total_copied > 0  # they began in one block
+        assert len(engine.runner.forks) == 2  # the runner gets them
+        assert engine.stats().pool.total_copied > 0  # they shared the last block
         engine.check_idle()
 
 
@@ -137,7 +137,7 @@ def test_a_sample_may_end_before_the_others() -> None:
         engine.check_idle()
 
 
-def test_the_runner_is_told_of_prompts_and_of_samples_that_ended() -> None:
+def test_the_runner_gets_prompts_and_ended_sequences() -> None:
     with ToyEngine() as engine:
         engine.ask([5, 6, 7], 2).result()
         assert engine.runner.prompts == {0: [5, 6, 7]}
@@ -150,7 +150,7 @@ def test_a_pool_for_few_requests_gives_the_same_tokens(costs: PreemptionCosts) -
     prompts = some_prompts(count=12, longest=60)
     third = sum(-(-(len(prompt) + 40) // BLOCK_SIZE) for prompt in prompts) // 3
     with ToyEngine(third, 200, costs=costs) as engine:
-        with engine.pause():  # all of them are there in the first step
+        with engine.pause():  # the first step contains all requests
             streams = [engine.ask(prompt, 40, n=1 + (len(prompt) % 3)) for prompt in prompts]
         for prompt, stream in zip(prompts, streams, strict=True):
             for number, sample in enumerate(stream.result().samples):
@@ -164,7 +164,7 @@ def test_a_pool_for_few_requests_gives_the_same_tokens(costs: PreemptionCosts) -
         assert counts.total_preempted_by_swap > 0
 
 
-def test_a_shared_beginning_is_computed_once_within_a_namespace() -> None:
+def test_a_shared_prefix_is_computed_once_per_namespace() -> None:
     prompts = [list(range(64)) + prompt for prompt in some_prompts(6)]
     with ToyEngine(512) as engine:
         streams = [engine.ask(prompt, NEW) for prompt in prompts]
@@ -211,7 +211,7 @@ def test_fifty_threads_submit_and_cancel() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])  # prefilling, decoding
-def test_a_request_that_is_cancelled_ends_and_leaves_the_others_alone(steps: int) -> None:
+def test_cancelling_a_request_affects_no_other_request(steps: int) -> None:
     with ToyEngine(max_batch_tokens=16) as engine:
         gate = Gate(engine.runner)
         stream = engine.ask(list(range(3, 33)), 50)
@@ -227,7 +227,7 @@ def test_a_request_that_is_cancelled_ends_and_leaves_the_others_alone(steps: int
         engine.check_idle()
 
 
-def test_a_stream_that_is_dropped_cancels_its_request() -> None:
+def test_garbage_collecting_a_stream_cancels_its_request() -> None:
     with ToyEngine(256) as engine:
         gate = Gate(engine.runner)
         stream = engine.ask([5, 6], 500, request_id="dropped")
@@ -248,7 +248,7 @@ def test_a_request_ends_at_its_deadline() -> None:
         engine.check_idle()
 
 
-def test_a_deadline_that_passes_while_nothing_can_run_is_noticed() -> None:
+def test_a_deadline_passes_while_no_request_can_run() -> None:
     with ToyEngine(4) as engine:
         foreign = engine.scheduler.manager.allocate(4 * BLOCK_SIZE)
         stream = engine.ask([5, 6], 3, deadline=time.monotonic() + 0.1)
@@ -270,7 +270,7 @@ def test_a_full_queue_refuses() -> None:
         engine.check_idle()
 
 
-def test_a_name_is_used_once_at_a_time() -> None:
+def test_a_live_request_id_is_refused() -> None:
     with ToyEngine() as engine:
         gate = Gate(engine.runner)
         stream = engine.ask([5], 3, request_id="twice")
@@ -281,7 +281,7 @@ def test_a_name_is_used_once_at_a_time() -> None:
         engine.ask([5], 1, request_id="twice").result()
 
 
-def test_cancel_by_name_does_nothing_for_what_has_ended() -> None:
+def test_cancelling_an_ended_request_does_nothing() -> None:
     with ToyEngine() as engine:
         gate = Gate(engine.runner)
         stream = engine.ask([5], 30, request_id="mine")
@@ -342,7 +342,7 @@ def test_a_step_that_raises_ends_the_requests_in_it(
         engine.check_idle()
 
 
-def test_a_defect_ends_all_requests_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_ends_all_requests_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("a defect")
 
@@ -358,7 +358,7 @@ def test_a_defect_ends_all_requests_and_says_so(monkeypatch: pytest.MonkeyPatch)
             engine.ask([5])
 
 
-def test_closing_ends_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_cancels_live_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[str] = []
     engine = ToyEngine(512, core={"on_end": lambda: ends.append("end")})
     gate = Gate(engine.runner)
@@ -370,12 +370,12 @@ def test_closing_ends_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.close()
     with pytest.raises(RequestCancelled, match="closed"):
         stream.result(timeout=60)
-    with pytest.raises(EngineClosed, match="make a new one"):
+    with pytest.raises(EngineClosed, match="Make a new one"):
         engine.ask([5])
     assert ends == ["end"]
 
 
-def test_a_request_that_is_interrupted_as_it_is_submitted_is_gone(
+def test_an_interrupt_of_submit_leaves_no_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with ToyEngine() as engine:
@@ -396,20 +396,20 @@ def test_a_request_that_is_interrupted_as_it_is_submitted_is_gone(
 # -------------------------------------------------------------------- listeners and on_step
 
 
-def test_a_listener_that_raises_does_not_keep_others_waiting() -> None:
+def test_a_listener_that_raises_delays_no_other_request() -> None:
     def fail(tokens: list[Token], is_done: bool) -> None:
         raise ZeroDivisionError("of the listener")
 
     with ToyEngine() as engine:
         with engine.pause():
             stream = engine.ask([5, 6], 5)
-            with pytest.raises(ZeroDivisionError):  # it is called at once, by this thread
+            with pytest.raises(ZeroDivisionError):  # the first call happens at once, on this thread
                 stream.listen(fail)
         assert len(stream.result(timeout=60).token_ids) == 5
 
 
 @pytest.mark.parametrize("timeout", [True, "9", -1.0, float("nan")])
-def test_a_result_waits_for_seconds(timeout: Any) -> None:
+def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
     with ToyEngine() as engine:
         stream = engine.ask([5], 2)
         with pytest.raises((ValueError, TypeError), match="timeout"):
@@ -417,7 +417,7 @@ def test_a_result_waits_for_seconds(timeout: Any) -> None:
 
 
 @KINDS
-def test_what_a_listener_raises_takes_no_tokens_from_others(kind: type[BaseException]) -> None:
+def test_a_listener_that_raises_loses_no_tokens(kind: type[BaseException]) -> None:
     def fail(tokens: list[Token], is_done: bool) -> None:
         if tokens or is_done:
             raise kind("of the listener")
@@ -431,7 +431,7 @@ def test_what_a_listener_raises_takes_no_tokens_from_others(kind: type[BaseExcep
         assert len(bad.result(timeout=60).token_ids) == 5
 
 
-def test_on_step_is_told_of_every_step() -> None:
+def test_on_step_gets_every_step() -> None:
     records: list[StepRecord] = []
     with ToyEngine(core={"on_step": records.append}) as engine:
         engine.ask([5, 6, 7], 4).result()
@@ -442,7 +442,7 @@ def test_on_step_is_told_of_every_step() -> None:
 
 
 @KINDS
-def test_what_on_step_raises_does_no_harm_to_requests(kind: type[BaseException]) -> None:
+def test_an_on_step_that_raises_ends_no_request(kind: type[BaseException]) -> None:
     def fail(record: StepRecord) -> None:
         raise kind("of on_step")
 
@@ -453,11 +453,11 @@ def test_what_on_step_raises_does_no_harm_to_requests(kind: type[BaseException])
 # -------------------------------------------------------------------- pauses
 
 
-def test_no_step_is_computed_in_a_pause_and_its_end_drops_cached_prompts() -> None:
+def test_a_pause_holds_steps_and_then_drops_cached_prefixes() -> None:
     prompt = list(range(40))
     with ToyEngine() as engine:
         engine.ask(prompt, 2).result()
-        with engine.pause(), engine.pause():  # the second of a thread waits for nothing
+        with engine.pause(), engine.pause():  # a second pause of a thread does not wait
             assert engine.is_paused_here
             before = engine.stats().scheduler.total_steps
             stream = engine.ask(prompt, 2)
@@ -495,11 +495,11 @@ def test_pausing_within_a_step_is_refused() -> None:
 # -------------------------------------------------------------------- between steps
 
 
-def test_functions_run_between_steps_and_cached_prompts_stay() -> None:
+def test_callbacks_between_steps_keep_cached_prefixes() -> None:
     prompt, calls = list(range(40)), []
 
     def note() -> None:
-        # Another thread gets the engine's lock meanwhile.
+        # Another thread can take the engine's lock meanwhile.
         thread = threading.Thread(target=lambda: calls.append(engine.stats().scheduler.total_steps))
         thread.start()
         thread.join()
@@ -512,7 +512,7 @@ def test_functions_run_between_steps_and_cached_prompts_stay() -> None:
         assert engine.stats().pool.prefix_hit_tokens >= 36
 
 
-def test_a_function_between_steps_that_raises_stops_the_engine() -> None:
+def test_a_callback_between_steps_that_raises_stops_the_engine() -> None:
     def fail() -> None:
         raise RuntimeError("a defect")
 

@@ -1,4 +1,4 @@
-"""A forked process cannot use its parent's engines, says so at once, and can make its own."""
+"""Forks: a forked process cannot use engines of its parent, but can make its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ engine = ToyEngine()
 engine.quotas["other"] = 3
 ended = engine.ask([5, 6, 7], 20)
 ended.result()
-# Locks that a thread holds as the process forks are held for ever in the child.
+# A lock that a thread holds during a fork is held forever in the child.
 with engine.pause():
     running = engine.ask([5, 6, 7], 20, request_id="running")
     with engine._lock, running._channel._changed:
@@ -45,7 +45,7 @@ engine.close()
 """
 
 
-def test_a_fork_refuses_what_its_parent_serves_and_the_parent_continues() -> None:
+def test_a_fork_refuses_engines_of_its_parent() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
         cwd=Path(__file__).resolve().parents[2],
@@ -56,7 +56,7 @@ def test_a_fork_refuses_what_its_parent_serves_and_the_parent_continues() -> Non
     assert done.returncode == 0, done.stderr
 
 
-def test_an_engine_that_nobody_closed_ends_with_its_program() -> None:
+def test_an_open_engine_ends_with_its_program() -> None:
     program = """
 from tests.support.toy_runner import ToyEngine
 engine = ToyEngine(512)

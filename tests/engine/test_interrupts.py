@@ -1,4 +1,4 @@
-"""Ctrl-C in a call of an engine, at every moment: the next call is right, and nothing is left."""
+"""Interrupts of engine calls, at every moment: the next call works, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.interrupts import Moments, by_signal
 from tests.support.toy_runner import ToyEngine, expected
 
 PATIENCE = 60.0
-# How many moments of a submission to interrupt; it has some hundreds.
+# Number of moments of a submission to interrupt, of several hundred.
 NUM_MOMENTS = int(os.environ.get("KVPAGER_INTERRUPTS", "0")) or 50
 
 
@@ -68,7 +68,9 @@ def test_an_interrupted_pause_lets_steps_continue(is_end: bool) -> None:
         for number in moments(pause):
             with pytest.raises(KeyboardInterrupt) as interrupt:
                 pause(Moments(number, by_signal))
-            if is_end and number == 1:  # it has not begun, so the end comes with the traceback's
+            if (
+                is_end and number == 1
+            ):  # `__exit__` has not begun, so the pause ends with the traceback
                 del interrupt
                 gc.collect()
             assert len(engine.ask([5, 6, 7], 1).result(PATIENCE).token_ids) == 1

@@ -1,4 +1,4 @@
-"""Requests share nothing that another state of the model computed."""
+"""Requests share no prefixes that another state of the model computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class State(NamedTuple):
 
 
 class Watch:
-    """A model that changes when a test says so."""
+    """A model watch that tests control."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -37,7 +37,7 @@ class Watch:
         return State(self.version, self.doubt)
 
 
-def test_a_change_of_the_model_drops_cached_prompts() -> None:
+def test_a_change_of_the_model_drops_cached_prefixes() -> None:
     watch = Watch()
     with ToyEngine(core={"watch": watch}) as engine:
         for _ in range(2):
@@ -51,15 +51,15 @@ def test_a_change_of_the_model_drops_cached_prompts() -> None:
         assert (stats.model_changes, stats.unshared) == (1, None)
 
 
-def test_all_of_the_model_is_looked_at_before_a_request_begins_else_a_part() -> None:
+def test_the_whole_model_is_checked_before_a_request_starts() -> None:
     watch = Watch()
     with ToyEngine(core={"watch": watch}) as engine:
         engine.ask(PROMPT, 10).result()
-        assert 1 <= watch.looks <= 2  # the second, if the first came while it was submitted
+        assert 1 <= watch.looks <= 2  # twice if the request arrived during the first check
         assert watch.glances >= 8
 
 
-def test_a_model_in_doubt_shares_nothing() -> None:
+def test_a_model_in_doubt_shares_no_prefixes() -> None:
     watch = Watch()
     watch.doubt = "it cannot be told"
     with ToyEngine(core={"watch": watch}) as engine:
@@ -71,8 +71,8 @@ def test_a_model_in_doubt_shares_nothing() -> None:
     assert stats.model_changes == 0
 
 
-def test_a_request_that_comes_during_a_look_has_the_model_looked_at_again() -> None:
-    """Its caller may have changed the model after it was looked at."""
+def test_a_request_that_arrives_during_a_check_repeats_it() -> None:
+    """The caller may have changed the model after the check."""
     watch, streams = Watch(), []
 
     def change_and_submit() -> None:
@@ -83,7 +83,7 @@ def test_a_request_that_comes_during_a_look_has_the_model_looked_at_again() -> N
         engine.ask(PROMPT, 2).result()
         with engine.pause():
             pass
-        engine.ask(PROMPT, 2).result()  # cached again
+        engine.ask(PROMPT, 2).result()  # caches the prefix again
         hits = engine.stats().pool.prefix_hit_tokens
         watch.during_look = change_and_submit
         engine.ask([7, 8, 9], 1).result()

@@ -1,4 +1,4 @@
-"""A tenant gets no more blocks than its quota, and other tenants do not wait for it."""
+"""Quotas of an engine: a namespace stays within its quota and delays no other namespace."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_request_beyond_its_quota_is_refused() -> None:
 
 
 def test_quotas_are_a_mapping_in_blocks_or_bytes() -> None:
-    with ToyEngine() as engine:  # whose blocks have 1 MiB
+    with ToyEngine() as engine:  # a block has 1 MiB
         engine.quotas["acme"] = 10
         engine.quotas["other"] = "20.5MiB"
         assert dict(engine.quotas) == {"acme": 10, "other": "20.5MiB"}
@@ -58,7 +58,7 @@ def test_quotas_are_a_mapping_in_blocks_or_bytes() -> None:
             del engine.quotas["acme"]
 
 
-def test_a_quota_below_what_a_live_request_needs_or_holds_is_refused() -> None:
+def test_a_quota_too_small_for_live_requests_is_refused() -> None:
     with ToyEngine() as engine:
         engine.quotas["acme"] = 12
         with Gate(engine.runner) as gate:
@@ -66,7 +66,7 @@ def test_a_quota_below_what_a_live_request_needs_or_holds_is_refused() -> None:
                 engine.ask([i] * 2 * BLOCK_SIZE, 4, request_id=f"r{i}", namespace="acme")
                 for i in range(3)
             ]
-            gate.let(2)  # by now all three have begun
+            gate.let(2)  # by now all three have started
             gate.entered.acquire()
             with pytest.raises(ValueError, match=r"request 'r0' may need 3\. Cancel it"):
                 engine.quotas["acme"] = 2

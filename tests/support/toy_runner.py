@@ -33,7 +33,7 @@ def _hash(states: Sequence[int]) -> int:
 
 
 def expected(prompt: Sequence[int], count: int, sample: int = 0) -> list[int]:
-    """Return the tokens that a request has to have. `sample`: which of several."""
+    """Return the correct tokens of sample number `sample` of a request."""
     states, tokens = [_BEFORE_ALL], []
     for token in prompt:
         states.append(_state(states[-1], token))
@@ -60,7 +60,7 @@ class ToyRunner:
         self.prompts: dict[int, list[int]] = {}
 
     def register_forward_pre_hook(self, hook: Callable[[Any, Any], Any]) -> _Hook:
-        """Call `hook` before each step with rows, as a module of torch does."""
+        """Call `hook` before each step with rows, like a module of torch."""
         self._hooks.append(hook)
         return _Hook(self._hooks, hook)
 
@@ -68,7 +68,7 @@ class ToyRunner:
         self.forks.append((parent, child))
 
     def run(self, plan: StepPlan, prompts: Mapping[int, list[int]]) -> list[int]:
-        """Return the hash of each row that wants logits."""
+        """Return the hash of each row that needs logits."""
         tiers = {"device": self._device, "host": self._host}
         for swap in plan.swaps:
             tiers[swap.destination][swap.copies[:, 1]] = tiers[swap.source][swap.copies[:, 0]]
@@ -99,7 +99,7 @@ class ToyRunner:
         ):
             slots[slot] = state = _state(state, token)
         states: list[int] = slots[seen].tolist()
-        assert min(states) >= 0, "a slot that was never written is read"
+        assert min(states) >= 0, "an unwritten slot is read"
         return states
 
 
@@ -113,7 +113,7 @@ class _Hook(NamedTuple):
 
 
 class ToySampler:
-    """A `kvpager.engine.runner.Sampler`: of several tokens for a row, each is one more.
+    """A `kvpager.engine.runner.Sampler`. Token i of a row is the row's hash plus i.
 
     The `sampling` of a row is None, or a function of the row's ids that may raise.
     """
@@ -132,7 +132,7 @@ class ToySampler:
 
 
 class ToyEngine(EngineCore):
-    """An engine of a toy runner, which takes prompts as lists."""
+    """An engine over a toy runner."""
 
     runner: ToyRunner
 
@@ -172,8 +172,8 @@ class ToyEngine(EngineCore):
         return self.submit(request, settings or RequestSettings())
 
     def check_idle(self) -> None:
-        """Require that ended requests hold nothing, once a last one has ended."""
-        self.ask([5], 1).result(60)  # its plan tells of the ends before
+        """Assert that no request holds blocks, after one more request has ended."""
+        self.ask([5], 1).result(60)  # its plan reports earlier ends
         while self.stats().scheduler.num_running:
             pass
         pool = self.stats().pool

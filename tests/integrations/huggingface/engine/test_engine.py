@@ -357,7 +357,7 @@ def test_closing_ends_what_is_left_and_restores_the_model(monkeypatch):
     engine.close()
     with pytest.raises(RequestCancelled):
         stream.result(timeout=60)
-    with pytest.raises(EngineClosed, match="make a new one"):
+    with pytest.raises(EngineClosed, match="Make a new one"):
         engine.submit([5])
     assert model.config._attn_implementation == "eager"
     assert model.training
@@ -728,7 +728,7 @@ def test_the_log_tells_of_starts_preemptions_and_failed_steps(llama, caplog):
             engine.submit([5], request_id="mine").result(timeout=60)
         hook.remove()
     (failed,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "a step failed, and requests 'mine'" in failed.message
+    assert "step failed for requests 'mine'" in failed.message
     assert failed.exc_info[0] is ZeroDivisionError
 
 
@@ -792,9 +792,11 @@ def test_settings_come_as_an_object_or_as_keywords() -> None:
 
 def test_a_setting_that_does_not_exist_is_refused_by_name() -> None:
     model = tiny_models.tiny_model("llama")
-    with pytest.raises(TypeError, match=r"max_num: an engine has no such setting\. It has memory"):
+    with pytest.raises(
+        TypeError, match=r"max_num: unknown engine setting\. Known settings: memory"
+    ):
         Engine(model, max_num=3)
-    with pytest.raises(TypeError, match=r"expected an EngineConfig\. Give single settings by name"):
+    with pytest.raises(TypeError, match=r"expected an EngineConfig\. Pass single settings"):
         Engine(model, {"memory": "1MiB"})
 
 
