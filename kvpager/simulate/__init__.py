@@ -1,1 +1,1 @@
-"""Replay recorded traffic against eviction policies: behind `kvpager simulate`."""
+"""Replay of recorded traffic through eviction policies, for `kvpager simulate`."""

@@ -1,7 +1,7 @@
 """Generate traces of several kinds of traffic.
 
-A generated trace shows how policies differ. It is no evidence about real traffic. Lengths are in
-blocks of about 512 tokens, waits in requests. The same arguments give the same trace.
+A generated trace shows how policies differ, but is no evidence about real traffic. Lengths are in
+blocks of about 512 tokens, and waiting times in requests. Equal arguments give equal traces.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from kvpager.simulate.replay import Trace, number_prefixes
 
 Prompt = list[int]
 
-GENERATED_MAX = 1_000_000  # requests
+GENERATED_MAX = 1_000_000  # maximum requests of a generated trace
 
 
 class Traffic:
-    """Random numbers, block numbers that were never used before, and the requests to come."""
+    """The state of a generator: random numbers, unused block numbers and future requests."""
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
@@ -39,23 +39,23 @@ class Traffic:
         return 1 + int(min(self.random.lognormal(np.log(mean), spread), most))
 
     def zipf(self, count: int) -> int:
-        """Draw a number below `count`: number n with a weight of 1 / (n + 1). O(1)."""
+        """Draw a number n below `count` with weight 1 / (n + 1). O(1)."""
         return min(int((count + 1) ** self.random.random()) - 1, count - 1)
 
     def wait(self, until: float, prompt: Prompt, turns: int) -> None:
-        """Let `prompt` continue at `until`, for `turns` turns. O(log waiting)."""
+        """Schedule `prompt` to continue at time `until`, for `turns` turns. O(log waiting)."""
         self._num_waits += 1
         heapq.heappush(self._waiting, (until, self._num_waits, prompt, turns))
 
     def due(self, now: float) -> tuple[Prompt, int] | None:
-        """Take out the prompt that has waited longest for `now` or earlier. O(log waiting)."""
+        """Pop the earliest prompt that is due at `now`, or return None. O(log waiting)."""
         if not self._waiting or self._waiting[0][0] > now:
             return None
         return heapq.heappop(self._waiting)[2:]
 
 
 def chat(traffic: Traffic) -> Iterator[Prompt]:
-    """Conversations of several turns, with long times to think, behind a few system prompts."""
+    """Yield conversations of several turns with long pauses, behind a few system prompts."""
     random = traffic.random
     systems = [traffic.blocks(traffic.lengths(2, 0.5)) for _ in range(8)]
     now = 0
@@ -73,7 +73,7 @@ def chat(traffic: Traffic) -> Iterator[Prompt]:
 
 
 def agents(traffic: Traffic) -> Iterator[Prompt]:
-    """Agents that call tools: long prompts that grow in bursts, behind preambles of tools."""
+    """Yield agents that call tools: long prompts that grow in bursts, behind tool descriptions."""
     random = traffic.random
     tools = [traffic.blocks(traffic.lengths(8, 0.5)) for _ in range(12)]
     now = 0.0
@@ -96,7 +96,7 @@ def agents(traffic: Traffic) -> Iterator[Prompt]:
 
 
 def evaluation(traffic: Traffic) -> Iterator[Prompt]:
-    """Batch evaluation: one task after the other, its examples before each of its questions."""
+    """Yield batch evaluation: one task after another, whose examples precede each question."""
     random = traffic.random
     while True:
         examples = traffic.blocks(traffic.lengths(8, 0.6))
@@ -110,7 +110,7 @@ def evaluation(traffic: Traffic) -> Iterator[Prompt]:
 
 
 def one_shot(traffic: Traffic) -> Iterator[Prompt]:
-    """Documents that come once, some behind system prompts, and a few that come again."""
+    """Yield documents that occur once, some behind system prompts, and a few that recur."""
     random = traffic.random
     systems = [traffic.blocks(traffic.lengths(2, 0.7)) for _ in range(30)]
     now = 0
@@ -128,7 +128,7 @@ def one_shot(traffic: Traffic) -> Iterator[Prompt]:
 
 
 def shifting(traffic: Traffic) -> Iterator[Prompt]:
-    """Questions about popular documents, which other documents replace all at once."""
+    """Yield questions about popular documents, which are all replaced at once now and then."""
     while True:
         documents = [traffic.blocks(traffic.lengths(12, 0.7)) for _ in range(150)]
         for _ in range(traffic.lengths(700, 0.5, 3000)):
@@ -136,11 +136,11 @@ def shifting(traffic: Traffic) -> Iterator[Prompt]:
 
 
 def mixed(traffic: Traffic) -> Iterator[Prompt]:
-    """Conversations of several turns, questions asked once, system prompts.
+    """Yield conversations, single questions and system prompts.
 
-    Two in five requests begin a conversation whose turns come back at ever longer intervals, the
-    others are asked once; half of all begin with one of 16 system prompts, some far more often than
-    others.
+    Two in five new requests start a conversation, whose turns follow at random intervals. The
+    others are single questions. Half of all start with one of 16 system prompts, whose popularity
+    follows Zipf's law.
     """
     random = traffic.random
     systems = [[-1 - 100 * which - at for at in range(2 + 2 * which)] for which in range(16)]
@@ -160,7 +160,7 @@ def mixed(traffic: Traffic) -> Iterator[Prompt]:
         yield prompt
         if random.random() < (0.75 if turn is not None else 0.4):
             wait = 1 + int(random.lognormal(4.0, 1.2))
-            # The end of a prompt is a partly filled block, which the next turn fills otherwise.
+            # The last block of a prompt is partly filled, and the next turn fills it differently.
             traffic.wait(now + wait, prompt[:-1], 1)
         now += 1
 
@@ -176,10 +176,10 @@ KINDS: dict[str, Callable[[Traffic], Iterator[Prompt]]] = {
 
 
 def generate_trace(num_requests: int, seed: int = 0, kind: str = "mixed") -> Trace:
-    """Return a generated trace. O(blocks). Raises: `ValueError` for a bad argument."""
+    """Return a generated trace. O(blocks). Raises: `TypeError`, `ValueError`."""
     num_requests = arguments.count("num_requests", num_requests, at_least=1, at_most=GENERATED_MAX)
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}.")
     traffic = Traffic(arguments.count("seed", seed))
     name = f"generated {kind}, {num_requests} requests, seed {seed}"
     return number_prefixes(name, islice(KINDS[kind](traffic), num_requests))

@@ -1,13 +1,12 @@
-"""What eviction policies would have made of recorded traffic.
+"""Replay of recorded traffic through eviction policies.
 
 A trace is a list of prompts, each a list of prefix blocks. It is replayed through a real
-`BlockManager` whose blocks hold one token, the number of a prefix block: request by request,
-allocate, commit, free. What counts is the share of all blocks that were found, in order from the
-front, when their request came. Beside the policies stands the offline optimum, which knows the
-future: no policy can do better with the same capacity.
+`BlockManager` whose blocks hold one token, the number of a prefix block. Each request allocates,
+commits and frees its blocks. The result is the hit ratio: the share of blocks found from the front
+of each prompt. The offline optimum knows the future; no policy can exceed it at equal capacity.
 
-Traces are read in the form of the Mooncake release (Qin et al., FAST 2025), one JSON object a line:
-`timestamp`, `input_length`, `output_length`, and `hash_ids`, one id for each prefix block.
+Traces have the format of the Mooncake release (Qin et al., FAST 2025), one JSON object per line:
+`timestamp`, `input_length`, `output_length`, and `hash_ids`, one id per prefix block.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from kvpager.simulate.policies import COMPARED
 
 _ID_END = 2**31
 _BAD_LINES_SHOWN = 3
-_BAD_LINES_MAX = 1000  # to read on would tell nothing new
-_SKIPPED_MAX = 100_000  # bad lines of a file that is still taken for a trace
-_BLOCKS_MAX = 20_000_000  # of a trace; each takes some 200 bytes when they all differ
+_BAD_LINES_MAX = 1000  # reading stops after this many bad lines
+_SKIPPED_MAX = 100_000  # maximum bad lines to skip
+_BLOCKS_MAX = 20_000_000  # of a trace; a distinct block takes about 200 bytes
 _MILLISECONDS_MAX = 10**15
 _PROGRESS_EVERY = 64  # requests
 _NEVER = 2**62
@@ -40,7 +39,7 @@ OFFLINE = "offline optimum"
 
 
 class Recorded(NamedTuple):
-    """A request of a trace."""
+    """A request of a recorded trace."""
 
     seconds: float
     prompt_length: int
@@ -50,19 +49,19 @@ class Recorded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Prompts in the order in which they came; equal numbers stand for equal prefixes.
+    """Prompts by time of arrival, as numbers of prefix blocks. Equal numbers are equal prefixes.
 
-    The numbers are 0 .. `num_prefixes` - 1, and a longer prefix has a higher one than a shorter.
+    The numbers are 0 to `num_prefixes` - 1. A prefix has a higher number than its own prefixes.
     """
 
     name: str
     prompts: tuple[Int32, ...]
     num_prefixes: int
-    skipped: tuple[str, ...] = ()  # what was wrong with the lines that were left out
+    skipped: tuple[str, ...] = ()  # the errors of skipped lines
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of all prompts together. O(prompts)."""
+        """The number of blocks of all prompts. O(prompts)."""
         return sum(len(prompt) for prompt in self.prompts)
 
     @property
@@ -73,19 +72,19 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a policy made of a trace."""
+    """The result of one policy on one trace."""
 
     policy: str
     capacity: int
     hits: int
     blocks: int
     evicted: int
-    too_long: int  # requests that did not fit into the pool at all
+    too_long: int  # requests longer than the pool
     seconds: float
 
     @property
     def hit_ratio(self) -> float:
-        """Blocks found, of all blocks asked for. O(1)."""
+        """The share of requested blocks that were found. O(1)."""
         return self.hits / max(self.blocks, 1)
 
 
@@ -93,10 +92,10 @@ class Result:
 
 
 def read_trace(path: str | Path, skip_bad: bool = False) -> Trace:
-    """Read a trace, also a gzipped one. O(blocks).
+    """Read a trace, which may be gzipped. O(blocks).
 
-    Raises: `ValueError` naming the first lines that are not requests, or with `skip_bad` only where
-    no line is one; `OSError` where the file cannot be read.
+    Raises: `OSError` if the file cannot be read. `ValueError` for lines that are not requests; it
+    names the first ones. With `skip_bad`, `ValueError` only if too many lines or all are bad.
     """
     path = Path(path)
     records, bad = _read(path, skip_bad)
@@ -104,7 +103,10 @@ def read_trace(path: str | Path, skip_bad: bool = False) -> Trace:
 
 
 def read_records(path: str | Path) -> list[Recorded]:
-    """The requests of a trace, with times and lengths. O(blocks). Raises: as `read_trace`."""
+    """Return the requests of a trace, with times and lengths. O(blocks).
+
+    Raises: as `read_trace`.
+    """
     return _read(Path(path), skip_bad=False)[0]
 
 
@@ -130,12 +132,12 @@ def _read(path: Path, skip_bad: bool) -> tuple[list[Recorded], list[str]]:
         what = f"; and {'at least ' * (len(bad) > most_bad)}{more:,} more" if more > 0 else ""
         raise ValueError(f"{path}: {'; '.join(bad[:_BAD_LINES_SHOWN])}{what}")
     if not records:
-        raise ValueError(f"{path}: no request in it")
+        raise ValueError(f"{path}: no request in it. Pass a trace in the Mooncake format.")
     return records, bad
 
 
 def _request(line: bytes) -> Recorded:
-    """The request of one line. Raises `ValueError` with what is wrong with it."""
+    """Parse one line. Raises: `ValueError`, which names the bad field. O(line)."""
     try:
         fields = json.loads(line)
     except RecursionError:
@@ -168,7 +170,7 @@ def _short(value: object) -> str:
 def number_prefixes(
     name: str, prompts: Iterable[list[int]], skipped: tuple[str, ...] = ()
 ) -> Trace:
-    """Number the prefixes: the same id behind another prefix is another block. O(blocks)."""
+    """Number the prefixes: equal ids behind different prefixes get different numbers. O(blocks)."""
     numbers: dict[tuple[int, int], int] = {}
     numbered = []
     for ids in prompts:
@@ -188,16 +190,15 @@ def replay(
     policy: str,
     progress: Callable[[int], object] | None = None,
 ) -> Result:
-    """What `policy` makes of `trace` in a pool of `capacity` blocks. O(blocks * log capacity).
+    """Replay `trace` with `policy` in a pool of `capacity` blocks. O(blocks * log capacity).
 
-    A prompt longer than the pool counts with the blocks it finds and is not held. `progress` is
-    told now and then how many requests were done since. Raises: `ValueError` for a bad argument.
+    A prompt longer than the pool counts its hits, but is not cached. `progress` is called now and
+    then with the number of requests since its last call. Raises: `TypeError`, `ValueError`.
     """
     capacity = arguments.count("capacity", capacity, at_least=1)
-    # `allocate` always leaves the last token to compute. So each prompt gets one more, which is
-    # never committed, and the pool one more block, which is free again with the prompt: all blocks
-    # of the trace are looked up, and exactly `capacity` of them can be kept.
-    # More blocks than there are prefixes would only cost memory.
+    # `allocate` never reuses the last token. So each prompt gets one more token, which is never
+    # committed, and the pool one more block for it. Then all blocks of the trace are looked up, and
+    # exactly `capacity` of them can be cached. More blocks than prefixes would only cost memory.
     num_blocks = min(capacity, trace.num_prefixes) + 1
     manager = BlockManager(num_blocks, 1, eviction=COMPARED[policy](num_blocks))
     hits = blocks = too_long = 0
@@ -223,19 +224,19 @@ def replay(
 
 
 def offline_optimum(trace: Trace, capacity: int) -> Result:
-    """What the best possible policy makes of `trace`. O(blocks * log blocks).
+    """Replay `trace` with the best possible policy. O(blocks * log blocks).
 
-    Belady's rule (1966): the block leaves whose next use is furthest away. A prefix is used
-    whenever what follows it is, so that block is always a tip of the tree (among equals the deepest
-    is taken), and the rule needs no exception. It may keep the front of a prompt that is longer
-    than the pool, which policies may not: without that it would be no bound for them.
+    Belady's rule (1966) evicts the block whose next use is furthest away. A prefix is used whenever
+    a longer prefix is, so with ties resolved by depth that block is always a leaf of the tree. The
+    optimum may cache the front of a prompt that is longer than the pool. Policies may not, but
+    without that it would be no upper bound.
     """
     capacity = arguments.count("capacity", capacity, at_least=1)
     start = time.perf_counter()
     coming = _next_uses(trace)
     next_use = [_NEVER] * trace.num_prefixes
     is_cached = bytearray(trace.num_prefixes)
-    furthest: list[tuple[int, int]] = []  # (-next use, -number); what changed since is outdated
+    furthest: list[tuple[int, int]] = []  # (-next use, -number), some outdated
     num_cached = hits = evicted = too_long = 0
     for prompt, uses in zip(trace.prompts, coming, strict=True):
         numbers = prompt.tolist()
@@ -259,7 +260,7 @@ def offline_optimum(trace: Trace, capacity: int) -> Result:
                 is_cached[-number] = False
                 num_cached -= 1
                 evicted += 1
-        # In the heap only now: what a request holds does not leave while it does.
+        # Pushed only now: blocks that the request holds must not be evicted.
         for entry in entries:
             heapq.heappush(furthest, entry)
     seconds = time.perf_counter() - start
@@ -267,7 +268,7 @@ def offline_optimum(trace: Trace, capacity: int) -> Result:
 
 
 def _next_uses(trace: Trace) -> list[list[int]]:
-    """For each block of each prompt, which request uses it next."""
+    """Return the request that uses each block of each prompt next."""
     later = np.full(trace.num_prefixes, _NEVER, np.int64)
     coming = []
     for request in range(len(trace.prompts) - 1, -1, -1):
@@ -281,7 +282,7 @@ def _next_uses(trace: Trace) -> list[list[int]]:
 
 
 def summary(trace: Trace, results: Iterable[Result]) -> dict[str, Any]:
-    """Trace and results as plain data, for JSON. O(results)."""
+    """Return trace and results as plain data, for JSON. O(results)."""
     return {
         "trace": {
             "name": trace.name,

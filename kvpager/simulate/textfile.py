@@ -1,4 +1,4 @@
-"""Text files from outside, read line by line within bounds."""
+"""Bounded reading of untrusted text files, line by line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from itertools import count
 from pathlib import Path
 
 LINE_BYTES_MAX = 16 * 2**20
-TEXT_BYTES_MAX = 2**30  # unpacked
+TEXT_BYTES_MAX = 2**30  # decompressed
 LINES_MAX = 10_000_000
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a regular file, unpacked if its name ends in .gz. O(its text).
+    """Yield the lines of a regular file, decompressed if its name ends in .gz. O(text).
 
-    Raises: `OSError` where it cannot be read. `ValueError` for a device, pipe or folder, for a
-    damaged archive, and for text beyond the bounds above.
+    Raises: `OSError` if the file cannot be read. `ValueError` for a device, pipe or folder, for a
+    damaged archive, and for text that exceeds the bounds above.
     """
     total = 0
     with _open(path) as file:
@@ -45,7 +45,7 @@ def lines(path: Path) -> Iterator[bytes]:
 
 
 def _open(path: Path) -> io.BufferedIOBase:
-    # Without O_NONBLOCK, to open a pipe waits for a writer.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -12,7 +12,7 @@ Keys = OrderedDict[int, None]
 
 
 def s3_fifo(keys: Iterable[int], size: int, room: int) -> int:
-    """Return the hits of S3-FIFO with a small queue of a tenth and ghosts of four times `size`."""
+    """Return the hits of S3-FIFO with a small queue of `size` / 10 and 4 * `size` fingerprints."""
     small, main, ghosts = deque[int](), deque[int](), deque[int]()
     uses: dict[int, int] = {}
     hits = 0
@@ -54,7 +54,7 @@ def s3_fifo(keys: Iterable[int], size: int, room: int) -> int:
 
 
 def two_q(keys: Iterable[int], size: int, room: int) -> int:
-    """Return the hits of 2Q, the full version: Kin a quarter, Kout a half of `size`."""
+    """Return the hits of full 2Q with Kin = `size` / 4 and Kout = `size` / 2."""
     a1in, am, a1out = Keys(), Keys(), Keys()
     hits = 0
     for key in keys:
@@ -80,7 +80,7 @@ def two_q(keys: Iterable[int], size: int, room: int) -> int:
 
 
 def arc(keys: Iterable[int], size: int, room: int) -> int:
-    """Return the hits of ARC; `replace` comes before the target moves, as in a pool of blocks."""
+    """Return the hits of ARC. As in a pool of blocks, `replace` precedes the new target."""
     t1, t2, b1, b2 = Keys(), Keys(), Keys(), Keys()
     target, hits = 0.0, 0
     for key in keys:

@@ -1,4 +1,4 @@
-"""The baselines from the literature choose as their papers say, and survive any traffic."""
+"""Baseline policies follow their papers, and survive any traffic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REFERENCES: dict[str, References] = {"s3-fifo": s3_fifo, "arc": arc, "2q": two_q
 
 
 def skewed(seed: int, count: int = 3000) -> list[int]:
-    """Popular keys, of which some change over time, among keys that come once, and a scan."""
+    """Return popular keys that change over time, single keys, and a scan."""
     random = np.random.default_rng(seed)
     popular = np.minimum(random.zipf(1.2, count), 400) + np.arange(count) // 500 * 60
     keys = np.where(random.random(count) < 0.3, 10_000 + np.arange(count), popular)

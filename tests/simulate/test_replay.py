@@ -1,4 +1,4 @@
-"""Replaying traces: what is read, what is counted, and what `kvpager simulate` prints."""
+"""Replay: reading traces, counting hits, and the output of `kvpager simulate`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_gzipped_trace_reads_alike(tmp_path: Path) -> None:
         (line([1]).replace("hash_ids", "ids"), "hash_ids None"),
     ],
 )
-def test_bad_line_is_named_with_its_number_and_reason(
+def test_a_bad_line_is_reported_with_number_and_reason(
     tmp_path: Path, bad: str, reason: str
 ) -> None:
     path = write(tmp_path, line([1]), bad, line([1]))
@@ -98,7 +98,7 @@ def test_only_the_first_bad_lines_are_listed(tmp_path: Path) -> None:
         read_trace(path, skip_bad=True)
 
 
-def test_line_that_is_not_text_is_a_bad_line(tmp_path: Path) -> None:
+def test_a_line_that_is_not_text_is_bad(tmp_path: Path) -> None:
     path = write(tmp_path, line([1]))
     path.write_bytes(b"\xff\xfe\n" + path.read_bytes())
     assert len(read_trace(path, skip_bad=True).prompts) == 1
@@ -132,8 +132,8 @@ def test_generated_traffic_is_of_its_kind(kind: str, least: float, most: float) 
 
 @pytest.mark.parametrize(
     ("policy", "hits"),
-    # A pool of 4. [1 2] twice, [3 4], then [5 6], for which two blocks have to leave:
-    # lru and 2q give up [1 2], arc [3 4], which was used once only.
+    # A pool of 4: [1 2] twice, [3 4], then [5 6], which needs two evictions.
+    # lru and 2q evict [1 2]; arc evicts [3 4], which was used once.
     [("lru", 2 + 2), ("2q", 2 + 2), ("priority", 2 + 2), ("arc", 2 + 0)],
 )
 def test_hits_as_counted_by_hand(tmp_path: Path, policy: str, hits: int) -> None:
@@ -145,20 +145,20 @@ def test_hits_as_counted_by_hand(tmp_path: Path, policy: str, hits: int) -> None
 
 
 @pytest.mark.parametrize(("policy", "hits"), [("lru", 1 + 1), ("2q", 1 + 0), ("arc", 1 + 1)])
-def test_reuse_tells_lru_from_first_in_first_out(tmp_path: Path, policy: str, hits: int) -> None:
-    # A pool of 2: when [3] comes, 2q gives up [1], which came first, the others [2].
+def test_reuse_distinguishes_lru_from_fifo(tmp_path: Path, policy: str, hits: int) -> None:
+    # A pool of 2: for [3], 2q evicts [1], the first to arrive; the others evict [2].
     trace = trace_of(tmp_path, [1], [2], [1], [3], [1])
     assert replay(trace, 2, policy).hits == hits
 
 
-def test_prompt_as_long_as_the_pool_fits_and_a_longer_one_is_counted(tmp_path: Path) -> None:
+def test_only_prompts_longer_than_the_pool_count_as_too_long(tmp_path: Path) -> None:
     trace = trace_of(tmp_path, [1, 2, 3], [1, 2, 3], [1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3])
     for result in (replay(trace, 3, "lru"), offline_optimum(trace, 3)):
         assert (result.hits, result.too_long) == (9, 2)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES])
-def test_enough_room_finds_all_there_is(policy: str) -> None:
+def test_a_large_pool_finds_every_repeated_block(policy: str) -> None:
     trace = generate_trace(150, seed=5)
     for capacity in (trace.num_prefixes, 2**31 - 1):
         result = replay(trace, capacity, policy)
@@ -186,7 +186,7 @@ def random_trace(seed: int, num_requests: int) -> Trace:
 
 
 def best_by_trying(trace: Trace, capacity: int) -> int:
-    """The most hits that any choice of what to keep can have."""
+    """Return the maximum hits over every choice of cached blocks."""
     prompts = [tuple(prompt.tolist()) for prompt in trace.prompts]
     parents = {b: a for prompt in prompts for a, b in pairwise(prompt)}
 
@@ -197,7 +197,7 @@ def best_by_trying(trace: Trace, capacity: int) -> int:
         prompt = prompts[request]
         found = sum(number in kept for number in prompt)
         states = {kept | set(prompt)}
-        while len(next(iter(states))) > capacity:  # one tip less
+        while len(next(iter(states))) > capacity:  # evict one leaf
             states = {
                 state - {tip}
                 for state in states
@@ -209,7 +209,7 @@ def best_by_trying(trace: Trace, capacity: int) -> int:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_offline_optimum_is_the_best_there_is(seed: int) -> None:
+def test_the_offline_optimum_equals_exhaustive_search(seed: int) -> None:
     trace = random_trace(seed, 8)
     for capacity in (4, 6):
         assert offline_optimum(trace, capacity).hits == best_by_trying(trace, capacity)
@@ -252,7 +252,7 @@ def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["simulate", *arguments], prog_name="kvpager")
 
 
-def test_table_has_a_row_for_each_policy_and_a_column_for_each_capacity(tmp_path: Path) -> None:
+def test_the_table_has_a_row_per_policy(tmp_path: Path) -> None:
     path = write(tmp_path, *(line([n, n + 1]) for n in (1, 1, 3, 5, 3)))
     result = call(str(path), "--capacity", "4", "--capacity", "2", "--capacity", "4")
     assert result.exit_code == 0, result.output
@@ -267,7 +267,7 @@ def test_table_has_a_row_for_each_policy_and_a_column_for_each_capacity(tmp_path
     assert {*POLICIES, *BASELINES} < set(rows)
 
 
-def test_figures_as_json_alone(tmp_path: Path) -> None:
+def test_json_output_contains_all_figures(tmp_path: Path) -> None:
     path = write(tmp_path, line([1, 2]), "x", line([1, 2]))
     result = call(
         str(path), "--skip-bad", "--capacity", "1", "--policy", "lifetime,lru", "--json", "-"
@@ -281,7 +281,7 @@ def test_figures_as_json_alone(tmp_path: Path) -> None:
     assert all(entry["too_long"] == 2 for entry in found["results"])
 
 
-def test_what_was_left_out_or_too_long_is_said(tmp_path: Path) -> None:
+def test_skipped_lines_and_long_prompts_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path, line([1, 2]), "x")
     result = call(str(path), "--skip-bad", "--capacity", "1", "--policy", "lru")
     assert "lines left out: 1, the first: line 2: not JSON" in result.stdout
@@ -290,7 +290,7 @@ def test_what_was_left_out_or_too_long_is_said(tmp_path: Path) -> None:
     )
 
 
-def test_without_a_trace_one_is_made_up_and_torch_stays_away(tmp_path: Path) -> None:
+def test_a_trace_is_generated_without_importing_torch(tmp_path: Path) -> None:
     for name in ("typer", "rich", "tqdm"):
         pytest.importorskip(name)
     code = (

@@ -1,4 +1,4 @@
-"""Baselines from the literature that `kvpager simulate` compares eviction policies with."""
+"""Eviction policies from the literature, as baselines for `kvpager simulate`."""
 
 from __future__ import annotations
 

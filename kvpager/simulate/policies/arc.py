@@ -8,7 +8,10 @@ from kvpager.simulate.policies.queues import Ghosts, Queue, QueuePolicy
 
 
 class ARC(QueuePolicy):
-    """Two queues by last use, of blocks used once and more often. Ghosts decide on their sizes."""
+    """Keeps two LRU queues: blocks used once, and blocks used several times.
+
+    Returning evicted blocks adapt the target size of each queue.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks)

@@ -1,4 +1,4 @@
-"""Policies of the literature, which name the next block to leave instead of ranking all blocks."""
+"""A base for policies that keep queues of blocks instead of ranking all blocks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from kvpager.blocks.policies.base import BlockPolicy, Blocks, Rank
 from kvpager.plans import Float64, Int32, Int64, UInt64
 
-Queue = OrderedDict[int, None]  # of blocks; the first leaves next
+Queue = OrderedDict[int, None]  # of blocks; the first is evicted next
 
 
 class Ghosts:
-    """The fingerprints of the blocks that left last, at most `num_ghosts`."""
+    """The fingerprints of the most recently evicted blocks, at most `num_ghosts`."""
 
     def __init__(self, num_ghosts: int) -> None:
         self._num_ghosts = num_ghosts
@@ -26,25 +26,25 @@ class Ghosts:
         return len(self._prints)
 
     def add(self, fingerprint: int) -> None:
-        """Remember a block that leaves. O(1)."""
+        """Add the fingerprint of an evicted block. O(1)."""
         self._prints[fingerprint] = None
         self._prints.move_to_end(fingerprint)
         self.trim(self._num_ghosts)
 
     def take(self, fingerprint: int) -> bool:
-        """Forget a block that comes again. Return whether it was remembered. O(1)."""
+        """Remove the fingerprint of a block that returns; return True if it was present. O(1)."""
         return self._prints.pop(fingerprint, 0) is None
 
     def trim(self, num_ghosts: int) -> None:
-        """Forget the oldest until at most `num_ghosts` are left. Amortised O(1)."""
+        """Remove the oldest fingerprints beyond `num_ghosts`. Amortised O(1)."""
         while len(self._prints) > max(num_ghosts, 0):
             self._prints.popitem(last=False)
 
 
 class QueuePolicy(BlockPolicy):
-    """A policy of queues of blocks, for one request at a time. Each call is O(blocks named).
+    """A policy that keeps queues of blocks, for one request at a time. Calls are O(blocks).
 
-    The blocks of a prompt are queued from its end: a longer prefix is less likely to be shared.
+    The blocks of a prompt are queued from its end, because a longer prefix is less often shared.
     """
 
     COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
@@ -96,11 +96,11 @@ class QueuePolicy(BlockPolicy):
         return self.ranks[blocks]
 
     def idle(self, queue: Queue) -> int | None:
-        """Return the first block of a queue that no request holds. O(blocks held)."""
+        """Return the first block of a queue that no request holds. O(held blocks)."""
         return next((block for block in queue if not self.is_held[block]), None)
 
     def take_idle(self, *queues: Queue) -> int | None:
-        """Take the first block that no request holds out of the first queue that has one."""
+        """Pop the first block that no request holds, from the first queue that has one."""
         for queue in queues:
             block = self.idle(queue)
             if block is not None:
@@ -110,19 +110,19 @@ class QueuePolicy(BlockPolicy):
 
     @abstractmethod
     def insert(self, block: int, fingerprint: int) -> None:
-        """Queue a block that is new."""
+        """Queue a new block."""
 
     @abstractmethod
     def hit(self, block: int) -> None:
-        """Note that a block is used again."""
+        """Record that a block is used again."""
 
     def release(self, block: int) -> None:
-        """Note that no request holds a block any more."""
+        """Record that no request holds a block any longer."""
 
     @abstractmethod
     def next_out(self, number: int) -> int | None:
-        """Take the next block to leave out of its queue, after `number` others of this call."""
+        """Pop the next block to evict, after `number` others of the same call."""
 
     @abstractmethod
     def remove(self, block: int, fingerprint: int) -> None:
-        """Forget a block, which `next_out` may have named."""
+        """Remove an evicted block, which `next_out` may have popped."""

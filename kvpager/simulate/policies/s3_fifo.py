@@ -6,14 +6,17 @@ from collections import OrderedDict
 
 from kvpager.simulate.policies.queues import Ghosts, Queue, QueuePolicy
 
-SMALL = 0.1  # of the pool
-GHOSTS = 4  # for each block of the pool
+SMALL = 0.1  # size of the small queue, as a share of the pool
+GHOSTS = 4  # fingerprints of evicted blocks per block of the pool
 USES_MAX = 3
 USES_TO_STAY = 2
 
 
 class S3FIFO(QueuePolicy):
-    """A small queue for new blocks, a main queue for those used again or known as ghosts."""
+    """Keeps a small FIFO queue for new blocks, and a main queue for blocks used again.
+
+    A recently evicted block that returns goes to the main queue.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks)
@@ -31,7 +34,7 @@ class S3FIFO(QueuePolicy):
 
     def hit(self, block: int) -> None:  # noqa: D102
         self.uses[block] = min(self.uses[block] + 1, USES_MAX)
-        if block not in self.small and block not in self.main:  # was to leave
+        if block not in self.small and block not in self.main:  # `next_out` has named it
             queue = self.small if block in self.from_small else self.main
             queue[block] = None
             self.from_small.discard(block)

@@ -6,12 +6,12 @@ from collections import OrderedDict
 
 from kvpager.simulate.policies.queues import Ghosts, Queue, QueuePolicy
 
-IN = 0.25  # of the pool
-OUT = 0.5
+IN = 0.25  # size of the FIFO queue, as a share of the pool
+OUT = 0.5  # fingerprints of evicted blocks per block of the pool
 
 
 class TwoQ(QueuePolicy):
-    """First in, first out for new blocks; least recently used for those that come as ghosts."""
+    """Keeps a FIFO queue for new blocks, and an LRU queue for evicted blocks that return."""
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks)
@@ -33,7 +33,7 @@ class TwoQ(QueuePolicy):
             self.main[block] = None
             self.main.move_to_end(block)
         else:
-            self.new[block] = None  # if it was to leave
+            self.new[block] = None  # `next_out` may have named it
 
     def release(self, block: int) -> None:  # noqa: D102
         if block in self.main:
