@@ -170,7 +170,10 @@ def _short(value: object) -> str:
 def number_prefixes(
     name: str, prompts: Iterable[list[int]], skipped: tuple[str, ...] = ()
 ) -> Trace:
-    """Number the prefixes: equal ids behind different prefixes get different numbers. O(blocks)."""
+    """Return a trace with a number for each prefix: equal ids may continue different prefixes.
+
+    O(blocks).
+    """
     numbers: dict[tuple[int, int], int] = {}
     numbered = []
     for ids in prompts:

@@ -258,13 +258,13 @@ def test_a_sequence_waits_for_its_whole_common_prefix() -> None:
 def test_a_swapped_request_gives_up_shared_device_blocks() -> None:
     scheduler = make(num_blocks=16, num_host_blocks=16, costs=SWAP, watermark=0.25)
     scheduler.submit(request("first", 4, new=61))  # grows until it fills the pool
-    scheduler.submit(Request(request_id="twin", prompt=ids(32), max_new_tokens=12))
+    scheduler.submit(Request(request_id="other", prompt=ids(32), max_new_tokens=12))
     step(scheduler)
     scheduler.submit(Request(request_id="last", prompt=ids(32), max_new_tokens=30))
     until_preempted(scheduler)
     assert scheduler.stats().total_preempted_by_swap == 1
-    # "twin" keeps the shared prompt on the device, and after its end "last" does.
-    assert list(run(scheduler)) == ["twin", "first", "last"]
+    # "other" keeps the shared prompt on the device, and after its end "last" does.
+    assert list(run(scheduler)) == ["other", "first", "last"]
 
 
 def test_requests_swapped_by_an_aborted_step_are_recomputed() -> None:
