@@ -36,4 +36,4 @@ class Copies:
             if ticket:
                 state.fences.refuse_closed(ticket)
                 state.change.begin()
-                state.evictor.retire(state.fences.complete(ticket))
+                state.evictor.release(state.fences.complete(ticket))

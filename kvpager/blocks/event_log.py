@@ -28,7 +28,7 @@ class Event:
     `tokens` (stored) is int32 [blocks, block_size]; `mm_hashes` is the blocks' tag, see
     `kvpager.blocks.mm_hashes`; `copies` (copied, moved) is int32 [n, 2], from `tiers[0]` to
     `tiers[1]`. A `lost` event says that older ones were dropped because nobody fetched them: begin
-    anew from `manager.events.offered`.
+    anew from `manager.events.published`.
     """
 
     number: int

@@ -27,7 +27,7 @@ class Events:
             state.change.begin()
             return state.log.fetch()
 
-    def offered(self) -> list[Event]:
+    def published(self) -> list[Event]:
         """Return what the index offers, as `stored` events: where a router begins. O(tokens)."""
         with self._state.lock:
-            return list(self._state.index.offered())
+            return list(self._state.index.published())

@@ -1,8 +1,8 @@
 """Which cached blocks leave when room is needed, and in which order.
 
-Idle tips leave, lowest rank first, block by block from the end of a run: a longer prefix is less
-likely to be shared. Idle blocks before held ones are put aside; they leave last, with all that
-follows them. Each account of `kvpager.blocks.accounts` has a queue of its own.
+Idle leaves are evicted, lowest rank first, block by block from the end of a run: a longer prefix is
+less likely to be shared. Idle blocks before held blocks are deferred: they are evicted last, with
+all blocks that follow them. Each account of `kvpager.blocks.accounts` has its own queue.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvpager.plans import NO_BLOCKS
 
 
 class Evictor:
-    """The order in which idle cached blocks leave, and their leaving.
+    """Keeps the eviction order of idle cached blocks, and evicts them.
 
     Writes the queues, `end` and `children` of the nodes that leave, and, by `uncache`, which
     blocks the pool marks as cached.
@@ -33,7 +33,7 @@ class Evictor:
         self.policy = policy
         self._forest = forest
         self._pool = forest.pool
-        # By the numbers of `kvpager.blocks.accounts`: 0 is that of all namespaces without a quota.
+        # By account number, see `kvpager.blocks.accounts`. Namespaces without a quota share 0.
         self._queues: Queues[Node] = Queues()
         self._queue_of: dict[str | None, int] = {}
         self._log = log
@@ -43,16 +43,16 @@ class Evictor:
 
     # ---------------------------------------------------------------- idle blocks are queued
 
-    def retire(self, blocks: Blocks) -> None:
-        """No table holds these offered blocks any more: they may be evicted. O(blocks)."""
+    def release(self, blocks: Blocks) -> None:
+        """Make published blocks evictable: no table holds them any more. O(blocks)."""
         if len(blocks):
-            self.policy.retire(blocks)
-            self.offer(blocks)
+            self.policy.release(blocks)
+            self.enqueue(blocks)
 
-    def offer(self, blocks: Blocks) -> None:
+    def enqueue(self, blocks: Blocks) -> None:
         """Queue the nodes of these idle blocks. O(blocks)."""
         numbers = self._forest.node_of.take(blocks)
-        begins = numbers[1:] != numbers[:-1]  # blocks of a run stand together
+        begins = numbers[1:] != numbers[:-1]  # blocks of a run are neighbours
         if np.count_nonzero(begins):
             numbers = numbers[np.concatenate([[True], begins])]
         else:
@@ -60,23 +60,23 @@ class Evictor:
         for number in numbers.tolist():
             node = self._forest.nodes[number]
             assert node is not None
-            self.offer_node(node)
+            self.enqueue_node(node)
 
-    def offer_idle(self, blocks: Blocks) -> None:
-        """Queue the idle ones of `blocks` again: their rank changed. O(blocks)."""
-        self.offer(blocks[self.idle(blocks)])
+    def enqueue_idle(self, blocks: Blocks) -> None:
+        """Queue the idle blocks among `blocks` again: their rank changed. O(blocks)."""
+        self.enqueue(blocks[self.idle(blocks)])
 
-    def offer_node(self, node: Node) -> None:
-        """Queue a node, or put it aside. O(log nodes)."""
+    def enqueue_node(self, node: Node) -> None:
+        """Queue a node, or defer it. O(log nodes)."""
         if node.children or not self._is_idle(tail := int(node.blocks[-1])):
-            node.queue.put_aside(node)
+            node.queue.defer(node)
         else:
             node.queue.push(self._rank(tail), node)
 
     def _is_idle(self, block: int) -> bool:
         return not (self._pool.refs[block] or self._pool.holds[block])
 
-    def _is_idle_tip(self, node: Node) -> bool:
+    def _is_idle_leaf(self, node: Node) -> bool:
         return node.end > node.start and not node.children and self._is_idle(int(node.blocks[-1]))
 
     def idle(self, blocks: Blocks) -> NDArray[np.bool_]:
@@ -90,10 +90,10 @@ class Evictor:
         return float(self.policy.rank(np.array([block], np.intp))[0])
 
     def _next(self, queue: Queue[Node]) -> tuple[float, Node] | None:
-        """The idle tip that leaves first. Amortised O(log n): outdated entries are dropped."""
+        """Return the first idle leaf. Amortised O(log n): outdated entries are dropped."""
         while (entry := queue.first()) is not None:
             rank, node = entry
-            if self._is_idle_tip(node):
+            if self._is_idle_leaf(node):
                 return rank, node
             queue.drop_first()
         return None
@@ -105,14 +105,14 @@ class Evictor:
         count: int,
         allowance: Callable[[int], int] | None = None,
     ) -> int:
-        """Forget `count` idle blocks, from each queue at most its allowance. There are enough.
+        """Evict `count` idle blocks, from each queue at most its allowance. O(count log n).
 
-        O(count log n): idle tips, lowest rank first. Only when there are no more of those, idle
-        blocks inside a run with everything after them, which may be more than asked for.
-        Return the number of blocks removed from the index. Blocks that no table holds are now free.
+        The queues must allow `count` blocks. Idle leaves go first, lowest rank first. Then idle
+        blocks inside a run go, with all blocks after them; these may be more than `count`.
+        Return the number of blocks removed from the index. Blocks that no table holds become free.
 
-        `allowance` returns how many blocks of a queue may leave, None: all. A queue that has none
-        is not looked at again before `relist` names it.
+        `allowance` returns how many blocks of a queue may be evicted; None: all. A queue without
+        an allowance is skipped until `relist` names it.
         """
         self._refresh(count)
         if allowance is None:
@@ -140,12 +140,12 @@ class Evictor:
         return self._forget(gone)
 
     def relist(self, numbers: Iterable[int]) -> None:
-        """Look at these queues again: they may have an allowance now. O(numbers)."""
+        """Consider these queues again: they may have an allowance now. O(numbers)."""
         for number in numbers:
             self._queues.relist(number)
 
     def evict_from(self, number: int, count: int) -> int:
-        """Forget `count` idle blocks of one queue, which has them. As `evict`."""
+        """Evict `count` idle blocks of one queue, which has that many. As `evict`."""
         self._refresh(count)
         queue, gone = self._queues[number], list[Blocks]()
         while count > 0:
@@ -170,25 +170,25 @@ class Evictor:
         return len(blocks)
 
     def _lowest(self, left: Callable[[int], int]) -> tuple[int, Node | None, float]:
-        """Return the queue whose first tip ranks lowest, that tip, and the next queue's rank.
+        """Return the queue whose first leaf ranks lowest, that leaf, and the next queue's rank.
 
-        Where no queue has a tip, one that has nodes put aside.
+        If no queue has a leaf, return a queue with deferred nodes.
         """
         best = self._queues.lowest(self._next, left)
         if best is not None:
             return best
         for number in self._queues:
-            if self._queues[number].aside and left(number) > 0:
+            if self._queues[number].deferred and left(number) > 0:
                 return number, None, np.inf
-        raise BrokenInvariant("prefix index: fewer blocks can leave than the pool counts")
+        raise BrokenInvariant("prefix index: fewer blocks are evictable than the pool counts")
 
     def _refresh(self, count: int) -> None:
         blocks = self.policy.reranked(count)
         if len(blocks):
-            self.offer_idle(blocks[self._pool.cached[blocks]])
+            self.enqueue_idle(blocks[self._pool.cached[blocks]])
 
     def _trim(self, node: Node, count: int, limit: float) -> Blocks:
-        """Take up to `count` blocks off a tip's tail while they are idle and rank lowest."""
+        """Cut up to `count` blocks off a leaf's tail while they are idle and rank lowest."""
         queue = node.queue
         queue.drop_first()
         tail = None
@@ -205,11 +205,11 @@ class Evictor:
         return blocks
 
     def _cut(self, queue: Queue[Node], count: int) -> tuple[Blocks, int]:
-        """Take up to `count` idle blocks that stand before held ones, with all that follows them.
+        """Cut up to `count` idle blocks before held blocks, with all that follow. O(nodes below).
 
-        From the deepest run that has any: what stands before it keeps its place. O(nodes below).
+        Cut the deepest run with idle blocks, so that the blocks before it stay.
         """
-        node = queue.aside_first()
+        node = queue.first_deferred()
         if not self.idle(node.blocks).any():
             return NO_BLOCKS, 0
         below = list(self._forest.below(node))
@@ -219,8 +219,8 @@ class Evictor:
             default=node,
         )
         if deepest is not node:
-            queue.put_aside(node)
-            queue.aside.pop(deepest, None)
+            queue.defer(node)
+            queue.deferred.pop(deepest, None)
             node, below = deepest, list(self._forest.below(deepest))
         idle = self.idle(node.blocks).nonzero()[0]
         first = int(idle[-min(count, len(idle))])
@@ -233,10 +233,10 @@ class Evictor:
         return blocks, int(np.count_nonzero(self.idle(blocks)))
 
     def _shorten(self, node: Node, end: int) -> None:
-        """Let a run end earlier; an empty one leaves the tree, and its parent may be a tip now."""
+        """End a run earlier. An empty run leaves the tree, and its parent may become a leaf."""
         node.end, node.sealed = end, True
         if end > node.start:
-            self.offer_node(node)
+            self.enqueue_node(node)
             return
         parent = node.parent
         assert parent is not None
@@ -244,7 +244,7 @@ class Evictor:
         self._forest.bury(node)
         if parent.parent is not None:
             if not parent.children and self._is_idle(int(parent.blocks[-1])):
-                self.offer_node(parent)
+                self.enqueue_node(parent)
         elif not parent.children and self._forest.roots.get(parent.tree) is parent:
             # Tenants come and go: an empty tree must not stay behind.
             self._forest.drop_root(parent)
@@ -252,19 +252,19 @@ class Evictor:
     # ---------------------------------------------------------------- queues
 
     def queue(self, namespace: str | None) -> Queue[Node]:
-        """Return the queue that a namespace's blocks leave by. O(1)."""
+        """Return the queue of a namespace's blocks. O(1)."""
         return self._queues[self._queue_of.get(namespace, 0)]
 
     def requeue(self) -> None:
-        """Queue all nodes by their ranks of now. O(n log n)."""
+        """Queue all nodes again, by their current ranks. O(n log n)."""
         for number in self._queues:
             self._queues[number].clear()
         for node in self._forest.walk():
             if node.parent is not None:
-                self.offer_node(node)
+                self.enqueue_node(node)
 
     def set_queues(self, numbers: dict[str | None, int]) -> None:
-        """Give each of these namespaces a queue of its own, the others one together. O(nodes)."""
+        """Give each of these namespaces its own queue; the others share queue 0. O(nodes)."""
         self._queues, self._queue_of = Queues(), {}
         for namespace, number in numbers.items():
             self._queue_of[namespace] = number
@@ -273,13 +273,13 @@ class Evictor:
             self._queue_again(namespace)
 
     def add_queue(self, namespace: str | None, number: int) -> None:
-        """Give a namespace a queue of its own. O(its nodes)."""
+        """Give a namespace its own queue. O(its nodes)."""
         self._queue_of[namespace] = number
         self._queues.add(number)
         self._queue_again(namespace)
 
     def drop_queue(self, namespace: str | None) -> None:
-        """Let a namespace share a queue with those without a quota. O(its nodes)."""
+        """Move a namespace's nodes to the queue of namespaces without a quota. O(its nodes)."""
         number = self._queue_of.pop(namespace)
         self._queue_again(namespace)
         self._queues.drop(number)
@@ -291,26 +291,28 @@ class Evictor:
             for node in self._forest.below(root):
                 node.queue.forget(node)
                 node.queue = queue
-                self.offer_node(node)
+                self.enqueue_node(node)
 
     def check_queues(self, is_open: Callable[[int], bool]) -> None:
-        """Raise `BrokenInvariant` unless eviction looks at each open queue. O(queues)."""
+        """Raise `BrokenInvariant` unless eviction considers each open queue. O(queues)."""
         self._queues.check(is_open)
 
     def check(self) -> None:
-        """Raise `BrokenInvariant` unless each idle block can leave. O(blocks)."""
+        """Raise `BrokenInvariant` unless each idle block can be evicted. O(blocks)."""
         for node in self._forest.walk():
             if node.parent is not None:
                 self._check_node(node)
 
     def _check_node(self, node: Node) -> None:
         idle = self.idle(node.blocks)
-        if idle.any() and node not in node.queue.aside:
-            # First asked, since a policy that fails here changes all ranks.
+        if idle.any() and node not in node.queue.deferred:
+            # Ask for the rank first: a policy that fails here changes all ranks.
             expected = self._rank(int(node.blocks[-1]))
             rank = node.queue.ranks.get(node, (None, 0))[0]
             if node.children or not idle[-1] or rank != expected:
-                raise BrokenInvariant(f"prefix index: idle block {node.blocks[-1]} never leaves")
+                raise BrokenInvariant(
+                    f"prefix index: idle block {node.blocks[-1]} is not queued for eviction"
+                )
 
 
 def _call(method: Callable[[], None] | None) -> None:

@@ -46,7 +46,7 @@ def _check_published(state: BlockState, row: int) -> None:
     position = int(rows.published[row])
     node = forest.locate(rows.nodes[row], position) if position else None
     if node is None:
-        if position and not rows.twins[row]:
+        if position and not rows.duplicates[row]:
             raise BrokenInvariant(f"sequence {row}: the index lost blocks that it holds")
         return
     if node.tree != rows.prompt(row).tree:
@@ -54,7 +54,7 @@ def _check_published(state: BlockState, row: int) -> None:
     offered = forest.path(node, position)
     own = rows.blocks(row)[:position]
     here = own >= 0
-    if not rows.twins[row] and np.any(own[here] != offered[here]):
+    if not rows.duplicates[row] and np.any(own[here] != offered[here]):
         raise BrokenInvariant(
             f"sequence {row}: the index offers another's blocks in place of its own"
         )

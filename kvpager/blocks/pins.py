@@ -42,7 +42,7 @@ class Pins:
         with state.lock, state.change:
             state.fences.refuse_no_pin(ticket)
             state.change.begin()
-            state.evictor.retire(state.fences.unpin(ticket))
+            state.evictor.release(state.fences.unpin(ticket))
 
     def retain(self, sequence: SequenceHandle, priority: int, ttl_s: float | None = None) -> None:
         """Rank what the index offers of this sequence by `priority`, 0 (leaves first) to 100.
@@ -65,7 +65,7 @@ class Pins:
             if not is_known:
                 state.change.end()
                 raise ValueError('this policy knows no priorities; use eviction="priority"')
-            state.evictor.offer_idle(blocks)
+            state.evictor.enqueue_idle(blocks)
 
     def _offered(self, row: int) -> Int32:
         # Perhaps not its own: an equal prefix may have been offered before.

@@ -43,7 +43,7 @@ class PrefixIndex:
     """Committed full blocks by their tokens: look-up and publication.
 
     Writes the runs and children of the nodes that grow, and, by `cache`, which blocks the pool
-    marks as cached. Tells the evictor which nodes are tips.
+    marks as cached. Tells the evictor which nodes are leaves.
     """
 
     def __init__(self, forest: Forest, evictor: Evictor, log: EventLog | None = None) -> None:
@@ -144,18 +144,18 @@ class PrefixIndex:
         Where equal blocks are offered already, those stay. Returns the node of the last block,
         and whether any is not the sequence's own. `settle` must follow.
         """
-        end, is_twin = position + len(blocks), False
+        end, is_duplicate = position + len(blocks), False
         first, tags = position, mm_hashes.stretches(self.block_size, position, end)
         if position < node.end or self._forest.key(int(blocks[0]), tags[0][1]) in node.children:
             wanted = self.pool.ids.take(blocks, axis=0)
             node, position, found = self._walk(node, position, wanted, tags)
             if position > first:
                 offered = np.concatenate(found)
-                is_twin = not np.array_equal(offered, blocks[: position - first])
+                is_duplicate = not np.array_equal(offered, blocks[: position - first])
                 self.settle()
                 self.policy.touch(offered)
-                if is_twin:  # used, and idle again
-                    self._evictor.retire(offered[self._evictor.idle(offered)])
+                if is_duplicate:  # used, and idle again
+                    self._evictor.release(offered[self._evictor.idle(offered)])
         if position < end:
             if position < node.end:
                 node = self._split(node, position)
@@ -167,7 +167,7 @@ class PrefixIndex:
                         node, position, blocks[position - first : stop - first], tag
                     )
                     position = stop
-        return node, is_twin
+        return node, is_duplicate
 
     def publish_first(self, tree: TreeKey, block: int, tag: Tag) -> None:
         """Offer a full block at the front of `tree`, unless an equal one is. O(block_size).
@@ -182,14 +182,14 @@ class PrefixIndex:
         self.settle()
         offered = equal.blocks[:1]
         self.policy.touch(offered)
-        self._evictor.retire(offered[self._evictor.idle(offered)])  # used, and idle again
+        self._evictor.release(offered[self._evictor.idle(offered)])  # used, and idle again
 
     def _attach(self, node: Node, position: int, blocks: Blocks, tag: Tag) -> Node:
         if (
             position and node in node.queue.ranks
-        ):  # an idle tip, and now its blocks stand before held ones
+        ):  # an idle leaf, and now its blocks stand before held ones
             node.queue.forget(node)
-            node.queue.put_aside(node)
+            node.queue.defer(node)
         if not position or node.children or node.sealed or node.tag != tag:
             key = self._forest.key(int(blocks[0]), tag)
             return self._begin_run(node, position, blocks.astype(np.int32), tag, key)
@@ -232,12 +232,12 @@ class PrefixIndex:
         lower.parent = upper
         lower.token = self.pool.ids.item(lower.first, 0)
         self._forest.name(upper, front)
-        self._evictor.offer_node(upper)
+        self._evictor.enqueue_node(upper)
         return upper
 
     # ---------------------------------------------------------------- keep house
 
-    def offered(self) -> Iterator[Event]:
+    def published(self) -> Iterator[Event]:
         """All runs as `stored` events, parents before children. O(tokens)."""
         for root in self._forest.roots.values():
             for node in self._forest.below(root):

@@ -12,7 +12,7 @@ from kvpager.plans import Int64
 class Publication:
     """Offers the full, committed blocks of sequences. The caller holds the lock.
 
-    Writes `committed`, `published`, `twins` and `nodes` of the rows it is given.
+    Writes `committed`, `published`, `duplicates` and `nodes` of the rows it is given.
     """
 
     def __init__(self, state: BlockState) -> None:
@@ -31,7 +31,7 @@ class Publication:
         if length > table.committed[row]:
             table.committed[row] = length
         full = min(int(table.committed[row]), int(table.known[row])) >> state.shift
-        if full > table.published[row] or table.twins[row]:
+        if full > table.published[row] or table.duplicates[row]:
             self._publish(row, full)
         state.index.settle()
 
@@ -46,7 +46,7 @@ class Publication:
         committed = np.maximum(table.committed[rows], settled)
         table.committed[rows] = committed
         full = np.minimum(committed, table.known[rows]) >> state.shift
-        news = ((full > table.published[rows]) | table.twins[rows]).nonzero()[0]
+        news = ((full > table.published[rows]) | table.duplicates[rows]).nonzero()[0]
         for row, end in zip(rows[news].tolist(), full[news].tolist(), strict=True):
             self._publish(row, end)
         state.index.settle()
@@ -59,10 +59,10 @@ class Publication:
             # Nothing is published yet; or somebody else's blocks, which stood for ours, were
             # evicted, and the chain is broken: begin from the front, with our own blocks.
             node, position = index.root(who.tree) if end else None, 0
-            table.twins[row] = False
+            table.duplicates[row] = False
         if position < end and node is not None:
-            node, is_twin = index.publish(
+            node, is_duplicate = index.publish(
                 node, position, table.tables.part(row, position, end), who.mm_hashes
             )
-            table.twins[row] |= is_twin
+            table.duplicates[row] |= is_duplicate
         table.nodes[row], table.published[row] = node, end

@@ -166,7 +166,7 @@ class SequenceTable:
         "first_blocks": np.int64,  # blocks before it were given back
         "generations": np.int64,
         "swapped": np.bool_,
-        "twins": np.bool_,  # the index offers somebody else's block in place of one of ours
+        "duplicates": np.bool_,  # the index offers somebody else's block in place of one of ours
         "keyed": np.bool_,  # each block is offered by itself: see `groups/windows.py`
     }
 
@@ -178,7 +178,7 @@ class SequenceTable:
     first_blocks: Int64
     generations: Int64
     swapped: NDArray[np.bool_]
-    twins: NDArray[np.bool_]
+    duplicates: NDArray[np.bool_]
     keyed: NDArray[np.bool_]
 
     def __init__(self, block_size: int) -> None:

@@ -199,7 +199,7 @@ class BlockState:
             self.pool.hold(revived)
         self.evict_for(count, need)
         if len(revived):
-            self.evictor.offer(self.pool.unhold(revived))
+            self.evictor.enqueue(self.pool.unhold(revived))
 
     def reserve(self, num_columns: int, num_rows: int = 1) -> None:
         """Make room in the block tables, a change of its own. O(1) but when they grow."""
@@ -281,11 +281,11 @@ class BlockState:
         """Drop `times` references to each of the distinct device blocks. O(blocks)."""
         if len(blocks) == 1 and isinstance(times, int):
             if self.pool.release_one(int(blocks[0])):
-                self.evictor.retire(blocks)
+                self.evictor.release(blocks)
             return
         evictable = self.pool.release(blocks, times)
         if len(evictable):
-            self.evictor.retire(evictable)
+            self.evictor.release(evictable)
 
     def release_host(self, blocks: Int32, times: int | Int32 = 1) -> None:
         """Drop `times` references to each of the distinct host blocks. O(blocks)."""

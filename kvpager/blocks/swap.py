@@ -22,7 +22,7 @@ from kvpager.plans import Int32, Int64, Plan
 class Swap:
     """Moves sequences between the tiers. The caller holds the lock.
 
-    Writes the block tables, `swapped` and `twins` of sequences.
+    Writes the block tables, `swapped` and `duplicates` of sequences.
     """
 
     def __init__(self, state: BlockState) -> None:
@@ -51,7 +51,7 @@ class Swap:
         everyone = table.swapped.nonzero()[0]
         table.replace(everyone, leaving.blocks, -2 - copies[:, 1])
         # What the index offers stays behind as its own copy.
-        table.twins[everyone] |= table.published[everyone] > 0
+        table.duplicates[everyone] |= table.published[everyone] > 0
         table.epoch += 1
         state.moved(plan.copies, plan.ticket, "device", "host")
         state.release(leaving.blocks, leaving.holders)

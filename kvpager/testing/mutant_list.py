@@ -289,14 +289,14 @@ MUTANTS = (
         "forget that a twin stands for ours",
         _EQUAL,
         "kvpager.blocks.publication",
-        "table.twins[row] |= is_twin",
+        "table.duplicates[row] |= is_duplicate",
         "pass",
     ),
     Mutant(
-        "forget twins after a swap",
+        "forget duplicates after a swap",
         _EQUAL,
         "kvpager.blocks.swap",
-        "table.twins[everyone] |= table.published[everyone] > 0",
+        "table.duplicates[everyone] |= table.published[everyone] > 0",
         "pass",
     ),
     Mutant(
@@ -424,7 +424,7 @@ MUTANTS = (
         "forget idle blocks before held ones",
         _RECLAIMED,
         "kvpager.blocks.eviction",
-        "            node.queue.put_aside(node)\n        else:",
+        "            node.queue.defer(node)\n        else:",
         "            pass\n        else:",
     ),
 )

@@ -282,11 +282,11 @@ def misuse(world: World, pick: int, number: int) -> None:
 
 def refused(world: World, expected: type[Exception], call: Callable[[], object]) -> None:
     """Make a call that must raise `expected` and change nothing."""
-    before = world.books()
+    before = world.state()
     try:
         call()
     except expected:
-        world.require("refusal changes nothing", world.books() == before, "it did")
+        world.require("refusal changes nothing", world.state() == before, "it did")
         return
     except (KVPagerError, ValueError, TypeError) as error:
         world.require("a refusal of its kind", False, f"{error!r}, not {expected.__name__}")

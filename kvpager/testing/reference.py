@@ -285,8 +285,8 @@ class NaiveManager:
     def evict(self) -> None:
         """Forget one cached block that no table holds: from the tail, the oldest first."""
         idle = [prefix for prefix, block in self.cached.items() if not self.holders(block)]
-        tips = [prefix for prefix in idle if not self.is_extended(prefix)]
-        del self.cached[(tips or idle)[0]]
+        leaves = [prefix for prefix in idle if not self.is_extended(prefix)]
+        del self.cached[(leaves or idle)[0]]
         self.num_evicted += 1
 
     def is_extended(self, prefix: Prefix) -> bool:

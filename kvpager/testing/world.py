@@ -172,21 +172,21 @@ class World:
         """The result of a call that takes at most `most` device blocks; None where refused."""
         manager = self.manager
         room = manager.num_free_blocks
-        before = self.books() if room < most or self.setup.quotas else None
+        before = self.state() if room < most or self.setup.quotas else None
         try:
             return function(*arguments, **options)
         except OutOfBlocks as error:
             fits = before is None or error.need <= error.free + error.evictable
             fits = fits and not (self.setup.quotas or self.setup.null_block or self.setup.fences)
             self.require("served when it fits", not fits, f"{error}; at most {most} are needed")
-            after = self.books()
+            after = self.state()
             self.require(
                 "refusal changes nothing", after == before, f"{before} before, {after} after"
             )
             self.counts["refused"] += 1
             return None
 
-    def books(self) -> object:
+    def state(self) -> object:
         """What a refused call may not change: all counts in small pools, the cheap ones in others.
 
         O(1), O(everything) in small pools.

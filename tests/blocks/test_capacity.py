@@ -1314,7 +1314,7 @@ def test_a_router_knows_from_events_alone_what_is_offered(policy: str, seed: int
         last = numbers[-1]
         router.hear(events)
         anew = Router()
-        for event in manager.events.offered():
+        for event in manager.events.published():
             anew.store(event)
         assert router.index == anew.index
     assert manager.queries.num_evicted_blocks > 50

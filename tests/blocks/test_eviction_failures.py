@@ -17,7 +17,7 @@ from tests.blocks.test_faults import Clock, History, committed
 from tests.support.manager_state import handles_of, state_of
 
 NUM_BLOCKS = 24
-METHODS = ("admit", "touch", "retire", "rank", "forget", "reranked", "retain", "resize")
+METHODS = ("admit", "touch", "release", "rank", "forget", "reranked", "retain", "resize")
 
 
 class Failing(LRU):

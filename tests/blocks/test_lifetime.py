@@ -95,11 +95,11 @@ def test_lost_ghost_in_the_middle_does_not_make_a_prompt_new() -> None:
     prints = np.arange(1, 9, dtype=np.uint64) << np.uint64(3)
     for _ in range(3):
         policy.admit(blocks, prints, depths)
-        policy.retire(blocks)
+        policy.release(blocks)
         policy.forget(blocks)
         policy.ghosts.take(prints[3:5])
     policy.admit(blocks, prints, depths)
-    policy.retire(blocks)
+    policy.release(blocks)
     assert (policy.records[:8] & 0x3F).tolist() == [4, 4, 4, 1, 1, 4, 4, 4]
     assert not (policy.records[:8] >> 10 & 1).any()  # nothing was added behind a shared prefix
 
@@ -170,7 +170,7 @@ def test_resize_moves_records_with_their_blocks() -> None:
     policy = Lifetime(8)
     blocks = np.array([6, 7], np.int32)
     policy.admit(blocks, np.array([5, 9], np.uint64), np.array([0, 1]))
-    policy.retire(blocks)
+    policy.release(blocks)
     ranks = policy.rank(blocks)
     places = np.array([0, 1, 2, 3, 4, 5, 1, 0], np.int32)
     policy.resize(6, places)
@@ -243,7 +243,7 @@ def test_ranks_change_when_another_strategy_takes_charge() -> None:
     blocks = np.array([0, 1], np.int32)
     policy.admit(blocks, np.array([5, 9], np.uint64), np.array([0, 1]))
     policy.touch(blocks[:1])
-    policy.retire(blocks)
+    policy.release(blocks)
     before = policy.rank(blocks)
     policy.contest.chosen, policy.is_outdated = 5, True
     assert policy.rank(blocks).tolist() == before.tolist()

@@ -199,9 +199,9 @@ def best_by_trying(trace: Trace, capacity: int) -> int:
         states = {kept | set(prompt)}
         while len(next(iter(states))) > capacity:  # evict one leaf
             states = {
-                state - {tip}
+                state - {leaf}
                 for state in states
-                for tip in state - set(prompt) - {parents.get(number) for number in state}
+                for leaf in state - set(prompt) - {parents.get(number) for number in state}
             }
         return found + max(most(request + 1, frozenset(state)) for state in states)
 

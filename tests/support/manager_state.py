@@ -125,11 +125,11 @@ def _used(rows: SequenceTable) -> int:
 
 def _node_arrays(evictor: Evictor, nodes: list[Node], place: dict[Node, int]) -> Arrays:
     parents = [-1 if node.parent is None else place[node.parent] for node in nodes]
-    order, ranks, aside = list[Node](), list[float](), list[Node]()
+    order, ranks, deferred = list[Node](), list[float](), list[Node]()
     for queue in map(evictor._queues.__getitem__, evictor._queues):
         order += sorted(queue.ranks, key=queue.ranks.__getitem__)
         ranks += [queue.ranks[node][0] for node in order[len(ranks) :]]
-        aside += queue.aside
+        deferred += queue.deferred
     return {
         "nodes.parent": np.array(parents, np.int32),
         "nodes.size": np.array([node.end - node.start for node in nodes], np.int32),
@@ -137,7 +137,7 @@ def _node_arrays(evictor: Evictor, nodes: list[Node], place: dict[Node, int]) ->
         "nodes.blocks": np.concatenate([np.empty(0, np.int32), *(node.blocks for node in nodes)]),
         "queue.order": np.array([place[node] for node in order], np.int32),
         "queue.rank": np.array(ranks, np.float64),
-        "queue.aside": np.array([place[node] for node in aside], np.int32),
+        "queue.deferred": np.array([place[node] for node in deferred], np.int32),
     }
 
 

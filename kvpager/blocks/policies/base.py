@@ -1,15 +1,14 @@
 """Which cached block leaves first when room is needed.
 
-A policy is told what happens to blocks and gives each a rank; the lowest rank among the tips of
-the prefix trees leaves. A rank changes only when its block is named in a call, so that the
-order can be kept in a heap. `reranked` names all others, before blocks leave.
+The prefix index tells the policy what happens to blocks, and the policy ranks them. The leaf with
+the lowest rank in the prefix trees is evicted first. A block's rank changes only in calls that
+name the block, so a heap keeps the order. `reranked` names the exceptions before an eviction.
 
-    admit ──▶ touch ──▶ touch ──▶ retire ──▶ (touch ──▶ retire)* ──▶ forget
-    offered   reused    reused    nobody     reused again            evicted, or withdrawn
-                                  holds it
+    admit ─────▶ touch ──▶ release ──▶ (touch ──▶ release)* ──▶ forget
+    published    reused    no table     reused, released         evicted, or withdrawn
+                           holds it
 
-The policies themselves are in `kvpager.blocks.policies`. One of the caller's that raises is not
-asked any more, see `kvpager.blocks.policies.failsafe`.
+If a caller's policy raises, LRU replaces it: see `kvpager.blocks.policies.failsafe`.
 """
 
 from __future__ import annotations
@@ -35,56 +34,56 @@ _OUTDATED_MAX = 64
 
 
 class EvictionPolicy(Protocol):
-    """What the prefix index asks of a policy. Blocks of a call are distinct, int32 [n]."""
+    """The calls of the prefix index to a policy. The blocks of a call are distinct, int32 [n]."""
 
     needs_fingerprints: bool
 
     def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:
-        """`blocks` are offered from now on, at `depths` blocks from the front, int64 [n].
+        """Note that `blocks` were published, `depths` blocks from the front, int64 [n].
 
-        `fingerprints`, uint64 [n], see `kvpager.blocks.fingerprints`. Both are empty where the
-        policy does not need them.
+        `fingerprints`, uint64 [n]: see `kvpager.blocks.fingerprints`. Both are empty unless
+        `needs_fingerprints`.
         """
 
     def touch(self, blocks: Blocks) -> None:
-        """Another sequence uses `blocks`."""
+        """Note that another sequence uses `blocks`."""
 
-    def retire(self, blocks: Blocks) -> None:
-        """No table holds `blocks` any more."""
+    def release(self, blocks: Blocks) -> None:
+        """Note that no table holds `blocks` any more."""
 
     def rank(self, blocks: Blocks) -> Rank:
-        """The rank of each block, float64 or int64 [n]."""
+        """Return the rank of each block, float64 or int64 [n]."""
 
     def forget(self, blocks: Blocks) -> None:
-        """`blocks` are offered no longer."""
+        """Note that `blocks` left the prefix index."""
 
     def reranked(self, count: int) -> Int32:
         """Return the blocks whose rank changed although no call named them, int32 [n].
 
-        The prefix index asks before `count` blocks leave; other ranks change in named calls only.
+        The prefix index calls this before it evicts `count` blocks.
         """
 
     def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:
-        """Keep `blocks` by `priority`, for `ttl_s` seconds; False where the policy cannot."""
+        """Rank `blocks` by `priority` for `ttl_s` seconds; return False if not supported."""
 
     def resize(self, num_blocks: int, places: Int32) -> None:
-        """Follow the pool to its new size, and its blocks to their new places."""
+        """Follow the pool to its new size. `places`: the new number of each old block."""
 
 
 class BlockPolicy:
-    """A policy that keeps a few numbers for each block. Every call is O(blocks named)."""
+    """A policy with columns of numbers, one entry a block. Every call is O(blocks named)."""
 
     COLUMNS: ClassVar[dict[str, type[np.generic]]] = {}
     needs_fingerprints = False
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.now = 0  # ticks once for each call: logical time
+        self.now = 0  # logical time: ticks once a call
         for name, dtype in self.COLUMNS.items():
             setattr(self, name, np.zeros(num_blocks, dtype))
 
     def tick(self) -> int:
-        """A moment later than all before. O(1)."""
+        """Advance logical time and return it. O(1)."""
         self.now += 1
         return self.now
 
@@ -94,7 +93,7 @@ class BlockPolicy:
     def touch(self, blocks: Blocks) -> None:  # noqa: D102
         pass
 
-    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+    def release(self, blocks: Blocks) -> None:  # noqa: D102
         pass
 
     def forget(self, blocks: Blocks) -> None:  # noqa: D102
@@ -113,23 +112,23 @@ class BlockPolicy:
 
 
 class Queue(Generic[T]):
-    """Nodes in the order in which they may leave, and those put aside until nothing else is left.
+    """Nodes in eviction order, and deferred nodes, which are evicted when no other is left.
 
-    `push` again moves a node; what the heap still says about it is outdated and dropped later.
+    `push` of a queued node changes its rank; its outdated heap entry is dropped later.
     """
 
     def __init__(self, note: Callable[[Queue[T], float], None]) -> None:
-        """Call `note` for each node that ranks below `listed`."""
-        self.listed = np.inf  # at most the first rank, where `Queues` is to look here
+        """Make an empty queue that calls `note` for each node that ranks below `listed`."""
+        self.listed = np.inf  # at most the first rank; inf: `Queues` skips this queue
         self._note = note
         self.ranks: dict[T, tuple[float, int]] = {}
-        self.aside: OrderedDict[T, None] = OrderedDict()
+        self.deferred: OrderedDict[T, None] = OrderedDict()
         self._heap: list[tuple[float, int, T]] = []
         self._count = 0
 
     def push(self, rank: float, node: T) -> None:
-        """`node` leaves when its rank is the lowest; among equals, the first pushed. O(log n)."""
-        self.aside.pop(node, None)
+        """Queue `node` by `rank`; equal ranks leave in the order of pushes. O(log n)."""
+        self.deferred.pop(node, None)
         if node in self.ranks and self.ranks[node][0] == rank:
             return
         self._count += 1
@@ -142,7 +141,7 @@ class Queue(Generic[T]):
             heapq.heapify(self._heap)
 
     def first(self) -> tuple[float, T] | None:
-        """The node with the lowest rank. Amortised O(log n)."""
+        """Return the lowest rank and its node. Amortised O(log n)."""
         while self._heap:
             rank, count, node = self._heap[0]
             if self.ranks.get(node) == (rank, count):
@@ -151,36 +150,36 @@ class Queue(Generic[T]):
         return None
 
     def drop_first(self) -> None:
-        """Take what `first` returned out. O(log n)."""
+        """Remove the node that `first` returned. O(log n)."""
         _, _, node = heapq.heappop(self._heap)
         del self.ranks[node]
 
-    def put_aside(self, node: T) -> None:
-        """`node` cannot leave by itself, but some of its blocks are idle. O(1)."""
-        self.aside[node] = None
+    def defer(self, node: T) -> None:
+        """Defer `node`: it has idle blocks, but held blocks follow them. O(1)."""
+        self.deferred[node] = None
 
-    def aside_first(self) -> T:
-        """Take out the node that was put aside first. O(1)."""
-        return self.aside.popitem(last=False)[0]
+    def first_deferred(self) -> T:
+        """Remove and return the node that was deferred first. O(1)."""
+        return self.deferred.popitem(last=False)[0]
 
     def clear(self) -> None:
         """Forget all nodes. O(n)."""
         self.listed = np.inf
         self.ranks.clear()
-        self.aside.clear()
+        self.deferred.clear()
         self._heap.clear()
 
     def forget(self, node: T) -> None:
-        """`node` is gone. O(1)."""
+        """Remove `node`. O(1)."""
         self.ranks.pop(node, None)
-        self.aside.pop(node, None)
+        self.deferred.pop(node, None)
 
 
 class Queues(Generic[T]):
-    """The queues of all accounts by number, and whose first node ranks lowest.
+    """The queues of all accounts by number, in the order of their first nodes' ranks.
 
-    A heap lists each queue by a rank that is at most that of its first node: a node that ranks
-    lower lists its queue again, and what is no longer right is put right when it comes up.
+    A heap lists each queue by a lower bound of its first node's rank. A node that ranks lower lists
+    its queue again; an outdated bound is corrected when it reaches the top of the heap.
     """
 
     def __init__(self) -> None:
@@ -195,12 +194,12 @@ class Queues(Generic[T]):
         return iter(self._by_number)
 
     def add(self, number: int) -> Queue[T]:
-        """Make a queue. O(1)."""
+        """Add an empty queue and return it. O(1)."""
         queue = self._by_number[number] = Queue[T](partial(self._note, number))
         return queue
 
     def drop(self, number: int) -> None:
-        """Forget a queue whose nodes went elsewhere. O(1)."""
+        """Remove a queue without nodes. O(1)."""
         del self._by_number[number]
 
     def _note(self, number: int, queue: Queue[T], rank: float) -> None:
@@ -215,7 +214,7 @@ class Queues(Generic[T]):
             heapq.heapify(self._fronts)
 
     def relist(self, number: int) -> None:
-        """List a queue again that was empty, or had no allowance. Amortised O(log n)."""
+        """List a queue again after it was empty or had no allowance. Amortised O(log n)."""
         queue = self._by_number[number]
         first = queue.first()
         if first is not None and first[0] < queue.listed:
@@ -226,8 +225,8 @@ class Queues(Generic[T]):
     ) -> tuple[int, T, float] | None:
         """Return the queue whose first node ranks lowest, that node, and the next queue's rank.
 
-        Amortised O(log queues). `first` returns a queue's first node; `left` how many of its blocks
-        may leave. Queues without either are passed over until they are listed again.
+        Amortised O(log queues). `first` returns a queue's first node, `left` how many of its blocks
+        may be evicted. A queue without a node or an allowance is skipped until it is listed again.
         """
         best = self._top(first, left)
         if best is None:
@@ -260,7 +259,7 @@ class Queues(Generic[T]):
         return None
 
     def check(self, is_open: Callable[[int], bool]) -> None:
-        """Raise `BrokenInvariant` unless each queue that may give is listed. O(queues)."""
+        """Raise `BrokenInvariant` unless each queue with evictable blocks is listed. O(queues)."""
         for number, queue in self._by_number.items():
             first = queue.first()
             if first is not None and is_open(number) and queue.listed > first[0]:

@@ -40,10 +40,10 @@ class FailSafe:
     def touch(self, blocks: Blocks) -> None:  # noqa: D102
         self._ask("touch", blocks)
 
-    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+    def release(self, blocks: Blocks) -> None:  # noqa: D102
         if self.in_charge is not self._spare:
-            self._spare.retire(blocks)
-        self._ask("retire", blocks)
+            self._spare.release(blocks)
+        self._ask("release", blocks)
 
     def forget(self, blocks: Blocks) -> None:  # noqa: D102
         self._ask("forget", blocks)

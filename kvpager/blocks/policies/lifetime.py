@@ -230,7 +230,7 @@ class Lifetime(BlockPolicy):
         sample = np.concatenate([cached[cached > 0], self.ghosts.sample(first, step)])
         self.is_outdated |= self.contest.count(sample, self.num_blocks // step, self.now)
 
-    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+    def release(self, blocks: Blocks) -> None:  # noqa: D102
         index = np.asarray(blocks, np.intp)
         uses = self.records.take(index) & _USES
         # Counted from the end: a ghost may be lost, and then a block in the middle seems new.

@@ -16,7 +16,7 @@ class LRU(BlockPolicy):
     COLUMNS: ClassVar[dict[str, type[np.generic]]] = {"last_used": np.int64}
     last_used: Int64
 
-    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+    def release(self, blocks: Blocks) -> None:  # noqa: D102
         self.last_used[blocks] = self.tick()
 
     def rank(self, blocks: Blocks) -> Rank:  # noqa: D102

@@ -44,7 +44,7 @@ class ARC(QueuePolicy):
         self.often[block] = None
         self.often.move_to_end(block)
 
-    def release(self, block: int) -> None:  # noqa: D102
+    def let_go(self, block: int) -> None:  # noqa: D102
         queue = self.once if block in self.once else self.often
         if block in queue:
             queue.move_to_end(block)

@@ -72,11 +72,11 @@ class QueuePolicy(BlockPolicy):
             self.ranks[block] = self.tick()
             self.hit(block)
 
-    def retire(self, blocks: Blocks) -> None:  # noqa: D102
+    def release(self, blocks: Blocks) -> None:  # noqa: D102
         self.is_held[blocks] = False
         for block in blocks[::-1].tolist():
             self.ranks[block] = self.tick()
-            self.release(block)
+            self.let_go(block)
 
     def forget(self, blocks: Blocks) -> None:  # noqa: D102
         for block, fingerprint in zip(blocks.tolist(), self.prints[blocks].tolist(), strict=True):
@@ -116,7 +116,7 @@ class QueuePolicy(BlockPolicy):
     def hit(self, block: int) -> None:
         """Record that a block is used again."""
 
-    def release(self, block: int) -> None:
+    def let_go(self, block: int) -> None:
         """Record that no request holds a block any longer."""
 
     @abstractmethod

@@ -35,7 +35,7 @@ class TwoQ(QueuePolicy):
         else:
             self.new[block] = None  # `next_out` may have named it
 
-    def release(self, block: int) -> None:  # noqa: D102
+    def let_go(self, block: int) -> None:  # noqa: D102
         if block in self.main:
             self.main.move_to_end(block)
 
