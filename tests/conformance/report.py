@@ -32,6 +32,7 @@ from tests.support import tiny_models
 from tests.support.cache_name import NAME
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+SEPARATOR = " · "  # names have commas
 _BEGIN, _END = "<!-- begin: made by `make conformance` -->\n", "<!-- end -->\n"
 
 
@@ -147,7 +148,7 @@ def _modes() -> Iterator[str]:
     yield "| group | modes |"
     yield "|---|---|"
     for group, modes in conformance.MODES.items():
-        yield f"| {group} | {'; '.join(modes)} |"
+        yield f"| {group} | {SEPARATOR.join(modes)} |"
 
 
 def _table(records: list[Record]) -> Iterator[str]:
@@ -180,8 +181,8 @@ def _refusals(records: list[Record]) -> Iterator[str]:
 
 def _listed(names: list[str], others: list[str]) -> str:
     if len(names) <= len(others):
-        return "; ".join(names)
-    return "all but " + "; ".join(others) if others else "all"
+        return SEPARATOR.join(names)
+    return "all but " + SEPARATOR.join(others) if others else "all"
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def read(path: Path) -> Document:
         if part.startswith("|")
     ]
     modes, architectures, _ = tables
-    return Document([row[0] for row in architectures], {g: m.split("; ") for g, m in modes})
+    return Document([row[0] for row in architectures], {g: m.split(SEPARATOR) for g, m in modes})
 
 
 def _split(text: str) -> tuple[str, str, str]:
