@@ -122,7 +122,7 @@ def planes() -> Canvas:
 
 
 def tiers() -> Canvas:
-    """Where blocks can be, and how they move."""
+    """The tiers and the moves between them."""
     canvas = Canvas(780, 290, "Tiers")
     canvas.box(24, 40, 330, 60, "device pool: memory=\nheld, cached and free blocks", fill=BLUE)
     canvas.box(24, 180, 330, 60, "host pool: host_memory=\nblocks of swapped sequences", fill=GREEN)
