@@ -137,9 +137,7 @@ def test_the_same_ids_in_any_form_are_the_same_prompt(manager: BlockManager, for
 
 
 @pytest.mark.parametrize("form", REFUSED)
-def test_what_is_not_token_ids_is_refused_wherever_they_are_taken(
-    manager: BlockManager, form: str
-) -> None:
+def test_invalid_token_ids_are_refused_everywhere(manager: BlockManager, form: str) -> None:
     ids = REFUSED[form]()
     manager.free(manager.allocate(PROMPT), publish=True)
     sequence, other = manager.allocate([7, 8]), manager.allocate([7, 9])
@@ -358,7 +356,7 @@ def test_a_request_names_its_tenant_or_none(name: str, value: object, error: typ
     assert not scheduler.has_work
 
 
-def test_no_adapters_name_is_that_of_another_after_the_model_changed() -> None:
+def test_lora_names_stay_distinct_after_the_model_changed() -> None:
     scheduler = Scheduler(BlockManager(64, 4))
     names = []
     for lora in ("x", "x\0001", "x\0", "x\0\0001", "\0001", None):
@@ -415,7 +413,7 @@ def test_contents_without_end_behind_one_token_are_refused(manager: BlockManager
         manager.allocate(4, mm_hashes=[*deep, (3, 4, b"one more")])
 
 
-def test_a_tag_costs_no_more_where_a_prompt_has_many_contents() -> None:
+def test_a_tag_costs_no_more_with_many_mm_hashes() -> None:
     """Hashes looked at, of a prompt swept once and of blocks looked up one by one."""
     looked = [0]
 

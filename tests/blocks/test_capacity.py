@@ -135,7 +135,7 @@ def test_a_cached_prefix_survives_the_move_and_is_hit_again() -> None:
     assert manager.block_tables(hit)[0][:3].tolist() == plan.copies[:, 1].tolist()
 
 
-def test_shrinking_evicts_the_cached_blocks_for_which_there_is_no_room() -> None:
+def test_shrinking_evicts_cached_blocks_without_room() -> None:
     manager = BlockManager(8, 4)
     held = manager.allocate(8)
     cache(manager, A)
@@ -241,7 +241,7 @@ def test_a_memory_that_obeys_the_plan_keeps_all_contents(seed: int) -> None:
 # -------------------------------------------------------------------- null block
 
 
-def test_the_null_block_is_never_handed_out_and_all_others_are() -> None:
+def test_every_block_but_the_null_block_is_handed_out() -> None:
     manager = BlockManager(8, 4, null_block=True)
     table = manager.block_tables(manager.allocate(28))[0]
     assert sorted(table.tolist()) == list(range(1, 8))
@@ -298,7 +298,7 @@ def all_that_can_be_had(manager: BlockManager) -> set[int]:
     return blocks
 
 
-def test_a_block_on_its_way_to_the_host_is_not_handed_out_before_complete() -> None:
+def test_a_block_swapped_out_is_kept_until_complete() -> None:
     manager = fenced()
     plan = manager.swap(manager.allocate(8), "host")
     manager.check()
@@ -310,7 +310,7 @@ def test_a_block_on_its_way_to_the_host_is_not_handed_out_before_complete() -> N
     assert all_that_can_be_had(manager) == set(range(6))
 
 
-def test_a_host_block_on_its_way_back_is_not_handed_out_before_complete() -> None:
+def test_a_host_block_swapped_in_is_kept_until_complete() -> None:
     manager = fenced(num_host_blocks=2)
     sequence, other = manager.allocate(8), manager.allocate(8)
     manager.copies.complete(manager.swap(sequence, "host"))
@@ -336,7 +336,7 @@ def test_the_source_of_a_copy_on_write_stays_until_complete() -> None:
     assert source in all_that_can_be_had(manager)
 
 
-def test_the_source_of_a_partial_match_is_not_evicted_before_complete() -> None:
+def test_the_source_of_a_partial_match_is_kept_until_complete() -> None:
     manager = fenced(4)
     cache(manager, A + B)
     hit = manager.allocate(A + B[:2] + [99])
@@ -351,7 +351,7 @@ def test_the_source_of_a_partial_match_is_not_evicted_before_complete() -> None:
     assert manager.match_prefix(A + B) == 4  # the first block is held by the hit
 
 
-def test_a_partial_match_that_cannot_keep_its_source_is_refused_whole() -> None:
+def test_a_partial_match_without_room_for_its_source_is_refused() -> None:
     manager = fenced(2)
     cache(manager, A + B)
     before = manager.stats()
@@ -362,7 +362,7 @@ def test_a_partial_match_that_cannot_keep_its_source_is_refused_whole() -> None:
 
 
 @pytest.mark.parametrize("copy", ["swap", "step", "match"])
-def test_freeing_a_sequence_with_a_copy_in_flight_keeps_both_ends(copy: str) -> None:
+def test_freeing_during_a_copy_keeps_source_and_destination(copy: str) -> None:
     manager = fenced()
     cache(manager, A)
     sequence = manager.allocate(6)
@@ -469,7 +469,7 @@ def test_where_a_block_moved_by_shrinking_arrives_stays_until_complete() -> None
 
 @pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("seed", range(6))
-def test_a_late_swap_reads_what_was_there_when_it_was_planned(seed: int) -> None:
+def test_a_late_swap_reads_the_bytes_it_was_planned_for(seed: int) -> None:
     random = np.random.default_rng(seed)
     manager = BlockManager(12, 4, 8, fences=True)
     writes = np.zeros(12, int)  # how often somebody wrote into each block
@@ -576,7 +576,7 @@ def test_what_is_published_after_the_pin_is_not_pinned() -> None:
     assert manager.match_prefix(A + B) == 4
 
 
-def test_a_pinned_block_is_shared_and_given_back_like_any_other() -> None:
+def test_a_pinned_block_is_shared_and_released_normally() -> None:
     manager = BlockManager(6, 4)
     sequence = committed(manager, A)
     manager.pins.pin(sequence)
@@ -710,7 +710,7 @@ def test_the_last_word_about_retention_counts(ranked: BlockManager, clock: Clock
     assert order_of_leaving(ranked, [A, B]) == [B, A]
 
 
-def test_a_retained_block_that_left_is_an_ordinary_one_when_it_comes_again(
+def test_an_evicted_block_loses_its_retention(
     ranked: BlockManager,
 ) -> None:
     retained(ranked, A, 100)
@@ -776,7 +776,7 @@ def test_a_namespace_gets_no_more_than_its_ceiling() -> None:
     manager.check()
 
 
-def test_a_refusal_by_a_quota_names_the_namespace_even_if_the_pool_is_full() -> None:
+def test_a_quota_error_names_the_namespace_in_a_full_pool() -> None:
     manager = BlockManager(4, 4)
     manager.quotas.set("acme", ceiling=2)
     held = manager.allocate(8, namespace="acme")
@@ -963,7 +963,7 @@ def test_lowering_a_ceiling_evicts_the_namespaces_own_cached_blocks() -> None:
     assert manager.match_prefix(A, namespace="other") == 4
 
 
-def test_a_ceiling_below_what_is_held_is_refused_and_changes_nothing() -> None:
+def test_a_ceiling_below_the_held_blocks_is_refused() -> None:
     manager = BlockManager(8, 4)
     cache(manager, A + B, "acme")
     held = manager.allocate(8, namespace="acme")
@@ -1130,7 +1130,7 @@ def watched(num_blocks: int = 8, num_events: int = 1000, **options: object) -> B
     return BlockManager(num_blocks, 4, 8, num_events=num_events, **options)  # type: ignore[arg-type]
 
 
-def test_what_becomes_reusable_is_told_as_stored_with_its_place_and_tokens() -> None:
+def test_a_stored_event_has_place_and_tokens() -> None:
     manager = watched()
     sequence = manager.allocate(A + B, namespace="acme", lora="math")
     assert manager.events.fetch() == []
@@ -1176,7 +1176,7 @@ def test_freeing_a_cached_sequence_removes_nothing() -> None:
     assert manager.events.fetch() == []
 
 
-def test_what_is_offered_is_removed_only_when_its_last_copy_left() -> None:
+def test_removed_is_logged_when_the_last_copy_leaves() -> None:
     manager = watched()
     sequence = committed(manager, A + B)
     manager.events.fetch()
@@ -1249,7 +1249,7 @@ def test_events_tell_nothing_of_what_happens_to_their_arrays_later() -> None:
     assert manager.match_prefix(A + B) == 8
 
 
-def test_a_manager_that_keeps_no_events_says_how_to_get_some() -> None:
+def test_fetch_without_num_events_names_the_argument() -> None:
     with pytest.raises(ValueError, match="make the manager with num_events"):
         BlockManager(8, 4).events.fetch()
 

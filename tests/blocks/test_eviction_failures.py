@@ -172,7 +172,7 @@ def test_a_clock_that_fails_in_retain_changes_nothing() -> None:
     manager.pins.retain(sequence, 80, 5.0)
 
 
-def test_a_clock_that_fails_while_room_is_made_keeps_what_is_retained(caplog) -> None:
+def test_a_failing_clock_keeps_retained_blocks(caplog) -> None:
     clock = Broken()
     manager, sequence = retained(clock)
     manager.pins.retain(sequence, 80, 5.0)

@@ -460,7 +460,7 @@ def test_a_hit_has_every_block_of_the_last_window() -> None:
     assert served == [(5, 24), (4, 24), (3, 24), (2, 24), (1, 0), (0, 0)]
 
 
-def test_tokens_after_a_cut_are_not_taken_for_those_before_it() -> None:
+def test_tokens_after_a_truncation_get_new_digests() -> None:
     manager = GroupedManager((2,), 40, 4)
     manager.commit(manager.allocate(range(8)))
     old, new, end = [20, 21, 22, 23], [50, 51, 52, 53], [60, 61, 62, 63]

@@ -235,7 +235,7 @@ def test_a_signal_among_several_interrupts_as_ctrl_c_does(number: int) -> None:
 
 
 @pytest.mark.parametrize("scenario", CHANGES)
-def test_a_call_cut_short_by_force_leaves_a_lawful_manager_or_a_broken_one(scenario) -> None:
+def test_a_call_cut_short_leaves_a_valid_or_refusing_manager(scenario) -> None:
     manager, operation = scenario()
     operation()
     complete = state_of(manager)
@@ -403,7 +403,7 @@ def test_a_signal_in_a_change_is_handled_after_it(number: int) -> None:
     change(owner)  # it is sound
 
 
-def test_all_signals_are_handled_in_order_also_where_the_first_raises() -> None:
+def test_all_signals_are_handled_in_order_despite_errors() -> None:
     order: list[object] = []
 
     def first(number: int, frame: FrameType | None) -> None:
@@ -521,7 +521,7 @@ def test_other_threads_leave_handlers_alone() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_thread_that_forks_is_the_main_thread_of_its_child() -> None:
+def test_a_forking_thread_is_its_childs_main_thread() -> None:
     statuses: list[int] = []
 
     def fork() -> None:
@@ -587,7 +587,7 @@ def test_a_finaliser_in_the_middle_of_a_change_is_refused(monkeypatch) -> None:
     manager.check()
 
 
-def test_an_exception_forced_upon_a_thread_leaves_a_lawful_manager_or_a_broken_one(
+def test_an_asynchronous_exception_leaves_a_valid_or_refusing_manager(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     genuine = threading.excepthook

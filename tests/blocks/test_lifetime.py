@@ -89,7 +89,7 @@ def test_ghost_tells_an_old_prefix_from_a_new_one() -> None:
     assert num_known[100] == 0
 
 
-def test_lost_ghost_in_the_middle_does_not_make_a_prompt_new() -> None:
+def test_a_lost_ghost_does_not_make_a_prompt_new() -> None:
     policy = Lifetime(32)
     blocks, depths = np.arange(8, dtype=np.int32), np.arange(8)
     prints = np.arange(1, 9, dtype=np.uint64) << np.uint64(3)

@@ -21,7 +21,7 @@ def cache(manager: BlockManager, tokens: range, namespace: str | None = None) ->
     manager.free(manager.allocate(list(tokens), namespace=namespace), publish=True)
 
 
-def test_a_floor_is_kept_even_where_its_blocks_would_leave_first() -> None:
+def test_a_floor_is_kept_even_if_its_blocks_rank_lowest() -> None:
     manager = BlockManager(8, 4)
     manager.quotas.set("acme", floor=4)
     cache(manager, range(16), "acme")  # idle for longest
@@ -43,7 +43,7 @@ def test_idle_blocks_before_held_ones_leave_one_by_one() -> None:
     manager.check()
 
 
-def test_the_deepest_idle_run_leaves_first_of_those_before_held_ones() -> None:
+def test_the_deepest_deferred_run_is_evicted_first() -> None:
     manager = BlockManager(31, 4)
     front, left, right = list(range(40)), list(range(100, 140)), list(range(200, 240))
     pair = []
@@ -105,7 +105,7 @@ def test_growing_does_not_forget_what_is_held_back() -> None:
     assert manager.stats().num_free == 9
 
 
-def test_what_shrinking_cut_off_is_not_handed_out_before_it_was_copied() -> None:
+def test_blocks_cut_off_by_shrinking_are_kept_until_copied() -> None:
     manager = BlockManager(8, 4, fences=True)
     first = manager.allocate(20)
     manager.allocate(4)
@@ -212,7 +212,7 @@ def test_a_call_costs_the_same_however_many_tenants_have_quotas(monkeypatch, flo
     assert all(many[name] <= few[name] + 8 for name in few), (few, many)
 
 
-def test_a_namespace_within_its_floor_gives_blocks_again_when_the_floor_falls() -> None:
+def test_a_lowered_floor_makes_blocks_evictable_again() -> None:
     manager = BlockManager(8, 4)
     manager.quotas.set("kept", floor=4)
     cache(manager, range(16), "kept")

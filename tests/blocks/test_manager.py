@@ -74,7 +74,7 @@ def test_a_pool_too_small_refuses_and_says_by_how_much(manager: BlockManager) ->
 # -------------------------------------------------------------------- prefix reuse
 
 
-def test_a_known_prefix_is_shared_and_one_token_is_left_to_compute(manager: BlockManager) -> None:
+def test_a_known_prefix_is_shared_except_the_last_token(manager: BlockManager) -> None:
     first = committed(manager, prompt(8))
     second = manager.allocate(prompt(8))
     # The second block is needed for one more token than may be reused: it is copied in part.
@@ -147,7 +147,7 @@ def test_a_freed_prompt_stays_cached_until_its_room_is_needed(manager: BlockMana
     assert len(manager.block_tables(other)[0]) == 4
 
 
-def test_the_least_recently_used_prefix_leaves_first_and_from_its_tail(
+def test_the_least_recently_used_prefix_is_evicted_from_its_tail(
     manager: BlockManager,
 ) -> None:
     manager.free(committed(manager, prompt(16)))
@@ -158,7 +158,7 @@ def test_the_least_recently_used_prefix_leaves_first_and_from_its_tail(
     manager.check()
 
 
-def test_two_equal_prompts_at_once_keep_their_own_blocks_and_one_is_offered(
+def test_equal_prompts_keep_their_blocks_and_one_is_published(
     manager: BlockManager,
 ) -> None:
     first, second = manager.allocate(prompt(8)), manager.allocate(prompt(8))
@@ -173,7 +173,7 @@ def test_two_equal_prompts_at_once_keep_their_own_blocks_and_one_is_offered(
     manager.check()
 
 
-def test_when_a_twins_blocks_are_evicted_the_rest_offers_its_own(manager: BlockManager) -> None:
+def test_a_duplicate_publishes_its_own_blocks_after_eviction(manager: BlockManager) -> None:
     first, second = manager.allocate(prompt(4)), manager.allocate(prompt(4))
     manager.commit([first, second])
     manager.free(first)
@@ -854,7 +854,7 @@ def test_a_prompt_leaves_from_its_end(manager: BlockManager) -> None:
     assert manager.allocate(prompt(13)[:9]).num_cached_tokens == 8
 
 
-def test_an_empty_namespace_begins_anew_for_who_still_holds_its_root() -> None:
+def test_a_sequence_republishes_after_its_namespace_was_emptied() -> None:
     manager = BlockManager(6, 4)
     twin = manager.allocate(prompt(8), namespace="acme")
     manager.free(committed(manager, prompt(8), "acme"))

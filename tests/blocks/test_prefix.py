@@ -73,7 +73,7 @@ def test_a_sequence_goes_on_although_its_run_was_split(manager: BlockManager) ->
     assert manager.match_prefix(A + B + C + E) == 16
 
 
-def test_a_sequence_shortened_to_the_upper_half_of_a_split_run_goes_on_there(
+def test_a_sequence_truncated_into_a_split_run_continues_there(
     manager: BlockManager,
 ) -> None:
     sequence = committed(manager, A + B + C)
@@ -128,7 +128,7 @@ def test_a_chain_of_many_forks_is_walked_to_its_end() -> None:
     assert manager.num_free_blocks == 2048
 
 
-def test_a_prompt_grown_token_by_token_is_found_like_one_given_at_once(
+def test_a_prompt_grown_by_tokens_is_found(
     manager: BlockManager,
 ) -> None:
     sequence = manager.allocate([])
@@ -139,7 +139,7 @@ def test_a_prompt_grown_token_by_token_is_found_like_one_given_at_once(
     assert manager.match_prefix(A + B + C) == 12
 
 
-def test_a_run_that_lost_its_tail_is_extended_by_who_comes_next() -> None:
+def test_a_run_without_its_tail_can_be_extended() -> None:
     manager = BlockManager(8, 4)
     cache(manager, A + B + C + D)
     evict(manager, 2)
@@ -151,7 +151,7 @@ def test_a_run_that_lost_its_tail_is_extended_by_who_comes_next() -> None:
         assert manager.match_prefix(prompt) == 12
 
 
-def test_a_place_beyond_a_lost_tail_is_not_mistaken_for_what_grew_there() -> None:
+def test_a_place_beyond_a_lost_tail_is_gone() -> None:
     manager = BlockManager(16, 4)
     first, twin = manager.allocate(A + B), manager.allocate(A + B)
     manager.commit([first, twin])  # the twin's place is in the blocks of the first
@@ -196,7 +196,7 @@ def test_a_twin_whose_counterpart_was_evicted_offers_its_own_blocks() -> None:
     assert manager.block_tables(hit)[0][:3].tolist() == manager.block_tables(twin)[0].tolist()
 
 
-def test_a_twin_that_lost_its_front_under_it_offers_everything_again() -> None:
+def test_a_duplicate_whose_front_was_evicted_publishes_its_own_blocks() -> None:
     manager = BlockManager(8, 4)
     first, twin = manager.allocate(A + B), manager.allocate(A + B)
     manager.commit([first, twin])
@@ -262,7 +262,7 @@ WHO = [
 
 
 @pytest.mark.parametrize("owner", WHO, ids=str)
-def test_a_prefix_is_found_by_the_same_namespace_and_adapter_only(
+def test_a_prefix_is_private_to_its_namespace_and_lora(
     manager: BlockManager, owner: dict[str, str]
 ) -> None:
     cache(manager, A + B, **owner)
@@ -282,9 +282,7 @@ def test_a_namespace_or_adapter_that_is_no_string_is_refused(
 
 
 @pytest.mark.parametrize("label", ["namespace", "lora"])
-def test_an_empty_namespace_or_adapter_is_refused_wherever_one_is_taken(
-    manager: BlockManager, label: str
-) -> None:
+def test_an_empty_namespace_or_lora_is_refused(manager: BlockManager, label: str) -> None:
     for look in (manager.allocate, manager.match_prefix):
         with pytest.raises(ValueError, match=f'{label} "": expected at least one character'):
             look(A, **{label: ""})  # type: ignore[operator]
@@ -348,7 +346,7 @@ def test_other_contents_are_missed_from_the_first_block_they_overlap(
 
 
 @pytest.mark.parametrize("start", [3, 4, 5, 7, 8])
-def test_the_block_that_a_content_begins_in_is_missed_as_a_whole(
+def test_the_block_where_an_mm_hash_begins_is_missed_whole(
     manager: BlockManager, start: int
 ) -> None:
     prompt = [7] * 16
@@ -361,7 +359,7 @@ def test_a_digest_a_byte_longer_is_another_content(manager: BlockManager) -> Non
     assert manager.match_prefix(PLACEHOLDERS, mm_hashes=[(4, 12, DOG + b"\0")]) == 4
 
 
-def test_part_of_a_block_is_not_reused_across_a_contents_border(manager: BlockManager) -> None:
+def test_partial_reuse_stops_at_the_border_of_an_mm_hash(manager: BlockManager) -> None:
     prompt = [1, 2, 7, 7, *B]
     cache(manager, prompt, mm_hashes=[(2, 4, DOG)])
     # Tokens 1, 2 come before the image, yet the block as a whole is another one.
@@ -376,7 +374,7 @@ def test_part_of_a_block_with_equal_contents_is_reused(manager: BlockManager) ->
     assert manager.match_prefix([7, 7, 1, 9], mm_hashes=[(0, 2, CAT)]) == 0
 
 
-def test_prompts_that_show_different_things_can_be_offered_side_by_side(
+def test_prompts_with_different_mm_hashes_are_cached_side_by_side(
     manager: BlockManager,
 ) -> None:
     for digest in (DOG, CAT):
@@ -434,7 +432,7 @@ def test_match_prefix_changes_nothing() -> None:
     assert manager.events.fetch() == []
 
 
-def test_match_prefix_counts_the_last_token_that_allocate_leaves_to_compute(
+def test_match_prefix_counts_the_last_token_unlike_allocate(
     manager: BlockManager,
 ) -> None:
     cache(manager, A + B)
@@ -535,7 +533,7 @@ def test_lru_counts_from_when_the_last_holder_left() -> None:
     assert order_of_leaving(manager, [A, B]) == [B, A]
 
 
-def test_a_lifetime_keeps_what_is_used_again_and_again_over_what_came_once() -> None:
+def test_lifetime_keeps_reused_blocks_over_blocks_used_once() -> None:
     if "lifetime" not in POLICIES:
         pytest.skip("this kvpager has no such policy")
     manager = BlockManager(32, 4, eviction="lifetime")
@@ -595,7 +593,7 @@ def test_idle_blocks_in_front_of_held_ones_can_be_reclaimed(policy: str) -> None
     assert manager.num_free_blocks == 4
 
 
-def test_a_prompt_can_be_cached_again_after_all_of_it_left() -> None:
+def test_a_fully_evicted_prompt_can_be_cached_again() -> None:
     manager = BlockManager(4, 4)
     for _ in range(50):
         cache(manager, A + B + C + D)

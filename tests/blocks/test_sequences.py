@@ -65,7 +65,7 @@ def test_a_commit_of_speculative_tokens_is_refused(manager: BlockManager) -> Non
 
 
 @pytest.mark.parametrize("kept", range(10))
-def test_accept_keeps_the_first_and_gives_back_the_blocks_of_the_rest(
+def test_accept_keeps_the_first_tokens_and_releases_the_rest(
     manager: BlockManager, kept: int
 ) -> None:
     sequence = manager.allocate(range(6))
@@ -209,7 +209,7 @@ def test_a_fork_has_its_own_speculative_tokens(manager: BlockManager) -> None:
     manager.check()
 
 
-def test_speculative_tokens_of_a_fork_are_written_into_its_own_block(manager: BlockManager) -> None:
+def test_speculative_tokens_of_a_fork_get_its_own_block(manager: BlockManager) -> None:
     parent = manager.allocate(6)
     child = manager.fork(parent)
     step = manager.append(child, 1, speculative=True)
@@ -263,7 +263,7 @@ def test_speculative_tokens_survive_a_swap(manager: BlockManager) -> None:
 # -------------------------------------------------------------------- blocks given back
 
 
-def test_a_token_in_a_block_given_back_cannot_be_asked_for(manager: BlockManager) -> None:
+def test_slots_of_a_dropped_block_are_refused(manager: BlockManager) -> None:
     sequence = manager.allocate(16)
     manager.drop_before(sequence, 13)
     refused(manager, ValueError, lambda: manager.slots(sequence), "expected 12 <= start")
@@ -432,7 +432,7 @@ def test_bad_counts_are_refused_and_change_nothing(manager: BlockManager, counts
     refused(manager, error, lambda: manager.append(pair, counts=counts))
 
 
-def test_counts_of_zero_change_nothing_and_one_count_stands_for_all(manager: BlockManager) -> None:
+def test_zero_counts_change_nothing_and_one_count_is_broadcast(manager: BlockManager) -> None:
     pair = [manager.allocate(3), manager.fork(manager.allocate(6))]
     before = state_of(manager)
     step = manager.append(pair, counts=[0, 0])
@@ -471,7 +471,7 @@ def test_a_batch_notices_a_swap_and_works_again_afterwards(manager: BlockManager
     assert manager.lengths(batch).tolist() == [5, 5, 5]
 
 
-def test_a_batch_made_of_swapped_sequences_works_when_they_are_back(manager: BlockManager) -> None:
+def test_a_batch_of_swapped_sequences_works_once_they_return(manager: BlockManager) -> None:
     sequence = manager.allocate(3)
     manager.swap(sequence, "host")
     batch = manager.batch([sequence])

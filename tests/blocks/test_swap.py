@@ -101,7 +101,7 @@ def family(memory: Memory) -> list[SequenceHandle]:
 # -------------------------------------------------------------------- families
 
 
-def test_forks_swapped_together_share_on_the_host_and_again_when_back(memory: Memory) -> None:
+def test_forks_swapped_together_share_on_host_and_device(memory: Memory) -> None:
     members, manager = family(memory), memory.manager
     assert len(memory.swap(members, "host")) == 5
     assert (manager.num_held_blocks, manager.stats().num_host_free) == (0, 7)
@@ -127,7 +127,7 @@ def test_one_member_comes_back_alone(memory: Memory) -> None:
     memory.check()
 
 
-def test_swapped_one_by_one_the_shared_blocks_leave_with_the_last(memory: Memory) -> None:
+def test_shared_blocks_leave_with_the_last_swapped_fork(memory: Memory) -> None:
     members = family(memory)
     plans = [len(memory.swap(one, "host")) for one in members]
     assert plans == [1, 1, 3]
@@ -161,7 +161,7 @@ def test_a_swapped_member_may_be_freed(memory: Memory) -> None:
     assert (manager.num_free_blocks, manager.stats().num_host_free) == (16, 12)
 
 
-def test_a_member_that_is_back_can_be_forked_and_leave_again(memory: Memory) -> None:
+def test_a_returned_fork_can_be_forked_and_swapped_again(memory: Memory) -> None:
     members = family(memory)
     memory.swap(members, "host")
     memory.swap(members[0], "device")
@@ -268,7 +268,7 @@ def test_a_bad_at_most_is_refused(memory: Memory, bad) -> None:
 # -------------------------------------------------------------------- refusals
 
 
-def test_swapping_to_the_device_what_is_there_moves_and_changes_nothing(memory: Memory) -> None:
+def test_swapping_in_a_resident_sequence_changes_nothing(memory: Memory) -> None:
     sequence = memory.allocate(list(range(8)))
     before = state_of(memory.manager)
     assert len(memory.swap(sequence, "device")) == 0

@@ -61,7 +61,7 @@ def test_the_gpu_benchmark_runs_dry_and_writes_its_files(tmp_path: Path) -> None
         assert f"| {name} |" in text
 
 
-def test_the_schedule_of_the_gpu_benchmark_has_the_most_telling_parts_first() -> None:
+def test_the_gpu_benchmark_runs_its_most_telling_parts_first() -> None:
     planned = gpu.schedule(list(gpu.PARTS), 360)
     assert tuple(planned) == PARTS
     assert sum(planned.values()) == pytest.approx(360)
@@ -70,7 +70,7 @@ def test_the_schedule_of_the_gpu_benchmark_has_the_most_telling_parts_first() ->
 
 
 @pytest.mark.slow
-def test_the_schedule_is_printed_before_anything_runs_and_the_summary_last(tmp_path: Path) -> None:
+def test_the_schedule_is_printed_first_and_the_summary_last(tmp_path: Path) -> None:
     options = ("--dry-run", "--minutes", "3", "--only", "correctness,append")
     program = ROOT / "benchmarks" / "gpu.py"
     result = run_program(program, *options, "--out", str(tmp_path), cwd=ROOT)
@@ -146,7 +146,7 @@ def test_generate_is_measured() -> None:
 
 
 @pytest.mark.slow
-def test_the_share_of_equal_replies_is_measured_and_no_reply_is_wrong() -> None:
+def test_the_share_of_equal_replies_is_measured() -> None:
     pytest.importorskip("transformers")
     found = figures(run("same_tokens.py", "--prompts", "4", "--dtypes", "float32,bfloat16"))
     assert found["same_tokens_float32_in_place"]["value"] == 100
@@ -171,7 +171,7 @@ def test_the_prompts_benchmark_measures_beams_reuse_batches_and_padding() -> Non
 
 
 @pytest.mark.slow
-def test_the_memory_benchmark_grows_with_the_sum_of_the_lengths_and_is_drawn(
+def test_the_memory_benchmark_grows_with_the_total_length(
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("transformers")
@@ -197,6 +197,6 @@ def test_the_memory_benchmark_grows_with_the_sum_of_the_lengths_and_is_drawn(
 
 
 @pytest.mark.slow
-def test_a_plot_that_could_not_be_written_is_refused_at_once() -> None:
+def test_an_unwritable_plot_is_refused_at_once() -> None:
     with pytest.raises(AssertionError, match="folder that exists"):
         run("memory.py", "--plot", "nowhere/memory.svg")

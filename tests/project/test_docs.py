@@ -108,7 +108,7 @@ def test_the_design_page_links_names_of_every_folder() -> None:
         assert f"integrations/huggingface/{folder}" in folders
 
 
-def test_a_name_that_a_file_only_imports_or_mentions_is_not_in_it() -> None:
+def test_imported_and_mentioned_names_are_not_defined() -> None:
     manager = ROOT / "kvpager" / "blocks" / "manager.py"
     assert has(manager, "BlockManager.allocate")
     assert not has(manager, "Allocation")

@@ -111,7 +111,7 @@ def test_a_python_that_is_not_there_is_named():
         matrix.python("9.9")
 
 
-def test_the_matrix_has_the_oldest_and_the_newest_releases_that_are_supported():
+def test_the_matrix_has_the_oldest_and_newest_releases():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pythons = {environment.python for environment in matrix.ENVIRONMENTS}
     classifiers = {f"Programming Language :: Python :: {version}" for version in pythons}

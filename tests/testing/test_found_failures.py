@@ -16,7 +16,7 @@ FOUND = json.loads((Path(__file__).parent / "found" / "histories.json").read_tex
 
 
 @pytest.mark.parametrize("found", FOUND, ids=lambda found: found["name"])
-def test_it_stays_mended(found: dict) -> None:
+def test_a_found_failure_stays_fixed(found: dict) -> None:
     setup = Setup(**{**found["setup"], "namespaces": tuple(found["setup"]["namespaces"])})
     history = [(name, tuple(arguments)) for name, arguments in found["history"]]
     assert all(name in OPERATIONS for name, _ in history)
