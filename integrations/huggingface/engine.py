@@ -46,7 +46,7 @@ from kvpager.integrations.huggingface.runner.build import (
 )
 from kvpager.integrations.huggingface.runner.model_info import inspect_model
 from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
-from kvpager.integrations.huggingface.runner.probe import AttentionSwitch, fit
+from kvpager.integrations.huggingface.runner.probe import AttentionSwitch, choose_forward
 from kvpager.integrations.huggingface.runner.prompt_reader import (
     PromptReader,
     options_per_prompt,
@@ -122,7 +122,7 @@ class Engine:
             host_memory=config.host_memory,
         )
         self._info = info = inspect_model(model)
-        self.is_packed = fit(model, info, memory, switch, config.forward)
+        self.is_packed = choose_forward(model, info, memory, switch, config.forward)
         length = max_length_of(info, config)
         sizes = pool_blocks(
             info,
@@ -233,11 +233,11 @@ class Engine:
         """Queue a request whose prompt was read. `labels`: those that a `Request` has as well."""
         deadline = _deadline(timeout)
         begins = ids if not self._info.is_encoder_decoder else [self._decoder_start()]
-        choice = sampling.choice(len(begins), ids)
-        settings = choice.settings(self._generator(seed), with_logprobs=logprobs)
+        resolved = sampling.resolve(len(begins), ids)
+        settings = resolved.settings(self._generator(seed), with_logprobs=logprobs)
         request = Request(
             prompt=np.asarray(begins, np.int32),
-            max_new_tokens=choice.max_new_tokens,
+            max_new_tokens=resolved.max_new_tokens,
             n=sampling.num_samples,
             deadline=deadline,
             **labels | {"request_id": labels["request_id"] or f"request-{next(self._numbers)}"},

@@ -1,1 +1,1 @@
-"""Carries out a scheduler's step plans with a transformers model."""
+"""Carry out a scheduler's step plans with a transformers model."""

@@ -1,4 +1,4 @@
-"""An engine's parts, made as its configuration says for what its model is."""
+"""Make the parts of an engine from its configuration and its model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_storage(info: ModelInfo, config: EngineConfig, sizes: PoolSizes) -> Blo
 
 
 def compiled_forward(model: Any, config: EngineConfig, is_packed: bool) -> Any:
-    """Return the compiled forward pass, None if none is asked for."""
+    """Return the compiled forward pass; None without `compile`."""
     if not config.compile:
         return None
     if not is_packed:
@@ -59,11 +59,11 @@ def make_scheduler(
     max_model_len: int | None,
     runner: ModelRunner,
 ) -> Scheduler:
-    """Make the scheduler and the block manager. Measures what preemption costs if need be."""
+    """Make the scheduler and the block manager. Measures preemption costs if none are given."""
     costs = config.costs
     if costs is None and sizes.host:
         costs = measured_costs(runner)
-    # Not every recurrent layer goes on with several tokens at once.
+    # Not every recurrent layer can continue with several tokens at once.
     chunked = not info.has_state
     return Scheduler(
         make_manager(info, config, sizes, chunked=chunked),
@@ -81,7 +81,7 @@ def make_scheduler(
 def make_manager(
     info: ModelInfo, config: EngineConfig, sizes: PoolSizes, *, chunked: bool
 ) -> CacheManager:
-    """Make the manager of the pool's blocks, over groups if layers have windows. O(blocks)."""
+    """Make the manager of the pool's blocks, a grouped one if layers have windows. O(blocks)."""
     eviction = config.eviction_policy(sizes.device)
     if not any(info.windows):
         return BlockManager(sizes.device, config.block_size, sizes.host, eviction=eviction)

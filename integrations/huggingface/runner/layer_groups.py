@@ -1,13 +1,13 @@
-"""A model's layers in groups, each of which has block tables of its own.
+"""Divide a model's layers into groups with block tables of their own.
 
     gpt-oss    12 full, 12 of window 128        2 groups of 12
     gemma 3    10 full, 52 of window 1024       1 group of 10, 6 of 8 or 9
     mistral    32 of window 4096                1 group of 32
     llama      32 full                          1 group, as a `BlockManager` has it
 
-A block has room for the layers of one group, so all groups are to have about as many. Where layers
-have unlike shapes, or only many small groups would fit, all of them are one group that keeps every
-token, whatever its layers' windows are.
+A block has room for the layers of one group, so all groups should have about as many layers. If
+layers differ in shape, or would need too many groups, all layers form one group. That group keeps
+every token, regardless of windows.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 from kvpager.storage.block_storage import LayerShape
 
 _GROUPS_MAX = 16  # each step makes a table for each group
-_WASTE_MAX = 0.25  # of the layers with a window: room in blocks that no layer uses
+_WASTE_MAX = 0.25  # unused room in blocks, as a fraction of the windowed layers
 
 
 class LayerGroups(NamedTuple):
-    """The groups of a model's layers, and where each layer is kept."""
+    """The groups of a model's layers, and the place of each layer."""
 
     windows: tuple[int | None, ...]  # of each group
     shapes: tuple[LayerShape, ...]  # of the layers that a block has room for
@@ -34,9 +34,9 @@ class LayerGroups(NamedTuple):
 def group_layers(
     shapes: Sequence[LayerShape], windows: Sequence[int | None], max_length: int | None
 ) -> LayerGroups:
-    """Return the groups of layers of these shapes and windows. O(layers^2).
+    """Return the groups of layers with these shapes and windows. O(layers^2).
 
-    A window that is as long as a sequence may be is none.
+    A window of at least `max_length` tokens counts as full attention.
     """
     members: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):
@@ -47,7 +47,7 @@ def group_layers(
         return LayerGroups((None,), tuple(shapes), tuple((0, at) for at in range(len(shapes))))
     found: list[int | None] = []
     places = [(0, 0)] * len(shapes)
-    # Layers that look to the front come first.
+    # Layers with full attention come first.
     for window, layers in sorted(members.items(), key=lambda item: item[0] or 0):
         for part in np.array_split(layers, -(-len(layers) // size)):
             for number, layer in enumerate(part.tolist()):
@@ -57,9 +57,9 @@ def group_layers(
 
 
 def _size(members: dict[int | None, list[int]]) -> int | None:
-    """Return how many layers a block is to have room for; None if no number will do.
+    """Return the number of layers per block; None if no number is good enough.
 
-    Full layers hold the most tokens, so their groups waste nothing.
+    Full-attention layers hold the most tokens, so their groups must waste nothing.
     """
     counts = {window: len(layers) for window, layers in members.items()}
     windowed = [count for window, count in counts.items() if window is not None]

@@ -1,4 +1,4 @@
-"""What a model keeps in a cache, found out by a look at it: one short forward pass."""
+"""Find out what a model keeps in its cache, by one short forward pass."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from kvpager.storage.block_storage import LayerShape
 
 
 class ModelInfo(NamedTuple):
-    """A model's layers as a cache sees them, and what its forward pass takes."""
+    """A model's layers as a cache sees them, and the arguments of its forward pass."""
 
     layers: tuple[LayerInfo, ...]  # kept in blocks
-    others: tuple[int, ...]  # indices of layers that are not
-    has_state: bool  # whether those hold something: recurrent layers
-    is_plain: bool  # whether windows are all that hides a token from later ones
+    others: tuple[int, ...]  # indices of all other layers
+    has_state: bool  # True if other layers hold a state: recurrent layers
+    is_plain: bool  # True if attention is limited by causality and windows only
     is_encoder_decoder: bool
     dtype: torch.dtype
     device: torch.device
@@ -42,14 +42,14 @@ class ModelInfo(NamedTuple):
 
     @property
     def may_be_packed(self) -> bool:
-        """Whether nothing speaks against computing rows in one line, by what is known so far."""
-        takes_places = {"position_ids", "attention_mask"} <= self.arguments
-        is_more = self.has_state or self.is_encoder_decoder
-        return takes_places and self.is_plain and not is_more
+        """True if the model's arguments and layers allow packed rows; a probe decides."""
+        takes_positions = {"position_ids", "attention_mask"} <= self.arguments
+        needs_rows = self.has_state or self.is_encoder_decoder
+        return takes_positions and self.is_plain and not needs_rows
 
 
 class _RecordingCache(DynamicCache):
-    """A cache that remembers what was written to it."""
+    """A cache that records the shape, dtype and device of each layer's keys."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
@@ -67,25 +67,25 @@ class _RecordingCache(DynamicCache):
 
 
 def plain_cache(model: Any) -> DynamicCache:
-    """An empty cache of transformers' own layers, whatever is patched. O(layers)."""
+    """Return an empty cache of transformers' own layers, even under a patch. O(layers)."""
     return _RecordingCache(model.config)
 
 
 def blank_layers(model: Any, indices: Sequence[int]) -> dict[int, Any]:
-    """Some layers of an empty cache. O(layers)."""
+    """Return the layers with these indices from an empty cache. O(layers)."""
     layers = plain_cache(model).layers
     return {index: layers[index] for index in indices}
 
 
 def inspect_model(model: Any) -> ModelInfo:
-    """Look at `model`. One forward pass of two tokens.
+    """Return what a cache needs to know of `model`. Runs one forward pass of two tokens.
 
-    Raises: `KVPagerError` for a model whose cache is of no kind that can be kept in blocks.
+    Raises: `KVPagerError` for a model whose cache cannot be kept in blocks.
     """
     try:
         cache, cache_name = _record_pass(model)
-    except Exception as error:  # by a model that reads no text, or keeps no such cache
-        raise _refusal(model, f"it did not take two tokens: {error!r}") from error
+    except Exception as error:  # the model reads no text, or takes no DynamicCache
+        raise _refusal(model, f"its forward pass of two tokens failed: {error!r}") from error
     layers, others, has_state = [], [], False
     for index, layer in enumerate(cache.layers):
         written = cache.written.get(index)
@@ -98,14 +98,14 @@ def inspect_model(model: Any) -> ModelInfo:
     if not layers or len(kinds) != 1:
         what = "no attention layers" if not layers else "layers of several dtypes or devices"
         raise _refusal(model, f"its cache keeps {what}")
-    ((dtype, place),) = kinds
+    ((dtype, device),) = kinds
     text = model.config.get_text_config(decoder=True)
     max_length = getattr(text, "max_position_embeddings", None)
     indices, shapes, windows = zip(*layers, strict=True)
     groups = group_layers(shapes, windows, max_length)
     embeddings = model.get_input_embeddings()
     if not hasattr(embeddings, "num_embeddings"):
-        raise _refusal(model, f"it has no table of embeddings, but a {type(embeddings).__name__}")
+        raise _refusal(model, f"its input embedding is a {type(embeddings).__name__}, not a table")
     return ModelInfo(
         tuple(map(LayerInfo, indices, shapes, windows, *zip(*groups.places, strict=True))),
         tuple(others),
@@ -113,7 +113,7 @@ def inspect_model(model: Any) -> ModelInfo:
         getattr(text, "attention_chunk_size", None) is None,
         bool(model.config.is_encoder_decoder),
         dtype,
-        place,
+        device,
         _arguments(model),
         cache_name,
         max_length,
@@ -125,7 +125,7 @@ def inspect_model(model: Any) -> ModelInfo:
 
 @torch.inference_mode()
 def _record_pass(model: Any) -> tuple[_RecordingCache, str]:
-    """Compute two tokens. Return the cache that was written, and the name of its argument."""
+    """Compute two tokens. Return the written cache and the name of its argument."""
     device = execution_device(model)
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     first: Exception | None = None
@@ -150,7 +150,7 @@ def _record_pass(model: Any) -> tuple[_RecordingCache, str]:
 
 def _refusal(model: nn.Module, reason: str) -> KVPagerError:
     return KVPagerError(
-        f"{type(model).__name__} cannot be batched continuously: {reason}; use generate() for it"
+        f"{type(model).__name__} cannot be batched continuously: {reason}. Use model.generate()."
     )
 
 

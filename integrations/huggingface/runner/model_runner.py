@@ -1,4 +1,4 @@
-"""Carries out a scheduler's step plans with a transformers model."""
+"""Carry out a scheduler's step plans with a transformers model."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from kvpager.storage.block_storage import BlockStorage
 
 @dataclass
 class SampleState:
-    """What a sample keeps besides blocks."""
+    """The state that a sample keeps besides its blocks."""
 
     others: dict[int, Any] = field(default_factory=dict)  # transformers' own layers
-    encoded: Any = None  # what the encoder made of the prompt
-    across: Any = None  # keys and values of that
+    encoded: Any = None  # the encoder's output for the prompt
+    across: Any = None  # cross-attention keys and values
 
 
 class ModelRunner:
-    """A model, the storage of its blocks, and what its sequences keep besides.
+    """A model, the storage of its blocks, and further state of its samples.
 
     Args:
-        model: in evaluation mode, on one device.
-        info: of the model.
-        storage: its layers have the shapes `info.shapes`.
-        memory: whose counters count.
-        is_packed: whether rows go through the model in one line; see `fitting`.
-        forward: what computes packed passes, where it is not the model itself: a compiled one.
+        model: a model in evaluation mode, on one device.
+        info: the result of `inspect_model(model)`.
+        storage: blocks with layers of the shapes `info.shapes`.
+        memory: the pools' owner, whose counters count reads.
+        is_packed: True for packed passes, False for one pass per sequence; see `probe`.
+        forward: the compiled model for packed passes; None for the model itself.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ModelRunner:
         self.is_packed = is_packed
         self._forward = model if forward is None else forward
         self._kept: dict[int, SampleState] = {}
-        # What a step's sizes do not change: told apart by its four dimensions, read by nobody.
+        # A mask of four dimensions makes models build no mask of their own. It is never read.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=info.dtype, device=info.device)
         others = blank_layers(model, info.others)
         self._cache = StepCache(storage, info.layers, others, memory)
@@ -70,14 +70,14 @@ class ModelRunner:
 
     @property
     def block_bytes(self) -> int:
-        """Return the bytes of a block, all layers of a group. O(1)."""
+        """Return the bytes of a block in all layers of a group. O(1)."""
         return self.storage.block_bytes
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, prompts: Mapping[int, list[int]]) -> Tensor:
         """Return the logits [rows that want them, vocabulary] of `plan`. O(tokens * layers).
 
-        `prompts`: what the encoder reads for samples that begin.
+        `prompts` has the encoder's token ids of new samples.
         """
         for swap in plan.swaps:
             self.storage.apply(swap)
@@ -92,16 +92,16 @@ class ModelRunner:
         return self._row_by_row(rows, plan, prompts)
 
     def forget(self, samples: Int32) -> None:
-        """Drop what samples kept. O(samples)."""
+        """Drop the state of samples. O(samples)."""
         if self._kept:
             for sample in samples.tolist():
                 self._kept.pop(sample, None)
 
     def fork(self, parent: int, child: int) -> None:
-        """`child` goes on from where `parent` is. O(bytes kept besides blocks)."""
+        """Give `child` a copy of the state of `parent`. O(bytes of state besides blocks)."""
         kept = self._kept.get(parent)
         if kept is not None:
-            # What was encoded and read across never changes.
+            # The encoder's output and the cross-attention cache never change.
             self._kept[child] = SampleState(copy.deepcopy(kept.others), kept.encoded, kept.across)
 
     def _packed(self, rows: StepRows, plan: StepPlan) -> Tensor:
@@ -178,7 +178,7 @@ def trial_plan(
     storage: BlockStorage,
     num_groups: int = 1,
 ) -> StepPlan:
-    """A plan of rows that no scheduler knows: `counts` tokens of `prompts`, from `starts` on.
+    """Return a plan without a scheduler: `counts` tokens of each of `prompts`, from `starts` on.
 
     `tables` are [rows, blocks], the same for all groups of layers, or [groups, rows, blocks].
     """

@@ -27,21 +27,21 @@ from kvpager.storage.block_storage import BlockStorage
 
 logger = logging.getLogger("kvpager")
 
-# How far logits of a packed pass may be from those of single ones, by their norm: rounding.
+# Largest relative difference in norm between logits of a probe and of `generate`: rounding.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_16_BITS = 0.05
-_BLOCK_SIZE = 4  # of the trial: rows of more than one block
+_BLOCK_SIZE = 4  # small, so that the rows of the probe take more than one block
 
 
 class _Found(NamedTuple):
-    """A model as it was before the first engine."""
+    """The settings that a model had before its first engine."""
 
     attention: str
     was_training: bool
     users: list[object]
 
     def restore(self, model: Any) -> None:
-        """Make `model` as it was found. O(modules)."""
+        """Restore the settings of `model`. O(modules)."""
         if model.config._attn_implementation != self.attention:
             model.set_attn_implementation(self.attention)
         model.train(self.was_training)
@@ -63,13 +63,13 @@ os.register_at_fork(after_in_child=_leave_behind)
 
 
 class AttentionSwitch:
-    """A model in evaluation mode, with an attention that may be ours, while engines use it."""
+    """The evaluation mode and the attention of a model while engines use it."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def acquire(self) -> None:
-        """Remember how the model was found, unless another engine uses it. Then `release`."""
+        """Set evaluation mode. The first user saves the model's settings for `release`."""
         model = self._model
         with _lock, _uninterrupted:
             found = _found.get(model)
@@ -81,20 +81,20 @@ class AttentionSwitch:
         model.eval()
 
     def to_paged(self) -> None:
-        """Have the model call the attention that reads blocks in place, where it lets us choose."""
+        """Choose the attention that reads blocks in place, if the model lets users choose."""
         attention.register()
         try:
             self._model.set_attn_implementation(attention.NAME)
         except ValueError:
-            logger.info("%s has no attention to choose", type(self._model).__name__)
+            logger.info("%s does not let users choose its attention", type(self._model).__name__)
 
     def to_original(self) -> None:
-        """Have it call what it did."""
+        """Choose the model's original attention."""
         if self._model.config._attn_implementation != self._original:
             self._model.set_attn_implementation(self._original)
 
     def release(self) -> None:
-        """The last to release leaves the model as the first one found it. Idempotent."""
+        """Restore the model's settings if no other engine uses it. Idempotent."""
         with _lock:
             found = _found.get(self._model)
             if found is None or self not in found.users:
@@ -106,12 +106,12 @@ class AttentionSwitch:
         found.restore(self._model)
 
 
-def fit(
+def choose_forward(
     model: Any, info: ModelInfo, memory: PagedMemory, switch: AttentionSwitch, forward: Forward
 ) -> bool:
-    """True if `model` computes packed rows correctly. Sets the attention that it needs for it.
+    """True for packed passes, False for one pass per sequence. Chooses the model's attention.
 
-    `forward` asks for one mode; `"auto"` prefers packed passes. Runs a few short passes.
+    `forward` requires one mode; `"auto"` prefers packed passes. Runs a few short passes.
     Raises: `KVPagerError` if no mode that `forward` allows reproduces the model's own logits.
     """
     name = type(model).__name__
@@ -127,23 +127,23 @@ def fit(
         switch.to_original()
         if not _is_right(model, info, memory, is_packed=False):
             raise KVPagerError(
-                f"{name} cannot be batched continuously: over blocks, its logits are not those "
-                "of its own generate(); use that for it"
+                f"{name} cannot be batched continuously: with a cache of blocks, it computes other "
+                "logits than in generate(). Use model.generate()."
             )
     return False
 
 
 def _is_right(model: Any, info: ModelInfo, memory: PagedMemory, *, is_packed: bool) -> bool:
-    """True if each row's logits equal those of the row alone; False if the model raises."""
+    """True if each row's logits equal those of `generate`; False if the model raises."""
     if is_packed and not info.may_be_packed:
         return False
     try:
         return _gives_the_same(model, info, memory, is_packed=is_packed)
     except CannotPack:
         return False
-    except Exception as error:  # of a model that looks at its cache in a way of its own
+    except Exception as error:  # the model uses its cache in a custom way
         logger.info(
-            "%s does not take a cache of blocks (%s): %r",
+            "%s does not work with a cache of blocks (%s): %r",
             type(model).__name__,
             "packed" if is_packed else "per_sequence",
             error,
@@ -153,7 +153,7 @@ def _is_right(model: Any, info: ModelInfo, memory: PagedMemory, *, is_packed: bo
 
 @torch.inference_mode()
 def _gives_the_same(model: Any, info: ModelInfo, memory: PagedMemory, *, is_packed: bool) -> bool:
-    """Compare two rows of unlike lengths, in a step of many tokens and one of single ones."""
+    """Compare two rows of different lengths, in a prefill step and a decoding step."""
     prompts = [_some_ids(model, info, 5, 0), _some_ids(model, info, 8, 1)]
     groups = len(info.windows)
     tables = (
@@ -181,14 +181,14 @@ def _gives_the_same(model: Any, info: ModelInfo, memory: PagedMemory, *, is_pack
 
 
 def _alone(model: Any, info: ModelInfo, prompt: list[int]) -> Tensor:
-    """Return the logits after `prompt` as the model's `generate` has them.
+    """Return the logits after `prompt` that the model's `generate` computes.
 
-    Its last token is computed over transformers' own cache.
+    Computes the last token over transformers' own cache.
     """
     ids = torch.tensor([prompt], device=info.device)
     if info.is_encoder_decoder:
         return _decoded_alone(model, info, ids)
-    plain = copy.copy(model)  # shares all weights, and has none of the caller's settings
+    plain = copy.copy(model)  # shares all weights, without the user's settings
     plain.generation_config = GenerationConfig(
         max_new_tokens=2,
         do_sample=False,
@@ -201,7 +201,7 @@ def _alone(model: Any, info: ModelInfo, prompt: list[int]) -> Tensor:
         return torch.full_like(scores, -torch.inf).index_fill(1, ids[0, -1:], 0.0)
 
     options: dict[str, Any] = {}
-    if info.cache_name == CACHE_NAMES[0]:  # `generate` refuses an argument that forward lacks
+    if info.cache_name == CACHE_NAMES[0]:  # `generate` refuses an argument that `forward` lacks
         options[CACHE_NAMES[0]] = plain_cache(model)
     output = plain.generate(
         ids[:, :-1],
@@ -214,7 +214,7 @@ def _alone(model: Any, info: ModelInfo, prompt: list[int]) -> Tensor:
 
 
 def _decoded_alone(model: Any, info: ModelInfo, ids: Tensor) -> Tensor:
-    """Return a decoder's logits after `ids`, which `generate` would put a token in front of."""
+    """Return a decoder's logits after `ids`, to which `generate` would prepend a start token."""
     options: dict[str, Any] = {
         info.cache_name: EncoderDecoderCache(plain_cache(model), DynamicCache()),
         "encoder_outputs": model.get_encoder()(input_ids=ids),
@@ -226,7 +226,7 @@ def _decoded_alone(model: Any, info: ModelInfo, ids: Tensor) -> Tensor:
 
 
 def _some_ids(model: Any, info: ModelInfo, count: int, seed: int) -> list[int]:
-    # Of tokens that a model can also choose: some have embeddings for images besides.
+    # Only tokens that a model can choose: some models have further embeddings for images.
     text = model.config.get_text_config(decoder=True)
     most = min(info.vocabulary, getattr(text, "vocab_size", None) or info.vocabulary)
     ids: list[int] = np.random.default_rng(seed).integers(0, most, count).tolist()

@@ -1,4 +1,4 @@
-"""Prompts as callers have them: token ids, padded batches, and what a tokenizer returns."""
+"""Read prompts from token ids, padded batches, or the output of a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from kvpager import _validate as arguments
 from kvpager.plans import Int32
 
-# A tokenizer returns these beside the prompts; they change nothing.
+# Further outputs of a tokenizer, without effect on the prompt.
 _BESIDE = {
     "length", "num_truncated_tokens", "offset_mapping", "overflow_to_sample_mapping",
     "overflowing_tokens", "special_tokens_mask", "token_type_ids",
@@ -26,12 +26,12 @@ _OTHER_NAMES = {"inputs", "inputs_embeds"}
 
 
 class PromptReader(NamedTuple):
-    """Reads prompts for one model, and takes their padding off."""
+    """A reader of prompts for one model, which removes their padding."""
 
     vocabulary: int
     model_arguments: frozenset[str]  # of `forward`
     pad: int | None
-    ends: frozenset[int]
+    ends: frozenset[int]  # eos token ids
 
     @classmethod
     def of(cls, info: Any, settings: Any) -> PromptReader:
@@ -43,16 +43,16 @@ class PromptReader(NamedTuple):
     def one(self, prompt: Any, mask: Any = None) -> list[int]:
         """Return the token ids of a prompt, or of a batch of one. O(tokens).
 
-        Raises: `TypeError`, `ValueError` for what is no prompt, or several.
+        Raises: `TypeError`, `ValueError` for invalid prompts, or several prompts.
         """
         prompt, mask = self._parts(prompt, mask)
         if isinstance(prompt, str):
-            raise TypeError("prompt: expected token ids, got a str; tokenize it first")
+            raise TypeError("prompt: expected token ids, got a str. Tokenize it first.")
         array = _ids(prompt)
         if array.ndim == 2:
             if len(array) != 1:
                 raise ValueError(
-                    f"prompt: expected one prompt, got {len(array)}; use generate() for them"
+                    f"prompt: expected one prompt, got {len(array)}. Use generate() for several."
                 )
             if mask is None:
                 return self.several(array)[0]
@@ -62,36 +62,37 @@ class PromptReader(NamedTuple):
     def several(self, prompts: Any, masks: Any = None) -> list[list[int]]:
         """Return the token ids of each of several prompts. O(tokens).
 
-        Padding is what `masks` hides. Without masks, a tensor is read as `generate` reads it: its
-        pad tokens are padding, unless they end texts as well.
+        `masks` hides padding. Without masks, a tensor is read as by `generate`: its pad tokens are
+        padding, unless the pad token is an eos token as well.
 
         Raises: `TypeError`, `ValueError` for invalid prompts, or for ambiguous padding.
         """
         prompts, masks = self._parts(prompts, masks)
         if isinstance(prompts, str):
-            raise TypeError("prompts: expected a list of prompts, got a str; tokenize it first")
+            raise TypeError("prompts: expected a list of prompts, got a str. Tokenize it first.")
         if not isinstance(prompts, Iterable):
             shown = arguments.shown(prompts)
-            raise TypeError(f"prompts {shown}: expected a list of prompts, or a padded tensor")
+            raise TypeError(f"prompts={shown}: expected a list of prompts or a padded tensor")
         is_batch = isinstance(prompts, torch.Tensor | np.ndarray) and prompts.dtype != object
         rows = list(_ids(prompts) if is_batch else prompts)
         for row in rows:
             if not isinstance(row, str | Mapping) and np.ndim(row) == 0:
-                raise TypeError("prompts: expected a list of prompts, got one; put it in a list")
+                raise TypeError("prompts: expected a list of prompts, got one. Put it in a list.")
         if masks is None:
             masks = self._guessed(rows, is_batch)
         elif not hasattr(masks, "__len__") or any(np.ndim(mask) == 0 for mask in masks):
-            raise TypeError(f"attention_mask {arguments.shown(masks)}: expected a row per prompt")
+            raise TypeError(f"attention_mask={arguments.shown(masks)}: expected a row per prompt")
         elif len(masks) != len(rows):
             raise ValueError(
-                f"attention_mask of {len(masks)} rows: expected one for each of {len(rows)} prompts"
+                f"attention_mask: expected one row for each of {len(rows)} prompts, "
+                f"got {len(masks)} rows"
             )
         return [self.one(row, mask) for row, mask in zip(rows, masks, strict=True)]
 
     def refuse_others(self, options: Mapping[str, Any]) -> None:
-        """Refuse inputs of the model, or of a tokenizer, among `options`. O(options).
+        """Refuse inputs of the model or of a tokenizer among `options`. O(options).
 
-        Names that are generation settings, too, are settings. Raises: `ValueError`.
+        A name that is also a generation setting counts as one. Raises: `ValueError`.
         """
         inputs = self.model_arguments | _BESIDE | _OTHER_NAMES
         for name in options.keys() & inputs:
@@ -99,25 +100,25 @@ class PromptReader(NamedTuple):
                 raise _not_read(name)
 
     def _parts(self, prompt: Any, mask: Any) -> tuple[Any, Any]:
-        """Return the ids and the mask in what a tokenizer returned; anything else as it is."""
+        """Return ids and mask from a tokenizer's output; return any other prompt unchanged."""
         if not isinstance(prompt, Mapping):
             return prompt, mask
         if "input_ids" not in prompt:
-            raise TypeError(f"prompt: expected input_ids in a dict of {sorted(prompt)}")
+            raise TypeError(f"prompt: a dict without input_ids, but {sorted(prompt)}")
         for name in prompt.keys() - {"input_ids", "attention_mask"}:
             if name in self.model_arguments or name not in _BESIDE:
                 raise _not_read(name)
         if mask is not None and "attention_mask" in prompt:
-            raise ValueError("attention_mask: the prompt brings one; leave out the argument")
+            raise ValueError("attention_mask: the prompt contains one. Leave out the argument.")
         return prompt["input_ids"], prompt.get("attention_mask", mask)
 
     def _guessed(self, rows: list[Any], is_batch: bool) -> Sequence[Any]:
-        """Return the masks of prompts that came without."""
+        """Return masks for prompts without masks. Raises: `ValueError` for ambiguous padding."""
         none = [None] * len(rows)
         if any(isinstance(row, Mapping) for row in rows):
             return none
         if len({np.shape(row) for row in rows}) != 1 or np.ndim(rows[0]) != 1:
-            return none  # prompts of unlike lengths were not padded
+            return none  # prompts of different lengths were not padded
         ids = np.stack([_ids(row) for row in rows])
         if is_batch and self.pad is not None and self.pad not in self.ends:
             hidden = ids == self.pad
@@ -127,15 +128,15 @@ class PromptReader(NamedTuple):
             for runs in (_leading(is_token), _leading(is_token[:, ::-1])):
                 if len(set(runs)) > 1:
                     raise ValueError(
-                        f"prompts: {min(runs)} to {max(runs)} of token {token} stand at one end of "
-                        "them, which may be padding or not; pass attention_mask"
+                        f"prompts: {min(runs)} to {max(runs)} times token {token} at one end may "
+                        "be padding or not. Pass attention_mask."
                     )
         return none
 
     def _checked(self, array: NDArray[Any], mask: Any) -> list[int]:
         ids: list[int] = without_padding(arguments.token_ids(array), mask).tolist()
         if not ids:
-            raise ValueError("prompt: it is empty; give at least one token")
+            raise ValueError("prompt: empty. Pass at least one token.")
         for token in (min(ids), max(ids)):
             if not 0 <= token < self.vocabulary:
                 raise ValueError(
@@ -146,15 +147,15 @@ class PromptReader(NamedTuple):
 
 def _not_read(name: str) -> ValueError:
     return ValueError(
-        f"{name}: the engine computes texts from input_ids and attention_mask alone; "
-        f"leave {name} out, or use generate() of the model"
+        f"{name}: an engine takes input_ids and attention_mask only. "
+        f"Leave {name} out, or call model.generate()."
     )
 
 
 def prompt_argument(name: str, given: Any, input_ids: Any) -> Any:
-    """Return the argument `name`, or `input_ids`, as what a tokenizer returned is unpacked.
+    """Return the prompt, which is given either as argument `name` or as `input_ids`. O(1).
 
-    Raises: `TypeError` for neither or both.
+    Raises: `TypeError` if neither or both are given.
     """
     if given is None and input_ids is None:
         raise TypeError(f"{name}: missing. Pass token ids, or what a tokenizer returned.")
@@ -164,7 +165,7 @@ def prompt_argument(name: str, given: Any, input_ids: Any) -> Any:
 
 
 def options_per_prompt(options: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
-    """Yield the options of each of `count` requests: a seed counts up. O(1) each."""
+    """Yield the options of each of `count` requests; a seed increases by one each. O(1) each."""
     if "name" in options:
         raise TypeError("name: several requests cannot share one; leave it out, or use submit()")
     seed: Any = options.get("seed")
@@ -173,33 +174,35 @@ def options_per_prompt(options: dict[str, Any], count: int) -> Iterator[dict[str
 
 
 def _ids(prompt: Any) -> NDArray[Any]:
-    """Return the ids of a prompt or of several, from whichever device. O(tokens)."""
+    """Return the ids of one or several prompts, from any device. O(tokens)."""
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.cpu()
     return arguments.integers("prompt", prompt)
 
 
 def _leading(is_token: NDArray[np.bool_]) -> list[int]:
-    """Return for each row with how many tokens of a kind it begins. O(tokens)."""
+    """Return the length of the run of true values at the start of each row. O(tokens)."""
     runs: list[int] = np.logical_and.accumulate(is_token, axis=1).sum(axis=1).tolist()
     return runs
 
 
 def without_padding(ids: Int32, mask: Any) -> Int32:
-    """Return the ids that `mask` shows, all of them without a mask. O(tokens)."""
+    """Return the ids that `mask` shows, or all without a mask. O(tokens). Raises: `ValueError`."""
     if mask is None:
         return ids
     shown = np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)
     if shown.ndim == 2 and len(shown) == 1:
         shown = shown[0]
     if shown.shape != ids.shape:
-        raise ValueError(f"attention_mask of shape {shown.shape}: expected {ids.shape}, as the ids")
+        raise ValueError(
+            f"attention_mask: expected shape {ids.shape} of the ids, got {shown.shape}"
+        )
     if not np.isin(shown, (0, 1)).all():
         raise ValueError("attention_mask: expected ones for tokens and zeros for padding")
     places = np.flatnonzero(shown)
     if len(places) and places[-1] - places[0] + 1 != len(places):
         raise ValueError(
-            "attention_mask: a prompt has padding between its tokens; expected it before or after "
-            "them, or a mask of ones where pad tokens are part of the text"
+            "attention_mask: padding between tokens of a prompt. Hide padding before or after the "
+            "tokens only; pass ones for pad tokens that belong to the text."
         )
     return ids[places]

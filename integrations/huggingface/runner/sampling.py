@@ -1,4 +1,4 @@
-"""The next tokens of a step's rows, each by the generation settings of its own request."""
+"""Choose the next token of each row by the generation settings of its request."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from kvpager.integrations.huggingface.runner.setting_checks import (
     check_served,
 )
 
-# What looks at a row's own scores alone: rows with the same settings are served at once.
+# Processors that use a row's scores only. Rows with equal settings share one call.
 _ROWWISE = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -48,23 +48,23 @@ _ROWWISE = (
     TypicalLogitsWarper,
 )
 
-_MAX_CHOICES = 256  # of prompts of unlike lengths, kept by an object of settings
+_MAX_LENGTHS = 256  # prompt lengths for which settings stay resolved
 
 
 class SamplingSettings:
-    """How requests of one generation config choose their tokens, and when they stop.
+    """Settings by which requests choose their tokens and stop.
 
     Args:
-        model: whose defaults hold where `generation_config` says nothing.
-        generation_config: settings; the model's own where None.
-        is_complete: settings that `generation_config` leaves open are off, not the model's own.
+        model: the model whose defaults fill the gaps of `generation_config`.
+        generation_config: settings; the model's own if None.
+        is_complete: True turns settings that `generation_config` leaves open off.
         logits_processor: further logits processors.
         stopping_criteria: further stopping criteria.
-        tokenizer: for settings that need one, such as `stop_strings`.
-        overrides: single settings over those of `generation_config`.
+        tokenizer: a tokenizer for settings that need one, such as `stop_strings`.
+        overrides: single settings that override those of `generation_config`.
 
-    Raises: `ValueError` for ways to generate that cannot be batched continuously; `ValueError`,
-    `TypeError` for settings that make no sense or have no effect.
+    Raises: `ValueError` for decoding strategies that cannot be batched continuously; `ValueError`,
+    `TypeError` for settings that are invalid or have no effect.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class SamplingSettings:
         self._tokenizer = text_tokenizer(tokenizer)
         if settings.stop_strings is not None and self._tokenizer is None:
             raise ValueError(
-                f"stop_strings={arguments.shown(settings.stop_strings)}: a tokenizer has to find "
-                "them. Make the engine with Engine(model, tokenizer=tokenizer)."
+                f"stop_strings={arguments.shown(settings.stop_strings)}: needs a tokenizer. "
+                "Make the engine with Engine(model, tokenizer=tokenizer)."
             )
         samples = settings.num_return_sequences
         self.num_samples = (
@@ -118,32 +118,32 @@ class SamplingSettings:
             _callables("logits_processor", logits_processor),
             _callables("stopping_criteria", stopping_criteria),
         )
-        self._by_length: dict[int, Choice] = {}
+        self._by_length: dict[int, ResolvedSettings] = {}
 
-    def choice(self, prompt_length: int, encoder_ids: list[int]) -> Choice:
-        """How a request with a prompt of so many tokens goes on.
+    def resolve(self, prompt_length: int, encoder_ids: list[int]) -> ResolvedSettings:
+        """Return the settings for a prompt of `prompt_length` tokens. O(1) for a known length.
 
-        `encoder_ids`: what its encoder reads; without an encoder, the prompt itself.
+        `encoder_ids` are the encoder's token ids; without an encoder, the prompt.
 
-        Raises: `ValueError` where nothing can follow it.
+        Raises: `ValueError` if `max_length` leaves no room for a new token.
         """
         known = self._by_length.get(prompt_length)
         if known is not None:
             return known
         settings = self._completed(prompt_length)
-        choice = self._make(settings, prompt_length, encoder_ids)
+        resolved = self._make(settings, prompt_length, encoder_ids)
         looks_at_encoder = (
             settings.encoder_repetition_penalty or settings.encoder_no_repeat_ngram_size
         )
-        # Unusual is a clock, say, which starts with its request.
-        if not choice.criteria and not looks_at_encoder:
-            if len(self._by_length) >= _MAX_CHOICES:
+        # Criteria such as a time limit start with their request.
+        if not resolved.criteria and not looks_at_encoder:
+            if len(self._by_length) >= _MAX_LENGTHS:
                 self._by_length.clear()
-            self._by_length[prompt_length] = choice
-        return choice
+            self._by_length[prompt_length] = resolved
+        return resolved
 
     def _completed(self, prompt_length: int) -> GenerationConfig:
-        """Return the settings with what `generate` adds for a prompt. Raises: as `choice`."""
+        """Return the settings, completed for a prompt as by `generate`. Raises: as `resolve`."""
         settings, model = copy.deepcopy(self._settings), self._model
         model._prepare_special_tokens(settings, True, device=self._device)
         model._prepare_generated_length(
@@ -156,14 +156,14 @@ class SamplingSettings:
         )
         if settings.max_length <= prompt_length:
             raise ValueError(
-                f"the prompt has {prompt_length} tokens, and max_length={settings.max_length}: "
-                "shorten the prompt, raise max_length, or set max_new_tokens"
+                f"max_length={settings.max_length}: the prompt has {prompt_length} tokens already. "
+                "Shorten the prompt, raise max_length, or set max_new_tokens."
             )
         return settings
 
     def _make(
         self, settings: GenerationConfig, prompt_length: int, encoder_ids: list[int]
-    ) -> Choice:
+    ) -> ResolvedSettings:
         model, (further, criteria) = self._model, self._further
         processors = model._get_logits_processor(
             settings,
@@ -178,7 +178,7 @@ class SamplingSettings:
         )
         unusual = [s for s in stops if type(s) not in (EosTokenCriteria, MaxLengthCriteria)]
         eos = settings._eos_token_tensor
-        return Choice(
+        return ResolvedSettings(
             settings.max_length - prompt_length,
             frozenset() if eos is None else frozenset(eos.tolist()),
             processors,
@@ -197,8 +197,8 @@ def _callables(name: str, given: Iterable[Callable[..., Any]]) -> list[Callable[
     return found
 
 
-class Choice(NamedTuple):
-    """How a request goes on."""
+class ResolvedSettings(NamedTuple):
+    """Settings of a request, resolved for the length of its prompt."""
 
     max_new_tokens: int
     eos: frozenset[int]
@@ -211,7 +211,7 @@ class Choice(NamedTuple):
     def settings(
         self, generator: torch.Generator | None = None, *, with_logprobs: bool = False
     ) -> RequestSettings:
-        """Return the settings of a request that samples by this choice. O(1)."""
+        """Return the settings of a request as the engine takes them. O(1)."""
         find_stop = self._find_stop if self.criteria else None
         return RequestSettings(self, generator, self.eos, find_stop, with_logprobs)
 
@@ -236,15 +236,15 @@ class Choice(NamedTuple):
 
 
 class LogitsSampler:
-    """A sampler of engines that chooses tokens with transformers' processors.
+    """A sampler that chooses tokens with transformers' logits processors.
 
-    The `sampling` of each row is a `Choice`, its generator one of torch.
+    The `sampling` of each row is a `ResolvedSettings`, its generator a `torch.Generator`.
     """
 
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
         """Choose tokens for the rows of `logits` [rows, vocabulary]. O(rows * vocabulary).
 
-        What a request's own processors raise is its own: in its `Draw`.
+        An error of a request's processors is returned in that request's `Draw`.
         """
         with_logprobs = any(row.with_logprobs for row in rows)
         if not with_logprobs and all(map(_is_plain, rows)):  # the usual case, and quicker
@@ -254,10 +254,10 @@ class LogitsSampler:
             index = torch.tensor(numbers, device=logits.device)
             try:
                 found = _draw(logits[index].float(), [rows[i] for i in numbers], with_logprobs)
-            except BaseException as error:  # of a processor of the caller's, SystemExit as well
+            except BaseException as error:  # of a user's processor, SystemExit included
                 if len(numbers) == 1:
                     found = [Draw([], None, error)]
-                else:  # it may be the fault of one row
+                else:  # one row may have caused it
                     found = [self.choose(logits[i : i + 1], [rows[i]])[0] for i in numbers]
             for number, draw in zip(numbers, found, strict=True):
                 draws[number] = draw
@@ -265,14 +265,14 @@ class LogitsSampler:
 
 
 def _is_plain(row: Row) -> bool:
-    """True for a row whose next token is the one with the highest logit."""
-    choice: Choice = row.sampling
-    return choice.is_greedy and not choice.processors
+    """True for a row whose next token has the highest logit."""
+    resolved: ResolvedSettings = row.sampling
+    return resolved.is_greedy and not resolved.processors
 
 
 def _highest(logits: Tensor) -> list[int]:
     if logits.device.type == "cpu":
-        # Of 64 rows of 4,096 in bfloat16, torch takes 0.93 ms, numpy 0.04 (medians, one core).
+        # For 64 rows of 4,096 in bfloat16, torch takes 0.93 ms, NumPy 0.04 (medians, one core).
         logits = logits.float()
         tokens: list[int] = logits.numpy().argmax(axis=1).tolist()
         return tokens
@@ -280,37 +280,39 @@ def _highest(logits: Tensor) -> list[int]:
 
 
 def _alike(rows: Sequence[Row]) -> list[list[int]]:
-    """Rows that can be served by one call, as lists of their numbers."""
+    """Return the indices of rows, grouped by rows that one call can serve."""
     groups: dict[object, list[int]] = {}
     for number, row in enumerate(rows):
-        choice: Choice = row.sampling
-        is_shared = choice.is_rowwise and row.generator is None and row.times == 1
-        groups.setdefault(_key(choice) if is_shared else (number,), []).append(number)
+        resolved: ResolvedSettings = row.sampling
+        is_shared = resolved.is_rowwise and row.generator is None and row.times == 1
+        groups.setdefault(_key(resolved) if is_shared else (number,), []).append(number)
     return list(groups.values())
 
 
-def _key(choice: Choice) -> object:
+def _key(resolved: ResolvedSettings) -> object:
     settings = tuple(
         (type(each), tuple(sorted((k, str(_exact(v))) for k, v in vars(each).items())))
-        for each in choice.processors
+        for each in resolved.processors
     )
-    return choice.is_greedy, settings
+    return resolved.is_greedy, settings
 
 
 def _exact(value: Any) -> Any:
-    # As text, a tensor's numbers are rounded.
+    # `str` of a tensor rounds its elements.
     return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _draw(scores: Tensor, rows: Sequence[Row], with_logprobs: bool) -> list[Draw]:
-    """Tokens for rows of one kind: their `scores` [rows, vocabulary] in float32."""
+    """Choose tokens for rows with equal settings from `scores` [rows, vocabulary] in float32."""
     first = rows[0]
-    choice: Choice = first.sampling
-    if choice.processors:
-        # Processors that look at rows alone are told no ids; others serve one row.
-        ids: Any = None if choice.is_rowwise else torch.tensor([first.ids()], device=scores.device)
-        scores = choice.processors(ids, scores)
-    if choice.is_greedy:
+    resolved: ResolvedSettings = first.sampling
+    if resolved.processors:
+        # Row-wise processors need no ids; other processors get a single row.
+        ids: Any = (
+            None if resolved.is_rowwise else torch.tensor([first.ids()], device=scores.device)
+        )
+        scores = resolved.processors(ids, scores)
+    if resolved.is_greedy:
         tokens = scores.argmax(dim=-1, keepdim=True)
     else:
         tokens = torch.multinomial(

@@ -1,6 +1,6 @@
-"""Generation settings of a request: which an engine serves, and what their values may be.
+"""Check the generation settings of a request: which an engine serves, and their values.
 
-transformers looks at few of them. Others raise in the middle of a step, or change nothing.
+transformers checks few of them. Unchecked settings raise during a step, or have no effect.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from kvpager import _validate as arguments
 
-# Ways to generate that are not one token after the other, row by row, and their off values.
+# Decoding strategies that an engine does not serve, and the values that turn them off.
 _NOT_SERVED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "num_beams": ("beam search", (None, 1)),
     "num_beam_groups": ("beam search", (None, 1)),
@@ -27,7 +27,7 @@ _NOT_SERVED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "watermarking_config": ("watermarking", (None,)),
 }
 
-# Settings that change nothing in an engine, and what takes their place.
+# Settings without effect in an engine, and the replacement of each.
 _RETURNS = "an engine gives tokens and texts, and log probabilities with logprobs=True"
 _COMPILES = "an engine compiles its passes with Engine(compile=)"
 _KEEPS = "an engine keeps keys and values in its own pool"
@@ -80,12 +80,12 @@ def check_config(config: Any, own: Any) -> None:
 
 
 def check_served(settings: Any) -> None:
-    """Refuse ways to generate that cannot be batched continuously. Raises: `ValueError`."""
+    """Refuse decoding strategies that cannot be batched continuously. Raises: `ValueError`."""
     for name, (what, off) in _NOT_SERVED.items():
         value = getattr(settings, name, None)
         if value not in off:
             raise ValueError(
-                f"{name}={value!r}: {what} cannot be batched continuously; use generate() for it"
+                f"{name}={value!r}: {what} cannot be batched continuously. Use model.generate()."
             )
 
 
@@ -105,7 +105,7 @@ def _factor(name: str, value: Any) -> None:
 
 
 def _token(name: str, value: Any) -> None:
-    # transformers reads -1 as no such token.
+    # In transformers, -1 means that there is no such token.
     arguments.count(name, value, at_least=-1)
 
 

@@ -1,4 +1,4 @@
-"""How many blocks an engine's pool gets."""
+"""Size an engine's pool, and measure the costs of preemption."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.block_storage import BlockStorage
 from kvpager.storage.free_memory import free_bytes
 
-# Of the memory that is free when nobody says how much to take: a device has nothing else to do,
-# while a host has.
+# The part of the free memory that an engine takes by default. A host has other uses for its memory.
 _OF_DEVICE, _OF_HOST = 0.9, 0.5
 _TRIALS, _TRIAL_TOKENS = 5, 128
 
 
 class PoolSizes(NamedTuple):
-    """Blocks of either tier."""
+    """The number of blocks in each tier."""
 
     device: int
     host: int
@@ -43,10 +42,13 @@ def pool_blocks(
     max_model_len: int | None,
     max_chunk: int | None = None,
 ) -> PoolSizes:
-    """Blocks for the bounds of `memory`; without one, for `max_num_seqs` rows of `max_model_len`
-    tokens, as far as half of the host's free memory, or nine tenths of the device's, allow. O(1).
+    """Return the number of blocks in each tier. O(1).
 
-    Raises: `ValueError` for bounds in which not one fits, `KVPagerError` for such a device.
+    The bounds of `memory` give the numbers. Without a bound, the pool has room for `max_num_seqs`
+    rows of `max_model_len` tokens, within 90 % of a GPU's free memory or 50 % of the host's.
+
+    Raises: `ValueError` if a bound is less than one block, `KVPagerError` if the device has no room
+    for one.
     """
     size = BlockStorage.bytes_of_a_block(
         memory.block_size,
@@ -68,7 +70,7 @@ def pool_blocks(
     if device < least:
         raise KVPagerError(
             f"{info.device} has no room for one block of {counted(memory.block_size, 'token')} "
-            f"({as_text(least * size)}): free memory there, or use a smaller block_size"
+            f"({as_text(least * size)}). Free memory there, or use a smaller block_size."
         )
     return PoolSizes(device, host)
 
@@ -79,7 +81,7 @@ def require_room(
     """Refuse a request that the pool could not hold alone. O(groups). Raises: `ValueError`."""
     num_prompt, max_model_len = len(request.prompt), scheduler.max_model_len
     if max_model_len is not None and num_prompt + request.max_new_tokens > max_model_len:
-        return  # which is the scheduler's to say
+        return  # the scheduler refuses it
     need = blocks_needed(request, num_prompt, scheduler.manager)
     if need <= storage.num_blocks:
         return
@@ -104,9 +106,9 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def measured_costs(runner: ModelRunner) -> PreemptionCosts:
-    """What computing tokens and moving blocks takes here: medians of a few of each.
+    """Measure the time to compute a token and to move a block: medians of a few runs.
 
-    Overwrites the first blocks of both tiers, which nobody uses yet.
+    Overwrites the first blocks of both tiers. Call it before the first request.
     """
     storage, longest = runner.storage, runner.info.max_length or _TRIAL_TOKENS
     tokens = min(_TRIAL_TOKENS, longest, storage.num_blocks * storage.block_size)

@@ -1,14 +1,13 @@
-"""A step plan as a model sees it: a cache that writes and reads where the plan says.
+"""The cache through which a model executes a step plan.
 
-Two ways to compute a plan's rows, with one cache:
+It serves both kinds of forward pass:
 
-    packed      all rows in one forward pass, one after the other in a single line of tokens:
-                    ids        [r0 r0 r0 | r1 | r2 | r3 r3]     no padding anywhere
-                    positions  [ 0  1  2 |  9 | 40 |  7  8]
-                The attention function reads each row's blocks in place. For models whose attention
-                goes through transformers' registry and knows a token's place by `position_ids`.
-    per sequence
-                a forward pass for each row, as `generate` would make it. For all other models.
+    packed        all rows in one forward pass, concatenated along the token axis:
+                      ids        [r0 r0 r0 | r1 | r2 | r3 r3]     no padding
+                      positions  [ 0  1  2 |  9 | 40 |  7  8]
+                  The attention function reads each row's blocks in place. For models that call a
+                  registered attention function and place tokens by `position_ids`.
+    per sequence  one forward pass for each row, as in `generate`. For all other models.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from kvpager.storage.block_storage import BlockStorage, LayerShape
 
 
 class GroupRows(NamedTuple):
-    """Where rows write and read in one group of layers, on the device of the model."""
+    """The slots and block tables of rows in one group of layers, on the model's device."""
 
     slots: Tensor  # int64 [tokens]
-    tables: RowTables  # from the first block that a row has, with the new tokens
+    tables: RowTables  # from each row's first block on, new tokens included
 
     @classmethod
     def of(
@@ -49,7 +48,7 @@ class GroupRows(NamedTuple):
         block_size: int,
         device: torch.device,
     ) -> GroupRows:
-        """Return those of all rows. O(tokens + rows * blocks)."""
+        """Return the slots and tables of all rows. O(tokens + rows * blocks)."""
         tables, seq_lens = _from_first_block(group.block_tables, seq_lens, block_size)
         on_host, there = starts or (None, None)
         host = HostRows(tables, seq_lens, on_host)
@@ -71,7 +70,7 @@ class StepRows(NamedTuple):
 
     @classmethod
     def of(cls, plan: StepPlan, block_size: int, device: torch.device) -> StepRows:
-        """All rows of `plan`. O(tokens + rows * blocks * groups)."""
+        """Return all rows of `plan`. O(tokens + rows * blocks * groups)."""
         counts = plan.num_scheduled.astype(np.int64)
         ends = np.cumsum(counts)
         positions = np.arange(len(plan.token_ids)) + np.repeat(
@@ -92,9 +91,9 @@ class StepRows(NamedTuple):
         )
 
     def row(self, number: int, first: int, last: int, length: int) -> StepRows:
-        """Row `number` alone: tokens `first` to `last` of these, `length` in the cache. O(groups).
+        """Return row `number`: new tokens `first` to `last`, `length` tokens in total. O(groups).
 
-        The plan knows these numbers; to ask a tensor for them would wait for its device.
+        The caller has these numbers from the plan. Reading a tensor would wait for its device.
         """
         return StepRows(
             self.ids[:, first:last],
@@ -104,13 +103,13 @@ class StepRows(NamedTuple):
         )
 
 
-_NO_PADDING = np.zeros(1, np.int64)  # of the one row of a pass
+_NO_PADDING = np.zeros(1, np.int64)  # of a pass with one row
 
 
 def _from_first_block(tables: Int32, seq_lens: Int32, block_size: int) -> tuple[Int32, Int32]:
-    """Leave out the blocks that rows have freed, and their tokens. O(rows * blocks).
+    """Return tables and lengths without the leading blocks that rows freed. O(rows * blocks).
 
-    Kernels count queries and windows from a row's end.
+    Kernels count queries and windows from a row's end, so the result is the same.
     """
     if not tables.size or tables[:, 0].min() >= 0:
         return tables, seq_lens
@@ -124,21 +123,23 @@ def _from_first_block(tables: Int32, seq_lens: Int32, block_size: int) -> tuple[
 
 
 class LayerInfo(NamedTuple):
-    """What is known of a model's layer before the first step."""
+    """A layer of the model and its place in the blocks."""
 
-    number: int  # among the layers of a cache
+    number: int  # index in the cache
     shape: LayerShape
     window: int | None
-    group: int  # of layers that share block tables
-    place: int  # its number among the layers of a block
+    group: int  # index of the group of layers that share block tables
+    place: int  # index among the layers of a block
 
 
 class StepCache(DynamicCache):
-    """A cache over a storage of blocks that holds what the current step's rows may see.
+    """A cache over a storage of blocks that shows the rows of the current step.
 
     Args:
-        storage: its blocks have the layers of a group.
-        others: transformers' own layers by their index, for what cannot be kept in blocks.
+        storage: blocks with room for the layers of one group.
+        layers: the layers that are kept in blocks.
+        others: transformers' own layers by index, for layers that cannot be kept in blocks.
+        memory: the pools' owner, whose counters count reads.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class StepCache(DynamicCache):
         self.layers = [kept.get(i) or others[i] for i in range(len(kept) + len(others))]
 
     def begin(self, rows: StepRows, *, is_packed: bool) -> None:
-        """The pass that follows computes `rows`: all of them in one line, or a single one. O(1)."""
+        """Set the rows of the next pass: all rows if packed, otherwise a single row. O(layers)."""
         self.rows, self.is_packed = rows, is_packed
         for layer in self.layers:
             if isinstance(layer, StepLayer):
@@ -166,7 +167,7 @@ class StepCache(DynamicCache):
 
 
 class StepLayer(DynamicLayer):
-    """A layer whose tokens are in blocks that the step's plan names."""
+    """A layer that writes and reads the blocks in the step's plan."""
 
     _layer_type = None
 
@@ -182,7 +183,7 @@ class StepLayer(DynamicLayer):
         self.memory = cache.memory
         self.shape, self.dtype = plan.shape, place.storage.dtype
         self.device = place.storage.device
-        # Models look here for whether a layer holds something of an image: it holds text alone.
+        # Some models test these for the presence of image states. This layer holds text only.
         self.keys = self.values = torch.empty(0, dtype=self.dtype, device=self.device)
         self._cache = cache
         self._caches = place.storage.layer(place.layer)
@@ -190,17 +191,17 @@ class StepLayer(DynamicLayer):
 
     @property
     def rows(self) -> StepRows:
-        """The rows of the step."""
+        """Return the rows of the step."""
         assert self._cache.rows is not None
         return self._cache.rows
 
     @property
     def group_rows(self) -> GroupRows:
-        """The rows of the step, in the group of this layer."""
+        """Return the slots and tables of the step in this layer's group."""
         return self.rows.groups[self.group]
 
     def packed_rows(self) -> PackedRows:
-        """What the rows of the packed pass read."""
+        """Return the blocks that the packed pass reads, and count the read. O(1)."""
         self.memory.counters.in_place_reads += 1
         blocks = Blocks(*self._caches, self._scales, self.group_rows.tables)
         return PackedRows(blocks, self.window, self.rows.ids.shape[1])
@@ -208,7 +209,7 @@ class StepLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens [1, kv_heads, tokens, dim]; return handles to what rows may see."""
+        """Write the new tokens [1, kv_heads, tokens, dim]; return paged tensors of the row."""
         if torch.compiler.is_compiling():
             return packed_compiled.marked(key_states, value_states, self._cache.place, self.number)
         self.write(key_states, value_states)
@@ -234,13 +235,13 @@ class StepLayer(DynamicLayer):
         return max(num_before - self.window + 1, 0)
 
     def get_seq_length(self) -> int:
-        """Tokens of the row so far; of packed rows, where positions say it, none."""
+        """Return the row's tokens so far; 0 for packed rows, whose positions are given."""
         if self._cache.is_packed or self._cache.rows is None:
             return 0
         return self.rows.longest - (0 if self.is_written else self.rows.ids.shape[1])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns the next `query_length` queries attend over, and the first of them."""
+        """Return the number of columns that the next queries attend to, and the first column."""
         if self._cache.is_packed or self._cache.rows is None:
             return query_length, 0
         first = self._first_visible()

@@ -1,4 +1,4 @@
-"""The transformers model inside what an engine is given, and the models that an engine refuses."""
+"""Find the transformers model inside a wrapper, and refuse models that an engine cannot serve."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers import GenerationMixin
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.model_state.offloaded import execution_device
 
-_TOLERANCE = 1e-3  # of the logits' norm: the same numbers, but for their rounding
+_TOLERANCE = 1e-3  # of the logits' norm: the same results up to rounding
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the transformers model inside `model`: itself, or the one that a wrapper holds.
+    """Return `model`, or the transformers model that it wraps. O(modules).
 
-    A wrapper of PEFT or of the caller's may compute more than the model inside it. A short forward
-    pass of both tells. O(modules).
+    A wrapper of PEFT or of the user may compute other logits than the model inside it. A short
+    forward pass of both shows it.
 
-    Raises: `TypeError` for what holds no such model; `KVPagerError` for a model that several
-    processes share, or whose wrapper computes other logits than the model inside it.
+    Raises: `TypeError` without a transformers model that can generate; `KVPagerError` for a model
+    that several processes share, or whose wrapper computes other logits than the model inside it.
     """
     inner = model
     while isinstance(inner, _TRANSPARENT):
@@ -37,7 +37,7 @@ def unwrapped(model: Any) -> Any:
     return inner
 
 
-# These pass a call on to the model inside, and its result back.
+# These wrappers return the results of the model inside unchanged.
 _TRANSPARENT = (
     torch._dynamo.eval_frame.OptimizedModule,  # of torch.compile(model)
     nn.DataParallel,
@@ -69,7 +69,7 @@ def _generative_inside(model: Any) -> Any:
 
 
 def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield models that can generate, and are not part of another one. O(modules)."""
+    """Yield the outermost models that can generate, with their paths. O(modules)."""
     for name, child in module.named_children():
         where = f"{path}.{name}" if path else name
         if isinstance(child, GenerationMixin):
@@ -80,21 +80,21 @@ def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.inference_mode()
 def _refuse_unlike(wrapper: Any, inner: Any) -> None:
-    """Raise `KVPagerError` if `wrapper` computes other logits than the model `inner` of it."""
+    """Raise `KVPagerError` if `wrapper` computes other logits than `inner`, the model inside it."""
     name, inside = type(wrapper).__name__, type(inner).__name__
-    advice = f"use generate() for it, or pass the {inside} alone"
+    advice = f"Call its generate(), or pass the {inside} inside it."
     for config in getattr(wrapper, "peft_config", {}).values():
-        # What such adapters compute depends on tokens of the prompt, which only PEFT looks at.
+        # Such adapters depend on tokens of the prompt, which only PEFT reads.
         if getattr(config, "alora_invocation_tokens", None):
-            raise KVPagerError(f"{name}: activated LoRA cannot be batched continuously; {advice}")
+            raise KVPagerError(f"{name}: activated LoRA cannot be batched continuously. {advice}")
     training = [module for module in wrapper.modules() if module.training]
     wrapper.eval()
     try:
         expected, found = _logits(wrapper, inner), _logits(inner, inner)
     except Exception as error:
         raise KVPagerError(
-            f"{name} cannot be batched continuously: it did not take three tokens: {error!r}; "
-            f"{advice}"
+            f"{name} cannot be batched continuously: its forward pass of three tokens failed: "
+            f"{error!r}. {advice}"
         ) from error
     finally:
         for module in training:
@@ -105,13 +105,13 @@ def _refuse_unlike(wrapper: Any, inner: Any) -> None:
             return
     raise KVPagerError(
         f"{name} cannot be batched continuously: its logits are not those of the {inside} inside "
-        "it, as with PEFT's prompt tuning, whose virtual tokens have no place in a block table; "
+        "it. PEFT's prompt tuning, for one, has virtual tokens that a block table cannot hold. "
         f"{advice}"
     )
 
 
 def _logits(model: Any, inner: Any) -> Tensor:
-    """Return what `model` computes for three tokens."""
+    """Return the logits that `model` computes for three tokens."""
     ids = torch.tensor([[2, 1, 0]], device=execution_device(inner))
     options = {"decoder_input_ids": ids} if inner.config.is_encoder_decoder else {}
     logits: Tensor = model(input_ids=ids, **options).logits
@@ -119,16 +119,16 @@ def _logits(model: Any, inner: Any) -> Tensor:
 
 
 def refuse_sharded(model: Any) -> None:
-    """Raise `KVPagerError` for a model whose forward pass several processes compute together.
+    """Raise `KVPagerError` for a model whose forward pass several processes share. O(parameters).
 
     Each process has its own engine, and the engines may order requests differently. Collective
-    operations of different steps would then be mixed up. O(parameters).
+    operations of different steps would then be mixed up.
     """
     how = _sharding(model)
     if how is not None:
         raise KVPagerError(
-            f"{type(model).__name__} is spread by {how}, which cannot be batched in blocks; use "
-            "generate() for it, or load the whole model in each process"
+            f"{type(model).__name__} is sharded by {how}, which an engine does not support. "
+            "Use model.generate(), or load the whole model in each process."
         )
 
 

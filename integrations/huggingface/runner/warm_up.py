@@ -1,8 +1,8 @@
-"""Steps that an engine computes before its first request, so that no request waits for a compiler.
+"""Compile all kernels before an engine's first request, by computing a step of every shape.
 
-Triton compiles a kernel when it is first launched with other types or compile-time constants. For
-attention those follow from the shape of a step: whether rows have one query or several, whether
-rows share a prefix, and whether a row is long enough to be split. Each shape is computed once.
+Triton compiles a kernel at its first launch with new types or compile-time constants. For attention
+these depend on the shape of a step: one or several queries per row, rows with a common prefix, and
+rows long enough to be split.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROWS = 4
 
 
 def warm_up(runner: ModelRunner, max_batch_tokens: int, max_num_seqs: int) -> None:
-    """Compute a step of every shape. Overwrites the first blocks, which no request may hold yet."""
+    """Compute a step of every shape. Overwrites the first blocks: call it before any request."""
     for plan in warm_up_steps(runner, max_batch_tokens, max_num_seqs):
         runner.run(plan, {sample: [0] for sample in plan.seq_ids.tolist()})
         runner.forget(plan.seq_ids)
@@ -30,9 +30,9 @@ def warm_up(runner: ModelRunner, max_batch_tokens: int, max_num_seqs: int) -> No
 def warm_up_steps(
     runner: ModelRunner, max_batch_tokens: int, max_num_seqs: int
 ) -> Iterator[StepPlan]:
-    """Yield the steps: copies of blocks, decoding, prompts, and both at once."""
+    """Yield steps with copies of blocks, with decoding, with prompts, and with both."""
     storage, longest = runner.storage, runner.info.max_length or 2**15
-    begins_in_cache = not runner.info.has_state  # a state is not in the blocks
+    begins_in_cache = not runner.info.has_state  # recurrent states are not in the blocks
     room = min(longest, storage.num_blocks * storage.block_size)
     few = min(_ROWS, max_num_seqs, max_batch_tokens)
     prompt = min(max_batch_tokens - few + 1, room)
@@ -50,7 +50,7 @@ def warm_up_steps(
 
 
 def _step(runner: ModelRunner, rows: list[tuple[int, int]]) -> StepPlan:
-    """Return a step of rows (tokens in the cache, new tokens) that all have the same blocks."""
+    """Return a step of rows (cached tokens, new tokens) that all share the same blocks."""
     storage = runner.storage
     starts, counts = (np.array(each, np.int32) for each in zip(*rows, strict=True))
     ends = starts + counts
@@ -68,7 +68,7 @@ def _step(runner: ModelRunner, rows: list[tuple[int, int]]) -> StepPlan:
 
 
 def _copies(runner: ModelRunner) -> Iterator[StepPlan]:
-    """Yield a step that copies blocks for each number of pairs that a kernel is compiled for."""
+    """Yield steps that copy blocks, one for each number of pairs with a kernel of its own."""
     plan = _step(runner, [(0, 1)])
     for count in (1, 2, 9, 65, 257):
         if 2 * count <= runner.storage.num_blocks:

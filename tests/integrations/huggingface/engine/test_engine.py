@@ -555,7 +555,7 @@ def test_lengths_of_many_kinds_leave_nothing_behind(llama):
             stream.cancel()
         settings = engine.sampling_settings(max_new_tokens=1)
         for number in range(600):
-            settings.choice(number + 1, [5])
+            settings.resolve(number + 1, [5])
         gc.collect()
         assert len(kept) <= 70
         assert len(settings._by_length) <= 256

@@ -113,9 +113,9 @@ def test_what_a_tokenizer_returns_may_be_unpacked(model: PreTrainedModel, form: 
 def test_inputs_beside_ids_and_mask_are_refused_by_name(llama: PreTrainedModel, name: str) -> None:
     more = {name: torch.tensor([[1]])}
     with Engine(llama, memory="4MiB") as engine:
-        with pytest.raises(ValueError, match=f"leave {name} out"):
+        with pytest.raises(ValueError, match=f"Leave {name} out"):
             engine.generate(input_ids=[[5]], max_new_tokens=1, **more)
-        with pytest.raises(ValueError, match=f"leave {name} out"):
+        with pytest.raises(ValueError, match=f"Leave {name} out"):
             engine.submit([5], max_new_tokens=1, **more)
 
 
@@ -184,7 +184,7 @@ def test_what_may_be_padding_or_not_is_refused(
         batch["input_ids"][batch["attention_mask"] == 0] = 2
     with (
         Engine(llama, memory="4MiB") as engine,
-        pytest.raises(ValueError, match="pass attention_mask"),
+        pytest.raises(ValueError, match="Pass attention_mask"),
     ):
         engine.generate(**options, max_new_tokens=1)
 
@@ -201,14 +201,18 @@ def test_texts_that_begin_with_eos_are_not_padded(
 @pytest.mark.parametrize(
     ("prompts", "mask", "message"),
     [
-        (torch.tensor([[5, 6, 7]]), torch.tensor([[1, 0, 1]]), "between its tokens"),
-        (torch.tensor([[5, 0, 7], [5, 6, 7]]), None, "between its tokens"),
+        (
+            torch.tensor([[5, 6, 7]]),
+            torch.tensor([[1, 0, 1]]),
+            "padding between tokens of a prompt",
+        ),
+        (torch.tensor([[5, 0, 7], [5, 6, 7]]), None, "padding between tokens of a prompt"),
         (torch.tensor([[5, 6, 7]]), torch.tensor([[0, 0, 0]]), "empty"),
         (torch.tensor([[5, 6, 7]]), torch.tensor([[0, 2, 1]]), "ones for tokens"),
-        (torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1]]), "of shape"),
-        (torch.tensor([[5, 6, 7]]), torch.ones(1, 1, 3, 3), "of shape"),
-        (torch.tensor([[5, 6, 7]]), torch.ones(2, 3), "of 2 rows"),
-        (BatchEncoding({"input_ids": [[5]], "attention_mask": [[1]]}), [[1]], "leave out"),
+        (torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1]]), "expected shape"),
+        (torch.tensor([[5, 6, 7]]), torch.ones(1, 1, 3, 3), "expected shape"),
+        (torch.tensor([[5, 6, 7]]), torch.ones(2, 3), "got 2 rows"),
+        (BatchEncoding({"input_ids": [[5]], "attention_mask": [[1]]}), [[1]], "Leave out"),
         (BatchEncoding({"input_ids": [[5]], "pixel_values": [[1.0]]}), None, "pixel_values"),
         (BatchEncoding({"input_ids": [[5]], "position_ids": [[1]]}), None, "position_ids"),
     ],
@@ -239,7 +243,7 @@ def test_what_are_no_prompts_is_refused(llama: PreTrainedModel, prompts: Any) ->
 
 
 def test_submit_takes_one_prompt(llama: PreTrainedModel) -> None:
-    with Engine(llama, memory="4MiB") as engine, pytest.raises(ValueError, match=r"use generate"):
+    with Engine(llama, memory="4MiB") as engine, pytest.raises(ValueError, match=r"Use generate"):
         engine.submit(np.array([[5, 6], [7, 8]]))
 
 

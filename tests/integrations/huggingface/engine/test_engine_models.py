@@ -89,7 +89,9 @@ def test_the_model_inside_peft_is_served_with_its_adapters(config: Any) -> None:
     ids=lambda config: type(config).__name__,
 )
 def test_adapters_that_the_model_inside_does_not_hold_are_refused(config: Any) -> None:
-    with pytest.raises(KVPagerError, match=r"cannot be batched continuously.*use generate\(\)"):
+    with pytest.raises(
+        KVPagerError, match=r"cannot be batched continuously.*Use model.generate\(\)"
+    ):
         Engine(adapted(config), memory="4MiB")
 
 
@@ -214,14 +216,14 @@ SPREAD = [mesh, tensor_parallel, sharded_weight, zero_3, pipeline]
 @pytest.mark.parametrize("spread", [*SPREAD, FullyShardedDataParallel])
 def test_a_model_that_processes_compute_together_is_refused(spread: Any) -> None:
     model = spread(tiny_models.tiny_model("llama"))
-    with pytest.raises(KVPagerError, match="is spread by"):
+    with pytest.raises(KVPagerError, match="is sharded by"):
         Engine(model, memory="4MiB")
 
 
 @pytest.mark.parametrize("spread", SPREAD)
 def test_a_spread_model_has_no_batches_of_generate_batch_either(spread: Any) -> None:
     model = spread(tiny_models.tiny_model("llama"))
-    with kvpager.patch(model), pytest.raises(KVPagerError, match="is spread by"):
+    with kvpager.patch(model), pytest.raises(KVPagerError, match="is sharded by"):
         model.generate_batch(PROMPTS, GenerationConfig(max_new_tokens=2))
 
 
