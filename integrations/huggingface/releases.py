@@ -78,7 +78,7 @@ def warn_if_untested() -> None:
 
     The warning points to the caller of the function that calls this one.
     """
-    import transformers  # as it is now: transformers replaces its own module while it is imported
+    import transformers  # here, since transformers replaces its own module during its import
 
     installed = transformers.__version__
     if installed in _looked_at:
@@ -97,5 +97,5 @@ def warn_if_untested() -> None:
 def _is_untested(installed: str) -> bool:
     try:
         return Version(installed).release[:2] > Version(NEWEST_TESTED).release
-    except InvalidVersion:  # the user's own build, whose number says nothing
+    except InvalidVersion:  # a user's build without a version number
         return False

@@ -1,1 +1,1 @@
-"""transformers' entry points for continuous batching, served by an engine."""
+"""Serve transformers' entry points for continuous batching by an engine."""

@@ -1,4 +1,4 @@
-"""transformers' entry points of continuous batching, led to an engine for models of a patch."""
+"""Replace transformers' entry points for continuous batching, for models that a patch serves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEPT = "_cached_continuous_batching_manager"
 
 
 class ServingPatch(Protocol):
-    """What a route needs of a patch."""
+    """The members of a patch that the entry points use."""
 
     memory: PagedMemory
     prompts: PromptCache | None
@@ -33,7 +33,7 @@ class ServingPatch(Protocol):
 
     @property
     def is_active(self) -> bool:
-        """Whether it was not undone."""
+        """True until the patch is undone."""
 
 
 FindPatch = Callable[[Any], ServingPatch | None]
@@ -41,9 +41,9 @@ EntryPoint = Callable[..., Any]
 
 
 def entry_points(find: FindPatch) -> dict[str, Callable[[EntryPoint], EntryPoint]]:
-    """What wraps which method of `ContinuousMixin`; `find` says which patch serves a model.
+    """Return a wrapper for each method of `ContinuousMixin` that needs one, by name.
 
-    The others build on these, and work as they are.
+    `find` returns the patch that serves a model. The other methods call these two.
     """
     return {
         "init_continuous_batching": functools.partial(_init, find),
@@ -97,16 +97,16 @@ def _generate_batch(find: FindPatch, original: EntryPoint) -> EntryPoint:
 
 
 class _Calls(threading.local):
-    """The calls of `generate_batch` of this thread."""
+    """The call of `generate_batch` on this thread."""
 
-    managers: list[PagedBatchingManager] | None = None  # of the innermost one
+    managers: list[PagedBatchingManager] | None = None  # that the innermost call made
 
 
 _calls = _Calls()
 
 
 def _abandon(managers: list[PagedBatchingManager]) -> None:
-    """End sessions that an interrupt may have kept from ending, and drop their outputs."""
+    """End the sessions of an interrupted call, and drop their outputs."""
     for manager in managers:
         manager.end_now()
         manager.join(time.perf_counter())
@@ -114,7 +114,7 @@ def _abandon(managers: list[PagedBatchingManager]) -> None:
 
 
 def _warn_of_ignored(model: Any, config: Any, options: dict[str, Any]) -> None:
-    """`generate_batch` takes any keyword, and reads one."""
+    """Warn of keywords that `generate_batch` accepts, but does not read."""
     config = model.generation_config if config is None else config
     for name, value in options.items():
         # `generate` passes its settings twice: here, and in the config.
@@ -132,7 +132,7 @@ def _manager(
     **further: Any,
 ) -> PagedBatchingManager:
     for name in further:
-        warn_once(f"{name} of init_continuous_batching", "it is not known")
+        warn_once(f"{name} of init_continuous_batching", "the argument is unknown")
     kept = getattr(model, _KEPT, None)
     if not isinstance(kept, PagedBatchingManager) or kept not in serving.managers:
         kept = None
@@ -169,14 +169,14 @@ def _warn_of_another(kept: PagedBatchingManager, generation: Any, batching: Any)
     for given, config in zip((generation, batching), known, strict=True):
         if given is not None and given is not config:
             logger.warning(
-                "the model keeps a manager with another %s, which holds: call "
-                "destroy_cached_continuous_batching_manager() first",
+                "%s ignored: the model keeps a manager with another one. Call "
+                "destroy_cached_continuous_batching_manager() first.",
                 type(config).__name__,
             )
 
 
 def release_managers(managers: Iterable[PagedBatchingManager]) -> None:
-    """The patch is undone: models keep no managers of it; sessions go on. O(managers)."""
+    """Drop the managers that models keep from an undone patch. Sessions continue. O(managers)."""
     for manager in list(managers):
         if getattr(manager.model, _KEPT, None) is manager:
             delattr(manager.model, _KEPT)

@@ -1,4 +1,4 @@
-"""transformers' continuous batching manager: sessions, each with an engine of its own."""
+"""A continuous batching manager of transformers that runs an engine for each session."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ from kvpager.integrations.huggingface.runner.unwrap import refuse_sharded
 
 logger = logging.getLogger("kvpager")
 
-_PATIENCE = 10.0  # seconds that `add_request` waits for room in the queue, as transformers does
+_QUEUE_SECONDS_MAX = 10.0  # `add_request` waits this long for room in the queue, as in transformers
 
 
 class PagedBatchingManager(ContinuousBatchingManager):
-    """Serves requests through transformers' interface. Made by `init_continuous_batching`.
+    """A server of requests with transformers' interface. `init_continuous_batching` makes it.
 
-    From `start` to the end of `stop` there is an engine: a session. A request that cannot be
-    served, or fails, or is cancelled, has an output of status FAILED that says why.
+    A session lasts from `start` to the end of `stop` and has an engine. A request that is invalid,
+    fails or is cancelled has an output of status FAILED with the reason.
 
     Args:
-        model: to be served.
-        generation_config: settings of all requests; those that it leaves open are off.
-        continuous_batching_config: see `options.py`.
-        workload_hints: what is to come, where that is known.
-        memory: of the patch, whose options hold where the config says nothing.
-        namespace: says whose prompts a request made now may share.
-        may_be_kept: says whether the model may keep the manager for another session.
+        model: the model to serve.
+        generation_config: settings of all requests. Settings that it leaves open are off.
+        continuous_batching_config: settings of the engine; see `options.py`.
+        workload_hints: the expected requests, or None.
+        memory: the patch's memory. Its options fill the gaps of the config.
+        namespace: a function that returns the namespace of a new request.
+        may_be_kept: a function; True if the model may keep the manager for another session.
 
-    Thread-safe; in a fork, calls raise `EngineClosed`, but for those that end it. Raises:
-    `KVPagerError` for a model that cannot be batched; `ValueError` for
-    settings that cannot.
+    Thread-safe. In a fork, all calls but those that end the session raise `EngineClosed`.
+    Raises: `KVPagerError` for a model that cannot be batched; `ValueError` for invalid settings.
     """
 
     def __init__(
@@ -89,21 +88,21 @@ class PagedBatchingManager(ContinuousBatchingManager):
             generation_config.num_return_sequences or 1,
         )
         self._changed: threading.Condition = self.output_router.changed
-        self._control = threading.Lock()  # of those who make a session
+        self._control = threading.Lock()  # held by a thread that starts or destroys a session
         self._generation_thread: Any = None
         self._is_destroyed = False
-        self.ends_with_call = False  # of `generate_batch`, whose caller has no other access
+        self.ends_with_call = False  # True in `generate_batch`, whose caller never sees the manager
 
     def _refuse_placement(self) -> None:
         name, wanted = type(self.model).__name__, self._patched.dtype
         if wanted is not None and wanted != self._info.dtype:
             raise KVPagerError(
-                f"{name} keeps keys and values in {self._info.dtype}, and the patch was made "
-                f"for {wanted}"
+                f"dtype={wanted} of the patch: {name} keeps keys and values in "
+                f"{self._info.dtype}. Load the model in {wanted}, or leave dtype out."
             )
 
     def hint(self, workload_hints: Any) -> None:
-        """Note what is to come in the next session, for the size of its pool. O(options)."""
+        """Set the expected requests of the next session, which size its pool. O(options)."""
         self._options = self._requests.options = self._read_options(workload_hints)
 
     def _read_options(self, workload_hints: Any) -> Options:
@@ -116,10 +115,10 @@ class PagedBatchingManager(ContinuousBatchingManager):
         )
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """Nothing to do: an engine chooses the attention for its session."""
+        """Do nothing: an engine chooses the attention for its session."""
 
     def warmup(self) -> None:
-        """Make the engine of the next session. A few short forward passes.
+        """Make the engine of the next session. Runs a few short forward passes.
 
         Raises: `KVPagerError` for a model that cannot be batched; `EngineClosed` in a fork.
         """
@@ -128,9 +127,9 @@ class PagedBatchingManager(ContinuousBatchingManager):
             self._warm()
 
     def _warm(self) -> Engine:
-        """Return the engine of the next session, which is made once. Under `_control`."""
+        """Return the engine of the next session; make it once. The caller holds `_control`."""
         if self._is_destroyed:
-            raise RuntimeError("this manager was destroyed; make a new one")
+            raise RuntimeError("this manager was destroyed. Make a new one.")
         if self.batch_processor is None:
             options = self._options.engine
             self.batch_processor = Engine(
@@ -141,19 +140,19 @@ class PagedBatchingManager(ContinuousBatchingManager):
         return engine
 
     def is_running(self) -> bool:
-        """True if there is a session, in this process. O(1)."""
+        """True if a session is running in this process. O(1)."""
         return self._status.is_serving and self.process.is_current
 
     def start(self) -> None:
-        """Begin a session: serve requests, those first that were added before.
+        """Begin a session, and serve the requests that were added before.
 
-        An interrupt ends the session again.
-        Raises: as `warmup`; `ValueError` for a quota of the patch that is less than a block.
+        An interrupt ends the session.
+        Raises: as `warmup`; `ValueError` if a quota of the patch is less than a block.
         """
         self.process.refuse_fork()
         has_begun = False
         try:
-            with self._control:  # of several threads that start, one does
+            with self._control:  # if several threads call this, one starts the session
                 if self.is_running():
                     logger.warning("this manager is running already")
                     return
@@ -172,13 +171,13 @@ class PagedBatchingManager(ContinuousBatchingManager):
             target=self._serve, args=(engine,), name="kvpager-batching", daemon=True
         )
         with self._changed:
-            thread.start()  # it waits for this lock first
+            thread.start()  # the thread waits for this lock first
             self._status.local_status, self._status.engine = Status.DONT_STOP, engine
             self._generation_thread, self._status.is_serving = thread, True
         self._patched.note_session(sessions=1)
 
     def _serve(self, engine: Engine) -> None:
-        """Keep the engine until the session may end."""
+        """Wait until the session may end; then close the engine."""
         try:
             with self._changed:
                 self._changed.wait_for(lambda: self._may_end(engine))
@@ -191,7 +190,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
                 self._changed.notify_all()
 
     def note_doubt(self) -> None:
-        """Let the report say why the session shares no prompts, if it shares none. O(blocks)."""
+        """Tell the report why the session shares no prompts, if so. O(blocks)."""
         engine = self._status.engine
         doubt = None if engine is None else engine.stats().unshared
         if doubt is not None:
@@ -209,21 +208,21 @@ class PagedBatchingManager(ContinuousBatchingManager):
         keep_for_next_session: bool = False,
         hard_stop: bool = False,
     ) -> None:
-        """End the session when its requests are done, or at once if `hard_stop`: they fail then.
+        """End the session when its requests are done.
 
-        With `block`, waits for the end, for at most `timeout` seconds. Outputs that were not taken
-        stay available. Does nothing in a fork.
+        With `hard_stop`, ends it at once, and unfinished requests fail. With `block`, waits for the
+        end for at most `timeout` seconds. Outputs stay available. Does nothing in a fork.
 
         Raises: `RuntimeError` inside a `pause` of this thread.
         """
         if not self.process.is_current:
             return
         if self._generation_thread is None:
-            logger.warning("this manager was not started, so there is nothing to stop")
+            logger.warning("stop: this manager was not started")
             return
         engine = self.batch_processor
         if engine is not None and engine.is_paused_here:
-            raise RuntimeError("stop inside pause would wait for ever; leave the pause first")
+            raise RuntimeError("stop() inside pause would never return. Leave the pause first.")
         with self._changed:
             wanted = Status.HARD_STOP if hard_stop else Status.FLUSH_AND_STOP
             self._status.local_status = max(wanted, self._status.local_status)
@@ -234,24 +233,24 @@ class PagedBatchingManager(ContinuousBatchingManager):
             self.model._cached_continuous_batching_manager = self
 
     def end_now(self) -> None:
-        """End the session after the step under way, without waiting for that. O(1)."""
+        """End the session after the current step, without waiting for it. O(1)."""
         with self._changed:
             if self._status.is_serving:
                 self._status.local_status = Status.HARD_STOP
                 self._changed.notify_all()
 
     def end_if_abandoned(self) -> None:
-        """End the session of a `generate_batch` that an interrupt has cut short. O(1)."""
+        """End the session of a `generate_batch` that was interrupted. O(1)."""
         if self.ends_with_call and not isinstance(sys.exception(), Exception):
             self.end_now()
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
-        """Wait for the session's end, for `timeout` seconds at the most; not in a fork."""
+        """Wait for the session's end, at most `timeout` seconds. Does nothing in a fork."""
         thread = self._generation_thread
         if thread is None or not self.process.is_current:
             return
         with self._changed:
-            # Not `Thread.join`: an interrupt of it can make a thread that runs pass for ended.
+            # Not `Thread.join`: if interrupted, it can take a running thread for an ended one.
             has_ended = self._changed.wait_for(
                 lambda: not self._status.is_serving or self._generation_thread is not thread,
                 timeout,
@@ -259,14 +258,14 @@ class PagedBatchingManager(ContinuousBatchingManager):
         if not has_ended:
             logger.warning("the session has not ended after %s s", timeout)
         else:
-            thread.join()  # it has nothing left to do
+            thread.join()  # returns at once
             seconds = time.perf_counter() - stop_trigger_time
             logger.info("the session ended after %.2f s", seconds)
             if self._generation_thread is thread:
                 self._generation_thread = None
 
     def destroy(self) -> None:
-        """End the session, for good. Idempotent. Does nothing in a fork. Raises: as `stop`."""
+        """End the session and allow no other. Idempotent. No effect in a fork. Raises as `stop`."""
         if not self.process.is_current:
             return
         if self.is_running():
@@ -274,20 +273,20 @@ class PagedBatchingManager(ContinuousBatchingManager):
         with self._control:
             self._is_destroyed = True
             engine, self.batch_processor = self.batch_processor, None
-            if engine is not None:  # warmed up, and never started
+            if engine is not None:  # warmed up, but never started
                 engine.close()
         self._requests.fail_pending()
 
     def pause(self) -> AbstractContextManager[None]:  # type: ignore[override]
-        """No step is computed inside, in whatever thread; requests go on afterwards.
+        """Hold all steps inside the `with` block, and drop cached prompts afterwards.
 
-        To change the model's weights, say: cached prompts are given up. Raises: `RuntimeError`
-        without a session; `EngineClosed` in a fork.
+        Use it to change the model's weights. Requests continue after the block.
+        Raises: `RuntimeError` without a session; `EngineClosed` in a fork.
         """
         self.process.refuse_fork()
         engine = self.batch_processor
         if not self.is_running() or engine is None:
-            raise RuntimeError("there is no session to pause; start the manager first")
+            raise RuntimeError("pause: no session is running. Call start() first.")
         pause: AbstractContextManager[None] = engine.pause()
         return pause
 
@@ -308,15 +307,18 @@ class PagedBatchingManager(ContinuousBatchingManager):
         eos_token_id: int | list[int] | None = None,
         **logit_processor_kwargs: Any,
     ) -> str | None:
-        """Add a request; it waits for `start`. Its name, or None where none is taken. O(tokens).
+        """Add a request; before `start`, it waits. Return its id; None if stopped. O(tokens).
 
-        Raises: `ValueError` for a name that is in use; `queue.Full` where `max_queue_size` requests
-        still wait after ten seconds.
+        Raises: `ValueError` for an id in use; `queue.Full` if `max_queue_size` requests still wait
+        after ten seconds.
         """
         wanted = RequestOverrides(max_new_tokens, eos_token_id, logit_processor_kwargs)
         jobs: list[Job] = []
         try:
-            self._add(jobs, input_ids, request_id, wanted, streaming, record_timestamps, _PATIENCE)
+            self._add(
+                jobs, input_ids, request_id, wanted, streaming, record_timestamps,
+                _QUEUE_SECONDS_MAX,
+            )  # fmt: skip
         except BaseException:
             self._requests.take_back(jobs)
             raise
@@ -330,9 +332,9 @@ class PagedBatchingManager(ContinuousBatchingManager):
         record_timestamps: bool = False,
         **logit_processor_kwargs: Any,
     ) -> list[str]:
-        """Add requests, waiting for room in the queue. Their names. O(tokens).
+        """Add requests, waiting for room in the queue. Return their ids. O(tokens).
 
-        An error, or an interrupt, takes all of them back: the caller has no names.
+        On an error or interrupt, removes all of them, because the caller does not get their ids.
         """
         wanted = RequestOverrides(max_new_tokens, None, logit_processor_kwargs)
         jobs: list[Job] = []
@@ -350,7 +352,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
         self._requests.add(jobs, *asked)
 
     def cancel_request(self, request_id: str) -> None:
-        """End a request, with all its samples; does nothing for one that has ended. O(1)."""
+        """End a request with all its samples; no effect if it has ended. O(1)."""
         self.process.refuse_fork()
         self._requests.cancel(request_id)
 
@@ -359,8 +361,10 @@ class PagedBatchingManager(ContinuousBatchingManager):
     def get_result(
         self, request_id: str | None = None, timeout: float | None = None
     ) -> GenerationOutput | None:
-        """The next output, of any request or of one; None after `timeout` seconds, or where none
-        can come: there is no session, or no such request."""
+        """Return the next output of one request, or of any request. O(1).
+
+        Returns None after `timeout` seconds, without a session, or without such a request.
+        """
         self.process.refuse_fork()
         found: list[GenerationOutput] = []
 
@@ -383,19 +387,21 @@ class PagedBatchingManager(ContinuousBatchingManager):
         return found[0] if found else None
 
     def __iter__(self) -> Iterator[GenerationOutput]:
-        """Outputs as they come, until the session has ended and none is left."""
+        """Yield outputs as they arrive, until the session has ended and all are taken."""
         while (output := self.get_result()) is not None:
             yield output
 
     def request_id_iter(self, request_id: str) -> Generator[GenerationOutput]:
-        """The outputs of a request as they come, the last of them finished."""
+        """Yield the outputs of a request as they arrive, up to its finished output."""
         while (output := self.get_result(request_id)) is not None:
             yield output
             if output.is_finished():
                 return
 
     def register_result_handler(self, request_id: str, callback: Handler) -> None:
-        """Call `callback` with the request's outputs, on the event loop that runs here. Outputs
-        that wait already are handed over first."""
+        """Call `callback` with the request's outputs, on the current event loop. O(outputs).
+
+        Outputs that are already available come first.
+        """
         self.process.refuse_fork()
         self.output_router.register(request_id, callback)

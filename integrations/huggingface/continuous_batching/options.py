@@ -1,4 +1,4 @@
-"""What the settings of transformers' continuous batching mean for an engine."""
+"""Translate settings of transformers' continuous batching for an engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("kvpager")
 
 _MAX_NUM_SEQS = 256
 
-# Read below, or what is done in any case: no processor is dropped.
+# Settings that are read below, and one that always holds: no processor is dropped.
 _MAPPED = {
     "allow_block_sharing",
     "block_size",
@@ -41,23 +41,23 @@ _MAPPED = {
     "varlen_compile_config",
 }
 
-# Without a meaning here: what is done instead, and the values that ask for just that.
+# Settings without effect: the behaviour instead, and the values that agree with it.
 _DONE_INSTEAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "auto_switch_to_flash": ("kvpager's own attention reads the blocks", ()),
     "cpu_group_timeout": ("one process computes", ()),
     "disable_nccl_graph_mixing": ("one process computes", ()),
     "kv_padding_interval_size": ("steps are not padded", ()),
-    "max_blocks_per_request": ("block tables are as long as they need to be", ()),
+    "max_blocks_per_request": ("block tables have any length", ()),
     "max_cached_graphs": ("no CUDA graphs are captured", ()),
     "q_padding_interval_size": ("steps are not padded", ()),
-    "safety_margin": ("a hundredth of the blocks is kept for requests that run", ()),
-    "use_async_batching": ("a step is planned when the one before is done", (False,)),
+    "safety_margin": ("1 % of the blocks is reserved for running requests", ()),
+    "use_async_batching": ("a step is planned after the previous step", (False,)),
     "use_cuda_graph": ("no CUDA graphs are captured", (False, (False, False), [False, False])),
 }
 
 
 class Options(NamedTuple):
-    """What a manager makes of a `ContinuousBatchingConfig`."""
+    """The options of a manager, translated from a `ContinuousBatchingConfig`."""
 
     engine: dict[str, Any]  # arguments of `Engine`
     max_queue_size: int | None
@@ -66,22 +66,22 @@ class Options(NamedTuple):
     seed: int | None
 
 
-@functools.lru_cache(maxsize=256)  # values are the caller's, of any number
+@functools.lru_cache(maxsize=256)  # bounded: users may pass any number of values
 def warn_once(option: str, instead: str) -> None:
-    """Say what is done instead of what `option` asks for. O(1)."""
-    logger.warning("continuous batching: kvpager does not take %s: %s", option, instead)
+    """Log that `option` has no effect, and the behaviour instead. O(1)."""
+    logger.warning("continuous batching: kvpager ignores %s: %s", option, instead)
 
 
 def read_options(
     config: Any, generation_config: Any, info: ModelInfo, patched: PagedMemory, hints: Any
 ) -> Options:
-    """`config` as options, those of the patch where it says nothing. O(options).
+    """Translate `config`; options of the patch fill its gaps. O(options).
 
-    Warns once of each option that asks for what cannot be done. Raises: `ValueError`.
+    Warns once of each option without effect. Raises: `ValueError`.
     """
     _warn_of_others(config)
-    page_size, is_said = _page_size(config)
-    block_size = page_size if is_said else patched.block_size
+    page_size, is_explicit = _page_size(config)
+    block_size = page_size if is_explicit else patched.block_size
     max_num_seqs = config.max_requests_per_batch or _MAX_NUM_SEQS
     engine = {
         "block_size": block_size,
@@ -98,7 +98,7 @@ def read_options(
     if config.scheduler_type != "fifo":
         warn_once(f"scheduler_type={config.scheduler_type!r}", "first come, first served")
     if not patched.in_place:
-        warn_once("the patch's in_place=False", "blocks are read in place where they can be")
+        warn_once("the patch's in_place=False", "blocks are read in place if the model allows it")
     return Options(
         engine,
         config.max_queue_size or None,
@@ -109,8 +109,8 @@ def read_options(
 
 
 def _page_size(config: Any) -> tuple[int, bool]:
-    """Tokens of a page, and whether somebody said how many."""
-    # Blocks of transformers 5.17 are called pages since.
+    """Return the tokens of a page, and True if the user set them."""
+    # Since transformers 5.18, the setting is called page_size.
     name = "page_size" if hasattr(config, "page_size") else "block_size"
     size: int = getattr(config, name)
     return size, size != _default(config, name)
@@ -125,7 +125,7 @@ def _warn_of_others(config: Any) -> None:
     for name, value in vars(config).items():
         if name in _MAPPED or value == _default(config, name):
             continue
-        instead, same = _DONE_INSTEAD.get(name, ("it is not known", ()))
+        instead, same = _DONE_INSTEAD.get(name, ("the setting is unknown", ()))
         if value not in same:
             warn_once(f"{name}={value!r}", instead)
 
@@ -138,20 +138,20 @@ def _memory(
     max_num_seqs: int,
     hints: Any,
 ) -> int | None:
-    """Bytes of the pool: as many as were asked for, at most what the requests announced need."""
+    """Return the bytes of the pool: the requested number, or the need of the hinted requests."""
     size = BlockStorage.bytes_of_a_block(
         block_size,
         info.shapes,
         dtype=info.dtype,
         kv_cache_dtype=patched.kv_cache_dtype,
     )
-    if config.num_blocks is not None:  # of so many tokens as theirs have
+    if config.num_blocks is not None:  # each of page_size tokens
         num_tokens: int = config.num_blocks * _page_size(config)[0]
         return -(-num_tokens // block_size) * len(info.windows) * size
     share = config.max_memory_percent
     if share is not None:
         if not 0 < share <= 1:
-            raise ValueError(f"max_memory_percent {share}: expected a share, above 0 and up to 1")
+            raise ValueError(f"max_memory_percent={share}: must be above 0 and at most 1")
         return int(free_bytes(info.device) * share)
     announced = _announced_blocks(hints, info, block_size, max_num_seqs)
     if announced is None:
@@ -171,7 +171,7 @@ def _announced_blocks(
         longest = hints.max_prompt_length + hints.max_generated_length
     if info.max_length is not None:
         longest = min(longest, info.max_length)
-    # And some to spare, which are kept for those that run.
+    # 3 % more, which are reserved for running requests.
     each = blocks_for(longest, block_size, info.windows, None)
     blocks: int = each * min(hints.num_requests, max_num_seqs)
     return blocks + blocks // 32 + 1
@@ -188,12 +188,12 @@ def _host_memory(config: Any, patched: PagedMemory) -> int | None:
 
 
 def _compiles(config: Any, generation_config: Any) -> bool:
-    said = {
+    configs = {
         "varlen_compile_config": config.varlen_compile_config,
         "decode_compile_config": config.decode_compile_config,
         "compile_config": getattr(generation_config, "compile_config", None),
     }
-    for name, value in said.items():
+    for name, value in configs.items():
         if value is not None:
-            warn_once(name, "torch.compile's default mode, with dynamic shapes, is taken")
-    return config.default_compile_level > 0 or any(v is not None for v in said.values())
+            warn_once(name, "torch.compile runs in its default mode with dynamic shapes")
+    return config.default_compile_level > 0 or any(v is not None for v in configs.values())

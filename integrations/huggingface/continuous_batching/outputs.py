@@ -1,4 +1,4 @@
-"""What requests give back to users of transformers' continuous batching: `GenerationOutput`s."""
+"""Turn the tokens of requests into `GenerationOutput`s, and deliver these."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Handler = Callable[[GenerationOutput], object]
 
 
 class Router:
-    """Where outputs go: to a request's handler if it has one, else they wait to be taken.
+    """Delivery of outputs: to a request's handler, or into a queue until they are taken.
 
-    Everything waits on `changed`, and is changed under its lock.
+    `changed` is notified of every change. Its lock guards all state.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Router:
         self._numbers = itertools.count()
 
     def deliver(self, output: GenerationOutput) -> None:
-        """Hand an output over. O(1)."""
+        """Deliver an output. O(1)."""
         with self.changed:
             if not self._hand_over(output):
                 number = next(self._numbers)
@@ -41,12 +41,12 @@ class Router:
             self.changed.notify_all()
 
     def deliver_batch(self, outputs: Iterable[GenerationOutput]) -> None:
-        """Hand outputs over, in their order. O(outputs)."""
+        """Deliver outputs in their order. O(outputs)."""
         for output in outputs:
             self.deliver(output)
 
     def put_back(self, output: GenerationOutput) -> None:
-        """Let an output that was taken be the next one again. O(1)."""
+        """Return a taken output to the front of the queue. O(1)."""
         with self.changed:
             number = next(self._numbers)
             self._waiting[number] = output
@@ -55,7 +55,7 @@ class Router:
             self.changed.notify_all()
 
     def forget(self, request_id: str | None = None) -> None:
-        """Drop the outputs that wait, of all or of a request. O(outputs)."""
+        """Drop the queued outputs of all requests, or of one. O(outputs)."""
         while self.take(request_id) is not None:
             pass
 
@@ -67,14 +67,16 @@ class Router:
         handler, loop = entry
         try:
             loop.call_soon_threadsafe(handler, output)
-        except RuntimeError:  # the loop is closed: nobody listens, but somebody may ask
+        except RuntimeError:  # the event loop is closed, but the output may still be taken
             handlers.pop(name, None)
             return False
         return True
 
     def register(self, request_id: str, handler: Handler) -> None:
-        """Call `handler` on the running event loop with the request's outputs: those that wait
-        now, and those to come. O(outputs that wait)."""
+        """Call `handler` on the running event loop with the request's queued and future outputs.
+
+        O(queued outputs).
+        """
         loop = asyncio.get_running_loop()
         with self.changed:
             self.result_handlers[request_id] = handler, loop
@@ -82,7 +84,7 @@ class Router:
                 self._hand_over(output)
 
     def take(self, request_id: str | None = None) -> GenerationOutput | None:
-        """The oldest output that waits, of all or of a request; None without one. O(1)."""
+        """Take the oldest queued output of all requests, or of one; None if there is none. O(1)."""
         with self.changed:
             if request_id is None:
                 if not self._waiting:
@@ -99,7 +101,7 @@ class Router:
 
 @dataclass(slots=True)
 class _Row:
-    """A sample, and the name its outputs go by."""
+    """A sample and the request id of its outputs."""
 
     name: str
     created: float
@@ -110,16 +112,16 @@ class _Row:
 
 
 class Job:
-    """A request on its way: turns its tokens into outputs.
+    """A live request, whose tokens it turns into outputs.
 
     Args:
         router: takes the outputs.
-        request_id: what the caller calls it.
+        request_id: the id that the user knows.
         prompt: token ids.
-        num_samples: outputs it is to have; those after the first go by names of children.
-        is_streaming: there is an output for every token, else one for every sample.
-        with_timestamps: outputs tell when each token came.
-        on_end: is called once, when nothing follows.
+        num_samples: the number of samples. Samples after the first have ids of children.
+        is_streaming: True for an output per token, False for an output per sample.
+        with_timestamps: True if outputs contain the time of each token.
+        on_end: a function to call once after the last output.
     """
 
     def __init__(
@@ -148,29 +150,29 @@ class Job:
 
     @property
     def num_generated(self) -> int:
-        """Tokens of all samples so far."""
+        """Return the number of tokens of all samples so far."""
         return sum(len(row.tokens) for row in self._rows)
 
     def follow(self, stream: Stream) -> None:
-        """The request was queued: its tokens come from `stream`. O(tokens that came)."""
+        """Read the tokens of the queued request from `stream`. O(tokens so far)."""
         self.stream = stream
         stream.listen(self._read)
         if self.is_cancelled:
             stream.cancel()
 
     def fail(self, error: Exception) -> None:
-        """Nothing follows, for this reason; does nothing where that is so already. O(samples)."""
+        """End the request with an error; no effect if it has ended. O(samples)."""
         self._end(str(error))
 
     def take_back(self) -> None:
-        """Let nothing follow, and end the request. Idempotent. O(1)."""
+        """End the request without further outputs. Idempotent. O(1)."""
         self.is_over = True
         if self.stream is not None:
             self.stream.cancel()
 
     def _read(self, tokens: list[Token], is_done: bool) -> None:
         assert self.stream is not None
-        if self.is_over:  # it was taken back
+        if self.is_over:  # `take_back` was called
             return
         partial = self.stream.partial()
         for token in tokens:
@@ -182,7 +184,7 @@ class Job:
         now = time.perf_counter()
         row, sample = self._rows[token.sample], partial.samples[token.sample]
         if not row.tokens and token.sample:
-            row.created = now  # it has been one with the first sample so far
+            row.created = now  # until now it was part of the first sample
         row.tokens.append(token.id)
         row.timestamps.append(now)
         if token.logprob is not None:
@@ -202,7 +204,7 @@ class Job:
 
     def _end(self, error: str | None) -> None:
         status = RequestStatus.FINISHED if error is None else RequestStatus.FAILED
-        with self._router.changed:  # one thread ends it, and signals wait
+        with self._router.changed:  # only one thread ends it, and signals wait
             if self.is_over:
                 return
             self.is_over = True
@@ -230,6 +232,6 @@ class Job:
         )
 
     def _begun(self, now: float) -> float:
-        """When its first step began, on the clock that transformers uses."""
+        """Return the start of the request's first step, by transformers' clock, in seconds."""
         begun = None if self.stream is None else self.stream.partial().first_scheduled_time
         return now if begun is None else now - (time.monotonic() - begun)

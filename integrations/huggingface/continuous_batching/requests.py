@@ -27,14 +27,14 @@ logger = logging.getLogger("kvpager")
 
 
 class Status:
-    """How far a session's end has come. Changed under the lock of the manager's router."""
+    """The progress of a session towards its end. The lock of the manager's router guards it."""
 
     DONT_STOP, FLUSH_AND_STOP, HARD_STOP, STOPPED = range(4)
 
     def __init__(self) -> None:
         self.local_status = self.DONT_STOP
-        self.engine: Engine | None = None  # of the session, or of the last one
-        self.is_serving = False  # from the start of a session to its end
+        self.engine: Engine | None = None  # of the current or last session
+        self.is_serving = False  # True from the start of a session to its end
 
     @property
     def fatal_error(self) -> BaseException | None:
@@ -51,7 +51,7 @@ class Status:
 
 
 class _RequestId(str):
-    """A request id inside the engine: equal to no other, and printed as the caller's."""
+    """A request id inside the engine: printed as the user's id, but unequal to every other id."""
 
     __slots__ = ()
 
@@ -63,7 +63,7 @@ class _RequestId(str):
 
 
 class Padded(list[int]):
-    """A prompt without its padding, which stays in the `row` that outputs show."""
+    """A prompt without padding. Its `row` has the padding, for outputs."""
 
     def __init__(self, row: Any, mask: Any) -> None:
         ids = arguments.token_ids(_as_list(row))
@@ -72,7 +72,7 @@ class Padded(list[int]):
 
 
 class _PendingRequest(NamedTuple):
-    """A request that was added, and not queued yet."""
+    """A request that was added, but is not queued yet."""
 
     job: Job
     prompt: list[int]
@@ -85,13 +85,13 @@ class Requests:
     """The requests of a manager that have not ended.
 
     Args:
-        router: takes their outputs. Its lock guards the requests.
-        status: of the session.
+        router: takes the outputs. Its lock guards the requests.
+        status: the status of the session.
         factory: makes the sampling settings of each request.
-        options: of the session; the manager replaces them for another session.
-        memory: of the patch, which counts what was served.
-        namespace: says whose prompts a request made now may share.
-        num_samples: outputs of each request.
+        options: the options of the session. The manager replaces them for the next session.
+        memory: the patch's memory, which counts requests and tokens.
+        namespace: a function that returns the namespace of a new request.
+        num_samples: the number of samples of each request.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Requests:
         self._router, self._status, self._factory = router, status, factory
         self.options, self._memory, self._namespace = options, memory, namespace
         self._num_samples = num_samples
-        self.jobs: dict[str, Job] = {}  # by all their names
+        self.jobs: dict[str, Job] = {}  # by the ids of all samples
         self._pending: list[_PendingRequest] = []  # until a session begins
         self._request_counter = 0
         self._seeds = itertools.count()
@@ -122,13 +122,13 @@ class Requests:
         with_timestamps: bool,
         patience: float | None,
     ) -> None:
-        """Add a request, and its job to `jobs`; none if the manager is stopping."""
+        """Add a request, and append its job to `jobs`. Refuses it if the manager is stopping."""
         prompt, is_named = _as_list(input_ids), request_id is not None
         with self._router.changed:
             denial = self._status.can_accept_new_requests()
             if denial is not None:
                 tokens = counted(len(prompt), "token")
-                logger.warning("a request of %s is dropped: %s", tokens, denial)
+                logger.warning("a request of %s was refused: %s", tokens, denial)
                 return
             while request_id is None or (request_id in self.jobs and not is_named):
                 request_id = f"req_{self._request_counter}"
@@ -144,7 +144,7 @@ class Requests:
             )
             taken = [name for name in job.names if name in self.jobs]
             if taken:
-                raise ValueError(f"request {taken[0]!r} is not done yet; choose another name")
+                raise ValueError(f"request_id={taken[0]!r}: in use. Choose another id.")
             self.jobs.update(dict.fromkeys(job.names, job))
             jobs.append(job)
             seed = None if self.options.seed is None else self.options.seed + next(self._seeds)
@@ -155,7 +155,7 @@ class Requests:
         self._queue(request, patience)
 
     def take_back(self, jobs: list[Job]) -> None:
-        """Let requests never have been added, with the outputs of their names. O(jobs)."""
+        """Remove requests and their outputs, as if they were never added. O(jobs)."""
         with self._router.changed:  # signals wait until all is done
             self._pending = [request for request in self._pending if request.job not in jobs]
             for job in jobs:
@@ -165,7 +165,7 @@ class Requests:
                 self._forget(job)
 
     def queue_pending(self) -> None:
-        """Hand the requests over that were added before the session began. O(tokens)."""
+        """Queue the requests that were added before the session began. O(tokens)."""
         taken: list[_PendingRequest] = []
         try:
             with self._router.changed:
@@ -173,12 +173,12 @@ class Requests:
             for request in taken:
                 self._queue(request, patience=None)
         except BaseException as error:
-            for request in taken:  # those that run end with the session
-                request.job.fail(RequestCancelled(f"start was cut short by {error!r}"))
+            for request in taken:  # running requests end with the session
+                request.job.fail(RequestCancelled(f"start() was interrupted by {error!r}"))
             raise
 
     def fail_pending(self) -> None:
-        """End the requests that wait for a session: there will be none. O(requests)."""
+        """End the pending requests, since no session will follow. O(requests)."""
         with self._router.changed:  # signals wait until all have failed
             for request in self._take_pending():
                 request.job.fail(
@@ -201,7 +201,7 @@ class Requests:
             self._router.changed.notify_all()
 
     def _queue(self, request: _PendingRequest, patience: float | None) -> None:
-        """Hand the request to the engine; what that refuses fails. Raises: `queue.Full`."""
+        """Submit the request to the engine; a refused request fails. Raises: `queue.Full`."""
         deadline = None if patience is None else time.monotonic() + patience
         try:
             stream = self._submit(request)
@@ -239,12 +239,12 @@ class Requests:
                 f"{self.options.max_queue_size} requests wait already; raise max_queue_size"
             )
         with self._router.changed:
-            # No callback reports that a request begins.
+            # Poll: no callback reports that a request begins.
             self._router.changed.wait(0.02)
 
     def cancel(self, request_id: str) -> None:
-        """End a request, with all its samples; does nothing for one that has ended. O(1)."""
-        with self._router.changed:  # signals wait: what is not pending any more has to fail
+        """End a request with all its samples; no effect if it has ended. O(1)."""
+        with self._router.changed:  # signals wait until a request that is removed has failed
             job = self.jobs.get(request_id)
             if job is None:
                 return
@@ -258,6 +258,6 @@ class Requests:
 
 
 def _as_list(input_ids: Any) -> list[Any]:
-    """Ids as a list, of a tensor with one row as well; the engine looks at what is in it."""
+    """Return ids, or the single row of a tensor, as a list. The engine checks the content."""
     ids: list[Any] = input_ids.tolist() if hasattr(input_ids, "tolist") else list(input_ids)
     return ids[0] if len(ids) == 1 and isinstance(ids[0], list) else ids

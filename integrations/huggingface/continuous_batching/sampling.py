@@ -1,4 +1,4 @@
-"""The generation settings of requests that come through transformers' continuous batching."""
+"""Make the sampling settings of requests from transformers' continuous batching."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from kvpager.integrations.huggingface.continuous_batching.options import warn_on
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.sampling import SamplingSettings
 
-# Arguments of logits processors that are no settings; transformers passes over them, too.
+# Arguments of logits processors that are not settings; transformers ignores them, too.
 _PASSED_OVER = {"filter_value", "min_tokens_to_keep"}
 
 
 class RequestOverrides(NamedTuple):
-    """What a request asks for beside its prompt."""
+    """The settings that a request overrides."""
 
     max_new_tokens: int | None
     eos: int | list[int] | None
-    settings: dict[str, Any]  # logits processors' own
+    settings: dict[str, Any]  # of logits processors
 
 
 class SettingsFactory:
-    """Makes the sampling settings of requests from one config, whose open settings are off.
+    """A maker of sampling settings from one config. Settings that the config leaves open are off.
 
     Args:
-        model: to be served.
-        config: settings of all requests.
-        info: of the model.
-        per_request: whether requests may have settings of their own.
+        model: the model to serve.
+        config: the settings of all requests.
+        info: the result of `inspect_model(model)`.
+        per_request: True if requests may override settings.
 
     Raises: `ValueError` for settings that cannot be batched.
     """
@@ -44,18 +44,18 @@ class SettingsFactory:
     def settings_for(
         self, wanted: RequestOverrides, num_prompt: int, pool: Callable[[], Stats]
     ) -> SamplingSettings:
-        """For a request with so many tokens in its prompt. O(1), more when it is the first.
+        """Return the settings of a request whose prompt has `num_prompt` tokens. O(1) if known.
 
-        `pool` tells how large the pool is.
-        Raises: `ValueError`, `TypeError` for settings that make no sense.
+        `pool` returns the size of the pool.
+        Raises: `ValueError`, `TypeError` for invalid settings.
         """
         settings = {k: v for k, v in wanted.settings.items() if k not in _PASSED_OVER}
         for name in wanted.settings.keys() & _PASSED_OVER:
-            warn_once(f"a request's {name}", "it is passed over, as transformers does")
+            warn_once(f"a request's {name}", "it is ignored, as in transformers")
         if settings and not self._per_request:
             raise ValueError(
-                f"{', '.join(sorted(settings))}: set per_request_processors=True in the "
-                "ContinuousBatchingConfig for requests with settings of their own"
+                f"{', '.join(sorted(settings))}: requests may not override settings. "
+                "Set per_request_processors=True in the ContinuousBatchingConfig."
             )
         limit = self._limit(wanted, num_prompt, pool)
         eos = self._config.eos_token_id if wanted.eos is None else wanted.eos
@@ -67,7 +67,7 @@ class SettingsFactory:
         )
 
     def _limit(self, wanted: RequestOverrides, num_prompt: int, pool: Callable[[], Stats]) -> int:
-        """The most new tokens: as asked for, as far as the model's positions go."""
+        """Return the most new tokens: the requested number within the model's positions."""
         begins = 1 if self._info.is_encoder_decoder else num_prompt
         longest, asked = self._info.max_length, wanted.max_new_tokens
         if asked is None:
@@ -79,19 +79,19 @@ class SettingsFactory:
             fits = self._fits(begins, pool())
             return fits if room is None else max(min(room, fits), 1)
         if room is not None and 0 < room < asked:
-            warn_once("max_new_tokens", f"a text ends at the model's {longest} positions")
+            warn_once("max_new_tokens", f"a sequence ends at the model's {longest} positions")
             return room
         return asked
 
     def _fits(self, begins: int, pool: Stats) -> int:
-        """New tokens that a request has room for when it has the pool for itself."""
+        """Return how many new tokens fit if the request has the whole pool."""
         shared = begins // pool.block_size
         samples = self._config.num_return_sequences or 1
         blocks = shared + (pool.num_blocks - shared) // samples
         return max(blocks * pool.block_size - begins, 1)
 
     def _special_tokens(self) -> dict[str, int | list[int]]:
-        """How the model's texts begin and are padded, which is no preference."""
+        """Return the model's special tokens that the config leaves open."""
         own = self._model.generation_config
         names = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
         missing = [name for name in names if getattr(self._config, name) is None]

@@ -82,7 +82,7 @@ def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 def _refuse_unlike(wrapper: Any, inner: Any) -> None:
     """Raise `KVPagerError` if `wrapper` computes other logits than `inner`, the model inside it."""
     name, inside = type(wrapper).__name__, type(inner).__name__
-    advice = f"Call its generate(), or pass the {inside} inside it."
+    advice = f"Use model.generate(), or pass the {inside} inside it."
     for config in getattr(wrapper, "peft_config", {}).values():
         # Such adapters depend on tokens of the prompt, which only PEFT reads.
         if getattr(config, "alora_invocation_tokens", None):
