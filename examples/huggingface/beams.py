@@ -1,4 +1,4 @@
-"""Beams: the prompt is computed once and shared, and what beams have in common stays shared.
+"""Beams: all beams share the blocks of the prompt, and of the tokens they have in common.
 
 python examples/huggingface/beams.py
 """
@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvpager
-from kvpager._text import size
 from kvpager.testing import tiny_llama_path
 
 path = tiny_llama_path()
@@ -20,5 +19,6 @@ with kvpager.patch(model) as paging:
     stats = paging.stats()
 
 print("\n".join(tokenizer.batch_decode(best[:, inputs.input_ids.shape[1] :])))
-print(f"8 beams at their peak: {size(stats.peak_held_bytes)} in blocks, ", end="")
-print(f"{size(stats.peak_dense_bytes)} in DynamicCache; {stats.copied_blocks} blocks were copied")
+print(f"8 beams at their peak: {stats.peak_held_bytes / 2**20:.1f} MiB in blocks, ", end="")
+print(f"{stats.peak_dense_bytes / 2**20:.1f} MiB in DynamicCache; ", end="")
+print(f"{stats.copied_blocks} blocks were copied")

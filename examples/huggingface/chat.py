@@ -1,4 +1,4 @@
-"""A conversation: every turn sends the whole history, and computes only what is new.
+"""A chat: every turn sends the whole conversation, and computes only what is new.
 
 python examples/huggingface/chat.py
 """
@@ -12,9 +12,11 @@ from kvpager.testing import tiny_llama_path
 path = tiny_llama_path()
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+system = "The following is about a class that keeps items in a list. " * 4
 questions = ["What does the method return? ", "And when the list is empty? ", "Who calls it? "]
 
-history = "The following is about a class that keeps items in a list. " * 4
+print(f"system: {system}")
+history = system
 with kvpager.patch(model, prefix_cache=True) as paging:
     for question in questions:
         history += question
@@ -23,5 +25,7 @@ with kvpager.patch(model, prefix_cache=True) as paging:
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         length = inputs.input_ids.shape[1]
         cached = paging.stats().prefix_hit_tokens - before
-        print(f"a prompt of {length} tokens, {cached} of them cached")
-        history += tokenizer.decode(output[0, length:], skip_special_tokens=True) + " "
+        reply = tokenizer.decode(output[0, length:], skip_special_tokens=True)
+        print(f"user: {question}\nassistant: {reply}")
+        print(f"        ({cached} of {length} prompt tokens were cached)")
+        history += reply + " "

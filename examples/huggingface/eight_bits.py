@@ -1,4 +1,4 @@
-"""Keys and values in eight bits: a third to a half of the memory, for tokens that may differ.
+"""Keys and values in 8 bits: a third to a half of the memory; tokens may differ.
 
 python examples/huggingface/eight_bits.py
 """
@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvpager
-from kvpager._text import size
 from kvpager.testing import tiny_llama_path
 
 path = tiny_llama_path()
@@ -18,5 +17,5 @@ inputs = tokenizer("The return value is ", add_special_tokens=False, return_tens
 for kv_cache_dtype in (None, "int8", "fp8_e4m3"):
     with kvpager.patch(model, kv_cache_dtype=kv_cache_dtype) as paging:
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-        held = size(paging.stats().peak_held_bytes)
-    print(f"{kv_cache_dtype or 'bfloat16':9} {held:>9}  {tokenizer.decode(output[0])}")
+        held = paging.stats().peak_held_bytes / 1024
+    print(f"{kv_cache_dtype or 'bfloat16':9} {held:5.1f} KiB  {tokenizer.decode(output[0])}")

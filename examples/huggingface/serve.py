@@ -1,62 +1,91 @@
-"""Many requests at once: continuous batching of a transformers model.
+"""A server of OpenAI's API on `kvpager.Engine`: completions and chats, with streaming.
 
-Requests of unlike lengths and settings come and go; each step computes a token for all that run,
-and parts of the prompts of those that begin, in one forward pass without padding.
+python examples/huggingface/serve.py --port 8000
+openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")
 
-python examples/huggingface/serve.py
+The server has no authentication, so it listens on the loopback interface alone.
 """
 
-from __future__ import annotations
+import argparse
+import json
+import time
+from typing import Any
 
-import asyncio
-
-import torch
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvpager import Engine
 from kvpager.testing import tiny_llama_path
 
-path = tiny_llama_path()
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default=str(tiny_llama_path()))
+parser.add_argument("--port", type=int, default=8000)
+args = parser.parse_args()
+tokenizer = AutoTokenizer.from_pretrained(args.model)
+# The bundled model has no chat template.
+template = tokenizer.chat_template or "{% for each in messages %}{{ each['content'] }}{% endfor %}"
+model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+engine = Engine(model, tokenizer=tokenizer)
+app = FastAPI()
 
 
-def encode(text: str) -> list[int]:
-    """The ids of a text."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+class Body(BaseModel):
+    model: str = ""
+    prompt: str = ""
+    messages: list[dict[str, Any]] | None = None
+    max_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stream: bool = False
 
 
-async def client(engine: Engine, text: str) -> str:
-    """One of many users: reads its text as it comes."""
-    stream = engine.submit(encode(text), max_new_tokens=24, do_sample=False)
-    return "".join([piece async for piece in stream.text()])
+@app.post("/v1/completions")
+@app.post("/v1/chat/completions")
+async def complete(body: Body) -> Any:
+    text = body.prompt
+    if body.messages is not None:
+        text = tokenizer.apply_chat_template(
+            body.messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    sampling = {"do_sample": True, "temperature": body.temperature, "top_p": body.top_p}
+    if body.temperature == 0:
+        sampling = {"do_sample": False}
+    try:
+        stream = engine.submit(ids, max_new_tokens=body.max_tokens, seed=body.seed, **sampling)
+    except ValueError as error:
+        return JSONResponse({"error": {"message": str(error)}}, status_code=400)
+    if body.stream:
+        return StreamingResponse(events(stream, body), media_type="text/event-stream")
+    output = await stream
+    num_new = len(output.token_ids)
+    usage = {"prompt_tokens": len(ids), "completion_tokens": num_new}
+    usage["total_tokens"] = len(ids) + num_new
+    reason = output.samples[0].finish_reason
+    return answer(stream, body, output.text, reason) | {"usage": usage}
 
 
-async def serve(engine: Engine, texts: list[str]) -> list[str]:
-    """All users at once."""
-    return await asyncio.gather(*(client(engine, text) for text in texts))
+async def events(stream: Any, body: Body) -> Any:
+    async for piece in stream.text():
+        yield f"data: {json.dumps(answer(stream, body, piece, None))}\n\n"
+    reason = stream.partial().samples[0].finish_reason
+    yield f"data: {json.dumps(answer(stream, body, '', reason))}\n\ndata: [DONE]\n\n"
 
 
-texts = ["The with statement ", "An exception is ", "A function that ", "The with statement "]
-with Engine(model, tokenizer=tokenizer, memory="16MiB") as engine:
-    replies = asyncio.run(serve(engine, texts))
-    for text, reply in zip(texts, replies, strict=True):
-        print(f"{text!r} goes on: {reply!r}")
+def answer(stream: Any, body: Body, text: str, reason: str | None) -> dict[str, Any]:
+    kind, content = "text_completion", {"text": text}
+    if body.messages is not None:
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        part = "delta" if body.stream else "message"
+        content = {part: {"role": "assistant", "content": text}}
+    choice = {"index": 0, "finish_reason": reason, "logprobs": None} | content
+    head = {"id": stream.request_id, "object": kind, "created": int(time.time())}
+    return head | {"model": body.model, "choices": [choice]}
 
-    # Four samples of one prompt: computed once, its blocks shared.
-    torch.manual_seed(0)
-    output = engine.submit(
-        encode("The with statement "), max_new_tokens=12, do_sample=True, num_return_sequences=4
-    ).result()
-    for sample in output.samples:
-        print(f"sampled: {sample.text!r}")
-    stats = engine.stats()
-    print(
-        f"{stats.scheduler.total_tokens} tokens in {stats.scheduler.total_steps} steps, "
-        f"{stats.pool.total_copied} blocks copied on write"
-    )
 
-inputs = torch.tensor([encode(texts[0])])
-alone = model.generate(inputs, max_new_tokens=24, do_sample=False)[0, inputs.shape[1] :]
-print("the same tokens as alone:", tokenizer.decode(alone) == replies[0])
+with engine:
+    uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning")

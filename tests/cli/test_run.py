@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ pytest.importorskip("transformers")
 
 from kvpager.testing import tiny_llama_path
 from tests.support.programs import run_program
+from tests.support.servers import free_port, wait_for
 
 KVPAGER = (sys.executable, "-c", "from kvpager.cli import main; main()")
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,12 +127,6 @@ class Server:
         return self.log.read_text()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(params=["continuous batching", "one by one"])
 def server(request: pytest.FixtureRequest, chat_model: Path, tmp_path: Path) -> Iterator[Server]:
     openai = pytest.importorskip("openai")
@@ -155,16 +149,6 @@ def server(request: pytest.FixtureRequest, chat_model: Path, tmp_path: Path) -> 
     finally:
         process.kill()
         process.wait()
-
-
-def wait_for(port: int, process: subprocess.Popen[str], log: Path) -> None:
-    """Return when the server accepts connections; fail with its log when it ends first."""
-    while process.poll() is None:
-        with socket.socket() as connection:
-            connection.settimeout(1)
-            if connection.connect_ex(("127.0.0.1", port)) == 0:
-                return
-    pytest.fail(log.read_text())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,95 @@
+"""The example server, as OpenAI's own client sees it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("openai")
+
+import openai
+
+from kvpager.testing import tiny_llama_path
+from tests.support.servers import free_port, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "The with statement "
+GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": 22, "temperature": 0}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    program = ROOT / "examples" / "huggingface" / "serve.py"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(program), "--port", str(port)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=output, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+    try:
+        wait_for(port, process, log)
+        url = f"http://127.0.0.1:{port}/v1"
+        with openai.OpenAI(base_url=url, api_key="-", timeout=120) as found:
+            yield found
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """The reply of unpatched transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_path())
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_path(), dtype="auto")
+    inputs = tokenizer(PROMPT, add_special_tokens=False, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=22, do_sample=False)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+
+
+def test_a_completion_is_transformers_own(client: Any, expected: str) -> None:
+    reply = client.completions.create(prompt=PROMPT, **GREEDY)
+    assert reply.choices[0].text == expected
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage.prompt_tokens == len(PROMPT)
+    assert reply.usage.completion_tokens == 22
+
+
+def test_a_streamed_completion_has_the_same_text(client: Any, expected: str) -> None:
+    chunks = list(client.completions.create(prompt=PROMPT, stream=True, **GREEDY))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert len(chunks) > 2
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "length"]
+
+
+def test_a_chat_is_answered_by_the_assistant(client: Any, expected: str) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    reply = client.chat.completions.create(messages=messages, **GREEDY)
+    assert (reply.choices[0].message.role, reply.choices[0].message.content) == (
+        "assistant",
+        expected,
+    )
+
+
+def test_a_streamed_chat_has_the_same_text(client: Any, expected: str) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    chunks = list(client.chat.completions.create(messages=messages, stream=True, **GREEDY))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+
+
+def test_what_cannot_be_served_is_a_client_error(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="max_new_tokens"):
+        client.completions.create(prompt=PROMPT, **GREEDY | {"max_tokens": 0})
