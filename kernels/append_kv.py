@@ -34,20 +34,20 @@ def append_kv(
 ) -> None:
     """Write the key and value of every token to its slot, in place. O(tokens).
 
-    - `key` [tokens, kv_heads, head_dim] and `value` [tokens, kv_heads, value_head_dim]: any strides
-      but for a contiguous last dimension, so a view of a projection needs no copy first.
-    - `key_cache`, `value_cache` [blocks, block_size, kv_heads, head_dim of each]: the views that
-      `BlockStorage.layer` gives. Blocks may lie apart. Of the dtype of `key` and `value`, or
-      int8 or float8_e4m3fn: then every token and head is quantised as it is written.
-    - `slots` int64 [tokens]: `block * block_size + offset`, as `manager.append(...).slots` has
-      them. A negative slot skips its token (padding). Two tokens must not share a slot.
-    - `scales`, for quantised caches: those of keys and of values, float32 [blocks, block_size,
-      kv_heads], as `BlockStorage.scales` gives them; they are written too (see `quantisation.py`).
+    - `key` [tokens, kv_heads, head_dim] and `value` [tokens, kv_heads, value_head_dim]: the last
+      dimension is contiguous, other strides are free. A view of a projection needs no copy.
+    - `key_cache`, `value_cache` [blocks, block_size, kv_heads, head_dim or value_head_dim]: the
+      views of `BlockStorage.layer`. Blocks may lie apart. The dtype is that of `key` and `value`,
+      or int8 or float8_e4m3fn: then the kernel quantises every token and head as it writes.
+    - `slots` int64 [tokens]: `block * block_size + offset`, as in `manager.append(...).slots`.
+      A negative slot skips its token (padding). Two tokens must not share a slot.
+    - `scales`, for quantised caches: (key scales, value scales), each float32 [blocks, block_size,
+      kv_heads], from `BlockStorage.scales`. The kernel writes them too (see `quantisation.py`).
 
-    Shapes, strides, dtypes and devices are checked (`ValueError`, `TypeError`); that slots exist,
-    by the native CPU kernel, or in debug mode (`debug.py`), because looking waits for a GPU. No
-    gradient flows through the cache. The slot mapping is vLLM's (Kwon et al., 2023, "Efficient
-    Memory Management for LLM Serving with PagedAttention").
+    Raises: `ValueError`, `TypeError` for wrong shapes, strides, dtypes or devices. Only the native
+    CPU kernel and debug mode (`debug.py`) check that slots exist, because reading values waits for
+    a GPU. No gradient flows through the cache. The slot mapping is that of vLLM (Kwon et al., 2023,
+    "Efficient Memory Management for LLM Serving with PagedAttention").
     """
     if scales is not None or not _fit(key, value, key_cache, value_cache, slots):
         _require_fitting(key, value, key_cache, value_cache, slots, scales)
@@ -57,7 +57,7 @@ def append_kv(
 
 
 def _fit(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> bool:
-    """True for what the layers of a decoding step pass. False: check in full. O(1)."""
+    """Return True for the usual arguments of a decode step; False needs a full check. O(1)."""
     if not (isinstance(key, Tensor) and isinstance(value, Tensor) and isinstance(slots, Tensor)):
         return False
     of, device, tokens = key.dtype, key.device, slots.shape

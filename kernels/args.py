@@ -1,7 +1,7 @@
-"""Cheap checks that the entry points share: shapes, strides, dtypes and devices, hardly values.
+"""Cheap checks that the entry points share: shapes, strides, dtypes and devices.
 
-Values are not looked at where they may be on a GPU, because reading one would wait for the stream;
-`debug.py` looks at them where that is wanted.
+The checks never read values of a GPU tensor, because reading waits for the stream. Debug mode
+(`debug.py`) reads and checks them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _R = TypeVar("_R")
 
 
 def without_gradients(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`torch.no_grad` that costs nothing where gradients are off already."""
+    """Wrap `function` in `torch.no_grad`, at no cost if gradients are off already."""
 
     @functools.wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -36,21 +36,21 @@ def without_gradients(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def require_dims(name: str, tensor: Tensor, meaning: str, dims: int) -> None:
-    """`ValueError` unless `tensor` has `dims` dimensions; `meaning` names them. O(1)."""
+    """Raise `ValueError` unless `tensor` has `dims` dimensions, named by `meaning`. O(1)."""
     if tensor.dim() != dims:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; pass {meaning}")
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    """`ValueError` unless `tensor` has exactly `shape`. O(1)."""
+    """Raise `ValueError` unless `tensor` has exactly `shape`. O(1)."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; pass {meaning} = {list(shape)}")
 
 
 def require_contiguous_rows(**tensors: Tensor) -> None:
-    """`ValueError` unless the last dimension of every tensor is contiguous. O(tensors).
+    """Raise `ValueError` unless the last dimension of every tensor is contiguous. O(tensors).
 
-    Kernels load a head's numbers as one run; the other dimensions may have any strides.
+    Kernels load the elements of a head as one run. Other dimensions may have any strides.
     """
     for name, tensor in tensors.items():
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -61,19 +61,19 @@ def require_contiguous_rows(**tensors: Tensor) -> None:
 
 
 def require_integers(name: str, tensor: Tensor) -> None:
-    """`TypeError` unless `tensor` is int32 or int64. O(1)."""
+    """Raise `TypeError` unless `tensor` is int32 or int64. O(1)."""
     if tensor.dtype not in INTEGERS:
         raise TypeError(f"{name} is {tensor.dtype}; pass torch.int32 or torch.int64")
 
 
 def require_floating(name: str, of: dtype) -> None:
-    """`TypeError` unless `of` is a floating dtype that maths is done in. O(1)."""
+    """Raise `TypeError` unless `of` is a floating dtype of at least 16 bits. O(1)."""
     if not of.is_floating_point or of.itemsize < 2:
         raise TypeError(f"{name} is {of}; pass a floating dtype of 16 bits or more")
 
 
 def require_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """`TypeError` unless both tensors have one dtype. O(1)."""
+    """Raise `TypeError` unless both tensors have the same dtype. O(1)."""
     if tensor.dtype != other.dtype:
         raise TypeError(
             f"{name} is {tensor.dtype}, but {other_name} is {other.dtype}; convert one with .to()"
@@ -81,7 +81,7 @@ def require_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def require_device(of: Tensor, **tensors: Tensor | None) -> None:
-    """`ValueError` unless every tensor given is on the device of `of`. O(tensors)."""
+    """Raise `ValueError` unless all tensors are on the device of `of`. O(tensors)."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != of.device:
             raise ValueError(
@@ -100,7 +100,7 @@ def require_rows(block_tables: Tensor, seq_lens: Tensor) -> int:
 
 
 def wrong_length(row: int, length: int, room: int) -> ValueError:
-    """The error for a row's length outside its table, which has room for `room` tokens."""
+    """Return the error for a length below 0 or above `room`, the tokens its table can hold."""
     if length < 0:
         return ValueError(f"seq_lens[{row}] is {length}; pass 0 or more tokens")
     return ValueError(
@@ -110,7 +110,7 @@ def wrong_length(row: int, length: int, room: int) -> ValueError:
 
 
 def require_tensors(**tensors: object) -> None:
-    """`TypeError` for what is no tensor: NumPy arrays, as a manager makes them, above all."""
+    """Raise `TypeError` for an argument that is not a tensor, such as a manager's NumPy array."""
     for name, value in tensors.items():
         if isinstance(value, Tensor):
             continue
@@ -120,7 +120,7 @@ def require_tensors(**tensors: object) -> None:
 
 
 def require_lengths(seq_lens: Tensor, room: int) -> None:
-    """`ValueError` for a length below 0 or above `room` on a CPU, where nobody waits. O(rows)."""
+    """Raise `ValueError` for a length below 0 or above `room`. CPU tensors only. O(rows)."""
     if seq_lens.device.type != "cpu" or len(seq_lens) == 0:
         return
     for row in (int(seq_lens.argmin()), int(seq_lens.argmax())):
@@ -129,7 +129,7 @@ def require_lengths(seq_lens: Tensor, room: int) -> None:
 
 
 def wrong_start(row: int, start: int, tokens: int) -> ValueError:
-    """The error for `cu_seqlens_q` that do not rise from 0 to `tokens`."""
+    """Return the error for a `cu_seqlens_q` that does not rise from 0 to `tokens`."""
     return ValueError(
         f"cu_seqlens_q reaches {start} at row {row}; it has to rise from 0 to the {tokens} tokens "
         "of query"
@@ -137,7 +137,7 @@ def wrong_start(row: int, start: int, tokens: int) -> ValueError:
 
 
 def require_starts(cu_seqlens_q: Tensor, tokens: int) -> None:
-    """`ValueError` unless they rise from 0 to `tokens`, on a CPU, where nobody waits. O(rows)."""
+    """Raise `ValueError` unless values rise from 0 to `tokens`. CPU tensors only. O(rows)."""
     if cu_seqlens_q.device.type != "cpu":
         return
     last = 0
@@ -174,7 +174,7 @@ def require_caches(
 
 
 def are_plain(key_cache: Tensor, value_cache: Tensor) -> bool:
-    """True if two caches fit each other and need no scales. False: check in full. O(1)."""
+    """Return True if two caches match and need no scales; False needs a full check. O(1)."""
     if not (isinstance(key_cache, Tensor) and isinstance(value_cache, Tensor)):
         return False
     keys, values, of = key_cache.shape, value_cache.shape, key_cache.dtype
@@ -189,7 +189,7 @@ def are_plain(key_cache: Tensor, value_cache: Tensor) -> bool:
 
 
 def require_scales(cache_name: str, cache: Tensor, name: str, scales: Tensor | None) -> None:
-    """Check that a quantised cache has fitting scales, and another one none. O(1)."""
+    """Check that a quantised cache has matching scales, and any other cache none. O(1)."""
     if not is_quantised(cache.dtype):
         require_floating(cache_name, cache.dtype)
         if scales is not None:

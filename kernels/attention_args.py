@@ -1,4 +1,4 @@
-"""What a step's attention reads besides a layer's own tensors: made once, used by every layer."""
+"""Attention arguments that all layers of a step share, validated once per step."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _NUMBERS = (float, int, np.floating)  # other reals, such as fractions, tensors 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionArgs:
-    """The rows of a step, what they may see, and how scores are made. `paged_attention` says more.
+    """Rows of a step, their masking, and how to compute scores. `paged_attention` documents each.
 
-    Make one for each step and pass it to `attend` with the query and caches of every layer, as
-    FlashInfer separates plan and run (Ye et al., 2025). Creation checks what the layers share,
-    O(1). Raises: `ValueError` and `TypeError` for arguments that do not fit together.
+    Make one object per step and pass it to `attend` with the query and caches of each layer, like
+    plan and run in FlashInfer (Ye et al., 2025). The constructor checks the shared arguments, O(1).
+    Raises: `ValueError`, `TypeError` for arguments that do not fit together.
     """
 
     block_tables: Tensor
@@ -71,7 +71,7 @@ class AttentionArgs:
         sinks: Tensor | None,
         scales: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Check a layer's tensors, and against the rows. O(1). Raises: as the constructor."""
+        """Check a layer's tensors alone and against the rows. O(1). Raises: as the constructor."""
         if sinks is None and scales is None and self._fits(query, key_cache, value_cache):
             return
         require_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
@@ -111,7 +111,7 @@ class AttentionArgs:
         )
 
     def _fits(self, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
-        """True for what the layers of a decoding step pass. False: check in full. O(1)."""
+        """Return True for the usual arguments of a decode step; False needs a full check. O(1)."""
         if self.mask is not None or not isinstance(query, Tensor):
             return False
         device, starts, behind = query.device, self.cu_seqlens_q, self.kv_starts

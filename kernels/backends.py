@@ -1,11 +1,11 @@
-"""Which function runs an operation on a device type.
+"""The registry of kernels: the function that runs an operation on a device type.
 
     append_kv(...)  ──▶  select("append_kv", device)  ──▶  the function registered for that device
-                                                      └─▶  or the plain torch twin, `reference.py`
+                                                      └─▶  or the reference kernel, `reference.py`
 
-The first call on a device type imports its provider, which registers what it has and says why (or
-registers the twins and says why not); `active` shows the outcome, for `kvpager env`. The registry
-decides by device type alone: a kernel that cannot take a certain argument calls the twin itself.
+The first call on a device type imports its provider. The provider registers its kernels, or the
+reference kernels with the reason why. `active` shows the outcome, for `kvpager env`. The registry
+looks at the device type alone: a kernel calls the reference for arguments it does not support.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PROVIDERS = {
 
 
 class Active(NamedTuple):
-    """The `backend` (the module, below `kvpager.kernels`) that runs an operation, and why."""
+    """The `backend` (a module below `kvpager.kernels`) that runs an operation, and the reason."""
 
     backend: str
     reason: str
@@ -53,18 +53,19 @@ _lock = threading.RLock()
 def register(operation: str, device_type: str, function: Kernel, reason: str) -> None:
     """Let `function` run `operation` on every device of `device_type` from now on. O(1).
 
-    `function` has the signature of its twin (`reference.py`, `reference_alloc.py`) and gets checked
-    arguments. A later registration replaces an earlier one. `ValueError` for an operation that
-    does not exist.
+    `function` has the signature of its reference (`reference.py`, `reference_alloc.py`) and gets
+    checked arguments. A later registration replaces an earlier one.
+
+    Raises: `ValueError` for an unknown operation.
     """
     _require_operation(operation)
     _registered[operation, device_type] = (function, reason)
 
 
 def select(operation: str, device: torch.device) -> Kernel:
-    """The function that runs `operation` on `device`: the registered one or the twin. O(1).
+    """Return the function that runs `operation` on `device`: registered, or the reference. O(1).
 
-    The first call for a device type loads its kernels, which may build them.
+    The first call for a device type loads its kernels, and may build them.
     """
     entry = _registered.get((operation, device.type))
     if entry is not None:
@@ -76,9 +77,9 @@ def select(operation: str, device: torch.device) -> Kernel:
 
 
 def active() -> dict[str, dict[str, Active]]:
-    """What runs where: device type -> operation -> (backend, reason). O(registered).
+    """Return the backends in use: device type -> operation -> (backend, reason). O(registered).
 
-    Loads the kernels of every device type that has some.
+    Loads the kernels of every device type that has any.
     """
     for device_type in _PROVIDERS:
         _provide(device_type)
@@ -96,12 +97,12 @@ def _provide(device_type: str) -> None:
             return
         if device_type in _PROVIDERS:
             importlib.import_module(_PROVIDERS[device_type]).register()
-        # Only now: a thread that comes meanwhile waits for the kernels instead of missing them.
+        # Last, so that another thread waits for the kernels instead of missing them.
         _provided.add(device_type)
 
 
 def _active(operation: str, device_type: str) -> Active:
-    unregistered = (_REFERENCE[operation], "there is no faster kernel for it yet")
+    unregistered = (_REFERENCE[operation], "no faster kernel is available")
     function, reason = _registered.get((operation, device_type), unregistered)
     module = getattr(function, "__module__", type(function).__module__)
     return Active(module.removeprefix("kvpager.kernels."), reason)
@@ -109,4 +110,4 @@ def _active(operation: str, device_type: str) -> Active:
 
 def _require_operation(operation: str) -> None:
     if operation not in _REFERENCE:
-        raise ValueError(f"operation {operation!r} does not exist; choose from {list(_REFERENCE)}")
+        raise ValueError(f"operation={operation!r}: must be one of {list(_REFERENCE)}")

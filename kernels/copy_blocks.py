@@ -1,4 +1,4 @@
-"""Copy whole blocks, all layers at once: what copy-on-write asks for."""
+"""Copy whole blocks, all layers at once, for copy-on-write."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from kvpager.kernels.backends import select
 
 @without_gradients
 def copy_blocks(storage: Tensor, copies: Tensor) -> None:
-    """Copy block to block for every pair (source, destination). O(pairs * block bytes).
+    """Copy a block for every pair (source, destination). O(pairs * block bytes).
 
-    - `storage` [blocks, ...]: block first, as `BlockStorage` keeps it. Each block is one run of
-      memory, whatever it holds (scales inside it travel too); blocks may lie apart.
-    - `copies` int32 or int64 [pairs, 2], on the storage's device. A pair with a negative entry is
-      skipped, which lets a captured CUDA graph keep its shape.
+    - `storage` [blocks, ...]: block-first, as in `BlockStorage`. Each block is one run of memory,
+      scales included. Blocks may lie apart.
+    - `copies` int32 or int64 [pairs, 2], on the storage's device. The kernel skips a pair with a
+      negative entry, so a captured CUDA graph can keep its shape.
 
-    All reads happen before all writes: a block may be source of one pair and destination of
-    another. Two pairs must not share a destination.
+    All reads happen before all writes: a block may be the source of one pair and the destination
+    of another. Two pairs must not share a destination.
 
-    `ValueError` and `TypeError` for wrong shapes, strides, dtypes and devices; block ids are looked
-    at in debug mode only (`debug.py`).
+    Raises: `ValueError`, `TypeError` for wrong shapes, strides, dtypes or devices. Only the native
+    CPU kernel and debug mode (`debug.py`) check block ids.
     """
     require_tensors(storage=storage, copies=copies)
     if storage.dim() < 2:

@@ -1,12 +1,12 @@
-"""Debug mode: look at every index before a kernel follows it.
+"""Debug mode: check every index before a kernel uses it.
 
     KVPAGER_DEBUG=1 python serve.py
 
-Kernels trust the values of block tables, slots and lengths, because looking at them would wait for
-the GPU; a wrong one reads or writes somebody else's memory. In this mode each entry point looks
-first, on every device, and raises `ValueError` with the place, the value and the bound before any
-memory is touched. The variable is read once, at import. Every call then waits for the device, so
-no CUDA graph can be captured.
+Kernels trust the values of block tables, slots and lengths, because checking them would wait for
+the GPU. A wrong value reads or writes memory of another sequence. In debug mode each entry point
+checks all values first, on every device. It raises `ValueError` with the index, the value and the
+bound before any memory is touched. The variable is read once, at import. Every call waits for the
+device, so CUDA graphs cannot be captured in debug mode.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _enabled = os.environ.get("KVPAGER_DEBUG", "").lower() not in ("", "0", "false",
 
 
 def enabled() -> bool:
-    """Whether the entry points look at values. O(1)."""
+    """Return True if the entry points check values. O(1)."""
     return _enabled
 
 
 def check_slots(slots: Tensor, key_cache: Tensor) -> None:
-    """`ValueError` unless every slot exists and is written once; below 0 is no slot. O(n log n)."""
+    """Raise `ValueError` unless all slots exist and differ; skip negative slots. O(n log n)."""
     num_slots = key_cache.shape[0] * key_cache.shape[1]
     _refuse("slots", slots, slots >= num_slots, f"the cache has slots 0 to {num_slots - 1}")
     twice = _twice(slots)
@@ -41,7 +41,7 @@ def check_slots(slots: Tensor, key_cache: Tensor) -> None:
 
 
 def check_attention(query: Tensor, key_cache: Tensor, args: AttentionArgs) -> None:
-    """`ValueError` for values of `args` that lead outside of query or cache. O(table entries)."""
+    """Raise `ValueError` if a value of `args` exceeds the query or cache. O(table entries)."""
     rows = args.block_tables, args.seq_lens
     check_host_rows(args.host_rows, *rows, args.cu_seqlens_q, key_cache.shape[1])
     check_rows(*rows, key_cache)
@@ -50,7 +50,7 @@ def check_attention(query: Tensor, key_cache: Tensor, args: AttentionArgs) -> No
 
 
 def check_rows(block_tables: Tensor, seq_lens: Tensor, cache: Tensor) -> None:
-    """`ValueError` unless lengths fit their tables and used entries exist. O(table entries)."""
+    """Raise `ValueError` unless lengths fit their tables and used blocks exist. O(entries)."""
     num_blocks, block_size = cache.shape[:2]
     columns = block_tables.shape[1]
     room = columns * block_size
@@ -91,7 +91,7 @@ def check_host_rows(
 
 
 def check_queries(query: Tensor, cu_seqlens_q: Tensor | None, mask: Tensor | None) -> None:
-    """`ValueError` unless `cu_seqlens_q` rises from 0 to the tokens there are. O(rows)."""
+    """Raise `ValueError` unless `cu_seqlens_q` rises from 0 to the query tokens. O(rows)."""
     if cu_seqlens_q is None:
         return
     tokens = query.shape[0]
@@ -110,13 +110,13 @@ def check_queries(query: Tensor, cu_seqlens_q: Tensor | None, mask: Tensor | Non
 
 
 def check_kv_starts(kv_starts: Tensor | None) -> None:
-    """`ValueError` for a row that starts before its first token. O(rows)."""
+    """Raise `ValueError` for a negative start. O(rows)."""
     if kv_starts is not None:
         _refuse("kv_starts", kv_starts, kv_starts < 0, "the first token of a row is 0")
 
 
 def check_copies(copies: Tensor, storage: Tensor) -> None:
-    """`ValueError` unless blocks exist and none is written twice; below 0 skips. O(n log n)."""
+    """Raise `ValueError` for an unknown block or a destination of two pairs. O(n log n)."""
     num_blocks = storage.shape[0]
     bound = f"the storage has blocks 0 to {num_blocks - 1}"
     kept = (copies >= 0).all(1)
@@ -140,7 +140,7 @@ def _refuse(name: str, tensor: Tensor, wrong: Tensor, bound: str) -> None:
 
 
 def _twice(indices: Tensor) -> tuple[int, int] | None:
-    """Two places in `indices` [n] with one value of at least 0, or None."""
+    """Return two places in `indices` [n] with equal values of at least 0, or None."""
     ordered, order = indices.sort(stable=True)
     same = ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).nonzero()
     if len(same) == 0:

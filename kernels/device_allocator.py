@@ -1,4 +1,4 @@
-"""The tensors of the device-side allocator: blocks, tables and counts on one device."""
+"""Tensors of the device-side allocator: blocks, tables and counts on one device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INT32_MAX = torch.iinfo(torch.int32).max
 
 
 class DeviceAllocator:
-    """The blocks of a pool, who holds them, and which are free: int32 tensors on one device.
+    """Blocks of a pool, their references and the free list, as int32 tensors on one device.
 
     A *row* holds one sequence: `block_tables[row]` lists its blocks in order, -1 after the last;
     `seq_lens[row]` is its length in tokens. A row of length 0 is unused. Read the tensors at any
@@ -40,10 +40,10 @@ class DeviceAllocator:
         *,
         device: torch.device | str = "cpu",
     ) -> None:
-        """All blocks free, all rows unused. O(num_blocks + num_rows * max_blocks_per_row).
+        """Make all blocks free and all rows unused. O(num_blocks + num_rows * max_blocks_per_row).
 
-        `ValueError` unless sizes are positive, `block_size` is a power of two, and slots can be
-        counted in int32.
+        Raises: `ValueError` unless sizes are positive, `block_size` is a power of two, and slot
+        numbers fit int32.
         """
         num_blocks = arguments.count("num_blocks", num_blocks, at_least=1)
         self.block_size = arguments.block_size(block_size)
@@ -55,22 +55,22 @@ class DeviceAllocator:
                     f"{name} {blocks} * block_size {self.block_size} passes {_INT32_MAX}, "
                     f"the largest int32; pass fewer blocks"
                 )
-        # The top of the stack is its end, so block 0 is the first to be handed out.
+        # The top of the stack is its end, so block 0 is allocated first.
         order = torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32)
         self.free: Tensor = order.to(device)
-        """int32 [num_blocks]: the free blocks are the first `num_free`, the top is the last."""
+        """int32 [num_blocks]: a stack. The first `num_free` entries are the free blocks."""
         self.num_free: Tensor = torch.full((1,), num_blocks, dtype=torch.int32, device=device)
-        """int32 [1]."""
+        """int32 [1]: number of free blocks."""
         self.ref_counts: Tensor = torch.zeros(num_blocks, dtype=torch.int32, device=device)
-        """int32 [num_blocks]: how many tables hold each block."""
+        """int32 [num_blocks]: number of tables that hold each block."""
         self.block_tables: Tensor = torch.full(
             (num_rows, columns), -1, dtype=torch.int32, device=device
         )
-        """int32 [num_rows, max_blocks_per_row]."""
+        """int32 [num_rows, max_blocks_per_row]: -1 after the last block."""
         self.seq_lens: Tensor = torch.zeros(num_rows, dtype=torch.int32, device=device)
         """int32 [num_rows]: tokens."""
         self.failures: Tensor = torch.zeros(1, dtype=torch.int32, device=device)
-        """int32 [1]: rows refused so far; set it to 0 at will."""
+        """int32 [1]: rows refused so far. Callers may reset it."""
 
     def __repr__(self) -> str:
         rows, columns = self.block_tables.shape

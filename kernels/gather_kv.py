@@ -1,4 +1,4 @@
-"""A contiguous copy of paged keys or values, for attention code that knows nothing of pages."""
+"""Gather paged keys or values into a contiguous tensor, for attention without block tables."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def gather_kv(
     scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The last `length` tokens of every row: [rows, length, kv_heads, head_dim]. O(rows * length).
+    """Return each row's last `length` tokens: [rows, length, kv_heads, head_dim]. O(rows * length).
 
     - `cache` [blocks, block_size, kv_heads, head_dim]: one of the views of `BlockStorage.layer`.
     - `block_tables` int32 [rows, max_blocks], -1 where a row has no block.
-    - `seq_lens` int32 or int64 [rows]: the tokens of each row, at most max_blocks * block_size.
+    - `seq_lens` int32 or int64 [rows]: tokens of each row, at most max_blocks * block_size.
     - `length`: tokens to return, at least 0.
-    - `scales` float32 [blocks, block_size, kv_heads]: for a quantised cache, the one of
-      `BlockStorage.scales` that belongs to it.
-    - `dtype` of the result: that of the cache unless given, needed with `scales`.
+    - `scales` float32 [blocks, block_size, kv_heads]: the scales of a quantised cache, from
+      `BlockStorage.scales`.
+    - `dtype`: dtype of the result, by default that of the cache. Required with `scales`.
 
-    Rows are right-aligned, as left-padded batches are: the last column is each row's newest token.
-    A row shorter than `length` is zero on its left. A token whose block is -1 is zero, also in a
-    cache of 0 blocks. Whatever lies in slots that no row uses never shows.
+    Rows are right-aligned, like left-padded batches: the last column is each row's newest token.
+    A row shorter than `length` has zeros on the left. A token whose block is -1 is zero, also in a
+    cache of 0 blocks. Slots that no row uses never reach the result.
 
-    `ValueError` and `TypeError` for wrong shapes, strides, dtypes and devices. Values are not
-    looked at, but for negative lengths on a CPU; debug mode looks at all (`debug.py`).
+    Raises: `ValueError`, `TypeError` for wrong shapes, strides, dtypes or devices. The CPU kernels
+    check lengths, and the native one block ids. Debug mode (`debug.py`) checks both everywhere.
     """
     require_tensors(cache=cache, block_tables=block_tables, seq_lens=seq_lens)
     require_dims("cache", cache, "[blocks, block_size, kv_heads, head_dim]", 4)

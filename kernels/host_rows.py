@@ -1,4 +1,4 @@
-"""A step's rows as the host knows them: kernels plan from them and never ask a device."""
+"""The rows of a step as NumPy arrays, from which GPU kernels plan without asking the device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _Plan = TypeVar("_Plan")
 class HostRows:
     """Block tables, lengths and `cu_seqlens_q` of one step in NumPy, and plans made from them.
 
-    Every layer of a step gets the same object beside tensors of the same values. A GPU kernel then
-    plans once for all layers of one shape and never waits for the device. Make a new object for
-    every step: the arrays must not change, and they are not copied.
+    Pass the same object, beside tensors with the same values, to every layer of a step. A GPU
+    kernel then plans once for all layers of the same shape and never waits for the device. Make a
+    new object for every step: the object keeps the arrays uncopied, so they must not change.
 
     The arrays are those of `paged_attention`: `block_tables` int32 [rows, blocks], `seq_lens`
     [rows], and `cu_seqlens_q` [rows + 1], or None if every row has one query.
@@ -37,11 +37,11 @@ class HostRows:
         self._with_queries: dict[int, HostRows] = {}
 
     def row(self, number: int) -> HostRows:
-        """Return one row alone, with one query. O(1)."""
+        """Return row `number` alone, with one query. O(1)."""
         return HostRows(self.block_tables[number : number + 1], self.seq_lens[number : number + 1])
 
     def with_queries(self, count: int) -> HostRows:
-        """Return the same rows with `count` queries each, always the same object. O(rows)."""
+        """Return the same rows with `count` queries each: one object per `count`. O(rows)."""
         if count == 1 and self.cu_seqlens_q is None:
             return self
         found = self._with_queries.get(count)

@@ -30,10 +30,10 @@ def paged_attention(
     scales: tuple[Tensor, Tensor] | None = None,
     host_rows: HostRows | None = None,
 ) -> Tensor:
-    """Attention of packed queries over their rows' blocks. O(kv tokens seen * query heads * dims).
+    """Compute attention of packed queries over paged KV. O(kv tokens seen * query heads * dims).
 
-    Returns [tokens, query_heads, value_head_dim] in the dtype of `query`; sums are float32 at
-    least. Serves decode, prefill, chunked prefill over a cached prefix, and any mix of them.
+    Returns [tokens, query_heads, value_head_dim] in the dtype of `query`, accumulated in float32
+    or float64. Handles decode, prefill, chunked prefill over a cached prefix, and mixed batches.
 
     Tensors, all on one device:
 
@@ -42,41 +42,42 @@ def paged_attention(
       kv head `h // (query_heads // kv_heads)` (GQA, Ainslie et al., 2023).
     - `key_cache` [blocks, block_size, kv_heads, head_dim] and `value_cache` [.., value_head_dim],
       the views of `BlockStorage.layer`: of the dtype of `query`, or quantised.
-    - `block_tables` int32 [rows, max_blocks]; -1 is no block, and its tokens are seen by nobody.
-      Entries past a row's last token are not looked at.
-    - `seq_lens` int32 or int64 [rows]: tokens of each row in the cache, its queries' own included.
+    - `block_tables` int32 [rows, max_blocks]: -1 is no block; its tokens are masked. The kernel
+      ignores entries past a row's last token.
+    - `seq_lens` int32 or int64 [rows]: tokens of each row in the cache, its queries included.
     - `cu_seqlens_q` int32 or int64 [rows + 1]: row r has the queries `cu_seqlens_q[r]` to
-      `cu_seqlens_q[r + 1]`. Leave it out when every row has one query (decode).
+      `cu_seqlens_q[r + 1]`. Leave it out if every row has one query (decode).
 
-    A row's queries are its last tokens: query i of n stands at position `seq_len - n + i`. A query
-    that may see nothing gives 0; so does a causal one at a negative position (left padding).
+    A row's queries are its last tokens: query i of n is at position `seq_len - n + i`. A query that
+    sees no token returns 0, such as a causal query at a negative position (left padding).
 
     Options:
 
     - `softmax_scale`: factor of the scores, `head_dim ** -0.5` unless given.
-    - `causal`: a query sees no later token. `False`: it sees all of its row (cross attention).
+    - `causal`: a query sees no later token. `False`: it sees its whole row (cross attention).
     - `window`: a query at position p sees only tokens after `p - window`, at least 1.
     - `softcap`: scores become `softcap * tanh(score / softcap)`, after scaling and before the mask.
-    - `sinks` [query_heads]: one more logit per head that takes weight and has no value.
-    - `mask` [1 or rows, 1 or query_heads, max queries, kv], bool (True: may look) or float (added
-      to the scores; -inf or the dtype's lowest number: may not look). It is **right-aligned** both
-      ways: its last column is each row's last token, its last row each row's last query, so
-      left-padded batches need no special case. Tokens before its first column are not seen.
-      `causal` and `window` still hold: pass `causal=False` when the mask already says it.
-    - `kv_starts` int32 or int64 [rows]: tokens before it are not read.
-    - `scales`, for caches of int8 or float8_e4m3fn: those of keys and of values, float32 [blocks,
-      block_size, kv_heads], as `BlockStorage.scales` gives them (see `quantisation.py`).
+    - `sinks` [query_heads]: an extra logit per head that takes weight and has no value.
+    - `mask` [1 or rows, 1 or query_heads, max queries, kv], bool (True: visible) or float (added
+      to the scores; -inf or the dtype's lowest number: masked). It is **right-aligned** both ways:
+      its last column is each row's last token, its last row each row's last query. Left-padded
+      batches need no special case. Tokens before its first column are masked. `causal` and
+      `window` still apply: pass `causal=False` if the mask is causal already.
+    - `kv_starts` int32 or int64 [rows]: the kernel reads no token of the row before this one.
+    - `scales`, for caches of int8 or float8_e4m3fn: (key scales, value scales), each float32
+      [blocks, block_size, kv_heads], from `BlockStorage.scales` (see `quantisation.py`).
     - `host_rows`: the values of `block_tables`, `seq_lens` and `cu_seqlens_q` as NumPy arrays. Pass
-      one `HostRows` to all layers of a step: a GPU kernel plans from it once, without waiting for
-      the GPU to read the tensors back.
+      one `HostRows` to all layers of a step: a GPU kernel then plans once per step, without
+      reading the tensors back from the GPU.
 
-    Slots that no query of a row may see are never used in arithmetic, so stale NaNs in them are
-    harmless. `ValueError` and `TypeError` for wrong shapes, strides, dtypes, devices and options.
-    That lengths, `cu_seqlens_q` and table entries lead to what is there is looked at by the native
-    CPU kernel, or in debug mode (`debug.py`), because looking waits for a GPU.
+    A slot that no query of a row sees never enters the arithmetic, so stale NaNs are harmless.
 
-    Block tables are PagedAttention's (Kwon et al., 2023), the online softmax is that of Milakov &
-    Gimelshein (2018) as used by FlashAttention (Dao et al., 2022).
+    Raises: `ValueError`, `TypeError` for wrong shapes, strides, dtypes, devices or options. Only
+    the native CPU kernel and debug mode (`debug.py`) check that lengths, `cu_seqlens_q` and table
+    entries are in range, because reading values waits for a GPU.
+
+    Block tables follow PagedAttention (Kwon et al., 2023). The online softmax is that of Milakov &
+    Gimelshein (2018), as in FlashAttention (Dao et al., 2022).
     """
     args = AttentionArgs(
         block_tables, seq_lens, cu_seqlens_q, softmax_scale, causal, window, softcap, mask,
@@ -95,9 +96,9 @@ def attend(
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Do as `paged_attention`, with arguments that all layers of a step share. Same complexity.
+    """Compute `paged_attention` with arguments that all layers of a step share.
 
-    Arguments, result and errors are those of `paged_attention`.
+    Arguments, result, complexity and errors are those of `paged_attention`.
     """
     args.require_layer(query, key_cache, value_cache, sinks, scales)
     if debug.enabled():

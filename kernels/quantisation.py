@@ -3,11 +3,11 @@
     x [.., head_dim]  ──▶  scale [..] = max |x| / L        L = 127 for int8, 448 for float8_e4m3fn
                            stored [.., head_dim] = x / scale, rounded to the nearest, ties to even
 
-A scale of its own for every token and head needs no calibration, and one token with large numbers
-spoils no other: KIVI (Liu et al., 2024) and KVQuant (Hooper et al., 2024) compare such choices.
-Relative error of attention outputs on Gaussian data: .009 (int8) and .037 (fp8), .002 for bfloat16.
+One scale per token and head needs no calibration, and a token with large values does not affect
+other tokens. KIVI (Liu et al., 2024) and KVQuant (Hooper et al., 2024) compare such choices.
+Relative error of attention outputs on Gaussian data: .009 (int8), .037 (fp8), .002 (bfloat16).
 
-Every kernel that reads or writes a quantised cache computes what these two functions compute.
+All kernels compute exactly what `quantise` and `dequantise` compute.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: torch.finfo(torch.float8_e4m
 
 
 def is_quantised(dtype: torch.dtype) -> bool:
-    """Whether a cache of `dtype` needs scales. O(1)."""
+    """Return True if a cache of `dtype` needs scales. O(1)."""
     return dtype in _LARGEST
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x` [.., head_dim] in eight bits, and its scales, float32 [..]. O(elements).
+    """Return `x` [.., head_dim] in eight bits and its scales, float32 [..]. O(elements).
 
-    The error of an element is at most half a scale in int8; in float8_e4m3fn 1/16 of the element
-    or, close to zero, 1/1024 of a scale. A vector of zeros gets scale 0 and stays zero. One that
-    holds NaN or an infinity stores 0 with that as its scale, so all of it comes back as NaN: a
-    fault upstream does not turn into plausible numbers.
+    The error of an element is at most half a scale in int8. In float8_e4m3fn it is at most 1/16 of
+    the element or, close to zero, 1/1024 of a scale. A vector of zeros has scale 0 and stays zero.
+    A vector with a NaN or an infinity is stored as zeros with that value as its scale. It reads
+    back as NaN, so a fault upstream never turns into plausible numbers.
 
-    `ValueError` unless `dtype` is one of `KV_CACHE_DTYPES`.
+    Raises: `ValueError` unless `dtype` is one of `KV_CACHE_DTYPES`.
     """
     largest = _LARGEST.get(dtype)
     if largest is None:
-        raise ValueError(f"dtype is {dtype}; pass one of {list(KV_CACHE_DTYPES.values())}")
+        raise ValueError(f"dtype={dtype}: must be one of {list(KV_CACHE_DTYPES.values())}")
     exact = x.to(SCALE_DTYPE)
     scale = exact.abs().amax(-1) / largest
     ordinary = (scale > 0) & scale.isfinite()
     ratio = torch.where(ordinary[..., None], exact / scale[..., None], 0)
     if not dtype.is_floating_point:
         ratio = ratio.round()
-    # The scale was rounded too, so the largest element may miss the end by a hair.
+    # The scale is rounded too, so the largest ratio may exceed `largest` slightly.
     return ratio.clamp(-largest, largest).to(dtype), scale
 
 
 def dequantise(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`stored` [.., head_dim] times `scale` [..], rounded once to `dtype`. O(elements)."""
+    """Return `stored` [.., head_dim] times `scale` [..], rounded once to `dtype`. O(elements)."""
     maths = torch.float64 if dtype == torch.float64 else SCALE_DTYPE
     return (stored.to(maths) * scale[..., None].to(maths)).to(dtype)
 
 
 def indexable(tensor: Tensor) -> Tensor:
-    """8-bit elements as plain bytes, in place: torch cannot index float8 on every device. O(1)."""
+    """View 8-bit elements as bytes: torch cannot index float8 on every device. O(1)."""
     return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor

@@ -1,10 +1,10 @@
-"""Every kernel in plain torch: what the fast ones have to compute, on any device.
+"""Reference kernels in plain torch, for any device.
 
-These functions are the specification and the fallback. They use vectorised torch operations only,
-so they are quick enough to serve, and they trust their arguments: the entry points beside this
-file (`paged_attention.py`, ...) check and document them. Maths is float32, or float64 where the
-query is; results are rounded once, at the end. A quantised cache is dequantised where its bytes
-are read, and from there on nothing differs (`quantisation.py` says what the bytes mean).
+These functions are the specification of the fast kernels and their fallback. They use vectorised
+torch operations only, so they are fast enough to serve. They trust their arguments: the entry
+points beside this file (`paged_attention.py`, ...) check and document them. Maths is float32, or
+float64 for a float64 query. Results are rounded once, at the end. A quantised cache is dequantised
+as it is read (see `quantisation.py`).
 """
 
 # T tokens, R rows, H query heads, K kv heads, G = H // K query heads per kv head, D head dim,
@@ -23,11 +23,11 @@ from kvpager.kernels.args import require_lengths, require_starts
 from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.quantisation import dequantise, indexable, quantise
 
-# One kv tile holds about this many tokens, all rows together: its fp32 copy stays in the cache
-# of a CPU core, while the fixed cost of a tile (some 100 us of torch calls) is spread wide.
+# Tokens of a kv tile, all rows together: its fp32 copy stays in the cache of a CPU core, and the
+# fixed cost of a tile (about 100 us of torch calls) is spread over many tokens.
 TILE_TOKENS = 8192
 TILE_TOKENS_PER_ROW = 1024
-# The scores of one tile, in elements: what bounds the memory of a long prefill.
+# Scores of a tile, in elements. This bounds the memory of a long prefill.
 TILE_SCORES = 1 << 22
 
 
@@ -64,7 +64,7 @@ def gather_kv(
     scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The last `length` tokens of every row, right-aligned: [R, length, K, D]. O(R * length)."""
+    """Return each row's last `length` tokens, right-aligned: [R, length, K, D]. O(R * length)."""
     dtype = dtype or cache.dtype
     rows, columns = block_tables.shape
     block_size = cache.shape[1]
@@ -85,8 +85,8 @@ def gather_kv(
 
 
 def _clear(tokens: Tensor, which: Tensor) -> None:
-    """Zero the tokens [R, N, K, D] that `which` [R, N] names, in place."""
-    # They are few or none: indices cost less than a masked pass over everything.
+    """Zero the tokens [R, N, K, D] where `which` [R, N] is True, in place."""
+    # Few tokens or none: indexing costs less than a masked pass over all of them.
     tokens[which.nonzero(as_tuple=True)] = 0
 
 
@@ -105,13 +105,13 @@ def paged_attention(
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of query [T, H, D] over the blocks of its rows: [T, H, Dv]. O(H * D * T * kv).
+    """Compute attention of query [T, H, D] over paged KV: [T, H, Dv]. O(H * D * T * kv).
 
-    Needs no plan, so `args.host_rows` is not looked at.
+    Needs no plan and ignores `args.host_rows`.
 
-    KV is read tile by tile and the softmax is kept online: a running maximum and sum per query,
-    with what was summed so far rescaled when the maximum rises (Milakov & Gimelshein 2018, "Online
-    normalizer calculation for softmax"; FlashAttention, Dao et al. 2022, for the tiles).
+    Reads KV tile by tile with an online softmax: it keeps a maximum and a sum per query, and
+    rescales the sum when the maximum rises (Milakov & Gimelshein 2018, "Online normalizer
+    calculation for softmax"; the tiles follow FlashAttention, Dao et al. 2022).
     """
     block_tables, seq_lens, mask = args.block_tables, args.seq_lens, args.mask
     require_lengths(seq_lens, block_tables.shape[1] * key_cache.shape[1])
@@ -124,11 +124,11 @@ def paged_attention(
         raise ValueError(
             f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
         )
-    if key_cache.shape[0] == 0:  # there is nothing to see
+    if key_cache.shape[0] == 0:  # no token is visible
         return output
     starts = torch.arange(block_tables.shape[1], device=query.device) * key_cache.shape[1]
     cells = _Cells(
-        # What stands past a row's last token is not followed.
+        # Ignore entries past a row's last token.
         block_tables=block_tables.where(starts < seq_lens[:, None], -1),
         seq_lens=seq_lens.long(),
         kv_starts=torch.zeros_like(seq_lens, dtype=torch.int64)
@@ -168,7 +168,7 @@ def paged_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """How tiles are read and scored, the same for all of them."""
+    """Arguments that all tiles of a call share."""
 
     key_cache: Tensor
     value_cache: Tensor
@@ -182,10 +182,10 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _Cells:
-    """Which query may look at which kv token, for the query columns `first` to `last`."""
+    """Visibility of kv tokens to queries, for the query columns `first` to `last`."""
 
     block_tables: Tensor  # [R, max_blocks]
-    seq_lens: Tensor  # [R] int64, as are the two below
+    seq_lens: Tensor  # [R] int64, like `kv_starts` and `query_lens`
     kv_starts: Tensor
     query_lens: Tensor
     longest: int  # query columns of the whole call
@@ -196,7 +196,7 @@ class _Cells:
     last: int = 0
 
     def take(self, rows: Tensor | None) -> _Cells:
-        """The same for some rows; None: all of them."""
+        """Return the cells of `rows`; None for all rows."""
         if rows is None:
             return self
         several = self.mask is not None and self.mask.shape[0] > 1
@@ -210,14 +210,14 @@ class _Cells:
         )
 
     def positions(self) -> tuple[Tensor, Tensor]:
-        """Position of every query column in its row, and whether it is a query: each [R, Q]."""
+        """Return the position of every query column, and True for real queries: each [R, Q]."""
         columns = torch.arange(self.first, self.last, device=self.seq_lens.device)
-        # Columns that only pad a row with few queries see nothing, so they keep no slot alive.
+        # Columns that pad a row with few queries see no token.
         real = columns >= self.longest - self.query_lens[:, None]
         return self.seq_lens[:, None] - self.longest + columns, real
 
     def reach(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Kv tokens that some query of a row sees [low, high), and that all see: each int64 [R]."""
+        """Return the kv range that any query of a row sees, and that all see: each int64 [R]."""
         start = self.seq_lens - self.longest
         newest = start + self.last - 1
         oldest = start + torch.clamp(self.longest - self.query_lens, min=self.first)
@@ -231,7 +231,7 @@ class _Cells:
         return low, high, full_low, full_high
 
     def visible(self, start: int, stop: int) -> Tensor:
-        """Which query sees which kv token of [start, stop), the mask apart: bool [R, 1, Q, N]."""
+        """Return the visibility of kv tokens [start, stop), mask excluded: bool [R, 1, Q, N]."""
         block_size = (stop - start) // max(1, self.block_tables.shape[1])
         position, real = (tensor[:, :, None] for tensor in self.positions())
         token = torch.arange(start, stop, device=position.device)
@@ -248,7 +248,7 @@ class _Cells:
 def _query_lengths(
     query: Tensor, rows: int, cu_seqlens_q: Tensor | None
 ) -> tuple[Tensor, Tensor, int]:
-    """Where each row's queries end in the packed tokens, how many it has, and the most of them."""
+    """Return the end of each row's queries in the packed tokens, their number, and its maximum."""
     if cu_seqlens_q is None:
         ones = torch.ones(rows, dtype=torch.int64, device=query.device)
         return ones.cumsum(0), ones, 1
@@ -259,23 +259,23 @@ def _query_lengths(
 
 
 def _chosen(wanted: Tensor) -> Tensor | None:
-    """Indices of the rows that are `wanted`, or None for all of them, which need no copy."""
+    """Return the indices of `wanted` rows, or None for all rows, which need no copy."""
     return None if bool(wanted.all()) else wanted.nonzero().squeeze(1)
 
 
 def _attend(tile: _Tile, cells: _Cells, query: Tensor) -> Tensor:
-    """Attention of right-aligned query [R, Q, H, D]: [R, Q, H, Dv] in the dtype of the maths."""
+    """Compute attention of right-aligned query [R, Q, H, D]: float32 or float64 [R, Q, H, Dv]."""
     R, Q, H, D = query.shape
     K, Dv = tile.value_cache.shape[2:]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     grouped = query.to(dtype).view(R, Q, K, H // K, D).permute(0, 2, 3, 1, 4)
     scaled = (grouped * tile.softmax_scale).reshape(R, K, H // K * Q, D)
-    # The lowest number instead of -inf: a query that has seen nothing yet needs no special case.
+    # The lowest number instead of -inf: a query that has seen no token needs no special case.
     highest = scaled.new_full((R, K, H // K, Q), torch.finfo(dtype).min)
     total = torch.zeros_like(highest)
     summed = scaled.new_zeros(R, K, H // K * Q, Dv)
     if tile.sinks is not None:
-        # A sink of -inf is none; as a maximum it would make NaNs.
+        # A sink of -inf has no effect, but would make NaNs as a maximum.
         sinks = tile.sinks.to(dtype).clamp(min=torch.finfo(dtype).min)
         highest = highest.copy_(sinks.view(K, H // K, 1))
         total.fill_(1)
@@ -288,14 +288,14 @@ def _attend(tile: _Tile, cells: _Cells, query: Tensor) -> Tensor:
         _add_tile(tile, part, scaled[rows], (some[0], some[1], some[2]), start, stop, masked)
         for tensor, changed in zip(state, some, strict=True):
             tensor[rows] = changed
-    total = total.masked_fill_(total == 0, 1)  # sees nothing: 0 / 1
+    total = total.masked_fill_(total == 0, 1)  # sees no token: 0 / 1
     result = summed.view(R, K, H // K, Q, Dv) / total[..., None]
     return result.permute(0, 3, 1, 2, 4).reshape(R, Q, H, Dv)
 
 
 def _tiles(tile: _Tile, cells: _Cells) -> Iterator[tuple[Tensor | None, _Cells, int, int, bool]]:
-    """The tiles that some row needs: rows (None: all), their cells, tokens from and to, and
-    whether some of those are hidden from some query."""
+    """Yield the tiles that any row needs: rows (None: all), their cells, start and stop tokens, and
+    True if a token is hidden from a query."""
     block_size = tile.key_cache.shape[1]
     low, high, full_low, full_high = cells.reach()
     columns = -(-max(0, int(high.max())) // block_size)
@@ -319,7 +319,7 @@ def _tiles(tile: _Tile, cells: _Cells) -> Iterator[tuple[Tensor | None, _Cells, 
         first = index * tile.blocks
         last = min(first + tile.blocks, columns)
         part = replace(part, block_tables=part.block_tables[:, first:last])
-        # A block that was given back may stand as -1 in the middle of a table.
+        # A freed block may be a -1 in the middle of a table.
         hidden = not plain or bool((part.block_tables < 0).any())
         yield rows, part, first * block_size, last * block_size, hidden
 
@@ -333,7 +333,7 @@ def _add_tile(
     stop: int,
     masked: bool,
 ) -> None:
-    """Fold kv tokens [start, stop) into `state`: maximum, sum of weights, weighted values."""
+    """Add kv tokens [start, stop) to `state`: maximum, sum of weights, weighted values."""
     highest, total, summed = state
     keys = _read(tile.key_cache, tile.key_scales, cells.block_tables, query.dtype)
     values = _read(tile.value_cache, tile.value_scales, cells.block_tables, query.dtype)
@@ -342,7 +342,7 @@ def _add_tile(
         scores = scores.div_(tile.softcap).tanh_().mul_(tile.softcap)
     if masked:
         scores, seen = _hide(cells, scores, start, stop)
-        # 0 * NaN is NaN: what nobody may see has to be gone, not only weigh nothing.
+        # 0 * NaN is NaN: hidden values must be cleared, a weight of 0 is not enough.
         _clear(values.transpose(1, 2), ~seen)
     new_highest = torch.maximum(highest, scores.amax(-1))
     rescale = torch.exp(highest - new_highest)
@@ -354,7 +354,7 @@ def _add_tile(
 
 
 def _hide(cells: _Cells, scores: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Scores [R, K, G, Q, N], the hidden ones -inf, and which tokens some query sees [R, N]."""
+    """Return scores [R, K, G, Q, N] with hidden ones -inf, and the tokens any query sees [R, N]."""
     visible = cells.visible(start, stop)
     if cells.mask is not None:
         allowed, bias = _mask_tile(cells.mask, cells, start, stop)
@@ -366,7 +366,7 @@ def _hide(cells: _Cells, scores: Tensor, start: int, stop: int) -> tuple[Tensor,
 
 
 def _mask_tile(mask: Tensor, cells: _Cells, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-    """The mask's part for kv tokens [start, stop): may look, and bias, each [R, 1 or H, Q, N]."""
+    """Return the mask for kv tokens [start, stop): visible and bias, each [R, 1 or H, Q, N]."""
     offset = mask.shape[2] - cells.longest
     part = mask[:, :, offset + cells.first : offset + cells.last]
     width = part.shape[3]
@@ -378,12 +378,12 @@ def _mask_tile(mask: Tensor, cells: _Cells, start: int, stop: int) -> tuple[Tens
     part = part.gather(3, index.expand(*part.shape[:3], -1))
     if part.dtype == torch.bool:
         return part & inside, None
-    # Libraries write "may not look" as -inf or as the lowest number of the mask's dtype.
+    # Libraries mask with -inf or with the lowest number of the dtype.
     return (part > torch.finfo(part.dtype).min) & inside, part
 
 
 def _per_group(tensor: Tensor, scores: Tensor) -> Tensor:
-    """[R, 1 or H, Q, N] as [R, 1 or K, 1 or G, Q, N], to broadcast over scores."""
+    """View [R, 1 or H, Q, N] as [R, 1 or K, 1 or G, Q, N], to broadcast over scores."""
     R, heads, Q, N = tensor.shape
     K, G = scores.shape[1:3] if heads > 1 else (1, 1)
     return tensor.reshape(R, K, G, Q, N)
@@ -396,7 +396,7 @@ def _read(cache: Tensor, scales: Tensor | None, block_tables: Tensor, dtype: tor
     index = block_tables.clamp(min=0).flatten()
     blocks = indexable(cache).index_select(0, index).view(cache.dtype)
     tokens = blocks.view(R, n * block_size, K, D).transpose(1, 2)
-    # One pass converts and brings a head's tokens together, so that the matmuls copy nothing.
+    # One pass converts and groups tokens by head, so that the matmuls copy nothing.
     read = torch.empty(tokens.shape, dtype=dtype, device=cache.device).copy_(tokens)
     if scales is not None:
         read *= scales.index_select(0, index).view(R, n * block_size, K, 1).transpose(1, 2)
@@ -404,5 +404,5 @@ def _read(cache: Tensor, scales: Tensor | None, block_tables: Tensor, dtype: tor
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """[R, K, a, b] @ [R, K, b, c] without the copies of the general matmul."""
+    """Multiply [R, K, a, b] @ [R, K, b, c] without the copies of torch.matmul."""
     return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:3], right.shape[3])

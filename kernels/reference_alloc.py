@@ -1,8 +1,8 @@
-"""The device-side allocator in plain torch: what `gpu/allocator.py` has to compute.
+"""The device-side allocator in plain torch: the reference of `gpu/allocator.py`.
 
-Row after row, in order, with nothing at the same time: this is the specification, and what runs on
-a CPU. The kernels reach one of the outcomes that some order of the rows has here. Entry points,
-arguments and the algorithm are described in `step_alloc.py`.
+These functions handle rows one after the other. They are the specification, and run on CPUs. The
+GPU kernels produce an outcome that some order of the rows has here. `step_alloc.py` describes the
+entry points, arguments and algorithm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvpager.kernels.device_allocator import DeviceAllocator
 
 
 def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots int64 [n] and copies int32 [n, 2] for one more token of each row. O(n)."""
+    """Return slots int64 [n] and copies int32 [n, 2] for one more token per row. O(n)."""
     slots = torch.full(rows.shape, -1, dtype=torch.int64, device=rows.device)
     copies = torch.full((*rows.shape, 2), -1, dtype=torch.int32, device=rows.device)
     for lane, row in enumerate(rows.tolist()):
@@ -40,7 +40,7 @@ def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor
 
 
 def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> None:
-    """Let every target that is unused share the blocks of its source. O(n * blocks)."""
+    """Let every unused target share the blocks of its source. O(n * blocks)."""
     for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
         if source < 0 or target < 0:
             continue
@@ -54,7 +54,7 @@ def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> N
 
 
 def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
-    """Take every row's hold away from its blocks; those nobody holds are free. O(n * blocks)."""
+    """Drop each row's references; free blocks without references. O(n * blocks)."""
     for row in rows.tolist():
         if row < 0:
             continue
@@ -68,7 +68,7 @@ def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
 
 
 def _pop(allocator: DeviceAllocator) -> int:
-    """The top of the free stack, with one holder."""
+    """Pop a block off the free stack, with one reference."""
     allocator.num_free -= 1
     block = int(allocator.free[int(allocator.num_free)])
     allocator.ref_counts[block] = 1

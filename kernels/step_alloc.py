@@ -1,37 +1,38 @@
-"""Blocks for the next token of every row, decided on the device: nothing for the host to wait for.
+"""Allocate blocks for the next token of every row on the device, without host synchronisation.
 
     allocator = DeviceAllocator(num_blocks, block_size, num_rows, max_blocks_per_row, device="cuda")
 
-    slots, copies = step_alloc(allocator, rows)     # one more token slot for each row
-    copy_blocks(storage, copies)                    # copy-on-write, before anything is written
-    append_kv(key, value, *layer, slots)            # each layer; a slot of -1 is skipped
+    slots, copies = step_alloc(allocator, rows)     # one more slot per row
+    copy_blocks(storage, copies)                    # copy-on-write, before writing
+    append_kv(key, value, *layer, slots)            # per layer; skips slots of -1
     paged_attention(query, *layer, allocator.block_tables[rows], allocator.seq_lens[rows])
 
     fork_rows(allocator, sources, targets)          # targets share every block of their sources
-    release_rows(allocator, rows)                   # blocks that nobody else holds are free again
+    release_rows(allocator, rows)                   # frees blocks without other references
 
-No value goes through the host, so whole decode steps can be captured in a CUDA graph and replayed:
-the tensors of the allocator stay where they are. The control plane's `BlockManager` does far more
-(prefixes, eviction, swapping); this one is for the loops that cannot afford to ask it.
+No value passes through the host and the allocator's tensors keep their addresses, so a CUDA graph
+can capture whole decode steps. `BlockManager` does far more (prefixes, eviction, swapping). Use
+this allocator in loops that cannot afford to call it.
 
-**The algorithm.** Free blocks are a stack with a counter. A step only pops, a release only pushes,
-and kernels of one stream run one after another, so no pop meets a push: a counter that is changed
-by atomic additions is all the stack needs (no compare-and-swap, no ABA). A program counts what its
-rows need and pops that at once; what it took beyond the bottom it gives back, and the rows that
-came too late are refused. Copy-on-write is a race between all rows that share their last block:
+**The algorithm.** Free blocks are a stack with a counter. A step only pops and a release only
+pushes. Kernels of one stream run one after another, so a pop never races with a push: the stack
+needs only a counter with atomic additions (no compare-and-swap, no ABA). A program counts the
+blocks its rows need and pops them at once. If the stack runs empty, the program returns the excess
+to the counter and refuses the rows it cannot serve. Copy-on-write is a race between all rows that
+share their last block:
 
-1. A row that sees more holders than itself takes its hold away, and the counter's old value
-   tells it how many were left. With others left, it needs a block to copy to; the last one takes
-   its hold back and may keep the block. It adds 1 rather than store 1: at this moment a refused row
-   may be putting its own hold back.
-2. Only when all rows are through step 1, those that may keep their last block look at its holders
-   again, and write to it if they are alone. They are not where another row was refused a copy; then
-   both are refused. To decide this in step 1 would let a row write into a block that another one
-   still holds, whose tokens are overwritten a step later.
+1. A row that finds its last block shared decrements the reference count. The old value tells the
+   row how many references were left. If others were left, the row needs a new block to copy to. The
+   last row increments the count again and may keep the block. It adds 1 instead of storing 1,
+   because a refused row may restore its own reference at this moment.
+2. After all rows have finished step 1, each row that may keep its last block reads the reference
+   count again, and writes to the block if it holds the only reference. If another row was refused a
+   copy, both rows hold the block, and both are refused. Deciding this in step 1 would let a row
+   write into a block that another row still holds.
 
-Aggregated pops are those of SGLang's `alloc_decode_kernel` (which ranks rows in a list that the
-host has cut off); reference counts and copy-on-write are vLLM's (Kwon et al., 2023), moved to the
-device. `reference_alloc.py` says in plain torch what the kernels compute.
+Aggregated pops come from SGLang's `alloc_decode_kernel`, which ranks rows in a list that the host
+truncates. Reference counts and copy-on-write come from vLLM (Kwon et al., 2023), moved to the
+device. `reference_alloc.py` is the specification in plain torch.
 """
 
 from __future__ import annotations
@@ -48,29 +49,29 @@ from kvpager.kernels.device_allocator import DeviceAllocator
 
 
 class AllocatedStep(NamedTuple):
-    """Where the tokens of a step go, and which blocks are copied first."""
+    """Slots of a step's tokens, and the block copies to run first."""
 
     slots: Tensor
-    """int64 [rows]: `block * block_size + offset`; -1 for a row that was refused, or is -1."""
+    """int64 [rows]: `block * block_size + offset`; -1 for a refused row, or a row of -1."""
     copies: Tensor
     """int32 [rows, 2]: pairs (source, destination), -1 where a row needs no copy."""
 
 
 @torch.no_grad()
 def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> AllocatedStep:
-    """One more token slot for every row of `rows`. O(rows), one or two launches.
+    """Allocate one more token slot for every row of `rows`. O(rows), one or two launches.
 
-    - `rows` int32 or int64 [n]: each row at most once; -1 is no row, which lets a captured CUDA
-      graph keep its shape.
+    - `rows` int32 or int64 [n]: each row at most once. -1 is no row, so a captured CUDA graph can
+      keep its shape.
 
-    A row whose last block is full gets a new one. A row whose last block is shared gets a new one
-    too, and `copies` says what to copy into it before anything is written; the last of the rows
-    that share a block keeps it. A row is refused, its length and table unchanged, its slot -1 and
-    `failures` one higher, when the pool has no block left for it or its table is full. When blocks
-    run out, *which* rows are refused is up to the order in which a GPU runs them.
+    A row whose last block is full gets a new block. A row whose last block is shared gets a new
+    block too, with an entry in `copies` to copy before writing. The last of the rows that share a
+    block keeps it. The call refuses a row if the pool is empty or the row's table is full: its
+    length and table stay, its slot is -1, and `failures` rises by one. When blocks run out, the
+    order in which the GPU runs rows decides which rows are refused.
 
-    `ValueError` and `TypeError` for wrong shapes, dtypes and devices; row numbers are looked at in
-    debug mode only (`debug.py`).
+    Raises: `ValueError`, `TypeError` for wrong shapes, dtypes or devices. Only debug mode
+    (`debug.py`) checks row numbers.
     """
     require_dims("rows", rows, "[n]", 1)
     _require_row_numbers(allocator, rows=rows)
@@ -82,11 +83,11 @@ def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> AllocatedStep:
 def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> None:
     """Let each target row share all blocks of its source row. O(rows * blocks), one launch.
 
-    - `sources`, `targets` int32 or int64 [n]; a pair with a -1 is skipped. A source may stand
-      several times. A target stands once, is no source of the same call, and is unused.
+    - `sources`, `targets` int32 or int64 [n]: pairs with a -1 are skipped. A source may occur
+      several times. A target occurs once, is not a source of the same call, and is unused.
 
-    A target that is in use is refused: nothing changes for it, and `failures` is one higher.
-    Errors as those of `step_alloc`.
+    The call refuses a target in use: it stays as it is, and `failures` rises by one.
+    Raises: as `step_alloc`.
     """
     require_dims("sources", sources, "[n]", 1)
     require_shape("targets", targets, tuple(sources.shape), "[n]")
@@ -99,12 +100,11 @@ def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> N
 
 @torch.no_grad()
 def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
-    """Give all blocks of `rows` back; the rows are unused again. O(rows * blocks), one launch.
+    """Release all blocks of `rows` and make the rows unused. O(rows * blocks), one launch.
 
-    - `rows` int32 or int64 [n]: each row at most once; -1 is skipped, an unused row changes
-      nothing.
+    - `rows` int32 or int64 [n]: each row at most once. -1 and unused rows are skipped.
 
-    Blocks that other rows hold stay with them. Errors as those of `step_alloc`.
+    Blocks that other rows share stay allocated. Raises: as `step_alloc`.
     """
     require_dims("rows", rows, "[n]", 1)
     _require_row_numbers(allocator, rows=rows)

@@ -1,25 +1,24 @@
-"""Which stretch of which block table each program of an attention kernel reads. NumPy only.
+"""Work items: the part of a block table that each program of an attention kernel reads. NumPy only.
 
-A work item is (queries, table row, kv start, kv stop): one program reads those kv tokens through
-that row of the block tables, once, for all of the item's queries. Splitting a long row over the
-device (split-KV, Flash-Decoding; Dao et al. 2023), cutting a prefill into query tiles and reading
-a prefix that several rows share only once (Hydragen, Juravsky et al. 2024; cascade inference,
-FlashInfer, Ye et al. 2025) are then one mechanism:
+A work item is (queries, table row, kv start, kv stop): one program reads these kv tokens through
+that row of the block tables, once, for all queries of the item. One mechanism then covers split-KV
+(Flash-Decoding, Dao et al. 2023), query tiles of a prefill, and reading a prefix that several rows
+share only once (Hydragen, Juravsky et al. 2024; cascade inference in FlashInfer, Ye et al. 2025):
 
     row 0   A B C │ D            A B C ── items for rows 0, 1 and 2 together
     row 1   A B C │ E F ─ G      E F   ── an item for rows 1 and 2
     row 2   A B C │ E F ─ H      D, G, H ── an item for each row alone, open at its end
 
-Shared prefixes are found in the tables themselves. The rows are sorted by their block ids, so that
-the longest common prefixes of neighbours describe a trie; only full blocks count, because a block
-that is still written has one holder. Rows that forked apart need no bookkeeping anywhere else.
+The planner finds shared prefixes in the block tables. It sorts rows by their block ids, so that the
+longest common prefixes of neighbours form a trie. Only full blocks count, because a block that is
+still written belongs to one row. Forked rows need no other bookkeeping.
 
-Items say what to read at most: the kernel clamps them to what their queries may see, with the
-lengths on the device. A decode row's last item is open (`OPEN`), so a plan stays right while the
-rows grow, and `Planner` returns it unchanged until rows fork, join, finish or have outgrown it.
+An item is an upper bound: the kernel clamps it to what its queries see, with the lengths on the
+device. The last item of a decode row is open (`OPEN`), so a plan stays valid while rows grow.
+`Planner` returns the same plan until rows fork, join, finish or outgrow it.
 
-A query that two or more items serve has that many partial results, which are merged; all others
-are final at once.
+A query of several items has one partial result per item, and a merge combines them. The result of
+a query with one item is final.
 """
 
 from __future__ import annotations
@@ -36,32 +35,32 @@ Ints = NDArray[np.int64]
 
 OPEN = 2**31 - 1  # the kv stop of an item that ends where its row ends
 
-# What one more partial result per row costs, in kv tokens that could be read meanwhile.
+# Cost of one more partial result per row, as the kv tokens read in the same time.
 PARTIAL_COST_TOKENS = 32
 
 
 class Tiling(NamedTuple):
-    """What one program takes, and how many programs fill the device."""
+    """Sizes of a program's work, and the number of items that fill the device."""
 
     block_size: int  # tokens per block
-    few: int  # queries of an item in a small tile; in decode it is always one
+    few: int  # queries of an item in a small tile; always 1 in decode
     many: int  # queries of an item in a large tile, >= few
-    align: int  # kv tokens; where items start, unless a shared prefix ends there
-    items: int  # how many items give every multiprocessor work
+    align: int  # items start at a multiple of this many kv tokens, or at the end of a shared prefix
+    items: int  # items that keep every multiprocessor busy
     chunk_min: int = 128  # kv tokens below which splitting a row gains nothing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkPlan:
-    """Work items of one attention call, as int32 arrays that a device takes as they are.
+    """Work items of one attention call, as int32 arrays ready for a device.
 
     - `items` [n, 5]: first member, members, table row, kv start, kv stop. The first `num_large`
       items have up to `many` queries, the others up to `few`; long items come first in each part.
-    - `queries`, `slots` [members]: the packed query of a member, and where its partial result
-      goes; slot -1 where the query has only one part, which is its result.
-    - `merged` [m], `merge_starts` [m + 1]: a query with several parts, and its run of slots.
-    - `one_query`: every row has one query, so that packed query and row are the same.
-    - `holes`: some block that a query may see is -1. Known only where not `one_query`.
+    - `queries`, `slots` [members]: a member's packed query, and the slot of its partial result;
+      -1 if the query has a single part, which is its final result.
+    - `merged` [m], `merge_starts` [m + 1]: queries with several parts, and their runs of slots.
+    - `one_query`: every row has one query, so packed query and row have the same number.
+    - `holes`: a block that a query may see is -1. Set only if `one_query` is False.
     """
 
     items: NDArray[np.int32]
@@ -75,12 +74,12 @@ class WorkPlan:
 
     @property
     def num_slots(self) -> int:
-        """Partial results to keep. O(1)."""
+        """Number of partial results. O(1)."""
         return int(self.merge_starts[-1])
 
 
 class _Segments(NamedTuple):
-    """Stretches of kv tokens [low, high) of table `row`, read for `members` queries of an order."""
+    """Ranges of kv tokens [low, high) of table `row`, each read for `members` queries in order."""
 
     first: Ints
     members: Ints
@@ -91,26 +90,30 @@ class _Segments(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What a plan was made from, as far as it has to stay so."""
+    """A plan with the inputs that must stay the same for it to hold."""
 
     plan: WorkPlan
     block_tables: NDArray[np.int32]
     seq_lens: Ints
-    cu_seqlens_q: Ints | None  # None: every row has one query, and these count too:
-    full: NDArray[np.bool_]  # [rows, blocks]: full blocks, which do not change while a row grows
-    shared: NDArray[np.bool_]  # those that an item reads for several rows
-    limits: Ints  # [rows]: lengths from which on the work is out of balance
+    cu_seqlens_q: Ints | None  # None: every row has one query, and the fields below apply
+    full: NDArray[np.bool_]  # [rows, blocks]: full blocks, fixed while a row grows
+    shared: NDArray[np.bool_]  # [rows, blocks]: blocks that an item reads for several rows
+    limits: Ints  # [rows]: above these lengths the work is out of balance
 
 
 class Planner:
-    """Plans attention, and remembers plans for as long as they hold.
+    """Plans attention, and caches plans while they hold.
 
-    `window` and `causal` are those of the attention. `chunk` fixes the kv tokens of every item
-    and reads no prefix together: then how a row is summed depends on its own length alone, not
-    on its neighbours (batch invariance; He et al. 2025, "Defeating nondeterminism in LLM
-    inference"); with a `window`, also on how long it was when its plan was made. It is a multiple
-    of `tiling.align`, or `ValueError`. `share=False` reads every row by itself. The last `keep`
-    plans are remembered, for callers that take turns.
+    Args:
+        causal, window: options of the attention.
+        chunk: fixed number of kv tokens per item, a multiple of `tiling.align`. Rows then share no
+            prefix, and the summation order of a row depends on its own length alone (batch
+            invariance; He et al. 2025, "Defeating nondeterminism in LLM inference"). With a
+            `window` it also depends on the row's length when its plan was made.
+        share: read shared prefixes once. False reads every row by itself.
+        keep: number of cached plans, for callers that take turns.
+
+    Raises: `ValueError` if `chunk` is not a positive multiple of `tiling.align`.
     """
 
     def __init__(
@@ -124,7 +127,9 @@ class Planner:
         keep: int = 4,
     ) -> None:
         if chunk is not None and (chunk < 1 or chunk % tiling.align):
-            raise ValueError(f"chunk is {chunk}; pass a multiple of {tiling.align} kv tokens")
+            raise ValueError(
+                f"chunk={chunk}: must be a positive multiple of {tiling.align} kv tokens"
+            )
         self._tiling = tiling
         self._causal = causal
         self._window = window
@@ -139,11 +144,11 @@ class Planner:
         seq_lens: NDArray[np.integer],
         cu_seqlens_q: NDArray[np.integer] | None = None,
     ) -> WorkPlan:
-        """The plan for block tables [rows, blocks], or the same object as before if it still holds.
+        """Return the plan for block tables [rows, blocks]: the previous object while it holds.
 
-        O(rows * blocks), sorting apart: some 20 us for 64 rows of 512 blocks where the plan holds,
-        1 ms where it does not. `cu_seqlens_q` [rows + 1] may be left out where rows have one query.
-        Arrays are copied, never kept.
+        O(rows * blocks) plus sorting: about 20 us for 64 rows of 512 blocks if a cached plan holds,
+        1 ms otherwise. Leave out `cu_seqlens_q` [rows + 1] if every row has one query. The planner
+        copies the arrays and keeps no reference to them.
         """
         lens = seq_lens.astype(np.int64)
         starts = None if cu_seqlens_q is None else cu_seqlens_q.astype(np.int64)
@@ -179,7 +184,7 @@ class Planner:
         if block_tables.shape[1] < width or bool((lens > known.limits).any()):
             return False
         if bool((lens < known.seq_lens).any()):
-            # A shared item would read on past the row's end; a window, back to before the first.
+            # A shared item would read past the row's end, a window before its first token.
             return False
         changed = block_tables[:, :width] != known.block_tables
         changed &= known.full
@@ -187,8 +192,7 @@ class Planner:
             return True
         if self._window is None:
             return False
-        # A block that its row gave back behind the window is missed by nobody, unless the item
-        # that reads it does so for other rows too.
+        # A row may free blocks behind its window, unless an item reads them for other rows too.
         behind = (lens - self._window) // self._tiling.block_size
         gone = (block_tables[:, :width] < 0) & (np.arange(width) < behind[:, None]) & ~known.shared
         return not bool((changed & ~gone).any())
@@ -197,7 +201,7 @@ class Planner:
         lows = np.zeros_like(lens)
         if self._window is not None:
             lows = np.maximum(lens - self._window, 0)
-        # The newest block is never shared: it is where its row goes on writing.
+        # The newest block is never shared, because its row still writes to it.
         full = np.maximum(lens - 1, 0) // self._tiling.block_size
         width = min(int(full.max(initial=0)), block_tables.shape[1])
         columns = np.arange(width)
@@ -214,7 +218,7 @@ class Planner:
         last_starts = np.zeros_like(lens)
         open_items = plan.items[plan.items[:, 4] == OPEN]
         last_starts[plan.queries[open_items[:, 0]]] = open_items[:, 3]
-        # Twice its share of the work is still no reason to plan anew, but a fixed chunk is fixed.
+        # A last item may grow to twice its share before a new plan pays off. A fixed chunk may not.
         limits = last_starts + 2 * size
         if self._chunk is not None:
             limits = last_starts - last_starts % size + size
@@ -245,12 +249,12 @@ class Planner:
 def _common_prefixes(
     block_tables: NDArray[np.int32], covered: NDArray[np.bool_]
 ) -> tuple[Ints, Ints]:
-    """Rows in an order that brings common prefixes together, and how many blocks each has in
-    common with the next."""
+    """Return an order of rows that groups common prefixes, and the blocks that each row shares with
+    the next."""
     rows = len(block_tables)
-    # Blocks that do not count differ from all others: -1 is in use for none.
+    # Uncovered blocks get a number of their own per row. -1 already means no block.
     keys = np.where(covered, block_tables, -2 - np.arange(rows, dtype=np.int32)[:, None])
-    # Any total order will do; that of the bytes is the quickest.
+    # Any total order will do; comparing bytes is fastest.
     names = [line.tobytes() for line in keys]
     order = np.array(sorted(range(rows), key=names.__getitem__), np.int64)
     keys = keys[order]
@@ -261,10 +265,9 @@ def _common_prefixes(
 def _segments(
     order: Ints, common: Ints, lows: Ints, lens: Ints, block_size: int
 ) -> tuple[_Segments, Ints]:
-    """Walk the trie from its root: what is read together, then what each row reads alone.
+    """Walk the trie from its root: return shared segments, then each row's own segment.
 
-    Returns the segments and, in the same order as `order`, the blocks of each row that are read
-    together with others.
+    Also returns the number of blocks that each row, in the order of `order`, shares with others.
     """
     found: list[tuple[int, int, int, int]] = []  # first, count, low, high
     depths = np.zeros(len(order), np.int64)
@@ -283,7 +286,7 @@ def _segments(
         if saved >= count * PARTIAL_COST_TOKENS:
             found.append((first, count, low, deepest * block_size))
             depth = deepest
-        # They part where they have no more than this in common.
+        # The rows part where they share no more than `deepest` blocks.
         cuts = [first, *(first + 1 + np.flatnonzero(inner == deepest)).tolist(), stop]
         groups.extend((a, b, depth) for a, b in pairwise(cuts))
     table = np.array(found, np.int64).reshape(-1, 4)
@@ -308,13 +311,13 @@ def _work(
     *,
     one_query: bool,
 ) -> tuple[WorkPlan, int]:
-    """Cut segments into items of about equal length; also returns that length."""
-    # A decode row by itself is the common case, which kernels have a leaner program for.
+    """Cut segments into items of about equal length; return the plan and that length."""
+    # Kernels have a leaner program for the common case, a single decode row.
     few = 1 if one_query else tiling.few
     large = segments.members > few
     tile = np.where(large, tiling.many, few)
     tiles = -(-segments.members // tile)
-    # No further down than to the start of a block: what comes before may be another segment's.
+    # Round down to the start of a block at most: earlier tokens may belong to another segment.
     low = segments.low - segments.low % gcd(tiling.align, tiling.block_size)
     length = np.maximum(segments.high - low, 0)
     size = chunk if chunk is not None else _balanced_chunk(int((length * tiles).sum()), tiling)
@@ -325,7 +328,7 @@ def _work(
         each = -(-length // pieces // tiling.align) * tiling.align
         each = np.maximum(each, tiling.align)
         pieces = np.maximum(-(-length // each), 1)
-    # Tiles of one piece stand side by side: they read the same tokens at about the same time.
+    # Tiles of one piece are neighbours, so they read the same tokens at about the same time.
     segment, index = _ragged(pieces * tiles)
     piece, tile_index = index // tiles[segment], index % tiles[segment]
     start = np.maximum(base[segment] + piece * each[segment], low[segment])
@@ -355,13 +358,13 @@ def _balanced_chunk(total: int, tiling: Tiling) -> int:
 def _with_slots(
     items: Ints, order: Ints, num_queries: int, num_large: int, one_query: bool
 ) -> WorkPlan:
-    """Replace stretches of `order` by members, and give each query with several parts its slots."""
+    """Replace ranges of `order` by members, and give each query with several parts its slots."""
     item, index = _ragged(items[:, 1])
     queries = order[items[item, 0] + index]
     items[:, 0] = np.cumsum(items[:, 1]) - items[:, 1]
     parts = np.bincount(queries, minlength=num_queries)
     several = parts > 1
-    # A query's slots follow each other, so that the merge reads one run of memory.
+    # The slots of a query are consecutive, so that the merge reads one run of memory.
     by_query = np.argsort(queries, kind="stable")
     by_query = by_query[several[queries[by_query]]]
     slots = np.full(len(queries), -1, np.int32)
@@ -382,7 +385,7 @@ def _with_slots(
 def _with_holes(
     plan: WorkPlan, block_tables: NDArray[np.int32], block_size: int, lens: Ints
 ) -> WorkPlan:
-    """The plan, with `holes` set if one of its items meets a block that is not there."""
+    """Return the plan with `holes` set if an item reads a missing block."""
     columns = block_tables.shape[1]
     missing = np.zeros((len(block_tables), columns + 1), np.int64)
     np.cumsum((block_tables < 0), axis=1, out=missing[:, 1:])
@@ -395,6 +398,6 @@ def _with_holes(
 
 
 def _ragged(counts: Ints) -> tuple[Ints, Ints]:
-    """For counts (2, 0, 3): owners 0 0 2 2 2 and indices 0 1 0 1 2."""
+    """Return owners and indices: for counts (2, 0, 3), 0 0 2 2 2 and 0 1 0 1 2."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,9 +1,9 @@
-"""The kernels' one face: operations on paged tensors, for any framework's own blocks.
+"""Public entry points of the kernels: operations on paged tensors of any framework.
 
     from kvpager.ops import append_kv, copy_blocks, gather_kv, paged_attention
 
-Each runs a native kernel where there is one for the device, and else plain torch operations that
-compute the same (`kvpager env` shows which). docs/kernels.md compares them.
+Each runs a native kernel if the device has one, or else a reference kernel in plain torch with the
+same results. `kvpager env` shows the choice, docs/kernels.md compares the kernels.
 """
 
 from kvpager.kernels.append_kv import append_kv

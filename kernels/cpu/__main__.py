@@ -1,4 +1,4 @@
-"""Build the native CPU kernels ahead, for an image or a machine without a compiler at run time.
+"""Build the native CPU kernels ahead of time, for images and machines without a compiler.
 
 python -m kvpager.kernels.cpu build
 python -m kvpager.kernels.cpu status
@@ -19,21 +19,23 @@ from kvpager.kernels.cpu.library import Library
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m kvpager.kernels.cpu", description="The native CPU kernels of kvpager."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    build = commands.add_parser("build", help="build them now, into the cache folder")
+    build = commands.add_parser("build", help="build the kernels into the cache folder")
     build.add_argument(
         "--variant",
-        help="auto: the best for this CPU; all: each that it can run; or one of "
+        help="auto: the best for this CPU; all: every supported variant; or one of "
         + ", ".join(variant.name for variant in compiler.VARIANTS)
-        + f" (default: what ${provider.VARIABLE} says, else auto)",
+        + f" (default: ${provider.VARIABLE}, else auto)",
     )
-    build.add_argument("--rebuild", action="store_true", help="build even what is there already")
+    build.add_argument("--rebuild", action="store_true", help="rebuild existing libraries")
     build.set_defaults(run=_build)
-    status = commands.add_parser("status", help="show what is built and what would run")
+    status = commands.add_parser(
+        "status", help="show which variants are built and which one would run"
+    )
     status.set_defaults(run=_status)
     chosen = parser.parse_args(arguments)
     try:
@@ -47,10 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _build(chosen: argparse.Namespace) -> None:
     able = compiler.variants()
     if chosen.variant is None:
-        # What a program would run, so that it finds it built.
+        # The variant that a program would use.
         variant = provider.choose()
         if variant is None:
-            raise ValueError(f"{provider.VARIABLE} says off; pass --variant to build one anyway")
+            raise ValueError(
+                f"{provider.VARIABLE}=off: nothing to build. Pass --variant to build one."
+            )
         wanted = [variant]
     elif chosen.variant == "auto":
         wanted = able[:1]
@@ -84,7 +88,7 @@ def _built(variant: Variant) -> str:
 
 
 def _find(variant: Variant) -> Built | None:
-    """What `ensure` would come to without building."""
+    """Return the library that `ensure` would find without building."""
     for by_any_compiler in (False, True):
         with contextlib.suppress(BuildError):
             found = compiler.find(variant, by_any_compiler=by_any_compiler)
@@ -94,7 +98,7 @@ def _find(variant: Variant) -> Built | None:
 
 
 def _used() -> str:
-    """What a program would run now."""
+    """Describe the variant that a program would use now."""
     try:
         variant = provider.choose()
     except ValueError as error:

@@ -1,5 +1,5 @@
-// What Python passes: structs of 8-byte fields, in the order that `library.py` packs them.
-// Strides are in elements. Types are those of `Type`.
+// Arguments from Python: structs of 8-byte fields, in the order in which `library.py` packs them.
+// Strides count elements. Types are values of `Type`.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 enum Type : int64_t { TYPE_FLOAT32 = 0, TYPE_BFLOAT16 = 1, TYPE_FLOAT16 = 2, TYPE_INT8 = 3, TYPE_BOOL = 4 };
 
-// Integers that are int32 or int64, or absent: then all are `otherwise`.
+// An array of int32 or int64. If it is absent, every element is `otherwise`.
 struct Integers {
     const void* data;
     int64_t wide;
@@ -40,8 +40,8 @@ struct AttentionArguments {
     int64_t causal, window;  // window 0: none
     int64_t threads;
     double softmax_scale_, softcap_;  // softcap 0: none
-    int64_t* problem;        // row, column, value of what is wrong
-    float* partials;         // filled in here
+    int64_t* problem;        // row, column and value of an error
+    float* partials;         // set by the kernel
     float softmax_scale, softcap;
 
     int64_t first_query(int64_t row) const { return cu_seqlens_q.at(row, row); }

@@ -1,8 +1,8 @@
-// Attention of packed queries over paged keys and values, read where they are.
+// Attention of packed queries over paged keys and values, read in place.
 //
 //   a task      = one row (sequence), a few of its queries, one range of kv tokens
 //   its loop    = tiles of TILE kv tokens; in each tile all kv heads, one after the other
-//   per kv head = the query vectors that read it (GQA: several heads; prefill: several tokens),
+//   per kv head = its query vectors (GQA: several heads; prefill: several tokens),
 //                 in groups of 4, 2 or 1
 //
 //   for each tile
@@ -12,19 +12,19 @@
 //       weights    = exp(scores - running maximum)    online softmax, lane by lane
 //       sums       = sums * rescale + weights V       see `accumulate`
 //
-// A task streams whole slots [kv_heads, head_dim], so memory is read in order although blocks lie
-// anywhere. While a tile is worked on, the next one is prefetched, a few rows at a time: otherwise
-// memory idles as long as the arithmetic of a tile is on (twice the time, measured). Long rows are
-// cut into several ranges when there are fewer rows than threads; their partial results (maximum,
-// sum of weights, weighted sum) are merged at the end.
+// A task streams whole slots [kv_heads, head_dim], so it reads memory in order within each block.
+// During the arithmetic of a tile it prefetches the next tile, a few rows at a time. Without
+// prefetching, memory is idle during the arithmetic, and a call takes twice the time. If there are
+// fewer rows than threads, long rows are cut into ranges. A merge at the end combines their partial
+// results (maximum, sum of weights, weighted sum).
 //
 // The online softmax is that of Milakov & Gimelshein (2018), "Online normalizer calculation for
-// softmax"; the tiles are FlashAttention's (Dao et al., 2022), the block tables PagedAttention's
-// (Kwon et al., 2023), cutting long rows is Flash-Decoding's (Dao et al., 2023).
+// softmax". Tiles follow FlashAttention (Dao et al., 2022), block tables PagedAttention (Kwon et
+// al., 2023), and ranges of long rows Flash-Decoding (Dao et al., 2023).
 //
-// How scores lie in a vector: a group of Q query vectors takes R = LANES / Q kv tokens at a time.
-// Lane q * R + t holds the score of query q and token t, so maxima, rescaling and the sum of weights
-// need no work across lanes until the tile is done.
+// Layout of scores: a group of Q query vectors takes R = LANES / Q kv tokens at a time. Lane q * R + t
+// holds the score of query q and token t, so maxima, rescaling and sums of weights need no work across
+// lanes before the end of the tile.
 
 #pragma once
 
@@ -37,7 +37,7 @@
 
 namespace attention {
 
-// Merge a query's partial results into the output.
+// Merge the partial results of a query into the output.
 inline void merge(const AttentionArguments& a, int64_t token, int64_t head, int64_t first,
                   int64_t parts, int64_t part_stride) {
     float* base = a.partials + (first * a.query_heads + head) * (a.value_dim + 2);
@@ -48,7 +48,7 @@ inline void merge(const AttentionArguments& a, int64_t token, int64_t head, int6
     for (int64_t part = 0; part < parts; part++)
         total += base[part * stride + 1] * std::exp(base[part * stride] - highest);
     int64_t at = (token * a.query_heads + head) * a.value_dim;
-    float* sums = base + 2;  // the first part's, added up in place: nothing to allocate in a thread
+    float* sums = base + 2;  // the sums of the first part, added up in place to avoid allocating in a thread
     for (int64_t part = 0; part < parts; part++) {
         const float* from = base + part * stride;
         float share = total == 0 ? 0 : std::exp(from[0] - highest) / total;
@@ -72,7 +72,7 @@ inline Plan plan(const AttentionArguments& a) {
     int64_t chunk = std::max<int64_t>(1, QUERIES / heads_per_kv), total = 0;
     for (int64_t row = 0; row < a.rows; row++)
         total += a.seq_lens.at(row) * ((a.queries_of(row) + chunk - 1) / chunk);
-    // Four ranges a thread even out what rows of different length leave over.
+    // Four ranges per thread balance rows of different lengths.
     int64_t range = std::max<int64_t>(8 * TILE_MOST, total / (4 * a.threads) / TILE_MOST * TILE_MOST + TILE_MOST);
     if (a.threads == 1) range = INT64_MAX / 2;
     for (int64_t row = 0; row < a.rows; row++) {
@@ -121,7 +121,7 @@ template <class T, Arithmetic arithmetic> void run(AttentionArguments& a) {
         static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tasks; i++) {
-            // An exception must not leave a thread: that would end the process.
+            // An exception that leaves a thread ends the process.
             try {
                 Worker<T, arithmetic>{a, todo.tasks[i], scratch, zero_row, zero_scales}.run();
             } catch (const std::bad_alloc&) { without_memory = true; }

@@ -1,8 +1,8 @@
-"""`paged_attention` by the native kernel, or, for dtypes that it does not know, by the twin.
+"""`paged_attention` by the native kernel, or the reference kernel for unsupported dtypes.
 
-Prefill is read in place as well: on an AVX-512 CPU without matrix units that took 0.36 to 0.6 times
-(bfloat16) and 0.45 to 0.95 times (float32) as long as gathering the blocks for torch's fused
-attention; the AVX2 build 0.7 to 1.1 times. Only the portable build is slower (1.2 to 3 times).
+Prefill reads blocks in place too. Compared with gathering the blocks for torch's fused attention,
+on an AVX-512 CPU without matrix units, that took 0.36 to 0.6 times as long in bfloat16 and 0.45 to
+0.95 times in float32. The AVX2 build takes 0.7 to 1.1 times, the portable build 1.2 to 3 times.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SEQ_LEN, _TABLE_ENTRY, _CU_SEQLENS_Q = 1, 2, 3  # the codes of kernels.cpp; 4: 
 
 
 class PagedAttention:
-    """`paged_attention` over one library; `num_calls` counts what it served itself."""
+    """`paged_attention` of one library; `num_calls` counts the calls that the native kernel ran."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -43,8 +43,11 @@ class PagedAttention:
         sinks: Tensor | None = None,
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """As the twin. `ValueError` for lengths, `cu_seqlens_q` or table entries that lead outside
-        the tables, the queries or the cache; no key or value has been read then."""
+        """Compute `reference.paged_attention`.
+
+        Raises: `ValueError` for lengths, `cu_seqlens_q` or table entries that exceed the tables,
+        the queries or the cache, before reading keys or values.
+        """
         mask = args.mask
         if not _is_covered(query, key_cache, mask, scales):
             return reference.paged_attention(query, key_cache, value_cache, args, sinks, scales)
@@ -86,12 +89,12 @@ def _is_covered(
         return False
     if mask is not None and mask.dtype not in TYPES:
         return False
-    # One set of strides serves both scales; those of a storage have the same.
+    # The native kernel takes one set of strides for both scales.
     return scales is None or scales[0].stride() == scales[1].stride()
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
-    """The mask's strides, 0 where one entry serves all rows or all heads."""
+    """Return the mask's strides, 0 if one entry applies to all rows or heads."""
     if mask is None:
         return 0, 0, 0, 0
     row, head, query, column = mask.stride()

@@ -1,14 +1,14 @@
-"""The folder that keeps built libraries: where it is, what in it is trusted, what is thrown away.
+"""The cache folder of built libraries: location, trust and pruning.
 
-    kernels-<source>-<variant>-<compiler>.so           a library: complete, or not there
+    kernels-<source>-<variant>-<compiler>.so           a complete library
                                         .so.sha256     its digest
-                                        .lock          held by the process that builds it
-                                        .<any>.part    a library that is being written
-                                        .<any>.digest  a digest that is being written
+                                        .lock          held by the process that builds the library
+                                        .<any>.part    a library being written
+                                        .<any>.digest  a digest being written
 
-What is in here will be executed. So folder, library and digest belong to this user or to root, no
-other user can write to them or exchange a folder above them (`trust.py`), and the bytes that are
-loaded are the bytes that were hashed.
+A process executes these libraries. So folder, library and digest must belong to this user or root,
+and other users must not be able to write to them or to replace a parent folder (`trust.py`). The
+bytes that are loaded are the bytes that were hashed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PART_SECONDS_MAX = 24 * 3600
 LIBRARY_BYTES_MAX = 256 << 20
 _DIGEST_BYTES_MAX = 128
 
-# Other files in the folder are not ours.
+# Files with other names are left alone.
 _NAME = re.compile(
     r"(kernels-[0-9a-f]{16}-\w+-[0-9a-f]{8})\.(so|so\.sha256|lock|\w+\.part|\w+\.digest)"
 )
@@ -52,10 +52,12 @@ class BuildError(KVPagerError):
 
 
 def writable_folder() -> Path:
-    """Where a new library goes: $KVPAGER_CACHE, or `kvpager` in the user's cache folder, or, where
-    that cannot be used, a folder of the user's own among temporary files. Made if it is not there.
+    """Return the folder for new libraries, created if missing.
 
-    `BuildError` where none of them is a folder that this user can write, and nobody else.
+    It is $KVPAGER_CACHE, else `kvpager` in the user's cache folder, else a folder of this user in
+    the temporary directory.
+
+    Raises: `BuildError` if no candidate is writable for this user alone.
     """
     faults = []
     for folder in _folders():
@@ -66,14 +68,14 @@ def writable_folder() -> Path:
             fault = f"cannot be made ({error.strerror})"
         if not fault and os.access(folder, os.W_OK | os.X_OK):
             return folder
-        faults.append(f"{folder} {fault or 'cannot be written, and holds no library to be read'}")
+        faults.append(f"{folder} {fault or 'is not writable and holds no library'}")
     raise _refusal("; ".join(faults))
 
 
 def find(pattern: str) -> Path | None:
-    """A library that was built before. Its folder has to be trusted, but need not be writable.
+    """Return a library built earlier, from a trusted folder. O(bytes of the library).
 
-    O(bytes of the library). `BuildError` for a $KVPAGER_CACHE that must not be trusted.
+    The folder need not be writable. Raises: `BuildError` if $KVPAGER_CACHE is not trusted.
     """
     for folder in _folders():
         with contextlib.suppress(OSError, Untrusted), opened_folder(folder) as opened:
@@ -85,26 +87,26 @@ def find(pattern: str) -> Path | None:
 
 
 def _folders() -> list[Path]:
-    """The folders that may hold libraries, best first, whether or not they are there."""
+    """Return the folders that may hold libraries, best first, existing or not."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return [_chosen_folder(chosen)]
     folders = [Path(tempfile.gettempdir()) / f"kvpager-{os.getuid()}"]
-    with contextlib.suppress(RuntimeError):  # ~somebody, whom nobody knows
+    with contextlib.suppress(RuntimeError):  # no home folder
         base = os.environ.get("XDG_CACHE_HOME") or _home_cache()
         folders.insert(0, Path(base).expanduser() / "kvpager")
     return folders
 
 
 def _chosen_folder(chosen: str) -> Path:
-    """What somebody asked for is not quietly replaced by something else."""
+    """Return the folder of $KVPAGER_CACHE. Raises: `BuildError` instead of choosing another one."""
     try:
         folder = Path(chosen).expanduser().absolute()
         fault = _fault(folder)
     except FileNotFoundError:
         return folder
     except OSError as error:
-        raise _refusal(f"{folder} cannot be looked at ({error.strerror})") from error
+        raise _refusal(f"{folder} cannot be read ({error.strerror})") from error
     except RuntimeError as error:
         raise _refusal(str(error)) from error
     if fault:
@@ -121,12 +123,12 @@ def _refusal(faults: str) -> BuildError:
     refused = f"{VARIABLE}={chosen} cannot" if chosen else "no cache folder can"
     return BuildError(
         f"{refused} be used for the CPU kernels: {faults}; "
-        f"set {VARIABLE} to a folder that this user can write, and nobody else"
+        f"set {VARIABLE} to a folder that only this user can write"
     )
 
 
 def _fault(folder: Path) -> str:
-    """Say why `folder` must not be trusted; nothing if it may. Raises: `OSError`."""
+    """Say why `folder` must not be trusted; empty if trusted. Raises: `OSError`."""
     try:
         with opened_folder(folder):
             return ""
@@ -140,16 +142,16 @@ def _fault(folder: Path) -> str:
 
 
 def new_part(path: Path) -> Path:
-    """An empty file beside the library `path`, to be written and then published."""
+    """Make an empty file beside the library `path`, to be written and published."""
     handle, name = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".part", dir=path.parent)
     os.close(handle)
     return Path(name)
 
 
 def publish(part: Path, path: Path) -> None:
-    """Give a finished library its name; its digest first, so that it is never there without."""
+    """Rename a finished library to `path`, after its digest, so that it never lacks one."""
     content = part.read_bytes()
-    part.chmod(0o644)  # an image is built by one user and run by another
+    part.chmod(0o644)  # images are built by one user and run by another
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     temporary = part.with_suffix(".digest")
@@ -162,36 +164,36 @@ def publish(part: Path, path: Path) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """True if a library is there, this user's own, and byte for byte what was built. O(bytes)."""
+    """Return True if a library exists, is trusted, and matches its digest. O(bytes)."""
     with contextlib.suppress(OSError, Untrusted), _opened(path) as library:
         return library is not None
     return False
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """Load the library that `is_intact` finds: the very file that is hashed here. O(bytes).
+    """Load an intact library: exactly the bytes that are hashed here. O(bytes).
 
-    Raises: `OSError` where it is not intact, or cannot be loaded.
+    Raises: `OSError` if it is not intact or cannot be loaded.
     """
     try:
         with _opened(path) as library:
             if library is not None:
-                with contextlib.suppress(OSError):  # an image's may be read-only
-                    os.utime(library)  # so that `prune` keeps what is in use
+                with contextlib.suppress(OSError):  # read-only in an image
+                    os.utime(library)  # `prune` keeps libraries in use
                 return _load(library)
     except (OSError, Untrusted) as error:
         raise OSError(f"{path} cannot be loaded: {error}") from error
-    raise OSError(f"{path} is not the library that was built, or other users can change it")
+    raise OSError(f"{path} does not match its digest, or other users can change it")
 
 
-# Libraries stay loaded, under names that hold the number of their descriptor: those stay open.
+# Libraries stay loaded under the names of their descriptors, so the descriptors stay open.
 _loaded: dict[tuple[int, int], ctypes.CDLL] = {}  # by device and inode
 
 
 def _load(library: int) -> ctypes.CDLL:
     """Load an open library."""
     status = os.fstat(library)
-    identity = (status.st_dev, status.st_ino)  # not given to another file while this one is open
+    identity = (status.st_dev, status.st_ino)  # unique while this file is open
     if identity not in _loaded:
         kept = os.dup(library)
         name = f"/proc/self/fd/{kept}"
@@ -204,7 +206,7 @@ def _load(library: int) -> ctypes.CDLL:
 
 
 def _load_copy(library: int) -> ctypes.CDLL:
-    """Load a private copy of an open library, where descriptors have no names."""
+    """Load a private copy of an open library, for systems without names for descriptors."""
     private = Path(tempfile.mkdtemp())
     try:
         with opened_folder(private):
@@ -225,7 +227,7 @@ def _opened(path: Path) -> Iterator[int | None]:
 
 @contextlib.contextmanager
 def _intact(folder: int, name: str) -> Iterator[int | None]:
-    """Open a library of an open folder; None unless it is what its digest says. O(bytes)."""
+    """Open a library of an open folder; None unless it matches its digest. O(bytes)."""
     with contextlib.ExitStack() as stack:
         found = None
         with contextlib.suppress(OSError, Untrusted):
@@ -244,9 +246,10 @@ def _digest_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Only one process at a time builds or removes `path`; `OSError` if one does, unless `wait`.
+    """Lock `path` against other processes that build or remove it.
 
-    Where files cannot be locked, two may build at once, and the last one wins.
+    On file systems without locks two processes may build at once, and the last one wins.
+    Raises: `OSError` if another process holds the lock and `wait` is False.
     """
     name = path.with_suffix(".lock")
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -275,21 +278,21 @@ def _is_open(file: int, path: Path) -> bool:
         return False
 
 
-# -------------------------------------------------------------------- throwing away
+# -------------------------------------------------------------------- pruning
 
 
 def prune(folder: Path, source: str) -> None:
-    """Remove libraries that other sources than `source` made and nobody loaded for 30 days, and
-    what builds that were killed left a day ago or more. What is being built stays. O(files).
+    """Remove libraries of other sources than `source` that were not loaded for 30 days. O(files).
 
-    Never fails: what cannot be removed stays.
+    Also removes files that killed builds left at least a day ago. Keeps libraries being built.
+    Never fails: files that cannot be removed stay.
     """
     with contextlib.suppress(OSError):
         names = filter(None, (_NAME.fullmatch(path.name) for path in folder.iterdir()))
         for stem in sorted({name[1] for name in names}):
             with contextlib.suppress(OSError):
-                # Locking makes a file, so it is not done for nothing; what is stale may have
-                # been built anew before it is locked.
+                # Locking creates a file, so check first. Check again under the lock, because the
+                # library may have been rebuilt meanwhile.
                 if _stale(folder, stem, source):
                     with lock(folder / f"{stem}.so", wait=False):
                         for path in _stale(folder, stem, source):
@@ -297,7 +300,7 @@ def prune(folder: Path, source: str) -> None:
 
 
 def _stale(folder: Path, stem: str, source: str) -> list[Path]:
-    """The files of one library that are to be removed; its lock goes last."""
+    """Return the files of one library to remove, its lock last."""
     now = time.time()
     ours = (path for path in folder.glob(f"{stem}.*") if _NAME.fullmatch(path.name))
     unused = {path: now - path.lstat().st_mtime for path in ours}

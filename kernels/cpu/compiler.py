@@ -1,14 +1,14 @@
-"""Building the native CPU kernels with the system's C++ compiler, once per machine.
+"""Build the native CPU kernels with the system's C++ compiler, once per machine.
 
     source + variant + compiler  ──▶  <cache>/kernels-<source>-<variant>-<compiler>.so
                                       (and its SHA-256 beside it)
 
-A variant is one text compiled for one set of CPU instructions; the CPU at hand picks the best one.
-The name holds a digest of the source and the flags and one of the compiler, so a new release, a new
-compiler or another CPU behind a shared home each get a library of their own. Where none can be
-built, one that another compiler made of the same source serves as well. A library appears under its
-name only when it is complete (written beside it, synced, renamed), is checked against its digest
-before it is loaded, and two processes that want one at the same time build it once (`cache.py`).
+A variant is the source compiled for one set of CPU instructions; each CPU uses its best variant.
+The name holds a digest of source and flags and a digest of the compiler. So a new release, a new
+compiler or another CPU with the same home folder gets its own library. If building fails, a library
+of the same source from another compiler serves. A library gets its name only when complete
+(written, synced, renamed) and is checked against its digest before loading. Two processes that
+need the same library build it once (`cache.py`).
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ logger = logging.getLogger("kvpager")
 
 FLAGS = (
     "-O3", "-std=gnu++17", "-shared", "-fPIC",
-    # What vectorising needs. Not -ffast-math: it would assume that there are no infinities, and
-    # some compilers then make a process that loads the library lose subnormal numbers.
+    # Needed to vectorise. Not -ffast-math: it assumes that there are no infinities, and with some
+    # compilers loading the library flushes subnormal numbers to zero.
     "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden",
 )  # fmt: skip
 THREAD_FLAGS = ("-fopenmp",)
 BUILD_SECONDS_MAX = 300
-# How compilers and linkers say that there is no OpenMP.
+# Compiler and linker errors for missing OpenMP.
 _NO_OPENMP = re.compile(r"openmp|omp\.h|-l(g|i)?omp|library '?omp", re.IGNORECASE)
 
 
 class Variant(NamedTuple):
-    """One way to compile the kernels, and the CPU flags (as Linux names them) that it needs."""
+    """Compiler flags of the kernels, and the CPU flags they need (by Linux's names)."""
 
     name: str
     flags: tuple[str, ...]
@@ -57,7 +57,7 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _AVX2_NEEDS = frozenset({"avx2", "fma", "f16c"})
 _AVX512_NEEDS = _AVX2_NEEDS | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
-# Best first. The last one needs nothing: SSE2 on x86-64, NEON on 64-bit ARM.
+# Best first. The last runs everywhere: SSE2 on x86-64, NEON on 64-bit ARM.
 VARIANTS = (
     Variant(
         "avx512bf16",
@@ -71,7 +71,7 @@ VARIANTS = (
 
 
 class Compiler(NamedTuple):
-    """The command that compiles: a program, and the words that go before any other argument."""
+    """The compiler command: a program and its leading arguments."""
 
     program: Path
     words: tuple[str, ...]
@@ -81,13 +81,13 @@ class Compiler(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For people: the command without its folder."""
+        """The command without its folder, for display."""
         return shlex.join([self.program.name, *self.words])
 
     def digest(self) -> str:
-        """What a library's name holds of the compiler. O(words)."""
-        # Asking for its version would take as long as loading the library; a new one is a new
-        # file. Behind a wrapper such as ccache, the compiler is one of the words.
+        """Return the compiler's part of a library's name. O(words)."""
+        # A new compiler is a new file, and asking for its version takes as long as loading the
+        # library. With a wrapper such as ccache, the compiler is one of the words.
         found = (shutil.which(word) for word in (str(self.program), *self.words))
         identity = "".join(f"\0{_file_identity(Path(path))}" for path in found if path)
         return hashlib.sha256(f"{self}{identity}".encode()).hexdigest()[:8]
@@ -98,19 +98,19 @@ def _file_identity(path: Path) -> str:
     return f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
-# -------------------------------------------------------------------- what there is
+# -------------------------------------------------------------------- CPU and compiler
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """The CPU's instruction sets, by Linux's names; empty where they cannot be told. O(1)."""
+    """Return the CPU's instruction sets by Linux's names; empty if unknown. O(1)."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return frozenset()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("flags"):
                 return frozenset(line.partition(":")[2].split())
-    # Elsewhere torch knows the two that matter most.
+    # On other systems torch knows the two most important ones.
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -119,12 +119,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 def variants() -> list[Variant]:
-    """The variants that this CPU can run, best first."""
+    """Return the variants that this CPU can run, best first."""
     return [variant for variant in VARIANTS if variant.needs <= cpu_flags()]
 
 
 def variant_named(name: str) -> Variant:
-    """The variant of that name. `ValueError` for one that does not exist or this CPU cannot run."""
+    """Return the variant `name`. Raises: `ValueError` if unknown or unsupported by this CPU."""
     for variant in VARIANTS:
         if variant.name == name:
             if variant.needs <= cpu_flags():
@@ -135,10 +135,10 @@ def variant_named(name: str) -> Variant:
 
 
 def find_compiler() -> Compiler:
-    """The C++ compiler: $CXX, which may be several words as in `ccache g++`, or the first of c++,
-    g++ and clang++ on the path.
+    """Return the C++ compiler: $CXX, or else the first of c++, g++ and clang++ on the path.
 
-    `BuildError` where there is none, or not the one that $CXX names.
+    $CXX may be several words, as in `ccache g++`.
+    Raises: `BuildError` if there is none, or the compiler of $CXX is missing.
     """
     chosen = os.environ.get("CXX", "")
     try:
@@ -155,14 +155,14 @@ def find_compiler() -> Compiler:
 
 
 def source_folder() -> Path:
-    """Where the C++ sources are."""
+    """Return the folder of the C++ sources."""
     return Path(__file__).resolve().parent
 
 
 @functools.cache
 def source_digest() -> str:
-    """A digest of the sources and the flags: what else the result depends on but the compiler."""
-    # Not the variants whole: a set has another order, so another text, in every process.
+    """Return a digest of all inputs of a build but the compiler: sources, flags and machine."""
+    # Without the variants' sets, whose order differs between processes.
     flags = (FLAGS, THREAD_FLAGS, [(variant.name, variant.flags) for variant in VARIANTS])
     digest = hashlib.sha256(repr((flags, platform.machine())).encode())
     for path in sorted(source_folder().glob("*.[ch]*")):
@@ -174,19 +174,19 @@ def source_digest() -> str:
 
 
 class Built(NamedTuple):
-    """A library that is ready to be loaded, and how it came about."""
+    """A library ready to load, and its origin."""
 
     path: Path
     variant: Variant
-    origin: str  # for people: "built with g++" or "found in the cache"
+    origin: str  # for display: "built with g++" or "found in the cache"
 
 
 def ensure(variant: Variant, *, rebuild: bool = False) -> Built:
-    """The library of `variant`: from the cache, or built now and said so on stderr.
+    """Return the library of `variant` from the cache, or build it with a message on stderr.
 
-    O(1) when it is there (about a millisecond), else some seconds. `BuildError` or `OSError` where
-    none can be built (no compiler, it fails, nothing can be written) and none of the same source
-    was built before, by whatever compiler.
+    A cached library takes O(1), about a millisecond; a build takes seconds. If building fails, a
+    library of the same source from any compiler serves.
+    Raises: `BuildError` or `OSError` if there is none either.
     """
     if rebuild:
         return _build(variant)
@@ -196,15 +196,15 @@ def ensure(variant: Variant, *, rebuild: bool = False) -> Built:
         other = find(variant, by_any_compiler=True)
         if other is None:
             raise
-        logger.info("kvpager: no new CPU kernels, %s serves: %s", other.path, error)
+        logger.info("kvpager: building the CPU kernels failed, using %s: %s", other.path, error)
         return other
 
 
 def find(variant: Variant, *, by_any_compiler: bool = False) -> Built | None:
-    """The library that the compiler at hand made before, or any compiler: perhaps one that was
-    taken away again to keep an image small. O(bytes of the library).
+    """Return a cached library of the current compiler, or of any compiler. O(bytes of the library).
 
-    `BuildError` where there is no compiler at hand, or $KVPAGER_CACHE must not be trusted.
+    An image may have removed the compiler after the build.
+    Raises: `BuildError` if a compiler is needed and missing, or $KVPAGER_CACHE is not trusted.
     """
     digest = "*" if by_any_compiler else find_compiler().digest()
     found = cache.find(f"{_stem(variant)}{digest}.so")
@@ -231,7 +231,7 @@ def _build(variant: Variant, *, unless_there: bool = False) -> Built:
 def _compile_to(path: Path, compiler: Compiler, variant: Variant) -> None:
     flags = (*compiler.words, *FLAGS, *variant.flags)
     errors = ""
-    # A compiler without OpenMP still makes kernels, for one thread.
+    # A compiler without OpenMP still builds kernels, for one thread.
     for threads in (THREAD_FLAGS, ()):
         part = cache.new_part(path)
         try:
@@ -239,7 +239,7 @@ def _compile_to(path: Path, compiler: Compiler, variant: Variant) -> None:
             if not errors:
                 cache.publish(part, path)
                 return
-            # Killed or out of room is no reason to do with one thread for good.
+            # A killed build or a full disk must not leave kernels for one thread behind.
             if not _NO_OPENMP.search(errors):
                 break
         except OSError as error:
@@ -251,7 +251,7 @@ def _compile_to(path: Path, compiler: Compiler, variant: Variant) -> None:
 
 
 def _compile(command: list[str]) -> str:
-    """Run the compiler; what it said if it failed (never nothing then), else nothing."""
+    """Run the compiler; return its errors (never empty) if it failed, else an empty string."""
     try:
         done = subprocess.run(
             [*command, str(source_folder() / "kernels.cpp")],

@@ -1,4 +1,4 @@
-// Moving keys and values: into slots, out of blocks, from block to block.
+// Copies keys and values into slots, out of blocks, and between blocks.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace copies {
 
-// Bytes below which a second thread costs more than it saves.
+// Below this number of bytes a second thread does not pay off.
 constexpr int64_t PARALLEL_BYTES = 1 << 17;
 
 inline int threads_for(int64_t bytes, int64_t threads) {
@@ -32,7 +32,7 @@ struct AppendArguments {
     int64_t* problem;
 };
 
-// One head of one token as int8, with its scale: `quantise` of quantisation.py, bit for bit.
+// One head of one token as int8 with its scale, bit for bit as `quantise` of quantisation.py.
 template <class T> INLINE void quantise(const T* from, int8_t* to, float* scale, int64_t dim) {
     float largest = 0;
     bool nan = false;
@@ -41,7 +41,7 @@ template <class T> INLINE void quantise(const T* from, int8_t* to, float* scale,
         nan |= x != x;
         largest = x > largest ? x : largest;
     }
-    // 0 times infinity or NaN comes back as NaN, so a fault upstream stays one.
+    // 0 times infinity or NaN reads back as NaN, so a fault upstream stays visible.
     *scale = nan ? NAN : largest / 127.0f;
     if (!(*scale > 0 && *scale <= 3.402823466e38f)) {
         memset(to, 0, dim);
@@ -67,7 +67,7 @@ template <class T> void append_quantised(const AppendArguments& a, int64_t token
         }
 }
 
-// `count` tokens whose slots follow each other in one block.
+// `count` tokens with consecutive slots in one block.
 inline void append_run(const AppendArguments& a, int64_t token, int64_t slot, int64_t count) {
     int64_t block = slot / a.block_size, offset = slot % a.block_size, size = a.element_size;
     for (int which = 0; which < 2; which++) {
@@ -101,7 +101,7 @@ inline void append_tokens(const AppendArguments& a, int64_t first, int64_t last)
             token++;
             continue;
         }
-        // Prompts fill whole blocks: one long copy moves more than many short ones.
+        // Prompts fill whole blocks, and one long copy is faster than many short ones.
         while (token + count < last && a.slots.at(token + count) == slot + count
                && (slot + count) % a.block_size != 0)
             count++;
@@ -137,7 +137,7 @@ inline int append(const AppendArguments& a) {
 struct GatherArguments {
     const void* cache;    // [blocks, block_size, kv_heads, dim]
     void* output;         // [rows, length, kv_heads, dim], contiguous
-    const float* scales;  // null unless quantised, and where the cache has no block
+    const float* scales;  // null unless quantised, or if the cache has no blocks
     const int32_t* block_tables;
     Integers seq_lens;
     int64_t cache_type, output_type, element_size, output_size;
@@ -160,7 +160,7 @@ template <class Out> void dequantise(const GatherArguments& a, int64_t block, in
     }
 }
 
-// `count` tokens of one block, from `offset` on.
+// `count` tokens of one block, starting at `offset`.
 inline void gather_run(const GatherArguments& a, int64_t block, int64_t offset, int64_t count,
                        char* to) {
     int64_t size = a.element_size, token_size = a.kv_heads * a.dim;
@@ -185,7 +185,7 @@ inline void gather_run(const GatherArguments& a, int64_t block, int64_t offset, 
 }
 
 inline int gather(const GatherArguments& a) {
-    // Positions of the columns are right-aligned: the last one is the row's newest token.
+    // Columns are right-aligned: the last column is the row's newest token.
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t seq_len = a.seq_lens.at(row);
         if (seq_len < 0 || seq_len > a.table_columns * a.block_size) {
@@ -206,7 +206,7 @@ inline int gather(const GatherArguments& a) {
     }
     int64_t token_bytes = a.kv_heads * a.dim * a.output_size;
     int threads = threads_for(a.rows * a.length * token_bytes, a.threads);
-    // Pieces, not rows, so that one long row keeps every thread busy.
+    // Split rows into pieces, so that one long row keeps every thread busy.
     constexpr int64_t PIECE = 256;
     int64_t pieces = (a.length + PIECE - 1) / PIECE;
     (void)threads;
@@ -254,23 +254,23 @@ inline int copy(const CopyArguments& a) {
         }
         kept.push_back({source, destination});
     }
-    // A block that is read and written is put aside first: all reads come before all writes.
+    // Save blocks that are both read and written: all reads come before all writes.
     std::vector<bool> written(a.num_blocks);
     for (auto& pair : kept) written[pair.second] = true;
-    std::vector<std::vector<char>> aside;
+    std::vector<std::vector<char>> saved;
     std::vector<const char*> sources;
     char* base = (char*)a.storage;
     for (auto& pair : kept) {
         const char* from = base + pair.first * a.block_stride;
         if (written[pair.first]) {
-            aside.emplace_back(from, from + a.block_bytes);
-            from = aside.back().data();
+            saved.emplace_back(from, from + a.block_bytes);
+            from = saved.back().data();
         }
         sources.push_back(from);
     }
     int64_t count = kept.size();
     int threads = threads_for(count * a.block_bytes, a.threads);
-    // A few pieces a block, so that a single one keeps every thread busy.
+    // Split blocks into pieces, so that a single block keeps every thread busy.
     int64_t pieces = threads, piece = (a.block_bytes + pieces - 1) / pieces;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < count * pieces; i++) {

@@ -1,5 +1,5 @@
-"""`append_kv`, `gather_kv` and `copy_blocks` by the native kernels, or, for dtypes that these do
-not know, by the twins. Arguments are those of the twins in `reference.py`."""
+"""`append_kv`, `gather_kv` and `copy_blocks` by the native kernels, or the reference kernels for
+unsupported dtypes. Arguments are those of `reference.py`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kvpager.kernels.cpu.library import (
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# A copy does not care what it copies, only how wide it is; the type is that of as wide a float.
+# A plain copy uses the element size alone, so its type does not matter.
 _NO_TYPE = TYPES[torch.float32]
 
 
 class AppendKV:
-    """`append_kv` over one library."""
+    """`append_kv` of one library."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -40,7 +40,10 @@ class AppendKV:
         *,
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """As the twin. `ValueError` for a slot beyond the cache, with nothing written."""
+        """Compute `reference.append_kv`.
+
+        Raises: `ValueError` for a slot beyond the cache, before writing.
+        """
         if scales is not None and (key_cache.dtype != torch.int8 or key.dtype not in _FLOATS):
             reference.append_kv(key, value, key_cache, value_cache, slots, scales=scales)
             return
@@ -51,7 +54,7 @@ class AppendKV:
         if value_scales is not None and value_scales.stride() != scale_strides:
             reference.append_kv(key, value, key_cache, value_cache, slots, scales=scales)
             return
-        # Asked for once each: with one token a step, asking is most of the time.
+        # Read once each: for one token, reading strides takes most of the time.
         key_strides, value_strides = key.stride(), value.stride()
         key_cache_strides, value_cache_strides = key_cache.stride(), value_cache.stride()
         problem = self._library.call(
@@ -77,7 +80,7 @@ class AppendKV:
 
 
 class GatherKV:
-    """`gather_kv` over one library."""
+    """`gather_kv` of one library."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -92,9 +95,12 @@ class GatherKV:
         scales: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """As the twin. `ValueError` for a block that does not exist, with nothing read."""
+        """Compute `reference.gather_kv`.
+
+        Raises: `ValueError` for an unknown block, before reading.
+        """
         dtype = dtype or cache.dtype
-        # The native one widens int8; any other change of dtype is the twin's.
+        # The native kernel widens int8. The reference handles other changes of dtype.
         if (
             (cache.dtype != torch.int8 or dtype not in _FLOATS)
             if scales is not None
@@ -132,13 +138,16 @@ class GatherKV:
 
 
 class CopyBlocks:
-    """`copy_blocks` over one library."""
+    """`copy_blocks` of one library."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
 
     def __call__(self, storage: Tensor, copies: Tensor) -> None:
-        """As the twin. `ValueError` for a block that does not exist, with nothing written."""
+        """Compute `reference.copy_blocks`.
+
+        Raises: `ValueError` for an unknown block, before writing.
+        """
         copies = copies.contiguous()
         size = storage.element_size()
         problem = self._library.call(

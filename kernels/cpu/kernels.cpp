@@ -1,5 +1,5 @@
-// The functions that Python calls: check what no argument check could see, then run.
-// They return 0, or a code and the place of what is wrong; nothing has been written then.
+// The functions that Python calls. Each checks values that the argument checks in Python cannot see,
+// then runs. It returns 0, or an error code with its place, before writing anything.
 
 #include <new>
 
@@ -36,7 +36,7 @@ int checked(const AttentionArguments& a) {
         int64_t oldest = seq_len - queries;
         int64_t start = attention::visible(a, row, oldest, seq_len).first;
         int64_t stop = attention::visible(a, row, seq_len - 1, seq_len).last;
-        if (start >= stop) continue;  // as where kv_starts lies past the row's end
+        if (start >= stop) continue;  // for example, kv_starts past the row's end
         int64_t first = start / a.block_size, last = (stop - 1) / a.block_size + 1;
         const int32_t* table = a.block_tables + row * a.table_stride;
         for (int64_t column = first; column < last; column++)
@@ -47,11 +47,11 @@ int checked(const AttentionArguments& a) {
 
 }  // namespace
 
-// Everything else is hidden: two variants in one process would otherwise share their scratch memory.
+// All other symbols are hidden: otherwise two variants in one process share scratch memory.
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Which variant this is, for the log and for tests.
+// Properties of this variant, for the log and for tests.
 int kvpager_lanes() { return LANES; }
 int kvpager_bf16_dots() { return HAS_BF16_DOT; }
 int kvpager_threaded() {
@@ -72,7 +72,7 @@ int kvpager_paged_attention(AttentionArguments* arguments) try {
         case TYPE_BFLOAT16: attention::run<bf16, BF16_ARITHMETIC>(a); break;
         case TYPE_FLOAT16: attention::run<fp16, attention::IN_FLOATS>(a); break;
         default:
-            // A 32-bit query asks for more than 15 bits can give.
+            // 15 bits are not enough for a 32-bit query.
             if (HAS_INT16_DOT && a.query_type != TYPE_FLOAT32
                 && a.head_dim <= attention::INT16_DIM_MOST)
                 attention::run<int8_t, INT8_ARITHMETIC>(a);

@@ -1,7 +1,7 @@
-"""The native CPU kernels as Python functions: packed arguments in, an error or nothing out.
+"""The native CPU kernels as Python functions that take packed arguments.
 
-Arguments travel as one struct of 8-byte fields (`abi.h`), packed by one call: for a decode step
-that takes 60 us, setting forty ctypes fields one by one would be a tenth of its time.
+Arguments are one struct of 8-byte fields (`abi.h`), packed by one call. Setting forty ctypes fields
+one by one would take a tenth of a decode step of 60 us.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ TYPES = {
     torch.bool: 4,
 }
 
-# As in abi.h and copies.h: q is a pointer or int64, d a double. `Integers` there are two fields.
+# The structs of abi.h and copies.h: q is a pointer or int64, d a double, `Integers` two fields.
 ATTENTION = struct.Struct("=7q 6q 2q 3q 6q 4q 2q 3q 3q 3q 2q 4q 3q 2d q 16x".replace(" ", ""))
 APPEND = struct.Struct("=2q 2q 2q 2q 3q 5q 2q 2q 2q 2q 2q 2q 3q q".replace(" ", ""))
 GATHER = struct.Struct("=4q 2q 4q 4q 4q 3q 3q q q".replace(" ", ""))
 COPY = struct.Struct("=q 2q 5q q".replace(" ", ""))
 
-# Functions of the library: what it says of itself, and what it does.
+# Functions of the library: its properties and its kernels.
 _FACTS = ("lanes", "bf16_dots", "threaded")
 _KERNELS = ("paged_attention", "append_kv", "gather_kv", "copy_blocks")
 
@@ -38,18 +38,18 @@ _Numbers = ctypes.c_int64 * 3
 
 
 class Problem(NamedTuple):
-    """What the native side found wrong: a code, and up to three numbers that say where."""
+    """An error of a native kernel: a code, and up to three numbers that locate it."""
 
     code: int
     numbers: tuple[int, int, int]
 
 
 class Library:
-    """The functions of one built variant. Thread-safe; calls run without the interpreter lock."""
+    """Functions of a built variant. Thread-safe; calls release the interpreter lock."""
 
     def __init__(self, path: Path) -> None:
-        """Load a library that `compiler.py` built. `OSError` if it cannot be loaded."""
-        # torch is imported above, so that its OpenMP runtime is the one that serves both.
+        """Load a library that `compiler.py` built. Raises: `OSError` if loading fails."""
+        # torch is imported above, so that both use its OpenMP runtime.
         loaded = cache.load(path)
         try:
             found = {name: getattr(loaded, f"kvpager_{name}") for name in (*_FACTS, *_KERNELS)}
@@ -63,8 +63,10 @@ class Library:
             function.argtypes = [ctypes.c_char_p]
 
     def call(self, name: str, layout: struct.Struct, *fields: float) -> Problem | None:
-        """Run `name` with its packed arguments; the field for the problem's place goes last but
-        for what the native side fills in. O(1) besides the work itself."""
+        """Run kernel `name` with packed `fields`; return its problem, or None. O(1) overhead.
+
+        Appends the address of the problem's numbers to the fields. Raises: `MemoryError`.
+        """
         numbers = _Numbers()
         code = self._functions[name](layout.pack(*fields, ctypes.addressof(numbers)))
         if code == 0:
@@ -75,17 +77,17 @@ class Library:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's first element is; 0 for None."""
+    """Return the address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def int32_rows(block_tables: Tensor) -> Tensor:
-    """Block tables as the native side reads them. What int32 cannot hold stays out of bounds."""
+    """Return block tables as int32 with contiguous rows. Clamped values stay out of bounds."""
     if block_tables.dtype != torch.int32:
         block_tables = block_tables.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
     return block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
 
 
 def integers(tensor: Tensor | None) -> tuple[int, int]:
-    """The two fields of `Integers`: the address, and whether elements are int64."""
+    """Return the two fields of `Integers`: the address, and True for int64 elements."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.int64)

@@ -1,4 +1,4 @@
-// Additive and boolean masks, as the biases of a tile.
+// Reads additive and boolean masks as the biases of a tile.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace attention {
 
-// Libraries write "may not look" as -inf or as the lowest number of the mask's type.
+// Libraries mask with -inf or with the lowest number of the type.
 INLINE float bias_of(uint8_t value) { return value ? 0.0f : -INFINITY; }
 INLINE float bias_of(float value) { return value > LOWEST ? value : -INFINITY; }
 INLINE float bias_of(bf16 value) {
@@ -16,7 +16,7 @@ INLINE float bias_of(fp16 value) {
     return to_float(value) > -65504.0f ? to_float(value) : -INFINITY;
 }
 
-// The mask of a tile: bias[head or 0][query][token], -inf where a query may not look.
+// The mask of a tile as bias[head or 0][query][token], -inf for hidden tokens.
 template <class M>
 void read_mask(const AttentionArguments& a, const Task& task, int64_t seq_len, int64_t start,
                int count, float* bias) {

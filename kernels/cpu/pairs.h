@@ -1,7 +1,7 @@
-// Weighted sums of values, two tokens at a time, by instructions that add two products at once:
-// bf16 values with weights rounded to bf16 (as FlashAttention rounds them), and int8 ones with
-// weights rounded to 15 bits of the largest, 1/128 of what bf16 rounds off. Sums of bf16 are fp32,
-// those of integers exact. Widening int8 to int16 takes half the instructions of widening to fp32.
+// Weighted sums of values, two tokens at a time, with instructions that add two products at once.
+// Weights of bf16 values are rounded to bf16, as in FlashAttention, and sums are fp32. Weights of int8
+// values are rounded to 15 bits of the largest weight, 1/128 of the error of bf16, and sums are exact.
+// Widening int8 to int16 takes half the instructions of widening to fp32.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace attention {
 
 #if HAS_INT16_DOT
-// Two rows of STEP elements, element beside element, and where they stand afterwards.
+// Interleaves two rows of STEP elements.
 INLINE IntPair interleaved(const int8_t* a, const int8_t* b) { return interleave(a, b); }
 #if HAS_BF16_DOT
 INLINE IntPair interleaved(const bf16* a, const bf16* b) {
@@ -27,7 +27,7 @@ INLINE void accumulate_pairs_steps(const int16_t* weights, const float* unit, co
     constexpr auto arithmetic = sizeof(T) == 1 ? IN_INT16 : BF16_DOTS;
     using Sum = std::conditional_t<arithmetic == IN_INT16, Ints, Floats>;
     struct { Sum first, second; } sum[Q][STEPS] = {};
-    for (int t = 0; t < count; t += 2) {  // a row past the last one is zeros
+    for (int t = 0; t < count; t += 2) {  // a row past the last row is zero
         const T *a = rows[t] + offset, *b = rows[t + 1] + offset;
         if (ahead) {
             prefetch(ahead[t] + offset, dim);
@@ -64,7 +64,7 @@ INLINE void accumulate_pairs_steps(const int16_t* weights, const float* unit, co
         }
 }
 
-// sums[q] = sums[q] * rescale[q] + unit[q] * weights of q times values.
+// sums[q] = sums[q] * rescale[q] + unit[q] * (weights of q) * values.
 template <class T, int Q>
 INLINE void accumulate_pairs(const int16_t* weights, const float* unit, const float* rescale,
                              const T* const* rows, int64_t offset, int64_t dim, int count,

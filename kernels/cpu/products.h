@@ -8,12 +8,12 @@
 
 namespace attention {
 
-// How a kv head's dot products and sums are computed: in fp32; in bf16, where CPU, query and cache
-// have it; in int16, for int8 caches and 16-bit queries.
+// Arithmetic of a kv head's dot products and sums: fp32; bf16 if CPU, query and cache have it;
+// int16 for int8 caches and 16-bit queries.
 enum Arithmetic { IN_FLOATS, BF16_DOTS, IN_INT16 };
 
-// Into the second cache: the first one is full of the tile at hand, and asking for it there made
-// the whole kernel half as fast.
+// Prefetch into the L2 cache: L1 is full of the current tile, and prefetching into L1 halved the
+// speed of the kernel.
 template <class T> INLINE void prefetch(const T* from, int64_t elements) {
     for (int64_t byte = 0; byte < elements * int64_t(sizeof(T)); byte += 64)
         __builtin_prefetch((const char*)from + byte, 0, 2);
@@ -21,19 +21,19 @@ template <class T> INLINE void prefetch(const T* from, int64_t elements) {
 
 // -------------------------------------------------------------------- dot products
 //
-// Rows are read as 32-bit words: a float, or two bf16 or int16. A vector of queries holds as many
-// consecutive words of several queries as fit; the same words of a key, repeated to fill a vector,
-// meet all of them at once. So only a few lanes are left to be added up, not all of them.
+// Rows are read as 32-bit words: a float, or two bf16 or int16. A vector holds consecutive words of
+// several queries, as many as fit. The same words of a key, repeated to fill a vector, multiply all
+// queries at once. So only a few lanes remain to be added up.
 
-// Words of a row per vector. Half a vector is read as quickly as a whole one, less is not.
+// Words of a row per vector. Half a vector loads as fast as a whole vector, a smaller part does not.
 template <int Q> constexpr int words_at_once() {
     return LANES == 16 && Q == 4 ? 8 : LANES / Q;
 }
 
-// Vectors that hold `words_at_once` of all Q queries.
+// Vectors that hold `words_at_once` words of all Q queries.
 template <int Q> constexpr int query_vectors() { return words_at_once<Q>() * Q / LANES; }
 
-// Where `dots` expects a word of query q.
+// The position of a word of query q in the layout of `dots`.
 template <int Q> INLINE int64_t place_of_word(int64_t q, int64_t word) {
     constexpr int WORDS = words_at_once<Q>(), VECTORS = query_vectors<Q>();
     return (word / WORDS * VECTORS + q % VECTORS) * LANES + q / VECTORS * WORDS + word % WORDS;
@@ -54,14 +54,14 @@ template <Arithmetic arithmetic> INLINE Ints multiply_add(Ints sum, Words query,
 }
 #endif
 
-// Vectors of scores that are computed together: eight sums hide what one multiplication takes.
+// Vectors of scores computed together: eight sums hide the latency of a multiplication.
 template <int Q> constexpr int scores_at_once() {
     constexpr int SUMS = LANES / Q * query_vectors<Q>();
     return SUMS < 8 ? 8 / SUMS : 1;
 }
 
-// scores[v], lane q * R + t, R = LANES / Q: the product of query q and row v * R + t. `words`: a
-// row's; T: what it is stored in, where those are not the words already.
+// scores[v], lane q * R + t, with R = LANES / Q: the product of query q and row v * R + t. `words`:
+// words per row. T: the stored type, unless rows are stored as words.
 template <class T, int Q, Arithmetic arithmetic>
 INLINE void dots(const float* queries, const char* const* rows, int64_t words, Floats* scores) {
     constexpr int R = LANES / Q, WORDS = words_at_once<Q>(), VECTORS = query_vectors<Q>();
@@ -90,7 +90,7 @@ INLINE void dots(const float* queries, const char* const* rows, int64_t words, F
         scores[v] = __builtin_convertvector(run_sums<R>(folded + v * R), Floats);
 }
 
-// A row as `dots` wants it, where it is not stored so: widened, filled up with zeros.
+// Converts a row to the layout of `dots`: widened and padded with zeros.
 template <class T, Arithmetic arithmetic> INLINE void stage(const T* row, int64_t dim, char* to) {
     constexpr int SIZE = arithmetic == IN_FLOATS ? 4 : 2;
     for (int64_t d = 0; d < dim; d += STEP, to += STEP * SIZE) {
@@ -114,7 +114,7 @@ template <class T, Arithmetic arithmetic> INLINE void stage(const T* row, int64_
 
 // -------------------------------------------------------------------- weighted sums
 
-// sums[q] = sums[q] * rescale[q] + weights of q times values, for `STEPS` steps of the value's dim.
+// sums[q] = sums[q] * rescale[q] + (weights of q) * values, for `STEPS` steps of the value's dim.
 template <class T, int Q, int STEPS, bool whole>
 INLINE void accumulate_steps(const float* weights, const float* rescale, const T* const* rows,
                              int64_t offset, int count, float* sums, int64_t stride, int64_t dim,
@@ -154,7 +154,7 @@ template <class T, int Q>
 INLINE void accumulate(const float* weights, const float* rescale, const T* const* rows,
                        int64_t offset, int count, float* sums, int64_t stride, int64_t dim,
                        const T* const* ahead) {
-    // As many sums at once as registers hold.
+    // As many sums at once as fit the registers.
     constexpr int MOST = LANES == 16 ? (Q == 4 ? 2 : 4) : (Q == 4 ? 1 : 2);
     int64_t d = 0;
     for (; d + MOST * STEP <= dim; d += MOST * STEP)

@@ -1,7 +1,7 @@
-"""Which CPU kernels run, decided once per process: the native ones where they can be had.
+"""Choose the CPU kernels once per process: native kernels if they can be built or found.
 
-`KVPAGER_CPU_KERNELS` chooses: `auto` (the default: the best variant for this CPU), the name of a
-variant, or `off` for the torch twins, in capitals or not.
+`KVPAGER_CPU_KERNELS` is `auto` (the default: the best variant for this CPU), the name of a variant,
+or `off` for the reference kernels. Case does not matter.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ OPERATIONS = ("append_kv", "copy_blocks", "gather_kv", "paged_attention")
 
 
 def register() -> None:
-    """Register the native kernels for `cpu`, or the twins with the reason why not."""
+    """Register the native kernels for `cpu`, or the reference kernels with the reason."""
     try:
         library, reason = _load()
     except (BuildError, ValueError, OSError) as error:
         logger.warning("kvpager: no native CPU kernels, torch runs instead: %s", error)
-        _register_twins(str(error))
+        _register_reference(str(error))
         return
     if library is None:
-        _register_twins(reason)
+        _register_reference(reason)
         return
     backends.register("append_kv", "cpu", AppendKV(library), reason)
     backends.register("copy_blocks", "cpu", CopyBlocks(library), reason)
@@ -42,9 +42,9 @@ def register() -> None:
 
 
 def choose() -> Variant | None:
-    """The variant that is to run, built or not; None for the twins. O(1).
+    """Return the variant to run, built or not; None for the reference kernels. O(1).
 
-    `ValueError` where `KVPAGER_CPU_KERNELS` names none, or one that this CPU cannot run.
+    Raises: `ValueError` if `KVPAGER_CPU_KERNELS` is unknown or this CPU cannot run the variant.
     """
     value = os.environ.get(VARIABLE) or "auto"
     choice = value.lower()
@@ -68,6 +68,6 @@ def _load() -> tuple[Library | None, str]:
     return library, f"{variant.name}, {built.origin}{threads}"
 
 
-def _register_twins(reason: str) -> None:
+def _register_reference(reason: str) -> None:
     for operation in OPERATIONS:
         backends.register(operation, "cpu", getattr(reference, operation), reason)

@@ -1,7 +1,7 @@
-// Vectors of LANES floats, and how stored elements become such vectors.
+// Vectors of LANES floats, and conversions of stored elements to them.
 //
-// Written with the vector extensions of GCC and Clang, so one text serves AVX-512 (16 lanes),
-// AVX2 (8) and everything else (4: SSE2, NEON). Intrinsics stand only where a conversion needs one.
+// Uses the vector extensions of GCC and Clang, so one source serves AVX-512 (16 lanes), AVX2 (8) and
+// everything else (4: SSE2, NEON). Only conversions use intrinsics.
 
 #pragma once
 
@@ -41,7 +41,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
 
-// Storage types that C++ has no name for.
+// Storage types that C++ lacks.
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
@@ -57,7 +57,7 @@ template <class Vector> INLINE void store(void* to, Vector vector) {
     memcpy(to, &vector, sizeof vector);
 }
 
-// R words from memory, again and again until the vector is full.
+// R words from memory, repeated until the vector is full.
 template <int R> INLINE Words repeat(const void* from) {
     if constexpr (R == LANES) return load<Words>(from);
 #if LANES == 16
@@ -115,7 +115,7 @@ INLINE float to_float(fp16 x) {
     uint32_t magnitude = (x.bits & 0x7fffu) << 13;
     float result;
     memcpy(&result, &magnitude, 4);
-    result *= 0x1p112f;  // halves have a smaller exponent bias; exact for subnormal ones, too
+    result *= 0x1p112f;  // fp16 has a smaller exponent bias; exact for subnormal numbers too
     memcpy(&magnitude, &result, 4);
     if ((x.bits & 0x7c00u) == 0x7c00u) magnitude |= 0x7f800000u;  // infinities and NaNs
     magnitude |= uint32_t(x.bits & 0x8000u) << 16;
@@ -152,8 +152,8 @@ INLINE void from_float(float x, fp16* to) {
 
 // -------------------------------------------------------------------- elements
 
-// 2 * LANES consecutive elements as floats. Where `interleaved`, `first` holds the elements of even
-// number and `second` the odd ones: for 16-bit types that costs one instruction instead of two.
+// 2 * LANES consecutive elements as floats. If `interleaved`, `first` holds the even elements and
+// `second` the odd ones: for 16-bit types this takes one instruction instead of two.
 struct Pair { Floats first, second; };
 
 constexpr int STEP = 2 * LANES;
@@ -220,7 +220,7 @@ template <> struct Element<int8_t> {
     static constexpr bool interleaved = false;
     INLINE Pair load_step(const int8_t* p) { return {one(p), one(p + LANES)}; }
     INLINE Floats one(const int8_t* p) {
-        // Each byte to the top of its lane; shifting it down again brings its sign along.
+        // Move each byte to the top of its lane; an arithmetic shift back extends the sign.
         uint32_t bytes;
         memcpy(&bytes, p, 4);
         Words words = {bytes << 24, bytes << 16, bytes << 8, bytes};
@@ -229,7 +229,7 @@ template <> struct Element<int8_t> {
 };
 #endif
 
-// The first `count` of 2 * LANES elements; the rest is zero and not read.
+// The first `count` of 2 * LANES elements; the others are zero and not read.
 template <class T> INLINE Pair load_part(const T* p, int64_t count) {
     T padded[STEP];
     memset(padded, 0, sizeof padded);
@@ -237,7 +237,7 @@ template <class T> INLINE Pair load_part(const T* p, int64_t count) {
     return Element<T>::load_step(padded);
 }
 
-// Where element `index` of a row stands after `load_step` has split its steps.
+// The position of element `index` of a row after `load_step` has split its steps.
 template <class T> INLINE int64_t place_of(int64_t index) {
     if (!Element<T>::interleaved) return index;
     int64_t within = index % STEP;
@@ -246,7 +246,7 @@ template <class T> INLINE int64_t place_of(int64_t index) {
 
 // -------------------------------------------------------------------- arithmetic
 
-// 2^whole * x, where `whole` is a whole number; 0 where that is too small for a normal number.
+// 2^whole * x for a whole number `whole`; 0 if the result is below the normal numbers.
 INLINE Floats times_power_of_two(Floats x, Floats whole) {
 #if LANES == 16
     return (Floats)_mm512_scalef_ps((__m512)x, (__m512)whole);
@@ -265,10 +265,10 @@ INLINE Floats nearest_whole(Floats x) {
 #endif
 }
 
-// exp(x) for x <= 0 to about 2 ulp; what is less than 1e-37 may become 0; NaN stays NaN.
-// Reduced by powers of two as in Cody & Waite; the polynomial is Cephes' (S. Moshier).
+// exp(x) for x <= 0 to about 2 ulp. Results below 1e-37 may become 0. NaN stays NaN. Range reduction
+// by powers of two as in Cody & Waite, polynomial from Cephes (S. Moshier).
 INLINE Floats exp_nonpositive(Floats x) {
-    Floats lowest = broadcast(-104.0f);  // the exponential of less is 0 even as a subnormal number
+    Floats lowest = broadcast(-104.0f);  // below, exp is 0 even as a subnormal number
     x = x < lowest ? lowest : x;
     Floats n = nearest_whole(x * 1.44269504f);
     Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -281,7 +281,7 @@ INLINE Floats exp_nonpositive(Floats x) {
     return times_power_of_two(y * r * r + r + 1.0f, n);
 }
 
-// To about 4 ulp. Near 0 by its series: 1 - exp(-2 x) would keep few digits there.
+// tanh to about 4 ulp. Uses the series near 0, where 1 - exp(-2 x) has few digits.
 INLINE Floats tanh_of(Floats x) {
     Floats size = x < Floats{} ? -x : x, square = x * x;
     Floats e = exp_nonpositive(size * -2.0f);
@@ -292,9 +292,9 @@ INLINE Floats tanh_of(Floats x) {
     return size < 0.25f ? x + x * square * y : x < Floats{} ? -t : t;
 }
 
-// One level of a tree of sums: lane i gets what stands there in `a` (`b` where bit `distance` of i is
-// set) plus what stands `distance` lanes on (back). One instruction moves lanes across, the other
-// merges, which costs less.
+// One level of a tree of sums. Lane i is lane i of `a` plus lane i + `distance` of `a`, or, if bit
+// `distance` of i is set, lane i of `b` plus lane i - `distance` of `b`. One instruction permutes
+// lanes, and a cheaper one merges.
 template <int distance, class Vector> INLINE Vector fold(Vector a, Vector b) {
     Ints stays, comes;
     for (int lane = 0; lane < LANES; lane++) {
@@ -305,9 +305,9 @@ template <int distance, class Vector> INLINE Vector fold(Vector a, Vector b) {
     return PERMUTE(a, b, stays) + PERMUTE(a, b, comes);
 }
 
-// A transposing tree: lane i of each run of R lanes is the sum of that run in vectors[i].
+// A transposing tree: lane i of each run of R lanes is the sum of the same run in vectors[i].
 template <int R, class Vector> INLINE Vector run_sums(const Vector* vectors) {
-    Vector v[R];  // a copy: folding in place would keep the caller's sums in memory
+    Vector v[R];  // a copy, so that the caller's sums stay in registers
     for (int i = 0; i < R; i++) v[i] = vectors[i];
     if constexpr (R > 1) for (int i = 0; i < R / 2; i++) v[i] = fold<1>(v[2 * i], v[2 * i + 1]);
     if constexpr (R > 2) for (int i = 0; i < R / 4; i++) v[i] = fold<2>(v[2 * i], v[2 * i + 1]);
@@ -316,7 +316,7 @@ template <int R, class Vector> INLINE Vector run_sums(const Vector* vectors) {
     return v[0];
 }
 
-// In each run of `width` lanes: the maximum (or sum) of the run, in all of its lanes.
+// The maximum (or sum) of each run of `width` lanes, in all lanes of the run.
 template <int width, int distance = 1, class Combine>
 INLINE Floats over_runs(Floats x, Combine combine) {
     if constexpr (distance < width) {
@@ -328,7 +328,7 @@ INLINE Floats over_runs(Floats x, Combine combine) {
 }
 
 #if HAS_INT16_DOT
-// sums + a * b for vectors of 2 * LANES int16: each lane of `sums` gets two products.
+// sums + a * b for vectors of 2 * LANES int16: each lane of `sums` adds two products.
 INLINE Ints add_int16_products(Ints sums, Ints a, Ints b) {
 #if LANES == 16 && defined(__AVX512VNNI__)
     return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
@@ -339,7 +339,7 @@ INLINE Ints add_int16_products(Ints sums, Ints a, Ints b) {
 #endif
 }
 
-// 2 * LANES int8 as as many int16.
+// Widens 2 * LANES int8 to int16.
 INLINE Ints widen_int8(const int8_t* p) {
 #if LANES == 16
     return (Ints)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
@@ -348,7 +348,7 @@ INLINE Ints widen_int8(const int8_t* p) {
 #endif
 }
 
-// As `repeat`, of R words of two int16 each that are stored as int8.
+// As `repeat`, for R words of two int16 that are stored as int8.
 template <int R> INLINE Words repeat_widened(const int8_t* from) {
 #if LANES == 16
     __m256i bytes;
@@ -366,8 +366,8 @@ template <int R> INLINE Words repeat_widened(const int8_t* from) {
 #endif
 }
 
-// Two rows of 2 * LANES elements, element beside element: `first` gets the first half of the
-// elements in each 128 bits (of each row as it is stored), `second` the other half.
+// Interleaves two rows of 2 * LANES elements: `first` gets the first half of the elements in each 128
+// stored bits of a row, `second` the other half.
 struct IntPair { Ints first, second; };
 
 INLINE IntPair interleave(const int8_t* a, const int8_t* b) {
@@ -382,7 +382,7 @@ INLINE IntPair interleave(const int8_t* a, const int8_t* b) {
 #endif
 }
 
-// Lanes (all 0 or more) rounded to int16, one after the other.
+// Rounds non-negative lanes to consecutive int16.
 INLINE void store_int16(int16_t* to, Floats x) {
     Ints rounded = __builtin_convertvector(x + 0.5f, Ints);
 #if LANES == 16

@@ -1,4 +1,4 @@
-// Scratch memory of a thread, and the addresses of a tile's tokens.
+// Scratch memory of a thread, and addresses of a tile's tokens.
 
 #pragma once
 
@@ -11,10 +11,10 @@ namespace attention {
 
 inline int64_t padded(int64_t dim) { return (dim + STEP - 1) / STEP * STEP; }
 
-// Rows that `dots` takes at once, at most.
+// Most rows that `dots` takes at once.
 constexpr int ROWS_STAGED = LANES < 8 ? 8 : LANES;
 
-// What one thread needs; grown as needed and kept for its next call.
+// Scratch memory of one thread, grown as needed and kept for its next call.
 struct Scratch {
     std::vector<float> memory;
     float *queries, *sums, *highest, *totals, *bias, *units;
@@ -39,15 +39,15 @@ struct Scratch {
     }
 };
 
-// Addresses of a tile's tokens. A token nobody may see, and those that fill the tile up, stand for
-// zeros: 0 * NaN is NaN, so stale bytes must not even meet a weight of zero.
+// Addresses of a tile's tokens. Hidden tokens and padding point to zeros: 0 * NaN is NaN, so stale
+// bytes must not be multiplied even by a weight of zero.
 template <class T> struct Tile {
     static constexpr int TILE = tile_of<T>();
     const T *keys[TILE], *values[TILE];
     const float *key_scales[TILE], *value_scales[TILE];
     int64_t start = 0;
     int count = 0;      // tokens
-    bool holes = false;  // some of them have no block
+    bool holes = false;  // a token has no block
 
     void look_up(const AttentionArguments& a, const Task& task, int64_t from, const T* zeros,
                  const float* zero_scales) {

@@ -1,7 +1,7 @@
 """Open folders and files that only this user and root can change.
 
-A path is checked while it is walked, from / on, and what was checked stays open. So another user
-can exchange nothing between the check and the use, not even through a link or a folder above.
+A path is checked part by part from /, and each checked part stays open. So another user cannot
+replace anything between the check and the use, not even through a link or a parent folder.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from kvpager.errors import KVPagerError
 
-_LINKS_MAX = 40  # as Linux has it
-# O_PATH: folders on the way may allow passing through but not listing.
+_LINKS_MAX = 40  # as in Linux
+# O_PATH: parent folders may allow traversal but not listing.
 _ON_THE_WAY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO must not wait for its other end.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -30,9 +30,9 @@ class Untrusted(KVPagerError):
 def opened_folder(path: Path) -> Iterator[int]:
     """Open a folder that only this user and root can change or exchange. O(parts).
 
-    Every folder above it belongs to this user or to root, and other users cannot write to it
-    unless it is sticky. Links count where this user or root made them.
-    Raises: `Untrusted`; `OSError` where it cannot be opened.
+    Every parent folder belongs to this user or to root, and is either sticky or not writable by
+    other users. Links must be made by this user or root.
+    Raises: `Untrusted`; `OSError` if it cannot be opened.
     """
     with contextlib.ExitStack() as stack:
         here = _walk(path.absolute())
@@ -80,7 +80,7 @@ def _require(fault: str, part: Path, path: Path) -> None:
 
 
 def _exchanger(status: os.stat_result) -> str:
-    """As `writer`, of users that could exchange what is in a folder."""
+    """Say, as `writer`, which other user could replace the content of a folder."""
     if status.st_mode & stat.S_ISVTX and status.st_uid in (os.getuid(), 0):
         return ""  # others can write there, but not move or remove what is not theirs
     return writer(status)
@@ -90,7 +90,7 @@ def _exchanger(status: os.stat_result) -> str:
 def opened_file(folder: int, name: str) -> Iterator[int]:
     """Open a file of an open folder. O(1).
 
-    Raises: `Untrusted`; `OSError` where it is not there or no plain file (a link, say, or a FIFO).
+    Raises: `Untrusted`; `OSError` if it is missing or not a plain file (a link or a FIFO).
     """
     file = os.open(name, _FILE, dir_fd=folder)
     try:
@@ -106,7 +106,7 @@ def opened_file(folder: int, name: str) -> Iterator[int]:
 
 
 def read(file: int, most: int) -> bytes:
-    """Return the content of an open file. O(bytes). Raises: `OSError` for more than `most`."""
+    """Return the content of an open file. O(bytes). Raises: `OSError` if over `most` bytes."""
     if os.fstat(file).st_size > most:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     with open(os.dup(file), "rb") as stream:
@@ -115,7 +115,7 @@ def read(file: int, most: int) -> bytes:
 
 
 def writer(status: os.stat_result) -> str:
-    """Say which other user could write, as the end of a sentence; nothing if none. O(1)."""
+    """Say which other user could write, as the end of a sentence; empty if none. O(1)."""
     if status.st_uid not in (os.getuid(), 0):
         return f"belongs to another user (uid {status.st_uid})"
     if stat.S_ISLNK(status.st_mode):

@@ -1,4 +1,4 @@
-// One task: a tile after the other, the online softmax between the two inner loops.
+// Runs one task tile by tile, with the online softmax between the two inner loops.
 
 #pragma once
 
@@ -8,10 +8,10 @@
 
 namespace attention {
 
-// What one group of query vectors of one kv head needs to know about a tile.
+// A group of query vectors of one kv head.
 struct Group {
     int64_t kv_head;
-    int64_t vector;  // the first of the group, among the task's query vectors of this kv head
+    int64_t vector;  // number of the first vector among the task's query vectors of this kv head
 };
 
 template <class T, Arithmetic arithmetic> struct Worker {
@@ -25,7 +25,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
     int64_t heads_per_kv = 0;
     int64_t query_stride = 0, sum_stride = 0;
     int64_t seq_len = 0;
-    float key_scales[TILE], value_scales[TILE];  // of the tile and the kv head at hand
+    float key_scales[TILE], value_scales[TILE];  // of the current tile and kv head
     Tile<T> tiles[2] = {};
     Tile<T> *tile = nullptr, *next = nullptr;
     enum { NOTHING, RANGES, BIAS } hiding = NOTHING;
@@ -55,7 +55,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
             each_group(head, [&](auto size, Group group) { finish_group<size()>(group); });
     }
 
-    // The query vectors of a kv head, four at a time, then two, then one.
+    // Query vectors of a kv head: four at a time, then two, then one.
     template <class Visit> void each_group(int64_t head, Visit visit) {
         int64_t vector = 0;
         for (; vector + 4 <= vectors; vector += 4)
@@ -74,7 +74,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
         return scratch.sums + (kv_head * vectors + vector) * sum_stride;
     }
 
-    // Whether `dots` can read keys where they are. Otherwise they are staged.
+    // True if `dots` can read keys in place; otherwise they are staged.
     template <int Q> bool is_direct() const {
         constexpr bool readable = arithmetic != IN_FLOATS || std::is_same_v<T, float>;
         int64_t elements = words_at_once<Q>() * (arithmetic == IN_FLOATS ? 1 : 2);
@@ -94,8 +94,8 @@ template <class T, Arithmetic arithmetic> struct Worker {
             each_group(head, [&](auto size, Group group) { begin_group<size()>(group); });
     }
 
-    // The queries of a group word by word, as `dots` reads them; highest scores and sums of weights
-    // as vectors, lanes as in scores.
+    // Queries of a group in the layout of `dots`; highest scores and sums of weights as vectors with
+    // the lanes of scores.
     template <int Q> void begin_group(Group group) {
         constexpr int R = LANES / Q;
         float* queries = query_of(group.kv_head, group.vector);
@@ -116,13 +116,13 @@ template <class T, Arithmetic arithmetic> struct Worker {
                 total[lane] = 0;
                 if (!a.sinks || !task.with_sink) continue;
                 highest[lane] = std::max(a.sinks[head], LOWEST);
-                total[lane] = lane % R == 0;  // lanes of a query are added up at the end
+                total[lane] = lane % R == 0;  // the lanes of a query are added up at the end
             }
         }
     }
 
-    // One query as a row of words; returns what its scores have to be multiplied with. Floats are
-    // scaled here already, as in the twin: large ones would overflow before.
+    // Writes one query as a row of words; returns the factor of its scores. Floats are scaled here, as
+    // in the reference kernel, because large products would overflow.
     float begin_query(float* row, int64_t offset) {
         memset(row, 0, query_stride * sizeof(float));
         if (arithmetic == IN_INT16) return begin_int16((int16_t*)row, offset) * a.softmax_scale;
@@ -141,7 +141,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
         float unit = most / INT16_MOST;
         for (int64_t d = 0; d < a.head_dim; d++) {
             float x = a.element(a.query, offset + d);
-            // What is not finite has no integers, and has to come out as NaN.
+            // An infinity or NaN has no integer and must result in NaN.
             if (!(std::fabs(x) <= -LOWEST)) unit = NAN;
             to[d] = unit >= 0x1p-126f ? int16_t(std::nearbyint(x / unit)) : 0;
         }
@@ -177,7 +177,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
         }
     }
 
-    // Where element `d` stands in the sums: two tokens at a time were interleaved in 128 bits.
+    // The position of element `d` in the sums: pairs of tokens are interleaved in 128 bits.
     static int64_t sum_place(int64_t d) {
         if (arithmetic == IN_FLOATS) return place_of<T>(d);
         constexpr int64_t HALF = 8 / sizeof(T);
@@ -187,7 +187,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
 
     // ---------------------------------------------------------------- a tile
 
-    // What hides tokens of this tile from queries, if anything does.
+    // Chooses how to hide tokens of this tile from queries.
     void hide() {
         int64_t end = tile->start + tile->count;
         Range oldest = range_of(0), newest = range_of(task.num_queries - 1);
@@ -224,7 +224,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
 
     template <int Q> __attribute__((noinline)) void attend(Group group) {
         constexpr int R = LANES / Q, VECTORS = TILE / R;
-        // The first group of a kv head asks memory for the next tile's part of that head.
+        // The first group of a kv head prefetches that head of the next tile.
         bool first = group.vector == 0 && next->count;
         Floats scores[VECTORS];
         score<Q>(group, scores, first);
@@ -303,7 +303,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
     }
 
 #if HAS_INT16_DOT
-    // Weights as pairs are multiplied with; returns what 1 stands for, for each query.
+    // Rounds weights for products of pairs; returns the value of one unit for each query.
     template <int R, int VECTORS>
     INLINE_MEMBER Floats round_weights(const Floats* weights, int16_t* rounded) {
 #if HAS_BF16_DOT
@@ -316,18 +316,18 @@ template <class T, Arithmetic arithmetic> struct Worker {
         Floats most = broadcast(0), fault = broadcast(0);
         for (int v = 0; v < VECTORS; v++) {
             most = larger(most, weights[v]);
-            fault += weights[v] * 0.0f;  // NaN as soon as one is not finite: `larger` forgets it
+            fault += weights[v] * 0.0f;  // NaN if a weight is not finite, which `larger` drops
         }
         most = over_runs<R>(most, larger);
         fault = over_runs<R>(fault, [](Floats x, Floats y) { return x + y; });
-        Floats inverse = INT16_MOST / most;  // infinite where all weights are tiny or none
+        Floats inverse = INT16_MOST / most;  // infinite if all weights are tiny or zero
         inverse = inverse > -LOWEST ? broadcast(-LOWEST) : inverse;
         for (int v = 0; v < VECTORS; v++) store_int16(rounded + v * LANES, weights[v] * inverse);
         return 1.0f / inverse + fault;
     }
 #endif
 
-    // Bring the tile's scales of one kv head together.
+    // Gathers the tile's scales of one kv head.
     void read_scales(int64_t kv_head) {
         for (int i = 0; i < TILE; i++) {
             key_scales[i] = tile->key_scales[i][kv_head * a.scale_head];
@@ -335,7 +335,7 @@ template <class T, Arithmetic arithmetic> struct Worker {
         }
     }
 
-    // Scores of tokens `from` on with the mask's bias added, and -inf where a query may not look.
+    // Scores of tokens starting at `from`, with the mask's bias, and -inf for hidden tokens.
     template <int Q> Floats hidden(Floats scores, Group group, int from) {
         constexpr int R = LANES / Q;
         Floats lowest = broadcast(-INFINITY);

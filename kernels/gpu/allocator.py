@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The device-side allocator in Triton. `kvpager.kernels.step_alloc` describes the algorithm.
 
-`tests/support/allocator_model.py` runs these kernels' accesses to memory in every order that a GPU
-might; it has the same statements in the same order, each under the number of its [step] here.
+`tests/support/allocator_model.py` models these kernels and runs their memory accesses in every
+order that a GPU might. Its statements have the same order and the [step] numbers of this file.
 """
 
-# Legend. Names of tensors are pointers inside kernels. A lane is one row of the call; LANES of them
-# make a program. COLUMNS table entries of one row are handled at a time. -1 is no row, no slot, no
-# block; a slot of PENDING is decided when all programs have been through `step_rows`.
+# Legend. Names of tensors are pointers inside kernels. A lane is one row of the call; a program has
+# LANES lanes. A program handles COLUMNS table entries of a row at a time. -1 is no row, slot or
+# block. A slot of PENDING is decided after all programs have finished `step_rows`.
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from kvpager.kernels.device_allocator import DeviceAllocator
 from kvpager.kernels.gpu import config
 
-# At least so many lanes make a program, and up to so many a lone one, which settles what is pending
-# by itself. More rows take two launches of programs with LANES lanes.
+# A single program with LANES_MIN to LANES_ALONE_MAX lanes settles pending slots itself. More rows
+# take two launches of programs with LANES lanes.
 LANES_MIN = 128
 LANES_ALONE_MAX = 512
 LANES = 256
@@ -45,8 +45,8 @@ def _settle(
     stays,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Rows that may keep their last block do so if nobody else holds it, else are refused."""
-    # [S1] Volatile: the counter as it is now, not as this multiprocessor last saw it.
+    """Let rows keep their last block if no other row holds it; refuse the others."""
+    # [S1] Volatile: read the current counter, not a cached value.
     holders = tl.load(ref_counts + tail, mask=stays, other=0, volatile=True)
     alone = stays & (holders == 1)
     slot = tl.where(alone, tail * BLOCK_SIZE + length % BLOCK_SIZE, -1)
@@ -75,7 +75,7 @@ def step_rows(
     LANES: tl.constexpr,
     ALONE: tl.constexpr,
 ):
-    """One more slot for every row, or PENDING where the row may keep its last block."""
+    """Allocate one more slot per row, or PENDING if the row may keep its last block."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     exists = lane < num_lanes
     # [1]
@@ -97,7 +97,7 @@ def step_rows(
     # [5] Leave the shared block ...
     before = tl.atomic_add(ref_counts + tail, -1, mask=shared, sem="relaxed")
     copying = shared & (before > 1)
-    # [6] ... but the last to leave comes back. Others may be coming back too, so this is an add.
+    # [6] ... but the last row to leave returns. Other rows may return too, so this is an add.
     tl.atomic_add(ref_counts + tail, 1, mask=shared & (before == 1), sem="relaxed")
 
     # [7] Pop for all lanes at once: the lane of rank r gets the r-th block from the top.
@@ -106,15 +106,15 @@ def step_rows(
     wanted = tl.sum(needs, 0)
     found = tl.atomic_add(num_free, -wanted, sem="relaxed")
     served = (needs != 0) & (rank < found)
-    # [8] What was taken from below the bottom goes back.
+    # [8] Return what was popped from an empty stack.
     tl.atomic_add(num_free, wanted - tl.sum(served.to(tl.int32), 0), sem="relaxed")
     # [9]
     block = tl.load(free + (found - 1 - rank), mask=served, other=0)
-    # [10] Nobody else knows the block yet.
+    # [10] No other row has the block yet.
     tl.store(ref_counts + block, 1, mask=served)
     # [11]
     tl.store(entry, block, mask=served)
-    # [12] Refused, a row is a holder of its last block as before.
+    # [12] A refused row holds its last block as before.
     tl.atomic_add(ref_counts + tail, 1, mask=copying & (served == 0), sem="relaxed")
 
     stays = partial & (copying == 0)
@@ -131,7 +131,7 @@ def step_rows(
     refused = live & (served == 0) & (stays == 0)
     tl.atomic_add(failures, tl.sum(refused.to(tl.int32), 0), sem="relaxed")
     if ALONE:
-        # All rows are in this program, so all are through when its threads are.
+        # All rows are in this program, so its barrier covers them all.
         tl.debug_barrier()
         _settle(slots, seq_lens, ref_counts, failures, lane, row, length, tail, stays, BLOCK_SIZE)
 
@@ -149,7 +149,7 @@ def settle_rows(
     BLOCK_SIZE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """What a lone program does at the end of `step_rows`, for many: a launch of its own."""
+    """Settle pending slots in a second launch, after all programs of `step_rows`."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     stays = tl.load(slots + lane, mask=lane < num_lanes, other=-1) == PENDING
     row = tl.load(rows + lane, mask=stays, other=0).to(tl.int64)
@@ -170,7 +170,7 @@ def share_rows(
     BLOCK_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One pair per program: the target's table becomes the source's, and holds what it holds."""
+    """Copy the source's table to the target and count its references. One pair per program."""
     pair = tl.program_id(0)
     # [F1]
     source = tl.load(sources + pair).to(tl.int64)
@@ -210,7 +210,7 @@ def drop_rows(
     BLOCK_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One row per program: whoever takes the last hold of a block away pushes it."""
+    """Drop the references of a row and push blocks without references. One row per program."""
     # [R1]
     row = tl.load(rows + tl.program_id(0)).to(tl.int64)
     if row >= 0:
@@ -237,7 +237,7 @@ def drop_rows(
 
 
 def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The twin of `reference_alloc.step_alloc`. O(n); no wait for the GPU."""
+    """Compute `reference_alloc.step_alloc` without waiting for the GPU. O(n)."""
     num_lanes = len(rows)
     slots = torch.empty(num_lanes, dtype=torch.int64, device=rows.device)
     copies = torch.empty(num_lanes, 2, dtype=torch.int32, device=rows.device)
@@ -277,7 +277,7 @@ def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor
 
 
 def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> None:
-    """The twin of `reference_alloc.fork_rows`. O(n * blocks); no wait for the GPU."""
+    """Compute `reference_alloc.fork_rows` without waiting for the GPU. O(n * blocks)."""
     if len(sources) == 0:
         return
     with _on_device(sources):
@@ -294,7 +294,7 @@ def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> N
 
 
 def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
-    """The twin of `reference_alloc.release_rows`. O(n * blocks); no wait for the GPU."""
+    """Compute `reference_alloc.release_rows` without waiting for the GPU. O(n * blocks)."""
     if len(rows) == 0:
         return
     with _on_device(rows):
@@ -311,12 +311,12 @@ def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
 
 
 def _warps(lanes: int) -> int:
-    """One thread per lane: several would have to exchange what they know by shared memory."""
+    """Return the warps for one thread per lane; more would have to use shared memory."""
     return max(1, lanes // 32)
 
 
 def _tensors(allocator: DeviceAllocator) -> tuple[Tensor, Tensor, Tensor]:
-    """What every kernel takes, in order."""
+    """Return the tensors that every kernel takes, in order."""
     return allocator.seq_lens, allocator.block_tables, allocator.ref_counts
 
 

@@ -1,8 +1,7 @@
-"""Paged attention on GPUs: how the Triton kernels of `attention_kernels.py` are launched.
+"""Paged attention on GPUs: launches the Triton kernels of `attention_kernels.py`.
 
-`paged_attention` is what `kvpager.kernels.paged_attention` calls: it plans by itself. `attend`
-takes a plan that is there already (`plan_attention`), never waits for the GPU, and is what CUDA
-graphs capture.
+`paged_attention` is the registered kernel, and plans by itself. `attend` takes a plan from
+`plan_attention` and never waits for the GPU, so CUDA graphs can capture it.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ def paged_attention(
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The twin of `reference.paged_attention`. O(kv tokens seen * query heads * dims).
+    """Compute `reference.paged_attention`. O(kv tokens seen * query heads * dims).
 
-    Plans from `args.host_rows`, or else from host copies of the tables and lengths. For those it
-    waits for the GPU, unless they are those of the call before: the first layer of a step waits,
-    the others do not. In a CUDA graph use `attend`. The plain torch reference computes what Triton
-    cannot take: float64, head dims over 512, a cache whose last dim is strided.
+    Plans from `args.host_rows`, or else copies tables and lengths to the host. The copy waits for
+    the GPU in the first layer of a step only. In a CUDA graph use `attend`. The reference kernel
+    runs cases that Triton does not support: float64, head dims over 512, caches with a strided
+    last dimension.
     """
     tensors = (query, key_cache, value_cache)
     if not _takes(*tensors):
@@ -72,12 +71,14 @@ def attend(
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Paged attention by a plan that is there already. O(kv tokens seen * query heads * dims).
+    """Compute paged attention with a given plan. O(kv tokens seen * query heads * dims).
 
-    Arguments are those of `kvpager.ops.attend`. The plan must have been made for the same `causal`
-    and `window` as `args` has. Nothing here waits for the GPU, so a CUDA graph can capture it. Keep
-    the plan for as long as the graph. While rows only grow, replay; once `plan_attention` returns
-    another plan, capture again: from here that cannot be seen.
+    Arguments are those of `kvpager.ops.attend`. The plan must be for the `causal` and `window` of
+    `args`. This call never waits for the GPU, so a CUDA graph can capture it. Keep the plan as long
+    as the graph. Replay the graph while rows only grow. Capture again when `plan_attention` returns
+    another plan: `attend` cannot notice it.
+
+    Raises: `ValueError` for a plan of another kind of call.
     """
     _check_plan(plan, query, key_cache, args)
     block_tables, starts = args.block_tables, args.cu_seqlens_q
@@ -120,7 +121,7 @@ def attend(
 
 
 def _check_plan(plan: AttentionPlan, query: Tensor, key_cache: Tensor, args: AttentionArgs) -> None:
-    """`ValueError` for a plan that was made for another kind of call. O(1)."""
+    """Raise `ValueError` for a plan of another kind of call. O(1)."""
     sizes = (len(args.block_tables), len(query))
     if sizes != (plan.num_rows, plan.num_queries):
         raise ValueError(
@@ -146,7 +147,7 @@ def _check_plan(plan: AttentionPlan, query: Tensor, key_cache: Tensor, args: Att
 
 
 class AttentionCall(NamedTuple):
-    """The arguments of `attend` that a launch depends on."""
+    """Arguments of `attend` that a launch needs."""
 
     query: Tensor
     key_cache: Tensor
@@ -163,7 +164,7 @@ class AttentionCall(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Some items of a plan, all of which take the same tile."""
+    """Items of a plan that use the same tile."""
 
     grid: tuple[int]
     first_item: int
@@ -172,7 +173,7 @@ class Launch(NamedTuple):
 
 
 def launches(plan: AttentionPlan) -> Iterator[Launch]:
-    """Large items first: they run longest."""
+    """Yield the launches of a plan: large items first, because they run longest."""
     heads = plan.shapes.kv_heads * plan.splits
     large, every = plan.work.num_large, len(plan.work.items)
     if large:
@@ -182,7 +183,7 @@ def launches(plan: AttentionPlan) -> Iterator[Launch]:
 
 
 def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> dict[str, Any]:
-    """What a launch of `attend_items` takes besides the tensors that it writes."""
+    """Return the arguments of a launch of `attend_items`, without the tensors it writes."""
     query, key_cache, value_cache = call.query, call.key_cache, call.value_cache
     mask = call.mask
     if mask is not None and mask.dtype == torch.bool:
@@ -236,7 +237,7 @@ def _mask_arguments(mask: Tensor | None) -> dict[str, int | None]:
     names = ("mask_row", "mask_head", "mask_query", "mask_token", "mask_queries", "mask_width")
     if mask is None:
         return dict.fromkeys(names)
-    # One row or head of mask stands for all of them.
+    # A mask with one row or head applies to all.
     row, head = (mask.stride(dim) if mask.shape[dim] > 1 else 0 for dim in (0, 1))
     return dict(zip(names, (row, head, *mask.stride()[2:], *mask.shape[2:]), strict=True))
 
@@ -244,7 +245,7 @@ def _mask_arguments(mask: Tensor | None) -> dict[str, int | None]:
 def _constants(
     plan: AttentionPlan, launch: Launch, key_dim: int, value_dim: int, mask: Tensor | None
 ) -> dict[str, Any]:
-    """The compile-time constants and compiler options of a launch of `attend_items`."""
+    """Return the compile-time constants and compiler options of a launch of `attend_items`."""
     shapes = plan.shapes
     tile = launch.tile if mask is None else config.masked(launch.tile)
     return {
@@ -260,9 +261,9 @@ def _constants(
         "BLOCK_N": tile.tokens,
         "CAUSAL": shapes.causal,
         "ALONE": launch.alone,
-        # Decode streams memory and has time to mask; it then stands any -1 in its tables.
+        # Decode is bound by memory, so masking is free and also covers -1 in tables.
         "INTERIOR": not (plan.work.one_query or plan.work.holes),
-        # Prefill spends nothing on a branch, and one variant less is compiled for each tile.
+        # In prefill the branch is free, and each tile compiles one variant less.
         "PARTIAL": plan.work.num_slots > 0 or not plan.work.one_query,
         "LOWEST": None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
         "num_warps": tile.warps,

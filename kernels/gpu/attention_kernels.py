@@ -1,26 +1,26 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Paged attention in Triton: one kernel for every work item, and one that merges partial results.
 
-A program takes one item of a `WorkPlan` (see `work_items.py`) and one kv head. The queries
-of the item times the query heads of the kv head are the lines of its tile, so that each key and
-value is read once for all of them. Decode, prefill over a cached prefix, split-KV and prefixes that
-rows share differ only in their items. The softmax is online, in base 2 (FlashAttention-2, Dao
-2023); a query with several items is merged from normalised partial results and the logarithms of
-their weights (Flash-Decoding, Dao et al. 2023), and only there, or where there is but one part,
-attention sinks join the sum.
+A program takes one item of a `WorkPlan` (see `work_items.py`) and one kv head. The lines of its
+tile are the item's queries times the query heads of the kv head, so the program reads each key and
+value once for all of them. Decode, prefill over a cached prefix, split-KV and shared prefixes
+differ only in their items. The softmax is online, in base 2 (FlashAttention-2, Dao 2023). A query
+with several items is merged from normalised partial results and the logarithms of their weights
+(Flash-Decoding, Dao et al. 2023). Attention sinks join the sum last: in the merge, or in the item
+of a query with one item.
 
-What keeps the memory busy: block ids are looked up one tile ahead. With the look-up and the loads
-that need it in one trip of the loop, the compiler pipelines neither.
+The loop looks up block ids one tile ahead to keep memory busy. If the look-up and the loads that
+depend on it were in the same iteration, the compiler would pipeline neither.
 
-What may not be seen is not loaded where no line of the tile sees it (the load gives 0), and its
-score is -inf where some lines do: stale NaNs in unused slots stay where they are.
+The kernel never loads tokens that no line of the tile sees: the load gives 0. A token that only
+some lines see has a score of -inf for the others. So stale NaNs in unused slots do no harm.
 """
 
 # Legend. Lower-case names of tensors are pointers inside kernels; `x_y` after a tensor x is its
 # stride along y. H query heads, G query heads per kv head, DK and DV head dims and their _PAD the
 # next powers of two. BLOCK_M lines of a tile, BLOCK_N kv tokens of a tile. A block id of -1 is no
-# block; a slot of -1 means that the item's result is final. GROUP of the G heads share a program,
-# which is all of them unless G is huge; SPLITS programs then share a kv head.
+# block; a slot of -1 means that the item's result is final. GROUP of the G heads share a program:
+# all G, unless G is huge. Then SPLITS programs share a kv head.
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _dequantised(stored, to: tl.constexpr):
-    """Stored bytes as numbers of dtype `to`, before their scale."""
+    """Convert stored bytes to dtype `to`, without the scale."""
     if stored.dtype == tl.uint8:
-        # fp8_e4m3 where the GPU cannot convert it: the same bits with a wider exponent, as fp16.
+        # fp8_e4m3 on a GPU that cannot convert it: the same bits as fp16, with a wider exponent.
         bits = stored.to(tl.uint16)
         bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         return (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(to)
@@ -43,8 +43,8 @@ def _dequantised(stored, to: tl.constexpr):
 
 @triton.jit
 def _capped(scores, cap):
-    """tanh(scores) * cap, by way of the exponential that the hardware has; near 0, where its digits
-    would cancel, by the series."""
+    """Compute tanh(scores) * cap with the hardware's exponential, and near 0, where digits would
+    cancel, with the series."""
     square = scores * scores
     series = ((square * (62.0 / 2835) - 17.0 / 315) * square + 2.0 / 15) * square - 1.0 / 3
     far = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E)))
@@ -53,7 +53,7 @@ def _capped(scores, cap):
 
 @triton.jit
 def _look_up(mask, line_at, real, column, mask_token, mask_width, LOWEST: tl.constexpr):
-    """What lines may see by a mask's `column` [BLOCK_M, BLOCK_N], and the bias to its scores."""
+    """Return visibility and bias of the mask's `column` [BLOCK_M, BLOCK_N] for each line."""
     inside = (column >= 0) & (column < mask_width) & real[:, None]
     at = mask + line_at[:, None] + column * mask_token
     if LOWEST is None:
@@ -71,7 +71,7 @@ def _look_up(mask, line_at, real, column, mask_token, mask_width, LOWEST: tl.con
         "window", "first_item", "capacity", "mask_queries", "mask_width", "mask_row", "mask_head",
         "mask_query", "block_tables_row",
     ],
-    # Views of a step's tensors begin anywhere; nothing of them is loaded as one run.
+    # These may be views at any offset, and the kernel loads no runs of them.
     do_not_specialize_on_alignment=[
         "block_tables", "seq_lens", "cu_seqlens_q", "kv_starts", "mask",
     ],
@@ -90,13 +90,13 @@ def attend_items(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, ALONE: tl.constexpr,
     INTERIOR: tl.constexpr, PARTIAL: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one item's queries over its kv tokens, for the heads of one kv head.
+    """Compute attention of one item's queries over its kv tokens, for the heads of one kv head.
 
-    `ALONE`: items have one query, which is its row's only one. `INTERIOR`: a tile that all lines
-    see in full needs no mask. `PARTIAL`: some slots are not -1. `LOWEST`: the number that hides in
-    a float mask, None for a bool mask. Arguments that are None are not there.
+    `ALONE`: every item has one query, the only query of its row. `INTERIOR`: skip masking for tiles
+    that all lines see in full. `PARTIAL`: some slots are not -1. `LOWEST`: the number that means
+    masked in a float mask, None for a bool mask. Optional arguments are None.
     """
-    # Programs of one item stand side by side: the heads of a token are neighbours in memory.
+    # Programs of one item are neighbours, like the heads of a token in memory.
     programs = H // G * SPLITS
     part_of_heads = tl.program_id(0) % programs
     kv_head = part_of_heads // SPLITS
@@ -113,7 +113,7 @@ def attend_items(
         real = (line // GROUP < tl.load(items + 1)) & (group_head < G)
     head = kv_head * G + group_head
 
-    # Which kv tokens [low, high) each line sees, apart from the mask; one range for all if ALONE.
+    # The kv tokens [low, high) that each line sees without the mask; one range if ALONE.
     if ALONE:
         token_of = table_row
         row = table_row
@@ -152,7 +152,7 @@ def attend_items(
     dk = tl.arange(0, DK_PAD)
     dv = tl.arange(0, DV_PAD)
     number: tl.constexpr = query.dtype.element_ty
-    # Weights times the scales of their values can be tiny: bf16 has the range, int8 and fp8 fit it.
+    # Weights times value scales can be tiny. bf16 has the range, and int8 and fp8 values fit it.
     value_number: tl.constexpr = (
         tl.bfloat16 if key_scales is not None and number != tl.float32 else number
     )
@@ -174,7 +174,7 @@ def attend_items(
     summed = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
     block_tables += table_row.to(tl.int64) * block_tables_row
     lane = tl.arange(0, BLOCK_N)
-    if BLOCK_SIZE % BLOCK_N == 0:  # a tile lies in one block: one look-up for all its tokens
+    if BLOCK_SIZE % BLOCK_N == 0:  # a tile lies in one block, so one look-up serves its tokens
         tile_start = lo - lo % BLOCK_N
         next_block = tl.load(
             block_tables + tile_start // BLOCK_SIZE, mask=tile_start < hi, other=-1
@@ -242,7 +242,7 @@ def attend_items(
             scores = tl.where(visible, scores, float("-inf"))
 
         new_highest = tl.maximum(highest, tl.max(scores, 1))
-        # A line that has seen nothing yet has no maximum to subtract.
+        # A line that has seen no token has no maximum to subtract.
         base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         weight = tl.exp2(scores - base[:, None])
         rescale = tl.exp2(highest - base)
@@ -281,7 +281,7 @@ def attend_items(
 
 @triton.jit
 def _with_sink(highest, total, summed, sink):
-    """One more logit per line, that takes weight and has no value."""
+    """Add a logit per line that takes weight and has no value."""
     new_highest = tl.maximum(highest, sink)
     base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
     rescale = tl.exp2(highest - base)
@@ -293,7 +293,7 @@ def merge_parts(
     output, partials, weights, sinks, merged, merge_starts,
     H, DV: tl.constexpr, DV_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One query head: its partial results, weighted by their shares of the sum."""
+    """Merge the partial results of one query head, weighted by their shares of the sum."""
     index = tl.program_id(0)
     head = tl.program_id(1)
     first = tl.load(merge_starts + index)

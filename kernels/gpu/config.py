@@ -1,10 +1,10 @@
 """Tile sizes of the attention kernels per GPU architecture: fixed tables, no autotuning.
 
-The tables were set by what the compiler reports offline for sm_80, sm_90, sm_100 and gfx942
-(registers, spills, shared memory), not by timing. What they aim at: decode streams keys and values,
-so a multiprocessor should hold two or more programs of several pipeline stages each (some 26 KB in
-flight per multiprocessor hide the memory's latency on an H100); large tiles do arithmetic, so they
-spend registers on lines.
+The tables follow the compiler's offline reports for sm_80, sm_90, sm_100 and gfx942 (registers,
+spills, shared memory), not timings. Decode streams keys and values, so a multiprocessor should hold
+at least two programs with several pipeline stages each: about 26 KB in flight per multiprocessor
+hide the memory latency of an H100. Large tiles are bound by arithmetic, so they spend registers on
+lines.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import NamedTuple
 
 import torch
 
-MERGE_TILE = 16  # partial results that the merge kernel takes at a time
+MERGE_TILE = 16  # partial results per iteration of the merge kernel
 HEAD_DIM_MAX = 512  # of keys and of values, after rounding up to a power of two
-LINES_MIN = 16  # what tl.dot needs
-GROUP_MAX = 64  # query heads of one kv head that one program takes
+LINES_MIN = 16  # the minimum of tl.dot
+GROUP_MAX = 64  # query heads of a kv head per program
 PROGRAMS_PER_MULTIPROCESSOR = 2
-AMD = 1  # instead of a compute capability
+AMD = 1  # in place of a compute capability
 
-# Passed with every launch: Triton 3.9 warns where a launch leaves this open, and 3.10 turns it off.
+# Passed to every launch: Triton 3.9 warns if it is missing, and 3.10 turns the default off.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 
 class Tile(NamedTuple):
-    """BLOCK_M lines (queries times heads), BLOCK_N kv tokens, and how the compiler runs them."""
+    """BLOCK_M lines (queries times heads), BLOCK_N kv tokens, and compiler options."""
 
     lines: int
     tokens: int
@@ -35,16 +35,16 @@ class Tile(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A GPU as far as the tables go: compute capability times ten (or AMD, or 0 for Triton's
-    interpreter), and its size."""
+    """The properties of a GPU that select tiles: compute capability times ten (AMD, or 0 for
+    Triton's interpreter), and number of multiprocessors."""
 
     capability: int
     multiprocessors: int
 
 
-# (element bytes of the cache, largest head dim) -> the small and the large tile. Looked up by the
-# first row that is not smaller. A multiprocessor has 227 KB of shared memory on sm_90 and sm_100,
-# 163 KB on sm_80 and 99 KB on sm_86, sm_89 and sm_120, of which one program may have all.
+# (element bytes of the cache, largest head dim) -> small and large tile. The first row that is
+# large enough applies. Shared memory per multiprocessor, all usable by one program: 227 KB on sm_90
+# and sm_100, 163 KB on sm_80, 99 KB on sm_86, sm_89 and sm_120.
 _Rows = tuple[tuple[int, int, Tile, Tile], ...]
 
 _SM_90: _Rows = (
@@ -61,7 +61,7 @@ _SM_90: _Rows = (
     (4, 256, Tile(16, 16, 8, 3), Tile(16, 16, 8, 2)),
     (4, 512, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
 )
-# Triton 3.6 needs more registers there to convert eight bits.
+# On sm_100, Triton 3.6 needs more registers to convert eight bits.
 _SM_100: _Rows = (
     (1, 64, Tile(16, 64, 4, 4), Tile(64, 32, 8, 3)),
     (1, 128, Tile(16, 32, 4, 5), Tile(64, 16, 8, 3)),
@@ -95,7 +95,7 @@ _SMALL: _Rows = (
     (4, 256, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     (4, 512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 )
-# 64 KB of shared memory, and waves of 64 threads: tiles of 16 tokens, or lines spill.
+# 64 KB of shared memory and wavefronts of 64 threads: tiles of 16 tokens avoid spills.
 _AMD: _Rows = (
     (1, 64, Tile(16, 64, 4, 3), Tile(64, 16, 8, 3)),
     (1, 128, Tile(16, 32, 4, 3), Tile(64, 16, 8, 2)),
@@ -109,14 +109,14 @@ _AMD: _Rows = (
     (4, 256, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     (4, 512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 )
-# Triton's interpreter takes its time per program and per tile, and has no registers to run out of.
+# Triton's interpreter is slow per program and per tile, and has no register limit.
 _INTERPRETED: _Rows = ((4, 512, Tile(16, 32, 1, 1), Tile(32, 32, 1, 1)),)
 
 
 def tiles_for(target: Target, element_bytes: int, head_dim: int, group: int) -> tuple[Tile, Tile]:
-    """The small and the large tile for a cache; `group` heads share a program. O(1).
+    """Return the small and the large tile for a cache if `group` heads share a program. O(1).
 
-    Both have room for at least one query of `group` heads.
+    Each holds at least one query of `group` heads.
     """
     rows = _rows(target.capability)
     small, large = next(
@@ -127,7 +127,7 @@ def tiles_for(target: Target, element_bytes: int, head_dim: int, group: int) -> 
 
 
 def masked(tile: Tile) -> Tile:
-    """The tile for a call with a mask, whose scores take twice the registers. O(1)."""
+    """Return the tile for a call with a mask: scores then take twice the registers. O(1)."""
     if tile.lines <= LINES_MIN:
         return tile._replace(tokens=min(tile.tokens, 32))
     return tile._replace(tokens=min(tile.tokens, 16), warps=max(tile.warps, 8))
@@ -144,24 +144,24 @@ def _rows(capability: int) -> _Rows:
 
 
 def group_of(heads: int) -> tuple[int, int]:
-    """How the `heads` of one kv head are split: heads per program, programs. O(1)."""
+    """Split the query `heads` of one kv head: return heads per program and programs. O(1)."""
     splits = -(-heads // GROUP_MAX)
     return -(-heads // splits), splits
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number` or 16, the least tl.dot takes. O(1)."""
+    """Return the smallest power of two >= `number` and >= 16, the minimum of tl.dot. O(1)."""
     return max(LINES_MIN, 1 << (number - 1).bit_length())
 
 
 def converts(target: Target, dtype: torch.dtype) -> bool:
-    """Whether Triton converts `dtype` on `target`; if not, kernels shift the bits of fp8. O(1)."""
+    """Return True if Triton converts `dtype` on `target`; else kernels shift bits of fp8. O(1)."""
     return dtype != torch.float8_e4m3fn or target.capability >= 89
 
 
 @lru_cache
 def target_of(device: torch.device) -> Target:
-    """What `device` is; a CPU stands for Triton's interpreter. O(1)."""
+    """Return the target of `device`; a CPU means Triton's interpreter. O(1)."""
     if device.type != "cuda":
         return Target(0, 4)
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,16 +1,16 @@
-"""Moving keys and values in Triton: append_kv, gather_kv and copy_blocks.
+"""Copy kernels in Triton: append_kv, gather_kv and copy_blocks.
 
-Appending and gathering take the vectors (one token, one kv head) of a call in order, a tile of them
-per program, each from one run of memory to another. A quantised cache is written and read in the
-same pass, in exactly the numbers of `kvpager.kernels.quantisation`; the conversions to and from
-float8_e4m3fn are integer arithmetic, so every GPU has them and gives the same bits.
+append_kv and gather_kv copy vectors (one token, one kv head) in order, one tile per program. They
+quantise and dequantise in the same pass, with exactly the results of
+`kvpager.kernels.quantisation`. Conversions to and from float8_e4m3fn use integer arithmetic, so
+every GPU supports them with the same bits.
 
-Copying whole blocks: all reads must happen before all writes, because a block may be source of one
-pair and destination of another, and nobody on the host knows the pairs. Bytes at different places
-of a block never meet, so one program takes the *same few bytes of every pair's block*: it reads
-them into registers, waits for all its threads, and writes them. That is exact, in one launch, with
-each byte read once and written once. More pairs than the registers of a program hold go through a
-staging buffer of bounded size, a slice of the blocks at a time, which moves every byte twice.
+copy_blocks must finish all reads before any write, because a block may be the source of one pair
+and the destination of another, and the pairs are on the device. Bytes at different offsets of a
+block are independent. So one program takes the *same few bytes of every pair's block*: it reads
+them into registers, waits for all its threads, and writes them. This takes one launch and reads
+and writes each byte once. If the pairs exceed the registers of a program, slices of the blocks go
+through a staging buffer of bounded size, which copies every byte twice.
 
 Block ids and token numbers times strides are 64-bit: a pool may have more than 2^31 elements.
 """
@@ -29,13 +29,13 @@ from kvpager.kernels.gpu import config
 from kvpager.kernels.gpu.copies_kernels import append_vectors, copy_runs, gather_vectors, stage_runs
 from kvpager.kernels.quantisation import indexable
 
-# Elements of a tile of vectors, keys and values each: 16 per thread of 4 warps.
+# Elements per tile, for keys and for values: 16 per thread of 4 warps.
 TILE_ELEMENTS = 2048
-# One program of copy_blocks reads so many bytes of one block, and holds so many in its registers.
+# A program of copy_blocks reads COPY_RUN_BYTES per block, and holds COPY_TILE_BYTES in registers.
 COPY_RUN_BYTES = 128
 COPY_TILE_BYTES = 8192
-# A program takes one of these numbers of pairs, so that few variants are compiled. More pairs than
-# the last go through the staging buffer of about STAGING_BYTES.
+# Pairs per program, rounded up to one of these values to compile few variants. More pairs than the
+# last value go through a staging buffer of about STAGING_BYTES.
 COPY_PAIRS = (1, 8, 64, 256)
 COPY_PAIRS_MAX = COPY_PAIRS[-1]
 STAGING_BYTES = 64 << 20
@@ -50,9 +50,9 @@ def append_kv(
     *,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """The twin of `reference.append_kv`: one launch, no wait for the GPU. O(tokens).
+    """Compute `reference.append_kv` in one launch, without waiting for the GPU. O(tokens).
 
-    Caches whose blocks are not one run each (sliced heads, say) the twin writes.
+    The reference kernel handles caches whose blocks are not one run of memory (sliced heads).
     """
     tokens, heads, key_dim = key.shape
     value_dim = value.shape[2]
@@ -97,9 +97,9 @@ def gather_kv(
     scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The twin of `reference.gather_kv`: one launch, no wait for the GPU. O(rows * length).
+    """Compute `reference.gather_kv` in one launch, without waiting for the GPU. O(rows * length).
 
-    Caches whose blocks are not one run each the twin reads.
+    The reference kernel handles caches whose blocks are not one run of memory.
     """
     if not (_is_run(cache) and _is_run(scales)):
         return reference.gather_kv(
@@ -139,10 +139,10 @@ def gather_kv(
 
 
 def copy_blocks(storage: Tensor, copies: Tensor) -> None:
-    """The twin of `reference.copy_blocks`, no wait for the GPU. O(pairs * block bytes).
+    """Compute `reference.copy_blocks` without waiting for the GPU. O(pairs * block bytes).
 
-    One launch for up to `COPY_PAIRS_MAX` pairs. More take two per slice of the blocks, and up to
-    `STAGING_BYTES` of memory (or 16 bytes per pair, if that is more).
+    Takes one launch for up to `COPY_PAIRS_MAX` pairs. More pairs take two launches per slice of the
+    blocks and up to `STAGING_BYTES` of memory (or 16 bytes per pair, if that is more).
     """
     num_pairs = copies.shape[0]
     if num_pairs == 0 or storage.numel() == 0:
@@ -150,8 +150,8 @@ def copy_blocks(storage: Tensor, copies: Tensor) -> None:
     copies = copies.contiguous()
     units, run, block, vector = _units(storage)
     with _on_device(storage):
-        # PTX promises that reads before a barrier come before writes after it; AMD's compiler lets
-        # loads be under way when a wave passes one.
+        # In PTX, reads before a barrier finish before writes after it. AMD's compiler lets loads
+        # stay in flight when a wavefront passes the barrier.
         if num_pairs > COPY_PAIRS_MAX or torch.version.hip is not None:
             _copy_staged(units, copies, run, block, vector)
             return
@@ -174,7 +174,7 @@ def copy_blocks(storage: Tensor, copies: Tensor) -> None:
 
 
 def _copy_staged(units: Tensor, copies: Tensor, run: int, block: int, vector: int) -> None:
-    """Slice by slice of the blocks: all pairs' slices into a buffer, then out of it."""
+    """Copy the blocks slice by slice: all pairs' slices into a buffer, then out of it."""
     num_pairs = copies.shape[0]
     group_bytes = vector * units.element_size()
     width = min(run, max(1, STAGING_BYTES // num_pairs // group_bytes))
@@ -199,17 +199,17 @@ def _copy_staged(units: Tensor, copies: Tensor, run: int, block: int, vector: in
 
 
 def _units(storage: Tensor) -> tuple[Tensor, int, int, int]:
-    """The storage as integers, units per run and from block to block, in groups of so many units.
+    """Return the storage as integers, the run and the block stride in groups, and units per group.
 
-    Four-byte units in groups of 16 bytes where everything is aligned, else the largest that fit.
+    Units have 4 bytes in groups of 16 bytes if everything is aligned, else the largest that fit.
     """
     blocks, size = storage.shape[0], storage.element_size()
     run = storage[0].numel()
-    # The only block of a storage may have any stride.
+    # The stride of a single block is arbitrary.
     block = storage.stride(0) if blocks > 1 else run
     flat = torch.as_strided(storage, (blocks, run), (block, 1))
     alignment = flat.data_ptr() | (run * size) | (block * size)
-    # A view of wider numbers asks that the offset into torch's storage is a multiple too.
+    # A view of wider numbers needs an aligned offset into torch's storage, too.
     alignment |= int(flat.storage_offset()) * size
     if alignment % 4 == 0:
         unit, dtype = 4, torch.int32
@@ -223,22 +223,22 @@ def _units(storage: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _is_run(cache: Tensor | None) -> bool:
-    """Whether every block is one run of memory: all that is given by `BlockStorage` is."""
+    """Return True if every block is one run of memory, as in `BlockStorage`."""
     return cache is None or cache[:1].is_contiguous()
 
 
 def _vectors(dim: int) -> int:
-    """How many vectors of `dim` elements a program takes."""
+    """Return the number of vectors of `dim` elements per program."""
     return max(1, TILE_ELEMENTS // int(triton.next_power_of_2(dim)))
 
 
 def _numbers(cache: Tensor) -> Tensor:
-    """A float8 cache as bytes, which is what the conversions take."""
+    """View a float8 cache as bytes, the type that the conversions take."""
     return indexable(cache) if cache.is_floating_point() else cache
 
 
 def _copy_warps(pairs: int) -> int:
-    """Warps of a program of `copy_runs`: at most 128 bytes per thread."""
+    """Return the warps of a program of `copy_runs`: at most 128 bytes per thread."""
     return 4 if pairs * COPY_RUN_BYTES <= 128 * 128 else 8
 
 

@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""The Triton kernels of `copies.py`, which describes what they do and why."""
+"""The Triton kernels of `copies.py`, where they are described."""
 
 # Legend. Lower-case names of tensors are pointers inside kernels; `x_y` after a tensor x is its
-# stride along y. VECTORS vectors, PAIRS pairs and WIDTH units of a block are what one program
-# takes. A slot of -1 is no slot, a block of -1 no block, a pair with a -1 is skipped.
+# stride along y. One program takes VECTORS vectors, PAIRS pairs and WIDTH units of a block. A slot
+# of -1 is no slot, a block of -1 is no block, and a pair with a -1 is skipped.
 
-# What changes from step to step (counts, and where index tensors begin) is not specialised: a new
-# variant would be compiled while requests wait.
+# Values that change between steps (counts, offsets of index tensors) are not specialised: compiling
+# a new variant would delay requests.
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import triton.language as tl
 
 INT8_LARGEST: tl.constexpr = tl.constexpr(127.0)
 E4M3_LARGEST: tl.constexpr = tl.constexpr(448.0)
-# Added to a float32 and taken away again, these round it to a multiple of 1 and of 2^-9.
+# Adding and subtracting these rounds a float32 to a multiple of 1 and of 2^-9.
 ROUND_TO_1: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
 ROUND_TO_2_9: tl.constexpr = tl.constexpr(16384.0)  # 2^14
 
 
 @triton.jit
 def _int8_from_float(x):
-    """float32 to int8: to the nearest, ties to even, at most 127."""
-    # A multiple of 1 is all that a float32 of this size can hold.
+    """Round float32 to int8: nearest, ties to even, at most 127."""
+    # A float32 of this size can hold multiples of 1 only.
     nearest = (x + ROUND_TO_1) - ROUND_TO_1
     return tl.minimum(tl.maximum(nearest, -INT8_LARGEST), INT8_LARGEST).to(tl.int8)
 
 
 @triton.jit
 def _e4m3_from_float(x):
-    """float32 to the bits of float8_e4m3fn: to the nearest, ties to even, at most 448."""
+    """Round float32 to the bits of float8_e4m3fn: nearest, ties to even, at most 448."""
     x = tl.minimum(tl.maximum(x, -E4M3_LARGEST), E4M3_LARGEST)
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    # Three bits of mantissa stay of 23, and the exponent's bias goes from 127 to 7.
+    # Keep 3 of 23 mantissa bits, and change the exponent bias from 127 to 7.
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 the numbers are multiples of 2^-9, and their bits count them.
+    # Numbers below 2^-6 are multiples of 2^-9, and their bits are the multiplier.
     shifted = tl.abs(x) + ROUND_TO_2_9
     small = shifted.to(tl.uint32, bitcast=True) & 0xFF
     return (tl.where(magnitude < (121 << 23), small, normal) | (bits >> 24 & 0x80)).to(tl.uint8)
@@ -44,9 +44,9 @@ def _e4m3_from_float(x):
 
 @triton.jit
 def _float_from_e4m3(stored):
-    """The bits of float8_e4m3fn to float32, exactly."""
+    """Convert the bits of float8_e4m3fn to float32, exactly."""
     bits = stored.to(tl.uint32)
-    # The same bits in the wider format, and the difference of the biases: 2^(127 - 7).
+    # The same bits in the wider format, times the difference of the biases: 2^(127 - 7).
     x = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True)
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), x * 1.329227995784916e36)
 
@@ -59,8 +59,8 @@ def _store_vectors(x, vectors, scales, kept, inside):
         tl.store(vectors, x, mask=written)
     else:
         exact = x.to(tl.float32)
-        # As integers, the bits of floats without a sign are ordered as their values are, and NaN
-        # comes after infinity: unlike the maximum of floats, this one never loses a NaN.
+        # The bits of non-negative floats order like their values, with NaN after infinity. So the
+        # maximum of the bits keeps a NaN, unlike the maximum of floats.
         highest = tl.max(tl.abs(exact).to(tl.int32, bitcast=True), 1)
         highest = highest.to(tl.float32, bitcast=True)
         largest = INT8_LARGEST if vectors.dtype.element_ty == tl.int8 else E4M3_LARGEST
@@ -145,7 +145,7 @@ def gather_vectors(
     DIM: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    """Read a tile of one row's vectors, zero where the row has none."""
+    """Read a tile of one row's vectors, zero for missing ones."""
     tiles = tl.cdiv(length * HEADS, VECTORS)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     vector = tl.program_id(0) % tiles * VECTORS + tl.arange(0, VECTORS)
@@ -165,7 +165,7 @@ def gather_vectors(
     x = tl.load(vectors, mask=found[:, None] & inside, other=0)
     to = gathered.dtype.element_ty
     if scales is not None:
-        # A float64 result is multiplied in float64, everything else in float32 and rounded once.
+        # Multiply in float64 for a float64 result, else in float32 and round once.
         maths = tl.float64 if to == tl.float64 else tl.float32
         scale = tl.load(scales + block * scales_block + place, mask=found, other=0.0).to(maths)
         if x.dtype == tl.uint8:
@@ -188,10 +188,10 @@ def copy_runs(
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """The same WIDTH units of every pair's block: read them all, then write them all.
+    """Copy the same WIDTH units of every pair's block: read all of them, then write all.
 
-    `run` (units in a block) and `block` (units from one to the next) are counted in groups of
-    VECTOR units, by which the compiler sees that 16-byte loads fit.
+    `run` (size of a block) and `block` (stride between blocks) count groups of VECTOR units, so
+    that the compiler can use 16-byte loads.
     """
     pair = tl.arange(0, PAIRS)
     source = tl.load(copies + pair * 2, mask=pair < num_pairs, other=-1).to(tl.int64)
@@ -199,7 +199,7 @@ def copy_runs(
     unit = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     kept = ((source >= 0) & (destination >= 0))[:, None] & (unit < run * VECTOR)[None, :]
     x = tl.load(storage + (source * block * VECTOR)[:, None] + unit[None, :], mask=kept)
-    # No thread may write before every thread has read: another one may read what it overwrites.
+    # A thread may overwrite a unit that another thread reads, so all threads read first.
     tl.debug_barrier()
     tl.store(storage + (destination * block * VECTOR)[:, None] + unit[None, :], x, mask=kept)
 
@@ -216,9 +216,9 @@ def stage_runs(
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Units [first, first + width) of one pair's source to `staging`, or from there (WRITE).
+    """Copy units [first, first + width) of one pair to `staging`, or back if WRITE.
 
-    `first`, `width` and `block` are counted in groups of VECTOR units.
+    `first`, `width` and `block` count groups of VECTOR units.
     """
     tiles = tl.cdiv(width * VECTOR, WIDTH)
     pair = (tl.program_id(0) // tiles).to(tl.int64)

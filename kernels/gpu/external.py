@@ -77,7 +77,7 @@ def attention(
 
 
 def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
-    """True if all external backends support these dtypes, head dims and strides."""
+    """Return True if all external backends support these dtypes, head dims and strides."""
     same = query.dtype == key_cache.dtype == value_cache.dtype
     return (
         same

@@ -1,4 +1,4 @@
-"""Work plans on the device: made once, used by every layer of a step and by CUDA graphs."""
+"""Work plans on the device, shared by all layers of a step and by CUDA graphs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from kvpager.kernels.gpu import config
 from kvpager.kernels.host_rows import HostRows, Ints, to_device
 from kvpager.kernels.work_items import Planner, Tiling, WorkPlan
 
-# Planners of shapes that are in use; a model with windows has two, and one per device.
+# Number of cached planners. A model with windows uses two per device.
 _PLANNERS_MAX = 16
 
 
 class Shapes(NamedTuple):
-    """What a plan depends on besides tables and lengths."""
+    """The inputs of a plan other than tables and lengths."""
 
     device: torch.device
     query_heads: int
     kv_heads: int
-    head_dim: int  # the larger one of keys and values, rounded up to a power of two
+    head_dim: int  # the larger of keys and values, rounded up to a power of two
     element_bytes: int
     block_size: int
     causal: bool
@@ -40,22 +40,22 @@ class Shapes(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """A `WorkPlan` whose arrays are on the device, and the tiles it was made for.
+    """A `WorkPlan` with its arrays on the device, and its tiles.
 
-    It holds for every layer with the same `shapes`, and for later steps while the rows only grow:
-    see `Planner`. It never refers to the tensors it was made from.
+    A plan holds for every layer with the same `shapes`, and for later steps while rows only grow
+    (see `Planner`). It keeps no reference to the tensors it was made from.
     """
 
     shapes: Shapes
     target: config.Target
-    group: int  # query heads of a kv head that one program takes
-    splits: int  # programs that take the heads of one kv head
+    group: int  # query heads of a kv head per program
+    splits: int  # programs per kv head
     small: config.Tile
     large: config.Tile
     work: WorkPlan
     num_rows: int
     num_queries: int  # packed query tokens
-    longest: int  # queries of the row that has most
+    longest: int  # most queries of a row
     items: Tensor
     members: Tensor
     slots: Tensor
@@ -72,16 +72,16 @@ def plan_attention(
     chunk: int | None = None,
     share: bool = True,
 ) -> AttentionPlan:
-    """The plan of an attention call, for `attend`. O(rows * blocks), or O(1) if nothing changed.
+    """Return the plan of an attention call for `attend`. O(rows * blocks), O(1) if unchanged.
 
-    Takes the arguments of `kvpager.ops.attend`; of `query` and the caches only shapes, dtypes and
-    the device count. `chunk` and `share` are those of `Planner`. Tables and lengths are needed on
-    the host. With `args.host_rows` they are there: the step's first layer of a shape plans, the
-    others get its plan, and nothing waits for the GPU. Without, this waits for the stream unless
-    the tensors are those of the call before, unmodified by torch operations. After another kernel
-    writes to them, call `torch.autograd.graph.increment_version`.
+    Takes the arguments of `kvpager.ops.attend`. Of `query` and the caches it uses shapes, dtypes
+    and the device. `chunk` and `share` are options of `Planner`. Planning needs tables and lengths
+    on the host. With `args.host_rows` the first layer of a shape plans, other layers reuse the
+    plan, and no call waits for the GPU. Without it, this call waits for the stream, unless the
+    tensors are those of the previous call, unmodified by torch operations. If other kernels write
+    to the tensors, call `torch.autograd.graph.increment_version`.
 
-    Raises `ValueError` where `seq_lens` reaches beyond the tables.
+    Raises: `ValueError` if `seq_lens` exceeds the tables.
     """
     tensors = (query, key_cache, value_cache)
     shapes = shapes_of(*tensors, args.causal, args.window, chunk, share=share)
@@ -93,7 +93,7 @@ def plan_attention(
 def _plans_for(shapes: Shapes) -> Plans:
     with _lock:
         plans = _plans.pop(shapes, None) or Plans(shapes)
-        _plans[shapes] = plans  # the most recent one comes last
+        _plans[shapes] = plans  # most recent last
         while len(_plans) > _PLANNERS_MAX:
             _plans.popitem(last=False)
     return plans
@@ -109,7 +109,7 @@ def shapes_of(
     *,
     share: bool = True,
 ) -> Shapes:
-    """What the plan of such a call depends on besides tables and lengths. O(1)."""
+    """Return the inputs of a call's plan other than tables and lengths. O(1)."""
     return Shapes(
         device=key_cache.device,
         query_heads=query.shape[1],
@@ -125,7 +125,7 @@ def shapes_of(
 
 
 class Plans:
-    """The plans of one `Shapes`, for its device or for another `target`."""
+    """Plans of one `Shapes`, for its device or for another `target`."""
 
     def __init__(self, shapes: Shapes, target: config.Target | None = None) -> None:
         target = target or config.target_of(shapes.device)
@@ -160,7 +160,7 @@ class Plans:
     def of(
         self, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None
     ) -> AttentionPlan:
-        """As `plan_attention`. One thread at a time: what was seen belongs to one plan."""
+        """Plan as `plan_attention`. Locked, because a plan belongs to the tensors seen last."""
         with self._lock:
             return self._of(block_tables, seq_lens, cu_seqlens_q)
 
@@ -198,7 +198,7 @@ class Plans:
             if plan.work is work:
                 return plan
         arrays = (work.items.ravel(), work.queries, work.slots, work.merged, work.merge_starts)
-        # One transfer; parts start at 16 bytes each, so that kernels are compiled once.
+        # One transfer. Parts are aligned to 16 bytes, so that kernels are compiled once.
         ends = np.cumsum([-(-len(array) // 4) * 4 for array in arrays])
         packed = np.zeros(ends[-1], np.int32)
         for array, end in zip(arrays, ends, strict=True):
@@ -214,11 +214,11 @@ class Plans:
 
 
 class _Same:
-    """Tells whether a tensor is the one seen before, with the values it had then."""
+    """Recognises a tensor seen before with unchanged values."""
 
     def __init__(self, tensor: Tensor | None) -> None:
         self._tensor = None if tensor is None else ref(tensor)
-        # A tensor of inference mode has no version: it may have changed at any time.
+        # Inference-mode tensors have no version, so changes go unnoticed.
         unversioned = tensor is not None and tensor.is_inference()
         self._version = -1 if unversioned else 0 if tensor is None else tensor._version
 

@@ -1,4 +1,4 @@
-"""Registers the Triton kernels for GPUs, or says why the plain twins run there instead."""
+"""Registers the Triton kernels for GPUs, or the reference kernels with the reason why."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from kvpager.kernels import backends, reference, reference_alloc
 
 ALLOCATOR = ("step_alloc", "fork_rows", "release_rows")
-DEVICE_TYPE = "cuda"  # what torch calls AMD's GPUs too
+DEVICE_TYPE = "cuda"  # also AMD GPUs in torch
 
 
 def register() -> None:
@@ -19,7 +19,7 @@ def register() -> None:
         for operation in ALLOCATOR:
             backends.register(operation, DEVICE_TYPE, getattr(reference_alloc, operation), why)
         return
-    # Only here, because importing them decorates kernels, which needs Triton.
+    # Imported late: decorating the kernels needs Triton.
     from kvpager.kernels.gpu import allocator, attention, copies, external
 
     backends.register("append_kv", DEVICE_TYPE, copies.append_kv, "Triton; K and V in one launch")
@@ -27,7 +27,7 @@ def register() -> None:
     backends.register("gather_kv", DEVICE_TYPE, copies.gather_kv, "Triton; one launch")
     try:
         reason = f"Triton; work items that share prefixes ({external.chosen()})"
-    except ValueError as error:  # a call says so, too; what shows the outcome must not fail
+    except ValueError as error:  # calls raise it too; `kvpager env` must not fail
         reason = str(error)
     backends.register("paged_attention", DEVICE_TYPE, attention.paged_attention, reason)
     for operation in ALLOCATOR:

@@ -1,1 +1,1 @@
-"""The bytes of the blocks, on devices and in host memory."""
+"""Storage of blocks, on devices and in host memory."""

@@ -1,13 +1,13 @@
-"""The bytes of the blocks: one tensor per tier, block after block.
+"""Storage of blocks: one tensor per tier, block after block.
 
     tier    [ block 0 ][ block 1 ][ block 2 ] ...                           one tensor
     block   [ layer 0: key | value ][ layer 1: key | value ] ...            one run of bytes
     key     [ block_size, kv_heads, head_dim ]       value  [ block_size, kv_heads, value_head_dim ]
 
-With equal sizes this is exactly `[blocks, layers, 2, block_size, kv_heads, head_dim]`. Because a
-block is one run through all layers, copy-on-write is one memory copy, a swap one DMA and a remote
-put one buffer; layer-first storage needs two per layer. `BlockStorage` knows nothing of
-`BlockManager`: it holds tensors and carries out plans, whoever made them.
+If all sizes are equal this is `[blocks, layers, 2, block_size, kv_heads, head_dim]`. A block is one
+run of memory through all layers. So copy-on-write is one memory copy, a swap one DMA and a remote
+put one buffer; layer-first storage needs two per layer. `BlockStorage` does not know
+`BlockManager`: it holds tensors and carries out plans of any origin.
 
 Keys and values may be stored in eight bits (`kv_cache_dtype`), with one scale per token and head.
 The scales lie inside the block, so whatever moves a block moves its scales too. The tier is then a
@@ -16,7 +16,7 @@ tensor of bytes. Every part starts at a multiple of 16 bytes, after 0 to 15 unus
     layer   key | value | key scales | value scales
     key scales, value scales    float32 [ block_size, kv_heads ]
 
-`kvpager.kernels.quantisation` says what a stored number and its scale mean.
+`kvpager.kernels.quantisation` defines stored numbers and scales.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ LayerCache = tuple[Tensor, Tensor]
 LayerScales = tuple[Tensor, Tensor]
 KVCacheDtype = Literal["int8", "fp8_e4m3"]
 
-# What the widest loads of GPUs and CPUs take, and every dtype's own alignment divides.
+# The widest loads of GPUs and CPUs. A multiple of the alignment of every dtype.
 PART_ALIGNMENT_BYTES = 16
 
 
 class LayerShape(NamedTuple):
-    """What one layer keeps per token: a key and a value for each kv head."""
+    """Shape of a layer's KV per token: a key and a value for each kv head."""
 
     num_kv_heads: int
     head_dim: int
@@ -54,12 +54,12 @@ class LayerShape(NamedTuple):
 
     @property
     def elements_per_token(self) -> int:
-        """Numbers per token: key and value of all heads. O(1)."""
+        """Elements per token: key and value of all heads. O(1)."""
         return self.num_kv_heads * (self.head_dim + self.value_head_dim)
 
 
 class _Part(NamedTuple):
-    """One tensor of a layer: where it lies in a block, in elements of the tier."""
+    """One tensor of a layer, with its range in a block in elements of the tier."""
 
     start: int
     end: int
@@ -67,23 +67,23 @@ class _Part(NamedTuple):
     shape: tuple[int, ...]  # of one block
 
     def view(self, tier: Tensor) -> Tensor:
-        """The part of every block: [blocks, *shape]. O(1)."""
+        """Return the part of every block: [blocks, *shape]. O(1)."""
         return tier[:, self.start : self.end].view(self.dtype).view(-1, *self.shape)
 
 
 class BlockStorage:
     """Block-first key and value tensors for the layers of one group on one device.
 
-    `layers` may differ in heads and head sizes. `num_host_blocks` more blocks are kept in host
-    memory to swap to, page-locked when `device` is a GPU; `pinned` page-locks the device blocks of
-    a CPU, for a storage that a GPU's one swaps to. Errors of the allocation itself
-    (`torch.OutOfMemoryError`, `RuntimeError`) are torch's.
+    `layers` may differ in heads and head sizes. `num_host_blocks` adds blocks in host memory for
+    swapping, page-locked if `device` is a GPU. `pinned` page-locks the device blocks of a CPU
+    storage that a GPU storage swaps to. If allocation fails, torch raises
+    (`torch.OutOfMemoryError`, `RuntimeError`).
 
     Keys and values are stored as `dtype`, or in eight bits with `kv_cache_dtype` "int8" or
     "fp8_e4m3". Then `dtype` is the dtype of the maths, and kernels need `scales` beside `layer`.
 
-    Memory is not zeroed: pages never written cost nothing on a CPU (see `memory`), and no kernel
-    reads a slot that was never written.
+    Memory is not zeroed. On a CPU, pages never written take no memory (see `memory`). Kernels never
+    read a slot that was not written.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class BlockStorage:
         dtype: torch.dtype,
         kv_cache_dtype: KVCacheDtype | None = None,
     ) -> int:
-        """`block_bytes` of the storage that these arguments would make. O(layers)."""
+        """Return `block_bytes` of a storage with these arguments. O(layers)."""
         dtype, kv_cache_dtype = _dtypes(dtype, kv_cache_dtype)
         _, elements = _layout(
             arguments.block_size(block_size), _layer_shapes(layers), dtype, kv_cache_dtype
@@ -173,12 +173,12 @@ class BlockStorage:
 
     @property
     def kv_cache_dtype(self) -> KVCacheDtype | None:
-        """The eight bits that keys and values are stored in; None where they are of `dtype`."""
+        """The eight-bit format of keys and values; None if they are stored as `dtype`."""
         return self._kv_cache_dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the device blocks are."""
+        """Device of the device blocks."""
         return self._device_tier.device
 
     @property
@@ -197,14 +197,14 @@ class BlockStorage:
         return self.num_host_blocks * self.block_bytes
 
     def tier(self, tier: Tier = "device") -> Tensor:
-        """A tier's whole tensor [blocks, elements per block], to move bytes by hand. O(1).
+        """Return a tier's tensor [blocks, elements per block], for custom copies. O(1).
 
         Its dtype is `dtype`, or uint8 with a `kv_cache_dtype`, since a block then holds several
         dtypes. `grow` replaces the device tier: call this again. Waits until copies out of host
         memory have ended.
         """
         if tier not in ("device", "host"):
-            raise ValueError(f'tier {tier!r}: expected "device" or "host"')
+            raise ValueError(f'tier={tier!r}: must be "device" or "host"')
         if tier == "host":
             self._host_reads.wait()
             return self._host_tier
@@ -212,55 +212,56 @@ class BlockStorage:
         return self._device_tier
 
     def layer(self, index: int) -> LayerCache:
-        """A layer's key and value cache: views [blocks, block_size, kv_heads, head_dim]. O(1).
+        """Return a layer's key and value cache: [blocks, block_size, kv_heads, head_dim]. O(1).
 
-        Writing to them writes to the storage. One block's slots are contiguous, blocks lie
-        `block_bytes` apart (so `.view(-1, ...)` over blocks is not possible). After `grow` they
-        are other views: ask again. `IndexError` if there is no such layer.
+        The caches are views: writing to them writes to the storage. The slots of a block are
+        contiguous, and blocks are `block_bytes` apart, so `.view(-1, ...)` over blocks fails.
+        `grow` replaces the views: call this again. Raises: `IndexError` for an unknown layer.
         """
         key, value = self._layer(index)[:2]
         return key, value
 
     def scales(self, index: int) -> LayerScales | None:
-        """A layer's key and value scales: float32 views [blocks, block_size, kv_heads]. O(1).
+        """Return a layer's key and value scales: float32 [blocks, block_size, kv_heads]. O(1).
 
-        None unless the storage has a `kv_cache_dtype`. Otherwise as `layer`.
+        Returns None without a `kv_cache_dtype`. Views as in `layer`.
         """
         scales = self._layer(index)[2:]
         return (scales[0], scales[1]) if scales else None
 
     def _layer(self, index: int) -> list[Tensor]:
         if not 0 <= index < len(self._layers):
-            raise IndexError(f"layer {index} does not exist; the storage has {len(self._layers)}")
+            raise IndexError(f"layer={index}: must be 0 to {len(self._layers) - 1}")
         self._order.enter()
         return self._views[index]
 
     def copy(self, copies: Int32) -> None:
         """Copy device blocks for pairs (source, destination), int32 [n, 2]. O(n * block_bytes).
 
-        What `Step.copies` asks for, before the step's tokens are written. All reads happen before
-        all writes. A pair with a negative entry is skipped. `ValueError` for a block that does
-        not exist.
+        Pass `Step.copies` before writing the step's tokens. All reads happen before all writes.
+        Pairs with a negative entry are skipped. Raises: `ValueError` for an unknown block.
         """
         if len(copies) == 0:
             return
         copies = _as_copies(copies)
         _check_copies(copies, self.num_blocks, self.num_blocks, lowest=-1)
         self._order.enter()
-        # torch.tensor copies: arrays of a plan may be read-only, which torch cannot share.
+        # torch.tensor copies: torch cannot share the read-only arrays of a plan.
         copy_blocks(self._device_tier, torch.tensor(copies, device=self.device))
 
     def apply(self, plan: Plan) -> None:
-        """Carry out a plan: move blocks between device and host. O(n * block_bytes).
+        """Carry out a plan: copy blocks between device and host. O(n * block_bytes).
 
-        A copy within one tier reads everything before it writes. On a GPU the copies run in order
-        on the current stream, and this call waits for copies to the host. A copy out of the host
-        tier may still be under way afterwards: what writes to that tier next by way of this
-        storage waits for it. `ValueError` for a block that does not exist.
+        A copy within a tier reads all blocks before it writes. On a GPU the copies run in order on
+        the current stream. This call waits for copies to the host. A copy out of the host tier may
+        still run afterwards: the next write to that tier through this storage waits for it.
+        Raises: `ValueError` for an unknown block.
         """
         if not isinstance(plan, Plan):
             kind = type(plan).__name__
-            raise TypeError(f"expected a Plan, got {kind}; for a step, use copy(step.copies)")
+            raise TypeError(
+                f"plan: must be a Plan, not {kind}. For a step, call copy(step.copies)."
+            )
         source, destination = self.tier(plan.source), self.tier(plan.destination)
         if len(plan) == 0:
             return
@@ -274,18 +275,20 @@ class BlockStorage:
             self._host_reads.note(event)
 
     def copy_from(self, other: BlockStorage, copies: Int32) -> torch.cuda.Event | None:
-        """Copy another storage's blocks for pairs (theirs, ours), int32 [n, 2]. O(n * block_bytes).
+        """Copy blocks of `other` for pairs (source in `other`, destination). O(n * block_bytes).
 
-        Between devices, and to and from storages in host memory. Waits for copies to the host. A
-        copy out of host memory may be under way when this returns: the returned event is its end,
-        and the caller keeps their blocks from being written before. None if the copy is done, or
-        if later work on the device runs after it.
-        `ValueError` for a block that does not exist, or where the layers or dtypes differ.
+        `copies` is int32 [n, 2]. Either storage may be on any device or in host memory. This call
+        waits for copies to the host. A copy out of host memory may still run afterwards. Then this
+        returns the event of its end, and the caller must not write the source blocks earlier.
+        Returns None if the copy has ended, or if later work on the device runs after it.
+        Raises: `ValueError` for an unknown block, or different layers or dtypes.
         """
         if (self.layers, self.dtype, self.kv_cache_dtype, self.block_size) != (
             other.layers, other.dtype, other.kv_cache_dtype, other.block_size
         ):  # fmt: skip
-            raise ValueError(f"{other!r} keeps other blocks than {self!r}")
+            raise ValueError(
+                f"other={other!r}: must have the layers, dtypes and block size of {self!r}"
+            )
         copies = _as_copies(copies)
         _check_copies(copies, other.num_blocks, self.num_blocks, lowest=0)
         if not len(copies):
@@ -295,17 +298,17 @@ class BlockStorage:
     def grow(self, num_blocks: int) -> None:
         """Raise the device tier to `num_blocks`, keeping every byte. O(nbytes).
 
-        Old and new tensor exist side by side for a moment. Views and tensors handed out before
-        still show the old storage. On a GPU the copy runs after all writes that are queued on
-        any stream, and before all work that is queued later. `ValueError` if that is fewer blocks
-        than now; when memory does not suffice, torch raises and nothing has changed.
+        Old and new tensor exist at the same time during the copy. Views and tensors returned
+        earlier still refer to the old tensor. On a GPU the copy runs after all writes queued on any
+        stream, and before all work queued later. If memory is short, torch raises and the storage
+        is unchanged. Raises: `ValueError` if `num_blocks` is below the current number.
         """
         self._resize(arguments.count("num_blocks", num_blocks, at_least=self.num_blocks))
 
     def shrink(self, num_blocks: int) -> None:
-        """Lower the device tier to `num_blocks`, keeping the bytes of those. O(nbytes).
+        """Lower the device tier to its first `num_blocks` blocks. O(nbytes).
 
-        `apply` the plan of `BlockManager.shrink` first. Otherwise as `grow`.
+        First `apply` the plan of `BlockManager.shrink`. Otherwise as `grow`.
         """
         self._resize(arguments.count("num_blocks", num_blocks, at_least=1, at_most=self.num_blocks))
 
@@ -319,30 +322,31 @@ class BlockStorage:
             self._replace(self._layers, other, self._host_tier)
 
     def keep_layers(self, count: int) -> None:
-        """Drop all layers but the first `count`, and the memory they took. O(nbytes).
+        """Drop all layers but the first `count`, and free their memory. O(nbytes).
 
-        Views handed out before still show the old storage. `ValueError` unless
-        `1 <= count <= len(layers)`; when memory does not suffice for the copy, torch raises and
-        nothing has changed.
+        Views returned earlier still refer to the old tensor. If memory is short, torch raises and
+        the storage is unchanged. Raises: `ValueError` unless `1 <= count <= len(layers)`.
         """
         if not 1 <= count <= len(self._layers):
-            raise ValueError(f"count {count}: expected 1 to {len(self._layers)}, the layers there")
+            raise ValueError(
+                f"count={count}: must be 1 to {len(self._layers)}, the number of layers"
+            )
         if count == len(self._layers):
             return
         _, run = self._layout(self._layers[:count])
         with torch.inference_mode(False):
-            # A block's layers lie in order, so the first ones are the front of its run.
+            # Layers are in order within a block, so the first layers are its front.
             device_tier = self._new_device_tier(self.num_blocks, run)
             device_tier.copy_(self._device_tier[:, :run])
             host_tier = allocate(
                 self.num_host_blocks, run, self._host_tier.dtype, "cpu", pinned=self._pinned[1]
             )
             host_tier.copy_(self._host_tier[:, :run])
-            self._host_reads.wait()  # the old host tier goes
+            self._host_reads.wait()  # before the old host tier is freed
             self._replace(self._layers[:count], device_tier, host_tier)
 
     def _new_device_tier(self, num_blocks: int, run: int) -> Tensor:
-        """Return other memory of the device tier's kind, which the current stream may fill."""
+        """Return new memory like the device tier, for the current stream to fill."""
         self._order.enter()
         tier = self._device_tier
         return allocate(num_blocks, run, tier.dtype, tier.device, pinned=self._pinned[0])
@@ -350,7 +354,7 @@ class BlockStorage:
     def _replace(self, layers: tuple[LayerShape, ...], device: Tensor, host: Tensor) -> None:
         views = self._layer_views(layers, device)
         self._order.replace(device)
-        # At once: an interrupt must not leave views of memory that is gone.
+        # In one statement: an interrupt must not leave views of freed memory.
         self._layers, self._device_tier, self._host_tier, self._views = layers, device, host, views
 
     def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[_Part]], int]:
@@ -367,9 +371,9 @@ def _layout(
     dtype: torch.dtype,
     kv_cache_dtype: KVCacheDtype | None,
 ) -> tuple[list[list[_Part]], int]:
-    """Every layer's parts, in order, and the elements of a block."""
+    """Return the parts of every layer, in order, and the elements of a block."""
     stored = dtype if kv_cache_dtype is None else KV_CACHE_DTYPES[kv_cache_dtype]
-    # Elements of the tier: bytes where it is quantised, and then aligned.
+    # The tier of a quantised storage has aligned parts and elements of one byte.
     unit, alignment = (dtype.itemsize, 1) if kv_cache_dtype is None else (1, PART_ALIGNMENT_BYTES)
     layout, start = [], 0
     for heads, key_dim, value_dim in layers:
@@ -388,12 +392,12 @@ def _layout(
 def _as_copies(copies: Int32) -> Int32:
     array = np.asarray(copies)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"copies of dtype {array.dtype}: expected int32 [n, 2]")
+        raise TypeError(f"copies.dtype={array.dtype}: must be an integer dtype, such as int32")
     return array
 
 
 def _check_copies(copies: Int32, num_sources: int, num_destinations: int, lowest: int) -> None:
-    """`ValueError` unless `copies` is [n, 2] and names existing blocks. O(n)."""
+    """Raise `ValueError` unless `copies` is [n, 2] and names existing blocks. O(n)."""
     if copies.ndim != 2 or copies.shape[1] != 2:
         raise ValueError(f"copies has shape {list(copies.shape)}; pass int32 [n, 2]")
     for column, name, bound in ((0, "source", num_sources), (1, "destination", num_destinations)):
@@ -409,7 +413,7 @@ def _check_copies(copies: Int32, num_sources: int, num_destinations: int, lowest
 def _dtypes(
     dtype: torch.dtype, kv_cache_dtype: KVCacheDtype | None
 ) -> tuple[torch.dtype, KVCacheDtype | None]:
-    """Both, checked."""
+    """Return both dtypes after checking them."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype {dtype!r}: expected a torch.dtype, such as torch.float32")
     if not dtype.is_floating_point:

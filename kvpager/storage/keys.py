@@ -1,12 +1,11 @@
-"""Names for blocks whose bytes leave the process: a chain of keyed 256-bit digests.
+"""Content keys of blocks that leave the process: a chain of keyed 256-bit digests.
 
-A block's key covers everything its KV depends on: the storage layout, the model, the namespace's
-secret, the lora, what placeholders show, all blocks before it, and its tokens. Every field is
-length-prefixed and has its place, so no two different inputs are encoded alike. Who does not know
-the secret can neither make a key nor test a guess. Inside the process nothing is hashed: the prefix
-index compares tokens.
+A block's key covers everything its KV depends on: storage layout, model, the namespace's secret,
+LoRA adapter, multimodal hashes, all earlier blocks, and its tokens. Fields are length-prefixed and
+in a fixed order, so different inputs never have the same encoding. Without the secret, nobody can
+make a key or test a guess. Within the process nothing is hashed: the prefix index compares tokens.
 
-Keys are equal in every process and on every machine. BLAKE2b: RFC 7693.
+Keys are the same in every process and on every machine. BLAKE2b: RFC 7693.
 """
 
 from __future__ import annotations
@@ -27,11 +26,13 @@ _ROOT, _BLOCK = b"kvpager root", b"kvpager block"  # at most 16 bytes each
 
 @dataclass(frozen=True, slots=True)
 class KeyContext:
-    """What all blocks of one cache have in common.
+    """Fields that all blocks of a cache share.
 
-    `layout` names dtype, order, heads and block size (never inferred from a shape); `model` the
-    weights and their revision; `secret` is 16 to 64 random bytes of the namespace, or empty where
-    everybody may share.
+    Attributes:
+        layout: name of dtype, order, heads and block size, never inferred from a shape.
+        model: name of the weights and their revision.
+        secret: 16 to 64 random bytes of the namespace, or empty to share with all namespaces.
+        lora: name of the LoRA adapter, or None.
     """
 
     layout: str
@@ -40,14 +41,14 @@ class KeyContext:
     lora: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises: `TypeError` for names that are not strings, `ValueError` for a bad secret."""
+        """Check the fields. Raises: `TypeError` or `ValueError` for a bad field."""
         for name in ("layout", "model"):
             if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} {getattr(self, name)!r}: expected a str")
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be a str")
         arguments.label("lora", self.lora)
         secret = self.secret
         if not isinstance(secret, bytes) or (secret and not 16 <= len(secret) <= 64):
-            raise ValueError("secret: expected 16 to 64 bytes, or none")
+            raise ValueError("secret: must be 16 to 64 bytes, or empty")
 
 
 def content_keys(
@@ -56,7 +57,7 @@ def content_keys(
     context: KeyContext,
     mm_hashes: Iterable[tuple[int, int, bytes]] = (),
 ) -> list[bytes]:
-    """The keys of the full blocks of a prompt, 32 bytes each. O(tokens).
+    """Return the keys of a prompt's full blocks, 32 bytes each. O(tokens).
 
     `mm_hashes`: as in `BlockManager.allocate`. Raises: `ValueError`, `TypeError` for bad arguments.
     """
@@ -64,7 +65,7 @@ def content_keys(
     block_size = arguments.block_size(block_size)
     shown = read_mm_hashes(mm_hashes, len(tokens))
     key, secret = _root(context, block_size), context.secret
-    # One digest a block: its own bytes and the key before it. Little-endian on every machine.
+    # One digest per block, of the previous key and its own bytes. Little-endian on every machine.
     data = np.ascontiguousarray(tokens, "<i4").tobytes()
     step, keys = 4 * block_size, list[bytes]()
     for stop, tag in shown.stretches(block_size, 0, len(tokens) // block_size):

@@ -1,8 +1,8 @@
-"""Memory for blocks: tensors that are not zeroed, on huge pages where the system gives them.
+"""Memory for blocks: tensors without zeroing, on huge pages if the system provides them.
 
-Blocks lie anywhere in a pool of gigabytes. With pages of 4 KiB nearly every block costs a walk of
-the page tables (in a virtual machine, two of them nested); with pages of 2 MiB one entry covers
-dozens of blocks. Reading a pool in random order took 8 to 20 % less time with them.
+Blocks are scattered over a pool of gigabytes. With pages of 4 KiB, nearly every block costs a walk
+of the page tables (two nested walks in a virtual machine). A page of 2 MiB covers dozens of blocks.
+Reading a pool in random order took 8 to 20 % less time with huge pages.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 << 20
-# Below this, whole huge pages would be more memory than they save time.
+# In smaller tensors, huge pages waste more memory than they save time.
 _LEAST_BYTES = 4 * HUGE_PAGE_BYTES
 _MADV_HUGEPAGE = 14
 _PAGE_BYTES = 4096
-_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU, not for the current one alone
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all GPUs, not only the current one
 
 
 def allocate(
@@ -32,10 +32,10 @@ def allocate(
     *,
     pinned: bool = False,
 ) -> Tensor:
-    """[num_blocks, run] of `dtype`, uninitialised, contiguous. O(1), O(bytes) where `pinned`.
+    """Return an uninitialised, contiguous [num_blocks, run] of `dtype`. O(1), O(bytes) if `pinned`.
 
-    On Linux's CPUs, 8 MiB and more ask for transparent huge pages; memory never written still
-    costs nothing, in steps of 2 MiB. Errors of the allocation are torch's, or `MemoryError`.
+    On Linux, CPU tensors of at least 8 MiB request transparent huge pages. Memory never written
+    still takes no space, in steps of 2 MiB. Raises: errors of torch's allocation, `MemoryError`.
     """
     if pinned:
         return _page_locked(num_blocks, run, dtype)
@@ -46,10 +46,10 @@ def allocate(
 
 
 def _page_locked(num_blocks: int, run: int, dtype: torch.dtype) -> Tensor:
-    """Return page-locked memory of just this size.
+    """Return page-locked memory of exactly this size.
 
-    torch's own allocator rounds up to a power of two: 9 GiB would take 16. The memory is unlocked
-    when the last tensor that shows it is gone.
+    torch's own allocator rounds up to a power of two: 9 GiB would take 16 GiB. The memory is
+    unlocked when its last tensor is freed.
     """
     num_bytes = num_blocks * run * dtype.itemsize
     if not num_bytes:
@@ -60,20 +60,20 @@ def _page_locked(num_blocks: int, run: int, dtype: torch.dtype) -> Tensor:
     address = pages.ctypes.data
     _advise_huge_pages(address, num_bytes)
     lock_pages(address, num_bytes)
-    # The tensor's memory keeps `pages` alive, and weak references end before their object does.
+    # The tensor keeps `pages` alive, and a finalizer runs before its object is freed.
     weakref.finalize(pages, unlock_pages, address).atexit = False
     return torch.from_numpy(pages).view(dtype).view(num_blocks, run)
 
 
 def lock_pages(address: int, num_bytes: int) -> None:
-    """Page-lock memory for GPUs. O(bytes). Raises `RuntimeError` if the system refuses."""
+    """Page-lock memory for GPUs. O(bytes). Raises: `RuntimeError` if the system refuses."""
     if not torch.cuda.is_available():
-        raise RuntimeError("pinned=True: only a GPU that torch can use takes page-locked memory")
+        raise RuntimeError("pinned=True: needs a GPU that torch can use. Pass pinned=False.")
     _check(torch.cuda.cudart().cudaHostRegister(address, num_bytes, _PORTABLE))
 
 
 def unlock_pages(address: int) -> None:
-    """End the page-lock of `lock_pages`, after every copy that uses the memory has ended."""
+    """Unlock the memory of `lock_pages`, after all copies that use it have ended."""
     torch.cuda.synchronize()
     _check(torch.cuda.cudart().cudaHostUnregister(address))
 
@@ -84,7 +84,7 @@ def _check(code: object) -> None:
 
 
 def _advise_huge_pages(address: int, num_bytes: int) -> None:
-    """Ask for huge pages. Advice: what the system does not know or refuses changes nothing."""
+    """Request huge pages. A system that does not support them ignores the request."""
     advise = _madvise() if num_bytes >= _LEAST_BYTES else None
     if advise is None:
         return

@@ -1,8 +1,8 @@
-"""The order of work on a GPU's streams, where several of them use the same blocks.
+"""Order the work of several GPU streams that use the same blocks.
 
 Work on one stream runs in order, work on two streams does not. The lock of a pool orders threads,
-not streams: one thread frees a block, publishes a prefix or grows the storage, and another thread
-goes on with that block on its own stream, while the first stream still reads or writes it.
+not streams. One thread may free a block, publish a prefix or grow the storage while its stream
+still reads or writes the block, and another thread then uses the block on its own stream.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kvpager.plans import Int32
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """Return the stream that work on `device` is queued on now; None if it has no streams. O(1)."""
+    """Return the current stream of `device`; None if the device has no streams. O(1)."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def is_capturing() -> bool:
-    """True if the current stream records a CUDA graph. O(1)."""
+    """Return True if the current stream records a CUDA graph. O(1)."""
     return torch.cuda.is_current_stream_capturing()
 
 
@@ -35,8 +35,8 @@ def keep_for(tensor: Tensor, stream: torch.cuda.Stream) -> None:
 def copy_across(source: Tensor, destination: Tensor, copies: Int32) -> torch.cuda.Event | None:
     """Copy blocks for pairs (source, destination) [n, 2] from one device to another.
 
-    Wait for copies to the host. A copy to a GPU may still read host memory afterwards: return its
-    end. Work that is queued on the GPU later runs after the copy.
+    Waits for copies to the host. A copy to a GPU may still read host memory afterwards: then this
+    returns the event of its end. Work queued on the GPU later runs after the copy.
     """
     for start, target, count in _runs(copies):
         destination[target : target + count].copy_(source[start : start + count], non_blocking=True)
@@ -60,15 +60,15 @@ def _runs(copies: Int32) -> Iterator[tuple[int, int, int]]:
 class StreamOrder:
     """Orders the streams that use the tensor of one storage.
 
-    On a CPU, or with one stream, the usual case, there is nothing to do. With several, the stream
-    that uses the tensor next waits for the work that the other streams were given before.
+    On a CPU or with one stream, the usual case, there is nothing to do. With several streams, the
+    next stream that uses the tensor waits for the work queued on the others.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._streams: tuple[torch.cuda.Stream, ...] = ()
         self._lock = threading.Lock()
-        # Every layer of every step enters: without streams, it asks for nothing.
+        # Called for every layer of every step, so skip all work without streams.
         self._has_streams = current_stream(tensor.device) is not None
         self.enter()
 
@@ -79,7 +79,7 @@ class StreamOrder:
         stream = current_stream(self._tensor.device)
         if stream is None or self._streams == (stream,):
             return
-        # A graph may not wait for work outside of it: its owner orders the replays.
+        # A graph must not wait for work outside of it: its owner orders the replays.
         if is_capturing():
             return
         with self._lock:
@@ -91,7 +91,7 @@ class StreamOrder:
                     stream.wait_stream(other)
 
     def replace(self, tensor: Tensor) -> None:
-        """Let all streams go on with `tensor`, which the current stream has filled. O(streams).
+        """Let all streams use `tensor`, filled by the current stream. O(streams).
 
         Call `enter` before the current stream reads the old tensor.
         """
@@ -105,13 +105,13 @@ class StreamOrder:
 
 
 class HostReads:
-    """Copies to a GPU that still read host memory, which must not be written before they end."""
+    """Copies to a GPU that still read host memory, which must not be written until they end."""
 
     def __init__(self) -> None:
         self._events: list[torch.cuda.Event] = []
 
     def note(self, event: torch.cuda.Event) -> None:
-        """Remember a copy that ends with `event`. O(copies that have not ended)."""
+        """Remember a copy that ends with `event`. O(unfinished copies)."""
         self._events = [each for each in self._events if not each.query()] + [event]
 
     def wait(self) -> None:

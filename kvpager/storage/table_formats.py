@@ -1,6 +1,6 @@
-"""Block tables in the forms that attention kernels take.
+"""Block tables in the formats of other attention kernels.
 
-Nothing here touches a tensor: wrap the arrays by `torch.from_numpy`, or send them elsewhere.
+The functions return NumPy arrays. Wrap them with `torch.from_numpy`, or send them elsewhere.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from kvpager.plans import Int32, Int64, Step
 
 
 class RaggedTables(NamedTuple):
-    """What FlashInfer's paged wrappers `plan` with: table i is `indices[indptr[i]:indptr[i + 1]]`.
+    """Tables for `plan` of FlashInfer's paged wrappers.
 
-    `indptr` int32 [n + 1]; `indices` int32 [blocks of all]; `last_page_len` int32 [n], 1 to
-    block_size, and 0 for an empty sequence, as FlashInfer has it.
+    Attributes:
+        indptr: int32 [n + 1]. Table i is `indices[indptr[i]:indptr[i + 1]]`.
+        indices: int32 [blocks of all tables].
+        last_page_len: int32 [n], 1 to block_size, or 0 for an empty sequence.
     """
 
     indptr: Int32
@@ -28,11 +30,13 @@ class RaggedTables(NamedTuple):
 
 
 class PaddedTables(NamedTuple):
-    """What flash-attn's `flash_attn_with_kvcache` and vLLM's backends take.
+    """Tables for flash-attn's `flash_attn_with_kvcache` and vLLM's backends.
 
-    `block_table` int32 [rows, width]; `seq_lens` int32 [rows]; `slot_mapping` int64 [tokens].
-    Entries behind a sequence's last block name block 0 (never read, but must exist); slots of
-    padded tokens are -1 (never written). Padded rows have length 0.
+    Attributes:
+        block_table: int32 [rows, width]. Entries after a sequence's last block are 0: kernels never
+            read them, but the block must exist.
+        seq_lens: int32 [rows]. Padded rows have length 0.
+        slot_mapping: int64 [tokens]. Padded tokens have slot -1 and are never written.
     """
 
     block_table: Int32
@@ -41,17 +45,19 @@ class PaddedTables(NamedTuple):
 
 
 def flashinfer(manager: CacheManager, sequences: Target) -> RaggedTables:
-    """Tables for FlashInfer. O(blocks).
+    """Return tables for FlashInfer. O(blocks).
 
-    Raises: `StaleSequence`, `SequenceSwapped`; `ValueError` for sequences whose front slid away,
-    since FlashInfer has no word for that.
+    Raises: `StaleSequence`, `SequenceSwapped`; `ValueError` for a sequence with dropped front
+    blocks, which the format cannot express.
     """
     tables, lengths = manager.tables_and_lengths(sequences)
     counts = -(-lengths // manager.block_size)
     used = np.arange(tables.shape[1]) < counts[:, None]
     indices = tables[used]
     if np.any(indices < 0):
-        raise ValueError("the front of a sequence slid away: FlashInfer has no word for that")
+        raise ValueError(
+            "sequences: the first blocks of a sequence are gone. Pass whole sequences."
+        )
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     last = (lengths - (counts - 1) * manager.block_size) * (lengths > 0)
     return RaggedTables(indptr, indices, last.astype(np.int32))
@@ -66,13 +72,13 @@ def flash_attention(
     width: int | None = None,
     num_tokens: int | None = None,
 ) -> PaddedTables:
-    """Tables for flash-attn and vLLM. O(rows * width).
+    """Return tables for flash-attn and vLLM. O(rows * width).
 
     Args:
-        step: what `append` returned; its slots become `slot_mapping`.
-        num_rows, width, num_tokens: pad to so many, for a captured CUDA graph.
+        step: the result of `append`; its slots become `slot_mapping`.
+        num_rows, width, num_tokens: sizes to pad to, for a captured CUDA graph.
 
-    Blocks that slid out of a window are padding, too: the kernel must not look back so far.
+    Blocks dropped before a window become padding: the kernel must not look back that far.
     Raises: `StaleSequence`, `SequenceSwapped`; `ValueError` where it does not fit.
     """
     tables, lengths = manager.tables_and_lengths(sequences)
