@@ -39,7 +39,7 @@ UNITS = {
 
 
 class WrongResult(Exception):
-    """A kernel computed something else than its plain twin: there is no point in timing it."""
+    """A kernel differs from its reference, so timing it is pointless."""
 
 
 @dataclass
@@ -222,7 +222,7 @@ class Pool:
         return partial(attend, self.query, *caches, args, plan, scales=scales)
 
     def check(self, name: str, call: Call, layer: int = 0, rows: int = 2) -> None:
-        """Compare a decode with the plain twin, for a few rows. Raises `WrongResult`."""
+        """Compare a decode with the reference for a few rows. Raises: `WrongResult`."""
         expected = reference.paged_attention(
             self.query[:rows],
             *self.storage.layer(layer),

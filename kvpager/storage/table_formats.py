@@ -55,9 +55,7 @@ def flashinfer(manager: CacheManager, sequences: Target) -> RaggedTables:
     used = np.arange(tables.shape[1]) < counts[:, None]
     indices = tables[used]
     if np.any(indices < 0):
-        raise ValueError(
-            "sequences: the first blocks of a sequence are gone. Pass whole sequences."
-        )
+        raise ValueError("sequences: the first blocks of one are gone. Pass whole sequences.")
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     last = (lengths - (counts - 1) * manager.block_size) * (lengths > 0)
     return RaggedTables(indptr, indices, last.astype(np.int32))

@@ -1,7 +1,7 @@
 """Every schedule of the device-side allocator's programs, by a model of them (`allocator_model`).
 
-Triton's interpreter runs programs one after another, so it cannot show a race; a GPU may hide one
-for years. Each wrong variant below was, or could have been, somebody's algorithm.
+Triton's interpreter runs programs one after another, so it cannot show a race, and a GPU may hide one
+for years. Each wrong variant below was or could have been a real algorithm.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WRONG = {
 }
 
 
-# Where each mistake shows, and as what.
+# The start and error that reveal each mistake.
 WRONG_IN = [
     ("three_share", "the_last_holder_stores_its_count", "refcount"),
     ("two_share", "the_last_holder_writes_at_once", "a block that others hold is written"),
@@ -54,17 +54,17 @@ WRONG_IN = [
 
 
 class Start(NamedTuple):
-    """Rows about to step: some share a half-full block, some need a first block."""
+    """Rows before a step: some share a half-full block, some need a first block."""
 
     sharing: tuple[int, ...] = ()
-    """For each shared block, how many stepping rows hold it."""
+    """Number of stepping rows that hold each shared block."""
     idle: int = 0
-    """Rows that hold the first shared block as well and do not step."""
+    """Rows that also hold the first shared block and do not step."""
     growing: int = 0
     free: int = 0
-    """Blocks that nobody holds."""
+    """Free blocks."""
     programs: tuple[tuple[int, ...], ...] = ()
-    """Lanes of each program; one program per lane if there are none."""
+    """Lanes of each program; by default one program per lane."""
 
     def lanes(self) -> list[list[int]]:
         count = sum(self.sharing) + self.growing
@@ -105,7 +105,7 @@ STARTS = {
 
 
 def assert_books_balance(memory: Memory) -> None:
-    """Refcounts are the holders there are, and each block is free or held."""
+    """Check that refcounts equal the holders, and that each block is free or held."""
     rows = range(memory.count("seq_lens"))
     holders = Counter(block for row in rows for block in memory.table(row))
     num_blocks = memory.count("ref_counts")
@@ -119,7 +119,7 @@ def assert_books_balance(memory: Memory) -> None:
 
 
 def assert_step(before: Memory, after: Memory, lanes: list[int]) -> None:
-    """What a step owes every row, whatever the schedule."""
+    """Check the result of a step for every row, in any schedule."""
     assert_books_balance(after)
     refused = 0
     for lane in lanes:
@@ -143,7 +143,7 @@ def assert_step(before: Memory, after: Memory, lanes: list[int]) -> None:
 
 
 def assert_no_copy_too_many(before: Memory, after: Memory, lanes: list[int]) -> None:
-    """Of the rows that share a block, all but one copy it; all do, where an idle row keeps it."""
+    """Check that all sharing rows but one copy a block, and all if an idle row holds it."""
     tails = Counter(
         before.table(lane)[-1] for lane in lanes if before["seq_lens", lane] % BLOCK_SIZE != 0
     )
@@ -193,7 +193,7 @@ def test_the_model_has_the_statements_of_the_kernels_in_their_order() -> None:
 
 
 def test_several_outcomes_are_reached() -> None:
-    """One block for two rows: either may get it, so the model does reorder."""
+    """Either of two rows may get the only block, so the model does reorder."""
     slots = {
         tuple(after["slots", lane] >= 0 for lane in range(2))
         for _, after in ends(Start(growing=2, free=1))
@@ -220,7 +220,7 @@ def test_every_schedule_of_a_release_is_right(lengths: tuple[int, ...]) -> None:
         memory["num_free"] += 1
     assert_books_balance(memory)
     for leaving in (range(1, num_rows), range(num_rows)):
-        # The second time, the row that was spared goes too.
+        # The second time, the spared row is released too.
         for lane, row in enumerate(leaving):
             memory["rows", lane] = row
         launch: Launch = [lambda _, lane=lane: drop_rows(_, lane) for lane in range(len(leaving))]

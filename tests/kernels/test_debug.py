@@ -1,4 +1,4 @@
-"""Debug mode: every wrong index is named before any memory is touched."""
+"""Debug mode reports every wrong index before any memory is touched."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def debugging(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unreachable(debugging: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Debug mode, and no kernel may run."""
+    """Enable debug mode and fail if a kernel runs."""
     del debugging
 
     def select(operation: str, device: torch.device) -> Any:
@@ -192,7 +192,7 @@ def test_what_kernels_skip_may_hold_anything() -> None:
     case = Case(((1, 20), (1, 3), (1, 0)))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 4, torch.float32)
-    # -1 in the middle is a block given back; what stands past a row's tokens is not followed.
+    # -1 in the middle is a freed block; entries past a row's tokens are ignored.
     blocks.block_tables[0, 2], blocks.block_tables[1, 1:], blocks.block_tables[2] = -1, 1000, -9
     attend(case, call, blocks)
     gather_kv.gather_kv(blocks.caches[0], blocks.block_tables, blocks.seq_lens, 30)
@@ -225,7 +225,7 @@ def test_host_rows_have_the_values_of_the_tensors(name: str) -> None:
         arguments[cache].zero_()
     names = ("block_tables", "seq_lens", "cu_seqlens_q")
     arrays = {each: arguments[each].numpy().copy() for each in names}
-    arrays["block_tables"][0, -1] += 1  # behind the row's last token
+    arrays["block_tables"][0, -1] += 1  # past the row's last token
     paged_attention.paged_attention(**arguments, host_rows=HostRows(**arrays))
     arrays[name].flat[1] += 1
     with pytest.raises(ValueError, match=rf"{name}\[.*host_rows has another value"):

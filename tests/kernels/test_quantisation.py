@@ -1,4 +1,4 @@
-"""Caches of eight bits: what rounding may cost, and that kernels add nothing to it."""
+"""Eight-bit caches: bounds of the rounding error, and kernels that add no other error."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def one_layer(
 
 
 def rounding_bound(x: Tensor, kv_cache_dtype: str) -> Tensor:
-    """How far each element of `x` [.., D] may lie from what comes back."""
+    """Return the largest allowed error of each element of `x` [.., D]."""
     exact = x.double()
     scale = exact.abs().amax(-1, keepdim=True) / (127 if kv_cache_dtype == "int8" else 448)
     half_step = (
         scale / 2 if kv_cache_dtype == "int8" else torch.maximum(exact.abs() / 16, scale / 1024)
     )
-    # The scale is rounded to float32, and so is their product: a hair on top.
+    # The scale and the product are rounded to float32, which adds a little.
     return half_step + exact.abs() * 1e-6
 
 
@@ -120,7 +120,7 @@ def test_a_fault_in_a_vector_stays_a_fault_and_stays_there(
 
 
 def test_an_unsupported_kv_cache_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dtype is torch.int16; pass one of \[torch.int8"):
+    with pytest.raises(ValueError, match=r"dtype=torch.int16: must be one of \[torch.int8"):
         quantise(torch.ones(2, 2), torch.int16)
 
 
@@ -243,7 +243,7 @@ def attended(
     kernels: Kernels,
     device: str = "cpu",
 ) -> tuple[Any, Tensor]:
-    """The call with the keys and values that were stored, for the oracle, and the output."""
+    """Return the call with the stored keys and values, for the oracle, and the output."""
     call = make_call(case, dtype)
     blocks = in_blocks(case, call, 16, dtype, kernels, kv_cache_dtype)
     output = attend(case, call, blocks, device, kernels)
@@ -306,7 +306,7 @@ def test_gpu_append_stores_every_element_to_half_a_step(kv_cache_dtype: KVCacheD
 
 @pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("kv_cache_dtype", KV)
-def test_a_long_cache_costs_the_rounding_of_its_numbers_and_no_more(
+def test_a_long_cache_adds_no_error_beyond_rounding(
     kv_cache_dtype: KVCacheDtype, outliers: bool, implementation: Kernels
 ) -> None:
     """Against float64 attention, at most twice the error of rounding alone."""
@@ -339,7 +339,7 @@ def test_a_long_cache_costs_the_rounding_of_its_numbers_and_no_more(
     )
     rounding_error = (exact(*rounded) - truth).norm()
     assert 0 < (output.double() - truth).norm() <= 2 * rounding_error
-    # What rounding costs on such data in the first place: figures with room, as a tripwire.
+    # Bounds of the rounding error on such data, with room.
     relative = rounding_error / truth.norm()
     assert relative < (0.06 if kv_cache_dtype == "int8" else 0.12)
 
@@ -469,7 +469,7 @@ def test_gather_refuses_scales_that_do_not_fit(
         )
 
 
-def test_eight_bits_take_half_the_room_of_sixteen_but_for_the_scales() -> None:
+def test_eight_bits_take_half_of_sixteen_plus_scales() -> None:
     shape, blocks = [(8, 128, 128)], 10
     half = BlockStorage(blocks, 16, shape, dtype=torch.bfloat16)
     eight = BlockStorage(blocks, 16, shape, dtype=torch.bfloat16, kv_cache_dtype="int8")

@@ -1,4 +1,4 @@
-"""Work plans: every kv token that a query may see is read for it exactly once."""
+"""Work plans read every kv token that a query sees exactly once for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TILING = Tiling(block_size=4, few=2, many=4, align=4, items=6, chunk_min=8)
 
 
 def tables_of(rows: Sequence[Sequence[int]], columns: int | None = None) -> Tables:
-    """Block tables; what stands past a row's blocks is as good as garbage."""
+    """Make block tables with garbage past a row's blocks."""
     width = max((len(row) for row in rows), default=0) if columns is None else columns
     tables = np.full((len(rows), width), 999, np.int32)
     for index, row in enumerate(rows):
@@ -42,7 +42,7 @@ def require_cover(
     causal: bool = True,
     window: int | None = None,
 ) -> int:
-    """Every query sees each of its tokens through one item. Returns the kv tokens that are read."""
+    """Check that every query sees each token through one item; return the kv tokens read."""
     counts = [1] * len(seq_lens) if query_counts is None else query_counts
     rows = [row for row, count in enumerate(counts) for _ in range(count)]
     ranks = [count - index for count in counts for index in range(count)]  # from the last
@@ -77,7 +77,7 @@ def require_cover(
 
 
 def require_slots(plan: WorkPlan, parts: list[int], slots: list[list[int]]) -> None:
-    """A query with one part has its result at once; others merge a run of slots of their own."""
+    """Check that queries with several parts have runs of slots, and others no slot."""
     runs = dict(
         zip(
             plan.merged.tolist(),
@@ -119,7 +119,7 @@ def test_prefixes_inside_prefixes_are_read_once_each() -> None:
     assert require_cover(plan, tables, seq_lens) == 480 + 5
 
 
-def test_more_rows_than_a_tile_holds_share_a_prefix_tile_by_tile() -> None:
+def test_rows_beyond_one_tile_share_a_prefix_per_tile() -> None:
     prefix = list(range(100, 120))
     tables = tables_of([[*prefix, row] for row in range(9)])
     plan = Planner(TILING).plan(tables, np.full(9, 81))
@@ -136,7 +136,7 @@ def test_a_short_common_prefix_is_not_worth_a_partial_result() -> None:
 
 def test_the_block_that_is_being_written_is_never_shared() -> None:
     prefix = list(range(100, 120))
-    # Just forked: both still have the same last block, and one of them will get a copy of it.
+    # Just forked: both rows share the last block until copy-on-write.
     tables = tables_of([prefix, prefix])
     plan = Planner(TILING).plan(tables, np.array([80, 80]))
     assert require_cover(plan, tables, [80, 80]) == 76 + 4 + 4
@@ -207,7 +207,7 @@ def test_a_missing_block_counts_only_where_a_query_may_look(
     assert plan.holes == holes
 
 
-def test_a_fixed_chunk_sums_a_row_the_same_way_in_any_company() -> None:
+def test_a_fixed_chunk_sums_a_row_independently_of_others() -> None:
     prefix = list(range(100, 110))
     rows = [[*prefix, 1], [*prefix, 2], list(range(200, 230)), [3]]
     seq_lens = [41, 43, 117, 2]
@@ -233,7 +233,7 @@ def test_a_fixed_chunk_stays_fixed_while_its_row_grows() -> None:
 
 
 def test_a_chunk_that_no_tile_fits_is_refused() -> None:
-    with pytest.raises(ValueError, match="chunk is 6; pass a multiple of 4 kv tokens"):
+    with pytest.raises(ValueError, match="chunk=6: must be a positive multiple of 4 kv tokens"):
         Planner(TILING, chunk=6)
 
 
@@ -265,9 +265,7 @@ def test_a_row_may_grow_to_twice_its_share_of_the_work() -> None:
 
 @pytest.mark.parametrize("window", [None, 3, 13])
 @pytest.mark.parametrize("first", range(1, 18, 2))
-def test_items_of_a_fixed_chunk_end_where_chunks_end_however_rows_grow(
-    window: int | None, first: int
-) -> None:
+def test_items_of_a_fixed_chunk_end_at_chunk_boundaries(window: int | None, first: int) -> None:
     tables = tables_of([list(range(10))])
     planner = Planner(TILING, chunk=8, window=window)
     for seq_len in range(first, 40):
@@ -279,9 +277,7 @@ def test_items_of_a_fixed_chunk_end_where_chunks_end_however_rows_grow(
 
 @pytest.mark.parametrize("cut", [79, 41, 4, 0])
 @pytest.mark.parametrize("window", [None, 90])
-def test_a_plan_is_left_when_a_row_is_cut_below_what_it_shares(
-    cut: int, window: int | None
-) -> None:
+def test_a_row_cut_below_its_shared_prefix_needs_a_new_plan(cut: int, window: int | None) -> None:
     prefix = list(range(100, 120))
     planner = Planner(TILING, window=window)
     tables = tables_of([[*prefix, row] for row in range(3)])
@@ -374,7 +370,7 @@ def test_tables_with_too_few_blocks_for_a_plan_get_another() -> None:
     planner = Planner(TILING)
     tables = tables_of([list(range(10))])
     plan = planner.plan(tables, np.array([33]))
-    assert planner.plan(tables[:, :8], np.array([33])) is plan  # the newest block is no matter
+    assert planner.plan(tables[:, :8], np.array([33])) is plan  # the newest block does not matter
     assert planner.plan(tables[:, :7], np.array([33])) is not plan
 
 
@@ -439,13 +435,13 @@ def test_what_the_caller_changes_in_place_is_noticed(
     if cu_seqlens_q is not None:
         arrays.append(np.array(cu_seqlens_q))
     plan = planner.plan(*arrays)
-    arrays[changed][1] -= 1  # other blocks, a row that was cut, a query of the next row
+    arrays[changed][1] -= 1  # other blocks, a shorter row, a query of the next row
     assert planner.plan(*arrays) is not plan
 
 
 @dataclass
 class Forest:
-    """Sequences over blocks, as a manager would keep them: forks share, writers copy."""
+    """Sequences over blocks with sharing forks and copy-on-write, like a manager's."""
 
     block_size: int
     window: int | None
@@ -484,7 +480,7 @@ class Forest:
         self.seq_lens[row] = max(0, self.seq_lens[row] - tokens)
 
     def give_back(self, row: int) -> None:
-        """What no query may see any more."""
+        """Drop blocks that no query sees any more."""
         if self.window is not None:
             behind = max(0, self.seq_lens[row] - self.window) // self.block_size
             self.rows[row][:behind] = [-1] * min(behind, len(self.rows[row]))
@@ -527,7 +523,7 @@ def test_any_history_of_sequences_is_covered_after_every_step() -> None:
 
 
 def take(forest: Forest, verb: str, row: int, tokens: int) -> None:
-    """One step of a history; what needs a row is left out where there is none."""
+    """Run one step of a history; skip steps that need a row if there is none."""
     if verb == "join" or not forest.rows:
         forest.join(tokens)
         return

@@ -1,4 +1,4 @@
-"""BlockStorage: where every byte lies, and that copies, swaps and growth keep it."""
+"""BlockStorage: the place of every byte, and copies, swaps and growth that keep it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNEQUAL = [LayerShape(2, 8, 4), LayerShape(1, 16, 16), LayerShape(3, 2, 6)]
 
 
 def numbered(device: str = "cpu", layers: Any = EQUAL, **options: Any) -> BlockStorage:
-    """A storage whose elements all differ, in both tiers."""
+    """Make a storage whose elements all differ, in both tiers."""
     storage = BlockStorage(6, 4, layers, dtype=torch.float32, device=device, **options)
     for tier in (storage.tier("device"), storage.tier("host")):
         tier.copy_(torch.arange(tier.numel(), dtype=torch.float32).view(tier.shape))
@@ -50,7 +50,7 @@ def test_equal_layers_are_the_documented_six_dimensions() -> None:
 
 
 @pytest.mark.parametrize("layers", [EQUAL, UNEQUAL])
-def test_a_block_is_one_run_of_bytes_key_before_value_layer_after_layer(layers: Any) -> None:
+def test_a_block_is_one_run_of_bytes_through_all_layers(layers: Any) -> None:
     storage = numbered(layers=layers)
     for block in range(storage.num_blocks):
         address = storage.tier().data_ptr() + block * storage.block_bytes
@@ -153,7 +153,7 @@ def test_blocks_move_to_another_storage_bit_by_bit(kv_cache_dtype: Any) -> None:
     assert torch.equal(after, torch.stack([theirs[5], before[1], theirs[1]]))
 
 
-def test_blocks_of_another_shape_or_that_do_not_exist_are_not_moved() -> None:
+def test_unknown_blocks_and_other_shapes_are_not_copied() -> None:
     here = BlockStorage(6, 4, [(2, 8, 8)], dtype=torch.float32)
     pairs = np.array([[0, 0]], np.int32)
     for other in (
@@ -161,7 +161,7 @@ def test_blocks_of_another_shape_or_that_do_not_exist_are_not_moved() -> None:
         BlockStorage(6, 8, [(2, 8, 8)], dtype=torch.float32),
         BlockStorage(6, 4, [(2, 8, 8)], dtype=torch.bfloat16),
     ):
-        with pytest.raises(ValueError, match="keeps other blocks"):
+        with pytest.raises(ValueError, match="must have the layers, dtypes and block size"):
             here.copy_from(other, pairs)
     smaller = BlockStorage(2, 4, [(2, 8, 8)], dtype=torch.float32)
     for wrong in ([[2, 0]], [[0, 6]], [[-1, 0]], [[0, -1]]):
@@ -256,7 +256,7 @@ def test_blocks_that_do_not_exist_are_refused_and_nothing_moves() -> None:
 
 
 def test_a_layer_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(IndexError, match="layer 3 does not exist; the storage has 3"):
+    with pytest.raises(IndexError, match="layer=3: must be 0 to 2"):
         numbered().layer(3)
 
 
@@ -296,7 +296,7 @@ def test_gpu_copy_and_growth_keep_every_byte() -> None:
     ],
     ids=["made", "grown", "shrunk", "layers dropped"],
 )
-def test_what_is_done_in_inference_mode_can_be_written_outside_of_it(
+def test_storage_made_in_inference_mode_is_writable_outside(
     change: Callable[[BlockStorage], None],
 ) -> None:
     layers = [LayerShape(1, 8, 8)] * 2
@@ -330,14 +330,14 @@ def test_dropping_the_last_layers_keeps_the_first_and_frees_their_memory() -> No
             storage.keep_layers(count)
 
 
-# Part by part of a block of UNEQUAL in eight bits, as the docstring draws it: the bytes that
-# block_size 4 needs, each rounded up to 16: key, value, key scales, value scales of each layer.
+# Bytes of the parts of a block of UNEQUAL in eight bits with block_size 4, each rounded up to 16:
+# key, value, key scales and value scales of each layer.
 QUANTISED_PARTS = [64, 32, 32, 32, 64, 64, 16, 16, 24, 72, 48, 48]
 QUANTISED_STARTS = [0, 64, 96, 128, 160, 224, 288, 304, 320, 352, 432, 480]
 
 
 def quantised(kv_cache_dtype: Any, layers: Any = UNEQUAL, **options: Any) -> BlockStorage:
-    """A storage of eight bits with random bytes in both tiers."""
+    """Make an eight-bit storage with random bytes in both tiers."""
     storage = BlockStorage(
         6, 4, layers, dtype=torch.bfloat16, kv_cache_dtype=kv_cache_dtype, **options
     )
@@ -347,7 +347,7 @@ def quantised(kv_cache_dtype: Any, layers: Any = UNEQUAL, **options: Any) -> Blo
 
 
 def views(storage: BlockStorage) -> list[torch.Tensor]:
-    """Everything a quantised storage holds, layer by layer, as bytes: [blocks, bytes] each."""
+    """Return the content of a quantised storage by layer, as bytes: [blocks, bytes] each."""
     found = []
     for layer in range(len(storage.layers)):
         scales = storage.scales(layer)
@@ -392,7 +392,7 @@ def check_part(
         assert view[block].nbytes == size
 
 
-def test_a_storage_that_is_not_quantised_has_no_scales_and_no_gaps() -> None:
+def test_an_unquantised_storage_has_no_scales_or_gaps() -> None:
     storage = BlockStorage(2, 1, [LayerShape(1, 3, 1)] * 3, dtype=torch.bfloat16)
     assert storage.kv_cache_dtype is None
     assert storage.scales(0) is None
@@ -401,7 +401,7 @@ def test_a_storage_that_is_not_quantised_has_no_scales_and_no_gaps() -> None:
     assert [cache.storage_offset() for i in range(3) for cache in storage.layer(i)] == [
         *(0, 3, 4, 7, 8, 11)
     ]
-    with pytest.raises(IndexError, match="layer 3 does not exist; the storage has 3"):
+    with pytest.raises(IndexError, match="layer=3: must be 0 to 2"):
         storage.scales(3)
 
 
@@ -482,7 +482,7 @@ def test_the_bytes_of_a_block_are_known_before_there_is_one(
 
 @dataclass(eq=False)
 class LoggedStream:
-    """A stream that writes down which other streams it waits for."""
+    """A stream that logs the streams it waits for."""
 
     name: str
     log: list[str]
@@ -492,7 +492,7 @@ class LoggedStream:
 
 
 class Streams:
-    """Two streams of a CPU, as far as a storage can tell."""
+    """Two fake streams on a CPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -541,7 +541,7 @@ def test_a_stream_waits_for_the_other_streams_that_used_the_blocks(
     storage = numbered()
     for _ in range(3):
         USES[use](storage)
-    assert two_streams.take_log() == []  # one stream is in order by itself
+    assert two_streams.take_log() == []  # work on one stream is in order
     two_streams.current = two_streams.second
     USES[use](storage)
     assert two_streams.take_log() == ["second waits for first"]
@@ -555,7 +555,7 @@ def test_a_stream_waits_for_the_other_streams_that_used_the_blocks(
     [lambda s: s.grow(9), lambda s: s.shrink(2), lambda s: s.keep_layers(1)],
     ids=["grow", "shrink", "keep_layers"],
 )
-def test_a_new_tensor_is_filled_after_all_writes_to_the_old_and_before_all_to_the_new(
+def test_a_new_tensor_is_filled_between_old_and_new_writes(
     change: Callable[[BlockStorage], None],
     two_streams: Streams,
     monkeypatch: pytest.MonkeyPatch,
@@ -599,7 +599,7 @@ def test_a_stream_that_records_a_graph_waits_for_no_other(two_streams: Streams) 
     ],
     ids=["by hand", "copy within", "swap out", "layers dropped"],
 )
-def test_host_memory_is_not_touched_while_a_copy_out_of_it_is_under_way(
+def test_host_memory_is_not_written_during_a_copy_from_it(
     touch: Callable[[BlockStorage], None],
 ) -> None:
     with fake_devices() as fake_device, late_copies() as stream:
@@ -618,7 +618,7 @@ def test_host_memory_is_not_touched_while_a_copy_out_of_it_is_under_way(
 
 
 class Runtime:
-    """The part of CUDA's runtime that locks pages, written down."""
+    """The page-locking part of the CUDA runtime, logging its calls."""
 
     def __init__(self, code: int = 0) -> None:
         self.code = code
@@ -630,7 +630,7 @@ class Runtime:
         return self.code
 
     def cudaHostUnregister(self, address: int) -> int:
-        ctypes.string_at(address, self.locked.pop(address))  # which is still there
+        ctypes.string_at(address, self.locked.pop(address))  # still allocated
         return 0
 
 
@@ -640,7 +640,7 @@ def with_runtime(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
-def test_page_locked_memory_is_as_large_as_asked_and_unlocked_with_its_last_view(
+def test_page_locked_memory_is_exact_and_unlocked_with_its_last_view(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runtime = Runtime()
@@ -693,7 +693,7 @@ def test_gpu_growth_keeps_what_another_stream_is_still_writing() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_blocks_copied_out_of_host_memory_are_what_they_were_then() -> None:
+def test_gpu_blocks_copied_from_host_memory_keep_their_content() -> None:
     storage = numbered("cuda", num_host_blocks=6)
     expected = storage.tier("host")[:3].clone()
     torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Block tables in the forms kernels take, and names for blocks that leave the process."""
+"""Block tables in the formats of other kernels, and content keys of blocks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_flashinfer_has_no_word_for_a_block_that_is_away(manager: BlockManager) 
     swapped, slid, whole = (manager.allocate(9) for _ in range(3))
     manager.swap(swapped, "host")
     manager.drop_before(slid, 5)
-    with pytest.raises(ValueError, match="first blocks of a sequence are gone"):
+    with pytest.raises(ValueError, match="the first blocks of one are gone"):
         flashinfer(manager, [whole, slid])
     for make in (flashinfer, flash_attention):
         with pytest.raises(SequenceSwapped):
@@ -84,7 +84,7 @@ def test_tables_of_a_freed_sequence_are_refused(manager: BlockManager) -> None:
 # -------------------------------------------------------------------- flash-attn
 
 
-def test_flash_attention_gets_rectangular_tables_that_name_block_0_behind_the_end(
+def test_flash_attention_tables_are_rectangular_and_padded_with_block_0(
     manager: BlockManager,
 ) -> None:
     sequences = [manager.allocate(9), manager.allocate(2)]
@@ -276,7 +276,7 @@ def test_keys_are_equal_in_every_process() -> None:
 
 
 def test_a_key_stays_the_same_from_release_to_release() -> None:
-    # Keys name bytes in other people's stores: whoever changes this loses them.
+    # Keys name blocks in external stores: a change here loses them.
     key = content_keys(IDS, 4, CONTEXT)[-1]
     assert key.hex() == "93086a17801342a770ce1741371ea4d68ac07a279d2d06dc54aff2a4941dcb68"
 

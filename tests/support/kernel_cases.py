@@ -270,7 +270,7 @@ class Unpacked:
         return self.kernel(query, key_cache, value_cache, args, sinks, scales)
 
 
-# The entry points run whatever is registered for the device, the twins always themselves.
+# The entry points run whatever is registered for the device, the reference kernels run as they are.
 ENTRY = Kernels(append_kv, gather_kv, paged_attention, copy_blocks)
 REFERENCE = Kernels(
     reference.append_kv,

@@ -1,4 +1,4 @@
-"""Attention by the native CPU kernels, in each variant, against the twins and float64."""
+"""Attention by the native CPU kernels in each variant, against the reference and float64."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.support.native_kernels import (
     small,
 )
 
-# What every variant runs; the best one runs all.
+# Cases for every variant; the best variant runs all cases.
 FEW = [
     "decode",
     "ragged_mix_of_prefill_and_decode",
@@ -73,13 +73,13 @@ def largest_error(output: Tensor, exact: Tensor) -> float:
 
 
 def rounding(dtype: torch.dtype, exact: Tensor, dim: int) -> float:
-    """What sums of `dim` products may round off besides."""
+    """Return the allowed extra rounding error of sums of `dim` products."""
     largest = max(exact.abs().max().item(), 1.0)
     return 4 * max(1, dim / 16) ** 0.5 * torch.finfo(dtype).eps * largest
 
 
 def assert_agrees(output: Tensor, expected: Tensor) -> None:
-    """Both sum in float32 and round once; int8 adds 15-bit queries and weights."""
+    """Compare results that are summed in float32 and rounded once, or use 15 bits for int8."""
     assert output.dtype == expected.dtype
     eps = max(2.5 * torch.finfo(output.dtype).eps, 2e-5)
     largest = max(expected.abs().max().item() if expected.numel() else 0, 1.0)
@@ -135,7 +135,7 @@ DIMS = [(n, n) for n in (8, 16, 24, 32, 64, 80, 96, 112, 128, 192, 256)]
 @pytest.mark.mostly_slow(quick=28)
 @pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [*DIMS, (1, 1), (33, 65), (576, 512), (7, 130)])
-def test_every_head_dim_and_group_size_agrees_with_the_twin(
+def test_every_head_dim_and_group_size_agrees_with_the_reference(
     key_dim: int, value_dim: int, kv_cache_dtype: Any, native: Native
 ) -> None:
     groups = (1, 2, 3, 4, 5, 6, 7, 8, 12, 17)
@@ -150,7 +150,7 @@ def test_every_head_dim_and_group_size_agrees_with_the_twin(
 
 
 @pytest.mark.parametrize("kind", [torch.bool, *FLOATS])
-def test_masks_of_every_dtype_and_stride_agree_with_the_twin(
+def test_masks_of_every_dtype_and_stride_agree_with_the_reference(
     kind: torch.dtype, native: Native
 ) -> None:
     case = Case(((3, 40), (2, 34)), mask="float", mask_heads=True, causal=False)
@@ -209,7 +209,7 @@ def test_a_long_row_is_shared_among_threads(threads: int, native: Native) -> Non
     )
     torch.set_num_threads(threads)
     output = native.kernels.paged_attention(**arguments)
-    # Outputs are about 0.005: averages of so many values.
+    # Outputs are about 0.005, averages of many values.
     torch.testing.assert_close(output.double(), exact, rtol=1e-3, atol=2e-6)
     assert torch.equal(output[3], torch.zeros(2, 32))
     assert torch.equal(native.kernels.paged_attention(**arguments), output)
@@ -275,7 +275,7 @@ def test_holes_in_a_table_are_not_seen(kv_cache_dtype: str | None, native: Nativ
 @pytest.mark.parametrize("start", [39, 40, 41, 47, 48, 49, 1 << 40, -3])
 def test_rows_may_start_anywhere_even_past_their_end(start: int, native: Native) -> None:
     arguments = small()
-    # What stands behind the table in memory has to stay unread.
+    # Memory behind the table must stay unread.
     wide = torch.full((1, 64), 999, dtype=torch.int32)
     wide[:, :3] = arguments["block_tables"]
     arguments |= {"block_tables": wide[:, :3], "kv_starts": torch.tensor([start])}
@@ -360,7 +360,7 @@ def run(name: str, native: Native) -> Tensor:
         ({"cu_seqlens_q": torch.tensor([0, 3])}, "cu_seqlens_q reaches 3 at row"),
         ({"cu_seqlens_q": torch.tensor([0, -1])}, "cu_seqlens_q reaches -1 at row"),
         ({"cu_seqlens_q": torch.tensor([1, 2])}, "cu_seqlens_q reaches 1 at row 0"),
-        # Its last query would come out as whatever stood in memory.
+        # Its last query would be uninitialised memory.
         ({"cu_seqlens_q": torch.tensor([0, 1])}, "cu_seqlens_q reaches 1 at row 1"),
         ({"block_tables": torch.tensor([[0, 1 << 32, 1]])}, r"block_tables\[0, 1\] is"),
         ({"mask": torch.ones(1, 1, 1, 40)}, "mask has 1 query rows, but a row has 2 queries"),

@@ -1,4 +1,4 @@
-"""Building the native CPU kernels: once, never half, and what happens where it cannot be done."""
+"""Building the native CPU kernels: once, never partly, and fallbacks if building fails."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ needs_compiler = pytest.mark.skipif(REAL is None, reason="there is no C++ compil
 
 @pytest.fixture(scope="session")
 def prebuilt() -> Path:
-    """A library that works, from the cache of this machine."""
+    """A working library from the cache of this machine."""
     try:
         return compiler.ensure(PORTABLE).path
     except BuildError as error:
@@ -59,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @dataclass
 class Compiler:
-    """A script in a compiler's place; it notes each call."""
+    """A script in place of a compiler that records each call."""
 
     path: Path
     log: Path
@@ -70,7 +70,7 @@ class Compiler:
 
 
 def make_compiler(path: Path, action: str) -> Compiler:
-    """`action` is shell; `$out` is where the library has to go."""
+    """`action` is shell code; `$out` is the path of the library."""
     log = path.with_suffix(".log")
     path.write_text(
         f'#!/bin/sh\necho "$@" >> "{log}"\nlast=; for word in "$@"; do\n'
@@ -114,19 +114,19 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def kinds(folder: Path) -> list[str]:
-    """What is in a cache folder, by suffix."""
+    """Return the suffixes of the files in a cache folder, sorted."""
     return sorted("".join(path.suffixes) for path in folder.iterdir())
 
 
 @pytest.fixture
 def nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The superuser may write everywhere; anybody else may not."""
+    """Make every path unwritable, for root too."""
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and access(path, mode))
 
 
 def served_by() -> set[tuple[str, ...]]:
-    """Backend and reason of the CPU's operations."""
+    """Return backend and reason of the CPU's operations."""
     active = backends.active()["cpu"]
     return {tuple(active[operation]) for operation in OPERATIONS}
 
@@ -228,7 +228,7 @@ def test_two_processes_at_once_build_once(folder: Path, tmp_path: Path, prebuilt
     assert kinds(folder) == COMPLETE
 
 
-# -------------------------------------------------------------------- never half, never stale
+# -------------------------------------------------------------------- never partial, never stale
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbled", "no digest", "another digest", "open"])
@@ -281,7 +281,7 @@ def test_each_variant_has_a_library_of_its_own(folder: Path, copying: Compiler) 
         assert "-ffast-math" not in call
 
 
-# -------------------------------------------------------------------- where it cannot be done
+# -------------------------------------------------------------------- building fails
 
 
 @pytest.mark.usefixtures("no_compiler", "registry")
@@ -292,8 +292,8 @@ def test_without_a_compiler_torch_runs_and_one_line_says_why(
         compiler.ensure(PORTABLE)
     with caplog.at_level(logging.DEBUG, logger="kvpager"):
         for operation in sorted(OPERATIONS):
-            twin = getattr(reference, operation)
-            assert backends.select(operation, torch.device("cpu")) is twin
+            expected = getattr(reference, operation)
+            assert backends.select(operation, torch.device("cpu")) is expected
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "no C++ compiler found" in record.getMessage()
@@ -342,7 +342,7 @@ def test_a_library_built_ahead_is_found_where_nothing_can_be_written(
 
 @pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("how", ["fails", "is not there", "is no command"])
-def test_where_the_compiler_fails_a_library_of_another_one_serves(
+def test_if_the_compiler_fails_a_library_of_another_compiler_serves(
     how: str,
     folder: Path,
     copying: Compiler,
@@ -364,12 +364,12 @@ def test_where_the_compiler_fails_a_library_of_another_one_serves(
     assert record.levelno == logging.INFO
     assert str(built) in record.getMessage()
     assert chosen[how] in record.getMessage()
-    with pytest.raises(BuildError):  # asked for, so not replaced
+    with pytest.raises(BuildError):  # chosen by the user, so not replaced
         compiler.ensure(best, rebuild=True)
 
 
 @pytest.mark.parametrize("other", ["another variant", "another source", "damaged"])
-def test_where_the_compiler_fails_no_other_library_serves(
+def test_if_the_compiler_fails_no_other_library_serves(
     other: str, folder: Path, copying: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variant = compiler.VARIANTS[0] if other == "another variant" else PORTABLE
@@ -449,7 +449,7 @@ def test_a_compiler_without_openmp_makes_kernels_for_one_thread(
     torch.testing.assert_close(attend(query, cache, cache, tables, lens), query)
 
 
-# -------------------------------------------------------------------- where libraries are kept
+# -------------------------------------------------------------------- cache folder
 
 
 @pytest.fixture
@@ -471,13 +471,15 @@ def test_the_users_cache_folder_is_the_usual_place(
     assert cache.writable_folder() != temporary
 
 
-def test_where_home_cannot_be_written_a_private_temporary_folder_serves(
+def test_without_a_writable_home_a_private_temporary_folder_serves(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     assert cache.writable_folder() == temporary
-    assert temporary.stat().st_mode & 0o777 == 0o755  # nobody else writes, everybody may read
-    temporary.chmod(0o777)  # made by somebody else, before us
+    assert (
+        temporary.stat().st_mode & 0o777 == 0o755
+    )  # writable for this user only, readable for all
+    temporary.chmod(0o777)  # made by another user before
     with pytest.raises(BuildError, match=r"no cache folder can be used .*; set KVPAGER_CACHE to"):
         cache.writable_folder()
 
@@ -516,7 +518,7 @@ def test_a_folder_that_others_can_write_is_not_used(
     assert compiler.ensure(PORTABLE).path.parent == temporary
 
 
-def test_the_home_of_a_user_who_does_not_exist_is_no_error(
+def test_the_home_of_an_unknown_user_is_no_error(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-that-name/cache")
@@ -535,7 +537,7 @@ def test_the_home_of_a_user_who_does_not_exist_is_no_error(
         ("of nobody", "[hH]ome"),
     ],
 )
-def test_a_chosen_folder_that_cannot_be_used_is_named_and_not_replaced(
+def test_an_unusable_chosen_folder_is_reported_and_not_replaced(
     wrong: str,
     why: str,
     temporary: Path,
@@ -577,7 +579,7 @@ def test_a_chosen_folder_that_cannot_be_used_is_named_and_not_replaced(
 
 
 def disown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `path` belong to another user than this one."""
+    """Make `path` belong to another user."""
     if os.getuid() == 0:
         os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
     else:
@@ -595,14 +597,14 @@ def test_a_chosen_folder_is_the_only_one_looked_in(
     assert len(copying.calls) == 2
 
 
-# -------------------------------------------------------------------- throwing away
+# -------------------------------------------------------------------- pruning
 
 
 OTHER_SOURCE = "0123456789abcdef"
 
 
 def leave(folder: Path, name: str, days: float) -> Path:
-    """A file in the cache folder that nobody used for so long."""
+    """Make a file in the cache folder that was last used `days` ago."""
     folder.mkdir(exist_ok=True, mode=0o700)
     path = folder / name
     path.write_text("left")
@@ -632,7 +634,7 @@ def test_a_build_removes_libraries_of_other_sources_that_nobody_uses(folder: Pat
 
 
 @pytest.mark.usefixtures("copying")
-def test_a_build_keeps_what_is_in_use_and_what_is_not_its_own(folder: Path) -> None:
+def test_a_build_keeps_libraries_in_use_and_foreign_files(folder: Path) -> None:
     recent = leave_library(folder, OTHER_SOURCE, 29)
     current = leave_library(folder, compiler.source_digest(), 31)
     loaded = leave_library(folder, "1" * 16, 31)
@@ -744,7 +746,7 @@ def test_a_folder_that_cannot_be_tidied_is_no_error(
     assert compiler.ensure(PORTABLE).origin == "built with quick++"
 
 
-# -------------------------------------------------------------------- which compiler
+# -------------------------------------------------------------------- compiler
 
 
 def test_a_compiler_may_be_several_words(
@@ -761,13 +763,13 @@ def test_a_compiler_may_be_several_words(
     assert len(paths) == len(copying.calls) == 4
     assert copying.calls[1].startswith("-m64 ")
     assert copying.calls[2].startswith("-DNAME=a b ")
-    # What the wrapper calls is the compiler.
+    # The wrapper calls the compiler.
     copying.path.write_text(copying.path.read_text() + "# newer\n")
     assert compiler.ensure(PORTABLE).path not in paths
 
 
 @pytest.mark.parametrize("command", ["no-such++", "/nowhere/g++ -m64", "g++ 'unfinished"])
-def test_a_chosen_compiler_that_is_not_there_is_named_and_not_replaced(
+def test_a_missing_chosen_compiler_is_reported_and_not_replaced(
     command: str, folder: Path, tmp_path: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = make_compiler(tmp_path / "c++", f'cp "{prebuilt}" "$out"')
@@ -877,7 +879,7 @@ def test_the_command_builds_every_variant_of_this_cpu(
 
 
 def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """What `status` prints, by the first word or two of each line."""
+    """Return the output of `status` by the first words of each line."""
     assert command_line.main(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
     return {line[:13].strip(): line[13:] for line in lines}

@@ -1,4 +1,4 @@
-"""Append, gather and copies by the native CPU kernels, bit by bit, and the bounds of all reads."""
+"""append_kv, gather_kv and copy_blocks on a CPU: exact bits, and the bounds of all reads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def native(request: pytest.FixtureRequest) -> Native:
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
-def test_appended_bits_are_the_twins(
+def test_appended_bits_equal_the_reference(
     dtype: torch.dtype, slot_dtype: torch.dtype, native: Native
 ) -> None:
     key = torch.randn(3, 9, 6).to(dtype).transpose(0, 1)
@@ -70,7 +70,7 @@ def test_runs_of_slots_end_where_blocks_do(dim: int, threads: int, native: Nativ
     caches, expected = (strided_caches(8, 4, 3, dim, dim, torch.float32) for _ in range(2))
     native.kernels.append_kv(key, value, *caches, slots)
     REFERENCE.append_kv(key, value, *expected, slots)
-    # Both are parts of one tensor; what lies between them, too, has to stay as it was.
+    # Both are parts of one tensor. The bytes between them must stay, too.
     found, right = (
         cache.as_strided((8 * cache.stride(0),), (1,), 0) for cache in (caches[0], expected[0])
     )
@@ -82,7 +82,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_quantised_bits_are_the_twins(dtype: torch.dtype, native: Native) -> None:
+def test_quantised_bits_equal_the_reference(dtype: torch.dtype, native: Native) -> None:
     key = (torch.randn(40, 3, 19) * 10.0 ** torch.randint(-5, 4, (40, 3, 1))).to(dtype)
     key[0], key[1, 1], key[2, 0, 4] = 0, 1e-44, NAN
     key[3, 0] = (torch.arange(19) - 9.5).to(dtype)
@@ -115,7 +115,7 @@ def test_a_slot_outside_is_refused_before_anything_is_written(slot: int, native:
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64, torch.int8])
-def test_gathered_bits_are_the_twins(dtype: torch.dtype, native: Native) -> None:
+def test_gathered_bits_equal_the_reference(dtype: torch.dtype, native: Native) -> None:
     seq_lens = torch.tensor([[37, 7], [0, 7], [5, 7], [300, 7]])
     tables, blocks = tables_for([37, 0, 5, 300], 4)
     tables[3, 2], tables[0, 11:] = -1, 1 << 30
@@ -147,7 +147,7 @@ def test_a_gather_from_outside_is_refused(native: Native) -> None:
 
 
 @pytest.mark.parametrize("width", [3, 60_000])  # the wide ones are copied by several threads
-def test_copied_blocks_are_the_twins(width: int, native: Native) -> None:
+def test_copied_blocks_equal_the_reference(width: int, native: Native) -> None:
     torch.set_num_threads(2)
     chains = [[0, 1], [1, 2], [2, 0], [3, 4], [4, 3], [5, 5], [-1, 6], [6, -1], [0, 7]]
     for dtype in (torch.int32, torch.int64):
@@ -176,7 +176,7 @@ def test_a_copy_outside_is_refused_before_anything_is_written(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")
 def test_nothing_outside_the_tensors_is_read() -> None:
-    """In a process of its own: where this fails, it ends with a segmentation fault."""
+    """Run in a separate process: a failure is a segmentation fault."""
     for variant in compiler.variants():
         require(variant.name)
     process = multiprocessing.get_context("spawn").Process(target=run_everything_at_page_ends)
@@ -221,8 +221,8 @@ def at_page_ends(call: Call, blocks: Paged) -> tuple[Call, Paged]:
 
 
 def at_page_end(tensor: Tensor) -> Tensor:
-    """A copy, strides included, that ends where a page does; reading behind it faults. Never
-    freed: it is for a process that ends soon."""
+    """Return a copy with the same strides that ends at a page; reading past it faults. Never freed,
+    because the process ends soon."""
     extent = 1 + sum(
         (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

@@ -1,4 +1,4 @@
-"""Machine code is loaded only where no other user could have put it, and never waited for."""
+"""Only machine code that no other user could have placed is loaded, without waiting for it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def trusted_by(user: int, libraries: list[str]) -> str:
     return done.stdout.strip()
 
 
-# -------------------------------------------------------------------- who could exchange it
+# -------------------------------------------------------------------- other users
 
 
 @pytest.mark.parametrize(("mode", "is_trusted"), [(0o777, False), (0o775, False), (0o1777, True)])
@@ -213,12 +213,12 @@ def test_another_user_loads_what_root_built_and_nothing_of_a_third(library: Path
         shutil.rmtree(shared)
 
 
-# -------------------------------------------------------------------- what is no library
+# -------------------------------------------------------------------- not a library
 
 
 @pytest.fixture
 def short_socket() -> Iterator[Path]:
-    """A socket whose name is short enough."""
+    """Make a socket with a short name."""
     parent = Path(tempfile.mkdtemp())
     with socket.socket(socket.AF_UNIX) as made:
         made.bind(str(parent / "s"))
@@ -227,7 +227,7 @@ def short_socket() -> Iterator[Path]:
 
 
 def put(kind: str, path: Path, short_socket: Path) -> None:
-    """Put something that is no plain file at `path`."""
+    """Put a special file at `path`."""
     path.unlink()
     if kind == "FIFO":
         os.mkfifo(path)

@@ -1,4 +1,4 @@
-"""The device-side allocator: the twin, and the Triton kernels in Triton's CPU interpreter.
+"""The device-side allocator: the reference, and the kernels in Triton's CPU interpreter.
 
 The interpreter runs programs one by one; what they do at the same time is examined by
 `test_allocator_races.py`, and on a GPU by `test_gpu.py`.
@@ -21,10 +21,10 @@ from tests.support.allocator_history import History, perform, random_operation
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.fixture(params=["twin", "alone", "programs_of_2"])
+@pytest.fixture(params=["reference", "alone", "programs_of_2"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The twin behind the entry points; the kernels as one program, and as many."""
-    return step_alloc if request.param == "twin" else interpreted(request.param, monkeypatch)
+    """The reference behind the entry points; the kernels as one program, and as many."""
+    return step_alloc if request.param == "reference" else interpreted(request.param, monkeypatch)
 
 
 def interpreted(how: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -60,10 +60,10 @@ def test_rows_read_back_what_was_written_after_any_history(kernels: Any, seed: i
 @pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("how", ["alone", "programs_of_2"])
 @pytest.mark.parametrize("seed", range(4))
-def test_kernels_decide_what_the_twin_decides(
+def test_kernels_decide_as_the_reference(
     how: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One by one, programs give exactly the outcome of the twin's order: block by block."""
+    """Programs that run one by one produce exactly the reference outcome."""
     chance = random.Random(seed)
     kernels = interpreted(how, monkeypatch)
     sizes = (chance.randint(7, 10), chance.choice([2, 4]), 7, 4)
@@ -97,7 +97,7 @@ def test_the_last_holder_keeps_a_shared_block(kernels: Any) -> None:
     assert int(history.allocator.num_free) == 5
 
 
-def test_a_block_shared_with_a_row_that_does_not_step_is_copied(kernels: Any) -> None:
+def test_a_block_shared_with_an_idle_row_is_copied(kernels: Any) -> None:
     history = History(kernels, 8, 4, 2, 2)
     history.step([0])
     history.fork([(0, 1)])

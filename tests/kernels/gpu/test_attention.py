@@ -55,7 +55,7 @@ SHORT = [name for name, case in CASES.items() if sum(length for _, length in cas
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several tiles even in short rows, and no plans of other tests."""
+    """Use small tiles, so that short rows have several, and drop plans of other tests."""
     rows = ((4, 512, Tile(16, 16, 1, 1), Tile(32, 32, 1, 1)),)
     monkeypatch.setattr(config, "_INTERPRETED", rows)
     monkeypatch.setattr(plan_module, "PARTIAL_COST_TOKENS", 2)
@@ -77,14 +77,14 @@ TRITON = kernels(by_triton)
 def plan_for(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, *rows: Any, **options: Any
 ) -> Any:
-    """`plan_attention` with the arguments of `paged_attention`."""
+    """Call `plan_attention` with the arguments of `paged_attention`."""
     own = {name: options.pop(name) for name in ("chunk", "share") if name in options}
     args = AttentionArgs(*rows, **options)
     return attention.plan_attention(query, key_cache, value_cache, args, **own)
 
 
 def by_plan(plan: Any, *tensors: Any, **options: Any) -> Tensor:
-    """`attend` with a plan and the arguments of `paged_attention`."""
+    """Call `attend` with a plan and the arguments of `paged_attention`."""
 
     def kernel(
         query: Tensor, key_cache: Tensor, value_cache: Tensor, args: Any, *layer: Any
@@ -96,7 +96,7 @@ def by_plan(plan: Any, *tensors: Any, **options: Any) -> Tensor:
 
 
 def planned(*tensors: Any, chunk: int | None = None, **options: Any) -> Tensor:
-    """`paged_attention` by way of an explicit plan."""
+    """Compute `paged_attention` with an explicit plan."""
     ranges = {name: options[name] for name in ("causal", "window") if name in options}
     return by_plan(plan_for(*tensors, chunk=chunk, **ranges), *tensors, **options)
 
@@ -161,7 +161,7 @@ def test_quantised_caches_are_read_as_the_reference_reads_them(
 def in_double(call: Call) -> Call:
     mask = call.mask
     if mask is not None and mask.dtype != torch.bool:
-        # The number that hides is the lowest of the mask's own dtype.
+        # The lowest number of the mask's dtype hides a token.
         mask = mask.double().masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
     sinks = None if call.sinks is None else call.sinks.double()
     return replace(call, queries=[query.double() for query in call.queries], sinks=sinks, mask=mask)
@@ -173,7 +173,7 @@ def test_every_fp8_number_is_read_right(native: bool, monkeypatch: pytest.Monkey
     numbers = torch.arange(256, dtype=torch.uint8)
     numbers[(numbers & 0x7F) == 0x7F] = 0  # NaN
     numbers = numbers.view(torch.float8_e4m3fn)
-    # What a query sees of one token is the token's value.
+    # A query that sees one token returns the token's value.
     cache = numbers.view(8, 1, 1, 32)
     scales = torch.ones(8, 1, 1)
     output = by_triton(
@@ -333,7 +333,7 @@ def test_a_plan_serves_the_steps_after_it() -> None:
     query = torch.randn(7, 4, 16, generator=seeded(4))
     plan = plan_for(query, *blocks.caches, blocks.block_tables, blocks.seq_lens)
     tables = blocks.block_tables.clone()
-    tables[2, 6] = 9  # row 2 goes on in a block of its own
+    tables[2, 6] = 9  # row 2 continues in its own block
     for cache in blocks.caches:
         cache[[1, 2, 3, 4, 5, 7, 9]] = cache[30]
     seq_lens = blocks.seq_lens + torch.tensor([2, 1, 9, 3, 1, 4, 0])
@@ -344,7 +344,7 @@ def test_a_plan_serves_the_steps_after_it() -> None:
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
 
 
-def test_blocks_given_back_in_the_middle_of_a_table_are_not_seen() -> None:
+def test_blocks_freed_in_the_middle_of_a_table_are_not_seen() -> None:
     case = Case(((4, 80), (1, 70)))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
@@ -359,7 +359,7 @@ def test_blocks_given_back_in_the_middle_of_a_table_are_not_seen() -> None:
 
 
 def test_lengths_beyond_the_tables_of_a_plan_read_no_block() -> None:
-    # Inside a CUDA graph nobody checks: what is not in the table must not be followed.
+    # A CUDA graph checks nothing, so lengths past the table must be clamped.
     case = Case(((1, 20),))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
@@ -497,13 +497,13 @@ def test_layers_of_one_step_look_at_the_tables_once(monkeypatch: pytest.MonkeyPa
         layer = plan_for(query, *blocks.caches, blocks.block_tables, blocks.seq_lens)
         assert layer is first
     assert len(looked) == 2
-    blocks.block_tables[0, 0] = 35  # row 0 is another one now
+    blocks.block_tables[0, 0] = 35  # row 0 changes
     assert plan_for(query, *blocks.caches, blocks.block_tables, blocks.seq_lens) != first
     assert len(looked) == 4
 
 
 class WatchedLock:
-    """A lock that tells before a thread has to wait for it."""
+    """A lock that signals before a thread waits for it."""
 
     def __init__(self, contended: threading.Event) -> None:
         self._contended = contended
@@ -520,13 +520,13 @@ class WatchedLock:
 
 @dataclass
 class Interleaving:
-    """Runs two calls so that the second goes as far as it can while the first stands still."""
+    """Runs two calls: the second gets as far as it can while the first is stopped."""
 
     monkeypatch: pytest.MonkeyPatch
     moved: threading.Event  # the second call is over, or waits for a lock
 
     def run(self, place: Any, name: str, first: Any, second: Any) -> tuple[Any, Any]:
-        """What both return; the first stands where it returns from `place.name`."""
+        """Return both results; the first call stops where it returns from `place.name`."""
         standing = threading.Event()
         function = getattr(place, name)
         this_thread = threading.current_thread()
@@ -599,7 +599,7 @@ def test_two_threads_that_begin_together_share_their_plans(interleaving: Interle
     assert first is second
 
 
-def test_tensors_of_inference_mode_are_looked_at_unless_the_host_has_their_values(
+def test_inference_tensors_are_read_unless_the_host_has_their_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looked_at: list[Tensor] = []
@@ -636,7 +636,7 @@ def test_a_plan_from_the_host_is_that_of_the_tensors(with_starts: bool) -> None:
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_the_host_have_one_object_for_each_number_of_queries() -> None:
+def test_host_rows_have_one_object_per_number_of_queries() -> None:
     rows = HostRows(np.zeros((3, 2), np.int32), np.full(3, 9))
     assert rows.with_queries(1) is rows
     assert rows.with_queries(4) is rows.with_queries(4)

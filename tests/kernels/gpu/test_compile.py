@@ -73,7 +73,7 @@ def test_copies_load_16_bytes_at_a_time() -> None:
 
 
 def test_copied_blocks_are_all_read_before_any_is_written() -> None:
-    """What keeps a block that is source and destination right; the interpreter cannot tell."""
+    """The barrier protects a block that is source and destination; the interpreter has none."""
     copies = [each for each in compiled("sm_90", "copies") if each.name.endswith("pairs")]
     assert copies
     for each in copies:
@@ -84,7 +84,7 @@ def test_copied_blocks_are_all_read_before_any_is_written() -> None:
 
 
 def test_the_allocator_counts_in_relaxed_atomics() -> None:
-    """No fences: launches give all the order there has to be."""
+    """There are no fences: launches give all the order that is needed."""
     for each in compiled("sm_90", "allocator"):
         atomics = [access for access in each.accesses if access.startswith(("atom", "red"))]
         assert atomics, each.name

@@ -1,4 +1,4 @@
-"""append_kv, gather_kv and copy_blocks in Triton's CPU interpreter, bit by bit as the twins."""
+"""append_kv, gather_kv and copy_blocks in Triton's CPU interpreter: bits of the reference."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def slots_for(tokens: int, num_slots: int) -> Tensor:
     ("block_size", "heads", "key_dim", "value_dim"),
     [(1, 3, 80, 80), (4, 2, 96, 96), (16, 1, 192, 128), (64, 2, 16, 24), (2, 1, 1, 1)],
 )
-def test_appended_bytes_are_those_of_the_twin(
+def test_appended_bytes_equal_the_reference(
     dtype: torch.dtype,
     kv_cache_dtype: Any,
     block_size: int,
@@ -73,20 +73,20 @@ def test_appended_bytes_are_those_of_the_twin(
     value_dim: int,
 ) -> None:
     layers = [(1, 8, 8), (heads, key_dim, value_dim)]
-    ours, twin = storages(
+    ours, expected = storages(
         -(-24 // block_size), block_size, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype
     )
     key = normal(13, heads, key_dim, dtype=dtype)
     value = normal(13, heads, value_dim, dtype=dtype, seed=2)
     slots = slots_for(13, 24)
     copy_kernels.append_kv(key, value, *ours.layer(1), slots, scales=ours.scales(1))
-    reference.append_kv(key, value, *twin.layer(1), slots, scales=twin.scales(1))
-    # All bytes: those of other layers, of other slots and between the parts are as they were.
-    assert_same_bytes(twin.tier(), ours.tier())
+    reference.append_kv(key, value, *expected.layer(1), slots, scales=expected.scales(1))
+    # All bytes, so that those of other layers, other slots and gaps must be unchanged.
+    assert_same_bytes(expected.tier(), ours.tier())
 
 
 @pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
-def test_unusual_numbers_are_quantised_as_the_twin_does(kv_cache_dtype: Any) -> None:
+def test_unusual_numbers_are_quantised_as_by_the_reference(kv_cache_dtype: Any) -> None:
     key = normal(12, 2, 8, dtype=torch.float32)
     key[0] = 0
     key[1] *= 1e-30
@@ -101,19 +101,21 @@ def test_unusual_numbers_are_quantised_as_the_twin_does(kv_cache_dtype: Any) -> 
     key[9, 0] = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, 125.5, -126.5])
     key[9, 1] = torch.tensor([448, 17, 19, 1.0625, 1.1875, 3 * 2**-10, -(2**-10), 5 * 2**-10])
     key[10] = torch.finfo(torch.float32).max
-    ours, twin = storages(3, 4, [(2, 8, 8)], dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
+    ours, expected = storages(3, 4, [(2, 8, 8)], dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
     slots = torch.arange(12).flip(0)
-    for storage, append in ((ours, copy_kernels.append_kv), (twin, reference.append_kv)):
+    for storage, append in ((ours, copy_kernels.append_kv), (expected, reference.append_kv)):
         append(key, key.flip(0), *storage.layer(0), slots, scales=storage.scales(0))
     tables, lens = torch.arange(3).int()[None], torch.tensor([12])
     for index in range(2):
         options: dict[str, Any] = {"dtype": torch.float32}
         if kv_cache_dtype is not None:
-            scales = [storage.scales(0)[index] for storage in (twin, ours)]  # type: ignore[index]
-            # NaNs may differ in bits that mean nothing.
+            scales = [storage.scales(0)[index] for storage in (expected, ours)]  # type: ignore[index]
+            # NaNs may differ in their payload.
             torch.testing.assert_close(*scales, rtol=0, atol=0, equal_nan=True)
             options["scales"] = scales[0]
-            assert_same_bytes(*(storage.layer(0)[index].contiguous() for storage in (twin, ours)))
+            assert_same_bytes(
+                *(storage.layer(0)[index].contiguous() for storage in (expected, ours))
+            )
         cache = ours.layer(0)[index]
         expected = reference.gather_kv(cache, tables, lens, 12, **options)
         got = copy_kernels.gather_kv(cache, tables, lens, 12, **options)
@@ -128,11 +130,13 @@ def test_every_float8_is_read_and_written_exactly() -> None:
     exact = torch.cat((finite, between, between.nextafter(torch.tensor(500.0)), -between))
     # A first element of 448 makes the scale 1.
     key = torch.cat((torch.full((len(exact), 1, 1), 448.0), exact[:, None, None]), 2)
-    ours, twin = storages(len(key), 1, [(1, 2, 2)], dtype=torch.float32, kv_cache_dtype="fp8_e4m3")
+    ours, expected = storages(
+        len(key), 1, [(1, 2, 2)], dtype=torch.float32, kv_cache_dtype="fp8_e4m3"
+    )
     slots = torch.arange(len(key))
     copy_kernels.append_kv(key, key, *ours.layer(0), slots, scales=ours.scales(0))
-    reference.append_kv(key, key, *twin.layer(0), slots, scales=twin.scales(0))
-    assert_same_bytes(twin.tier(), ours.tier())
+    reference.append_kv(key, key, *expected.layer(0), slots, scales=expected.scales(0))
+    assert_same_bytes(expected.tier(), ours.tier())
     cache = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16, 1, 1)
     read = copy_kernels.gather_kv(
         cache,
@@ -148,22 +152,22 @@ def test_every_float8_is_read_and_written_exactly() -> None:
 def test_strided_keys_and_slots_of_32_bits_are_taken() -> None:
     packed = normal(9, 3, 2, 40, dtype=torch.bfloat16)
     key, value = packed[:, 0], packed[:, 2].transpose(0, 1).contiguous().transpose(0, 1)
-    ours, twin = storages(4, 4, [(2, 40, 40)], dtype=torch.bfloat16)
+    ours, expected = storages(4, 4, [(2, 40, 40)], dtype=torch.bfloat16)
     slots = torch.stack((slots_for(9, 16).int(), torch.zeros(9, dtype=torch.int32)), 1)[:, 0]
     copy_kernels.append_kv(key, value, *ours.layer(0), slots)
-    reference.append_kv(key, value, *twin.layer(0), slots)
-    assert_same_bytes(twin.tier(), ours.tier())
+    reference.append_kv(key, value, *expected.layer(0), slots)
+    assert_same_bytes(expected.tier(), ours.tier())
 
 
 def test_no_tokens_and_only_skipped_tokens_change_nothing() -> None:
-    ours, twin = storages(2, 4, [(2, 8, 8)], dtype=torch.float32)
+    ours, expected = storages(2, 4, [(2, 8, 8)], dtype=torch.float32)
     for tokens in (0, 3):
         key = normal(tokens, 2, 8, dtype=torch.float32)
         copy_kernels.append_kv(key, key, *ours.layer(0), torch.full((tokens,), -1))
-    assert_same_bytes(twin.tier(), ours.tier())
+    assert_same_bytes(expected.tier(), ours.tier())
 
 
-def test_caches_that_are_no_run_of_memory_are_left_to_the_twin() -> None:
+def test_caches_without_contiguous_blocks_use_the_reference() -> None:
     heads_first = torch.zeros(3, 2, 4, 8).transpose(1, 2)
     expected = heads_first.clone()
     key, slots = normal(5, 2, 8, dtype=torch.float32), slots_for(5, 12)
@@ -202,7 +206,7 @@ def filled(kv_cache_dtype: Any, dtype: torch.dtype, block_size: int, heads: int,
     ("block_size", "heads", "dim", "length"),
     [(1, 3, 80, 4), (4, 2, 96, 9), (16, 1, 192, 30), (64, 1, 16, 7), (4, 2, 16, 25)],
 )
-def test_gathered_tokens_are_those_of_the_twin(
+def test_gathered_tokens_equal_the_reference(
     dtype: torch.dtype, kv_cache_dtype: Any, block_size: int, heads: int, dim: int, length: int
 ) -> None:
     storage, tables, lens = filled(kv_cache_dtype, dtype, block_size, heads, dim)
@@ -263,7 +267,7 @@ def test_tables_may_be_strided() -> None:
 
 
 def test_lengths_beyond_the_tables_read_no_block() -> None:
-    # The twin refuses them, but a GPU's lengths are not looked at.
+    # The reference refuses them, but the kernel cannot read a GPU's lengths.
     storage, tables, lens = filled(None, torch.float32, 4, 2, 16)
     cache = storage.layer(0)[0]
     got = copy_kernels.gather_kv(cache, tables[:, :2], lens, 10)
@@ -292,7 +296,7 @@ def random_pairs(chance: random.Random, num_blocks: int, num_pairs: int) -> Tens
         (torch.float64, (3,)),
     ],
 )
-def test_copied_blocks_are_those_of_the_twin(
+def test_copied_blocks_equal_the_reference(
     num_pairs: int, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(num_pairs)
@@ -344,7 +348,7 @@ def test_blocks_that_lie_apart_are_copied_alone() -> None:
 
 
 def test_memory_that_starts_anywhere_is_copied() -> None:
-    """What torch was given may start at an odd address, and a view of it at an even one."""
+    """Memory given to torch may start at an odd address, and a view of it at an even one."""
     raw = np.zeros(256, dtype=np.uint8)
     odd = torch.from_numpy(raw[3:])
     start = -odd.data_ptr() % 16
@@ -367,11 +371,11 @@ def test_a_copied_block_carries_its_scales() -> None:
 
 
 def test_offsets_beyond_32_bits_are_reached() -> None:
-    """Blocks 2^30 bytes apart. Pages that nobody touches are never there."""
+    """Blocks 2^30 bytes apart. Untouched pages take no memory."""
     apart, run = 1 << 30, 4 * 2 * 16
     try:
         memory = torch.empty(2 * apart + 4 * run, dtype=torch.int8)
-    except RuntimeError as error:  # where memory is not overcommitted
+    except RuntimeError as error:  # without memory overcommit
         pytest.skip(str(error))
     key_cache, value_cache = (
         memory.as_strided((3, 4, 2, 16), (apart, 32, 16, 1), at * run) for at in range(2)

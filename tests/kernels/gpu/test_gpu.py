@@ -1,4 +1,4 @@
-"""Copies and the device-side allocator where they belong: on a GPU, with races and CUDA graphs."""
+"""Copy kernels and the device-side allocator on a GPU, with races and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Raise where the host waits for the GPU."""
+    """Raise if the host waits for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -57,8 +57,8 @@ def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def twin_storages(*arguments: Any, **options: Any) -> tuple[BlockStorage, BlockStorage]:
-    """One on the GPU, one on the CPU, with the same bytes: those of NaNs."""
+def storage_pair(*arguments: Any, **options: Any) -> tuple[BlockStorage, BlockStorage]:
+    """Make one storage on the GPU and one on the CPU, both with the bytes of NaNs."""
     storages = (
         BlockStorage(*arguments, **options, device="cuda"),
         BlockStorage(*arguments, **options),
@@ -94,7 +94,7 @@ def test_thousands_of_rows_race_for_one_shared_block(kernels: Any, free: int) ->
         random.Random(attempt).shuffle(rows)
         slots = history.step(rows)
         history.check()
-        # All but one copy; where one could not, neither can the last one keep the block.
+        # All but one row copy. If a row cannot, the last row cannot keep the block either.
         assert sum(slot >= 0 for slot in slots) == (num_rows if free == num_rows - 1 else free)
         history.release(rows)
         history.check()
@@ -207,7 +207,7 @@ def assert_reads_back(
     ("block_size", "heads", "key_dim", "value_dim"),
     [(16, 8, 128, 128), (1, 3, 80, 80), (64, 2, 96, 192), (32, 1, 576, 512), (4, 2, 1, 7)],
 )
-def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
+def test_appended_and_gathered_bytes_equal_the_cpu_reference(
     copy_kernels: Any,
     dtype: torch.dtype,
     kv_cache_dtype: Any,
@@ -217,7 +217,7 @@ def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
     value_dim: int,
 ) -> None:
     layers = [(1, 8, 8), (heads, key_dim, value_dim)]
-    ours, twin = twin_storages(
+    ours, expected = storage_pair(
         -(-300 // block_size), block_size, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype
     )
     key = normal(260, heads, key_dim, dtype=dtype)
@@ -228,8 +228,8 @@ def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
     on_gpu = [tensor.cuda() for tensor in (key, value, slots)]
     with no_waiting():
         copy_kernels.append_kv(*on_gpu[:2], *ours.layer(1), on_gpu[2], scales=ours.scales(1))
-    reference.append_kv(key, value, *twin.layer(1), slots, scales=twin.scales(1))
-    assert_same_bytes(ours.tier(), twin.tier())
+    reference.append_kv(key, value, *expected.layer(1), slots, scales=expected.scales(1))
+    assert_same_bytes(ours.tier(), expected.tier())
 
     num_blocks = ours.num_blocks
     tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).int()
@@ -237,8 +237,8 @@ def test_appended_and_gathered_bytes_are_those_of_the_twin_on_a_cpu(
     lens = torch.tensor([num_blocks * block_size, block_size * (num_blocks // 2) + 1, 0])
     where = [tensor.cuda() for tensor in (tables, lens)]
     for index in range(2):
-        scales = [None if s is None else s[index] for s in (ours.scales(1), twin.scales(1))]
-        caches = [storage.layer(1)[index] for storage in (ours, twin)]
+        scales = [None if s is None else s[index] for s in (ours.scales(1), expected.scales(1))]
+        caches = [storage.layer(1)[index] for storage in (ours, expected)]
         with no_waiting():
             got = copy_kernels.gather_kv(caches[0], *where, 290, scales=scales[0], dtype=dtype)
         expected = reference.gather_kv(caches[1], tables, lens, 290, scales=scales[1], dtype=dtype)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 
 def variants(what: str) -> Any:
-    """Count with `kernel_variants.py`, in a process where kernels are not interpreted."""
+    """Count with `kernel_variants.py`, in a process without the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     script = [sys.executable, "-m", "tests.support.kernel_variants", what]
@@ -36,7 +36,7 @@ def test_copies_of_any_size_and_offset_have_few_variants() -> None:
 
 
 @pytest.mark.slow
-def test_after_the_warm_up_of_an_engine_no_request_waits_for_a_compiler() -> None:
+def test_no_request_waits_for_a_compiler_after_warm_up() -> None:
     pytest.importorskip("transformers")
     found = variants("engine")
     assert {"attend_items", "merge_parts", "append_vectors", "copy_runs"} <= set(found)

@@ -106,15 +106,15 @@ def test_tokens_do_not_depend_on_the_number_of_threads(
         torch.set_num_threads(before)
 
 
-def test_the_twins_serve_the_same_tokens(
+def test_reference_kernels_serve_the_same_tokens(
     kernel: PagedAttention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs = load(torch.float32)
     with kvpager.patch(model):
         native = generate(model, inputs)
     for operation in ("append_kv", "copy_blocks", "gather_kv", "paged_attention"):
-        twin = (getattr(reference, operation), "the twin")
-        monkeypatch.setitem(backends._registered, (operation, "cpu"), twin)
+        kernel = (getattr(reference, operation), "the reference")
+        monkeypatch.setitem(backends._registered, (operation, "cpu"), kernel)
     before = kernel.num_calls
     with kvpager.patch(model):
         assert torch.equal(generate(model, inputs).sequences, native.sequences)
