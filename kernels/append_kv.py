@@ -93,7 +93,7 @@ def _require_fitting(
     require_integers("slots", slots)
     if scales is None:
         require_same("key", key, "key_cache", key_cache)
-    require_floating("key", key.dtype)
+    require_floating("key.dtype", key.dtype)
     require_same("value", value, "key", key)
     require_contiguous_rows(key=key, value=value)
     require_device(key_cache, key=key, value=value, slots=slots)

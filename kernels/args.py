@@ -38,13 +38,13 @@ def without_gradients(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def require_dims(name: str, tensor: Tensor, meaning: str, dims: int) -> None:
     """Raise `ValueError` unless `tensor` has `dims` dimensions, named by `meaning`. O(1)."""
     if tensor.dim() != dims:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; pass {meaning}")
+        raise ValueError(f"{name}.shape={list(tensor.shape)}: must be {meaning}")
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """Raise `ValueError` unless `tensor` has exactly `shape`. O(1)."""
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; pass {meaning} = {list(shape)}")
+        raise ValueError(f"{name}.shape={list(tensor.shape)}: must be {meaning} = {list(shape)}")
 
 
 def require_contiguous_rows(**tensors: Tensor) -> None:
@@ -63,20 +63,21 @@ def require_contiguous_rows(**tensors: Tensor) -> None:
 def require_integers(name: str, tensor: Tensor) -> None:
     """Raise `TypeError` unless `tensor` is int32 or int64. O(1)."""
     if tensor.dtype not in INTEGERS:
-        raise TypeError(f"{name} is {tensor.dtype}; pass torch.int32 or torch.int64")
+        raise TypeError(f"{name}.dtype={tensor.dtype}: must be torch.int32 or torch.int64")
 
 
 def require_floating(name: str, of: dtype) -> None:
     """Raise `TypeError` unless `of` is a floating dtype of at least 16 bits. O(1)."""
     if not of.is_floating_point or of.itemsize < 2:
-        raise TypeError(f"{name} is {of}; pass a floating dtype of 16 bits or more")
+        raise TypeError(f"{name}={of}: must be a floating dtype of at least 16 bits")
 
 
 def require_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Raise `TypeError` unless both tensors have the same dtype. O(1)."""
     if tensor.dtype != other.dtype:
         raise TypeError(
-            f"{name} is {tensor.dtype}, but {other_name} is {other.dtype}; convert one with .to()"
+            f"{name}.dtype={tensor.dtype}: must equal {other_name}.dtype={other.dtype}. "
+            "Convert one with .to()."
         )
 
 
@@ -85,8 +86,8 @@ def require_device(of: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != of.device:
             raise ValueError(
-                f"{name} is on {tensor.device}, but the cache is on {of.device}; "
-                f"move it with .to({str(of.device)!r})"
+                f"{name}.device={tensor.device}: must be {of.device}, the device of the cache. "
+                f"Move it with .to({str(of.device)!r})."
             )
 
 
@@ -102,7 +103,7 @@ def require_rows(block_tables: Tensor, seq_lens: Tensor) -> int:
 def wrong_length(row: int, length: int, room: int) -> ValueError:
     """Return the error for a length below 0 or above `room`, the tokens its table can hold."""
     if length < 0:
-        return ValueError(f"seq_lens[{row}] is {length}; pass 0 or more tokens")
+        return ValueError(f"seq_lens[{row}]={length}: must be at least 0")
     return ValueError(
         f"seq_lens reaches {length} tokens, but block_tables has room for {room} per row; "
         "pass wider tables"
@@ -116,7 +117,9 @@ def require_tensors(**tensors: object) -> None:
             continue
         kind = type(value)
         shown = f"{kind.__module__}.{kind.__name__}".removeprefix("builtins.")
-        raise TypeError(f"{name} is a {shown}; pass a torch.Tensor: torch.from_numpy, torch.tensor")
+        raise TypeError(
+            f"{name}: must be a torch.Tensor, not {shown}. Use torch.from_numpy or torch.tensor."
+        )
 
 
 def require_lengths(seq_lens: Tensor, room: int) -> None:
@@ -166,7 +169,9 @@ def require_caches(
         and all(isinstance(each, Tensor) for each in scales)
     ):
         kind = type(scales).__name__
-        raise TypeError(f"scales is a {kind}; pass (key_scales, value_scales), storage.scales(i)")
+        raise TypeError(
+            f"scales: must be (key_scales, value_scales), not a {kind}. Pass storage.scales(i)."
+        )
     key_scales, value_scales = (None, None) if scales is None else scales
     require_scales("key_cache", key_cache, "key_scales", key_scales)
     require_scales("value_cache", value_cache, "value_scales", value_scales)
@@ -191,21 +196,22 @@ def are_plain(key_cache: Tensor, value_cache: Tensor) -> bool:
 def require_scales(cache_name: str, cache: Tensor, name: str, scales: Tensor | None) -> None:
     """Check that a quantised cache has matching scales, and any other cache none. O(1)."""
     if not is_quantised(cache.dtype):
-        require_floating(cache_name, cache.dtype)
+        require_floating(f"{cache_name}.dtype", cache.dtype)
         if scales is not None:
             raise ValueError(
-                f"{name} is given, but {cache_name} is {cache.dtype}, which has no scales; "
-                "leave scales out"
+                f"{name}: must be None, because {cache_name}.dtype={cache.dtype} has no scales"
             )
         return
     if scales is None:
         raise ValueError(
-            f"{cache_name} is {cache.dtype}, which needs its scales; pass those of the storage"
+            f"{cache_name}.dtype={cache.dtype}: needs scales. Pass those of the storage."
         )
     if not isinstance(scales, Tensor):
-        raise TypeError(f"{name} is a {type(scales).__name__}; pass the one tensor of {cache_name}")
+        raise TypeError(
+            f"{name}: must be the scales tensor of {cache_name}, not a {type(scales).__name__}"
+        )
     require_shape(name, scales, tuple(cache.shape[:3]), "[blocks, block_size, kv_heads]")
     if scales.dtype != SCALE_DTYPE:
-        raise TypeError(f"{name} is {scales.dtype}; pass {SCALE_DTYPE}")
+        raise TypeError(f"{name}.dtype={scales.dtype}: must be {SCALE_DTYPE}")
     require_contiguous_rows(**{name: scales})
     require_device(cache, **{name: scales})

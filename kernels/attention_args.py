@@ -87,7 +87,7 @@ class AttentionArgs:
             require_tensors(sinks=sinks)
             require_shape("sinks", sinks, (query_heads,), "[query_heads]")
             if not sinks.is_floating_point():
-                raise TypeError(f"sinks is {sinks.dtype}; pass a floating dtype")
+                raise TypeError(f"sinks.dtype={sinks.dtype}: must be a floating dtype")
         mask = self.mask
         if mask is not None:
             if mask.shape[0] not in (1, rows) or mask.shape[1] not in (1, query_heads):
@@ -144,7 +144,7 @@ def _require_query(query: Tensor, key_cache: Tensor, *, quantised: bool) -> None
         raise ValueError(
             f"query has head_dim {query.shape[2]}, but key_cache has {key_cache.shape[3]}"
         )
-    require_floating("query", query.dtype)
+    require_floating("query.dtype", query.dtype)
     if not quantised:
         require_same("query", query, "key_cache", key_cache)
     require_contiguous_rows(query=query)
@@ -155,20 +155,20 @@ def _require_options(
 ) -> None:
     if softmax_scale is not None and not isinstance(softmax_scale, _NUMBERS):
         raise TypeError(
-            f"softmax_scale is {softmax_scale!r}; pass a number, or None for head_dim ** -0.5"
+            f"softmax_scale={softmax_scale!r}: must be a number, or None for head_dim ** -0.5"
         )
     if not isinstance(causal, bool):
-        raise TypeError(f"causal is {causal!r}; pass True or False")
+        raise TypeError(f"causal={causal!r}: must be True or False")
     if window is not None and (not isinstance(window, Integral) or isinstance(window, bool)):
-        raise TypeError(f"window is {window!r}; pass a whole number of tokens, or None")
+        raise TypeError(f"window={window!r}: must be a whole number of tokens, or None")
     if softcap is not None and not isinstance(softcap, _NUMBERS):
-        raise TypeError(f"softcap is {softcap!r}; pass a number, or None for no cap")
+        raise TypeError(f"softcap={softcap!r}: must be a number, or None for no cap")
     if window is not None and not 1 <= window <= _WINDOW_MAX:
-        raise ValueError(f"window is {window}; pass at least 1 token, or None for no window")
+        raise ValueError(f"window={window}: must be at least 1 token, or None for no window")
     if softmax_scale is not None and not abs(softmax_scale) <= _FLOAT_MAX:
-        raise ValueError(f"softmax_scale is {softmax_scale}; pass a finite number, of 32 bits")
+        raise ValueError(f"softmax_scale={softmax_scale}: must be a finite 32-bit number")
     if softcap is not None and not _FLOAT_MIN <= softcap <= _FLOAT_MAX:
-        raise ValueError(f"softcap is {softcap}; pass more than 0, or None for no cap")
+        raise ValueError(f"softcap={softcap}: must be more than 0, or None for no cap")
 
 
 def _require_mask(mask: Tensor) -> None:
@@ -177,4 +177,4 @@ def _require_mask(mask: Tensor) -> None:
     if mask.shape[3] == 0:
         raise ValueError("mask has 0 columns, so it hides everything; pass at least one")
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"mask is {mask.dtype}; pass torch.bool or a floating dtype")
+        raise TypeError(f"mask.dtype={mask.dtype}: must be torch.bool or a floating dtype")

@@ -98,10 +98,10 @@ def check_queries(query: Tensor, cu_seqlens_q: Tensor | None, mask: Tensor | Non
     wrong = torch.zeros_like(cu_seqlens_q, dtype=torch.bool)
     wrong[0] |= cu_seqlens_q[0] != 0
     wrong[-1] |= cu_seqlens_q[-1] != tokens
-    bound = f"it has to rise from 0 to the {tokens} tokens of query"
+    bound = f"must rise from 0 to the {tokens} tokens of query"
     _refuse("cu_seqlens_q", cu_seqlens_q, wrong, bound)
     wrong[1:] = cu_seqlens_q.diff() < 0
-    _refuse("cu_seqlens_q", cu_seqlens_q, wrong, "it must not fall from one row to the next")
+    _refuse("cu_seqlens_q", cu_seqlens_q, wrong, "must not fall from one row to the next")
     longest = int(cu_seqlens_q.diff().max()) if len(cu_seqlens_q) > 1 else 0
     if mask is not None and mask.shape[2] < longest:
         raise ValueError(
@@ -136,7 +136,7 @@ def _refuse(name: str, tensor: Tensor, wrong: Tensor, bound: str) -> None:
         return
     place = wrong.nonzero()[0].tolist()
     value = tensor[tuple(place)].item()
-    raise ValueError(f"{name}[{', '.join(map(str, place))}] is {value}, but {bound}")
+    raise ValueError(f"{name}[{', '.join(map(str, place))}]={value}: {bound}")
 
 
 def _twice(indices: Tensor) -> tuple[int, int] | None:

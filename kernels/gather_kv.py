@@ -52,11 +52,11 @@ def gather_kv(
     require_scales("cache", cache, "scales", scales)
     require_rows(block_tables, seq_lens)
     if length < 0:
-        raise ValueError(f"length is {length}; pass 0 or more tokens")
+        raise ValueError(f"length={length}: must be at least 0")
     if dtype is not None:
         require_floating("dtype", dtype)
     elif scales is not None:
-        raise TypeError("dtype is None; with scales, pass that of the result: torch.bfloat16, ...")
+        raise TypeError("dtype=None: required with scales. Pass the dtype of the result.")
     require_device(cache, block_tables=block_tables, seq_lens=seq_lens)
     if debug.enabled():
         debug.check_rows(block_tables, seq_lens, cache)

@@ -109,7 +109,7 @@ def _error(
         return wrong_length(row, value, block_tables.shape[1] * cache.shape[1])
     if problem.code == _TABLE_ENTRY:
         return ValueError(
-            f"block_tables[{row}, {column}] is {value}; the cache has blocks 0 to "
+            f"block_tables[{row}, {column}]={value}: the cache has blocks 0 to "
             f"{len(cache) - 1}, and -1 is none"
         )
     if problem.code == _CU_SEQLENS_Q:

@@ -75,7 +75,7 @@ class AppendKV:
         if problem is not None:
             token, slot, _ = problem.numbers
             raise ValueError(
-                f"slots[{token}] is {slot}; the cache has slots 0 to {num_blocks * block_size - 1}"
+                f"slots[{token}]={slot}: the cache has slots 0 to {num_blocks * block_size - 1}"
             )
 
 
@@ -131,7 +131,7 @@ class GatherKV:
             if problem.code == 1:
                 raise wrong_length(row, value, columns * block_size)
             raise ValueError(
-                f"block_tables[{row}, {column}] is {value}; "
+                f"block_tables[{row}, {column}]={value}: "
                 f"the cache has blocks 0 to {num_blocks - 1}, and -1 is none"
             )
         return output

@@ -399,13 +399,13 @@ def _as_copies(copies: Int32) -> Int32:
 def _check_copies(copies: Int32, num_sources: int, num_destinations: int, lowest: int) -> None:
     """Raise `ValueError` unless `copies` is [n, 2] and names existing blocks. O(n)."""
     if copies.ndim != 2 or copies.shape[1] != 2:
-        raise ValueError(f"copies has shape {list(copies.shape)}; pass int32 [n, 2]")
+        raise ValueError(f"copies.shape={list(copies.shape)}: must be int32 [n, 2]")
     for column, name, bound in ((0, "source", num_sources), (1, "destination", num_destinations)):
         blocks = copies[:, column]
         wrong = blocks[(blocks < lowest) | (blocks >= bound)]
         if len(wrong):
             raise ValueError(
-                f"{name} block {wrong[0]} does not exist; pass {lowest} to {bound - 1}"
+                f"{name} block {wrong[0]}: must be {lowest} to {bound - 1}"
                 + (" (-1 skips the pair)" if lowest < 0 else "")
             )
 
@@ -415,12 +415,12 @@ def _dtypes(
 ) -> tuple[torch.dtype, KVCacheDtype | None]:
     """Return both dtypes after checking them."""
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype {dtype!r}: expected a torch.dtype, such as torch.float32")
+        raise TypeError(f"dtype={dtype!r}: must be a torch.dtype, such as torch.float32")
     if not dtype.is_floating_point:
-        raise TypeError(f"dtype is {dtype}; pass a floating dtype such as torch.bfloat16")
+        raise TypeError(f"dtype={dtype}: must be a floating dtype, such as torch.bfloat16")
     if dtype.itemsize < 2:
         raise TypeError(
-            f"dtype is {dtype}, which has no maths; store it with kv_cache_dtype instead"
+            f"dtype={dtype}: must have at least 16 bits. Set kv_cache_dtype to store eight bits."
         )
     if kv_cache_dtype is not None and kv_cache_dtype not in KV_CACHE_DTYPES:
         raise ValueError(
@@ -434,15 +434,15 @@ def _layer_shapes(layers: Sequence[LayerShape | tuple[int, int, int]]) -> tuple[
     for index, layer in enumerate(layers):
         if not isinstance(layer, Sized):
             raise TypeError(
-                f"layers[{index}] {layer!r}: expected a LayerShape; pass a list with one per layer"
+                f"layers[{index}]={layer!r}: must be a LayerShape. Pass a list with one per layer."
             )
         if len(layer) != len(LayerShape._fields):
-            raise ValueError(f"layers[{index}] {layer!r}: expected {LayerShape._fields}")
+            raise ValueError(f"layers[{index}]={layer!r}: must be {LayerShape._fields}")
         sizes = (
             arguments.count(f"layers[{index}].{name}", size, at_least=1)
             for name, size in zip(LayerShape._fields, layer, strict=True)
         )
         shapes.append(LayerShape(*sizes))
     if not shapes:
-        raise ValueError("layers is empty; pass a LayerShape for every layer")
+        raise ValueError("layers: must not be empty. Pass a LayerShape for every layer.")
     return tuple(shapes)

@@ -1,7 +1,7 @@
 """Every schedule of the device-side allocator's programs, by a model of them (`allocator_model`).
 
-Triton's interpreter runs programs one after another, so it cannot show a race, and a GPU may hide one
-for years. Each wrong variant below was or could have been a real algorithm.
+Triton's interpreter runs programs one after another, so it cannot show a race, and a GPU may hide
+one for years. Each wrong variant below was or could have been a real algorithm.
 """
 
 from __future__ import annotations

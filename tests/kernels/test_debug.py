@@ -61,35 +61,35 @@ def tables(*changes: tuple[int, int, int]) -> Tensor:
 BAD_ROWS = [
     (
         {"block_tables": tables((1, 2, 6))},
-        r"block_tables\[1, 2\] is 6, but the cache has blocks 0 to 5, and -1 is none",
+        r"block_tables\[1, 2\]=6: the cache has blocks 0 to 5, and -1 is none",
     ),
-    ({"block_tables": tables((0, 1, -2))}, r"block_tables\[0, 1\] is -2, but the cache has"),
-    ({"block_tables": tables((1, 0, 1 << 30))}, r"block_tables\[1, 0\] is 1073741824, but"),
+    ({"block_tables": tables((0, 1, -2))}, r"block_tables\[0, 1\]=-2: the cache has"),
+    ({"block_tables": tables((1, 0, 1 << 30))}, r"block_tables\[1, 0\]=1073741824: "),
     (
         {"seq_lens": torch.tensor([7, -1])},
-        r"seq_lens\[1\] is -1, but block_tables has room for 0 to 12 tokens per row",
+        r"seq_lens\[1\]=-1: block_tables has room for 0 to 12 tokens per row",
     ),
     (
         {"seq_lens": torch.tensor([13, 9])},
-        r"seq_lens\[0\] is 13, but block_tables has room for 0 to",
+        r"seq_lens\[0\]=13: block_tables has room for 0 to",
     ),
 ]
 
 BAD_ATTENTION = [
     (
         {"cu_seqlens_q": torch.tensor([1, 2, 4])},
-        r"cu_seqlens_q\[0\] is 1, but it has to rise from 0 to the 4 tokens of query",
+        r"cu_seqlens_q\[0\]=1: must rise from 0 to the 4 tokens of query",
     ),
-    ({"cu_seqlens_q": torch.tensor([0, 2, 3])}, r"cu_seqlens_q\[2\] is 3, but it has to rise"),
-    ({"cu_seqlens_q": torch.tensor([0, 2, 5])}, r"cu_seqlens_q\[2\] is 5, but it has to rise"),
+    ({"cu_seqlens_q": torch.tensor([0, 2, 3])}, r"cu_seqlens_q\[2\]=3: must rise"),
+    ({"cu_seqlens_q": torch.tensor([0, 2, 5])}, r"cu_seqlens_q\[2\]=5: must rise"),
     (
         {"cu_seqlens_q": torch.tensor([0, 5, 4])},
-        r"cu_seqlens_q\[2\] is 4, but it must not fall from one row to the next",
+        r"cu_seqlens_q\[2\]=4: must not fall from one row to the next",
     ),
-    ({"cu_seqlens_q": torch.tensor([0, -1, 4])}, r"cu_seqlens_q\[1\] is -1, but it must not fall"),
+    ({"cu_seqlens_q": torch.tensor([0, -1, 4])}, r"cu_seqlens_q\[1\]=-1: must not fall"),
     (
         {"kv_starts": torch.tensor([0, -5])},
-        r"kv_starts\[1\] is -5, but the first token of a row is 0",
+        r"kv_starts\[1\]=-5: the first token of a row is 0",
     ),
     ({"mask": torch.zeros(1, 1, 2, 9)}, "mask has 2 query rows, but a row has 3 queries; pass"),
 ]
@@ -135,8 +135,8 @@ def test_gather_names_what_is_wrong(changes: dict[str, Tensor], message: str) ->
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ([0, 24, 1], r"slots\[1\] is 24, but the cache has slots 0 to 23"),
-        ([3, -1, 1 << 40], r"slots\[2\] is 1099511627776, but the cache has slots 0 to 23"),
+        ([0, 24, 1], r"slots\[1\]=24: the cache has slots 0 to 23"),
+        ([3, -1, 1 << 40], r"slots\[2\]=1099511627776: the cache has slots 0 to 23"),
         ([7, 3, 7], r"slots\[0\] and slots\[2\] are both 7; give every token a slot of its own"),
         ([5, 0, 0], r"slots\[1\] and slots\[2\] are both 0; give"),
     ],
@@ -160,8 +160,8 @@ def test_append_names_what_is_wrong_and_writes_nothing(
 @pytest.mark.parametrize(
     ("copies", "message"),
     [
-        ([[0, 1], [2, 6]], r"copies\[1, 1\] is 6, but the storage has blocks 0 to 5"),
-        ([[0, 1], [9, 2]], r"copies\[1, 0\] is 9, but the storage has blocks 0 to 5"),
+        ([[0, 1], [2, 6]], r"copies\[1, 1\]=6: the storage has blocks 0 to 5"),
+        ([[0, 1], [9, 2]], r"copies\[1, 0\]=9: the storage has blocks 0 to 5"),
         (
             [[0, 3], [-1, 3], [1, 2], [4, 3]],
             r"copies\[0\] and copies\[3\] both write block 3; give every block one source",

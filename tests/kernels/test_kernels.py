@@ -233,10 +233,18 @@ def attention_arguments() -> dict[str, Any]:
         ({"query": torch.zeros(2, 3, 8)}, ValueError, "3 query heads are no multiple of 2"),
         ({"query": torch.zeros(2, 4, 6)}, ValueError, "head_dim 6, but key_cache has 8"),
         ({"query": torch.zeros(3, 4, 8)}, ValueError, "3 tokens for 2 rows; pass cu_seqlens_q"),
-        ({"query": torch.zeros(2, 32)}, ValueError, r"query has shape \[2, 32\]; pass"),
-        ({"query": torch.zeros(2, 4, 8).half()}, TypeError, "query is torch.float16, but key_ca"),
+        ({"query": torch.zeros(2, 32)}, ValueError, r"query.shape=\[2, 32\]: must be"),
+        (
+            {"query": torch.zeros(2, 4, 8).half()},
+            TypeError,
+            "query.dtype=torch.float16: must equal key_ca",
+        ),
         ({"query": torch.zeros(2, 8, 4).mT}, ValueError, r"query has strides .* query.contiguous"),
-        ({"query": torch.zeros(2, 4, 8).int()}, TypeError, "query is torch.int32; pass a floati"),
+        (
+            {"query": torch.zeros(2, 4, 8).int()},
+            TypeError,
+            "query.dtype=torch.int32: must be a floati",
+        ),
         (
             {"key_cache": torch.zeros(4, 4, 8, 2).mT},
             ValueError,
@@ -248,47 +256,51 @@ def attention_arguments() -> dict[str, Any]:
             TypeError,
             "value_cache is torch.float16",
         ),
-        ({"seq_lens": torch.ones(2)}, TypeError, "seq_lens is torch.float32; pass torch.int32"),
-        ({"seq_lens": torch.ones(3).int()}, ValueError, r"seq_lens has shape \[3\]"),
+        (
+            {"seq_lens": torch.ones(2)},
+            TypeError,
+            "seq_lens.dtype=torch.float32: must be torch.int32",
+        ),
+        ({"seq_lens": torch.ones(3).int()}, ValueError, r"seq_lens.shape=\[3\]"),
         (
             {"seq_lens": torch.full((2,), 5)},
             ValueError,
             r"seq_lens.* 5.*, but block_tables has room",
         ),
         ({"cu_seqlens_q": torch.ones(2).int()}, ValueError, r"pass \[rows \+ 1\] = \[3\]"),
-        ({"window": 0}, ValueError, "window is 0; pass at least 1 token"),
-        ({"window": "3"}, TypeError, "window is '3'; pass a whole number of tokens, or None"),
-        ({"window": 2.5}, TypeError, "window is 2.5; pass a whole number"),
-        ({"window": True}, TypeError, "window is True; pass a whole number"),
-        ({"window": [3]}, TypeError, r"window is \[3\]; pass a whole number"),
-        ({"causal": "no"}, TypeError, "causal is 'no'; pass True or False"),
-        ({"softmax_scale": NAN}, ValueError, "softmax_scale is nan; pass a finite number"),
+        ({"window": 0}, ValueError, "window=0: must be at least 1 token"),
+        ({"window": "3"}, TypeError, "window='3': must be a whole number of tokens, or None"),
+        ({"window": 2.5}, TypeError, "window=2.5: must be a whole number"),
+        ({"window": True}, TypeError, "window=True: must be a whole number"),
+        ({"window": [3]}, TypeError, r"window=\[3\]: must be a whole number"),
+        ({"causal": "no"}, TypeError, "causal='no': must be True or False"),
+        ({"softmax_scale": NAN}, ValueError, "softmax_scale=nan: must be a finite 32-bit number"),
         (
             {"softmax_scale": 1e39},
             ValueError,
-            r"softmax_scale is 1e\+39; pass a finite number, of 32 bits",
+            r"softmax_scale=1e\+39: must be a finite 32-bit number",
         ),
-        ({"softcap": 1e-50}, ValueError, "softcap is 1e-50; pass more than 0"),
-        ({"softcap": float("inf")}, ValueError, "softcap is inf; pass more than 0"),
-        ({"window": 1 << 63}, ValueError, "window is 9223372036854775808; pass at least 1"),
-        ({"query": None}, TypeError, "query is a NoneType; pass a torch.Tensor"),
-        ({"seq_lens": None}, TypeError, "seq_lens is a NoneType; pass a torch.Tensor"),
-        ({"softcap": -1}, ValueError, "softcap is -1; pass more than 0"),
-        ({"softcap": NAN}, ValueError, "softcap is nan; pass more than 0"),
-        ({"softcap": "x"}, TypeError, "softcap is 'x'; pass a number, or None for no cap"),
+        ({"softcap": 1e-50}, ValueError, "softcap=1e-50: must be more than 0"),
+        ({"softcap": float("inf")}, ValueError, "softcap=inf: must be more than 0"),
+        ({"window": 1 << 63}, ValueError, "window=9223372036854775808: must be at least 1"),
+        ({"query": None}, TypeError, "query: must be a torch.Tensor, not NoneType"),
+        ({"seq_lens": None}, TypeError, "seq_lens: must be a torch.Tensor, not NoneType"),
+        ({"softcap": -1}, ValueError, "softcap=-1: must be more than 0"),
+        ({"softcap": NAN}, ValueError, "softcap=nan: must be more than 0"),
+        ({"softcap": "x"}, TypeError, "softcap='x': must be a number, or None for no cap"),
         (
             {"softmax_scale": "x"},
             TypeError,
-            r"softmax_scale is 'x'; pass a number, or None for head_dim \*\* -0.5",
+            r"softmax_scale='x': must be a number, or None for head_dim \*\* -0.5",
         ),
-        ({"softmax_scale": 1j}, TypeError, "softmax_scale is 1j; pass a number"),
+        ({"softmax_scale": 1j}, TypeError, "softmax_scale=1j: must be a number"),
         (
             {"softmax_scale": torch.ones(())},
             TypeError,
-            r"softmax_scale is tensor\(1.\); pass a number",
+            r"softmax_scale=tensor\(1.\): must be a number",
         ),
-        ({"softcap": 0.0}, ValueError, "softcap is 0.0; pass more than 0"),
-        ({"sinks": torch.zeros(2)}, ValueError, r"sinks has shape \[2\]; pass"),
+        ({"softcap": 0.0}, ValueError, "softcap=0.0: must be more than 0"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks.shape=\[2\]: must be"),
         (
             {"mask": torch.zeros(3, 1, 1, 1)},
             ValueError,
@@ -297,7 +309,7 @@ def attention_arguments() -> dict[str, Any]:
         (
             {"mask": torch.zeros(1, 1, 1, 1).int()},
             TypeError,
-            "mask is torch.int32; pass torch.bool",
+            "mask.dtype=torch.int32: must be torch.bool",
         ),
         ({"mask": torch.zeros(1, 1, 0, 1)}, ValueError, "mask has 0 query rows, but a row has 1"),
         (
@@ -305,8 +317,12 @@ def attention_arguments() -> dict[str, Any]:
             ValueError,
             "mask has 0 columns, so it hides everything; pass at least one",
         ),
-        ({"kv_starts": torch.zeros(1).int()}, ValueError, r"kv_starts has shape \[1\]"),
-        ({"seq_lens": torch.ones(2, device="meta").int()}, ValueError, "seq_lens is on meta, but"),
+        ({"kv_starts": torch.zeros(1).int()}, ValueError, r"kv_starts.shape=\[1\]"),
+        (
+            {"seq_lens": torch.ones(2, device="meta").int()},
+            ValueError,
+            "seq_lens.device=meta: must be",
+        ),
     ],
 )
 def test_attention_refuses_what_does_not_fit(
@@ -320,7 +336,7 @@ def test_attention_refuses_what_does_not_fit(
 
 def test_an_option_that_only_looks_like_one_that_passed_is_refused() -> None:
     paged_attention(**attention_arguments(), window=3)
-    with pytest.raises(TypeError, match=r"window is 3.0; pass a whole number"):
+    with pytest.raises(TypeError, match=r"window=3.0: must be a whole number"):
         paged_attention(**attention_arguments(), window=3.0)
 
 
@@ -357,7 +373,9 @@ def gather_arguments() -> dict[str, Any]:
 def test_an_argument_that_is_no_tensor_is_named(
     operation: Any, arguments: Any, name: str, wrong: Any, kind: str
 ) -> None:
-    with pytest.raises(TypeError, match=rf"^{name} is a {kind}; pass a torch.Tensor: torch.from_"):
+    with pytest.raises(
+        TypeError, match=rf"^{name}: must be a torch.Tensor, not {kind}. Use torch.from_"
+    ):
         operation(**{**arguments(), name: wrong})
 
 
@@ -475,14 +493,18 @@ def test_no_gradient_flows_through_the_cache() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"key": torch.zeros(3, 1, 4)}, ValueError, r"key has shape \[3, 1, 4\]; pass \[tokens"),
-        ({"value": torch.zeros(2, 1, 2)}, ValueError, r"value has shape \[2, 1, 2\]; pass"),
-        ({"slots": torch.zeros(2).long()}, ValueError, r"slots has shape \[2\]; pass"),
-        ({"slots": torch.zeros(3)}, TypeError, "slots is torch.float32; pass torch.int32"),
-        ({"key": torch.zeros(3, 1, 2).double()}, TypeError, "key is torch.float64, but key_cache"),
+        ({"key": torch.zeros(3, 1, 4)}, ValueError, r"key.shape=\[3, 1, 4\]: must be \[tokens"),
+        ({"value": torch.zeros(2, 1, 2)}, ValueError, r"value.shape=\[2, 1, 2\]: must be"),
+        ({"slots": torch.zeros(2).long()}, ValueError, r"slots.shape=\[2\]: must be"),
+        ({"slots": torch.zeros(3)}, TypeError, "slots.dtype=torch.float32: must be torch.int32"),
+        (
+            {"key": torch.zeros(3, 1, 2).double()},
+            TypeError,
+            "key.dtype=torch.float64: must equal key_cache",
+        ),
         ({"key": torch.zeros(3, 2, 4).mT[..., :1, :]}, ValueError, "pass key.contiguous"),
         ({"value": torch.zeros(3, 2, 4).mT[..., :1, :]}, ValueError, "pass value.contiguous"),
-        ({"slots": torch.zeros(3, device="meta").long()}, ValueError, "slots is on meta, but the"),
+        ({"slots": torch.zeros(3, device="meta").long()}, ValueError, "slots.device=meta: must be"),
     ],
 )
 def test_append_refuses_what_does_not_fit(
@@ -497,7 +519,7 @@ def test_append_refuses_what_does_not_fit(
 
 def test_gather_refuses_a_negative_length() -> None:
     cache, _ = strided_caches(2, 4, 1, 2, 2, torch.float32)
-    with pytest.raises(ValueError, match="length is -1; pass 0 or more tokens"):
+    with pytest.raises(ValueError, match="length=-1: must be at least 0"):
         gather_kv(cache, torch.zeros(1, 1).int(), torch.ones(1).int(), -1)
 
 
@@ -507,7 +529,7 @@ def test_gather_in_another_dtype_rounds_once(implementation: Kernels) -> None:
     tables, lens = torch.tensor([[1]]).int(), torch.tensor([4])
     gathered = implementation.gather_kv(cache, tables, lens, 4, dtype=torch.bfloat16)
     assert torch.equal(gathered[0], cache[1].bfloat16())
-    with pytest.raises(TypeError, match=r"dtype is torch.int32; pass a floating dtype"):
+    with pytest.raises(TypeError, match=r"dtype=torch.int32: must be a floating dtype"):
         gather_kv(cache, tables, lens, 4, dtype=torch.int32)
 
 
@@ -581,7 +603,7 @@ def test_block_copies_may_be_none_at_all(implementation: Kernels) -> None:
 
 
 def test_block_copies_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"copies has shape \[2, 3\]; pass \[pairs, 2\]"):
+    with pytest.raises(ValueError, match=r"copies.shape=\[2, 3\]: must be \[pairs, 2\]"):
         copy_blocks(torch.zeros(2, 2), torch.zeros(2, 3).int())
 
 

@@ -382,31 +382,51 @@ FLOAT_CACHE = torch.zeros(4, 4, 2, 8)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"scales": None}, ValueError, "key_cache is torch.int8, which needs its scales; pass"),
+        ({"scales": None}, ValueError, "key_cache.dtype=torch.int8: needs scales. Pass"),
         (
             {"key_cache": FLOAT_CACHE, "value_cache": FLOAT_CACHE},
             ValueError,
-            "key_scales is given, but key_cache is torch.float32, which has no scales",
+            "key_scales: must be None, because key_cache.dtype=torch.float32 has no scales",
         ),
-        ({"value_cache": FLOAT_CACHE}, TypeError, "value_cache is torch.float32, but key_cache is"),
-        ({"scales": torch.ones(2, 4, 4, 2)}, TypeError, r"scales is a Tensor; pass \(key_scales"),
-        ({"scales": (torch.ones(4, 4, 2),)}, TypeError, "scales is a tuple; pass"),
-        ({"scales": (None, None)}, TypeError, r"scales is a tuple; pass \(key_scales"),
-        ({"scales": (torch.ones(4, 4, 2), None)}, TypeError, "scales is a tuple; pass"),
+        (
+            {"value_cache": FLOAT_CACHE},
+            TypeError,
+            "value_cache.dtype=torch.float32: must equal key_cache.dtype=",
+        ),
+        (
+            {"scales": torch.ones(2, 4, 4, 2)},
+            TypeError,
+            r"scales: must be \(key_scales, value_scales\), not a Tensor",
+        ),
+        (
+            {"scales": (torch.ones(4, 4, 2),)},
+            TypeError,
+            r"scales: must be \(key_scales, value_scales\), not a tuple",
+        ),
+        (
+            {"scales": (None, None)},
+            TypeError,
+            r"scales: must be \(key_scales, value_scales\), not a tuple",
+        ),
+        (
+            {"scales": (torch.ones(4, 4, 2), None)},
+            TypeError,
+            r"scales: must be \(key_scales, value_scales\), not a tuple",
+        ),
         (
             {"key_cache": FLOAT_CACHE, "value_cache": FLOAT_CACHE, "scales": (None, None)},
             TypeError,
-            "scales is a tuple; pass",
+            r"scales: must be \(key_scales, value_scales\), not a tuple",
         ),
         (
             {"scales": (torch.ones(4, 4), torch.ones(4, 4))},
             ValueError,
-            r"key_scales has shape \[4, 4\]; pass .*kv_heads\] = \[4, 4, 2\]",
+            r"key_scales.shape=\[4, 4\]: must be .*kv_heads\] = \[4, 4, 2\]",
         ),
         (
             {"scales": (torch.ones(4, 4, 2), torch.ones(4, 4, 2).half())},
             TypeError,
-            "value_scales is torch.float16; pass torch.float32",
+            "value_scales.dtype=torch.float16: must be torch.float32",
         ),
         (
             {"scales": (torch.ones(4, 2, 4).mT, torch.ones(4, 4, 2))},
@@ -416,12 +436,12 @@ FLOAT_CACHE = torch.zeros(4, 4, 2, 8)
         (
             {"scales": (torch.ones(4, 4, 2), torch.ones(4, 4, 2, device="meta"))},
             ValueError,
-            "value_scales is on meta, but the cache is on cpu",
+            "value_scales.device=meta: must be cpu, the device of the cache",
         ),
         (
             {"key_cache": FLOAT_CACHE.int(), "value_cache": FLOAT_CACHE.int(), "scales": None},
             TypeError,
-            "key_cache is torch.int32; pass a floating dtype",
+            "key_cache.dtype=torch.int32: must be a floating dtype",
         ),
     ],
 )
@@ -438,23 +458,33 @@ def test_keys_and_queries_are_never_eight_bits_themselves() -> None:
     caches = quantised_arguments("fp8_e4m3")
     eight = torch.ones(1, 2, 8).to(torch.float8_e4m3fn)
     tables, lens = torch.zeros(1, 1).int(), torch.ones(1).int()
-    with pytest.raises(TypeError, match=r"key is torch.float8_e4m3fn; pass a floating dtype of"):
+    with pytest.raises(
+        TypeError, match=r"key.dtype=torch.float8_e4m3fn: must be a floating dtype of"
+    ):
         append_kv(eight, eight, slots=torch.tensor([0]), **caches)
-    with pytest.raises(TypeError, match=r"value is torch.bfloat16, but key is torch.float32"):
+    with pytest.raises(
+        TypeError, match=r"value.dtype=torch.bfloat16: must equal key.dtype=torch.float32"
+    ):
         append_kv(eight.float(), eight.bfloat16(), slots=torch.tensor([0]), **caches)
-    with pytest.raises(TypeError, match=r"query is torch.float8_e4m3fn; pass a floating dtype"):
+    with pytest.raises(
+        TypeError, match=r"query.dtype=torch.float8_e4m3fn: must be a floating dtype"
+    ):
         paged_attention(eight, block_tables=tables, seq_lens=lens, **caches)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"scales": None}, ValueError, "cache is torch.int8, which needs its scales"),
-        ({"dtype": None}, TypeError, "dtype is None; with scales, pass that of the result"),
-        ({"dtype": torch.int8}, TypeError, "dtype is torch.int8; pass a floating dtype"),
-        ({"scales": (1, 2)}, TypeError, "scales is a tuple; pass the one tensor of cache"),
-        ({"scales": torch.ones(4, 4, 3)}, ValueError, r"scales has shape \[4, 4, 3\]"),
-        ({"cache": FLOAT_CACHE}, ValueError, "scales is given, but cache is torch.float32"),
+        ({"scales": None}, ValueError, "cache.dtype=torch.int8: needs scales"),
+        ({"dtype": None}, TypeError, "dtype=None: required with scales"),
+        ({"dtype": torch.int8}, TypeError, "dtype=torch.int8: must be a floating dtype"),
+        ({"scales": (1, 2)}, TypeError, "scales: must be the scales tensor of cache, not a tuple"),
+        ({"scales": torch.ones(4, 4, 3)}, ValueError, r"scales.shape=\[4, 4, 3\]"),
+        (
+            {"cache": FLOAT_CACHE},
+            ValueError,
+            "scales: must be None, because cache.dtype=torch.float32",
+        ),
     ],
 )
 def test_gather_refuses_scales_that_do_not_fit(

@@ -165,7 +165,7 @@ def test_unknown_blocks_and_other_shapes_are_not_copied() -> None:
             here.copy_from(other, pairs)
     smaller = BlockStorage(2, 4, [(2, 8, 8)], dtype=torch.float32)
     for wrong in ([[2, 0]], [[0, 6]], [[-1, 0]], [[0, -1]]):
-        with pytest.raises(ValueError, match="does not exist"):
+        with pytest.raises(ValueError, match="source block 2: must be"):
             here.copy_from(smaller, np.array(wrong, np.int32))
 
 
@@ -210,7 +210,7 @@ def test_a_pool_and_its_storage_shrink_together() -> None:
         ({"num_blocks": 0}, "num_blocks 0: expected at least 1"),
         ({"block_size": 12}, "block_size 12: expected a power of two"),
         ({"block_size": 0}, "block_size 0: expected at least 1"),
-        ({"layers": []}, "layers is empty"),
+        ({"layers": []}, "layers: must not be empty"),
         ({"layers": [LayerShape(2, 0, 8)]}, r"layers\[0\].head_dim 0: expected at least 1"),
         ({"num_host_blocks": -1}, "num_host_blocks -1: expected at least 0"),
     ],
@@ -224,12 +224,12 @@ def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
-        (torch.int8, r"dtype is torch.int8; pass a floating dtype"),
+        (torch.int8, r"dtype=torch.int8: must be a floating dtype"),
         (
             torch.float8_e4m3fn,
-            r"dtype is torch.float8_e4m3fn, .* store it with kv_cache_dtype instead",
+            r"dtype=torch.float8_e4m3fn: must have at least 16 bits. Set kv_cache_dtype",
         ),
-        ("float32", "dtype 'float32': expected a torch.dtype"),
+        ("float32", "dtype='float32': must be a torch.dtype"),
     ],
 )
 def test_a_dtype_that_nothing_is_computed_in_is_refused(dtype: Any, message: str) -> None:
@@ -246,11 +246,11 @@ def test_an_unknown_kv_cache_dtype_is_refused(kv_cache_dtype: Any) -> None:
 def test_blocks_that_do_not_exist_are_refused_and_nothing_moves() -> None:
     storage = numbered(num_host_blocks=2)
     before = storage.tier().clone()
-    with pytest.raises(ValueError, match="destination block 6 does not exist; pass -1 to 5"):
+    with pytest.raises(ValueError, match="destination block 6: must be -1 to 5"):
         storage.copy(pairs((0, 1), (0, 6)))
-    with pytest.raises(ValueError, match="source block 2 does not exist; pass 0 to 1"):
+    with pytest.raises(ValueError, match="source block 2: must be 0 to 1"):
         storage.apply(move("host", "device", (0, 0), (2, 1)))
-    with pytest.raises(ValueError, match=r"copies has shape \[2\]; pass int32 \[n, 2\]"):
+    with pytest.raises(ValueError, match=r"copies.shape=\[2\]: must be int32 \[n, 2\]"):
         storage.copy(np.array([0, 1], np.int32))
     assert torch.equal(storage.tier(), before)
 
@@ -326,7 +326,7 @@ def test_dropping_the_last_layers_keeps_the_first_and_frees_their_memory() -> No
     assert storage.layer(1)[1].eq(11).all()
     assert storage.tier("host").eq(7).all()
     for count in (0, 3):
-        with pytest.raises(ValueError, match="expected 1 to 2"):
+        with pytest.raises(ValueError, match="must be 1 to 2"):
             storage.keep_layers(count)
 
 
@@ -677,7 +677,7 @@ def test_whether_memory_is_page_locked_is_true_or_false() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_page_locked_memory_without_a_gpu_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="pinned=True: only a GPU"):
+    with pytest.raises(RuntimeError, match="pinned=True: needs a GPU"):
         BlockStorage(9, 16, [LayerShape(2, 64, 64)], dtype=torch.bfloat16, pinned=True)
 
 

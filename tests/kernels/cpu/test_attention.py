@@ -218,7 +218,7 @@ def test_a_long_row_is_shared_among_threads(threads: int, native: Native) -> Non
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
 @pytest.mark.parametrize("where", ["query", "key_cache", "value_cache"])
-def test_a_nan_in_use_comes_out_as_nan_where_it_was_used(
+def test_a_nan_in_use_stays_nan_where_used(
     where: str, kv_cache_dtype: str | None, dtype: torch.dtype, native: Native
 ) -> None:
     # In block 3 are the row's tokens 0 to 15: the first ones of a tile, and one in its middle.
@@ -354,9 +354,9 @@ def run(name: str, native: Native) -> Tensor:
     ("changes", "message"),
     [
         ({"seq_lens": torch.tensor([49])}, "seq_lens.* 49.*, but block_tables has room for"),
-        ({"seq_lens": torch.tensor([-1])}, r"seq_lens\[0\] is -1"),
+        ({"seq_lens": torch.tensor([-1])}, r"seq_lens\[0\]=-1"),
         ({"seq_lens": torch.tensor([1 << 62])}, "seq_lens.* 46116860.*, but block_tables"),
-        ({"block_tables": torch.tensor([[0, 4, 1]]).int()}, r"block_tables\[0, 1\] is 4; the cach"),
+        ({"block_tables": torch.tensor([[0, 4, 1]]).int()}, r"block_tables\[0, 1\]=4: the cach"),
         ({"cu_seqlens_q": torch.tensor([0, 3])}, "cu_seqlens_q reaches 3 at row"),
         ({"cu_seqlens_q": torch.tensor([0, -1])}, "cu_seqlens_q reaches -1 at row"),
         ({"cu_seqlens_q": torch.tensor([1, 2])}, "cu_seqlens_q reaches 1 at row 0"),

@@ -109,7 +109,7 @@ def test_quantised_bits_equal_the_reference(dtype: torch.dtype, native: Native) 
 def test_a_slot_outside_is_refused_before_anything_is_written(slot: int, native: Native) -> None:
     caches = strided_caches(8, 4, 1, 2, 2, torch.float32)
     token = torch.ones(3, 1, 2)
-    with pytest.raises(ValueError, match=rf"slots\[2\] is {slot}; the cache has slots 0 to 31"):
+    with pytest.raises(ValueError, match=rf"slots\[2\]={slot}: the cache has slots 0 to 31"):
         native.kernels.append_kv(token, token, *caches, torch.tensor([0, 1, slot]))
     assert all(cache.isnan().all() for cache in caches)
 
@@ -139,10 +139,10 @@ def test_gathered_bits_equal_the_reference(dtype: torch.dtype, native: Native) -
 
 def test_a_gather_from_outside_is_refused(native: Native) -> None:
     cache, tables = torch.zeros(3, 4, 1, 2), torch.tensor([[0, 3]]).int()
-    with pytest.raises(ValueError, match=r"block_tables\[0, 1\] is 3; the cache has blocks 0 to 2"):
+    with pytest.raises(ValueError, match=r"block_tables\[0, 1\]=3: the cache has blocks 0 to 2"):
         native.kernels.gather_kv(cache, tables, torch.tensor([5]), 5)
     assert native.kernels.gather_kv(cache, tables, torch.tensor([4]), 4).shape == (1, 4, 1, 2)
-    with pytest.raises(ValueError, match=r"seq_lens\[0\] is -1"):
+    with pytest.raises(ValueError, match=r"seq_lens\[0\]=-1"):
         native.kernels.gather_kv(cache, tables, torch.tensor([-1]), 5)
 
 

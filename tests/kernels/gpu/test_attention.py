@@ -468,7 +468,7 @@ def test_what_triton_cannot_take_the_reference_computes(dtype: torch.dtype, dim:
             {"seq_lens": torch.tensor([5, 1])},
             "seq_lens reaches 5 tokens, but block_tables has room",
         ),
-        ({"seq_lens": torch.tensor([-1, 1])}, r"seq_lens\[0\] is -1"),
+        ({"seq_lens": torch.tensor([-1, 1])}, r"seq_lens\[0\]=-1"),
         ({"mask": torch.zeros(1, 1, 0, 1)}, "mask has 0 query rows, but a row has 1 queries"),
     ],
 )
