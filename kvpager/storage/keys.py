@@ -2,8 +2,8 @@
 
 A block's key covers everything its KV depends on: storage layout, model, the namespace's secret,
 LoRA adapter, multimodal hashes, all earlier blocks, and its tokens. Fields are length-prefixed and
-in a fixed order, so different inputs never have the same encoding. Without the secret, nobody can
-make a key or test a guess. Within the process nothing is hashed: the prefix index compares tokens.
+in a fixed order, so different inputs never have the same encoding. Making a
+key or testing a guess needs the secret. The prefix index hashes nothing: it compares tokens.
 
 Keys are the same in every process and on every machine. BLAKE2b: RFC 7693.
 """

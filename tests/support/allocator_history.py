@@ -1,4 +1,4 @@
-"""A history of a `DeviceAllocator`, and beside it a list of tokens per row: what it must amount to.
+"""A history of a `DeviceAllocator`, checked against a list of tokens per row.
 
 Every token written is a new number, in a payload of one number per slot, so whatever goes wrong
 with a block - written by two, freed while held, copied too late - shows as a wrong token.
@@ -43,14 +43,14 @@ class History:
         return torch.tensor(rows, dtype=torch.int32, device=self.payload.device)
 
     def step(self, rows: list[int]) -> list[int]:
-        """One token more for each of `rows`; returns the slots. What was refused must have been."""
+        """Append a token to each of `rows`; return the slots. Check that refusals were due."""
         slots, copies = self.kernels.step_alloc(self.allocator, self.ids(rows))
         self.last_step = [slots, copies]
         self.follow(rows, slots, copies)
         return slots.tolist()
 
     def follow(self, rows: list[int], slots: Tensor, copies: Tensor) -> None:
-        """Carry out what a step decided, and write the same tokens to the lists."""
+        """Carry out the copies and writes of a step, and append the tokens to the lists."""
         reference.copy_blocks(self.payload, copies)
         self.copied += int((copies[:, 0] >= 0).sum())
         given = [slot for slot in slots.tolist() if slot >= 0]
@@ -86,7 +86,7 @@ class History:
                 self.tokens[row] = []
 
     def check(self) -> None:
-        """Every block is free or held, and every row reads back exactly what was written to it."""
+        """Check that every block is free or held, and that every row reads back its tokens."""
         self.allocator.check()
         assert self.allocator.seq_lens.tolist() == [len(tokens) for tokens in self.tokens]
         assert int(self.allocator.failures) == self.refused
@@ -96,7 +96,7 @@ class History:
             assert self.payload[blocks].view(-1)[: len(tokens)].tolist() == tokens, f"row {row}"
 
     def state(self) -> list[Tensor]:
-        """Everything a call may change or give, the free blocks in order."""
+        """Return everything that a call may change or return, with free blocks sorted."""
         books = self.allocator
         free = books.free[: int(books.num_free)]
         changed = [free, books.ref_counts, books.block_tables, books.seq_lens, books.failures]
@@ -107,20 +107,20 @@ Operation = tuple[str, list[Any]]
 
 
 def random_operation(history: History, chance: random.Random) -> Operation:
-    """Something to do next: mostly steps of most rows in any order, with rows of -1 among them."""
+    """Choose the next call: mostly steps of most rows in any order, some rows being -1."""
     rows = list(range(len(history.tokens)))
     chance.shuffle(rows)
     used = [row for row in rows if history.tokens[row]]
     unused = [row for row in rows if not history.tokens[row]]
     kind = chance.random()
     if kind < 0.3 and used:
-        # Now and then a target that is in use, which has to be refused.
+        # Sometimes a target in use, which must be refused.
         targets = (unused if unused and chance.random() < 0.9 else rows)[: chance.randint(1, 3)]
         sources = [-1, *(row for row in used if row not in targets)]
         return "fork", [(chance.choice(sources[-2:]), target) for target in targets]
     if kind < 0.5 and used:
         return "release", [-1, *used[: chance.randint(1, 3)]]
-    # Mostly few rows, so that tables do not fill up before there is something to fork.
+    # Mostly few rows, so that tables do not fill up before a fork.
     return "step", rows[: chance.randint(1, 4)] + [-1] * chance.randint(0, 2)
 
 

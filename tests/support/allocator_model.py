@@ -1,17 +1,17 @@
-"""A model of the device-side allocator's kernels that can be run in every order there is.
+"""A model of the device-side allocator's kernels that runs their memory accesses in any order.
 
-A GPU runs the lanes of `kernels/gpu/allocator.py` in any order, and between any two accesses to
-memory others may come. Here each program is a generator that yields its accesses one by one and is
-sent what they give, so a scheduler can let any program do the next one. The numbers in brackets
-are those of the kernels' statements, which come in the same order.
+A GPU runs the lanes of `kernels/gpu/allocator.py` in any order, and interleaves their memory
+accesses. Here each program is a generator that yields its accesses one by one and receives the
+results, so a scheduler can choose the program of the next access. Numbers in brackets are those of
+the statements in the kernels, which have the same order.
 
-`explore` runs *all* schedules of a few programs. States (memory, and what each program has seen)
-that were reached before are not run again, and an access to a cell that no other program of the
-launch touches is done at once, because it makes no difference when (partial-order reduction:
-Holzmann's SPIN, Godefroid's VeriSoft). `run_random` runs one schedule of many, of all accesses.
+`explore` runs *all* schedules of a few programs. It skips states (memory, and the results each
+program has received) that it reached before. It performs an access at once if no other program of
+the launch touches the cell (partial-order reduction: Holzmann's SPIN, Godefroid's VeriSoft).
+`run_random` runs one random schedule of all accesses.
 
-Accesses are atomic and sequentially consistent here. The kernels need no more order than a launch
-gives them: what one program writes plainly, no other program of the launch reads.
+Accesses of the model are atomic and sequentially consistent. The kernels need no order within a
+launch: a program never reads a plain write of another program of the launch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 PENDING = -2
 NONE = -1
 
-# Each row stands once in a call, and each lane is one program's: what they index is theirs.
+# Each row occurs once in a call, and each lane belongs to one program. So do their cells.
 OWN = ("rows", "targets", "seq_lens", "block_tables", "slots", "sources_copied", "blocks_copied")
 
 Access = tuple[str, str, tuple[int, ...], int]
@@ -40,7 +40,7 @@ class Memory:
     cells: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     def perform(self, access: Access) -> int:
-        """Carry out one access; gives what was there before."""
+        """Perform one access; return the previous value."""
         kind, array, index, value = access
         place = (array, *index)
         before = self.cells[place]
@@ -100,17 +100,17 @@ def store(value: int, array: str, *index: int) -> Access:
 
 
 def add(value: int, array: str, *index: int) -> Access:
-    """An atomic addition that nobody looks at the result of (PTX: red)."""
+    """Return an atomic addition without a result (PTX: red)."""
     return "add", array, index, value
 
 
 def fetch_add(value: int, array: str, *index: int) -> Access:
-    """An atomic addition that gives what was there before (PTX: atom)."""
+    """Return an atomic addition that returns the previous value (PTX: atom)."""
     return "fetch_add", array, index, value
 
 
 def commutes(access: Access) -> bool:
-    """Whether it makes no difference when this happens, as far as the launch is concerned."""
+    """Return True if the time of the access within a launch makes no difference."""
     kind, array, _, _ = access
     # Failures are only counted, and no kernel both reads and writes the free stack.
     return array in OWN or array == "failures" or (kind, array) == ("load", "free")
@@ -271,7 +271,7 @@ def drop_rows(memory: Memory, lane: int) -> Program:
     yield store(0, "seq_lens", row)  # [R8]
 
 
-# A launch: its programs, each made anew from the memory it runs on.
+# A launch: functions that make its programs for a given memory.
 Launch = list[Callable[[Memory], Program]]
 
 
@@ -339,7 +339,7 @@ def _ends_of_launch(start: Memory, launch: Launch) -> Iterator[Memory]:
 
 
 def _next_access(program: Program, seen: tuple[int, ...]) -> Access | None:
-    """What a program does next that has seen this; a program knows nothing else."""
+    """Return the next access of a program that has received the results `seen`."""
     try:
         access = next(program)
         for result in seen:

@@ -30,7 +30,7 @@ def strided_caches(
 
 
 def tables_for(seq_lens: list[int], block_size: int, seed: int = 0) -> tuple[Tensor, int]:
-    """Shuffled block tables, -1 where a row has no block, one column wider; and the blocks."""
+    """Return shuffled block tables, one column wider than needed, and the number of blocks."""
     counts = [-(-length // block_size) for length in seq_lens]
     blocks = sum(counts) + 2
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).int()
@@ -165,19 +165,19 @@ def make_mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Ten
         real = torch.arange(width) >= padding[:, None]
         return look & real[:, None, None, :]
     allowed = torch.rand(shape, generator=generator) < 0.7
-    allowed[0, 0, 0] = False  # a query that may see nothing
-    allowed[:, :, :, width // 2] = False  # a token that nobody may see
+    allowed[0, 0, 0] = False  # a query that sees no token
+    allowed[:, :, :, width // 2] = False  # a token that no query sees
     if case.mask == "bool":
         return allowed
     bias = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    # Both ways of writing "may not look".
+    # Both ways to mask a token.
     hidden = torch.where(torch.rand(shape, generator=generator) < 0.5, -torch.inf, 0.0).to(dtype)
     hidden[hidden == 0] = torch.finfo(dtype).min
     return torch.where(allowed, bias, hidden)
 
 
 def with_mask_of(dtype: torch.dtype, call: Call) -> Call:
-    """The call with its float mask in another dtype, whose own lowest number then hides."""
+    """Return the call with its float mask in `dtype`, masked with that dtype's lowest number."""
     assert call.mask is not None
     lowest = call.mask == torch.finfo(call.mask.dtype).min
     mask = call.mask.to(dtype).masked_fill(lowest, torch.finfo(dtype).min)
@@ -185,7 +185,7 @@ def with_mask_of(dtype: torch.dtype, call: Call) -> Call:
 
 
 def seen_by(case: Case, mask: Tensor | None, row: int, head: int) -> Tensor:
-    """Which of the row's kv tokens each query of a head may look at: bool [queries, kv]."""
+    """Return the visibility of a row's kv tokens to each query of a head: bool [queries, kv]."""
     queries, length = case.rows[row]
     token = torch.arange(length)
     position = torch.arange(length - queries, length)[:, None]
@@ -232,7 +232,7 @@ def dense(case: Case, call: Call, dtype: torch.dtype) -> Tensor:
                 sink = call.sinks[head].to(dtype).expand(queries, 1)
                 scores = torch.cat((scores, sink), 1)
             weights = torch.softmax(scores, 1)[:, : seen.shape[1]]
-            # Who sees nothing gets zeros, and what nobody sees may be NaN.
+            # A query without tokens returns zeros, and hidden values may be NaN.
             weights = weights.masked_fill(~seen, 0)
             value = call.values[row][:, kv_head].to(dtype)
             output[:, head] = weights @ value.masked_fill(~seen.any(0)[:, None], 0)
@@ -270,7 +270,7 @@ class Unpacked:
         return self.kernel(query, key_cache, value_cache, args, sinks, scales)
 
 
-# The entry points run whatever is registered for the device, the reference kernels run as they are.
+# The entry points run the kernels registered for the device.
 ENTRY = Kernels(append_kv, gather_kv, paged_attention, copy_blocks)
 REFERENCE = Kernels(
     reference.append_kv,
@@ -291,7 +291,7 @@ class Paged:
     seq_lens: Tensor
 
     def stored(self, row: int) -> tuple[Tensor, Tensor]:
-        """What stands in the slots of a row's tokens, in float64: [kv, kv_heads, dim] each."""
+        """Return the keys and values stored for a row, in float64: [kv, kv_heads, dim] each."""
         block_size, length = self.caches[0].shape[1], int(self.seq_lens[row])
         slots = slots_of(self.block_tables[row], torch.arange(length), block_size)
         key, value = (

@@ -26,7 +26,7 @@ BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
 class Recorder:
-    """Notes a launch's types, specialisation and constants in place of compiling and launching."""
+    """Records types, specialisation and constants of a launch instead of launching."""
 
     def __init__(self) -> None:
         self.variants: dict[str, set[str]] = defaultdict(set)
@@ -52,7 +52,7 @@ class Recorder:
 
 
 def copies_called(recorder: Recorder) -> Any:
-    """Appends, reads, copies and allocations of random sizes, from tensors that begin anywhere."""
+    """Append, gather, copy and allocate random sizes, from tensors at any offset."""
     from kvpager.kernels.device_allocator import DeviceAllocator
     from kvpager.kernels.gpu import allocator
     from kvpager.kernels.gpu import copies as copy_kernels
@@ -81,7 +81,7 @@ def copies_called(recorder: Recorder) -> Any:
 
 
 def engine(recorder: Recorder) -> Any:
-    """Steps of random rows after a warm-up, as an engine computes them."""
+    """Run steps of random rows after a warm-up, like an engine."""
     from kvpager.integrations.huggingface.cache.memory import PagedMemory
     from kvpager.integrations.huggingface.runner import warm_up as warming
     from kvpager.integrations.huggingface.runner.model_info import inspect_model
@@ -112,7 +112,7 @@ def engine(recorder: Recorder) -> Any:
 
 
 def random_step(chance: random.Random, runner: Any, make: Callable[..., Any]) -> Any:
-    """Rows that decode, prompts in chunks, or both; some with blocks to copy first."""
+    """Return decoding rows, chunked prompts, or both; some with blocks to copy first."""
     from dataclasses import replace
 
     longest = runner.info.max_length

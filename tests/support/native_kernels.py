@@ -1,4 +1,4 @@
-"""What the tests of the native CPU kernels share: the kernels of each variant, and small inputs."""
+"""Helpers of the tests of native CPU kernels: the kernels of each variant, and small inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BEST = compiler.variants()[0].name
 
 @dataclass(frozen=True)
 class Native:
-    """The kernels of one variant, without the entry points before them."""
+    """Return the kernels of one variant, without the entry points."""
 
     library: Library
     kernels: Kernels
@@ -61,7 +61,7 @@ def require(variant: str) -> Native:
         pytest.skip(f"no native kernels: {error}")
 
 
-# What a case needs is worked out once; no kernel here writes to it.
+# Inputs of a case are computed once, because no kernel here writes to them.
 call_of = cache(lambda name, dtype: make_call(CASES[name], dtype))
 blocks_of = cache(
     lambda name, dtype, block_size, kv_cache_dtype=None: in_blocks(
@@ -73,7 +73,7 @@ plain_of = cache(lambda name, dtype: dense(CASES[name], call_of(name, dtype), dt
 
 
 def small(kv_cache_dtype: str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """One row of 40 tokens in three blocks of 16, four blocks in all; two queries."""
+    """Return a row of 40 tokens in three of four blocks of 16, with two queries."""
     generator = torch.Generator().manual_seed(5)
     key, value, query = (
         torch.randn(count, heads, 32, generator=generator).to(dtype)

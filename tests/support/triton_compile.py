@@ -1,4 +1,4 @@
-"""Compile Triton kernels for GPUs that are not here, and say what they need.
+"""Compile Triton kernels for GPUs without having them, and report their resources.
 
     python -m tests.support.triton_compile sm_90 tests.support.specialisations.copies [some]
 
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Bytes of shared memory that one program may take, from the vendors' tables.
+# Most bytes of shared memory per program, from the vendors' tables.
 SHARED_BYTES_MAX = {
     "sm_80": 163 << 10,
     "sm_90": 227 << 10,
@@ -35,7 +35,7 @@ SHARED_BYTES_MAX = {
 
 
 class Needs(NamedTuple):
-    """What one program of a compiled kernel needs."""
+    """Resources of one program of a compiled kernel."""
 
     name: str
     registers: int
@@ -47,7 +47,7 @@ class Needs(NamedTuple):
 
 
 def compile_elsewhere(architecture: str, module: str, *, some: bool = False) -> list[Needs]:
-    """The needs of a module's specialisations, from a new process."""
+    """Return the resources of a module's specialisations, compiled in a new process."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = [
         sys.executable,
@@ -82,7 +82,7 @@ def needs(architecture: str, module: str, *, some: bool) -> Iterator[Needs]:
 
 
 def capability(architecture: str) -> int:
-    """What `config.target_of` calls a GPU of that architecture."""
+    """Return the target that `config.target_of` returns for a GPU of that architecture."""
     from kvpager.kernels.gpu import config
 
     if architecture.startswith("sm_"):
@@ -138,7 +138,7 @@ def target(architecture: str) -> Any:
 
 
 def nvidia(kernel: Any) -> tuple[int, int]:
-    """Registers, and bytes spilled: what the binary says about itself."""
+    """Return registers and spilled bytes from the binary."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -156,7 +156,7 @@ def nvidia(kernel: Any) -> tuple[int, int]:
 
 
 def amd(kernel: Any) -> tuple[int, int]:
-    """Vector registers, and bytes spilled: what the assembly's metadata says."""
+    """Return vector registers and spilled bytes from the assembly's metadata."""
     text = kernel.asm["amdgcn"]
     registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
     spilled = re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)

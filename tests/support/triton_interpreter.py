@@ -31,12 +31,12 @@ Builder = interpreter.InterpreterBuilder
 
 
 def is_raw(handle: Any) -> bool:
-    """Whether the handle holds bits that NumPy has no dtype for."""
+    """Return True if the handle holds bits that NumPy has no dtype for."""
     return handle.dtype.scalar in TORCH_DTYPES
 
 
 def widened(handle: Any) -> Any:
-    """The same numbers as float32; other handles as they are."""
+    """Return the numbers as float32; return other handles unchanged."""
     if not is_raw(handle):
         return handle
     dtype, bits = TORCH_DTYPES[handle.dtype.scalar]
@@ -149,7 +149,7 @@ def _repaired_scalars(patch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked_run(run: Callable[..., None]) -> Callable[..., None]:
-    """Refuse what the interpreter ignores and a compiler does not: a launch without our options."""
+    """Refuse launches without our compiler options, which the interpreter ignores."""
 
     def run_checked(self: Any, *arguments: Any, **options: Any) -> None:
         missing = config.COMPILER_OPTIONS.items() - options.items()
@@ -161,7 +161,7 @@ def _checked_run(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def install() -> None:
-    """Repair the interpreter of this process, once; where Triton compiles, nothing changes."""
+    """Repair the interpreter of this process once; do nothing if Triton compiles."""
     if getattr(Builder, "repaired", False):
         return
     Builder.repaired = True

@@ -1,4 +1,4 @@
-"""What a Triton kernel is compiled for, written down so that it can be checked without a GPU.
+"""Specialisations of the Triton kernels, to compile and check them without a GPU.
 
 Triton compiles a kernel again for every combination of argument types, compile-time constants and
 options that it is launched with. Each module of this package has a function
@@ -20,14 +20,14 @@ DIVISOR = 16
 
 
 class Specialisation(NamedTuple):
-    """One way to compile one kernel."""
+    """One specialisation of a kernel."""
 
     name: str
-    """What the combination is for; unique within its module."""
+    """Purpose of the specialisation; unique within its module."""
     function: Any
     """The `triton.jit` function."""
     signature: Mapping[str, str]
-    """Argument -> Triton type ("*bf16", "i32", "i64", "fp32", ..) of all that are no constants."""
+    """Argument -> Triton type ("*bf16", "i32", "i64", "fp32", ..) of non-constants."""
     constexprs: Mapping[str, Any]
     """Argument -> value, for the `tl.constexpr` arguments, and for those that are None."""
     options: Mapping[str, int] = {}
@@ -35,4 +35,4 @@ class Specialisation(NamedTuple):
     divisible: tuple[str, ...] = ()
     """Arguments that are multiples of `DIVISOR`: aligned pointers, and strides."""
     max_registers: int = 255
-    """Per thread; more of them, and fewer programs fit on a multiprocessor at a time."""
+    """Most registers per thread: with more, fewer programs fit on a multiprocessor."""

@@ -1,4 +1,4 @@
-"""What the kernels of `kernels/gpu/allocator.py` are compiled for."""
+"""Specialisations of the kernels of `kernels/gpu/allocator.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TENSORS = ("seq_lens", "block_tables", "ref_counts")
 
 
 def specialisations() -> list[Specialisation]:
-    """A small batch, the largest of one program, one of many; and what forks and releases."""
+    """Return a small batch, the largest of one program, one of many programs, fork and release."""
     lanes = ((LANES_MIN, True), (LANES_ALONE_MAX, True), (LANES, False))
     steps = [_step_specialisation(count, alone) for count, alone in lanes]
     settle = ("slots", "rows", *_TENSORS, "failures")

@@ -1,4 +1,4 @@
-"""What the attention kernels are compiled for: see `tests.support.specialisations`.
+"""Specialisations of the attention kernels: see `tests.support.specialisations`.
 
 The arguments of real calls decide, on tensors without bytes: what is compiled here is what the
 launches of `attention.py` ask for.
@@ -25,7 +25,7 @@ from tests.support.specialisations import DIVISOR, Specialisation
 
 
 def specialisations(capability: int = 80) -> list[Specialisation]:
-    """What is compiled in practice, with the tiles of a GPU of that compute capability. O(1)."""
+    """Return the usual specialisations, with the tiles of a GPU of `capability`. O(1)."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     int8, fp8 = torch.int8, torch.float8_e4m3fn
     rows: list[tuple[str, torch.dtype, torch.dtype, int, int, int, dict[str, Any]]] = [
@@ -146,7 +146,7 @@ _TRITON_TYPES = {
 
 
 def _specialise(name: str, function: Any, arguments: dict[str, Any]) -> Specialisation:
-    """What Triton compiles for a launch with these arguments."""
+    """Return the specialisation that Triton compiles for a launch with these arguments."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     divisible = []

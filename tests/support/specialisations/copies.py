@@ -1,4 +1,4 @@
-"""What the kernels of `kernels/gpu/copies.py` are compiled for."""
+"""Specialisations of the kernels of `kernels/gpu/copies.py`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _append_specialisation(
 ) -> Specialisation:
     pointers = {"key": computed, "value": computed, "key_cache": stored, "value_cache": stored}
     strides = ("key_token", "key_head", "value_token", "value_head")
-    # What blocks lie apart may pass 2^31 elements when the storage has few blocks and many layers.
+    # With few blocks and many layers, block strides may exceed 2^31 elements.
     apart = ("key_cache_block", "value_cache_block", "key_scales_block", "value_scales_block")
     constants: dict[str, Any] = {"BLOCK_SIZE": 16, "HEADS": heads, "KEY_DIM": key_dim}
     constants |= {"VALUE_DIM": value_dim, "VECTORS": _vectors(max(key_dim, value_dim))}
