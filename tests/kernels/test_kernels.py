@@ -254,7 +254,7 @@ def attention_arguments() -> dict[str, Any]:
         (
             {"value_cache": torch.zeros(4, 4, 2, 8).half()},
             TypeError,
-            "value_cache is torch.float16",
+            "value_cache.dtype=torch.float16: must equal",
         ),
         (
             {"seq_lens": torch.ones(2)},
@@ -267,7 +267,7 @@ def attention_arguments() -> dict[str, Any]:
             ValueError,
             r"seq_lens.* 5.*, but block_tables has room",
         ),
-        ({"cu_seqlens_q": torch.ones(2).int()}, ValueError, r"pass \[rows \+ 1\] = \[3\]"),
+        ({"cu_seqlens_q": torch.ones(2).int()}, ValueError, r"must be \[rows \+ 1\] = \[3\]"),
         ({"window": 0}, ValueError, "window=0: must be at least 1 token"),
         ({"window": "3"}, TypeError, "window='3': must be a whole number of tokens, or None"),
         ({"window": 2.5}, TypeError, "window=2.5: must be a whole number"),
