@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+import kvpager
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -113,3 +117,37 @@ def test_imported_and_mentioned_names_are_not_defined() -> None:
     assert has(manager, "BlockManager.allocate")
     assert not has(manager, "Allocation")
     assert not has(manager, "allocate")
+
+
+def listed(page: str, heading: str) -> set[str]:
+    """Return the keyword arguments in the first column of the table under a heading."""
+    text = (ROOT / "docs" / page).read_text()
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    cells = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
+    return {name for cell in cells for name in re.findall(r"`(\w+)(?:=[^`]*)?`", cell)}
+
+
+def test_the_serving_guide_lists_every_setting_of_an_engine() -> None:
+    fields = {field.name for field in dataclasses.fields(kvpager.EngineConfig)}
+    assert listed("guides/serving.md", "Settings") == fields
+
+
+def test_the_transformers_guide_lists_every_argument_of_patch() -> None:
+    pytest.importorskip("transformers")
+    parameters = set(inspect.signature(kvpager.patch).parameters)
+    assert listed("guides/transformers.md", "Arguments of patch") == parameters
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name == "README.md" or page.parent.name == "guides"],
+    ids=lambda page: page.name,
+)
+def test_a_cell_of_the_readme_and_guides_has_few_words(page: Path) -> None:
+    rows = [line for line in prose(page).splitlines() if line.startswith("|")]
+    long = [cell for row in rows for cell in row.split("|") if len(cell.split()) > 25]
+    assert long == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) < 1200
