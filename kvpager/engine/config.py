@@ -22,8 +22,8 @@ class EngineConfig:
 
     Args:
         memory: bytes of the KV cache, such as `"4GiB"`. None takes enough for `max_num_seqs`
-            sequences of maximum length, but at most nine tenths of a GPU's free memory, or half of
-            the free host memory for a model on the CPU.
+            sequences of maximum length. On a GPU it takes at most nine tenths of the free memory,
+            on a CPU at most half of it.
         host_memory: bytes of host memory for swapped requests; None for no swap.
         block_size: token slots per block, a power of two.
         kv_cache_dtype: `"int8"` or `"fp8_e4m3"` to store keys and values in eight bits.
