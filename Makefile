@@ -50,7 +50,7 @@ slow: $(STAMP) ## the slow tests alone: every architecture, compilers, wheels, l
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
 
 docs: $(STAMP) ## the documentation as a site, in build/site; needs no network
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "built build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 diagrams: $(STAMP) ## draw the diagrams of the documentation
 	@$(BIN)/python docs/diagrams
