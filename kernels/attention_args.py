@@ -34,8 +34,8 @@ _NUMBERS = (float, int, np.floating)  # other reals, such as fractions, tensors 
 class AttentionArgs:
     """Rows of a step, their masking, and how to compute scores. `paged_attention` documents each.
 
-    Make one object per step and pass it to `attend` with the query and caches of each layer, like
-    plan and run in FlashInfer (Ye et al., 2025). The constructor checks the shared arguments, O(1).
+    Make one object per step and pass it to `attend` for each layer, like plan and run in FlashInfer
+    (Ye et al., 2025). The constructor checks the shared arguments. O(1).
     Raises: `ValueError`, `TypeError` for arguments that do not fit together.
     """
 

@@ -26,7 +26,7 @@ share their last block:
    last row increments the count again and may keep the block. It adds 1 instead of storing 1,
    because a refused row may restore its own reference at this moment.
 2. After all rows have finished step 1, each row that may keep its last block reads the reference
-   count again, and writes to the block if it holds the only reference. If another row was refused a
+   count again. It writes to the block if it holds the only reference. If another row was refused a
    copy, both rows hold the block, and both are refused. Deciding this in step 1 would let a row
    write into a block that another row still holds.
 

@@ -6,9 +6,9 @@
                                         .<any>.part    a library being written
                                         .<any>.digest  a digest being written
 
-A process executes these libraries. So folder, library and digest must belong to this user or root,
-and other users must not be able to write to them or to replace a parent folder (`trust.py`). The
-bytes that are loaded are the bytes that were hashed.
+A process executes these libraries. So folder, library and digest must belong to this user or root.
+Other users must not be able to write to them or to replace a parent folder (`trust.py`). The bytes
+that are loaded are the bytes that were hashed.
 """
 
 from __future__ import annotations

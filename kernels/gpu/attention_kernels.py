@@ -2,8 +2,8 @@
 """Paged attention in Triton: one kernel for every work item, and one that merges partial results.
 
 A program takes one item of a `WorkPlan` (see `work_items.py`) and one kv head. The lines of its
-tile are the item's queries times the query heads of the kv head, so the program reads each key and
-value once for all of them. Decode, prefill over a cached prefix, split-KV and shared prefixes
+tile are the item's queries times the query heads of the kv head. The program reads each key and
+value once for all lines. Decode, prefill over a cached prefix, split-KV and shared prefixes
 differ only in their items. The softmax is online, in base 2 (FlashAttention-2, Dao 2023). A query
 with several items is merged from normalised partial results and the logarithms of their weights
 (Flash-Decoding, Dao et al. 2023). Attention sinks join the sum last: in the merge, or in the item

@@ -5,9 +5,9 @@ quantise and dequantise in the same pass, with exactly the results of
 `kvpager.kernels.quantisation`. Conversions to and from float8_e4m3fn use integer arithmetic, so
 every GPU supports them with the same bits.
 
-copy_blocks must finish all reads before any write, because a block may be the source of one pair
-and the destination of another, and the pairs are on the device. Bytes at different offsets of a
-block are independent. So one program takes the *same few bytes of every pair's block*: it reads
+copy_blocks must finish all reads before any write: a block may be the source of one pair and the
+destination of another, and only the device knows the pairs. Bytes at different offsets of a block
+are independent. So one program takes the *same few bytes of every pair's block*: it reads
 them into registers, waits for all its threads, and writes them. This takes one launch and reads
 and writes each byte once. If the pairs exceed the registers of a program, slices of the blocks go
 through a staging buffer of bounded size, which copies every byte twice.

@@ -2,7 +2,7 @@
 
 Work on one stream runs in order, work on two streams does not. The lock of a pool orders threads,
 not streams. One thread may free a block, publish a prefix or grow the storage while its stream
-still reads or writes the block, and another thread then uses the block on its own stream.
+still uses the block. Then another thread uses the block on its own stream.
 """
 
 from __future__ import annotations
