@@ -77,7 +77,7 @@ def _gather_specialisation(
         name=f"gather {name}",
         function=gather_vectors,
         signature=pointers
-        | dict.fromkeys(("length", "num_columns", "tables_row"), "i32")
+        | dict.fromkeys(("length", "num_columns", "block_tables_row"), "i32")
         | {"cache_block": "i64", "scales_block": "i64"},
         constexprs=constants,
         options={"num_warps": 4},
