@@ -362,7 +362,7 @@ def run(name: str, native: Native) -> Tensor:
         ({"cu_seqlens_q": torch.tensor([1, 2])}, "cu_seqlens_q reaches 1 at row 0"),
         # Its last query would be uninitialised memory.
         ({"cu_seqlens_q": torch.tensor([0, 1])}, "cu_seqlens_q reaches 1 at row 1"),
-        ({"block_tables": torch.tensor([[0, 1 << 32, 1]])}, r"block_tables\[0, 1\] is"),
+        ({"block_tables": torch.tensor([[0, 1 << 32, 1]])}, r"block_tables\[0, 1\]="),
         ({"mask": torch.ones(1, 1, 1, 40)}, "mask has 1 query rows, but a row has 2 queries"),
     ],
 )

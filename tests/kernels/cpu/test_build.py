@@ -533,7 +533,7 @@ def test_the_home_of_an_unknown_user_is_no_error(
         ("below a file", "is not a folder"),
         ("open to others", r"can be written by others \(mode 777\)"),
         ("of another user", r"belongs to another user \(uid \d+\)"),
-        ("read-only", "cannot be written"),
+        ("read-only", "is not writable"),
         ("of nobody", "[hH]ome"),
     ],
 )
@@ -571,7 +571,7 @@ def test_an_unusable_chosen_folder_is_reported_and_not_replaced(
     with pytest.raises(BuildError, match=why) as error:
         compiler.ensure(compiler.variants()[0])
     assert f"KVPAGER_CACHE={chosen} cannot be used" in str(error.value)
-    assert "; set KVPAGER_CACHE to a folder that this user can write" in str(error.value)
+    assert "; set KVPAGER_CACHE to a folder that only this user can write" in str(error.value)
     backends.select("append_kv", torch.device("cpu"))
     assert served_by() == {("reference", str(error.value))}
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
