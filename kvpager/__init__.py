@@ -1,8 +1,8 @@
 """Paged KV-cache memory for PyTorch LLM inference.
 
-`BlockManager` decides where every token's key and value live and never imports torch;
-`BlockStorage` holds the tensors and carries the plans out; `patch` puts both behind a transformers
-model in one line. Importing this package is cheap: a name is loaded when it is first used.
+`BlockManager` decides where each token's key and value are stored, without torch. `BlockStorage`
+holds the tensors and applies the plans. `patch` uses both in a transformers model, in one line.
+Importing this package is cheap: each name is loaded at its first use.
 """
 
 from typing import TYPE_CHECKING
@@ -56,11 +56,11 @@ _HOME = {
     "unpatch": "kvpager.integrations.huggingface.patching.patch",
 }
 
-# Hidden from type checkers, which would otherwise take every misspelt name for a lazy one.
+# Hidden from type checkers, which would accept any misspelt name otherwise.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        """Load a public name's module at its first use. O(1) afterwards: the name is kept here."""
+        """Load the module of a public name at its first use. O(1) afterwards."""
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module

@@ -1,18 +1,18 @@
-"""Changes that are whole: signals wait for their end, and an error in the middle is remembered.
+"""Atomic changes: signals wait for the end of a change, and an error within it breaks the object.
 
-Python runs the handlers of signals on the main thread, between any two instructions. A handler may
-raise: that of Ctrl-C raises `KeyboardInterrupt`. A change of several arrays would stay half done.
-So each method that changes something is written
+Python runs signal handlers on the main thread, between any two instructions. A handler may raise,
+as Ctrl-C raises `KeyboardInterrupt`, and leave a change of several arrays incomplete. So each
+method that changes state has this form:
 
     with lock, change:          # signals wait
         ...                     # check the arguments, make what is returned
-        change.begin()          # an error before this line leaves all as it was
+        change.begin()          # an error before this line changes nothing
         ...                     # an error after this line breaks the object
 
-While signals wait, a handler that only takes notes replaces each handler written in Python. At the
-end the handlers are put back, and those that are due are called in order. Other threads never run
-handlers, so they do nothing here. Some errors cannot wait, such as `PyThreadState_SetAsyncExc` or
-memory that runs out. After one of them in the middle of a change, the lock refuses every call.
+While signals wait, a handler that records signals replaces each handler written in Python. At the
+end, the original handlers are restored and called for the recorded signals, in order. Other threads
+never run handlers and skip all this. Some errors cannot wait, such as `PyThreadState_SetAsyncExc`
+or a `MemoryError`. If one interrupts a change, the lock refuses every later call.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _main_ident = threading.main_thread().ident
 
 
 class Owner(Protocol):
-    """An object that is changed under a lock of its own."""
+    """An object that changes under its own lock."""
 
     _lock: AbstractContextManager[Any]
 
 
 class BrokenLock:
-    """Takes the place of the lock of a broken object, and refuses every call."""
+    """Replaces the lock of a broken object, and refuses every call."""
 
     def __init__(self, what: str, failure: BaseException | None) -> None:
         self._what = what
@@ -64,15 +64,15 @@ class BrokenLock:
 
 def _refusal(what: str) -> KVPagerError:
     return KVPagerError(
-        f"{what}: an error cut a change short, so its counts and tables may be wrong. Drop this "
+        f"{what}: an error interrupted a change, so its counts and tables may be wrong. Drop this "
         f"{what} and make a new one."
     )
 
 
 class Uninterrupted:
-    """A section in which signals wait. `lock` is held around it, and while it is not, they do not.
+    """A section in which signals wait, while the thread holds `lock`.
 
-    It makes one of several calls, each of which is complete or changes nothing.
+    It joins several atomic calls to one.
     """
 
     __slots__ = ("_lock",)
@@ -95,27 +95,27 @@ class Uninterrupted:
 
 
 class Change(Uninterrupted):
-    """The section of a method that must not be cut short. The lock of `owner` is held around it."""
+    """The section of a method that must be atomic, under the lock of `owner`."""
 
     __slots__ = ("_begun", "_name", "_owner")
 
     def __init__(self, owner: Owner, name: str = "") -> None:
-        """Call `owner` by `name` in errors, or by its class."""
+        """Make a section. Errors call `owner` by `name`, or by its class."""
         super().__init__(owner._lock)
         self._owner = weakref.ref(owner)
         self._name = name or type(owner).__name__
         self._begun = False
 
     def begin(self) -> None:
-        """Mark the point from which on an error leaves the object broken. O(1)."""
+        """Mark the point after which an error breaks the object. O(1)."""
         self._begun = True
 
     def end(self) -> None:
-        """Take `begin` back: what began is complete, or has changed nothing. O(1)."""
+        """Undo `begin`: the change is complete, or has changed nothing. O(1)."""
         self._begun = False
 
     def __enter__(self) -> None:
-        if self._begun:  # a finaliser calls in the middle of a change, or its end was cut off
+        if self._begun:  # a finaliser called within a change, or the change was interrupted
             raise _refusal(self._name)
         if _get_ident() == _main_ident:
             _signals.hold(self._lock)
@@ -141,7 +141,7 @@ class Change(Uninterrupted):
 
 
 def _catchable(names: Iterable[str] | None = None) -> list[int]:
-    """Return the numbers of the signals, or of those with these names, that may have handlers."""
+    """Return the signals that may have handlers; with `names`, only these."""
     fixed = {getattr(_signal, name, None) for name in ("SIGKILL", "SIGSTOP")}
     found = {int(number) for number in _signal.valid_signals()} - fixed
     if names is not None:
@@ -149,8 +149,8 @@ def _catchable(names: Iterable[str] | None = None) -> list[int]:
     return sorted(found)
 
 
-# Signals that programs give handlers to. Others are watched once they have one, which is noticed
-# within some changes: to look at all signals takes as long as a small change.
+# Signals that usually have handlers. Others are watched once they have a handler, which is noticed
+# after some changes: reading all handlers takes as long as a small change.
 _USUAL = _catchable(
     ("SIGINT", "SIGALRM", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGVTALRM", "SIGPROF",
      "SIGCHLD", "SIGBREAK")
@@ -159,7 +159,7 @@ _CHANGES_PER_LOOK = 64
 
 
 class Condition(threading.Condition):
-    """A condition whose lock no signal leaves locked. Signals do not wait while `wait` does."""
+    """A condition whose lock is released despite signals. During `wait`, signals do not wait."""
 
     def __enter__(self) -> bool:
         lock: Any = self._lock  # type: ignore[attr-defined]
@@ -175,7 +175,7 @@ class Condition(threading.Condition):
     def __exit__(self, *error: Any) -> None:
         try:
             lock: Any = self._lock  # type: ignore[attr-defined]
-            if lock._is_owned():  # no more, if a handler raised in the middle of `wait`
+            if lock._is_owned():  # False if a handler raised within `wait`
                 self.release()
         finally:
             if _get_ident() == _main_ident:
@@ -183,7 +183,7 @@ class Condition(threading.Condition):
 
 
 class _AlwaysOwned:
-    """Takes the place of a lock that a wait gives away meanwhile."""
+    """Replaces a lock that a wait releases meanwhile."""
 
     @staticmethod
     def _is_owned() -> bool:
@@ -191,7 +191,7 @@ class _AlwaysOwned:
 
 
 class Deferral:
-    """A short wait that gives locks away. Signals wait for its end, when the locks are back."""
+    """A short wait that releases locks. Signals wait until the locks are held again."""
 
     __slots__ = ("_outer",)
 
@@ -214,11 +214,11 @@ class Guarded(Protocol):
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
-        """Held around each method. O(1)."""
+        """The lock around each method. O(1)."""
 
     @property
     def uninterrupted(self) -> Uninterrupted:
-        """The section that each method is, with this lock. O(1)."""
+        """The section of each method, with this lock. O(1)."""
 
 
 def whole(
@@ -235,7 +235,7 @@ def whole(
 
 
 class _Signals:
-    """The handlers of the main thread, and the calls of them that are due."""
+    """The handlers of the main thread, and their due calls."""
 
     __slots__ = (
         "_all", "_depth", "_due", "_handlers", "_lock", "_note", "_seen", "_until_look", "_watched",
@@ -243,17 +243,17 @@ class _Signals:
 
     def __init__(self) -> None:
         self._all = self._watched = _catchable()
-        self._seen: list[Any] = []  # the handlers of those watched, when last looked at
-        self._until_look = 0  # changes before all signals are looked at again
-        self._handlers: list[tuple[int, Handler]] = []  # those to replace
+        self._seen: list[Any] = []  # the handlers of watched signals when last read
+        self._until_look = 0  # changes until all handlers are read again
+        self._handlers: list[tuple[int, Handler]] = []  # handlers to replace
         self._due: list[tuple[Handler, int, FrameType | None]] = []
         self._depth = 0
-        self._lock: Any = None  # of the outermost change
-        self._note = self._take_note  # the one object that stands for handlers
+        self._lock: Any = None  # the lock of the outermost change
+        self._note = self._take_note  # bound once: handlers are compared by identity
 
     def hold(self, lock: Any) -> None:
-        """Let signals wait until `release`. O(signals). They do not wait if this raises."""
-        # An asynchronous exception may have cut an earlier `release` short. Its lock is free.
+        """Let signals wait until `release`, unless this raises. O(signals)."""
+        # An asynchronous exception may have interrupted an earlier `release`. Its lock is free.
         if self._depth and self._lock._is_owned():
             self._depth += 1
             return
@@ -269,14 +269,14 @@ class _Signals:
                 raise
             _forget_main_thread()
 
-    # A function of its own: from Python 3.12 on, an interrupt where a loop jumps back can miss the
+    # A separate function: from Python 3.12 on, an interrupt at the end of a loop can bypass the
     # `except` of a `try` block around that loop.
     def _replace(self) -> None:
-        """Put `_take_note` in the place of each handler. O(handlers)."""
+        """Replace each handler by `_take_note`. O(handlers)."""
         note = self._note
         for number, handler in self._handlers:
             found = _set_handler(number, note)
-            if found is not handler and found is not note:  # set by a handler that was due
+            if found is not handler and found is not note:  # set by a due handler
                 self._handlers = [*(dict(self._handlers) | {number: found}).items()]
 
     def release(self) -> None:
@@ -286,18 +286,18 @@ class _Signals:
             return
         try:
             self._put_back()
-        except BaseException:  # from a handler that is back already
+        except BaseException:  # from a handler that is restored already
             self._put_back()
             raise
         finally:
-            self._depth, self._lock = 0, None  # the next `hold` is not to be where this lock dies
+            self._depth, self._lock = 0, None  # drop the lock now, not in the next `hold`
             self.deliver()
 
     def _put_back(self) -> None:
         note = self._note
         for number, handler in self._handlers:
             found = _set_handler(number, handler)
-            if found is not note:  # set in the middle of the change
+            if found is not note:  # set within the change
                 _set_handler(number, found)
 
     def _look(self) -> None:
@@ -306,7 +306,7 @@ class _Signals:
         before, found = dict(self._handlers), []
         for number in self._all:
             handler = _get_handler(number)
-            if handler is self._note:  # left where a `release` was cut short
+            if handler is self._note:  # left by an interrupted `release`
                 handler = before[number]
             if callable(handler) and handler is not harmless:
                 found.append((number, handler))
@@ -315,7 +315,7 @@ class _Signals:
         self._seen = [*map(_get_handler, self._watched)]
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
-        """Stand for the handler of signal `number`."""
+        """Record a call of the handler of signal `number`, or call it."""
         handler = dict(self._handlers)[number]
         if self._depth and self._lock._is_owned():
             self._due.append((handler, number, frame))
@@ -323,7 +323,7 @@ class _Signals:
             handler(number, frame)
 
     def deliver(self) -> None:
-        """Call the handlers that are due, all of them even if one raises."""
+        """Call all due handlers, even if one raises."""
         if not self._due:
             return
         handler, number, frame = self._due.pop(0)
@@ -334,11 +334,11 @@ class _Signals:
 
 
 def _note_main_thread() -> None:
-    """After a fork, the thread that forked is the main thread of the child."""
+    """Set the main thread of a forked child: the thread that forked."""
     global _main_ident
     _main_ident = _get_ident()
     for lock in list(_locks):
-        if not lock._is_owned():  # another thread held it perhaps, which the child does not have
+        if not lock._is_owned():  # a thread of the parent may have held it
             lock._at_fork_reinit()
 
 
@@ -346,9 +346,9 @@ _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def new_lock() -> Any:
-    """Return a reentrant lock that a fork frees in the child, even if a thread holds it here. O(1).
+    """Return a reentrant lock that is free in a forked child, even if a thread holds it. O(1).
 
-    A change that another thread was making remains as it was: half done.
+    A change that another thread was making stays incomplete in the child.
     """
     lock = threading.RLock()
     _locks.add(lock)
@@ -356,7 +356,7 @@ def new_lock() -> Any:
 
 
 def _forget_main_thread() -> None:
-    """Python runs no handlers on any thread of this interpreter."""
+    """Note that no thread of this interpreter runs handlers."""
     global _main_ident
     _main_ident = None
 

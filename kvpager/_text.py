@@ -1,4 +1,4 @@
-"""Counts and sizes of memory as texts that people read."""
+"""Format counts and sizes of memory for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def counted(count: int, thing: str) -> str:
 
 
 def size(num_bytes: float, *, round_up: bool = False) -> str:
-    """Return `1536` as `1.5 KiB`, or no less than the bytes given with `round_up`. O(1)."""
+    """Return `1.5 KiB` for 1536; with `round_up`, never less than the bytes. O(1)."""
     value, unit = float(num_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024:
@@ -24,7 +24,7 @@ def size(num_bytes: float, *, round_up: bool = False) -> str:
 
 
 def change(now: int, before: int) -> str:
-    """Return how `now` compares with `before`: `41% less`, `7% more`, `the same`. O(1)."""
+    """Return the change from `before` to `now`: `41% less`, `7% more`, `the same`. O(1)."""
     percent = round(100 * (now - before) / max(before, 1))
     if not percent:
         return "the same"

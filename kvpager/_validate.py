@@ -1,4 +1,4 @@
-"""Reading what callers pass: one place for the checks, so that every message reads alike."""
+"""Validation of arguments, in one place so that all messages read alike."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", start=1)
 
 
 _INT32 = np.iinfo(np.int32)
-_NO_INTS = (bool, np.timedelta64)  # which Python and NumPy count among their integers
-COUNT_MAX = int(_INT32.max)  # blocks of a pool and tokens of a sequence are numbered in int32
-PRIORITY_MAX = COUNT_MAX  # of a request; a float64 still orders such priorities by time
-SECONDS_MAX = 10**9  # 31 years: what Python's own locks and clocks can wait for, and then some
+_NO_INTS = (bool, np.timedelta64)  # subclasses or relatives of int that are refused
+COUNT_MAX = int(_INT32.max)  # blocks of a pool and tokens of a sequence have int32 numbers
+PRIORITY_MAX = COUNT_MAX  # of a request; a float64 still orders these exactly
+SECONDS_MAX = 10**9  # 31 years: within what Python's locks and clocks accept
 _SHOWN_MAX = 80  # characters of a value in a message
 
 
 def is_int(value: Any) -> bool:
-    """True if `value` is a whole number, and neither a truth value nor a time span."""
-    # NumPy counts a timedelta64 among its integers.
+    """Return True for an integer that is neither a bool nor a timedelta64."""
+    # A timedelta64 is a NumPy integer.
     is_integral = type(value) is int or isinstance(value, Integral)
     return is_integral and not isinstance(value, _NO_INTS)
 
 
 def shown(value: Any) -> str:
-    """Return `value` as it reads in a message: short, whatever it is. Never raises."""
+    """Return a short text of `value` for a message. Never raises."""
     try:
         text = repr(value)
-    except Exception:  # a caller's own `__repr__`, or an int of more digits than Python prints
+    except Exception:  # from a caller's `__repr__`, or an int with too many digits to print
         text = f"of type {type(value).__name__}"
     return text if len(text) <= _SHOWN_MAX else f"{text[: _SHOWN_MAX - 3]}..."
 
 
 def count(name: str, value: int, *, at_least: int = 0, at_most: int = COUNT_MAX) -> int:
-    """Return `value` as a plain int within bounds; NumPy's own wrap around in arithmetic."""
+    """Return `value` as an int within bounds: NumPy integers would overflow in arithmetic."""
     if not is_int(value):
         raise TypeError(f"{name} {shown(value)}: expected an int, got {type(value).__name__}")
     if value < at_least:
@@ -55,14 +55,14 @@ def count(name: str, value: int, *, at_least: int = 0, at_most: int = COUNT_MAX)
 
 
 def flag(name: str, value: bool) -> bool:
-    """Return `value`, which is True or False: a string such as "no" would count as True."""
+    """Return `value` if it is a bool: a string such as "no" would count as True."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} {shown(value)}: expected True or False")
     return value
 
 
 def block_size(value: int) -> int:
-    """Return a power of two of at least 1."""
+    """Return a block size, which must be a power of two."""
     size = count("block_size", value, at_least=1)
     if size & (size - 1):
         raise ValueError(f"block_size {size}: expected a power of two, such as 16")
@@ -70,7 +70,7 @@ def block_size(value: int) -> int:
 
 
 def number(name: str, value: float, *, at_least: float, at_most: float) -> float:
-    """Return `value` as a plain float within bounds. NaN is within none."""
+    """Return `value` as a float within bounds, which NaN is not."""
     if not (is_int(value) or isinstance(value, float | np.floating)):
         raise TypeError(f"{name} {shown(value)}: expected a number, got {type(value).__name__}")
     if not at_least <= value <= at_most:
@@ -89,13 +89,13 @@ def seconds(name: str, value: float) -> float:
 
 
 def within_one(name: str, value: int | None, length: int) -> None:
-    """Refuse a token number beyond the end of a sequence."""
+    """Raise `ValueError` for a token number beyond the end of a sequence."""
     if value is not None and value > length:
         raise ValueError(f"{name} {value}: the sequence has {counted(length, 'token')} only")
 
 
 def within(name: str, value: int | Int64, lengths: Int64) -> None:
-    """Refuse a token number beyond the end of a sequence; `value` is one for all, or one each."""
+    """Raise `ValueError` for a token number beyond its sequence; `value`: one or one each."""
     beyond = np.flatnonzero(lengths < value)
     if len(beyond):
         wrong = np.broadcast_to(value, lengths.shape)[beyond[0]]
@@ -104,7 +104,7 @@ def within(name: str, value: int | Int64, lengths: Int64) -> None:
 
 
 def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:
-    """Return one whole number of at least 0 for each sequence; a single one stands for all."""
+    """Return a count for each sequence, int64 [n]; a single count is broadcast."""
     numbers = integers(name, value)
     if numbers.shape not in ((), (num_sequences,)):
         raise ValueError(
@@ -116,17 +116,17 @@ def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:
 
 
 def swap(to: object, at_most: int | None, reserve: int) -> tuple[int | None, int]:
-    """Return the bounds of a swap as plain numbers. Raises: `ValueError`, `TypeError`. O(1)."""
+    """Return `at_most` and `reserve` as ints. Raises: `ValueError`, `TypeError`. O(1)."""
     if not isinstance(to, str) or to not in ("device", "host"):
-        raise ValueError(f'swap to {to!r}: expected "device" or "host"')
+        raise ValueError(f'to={to!r}: expected "device" or "host"')
     return None if at_most is None else count("at_most", at_most), count("reserve", reserve)
 
 
 def label(name: str, value: str | None) -> None:
-    """Refuse a namespace, LoRA or tenant that is neither None nor a string with a character.
+    """Raise unless a namespace, LoRA or tenant is None or a non-empty string.
 
-    1, 1.0 and True can then never be the same tenant. An empty string is a tenant's missing id:
-    its prompts would be shared with those of all others without one.
+    Otherwise 1, 1.0 and True would be the same tenant, and all tenants with an empty, missing name
+    would share prompts.
     """
     if value is None:
         return
@@ -156,7 +156,7 @@ def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
 def integers(name: str, value: Any) -> NDArray[np.integer[Any]]:
     """Return an array of the integers in `value`, of any shape. O(items).
 
-    NumPy alone would read the values under a mask, and True among ints as 1: such are refused.
+    Masked arrays and bools are refused: NumPy would read masked values, and True as 1.
     Raises: `TypeError`, `ValueError`.
     """
     try:
@@ -169,10 +169,10 @@ def integers(name: str, value: Any) -> NDArray[np.integer[Any]]:
 
 
 class _NotInteger(Exception):
-    """An item is no integer, although NumPy would read it as one."""
+    """An item is not an integer, although NumPy would read it as one."""
 
 
-# What NumPy, torch and callers' objects raise. Other errors may be a signal handler's own.
+# Errors of NumPy, torch and callers' objects. Others may come from a signal handler.
 _UNREADABLE = (
     _NotInteger, np.ma.MaskError, AttributeError, LookupError, NotImplementedError, OverflowError,
     RuntimeError, TypeError, ValueError,
@@ -188,7 +188,7 @@ def _unreadable(name: str, value: Any, error: Exception) -> Exception:
         return ValueError(f"{name} of more than 64 bits: expected 32-bit integers")
     if isinstance(error, ValueError) and _is_list(value):
         return ValueError(f"{name} of several lengths: expected one flat list of ids")
-    # Such as a tensor on another device: its own advice is the best.
+    # Such as for a tensor on another device: keep its advice.
     kind, why = type(value).__name__, str(error).partition("\n")[0].rstrip(".")
     return TypeError(f"{name} of type {kind}: {why}. Pass a list of ints or a NumPy array.")
 
@@ -207,7 +207,7 @@ def _read(value: Any) -> NDArray[Any]:
     kinds = set(map(type, items))
     if all(issubclass(kind, Integral) and not issubclass(kind, _NO_INTS) for kind in kinds):
         array = np.asarray(items)
-        # NumPy takes ints beyond 64 bits for floats or objects.
+        # NumPy reads ints beyond 64 bits as floats or objects.
         return array if array.dtype.kind in "iu" else np.array([*map(int, items)], np.int64)
     for item in items:
         if not _is_list(item) and (array := _read(item)).size and array.dtype.kind not in "iu":
@@ -216,7 +216,7 @@ def _read(value: Any) -> NDArray[Any]:
 
 
 def _is_list(value: Any) -> bool:
-    """True for a sequence that NumPy would read item by item."""
+    """Return True for a sequence that NumPy would read item by item."""
     return (
         hasattr(value, "__len__")
         and hasattr(value, "__getitem__")
@@ -230,7 +230,7 @@ def token_ids(value: ArrayLike) -> Int32:
     if type(value) is np.ndarray and value.dtype == np.int32 and value.ndim == 1:
         return value
     if value is None:
-        raise TypeError("token ids None: expected a list of ints, or a count")
+        raise TypeError("tokens=None: expected token ids or a count")
     ids = integers("token ids", value)
     if ids.ndim != 1:
         raise ValueError(f"token ids of shape {ids.shape}: expected one dimension")
@@ -241,7 +241,7 @@ def token_ids(value: ArrayLike) -> Int32:
 
 
 def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
-    """Return a prompt's length, and its ids where it has any."""
+    """Return a prompt's length, and its ids or None."""
     if is_int(value):
         return count("prompt", value, at_least=1), None  # type: ignore[arg-type]
     if isinstance(value, bool | float | str | bytes):
@@ -253,13 +253,13 @@ def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
 def new_tokens(
     num_sequences: int | None, tokens: Any, new_counts: ArrayLike | None
 ) -> tuple[int | Int64, Int32 | None]:
-    """Return how many tokens each sequence gets, and all their ids, where known, end to end.
+    """Return how many tokens each sequence gets, and their concatenated ids or None.
 
-    `num_sequences` is None where a single handle was named, whose ids stand in one plain list.
+    `num_sequences` is None for a single handle, whose ids are one list.
     """
     if new_counts is not None:
         if not (is_int(tokens) and tokens == 1):
-            raise ValueError("give either tokens or counts, not both")
+            raise ValueError("tokens, counts: expected one of the two")
         return counts("counts", new_counts, num_sequences or 1), None
     if is_int(tokens):
         return count("tokens", tokens, at_least=1), None
@@ -271,8 +271,8 @@ def new_tokens(
         return len(ids), ids
     if len(tokens) != num_sequences:
         raise ValueError(
-            f"token ids for {len(tokens)} sequences, but {num_sequences} were named; "
-            "give one id, or one list of ids, for each"
+            f"tokens: got ids for {len(tokens)} sequences, expected {num_sequences}. "
+            "Pass an id or a list of ids for each."
         )
     if isinstance(tokens, np.ndarray) and tokens.ndim <= 2:
         each = 1 if tokens.ndim == 1 else tokens.shape[1]
@@ -286,14 +286,14 @@ def new_tokens(
 def accepted(num_sequences: int | None, kept: ArrayLike, tokens: Any) -> tuple[Int64, Int32 | None]:
     """Return how many speculative tokens each sequence keeps, and their concatenated ids or None.
 
-    `num_sequences` is None where a single handle was named.
+    `num_sequences` is None for a single handle.
     """
     counted = counts("counts", kept, 1 if num_sequences is None else num_sequences)
     if tokens is None:
         return counted, None
     each, ids = new_tokens(num_sequences, tokens, None)
     if ids is None or np.any(counted != each):
-        raise ValueError(f"counts {kept!r}: expected one token id for each token kept")
+        raise ValueError(f"counts={kept!r}: expected one token id for each kept token")
     return counted, ids
 
 

@@ -1,20 +1,20 @@
-"""Every error kvpager raises on purpose.
+"""The errors of kvpager.
 
     KVPagerError
-    ├── OutOfBlocks          a tier has too few blocks left; nothing has changed
-    │   └── OutOfQuota       a namespace may not have the blocks, whatever the tier has left
+    ├── OutOfBlocks          a tier has too few blocks; nothing changed
+    │   └── OutOfQuota       a namespace would pass its ceiling; nothing changed
     ├── StaleSequence        the handle was freed, or belongs to another manager
     ├── SequenceSwapped      the sequence is in host memory; swap it back first
-    ├── QueueFull            as many requests wait as may; submit it again later
-    ├── EngineClosed         the engine takes no requests any more
-    ├── RequestCancelled     a request ended early: cancelled, its stream dropped, its engine closed
-    ├── RequestExpired       a request was not done by its deadline
-    ├── RequestFailed        a request could not be computed; why is its `__cause__`
-    ├── BrokenInvariant      `check()` found the books wrong: a bug, never an operating condition
-    └── BadInput             a command was given something that its user can correct
+    ├── QueueFull            the request queue is full; retry later
+    ├── EngineClosed         the engine is closed
+    ├── RequestCancelled     a request was cancelled, its stream dropped, or its engine closed
+    ├── RequestExpired       the deadline of a request passed
+    ├── RequestFailed        a request could not be computed; see its `__cause__`
+    ├── BrokenInvariant      `check()` found inconsistent state: a bug, never an operating error
+    └── BadInput             the user of a command can correct its input
 
-Bad arguments raise `ValueError` or `TypeError` with the value, the bound and what to do.
-A transformers that is newer than every tested release gives an `UntestedReleaseWarning`.
+Invalid arguments raise `ValueError` or `TypeError`: `argument=value: constraint. Fix.`
+A transformers release newer than every tested one gives an `UntestedReleaseWarning`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class KVPagerError(Exception):
 
 
 class OutOfBlocks(KVPagerError):
-    """A tier cannot give the blocks an operation needs. Nothing has changed.
+    """A tier has too few blocks for an operation. Nothing changed.
 
-    Attributes: `need`, `free`, `evictable` and `total`, in blocks; `tier` and `advice`; `missing`,
-    how many blocks more would have to be freed, such as `BlockManager.victims` is asked for.
+    Attributes: `need`, `free`, `evictable` and `total`, in blocks; `tier` and `advice`. `missing`
+    is the number of further blocks to free, as `BlockManager.victims` takes it.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class OutOfBlocks(KVPagerError):
         self.missing = max(need - free - evictable, 0) if missing is None else missing
 
     def __reduce__(self) -> tuple[type[OutOfBlocks], tuple[object, ...]]:
-        # Exceptions are rebuilt from their message, which is not what this one is made from.
+        # By default an exception is rebuilt from its message alone.
         made_from = (self.need, self.free, self.evictable, self.total, self.tier, self.advice)
         return type(self), (*made_from, self.missing, str(self))
 
 
 class OutOfQuota(OutOfBlocks):
-    """A namespace would pass the ceiling of its quota. Nothing has changed.
+    """A namespace would pass the ceiling of its quota. Nothing changed.
 
-    Attributes: `namespace`, and those of `OutOfBlocks`.
+    Attributes: `namespace`, and the attributes of `OutOfBlocks`.
     """
 
     def __init__(self, namespace: str | None, *args: Any, **kwargs: Any) -> None:
@@ -79,11 +79,11 @@ class OutOfQuota(OutOfBlocks):
 
 
 class StaleSequence(KVPagerError):
-    """A sequence handle was used after `free`, or with a manager that did not make it."""
+    """A sequence handle was used after `free`, or with another manager."""
 
 
 class SequenceSwapped(KVPagerError):
-    """The operation needs a sequence on the device, and this one is on the host."""
+    """The operation needs the sequence on the device, but it is on the host."""
 
 
 class QueueFull(KVPagerError):
@@ -105,28 +105,28 @@ class QueueFull(KVPagerError):
 
 
 class BrokenInvariant(KVPagerError):
-    """The manager's books contradict themselves. The message names the broken law."""
+    """The manager's state is inconsistent. The message names the broken invariant."""
 
 
 class EngineClosed(KVPagerError):
-    """The engine takes no requests any more."""
+    """The engine is closed."""
 
 
 class RequestCancelled(KVPagerError):
-    """The request was cancelled, by its owner or because the engine was closed."""
+    """The request was cancelled, or its stream was dropped, or its engine was closed."""
 
 
 class RequestExpired(KVPagerError):
-    """The request's deadline passed before it was done."""
+    """The request's deadline passed before it finished."""
 
 
 class RequestFailed(KVPagerError):
-    """The request could not be computed; the error it met is the cause (`__cause__`)."""
+    """The request could not be computed. `__cause__` is the error."""
 
 
 class UntestedReleaseWarning(UserWarning):
-    """The installed transformers is newer than every release that kvpager was tested with."""
+    """The installed transformers is newer than every tested release."""
 
 
 class BadInput(KVPagerError):
-    """A command was given an input that its user can correct. The text is one line."""
+    """A command got an input that its user can correct. The message is one line."""

@@ -1,10 +1,10 @@
-"""What the control plane asks of the data plane: plain arrays, so that they can cross a process.
+"""Plans of the control plane for the data plane: plain arrays that can be sent to a process.
 
-Plans are applied in the order in which the manager gave them, each before the writes of its
-step. Under that rule a block may be handed out again as soon as a plan that reads it exists. Who
-copies behind the manager's back, on another stream or thread, makes it with `fences=True`: then
-every block a plan names stays where it is until `copies.complete(plan)`. The order among plans
-still holds: a later one may read what an earlier, unfinished one is about to write.
+Apply plans in the order in which the manager returned them, each before the writes of its step.
+Then the manager may reuse a block as soon as a plan that reads it exists. If copies run
+asynchronously, on another stream or thread, make the manager with `fences=True`: then it does not
+reuse the blocks of a plan before `copies.complete(plan)`. The order among plans still holds: a
+plan may read what an earlier, unfinished plan writes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Plan:
     """Blocks to move between tiers, or on the device.
 
     `copies` is int32 [n, 2]: a block of tier `source`, and the block of tier `destination` that
-    receives its bytes. No destination is also a source. `ticket` is what `complete` asks for: 0
-    where nothing waits for it.
+    receives its bytes. No destination is also a source. `ticket` identifies the plan for
+    `complete`; 0 if nothing waits for it.
     """
 
     copies: Int32
@@ -48,12 +48,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Where the tokens of one `append` go.
+    """The slots of the tokens of one `append`.
 
     `slots` is int64 [tokens], `block * block_size + offset`, sequence by sequence in the order
-    given; of a `GroupedManager`, [groups, tokens]. `copies` is int32 [n, 2]: blocks to copy on the
-    device before anything is written, because another holder still reads the source
-    (copy-on-write). `ticket`: as in `Plan`.
+    given; of a `GroupedManager`, [groups, tokens]. `copies` is int32 [n, 2]: device blocks to
+    copy before any write, because another sequence still reads the source (copy-on-write).
+    `ticket`: as in `Plan`.
     """
 
     slots: Int64
@@ -66,7 +66,7 @@ class Reason(Enum):
 
     FINISHED = "finished"  # it has no sequence left, or `finish` was called
     CANCELLED = "cancelled"
-    EXPIRED = "expired"  # its deadline passed
+    EXPIRED = "expired"  # the deadline passed
     FAILED = "failed"  # its step was aborted
 
 
@@ -82,9 +82,9 @@ class StepPlan:
     """One step of a `Scheduler`: plain arrays and ids, so it can cross a process.
 
     Apply `swaps` in order, then `copies` (all reads before all writes). Then compute
-    `num_scheduled[i]` tokens of each row i: write their KV to `slot_mapping`, and let them attend
-    to the first `seq_lens[i]` tokens through `block_tables[i]`. Decoding rows come first. The rows
-    of a request stand side by side.
+    `num_scheduled[i]` tokens of each row i: write their KV to `slot_mapping`. They attend to
+    the first `seq_lens[i]` tokens through `block_tables[i]`. Decoding rows come first. The rows of
+    a request are adjacent.
 
     Attributes:
         swaps: blocks to move between the tiers, first of all.
@@ -99,10 +99,10 @@ class StepPlan:
         token_ids: int32 [tokens], the tokens to compute, row by row.
         slot_mapping: int64 [tokens], `block * block_size + offset`, of the first group of layers.
         seq_lens: int32 [rows], `num_computed + num_scheduled`.
-        block_tables: int32 [rows, blocks] of the first group of layers; -1 where a row has no
-            block, as behind a window.
+        block_tables: int32 [rows, blocks] of the first group of layers; -1: no block, such as
+            behind a window.
         needs_logits: bool [rows], True if the logits of the row's last token choose the next one.
-        freed: int32, the sequences that ended since the last plan.
+        freed: int32, sequences that ended since the last plan.
         ended: the requests that ended since the last plan, each with its reason.
         more_groups: slot mapping and block tables of further groups of layers.
     """

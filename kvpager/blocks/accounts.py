@@ -1,12 +1,12 @@
-"""The blocks of each namespace that has a quota, counted.
+"""Block counts of each namespace that has a quota.
 
-A namespace's blocks are those its sequences hold and those that stay cached for it; no block ever
-belongs to two. Its `ceiling` bounds their number. Its `floor` is kept for it: as long as its
-sequences hold fewer, other namespaces can neither take the difference nor evict what is cached
-within it.
+A namespace owns the blocks that its sequences hold and the blocks cached for it. A block belongs to
+one namespace. `ceiling` bounds the number of its blocks. `floor` reserves blocks: while the
+namespace's sequences hold fewer, other namespaces can neither take the difference nor evict the
+namespace's cached blocks within it.
 
-Each namespace with a quota has an account. Sums over all accounts are kept as they change, so that
-a call looks at the accounts of the namespaces it names and at no others.
+Each namespace with a quota has an account. Sums over all accounts are updated incrementally, so a
+call reads only the accounts of the namespaces it names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Counts = dict[int, int]  # blocks by the number of an account
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Blocks of one namespace: `floor` at least, `ceiling` at most (None: as many as there are)."""
+    """Bounds of one namespace, in blocks: at least `floor`, at most `ceiling` (None: no bound)."""
 
     floor: int = 0
     ceiling: int | None = None
@@ -39,20 +39,20 @@ NO_QUOTA = Quota()
 
 @dataclass(slots=True)
 class Account:
-    """The blocks of one namespace, counted."""
+    """The block counts of one namespace."""
 
     namespace: str | None
     quota: Quota
     used: int = 0  # held or cached
     evictable: int = 0  # cached, and in no table
-    unmet: int = 0  # what the floor still promises
+    unmet: int = 0  # blocks of the floor that its sequences do not hold
     guarded: int = 0  # evictable, but within the floor
     is_open: bool = False  # some evictable blocks are not guarded
 
     def promised(self, need: int = 0, revived: int = 0) -> tuple[int, int]:
-        """Return what would be unmet and guarded after `need` blocks were taken.
+        """Return `unmet` and `guarded` as they would be after taking `need` blocks. O(1).
 
-        `revived`: evictable blocks that the same call is about to hold. O(1).
+        `revived`: evictable blocks that the same call is about to hold.
         """
         evictable = self.evictable - revived
         unmet = max(self.quota.floor - (self.used - evictable) - need, 0)
@@ -60,7 +60,7 @@ class Account:
 
 
 class Accounts:
-    """Accounts by number. Account 0 is that of all namespaces without a quota."""
+    """Accounts by number. Namespaces without a quota share account 0."""
 
     def __init__(self, num_blocks: int) -> None:
         self.limits: dict[str | None, Quota] = {}
@@ -72,7 +72,7 @@ class Accounts:
         self._accounts = {0: Account(None, NO_QUOTA)}
         self._last_number = 0
         self._unmet = self._guarded = 0  # of all accounts
-        self.opened: set[int] = set()  # accounts with blocks that may leave since just now
+        self.opened: set[int] = set()  # accounts that just got evictable blocks
 
     def owner(self, namespace: str | None) -> int:
         """Return the number of a namespace's account. O(1)."""
@@ -85,13 +85,13 @@ class Accounts:
     # ---------------------------------------------------------------- quotas come and go
 
     def recount(self, limits: dict[str | None, Quota], pool: BlockPool, owned: Owned) -> None:
-        """Begin again with these quotas; `owned` are all blocks in use. O(blocks)."""
+        """Recount under these quotas; `owned` are all blocks in use. O(blocks)."""
         self.limits, self.numbers = {}, {}
         self._owner = np.zeros(pool.num_blocks, np.int32)
         self._begin()
-        nobody = self._accounts[0]
-        nobody.used = int(np.count_nonzero(pool.in_use()))
-        nobody.evictable = pool.num_evictable
+        shared = self._accounts[0]
+        shared.used = int(np.count_nonzero(pool.in_use()))
+        shared.evictable = pool.num_evictable
         self._settle(0)
         blocks: dict[str | None, list[Int32]] = {namespace: [] for namespace in limits}
         for namespace, some in owned:
@@ -101,7 +101,7 @@ class Accounts:
             self.open(namespace, quota, pool, np.concatenate([NO_BLOCKS, *blocks[namespace]]))
 
     def open(self, namespace: str | None, quota: Quota, pool: BlockPool, blocks: Int32) -> int:
-        """Give a namespace an account, and it `blocks`, which it has. O(blocks)."""
+        """Open an account for a namespace that owns `blocks`. O(blocks)."""
         blocks = np.unique(blocks)
         self._last_number += 1
         number = self.numbers[namespace] = self._last_number
@@ -116,7 +116,7 @@ class Accounts:
         return number
 
     def change(self, namespace: str | None, quota: Quota) -> None:
-        """Give a namespace that has a quota another one. O(1)."""
+        """Replace the quota of a namespace that has one. O(1)."""
         self.limits[namespace] = self.account(namespace).quota = quota
         self._settle(self.numbers[namespace])
 
@@ -134,7 +134,7 @@ class Accounts:
         self.opened.discard(number)
 
     def parked(self, pool: BlockPool) -> list[tuple[str | None, Int32]]:
-        """Return the blocks that only an unfinished copy keeps, and whose they were. O(blocks)."""
+        """Return the blocks that only an unfinished copy keeps, by former owner. O(blocks)."""
         blocks = ((pool.refs == 0) & ~pool.cached & (pool.holds > 0)).nonzero()[0]
         blocks = blocks[blocks < len(self._owner)].astype(np.int32)
         owners = self._owner[blocks]
@@ -143,7 +143,7 @@ class Accounts:
     # ---------------------------------------------------------------- what the pool reports
 
     def charge(self, blocks: Blocks, owners: Int64) -> None:
-        """`blocks` were taken for their owners. O(blocks)."""
+        """Count taken `blocks` in the accounts `owners`. O(blocks)."""
         self._owner[blocks] = owners
         for number, count in by_owner(owners).items():
             self._accounts[number].used += count
@@ -162,7 +162,7 @@ class Accounts:
             self._settle(number)
 
     def _settle(self, number: int) -> None:
-        """Bring the sums up to date after an account changed. O(1)."""
+        """Update the sums after an account changed. O(1)."""
         account = self._accounts[number]
         unmet, guarded = account.promised()
         self._unmet += unmet - account.unmet
@@ -175,7 +175,7 @@ class Accounts:
     # ---------------------------------------------------------------- what may be taken
 
     def refuse(self, need: Counts, revived: Counts, pool: BlockPool) -> None:
-        """Raise `OutOfBlocks` if `need` blocks of each account cannot be had. O(accounts named).
+        """Raise `OutOfBlocks` unless each account can take `need` blocks. O(accounts named).
 
         `revived`: cached blocks of each account that the same call is about to hold.
         """
@@ -190,7 +190,7 @@ class Accounts:
         can_leave = pool.num_evictable - sum(revived.values()) - guarded
         missing = total - (pool.num_free - (unmet - guarded) + can_leave)
         if missing > 0:
-            advice = "the floors of other namespaces keep the rest; free a sequence"
+            advice = "the floors of other namespaces reserve the rest; free a sequence"
             room = pool.num_free, can_leave, pool.num_blocks
             raise OutOfBlocks(total, *room, advice=advice, missing=missing)
 
@@ -211,7 +211,7 @@ class Accounts:
                 raise OutOfQuota(account.namespace, count, *room, advice=advice, missing=missing)
 
     def forced(self, need: Counts) -> list[tuple[int, int]]:
-        """Return the accounts that must give up cached blocks for their ceilings, and how many."""
+        """Return the accounts over their ceilings, and how many cached blocks each must evict."""
         over = {
             number: self._accounts[number].used + count - ceiling
             for number, count in sorted(need.items())
@@ -220,28 +220,28 @@ class Accounts:
         return [(number, count) for number, count in over.items() if count > 0]
 
     def may_leave(self, number: int, need: int = 0) -> int:
-        """Return how many cached blocks of an account may leave when it takes `need`. O(1)."""
+        """Return how many cached blocks of an account are evictable when it takes `need`. O(1)."""
         return self._accounts[number].evictable - self._accounts[number].promised(need)[1]
 
     def num_may_leave(self, pool: BlockPool) -> int:
-        """Return how many cached blocks may leave when no blocks are taken. O(1)."""
+        """Return how many cached blocks are evictable when no blocks are taken. O(1)."""
         return pool.num_evictable - self._guarded
 
     def is_known_open(self, number: int) -> bool:
-        """True if some of the account's blocks may leave, and not since just now. O(1)."""
+        """Return True if blocks of the account were evictable before this call. O(1)."""
         return not self.limits or (self._accounts[number].is_open and number not in self.opened)
 
     def shortfall(self, pool: BlockPool, fewer: int = 0) -> int:
-        """Return how many promised blocks the pool would lack with `fewer` blocks less. O(1).
+        """Return how many blocks of all floors a pool smaller by `fewer` would lack. O(1).
 
-        Never above 0 between calls: calls that would raise it above 0 are refused.
+        Never above 0 between calls: a call that would raise it above 0 is refused.
         """
         if not self.limits:
             return 0
         return self._unmet - (pool.num_free + pool.num_evictable - fewer)
 
     def promised(self, namespace: str | None, floor: int, held: int) -> int:
-        """Return the blocks that all floors still promise, were this one's `floor`. O(1).
+        """Return the unmet blocks of all floors if this namespace had `floor`. O(1).
 
         `held`: blocks that the namespace's sequences hold.
         """
@@ -262,14 +262,14 @@ class Accounts:
         mine = [self._accounts[number] for number in (0, *map(self.owner, self.limits))]
         for name, account, counted in zip(names, mine, fresh._accounts.values(), strict=True):
             if account != counted:
-                raise BrokenInvariant(f"quotas: {name!r} counts {account}, but has {counted}")
+                raise BrokenInvariant(f"quotas: {name!r} has {account}, a recount {counted}")
         if (self._unmet, self._guarded) != (fresh._unmet, fresh._guarded):
             raise BrokenInvariant(
-                f"quotas: {self._unmet} unmet and {self._guarded} guarded blocks in all, "
-                f"but {fresh._unmet} and {fresh._guarded} are"
+                f"quotas: {self._unmet} unmet and {self._guarded} guarded blocks, "
+                f"but a recount finds {fresh._unmet} and {fresh._guarded}"
             )
         if self.shortfall(pool) > 0:
-            raise BrokenInvariant(f"quotas: {self.shortfall(pool)} promised blocks cannot be had")
+            raise BrokenInvariant(f"quotas: {self.shortfall(pool)} blocks of floors are lacking")
         for account in mine:
             ceiling = account.quota.ceiling
             if ceiling is not None and account.used > ceiling:

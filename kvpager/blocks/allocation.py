@@ -1,4 +1,4 @@
-"""Sequences that begin, fork and end."""
+"""Begin, fork and end sequences."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Allocation:
         handle = SequenceHandle(
             state, row, int(rows.generations[row]), num_cached, copies, state.fences.ticket(copies)
         )
-        # Copies come before all writes, so without fences the block to copy from may be evicted
-        # meanwhile, and even be handed to this very sequence.
+        # Copies precede all writes. So without fences the source block may be evicted, and even
+        # be taken for this sequence.
         keep = copies[:, 0] if handle.ticket else NO_BLOCKS
         fresh = state.take(
             num_fresh, owners, np.concatenate([shared, keep]) if len(keep) else shared
@@ -79,7 +79,7 @@ class Allocation:
         return handle
 
     def _refuse_without_reserve(self, length: int, shared: Int32, reserve: int) -> None:
-        """Refuse a prompt that would leave fewer than `reserve` blocks that can be had."""
+        """Raise `OutOfBlocks` if the prompt would leave fewer than `reserve` available blocks."""
         pool = self._state.pool
         idle = int(np.count_nonzero((pool.refs[shared] == 0) & (pool.holds[shared] == 0)))
         need = -(-length // self._state.block_size) - len(shared) + idle + reserve
@@ -102,7 +102,7 @@ class Allocation:
         return children
 
     def end(self, rows: list[int]) -> None:
-        """Give the blocks of these rows back and end their handles. O(blocks)."""
+        """Release the blocks of these rows and end their handles. O(blocks)."""
         state, table = self._state, self._state.rows
         for row in rows:
             state.release(table.device_blocks(row))
@@ -117,9 +117,9 @@ def identity(
     mm_hashes: Iterable[tuple[int, int, bytes]],
     length: int,
 ) -> Prompt:
-    """Return what a sequence of `length` tokens is, apart from them. O(mm_hashes).
+    """Return the validated key parts of a prompt of `length` tokens. O(mm_hashes).
 
-    Raises: `TypeError` / `ValueError` for a bad part.
+    Raises: `TypeError` / `ValueError` for an invalid part.
     """
     if namespace is None and lora is None and not mm_hashes:
         return _ANYBODY

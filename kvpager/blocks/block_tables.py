@@ -1,12 +1,12 @@
-"""Rows of numbers that differ in length, in one array: memory follows what they use.
+"""Rows of different lengths in one array, so that memory follows the entries in use.
 
-    starts   0  8  4        each row has a span of its own, a power of two of entries;
-    spans    4  8  4        a row that outgrows it moves to a longer one
+    starts   0  8  4        each row has its own span, a power of two of entries;
+    spans    4  8  4        a row that outgrows its span moves to a longer one
     data     4 7 2 . | 7 . . . | 9 3 1 5 8 . . . | never used yet
 
-A table of rows times columns would be as wide everywhere as its longest row. Here short rows beside
-a long one stay short. A span is at most twice as long as its row, eight times after the row was
-shortened; the array at most four times as long as all spans and 65,536 entries.
+In a rectangular table every row would be as wide as the longest. Here short rows stay short. A span
+is at most twice as long as its row, or eight times after the row was shortened. The array is at
+most four times as long as all spans together, plus 65,536 entries.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Ragged:
         self._shrink()
 
     def release(self, row: int) -> None:
-        """Take all entries off a row. Amortised O(1)."""
+        """Remove all entries of a row. Amortised O(1)."""
         span = self._spans_view[row]
         if span:
             self._free.setdefault(span, []).append(self._starts_view[row])
@@ -119,7 +119,7 @@ class Ragged:
                 self._rebuild(0)
 
     def _rebuild(self, more: int) -> None:
-        """Put all spans together in a new array with room for `more` entries. O(entries)."""
+        """Move all spans to a new array with room for `more` entries. O(entries)."""
         rows = self.spans.nonzero()[0]
         spans = self.spans[rows]
         starts = np.cumsum(spans) - spans
@@ -135,7 +135,7 @@ class Ragged:
     # ---------------------------------------------------------------- reading and writing
 
     def row(self, row: int) -> Int32:
-        """Return all entries of a row, a view that holds until room is made. O(1)."""
+        """Return all entries of a row, a view that is valid until the next `reserve`. O(1)."""
         start = int(self.starts[row])
         return self.data[start : start + int(self.spans[row])]
 
@@ -158,7 +158,7 @@ class Ragged:
         if span < width and int(starts.max()) + width > len(self.data):
             return self._uneven_table(starts, spans, width)
         table = self._windows(width)[starts]
-        while span < width:  # other rows' entries stand behind a short span
+        while span < width:  # behind a short span are other rows' entries
             table[spans == span, span:] = self._fill
             span = max(2 * span, _SPAN_MIN)
         return table
@@ -171,17 +171,17 @@ class Ragged:
         return table
 
     def _windows(self, width: int) -> Int32:
-        """Return a view of `data`: row i has the `width` entries from i on."""
+        """Return a view of `data` whose row i has the `width` entries from i on."""
         count = max(len(self.data) - width + 1, 0)
         return np.ndarray((count, width), np.int32, self.data, strides=(4, 4))
 
     def check(self, what: str, used: Int64) -> None:
-        """Raise `BrokenInvariant` unless spans are apart and hold `used` entries. O(entries)."""
+        """Raise `BrokenInvariant` unless spans are disjoint and hold `used` entries. O(entries)."""
         owned = np.zeros(len(self.data), np.int64)
         for row in self.spans.nonzero()[0].tolist():
             owned[self.starts[row] : self.starts[row] + self.spans[row]] += 1
         if int(owned.sum()) != self._num_spanned or self._num_spanned != int(self.spans.sum()):
-            raise BrokenInvariant(f"{what}: {self._num_spanned} entries in spans, but others are")
+            raise BrokenInvariant(f"{what}: spans do not sum to {self._num_spanned} entries")
         for span, starts in self._free.items():
             for start in starts:
                 owned[start : start + span] += 1
@@ -195,7 +195,7 @@ class Ragged:
 
 
 def ranks(counts: Int64) -> Int64:
-    """[2, 0, 3] -> [0, 1, 0, 1, 2]: each item's place in its own run."""
+    """Return each item's place in its own run: [2, 0, 3] -> [0, 1, 0, 1, 2]."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) - np.repeat(ends - counts, counts)

@@ -1,4 +1,4 @@
-"""Copies that run behind the manager's back: `manager.copies`."""
+"""Copies that run asynchronously: `manager.copies`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvpager.plans import Plan, Step
 
 
 class Copies:
-    """The unfinished copies of a manager. Its methods are as safe to share as the manager's.
+    """The unfinished copies of a manager. Thread-safe.
 
     Writes the holds of both pools, through the fences.
     """
@@ -18,15 +18,14 @@ class Copies:
 
     @property
     def is_fenced(self) -> bool:
-        """True if the blocks of a plan are kept back until `complete(plan)`. O(1)."""
+        """True if the blocks of a plan are fenced until `complete(plan)`. O(1)."""
         return self._state.fences.is_on
 
     def complete(self, work: Plan | Step | SequenceHandle | int) -> None:
-        """Say that the copies of a plan, step or new sequence are made. O(copies).
+        """Unfence the blocks of a finished plan, step or new sequence, or of its ticket. O(copies).
 
-        Lets their blocks go. Needed with `fences=True` only; without it, or without copies, there
-        is nothing to do. The ticket alone will do as well.
-        Raises: `ValueError` where they were completed already, or are of another manager.
+        Without `fences=True`, or without copies, there is nothing to do.
+        Raises: `ValueError` if it was completed already, or is of another manager.
         """
         ticket = work if isinstance(work, int) else getattr(work, "ticket", None)
         if ticket is None or isinstance(work, bool):

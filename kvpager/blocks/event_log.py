@@ -1,10 +1,9 @@
-"""What happened to blocks, for a router or a log: pulled by who wants to know, never called back.
+"""Events of cached blocks, for a router or a log. The reader polls; there are no callbacks.
 
-`stored`: the prefix index offers these blocks, in order, after block `parent` (-1: at the front of
-the namespace's tree). `evicted`: they left the index to make room. `removed`: what they held is
-offered nowhere any more; always after the last copy left. `copied`: bytes are to be copied.
-`moved`: the pool shrinks, and what a block holds is found under another id from now on. Otherwise a
-block's id names what it holds from `stored` to `removed`.
+`stored`: the prefix index published these blocks, in order, after block `parent` (-1: at the front
+of the namespace's tree). `evicted`: they left the index to make room. `removed`: their prefixes are
+no longer cached; always after the last copy left. `copied`: bytes are to be copied. `moved`: the
+pool shrank, and a block has a new id. Otherwise a block's id is valid from `stored` to `removed`.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ _NONE: Int32 = np.empty(0, np.int32)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Event:
-    """One thing that happened. `number` counts all events of a manager; it never skips.
+    """An event. `number` counts all events of a manager without gaps.
 
     `tokens` (stored) is int32 [blocks, block_size]; `mm_hashes` is the blocks' tag, see
     `kvpager.blocks.mm_hashes`; `copies` (copied, moved) is int32 [n, 2], from `tiers[0]` to
-    `tiers[1]`. A `lost` event says that older ones were dropped because nobody fetched them: begin
-    anew from `manager.events.published`.
+    `tiers[1]`. A `lost` event means that older events were dropped unread: start
+    again from `manager.events.published`.
     """
 
     number: int
@@ -44,7 +43,7 @@ class Event:
 
 
 class EventLog:
-    """The events since they were last fetched, at most `size` of them."""
+    """The events since the last fetch, at most `size`."""
 
     def __init__(self, size: int) -> None:
         self._events: deque[Event] = deque(maxlen=size)
@@ -52,12 +51,12 @@ class EventLog:
         self._fetched = 0
 
     def add(self, kind: Kind, **facts: object) -> None:
-        """Note one more. O(1), the oldest is dropped where there is no room."""
+        """Log an event; a full log drops its oldest. O(1)."""
         self._count += 1
         self._events.append(Event(self._count, kind, **facts))  # type: ignore[arg-type]
 
     def fetch(self) -> list[Event]:
-        """All since the last call, oldest first. O(events)."""
+        """Return the events since the last call, oldest first. O(events)."""
         events = list(self._events)
         self._events.clear()
         if self._count - self._fetched > len(events):

@@ -1,4 +1,4 @@
-"""What happened to blocks, and what the prefix index offers now: `manager.events`."""
+"""Events of cached blocks, and the published blocks: `manager.events`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kvpager.blocks.state import BlockState
 
 
 class Events:
-    """The events of a manager. Its methods are as safe to share as the manager's.
+    """The events of a manager. Thread-safe.
 
     Writes the event log: `fetch` empties it.
     """
@@ -16,18 +16,18 @@ class Events:
         self._state = state
 
     def fetch(self) -> list[Event]:
-        """Return what happened since the last call, oldest first. O(events).
+        """Return the events since the last call, oldest first. O(events).
 
-        Raises: `ValueError` where the manager was made without `num_events`.
+        Raises: `ValueError` if the manager was made without `num_events`.
         """
         state = self._state
         with state.lock, state.change:
             if state.log is None:
-                raise ValueError("no events are kept; make the manager with num_events=10_000, say")
+                raise ValueError("num_events=0: no events are logged. Pass num_events=10_000.")
             state.change.begin()
             return state.log.fetch()
 
     def published(self) -> list[Event]:
-        """Return what the index offers, as `stored` events: where a router begins. O(tokens)."""
+        """Return the published blocks as `stored` events, for a router to start from. O(tokens)."""
         with self._state.lock:
             return list(self._state.index.published())

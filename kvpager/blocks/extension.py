@@ -1,4 +1,4 @@
-"""Sequences that grow: slots for further tokens, copy-on-write, speculative tokens."""
+"""Append tokens to sequences: slots, copy-on-write, speculative tokens."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Extension:
     def _append_within_blocks(self, rows: Int64) -> Step | None:
         """Append one unknown token to each row, or return None if a block table changes. O(rows).
 
-        This is what nearly all decoding steps of a small batch do.
+        Most decoding steps of a small batch take this path.
         """
         state, table, pool = self._state, self._state.rows, self._state.pool
         starts = table.lengths[rows]
@@ -103,7 +103,7 @@ class Extension:
         speculative: bool,
         step: Step,
     ) -> None:
-        """Change what is known of rows whose new tokens have their slots."""
+        """Update the columns of rows whose new tokens have slots."""
         state, table = self._state, self._state.rows
         state.change.begin()
         table.lengths[rows] = ends
@@ -134,7 +134,7 @@ class Extension:
         return writers[leaves], tails
 
     def _leave(self, rows: Int64, columns: Int64, tails: Int32, taken: Int32, step: Step) -> None:
-        """Give each row its own copy of the shared block it is about to write into."""
+        """Give each row its own copy of the shared block it is about to write."""
         state, tables = self._state, self._state.rows.tables
         step.copies[:, 0], step.copies[:, 1] = tails, taken[: len(tails)]
         tables.data[tables.starts[rows] + columns] = step.copies[:, 1]

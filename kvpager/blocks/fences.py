@@ -1,7 +1,7 @@
-"""Blocks that must stay where they are: named by an unfinished copy, or pinned.
+"""Fenced blocks: an unfinished copy names them, or they are pinned.
 
-A block whose copy is still under way must not be handed out again, or the late copy would read or
-write somebody else's tokens: vLLM #45357 and TensorRT-LLM #8813 are that bug.
+A block must not be reused before its copies finish, or a late copy would read or write another
+sequence's tokens: vLLM #45357 and TensorRT-LLM #8813 are that bug.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NONE: Int32 = np.empty(0, np.int32)
 
 
 class Fences:
-    """Tickets, and the blocks each one keeps back on the device and on the host."""
+    """Tickets, and the blocks that each one holds on the device and on the host."""
 
     def __init__(self, device: BlockPool, host: BlockPool, *, is_on: bool) -> None:
         self.is_on = is_on
@@ -32,17 +32,17 @@ class Fences:
         self._host = host
 
     def ticket(self, copies: Int32) -> int:
-        """The ticket for these copies; 0 where nothing has to wait for them. O(1)."""
+        """Return the ticket for these copies; 0 if none is needed. O(1)."""
         return self.last_ticket + 1 if self.is_on and len(copies) else 0
 
     def begin(self, ticket: int, copies: Int32, source: Tier, destination: Tier) -> None:
-        """Keep back what these copies name until `complete`. O(copies)."""
+        """Hold the blocks of these copies until `complete`. O(copies)."""
         if not ticket:
             return
         kept = {"device": _NONE, "host": _NONE}
         for side, tier in enumerate((source, destination)):
             kept[tier] = np.union1d(kept[tier], copies[:, side])
-        # Where the pool shrank, the blocks read from are no longer in it: nobody can take them.
+        # After a shrink the sources lie outside the pool, so no call can take them.
         inside = kept["device"] < self._device.num_blocks
         if not inside.all():
             self.cut_off.add(ticket)
@@ -53,19 +53,19 @@ class Fences:
         self.last_ticket = ticket
 
     def refuse_closed(self, ticket: int) -> None:
-        """Raise `ValueError` for a ticket that is not under way. O(1)."""
+        """Raise `ValueError` unless the ticket is open. O(1)."""
         if ticket not in self.in_flight:
             raise ValueError(f"ticket {ticket}: completed already, or of another manager")
 
     def complete(self, ticket: int) -> Blocks:
-        """Let the blocks of an open ticket go. Return those that may be evicted now. O(copies)."""
+        """Close a ticket. Return the device blocks that became evictable. O(copies)."""
         device, host = self.in_flight.pop(ticket)
         self.cut_off.discard(ticket)
         self._host.unhold(host)
         return self._device.unhold(device)
 
     def pin(self, blocks: Blocks) -> int:
-        """Keep device blocks back until `unpin`. O(blocks)."""
+        """Hold device blocks until `unpin`; return a ticket. O(blocks)."""
         self._device.hold(blocks)
         self.last_ticket += 1
         self.pins[self.last_ticket] = blocks
@@ -77,16 +77,16 @@ class Fences:
             raise ValueError(f"ticket {ticket!r}: not a pin of this manager, or ended already")
 
     def unpin(self, ticket: int) -> Blocks:
-        """End an open pin. Return the device blocks that may be evicted now. O(blocks)."""
+        """End an open pin. Return the device blocks that became evictable. O(blocks)."""
         return self._device.unhold(self.pins.pop(ticket))
 
     def check(self) -> None:
-        """Raise `BrokenInvariant` unless the pools hold back exactly these blocks. O(blocks)."""
+        """Raise `BrokenInvariant` unless the pools hold exactly these blocks. O(blocks)."""
         device = [kept for kept, _ in self.in_flight.values()] + list(self.pins.values())
         host = [kept for _, kept in self.in_flight.values()]
         if max([*self.in_flight, *self.pins], default=0) > self.last_ticket:
-            raise BrokenInvariant("fences: a ticket that was not given yet is open")
+            raise BrokenInvariant("fences: a ticket is open that was never issued")
         for pool, kept in ((self._device, device), (self._host, host)):
             holds = np.bincount(np.concatenate([_NONE, *kept]), minlength=pool.num_blocks)
             if not np.array_equal(holds, pool.holds):
-                raise BrokenInvariant("fences: the pool holds back other blocks than they name")
+                raise BrokenInvariant("fences: the holds of the pool differ from the open tickets")

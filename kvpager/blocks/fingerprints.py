@@ -1,7 +1,7 @@
-"""64 bits for each published prefix: enough to recognise one that was evicted and comes again.
+"""64-bit fingerprints of published prefixes, so that a policy recognises an evicted prefix.
 
-A fingerprint only tells an eviction policy that it may have seen a prefix before. Never does it
-decide what is reused: two prefixes with one fingerprint cost a wrong guess, not a wrong token.
+A fingerprint never decides what is reused: two prefixes with equal fingerprints cost a wrong guess
+of the eviction policy, not a wrong token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NO_DEPTHS: Int64 = np.empty(0, np.int64)
 
 
 class Arrivals:
-    """Blocks that the prefix index offers since its policy last heard of any."""
+    """Published blocks that the eviction policy does not know of yet."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
@@ -36,11 +36,11 @@ class Arrivals:
         return bool(self._runs)
 
     def add(self, blocks: Blocks, depth: int, before: int, tree: object) -> None:
-        """`blocks` stand at `depth`, after block `before` or at the front of `tree`. O(1)."""
+        """Add `blocks` at `depth`, after block `before` or at the front of `tree`. O(1)."""
         self._runs.append((blocks, depth, before, tree))
 
     def drain(self, needs_fingerprints: bool) -> tuple[Blocks, UInt64, Int64]:
-        """All blocks since; where wanted, their fingerprints and depths. O(tokens)."""
+        """Return and remove all blocks, with fingerprints and depths if needed. O(tokens)."""
         runs, self._runs = self._runs, []
         blocks = runs[0][0] if len(runs) == 1 else np.concatenate([run[0] for run in runs])
         if not needs_fingerprints:
@@ -50,8 +50,8 @@ class Arrivals:
             int(self.prints[before]) if depth else tree_seed(tree)
             for _, depth, before, tree in runs
         ]
-        # A sum over the blocks so far, each weighted by what stands in it and how deep: a prefix
-        # sum, so that a long run takes one vector operation instead of a chain.
+        # A fingerprint is a prefix sum of mixed tokens and depths, so a long run takes one vector
+        # operation instead of a chain of hashes.
         sums = self._pool.ids.take(index, axis=0).view(np.uint32).astype(np.uint64) @ self._odd
         if len(runs) == 1:
             depths = self._counted(runs[0][1] + len(blocks))[runs[0][1] :]
@@ -71,19 +71,19 @@ class Arrivals:
         return blocks, sums, depths
 
     def _counted(self, count: int) -> Int64:
-        """0 to `count`; makes sure that so many depths are mixed. Amortised O(1)."""
+        """Return the depths 0 to `count`, after mixing their bits. Amortised O(1)."""
         if count > len(self._depths):
             self._depths = np.arange(max(count, 2 * len(self._depths)))
             self._mixed = _mix(self._depths.astype(np.uint64))
         return self._depths[:count]
 
     def resize(self, num_blocks: int, places: Int32) -> None:
-        """Follow the pool to its new size, and its blocks to their new places. O(blocks)."""
+        """Follow the pool to its new size. `places`: the new id of each block. O(blocks)."""
         self.prints = moved(self.prints, num_blocks, places)
 
 
 def moved(old: NDArray[T], num_blocks: int, places: Int32) -> NDArray[T]:
-    """The numbers of each block, at its new place. O(blocks)."""
+    """Return the column `old` with each entry at its block's new id. O(blocks)."""
     new = np.zeros((num_blocks, *old.shape[1:]), old.dtype)
     staying = places < num_blocks
     new[places[staying]] = old[: len(places)][staying]
@@ -92,7 +92,7 @@ def moved(old: NDArray[T], num_blocks: int, places: Int32) -> NDArray[T]:
 
 @lru_cache(maxsize=4096)
 def tree_seed(tree: object) -> int:
-    """64 bits that stand for a tree. O(1)."""
+    """Return a 64-bit seed for a tree. O(1)."""
     return int.from_bytes(blake2b(repr(tree).encode(), digest_size=8).digest(), "little")
 
 

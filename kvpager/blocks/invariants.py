@@ -1,8 +1,7 @@
-"""The laws of the control plane, recounted from the block tables.
+"""The invariants of the control plane, recounted from the block tables.
 
-Each part checks its own books - pool, rows, prefix trees, fences - and what only shows when they
-are laid side by side is checked here: who holds which block, and that the index offers what is
-there.
+Pool, rows, prefix trees and fences check their own arrays. This module checks them against each
+other: the holders of each block, and published blocks against the index.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from kvpager.errors import BrokenInvariant
 
 
 def check(state: BlockState) -> None:
-    """Raise `BrokenInvariant` that names the first broken law found. O(blocks + tokens)."""
+    """Raise `BrokenInvariant` for the first broken invariant found. O(blocks + tokens)."""
     device, host, rows = state.pool, state.host, state.rows
     rows.check()
     holders = np.zeros(device.num_blocks, np.int32)
@@ -25,7 +24,7 @@ def check(state: BlockState) -> None:
             (host, host_holders, rows.host_blocks(row)),
         ):
             if np.any(blocks >= pool.num_blocks):
-                raise BrokenInvariant(f"sequence {row}: its table names a block that is not there")
+                raise BrokenInvariant(f"sequence {row}: its table names a block outside the pool")
             if len(np.unique(blocks)) != len(blocks):
                 raise BrokenInvariant(f"sequence {row}: a block stands twice in its table")
             count[blocks] += 1
@@ -41,7 +40,7 @@ def check(state: BlockState) -> None:
 
 
 def _check_published(state: BlockState, row: int) -> None:
-    """What the index offers for this row's place is what its own blocks are for."""
+    """Raise `BrokenInvariant` unless the row's published blocks equal the index's. O(blocks)."""
     rows, forest, device = state.rows, state.forest, state.pool
     position = int(rows.published[row])
     node = forest.locate(rows.nodes[row], position) if position else None
@@ -50,13 +49,11 @@ def _check_published(state: BlockState, row: int) -> None:
             raise BrokenInvariant(f"sequence {row}: the index lost blocks that it holds")
         return
     if node.tree != rows.prompt(row).tree:
-        raise BrokenInvariant(f"sequence {row}: it stands in the tree of {node.tree!r}")
-    offered = forest.path(node, position)
+        raise BrokenInvariant(f"sequence {row}: published in the tree of {node.tree!r}")
+    published = forest.path(node, position)
     own = rows.blocks(row)[:position]
     here = own >= 0
-    if not rows.duplicates[row] and np.any(own[here] != offered[here]):
-        raise BrokenInvariant(
-            f"sequence {row}: the index offers another's blocks in place of its own"
-        )
-    if not np.array_equal(device.ids[own[here]], device.ids[offered[here]]):
-        raise BrokenInvariant(f"sequence {row}: the index offers other tokens than it holds")
+    if not rows.duplicates[row] and np.any(own[here] != published[here]):
+        raise BrokenInvariant(f"sequence {row}: the index has a duplicate of its blocks")
+    if not np.array_equal(device.ids[own[here]], device.ids[published[here]]):
+        raise BrokenInvariant(f"sequence {row}: the index has other tokens than its blocks")

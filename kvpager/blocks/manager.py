@@ -1,4 +1,4 @@
-"""The control plane: who owns which block, decided here and written down as plain arrays.
+"""The control plane: block ownership, decided here and returned as plain arrays.
 
     manager = BlockManager(num_blocks=4096, block_size=16)
     seq = manager.allocate(prompt_ids)      # its known prefix is shared, not recomputed
@@ -7,11 +7,11 @@
     child = manager.fork(seq)               # shares every block; copied on write
     manager.free(child)
 
-It never touches a tensor: a framework author keeps its own and obeys the plans. Paging and
+It never touches a tensor: the framework keeps its tensors and applies the plans. Paging and
 copy-on-write follow vLLM's PagedAttention (Kwon et al., 2023). Every call is all or nothing: it
-validates, makes what it returns, takes blocks (which may evict cached ones), and only then changes
-the books; a call that raises has changed nothing. A signal waits for the end of the call, see
-`kvpager._atomic`: a call that it interrupts is complete, or has changed nothing.
+validates, makes its result, takes blocks (which may evict cached blocks), and only then changes the
+state. A call that raises changes nothing. Signals wait for the end of a call: see
+`kvpager._atomic`.
 """
 
 from __future__ import annotations
@@ -46,21 +46,19 @@ from kvpager.plans import Int32, Int64, Plan, Step, Tier
 class BlockManager:
     """Block tables over a pool of `num_blocks` blocks of `block_size` token slots each.
 
-    Five verbs - `allocate`, `append`, `fork`, `free`, `swap` - and what they need. Thread-safe:
-    one lock per manager, under which nothing of the caller's runs. Block ids are 0 ..
-    num_blocks - 1; -1 in a table means "no block".
-
-    `quotas`, `pins`, `copies`, `events` and `queries` have what is asked for more rarely.
+    Five verbs: `allocate`, `append`, `fork`, `free`, `swap`. Thread-safe: one lock per manager,
+    under which no code of the caller runs. Block ids are 0 .. num_blocks - 1; -1 in a table means
+    "no block". `quotas`, `pins`, `copies`, `events` and `queries` have the rarer operations.
 
     Args:
         num_blocks: blocks on the device, at least 1.
         block_size: token slots of a block, a power of two.
         num_host_blocks: blocks of the host tier, for `swap`.
-        eviction: which cached blocks leave first: a name of `kvpager.blocks.policies.POLICIES`, or
-            a policy of your own, see `kvpager.blocks.policies.base`.
+        eviction: the policy for cached blocks: a name of `kvpager.blocks.policies.POLICIES`, or an
+            `EvictionPolicy`, see `kvpager.blocks.policies.base`.
         null_block: never hand out block 0, so that padding may point there.
-        fences: keep blocks that a plan names out of circulation until `copies.complete(plan)`.
-        num_events: how many events to remember for `events.fetch`; 0: none.
+        fences: do not reuse the blocks of a plan before `copies.complete(plan)`.
+        num_events: how many events to keep for `events.fetch`; 0: none.
     """
 
     def __init__(
@@ -114,19 +112,19 @@ class BlockManager:
         """Begin a sequence of `prompt` tokens. O(tokens).
 
         Args:
-            prompt: the token ids, or a count where the ids are unknown (no prefix reuse then).
+            prompt: the token ids; or a count, which disables prefix reuse.
             namespace: only prefixes committed under the same namespace and `lora` are reused.
             lora: the LoRA adapter, or other fine-tuned weights, that compute the KV.
             mm_hashes: (start, stop, hash) of each image or other input behind the placeholder
                 tokens `start` to `stop`. A block that overlaps one is reused only if its hash and
                 position are equal.
-            reserve: leave at least so many blocks that can be had afterwards, or raise.
+            reserve: raise unless at least this many blocks stay available afterwards.
 
-        The handle's `num_cached_tokens` leading tokens need no computing; at least the last token
-        always does, because its logits are what the caller is after. Where the match ends inside
-        a block, `copies` names the block to copy first, so that the common tokens are kept.
+        The handle's `num_cached_tokens` leading tokens need no computing. The last token always
+        does, because the caller needs its logits. If the match ends inside a block, `copies` names
+        the block to copy first.
 
-        Raises: `OutOfBlocks`; `TypeError` / `ValueError` for a bad prompt or key part.
+        Raises: `OutOfBlocks`; `TypeError` / `ValueError` for an invalid prompt or key part.
         """
         length, ids = arguments.prompt(prompt)
         who = identity(namespace, lora, mm_hashes, length)
@@ -152,9 +150,10 @@ class BlockManager:
         lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
     ) -> int | PrefixMatch:
-        """Return how many leading tokens of `prompt` are cached now, with `blocks` a `PrefixMatch`.
+        """Return how many leading tokens of `prompt` are cached; with `blocks`, a `PrefixMatch`.
 
-        Advisory: blocks may be evicted before `allocate`. O(tokens). Raises: as `allocate`.
+        Advisory only: the blocks may be evicted before `allocate`. O(tokens). Raises: as
+        `allocate`.
         """
         return self.queries.match_prefix(prompt, namespace, lora, mm_hashes, blocks)
 
@@ -165,11 +164,10 @@ class BlockManager:
     def fork(
         self, sequence: SequenceHandle, count: int | None = None
     ) -> SequenceHandle | list[SequenceHandle]:
-        """A second sequence - with `count`, a list of so many - that shares every block.
+        """Return a sequence that shares every block, or with `count` a list of n. O(blocks) each.
 
-        No data moves; whoever first writes into a shared block gets a copy of it. O(blocks) each;
-        at most 65,536 a call, since the pool does not bound them.
-        Raises: `StaleSequence`, `SequenceSwapped`.
+        No data moves: the first sequence to write into a shared block gets a copy of it. At most
+        65,536 forks a call. Raises: `StaleSequence`, `SequenceSwapped`.
         """
         times = 1 if count is None else arguments.count("count", count, at_least=1, at_most=2**16)
         state = self._state
@@ -178,13 +176,13 @@ class BlockManager:
         return children[0] if count is None else children
 
     def free(self, sequences: Target, *, publish: bool = False) -> None:
-        """Give the blocks back and end the handles. O(blocks).
+        """Release the blocks and end the handles. O(blocks).
 
-        Committed full blocks of known tokens stay cached until their room is needed. `publish`
-        commits all tokens first: preemption by recompute in one call, since `allocate` with the
-        same tokens then finds what is still there.
-        Raises: `StaleSequence` for a handle that was freed already or is not of this manager;
-        with `publish`, `SequenceSwapped`.
+        Committed full blocks of known tokens stay cached until they are evicted. `publish` commits
+        all tokens first, as preemption by recompute does: `allocate` with the same tokens then
+        finds the blocks that are still cached.
+        Raises: `StaleSequence` for a handle that was freed, or is of another manager; with
+        `publish`, `SequenceSwapped`.
         """
         named = listed(sequences)
         arguments.flag("publish", publish)
@@ -195,7 +193,7 @@ class BlockManager:
                 self._publication.commit(rows, None)
                 numbers = rows.tolist()
             else:
-                # A plain number is faster than an array of one.
+                # An int is faster than an array of one item.
                 one = state.row(named) if isinstance(named, SequenceHandle) else None
                 numbers = state.resolve(named).tolist() if one is None else [one]
                 state.change.begin()
@@ -215,19 +213,19 @@ class BlockManager:
 
         Args:
             sequences: one handle, several, or a `batch`; no sequence twice.
-            tokens: how many for each; or their ids, so that they can be reused once committed:
-                for one sequence a list of ids, for several one id (or list of ids) each.
-            counts: how many for each sequence, where they differ and the ids are unknown.
+            tokens: the number for each sequence; or their ids, so that committed blocks can be
+                reused: a list for one sequence, an id or a list of ids each for several.
+            counts: the number for each sequence, if numbers differ and ids are unknown.
             speculative: reserve look-ahead slots for speculative decoding. They stay unpublished
                 until `accept` keeps some and drops the rest.
 
-        Apply `copies`, then write the new tokens' KV to `slots`. Of several holders of a partly
-        filled block the last one in the batch keeps it, if nobody outside the batch holds it.
+        Apply `copies`, then write the new tokens' KV to `slots`. If several sequences of the batch
+        share a partly filled block and no other sequence holds it, the last one keeps the block.
 
         Raises: `OutOfBlocks`, `StaleSequence`, `SequenceSwapped`, `ValueError`, `TypeError`.
         """
         named = listed(sequences)
-        # Before the lock: whatever the caller's iterables do, they do it now.
+        # Read the caller's iterables before taking the lock: they may run any code.
         num_named = None if isinstance(named, SequenceHandle) else len(named)
         num_new, ids = arguments.new_tokens(num_named, tokens, counts)
         arguments.flag("speculative", speculative)
@@ -266,25 +264,25 @@ class BlockManager:
     # ---------------------------------------------------------------- commit, truncate, drop_before
 
     def commit(self, sequences: Target, length: int | None = None) -> None:
-        """Say that the KV of the first `length` tokens (default: all) has really been written.
+        """Record that the KV of the first `length` tokens (default: all) is written.
 
         Full blocks of known tokens become reusable, speculative tokens never. O(newly full blocks).
-        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for more tokens than there are.
+        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` if the sequence is shorter.
         """
         named = listed(sequences)
         length = None if length is None else arguments.count("length", length)
         state = self._state
         with state.lock, state.change:
-            if isinstance(named, SequenceHandle):  # plain numbers are faster than arrays of one
+            if isinstance(named, SequenceHandle):  # ints are faster than arrays of one item
                 self._publication.commit_row(state.resident_row(named), length)
             else:
                 self._publication.commit(state.resident(named), length)
 
     def truncate(self, sequence: SequenceHandle, length: int) -> None:
-        """Shorten the sequence to its first `length` tokens. O(blocks given back).
+        """Shorten the sequence to its first `length` tokens. O(blocks released).
 
-        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` where `length` is more than there
-        is, or reaches before the first block that `drop_before` kept.
+        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` if the sequence is shorter, or
+        `drop_before` released the block where it would end.
         """
         length = arguments.count("length", length)
         state = self._state
@@ -292,10 +290,10 @@ class BlockManager:
             self._truncation.truncate(state.resident_row(sequence), length)
 
     def drop_before(self, sequences: Target, start: int | ArrayLike) -> None:
-        """Give back the blocks that lie wholly before token `start`. O(blocks given back).
+        """Release the blocks that lie wholly before token `start`. O(blocks released).
 
-        For layers that look back over a window only. Table entries before it become -1; such a
-        sequence is not offered for prefix reuse from then on.
+        For layers with a sliding window. The table entries become -1, and the sequence publishes
+        no further blocks.
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for a start beyond the end, or
         beyond the first speculative token.
         """
@@ -311,19 +309,18 @@ class BlockManager:
     def swap(
         self, sequences: Target, to: Tier, *, at_most: int | None = None, reserve: int = 0
     ) -> Plan:
-        """Move blocks to the `"host"` tier, or back to the `"device"`. O(blocks of swapped ones).
+        """Move sequences to the `"host"` tier or back to the `"device"`. O(blocks of all swapped).
 
-        Blocks that sequences on the device hold too stay, until the last of them is swapped as
-        well; forks that are swapped share on the host, and again when they are back. A swapped
-        sequence can be swapped back or freed, nothing else, or swapped again as long as some of it
-        is left on the device.
+        A block stays on the device while a resident sequence holds it. Swapped forks share blocks
+        on the host, and share them again on the device. A swapped sequence can only be swapped or
+        freed.
 
         Args:
-            at_most: move no more blocks than this: out, the furthest from the front first; in, the
-                nearest. The sequence counts as swapped until it has all its blocks back.
-            reserve: in, leave at least so many blocks that can be had afterwards, or raise.
+            at_most: move at most this many blocks: out, from the end of the sequence; in, from its
+                front. The sequence counts as swapped until all its blocks are on the device.
+            reserve: in, raise unless at least this many blocks stay available afterwards.
 
-        Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `SequenceSwapped` for one
+        Raises: `OutOfBlocks` of the full tier, `StaleSequence`, `SequenceSwapped` for a sequence
         that is wholly on the host already, `ValueError`.
         """
         at_most, reserve = arguments.swap(to, at_most, reserve)
@@ -335,22 +332,21 @@ class BlockManager:
             return swap.out(rows, at_most) if to == "host" else swap.back(rows, at_most, reserve)
 
     def victims(self, sequences: Target, need: int) -> list[SequenceHandle]:
-        """Return the first of `sequences`, least important first, that free `need` blocks.
+        """Return the shortest front of `sequences` that would free `need` blocks.
 
-        For preemption: swap them, or free them with `publish`. `OutOfBlocks.missing` says how many
-        to ask for. Counts blocks that only those chosen hold, so a family of forks counts when all
-        of it goes. Quotas are not looked at: at a ceiling, name sequences of that namespace only.
-        O(blocks of those chosen).
-        Raises: `OutOfBlocks` where even all are not enough, `StaleSequence`.
+        For preemption: order the sequences, least important first; then swap the victims, or free
+        them with `publish`. `need` is `OutOfBlocks.missing`. A block counts if only victims hold
+        it. Quotas are ignored: at a ceiling, pass sequences of that namespace only.
+        O(blocks of the victims). Raises: `OutOfBlocks` if all are not enough, `StaleSequence`.
         """
         return self.queries.victims(sequences, need)
 
     # ---------------------------------------------------------------- handles and tables
 
     def batch(self, sequences: Iterable[SequenceHandle]) -> Batch:
-        """Return one reusable argument for several handles: steps then skip its making. O(n).
+        """Return a reusable argument for several handles, which saves time in each step. O(n).
 
-        Raises: `StaleSequence`, `ValueError` where a sequence stands twice.
+        Raises: `StaleSequence`, `ValueError` for a repeated sequence.
         """
         return self.queries.batch(sequences)
 
@@ -359,7 +355,7 @@ class BlockManager:
         return self.queries.lengths(sequences)
 
     def block_tables(self, sequences: Target, *, padding: int = -1) -> Int32:
-        """Return block tables, int32 [n, most blocks], `padding` where no block of the device is.
+        """Return block tables, int32 [n, most blocks], with `padding` in place of missing blocks.
 
         O(n * most blocks). Raises `StaleSequence`. Other forms: `kvpager.storage.table_formats`.
         """
@@ -375,12 +371,12 @@ class BlockManager:
     def slots(self, sequence: SequenceHandle, start: int = 0, stop: int | None = None) -> Int64:
         """Return flat slots of tokens `start` to `stop` (default: all), int64 [tokens]. O(tokens).
 
-        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for tokens it does not hold.
+        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for tokens without a block.
         """
         return self.queries.slots(sequence, start, stop)
 
     def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
-        """Return `slots` of tokens about to be written: they have their blocks. O(tokens)."""
+        """Return `slots` of tokens about to be written. O(tokens)."""
         return self.queries.slots(sequence, start, stop)
 
     # ---------------------------------------------------------------- the pool
@@ -393,52 +389,51 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Device blocks that can be had without evicting anything. O(1)."""
+        """Free device blocks: `append` takes them without eviction. O(1)."""
         with self._state.lock:
             return self._state.pool.num_free
 
     @property
     def num_available_blocks(self) -> int:
-        """Device blocks that can be had: free ones, and cached ones that may be evicted. O(1)."""
+        """Available device blocks: free, or cached and evictable. O(1)."""
         with self._state.lock:
             return self._state.pool.num_free + self._state.pool.num_evictable
 
     @property
     def num_held_blocks(self) -> int:
-        """Device blocks that sequences hold, shared ones counted once. O(1)."""
+        """Device blocks that sequences hold; a shared block counts once. O(1)."""
         with self._state.lock:
             return self._state.pool.num_held
 
     def grow(self, num_blocks: int) -> None:
         """Raise the device pool to `num_blocks`; no block moves. O(num_blocks).
 
-        Raises: `ValueError` where that is less than there are, or a plan of `shrink` is not
-        completed.
+        Raises: `ValueError` if the pool is larger, or a plan of `shrink` is not completed.
         """
         self._resize.grow(num_blocks)
 
     def shrink(self, num_blocks: int) -> Plan:
-        """Lower the device pool to `num_blocks`; blocks beyond move to free ones. O(num_blocks).
+        """Lower the device pool to `num_blocks`; higher blocks move to free ids. O(num_blocks).
 
-        Cached blocks are evicted where there is not enough room. Apply the plan, device to device,
-        before the storage shrinks.
-        Raises: `OutOfBlocks` where more are held, `ValueError` for more than there are, or where a
-        block beyond is pinned or in an unfinished copy.
+        Cached blocks are evicted if necessary. Apply the plan, device to device, before the storage
+        shrinks.
+        Raises: `OutOfBlocks` if sequences hold more, `ValueError` if the pool is smaller, or a
+        higher block is pinned or in an unfinished copy.
         """
         return self._resize.shrink(num_blocks)
 
     def clear_prefix_cache(self) -> int:
-        """Evict all that is cached only. Return how many blocks came free. O(cached)."""
+        """Evict all cached blocks that no sequence holds; return how many. O(cached)."""
         return self._resize.clear_prefix_cache()
 
     def stats(self) -> Stats:
-        """Return counts of now and totals since the manager began. O(blocks + sequences)."""
+        """Return current counts, and totals since the manager began. O(blocks + sequences)."""
         return self.queries.stats()
 
     def check(self) -> None:
-        """Recount everything from the block tables: see `invariants.py`. O(blocks + tokens).
+        """Check all invariants, see `invariants.py`. O(blocks + tokens).
 
-        Raises: `BrokenInvariant`, naming the broken law. That is a bug, never a full pool.
+        Raises: `BrokenInvariant`, which names the broken invariant: a bug, never a full pool.
         """
         with self._state.lock, self._state.change:
             invariants.check(self._state)

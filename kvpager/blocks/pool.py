@@ -1,13 +1,13 @@
-"""The blocks of one tier: which are free, who holds the rest, and what tokens they are for.
+"""The blocks of one tier: free blocks, reference counts, and token ids.
 
     never used ──take──▶ held ──release──▶ free ──take──▶ held
                           │                  ▲
-                          ├─release─▶ evictable ─uncache─┤     the prefix index offers it
-                          └─release─▶ kept back ─unhold──┘     pinned, or a copy is under way
+                          ├─release─▶ evictable ─uncache─┤     published in the prefix index
+                          └─release─▶ kept ──────unhold──┘     pinned, or in an unfinished copy
 
-Free blocks are an array used as a stack; blocks never handed out yet are a bump pointer. Both are
-O(1) with no search, and a block is first touched as late as possible: memory that was never
-needed is never paged in. The idea of the pair is mimalloc's (Leijen et al., 2019).
+Free blocks are a stack in an array; blocks that were never used are above a bump pointer. Both take
+O(1) without a search, and unused memory is never paged in. The idea is mimalloc's (Leijen et al.,
+2019).
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
 
 
 class Ledger(Protocol):
-    """Who wants to know when blocks change hands: see `kvpager.blocks.accounts`."""
+    """An observer of freed and evictable blocks: see `kvpager.blocks.accounts`."""
 
     def freed(self, blocks: Index) -> None:
-        """These blocks are free now."""
+        """Record that these blocks are free."""
 
     def evictable(self, blocks: Index, change: int) -> None:
-        """These blocks became evictable (+1), or are no longer (-1)."""
+        """Record that these blocks became evictable (+1), or ceased to be (-1)."""
 
 
 class BlockPool:
     """A set of blocks with a reference count each.
 
-    `refs[b]`: the block tables that hold block `b`. `cached[b]`: the prefix index offers it.
-    `holds[b]`: pins and unfinished copies that keep it where it is. A block is free when it has
-    none of the three. `ids[b]`: the token ids its slots are for, as far as its sequence knows
-    them. The first `num_reserved` blocks (the null block) are never handed out.
+    `refs[b]`: the number of block tables that hold block `b`. `cached[b]`: it is published.
+    `holds[b]`: the number of its pins and unfinished copies. A block is free if all three are 0.
+    `ids[b]`: the token ids of its slots, as far as known. The first `num_reserved` blocks (the
+    null block) are never handed out.
     """
 
     def __init__(self, num_blocks: int, block_size: int, num_reserved: int = 0) -> None:
@@ -52,10 +52,10 @@ class BlockPool:
         self.holds: Int32 = np.zeros(num_blocks, np.int32)
         self.ids: Int32 = np.zeros((num_blocks, block_size), np.int32)
         self.num_evictable = 0
-        self.num_kept = 0  # nobody's, but kept back by a hold
+        self.num_kept = 0  # in no table, but held
         self.num_holds = 0
         self._ledger: Ledger | None = None
-        self._is_watched = False  # somebody has to hear of single blocks, too
+        self._is_watched = False  # single blocks need the slow path, too
         self._stack: Int32 = np.empty(num_blocks, np.int32)
         self._stack_size = 0
         self._num_used_ever = num_reserved  # the bump pointer
@@ -71,7 +71,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be taken right now."""
+        """Blocks that are free."""
         return self._stack_size + self.num_blocks - self._num_used_ever
 
     @property
@@ -90,7 +90,7 @@ class BlockPool:
     def take(self, count: int, make_room: Callable[[], object] | None = None) -> Int32:
         """Hand out `count` blocks, each held once: int32 [count]. O(count).
 
-        The caller made sure that there are so many, or that `make_room` frees what is missing.
+        The caller ensures that `count` blocks are free, or that `make_room` frees the missing ones.
         """
         blocks = np.empty(count, np.int32)
         if make_room is not None:
@@ -102,7 +102,7 @@ class BlockPool:
             first = self._num_used_ever
             blocks[from_stack:] = np.arange(first, first + count - from_stack)
         index = blocks.astype(np.intp, copy=False)
-        # Nothing was taken so far, should memory run out.
+        # Allocate memory first: if it runs out, no block was taken.
         self._stack_size = base
         self._num_used_ever += count - from_stack
         self.refs[index] = 1
@@ -121,8 +121,8 @@ class BlockPool:
         return block
 
     def share(self, blocks: Blocks, times: int = 1) -> None:
-        """Let `times` more tables hold each of the distinct `blocks`. O(blocks)."""
-        # Here and below: NumPy indexes by its own integers several times faster than by int32.
+        """Add `times` references to each of the distinct `blocks`. O(blocks)."""
+        # Here and below: NumPy indexes several times faster by intp than by int32.
         index = blocks.astype(np.intp, copy=False)
         refs = self.refs[index]
         if np.count_nonzero(refs) < len(refs):
@@ -135,9 +135,9 @@ class BlockPool:
         self.refs[index] = refs + times
 
     def release(self, blocks: Blocks, times: int | Int32 = 1) -> Index:
-        """Let one table less (`times`: so many less) hold each of the distinct `blocks`.
+        """Drop `times` references to each of the distinct `blocks`. O(blocks).
 
-        O(blocks). Returns those that may be evicted now; the others nobody keeps are free.
+        Returns the blocks that became evictable. Blocks without references and holds are freed.
         """
         index = blocks.astype(np.intp, copy=False)
         refs = self.refs[index] - times
@@ -145,7 +145,7 @@ class BlockPool:
         return self._settle(index[refs == 0] if np.count_nonzero(refs) else index)
 
     def release_one(self, block: int) -> bool:
-        """Like `release`, of one block; whether it may be evicted now. O(1)."""
+        """Release one block. Return True if it became evictable. O(1)."""
         view = self._refs_view
         if view[block] != 1 or self._is_watched or self._cached_view[block]:
             return len(self.release(np.array([block], np.int32))) > 0
@@ -163,11 +163,11 @@ class BlockPool:
     # ---------------------------------------------------------------- the prefix index, and holds
 
     def cache(self, blocks: Blocks) -> None:
-        """The prefix index offers `blocks`, which tables hold, from now on. O(blocks)."""
+        """Mark `blocks`, which tables hold, as published. O(blocks)."""
         self.cached[blocks.astype(np.intp, copy=False)] = True
 
     def uncache(self, blocks: Blocks) -> None:
-        """The prefix index offers `blocks` no longer; nobody's are free now. O(blocks)."""
+        """Mark `blocks` as not published; free those without references and holds. O(blocks)."""
         index = blocks.astype(np.intp, copy=False)
         self.cached[index] = False
         refs = self.refs[index]
@@ -178,7 +178,7 @@ class BlockPool:
         self._push(idle)
 
     def hold(self, blocks: Blocks) -> None:
-        """Keep the distinct `blocks`, none of them free, where they are. O(blocks)."""
+        """Add a hold to each of the distinct `blocks`, none of them free. O(blocks)."""
         index = blocks.astype(np.intp, copy=False)
         idle = index[(self.holds[index] == 0) & (self.refs[index] == 0)]
         self._count_evictable(idle, -1)
@@ -188,9 +188,9 @@ class BlockPool:
         self.holds[index] += 1
 
     def unhold(self, blocks: Blocks) -> Index:
-        """End one hold of each of the distinct `blocks`; those that may be evicted now.
+        """Remove a hold from each of the distinct `blocks`. O(blocks).
 
-        O(blocks). The others nobody keeps are free.
+        Returns the blocks that became evictable. Blocks without references and holds are freed.
         """
         index = blocks.astype(np.intp, copy=False)
         self.holds[index] -= 1
@@ -201,7 +201,7 @@ class BlockPool:
         return self._settle(idle)
 
     def _settle(self, idle: Index) -> Index:
-        """Find each block its place that no table holds any more."""
+        """Free, keep or make evictable the blocks that no table holds."""
         if self.num_holds and len(idle):
             kept = self.holds[idle] > 0
             self.num_kept += int(np.count_nonzero(kept))
@@ -231,39 +231,39 @@ class BlockPool:
     # ---------------------------------------------------------------- resize, check
 
     def write_ids(self, blocks: Blocks, ids: Int32) -> None:
-        """Note whose tokens stand in `blocks`, one after the other. O(ids)."""
+        """Store the token ids of `blocks`, consecutively. O(ids)."""
         size = self.ids.shape[1]
         num_full = len(ids) // size
-        # A block's ids as one item: three times as fast as a scatter of rows.
+        # Writing a block's ids as one item is three times as fast as a scatter of rows.
         whole = np.ascontiguousarray(ids[: num_full * size]).view(self._items.dtype)
         self._items[blocks[:num_full].astype(np.intp)] = whole
         if num_full * size < len(ids):
             self.ids[blocks[num_full], : len(ids) - num_full * size] = ids[num_full * size :]
 
     def write_slots(self, slots: Int64, ids: Int32) -> None:
-        """Note whose tokens stand in these flat slots. O(ids)."""
+        """Store the token ids of these flat slots. O(ids)."""
         self.ids.reshape(-1)[slots] = ids
 
     def copy_ids(self, sources: Blocks, destinations: Blocks) -> None:
-        """Note that `destinations` hold the tokens of `sources`. O(blocks)."""
+        """Copy the token ids of `sources` to `destinations`. O(blocks)."""
         self.ids[destinations] = self.ids[sources]
 
     def receive(self, blocks: Blocks, ids: Int32, holders: Int32) -> None:
-        """Let `blocks`, just taken, stand for those of another pool. O(blocks)."""
+        """Set the ids and holders of `blocks`, which were taken for another tier's. O(blocks)."""
         self.ids[blocks] = ids
         self.refs[blocks] = holders
 
     def count_idle(self, blocks: Blocks) -> int:
-        """Return how many of `blocks` may be evicted. O(blocks)."""
+        """Return how many of `blocks` are evictable. O(blocks)."""
         idle = self.cached[blocks] & (self.refs[blocks] == 0) & (self.holds[blocks] == 0)
         return int(np.count_nonzero(idle))
 
     def in_use(self) -> NDArray[np.bool_]:
-        """Which blocks somebody keeps, bool [num_blocks]. O(num_blocks)."""
+        """Return which blocks are not free, bool [num_blocks]. O(num_blocks)."""
         return (self.refs > 0) | self.cached | (self.holds > 0)
 
     def resize(self, num_blocks: int, moved: Int32) -> None:
-        """Change the number of blocks; `moved`: (old, new) pairs, out of those cut off. O(n)."""
+        """Change the number of blocks; `moved`: (old, new) ids of blocks cut off. O(n)."""
         old, new = moved.T
         for name in ("refs", "cached", "holds", "ids"):
             before = getattr(self, name)
@@ -293,7 +293,7 @@ class BlockPool:
         self.num_evictable = int(np.count_nonzero(idle & self.cached & (self.holds == 0)))
 
     def check(self, tier: str, holders: Int32) -> None:
-        """Raise `BrokenInvariant` unless the books agree with `holders`, tables per block. O(n)."""
+        """Raise `BrokenInvariant` unless counts agree with `holders`, tables per block. O(n)."""
         if not 0 <= self._stack_size <= self._num_used_ever <= self.num_blocks:
             raise BrokenInvariant(
                 f"{tier} pool: {self._stack_size} free again of {self._num_used_ever} used ever, "
@@ -307,9 +307,9 @@ class BlockPool:
             )
         free = self._stack[: self._stack_size]
         if len(np.unique(free)) != len(free):
-            raise BrokenInvariant(f"{tier} pool: a block stands twice on the free list")
+            raise BrokenInvariant(f"{tier} pool: a block is on the free list twice")
         if np.any(free >= self._num_used_ever) or np.any(free < self.num_reserved):
-            raise BrokenInvariant(f"{tier} pool: a never used block stands on the free list")
+            raise BrokenInvariant(f"{tier} pool: a block that was never used is on the free list")
         taken = self.in_use()
         if np.any(taken[free]):
             raise BrokenInvariant(
@@ -323,8 +323,8 @@ class BlockPool:
         counted = (self.num_evictable, self.num_kept, self.num_holds)
         if counted != (evictable, kept, int(self.holds.sum())) or np.any(self.holds < 0):
             raise BrokenInvariant(
-                f"{tier} pool: counts {counted} blocks as evictable, kept back and holds, "
-                f"but {evictable}, {kept} and {self.holds.sum()} are"
+                f"{tier} pool: evictable, kept, holds counted as {counted}, "
+                f"but a recount finds {(evictable, kept, int(self.holds.sum()))}"
             )
         if int(np.count_nonzero(taken)) + self.num_free != self.num_blocks - self.num_reserved:
             raise BrokenInvariant(

@@ -1,20 +1,19 @@
-"""Which token prefixes already have their blocks in the pool.
+"""The prefix index: the token prefixes whose blocks are in the pool.
 
-A compressed radix tree per namespace and LoRA. A node is a run of whole blocks with no fork in
-it; its children differ in their first block:
+A compressed radix tree per namespace and LoRA. A node is a run of whole blocks without a branch.
+Its children differ in their first block:
 
     root ── [system prompt, 40 blocks] ─┬─ [question A, 3]
                                         └─ [question B, 7] ── ...
 
-Tokens are compared themselves, run by run in one vector operation, so no hash can collide; other
-trees are never looked at, so no tenant can hit another's blocks. Sharing prefixes through a radix
-tree is SGLang's RadixAttention (Zheng et al., 2024); reusing part of the next block is
-TensorRT-LLM's. The token ids stand with the blocks in the pool: what is offered cannot differ
-from what is held.
+A look-up compares the tokens of a run in one vector operation, so no hash can collide. It reads one
+tree only, so no tenant can hit another tenant's blocks. Sharing prefixes through a radix tree is
+from SGLang's RadixAttention (Zheng et al., 2024), reusing part of the next block from TensorRT-LLM.
+The pool stores the token ids of each block, so published and held tokens cannot differ.
 
-A sequence remembers its place as (node, blocks published). When a run is split, the node it knows
-becomes the lower half, and the place is found again by walking up. A run that lost its tail is
-sealed: it never grows again, so a place beyond its end is known to be gone.
+A sequence stores its place as (node, published blocks). If a run is split, the node becomes the
+lower half, and walking up finds the place again. A run that lost its tail is sealed: it never grows
+again, so a place beyond its end is gone.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from kvpager.blocks.radix import Forest, Match, Node, TreeKey, key_of
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import NO_BLOCKS, Int32
 
-# How many runs are looked at for one whose first block matches in part: of prompts that all begin
-# alike there may be thousands, and the latest are the likeliest.
+# How many runs to try for a partial match of their first block. Thousands may branch off here; the
+# latest are the likeliest.
 _PARTIAL_CANDIDATES_MAX = 16
 
 
 class PrefixIndex:
-    """Committed full blocks by their tokens: look-up and publication.
+    """Looks up and publishes committed full blocks, by their tokens.
 
     Writes the runs and children of the nodes that grow, and, by `cache`, which blocks the pool
     marks as cached. Tells the evictor which nodes are leaves.
@@ -58,7 +57,7 @@ class PrefixIndex:
     # ---------------------------------------------------------------- look up
 
     def match(self, tree: TreeKey, tokens: Int32, mm_hashes: MMHashes = NO_MM_HASHES) -> Match:
-        """The longest prefix of `tokens` that is known in `tree`. O(tokens)."""
+        """Return the longest published prefix of `tokens` in `tree`. O(tokens)."""
         root = self._forest.roots.get(tree)
         if root is None:
             return Match(None, NO_BLOCKS)
@@ -80,7 +79,7 @@ class PrefixIndex:
     def _walk(
         self, node: Node, position: int, wanted: Int32, tags: list[tuple[int, Tag]]
     ) -> tuple[Node, int, list[Int32]]:
-        """From block `position`, inside or at the end of `node`, as far as `wanted` agrees."""
+        """Walk from block `position`, in or at the end of `node`, while `wanted` agrees."""
         found: list[Int32] = []
         begin, segment = position, 0
         while position - begin < len(wanted):
@@ -95,7 +94,7 @@ class PrefixIndex:
             run = node.blocks[position - node.start : stop - node.start]
             first = position - begin
             same = self.pool.ids.take(run, axis=0) == wanted[first : first + len(run)]
-            agreed = int(same.argmin()) // self.block_size  # 0 where all are equal, too
+            agreed = int(same.argmin()) // self.block_size  # also 0 if all are equal
             if not agreed and np.count_nonzero(same) == same.size:
                 agreed = len(run)
             found.append(run[:agreed])
@@ -106,7 +105,7 @@ class PrefixIndex:
         return node, position, found
 
     def _partial(self, node: Node, position: int, rest: Int32, tag: Tag) -> tuple[int, int]:
-        """The block after `position` that agrees longest with `rest`, and how many tokens do."""
+        """Return the next block that agrees longest with `rest`, and the number of tokens."""
         if position < node.end:
             candidates = [int(node.blocks[position - node.start])] if node.tag == tag else []
         else:
@@ -130,7 +129,7 @@ class PrefixIndex:
     # ---------------------------------------------------------------- publish
 
     def root(self, tree: TreeKey) -> Node:
-        """Where the prefixes of `tree` begin; made on first use. O(1)."""
+        """Return the root of `tree`; make it on first use. O(1)."""
         root = self._forest.roots.get(tree)
         if root is None:
             root = self._forest.new_root(tree, self._evictor.queue(tree[0]))
@@ -139,10 +138,10 @@ class PrefixIndex:
     def publish(
         self, node: Node, position: int, blocks: Blocks, mm_hashes: MMHashes
     ) -> tuple[Node, bool]:
-        """Offer full `blocks` after place (node, position). O(tokens).
+        """Publish full `blocks` after the place (node, position). O(tokens).
 
-        Where equal blocks are offered already, those stay. Returns the node of the last block,
-        and whether any is not the sequence's own. `settle` must follow.
+        Equal blocks that are published already stay in the index. Return the node of the last
+        block, and True if a block in the index is not the sequence's own. `settle` must follow.
         """
         end, is_duplicate = position + len(blocks), False
         first, tags = position, mm_hashes.stretches(self.block_size, position, end)
@@ -150,12 +149,12 @@ class PrefixIndex:
             wanted = self.pool.ids.take(blocks, axis=0)
             node, position, found = self._walk(node, position, wanted, tags)
             if position > first:
-                offered = np.concatenate(found)
-                is_duplicate = not np.array_equal(offered, blocks[: position - first])
+                published = np.concatenate(found)
+                is_duplicate = not np.array_equal(published, blocks[: position - first])
                 self.settle()
-                self.policy.touch(offered)
+                self.policy.touch(published)
                 if is_duplicate:  # used, and idle again
-                    self._evictor.release(offered[self._evictor.idle(offered)])
+                    self._evictor.release(published[self._evictor.idle(published)])
         if position < end:
             if position < node.end:
                 node = self._split(node, position)
@@ -170,7 +169,7 @@ class PrefixIndex:
         return node, is_duplicate
 
     def publish_first(self, tree: TreeKey, block: int, tag: Tag) -> None:
-        """Offer a full block at the front of `tree`, unless an equal one is. O(block_size).
+        """Publish a full block at the front of `tree`, unless an equal one is. O(block_size).
 
         `settle` must follow.
         """
@@ -180,14 +179,12 @@ class PrefixIndex:
             self._begin_run(root, 0, np.array([block], np.int32), tag, key)
             return
         self.settle()
-        offered = equal.blocks[:1]
-        self.policy.touch(offered)
-        self._evictor.release(offered[self._evictor.idle(offered)])  # used, and idle again
+        published = equal.blocks[:1]
+        self.policy.touch(published)
+        self._evictor.release(published[self._evictor.idle(published)])  # used, and idle again
 
     def _attach(self, node: Node, position: int, blocks: Blocks, tag: Tag) -> Node:
-        if (
-            position and node in node.queue.ranks
-        ):  # an idle leaf, and now its blocks stand before held ones
+        if position and node in node.queue.ranks:  # the idle leaf gets a held child
             node.queue.forget(node)
             node.queue.defer(node)
         if not position or node.children or node.sealed or node.tag != tag:
@@ -207,21 +204,21 @@ class PrefixIndex:
         return node
 
     def _tell(self, node: Node, position: int, blocks: Blocks, tag: Tag) -> None:
-        """Note `blocks` for the policy and the log, before they stand behind `node`."""
+        """Report `blocks` to the policy and the log, before they join the tree after `node`."""
         before = int(node.blocks[-1]) if position else -1
         self.arrivals.add(blocks, position, before, node.tree)
         if self._log is not None:
             self._log.add("stored", **self._event(node.tree, tag, before, blocks))
 
     def settle(self) -> None:
-        """Tell pool and policy about the blocks published since. O(blocks)."""
+        """Report the newly published blocks to pool and policy. O(blocks)."""
         if self.arrivals:
             blocks, fingerprints, depths = self.arrivals.drain(self.policy.needs_fingerprints)
             self.pool.cache(blocks)
             self.policy.admit(blocks, fingerprints, depths)
 
     def _split(self, lower: Node, position: int) -> Node:
-        """Cut a run in two; `lower` stays the deeper half. O(blocks). Returns the upper half."""
+        """Split a run; `lower` stays the deeper half. O(blocks). Return the upper half."""
         parent = lower.parent
         assert parent is not None
         start, front = lower.start, lower.cut_front(position)
@@ -235,10 +232,10 @@ class PrefixIndex:
         self._evictor.enqueue_node(upper)
         return upper
 
-    # ---------------------------------------------------------------- keep house
+    # ---------------------------------------------------------------- events, resize, check
 
     def published(self) -> Iterator[Event]:
-        """All runs as `stored` events, parents before children. O(tokens)."""
+        """Return all runs as `stored` events, parents before children. O(tokens)."""
         for root in self._forest.roots.values():
             for node in self._forest.below(root):
                 parent = node.parent
@@ -257,14 +254,14 @@ class PrefixIndex:
         }
 
     def resize(self, num_blocks: int, places: Int32) -> None:
-        """Follow the pool to its new size, and its blocks to their new places. O(blocks)."""
+        """Follow the pool to its new size. `places`: the new id of each block. O(blocks)."""
         self._forest.resize(num_blocks, places)
         self.arrivals.resize(num_blocks, places)
         self.policy.resize(num_blocks, places)
 
     def check(self) -> None:
-        """Raise `BrokenInvariant` unless trees, look-up and pool tell the same story. O(blocks)."""
+        """Raise `BrokenInvariant` unless trees, look-up and pool agree. O(blocks)."""
         self._forest.check()
         self._evictor.check()
         if self.arrivals:
-            raise BrokenInvariant("prefix index: its blocks are not those the pool marks as cached")
+            raise BrokenInvariant("prefix index: its blocks are not the cached blocks of the pool")

@@ -1,8 +1,7 @@
-"""What schedulers, adapters and storages need of a block manager.
+"""The members of a block manager that schedulers, integrations and storages use.
 
-`BlockManager` is one, `GroupedManager` another. A further way to keep sequences, such as contiguous
-reservations, is used in their place when it has these members; each does what the method of that
-name in `BlockManager` says.
+`BlockManager` and `GroupedManager` implement the protocol. Another mode, such as contiguous
+reservations, can replace them: each member does what the method of `BlockManager` documents.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from kvpager.plans import Int32, Int64, Plan, Step, Tier
 
 
 class Ceilings(Protocol):
-    """What is asked of a manager's quotas."""
+    """The members of a manager's `quotas` in use."""
 
     def ceiling(self, namespace: str | None) -> int | None:
         """Return the most blocks a namespace may have. O(1)."""
@@ -31,7 +30,7 @@ class Ceilings(Protocol):
 
 
 class Fencing(Protocol):
-    """What is asked of a manager's copies."""
+    """The members of a manager's `copies` in use."""
 
     @property
     def is_fenced(self) -> bool:
@@ -39,10 +38,10 @@ class Fencing(Protocol):
 
 
 class Bounds(Protocol):
-    """What is asked of a manager's queries."""
+    """The members of a manager's `queries` in use."""
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return the most blocks that a sequence comes to hold up to `num_tokens`. O(groups)."""
+        """Return the most blocks that a sequence of up to `num_tokens` holds. O(groups)."""
 
 
 class CacheManager(Protocol):
@@ -66,15 +65,15 @@ class CacheManager(Protocol):
 
     @property
     def quotas(self) -> Ceilings:
-        """Bounds of namespaces."""
+        """The quotas of namespaces."""
 
     @property
     def queries(self) -> Bounds:
-        """The bounds of what sequences hold."""
+        """Bounds of the blocks that a sequence holds."""
 
     @property
     def copies(self) -> Fencing:
-        """Copies that are not finished."""
+        """The unfinished copies."""
 
     @property
     def num_blocks(self) -> int:
@@ -82,7 +81,7 @@ class CacheManager(Protocol):
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be had without evicting."""
+        """Free blocks: available without eviction."""
 
     @property
     def num_held_blocks(self) -> int:
@@ -122,7 +121,7 @@ class CacheManager(Protocol):
         """Make room for further tokens."""
 
     def commit(self, sequences: Target, length: int | None = None) -> None:
-        """Say that tokens' KV is written."""
+        """Record that the KV of tokens is written."""
 
     @overload
     def fork(self, sequence: SequenceHandle) -> SequenceHandle: ...
@@ -133,7 +132,7 @@ class CacheManager(Protocol):
         """End sequences."""
 
     def truncate(self, sequence: SequenceHandle, length: int) -> None:
-        """Keep the first tokens."""
+        """Shorten a sequence."""
 
     def swap(
         self, sequences: Target, to: Tier, *, at_most: int | None = None, reserve: int = 0
@@ -141,7 +140,7 @@ class CacheManager(Protocol):
         """Move blocks between the tiers."""
 
     def clear_prefix_cache(self) -> int:
-        """Evict all that is cached only."""
+        """Evict all cached blocks that no sequence holds."""
 
     # ---------------------------------------------------------------- reading
 
@@ -155,19 +154,19 @@ class CacheManager(Protocol):
         """Return the block tables."""
 
     def tables_and_lengths(self, sequences: Target) -> tuple[Int32, Int64]:
-        """Return both, read at one moment."""
+        """Return block tables and lengths, read at one moment."""
 
     def slots(self, sequence: SequenceHandle, start: int = 0, stop: int | None = None) -> Int64:
         """Return the slots of tokens."""
 
     def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
-        """Return the slots of tokens about to be written, which may take blocks."""
+        """Return the slots of tokens about to be written; this may take blocks."""
 
     def stats(self) -> Stats:
         """Return counts and totals."""
 
     def check(self) -> None:
-        """Raise `BrokenInvariant` if a law is broken."""
+        """Raise `BrokenInvariant` if an invariant is broken."""
 
 
 MEMBERS = tuple(name for name in vars(CacheManager) if not name.startswith("_"))

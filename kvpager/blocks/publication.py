@@ -1,4 +1,4 @@
-"""Written blocks that become reusable."""
+"""Publish the full blocks of committed tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvpager.plans import Int64
 
 
 class Publication:
-    """Offers the full, committed blocks of sequences. The caller holds the lock.
+    """Publishes the full, committed blocks of sequences. The caller holds the lock.
 
     Writes `committed`, `published`, `duplicates` and `nodes` of the rows it is given.
     """
@@ -19,9 +19,9 @@ class Publication:
         self._state = state
 
     def commit_row(self, row: int, length: int | None) -> None:
-        """Note that the KV of a row's first `length` tokens is written. O(new full blocks).
+        """Record that the KV of a row's first `length` tokens is written. O(new full blocks).
 
-        Raises: `ValueError` for more tokens than there are, speculative tokens left out.
+        Raises: `ValueError` if the row has fewer tokens, not counting speculative ones.
         """
         state, table = self._state, self._state.rows
         settled = int(table.lengths[row]) - int(table.speculative[row])
@@ -36,7 +36,7 @@ class Publication:
         state.index.settle()
 
     def commit(self, rows: Int64, length: int | Int64 | None) -> None:
-        """As `commit_row`, of several rows. O(rows + new full blocks)."""
+        """Do as `commit_row` for several rows. O(rows + new full blocks)."""
         state, table = self._state, self._state.rows
         settled = table.lengths[rows] - table.speculative[rows]
         if length is not None:
@@ -56,8 +56,8 @@ class Publication:
         who, position = table.prompt(row), int(table.published[row])
         node = state.forest.locate(table.nodes[row], position) if position else None
         if node is None:
-            # Nothing is published yet; or somebody else's blocks, which stood for ours, were
-            # evicted, and the chain is broken: begin from the front, with our own blocks.
+            # No block is published yet. Or the chain is broken, because duplicates of another
+            # sequence were evicted. Publish the row's own blocks, from the front.
             node, position = index.root(who.tree) if end else None, 0
             table.duplicates[row] = False
         if position < end and node is not None:

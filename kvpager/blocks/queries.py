@@ -1,4 +1,4 @@
-"""What can be read of a manager, all of it without changing anything."""
+"""Read-only queries of a manager."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvpager.plans import Int32, Int64
 
 
 class Queries:
-    """The reading half of a `BlockManager`, which documents most of it. Writes nothing."""
+    """The read-only methods of a `BlockManager`, which documents most of them."""
 
     def __init__(self, state: BlockState) -> None:
         self._state = state
@@ -37,7 +37,7 @@ class Queries:
         return -(-num_tokens // self._state.block_size)
 
     def owns(self, sequence: SequenceHandle) -> bool:
-        """True if the handle is of this manager and not freed. O(1)."""
+        """Return True if the handle is of this manager and not freed. O(1)."""
         if not isinstance(sequence, SequenceHandle):
             raise TypeError(f"expected a SequenceHandle, got {type(sequence).__name__}")
         state = self._state
@@ -83,7 +83,7 @@ class Queries:
             arguments.within("stop", end, table.lengths[[row]])
             first = int(table.first_blocks[row]) * state.block_size
             if not first <= start <= end:
-                raise ValueError(f"start {start}: expected {first} <= start <= stop = {end}")
+                raise ValueError(f"start={start}: expected {first} <= start <= stop = {end}")
             return table.slots(np.array([row]), np.array([start]), np.array([end - start]))
 
     def victims(self, sequences: Target, need: int) -> list[SequenceHandle]:
@@ -100,7 +100,7 @@ class Queries:
                 found += int(np.count_nonzero(is_last))
                 chosen += 1
             if found < need:
-                advice = "so many would those named give back; name more of them"
+                advice = "the sequences would free fewer blocks; pass more sequences"
                 raise OutOfBlocks(need, found, 0, pool.num_blocks, advice=advice)
             handles = [state.handle(row) for row in rows] if isinstance(named, Batch) else named
             return [handles] if isinstance(handles, SequenceHandle) else handles[:chosen]
@@ -127,11 +127,11 @@ class Queries:
             found = np.concatenate([match.blocks, np.array(partial, np.int32)])
         return PrefixMatch.of(num_tokens, found)
 
-    # ---------------------------------------------------------------- the whole
+    # ---------------------------------------------------------------- the pool
 
     @property
     def num_evicted_blocks(self) -> int:
-        """Cached blocks given up since the manager began. O(1)."""
+        """Blocks evicted since the manager began. O(1)."""
         with self._state.lock:
             return self._state.totals["evicted"]
 

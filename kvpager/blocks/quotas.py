@@ -1,9 +1,9 @@
-"""How many device blocks a namespace may have at most, and can always get: `manager.quotas`.
+"""Quotas: the most and the least device blocks of a namespace: `manager.quotas`.
 
-A namespace's blocks are those its sequences hold and those that stay cached for it; no block ever
-belongs to two. Its `ceiling` bounds their number. Its `floor` is kept for it: as long as its
-sequences hold fewer, other namespaces can neither take the difference nor evict what is cached
-within it.
+A namespace owns the blocks that its sequences hold and the blocks cached for it. A block belongs to
+one namespace. `ceiling` bounds the number of its blocks. `floor` reserves blocks: while the
+namespace's sequences hold fewer, other namespaces can neither take the difference nor evict the
+namespace's cached blocks within it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from kvpager.plans import NO_BLOCKS
 
 
 class Quotas:
-    """The quotas of a manager's namespaces. Its methods are as safe to share as the manager's.
+    """The quotas of a manager's namespaces. Thread-safe.
 
-    Writes the accounts, and which queue of the evictor the nodes of a namespace are in.
+    Writes the accounts, and moves the nodes of a namespace between queues of the evictor.
     """
 
     def __init__(self, state: BlockState) -> None:
         self._state = state
 
     def set(self, namespace: str | None, *, floor: int = 0, ceiling: int | None = None) -> None:
-        """Bound the device blocks of a namespace, and keep some for it.
+        """Bound the device blocks of a namespace, and reserve blocks for it.
 
         O(1) for a namespace that has a quota, else O(sequences + its blocks).
 
         Args:
-            namespace: whose blocks.
-            floor: blocks its sequences can always get; what is cached within it nobody else evicts.
-            ceiling: the most blocks it may have, held and cached; beyond, it evicts its own.
+            namespace: the owner of the blocks.
+            floor: the number of blocks that its sequences can always get.
+            ceiling: the most blocks it may own, held and cached. At its ceiling, the namespace
+                evicts its own cached blocks.
 
-        Raises: `ValueError` where the floors promise more than can be had, or the namespace holds
-        more than `ceiling` blocks already.
+        Raises: `ValueError` if the pool lacks blocks for all floors, or the namespace holds more
+        than `ceiling` blocks already.
         """
         arguments.label("namespace", namespace)
         floor = arguments.count("floor", floor)
@@ -72,18 +73,18 @@ class Quotas:
         pool = self._state.pool
         if quota.ceiling is not None and held > quota.ceiling:
             raise ValueError(
-                f"ceiling {quota.ceiling}: namespace {namespace!r} holds {held} blocks; "
-                "free some first"
+                f"ceiling={quota.ceiling}: namespace {namespace!r} holds {held} blocks. "
+                "Free sequences first."
             )
         promised = self._state.accounts.promised(namespace, quota.floor, held)
         if promised > pool.num_free + pool.num_evictable:
             raise ValueError(
-                f"floor {quota.floor}: with what the other floors promise, {promised} blocks, and "
-                f"{pool.num_free + pool.num_evictable} can be had"
+                f"floor={quota.floor}: all floors together lack {promised} blocks, but only "
+                f"{pool.num_free + pool.num_evictable} are available"
             )
 
     def get(self, namespace: str | None) -> Quota:
-        """Return the quota of a namespace. O(1). Raises: `ValueError` where it has none."""
+        """Return the quota of a namespace. O(1). Raises: `ValueError` if it has none."""
         arguments.label("namespace", namespace)
         with self._state.lock:
             return self._known(namespace)
@@ -91,18 +92,18 @@ class Quotas:
     def _known(self, namespace: str | None) -> Quota:
         limits = self._state.accounts.limits
         if namespace not in limits:
-            raise ValueError(f"namespace {namespace!r} has no quota; give it one by quotas.set")
+            raise ValueError(f"namespace={namespace!r}: it has no quota. Call quotas.set first.")
         return limits[namespace]
 
     def ceiling(self, namespace: str | None) -> int | None:
-        """Return the most blocks a namespace may have; None where no quota sets a bound. O(1)."""
+        """Return the most blocks that a namespace may own; None: no bound. O(1)."""
         arguments.label("namespace", namespace)
         with self._state.lock:
             quota = self._state.accounts.limits.get(namespace)
             return None if quota is None else quota.ceiling
 
     def drop(self, namespace: str | None) -> None:
-        """Let a namespace share what is left with the others. O(blocks). Raises: as `get`."""
+        """Remove the quota of a namespace. O(blocks). Raises: as `get`."""
         arguments.label("namespace", namespace)
         state = self._state
         with state.lock, state.change:
@@ -123,15 +124,15 @@ class Quotas:
 
 
 class NamespaceQuotas(MutableMapping[str, int | str]):
-    """The most that each namespace may have: `quotas["acme"] = 512` blocks, or `"2GiB"`.
+    """The most KV cache of each namespace: `quotas["acme"] = 512` blocks, or `"2GiB"`.
 
-    A quota bounds the device blocks that the namespace's sequences hold together with those that
-    stay cached for it, in each pool. At its quota, a namespace evicts its own cached blocks. A call
-    that needs more raises `OutOfQuota`. `del quotas["acme"]` lifts the bound.
+    A quota bounds the device blocks that a namespace owns in each pool, held and cached. At its
+    quota, a namespace evicts its own cached blocks. A call that needs more raises `OutOfQuota`.
+    `del quotas["acme"]` removes the bound.
 
     Args:
-        pools: returns the quotas of each pool that there is now, and the bytes of its blocks.
-        locked: returns the lock that is held while a quota changes. Signals wait meanwhile.
+        pools: returns the quotas of each current pool, and the bytes of its blocks.
+        locked: returns the lock to hold while a quota changes. Signals wait meanwhile.
     """
 
     def __init__(
@@ -157,13 +158,13 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
     def __setitem__(self, namespace: str, quota: int | str) -> None:
         """Bound a namespace from now on. O(its blocks) in each pool.
 
-        Raises: `ValueError` where its sequences hold more already, or for a size below a block of
-        some pool; `TypeError` for what is no name or no quota. The quota stays as it was then.
-        Without a pool yet, any size is taken. If it is below a block of a pool that is made later,
-        each call of the namespace that needs that pool raises `ValueError`.
+        Raises: `ValueError` if its sequences hold more already, or for a size below a block of
+        some pool; `TypeError` for an invalid name or quota. Then the quota is unchanged.
+        Without a pool any size is valid. If a later pool has larger blocks, each call of the
+        namespace that needs that pool raises `ValueError`.
         """
         if namespace is None:
-            raise TypeError("namespace None: pass the name of a namespace")
+            raise TypeError("namespace=None: expected the name of a namespace")
         arguments.label("namespace", namespace)
         _ceiling(quota, 0)
         lock = self._locked()
@@ -188,7 +189,7 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
                 _bound(quotas, namespace, None)
 
     def enforce(self, quotas: Ceilings, namespace: str | None, block_bytes: int) -> None:
-        """Bound a namespace in a pool that may be new, or whose blocks grew. O(1) if it is bounded.
+        """Bound a namespace in a pool that is new or whose blocks grew. O(1) if bounded already.
 
         Raises: `OutOfQuota` if the namespace holds more; `ValueError` for less than a block.
         """
@@ -213,7 +214,7 @@ def _bound(quotas: Ceilings, namespace: str | None, ceiling: int | None) -> None
 
 
 def _ceiling(quota: int | str, block_bytes: int) -> int | None:
-    """Return a quota in blocks; None for a size while the size of a block is not known, or 0."""
+    """Return a quota in blocks; None for a size if the bytes of a block are unknown, or 0."""
     if not isinstance(quota, str):
         return arguments.count("quota", quota, at_least=1)
     num_bytes = arguments.parse_memory(quota, "quota") or 0
@@ -221,7 +222,7 @@ def _ceiling(quota: int | str, block_bytes: int) -> int | None:
         return None
     if num_bytes < block_bytes:
         raise ValueError(
-            f"quota {quota!r}: one block takes {size(block_bytes)}. Raise the quota to at least "
+            f"quota={quota!r}: one block takes {size(block_bytes)}. Raise the quota to at least "
             f"{size(block_bytes, round_up=True)}."
         )
     return min(num_bytes // block_bytes, arguments.COUNT_MAX)

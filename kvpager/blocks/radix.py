@@ -1,4 +1,4 @@
-"""The prefix trees: nodes that are runs of blocks, and what tells one run from another."""
+"""The prefix trees: nodes are runs of blocks, found by the key of their first block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TreeKey = tuple[str | None, str | None] | tuple[str | None, str | None, int]
 
 
 class Node:
-    """Blocks `start` to `end` of every prompt that comes this way."""
+    """A run: blocks `start` to `end` of all prompts through this node."""
 
     __slots__ = (
         "_room", "children", "end", "first", "number", "parent", "queue", "sealed", "start", "tag",
@@ -35,7 +35,7 @@ class Node:
         self.children: dict[object, Node] = {}
         self.sealed = False
         self.tag: Tag = None
-        self.token = -1  # the first one, where it has a parent
+        self.token = -1  # the first token of a node with a parent
         self.first = int(blocks[0]) if len(blocks) else -1
         self._room = blocks
         if parent is not None:
@@ -48,7 +48,7 @@ class Node:
         return self._room[: self.end - self.start]
 
     def extend(self, blocks: NDArray[np.integer[Any]]) -> None:
-        """Grow at the end. Amortised O(blocks)."""
+        """Append blocks to the run. Amortised O(blocks)."""
         used, needed = self.end - self.start, self.end - self.start + len(blocks)
         if needed > len(self._room):
             room = np.empty(max(needed, 2 * len(self._room)), np.int32)
@@ -58,13 +58,13 @@ class Node:
         self.end += len(blocks)
 
     def relocate(self, places: Int32) -> None:
-        """Follow the blocks to their new places. O(blocks)."""
+        """Replace block ids by their new ids. O(blocks)."""
         if self.end > self.start:
             self.blocks[:] = places[self.blocks]
             self.first = int(self._room[0])
 
     def cut_front(self, position: int) -> Int32:
-        """Give up the blocks before `position`, a copy. O(blocks)."""
+        """Remove the blocks before `position` and return them, a copy. O(blocks)."""
         front = self._room[: position - self.start].copy()
         self._room = self.blocks[position - self.start :].copy()
         self.start, self.first = position, int(self._room[0])
@@ -81,7 +81,7 @@ class Match(NamedTuple):
 
 
 def key_of(tokens: Int32, tag: Tag) -> object:
-    """What a child is found by: all tokens of its first block, and what they show."""
+    """Return the key of a child: the tokens and the tag of its first block. O(block_size)."""
     return tokens.tobytes() if tag is None else (tokens.tobytes(), tag)
 
 
@@ -109,7 +109,7 @@ class Forest:
         return root
 
     def new_node(self, parent: Node | None, start: int, blocks: Int32) -> Node:
-        """Make a node, which its parent does not know yet. O(1)."""
+        """Make a node; the caller adds it to its parent. O(1)."""
         number = self._free_numbers.pop() if self._free_numbers else len(self.nodes)
         node = Node(number, parent, start, blocks)
         if number == len(self.nodes):
@@ -121,18 +121,18 @@ class Forest:
         return node
 
     def name(self, node: Node, blocks: Blocks) -> None:
-        """Note that these blocks stand in `node`. O(blocks)."""
+        """Map these blocks to `node`. O(blocks)."""
         self.node_of[blocks.astype(np.intp)] = node.number
 
     def bury(self, node: Node) -> None:
-        """Forget a node that is in no tree any more. O(1)."""
+        """Drop a node that left its tree. O(1)."""
         node.end = node.start
         node.queue.forget(node)
         self.nodes[node.number] = None
         self._free_numbers.append(node.number)
 
     def drop_root(self, root: Node) -> None:
-        """Forget an empty tree. O(1)."""
+        """Drop an empty tree. O(1)."""
         del self.roots[root.tree]
         roots = self._roots_of[root.tree[0]]
         del roots[root.tree]
@@ -141,7 +141,7 @@ class Forest:
         self.bury(root)
 
     def resize(self, num_blocks: int, places: Int32) -> None:
-        """Follow the pool to its new size, and its blocks to their new places. O(blocks)."""
+        """Follow the pool to its new size. `places`: the new id of each block. O(blocks)."""
         for node in self.nodes:
             if node is not None:
                 node.relocate(places)
@@ -150,17 +150,17 @@ class Forest:
     # ---------------------------------------------------------------- reading
 
     def key(self, block: int, tag: Tag) -> object:
-        """Return what a child that begins with `block` is found by. O(1)."""
+        """Return the key of a child that begins with `block`. O(block_size)."""
         return key_of(self.pool.ids[block], tag)
 
     def locate(self, node: Node | None, position: int) -> Node | None:
-        """The node in which the place (node, position > 0) is now; None if it is gone. O(depth)."""
+        """Return the node that has the place (node, position > 0) now, or None. O(depth)."""
         while node is not None and position <= node.start:
             node = node.parent
         return node if node is not None and position <= node.end else None
 
     def path(self, node: Node, position: int) -> Int32:
-        """The first `position` blocks on the way to `node`, where that place is. O(depth)."""
+        """Return the first `position` blocks on the path to `node`. O(depth)."""
         runs = [node.blocks[: position - node.start]]
         while (parent := node.parent) is not None:
             runs.append(parent.blocks)
@@ -176,7 +176,7 @@ class Forest:
             yield node
 
     def walk(self) -> Iterator[Node]:
-        """All nodes, roots included; parents before children, siblings in order. O(nodes)."""
+        """Return all nodes, roots included: parents first, siblings in order. O(nodes)."""
         for root in self.roots.values():
             stack = [root]
             while stack:
@@ -192,19 +192,19 @@ class Forest:
         return list(self._roots_of)
 
     def owned(self) -> Iterator[tuple[str | None, Int32]]:
-        """Return the blocks offered to each namespace, run by run. O(nodes)."""
+        """Return the published blocks of each namespace, run by run. O(nodes)."""
         for namespace in self._roots_of:
             for blocks in self.owned_by(namespace):
                 yield namespace, blocks
 
     def owned_by(self, namespace: str | None) -> Iterator[Int32]:
-        """Return the blocks offered to one namespace, run by run. O(its nodes)."""
+        """Return the published blocks of one namespace, run by run. O(its nodes)."""
         for root in self.roots_of(namespace):
             for node in self.below(root):
                 yield node.blocks
 
     def check(self) -> None:
-        """Raise `BrokenInvariant` unless trees and look-up tell the same story. O(blocks)."""
+        """Raise `BrokenInvariant` unless trees and look-up agree. O(blocks)."""
         owner = np.full(self.pool.num_blocks, -1, np.int32)
         count = 0
         for tree, root in self.roots.items():
@@ -216,12 +216,12 @@ class Forest:
                 count += 1
                 self._check_node(node)
                 if np.any(owner[node.blocks] >= 0):
-                    raise BrokenInvariant("prefix index: a block stands twice in the trees")
+                    raise BrokenInvariant("prefix index: a block is in the trees twice")
                 owner[node.blocks] = node.number
         if count != sum(node is not None for node in self.nodes):
             raise BrokenInvariant("prefix index: a node is in no tree")
         if np.any((owner >= 0) != self.pool.cached):
-            raise BrokenInvariant("prefix index: its blocks are not those the pool marks as cached")
+            raise BrokenInvariant("prefix index: its blocks are not the cached blocks of the pool")
         wrong = np.flatnonzero((owner != self.node_of) & (owner >= 0))
         if len(wrong):
             raise BrokenInvariant(f"prefix index: block {wrong[0]} is looked up in a wrong node")

@@ -1,4 +1,4 @@
-"""Another number of device blocks at run time."""
+"""Resize the device pool at run time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvpager.plans import NO_COPIES, Plan
 
 
 class Resize:
-    """Grows and shrinks the device pool, and empties it of what is cached only.
+    """Grows and shrinks the device pool, and clears the prefix cache.
 
     Writes no array itself: `BlockState.resize` replaces those of the pool, and the entries of
     block tables that name a block that moved.
@@ -27,7 +27,9 @@ class Resize:
             least = state.pool.num_blocks
             num_blocks = arguments.count("num_blocks", num_blocks, at_least=least)
             if state.fences.cut_off:
-                raise ValueError("complete the plan of `shrink` first: it reads what was cut off")
+                raise ValueError(
+                    "num_blocks: the plan of `shrink` is unfinished. Complete it first."
+                )
             state.change.begin()
             state.resize(num_blocks, NO_COPIES)
 
@@ -49,18 +51,18 @@ class Resize:
             in_use = pool.in_use()
             old = in_use[num_blocks:].nonzero()[0] + num_blocks
             places = (~in_use[:num_blocks]).nonzero()[0]
-            copies.resize((len(old), 2), refcheck=False)  # in place: some were evicted
+            copies.resize((len(old), 2), refcheck=False)  # in place: some blocks were evicted
             copies[:, 0], copies[:, 1] = old, places[places >= pool.num_reserved][: len(old)]
             state.resize(num_blocks, copies)
             state.moved(copies, plan.ticket, "device", "device", "moved")
             return plan
 
     def _excess(self, num_blocks: int) -> int:
-        """Return how many blocks have to be evicted first. Refuse what cannot be done."""
+        """Return how many blocks to evict first. Raises: as `BlockManager.shrink`."""
         pool, accounts = self._state.pool, self._state.accounts
         if pool.holds[num_blocks:].any():
             raise ValueError(
-                f"num_blocks {num_blocks}: a block beyond is pinned or in an unfinished copy"
+                f"num_blocks={num_blocks}: a higher block is pinned or in an unfinished copy"
             )
         room = num_blocks - pool.num_reserved
         excess = pool.num_held + pool.num_kept + pool.num_evictable - room
@@ -69,7 +71,7 @@ class Resize:
             need = room + excess - can_leave
             raise OutOfBlocks(need, room, 0, pool.num_blocks, "remaining device")
         if accounts.shortfall(pool, fewer=pool.num_blocks - num_blocks) > 0:
-            raise ValueError(f"num_blocks {num_blocks}: too few for what floors promise")
+            raise ValueError(f"num_blocks={num_blocks}: too few blocks for the floors")
         return excess
 
     def clear_prefix_cache(self) -> int:

@@ -4,8 +4,8 @@
     lengths   33     16      -          generation, so every old handle of the row is refused
     tables    4 7 2  7       -          block ids in logical order, see `block_tables.py`
 
-In a table, -1 is "no block" and -2 - h is block h of the host. One decode step for a whole batch
-is then a handful of vector operations, whatever its size. The order of a row's counts is always
+In a table, -1 is "no block" and -2 - h is block h of the host. One decode step is a handful of
+vector operations for a batch of any size. The counts of a row are always ordered:
 
     published blocks * block_size <= min(committed, known) <= lengths - speculative <= lengths
 """
@@ -28,7 +28,7 @@ NO_BLOCK = -1
 
 
 class Owner(Protocol):
-    """An object that a handle belongs to: it knows how long the sequence is."""
+    """The owner of handles: it knows the lengths of sequences."""
 
     def length(self, sequence: SequenceHandle, /) -> int:
         """Return the tokens in the sequence. O(1). Raises `StaleSequence`."""
@@ -38,8 +38,8 @@ class SequenceHandle:
     """A handle to one block table. Made by `BlockManager.allocate` and `fork`, ended by `free`.
 
     `num_cached_tokens`: how many leading tokens have their KV in the pool already.
-    `copies`: int32 [n, 2], (source, destination) blocks to copy before anything is written,
-    because the prompt matched part of a block; usually empty. `ticket`: as in `Plan`.
+    `copies`: int32 [n, 2], (source, destination) blocks to copy before any write, if the prompt
+    matched part of a block; usually empty. `ticket`: as in `Plan`.
     """
 
     __slots__ = ("_generation", "_owner", "_row", "copies", "num_cached_tokens", "ticket")
@@ -65,11 +65,11 @@ class SequenceHandle:
         return self._owner.length(self)
 
     def __bool__(self) -> bool:
-        """A handle is true, however short its sequence."""
+        """Return True, also for an empty sequence."""
         return True
 
     def __eq__(self, other: object) -> bool:
-        """Handles of the same sequence are equal. O(1)."""
+        """Return True for handles of the same sequence. O(1)."""
         return isinstance(other, SequenceHandle) and self._identity == other._identity
 
     def __hash__(self) -> int:
@@ -88,12 +88,12 @@ class SequenceHandle:
 
     @property
     def name(self) -> str:
-        """How errors call it. O(1), takes no lock."""
+        """The name of the sequence in errors. O(1), takes no lock."""
         return f"Sequence {self._row}.{self._generation}"
 
 
 class Batch:
-    """Sequences that step together. Made once by `BlockManager.batch`, good for many steps."""
+    """Sequences that step together. `BlockManager.batch` makes it once for many steps."""
 
     __slots__ = ("epoch", "generations", "owner", "rows")
 
@@ -101,7 +101,7 @@ class Batch:
         self.owner = owner
         self.rows = rows
         self.generations = generations
-        self.epoch = epoch  # the table's when it was last found live and on the device
+        self.epoch = epoch  # the table's epoch when all were last live and resident
         rows.flags.writeable = generations.flags.writeable = False
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class Batch:
 
 
 class KeyParts(TypedDict, total=False):
-    """What tells prefixes of equal tokens apart, as `BlockManager.allocate` takes it."""
+    """Key parts that separate prefixes of equal tokens, see `BlockManager.allocate`."""
 
     namespace: str | None
     lora: str | None
@@ -117,9 +117,9 @@ class KeyParts(TypedDict, total=False):
 
 
 class PrefixMatch(NamedTuple):
-    """What the pool has of a prompt. Advisory: blocks may be evicted before `allocate`.
+    """The cached prefix of a prompt. Advisory: blocks may be evicted before `allocate`.
 
-    `blocks` is int32 [n], read-only; the last one may agree in part. Of a `GroupedManager`,
+    `blocks` is int32 [n], read-only; the last block may match in part. From a `GroupedManager`:
     [groups, n], -1 behind a window.
     """
 
@@ -134,7 +134,7 @@ class PrefixMatch(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a sequence is, apart from its tokens: whose it is, and what its placeholders show."""
+    """The key parts of a sequence: all that determines its KV besides the tokens."""
 
     namespace: str | None = None
     lora: str | None = None
@@ -143,13 +143,13 @@ class Prompt(NamedTuple):
 
     @property
     def tree(self) -> TreeKey:
-        """Which tree of the prefix index it belongs to."""
+        """The key of the sequence's tree in the prefix index."""
         if self.group:
             return self.namespace, self.lora, self.group
         return self.namespace, self.lora
 
     def up_to(self, length: int) -> Prompt:
-        """Return the same with nothing shown behind token `length`: other tokens may come there."""
+        """Return the same without hashes after token `length`, where other tokens may follow."""
         cut = self.mm_hashes.up_to(length)
         return self if cut is self.mm_hashes else self._replace(mm_hashes=cut)
 
@@ -161,13 +161,13 @@ class SequenceTable:
         "lengths": np.int64,
         "known": np.int64,  # leading tokens whose ids are known
         "committed": np.int64,  # leading tokens whose KV is written
-        "speculative": np.int64,  # trailing tokens that may be taken back, never published
-        "published": np.int64,  # leading blocks that the prefix index offers
-        "first_blocks": np.int64,  # blocks before it were given back
+        "speculative": np.int64,  # trailing tokens that `accept` may drop; never published
+        "published": np.int64,  # leading blocks in the prefix index
+        "first_blocks": np.int64,  # the first block not dropped
         "generations": np.int64,
         "swapped": np.bool_,
-        "duplicates": np.bool_,  # the index offers somebody else's block in place of one of ours
-        "keyed": np.bool_,  # each block is offered by itself: see `groups/windows.py`
+        "duplicates": np.bool_,  # the index may have a duplicate in place of a block of this row
+        "keyed": np.bool_,  # each block is published separately: see `groups/prefix.py`
     }
 
     lengths: Int64
@@ -196,7 +196,7 @@ class SequenceTable:
     def __len__(self) -> int:
         return len(self.prompts) - len(self.free_rows)
 
-    # ---------------------------------------------------------------- rows come and go
+    # ---------------------------------------------------------------- begin and end rows
 
     def reserve(self, num_columns: int, num_rows: int = 1) -> None:
         """Make room for `num_rows` more rows of `num_columns` blocks. Amortised O(blocks)."""
@@ -216,7 +216,7 @@ class SequenceTable:
             for name, dtype in self.COLUMNS.items()
         }
         self.tables.add_rows(rows + more - len(self.tables))
-        vars(self).update(columns)  # all were made, so nothing can fail half-way
+        vars(self).update(columns)  # nothing can fail from here on
         self.list_columns()
         self.prompts.extend([None] * more)
         self.nodes.extend([None] * more)
@@ -234,7 +234,7 @@ class SequenceTable:
         """Begin the next free row, one reserved, with these blocks. O(blocks)."""
         row = self.free_rows.pop()
         self.prompts[row] = prompt
-        self.tables.trim(row, len(shared) + len(fresh))  # a call that was refused may have had more
+        self.tables.trim(row, len(shared) + len(fresh))  # a refused call may have reserved more
         table = self.tables.row(row)
         table[: len(shared)] = shared
         table[len(shared) : len(shared) + len(fresh)] = fresh
@@ -243,7 +243,7 @@ class SequenceTable:
         self.known[row] = known
 
     def fork(self, parent: int) -> int:
-        """A second row with the same everything; there is one reserved. O(blocks)."""
+        """Begin a copy of row `parent` in a reserved row; return it. O(blocks)."""
         row = self.free_rows.pop()
         self.prompts[row], self.nodes[row] = self.prompts[parent], self.nodes[parent]
         num_blocks = self.num_blocks(parent)
@@ -254,7 +254,7 @@ class SequenceTable:
         return row
 
     def drop(self, row: int) -> None:
-        """End the row's life: its handles are stale from now on. O(row's blocks)."""
+        """End a row and make its handles stale. O(row's blocks)."""
         self.num_speculating -= bool(self.speculative[row])
         self.tables.release(row)
         for column in self._columns:
@@ -265,7 +265,7 @@ class SequenceTable:
         self.epoch += 1
 
     def replace(self, rows: Int64, old: Int32, new: Int32) -> None:
-        """Write table entry `new` wherever `rows` have `old`. O(blocks of `rows`)."""
+        """Replace table entries `old` of `rows` by `new`. O(blocks of `rows`)."""
         if not len(old) or not len(rows):
             return
         order = np.argsort(old)
@@ -284,11 +284,11 @@ class SequenceTable:
     # ---------------------------------------------------------------- reading
 
     def num_blocks(self, row: int) -> int:
-        """Blocks of the row's table, those given back included. O(1)."""
+        """Return the length of the row's table, dropped blocks included. O(1)."""
         return -(-int(self.lengths[row]) // self.block_size)
 
     def blocks(self, row: int) -> Int32:
-        """The row's table, a view: device blocks, -1, or -2 - h for host block h."""
+        """Return the row's table, a view: device blocks, -1, or -2 - h for host block h."""
         return self.tables.part(row, 0, self.num_blocks(row))
 
     def places(self, rows: Int64) -> tuple[Int64, Int64]:
@@ -296,31 +296,31 @@ class SequenceTable:
         return self.tables.places(rows, -(-self.lengths[rows] // self.block_size))
 
     def device_blocks(self, row: int) -> Int32:
-        """The row's blocks that are on the device."""
+        """Return the row's device blocks."""
         blocks = self.blocks(row)
         if self.first_blocks[row] or self.swapped[row]:
             return blocks[blocks >= 0]
         return blocks
 
     def host_blocks(self, row: int) -> Int32:
-        """The row's blocks that are on the host, by their ids there."""
+        """Return the row's host blocks."""
         if not self.swapped[row]:
             return np.empty(0, np.int32)
         blocks = self.blocks(row)
         return np.asarray(-2 - blocks[blocks < NO_BLOCK], np.int32)
 
     def prompt(self, row: int) -> Prompt:
-        """Whose row it is."""
+        """Return the key parts of a live row."""
         prompt = self.prompts[row]
         assert prompt is not None, f"row {row} is not live"
         return prompt
 
     def live_rows(self) -> list[int]:
-        """The rows in use. O(rows)."""
+        """Return the rows in use. O(rows)."""
         return [row for row, prompt in enumerate(self.prompts) if prompt is not None]
 
     def slots(self, rows: Int64, starts: Int64, counts: Int64) -> Int64:
-        """Flat slots of `counts` tokens from `starts` on, row by row. O(tokens)."""
+        """Return the flat slots of `counts` tokens from `starts` on, row by row. O(tokens)."""
         owners = np.repeat(np.arange(len(rows)), counts)
         positions = starts[owners] + ranks(counts)
         places = self.tables.starts[rows][owners] + positions // self.block_size
@@ -329,7 +329,7 @@ class SequenceTable:
         return slots
 
     def fill(self, num_blocks: int, counts: Int64) -> Int64:
-        """How many slots of each block the first `counts` tokens of the rows take. O(blocks)."""
+        """Return how many slots of each block the first `counts` tokens fill. O(blocks)."""
         filled = np.zeros(num_blocks, np.int64)
         for row in self.live_rows():
             blocks = self.blocks(row)
@@ -340,21 +340,21 @@ class SequenceTable:
         return filled
 
     def check(self) -> None:
-        """Raise `BrokenInvariant` unless each row's own books are right. O(blocks)."""
+        """Raise `BrokenInvariant` unless each row is consistent. O(blocks)."""
         live = self.live_rows()
         idle = np.setdiff1d(np.arange(len(self.prompts)), live)
         if sorted(self.free_rows) != idle.tolist():
-            raise BrokenInvariant("sequences: the free rows are not those without a prompt")
+            raise BrokenInvariant("sequences: the free rows differ from the rows without a prompt")
         self.tables.check("sequences", -(-self.lengths // self.block_size))
         for row in live:
             first = int(self.first_blocks[row])
             if np.any(self.blocks(row)[:first] != NO_BLOCK):
-                raise BrokenInvariant(f"sequence {row}: a block stands before its first one")
+                raise BrokenInvariant(f"sequence {row}: a block precedes `first_blocks`")
             if np.any(self.blocks(row)[first:] == NO_BLOCK):
-                raise BrokenInvariant(f"sequence {row}: a block is missing")
+                raise BrokenInvariant(f"sequence {row}: its table lacks a block")
             self._check_row(row)
         if any(getattr(self, name)[idle].any() for name in self.COLUMNS if name != "generations"):
-            raise BrokenInvariant("sequences: a row that is not in use is not empty")
+            raise BrokenInvariant("sequences: a free row is not empty")
         speculating = np.count_nonzero(self.speculative)
         if speculating != self.num_speculating:
             raise BrokenInvariant(
@@ -367,7 +367,7 @@ class SequenceTable:
         settled, committed = length - int(self.speculative[row]), int(self.committed[row])
         lacks_front = bool(self.first_blocks[row]) and not self.keyed[row]
         if self.first_blocks[row] > self.num_blocks(row) or (lacks_front and known):
-            raise BrokenInvariant(f"sequence {row}: offers what lacks its front")
+            raise BrokenInvariant(f"sequence {row}: token ids are known, but the front was dropped")
         if not 0 <= settled <= length:
             raise BrokenInvariant(
                 f"sequence {row}: {self.speculative[row]} of {length} tokens are speculative"
@@ -377,19 +377,19 @@ class SequenceTable:
         if not 0 <= known <= length:
             raise BrokenInvariant(f"sequence {row}: knows {known} of {length} tokens")
         if np.any(self.blocks(row) < NO_BLOCK) and not self.swapped[row]:
-            raise BrokenInvariant(f"sequence {row}: on the host, and not known as swapped")
+            raise BrokenInvariant(f"sequence {row}: it has host blocks, but is not swapped")
         if self.published[row] * self.block_size > min(committed, known):
-            raise BrokenInvariant(f"sequence {row}: published beyond what is committed and known")
+            raise BrokenInvariant(f"sequence {row}: published beyond its committed, known tokens")
 
 
 Target = SequenceHandle | Batch | Iterable[SequenceHandle]
 
 
 def listed(target: Target) -> SequenceHandle | Batch | list[SequenceHandle]:
-    """The sequences named, once: whatever an iterable does, it does before anything is decided."""
+    """Return the target as a handle, a batch or a list. Reads an iterable once. O(n)."""
     if isinstance(target, (SequenceHandle, Batch)):
         return target
     if not isinstance(target, Iterable):
         kind = type(target).__name__
-        raise TypeError(f"expected a SequenceHandle, several of them, or a batch, got {kind}")
+        raise TypeError(f"sequences: expected a SequenceHandle, several, or a batch, got {kind}")
     return list(target)

@@ -3,9 +3,8 @@
     manager ──▶ allocation · extension · truncation · publication · swap · resize
                 quotas · pins · copies · events · queries ──▶ BlockState
 
-Every verb goes through these functions. A handle becomes a row in O(1), and a stale one is
-refused. Blocks are taken in one place, after everything that can fail was done, and given back
-in one place.
+Every verb uses these functions. They resolve handles to rows in O(1) and refuse stale handles. Only
+`take` and `release` change the owners of blocks; a verb calls `take` after all that can fail.
 """
 
 from __future__ import annotations
@@ -38,9 +37,8 @@ TOTALS = ("copied", "evicted", "out", "in", "queries", "hits", "queried", "hit")
 class BlockState:
     """The state of a `BlockManager`, which documents the arguments.
 
-    Writes the arrays of both pools, through the methods of `BlockPool`, which nothing but this
-    class and its parts calls: prefix index, evictor, fences. Writes the accounts and the event log.
-    The columns of `rows` are written by the verbs, each of which says which ones.
+    Only this class and its parts (prefix index, evictor, fences) write the arrays of the pools,
+    the accounts and the event log. The verbs write the columns of `rows`; each states which.
     """
 
     def __init__(
@@ -82,7 +80,7 @@ class BlockState:
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
-        """Held around each call. Refuses every call after a change was cut short. O(1)."""
+        """The lock around each call. It refuses calls after an interrupted change. O(1)."""
         return self._lock
 
     # ---------------------------------------------------------------- handles
@@ -98,7 +96,7 @@ class BlockState:
         return SequenceHandle(self, row, int(rows.generations[row]), int(rows.committed[row]))
 
     def resolve(self, target: SequenceHandle | Batch | list[SequenceHandle]) -> Int64:
-        """Return the rows behind one handle, several, or a batch. O(n). Refuses every stale one."""
+        """Return the rows of a handle, several, or a batch. O(n). Raises `StaleSequence`."""
         table = self.rows
         if isinstance(target, Batch):
             if target.owner is not self:
@@ -107,20 +105,18 @@ class BlockState:
                 stale = table.generations[target.rows] != target.generations
                 if np.any(stale):
                     row = int(target.rows[stale][0])
-                    raise StaleSequence(
-                        f"sequence {row} of the batch was freed; make the batch anew"
-                    )
+                    raise StaleSequence(f"sequence {row} of the batch was freed. Make a new batch.")
             return target.rows
         if isinstance(target, SequenceHandle):
             return np.array([self.row(target)], np.int64)
         rows = np.array([self.row(handle) for handle in target], np.int64)
         if len(rows) > 1 and len(np.unique(rows)) != len(rows):
-            raise ValueError("a sequence stands twice in the batch; name each once")
+            raise ValueError("sequences: one is repeated. Pass each sequence once.")
         return rows
 
     def row(self, handle: SequenceHandle) -> int:
-        """Return the row behind one handle. O(1). Refuses a stale one."""
-        # No message here takes another manager's lock, as a handle's own repr would.
+        """Return the row of a handle. O(1). Raises `StaleSequence`."""
+        # Use `handle.name`: the repr of a foreign handle would take another manager's lock.
         if not isinstance(handle, SequenceHandle):
             raise TypeError(f"expected a SequenceHandle, got {type(handle).__name__}")
         if handle._owner is not self:
@@ -130,14 +126,14 @@ class BlockState:
         return handle._row
 
     def resident_row(self, handle: SequenceHandle) -> int:
-        """Like `row`, and refuse a sequence that is swapped out. O(1)."""
+        """Return the row of a handle. O(1). Raises `StaleSequence`, `SequenceSwapped`."""
         row = self.row(handle)
         if self.rows.swapped[row]:
-            raise SequenceSwapped(f'sequence {row} is on the host; swap(sequence, "device") first')
+            raise SequenceSwapped(f'sequence {row} is on the host. Call swap(seq, "device").')
         return row
 
     def resident(self, target: SequenceHandle | Batch | list[SequenceHandle]) -> Int64:
-        """Like `resolve`, and refuse sequences that are swapped out. O(n)."""
+        """Return the rows of handles. O(n). Raises `StaleSequence`, `SequenceSwapped`."""
         table = self.rows
         if isinstance(target, Batch) and target.epoch == table.epoch and target.owner is self:
             return target.rows
@@ -147,7 +143,7 @@ class BlockState:
         away = table.swapped[rows]
         if away.any():
             row = int(rows[away][0])
-            raise SequenceSwapped(f'sequence {row} is on the host; swap(sequence, "device") first')
+            raise SequenceSwapped(f'sequence {row} is on the host. Call swap(seq, "device").')
         if isinstance(target, Batch):
             target.epoch = table.epoch
         return rows
@@ -161,13 +157,13 @@ class BlockState:
                 "first; 0 drops them."
             )
 
-    # ---------------------------------------------------------------- take and give back
+    # ---------------------------------------------------------------- take and release
 
     def take(self, count: int, owners: Int64 | None, keep: Int32 = NO_BLOCKS) -> Int32:
-        """Take `count` device blocks, evicting cached ones other than `keep` where needed.
+        """Take `count` device blocks; evict cached blocks other than `keep` if necessary.
 
-        Raises `OutOfBlocks` if there are fewer; then nothing has changed. Otherwise the change has
-        begun. O(count), and of the blocks evicted.
+        Raises `OutOfBlocks` before any change; otherwise the change has begun.
+        O(count + evicted blocks).
         """
         pool = self.pool
         if owners is None and count <= pool.num_free:
@@ -187,13 +183,13 @@ class BlockState:
                 return pool.take(count)
             blocks = np.empty(1, np.int32)
             blocks[0] = pool.take_one()
-        except MemoryError:  # which comes before any block is taken
+        except MemoryError:  # raised before any block is taken
             self.change.end()
             raise
         return blocks
 
     def _make_room(self, count: int, need: Counts | None, revived: Int32) -> None:
-        """Begin the change by evicting what `count` blocks lack, but none of `revived`."""
+        """Begin the change; evict until `count` blocks are free, but none of `revived`."""
         self.change.begin()
         if len(revived):
             self.pool.hold(revived)
@@ -202,43 +198,43 @@ class BlockState:
             self.evictor.enqueue(self.pool.unhold(revived))
 
     def reserve(self, num_columns: int, num_rows: int = 1) -> None:
-        """Make room in the block tables, a change of its own. O(1) but when they grow."""
+        """Make room in the block tables, in a separate change. Amortised O(1)."""
         self.change.begin()
         try:
             self.rows.reserve(num_columns, num_rows)
-        except MemoryError:  # which comes before anything is replaced
+        except MemoryError:  # raised before anything is replaced
             self.change.end()
             raise
         self.change.end()
 
     def reserve_more(self, rows: Int64, num_columns: Int64) -> None:
-        """Make room for longer tables of these rows, a change of its own. O(rows)."""
+        """Make room for longer tables of these rows, in a separate change. O(rows)."""
         if not np.count_nonzero(self.rows.tables.spans[rows] < num_columns):
             return
         self.change.begin()
         try:
             self.rows.tables.reserve(rows, num_columns)
-        except MemoryError:  # which comes before anything is replaced
+        except MemoryError:  # raised before anything is replaced
             self.change.end()
             raise
         self.change.end()
 
     def refuse_over_quota(self, owners: Int64 | None) -> None:
-        """Raise `OutOfQuota` if a namespace may have no blocks for `owners`. O(owners).
+        """Raise `OutOfQuota` if blocks for `owners` would pass a ceiling. O(owners).
 
-        It comes before the pool is asked: who waits for a ceiling need not wait for the pool.
+        Call it before `refuse_beyond_pool`: a namespace at its ceiling gets the error of its quota.
         """
         if owners is not None:
             self.accounts.refuse_over_ceiling(by_owner(owners), {}, self.pool)
 
     def refuse_beyond_pool(self, count: int) -> None:
-        """Refuse what can never be had, before room is made to note it. O(1)."""
+        """Raise `OutOfBlocks` if the pool lacks `count` available blocks. O(1)."""
         pool = self.pool
         if count > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(count, pool.num_free, pool.num_evictable, pool.num_blocks)
 
     def _require(self, count: int, owners: Int64 | None, revived: Int32) -> Counts | None:
-        """Refuse what cannot be had; otherwise return how many blocks each account takes."""
+        """Return how many blocks each account takes. Raises `OutOfBlocks`."""
         pool = self.pool
         if owners is None:
             evictable = pool.num_evictable - len(revived)
@@ -250,18 +246,18 @@ class BlockState:
         return need
 
     def evict_for(self, count: int, need: Counts | None) -> None:
-        """Free what `count` blocks lack, of each namespace no more than its floor leaves.
+        """Evict until `count` blocks are free, within the floors.
 
-        O(blocks evicted).
+        O(evicted blocks).
         """
         for number, forced in self.accounts.forced(need or {}):
             self.totals["evicted"] += self.evictor.evict_from(number, forced)
         self.evict(count - self.pool.num_free, need)
 
     def evict(self, count: int, need: Counts | None) -> None:
-        """Evict `count` blocks; with `need`, only what floors leave after that was taken.
+        """Evict `count` blocks; `need`: blocks that each account takes, for the floors.
 
-        O(blocks evicted).
+        O(evicted blocks).
         """
         if count <= 0:
             return
@@ -298,11 +294,11 @@ class BlockState:
     def hand_over(
         self, source: BlockPool, target: BlockPool, copies: Int32, holders: Int32
     ) -> None:
-        """Move token ids and holders along with blocks that change their tier. O(blocks)."""
+        """Copy the token ids and holders of blocks that change their tier. O(blocks)."""
         target.receive(copies[:, 1], source.ids[copies[:, 0]], holders)
 
     def resize(self, num_blocks: int, copies: Int32) -> None:
-        """Give the device pool another size; `copies` name the blocks that move. O(blocks)."""
+        """Resize the device pool; `copies` are the blocks that move. O(blocks)."""
         places = np.arange(self.pool.num_blocks, dtype=np.int32)
         places[copies[:, 0]] = copies[:, 1]
         self.rows.replace(np.array(self.rows.live_rows(), np.int64), *copies.T)
@@ -313,7 +309,7 @@ class BlockState:
     # ---------------------------------------------------------------- token ids
 
     def learn(self, rows: Int64, starts: Int64, ends: Int64, ids: Int32, slots: Int64) -> None:
-        """Note the ids of new tokens, where all before them are known. O(tokens)."""
+        """Store the ids of new tokens, if all ids before them are known. O(tokens)."""
         table = self.rows
         whole = table.known[rows] == starts
         if whole.all():
@@ -325,11 +321,11 @@ class BlockState:
             table.known[rows[whole]] = ends[whole]
 
     def write_ids(self, blocks: Int32, ids: Int32) -> None:
-        """Note whose tokens stand in `blocks`, one after the other. O(ids)."""
+        """Store the token ids of `blocks`, consecutively. O(ids)."""
         self.pool.write_ids(blocks, ids)
 
     def copy_ids(self, copies: Int32) -> None:
-        """Note that the destinations of device copies hold their sources' tokens. O(blocks)."""
+        """Copy the token ids along with device copies. O(blocks)."""
         self.pool.copy_ids(copies[:, 0], copies[:, 1])
 
     # ---------------------------------------------------------------- copies
@@ -347,16 +343,16 @@ class BlockState:
         self.totals["copied"] += len(copies)
         self.moved(copies, ticket, "device", "device")
 
-    # ---------------------------------------------------------------- whose blocks they are
+    # ---------------------------------------------------------------- owners of blocks
 
     def recount(self, limits: dict[str | None, Quota]) -> None:
-        """Count all blocks anew, under these quotas. O(blocks)."""
+        """Recount all blocks under these quotas. O(blocks)."""
         self.pool.watch(self.accounts if limits else None)
         self.accounts.recount(limits, self.pool, self.owned())
         self.evictor.set_queues(self.accounts.numbers)
 
     def owned(self) -> list[tuple[str | None, Int32]]:
-        """Return the owners of all blocks: held, offered, or parked until a copy is made.
+        """Return all blocks in use by owner: held, published, or in an unfinished copy.
 
         O(blocks).
         """
@@ -365,7 +361,7 @@ class BlockState:
         return [*held, *self.forest.owned(), *self.accounts.parked(self.pool)]
 
     def owned_by(self, namespace: str | None) -> Int32:
-        """Return a namespace's blocks: held, or offered. O(sequences + its blocks)."""
+        """Return a namespace's held and published blocks. O(sequences + its blocks)."""
         rows = self.rows
         mine = [row for row in rows.live_rows() if rows.prompt(row).namespace == namespace]
         held = [rows.device_blocks(row) for row in mine]
@@ -382,7 +378,7 @@ class BlockState:
         return np.repeat(np.array(owners, np.int64), np.array(list(counts), np.int64))
 
     def owners_of_rows(self, rows: Int64, leaving: Int64, num_fresh: Int64) -> Int64 | None:
-        """As `owners`, of the blocks that an append takes. O(rows)."""
+        """Return `owners` of the blocks that an append takes. O(rows)."""
         if not self.accounts.limits:
             return None
         growing = num_fresh.nonzero()[0]

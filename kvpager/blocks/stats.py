@@ -1,4 +1,4 @@
-"""What a manager holds and has done, as plain numbers, and as Prometheus metrics."""
+"""Statistics of a manager, as plain numbers and as Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from kvpager import _validate as arguments
 
 
 class BlockStatus(IntEnum):
-    """Who keeps a device block."""
+    """The state of a device block."""
 
     FREE = 0
-    CACHED = 1  # the prefix index alone
-    HELD = 2  # one block table
-    SHARED = 3  # several block tables
-    KEPT = 4  # nobody, but it is pinned or a copy of it is under way
+    CACHED = 1  # in the prefix index, in no block table
+    HELD = 2  # in one block table
+    SHARED = 3  # in several block tables
+    KEPT = 4  # in no block table, but pinned or in an unfinished copy
     RESERVED = 5  # the null block
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A moment's counts. Blocks unless the name says otherwise; totals since the manager began.
+    """Counts at one moment, in blocks unless named otherwise; totals since the manager began.
 
-    On the device, `num_held + num_cached + num_kept + num_free == num_blocks` (less one where the
-    manager has a null block), and `num_never_used` of the free ones were never handed out.
+    On the device, `num_held + num_cached + num_kept + num_free == num_blocks` (minus one with a
+    null block). `num_never_used` of the free blocks were never used.
     """
 
     block_size: int
     num_blocks: int
     num_free: int
     num_held: int
-    num_cached: int  # only the prefix index keeps them: they may be evicted
-    num_kept: int  # no table holds them, but they are pinned or in an unfinished copy
+    num_cached: int  # in the prefix index only: evictable
+    num_kept: int  # in no table, but pinned or in an unfinished copy
     num_never_used: int
-    num_shared: int  # held by more than one table
+    num_shared: int  # in more than one table
     num_host_blocks: int
     num_host_free: int
     num_sequences: int
     num_swapped: int  # sequences
-    num_tokens: int  # token slots that hold a token, shared ones counted once
+    num_tokens: int  # token slots in use; shared slots count once
     total_copied: int
     total_evicted: int
     total_swapped_out: int
     total_swapped_in: int
     total_prefix_queries: int  # prompts looked up
-    total_prefix_hits: int  # prompts of which at least one token was found
+    total_prefix_hits: int  # prompts with at least one cached token
     prefix_query_tokens: int
     prefix_hit_tokens: int
 
 
 class HasStats(Protocol):
-    """A manager, as far as `Metrics` needs one."""
+    """The member of a manager that `Metrics` needs."""
 
     def stats(self) -> Stats:
-        """Return counts of now and totals. O(blocks + sequences)."""
+        """Return current counts and totals. O(blocks + sequences)."""
 
 
 class Metrics:
     """A manager's stats for `prometheus_client`: `REGISTRY.register(Metrics(manager))`.
 
-    Needs the extra `kvpager[metrics]`. With `block_bytes` (`BlockStorage.block_bytes`, say) the
-    bytes swapped are told, too. Several managers of a process need a `prefix` each.
+    Needs the extra `kvpager[metrics]`. `block_bytes`, such as `BlockStorage.block_bytes`, adds the
+    swapped bytes. Several managers in a process need different prefixes.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Metrics:
         self._prefix = prefix
 
     def collect(self) -> Iterator[Any]:
-        """One metric family after the other. O(blocks + sequences), see `BlockManager.stats`."""
+        """Yield the metric families. O(blocks + sequences), see `BlockManager.stats`."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         stats = self._manager.stats()
@@ -95,18 +95,18 @@ class Metrics:
         gauges = {
             "host_blocks_free": ("Free blocks of the host tier.", stats.num_host_free),
             "sequences": ("Live sequences.", stats.num_sequences),
-            "sequences_swapped": ("Sequences that are swapped out.", stats.num_swapped),
-            "tokens": ("Token slots that hold a token.", stats.num_tokens),
+            "sequences_swapped": ("Swapped sequences.", stats.num_swapped),
+            "tokens": ("Token slots in use.", stats.num_tokens),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(self._name(name), text, value=value)
         counters = {
             "prefix_queries": ("Prompts looked up.", stats.total_prefix_queries),
-            "prefix_hits": ("Prompts that found a prefix.", stats.total_prefix_hits),
+            "prefix_hits": ("Prompts with a cached prefix.", stats.total_prefix_hits),
             "prefix_query_tokens": ("Tokens of prompts looked up.", stats.prefix_query_tokens),
-            "prefix_hit_tokens": ("Tokens found in the pool.", stats.prefix_hit_tokens),
+            "prefix_hit_tokens": ("Tokens found in the prefix cache.", stats.prefix_hit_tokens),
             "blocks_copied": ("Blocks copied on write.", stats.total_copied),
-            "blocks_evicted": ("Cached blocks given up.", stats.total_evicted),
+            "blocks_evicted": ("Cached blocks evicted.", stats.total_evicted),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(self._name(name), text, value=value)

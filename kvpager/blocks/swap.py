@@ -1,8 +1,7 @@
-"""Blocks that move between device and host.
+"""Swap sequences between device and host.
 
-A block is in exactly one tier, with all its holders. It leaves the device when every table that
-holds it belongs to a swapped sequence, and comes back when the first of them does; so forks that
-were swapped together share on the host, and share again on the device.
+A block is in one tier for all its holders. It leaves the device when all sequences that hold it are
+swapped, and returns with the first of them. So forks share blocks on the host as on the device.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ class Swap:
         self._state = state
 
     def out(self, rows: list[int], at_most: int | None) -> Plan:
-        """Move what only `rows` and swapped sequences hold to the host. O(their blocks).
+        """Move the blocks that only `rows` and swapped sequences hold to the host. O(blocks).
 
-        Raises: `OutOfBlocks` of the host, `SequenceSwapped` for a row that is all there already.
+        Raises: `OutOfBlocks` of the host, `SequenceSwapped` for a row wholly on the host.
         """
         state, table, host = self._state, self._state.rows, self._state.host
         for row in rows:
             if len(table.host_blocks(row)) and not len(table.device_blocks(row)):
-                raise SequenceSwapped(f"sequence {row} is on the host already, all of it")
+                raise SequenceSwapped(f"sequence {row} is wholly on the host already")
         leaving = _leaving_device(table, state.pool, rows, at_most)
         need = len(leaving.blocks)
         if need > host.num_free:
@@ -50,7 +49,7 @@ class Swap:
         table.swapped[rows] = True
         everyone = table.swapped.nonzero()[0]
         table.replace(everyone, leaving.blocks, -2 - copies[:, 1])
-        # What the index offers stays behind as its own copy.
+        # The published blocks stay in the index, as duplicates.
         table.duplicates[everyone] |= table.published[everyone] > 0
         table.epoch += 1
         state.moved(plan.copies, plan.ticket, "device", "host")
@@ -59,9 +58,9 @@ class Swap:
         return plan
 
     def back(self, rows: list[int], at_most: int | None, reserve: int) -> Plan:
-        """Move what `rows` have on the host to the device. O(their blocks).
+        """Move the host blocks of `rows` to the device. O(blocks).
 
-        Raises: `OutOfBlocks` where fewer than `reserve` blocks would be left.
+        Raises: `OutOfBlocks` if fewer than `reserve` blocks would stay available.
         """
         state, table = self._state, self._state.rows
         rows = [row for row in rows if table.swapped[row]]
@@ -84,7 +83,7 @@ class Swap:
 
 
 class Leaving(NamedTuple):
-    """Blocks of one tier that are to move, and how many tables hold each."""
+    """Blocks that leave a tier, and how many tables hold each."""
 
     blocks: Int32
     holders: Int32
@@ -95,7 +94,7 @@ def _leaving_device(
 ) -> Leaving:
     """Return the device blocks that only `rows` and already swapped sequences hold.
 
-    O(blocks of `rows` and of all swapped sequences). With `at_most`, those furthest from the front.
+    With `at_most`, return the last ones. O(blocks of `rows` and of all swapped sequences).
     """
     entries, columns = _entries(table, np.array(rows, np.int64))
     others = np.setdiff1d(np.flatnonzero(table.swapped), rows)
@@ -117,7 +116,7 @@ def _leaving_device(
 def _leaving_host(
     table: SequenceTable, host: BlockPool, rows: list[int], at_most: int | None
 ) -> Leaving:
-    """Return the host blocks that `rows` hold, with `at_most` the nearest to the front.
+    """Return the host blocks that `rows` hold; with `at_most`, the first ones.
 
     O(blocks).
     """
@@ -130,7 +129,7 @@ def _leaving_host(
 
 
 def _owners(table: SequenceTable, rows: list[int], leaving: Leaving, accounts: Accounts) -> Int64:
-    """Return the account that each host block counts in when it is back. O(blocks)."""
+    """Return the account of each host block for its return. O(blocks)."""
     number_of = {}
     for row in rows:
         owner = accounts.owner(table.prompt(row).namespace)
@@ -139,7 +138,7 @@ def _owners(table: SequenceTable, rows: list[int], leaving: Leaving, accounts: A
 
 
 def _entries(table: SequenceTable, rows: Int64) -> tuple[Int32, Int64]:
-    """All table entries of `rows` but the empty ones, and the column of each."""
+    """Return the table entries of `rows` that are blocks, and their columns."""
     places, columns = table.places(rows)
     entries = table.tables.data[places]
     is_block = entries != NO_BLOCK

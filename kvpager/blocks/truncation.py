@@ -1,4 +1,4 @@
-"""Sequences that lose their last tokens, or the blocks behind a sliding window."""
+"""Drop the last tokens of a sequence, or its blocks behind a sliding window."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvpager.plans import Int64
 
 
 class Truncation:
-    """Gives back blocks at either end of a sequence. The caller holds the lock.
+    """Releases blocks at either end of a sequence. The caller holds the lock.
 
     Writes the block tables and all columns of the rows it shortens but `swapped`.
     """
@@ -20,23 +20,23 @@ class Truncation:
         self._state = state
 
     def truncate(self, row: int, length: int) -> None:
-        """Keep the first `length` tokens, if they are there. O(blocks given back).
+        """Keep the first `length` tokens. O(blocks released).
 
-        Raises: `ValueError` where `length` is more than there is, or in blocks given back.
+        Raises: `ValueError` if the row is shorter, or would end in a dropped block.
         """
         state, rows = self._state, self._state.rows
         arguments.within("length", length, rows.lengths[[row]])
         first = int(rows.first_blocks[row]) * state.block_size
         if length < first:
             raise ValueError(
-                f"length {length} is before token {first}, the first one "
-                "this sequence kept; allocate it anew"
+                f"length={length}: the blocks before token {first} were dropped. "
+                "Allocate a new sequence."
             )
         state.change.begin()
         self.shorten(row, length)
 
     def shorten(self, row: int, length: int) -> None:
-        """Keep the first `length` tokens; the change has begun. O(blocks given back)."""
+        """Keep the first `length` tokens; the change has begun. O(blocks released)."""
         state, rows = self._state, self._state.rows
         keep = -(-length // state.block_size)
         dropped = rows.blocks(row)[keep:].copy()
@@ -53,12 +53,12 @@ class Truncation:
         state.release(dropped)
 
     def drop_before(self, rows: Int64, starts: Int64) -> None:
-        """Give back the blocks that lie wholly before `starts`. O(blocks given back).
+        """Release the blocks that lie wholly before `starts`. O(blocks released).
 
         Raises: `ValueError` for a start beyond the end, or beyond the first speculative token.
         """
         table = self._state.rows
-        # Drafts may be taken back, and then the tokens before them are the last ones.
+        # `accept` may drop speculative tokens, and then the tokens before them are the last.
         arguments.within("start", starts, table.lengths[rows] - table.speculative[rows])
         self._state.change.begin()
         self.release_before(rows, starts)
@@ -77,7 +77,7 @@ class Truncation:
         tables.data[behind] = -1
         table.first_blocks[rows] = firsts
         for row in rows[~table.keyed[rows]].tolist():
-            # What lacks its front cannot be offered, nor go on where it was.
+            # A row without its front cannot publish, nor continue from its place.
             table.known[row] = table.published[row] = 0
             table.nodes[row] = None
         if len(rows) == 1:

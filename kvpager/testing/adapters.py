@@ -48,31 +48,31 @@ class BlockManagerAdapter:
         return self.manager.allocate(tokens, namespace=namespace)
 
     def num_cached_tokens(self, handle: Any) -> int:
-        """Leading tokens found written already. O(1)."""
+        """Return the number of cached leading tokens. O(1)."""
         return int(handle.num_cached_tokens)
 
     def copies(self, handle: Any) -> list[tuple[int, int]]:
-        """Block copies that `allocate` asked for. O(copies)."""
+        """Return the block copies that `allocate` requires. O(copies)."""
         return _pairs(handle.copies)
 
     def append(self, handle: Any, tokens: list[int]) -> list[tuple[int, int]]:
-        """Make room for tokens; the blocks to copy first. O(tokens)."""
+        """Make room for tokens; return the blocks to copy first. O(tokens)."""
         return _pairs(self.manager.append(handle, tokens).copies)
 
     def commit(self, handle: Any) -> None:
-        """The KV of all tokens is written. O(blocks)."""
+        """Record that the KV of all tokens is written. O(blocks)."""
         self.manager.commit(handle)
 
     def fork(self, handle: Any) -> Any:
-        """A second sequence that shares every block. O(tokens)."""
+        """Return a sequence that shares every block. O(tokens)."""
         return self.manager.fork(handle)
 
     def truncate(self, handle: Any, length: int) -> None:
-        """Forget the tokens from `length` on. O(blocks)."""
+        """Drop the tokens from `length` on. O(blocks)."""
         self.manager.truncate(handle, length)
 
     def swap(self, handle: Any, to: str) -> list[tuple[int, int]]:
-        """Move to another tier; the blocks to copy. O(blocks)."""
+        """Move to another tier; return the blocks to copy. O(blocks)."""
         return _pairs(self.manager.swap(handle, to).copies)
 
     def free(self, handle: Any) -> None:
@@ -80,17 +80,17 @@ class BlockManagerAdapter:
         self.manager.free(handle)
 
     def block_table(self, handle: Any) -> list[int]:
-        """The sequence's blocks. O(blocks)."""
+        """Return the sequence's blocks. O(blocks)."""
         blocks: list[int] = self.manager.block_tables(handle)[0].tolist()
         return blocks
 
     def num_free_blocks(self) -> int:
-        """Blocks that can be had, evicting where needed. O(blocks)."""
+        """Return the number of free and evictable blocks. O(blocks)."""
         stats = self.manager.stats()
         return int(stats.num_free + stats.num_cached)
 
     def check(self) -> None:
-        """The manager's own check. O(blocks + tokens)."""
+        """Run the manager's own check. O(blocks + tokens)."""
         self.manager.check()
 
 

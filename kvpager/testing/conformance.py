@@ -1,4 +1,4 @@
-"""The conformance suite: hold any paged block manager to the promises of this kit.
+"""The conformance suite: check any paged block manager against the promises of this kit.
 
     from kvpager.testing.conformance import ManagerConformance
 
@@ -6,8 +6,8 @@
         def make(self, num_blocks, block_size):
             return PeerAdapter(num_blocks, block_size)
 
-See `ManagerAdapter` for what an adapter offers and `BlockManagerAdapter` for one in ten lines.
-Needs pytest and Hypothesis; `kvpager.testing.findings` gives the same as data and needs neither.
+See `ManagerAdapter` for the methods of an adapter, and `BlockManagerAdapter` for an example. Needs
+pytest and Hypothesis; `kvpager.testing.findings` returns the results as data and needs neither.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = [
 def conformance_machine(
     make_adapter: MakeAdapter, *, block_size: int = 4, pools: tuple[int, int] = (1, 14)
 ) -> type[RuleBasedStateMachine]:
-    """A state machine class that drives the managers `make_adapter` makes, all promises watched.
+    """Return a state machine class that checks all promises of `make_adapter`'s managers.
 
-    `pools` are the least and the most blocks of a manager. O(everything) after each step.
+    `pools`: the least and the most blocks of a manager. O(everything) after each step.
     """
 
     def make_session(num_blocks: int) -> Session:
@@ -53,8 +53,8 @@ def conformance_machine(
 class ManagerConformance:
     """Subclass it in a pytest file, define `make`, and each promise is a test.
 
-    Attributes: `block_size` of the managers made, and `pools`, their least and most blocks;
-    `histories`, random ones for each promise; `examples`, of the state machine.
+    Attributes: `block_size` of the managers and `pools`, their least and most blocks. `histories`
+    is the number for each promise, `examples` the number for the state machine.
     """
 
     block_size = 4
@@ -63,12 +63,12 @@ class ManagerConformance:
     examples = 60
 
     def make(self, num_blocks: int, block_size: int) -> ManagerAdapter:
-        """A fresh manager behind an adapter."""
+        """Return an adapter of a new manager."""
         raise NotImplementedError("define make(self, num_blocks, block_size) -> ManagerAdapter")
 
     @pytest.mark.parametrize("promise", PROMISES)
     def test_promise(self, promise: str) -> None:
-        """The manager keeps one promise."""
+        """Check one promise."""
         [finding] = findings(
             self.make,
             promises=[promise],
@@ -82,7 +82,7 @@ class ManagerConformance:
             pytest.fail(f"{finding.meaning}\n{finding}", pytrace=False)
 
     def test_any_history(self) -> None:
-        """The manager keeps all promises under whatever Hypothesis thinks of."""
+        """Check all promises in histories that Hypothesis generates."""
         machine = conformance_machine(self.make, block_size=self.block_size, pools=self.pools)
         run_state_machine_as_test(
             machine,

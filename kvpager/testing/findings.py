@@ -1,4 +1,4 @@
-"""Every promise looked at in turn, and what came out, as data for a table.
+"""Check each promise of a manager in turn, with the results as data.
 
 Random histories from a seed, without Hypothesis: the same findings on every machine.
 """
@@ -22,8 +22,8 @@ Verdict = Literal["kept", "broken", "not offered"]
 class Finding:
     """One promise of one manager.
 
-    `history` is the shortest one found that breaks it, on a pool of `num_blocks` blocks of
-    `block_size`; `message` says how. `num_operations` were done to look at it.
+    `history` is the shortest failing one found, on a pool of `num_blocks` blocks of `block_size`;
+    `message` describes the failure. `num_operations` operations were run.
     """
 
     promise: str
@@ -61,18 +61,18 @@ def findings(
     length: int = 40,
     seed: int = 0,
 ) -> list[Finding]:
-    """Look at every promise of the managers that `make_adapter(num_blocks, block_size)` makes.
+    """Check every promise of the managers that `make_adapter(num_blocks, block_size)` makes.
 
     Args:
-        make_adapter: makes a fresh manager behind a `ManagerAdapter`.
+        make_adapter: returns a `ManagerAdapter` of a new manager.
         promises: names from `PROMISES`.
         block_size: token slots of a block.
         pools: the least and the most blocks of a manager.
-        histories: how many for each promise.
-        length: operations of each.
+        histories: the number for each promise.
+        length: operations of each history.
         seed: the same seed, the same histories.
 
-    Each promise is looked at alone, so that a manager which breaks one is still asked for the
+    Each promise is checked separately, so a manager that breaks one is still checked for the
     others. O(promises * histories * length).
     """
     wanted = list(promises)

@@ -1,9 +1,9 @@
 """Histories of operations: drawn at random, replayed, and shrunk when they fail.
 
-An operation is a function and a description of its arguments. From the description random
-arguments are drawn here and Hypothesis strategies made in `kvpager.testing.strategies`. Arguments
-are plain ints, lists and strings; sequences are named by a number, taken modulo those that live,
-so that any part of a history is a history too. That is what makes shrinking simple.
+An operation is a function and a description of its arguments. This module draws random arguments
+from the description; `kvpager.testing.strategies` makes Hypothesis strategies of it. Arguments are
+ints, lists and strings. A number modulo the live sequences selects a sequence, so any part of a
+history is a valid history, which makes shrinking simple.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Run = TypeVar("Run", bound=Callable[..., None])
 
 
 class Scale(Protocol):
-    """How large the drawn arguments are."""
+    """The sizes of drawn arguments."""
 
     @property
     def alphabet(self) -> int:
-        """How many different token ids there are; few make prefixes collide."""
+        """The number of different token ids; few ids make prefixes collide."""
 
     @property
     def longest(self) -> int:
@@ -33,36 +33,36 @@ class Scale(Protocol):
 
     @property
     def num_live(self) -> int:
-        """Sequences that live, about."""
+        """The approximate number of live sequences."""
 
 
 class Kind(Protocol):
-    """What an argument may be."""
+    """A kind of argument."""
 
     def draw(self, random: Random, scale: Scale) -> Any:
-        """One at random."""
+        """Draw a value."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """0 to `most`: a count, or a place, modulo those there are."""
+    """0 to `most`: a count, or a position modulo the number of positions."""
 
     most: int = 255
 
     def draw(self, random: Random, scale: Scale) -> int:
-        """One at random. O(1)."""
+        """Draw a value. O(1)."""
         return int(random.random() * (self.most + 1))
 
 
 @dataclass(frozen=True)
 class Pick:
-    """One of the sequences that live, counted from the newest, modulo how many there are.
+    """A live sequence, counted from the newest, modulo their number.
 
-    From the newest, because a history then means much the same when its front is left out.
+    Counted from the newest, so that a history without its front does much the same.
     """
 
     def draw(self, random: Random, scale: Scale) -> int:
-        """One at random. O(1)."""
+        """Draw a value. O(1)."""
         return int(random.random() * max(scale.num_live, 1))
 
 
@@ -73,18 +73,18 @@ class Choice:
     options: tuple[Any, ...]
 
     def draw(self, random: Random, scale: Scale) -> Any:
-        """One at random. O(1)."""
+        """Draw a value. O(1)."""
         return random.choice(self.options)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, up to `longest`, or up to the scale's where that is None."""
+    """Token ids, up to `longest`; None: up to the scale's `longest`."""
 
     longest: int | None = None
 
     def draw(self, random: Random, scale: Scale) -> list[int]:
-        """Some at random. O(tokens)."""
+        """Draw token ids. O(tokens)."""
         longest = scale.longest if self.longest is None else self.longest
         count = int(random.random() * (longest + 1))
         return random.choices(range(scale.alphabet), k=count)
@@ -99,16 +99,16 @@ class Many:
     most: int = 4
 
     def draw(self, random: Random, scale: Scale) -> list[Any]:
-        """Some at random. O(items)."""
+        """Draw a list. O(items)."""
         count = self.least + int(random.random() * (self.most + 1 - self.least))
         return [self.kind.draw(random, scale) for _ in range(count)]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing a history may do: `run(world, *arguments)`.
+    """An operation of a history: `run(world, *arguments)`.
 
-    `needs`: what the manager (or adapter) must offer; without it the operation is never drawn.
+    `needs`: methods that the manager or adapter must have, or the operation is never drawn.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Operation:
     run: Callable[..., None]
 
     def draw(self, random: Random, scale: Scale) -> tuple[Any, ...]:
-        """Arguments at random. O(arguments)."""
+        """Draw arguments. O(arguments)."""
         return tuple([kind.draw(random, scale) for kind in self.arguments.values()])
 
 
@@ -128,7 +128,7 @@ Table = dict[str, Operation]
 def operation(
     table: Table, weight: float = 1.0, *, needs: tuple[str, ...] = (), **arguments: Kind
 ) -> Callable[[Run], Run]:
-    """Decorator: enter a function into `table` as an operation of its own name."""
+    """Return a decorator that adds a function to `table` as the operation of its name."""
 
     def enter(run: Run) -> Run:
         table[run.__name__] = Operation(run.__name__, weight, needs, arguments, run)
@@ -138,12 +138,12 @@ def operation(
 
 
 def offered(table: Table, subject: object) -> Table:
-    """The operations whose needs `subject` has. O(operations)."""
+    """Return the operations whose needs `subject` has. O(operations)."""
     return {name: one for name, one in table.items() if all(hasattr(subject, n) for n in one.needs)}
 
 
 class Violation(AssertionError):
-    """A law that was broken, and how."""
+    """A broken law, and a description."""
 
     def __init__(self, law: str, message: str) -> None:
         super().__init__(f"{law}: {message}")
@@ -152,22 +152,22 @@ class Violation(AssertionError):
 
 
 class Ended(Exception):
-    """The history cannot go on, for a reason that is not what is being looked at."""
+    """The history cannot continue, for a reason other than the promises under test."""
 
 
 class World(Protocol):
-    """What a history happens to: a manager, and what is known about it."""
+    """A manager under test, and the expected state."""
 
     def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
-        """Do one operation and check what it touched."""
+        """Run one operation and check what it touched."""
 
     def finish(self) -> None:
-        """Check what must hold at the end."""
+        """Check the final state."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What broke at which operation of a history."""
+    """A broken law and the operation that broke it."""
 
     law: str
     message: str
@@ -175,14 +175,14 @@ class Failure:
 
 
 def law_of(error: Exception) -> str:
-    """The name of the law that an exception says is broken. O(1)."""
+    """Return the name of the law that an exception reports. O(1)."""
     if isinstance(error, Violation):
         return error.law
     return "check" if isinstance(error, BrokenInvariant) else type(error).__name__
 
 
 def replay(history: History, table: Table, world: World) -> Failure | None:
-    """Run a history; what broke first, if anything did. Operations not offered are left out."""
+    """Run a history and return its first failure, or None. Unknown operations are skipped."""
     at = 0
     try:
         for at, (name, arguments) in enumerate(history):  # noqa: B007
@@ -198,7 +198,7 @@ def replay(history: History, table: Table, world: World) -> Failure | None:
 
 
 def describe(history: History, table: Table) -> list[str]:
-    """A history as lines to read: `append(pick=0, tokens=[1])`. O(history)."""
+    """Return a history as lines: `append(pick=0, tokens=[1])`. O(history)."""
     lines = []
     for name, arguments in history:
         named = zip(table[name].arguments, arguments, strict=True)
@@ -212,10 +212,10 @@ def describe(history: History, table: Table) -> list[str]:
 def shrink(
     history: History, fails: Callable[[History], object], *, operations_max: int = 300_000
 ) -> History:
-    """A short history that still fails: drop operations, then make arguments simpler.
+    """Return a short history that still fails: drop operations, then simplify arguments.
 
-    Delta debugging (Zeller and Hildebrandt, 2002). Deterministic: the effort is bounded by the
-    number of operations replayed, not by time. What it returns has been seen to fail.
+    Delta debugging (Zeller and Hildebrandt, 2002). Deterministic: the number of
+    replayed operations is the bound, not time. The returned history did fail.
     """
     search = _Search(fails, operations_max)
     size = 0
@@ -240,7 +240,7 @@ class _Search:
         return not self.exhausted and bool(self.fails(history))
 
     def drop(self, history: History) -> History:
-        """Leave out runs of operations, long ones first, from the end to the front."""
+        """Remove runs of operations, long runs first, from the end to the front."""
         run = max(len(history) // 2, 1)
         while run:
             end = len(history)
@@ -253,7 +253,7 @@ class _Search:
         return history
 
     def simplify(self, history: History) -> History:
-        """Make arguments simpler, one at a time, as long as that helps."""
+        """Simplify one argument at a time, while the history still fails."""
         for at in range(len(history)):
             for place in range(len(history[at][1])):
                 history = self._simplify_one(history, at, place)
@@ -274,7 +274,7 @@ class _Search:
 
 
 def simpler(value: Any) -> Iterator[Any]:
-    """Simpler values than this one, the simplest first: smaller numbers, shorter lists.
+    """Yield simpler values, the simplest first: smaller numbers, shorter lists.
 
     >>> list(simpler(9))
     [0, 1, 2, 3, 4, 8]

@@ -1,8 +1,8 @@
-"""Whether namespaces keep apart: the same prompt asked for under its own name and under others.
+"""Probes of the isolation of namespaces: look up a prompt under its own namespace and others.
 
-Every probe is a pair. Under its own namespace a prompt is hit after it was committed, for as long
-as it is cached; under any other namespace it always misses. A namespace begins its prompts with
-a token of its own, so that whatever another one hits can only have come from it.
+Each probe is a pair. A committed prompt is hit under its own namespace while it is cached, and
+misses under every other namespace. The prompts of a namespace begin with a unique token, so a
+foreign hit can only come from that namespace.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _COMMITTED_MAX = 60
 
 @dataclass(frozen=True)
 class IsolationReport:
-    """What the probes found.
+    """The results of the probes.
 
-    `own_hits` of `own_probes` found their prompt, the others had been evicted meanwhile;
-    `foreign_hits` of `foreign_probes` should be 0. `failure` says what broke, "" if nothing did.
+    `own_hits` of `own_probes` found their prompt; the others were evicted. `foreign_hits` of
+    `foreign_probes` must be 0. `failure` describes the first failure; "" if there is none.
     """
 
     seed: int
@@ -40,7 +40,7 @@ class IsolationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no namespace saw another one's tokens, and each saw its own."""
+        """True if each namespace hit its own prompts and no namespace hit another's."""
         return not self.failure
 
 
@@ -54,8 +54,8 @@ def isolation(
     """Probe a manager under several namespaces. O(operations).
 
     Args:
-        seed: decides sizes, prompts and the order of things.
-        operations: how many prompts are committed or probed.
+        seed: determines sizes, prompts and order.
+        operations: the number of prompts to commit or probe.
         policy: name of the eviction policy; None for the manager's default.
         make_manager: makes the manager from a `Setup`; `BlockManager` by default.
     """
@@ -101,12 +101,12 @@ class _Probe:
         self.manager = manager
         self.memory = TokenMemory(setup.num_blocks, setup.block_size)
         self.counts: Counter[str] = Counter()
-        self.kept: list[Any] = []  # live sequences, so that the pool is under pressure
-        # (owner, prompt) -> cached blocks given up until it was committed
+        self.kept: list[Any] = []  # live sequences, to fill the pool
+        # (owner, prompt) -> evicted blocks when it was committed
         self.committed: dict[tuple[int, tuple[int, ...]], int] = {}
 
     def step(self) -> None:
-        """Commit a new prompt, or probe one that was committed."""
+        """Commit a new prompt, or probe a committed one."""
         if self.committed and self.random.random() < 0.6:
             self.probe(*self.random.choice(list(self.committed)))
         else:
@@ -116,7 +116,7 @@ class _Probe:
             self.commit(owner, (1000 + owner, *body))
 
     def commit(self, owner: int, prompt: tuple[int, ...]) -> None:
-        """The owner writes and commits a prompt, then frees it at once or keeps it for a while."""
+        """Write and commit a prompt of `owner`, then free it at once or later."""
         while len(self.kept) > self.random.randint(0, _KEPT_MAX):
             self.manager.free(self.kept.pop(self.random.randrange(len(self.kept))))
         handle = self.allocate(self.setup.namespaces[owner], prompt)
@@ -129,7 +129,7 @@ class _Probe:
             del self.committed[next(iter(self.committed))]
 
     def probe(self, owner: int, prompt: tuple[int, ...]) -> None:
-        """Ask for a committed prompt under its own namespace and under another, in any order."""
+        """Look up a committed prompt under its own namespace and another, in any order."""
         others = [at for at in range(len(self.setup.namespaces)) if at != owner]
         pair = [owner, self.random.choice(others)]
         self.random.shuffle(pair)
@@ -157,7 +157,7 @@ class _Probe:
         return f"{names[asker]!r} hits {hit} tokens of {prompt}, committed by {names[owner]!r}"
 
     def allocate(self, namespace: str | None, prompt: tuple[int, ...]) -> Any:
-        """Begin a sequence; where the pool is full, others that were kept are freed for it."""
+        """Begin a sequence; if the pool is full, free kept sequences first."""
         while True:
             try:
                 return self.manager.allocate(list(prompt), namespace=namespace)
@@ -167,7 +167,7 @@ class _Probe:
                 self.manager.free(self.kept.pop(0))
 
     def write_and_read(self, handle: Any, namespace: str | None, prompt: tuple[int, ...]) -> None:
-        """Write what was not cached, then read all of it."""
+        """Write the tokens that were not cached, then read all tokens."""
         values = Content(namespace, prompt).values
         table = self.manager.block_tables(handle)[0]
         self.memory.copy(handle.copies)

@@ -20,7 +20,7 @@ from kvpager.testing.world import World
 
 
 def setups(block_size: int = 4) -> st.SearchStrategy[Setup]:
-    """Pools small enough for everything to collide, checked after every operation."""
+    """Return small pools, in which prefixes collide, checked after every operation."""
     return st.builds(
         Setup,
         num_blocks=st.integers(1, 14),
@@ -44,9 +44,9 @@ def manager_machine(
     table: Table = OPERATIONS,
     block_size: int = 4,
 ) -> type[RuleBasedStateMachine]:
-    """A state machine class for the managers that `make_manager` makes from a `Setup`.
+    """Return a state machine class for the managers that `make_manager` makes from a `Setup`.
 
-    After every step all sequences are read back and all books checked; at the end all is freed.
+    After every step it reads all sequences back and checks the state; at the end it frees all.
     """
 
     def make_world(setup: Setup) -> World:

@@ -1,7 +1,7 @@
-"""The data plane in miniature: one integer for every token slot, on the device and on the host.
+"""A miniature data plane: one integer for every token slot, on the device and on the host.
 
-A token's integer stands for its key and value. Like those it depends on the namespace and on
-every token up to it, so a prefix that was reused wrongly shows, wherever it came from.
+A token's integer represents its key and value. Like them it depends on the namespace and on all
+tokens up to it, so a wrongly reused prefix is noticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MASK = (1 << 62) - 1
 
 
 class Moves(Protocol):
-    """A plan, as far as memory is concerned: see `kvpager.plans.Plan`."""
+    """The members of a `kvpager.plans.Plan` that memory needs."""
 
     @property
     def copies(self) -> Int32:
@@ -37,7 +37,7 @@ class Moves(Protocol):
 
 
 class Content:
-    """A sequence's tokens and the integers that stand for their keys and values.
+    """A sequence's tokens and the integers that represent their keys and values.
 
     >>> content = Content("acme", [1, 2])
     >>> content.extend([3])
@@ -59,7 +59,7 @@ class Content:
         return len(self.tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Add tokens behind those there are. O(new tokens)."""
+        """Append tokens. O(new tokens)."""
         value = self.values[-1] if self.values else _start(self.namespace)
         for token in tokens:
             value = ((value ^ (token + 1)) * _MULTIPLIER + 1442695040888963407) & _MASK
@@ -67,16 +67,16 @@ class Content:
             self.values.append(value)
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on. O(forgotten tokens)."""
+        """Drop all tokens from `length` on. O(dropped tokens)."""
         del self.tokens[length:]
         del self.values[length:]
 
     def copy(self) -> Content:
-        """The same content, to be changed on its own. O(tokens)."""
-        twin = Content(self.namespace)
-        twin.tokens = self.tokens.copy()
-        twin.values = self.values.copy()
-        return twin
+        """Return an independent copy. O(tokens)."""
+        other = Content(self.namespace)
+        other.tokens = self.tokens.copy()
+        other.values = self.values.copy()
+        return other
 
 
 def _start(namespace: str | None) -> int:
@@ -133,7 +133,7 @@ class TokenMemory:
             self.tiers["device"][blocks, positions % self.block_size] = values
 
     def read(self, table: ArrayLike, length: int, start: int = 0) -> list[int]:
-        """What stands in the slots of tokens `start` to `length`. O(tokens).
+        """Return the values in the slots of tokens `start` to `length`. O(tokens).
 
         Whole blocks before `start` are not looked at: their table entries may be -1.
         """
@@ -145,7 +145,7 @@ class TokenMemory:
         return slots[start - offset : length - offset]
 
     def mismatch(self, table: ArrayLike, values: list[int], start: int = 0) -> int | None:
-        """The first token from `start` on that does not read back, or None. O(tokens)."""
+        """Return the first token from `start` on that does not read back, or None. O(tokens)."""
         held = self.read(table, len(values), start)
         expected = values[start:] if start else values
         if held == expected:

@@ -49,7 +49,7 @@ def plant(mutant: Mutant) -> None:
 
 
 def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
-    """What notices that the manager is broken, "" if nothing does; and operations simulated."""
+    """Return the check that notices the bug, or "", and the number of operations."""
     # Not before the bug is planted.
     from kvpager.blocks.manager import BlockManager
     from kvpager.testing.adapters import BlockManagerAdapter

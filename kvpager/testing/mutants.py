@@ -1,8 +1,8 @@
-"""Planted bugs: what the kit is worth is how many of them it notices.
+"""Planted bugs: the kit must notice each of them.
 
-A mutant is one exact fragment of a module's source and what stands there instead. It is applied
-in a fresh interpreter, as the module is imported; no file is changed. Then a bounded simulation,
-the conformance promises and the isolation probes run, and the mutant is killed by whichever fails.
+A mutant replaces one exact fragment of a module's source. It is applied in a new interpreter when
+the module is imported; no file is changed. Then a bounded simulation, the conformance promises and
+the isolation probes run. The mutant is killed by the first that fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import kvpager
 class Mutant:
     """One planted bug.
 
-    `law`: what it breaks, in words. `original` stands in the source of `module` exactly once.
+    `law`: the law it breaks. `original` must be in the source of `module` exactly once.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: killed by what, or survived.
+    """The outcome of a mutant: killed or survived.
 
-    `by` says which check failed and how; `operations` were simulated until then.
+    `by` names the failed check and its message, after `operations` simulated operations.
     """
 
     mutant: Mutant
@@ -49,14 +49,14 @@ class Outcome:
     seconds: float
 
 
-# Changes nothing: where this one is "killed", the kit or the manager is broken already.
+# Changes nothing: if it is "killed", the kit or the manager is broken.
 UNCHANGED = Mutant("unchanged", "none", "kvpager.blocks.manager", "", "")
 
 
 def mutated_source(mutant: Mutant) -> str:
-    """The module's source with the bug planted. O(source).
+    """Return the module's source with the bug planted. O(source).
 
-    Raises: `LookupError` unless the original fragment stands there exactly once.
+    Raises: `LookupError` unless the original fragment is there exactly once.
     """
     spec = find_spec(mutant.module)
     if spec is None or spec.origin is None:
@@ -82,18 +82,18 @@ def kill(
     timeout_seconds: float = 120.0,
     progress: Callable[[int], object] | None = None,
 ) -> list[Outcome]:
-    """Try to notice each mutant; outcomes in the order given. O(mutants * operations).
+    """Run the kit on each mutant; return outcomes in order. O(mutants * operations).
 
     Args:
         mutants: the bugs.
-        operations: simulated for each mutant and seed, at most.
-        seeds: where each simulation begins.
-        processes: how many mutants at a time.
-        timeout_seconds: for one mutant; one that does not come to an end by then is killed.
+        operations: the most simulated for each mutant and seed.
+        seeds: a simulation each.
+        processes: mutants to run at a time.
+        timeout_seconds: time for one mutant; a mutant that takes longer is killed.
         progress: called with 1 after each mutant, such as `tqdm(...).update`.
 
-    Raises: `LookupError` where a fragment is not found once; `RuntimeError` where the unchanged
-    source fails, or a mutant cannot even be imported.
+    Raises: `LookupError` for a fragment that is not found once; `RuntimeError` if the unchanged
+    source fails, or a mutant cannot be imported.
     """
     names = [mutant.name for mutant in mutants]
     if len(set(names)) != len(names):
@@ -116,7 +116,7 @@ def kill(
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Outcomes as lines to read, survivors first. O(outcomes)."""
+    """Return outcomes as lines of text, survivors first. O(outcomes)."""
     width = max((len(outcome.mutant.name) for outcome in outcomes), default=0)
     lines = []
     for outcome in sorted(outcomes, key=lambda outcome: outcome.killed):
@@ -127,7 +127,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _try(mutant: Mutant, limits: dict[str, object], timeout_seconds: float) -> Outcome:
-    """Run the kit against one mutant in an interpreter of its own."""
+    """Run the kit against one mutant in a new interpreter."""
     root = str(Path(kvpager.__file__).resolve().parent.parent)
     begin = perf_counter()
     try:

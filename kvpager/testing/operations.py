@@ -1,8 +1,8 @@
-"""What the simulator and the state machine do to a kvpager manager: a function per operation.
+"""The operations of the simulator and the state machine on a kvpager manager.
 
-A new operation is a new function with the decorator: its weight, what the manager must offer
-(else it is left out), and the kinds of its arguments. It makes the call, carries the plan out on
-`world.memory`, and enters what it touched in `world.touched`, to be read back.
+A new operation is a function with the decorator: its weight, the methods that the manager needs,
+and the kinds of its arguments. It makes the call, applies the plan to `world.memory`, and adds the
+touched sequences to `world.touched`, to be read back.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ FLAG = Choice((False, True))
 
 
 def begin(world: World, handle: Any, content: Content, num_known: int) -> Live:
-    """Enter a new sequence, and write what it did not find. O(tokens)."""
+    """Add a new sequence, and write its tokens that were not cached. O(tokens)."""
     num_cached = handle.num_cached_tokens
     if not 0 <= num_cached <= max(len(content) - 1, 0):
-        raise Violation("last token", f"{num_cached} of {len(content)} tokens are cached, it says")
+        raise Violation("last token", f"{num_cached} of {len(content)} tokens reported as cached")
     if num_cached:
         if content.values[num_cached - 1] not in world.published:
             raise Violation(
                 "nothing before commit",
-                f"{num_cached} tokens of {content.tokens} were reused, which no one committed in "
+                f"{num_cached} tokens of {content.tokens} were reused, but never committed in "
                 f"full blocks under {content.namespace!r}",
             )
         world.counts["hits"] += 1
@@ -63,7 +63,7 @@ def allocate(world: World, tokens: list[int], namespace: int) -> None:
 
 
 def make_room(world: World, count: int = 1) -> None:
-    """Free the oldest sequences where there are more than one can look at again and again."""
+    """Free the oldest sequences if there are too many to read back each time."""
     while len(world.rows) + count > world.setup.num_sequences_max:
         row = world.rows[0]
         world.manager.free(row.handle)
@@ -72,7 +72,7 @@ def make_room(world: World, count: int = 1) -> None:
 
 @operation(OPERATIONS, 1, count=Number(18))
 def allocate_unknown(world: World, count: int) -> None:
-    """Begin a sequence of so many tokens of unknown ids."""
+    """Begin a sequence of `count` tokens of unknown ids."""
     make_room(world)
     prompt: Any = count or []  # no tokens is an empty prompt, not a count
     handle = world.attempt(world.blocks(count), world.manager.allocate, prompt)
@@ -91,7 +91,7 @@ def allocate_unknown(world: World, count: int) -> None:
 def append(
     world: World, picks: list[int], new: list[list[int]], by_ids: bool, as_batch: bool
 ) -> None:
-    """Lengthen a batch of sequences, by ids or by counts."""
+    """Append to a batch of sequences, by ids or by counts."""
     rows = list(dict.fromkeys(filter(None, map(world.pick_resident, picks))))
     if not rows:
         return
@@ -124,7 +124,7 @@ def append(
 
 @operation(OPERATIONS, 2, needs=("fork",), pick=PICK, count=Number(2))
 def fork(world: World, pick: int, count: int) -> None:
-    """Share a sequence's blocks with one or more further ones."""
+    """Fork a sequence once or several times."""
     row = world.pick_resident(pick)
     if row is None or len(world.rows) + count >= world.setup.num_sequences_max:
         return
@@ -146,7 +146,7 @@ def free(world: World, pick: int) -> None:
 
 @operation(OPERATIONS, 4, needs=("commit",), pick=PICK, length=Number(), whole=FLAG)
 def commit(world: World, pick: int, length: int, whole: bool) -> None:
-    """Say that a sequence's KV is written, all of it or a part."""
+    """Commit a sequence, wholly or in part."""
     row = world.pick_resident(pick)
     if row is None:
         return
@@ -158,7 +158,7 @@ def commit(world: World, pick: int, length: int, whole: bool) -> None:
 
 @operation(OPERATIONS, 2, needs=("truncate",), pick=PICK, length=Number())
 def truncate(world: World, pick: int, length: int) -> None:
-    """Forget a sequence's last tokens; not below what slid out."""
+    """Truncate a sequence, but not into its dropped blocks."""
     row = world.pick_resident(pick)
     if row is None:
         return
@@ -192,7 +192,7 @@ def swap(world: World, pick: int, later: bool) -> None:
     if row is None:
         return
     to = "device" if row.is_swapped else "host"
-    most = world.manager.num_blocks + 1  # the host's room is not looked at: it may always refuse
+    most = world.manager.num_blocks + 1  # the host may always refuse: it is not modelled
     plan = world.attempt(most, world.manager.swap, row.handle, to)
     if plan is not None:
         world.carry_out(plan, later)
@@ -212,7 +212,7 @@ def grow(world: World, extra: int) -> None:
 
 @operation(OPERATIONS, 0.1, needs=("clear_prefix_cache",))
 def clear_prefix_cache(world: World) -> None:
-    """Evict everything that only the prefix index holds."""
+    """Evict all cached blocks that no sequence holds."""
     cached = world.manager.stats().num_cached
     dropped = world.manager.clear_prefix_cache()
     left = world.manager.stats().num_cached
@@ -223,7 +223,7 @@ def clear_prefix_cache(world: World) -> None:
 
 @operation(OPERATIONS, 1, needs=("commit",), pick=PICK)
 def reuse(world: World, pick: int) -> None:
-    """Commit a sequence and allocate its tokens again: all its full blocks are hit."""
+    """Commit a sequence and allocate its tokens again: all full blocks are hits."""
     row = world.pick_resident(pick)
     if (
         row is None
@@ -253,7 +253,7 @@ def reuse(world: World, pick: int) -> None:
     OPERATIONS, 1, pick=PICK, verb=Choice(("append", "block_tables", "commit", "fork", "free"))
 )
 def use_freed(world: World, pick: int, verb: str) -> None:
-    """Use a freed handle: refused, whatever the verb."""
+    """Use a freed handle: every verb refuses it."""
     if world.freed:
         handle = world.freed[pick % len(world.freed)]
         refused(world, StaleSequence, lambda: getattr(world.manager, verb)(handle))
@@ -261,7 +261,7 @@ def use_freed(world: World, pick: int, verb: str) -> None:
 
 @operation(OPERATIONS, 1, pick=PICK, number=Number(3))
 def misuse(world: World, pick: int, number: int) -> None:
-    """Ask for what makes no sense: refused."""
+    """Make an invalid call: it is refused."""
     row, manager = world.pick(pick), world.manager
     if row is None:
         return

@@ -1,4 +1,4 @@
-"""The simulator's further operations: speculative tokens, key parts, families, room."""
+"""More operations of the simulator: speculative tokens, key parts, swaps, pool size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["OPERATIONS"]
 
 @operation(OPERATIONS, 2, needs=("accept",), pick=PICK, tokens=Tokens(5), by_ids=FLAG)
 def append_speculative(world: World, pick: int, tokens: list[int], by_ids: bool) -> None:
-    """Give a sequence look-ahead slots, by ids or by a count; a second time adds to them."""
+    """Append speculative tokens to a sequence, by ids or by a count."""
     row = world.pick_speculating(pick) or world.pick_resident(pick)
     if row is None or not tokens:
         return
@@ -49,7 +49,7 @@ def accept(world: World, pick: int, number: int) -> None:
     settled = len(row.content) - row.num_speculative
     kept = number % (row.num_speculative + 1)
     if settled + kept < row.start // world.size * world.size:
-        kept = row.num_speculative  # the others slid out already
+        kept = row.num_speculative  # the dropped blocks forbid fewer
     world.publish(row, settled)
     world.manager.commit(row.handle)
     refused(world, ValueError, lambda: world.manager.append(row.handle, 1))
@@ -99,7 +99,7 @@ def allocate_shown(world: World, tokens: list[int], lora: str | None, shown: lis
     OPERATIONS, 0.3, needs=("clear_prefix_cache",), front=Tokens(), tails=Many(Tokens(), 3, 3)
 )
 def replace_twin(world: World, front: list[int], tails: list[list[int]]) -> None:
-    """Two compute the same at once; one leaves, its blocks too, others come; the twin goes on."""
+    """Evict the published blocks of two equal sequences; the duplicate continues."""
     if world.setup.quotas or len(world.rows) + 4 > world.setup.num_sequences_max:
         return
     front = front + [0] * (-len(front) % world.size)
@@ -112,9 +112,9 @@ def replace_twin(world: World, front: list[int], tails: list[list[int]]) -> None
         begin(world, handle, Content(None, tokens), len(tokens))
         if not tail:
             _commit(world, world.rows[-1])
-    leaver, twin = world.rows[before + 1 :]
+    leaver, duplicate = world.rows[before + 1 :]
     _commit(world, leaver)
-    _commit(world, twin)
+    _commit(world, duplicate)
     world.manager.free(leaver.handle)
     world.forget(leaver)
     world.touched.remove(leaver)
@@ -126,14 +126,14 @@ def replace_twin(world: World, front: list[int], tails: list[list[int]]) -> None
     begin(world, handle, Content(None, tokens), len(tokens))
     _commit(world, world.rows[-1])
     most = 1 + world.blocks(len(tails[2]))
-    step = world.attempt(most, world.manager.append, twin.handle, tails[2])
+    step = world.attempt(most, world.manager.append, duplicate.handle, tails[2])
     if step is not None:
         world.copied(step)
-        first = len(twin.content)
-        twin.content.extend(tails[2])
-        twin.num_known += len(tails[2])
-        world.write(twin, first, step.slots)
-        _commit(world, twin)
+        first = len(duplicate.content)
+        duplicate.content.extend(tails[2])
+        duplicate.num_known += len(tails[2])
+        world.write(duplicate, first, step.slots)
+        _commit(world, duplicate)
         world.manager.check()
 
 
@@ -147,7 +147,7 @@ def _commit(world: World, row: Live) -> None:
 
 @operation(OPERATIONS, 2, needs=("victims",), picks=Many(PICK, most=5), number=Number(), later=FLAG)
 def swap_some(world: World, picks: list[int], number: int, later: bool) -> None:
-    """Swap several sequences, perhaps in part only, all out or all in."""
+    """Swap several sequences out or in, wholly or in part."""
     rows = list(dict.fromkeys(filter(None, map(world.pick, picks))))
     if not rows:
         return
@@ -184,7 +184,7 @@ def _is_away(world: World, row: Live) -> bool:
 
 @operation(OPERATIONS, 1, needs=("victims",), need=Number(12))
 def preempt(world: World, need: int) -> None:
-    """Free the fewest of the oldest sequences that give back so many blocks; publish them first."""
+    """Free the oldest sequences until `need` blocks are free; publish them first."""
     rows = [row for row in world.rows if not (row.is_swapped or row.num_speculative)]
     handles = [row.handle for row in rows]
     victims = world.attempt(1 << 30, world.manager.victims, handles, need)
@@ -201,7 +201,7 @@ def preempt(world: World, need: int) -> None:
     world.require("victims free enough", freed >= need, f"{freed} of {need} blocks")
 
 
-# -------------------------------------------------------------------- room
+# -------------------------------------------------------------------- pool size
 
 
 @operation(OPERATIONS, 0.2, needs=("shrink",), number=Number())
@@ -213,7 +213,7 @@ def shrink(world: World, number: int) -> None:
     try:
         plan = world.attempt(1 << 30, world.manager.shrink, num_blocks)
     except ValueError:
-        return  # something beyond is pinned
+        return  # a higher block is pinned
     if plan is not None:
         world.carry_out(plan)
         world.memory.resize(num_blocks)
@@ -222,13 +222,13 @@ def shrink(world: World, number: int) -> None:
 
 @operation(OPERATIONS, 1, needs=("pins",), pick=PICK, number=Number())
 def pin(world: World, pick: int, number: int) -> None:
-    """Pin a sequence's prefix, or end a pin; never two more than three at a time."""
+    """Pin a sequence's prefix, or end a pin."""
     if len(world.pins) < 3 and number % 2:
         row = world.pick_resident(pick)
         if row is not None:
             try:
                 world.pins.append(world.manager.pins.pin(row.handle))
-            except ValueError:  # floors need what it would keep
+            except ValueError:  # floors need the blocks
                 world.require("pins refused for floors", world.setup.quotas, "there is no floor")
     elif world.pins:
         ticket = world.pins.pop(number % len(world.pins))
@@ -238,13 +238,13 @@ def pin(world: World, pick: int, number: int) -> None:
 
 @operation(OPERATIONS, 0.3, needs=("copies",))
 def complete(world: World) -> None:
-    """Carry out all copies that wait, and say so."""
+    """Make and complete all pending copies."""
     world.complete_all()
 
 
 @operation(OPERATIONS, 0.3, needs=("quotas",), pick=Number(), floor=Number(6), more=Number(12))
 def quota(world: World, pick: int, floor: int, more: int) -> None:
-    """Give a namespace a quota, or take it away."""
+    """Set or remove the quota of a namespace."""
     if not world.setup.quotas:
         return
     namespace = world.setup.namespaces[pick % len(world.setup.namespaces)]
@@ -260,7 +260,7 @@ def quota(world: World, pick: int, floor: int, more: int) -> None:
 
 @operation(OPERATIONS, 0.5, needs=("pins",), pick=PICK, priority=Number(100), ends=FLAG)
 def retain(world: World, pick: int, priority: int, ends: bool) -> None:
-    """Keep a sequence's prefix by priority, for ever or for no time."""
+    """Retain a sequence's prefix by priority, for ever or for no time."""
     row = world.pick_resident(pick)
     if row is None:
         return
@@ -271,12 +271,12 @@ def retain(world: World, pick: int, priority: int, ends: bool) -> None:
         refused(world, ValueError, lambda: world.manager.pins.retain(row.handle, priority, ttl_s))
 
 
-# -------------------------------------------------------------------- the whole
+# -------------------------------------------------------------------- handles
 
 
 @operation(OPERATIONS, 0.1, needs=("victims",), pick=PICK, verb=Choice(("append", "free", "fork")))
 def foreign(world: World, pick: int, verb: str) -> None:
-    """Use the handle of another manager, equal in all but that: refused."""
+    """Use an equal handle of another manager: it is refused."""
     row = world.pick(pick)
     if row is not None:
         other = world.setup.num_blocks, world.setup.block_size
@@ -287,7 +287,7 @@ def foreign(world: World, pick: int, verb: str) -> None:
 
 @operation(OPERATIONS, 0.5, needs=("batch",), picks=Many(PICK, least=2, most=3))
 def use_old_batch(world: World, picks: list[int]) -> None:
-    """Step a batch, free one of it, step it again: refused."""
+    """Step a batch, free one of its sequences, step it again: it is refused."""
     rows = list(dict.fromkeys(filter(None, map(world.pick_resident, picks))))
     if not rows:
         return

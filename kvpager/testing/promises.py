@@ -1,8 +1,8 @@
-"""What any paged block manager promises, and the harness that holds one to it.
+"""The promises of any paged block manager, and a harness that checks them.
 
-The harness keeps plain lists of what was written, plays the memory with one integer per token
-slot, and looks at the manager through a `ManagerAdapter` only. It needs neither Hypothesis nor
-pytest; `kvpager.testing.conformance` puts it behind both.
+The harness keeps lists of the written tokens, simulates memory with one integer per token slot, and
+sees the manager only through a `ManagerAdapter`. It needs neither Hypothesis nor pytest;
+`kvpager.testing.conformance` uses both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMISES = {
     "books_right": "the manager's own check finds nothing wrong",
 }
 
-# What the adapter must offer for a promise to be looked at.
+# The method that an adapter needs for a promise to be checked.
 OFFERED_BY = {
     "nothing_before_commit": "commit",
     "namespaces_apart": "allocate_in",
@@ -39,18 +39,18 @@ OFFERED_BY = {
 
 
 class ManagerAdapter(Protocol):
-    """What the kit needs of a manager; handles are whatever the manager uses.
+    """The methods of a manager that the kit needs; handles may be of any type.
 
     Optional, used when present:
 
-        commit(handle)                    the KV of all its tokens is written: may be reused now
+        commit(handle)                    the KV of all tokens is written: reusable now
         fork(handle) -> handle            a second sequence that shares every block
-        copies(handle) -> [(src, dst)]    block copies that `allocate` or `fork` asked for
+        copies(handle) -> [(src, dst)]    block copies that `allocate` or `fork` requires
         swap(handle, to) -> [(src, dst)]  to "host" or "device"; with `num_host_blocks: int`
-        truncate(handle, length)          forget the tokens from `length` on
+        truncate(handle, length)          drop the tokens from `length` on
         allocate_in(tokens, namespace)    `allocate` for one tenant
-        check()                           raises where the manager's books are wrong
-        num_block_ids: int                ids are below it, where some are kept aside
+        check()                           raises if the manager's state is inconsistent
+        num_block_ids: int                ids are below it, if some are reserved
     """
 
     num_blocks: int
@@ -61,23 +61,23 @@ class ManagerAdapter(Protocol):
         """Begin a sequence of `tokens`; their KV is written right after."""
 
     def num_cached_tokens(self, handle: Any) -> int:
-        """How many leading tokens were found written already."""
+        """Return the number of cached leading tokens."""
 
     def append(self, handle: Any, tokens: list[int]) -> Iterable[tuple[int, int]]:
-        """Make room for `tokens`; the blocks to copy before they are written."""
+        """Make room for `tokens`; return the blocks to copy before the writes."""
 
     def free(self, handle: Any) -> None:
         """End the sequence."""
 
     def block_table(self, handle: Any) -> Iterable[int]:
-        """The sequence's blocks, in order."""
+        """Return the sequence's blocks, in order."""
 
     def num_free_blocks(self) -> int:
-        """Blocks that can be had: free ones, and cached ones that may be evicted."""
+        """Return the number of free and evictable blocks."""
 
 
 class Row:
-    """A live sequence: its handle, and what must be found in it."""
+    """A live sequence: its handle and its expected content."""
 
     __slots__ = ("content", "handle", "is_swapped")
 
@@ -88,10 +88,10 @@ class Row:
 
 
 class Session:
-    """One manager under test, from its beginning to its end.
+    """A manager under test.
 
-    Only broken promises in `watch` are raised, as `Violation`; where another one is broken so
-    that the history cannot go on, `Ended` is.
+    A broken promise in `watch` raises `Violation`. Another broken promise, after which the history
+    cannot continue, raises `Ended`.
     """
 
     def __init__(self, adapter: ManagerAdapter, watch: Iterable[str] = PROMISES) -> None:
@@ -109,12 +109,12 @@ class Session:
     # ---------------------------------------------------------------- the World protocol
 
     def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
-        """Do one operation, then check everything. O(everything)."""
+        """Run one operation, then check everything. O(everything)."""
         operation.run(self, *arguments)
         self.inspect()
 
     def finish(self) -> None:
-        """Free what lives: then all blocks can be had again. O(everything)."""
+        """Free all sequences: then all blocks must be available. O(everything)."""
         while self.rows:
             handle = self.rows.pop().handle
             self.attempt(lambda handle=handle: self.adapter.free(handle), 0)  # type: ignore[misc]
@@ -123,26 +123,26 @@ class Session:
     # ---------------------------------------------------------------- for operations
 
     def broken(self, promise: str, message: str) -> None:
-        """Raise `Violation` where the promise is one that is watched. O(1)."""
+        """Raise `Violation` if the promise is watched. O(1)."""
         if promise in self.watch:
             raise Violation(promise, message)
 
     def pick(self, number: int, *, resident: bool = True) -> Row | None:
-        """A live sequence counted from the newest, None where there is none. O(sequences)."""
+        """Return a live sequence, counted from the newest, or None. O(sequences)."""
         rows = self.resident() if resident else self.rows
         return rows[-1 - number % len(rows)] if rows else None
 
     def resident(self) -> list[Row]:
-        """The sequences on the device. O(sequences)."""
+        """Return the sequences on the device. O(sequences)."""
         return [row for row in self.rows if not row.is_swapped]
 
     def table(self, row: Row) -> list[int]:
-        """A sequence's blocks as plain ints. O(blocks)."""
+        """Return a sequence's blocks as ints. O(blocks)."""
         blocks = self.call("served_when_it_fits", lambda: self.adapter.block_table(row.handle))
         return [int(block) for block in blocks]
 
     def call(self, promise: str, function: Callable[[], Any]) -> Any:
-        """The result of a call that must not raise; `promise` is broken where it does."""
+        """Return the result of a call; an error breaks `promise`."""
         try:
             return function()
         except Exception as error:
@@ -150,17 +150,17 @@ class Session:
             raise Ended from error
 
     def num_free(self) -> int:
-        """Blocks that the manager says can be had."""
+        """Return the available blocks that the manager reports."""
         return int(self.call("blocks_add_up", self.adapter.num_free_blocks))
 
     def snapshot(self) -> object:
-        """All that shows from outside. O(blocks held)."""
+        """Return the visible state. O(held blocks)."""
         return self.num_free(), [self.table(row) for row in self.resident()]
 
     def copy(
         self, pairs: list[tuple[int, int]], source: str = "device", to: str = "device"
     ) -> None:
-        """Carry out block copies that the manager asked for. O(copies)."""
+        """Apply block copies that the manager requires. O(copies)."""
         tiers = self.memory.tiers
         for one, other in pairs:
             if not (0 <= one < len(tiers[source]) and 0 <= other < len(tiers[to])):
@@ -171,14 +171,14 @@ class Session:
     def attempt(
         self, function: Callable[[], Any], most: int, *, is_empty: bool = False
     ) -> tuple[bool, Any]:
-        """Make a valid call that takes at most `most` blocks: (was it served, its result).
+        """Make a valid call that takes at most `most` blocks; return (was served, result).
 
-        A call that asks for no token at all (`is_empty`) may be refused by any error.
+        A call without tokens (`is_empty`) may raise any error.
         """
         if is_empty:
             return self._attempt_empty(function)
         free = self.num_free()
-        # A refusal where there is room enough is a broken promise in any case.
+        # A refusal despite enough free blocks always breaks a promise.
         before = self.snapshot() if most > free else None
         try:
             return True, function()
@@ -238,7 +238,7 @@ class Session:
     # ---------------------------------------------------------------- what must always hold
 
     def inspect(self) -> None:
-        """Look at everything that shows from outside. O(everything)."""
+        """Check the visible state. O(everything)."""
         resident = self.resident()
         tables = [self.table(row) for row in resident]
         if "reads_back" in self.watch:
@@ -248,7 +248,7 @@ class Session:
             self._check_sharing(resident, tables)
         free, held = self.num_free(), {b for table in tables for b in table}
         total = free + len(held - {-1})
-        # Of a swapped sequence nobody outside knows what it left on the device.
+        # The adapter does not show which blocks of a swapped sequence stay on the device.
         all_seen = len(resident) == len(self.rows)
         missing = self.adapter.num_blocks - total
         if missing < 0 or (all_seen and missing):
@@ -269,7 +269,7 @@ class Session:
             self.broken("reads_back", f"{where} is not what was written")
 
     def _check_sharing(self, rows: list[Row], tables: list[list[int]]) -> None:
-        """A block stands in two tables only at one place and for equal tokens."""
+        """Check that blocks are shared only at equal positions and for equal tokens."""
         holder: dict[int, tuple[Row, int]] = {}
         for row, table in zip(rows, tables, strict=True):
             if len(set(table)) != len(table):
@@ -285,14 +285,14 @@ class Session:
 
 
 def is_offered(promise: str, adapter: object) -> bool:
-    """Whether the adapter offers what the promise is about. O(1)."""
+    """Return True if the adapter has the method that the promise needs. O(1)."""
     return promise not in OFFERED_BY or hasattr(adapter, OFFERED_BY[promise])
 
 
 def check_adapter(adapter: Any) -> None:
-    """Refuse an adapter that is not one, before a manager is blamed for it. O(1).
+    """Validate an adapter. O(1).
 
-    Raises: `TypeError` with what is missing or of the wrong kind.
+    Raises: `TypeError` for a missing member or one of the wrong kind.
     """
     for name in ("allocate", "num_cached_tokens", "append", "free", "block_table"):
         if not callable(getattr(adapter, name, None)):

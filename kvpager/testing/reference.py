@@ -1,8 +1,8 @@
 """A block manager in plain Python: slow, and meant to be obviously right.
 
-It keeps lists and dictionaries and counts everything anew whenever it is asked. The kit reads it
-as the specification of the verbs, and its own checks are tried out on it and on broken copies.
-It offers the verbs of `kvpager.BlockManager` for one sequence or a list, with the same results.
+It keeps lists and dictionaries and recounts everything in each call. It is the specification of the
+verbs; the checks of the kit are tested on it and on broken copies. It has the verbs of
+`kvpager.BlockManager` for one sequence or a list, with the same results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Prefix = tuple[str | None, tuple[int, ...]]
 
 
 class NaiveSequence:
-    """A handle, and all that is known of its sequence. A token of unknown id is None."""
+    """A handle and the state of its sequence. A token of unknown id is None."""
 
     def __init__(self, namespace: str | None) -> None:
         self.namespace = namespace
@@ -48,7 +48,7 @@ Named = NaiveSequence | list[NaiveSequence]
 
 @dataclass(frozen=True)
 class NaiveStats:
-    """The counts that the kit looks at; names as in `kvpager.blocks.stats.Stats`."""
+    """The counts that the kit checks, named as in `kvpager.blocks.stats.Stats`."""
 
     num_blocks: int
     num_free: int
@@ -58,11 +58,11 @@ class NaiveStats:
     num_host_free: int
     num_sequences: int
     total_evicted: int
-    num_kept: int = 0  # it has neither pins nor fences
+    num_kept: int = 0  # there are no pins or fences
 
 
 class NaiveManager:
-    """The verbs of `BlockManager`, each written down as plainly as it can be.
+    """The verbs of `BlockManager`, written as plainly as possible.
 
     Args:
         num_blocks: blocks on the device.
@@ -125,7 +125,7 @@ class NaiveManager:
     def fork(
         self, sequence: NaiveSequence, count: int | None = None
     ) -> NaiveSequence | list[NaiveSequence]:
-        """Further sequences that share every block; see `BlockManager.fork`."""
+        """Return sequences that share every block; see `BlockManager.fork`."""
         [parent] = self.named(sequence)
         self.refuse_swapped([parent])
         children = []
@@ -139,22 +139,22 @@ class NaiveManager:
         return children[0] if count is None else children
 
     def free(self, sequences: Named) -> None:
-        """End sequences; their blocks are free, or cached only; see `BlockManager.free`."""
+        """End sequences; see `BlockManager.free`."""
         for sequence in self.named(sequences):
             self.live = [other for other in self.live if other is not sequence]
 
     def swap(self, sequences: Named, to: Tier) -> Plan:
-        """Move what one sequence alone holds between tiers; see `BlockManager.swap`."""
+        """Move unshared blocks between tiers; see `BlockManager.swap`."""
         if to not in ("device", "host"):
             raise ValueError(f'swap to {to!r}: expected "device" or "host"')
         rows = [row for row in self.named(sequences) if row.is_swapped == (to == "device")]
         copies = self.swap_out(rows) if to == "host" else self.swap_in(rows)
         return Plan(pairs_array(copies), "host" if to == "device" else "device", to)
 
-    # ---------------------------------------------------------------- what the verbs need
+    # ---------------------------------------------------------------- commit, truncate, grow
 
     def commit(self, sequences: Named, length: int | None = None) -> None:
-        """The tokens' KV is written: full blocks become reusable; see `BlockManager.commit`."""
+        """Record that the tokens' KV is written; see `BlockManager.commit`."""
         rows = self.named(sequences)
         self.refuse_swapped(rows)
         if length is not None and any(length > len(sequence) for sequence in rows):
@@ -165,7 +165,7 @@ class NaiveManager:
             self.publish(sequence)
 
     def truncate(self, sequence: NaiveSequence, length: int) -> None:
-        """Forget all tokens from `length` on; see `BlockManager.truncate`."""
+        """Drop all tokens from `length` on; see `BlockManager.truncate`."""
         [row] = self.named(sequence)
         self.refuse_swapped([row])
         if not 0 <= length <= len(row):
@@ -181,7 +181,7 @@ class NaiveManager:
         self.num_blocks = num_blocks
 
     def clear_prefix_cache(self) -> int:
-        """Forget all blocks that no sequence holds; how many there were."""
+        """Evict all cached blocks that no sequence holds; return how many."""
         idle = [prefix for prefix, block in self.cached.items() if not self.holders(block)]
         for prefix in idle:
             del self.cached[prefix]
@@ -190,14 +190,14 @@ class NaiveManager:
     # ---------------------------------------------------------------- reading
 
     def block_tables(self, sequences: Named) -> Int32:
-        """Return blocks in order, int32 [n, most blocks]; -1: none that is on the device."""
+        """Return block tables, int32 [n, most blocks]; -1: no device block."""
         rows = self.named(sequences)
         width = max((len(row.blocks) for row in rows), default=0)
         tables = [row.blocks + [-1] * (width - len(row.blocks)) for row in rows]
         return np.array(tables, np.int32).reshape(len(rows), width)
 
     def slots(self, sequence: NaiveSequence, start: int = 0, stop: int | None = None) -> Int64:
-        """Flat slots of tokens `start` to `stop`, int64 [tokens]."""
+        """Return the flat slots of tokens `start` to `stop`, int64 [tokens]."""
         [row] = self.named(sequence)
         self.refuse_swapped([row])
         end = len(row) if stop is None else stop
@@ -207,21 +207,21 @@ class NaiveManager:
         )
 
     def owns(self, sequence: NaiveSequence) -> bool:
-        """Whether the handle is of this manager and not freed."""
+        """Return True if the handle is of this manager and not freed."""
         return any(other is sequence for other in self.live)
 
     @property
     def num_free_blocks(self) -> int:
-        """Device blocks that can be had without evicting anything."""
+        """Free device blocks."""
         return len(self.free_blocks())
 
     @property
     def num_held_blocks(self) -> int:
-        """Device blocks that sequences hold, shared ones counted once."""
+        """Device blocks that sequences hold; a shared block counts once."""
         return self.stats().num_held
 
     def stats(self) -> NaiveStats:
-        """What there is, counted anew."""
+        """Return the current counts."""
         held = {block for row in self.live for block in row.blocks if block >= 0}
         return NaiveStats(
             num_blocks=self.num_blocks,
@@ -235,47 +235,47 @@ class NaiveManager:
         )
 
     def check(self) -> None:
-        """Raise `BrokenInvariant` where a table is not what its tokens need."""
+        """Raise `BrokenInvariant` if a table does not fit its tokens."""
         for row in self.live:
             here = [block for block in row.blocks if block >= 0]
             if len(set(here)) != len(here):
-                raise BrokenInvariant(f"{row}: a block stands twice in its table")
+                raise BrokenInvariant(f"{row}: a block is in its table twice")
             if len(row.blocks) != self.blocks_for(len(row)):
                 raise BrokenInvariant(f"{row}: {self.blocks_for(len(row))} blocks expected")
             if any(not 0 <= block < self.num_blocks for block in here):
                 raise BrokenInvariant(f"{row}: its table names a block that does not exist")
         if len(set(self.cached.values())) != len(self.cached):
-            raise BrokenInvariant("prefix index: a block stands there twice")
+            raise BrokenInvariant("prefix index: a block is there twice")
 
     # ---------------------------------------------------------------- the pool
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that so many tokens fill, the last one perhaps in part."""
+        """Return the number of blocks of `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def holders(self, block: int) -> int:
-        """How many tables hold the block."""
+        """Return the number of tables that hold the block."""
         return sum(block in row.blocks for row in self.live)
 
     def free_blocks(self) -> list[int]:
-        """Blocks that no table holds and the prefix index does not know."""
+        """Return the blocks in no table and not in the prefix index."""
         used = {block for row in self.live for block in row.blocks} | set(self.cached.values())
         return [block for block in range(self.num_blocks) if block not in used]
 
     def free_host_blocks(self) -> list[int]:
-        """Host blocks that no swapped sequence holds."""
+        """Return the host blocks that no swapped sequence holds."""
         used = {block for row in self.live for block in row.host_blocks.values()}
         return [block for block in range(self.num_host_blocks) if block not in used]
 
     def require(self, need: int, keep: Iterable[int] = ()) -> None:
-        """Raise `OutOfBlocks` unless `need` blocks can be had while `keep` stay cached."""
+        """Raise `OutOfBlocks` unless `need` blocks are available while `keep` stay cached."""
         idle = [block for block in self.cached.values() if not self.holders(block)]
         evictable = len(set(idle) - set(keep))
         if need > self.num_free_blocks + evictable:
             raise OutOfBlocks(need, self.num_free_blocks, evictable, self.num_blocks)
 
     def take(self, sequence: NaiveSequence) -> int:
-        """Put one more block at the end of the sequence's table."""
+        """Append a block to the sequence's table."""
         if not self.free_blocks():
             self.evict()
         block = self.free_blocks()[0]
@@ -283,14 +283,14 @@ class NaiveManager:
         return block
 
     def evict(self) -> None:
-        """Forget one cached block that no table holds: from the tail, the oldest first."""
+        """Evict a cached block that no table holds: from the tail, the oldest first."""
         idle = [prefix for prefix, block in self.cached.items() if not self.holders(block)]
         leaves = [prefix for prefix in idle if not self.is_extended(prefix)]
         del self.cached[(leaves or idle)[0]]
         self.num_evicted += 1
 
     def is_extended(self, prefix: Prefix) -> bool:
-        """Whether the index also knows a longer prefix that begins with this one."""
+        """Return True if the index has a longer prefix that begins with this one."""
         space, tokens = prefix
         return any(
             other_space == space and len(other) > len(tokens) and other[: len(tokens)] == tokens
@@ -300,12 +300,12 @@ class NaiveManager:
     # ---------------------------------------------------------------- prefixes and sharing
 
     def match(self, namespace: str | None, tokens: list[int | None]) -> tuple[list[int], int, int]:
-        """The longest known prefix: whole blocks, then a block and how many tokens of it."""
+        """Return the longest cached prefix: whole blocks, a partial block, and its tokens."""
         shared: list[int] = []
         end = self.block_size
         while end <= len(tokens) and (namespace, tuple(tokens[:end])) in self.cached:
             prefix = (namespace, known(tokens[:end]))
-            self.cached[prefix] = self.cached.pop(prefix)  # the youngest now
+            self.cached[prefix] = self.cached.pop(prefix)  # the most recently used
             shared.append(self.cached[prefix])
             end += self.block_size
         best, most = -1, 0
@@ -317,7 +317,7 @@ class NaiveManager:
         return shared, best, most
 
     def publish(self, sequence: NaiveSequence) -> None:
-        """Offer the sequence's full committed blocks of known tokens for reuse."""
+        """Publish the sequence's full committed blocks of known tokens."""
         for column in range(sequence.num_committed // self.block_size):
             ids = sequence.tokens[: (column + 1) * self.block_size]
             if None in ids:
@@ -325,20 +325,20 @@ class NaiveManager:
             self.cached.setdefault((sequence.namespace, known(ids)), sequence.blocks[column])
 
     def is_shared(self, block: int) -> bool:
-        """Whether a second table or the prefix index holds the block."""
+        """Return True if a second table or the prefix index holds the block."""
         return self.holders(block) > 1 or block in self.cached.values()
 
     def own_tail(self, sequence: NaiveSequence) -> list[Pair]:
-        """Give the sequence a copy of its partly filled last block where others read it too."""
+        """Copy the sequence's partly filled last block if it is shared."""
         if len(sequence) % self.block_size == 0 or not self.is_shared(sequence.blocks[-1]):
             return []
         source = sequence.blocks.pop()
         return [(source, self.take(sequence))]
 
     def num_needed(self, rows: list[NaiveSequence], new: list[list[int | None]]) -> int:
-        """How many blocks appending `new` to `rows`, one after the other, takes."""
+        """Return how many blocks it takes to append `new` to `rows`, in order."""
         need = 0
-        leavers: dict[int, int] = {}  # block -> rows that leave it for a copy of their own
+        leavers: dict[int, int] = {}  # block -> rows that replace it by a copy
         for sequence, ids in zip(rows, new, strict=True):
             need += self.blocks_for(len(sequence) + len(ids)) - len(sequence.blocks)
             if ids and len(sequence) % self.block_size:
@@ -352,7 +352,7 @@ class NaiveManager:
     # ---------------------------------------------------------------- tiers
 
     def swap_out(self, rows: list[NaiveSequence]) -> list[Pair]:
-        """Move the blocks that one row alone holds to the host: (device, host) pairs."""
+        """Move unshared blocks to the host; return (device, host) pairs."""
         alone = {
             id(row): [at for at, block in enumerate(row.blocks) if self.holders(block) == 1]
             for row in rows
@@ -370,7 +370,7 @@ class NaiveManager:
         return copies
 
     def swap_in(self, rows: list[NaiveSequence]) -> list[Pair]:
-        """Move the rows' host blocks back: (host, device) pairs."""
+        """Move the rows' host blocks back; return (host, device) pairs."""
         self.require(sum(len(row.host_blocks) for row in rows))
         copies = []
         for row in rows:
@@ -385,24 +385,24 @@ class NaiveManager:
     # ---------------------------------------------------------------- handles
 
     def named(self, sequences: Named) -> list[NaiveSequence]:
-        """The sequences named, each live and named once."""
+        """Return the sequences as a list. Raises for a stale or repeated one."""
         rows = [sequences] if isinstance(sequences, NaiveSequence) else list(sequences)
         for row in rows:
             if not self.owns(row):
                 raise StaleSequence(f"{row} was freed, or belongs to another manager")
         if len({id(row) for row in rows}) != len(rows):
-            raise ValueError("a sequence stands twice in the batch; name each once")
+            raise ValueError("sequences: one is repeated. Pass each sequence once.")
         return rows
 
     def refuse_swapped(self, rows: list[NaiveSequence]) -> None:
-        """Raise `SequenceSwapped` where one of the rows is on the host."""
+        """Raise `SequenceSwapped` if one of the rows is on the host."""
         for row in rows:
             if row.is_swapped:
-                raise SequenceSwapped(f'{row} is on the host; swap(sequence, "device") first')
+                raise SequenceSwapped(f'{row} is on the host. Call swap(sequence, "device") first.')
 
 
 def pairs_array(pairs: list[Pair]) -> Int32:
-    """Pairs of blocks as int32 [n, 2]. O(pairs)."""
+    """Return pairs of blocks as int32 [n, 2]. O(pairs)."""
     return np.array(pairs, np.int32).reshape(-1, 2)
 
 
@@ -420,12 +420,12 @@ def new_tokens(
         return [list(tokens)]  # type: ignore[arg-type]
     rows = [[ids] if isinstance(ids, int) else list(ids) for ids in tokens]
     if len(rows) != num_rows:
-        raise ValueError(f"token ids for {len(rows)} sequences, but {num_rows} were named")
+        raise ValueError(f"tokens: got ids for {len(rows)} sequences, expected {num_rows}")
     return rows  # type: ignore[return-value]
 
 
 def known(tokens: list[int | None]) -> tuple[int, ...]:
-    """The ids of tokens that are all known. O(tokens)."""
+    """Return the ids of tokens, all of them known. O(tokens)."""
     return tuple(token for token in tokens if token is not None)
 
 

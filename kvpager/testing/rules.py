@@ -1,6 +1,6 @@
-"""What the conformance suite does to a manager: one small function per rule.
+"""The rules of the conformance suite: one small function each.
 
-Each goes through the `Session`, which makes the call, plays the memory and checks the promises.
+A rule uses the `Session`, which makes the call, simulates memory and checks the promises.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMES = Choice((None, "acme", "umbrella"))
 
 
 def _begin(session: Session, handle: Any, content: Content) -> None:
-    """Take up a sequence that the manager has just allocated, and write its new tokens."""
+    """Add a sequence that the manager allocated, and write its new tokens."""
     adapter, tokens = session.adapter, content.tokens
     num_cached = session.call("reads_back", lambda: adapter.num_cached_tokens(handle))
     if not 0 <= num_cached <= len(tokens):
@@ -69,7 +69,7 @@ def allocate_in(session: Session, tokens: list[int], namespace: str | None) -> N
 
 @operation(RULES, 1, extra=Number(9))
 def overfill(session: Session, extra: int) -> None:
-    """Ask for more than the whole pool."""
+    """Allocate more than the whole pool."""
     length = session.adapter.num_blocks * session.size + 1 + extra
     served, _ = session.attempt(
         lambda: session.adapter.allocate([0] * length), _blocks(session, length)
@@ -81,7 +81,7 @@ def overfill(session: Session, extra: int) -> None:
 
 @operation(RULES, 5, pick=PICK, tokens=Tokens(5))
 def append(session: Session, pick: int, tokens: list[int]) -> None:
-    """Lengthen a sequence."""
+    """Append to a sequence."""
     row = session.pick(pick)
     if row is None:
         return
@@ -101,13 +101,13 @@ def append(session: Session, pick: int, tokens: list[int]) -> None:
 
 @operation(RULES, 2, needs=("fork",), pick=PICK)
 def fork(session: Session, pick: int) -> None:
-    """Share a sequence's blocks with a second one."""
+    """Fork a sequence."""
     row = session.pick(pick)
     if row is None:
         return
     adapter: Any = session.adapter
     free = session.num_free()
-    # A block for those that copy the open one at once.
+    # One block for managers that copy the partly filled block at once.
     served, handle = session.attempt(lambda: adapter.fork(row.handle), 1)
     if served:
         session.rows.append(Row(handle, row.content.copy()))
@@ -131,19 +131,19 @@ def free(session: Session, pick: int) -> None:
 
 @operation(RULES, 2, needs=("commit",), pick=PICK)
 def commit(session: Session, pick: int) -> None:
-    """Say that a sequence's KV is written."""
+    """Commit a sequence."""
     row = session.pick(pick)
     if row is None:
         return
     adapter: Any = session.adapter
-    # First, as the manager may offer them at any moment from here on.
+    # Note the tokens first: the manager may publish them at any moment from here on.
     session.committed.update(row.content.values)
     session.attempt(lambda: adapter.commit(row.handle), 0)
 
 
 @operation(RULES, 1, needs=("truncate",), pick=PICK, length=Number())
 def truncate(session: Session, pick: int, length: int) -> None:
-    """Forget a sequence's last tokens."""
+    """Truncate a sequence."""
     row = session.pick(pick)
     if row is None:
         return
@@ -161,7 +161,7 @@ def swap(session: Session, pick: int) -> None:
         return
     adapter: Any = session.adapter
     to, other = ("device", "host") if row.is_swapped else ("host", "device")
-    # The host's room is not known from outside, so a refusal to go there is never wrong.
+    # The adapter does not show the host's free blocks, so the host may always refuse.
     most = _blocks(session, len(row.content)) if to == "device" else session.adapter.num_blocks + 1
     served, copies = session.attempt(lambda: list(adapter.swap(row.handle, to)), most)
     if served:
@@ -170,7 +170,7 @@ def swap(session: Session, pick: int) -> None:
 
 
 def _stale(session: Session, pick: int) -> Any:
-    """A freed handle that is not live again, None where there is none."""
+    """Return a freed handle that is not live again, or None."""
     live = [row.handle for row in session.rows]
     stale = [handle for handle in session.freed if handle not in live]
     return stale[pick % len(stale)] if stale else None

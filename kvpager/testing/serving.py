@@ -1,4 +1,4 @@
-"""A language model in miniature, which obeys step plans: see `kvpager.testing.simulation`."""
+"""A miniature language model that executes step plans: see `kvpager.testing.simulation`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Choice = tuple[int, int]  # row of the request, token
 
 
 class Wrong(AssertionError):
-    """The scheduler did what it must not."""
+    """The scheduler made an error."""
 
 
 def values(salt: int, tokens: list[int]) -> Int64:
-    """What stands in the slots of these tokens, int64 [tokens]: by place, token and namespace."""
+    """Return the values of these tokens, int64 [tokens]: by position, token and namespace."""
     positions = np.arange(1, len(tokens) + 1, dtype=np.int64)
     mixed = (np.array(tokens, np.int64) + 1) * np.int64(_MIX) + positions * np.int64(
         0x5851F42D4C957F
@@ -32,20 +32,20 @@ def values(salt: int, tokens: list[int]) -> Int64:
 
 
 def salt_of(request: Request) -> int:
-    """Equal prompts of other namespaces or LoRAs have other keys and values."""
+    """Return a number that separates the values of namespaces and LoRAs. O(1)."""
     return crc32(repr((request.namespace, request.lora)).encode())
 
 
 def has_beams(request: Request) -> bool:
-    """True if the request's rows compete; which ones do, follows from its prompt. O(1)."""
+    """Return True if the request's rows are beams, which depends on its prompt. O(1)."""
     return request.n > 1 and len(request.prompt) % 2 == 0
 
 
 def choose(request: Request, is_first: bool, seen: list[int]) -> list[Choice]:
-    """How a request's rows go on, by what each of them read: the sampler.
+    """Return the next tokens of a request's rows, by the values that each row read.
 
-    Beams compete: any row may go on several times or not at all. Other rows look at nothing but
-    themselves; the first one is split. Some stop early.
+    Beams compete: a row may continue several times or not at all. Other rows are independent; the
+    first one is split. Some stop early.
     """
     if has_beams(request):
         number = sum(seen) * 31 % _MASK
@@ -65,12 +65,12 @@ def _token(seen: int, at: int) -> int:
 
 
 def digest(read: Int64) -> int:
-    """A number that depends on all that a row read."""
+    """Return a number that depends on all values that a row read."""
     return int(np.bitwise_xor.reduce(read * np.int64(3)) & np.int64(_MASK))
 
 
 def reference(request: Request) -> list[list[int]]:
-    """What a request has to come to, computed from it alone: the new tokens of each row."""
+    """Return the expected new tokens of each row, computed from the request alone."""
     salt, prompt = salt_of(request), request.prompt.tolist()
     rows, done = [list[int]()], []
     is_first = True
@@ -87,7 +87,7 @@ def reference(request: Request) -> list[list[int]]:
 
 
 class Row:
-    """One sample as the model knows it."""
+    """The model's state of a sample."""
 
     def __init__(self, request: Request, new: list[int]) -> None:
         self.request = request
@@ -96,12 +96,12 @@ class Row:
 
     @property
     def tokens(self) -> list[int]:
-        """All of them, the last one chosen but perhaps not computed."""
+        """All tokens; the last one may not be computed yet."""
         return [*self.request.prompt.tolist(), *self.new]
 
 
 class Model:
-    """Memory, and what every sample should find there."""
+    """Memory, and the expected values of every sample."""
 
     def __init__(self, manager: CacheManager) -> None:
         self.size = manager.block_size
@@ -114,12 +114,12 @@ class Model:
         self.has_begun: set[str] = set()
 
     def begin(self, request: Request) -> None:
-        """It was submitted."""
+        """Record that a request was submitted."""
         self.requests[str(request.request_id)] = request
         self.outputs[str(request.request_id)] = []
 
     def end(self, name: str) -> None:
-        """It has ended: none of its samples may be left."""
+        """Record that a request ended: none of its samples may be left."""
         if any(row.request.request_id == name for row in self.rows.values()):
             raise Wrong(f"{name} ended, and not all its samples were freed")
         del self.requests[name], self.outputs[name]
@@ -127,18 +127,18 @@ class Model:
         self.stopped.discard(name)
 
     def forget(self, freed: Int32) -> None:
-        """These samples are told to have ended."""
+        """Record that samples ended."""
         for number in freed.tolist():
             if self.rows.pop(number, None) is None:
                 raise Wrong(f"sample {number} was freed twice, or never lived")
         late = [number for number, row in self.rows.items() if row.has_ended]
         if late:
-            raise Wrong(f"samples {late} ended, and nobody was told")
+            raise Wrong(f"samples {late} ended, but no plan reported it")
 
     # ---------------------------------------------------------------- a step
 
     def apply(self, plan: StepPlan) -> None:
-        """Moves, then copies."""
+        """Apply the swaps, then the copies."""
         for swap in plan.swaps:
             self.memory.apply(swap)
         if len(np.unique(plan.copies[:, 1])) != len(plan.copies):
@@ -158,10 +158,10 @@ class Model:
                 self.memory.write(group.slot_mapping, [-7] * len(group.slot_mapping))
 
     def step(self, plan: StepPlan) -> tuple[Int64, Int32]:
-        """Compute a step; how it goes on."""
+        """Compute a step; return how its rows continue."""
         self._check_rows(plan)
         self.apply(plan)
-        # What a row computed before has to be there before any row of this step writes.
+        # Check earlier values before any row of this step writes.
         for row in plan.num_computed.nonzero()[0].tolist():
             self._read(plan, row, int(plan.num_computed[row]))
         self._write(plan)
@@ -184,9 +184,9 @@ class Model:
         return [row for row, other in enumerate(plan.request_ids) if other == name]
 
     def _check_rows(self, plan: StepPlan) -> None:
-        """Every row is who it says, and goes on where it was."""
+        """Check that each row is the right sample and continues where it was."""
         if len(set(plan.seq_ids.tolist())) != len(plan):
-            raise Wrong(f"a sample stands twice in the step: {plan.seq_ids.tolist()}")
+            raise Wrong(f"a sample is in the step twice: {plan.seq_ids.tolist()}")
         slots = np.concatenate([group.slot_mapping for group in plan.groups])
         if len(np.unique(slots)) != len(slots) or slots.min() < 0:
             raise Wrong(f"a slot is written twice, or is none: {slots.tolist()}")
@@ -227,10 +227,10 @@ class Model:
             )
 
     def _read(self, plan: StepPlan, row: int, length: int) -> int:
-        """Read the first `length` tokens of a row as each group of layers sees them."""
+        """Read the first `length` tokens of a row as each group of layers does."""
         sample = self.rows[int(plan.seq_ids[row])]
         expected = values(salt_of(sample.request), sample.tokens[:length])
-        seen_from = int(plan.num_computed[row]) + 1  # by the first of the new tokens
+        seen_from = int(plan.num_computed[row]) + 1  # by the first new token
         for group, window in zip(plan.groups, self.windows, strict=True):
             first = 0 if window is None else max(seen_from - window, 0) // self.size
             table = group.block_tables[row, first : -(-length // self.size)]
@@ -248,7 +248,7 @@ class Model:
         return digest(expected)
 
     def go_on(self, plan: StepPlan, parents: Int64, tokens: Int32, numbers: Int32) -> None:
-        """The step was completed: `numbers` are what the scheduler made of it."""
+        """Record that a step completed with samples `numbers`."""
         if len(numbers) != len(parents):
             raise Wrong(f"{len(parents)} continuations, {len(numbers)} samples")
         before = {row: self.rows[number] for row, number in enumerate(plan.seq_ids.tolist())}

@@ -46,7 +46,7 @@ MakeManager = Callable[[Setup], Any]
 
 
 def draw_setup(random: Random) -> Setup:
-    """Small pools, in which everything collides, and larger ones. O(1)."""
+    """Draw a setup: a small pool, in which prefixes collide, or a larger one. O(1)."""
     is_small = random.random() < 0.1
     num_blocks = random.randint(1, 8) if is_small else random.choice((10, 16, 24, 40, 64, 128, 300))
     block_size = random.choice((1, 2, 4, 4, 8, 16))
@@ -60,7 +60,7 @@ def draw_setup(random: Random) -> Setup:
         num_sequences_max=5 if is_small else random.choice((4, 8, 16, 32)),
         namespaces=NAMESPACES[: random.randint(1, len(NAMESPACES))],
         eviction=random.choice(eviction_policies()),
-        # In a small pool every operation is followed by a check of everything.
+        # Small pools are checked completely after every operation.
         check_every=1 if is_small else 250,
         null_block=num_blocks > 1 and random.random() < 0.2,
         fences=random.random() < 0.3,
@@ -69,12 +69,12 @@ def draw_setup(random: Random) -> Setup:
 
 
 def eviction_policies() -> tuple[str, ...]:
-    """The names that `BlockManager(eviction=)` takes. O(1)."""
+    """Return the names that `BlockManager(eviction=)` takes. O(1)."""
     return tuple(sorted(POLICIES))
 
 
 def make_block_manager(setup: Setup) -> BlockManager:
-    """The manager that a setup describes. O(blocks)."""
+    """Make the manager of a setup. O(blocks)."""
     return BlockManager(
         setup.num_blocks,
         setup.block_size,

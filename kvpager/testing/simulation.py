@@ -1,4 +1,4 @@
-"""Serving, simulated: random traffic through a scheduler and a model in miniature.
+"""Simulated serving: random traffic through a scheduler and a miniature model.
 
     report = simulate(seed=7, requests=40)
     print(report)                                  # the scenario, what happened, what went wrong
@@ -7,9 +7,9 @@
 
 A seed decides everything: pool, host tier, policy, budgets, costs, and the traffic - arrivals,
 shared beginnings, namespaces, parallel samples, beams, deadlines, cancellations, steps that fail.
-The model's KV is one integer a slot: it writes what stands for a token, reads every row's whole
-past through its table, and chooses the next token by all it read; a token that is lost, doubled or
-somebody else's changes every one after it. What should come out is computed from the request alone.
+The model's KV is one integer a slot. It reads all past tokens of a row through its block table, and
+the next token depends on all of them. So a lost, doubled or foreign token changes all later tokens.
+The expected tokens are computed from the request alone.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from kvpager.testing.traffic import Arrival, Scenario, draw_arrivals, draw_scena
 MakeScheduler = Callable[[Scenario, Callable[[], float]], Scheduler]
 
 REQUESTS_PER_SEED = 40
-_STEPS_WITHOUT_END = 5_000  # so many steps in which no request ends are a standstill
+_STEPS_WITHOUT_END = 5_000  # steps without an end of a request: a standstill
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one seed led to; `failure` is None where everything was right."""
+    """The result of a seed; `failure` is None if all was right."""
 
     seed: int
     scenario: Scenario
@@ -58,7 +58,7 @@ def simulate(
 ) -> Report:
     """Serve `requests` requests drawn from `seed`. O(requests * steps each * rows).
 
-    `make(scenario, clock)` makes the scheduler: another one with the same interface, say.
+    `make(scenario, clock)` makes the scheduler.
     """
     random = Random(seed)
     scenario = draw_scenario(random)
@@ -73,7 +73,7 @@ def simulate(
 
 
 class Simulation:
-    """One scenario, played to its end."""
+    """Runs one scenario."""
 
     def __init__(
         self, random: Random, scenario: Scenario, arrivals: list[Arrival], make: MakeScheduler
@@ -86,11 +86,11 @@ class Simulation:
         self.model = Model(self.scheduler.manager)
         self.counts: Counter[str] = Counter()
         self.live: dict[str, Arrival] = {}
-        self.asked: dict[str, set[Reason]] = {}  # why else than by itself it may end
+        self.asked: dict[str, set[Reason]] = {}  # further reasons for which it may end
         self._last_end = 0
 
     def run(self) -> None:
-        """Until everything has ended."""
+        """Run until all requests ended."""
         while self.arrivals or self.scheduler.has_work:
             self.num_steps += 1
             self._submit()
@@ -149,7 +149,7 @@ class Simulation:
     # ---------------------------------------------------------------- a step
 
     def _told(self, plan: StepPlan) -> None:
-        """Requests that ended, and how."""
+        """Check the requests that ended, and their reasons."""
         self.model.forget(plan.freed)
         for name, reason in plan.ended:
             arrival = self.live.pop(str(name), None)
@@ -186,7 +186,7 @@ class Simulation:
         self.counts["steps"] += 1
         self.scenario.check_size(plan)
         stops = [name for name, one in self.live.items() if one.stops_within == self.num_steps % 7]
-        if stops and self.random.random() < 0.3:  # while the step is being computed
+        if stops and self.random.random() < 0.3:  # during the computation of the step
             self._stop(stops[0], Reason.CANCELLED)
         if self.random.random() < self.scenario.failures:
             self._fail(plan)
@@ -196,7 +196,7 @@ class Simulation:
         self.model.go_on(plan, parents, tokens, numbers)
 
     def _fail(self, plan: StepPlan) -> None:
-        """The step fails at any point of it."""
+        """Let the step fail at a random point."""
         self.counts["aborts"] += 1
         self.model.spoil(plan, self.random.randrange(4))
         names = self.scheduler.abort(plan)
@@ -225,7 +225,7 @@ class Simulation:
 
 @dataclass
 class Summary:
-    """What many seeds led to."""
+    """The results of many seeds."""
 
     num_requests: int = 0
     num_seeds: int = 0
@@ -271,7 +271,7 @@ def _reports(requests: int, seed: int, processes: int) -> Iterator[Report]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0 where nothing was wrong."""
+    """Run the command line; return 0 if all was right."""
     parser = argparse.ArgumentParser(
         prog="python -m kvpager.testing.simulation", description=__doc__
     )

@@ -1,4 +1,4 @@
-"""A seeded simulator: random histories of operations, every result compared with plain lists.
+"""A seeded simulator: random histories of operations, each result compared with plain lists.
 
     report = simulate(seed=7, operations=10_000)
     print(report)                       # on a failure: the seed, and a shrunk history to read
@@ -33,15 +33,15 @@ from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_ma
 from kvpager.testing.world import World
 
 OPERATIONS_PER_SEED = 5_000
-_LINES_MAX = 60  # of a history that could not be made short
+_LINES_MAX = 60  # of a history that did not shrink
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one seed led to; `failure` is None where no law was broken.
+    """The result of a seed; `failure` is None if no law was broken.
 
-    `history` is the shortest failing history found, empty without a failure; `counts` says how
-    often each operation was done, how many calls were refused, and how many allocations hit.
+    `history` is the shortest failing history found, empty without a failure. `counts` has the
+    number of each operation, of refused calls, and of prefix hits.
     """
 
     seed: int
@@ -55,7 +55,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every law was kept."""
+        """True if no law was broken."""
         return self.failure is None
 
     def __str__(self) -> str:
@@ -88,11 +88,11 @@ def simulate(
     """Run `operations` operations drawn from `seed`. O(operations), more where it has to shrink.
 
     Args:
-        seed: decides everything; the same seed gives the same report, but for `seconds`.
-        operations: how many.
+        seed: the same seed gives the same report, except `seconds`.
+        operations: the number of operations.
         make_manager: makes the manager from a `Setup`; `BlockManager` by default.
-        table: the operations to draw from; what the manager does not offer is left out.
-        shrinking: whether a failing history is made short.
+        table: the operations to draw from, if the manager has their methods.
+        shrinking: shrink a failing history.
     """
     make = make_manager or make_block_manager
     random = Random(seed)
@@ -113,9 +113,9 @@ def simulate(
 def _drive(
     random: Random, world: World, table: Table, operations: int, history: History
 ) -> Failure | None:
-    """Draw and do operations; what broke, if anything did. `history` is filled."""
+    """Draw and run operations, recorded in `history`; return the failure or None."""
     names = list(table)
-    # Some runs never free, others hardly commit: what is rare on the whole is common somewhere.
+    # Weights differ by run: some never free, others hardly commit.
     weights = [one.weight * random.choice((0, 0.3, 1, 1, 3)) for one in table.values()]
     weights[names.index("allocate")] = table["allocate"].weight
     try:
@@ -135,7 +135,7 @@ def _shrunk(
     failure: Failure, history: History, setup: Setup, make: MakeManager, table: Table
 ) -> tuple[Failure, History]:
     def failure_of(history: History) -> Failure | None:
-        # Everything is checked after every operation, to see it fail as early as possible.
+        # Check everything after every operation, to find the earliest failure.
         return replay(history, table, World(setup, make(setup), check_every=1))
 
     early = failure_of(history) or failure
@@ -146,13 +146,13 @@ def _shrunk(
         return found is not None and found.law == early.law
 
     if not fails(history):
-        return failure, history  # it does not fail again: what was seen is all there is to show
+        return failure, history  # it does not fail again
     history = shrink(history, fails)
     return failure_of(history) or early, history
 
 
 def replay_report(report: Report, *, make_manager: MakeManager | None = None) -> Failure | None:
-    """Do a report's history again, on a fresh manager. O(history)."""
+    """Replay a report's history on a new manager. O(history)."""
     make = make_manager or make_block_manager
     world = World(report.setup, make(report.setup), check_every=1)
     return replay(report.history, report.table, world)
@@ -160,16 +160,16 @@ def replay_report(report: Report, *, make_manager: MakeManager | None = None) ->
 
 @dataclass
 class Summary:
-    """What many seeds led to."""
+    """The results of many seeds."""
 
     num_operations: int = 0
     num_seeds: int = 0
-    seconds: float = 0.0  # of all processes together, drawing and checking included
+    seconds: float = 0.0  # of all processes together
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[Report] = field(default_factory=list)
 
     def add(self, report: Report) -> None:
-        """Count one report in. O(operations known)."""
+        """Add a report. O(kinds of operations)."""
         self.num_operations += report.num_operations
         self.num_seeds += 1
         self.seconds += report.seconds
@@ -197,12 +197,12 @@ def run(
     """Simulate `operations` operations, a new seed every few thousand, from `seed` on.
 
     Args:
-        operations: how many in all.
-        seed: the first; the others follow it.
-        processes: how many to share the seeds among; the result does not depend on it.
+        operations: the total number.
+        seed: the first seed.
+        processes: the result does not depend on their number.
         progress: called with the number of operations just done, such as `tqdm(...).update`.
         make_manager: makes the manager from a `Setup`; a module-level function if processes > 1.
-        failures_max: stop after so many failing seeds.
+        failures_max: stop after this many failing seeds.
 
     Prints every failure, with its seed and a shrunk history. O(operations).
     """
@@ -229,7 +229,7 @@ def _reports(
     if processes <= 1:
         yield from map(_one, jobs)
         return
-    # Not forked: the caller may have threads, torch's for one.
+    # Not forked: the caller may have threads, such as those of torch.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         try:
             yield from pool.map(_one, jobs)

@@ -29,7 +29,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """A scheduler's settings, and how rough the traffic is."""
+    """The settings of a scheduler and of its traffic."""
 
     num_blocks: int
     block_size: int
@@ -44,17 +44,17 @@ class Scenario:
     costs: str
     max_model_len: int | None
     chunked: bool
-    rush: float  # steps between two arrivals, on the mean
+    rush: float  # mean steps between two arrivals
     failures: float  # the share of steps that fail
     windows: tuple[int | None, ...] = (None,)  # of each group of layers
 
     @property
     def max_chunk(self) -> int | None:
-        """Tokens for which groups with a window take room at a time."""
+        """Tokens for which groups with a window take blocks at a time."""
         return self.max_batch_tokens if self.chunked else None
 
     def can_serve(self, request: Request) -> bool:
-        """Whether this request can ever be served, worked out row by row."""
+        """Return True if the pool and budgets can serve this request."""
         prompt = len(request.prompt)
         length = prompt + request.max_new_tokens
         if self.max_model_len is not None and length > self.max_model_len:
@@ -80,7 +80,7 @@ class Scenario:
         return total
 
     def check_size(self, plan: StepPlan) -> None:
-        """A step is within its budgets. Raises `Wrong`."""
+        """Raise `Wrong` unless a step is within its budgets."""
         num_tokens = int(plan.num_scheduled.sum())
         if len(plan) > self.max_num_seqs:
             raise Wrong(f"{len(plan)} rows in a step, at most {self.max_num_seqs} may be")
@@ -91,17 +91,17 @@ class Scenario:
 
 @dataclass
 class Arrival:
-    """A request, and what befalls it."""
+    """A request, and the events of its life."""
 
     request: Request
     at: int  # the step
     stop_at: int | None = None
     reason: Reason = Reason.CANCELLED
-    stops_within: int | None = None  # a step of these, of seven, is when it may be cancelled
+    stops_within: int | None = None  # of seven, the steps within which it may be cancelled
 
 
 def draw_scenario(random: Random) -> Scenario:
-    """Settings, tiny to large; half of them such that many run and outgrow the pool. O(1)."""
+    """Draw settings, tiny to large; half of them overload the pool. O(1)."""
     is_tight = random.random() < 0.5
     num_blocks = random.choice((7, 12, 24) if is_tight else (2, 4, 7, 12, 24, 64, 200))
     scenario = Scenario(
@@ -129,7 +129,7 @@ def draw_scenario(random: Random) -> Scenario:
 
 
 def draw_arrivals(random: Random, scenario: Scenario, count: int) -> list[Arrival]:
-    """Requests that mostly fit, many of which begin alike. O(count)."""
+    """Draw requests that mostly fit, many with shared beginnings. O(count)."""
     room = scenario.num_blocks * scenario.block_size // len(scenario.windows)
     stems = [_tokens(random, random.randint(1, max(room // 2, 1))) for _ in range(3)]
     at, arrivals = 1.0, []
@@ -152,7 +152,7 @@ def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[lis
         stem = random.choice(stems)
         prompt = stem[: random.randint(1, min(len(stem), 2 * longest))] + prompt[:4]
     max_new_tokens = random.randint(1, min(4 * longest, 60))
-    if num_samples == 1 and random.random() < 0.15:  # one that may come to fill the pool
+    if num_samples == 1 and random.random() < 0.15:  # one that may fill the pool
         max_new_tokens = max(min(room - len(prompt), 100), 1)
     request = Request(
         request_id=name,
@@ -179,7 +179,7 @@ def _tokens(random: Random, count: int) -> list[int]:
 
 
 def make_manager(scenario: Scenario) -> CacheManager:
-    """The manager that a scenario wants. O(blocks)."""
+    """Make the manager of a scenario. O(blocks)."""
     sizes = scenario.num_blocks, scenario.block_size, scenario.num_host_blocks
     if any(scenario.windows):
         return GroupedManager(scenario.windows, *sizes, max_chunk=scenario.max_chunk)
@@ -187,7 +187,7 @@ def make_manager(scenario: Scenario) -> CacheManager:
 
 
 def make_scheduler(scenario: Scenario, clock: Callable[[], float]) -> Scheduler:
-    """kvpager's own, as the scenario wants it. O(blocks)."""
+    """Make kvpager's scheduler for a scenario. O(blocks)."""
     return Scheduler(
         make_manager(scenario),
         max_batch_tokens=scenario.max_batch_tokens,

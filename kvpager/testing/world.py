@@ -1,4 +1,4 @@
-"""A kvpager manager, and plain lists of all that was ever written through it.
+"""A kvpager manager, and plain lists of all tokens written through it.
 
 operations ──▶ World ──▶ manager        every plan is applied to a `TokenMemory`, every new
                  │                      token written, and what an operation touched is read
@@ -22,11 +22,10 @@ _FREED_KEPT = 4
 
 
 class Live:
-    """A live sequence: its handle and all that must be true of it.
+    """A live sequence: its handle and its expected state.
 
-    `start`: tokens before it slid out of the window. `num_known`: leading tokens whose ids the
-    manager was told. `num_committed`: leading tokens committed. `is_plain`: no adapter, and nothing
-    is shown behind its tokens.
+    `start`: the first token not dropped. `num_known`: leading tokens whose ids the manager knows.
+    `num_committed`: leading committed tokens. `is_plain`: it has no LoRA and no mm_hashes.
     """
 
     __slots__ = (
@@ -51,17 +50,17 @@ class Live:
         self.is_plain = True
 
     def child(self, handle: Any) -> Live:
-        """The same for a fork of the sequence. O(tokens)."""
-        twin = Live(handle, self.content.copy(), self.num_known, self.num_committed)
-        twin.start, twin.is_plain = self.start, self.is_plain
-        twin.num_speculative = self.num_speculative
-        return twin
+        """Return the expected state of a fork. O(tokens)."""
+        child = Live(handle, self.content.copy(), self.num_known, self.num_committed)
+        child.start, child.is_plain = self.start, self.is_plain
+        child.num_speculative = self.num_speculative
+        return child
 
 
 class World:
-    """What a simulated history happens to. Raises `Violation` where a law is broken.
+    """The manager and memory of a simulated history. Raises `Violation` for a broken law.
 
-    `counts` says what happened how often: operations by name, and "refused" and "hits".
+    `counts`: the number of operations by name, of refused calls and of prefix hits.
     """
 
     def __init__(self, setup: Setup, manager: Any, *, check_every: int | None = None) -> None:
@@ -73,7 +72,7 @@ class World:
         self.rows: list[Live] = []
         self.num_swapped = 0
         self.num_speculating = 0
-        self.pending: list[Any] = []  # plans that the manager gave and nobody has carried out
+        self.pending: list[Any] = []  # plans of the manager not yet applied
         self.pins: list[int] = []
         self.num_reserved = int(setup.null_block and isinstance(manager, BlockManager))
         self.freed: list[Any] = []
@@ -85,7 +84,7 @@ class World:
 
     @property
     def alphabet(self) -> int:
-        """How many different token ids prompts have."""
+        """The number of different token ids in prompts."""
         return self.setup.alphabet
 
     @property
@@ -95,13 +94,13 @@ class World:
 
     @property
     def num_live(self) -> int:
-        """Sequences that live."""
+        """The number of live sequences."""
         return len(self.rows)
 
     # ---------------------------------------------------------------- the World protocol
 
     def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
-        """Do one operation and read back what it touched. Every k-th time, check everything."""
+        """Run an operation and read back what it touched; every k-th time, check everything."""
         self.touched.clear()
         operation.run(self, *arguments)
         self._num_done += 1
@@ -113,7 +112,7 @@ class World:
                 self.check_row(row)
 
     def finish(self) -> None:
-        """Free all: then every block is free or cached, and nothing is held. O(everything)."""
+        """Free all sequences, then check that no block is held. O(everything)."""
         self.complete_all()
         self.check_everything()
         self.manager.free([row.handle for row in self.rows])
@@ -137,12 +136,12 @@ class World:
     # ---------------------------------------------------------------- for operations
 
     def require(self, law: str, kept: bool, message: str) -> None:
-        """Raise `Violation` unless a law is kept. O(1)."""
+        """Raise `Violation` unless `kept`. O(1)."""
         if not kept:
             raise Violation(law, message)
 
     def pick(self, number: int) -> Live | None:
-        """A live sequence counted from the newest, None where there is none. O(1)."""
+        """Return a live sequence, counted from the newest, or None. O(1)."""
         return self.rows[-1 - number % len(self.rows)] if self.rows else None
 
     def pick_resident(self, number: int) -> Live | None:
@@ -160,16 +159,16 @@ class World:
         return rows[-1 - number % len(rows)] if rows else None
 
     def fresh_tokens(self, count: int) -> list[int]:
-        """Ids never used before, for tokens whose ids the manager is not told. O(count)."""
+        """Return unused ids, for tokens whose ids the manager does not know. O(count)."""
         self._fresh_token += count
         return list(range(self._fresh_token - count, self._fresh_token))
 
     def blocks(self, num_tokens: int) -> int:
-        """Blocks that so many tokens fill, the last one perhaps in part. O(1)."""
+        """Return the number of blocks of `num_tokens` tokens. O(1)."""
         return -(-num_tokens // self.size)
 
     def attempt(self, most: int, function: Any, *arguments: Any, **options: Any) -> Any:
-        """The result of a call that takes at most `most` device blocks; None where refused."""
+        """Return the result of a call that takes at most `most` blocks, or None if refused."""
         manager = self.manager
         room = manager.num_free_blocks
         before = self.state() if room < most or self.setup.quotas else None
@@ -187,7 +186,7 @@ class World:
             return None
 
     def state(self) -> object:
-        """What a refused call may not change: all counts in small pools, the cheap ones in others.
+        """Return the state that a refused call must keep: all of it in small pools.
 
         O(1), O(everything) in small pools.
         """
@@ -197,32 +196,32 @@ class World:
         return manager.num_free_blocks, manager.num_held_blocks
 
     def write(self, row: Live, first: int, slots: Any) -> None:
-        """Write the tokens from `first` on; these are their slots. O(tokens)."""
+        """Write the tokens from `first` on to `slots`. O(tokens)."""
         values = row.content.values[first:] if first else row.content.values
         if len(slots) != len(values):
             raise Violation("a slot for each token", f"{len(slots)} slots for {len(values)} tokens")
         self.memory.write(slots, values)
 
     def forget(self, row: Live) -> None:
-        """A sequence was freed. O(sequences)."""
+        """Remove a freed sequence. O(sequences)."""
         self.rows.remove(row)
         self.num_swapped -= row.is_swapped
         self.num_speculating -= row.num_speculative > 0
         self.freed = [row.handle, *self.freed[: _FREED_KEPT - 1]]
 
     def publish(self, row: Live, num_committed: int) -> None:
-        """The row's first tokens are committed: its full blocks may be reused. O(tokens)."""
+        """Record that the row's first tokens are committed. O(tokens)."""
         row.num_committed = max(row.num_committed, num_committed)
         self.published.update(row.content.values[: num_committed // self.size * self.size])
 
     def copied(self, work: Any, later: bool = False) -> None:
-        """The copies of a step or new sequence are made; say so now, or some time. O(copies)."""
+        """Complete the copies of a step or new sequence, now or later. O(copies)."""
         self.memory.copy(work.copies)
         if getattr(work, "ticket", 0):
             self._complete(work, later)
 
     def carry_out(self, plan: Any, later: bool = False) -> None:
-        """Make a plan's copies, where there are fences perhaps later. O(copies)."""
+        """Make a plan's copies; with fences perhaps later. O(copies)."""
         ticket = getattr(plan, "ticket", 0)
         if later and ticket and plan.destination == "host":
             self.pending.append(plan)
@@ -239,7 +238,7 @@ class World:
             self.manager.copies.complete(work)
 
     def complete_all(self) -> None:
-        """Carry out and complete what waits, in order. O(copies)."""
+        """Make and complete the pending copies, in order. O(copies)."""
         for work in self.pending:
             if hasattr(work, "destination"):
                 self.memory.apply(work)
@@ -249,7 +248,7 @@ class World:
     # ---------------------------------------------------------------- what must always hold
 
     def check_row(self, row: Live) -> None:
-        """A sequence reads back what was written. O(its tokens)."""
+        """Check that a sequence reads back as written. O(its tokens)."""
         length, told = len(row.content.values), len(row.handle)
         if told != length:
             raise Violation("length", f"{told} tokens, not {length}")
@@ -267,14 +266,14 @@ class World:
             )
 
     def check_everything(self) -> None:
-        """All contents, the books, and who holds what, counted anew. O(everything)."""
+        """Check all sequences, the manager's state and the sharing of blocks. O(everything)."""
         self.manager.check()
         for row in self.rows:
             self.check_row(row)
         self._check_sharing()
 
     def _check_sharing(self) -> None:
-        """One block, one place, one content; and the counts are those of the tables."""
+        """Check that shared blocks have one position and content, and the counts."""
         stats = self.manager.stats()
         tables = [self.manager.block_tables(row.handle)[0] for row in self.rows]
         blocks = np.concatenate([*tables, np.empty(0, np.int32)])
@@ -287,7 +286,7 @@ class World:
             and stats.num_sequences == len(self.rows),
             f"{held} blocks in {len(self.rows)} tables, but {stats}",
         )
-        # The value of a token says all that comes before it, so equal values are equal prefixes.
+        # A token's value depends on all tokens before it, so equal values are equal prefixes.
         holder: dict[int, tuple[int, list[int]]] = {}
         for row, table in zip(self.rows, tables, strict=True):
             for column, block in enumerate(table.tolist()):

@@ -176,7 +176,7 @@ def test_shrinking_below_a_pinned_block_is_refused_and_changes_nothing() -> None
     ticket = manager.pins.pin(pinned)
     manager.free(pinned)
     before = manager.stats()
-    with pytest.raises(ValueError, match="num_blocks 4: a block beyond is pinned"):
+    with pytest.raises(ValueError, match="num_blocks=4: a higher block is pinned"):
         manager.shrink(4)
     assert manager.stats() == before
     manager.pins.unpin(ticket)
@@ -734,7 +734,7 @@ def test_retention_outlives_growing_and_shrinking(ranked: BlockManager, clock: C
 def test_other_policies_refuse_to_retain(policy: str) -> None:
     manager = BlockManager(6, 4, eviction=policy)
     sequence = committed(manager, A)
-    with pytest.raises(ValueError, match='use eviction="priority"'):
+    with pytest.raises(ValueError, match='Use eviction="priority"'):
         manager.pins.retain(sequence, 5)
 
 
@@ -814,7 +814,7 @@ def test_nobody_else_can_take_a_floor() -> None:
     assert room(manager, "other") == room(manager, None) == 5
     assert room(manager, "acme") == 8
     manager.allocate(20)
-    with pytest.raises(OutOfBlocks, match="floors of other namespaces keep the rest"):
+    with pytest.raises(OutOfBlocks, match="floors of other namespaces reserve the rest"):
         manager.allocate(1, namespace="other")
     manager.allocate(12, namespace="acme")
     manager.check()
@@ -846,7 +846,7 @@ def test_sharing_a_cached_prefix_cannot_undercut_anothers_floor() -> None:
     cache(manager, A + B, "other")
     manager.allocate(8, namespace="other")
     manager.quotas.set("acme", floor=2)
-    with pytest.raises(OutOfBlocks, match="floors of other namespaces keep the rest"):
+    with pytest.raises(OutOfBlocks, match="floors of other namespaces reserve the rest"):
         manager.allocate([*A, *B, 1], namespace="other")
     assert room(manager, "acme") == 2
 
@@ -928,7 +928,7 @@ def test_an_unknown_namespace_has_no_quota_to_read_or_drop() -> None:
     manager.quotas.set("acme", floor=1)
     for use in (manager.quotas.get, manager.quotas.drop, manager.quotas.used):
         for name in ("other", None):
-            with pytest.raises(ValueError, match=r"has no quota; give it one by quotas\.set"):
+            with pytest.raises(ValueError, match=r"it has no quota. Call quotas\.set"):
                 use(name)
     assert manager.quotas.get("acme") == Quota(1)
 
@@ -936,9 +936,9 @@ def test_an_unknown_namespace_has_no_quota_to_read_or_drop() -> None:
 def test_floors_that_exceed_the_pool_are_refused_and_change_nothing() -> None:
     manager = BlockManager(8, 4, null_block=True)
     manager.quotas.set("a", floor=4)
-    with pytest.raises(ValueError, match="8 blocks, and 7 can be had"):
+    with pytest.raises(ValueError, match="8 blocks, but only 7 are available"):
         manager.quotas.set("b", floor=4)
-    with pytest.raises(ValueError, match="has no quota"):
+    with pytest.raises(ValueError, match="it has no quota"):
         manager.quotas.get("b")
     manager.quotas.set("a", floor=7)  # its own old floor does not count
 
@@ -968,11 +968,11 @@ def test_a_ceiling_below_the_held_blocks_is_refused() -> None:
     cache(manager, A + B, "acme")
     held = manager.allocate(8, namespace="acme")
     before = manager.stats()
-    with pytest.raises(ValueError, match="ceiling 1: namespace 'acme' holds 2 blocks"):
+    with pytest.raises(ValueError, match="ceiling=1: namespace 'acme' holds 2 blocks"):
         manager.quotas.set("acme", ceiling=1)
     assert manager.stats() == before
     assert manager.match_prefix(A + B, namespace="acme") == 8
-    with pytest.raises(ValueError, match="has no quota"):
+    with pytest.raises(ValueError, match="it has no quota"):
         manager.quotas.get("acme")
     manager.free(held)
     manager.check()
@@ -1250,7 +1250,7 @@ def test_events_tell_nothing_of_what_happens_to_their_arrays_later() -> None:
 
 
 def test_fetch_without_num_events_names_the_argument() -> None:
-    with pytest.raises(ValueError, match="make the manager with num_events"):
+    with pytest.raises(ValueError, match="Pass num_events"):
         BlockManager(8, 4).events.fetch()
 
 

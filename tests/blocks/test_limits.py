@@ -65,11 +65,11 @@ def test_what_would_make_a_floor_a_lie_is_refused() -> None:
     manager.quotas.set("a", floor=10)
     manager.free(first)
     manager.allocate(20, namespace="b")
-    with pytest.raises(ValueError, match="floors promise"):
+    with pytest.raises(ValueError, match="for the floors"):
         manager.pins.pin(twin)
-    with pytest.raises(ValueError, match="floors promise"):
+    with pytest.raises(ValueError, match="for the floors"):
         manager.shrink(19)
-    with pytest.raises(ValueError, match="11 blocks, and 10 can be had"):
+    with pytest.raises(ValueError, match="11 blocks, but only 10 are available"):
         manager.quotas.set("c", floor=1)
     manager.check()
     manager.allocate(40, namespace="a")
@@ -111,7 +111,7 @@ def test_blocks_cut_off_by_shrinking_are_kept_until_copied() -> None:
     manager.allocate(4)
     manager.free(first)
     plan = manager.shrink(4)
-    with pytest.raises(ValueError, match="complete the plan of `shrink` first"):
+    with pytest.raises(ValueError, match="plan of `shrink` is unfinished"):
         manager.grow(8)
     manager.copies.complete(plan)
     manager.grow(8)

@@ -257,7 +257,7 @@ def test_a_batch_is_made_once_and_used_often(manager: BlockManager) -> None:
         manager.append(batch, 1)
     assert manager.lengths(batch).tolist() == [6, 7]
     manager.free(sequences[0])
-    with pytest.raises(StaleSequence, match="make the batch anew"):
+    with pytest.raises(StaleSequence, match="Make a new batch"):
         manager.append(batch, 1)
 
 
@@ -273,7 +273,7 @@ def test_a_refused_append_changes_nothing(manager: BlockManager) -> None:
 
 def test_a_sequence_twice_in_a_batch_is_refused(manager: BlockManager) -> None:
     sequence = manager.allocate(3)
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="one is repeated"):
         manager.append([sequence, sequence], 1)
     assert len(sequence) == 3
 

@@ -72,7 +72,7 @@ def test_a_pool_that_comes_later_is_bounded_when_asked() -> None:
     assert (manager.quotas.ceiling("acme"), manager.quotas.ceiling("umbrella")) == (3, None)
     quotas.enforce(manager.quotas, "acme", 2 * BLOCK_BYTES)  # blocks got larger
     assert manager.quotas.ceiling("acme") == 1
-    with pytest.raises(ValueError, match=r"quota '3KiB': one block takes 4\.0 KiB\. Raise the"):
+    with pytest.raises(ValueError, match=r"quota='3KiB': one block takes 4\.0 KiB\. Raise the"):
         quotas.enforce(manager.quotas, "acme", 4 * BLOCK_BYTES)
 
 

@@ -498,7 +498,7 @@ def test_a_batch_notices_a_row_that_a_new_sequence_took(manager: BlockManager) -
         lambda: manager.victims(batch, 1),
         lambda: manager.drop_before(batch, 0),
     ):
-        refused(manager, StaleSequence, call, "make the batch anew")
+        refused(manager, StaleSequence, call, "Make a new batch")
     assert len(taker) == 7
 
 
@@ -552,7 +552,7 @@ def test_a_sequence_named_twice_is_refused_everywhere(manager: BlockManager) -> 
         lambda: manager.block_tables(twice),
         lambda: manager.victims(twice, 1),
     ):
-        refused(manager, ValueError, call, "stands twice")
+        refused(manager, ValueError, call, "one is repeated")
 
 
 VERBS: dict[str, Callable[[BlockManager, SequenceHandle], object]] = {

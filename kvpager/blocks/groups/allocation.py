@@ -1,4 +1,4 @@
-"""Sequences over groups that begin, fork and end."""
+"""Begin, fork and end sequences over groups."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GroupAllocation:
         hit: Hit,
         reserve: int,
     ) -> SequenceHandle:
-        """Begin a sequence that has room for `rooms` tokens in each group. O(tokens * groups).
+        """Begin a sequence with blocks for `rooms` tokens in each group. O(tokens * groups).
 
         Raises: `OutOfBlocks` of the sum over all groups.
         """
@@ -81,7 +81,7 @@ class GroupAllocation:
         return row
 
     def _refuse_without_reserve(self, need: int, shared: Int32, reserve: int) -> None:
-        """Refuse what can never be had, or would leave fewer than `reserve` blocks."""
+        """Raise `OutOfBlocks` unless `reserve` available blocks would be left."""
         pool = self._state.pool
         if reserve:
             need += reserve + int(np.count_nonzero(pool.refs[shared] == 0))
@@ -103,7 +103,7 @@ class GroupAllocation:
         return children
 
     def end(self, names: Int64) -> None:
-        """Give the blocks of these sequences back and end their handles. O(blocks)."""
+        """Release the blocks of these sequences and end their handles. O(blocks)."""
         self._state.change.begin()
         self._allocation.end(self._table.rows[:, names].ravel().tolist())
         for name in names.tolist():

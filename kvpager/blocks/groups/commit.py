@@ -1,4 +1,4 @@
-"""Commit tokens of sequences over groups: offer full blocks, free those behind windows."""
+"""Commit tokens over groups: publish full blocks, release those behind windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvpager.plans import Int64
 
 
 class GroupCommit:
-    """Commits tokens in all groups, and frees the blocks behind windows.
+    """Commits tokens in all groups, and releases the blocks behind windows.
 
     The caller holds the lock. Writes what `Publication`, `WindowIndex` and `Windows` write, and
     `committed`.
@@ -43,9 +43,9 @@ class GroupCommit:
         return settled
 
     def commit(self, names: Int64, settled: Int64) -> None:
-        """Note that the KV of each sequence's first `settled` tokens is written.
+        """Record that the KV of each sequence's first `settled` tokens is written.
 
-        O(n * groups), and of new full blocks.
+        O(n * groups + new full blocks).
         """
         state, rows = self._state, self._state.rows
         members = self._table.rows[:, names]

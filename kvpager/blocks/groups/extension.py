@@ -1,8 +1,8 @@
-"""Sequences over groups that grow. A group with a window takes its room bit by bit.
+"""Append tokens over groups. A group with a window takes its blocks chunk by chunk.
 
 tokens       0 1 2 3 4 5 6 7 8 9 ...           of a prompt, four computed, chunks of four
 group 0      a a a a b b b b c c               blocks for all tokens
-group 1      . . d d e e e e                   window 3: none behind it, a chunk before it
+group 1      . . d d e e e e                   window 3: no blocks behind it, a chunk ahead
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvpager.plans import Int32, Int64, Step
 
 
 class GroupExtension:
-    """Makes room for tokens, in groups with a window for some of them only.
+    """Takes blocks for tokens, in groups with a window for a chunk only.
 
     The caller holds the lock. Writes what `Extension` writes, and the lengths and pending ids of
     sequences.
@@ -40,7 +40,7 @@ class GroupExtension:
         self._max_chunk = max_chunk if any(windows) else None
 
     def rooms(self, start: int, length: int) -> list[int]:
-        """Return how many tokens get room in each group when `start` are computed. O(groups)."""
+        """Return how many tokens get blocks in each group when `start` are computed. O(groups)."""
         room = length
         if self._max_chunk is not None:
             room = min(self._up_to_a_block(start + self._max_chunk), length)
@@ -55,7 +55,7 @@ class GroupExtension:
     ) -> Step:
         """Make room for `num_new` more tokens of each sequence. O(tokens * groups).
 
-        Raises: `OutOfBlocks`; `ValueError` for speculative tokens where some tokens get no room.
+        Raises: `OutOfBlocks`; `ValueError` for speculative tokens that get no slots.
         """
         table, groups = self._table, len(self._windows)
         if self._waits(names, num_new):
@@ -75,7 +75,7 @@ class GroupExtension:
         return replace(step, slots=step.slots.reshape(groups, -1))
 
     def _waits(self, names: Int64, num_new: int | Int64) -> bool:
-        """True if some of the new tokens get no room in groups with a window. O(n)."""
+        """Return True if some new tokens get no slots in groups with a window. O(n)."""
         if self._max_chunk is None:
             return False
         if np.max(num_new, initial=0) > self._max_chunk:
@@ -96,7 +96,7 @@ class GroupExtension:
             rooms[has_room, at] = np.array(self.rooms(start, start + count))[has_room]
         taken, firsts = (rooms - before).ravel(), np.cumsum(counts) - counts
         slots = np.full((groups, int(counts.sum())), -1, np.int64)
-        # Of each row that gets room, the first new tokens.
+        # The first new tokens of each row get slots.
         places = np.tile(firsts, groups)
         theirs = None
         if ids is not None:
@@ -112,18 +112,18 @@ class GroupExtension:
         return replace(step, slots=slots)
 
     def _note(self, name: int, room: int, start: int, new: Int32 | None) -> None:
-        """Remember the ids of tokens that have no room yet."""
+        """Store the ids of tokens without slots."""
         table = self._table
         if room == table.lengths[name]:
             return
-        # Those before have room; what they were does not matter.
+        # Tokens before `start` have slots; their ids are not needed here.
         ids = table.pending.get(name, np.zeros(start, np.int32))
         if ids is not None and new is not None and len(ids) == start:
             ids = np.concatenate([ids, new])
         table.pending[name] = ids
 
     def open(self, name: int, stop: int) -> None:
-        """Take the blocks that a sequence lacks for its first `stop` tokens. O(tokens).
+        """Take the missing blocks of a sequence's first `stop` tokens. O(tokens).
 
         Raises: `OutOfBlocks`.
         """
@@ -139,13 +139,13 @@ class GroupExtension:
         if known is not None and len(known) >= rooms.max():
             pairs = zip(before.tolist(), rooms.tolist(), strict=True)
             ids = np.concatenate([known[first:end] for first, end in pairs])
-        # A room that is not the last one ends where a block ends: nothing has to be copied.
+        # Chunks end at block boundaries, so no block has to be copied.
         self._extension.append(rows, rooms - before, ids, False)
         if rooms.min() == length:
             del table.pending[name]
 
     def cut(self, name: int, length: int) -> None:
-        """Note that a sequence has `length` tokens now, its rows at most as many. O(tokens)."""
+        """Set the length of a sequence whose rows have at most as many tokens. O(tokens)."""
         table = self._table
         table.lengths[name] = length
         del table.digests[name][length // self._state.block_size :]

@@ -6,12 +6,12 @@
     manager.commit(seq, 2048)                       # frees blocks behind the window
     tables = manager.block_tables([seq])            # int32 [groups, sequences, blocks]
 
-All layers of a group look equally far back: to the front, or over a window. A block holds the
-tokens of one group's layers, and groups have the same number of layers; so any block serves any
-group, and no memory is set aside for one kind of layer. A sequence is one row of the sequence table
-for each group. As in vLLM's hybrid manager (Jenga, Zhang et al., 2025).
+All layers of a group have the same window, or full attention. A block holds tokens for the layers
+of one group. All groups have equally many layers, so any block serves any group, and no memory is
+reserved for one kind of layer. A sequence has a row of the sequence table for each group. The idea
+is from vLLM's hybrid manager (Jenga, Zhang et al., 2025).
 
-Each verb takes or gives the blocks of all groups, or changes nothing, and signals wait for its end,
+Each verb takes or releases the blocks of all groups, or changes nothing. Signals wait for its end,
 as in `BlockManager`.
 """
 
@@ -59,17 +59,17 @@ class GroupedManager:
     """Block tables of several groups of layers over one pool. A `CacheManager`; thread-safe.
 
     Args:
-        windows: for each group, how many tokens back its layers look, themselves included; None
-            for layers that look back to the front.
+        windows: the sliding window of each group, in tokens, the token itself included; None for
+            full attention.
         num_blocks: blocks on the device, each for `block_size` tokens of one group.
         block_size: token slots of a block, a power of two.
         num_host_blocks: blocks of the host tier, for `swap`.
-        max_chunk: groups with a window take room for at most this many tokens at a time, which
-            `open_slots` continues. None: for all tokens at once.
+        max_chunk: groups with a window take blocks for at most this many tokens at a time;
+            `open_slots` takes the next ones. None: for all tokens at once.
         eviction: as for `BlockManager`.
 
-    Groups with a window free the blocks behind it when tokens are committed; what was offered
-    for reuse by then stays cached. A prompt reuses whole blocks, as many as every group can serve.
+    When tokens are committed, groups with a window release the blocks behind it; published blocks
+    stay cached. A prompt reuses the longest prefix of whole blocks that every group can serve.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class GroupedManager:
             for window in windows
         )
         if not self.windows:
-            raise ValueError("windows (): expected one for each group. Pass (None,) for one group.")
+            raise ValueError("windows=(): expected one for each group. Pass (None,) for one group.")
         if max_chunk is not None:
             max_chunk = arguments.count("max_chunk", max_chunk, at_least=1)
         self.max_chunk = max_chunk
@@ -135,9 +135,9 @@ class GroupedManager:
     ) -> SequenceHandle:
         """Begin a sequence of `prompt` tokens, as `BlockManager.allocate`. O(tokens * groups).
 
-        Groups with a window take room for `max_chunk` tokens behind the cached ones.
-        Raises: `OutOfBlocks` of the sum over all groups; `TypeError` / `ValueError` for a bad
-        prompt or key part.
+        Groups with a window take blocks for `max_chunk` tokens after the cached ones.
+        Raises: `OutOfBlocks` of the sum over all groups; `TypeError` / `ValueError` for an
+        invalid prompt or key part.
         """
         length, ids = arguments.prompt(prompt)
         who = self._identities(namespace, lora, mm_hashes, length)
@@ -176,7 +176,7 @@ class GroupedManager:
         lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
     ) -> int | PrefixMatch:
-        """Return how many leading tokens every group has now, as `BlockManager.match_prefix`.
+        """Return how many leading tokens every group has cached, as `BlockManager.match_prefix`.
 
         With `blocks`, those of all groups: int32 [groups, n], -1 behind a window.
         O(tokens * groups). Raises: as `allocate`.
@@ -203,9 +203,9 @@ class GroupedManager:
         return children[0] if count is None else children
 
     def free(self, sequences: Target, *, publish: bool = False) -> None:
-        """Give the blocks of all groups back and end the handles. O(blocks).
+        """Release the blocks of all groups and end the handles. O(blocks).
 
-        `publish` commits all tokens that have room first. Raises: `StaleSequence`; with `publish`,
+        `publish` commits all tokens with slots first. Raises: `StaleSequence`; with `publish`,
         `SequenceSwapped`.
         """
         named = listed(sequences)
@@ -230,8 +230,8 @@ class GroupedManager:
     ) -> Step:
         """Make room for further tokens, as `BlockManager.append`. O(tokens * groups).
 
-        `Step.slots` is int64 [groups, tokens]. It is -1 where a group with a window has no room
-        yet: beyond `max_chunk` tokens, or behind tokens that have none. `open_slots` makes it.
+        `Step.slots` is int64 [groups, tokens], with -1 for tokens that have no slot yet in a group
+        with a window: after `max_chunk` tokens. `open_slots` takes their blocks.
         Raises: `OutOfBlocks`, `StaleSequence`, `SequenceSwapped`, `ValueError`, `TypeError`.
         """
         named = listed(sequences)
@@ -248,7 +248,7 @@ class GroupedManager:
     def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
         """Return the slots of tokens about to be written, int64 [groups, tokens]. O(tokens).
 
-        Groups with a window take the blocks now that they lack, up to token `stop`.
+        Groups with a window take their missing blocks up to token `stop`.
         Raises: `OutOfBlocks`, and as `slots`.
         """
         start, stop = arguments.count("start", start), arguments.count("stop", stop)
@@ -284,13 +284,13 @@ class GroupedManager:
                 )
             theirs = None if ids is None else np.tile(ids, groups)
             self._speculation.accept(rows.ravel(), np.tile(kept, groups), theirs)
-            # Not the room of a group: tokens may wait for theirs.
+            # `rooms` may be less: some tokens have no slots yet.
             table.lengths[names] += kept - speculative
 
     # ---------------------------------------------------------------- commit, truncate
 
     def commit(self, sequences: Target, length: int | None = None) -> None:
-        """Say that the KV of the first `length` tokens (default: all with slots) is written.
+        """Record that the KV of the first `length` tokens (default: all with slots) is written.
 
         Full blocks of known tokens become reusable, speculative tokens never. Groups with a window
         release the blocks that the next token does not attend to.
@@ -310,8 +310,8 @@ class GroupedManager:
     def truncate(self, sequence: SequenceHandle, length: int) -> None:
         """Shorten the sequence to its first `length` tokens. O(blocks freed).
 
-        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` where `length` is more than there
-        is, or where blocks are gone that the token after it would look at.
+        Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` if the sequence is shorter, or
+        the next token would attend to a released block.
         """
         length = arguments.count("length", length)
         state, table, rows = self._state, self._table, self._state.rows
@@ -322,7 +322,7 @@ class GroupedManager:
             for group, row in enumerate(members):
                 if rows.first_blocks[row] > self._first_needed(group, length):
                     raise ValueError(
-                        f"length {length}: blocks within the window of {self.windows[group]} "
+                        f"length={length}: blocks within the window of {self.windows[group]} "
                         "tokens before it were freed. Allocate a new sequence."
                     )
             state.change.begin()
@@ -342,8 +342,8 @@ class GroupedManager:
     ) -> Plan:
         """Move the blocks of all groups between tiers, as `BlockManager.swap`. O(blocks).
 
-        Raises: `OutOfBlocks` of the tier that is full, `StaleSequence`, `SequenceSwapped` for a
-        sequence that is wholly on the host already, `ValueError`.
+        Raises: `OutOfBlocks` of the full tier, `StaleSequence`, `SequenceSwapped` for a sequence
+        that is wholly on the host already, `ValueError`.
         """
         at_most, reserve = arguments.swap(to, at_most, reserve)
         named = listed(sequences)
@@ -357,9 +357,9 @@ class GroupedManager:
     # ---------------------------------------------------------------- handles and tables
 
     def batch(self, sequences: Iterable[SequenceHandle]) -> Batch:
-        """Return one reusable argument for several handles. O(n).
+        """Return a reusable argument for several handles. O(n).
 
-        Raises: `StaleSequence`, `ValueError` where a sequence stands twice.
+        Raises: `StaleSequence`, `ValueError` for a repeated sequence.
         """
         return self.queries.batch(sequences)
 
@@ -370,8 +370,7 @@ class GroupedManager:
     def block_tables(self, sequences: Target, *, padding: int = -1) -> Int32:
         """Return block tables, int32 [groups, n, most blocks]. O(groups * n * most blocks).
 
-        `padding` where no block of the device is: behind the window and beyond the room of a
-        group too. Raises `StaleSequence`.
+        `padding` replaces missing blocks, such as those behind a window. Raises `StaleSequence`.
         """
         return self.queries.block_tables(sequences, padding)
 
@@ -386,7 +385,7 @@ class GroupedManager:
         """Return flat slots of tokens `start` to `stop` (default: all), int64 [groups, tokens].
 
         O(tokens * groups). Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for tokens
-        that have none.
+        without slots.
         """
         return self.queries.slots(sequence, start, stop)
 
@@ -399,34 +398,34 @@ class GroupedManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Return the free device blocks. O(1)."""
+        """Free device blocks: `append` takes them without eviction. O(1)."""
         with self._state.lock:
             return self._state.pool.num_free
 
     @property
     def num_available_blocks(self) -> int:
-        """Return the device blocks that are free or may be evicted. O(1)."""
+        """Available device blocks: free, or cached and evictable. O(1)."""
         with self._state.lock:
             return self._state.pool.num_free + self._state.pool.num_evictable
 
     @property
     def num_held_blocks(self) -> int:
-        """Device blocks that sequences hold, shared ones counted once. O(1)."""
+        """Device blocks that sequences hold; a shared block counts once. O(1)."""
         with self._state.lock:
             return self._state.pool.num_held
 
     def clear_prefix_cache(self) -> int:
-        """Evict all that is cached only. Return how many blocks came free. O(cached)."""
+        """Evict all cached blocks that no sequence holds; return how many. O(cached)."""
         return self._resize.clear_prefix_cache()
 
     def stats(self) -> Stats:
-        """Return counts of now and totals, blocks of all groups. O(blocks + sequences)."""
+        """Return current counts and totals, blocks of all groups. O(blocks + sequences)."""
         return self.queries.stats()
 
     def check(self) -> None:
-        """Recount everything from the block tables. O(blocks + tokens).
+        """Check all invariants. O(blocks + tokens).
 
-        Raises: `BrokenInvariant`, naming the broken law.
+        Raises: `BrokenInvariant`, which names the broken invariant.
         """
         with self._state.lock, self._state.change:
             invariants.check(self._state)

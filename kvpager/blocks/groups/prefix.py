@@ -1,14 +1,14 @@
-"""What prompts share where some layers look back over a window only.
+"""Prefix look-up and publication for groups of layers, some with a sliding window.
 
-A layer with a window needs the blocks of the last window before a hit and none before those. So
-the blocks of its group are offered one by one, each by a digest of all tokens up to its end. The
-digest stands in the prefix index as a content behind the block's tokens:
+A layer with a window needs only the blocks of the last window before the end of a hit. So the
+blocks of its group are published separately, each keyed by a digest of all tokens up to its end. In
+the prefix index the digest takes the place of an mm_hash:
 
     group 0, full       run of blocks a b c d e f       by their tokens, one after the other
     group 1, window 2   e by digest(a..e), f by digest(a..f)        b, c, d were evicted
 
-A block that slid out of a window is a run of its own: it leaves by its own rank, before those that
-are still of use.
+Each block of such a group is a run of its own. So a block that slid out of the window is evicted
+by its own rank, before blocks that are still in use.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from kvpager.blocks.sequences import Prompt
 from kvpager.blocks.state import BlockState
 from kvpager.plans import NO_BLOCKS, Int32
 
-_FRONT = bytes(32)  # stands for the tokens before the first one
+_FRONT = bytes(32)  # the digest before the first token
 
 
 class Held(NamedTuple):
-    """Blocks of one group that a new sequence shares: those from `first` on."""
+    """Blocks of one group that a new sequence shares, from block `first` on."""
 
     first: int
     blocks: Int32
-    node: Node | None = None  # where the last of them stands
-    is_keyed: bool = False  # each is offered by itself
+    node: Node | None = None  # of the last block
+    is_keyed: bool = False  # each block is published separately
 
     @property
     def table(self) -> Int32:
@@ -44,15 +44,15 @@ class Held(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """What the index has of a prompt, in whole blocks."""
+    """The cached prefix of a prompt, in whole blocks."""
 
     num_blocks: int
     held: list[Held]  # of each group
-    digests: list[bytes]  # of the blocks of the prompt looked at
+    digests: list[bytes]  # of the prompt's blocks
 
 
 class WindowIndex:
-    """Looks prompts up for all groups at once, and offers the blocks of those with a window.
+    """Looks up prompts for all groups, and publishes the blocks of groups with a window.
 
     The caller holds the lock. Writes `published` of the rows it is given.
     """
@@ -86,9 +86,9 @@ class WindowIndex:
         keys = [
             key_of(block, self._tag(digest)) for block, digest in zip(blocks, digests, strict=True)
         ]
-        most, offered = self._common(who, keys)
+        most, published = self._common(who, keys)
         held = []
-        for (run, node), blocks_of, window in zip(found, offered, self._windows, strict=True):
+        for (run, node), blocks_of, window in zip(found, published, self._windows, strict=True):
             if window is None:
                 held.append(Held(0, run[:most], node))
             else:
@@ -101,7 +101,7 @@ class WindowIndex:
         return all(prompt.tree in roots for prompt in who)
 
     def nothing(self, digests: Sequence[bytes] = ()) -> Hit:
-        """Return a hit of no block. O(groups)."""
+        """Return an empty hit. O(groups)."""
         return Hit(
             0,
             [Held(0, NO_BLOCKS, is_keyed=window is not None) for window in self._windows],
@@ -109,18 +109,18 @@ class WindowIndex:
         )
 
     def _common(self, who: Sequence[Prompt], keys: list[object]) -> tuple[int, list[Int32]]:
-        """Return how many blocks all groups with a window can serve, and which those are."""
-        offered = [np.full(len(keys), -1, np.int32) for _ in who]
+        """Return how many blocks all groups with a window can serve, and these blocks."""
+        published = [np.full(len(keys), -1, np.int32) for _ in who]
         most, agreed = len(keys), -1
         while most != agreed:
             agreed = most
-            for prompt, window, blocks in zip(who, self._windows, offered, strict=True):
+            for prompt, window, blocks in zip(who, self._windows, published, strict=True):
                 if window is not None:
                     most = self._served(prompt, window, keys[:most], blocks)
-        return most, offered
+        return most, published
 
     def _served(self, who: Prompt, window: int, keys: list[object], blocks: Int32) -> int:
-        """Return the most leading blocks before which one group has a whole window.
+        """Return the longest prefix, in blocks, whose last window a group has.
 
         From the last block to the front; what is found is noted in `blocks`.
         """
@@ -140,7 +140,7 @@ class WindowIndex:
     # ---------------------------------------------------------------- publish
 
     def publish(self, row: int, digests: list[bytes], end: int) -> None:
-        """Offer the blocks up to `end` of the row of a group with a window. O(their tokens).
+        """Publish the blocks up to `end` of a row of a group with a window. O(their tokens).
 
         `digests` are those of the sequence, and get longer if need be. The change has begun, and
         the index is to settle afterwards.
@@ -156,7 +156,7 @@ class WindowIndex:
         table.published[row] = end
 
     def extend(self, digests: list[bytes], blocks: Int32, mm_hashes: MMHashes) -> None:
-        """Add the digests of the `blocks` of token ids that follow, [n, block_size]. O(tokens)."""
+        """Append the digests of further blocks of token ids, [n, block_size]. O(tokens)."""
         before = digests[-1] if digests else _FRONT
         begin, end = len(digests), len(digests) + len(blocks)
         for stop, tag in mm_hashes.stretches(self._state.block_size, begin, end):

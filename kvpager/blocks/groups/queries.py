@@ -1,4 +1,4 @@
-"""What can be read of a manager over groups, all of it without changing anything."""
+"""Read-only queries of a manager over groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvpager.plans import Int32, Int64
 
 
 class GroupQueries:
-    """The reading half of a `GroupedManager`, which documents most of it. Writes nothing."""
+    """The read-only methods of a `GroupedManager`, which documents most of them."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class GroupQueries:
         self._queries = Queries(state)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return the most blocks that a sequence comes to hold up to `num_tokens`. O(groups).
+        """Return the most blocks that a sequence of up to `num_tokens` holds. O(groups).
 
         A group with a window holds at most the window and a chunk.
         """
@@ -95,10 +95,10 @@ class GroupQueries:
         rows = self._state.rows
         first = int(rows.first_blocks[self._table.rows[:, name]].max()) * self._state.block_size
         if not first <= start <= stop:
-            raise ValueError(f"start {start}: expected {first} <= start <= stop = {stop}")
+            raise ValueError(f"start={start}: expected {first} <= start <= stop = {stop}")
 
     def slots_of(self, name: int, start: int, stop: int) -> Int64:
-        """Return the slots of tokens that have room. O(tokens * groups)."""
+        """Return the slots of tokens that have blocks. O(tokens * groups)."""
         rows = self._table.rows[:, name]
         starts, counts = np.full_like(rows, start), np.full_like(rows, stop - start)
         return self._state.rows.slots(rows, starts, counts).reshape(len(rows), -1)

@@ -1,9 +1,9 @@
-"""Sequences over several groups of layers: which rows of the sequence table each one is.
+"""Sequences over several groups of layers: their rows in the sequence table.
 
 sequence   0   1   2        a handle names (sequence, generation)
 group 0    0   3   -        rows of `SequenceTable`, one for each group
 group 1    1   4   -
-lengths   33   9   -        a row of a group with a window may have room for fewer tokens
+lengths   33   9   -        a row of a group with a window may have blocks for fewer tokens
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class GroupTable:
         rows: int64 [groups, sequences], of the sequence table.
         lengths: int64 [sequences], tokens.
         digests: of the leading full blocks of each sequence, see `windows.py`.
-        pending: the token ids, None where unknown, of each sequence that has tokens for which
-            some group has no room yet.
+        pending: the token ids, None if unknown, of each sequence with tokens that lack slots in
+            some group.
     """
 
     def __init__(self, owner: Owner, state: BlockState, num_groups: int) -> None:
@@ -49,7 +49,7 @@ class GroupTable:
     # ---------------------------------------------------------------- handles
 
     def sequence(self, handle: SequenceHandle) -> int:
-        """Return the sequence behind a handle. O(1). Raises `StaleSequence`."""
+        """Return the sequence of a handle. O(1). Raises `StaleSequence`."""
         if not isinstance(handle, SequenceHandle):
             raise TypeError(f"expected a SequenceHandle, got {type(handle).__name__}")
         if handle._owner is not self.owner:
@@ -59,9 +59,9 @@ class GroupTable:
         return handle._row
 
     def resolve(self, target: SequenceHandle | Batch | list[SequenceHandle]) -> Int64:
-        """Return the sequences behind one handle, several, or a batch. O(n).
+        """Return the sequences of a handle, several, or a batch. O(n).
 
-        Raises: `StaleSequence`, `ValueError` where one stands twice.
+        Raises: `StaleSequence`, `ValueError` for a repeated sequence.
         """
         if isinstance(target, Batch):
             if target.owner is not self.owner:
@@ -71,17 +71,17 @@ class GroupTable:
                 if stale.any():
                     name = int(target.rows[stale][0])
                     raise StaleSequence(
-                        f"sequence {name} of the batch was freed; make the batch anew"
+                        f"sequence {name} of the batch was freed. Make a new batch."
                     )
             return target.rows
         handles = [target] if isinstance(target, SequenceHandle) else target
         found = np.array([self.sequence(handle) for handle in handles], np.int64)
         if len(np.unique(found)) != len(found):
-            raise ValueError("a sequence stands twice in the batch; name each once")
+            raise ValueError("sequences: one is repeated. Pass each sequence once.")
         return found
 
     def resident(self, target: SequenceHandle | Batch | list[SequenceHandle]) -> Int64:
-        """As `resolve`, and refuse what is swapped out. O(n). Raises `SequenceSwapped`."""
+        """Return the sequences of handles. O(n). Raises `StaleSequence`, `SequenceSwapped`."""
         epoch = self._state.rows.epoch
         if isinstance(target, Batch) and target.epoch == epoch and target.owner is self.owner:
             return target.rows
@@ -89,7 +89,7 @@ class GroupTable:
         away = self._state.rows.swapped[self.rows[:, found]].any(axis=0)
         if away.any():
             name = int(found[away][0])
-            raise SequenceSwapped(f'sequence {name} is on the host; swap(sequence, "device") first')
+            raise SequenceSwapped(f'sequence {name} is on the host. Call swap(seq, "device").')
         if isinstance(target, Batch):
             target.epoch = epoch
         return found
@@ -97,7 +97,7 @@ class GroupTable:
     def swappable(self, names: Int64) -> list[int]:
         """Return the rows that are not wholly on the host. O(n * groups).
 
-        Raises: `SequenceSwapped` for a sequence that has no such row.
+        Raises: `SequenceSwapped` for a sequence without such a row.
         """
         table, found = self._state.rows, list[int]()
         for name in names.tolist():
@@ -107,11 +107,11 @@ class GroupTable:
                 if len(table.device_blocks(row)) or not len(table.host_blocks(row))
             ]
             if not here:
-                raise SequenceSwapped(f"sequence {name} is on the host already, all of it")
+                raise SequenceSwapped(f"sequence {name} is wholly on the host already")
             found += here
         return found
 
-    # ---------------------------------------------------------------- sequences come and go
+    # ---------------------------------------------------------------- begin and end sequences
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more sequences. Amortised O(1)."""
@@ -125,7 +125,7 @@ class GroupTable:
         lengths[:old], generations[:old] = self.lengths, self.generations
         digests = [*self.digests, *([] for _ in range(more))]
         free = [*range(old + more - 1, old - 1, -1), *self.free]
-        # All were made, so nothing can fail half-way.
+        # Nothing can fail from here on.
         self.rows, self.lengths, self.generations = rows, lengths, generations
         self.digests, self.free = digests, free
 
@@ -144,23 +144,23 @@ class GroupTable:
         return name
 
     def fork(self, parent: int, rows: Int64 | list[int]) -> None:
-        """Begin the next sequence, one reserved, as `parent` is. O(groups + blocks)."""
+        """Begin the next sequence, one reserved, as a copy of `parent`. O(groups + blocks)."""
         name = self.add(rows, int(self.lengths[parent]), self.digests[parent].copy())
         if parent in self.pending:
             self.pending[name] = self.pending[parent]
 
     def drop(self, name: int) -> None:
-        """End a sequence; its handles are stale from now on. O(groups)."""
+        """End a sequence and make its handles stale. O(groups)."""
         self.rows[:, name] = self.lengths[name] = 0
         self.digests[name] = []
         self.pending.pop(name, None)
         self.generations[name] += 1
         self.free.append(name)
 
-    # ---------------------------------------------------------------- laws
+    # ---------------------------------------------------------------- check
 
     def check(self, first_needed: Callable[[int, int], int]) -> None:
-        """Raise `BrokenInvariant` unless each row is one sequence's. O(sequences * groups).
+        """Raise `BrokenInvariant` unless each row belongs to one sequence. O(sequences * groups).
 
         `first_needed(group, tokens)`: the first block that the next token reads.
         """
@@ -169,7 +169,7 @@ class GroupTable:
         if len(live) != len(self):
             raise BrokenInvariant("groups: a sequence is free twice")
         if sorted(self.rows[:, live].ravel().tolist()) != table.live_rows():
-            raise BrokenInvariant("groups: a row is in two sequences, or in none")
+            raise BrokenInvariant("groups: a row belongs to two sequences, or to none")
         for name in live.tolist():
             length, rows = int(self.lengths[name]), self.rows[:, name]
             rooms = table.lengths[rows]

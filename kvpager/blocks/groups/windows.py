@@ -1,4 +1,4 @@
-"""What groups with a window need, and what they free behind it."""
+"""The blocks that groups with a window need, and those behind it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from kvpager.plans import Int64
 
 
 def first_needed(num_tokens: int, window: int, block_size: int) -> int:
-    """Return the first block that the token after `num_tokens` looks back to. O(1)."""
+    """Return the first block that the token after `num_tokens` attends to. O(1)."""
     return max(num_tokens - window + 1, 0) // block_size
 
 
 def blocks_for(
     num_tokens: int, block_size: int, windows: tuple[int | None, ...], max_chunk: int | None
 ) -> int:
-    """Return the most blocks that a sequence of all groups comes to hold. O(groups).
+    """Return the most blocks that a sequence holds in all groups. O(groups).
 
     A group with a window holds at most the window and a chunk of `max_chunk` tokens.
     """
@@ -30,9 +30,9 @@ def blocks_for(
 
 
 class Windows:
-    """Frees the blocks behind the windows of groups. The caller holds the lock.
+    """Releases the blocks behind the windows of groups. The caller holds the lock.
 
-    `windows` are those of all groups; groups without one are left out.
+    `windows` has an entry for each group; None is skipped.
     """
 
     def __init__(self, truncation: Truncation, windows: tuple[int | None, ...]) -> None:
@@ -40,10 +40,10 @@ class Windows:
         self._spans: Int64 = np.array([w for w in windows if w is not None], np.int64)[:, None]
 
     def free_behind(self, rows: Int64, num_written: Int64) -> None:
-        """Free the blocks that tokens after the first `num_written` do not read.
+        """Release the blocks that tokens after the first `num_written` do not read.
 
-        Both are int64 [groups with a window, n]. O(n * groups), and of the blocks.
+        Both are int64 [groups with a window, n]. O(n * groups + released blocks).
         """
-        # The next token still looks back over the window, itself included.
+        # The window of the next token includes the token itself.
         starts = np.maximum(num_written - self._spans + 1, 0)
         self._truncation.release_before(rows.ravel(), starts.ravel())

@@ -1,7 +1,7 @@
 """The eviction policies, by name.
 
-`lru` evicts the least recently used block. `priority` ranks by what `retain` said, then by last
-use. `lifetime` follows the strategy that would have hit most of late: see `lifetime.py`.
+`lru` evicts the least recently used block. `priority` ranks by the priority that `retain` set, then
+by last use. `lifetime` follows the strategy with most recent hits: see `lifetime.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
 }
 
 
-# What a user names a policy by: its name, or a function that makes one for a number of blocks.
+# A policy as users pass it: a name, or a function from a number of blocks to a policy.
 Eviction = str | Callable[[int], EvictionPolicy]
 
 
 def check_eviction(eviction: Eviction) -> Eviction:
     """Return `eviction`. O(1).
 
-    Raises: `ValueError` for a name that is none of `POLICIES`; `TypeError` for another object.
+    Raises: `ValueError` for a name outside `POLICIES`; `TypeError` for another object.
     """
     if isinstance(eviction, str):
         make_policy(eviction, 1)
@@ -46,7 +46,7 @@ def chosen_policy(eviction: Eviction, num_blocks: int) -> EvictionPolicy:
 
 
 def make_policy(name: str, num_blocks: int) -> EvictionPolicy:
-    """The policy called `name`. Raises `ValueError` for another name than those of `POLICIES`."""
+    """Make the policy called `name`. Raises `ValueError` for a name outside `POLICIES`."""
     if name not in POLICIES:
         raise ValueError(f"eviction {name!r}: expected one of {', '.join(POLICIES)}")
     return POLICIES[name](num_blocks)

@@ -1,8 +1,8 @@
-"""A caller's eviction policy, which may fail without harm.
+"""A wrapper for a caller's eviction policy, so that its failure does no harm.
 
-A policy is asked in the middle of changes: an error there would leave counts and tables wrong. So
-`FailSafe` asks it, and keeps a `LRU` beside it. When the policy raises, or returns what is no rank,
-the error is logged, and from then on blocks leave least recently used first.
+A policy runs in the middle of changes, where an error would leave counts and tables wrong. So
+`FailSafe` keeps an `LRU` beside it. If the policy raises or returns an invalid rank, `FailSafe`
+logs the error and uses the `LRU` from then on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger("kvpager")
 
 
 class FailSafe:
-    """An `EvictionPolicy` that asks another one, for as long as that works."""
+    """An `EvictionPolicy` that delegates to another policy until that fails."""
 
     def __init__(self, policy: EvictionPolicy, num_blocks: int) -> None:
         self.in_charge: EvictionPolicy = policy
@@ -31,7 +31,7 @@ class FailSafe:
         self._on_failure: Callable[[], object] = lambda: None
 
     def when_it_fails(self, act: Callable[[], object]) -> None:
-        """Have `act` called after the policy has failed: all ranks are others then. O(1)."""
+        """Register a callback for a failure of the policy, which changes all ranks. O(1)."""
         self._on_failure = act
 
     def admit(self, blocks: Blocks, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
@@ -54,7 +54,7 @@ class FailSafe:
         return self._spare.rank(blocks) if ranks is None else np.asarray(ranks)
 
     def reranked(self, count: int) -> Int32:
-        """Return the blocks whose rank changed by itself. O(blocks returned)."""
+        """Return the blocks whose rank changed without a call. O(blocks returned)."""
         num_blocks = self._spare.num_blocks
         blocks = self._ask(
             "reranked", count, check=lambda blocks: _refuse_blocks(blocks, num_blocks)
@@ -72,7 +72,7 @@ class FailSafe:
     def _ask(
         self, method: str, *arguments: Any, check: Callable[[Any], object] | None = None
     ) -> Any:
-        """Return what the policy returns; None if it fails."""
+        """Return the policy's result; None if it fails."""
         try:
             answer = getattr(self.in_charge, method)(*arguments)
             if check is not None:
@@ -86,7 +86,7 @@ class FailSafe:
         failed, self.in_charge = self.in_charge, self._spare
         self.needs_fingerprints = False
         self._on_failure()
-        with contextlib.suppress(Exception):  # of a log handler of the caller's
+        with contextlib.suppress(Exception):  # raised by a log handler of the caller
             logger.error(
                 "eviction policy %s failed in %s and is not asked any more; blocks leave least "
                 "recently used first",

@@ -1,28 +1,28 @@
-"""Evict first what has outlived its lifetime, under the strategy that would have hit most of late.
+"""Evict the block with the earliest deadline, under the strategy with most recent hits.
 
-A block's deadline is the moment of its last release plus a lifetime; the block with the earliest
-deadline leaves. A strategy gives lifetimes, in pools, from what is remembered of a block:
+A block's deadline is the time of its last release plus a lifetime. A strategy computes lifetimes,
+in multiples of the pool's size, from a block's history:
 
-    lru        none: the block that was released first leaves
+    lru        0: the block that was released first is evicted first
     doubling   d for each doubling of its uses, d from 1/2 to 8: from recency towards frequency
-    reused     a if it was used more than once: what comes once does not push out what came again
-    own        reused and doubling, but none for a prefix that many prompts share and then add much
-               to: such a prefix is in use until it is not needed any more
-    lottery    8 for the blocks of one prompt in n: a part of a loop that is longer than the pool
+    reused     a for a block that was used more than once: one-time blocks cannot evict it
+    own        reused and doubling, but 0 for a prefix that many prompts share and extend a lot:
+               such a prefix is held while it is needed
+    lottery    8 for the blocks of one prompt in n: keeps a part of a loop longer than the pool
 
-Which strategy fits depends on traffic and pool. So all are tried, on paper. A strategy would hold
-the blocks whose deadlines are latest, as many as the pool has. It would have hit a block that is
-used again if the block's deadline was among them. Nothing else has to be simulated, because what is
-remembered of a block does not depend on the strategy in charge: a table of ghosts remembers evicted
-blocks by their fingerprints. Hits fade with time, and the strategy with most hits is in charge.
+The best strategy depends on traffic and pool size, so the policy evaluates all of them. A strategy
+would hold the blocks with the latest deadlines, as many as the pool has. A reused block is a hit of
+the strategy if its deadline was among those. This needs no simulation: a block's history does not
+depend on the strategy in charge, because a table of ghosts keeps the history of evicted blocks by
+fingerprint. Hits decay with time, and the strategy with most hits is in charge.
 
-Time is counted in blocks: each block of each prompt, reused or new, is one tick. So nothing depends
-on the machine's speed, and the same constants serve pools and blocks of any size.
+Time is counted in blocks: each block of each prompt, reused or new, is one tick. So results do not
+depend on the machine's speed, and the same constants fit pools and blocks of any size.
 
-Ghosts and a short stay for what came once are S3-FIFO's (Yang et al., 2023) and 2Q's (Johnson and
-Shasha, 1994). A choice between recency and frequency by what ghosts would have hit is ARC's
-(Megiddo and Modha, 2003). A rank that is a moment on a clock which demand drives is GreedyDual's
-(Young, 1994). A few blocks that stay while a loop passes are BIP's (Qureshi et al., 2007).
+Ghosts, and short stays of one-time blocks, are from S3-FIFO (Yang et al., 2023) and 2Q (Johnson and
+Shasha, 1994). Choosing between recency and frequency by ghost hits is from ARC (Megiddo and Modha,
+2003), ranks on a clock that demand drives from GreedyDual (Young, 1994), and keeping a few blocks
+while a loop passes from BIP (Qureshi et al., 2007).
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64, UInt64
 
 Index = NDArray[np.intp]
 
-# All that is remembered of a block, or of its ghost, is one int64: its last release or use, and
-# below it what lifetimes depend on: whether it is a shared prefix, its prompt's lot, and its uses.
-# The time stands highest, so that the lower of two records is the older one.
+# The history of a block or ghost is one int64. High bits: the time of its last release or use, so
+# that records compare by age. Low bits, the traits: shared prefix or not, lot of its prompt, uses.
 _USES = 0x3F
 _LOT, _LOTS = 6, 16
 _SHARED = 1 << 10
@@ -72,9 +71,9 @@ LIFETIMES = _lifetimes()
 
 
 class Ghosts:
-    """What is remembered of evicted prefixes, by fingerprint.
+    """The histories of evicted blocks, by fingerprint.
 
-    One slot for each: a newer ghost takes the place of an older one, so nothing is ever swept.
+    A fingerprint has one slot: a newer ghost replaces an older one, so no sweep is needed.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -83,13 +82,13 @@ class Ghosts:
         self._mask = np.uint64(num_slots - 1)  # of a power of two
 
     def put(self, prints: UInt64, records: Int64) -> None:
-        """Remember these. O(blocks)."""
+        """Store the records of evicted blocks. O(blocks)."""
         slots = (prints & self._mask).astype(np.intp)
         self.prints[slots] = prints
         self.records[slots] = records
 
     def take(self, prints: UInt64) -> tuple[Index, Int64]:
-        """Which of `prints` are remembered, and their records, which are let go. O(blocks)."""
+        """Remove `prints`; return the indices that were found and their records. O(blocks)."""
         slots = (prints & self._mask).astype(np.intp)
         known = (self.prints.take(slots) == prints).nonzero()[0]
         if not len(known):
@@ -99,7 +98,7 @@ class Ghosts:
         return known, self.records.take(slots)
 
     def everyone(self) -> tuple[UInt64, Int64]:
-        """All prints and their records, the oldest first. O(slots log slots)."""
+        """Return all prints and their records, oldest first. O(slots log slots)."""
         used = self.prints.nonzero()[0]
         used = used[self.records[used].argsort(kind="stable")]
         return self.prints[used], self.records[used]
@@ -111,12 +110,12 @@ class Ghosts:
 
 
 class Contest:
-    """How many blocks each strategy would have hit of late, and which of them is in charge."""
+    """Recent hits of each strategy, and the strategy in charge."""
 
     PERIOD = 0.25  # pools between two counts; at first a quarter of the time so far
     PERIOD_MIN = 512  # ticks: a count takes about 0.4 ms
     MEMORY = 8.0  # pools, over which a hit fades to 1/e
-    SAMPLE = 2048  # blocks and ghosts that stand for all, to find what the pool would hold
+    SAMPLE = 2048  # blocks and ghosts sampled to estimate what the pool would hold
 
     def __init__(self, num_blocks: int, scale: int, now: int = 0) -> None:
         """Begin with LRU. `scale` is about `num_blocks`."""
@@ -131,11 +130,11 @@ class Contest:
         self._seen: list[tuple[Int64, int]] = []
 
     def see(self, records: Int64, now: int) -> None:
-        """Blocks of these records are used again. O(1)."""
+        """Record that blocks with these histories are used again. O(1)."""
         self._seen.append((records, now))
 
     def count(self, sample: Int64, num_held: int, now: int) -> bool:
-        """Count the hits since the last call. Return whether another strategy is in charge now.
+        """Count the hits since the last call. Return True if the strategy in charge changed.
 
         The pool holds `num_held` of the records in `sample`. O(strategies * (sample + seen)).
         """
@@ -146,7 +145,7 @@ class Contest:
             records = np.concatenate([records for records, _ in self._seen])
             lengths = [len(records) for records, _ in self._seen]
             times = np.repeat([time for _, time in self._seen], lengths)
-            # Edges move steadily between two counts, from the first one on with the clock.
+            # Interpolate edges between two counts. Before the first count they follow the clock.
             moved = np.where(before > _NO_EDGE, self.edges - before, ticks) / max(ticks, 1)
             edges = self.edges[:, None] - moved[:, None] * (now - times)
             self.hits += np.count_nonzero(self._deadlines(records) >= edges, axis=1)
@@ -174,19 +173,19 @@ class Contest:
 
 
 class Lifetime(BlockPolicy):
-    """The block leaves whose deadline is earliest, under the strategy in charge.
+    """Evicts the block with the earliest deadline, under the strategy in charge.
 
-    Every call is O(blocks named), but once in a quarter of the pool strategies are compared, O(1),
-    and when another one takes charge all blocks are ranked again, O(pool).
+    Every call is O(blocks named). Once per quarter of the pool, strategies are compared, O(1). If
+    the strategy in charge changes, all blocks are ranked again, O(pool).
     """
 
     COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
-        "records": np.int64,  # 0: not offered
+        "records": np.int64,  # 0: not published
         "prints": np.uint64,
         "depths": np.int64,
         "deadlines": np.float64,
     }
-    GHOSTS_PER_BLOCK = 32  # 512 bytes; an early loss makes an old prefix seem new
+    GHOSTS_PER_BLOCK = 32  # 512 bytes; with fewer ghosts old prefixes seem new
     needs_fingerprints = True
     records: Int64
     prints: UInt64
@@ -217,7 +216,7 @@ class Lifetime(BlockPolicy):
         self._use(index, self.records.take(index))
 
     def _use(self, index: Index, records: Int64) -> None:
-        """Blocks are used again, of which `records` is known."""
+        """Record that blocks with histories `records` are used again."""
         self.contest.see(records, self.now)
         self.records[index] = np.minimum((records & _USES) + 1, _USES) | self.now << _TIME
         if self.now >= self.contest.due_at:
@@ -225,7 +224,7 @@ class Lifetime(BlockPolicy):
 
     def _compare(self) -> None:
         step = max((self.GHOSTS_PER_BLOCK + 1) * _scale(self.num_blocks) // Contest.SAMPLE, 1)
-        first = self.now % step  # other blocks each time, so that errors cancel out
+        first = self.now % step  # another sample each time, so that errors cancel out
         cached = self.records[first::step]
         sample = np.concatenate([cached[cached > 0], self.ghosts.sample(first, step)])
         self.is_outdated |= self.contest.count(sample, self.num_blocks // step, self.now)
@@ -233,7 +232,7 @@ class Lifetime(BlockPolicy):
     def release(self, blocks: Blocks) -> None:  # noqa: D102
         index = np.asarray(blocks, np.intp)
         uses = self.records.take(index) & _USES
-        # Counted from the end: a ghost may be lost, and then a block in the middle seems new.
+        # Count from the end: a block in the middle seems new if its ghost was lost.
         known = (uses > 1).nonzero()[0]
         added = len(uses) - 1 - known.item(-1) if len(known) else len(uses)
         length = self.depths.item(index.item(-1)) + 1
@@ -262,7 +261,7 @@ class Lifetime(BlockPolicy):
         self.records[index] = 0
 
     def resize(self, num_blocks: int, places: Int32) -> None:
-        """Follow the pool. The comparison of strategies starts again. O(blocks)."""
+        """Follow the pool, and restart the comparison of strategies. O(blocks)."""
         before = _scale(self.num_blocks)
         super().resize(num_blocks, places)
         if (scale := _scale(num_blocks)) != before:
@@ -275,5 +274,5 @@ class Lifetime(BlockPolicy):
 
 
 def _scale(num_blocks: int) -> int:
-    """The power of two next to `num_blocks`: pools that grow a little keep what they learned."""
+    """Return the power of two nearest to `num_blocks`: small growth keeps the ghosts."""
     return 1 << round(float(np.log2(num_blocks)))

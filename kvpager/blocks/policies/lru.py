@@ -11,7 +11,7 @@ from kvpager.plans import Int64
 
 
 class LRU(BlockPolicy):
-    """Least recently used: evicts the block that has been unheld for longest."""
+    """Least recently used: evicts the block whose last release is oldest."""
 
     COLUMNS: ClassVar[dict[str, type[np.generic]]] = {"last_used": np.int64}
     last_used: Int64

@@ -19,17 +19,16 @@ logger = logging.getLogger("kvpager")
 
 PRIORITY_MAX = 100
 PRIORITY_DEFAULT = 50
-# A rank is a float64, exact up to 2**53: the low bits order by time, the high ones by merit.
+# A rank is a float64, exact up to 2**53: high bits are the priority, low bits the time.
 _TICKS = 2.0**44
 _OUTDATED_MAX = 64
 
 
 class Priority(LRU):
-    """By priority, 0 to 100, lowest first; among equals, least recently used.
+    """Evicts by priority, 0 to 100, lowest first; then least recently used first.
 
-    A block begins at 50 and keeps what `retain` gives it for a time to live, in seconds, or for as
-    long as it is offered; when the time is over it is the first to leave. Retention by priority
-    and time is TensorRT-LLM's.
+    A block starts at 50. `retain` sets its priority until a time to live expires, or until it is
+    evicted. An expired block is evicted first. The idea is TensorRT-LLM's.
     """
 
     COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
@@ -51,7 +50,7 @@ class Priority(LRU):
         self.expires[blocks] = np.inf
 
     def retain(self, blocks: Blocks, priority: int, ttl_s: float | None) -> bool:  # noqa: D102
-        # First of all the clock, which may fail: the caller may have given it.
+        # Read the clock before any change: it may be the caller's, and raise.
         expires = np.inf if ttl_s is None else float(self._clock() + ttl_s)
         self.priority[blocks] = priority
         self.expires[blocks] = expires
@@ -68,8 +67,8 @@ class Priority(LRU):
         try:
             now = float(self._clock())
         except BaseException as error:
-            # Room is being made: that goes on, as if no time had passed.
-            with contextlib.suppress(Exception):  # of a log handler of the caller's
+            # An eviction is under way: continue as if no time had passed.
+            with contextlib.suppress(Exception):  # raised by a log handler of the caller
                 logger.error("the clock of the eviction policy failed: %r", error)
             return NO_BLOCKS
         over = []

@@ -283,7 +283,7 @@ def test_rows_that_outgrow_a_quota_live_in_host_memory() -> None:
 def test_calls_raise_at_a_quota_below_the_first_block() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch, patch.namespace("acme"):
         patch.quotas["acme"] = "100B"
-        with pytest.raises(ValueError, match=r"quota '100B': one block takes 8.0 KiB"):
+        with pytest.raises(ValueError, match=r"quota='100B': one block takes 8.0 KiB"):
             generate(1)
         patch.quotas["acme"] = CALL
         generate(1)
@@ -362,7 +362,7 @@ def test_continuous_batching_has_the_quotas_of_the_patch() -> None:
         ("acme", 0, ValueError, "quota 0: expected at least 1"),
         ("acme", 2.5, TypeError, "quota 2.5: expected an int"),
         ("acme", "many", ValueError, "quota 'many': expected a size"),
-        ("acme", "1KiB", ValueError, "quota '1KiB': one block takes 8.0 KiB"),
+        ("acme", "1KiB", ValueError, "quota='1KiB': one block takes 8.0 KiB"),
     ],
 )
 def test_a_quota_that_makes_no_sense_is_refused(
