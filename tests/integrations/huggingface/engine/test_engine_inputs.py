@@ -75,7 +75,7 @@ def test_padding_is_not_computed(model: PreTrainedModel, side: str, form: str) -
     with Engine(model, memory="4MiB") as engine:
         outputs = engine.generate(prompts, attention_mask=mask, **GREEDY)
         alone = [output.token_ids for output in engine.generate(expected, **GREEDY)]
-    assert [output.prompt for output in outputs] == expected
+    assert [output.prompt_token_ids for output in outputs] == expected
     assert [output.token_ids for output in outputs] == alone
 
 
@@ -90,7 +90,7 @@ def test_one_padded_prompt_is_submitted_without_its_padding(llama: PreTrainedMod
             {"prompt": batch["input_ids"][0], "attention_mask": batch["attention_mask"][0]},
             {"prompt": batch["input_ids"]},
         ):
-            assert engine.submit(**form, max_new_tokens=1).result().prompt == prompt
+            assert engine.submit(**form, max_new_tokens=1).result().prompt_token_ids == prompt
 
 
 @pytest.mark.parametrize("form", [dict, lists], ids=["tensors", "lists"])
@@ -99,11 +99,11 @@ def test_what_a_tokenizer_returns_may_be_unpacked(model: PreTrainedModel, form: 
     expected = without_padding(batch)
     with Engine(model, memory="4MiB") as engine:
         outputs = engine.generate(**BatchEncoding(form(batch)), max_new_tokens=1)
-        assert [output.prompt for output in outputs] == expected
+        assert [output.prompt_token_ids for output in outputs] == expected
         outputs = asyncio.run(engine.agenerate(**BatchEncoding(form(batch)), max_new_tokens=1))
-        assert [output.prompt for output in outputs] == expected
+        assert [output.prompt_token_ids for output in outputs] == expected
         one = {name: rows[1] for name, rows in form(batch).items()}
-        assert engine.submit(**one, max_new_tokens=1).result().prompt == expected[1]
+        assert engine.submit(**one, max_new_tokens=1).result().prompt_token_ids == expected[1]
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,13 @@ def test_a_mask_has_a_row_for_each_prompt(llama: PreTrainedModel, mask: Any) -> 
 def test_pad_tokens_of_a_single_text_are_tokens(llama: PreTrainedModel) -> None:
     prompts = [[0, 0, 5, 0, 6, 0], [7, 8, 9]]
     with Engine(llama, memory="4MiB") as engine:
-        assert engine.submit(prompts[0], max_new_tokens=1).result().prompt == prompts[0]
+        assert engine.submit(prompts[0], max_new_tokens=1).result().prompt_token_ids == prompts[0]
         outputs = engine.generate(prompts, max_new_tokens=1)
-        assert [output.prompt for output in outputs] == prompts
+        assert [output.prompt_token_ids for output in outputs] == prompts
         shown = engine.generate(
             torch.tensor([prompts[0]]), attention_mask=torch.ones(1, 6), max_new_tokens=1
         )
-        assert shown[0].prompt == prompts[0]
+        assert shown[0].prompt_token_ids == prompts[0]
 
 
 def test_prompts_of_unlike_lengths_come_in_any_collection(llama: PreTrainedModel) -> None:
@@ -152,7 +152,7 @@ def test_prompts_of_unlike_lengths_come_in_any_collection(llama: PreTrainedModel
     with Engine(llama, memory="4MiB") as engine:
         for form in (prompts, tuple(prompts), iter(prompts), ragged, map(np.array, prompts)):
             outputs = engine.generate(form, max_new_tokens=1)
-            assert [output.prompt for output in outputs] == prompts
+            assert [output.prompt_token_ids for output in outputs] == prompts
 
 
 @pytest.mark.parametrize("config", [None, GenerationConfig(pad_token_id=5, eos_token_id=2)])
@@ -163,7 +163,7 @@ def test_the_pad_token_is_that_of_the_settings(
     options: dict[str, Any] = {"pad_token_id": 5} if config is None else {}
     with Engine(llama, memory="4MiB") as engine:
         outputs = engine.generate(prompts, config, max_new_tokens=1, **options)
-    assert [output.prompt for output in outputs] == [[6], [7, 8, 9]]
+    assert [output.prompt_token_ids for output in outputs] == [[6], [7, 8, 9]]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_texts_that_begin_with_eos_are_not_padded(
     prompts = torch.tensor([[2, 5, 6], [2, 8, 9]])
     with Engine(llama, memory="4MiB") as engine:
         outputs = engine.generate(prompts, pad_token_id=2, max_new_tokens=1)
-    assert [output.prompt for output in outputs] == prompts.tolist()
+    assert [output.prompt_token_ids for output in outputs] == prompts.tolist()
 
 
 @pytest.mark.parametrize(
