@@ -1,1 +1,1 @@
-"""A transformers cache whose layers live in blocks."""
+"""A transformers cache that keeps its layers in blocks."""

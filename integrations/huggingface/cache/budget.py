@@ -1,4 +1,4 @@
-"""What the pools of one patch share: a bound, a lock, the calls under way, and counters."""
+"""The state that the pools of one patch share: bound, lock, running calls and counters."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kvpager.storage.block_storage import KVCacheDtype
 
 @dataclass
 class Counters:
-    """What happened in all pools of one memory, those that are gone included.
+    """Totals over all pools of one memory, dropped pools included.
 
-    `PatchStats` says what each one counts.
+    `PatchStats` describes each counter.
     """
 
     gathers: int = 0
@@ -31,14 +31,14 @@ class Counters:
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     prefix_unserved_calls: int = 0
-    swapped_in_blocks: int = 0  # that came from the other tier
+    swapped_in_blocks: int = 0  # from the other tier
     num_sessions: int = 0
     session_requests: int = 0
     session_tokens: int = 0
 
 
 class Budget(Protocol):
-    """What a pool asks of the memory that it is part of: `PagedMemory` documents it."""
+    """The members of `PagedMemory` that a pool uses."""
 
     lock: Any
     uninterrupted: Uninterrupted
@@ -56,11 +56,11 @@ class Budget(Protocol):
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of all storages."""
+        """Return the bytes of all storages."""
 
     @property
     def room(self) -> int:
-        """Bytes that the bound leaves."""
+        """Return the bytes that the bound leaves."""
 
     def bound_as_given(self) -> str:
         """Return the bound as an argument."""
@@ -69,4 +69,4 @@ class Budget(Protocol):
         """Return True if `num_bytes` more fit the bound. Other pools first give up idle blocks."""
 
     def note_peak(self) -> None:
-        """Compare what is held now with the most so far."""
+        """Update the peak of held bytes."""

@@ -1,13 +1,13 @@
-"""Calls of `generate` that run at once, in several threads, and share the memory of one patch.
+"""Concurrent calls of `generate` in several threads, which share the memory of one patch.
 
-    begins ──▶ waits until the calls that run leave room for all its tokens ──▶ runs ──▶ ends
-                                                                               │  ▲
-                                            finds no room: waits for others to end, or to free
+    begins ──▶ waits until running calls leave room for all its tokens ──▶ runs ──▶ ends
+                                                                          │  ▲
+                                                    no room: waits for other calls to free blocks
 
 A new call claims memory for its rows at full length before it takes a block. It waits until that
-fits beside the claims of other calls; a call that is alone runs at once. A running call that finds
-no room waits, too, with priority over new calls. Calls never deadlock: if all calls that hold
-blocks wait, one of them raises `OutOfBlocks` and the others continue.
+fits beside the claims of other calls; a single call runs at once. A running call that finds no room
+waits, too, with priority over new calls. Calls never deadlock: if all calls that hold blocks wait,
+one of them raises `OutOfBlocks` and the others continue.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 # A call waits at most this long, all its waits together, in which no call computes a step or ends.
 WAIT_SECONDS_MAX = 60.0
-# Finalisers free blocks without telling anyone, so a waiting call looks again by itself.
+# Finalisers free blocks without a notification, so a waiting call polls.
 _LOOK_SECONDS, _LOOK_SECONDS_MAX = 0.01, 0.25
 
 
@@ -38,14 +38,14 @@ class GenerateCall:
     """A call of `generate` that has not ended."""
 
     depth: int = 1  # an assistant's `generate` runs within the model's
-    frame: int = 0  # id of the frame that the outermost `generate` runs in
-    num_rows: int = 0  # of the batch, and how long they may get; 0 if not known
+    frame: int = 0  # id of the frame of the outermost `generate`
+    num_rows: int = 0  # rows of the batch, and their most columns; 0 if unknown
     num_columns: int = 0
-    ticket: float = math.inf  # turns come in this order; infinite before a call asks for one
+    ticket: float = math.inf  # calls take turns in this order; infinite before `await_turn`
     claimed_bytes: int | None = None  # None before its turn
-    waiting: int | None = None  # how many calls had ended when it last found no room; None: it runs
-    moves: int = -1  # steps and ends of calls when it last waited
-    waited_seconds: float = 0.0  # since then
+    waiting: int | None = None  # the number of ended calls at its last attempt; None if it runs
+    moves: int = -1  # the number of steps and ended calls when it last waited
+    waited_seconds: float = 0.0  # since `moves` last changed
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # made in this call
 
 
@@ -62,20 +62,20 @@ class GenerateCalls:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Note a call of this thread while the block runs. Resets its caches if it raises."""
+        """Register a call of this thread inside the `with` block. Reset its caches if it raises."""
         thread = threading.get_ident()
-        frame = id(sys._getframe(2))  # of the `with` statement: contextlib's is between
+        frame = id(sys._getframe(2))  # of the `with` statement; a frame of contextlib is between
         call: GenerateCall | None = None
         try:
             with self._lock, self._uninterrupted:
                 call = self._calls.get(thread)
-                # An interrupt just before the block leaves a call noted while its traceback lives.
+                # After an interrupt before the `try`, a call stays registered with its traceback.
                 if call is None or not _is_running(call.frame):
                     call = self._calls[thread] = GenerateCall(depth=0, frame=frame)
                 call.depth += 1
             yield
         except BaseException:
-            # The traceback keeps the call's caches alive, perhaps for ever.
+            # The traceback may keep the call's caches alive for ever.
             if call is not None and call.frame == frame:
                 for cache in list(call.caches):
                     cache.reset()
@@ -90,28 +90,28 @@ class GenerateCalls:
                         self._changed.notify_all()
 
     def leave_behind(self) -> None:
-        """Forget other threads in a forked process, where none of them runs. O(calls)."""
+        """Forget the calls of other threads, which do not exist in a forked process. O(calls)."""
         for thread in set(self._calls) - {threading.get_ident()}:
             del self._calls[thread]
 
     def current(self) -> GenerateCall | None:
-        """Return this thread's call; None outside of `generate`. O(1)."""
+        """Return this thread's call, or None outside of `generate`. O(1)."""
         return self._calls.get(threading.get_ident())
 
     def note_cache(self, cache: Any) -> None:
-        """Note a cache that this thread's call has made. O(1)."""
+        """Record a cache that this thread's call has made. O(1)."""
         call = self.current()
         if call is not None:
             call.caches.add(cache)
 
     def note_size(self, num_rows: int, num_columns: int) -> None:
-        """Note how many rows this thread's call has, and how long they may get. O(1)."""
+        """Record the rows of this thread's call, and their most columns. O(1)."""
         call = self.current()
         if call is not None and call.depth == 1:
             call.num_rows, call.num_columns = num_rows, num_columns
 
     def note_step(self) -> None:
-        """Note that a call has computed a step. O(1)."""
+        """Record that a call has computed a step. O(1)."""
         self._steps += 1
 
     def await_turn(self, call: GenerateCall, num_bytes: int, bound: int) -> None:
@@ -126,16 +126,16 @@ class GenerateCalls:
         begun = [each for each in others if each.claimed_bytes is not None]
         if any(each.waiting is not None for each in begun):
             return False
-        # A large call would otherwise wait for ever while small ones keep coming.
+        # First come, first served: small calls must not starve a large call.
         if any(each.ticket < call.ticket for each in others if each.claimed_bytes is None):
             return False
         return not begun or sum(each.claimed_bytes or 0 for each in begun) + num_bytes <= bound
 
     def wait_for(self, attempt: Callable[[], _T | None]) -> _T | None:
-        """Call `attempt` until it returns something, while other calls may give memory back.
+        """Call `attempt` until it returns a result, while other calls may free memory.
 
-        Return None if no other call runs, or none computed a step or ended in `WAIT_SECONDS_MAX`
-        of this call's waiting. The caller holds the lock; waiting releases it.
+        Returns None if no other call runs, or if none computes a step or ends for
+        `WAIT_SECONDS_MAX`. The caller holds the lock; waiting releases it.
         """
         call = self.current() or GenerateCall()
         pause = _LOOK_SECONDS
@@ -143,7 +143,7 @@ class GenerateCalls:
             moves = self._steps + self._ends
             if moves != call.moves:
                 call.moves, call.waited_seconds = moves, 0.0
-            # A call that has not looked since the last one ended may find room now.
+            # A call that has made no attempt since the last call ended may find room.
             runs = any(each.waiting != self._ends for each in self._others(call))
             if not runs or call.waited_seconds > WAIT_SECONDS_MAX:
                 return None
@@ -162,7 +162,7 @@ class GenerateCalls:
 
 
 def _is_running(frame: int) -> bool:
-    """True if this thread runs the frame with this id. O(frames)."""
+    """True if the frame with this id is on this thread's stack. O(frames)."""
     each = sys._getframe()
     while each is not None and id(each) != frame:
         each = each.f_back  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""The memory of a patch: the pools that share one bound, one lock and their counters.
+"""The memory of a patch: pools that share a bound, a lock and counters.
 
-A pool lives as long as a cache uses it, so its memory goes back when the last cache dies; with
-prefix caching it lives as long as its `PagedMemory`.
+A pool lives as long as a cache uses it, so its memory is freed with its last cache. With prefix
+caching it lives as long as its `PagedMemory`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger("kvpager")
 
 
 class PagedLayers(NamedTuple):
-    """Layers that were paged, of one kind and window."""
+    """The kind and window of paged layers."""
 
     kind: LayerKind
     window: int | None
@@ -43,24 +43,24 @@ class Group(Protocol):
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the tensors that `DynamicCache` would hold in their place."""
+        """Return the bytes that `DynamicCache` would hold for these layers."""
 
 
 class PagedMemory:
     """The pools of one patch: their common block size, bound, counters and lock.
 
-    One lock serves them all, because a pool that needs room may take it from another.
+    All pools share one lock, because a pool that needs room may take it from another pool.
 
     Args:
-        memory: the most bytes all pools together may reserve; None for no bound.
+        memory: the most bytes that all pools together may reserve; None for no bound.
         block_size: token slots of a block.
-        keep_pools: keep pools that prompts are published in when no cache uses them.
-        in_place: let attention functions read blocks in place; else every read gathers.
-        dtype: what keys and values must be; None for anything.
+        keep_pools: keep pools with published prompts, even while no cache uses them.
+        in_place: let attention functions read blocks in place; otherwise every read gathers.
+        dtype: the required dtype of keys and values; None for any.
         kv_cache_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
-        host_memory: bytes of host memory for sequences the pools have no room for.
-        eviction: which cached blocks leave first; host memory caches none.
-        namespace: whose quota the blocks of a call count in, unless another is chosen around it.
+        host_memory: bytes of host memory for sequences that do not fit into the pools.
+        eviction: which cached blocks are evicted first; host memory caches none.
+        namespace: the default namespace of calls, in whose quota their blocks count.
     """
 
     tier: Tier = "device"
@@ -92,11 +92,13 @@ class PagedMemory:
         self.kv_cache_dtype = kv_cache_dtype
         self.eviction = check_eviction(eviction)
         self.counters = Counters()
-        self.paged: dict[PagedLayers, int] = {}  # layers of a model, at the most
-        self.unpaged_layers: dict[str, int] = {}  # what they are -> layers of a model, at the most
-        self.session_doubts: set[str] = set()  # why sessions could not share prompts
-        self.fallbacks: dict[str, int] = {}  # what kept caches or prompts out -> calls
-        self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of the caches alive now
+        self.paged: dict[PagedLayers, int] = {}  # -> the most layers of a model
+        self.unpaged_layers: dict[str, int] = {}  # class or reason -> the most layers of a model
+        self.session_doubts: set[str] = set()  # reasons why sessions share no prompts
+        self.fallbacks: dict[
+            str, int
+        ] = {}  # reasons why paging or prefix reuse was skipped -> calls
+        self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of live caches
         self.lock = new_lock()
         self.calls = GenerateCalls(self.lock)
         _memories.add(self)
@@ -119,10 +121,10 @@ class PagedMemory:
         return f"{name}={given}"
 
     def refuse_below(self, block_bytes: int, *, on_device: bool = False) -> None:
-        """Refuse bounds in which not one block fits. O(1). Raises: `ValueError`.
+        """Refuse bounds of less than one block. O(1). Raises: `ValueError`.
 
-        Rows in host memory need one block on the device, which the bound need not have room for,
-        unless `on_device` says that rows compute there alone.
+        With host memory, the bound of the device may be less than a block, because rows in host
+        memory get one block on the device anyway. `on_device` checks the device's bound too.
         """
         tiers = (self, self.host) if on_device or self.host is None else (self.host,)
         for tier in tiers:
@@ -136,7 +138,7 @@ class PagedMemory:
                 )
 
     def options(self) -> str:
-        """Return the options as `patch` takes them, for a `repr`; defaults are left out. O(1)."""
+        """Return the options as arguments of `patch`, without defaults, for a `repr`. O(1)."""
         host = None if self.host is None or self.host.bound is None else size(self.host.bound)
         options: dict[str, object] = {
             "memory": None if self.bound is None else size(self.bound),
@@ -153,7 +155,7 @@ class PagedMemory:
         return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
 
     def pool(self, layout: object) -> PagedPool:
-        """The pool for caches of this layout; made on first use. O(1)."""
+        """Return the pool for caches of this layout; make it at the first use. O(1)."""
         with self.lock:
             pool = self._pools.get(layout)
             if pool is None:
@@ -161,18 +163,18 @@ class PagedMemory:
             return pool
 
     def keep(self, pool: PagedPool) -> None:
-        """Prompts were published in `pool`: it outlives its caches. O(1)."""
+        """Keep `pool`, which has published prompts, beyond its caches. O(1)."""
         with self.lock:
             if self.keep_pools:
                 self._kept.add(pool)
 
     def find_pool(self, layout: object) -> PagedPool | None:
-        """The pool for this layout, if there is one. O(1)."""
+        """Return the pool for this layout, or None. O(1)."""
         with self.lock:
             return self._pools.get(layout)
 
     def new_pool(self) -> PagedPool:
-        """A pool of a cache's own, for one whose layout is not known beforehand. O(1)."""
+        """Make a pool for a single cache, whose layout is not known beforehand. O(1)."""
         with self.lock:
             pool = PagedPool(self, self._host_pool())
             self._pools[object()] = pool
@@ -182,19 +184,19 @@ class PagedMemory:
         return None if self.host is None else self.host.new_pool()
 
     def pools(self) -> list[PagedPool]:
-        """The pools alive now."""
+        """Return the live pools. O(pools)."""
         with self.lock:
             return list(self._pools.values())
 
     def _ceilings(self) -> list[tuple[Ceilings, int]]:
         """Return the quotas of each pool, and the bytes of its blocks. O(pools + blocks freed)."""
-        self.settle()  # what was dropped counts in no quota
+        self.settle()  # blocks of dropped caches do not count
         return [(pool.manager.quotas, pool.block_bytes) for pool in self.pools()]
 
     def await_turn(self, kind: LayerKind) -> None:
-        """Let this thread's call of `generate` wait until all its rows fit beside other calls.
+        """Wait until all rows of this thread's `generate` fit beside other calls. O(layers).
 
-        `kind`: of a layer that is known; the others are taken to be alike. O(layers).
+        All layers are assumed to be of `kind`.
         """
         call = self.calls.current()
         if call is None or call.claimed_bytes is not None:
@@ -206,57 +208,59 @@ class PagedMemory:
         self.calls.await_turn(call, sum(sizes), self.bound)
 
     def note_peak(self) -> None:
-        """More blocks are held now. O(pools)."""
+        """Update the peak of held bytes. O(pools)."""
         held = sum(pool.held_bytes for pool in self.pools())
         self.counters.peak_held_bytes = max(self.counters.peak_held_bytes, held)
 
     def note_group(self, group: Group) -> None:
-        """A cache begins. O(1)."""
-        # Locked: another thread may be adding the groups up, and a set must not grow meanwhile.
+        """Register the group of a new cache. O(1)."""
+        # Locked, because another thread may iterate over the set.
         with self.lock:
             self._groups.add(group)
 
     def note_dense(self) -> None:
-        """A step is done: what would `DynamicCache` hold now? O(groups of layers alive)."""
+        """Update the peak of bytes that `DynamicCache` would hold after a step. O(live groups)."""
         with self.lock:
             dense = sum(group.dense_bytes for group in self._groups)
             self.counters.peak_dense_bytes = max(self.counters.peak_dense_bytes, dense)
             self.calls.note_step()
 
     def note_layers(self, layers: PagedLayers, count: int) -> None:
-        """A model has `count` such layers, or more. O(1)."""
+        """Record that a model has at least `count` of these layers. O(1)."""
         with self.lock:
             self.paged[layers] = max(count, self.paged.get(layers, 0))
 
     def note_unpaged(self, what: str, count: int) -> None:
-        """A model has `count` layers that are not paged, of a class or for a reason that `what`
-        names; says so once. O(1)."""
+        """Record that a model has `count` layers that are not paged; log it once. O(1).
+
+        `what` is their class or the reason.
+        """
         with self.lock:
             if what not in self.unpaged_layers:
                 logger.info("kvpager: not paged, transformers' own: %s", what)
             self.unpaged_layers[what] = max(count, self.unpaged_layers.get(what, 0))
 
     def note_not_kept(self, reason: str | None) -> None:
-        """Count a call whose prompts are not kept. No `reason`: it was noted before. O(1)."""
+        """Count a call whose prompts are not kept; record the reason unless it is None. O(1)."""
         with self.lock:
             self.counters.prefix_unserved_calls += 1
         if reason is not None:
             self.note_fallback(f"prompts not kept: {reason}")
 
     def note_obstacle(self, obstacle: str) -> None:
-        """Count a call whose prompt is not kept because of its model; log it once. O(1)."""
+        """Count a call whose prompts are not kept because of its model; log it once. O(1)."""
         why = f"prompts not kept: {obstacle}"
         if why not in self.fallbacks:
             logger.warning("kvpager: %s", why)
         self.note_fallback(why)
 
     def note_fallback(self, why: str) -> None:
-        """Count a call whose cache stays transformers' own, or whose prompt is not kept. O(1)."""
+        """Count a call for which paging or prefix reuse was skipped, by its reason. O(1)."""
         with self.lock:
             self.fallbacks[why] = self.fallbacks.get(why, 0) + 1
 
     def note_session(self, *, sessions: int = 0, requests: int = 0, tokens: int = 0) -> None:
-        """Count what continuous batching served. O(1)."""
+        """Count sessions, requests and tokens of continuous batching. O(1)."""
         with self.lock:
             self.counters.num_sessions += sessions
             self.counters.session_requests += requests
@@ -264,18 +268,18 @@ class PagedMemory:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of all storages. O(pools)."""
+        """Return the bytes of all storages. O(pools)."""
         return sum(pool.reserved_bytes for pool in self.pools())
 
     @property
     def room(self) -> int:
-        """Bytes that the bound leaves; 0 without a bound. O(pools)."""
+        """Return the bytes that the bound leaves; 0 without a bound. O(pools)."""
         return max(self.bound - self.reserved_bytes, 0) if self.bound is not None else 0
 
     def claim(self, num_bytes: int, claimant: object) -> bool:
-        """True if the bound leaves room for `num_bytes` more. O(pools).
+        """True if the bound has room for `num_bytes` more, after other pools gave room. O(pools).
 
-        Pools that hold nothing but cached prefixes go first, then free blocks of other pools.
+        Drops pools that hold only cached prefixes, then frees unused blocks of other pools.
         """
         with self.lock:
             if self.bound is None or self.reserved_bytes + num_bytes <= self.bound:
@@ -292,10 +296,10 @@ class PagedMemory:
                 continue
             pool.settle()
             if not pool.manager.num_held_blocks:
-                self._kept.discard(pool)  # the last reference, unless a cache still has one
+                self._kept.discard(pool)  # the last reference, unless a cache has one
 
     def settle(self) -> None:
-        """Free what finalisers and finished copies left behind. O(blocks freed)."""
+        """Free blocks of dropped caches and of finished copies. O(blocks freed)."""
         with self.lock:
             for pool in self.pools():
                 pool.settle()
@@ -310,10 +314,10 @@ class PagedMemory:
 
 
 def _leave_behind() -> None:
-    """Let calls in a forked process wait for none of the parent's threads."""
+    """Forget the calls of the parent's threads in a forked process."""
     for memory in list(_memories):
         memory.calls.leave_behind()
 
 
 _memories: weakref.WeakSet[PagedMemory] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_leave_behind)  # after the locks are free again
+os.register_at_fork(after_in_child=_leave_behind)  # after the locks were reset

@@ -1,4 +1,4 @@
-"""The namespace of a call: whose quota its blocks count in, and whose prompts it may share."""
+"""The namespace of a call, which decides its quota and the prompts that it may share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-# What `Namespaces.chosen` has chosen: the last name for each `Namespaces` holds.
+# Pairs of a `Namespaces` object and a name that `chosen` has set; the last pair of an object holds.
 _chosen: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("kvpager_namespaces", default=())
 
 
@@ -14,7 +14,7 @@ class Namespaces:
     """The namespaces of the calls that one patch serves.
 
     Args:
-        default: the namespace of calls that choose none.
+        default: the namespace of calls outside of `chosen`.
     """
 
     def __init__(self, default: str | None = None) -> None:
@@ -22,13 +22,13 @@ class Namespaces:
 
     @property
     def current(self) -> str | None:
-        """The namespace of calls made here: the one chosen around them, else the default."""
+        """Return the namespace of the innermost `chosen`, or the default. O(nesting)."""
         chosen = (name for owner, name in reversed(_chosen.get()) if owner is self)
         return next(chosen, self._default)
 
     @contextmanager
     def chosen(self, namespace: str) -> Iterator[None]:
-        """Calls made within are of `namespace`: of this thread, or of this asyncio task."""
+        """Set the namespace of this thread's, or asyncio task's, calls inside the `with` block."""
         token = _chosen.set((*_chosen.get(), (self, namespace)))
         try:
             yield

@@ -1,9 +1,9 @@
-"""Tensors that stand for paged keys or values until an operation needs the numbers.
+"""Lazy tensors of paged keys or values, which gather when an operation needs the elements.
 
-A model passes what `Cache.update` returns on to its attention function. One that knows handles
-reads the blocks through them in place; for anything else - a slice, an addition, a print - the
-handle gathers once and becomes an ordinary tensor for that operation. So every model works, and
-those that hand keys and values straight on never gather.
+A model passes the results of `Cache.update` to its attention function. kvpager's attention
+functions read the blocks of such tensors in place. Any other operation - a slice, an addition, a
+print - gathers the blocks once into an ordinary tensor. So every model works, and a model that only
+passes keys and values to its attention never gathers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvpager.integrations.huggingface.cache.paged_view import PagedView
 
 
 class PagedTensor(torch.Tensor):
-    """Looks like the [rows, kv_heads, columns, dim] tensor of keys or values it stands for."""
+    """A lazy tensor of keys or values, [rows, kv_heads, columns, dim]."""
 
     view_of: PagedView
     which: int  # 0: keys, 1: values
@@ -40,7 +40,7 @@ class PagedTensor(torch.Tensor):
         pass
 
     def dense(self) -> Tensor:
-        """The numbers, contiguous per row. Gathers once."""
+        """Return the elements, contiguous in each row. Gathers once."""
         return self.view_of.dense()[self.which]
 
     @classmethod
@@ -74,12 +74,12 @@ class PagedTensor(torch.Tensor):
 
 
 def _gathered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-    """`func` with every handle among its arguments gathered."""
+    """Call `func` with every paged tensor among its arguments gathered."""
     args, kwargs = pytree.tree_map_only(PagedTensor, PagedTensor.dense, (args, kwargs or {}))
     return func(*args, **kwargs)
 
 
-# What can be answered without the numbers.
+# Functions that need no elements.
 _METADATA = {
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
@@ -100,12 +100,12 @@ _METADATA = {
 
 
 def paged_tensors(view: PagedView) -> tuple[Tensor, Tensor]:
-    """The handles of a layer's keys and values. O(1), about 4 us each."""
+    """Return the paged tensors of a layer's keys and values. O(1), about 4 us each."""
     return PagedTensor(view, 0), PagedTensor(view, 1)
 
 
 def common_view(key: Tensor, value: Tensor) -> PagedView | None:
-    """The view behind a pair of handles, if its blocks may be read in place; else None."""
+    """Return the view behind paged keys and values if it can be read in place, or None. O(1)."""
     if isinstance(key, PagedTensor) and isinstance(value, PagedTensor):
         view = key.view_of
         if (key.which, value.which) == (0, 1) and view.shows_the_same_as(value.view_of):

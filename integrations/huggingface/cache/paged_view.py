@@ -1,4 +1,4 @@
-"""What an attention function reads of a layer, and through which block tables."""
+"""Views of a layer's keys and values, which read blocks through block tables."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class Part(NamedTuple):
     """Rows of a view whose blocks are in one storage."""
 
     place: Place
-    rows: Tensor | None  # their numbers in the batch, int64 on the layer's device; None: all
+    rows: Tensor | None  # indices in the batch, int64 on the layer's device; None for all
     tables: RowTables
 
     def caches(self) -> tuple[Tensor, Tensor]:
-        """The layer's key and value blocks, [blocks, block_size, kv_heads, dim] each."""
+        """Return the layer's key and value blocks, [blocks, block_size, kv_heads, dim] each."""
         return self.place.storage.layer(self.place.layer)
 
     def scales(self) -> tuple[Tensor, Tensor] | None:
-        """Their scales, [blocks, block_size, kv_heads] each; None unless kept in eight bits."""
+        """Return the blocks' scales [blocks, block_size, kv_heads]; None if not quantised."""
         return self.place.storage.scales(self.place.layer)
 
     def dense(self, num_columns: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the last columns, [rows, columns, kv_heads, dim]; padding is zero."""
+        """Gather the last columns as [rows, columns, kv_heads, dim]; padding is zero."""
         dtype, scales = self.place.storage.dtype, self.scales() or (None, None)
         rows = self.tables.block_tables, self.tables.seq_lens
         key, value = (
@@ -42,13 +42,13 @@ class Part(NamedTuple):
         return key, value
 
     def on(self, device: torch.device) -> Blocks:
-        """Return what a kernel on `device` reads. O(1) for blocks on it; copies others."""
+        """Return the blocks for a kernel on `device`. O(1), or O(bytes) for a copy to it."""
         if self.place.storage.device == device:
             return Blocks(*self.caches(), self.scales(), self.tables)
         return self.staged(device)
 
     def staged(self, device: torch.device) -> Blocks:
-        """The part's blocks of this layer, copied to `device`. O(bytes)."""
+        """Copy the part's blocks of this layer to `device`. O(bytes)."""
         theirs = self.tables.block_tables
         used = theirs >= 0
         blocks = theirs[used].long()
@@ -66,7 +66,7 @@ class Part(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """A layer's blocks, and which of them each row reads: what kernels take."""
+    """A layer's blocks and the rows' block tables, as kernels take them."""
 
     key_cache: Tensor
     value_cache: Tensor
@@ -75,9 +75,9 @@ class Blocks(NamedTuple):
 
 
 def packed(states: Tensor) -> Tensor:
-    """[rows, heads, columns, dim] as the kernels take it: [rows * columns, heads, dim].
+    """Reshape [rows, heads, columns, dim] to the kernels' [rows * columns, heads, dim].
 
-    A view if strides allow it; the numbers of a head are always consecutive.
+    Returns a view if strides allow it. The elements of a head are always contiguous.
     """
     rows, heads, columns, dim = states.shape
     if columns == 1:
@@ -88,10 +88,10 @@ def packed(states: Tensor) -> Tensor:
 
 
 class PagedView:
-    """A layer's keys and values of columns `start` to `stop`, as they are now.
+    """A layer's keys and values of columns `start` to `stop` at the time it was made.
 
-    Reads the blocks in place while nothing has changed; just before something does, the group
-    calls `materialise`, so that a view that is still held keeps what it showed.
+    It reads the blocks in place until they change. Before a change, the group calls `materialise`,
+    so that a live view keeps its content.
     """
 
     __slots__ = (
@@ -109,9 +109,9 @@ class PagedView:
         memory: Budget,
         owner: object = None,
     ) -> None:
-        """Show the columns of `parts`, whose rows begin with `padding` [rows] columns. O(1).
+        """Make a view of `parts`, whose rows begin with `padding` [rows] columns. O(1).
 
-        The view counts its reads in `memory`, and keeps `owner`, which holds the blocks, alive.
+        The view counts its reads in `memory`. It keeps `owner`, which holds the blocks, alive.
         """
         self.kind, self.parts, self.padding = kind, parts, padding
         self.shape, self.dtype, self.device = kind
@@ -120,16 +120,16 @@ class PagedView:
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def shows_the_same_as(self, other: PagedView) -> bool:
-        """True if both can still be read in place, and read the same. O(1)."""
+        """True if both views can be read in place, and show the same columns. O(1)."""
         if self._dense is not None or other._dense is not None:
             return False
-        # Of one group, with nothing changed since: then the parts are one list.
+        # Views of one group share one list of parts until the group changes.
         return self is other or (
             self.parts is other.parts and (self.start, self.stop) == (other.start, other.stop)
         )
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as [rows, kv_heads, columns, dim]; padding is zero. Gathers once."""
+        """Return keys and values [rows, kv_heads, columns, dim]. Gathers once; padding is zero."""
         if self._dense is None:
             self.memory.counters.gathers += 1
             num_columns = self.stop - self.start
@@ -137,7 +137,7 @@ class PagedView:
                 key, value = (each.to(self.device) for each in self.parts[0].dense(num_columns))
             else:
                 key, value = self._joined(num_columns)
-            # Contiguous like the result of `torch.cat`, since some models call `view` on it.
+            # Contiguous like a result of `torch.cat`, since some models call `view` on it.
             self._dense = key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
         return self._dense
 
@@ -158,10 +158,10 @@ class PagedView:
 
 
 class Views(weakref.WeakSet[PagedView]):
-    """The views of a group that may still be read."""
+    """The live views of a group."""
 
     def freeze(self) -> None:
-        """Let each view keep what it shows, and forget it: the blocks change. O(bytes shown)."""
+        """Materialise and forget all views, before the blocks change. O(bytes shown)."""
         for view in list(self):
             view.materialise()
         self.clear()

@@ -1,7 +1,7 @@
-"""Block pools that size themselves.
+"""Block pools that grow on demand.
 
-A `PagedPool` is a manager and the storages it decides about. It starts with nothing, grows when
-blocks run out, as far as its memory lets it, and gives cached prefixes up.
+A `PagedPool` is a block manager with its storages. It starts with one block and grows when blocks
+run out, within the bound of its memory. Beyond that it evicts cached prefixes.
 """
 
 from __future__ import annotations
@@ -35,18 +35,17 @@ from kvpager.storage.free_memory import free_bytes
 
 _T = TypeVar("_T")
 
-# Without a bound, a pool grows to keep prefixes up to this multiple of the most blocks ever in use,
-# and while the larger pool fits in this part of the memory that is free.
+# Without a bound, a pool grows for cached prefixes up to this multiple of the peak of held blocks,
+# while the larger pool fits into this part of the free memory.
 _MOST_KEPT = 5
 _KEPT_OF_FREE = 0.5
 
 
 def waiting_for_room(pool: PagedPool, operation: Callable[[], _T]) -> _T:
-    """Return what `operation` returns, waiting for other calls to free blocks if it has to.
+    """Return the result of `operation`; if it is out of blocks, wait for other calls to free some.
 
-    Hold the pool's lock; while this waits, other threads have it. Raises: `OutOfBlocks` if no
-    other call is running that could free some; `OutOfQuota` at once, since other namespaces do
-    not wait for one that has its share.
+    The caller holds the pool's lock; waiting releases it. Raises: `OutOfBlocks` if no other running
+    call could free blocks; `OutOfQuota` at once, since other calls free no blocks of the quota.
     """
     try:
         return operation()
@@ -66,7 +65,7 @@ def _if_there_is_room(operation: Callable[[], _T]) -> _T | None:
 
 
 class LayerKind(NamedTuple):
-    """What makes layers storable side by side."""
+    """The shape, dtype and device of a layer. Layers of one kind share a storage."""
 
     shape: LayerShape
     dtype: torch.dtype
@@ -74,14 +73,14 @@ class LayerKind(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a layer is kept in one tier."""
+    """The storage of a layer in one tier."""
 
     storage: BlockStorage
-    layer: int  # its number there
+    layer: int  # its index in the storage
 
 
 class Places(NamedTuple):
-    """Where a layer is kept: on the device, and in host memory where there is some to swap to."""
+    """The storages of a layer: on the device, and in host memory if there is any."""
 
     device: Place
     host: Place | None
@@ -89,7 +88,7 @@ class Places(NamedTuple):
 
 @dataclass
 class _Segment:
-    """A storage for consecutive layers of one kind, and how many of them were ever asked for."""
+    """A storage for consecutive layers of one kind, and the number of layers in use."""
 
     kind: LayerKind
     first_layer: int
@@ -112,37 +111,37 @@ class PagedPool:
         self._segments: list[_Segment] = []
         self._dropped: deque[SequenceHandle] = deque()
         self._leaving: deque[tuple[list[torch.cuda.Event], list[SequenceHandle]]] = deque()
-        self._held = self._most_held = 0  # when blocks were last taken, and at the most
+        self._held = self._most_held = 0  # held blocks after the last `append`, and their peak
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block over all storages. O(storages)."""
+        """Return the bytes of a block over all storages. O(storages)."""
         return sum(segment.storage.block_bytes for segment in self._segments)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the blocks that sequences hold, shared ones counted once. O(storages)."""
+        """Return the bytes of blocks that sequences hold; shared blocks count once. O(storages)."""
         return self.manager.num_held_blocks * self.block_bytes
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of all storages. O(storages)."""
+        """Return the bytes of all storages. O(storages)."""
         return sum(segment.storage.nbytes for segment in self._segments)
 
     @property
     def num_spare_blocks(self) -> int:
-        """Blocks that are free, or that the bound has room for. O(pools)."""
+        """Return the number of free blocks and of blocks that fit into the bound. O(pools)."""
         return self.manager.num_free_blocks + self.num_room_blocks
 
     @property
     def num_room_blocks(self) -> int:
-        """Blocks that the bound has room for; 0 without one. O(pools)."""
+        """Return how many more blocks fit into the bound; 0 without a bound. O(pools)."""
         return self.memory.room // max(self.block_bytes, 1)
 
     def places(self, kind: LayerKind, layer: int, num_layers: int) -> Places:
-        """Return where layer `layer` of `num_layers` is kept, on the device and in host memory.
+        """Return the storages of layer `layer` of `num_layers` in both tiers. O(storages).
 
-        O(storages). Raises: as `storage`.
+        Raises: as `storage`.
         """
         with self.lock:
             host = self.host.storage(kind, layer, num_layers) if self.host is not None else None
@@ -150,24 +149,25 @@ class PagedPool:
 
     @whole
     def storage(self, kind: LayerKind, layer: int, num_layers: int) -> Place:
-        """Return where layer `layer` of `num_layers` is kept in this pool.
+        """Return the storage of layer `layer` of `num_layers` in this pool. O(storages).
 
-        The first layer of a kind makes room for all layers from it on, which models nearly
-        always shape alike; so one block is one run of bytes. O(storages).
+        The first layer of a kind reserves room for all later layers, since models nearly always
+        have layers of one shape. So a block is one run of bytes.
 
-        Raises: `OutOfBlocks` where a new storage does not fit in the memory; `ValueError` for
-        another dtype than the one asked for.
+        Raises: `OutOfBlocks` if a new storage does not fit into memory; `ValueError` if the patch
+        requires another dtype.
         """
         if self.memory.dtype not in (None, kind.dtype):
             raise ValueError(
-                f"keys and values are {kind.dtype}, but dtype={self.memory.dtype} was asked for"
+                f"dtype={self.memory.dtype}: the model's keys and values are {kind.dtype}. "
+                "Leave dtype out, or load the model in that dtype."
             )
         for segment in self._segments:
             number = layer - segment.first_layer
             if segment.kind == kind and 0 <= number < segment.num_layers:
                 segment.num_used = max(segment.num_used, number + 1)
                 return Place(segment.storage, number)
-        # This layer is of another kind than was guessed: give the room meant for it back.
+        # This layer is of another kind than the layers before: free the room reserved for it.
         for segment in self._segments:
             if segment.first_layer + segment.num_used <= layer:
                 self._reserve(partial(segment.storage.keep_layers, segment.num_used), 1)
@@ -183,7 +183,7 @@ class PagedPool:
             self.block_size, shapes, dtype=kind.dtype, kv_cache_dtype=kv_cache_dtype
         )
         fits = self.memory.claim(num_blocks * block_bytes, self)
-        # Another pool may have filled the bound: what then lives in host memory needs a block here.
+        # If other pools fill the bound, rows live in host memory and still need one block here.
         if not fits and (self.host is None or num_blocks > 1):
             raise self._out_of_blocks(num_blocks, self.block_bytes + block_bytes)
         on_host = self.memory.tier == "host"
@@ -202,7 +202,7 @@ class PagedPool:
 
     @whole
     def allocate(self, prompt: ArrayLike, key: PrefixKey | None) -> SequenceHandle:
-        """Like `BlockManager.allocate`, growing where needed and carrying out its copies."""
+        """Call `BlockManager.allocate`; grow the pool if needed, and carry out the copies."""
         length, ids = arguments.prompt(prompt)
         need = -(-length // self.block_size)
         namespace, version = key or (None, None)
@@ -216,26 +216,26 @@ class PagedPool:
 
     @whole
     def enforce_quota(self, key: PrefixKey | None) -> None:
-        """Bound the blocks of a namespace, which are as large as they are now. O(storages).
+        """Apply the namespace's quota at the current size of blocks. O(storages).
 
         Raises: as `NamespaceQuotas.enforce`.
         """
-        self.settle()  # what was dropped counts in no quota
+        self.settle()  # blocks of dropped caches do not count
         namespace = None if key is None else key.namespace
         self.memory.quotas.enforce(self.manager.quotas, namespace, self.block_bytes)
 
     def num_known(self, ids: Int32, key: PrefixKey | None) -> int:
-        """Return how many leading tokens are in the pool now. O(tokens)."""
+        """Return the number of leading tokens that are cached in the pool. O(tokens)."""
         namespace, version = key or (None, None)
         return self.manager.match_prefix(ids, namespace=namespace, lora=version)
 
     @whole
     def append(self, batch: Batch, counts: Int64, ids: list[Int32]) -> Step:
-        """Like `BlockManager.append`, growing where needed and carrying out its copies.
+        """Call `BlockManager.append`; grow the pool if needed, and carry out the copies.
 
-        `ids` are the new tokens' ids where they are known, else an empty list.
+        `ids` has the new tokens' ids, or is empty if they are unknown.
         """
-        # Each sequence needs a copy of its tail at the worst, and its whole blocks.
+        # At worst, each sequence needs a copy of its last block besides its new blocks.
         need = int((-(-counts // self.block_size)).sum()) + len(batch)
         most = int(counts.max(initial=0))
         if ids:
@@ -246,7 +246,7 @@ class PagedPool:
             step = self._growing(need, lambda: self.manager.append(batch, counts=counts))
         self._copy(step.copies)
         held = self.manager.num_held_blocks
-        if held != self._held:  # in most steps no block is taken
+        if held != self._held:  # most steps take no block
             self._held, self._most_held = held, max(self._most_held, held)
             self.memory.note_peak()
         return step
@@ -254,52 +254,52 @@ class PagedPool:
     def write(self, place: Place, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Write keys and values [tokens, heads, dim] of a layer to `slots`. O(tokens)."""
         storage, layer = place
-        # Growing copies the storage: a write to the old one after that copy would be lost.
+        # Locked, because growing copies the storage: a later write to the old one would be lost.
         with self.lock:
             append_kv(key, value, *storage.layer(layer), slots, scales=storage.scales(layer))
 
     def copy_from(self, other: PagedPool, copies: Int32) -> list[torch.cuda.Event]:
-        """Copy blocks of the other tier's pool for pairs (theirs, ours), int32 [n, 2]. O(bytes).
+        """Copy blocks of the other tier's pool for pairs (source, target), int32 [n, 2]. O(bytes).
 
-        Return the ends of the copies that may still read `other`, for its `free_after`.
+        Returns the events of copies that may still read `other`, for its `free_after`.
         """
-        # Both pools meet the same layers, so that their storages match; one that only one of them
-        # has could not be had in the other, and nothing was written to it yet.
-        theirs = {
+        # Both pools have the same layers, so their storages match. A storage that the other pool
+        # lacks, because it was out of memory, holds nothing yet.
+        sources = {
             (segment.kind, segment.first_layer): segment.storage for segment in other._segments
         }
         events = [
-            segment.storage.copy_from(theirs[segment.kind, segment.first_layer], copies)
+            segment.storage.copy_from(sources[segment.kind, segment.first_layer], copies)
             for segment in self._segments
-            if (segment.kind, segment.first_layer) in theirs
+            if (segment.kind, segment.first_layer) in sources
         ]
         self.memory.counters.swapped_in_blocks += len(copies)
         return [event for event in events if event is not None]
 
     def free_after(self, events: list[torch.cuda.Event], sequences: list[SequenceHandle]) -> None:
-        """Free `sequences` when all `events` are over: until then copies read their blocks. O(1).
+        """Free `sequences` after all `events`, since copies read their blocks until then. O(1).
 
-        Until then nothing is written to the blocks. Other holders copy on write.
+        Nothing is written to the blocks before, since other holders copy on write.
         """
         self._leaving.append((events, sequences))
         self.settle()
 
     def discard(self, sequences: list[SequenceHandle]) -> None:
-        """Free `sequences` soon: safe to call from a finaliser, at any moment. O(1)."""
-        # A finaliser may run inside any call of this thread, also one that is halfway through the
-        # manager's books, so it only leaves word; the next operation acts on it.
+        """Free `sequences` at the next operation. Safe to call from a finaliser. O(1)."""
+        # A finaliser may run inside any call of this thread, even halfway through a change of the
+        # manager's state. So it only queues the sequences.
         self._dropped.extend(sequences)
 
     @whole
     def settle(self) -> None:
-        """Free what finalisers and finished copies left behind. O(blocks freed)."""
+        """Free queued sequences, and those whose copies are finished. O(blocks freed)."""
         while self._dropped:
             self.manager.free(self._dropped.popleft())
         while self._leaving and all(event.query() for event in self._leaving[0][0]):
             self.manager.free(self._leaving.popleft()[1])
 
     def _await_copies(self) -> int:
-        """Wait for the copies that still read the pool; return how many blocks that freed."""
+        """Wait for the copies that still read the pool. Return the number of blocks freed."""
         free = self.manager.num_free_blocks
         for events, _ in self._leaving:
             for event in events:
@@ -308,13 +308,13 @@ class PagedPool:
         return self.manager.num_free_blocks - free
 
     def _growing(self, need: int, operation: Callable[[], _T]) -> _T:
-        """Do `operation`, which takes `need` blocks at the most, with more blocks where it must."""
+        """Call `operation`, which takes at most `need` blocks; grow the pool if needed."""
         self.settle()
         evicted = self.manager.queries.num_evicted_blocks
         shortage = need - self.manager.num_free_blocks
         if self.memory.keep_pools and shortage > 0:
-            # Memory is there to be used: fill it before giving cached prefixes up.
-            with contextlib.suppress(OutOfBlocks):  # of the device itself
+            # Grow before evicting cached prefixes.
+            with contextlib.suppress(OutOfBlocks):  # the device itself may be full
                 room = self._room()
                 more = max(shortage, self.manager.num_blocks // 4)
                 self._resize(self.manager.num_blocks + min(more, room), 1)
@@ -331,7 +331,7 @@ class PagedPool:
         return result
 
     def _room(self) -> int:
-        """Return how many more blocks the pool may have before it is short of any. O(pools)."""
+        """Return how many more blocks the pool may have without need for them. O(pools)."""
         if self.memory.bound is not None:
             return self.num_room_blocks
         if not self.memory.keep_pools:
@@ -340,9 +340,9 @@ class PagedPool:
         return max(most - self.manager.num_blocks, 0)
 
     def _num_fitting(self) -> int:
-        """Count the blocks that the memory which is free has room for, beside those there are.
+        """Return how many blocks fit into free memory beside the pool. O(storages).
 
-        Growing needs old and new storage at once. O(storages).
+        Growing needs the old and the new storage at once.
         """
         sizes: dict[torch.device, int] = {}
         for segment in self._segments:
@@ -354,14 +354,14 @@ class PagedPool:
         )
 
     def _ahead(self, shortage: int) -> int:
-        """`shortage` blocks, or more where there is room, so that growing stays rare."""
+        """Return by how many blocks to grow: at least `shortage`, more if there is room."""
         return max(shortage, min(self.manager.num_blocks // 4, self._room()))
 
     def _grow(self, shortage: int, need: int) -> None:
-        """Make `shortage` more blocks, and some more ahead. Raises `OutOfBlocks`."""
+        """Grow by at least `shortage` blocks, and more ahead of need. Raises: `OutOfBlocks`."""
         current = self.manager.num_blocks
         for more in (self._ahead(shortage), shortage):
-            # Another pool gives something up for what is really short, not for more.
+            # `_ahead` adds only room within the bound, so other pools give up `shortage` at most.
             if self.memory.claim(more * self.block_bytes, self):
                 try:
                     return self._resize(current + more, need)
@@ -371,7 +371,7 @@ class PagedPool:
         raise self._out_of_blocks(need) from None
 
     def _resize(self, num_blocks: int, need: int) -> None:
-        # Storages first: should one fail, the manager never learns of blocks without room.
+        # Storages first: if one fails, the manager must not have blocks without storage.
         for segment in self._segments:
             if segment.storage.num_blocks < num_blocks:
                 self._reserve(partial(segment.storage.grow, num_blocks), need)
@@ -379,7 +379,7 @@ class PagedPool:
 
     @whole
     def minimise(self) -> bool:
-        """Give all blocks but one back. Returns False, and does nothing, if some are held. O(1)."""
+        """Free all blocks but one. Returns False without effect if blocks are held. O(blocks)."""
         self.settle()
         if self.manager.num_held_blocks:
             return False
@@ -390,16 +390,16 @@ class PagedPool:
         return True
 
     def trim(self) -> None:
-        """Give the free blocks behind the last one in use back. O(bytes that stay)."""
+        """Free the storage of unused blocks after the last used block. O(bytes that stay)."""
         with self.lock:
             self.settle()
             used = np.flatnonzero(self.manager.queries.block_statuses() != BlockStatus.FREE)
             least = int(used[-1]) + 1 if len(used) else 1
             if least == self.manager.num_blocks:
                 return
-            self.manager.shrink(least)  # moves no block: none behind is in use
+            self.manager.shrink(least)  # moves no block, since no later block is in use
             for segment in self._segments:
-                with contextlib.suppress(RuntimeError, MemoryError):  # then it stays as large
+                with contextlib.suppress(RuntimeError, MemoryError):  # it keeps its size then
                     segment.storage.shrink(least)
 
     def _reserve(self, make: Callable[[], _T], need: int) -> _T:
@@ -409,7 +409,7 @@ class PagedPool:
             raise self._out_of_blocks(need) from error
 
     def _out_of_blocks(self, need: int, block_bytes: int = 0) -> OutOfBlocks:
-        """Return the error of a pool that needs `need` blocks, in the words of `patch`."""
+        """Return the error for a need of `need` blocks, in terms of `patch`'s arguments."""
         stats, memory = self.manager.stats(), self.memory
         room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._segments else (0, 0, 0)
         missing, num_bytes = max(need - room[0] - room[1], 1), block_bytes or self.block_bytes
@@ -417,7 +417,7 @@ class PagedPool:
         message = f"KV cache out of {'host ' if is_host else ''}memory: "
         message += f"{counted(missing, 'more block')} ({size(missing * num_bytes)}) needed, "
         if memory.bound is None:
-            message += "and the device has no room. Drop a cache that is no longer needed"
+            message += "but the device is full. Drop a cache that is no longer needed"
         else:
             others = memory.reserved_bytes - self.reserved_bytes
             blocks = max(stats.num_held + need, self._blocks_of_call())
@@ -434,7 +434,7 @@ class PagedPool:
         return OutOfBlocks(need, *room, tier=memory.tier, advice=message, message=message)
 
     def _blocks_of_call(self) -> int:
-        """Return how many blocks this thread's call takes at full length; 0 if not known. O(1)."""
+        """Return the number of blocks of this thread's call at full length; 0 if unknown. O(1)."""
         call = self.memory.calls.current()
         if call is None:
             return 0

@@ -1,4 +1,4 @@
-"""The token ids of a batch's rows, as far as they are known."""
+"""The known token ids of a batch's rows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kvpager.plans import Int32, Int64
 
 
 class PrefixKey(NamedTuple):
-    """Whose prompts may share blocks: those of a namespace, computed by a model in one state."""
+    """The key of prompts that may share blocks: a namespace and a version of the model."""
 
-    namespace: str | None  # whose quota the blocks count in
-    version: str | None  # of the model; None where no prompt is kept
+    namespace: str | None  # its quota counts the blocks
+    version: str | None  # of the model; None if no prompt is kept
 
 
 class Prompt:
-    """The token ids of a batch's rows without their padding, for prefix reuse under a key."""
+    """The token ids of a batch's rows without padding, for prefix reuse under a key."""
 
     def __init__(self, rows: list[Int32], key: PrefixKey) -> None:
         self.rows = rows
@@ -28,7 +28,7 @@ class Prompt:
         return Prompt([self.rows[row] for row in rows], self.key)
 
     def followed_by(self, ids: Int32) -> Prompt:
-        """Return the ids with one more for each row: `ids` [rows]. O(tokens)."""
+        """Return the prompt with one more id for each row: `ids` [rows]. O(tokens)."""
         return Prompt([np.append(row, ids[i]) for i, row in enumerate(self.rows)], self.key)
 
     def cut(self, lengths: Int64) -> Prompt:
@@ -37,7 +37,7 @@ class Prompt:
         return Prompt([row[:length] for row, length in pairs], self.key)
 
     def ids(self, padding: Int64, start: int, stop: int) -> list[Int32]:
-        """Return each row's ids in columns `start` to `stop`, or nothing beyond the prompt."""
+        """Return each row's ids in columns `start` to `stop`; empty if unknown. O(rows)."""
         first, last = np.maximum(start - padding, 0), np.maximum(stop - padding, 0)
         if any(len(row) < end for row, end in zip(self.rows, last, strict=True)):
             return []

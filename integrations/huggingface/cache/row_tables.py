@@ -1,4 +1,4 @@
-"""Block tables of a step's rows, and the attention arguments that all layers make of them."""
+"""Block tables of a step's rows, and the attention arguments that layers share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvpager.ops import AttentionArgs, HostRows
 
 
 class RowTables:
-    """Block tables and lengths of rows, on a device and on the host. Layers of a step share it.
+    """Block tables and lengths of rows, on a device and on the host. All layers share them.
 
     Args:
         block_tables: int32 [rows, blocks], on the device of the blocks.
@@ -55,7 +55,7 @@ class RowTables:
         `num_queries`: of each row, unless there are `cu_seqlens_q`. `num_columns`: read the last
         ones only. O(1) once made, else O(rows).
         """
-        # What is kept refers to its mask, so no other mask has that id.
+        # The kept arguments refer to their mask, so no other mask has its id.
         key = (num_queries, softmax_scale, causal, window, softcap, num_columns, id(mask))
         found = self._args.get(key)
         if found is None:
@@ -74,7 +74,7 @@ class RowTables:
                 kv_starts=None if num_columns is None else self._last(num_columns),
                 host_rows=host,
             )
-            if mask is None or num_queries == 1:  # others are large, and must not outlive a step
+            if mask is None or num_queries == 1:  # other masks are large: do not keep them
                 self._args[key] = found
         return found
 
@@ -86,5 +86,5 @@ class RowTables:
         return torch.arange(0, end, num_queries, dtype=torch.int32, device=device)
 
     def _last(self, num_columns: int) -> Tensor:
-        """Return the first token of each row that is among the last columns, int32 [rows]."""
+        """Return each row's first token among the last columns, int32 [rows]."""
         return (self.seq_lens - num_columns).clamp_(min=0)

@@ -1,15 +1,15 @@
-"""The sequences of a batch: each row in the device's pool or, where that is full, in host memory.
+"""The sequences of a batch: each row in the device's pool or, if that is full, in host memory.
 
-    row 0   row 1   row 2   row 3           the pool has no block left, and row 3 needs one:
+    row 0   row 1   row 2   row 3           the pool is full, and row 3 needs a block:
     device  device  device  host            its blocks move to the host's pool, all layers at once
 
-A row that has moved goes on there: new tokens are written to its blocks in host memory, and
-attention reads them from there. So a batch may be larger than the device's pool, as in FlexGen
-(Sheng et al., 2023), and what shared blocks before shares them after. A row returns when the
-device has room for it again.
+A row that has moved continues there: new tokens are written to host memory, and attention reads
+them from there. So a batch may be larger than the device's pool, as in FlexGen (Sheng et al.,
+2023). Rows that shared blocks still share them after the move. A row returns when the device has
+room for it.
 
-As long as every row's last block has room, a decoding step takes no block. Then block tables stay
-as they are, and slots are known ahead.
+While every row's last block has room, a decoding step takes no block. Then block tables do not
+change, and slots are known in advance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvpager.integrations.huggingface.cache.pools import (
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.plans import Int32, Int64
 
-# Of the device's blocks, how many stay free behind a row that returns: else it would soon leave.
+# The part of the device's blocks that must stay free when a row returns, or it would soon leave.
 _RESERVE = 1 / 8
 
 
@@ -40,9 +40,9 @@ class Partition(NamedTuple):
     """Rows of a batch that are in one pool."""
 
     pool: PagedPool
-    rows: Int64  # their numbers in the batch, ascending
+    rows: Int64  # indices in the batch, ascending
     sequences: list[SequenceHandle]
-    batch: Batch  # the same, for operations on all of them
+    batch: Batch  # the same sequences, for operations on all of them
     on_host: bool
 
 
@@ -53,11 +53,11 @@ class BatchRows:
         self.pool = pool
         self.lock, self.uninterrupted = pool.lock, pool.uninterrupted
         self._sequences: list[SequenceHandle] = []
-        self._key: PrefixKey | None = None  # of all rows: whose quota their blocks count in
+        self._key: PrefixKey | None = None  # of all rows; its namespace's quota counts the blocks
         self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._any_on_host = False
         self._partitions: list[Partition] | None = None
-        self._room = 0  # tokens for which every row's last block has room, and is its own
+        self._room = 0  # tokens that fit into every row's last block, which no other row shares
         self._last_slots: Int64 = np.zeros(0, np.int64)  # of each row
 
     def __len__(self) -> int:
@@ -65,13 +65,13 @@ class BatchRows:
 
     @property
     def any_on_host(self) -> bool:
-        """True if some row is in host memory."""
+        """True if a row is in host memory."""
         return self._any_on_host
 
     def partitions(self) -> list[Partition]:
-        """Return the rows by pool, the device's first. O(1) until they change.
+        """Return the rows by pool, the device's pool first. O(1) until the rows change.
 
-        Raises: `StaleSequence` for rows that were freed elsewhere.
+        Raises: `StaleSequence` if other code has freed a row.
         """
         if self._partitions is None:
             self._partitions = []
@@ -91,7 +91,7 @@ class BatchRows:
 
     @whole
     def join(self, parts: list[BatchRows], order: Int64) -> None:
-        """Begin with the rows of `parts`, put in `order`; they have none afterwards. O(rows)."""
+        """Take over the rows of `parts` in `order`; the parts are empty afterwards. O(rows)."""
         sequences = [sequence for part in parts for sequence in part._sequences]
         on_host = np.concatenate([part._on_host for part in parts])[order]
         self._become([sequences[row] for row in order], on_host)
@@ -100,9 +100,9 @@ class BatchRows:
             part.adopt([])
 
     def places(self, kind: LayerKind, layer: int, num_layers: int) -> Places:
-        """Return where a layer is kept. O(storages).
+        """Return the storages of a layer. O(storages).
 
-        Raises: as `PagedPool.storage`; `OutOfQuota` if blocks grow beyond the rows' quota by it.
+        Raises: as `PagedPool.storage`; `OutOfQuota` if the larger blocks exceed the rows' quota.
         """
         places = self.pool.places(kind, layer, num_layers)
         if len(self):
@@ -124,11 +124,11 @@ class BatchRows:
 
     @whole
     def append(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
-        """Make room for `counts` [rows] more tokens, moving rows where there is none. O(tokens).
+        """Make room for `counts` [rows] more tokens; move rows to the host if needed. O(tokens).
 
-        `ids` are the new tokens' ids where they are known, else an empty list. Returns, for each of
-        the `partitions`, the slots of its rows' new tokens, one row after the other.
-        Raises: `OutOfBlocks`, with every row as long as it was.
+        `ids` has the new tokens' ids, or is empty if they are unknown. Returns, for each of the
+        `partitions`, the slots of its rows' new tokens, row by row.
+        Raises: `OutOfBlocks`; every row then has its old length.
         """
         self._room = 0
         if self._any_on_host:
@@ -142,10 +142,10 @@ class BatchRows:
             try:
                 return self._append(counts, ids)
             except OutOfBlocks as error:
-                # What the host refuses, it will refuse again.
+                # If the host is full, another attempt fails as well.
                 if self.pool.host is None or error.tier == "host":
                     raise
-                # No room of the pool's helps a namespace that is at its quota.
+                # Room in the pool does not help a namespace that has reached its quota.
                 room = 0 if isinstance(error, OutOfQuota) else self.pool.num_room_blocks
                 self._make_room(max(error.missing - room, 1), counts)
 
@@ -165,8 +165,8 @@ class BatchRows:
         return slots
 
     def _note_room(self, counts: Int64, slots: list[Int64]) -> None:
-        """Each row was given `slots` of its own: what fits behind them in the last blocks?"""
-        if self._any_on_host or not counts.all():  # rows may return; an empty one has no block
+        """Compute how many tokens fit after `slots` into every row's last block. O(rows)."""
+        if self._any_on_host or not counts.all():  # rows may return, and empty rows have no block
             return
         size = self.pool.block_size
         self._last_slots = slots[0][np.cumsum(counts) - 1]
@@ -179,7 +179,7 @@ class BatchRows:
 
     @whole
     def fill(self) -> bool:
-        """Append one unknown token to each row, if no table changes by it. O(rows)."""
+        """Append an unknown token to each row unless a table has to change. O(rows)."""
         if not self._room:
             return False
         self._room -= 1
@@ -189,7 +189,7 @@ class BatchRows:
     # ---------------------------------------------------------------- moving
 
     def _make_room(self, missing: int, counts: Int64) -> None:
-        """Move the device's last rows to the host until some `missing` blocks are not missed.
+        """Move the device's last rows to the host until `missing` blocks are free. O(bytes).
 
         Rows that share most of their blocks move together.
         """
@@ -207,18 +207,18 @@ class BatchRows:
             self._move(device.rows[group], self.pool, self.pool.host)
 
     def _return_some(self) -> None:
-        """Let the host's first row return, with its fork group, if there is room and to spare."""
+        """Return the host's first row with its fork group, if the device has room to spare."""
         host = self.partitions()[-1]
         tables = host.pool.manager.block_tables(host.batch)
         group = _fork_group(tables, 0)
         reserve = len(self) + int(_RESERVE * self.pool.manager.num_blocks)
         if self.pool.num_spare_blocks >= _num_blocks(tables[group]) + reserve:
-            with contextlib.suppress(OutOfBlocks):  # of the device itself, whatever the bound says
+            with contextlib.suppress(OutOfBlocks):  # the device may be full within the bound
                 self._move(host.rows[group], host.pool, self.pool)
 
     @whole
     def leave_device(self) -> None:
-        """Move all rows to the host. Raises `OutOfBlocks`."""
+        """Move all rows to the host. O(bytes). Raises: `OutOfBlocks`."""
         assert self.pool.host is not None
         self._move(np.flatnonzero(~self._on_host), self.pool, self.pool.host)
 
@@ -246,10 +246,10 @@ class BatchRows:
 
     @whole
     def select(self, rows: list[int]) -> None:
-        """Make the batch the given rows of it, each as often as it is named. O(rows + blocks)."""
+        """Make row i what row `rows[i]` was; rows may repeat. O(rows + blocks)."""
         unused = dict(enumerate(self._sequences))
         on_host = self._on_host[np.asarray(rows, np.int64)]
-        # The first to name a row takes it over, further ones fork it.
+        # The first use of a row takes it over, further uses fork it.
         chosen = [
             unused.pop(row)
             if row in unused
@@ -278,14 +278,14 @@ class BatchRows:
 
     @whole
     def drop_before(self, starts: Int64) -> None:
-        """Free blocks that lie before token `starts` [rows] of each row. O(rows + blocks)."""
+        """Free blocks wholly before token `starts` [rows] of each row. O(rows + blocks)."""
         self._room = 0  # tables change
         for partition in self.partitions():
             partition.pool.manager.drop_before(partition.batch, starts[partition.rows])
 
     @whole
     def commit(self) -> None:
-        """Offer full blocks of known tokens to later prompts; none on the host. O(blocks)."""
+        """Publish full blocks of known tokens, on the device only. O(blocks)."""
         for partition in self.partitions():
             if not partition.on_host:
                 partition.pool.manager.commit(partition.batch)
@@ -305,20 +305,20 @@ class BatchRows:
 
     @whole
     def free(self) -> None:
-        """Give all blocks back: no rows are left. O(blocks)."""
+        """Free all rows. O(blocks)."""
         for partition in self.partitions():
             partition.pool.manager.free(partition.batch)
         self.adopt([])
 
     def discard(self) -> None:
-        """Free the rows soon: safe to call from a finaliser, at any moment. O(rows)."""
-        # Not by way of the partitions: making them takes a lock, and asks the manager.
+        """Free the rows at the pool's next operation. Safe to call from a finaliser. O(rows)."""
+        # `partitions` must not be used here: it takes a lock and calls the manager.
         for row, sequence in enumerate(self._sequences):
             self._pool_of(row).discard([sequence])
 
 
 def _fork_group(tables: Int32, number: int) -> NDArray[np.bool_]:
-    """Return the rows that share most blocks of row `number`, itself included, bool [rows]."""
+    """Return the rows that share most blocks of row `number`, bool [rows]. It is included."""
     own = tables[number]
     common = ((tables == own) & (own >= 0)).sum(axis=1)
     members: NDArray[np.bool_] = 2 * common > np.count_nonzero(own >= 0)
@@ -338,9 +338,9 @@ def _arriving(
     target: PagedPool,
     key: PrefixKey | None,
 ) -> SequenceHandle:
-    """Make a sequence of `target` for number `number` of those that leave.
+    """Make a sequence in `target` for the leaving row `number`. O(rows + blocks).
 
-    It shares with one that has `arrived` what they shared before: as in a tree, a beginning.
+    It shares a prefix with the `arrived` sequence with which it had most blocks in common.
     """
     manager, size = target.manager, target.block_size
     common = [_common(tables, lengths, earlier, number, size) for earlier in range(number)]
@@ -359,24 +359,24 @@ def _arriving(
 
 
 def _common(tables: Int32, lengths: list[int], earlier: int, number: int, size: int) -> int:
-    """Return how many tokens of sequence `number` lie in blocks shared with the earlier one."""
+    """Return how many tokens of sequence `number` lie in blocks shared with `earlier`."""
     if _num_missing(tables[earlier]) != _num_missing(tables[number]):
         return 0
     num_blocks = int((tables[earlier] == tables[number]).cumprod().sum())
     shared = min(num_blocks * size, lengths[earlier], lengths[number])
-    # Where one of them ends within a block, the other may go on in it.
+    # Within a shared block, the longer sequence may have other tokens after the end of the shorter.
     return shared if shared == lengths[number] else shared // size * size
 
 
 def _num_missing(table: Int32) -> int:
-    """Return how many blocks at the front were freed because a window has passed them."""
+    """Return the number of leading blocks that were freed behind a window."""
     return int(np.argmax(np.append(table, 0) >= 0))
 
 
 def _lengthen(pool: PagedPool, sequence: SequenceHandle, length: int, start: int) -> None:
-    """Make `sequence` `length` tokens long, without blocks wholly before token `start`."""
+    """Extend `sequence` to `length` tokens, without blocks wholly before token `start`."""
     while len(sequence) < length:
-        # By steps: blocks that a window has passed need not exist all at once.
+        # In steps, so that blocks behind a window never exist all at once.
         step = min(length - len(sequence), max(pool.block_size, length - start))
         pool.append(pool.manager.batch([sequence]), np.array([step]), [])
         pool.manager.drop_before([sequence], np.array([min(start, len(sequence))]))

@@ -1,4 +1,4 @@
-"""What one cache holds, in numbers."""
+"""The figures of one cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kvpager.integrations.huggingface.cache.rows import Partition
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """What one cache holds now. Blocks count once, whichever rows of the cache share them.
+    """The current contents of one cache. A block counts once, however many rows share it.
 
-    `num_tokens` are columns of the batch, padding included. `dense_bytes` are the bytes that
-    `DynamicCache` would hold in place of the paged layers; layers that are not paged are in none
-    of the figures.
+    `num_tokens` is the number of columns of the batch, padding included. `dense_bytes` is what
+    `DynamicCache` would hold for the paged layers. Apart from `num_layers`, the figures do not
+    include layers that are not paged.
     """
 
     num_rows: int
@@ -24,7 +24,7 @@ class CacheStats:
     num_layers: int
     num_paged_layers: int
     num_blocks: int
-    num_shared_blocks: int  # held by more than one row of the cache
+    num_shared_blocks: int  # held by several rows of the cache
     held_bytes: int
     dense_bytes: int
     num_host_blocks: int
@@ -32,16 +32,16 @@ class CacheStats:
 
 
 class Holding(NamedTuple):
-    """Blocks of one pool that the rows of a group hold."""
+    """The blocks of one pool that the rows of a group hold."""
 
     num_blocks: int
-    num_shared_blocks: int  # in the tables of several rows
+    num_shared_blocks: int  # held by several rows
     held_bytes: int
     on_host: bool
 
     @classmethod
     def of(cls, partition: Partition) -> Holding:
-        """Count the blocks of rows that are in one pool. O(blocks)."""
+        """Count the blocks of the rows in one pool. O(blocks)."""
         tables = partition.pool.manager.block_tables(partition.batch)
         blocks, holders = np.unique(tables[tables >= 0], return_counts=True)
         num_bytes = len(blocks) * partition.pool.block_bytes

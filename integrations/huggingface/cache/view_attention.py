@@ -1,4 +1,4 @@
-"""Attention over what a view shows, by the paged kernel."""
+"""Attention over a view by the paged kernel."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def attend(
     softcap: float | None,
     window: int | None = None,
 ) -> Tensor:
-    """The output [rows, q_len, query_heads, value_dim] for `query` [rows, query_heads, q_len, dim].
+    """Return the output [rows, q_len, query_heads, value_dim].
 
-    Reads the blocks in place and counts that. O(queries * kv tokens * heads * dims).
+    `query` is [rows, query_heads, q_len, dim]. Reads the blocks in place, and counts the read.
+    O(queries * kv tokens * heads * dims).
     """
     options = (scaling, causal, softcap, window)
     view.memory.counters.in_place_reads += 1
@@ -30,8 +31,8 @@ def attend(
     output = None
     for part in view.parts:
         assert part.rows is not None
-        theirs = mask if mask is None or len(mask) == 1 else mask[part.rows]
-        of_part = _attend_part(view, part, query[part.rows], theirs, sinks, *options)
+        part_mask = mask if mask is None or len(mask) == 1 else mask[part.rows]
+        of_part = _attend_part(view, part, query[part.rows], part_mask, sinks, *options)
         if output is None:
             output = of_part.new_empty(len(query), *of_part.shape[1:])
         output[part.rows] = of_part
@@ -50,7 +51,7 @@ def _attend_part(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """The output of the rows that are in one storage."""
+    """Return the output of the rows in one storage."""
     rows, query_heads, q_len, _ = query.shape
     blocks = part.on(query.device)
     args = blocks.tables.args(
