@@ -66,17 +66,16 @@ class Engine:
     """A model that serves many requests at once, from one pool of blocks.
 
     Args:
-        model: a transformers model that can generate, on one device. While the engine is open its
-            attention implementation is `kvpager`, and it is in evaluation mode; when its last
-            engine closes, it is as it was.
-        config: the engine's settings, the defaults where None.
-        tokenizer: the model's, for texts: `Stream.text`, `Output.text`, and `stop_strings`.
-        on_step: is told of every step; for plots.
-        overrides: settings of `EngineConfig` in place of those of `config`, such as
-            `memory="4GiB"`.
+        model: a transformers model that can generate, on one device. While an engine is open, the
+            model is in evaluation mode with the attention implementation `kvpager`. When its last
+            engine closes, both are restored.
+        config: the engine's settings; the defaults if None.
+        tokenizer: the model's tokenizer, for `Stream.text`, `Output.text` and `stop_strings`.
+        on_step: a callback that is called after every step.
+        overrides: settings that override those of `config`, such as `memory="4GiB"`.
 
     Thread-safe. Raises: `KVPagerError` for a model that cannot be batched; `TypeError`,
-    `ValueError` for arguments that make no sense.
+    `ValueError` for invalid arguments.
     """
 
     def __init__(
@@ -92,11 +91,11 @@ class Engine:
         self.config = config = EngineConfig.of(config, overrides)
         if on_step is not None and not callable(on_step):
             shown = arguments.shown(on_step)
-            raise TypeError(f"on_step {shown}: expected a function or None")
+            raise TypeError(f"on_step={shown}: expected a function or None")
         self.model = model = unwrapped(model)
         self._tokenizer = text_tokenizer(tokenizer)
         self._numbers = itertools.count()
-        # A function that does not refer to the engine: a dropped one is to end.
+        # A function without a reference to the engine, so that a dropped engine ends.
         self._usual = functools.lru_cache(maxsize=_MAX_SETTINGS, typed=True)(
             functools.partial(_usual_settings, model, self._tokenizer)
         )
@@ -198,14 +197,14 @@ class Engine:
             request_id: unique among live requests; None makes one up.
             namespace: only requests of the same namespace share cached prompts; `quotas` may bound
                 the blocks of each.
-            tenant: whose request it is, for `policy="fair"`.
-            priority: lower is served first, for `policy="priority"`.
-            timeout: seconds after which it ends, done or not.
-            seed: of its own random numbers; else it draws from torch's.
+            tenant: the tenant of the request, for `policy="fair"`.
+            priority: a lower number is served first, for `policy="priority"`.
+            timeout: seconds after which the request ends, finished or not.
+            seed: the seed of the request's own generator; None uses torch's global generator.
             logprobs: report each token's log probability, after all processors.
             sampling_settings: from `engine.sampling_settings`, instead of both.
 
-        Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for what cannot be served.
+        Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for invalid requests.
         """
         self._core.refuse_closed()
         arguments.flag("logprobs", logprobs)
@@ -263,12 +262,13 @@ class Engine:
     ) -> list[Output]:
         """Serve `prompts` and wait for their outputs, in their order.
 
-        Prompts are a list, a padded tensor, or what a tokenizer returned, whose mask is taken:
-        `generate(tokenizer(texts))` and `generate(**tokenizer(texts))` are the same.
-        A padded tensor without `attention_mask` is read as the model's `generate` reads it.
-        `progress` shows a bar. Other options are those of `submit`, except `request_id`.
-        With a `seed`, each prompt has the next one: seed, seed + 1, ... If a request fails, the
-        others are cancelled. Raises: as `submit` and `Stream.result`.
+        Prompts are a list, a padded tensor, or the output of a tokenizer with its mask:
+        `generate(tokenizer(texts))` and `generate(**tokenizer(texts))` are equal. A padded tensor
+        without `attention_mask` is read as by the model's `generate`. `progress` shows a progress
+        bar. Other options are those of `submit`, except `request_id`. With a `seed`, prompts get
+        seed, seed + 1, and so on. If a request fails, the others are cancelled.
+
+        Raises: as `submit` and `Stream.result`.
         """
         arguments.flag("progress", progress)
         with _submitted() as streams:
@@ -287,7 +287,7 @@ class Engine:
         attention_mask: Any = None,
         **options: Any,
     ) -> list[Output]:
-        """Serve `prompts` as `generate` does; other tasks of asyncio go on meanwhile."""
+        """Serve `prompts` as `generate` does, without blocking other asyncio tasks."""
         with _submitted() as streams:
             prompts = prompt_argument("prompts", prompts, input_ids)
             for each in self._requests(prompts, generation_config, attention_mask, options):
@@ -302,14 +302,14 @@ class Engine:
         return SamplingSettings(self.model, generation_config, **options)
 
     def cancel(self, request_id: str) -> None:
-        """End a request; does nothing for one that has ended. O(1)."""
+        """End a request; no effect if it has ended. O(1)."""
         if not isinstance(request_id, str):
             shown = arguments.shown(request_id)
             raise TypeError(f"cancel({shown}): expected a request id. Pass stream.request_id.")
         self._core.cancel(request_id)
 
     def stats(self) -> EngineStats:
-        """Counts of now, and totals since the engine was made. O(blocks + sequences)."""
+        """Return current counts, and totals since the engine was made. O(blocks + sequences)."""
         return self._core.stats()
 
     @property
@@ -319,16 +319,16 @@ class Engine:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block of the pool, all layers."""
+        """The bytes of a block in all layers of a group."""
         return self._storage.block_bytes
 
     @property
     def error(self) -> BaseException | None:
-        """What stopped the engine by itself: a defect. None as a rule."""
+        """The error that stopped the engine, which is a defect; None without one."""
         return self._core.error
 
     def clear_prefix_cache(self) -> None:
-        """Give cached prompts up. O(cached blocks)."""
+        """Drop cached prompts. O(cached blocks)."""
         self._core.clear_prefix_cache()
 
     def pause(self) -> AbstractContextManager[None]:
@@ -341,7 +341,7 @@ class Engine:
 
     @property
     def is_paused_here(self) -> bool:
-        """True inside a pause of the current thread. O(pauses)."""
+        """Return True inside a pause of the current thread. O(pauses)."""
         return self._core.is_paused_here
 
     def close(self) -> None:
@@ -449,7 +449,7 @@ def _usual_settings(model: Any, tokenizer: Any, max_new_tokens: int | None) -> S
 
 @contextmanager
 def _submitted() -> Iterator[list[Stream]]:
-    """Streams that are cancelled should anything go wrong."""
+    """Yield a list of streams, which are cancelled if the `with` block raises."""
     streams: list[Stream] = []
     try:
         yield streams

@@ -98,7 +98,7 @@ def _options(
 
 
 def _is_packed(positions: Tensor | None, query: Tensor) -> bool:
-    """True if positions restart within a single row, which then holds several sequences."""
+    """Return True if positions restart within a single row, which then holds several sequences."""
     rows, _, q_len, _ = query.shape
     if positions is None or rows > 1 or q_len == 1:
         return False
@@ -109,7 +109,7 @@ def _is_packed(positions: Tensor | None, query: Tensor) -> bool:
 
 
 def _hides_padding_only(mask: Tensor | None, view: PagedView) -> bool:
-    """True if `mask` hides exactly the padding, which no block holds.
+    """Return True if `mask` hides exactly the padding, which no block holds.
 
     Waits for a GPU, as transformers' own unpadding does. Without a mask, it does not wait.
     """

@@ -48,7 +48,7 @@ class PackedView:
         self.shape, self.dtype, self.device = layer.shape, layer.dtype, layer.device
 
     def shows_the_same_as(self, other: object) -> bool:
-        """True for the same view, as `PagedView.shows_the_same_as`. O(1)."""
+        """Return True for the same view, as `PagedView.shows_the_same_as`. O(1)."""
         return self is other
 
     def dense(self) -> tuple[Tensor, Tensor]:

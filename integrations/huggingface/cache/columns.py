@@ -5,12 +5,12 @@
     row 1          t0 t1 t2 t3 t4 t5 t6 t7
     sequences      row 0: t0..t4 in 2 blocks of 4; row 1: t0..t7 in 2 blocks
 
-Columns are transformers' view, tokens are the block manager's: a row's token is its column less
-its padding. So padding is never stored, and equal prompts have equal blocks however padded.
+transformers counts columns, the block manager counts tokens: token = column - padding. So padding
+is never stored, and equal prompts have equal blocks with any padding.
 
-Padding is known from the arguments of `generate`, before the model runs. A model may put columns of
-its own before the prompt: soft prompts, an image. So the first write of a prompt is compared with
-what was announced. Where they differ, every column is stored.
+The arguments of `generate` show the padding before the model runs. But a model may add columns
+before the prompt, such as soft prompts or an image. So the first write of a prompt is compared with
+the expected columns. If they differ, every column is stored.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from kvpager.plans import Int64
 
 
 class ExpectedPrompt(NamedTuple):
-    """The columns of a prompt, as `generate` hands it to the model.
+    """The columns of a prompt that `generate` passes to the model.
 
-    `is_binding` is true if rows or columns were left out. The result of a pass that writes
-    other columns is then discarded.
+    `is_binding` is true if rows or columns were left out. A pass that writes other columns is then
+    wrong, and its result is discarded.
     """
 
     rows: int
@@ -38,13 +38,13 @@ class ExpectedPrompt(NamedTuple):
     is_binding: bool = False
 
     def holds(self, rows: int, start: int, stop: int) -> bool:
-        """True if a pass may write columns `start` to `stop` of `rows` rows."""
+        """Return True if a pass from `start` on writes `rows` rows up to column `stop`. O(1)."""
         return (rows, stop) == (self.rows, self._stop(start))
 
     def shows(self, mask: Any, padding: Int64, start: int) -> bool:
-        """True if a pass from column `start` on hides `padding` [rows] and nothing else.
+        """Return True if `mask`, which a model passes from column `start` on, hides `padding` only.
 
-        `mask` is what the model builds its masks from. Waits for a GPU.
+        `padding` is [rows]. O(rows * columns). Waits for a GPU.
         """
         if mask is None:
             return not padding.any()
@@ -58,7 +58,7 @@ class ExpectedPrompt(NamedTuple):
 
 
 class Columns:
-    """How many columns the rows of a batch have, and which of them are padding."""
+    """The number of columns of a batch, and the padding of its rows."""
 
     def __init__(self) -> None:
         self.reset()
@@ -67,29 +67,29 @@ class Columns:
         """Forget all columns. O(1)."""
         self.count = 0
         self.padding: Int64 = np.zeros(0, np.int64)  # columns before each row's first token
-        self.first_private = 0  # from this column on, no block is shared with another group
+        self.first_private = 0  # no other group shares blocks from this column on
         self.announced: ExpectedPrompt | None = None  # while the prompt is computed
-        self._step = 0, 0  # the first and the last column that were added last
+        self._step = 0, 0  # start and stop of the columns that were added last
 
     def lengths(self, count: int) -> Int64:
         """Return the tokens of each row among the first `count` columns, int64 [rows]. O(rows)."""
         return np.maximum(count - self.padding, 0)
 
     def begin(self, num_rows: int) -> None:
-        """Begin with `num_rows` rows, without padding unless it was announced for them. O(rows)."""
+        """Begin with `num_rows` rows, without padding unless it was expected. O(rows)."""
         if len(self.padding) != num_rows:
             self.padding = np.zeros(num_rows, np.int64)
 
     def start_at(self, count: int) -> None:
-        """Begin with `count` columns that are stored already. O(1)."""
+        """Begin with `count` cached columns. O(1)."""
         self.count = self.first_private = count
 
     def add(self, start: int, stop: int) -> None:
-        """Note that a step adds the columns from `start` to `stop`. O(1)."""
+        """Add the columns `start` to `stop` of a step. O(1)."""
         self._step, self.count = (start, stop), stop
 
     def select(self, rows: Int64) -> None:
-        """Keep the padding of `rows`; all columns may be shared from now on. O(rows)."""
+        """Keep the padding of `rows`. Their blocks may be shared afterwards. O(rows)."""
         self.padding, self.first_private = self.padding[rows], self.count
 
     def truncate(self, count: int) -> None:
@@ -105,16 +105,20 @@ class Columns:
         return fork
 
     def check_takes(self, held_rows: int, num_rows: int, start: int, num_new: int) -> None:
-        """Raise `ColumnMismatch` unless a layer can write these columns of `num_rows` rows. O(1).
+        """Check that a layer can write these columns of `num_rows` rows. O(1).
 
-        Raises: `ValueError` for another number of rows than the `held_rows` that there are.
+        Raises: `ColumnMismatch`; `ValueError` if `num_rows` differs from `held_rows`, the rows of
+        the batch.
         """
         stop = start + num_new
         if start == self.count:
             if held_rows not in (0, num_rows):
-                raise ValueError(f"the cache holds {held_rows} rows, but {num_rows} are written")
+                raise ValueError(
+                    f"keys of {num_rows} rows: the cache holds {held_rows} rows. "
+                    "Pass as many rows, or a new cache."
+                )
             return
-        # Another layer has added the columns already, in this pass or in an earlier one.
+        # Another layer has added the columns already, in this pass or in an earlier pass.
         private = start >= self.first_private and num_rows == held_rows
         if private and (start, stop) == self._step:
             return
@@ -124,7 +128,7 @@ class Columns:
         raise ColumnMismatch(
             f"a layer writes columns {start} to {stop} of {num_rows} rows, but its group has "
             f"{self.count} columns of {held_rows} rows, copied or reordered at column "
-            f"{self.first_private}. Compiled code needs layers that write the same columns."
+            f"{self.first_private}. In compiled code, all layers must write the same columns."
         )
 
     def announce(self, padding: Int64, announced: ExpectedPrompt) -> None:
@@ -132,7 +136,7 @@ class Columns:
         self.padding, self.announced = padding, announced
 
     def agree_with_mask(self, mask: Any) -> bool:
-        """Compare the mask of a pass with what was announced. O(columns).
+        """Return True if the mask of a pass agrees with the expected prompt. O(rows * columns).
 
         Raises: as `agree_with_write`.
         """
@@ -142,9 +146,9 @@ class Columns:
         return announced.shows(mask, self.padding, start) or self._distrust(announced, start)
 
     def agree_with_write(self, num_rows: int, start: int, stop: int) -> bool:
-        """Compare new columns with those announced; store all of them if they differ. O(rows).
+        """Return True if new columns agree with the expected prompt; else store them all. O(rows).
 
-        Raises: `UnexpectedColumns` where the pass is no use.
+        Raises: `UnexpectedColumns` if the result of the pass must be discarded.
         """
         announced = self.announced
         if announced is None or stop <= self.count or start >= announced.columns:
@@ -152,23 +156,23 @@ class Columns:
         return announced.holds(num_rows, start, stop) or self._distrust(announced, start)
 
     def _distrust(self, announced: ExpectedPrompt, start: int) -> bool:
-        """Assume nothing about columns from `start` on. Returns False."""
+        """Treat all columns from `start` on as tokens. Returns False."""
         if announced.is_binding:
-            raise UnexpectedColumns(f"the pass from column {start} on does not match {announced}")
+            raise UnexpectedColumns(f"the pass from column {start} on differs from {announced}")
         self.padding, self.announced = np.minimum(self.padding, start), None
         return False
 
 
 class Origin(NamedTuple):
-    """The group that a group's layers were in before they wrote other columns."""
+    """The group that a group's layers left because they wrote other columns."""
 
     number: int
-    is_fork: bool  # layers had written columns there; otherwise they begin
+    is_fork: bool  # True if the layers had written columns there
 
 
 class UnexpectedColumns(KVPagerError):
-    """A forward pass writes other columns than those it was given, or hides others."""
+    """A forward pass writes or hides other columns than its prompt has."""
 
 
 class ColumnMismatch(KVPagerError):
-    """A layer writes other columns than its group. Nothing has changed."""
+    """A layer writes other columns than its group has. Nothing has changed."""

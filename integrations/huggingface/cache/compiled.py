@@ -1,19 +1,19 @@
-"""A paged cache inside code that `torch.compile` traces.
+"""Use a paged cache inside code that `torch.compile` traces.
 
-What a cache does is of the host: blocks are taken, tables grow. A compiled graph has it as three
-operators that the compiler does not look into:
+A cache works on the host: it takes blocks and extends tables. A compiled graph contains it as three
+opaque operators:
 
-    write   keys and values to the columns from `start` on, taking blocks where needed
-    read    columns as dense tensors, gathered
-    attend  attention that reads columns in place
+    write   write keys and values to the columns from `start` on, and take blocks if needed
+    read    gather columns into dense tensors
+    attend  compute attention that reads columns in place
 
-While a model is traced, `update` is a `write` and a `read`, and the tensors read bear a mark. An
-attention function that is handed two marked tensors calls `attend` instead, so that nothing needs
-the `read` any more and the compiler drops it. Every other use of the tensors is right as it is.
+During a trace, `update` is a `write` and a `read`, and marks the tensors that it returns. An
+attention function that is given two marked tensors calls `attend`. Then no operation uses the
+`read`, and the compiler drops it. Every other use of the tensors works, too.
 
-A graph must not depend on which cache it serves, so operators get the `place` of a group of layers:
-a tensor that holds a number, under which the group's layers are found at run time. `write` is
-declared to change it, which keeps writes in the graph and all operators of a group in their order.
+A graph must not depend on the cache that it serves. So operators take the `place` of a group of
+layers: a tensor with a number by which they find the layers at run time. `write` is declared to
+mutate `place`, which keeps all writes in the graph and all operators of a group in order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvpager.integrations.huggingface.cache.paged_view import PagedView
 
 
 class Layer(Protocol):
-    """What the operators need of a paged layer."""
+    """The members of a paged layer that the operators use."""
 
     group: LayerGroup
     number: int
@@ -45,7 +45,7 @@ class Layer(Protocol):
 
 
 class Mark(NamedTuple):
-    """Of a tensor that was read: whose columns it holds."""
+    """The mark on a tensor that `read` returned: its layer and columns."""
 
     layer: Layer
     place: Tensor
@@ -55,7 +55,7 @@ class Mark(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Of the keys and values of a layer."""
+    """The shape, dtype and device of a layer's keys and values."""
 
     rows: int
     kv_heads: int
@@ -65,18 +65,18 @@ class Shape(NamedTuple):
     device: torch.device
 
 
-# By the number in the place of their group, and their own.
+# By the number of the group, and the layer's number.
 _layers: weakref.WeakValueDictionary[tuple[int, int], Layer] = weakref.WeakValueDictionary()
 
 
 def enter(layer: Layer) -> None:
-    """Let operators find `layer` for as long as it lives. O(1)."""
+    """Register `layer` for the operators while it lives. O(1)."""
     _layers[int(layer.group.place), layer.number] = layer
 
 
 def is_exporting() -> bool:
-    """Return True if `torch.export` traces, on the host and in traced code."""
-    # In code that torch.compile traces, torch 2.11 and older answer True to their own question.
+    """Return True if `torch.export` is tracing. Works on the host and in traced code."""
+    # In code under torch.compile, `is_exporting` of torch 2.11 and older returns True, too.
     flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
 
@@ -85,7 +85,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def on_the_host(function: _F) -> _F:
-    """Keep traces out of `function`, which changes or asks what graphs change as they run."""
+    """Exclude `function` from traces, since it uses state that graphs change when they run."""
     untraced: _F = torch.compiler.disable(function)
     return untraced
 
@@ -94,10 +94,10 @@ def on_the_host(function: _F) -> _F:
 
 
 def read(layer: Layer, shape: Shape, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Columns `start` to `stop` as tensors that attention functions know. Traced."""
+    """Return columns `start` to `stop` as marked tensors. Traced."""
     place = layer.group.place
     keys, values = _read(place, layer.number, start, stop, *shape)
-    # What an operator returns in a tuple cannot be marked in a trace, a view of it can.
+    # A trace cannot mark an operator's results in a tuple, but it can mark views of them.
     keys, values = keys.view(keys.shape), values.view(values.shape)
     keys.kvpager_mark = Mark(layer, place, 0, start, stop)
     values.kvpager_mark = Mark(layer, place, 1, start, stop)
@@ -105,7 +105,7 @@ def read(layer: Layer, shape: Shape, start: int, stop: int) -> tuple[Tensor, Ten
 
 
 def common_mark(key: Tensor, value: Tensor) -> Mark | None:
-    """The mark of keys and values that were read together and are up to date. Traced."""
+    """Return the mark of keys and values that were read together and are current. Traced."""
     of_key: Mark | None = getattr(key, "kvpager_mark", None)
     of_value: Mark | None = getattr(value, "kvpager_mark", None)
     if of_key is None or of_value is None or (of_key.which, of_value.which) != (0, 1):
@@ -113,7 +113,7 @@ def common_mark(key: Tensor, value: Tensor) -> Mark | None:
     layer, same = of_key.layer, (of_key.start, of_key.stop) == (of_value.start, of_value.stop)
     if layer is not of_value.layer or not same:
         return None
-    # A step moves the end of the columns; all else that changes them changes the place.
+    # A step changes the number of columns; every other change renews the place.
     unchanged = of_key.place is layer.group.place and of_key.stop == layer.num_columns
     return of_key if unchanged else None
 
@@ -129,7 +129,7 @@ def attend(
     causal: bool,
     softcap: float | None,
 ) -> Tensor:
-    """`view_attention.attend` of the columns behind `mark`. Traced."""
+    """Call `view_attention.attend` for the columns behind `mark`. Traced."""
     columns = (mark.place, mark.layer.number, mark.start, mark.stop)
     output: Tensor = _attend(query, *columns, value_dim, mask, sinks, scaling, causal, softcap)
     return output
@@ -137,7 +137,7 @@ def attend(
 
 # -------------------------------------------------------------------- the operators
 
-# What they do on the host cannot be captured in a CUDA graph.
+# The operators work on the host, which a CUDA graph cannot capture.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 

@@ -162,7 +162,7 @@ class GenerateCalls:
 
 
 def _is_running(frame: int) -> bool:
-    """True if the frame with this id is on this thread's stack. O(frames)."""
+    """Return True if the frame with this id is on this thread's stack. O(frames)."""
     each = sys._getframe()
     while each is not None and id(each) != frame:
         each = each.f_back  # type: ignore[assignment]

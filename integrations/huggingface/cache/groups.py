@@ -1,4 +1,4 @@
-"""Layers that share one block table: they write it, read it and change it together."""
+"""Groups of layers that share block tables."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _numbers = itertools.count()
 
 
 class LayerGroup:
-    """Block tables for the rows of one cache, shared by every layer of one kind of attention.
+    """The layers of a cache that share the rows' block tables: all with one window, or none.
 
     Args:
-        memory: where its pool comes from.
-        num_layers: how many layers share it; None where that is not known beforehand.
-        window: tokens its layers look back, themselves included; None for all.
+        memory: the patch's memory, which provides the pool.
+        num_layers: the number of layers; None if it is not known beforehand.
+        window: tokens to which a query attends, itself included; None for all.
     """
 
     def __init__(self, memory: PagedMemory, num_layers: int | None, window: int | None) -> None:
@@ -52,22 +52,22 @@ class LayerGroup:
         self.tensors: StepTensors | None = None  # of the rows
         self.layout: object = None
         self.prompt: Prompt | None = None
-        self.holds_text = True  # False: its layers attend to something else, such as an image
-        self.origin: Origin | None = None  # of a group whose layers left another
+        self.holds_text = True  # False if its layers attend to other inputs, such as an image
+        self.origin: Origin | None = None  # set if its layers left another group
         self._number = next(_numbers)
-        self._num_forgotten: Int64 | None = None  # blocks of each row, when they last were
+        self._num_forgotten: Int64 | None = None  # freed leading blocks of each row
         self._change_place()
         memory.note_group(self)
 
     def __del__(self) -> None:
-        # getattr: a half-made group is finalised as well.
+        # getattr: the finaliser also runs if `__init__` raised.
         rows = getattr(self, "rows", None)
         if rows is not None:
             rows.discard()
 
     @property
     def pool(self) -> PagedPool | None:
-        """The pool of the rows on the device; None before a layer is bound."""
+        """The device's pool of the rows; None before a layer is bound."""
         return None if self.rows is None else self.rows.pool
 
     @property
@@ -82,7 +82,7 @@ class LayerGroup:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that `DynamicCache` would hold in place of the group: padding and all. O(1)."""
+        """Return the bytes that `DynamicCache` would hold for the group, with padding. O(1)."""
         columns = self.num_columns
         if self.window is not None:
             columns = min(columns, self.window - 1)
@@ -104,7 +104,7 @@ class LayerGroup:
     # ---------------------------------------------------------------- a place in the pool
 
     def bind(self, kind: LayerKind, number: int) -> None:
-        """Find the group's layer `number` a place in the pool. Raises `OutOfBlocks`."""
+        """Reserve storage for layer `number` in the pool. Raises: `OutOfBlocks`."""
         if self.rows is None:
             if self.members.expected is None:
                 self._enter(BatchRows(self.memory.new_pool()))
@@ -129,10 +129,10 @@ class LayerGroup:
             return rows.places(kind, number, num_layers)
 
     def _leave_device(self, rows: BatchRows) -> bool:
-        """Move all rows to host memory, so that further layers fit on the device.
+        """Move all rows to host memory and shrink the pool, so that further layers fit.
 
-        The pool has as many blocks as it had room for while it knew fewer layers. Returns False
-        without host memory, or if other caches hold blocks.
+        The pool was sized while it knew fewer layers. Returns False without host memory, or if
+        other caches hold blocks.
         """
         if rows.pool.host is None:
             return False
@@ -146,10 +146,10 @@ class LayerGroup:
     # ---------------------------------------------------------------- writing
 
     def extend(self, num_rows: int, start: int, num_new: int, keep_from: int = 0) -> None:
-        """Make room for columns `start` to `start + num_new` of every row.
+        """Make room for columns `start` to `start + num_new` of every row. O(tokens).
 
-        With `start` 0, what lies wholly before column `keep_from` gets no blocks. The first layer
-        of a forward pass does the work, the others find it done.
+        With `start` 0, blocks wholly before column `keep_from` are left out. The first layer of a
+        forward pass does the work; for later layers this returns at once.
         Raises: `OutOfBlocks`, and as `check_takes`.
         """
         self.check_takes(num_rows, start, num_new)
@@ -166,7 +166,7 @@ class LayerGroup:
         if not columns.count:
             self.memory.await_turn(self.members.first_kind)
         ids = self.prompt.ids(columns.padding, start, stop) if self.prompt else []
-        # Where last blocks are filled, tables stay as they are, and views show what they did.
+        # If the token fits into the last blocks, tables and views do not change.
         if num_new != 1 or ids or not rows.fill():
             self._append(rows, start, stop, ids, keep_from)
         columns.add(start, stop)
@@ -178,8 +178,8 @@ class LayerGroup:
         self._freeze_views()
         lengths = self.columns.lengths
         if keep_from:
-            # A sequence's tokens are consecutive, so those before are there for a moment.
-            # O(stop / window) calls of the manager.
+            # A sequence's tokens are consecutive, so append the earlier tokens piece by piece, and
+            # free each piece. O(stop / window) calls of the manager.
             piece = max(rows.pool.block_size, stop - keep_from)
             for first in range(0, stop, piece):
                 last = min(first + piece, stop)
@@ -188,19 +188,19 @@ class LayerGroup:
         else:
             self.tensors.note_new(start, stop, rows.append(lengths(stop) - lengths(start), ids))
         if rows.any_on_host:
-            self.prompt = None  # what is not on the device is not offered to others
+            self.prompt = None  # blocks in host memory are not published
 
     def check_takes(self, num_rows: int, start: int, num_new: int) -> None:
-        """Raise `ColumnMismatch` unless a layer can write these columns to the group. O(1).
+        """Check that a layer can write these columns to the group. O(1).
 
-        Raises: `ValueError` for another number of rows.
+        Raises: `ColumnMismatch`; `ValueError` for another number of rows.
         """
         self.columns.check_takes(self.num_rows, num_rows, start, num_new)
 
     def see_mask(self, mask: Any) -> None:
-        """Compare the mask of a pass with what was announced. O(columns).
+        """Compare the mask of a pass with the expected prompt. O(columns).
 
-        Raises: `UnexpectedColumns` where the pass is no use.
+        Raises: `UnexpectedColumns` if the result of the pass must be discarded.
         """
         if not self.columns.agree_with_mask(mask):
             self.prompt = None
@@ -230,18 +230,18 @@ class LayerGroup:
         return view
 
     def parts(self, number: int, num_columns: int) -> list[Part]:
-        """Return where the rows of a layer's first columns are: in one storage or in two. O(1)."""
+        """Return the parts of a view of a layer's first columns, one for each tier. O(1)."""
         assert self.tensors is not None
         return self.tensors.parts(number, *self.members.at(number), num_columns)
 
     def _freeze_views(self) -> None:
-        """Let views still held elsewhere keep what they show; forget what was derived."""
+        """Materialise live views and drop tensors, before the blocks or tables change."""
         self.views.freeze()
         if self.tensors is not None:
             self.tensors.clear()
 
     def holdings(self) -> list[Holding]:
-        """Count the blocks that the rows hold, for each pool that has rows. O(blocks)."""
+        """Count the blocks that the rows hold, in each tier. O(blocks)."""
         if self.rows is None:
             return []
         with self.lock:
@@ -252,7 +252,7 @@ class LayerGroup:
     def adopt(
         self, layout: object, sequences: list[SequenceHandle], key: PrefixKey, num_columns: int
     ) -> None:
-        """Begin with sequences whose first `num_columns` columns are in the pool already."""
+        """Begin with sequences whose first `num_columns` columns are cached. O(rows)."""
         self.layout = layout
         rows = BatchRows(self.memory.pool(layout))
         rows.adopt(sequences, key)
@@ -260,9 +260,9 @@ class LayerGroup:
         self.columns.start_at(num_columns)
 
     def join(self, parts: list[LayerGroup], order: Int64, padding: Int64) -> None:
-        """Begin with the rows of `parts`, one after the other, put in `order`; they are left empty.
+        """Take over the rows of `parts` in `order`; the parts are empty afterwards. O(rows).
 
-        They are of the same layout, and with `padding` [rows] as long as each other. O(rows).
+        The parts have one layout. With `padding` [rows], all rows have one length.
         """
         first = parts[0].rows
         assert first is not None
@@ -282,15 +282,15 @@ class LayerGroup:
             part.reset()
 
     def commit(self) -> None:
-        """Offer the full blocks of known tokens to later prompts: every layer has written them."""
+        """Publish the full blocks of known tokens, which all layers have written. O(blocks)."""
         if self.rows is not None and self.prompt is not None:
             self.rows.commit()
             self.memory.keep(self.rows.pool)
 
     def note_next(self, ids: Int32) -> None:
-        """Note that `ids` [rows] come next, now that all columns are written. O(tokens).
+        """Record the ids [rows] of the next tokens. O(tokens).
 
-        Does nothing if the ids of some column are not known, or the number of rows differs.
+        Does nothing if the ids of earlier tokens are unknown, or if the number of rows differs.
         """
         if self.prompt is None or len(ids) != self.num_rows:
             return
@@ -301,7 +301,7 @@ class LayerGroup:
     # ---------------------------------------------------------------- changing the batch
 
     def select(self, rows: list[int]) -> None:
-        """Make the batch the given rows of it, each as often as it is named. O(rows + blocks)."""
+        """Make row i what row `rows[i]` was; rows may repeat. O(rows + blocks)."""
         if self.rows is None or not self.num_rows or rows == list(range(self.num_rows)):
             return
         chosen = np.asarray(rows, np.int64)
@@ -313,7 +313,7 @@ class LayerGroup:
             self.prompt = self.prompt.of(chosen)
 
     def truncate(self, num_columns: int) -> None:
-        """Forget all columns from `num_columns` on. O(rows + blocks)."""
+        """Remove all columns from `num_columns` on. O(rows + blocks)."""
         if self.rows is None or not self.num_rows or num_columns >= self.num_columns:
             return
         self._change_place()
@@ -321,24 +321,24 @@ class LayerGroup:
         lengths = self.columns.lengths(num_columns)
         self.rows.truncate(lengths)
         if self.prompt is not None:
-            # What comes after the cut need not be what was there before.
+            # Other tokens may follow the cut.
             self.prompt = self.prompt.cut(lengths)
         self.columns.truncate(num_columns)
 
     def forget_before(self, column: int) -> None:
-        """Free the blocks whose columns all lie before `column`. O(rows + blocks)."""
+        """Free the blocks wholly before `column`. O(rows + blocks)."""
         if self.rows is None or not self.num_rows or column <= 0:
             return
         starts = self.columns.lengths(column)
         blocks = starts // self.rows.pool.block_size
         if self._num_forgotten is not None and np.array_equal(blocks, self._num_forgotten):
-            return  # most steps of a window leave no whole block behind
+            return  # most steps leave no whole block behind the window
         self._freeze_views()
         self.rows.drop_before(starts)
         self._num_forgotten = blocks
 
     def reset(self) -> None:
-        """Forget everything and give the blocks back. O(rows + blocks)."""
+        """Remove all rows and free their blocks. O(rows + blocks)."""
         self._change_place()
         self._freeze_views()
         if self.rows is not None:
@@ -347,7 +347,7 @@ class LayerGroup:
         self.prompt = None
 
     def leave(self, reason: str) -> None:
-        """Note that one more layer keeps its content elsewhere; the last one frees the blocks."""
+        """Record that a layer has left the blocks, for `reason`. The last one frees the rows."""
         self.members.leave()
         self.memory.note_unpaged(reason, self.members.num_left)
         self._free_if_left()
@@ -357,17 +357,17 @@ class LayerGroup:
             self.reset()
 
     def _change_place(self) -> None:
-        """Make `place`, by which compiled code knows the group, another tensor with its number."""
-        # One made in inference mode could not be passed to operators outside of it.
+        """Renew `place`, the tensor with the group's number by which compiled code finds it."""
+        # Operators outside of inference mode do not take tensors made in it.
         with torch.inference_mode(False):
             self.place = torch.tensor(self._number, device="cpu")
         self._num_forgotten = None
 
-    # ---------------------------------------------------------------- layers that part
+    # ---------------------------------------------------------------- layers that diverge
 
     @whole
     def fork(self) -> LayerGroup:
-        """Return a second batch that shares every block of this one. O(rows + blocks)."""
+        """Return a fork that shares every block of this group. O(rows + blocks)."""
         fork = LayerGroup(self.memory, self.members.expected, self.window)
         fork.layout, fork.prompt = self.layout, self.prompt
         fork.origin, fork.holds_text = self.origin, self.holds_text
@@ -377,24 +377,24 @@ class LayerGroup:
         return fork
 
     def new_apart(self) -> LayerGroup:
-        """Make an empty group for layers of this one that have written nothing. O(1)."""
+        """Return an empty group for layers of this group that have written nothing. O(1)."""
         apart = LayerGroup(self.memory, None, self.window)
         apart.origin, apart.holds_text = Origin(self._number, is_fork=False), False
         return apart
 
     def fork_apart(self, num_columns: int) -> LayerGroup:
-        """Make a group for layers that have written `num_columns` columns. O(rows + blocks)."""
+        """Return a group for layers that have written `num_columns` columns. O(rows + blocks)."""
         private = self.columns.first_private
         apart = self.fork()
         apart.truncate(num_columns)
-        # Of the shared blocks, the copy shows what is before its end alone.
+        # The fork shares only the columns before its end.
         self.columns.first_private = max(private, num_columns)
         apart.origin, apart.prompt = Origin(self._number, is_fork=True), None
         apart.members.send_away()
         return apart
 
     def takes_over(self, other: LayerGroup, num_rows: int, start: int, num_new: int) -> bool:
-        """True if a layer of group `other` that writes these columns may go on here. O(1)."""
+        """Return True if a layer of group `other` that writes these columns may move here. O(1)."""
         if self.origin != Origin(other._number, is_fork=start > 0):
             return False
         try:
@@ -404,9 +404,9 @@ class LayerGroup:
         return True
 
     def move(self, layer: int, target: LayerGroup) -> int:
-        """Let `target` keep layer number `layer`. Returns the layer's number there. O(blocks)."""
+        """Move layer number `layer` to `target`. Returns the layer's number there. O(blocks)."""
         assert target.origin is not None
-        self.prompt = None  # the pool has not all layers' keys of these tokens
+        self.prompt = None  # from now on the pool lacks this layer's keys
         number = self.members.move(layer, target.members, to_fork=target.origin.is_fork)
         self._free_if_left()
         return number

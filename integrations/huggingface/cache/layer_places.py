@@ -1,4 +1,4 @@
-"""The layers that share a block table: how many there are, and where each of them is kept."""
+"""The layers of a group, and the storage of each layer."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ class LayerPlaces:
     """The layers of a group.
 
     Args:
-        expected: how many layers the model has for the group; None if that is not known.
+        expected: the number of layers that the model has for the group; None if unknown.
     """
 
     def __init__(self, expected: int | None) -> None:
         self.expected = expected
         self.count = 0  # layers made so far
-        self.column_bytes = 0  # of a row, over all layers, as `DynamicCache` would keep it
+        self.column_bytes = 0  # bytes of a column of a row in all layers, in `DynamicCache`
         self._places: dict[int, tuple[LayerKind, Places]] = {}
         self._bound: Counter[LayerKind] = Counter()
-        self._num_left = 0  # layers that live in blocks no longer
-        self._num_away = 0  # layers that another group keeps
+        self._num_left = 0  # layers that are no longer kept in blocks
+        self._num_away = 0  # layers that moved to another group
 
     @property
     def num_left(self) -> int:
-        """Layers that live in blocks no longer."""
+        """The number of layers that are no longer kept in blocks."""
         return self._num_left
 
     @property
     def are_gone(self) -> bool:
-        """True if no layer keeps its content here."""
+        """Return True if no layer is kept in this group's blocks."""
         return self._num_left + self._num_away == self.count
 
     @property
@@ -40,13 +40,13 @@ class LayerPlaces:
         return next(iter(self._places.values()))[0]
 
     def at(self, number: int) -> tuple[LayerKind, Places]:
-        """Return what layer `number` stores, and where. O(1)."""
+        """Return the kind and the storages of layer `number`. O(1)."""
         return self._places[number]
 
     def place(self, number: int, kind: LayerKind, places: Places) -> int:
-        """Keep layer `number` at `places`.
+        """Record the storages of layer `number`. O(1).
 
-        Returns how many layers of this kind have a place; 0 if the layer had one already. O(1).
+        Returns the number of layers of this kind with storages; 0 if the layer had some already.
         """
         is_new = number not in self._places
         self._places[number] = kind, places
@@ -57,13 +57,13 @@ class LayerPlaces:
         return self._bound[kind]
 
     def leave(self) -> None:
-        """Note that one more layer keeps its content elsewhere. O(1)."""
+        """Record that a layer is no longer kept in blocks. O(1)."""
         self._num_left += 1
 
     def move(self, number: int, target: LayerPlaces, *, to_fork: bool) -> int:
-        """Let `target` have layer `number`. Returns the layer's number there. O(1).
+        """Move layer `number` to `target`. Returns the layer's number there. O(1).
 
-        `to_fork` says that `target` is a copy of this group, with a place for each layer.
+        `to_fork` is true if `target` is a fork of this group, which has storages for each layer.
         """
         self._num_away += 1
         found = self._places.pop(number, None)
@@ -77,13 +77,13 @@ class LayerPlaces:
         return target.count - 1
 
     def copy(self) -> LayerPlaces:
-        """Return the same layers for a fork of the group. O(layers)."""
+        """Return a copy for a fork of the group. O(layers)."""
         copied = copy.copy(self)
         copied._places, copied._bound = dict(self._places), self._bound.copy()
         return copied
 
     def send_away(self) -> None:
-        """Note that another group keeps every layer, for now. O(1)."""
+        """Record that every layer is kept by another group until `move` is called. O(1)."""
         self._num_away, self.column_bytes = self.count, 0
 
 

@@ -1,4 +1,4 @@
-"""A cache's attention layers: written into blocks, read through handles."""
+"""A cache's attention layers: they write into blocks and return paged tensors."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from kvpager.storage.block_storage import LayerShape
 
 
 def _on_the_cache(method: str) -> Any:
-    """Return a method that says to call `method` on the cache instead."""
+    """Return a method that refuses a call of `method`, which belongs to the cache."""
 
     def refuse(self: PagedLayer, *args: Any, **kwargs: Any) -> None:
         raise KVPagerError(
-            f"{method}: the layers of a paged cache share their blocks; call it on the cache "
-            "instead"
+            f"{method}: the layers of a paged cache share their blocks. "
+            f"Call {method} of the cache instead."
         )
 
     return refuse
 
 
 class PagedLayer(DynamicLayer):
-    """A full-attention layer: writes into its group's blocks, returns lazy handles.
+    """A full-attention layer, which writes into its group's blocks and returns paged tensors.
 
-    It behaves as the `DynamicLayer` it stands for. Where blocks cannot serve - gradients are
-    needed, `torch.export` is tracing, a caller assigns `keys` - it turns into one, for good.
+    It behaves like a `DynamicLayer`. If blocks cannot serve it, it turns into a `DynamicLayer` for
+    good: when gradients are needed, `torch.export` traces, or a caller assigns `keys`.
     """
 
     _layer_type = None
@@ -42,18 +42,17 @@ class PagedLayer(DynamicLayer):
     def __init__(self, group: LayerGroup, number: int) -> None:
         self.group = group
         group.members.count += 1
-        self.number = number  # among the layers of the group
+        self.number = number  # index in the group
         self.num_columns = 0
         self.kind: LayerKind | None = None
         compiled.enter(self)
-        self._traced: compiled.Shape | None = None  # of what was written last in a trace
+        self._traced: compiled.Shape | None = None  # of the last write in a trace
         super().__init__()  # type: ignore[no-untyped-call]
 
-    # `keys` and `values` are made when asked for, so that none is kept that is out of date.
+    # `keys` and `values` are made at each read, so that they are never out of date.
     @property
     def keys(self) -> Tensor | None:
-        """The layer's keys [rows, kv_heads, columns, dim] as a lazy handle; None unless
-        some were written."""
+        """The layer's keys [rows, kv_heads, columns, dim], a paged tensor; None before a write."""
         return self._stored(0)
 
     @keys.setter
@@ -76,16 +75,16 @@ class PagedLayer(DynamicLayer):
 
     def _assign(self, name: str, tensor: Tensor | None) -> None:
         if tensor is not None:
-            self._leave_blocks("keys and values that somebody assigned")
+            self._leave_blocks("keys or values that a caller assigned")
             setattr(self, name, tensor)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Find the layer's place in the pool. Raises `OutOfBlocks`."""
+        """Reserve storage for the layer in the pool. Raises: `OutOfBlocks`."""
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         self.bind(LayerKind(shape, key_states.dtype, key_states.device))
 
     def bind(self, kind: LayerKind) -> None:
-        """Take the layer's place in the pool. Raises `OutOfBlocks`."""
+        """Reserve storage for the layer, which is of `kind`, in the pool. Raises: `OutOfBlocks`."""
         self.group.bind(kind, self.number)
         self.kind, self.dtype, self.device = kind, kind.dtype, kind.device
         self.is_initialized = True
@@ -93,7 +92,7 @@ class PagedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write new tokens [rows, kv_heads, new, dim]; return handles to all that is visible."""
+        """Write new tokens [rows, kv_heads, new, dim]; return all visible columns. O(tokens)."""
         obstacle = self._obstacle(key_states, value_states)
         if obstacle is not None:
             self._leave_blocks(obstacle)
@@ -114,9 +113,9 @@ class PagedLayer(DynamicLayer):
         return compiled.read(self, self._traced, first, self.num_columns)
 
     def store(self, key: Tensor, value: Tensor, start: int, keep_from: int = 0) -> None:
-        """Write columns from `start` on to the blocks: what `update` does on the host.
+        """Write columns from `start` on to the blocks. O(tokens).
 
-        With `start` 0, only those from `keep_from` on are kept. Raises: as `LayerGroup.extend`.
+        With `start` 0, keeps only columns from `keep_from` on. Raises: as `LayerGroup.extend`.
         """
         rows, _, num_new, _ = key.shape
         if self.kind is None:
@@ -132,22 +131,22 @@ class PagedLayer(DynamicLayer):
             self.group.memory.note_dense()
 
     def move(self, group: LayerGroup) -> None:
-        """Go on in another group, see `LayerGroup.move`. O(blocks)."""
+        """Move to another group; see `LayerGroup.move`. O(blocks)."""
         self.group, self.number = group, self.group.move(self.number, group)
         if not self.num_columns:
             self.kind = None
         compiled.enter(self)
 
     def _obstacle(self, key: Tensor, value: Tensor) -> str | None:
-        """Return why these cannot be kept in blocks; None if they can."""
+        """Return why these keys and values cannot be kept in blocks; None if they can."""
         if key.requires_grad or value.requires_grad:
             return "keys and values that need gradients"
         if compiled.is_exporting():
-            return "a program that is exported"
+            return "a program under torch.export"
         if key.dtype != value.dtype:
-            return "keys and values of two dtypes, as autocast makes them"
+            return "keys and values of two dtypes, as under autocast"
         if not key.is_floating_point() or key.shape[:3] != value.shape[:3]:
-            return "keys and values of unlike shapes, or of integers"
+            return "keys and values of different shapes, or of integers"
         kind = self.kind
         if kind is not None and (key.dtype, key.device) != (kind.dtype, kind.device):
             return "keys and values of another dtype or device than before"
@@ -161,7 +160,7 @@ class PagedLayer(DynamicLayer):
     def _shape(self) -> compiled.Shape:
         rows = self.group.num_rows
         if self.kind is None or not rows:
-            # Nothing was stored before this trace began, so what is there was written in it.
+            # Nothing was stored before this trace, so all columns were written in it.
             assert self._traced is not None
             return self._traced
         return compiled.Shape(rows, *self.kind.shape, self.kind.dtype, self.kind.device)
@@ -171,7 +170,7 @@ class PagedLayer(DynamicLayer):
         return self.group.view(self.number, start, stop)
 
     def _before_step(self, num_columns: int) -> None:
-        """Free blocks that the step does not need: the group's first layer calls this."""
+        """Free blocks that the step does not need. The first layer of a pass calls it."""
 
     def _first_visible(self, num_columns: int) -> int:
         return 0
@@ -182,20 +181,20 @@ class PagedLayer(DynamicLayer):
     _first_stored_column = _first_visible_column
 
     def get_seq_length(self) -> int:
-        """Columns written so far, padding included."""
+        """Return the columns written so far, padding included."""
         return self.num_columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns the next `query_length` queries attend over, and the first of them."""
+        """Return the number of columns that the next queries attend to, and the first column."""
         first = self._first_visible_column()
         return self.num_columns + query_length - first, first
 
     def reset(self) -> None:
-        """Forget the layer's columns; the cache resets the group."""
+        """Remove the layer's columns; the cache resets the group."""
         self.num_columns = 0
 
     def fork(self, group: LayerGroup) -> PagedLayer:
-        """The same layer over a fork of its group. O(1)."""
+        """Return a copy of this layer over a fork of its group. O(1)."""
         layer = copy.copy(self)
         layer.group = group
         compiled.enter(layer)
@@ -207,13 +206,13 @@ class PagedLayer(DynamicLayer):
     batch_select_indices = _on_the_cache("batch_select_indices")
 
     def _plain_state(self) -> dict[str, Any]:
-        """The attributes of the transformers layer this one turns into."""
+        """Return further attributes of the equivalent transformers layer."""
         return {}
 
     _plain_class: type[DynamicLayer] = DynamicLayer
 
     def _as_plain(self) -> dict[str, Any]:
-        """The attributes of a plain transformers layer with the same content. Gathers once."""
+        """Return the attributes of the equivalent transformers layer. Gathers once."""
         state: dict[str, Any] = {"keys": None, "values": None, "is_initialized": False}
         if self.kind is not None and self.num_columns:
             keys, values = self.view(self._first_stored_column(), self.num_columns).dense()
@@ -222,13 +221,13 @@ class PagedLayer(DynamicLayer):
         return state | self._plain_state()
 
     def plain(self) -> DynamicLayer:
-        """A plain transformers layer with the same content; this one stays as it is."""
+        """Return a plain transformers layer with the same content. O(bytes)."""
         layer: DynamicLayer = object.__new__(self._plain_class)
         layer.__dict__.update(self._as_plain())
         return layer
 
     def _leave_blocks(self, reason: str) -> None:
-        """Become the plain transformers layer with the same content, for good."""
+        """Turn into a plain transformers layer with the same content, for good. O(bytes)."""
         state, group = self._as_plain(), self.group
         self.__dict__.clear()
         self.__class__ = self._plain_class  # type: ignore[assignment]
@@ -237,7 +236,7 @@ class PagedLayer(DynamicLayer):
 
 
 class PagedSlidingWindowLayer(PagedLayer):
-    """A layer that looks back over a window: blocks behind it go back to the pool."""
+    """A layer with a sliding window, which frees the blocks behind the window."""
 
     is_sliding = True
     _plain_class = DynamicSlidingWindowLayer
@@ -249,23 +248,23 @@ class PagedSlidingWindowLayer(PagedLayer):
         self.record_past = False
 
     def activate_past_recording(self) -> None:
-        """Keep blocks behind the window until the next `crop`, which may step back into them."""
+        """Keep blocks behind the window from now on, since a later `crop` may need them."""
         self.record_past = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As `PagedLayer.update`. Of a prompt longer than the window, only its end takes blocks."""
+        """Write new tokens as `PagedLayer.update` does. A long prompt takes blocks for its end."""
         first = key_states.shape[2] - self.sliding_window + 1
         if not self._is_beginning(first) or self._obstacle(key_states, value_states) is not None:
             return super().update(key_states, value_states, *args, **kwargs)
         self.store(key_states, value_states, 0, keep_from=first)
         self.num_columns = key_states.shape[2]
-        # These queries see all that is here. Later ones see nothing before the window.
+        # The prompt's queries see all its keys. Later queries see only the window.
         return key_states, value_states
 
     def _is_beginning(self, first: int) -> bool:
-        # Numbers that are rounded as they are stored have to be read as they were stored.
+        # With quantisation, the prompt must attend to the rounded values.
         exact = self.group.memory.kv_cache_dtype is None
         return (
             first > 0
@@ -283,7 +282,7 @@ class PagedSlidingWindowLayer(PagedLayer):
             self.group.forget_before(self._first_visible(num_columns))
 
     def get_max_length(self) -> int:
-        """The window."""
+        """Return the window in tokens."""
         return self.sliding_window
 
     def _plain_state(self) -> dict[str, Any]:

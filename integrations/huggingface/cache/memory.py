@@ -277,9 +277,10 @@ class PagedMemory:
         return max(self.bound - self.reserved_bytes, 0) if self.bound is not None else 0
 
     def claim(self, num_bytes: int, claimant: object) -> bool:
-        """True if the bound has room for `num_bytes` more, after other pools gave room. O(pools).
+        """Return True if the bound has room for `num_bytes` more. O(pools).
 
-        Drops pools that hold only cached prefixes, then frees unused blocks of other pools.
+        To make room, drops pools that hold only cached prefixes, then frees unused blocks of other
+        pools.
         """
         with self.lock:
             if self.bound is None or self.reserved_bytes + num_bytes <= self.bound:

@@ -1,4 +1,4 @@
-"""A transformers cache whose attention layers live in blocks."""
+"""A transformers cache that keeps its attention layers in blocks."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.plans import Int64
 from kvpager.storage.block_storage import BlockStorage, KVCacheDtype, LayerShape
 
-# The constructor as transformers has it, whatever is patched over it later.
+# transformers' constructor, even if a patch replaces it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
-# Before 5.20, a positive number given to `crop` is the length to crop to.
+# Before transformers 5.20, a positive argument of `crop` is the length to keep.
 _CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.20")
 
 
-# Attributes that a copy of a cache has of its own.
+# Attributes that `__deepcopy__` does not copy.
 _NOT_COPIED = {
     "layers", "groups", "memory", "layer_class_to_replicate", "_before", "_last_written",
 }  # fmt: skip
 
 
 class _Lengths(NamedTuple):
-    """Columns of a cache's layers and groups, by `id`."""
+    """The columns of a cache's layers and groups, by `id`."""
 
     of_layers: dict[int, int]
     of_groups: dict[int, int]
 
 
 class PagedCache(DynamicCache):
-    """A `DynamicCache` that keeps attention layers in blocks of a pool that sizes itself.
+    """A `DynamicCache` that keeps attention layers in blocks of a growing pool.
 
         model.generate(**inputs, cache=kvpager.PagedCache(model.config))
 
@@ -56,10 +56,10 @@ class PagedCache(DynamicCache):
 
     Layers of other kinds (linear attention, indexed, model-specific) stay transformers' own.
     Reordering, repeating and copying share blocks instead of moving bytes, and `copy.deepcopy` is a
-    fork. Dropping the last reference gives the blocks back.
+    fork. Dropping the last reference frees the blocks.
 
     Args:
-        config: the model's configuration; without one, all layers are full attention.
+        config: the model's configuration; None means that all layers are full attention.
         memory: the most bytes to reserve, such as `"4GiB"`; None for no bound.
         block_size: token slots of a block, a power of two.
         kv_cache_dtype: "int8" or "fp8_e4m3" keeps keys and values in eight bits, rounded.
@@ -94,9 +94,9 @@ class PagedCache(DynamicCache):
 
     @classmethod
     def convert(cls, cache: DynamicCache, memory: PagedMemory, config: Any = None) -> None:
-        """Make an empty `DynamicCache` a paged one, in place. O(layers).
+        """Turn an empty `DynamicCache` into a paged cache, in place. O(layers).
 
-        A cache without attention layers stays as it is: nothing of it could be paged.
+        A cache without attention layers stays unchanged, since it has no layers to page.
         """
         if cache.layer_class_to_replicate is None and not any(map(_is_attention, cache.layers)):
             _note_others(cache.layers, memory)
@@ -109,7 +109,9 @@ class PagedCache(DynamicCache):
         self.memory = memory
         self.groups: list[LayerGroup] = []
         self._before = _Lengths({}, {})
-        self._last_written = sys.maxsize  # the layer written last: the first one begins a pass
+        self._last_written = (
+            sys.maxsize
+        )  # index of the last written layer; a lower one is a new pass
         if self.layer_class_to_replicate is not None:
             self._page_lazily(LayerGroup(memory, None, None))
             return
@@ -133,9 +135,9 @@ class PagedCache(DynamicCache):
                     self.layers[index] = sliding
 
     def _page_lazily(self, group: LayerGroup) -> None:
-        """Layers come as they are first written, all into one group."""
+        """Make layers when they are first written, all in one group."""
         self.groups = [group]
-        layers = self.layers  # not self: a cycle would keep the blocks until the next collection
+        layers = self.layers  # not self: a reference cycle would delay freeing the blocks
         make: Any = lambda: PagedLayer(group, len(layers))  # noqa: E731
         self.layer_class_to_replicate = compiled.on_the_host(make)
 
@@ -145,11 +147,11 @@ class PagedCache(DynamicCache):
         return (layer for layer in self.layers if not isinstance(layer, PagedLayer))
 
     def paged_layers(self) -> list[PagedLayer]:
-        """The layers that are kept in blocks. O(layers)."""
+        """Return the layers that are kept in blocks. O(layers)."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def stats(self) -> CacheStats:
-        """Count what this cache holds now. O(blocks)."""
+        """Return the figures of this cache. O(blocks)."""
         holdings = [each for group in self.groups for each in group.holdings()]
         device, host = (
             [each for each in holdings if each.on_host == on_host] for on_host in (False, True)
@@ -178,12 +180,12 @@ class PagedCache(DynamicCache):
 
     @property
     def is_fully_paged(self) -> bool:
-        """True if every layer that holds something is kept in blocks."""
+        """Return True if every layer with content is kept in blocks."""
         return all(isinstance(layer, PagedLayer) for layer in _holding(self.layers))
 
     @property
     def is_begun(self) -> bool:
-        """True if some layer holds columns. The first one may not, where an image is missing."""
+        """Return True if a layer holds columns. The first layer may not, if an image is missing."""
         if any(group.num_columns for group in self.groups):
             return True
         others = _holding(self._plain_layers())
@@ -191,26 +193,26 @@ class PagedCache(DynamicCache):
 
     @property
     def is_compileable(self) -> bool:
-        """Never: the blocks are not where a compiled step would expect them."""
+        """False: transformers' compiled steps need a static cache."""
         return False
 
     @compiled.on_the_host
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i what row `beam_idx[i]` was. O(rows + blocks), no bytes move."""
+        """Make row i what row `beam_idx[i]` was. O(rows + blocks); no bytes move."""
         self._select(beam_idx.tolist())
         for layer in self._plain_layers():
             layer.reorder_cache(beam_idx)
 
     @compiled.on_the_host
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times. O(rows + blocks), no bytes move."""
+        """Repeat every row `repeats` times. O(rows + blocks); no bytes move."""
         self._select([row for row in range(self._num_rows()) for _ in range(repeats)])
         for layer in self._plain_layers():
             layer.batch_repeat_interleave(repeats)
 
     @compiled.on_the_host
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows named by `indices` (numbers or a truth mask). O(rows + blocks)."""
+        """Keep the rows in `indices`, which are integers or booleans. O(rows + blocks)."""
         if self._num_rows():
             self._select(torch.arange(self._num_rows())[indices.cpu()].tolist())
         for layer in self._plain_layers():
@@ -219,9 +221,9 @@ class PagedCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As `DynamicCache.update`. A step that finds no room leaves the paged layers as they were.
+        """Write a layer's new keys and values; return all of them. See `DynamicCache.update`.
 
-        Raises: `OutOfBlocks`.
+        Raises: `OutOfBlocks`. All paged layers are then as before the forward pass.
         """
         states = key_states, value_states, layer_idx
         if torch.compiler.is_compiling():
@@ -242,19 +244,19 @@ class PagedCache(DynamicCache):
             raise
 
     def _note_lengths(self) -> None:
-        """Remember how long everything is before a forward pass. O(layers)."""
+        """Record the lengths of layers and groups before a forward pass. O(layers)."""
         layers = self.paged_layers()
         self._before = _Lengths(
             {id(layer): layer.num_columns for layer in layers},
             {id(group): group.num_columns for group in self.groups},
         )
         for layer in layers:
-            # A skipped layer still needs blocks that its group is about to free.
+            # A layer that was skipped still needs blocks that its group is about to free.
             if layer.is_sliding and 0 < layer.num_columns < layer.group.num_columns:
                 self._set_apart(layer, layer.group.num_rows, 0)
 
     def _take_back(self) -> None:
-        """Undo what the forward pass has done. O(rows + blocks)."""
+        """Restore the lengths from before the forward pass. O(rows + blocks)."""
         for layer in self.paged_layers():
             layer.num_columns = self._before.of_layers.get(id(layer), 0)
         for group in self.groups:
@@ -265,7 +267,7 @@ class PagedCache(DynamicCache):
                 group.reset()
 
     def _set_apart(self, layer: PagedLayer, num_rows: int, num_new: int) -> None:
-        """Let a layer go on in a group that takes its columns. O(rows + blocks)."""
+        """Move a layer to another group, which takes its columns. O(rows + blocks)."""
         start = layer.num_columns
         taking = (g for g in self.groups if g.takes_over(layer.group, num_rows, start, num_new))
         group = next(taking, None)
@@ -284,13 +286,14 @@ class PagedCache(DynamicCache):
 
     @compiled.on_the_host
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` columns of every row. O(rows + blocks)."""
+        """Remove the last `-tokens_to_remove` columns of every row. O(rows + blocks)."""
         tokens_to_remove = int(tokens_to_remove)  # some callers pass a tensor
         if tokens_to_remove > 0 and _CROPS_TO_A_LENGTH:
             tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop({tokens_to_remove}): expected a negative number, how many tokens to remove"
+                f"tokens_to_remove={tokens_to_remove}: must be negative. "
+                f"Pass {-tokens_to_remove} to remove that many tokens."
             )
         paged = self.paged_layers()
         for layer in paged:
@@ -310,14 +313,15 @@ class PagedCache(DynamicCache):
             return
         if layer.num_columns >= layer.sliding_window:
             raise RuntimeError(
-                f"crop: the blocks behind the window of {layer.sliding_window} tokens are gone; "
-                "call activate_past_recording() before the tokens to remove are added"
+                f"crop: the blocks behind the window of {layer.sliding_window} tokens were freed. "
+                "Call activate_past_recording() before the tokens that crop is to remove."
             )
 
     def join(self, parts: list[PagedCache], order: Int64, padding: Int64) -> None:
-        """Begin with the rows of `parts`, put in `order`: copies of this empty cache, left empty.
+        """Take over the rows of `parts` in `order`. O(rows). For fully paged caches.
 
-        They may have less `padding` [rows] than they get. O(rows). For fully paged caches.
+        `parts` are copies of this empty cache and are empty afterwards. Rows get `padding` [rows],
+        which may be more than they had.
         """
         for number, group in enumerate(self.groups):
             group.join([part.groups[number] for part in parts], order, padding)
@@ -328,14 +332,14 @@ class PagedCache(DynamicCache):
 
     @compiled.on_the_host
     def reset(self) -> None:
-        """Forget all tokens and give the blocks back."""
+        """Remove all tokens and free the blocks. O(rows + blocks)."""
         for group in self.groups:
             group.reset()
         for layer in self.layers:
             layer.reset()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Serialised as the plain `DynamicCache` it stands for: blocks are of this process."""
+        """Serialise as a plain `DynamicCache`, since blocks belong to this process."""
         state = {name: self.__dict__.get(name) for name in ("layers", "offloading")}
         state["layers"] = [
             layer.plain() if isinstance(layer, PagedLayer) else layer for layer in self.layers
@@ -345,14 +349,14 @@ class PagedCache(DynamicCache):
         return copyreg._reconstructor, (DynamicCache, object, None), state  # type: ignore[attr-defined]
 
     def __copy__(self) -> PagedCache:
-        """A shallow copy: the same layers in the same blocks."""
+        """Return a shallow copy: the same layers in the same blocks."""
         fork: PagedCache = object.__new__(type(self))
         fork.__dict__.update(self.__dict__)
         return fork
 
     @compiled.on_the_host
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
-        """A second cache that shares every block of this one: copy-on-write, no bytes move."""
+        """Return a fork that shares every block, copy-on-write. O(rows + blocks)."""
         fork: PagedCache = object.__new__(type(self))
         memo[id(self)] = fork
         forks = {id(group): group.fork() for group in self.groups}
@@ -374,9 +378,9 @@ class PagedCache(DynamicCache):
 
 
 def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> int:
-    """Return the bytes of one block in all paged layers, as far as a configuration tells.
+    """Return a lower bound on the bytes of a block in all paged layers. O(layers).
 
-    The model will need as many or more; 0 if the configuration does not say. O(layers).
+    Returns 0 if the configuration does not show it.
     """
     if config is None:
         return 0
@@ -393,7 +397,7 @@ def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> i
     num_layers = sum(
         type(each) in (DynamicLayer, DynamicSlidingWindowLayer) for each in cache.layers
     )
-    # Latent attention keeps less than its heads tell, and layers may differ.
+    # Latent attention stores less than its heads suggest, and layers may differ.
     if not num_layers or values.get("kv_lora_rank") or values.get("per_layer_config"):
         return 0
     shape = LayerShape(int(heads), int(min(known)), int(min(known)))
@@ -403,7 +407,7 @@ def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> i
 
 
 def can_be_paged(cache: Any) -> bool:
-    """True if `cache` is a plain `DynamicCache` that holds nothing yet, so that it can be paged."""
+    """Return True if `cache` is a plain, empty `DynamicCache`. O(layers)."""
     return (
         type(cache) is DynamicCache
         and not cache.offloading
@@ -412,24 +416,24 @@ def can_be_paged(cache: Any) -> bool:
 
 
 def _is_attention(layer: Any) -> bool:
-    """Return True if blocks can hold what the layer holds."""
+    """Return True if blocks can hold the layer's content."""
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def _note_others(layers: list[Any], memory: PagedMemory) -> None:
-    """Note the layers that stay transformers' own, by class. O(layers)."""
+    """Record the layers that stay transformers' own, by class. O(layers)."""
     others = Counter(type(layer).__name__ for layer in layers if not _is_attention(layer))
     for layer_class, count in others.items():
         memory.note_unpaged(layer_class, count)
 
 
 def _holding(layers: Iterable[Any]) -> Iterable[Any]:
-    """Layers that may hold something: those that stand for none say that they are initialized."""
+    """Yield layers that can have content. A `DummyLayer` cannot, but says it is initialized."""
     return (layer for layer in layers if type(layer).__name__ != "DummyLayer")
 
 
 def _cross_attention_layers(config: Any) -> frozenset[int]:
-    """Return the layers that attend to an image instead of the text, as in Llama 3.2 Vision."""
+    """Return the indices of layers that attend to an image, as in Llama 3.2 Vision."""
     if config is None:
         return frozenset()
     text = config.get_text_config(decoder=True)

@@ -120,7 +120,7 @@ class PagedView:
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def shows_the_same_as(self, other: PagedView) -> bool:
-        """True if both views can be read in place, and show the same columns. O(1)."""
+        """Return True if both views can be read in place, and show the same columns. O(1)."""
         if self._dense is not None or other._dense is not None:
             return False
         # Views of one group share one list of parts until the group changes.

@@ -65,7 +65,7 @@ class BatchRows:
 
     @property
     def any_on_host(self) -> bool:
-        """True if a row is in host memory."""
+        """Return True if a row is in host memory."""
         return self._any_on_host
 
     def partitions(self) -> list[Partition]:

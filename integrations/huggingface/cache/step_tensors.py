@@ -1,4 +1,4 @@
-"""Where the tokens of a step are: slots to write, block tables to read.
+"""The slots that a step writes and the block tables that it reads, as tensors.
 
 They are made once for all layers of a step, and again when the batch changes.
 """
@@ -24,43 +24,43 @@ _CPU = torch.device("cpu")
 
 
 class Slots(NamedTuple):
-    """Where new tokens of some rows go."""
+    """The slots of new tokens of the rows in one tier."""
 
-    rows: Tensor | None  # their numbers in the batch; None: all
+    rows: Tensor | None  # indices in the batch; None for all
     slots: Tensor  # int64 [rows * columns], in the order of rows; -1 for padding
     on_host: bool
 
 
 class Tables(NamedTuple):
-    """Block tables of the rows of a batch that are in one tier."""
+    """The block tables of the rows in one tier."""
 
-    rows: Tensor | None  # their numbers in the batch, int64 on the layer's device; None: all
+    rows: Tensor | None  # indices in the batch, int64 on the layer's device; None for all
     tables: RowTables
     on_host: bool
 
 
 class StepTensors:
-    """The slots and block tables of the rows of a batch, on every device that asks for them."""
+    """The slots and block tables of a batch's rows, on each device that needs them."""
 
     def __init__(self, rows: BatchRows, columns: Columns) -> None:
         self._rows, self._columns = rows, columns
         self.clear()
 
     def clear(self) -> None:
-        """Forget all tensors: the batch changes. O(1)."""
+        """Drop all tensors, since the batch changes. O(1)."""
         self._slots: dict[tuple[torch.device, int, int], list[Slots]] = {}
         self._tables: dict[tuple[torch.device, int], list[Tables]] = {}
         self._parts: dict[tuple[int, int], list[Part]] = {}
         self._new: tuple[int, int, list[Int64]] | None = None
 
     def note_new(self, start: int, stop: int, slots: list[Int64]) -> None:
-        """Note the slots of columns that were just added, for each pool that has rows. O(1)."""
+        """Record the slots of columns that were just added, for each tier with rows. O(1)."""
         self._new = start, stop, slots
 
     def slots(self, start: int, stop: int, device: torch.device) -> list[Slots]:
-        """Return where columns `start` to `stop` go, for each pool that has rows.
+        """Return the slots of columns `start` to `stop`, for each tier with rows.
 
-        O(1) for columns that were asked for, else O(rows * columns).
+        O(rows * columns), or O(1) if they were made before.
         """
         slots = self._slots.get((device, start, stop))
         if slots is None:
@@ -68,7 +68,7 @@ class StepTensors:
             for number, partition in enumerate(self._rows.partitions()):
                 if self._new is not None and self._new[:2] == (start, stop):
                     flat = self._with_padding(self._new[2][number], partition, start, stop)
-                else:  # a layer that was late
+                else:  # a layer that writes columns after other layers
                     flat = self._written(partition, start, stop)
                 tensor = to_device(flat, _CPU if partition.on_host else device)
                 slots.append(Slots(self._numbers(partition, device), tensor, partition.on_host))
@@ -79,7 +79,7 @@ class StepTensors:
         return slots
 
     def _with_padding(self, slots: Int64, partition: Partition, start: int, stop: int) -> Int64:
-        """Return `slots` of the tokens among the columns, with -1 for those that are padding."""
+        """Return the slots of all columns: `slots` for tokens, -1 for padding."""
         num_columns = len(partition.rows) * (stop - start)
         if len(slots) == num_columns:
             return slots
@@ -89,20 +89,20 @@ class StepTensors:
         return padded
 
     def _written(self, partition: Partition, start: int, stop: int) -> Int64:
-        """Return the slots of columns that are there already, by the block tables."""
+        """Return the slots of existing columns from the block tables."""
         slots_of, lengths = partition.pool.manager.slots, self._columns.lengths
         ranges = (lengths(column)[partition.rows].tolist() for column in (start, stop))
         slots = [slots_of(*each) for each in zip(partition.sequences, *ranges, strict=True)]
         return self._with_padding(np.concatenate(slots), partition, start, stop)
 
     def _numbers(self, partition: Partition, device: torch.device) -> Tensor | None:
-        """Return the rows' numbers, or None where it is all of them."""
+        """Return the rows' indices, or None for all rows."""
         return None if len(partition.rows) == len(self._rows) else to_device(partition.rows, device)
 
     def parts(self, number: int, kind: LayerKind, places: Places, num_columns: int) -> list[Part]:
-        """Return where the first columns of layer `number` are: in one storage, or in two.
+        """Return the parts of a view of layer `number`, one for each tier with rows.
 
-        O(1) for columns that were asked for, else O(rows * blocks).
+        O(rows * blocks), or O(1) if they were made before.
         """
         parts = self._parts.get((number, num_columns))
         if parts is None:
@@ -114,25 +114,25 @@ class StepTensors:
         return parts
 
     def _tables_of(self, device: torch.device, num_columns: int) -> list[Tables]:
-        """Return block tables and lengths for each pool that has rows, those on the device there.
+        """Return block tables and lengths for each tier with rows.
 
-        One tensor serves all layers of a step, so that a plan made for it serves them all, too.
+        All layers of a step share one tensor, and with it the kernel's plan.
         """
         found = self._tables.get((device, num_columns))
         if found is None:
-            # Until a table changes, the steps that follow differ in lengths alone.
+            # Until a table changes, later steps differ in lengths only.
             steps = range(num_columns, num_columns + self._rows.pool.block_size)
             for column in steps:
                 self._tables[device, column] = []
             lengths = np.stack([self._columns.lengths(column) for column in steps]).astype(np.int32)
             for partition in self._rows.partitions():
                 here = partition.pool.manager.block_tables(partition.batch)
-                theirs = lengths[:, partition.rows]
+                row_lengths = lengths[:, partition.rows]
                 on_host = partition.on_host
                 there = _CPU if on_host else device
-                tables, each = to_device(here, there), to_device(theirs, there).unbind()
+                tables, each = to_device(here, there), to_device(row_lengths, there).unbind()
                 rows = self._numbers(partition, device)
-                for column, lens, tensor in zip(steps, theirs, each, strict=True):
+                for column, lens, tensor in zip(steps, row_lengths, each, strict=True):
                     self._tables[device, column].append(
                         Tables(rows, RowTables(tables, tensor, HostRows(here, lens)), on_host)
                     )

@@ -33,7 +33,7 @@ class ServingPatch(Protocol):
 
     @property
     def is_active(self) -> bool:
-        """True until the patch is undone."""
+        """Return True until the patch is undone."""
 
 
 FindPatch = Callable[[Any], ServingPatch | None]

@@ -140,7 +140,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
         return engine
 
     def is_running(self) -> bool:
-        """True if a session is running in this process. O(1)."""
+        """Return True if a session is running in this process. O(1)."""
         return self._status.is_serving and self.process.is_current
 
     def start(self) -> None:

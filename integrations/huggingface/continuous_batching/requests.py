@@ -236,7 +236,8 @@ class Requests:
             raise RequestCancelled(f"request {request.job.names[0]!r} was cancelled")
         if deadline is not None and time.monotonic() >= deadline:
             raise queue.Full(
-                f"{self.options.max_queue_size} requests wait already; raise max_queue_size"
+                f"request queue is full (max_queue_size={self.options.max_queue_size}). "
+                "Retry later or raise max_queue_size."
             )
         with self._router.changed:
             # Poll: no callback reports that a request begins.

@@ -55,7 +55,7 @@ class CalledFunctions:
         self._objects = [value for _, value in found]
 
     def same(self) -> bool:
-        """True if every name still refers to the same function. O(functions)."""
+        """Return True if every name still refers to the same function. O(functions)."""
         try:
             now = map(operator.getitem, self._mappings, self._names)
             return all(map(operator.is_, now, self._objects))
@@ -111,7 +111,7 @@ def _is_function(value: object) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def reads_training(kind: type) -> bool:
-    """True if `forward` of class `kind` reads the training mode. O(instructions)."""
+    """Return True if `forward` of class `kind` reads the training mode. O(instructions)."""
     functions = functions_in(getattr(kind, "forward", None))
     return any("training" in attributes(function.__code__) for function in functions)
 

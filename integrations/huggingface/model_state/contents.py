@@ -40,7 +40,7 @@ _ARRAY_BYTES_MAX = 1 << 16
 
 
 def is_plain(value: object, depth: int = 3) -> bool:
-    """True if `value` is a number, a name, or a small collection of those."""
+    """Return True if `value` is a number, a name, or a small collection of those."""
     if value is None or isinstance(value, _IMMUTABLE):
         return True
     if not depth:
@@ -51,7 +51,7 @@ def is_plain(value: object, depth: int = 3) -> bool:
 
 
 def is_library(module: str | None) -> bool:
-    """True if `module` belongs to a library whose code is assumed not to change."""
+    """Return True if `module` belongs to a library whose code is assumed not to change."""
     return (module or "").partition(".")[0] in _LIBRARIES
 
 

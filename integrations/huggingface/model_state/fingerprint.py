@@ -159,13 +159,13 @@ class _Snapshot:
         self._contents.forget()
 
     def same(self, samples: bool) -> bool:
-        """True if the model equals the snapshot. O(modules + weights)."""
+        """Return True if the model equals the snapshot. O(modules + weights)."""
         return (
             self._same_surroundings() and self._whole.same(samples) and self._same_contents(samples)
         )
 
     def part_same(self, turn: int) -> bool:
-        """True if one part of the model equals the snapshot. The first part includes settings."""
+        """Return True if a part of the model equals the snapshot. Part 0 includes the settings."""
         number = turn % len(self._parts)
         return (
             (number > 0 or self._same_surroundings())
@@ -174,7 +174,7 @@ class _Snapshot:
         )
 
     def _same_surroundings(self) -> bool:
-        """True if torch's settings, hooks and modes, and the model's functions, are unchanged."""
+        """Return True if torch's settings, hooks, modes and the model's functions are unchanged."""
         hooks = chain.from_iterable(hooks.values() for hooks in _GLOBAL_HOOKS)
         return (
             self._settings == _numerics()
@@ -184,7 +184,7 @@ class _Snapshot:
         )
 
     def _same_contents(self, samples: bool) -> bool:
-        """True if the values held by hooks, and weights outside of modules, are unchanged."""
+        """Return True if values held by hooks, and weights outside of modules, are unchanged."""
         if not self._roots and not self._is_offloaded:
             return True
         contents = self._read()
@@ -198,7 +198,7 @@ class _Snapshot:
         )
 
     def equals(self, other: _Snapshot) -> bool:
-        """True if the newer snapshot `other` shows the same model."""
+        """Return True if the newer snapshot `other` shows the same model."""
         return (
             self._whole.equals(other._whole)
             and self._settings == other._settings
@@ -278,7 +278,7 @@ class _PartSnapshot:
         return plain
 
     def same(self, samples: bool) -> bool:
-        """True if these modules are unchanged. O(modules + weights)."""
+        """Return True if these modules are unchanged. O(modules + weights)."""
         owners = [owner() for owner in self._owners]
         if list(map(type, owners)) != self._kinds:
             return False
@@ -305,7 +305,7 @@ class _PartSnapshot:
         return self.weights.same([objects[place] for place in self._places], samples)
 
     def equals(self, other: _PartSnapshot) -> bool:
-        """True if the newer snapshot `other` shows the same modules."""
+        """Return True if the newer snapshot `other` shows the same modules."""
         return (
             list(map(_call, self._owners)) == list(map(_call, other._owners))
             and self._kinds == other._kinds
@@ -319,14 +319,14 @@ class _PartSnapshot:
 
 
 def _matters(name: str, value: object) -> bool:
-    """True if a model may compute from `value`, an attribute that is not a plain value."""
+    """Return True if a model may compute from `value`, an attribute that is not a plain value."""
     if isinstance(value, _WATCHED):
         return True
     return callable(value) or name == "_hf_hook" or not is_library(type(value).__module__)
 
 
 def _is_fixed(value: object, members: set[int]) -> bool:
-    """True if `value` cannot change in place, but only be replaced."""
+    """Return True if `value` cannot change in place, but only be replaced."""
     if isinstance(value, PreTrainedConfig):  # compared as an owner itself
         return True
     contents = Contents(members)

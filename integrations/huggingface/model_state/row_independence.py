@@ -127,7 +127,7 @@ def _forward_of(kind: type) -> Any:
 
 
 def _is_foreign(value: object) -> bool:
-    """True if calling `value` runs code outside the known libraries."""
+    """Return True if calling `value` runs code outside the known libraries."""
     return not all(map(_is_known, _origins(value)))
 
 
@@ -163,14 +163,14 @@ def _is_known(module: str) -> bool:
 
 
 def _is_its_own(method: Any, module: nn.Module) -> bool:
-    """True for a method of `module`, compiled or not, that a known library defines."""
+    """Return True for a method of `module`, compiled or not, that a known library defines."""
     method = getattr(method, "_torchdynamo_orig_callable", method)
     function = getattr(method, "__func__", None)
     return function is not None and method.__self__ is module and not _is_foreign(function)
 
 
 def _only_records(hook: Any) -> bool:
-    """True for a function that provably does nothing but append to a collection."""
+    """Return True for a function that provably does nothing but append to a collection."""
     if not isinstance(hook, types.FunctionType):
         return False
     code = hook.__code__
@@ -183,7 +183,7 @@ def _only_records(hook: Any) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _changes_nothing(code: types.CodeType) -> bool:
-    """True if `code` writes nothing in place and returns None, or the result of an append."""
+    """Return True if `code` writes nothing in place and returns None or an append's result."""
     found = [each for each in dis.get_instructions(code) if each.opname not in _PREPARING]
     pairs = list(zip([None, *found], found, strict=False))
     if any(_writes(before, each) for before, each in pairs):
@@ -202,7 +202,7 @@ _OUTER = ("LOAD_DEREF", "LOAD_GLOBAL")
 
 
 def _writes(before: dis.Instruction | None, each: dis.Instruction) -> bool:
-    """True if an instruction may write to an object that the model reads."""
+    """Return True if an instruction may write to an object that the model reads."""
     if each.opname == "BINARY_OP":
         return each.argrepr.endswith("=")
     is_outer = before is not None and before.opname in _OUTER
@@ -210,7 +210,7 @@ def _writes(before: dis.Instruction | None, each: dis.Instruction) -> bool:
 
 
 def _is_none(before: dis.Instruction | None, last: dis.Instruction) -> bool:
-    """True if an instruction returns None."""
+    """Return True if an instruction returns None."""
     if last.opname == "RETURN_VALUE" and before is not None:
         last = before
     return last.opname in ("RETURN_CONST", "LOAD_CONST") and last.argval is None

@@ -62,7 +62,7 @@ class Weights:
             self.numbers = self._samples.read(inner)
 
     def same(self, tensors: list[Tensor], samples: bool) -> bool:
-        """True if `tensors`, the objects behind `refs`, have the same values. O(tensors).
+        """Return True if `tensors`, the objects behind `refs`, have the same values. O(tensors).
 
         Without `samples`, compares addresses and torch's version counters only.
         """
@@ -78,7 +78,7 @@ class Weights:
             )
 
     def equals(self, other: Weights) -> bool:
-        """True if the newer snapshot `other` has the same tensors and values. O(tensors)."""
+        """Return True if the newer snapshot `other` has the same tensors and values. O(tensors)."""
         are_alive = all(ref() is not None for ref in self.refs + self._inner_refs)
         return are_alive and self.key == other.key and self.numbers == other.numbers
 
@@ -92,13 +92,13 @@ class Weights:
 
 
 def same_objects(objects: Iterable[object], refs: list[Ref]) -> bool:
-    """True if `objects` are the objects behind `refs`, in the same order. O(objects)."""
+    """Return True if `objects` are the objects behind `refs`, in the same order. O(objects)."""
     found = list(objects)
     return len(found) == len(refs) and all(map(operator.is_, found, [ref() for ref in refs]))
 
 
 def holds_settings(tensor: Tensor) -> bool:
-    """True for a weight of a custom class with attributes, as bitsandbytes has them."""
+    """Return True for a weight of a custom class with attributes, as bitsandbytes has them."""
     is_custom = type(tensor) not in _PLAIN and not is_traceable_wrapper_subclass(tensor)
     return is_custom and bool(vars(tensor))
 

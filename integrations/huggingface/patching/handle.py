@@ -52,11 +52,11 @@ class Patch:
         return f"<Patch of {self._served}: {state}, {self.memory.options()}>"
 
     def covers(self, model: nn.Module) -> bool:
-        """True if this patch serves `model`. O(1)."""
+        """Return True if this patch serves `model`. O(1)."""
         return self._covers_all or model in self._models
 
     def was_made_for(self, model: nn.Module | None) -> bool:
-        """True if `patch` was called for this model, or for one inside it or around it.
+        """Return True if `patch` was called for this model, or for one inside it or around it.
 
         None means every model. O(modules).
         """
@@ -65,16 +65,16 @@ class Patch:
         return any(module in self._models for module in model.modules())
 
     def covers_config(self, config: Any) -> bool:
-        """True if this patch serves caches made for `config`. O(configurations of the model)."""
+        """Return True if this patch serves caches made for `config`. O(model's configurations)."""
         return self._covers_all or any(config is known for known in self._configs)
 
     @property
     def is_active(self) -> bool:
-        """True until the patch is undone. O(patches)."""
+        """Return True until the patch is undone. O(patches)."""
         return self in active
 
     def stats(self) -> PatchStats:
-        """Counts of now, and totals since the patch was made. O(blocks)."""
+        """Return current counts, and totals since the patch was made. O(blocks)."""
         return PatchStats.of(self.memory)
 
     def namespace(self, name: str) -> AbstractContextManager[None]:

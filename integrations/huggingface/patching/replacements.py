@@ -234,7 +234,7 @@ def _page(cache: Any, serving: Patch | None, config: Any = None) -> None:
 
 
 def _is_paged(cache: Any) -> bool:
-    """True for a paged cache with layers in blocks; a cache without attention has none."""
+    """Return True for a paged cache with layers in blocks; a cache without attention has none."""
     return isinstance(cache, PagedCache) and bool(cache.groups)
 
 

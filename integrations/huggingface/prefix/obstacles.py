@@ -81,7 +81,7 @@ def _is_autocast(device_type: str) -> bool:
 
 
 def _rotation_depends_on_length(config: Any) -> bool:
-    """True if a key's rotation depends on its sequence's length (dynamic NTK, LongRoPE)."""
+    """Return True if a key's rotation depends on its sequence's length (dynamic NTK, LongRoPE)."""
     settings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
     settings += [nested for outer in settings for nested in outer.values() if _is_dict(nested)]
     kinds = [str(each.get("rope_type", each.get("type"))) for each in settings if _is_dict(each)]

@@ -175,7 +175,7 @@ def reply(
 
 
 def _is_user_code(each: object) -> bool:
-    """True for a processor, criterion or streamer that runs code of the user."""
+    """Return True for a processor, criterion or streamer that runs code of the user."""
     module_name = type(each).__module__
     return not is_library(module_name) or isinstance(each, PrefixConstrainedLogitsProcessor)
 

@@ -42,7 +42,7 @@ class ModelInfo(NamedTuple):
 
     @property
     def may_be_packed(self) -> bool:
-        """True if the model's arguments and layers allow packed rows; a probe decides."""
+        """Return True if the model's arguments and layers allow packed rows; a probe decides."""
         takes_positions = {"position_ids", "attention_mask"} <= self.arguments
         needs_rows = self.has_state or self.is_encoder_decoder
         return takes_positions and self.is_plain and not needs_rows

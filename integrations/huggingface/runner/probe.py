@@ -109,7 +109,7 @@ class AttentionSwitch:
 def choose_forward(
     model: Any, info: ModelInfo, memory: PagedMemory, switch: AttentionSwitch, forward: Forward
 ) -> bool:
-    """True for packed passes, False for one pass per sequence. Chooses the model's attention.
+    """Return True for packed passes, False for one pass per sequence. Sets the attention.
 
     `forward` requires one mode; `"auto"` prefers packed passes. Runs a few short passes.
     Raises: `KVPagerError` if no mode that `forward` allows reproduces the model's own logits.
@@ -134,7 +134,7 @@ def choose_forward(
 
 
 def _is_right(model: Any, info: ModelInfo, memory: PagedMemory, *, is_packed: bool) -> bool:
-    """True if each row's logits equal those of `generate`; False if the model raises."""
+    """Return True if each row's logits equal those of `generate`; False if the model raises."""
     if is_packed and not info.may_be_packed:
         return False
     try:

@@ -265,7 +265,7 @@ class LogitsSampler:
 
 
 def _is_plain(row: Row) -> bool:
-    """True for a row whose next token has the highest logit."""
+    """Return True for a row whose next token has the highest logit."""
     resolved: ResolvedSettings = row.sampling
     return resolved.is_greedy and not resolved.processors
 

@@ -572,7 +572,7 @@ def test_a_full_queue_makes_callers_wait_then_refuses(
 ) -> None:
     import queue
 
-    monkeypatch.setattr(manager_module, "_PATIENCE", 0.01)
+    monkeypatch.setattr(manager_module, "_QUEUE_SECONDS_MAX", 0.01)
     config = ContinuousBatchingConfig(max_queue_size=1)
     with llama.continuous_batching_context_manager(
         settings(), continuous_batching_config=config

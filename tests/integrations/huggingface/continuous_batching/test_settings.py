@@ -103,7 +103,7 @@ def test_a_dtype_the_patch_was_not_made_for_is_refused(llama: PreTrainedModel) -
     manager = made(llama, {"dtype": torch.float32})
     assert manager._info.dtype == torch.float32
     manager._patched.dtype = torch.bfloat16
-    with pytest.raises(KVPagerError, match="the patch was made for"):
+    with pytest.raises(KVPagerError, match="of the patch: "):
         manager._refuse_placement()
 
 
