@@ -203,8 +203,8 @@ class Accounts:
             ceiling = account.quota.ceiling
             if ceiling is not None and over > ceiling:
                 advice = (
-                    f"namespace {account.namespace!r} may have {ceiling} blocks: free or swap a "
-                    "sequence of it, or raise its ceiling"
+                    f"namespace {account.namespace!r} may have {ceiling} blocks. Free or swap "
+                    "one of its sequences, or raise its quota"
                 )
                 room = pool.num_free, evictable, pool.num_blocks
                 missing = over - ceiling

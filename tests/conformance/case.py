@@ -41,7 +41,7 @@ Mode = Callable[[Case], Any]
 
 
 def run(case: Case, inputs: dict[str, Any] | None = None, **options: Any) -> Any:
-    """What `generate` returns for these options, after the same random numbers every time."""
+    """Return what `generate` returns for these options, always with the same random numbers."""
     torch.manual_seed(options.pop("seed", 7))
     defaults = {
         "max_new_tokens": 12,
@@ -68,7 +68,7 @@ def with_options(**options: Any) -> Mode:
 
 
 def attempted(action: Callable[[], Any]) -> Any:
-    """What `action` returns, or the name of the error that it raises."""
+    """Return the result of `action`, or the name of the error that it raises."""
     try:
         return action()
     except Exception as error:
@@ -76,5 +76,5 @@ def attempted(action: Callable[[], Any]) -> Any:
 
 
 def at_least(version: str) -> bool:
-    """Whether this transformers is of `version` or newer."""
+    """Return True if the installed transformers is `version` or newer."""
     return Version(transformers.__version__) >= Version(version)

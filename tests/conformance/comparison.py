@@ -59,7 +59,7 @@ def variants_of(mode: str) -> list[str]:
 
 
 def check(name: str, mode: str, variant: str) -> str:
-    """How it went. Raises `AssertionError` where patched and unpatched differ."""
+    """Compare patched and unpatched; return the outcome. Raises: `AssertionError`."""
     how = VARIANTS[variant]
     if how.attention is not None and not offers(name, how.attention):
         return REFUSED
@@ -95,7 +95,7 @@ def paged(case: Case, how: Variant) -> Iterator[Patch]:
 
 @functools.cache
 def offers(name: str, attention: str) -> bool:
-    """Whether transformers lets the architecture have this attention."""
+    """Return True if the architecture supports this attention in transformers."""
     try:
         case_of(name, attention)
     except ValueError:
@@ -119,7 +119,7 @@ def _assistant(name: str) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def unpatched(name: str, mode: str, attention: str | None) -> Any:
-    """What transformers alone does.
+    """Return the outcome of transformers alone.
 
     Where the name is ours, with `eager`; or with `sdpa` if it has that too and they differ, as they
     do for MiniMax with padding.
@@ -147,7 +147,7 @@ class Raised:
 
 
 def outcome(case: Case, mode: str) -> Any:
-    """What a mode returns, or how it was refused."""
+    """Return the result of a mode, or how it was refused."""
     for module in case.model.modules():
         if hasattr(module, "rope_deltas"):  # Qwen's, left by the call before
             module.rope_deltas = None

@@ -123,7 +123,7 @@ def hidden_states(case: Case) -> Any:
 
 
 def _extra(case: Case, kind: str) -> Any:
-    """What padding looked at is nobody's business: rows are of equal length."""
+    """Return an extra output, such as attentions. Rows have equal lengths, so none has padding."""
     names = (kind, f"encoder_{kind}", f"decoder_{kind}", f"cross_{kind}")
     found = []
     for beams in (1, 2):

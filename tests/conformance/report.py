@@ -80,7 +80,7 @@ def examine(name: str) -> Record:
 
 
 def _look(record: Record) -> None:
-    """Which layers are paged, and how their blocks are read."""
+    """Record which layers are paged, and how their blocks are read."""
     for attention in (None, "kvpager"):
         if attention is not None and not conformance.offers(record.name, attention):
             record.reads[str(attention)] = "not offered"

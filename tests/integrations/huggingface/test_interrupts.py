@@ -1,4 +1,4 @@
-"""Ctrl-C while a model generates: blocks are given back, and the next call is right."""
+"""Ctrl-C while a model generates: blocks are freed, and the next call is right."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class OtherName(LlamaForCausalLM):
 
 
 class OtherNameUnsaid(LlamaForCausalLM):
-    """Its forward takes the other name, and its signature does not say so."""
+    """A model that takes the other name, without it in the signature of `forward`."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **options):
         told = {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -66,7 +66,7 @@ class OtherNameUnsaid(LlamaForCausalLM):
 
 
 class NameUnsaid(LlamaForCausalLM):
-    """Its forward takes the release's name, and its signature does not say so."""
+    """A model that takes the release's name, without it in the signature of `forward`."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **options):
         told = {"attention_mask": attention_mask, "position_ids": position_ids}

@@ -59,7 +59,7 @@ def assert_same(paged: Any, plain: Any, own_error: float = 0.0) -> None:
 
 @functools.cache
 def own_error(name: str, batch: str, mode: str) -> float:
-    """How far the logits of transformers in float32 are from those in float64.
+    """Return the difference between logits of transformers in float32 and in float64.
 
     T5 does not scale its scores, so that float32 is off by 4e-3 there, hundreds of times the
     difference between two orders of the same sums.
@@ -363,7 +363,7 @@ def test_attentions_and_hidden_states_are_the_same(name: str) -> None:
     with kvpager.patch(model):
         paged = generate(model, inputs, **options)
     assert_same(paged, plain)
-    # What padding looked at is nobody's business: it is not stored.
+    # Padding is not stored, so its attentions are not compared.
     tokens_only = inputs["attention_mask"].repeat_interleave(2, dim=0).bool()
     for kind in ("attentions", "hidden_states"):
         for step, (found_step, expected_step) in enumerate(

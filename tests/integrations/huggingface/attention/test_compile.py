@@ -119,7 +119,7 @@ def test_tokens_are_those_of_transformers(name: str, backend: str) -> None:
             paged_layers(cache_of(found))
         stats = patch.stats()
     assert (stats.in_place_reads > 0) == (name != "deepseek_v3")
-    # `eager` runs a graph as it was traced, with the reads that nobody needs.
+    # `eager` runs a graph as it was traced, with its unused reads.
     assert (stats.gathers > 0) == (backend == "eager")
 
 

@@ -63,7 +63,7 @@ def dense(
     scaling: float | None = None,
     **others: Any,
 ) -> Tensor:
-    """What causal flash attention means, by transformers' eager: [rows, queries, heads, dim].
+    """Return causal flash attention by transformers' eager: [rows, queries, heads, dim].
 
     Queries that see nothing are padding, and give zeros.
     """
@@ -141,7 +141,7 @@ class Batch:
         return torch.arange(self.num_columns) >= self.padding[:, None]
 
     def mask(self, q_len: int, kv_len: int) -> Tensor | None:
-        """What transformers hands over."""
+        """Return the mask that transformers passes."""
         mask: Tensor | None = flash_attention_mask(
             len(self.padding), q_len, kv_len, attention_mask=self.tokens
         )

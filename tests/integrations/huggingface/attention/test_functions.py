@@ -38,7 +38,7 @@ def model_with(name: str, attention: str | None) -> Any:
 
 
 def is_everywhere(model: Any) -> bool:
-    """Whether the name has reached every part: transformers 5.17 leaves out T5's stacks."""
+    """Return True if every part has the name: transformers 5.17 leaves out T5's stacks."""
     parts = [module.config for module in model.modules() if hasattr(module, "config")]
     return all(part._attn_implementation == "kvpager" for part in parts)
 
@@ -60,7 +60,7 @@ def assert_same(found: Any, expected: Any, spread: float = 0.0) -> None:
 
 
 def spread_of_transformers(name: str, mode: str, expected: Any) -> float:
-    """How far its own sdpa is from its own eager: 2e-5 of the largest where it is ill-scaled."""
+    """Return the difference between transformers' sdpa and eager: 2e-5 of the largest logit."""
     if name not in ("bart", "t5"):
         return 0.0
     other = generate(model_with(name, "sdpa"), **MODES[mode])

@@ -412,7 +412,7 @@ def test_offloaded_layers_have_blocks_on_the_computing_device() -> None:
 
 
 def assert_forgets_its_prompts(model: PreTrainedModel, change: Callable[[], None]) -> None:
-    """After `change` to weights, prompts are computed anew, and then known again."""
+    """Check that prompts are computed again after `change`, and then cached again."""
     inputs = tiny_models.prompts(BATCHES["equal lengths"])
     with kvpager.patch(model, prefix_cache=True) as patch:
         hits = []

@@ -405,7 +405,7 @@ def test_staged_blocks_are_read_like_blocks_in_place(kv_cache_dtype: Any) -> Non
     model = tiny_models.tiny_model("llama")
     cache = kvpager.PagedCache(model.config, block_size=BLOCK, kv_cache_dtype=kv_cache_dtype)
     with torch.no_grad():
-        # Whole blocks: nobody knows what is in slots that were never written.
+        # Whole blocks, since slots that were never written have any content.
         model(tiny_models.prompts([12, 12])["input_ids"], **passing(cache))
     cache.batch_select_indices(torch.tensor([1, 0]))
     (part,) = cache.groups[0].parts(1, 12)

@@ -130,7 +130,7 @@ def test_copies_of_copies_and_the_death_of_the_original() -> None:
         twin = copy.deepcopy(copy.deepcopy(cache_of(first)))
         del first
         gc.collect()
-        generate(model, inputs)  # would overwrite blocks that were given back too early
+        generate(model, inputs)  # would overwrite blocks that were freed too early
         assert torch.equal(tokens(model, step, **passing(twin)), plain)
         del twin
         gc.collect()
@@ -494,7 +494,7 @@ def _contents(layer: Any) -> tuple[Any, Any]:
     if layer.keys is None or layer.get_seq_length() == 0:
         return None, None
     keys, values = torch.clone(layer.keys), torch.clone(layer.values)
-    # While the past is recorded, how much of it `keys` shows is nobody's business.
+    # While the past is recorded, `keys` may show any part of it.
     if layer.is_sliding:
         keys, values = keys[:, :, -WINDOW + 1 :], values[:, :, -WINDOW + 1 :]
     return keys, values

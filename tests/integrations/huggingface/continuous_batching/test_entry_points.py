@@ -54,7 +54,7 @@ def settings(**options: Any) -> GenerationConfig:
 
 
 def one_by_one(model: PreTrainedModel, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    """What greedy search of `generate` adds to each prompt."""
+    """Return the tokens that greedy search of `generate` adds to each prompt."""
     options = {"do_sample": False, "max_new_tokens": NEW, **options}
     found = []
     for prompt in prompts:
@@ -64,7 +64,7 @@ def one_by_one(model: PreTrainedModel, prompts: list[list[int]], **options: Any)
 
 
 def eos_of(model: PreTrainedModel) -> Any:
-    """Which a config without it does not have, as transformers has it."""
+    """Return the model's eos token, which transformers does not add to a config."""
     return model.generation_config.eos_token_id
 
 
@@ -483,7 +483,7 @@ def test_handlers_are_called_on_their_loop_with_all_outputs(manager: PagedBatchi
 
     manager.start()
     manager.add_request(PROMPTS[1], request_id="late", streaming=True)
-    manager.stop()  # all its outputs are there before anybody listens
+    manager.stop()  # all its outputs exist before a handler is registered
     manager.start()
     assert asyncio.run(both()) == [list(range(1, NEW + 1))] * 2
     assert manager.output_router.result_handlers == {}

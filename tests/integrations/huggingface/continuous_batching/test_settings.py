@@ -255,7 +255,7 @@ def test_namespaces_do_not_share_prompts(llama: PreTrainedModel) -> None:
 
 @pytest.fixture
 def serving(llama: PreTrainedModel) -> Iterator[tuple[Any, Any, Any]]:
-    """What `transformers serve` calls for a language model, its model and tokenizer."""
+    """Yield the handler of `transformers serve`, its model and its tokenizer."""
     utils = pytest.importorskip("transformers.cli.serving.utils")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(128)}))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -52,7 +52,7 @@ def some_prompts(model, count=7, longest=40, seed=1):
 
 
 def alone(model, prompt, **settings):
-    """What `generate` makes of one prompt."""
+    """Return the new tokens of `generate` for one prompt."""
     settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | settings
     tokens = model.generate(torch.tensor([prompt]), **settings)[0].tolist()
     return tokens[1 if model.config.is_encoder_decoder else len(prompt) :]

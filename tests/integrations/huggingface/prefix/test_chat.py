@@ -33,7 +33,7 @@ def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any
 
 
 def hits(patch: Any, call: Any) -> tuple[Tensor, int]:
-    """What the call gives, and the prompt tokens that it did not compute."""
+    """Return the result of the call, and the number of cached prompt tokens."""
     before = patch.stats().prefix_hit_tokens
     return call(), patch.stats().prefix_hit_tokens - before
 
