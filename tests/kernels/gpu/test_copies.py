@@ -73,16 +73,16 @@ def test_appended_bytes_equal_the_reference(
     value_dim: int,
 ) -> None:
     layers = [(1, 8, 8), (heads, key_dim, value_dim)]
-    ours, expected = storages(
+    ours, theirs = storages(
         -(-24 // block_size), block_size, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype
     )
     key = normal(13, heads, key_dim, dtype=dtype)
     value = normal(13, heads, value_dim, dtype=dtype, seed=2)
     slots = slots_for(13, 24)
     copy_kernels.append_kv(key, value, *ours.layer(1), slots, scales=ours.scales(1))
-    reference.append_kv(key, value, *expected.layer(1), slots, scales=expected.scales(1))
+    reference.append_kv(key, value, *theirs.layer(1), slots, scales=theirs.scales(1))
     # All bytes, so that those of other layers, other slots and gaps must be unchanged.
-    assert_same_bytes(expected.tier(), ours.tier())
+    assert_same_bytes(theirs.tier(), ours.tier())
 
 
 @pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
@@ -101,21 +101,19 @@ def test_unusual_numbers_are_quantised_as_by_the_reference(kv_cache_dtype: Any) 
     key[9, 0] = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, 125.5, -126.5])
     key[9, 1] = torch.tensor([448, 17, 19, 1.0625, 1.1875, 3 * 2**-10, -(2**-10), 5 * 2**-10])
     key[10] = torch.finfo(torch.float32).max
-    ours, expected = storages(3, 4, [(2, 8, 8)], dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
+    ours, theirs = storages(3, 4, [(2, 8, 8)], dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
     slots = torch.arange(12).flip(0)
-    for storage, append in ((ours, copy_kernels.append_kv), (expected, reference.append_kv)):
+    for storage, append in ((ours, copy_kernels.append_kv), (theirs, reference.append_kv)):
         append(key, key.flip(0), *storage.layer(0), slots, scales=storage.scales(0))
     tables, lens = torch.arange(3).int()[None], torch.tensor([12])
     for index in range(2):
         options: dict[str, Any] = {"dtype": torch.float32}
         if kv_cache_dtype is not None:
-            scales = [storage.scales(0)[index] for storage in (expected, ours)]  # type: ignore[index]
+            scales = [storage.scales(0)[index] for storage in (theirs, ours)]  # type: ignore[index]
             # NaNs may differ in their payload.
             torch.testing.assert_close(*scales, rtol=0, atol=0, equal_nan=True)
             options["scales"] = scales[0]
-            assert_same_bytes(
-                *(storage.layer(0)[index].contiguous() for storage in (expected, ours))
-            )
+            assert_same_bytes(*(storage.layer(0)[index].contiguous() for storage in (theirs, ours)))
         cache = ours.layer(0)[index]
         expected = reference.gather_kv(cache, tables, lens, 12, **options)
         got = copy_kernels.gather_kv(cache, tables, lens, 12, **options)
@@ -130,13 +128,13 @@ def test_every_float8_is_read_and_written_exactly() -> None:
     exact = torch.cat((finite, between, between.nextafter(torch.tensor(500.0)), -between))
     # A first element of 448 makes the scale 1.
     key = torch.cat((torch.full((len(exact), 1, 1), 448.0), exact[:, None, None]), 2)
-    ours, expected = storages(
+    ours, theirs = storages(
         len(key), 1, [(1, 2, 2)], dtype=torch.float32, kv_cache_dtype="fp8_e4m3"
     )
     slots = torch.arange(len(key))
     copy_kernels.append_kv(key, key, *ours.layer(0), slots, scales=ours.scales(0))
-    reference.append_kv(key, key, *expected.layer(0), slots, scales=expected.scales(0))
-    assert_same_bytes(expected.tier(), ours.tier())
+    reference.append_kv(key, key, *theirs.layer(0), slots, scales=theirs.scales(0))
+    assert_same_bytes(theirs.tier(), ours.tier())
     cache = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16, 1, 1)
     read = copy_kernels.gather_kv(
         cache,
@@ -152,19 +150,19 @@ def test_every_float8_is_read_and_written_exactly() -> None:
 def test_strided_keys_and_slots_of_32_bits_are_taken() -> None:
     packed = normal(9, 3, 2, 40, dtype=torch.bfloat16)
     key, value = packed[:, 0], packed[:, 2].transpose(0, 1).contiguous().transpose(0, 1)
-    ours, expected = storages(4, 4, [(2, 40, 40)], dtype=torch.bfloat16)
+    ours, theirs = storages(4, 4, [(2, 40, 40)], dtype=torch.bfloat16)
     slots = torch.stack((slots_for(9, 16).int(), torch.zeros(9, dtype=torch.int32)), 1)[:, 0]
     copy_kernels.append_kv(key, value, *ours.layer(0), slots)
-    reference.append_kv(key, value, *expected.layer(0), slots)
-    assert_same_bytes(expected.tier(), ours.tier())
+    reference.append_kv(key, value, *theirs.layer(0), slots)
+    assert_same_bytes(theirs.tier(), ours.tier())
 
 
 def test_no_tokens_and_only_skipped_tokens_change_nothing() -> None:
-    ours, expected = storages(2, 4, [(2, 8, 8)], dtype=torch.float32)
+    ours, theirs = storages(2, 4, [(2, 8, 8)], dtype=torch.float32)
     for tokens in (0, 3):
         key = normal(tokens, 2, 8, dtype=torch.float32)
         copy_kernels.append_kv(key, key, *ours.layer(0), torch.full((tokens,), -1))
-    assert_same_bytes(expected.tier(), ours.tier())
+    assert_same_bytes(theirs.tier(), ours.tier())
 
 
 def test_caches_without_contiguous_blocks_use_the_reference() -> None:

@@ -217,7 +217,7 @@ def test_appended_and_gathered_bytes_equal_the_cpu_reference(
     value_dim: int,
 ) -> None:
     layers = [(1, 8, 8), (heads, key_dim, value_dim)]
-    ours, expected = storage_pair(
+    ours, theirs = storage_pair(
         -(-300 // block_size), block_size, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype
     )
     key = normal(260, heads, key_dim, dtype=dtype)
@@ -228,8 +228,8 @@ def test_appended_and_gathered_bytes_equal_the_cpu_reference(
     on_gpu = [tensor.cuda() for tensor in (key, value, slots)]
     with no_waiting():
         copy_kernels.append_kv(*on_gpu[:2], *ours.layer(1), on_gpu[2], scales=ours.scales(1))
-    reference.append_kv(key, value, *expected.layer(1), slots, scales=expected.scales(1))
-    assert_same_bytes(ours.tier(), expected.tier())
+    reference.append_kv(key, value, *theirs.layer(1), slots, scales=theirs.scales(1))
+    assert_same_bytes(ours.tier(), theirs.tier())
 
     num_blocks = ours.num_blocks
     tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).int()
@@ -237,8 +237,8 @@ def test_appended_and_gathered_bytes_equal_the_cpu_reference(
     lens = torch.tensor([num_blocks * block_size, block_size * (num_blocks // 2) + 1, 0])
     where = [tensor.cuda() for tensor in (tables, lens)]
     for index in range(2):
-        scales = [None if s is None else s[index] for s in (ours.scales(1), expected.scales(1))]
-        caches = [storage.layer(1)[index] for storage in (ours, expected)]
+        scales = [None if s is None else s[index] for s in (ours.scales(1), theirs.scales(1))]
+        caches = [storage.layer(1)[index] for storage in (ours, theirs)]
         with no_waiting():
             got = copy_kernels.gather_kv(caches[0], *where, 290, scales=scales[0], dtype=dtype)
         expected = reference.gather_kv(caches[1], tables, lens, 290, scales=scales[1], dtype=dtype)
