@@ -359,7 +359,7 @@ def test_reading_keys_over_and_over_keeps_nothing() -> None:
 
 
 def test_a_namespace_without_prefix_cache_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match="set prefix_cache=True"):
+    with pytest.raises(ValueError, match="Pass prefix_cache=True"):
         kvpager.patch(namespace="acme")
 
 

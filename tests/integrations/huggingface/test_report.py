@@ -118,7 +118,7 @@ def test_what_keeps_layers_out_of_blocks_is_said() -> None:
         inputs = tiny_models.prompts([9])
         model(**inputs, labels=inputs["input_ids"])
         report = patch.report()
-    assert "transformers' own: 2 layers, keys and values of two dtypes, as autocast" in report
+    assert "transformers' own: 2 layers, keys and values of two dtypes, as under autocast" in report
     assert "transformers' own: 2 layers, keys and values that need gradients" in report
 
 

@@ -261,7 +261,7 @@ def test_a_flash_attention_that_was_replaced_meanwhile_stays(caplog: Any) -> Non
         with kvpager.patch():
             AttentionInterface.register("flash_attention_2", refuse)
         assert registered["flash_attention_2"] is refuse
-        assert "flash_attention_2 attention was replaced while patched" in caplog.text
+        assert "flash_attention_2 attention was replaced by other code while patched" in caplog.text
     finally:
         AttentionInterface.register("flash_attention_2", before)
 

@@ -302,7 +302,7 @@ def test_a_namespace_needs_a_name_and_prompts_that_are_kept() -> None:
     with kvpager.patch(llama()) as patch, pytest.raises(kvpager.KVPagerError, match="prefix_cache"):
         patch.namespace("acme")
     with kvpager.patch(llama(), prefix_cache=True) as patch:
-        with pytest.raises(TypeError, match="namespace None: pass the name"):
+        with pytest.raises(TypeError, match="namespace=None: expected a str"):
             patch.namespace(None)
         with pytest.raises(TypeError, match="namespace 7: expected a str"):
             patch.namespace(7)
