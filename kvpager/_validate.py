@@ -46,18 +46,18 @@ def shown(value: Any) -> str:
 def count(name: str, value: int, *, at_least: int = 0, at_most: int = COUNT_MAX) -> int:
     """Return `value` as an int within bounds: NumPy integers would overflow in arithmetic."""
     if not is_int(value):
-        raise TypeError(f"{name} {shown(value)}: expected an int, got {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)}: expected an int, got {type(value).__name__}")
     if value < at_least:
-        raise ValueError(f"{name} {shown(value)}: expected at least {at_least}")
+        raise ValueError(f"{name}={shown(value)}: expected at least {at_least}")
     if value > at_most:
-        raise ValueError(f"{name} {shown(value)}: expected at most {at_most}")
+        raise ValueError(f"{name}={shown(value)}: expected at most {at_most}")
     return int(value)
 
 
 def flag(name: str, value: bool) -> bool:
     """Return `value` if it is a bool: a string such as "no" would count as True."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} {shown(value)}: expected True or False")
+        raise TypeError(f"{name}={shown(value)}: expected True or False")
     return value
 
 
@@ -65,33 +65,33 @@ def block_size(value: int) -> int:
     """Return a block size, which must be a power of two."""
     size = count("block_size", value, at_least=1)
     if size & (size - 1):
-        raise ValueError(f"block_size {size}: expected a power of two, such as 16")
+        raise ValueError(f"block_size={size}: expected a power of two, such as 16")
     return size
 
 
 def number(name: str, value: float, *, at_least: float, at_most: float) -> float:
     """Return `value` as a float within bounds, which NaN is not."""
     if not (is_int(value) or isinstance(value, float | np.floating)):
-        raise TypeError(f"{name} {shown(value)}: expected a number, got {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)}: expected a number, got {type(value).__name__}")
     if not at_least <= value <= at_most:
-        raise ValueError(f"{name} {shown(value)}: expected {at_least:g} to {at_most:g}")
+        raise ValueError(f"{name}={shown(value)}: expected {at_least:g} to {at_most:g}")
     return float(value)
 
 
 def seconds(name: str, value: float) -> float:
     """Return a duration in seconds, from 0 to `SECONDS_MAX`."""
     if not (is_int(value) or isinstance(value, float | np.floating)):
-        raise TypeError(f"{name} {shown(value)}: expected seconds, got {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)}: expected seconds, got {type(value).__name__}")
     if not 0 <= value <= SECONDS_MAX:
         limits = f"at least 0 and at most {SECONDS_MAX:,}"
-        raise ValueError(f"{name} {shown(value)}: expected seconds, {limits}")
+        raise ValueError(f"{name}={shown(value)}: expected seconds, {limits}")
     return float(value)
 
 
 def within_one(name: str, value: int | None, length: int) -> None:
     """Raise `ValueError` for a token number beyond the end of a sequence."""
     if value is not None and value > length:
-        raise ValueError(f"{name} {value}: the sequence has {counted(length, 'token')} only")
+        raise ValueError(f"{name}={value}: the sequence has {counted(length, 'token')} only")
 
 
 def within(name: str, value: int | Int64, lengths: Int64) -> None:
@@ -100,7 +100,7 @@ def within(name: str, value: int | Int64, lengths: Int64) -> None:
     if len(beyond):
         wrong = np.broadcast_to(value, lengths.shape)[beyond[0]]
         length = counted(int(lengths[beyond[0]]), "token")
-        raise ValueError(f"{name} {wrong}: the sequence has {length} only")
+        raise ValueError(f"{name}={wrong}: the sequence has {length} only")
 
 
 def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:
@@ -108,10 +108,10 @@ def counts(name: str, value: ArrayLike, num_sequences: int) -> Int64:
     numbers = integers(name, value)
     if numbers.shape not in ((), (num_sequences,)):
         raise ValueError(
-            f"{name} {shown(value)}: expected one int, or one for each of {num_sequences}"
+            f"{name}={shown(value)}: expected one int, or one for each of {num_sequences}"
         )
     if numbers.size and (numbers.min() < 0 or numbers.max() > COUNT_MAX):
-        raise ValueError(f"{name} {shown(value)}: expected 0 to {COUNT_MAX} each")
+        raise ValueError(f"{name}={shown(value)}: expected 0 to {COUNT_MAX} each")
     return np.broadcast_to(numbers.astype(np.int64), (num_sequences,))
 
 
@@ -132,10 +132,10 @@ def label(name: str, value: str | None) -> None:
         return
     if not isinstance(value, str):
         raise TypeError(
-            f"{name} {shown(value)}: expected a str or None, got {type(value).__name__}"
+            f"{name}={shown(value)}: expected a str or None, got {type(value).__name__}"
         )
     if not value:
-        raise ValueError(f'{name} "": expected at least one character. Pass None for no {name}.')
+        raise ValueError(f'{name}="": expected at least one character. Pass None for no {name}.')
 
 
 def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
@@ -145,10 +145,10 @@ def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
     if is_int(memory):
         return count(name, int(memory), at_least=1, at_most=_BYTES_MAX)
     if not isinstance(memory, str):
-        raise TypeError(f"{name} {memory!r}: expected bytes or a text such as '4GiB'")
+        raise TypeError(f"{name}={memory!r}: expected bytes or a text such as '4GiB'")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{name} {memory!r}: expected a size such as '4GiB', '500MB' or 10**9")
+        raise ValueError(f"{name}={memory!r}: expected a size such as '4GiB', '500MB' or 10**9")
     num_bytes = int(float(match[1]) * _UNITS[match[2]])
     return count(name, num_bytes, at_least=1, at_most=_BYTES_MAX)
 
@@ -245,7 +245,7 @@ def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
     if is_int(value):
         return count("prompt", value, at_least=1), None  # type: ignore[arg-type]
     if isinstance(value, bool | float | str | bytes):
-        raise TypeError(f"prompt {shown(value)}: expected token ids or a count of tokens")
+        raise TypeError(f"prompt={shown(value)}: expected token ids or a count of tokens")
     ids = token_ids(value)
     return len(ids), ids
 
@@ -264,7 +264,7 @@ def new_tokens(
     if is_int(tokens):
         return count("tokens", tokens, at_least=1), None
     if isinstance(tokens, bool | float | str | bytes) or not isinstance(tokens, Iterable):
-        raise TypeError(f"tokens {shown(tokens)}: expected a count or token ids")
+        raise TypeError(f"tokens={shown(tokens)}: expected a count or token ids")
     tokens = tokens if hasattr(tokens, "__len__") else list(tokens)
     if num_sequences is None or getattr(tokens, "ndim", 1) == 0:
         ids = token_ids(tokens)

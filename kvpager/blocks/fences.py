@@ -55,7 +55,7 @@ class Fences:
     def refuse_closed(self, ticket: int) -> None:
         """Raise `ValueError` unless the ticket is open. O(1)."""
         if ticket not in self.in_flight:
-            raise ValueError(f"ticket {ticket}: completed already, or of another manager")
+            raise ValueError(f"ticket={ticket}: completed already, or of another manager")
 
     def complete(self, ticket: int) -> Blocks:
         """Close a ticket. Return the device blocks that became evictable. O(copies)."""
@@ -74,7 +74,7 @@ class Fences:
     def refuse_no_pin(self, ticket: int) -> None:
         """Raise `ValueError` for a ticket that is no pin. O(1)."""
         if not is_int(ticket) or ticket not in self.pins:
-            raise ValueError(f"ticket {ticket!r}: not a pin of this manager, or ended already")
+            raise ValueError(f"ticket={ticket!r}: not a pin of this manager, or ended already")
 
     def unpin(self, ticket: int) -> Blocks:
         """End an open pin. Return the device blocks that became evictable. O(blocks)."""

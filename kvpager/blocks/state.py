@@ -63,7 +63,7 @@ class BlockState:
         if getattr(policy, "num_blocks", num_blocks) != num_blocks:
             raise ValueError(f"eviction: this policy was not made for {num_blocks} blocks")
         if isinstance(policy, type) or not hasattr(policy, "needs_fingerprints"):
-            raise TypeError(f"eviction {eviction!r}: expected a name or an EvictionPolicy")
+            raise TypeError(f"eviction={eviction!r}: expected a name or an EvictionPolicy")
         if type(policy) not in POLICIES.values():
             policy = FailSafe(policy, num_blocks)
         events = arguments.count("num_events", num_events)

@@ -72,7 +72,7 @@ class Metrics:
         if block_bytes is not None:
             block_bytes = arguments.count("block_bytes", block_bytes, at_least=1)
         if not prefix.isidentifier():
-            raise ValueError(f"prefix {prefix!r}: expected letters, digits and underscores")
+            raise ValueError(f"prefix={prefix!r}: expected letters, digits and underscores")
         self._manager = manager
         self._block_bytes = block_bytes
         self._prefix = prefix

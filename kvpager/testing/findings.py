@@ -79,7 +79,7 @@ def findings(
     unknown = [promise for promise in wanted if promise not in PROMISES]
     if unknown or not 1 <= pools[0] <= pools[1] or histories < 1 or length < 1:
         raise ValueError(
-            f"promises {unknown}, pools {pools}, histories {histories}, length {length}: expected "
+            f"promises={unknown}, pools={pools}, histories={histories}, length={length}: expected "
             "names from PROMISES, 1 <= least <= most, and at least one operation"
         )
     check_adapter(make_adapter(pools[1], block_size))

@@ -146,7 +146,7 @@ class NaiveManager:
     def swap(self, sequences: Named, to: Tier) -> Plan:
         """Move unshared blocks between tiers; see `BlockManager.swap`."""
         if to not in ("device", "host"):
-            raise ValueError(f'swap to {to!r}: expected "device" or "host"')
+            raise ValueError(f'to={to!r}: expected "device" or "host"')
         rows = [row for row in self.named(sequences) if row.is_swapped == (to == "device")]
         copies = self.swap_out(rows) if to == "host" else self.swap_in(rows)
         return Plan(pairs_array(copies), "host" if to == "device" else "device", to)
@@ -158,7 +158,7 @@ class NaiveManager:
         rows = self.named(sequences)
         self.refuse_swapped(rows)
         if length is not None and any(length > len(sequence) for sequence in rows):
-            raise ValueError(f"length {length}: a sequence has fewer tokens")
+            raise ValueError(f"length={length}: a sequence has fewer tokens")
         for sequence in rows:
             until = len(sequence) if length is None else length
             sequence.num_committed = max(sequence.num_committed, until)
@@ -169,7 +169,7 @@ class NaiveManager:
         [row] = self.named(sequence)
         self.refuse_swapped([row])
         if not 0 <= length <= len(row):
-            raise ValueError(f"length {length}: the sequence has {len(row)} tokens only")
+            raise ValueError(f"length={length}: the sequence has {len(row)} tokens only")
         del row.tokens[length:]
         del row.blocks[self.blocks_for(length) :]
         row.num_committed = min(row.num_committed, length)
@@ -177,7 +177,7 @@ class NaiveManager:
     def grow(self, num_blocks: int) -> None:
         """Raise the device pool to `num_blocks`."""
         if num_blocks < self.num_blocks:
-            raise ValueError(f"num_blocks {num_blocks}: there are {self.num_blocks} already")
+            raise ValueError(f"num_blocks={num_blocks}: there are {self.num_blocks} already")
         self.num_blocks = num_blocks
 
     def clear_prefix_cache(self) -> int:

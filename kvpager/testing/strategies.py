@@ -45,7 +45,7 @@ def strategy(kind: Kind, *, alphabet: int = 3, longest: int = 18) -> SearchStrat
     if isinstance(kind, Many):
         one = strategy(kind.kind, alphabet=alphabet, longest=longest)
         return st.lists(one, min_size=kind.least, max_size=kind.most)
-    raise TypeError(f"kind {kind!r}: expected Number, Pick, Choice, Tokens or Many")
+    raise TypeError(f"kind={kind!r}: expected Number, Pick, Choice, Tokens or Many")
 
 
 def machine_of(

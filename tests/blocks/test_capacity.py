@@ -273,9 +273,9 @@ def test_the_null_block_survives_shrinking_and_growing() -> None:
 
 
 def test_a_pool_needs_a_block_beside_the_null_block() -> None:
-    with pytest.raises(ValueError, match="num_blocks 1: expected at least 2"):
+    with pytest.raises(ValueError, match="num_blocks=1: expected at least 2"):
         BlockManager(1, 4, null_block=True)
-    with pytest.raises(ValueError, match="num_blocks 1: expected at least 2"):
+    with pytest.raises(ValueError, match="num_blocks=1: expected at least 2"):
         BlockManager(8, 4, null_block=True).shrink(1)
 
 
@@ -746,7 +746,7 @@ def test_a_priority_is_an_int_from_0_to_100(ranked: BlockManager, priority: obje
 
 @pytest.mark.parametrize("ttl_s", [-1, -0.001, float("inf"), float("nan")])
 def test_a_time_to_live_is_finite_and_not_negative(ranked: BlockManager, ttl_s: float) -> None:
-    with pytest.raises(ValueError, match=r"ttl_s .*: expected seconds, at least 0"):
+    with pytest.raises(ValueError, match=r"ttl_s=.*: expected seconds, at least 0"):
         ranked.pins.retain(committed(ranked, A), 5, ttl_s)
 
 

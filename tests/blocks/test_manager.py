@@ -424,12 +424,12 @@ def test_a_stale_or_foreign_handle_is_refused_at_the_call(manager: BlockManager,
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_blocks": 0}, ValueError, "num_blocks 0: expected at least 1"),
+        ({"num_blocks": 0}, ValueError, "num_blocks=0: expected at least 1"),
         ({"num_blocks": 2.5}, TypeError, "expected an int"),
-        ({"num_blocks": 4, "block_size": 0}, ValueError, "block_size 0"),
+        ({"num_blocks": 4, "block_size": 0}, ValueError, "block_size=0"),
         ({"num_blocks": 4, "block_size": 12}, ValueError, "power of two"),
-        ({"num_blocks": 4, "num_host_blocks": -1}, ValueError, "num_host_blocks -1"),
-        ({"num_blocks": True}, TypeError, "num_blocks True"),
+        ({"num_blocks": 4, "num_host_blocks": -1}, ValueError, "num_host_blocks=-1"),
+        ({"num_blocks": True}, TypeError, "num_blocks=True"),
     ],
 )
 def test_a_bad_size_is_refused(arguments, error, message) -> None:
@@ -473,7 +473,7 @@ def test_a_bad_append_is_refused_and_changes_nothing(manager: BlockManager, bad)
 
 def test_other_bad_arguments_are_refused(manager: BlockManager) -> None:
     sequence = manager.allocate(3)
-    with pytest.raises(TypeError, match="namespace 7"):
+    with pytest.raises(TypeError, match="namespace=7"):
         manager.allocate([1], namespace=7)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected a SequenceHandle"):
         manager.free([7])  # type: ignore[list-item]
@@ -557,7 +557,7 @@ def test_slide_takes_a_start_for_each_sequence(manager: BlockManager) -> None:
     long, short = manager.allocate(16), manager.allocate(3)
     manager.drop_before([long, short], [8, 1])
     assert manager.block_tables(long)[0][:2].tolist() == [-1, -1]
-    with pytest.raises(ValueError, match="start 4: the sequence has 3 tokens only"):
+    with pytest.raises(ValueError, match="start=4: the sequence has 3 tokens only"):
         manager.drop_before([long, short], [9, 4])
     with pytest.raises(ValueError, match="expected one int, or one for each of 2"):
         manager.drop_before([long, short], [1, 2, 3])

@@ -276,7 +276,7 @@ def test_a_namespace_or_adapter_that_is_no_string_is_refused(
     manager: BlockManager, label: str, value: object
 ) -> None:
     for look in (manager.allocate, manager.match_prefix):
-        with pytest.raises(TypeError, match=f"{label} .*expected a str or None"):
+        with pytest.raises(TypeError, match=f"{label}=.*expected a str or None"):
             look(A, **{label: value})  # type: ignore[operator]
     assert manager.stats().num_sequences == 0
 
@@ -284,7 +284,7 @@ def test_a_namespace_or_adapter_that_is_no_string_is_refused(
 @pytest.mark.parametrize("label", ["namespace", "lora"])
 def test_an_empty_namespace_or_lora_is_refused(manager: BlockManager, label: str) -> None:
     for look in (manager.allocate, manager.match_prefix):
-        with pytest.raises(ValueError, match=f'{label} "": expected at least one character'):
+        with pytest.raises(ValueError, match=f'{label}="": expected at least one character'):
             look(A, **{label: ""})  # type: ignore[operator]
     assert manager.stats().num_sequences == 0
 
@@ -300,7 +300,7 @@ def test_an_empty_namespace_or_lora_is_refused(manager: BlockManager, label: str
     ],
 )
 def test_an_empty_namespace_has_no_quota(manager: BlockManager, call) -> None:
-    with pytest.raises(ValueError, match='namespace "": expected at least one character'):
+    with pytest.raises(ValueError, match='namespace="": expected at least one character'):
         call(manager)
 
 
@@ -397,9 +397,9 @@ def test_tokens_after_an_mm_hash_are_shared_too(manager: BlockManager) -> None:
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ((0, 5, DOG), ValueError, "mm_hashes stop 5: expected at most 4"),
-        ((2, 2, DOG), ValueError, "mm_hashes stop 2: expected at least 3"),
-        ((-1, 2, DOG), ValueError, "mm_hashes start -1: expected at least 0"),
+        ((0, 5, DOG), ValueError, "mm_hashes stop=5: expected at most 4"),
+        ((2, 2, DOG), ValueError, "mm_hashes stop=2: expected at least 3"),
+        ((-1, 2, DOG), ValueError, "mm_hashes start=-1: expected at least 0"),
         ((0, 2, b""), TypeError, "has no hash"),
         ((0, 2, "dog"), TypeError, "has no hash"),
         ((0, 2.0, DOG), TypeError, "expected an int"),

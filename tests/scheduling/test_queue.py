@@ -185,7 +185,7 @@ def test_a_policy_serves_one_scheduler() -> None:
         make(policy=policy)
     with pytest.raises(TypeError, match="a name or a SchedulingPolicy"):
         make(policy=3)
-    with pytest.raises(ValueError, match="ageing 0"):
+    with pytest.raises(ValueError, match="ageing=0"):
         Priority(ageing=0.0)
 
 

@@ -103,7 +103,7 @@ def test_a_trace_has_a_bounded_number_of_blocks(tmp_path: Path, monkeypatch) -> 
     path.write_text(f"{line(list(range(10)))}\n{line([1])}")
     with pytest.raises(ValueError, match="more than 10 blocks"):
         read_trace(path)
-    with pytest.raises(ValueError, match=r"num_requests .*at most 1000000"):
+    with pytest.raises(ValueError, match=r"num_requests=.*at most 1000000"):
         generate_trace(10**9)
 
 

@@ -207,12 +207,12 @@ def test_a_pool_and_its_storage_shrink_together() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_blocks": 0}, "num_blocks 0: expected at least 1"),
-        ({"block_size": 12}, "block_size 12: expected a power of two"),
-        ({"block_size": 0}, "block_size 0: expected at least 1"),
+        ({"num_blocks": 0}, "num_blocks=0: expected at least 1"),
+        ({"block_size": 12}, "block_size=12: expected a power of two"),
+        ({"block_size": 0}, "block_size=0: expected at least 1"),
         ({"layers": []}, "layers: must not be empty"),
-        ({"layers": [LayerShape(2, 0, 8)]}, r"layers\[0\].head_dim 0: expected at least 1"),
-        ({"num_host_blocks": -1}, "num_host_blocks -1: expected at least 0"),
+        ({"layers": [LayerShape(2, 0, 8)]}, r"layers\[0\].head_dim=0: expected at least 1"),
+        ({"num_host_blocks": -1}, "num_host_blocks=-1: expected at least 0"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -261,7 +261,7 @@ def test_a_layer_that_does_not_exist_is_refused() -> None:
 
 
 def test_storage_never_shrinks() -> None:
-    with pytest.raises(ValueError, match="num_blocks 5: expected at least 6"):
+    with pytest.raises(ValueError, match="num_blocks=5: expected at least 6"):
         numbered().grow(5)
 
 
@@ -671,7 +671,7 @@ def test_pages_that_cannot_be_locked_are_torchs_error(monkeypatch: pytest.Monkey
 
 
 def test_whether_memory_is_page_locked_is_true_or_false() -> None:
-    with pytest.raises(TypeError, match="pinned 'no': expected True or False"):
+    with pytest.raises(TypeError, match="pinned='no': expected True or False"):
         BlockStorage(9, 16, [LayerShape(2, 64, 64)], dtype=torch.bfloat16, pinned="no")  # type: ignore[arg-type]
 
 

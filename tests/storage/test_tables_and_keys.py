@@ -175,7 +175,7 @@ def test_another_context_gives_other_keys_throughout(field: str, other: object) 
 
 
 def test_an_empty_adapter_is_refused() -> None:
-    with pytest.raises(ValueError, match='lora "": expected at least one character'):
+    with pytest.raises(ValueError, match='lora="": expected at least one character'):
         replace(CONTEXT, lora="")
 
 
@@ -293,9 +293,9 @@ def test_secrets_of_16_to_64_bytes_and_none_are_taken(length: int) -> None:
 
 
 def test_mm_hashes_beyond_the_prompt_or_without_a_hash_are_refused() -> None:
-    with pytest.raises(ValueError, match="mm_hashes stop 17: expected at most 16"):
+    with pytest.raises(ValueError, match="mm_hashes stop=17: expected at most 16"):
         content_keys(IDS, 4, CONTEXT, [(3, 17, b"image")])
-    with pytest.raises(ValueError, match="mm_hashes stop 3: expected at least 4"):
+    with pytest.raises(ValueError, match="mm_hashes stop=3: expected at least 4"):
         content_keys(IDS, 4, CONTEXT, [(3, 3, b"image")])
     for digest in (b"", "image"):
         with pytest.raises(TypeError, match="has no hash"):

@@ -34,7 +34,7 @@ def check_eviction(eviction: Eviction) -> Eviction:
         make_policy(eviction, 1)
     elif not callable(eviction):
         raise TypeError(
-            f"eviction {arguments.shown(eviction)}: expected a policy's name, or a function that "
+            f"eviction={arguments.shown(eviction)}: expected a policy's name, or a function that "
             "makes a policy for a number of blocks"
         )
     return eviction
@@ -48,5 +48,5 @@ def chosen_policy(eviction: Eviction, num_blocks: int) -> EvictionPolicy:
 def make_policy(name: str, num_blocks: int) -> EvictionPolicy:
     """Make the policy called `name`. Raises `ValueError` for a name outside `POLICIES`."""
     if name not in POLICIES:
-        raise ValueError(f"eviction {name!r}: expected one of {', '.join(POLICIES)}")
+        raise ValueError(f"eviction={name!r}: expected one of {', '.join(POLICIES)}")
     return POLICIES[name](num_blocks)

@@ -478,7 +478,7 @@ def test_a_compiled_model_makes_and_uses_its_own_cache() -> None:
         ({"dtype": torch.int8}, ValueError, "int8"),
         ({"dtype": "float33"}, ValueError, "float33"),
         ({"namespace": 5}, TypeError, "namespace 5"),
-        ({"in_place": "no"}, TypeError, "in_place 'no': expected True or False"),
+        ({"in_place": "no"}, TypeError, "in_place='no': expected True or False"),
         ({"in_place": None}, TypeError, "in_place None"),
         ({"prefix_cache": 1}, TypeError, "prefix_cache 1"),
         ({"prefix_cache": "off"}, TypeError, "prefix_cache 'off'"),
@@ -500,7 +500,7 @@ def test_bad_arguments_are_refused_and_change_nothing(
     [
         ({"memory": "4 bananas"}, ValueError, "4 bananas"),
         ({"block_size": 3}, ValueError, "power of two"),
-        ({"offloading": "no"}, TypeError, "offloading 'no': expected True or False"),
+        ({"offloading": "no"}, TypeError, "offloading='no': expected True or False"),
     ],
     ids=str,
 )

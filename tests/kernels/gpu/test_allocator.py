@@ -200,13 +200,13 @@ def test_row_numbers_may_be_strided_and_of_64_bits(kernels: Any, dtype: torch.dt
 @pytest.mark.parametrize(
     ("sizes", "error", "message"),
     [
-        ((0, 4, 1, 1), ValueError, "num_blocks 0: expected at least 1"),
-        ((4, 3, 1, 1), ValueError, "block_size 3: expected a power of two"),
-        ((4, 4, 0, 1), ValueError, "num_rows 0"),
-        ((4, 4, 1, 0), ValueError, "max_blocks_per_row 0"),
+        ((0, 4, 1, 1), ValueError, "num_blocks=0: expected at least 1"),
+        ((4, 3, 1, 1), ValueError, "block_size=3: expected a power of two"),
+        ((4, 4, 0, 1), ValueError, "num_rows=0"),
+        ((4, 4, 1, 0), ValueError, "max_blocks_per_row=0"),
         ((1 << 29, 4, 1, 1), ValueError, "passes 2147483647"),
         ((4, 4, 1, 1 << 29), ValueError, "max_blocks_per_row 536870912 .* passes"),
-        ((4.0, 4, 1, 1), TypeError, "num_blocks 4.0"),
+        ((4.0, 4, 1, 1), TypeError, "num_blocks=4.0"),
     ],
 )
 def test_sizes_are_checked(sizes: Any, error: type[Exception], message: str) -> None:

@@ -304,7 +304,7 @@ def test_a_namespace_needs_a_name_and_prompts_that_are_kept() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         with pytest.raises(TypeError, match="namespace=None: expected a str"):
             patch.namespace(None)
-        with pytest.raises(TypeError, match="namespace 7: expected a str"):
+        with pytest.raises(TypeError, match="namespace=7: expected a str"):
             patch.namespace(7)
 
 

@@ -826,7 +826,7 @@ def test_an_engine_evicts_by_the_policy_it_was_given() -> None:
 
 def test_an_unknown_eviction_is_refused() -> None:
     model = tiny_models.tiny_model("llama")
-    with pytest.raises(ValueError, match="eviction 'newest': expected one of"):
+    with pytest.raises(ValueError, match="eviction='newest': expected one of"):
         Engine(model, eviction="newest")
-    with pytest.raises(TypeError, match="eviction 3: expected a policy's name, or a function"):
+    with pytest.raises(TypeError, match="eviction=3: expected a policy's name, or a function"):
         Engine(model, eviction=3)

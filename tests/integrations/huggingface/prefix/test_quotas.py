@@ -357,11 +357,11 @@ def test_continuous_batching_has_the_quotas_of_the_patch() -> None:
 @pytest.mark.parametrize(
     ("namespace", "quota", "error", "message"),
     [
-        (None, 3, TypeError, "namespace None: pass the name"),
-        ("", 3, ValueError, 'namespace "": expected at least one character'),
-        ("acme", 0, ValueError, "quota 0: expected at least 1"),
-        ("acme", 2.5, TypeError, "quota 2.5: expected an int"),
-        ("acme", "many", ValueError, "quota 'many': expected a size"),
+        (None, 3, TypeError, "namespace=None: expected the name"),
+        ("", 3, ValueError, 'namespace="": expected at least one character'),
+        ("acme", 0, ValueError, "quota=0: expected at least 1"),
+        ("acme", 2.5, TypeError, "quota=2.5: expected an int"),
+        ("acme", "many", ValueError, "quota='many': expected a size"),
         ("acme", "1KiB", ValueError, "quota='1KiB': one block takes 8.0 KiB"),
     ],
 )
