@@ -24,7 +24,7 @@ from kvpager.kernels.args import (
 )
 from kvpager.kernels.host_rows import HostRows
 
-# What kernels compute with.
+# The range of the kernels' float32 maths.
 _FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _WINDOW_MAX = 1 << 62
 _NUMBERS = (float, int, np.floating)  # other reals, such as fractions, tensors do not know

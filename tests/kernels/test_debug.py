@@ -110,7 +110,7 @@ def attention_arguments() -> dict[str, Any]:
 @pytest.mark.usefixtures("unreachable")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("changes", "message"), [*BAD_ROWS, *BAD_ATTENTION])
-def test_attention_names_what_is_wrong(
+def test_attention_reports_the_wrong_value(
     changes: dict[str, Tensor], message: str, dtype: torch.dtype
 ) -> None:
     changes = {
@@ -123,7 +123,7 @@ def test_attention_names_what_is_wrong(
 
 @pytest.mark.usefixtures("unreachable")
 @pytest.mark.parametrize(("changes", "message"), BAD_ROWS)
-def test_gather_names_what_is_wrong(changes: dict[str, Tensor], message: str) -> None:
+def test_gather_reports_the_wrong_value(changes: dict[str, Tensor], message: str) -> None:
     arguments = attention_arguments()
     rows = {"block_tables": arguments["block_tables"], "seq_lens": arguments["seq_lens"], **changes}
     with pytest.raises(ValueError, match=message):
@@ -141,7 +141,7 @@ def test_gather_names_what_is_wrong(changes: dict[str, Tensor], message: str) ->
         ([5, 0, 0], r"slots\[1\] and slots\[2\] are both 0; give"),
     ],
 )
-def test_append_names_what_is_wrong_and_writes_nothing(
+def test_append_reports_errors_and_writes_nothing(
     slots: list[int], message: str, kv_cache_dtype: Any
 ) -> None:
     storage = BlockStorage(
@@ -169,7 +169,7 @@ def test_append_names_what_is_wrong_and_writes_nothing(
         ([[2, 0], [1, 0]], r"copies\[0\] and copies\[1\] both write block 0; give"),
     ],
 )
-def test_copies_name_what_is_wrong_and_copy_nothing(copies: list[list[int]], message: str) -> None:
+def test_copies_report_errors_and_copy_nothing(copies: list[list[int]], message: str) -> None:
     storage = torch.arange(12.0).view(BLOCKS, 2)
     before = storage.clone()
     with pytest.raises(ValueError, match=message):
@@ -179,7 +179,7 @@ def test_copies_name_what_is_wrong_and_copy_nothing(copies: list[list[int]], mes
 
 @pytest.mark.usefixtures("debugging")
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_that_is_right_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_calls_are_not_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     call = make_call(case, torch.float32)
     output = attend(case, call, in_blocks(case, call, 16, torch.float32))
@@ -188,7 +188,7 @@ def test_nothing_that_is_right_is_refused(name: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("debugging")
-def test_what_kernels_skip_may_hold_anything() -> None:
+def test_skipped_entries_may_hold_anything() -> None:
     case = Case(((1, 20), (1, 3), (1, 0)))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 4, torch.float32)
@@ -233,7 +233,7 @@ def test_host_rows_have_the_values_of_the_tensors(name: str) -> None:
 
 
 @pytest.mark.usefixtures("debugging")
-def test_calls_of_nothing_at_all_pass() -> None:
+def test_empty_calls_pass() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     key_cache, value_cache = strided_caches(2, 4, 2, 8, 8, torch.float32)
     query, rows = torch.empty(0, 4, 8), none.view(0, 1)
@@ -246,7 +246,7 @@ def test_calls_of_nothing_at_all_pass() -> None:
     assert key_cache.isnan().all()
 
 
-def test_without_debug_mode_no_value_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_debug_mode_no_value_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debug, "enabled", lambda: False)
     names = ("rows", "queries", "kv_starts", "slots", "copies", "host_rows")
     for name in (f"check_{name}" for name in names):
@@ -262,7 +262,7 @@ def test_without_debug_mode_no_value_is_looked_at(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.gpu
 @pytest.mark.usefixtures("unreachable")
 @pytest.mark.parametrize(("changes", "message"), [*BAD_ROWS, *BAD_ATTENTION])
-def test_gpu_attention_names_what_is_wrong(changes: dict[str, Tensor], message: str) -> None:
+def test_gpu_attention_reports_the_wrong_value(changes: dict[str, Tensor], message: str) -> None:
     arguments = {name: x.cuda() for name, x in {**attention_arguments(), **changes}.items()}
     with pytest.raises(ValueError, match=message):
         paged_attention.paged_attention(**arguments)

@@ -139,7 +139,7 @@ def test_queries_may_be_a_view_of_a_larger_projection(implementation: Kernels) -
         torch.testing.assert_close(attend(case, strided, blocks, kernels=implementation), expected)
 
 
-def test_what_stands_past_a_rows_last_block_is_not_followed(implementation: Kernels) -> None:
+def test_entries_past_a_rows_last_block_are_ignored(implementation: Kernels) -> None:
     case = Case(((1, 40), (2, 8), (1, 0)))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 8, torch.float32)
@@ -325,7 +325,7 @@ def attention_arguments() -> dict[str, Any]:
         ),
     ],
 )
-def test_attention_refuses_what_does_not_fit(
+def test_attention_refuses_mismatched_arguments(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     paged_attention(**attention_arguments())  # a passing check must not hide a later failing one
@@ -334,7 +334,7 @@ def test_attention_refuses_what_does_not_fit(
             paged_attention(**{**attention_arguments(), **changes})
 
 
-def test_an_option_that_only_looks_like_one_that_passed_is_refused() -> None:
+def test_an_invalid_option_equal_to_a_valid_one_is_refused() -> None:
     paged_attention(**attention_arguments(), window=3)
     with pytest.raises(TypeError, match=r"window=3.0: must be a whole number"):
         paged_attention(**attention_arguments(), window=3.0)
@@ -370,7 +370,7 @@ def gather_arguments() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("wrong", "kind"), [(np.ones(2, np.int32), "numpy.ndarray"), ([1, 1], "list"), (3, "int")]
 )
-def test_an_argument_that_is_no_tensor_is_named(
+def test_an_argument_that_is_no_tensor_is_reported(
     operation: Any, arguments: Any, name: str, wrong: Any, kind: str
 ) -> None:
     with pytest.raises(
@@ -507,7 +507,7 @@ def test_no_gradient_flows_through_the_cache() -> None:
         ({"slots": torch.zeros(3, device="meta").long()}, ValueError, "slots.device=meta: must be"),
     ],
 )
-def test_append_refuses_what_does_not_fit(
+def test_append_refuses_mismatched_tensors(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     key_cache, value_cache = strided_caches(2, 4, 1, 2, 2, torch.float32)
@@ -533,7 +533,7 @@ def test_gather_in_another_dtype_rounds_once(implementation: Kernels) -> None:
         gather_kv(cache, tables, lens, 4, dtype=torch.int32)
 
 
-def test_gather_zeroes_tokens_whose_block_was_given_back(implementation: Kernels) -> None:
+def test_gather_zeroes_tokens_of_freed_blocks(implementation: Kernels) -> None:
     cache, _ = strided_caches(3, 2, 1, 1, 1, torch.float32)
     cache.copy_(torch.arange(1.0, 7.0).view(3, 2, 1, 1))
     cache[1] = NAN
@@ -607,7 +607,7 @@ def test_block_copies_of_another_shape_are_refused() -> None:
         copy_blocks(torch.zeros(2, 2), torch.zeros(2, 3).int())
 
 
-def test_blocks_that_are_no_single_run_are_not_copied() -> None:
+def test_blocks_that_are_not_contiguous_are_refused() -> None:
     with pytest.raises(ValueError, match="each block has to be one run of memory"):
         copy_blocks(torch.zeros(4, 2, 3).mT, torch.zeros(1, 2).int())
     apart = torch.arange(12.0).view(3, 4)[:, 1:3]  # between other bytes

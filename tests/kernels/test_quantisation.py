@@ -211,7 +211,7 @@ def test_a_fault_that_is_appended_is_not_read_as_a_number(
 
 
 @pytest.mark.parametrize("kv_cache_dtype", KV)
-def test_slots_that_no_row_uses_gather_as_zeros(
+def test_unused_slots_gather_as_zeros(
     kv_cache_dtype: KVCacheDtype, implementation: Kernels
 ) -> None:
     storage = one_layer(kv_cache_dtype)
@@ -254,7 +254,7 @@ def attended(
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kv_cache_dtype", KV)
-def test_attention_over_eight_bits_is_dense_attention_over_what_they_mean(
+def test_attention_over_eight_bits_is_dense_attention_over_dequantised_values(
     name: str, kv_cache_dtype: KVCacheDtype, implementation: Kernels
 ) -> None:
     case = CASES[name]
@@ -345,7 +345,7 @@ def test_a_long_cache_adds_no_error_beyond_rounding(
 
 
 @pytest.mark.parametrize("kv_cache_dtype", KV)
-def test_garbage_in_blocks_that_are_not_seen_never_shows(
+def test_garbage_in_unseen_blocks_never_shows(
     kv_cache_dtype: KVCacheDtype, implementation: Kernels
 ) -> None:
     case = Case(((1, 40), (3, 20)), window=9)

@@ -185,7 +185,7 @@ def test_rows_with_several_queries_are_covered(
     assert planner.plan(tables, np.array([41, 7, 12, 9, 1]), starts) is not plan
 
 
-def test_rows_of_one_query_each_are_decode_whoever_says_so() -> None:
+def test_rows_of_one_query_each_are_decode() -> None:
     prefix = list(range(100, 120))
     tables = tables_of([[*prefix, 1], [*prefix, 2]])
     plan = Planner(TILING).plan(tables, np.array([81, 81]), np.array([0, 1, 2]))
@@ -248,7 +248,7 @@ def test_a_plan_holds_while_rows_grow_into_blocks_of_their_own() -> None:
         require_cover(plan, wider, grown)
 
 
-def test_a_plan_is_left_when_a_row_has_outgrown_it() -> None:
+def test_a_row_that_outgrows_its_plan_gets_a_new_plan() -> None:
     planner = Planner(TILING)
     tables = tables_of([list(range(50)), [60]])
     plan = planner.plan(tables, np.array([8, 1]))
@@ -324,7 +324,7 @@ def plan_for(planner: Planner, tables: Any, seq_lens: list[int], starts: Any) ->
 
 
 @pytest.mark.parametrize("change", ["fork", "finish", "join", "replace"])
-def test_a_plan_is_left_when_rows_fork_join_or_finish(change: str) -> None:
+def test_rows_that_fork_join_or_finish_need_a_new_plan(change: str) -> None:
     prefix = list(range(100, 120))
     rows = [[*prefix, 1], [*prefix, 2], list(range(200, 221))]
     planner = Planner(TILING)
@@ -374,7 +374,7 @@ def test_tables_with_too_few_blocks_for_a_plan_get_another() -> None:
     assert planner.plan(tables[:, :7], np.array([33])) is not plan
 
 
-def test_a_block_given_back_behind_the_window_needs_no_new_plan() -> None:
+def test_a_block_freed_behind_the_window_needs_no_new_plan() -> None:
     planner = Planner(TILING, window=8)
     tables = tables_of([list(range(10))])
     plan = planner.plan(tables, np.array([24]))
@@ -385,7 +385,7 @@ def test_a_block_given_back_behind_the_window_needs_no_new_plan() -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_a_block_that_one_row_gave_back_is_read_through_another(ahead: int) -> None:
+def test_a_block_freed_by_one_row_is_read_through_another(ahead: int) -> None:
     planner = Planner(TILING, window=140)
     rows = [[*range(100, 140), *range(10 * row, 10 * row + 7)] for row in (1, 2)]
     seq_lens = [170, 170]
@@ -398,7 +398,7 @@ def test_a_block_that_one_row_gave_back_is_read_through_another(ahead: int) -> N
     require_cover(planner.plan(tables, np.array(seq_lens)), tables, seq_lens, window=140)
 
 
-def test_a_window_reaches_further_back_in_a_row_that_was_cut() -> None:
+def test_a_window_reaches_further_back_in_a_shortened_row() -> None:
     planner = Planner(TILING, window=8)
     tables = tables_of([list(range(10))])
     planner.plan(tables, np.array([40]))
@@ -427,9 +427,7 @@ def test_arrays_of_the_caller_may_change_afterwards() -> None:
     ("cu_seqlens_q", "changed"),
     [(None, 0), (None, 1), ([0, 2, 3], 0), ([0, 2, 3], 1), ([0, 2, 3], 2)],
 )
-def test_what_the_caller_changes_in_place_is_noticed(
-    cu_seqlens_q: list[int] | None, changed: int
-) -> None:
+def test_changes_in_place_are_noticed(cu_seqlens_q: list[int] | None, changed: int) -> None:
     planner = Planner(TILING)
     arrays = [tables_of([list(range(9)), list(range(20, 29))]), np.array([33, 33])]
     if cu_seqlens_q is not None:

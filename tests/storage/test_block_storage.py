@@ -232,7 +232,7 @@ def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str) -> 
         ("float32", "dtype='float32': must be a torch.dtype"),
     ],
 )
-def test_a_dtype_that_nothing_is_computed_in_is_refused(dtype: Any, message: str) -> None:
+def test_a_dtype_without_arithmetic_is_refused(dtype: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         BlockStorage(4, 16, EQUAL, dtype=dtype)
 
@@ -243,7 +243,7 @@ def test_an_unknown_kv_cache_dtype_is_refused(kv_cache_dtype: Any) -> None:
         BlockStorage(4, 16, EQUAL, dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
 
 
-def test_blocks_that_do_not_exist_are_refused_and_nothing_moves() -> None:
+def test_unknown_blocks_are_refused_and_nothing_is_copied() -> None:
     storage = numbered(num_host_blocks=2)
     before = storage.tier().clone()
     with pytest.raises(ValueError, match="destination block 6: must be -1 to 5"):
@@ -525,7 +525,7 @@ USES: dict[str, Callable[[BlockStorage], object]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_without_streams_no_use_asks_for_one(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_storage_never_asks_for_streams(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(device: torch.device) -> None:
         raise AssertionError("a CPU has no streams")
 
@@ -670,7 +670,7 @@ def test_pages_that_cannot_be_locked_are_torchs_error(monkeypatch: pytest.Monkey
         BlockStorage(9, 16, [LayerShape(2, 64, 64)], dtype=torch.bfloat16, pinned=True)
 
 
-def test_whether_memory_is_page_locked_is_true_or_false() -> None:
+def test_pinned_must_be_a_bool() -> None:
     with pytest.raises(TypeError, match="pinned='no': expected True or False"):
         BlockStorage(9, 16, [LayerShape(2, 64, 64)], dtype=torch.bfloat16, pinned="no")  # type: ignore[arg-type]
 

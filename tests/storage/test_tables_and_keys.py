@@ -62,7 +62,7 @@ def test_flashinfer_tables_take_a_handle_a_batch_or_a_generator(manager: BlockMa
         assert flashinfer(manager, target).indices.tolist() == expected
 
 
-def test_flashinfer_has_no_word_for_a_block_that_is_away(manager: BlockManager) -> None:
+def test_flashinfer_tables_refuse_dropped_blocks(manager: BlockManager) -> None:
     swapped, slid, whole = (manager.allocate(9) for _ in range(3))
     manager.swap(swapped, "host")
     manager.drop_before(slid, 5)
@@ -105,7 +105,7 @@ def test_a_steps_slots_become_the_slot_mapping(manager: BlockManager) -> None:
     assert padded.slot_mapping.dtype == np.int64
 
 
-def test_padding_adds_rows_columns_and_slots_that_nobody_reads(manager: BlockManager) -> None:
+def test_padding_adds_unused_rows_columns_and_slots(manager: BlockManager) -> None:
     sequences = [manager.allocate(4), manager.allocate(2)]
     step = manager.append(sequences, 1)
     plain = flash_attention(manager, sequences, step)
@@ -130,7 +130,7 @@ def test_tables_that_do_not_fit_their_padding_are_refused(
         flash_attention(manager, sequences, step, **{**room, too_small: room[too_small] - 1})
 
 
-def test_a_slid_sequence_keeps_its_length_for_windowed_attention(manager: BlockManager) -> None:
+def test_a_sequence_with_dropped_blocks_keeps_its_length(manager: BlockManager) -> None:
     sequence = manager.allocate(9)
     manager.drop_before(sequence, 5)
     padded = flash_attention(manager, sequence)
@@ -174,12 +174,12 @@ def test_another_context_gives_other_keys_throughout(field: str, other: object) 
     assert not set(keys) & set(others)
 
 
-def test_an_empty_adapter_is_refused() -> None:
+def test_an_empty_lora_is_refused() -> None:
     with pytest.raises(ValueError, match='lora="": expected at least one character'):
         replace(CONTEXT, lora="")
 
 
-def test_letters_cannot_move_from_one_field_into_the_next() -> None:
+def test_fields_of_a_key_are_encoded_separately() -> None:
     contexts = [
         KeyContext("ab", "c"),
         KeyContext("a", "bc"),
@@ -217,7 +217,7 @@ def test_equal_blocks_at_different_depths_have_different_keys() -> None:
         [(5, 10, b"image"), (7, 8, b"image")],
     ],
 )
-def test_other_contents_change_the_keys_from_the_first_block_they_overlap(
+def test_other_mm_hashes_change_keys_from_their_first_block_on(
     shown: list[tuple[int, int, bytes]],
 ) -> None:
     keys = content_keys(IDS, 4, CONTEXT, SHOWN)
@@ -225,7 +225,7 @@ def test_other_contents_change_the_keys_from_the_first_block_they_overlap(
     assert [a == b for a, b in zip(keys, others, strict=True)] == [True, False, False, False]
 
 
-def test_contents_count_in_whatever_order_they_are_named() -> None:
+def test_the_order_of_mm_hashes_does_not_matter() -> None:
     shown = [(1, 3, b"a"), (5, 7, b"b")]
     assert content_keys(IDS, 4, CONTEXT, shown) == content_keys(IDS, 4, CONTEXT, shown[::-1])
 

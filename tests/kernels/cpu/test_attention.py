@@ -366,7 +366,7 @@ def run(name: str, native: Native) -> Tensor:
         ({"mask": torch.ones(1, 1, 1, 40)}, "mask has 1 query rows, but a row has 2 queries"),
     ],
 )
-def test_attention_refuses_what_leads_outside(
+def test_attention_refuses_values_out_of_bounds(
     changes: dict[str, Any], message: str, native: Native
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -375,7 +375,7 @@ def test_attention_refuses_what_leads_outside(
 
 @pytest.mark.parametrize("value", [1.37, 3.0])
 def test_bfloat16_is_rounded_once_on_long_rows(value: float, native: Native) -> None:
-    # Where values do not cancel, weights that are rounded to one side show.
+    # Values do not cancel, so weights rounded to one side show.
     generator = torch.Generator().manual_seed(3)
     tokens, heads, dim = 2048, 2, 64
 

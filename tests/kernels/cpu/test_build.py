@@ -232,7 +232,7 @@ def test_two_processes_at_once_build_once(folder: Path, tmp_path: Path, prebuilt
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbled", "no digest", "another digest", "open"])
-def test_a_damaged_library_is_built_anew(damage: str, folder: Path, copying: Compiler) -> None:
+def test_a_damaged_library_is_rebuilt(damage: str, folder: Path, copying: Compiler) -> None:
     path = compiler.ensure(PORTABLE).path
     digest = path.with_suffix(".so.sha256")
     content = bytearray(path.read_bytes())
@@ -285,7 +285,7 @@ def test_each_variant_has_a_library_of_its_own(folder: Path, copying: Compiler) 
 
 
 @pytest.mark.usefixtures("no_compiler", "registry")
-def test_without_a_compiler_torch_runs_and_one_line_says_why(
+def test_without_a_compiler_torch_runs_and_logs_the_reason(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(BuildError, match=r"no C\+\+ compiler found; install g\+\+ or clang\+\+"):
@@ -484,7 +484,7 @@ def test_without_a_writable_home_a_private_temporary_folder_serves(
         cache.writable_folder()
 
 
-def test_what_one_user_builds_into_an_image_another_can_read(
+def test_other_users_can_read_libraries_built_into_an_image(
     folder: Path, copying: Compiler
 ) -> None:
     built = compiler.ensure(PORTABLE).path
@@ -493,7 +493,7 @@ def test_what_one_user_builds_into_an_image_another_can_read(
         assert not path.stat().st_mode & 0o022
 
 
-def test_a_relative_folder_is_the_one_of_now(
+def test_a_relative_folder_is_resolved_at_the_call(
     folder: Path, copying: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.mkdir()
@@ -623,7 +623,7 @@ def leave_library(folder: Path, source: str, days: float) -> list[Path]:
 
 
 @pytest.mark.usefixtures("copying")
-def test_a_build_removes_libraries_of_other_sources_that_nobody_uses(folder: Path) -> None:
+def test_a_build_removes_unused_libraries_of_other_sources(folder: Path) -> None:
     old = leave_library(folder, OTHER_SOURCE, 31)
     unlocked = leave_library(folder, "1" * 16, 31)
     unlocked.pop().unlink()
@@ -670,7 +670,7 @@ def test_a_library_that_cannot_be_touched_is_loaded(
 
 
 @pytest.mark.usefixtures("copying")
-def test_a_build_removes_what_killed_builds_left(folder: Path) -> None:
+def test_a_build_removes_files_of_killed_builds(folder: Path) -> None:
     stems = [
         f"kernels-{source}-portable-01234567" for source in (OTHER_SOURCE, compiler.source_digest())
     ]
@@ -683,7 +683,7 @@ def test_a_build_removes_what_killed_builds_left(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("copying")
-def test_what_another_process_may_be_building_stays(folder: Path) -> None:
+def test_files_of_a_running_build_stay(folder: Path) -> None:
     left = leave_library(folder, OTHER_SOURCE, 31)
     part = leave(folder, f"kernels-{OTHER_SOURCE}-avx2-01234567.x_1.part", 31)
     free = leave_library(folder, "1" * 16, 31)
@@ -695,7 +695,7 @@ def test_what_another_process_may_be_building_stays(folder: Path) -> None:
     assert not any(path.exists() for path in (*left, part))
 
 
-def test_a_lock_that_was_removed_meanwhile_is_made_anew(
+def test_a_lock_removed_while_waiting_is_recreated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, name = tmp_path / "kernels.so", tmp_path / "kernels.lock"
@@ -803,7 +803,7 @@ def test_the_best_variant_is_the_default(
 
 @pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("choice", ["off", "OFF"])
-def test_off_leaves_everything_to_torch_without_a_word(
+def test_off_uses_torch_without_a_warning(
     choice: str,
     copying: Compiler,
     monkeypatch: pytest.MonkeyPatch,
@@ -885,7 +885,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return {line[:13].strip(): line[13:] for line in lines}
 
 
-def test_the_command_shows_what_there_is_and_builds_nothing(
+def test_the_status_command_shows_libraries_and_builds_nothing(
     folder: Path,
     copying: Compiler,
     capsys: pytest.CaptureFixture[str],
@@ -957,9 +957,7 @@ def test_the_command_shows_what_is_wrong(
     assert shown(capsys)["in use"].startswith("torch: KVPAGER_CPU_KERNELS=avx1024: ")
 
 
-def test_the_command_says_what_went_wrong(
-    failing: Compiler, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_reports_errors(failing: Compiler, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["build", "--variant", "portable"]) == 1
     assert "error: no such vector" in capsys.readouterr().err
     assert command_line.main(["build", "--variant", "avx1024"]) == 1
@@ -983,7 +981,7 @@ def test_every_source_is_packaged() -> None:
         assert path.suffix == ".py" or matches, path.name
 
 
-def test_what_the_provider_registers_is_what_there_is() -> None:
+def test_the_provider_registers_every_operation() -> None:
     assert set(provider.OPERATIONS) == OPERATIONS
 
 

@@ -65,7 +65,7 @@ def trusted_by(user: int, libraries: list[str]) -> str:
 
 
 @pytest.mark.parametrize(("mode", "is_trusted"), [(0o777, False), (0o775, False), (0o1777, True)])
-def test_nobody_else_may_write_above_the_folder_unless_it_is_sticky(
+def test_parent_folders_are_not_writable_by_others_unless_sticky(
     mode: int, is_trusted: bool, library: Path, tmp_path: Path
 ) -> None:
     tmp_path.chmod(mode)
@@ -80,7 +80,7 @@ def test_nobody_else_may_write_above_the_folder_unless_it_is_sticky(
 
 
 @pytest.mark.parametrize("above", [False, True])
-def test_a_link_of_ones_own_may_lead_to_the_folder(
+def test_a_users_own_link_may_lead_to_the_folder(
     above: bool, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = tmp_path / "link"
@@ -93,7 +93,7 @@ def test_a_link_of_ones_own_may_lead_to_the_folder(
 
 @AS_ROOT
 @pytest.mark.parametrize("what", ["folder", "link", "library", "digest", "folder above"])
-def test_what_another_user_owns_is_not_loaded(
+def test_libraries_of_another_user_are_not_loaded(
     what: str, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = library
@@ -139,7 +139,7 @@ def test_links_in_a_circle_are_an_error_not_a_wait(
 
 
 @pytest.mark.parametrize("exchanged", ["library", "folder"])
-def test_what_is_loaded_is_what_was_hashed(
+def test_the_loaded_bytes_are_the_hashed_bytes(
     exchanged: str, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     genuine, loaded = cache._load, []
@@ -193,7 +193,7 @@ def test_a_private_copy_serves_where_descriptors_have_no_names(
 
 
 @AS_ROOT
-def test_another_user_loads_what_root_built_and_nothing_of_a_third(library: Path) -> None:
+def test_users_load_libraries_of_root_but_of_no_other_user(library: Path) -> None:
     shared = Path(tempfile.mkdtemp())
     try:
         shared.chmod(0o755)
@@ -247,7 +247,7 @@ KINDS = ["FIFO", "folder", "link", "socket", "device"]
 @pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", [".so", ".so.sha256", ".lock"])
-def test_what_is_no_plain_file_is_replaced_or_torch_runs(
+def test_special_files_are_replaced_or_torch_runs(
     suffix: str, kind: str, library: Path, short_socket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVPAGER_CPU_KERNELS", "portable")

@@ -135,7 +135,7 @@ def test_a_row_without_a_block_to_grow_into_is_refused(kernels: Any) -> None:
     history.check()
 
 
-def test_who_cannot_copy_keeps_others_from_writing_to_the_shared_block(kernels: Any) -> None:
+def test_a_refused_row_keeps_others_from_writing_its_shared_block(kernels: Any) -> None:
     history = History(kernels, 1, 4, 2, 2)
     history.step([0])
     history.fork([(0, 1)])
@@ -227,7 +227,7 @@ def test_arguments_are_checked() -> None:
         step_alloc.fork_rows(allocator, rows, rows[:1])
 
 
-def test_debug_mode_looks_at_row_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_mode_checks_row_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debug, "_enabled", True)
     allocator = DeviceAllocator(4, 4, 2, 1)
     with pytest.raises(ValueError, match="rows has row 2; the allocator has rows 0 to 1"):
@@ -253,7 +253,7 @@ def test_debug_mode_looks_at_row_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda a: a.seq_lens[0].fill_(9), "row 0: 9 tokens do not fit 2 blocks"),
     ],
 )
-def test_check_names_the_broken_law(spoil: Any, law: str) -> None:
+def test_check_names_the_broken_invariant(spoil: Any, law: str) -> None:
     allocator = DeviceAllocator(4, 4, 2, 2)
     step_alloc.step_alloc(allocator, torch.tensor([0]))
     allocator.check()

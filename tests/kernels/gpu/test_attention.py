@@ -370,7 +370,7 @@ def test_lengths_beyond_the_tables_of_a_plan_read_no_block() -> None:
     torch.testing.assert_close(output, expected)
 
 
-def test_a_fixed_chunk_gives_the_same_bits_in_any_company() -> None:
+def test_a_fixed_chunk_gives_the_same_bits_in_any_batch() -> None:
     case = Case(((1, 60), (1, 33), (1, 5)))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
@@ -421,7 +421,7 @@ def test_a_plan_for_one_query_a_row_is_refused_for_more() -> None:
         by_plan(plan, torch.zeros(3, 4, 8), *caches, *rows, torch.tensor([0, 2, 3]))
 
 
-def test_a_plan_for_several_queries_needs_to_know_whose_they_are() -> None:
+def test_a_plan_for_several_queries_needs_cu_seqlens_q() -> None:
     case = Case(((2, 9), (1, 5)))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 4, torch.float32)
@@ -454,7 +454,9 @@ def test_no_queries_give_an_empty_result() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float64, 8), (torch.float32, 520)])
-def test_what_triton_cannot_take_the_reference_computes(dtype: torch.dtype, dim: int) -> None:
+def test_the_reference_computes_calls_that_triton_does_not_support(
+    dtype: torch.dtype, dim: int
+) -> None:
     case = Case(((1, 5), (1, 9)), key_dim=dim, value_dim=dim)
     call = make_call(case, dtype)
     output = attend(case, call, in_blocks(case, call, 4, dtype), kernels=TRITON)
