@@ -114,7 +114,7 @@ def test_memory_that_runs_out_leaves_the_rows_as_they_were(monkeypatch) -> None:
         ragged.reserve(np.array([0, 1]), np.array([8, 2**20]))
     ragged.check("rows", np.array([4, 0]))
     assert ragged.row(0).tolist() == [5] * 4
-    ragged.release(0)  # what is not given back now is at the next chance
+    ragged.release(0)  # the next release shrinks the array
     ragged.check("rows", np.array([0, 0]))
 
 

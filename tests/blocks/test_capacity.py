@@ -37,7 +37,7 @@ def cache(manager: BlockManager, ids: list[int], namespace: str | None = None) -
 
 
 def press(manager: BlockManager, namespace: str | None = None) -> None:
-    """Take every block that can be had, one by one, and give them back."""
+    """Take every available block, one by one, and release them."""
     taken = list[SequenceHandle]()
     with suppress(OutOfBlocks):
         while True:
@@ -472,7 +472,7 @@ def test_where_a_block_moved_by_shrinking_arrives_stays_until_complete() -> None
 def test_a_late_swap_reads_the_bytes_it_was_planned_for(seed: int) -> None:
     random = np.random.default_rng(seed)
     manager = BlockManager(12, 4, 8, fences=True)
-    writes = np.zeros(12, int)  # how often somebody wrote into each block
+    writes = np.zeros(12, int)  # the number of writes into each block
     live, swapped = list[SequenceHandle](), set[SequenceHandle]()
     pending = list[tuple[Plan | Step | SequenceHandle, list[int]]]()
 
@@ -754,7 +754,7 @@ def test_a_time_to_live_is_finite_and_not_negative(ranked: BlockManager, ttl_s: 
 
 
 def room(manager: BlockManager, namespace: str | None) -> int:
-    """How many blocks a namespace could get now; says nothing about who loses them."""
+    """Return how many blocks a namespace could get now."""
     twin = twin_of(manager)
     num_blocks = 0
     with suppress(OutOfBlocks):

@@ -486,7 +486,7 @@ class Worker:
         self.look()
 
     def look(self) -> None:
-        """What only this thread touches is what this thread made it, whatever the others do."""
+        """Check that sequences of this thread are unaffected by other threads."""
         manager = self.manager
         here = [one for one in self.own if one not in self.swapped]
         assert manager.lengths(self.own).tolist() == [len(ids) for ids in self.own.values()]

@@ -33,12 +33,12 @@ def committed(manager: BlockManager, ids: list[int], **who: object) -> SequenceH
 
 
 def cache(manager: BlockManager, ids: list[int], **who: object) -> None:
-    """Leave a prompt behind that nobody holds."""
+    """Cache a prompt that no sequence holds."""
     manager.free(committed(manager, ids, **who))
 
 
 def evict(manager: BlockManager, num_blocks: int = 1) -> None:
-    """Have so many cached blocks leave, whatever is free."""
+    """Evict `num_blocks` cached blocks."""
     manager.free(manager.allocate((manager.num_free_blocks + num_blocks) * manager.block_size))
     manager.check()
 
@@ -154,7 +154,7 @@ def test_a_run_without_its_tail_can_be_extended() -> None:
 def test_a_place_beyond_a_lost_tail_is_gone() -> None:
     manager = BlockManager(16, 4)
     first, twin = manager.allocate(A + B), manager.allocate(A + B)
-    manager.commit([first, twin])  # the twin's place is in the blocks of the first
+    manager.commit([first, twin])  # the duplicate's place is in the blocks of the first
     manager.free(first)
     held = manager.allocate(manager.num_free_blocks * 4)
     manager.append(held, 1)  # the tail of the run leaves
@@ -168,7 +168,7 @@ def test_a_place_beyond_a_lost_tail_is_gone() -> None:
     assert manager.match_prefix(A + C + E) == 8
 
 
-# -------------------------------------------------------------------- twins and forks
+# -------------------------------------------------------------------- duplicates and forks
 
 
 def test_a_twin_goes_on_behind_the_blocks_that_are_offered(manager: BlockManager) -> None:
@@ -498,7 +498,7 @@ def test_looking_at_a_prompt_does_not_keep_it(manager: BlockManager) -> None:
 
 
 def order_of_leaving(manager: BlockManager, prompts: list[list[int]]) -> list[list[int]]:
-    """Which of these prompts of one block leave, one after the other."""
+    """Return the order in which these prompts of one block are evicted."""
     held = manager.allocate(manager.num_free_blocks * manager.block_size)
     order = list[list[int]]()
     for _ in prompts:
@@ -709,7 +709,7 @@ class Pairs:
         self.live.append(sequence)
 
     def probe(self, ids: list[int], tree: tuple[str | None, str | None]) -> None:
-        """Who was never here before finds nothing, whatever its name resembles."""
+        """Check that a new namespace finds nothing, whatever its name."""
         fresh = f"{tree[0]}{next(self.numbers)}"
         for namespace, lora in ((fresh, tree[1]), (tree[0], fresh), (fresh, fresh)):
             found = self.manager.match_prefix(ids, namespace=namespace, lora=lora)

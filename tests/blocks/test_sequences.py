@@ -1,4 +1,4 @@
-"""Drafts, blocks given back, appended ids, batches and handles: one behaviour a test."""
+"""Speculative tokens, dropped blocks, appended ids, batches and handles."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_speculative_tokens_survive_a_swap(manager: BlockManager) -> None:
     manager.check()
 
 
-# -------------------------------------------------------------------- blocks given back
+# -------------------------------------------------------------------- dropped blocks
 
 
 def test_slots_of_a_dropped_block_are_refused(manager: BlockManager) -> None:

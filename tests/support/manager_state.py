@@ -5,7 +5,7 @@
     assert same_state(state_of(manager), before)
 
 One way only: no manager can be made of it. Room that is reserved and not used is no part of it, nor
-are events that nobody fetched.
+are unread events.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tests of the throughput command share: a model, requests, a clock nobody waits for."""
+"""Shared by tests of the throughput command: a model, requests, a simulated clock."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ ENCODER_DECODERS = ["t5", "bart"]
 
 
 def is_known(name: str) -> bool:
-    """Whether this transformers has the architecture."""
+    """Return True if this transformers has the architecture."""
     known = ARCHITECTURES[name]
     return hasattr(transformers, known.model) and hasattr(transformers, known.config)
 
