@@ -104,7 +104,7 @@ def test_an_engine_passes_the_cache_by_the_models_name(kind):
     expected = text(tiny_models.tiny_model("llama"))
     with kvpager.Engine(foreign(kind)) as engine:
         (output,) = engine.generate(PROMPT["input_ids"].tolist(), max_new_tokens=6, do_sample=False)
-    assert PROMPT["input_ids"].tolist()[0] + output.tokens == expected[0]
+    assert PROMPT["input_ids"].tolist()[0] + output.token_ids == expected[0]
 
 
 def test_an_engine_refuses_a_model_without_a_cache_argument():
