@@ -672,7 +672,7 @@ def test_an_engine_reuses_nothing_after_its_model_changes(change: Change) -> Non
             stats = engine.stats()
         assert stats.scheduler.total_reused_tokens == reused
         assert (stats.model_changes, stats.unshared) == (1, None)
-        assert output.tokens == tokens(model)
+        assert output.token_ids == tokens(model)
 
 
 def test_an_engine_begins_again_to_share_after_a_change() -> None:
@@ -801,8 +801,8 @@ def test_blocks_of_a_request_are_private_after_a_change() -> None:
     with kvpager.Engine(model, memory="8MiB", on_step=do) as engine:
         (output,) = engine.generate([PROMPT], **{**GREEDY, "max_new_tokens": 40})
         assert do.done.is_set()
-        assert len(output.tokens) == 40  # it goes on
-        prompt = PROMPT + output.tokens
+        assert len(output.token_ids) == 40  # it goes on
+        prompt = PROMPT + output.token_ids
         (after,) = engine.generate([prompt], **GREEDY)
         assert engine.stats().scheduler.total_reused_tokens == 0
         assert engine.stats().model_changes == 1
@@ -822,7 +822,7 @@ def test_an_undone_change_is_noticed_during_a_request() -> None:
 
     with kvpager.Engine(model, memory="8MiB", on_step=toggle) as engine:
         (output,) = engine.generate([PROMPT], **{**GREEDY, "max_new_tokens": 60})
-        prompt = PROMPT + output.tokens
+        prompt = PROMPT + output.token_ids
         (after,) = engine.generate([prompt], **GREEDY)
         assert engine.stats().scheduler.total_reused_tokens == 0
     expected = model.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :]
@@ -867,7 +867,7 @@ def test_an_engine_notices_an_uncounted_write_while_requests_wait() -> None:
             engine.submit(PROMPT, **GREEDY),  # computed before the write, in part
             engine.submit(PROMPT, **GREEDY),
         ]
-        _, after = (stream.result().tokens for stream in streams)
+        _, after = (stream.result().token_ids for stream in streams)
         assert do.done.is_set()
     expected = model.generate(torch.tensor([PROMPT]), **GREEDY)[0, len(PROMPT) :]
     assert after == expected.tolist()
