@@ -30,7 +30,9 @@ def on_startup(**_: object) -> None:
     """Copy the package for mkdocstrings, which finds no module in a folder without __init__.py."""
     copy = ROOT / "build" / "api" / "kvpager"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(ROOT / "kvpager", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "kvpager", copy, ignore=shutil.ignore_patterns("__pycache__", "tiny_llama")
+    )
     for folder in (copy / "kernels", copy / "integrations"):
         (folder / "__init__.py").touch()
 
