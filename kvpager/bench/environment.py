@@ -15,7 +15,7 @@ from rich.text import Text
 
 import kvpager
 
-# First and last version, both included, that kvpager is made for; None for any.
+# The supported versions: first and last, both included. None: any version.
 SUPPORTED: dict[str, tuple[str, str] | None] = {
     "python": ("3.11", "3.13"),
     "torch": ("2.11", "2.14"),
@@ -27,7 +27,7 @@ NEEDED = {"python", "torch", "numpy"}
 
 
 def collect() -> dict[str, Any]:
-    """Everything `kvpager env` shows, as plain data. Imports torch."""
+    """Return everything that `kvpager env` shows, as plain data. Imports torch."""
     return {
         "kvpager": kvpager.__version__,
         "platform": platform.platform(),
@@ -50,7 +50,7 @@ def _version(name: str) -> dict[str, Any]:
 
 
 def installed(name: str) -> str | None:
-    """The installed version of a package (or of Python); None where there is none."""
+    """Return the installed version of a package or of Python; None if not installed. O(1)."""
     if name == "python":
         return platform.python_version()
     try:
@@ -60,7 +60,7 @@ def installed(name: str) -> str | None:
 
 
 def is_inside(found: str, bounds: tuple[str, str] | None) -> bool:
-    """Whether major and minor of `found` lie between the bounds, both included.
+    """Return True if `found` lies within the bounds, by major and minor version.
 
     >>> is_inside("2.13.0+cpu", ("2.11", "2.13"))
     True
@@ -82,7 +82,7 @@ def _gpus() -> list[str]:
 
 
 def _kernels() -> dict[str, dict[str, dict[str, str]]]:
-    """Device type -> operation -> backend and reason."""
+    """Return backend and reason by device type and operation."""
     from kvpager.kernels import backends
 
     return {

@@ -140,7 +140,7 @@ def throughput(options: Options) -> None:
     Every system warms up on a few other requests. Then the systems take turns,
     --repeats times.
 
-    Exit status: 0; 1 if a system fails; 2 for wrong usage.
+    Exit status: 0, 1 if a system fails, or 2 for wrong usage.
     """
     check_writable(options.json_file)
     check_plot(options.plot)

@@ -25,7 +25,7 @@ def mutants(
 
     Each mutant runs for at most --operations operations, in its own interpreter.
 
-    Exit status: 0 if at least 95 % are killed; 1 if fewer; 2 for wrong usage.
+    Exit status: 0 if at least 95 % are killed, 1 if fewer, 2 for wrong usage.
     """
     from tqdm import tqdm
 

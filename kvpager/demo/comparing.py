@@ -22,7 +22,7 @@ UNITS_OF_A_NEAR_TIE = 2.0
 
 
 class Model(Protocol):
-    """What judging a difference needs: logits without any cache, and their dtype."""
+    """A model that judges a difference: logits without a cache, and the dtype's precision."""
 
     @property
     def eps(self) -> float:

@@ -1,7 +1,7 @@
-"""Bytes that tokens need and caches take, and the state of every block.
+"""Measure bytes needed and held, and the state of every block.
 
-A row's tokens that an earlier row begins with as well are *duplicates*: a token needs its key and
-value once, however many rows begin with it. `needed_bytes` counts it once, for both sides.
+*Duplicates* are leading tokens that a row shares with an earlier row. Both rows can read one copy:
+`needed_bytes` counts it once for both caches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ States = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class HeldRow:
-    """A row of a cache at the end: its tokens, and how many of the first are duplicates."""
+    """A row of the final cache: its length, and its leading duplicates."""
 
     length: int
     duplicates: int
@@ -28,7 +28,7 @@ class HeldRow:
 
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
-    """What a layer of transformers' cache stores: bytes per token, tokens per row."""
+    """A layer of DynamicCache: bytes per token, and tokens per row."""
 
     token_bytes: int
     columns: int
@@ -38,7 +38,7 @@ class LayerBytes:
 
 
 def _layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the attention layers, [rows, kv_heads, columns, dim] each."""
+    """Return keys and values by attention layer, [rows, kv_heads, columns, dim] each."""
     pairs = [
         (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
     ]
@@ -50,12 +50,12 @@ def _layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def reserved_bytes(cache: Any) -> int:
-    """Bytes of all keys and values that transformers' cache holds. O(layers)."""
+    """Return the bytes of all keys and values in DynamicCache. O(layers)."""
     return sum(key.nbytes + value.nbytes for key, value in _layers(cache))
 
 
 def layer_bytes(cache: Any) -> list[LayerBytes]:
-    """Each attention layer of transformers' cache. O(layers)."""
+    """Return the attention layers of DynamicCache. O(layers)."""
     return [
         LayerBytes((key.nbytes + value.nbytes) // (key.shape[0] * key.shape[2]), key.shape[2])
         for key, value in _layers(cache)
@@ -64,7 +64,10 @@ def layer_bytes(cache: Any) -> list[LayerBytes]:
 
 
 def needed_bytes(layers: Iterable[LayerBytes], rows: Sequence[HeldRow]) -> int:
-    """Bytes of the rows' tokens, each prefix once. A windowed layer needs its last columns only."""
+    """Return the bytes of the rows' tokens, each prefix once. O(layers * rows).
+
+    A windowed layer needs only its last columns.
+    """
     return sum(
         layer.token_bytes * (row.length - max(row.duplicates, row.length - layer.columns, 0))
         for layer in layers
@@ -73,7 +76,10 @@ def needed_bytes(layers: Iterable[LayerBytes], rows: Sequence[HeldRow]) -> int:
 
 
 def contiguous_bytes(layers: Iterable[LayerBytes], num_rows: int, length: int, held: int) -> int:
-    """Bytes of one buffer of `length` tokens per row; `held` tokens tell windowed layers apart."""
+    """Return the bytes of a buffer of `length` tokens per row. O(layers).
+
+    A layer with fewer than `held` columns is windowed, and its buffer stays that short.
+    """
     return sum(
         layer.token_bytes * num_rows * (length if layer.columns >= held else layer.columns)
         for layer in layers
@@ -84,7 +90,7 @@ def contiguous_bytes(layers: Iterable[LayerBytes], num_rows: int, length: int, h
 
 
 def rows_by_ids(rows: Sequence[Sequence[int]]) -> list[HeldRow]:
-    """Duplicates found by comparing token ids. O(rows^2 * tokens)."""
+    """Find duplicates by comparing token ids. O(rows^2 * tokens)."""
     arrays = [np.asarray(row) for row in rows]
     return [
         HeldRow(len(row), max((_common(row, other) for other in arrays[:index]), default=0))
@@ -99,10 +105,10 @@ def _common(row: NDArray[Any], other: NDArray[Any]) -> int:
 
 
 def rows_by_keys(cache: Any, prompt_length: int, length: int) -> list[HeldRow]:
-    """The beams of one prompt; duplicates found by comparing keys. O(rows^2 * new tokens).
+    """Find duplicates among the beams of one prompt by comparing keys. O(rows^2 * new tokens).
 
-    `generate` does not say which tokens its running beams hold, but a key in a deep layer tells:
-    beams that begin alike got its bytes copied, and any other beginning gives other bytes.
+    `generate` does not return the tokens of running beams. Beams that share a token have equal keys
+    in a deep layer, because beam search copied the bytes; other tokens give other keys.
     """
     key = max((key for key, _ in _layers(cache)), key=lambda key: key.shape[2] >= length)
     new = key[:, :, max(key.shape[2] - (length - prompt_length), 0) :]
@@ -120,13 +126,13 @@ def rows_by_keys(cache: Any, prompt_length: int, length: int) -> list[HeldRow]:
 
 
 def block_states(caches: Sequence[Any]) -> list[States]:
-    """The `BlockStatus` of every block, uint8 [blocks] for each pool of the caches. O(blocks)."""
+    """Return the `BlockStatus` of every block, uint8 [blocks] per pool. O(blocks)."""
     groups = [group for cache in caches for group in getattr(cache, "groups", [])]
     pools = {id(group.pool): group.pool for group in groups if group.pool is not None}
     return [pool.manager.queries.block_statuses() for pool in pools.values()]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to do."""
+    """Wait for all work queued on the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""What `kvpager demo` prints: for people, on 80 columns or more, with colours or without."""
+"""The printed output of `kvpager demo`, for 80 columns or more, with or without colour."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kvpager.demo.settings import Settings
 
 MAP_LINES_MAX = 3
 MAP_CELLS_MAX = 96
+PROMPT_END = 27  # characters
 
 # A letter tells the states apart without colour.
 CELLS = {
@@ -31,7 +32,7 @@ CELLS = {
 
 
 def show_heading(console: Console, model: str, dtype: str, device: str, settings: Settings) -> None:
-    """What is run, in two lines."""
+    """Print the model, the device and how to read the figures."""
     console.print(
         f"[bold]kvpager {kvpager.__version__}[/]: {escape(model)}, {dtype} on {device}, "
         f"block size {settings.block_size}",
@@ -47,7 +48,7 @@ def show_heading(console: Console, model: str, dtype: str, device: str, settings
 
 
 def show_result(console: Console, result: Result, settings: Settings) -> None:
-    """One scenario: texts, memory, blocks."""
+    """Print the texts, memory and blocks of a scenario."""
     scenario = result.scenario
     console.print()
     console.rule(f"[bold]({scenario.key}) {escape(scenario.title)}", align="left", style="dim")
@@ -81,19 +82,19 @@ def _verdict(result: Result) -> Text:
 def _texts(console: Console, result: Result) -> Table:
     table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
     table.add_column("row", justify="right")
-    table.add_column("prompt's end", style="dim", max_width=32, no_wrap=True, overflow="ellipsis")
+    table.add_column("prompt's end", style="dim", no_wrap=True)
     table.add_column("generated", overflow="fold", max_width=84)
     for number, row in enumerate(result.texts, start=1):
         table.add_row(
             str(number),
-            Text("..." + _printable(row.prompt_end, console.encoding)),
+            Text("..." + _printable(row.prompt_end, console.encoding)[-PROMPT_END:]),
             Text(_printable(row.text, console.encoding)),
         )
     return table
 
 
 def _printable(text: str, encoding: str) -> str:
-    """One line, without what a terminal would obey or cannot show."""
+    """Return one line without control characters and characters that cannot be encoded."""
     words = " ".join(text.split())
     shown = "".join(letter if letter.isprintable() else "?" for letter in words)
     return shown.encode(encoding, "replace").decode(encoding)
@@ -107,8 +108,9 @@ def _memory(result: Result) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=True)
     table.add_column("keys and values")
     table.add_column("bytes", justify="right")
-    table.add_column("of them wasted", justify="right")
-    table.add_row("needed: every token once", size(plain.needed_bytes), "")
+    table.add_column("of that wasted", justify="right")
+    table.add_column("KV utilisation", justify="right")
+    table.add_row("needed: every token once", size(plain.needed_bytes), "", "")
     tokens, limit, rows = plain.known_length_tokens, plain.limit_tokens, result.scenario.rows_alive
     buffers = "one buffer a row,"
     lines = [
@@ -120,8 +122,8 @@ def _memory(result: Result) -> Table:
         lines.append((f"{buffers} model's limit ({rows} x {limit:,})", plain.limit_bytes, "dim"))
     for name, taken, style in lines:
         wasted = taken - plain.needed_bytes
-        share = f"{size(wasted)} ({_percent(wasted, taken)})"
-        table.add_row(name, size(taken), share, style=style)
+        used = _percent(plain.needed_bytes, taken)
+        table.add_row(name, size(taken), size(wasted), used, style=style)
     return table
 
 
@@ -165,7 +167,7 @@ def _show_map(console: Console, states: States) -> None:
 
 
 def summarise(states: States, num_cells: int) -> tuple[States, int]:
-    """At most `num_cells` cells of equally many blocks, each in its commonest state. O(blocks)."""
+    """Return up to `num_cells` cells, each with the commonest state of its blocks. O(blocks)."""
     blocks_per_cell = max(1, -(-len(states) // num_cells))
     cells = [
         np.bincount(states[start : start + blocks_per_cell]).argmax()
@@ -178,7 +180,7 @@ def summarise(states: States, num_cells: int) -> tuple[States, int]:
 
 
 def show_summary(console: Console, results: Results) -> None:
-    """One line per scenario, and the verdict."""
+    """Print a line per scenario, and the verdict."""
     console.print()
     console.rule("[bold]Summary", align="left", style="dim")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=True)

@@ -1,4 +1,4 @@
-"""What a run found: the figures of both sides of every scenario, and their JSON form."""
+"""The figures of both caches in every scenario, and their JSON form."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class RowText:
-    """A prompt's end and what followed it."""
+    """The end of a prompt, and the generated text."""
 
     prompt_tokens: int
     prompt_end: str
@@ -61,7 +61,7 @@ class RowText:
 
 @dataclass(frozen=True, slots=True)
 class CallFigures:
-    """What one call of `generate` took from kvpager's pool."""
+    """The blocks that one call of `generate` took from kvpager's pool."""
 
     prompt_tokens: int  # of all rows
     prefix_hit_tokens: int
@@ -82,7 +82,7 @@ class Plain:
 
     @property
     def wasted_bytes(self) -> int:
-        """Bytes of padding and of second copies."""
+        """Return the bytes of padding and duplicates. O(1)."""
         return self.reserved_bytes - self.needed_bytes
 
 
@@ -98,7 +98,7 @@ class Paged:
 
     @property
     def open_bytes(self) -> int:
-        """Bytes of held blocks' slots that no token is in yet."""
+        """Return the bytes of empty token slots in held blocks. O(1)."""
         return self.stats.held_bytes - self.stats.used_bytes
 
 
@@ -124,7 +124,7 @@ class Result:
         return not all(found.is_near_tie for found in self.differences)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data. O(rows + blocks)."""
+        """Return plain data. O(rows + blocks)."""
         plain, paged = self.plain, self.paged
         states = np.concatenate([*paged.states, np.empty(0, np.int8)])
         return {
@@ -178,7 +178,7 @@ class Results:
 
     @property
     def identical(self) -> bool:
-        """True if every token of every scenario is transformers' own."""
+        """True if kvpager generated every token that transformers generated."""
         return not any(result.differences for result in self.scenarios)
 
     @property
@@ -187,7 +187,7 @@ class Results:
         return any(result.is_wrong for result in self.scenarios)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, ready for `json.dumps`."""
+        """Return plain data for `json.dumps`."""
         return {
             "kvpager": kvpager.__version__,
             "model": self.model,

@@ -1,4 +1,4 @@
-"""Four workloads. Their English is what every Python carries: the pages behind `help("import")`."""
+"""Four workloads. Their texts are the help pages of Python, such as `help("import")`."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Scenario:
 
     @property
     def rows_alive(self) -> int:
-        """Rows whose keys and values are held at the end. O(calls)."""
+        """Return the number of rows in the final caches. O(calls)."""
         calls = self.calls if self.keep_caches else self.calls[-1:]
         return sum(map(len, calls)) * self.num_beams
 
 
 def build(settings: Settings, tokenize: Tokenize, max_positions: int | None) -> list[Scenario]:
-    """The four scenarios in the model's tokens. O(text). Raises `BadInput` for long prompts."""
+    """Build the four scenarios. O(text). Raises `BadInput` for prompts that are too long."""
     room = _room(settings, max_positions)
     return [
         _batch(settings, tokenize, room),
@@ -64,7 +64,7 @@ def build(settings: Settings, tokenize: Tokenize, max_positions: int | None) -> 
 
 
 def _room(settings: Settings, max_positions: int | None) -> int:
-    """Prompt tokens that leave room for the new ones."""
+    """Return the maximum prompt tokens beside the new tokens."""
     if max_positions is None:
         return 1 << 30
     room = max_positions - settings.max_new_tokens
@@ -135,6 +135,6 @@ def _second_call(tokenize: Tokenize, room: int) -> Scenario:
 
 
 def _text(*names: str) -> str:
-    """The named help pages, one behind the other; enough text for any tokenizer."""
+    """Return the named help pages as one text, long enough for any tokenizer."""
     pages = [topics[name] for name in names if name in topics]
     return "\n\n".join(pages or [page for _, page in sorted(topics.items())[:20]])

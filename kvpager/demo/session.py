@@ -31,10 +31,10 @@ WARM_UP_TOKENS = 2
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What one call of `generate` gave: the returned rows, on the CPU, and its cache."""
+    """The result of one call of `generate`: its rows, on the CPU, and its cache."""
 
     prompts: tuple[Row, ...]
-    rows: list[Row]  # new tokens alone
+    rows: list[Row]  # new tokens only
     cache: Any
     seconds: float
 
@@ -56,30 +56,30 @@ class Engine:
 
     @property
     def dtype(self) -> str:
-        """What keys and values are computed in."""
+        """Return the dtype of keys and values. O(1)."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def place(self) -> str:
-        """The device, and the threads of a CPU."""
+        """Return the device, with the number of threads for a CPU. O(1)."""
         if self.device.type != "cpu":
             return str(self.device)
         threads = torch.get_num_threads()
         return f"{self.device} ({counted(threads, 'thread')})"
 
     def tokenize(self, text: str) -> Row:
-        """Token ids, without the end-of-text token that some tokenizers append. O(text)."""
+        """Return token ids, without an end-of-text token. O(text)."""
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         while ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()
         return ids
 
     def decode(self, ids: Row) -> str:
-        """The text of token ids. O(tokens)."""
+        """Return the text of token ids. O(tokens)."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def generate(self, prompts: tuple[Row, ...], scenario: Scenario, num_tokens: int) -> Generated:
-        """One call: greedy or beams, exactly `num_tokens` new tokens for every row."""
+        """Call `generate`, greedy or with beams, for `num_tokens` new tokens in every row."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in prompts])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
@@ -155,7 +155,7 @@ def _max_positions(config: Any) -> int | None:
 
 
 def generate_plain(engine: Engine, scenario: Scenario) -> tuple[list[Generated], Plain]:
-    """The scenario with transformers' own cache, and what that takes."""
+    """Run the scenario with DynamicCache; return its calls and its memory."""
     done: list[Generated] = []
     for prompts in scenario.calls:
         if not scenario.keep_caches and done:
@@ -200,7 +200,7 @@ def _without_cache(call: Generated) -> Generated:
 
 
 def generate_paged(engine: Engine, scenario: Scenario) -> tuple[list[Generated], Paged]:
-    """The scenario with kvpager, and what that takes."""
+    """Run the scenario with kvpager; return its calls and its memory."""
     settings = engine.settings
     with _patched(engine, prefix_cache=scenario.prefix_cache) as patch:
         done: list[Generated] = []
@@ -250,7 +250,7 @@ def _call_figures(prompts: tuple[Row, ...], before: PatchStats, after: PatchStat
 
 
 def compare(engine: Engine, scenario: Scenario) -> Result:
-    """Run one scenario on both sides."""
+    """Run one scenario with both caches."""
     expected, plain = generate_plain(engine, scenario)
     got, paged = generate_paged(engine, scenario)
     texts = tuple(
@@ -274,9 +274,9 @@ def _repeated(call: Generated) -> list[Row]:
 
 
 def run(settings: Settings, *, quiet: bool = False) -> tuple[Results, Console]:
-    """All scenarios, printed as they are done unless `quiet`.
+    """Run all scenarios, and print each when it is done unless `quiet`.
 
-    Raises: `BadInput`; `OutOfBlocks` where `--memory` is too little.
+    Raises: `BadInput`, also if `--memory` is too small.
     """
     console = Console(quiet=quiet)
     with _quiet_transformers(), _few_threads(settings):
@@ -304,7 +304,7 @@ def _run(settings: Settings, console: Console) -> Results:
 
 
 def _warm_up(engine: Engine, scenario: Scenario) -> None:
-    """What only the first call pays for - kernels, threads - falls on neither side."""
+    """Compile kernels and start threads before the measurement."""
     prompts = scenario.calls[0][:1]
     engine.generate(prompts, scenario, WARM_UP_TOKENS)
     with _patched(engine, prefix_cache=False):
@@ -313,9 +313,9 @@ def _warm_up(engine: Engine, scenario: Scenario) -> None:
 
 @contextlib.contextmanager
 def _few_threads(settings: Settings) -> Iterator[None]:
-    """One thread for the bundled model, on both sides; afterwards as it was."""
-    # It is so small that threads gain nothing, and wait for each other where a CPU is busy: ten
-    # times slower then.
+    """Use one thread for the bundled model, then restore the setting."""
+    # The bundled model is too small to gain from threads. On a busy CPU, threads that wait for each
+    # other make it ten times slower.
     threads = torch.get_num_threads()
     if settings.model is None:
         torch.set_num_threads(1)
@@ -327,7 +327,7 @@ def _few_threads(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No hints and no progress bars between our lines; afterwards as it was."""
+    """Silence hints and progress bars, then restore the settings."""
     from transformers.utils import logging
 
     hub = getLogger("huggingface_hub")
@@ -346,7 +346,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _status(console: Console, text: str) -> Iterator[None]:
-    """A spinner, on a terminal alone."""
+    """Show a spinner if the output is a terminal."""
     if not console.is_terminal or console.quiet:
         yield
         return

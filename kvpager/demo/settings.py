@@ -1,4 +1,4 @@
-"""What `kvpager demo` was asked for; bad input is refused before anything heavy loads."""
+"""The options of `kvpager demo`, checked before torch and transformers load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The options of one run. None stands for the default that depends on model or machine."""
+    """The options of one run. None: the default depends on the model or the machine."""
 
     model: str | None = None
     prompts: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Settings:
     memory: str | None = None
 
     def check(self) -> None:
-        """Refuse what makes no sense on any machine. O(prompts). Raises `BadInput`."""
+        """Check the options that depend on no machine. O(prompts). Raises `BadInput`."""
         if self.dtype is not None and self.dtype not in DTYPES:
             raise BadInput(f"dtype={self.dtype}: expected one of {', '.join(DTYPES)}.")
         if not all(prompt.strip() for prompt in self.prompts):
@@ -41,7 +41,7 @@ class Settings:
             raise BadInput(str(error)) from None
 
     def found_device(self) -> torch.device:
-        """The device to run on. Raises `BadInput` where it is not there."""
+        """Return the device to run on. Raises `BadInput` if torch does not find it."""
         import torch
 
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")

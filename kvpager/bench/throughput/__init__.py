@@ -1,1 +1,1 @@
-"""What systems that serve a model make of the same requests: behind `kvpager bench throughput`."""
+"""Measure systems on the same requests: the library behind `kvpager bench throughput`."""

@@ -19,7 +19,7 @@ from kvpager.storage.block_storage import BlockStorage
 
 
 class EngineSystem:
-    """An engine that stays open from run to run; what it has cached does not."""
+    """An engine that stays open between runs, without the prompts it cached."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class EngineSystem:
         self._start = 0.0
         self._moments: list[Moment] = []
         memory = options.memory
-        if memory is None:  # a fiftieth more: the scheduler keeps a few blocks back
+        if memory is None:  # 2 % more: the scheduler reserves a few blocks
             blocks = workload.blocks(options.block_size) * len(info.windows)
             memory = (blocks * 51 // 50 + 1) * self.block_bytes
         try:
@@ -53,7 +53,7 @@ class EngineSystem:
                 max_batch_tokens=options.max_batch_tokens,
                 max_num_seqs=options.max_num_seqs,
                 prefix_cache=options.prefix_cache,
-                # Weights do not change while they are measured: they may be packed.
+                # The weights are constant during a measurement, so the compiler may pack them.
                 compile={"options": {"freezing": True}} if compiled else False,
                 on_step=self._note,
                 **options.engine,
@@ -62,10 +62,10 @@ class EngineSystem:
             raise BadInput(str(error)) from error
 
     def run(self, workload: Workload, progress: Progress) -> Run:
-        """Serve the requests. Raises: `KVPagerError` for one that never fits, or fails."""
+        """Serve the requests. Raises: `KVPagerError` if a request fails or can never fit."""
         at_once = sum(item.arrival <= 0 for item in workload.items)
-        # The pause gives up cached prompts, and the first step sees all requests that are due:
-        # how the engine batches them depends on the workload, not on how fast they are submitted.
+        # The pause drops cached prompts, and the first step sees all requests that are due. So the
+        # batching depends on the workload, not on how fast this thread submits.
         with self.engine.pause():
             before = self.engine.stats().scheduler
             self._moments = []
@@ -99,7 +99,7 @@ class EngineSystem:
     def _submit(self, item: Item) -> Stream:
         try:
             return self.engine.submit(item.prompt, max_new_tokens=item.new_tokens)
-        except ValueError as error:  # it is too long for the pool
+        except ValueError as error:  # the request is too long for the pool
             raise BadInput(str(error)) from error
 
     def _served(self, output: Output, arrival: float) -> Served:
@@ -126,7 +126,7 @@ class EngineSystem:
 
 
 def busiest(moments: list[Moment], block_bytes: int) -> Memory | None:
-    """What is held when most is. O(steps)."""
+    """Return the memory of the step that holds the most blocks. O(steps)."""
     if not moments:
         return None
     most = max(moments, key=lambda moment: moment.held_blocks)

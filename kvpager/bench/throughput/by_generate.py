@@ -1,4 +1,4 @@
-"""transformers' `generate`: requests wait until a batch is full, and a batch for its longest."""
+"""transformers' `generate`: requests wait for a full batch, and rows for the longest row."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PAD = 0
 
 
 class PaddedBatches:
-    """Left-padded batches of `rows` requests in the order in which they come; None: all in one.
+    """Left-padded batches of `rows` requests in order of arrival; None: one batch of all.
 
-    A request counts as done at its own last token, though its batch goes on for others.
+    A request is done at its own last token, even if its batch continues for other rows.
     """
 
     def __init__(self, model: Any, rows: int | None, clock: Clock = PERFORMANCE) -> None:
@@ -50,10 +50,10 @@ class PaddedBatches:
         )
 
     def close(self) -> None:
-        """There is nothing to give back."""
+        """Do nothing: a batch ends with its call."""
 
     def _batches(self, workload: Workload, start: float) -> Iterator[list[Item]]:
-        """Each when its last request is there."""
+        """Yield each batch when its last request has arrived."""
         rows = self._rows or len(workload.items)
         batch: list[Item] = []
         for number, item in arrivals(workload, start, self._clock):
@@ -63,7 +63,7 @@ class PaddedBatches:
                 batch = []
 
     def _generate(self, items: list[Item]) -> tuple[list[float], list[list[int]], Memory]:
-        """When each token was there, the tokens, and the cache at the end."""
+        """Return the time of each token, the tokens, and the memory of the final cache."""
         width = max(len(item.prompt) for item in items)
         stamps = _Stamps(self._clock)
         ids = [[PAD] * (width - len(item.prompt)) + item.prompt for item in items]
@@ -82,7 +82,7 @@ class PaddedBatches:
 
 
 def _memory(cache: Any, items: list[Item]) -> Memory:
-    """What the cache of a batch holds at the end, when it holds most. O(layers + rows)."""
+    """Return the memory of a batch's final cache, its peak. O(layers + rows)."""
     layers = [layer for layer in cache.layers if torch.is_tensor(layer.keys)]
     held_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     columns = max(layer.keys.shape[2] for layer in layers)
@@ -93,7 +93,7 @@ def _memory(cache: Any, items: list[Item]) -> Memory:
 
 
 class _Stamps(LogitsProcessor):
-    """When the logits of each token were there; they pass unchanged."""
+    """A logits processor that records the time of each token and changes nothing."""
 
     def __init__(self, clock: Clock) -> None:
         self.times: list[float] = []

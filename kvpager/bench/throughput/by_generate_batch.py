@@ -1,4 +1,4 @@
-"""transformers' own continuous batching: what `generate_batch` runs, with arrivals."""
+"""transformers' own continuous batching, as behind `generate_batch`, with arrival times."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from kvpager.bench.throughput.workload import Workload
 from kvpager.errors import KVPagerError
 
 _SPARE_BLOCKS = 8
-_PATIENCE = 1.0  # seconds until we look whether its thread is still alive
+_PATIENCE = 1.0  # seconds between checks that the manager's thread is alive
 
 
 class ContinuousBatches:
-    """A manager for each run, made and warmed up before the first request comes."""
+    """One manager per run, made and warmed up before the first request arrives."""
 
     def __init__(self, model: Any, options: Options, clock: Clock = PERFORMANCE) -> None:
         self._model, self._clock, self._options = twin(model), clock, options
 
     @torch.no_grad()
     def run(self, workload: Workload, progress: Progress) -> Run:
-        """Serve the requests. Raises: `KVPagerError` where one fails or its thread ends."""
+        """Serve the requests. Raises: `KVPagerError` if a request fails or the thread ends."""
         found: dict[str, Any] = {}
         with self._manager(workload) as manager:
             start = self._clock.now()
@@ -57,7 +57,7 @@ class ContinuousBatches:
         return Run(max(each.finished for each in served), served)
 
     def close(self) -> None:
-        """There is nothing to give back: managers end with their runs."""
+        """Do nothing: a manager ends with its run."""
 
     def _config(self, workload: Workload) -> ContinuousBatchingConfig:
         config = ContinuousBatchingConfig(allow_block_sharing=self._options.prefix_cache)
@@ -77,7 +77,7 @@ class ContinuousBatches:
             max_generated_length=max(item.new_tokens for item in items),
             num_requests=len(items),
         )
-        # It talks about its sizes at every start.
+        # The manager logs its sizes at every start.
         talkative = logging.getLogger("ContinuousBatchingLogger")
         level = talkative.level
         talkative.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""vLLM, in a process and, if need be, an interpreter of its own."""
+"""vLLM in its own process, and in another interpreter if asked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvpager.bench.throughput.workload import Workload
 from kvpager.errors import KVPagerError
 
 _GIB = 1 << 30
-_ROOM = 1.25  # its blocks are larger, and the last one of each request is partly empty
+_ROOM = 1.25  # vLLM's blocks are larger, and the last block of a request is partly empty
 _LOG_SHOWN = 2000  # characters
 
 
@@ -58,7 +58,7 @@ class Vllm:
         self._block_bytes = self.block_size * _token_bytes(folder)
 
     def run(self, workload: Workload, progress: Progress) -> Run:
-        """Serve the requests. Raises: `KVPagerError` where vLLM ends."""
+        """Serve the requests. Raises: `KVPagerError` if vLLM ends."""
         self._send([list(item) for item in workload.items])
         while "done" in (found := self._receive()):
             progress(found["done"])
@@ -71,7 +71,7 @@ class Vllm:
             max(each.finished for each in served),
             served,
             memory=memory,
-            swapped=0,  # it knows no other way than to compute again
+            swapped=0,  # vLLM only recomputes
             recomputed=int(found["preempted"]),
             hit_tokens=int(found["hit_tokens"]),
         )
@@ -79,7 +79,7 @@ class Vllm:
     def close(self) -> None:
         """End the process."""
         with contextlib.suppress(BrokenPipeError), self._process:
-            pass  # its stdin ends, and with it its work
+            pass  # closing stdin ends the process
         self._folder.cleanup()
 
     def _send(self, message: Any) -> None:
@@ -105,7 +105,7 @@ class Vllm:
 
 
 def _settings(folder: Path, options: Options, workload: Workload, eager: bool) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`."""
+    """Return the arguments of `vllm.LLM`."""
     return {
         "model": str(folder),
         "skip_tokenizer_init": True,
@@ -130,13 +130,13 @@ def _environment(folder: Path, options: Options, workload: Workload) -> dict[str
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    # Our own path would show it other versions of what it needs.
+    # PYTHONPATH would show it the wrong versions of its requirements.
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return {**inherited, **settings}
 
 
 def _token_bytes(folder: Path) -> int:
-    """Bytes of a token's keys and values in all layers, by the saved configuration."""
+    """Return the KV bytes of a token in all layers, from the saved configuration."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 
 def default_model() -> Any:
-    """A Llama of 28 million parameters in bfloat16: random weights, the same every time."""
+    """Return a bfloat16 Llama of 28 million random weights, the same in every call."""
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=512,
@@ -34,10 +34,11 @@ def default_model() -> Any:
 
 
 def load(path: str | None, device: str | None = None) -> Any:
-    """The saved model in folder `path`, or `default_model()`, ready to generate on `device`.
+    """Load the model of folder `path`, or `default_model()`, for greedy decoding on `device`.
 
-    It decodes greedily and knows no end-of-text token, so that every reply has the length that is
-    asked for. Raises: `ValueError` for a folder that is not there or holds no such model.
+    The model has no end-of-text token, so every reply has the requested length.
+
+    Raises: `ValueError` if the folder is missing or holds no such model.
     """
     if path is None:
         model = default_model()
@@ -57,25 +58,25 @@ def load(path: str | None, device: str | None = None) -> Any:
 
 
 def twin(model: Any) -> Any:
-    """A model of the same weights, not copied, whose settings are its own. O(modules)."""
+    """Return a model that shares the weights but has its own settings. O(modules)."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def vocabulary(model: Any) -> int:
-    """Token ids are below this."""
+    """Return the size of the vocabulary. O(1)."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def max_length(model: Any) -> int | None:
-    """Tokens of a sequence, at the most; None where nothing bounds them."""
+    """Return the maximum tokens of a sequence; None if unbounded. O(1)."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(found) if found else None
 
 
 @contextlib.contextmanager
 def saved(model: Any, path: str | None) -> Iterator[Path]:
-    """The folder the model is in; one that was made up is saved for as long as this lasts."""
+    """Yield the model's folder. A generated model is saved to a temporary folder."""
     if path is not None:
         yield Path(path).expanduser()
         return
@@ -87,7 +88,7 @@ def saved(model: Any, path: str | None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """transformers shows a bar for each file it reads or writes; not here."""
+    """Hide transformers' progress bars."""
     had_bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Letting requests come when they are due."""
+"""Yield requests when they are due."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from kvpager.bench.throughput.workload import Item, Workload
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """What tells the time, in seconds, and how to let it pass."""
+    """A clock in seconds, and the function that waits."""
 
     now: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], object] = time.sleep
 
 
-MONOTONIC = Clock(now=time.monotonic)  # what `Engine` stamps its outputs with
+MONOTONIC = Clock(now=time.monotonic)  # the clock of `Output` times
 PERFORMANCE = Clock()
 
 
 def arrivals(workload: Workload, start: float, clock: Clock) -> Iterator[tuple[int, Item]]:
-    """Number and request, each when it is due; one that is late comes at once. O(requests)."""
+    """Yield number and request when each is due, late requests at once. O(requests)."""
     for number, item in enumerate(workload.items):
         left = start + item.arrival - clock.now()
         if left > 0:

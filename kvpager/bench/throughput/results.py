@@ -1,4 +1,4 @@
-"""What a run of a system over requests came to, and the figures of several runs."""
+"""The results of a run, and the figures of several runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(slots=True)
 class Served:
-    """A request that was served. Seconds after the beginning of its run."""
+    """A served request. Times are seconds since the start of the run."""
 
     arrival: float
     first_token: float
@@ -21,19 +21,19 @@ class Served:
 
     @property
     def to_first_token(self) -> float:
-        """Seconds from its arrival to its first token."""
+        """Return the TTFT: seconds from arrival to the first token."""
         return self.first_token - self.arrival
 
     @property
     def per_token(self) -> float | None:
-        """Seconds for each token after the first; None where there is one only."""
+        """Return the mean seconds per token after the first; None for a single token."""
         if len(self.tokens) < 2:
             return None
         return (self.finished - self.first_token) / (len(self.tokens) - 1)
 
 
 class Moment(NamedTuple):
-    """What a system holds and does after a step."""
+    """The state of a system after a step."""
 
     seconds: float
     rows: int
@@ -47,15 +47,15 @@ class Moment(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Keys and values at the busiest moment."""
+    """The KV cache at its peak."""
 
     held_bytes: int
-    live_share: float  # of the token slots held, those whose token is still of use
+    live_share: float  # KV utilisation: share of held token slots whose token is still needed
 
 
 @dataclass(slots=True)
 class Run:
-    """A system has served requests once. None: the system does not tell."""
+    """One run of a system over the requests. None: the system does not report it."""
 
     seconds: float  # from the first arrival to the last token
     served: list[Served]
@@ -67,16 +67,16 @@ class Run:
 
     @property
     def num_tokens(self) -> int:
-        """Generated tokens. O(requests)."""
+        """Return the number of generated tokens. O(requests)."""
         return sum(len(each.tokens) for each in self.served)
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens a second. O(requests)."""
+        """Return the generated tokens per second. O(requests)."""
         return self.num_tokens / self.seconds
 
     def check(self, expected: Sequence[int]) -> None:
-        """Raise `ValueError` unless every request got as many tokens as it wanted. O(requests)."""
+        """Raise `ValueError` unless every request got all its tokens. O(requests)."""
         for number, (each, count) in enumerate(zip(self.served, expected, strict=True)):
             if len(each.tokens) != count:
                 raise ValueError(f"request {number} got {len(each.tokens)} of {count} tokens")
@@ -84,7 +84,7 @@ class Run:
 
 @dataclass(slots=True)
 class Figures:
-    """What the runs of one system came to: medians over them."""
+    """The figures of one system: medians over its runs."""
 
     system: str
     num_requests: int
@@ -94,11 +94,11 @@ class Figures:
 
     @property
     def last(self) -> Run:
-        """The last run."""
+        """Return the last run. O(1)."""
         return self.runs[-1]
 
     def as_record(self) -> dict[str, Any]:
-        """Plain data, for JSON. Times in seconds. O(tokens)."""
+        """Return the figures as plain data. Times are in seconds. O(tokens)."""
         first = [np.array([each.to_first_token for each in run.served]) for run in self.runs]
         later = [
             [each.per_token for each in run.served if each.per_token is not None]
@@ -133,9 +133,9 @@ def _median(values: Any) -> float | None:
 
 
 def compare(runs: dict[str, list[Run]], notes: dict[str, str]) -> list[Figures]:
-    """Figures of each system, and its speed over kvpager's: a median of the repeats' ratios.
+    """Return the figures of each system, with its speed relative to kvpager. O(tokens).
 
-    Repeats take turns, so the n-th of one system stands beside the n-th of the other. O(tokens).
+    The relative speed is the median over repeats of the ratio of the two runs of a repeat.
     """
     found = []
     for name, mine in runs.items():

@@ -1,4 +1,4 @@
-"""Several systems, one after the other, over the same requests."""
+"""Measure several systems on the same requests, in turns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kvpager.bench.throughput.results import Figures, Run, compare
 from kvpager.bench.throughput.systems import Options, Progress, System, check_names
 from kvpager.bench.throughput.workload import Workload
 
-# Is told a system's name, the repeat (0: warming up) and how many requests come.
+# Callback: system, repeat (0: warm-up) and number of requests -> progress callback.
 Stage = Callable[[str, int, int], Progress]
 
 
@@ -32,7 +32,7 @@ Stage = Callable[[str, int, int], Progress]
 def opened(
     name: str, model: Any, folder: Path, options: Options, workload: Workload
 ) -> Iterator[System]:
-    """The system of that name, sized for `workload`, while this lasts."""
+    """Yield the named system, sized for `workload`, and close it afterwards."""
     system = _make(name, model, folder, options, workload)
     try:
         yield system
@@ -64,23 +64,22 @@ def measure(
     stage: Stage | None = None,
     open_system: Any = opened,
 ) -> list[Figures]:
-    """Have each system serve the requests `repeats` times, in turns: A B C A B C.
+    """Measure each system `repeats` times, in turns: A B C A B C.
 
-    Before that, each serves a few others that are not counted. A machine whose speed drifts is slow
-    for all of them.
+    Each system warms up on a few other requests. Turns spread a machine's drift over all systems.
 
     Args:
-        names: of `systems.SYSTEMS`.
-        model: what they serve.
+        names: names in `systems.SYSTEMS`.
+        model: the model to serve.
         workload: the requests.
         options: for all systems.
-        model_path: where `model` is saved; None saves it for those that read it.
-        repeats: figures are the medians of so many.
-        subsets: of a system: it gets so many of the requests, the first ones.
-        stage: is told what comes next, and says what to tell of its progress.
-        open_system: makes a system ready, as `opened` does.
+        model_path: folder of `model`; None saves it for systems that load it.
+        repeats: number of runs per system; figures are medians.
+        subsets: system -> n: the system serves only the first n requests.
+        stage: called before each run; returns a callback for its progress.
+        open_system: replacement for `opened`.
 
-    Raises: `ValueError` for what makes no sense; `KVPagerError` where a system fails.
+    Raises: `ValueError` for an invalid argument; `KVPagerError` if a system fails.
     """
     options.check()
     names = check_names(names, options)
@@ -127,12 +126,12 @@ def _tell(stage: Stage | None, name: str, repeat: int, workload: Workload) -> Pr
 
 
 def _ignore(count: int) -> None:
-    """Nobody wants to know."""
+    """Ignore progress."""
 
 
 @contextlib.contextmanager
 def _folder(names: Sequence[str], model: Any, path: str | None) -> Iterator[Path]:
-    """Where the model is saved, if somebody reads it there."""
+    """Yield the folder of the model, saved only if a system loads it."""
     if not any(name.startswith("vllm") for name in names):
         yield Path()
         return
@@ -142,7 +141,7 @@ def _folder(names: Sequence[str], model: Any, path: str | None) -> Iterator[Path
 
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """torch computes with so many threads; transformers keeps quiet."""
+    """Set torch's threads and silence transformers' log."""
     before, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
     torch.set_num_threads(count or before)
     transformers_logging.set_verbosity_error()
@@ -154,7 +153,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def describe(model: Any, workload: Workload, options: Options, **more: Any) -> dict[str, Any]:
-    """What figures depend on, as plain data: the first line of a file of them. O(parameters)."""
+    """Return what figures depend on, the first line of a file of figures. O(parameters)."""
     return {
         "workload": {
             "name": workload.name,

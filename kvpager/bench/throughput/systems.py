@@ -1,4 +1,4 @@
-"""The systems that can be compared, by name, and what they have in common."""
+"""The systems by name, their common options and protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvpager import _validate as arguments
 from kvpager.bench.throughput.results import Run
 from kvpager.bench.throughput.workload import Workload
 
-Progress = Callable[[int], object]  # is told how many more requests are done
+Progress = Callable[[int], object]  # called with the number of newly finished requests
 
 SYSTEMS = {
     "kvpager": "kvpager's Engine",
@@ -27,28 +27,28 @@ _VLLM = ("vllm", "vllm-eager")
 
 
 class System(Protocol):
-    """What serves requests. Made ready by its construction, which may take long."""
+    """A system that serves requests. Construction prepares it and may take minutes."""
 
     def run(self, workload: Workload, progress: Progress) -> Run:
-        """Serve the requests, each from when it is due. Nothing of an earlier run is known."""
+        """Serve each request from its arrival time, with nothing cached from earlier runs."""
 
     def close(self) -> None:
-        """Give back what it holds. Idempotent."""
+        """Release all memory and processes. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What systems are given. Those that have no such thing leave it alone.
+    """The options of all systems. A system ignores options that it lacks.
 
     Args:
-        memory: bytes of the pool of keys and values; None: what all requests together could need.
+        memory: bytes of the KV cache; None: room for all requests at once.
         host_memory: bytes of host memory to swap to.
-        block_size: token slots of a block of kvpager's; others have their own default.
-        max_num_seqs: the most rows at a time.
-        max_batch_tokens: the most tokens of a step of kvpager and of `generate_batch`.
-        prefix_cache: reuse what prompts have in common.
+        block_size: tokens per block of kvpager; other systems have their own default.
+        max_num_seqs: maximum concurrent sequences.
+        max_batch_tokens: maximum tokens per step of kvpager and `generate_batch`.
+        prefix_cache: reuse the KV of shared prefixes.
         batch_size: requests per padded batch of `generate-rows`.
-        threads: of each system; None leaves torch's setting.
+        threads: CPU threads per system; None leaves torch's setting.
         vllm_python: an interpreter that can import vLLM, or the folder of its environment.
         engine: further arguments of `Engine`.
     """
@@ -65,7 +65,7 @@ class Options:
     engine: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse what makes no sense. Raises `ValueError`, `TypeError`."""
+        """Check every option. Raises `ValueError`, `TypeError`."""
         arguments.parse_memory(self.memory)
         arguments.parse_memory(self.host_memory, "host_memory")
         arguments.block_size(self.block_size)
@@ -80,7 +80,7 @@ class Options:
 
 
 def interpreter(path: str) -> str:
-    """The Python that `path` names: the file itself, or the one in an environment's folder."""
+    """Return the interpreter at `path`, a file or the folder of an environment."""
     given = Path(path).expanduser()
     found = given / "bin" / "python" if given.is_dir() else given
     if not found.is_file():
@@ -89,7 +89,7 @@ def interpreter(path: str) -> str:
 
 
 def usual(options: Options, *, compiled: bool = False) -> list[str]:
-    """The systems that there are here, where nobody says which. O(1)."""
+    """Return the systems to measure by default: those installed. O(1)."""
     chosen = ["kvpager", "generate", "generate_batch"]
     if compiled:
         chosen.insert(1, "kvpager-compiled")
@@ -101,7 +101,7 @@ def usual(options: Options, *, compiled: bool = False) -> list[str]:
 
 
 def check_names(names: Sequence[str], options: Options) -> list[str]:
-    """`names`, each once. Raises `ValueError` for one that is unknown or cannot run here."""
+    """Return `names` without repeats. Raises `ValueError` for an unknown or missing system."""
     for name in names:
         if name not in SYSTEMS:
             raise ValueError(f"systems={name}: expected names from {', '.join(SYSTEMS)}.")

@@ -1,8 +1,8 @@
-"""vLLM in an interpreter of its own, which has neither kvpager nor its requirements.
+"""vLLM as a separate program, in an interpreter without kvpager.
 
-Run as a program. The first line of stdin says what to serve and how; each further one is a list of
-requests to be replayed, answered by lines on stdout: `{"done": n}` as requests end, then the
-result. All is JSON. What vLLM itself prints goes to stderr.
+The protocol is JSON lines. The first line of stdin has the arguments of `vllm.LLM`. Every further
+line is a list of requests. The program answers on stdout with `{"done": n}` as requests finish,
+then with the result. vLLM's own output goes to stderr.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-_METRICS_EVERY = 0.1  # seconds: looking at them takes some milliseconds
+_METRICS_EVERY = 0.1  # seconds; a look takes some milliseconds
 
 
 class Served:
@@ -33,7 +33,7 @@ class Served:
         self.block_size = int(config.block_size)
 
     def replay(self, items: list[list[Any]]) -> dict[str, Any]:
-        """Serve requests `[arrival, prompt, new tokens]`, each from when it is due."""
+        """Serve requests `[arrival, prompt, new tokens]` from their arrival times."""
         self._llm.reset_prefix_cache()
         before = self._counts()
         self._tokens: list[list[int]] = [[] for _ in items]
@@ -87,7 +87,7 @@ class Served:
         self._engine.add_request(str(number), {"prompt_token_ids": item[1]}, params)
 
     def _note(self, output: Any) -> bool:
-        """Keep what a step gave a request; whether that was the last of it."""
+        """Record a step's output of a request; return True if the request is done."""
         number, now = int(output.request_id), time.perf_counter() - self._start
         new = list(output.outputs[0].token_ids)
         if new:
@@ -98,7 +98,7 @@ class Served:
         return bool(output.finished)
 
     def _look(self, items: list[list[Any]]) -> None:
-        """Remember the busiest moment. Its metrics and our tokens may be a step apart."""
+        """Record the peak. Metrics and tokens may be a step apart."""
         share = self._counts()["vllm:kv_cache_usage_perc"]
         if share > self._busiest[0]:
             going = [
@@ -121,7 +121,7 @@ _answers: list[Any] = []
 
 
 def answer(message: dict[str, Any]) -> None:
-    """Send a line to who started us."""
+    """Send a line to the parent process."""
     _answers[0].write(json.dumps(message) + "\n")
     _answers[0].flush()
 
@@ -133,7 +133,7 @@ def _requests() -> Iterator[Any]:
 
 def main() -> None:
     """Serve until stdin ends."""
-    # vLLM and its children print to stdout as well; only answers are to arrive there.
+    # vLLM and its children print to stdout. The parent has to read answers only.
     _answers.append(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)
     incoming = _requests()
@@ -150,6 +150,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Our own folder must not be searched: it has modules of common names.
+    # Modules of this folder have common names; vLLM must not import them.
     sys.path.pop(0)
     main()

@@ -1,4 +1,4 @@
-"""Requests to be replayed: made up, or read from a trace."""
+"""Requests to serve: generated, or read from a trace."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from kvpager import _validate as arguments
 from kvpager.simulate import textfile
 from kvpager.simulate.replay import Recorded, read_records
 
-FIRST_ID = 3  # lower ids are what special tokens usually have
-_TOKENS_PER_HASH = 512  # of a prompt, behind each of a trace's `hash_ids`
-_TOKENS_MAX = 50_000_000  # of a trace's prompts, which are lists of Python ints
+FIRST_ID = 3  # special tokens usually have lower ids
+_TOKENS_PER_HASH = 512  # prompt tokens per entry of a trace's `hash_ids`
+_TOKENS_MAX = 50_000_000  # prompt tokens of a trace, as lists of Python ints
 _COLUMNS = ("arrival", "prompt_length", "output_length")
 
 
 class Item(NamedTuple):
-    """A request: when it comes, what it says, and how many tokens it wants."""
+    """A request: its arrival time, its prompt, and the length of its reply."""
 
-    arrival: float  # seconds after the beginning
+    arrival: float  # seconds since the start
     prompt: list[int]
     new_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests in the order in which they come. `vocabulary`: ids are below it."""
+    """Requests in order of arrival. Token ids are below `vocabulary`."""
 
     name: str
     items: tuple[Item, ...]
@@ -39,32 +39,32 @@ class Workload:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts. O(requests)."""
+        """Return the tokens of all prompts. O(requests)."""
         return sum(len(item.prompt) for item in self.items)
 
     @property
     def new_tokens(self) -> int:
-        """Of all replies. O(requests)."""
+        """Return the tokens of all replies. O(requests)."""
         return sum(item.new_tokens for item in self.items)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest request with its reply. O(requests)."""
+        """Return the tokens of the longest request, reply included. O(requests)."""
         return max(len(item.prompt) + item.new_tokens for item in self.items)
 
     def blocks(self, block_size: int) -> int:
-        """Blocks that all requests take together, none shared. O(requests)."""
+        """Return the blocks of all requests together, without sharing. O(requests)."""
         lengths = (len(item.prompt) + item.new_tokens for item in self.items)
         return sum(-(-length // block_size) for length in lengths)
 
     def first(self, count: int) -> Workload:
-        """The first `count` requests alone. O(count)."""
+        """Return the first `count` requests. O(count)."""
         return Workload(self.name, self.items[:count], self.vocabulary)
 
     def warm_up(self, count: int = 4, new_tokens: int = 8) -> Workload:
-        """Some requests at once, of other ids, so that nothing of them is known later. O(tokens).
+        """Return a few requests with other token ids, all at once. O(tokens).
 
-        The longest prompt is among them: what is made for the greatest sizes is made now.
+        The longest prompts are among them, so buffers reach their final size.
         """
         chosen = sorted(self.items, key=lambda item: -len(item.prompt))[:count]
         random = np.random.default_rng(len(self.items))
@@ -75,7 +75,7 @@ class Workload:
         return Workload(f"{self.name}, warm-up", items, self.vocabulary)
 
     def check(self, max_length: int | None) -> None:
-        """Refuse what a model of `max_length` positions cannot serve. Raises `ValueError`."""
+        """Check that every request fits `max_length` positions. Raises `ValueError`."""
         if max_length is None or self.longest <= max_length:
             return
         number, item = max(enumerate(self.items), key=_length_of_numbered)
@@ -164,12 +164,11 @@ def from_trace(
     speed: float = 1.0,
     seed: int = 0,
 ) -> Workload:
-    """The requests of a trace; their tokens are made up. O(tokens).
+    """Read the requests of a trace; token ids are random. O(tokens).
 
-    Two forms are read. JSON lines of the Mooncake release, also gzipped: `timestamp` (ms),
-    `input_length`, `output_length` and `hash_ids`, where prompts whose ids begin alike begin with
-    the same tokens, 512 behind each id. Or a `.csv` file whose header names `arrival` (seconds),
-    `prompt_length` and `output_length`.
+    Formats: JSON lines of the Mooncake release, also gzipped, with `timestamp` (ms),
+    `input_length`, `output_length` and `hash_ids`, where each id stands for 512 tokens. Or a `.csv`
+    file whose header names `arrival` (seconds), `prompt_length` and `output_length`.
 
     Args:
         path: the file.
@@ -179,7 +178,7 @@ def from_trace(
         speed: replay speed; 2 halves the time between arrivals.
         seed: seed of the token ids.
 
-    Raises: `OSError`; `ValueError` naming the first lines that are not requests.
+    Raises: `OSError`; `ValueError` with the first lines that are not requests.
     """
     path = Path(path)
     if not 0 < speed < math.inf:
@@ -224,7 +223,7 @@ def _chosen(
 
 
 class _Prompts:
-    """Token ids for recorded requests."""
+    """Random token ids for recorded requests, equal for equal hash ids."""
 
     def __init__(self, vocabulary: int, seed: int) -> None:
         self._vocabulary, self._seed = vocabulary, arguments.count("seed", seed)
