@@ -36,7 +36,7 @@ lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: $(STAMP) ## ruff: mend what can be mended, format the rest
+format: $(STAMP) ## fix and format the code with ruff
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 

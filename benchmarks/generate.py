@@ -192,7 +192,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """What was asked for, the quick ones first."""
+    """Return the requested cases, the quick ones first."""
     if options.quick:
         rows, contexts = (1, 8), (128, 512)
     elif options.all:

@@ -213,7 +213,7 @@ def prefill(rig: Rig) -> None:
         works = {"kvpager": pool.calls(cu_seqlens_q=starts)}
         found = works["kvpager"][0]()
         if prefix:
-            # Torch has no one call for this.
+            # SDPA has no mask for this in one call.
             args = AttentionArgs(pool.block_tables, pool.seq_lens, starts)
             expected = reference.paged_attention(pool.query, *pool.storage.layer(0), args)
             require_close(case, found, expected)

@@ -171,7 +171,7 @@ class Soak:
         self.expected[targets.masked_fill(targets < 0, self.rows)] = copied
 
     def choose(self) -> None:
-        """Which rows are released, forked and run next: decided on the host, sent without wait."""
+        """Choose the rows to release, fork and run next, on the host; send them without a wait."""
         released = [row for row in self.used if self.random.random() < 0.15]
         self.used -= set(released)
         idle = sorted(set(range(self.rows)) - self.used)

@@ -19,7 +19,7 @@ from kvpager.ops import AttentionArgs, paged_attention
 Call = Callable[[], Any]
 
 KV_HEADS = 8
-# A pass over all layers of a pool reads so much that no cache holds the first when it comes again.
+# A pass over all layers reads more than any cache holds, so every layer comes from memory.
 ROTATION_BYTES = 512 << 20
 LAYERS_MAX = 64
 KV_BYTES_MAX = 16 << 30
@@ -60,7 +60,7 @@ class Rig:
         self.part_deadline = min(self.deadline, time.monotonic() + seconds)
 
     def over(self, what: str) -> bool:
-        """Whether the part's time is out; says then that `what` is left out."""
+        """Return True, and note that `what` is skipped, if the part has no time left."""
         if time.monotonic() < self.part_deadline:
             return False
         self.remark(f"{what} and what follows it in its part: skipped, the part's time is out")
@@ -233,7 +233,7 @@ class Pool:
 
 
 def planned(device: torch.device) -> bool:
-    """Whether the kernel chosen for this device is the one that takes plans."""
+    """Return True if the device's kernel takes plans."""
     return ".gpu." in backends.select("paged_attention", device).__module__
 
 

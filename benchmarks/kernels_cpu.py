@@ -6,7 +6,7 @@
     python benchmarks/kernels_cpu.py --vllm PATH            # and vLLM: an unpacked wheel
 
 Decode turns through enough layers and batches that keys and values come from memory, as they do in
-a model, not from a cache. Torch gets them contiguous already, which nobody who pages has. Every
+a model, not from a cache. torch gets contiguous tensors, which a paged cache does not have. Every
 output is compared with SDPA in float32 before the clock starts. Ratios above 1: kvpager is quicker.
 """
 
@@ -176,7 +176,7 @@ def _report(name: str, lines: timing.Lines, times: timing.Times, block_size: int
 
 
 def suffix(form: str) -> str:
-    """What sets the lines of larger blocks apart."""
+    """Return the suffix of a figure's name: the block size, if it is the large one."""
     return f"_blocks_of_{LARGE_BLOCK_SIZE}" if form == LARGE else ""
 
 

@@ -1,14 +1,14 @@
-"""What a batch's keys and values take: kvpager beside DynamicCache and StaticCache.
+"""Memory of a batch's KV cache: kvpager beside DynamicCache and StaticCache.
 
     python benchmarks/memory.py                                  # a minute or two
     python benchmarks/memory.py --plot docs/images/memory.svg    # the same, and a plot
     python benchmarks/memory.py --quick                          # shorter rows, a few seconds
 
-16 left-padded rows, of which the longest always has the same length; the sum of their lengths
-grows from batch to batch. A Llama of 2 layers with random weights prefills them and writes 16
-tokens more, with each cache in turn. Bytes are exact, and the same on every machine: those of the
-caches' tensors, and those of the blocks that sequences held at the most (`held`) among the blocks
-there are (`reserved`). The tokens written have to be the same with every cache.
+A batch has 16 left-padded rows. The longest row always has the same length; the sum of the lengths
+grows from batch to batch. A Llama of 2 layers with random weights generates 16 tokens with each
+cache. The bytes are exact and the same on every machine: the tensors of DynamicCache and
+StaticCache, the peak of held blocks (`held`), and the pool (`reserved`). All caches have to give
+the same tokens.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kvpager
 from benchmarks import timing
+from kvpager.bench import plots
 from kvpager.integrations.huggingface.releases import cache_of
 
 ROWS, SHORTEST, NEW, VOCAB = 16, 32, 16, 4096
 MIB = 1 << 20
-# How the plot names and draws what is measured: label, line, colour, width.
+# The series of the plot: label, line, colour, width.
 SERIES = {
-    "static_cache": ("StaticCache", "-", "lightgray", 8),  # wide: the next one may lie upon it
-    "dynamic_cache": ("DynamicCache", "o-", "tab:red", 1.5),
+    "static_cache": ("StaticCache", "-", "lightgray", 8),  # wide: DynamicCache may lie on it
+    "dynamic_cache": ("DynamicCache", "s-.", "tab:red", 1.5),
     "kvpager_reserved": ("kvpager, reserved", "^--", "tab:blue", 1.5),
     "kvpager_held": ("kvpager, held", "o-", "tab:blue", 1.5),
 }
@@ -43,9 +44,9 @@ Figures = dict[str, dict[str, float]]
 
 
 def batches(longest: int) -> dict[str, list[int]]:
-    """Lengths of the rows, from the smallest sum to the largest."""
+    """Return the lengths of the rows of each batch, from the smallest sum to the largest."""
     spread = [round(float(n)) for n in torch.linspace(SHORTEST, longest, ROWS)]
-    # As prompts are in practice: half of them below a tenth of the longest.
+    # As in practice, half of the prompts are shorter than a tenth of the longest.
     normal = torch.distributions.Normal(math.log(longest / 10), 1.0)
     shares = [(row + 0.5) / ROWS for row in range(ROWS - 1)]
     usual = [round(math.exp(float(normal.icdf(torch.tensor(share))))) for share in shares]
@@ -119,41 +120,34 @@ def measure(model: LlamaForCausalLM, lengths: list[int]) -> dict[str, int]:
 
 
 def draw(file: Path, figures: Figures, title: str) -> None:
-    """The bytes over the sum of the lengths, as an .svg or .png."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # Text as text, and nothing of chance or of today: the same figures give the same file.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kvpager"})
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for series, (label, line, colour, width) in SERIES.items():
-        points = [(each["tokens"], each[series] / MIB) for each in figures.values()]
-        axes.plot(*zip(*points, strict=True), line, color=colour, label=label, linewidth=width)
-    for name, each in figures.items():
-        place = (each["tokens"], each["kvpager_held"] / MIB)
-        axes.annotate(name.replace("_", " "), place, (6, -12), textcoords="offset points")
-    axes.set(xlabel="tokens in the batch, prompts and replies", ylabel="keys and values, MiB")
-    axes.set_title(title)
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.12)
-    axes.legend(loc="upper left", bbox_to_anchor=(0.02, 0.75))
-    metadata = {"Date": None} if file.suffix == ".svg" else None
-    figure.savefig(file, metadata=metadata)
+    """Plot the bytes over the sum of the lengths, as .svg or .png."""
+    with plots.saved(file, (7.5, 4.5)) as figure:
+        axes = figure.subplots()
+        for series, (label, line, colour, width) in SERIES.items():
+            points = [(each["tokens"], each[series] / MIB) for each in figures.values()]
+            axes.plot(*zip(*points, strict=True), line, color=colour, label=label, linewidth=width)
+        for name, each in figures.items():
+            place = (each["tokens"], each["kvpager_held"] / MIB)
+            axes.annotate(name.replace("_", " "), place, (6, -12), textcoords="offset points")
+        axes.set(xlabel="tokens in the batch, prompts and replies", ylabel="KV cache, MiB")
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.12)
+        axes.legend(loc="upper left", bbox_to_anchor=(0.02, 0.75))
+        plots.titles(figure, title, "Llama of 2 layers; the bytes are the same on every machine")
 
 
 def plot_file(text: str) -> Path:
-    """A file to draw into; refuses what could not be written after minutes of measuring."""
+    """Return the file to draw into. Raises before the measurement if it cannot be written."""
     file = Path(text)
     if file.suffix not in (".svg", ".png") or not file.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(
-            f"{text}: expected a .png or .svg file in a folder that exists"
+            f"{text}: expected a .png or .svg file in a folder that exists."
         )
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise argparse.ArgumentTypeError(
-            "needs matplotlib, which is not installed: pip install 'kvpager[plot]'"
+            f"{text}: matplotlib is not installed. Run: pip install 'kvpager[plot]'"
         ) from None
     return file
 

@@ -1,4 +1,4 @@
-"""Prompts computed once: beams, prompts that begin alike, and padding, beside transformers' cache.
+"""Shared prompts: beams, common prefixes and padding, beside DynamicCache.
 
     python benchmarks/prompts.py            # some 2 minutes
     python benchmarks/prompts.py --quick    # shorter prompts, a few seconds
@@ -6,13 +6,13 @@
 The Llama of `generate.py` (8 layers, 512 hidden units, random weights), with and without
 `kvpager.patch(model)`, in turns:
 
-- beams: 8 beams of one prompt; the time to the first token, and the time of a step after that;
-- reuse: prompts that share a long beginning, under `prefix_cache=True`, after one that had it;
-- batch: 8 rows that begin alike, as no prompt before them did, and 8 of which 7 begin like an
-  earlier one, under `prefix_cache=True`;
-- padding: bytes of keys and values of a left-padded batch, at their peak.
+- beams: 8 beams of one prompt: TTFT, and the time of a later step.
+- reuse: with `prefix_cache=True`, prompts whose long prefix is cached.
+- batch: with `prefix_cache=True`, 8 rows with a common prefix that is not cached, and 8 rows of
+  which 7 have a cached prefix.
+- padding: peak bytes of the KV cache of a left-padded batch.
 
-Ratios above 1: kvpager is quicker, or takes less.
+Above 1, a ratio says that kvpager is quicker or takes less memory.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def reuse(dtype: str, lines: timing.Lines, options: argparse.Namespace) -> None:
     beginning, seeds = random_ids(1, 2 * options.prompt, seed=2), itertools.count(3)
 
     def run(model: LlamaForCausalLM) -> float:
-        # A question that nobody asked before.
+        # A question that is not cached.
         ids = torch.cat([beginning, random_ids(1, 32, seed=next(seeds))], dim=1)
         return timed(model, ids, to_first_token, max_new_tokens=2)
 

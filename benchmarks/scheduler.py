@@ -1,7 +1,7 @@
 """What scheduling costs: a plan and its completion, one thread, medians, a JSON line each.
 
     python benchmarks/scheduler.py                # every figure
-    python benchmarks/scheduler.py --rows 64      # with so many rows
+    python benchmarks/scheduler.py --rows 64      # 64 rows
 
 `decode`: all rows decode, and nothing else happens. `churn`: in every step one row ends and a
 prompt of 512 tokens begins. `waiting`: as `decode`, with 10,000 requests that wait for room.

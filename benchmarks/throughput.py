@@ -1,4 +1,4 @@
-"""What continuous batching gives: the Engine beside transformers' generate and vLLM, one run.
+"""Continuous batching: the Engine beside transformers' generate and vLLM.
 
     python benchmarks/throughput.py --vllm-python ENV     # all of it, half an hour or so
     python benchmarks/throughput.py --only systems        # one part; several with commas
@@ -7,18 +7,17 @@
 
 The model is a Llama of 28 million parameters in bfloat16 with random weights. The parts:
 
-    systems      64 requests, prompts of 32 to 512 tokens, 128 new ones each, all at once: tokens a
-                 second by system, and what keys and values take when most are held
-    memory       the same with room for a third of them: preempted by recompute and by swap, beside
-                 as few rows at a time as never need to be
-    shared       a system prompt of 1,024 tokens before each of 64 requests, with and without
-                 prefix_cache; and 8 samples of one prompt beside 8 requests that share nothing
+    systems      64 requests at once, prompts of 32 to 512 tokens, 128 new tokens each: tokens/s by
+                 system, and the peak of the KV cache
+    memory       the same requests with room for a third of them: preemption by recompute and by
+                 swap, beside a number of rows that never needs preemption
+    shared       64 requests behind a system prompt of 1,024 tokens, with and without prefix_cache;
+                 8 samples of one prompt beside 8 separate requests
     concurrency  1, 2, 4 .. 256 requests at once
-    scheduler    which share of a step of 256 rows the scheduler and the block manager take
+    scheduler    the share of a step of 256 rows that scheduler and block manager take
 
-Contenders take turns. A ratio is the median of the ratios within the turns; above 1, the one that
-is named first is quicker. Tokens of two runs may differ where rounding decides between two: what
-is computed together differs.
+Contenders take turns. A ratio is the median of the ratios within the turns; above 1, the first
+contender is quicker. Tokens of two runs may differ by rounding, because the batches differ.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import timing
 from benchmarks.memory import plot_file
 from benchmarks.throughput_rig import BLOCK, Bench, Sampler, Watched
-from kvpager.bench.throughput import models, session
+from kvpager.bench import plots
+from kvpager.bench.throughput import models, report, session
 from kvpager.bench.throughput.by_engine import EngineSystem
 from kvpager.bench.throughput.results import Figures, Run
 from kvpager.bench.throughput.workload import Workload
@@ -83,7 +83,7 @@ def _rounded(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def slots(bench: Bench, figures: Figures, work: Workload) -> None:
-    """What is held when most is, and what a place of greatest length for each would take."""
+    """Add the peak of the KV cache, and the size of a reserved region per request."""
     memory = figures.last.memory
     assert memory is not None
     config = bench.model.config
@@ -134,7 +134,7 @@ def memory(bench: Bench) -> None:
 
 
 def never_preempted(work: Workload, num_blocks: int) -> int:
-    """So many rows at a time always fit, whichever they are and however far."""
+    """Return the number of rows that always fit, whichever requests they are."""
     needs = sorted(
         (-(-(len(item.prompt) + item.new_tokens) // BLOCK) for item in work.items), reverse=True
     )
@@ -210,27 +210,22 @@ def concurrency(bench: Bench) -> None:
 
 
 def draw(file: Path, rates: dict[str, list[tuple[int, float]]], bench: Bench) -> None:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kvpager"})
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    looks = {"kvpager": "o-", "generate": "s--"}
-    for name, points in rates.items():
-        label = "kvpager's Engine" if name == "kvpager" else "generate, one padded batch"
-        axes.plot(*zip(*points, strict=True), looks[name], label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(bench.sizes.concurrency, [str(rows) for rows in bench.sizes.concurrency])
+    """Plot tokens per second over the number of concurrent requests, as .svg or .png."""
     low, high = bench.sizes.prompt
-    axes.set(
-        xlabel="requests at once",
-        ylabel="generated tokens a second",
-        title=f"Prompts of {low} to {high} tokens, {bench.sizes.new} new ones each",
-    )
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    work = bench.requests(1, bench.sizes.prompt, bench.sizes.new)
+    setting = report.setting(session.describe(bench.model, work, bench.options))
+    with plots.saved(file, (7.5, 4.5)) as figure:
+        axes = figure.subplots()
+        for (name, points), look in zip(rates.items(), plots.looks(), strict=False):
+            label = "kvpager's Engine" if name == "kvpager" else "generate, one padded batch"
+            axes.plot(*zip(*points, strict=True), **look, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(bench.sizes.concurrency, [str(rows) for rows in bench.sizes.concurrency])
+        axes.set(xlabel="requests at once", ylabel="tokens/s")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        title = f"Prompts of {low} to {high} tokens, {bench.sizes.new} new tokens each"
+        plots.titles(figure, title, "\n".join(setting))
 
 
 # -------------------------------------------------------------------- the scheduler's share

@@ -88,7 +88,7 @@ class Bench:
         self.lines.add(name, value, "tokens/s", first_token_s=round(first, 3), **more)
 
     def faster(self, name: str, runs: list[Run], over: list[Run], **more: Any) -> None:
-        """How many times as many tokens a second."""
+        """Add the ratio of tokens per second: the median over the turns."""
         pairs = zip(runs, over, strict=True)
         ratios = [run.tokens_per_second / other.tokens_per_second for run, other in pairs]
         self.lines.add(name, statistics.median(ratios), "ratio", **more)

@@ -61,7 +61,7 @@ def turns(
 
 
 def wall_clock(work: Work) -> float:
-    """How long one run takes, in seconds."""
+    """Return the seconds of one run."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -73,7 +73,7 @@ def best(times: Times, names: Iterable[str]) -> str:
 
 
 def ratio(times: Times, name: str, over: str) -> float:
-    """How many times as long `name` takes as `over`: the median over the turns."""
+    """Return the time of `name` relative to `over`: the median over the turns."""
     return statistics.median(a / b for a, b in zip(times[name], times[over], strict=True))
 
 
@@ -136,7 +136,7 @@ def describe(device_type: str = "cpu", **more: Any) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on, as plain data."""
+    """Return what figures depend on, as plain data."""
     found = {
         "date": time.strftime("%Y-%m-%d"),
         "platform": platform.platform(),
@@ -196,9 +196,9 @@ def available_bytes() -> int:
 class ReadBandwidth:
     """The quickest plain read of memory found: which form, and its bytes per second.
 
-    There is no one instruction for it, so several forms that do as little as possible with what
-    they read compete: sums and maxima of torch, and the C library's search for an absent byte;
-    each over plain pages and over the huge ones that a `BlockStorage` asks for.
+    No single instruction does it. Forms that compute as little as possible compete: sums and
+    maxima of torch, and the C library's search for an absent byte. Each reads plain pages, and the
+    huge pages that a `BlockStorage` asks for.
     """
 
     def __init__(self, num_bytes: int = 256 << 20, repeats: int = 5) -> None:

@@ -74,8 +74,8 @@ def figures(
     """Every figure of one peer.
 
     Args:
-        make: a manager of so many blocks of so many tokens.
-        take_and_give: takes so many blocks from the manager's pool and gives them back.
+        make: makes a manager from a number of blocks and a block size.
+        take_and_give: allocates n blocks from the manager's pool and frees them.
         look_up: finds a prompt's cached prefix, hashing included, and admits nothing.
         prepare: for a batch of sequences, the function that runs one decode step.
         native: what the peer's engine keeps a prompt in.

@@ -39,7 +39,7 @@ def _library_name() -> str:
 
 
 def _isa(dtype: torch.dtype, block_size: int) -> str:
-    """What vLLM's `_get_attn_isa` says for x86 and head sizes that are multiples of 32."""
+    """Return the result of vLLM's `_get_attn_isa` on x86, for head sizes divisible by 32."""
     if block_size % 32:
         return "vec16"
     if torch.cpu._is_amx_tile_supported() and dtype == torch.bfloat16:

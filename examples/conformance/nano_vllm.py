@@ -80,7 +80,7 @@ class NanoVllmAdapter:
         return self._cached[handle.seq_id]
 
     def append(self, handle: Any, tokens: list[int]) -> list[tuple[int, int]]:
-        # can_append asks for one token; this asks for all of them, so that none is added in vain.
+        # can_append checks a single token. This checks all tokens before it adds the first.
         blocks = -(-(len(handle) + len(tokens)) // self.block_size) - handle.num_blocks
         if blocks > len(self.manager.free_block_ids):
             raise MemoryError("can_append would return False")

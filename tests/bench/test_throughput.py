@@ -82,7 +82,7 @@ def test_the_busiest_moment_is_the_one_with_most_blocks() -> None:
     assert busiest([], 100) is None
 
 
-def test_a_pool_for_a_third_of_the_requests_preempts_and_gives_the_same_tokens() -> None:
+def test_a_small_pool_preempts_and_gives_the_same_tokens() -> None:
     model, work = tiny(), requests(9)
     free = _engine_run(model, Options(block_size=4), work)
     assert (free.swapped, free.recomputed) == (0, 0)
@@ -104,7 +104,7 @@ def _engine_run(model: Any, options: Options, work: Workload) -> Run:
         system.close()
 
 
-def test_no_step_is_computed_before_all_requests_that_are_due_are_there(
+def test_the_first_step_sees_all_requests_that_are_due(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def slowly(self: EngineSystem, item: Item) -> Any:
@@ -130,7 +130,7 @@ def test_prefixes_are_shared_within_a_run_and_forgotten_after_it() -> None:
     assert without.last.hit_tokens == 0
 
 
-def test_a_request_that_never_fits_is_an_error_that_says_so() -> None:
+def test_a_request_that_never_fits_is_an_error() -> None:
     model, work = tiny(), requests(prefix_len=64)
     system = EngineSystem(model, Options(), work)
     system.close()
@@ -148,7 +148,7 @@ def test_a_twin_has_the_weights_but_settings_of_its_own() -> None:
     assert model.config._attn_implementation != "eager"
 
 
-def test_the_default_model_is_always_the_same_and_can_be_loaded_again() -> None:
+def test_the_default_model_is_deterministic_and_loads_again() -> None:
     model = models.load(None)
     assert sum(parameter.numel() for parameter in model.parameters()) // 10**6 == 27
     with models.saved(model, None) as folder:

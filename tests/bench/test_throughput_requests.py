@@ -84,7 +84,7 @@ def test_requests_that_make_no_sense_are_refused(changes: dict[str, Any], messag
         synthetic(**{**options, **changes})
 
 
-def test_a_request_longer_than_the_model_allows_is_refused_with_its_number() -> None:
+def test_a_request_longer_than_the_model_is_refused_by_number() -> None:
     items = (Item(0.0, [5, 6], 3), Item(0.0, [5] * 8, 3))
     work = Workload("two", items, 10)
     work.check(11)
@@ -176,14 +176,14 @@ def test_what_is_no_trace_is_refused_with_its_line(
 # --- arrivals -------------------------------------------------------------------------------------
 
 
-def test_requests_come_when_they_are_due_and_late_ones_at_once() -> None:
+def test_requests_come_when_due_and_late_ones_at_once() -> None:
     fake = FakeClock()
     items = tuple(Item(moment, [5], 1) for moment in (0.0, 0.0, 2.0, 3.0, 9.0))
     came = []
     for number, _ in arrivals(Workload("five", items, 10), 100.0, fake.clock()):
         came.append((number, fake.time - 100))
         if number == 2:
-            fake.time += 4  # whoever takes it needs so long
+            fake.time += 4  # the consumer takes four seconds
     assert came == [(0, 0.0), (1, 0.0), (2, 2.0), (3, 6.0), (4, 9.0)]
 
 
@@ -206,6 +206,6 @@ def test_the_engine_gets_requests_when_they_are_due() -> None:
         run = system.run(work, silent)
     finally:
         system.close()
-    assert len(slept) == 2  # nobody really waits for minutes
+    assert len(slept) == 2  # the fake clock sleeps, not the test
     assert 0 < slept[0] <= 500 < slept[1] <= 900_000
     assert [len(each.tokens) for each in run.served] == [3, 3, 3]

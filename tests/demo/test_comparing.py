@@ -50,9 +50,7 @@ def test_rows_that_agree_cost_no_forward_pass() -> None:
 
 
 @pytest.mark.parametrize(("gap", "is_near_tie"), [(0.0, True), (2**-3, True), (2**-2, False)])
-def test_a_gap_of_two_units_of_the_largest_logit_is_a_near_tie(
-    gap: float, is_near_tie: bool
-) -> None:
+def test_a_gap_of_two_units_is_a_near_tie(gap: float, is_near_tie: bool) -> None:
     (found,) = judge(Scripted(table(gap=gap)), [2, 2, 4], [2, 3, 4])
     assert (found.row, found.position, found.expected, found.got) == (1, 2, 2, 3)
     assert found.margin == pytest.approx(gap, abs=1e-6)
@@ -65,7 +63,7 @@ def test_the_same_gap_is_wrong_in_float32() -> None:
     assert not found.is_near_tie
 
 
-def test_a_token_preferred_by_transformers_itself_is_judged_by_size_alone() -> None:
+def test_a_token_that_transformers_prefers_is_judged_by_size() -> None:
     (found,) = judge(Scripted(table(gap=1.0)), [3], [2])
     assert found.margin == pytest.approx(-1.0)
     assert not found.is_near_tie

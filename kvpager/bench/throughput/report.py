@@ -43,8 +43,10 @@ def setting(machine: dict[str, Any]) -> tuple[str, str]:
     """Return the model and the hardware, a line each. O(1)."""
     model, hardware = machine["model"], machine["machine"]
     threads = counted(hardware["threads"], "thread")
+    millions = model["parameters"] / 1e6
+    parameters = f"{millions:,.0f}" if millions >= 10 else f"{millions:.2g}"
     return (
-        f"{model['class']}, {model['parameters'] / 1e6:,.0f} million parameters, {model['dtype']}",
+        f"{model['class']}, {parameters} million parameters, {model['dtype']}",
         f"{model['device']}: {hardware['processor'] or hardware['platform']}, {threads}",
     )
 
