@@ -807,7 +807,7 @@ def test_blocks_of_a_request_are_private_after_a_change() -> None:
         assert engine.stats().scheduler.total_reused_tokens == 0
         assert engine.stats().model_changes == 1
     expected = model.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :]
-    assert after.tokens == expected.tolist()
+    assert after.token_ids == expected.tolist()
 
 
 def test_an_undone_change_is_noticed_during_a_request() -> None:
@@ -826,7 +826,7 @@ def test_an_undone_change_is_noticed_during_a_request() -> None:
         (after,) = engine.generate([prompt], **GREEDY)
         assert engine.stats().scheduler.total_reused_tokens == 0
     expected = model.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :]
-    assert after.tokens == expected.tolist()
+    assert after.token_ids == expected.tolist()
 
 
 def test_a_session_of_generate_batch_notices_a_change() -> None:
