@@ -1,4 +1,4 @@
-"""A chat: every turn sends the whole conversation, and computes only what is new.
+"""A chat. Each turn passes the whole conversation to `generate`, which computes the new part only.
 
 python examples/huggingface/chat.py
 """

@@ -1,7 +1,8 @@
 """A server of OpenAI's API on `kvpager.Engine`: completions and chats, with streaming.
 
-python examples/huggingface/serve.py --port 8000
-openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")
+Packages: pip install "transformers[serving]", with fastapi, uvicorn and openai.
+Server: python examples/huggingface/serve.py --port 8000 --memory 4GiB
+Client: openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")
 
 The server has no authentication, so it listens on the loopback interface alone.
 """
@@ -17,18 +18,19 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvpager import Engine
+from kvpager import Engine, KVPagerError
 from kvpager.testing import tiny_llama_path
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default=str(tiny_llama_path()))
 parser.add_argument("--port", type=int, default=8000)
+parser.add_argument("--memory", default="1GiB", help="Bytes of the KV cache.")
 args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 # The bundled model has no chat template.
 template = tokenizer.chat_template or "{% for each in messages %}{{ each['content'] }}{% endfor %}"
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
-engine = Engine(model, tokenizer=tokenizer)
+engine = Engine(model, tokenizer=tokenizer, memory=args.memory)
 app = FastAPI()
 
 
@@ -51,22 +53,30 @@ async def complete(body: Body) -> Any:
         text = tokenizer.apply_chat_template(
             body.messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
+    # A chat template writes special tokens itself, and the bundled tokenizer would end the prompt
+    # with its end-of-text token. Completions of a model with a BOS token need True.
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     sampling = {"do_sample": True, "temperature": body.temperature, "top_p": body.top_p}
     if body.temperature == 0:
         sampling = {"do_sample": False}
     try:
         stream = engine.submit(ids, max_new_tokens=body.max_tokens, seed=body.seed, **sampling)
+        if body.stream:
+            return StreamingResponse(events(stream, body), media_type="text/event-stream")
+        output = await stream
     except ValueError as error:
-        return JSONResponse({"error": {"message": str(error)}}, status_code=400)
-    if body.stream:
-        return StreamingResponse(events(stream, body), media_type="text/event-stream")
-    output = await stream
+        return refusal(error, 400)
+    except KVPagerError as error:  # the queue is full, the request failed, the engine is closed
+        return refusal(error, 503)
     num_new = len(output.token_ids)
     usage = {"prompt_tokens": len(ids), "completion_tokens": num_new}
     usage["total_tokens"] = len(ids) + num_new
     reason = output.samples[0].finish_reason
     return answer(stream, body, output.text, reason) | {"usage": usage}
+
+
+def refusal(error: Exception, status_code: int) -> JSONResponse:
+    return JSONResponse({"error": {"message": str(error)}}, status_code=status_code)
 
 
 async def events(stream: Any, body: Body) -> Any:
