@@ -1,4 +1,4 @@
-"""Tenants: prompts are reused within a namespace, never across.
+"""Namespaces: a prompt is reused within its namespace, never in another one.
 
 python examples/huggingface/tenants.py
 """
