@@ -94,12 +94,12 @@ def within_one(name: str, value: int | None, length: int) -> None:
         raise ValueError(f"{name}={value}: the sequence has {counted(length, 'token')} only")
 
 
-def within(name: str, value: int | Int64, lengths: Int64) -> None:
-    """Raise `ValueError` for a token number beyond its sequence; `value`: one or one each."""
+def within(name: str, value: int | Int64, lengths: Int64, thing: str = "token") -> None:
+    """Raise `ValueError` if a value exceeds the sequence's length; `value`: one or one each."""
     beyond = np.flatnonzero(lengths < value)
     if len(beyond):
         wrong = np.broadcast_to(value, lengths.shape)[beyond[0]]
-        length = counted(int(lengths[beyond[0]]), "token")
+        length = counted(int(lengths[beyond[0]]), thing)
         raise ValueError(f"{name}={wrong}: the sequence has {length} only")
 
 

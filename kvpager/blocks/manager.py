@@ -1,4 +1,4 @@
-"""The control plane: block ownership, decided here and returned as plain arrays.
+"""The block manager decides which sequence owns which block, and returns plain arrays.
 
     manager = BlockManager(num_blocks=4096, block_size=16)
     seq = manager.allocate(prompt_ids)      # its known prefix is shared, not recomputed
@@ -7,11 +7,11 @@
     child = manager.fork(seq)               # shares every block; copied on write
     manager.free(child)
 
-It never touches a tensor: the framework keeps its tensors and applies the plans. Paging and
-copy-on-write follow vLLM's PagedAttention (Kwon et al., 2023). Every call is all or nothing: it
-validates, makes its result, takes blocks (which may evict cached blocks), and only then changes the
-state. A call that raises changes nothing. Signals wait for the end of a call: see
-`kvpager._atomic`.
+The manager (the control plane) never touches a tensor: the framework keeps its tensors and applies
+the plans. Paging and copy-on-write follow vLLM's PagedAttention (Kwon et al., 2023). Every call is
+all or nothing: it validates, makes its result, takes blocks (which may evict cached blocks), and
+only then changes the state. A call that raises changes nothing. Python's signal handlers run after
+the call, so Ctrl-C never leaves a call half done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, Unpack, overload
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
@@ -46,9 +45,12 @@ from kvpager.plans import Int32, Int64, Plan, Step, Tier
 class BlockManager:
     """Block tables over a pool of `num_blocks` blocks of `block_size` token slots each.
 
-    Five verbs: `allocate`, `append`, `fork`, `free`, `swap`. Thread-safe: one lock per manager,
-    under which no code of the caller runs. Block ids are 0 .. num_blocks - 1; -1 in a table means
-    "no block". `quotas`, `pins`, `copies`, `events` and `queries` have the rarer operations.
+    Main methods: `allocate`, `append`, `commit` (without it no prefix is reused), `fork`, `free`
+    and `swap`. Thread-safe: one lock per manager, under which no code of the caller runs. Block ids
+    are 0 .. num_blocks - 1; -1 in a table means "no block".
+
+    Rarer operations: `quotas` bounds the blocks of namespaces, `pins` keeps prefixes cached,
+    `copies` tracks asynchronous copies, `events` logs cached blocks, and `queries` reads the pool.
 
     Args:
         num_blocks: blocks on the device, at least 1.
@@ -112,9 +114,9 @@ class BlockManager:
         """Begin a sequence of `prompt` tokens. O(tokens).
 
         Args:
-            prompt: the token ids; or a count, which disables prefix reuse.
+            prompt: the token ids, or the number of tokens (then no prefix is reused).
             namespace: only prefixes committed under the same namespace and `lora` are reused.
-            lora: the LoRA adapter, or other fine-tuned weights, that compute the KV.
+            lora: the name of the LoRA adapter, or of other weights, with which the KV is computed.
             mm_hashes: (start, stop, hash) of each image or other input behind the placeholder
                 tokens `start` to `stop`. A block that overlaps one is reused only if its hash and
                 position are equal.
@@ -124,7 +126,7 @@ class BlockManager:
         does, because the caller needs its logits. If the match ends inside a block, `copies` names
         the block to copy first.
 
-        Raises: `OutOfBlocks`; `TypeError` / `ValueError` for an invalid prompt or key part.
+        Raises: `OutOfBlocks`; `TypeError`, `ValueError` for invalid arguments.
         """
         length, ids = arguments.prompt(prompt)
         who = identity(namespace, lora, mm_hashes, length)
@@ -164,10 +166,11 @@ class BlockManager:
     def fork(
         self, sequence: SequenceHandle, count: int | None = None
     ) -> SequenceHandle | list[SequenceHandle]:
-        """Return a sequence that shares every block, or with `count` a list of n. O(blocks) each.
+        """Return a new sequence that shares all blocks of this one. O(blocks) each.
 
-        No data moves: the first sequence to write into a shared block gets a copy of it. At most
-        65,536 forks a call. Raises: `StaleSequence`, `SequenceSwapped`.
+        With `count`, return a list of `count` new sequences (at most 65,536). No data moves: the
+        first sequence to write into a shared block gets a copy of it.
+        Raises: `StaleSequence`, `SequenceSwapped`.
         """
         times = 1 if count is None else arguments.count("count", count, at_least=1, at_most=2**16)
         state = self._state
@@ -221,6 +224,7 @@ class BlockManager:
 
         Apply `copies`, then write the new tokens' KV to `slots`. If several sequences of the batch
         share a partly filled block and no other sequence holds it, the last one keeps the block.
+        The others write to copies.
 
         Raises: `OutOfBlocks`, `StaleSequence`, `SequenceSwapped`, `ValueError`, `TypeError`.
         """
@@ -255,10 +259,7 @@ class BlockManager:
         with state.lock, state.change:
             rows = state.resident(named)
             speculative = state.rows.speculative[rows]
-            if np.any(kept > speculative):
-                raise ValueError(
-                    f"counts={counts!r}: the sequences have {speculative} speculative tokens"
-                )
+            arguments.within("counts", kept, speculative, "speculative token")
             self._extension.accept(rows, kept, ids)
 
     # ---------------------------------------------------------------- commit, truncate, drop_before
@@ -292,8 +293,8 @@ class BlockManager:
     def drop_before(self, sequences: Target, start: int | ArrayLike) -> None:
         """Release the blocks that lie wholly before token `start`. O(blocks released).
 
-        For layers with a sliding window. The table entries become -1, and the sequence publishes
-        no further blocks.
+        For layers with a sliding window. The table entries become -1. The sequence publishes no
+        further blocks; blocks that it published before stay reusable.
         Raises: `StaleSequence`, `SequenceSwapped`, `ValueError` for a start beyond the end, or
         beyond the first speculative token.
         """
@@ -309,16 +310,17 @@ class BlockManager:
     def swap(
         self, sequences: Target, to: Tier, *, at_most: int | None = None, reserve: int = 0
     ) -> Plan:
-        """Move sequences to the `"host"` tier or back to the `"device"`. O(blocks of all swapped).
+        """Move sequences to the `"host"` tier or back to the `"device"`.
 
         A block stays on the device while a resident sequence holds it. Swapped forks share blocks
         on the host, and share them again on the device. A swapped sequence can only be swapped or
-        freed.
+        freed. O(blocks of these sequences and of all swapped sequences).
 
         Args:
-            at_most: move at most this many blocks: out, from the end of the sequence; in, from its
-                front. The sequence counts as swapped until all its blocks are on the device.
-            reserve: in, raise unless at least this many blocks stay available afterwards.
+            at_most: move at most this many blocks: to the host the last ones first, to the device
+                the first ones. The sequence counts as swapped until all its blocks are on the
+                device.
+            reserve: with `to="device"`, raise unless this many blocks stay available afterwards.
 
         Raises: `OutOfBlocks` of the full tier, `StaleSequence`, `SequenceSwapped` for a sequence
         that is wholly on the host already, `ValueError`.
@@ -332,12 +334,13 @@ class BlockManager:
             return swap.out(rows, at_most) if to == "host" else swap.back(rows, at_most, reserve)
 
     def victims(self, sequences: Target, need: int) -> list[SequenceHandle]:
-        """Return the shortest front of `sequences` that would free `need` blocks.
+        """Return the first sequences that together would free `need` blocks, as few as possible.
 
         For preemption: order the sequences, least important first; then swap the victims, or free
         them with `publish`. `need` is `OutOfBlocks.missing`. A block counts if only victims hold
-        it. Quotas are ignored: at a ceiling, pass sequences of that namespace only.
-        O(blocks of the victims). Raises: `OutOfBlocks` if all are not enough, `StaleSequence`.
+        it. Quotas are ignored: after `OutOfQuota`, pass sequences of that namespace only.
+        O(blocks of the victims). Raises: `OutOfBlocks` if even all sequences together would free
+        fewer, `StaleSequence`.
         """
         return self.queries.victims(sequences, need)
 
@@ -376,7 +379,7 @@ class BlockManager:
         return self.queries.slots(sequence, start, stop)
 
     def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
-        """Return `slots` of tokens about to be written. O(tokens)."""
+        """Return the same as `slots`; only `GroupedManager.open_slots` takes blocks. O(tokens)."""
         return self.queries.slots(sequence, start, stop)
 
     # ---------------------------------------------------------------- the pool
@@ -413,10 +416,10 @@ class BlockManager:
         self._resize.grow(num_blocks)
 
     def shrink(self, num_blocks: int) -> Plan:
-        """Lower the device pool to `num_blocks`; higher blocks move to free ids. O(num_blocks).
+        """Lower the device pool to `num_blocks`. O(num_blocks).
 
-        Cached blocks are evicted if necessary. Apply the plan, device to device, before the storage
-        shrinks.
+        Held blocks with an id of at least `num_blocks` move to free blocks below it. Cached blocks
+        are evicted if necessary. Apply the plan, device to device, before the storage shrinks.
         Raises: `OutOfBlocks` if sequences hold more, `ValueError` if the pool is smaller, or a
         higher block is pinned or in an unfinished copy.
         """

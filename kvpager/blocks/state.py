@@ -105,7 +105,8 @@ class BlockState:
                 stale = table.generations[target.rows] != target.generations
                 if np.any(stale):
                     row = int(target.rows[stale][0])
-                    raise StaleSequence(f"sequence {row} of the batch was freed. Make a new batch.")
+                    name = f"Sequence {row}.{target.generations[stale][0]}"
+                    raise StaleSequence(f"{name} of the batch was freed. Make a new batch.")
             return target.rows
         if isinstance(target, SequenceHandle):
             return np.array([self.row(target)], np.int64)
@@ -129,7 +130,7 @@ class BlockState:
         """Return the row of a handle. O(1). Raises `StaleSequence`, `SequenceSwapped`."""
         row = self.row(handle)
         if self.rows.swapped[row]:
-            raise SequenceSwapped(f'sequence {row} is on the host. Call swap(seq, "device").')
+            raise SequenceSwapped(f'{handle.name} is on the host. Call swap(seq, "device").')
         return row
 
     def resident(self, target: SequenceHandle | Batch | list[SequenceHandle]) -> Int64:
@@ -142,19 +143,18 @@ class BlockState:
         rows = self.resolve(target)
         away = table.swapped[rows]
         if away.any():
-            row = int(rows[away][0])
-            raise SequenceSwapped(f'sequence {row} is on the host. Call swap(seq, "device").')
+            name = self.handle(int(rows[away][0])).name
+            raise SequenceSwapped(f'{name} is on the host. Call swap(seq, "device").')
         if isinstance(target, Batch):
             target.epoch = table.epoch
         return rows
 
     def refuse_speculative(self, rows: Int64) -> None:
         """Raise `ValueError` if one of these rows has speculative tokens. O(rows)."""
-        speculating = rows[self.rows.speculative[rows] > 0]
-        if len(speculating):
+        if (self.rows.speculative[rows] > 0).any():
             raise ValueError(
-                f"sequence {speculating[0]} has speculative tokens. Call accept(sequence, counts) "
-                "first; 0 drops them."
+                "sequences: one has speculative tokens. Call accept(sequence, counts) first; "
+                "0 drops them."
             )
 
     # ---------------------------------------------------------------- take and release

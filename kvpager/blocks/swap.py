@@ -35,7 +35,7 @@ class Swap:
         state, table, host = self._state, self._state.rows, self._state.host
         for row in rows:
             if len(table.host_blocks(row)) and not len(table.device_blocks(row)):
-                raise SequenceSwapped(f"sequence {row} is wholly on the host already")
+                raise SequenceSwapped(f"{state.handle(row).name} is wholly on the host already")
         leaving = _leaving_device(table, state.pool, rows, at_most)
         need = len(leaving.blocks)
         if need > host.num_free:

@@ -137,7 +137,7 @@ class GroupedManager:
 
         Groups with a window take blocks for `max_chunk` tokens after the cached ones.
         Raises: `OutOfBlocks` of the sum over all groups; `TypeError` / `ValueError` for an
-        invalid prompt or key part.
+        invalid arguments.
         """
         length, ids = arguments.prompt(prompt)
         who = self._identities(namespace, lora, mm_hashes, length)
@@ -192,9 +192,10 @@ class GroupedManager:
     def fork(
         self, sequence: SequenceHandle, count: int | None = None
     ) -> SequenceHandle | list[SequenceHandle]:
-        """Return a sequence, or with `count` a list of n, that shares every block.
+        """Return a new sequence that shares all blocks of this one. O(blocks) each.
 
-        O(blocks) each. Raises: `StaleSequence`, `SequenceSwapped`.
+        With `count`, return a list of `count` new sequences (at most 65,536).
+        Raises: `StaleSequence`, `SequenceSwapped`.
         """
         times = 1 if count is None else arguments.count("count", count, at_least=1, at_most=2**16)
         with self._state.lock, self._state.change:
@@ -278,10 +279,7 @@ class GroupedManager:
             names = table.resident(named)
             rows = table.rows[:, names]
             speculative = state.rows.speculative[rows[0]]
-            if np.any(kept > speculative):
-                raise ValueError(
-                    f"counts={counts!r}: the sequences have {speculative} speculative tokens"
-                )
+            arguments.within("counts", kept, speculative, "speculative token")
             theirs = None if ids is None else np.tile(ids, groups)
             self._speculation.accept(rows.ravel(), np.tile(kept, groups), theirs)
             # `rooms` may be less: some tokens have no slots yet.

@@ -69,9 +69,9 @@ class GroupTable:
             if target.epoch != self._state.rows.epoch:
                 stale = self.generations[target.rows] != target.generations
                 if stale.any():
-                    name = int(target.rows[stale][0])
+                    row, generation = target.rows[stale][0], target.generations[stale][0]
                     raise StaleSequence(
-                        f"sequence {name} of the batch was freed. Make a new batch."
+                        f"Sequence {row}.{generation} of the batch was freed. Make a new batch."
                     )
             return target.rows
         handles = [target] if isinstance(target, SequenceHandle) else target
@@ -88,8 +88,8 @@ class GroupTable:
         found = self.resolve(target)
         away = self._state.rows.swapped[self.rows[:, found]].any(axis=0)
         if away.any():
-            name = int(found[away][0])
-            raise SequenceSwapped(f'sequence {name} is on the host. Call swap(seq, "device").')
+            name = self._shown(int(found[away][0]))
+            raise SequenceSwapped(f'{name} is on the host. Call swap(seq, "device").')
         if isinstance(target, Batch):
             target.epoch = epoch
         return found
@@ -107,9 +107,13 @@ class GroupTable:
                 if len(table.device_blocks(row)) or not len(table.host_blocks(row))
             ]
             if not here:
-                raise SequenceSwapped(f"sequence {name} is wholly on the host already")
+                raise SequenceSwapped(f"{self._shown(name)} is wholly on the host already")
             found += here
         return found
+
+    def _shown(self, sequence: int) -> str:
+        """Return the name of a sequence, as `SequenceHandle.name`. O(1)."""
+        return f"Sequence {sequence}.{self.generations[sequence]}"
 
     # ---------------------------------------------------------------- begin and end sequences
 
