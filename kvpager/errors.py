@@ -2,7 +2,7 @@
 
     KVPagerError
     ├── OutOfBlocks          a tier has too few blocks; nothing changed
-    │   └── OutOfQuota       a namespace would pass its ceiling; nothing changed
+    │   └── OutOfQuota       a namespace would exceed its quota; nothing changed
     ├── StaleSequence        the handle was freed, or belongs to another manager
     ├── SequenceSwapped      the sequence is in host memory; swap it back first
     ├── QueueFull            the request queue is full; retry later
@@ -11,9 +11,10 @@
     ├── RequestExpired       the deadline of a request passed
     ├── RequestFailed        a request could not be computed; see its `__cause__`
     ├── BrokenInvariant      `check()` found inconsistent state: a bug, never an operating error
-    └── BadInput             the user of a command can correct its input
+    └── BadInput             a command got invalid input
 
-Invalid arguments raise `ValueError` or `TypeError`: `argument=value: constraint. Fix.`
+Invalid arguments raise `ValueError` or `TypeError`. The message names the argument and what is
+expected, such as `count=0: expected at least 1`.
 A transformers release newer than every tested one gives an `UntestedReleaseWarning`.
 """
 
@@ -30,7 +31,7 @@ class OutOfBlocks(KVPagerError):
     """A tier has too few blocks for an operation. Nothing changed.
 
     Attributes: `need`, `free`, `evictable` and `total`, in blocks; `tier` and `advice`. `missing`
-    is the number of further blocks to free, as `BlockManager.victims` takes it.
+    is how many more blocks must be freed: pass it to `BlockManager.victims` as `need`.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class OutOfBlocks(KVPagerError):
 
 
 class OutOfQuota(OutOfBlocks):
-    """A namespace would pass the ceiling of its quota. Nothing changed.
+    """A namespace would exceed its quota. Nothing changed.
 
     Attributes: `namespace`, and the attributes of `OutOfBlocks`.
     """
@@ -113,7 +114,7 @@ class EngineClosed(KVPagerError):
 
 
 class RequestCancelled(KVPagerError):
-    """The request was cancelled, or its stream was dropped, or its engine was closed."""
+    """The request was cancelled, its stream was dropped, or its engine was closed first."""
 
 
 class RequestExpired(KVPagerError):

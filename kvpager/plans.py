@@ -1,4 +1,4 @@
-"""Plans of the control plane for the data plane: plain arrays that can be sent to a process.
+"""Plans of the control plane for the data plane: arrays that can be sent to another process.
 
 Apply plans in the order in which the manager returned them, each before the writes of its step.
 Then the manager may reuse a block as soon as a plan that reads it exists. If copies run
@@ -71,7 +71,10 @@ class Reason(Enum):
 
 
 class GroupStep(NamedTuple):
-    """The slots and block tables of one group of layers in a step; as in `StepPlan`."""
+    """The slots and block tables of one group of layers in a step; as in `StepPlan`.
+
+    The layers of a group share a block table; see `GroupedManager`.
+    """
 
     slot_mapping: Int64
     block_tables: Int32
@@ -79,7 +82,7 @@ class GroupStep(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """One step of a `Scheduler`: plain arrays and ids, so it can cross a process.
+    """One step of a `Scheduler`: plain arrays and ids, so it can be sent to another process.
 
     Apply `swaps` in order, then `copies` (all reads before all writes). Then compute
     `num_scheduled[i]` tokens of each row i: write their KV to `slot_mapping`. They attend to
@@ -93,14 +96,15 @@ class StepPlan:
             two.
         request_ids: the request of each row.
         seq_ids: int32 [rows], the sequence of each row. An id stays the same while the sequence
-            lives. It is reused only after the plan that follows the plan with the id in `freed`.
+            lives. Plans after the one that lists it in `freed` may reuse it.
         num_computed: int32 [rows], tokens computed in earlier steps.
         num_scheduled: int32 [rows], tokens to compute in this step.
         token_ids: int32 [tokens], the tokens to compute, row by row.
-        slot_mapping: int64 [tokens], `block * block_size + offset`, of the first group of layers.
+        slot_mapping: int64 [tokens], `block * block_size + offset`, of the first group of layers
+            (a group shares a block table; see `GroupedManager`).
         seq_lens: int32 [rows], `num_computed + num_scheduled`.
-        block_tables: int32 [rows, blocks] of the first group of layers; -1: no block, such as
-            behind a window.
+        block_tables: int32 [rows, blocks] of the first group of layers; -1: no block, for
+            example before the start of a sliding window.
         needs_logits: bool [rows], True if the logits of the row's last token choose the next one.
         freed: int32, sequences that ended since the last plan.
         ended: the requests that ended since the last plan, each with its reason.

@@ -21,14 +21,14 @@ class EngineConfig:
     """The settings of an engine.
 
     Args:
-        memory: bytes of the KV cache, such as `"4GiB"`. None takes enough for `max_num_seqs`
-            sequences of maximum length. On a GPU it takes at most nine tenths of the free memory,
-            on a CPU at most half of it.
+        memory: bytes of the KV cache, such as `"4GiB"`. The default is enough for `max_num_seqs`
+            sequences of maximum length, but at most 90 % of the free GPU memory, or 50 % of the
+            free host memory on a CPU.
         host_memory: bytes of host memory for swapped requests; None for no swap.
         block_size: token slots per block, a power of two.
         kv_cache_dtype: `"int8"` or `"fp8_e4m3"` to store keys and values in eight bits.
         eviction: the eviction policy: a name in `kvpager.blocks.policies.POLICIES`, or a function
-            that makes an `EvictionPolicy` for a number of blocks.
+            that returns an `EvictionPolicy` for a number of blocks. Each pool gets its own policy.
         max_batch_tokens: maximum tokens per forward pass.
         max_num_seqs: maximum concurrent sequences, capped at `max_batch_tokens`.
         max_queue_size: maximum waiting requests; None for no limit.

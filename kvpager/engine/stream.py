@@ -39,9 +39,10 @@ class Sample:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None
-    finish_reason: FinishReason | None = None  # None if the request ended before this sample
-    stop_reason: str | None = None  # the stop string, or the criterion's name; None for stop ids
-    text: str | None = None  # after the end, if the engine has a tokenizer
+    finish_reason: FinishReason | None = None  # None if the request ended before it was complete
+    # The stop string, or the criterion's name; None if an end-of-text token stopped the sample.
+    stop_reason: str | None = None
+    text: str | None = None  # set when the request has ended, if the engine has a tokenizer
 
 
 @dataclass(slots=True)
@@ -210,9 +211,9 @@ class Dispatcher:
 
 @contextlib.contextmanager
 def listener_errors_logged() -> Iterator[None]:
-    """Return a context manager that logs every exception of a listener, even SystemExit.
+    """Log each exception raised inside the `with` block instead of raising it, even SystemExit.
 
-    A listener that raises must not keep tokens from other requests.
+    A listener that raises must not stop other requests from getting their tokens.
     """
     try:
         yield
@@ -229,7 +230,8 @@ class Stream:
         for piece in engine.submit(prompt).text():    # or: async for
             print(piece, end="")
 
-    Keep a reference to the stream: garbage-collecting it before its end cancels the request.
+    Keep a reference to the stream until its end (a loop over it keeps one): garbage-collecting it
+    earlier cancels the request.
     """
 
     def __init__(
@@ -284,15 +286,16 @@ class Stream:
         return self._outcome()
 
     def listen(self, reader: Callable[[list[Token], bool], None]) -> None:
-        """Call `reader` with new tokens, and with True once the request has ended. O(tokens).
+        """Call `reader(tokens, is_done)` with each step's new tokens. O(tokens).
 
-        The first call happens at once, the others after each step on the thread that delivers
-        tokens to all streams. So `reader` must not block.
+        `is_done` is True in the last call, when the request has ended. The first call happens at
+        once, the others after each step on the thread that delivers tokens to all streams. So
+        `reader` must not block.
         """
         self._channel.listen(reader)
 
     def partial(self) -> Output:
-        """Return the output so far. O(1)."""
+        """Return the output so far: not a copy, it grows until the request ends. O(1)."""
         return self._channel.output
 
     def _outcome(self) -> Output:
@@ -307,7 +310,7 @@ class Stream:
         tokens are omitted. The joined pieces equal `Output.text` if the tokens are valid UTF-8.
 
         Raises: `ValueError` for an engine without a tokenizer, or a request with several samples.
-        Iteration raises as `result`, after the last piece.
+        After the last piece, iteration raises the errors of `result`.
         """
         if self._detokenizer is None:
             raise ValueError(f"text: the engine has no tokenizer. {_NO_TOKENIZER}")

@@ -19,11 +19,14 @@ class Request:
         request_id: the caller's id, any hashable value; unique among live requests.
         prompt: int32 token ids, at least one.
         max_new_tokens: maximum new tokens per sequence; bounds the blocks of the request.
-        n: maximum sequences at a time, for parallel sampling or beams. They step together.
-        namespace: the tenant; the request shares prefixes only within its namespace and `lora`.
-        lora: the LoRA adapter, or other fine-tuned weights, that computes the request.
-        tenant: whose service the policy `"fair"` charges.
-        priority: lower is served first, under the policy `"priority"`.
+        n: maximum sequences at a time, for parallel sampling or beams. They decode in the
+            same steps.
+        namespace: requests share prefixes, and a quota, only within a namespace.
+        lora: a label of the LoRA adapter, or of other weights, with which the KV is computed.
+            Requests share prefixes only if `lora` is equal. `Engine` sets none.
+        tenant: the policy `"fair"` serves the tenant with the fewest tokens so far first.
+            Independent of `namespace`.
+        priority: the policy `"priority"` serves lower numbers first.
         deadline: time at which the request ends, on the scheduler's clock; None for no deadline.
     """
 
@@ -98,7 +101,7 @@ class RequestState:
         return self.request.namespace, lora
 
 
-def read_prompt(request: Request) -> Int32:
+def checked_prompt(request: Request) -> Int32:
     """Check all fields of a request and return a copy of its prompt. O(tokens).
 
     Raises: `TypeError`, `ValueError`.

@@ -37,7 +37,7 @@ from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.prefill import Prefill
 from kvpager.scheduling.queue import SchedulingPolicy, make_policy
-from kvpager.scheduling.request import Request, Status, read_prompt
+from kvpager.scheduling.request import Request, Status, checked_prompt
 from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.stats import SchedulerStats
 from kvpager.scheduling.step import StepBuilder
@@ -46,18 +46,18 @@ from kvpager.scheduling.step import StepBuilder
 class Scheduler:
     """Continuous batching over the blocks of one manager. No other code may allocate from it.
 
-    Not thread-safe: callers on several threads need a lock. A signal waits for the end of a call.
-    If an interrupt keeps the caller from the result of `plan`, `step` returns the plan.
+    Not thread-safe: callers on several threads need a lock. Python's signal handlers run after a
+    call. If a `KeyboardInterrupt` keeps the caller from the result of `plan`, read it from `step`.
 
     Args:
         manager: a `BlockManager` made without `fences`, or another `CacheManager`.
         max_batch_tokens: maximum tokens per step.
-        max_num_seqs: maximum sequences on the device; a request counts with its `n`. Capped at
+        max_num_seqs: maximum sequences on the device; a request counts as `n`. Capped at
             `max_batch_tokens`, so that every decoding sequence fits in every step.
         max_queue_size: maximum waiting requests; None for no limit.
         policy: `"fifo"`, `"priority"`, `"fair"`, or a `SchedulingPolicy` of your own.
-        watermark: the share of the blocks, 0 <= watermark < 1, that stays available when a request
-            starts or resumes. It leaves running requests room to grow; it is ignored if none runs.
+        watermark: fraction of the blocks to leave available when a request starts or resumes, so
+            that running requests can grow: 0 <= watermark < 1. Ignored if no request runs.
         prefix_cache: share the KV of equal prefixes between requests.
         costs: the cost model for swap vs. recompute.
         max_model_len: maximum tokens per sequence, prompt included; None for no limit.
@@ -117,9 +117,9 @@ class Scheduler:
         """Queue a request. O(prompt).
 
         Raises: `QueueFull`; `TypeError`, `ValueError` for a request that could never run, or an id
-        that is in use. An id is in use until a plan has reported the end of its request.
+        that is in use. An id is free again after `StepPlan.ended` has listed it.
         """
-        prompt = read_prompt(request)
+        prompt = checked_prompt(request)
         with self._lock, self._change:
             if self._table.is_known(request.request_id):
                 raise ValueError(
@@ -140,7 +140,7 @@ class Scheduler:
         return self._stop(request_id, Reason.CANCELLED)
 
     def finish(self, request_id: Hashable) -> bool:
-        """End a request as `FINISHED`; otherwise as `cancel`."""
+        """End a request as `cancel` does, with the reason `FINISHED`."""
         return self._stop(request_id, Reason.FINISHED)
 
     def _stop(self, request_id: Hashable, reason: Reason) -> bool:
@@ -156,9 +156,10 @@ class Scheduler:
             return True
 
     def clear_prefix_cache(self) -> None:
-        """Share nothing computed so far with what begins from now on: a model changed, say.
+        """Drop the prefix cache, for example after the model changed. O(requests + cached blocks).
 
-        Requests that run, or are swapped, go on with what they have. O(requests + cached blocks).
+        Requests that start later reuse nothing computed before. Running and swapped requests
+        continue with the KV they have.
         """
         with self._lock, self._change:
             self._change.begin()
@@ -215,15 +216,16 @@ class Scheduler:
 
         Args:
             plan: the plan under way.
-            parents: int [continuations], ascending: the row of `plan` that each continuation
-                extends, one with `needs_logits`.
+            parents: int [continuations], ascending: the index of the row of `plan` that each
+                continuation extends. The row must have `needs_logits`.
             tokens: int32 [continuations], the next token of each continuation.
 
         A row with `needs_logits` that is not listed ends. The first continuation of a row keeps its
-        sequence id; the others are forks. A sequence with `max_new_tokens` ends by itself.
-        Continuations of cancelled requests are ignored. A request without sequences is finished.
+        sequence id; the others are forks. A sequence that reaches its `max_new_tokens`
+        ends by itself. Continuations of cancelled requests are ignored. A request without sequences
+        is finished.
 
-        Returns the sequence id of each continuation, int32; -1 if it ended at once.
+        Returns the sequence id of each continuation, int32; -1 where the sequence ended.
         Raises: `ValueError`, `TypeError` before anything changes.
         """
         parents, tokens = read_continuations(parents, tokens)

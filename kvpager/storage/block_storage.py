@@ -5,8 +5,8 @@
     key     [ block_size, kv_heads, head_dim ]       value  [ block_size, kv_heads, value_head_dim ]
 
 If all sizes are equal this is `[blocks, layers, 2, block_size, kv_heads, head_dim]`. A block is one
-run of memory through all layers. So copy-on-write is one memory copy, a swap one DMA and a remote
-put one buffer; layer-first storage needs two per layer. `BlockStorage` does not know
+run of memory through all layers. So copy-on-write is one memory copy and a swap one DMA; a layout
+that stores one layer after the other needs two of each per layer. `BlockStorage` does not know
 `BlockManager`: it holds tensors and carries out plans of any origin.
 
 Keys and values may be stored in eight bits (`kv_cache_dtype`), with one scale per token and head.
@@ -75,15 +75,16 @@ class BlockStorage:
     """Block-first key and value tensors for the layers of one group on one device.
 
     `layers` may differ in heads and head sizes. `num_host_blocks` adds blocks in host memory for
-    swapping, page-locked if `device` is a GPU. `pinned` page-locks the device blocks of a CPU
-    storage that a GPU storage swaps to. If allocation fails, torch raises
-    (`torch.OutOfMemoryError`, `RuntimeError`).
+    swapping, page-locked if `device` is a GPU. `pinned` page-locks the blocks of a storage with
+    `device="cpu"`, so that a GPU storage copies to and from it faster (`copy_from`). If allocation
+    fails, torch raises (`torch.OutOfMemoryError`, `RuntimeError`).
 
     Keys and values are stored as `dtype`, or in eight bits with `kv_cache_dtype` "int8" or
-    "fp8_e4m3". Then `dtype` is the dtype of the maths, and kernels need `scales` beside `layer`.
+    "fp8_e4m3". In that case `dtype` is the dtype of queries and outputs, and kernels need `scales`
+    beside `layer`.
 
-    Memory is not zeroed. On a CPU, pages never written take no memory (see `memory`). Kernels never
-    read a slot that was not written.
+    Memory is not zeroed. On a CPU, pages never written take no memory (see `memory`). Numbers in
+    slots that no query sees, NaNs included, never reach the output of a kernel.
     """
 
     def __init__(
@@ -278,8 +279,8 @@ class BlockStorage:
         """Copy blocks of `other` for pairs (source in `other`, destination). O(n * block_bytes).
 
         `copies` is int32 [n, 2]. Either storage may be on any device or in host memory. This call
-        waits for copies to the host. A copy out of host memory may still run afterwards. Then this
-        returns the event of its end, and the caller must not write the source blocks earlier.
+        waits for copies to the host. A copy out of host memory may still run afterwards. In that
+        case this returns a CUDA event: do not overwrite the source blocks before it has occurred.
         Returns None if the copy has ended, or if later work on the device runs after it.
         Raises: `ValueError` for an unknown block, or different layers or dtypes.
         """
@@ -296,7 +297,7 @@ class BlockStorage:
         return streams.copy_across(other.tier(), self.tier(), copies)
 
     def grow(self, num_blocks: int) -> None:
-        """Raise the device tier to `num_blocks`, keeping every byte. O(nbytes).
+        """Raise the device tier to `num_blocks` and keep the contents. O(nbytes).
 
         Old and new tensor exist at the same time during the copy. Views and tensors returned
         earlier still refer to the old tensor. On a GPU the copy runs after all writes queued on any
