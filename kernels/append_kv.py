@@ -35,19 +35,21 @@ def append_kv(
     """Write the key and value of every token to its slot, in place. O(tokens).
 
     - `key` [tokens, kv_heads, head_dim] and `value` [tokens, kv_heads, value_head_dim]: the last
-      dimension is contiguous, other strides are free. A view of a projection needs no copy.
+      dimension is contiguous, other strides may have any value. So a view of the projection's
+      output needs no copy.
     - `key_cache`, `value_cache` [blocks, block_size, kv_heads, head_dim or value_head_dim]: the
       views of `BlockStorage.layer`. Blocks may lie apart. The dtype is that of `key` and `value`,
       or int8 or float8_e4m3fn: then the kernel quantises every token and head as it writes.
-    - `slots` int64 [tokens]: `block * block_size + offset`, as in `manager.append(...).slots`.
-      A negative slot skips its token (padding). Two tokens must not share a slot.
+    - `slots` int32 or int64 [tokens]: `block * block_size + offset`, as in
+      `manager.append(...).slots`. A negative slot skips its token (padding). Two tokens must not
+      share a slot.
     - `scales`, for quantised caches: (key scales, value scales), each float32 [blocks, block_size,
       kv_heads], from `BlockStorage.scales`. The kernel writes them too (see `quantisation.py`).
 
     Raises: `ValueError`, `TypeError` for wrong shapes, strides, dtypes or devices. Only the native
-    CPU kernel and debug mode (`debug.py`) check that slots exist, because reading values waits for
-    a GPU. No gradient flows through the cache. The slot mapping is that of vLLM (Kwon et al., 2023,
-    "Efficient Memory Management for LLM Serving with PagedAttention").
+    CPU kernel and debug mode (`KVPAGER_DEBUG=1`) check that slots exist, because the check would
+    wait for a GPU. No gradient flows through the cache. The slot mapping is that of vLLM (Kwon et
+    al., 2023, "Efficient Memory Management for LLM Serving with PagedAttention").
     """
     if scales is not None or not _fit(key, value, key_cache, value_cache, slots):
         _require_fitting(key, value, key_cache, value_cache, slots, scales)

@@ -55,14 +55,16 @@ def paged_attention(
 
     - `softmax_scale`: factor of the scores, `head_dim ** -0.5` unless given.
     - `causal`: a query sees no later token. `False`: it sees its whole row (cross attention).
-    - `window`: a query at position p sees only tokens after `p - window`, at least 1.
+    - `window`, at least 1: a query at position p sees only tokens after position `p - window`.
     - `softcap`: scores become `softcap * tanh(score / softcap)`, after scaling and before the mask.
-    - `sinks` [query_heads]: an extra logit per head that takes weight and has no value.
-    - `mask` [1 or rows, 1 or query_heads, max queries, kv], bool (True: visible) or float (added
-      to the scores; -inf or the dtype's lowest number: masked). It is **right-aligned** both ways:
-      its last column is each row's last token, its last row each row's last query. Left-padded
-      batches need no special case. Tokens before its first column are masked. `causal` and
-      `window` still apply: pass `causal=False` if the mask is causal already.
+    - `sinks` [query_heads] (attention sinks): one more logit per head in the softmax, which adds
+      nothing to the output.
+    - `mask` [1 or rows, 1 or query_heads, max queries, kv tokens], bool (True: visible) or float
+      (added to the scores; -inf or the dtype's lowest number: masked). It may have any number of
+      columns, and is **right-aligned** both ways: its last column is each row's last token, its
+      last row each row's last query. Left-padded batches need no special case. Tokens before its
+      first column are masked. `causal` and `window` still apply: pass `causal=False` if the mask is
+      causal already.
     - `kv_starts` int32 or int64 [rows]: the kernel reads no token of the row before this one.
     - `scales`, for caches of int8 or float8_e4m3fn: (key scales, value scales), each float32
       [blocks, block_size, kv_heads], from `BlockStorage.scales` (see `quantisation.py`).
@@ -70,11 +72,11 @@ def paged_attention(
       one `HostRows` to all layers of a step: a GPU kernel then plans once per step, without
       reading the tensors back from the GPU.
 
-    A slot that no query of a row sees never enters the arithmetic, so stale NaNs are harmless.
+    Numbers in slots that no query sees, NaNs included, never reach the output.
 
     Raises: `ValueError`, `TypeError` for wrong shapes, strides, dtypes, devices or options. Only
-    the native CPU kernel and debug mode (`debug.py`) check that lengths, `cu_seqlens_q` and table
-    entries are in range, because reading values waits for a GPU.
+    the native CPU kernel and debug mode (`KVPAGER_DEBUG=1`) check that lengths, `cu_seqlens_q` and
+    table entries are in range, because the check would wait for a GPU.
 
     Block tables follow PagedAttention (Kwon et al., 2023). The online softmax is that of Milakov &
     Gimelshein (2018), as in FlashAttention (Dao et al., 2022).

@@ -5,8 +5,9 @@
         for token in engine.submit(prompt, do_sample=True, temperature=0.8):
             print(token.id)
 
-A thread asks the scheduler what to compute next (Orca's iteration-level scheduling, Yu et al.,
-2022), has the runner compute it, chooses the next tokens and hands them out.
+The engine's thread repeats four things: the scheduler plans a step (Orca's iteration-level
+scheduling, Yu et al., 2022), `ModelRunner` computes it, `LogitsSampler` chooses the next tokens,
+and streams deliver them.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Engine:
             engine closes, both are restored.
         config: the engine's settings; the defaults if None.
         tokenizer: the model's tokenizer, for `Stream.text`, `Output.text` and `stop_strings`.
-        on_step: a callback that is called after every step.
+        on_step: a callback that gets a `StepRecord` after every step, on the engine's thread.
         overrides: settings that override those of `config`, such as `memory="4GiB"`.
 
     Thread-safe. Raises: `KVPagerError` for a model that cannot be batched; `TypeError`,
@@ -190,19 +191,22 @@ class Engine:
         Args:
             prompt: token ids, or what a tokenizer returned for one text; for an encoder-decoder
                 model, what its encoder reads.
-            generation_config: settings, the model's own where None; `overrides` are settings over
-                those, such as `max_new_tokens=64`.
+            generation_config: generation settings; the model's own if None. `overrides` replace
+                single settings, such as `max_new_tokens=64`.
             input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
             attention_mask: zeros for padding before or after the prompt, which is left out.
             request_id: unique among live requests; None makes one up.
             namespace: only requests of the same namespace share cached prompts; `quotas` may bound
                 the blocks of each.
-            tenant: the tenant of the request, for `policy="fair"`.
-            priority: a lower number is served first, for `policy="priority"`.
+            tenant: `policy="fair"` serves the tenant with the fewest tokens so far first.
+                Independent of `namespace`.
+            priority: `policy="priority"` serves lower numbers first.
             timeout: seconds after which the request ends, finished or not.
-            seed: the seed of the request's own generator; None uses torch's global generator.
+            seed: the seed of the request's own random generator. Without it, requests share torch's
+                global generator, so sampled tokens depend on the other requests.
             logprobs: report each token's log probability, after all processors.
-            sampling_settings: from `engine.sampling_settings`, instead of both.
+            sampling_settings: a result of `engine.sampling_settings`, in place of
+                `generation_config` and `overrides`.
 
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for invalid requests.
         """
@@ -263,7 +267,7 @@ class Engine:
         """Serve `prompts` and wait for their outputs, in their order.
 
         Prompts are a list, a padded tensor, or the output of a tokenizer with its mask:
-        `generate(tokenizer(texts))` and `generate(**tokenizer(texts))` are equal. A padded tensor
+        `generate(tokenizer(texts))` and `generate(**tokenizer(texts))` do the same. A padded tensor
         without `attention_mask` is read as by the model's `generate`. `progress` shows a progress
         bar. Other options are those of `submit`, except `request_id`. With a `seed`, prompts get
         seed, seed + 1, and so on. If a request fails, the others are cancelled.
@@ -314,17 +318,20 @@ class Engine:
 
     @property
     def quotas(self) -> NamespaceQuotas:
-        """The most blocks of each namespace: `engine.quotas["acme"] = "2GiB"`, or a count."""
+        """The quota of each namespace, as bytes or blocks: `engine.quotas["acme"] = "2GiB"`."""
         return self._core.quotas
 
     @property
     def block_bytes(self) -> int:
-        """The bytes of a block in all layers of a group."""
+        """The bytes of a block: the KV of `block_size` tokens in all layers of one group.
+
+        The layers of a group share a block table; blocks of all groups have the same size.
+        """
         return self._storage.block_bytes
 
     @property
     def error(self) -> BaseException | None:
-        """The error that stopped the engine, which is a defect; None without one."""
+        """The exception that stopped the engine's thread (a bug, not a failed request), or None."""
         return self._core.error
 
     def clear_prefix_cache(self) -> None:
@@ -335,7 +342,7 @@ class Engine:
         """Hold steps inside the `with` block. `submit` still queues requests.
 
         Use it to change the model's weights, so that no step computes with half of the change.
-        Drops cached prompts afterwards.
+        The end of the block always drops cached prompts.
         """
         return self._core.pause()
 
@@ -345,9 +352,10 @@ class Engine:
         return self._core.is_paused_here
 
     def close(self) -> None:
-        """Cancel all requests, end the thread and restore the model's attention. Idempotent.
+        """Cancel all requests and end the engine's thread. Idempotent.
 
-        In a forked process, every other call raises `EngineClosed`, and this one does nothing.
+        The model's last engine restores its mode and its attention implementation. In a forked
+        process, `close` does nothing; every other call raises `EngineClosed`.
         """
         self._core.close()
 
@@ -395,7 +403,7 @@ class Engine:
         config: GenerationConfig | None,
         overrides: dict[str, Any],
     ) -> SamplingSettings:
-        """Return the settings of a request that was given both ways. Raises: as `submit`."""
+        """Return `sampling`, or settings made of the other arguments. Raises: as `submit`."""
         if sampling is None:
             sampling = self._made_settings(config, overrides)
         elif config is not None or overrides:

@@ -1,24 +1,26 @@
-"""`patch` pages the KV caches of transformers models, `unpatch` ends this.
+"""`patch` makes transformers models use a paged KV cache; `unpatch` restores them.
 
 Details of the arguments of `patch`:
 
 - `memory`: without it, pools grow as needed and are freed with the last cache. While a pool grows,
-  its old and new storage exist together; the bound counts one of them. A call waits until its rows
-  fit, at full length, beside the calls of other threads. It raises `OutOfBlocks` if no other call
-  computes a step for 60 seconds.
-- `kv_cache_dtype`: one scale per token and head; half the memory of bfloat16. Rounding moves the
-  attention output by about 1 % of its norm in int8 and 4 % in fp8, so tokens may differ.
-- `host_memory`: rows that move there continue there, with the same tokens, but slower. Each kind of
-  layers may then take one block on the device beyond the bound.
+  its old and new storage exist together; `memory` counts only one of them. A call of `generate`
+  waits until the pools have room for its rows at their maximum length. If no call on another thread
+  computes a step for 60 seconds, it raises `OutOfBlocks`.
+- `kv_cache_dtype`: stores one scale per token and head, and takes about half the memory of
+  bfloat16. Rounding moves the attention output by about 1 % of its norm in int8 and 4 % in fp8, so
+  tokens may differ.
+- `host_memory`: rows that move there continue there, with the same tokens, but slower. The pool of
+  each layer shape may then exceed `memory` by one block.
 - `prefix_cache`: keeps the blocks of prompts, and of replies by greedy search and sampling. A
   prompt that begins like an earlier one, or repeats a conversation, computes only its new tokens.
-  It serves causal text models without sliding windows. It takes memory until
-  `clear` or `undo`; without `memory`, prompts are kept while a larger pool fits in half of the free
-  memory. A model whose weights, hooks, functions or settings changed reuses nothing. Call `clear`
-  after changes that cannot be noticed, such as writing single elements through `.data`.
-- `eviction`: a name of `kvpager.blocks.policies.POLICIES`, or a function that makes an
-  `EvictionPolicy` for a number of blocks. Every pool gets a policy of its own, those of continuous
-  batching included.
+  It works for causal text models without sliding windows. It takes memory until
+  `Patch.clear_prefix_cache()` or `Patch.undo()`. Without `memory`, prompts are kept while a larger
+  pool fits in half of the free memory. A model whose weights, hooks, functions or settings changed
+  reuses nothing. Call `clear_prefix_cache()` after changes that cannot be noticed, such as writing
+  single elements through `.data`.
+- `eviction`: a name in `kvpager.blocks.policies.POLICIES`, or a function that returns an
+  `EvictionPolicy` for a number of blocks. Every pool gets its own policy, also the pools of
+  continuous batching.
 """
 
 from __future__ import annotations
@@ -60,19 +62,20 @@ def patch(
     All ways to generate work as before. `undo()`, or leaving `with`, restores transformers exactly.
 
     Args:
-        model: the model to serve; None serves every model of the process.
+        model: the model to patch; None patches every model in the process.
         memory: the most bytes of all pools, such as `"4GiB"`; None lets pools grow as needed.
         block_size: token slots of a block, a power of two.
         dtype: the dtype that keys and values must have; None for the model's own.
         kv_cache_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, rounded.
-        host_memory: bytes of host memory for rows that `memory`, or the device, has no room for.
-        prefix_cache: keep the blocks of prompts and replies between calls, until `clear`.
+        host_memory: bytes of host memory for rows that do not fit on the device or in `memory`.
+        prefix_cache: keep the blocks of prompts and replies for later calls, until
+            `Patch.clear_prefix_cache()`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
         in_place: let `sdpa` and flash attention read blocks in place; False gathers them.
-        eviction: which cached blocks leave first, as `EngineConfig` takes it.
+        eviction: which cached blocks leave first: a policy's name, such as `"lru"`, or a function.
 
-    Raises: `TypeError`, `ValueError` for arguments that make no sense, such as a `memory` in which
-    not one block fits; nothing has changed then.
+    Raises: `TypeError`, `ValueError` for invalid arguments, such as a `memory` smaller than one
+    block. The model is then not patched.
     """
     warn_if_untested()
     _check_model(model)
@@ -101,7 +104,7 @@ def _check_model(model: object) -> None:
     if model is not None and not _generative(model):
         raise TypeError(
             f"model: expected a transformers model that can generate, got {type(model).__name__}. "
-            "Call patch() without a model to serve every model."
+            "Call patch() without a model to patch every model."
         )
 
 
