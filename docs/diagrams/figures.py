@@ -43,7 +43,7 @@ def paging() -> Canvas:
 
 
 def fork() -> Canvas:
-    """A fork shares every block, and copies one before it writes into it."""
+    """Draw a fork that shares every block, and copies one before it writes into it."""
     canvas = Canvas(780, 300, "Fork and copy-on-write")
     tables = [("parent", 60, ["7", "2", "5"]), ("child", 200, ["7", "2", "9"])]
     canvas.text(24, 30, "Block tables", bold=True)
@@ -76,7 +76,7 @@ def fork() -> Canvas:
 
 
 def prefixes() -> Canvas:
-    """The radix tree of one namespace."""
+    """Draw the radix tree of one namespace."""
     canvas = Canvas(780, 270, "The prefix index")
     canvas.text(24, 30, "namespace 'acme'", bold=True)
     canvas.text(560, 30, "namespace 'umbrella'", bold=True)
@@ -98,7 +98,7 @@ def prefixes() -> Canvas:
 
 
 def planes() -> Canvas:
-    """The control plane decides, the data plane obeys."""
+    """Draw the control plane, which decides, and the data plane, which obeys."""
     canvas = Canvas(780, 300, "Control plane and data plane")
     canvas.box(24, 52, 300, 200, fill="#f8fafc")
     canvas.text(40, 40, "Control plane: NumPy, no torch", bold=True)
@@ -122,7 +122,7 @@ def planes() -> Canvas:
 
 
 def tiers() -> Canvas:
-    """The tiers and the moves between them."""
+    """Draw the tiers and the moves between them."""
     canvas = Canvas(780, 290, "Tiers")
     canvas.box(24, 40, 330, 60, "device pool: memory=\nheld, cached and free blocks", fill=BLUE)
     canvas.box(24, 180, 330, 60, "host pool: host_memory=\nblocks of swapped sequences", fill=GREEN)
@@ -145,7 +145,7 @@ def tiers() -> Canvas:
 
 
 def life() -> Canvas:
-    """The states of a device block."""
+    """Draw the states of a device block."""
     canvas = Canvas(780, 280, "A block's life")
     canvas.box(24, 40, 130, 44, "never used", fill=GREY)
     canvas.box(24, 180, 130, 44, "free", fill="#ffffff")

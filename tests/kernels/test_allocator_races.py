@@ -178,7 +178,7 @@ def test_wrong_variants_are_found(name: str, mistake: str, law: str) -> None:
         assert_every_schedule(name, WRONG[mistake])
 
 
-def test_the_model_has_the_statements_of_the_kernels_in_their_order() -> None:
+def test_the_model_has_the_kernels_statements_in_order() -> None:
     def labels(path: Path) -> list[str]:
         return re.findall(r"# \[([A-Z]?\d+)\]", path.read_text(encoding="utf-8"))
 

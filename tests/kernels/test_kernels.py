@@ -182,7 +182,7 @@ def test_a_mask_without_any_true_gives_zero(implementation: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32])
-def test_a_mask_may_be_of_a_wider_dtype_than_the_queries(
+def test_a_mask_may_have_a_wider_dtype_than_the_queries(
     mask_dtype: torch.dtype, dtype: torch.dtype, implementation: Kernels
 ) -> None:
     case = CASES["float_mask_per_head"]
@@ -191,7 +191,7 @@ def test_a_mask_may_be_of_a_wider_dtype_than_the_queries(
     assert_as_exact_as_plain_torch(case, call, output, dtype)
 
 
-def test_blocks_freed_in_the_middle_of_a_table_are_not_seen(implementation: Kernels) -> None:
+def test_freed_blocks_in_the_middle_of_a_table_are_ignored(implementation: Kernels) -> None:
     case = Case(((1, 12),))
     call = make_call(case, torch.float32)
     key_cache, value_cache = strided_caches(4, 4, 2, 16, 16, torch.float32)

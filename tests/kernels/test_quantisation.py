@@ -109,9 +109,7 @@ def test_zero_and_almost_zero_are_stored_as_zero(kv_cache_dtype: str, smallest: 
 
 @pytest.mark.parametrize("fault", [NAN, INFINITY, -INFINITY])
 @pytest.mark.parametrize("kv_cache_dtype", KV)
-def test_a_fault_in_a_vector_stays_a_fault_and_stays_there(
-    kv_cache_dtype: str, fault: float
-) -> None:
+def test_a_nan_or_infinity_makes_only_its_vector_nan(kv_cache_dtype: str, fault: float) -> None:
     x = torch.ones(3, 4)
     x[1, 2] = fault
     back = dequantise(*quantise(x, KV_CACHE_DTYPES[kv_cache_dtype]), torch.float32)
@@ -188,7 +186,7 @@ def test_vectors_of_zeros_come_back_as_zeros(
 
 @pytest.mark.parametrize("fault", [NAN, INFINITY])
 @pytest.mark.parametrize("kv_cache_dtype", KV)
-def test_a_fault_that_is_appended_is_not_read_as_a_number(
+def test_an_appended_fault_is_not_read_as_a_number(
     kv_cache_dtype: KVCacheDtype, fault: float, implementation: Kernels
 ) -> None:
     storage = one_layer(kv_cache_dtype)

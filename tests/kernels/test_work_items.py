@@ -237,7 +237,7 @@ def test_a_chunk_that_no_tile_fits_is_refused() -> None:
         Planner(TILING, chunk=6)
 
 
-def test_a_plan_holds_while_rows_grow_into_blocks_of_their_own() -> None:
+def test_a_plan_holds_while_rows_grow_into_their_own_blocks() -> None:
     prefix = list(range(100, 120))
     planner = Planner(TILING)
     tables = tables_of([[*prefix, 1], [*prefix, 2], [4]])
@@ -255,7 +255,7 @@ def test_a_row_that_outgrows_its_plan_gets_a_new_plan() -> None:
     assert planner.plan(tables, np.array([200, 1])) is not plan
 
 
-def test_a_row_may_grow_to_twice_its_share_of_the_work() -> None:
+def test_a_row_may_double_its_share_of_the_work() -> None:
     planner = Planner(TILING)
     tables = tables_of([list(range(50)), [60]])
     plan = planner.plan(tables, np.array([8, 1]))  # one item of up to 8 tokens for each row
@@ -277,7 +277,9 @@ def test_items_of_a_fixed_chunk_end_at_chunk_boundaries(window: int | None, firs
 
 @pytest.mark.parametrize("cut", [79, 41, 4, 0])
 @pytest.mark.parametrize("window", [None, 90])
-def test_a_row_cut_below_its_shared_prefix_needs_a_new_plan(cut: int, window: int | None) -> None:
+def test_cutting_a_row_below_its_shared_prefix_needs_replanning(
+    cut: int, window: int | None
+) -> None:
     prefix = list(range(100, 120))
     planner = Planner(TILING, window=window)
     tables = tables_of([[*prefix, row] for row in range(3)])

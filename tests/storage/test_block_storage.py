@@ -313,7 +313,7 @@ def test_storage_made_in_inference_mode_is_writable_outside(
     assert storage.tier("host")[0].eq(1).all()
 
 
-def test_dropping_the_last_layers_keeps_the_first_and_frees_their_memory() -> None:
+def test_dropping_last_layers_frees_their_memory_and_keeps_the_first() -> None:
     storage = BlockStorage(3, 4, [LayerShape(1, 8, 8)] * 3, dtype=torch.float32, num_host_blocks=1)
     for layer in range(3):
         storage.layer(layer)[0].fill_(layer)
@@ -468,9 +468,7 @@ def test_gpu_copies_and_swaps_carry_scales(kv_cache_dtype: Any) -> None:
 
 @pytest.mark.parametrize("kv_cache_dtype", [None, "int8", "fp8_e4m3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bytes_of_a_block_are_known_before_there_is_one(
-    dtype: torch.dtype, kv_cache_dtype: Any
-) -> None:
+def test_the_bytes_of_a_block_are_known_in_advance(dtype: torch.dtype, kv_cache_dtype: Any) -> None:
     layers = [LayerShape(3, 24, 20), LayerShape(1, 5, 7)]
     storage = BlockStorage(2, 8, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     foreseen = BlockStorage.bytes_of_a_block(8, layers, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
@@ -535,7 +533,7 @@ def test_a_cpu_storage_never_asks_for_streams(use: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_stream_waits_for_the_other_streams_that_used_the_blocks(
+def test_a_stream_waits_for_other_streams_that_used_the_blocks(
     use: str, two_streams: Streams
 ) -> None:
     storage = numbered()
@@ -640,7 +638,7 @@ def with_runtime(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
-def test_page_locked_memory_is_exact_and_unlocked_with_its_last_view(
+def test_pinned_memory_is_exact_and_unlocked_with_its_last_view(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runtime = Runtime()

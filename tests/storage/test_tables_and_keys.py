@@ -41,7 +41,7 @@ def test_flashinfer_counts_the_last_page_from_one_to_block_size(manager: BlockMa
     assert flashinfer(manager, sequences).last_page_len.tolist() == [1, 3, 4, 1, 4]
 
 
-def test_an_empty_sequence_has_no_page_and_length_zero_for_flashinfer(
+def test_flashinfer_gets_no_page_and_length_zero_for_empty_sequences(
     manager: BlockManager,
 ) -> None:
     ragged = flashinfer(manager, [manager.allocate(5), manager.allocate([]), manager.allocate(1)])
@@ -145,7 +145,7 @@ IDS = list(range(16))
 SHOWN = [(5, 10, b"image")]
 
 
-def test_every_full_block_gets_a_key_and_the_open_one_none() -> None:
+def test_full_blocks_get_keys_and_the_open_one_none() -> None:
     assert [len(content_keys(range(n), 4, CONTEXT)) for n in (0, 3, 4, 9)] == [0, 0, 1, 2]
 
 
@@ -292,7 +292,7 @@ def test_secrets_of_16_to_64_bytes_and_none_are_taken(length: int) -> None:
     assert len(content_keys(IDS, 4, replace(CONTEXT, secret=b"s" * length))) == 4
 
 
-def test_mm_hashes_beyond_the_prompt_or_without_a_hash_are_refused() -> None:
+def test_mm_hashes_beyond_the_prompt_or_without_hash_are_refused() -> None:
     with pytest.raises(ValueError, match="mm_hashes stop=17: expected at most 16"):
         content_keys(IDS, 4, CONTEXT, [(3, 17, b"image")])
     with pytest.raises(ValueError, match="mm_hashes stop=3: expected at least 4"):
@@ -302,6 +302,6 @@ def test_mm_hashes_beyond_the_prompt_or_without_a_hash_are_refused() -> None:
             content_keys(IDS, 4, CONTEXT, [(3, 4, digest)])  # type: ignore[list-item]
 
 
-def test_a_block_size_that_is_no_power_of_two_is_refused() -> None:
+def test_a_block_size_must_be_a_power_of_two() -> None:
     with pytest.raises(ValueError, match="power of two"):
         content_keys(IDS, 3, CONTEXT)

@@ -315,7 +315,7 @@ def test_a_library_built_ahead_needs_no_compiler(
 
 
 @pytest.mark.parametrize("compiler_at_hand", ["the same", "another", "none"])
-def test_a_library_built_ahead_is_found_where_nothing_can_be_written(
+def test_a_prebuilt_library_is_found_on_a_read_only_system(
     compiler_at_hand: str,
     folder: Path,
     copying: Compiler,
@@ -409,7 +409,7 @@ def test_a_compiler_that_makes_nonsense_does_not_stop_the_program(
     assert len(caplog.records) == 1
 
 
-def test_a_compiler_that_is_killed_leaves_no_library_for_one_thread(
+def test_a_killed_compiler_leaves_no_single_threaded_library(
     folder: Path, tmp_path: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     action = (
@@ -828,7 +828,7 @@ def test_a_variant_may_be_named(
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_variant_that_does_not_exist_is_named_and_torch_runs(
+def test_an_unknown_variant_is_named_and_torch_runs(
     copying: Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("KVPAGER_CPU_KERNELS", "AVX1024")

@@ -120,7 +120,7 @@ def test_attention_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(
     ("name", "block_size"), [(name, (3, 32)[index % 2]) for index, name in enumerate(SHORT)]
 )
-def test_rows_may_be_cut_into_pieces_and_blocks_of_any_size(name: str, block_size: int) -> None:
+def test_rows_split_into_pieces_and_blocks_of_any_size(name: str, block_size: int) -> None:
     case = CASES[name]
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, block_size, torch.float32)
@@ -344,7 +344,7 @@ def test_a_plan_serves_the_steps_after_it() -> None:
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
 
 
-def test_blocks_freed_in_the_middle_of_a_table_are_not_seen() -> None:
+def test_freed_blocks_in_the_middle_of_a_table_are_ignored() -> None:
     case = Case(((4, 80), (1, 70)))
     call = make_call(case, torch.float32)
     blocks = in_blocks(case, call, 16, torch.float32)
@@ -413,7 +413,7 @@ def test_a_plan_for_more_or_fewer_rows_is_refused(rows: int) -> None:
         by_plan(plan, query[:rows], *caches, tables[:rows], lens[:rows])
 
 
-def test_a_plan_for_one_query_a_row_is_refused_for_more() -> None:
+def test_a_plan_for_single_queries_is_refused_for_more() -> None:
     caches = strided_caches(4, 4, 2, 8, 8, torch.float32)
     rows = (torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
     plan = plan_for(torch.zeros(2, 4, 8), *caches, *rows)
@@ -437,7 +437,7 @@ def test_a_plan_for_several_queries_needs_cu_seqlens_q() -> None:
 # The lowest number of float64 is -inf in float32, of which NumPy warns.
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_mask_may_be_of_a_wider_dtype_than_the_queries(dtype: torch.dtype) -> None:
+def test_a_mask_may_have_a_wider_dtype_than_the_queries(dtype: torch.dtype) -> None:
     case = CASES["float_mask_per_head"]
     call = with_mask_of(torch.float64, make_call(case, dtype))
     output = attend(case, call, in_blocks(case, call, 16, dtype), kernels=TRITON)
