@@ -88,16 +88,7 @@ class SamplingSettings:
         self._has_default_minimum = overrides.get("min_length") is None and (
             generation_config is None or generation_config.min_length is None
         )
-        if is_complete and generation_config is not None:
-            settings = copy.deepcopy(generation_config)
-            unknown = settings.update(**overrides)
-        else:
-            settings, unknown = model._prepare_generation_config(generation_config, **overrides)
-        if unknown:
-            raise ValueError(
-                f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig. "
-                "Pass your own functions as logits_processor= or stopping_criteria=."
-            )
+        settings = _merged(model, generation_config, is_complete, overrides)
         check_served(settings)
         self._tokenizer = text_tokenizer(tokenizer)
         if settings.stop_strings is not None and self._tokenizer is None:
@@ -187,6 +178,26 @@ class SamplingSettings:
             all(type(each) in _ROWWISE for each in processors),
             self._tokenizer,
         )
+
+
+def _merged(
+    model: Any, config: GenerationConfig | None, is_complete: bool, overrides: dict[str, Any]
+) -> GenerationConfig:
+    """Return `overrides` over `config`, over the model's own settings unless it is complete.
+
+    Raises: `ValueError` for names that no `GenerationConfig` has.
+    """
+    if is_complete and config is not None:
+        settings = copy.deepcopy(config)
+        unknown = settings.update(**overrides)
+    else:
+        settings, unknown = model._prepare_generation_config(config, **overrides)
+    if unknown:
+        raise ValueError(
+            f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig. "
+            "Pass your own functions as logits_processor= or stopping_criteria=."
+        )
+    return settings
 
 
 def _callables(name: str, given: Iterable[Callable[..., Any]]) -> list[Callable[..., Any]]:
