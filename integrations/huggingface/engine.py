@@ -438,7 +438,9 @@ class Engine:
         if start is None:
             start = config.bos_token_id
         if start is None:
-            raise ValueError("the model's config has no decoder_start_token_id")
+            raise ValueError(
+                "decoder_start_token_id=None: expected a token. Set it in generation_config."
+            )
         return int(start)
 
 
@@ -446,7 +448,7 @@ def _deadline(timeout: float | None) -> float | None:
     if timeout is None:
         return None
     if not arguments.seconds("timeout", timeout):
-        raise ValueError("timeout 0: expected seconds, more than 0; None for no timeout")
+        raise ValueError(f"timeout={timeout}: expected more than 0 seconds, or None for no timeout")
     return time.monotonic() + timeout
 
 

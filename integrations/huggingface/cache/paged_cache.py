@@ -83,7 +83,9 @@ class PagedCache(DynamicCache):
             kind = type(config).__name__
             raise TypeError(f"PagedCache({kind}): expected a configuration, such as model.config")
         if arguments.flag("offloading", offloading):
-            raise ValueError("offloading True: blocks are not offloaded; use DynamicCache for that")
+            raise ValueError(
+                "offloading=True: blocks are not offloaded. Use DynamicCache for that."
+            )
         warn_if_untested()
         paged_memory = PagedMemory(
             memory, block_size, kv_cache_dtype=kv_cache_dtype, host_memory=host_memory

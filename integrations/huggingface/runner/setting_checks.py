@@ -115,21 +115,21 @@ def _tokens(name: str, value: Any) -> None:
         return
     ids = arguments.integers(name, value.cpu() if hasattr(value, "cpu") else value)
     if ids.size and ids.min() < -1:
-        raise ValueError(f"{name} {arguments.shown(value)}: expected token ids")
+        raise ValueError(f"{name}={arguments.shown(value)}: expected token ids")
 
 
 def _suppressed(name: str, value: Any) -> None:
     if not isinstance(value, list | tuple):
-        raise TypeError(f"{name} {arguments.shown(value)}: expected a list of token ids")
+        raise TypeError(f"{name}={arguments.shown(value)}: expected a list of token ids")
     _tokens(name, value)
 
 
 def _texts(name: str, value: Any) -> None:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} {arguments.shown(value)}: expected a str, or a list of them")
+        raise TypeError(f"{name}={arguments.shown(value)}: expected a str, or a list of them")
     if not texts or not all(texts):
-        raise ValueError(f"{name} {arguments.shown(value)}: expected a text. Leave {name} out.")
+        raise ValueError(f"{name}={arguments.shown(value)}: expected a text. Leave {name} out.")
 
 
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
