@@ -39,9 +39,9 @@ def test_a_full_queue_refuses_a_request() -> None:
         ({"length": 40, "new": 21}, "exceed max_model_len=60"),
         ({"n": 9}, "n=9 is more than max_num_seqs=8"),
         ({"length": 0}, "prompt is empty"),
-        ({"new": 0}, "max_new_tokens 0"),
-        ({"n": 0}, "n 0"),
-        ({"deadline": float("nan")}, "deadline nan"),
+        ({"new": 0}, "max_new_tokens=0"),
+        ({"n": 0}, "n=0"),
+        ({"deadline": float("nan")}, "deadline=nan"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused(bad: dict[str, float], error: str) -> None:
