@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpager._text import counted
 from kvpager.cli.errors import wrong_usage
 from kvpager.cli.files import check_plot, check_writable, write_json
 from kvpager.cli.options import JsonFile, PlotFile, option, takes
@@ -157,7 +158,8 @@ def _show_hit_ratios(trace: Trace, results: list[Result]) -> None:
 
     console = Console(highlight=False)
     console.print(
-        f"{trace.name}: {len(trace.prompts)} requests, {trace.num_blocks} blocks, "
+        f"{trace.name}: {counted(len(trace.prompts), 'request')}, "
+        f"{counted(trace.num_blocks, 'block')}, "
         f"{trace.num_prefixes} of them distinct\nhit ratio by pool size:",
         markup=False,
     )
@@ -177,13 +179,14 @@ def _show_hit_ratios(trace: Trace, results: list[Result]) -> None:
     for result in results:
         if result.policy == optimum and result.too_long:
             console.print(
-                f"{result.too_long} prompts are longer than {result.capacity} blocks. "
+                f"Prompts longer than {counted(result.capacity, 'block')}: {result.too_long}. "
                 "Their hits count, but they are never cached.",
                 markup=False,
             )
     if trace.skipped:
         console.print(
-            f"{len(trace.skipped)} lines skipped, the first: {trace.skipped[0]}", markup=False
+            f"{counted(len(trace.skipped), 'line')} skipped, the first: {trace.skipped[0]}",
+            markup=False,
         )
 
 

@@ -561,7 +561,7 @@ def test_memory_that_runs_out_in_the_middle_breaks_the_manager(monkeypatch) -> N
         lambda: manager.num_free_blocks,
     ]  # fmt: skip
     for call in calls:
-        with pytest.raises(KVPagerError, match="BlockManager: an error cut a") as caught:
+        with pytest.raises(KVPagerError, match="BlockManager: an error interrupted a") as caught:
             call()
         assert isinstance(caught.value.__cause__, MemoryError)
 

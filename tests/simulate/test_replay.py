@@ -257,9 +257,10 @@ def test_the_table_has_a_row_per_policy(tmp_path: Path) -> None:
     result = call(str(path), "--capacity", "4", "--capacity", "2", "--capacity", "4")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
-    assert "trace.jsonl: 5 requests, 10 blocks, 6 of them different" in result.stdout
+    assert "trace.jsonl: 5 requests, 10 blocks, 6 of them distinct" in result.stdout
     rows = {row[0]: row[1:] for row in map(str.split, result.stdout.splitlines()) if row}
-    assert rows["blocks"] == ["2", "4"]
+    assert rows["policy"] == ["blocks", "blocks"]
+    assert result.stdout.splitlines()[3].split() == ["2", "4"]
     assert rows["lru"] == ["0.2000", "0.4000"]
     assert rows["arc"] == ["0.2000", "0.2000"]
     assert rows["unlimited"] == ["0.4000", "0.4000"]
@@ -284,10 +285,8 @@ def test_json_output_contains_all_figures(tmp_path: Path) -> None:
 def test_skipped_lines_and_long_prompts_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path, line([1, 2]), "x")
     result = call(str(path), "--skip-bad", "--capacity", "1", "--policy", "lru")
-    assert "lines left out: 1, the first: line 2: not JSON" in result.stdout
-    assert "prompts longer than 1 blocks, counted with what they found but never held: 1" in (
-        result.stdout
-    )
+    assert "1 line skipped, the first: line 2: not JSON" in result.stdout
+    assert "Prompts longer than 1 block: 1. Their hits count" in result.stdout
 
 
 def test_a_trace_is_generated_without_importing_torch(tmp_path: Path) -> None:
@@ -300,7 +299,7 @@ def test_a_trace_is_generated_without_importing_torch(tmp_path: Path) -> None:
     )
     result = run(code=code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("no TRACE given, so this one is made up:\ngenerated mixed, 50 ")
+    assert result.stdout.startswith("No TRACE given: generating one.\ngenerated mixed, 50 ")
     assert result.stdout.endswith("False\n")
     assert result.stderr == ""
 

@@ -113,8 +113,8 @@ def test_reference_kernels_serve_the_same_tokens(
     with kvpager.patch(model):
         native = generate(model, inputs)
     for operation in ("append_kv", "copy_blocks", "gather_kv", "paged_attention"):
-        kernel = (getattr(reference, operation), "the reference")
-        monkeypatch.setitem(backends._registered, (operation, "cpu"), kernel)
+        replacement = (getattr(reference, operation), "the reference")
+        monkeypatch.setitem(backends._registered, (operation, "cpu"), replacement)
     before = kernel.num_calls
     with kvpager.patch(model):
         assert torch.equal(generate(model, inputs).sequences, native.sequences)
