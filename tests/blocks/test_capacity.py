@@ -769,7 +769,7 @@ def test_a_namespace_gets_no_more_than_its_ceiling() -> None:
     manager = BlockManager(8, 4)
     manager.quotas.set("acme", ceiling=3)
     manager.allocate(12, namespace="acme")
-    with pytest.raises(OutOfBlocks, match="namespace 'acme' may have 3 blocks. Free or swap"):
+    with pytest.raises(OutOfBlocks, match=r"namespace 'acme' may have 3 blocks\. Free or swap"):
         manager.allocate(1, namespace="acme")
     assert manager.quotas.used("acme") == 3
     assert room(manager, "other") == room(manager, None) == 5
