@@ -230,7 +230,7 @@ def token_ids(value: ArrayLike) -> Int32:
     if type(value) is np.ndarray and value.dtype == np.int32 and value.ndim == 1:
         return value
     if value is None:
-        raise TypeError("tokens=None: expected token ids or a count")
+        raise TypeError("token ids None: expected a list of ints")
     ids = integers("token ids", value)
     if ids.ndim != 1:
         raise ValueError(f"token ids of shape {ids.shape}: expected one dimension")

@@ -35,7 +35,7 @@ class Extension:
         starts = table.lengths[rows]
         ends = starts + num_new
         longest = int(ends.max(initial=0))
-        arguments.count("tokens of a sequence", longest)
+        arguments.count("sequence length", longest)
         offsets, filled = starts & mask, (starts + mask) >> shift
         num_fresh = ((ends + mask) >> shift) - filled
         total_fresh = int(num_fresh.sum())
@@ -88,7 +88,7 @@ class Extension:
         if (pool.refs.take(index) > 1).any() or pool.cached.take(index).any():
             return None
         ends = starts + 1
-        arguments.count("tokens of a sequence", int(ends.max(initial=0)))
+        arguments.count("sequence length", int(ends.max(initial=0)))
         slots = index * state.block_size + offsets
         state.change.begin()
         table.lengths[rows] = ends

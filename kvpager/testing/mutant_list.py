@@ -286,7 +286,7 @@ MUTANTS = (
         "table.published[row] = 0",
     ),
     Mutant(
-        "forget that a twin stands for ours",
+        "forget that a duplicate replaces ours",
         _EQUAL,
         "kvpager.blocks.publication",
         "table.duplicates[row] |= is_duplicate",

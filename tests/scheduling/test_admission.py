@@ -23,7 +23,7 @@ def test_a_full_queue_refuses_a_request() -> None:
     scheduler = make(max_queue_size=2)
     scheduler.submit(request("a"))
     scheduler.submit(request("b"))
-    with pytest.raises(QueueFull, match="request queue is full") as error:
+    with pytest.raises(QueueFull, match=r"queue is full \(max_queue_size=2\)") as error:
         scheduler.submit(request("c"))
     assert (error.value.num_waiting, error.value.max_queue_size) == (2, 2)
     step(scheduler)
