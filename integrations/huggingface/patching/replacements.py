@@ -134,7 +134,7 @@ def _note_fallback(serving: Patch, generation_config: Any, cache: Any, mode: Any
     elif mode == GenerationMode.ASSISTED_GENERATION:
         is_lookup = generation_config.prompt_lookup_num_tokens is not None
         what = "prompt lookup" if is_lookup else "assisted decoding"
-        serving.memory.note_fallback(f"prompts not kept: {what}, whose draft tokens may be rejected")
+        serving.memory.note_fallback(f"prompts not kept: {what} may reject draft tokens")
 
 
 def _note_made_outside(serving: Patch | None, config: Any) -> None:

@@ -166,8 +166,8 @@ def prompt_argument(name: str, given: Any, input_ids: Any) -> Any:
 
 def options_per_prompt(options: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
     """Yield the options of each of `count` requests; a seed increases by one each. O(1) each."""
-    if "name" in options:
-        raise TypeError("name: several requests cannot share one; leave it out, or use submit()")
+    if "request_id" in options:
+        raise TypeError("request_id: requests cannot share an id. Leave it out or use submit().")
     seed: Any = options.get("seed")
     for number in range(count):
         yield options if not arguments.is_int(seed) else options | {"seed": seed + number}

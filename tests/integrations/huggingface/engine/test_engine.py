@@ -594,6 +594,12 @@ def test_options_that_make_no_sense_are_refused(llama, options, error):
     assert llama.config._attn_implementation == attention
 
 
+def test_generate_refuses_one_id_for_several_requests(llama) -> None:
+    refused = pytest.raises(TypeError, match="request_id: requests cannot share an id")
+    with Engine(llama, memory="8MiB") as engine, refused:
+        engine.generate([[5], [6]], request_id="mine", max_new_tokens=2)
+
+
 @pytest.mark.parametrize(
     "options",
     [
