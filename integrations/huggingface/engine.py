@@ -50,6 +50,7 @@ from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
 from kvpager.integrations.huggingface.runner.probe import AttentionSwitch, choose_forward
 from kvpager.integrations.huggingface.runner.prompt_reader import (
     PromptReader,
+    decoder_start,
     options_per_prompt,
     prompt_argument,
 )
@@ -196,17 +197,13 @@ class Engine:
             input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
             attention_mask: zeros for padding before or after the prompt, which is left out.
             request_id: unique among live requests; None makes one up.
-            namespace: only requests of the same namespace share cached prompts; `quotas` may bound
-                the blocks of each.
+            namespace: requests share cached prompts within it alone; `quotas` may bound its blocks.
             tenant: `policy="fair"` serves the tenant with the fewest tokens so far first.
-                Independent of `namespace`.
             priority: `policy="priority"` serves lower numbers first.
             timeout: seconds after which the request ends, finished or not.
-            seed: the seed of the request's own random generator. Without it, requests share torch's
-                global generator, so sampled tokens depend on the other requests.
+            seed: of the request's own generator. Without it, samples depend on other requests.
             logprobs: report each token's log probability, after all processors.
-            sampling_settings: a result of `engine.sampling_settings`, in place of
-                `generation_config` and `overrides`.
+            sampling_settings: from `engine.sampling_settings`, in place of the other settings.
 
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for invalid requests.
         """
@@ -235,7 +232,7 @@ class Engine:
     ) -> Stream:
         """Queue a request whose prompt was read. `labels`: those that a `Request` has as well."""
         deadline = _deadline(timeout)
-        begins = ids if not self._info.is_encoder_decoder else [self._decoder_start()]
+        begins = ids if not self._info.is_encoder_decoder else [decoder_start(self.model)]
         resolved = sampling.resolve(len(begins), ids)
         settings = resolved.settings(self._generator(seed), with_logprobs=logprobs)
         request = Request(
@@ -387,15 +384,7 @@ class Engine:
         return [{"prompt": row} | more for row, more in zip(rows, each, strict=True)]
 
     def _reader(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> PromptReader:
-        reader = PromptReader.of(self._info, self.model.generation_config)
-        reader.refuse_others(overrides)
-        if isinstance(config, GenerationConfig):
-            given = PromptReader.of(self._info, config)
-            reader = reader._replace(
-                pad=reader.pad if given.pad is None else given.pad, ends=given.ends or reader.ends
-            )
-        pad = overrides.get("pad_token_id")
-        return reader if pad is None else reader._replace(pad=pad)
+        return PromptReader.for_call(self._info, self.model.generation_config, config, overrides)
 
     def _chosen_settings(
         self,
@@ -429,19 +418,6 @@ class Engine:
             self._defaults = copy.deepcopy(defaults)
             self._usual.cache_clear()
         return self._usual(overrides.get("max_new_tokens"))
-
-    def _decoder_start(self) -> int:
-        config = self.model.generation_config
-        start = config.decoder_start_token_id
-        if start is None:
-            start = getattr(self.model.config, "decoder_start_token_id", None)
-        if start is None:
-            start = config.bos_token_id
-        if start is None:
-            raise ValueError(
-                "decoder_start_token_id=None: expected a token. Set it in generation_config."
-            )
-        return int(start)
 
 
 def _deadline(timeout: float | None) -> float | None:

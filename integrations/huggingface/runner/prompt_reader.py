@@ -40,6 +40,25 @@ class PromptReader(NamedTuple):
         ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         return cls(info.vocabulary, info.arguments, settings.pad_token_id, ends)
 
+    @classmethod
+    def for_call(
+        cls,
+        info: Any,
+        settings: GenerationConfig,
+        config: GenerationConfig | None,
+        overrides: Mapping[str, Any],
+    ) -> PromptReader:
+        """Return the reader of a call: `overrides`, over `config`, over the model's `settings`."""
+        reader = cls.of(info, settings)
+        reader.refuse_others(overrides)
+        if isinstance(config, GenerationConfig):
+            given = cls.of(info, config)
+            reader = reader._replace(
+                pad=reader.pad if given.pad is None else given.pad, ends=given.ends or reader.ends
+            )
+        pad = overrides.get("pad_token_id")
+        return reader if pad is None else reader._replace(pad=pad)
+
     def one(self, prompt: Any, mask: Any = None) -> list[int]:
         """Return the token ids of a prompt, or of a batch of one. O(tokens).
 
@@ -143,6 +162,24 @@ class PromptReader(NamedTuple):
                     f"prompt: token id {token} is outside the vocabulary (0-{self.vocabulary - 1})"
                 )
         return ids
+
+
+def decoder_start(model: Any) -> int:
+    """Return the token that an encoder-decoder model's replies start with.
+
+    Raises: `ValueError` if the model names none.
+    """
+    config = model.generation_config
+    start = config.decoder_start_token_id
+    if start is None:
+        start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        start = config.bos_token_id
+    if start is None:
+        raise ValueError(
+            "decoder_start_token_id=None: expected a token. Set it in generation_config."
+        )
+    return int(start)
 
 
 def _not_read(name: str) -> ValueError:
