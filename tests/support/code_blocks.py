@@ -107,7 +107,9 @@ def compare(block: Block, shown: str, printed: str) -> None:
 def _shell(command: str, folder: Path) -> str:
     """Run a command, in the repository's root if it is one of a checkout."""
     is_of_checkout = re.match(r"make |python (-m )?(examples|benchmarks|tests)\b", command)
-    environment = os.environ | {
+    # Within `make`, another make prints which folder it enters.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    environment = outside | {
         "COLUMNS": "100",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
