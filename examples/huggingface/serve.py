@@ -9,11 +9,13 @@ The server has no authentication, so it listens on the loopback interface alone.
 
 import argparse
 import json
+import sys
 import time
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,10 +37,14 @@ app = FastAPI()
 
 
 class Body(BaseModel):
+    model_config = {"extra": "forbid"}  # a setting that is not served is refused, not ignored
+
     model: str = ""
     prompt: str = ""
     messages: list[dict[str, Any]] | None = None
     max_tokens: int = 64
+    max_completion_tokens: int | None = None
+    stop: str | list[str] | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
@@ -56,11 +62,14 @@ async def complete(body: Body) -> Any:
     # A chat template writes special tokens itself, and the bundled tokenizer would end the prompt
     # with its end-of-text token. Completions of a model with a BOS token need True.
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    sampling = {"do_sample": True, "temperature": body.temperature, "top_p": body.top_p}
-    if body.temperature == 0:
-        sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": body.temperature > 0}
+    if body.temperature > 0:
+        sampling |= {"temperature": body.temperature, "top_p": body.top_p}
+    sampling["max_new_tokens"] = body.max_completion_tokens or body.max_tokens
+    if body.stop:
+        sampling["stop_strings"] = body.stop
     try:
-        stream = engine.submit(ids, max_new_tokens=body.max_tokens, seed=body.seed, **sampling)
+        stream = engine.submit(ids, seed=body.seed, **sampling)
         if body.stream:
             return StreamingResponse(events(stream, body), media_type="text/event-stream")
         output = await stream
@@ -73,6 +82,12 @@ async def complete(body: Body) -> Any:
     usage["total_tokens"] = len(ids) + num_new
     reason = output.samples[0].finish_reason
     return answer(stream, body, output.text, reason) | {"usage": usage}
+
+
+@app.exception_handler(RequestValidationError)
+async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
+    found = error.errors()[0]
+    return refusal(ValueError(f"{found['loc'][-1]}: {found['msg']}"), 400)
 
 
 def refusal(error: Exception, status_code: int) -> JSONResponse:
@@ -98,4 +113,5 @@ def answer(stream: Any, body: Body, text: str, reason: str | None) -> dict[str, 
 
 
 with engine:
+    print(f"Serving {args.model} at http://127.0.0.1:{args.port}/v1", file=sys.stderr, flush=True)
     uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning")

@@ -68,6 +68,24 @@ def test_a_completion_is_transformers_own(client: Any, expected: str) -> None:
     assert reply.usage.completion_tokens == 22
 
 
+def test_stop_strings_and_max_completion_tokens_are_served(client: Any) -> None:
+    stopped = client.completions.create(prompt=PROMPT, stop=["e"], **GREEDY)
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.choices[0].text.endswith("e")
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": PROMPT}],
+        max_completion_tokens=3,
+        temperature=0,
+    )
+    assert chat.usage.completion_tokens == 3
+
+
+def test_a_setting_that_is_not_served_is_refused(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="n: Extra inputs"):
+        client.completions.create(prompt=PROMPT, n=2, **GREEDY)
+
+
 def test_a_streamed_completion_has_the_same_text(client: Any, expected: str) -> None:
     chunks = list(client.completions.create(prompt=PROMPT, stream=True, **GREEDY))
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -193,9 +194,10 @@ def _merged(
     else:
         settings, unknown = model._prepare_generation_config(config, **overrides)
     if unknown:
+        closest = difflib.get_close_matches(min(unknown), vars(GenerationConfig()), 1, 0.7)
+        meant = f" Did you mean {closest[0]}?" if closest else ""
         raise ValueError(
-            f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig. "
-            "Pass your own functions as logits_processor= or stopping_criteria=."
+            f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig.{meant}"
         )
     return settings
 

@@ -242,6 +242,14 @@ def test_what_are_no_prompts_is_refused(llama: PreTrainedModel, prompts: Any) ->
         engine.generate(prompts, max_new_tokens=1)
 
 
+def test_a_misspelt_setting_is_answered_with_the_closest_name(llama: PreTrainedModel) -> None:
+    with Engine(llama, memory="4MiB") as engine:
+        with pytest.raises(ValueError, match=r"max_tokens: .*Did you mean max_new_tokens\?"):
+            engine.submit([1, 2], max_tokens=3)
+        with pytest.raises(ValueError, match=r"stop: not among the settings of a \w+\.$"):
+            engine.submit([1, 2], stop=["e"])
+
+
 def test_submit_takes_one_prompt(llama: PreTrainedModel) -> None:
     with Engine(llama, memory="4MiB") as engine, pytest.raises(ValueError, match=r"Use generate"):
         engine.submit(np.array([[5, 6], [7, 8]]))
