@@ -38,10 +38,9 @@ class ForgetsTheCopy(BlockManager):
 
 
 def forgetful(setup: Setup) -> BlockManager:
+    # Without fences: a forgotten copy would keep its fence, and so hold its blocks for ever.
     sizes = (setup.num_blocks, setup.block_size, setup.num_host_blocks)
-    return ForgetsTheCopy(
-        *sizes, null_block=setup.null_block, eviction=setup.eviction, fences=setup.fences
-    )
+    return ForgetsTheCopy(*sizes, null_block=setup.null_block, eviction=setup.eviction)
 
 
 def naive(setup: Setup) -> NaiveManager:
