@@ -7,8 +7,6 @@ from torch import Tensor
 from kvpager.kernels import debug
 from kvpager.kernels.args import (
     INTEGERS,
-    are_plain,
-    require_caches,
     require_contiguous_rows,
     require_device,
     require_dims,
@@ -20,6 +18,7 @@ from kvpager.kernels.args import (
     without_gradients,
 )
 from kvpager.kernels.backends import select
+from kvpager.kernels.layer_caches import LayerCaches
 
 
 @without_gradients
@@ -51,51 +50,58 @@ def append_kv(
     wait for a GPU. No gradient flows through the cache. The slot mapping is that of vLLM (Kwon et
     al., 2023, "Efficient Memory Management for LLM Serving with PagedAttention").
     """
-    if scales is not None or not _fit(key, value, key_cache, value_cache, slots):
-        _require_fitting(key, value, key_cache, value_cache, slots, scales)
+    append(key, value, LayerCaches(key_cache, value_cache, scales), slots)
+
+
+@without_gradients
+def append(key: Tensor, value: Tensor, caches: LayerCaches, slots: Tensor) -> None:
+    """Do what `append_kv` does, with caches that all steps share.
+
+    Arguments, complexity and errors are those of `append_kv`.
+    """
+    if not _fit(key, value, caches, slots):
+        _require_fitting(key, value, caches, slots)
     if debug.enabled():
-        debug.check_slots(slots, key_cache)
-    select("append_kv", key_cache.device)(key, value, key_cache, value_cache, slots, scales=scales)
+        debug.check_slots(slots, caches.key)
+    write = select("append_kv", caches.key.device)
+    write(key, value, caches.key, caches.value, slots, scales=caches.scales)
 
 
-def _fit(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> bool:
+def _fit(key: Tensor, value: Tensor, caches: LayerCaches, slots: Tensor) -> bool:
     """Return True for the usual arguments of a decode step; False needs a full check. O(1)."""
     if not (isinstance(key, Tensor) and isinstance(value, Tensor) and isinstance(slots, Tensor)):
         return False
-    of, device, tokens = key.dtype, key.device, slots.shape
+    keys, values, tokens = key.shape, value.shape, slots.shape
+    if caches.scales is not None or not len(keys) == len(values) == 3 or len(tokens) != 1:
+        return False
+    of, device = caches.key.dtype, caches.key.device
+    _, _, kv_heads, head_dim = caches.key.shape
+    # Single numbers, because a slice of a shape takes longer than all other comparisons here.
     return (
-        are_plain(key_cache, value_cache)
-        and len(tokens) == 1
-        and key.shape == tokens + key_cache.shape[2:]
-        and value.shape == tokens + value_cache.shape[2:]
-        and of is value.dtype is key_cache.dtype
+        keys[0] == values[0] == tokens[0]
+        and keys[1] == values[1] == kv_heads
+        and keys[2] == head_dim
+        and values[2] == caches.value.shape[3]
+        and of is key.dtype is value.dtype
         and slots.dtype in INTEGERS
-        and key.stride(2) == value.stride(2) == 1
-        and device == value.device == slots.device == key_cache.device
+        and key.stride()[2] == value.stride()[2] == 1
+        and device == key.device == value.device == slots.device
     )
 
 
-def _require_fitting(
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slots: Tensor,
-    scales: tuple[Tensor, Tensor] | None,
-) -> None:
-    require_tensors(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slots=slots)
+def _require_fitting(key: Tensor, value: Tensor, caches: LayerCaches, slots: Tensor) -> None:
+    require_tensors(key=key, value=value, slots=slots)
     require_dims("key", key, "[tokens, kv_heads, head_dim]", 3)
-    require_caches(key_cache, value_cache, scales)
     tokens = key.shape[0]
-    require_shape("key", key, (tokens, *key_cache.shape[2:]), "[tokens, kv_heads, head_dim]")
+    require_shape("key", key, (tokens, *caches.key.shape[2:]), "[tokens, kv_heads, head_dim]")
     require_shape(
-        "value", value, (tokens, *value_cache.shape[2:]), "[tokens, kv_heads, value_head_dim]"
+        "value", value, (tokens, *caches.value.shape[2:]), "[tokens, kv_heads, value_head_dim]"
     )
     require_shape("slots", slots, (tokens,), "[tokens]")
     require_integers("slots", slots)
-    if scales is None:
-        require_same("key", key, "key_cache", key_cache)
+    if caches.scales is None:
+        require_same("key", key, "key_cache", caches.key)
     require_floating("key.dtype", key.dtype)
     require_same("value", value, "key", key)
     require_contiguous_rows(key=key, value=value)
-    require_device(key_cache, key=key, value=value, slots=slots)
+    require_device(caches.key, key=key, value=value, slots=slots)

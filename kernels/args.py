@@ -183,12 +183,13 @@ def are_plain(key_cache: Tensor, value_cache: Tensor) -> bool:
     if not (isinstance(key_cache, Tensor) and isinstance(value_cache, Tensor)):
         return False
     keys, values, of = key_cache.shape, value_cache.shape, key_cache.dtype
+    # Single numbers, because a slice of a shape takes longer than all other comparisons here.
     return (
         len(keys) == len(values) == 4
-        and keys[:3] == values[:3]
+        and (keys[0], keys[1], keys[2]) == (values[0], values[1], values[2])
         and of is value_cache.dtype
         and of in _PLAIN
-        and key_cache.stride(3) == value_cache.stride(3) == 1
+        and key_cache.stride()[3] == value_cache.stride()[3] == 1
         and key_cache.device == value_cache.device
     )
 

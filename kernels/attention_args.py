@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels.args import (
-    are_plain,
-    require_caches,
     require_contiguous_rows,
     require_device,
     require_dims,
@@ -23,6 +21,7 @@ from kvpager.kernels.args import (
     require_tensors,
 )
 from kvpager.kernels.host_rows import HostRows
+from kvpager.kernels.layer_caches import LayerCaches
 
 # The range of the kernels' float32 maths.
 _FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -63,20 +62,12 @@ class AttentionArgs:
         if self.host_rows is not None:
             self.host_rows.require_fit(self.block_tables, self.seq_lens, self.cu_seqlens_q)
 
-    def require_layer(
-        self,
-        query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        sinks: Tensor | None,
-        scales: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """Check a layer's tensors alone and against the rows. O(1). Raises: as the constructor."""
-        if sinks is None and scales is None and self._fits(query, key_cache, value_cache):
+    def require_layer(self, query: Tensor, caches: LayerCaches, sinks: Tensor | None) -> None:
+        """Check a layer's tensors against the rows. O(1). Raises: as the constructor."""
+        if sinks is None and self._fits(query, caches):
             return
-        require_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
-        require_caches(key_cache, value_cache, scales)
-        _require_query(query, key_cache, quantised=scales is not None)
+        require_tensors(query=query)
+        _require_query(query, caches.key, quantised=caches.scales is not None)
         rows, query_heads = len(self.block_tables), query.shape[1]
         if self.cu_seqlens_q is None and len(query) != rows:
             raise ValueError(
@@ -100,7 +91,7 @@ class AttentionArgs:
                     "mask has 0 query rows, but a row has 1 or more queries; pass them all"
                 )
         require_device(
-            key_cache,
+            caches.key,
             query=query,
             block_tables=self.block_tables,
             seq_lens=self.seq_lens,
@@ -110,19 +101,22 @@ class AttentionArgs:
             mask=mask,
         )
 
-    def _fits(self, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+    def _fits(self, query: Tensor, caches: LayerCaches) -> bool:
         """Return True for the usual arguments of a decode step; False needs a full check. O(1)."""
-        if self.mask is not None or not isinstance(query, Tensor):
+        if self.mask is not None or caches.scales is not None:
             return False
-        device, starts, behind = query.device, self.cu_seqlens_q, self.kv_starts
+        if not isinstance(query, Tensor) or query.dim() != 3:
+            return False
+        tokens, query_heads, head_dim = query.shape
+        key_cache, starts, behind = caches.key, self.cu_seqlens_q, self.kv_starts
+        _, _, kv_heads, cached_dim = key_cache.shape
+        device = query.device
         return (
-            are_plain(key_cache, value_cache)
-            and query.dim() == 3
-            and query.shape[2] == key_cache.shape[3]
-            and query.shape[1] % key_cache.shape[2] == 0
-            and (starts is not None or query.shape[0] == self.block_tables.shape[0])
+            head_dim == cached_dim
+            and query_heads % kv_heads == 0
+            and (starts is not None or tokens == len(self.block_tables))
             and query.dtype is key_cache.dtype
-            and query.stride(2) == 1
+            and query.stride()[2] == 1
             and device == key_cache.device == self.block_tables.device == self.seq_lens.device
             and (starts is None or starts.device == device)
             and (behind is None or behind.device == device)

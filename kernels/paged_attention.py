@@ -9,6 +9,7 @@ from kvpager.kernels.args import without_gradients
 from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.backends import select
 from kvpager.kernels.host_rows import HostRows
+from kvpager.kernels.layer_caches import LayerCaches
 
 
 @without_gradients
@@ -85,27 +86,25 @@ def paged_attention(
         block_tables, seq_lens, cu_seqlens_q, softmax_scale, causal, window, softcap, mask,
         kv_starts, host_rows,
     )  # fmt: skip
-    return attend(query, key_cache, value_cache, args, sinks=sinks, scales=scales)
+    return attend(query, LayerCaches(key_cache, value_cache, scales), args, sinks=sinks)
 
 
 @without_gradients
 def attend(
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    caches: LayerCaches,
     args: AttentionArgs,
     *,
     sinks: Tensor | None = None,
-    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Compute `paged_attention` with arguments that all layers of a step share.
+    """Compute `paged_attention` with caches that all steps share, and rows that all layers share.
 
     Arguments, result, complexity and errors are those of `paged_attention`.
     """
-    args.require_layer(query, key_cache, value_cache, sinks, scales)
+    args.require_layer(query, caches, sinks)
     if debug.enabled():
-        debug.check_attention(query, key_cache, args)
-    output: Tensor = select("paged_attention", key_cache.device)(
-        query, key_cache, value_cache, args, sinks, scales
+        debug.check_attention(query, caches.key, args)
+    output: Tensor = select("paged_attention", caches.key.device)(
+        query, caches.key, caches.value, args, sinks, caches.scales
     )
     return output

@@ -32,7 +32,7 @@ from torch import Tensor
 from kvpager import _validate as arguments
 from kvpager._text import counted
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES, SCALE_DTYPE
-from kvpager.ops import copy_blocks
+from kvpager.ops import LayerCaches, copy_blocks
 from kvpager.plans import Int32, Plan, Tier
 from kvpager.storage import streams
 from kvpager.storage.memory import allocate
@@ -120,7 +120,7 @@ class BlockStorage:
             self._device_tier = allocate(num_blocks, run, stored, device, pinned=pinned)
             swaps = self._device_tier.is_cuda and num_host_blocks > 0
             self._host_tier = allocate(num_host_blocks, run, stored, "cpu", pinned=swaps)
-            self._views = self._layer_views(self._layers, self._device_tier)
+            self._caches = self._layer_caches(self._layers, self._device_tier)
         self._pinned = pinned, swaps
         self._order = streams.StreamOrder(self._device_tier)
         self._host_reads = streams.HostReads()
@@ -219,22 +219,25 @@ class BlockStorage:
         contiguous, and blocks are `block_bytes` apart, so `.view(-1, ...)` over blocks fails.
         `grow` replaces the views: call this again. Raises: `IndexError` for an unknown layer.
         """
-        key, value = self._layer(index)[:2]
-        return key, value
+        caches = self.caches(index)
+        return caches.key, caches.value
 
     def scales(self, index: int) -> LayerScales | None:
         """Return a layer's key and value scales: float32 [blocks, block_size, kv_heads]. O(1).
 
         Returns None without a `kv_cache_dtype`. Views as in `layer`.
         """
-        scales = self._layer(index)[2:]
-        return (scales[0], scales[1]) if scales else None
+        return self.caches(index).scales
 
-    def _layer(self, index: int) -> list[Tensor]:
+    def caches(self, index: int) -> LayerCaches:
+        """Return what `layer` and `scales` return, as `ops.append` and `ops.attend` take it. O(1).
+
+        `grow` replaces it: call this again. Raises: `IndexError` for an unknown layer.
+        """
         if not 0 <= index < len(self._layers):
             raise IndexError(f"layer={index}: must be 0 to {len(self._layers) - 1}")
         self._order.enter()
-        return self._views[index]
+        return self._caches[index]
 
     def copy(self, copies: Int32) -> None:
         """Copy device blocks for pairs (source, destination), int32 [n, 2]. O(n * block_bytes).
@@ -353,17 +356,26 @@ class BlockStorage:
         return allocate(num_blocks, run, tier.dtype, tier.device, pinned=self._pinned[0])
 
     def _replace(self, layers: tuple[LayerShape, ...], device: Tensor, host: Tensor) -> None:
-        views = self._layer_views(layers, device)
+        caches = self._layer_caches(layers, device)
         self._order.replace(device)
         # In one statement: an interrupt must not leave views of freed memory.
-        self._layers, self._device_tier, self._host_tier, self._views = layers, device, host, views
+        self._layers, self._device_tier, self._host_tier, self._caches = (
+            layers,
+            device,
+            host,
+            caches,
+        )
 
     def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[_Part]], int]:
         return _layout(self._block_size, layers, self._dtype, self._kv_cache_dtype)
 
-    def _layer_views(self, layers: tuple[LayerShape, ...], device: Tensor) -> list[list[Tensor]]:
+    def _layer_caches(self, layers: tuple[LayerShape, ...], device: Tensor) -> list[LayerCaches]:
         layout, _ = self._layout(layers)
-        return [[part.view(device) for part in parts] for parts in layout]
+        views = ([part.view(device) for part in parts] for parts in layout)
+        return [
+            LayerCaches(key, value, (scales[0], scales[1]) if scales else None)
+            for key, value, *scales in views
+        ]
 
 
 def _layout(

@@ -87,7 +87,5 @@ def attend(
         raise CannotPack("its queries are not the tokens of the step")
     blocks = rows.blocks
     args = blocks.tables.args(softmax_scale=scaling, window=rows.window, softcap=softcap)
-    output = attend_in_place(
-        packed(query), blocks.key_cache, blocks.value_cache, args, sinks=s_aux, scales=blocks.scales
-    )
+    output = attend_in_place(packed(query), blocks.caches, args, sinks=s_aux)
     return output[None]

@@ -12,7 +12,7 @@ from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
-from kvpager.ops import HostRows, gather_kv
+from kvpager.ops import HostRows, LayerCaches, gather_kv
 from kvpager.plans import Int64
 
 
@@ -23,28 +23,26 @@ class Part(NamedTuple):
     rows: Tensor | None  # indices in the batch, int64 on the layer's device; None for all
     tables: RowTables
 
-    def caches(self) -> tuple[Tensor, Tensor]:
-        """Return the layer's key and value blocks, [blocks, block_size, kv_heads, dim] each."""
-        return self.place.storage.layer(self.place.layer)
-
-    def scales(self) -> tuple[Tensor, Tensor] | None:
-        """Return the blocks' scales [blocks, block_size, kv_heads]; None if not quantised."""
-        return self.place.storage.scales(self.place.layer)
+    def caches(self) -> LayerCaches:
+        """Return the layer's blocks."""
+        return self.place.storage.caches(self.place.layer)
 
     def dense(self, num_columns: int) -> tuple[Tensor, Tensor]:
         """Gather the last columns as [rows, columns, kv_heads, dim]; padding is zero."""
-        dtype, scales = self.place.storage.dtype, self.scales() or (None, None)
+        dtype, caches = self.place.storage.dtype, self.caches()
         rows = self.tables.block_tables, self.tables.seq_lens
         key, value = (
             gather_kv(cache, *rows, num_columns, scales=scale, dtype=dtype)
-            for cache, scale in zip(self.caches(), scales, strict=True)
+            for cache, scale in zip(
+                (caches.key, caches.value), caches.scales or (None, None), strict=True
+            )
         )
         return key, value
 
     def on(self, device: torch.device) -> Blocks:
         """Return the blocks for a kernel on `device`. O(1), or O(bytes) for a copy to it."""
         if self.place.storage.device == device:
-            return Blocks(*self.caches(), self.scales(), self.tables)
+            return Blocks(self.caches(), self.tables)
         return self.staged(device)
 
     def staged(self, device: torch.device) -> Blocks:
@@ -54,13 +52,10 @@ class Part(NamedTuple):
         blocks = theirs[used].long()
         tables = torch.full_like(theirs, -1)
         tables[used] = torch.arange(len(blocks), dtype=tables.dtype)
-        caches = (*self.caches(), *(self.scales() or ()))
-        key, value, *scales = (to_device(cache[blocks], device) for cache in caches)
+        key, value, *scales = (to_device(cache[blocks], device) for cache in self.caches().tensors)
         host = HostRows(tables.numpy(), self.tables.host.seq_lens)
         return Blocks(
-            key,
-            value,
-            (scales[0], scales[1]) if scales else None,
+            LayerCaches(key, value, (scales[0], scales[1]) if scales else None),
             RowTables(to_device(host.block_tables, device), to_device(host.seq_lens, device), host),
         )
 
@@ -68,9 +63,7 @@ class Part(NamedTuple):
 class Blocks(NamedTuple):
     """A layer's blocks and the rows' block tables, as kernels take them."""
 
-    key_cache: Tensor
-    value_cache: Tensor
-    scales: tuple[Tensor, Tensor] | None
+    caches: LayerCaches
     tables: RowTables
 
 

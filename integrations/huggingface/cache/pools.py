@@ -28,7 +28,7 @@ from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
-from kvpager.ops import append_kv
+from kvpager.ops import append
 from kvpager.plans import Int32, Int64, Step
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 from kvpager.storage.free_memory import free_bytes
@@ -256,7 +256,7 @@ class PagedPool:
         storage, layer = place
         # Locked, because growing copies the storage: a later write to the old one would be lost.
         with self.lock:
-            append_kv(key, value, *storage.layer(layer), slots, scales=storage.scales(layer))
+            append(key, value, storage.caches(layer), slots)
 
     def copy_from(self, other: PagedPool, copies: Int32) -> list[torch.cuda.Event]:
         """Copy blocks of the other tier's pool for pairs (source, target), int32 [n, 2]. O(bytes).

@@ -63,7 +63,5 @@ def _attend_part(
         mask=mask,
         num_columns=view.stop - view.start if view.start else None,
     )
-    output = attend_in_place(
-        packed(query), blocks.key_cache, blocks.value_cache, args, sinks=sinks, scales=blocks.scales
-    )
+    output = attend_in_place(packed(query), blocks.caches, args, sinks=sinks)
     return output.view(rows, q_len, query_heads, -1)

@@ -28,7 +28,7 @@ from kvpager.integrations.huggingface.cache.paged_view import Blocks, PagedView,
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
-from kvpager.ops import HostRows, append_kv
+from kvpager.ops import HostRows, append
 from kvpager.plans import GroupStep, Int32, StepPlan
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 
@@ -186,8 +186,7 @@ class StepLayer(DynamicLayer):
         # Some models test these for the presence of image states. This layer holds text only.
         self.keys = self.values = torch.empty(0, dtype=self.dtype, device=self.device)
         self._cache = cache
-        self._caches = place.storage.layer(place.layer)
-        self._scales = place.storage.scales(place.layer)
+        self._caches = place.storage.caches(place.layer)
 
     @property
     def rows(self) -> StepRows:
@@ -203,7 +202,7 @@ class StepLayer(DynamicLayer):
     def packed_rows(self) -> PackedRows:
         """Return the blocks that the packed pass reads, and count the read. O(1)."""
         self.memory.counters.in_place_reads += 1
-        blocks = Blocks(*self._caches, self._scales, self.group_rows.tables)
+        blocks = Blocks(self._caches, self.group_rows.tables)
         return PackedRows(blocks, self.window, self.rows.ids.shape[1])
 
     def update(
@@ -224,8 +223,7 @@ class StepLayer(DynamicLayer):
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """Write the new tokens [1, kv_heads, tokens, dim] to the slots of the step. O(tokens)."""
-        slots = self.group_rows.slots
-        append_kv(packed(key), packed(value), *self._caches, slots, scales=self._scales)
+        append(packed(key), packed(value), self._caches, self.group_rows.slots)
         self.is_written = True
 
     def _first_visible(self) -> int:

@@ -69,9 +69,9 @@ def test_layers_of_one_kind_share_their_attention_arguments(
 ) -> None:
     read: list[AttentionArgs] = []
 
-    def recording(query: Tensor, key: Tensor, value: Tensor, args: Any, **options: Any) -> Any:
+    def recording(query: Tensor, caches: Any, args: Any, **options: Any) -> Any:
         read.append(args)
-        return attend(query, key, value, args, **options)
+        return attend(query, caches, args, **options)
 
     monkeypatch.setattr(view_attention, "attend_in_place", recording)
     model = tiny_models.tiny_model(name)
