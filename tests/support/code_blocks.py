@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from tests.support.programs import run_program
@@ -89,10 +90,20 @@ def run(block: Block, folder: Path) -> None:
             compare(block, shown, _shell(command, folder))
         return
     program = folder / "program.py"
-    program.write_text(block.code, encoding="utf-8")
+    program.write_text(_for_this_release(block.code), encoding="utf-8")
     result = run_program(program, cwd=folder)
     assert result.returncode == 0, f"{block}\n{result.stderr}"
     compare(block, block.output or "", result.stdout)
+
+
+def _for_this_release(code: str) -> str:
+    """Return the program as its page says to write it for the installed transformers."""
+    release = tuple(map(int, metadata.version("transformers").split(".")[:2]))
+    return (
+        code
+        if release >= (5, 24)
+        else code.replace("(**inputs, cache=", "(**inputs, past_key_values=")
+    )
 
 
 def compare(block: Block, shown: str, printed: str) -> None:
@@ -109,9 +120,13 @@ def _shell(command: str, folder: Path) -> str:
     is_of_checkout = re.match(r"make |python (-m )?(examples|benchmarks|tests)\b", command)
     # Within `make`, another make prints which folder it enters.
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    programs, ready = Path(sys.executable).parent, folder / "ready"
+    ready.touch()
     environment = outside | {
         "COLUMNS": "100",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        # `make` uses this environment, instead of making one in .venv.
+        "MAKEFLAGS": f"-- BIN={programs} STAMP={ready}",
     }
     result = subprocess.run(
         ["bash", "-c", command],
