@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpager._atomic import whole
+from kvpager.blocks.groups.windows import blocks_for
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache.columns import ColumnMismatch, Columns, Origin
@@ -91,15 +92,15 @@ class LayerGroup:
     def full_bytes(self, kind: LayerKind, num_rows: int, num_columns: int) -> int:
         """Return the bytes of `num_rows` full rows, if all layers are of `kind`. O(layers)."""
         size = self.memory.block_size
-        if self.window is not None:
-            num_columns = min(num_columns, self.window + 2 * size)
+        # A row holds up to two blocks beyond its window.
+        num_blocks = blocks_for(num_columns, size, (self.window,), max_chunk=size + 1)
         block_bytes = BlockStorage.bytes_of_a_block(
             size,
             [kind.shape] * (self.members.expected or max(self.members.count, 1)),
             dtype=kind.dtype,
             kv_cache_dtype=self.memory.kv_cache_dtype,
         )
-        return num_rows * -(-num_columns // size) * block_bytes
+        return num_rows * num_blocks * block_bytes
 
     # ---------------------------------------------------------------- a place in the pool
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvpager.blocks.groups.windows import first_visible
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache import compiled
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
@@ -172,11 +173,8 @@ class PagedLayer(DynamicLayer):
     def _before_step(self, num_columns: int) -> None:
         """Free blocks that the step does not need. The first layer of a pass calls it."""
 
-    def _first_visible(self, num_columns: int) -> int:
-        return 0
-
     def _first_visible_column(self) -> int:
-        return self._first_visible(self.num_columns)
+        return first_visible(self.num_columns, self.group.window)
 
     _first_stored_column = _first_visible_column
 
@@ -255,31 +253,29 @@ class PagedSlidingWindowLayer(PagedLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new tokens as `PagedLayer.update` does. A long prompt takes blocks for its end."""
-        first = key_states.shape[2] - self.sliding_window + 1
-        if not self._is_beginning(first) or self._obstacle(key_states, value_states) is not None:
+        num_new = key_states.shape[2]
+        if not self._is_beginning(num_new) or self._obstacle(key_states, value_states) is not None:
             return super().update(key_states, value_states, *args, **kwargs)
+        first = first_visible(num_new, self.sliding_window)
         self.store(key_states, value_states, 0, keep_from=first)
-        self.num_columns = key_states.shape[2]
+        self.num_columns = num_new
         # The prompt's queries see all its keys. Later queries see only the window.
         return key_states, value_states
 
-    def _is_beginning(self, first: int) -> bool:
+    def _is_beginning(self, num_new: int) -> bool:
         # With quantisation, the prompt must attend to the rounded values.
         exact = self.group.memory.kv_cache_dtype is None
         return (
-            first > 0
+            num_new >= self.sliding_window
             and self.num_columns == 0
             and exact
             and not self.record_past
             and not torch.compiler.is_compiling()
         )
 
-    def _first_visible(self, num_columns: int) -> int:
-        return max(num_columns - self.sliding_window + 1, 0)
-
     def _before_step(self, num_columns: int) -> None:
         if not self.record_past:
-            self.group.forget_before(self._first_visible(num_columns))
+            self.group.forget_before(first_visible(num_columns, self.sliding_window))
 
     def get_max_length(self) -> int:
         """Return the window in tokens."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from kvpager.blocks.groups.windows import first_visible
 from kvpager.integrations.huggingface.attention import packed_compiled
 from kvpager.integrations.huggingface.attention.packed import PackedRows, PackedView
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
@@ -227,10 +228,7 @@ class StepLayer(DynamicLayer):
         self.is_written = True
 
     def _first_visible(self) -> int:
-        if self.window is None:
-            return 0
-        num_before = self.rows.longest - self.rows.ids.shape[1]
-        return max(num_before - self.window + 1, 0)
+        return first_visible(self.rows.longest - self.rows.ids.shape[1], self.window)
 
     def get_seq_length(self) -> int:
         """Return the row's tokens so far; 0 for packed rows, whose positions are given."""

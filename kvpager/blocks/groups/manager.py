@@ -317,21 +317,17 @@ class GroupedManager:
             [name] = table.resident(_one(sequence)).tolist()
             arguments.within_one("length", length, int(table.lengths[name]))
             members = table.rows[:, name].tolist()
-            for group, row in enumerate(members):
-                if rows.first_blocks[row] > self._first_needed(group, length):
+            for row, window in zip(members, self.windows, strict=True):
+                if rows.first_blocks[row] > first_needed(length, window, self.block_size):
                     raise ValueError(
-                        f"length={length}: blocks within the window of {self.windows[group]} "
-                        "tokens before it were freed. Allocate a new sequence."
+                        f"length={length}: blocks within the window of {window} tokens before it "
+                        "were freed. Allocate a new sequence."
                     )
             state.change.begin()
             for row in members:
                 if length < rows.lengths[row]:
                     self._truncation.shorten(row, length)
             self._extension.cut(name, length)
-
-    def _first_needed(self, group: int, num_tokens: int) -> int:
-        window = self.windows[group]
-        return 0 if window is None else first_needed(num_tokens, window, self.block_size)
 
     # ---------------------------------------------------------------- swap
 
@@ -427,7 +423,7 @@ class GroupedManager:
         """
         with self._state.lock, self._state.change:
             invariants.check(self._state)
-            self._table.check(self._first_needed)
+            self._table.check(self.windows)
 
 
 def _one(sequence: SequenceHandle) -> SequenceHandle:

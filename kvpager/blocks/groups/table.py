@@ -8,10 +8,9 @@ lengths   33   9   -        a row of a group with a window may have blocks for f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
+from kvpager.blocks.groups.windows import first_needed
 from kvpager.blocks.sequences import Batch, Owner, SequenceHandle
 from kvpager.blocks.state import BlockState
 from kvpager.errors import BrokenInvariant, SequenceSwapped, StaleSequence
@@ -163,10 +162,10 @@ class GroupTable:
 
     # ---------------------------------------------------------------- check
 
-    def check(self, first_needed: Callable[[int, int], int]) -> None:
+    def check(self, windows: tuple[int | None, ...]) -> None:
         """Raise `BrokenInvariant` unless each row belongs to one sequence. O(sequences * groups).
 
-        `first_needed(group, tokens)`: the first block that the next token reads.
+        `windows` has an entry for each group.
         """
         table, size = self._state.rows, self._state.block_size
         live = self.live()
@@ -186,5 +185,6 @@ class GroupTable:
             for group, row in enumerate(rows.tolist()):
                 if table.prompt(row).group != group:
                     raise BrokenInvariant(f"sequence {name}: a row is of another group")
-                if table.first_blocks[row] > first_needed(group, int(table.committed[row])):
+                committed = int(table.committed[row])
+                if table.first_blocks[row] > first_needed(committed, windows[group], size):
                     raise BrokenInvariant(f"sequence {name}: a block within its window is gone")

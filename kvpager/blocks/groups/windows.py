@@ -8,9 +8,14 @@ from kvpager.blocks.truncation import Truncation
 from kvpager.plans import Int64
 
 
-def first_needed(num_tokens: int, window: int, block_size: int) -> int:
+def first_visible(num_tokens: int, window: int | None) -> int:
+    """Return the first token that the token after `num_tokens` attends to. O(1)."""
+    return 0 if window is None else max(num_tokens - window + 1, 0)
+
+
+def first_needed(num_tokens: int, window: int | None, block_size: int) -> int:
     """Return the first block that the token after `num_tokens` attends to. O(1)."""
-    return max(num_tokens - window + 1, 0) // block_size
+    return first_visible(num_tokens, window) // block_size
 
 
 def blocks_for(
