@@ -6,7 +6,6 @@ import numpy as np
 
 from kvpager.blocks.groups.prefix import WindowIndex
 from kvpager.blocks.groups.table import GroupTable
-from kvpager.blocks.groups.windows import Windows
 from kvpager.blocks.publication import Publication
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.truncation import Truncation
@@ -16,7 +15,7 @@ from kvpager.plans import Int64
 class GroupCommit:
     """Commits tokens in all groups, and releases the blocks behind windows.
 
-    The caller holds the lock. Writes what `Publication`, `WindowIndex` and `Windows` write, and
+    The caller holds the lock. Writes what `Publication`, `WindowIndex` and `Truncation` write, and
     `committed`.
     """
 
@@ -31,7 +30,8 @@ class GroupCommit:
         self._state = state
         self._table = table
         self._index = index
-        self._behind = Windows(truncation, windows)
+        self._truncation = truncation
+        self._spans: Int64 = np.array([w for w in windows if w is not None], np.int64)[:, None]
         self._publication = Publication(state)
         is_windowed = np.array([window is not None for window in windows])
         self._full, self._windowed = (~is_windowed).nonzero()[0], is_windowed.nonzero()[0]
@@ -64,4 +64,5 @@ class GroupCommit:
                 digests = self._table.digests[int(names[at])]
                 self._index.publish(int(windowed[group, at]), digests, int(ends[group, at]))
             state.index.settle()
-        self._behind.free_behind(windowed, committed)
+        starts = np.maximum(committed - self._spans + 1, 0)  # see `first_visible`
+        self._truncation.release_before(windowed.ravel(), starts.ravel())

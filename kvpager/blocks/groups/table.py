@@ -23,7 +23,7 @@ class GroupTable:
     Attributes:
         rows: int64 [groups, sequences], of the sequence table.
         lengths: int64 [sequences], tokens.
-        digests: of the leading full blocks of each sequence, see `windows.py`.
+        digests: of the leading full blocks of each sequence, see `prefix.py`.
         pending: the token ids, None if unknown, of each sequence with tokens that lack slots in
             some group.
     """

@@ -1,15 +1,13 @@
-"""The blocks that groups with a window need, and those behind it."""
+"""Windows: the tokens that a layer attends to, and the blocks that hold them."""
 
 from __future__ import annotations
 
-import numpy as np
-
-from kvpager.blocks.truncation import Truncation
-from kvpager.plans import Int64
-
 
 def first_visible(num_tokens: int, window: int | None) -> int:
-    """Return the first token that the token after `num_tokens` attends to. O(1)."""
+    """Return the first token that the token after `num_tokens` attends to. O(1).
+
+    A window includes the attending token itself. None: full attention.
+    """
     return 0 if window is None else max(num_tokens - window + 1, 0)
 
 
@@ -32,23 +30,3 @@ def blocks_for(
             blocks = min(blocks, -(-(window + max_chunk - 1) // block_size) + 1)
         total += blocks
     return total
-
-
-class Windows:
-    """Releases the blocks behind the windows of groups. The caller holds the lock.
-
-    `windows` has an entry for each group; None is skipped.
-    """
-
-    def __init__(self, truncation: Truncation, windows: tuple[int | None, ...]) -> None:
-        self._truncation = truncation
-        self._spans: Int64 = np.array([w for w in windows if w is not None], np.int64)[:, None]
-
-    def free_behind(self, rows: Int64, num_written: Int64) -> None:
-        """Release the blocks that tokens after the first `num_written` do not read.
-
-        Both are int64 [groups with a window, n]. O(n * groups + released blocks).
-        """
-        # The window of the next token includes the token itself.
-        starts = np.maximum(num_written - self._spans + 1, 0)
-        self._truncation.release_before(rows.ravel(), starts.ravel())
