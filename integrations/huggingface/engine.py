@@ -42,7 +42,6 @@ from kvpager.integrations.huggingface.runner import warm_up as warming
 from kvpager.integrations.huggingface.runner.build import (
     compiled_forward,
     make_scheduler,
-    make_storage,
     max_length_of,
 )
 from kvpager.integrations.huggingface.runner.model_info import inspect_model
@@ -132,7 +131,9 @@ class Engine:
             length,
             None if info.has_state else config.max_batch_tokens,
         )
-        self._storage = storage = make_storage(info, config, sizes)
+        self._storage = storage = memory.new_storage(
+            sizes.device, info.shapes, info.dtype, info.device, sizes.host
+        )
         forward = compiled_forward(model, config, self.is_packed)
         runner = ModelRunner(
             model, info, storage, memory, is_packed=self.is_packed, forward=forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from kvpager.blocks.policies import Eviction
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
 from kvpager.plans import Tier
-from kvpager.storage.block_storage import KVCacheDtype
+from kvpager.storage.block_storage import BlockStorage, LayerShape
 
 
 @dataclass
@@ -45,8 +46,8 @@ class Budget(Protocol):
     block_size: int
     bound: int | None
     tier: Tier
+    name: str
     dtype: torch.dtype | None
-    kv_cache_dtype: KVCacheDtype | None
     keep_pools: bool
     eviction: Eviction
     in_place: bool
@@ -61,6 +62,18 @@ class Budget(Protocol):
     @property
     def room(self) -> int:
         """Return the bytes that the bound leaves."""
+
+    def block_bytes(self, layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
+        """Return the bytes of a block."""
+
+    def new_storage(
+        self,
+        num_blocks: int,
+        layers: Sequence[LayerShape],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> BlockStorage:
+        """Make blocks."""
 
     def bound_as_given(self) -> str:
         """Return the bound as an argument."""

@@ -28,7 +28,6 @@ from kvpager.integrations.huggingface.cache.rows import BatchRows
 from kvpager.integrations.huggingface.cache.stats import Holding
 from kvpager.integrations.huggingface.cache.step_tensors import StepTensors
 from kvpager.plans import Int32, Int64
-from kvpager.storage.block_storage import BlockStorage
 
 _numbers = itertools.count()
 
@@ -94,13 +93,8 @@ class LayerGroup:
         size = self.memory.block_size
         # A row holds up to two blocks beyond its window.
         num_blocks = blocks_for(num_columns, size, (self.window,), max_chunk=size + 1)
-        block_bytes = BlockStorage.bytes_of_a_block(
-            size,
-            [kind.shape] * (self.members.expected or max(self.members.count, 1)),
-            dtype=kind.dtype,
-            kv_cache_dtype=self.memory.kv_cache_dtype,
-        )
-        return num_rows * num_blocks * block_bytes
+        shapes = [kind.shape] * (self.members.expected or max(self.members.count, 1))
+        return num_rows * num_blocks * self.memory.block_bytes(shapes, kind.dtype)
 
     # ---------------------------------------------------------------- a place in the pool
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -26,7 +27,7 @@ from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.plans import Tier
-from kvpager.storage.block_storage import KVCacheDtype
+from kvpager.storage.block_storage import BlockStorage, KVCacheDtype, LayerShape
 
 logger = logging.getLogger("kvpager")
 
@@ -61,10 +62,8 @@ class PagedMemory:
         host_memory: bytes of host memory for sequences that do not fit into the pools.
         eviction: which cached blocks are evicted first; host memory caches none.
         namespace: the default namespace of calls, in whose quota their blocks count.
+        device: the memory that this host memory is behind; None for the device's own.
     """
-
-    tier: Tier = "device"
-    host: PagedMemory | None = None
 
     def __init__(
         self,
@@ -78,8 +77,11 @@ class PagedMemory:
         host_memory: int | str | None = None,
         eviction: Eviction = "lru",
         namespace: str | None = None,
+        device: PagedMemory | None = None,
     ) -> None:
-        self.bound = parse_memory(memory)
+        self.tier: Tier = "device" if device is None else "host"
+        self.name = "memory" if device is None else "host_memory"
+        self.bound = parse_memory(memory, self.name)
         self._given = memory if isinstance(memory, str) else None
         self.block_size = arguments.block_size(block_size)
         self.keep_pools = keep_pools
@@ -99,7 +101,7 @@ class PagedMemory:
             str, int
         ] = {}  # reasons why paging or prefix reuse was skipped -> calls
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of live caches
-        self.lock = new_lock()
+        self.lock: Any = new_lock() if device is None else device.lock
         self.calls = GenerateCalls(self.lock)
         _memories.add(self)
         self.uninterrupted = Uninterrupted(self.lock)
@@ -107,18 +109,46 @@ class PagedMemory:
         self._kept: set[PagedPool] = set()
         self.namespaces = Namespaces(namespace)
         self.quotas = NamespaceQuotas(self._ceilings, lambda: self.lock)
+        self.host: PagedMemory | None = None
         if host_memory is not None:
-            bound = parse_memory(host_memory, "host_memory")
-            self.host = PagedMemory(bound, block_size, kv_cache_dtype=kv_cache_dtype)
-            self.host._given = host_memory if isinstance(host_memory, str) else None
-            self.host.tier, self.host.lock = "host", self.lock
-            self.host.uninterrupted = self.uninterrupted
+            self.host = PagedMemory(
+                host_memory, block_size, kv_cache_dtype=kv_cache_dtype, device=self
+            )
 
     def bound_as_given(self) -> str:
         """Return the bound as an argument, such as `memory='4GiB'`. O(1)."""
-        name = "memory" if self.tier == "device" else "host_memory"
         given = size(self.bound or 0) if self._given is None else repr(self._given)
-        return f"{name}={given}"
+        return f"{self.name}={given}"
+
+    def block_bytes(self, layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
+        """Return the bytes of a block with room for `layers`. O(layers)."""
+        return BlockStorage.bytes_of_a_block(
+            self.block_size, layers, dtype=dtype, kv_cache_dtype=self.kv_cache_dtype
+        )
+
+    def new_storage(
+        self,
+        num_blocks: int,
+        layers: Sequence[LayerShape],
+        dtype: torch.dtype,
+        device: torch.device,
+        num_host_blocks: int = 0,
+    ) -> BlockStorage:
+        """Make blocks for layers on `device`, in this memory's tier. O(1), or O(bytes) if pinned.
+
+        Raises: errors of torch's allocation.
+        """
+        on_host = self.tier == "host"
+        return BlockStorage(
+            num_blocks,
+            self.block_size,
+            layers,
+            dtype=dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
+            device="cpu" if on_host else device,
+            num_host_blocks=num_host_blocks,
+            pinned=on_host and device.type == "cuda",
+        )
 
     def refuse_below(self, block_bytes: int, *, on_device: bool = False) -> None:
         """Refuse bounds of less than one block. O(1). Raises: `ValueError`.
@@ -129,11 +159,9 @@ class PagedMemory:
         tiers = (self, self.host) if on_device or self.host is None else (self.host,)
         for tier in tiers:
             if tier is not None and tier.bound is not None and tier.bound < block_bytes:
-                given = tier.bound_as_given()
-                name, _, _ = given.partition("=")
                 raise ValueError(
-                    f"{given}: one block of {counted(self.block_size, 'token')} takes "
-                    f"{size(block_bytes)} in all layers. Raise {name} to at least "
+                    f"{tier.bound_as_given()}: one block of {counted(self.block_size, 'token')} "
+                    f"takes {size(block_bytes)} in all layers. Raise {tier.name} to at least "
                     f"{size(block_bytes, round_up=True)}."
                 )
 

@@ -26,7 +26,7 @@ from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.stats import CacheStats
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.plans import Int64
-from kvpager.storage.block_storage import BlockStorage, KVCacheDtype, LayerShape
+from kvpager.storage.block_storage import KVCacheDtype, LayerShape
 
 # transformers' constructor, even if a patch replaces it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
@@ -403,9 +403,7 @@ def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> i
     if not num_layers or values.get("kv_lora_rank") or values.get("per_layer_config"):
         return 0
     shape = LayerShape(int(heads), int(min(known)), int(min(known)))
-    return BlockStorage.bytes_of_a_block(
-        memory.block_size, [shape] * num_layers, dtype=dtype, kv_cache_dtype=memory.kv_cache_dtype
-    )
+    return memory.block_bytes([shape] * num_layers, dtype)
 
 
 def can_be_paged(cache: Any) -> bool:

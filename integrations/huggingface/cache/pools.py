@@ -178,27 +178,13 @@ class PagedPool:
 
     def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
         shapes, num_blocks = [kind.shape] * num_layers, self.manager.num_blocks
-        kv_cache_dtype = self.memory.kv_cache_dtype
-        block_bytes = BlockStorage.bytes_of_a_block(
-            self.block_size, shapes, dtype=kind.dtype, kv_cache_dtype=kv_cache_dtype
-        )
+        block_bytes = self.memory.block_bytes(shapes, kind.dtype)
         fits = self.memory.claim(num_blocks * block_bytes, self)
         # If other pools fill the bound, rows live in host memory and still need one block here.
         if not fits and (self.host is None or num_blocks > 1):
             raise self._out_of_blocks(num_blocks, self.block_bytes + block_bytes)
-        on_host = self.memory.tier == "host"
-        return self._reserve(
-            lambda: BlockStorage(
-                num_blocks,
-                self.block_size,
-                shapes,
-                dtype=kind.dtype,
-                kv_cache_dtype=kv_cache_dtype,
-                device="cpu" if on_host else kind.device,
-                pinned=on_host and kind.device.type == "cuda",
-            ),
-            num_blocks,
-        )
+        make = partial(self.memory.new_storage, num_blocks, shapes, kind.dtype, kind.device)
+        return self._reserve(make, num_blocks)
 
     @whole
     def allocate(self, prompt: ArrayLike, key: PrefixKey | None) -> SequenceHandle:
@@ -425,8 +411,7 @@ class PagedPool:
             message += f"{memory.bound_as_given()} allows {memory.bound // num_bytes}"
             if stats.num_held:
                 message += f", {stats.num_held} in use"
-            name = "host_memory" if is_host else "memory"
-            message += f". Raise {name} to {size(needed, round_up=True)}"
+            message += f". Raise {memory.name} to {size(needed, round_up=True)}"
         if is_host:
             message += " or use a smaller batch."
         else:

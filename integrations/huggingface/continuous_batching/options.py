@@ -11,7 +11,6 @@ from kvpager.blocks.groups.windows import blocks_for
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks
-from kvpager.storage.block_storage import BlockStorage
 from kvpager.storage.free_memory import free_bytes, host_bytes
 
 logger = logging.getLogger("kvpager")
@@ -139,12 +138,8 @@ def _memory(
     hints: Any,
 ) -> int | None:
     """Return the bytes of the pool: the requested number, or the need of the hinted requests."""
-    size = BlockStorage.bytes_of_a_block(
-        block_size,
-        info.shapes,
-        dtype=info.dtype,
-        kv_cache_dtype=patched.kv_cache_dtype,
-    )
+    plain = PagedMemory(patched.bound, block_size, kv_cache_dtype=patched.kv_cache_dtype)
+    size = plain.block_bytes(info.shapes, info.dtype)
     if config.num_blocks is not None:  # each of page_size tokens
         num_tokens: int = config.num_blocks * _page_size(config)[0]
         return -(-num_tokens // block_size) * len(info.windows) * size
@@ -156,7 +151,6 @@ def _memory(
     announced = _announced_blocks(hints, info, block_size, max_num_seqs)
     if announced is None:
         return patched.bound
-    plain = PagedMemory(patched.bound, block_size, kv_cache_dtype=patched.kv_cache_dtype)
     return min(announced, pool_blocks(info, plain, max_num_seqs, info.max_length).device) * size
 
 

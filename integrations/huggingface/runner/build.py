@@ -16,7 +16,6 @@ from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
 from kvpager.integrations.huggingface.runner.sizing import PoolSizes, measured_costs
 from kvpager.scheduling.scheduler import Scheduler
-from kvpager.storage.block_storage import BlockStorage
 
 
 def max_length_of(info: ModelInfo, config: EngineConfig) -> int | None:
@@ -25,19 +24,6 @@ def max_length_of(info: ModelInfo, config: EngineConfig) -> int | None:
         return info.max_length
     most = info.max_length or 2**31 - 1
     return arguments.count("max_model_len", config.max_model_len, at_least=1, at_most=most)
-
-
-def make_storage(info: ModelInfo, config: EngineConfig, sizes: PoolSizes) -> BlockStorage:
-    """Make the tensors of the pool. O(bytes)."""
-    return BlockStorage(
-        sizes.device,
-        config.block_size,
-        info.shapes,
-        dtype=info.dtype,
-        kv_cache_dtype=config.kv_cache_dtype,
-        device=info.device,
-        num_host_blocks=sizes.host,
-    )
 
 
 def compiled_forward(model: Any, config: EngineConfig, is_packed: bool) -> Any:

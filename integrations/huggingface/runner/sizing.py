@@ -7,7 +7,6 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from kvpager._text import counted
 from kvpager._text import size as as_text
@@ -50,19 +49,15 @@ def pool_blocks(
     Raises: `ValueError` if a bound is less than one block, `KVPagerError` if the device has no room
     for one.
     """
-    size = BlockStorage.bytes_of_a_block(
-        memory.block_size,
-        info.shapes,
-        dtype=info.dtype,
-        kv_cache_dtype=memory.kv_cache_dtype,
-    )
+    size = memory.block_bytes(info.shapes, info.dtype)
     # Less than a block for each group of layers holds no token.
     least = len(info.windows)
     memory.refuse_below(least * size, on_device=True)
     if memory.bound is not None:
         device = memory.bound // size
     else:
-        device = _free_bytes(info.device) // size
+        part = _OF_DEVICE if info.device.type == "cuda" else _OF_HOST
+        device = int(free_bytes(info.device) * part) // size
         if max_model_len is not None:
             longest = blocks_for(max_model_len, memory.block_size, info.windows, max_chunk)
             device = min(device, max_num_seqs * longest)
@@ -97,12 +92,6 @@ def require_room(
         f"{bound} allows {storage.num_blocks}. Raise memory to "
         f"{as_text(num_bytes, round_up=True)} or lower max_new_tokens."
     )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(free_bytes(device) * _OF_DEVICE)
-    return int(free_bytes(device) * _OF_HOST)
 
 
 def measured_costs(runner: ModelRunner) -> PreemptionCosts:
