@@ -1,9 +1,9 @@
-"""The block manager, the storage and the kernels without any model library.
+"""Use the block manager, the storage and the kernels without a model library.
 
-A toy "model" of random projections decodes two sequences that share a prompt: the second one finds
-the prompt's blocks in the pool, a fork continues in another direction, and one sequence is swapped
-to host memory and back in between. At the end, attention through the blocks is compared with
-attention over plain tensors. Run it: `python examples/paged_decoder.py`.
+A toy "model" of random projections decodes two sequences that share a prompt. The second sequence
+finds the prompt's blocks in the pool. A fork continues with other tokens. One sequence is swapped
+to host memory and back. At the end, attention through the blocks is compared with attention over
+plain tensors. Run it: `python examples/paged_decoder.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ storage = BlockStorage(
     num_host_blocks=16,
 )
 torch.manual_seed(0)
-# A token's key and value in a layer: any function of the token will do here.
+# The key and value of each token id in each layer. Any numbers will do here.
 KEYS = torch.randn(LAYERS, 1000, KV_HEADS, HEAD_DIM)
 VALUES = torch.randn(LAYERS, 1000, KV_HEADS, HEAD_DIM)
 
@@ -38,7 +38,7 @@ def write(token_ids: list[int], slots: torch.Tensor) -> None:
 
 
 def start(prompt: list[int]) -> SequenceHandle:
-    """Begin a sequence; what the pool knows already is not written again."""
+    """Begin a sequence, and write the tokens that the pool does not hold yet."""
     sequence = manager.allocate(prompt)
     storage.copy(sequence.copies)
     first = sequence.num_cached_tokens
@@ -57,14 +57,14 @@ def step(sequences: list[SequenceHandle], token_ids: list[int]) -> None:
 
 
 def attend(query: torch.Tensor, sequences: list[SequenceHandle], layer: int) -> torch.Tensor:
-    """One query token [query_heads, head_dim] per sequence, over all of its tokens."""
+    """Return attention of one query per sequence, [sequences, query_heads, head_dim]."""
     tables = torch.from_numpy(manager.block_tables(sequences))
     lengths = torch.from_numpy(manager.lengths(sequences))
     return paged_attention(query, *storage.layer(layer), tables, lengths)
 
 
 def attend_plainly(query: torch.Tensor, token_ids: list[int], layer: int) -> torch.Tensor:
-    """The same over plain tensors, for one sequence."""
+    """Return the same for one sequence, computed over plain tensors."""
     groups = QUERY_HEADS // KV_HEADS
     keys = KEYS[layer, token_ids].repeat_interleave(groups, dim=1)
     values = VALUES[layer, token_ids].repeat_interleave(groups, dim=1)

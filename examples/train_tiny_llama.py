@@ -1,7 +1,7 @@
 """Train the tiny byte-level Llama that `kvpager.testing` bundles. No network needed.
 
-The text is what every Python carries: the reference pages behind `help("with")` and the
-docstrings of the standard library. Tokens are UTF-8 bytes (`ByT5Tokenizer`, no vocabulary file).
+The text comes with every Python: the reference pages behind `help("with")` and the docstrings of
+the standard library. Tokens are UTF-8 bytes (`ByT5Tokenizer`, no vocabulary file).
 
     python examples/train_tiny_llama.py --out tiny_llama
 
@@ -42,7 +42,7 @@ class Source:
 
 
 def encode(documents: Iterable[str]) -> torch.Tensor:
-    """The documents' bytes as one token stream; EOS opens and ends every document. O(bytes)."""
+    """Return the documents as one token stream; EOS opens and ends every document. O(bytes)."""
     tokens = [EOS]
     for document in documents:
         tokens += [byte + FIRST_BYTE for byte in document.encode("utf-8")]
@@ -51,7 +51,7 @@ def encode(documents: Iterable[str]) -> torch.Tensor:
 
 
 def split(documents: list[str], seed: int) -> Source:
-    """Shuffle the documents and hold every 25th out."""
+    """Shuffle the documents, and hold out every 25th."""
     shuffled = sorted(set(documents))
     random.Random(seed).shuffle(shuffled)
     held_out = shuffled[::HELD_OUT_EVERY]
@@ -59,7 +59,7 @@ def split(documents: list[str], seed: int) -> Source:
 
 
 def docstrings() -> list[str]:
-    """Every longer docstring of the standard library, read without importing it."""
+    """Return every longer docstring of the standard library, without importing it."""
     root = Path(sysconfig.get_path("stdlib"))
     found: list[str] = []
     for path in sorted(root.rglob("*.py")):
@@ -78,7 +78,7 @@ def docstrings() -> list[str]:
 
 
 def build_model() -> LlamaForCausalLM:
-    """A Llama of 1.14 million parameters, every feature of the large ones in place."""
+    """Make a Llama of 1.14 million parameters with every feature of the large ones."""
     config = LlamaConfig(
         vocab_size=264,
         hidden_size=128,
@@ -98,7 +98,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def length_at(progress: float) -> int:
-    """The length of the training texts when `progress` (0 to 1) of the steps are done."""
+    """Return the length of training texts after `progress` (0 to 1) of the steps."""
     for share, length in LENGTHS:
         if progress < share:
             return length
@@ -107,7 +107,7 @@ def length_at(progress: float) -> int:
 
 
 def rate_at(step: int, steps: int, warmup_steps: int) -> float:
-    """Warm-up, then a cosine down to a fiftieth."""
+    """Return the factor of the learning rate: warm-up, then a cosine down to a fiftieth."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -115,7 +115,7 @@ def rate_at(step: int, steps: int, warmup_steps: int) -> float:
 
 
 def sample_batch(sources: list[Source], tokens: int, length: int) -> torch.Tensor:
-    """Random windows of `length` tokens, `tokens` in all: the topics more often than their size."""
+    """Return random windows of `length` tokens, `tokens` in all; topics are overrepresented."""
     rows = []
     for _ in range(max(1, tokens // length)):
         stream = sources[0 if random.random() < TOPICS_SHARE else 1].train
@@ -126,7 +126,7 @@ def sample_batch(sources: list[Source], tokens: int, length: int) -> torch.Tenso
 
 @torch.no_grad()
 def bits_per_byte(model: LlamaForCausalLM, stream: torch.Tensor, length: int = 1024) -> float:
-    """Mean loss over the whole stream, in windows of `length` tokens, in bits."""
+    """Return the mean loss over the whole stream in bits, in windows of `length` tokens."""
     model.eval()
     nats, predicted = 0.0, 0
     for window in stream.split(length):
@@ -139,7 +139,7 @@ def bits_per_byte(model: LlamaForCausalLM, stream: torch.Tensor, length: int = 1
 
 
 def build_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    """Make optimizers: Muon for the layers' matrices, AdamW for the embedding and the norms."""
     # After 350 steps its loss was 0.25 bits per byte below AdamW alone, for 7 % more time.
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     matrix_ids = {id(p) for p in matrices}

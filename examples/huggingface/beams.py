@@ -1,4 +1,4 @@
-"""Beams: all beams share the blocks of the prompt, and of the tokens they have in common.
+"""Beams share the blocks of the prompt and of the tokens that they have in common.
 
 python examples/huggingface/beams.py
 """

@@ -1,4 +1,4 @@
-"""A chat. Each turn passes the whole conversation to `generate`, which computes the new part only.
+"""Chat: each turn passes the whole conversation to `generate`, which computes the new part only.
 
 python examples/huggingface/chat.py
 """

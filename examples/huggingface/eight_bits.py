@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits: a third to a half of the memory; tokens may differ.
+"""Store keys and values in eight bits: a third to a half of the memory. Tokens may differ.
 
 python examples/huggingface/eight_bits.py
 """

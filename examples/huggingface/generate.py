@@ -1,4 +1,4 @@
-"""One line puts a model's KV cache into shared blocks; the tokens stay the same.
+"""One line puts a model's KV cache into shared blocks. The tokens stay the same.
 
 python examples/huggingface/generate.py
 """
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvpager
 from kvpager.testing import tiny_llama_path
 
-path = tiny_llama_path()  # a small trained model that comes with the package; any other will do
+path = tiny_llama_path()  # a small trained model in the package; use any other model here
 tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 prompts = ["This method ", "When an instance of the class is created, the ", "An exception "]
@@ -23,4 +23,4 @@ with kvpager.patch(model) as paging:
 
 print()
 print("\n".join(tokenizer.batch_decode(output, skip_special_tokens=True)))
-print("the same tokens as without:", torch.equal(output, expected))
+print("the same tokens as without kvpager:", torch.equal(output, expected))

@@ -1,10 +1,10 @@
-"""A server of OpenAI's API on `kvpager.Engine`: completions and chats, with streaming.
+"""Serve OpenAI's API with `kvpager.Engine`: completions and chats, with streaming.
 
 Packages: pip install "transformers[serving]", with fastapi, uvicorn and openai.
 Server: python examples/huggingface/serve.py --port 8000 --memory 4GiB
 Client: openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")
 
-The server has no authentication, so it listens on the loopback interface alone.
+The server has no authentication, so it listens on the loopback interface only.
 """
 
 import argparse

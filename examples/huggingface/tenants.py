@@ -1,4 +1,4 @@
-"""Namespaces: a prompt is reused within its namespace, never in another one.
+"""Namespaces: a prompt is reused within its namespace only.
 
 python examples/huggingface/tenants.py
 """

@@ -27,7 +27,7 @@ def test_the_paged_decoder_agrees_with_plain_attention() -> None:
 
 
 SAID = {
-    "generate": ["paged: 6 layers, full attention", "the same tokens as without: True"],
+    "generate": ["paged: 6 layers, full attention", "the same tokens as without kvpager: True"],
     "chat": ["user: What does", "assistant: if the sequence", "(288 of 318 prompt tokens were"],
     "beams": ["8 beams at their peak: ", "blocks were copied"],
     "eight_bits": ["bfloat16   96.0 KiB", "int8       54.0 KiB", "fp8_e4m3   54.0 KiB"],
