@@ -1,0 +1,12 @@
+"""Tiers below the device: stores that keep the bytes of cached blocks under content keys.
+
+    tiering policy ─▶ BlockStore (protocol)   find · load · save · drop · stats · close
+                        ▲
+                        ├─ host      blocks in memory
+                        ├─ disk      blocks in preallocated files
+                        └─ others    kvpager.integrations.valkey, .nixl; entry points
+    frame ─▶ seals, layout    what stands before a block's bytes, checked at every read
+
+A store never serves a byte that it did not verify: a frame names the layout and the key of its
+block and holds a digest of its bytes. What fails the check is a miss.
+"""

@@ -1,0 +1,60 @@
+"""The layout of a block's bytes, by name: blocks of another layout are never read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from kvpager import _validate as arguments
+
+FINGERPRINT_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """What a block's bytes mean, as a text, and how many they are.
+
+    Two processes that name the same layout may read each other's blocks. `text` goes into the
+    content keys, `fingerprint` into each frame.
+    """
+
+    text: str
+    block_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        block_size: int,
+        layers: Sequence[tuple[int, int, int]],
+        dtype: str,
+        kv_cache_dtype: str | None = None,
+        block_bytes: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> BlockLayout:
+        """Name the layout of a `BlockStorage`. O(layers).
+
+        `layers` are (kv heads, head dim, value head dim), in order. `dtype` is a torch dtype's
+        name, such as "bfloat16". `rank` of `num_ranks` is the shard of a tensor-parallel model.
+        Raises: `ValueError`, `TypeError` for a bad argument.
+        """
+        size = arguments.block_size(block_size)
+        num_ranks = arguments.count("num_ranks", num_ranks, at_least=1)
+        rank = arguments.count("rank", rank, at_most=num_ranks - 1)
+        fields = (
+            "kvpager block-first 1",
+            f"block_size {size}",
+            f"dtype {dtype}",
+            f"kv_cache_dtype {kv_cache_dtype or dtype}",
+            "layers " + " ".join("x".join(map(str, layer)) for layer in layers),
+            f"rank {rank} of {num_ranks}",
+        )
+        return cls("; ".join(fields), arguments.count("block_bytes", block_bytes, at_least=1))
+
+    @property
+    def fingerprint(self) -> bytes:
+        """16 bytes that stand for the layout in a frame. O(length of the text)."""
+        told = f"{self.text}; {self.block_bytes} bytes".encode()
+        return blake2b(told, digest_size=FINGERPRINT_BYTES, person=b"kvpager layout").digest()
