@@ -36,7 +36,7 @@ class StoreStats:
     """Counts since a store was opened, and what it holds now. Times are in seconds.
 
     Attributes:
-        num_blocks: blocks that the store offers.
+        num_blocks: blocks that the store offers; None if it does not know.
         capacity: blocks that fit; None if the store has no bound or does not know it.
         block_bytes: bytes of a block, without its frame.
         hits, misses, bad, late: keys by outcome of `load`.
@@ -46,7 +46,7 @@ class StoreStats:
         load_s, save_s: time spent in `load` and `save`.
     """
 
-    num_blocks: int
+    num_blocks: int | None
     capacity: int | None
     block_bytes: int
     hits: int = 0

@@ -1,0 +1,99 @@
+"""A circuit breaker bypasses a store that fails again and again, and probes it later."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpager.storage.tiers.breaker import CircuitBreaker
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def breaker(clock: Clock) -> CircuitBreaker:
+    return CircuitBreaker(clock)
+
+
+def fail(breaker: CircuitBreaker, times: int) -> None:
+    for _ in range(times):
+        assert breaker.allows()
+        breaker.failed()
+
+
+def test_two_failures_leave_the_store_in_use(breaker: CircuitBreaker) -> None:
+    fail(breaker, 2)
+    assert breaker.allows()
+    assert not breaker.open
+
+
+def test_the_third_failure_within_ten_seconds_bypasses_it(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    fail(breaker, 1)
+    clock.now += 9.9
+    breaker.succeeded()
+    fail(breaker, 2)
+    assert breaker.open
+    assert not breaker.allows()
+
+
+def test_failures_further_apart_do_not(breaker: CircuitBreaker, clock: Clock) -> None:
+    for _ in range(10):
+        fail(breaker, 1)
+        clock.now += 5.1
+    assert not breaker.open
+
+
+def test_probes_follow_after_waits_that_double_up_to_a_minute(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    fail(breaker, 3)
+    for wait in (1, 2, 4, 8, 16, 32, 60, 60):
+        clock.now += wait - 0.01
+        assert not breaker.allows()
+        clock.now += 0.01
+        assert breaker.allows()
+        assert not breaker.allows(), "one probe at a time"
+        breaker.failed()
+    assert breaker.open
+
+
+def test_a_probe_that_succeeds_puts_the_store_back(breaker: CircuitBreaker, clock: Clock) -> None:
+    fail(breaker, 3)
+    clock.now += 1
+    assert breaker.allows()
+    breaker.succeeded()
+    assert not breaker.open
+    fail(breaker, 2)
+    assert not breaker.open, "earlier failures are forgotten"
+    fail(breaker, 1)
+    clock.now += 1
+    assert breaker.allows(), "the first wait is short again"
+
+
+def test_failures_of_calls_begun_before_are_no_probe(breaker: CircuitBreaker, clock: Clock) -> None:
+    fail(breaker, 3)
+    breaker.failed()
+    breaker.failed()
+    clock.now += 1
+    assert breaker.allows()
+
+
+def test_a_probe_without_an_end_makes_way_for_another(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    fail(breaker, 3)
+    clock.now += 1
+    assert breaker.allows()
+    clock.now += 1
+    assert breaker.allows()
