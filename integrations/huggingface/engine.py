@@ -35,7 +35,7 @@ from kvpager.engine.core import EngineCore
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.stream import Output, Stream
 from kvpager.engine.text import text_tokenizer
-from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.runner import warm_up as warming
@@ -115,28 +115,28 @@ class Engine:
     ) -> EngineCore:
         """Make the engine's parts for its model, and begin."""
         model, config = self.model, self.config
-        self._memory = memory = PagedMemory(
+        self._budget = budget = Budget(
             config.memory,
             config.block_size,
             kv_cache_dtype=config.kv_cache_dtype,
             host_memory=config.host_memory,
         )
         self._info = info = inspect_model(model)
-        self.is_packed = choose_forward(model, info, memory, switch, config.forward)
+        self.is_packed = choose_forward(model, info, budget, switch, config.forward)
         length = max_length_of(info, config)
         sizes = pool_blocks(
             info,
-            memory,
+            budget,
             config.max_num_seqs,
             length,
             None if info.has_state else config.max_batch_tokens,
         )
-        self._storage = storage = memory.new_storage(
+        self._storage = storage = budget.new_storage(
             sizes.device, info.shapes, info.dtype, info.device, sizes.host
         )
         forward = compiled_forward(model, config, self.is_packed)
         runner = ModelRunner(
-            model, info, storage, memory, is_packed=self.is_packed, forward=forward
+            model, info, storage, budget, is_packed=self.is_packed, forward=forward
         )
         scheduler = make_scheduler(info, config, sizes, length, runner)
         if info.device.type in warming.COMPILING:
@@ -243,7 +243,7 @@ class Engine:
             deadline=deadline,
             **labels | {"request_id": labels["request_id"] or f"request-{next(self._numbers)}"},
         )
-        require_room(request, self._core.scheduler, self._storage, self._memory)
+        require_room(request, self._core.scheduler, self._storage, self._budget)
         return self._core.submit(request, settings, ids)
 
     def _generator(self, seed: int | None) -> torch.Generator | None:

@@ -82,7 +82,7 @@ def copies_called(recorder: Recorder) -> Any:
 
 def engine(recorder: Recorder) -> Any:
     """Run steps of random rows after a warm-up, like an engine."""
-    from kvpager.integrations.huggingface.cache.memory import PagedMemory
+    from kvpager.integrations.huggingface.cache.budget import Budget
     from kvpager.integrations.huggingface.runner import warm_up as warming
     from kvpager.integrations.huggingface.runner.model_info import inspect_model
     from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
@@ -94,7 +94,7 @@ def engine(recorder: Recorder) -> Any:
     from tests.support import tiny_models
 
     model = tiny_models.tiny_model("gemma3")  # with windows and without
-    info, memory = inspect_model(model), PagedMemory("64MiB", 16)
+    info, budget = inspect_model(model), Budget("64MiB", 16)
     storage = BlockStorage(600, 16, info.shapes, dtype=info.dtype)
     AttentionSwitch(model).to_paged()
     for name, kernel in (
@@ -102,7 +102,7 @@ def engine(recorder: Recorder) -> Any:
         ("copy_blocks", copy_kernels.copy_blocks),
     ):  # fmt: skip
         backends.register(name, "cpu", kernel, "recorded")
-    runner = ModelRunner(model, info, storage, memory, is_packed=True)
+    runner = ModelRunner(model, info, storage, budget, is_packed=True)
     warming.warm_up(runner, 64, 8)
     before = recorder.counts()
     chance = random.Random(5)

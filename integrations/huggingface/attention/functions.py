@@ -115,7 +115,7 @@ def in_place(
         if step is not None:
             return packed_compiled.attend(step, query, key, value, **kwargs)
         mark = compiled.common_mark(key, value)
-        if mark is None or not mark.layer.group.memory.in_place:
+        if mark is None or not mark.layer.group.budget.in_place:
             return None
         shown = Shown(key.shape[0], key.shape[2], key.dtype)
         attend = functools.partial(compiled.attend, mark, value_dim=value.shape[3])
@@ -123,7 +123,7 @@ def in_place(
         view = common_view(key, value)
         if isinstance(view, PackedView):
             return view.attend(module, query, **kwargs)
-        if view is None or not view.memory.in_place:
+        if view is None or not view.budget.in_place:
             return None
         shown = Shown(view.num_rows, view.stop - view.start, view.dtype)
         attend = functools.partial(view_attention.attend, view)

@@ -1,4 +1,4 @@
-"""The state that the pools of one patch share: bound, lock, running calls and counters."""
+"""The bytes that pools may reserve, the format of their blocks, and counts of their use."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any, Protocol
 
 import torch
 
+from kvpager import _validate as arguments
 from kvpager._atomic import Uninterrupted
+from kvpager._text import counted, size
+from kvpager._validate import parse_memory
 from kvpager.blocks.policies import Eviction
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
+from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.plans import Tier
-from kvpager.storage.block_storage import BlockStorage, LayerShape
+from kvpager.storage.block_storage import BlockStorage, KVCacheDtype, LayerShape
 
 
 @dataclass
@@ -38,22 +42,108 @@ class Counters:
     session_tokens: int = 0
 
 
-class Budget(Protocol):
+class Budget:
+    """The most bytes of one tier, and the format of its blocks, for `patch` and engines alike.
+
+    Args:
+        memory: the most bytes that all pools together may reserve; None for no bound.
+        block_size: token slots of a block.
+        kv_cache_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
+        in_place: let attention functions read blocks in place; otherwise every read gathers.
+        host_memory: bytes of host memory for sequences that do not fit into the pools.
+        tier: "host" for the budget of the host memory.
+
+    Raises: `TypeError`, `ValueError`.
+    """
+
+    def __init__(
+        self,
+        memory: int | str | None,
+        block_size: int,
+        *,
+        kv_cache_dtype: KVCacheDtype | None = None,
+        in_place: bool = True,
+        host_memory: int | str | None = None,
+        tier: Tier = "device",
+    ) -> None:
+        self.tier: Tier = tier
+        self.name = "memory" if tier == "device" else "host_memory"
+        self.bound = parse_memory(memory, self.name)
+        self._given = memory if isinstance(memory, str) else None
+        self.block_size = arguments.block_size(block_size)
+        if kv_cache_dtype is not None and kv_cache_dtype not in list(KV_CACHE_DTYPES):
+            raise ValueError(
+                f"kv_cache_dtype={kv_cache_dtype!r}: must be None or one of {list(KV_CACHE_DTYPES)}"
+            )
+        self.kv_cache_dtype = kv_cache_dtype
+        self.in_place = in_place
+        self.counters = Counters()
+        self.host: Budget | None = None
+        if host_memory is not None:
+            self.host = Budget(host_memory, block_size, kv_cache_dtype=kv_cache_dtype, tier="host")
+
+    def bound_as_given(self) -> str:
+        """Return the bound as an argument, such as `memory='4GiB'`. O(1)."""
+        given = size(self.bound or 0) if self._given is None else repr(self._given)
+        return f"{self.name}={given}"
+
+    def block_bytes(self, layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
+        """Return the bytes of a block with room for `layers`. O(layers)."""
+        return BlockStorage.bytes_of_a_block(
+            self.block_size, layers, dtype=dtype, kv_cache_dtype=self.kv_cache_dtype
+        )
+
+    def new_storage(
+        self,
+        num_blocks: int,
+        layers: Sequence[LayerShape],
+        dtype: torch.dtype,
+        device: torch.device,
+        num_host_blocks: int = 0,
+    ) -> BlockStorage:
+        """Make blocks for layers on `device`, in this tier. O(1), or O(bytes) if pinned.
+
+        Raises: errors of torch's allocation.
+        """
+        on_host = self.tier == "host"
+        return BlockStorage(
+            num_blocks,
+            self.block_size,
+            layers,
+            dtype=dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
+            device="cpu" if on_host else device,
+            num_host_blocks=num_host_blocks,
+            pinned=on_host and device.type == "cuda",
+        )
+
+    def refuse_below(self, block_bytes: int, *, on_device: bool = False) -> None:
+        """Refuse bounds of less than one block. O(1). Raises: `ValueError`.
+
+        With host memory, the bound of the device may be less than a block, because rows in host
+        memory get one block on the device anyway. `on_device` checks the device's bound too.
+        """
+        tiers = (self, self.host) if on_device or self.host is None else (self.host,)
+        for tier in tiers:
+            if tier is not None and tier.bound is not None and tier.bound < block_bytes:
+                raise ValueError(
+                    f"{tier.bound_as_given()}: one block of {counted(self.block_size, 'token')} "
+                    f"takes {size(block_bytes)} in all layers. Raise {tier.name} to at least "
+                    f"{size(block_bytes, round_up=True)}."
+                )
+
+
+class PoolOwner(Protocol):
     """The members of `PagedMemory` that a pool uses."""
 
+    budget: Budget
     lock: Any
     uninterrupted: Uninterrupted
-    block_size: int
-    bound: int | None
-    tier: Tier
-    name: str
     dtype: torch.dtype | None
     keep_pools: bool
     eviction: Eviction
-    in_place: bool
     calls: GenerateCalls
     quotas: NamespaceQuotas
-    counters: Counters
 
     @property
     def reserved_bytes(self) -> int:
@@ -62,21 +152,6 @@ class Budget(Protocol):
     @property
     def room(self) -> int:
         """Return the bytes that the bound leaves."""
-
-    def block_bytes(self, layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
-        """Return the bytes of a block."""
-
-    def new_storage(
-        self,
-        num_blocks: int,
-        layers: Sequence[LayerShape],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> BlockStorage:
-        """Make blocks."""
-
-    def bound_as_given(self) -> str:
-        """Return the bound as an argument."""
 
     def claim(self, num_bytes: int, claimant: object) -> bool:
         """Return True if `num_bytes` more fit the bound. Other pools first give up idle blocks."""

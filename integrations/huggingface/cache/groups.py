@@ -42,7 +42,7 @@ class LayerGroup:
     """
 
     def __init__(self, memory: PagedMemory, num_layers: int | None, window: int | None) -> None:
-        self.memory = memory
+        self.memory, self.budget = memory, memory.budget
         self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
         self.window = window
         self.members = LayerPlaces(num_layers)
@@ -90,11 +90,11 @@ class LayerGroup:
 
     def full_bytes(self, kind: LayerKind, num_rows: int, num_columns: int) -> int:
         """Return the bytes of `num_rows` full rows, if all layers are of `kind`. O(layers)."""
-        size = self.memory.block_size
+        size = self.budget.block_size
         # A row holds up to two blocks beyond its window.
         num_blocks = blocks_for(num_columns, size, (self.window,), max_chunk=size + 1)
         shapes = [kind.shape] * (self.members.expected or max(self.members.count, 1))
-        return num_rows * num_blocks * self.memory.block_bytes(shapes, kind.dtype)
+        return num_rows * num_blocks * self.budget.block_bytes(shapes, kind.dtype)
 
     # ---------------------------------------------------------------- a place in the pool
 
@@ -220,7 +220,7 @@ class LayerGroup:
     def view(self, number: int, start: int, stop: int) -> PagedView:
         """Return a layer's keys and values of columns `start` to `stop`. O(1)."""
         parts, kind = self.parts(number, stop), self.members.at(number)[0]
-        view = PagedView(kind, parts, self.columns.padding, start, stop, self.memory, owner=self)
+        view = PagedView(kind, parts, self.columns.padding, start, stop, self.budget, owner=self)
         self.views.add(view)
         return view
 

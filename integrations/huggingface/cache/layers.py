@@ -264,7 +264,7 @@ class PagedSlidingWindowLayer(PagedLayer):
 
     def _is_beginning(self, num_new: int) -> bool:
         # With quantisation, the prompt must attend to the rounded values.
-        exact = self.group.memory.kv_cache_dtype is None
+        exact = self.group.budget.kv_cache_dtype is None
         return (
             num_new >= self.sliding_window
             and self.num_columns == 0

@@ -9,25 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from kvpager import _validate as arguments
 from kvpager._atomic import Uninterrupted, new_lock
-from kvpager._text import counted, size
-from kvpager._validate import parse_memory
+from kvpager._text import size
 from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
-from kvpager.integrations.huggingface.cache.budget import Counters
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
 from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
-from kvpager.kernels.quantisation import KV_CACHE_DTYPES
-from kvpager.plans import Tier
-from kvpager.storage.block_storage import BlockStorage, KVCacheDtype, LayerShape
 
 logger = logging.getLogger("kvpager")
 
@@ -48,18 +42,14 @@ class Group(Protocol):
 
 
 class PagedMemory:
-    """The pools of one patch: their common block size, bound, counters and lock.
+    """The pools of one patch: their common budget, lock and records.
 
     All pools share one lock, because a pool that needs room may take it from another pool.
 
     Args:
-        memory: the most bytes that all pools together may reserve; None for no bound.
-        block_size: token slots of a block.
+        budget: the bound of all pools together, and the format of their blocks.
         keep_pools: keep pools with published prompts, even while no cache uses them.
-        in_place: let attention functions read blocks in place; otherwise every read gathers.
         dtype: the required dtype of keys and values; None for any.
-        kv_cache_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
-        host_memory: bytes of host memory for sequences that do not fit into the pools.
         eviction: which cached blocks are evicted first; host memory caches none.
         namespace: the default namespace of calls, in whose quota their blocks count.
         device: the memory that this host memory is behind; None for the device's own.
@@ -67,33 +57,18 @@ class PagedMemory:
 
     def __init__(
         self,
-        memory: int | str | None,
-        block_size: int,
+        budget: Budget,
         *,
         keep_pools: bool = False,
-        in_place: bool = True,
         dtype: torch.dtype | None = None,
-        kv_cache_dtype: KVCacheDtype | None = None,
-        host_memory: int | str | None = None,
         eviction: Eviction = "lru",
         namespace: str | None = None,
         device: PagedMemory | None = None,
     ) -> None:
-        self.tier: Tier = "device" if device is None else "host"
-        self.name = "memory" if device is None else "host_memory"
-        self.bound = parse_memory(memory, self.name)
-        self._given = memory if isinstance(memory, str) else None
-        self.block_size = arguments.block_size(block_size)
+        self.budget, self.counters = budget, budget.counters
         self.keep_pools = keep_pools
-        self.in_place = in_place
         self.dtype = dtype
-        if kv_cache_dtype is not None and kv_cache_dtype not in list(KV_CACHE_DTYPES):
-            raise ValueError(
-                f"kv_cache_dtype={kv_cache_dtype!r}: must be None or one of {list(KV_CACHE_DTYPES)}"
-            )
-        self.kv_cache_dtype = kv_cache_dtype
         self.eviction = check_eviction(eviction)
-        self.counters = Counters()
         self.paged: dict[PagedLayers, int] = {}  # -> the most layers of a model
         self.unpaged_layers: dict[str, int] = {}  # class or reason -> the most layers of a model
         self.session_doubts: set[str] = set()  # reasons why sessions share no prompts
@@ -109,73 +84,19 @@ class PagedMemory:
         self._kept: set[PagedPool] = set()
         self.namespaces = Namespaces(namespace)
         self.quotas = NamespaceQuotas(self._ceilings, lambda: self.lock)
-        self.host: PagedMemory | None = None
-        if host_memory is not None:
-            self.host = PagedMemory(
-                host_memory, block_size, kv_cache_dtype=kv_cache_dtype, device=self
-            )
-
-    def bound_as_given(self) -> str:
-        """Return the bound as an argument, such as `memory='4GiB'`. O(1)."""
-        given = size(self.bound or 0) if self._given is None else repr(self._given)
-        return f"{self.name}={given}"
-
-    def block_bytes(self, layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
-        """Return the bytes of a block with room for `layers`. O(layers)."""
-        return BlockStorage.bytes_of_a_block(
-            self.block_size, layers, dtype=dtype, kv_cache_dtype=self.kv_cache_dtype
-        )
-
-    def new_storage(
-        self,
-        num_blocks: int,
-        layers: Sequence[LayerShape],
-        dtype: torch.dtype,
-        device: torch.device,
-        num_host_blocks: int = 0,
-    ) -> BlockStorage:
-        """Make blocks for layers on `device`, in this memory's tier. O(1), or O(bytes) if pinned.
-
-        Raises: errors of torch's allocation.
-        """
-        on_host = self.tier == "host"
-        return BlockStorage(
-            num_blocks,
-            self.block_size,
-            layers,
-            dtype=dtype,
-            kv_cache_dtype=self.kv_cache_dtype,
-            device="cpu" if on_host else device,
-            num_host_blocks=num_host_blocks,
-            pinned=on_host and device.type == "cuda",
-        )
-
-    def refuse_below(self, block_bytes: int, *, on_device: bool = False) -> None:
-        """Refuse bounds of less than one block. O(1). Raises: `ValueError`.
-
-        With host memory, the bound of the device may be less than a block, because rows in host
-        memory get one block on the device anyway. `on_device` checks the device's bound too.
-        """
-        tiers = (self, self.host) if on_device or self.host is None else (self.host,)
-        for tier in tiers:
-            if tier is not None and tier.bound is not None and tier.bound < block_bytes:
-                raise ValueError(
-                    f"{tier.bound_as_given()}: one block of {counted(self.block_size, 'token')} "
-                    f"takes {size(block_bytes)} in all layers. Raise {tier.name} to at least "
-                    f"{size(block_bytes, round_up=True)}."
-                )
+        self.host = None if budget.host is None else PagedMemory(budget.host, device=self)
 
     def options(self) -> str:
         """Return the options as arguments of `patch`, without defaults, for a `repr`. O(1)."""
-        host = None if self.host is None or self.host.bound is None else size(self.host.bound)
+        budget, host = self.budget, self.budget.host
         options: dict[str, object] = {
-            "memory": None if self.bound is None else size(self.bound),
-            "block_size": self.block_size,
+            "memory": None if budget.bound is None else size(budget.bound),
+            "block_size": budget.block_size,
             "dtype": self.dtype,
-            "kv_cache_dtype": self.kv_cache_dtype,
-            "host_memory": host,
+            "kv_cache_dtype": budget.kv_cache_dtype,
+            "host_memory": None if host is None or host.bound is None else size(host.bound),
             "prefix_cache": self.keep_pools or None,
-            "in_place": None if self.in_place else False,
+            "in_place": None if budget.in_place else False,
             "eviction": None
             if self.eviction == "lru"
             else getattr(self.eviction, "__name__", self.eviction),
@@ -229,11 +150,11 @@ class PagedMemory:
         call = self.calls.current()
         if call is None or call.claimed_bytes is not None:
             return
-        if self.bound is None or self.host is not None:
+        if self.budget.bound is None or self.host is not None:
             return
         groups = [group for cache in call.caches for group in cache.groups]
         sizes = [group.full_bytes(kind, call.num_rows, call.num_columns) for group in groups]
-        self.calls.await_turn(call, sum(sizes), self.bound)
+        self.calls.await_turn(call, sum(sizes), self.budget.bound)
 
     def note_peak(self) -> None:
         """Update the peak of held bytes. O(pools)."""
@@ -302,7 +223,8 @@ class PagedMemory:
     @property
     def room(self) -> int:
         """Return the bytes that the bound leaves; 0 without a bound. O(pools)."""
-        return max(self.bound - self.reserved_bytes, 0) if self.bound is not None else 0
+        bound = self.budget.bound
+        return 0 if bound is None else max(bound - self.reserved_bytes, 0)
 
     def claim(self, num_bytes: int, claimant: object) -> bool:
         """Return True if the bound has room for `num_bytes` more. O(pools).
@@ -310,14 +232,15 @@ class PagedMemory:
         To make room, drops pools that hold only cached prefixes, then frees unused blocks of other
         pools.
         """
+        bound = self.budget.bound
         with self.lock:
-            if self.bound is None or self.reserved_bytes + num_bytes <= self.bound:
+            if bound is None or self.reserved_bytes + num_bytes <= bound:
                 return True
             self._drop_idle_pools(claimant)
             for pool in self.pools():
-                if pool is not claimant and self.reserved_bytes + num_bytes > self.bound:
+                if pool is not claimant and self.reserved_bytes + num_bytes > bound:
                     pool.trim()
-            return self.reserved_bytes + num_bytes <= self.bound
+            return self.reserved_bytes + num_bytes <= bound
 
     def _drop_idle_pools(self, claimant: object) -> None:
         for pool in list(self._kept):

@@ -19,6 +19,7 @@ from kvpager import _validate as arguments
 from kvpager._text import counted
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache import compiled
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.columns import ColumnMismatch
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.layers import PagedLayer, PagedSlidingWindowLayer
@@ -87,12 +88,10 @@ class PagedCache(DynamicCache):
                 "offloading=True: blocks are not offloaded. Use DynamicCache for that."
             )
         warn_if_untested()
-        paged_memory = PagedMemory(
-            memory, block_size, kv_cache_dtype=kv_cache_dtype, host_memory=host_memory
-        )
-        paged_memory.refuse_below(least_block_bytes(config, torch.bfloat16, paged_memory))
+        budget = Budget(memory, block_size, kv_cache_dtype=kv_cache_dtype, host_memory=host_memory)
+        budget.refuse_below(least_block_bytes(config, torch.bfloat16, budget))
         _DYNAMIC_CACHE_INIT(self, config=config)
-        self._page(paged_memory, config)
+        self._page(PagedMemory(budget), config)
 
     @classmethod
     def convert(cls, cache: DynamicCache, memory: PagedMemory, config: Any = None) -> None:
@@ -379,7 +378,7 @@ class PagedCache(DynamicCache):
         return fork
 
 
-def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> int:
+def least_block_bytes(config: Any, dtype: torch.dtype, budget: Budget) -> int:
     """Return a lower bound on the bytes of a block in all paged layers. O(layers).
 
     Returns 0 if the configuration does not show it.
@@ -403,7 +402,7 @@ def least_block_bytes(config: Any, dtype: torch.dtype, memory: PagedMemory) -> i
     if not num_layers or values.get("kv_lora_rank") or values.get("per_layer_config"):
         return 0
     shape = LayerShape(int(heads), int(min(known)), int(min(known)))
-    return memory.block_bytes([shape] * num_layers, dtype)
+    return budget.block_bytes([shape] * num_layers, dtype)
 
 
 def can_be_paged(cache: Any) -> bool:

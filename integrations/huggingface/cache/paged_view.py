@@ -88,7 +88,7 @@ class PagedView:
     """
 
     __slots__ = (
-        "__weakref__", "_dense", "_owner", "device", "dtype", "kind", "memory", "num_rows",
+        "__weakref__", "_dense", "_owner", "budget", "device", "dtype", "kind", "num_rows",
         "padding", "parts", "shape", "start", "stop",
     )  # fmt: skip
 
@@ -99,17 +99,17 @@ class PagedView:
         padding: Int64,
         start: int,
         stop: int,
-        memory: Budget,
+        budget: Budget,
         owner: object = None,
     ) -> None:
         """Make a view of `parts`, whose rows begin with `padding` [rows] columns. O(1).
 
-        The view counts its reads in `memory`. It keeps `owner`, which holds the blocks, alive.
+        The view counts its reads in `budget`. It keeps `owner`, which holds the blocks, alive.
         """
         self.kind, self.parts, self.padding = kind, parts, padding
         self.shape, self.dtype, self.device = kind
         self.num_rows, self.start, self.stop = len(padding), start, stop
-        self.memory, self._owner = memory, owner
+        self.budget, self._owner = budget, owner
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def shows_the_same_as(self, other: PagedView) -> bool:
@@ -124,7 +124,7 @@ class PagedView:
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return keys and values [rows, kv_heads, columns, dim]. Gathers once; padding is zero."""
         if self._dense is None:
-            self.memory.counters.gathers += 1
+            self.budget.counters.gathers += 1
             num_columns = self.stop - self.start
             if len(self.parts) == 1:
                 key, value = (each.to(self.device) for each in self.parts[0].dense(num_columns))

@@ -26,7 +26,7 @@ from kvpager.blocks.policies import chosen_policy
 from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.integrations.huggingface.cache.budget import Budget
+from kvpager.integrations.huggingface.cache.budget import PoolOwner
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.ops import append
 from kvpager.plans import Int32, Int64, Step
@@ -100,12 +100,11 @@ class _Segment:
 class PagedPool:
     """A block manager and the storages that its decisions apply to, one per kind of layer."""
 
-    def __init__(self, memory: Budget, host: PagedPool | None) -> None:
-        self.memory = memory
-        self.block_size = memory.block_size
-        self.manager = BlockManager(
-            1, memory.block_size, eviction=chosen_policy(memory.eviction, 1)
-        )
+    def __init__(self, memory: PoolOwner, host: PagedPool | None) -> None:
+        self.memory, self.budget = memory, memory.budget
+        self.block_size = self.budget.block_size
+        policy = chosen_policy(memory.eviction, 1)
+        self.manager = BlockManager(1, self.block_size, eviction=policy)
         self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
         self.host = host
         self._segments: list[_Segment] = []
@@ -178,12 +177,12 @@ class PagedPool:
 
     def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
         shapes, num_blocks = [kind.shape] * num_layers, self.manager.num_blocks
-        block_bytes = self.memory.block_bytes(shapes, kind.dtype)
+        block_bytes = self.budget.block_bytes(shapes, kind.dtype)
         fits = self.memory.claim(num_blocks * block_bytes, self)
         # If other pools fill the bound, rows live in host memory and still need one block here.
         if not fits and (self.host is None or num_blocks > 1):
             raise self._out_of_blocks(num_blocks, self.block_bytes + block_bytes)
-        make = partial(self.memory.new_storage, num_blocks, shapes, kind.dtype, kind.device)
+        make = partial(self.budget.new_storage, num_blocks, shapes, kind.dtype, kind.device)
         return self._reserve(make, num_blocks)
 
     @whole
@@ -259,7 +258,7 @@ class PagedPool:
             for segment in self._segments
             if (segment.kind, segment.first_layer) in sources
         ]
-        self.memory.counters.swapped_in_blocks += len(copies)
+        self.budget.counters.swapped_in_blocks += len(copies)
         return [event for event in events if event is not None]
 
     def free_after(self, events: list[torch.cuda.Event], sequences: list[SequenceHandle]) -> None:
@@ -313,12 +312,12 @@ class PagedPool:
             if missing > 0:
                 self._grow(missing, error.need)
             result = operation()
-        self.memory.counters.evicted_blocks += self.manager.queries.num_evicted_blocks - evicted
+        self.budget.counters.evicted_blocks += self.manager.queries.num_evicted_blocks - evicted
         return result
 
     def _room(self) -> int:
         """Return how many more blocks the pool may have without need for them. O(pools)."""
-        if self.memory.bound is not None:
+        if self.budget.bound is not None:
             return self.num_room_blocks
         if not self.memory.keep_pools:
             return self.manager.num_blocks
@@ -396,37 +395,38 @@ class PagedPool:
 
     def _out_of_blocks(self, need: int, block_bytes: int = 0) -> OutOfBlocks:
         """Return the error for a need of `need` blocks, in terms of `patch`'s arguments."""
-        stats, memory = self.manager.stats(), self.memory
+        stats, budget = self.manager.stats(), self.budget
         room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._segments else (0, 0, 0)
         missing, num_bytes = max(need - room[0] - room[1], 1), block_bytes or self.block_bytes
-        is_host = memory.tier == "host"
+        is_host = budget.tier == "host"
         message = f"KV cache out of {'host ' if is_host else ''}memory: "
         message += f"{counted(missing, 'more block')} ({size(missing * num_bytes)}) needed, "
-        if memory.bound is None:
+        if budget.bound is None:
             message += "but the device is full. Drop a cache that is no longer needed"
         else:
-            others = memory.reserved_bytes - self.reserved_bytes
+            others = self.memory.reserved_bytes - self.reserved_bytes
             blocks = max(stats.num_held + need, self._blocks_of_call())
-            needed = max(others + blocks * num_bytes, (memory.bound // num_bytes + 1) * num_bytes)
-            message += f"{memory.bound_as_given()} allows {memory.bound // num_bytes}"
+            allowed = budget.bound // num_bytes
+            needed = max(others + blocks * num_bytes, (allowed + 1) * num_bytes)
+            message += f"{budget.bound_as_given()} allows {allowed}"
             if stats.num_held:
                 message += f", {stats.num_held} in use"
-            message += f". Raise {memory.name} to {size(needed, round_up=True)}"
+            message += f". Raise {budget.name} to {size(needed, round_up=True)}"
         if is_host:
             message += " or use a smaller batch."
         else:
             message += "." if self.host is not None else " or set host_memory= to offload."
-        return OutOfBlocks(need, *room, tier=memory.tier, advice=message, message=message)
+        return OutOfBlocks(need, *room, tier=budget.tier, advice=message, message=message)
 
     def _blocks_of_call(self) -> int:
         """Return the number of blocks of this thread's call at full length; 0 if unknown. O(1)."""
         call = self.memory.calls.current()
         if call is None:
             return 0
-        return call.num_rows * -(-call.num_columns // self.memory.block_size)
+        return call.num_rows * -(-call.num_columns // self.block_size)
 
     def _copy(self, copies: Int32) -> None:
         if len(copies):
             for segment in self._segments:
                 segment.storage.copy(copies)
-            self.memory.counters.copied_blocks += len(copies)
+            self.budget.counters.copied_blocks += len(copies)

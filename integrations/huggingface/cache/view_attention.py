@@ -25,7 +25,7 @@ def attend(
     O(queries * kv tokens * heads * dims).
     """
     options = (scaling, causal, softcap, window)
-    view.memory.counters.in_place_reads += 1
+    view.budget.counters.in_place_reads += 1
     if len(view.parts) == 1:
         return _attend_part(view, view.parts[0], query, mask, sinks, *options)
     output = None

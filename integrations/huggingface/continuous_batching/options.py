@@ -8,6 +8,7 @@ import logging
 from typing import Any, NamedTuple
 
 from kvpager.blocks.groups.windows import blocks_for
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks
@@ -80,14 +81,15 @@ def read_options(
     """
     _warn_of_others(config)
     page_size, is_explicit = _page_size(config)
-    block_size = page_size if is_explicit else patched.block_size
+    budget = patched.budget
+    block_size = page_size if is_explicit else budget.block_size
     max_num_seqs = config.max_requests_per_batch or _MAX_NUM_SEQS
     engine = {
         "block_size": block_size,
-        "kv_cache_dtype": patched.kv_cache_dtype,
+        "kv_cache_dtype": budget.kv_cache_dtype,
         "eviction": patched.eviction,
-        "memory": _memory(config, info, patched, block_size, max_num_seqs, hints),
-        "host_memory": _host_memory(config, patched),
+        "memory": _memory(config, info, budget, block_size, max_num_seqs, hints),
+        "host_memory": _host_memory(config, budget),
         "max_num_seqs": max_num_seqs,
         "prefix_cache": config.allow_block_sharing,
         "compile": _compiles(config, generation_config),
@@ -96,7 +98,7 @@ def read_options(
         engine["max_batch_tokens"] = config.max_batch_tokens
     if config.scheduler_type != "fifo":
         warn_once(f"scheduler_type={config.scheduler_type!r}", "first come, first served")
-    if not patched.in_place:
+    if not budget.in_place:
         warn_once("the patch's in_place=False", "blocks are read in place if the model allows it")
     return Options(
         engine,
@@ -132,13 +134,13 @@ def _warn_of_others(config: Any) -> None:
 def _memory(
     config: Any,
     info: ModelInfo,
-    patched: PagedMemory,
+    budget: Budget,
     block_size: int,
     max_num_seqs: int,
     hints: Any,
 ) -> int | None:
     """Return the bytes of the pool: the requested number, or the need of the hinted requests."""
-    plain = PagedMemory(patched.bound, block_size, kv_cache_dtype=patched.kv_cache_dtype)
+    plain = Budget(budget.bound, block_size, kv_cache_dtype=budget.kv_cache_dtype)
     size = plain.block_bytes(info.shapes, info.dtype)
     if config.num_blocks is not None:  # each of page_size tokens
         num_tokens: int = config.num_blocks * _page_size(config)[0]
@@ -150,7 +152,7 @@ def _memory(
         return int(free_bytes(info.device) * share)
     announced = _announced_blocks(hints, info, block_size, max_num_seqs)
     if announced is None:
-        return patched.bound
+        return budget.bound
     return min(announced, pool_blocks(info, plain, max_num_seqs, info.max_length).device) * size
 
 
@@ -171,14 +173,14 @@ def _announced_blocks(
     return blocks + blocks // 32 + 1
 
 
-def _host_memory(config: Any, patched: PagedMemory) -> int | None:
+def _host_memory(config: Any, budget: Budget) -> int | None:
     most: int = int(host_bytes() * config.cpu_offload_space_safety_threshold)
     space: float | None = config.cpu_offload_space
     if space is None:
         return most or None
     if space > 0:
         return min(int(space * 2**30), most) or None
-    return None if patched.host is None else patched.host.bound
+    return None if budget.host is None else budget.host.bound
 
 
 def _compiles(config: Any, generation_config: Any) -> bool:

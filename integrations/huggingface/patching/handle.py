@@ -14,6 +14,7 @@ from kvpager import _validate as arguments
 from kvpager._atomic import Uninterrupted, new_lock
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.continuous_batching.entry_points import release_managers
 from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
@@ -161,4 +162,4 @@ def patch_for(model: Any, *, wanted: bool = False) -> Patch | None:
 @functools.cache
 def _default_patch() -> Patch:
     """Return a patch with the default options, for models that no patch was made for."""
-    return Patch(None, PagedMemory(None, 16), None)
+    return Patch(None, PagedMemory(Budget(None, 16)), None)

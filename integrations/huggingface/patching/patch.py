@@ -32,6 +32,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from kvpager import _validate as arguments
 from kvpager.blocks.policies import Eviction
 from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.paged_cache import least_block_bytes
 from kvpager.integrations.huggingface.patching.handle import Patch, active, lock, uninterrupted
@@ -80,14 +81,17 @@ def patch(
     warn_if_untested()
     _check_model(model)
     _check_namespace(namespace, arguments.flag("prefix_cache", prefix_cache))
-    paged = PagedMemory(
-        memory, block_size, keep_pools=prefix_cache, in_place=arguments.flag("in_place", in_place),
-        dtype=_checked_dtype(dtype, model), kv_cache_dtype=kv_cache_dtype, host_memory=host_memory,
-        eviction=eviction, namespace=namespace,
+    in_place, dtype = arguments.flag("in_place", in_place), _checked_dtype(dtype, model)
+    budget = Budget(
+        memory, block_size,
+        kv_cache_dtype=kv_cache_dtype, in_place=in_place, host_memory=host_memory,
     )  # fmt: skip
+    paged = PagedMemory(
+        budget, keep_pools=prefix_cache, dtype=dtype, eviction=eviction, namespace=namespace
+    )
     if isinstance(model, PreTrainedModel):
         dtype_there = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
-        paged.refuse_below(least_block_bytes(model.config, dtype_there, paged))
+        budget.refuse_below(least_block_bytes(model.config, dtype_there, budget))
     prompts = PromptCache(paged.namespaces) if prefix_cache else None
     return _activate(Patch(model, paged, prompts))
 

@@ -87,7 +87,7 @@ def report(memory: PagedMemory, stats: PatchStats) -> str:
         "nothing was paged yet"
     ]
     lines += [
-        f"blocks of {counted(memory.block_size, 'token')}: {stats.num_held_blocks} held "
+        f"blocks of {counted(memory.budget.block_size, 'token')}: {stats.num_held_blocks} held "
         f"({stats.num_shared_blocks} shared), {stats.num_cached_blocks} cached; "
         f"{stats.copied_blocks} copied, {stats.evicted_blocks} evicted so far",
         f"reads: {stats.in_place_reads} in place, {stats.gathers} gathered",
@@ -136,8 +136,8 @@ def _fallbacks(memory: PagedMemory) -> Iterator[str]:
 def _described(layers: PagedLayers, memory: PagedMemory) -> str:
     shape, dtype, device = layers.kind
     kept = str(dtype).removeprefix("torch.")
-    if memory.kv_cache_dtype is not None:
-        kept += f" kept as {memory.kv_cache_dtype}"
+    if memory.budget.kv_cache_dtype is not None:
+        kept += f" kept as {memory.budget.kv_cache_dtype}"
     sees = (
         "full attention"
         if layers.window is None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo, blank_layers
 from kvpager.integrations.huggingface.runner.step_cache import StepCache, StepRows
 from kvpager.kernels.host_rows import to_device
@@ -37,7 +37,7 @@ class ModelRunner:
         model: a model in evaluation mode, on one device.
         info: the result of `inspect_model(model)`.
         storage: blocks with layers of the shapes `info.shapes`.
-        memory: the pools' owner, whose counters count reads.
+        budget: the format of the blocks; its counters count reads.
         is_packed: True for packed passes, False for one pass per sequence; see `probe`.
         forward: the compiled model for packed passes; None for the model itself.
     """
@@ -47,7 +47,7 @@ class ModelRunner:
         model: Any,
         info: ModelInfo,
         storage: BlockStorage,
-        memory: PagedMemory,
+        budget: Budget,
         *,
         is_packed: bool,
         forward: Any = None,
@@ -61,7 +61,7 @@ class ModelRunner:
         # A mask of four dimensions makes models build no mask of their own. It is never read.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=info.dtype, device=info.device)
         others = blank_layers(model, info.others)
-        self._cache = StepCache(storage, info.layers, others, memory)
+        self._cache = StepCache(storage, info.layers, others, budget)
 
     @property
     def device_type(self) -> str:

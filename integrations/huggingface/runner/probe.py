@@ -19,7 +19,7 @@ from kvpager.engine.config import Forward
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.attention import functions as attention
 from kvpager.integrations.huggingface.attention.packed import CannotPack
-from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.releases import CACHE_NAMES
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo, plain_cache
 from kvpager.integrations.huggingface.runner.model_runner import ModelRunner, trial_plan
@@ -107,7 +107,7 @@ class AttentionSwitch:
 
 
 def choose_forward(
-    model: Any, info: ModelInfo, memory: PagedMemory, switch: AttentionSwitch, forward: Forward
+    model: Any, info: ModelInfo, budget: Budget, switch: AttentionSwitch, forward: Forward
 ) -> bool:
     """Return True for packed passes, False for one pass per sequence. Sets the attention.
 
@@ -116,16 +116,16 @@ def choose_forward(
     """
     name = type(model).__name__
     switch.to_paged()
-    if forward != "per_sequence" and _is_right(model, info, memory, is_packed=True):
+    if forward != "per_sequence" and _is_right(model, info, budget, is_packed=True):
         return True
     if forward == "packed":
         raise KVPagerError(
             f"forward='packed': {name} computes other logits for packed rows. "
             "Pass forward='auto' or 'per_sequence'."
         )
-    if not _is_right(model, info, memory, is_packed=False):
+    if not _is_right(model, info, budget, is_packed=False):
         switch.to_original()
-        if not _is_right(model, info, memory, is_packed=False):
+        if not _is_right(model, info, budget, is_packed=False):
             raise KVPagerError(
                 f"{name} cannot be batched continuously: with a cache of blocks, it computes other "
                 "logits than in generate(). Use model.generate()."
@@ -133,12 +133,12 @@ def choose_forward(
     return False
 
 
-def _is_right(model: Any, info: ModelInfo, memory: PagedMemory, *, is_packed: bool) -> bool:
+def _is_right(model: Any, info: ModelInfo, budget: Budget, *, is_packed: bool) -> bool:
     """Return True if each row's logits equal those of `generate`; False if the model raises."""
     if is_packed and not info.may_be_packed:
         return False
     try:
-        return _gives_the_same(model, info, memory, is_packed=is_packed)
+        return _gives_the_same(model, info, budget, is_packed=is_packed)
     except CannotPack:
         return False
     except Exception as error:  # the model uses its cache in a custom way
@@ -152,7 +152,7 @@ def _is_right(model: Any, info: ModelInfo, memory: PagedMemory, *, is_packed: bo
 
 
 @torch.inference_mode()
-def _gives_the_same(model: Any, info: ModelInfo, memory: PagedMemory, *, is_packed: bool) -> bool:
+def _gives_the_same(model: Any, info: ModelInfo, budget: Budget, *, is_packed: bool) -> bool:
     """Compare two rows of different lengths, in a prefill step and a decoding step."""
     prompts = [_some_ids(model, info, 5, 0), _some_ids(model, info, 8, 1)]
     groups = len(info.windows)
@@ -166,7 +166,7 @@ def _gives_the_same(model: Any, info: ModelInfo, memory: PagedMemory, *, is_pack
         dtype=info.dtype,
         device=info.device,
     )
-    runner = ModelRunner(model, info, storage, memory, is_packed=is_packed)
+    runner = ModelRunner(model, info, storage, budget, is_packed=is_packed)
     before = np.zeros(2, np.int32)
     for counts in (np.array([len(prompt) - 1 for prompt in prompts]), np.array([1, 1])):
         plan = trial_plan(prompts, before, counts, tables, storage, groups)

@@ -12,7 +12,7 @@ from kvpager._text import counted
 from kvpager._text import size as as_text
 from kvpager.blocks.groups.windows import blocks_for
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.model_runner import ModelRunner, trial_plan
 from kvpager.plans import Plan
@@ -36,42 +36,42 @@ class PoolSizes(NamedTuple):
 
 def pool_blocks(
     info: ModelInfo,
-    memory: PagedMemory,
+    budget: Budget,
     max_num_seqs: int,
     max_model_len: int | None,
     max_chunk: int | None = None,
 ) -> PoolSizes:
     """Return the number of blocks in each tier. O(1).
 
-    The bounds of `memory` give the numbers. Without a bound, the pool has room for `max_num_seqs`
+    The bounds of `budget` give the numbers. Without a bound, the pool has room for `max_num_seqs`
     rows of `max_model_len` tokens, within 90 % of a GPU's free memory or 50 % of the host's.
 
     Raises: `ValueError` if a bound is less than one block, `KVPagerError` if the device has no room
     for one.
     """
-    size = memory.block_bytes(info.shapes, info.dtype)
+    size = budget.block_bytes(info.shapes, info.dtype)
     # Less than a block for each group of layers holds no token.
     least = len(info.windows)
-    memory.refuse_below(least * size, on_device=True)
-    if memory.bound is not None:
-        device = memory.bound // size
+    budget.refuse_below(least * size, on_device=True)
+    if budget.bound is not None:
+        device = budget.bound // size
     else:
         part = _OF_DEVICE if info.device.type == "cuda" else _OF_HOST
         device = int(free_bytes(info.device) * part) // size
         if max_model_len is not None:
-            longest = blocks_for(max_model_len, memory.block_size, info.windows, max_chunk)
+            longest = blocks_for(max_model_len, budget.block_size, info.windows, max_chunk)
             device = min(device, max_num_seqs * longest)
-    host = 0 if memory.host is None or memory.host.bound is None else memory.host.bound // size
+    host = 0 if budget.host is None or budget.host.bound is None else budget.host.bound // size
     if device < least:
         raise KVPagerError(
-            f"{info.device} has no room for one block of {counted(memory.block_size, 'token')} "
+            f"{info.device} has no room for one block of {counted(budget.block_size, 'token')} "
             f"({as_text(least * size)}). Free memory there, or use a smaller block_size."
         )
     return PoolSizes(device, host)
 
 
 def require_room(
-    request: Request, scheduler: Scheduler, storage: BlockStorage, memory: PagedMemory
+    request: Request, scheduler: Scheduler, storage: BlockStorage, budget: Budget
 ) -> None:
     """Refuse a request that the pool could not hold alone. O(groups). Raises: `ValueError`."""
     num_prompt, max_model_len = len(request.prompt), scheduler.max_model_len
@@ -81,8 +81,8 @@ def require_room(
     if need <= storage.num_blocks:
         return
     bound = "the engine's pool, a part of the free memory,"
-    if memory.bound is not None:
-        bound = memory.bound_as_given()
+    if budget.bound is not None:
+        bound = budget.bound_as_given()
     num_bytes = need * storage.block_bytes
     samples = "" if request.n == 1 else f" in {request.n} samples"
     raise ValueError(

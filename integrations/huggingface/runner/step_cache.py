@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from kvpager.blocks.groups.windows import first_visible
 from kvpager.integrations.huggingface.attention import packed_compiled
 from kvpager.integrations.huggingface.attention.packed import PackedRows, PackedView
-from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.paged_tensor import PagedTensor
 from kvpager.integrations.huggingface.cache.paged_view import Blocks, PagedView, Part, packed
 from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
@@ -140,7 +140,7 @@ class StepCache(DynamicCache):
         storage: blocks with room for the layers of one group.
         layers: the layers that are kept in blocks.
         others: transformers' own layers by index, for layers that cannot be kept in blocks.
-        memory: the pools' owner, whose counters count reads.
+        budget: the format of the blocks; its counters count reads.
     """
 
     def __init__(
@@ -148,11 +148,11 @@ class StepCache(DynamicCache):
         storage: BlockStorage,
         layers: Sequence[LayerInfo],
         others: dict[int, Any],
-        memory: PagedMemory,
+        budget: Budget,
     ) -> None:
         super().__init__()
         self.layer_class_to_replicate = None
-        self.memory = memory
+        self.budget = budget
         self.place = packed_compiled.enter(self)
         self.rows: StepRows | None = None
         self.is_packed = False
@@ -181,7 +181,7 @@ class StepLayer(DynamicLayer):
         self.is_sliding = plan.window is not None
         self.is_written = False
         self.is_initialized = True
-        self.memory = cache.memory
+        self.budget = cache.budget
         self.shape, self.dtype = plan.shape, place.storage.dtype
         self.device = place.storage.device
         # Some models test these for the presence of image states. This layer holds text only.
@@ -202,7 +202,7 @@ class StepLayer(DynamicLayer):
 
     def packed_rows(self) -> PackedRows:
         """Return the blocks that the packed pass reads, and count the read. O(1)."""
-        self.memory.counters.in_place_reads += 1
+        self.budget.counters.in_place_reads += 1
         blocks = Blocks(self._caches, self.group_rows.tables)
         return PackedRows(blocks, self.window, self.rows.ids.shape[1])
 
@@ -219,7 +219,7 @@ class StepLayer(DynamicLayer):
             kind = LayerKind(self.shape, self.dtype, self.device)
             parts = [Part(self.place, None, self.group_rows.tables)]
             columns = self._first_visible(), self.rows.longest
-            view = PagedView(kind, parts, _NO_PADDING, *columns, self.memory)
+            view = PagedView(kind, parts, _NO_PADDING, *columns, self.budget)
         return PagedTensor(view, 0), PagedTensor(view, 1)
 
     def write(self, key: Tensor, value: Tensor) -> None:

@@ -13,9 +13,9 @@ from kvpager.bench.throughput.workload import Item, Workload
 from kvpager.engine.metrics import StepRecord
 from kvpager.engine.stream import Output, Stream
 from kvpager.errors import BadInput
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner.model_info import inspect_model
-from kvpager.storage.block_storage import BlockStorage
 
 
 class EngineSystem:
@@ -32,12 +32,10 @@ class EngineSystem:
     ) -> None:
         self._model, self._clock = twin(model), clock
         info = inspect_model(self._model)
-        self.block_bytes = BlockStorage.bytes_of_a_block(
-            options.block_size,
-            info.shapes,
-            dtype=info.dtype,
-            kv_cache_dtype=options.engine.get("kv_cache_dtype"),
+        budget = Budget(
+            None, options.block_size, kv_cache_dtype=options.engine.get("kv_cache_dtype")
         )
+        self.block_bytes = budget.block_bytes(info.shapes, info.dtype)
         self._start = 0.0
         self._moments: list[Moment] = []
         memory = options.memory

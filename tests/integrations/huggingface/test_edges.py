@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import kvpager
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.pools import LayerKind
 from kvpager.storage.block_storage import LayerShape
@@ -249,7 +250,7 @@ def test_an_unbounded_pool_keeps_prompts_up_to_five_times() -> None:
 
 
 def test_a_pool_grows_seldom() -> None:
-    memory = PagedMemory("1MB", 16)
+    memory = PagedMemory(Budget("1MB", 16))
     kind = LayerKind(LayerShape(2, 16, 16), torch.float32, torch.device("cpu"))
     pool = memory.pool("layout")
     storage, _ = pool.storage(kind, 0, 2)
@@ -451,7 +452,7 @@ def test_a_cache_cropped_to_nothing_begins_anew(num_beams: int, prefix_cache: bo
 def test_growing_ahead_costs_no_other_pool_its_prefixes() -> None:
     kind = LayerKind(LayerShape(1, 16, 16), torch.float32, torch.device("cpu"))
     block_bytes = 16 * 32 * 4
-    memory = PagedMemory(200 * block_bytes, 16, keep_pools=True)
+    memory = PagedMemory(Budget(200 * block_bytes, 16), keep_pools=True)
     idle, busy = memory.pool("idle"), memory.pool("busy")
     for pool in (idle, busy):
         pool.storage(kind, 0, 1)
@@ -468,7 +469,7 @@ def test_growing_ahead_costs_no_other_pool_its_prefixes() -> None:
 
 def test_a_pool_in_use_survives_when_another_has_no_room() -> None:
     kind = LayerKind(LayerShape(1, 16, 16), torch.float32, torch.device("cpu"))
-    memory = PagedMemory(100 * 16 * 32 * 4, 16, keep_pools=True)
+    memory = PagedMemory(Budget(100 * 16 * 32 * 4, 16), keep_pools=True)
     used, other = memory.pool("used"), memory.pool("other")
     for pool in (used, other):
         pool.storage(kind, 0, 1)

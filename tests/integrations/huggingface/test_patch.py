@@ -145,7 +145,7 @@ def test_the_last_patch_serves_the_model(llama: PreTrainedModel) -> None:
     with kvpager.patch(llama) as outer, kvpager.patch(llama, block_size=4) as inner:
         cache = cache_of(generate(llama))
         assert (outer.stats().num_held_blocks, inner.stats().num_held_blocks > 0) == (0, True)
-        assert cache.memory.block_size == 4
+        assert cache.memory.budget.block_size == 4
 
 
 def test_an_exception_inside_with_undoes_the_patch(llama: PreTrainedModel) -> None:
@@ -514,7 +514,7 @@ def test_a_paged_cache_refuses_bad_arguments(
 @pytest.mark.parametrize("text", ["1gib", "1 GiB", "1024 MiB", "1073741824", 1073741824, "1.0Gib"])
 def test_memory_is_read_in_the_usual_spellings(llama: PreTrainedModel, text: int | str) -> None:
     with kvpager.patch(llama, memory=text) as patch:
-        assert patch.memory.bound == 1024**3
+        assert patch.memory.budget.bound == 1024**3
 
 
 def test_kvpager_by_name_without_a_patch_is_an_error(

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import kvpager  # noqa: E402
 from kvpager._text import change  # noqa: E402
+from kvpager.integrations.huggingface.cache.budget import Budget  # noqa: E402
 from kvpager.integrations.huggingface.cache.memory import PagedMemory  # noqa: E402
 from kvpager.integrations.huggingface.releases import CACHE_NAMES  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
@@ -55,7 +56,7 @@ def test_the_peak_is_over_all_caches_alive_and_stays() -> None:
 
 
 def test_a_cache_may_begin_while_another_thread_counts() -> None:
-    memory = PagedMemory(None, 16)
+    memory = PagedMemory(Budget(None, 16))
 
     class Group:
         """Has another thread begin a cache while it is looked at."""

@@ -250,7 +250,7 @@ def test_a_device_smaller_than_the_bound_can_be_full(
     resize = PagedPool._resize
 
     def on_a_small_device(pool: PagedPool, num_blocks: int, need: int) -> None:
-        if pool.memory.tier == "device" and num_blocks > 40:
+        if pool.budget.tier == "device" and num_blocks > 40:
             raise pool._out_of_blocks(need)
         resize(pool, num_blocks, need)
 

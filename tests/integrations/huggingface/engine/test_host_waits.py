@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("triton")
 
 import kvpager  # noqa: E402
-from kvpager.integrations.huggingface.cache.memory import PagedMemory  # noqa: E402
+from kvpager.integrations.huggingface.cache.budget import Budget  # noqa: E402
 from kvpager.integrations.huggingface.runner.model_info import inspect_model  # noqa: E402
 from kvpager.integrations.huggingface.runner.model_runner import ModelRunner, trial_plan  # noqa: E402
 from kvpager.integrations.huggingface.runner.probe import AttentionSwitch  # noqa: E402
@@ -98,12 +98,12 @@ def test_a_step_of_an_engine_waits_for_nothing(
     name: str, step: str, is_packed: bool, planned: Planned
 ) -> None:
     model = on_fake_device(tiny_models.tiny_model(name))
-    info, memory = inspect_model(model), PagedMemory("1MiB", BLOCK)
+    info, budget = inspect_model(model), Budget("1MiB", BLOCK)
     storage = BlockStorage(32, BLOCK, info.shapes, dtype=info.dtype, device=DEVICE)
     switch = AttentionSwitch(model)
     switch.to_paged()
     try:
-        runner = ModelRunner(model, info, storage, memory, is_packed=is_packed)
+        runner = ModelRunner(model, info, storage, budget, is_packed=is_packed)
         starts, counts = (np.array(each, np.int32) for each in zip(*STEPS[step], strict=True))
         tables = np.arange(4 * len(starts), dtype=np.int32).reshape(-1, 4)
         prompts = [list(range(3, 3 + start + count)) for start, count in STEPS[step]]
