@@ -91,7 +91,7 @@ def prefixes() -> Canvas:
         canvas.arrow((214, 118), (286, y + 22))
     canvas.box(560, 96, 190, 44, "the same system prompt\nblocks 41-71", fill=AMBER)
     canvas.text(
-        24, 244, "A new prompt of 'acme' reuses the longest run of blocks whose tokens are equal. "
+        24, 244, "A new prompt of 'acme' reuses the longest beginning with equal tokens. "
         "It never reads another tree.", colour=MUTED,
     )  # fmt: skip
     return canvas
