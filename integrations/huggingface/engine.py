@@ -124,13 +124,9 @@ class Engine:
         self._info = info = inspect_model(model)
         self.is_packed = choose_forward(model, info, budget, switch, config.forward)
         length = max_length_of(info, config)
-        sizes = pool_blocks(
-            info,
-            budget,
-            config.max_num_seqs,
-            length,
-            None if info.has_state else config.max_batch_tokens,
-        )
+        # Not every recurrent layer can continue with several tokens at once.
+        max_chunk = None if info.has_state else config.max_batch_tokens
+        sizes = pool_blocks(info, budget, config.max_num_seqs, length, max_chunk)
         self._storage = storage = budget.new_storage(
             sizes.device, info.shapes, info.dtype, info.device, sizes.host
         )
@@ -138,7 +134,7 @@ class Engine:
         runner = ModelRunner(
             model, info, storage, budget, is_packed=self.is_packed, forward=forward
         )
-        scheduler = make_scheduler(info, config, sizes, length, runner)
+        scheduler = make_scheduler(info, config, sizes, length, max_chunk, runner)
         if info.device.type in warming.COMPILING:
             warming.warm_up(runner, config.max_batch_tokens, config.max_num_seqs)
         return EngineCore(

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from kvpager import _validate as arguments
-from kvpager.blocks.policies import Eviction, check_eviction, chosen_policy
-from kvpager.blocks.policies.base import EvictionPolicy
+from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.engine.compiling import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.block_storage import KVCacheDtype
@@ -104,7 +103,3 @@ class EngineConfig:
     def compile_arguments(self) -> dict[str, Any]:
         """The arguments of `torch.compile`."""
         return {} if isinstance(self.compile, bool) else dict(self.compile)
-
-    def eviction_policy(self, num_blocks: int) -> EvictionPolicy:
-        """Make the eviction policy of a pool of `num_blocks` blocks. O(blocks)."""
-        return chosen_policy(self.eviction, num_blocks)

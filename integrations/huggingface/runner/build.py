@@ -9,6 +9,7 @@ import torch
 from kvpager import _validate as arguments
 from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.policies import chosen_policy
 from kvpager.blocks.protocol import CacheManager
 from kvpager.engine.config import EngineConfig
 from kvpager.errors import KVPagerError
@@ -43,32 +44,31 @@ def make_scheduler(
     config: EngineConfig,
     sizes: PoolSizes,
     max_model_len: int | None,
+    max_chunk: int | None,
     runner: ModelRunner,
 ) -> Scheduler:
     """Make the scheduler and the block manager. Measures preemption costs if none are given."""
     costs = config.costs
     if costs is None and sizes.host:
         costs = measured_costs(runner)
-    # Not every recurrent layer can continue with several tokens at once.
-    chunked = not info.has_state
     return Scheduler(
-        make_manager(info, config, sizes, chunked=chunked),
+        make_manager(info, config, sizes, max_chunk),
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         max_queue_size=config.max_queue_size,
         policy=config.policy,
         prefix_cache=config.prefix_cache and not info.has_state and not info.is_encoder_decoder,
         max_model_len=max_model_len,
-        chunked=chunked,
+        chunked=max_chunk is not None,
         costs=costs,
     )
 
 
 def make_manager(
-    info: ModelInfo, config: EngineConfig, sizes: PoolSizes, *, chunked: bool
+    info: ModelInfo, config: EngineConfig, sizes: PoolSizes, max_chunk: int | None
 ) -> CacheManager:
     """Make the manager of the pool's blocks, a grouped one if layers have windows. O(blocks)."""
-    eviction = config.eviction_policy(sizes.device)
+    eviction = chosen_policy(config.eviction, sizes.device)
     if not any(info.windows):
         return BlockManager(sizes.device, config.block_size, sizes.host, eviction=eviction)
     return GroupedManager(
@@ -76,6 +76,6 @@ def make_manager(
         sizes.device,
         config.block_size,
         sizes.host,
-        max_chunk=config.max_batch_tokens if chunked else None,
+        max_chunk=max_chunk,
         eviction=eviction,
     )
