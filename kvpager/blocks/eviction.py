@@ -76,7 +76,8 @@ class Evictor:
     def _is_idle(self, block: int) -> bool:
         return not (self._pool.refs[block] or self._pool.holds[block])
 
-    def _is_idle_leaf(self, node: Node) -> bool:
+    def is_idle_leaf(self, node: Node) -> bool:
+        """Return True for a leaf whose last block can be evicted. O(1)."""
         return node.end > node.start and not node.children and self._is_idle(int(node.blocks[-1]))
 
     def idle(self, blocks: Blocks) -> NDArray[np.bool_]:
@@ -93,7 +94,7 @@ class Evictor:
         """Return the first idle leaf. Amortised O(log n): outdated entries are dropped."""
         while (entry := queue.first()) is not None:
             rank, node = entry
-            if self._is_idle_leaf(node):
+            if self.is_idle_leaf(node):
                 return rank, node
             queue.drop_first()
         return None
@@ -114,7 +115,7 @@ class Evictor:
         `allowance` returns how many blocks of a queue may be evicted; None: all. A queue without
         an allowance is skipped until `relist` names it.
         """
-        self._refresh(count)
+        self.refresh(count)
         if allowance is None:
             self.relist(self._queues)
         gone: list[Blocks] = []
@@ -146,7 +147,7 @@ class Evictor:
 
     def evict_from(self, number: int, count: int) -> int:
         """Evict `count` idle blocks of one queue, which has that many. As `evict`."""
-        self._refresh(count)
+        self.refresh(count)
         queue, gone = self._queues[number], list[Blocks]()
         while count > 0:
             entry = self._next(queue)
@@ -182,7 +183,8 @@ class Evictor:
                 return number, None, np.inf
         raise BrokenInvariant("prefix index: fewer blocks are evictable than the pool counts")
 
-    def _refresh(self, count: int) -> None:
+    def refresh(self, count: int) -> None:
+        """Queue the blocks again whose rank changed without a call. O(blocks)."""
         blocks = self.policy.reranked(count)
         if len(blocks):
             self.enqueue_idle(blocks[self._pool.cached[blocks]])
@@ -250,6 +252,10 @@ class Evictor:
             self._forest.drop_root(parent)
 
     # ---------------------------------------------------------------- queues
+
+    def queues(self) -> list[Queue[Node]]:
+        """Return the queues of all accounts. O(accounts)."""
+        return [self._queues[number] for number in self._queues]
 
     def queue(self, namespace: str | None) -> Queue[Node]:
         """Return the queue of a namespace's blocks. O(1)."""

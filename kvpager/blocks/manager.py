@@ -25,6 +25,7 @@ from kvpager import _validate as arguments
 from kvpager._text import counted
 from kvpager.blocks import invariants
 from kvpager.blocks.allocation import Allocation, identity
+from kvpager.blocks.cached import CachedBlocks
 from kvpager.blocks.copies import Copies
 from kvpager.blocks.events import Events
 from kvpager.blocks.extension import Extension
@@ -50,7 +51,8 @@ class BlockManager:
     are 0 .. num_blocks - 1; -1 in a table means "no block".
 
     Rarer operations: `quotas` bounds the blocks of namespaces, `pins` keeps prefixes cached,
-    `copies` tracks asynchronous copies, `events` logs cached blocks, and `queries` reads the pool.
+    `copies` tracks asynchronous copies, `events` logs cached blocks, `cached` helps to copy cached
+    blocks elsewhere, and `queries` reads the pool.
 
     Args:
         num_blocks: blocks on the device, at least 1.
@@ -84,6 +86,7 @@ class BlockManager:
         self.pins = Pins(state)
         self.copies = Copies(state)
         self.events = Events(state)
+        self.cached = CachedBlocks(state)
         self.queries = Queries(state)
         self._allocation = Allocation(state)
         self._truncation = Truncation(state)

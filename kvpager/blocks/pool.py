@@ -40,7 +40,8 @@ class BlockPool:
 
     `refs[b]`: the number of block tables that hold block `b`. `cached[b]`: it is published.
     `holds[b]`: the number of its pins and unfinished copies. A block is free if all three are 0.
-    `ids[b]`: the token ids of its slots, as far as known. The first `num_reserved` blocks (the
+    `ids[b]`: the token ids of its slots, as far as known. `marks[b]`: see `kvpager.blocks.cached`;
+    publishing a block clears them. The first `num_reserved` blocks (the
     null block) are never handed out.
     """
 
@@ -51,6 +52,7 @@ class BlockPool:
         self.cached: NDArray[np.bool_] = np.zeros(num_blocks, np.bool_)
         self.holds: Int32 = np.zeros(num_blocks, np.int32)
         self.ids: Int32 = np.zeros((num_blocks, block_size), np.int32)
+        self.marks: NDArray[np.uint8] = np.zeros(num_blocks, np.uint8)
         self.num_evictable = 0
         self.num_kept = 0  # in no table, but held
         self.num_holds = 0
@@ -164,7 +166,9 @@ class BlockPool:
 
     def cache(self, blocks: Blocks) -> None:
         """Mark `blocks`, which tables hold, as published. O(blocks)."""
-        self.cached[blocks.astype(np.intp, copy=False)] = True
+        index = blocks.astype(np.intp, copy=False)
+        self.cached[index] = True
+        self.marks[index] = 0
 
     def uncache(self, blocks: Blocks) -> None:
         """Mark `blocks` as not published; free those without references and holds. O(blocks)."""
@@ -265,7 +269,7 @@ class BlockPool:
     def resize(self, num_blocks: int, moved: Int32) -> None:
         """Change the number of blocks; `moved`: (old, new) ids of blocks cut off. O(n)."""
         old, new = moved.T
-        for name in ("refs", "cached", "holds", "ids"):
+        for name in ("refs", "cached", "holds", "ids", "marks"):
             before = getattr(self, name)
             after = np.zeros((num_blocks, *before.shape[1:]), before.dtype)
             kept = min(num_blocks, len(before))

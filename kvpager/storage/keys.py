@@ -10,7 +10,7 @@ Keys are the same in every process and on every machine. BLAKE2b: RFC 7693.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
-from kvpager.blocks.mm_hashes import MMHash, read_mm_hashes
+from kvpager.blocks.mm_hashes import MMHash, Tag, read_mm_hashes
+from kvpager.plans import Int32
 
 KEY_BYTES = 32
 _ROOT, _BLOCK = b"kvpager root", b"kvpager block"  # at most 16 bytes each
@@ -69,12 +70,46 @@ def content_keys(
     data = np.ascontiguousarray(tokens, "<i4").tobytes()
     step, keys = 4 * block_size, list[bytes]()
     for stop, tag in shown.stretches(block_size, 0, len(tokens) // block_size):
-        behind = _joined(_fields(tag)) if tag else b""
+        behind = _behind(tag)
         for start in range(step * len(keys), step * stop, step):
-            block = key + data[start : start + step] + behind
-            key = blake2b(block, digest_size=KEY_BYTES, key=secret, person=_BLOCK).digest()
+            key = _block(key, data[start : start + step], behind, secret)
             keys.append(key)
     return keys
+
+
+class ContentKeying:
+    """Makes the keys of blocks one by one, for `manager.cached.keys`; the same as `content_keys`.
+
+    `context_of` returns the context of a namespace and LoRA adapter. It must always return the
+    same one.
+    """
+
+    def __init__(
+        self, block_size: int, context_of: Callable[[str | None, str | None], KeyContext]
+    ) -> None:
+        self._block_size = arguments.block_size(block_size)
+        self._context_of = context_of
+        self._secrets: dict[str | None, bytes] = {}
+
+    def root(self, namespace: str | None, lora: str | None) -> bytes:
+        """Return the key before the first block. O(1)."""
+        context = self._context_of(namespace, lora)
+        self._secrets[namespace] = context.secret
+        return _root(context, self._block_size)
+
+    def block(self, namespace: str | None, before: bytes, tokens: Int32, tag: Tag) -> bytes:
+        """Return the key of a block after the block with the key `before`. O(block_size)."""
+        data = np.ascontiguousarray(tokens, "<i4").tobytes()
+        return _block(before, data, _behind(tag), self._secrets[namespace])
+
+
+def _block(before: bytes, tokens: bytes, behind: bytes, secret: bytes) -> bytes:
+    block = before + tokens + behind
+    return blake2b(block, digest_size=KEY_BYTES, key=secret, person=_BLOCK).digest()
+
+
+def _behind(tag: Tag) -> bytes:
+    return _joined(_fields(tag)) if tag else b""
 
 
 def _root(context: KeyContext, block_size: int) -> bytes:

@@ -149,6 +149,18 @@ class Queue(Generic[T]):
             heapq.heappop(self._heap)
         return None
 
+    def in_order(self) -> Iterator[tuple[float, int, T]]:
+        """Yield (rank, number, node) from the lowest rank on, and change nothing. O(log n) each."""
+        heap, ahead = self._heap, [(self._heap[0], 0)] if self._heap else []
+        while ahead:
+            entry, at = heapq.heappop(ahead)
+            for below in (2 * at + 1, 2 * at + 2):
+                if below < len(heap):
+                    heapq.heappush(ahead, (heap[below], below))
+            rank, count, node = entry
+            if self.ranks.get(node) == (rank, count):
+                yield entry
+
     def drop_first(self) -> None:
         """Remove the node that `first` returned. O(log n)."""
         _, _, node = heapq.heappop(self._heap)

@@ -1,0 +1,173 @@
+"""The cached blocks, for whoever keeps copies of them elsewhere: `manager.cached`.
+
+    leaving(count) ─▶ keys(blocks, keying) ─▶ hold(blocks) ─▶ copy the bytes ─▶ release(ticket)
+                                                                    └─▶ mark_clean(blocks, store)
+
+A block is *clean* in a store that has a copy of it: its eviction loses nothing. Publishing a block
+again, with other tokens, makes it dirty.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager import _validate as arguments
+from kvpager.blocks import preview
+from kvpager.blocks.mm_hashes import Tag
+from kvpager.blocks.radix import Node
+from kvpager.blocks.state import BlockState
+from kvpager.plans import Int32
+
+NUM_STORES_MAX = 7
+KEY_BYTES = 32
+_KEYED = 1 << NUM_STORES_MAX  # in the pool's marks, above one bit for each store
+
+
+class Keying(Protocol):
+    """Makes content keys of 32 bytes: a key covers all that a block's KV depends on."""
+
+    def root(self, namespace: str | None, lora: str | None) -> bytes:
+        """Return the key before the first block of a namespace and LoRA adapter."""
+        ...
+
+    def block(self, namespace: str | None, before: bytes, tokens: Int32, tag: Tag) -> bytes:
+        """Return the key of a block after the block with the key `before`."""
+        ...
+
+
+class CachedBlocks:
+    """The published blocks of a manager. Thread-safe.
+
+    Writes the pool's marks, and its holds through the fences.
+    """
+
+    def __init__(self, state: BlockState) -> None:
+        self._state = state
+        self._keying: Keying | None = None
+        self._keys: NDArray[np.uint8] = np.empty((0, KEY_BYTES), np.uint8)
+
+    def leaving(self, count: int, store: int | None = None) -> Int32:
+        """Return, of the `count` blocks that would be evicted next, those not clean, in order.
+
+        With `store`, those not clean in that store; otherwise those not clean in any. int32 [n].
+        O(count log blocks). Raises: `ValueError`, `TypeError` for a bad argument.
+        """
+        count = arguments.count("count", count)
+        bits = _KEYED - 1 if store is None else self._bit(store)
+        state = self._state
+        with state.lock, state.change:
+            state.change.begin()  # the policy may rank blocks anew
+            state.evictor.refresh(count)
+            blocks = preview.leaving(state.evictor, count)
+            dirty: Int32 = blocks[state.pool.marks[blocks] & bits == 0]
+            return dirty
+
+    def keys(self, blocks: Int32, keying: Keying) -> list[bytes]:
+        """Return the content keys of published blocks. O(blocks + blocks before them, once).
+
+        The manager keeps the keys until it is given another `keying`.
+        Raises: `ValueError` for a block that is not published.
+        """
+        state = self._state
+        with state.lock, state.change:
+            index = self._published(blocks)
+            state.change.begin()
+            self._keep_keys_of(keying)
+            for number in dict.fromkeys(state.forest.node_of[index].tolist()):
+                self._key_run(state.forest.nodes[number])
+            return [self._keys[block].tobytes() for block in index.tolist()]
+
+    def _keep_keys_of(self, keying: Keying) -> None:
+        pool = self._state.pool
+        if self._keying is not keying or len(self._keys) != pool.num_blocks:
+            pool.marks &= ~np.uint8(_KEYED)
+            self._keying = keying
+            self._keys = np.empty((pool.num_blocks, KEY_BYTES), np.uint8)
+
+    def _key_run(self, node: Node | None) -> None:
+        """Make the missing keys of a run and of the runs before it."""
+        runs = []
+        while node is not None and node.parent is not None:
+            runs.append(node)
+            node = node.parent
+        keying, pool = self._keying, self._state.pool
+        assert keying is not None
+        namespace, lora = runs[-1].tree[:2]
+        key = keying.root(namespace, lora)
+        for run in reversed(runs):
+            for block in run.blocks.tolist():
+                if pool.marks[block] & _KEYED:
+                    key = self._keys[block].tobytes()
+                    continue
+                key = keying.block(namespace, key, pool.ids[block], run.tag)
+                self._keys[block] = np.frombuffer(key, np.uint8)
+                pool.marks[block] |= _KEYED
+
+    def mark_clean(self, blocks: Int32, store: int) -> None:
+        """Record that store number `store`, 0 to 6, has copies of `blocks`. O(blocks).
+
+        Blocks that are no longer published are skipped.
+        """
+        bit, state = self._bit(store), self._state
+        with state.lock, state.change:
+            index = self._known(blocks)
+            state.change.begin()
+            state.pool.marks[index[state.pool.cached[index]]] |= np.uint8(bit)
+
+    def are_clean(self, blocks: Int32, store: int) -> NDArray[np.bool_]:
+        """Return which of `blocks` are clean in a store, bool [n]. O(blocks)."""
+        bit = self._bit(store)
+        with self._state.lock:
+            clean: NDArray[np.bool_] = self._state.pool.marks[self._known(blocks)] & bit > 0
+            return clean
+
+    def hold(self, blocks: Int32) -> int:
+        """Keep the content of published blocks until `release`. Returns a ticket. O(blocks).
+
+        The blocks may leave the prefix cache before that.
+        Raises: `ValueError` for a block that is not published, or if floors of namespaces need it.
+        """
+        state = self._state
+        with state.lock, state.change:
+            index = self._published(blocks).astype(np.int32)
+            idle = int(np.count_nonzero(state.evictor.idle(index)))
+            if state.accounts.shortfall(state.pool, fewer=idle) > 0:
+                raise ValueError("blocks: holding them would leave too few for the floors")
+            state.change.begin()
+            ticket = state.fences.pin(index)
+            if len(index):
+                state.evictor.enqueue(index)  # idle blocks before them are deferred now
+            return ticket
+
+    def release(self, ticket: int) -> None:
+        """End a hold. O(blocks). Raises: `ValueError` for a ticket that is no open hold."""
+        state = self._state
+        with state.lock, state.change:
+            state.fences.refuse_no_pin(ticket)
+            state.change.begin()
+            state.evictor.release(state.fences.unpin(ticket))
+
+    def _published(self, blocks: Int32) -> NDArray[np.intp]:
+        index = self._known(blocks)
+        unpublished = index[~self._state.pool.cached[index]]
+        if len(unpublished):
+            raise ValueError(f"blocks: {unpublished[0]} is not published. Look them up again.")
+        return index
+
+    def _known(self, blocks: Int32) -> NDArray[np.intp]:
+        index = np.asarray(blocks)
+        if index.ndim != 1 or index.dtype.kind not in "iu":
+            raise TypeError("blocks: expected an int array [n]")
+        num_blocks = self._state.pool.num_blocks
+        if len(index) and not 0 <= index.min() <= index.max() < num_blocks:
+            raise ValueError(f"blocks: expected numbers from 0 to {num_blocks - 1}")
+        if len(np.unique(index)) != len(index):
+            raise ValueError("blocks: one is repeated. Pass each block once.")
+        return index.astype(np.intp)
+
+    @staticmethod
+    def _bit(store: int) -> int:
+        return 1 << arguments.count("store", store, at_most=NUM_STORES_MAX - 1)

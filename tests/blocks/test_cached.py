@@ -1,0 +1,243 @@
+"""Cached blocks that others copy: which leave next, their keys, clean marks and holds."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpager import BlockManager, OutOfBlocks
+from kvpager.storage.keys import ContentKeying, KeyContext, content_keys
+
+SIZE = 4
+
+
+def cached(manager: BlockManager, tokens: list[int], **key: Any) -> None:
+    """Compute a prompt and leave its blocks cached."""
+    sequence = manager.allocate(tokens, **key)
+    manager.commit(sequence)
+    manager.free(sequence)
+
+
+def tree(seed: int, eviction: str = "lru") -> tuple[BlockManager, list[list[int]]]:
+    """A full pool of cached prompts that share beginnings."""
+    chance = random.Random(seed)
+    manager = BlockManager(24, SIZE, eviction=eviction, num_events=10_000)
+    prompts: list[list[int]] = []
+    while manager.stats().num_free > 5:
+        front = chance.choice(prompts)[: SIZE * chance.randrange(4)] if prompts else []
+        prompt = front + [chance.randrange(3) for _ in range(SIZE * chance.randrange(1, 5))]
+        try:
+            cached(manager, prompt)
+        except OutOfBlocks:
+            break
+        prompts.append(prompt)
+    return manager, prompts
+
+
+def evicted(manager: BlockManager, count: int) -> list[int]:
+    """Evict `count` blocks at once, and return them."""
+    manager.events.fetch()
+    manager.allocate(SIZE * (manager.stats().num_free + count))
+    return [
+        block
+        for event in manager.events.fetch()
+        if event.kind == "evicted"
+        for block in event.blocks.tolist()
+    ]
+
+
+def keying(layout: str = "layout") -> ContentKeying:
+    return ContentKeying(
+        SIZE,
+        lambda namespace, lora: KeyContext(
+            layout, "model", b"" if namespace is None else namespace.encode().ljust(16), lora
+        ),
+    )
+
+
+# ------------------------------------------------------------------- what leaves next
+
+
+@pytest.mark.parametrize("eviction", ["lru", "priority", "lifetime"])
+@pytest.mark.parametrize("seed", range(25))
+def test_blocks_leave_as_foretold(seed: int, eviction: str) -> None:
+    manager, _ = tree(seed, eviction)
+    count = random.Random(seed).randrange(1, manager.stats().num_cached)
+    foretold = manager.cached.leaving(count).tolist()
+    manager.check()
+    assert foretold == evicted(manager, count)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_blocks_in_use_do_not_leave(seed: int) -> None:
+    manager, prompts = tree(seed)
+    held = manager.allocate([*random.Random(seed).choice(prompts), 9])
+    leaving = manager.cached.leaving(100)
+    assert not set(leaving.tolist()) & set(manager.block_tables([held])[0].tolist())
+    assert len(set(leaving.tolist())) == len(leaving)
+    everything = manager.stats().num_cached
+    assert len(leaving) <= everything
+    assert leaving.tolist() == evicted(manager, len(leaving))
+
+
+def test_clean_blocks_are_left_out_per_store() -> None:
+    manager = BlockManager(8, SIZE)
+    cached(manager, [1] * 16)
+    first, second, *rest = manager.cached.leaving(4).tolist()
+    manager.cached.mark_clean(np.array([first]), 0)
+    manager.cached.mark_clean(np.array([second]), 6)
+    assert manager.cached.leaving(4).tolist() == rest
+    assert manager.cached.leaving(4, store=0).tolist() == [second, *rest]
+    assert manager.cached.leaving(1, store=0).tolist() == []
+    assert manager.cached.are_clean(np.array([first, second]), 6).tolist() == [False, True]
+
+
+def test_a_block_with_new_content_is_dirty() -> None:
+    manager = BlockManager(2, SIZE)
+    cached(manager, [1] * 8)
+    blocks = manager.cached.leaving(2)
+    manager.cached.mark_clean(blocks, 0)
+    cached(manager, [2] * 8)
+    assert sorted(manager.cached.leaving(2).tolist()) == sorted(blocks.tolist())
+    manager.cached.mark_clean(manager.cached.leaving(1), 0)
+    manager.clear_prefix_cache()
+    assert not len(manager.cached.leaving(2))
+
+
+def test_clean_blocks_stay_clean_when_the_pool_shrinks() -> None:
+    manager = BlockManager(8, SIZE)
+    filler = manager.allocate(4 * SIZE)
+    cached(manager, [1] * 8)
+    manager.cached.mark_clean(manager.cached.leaving(8), 3)
+    manager.free(filler)
+    manager.shrink(3)
+    assert not len(manager.cached.leaving(3, store=3))
+    assert len(manager.cached.leaving(3, store=2)) == 2
+
+
+# ------------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_keys_are_those_of_the_prompt(seed: int) -> None:
+    manager, prompts = tree(seed)
+    maker = keying()
+    for prompt in random.Random(seed).sample(prompts, len(prompts)):
+        found = manager.match_prefix(prompt, blocks=True)
+        expected = content_keys(prompt, SIZE, KeyContext("layout", "model"))
+        whole = found.blocks.tolist()[: found.num_tokens // SIZE]
+        assert (
+            manager.cached.keys(np.array(whole[::-1], np.int32), maker)
+            == (expected[: len(whole)][::-1])
+        )
+
+
+def test_keys_tell_namespaces_adapters_and_images_apart() -> None:
+    manager, keys = BlockManager(32, SIZE), set()
+    image = [(0, 2, b"image of 16 byte")]
+    kinds = [{}, {"namespace": "a"}, {"namespace": "b"}, {"lora": "a"}, {"mm_hashes": image}]
+    for kind in kinds:
+        sequence = manager.allocate([5] * 8, **kind)
+        manager.commit(sequence)
+        keys.update(manager.cached.keys(manager.block_tables([sequence])[0], keying()))
+    assert len(keys) == 2 * len(kinds)
+    shown = content_keys([5] * 8, SIZE, KeyContext("layout", "model"), image)
+    assert set(shown) <= keys
+
+
+def test_keys_follow_blocks_that_move_and_change() -> None:
+    manager, maker = BlockManager(4, SIZE), keying()
+    for tokens in ([1] * 16, [2] * 16):
+        cached(manager, tokens)
+        blocks = manager.match_prefix([*tokens, 0], blocks=True).blocks[:4]
+        expected = content_keys(tokens, SIZE, KeyContext("layout", "model"))
+        assert manager.cached.keys(blocks, maker) == expected
+    other = content_keys([2] * 16, SIZE, KeyContext("other", "model"))
+    assert manager.cached.keys(blocks, keying("other")) == other
+    assert manager.cached.keys(blocks, maker) == expected
+    manager.grow(9)
+    assert manager.cached.keys(blocks, maker) == expected
+
+
+def test_a_block_that_is_not_published_has_no_key() -> None:
+    manager = BlockManager(4, SIZE)
+    sequence = manager.allocate([1] * 8)
+    with pytest.raises(ValueError, match="not published"):
+        manager.cached.keys(manager.block_tables([sequence])[0], keying())
+
+
+# ------------------------------------------------------------------- holds
+
+
+def test_held_blocks_stay_until_they_are_released() -> None:
+    manager = BlockManager(4, SIZE)
+    cached(manager, [1] * 16)
+    blocks = manager.cached.leaving(2)
+    ticket = manager.cached.hold(blocks)
+    assert not set(manager.cached.leaving(4).tolist()) & set(blocks.tolist())
+    with pytest.raises(OutOfBlocks):
+        manager.allocate(12)
+    manager.check()
+    manager.cached.release(ticket)
+    manager.allocate(12)
+    with pytest.raises(ValueError, match="ticket"):
+        manager.cached.release(ticket)
+
+
+def test_held_blocks_stay_when_the_prefix_cache_is_cleared() -> None:
+    manager = BlockManager(4, SIZE)
+    cached(manager, [1] * 16)
+    blocks = manager.cached.leaving(4)
+    ticket = manager.cached.hold(blocks)
+    manager.clear_prefix_cache()
+    assert manager.num_available_blocks == 0
+    manager.cached.release(ticket)
+    assert manager.match_prefix([1] * 17) == 16
+    manager.clear_prefix_cache()
+    manager.cached.mark_clean(blocks, 0)  # of blocks that are gone: nothing
+    manager.check()
+    assert manager.stats().num_free == 4
+
+
+@pytest.mark.parametrize("verb", ["keys", "hold", "mark_clean"])
+@pytest.mark.parametrize("blocks", [[-1], [4], [0, 0], [0.5], [[0]], "ab"])
+def test_bad_block_numbers_are_refused(verb: str, blocks: Any) -> None:
+    manager = BlockManager(4, SIZE)
+    cached(manager, [1] * 16)
+    more = {"keys": (keying(),), "hold": (), "mark_clean": (0,)}[verb]
+    with pytest.raises((ValueError, TypeError), match="blocks"):
+        getattr(manager.cached, verb)(blocks, *more)
+    manager.check()
+
+
+@pytest.mark.parametrize("store", [-1, 7, "disk", True])
+def test_bad_store_numbers_are_refused(store: Any) -> None:
+    manager = BlockManager(4, SIZE)
+    with pytest.raises((ValueError, TypeError), match="store"):
+        manager.cached.mark_clean(np.array([0]), store)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_holds_at_random_leave_the_manager_consistent(seed: int) -> None:
+    chance = random.Random(seed)
+    manager, prompts = tree(seed)
+    tickets: list[int] = []
+    for _ in range(30):
+        published = manager.cached.leaving(chance.randrange(1, 20))
+        if len(published) and chance.random() < 0.6:
+            some = chance.sample(published.tolist(), chance.randrange(1, len(published) + 1))
+            tickets.append(manager.cached.hold(np.array(some)))
+        elif tickets:
+            manager.cached.release(tickets.pop(chance.randrange(len(tickets))))
+        manager.check()
+        if chance.random() < 0.5 and manager.num_available_blocks > 8:
+            cached(manager, [*chance.choice(prompts), *[chance.randrange(3) for _ in range(5)]])
+            manager.check()
+    for ticket in tickets:
+        manager.cached.release(ticket)
+    manager.check()
+    stats = manager.stats()
+    assert stats.num_free + stats.num_cached == stats.num_blocks
