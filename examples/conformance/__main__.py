@@ -17,7 +17,7 @@ import logging
 from importlib import import_module
 
 from kvpager.testing.adapters import BlockManagerAdapter
-from kvpager.testing.findings import Finding, findings
+from kvpager.testing.results import Finding, findings
 
 ADAPTERS = ("vllm_block_pool", "sglang_allocator", "transformers_continuous", "nano_vllm")
 SIGNS = {"kept": "kept", "broken": "BROKEN", "not offered": "-"}

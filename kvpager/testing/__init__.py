@@ -6,7 +6,7 @@ documentation by `examples/train_tiny_llama.py`; it loads without a network.
 For kvpager's block managers and for others:
 
     conformance    a pytest suite and a state machine for any manager behind a small adapter
-    findings       the verdicts of the suite as data
+    results        the verdicts of the suite as data
     reference      a manager in plain Python, the specification of the verbs
     memory         a miniature data plane, one integer for each token slot
     simulator      seeded random histories of kvpager's whole interface, shrunk when they fail

@@ -7,7 +7,7 @@
             return PeerAdapter(num_blocks, block_size)
 
 See `ManagerAdapter` for the methods of an adapter, and `BlockManagerAdapter` for an example. Needs
-pytest and Hypothesis; `kvpager.testing.findings` returns the results as data and needs neither.
+pytest and Hypothesis; `kvpager.testing.results` returns the results as data and needs neither.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from kvpager.testing.adapters import BlockManagerAdapter
-from kvpager.testing.findings import Finding, MakeAdapter, findings
 from kvpager.testing.histories import offered
-from kvpager.testing.promises import PROMISES, ManagerAdapter, Session
+from kvpager.testing.properties import PROMISES, ManagerAdapter, Session
+from kvpager.testing.results import Finding, MakeAdapter, findings
 from kvpager.testing.rules import RULES
 from kvpager.testing.strategies import machine_of
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
 
 from kvpager.testing.histories import Table, offered
+from kvpager.testing.manager_harness import World
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, eviction_policies, make_block_manager
 from kvpager.testing.strategies import machine_of
-from kvpager.testing.world import World
 
 
 def setups(block_size: int = 4) -> st.SearchStrategy[Setup]:

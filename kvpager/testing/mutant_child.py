@@ -53,9 +53,9 @@ def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
     # Not before the bug is planted.
     from kvpager.blocks.manager import BlockManager
     from kvpager.testing.adapters import BlockManagerAdapter
-    from kvpager.testing.findings import findings
     from kvpager.testing.isolation import isolation
-    from kvpager.testing.promises import PROMISES
+    from kvpager.testing.properties import PROMISES
+    from kvpager.testing.results import findings
     from kvpager.testing.setups import eviction_policies
     from kvpager.testing.simulator import OPERATIONS_PER_SEED, simulate
 

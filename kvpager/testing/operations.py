@@ -21,8 +21,8 @@ from kvpager.testing.histories import (
     Violation,
     operation,
 )
+from kvpager.testing.manager_harness import Live, World
 from kvpager.testing.memory import Content
-from kvpager.testing.world import Live, World
 
 OPERATIONS: Table = {}
 

@@ -8,9 +8,9 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import StaleSequence
 from kvpager.testing.histories import Choice, Many, Number, Tokens, operation
+from kvpager.testing.manager_harness import Live, World
 from kvpager.testing.memory import Content
 from kvpager.testing.operations import FLAG, OPERATIONS, PICK, begin, make_room, refused
-from kvpager.testing.world import Live, World
 
 __all__ = ["OPERATIONS"]
 

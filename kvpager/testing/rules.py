@@ -9,7 +9,7 @@ from typing import Any
 
 from kvpager.testing.histories import Choice, Ended, Number, Pick, Table, Tokens, operation
 from kvpager.testing.memory import Content
-from kvpager.testing.promises import Row, Session
+from kvpager.testing.properties import Row, Session
 
 RULES: Table = {}
 

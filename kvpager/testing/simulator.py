@@ -28,9 +28,9 @@ from kvpager.testing.histories import (
     replay,
     shrink,
 )
+from kvpager.testing.manager_harness import World
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_manager
-from kvpager.testing.world import World
 
 OPERATIONS_PER_SEED = 5_000
 _LINES_MAX = 60  # of a history that did not shrink

@@ -21,7 +21,7 @@ from kvpager.testing.conformance import (
     findings,
 )
 from kvpager.testing.histories import Violation
-from kvpager.testing.promises import ManagerAdapter
+from kvpager.testing.properties import ManagerAdapter
 from kvpager.testing.reference import NaiveManager, NaiveSequence
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from kvpager.testing.histories import replay
+from kvpager.testing.manager_harness import World
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import Setup, make_block_manager
-from kvpager.testing.world import World
 
 FOUND = json.loads((Path(__file__).parent / "found" / "histories.json").read_text())
 

@@ -19,6 +19,7 @@ from kvpager.plans import Step
 from kvpager.testing.histories import Number, Table, operation, shrink, simpler
 from kvpager.testing.isolation import isolation
 from kvpager.testing.machine import manager_machine
+from kvpager.testing.manager_harness import World
 from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.mutant_list import MUTANTS
 from kvpager.testing.mutants import Mutant, kill, mutated_source, table
@@ -26,7 +27,6 @@ from kvpager.testing.operations import OPERATIONS
 from kvpager.testing.reference import NaiveManager
 from kvpager.testing.setups import Setup
 from kvpager.testing.simulator import replay_report, run, simulate
-from kvpager.testing.world import World
 
 GENERATE = settings(phases=[Phase.generate], derandomize=True, max_examples=500)
 
@@ -238,7 +238,7 @@ def test_a_fragment_that_does_not_stand_there_once_is_refused(fragment: str) -> 
 
 
 def test_the_kit_needs_neither_torch_nor_hypothesis() -> None:
-    modules = "findings, isolation, memory, mutants, mutant_list, reference, simulator"
+    modules = "isolation, memory, mutants, mutant_list, reference, results, simulator"
     code = (
         f"import sys\nfrom kvpager.testing import {modules}\n"
         "print([name for name in ('torch', 'transformers', 'hypothesis', 'pytest')"

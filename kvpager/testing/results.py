@@ -11,7 +11,7 @@ from random import Random
 from typing import Literal
 
 from kvpager.testing.histories import Failure, History, describe, offered, replay, shrink
-from kvpager.testing.promises import PROMISES, ManagerAdapter, Session, check_adapter, is_offered
+from kvpager.testing.properties import PROMISES, ManagerAdapter, Session, check_adapter, is_offered
 from kvpager.testing.rules import RULES
 
 MakeAdapter = Callable[[int, int], ManagerAdapter]
