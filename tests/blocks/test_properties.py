@@ -1,7 +1,7 @@
 """Any history of operations, checked against plain lists: see `kvpager.testing.machine`.
 
 Examples that once failed - with a planted bug, or for real - are kept in
-tests/testing/found/hypothesis and tried first. They are only read here; new ones land in
+tests/testing/regressions/hypothesis and tried first. They are only read here; new ones land in
 .hypothesis.
 """
 
@@ -19,7 +19,7 @@ from hypothesis.database import (
 from kvpager.testing.machine import PagedMemory
 
 ROOT = Path(__file__).resolve().parents[2]
-FOUND = DirectoryBasedExampleDatabase(ROOT / "tests" / "testing" / "found" / "hypothesis")
+FOUND = DirectoryBasedExampleDatabase(ROOT / "tests" / "testing" / "regressions" / "hypothesis")
 NEW = DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / "examples")
 
 TestPagedMemory = PagedMemory.TestCase

@@ -12,7 +12,7 @@ from kvpager.testing.manager_harness import World
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import Setup, make_block_manager
 
-FOUND = json.loads((Path(__file__).parent / "found" / "histories.json").read_text())
+FOUND = json.loads((Path(__file__).parent / "regressions" / "histories.json").read_text())
 
 
 @pytest.mark.parametrize("found", FOUND, ids=lambda found: found["name"])
