@@ -13,7 +13,7 @@ from kvpager.blocks.quotas import Quota
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfQuota
 from tests.support.prefixes import A, B, C, cache, committed
-from tests.support.twins import twin_of
+from tests.support.clones import twin_of
 
 
 def room(manager: BlockManager, namespace: str | None) -> int:
