@@ -1,6 +1,6 @@
 """Run kvpager's conformance suite on the block managers found here.
 
-    python -m examples.conformance                  # a table: which promise is kept
+    python -m examples.conformance                  # a table: which property holds
     python -m examples.conformance --json           # every finding, with the shortest history
     python -m examples.conformance vllm_block_pool  # one of them
 
@@ -38,7 +38,7 @@ def look(make: object, histories: int) -> list[Finding]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapters", nargs="*", metavar="ADAPTER", help=", ".join(ADAPTERS))
-    parser.add_argument("--histories", type=int, default=100, help="random histories per promise")
+    parser.add_argument("--histories", type=int, default=100, help="random histories per property")
     parser.add_argument("--json", action="store_true", help="a line for each finding")
     options = parser.parse_args()
     for name in options.adapters:
@@ -61,7 +61,7 @@ def main() -> None:
         return
     width = max(map(len, found))
     for place, first in enumerate(found["kvpager"]):
-        print(f"{first.promise}: {first.meaning}")
+        print(f"{first.name}: {first.meaning}")
         for name, results in found.items():
             print(f"    {name:{width}}  {SIGNS[results[place].verdict]}")
     for name, results in found.items():

@@ -1,4 +1,4 @@
-"""The conformance suite: check any paged block manager against the promises of this kit.
+"""The conformance suite: check any paged block manager against the properties of this kit.
 
     from kvpager.testing.conformance import ManagerConformance
 
@@ -19,13 +19,13 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from kvpager.testing.adapters import BlockManagerAdapter
 from kvpager.testing.histories import offered
-from kvpager.testing.properties import PROMISES, ManagerAdapter, Session
+from kvpager.testing.properties import PROPERTIES, ManagerAdapter, Session
 from kvpager.testing.results import Finding, MakeAdapter, findings
 from kvpager.testing.rules import RULES
 from kvpager.testing.strategies import machine_of
 
 __all__ = [
-    "PROMISES",
+    "PROPERTIES",
     "BlockManagerAdapter",
     "Finding",
     "ManagerAdapter",
@@ -38,7 +38,7 @@ __all__ = [
 def conformance_machine(
     make_adapter: MakeAdapter, *, block_size: int = 4, pools: tuple[int, int] = (1, 14)
 ) -> type[RuleBasedStateMachine]:
-    """Return a state machine class that checks all promises of `make_adapter`'s managers.
+    """Return a state machine class that checks all properties of `make_adapter`'s managers.
 
     `pools`: the least and the most blocks of a manager. O(everything) after each step.
     """
@@ -51,10 +51,10 @@ def conformance_machine(
 
 
 class ManagerConformance:
-    """Subclass it in a pytest file, define `make`, and each promise is a test.
+    """Subclass it in a pytest file, define `make`, and each property is a test.
 
     Attributes: `block_size` of the managers and `pools`, their least and most blocks. `histories`
-    is the number for each promise, `examples` the number for the state machine.
+    is the number for each property, `examples` the number for the state machine.
     """
 
     block_size = 4
@@ -66,23 +66,23 @@ class ManagerConformance:
         """Return an adapter of a new manager."""
         raise NotImplementedError("define make(self, num_blocks, block_size) -> ManagerAdapter")
 
-    @pytest.mark.parametrize("promise", PROMISES)
-    def test_promise(self, promise: str) -> None:
-        """Check one promise."""
+    @pytest.mark.parametrize("name", PROPERTIES)
+    def test_property(self, name: str) -> None:
+        """Check one property."""
         [finding] = findings(
             self.make,
-            promises=[promise],
+            properties=[name],
             block_size=self.block_size,
             pools=self.pools,
             histories=self.histories,
         )
         if finding.verdict == "not offered":
-            pytest.skip(f"the adapter does not offer what {promise} is about")
+            pytest.skip(f"the adapter does not offer what {name} is about")
         if finding.verdict == "broken":
             pytest.fail(f"{finding.meaning}\n{finding}", pytrace=False)
 
     def test_any_history(self) -> None:
-        """Check all promises in histories that Hypothesis generates."""
+        """Check all properties in histories that Hypothesis generates."""
         machine = conformance_machine(self.make, block_size=self.block_size, pools=self.pools)
         run_state_machine_as_test(
             machine,

@@ -152,7 +152,7 @@ class Violation(AssertionError):
 
 
 class Ended(Exception):
-    """The history cannot continue, for a reason other than the promises under test."""
+    """The history cannot continue, for a reason other than the properties under test."""
 
 
 class World(Protocol):

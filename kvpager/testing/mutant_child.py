@@ -54,7 +54,7 @@ def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
     from kvpager.blocks.manager import BlockManager
     from kvpager.testing.adapters import BlockManagerAdapter
     from kvpager.testing.isolation import isolation
-    from kvpager.testing.properties import PROMISES
+    from kvpager.testing.properties import PROPERTIES
     from kvpager.testing.results import findings
     from kvpager.testing.setups import eviction_policies
     from kvpager.testing.simulator import OPERATIONS_PER_SEED, simulate
@@ -72,10 +72,10 @@ def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
     def adapter(num_blocks: int, block_size: int) -> Any:
         return BlockManagerAdapter(BlockManager(num_blocks, block_size, 6))
 
-    for promise in PROMISES:
-        for finding in findings(adapter, promises=[promise], histories=20):
+    for name in PROPERTIES:
+        for finding in findings(adapter, properties=[name], histories=20):
             if finding.verdict == "broken":
-                return f"promise {finding.promise}: {finding.message}", done
+                return f"property {finding.name}: {finding.message}", done
     for number, policy in enumerate(eviction_policies() or (None,)):
         probed = isolation(number, 1_000, policy)
         if not probed.ok:

@@ -145,7 +145,7 @@ MUTANTS = (
         "if False:",
     ),
     Mutant(
-        "promise one block too many",
+        "claim one block too many",
         _ATOMIC,
         "kvpager.blocks.state",
         "if count > pool.num_free + evictable:",

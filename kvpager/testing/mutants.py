@@ -1,8 +1,8 @@
 """Planted bugs: the kit must notice each of them.
 
 A mutant replaces one exact fragment of a module's source. It is applied in a new interpreter when
-the module is imported; no file is changed. Then a bounded simulation, the conformance promises and
-the isolation probes run. The mutant is killed by the first that fails.
+the module is imported; no file is changed. Then a bounded simulation, the properties of the
+conformance suite and the isolation probes run. The first that fails kills the mutant.
 """
 
 from __future__ import annotations

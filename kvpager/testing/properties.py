@@ -1,4 +1,4 @@
-"""The promises of any paged block manager, and a harness that checks them.
+"""The properties of any paged block manager, and a harness that checks them.
 
 The harness keeps lists of the written tokens, simulates memory with one integer per token slot, and
 sees the manager only through a `ManagerAdapter`. It needs neither Hypothesis nor pytest;
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from kvpager.testing.histories import Ended, Operation, Violation
 from kvpager.testing.memory import Content, TokenMemory
 
-PROMISES = {
+PROPERTIES = {
     "reads_back": "a sequence reads back exactly what was written to it",
     "shared_not_written": "a block that another sequence holds is never written",
     "blocks_add_up": "free and held blocks add up to the pool; none is lost",
@@ -29,7 +29,7 @@ PROMISES = {
     "books_right": "the manager's own check finds nothing wrong",
 }
 
-# The method that an adapter needs for a promise to be checked.
+# The method that an adapter needs for a property to be checked.
 OFFERED_BY = {
     "nothing_before_commit": "commit",
     "namespaces_apart": "allocate_in",
@@ -90,13 +90,13 @@ class Row:
 class Session:
     """A manager under test.
 
-    A broken promise in `watch` raises `Violation`. Another broken promise, after which the history
-    cannot continue, raises `Ended`.
+    A violated property in `watch` raises `Violation`. Any other violation after which the history
+    cannot continue raises `Ended`.
     """
 
-    def __init__(self, adapter: ManagerAdapter, watch: Iterable[str] = PROMISES) -> None:
+    def __init__(self, adapter: ManagerAdapter, watch: Iterable[str] = PROPERTIES) -> None:
         self.adapter = adapter
-        self.watch = frozenset(promise for promise in watch if is_offered(promise, adapter))
+        self.watch = frozenset(name for name in watch if is_offered(name, adapter))
         self.rows: list[Row] = []
         self.freed: list[Any] = []
         self.written: set[int] = set()
@@ -122,10 +122,10 @@ class Session:
 
     # ---------------------------------------------------------------- for operations
 
-    def broken(self, promise: str, message: str) -> None:
-        """Raise `Violation` if the promise is watched. O(1)."""
-        if promise in self.watch:
-            raise Violation(promise, message)
+    def broken(self, name: str, message: str) -> None:
+        """Raise `Violation` if the property is watched. O(1)."""
+        if name in self.watch:
+            raise Violation(name, message)
 
     def pick(self, number: int, *, resident: bool = True) -> Row | None:
         """Return a live sequence, counted from the newest, or None. O(sequences)."""
@@ -141,12 +141,12 @@ class Session:
         blocks = self.call("served_when_it_fits", lambda: self.adapter.block_table(row.handle))
         return [int(block) for block in blocks]
 
-    def call(self, promise: str, function: Callable[[], Any]) -> Any:
-        """Return the result of a call; an error breaks `promise`."""
+    def call(self, name: str, function: Callable[[], Any]) -> Any:
+        """Return the result of a call; an error breaks `name`."""
         try:
             return function()
         except Exception as error:
-            self.broken(promise, f"raised {error!r}")
+            self.broken(name, f"raised {error!r}")
             raise Ended from error
 
     def num_free(self) -> int:
@@ -178,7 +178,7 @@ class Session:
         if is_empty:
             return self._attempt_empty(function)
         free = self.num_free()
-        # A refusal despite enough free blocks always breaks a promise.
+        # A refusal despite enough free blocks always breaks a property.
         before = self.snapshot() if most > free else None
         try:
             return True, function()
@@ -190,8 +190,8 @@ class Session:
                 self.broken("refusal_changes_nothing", message)
             return False, None
         except Exception as error:
-            promise = "full_pool_refused" if most > free else "served_when_it_fits"
-            self.broken(promise, f"raised {error!r}")
+            name = "full_pool_refused" if most > free else "served_when_it_fits"
+            self.broken(name, f"raised {error!r}")
             raise Ended from error
 
     def _attempt_empty(self, function: Callable[[], Any]) -> tuple[bool, Any]:
@@ -203,16 +203,16 @@ class Session:
                 self.broken("refusal_changes_nothing", f"{error!r} for no tokens changed something")
             return False, None
 
-    def must_refuse(self, promise: str, what: str, function: Callable[[], Any]) -> None:
+    def must_refuse(self, name: str, what: str, function: Callable[[], Any]) -> None:
         """Make a call that no manager may accept."""
         before = self.snapshot()
         try:
             function()
         except Exception:
             if self.snapshot() != before:
-                self.broken(promise, f"{what} was refused, but changed something")
+                self.broken(name, f"{what} was refused, but changed something")
             return
-        self.broken(promise, f"{what} was accepted")
+        self.broken(name, f"{what} was accepted")
         raise Ended
 
     def write(self, row: Row, first: int) -> None:
@@ -284,9 +284,9 @@ class Session:
                     self.broken("handed_out_once", message)
 
 
-def is_offered(promise: str, adapter: object) -> bool:
-    """Return True if the adapter has the method that the promise needs. O(1)."""
-    return promise not in OFFERED_BY or hasattr(adapter, OFFERED_BY[promise])
+def is_offered(name: str, adapter: object) -> bool:
+    """Return True if the adapter has the method that the property needs. O(1)."""
+    return name not in OFFERED_BY or hasattr(adapter, OFFERED_BY[name])
 
 
 def check_adapter(adapter: Any) -> None:

@@ -1,4 +1,4 @@
-"""Check each promise of a manager in turn, with the results as data.
+"""Check each property of a manager in turn, with the results as data.
 
 Random histories from a seed, without Hypothesis: the same findings on every machine.
 """
@@ -11,7 +11,13 @@ from random import Random
 from typing import Literal
 
 from kvpager.testing.histories import Failure, History, describe, offered, replay, shrink
-from kvpager.testing.properties import PROMISES, ManagerAdapter, Session, check_adapter, is_offered
+from kvpager.testing.properties import (
+    PROPERTIES,
+    ManagerAdapter,
+    Session,
+    check_adapter,
+    is_offered,
+)
 from kvpager.testing.rules import RULES
 
 MakeAdapter = Callable[[int, int], ManagerAdapter]
@@ -20,13 +26,13 @@ Verdict = Literal["kept", "broken", "not offered"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One promise of one manager.
+    """One property of one manager.
 
     `history` is the shortest failing one found, on a pool of `num_blocks` blocks of `block_size`;
     `message` describes the failure. `num_operations` operations were run.
     """
 
-    promise: str
+    name: str
     meaning: str
     verdict: Verdict
     num_operations: int = 0
@@ -37,10 +43,10 @@ class Finding:
 
     def __str__(self) -> str:
         if self.verdict != "broken":
-            return f"{self.promise}: {self.verdict}"
+            return f"{self.name}: {self.verdict}"
         pool = f"{self.num_blocks} blocks of {self.block_size} token slots"
         return "\n  ".join(
-            [f"{self.promise}: broken: {self.message}", f"on {pool}, after:", *self.history]
+            [f"{self.name}: broken: {self.message}", f"on {pool}, after:", *self.history]
         )
 
 
@@ -54,37 +60,37 @@ class _Scale:
 def findings(
     make_adapter: MakeAdapter,
     *,
-    promises: Iterable[str] = PROMISES,
+    properties: Iterable[str] = PROPERTIES,
     block_size: int = 4,
     pools: tuple[int, int] = (1, 14),
     histories: int = 100,
     length: int = 40,
     seed: int = 0,
 ) -> list[Finding]:
-    """Check every promise of the managers that `make_adapter(num_blocks, block_size)` makes.
+    """Check every property of the managers that `make_adapter(num_blocks, block_size)` makes.
 
     Args:
         make_adapter: returns a `ManagerAdapter` of a new manager.
-        promises: names from `PROMISES`.
+        properties: names from `PROPERTIES`.
         block_size: token slots of a block.
         pools: the least and the most blocks of a manager.
-        histories: the number for each promise.
+        histories: the number for each property.
         length: operations of each history.
         seed: the same seed, the same histories.
 
-    Each promise is checked separately, so a manager that breaks one is still checked for the
-    others. O(promises * histories * length).
+    Each property is checked separately, so a manager that breaks one is still checked for the
+    others. O(properties * histories * length).
     """
-    wanted = list(promises)
-    unknown = [promise for promise in wanted if promise not in PROMISES]
+    wanted = list(properties)
+    unknown = [name for name in wanted if name not in PROPERTIES]
     if unknown or not 1 <= pools[0] <= pools[1] or histories < 1 or length < 1:
         raise ValueError(
-            f"promises={unknown}, pools={pools}, histories={histories}, length={length}: expected "
-            "names from PROMISES, 1 <= least <= most, and at least one operation"
+            f"properties={unknown}, pools={pools}, histories={histories}, length={length}: "
+            "expected names from PROPERTIES, 1 <= least <= most, and at least one operation"
         )
     check_adapter(make_adapter(pools[1], block_size))
     plan = _Plan(make_adapter, block_size, pools, histories, length, seed)
-    return [_look(plan, promise) for promise in wanted]
+    return [_look(plan, name) for name in wanted]
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,10 @@ class _Plan:
     seed: int
 
 
-def _look(plan: _Plan, promise: str) -> Finding:
+def _look(plan: _Plan, name: str) -> Finding:
     sample = plan.make_adapter(plan.pools[1], plan.block_size)
-    if not is_offered(promise, sample):
-        return Finding(promise, PROMISES[promise], "not offered")
+    if not is_offered(name, sample):
+        return Finding(name, PROPERTIES[name], "not offered")
     table = offered(RULES, sample)
     random = Random(plan.seed)
     for number in range(plan.histories):
@@ -108,32 +114,32 @@ def _look(plan: _Plan, promise: str) -> Finding:
         scale = _Scale(alphabet=2 + number % 2, longest=4 * plan.block_size + 2)
         names = random.choices(list(table), [one.weight for one in table.values()], k=plan.length)
         history: History = [(name, table[name].draw(random, scale)) for name in names]
-        failure = _failure_of(plan, promise, num_blocks, history)
+        failure = _failure_of(plan, name, num_blocks, history)
         if failure is not None:
             done = number * plan.length + failure.at + 1
-            return _broken(plan, promise, num_blocks, history[: failure.at + 1], done)
-    return Finding(promise, PROMISES[promise], "kept", plan.histories * plan.length)
+            return _broken(plan, name, num_blocks, history[: failure.at + 1], done)
+    return Finding(name, PROPERTIES[name], "kept", plan.histories * plan.length)
 
 
-def _failure_of(plan: _Plan, promise: str, num_blocks: int, history: History) -> Failure | None:
-    session = Session(plan.make_adapter(num_blocks, plan.block_size), [promise])
+def _failure_of(plan: _Plan, name: str, num_blocks: int, history: History) -> Failure | None:
+    session = Session(plan.make_adapter(num_blocks, plan.block_size), [name])
     failure = replay(history, RULES, session)
-    if failure is not None and failure.law != promise:
+    if failure is not None and failure.law != name:
         raise RuntimeError(f"the adapter or the kit failed: {failure.message}")
     return failure
 
 
 def _broken(
-    plan: _Plan, promise: str, num_blocks: int, history: History, num_operations: int
+    plan: _Plan, name: str, num_blocks: int, history: History, num_operations: int
 ) -> Finding:
     def fails(history: History) -> Failure | None:
-        return _failure_of(plan, promise, num_blocks, history)
+        return _failure_of(plan, name, num_blocks, history)
 
     short = shrink(history, fails, operations_max=20_000)
     failure = fails(short)
     return Finding(
-        promise,
-        PROMISES[promise],
+        name,
+        PROPERTIES[name],
         "broken",
         num_operations=num_operations,
         num_blocks=num_blocks,

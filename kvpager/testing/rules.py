@@ -1,6 +1,6 @@
 """The rules of the conformance suite: one small function each.
 
-A rule uses the `Session`, which makes the call, simulates memory and checks the promises.
+A rule uses the `Session`, which makes the call, simulates memory and checks the properties.
 """
 
 from __future__ import annotations

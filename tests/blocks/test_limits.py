@@ -13,8 +13,8 @@ from kvpager.blocks.accounts import Account
 from kvpager.blocks.policies.base import Queue
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.stats import BlockStatus
-from tests.support.manager_state import handles_of, state_of
 from tests.support.clones import twin_of
+from tests.support.manager_state import handles_of, state_of
 
 
 def cache(manager: BlockManager, tokens: range, namespace: str | None = None) -> None:

@@ -12,8 +12,8 @@ from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.quotas import Quota
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfQuota
-from tests.support.prefixes import A, B, C, cache, committed
 from tests.support.clones import twin_of
+from tests.support.prefixes import A, B, C, cache, committed
 
 
 def room(manager: BlockManager, namespace: str | None) -> int:

@@ -11,8 +11,8 @@ from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step
-from tests.support.manager_state import handles_of, same_state, state_of
 from tests.support.clones import twin_of
+from tests.support.manager_state import handles_of, same_state, state_of
 
 NUM_STEPS = 5_000
 BLOCK_SIZE = 4

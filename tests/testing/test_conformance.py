@@ -14,7 +14,7 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.errors import StaleSequence
 from kvpager.plans import Step
 from kvpager.testing.conformance import (
-    PROMISES,
+    PROPERTIES,
     BlockManagerAdapter,
     ManagerConformance,
     conformance_machine,
@@ -175,26 +175,26 @@ def adapter_of(broken: type[NaiveManager]) -> Any:
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
-def test_each_bug_is_caught_by_the_promise_of_its_name(broken: type[NaiveManager]) -> None:
-    [finding] = findings(adapter_of(broken), promises=[BROKEN[broken]])
+def test_each_bug_violates_the_property_of_its_name(broken: type[NaiveManager]) -> None:
+    [finding] = findings(adapter_of(broken), properties=[BROKEN[broken]])
     assert finding.verdict == "broken"
     assert 1 <= len(finding.history) <= 6
     assert finding.message
 
 
-def test_every_promise_has_a_manager_that_breaks_it() -> None:
-    assert set(BROKEN.values()) == set(PROMISES)
+def test_every_property_has_a_manager_that_violates_it() -> None:
+    assert set(BROKEN.values()) == set(PROPERTIES)
 
 
 def test_a_finding_reads_well() -> None:
-    [finding] = findings(adapter_of(WritesShared), promises=["shared_not_written"])
+    [finding] = findings(adapter_of(WritesShared), properties=["shared_not_written"])
     assert str(finding).startswith("shared_not_written: broken: block ")
     assert any(line.startswith("append(pick=0, tokens=[") for line in finding.history)
 
 
 def test_findings_are_the_same_for_the_same_seed() -> None:
     one, other = (
-        findings(adapter_of(WritesShared), promises=["reads_back"], seed=3) for _ in range(2)
+        findings(adapter_of(WritesShared), properties=["reads_back"], seed=3) for _ in range(2)
     )
     assert one == other
 
@@ -222,8 +222,8 @@ class Bare:
 
 def test_what_is_not_offered_is_not_asked_for() -> None:
     make: Any = Bare
-    verdicts = {found.promise: found.verdict for found in findings(make, histories=5)}
-    absent = {promise for promise, verdict in verdicts.items() if verdict == "not offered"}
+    verdicts = {found.name: found.verdict for found in findings(make, histories=5)}
+    absent = {name for name, verdict in verdicts.items() if verdict == "not offered"}
     assert absent == {
         "nothing_before_commit",
         "namespaces_apart",
