@@ -1,7 +1,7 @@
 """Run kvpager's conformance suite on the block managers found here.
 
     python -m examples.conformance                  # a table: which property holds
-    python -m examples.conformance --json           # every finding, with the shortest history
+    python -m examples.conformance --json           # every result, with the shortest history
     python -m examples.conformance vllm_block_pool  # one of them
 
 A manager that is not installed is skipped, with the reason. What was found is in
@@ -17,7 +17,7 @@ import logging
 from importlib import import_module
 
 from kvpager.testing.adapters import BlockManagerAdapter
-from kvpager.testing.results import Finding, findings
+from kvpager.testing.results import PropertyResult, check_properties
 
 ADAPTERS = ("vllm_block_pool", "sglang_allocator", "transformers_continuous", "nano_vllm")
 SIGNS = {"kept": "kept", "broken": "BROKEN", "not offered": "-"}
@@ -30,23 +30,23 @@ def kvpager(num_blocks: int, block_size: int) -> BlockManagerAdapter:
     return BlockManagerAdapter(BlockManager(num_blocks, block_size))
 
 
-def look(make: object, histories: int) -> list[Finding]:
+def look(make: object, histories: int) -> list[PropertyResult]:
     # One block is too few for some of them to be made at all.
-    return findings(make, pools=(2, 14), histories=histories)  # type: ignore[arg-type]
+    return check_properties(make, pools=(2, 14), histories=histories)  # type: ignore[arg-type]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapters", nargs="*", metavar="ADAPTER", help=", ".join(ADAPTERS))
     parser.add_argument("--histories", type=int, default=100, help="random histories per property")
-    parser.add_argument("--json", action="store_true", help="a line for each finding")
+    parser.add_argument("--json", action="store_true", help="a line for each result")
     options = parser.parse_args()
     for name in options.adapters:
         if name not in ADAPTERS:
             parser.error(f"{name}: choose from {', '.join(ADAPTERS)}")
     logging.disable(logging.WARNING)  # some managers log what the suite asks for on purpose
 
-    found: dict[str, list[Finding]] = {"kvpager": look(kvpager, options.histories)}
+    found: dict[str, list[PropertyResult]] = {"kvpager": look(kvpager, options.histories)}
     for name in options.adapters or ADAPTERS:
         peer = import_module(f"examples.conformance.{name}")
         reason = peer.available()

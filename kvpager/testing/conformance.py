@@ -20,18 +20,18 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from kvpager.testing.adapters import BlockManagerAdapter
 from kvpager.testing.histories import offered
 from kvpager.testing.properties import PROPERTIES, ManagerAdapter, Session
-from kvpager.testing.results import Finding, MakeAdapter, findings
+from kvpager.testing.results import MakeAdapter, PropertyResult, check_properties
 from kvpager.testing.rules import RULES
 from kvpager.testing.strategies import machine_of
 
 __all__ = [
     "PROPERTIES",
     "BlockManagerAdapter",
-    "Finding",
     "ManagerAdapter",
     "ManagerConformance",
+    "PropertyResult",
+    "check_properties",
     "conformance_machine",
-    "findings",
 ]
 
 
@@ -69,17 +69,17 @@ class ManagerConformance:
     @pytest.mark.parametrize("name", PROPERTIES)
     def test_property(self, name: str) -> None:
         """Check one property."""
-        [finding] = findings(
+        [result] = check_properties(
             self.make,
             properties=[name],
             block_size=self.block_size,
             pools=self.pools,
             histories=self.histories,
         )
-        if finding.verdict == "not offered":
+        if result.verdict == "not offered":
             pytest.skip(f"the adapter does not offer what {name} is about")
-        if finding.verdict == "broken":
-            pytest.fail(f"{finding.meaning}\n{finding}", pytrace=False)
+        if result.verdict == "broken":
+            pytest.fail(f"{result.meaning}\n{result}", pytrace=False)
 
     def test_any_history(self) -> None:
         """Check all properties in histories that Hypothesis generates."""

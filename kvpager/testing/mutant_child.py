@@ -55,7 +55,7 @@ def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
     from kvpager.testing.adapters import BlockManagerAdapter
     from kvpager.testing.isolation import isolation
     from kvpager.testing.properties import PROPERTIES
-    from kvpager.testing.results import findings
+    from kvpager.testing.results import check_properties
     from kvpager.testing.setups import eviction_policies
     from kvpager.testing.simulator import OPERATIONS_PER_SEED, simulate
 
@@ -73,9 +73,9 @@ def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
         return BlockManagerAdapter(BlockManager(num_blocks, block_size, 6))
 
     for name in PROPERTIES:
-        for finding in findings(adapter, properties=[name], histories=20):
-            if finding.verdict == "broken":
-                return f"property {finding.name}: {finding.message}", done
+        for result in check_properties(adapter, properties=[name], histories=20):
+            if result.verdict == "broken":
+                return f"property {result.name}: {result.message}", done
     for number, policy in enumerate(eviction_policies() or (None,)):
         probed = isolation(number, 1_000, policy)
         if not probed.ok:

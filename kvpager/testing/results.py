@@ -1,6 +1,6 @@
 """Check each property of a manager in turn, with the results as data.
 
-Random histories from a seed, without Hypothesis: the same findings on every machine.
+Random histories from a seed, without Hypothesis: the same results on every machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Verdict = Literal["kept", "broken", "not offered"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class PropertyResult:
     """One property of one manager.
 
     `history` is the shortest failing one found, on a pool of `num_blocks` blocks of `block_size`;
@@ -57,7 +57,7 @@ class _Scale:
     num_live: int = 6  # about as many as small pools have room for
 
 
-def findings(
+def check_properties(
     make_adapter: MakeAdapter,
     *,
     properties: Iterable[str] = PROPERTIES,
@@ -66,7 +66,7 @@ def findings(
     histories: int = 100,
     length: int = 40,
     seed: int = 0,
-) -> list[Finding]:
+) -> list[PropertyResult]:
     """Check every property of the managers that `make_adapter(num_blocks, block_size)` makes.
 
     Args:
@@ -103,10 +103,10 @@ class _Plan:
     seed: int
 
 
-def _look(plan: _Plan, name: str) -> Finding:
+def _look(plan: _Plan, name: str) -> PropertyResult:
     sample = plan.make_adapter(plan.pools[1], plan.block_size)
     if not is_offered(name, sample):
-        return Finding(name, PROPERTIES[name], "not offered")
+        return PropertyResult(name, PROPERTIES[name], "not offered")
     table = offered(RULES, sample)
     random = Random(plan.seed)
     for number in range(plan.histories):
@@ -118,7 +118,7 @@ def _look(plan: _Plan, name: str) -> Finding:
         if failure is not None:
             done = number * plan.length + failure.at + 1
             return _broken(plan, name, num_blocks, history[: failure.at + 1], done)
-    return Finding(name, PROPERTIES[name], "kept", plan.histories * plan.length)
+    return PropertyResult(name, PROPERTIES[name], "kept", plan.histories * plan.length)
 
 
 def _failure_of(plan: _Plan, name: str, num_blocks: int, history: History) -> Failure | None:
@@ -131,13 +131,13 @@ def _failure_of(plan: _Plan, name: str, num_blocks: int, history: History) -> Fa
 
 def _broken(
     plan: _Plan, name: str, num_blocks: int, history: History, num_operations: int
-) -> Finding:
+) -> PropertyResult:
     def fails(history: History) -> Failure | None:
         return _failure_of(plan, name, num_blocks, history)
 
     short = shrink(history, fails, operations_max=20_000)
     failure = fails(short)
-    return Finding(
+    return PropertyResult(
         name,
         PROPERTIES[name],
         "broken",

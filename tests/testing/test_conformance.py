@@ -17,8 +17,8 @@ from kvpager.testing.conformance import (
     PROPERTIES,
     BlockManagerAdapter,
     ManagerConformance,
+    check_properties,
     conformance_machine,
-    findings,
 )
 from kvpager.testing.histories import Violation
 from kvpager.testing.properties import ManagerAdapter
@@ -176,25 +176,26 @@ def adapter_of(broken: type[NaiveManager]) -> Any:
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_each_bug_violates_the_property_of_its_name(broken: type[NaiveManager]) -> None:
-    [finding] = findings(adapter_of(broken), properties=[BROKEN[broken]])
-    assert finding.verdict == "broken"
-    assert 1 <= len(finding.history) <= 6
-    assert finding.message
+    [result] = check_properties(adapter_of(broken), properties=[BROKEN[broken]])
+    assert result.verdict == "broken"
+    assert 1 <= len(result.history) <= 6
+    assert result.message
 
 
 def test_every_property_has_a_manager_that_violates_it() -> None:
     assert set(BROKEN.values()) == set(PROPERTIES)
 
 
-def test_a_finding_reads_well() -> None:
-    [finding] = findings(adapter_of(WritesShared), properties=["shared_not_written"])
-    assert str(finding).startswith("shared_not_written: broken: block ")
-    assert any(line.startswith("append(pick=0, tokens=[") for line in finding.history)
+def test_a_result_reads_well() -> None:
+    [result] = check_properties(adapter_of(WritesShared), properties=["shared_not_written"])
+    assert str(result).startswith("shared_not_written: broken: block ")
+    assert any(line.startswith("append(pick=0, tokens=[") for line in result.history)
 
 
-def test_findings_are_the_same_for_the_same_seed() -> None:
+def test_results_are_the_same_for_the_same_seed() -> None:
     one, other = (
-        findings(adapter_of(WritesShared), properties=["reads_back"], seed=3) for _ in range(2)
+        check_properties(adapter_of(WritesShared), properties=["reads_back"], seed=3)
+        for _ in range(2)
     )
     assert one == other
 
@@ -222,7 +223,7 @@ class Bare:
 
 def test_what_is_not_offered_is_not_asked_for() -> None:
     make: Any = Bare
-    verdicts = {found.name: found.verdict for found in findings(make, histories=5)}
+    verdicts = {result.name: result.verdict for result in check_properties(make, histories=5)}
     absent = {name for name, verdict in verdicts.items() if verdict == "not offered"}
     assert absent == {
         "nothing_before_commit",
