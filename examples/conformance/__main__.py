@@ -20,7 +20,7 @@ from kvpager.testing.adapters import BlockManagerAdapter
 from kvpager.testing.results import PropertyResult, check_properties
 
 ADAPTERS = ("vllm_block_pool", "sglang_allocator", "transformers_continuous", "nano_vllm")
-SIGNS = {"kept": "kept", "broken": "BROKEN", "not offered": "-"}
+SIGNS = {"holds": "holds", "violated": "VIOLATED", "unsupported": "-"}
 
 
 def kvpager(num_blocks: int, block_size: int) -> BlockManagerAdapter:
@@ -66,7 +66,7 @@ def main() -> None:
             print(f"    {name:{width}}  {SIGNS[results[place].verdict]}")
     for name, results in found.items():
         for result in results:
-            if result.verdict == "broken":
+            if result.verdict == "violated":
                 print(f"\n{name}: {result}")
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from kvpager.testing.adapters import BlockManagerAdapter
-from kvpager.testing.histories import offered
+from kvpager.testing.histories import supported
 from kvpager.testing.properties import PROPERTIES, ManagerAdapter, Session
 from kvpager.testing.results import MakeAdapter, PropertyResult, check_properties
 from kvpager.testing.rules import RULES
@@ -46,7 +46,7 @@ def conformance_machine(
     def make_session(num_blocks: int) -> Session:
         return Session(make_adapter(num_blocks, block_size))
 
-    table = offered(RULES, make_adapter(pools[1], block_size))
+    table = supported(RULES, make_adapter(pools[1], block_size))
     return machine_of("Conformance", table, make_session, num_blocks=st.integers(*pools))
 
 
@@ -76,9 +76,9 @@ class ManagerConformance:
             pools=self.pools,
             histories=self.histories,
         )
-        if result.verdict == "not offered":
-            pytest.skip(f"the adapter does not offer what {name} is about")
-        if result.verdict == "broken":
+        if result.verdict == "unsupported":
+            pytest.skip(f"the adapter lacks the method that {name} needs")
+        if result.verdict == "violated":
             pytest.fail(f"{result.meaning}\n{result}", pytrace=False)
 
     def test_any_history(self) -> None:

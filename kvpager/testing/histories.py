@@ -137,7 +137,7 @@ def operation(
     return enter
 
 
-def offered(table: Table, subject: object) -> Table:
+def supported(table: Table, subject: object) -> Table:
     """Return the operations whose needs `subject` has. O(operations)."""
     return {name: one for name, one in table.items() if all(hasattr(subject, n) for n in one.needs)}
 

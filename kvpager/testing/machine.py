@@ -12,7 +12,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
 
-from kvpager.testing.histories import Table, offered
+from kvpager.testing.histories import Table, supported
 from kvpager.testing.manager_harness import World
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, eviction_policies, make_block_manager
@@ -53,7 +53,7 @@ def manager_machine(
         return World(setup, make_manager(setup))
 
     smallest = Setup(1, 1, block_size, 1, 1, 1, (None,), "lru", 1)
-    table = offered(table, make_manager(smallest))
+    table = supported(table, make_manager(smallest))
     return machine_of("PagedMemory", table, make_world, setup=setups(block_size))
 
 

@@ -74,7 +74,7 @@ def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
 
     for name in PROPERTIES:
         for result in check_properties(adapter, properties=[name], histories=20):
-            if result.verdict == "broken":
+            if result.verdict == "violated":
                 return f"property {result.name}: {result.message}", done
     for number, policy in enumerate(eviction_policies() or (None,)):
         probed = isolation(number, 1_000, policy)

@@ -30,7 +30,7 @@ PROPERTIES = {
 }
 
 # The method that an adapter needs for a property to be checked.
-OFFERED_BY = {
+REQUIRED_METHODS = {
     "nothing_before_commit": "commit",
     "namespaces_apart": "allocate_in",
     "fork_moves_nothing": "fork",
@@ -96,7 +96,7 @@ class Session:
 
     def __init__(self, adapter: ManagerAdapter, watch: Iterable[str] = PROPERTIES) -> None:
         self.adapter = adapter
-        self.watch = frozenset(name for name in watch if is_offered(name, adapter))
+        self.watch = frozenset(name for name in watch if is_supported(name, adapter))
         self.rows: list[Row] = []
         self.freed: list[Any] = []
         self.written: set[int] = set()
@@ -122,7 +122,7 @@ class Session:
 
     # ---------------------------------------------------------------- for operations
 
-    def broken(self, name: str, message: str) -> None:
+    def report(self, name: str, message: str) -> None:
         """Raise `Violation` if the property is watched. O(1)."""
         if name in self.watch:
             raise Violation(name, message)
@@ -146,7 +146,7 @@ class Session:
         try:
             return function()
         except Exception as error:
-            self.broken(name, f"raised {error!r}")
+            self.report(name, f"raised {error!r}")
             raise Ended from error
 
     def num_free(self) -> int:
@@ -164,7 +164,7 @@ class Session:
         tiers = self.memory.tiers
         for one, other in pairs:
             if not (0 <= one < len(tiers[source]) and 0 <= other < len(tiers[to])):
-                self.broken("reads_back", f"a copy from {one} to {other}: no such block")
+                self.report("reads_back", f"a copy from {one} to {other}: no such block")
                 raise Ended
         self.memory.move(pairs, source, to)
 
@@ -184,14 +184,14 @@ class Session:
             return True, function()
         except self.adapter.out_of_blocks as error:
             if before is None:
-                self.broken("served_when_it_fits", f"{error!r}, though {most} of {free} will do")
+                self.report("served_when_it_fits", f"{error!r}, though {most} of {free} will do")
             elif (after := self.snapshot()) != before:
                 message = f"{error!r} left (free, tables) {after}, before it was {before}"
-                self.broken("refusal_changes_nothing", message)
+                self.report("refusal_changes_nothing", message)
             return False, None
         except Exception as error:
             name = "full_pool_refused" if most > free else "served_when_it_fits"
-            self.broken(name, f"raised {error!r}")
+            self.report(name, f"raised {error!r}")
             raise Ended from error
 
     def _attempt_empty(self, function: Callable[[], Any]) -> tuple[bool, Any]:
@@ -200,7 +200,7 @@ class Session:
             return True, function()
         except Exception as error:
             if self.snapshot() != before:
-                self.broken("refusal_changes_nothing", f"{error!r} for no tokens changed something")
+                self.report("refusal_changes_nothing", f"{error!r} for no tokens changed something")
             return False, None
 
     def must_refuse(self, name: str, what: str, function: Callable[[], Any]) -> None:
@@ -210,9 +210,9 @@ class Session:
             function()
         except Exception:
             if self.snapshot() != before:
-                self.broken(name, f"{what} was refused, but changed something")
+                self.report(name, f"{what} was refused, but changed something")
             return
-        self.broken(name, f"{what} was accepted")
+        self.report(name, f"{what} was accepted")
         raise Ended
 
     def write(self, row: Row, first: int) -> None:
@@ -225,13 +225,13 @@ class Session:
         num_ids = len(self.memory.tiers["device"])
         exist = all(0 <= block < num_ids for block in touched)
         if len(table) * self.size < len(row.content) or not exist:
-            self.broken("reads_back", f"{len(row.content)} tokens, but the table is {table}")
+            self.report("reads_back", f"{len(row.content)} tokens, but the table is {table}")
             raise Ended
         for other in self.resident():
             both = set(touched) & set(self.table(other)) if other is not row else set()
             if both:
                 message = f"block {min(both)} is written, and another table holds it"
-                self.broken("shared_not_written", message)
+                self.report("shared_not_written", message)
         self.memory.write_at(table, first, values)
         self.written.update(values)
 
@@ -253,7 +253,7 @@ class Session:
         missing = self.adapter.num_blocks - total
         if missing < 0 or (all_seen and missing):
             message = f"{free} free + {total - free} held is not {self.adapter.num_blocks}"
-            self.broken("blocks_add_up", message)
+            self.report("blocks_add_up", message)
         check = getattr(self.adapter, "check", None)
         if check is not None and "books_right" in self.watch:
             self.call("books_right", check)
@@ -266,14 +266,14 @@ class Session:
         wrong = self.memory.mismatch(table, row.content.values) if fits else 0
         if wrong is not None:
             where = f"token {wrong} of {row.content.tokens} in blocks {table}"
-            self.broken("reads_back", f"{where} is not what was written")
+            self.report("reads_back", f"{where} is not what was written")
 
     def _check_sharing(self, rows: list[Row], tables: list[list[int]]) -> None:
         """Check that blocks are shared only at equal positions and for equal tokens."""
         holder: dict[int, tuple[Row, int]] = {}
         for row, table in zip(rows, tables, strict=True):
             if len(set(table)) != len(table):
-                self.broken("handed_out_once", f"a block stands twice in the table {table}")
+                self.report("handed_out_once", f"a block stands twice in the table {table}")
             for column, block in enumerate(table):
                 other, place = holder.setdefault(block, (row, column))
                 start, end = column * self.size, (column + 1) * self.size
@@ -281,12 +281,12 @@ class Session:
                 common = min(len(mine), len(theirs))
                 if place != column or mine[:common] != theirs[:common]:
                     message = f"two tables hold block {block} for different tokens"
-                    self.broken("handed_out_once", message)
+                    self.report("handed_out_once", message)
 
 
-def is_offered(name: str, adapter: object) -> bool:
+def is_supported(name: str, adapter: object) -> bool:
     """Return True if the adapter has the method that the property needs. O(1)."""
-    return name not in OFFERED_BY or hasattr(adapter, OFFERED_BY[name])
+    return name not in REQUIRED_METHODS or hasattr(adapter, REQUIRED_METHODS[name])
 
 
 def check_adapter(adapter: Any) -> None:

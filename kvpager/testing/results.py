@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from kvpager.testing.histories import Failure, History, describe, offered, replay, shrink
+from kvpager.testing.histories import Failure, History, describe, replay, shrink, supported
 from kvpager.testing.properties import (
     PROPERTIES,
     ManagerAdapter,
     Session,
     check_adapter,
-    is_offered,
+    is_supported,
 )
 from kvpager.testing.rules import RULES
 
 MakeAdapter = Callable[[int, int], ManagerAdapter]
-Verdict = Literal["kept", "broken", "not offered"]
+Verdict = Literal["holds", "violated", "unsupported"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class PropertyResult:
     history: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if self.verdict != "broken":
+        if self.verdict != "violated":
             return f"{self.name}: {self.verdict}"
         pool = f"{self.num_blocks} blocks of {self.block_size} token slots"
         return "\n  ".join(
-            [f"{self.name}: broken: {self.message}", f"on {pool}, after:", *self.history]
+            [f"{self.name}: violated: {self.message}", f"on {pool}, after:", *self.history]
         )
 
 
@@ -105,9 +105,9 @@ class _Plan:
 
 def _look(plan: _Plan, name: str) -> PropertyResult:
     sample = plan.make_adapter(plan.pools[1], plan.block_size)
-    if not is_offered(name, sample):
-        return PropertyResult(name, PROPERTIES[name], "not offered")
-    table = offered(RULES, sample)
+    if not is_supported(name, sample):
+        return PropertyResult(name, PROPERTIES[name], "unsupported")
+    table = supported(RULES, sample)
     random = Random(plan.seed)
     for number in range(plan.histories):
         num_blocks = random.randint(*plan.pools)
@@ -117,8 +117,8 @@ def _look(plan: _Plan, name: str) -> PropertyResult:
         failure = _failure_of(plan, name, num_blocks, history)
         if failure is not None:
             done = number * plan.length + failure.at + 1
-            return _broken(plan, name, num_blocks, history[: failure.at + 1], done)
-    return PropertyResult(name, PROPERTIES[name], "kept", plan.histories * plan.length)
+            return _violated(plan, name, num_blocks, history[: failure.at + 1], done)
+    return PropertyResult(name, PROPERTIES[name], "holds", plan.histories * plan.length)
 
 
 def _failure_of(plan: _Plan, name: str, num_blocks: int, history: History) -> Failure | None:
@@ -129,7 +129,7 @@ def _failure_of(plan: _Plan, name: str, num_blocks: int, history: History) -> Fa
     return failure
 
 
-def _broken(
+def _violated(
     plan: _Plan, name: str, num_blocks: int, history: History, num_operations: int
 ) -> PropertyResult:
     def fails(history: History) -> Failure | None:
@@ -140,7 +140,7 @@ def _broken(
     return PropertyResult(
         name,
         PROPERTIES[name],
-        "broken",
+        "violated",
         num_operations=num_operations,
         num_blocks=num_blocks,
         block_size=plan.block_size,

@@ -23,16 +23,16 @@ def _begin(session: Session, handle: Any, content: Content) -> None:
     adapter, tokens = session.adapter, content.tokens
     num_cached = session.call("reads_back", lambda: adapter.num_cached_tokens(handle))
     if not 0 <= num_cached <= len(tokens):
-        session.broken("reads_back", f"{num_cached} of {len(tokens)} tokens are cached, it says")
+        session.report("reads_back", f"{num_cached} of {len(tokens)} tokens are cached, it says")
         raise Ended
     if num_cached:
         last = content.values[num_cached - 1]
         what = f"{num_cached} tokens of {tokens} were reused"
         if last not in session.committed:
-            session.broken("nothing_before_commit", f"{what}, which nobody committed")
+            session.report("nothing_before_commit", f"{what}, which nobody committed")
         if last not in session.written:
             message = f"{what}, which {content.namespace!r} never wrote"
-            session.broken("namespaces_apart", message)
+            session.report("namespaces_apart", message)
     row = Row(handle, content)
     session.rows.append(row)
     if hasattr(adapter, "copies"):
@@ -75,7 +75,7 @@ def overfill(session: Session, extra: int) -> None:
         lambda: session.adapter.allocate([0] * length), _blocks(session, length)
     )
     if served:
-        session.broken("full_pool_refused", f"{length} tokens were accepted")
+        session.report("full_pool_refused", f"{length} tokens were accepted")
         raise Ended
 
 
@@ -115,7 +115,7 @@ def fork(session: Session, pick: int) -> None:
             session.copy(session.call("reads_back", lambda: list(adapter.copies(handle))))
         now = session.num_free()
         if now != free:
-            session.broken("fork_moves_nothing", f"a fork took {free - now} blocks")
+            session.report("fork_moves_nothing", f"a fork took {free - now} blocks")
 
 
 @operation(RULES, 2, pick=PICK)

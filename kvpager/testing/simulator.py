@@ -24,9 +24,9 @@ from kvpager.testing.histories import (
     Table,
     describe,
     law_of,
-    offered,
     replay,
     shrink,
+    supported,
 )
 from kvpager.testing.manager_harness import World
 from kvpager.testing.operations_more import OPERATIONS
@@ -100,7 +100,7 @@ def simulate(
     world = World(setup, make(setup))
     history: History = []
     begin = perf_counter()
-    failure = _drive(random, world, offered(table, world.manager), operations, history)
+    failure = _drive(random, world, supported(table, world.manager), operations, history)
     seconds = perf_counter() - begin
     num_done = len(history)
     if failure is None:

@@ -177,7 +177,7 @@ def adapter_of(broken: type[NaiveManager]) -> Any:
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_each_bug_violates_the_property_of_its_name(broken: type[NaiveManager]) -> None:
     [result] = check_properties(adapter_of(broken), properties=[BROKEN[broken]])
-    assert result.verdict == "broken"
+    assert result.verdict == "violated"
     assert 1 <= len(result.history) <= 6
     assert result.message
 
@@ -188,7 +188,7 @@ def test_every_property_has_a_manager_that_violates_it() -> None:
 
 def test_a_result_reads_well() -> None:
     [result] = check_properties(adapter_of(WritesShared), properties=["shared_not_written"])
-    assert str(result).startswith("shared_not_written: broken: block ")
+    assert str(result).startswith("shared_not_written: violated: block ")
     assert any(line.startswith("append(pick=0, tokens=[") for line in result.history)
 
 
@@ -207,7 +207,7 @@ def test_the_state_machine_finds_a_bug_too() -> None:
         run_state_machine_as_test(machine, settings=few)
 
 
-# ------------------------------------------------------------------ what need not be offered
+# ------------------------------------------------------------------ optional methods
 
 
 class Bare:
@@ -221,14 +221,14 @@ class Bare:
             setattr(self, name, getattr(full, name))
 
 
-def test_what_is_not_offered_is_not_asked_for() -> None:
+def test_an_unsupported_property_is_not_checked() -> None:
     make: Any = Bare
     verdicts = {result.name: result.verdict for result in check_properties(make, histories=5)}
-    absent = {name for name, verdict in verdicts.items() if verdict == "not offered"}
+    absent = {name for name, verdict in verdicts.items() if verdict == "unsupported"}
     assert absent == {
         "nothing_before_commit",
         "namespaces_apart",
         "fork_moves_nothing",
         "books_right",
     }
-    assert set(verdicts.values()) == {"kept", "not offered"}
+    assert set(verdicts.values()) == {"holds", "unsupported"}
