@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from kvpager.testing.adapters import BlockManagerAdapter
 from kvpager.testing.histories import supported
-from kvpager.testing.properties import PROPERTIES, ManagerAdapter, Session
+from kvpager.testing.properties import PROPERTIES, AdapterHarness, ManagerAdapter
 from kvpager.testing.results import MakeAdapter, PropertyResult, check_properties
 from kvpager.testing.rules import RULES
 from kvpager.testing.strategies import machine_of
@@ -43,11 +43,11 @@ def conformance_machine(
     `pools`: the least and the most blocks of a manager. O(everything) after each step.
     """
 
-    def make_session(num_blocks: int) -> Session:
-        return Session(make_adapter(num_blocks, block_size))
+    def make_harness(num_blocks: int) -> AdapterHarness:
+        return AdapterHarness(make_adapter(num_blocks, block_size))
 
     table = supported(RULES, make_adapter(pools[1], block_size))
-    return machine_of("Conformance", table, make_session, num_blocks=st.integers(*pools))
+    return machine_of("Conformance", table, make_harness, num_blocks=st.integers(*pools))
 
 
 class ManagerConformance:

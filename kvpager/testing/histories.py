@@ -106,7 +106,7 @@ class Many:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation of a history: `run(world, *arguments)`.
+    """An operation of a history: `run(harness, *arguments)`.
 
     `needs`: methods that the manager or adapter must have, or the operation is never drawn.
     """
@@ -155,7 +155,7 @@ class Ended(Exception):
     """The history cannot continue, for a reason other than the properties under test."""
 
 
-class World(Protocol):
+class Harness(Protocol):
     """A manager under test, and the expected state."""
 
     def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
@@ -181,14 +181,14 @@ def law_of(error: Exception) -> str:
     return "check" if isinstance(error, BrokenInvariant) else type(error).__name__
 
 
-def replay(history: History, table: Table, world: World) -> Failure | None:
+def replay(history: History, table: Table, harness: Harness) -> Failure | None:
     """Run a history and return its first failure, or None. Unknown operations are skipped."""
     at = 0
     try:
         for at, (name, arguments) in enumerate(history):  # noqa: B007
             if name in table:
-                world.apply(table[name], arguments)
-        world.finish()
+                harness.apply(table[name], arguments)
+        harness.finish()
     except Ended:
         return None
     except Exception as error:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
 
 from kvpager.testing.histories import Table, supported
-from kvpager.testing.manager_harness import World
+from kvpager.testing.manager_harness import ManagerHarness
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, eviction_policies, make_block_manager
 from kvpager.testing.strategies import machine_of
@@ -49,12 +49,12 @@ def manager_machine(
     After every step it reads all sequences back and checks the state; at the end it frees all.
     """
 
-    def make_world(setup: Setup) -> World:
-        return World(setup, make_manager(setup))
+    def make_harness(setup: Setup) -> ManagerHarness:
+        return ManagerHarness(setup, make_manager(setup))
 
     smallest = Setup(1, 1, block_size, 1, 1, 1, (None,), "lru", 1)
     table = supported(table, make_manager(smallest))
-    return machine_of("PagedMemory", table, make_world, setup=setups(block_size))
+    return machine_of("PagedMemory", table, make_harness, setup=setups(block_size))
 
 
 PagedMemory = manager_machine()

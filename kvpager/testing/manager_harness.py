@@ -1,6 +1,6 @@
 """A kvpager manager, and plain lists of all tokens written through it.
 
-operations ──▶ World ──▶ manager        every plan is applied to a `TokenMemory`, every new
+operations ──▶ ManagerHarness ──▶ manager        every plan is applied to a `TokenMemory`, every new
                  │                      token written, and what an operation touched is read
                  └─────▶ TokenMemory    back through the block tables and compared
 """
@@ -57,7 +57,7 @@ class Live:
         return child
 
 
-class World:
+class ManagerHarness:
     """The manager and memory of a simulated history. Raises `Violation` for a broken law.
 
     `counts`: the number of operations by name, of refused calls and of prefix hits.
@@ -97,7 +97,7 @@ class World:
         """The number of live sequences."""
         return len(self.rows)
 
-    # ---------------------------------------------------------------- the World protocol
+    # ---------------------------------------------------------------- the Harness protocol
 
     def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
         """Run an operation and read back what it touched; every k-th time, check everything."""

@@ -87,7 +87,7 @@ class Row:
         self.is_swapped = False
 
 
-class Session:
+class AdapterHarness:
     """A manager under test.
 
     A violated property in `watch` raises `Violation`. Any other violation after which the history
@@ -106,7 +106,7 @@ class Session:
         num_host_blocks = getattr(adapter, "num_host_blocks", 0)
         self.memory = TokenMemory(num_ids, adapter.block_size, num_host_blocks)
 
-    # ---------------------------------------------------------------- the World protocol
+    # ---------------------------------------------------------------- the Harness protocol
 
     def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
         """Run one operation, then check everything. O(everything)."""

@@ -13,8 +13,8 @@ from typing import Literal
 from kvpager.testing.histories import Failure, History, describe, replay, shrink, supported
 from kvpager.testing.properties import (
     PROPERTIES,
+    AdapterHarness,
     ManagerAdapter,
-    Session,
     check_adapter,
     is_supported,
 )
@@ -122,8 +122,8 @@ def _look(plan: _Plan, name: str) -> PropertyResult:
 
 
 def _failure_of(plan: _Plan, name: str, num_blocks: int, history: History) -> Failure | None:
-    session = Session(plan.make_adapter(num_blocks, plan.block_size), [name])
-    failure = replay(history, RULES, session)
+    harness = AdapterHarness(plan.make_adapter(num_blocks, plan.block_size), [name])
+    failure = replay(history, RULES, harness)
     if failure is not None and failure.law != name:
         raise RuntimeError(f"the adapter or the kit failed: {failure.message}")
     return failure

@@ -1,6 +1,6 @@
 """The rules of the conformance suite: one small function each.
 
-A rule uses the `Session`, which makes the call, simulates memory and checks the properties.
+A rule uses the `AdapterHarness`, which makes the call, simulates memory and checks the properties.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from kvpager.testing.histories import Choice, Ended, Number, Pick, Table, Tokens, operation
 from kvpager.testing.memory import Content
-from kvpager.testing.properties import Row, Session
+from kvpager.testing.properties import AdapterHarness, Row
 
 RULES: Table = {}
 
@@ -18,182 +18,182 @@ VERBS = Choice(("append", "block_table", "commit", "fork", "truncate"))
 NAMES = Choice((None, "acme", "umbrella"))
 
 
-def _begin(session: Session, handle: Any, content: Content) -> None:
+def _begin(harness: AdapterHarness, handle: Any, content: Content) -> None:
     """Add a sequence that the manager allocated, and write its new tokens."""
-    adapter, tokens = session.adapter, content.tokens
-    num_cached = session.call("reads_back", lambda: adapter.num_cached_tokens(handle))
+    adapter, tokens = harness.adapter, content.tokens
+    num_cached = harness.call("reads_back", lambda: adapter.num_cached_tokens(handle))
     if not 0 <= num_cached <= len(tokens):
-        session.report("reads_back", f"{num_cached} of {len(tokens)} tokens are cached, it says")
+        harness.report("reads_back", f"{num_cached} of {len(tokens)} tokens are cached, it says")
         raise Ended
     if num_cached:
         last = content.values[num_cached - 1]
         what = f"{num_cached} tokens of {tokens} were reused"
-        if last not in session.committed:
-            session.report("nothing_before_commit", f"{what}, which nobody committed")
-        if last not in session.written:
+        if last not in harness.committed:
+            harness.report("nothing_before_commit", f"{what}, which nobody committed")
+        if last not in harness.written:
             message = f"{what}, which {content.namespace!r} never wrote"
-            session.report("namespaces_apart", message)
+            harness.report("namespaces_apart", message)
     row = Row(handle, content)
-    session.rows.append(row)
+    harness.rows.append(row)
     if hasattr(adapter, "copies"):
-        session.copy(session.call("reads_back", lambda: list(adapter.copies(handle))))
-    session.write(row, num_cached)
+        harness.copy(harness.call("reads_back", lambda: list(adapter.copies(handle))))
+    harness.write(row, num_cached)
 
 
-def _blocks(session: Session, num_tokens: int) -> int:
-    return -(-num_tokens // session.size)
+def _blocks(harness: AdapterHarness, num_tokens: int) -> int:
+    return -(-num_tokens // harness.size)
 
 
 @operation(RULES, 4, tokens=Tokens())
-def allocate(session: Session, tokens: list[int]) -> None:
+def allocate(harness: AdapterHarness, tokens: list[int]) -> None:
     """Begin a sequence."""
-    most = _blocks(session, len(tokens))
-    served, handle = session.attempt(
-        lambda: session.adapter.allocate(list(tokens)), most, is_empty=not tokens
+    most = _blocks(harness, len(tokens))
+    served, handle = harness.attempt(
+        lambda: harness.adapter.allocate(list(tokens)), most, is_empty=not tokens
     )
     if served:
-        _begin(session, handle, Content(None, tokens))
+        _begin(harness, handle, Content(None, tokens))
 
 
 @operation(RULES, 2, needs=("allocate_in",), tokens=Tokens(), namespace=NAMES)
-def allocate_in(session: Session, tokens: list[int], namespace: str | None) -> None:
+def allocate_in(harness: AdapterHarness, tokens: list[int], namespace: str | None) -> None:
     """Begin a sequence of one tenant."""
-    adapter: Any = session.adapter
-    most = _blocks(session, len(tokens))
-    served, handle = session.attempt(
+    adapter: Any = harness.adapter
+    most = _blocks(harness, len(tokens))
+    served, handle = harness.attempt(
         lambda: adapter.allocate_in(list(tokens), namespace), most, is_empty=not tokens
     )
     if served:
-        _begin(session, handle, Content(namespace, tokens))
+        _begin(harness, handle, Content(namespace, tokens))
 
 
 @operation(RULES, 1, extra=Number(9))
-def overfill(session: Session, extra: int) -> None:
+def overfill(harness: AdapterHarness, extra: int) -> None:
     """Allocate more than the whole pool."""
-    length = session.adapter.num_blocks * session.size + 1 + extra
-    served, _ = session.attempt(
-        lambda: session.adapter.allocate([0] * length), _blocks(session, length)
+    length = harness.adapter.num_blocks * harness.size + 1 + extra
+    served, _ = harness.attempt(
+        lambda: harness.adapter.allocate([0] * length), _blocks(harness, length)
     )
     if served:
-        session.report("full_pool_refused", f"{length} tokens were accepted")
+        harness.report("full_pool_refused", f"{length} tokens were accepted")
         raise Ended
 
 
 @operation(RULES, 5, pick=PICK, tokens=Tokens(5))
-def append(session: Session, pick: int, tokens: list[int]) -> None:
+def append(harness: AdapterHarness, pick: int, tokens: list[int]) -> None:
     """Append to a sequence."""
-    row = session.pick(pick)
+    row = harness.pick(pick)
     if row is None:
         return
     first = len(row.content)
     # One block more than the tokens fill, for the copy of a shared one.
-    most = _blocks(session, first + len(tokens)) - first // session.size
-    served, copies = session.attempt(
-        lambda: list(session.adapter.append(row.handle, list(tokens))),
+    most = _blocks(harness, first + len(tokens)) - first // harness.size
+    served, copies = harness.attempt(
+        lambda: list(harness.adapter.append(row.handle, list(tokens))),
         most,
         is_empty=not tokens,
     )
     if served:
-        session.copy(copies)
+        harness.copy(copies)
         row.content.extend(tokens)
-        session.write(row, first)
+        harness.write(row, first)
 
 
 @operation(RULES, 2, needs=("fork",), pick=PICK)
-def fork(session: Session, pick: int) -> None:
+def fork(harness: AdapterHarness, pick: int) -> None:
     """Fork a sequence."""
-    row = session.pick(pick)
+    row = harness.pick(pick)
     if row is None:
         return
-    adapter: Any = session.adapter
-    free = session.num_free()
+    adapter: Any = harness.adapter
+    free = harness.num_free()
     # One block for managers that copy the partly filled block at once.
-    served, handle = session.attempt(lambda: adapter.fork(row.handle), 1)
+    served, handle = harness.attempt(lambda: adapter.fork(row.handle), 1)
     if served:
-        session.rows.append(Row(handle, row.content.copy()))
+        harness.rows.append(Row(handle, row.content.copy()))
         if hasattr(adapter, "copies"):
-            session.copy(session.call("reads_back", lambda: list(adapter.copies(handle))))
-        now = session.num_free()
+            harness.copy(harness.call("reads_back", lambda: list(adapter.copies(handle))))
+        now = harness.num_free()
         if now != free:
-            session.report("fork_moves_nothing", f"a fork took {free - now} blocks")
+            harness.report("fork_moves_nothing", f"a fork took {free - now} blocks")
 
 
 @operation(RULES, 2, pick=PICK)
-def free(session: Session, pick: int) -> None:
+def free(harness: AdapterHarness, pick: int) -> None:
     """End a sequence."""
-    row = session.pick(pick, resident=False)
+    row = harness.pick(pick, resident=False)
     if row is None:
         return
-    session.attempt(lambda: session.adapter.free(row.handle), 0)
-    session.rows.remove(row)
-    session.freed.append(row.handle)
+    harness.attempt(lambda: harness.adapter.free(row.handle), 0)
+    harness.rows.remove(row)
+    harness.freed.append(row.handle)
 
 
 @operation(RULES, 2, needs=("commit",), pick=PICK)
-def commit(session: Session, pick: int) -> None:
+def commit(harness: AdapterHarness, pick: int) -> None:
     """Commit a sequence."""
-    row = session.pick(pick)
+    row = harness.pick(pick)
     if row is None:
         return
-    adapter: Any = session.adapter
+    adapter: Any = harness.adapter
     # Note the tokens first: the manager may publish them at any moment from here on.
-    session.committed.update(row.content.values)
-    session.attempt(lambda: adapter.commit(row.handle), 0)
+    harness.committed.update(row.content.values)
+    harness.attempt(lambda: adapter.commit(row.handle), 0)
 
 
 @operation(RULES, 1, needs=("truncate",), pick=PICK, length=Number())
-def truncate(session: Session, pick: int, length: int) -> None:
+def truncate(harness: AdapterHarness, pick: int, length: int) -> None:
     """Truncate a sequence."""
-    row = session.pick(pick)
+    row = harness.pick(pick)
     if row is None:
         return
-    adapter: Any = session.adapter
+    adapter: Any = harness.adapter
     length %= len(row.content) + 1
-    session.attempt(lambda: adapter.truncate(row.handle, length), 0)
+    harness.attempt(lambda: adapter.truncate(row.handle, length), 0)
     row.content.truncate(length)
 
 
 @operation(RULES, 1, needs=("swap", "num_host_blocks"), pick=PICK)
-def swap(session: Session, pick: int) -> None:
+def swap(harness: AdapterHarness, pick: int) -> None:
     """Move a sequence to the host, or back."""
-    row = session.pick(pick, resident=False)
+    row = harness.pick(pick, resident=False)
     if row is None:
         return
-    adapter: Any = session.adapter
+    adapter: Any = harness.adapter
     to, other = ("device", "host") if row.is_swapped else ("host", "device")
     # The adapter does not show the host's free blocks, so the host may always refuse.
-    most = _blocks(session, len(row.content)) if to == "device" else session.adapter.num_blocks + 1
-    served, copies = session.attempt(lambda: list(adapter.swap(row.handle, to)), most)
+    most = _blocks(harness, len(row.content)) if to == "device" else harness.adapter.num_blocks + 1
+    served, copies = harness.attempt(lambda: list(adapter.swap(row.handle, to)), most)
     if served:
-        session.copy(copies, other, to)
+        harness.copy(copies, other, to)
         row.is_swapped = to == "host"
 
 
-def _stale(session: Session, pick: int) -> Any:
+def _stale(harness: AdapterHarness, pick: int) -> Any:
     """Return a freed handle that is not live again, or None."""
-    live = [row.handle for row in session.rows]
-    stale = [handle for handle in session.freed if handle not in live]
+    live = [row.handle for row in harness.rows]
+    stale = [handle for handle in harness.freed if handle not in live]
     return stale[pick % len(stale)] if stale else None
 
 
 @operation(RULES, 1, pick=PICK)
-def free_again(session: Session, pick: int) -> None:
+def free_again(harness: AdapterHarness, pick: int) -> None:
     """Free a sequence a second time."""
-    handle = _stale(session, pick)
-    if handle is not None and "double_free_refused" in session.watch:
-        session.must_refuse(
-            "double_free_refused", "a second free", lambda: session.adapter.free(handle)
+    handle = _stale(harness, pick)
+    if handle is not None and "double_free_refused" in harness.watch:
+        harness.must_refuse(
+            "double_free_refused", "a second free", lambda: harness.adapter.free(handle)
         )
 
 
 @operation(RULES, 1, pick=PICK, verb=VERBS)
-def use_freed(session: Session, pick: int, verb: str) -> None:
+def use_freed(harness: AdapterHarness, pick: int, verb: str) -> None:
     """Use a freed handle with any verb but free."""
-    handle = _stale(session, pick)
-    function = getattr(session.adapter, verb, None)
-    if handle is None or function is None or "stale_handle_refused" not in session.watch:
+    handle = _stale(harness, pick)
+    function = getattr(harness.adapter, verb, None)
+    if handle is None or function is None or "stale_handle_refused" not in harness.watch:
         return
     more = {"append": ([1],), "truncate": (0,)}.get(verb, ())
-    session.must_refuse(
+    harness.must_refuse(
         "stale_handle_refused", f"{verb} of a freed handle", lambda: function(handle, *more)
     )

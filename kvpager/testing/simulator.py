@@ -28,7 +28,7 @@ from kvpager.testing.histories import (
     shrink,
     supported,
 )
-from kvpager.testing.manager_harness import World
+from kvpager.testing.manager_harness import ManagerHarness
 from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_manager
 
@@ -97,21 +97,21 @@ def simulate(
     make = make_manager or make_block_manager
     random = Random(seed)
     setup = draw_setup(random)
-    world = World(setup, make(setup))
+    harness = ManagerHarness(setup, make(setup))
     history: History = []
     begin = perf_counter()
-    failure = _drive(random, world, supported(table, world.manager), operations, history)
+    failure = _drive(random, harness, supported(table, harness.manager), operations, history)
     seconds = perf_counter() - begin
     num_done = len(history)
     if failure is None:
         history = []
     elif shrinking:
         failure, history = _shrunk(failure, history, setup, make, table)
-    return Report(seed, setup, num_done, seconds, world.counts, failure, history, table)
+    return Report(seed, setup, num_done, seconds, harness.counts, failure, history, table)
 
 
 def _drive(
-    random: Random, world: World, table: Table, operations: int, history: History
+    random: Random, harness: ManagerHarness, table: Table, operations: int, history: History
 ) -> Failure | None:
     """Draw and run operations, recorded in `history`; return the failure or None."""
     names = list(table)
@@ -121,10 +121,10 @@ def _drive(
     try:
         for name in random.choices(names, weights, k=operations):
             operation = table[name]
-            arguments = operation.draw(random, world)
+            arguments = operation.draw(random, harness)
             history.append((name, arguments))
-            world.apply(operation, arguments)
-        world.finish()
+            harness.apply(operation, arguments)
+        harness.finish()
     except Exception as error:
         message = str(getattr(error, "message", repr(error)))
         return Failure(law_of(error), message, max(len(history) - 1, 0))
@@ -136,7 +136,7 @@ def _shrunk(
 ) -> tuple[Failure, History]:
     def failure_of(history: History) -> Failure | None:
         # Check everything after every operation, to find the earliest failure.
-        return replay(history, table, World(setup, make(setup), check_every=1))
+        return replay(history, table, ManagerHarness(setup, make(setup), check_every=1))
 
     early = failure_of(history) or failure
     history = history[: early.at + 1]
@@ -154,8 +154,8 @@ def _shrunk(
 def replay_report(report: Report, *, make_manager: MakeManager | None = None) -> Failure | None:
     """Replay a report's history on a new manager. O(history)."""
     make = make_manager or make_block_manager
-    world = World(report.setup, make(report.setup), check_every=1)
-    return replay(report.history, report.table, world)
+    harness = ManagerHarness(report.setup, make(report.setup), check_every=1)
+    return replay(report.history, report.table, harness)
 
 
 @dataclass

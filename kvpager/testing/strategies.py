@@ -14,6 +14,7 @@ from hypothesis.strategies import SearchStrategy
 
 from kvpager.testing.histories import (
     Choice,
+    Harness,
     Kind,
     Many,
     Number,
@@ -21,7 +22,6 @@ from kvpager.testing.histories import (
     Pick,
     Table,
     Tokens,
-    World,
 )
 
 _PICK_MAX = 31
@@ -49,24 +49,24 @@ def strategy(kind: Kind, *, alphabet: int = 3, longest: int = 18) -> SearchStrat
 
 
 def machine_of(
-    name: str, table: Table, make_world: Callable[..., World], **drawn: SearchStrategy[Any]
+    name: str, table: Table, make_harness: Callable[..., Harness], **drawn: SearchStrategy[Any]
 ) -> type[RuleBasedStateMachine]:
     """Return a state machine class with a rule for each operation of `table`.
 
-    It begins with the world that `make_world` makes of what is `drawn`, and ends by finishing it.
-    Its `TestCase` is a unittest class. O(operations).
+    A run begins with `make_harness`, called with values of the strategies in `drawn`. It ends with
+    `finish` of that harness. The machine's `TestCase` is a unittest class. O(operations).
     """
 
     class Machine(RuleBasedStateMachine):
-        world: World
+        harness: Harness
 
         def teardown(self) -> None:
-            """Finish the world, if there is one."""
-            if hasattr(self, "world"):
-                self.world.finish()
+            """Finish the harness, if there is one."""
+            if hasattr(self, "harness"):
+                self.harness.finish()
 
     def start(machine: Any, **drawn: Any) -> None:
-        machine.world = make_world(**drawn)
+        machine.harness = make_harness(**drawn)
 
     begin: Any = initialize  # its overloads take no dictionary
     rules = {operation.name: _rule_of(operation) for operation in table.values()}
@@ -75,7 +75,7 @@ def machine_of(
 
 def _rule_of(operation: Operation) -> Callable[..., Any]:
     def run(machine: Any, **arguments: Any) -> None:
-        machine.world.apply(operation, tuple(arguments[name] for name in operation.arguments))
+        machine.harness.apply(operation, tuple(arguments[name] for name in operation.arguments))
 
     run.__name__ = operation.name
     strategies: Any = {name: strategy(kind) for name, kind in operation.arguments.items()}

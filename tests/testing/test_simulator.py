@@ -19,7 +19,7 @@ from kvpager.plans import Step
 from kvpager.testing.histories import Number, Table, operation, shrink, simpler
 from kvpager.testing.isolation import isolation
 from kvpager.testing.machine import manager_machine
-from kvpager.testing.manager_harness import World
+from kvpager.testing.manager_harness import ManagerHarness
 from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.mutant_list import MUTANTS
 from kvpager.testing.mutants import Mutant, kill, mutated_source, table
@@ -134,11 +134,11 @@ def test_further_operations_can_be_entered() -> None:
     more: Table = dict(OPERATIONS)
 
     @operation(more, 2, needs=("num_blocks",), count=Number(3))
-    def look(world: World, count: int) -> None:
-        world.require("as many blocks", world.manager.num_blocks >= count - 3, "too few")
+    def look(harness: ManagerHarness, count: int) -> None:
+        harness.require("as many blocks", harness.manager.num_blocks >= count - 3, "too few")
 
     @operation(more, 2, needs=("no_such_verb",))
-    def never(world: World) -> None:
+    def never(harness: ManagerHarness) -> None:
         raise AssertionError("the manager does not offer it")
 
     counts = [simulate(seed, 200, table=more).counts for seed in range(4)]
