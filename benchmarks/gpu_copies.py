@@ -189,7 +189,7 @@ class Soak:
         target.copy_(torch.tensor(padded), non_blocking=True)
 
     def check(self) -> None:
-        """The allocator's laws, and that every row's tokens are the ones it was given."""
+        """Check the allocator's invariants, and that every row reads the tokens written to it."""
         self.allocator.check()
         lens = self.allocator.seq_lens
         table = self.allocator.block_tables.long()

@@ -22,7 +22,7 @@ def check(
     Every operation reads the contents of its blocks back. A failure prints its
     seed and a short history.
 
-    Exit status: 0 if every invariant held, 1 if not, 2 for wrong usage.
+    Exit status: 0 if every property held, 1 if not, 2 for wrong usage.
     """
     from tqdm import tqdm
 

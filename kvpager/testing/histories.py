@@ -143,11 +143,11 @@ def supported(table: Table, subject: object) -> Table:
 
 
 class Violation(AssertionError):
-    """A broken law, and a description."""
+    """A violated property, and a description of what happened."""
 
-    def __init__(self, law: str, message: str) -> None:
-        super().__init__(f"{law}: {message}")
-        self.law = law
+    def __init__(self, property: str, message: str) -> None:
+        super().__init__(f"{property}: {message}")
+        self.property = property
         self.message = message
 
 
@@ -167,17 +167,17 @@ class Harness(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """A broken law and the operation that broke it."""
+    """A violated property, and the index of the operation that violated it."""
 
-    law: str
+    property: str
     message: str
     at: int
 
 
-def law_of(error: Exception) -> str:
-    """Return the name of the law that an exception reports. O(1)."""
+def property_of(error: Exception) -> str:
+    """Return the name of the property that an exception reports as violated. O(1)."""
     if isinstance(error, Violation):
-        return error.law
+        return error.property
     return "check" if isinstance(error, BrokenInvariant) else type(error).__name__
 
 
@@ -193,7 +193,7 @@ def replay(history: History, table: Table, harness: Harness) -> Failure | None:
         return None
     except Exception as error:
         message = error.message if isinstance(error, Violation) else repr(error)
-        return Failure(law_of(error), message, at)
+        return Failure(property_of(error), message, at)
     return None
 
 

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from kvpager.errors import OutOfBlocks
-from kvpager.testing.histories import Violation, law_of
+from kvpager.testing.histories import Violation, property_of
 from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.setups import NAMESPACES, Setup, make_block_manager
 
@@ -81,7 +81,7 @@ def isolation(
         probe.manager.check()
     except Exception as error:
         message = error.message if isinstance(error, Violation) else repr(error)
-        failure = f"{law_of(error)}: {message}"
+        failure = f"{property_of(error)}: {message}"
     count = probe.counts
     return IsolationReport(
         seed,

@@ -58,7 +58,7 @@ class Live:
 
 
 class ManagerHarness:
-    """The manager and memory of a simulated history. Raises `Violation` for a broken law.
+    """The manager and memory of a simulated history. Raises `Violation`.
 
     `counts`: the number of operations by name, of refused calls and of prefix hits.
     """
@@ -135,10 +135,10 @@ class ManagerHarness:
 
     # ---------------------------------------------------------------- for operations
 
-    def require(self, law: str, kept: bool, message: str) -> None:
-        """Raise `Violation` unless `kept`. O(1)."""
-        if not kept:
-            raise Violation(law, message)
+    def require(self, property: str, holds: bool, message: str) -> None:
+        """Raise `Violation` unless the property `holds`. O(1)."""
+        if not holds:
+            raise Violation(property, message)
 
     def pick(self, number: int) -> Live | None:
         """Return a live sequence, counted from the newest, or None. O(1)."""

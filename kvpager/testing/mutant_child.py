@@ -67,7 +67,7 @@ def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
             done += report.num_operations
             if report.failure is not None:
                 failure = report.failure
-                return f"simulator, seed {seed}: {failure.law}: {failure.message}", done
+                return f"simulator, seed {seed}: {failure.property}: {failure.message}", done
 
     def adapter(num_blocks: int, block_size: int) -> Any:
         return BlockManagerAdapter(BlockManager(num_blocks, block_size, 6))

@@ -25,11 +25,11 @@ import kvpager
 class Mutant:
     """One planted bug.
 
-    `law`: the law it breaks. `original` must be in the source of `module` exactly once.
+    `property`: the property it violates. `original` must be in the source of `module` exactly once.
     """
 
     name: str
-    law: str
+    property: str
     module: str
     original: str
     replacement: str

@@ -124,7 +124,7 @@ def _look(plan: _Plan, name: str) -> PropertyResult:
 def _failure_of(plan: _Plan, name: str, num_blocks: int, history: History) -> Failure | None:
     harness = AdapterHarness(plan.make_adapter(num_blocks, plan.block_size), [name])
     failure = replay(history, RULES, harness)
-    if failure is not None and failure.law != name:
+    if failure is not None and failure.property != name:
         raise RuntimeError(f"the adapter or the kit failed: {failure.message}")
     return failure
 

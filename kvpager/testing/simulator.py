@@ -23,7 +23,7 @@ from kvpager.testing.histories import (
     History,
     Table,
     describe,
-    law_of,
+    property_of,
     replay,
     shrink,
     supported,
@@ -38,7 +38,7 @@ _LINES_MAX = 60  # of a history that did not shrink
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a seed; `failure` is None if no law was broken.
+    """The result of a seed; `failure` is None if no property was violated.
 
     `history` is the shortest failing history found, empty without a failure. `counts` has the
     number of each operation, of refused calls, and of prefix hits.
@@ -55,13 +55,13 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """True if no law was broken."""
+        """True if no property was violated."""
         return self.failure is None
 
     def __str__(self) -> str:
         head = f"seed {self.seed}: {self.setup}"
         if self.failure is None:
-            return f"{head}\n  {self.num_operations} operations, no law broken"
+            return f"{head}\n  {self.num_operations} operations, no property violated"
         lines = describe(self.history, self.table)
         num_left_out = max(len(lines) - _LINES_MAX, 0)
         shown = lines[-_LINES_MAX:]
@@ -70,7 +70,7 @@ class Report:
         return "\n".join(
             [
                 head,
-                f"  {self.failure.law}: {self.failure.message}",
+                f"  {self.failure.property}: {self.failure.message}",
                 f"  after {self.num_operations} operations; {len(lines)} of them are enough:",
                 *(f"    {line}" for line in shown),
             ]
@@ -127,7 +127,7 @@ def _drive(
         harness.finish()
     except Exception as error:
         message = str(getattr(error, "message", repr(error)))
-        return Failure(law_of(error), message, max(len(history) - 1, 0))
+        return Failure(property_of(error), message, max(len(history) - 1, 0))
     return None
 
 
@@ -143,7 +143,7 @@ def _shrunk(
 
     def fails(history: History) -> bool:
         found = failure_of(history)
-        return found is not None and found.law == early.law
+        return found is not None and found.property == early.property
 
     if not fails(history):
         return failure, history  # it does not fail again

@@ -1,4 +1,4 @@
-"""Interrupted calls: whatever comes in the middle, a manager stays lawful or refuses every call.
+"""Interrupted calls: a manager stays consistent, or refuses every further call.
 
 python -m pytest tests/blocks/test_interrupts.py     # takes seconds
 KVPAGER_INTERRUPTS=20000 python -m pytest ...        # every moment, 20,000 timed
@@ -265,7 +265,7 @@ def test_a_call_cut_short_leaves_a_valid_or_refusing_manager(scenario) -> None:
 
 
 def refused(manager: BlockManager) -> KVPagerError | None:
-    """Return the error of a broken manager; check the laws of a sound one."""
+    """Return the error of a broken manager; check the invariants of any other."""
     try:
         manager.check()
     except BrokenInvariant:
@@ -321,7 +321,7 @@ class Alarm:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_random_interrupts_leave_a_lawful_manager(policy: str) -> None:
+def test_random_interrupts_leave_a_consistent_manager(policy: str) -> None:
     chance, clock, made = random.Random(policy), Clock(), 0
     wanted = NUM_TIMED // len(POLICIES)
     interrupted = Counter[str]()

@@ -831,8 +831,8 @@ BREAK = {
 }
 
 
-@pytest.mark.parametrize("law", BREAK)
-def test_check_sees_every_kind_of_damage(law: str) -> None:
+@pytest.mark.parametrize("damage", BREAK)
+def test_check_sees_every_kind_of_damage(damage: str) -> None:
     manager = BlockManager(12, 4, num_host_blocks=4)
     others = [manager.allocate(4) for _ in range(3)]
     manager.free(committed(manager, prompt(4, first=60)))
@@ -841,7 +841,7 @@ def test_check_sees_every_kind_of_damage(law: str) -> None:
     manager.quotas.set("acme", floor=1)
     manager.free(others)
     manager.check()
-    BREAK[law](manager, sequence)
+    BREAK[damage](manager, sequence)
     with pytest.raises(BrokenInvariant):
         manager.check()
 

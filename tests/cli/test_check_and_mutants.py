@@ -17,17 +17,17 @@ def call(*arguments: str):
     return CliRunner().invoke(app, list(arguments), prog_name="kvpager")
 
 
-def test_check_says_how_much_was_simulated() -> None:
+def test_check_prints_the_number_of_operations() -> None:
     result = call("check", "--operations", "1e4", "--seed", "7", "--processes", "1")
     assert result.exit_code == 0
     assert "10,000 operations from 2 seeds, 0 failed" in result.output
 
 
-def test_check_fails_where_a_law_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments, **options):
+def test_check_fails_if_a_property_is_violated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def violate(*arguments, **options):
         return Failure("blocks add up", "they do not", 0)
 
-    monkeypatch.setattr(simulator, "_drive", broken)
+    monkeypatch.setattr(simulator, "_drive", violate)
     result = call("check", "--operations", "100", "--processes", "1")
     assert result.exit_code == 1
     assert "blocks add up: they do not" in result.output

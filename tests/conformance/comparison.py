@@ -85,7 +85,7 @@ def _fails_unpaged(mode: str, expected: Any) -> bool:
 
 @contextlib.contextmanager
 def paged(case: Case, how: Variant) -> Iterator[Patch]:
-    """Paging is on; afterwards every pool has kept its laws."""
+    """Patch the model for a `with` block; afterwards check the invariants of every pool."""
     with kvpager.patch(None if how.all_models else case.model, **how.options) as patch:
         yield patch
         for pool in patch.memory.pools():

@@ -172,9 +172,9 @@ def test_every_schedule_of_a_step_is_right(name: str) -> None:
     assert_every_schedule(name)
 
 
-@pytest.mark.parametrize(("name", "mistake", "law"), WRONG_IN)
-def test_wrong_variants_are_found(name: str, mistake: str, law: str) -> None:
-    with pytest.raises(AssertionError, match=law):
+@pytest.mark.parametrize(("name", "mistake", "message"), WRONG_IN)
+def test_wrong_variants_are_found(name: str, mistake: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
         assert_every_schedule(name, WRONG[mistake])
 
 

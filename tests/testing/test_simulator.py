@@ -74,14 +74,14 @@ def test_memory_reads_through_a_table_what_was_written_and_copied() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_no_law_is_broken(seed: int) -> None:
+def test_no_property_is_violated(seed: int) -> None:
     report = simulate(seed, 1_500)
     assert report.ok, str(report)
     assert report.num_operations == 1_500
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_naive_manager_breaks_no_law(seed: int) -> None:
+def test_the_naive_manager_violates_no_property(seed: int) -> None:
     report = simulate(seed, 200, make_manager=naive)
     assert report.ok, str(report)
 
@@ -103,11 +103,11 @@ def test_a_seed_gives_the_same_run_in_another_process() -> None:
 def test_a_failing_history_is_shrunk_and_still_fails() -> None:
     report = simulate(3, 3_000, make_manager=forgetful)
     assert report.failure is not None
-    assert report.failure.law == "reads back"
+    assert report.failure.property == "reads back"
     assert len(report.history) <= 4
     again = replay_report(report, make_manager=forgetful)
     assert again == report.failure
-    assert replay_report(report) is None  # the sound manager keeps the law in that history
+    assert replay_report(report) is None  # the property holds for the correct manager
     assert str(simulate(3, 3_000, make_manager=forgetful)) == str(report)
 
 

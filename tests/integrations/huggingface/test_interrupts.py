@@ -123,7 +123,7 @@ def interrupted(count: int, run: Callable[[Moments], object]) -> Iterator[int]:
 
 
 def check_pools(memory: PagedMemory) -> None:
-    """Check that the pools are lawful, and that no sequence holds a block."""
+    """Check the invariants of the pools, and that no sequence holds a block."""
     for pool in [*memory.pools(), *(memory.host.pools() if memory.host else [])]:
         pool.settle()
         pool.manager.check()

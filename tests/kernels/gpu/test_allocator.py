@@ -242,7 +242,7 @@ def test_debug_mode_checks_row_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "law"),
+    ("spoil", "message"),
     [
         (lambda a: a.num_free.fill_(9), "num_free is 9 of 4"),
         (lambda a: a.ref_counts[0].fill_(2), "block 0: refcount 2, but 1 tables hold it"),
@@ -253,12 +253,12 @@ def test_debug_mode_checks_row_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda a: a.seq_lens[0].fill_(9), "row 0: 9 tokens do not fit 2 blocks"),
     ],
 )
-def test_check_names_the_broken_invariant(spoil: Any, law: str) -> None:
+def test_check_names_the_broken_invariant(spoil: Any, message: str) -> None:
     allocator = DeviceAllocator(4, 4, 2, 2)
     step_alloc.step_alloc(allocator, torch.tensor([0]))
     allocator.check()
     spoil(allocator)
-    with pytest.raises(BrokenInvariant, match=law):
+    with pytest.raises(BrokenInvariant, match=message):
         allocator.check()
 
 
