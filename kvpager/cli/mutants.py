@@ -1,4 +1,4 @@
-"""The command `kvpager mutants`: plant bugs and count those that the simulator detects."""
+"""The command `kvpager mutants`: mutation tests of the kit in `kvpager.testing`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from kvpager.cli.options import NUM_CPUS, Operations, Processes
 from kvpager.errors import BadInput
 
-# The fraction of planted bugs that the simulator has to detect.
+# The fraction of mutants that the kit must kill.
 KILLED_LEAST = 0.95
 
 
@@ -21,7 +21,7 @@ def mutants(
     ] = "",
     processes: Processes = NUM_CPUS,
 ) -> None:
-    """Plant known bugs in the block manager, one at a time, and show which are detected.
+    """Change the block manager by one known bug at a time, and show which are detected.
 
     Each mutant runs for at most --operations operations, in its own interpreter.
 

@@ -13,7 +13,7 @@ For kvpager's block managers and for others:
     simulation     random traffic through a scheduler and a miniature model
     machine        the same operations as a Hypothesis state machine
     isolation      paired probes of the isolation of namespaces
-    mutants        planted bugs that these tools must notice
+    mutants        mutation tests: known bugs that these tools must detect
 
 `conformance`, `machine` and `strategies` need Hypothesis, `conformance` and `machine` pytest too;
 nothing here needs torch.

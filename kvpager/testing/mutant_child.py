@@ -1,7 +1,7 @@
-"""The interpreter in which one mutant lives; started by `kvpager.testing.mutants`.
+"""A program that runs the kit on one mutant; `kvpager.testing.mutants` starts it.
 
-Reads the mutant and the limits as JSON from standard input and prints, as JSON on the last line,
-what noticed it ("" if nothing did) and after how many simulated operations.
+It reads the mutant and the limits as JSON from standard input. It prints, as JSON on its last line,
+the check that failed ("" if none did) and the number of simulated operations.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from kvpager.testing.mutants import Mutant, mutated_source
 
 
-class _Planter(MetaPathFinder, Loader):
-    """Imports one module from changed source; all others are left to the usual finders."""
+class _MutantFinder(MetaPathFinder, Loader):
+    """Imports the mutated module from its changed source, and no other module."""
 
     def __init__(self, mutant: Mutant) -> None:
         self.module = mutant.module
@@ -38,19 +38,19 @@ class _Planter(MetaPathFinder, Loader):
         exec(compile(self.source, self.origin, "exec"), module.__dict__)
 
 
-def plant(mutant: Mutant) -> None:
-    """From now on `mutant.module` is imported with its bug.
+def install(mutant: Mutant) -> None:
+    """Make later imports of `mutant.module` use the mutated source.
 
-    Raises: `RuntimeError` where it is imported already.
+    Raises: `RuntimeError` if the module is imported already.
     """
     if mutant.module in sys.modules:
-        raise RuntimeError(f"{mutant.module} is imported already; plant before that")
-    sys.meta_path.insert(0, _Planter(mutant))
+        raise RuntimeError(f"{mutant.module} is imported already. Install the mutant before.")
+    sys.meta_path.insert(0, _MutantFinder(mutant))
 
 
-def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
-    """Return the check that notices the bug, or "", and the number of operations."""
-    # Not before the bug is planted.
+def detect(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
+    """Return the first check that fails, or "", and the number of operations."""
+    # Imported here: the mutant must be installed first.
     from kvpager.blocks.manager import BlockManager
     from kvpager.testing.adapters import BlockManagerAdapter
     from kvpager.testing.isolation import isolation
@@ -62,7 +62,7 @@ def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
     done = 0
     for first in seeds:
         for seed in range(first, first + max(operations // OPERATIONS_PER_SEED * 5, 1)):
-            # Many short runs: most bugs show early, in one setup or another.
+            # Many short runs: most bugs show early, but each in other setups.
             report = simulate(seed, OPERATIONS_PER_SEED // 5, shrinking=False)
             done += report.num_operations
             if report.failure is not None:
@@ -84,10 +84,10 @@ def notice(operations: int, seeds: Iterable[int]) -> tuple[str, int]:
 
 
 def main() -> None:
-    """Read one mutant, plant it, and print what noticed it."""
-    order = json.load(sys.stdin)
-    plant(Mutant(**order["mutant"]))
-    by, operations = notice(order["operations"], order["seeds"])
+    """Read a mutant, install it, and print the check that failed."""
+    job = json.load(sys.stdin)
+    install(Mutant(**job["mutant"]))
+    by, operations = detect(job["operations"], job["seeds"])
     print(json.dumps({"by": by, "operations": operations}))
 
 

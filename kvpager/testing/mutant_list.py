@@ -1,24 +1,24 @@
-"""The planted bugs. Each fragment stands exactly once in the source of its module."""
+"""The mutants. Each original fragment occurs exactly once in the source of its module."""
 
 from __future__ import annotations
 
 from kvpager.testing.mutants import Mutant
 
 _READS_BACK = "a sequence reads back what was written"
-_SHARED = "what others hold is never written"
+_SHARED = "a block that another sequence holds is never written"
 _RELEASED = "every reference is released exactly once"
 _COUNTS = "the counts add up"
-_COMMITTED = "nothing is visible before commit"
-_EQUAL = "what the index offers is equal token by token"
-_REFUSED = "misuse is refused at the call"
-_ATOMIC = "a failed call changes nothing"
+_COMMITTED = "nothing is reusable before it was committed"
+_EQUAL = "a reused prefix is equal token by token"
+_REFUSED = "an invalid call is refused"
+_ATOMIC = "a refused call changes nothing"
 _IN_FLIGHT = "a block with a copy in flight stays where it is"
-_RECLAIMED = "what only the index keeps can be had"
+_RECLAIMED = "blocks that only the index keeps can be evicted"
 
 MUTANTS = (
     # ---------------------------------------------------------------- pool
     Mutant(
-        "hand out a new block again",
+        "hand out a new block twice",
         "no block is handed out twice",
         "kvpager.blocks.pool",
         "self._num_used_ever += count - from_stack",
@@ -39,21 +39,21 @@ MUTANTS = (
         "            block: int",
     ),
     Mutant(
-        "share without counting",
+        "share without a reference",
         _COUNTS,
         "kvpager.blocks.pool",
         "self.refs[index] = refs + times",
         "self.refs[index] = refs",
     ),
     Mutant(
-        "keep a released block's count",
+        "keep the reference of a released block",
         _RELEASED,
         "kvpager.blocks.pool",
         "refs = self.refs[index] - times",
         "refs = self.refs[index] - 0",
     ),
     Mutant(
-        "release one, free it at once",
+        "free a block at its first release",
         _SHARED,
         "kvpager.blocks.pool",
         "if view[block] != 1 or self._is_watched",
@@ -67,21 +67,21 @@ MUTANTS = (
         "self._stack_size += len(blocks) // 2",
     ),
     Mutant(
-        "hold without counting",
+        "hold a block without counting it",
         _IN_FLIGHT,
         "kvpager.blocks.pool",
         "self.holds[index] += 1",
         "pass",
     ),
     Mutant(
-        "free what is held back",
+        "free blocks with a copy in flight",
         _IN_FLIGHT,
         "kvpager.blocks.pool",
         "self.num_kept += int(np.count_nonzero(kept))\n            idle = idle[~kept]",
         "self.num_kept += int(np.count_nonzero(kept))",
     ),
     Mutant(
-        "forget the ids of a prompt's open block",
+        "forget the ids of a partly filled block",
         _EQUAL,
         "kvpager.blocks.pool",
         "if num_full * size < len(ids):",
@@ -96,7 +96,7 @@ MUTANTS = (
     ),
     # ---------------------------------------------------------------- sequences, state
     Mutant(
-        "a freed handle stays good",
+        "accept a freed handle",
         _REFUSED,
         "kvpager.blocks.sequences",
         "self.generations[row] += 1",
@@ -110,14 +110,14 @@ MUTANTS = (
         "pass",
     ),
     Mutant(
-        "all new tokens into the first new slot",
+        "give all new tokens the first new slot",
         _READS_BACK,
         "kvpager.blocks.sequences",
         "positions = starts[owners] + ranks(counts)",
         "positions = starts[owners]",
     ),
     Mutant(
-        "believe a batch after a free",
+        "reuse a batch after a free",
         _REFUSED,
         "kvpager.blocks.sequences",
         "        self.free_rows.append(row)\n        self.epoch += 1",
@@ -145,14 +145,14 @@ MUTANTS = (
         "if False:",
     ),
     Mutant(
-        "claim one block too many",
+        "accept a call that lacks one block",
         _ATOMIC,
         "kvpager.blocks.state",
         "if count > pool.num_free + evictable:",
         "if count > pool.num_free + evictable + 1:",
     ),
     Mutant(
-        "count a prefix as reusable and as room",
+        "count a reused prefix as evictable",
         _ATOMIC,
         "kvpager.blocks.state",
         "evictable = pool.num_evictable - len(revived)",
@@ -167,7 +167,7 @@ MUTANTS = (
     ),
     # ---------------------------------------------------------------- verbs
     Mutant(
-        "reuse the last token, too",
+        "reuse the last token of a prompt",
         "one token is left to compute",
         "kvpager.blocks.allocation",
         "ids[: max(length - 1, 0)]",
@@ -188,7 +188,7 @@ MUTANTS = (
         "state.share(rows.device_blocks(parent), max(times - 1, 0))",
     ),
     Mutant(
-        "forget to free the host blocks",
+        "keep the host blocks of a freed sequence",
         _RELEASED,
         "kvpager.blocks.allocation",
         "state.release_host(table.host_blocks(row))",
@@ -209,21 +209,21 @@ MUTANTS = (
         "shared |= False",
     ),
     Mutant(
-        "let every holder of a tail keep it",
+        "let every holder write a shared tail",
         _SHARED,
         "kvpager.blocks.extension",
         "leaves[last[keeps]] = False",
         "leaves[:] = False",
     ),
     Mutant(
-        "copy the wrong way round",
+        "swap source and destination of copies",
         _READS_BACK,
         "kvpager.blocks.extension",
         "step.copies[:, 0], step.copies[:, 1] = tails, taken[: len(tails)]",
         "step.copies[:, 1], step.copies[:, 0] = tails, taken[: len(tails)]",
     ),
     Mutant(
-        "copy a block and not its ids",
+        "copy a block without its ids",
         _EQUAL,
         "kvpager.blocks.extension",
         "state.copy_ids(step.copies)",
@@ -237,7 +237,7 @@ MUTANTS = (
         "pass",
     ),
     Mutant(
-        "take ids behind unknown tokens for their neighbours",
+        "take ids after unknown tokens as known",
         _EQUAL,
         "kvpager.blocks.state",
         "whole = table.known[rows] == starts",
@@ -258,35 +258,35 @@ MUTANTS = (
         "settled = int(table.lengths[row])",
     ),
     Mutant(
-        "truncate and still know the ids",
+        "truncate and keep the ids",
         _EQUAL,
         "kvpager.blocks.truncation",
         "column[row] = min(int(column[row]), length)",
         "pass",
     ),
     Mutant(
-        "truncate and stay published",
+        "truncate and keep the published length",
         _EQUAL,
         "kvpager.blocks.truncation",
         "rows.published[row] = min(int(rows.published[row]), length // state.block_size)",
         "pass",
     ),
     Mutant(
-        "drop a block too many at the front",
+        "release one block too few at the front",
         _READS_BACK,
         "kvpager.blocks.truncation",
         "blocks = tables.data[behind]",
         "blocks = tables.data[behind][:-1]",
     ),
     Mutant(
-        "offer a sequence that lost its front",
+        "publish a sequence that lost its front",
         _EQUAL,
         "kvpager.blocks.truncation",
         "table.known[row] = table.published[row] = 0",
         "table.published[row] = 0",
     ),
     Mutant(
-        "forget that a duplicate replaces ours",
+        "forget that a block has a duplicate",
         _EQUAL,
         "kvpager.blocks.publication",
         "table.duplicates[row] |= is_duplicate",
@@ -300,7 +300,7 @@ MUTANTS = (
         "pass",
     ),
     Mutant(
-        "swap out and release one holder only",
+        "swap out and release one reference only",
         _RELEASED,
         "kvpager.blocks.swap",
         "state.release(leaving.blocks, leaving.holders)",
@@ -315,7 +315,7 @@ MUTANTS = (
     ),
     # ---------------------------------------------------------------- swap, fences, accounts
     Mutant(
-        "swap out what others still use",
+        "swap out blocks that other sequences hold",
         _READS_BACK,
         "kvpager.blocks.swap",
         "alone = holders == device.refs[blocks]",
@@ -329,35 +329,35 @@ MUTANTS = (
         "pass",
     ),
     Mutant(
-        "move a block with one holder only",
+        "move a block and keep one reference",
         _COUNTS,
         "kvpager.blocks.pool",
         "self.refs[blocks] = holders",
         "pass",
     ),
     Mutant(
-        "let go of an unfinished copy",
+        "release a block with an unfinished copy",
         _IN_FLIGHT,
         "kvpager.blocks.fences",
         'self._device.hold(kept["device"])',
         "pass",
     ),
     Mutant(
-        "never let go of the host side",
+        "never release the host side of a copy",
         _RELEASED,
         "kvpager.blocks.fences",
         "self._host.unhold(host)",
         "pass",
     ),
     Mutant(
-        "let a namespace pass its ceiling",
+        "let a namespace exceed its ceiling",
         "quotas hold",
         "kvpager.blocks.accounts",
         "over > ceiling:",
         "over > ceiling + 1:",
     ),
     Mutant(
-        "forget that blocks were freed",
+        "keep freed blocks in the namespace's count",
         "quotas hold",
         "kvpager.blocks.accounts",
         "self._accounts[number].used -= count",
@@ -365,63 +365,63 @@ MUTANTS = (
     ),
     # ---------------------------------------------------------------- prefix index
     Mutant(
-        "take a run for another image's",
+        "reuse a run of another image",
         _EQUAL,
         "kvpager.blocks.radix",
         "return tokens.tobytes() if tag is None else (tokens.tobytes(), tag)",
         "return tokens.tobytes()",
     ),
     Mutant(
-        "let one LoRA hit another's prefixes",
+        "reuse prefixes of another LoRA",
         _EQUAL,
         "kvpager.blocks.sequences",
         "        return self.namespace, self.lora\n",
         "        return self.namespace, None\n",
     ),
     Mutant(
-        "take the block that differs for equal",
+        "reuse the first block that differs",
         _EQUAL,
         "kvpager.blocks.prefix",
         "agreed = int(same.argmin()) // self.block_size",
         "agreed = -(-int(same.argmin()) // self.block_size)",
     ),
     Mutant(
-        "believe a place that is gone",
+        "use a position that was evicted",
         _EQUAL,
         "kvpager.blocks.radix",
         "return node if node is not None and position <= node.end else None",
         "return node",
     ),
     Mutant(
-        "let a run grow that lost its tail",
+        "extend a run that lost its tail",
         _EQUAL,
         "kvpager.blocks.eviction",
         "node.end, node.sealed = end, True",
         "node.end = end",
     ),
     Mutant(
-        "evict what is pinned",
+        "evict pinned blocks",
         _IN_FLIGHT,
         "kvpager.blocks.eviction",
         "return not (self._pool.refs[block] or self._pool.holds[block])",
         "return not self._pool.refs[block]",
     ),
     Mutant(
-        "evict what a sequence holds",
+        "evict blocks that a sequence holds",
         _SHARED,
         "kvpager.blocks.eviction",
         "leave &= self.idle(tail)",
         "pass",
     ),
     Mutant(
-        "evict and do not tell the pool",
+        "evict without telling the pool",
         _COUNTS,
         "kvpager.blocks.eviction",
         "self._pool.uncache(blocks)",
         "pass",
     ),
     Mutant(
-        "forget idle blocks before held ones",
+        "forget idle blocks that precede held ones",
         _RECLAIMED,
         "kvpager.blocks.eviction",
         "            node.queue.defer(node)\n        else:",

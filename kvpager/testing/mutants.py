@@ -1,8 +1,8 @@
-"""Planted bugs: the kit must notice each of them.
+"""Mutation tests of the kit: known bugs, each of which the kit must detect.
 
-A mutant replaces one exact fragment of a module's source. It is applied in a new interpreter when
-the module is imported; no file is changed. Then a bounded simulation, the properties of the
-conformance suite and the isolation probes run. The first that fails kills the mutant.
+A mutant replaces one exact fragment of a module's source. A new interpreter imports the module with
+the replacement; no file changes. Then it runs a bounded simulation, the properties of the
+conformance suite and the isolation probes. The first check that fails kills the mutant.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import kvpager
 
 @dataclass(frozen=True)
 class Mutant:
-    """One planted bug.
+    """A known bug, and the fragment of source to replace for it.
 
     `property`: the property it violates. `original` must be in the source of `module` exactly once.
     """
@@ -37,9 +37,9 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a mutant: killed or survived.
+    """The result of one mutant: killed or survived.
 
-    `by` names the failed check and its message, after `operations` simulated operations.
+    `by`: the check that failed, and its message. `operations`: the number that was simulated.
     """
 
     mutant: Mutant
@@ -49,14 +49,14 @@ class Outcome:
     seconds: float
 
 
-# Changes nothing: if it is "killed", the kit or the manager is broken.
+# The unchanged source: if the kit kills it, the kit or the manager is wrong.
 UNCHANGED = Mutant("unchanged", "none", "kvpager.blocks.manager", "", "")
 
 
 def mutated_source(mutant: Mutant) -> str:
-    """Return the module's source with the bug planted. O(source).
+    """Return the module's source with the fragment replaced. O(source).
 
-    Raises: `LookupError` unless the original fragment is there exactly once.
+    Raises: `LookupError` unless the source has the original fragment exactly once.
     """
     spec = find_spec(mutant.module)
     if spec is None or spec.origin is None:
@@ -67,7 +67,7 @@ def mutated_source(mutant: Mutant) -> str:
     count = source.count(mutant.original)
     if count != 1:
         raise LookupError(
-            f"mutant {mutant.name!r}: its fragment stands {count} times in {mutant.module}, "
+            f"mutant {mutant.name!r}: the fragment occurs {count} times in {mutant.module}, "
             "expected once"
         )
     return source.replace(mutant.original, mutant.replacement)
@@ -85,14 +85,14 @@ def kill(
     """Run the kit on each mutant; return outcomes in order. O(mutants * operations).
 
     Args:
-        mutants: the bugs.
-        operations: the most simulated for each mutant and seed.
-        seeds: a simulation each.
+        mutants: the bugs, with different names.
+        operations: maximum operations to simulate for each mutant and seed.
+        seeds: one simulation each.
         processes: mutants to run at a time.
-        timeout_seconds: time for one mutant; a mutant that takes longer is killed.
+        timeout_seconds: a mutant that runs longer counts as killed.
         progress: called with 1 after each mutant, such as `tqdm(...).update`.
 
-    Raises: `LookupError` for a fragment that is not found once; `RuntimeError` if the unchanged
+    Raises: `LookupError` if a fragment does not occur exactly once; `RuntimeError` if the unchanged
     source fails, or a mutant cannot be imported.
     """
     names = [mutant.name for mutant in mutants]
@@ -101,9 +101,9 @@ def kill(
     for mutant in mutants:
         mutated_source(mutant)
     limits = {"operations": operations, "seeds": list(seeds)}
-    sound = _try(UNCHANGED, limits, timeout_seconds)
-    if sound.killed:
-        raise RuntimeError(f"the unchanged source fails, so no mutant can be judged: {sound.by}")
+    unchanged = _try(UNCHANGED, limits, timeout_seconds)
+    if unchanged.killed:
+        raise RuntimeError(f"the unchanged source fails, so mutants prove nothing: {unchanged.by}")
     outcomes: dict[str, Outcome] = {}
     with ThreadPoolExecutor(processes) as pool:
         futures = [pool.submit(_try, mutant, limits, timeout_seconds) for mutant in mutants]
@@ -120,8 +120,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     width = max((len(outcome.mutant.name) for outcome in outcomes), default=0)
     lines = []
     for outcome in sorted(outcomes, key=lambda outcome: outcome.killed):
-        fate = f"killed by {outcome.by}" if outcome.killed else "SURVIVED"
-        lines.append(f"{outcome.mutant.name:{width}}  {fate}")
+        status = f"killed by {outcome.by}" if outcome.killed else "SURVIVED"
+        lines.append(f"{outcome.mutant.name:{width}}  {status}")
     killed = sum(outcome.killed for outcome in outcomes)
     return "\n".join([*lines, f"{killed} of {len(outcomes)} killed"])
 
@@ -134,7 +134,7 @@ def _try(mutant: Mutant, limits: dict[str, object], timeout_seconds: float) -> O
         done = subprocess.run(
             [sys.executable, "-m", "kvpager.testing.mutant_child"],
             input=json.dumps({"mutant": asdict(mutant), **limits}),
-            # The same kvpager as here, wherever this process was started.
+            # Import the same kvpager, whatever the current folder is.
             cwd=root,
             env={**os.environ, "PYTHONPATH": root},
             capture_output=True,
@@ -142,7 +142,7 @@ def _try(mutant: Mutant, limits: dict[str, object], timeout_seconds: float) -> O
             timeout=timeout_seconds,
         )
     except subprocess.TimeoutExpired:
-        by = f"no end within {timeout_seconds:g} s"
+        by = f"timeout after {timeout_seconds:g} s"
         return Outcome(mutant, True, by, 0, perf_counter() - begin)
     if done.returncode:
         raise RuntimeError(f"mutant {mutant.name!r} did not run:\n{done.stderr}")

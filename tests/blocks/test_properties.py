@@ -1,8 +1,7 @@
 """Any history of operations, checked against plain lists: see `kvpager.testing.machine`.
 
-Examples that once failed - with a planted bug, or for real - are kept in
-tests/testing/regressions/hypothesis and tried first. They are only read here; new ones land in
-.hypothesis.
+Hypothesis first tries the examples in tests/testing/regressions/hypothesis. They failed once, under
+a mutant or a real bug. The folder is only read: new examples are saved in .hypothesis.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from hypothesis.database import (
 from kvpager.testing.machine import PagedMemory
 
 ROOT = Path(__file__).resolve().parents[2]
-FOUND = DirectoryBasedExampleDatabase(ROOT / "tests" / "testing" / "regressions" / "hypothesis")
+REGRESSIONS = DirectoryBasedExampleDatabase(
+    ROOT / "tests" / "testing" / "regressions" / "hypothesis"
+)
 NEW = DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / "examples")
 
 TestPagedMemory = PagedMemory.TestCase
@@ -27,5 +28,5 @@ TestPagedMemory.settings = settings(
     max_examples=400,
     stateful_step_count=40,
     deadline=None,
-    database=MultiplexedDatabase(NEW, ReadOnlyDatabase(FOUND)),
+    database=MultiplexedDatabase(NEW, ReadOnlyDatabase(REGRESSIONS)),
 )

@@ -45,7 +45,7 @@ def test_a_bad_count_is_refused(count: str) -> None:
 def test_mutants_shows_what_killed_each() -> None:
     result = call("mutants", "--only", "kvpager.blocks.fences", "--processes", "2")
     assert result.exit_code == 0
-    assert "let go of an unfinished copy" in result.output
+    assert "release a block with an unfinished copy" in result.output
     assert "2 of 2 killed" in result.output
 
 

@@ -223,14 +223,14 @@ def test_a_mutant_is_killed_and_a_harmless_change_is_not() -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_every_mutant_fits_its_source(mutant: Mutant) -> None:
+def test_every_mutant_applies_to_its_source(mutant: Mutant) -> None:
     assert mutant.replacement in mutated_source(mutant)
 
 
 @pytest.mark.parametrize("fragment", ["no such line", "self"])
-def test_a_fragment_that_does_not_stand_there_once_is_refused(fragment: str) -> None:
+def test_a_fragment_that_does_not_occur_once_is_refused(fragment: str) -> None:
     mutant = Mutant("misfit", "none", "kvpager.blocks.manager", fragment, "")
-    with pytest.raises(LookupError, match="'misfit': its fragment stands"):
+    with pytest.raises(LookupError, match="'misfit': the fragment occurs"):
         kill([mutant])
 
 

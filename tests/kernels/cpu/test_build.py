@@ -511,9 +511,9 @@ def test_a_folder_that_others_can_write_is_not_used(
 ) -> None:
     monkeypatch.delenv("KVPAGER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    planted = compiler.ensure(PORTABLE).path
-    assert planted.parent == tmp_path / "xdg" / "kvpager"
-    planted.parent.chmod(mode)
+    library = compiler.ensure(PORTABLE).path
+    assert library.parent == tmp_path / "xdg" / "kvpager"
+    library.parent.chmod(mode)
     assert cache.writable_folder() == temporary
     assert compiler.ensure(PORTABLE).path.parent == temporary
 
