@@ -235,7 +235,7 @@ def scheduler(bench: Bench) -> None:
     rows = bench.sizes.rows
     work = bench.requests(rows, bench.sizes.rows_prompt, bench.sizes.new)
     watched = Watched()
-    with watched.watching(rows), Engine(models.twin(bench.model), memory="1GiB") as engine:
+    with watched.watching(rows), Engine(models.share_weights(bench.model), memory="1GiB") as engine:
         prompts = [item.prompt for item in work.items]
         engine.generate(prompts, max_new_tokens=bench.sizes.new)
     walls, parts = watched.decoding()

@@ -103,7 +103,8 @@ class Sampler:
         self.prompt = items.items[0].prompt
         self.peak = 0
         self.engine = Engine(
-            models.twin(bench.model), memory="256MiB", block_size=BLOCK, prefix_cache=together,
+            models.share_weights(bench.model), memory="256MiB", block_size=BLOCK,
+            prefix_cache=together,
             on_step=self.note,
         )  # fmt: skip
 

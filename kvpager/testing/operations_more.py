@@ -104,7 +104,7 @@ def allocate_shown(
 @operation(
     OPERATIONS, 0.3, needs=("clear_prefix_cache",), front=Tokens(), tails=Many(Tokens(), 3, 3)
 )
-def replace_twin(harness: ManagerHarness, front: list[int], tails: list[list[int]]) -> None:
+def replace_duplicate(harness: ManagerHarness, front: list[int], tails: list[list[int]]) -> None:
     """Evict the published blocks of two equal sequences; the duplicate continues."""
     if harness.setup.quotas or len(harness.rows) + 4 > harness.setup.num_sequences_max:
         return

@@ -139,12 +139,12 @@ def test_a_request_that_never_fits_is_an_error() -> None:
         _engine_run(model, small, work)
 
 
-def test_a_twin_has_the_weights_but_settings_of_its_own() -> None:
+def test_a_copy_shares_the_weights_but_has_its_own_settings() -> None:
     model = tiny()
-    twin = models.twin(model)
-    mine, its = dict(model.named_parameters()), dict(twin.named_parameters())
+    copied = models.share_weights(model)
+    mine, its = dict(model.named_parameters()), dict(copied.named_parameters())
     assert all(its[name] is parameter for name, parameter in mine.items())
-    twin.set_attn_implementation("eager")
+    copied.set_attn_implementation("eager")
     assert model.config._attn_implementation != "eager"
 
 

@@ -38,7 +38,7 @@ def test_what_is_stored_later_names_the_block_before_it() -> None:
     assert manager.events.fetch()[-1].parent == manager.block_tables(sequence)[0][0]
 
 
-def test_a_twins_blocks_are_not_stored_twice() -> None:
+def test_duplicate_blocks_are_not_stored_twice() -> None:
     manager = watched()
     pair = [manager.allocate(A), manager.allocate(A)]
     manager.commit(pair)

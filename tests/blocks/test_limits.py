@@ -13,7 +13,7 @@ from kvpager.blocks.accounts import Account
 from kvpager.blocks.policies.base import Queue
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.stats import BlockStatus
-from tests.support.clones import twin_of
+from tests.support.clones import clone_of
 from tests.support.manager_state import handles_of, state_of
 
 
@@ -60,13 +60,13 @@ def test_the_deepest_deferred_run_is_evicted_first() -> None:
 def test_what_would_make_a_floor_a_lie_is_refused() -> None:
     manager = BlockManager(20, 4)
     tokens = list(range(20))
-    first, twin = (manager.allocate(tokens, namespace="b") for _ in range(2))
-    manager.commit([first, twin])
+    first, duplicate = (manager.allocate(tokens, namespace="b") for _ in range(2))
+    manager.commit([first, duplicate])
     manager.quotas.set("a", floor=10)
     manager.free(first)
     manager.allocate(20, namespace="b")
     with pytest.raises(ValueError, match="for the floors"):
-        manager.pins.pin(twin)
+        manager.pins.pin(duplicate)
     with pytest.raises(ValueError, match="for the floors"):
         manager.shrink(19)
     with pytest.raises(ValueError, match="11 blocks, but only 10 are available"):
@@ -257,7 +257,7 @@ def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
                     sequences.append(manager.allocate(ids, namespace=name))
                     manager.commit(sequences[-1])
         manager.check()
-    recounted = twin_of(manager)
+    recounted = clone_of(manager)
     recounted._state.recount(recounted._state.accounts.limits)
     for one in (manager, recounted):
         one.free(list(handles_of(one).values()))

@@ -687,9 +687,9 @@ def test_foreign_handles_do_not_deadlock_two_managers() -> None:
 
 def test_out_of_blocks_survives_pickling_and_copying() -> None:
     error = OutOfBlocks(3, 1, 0, 8, "host", "raise num_host_blocks")
-    twin = copy.copy(error)
-    assert str(twin) == str(error)
-    assert (twin.need, twin.free, twin.tier) == (3, 1, "host")
+    copied = copy.copy(error)
+    assert str(copied) == str(error)
+    assert (copied.need, copied.free, copied.tier) == (3, 1, "host")
 
 
 def test_using_a_prompt_again_and_again_costs_no_memory(manager: BlockManager) -> None:
@@ -700,7 +700,7 @@ def test_using_a_prompt_again_and_again_costs_no_memory(manager: BlockManager) -
     manager.check()
 
 
-def test_a_prefix_is_offered_again_after_its_twin_was_evicted(manager: BlockManager) -> None:
+def test_a_prefix_is_published_again_after_its_duplicate_was_evicted(manager: BlockManager) -> None:
     first, second = manager.allocate(prompt(8)), manager.allocate(prompt(8))
     manager.commit([first, second])
     manager.free(first)
@@ -856,10 +856,10 @@ def test_a_prompt_leaves_from_its_end(manager: BlockManager) -> None:
 
 def test_a_sequence_republishes_after_its_namespace_was_emptied() -> None:
     manager = BlockManager(6, 4)
-    twin = manager.allocate(prompt(8), namespace="acme")
+    duplicate = manager.allocate(prompt(8), namespace="acme")
     manager.free(committed(manager, prompt(8), "acme"))
-    manager.commit(twin, 0)
+    manager.commit(duplicate, 0)
     manager.clear_prefix_cache()
-    manager.commit(twin)
+    manager.commit(duplicate)
     manager.check()
     assert manager.allocate(prompt(9), namespace="acme").num_cached_tokens == 8

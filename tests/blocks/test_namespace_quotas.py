@@ -12,18 +12,18 @@ from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.quotas import Quota
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfQuota
-from tests.support.clones import twin_of
+from tests.support.clones import clone_of
 from tests.support.prefixes import A, B, C, cache, committed
 
 
 def room(manager: BlockManager, namespace: str | None) -> int:
     """Return how many blocks a namespace could get now."""
-    twin = twin_of(manager)
+    clone = clone_of(manager)
     num_blocks = 0
     with suppress(OutOfBlocks):
         while True:
-            twin.allocate(1, namespace=namespace)
-            twin.check()
+            clone.allocate(1, namespace=namespace)
+            clone.check()
             num_blocks += 1
     return num_blocks
 

@@ -153,16 +153,16 @@ def test_a_run_without_its_tail_can_be_extended() -> None:
 
 def test_a_place_beyond_a_lost_tail_is_gone() -> None:
     manager = BlockManager(16, 4)
-    first, twin = manager.allocate(A + B), manager.allocate(A + B)
-    manager.commit([first, twin])  # the duplicate's place is in the blocks of the first
+    first, duplicate = manager.allocate(A + B), manager.allocate(A + B)
+    manager.commit([first, duplicate])  # the duplicate's place is in the blocks of the first
     manager.free(first)
     held = manager.allocate(manager.num_free_blocks * 4)
     manager.append(held, 1)  # the tail of the run leaves
     manager.free(held)
     assert manager.match_prefix(A + B) == 4
     cache(manager, A + C + D)
-    manager.append(twin, E)
-    manager.commit(twin)
+    manager.append(duplicate, E)
+    manager.commit(duplicate)
     manager.check()
     assert manager.match_prefix(A + B + E) == 12
     assert manager.match_prefix(A + C + E) == 8
@@ -171,42 +171,42 @@ def test_a_place_beyond_a_lost_tail_is_gone() -> None:
 # -------------------------------------------------------------------- duplicates and forks
 
 
-def test_a_twin_goes_on_behind_the_blocks_that_are_offered(manager: BlockManager) -> None:
-    first, twin = manager.allocate(A + B), manager.allocate(A + B)
-    manager.commit([first, twin])
-    manager.append([first, twin], [C, D])
-    manager.commit([twin, first])
+def test_a_duplicate_continues_after_the_published_blocks(manager: BlockManager) -> None:
+    first, duplicate = manager.allocate(A + B), manager.allocate(A + B)
+    manager.commit([first, duplicate])
+    manager.append([first, duplicate], [C, D])
+    manager.commit([duplicate, first])
     manager.check()
     assert manager.stats().num_shared == 0
     assert manager.match_prefix(A + B + C) == manager.match_prefix(A + B + D) == 12
 
 
-def test_a_twin_whose_counterpart_was_evicted_offers_its_own_blocks() -> None:
+def test_a_duplicate_publishes_its_blocks_after_an_eviction() -> None:
     manager = BlockManager(8, 4)
-    first, twin = manager.allocate(A + B), manager.allocate(A + B)
-    manager.commit([first, twin])
+    first, duplicate = manager.allocate(A + B), manager.allocate(A + B)
+    manager.commit([first, duplicate])
     manager.free(first)
     evict(manager, 2)
     assert manager.match_prefix(A + B) == 0
-    manager.append(twin, C)
-    manager.commit(twin)
+    manager.append(duplicate, C)
+    manager.commit(duplicate)
     manager.check()
     hit = manager.allocate(A + B + C + D)
     assert hit.num_cached_tokens == 12
-    assert manager.block_tables(hit)[0][:3].tolist() == manager.block_tables(twin)[0].tolist()
+    assert manager.block_tables(hit)[0][:3].tolist() == manager.block_tables(duplicate)[0].tolist()
 
 
 def test_a_duplicate_whose_front_was_evicted_publishes_its_own_blocks() -> None:
     manager = BlockManager(8, 4)
-    first, twin = manager.allocate(A + B), manager.allocate(A + B)
-    manager.commit([first, twin])
-    manager.append(twin, C)
-    manager.commit(twin)  # C stands behind the blocks of the first
+    first, duplicate = manager.allocate(A + B), manager.allocate(A + B)
+    manager.commit([first, duplicate])
+    manager.append(duplicate, C)
+    manager.commit(duplicate)  # C stands behind the blocks of the first
     manager.free(first)
     manager.clear_prefix_cache()  # takes them, and with them C, although it is held
     manager.check()
     assert manager.match_prefix(A + B + C) == 0
-    manager.commit(twin)
+    manager.commit(duplicate)
     manager.check()
     assert manager.match_prefix(A + B + C) == 12
 
@@ -223,7 +223,7 @@ def test_forks_offer_their_different_continuations(manager: BlockManager) -> Non
         assert manager.match_prefix(A + block + E) == 12
 
 
-def test_forks_that_write_the_same_are_twins(manager: BlockManager) -> None:
+def test_forks_that_write_the_same_are_duplicates(manager: BlockManager) -> None:
     family = [parent := manager.allocate(A), *manager.fork(parent, 2)]
     manager.append(family, [B, B, B])
     manager.commit(family)

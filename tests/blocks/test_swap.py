@@ -11,7 +11,7 @@ from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import SequenceSwapped
 from kvpager.plans import Plan, Step
-from tests.support.clones import twin_of
+from tests.support.clones import clone_of
 from tests.support.manager_state import handles_of, same_state, state_of
 
 NUM_STEPS = 5_000
@@ -419,7 +419,7 @@ def test_victims_free_what_they_promise(memory: Memory) -> None:
     members, manager = family(memory), memory.manager
     for need in range(1, 6):
         chosen = manager.victims(members, need)
-        copy = twin_of(manager)
+        copy = clone_of(manager)
         handles = handles_of(copy)
         free = copy.num_free_blocks
         copy.swap([handles[one.name] for one in chosen], "host")

@@ -1,4 +1,4 @@
-"""A second manager that is equal to a first one: what would happen, without its happening."""
+"""Deep copies of a manager: try a call on the copy, and leave the original as it is."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Memo = dict[int, Any]
 
 
 def _array(array: np.ndarray, memo: Memo) -> np.ndarray:
-    """Copy an array; a view of one that is copied too is a view of the copy."""
+    """Copy an array. If its base is copied too, the copy is a view of that copy."""
     base = array.base
     if not isinstance(base, np.ndarray):
-        twin = array.copy()
+        copied = array.copy()
     else:
         offset = array.ctypes.data - base.ctypes.data
-        twin = np.ndarray(
+        copied = np.ndarray(
             array.shape, array.dtype, copy.deepcopy(base, memo), offset, array.strides
         )
-    memo[id(array)] = twin
-    return twin
+    memo[id(array)] = copied
+    return copied
 
 
 _COPIERS = {
@@ -37,10 +37,7 @@ _COPIERS = {
 }
 
 
-def twin_of(manager: BlockManager) -> BlockManager:
-    """Return a manager that knows the same and shares nothing with `manager`.
-
-    `handles_of` has the handles of its sequences.
-    """
+def clone_of(manager: BlockManager) -> BlockManager:
+    """Return a deep copy of `manager`. `handles_of` returns the handles of its sequences."""
     with mock.patch.dict(copy._deepcopy_dispatch, _COPIERS):  # type: ignore[attr-defined]
         return copy.deepcopy(manager)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from kvpager.bench.throughput.models import twin
+from kvpager.bench.throughput.models import share_weights
 from kvpager.bench.throughput.pacing import MONOTONIC, Clock, arrivals
 from kvpager.bench.throughput.results import Memory, Moment, Run, Served
 from kvpager.bench.throughput.systems import Options, Progress
@@ -30,7 +30,7 @@ class EngineSystem:
         compiled: bool = False,
         clock: Clock = MONOTONIC,
     ) -> None:
-        self._model, self._clock = twin(model), clock
+        self._model, self._clock = share_weights(model), clock
         info = inspect_model(self._model)
         budget = Budget(
             None, options.block_size, kv_cache_dtype=options.engine.get("kv_cache_dtype")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from kvpager.bench.throughput.models import twin
+from kvpager.bench.throughput.models import share_weights
 from kvpager.bench.throughput.pacing import PERFORMANCE, Clock, arrivals
 from kvpager.bench.throughput.results import Memory, Run, Served
 from kvpager.bench.throughput.systems import Progress
@@ -26,7 +26,7 @@ class PaddedBatches:
     """
 
     def __init__(self, model: Any, rows: int | None, clock: Clock = PERFORMANCE) -> None:
-        self._model, self._rows, self._clock = twin(model), rows, clock
+        self._model, self._rows, self._clock = share_weights(model), rows, clock
 
     def run(self, workload: Workload, progress: Progress) -> Run:
         """Serve the requests."""

@@ -11,7 +11,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from kvpager.bench.throughput.models import twin
+from kvpager.bench.throughput.models import share_weights
 from kvpager.bench.throughput.pacing import PERFORMANCE, Clock, arrivals
 from kvpager.bench.throughput.results import Run, Served
 from kvpager.bench.throughput.systems import Options, Progress
@@ -26,7 +26,7 @@ class ContinuousBatches:
     """One manager per run, made and warmed up before the first request arrives."""
 
     def __init__(self, model: Any, options: Options, clock: Clock = PERFORMANCE) -> None:
-        self._model, self._clock, self._options = twin(model), clock, options
+        self._model, self._clock, self._options = share_weights(model), clock, options
 
     @torch.no_grad()
     def run(self, workload: Workload, progress: Progress) -> Run:

@@ -57,7 +57,7 @@ def load(path: str | None, device: str | None = None) -> Any:
     return model.to(device or "cpu").eval()
 
 
-def twin(model: Any) -> Any:
+def share_weights(model: Any) -> Any:
     """Return a model that shares the weights but has its own settings. O(modules)."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

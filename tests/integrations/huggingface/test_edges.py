@@ -484,10 +484,10 @@ def test_a_layer_behind_a_copy_never_writes_shared_blocks() -> None:
     cache = kvpager.PagedCache()
     key = torch.randn(1, 2, 5, 16)
     cache.update(key, key, 0)
-    twin = copy.deepcopy(cache)
+    copied = copy.deepcopy(cache)
     with pytest.raises(kvpager.KVPagerError, match="copied or reordered"):
         cache.groups[0].extend(1, 0, 5)
-    assert torch.equal(twin.layers[0].keys + 0, key)
+    assert torch.equal(copied.layers[0].keys + 0, key)
 
 
 # ---------------------------------------------------------------- models with ways of their own

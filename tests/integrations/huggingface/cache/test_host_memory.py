@@ -337,8 +337,8 @@ def test_a_batch_in_both_tiers_supports_every_cache_operation() -> None:
         cache.activate_past_recording()
         said = [model(inputs, **passing(cache)).logits]
         cache.crop(-3)
-        twin = copy.deepcopy(cache)
-        for each, rows in ((cache, [3, 0]), (twin, [1, 1])):
+        copied = copy.deepcopy(cache)
+        for each, rows in ((cache, [3, 0]), (copied, [1, 1])):
             each.batch_select_indices(torch.tensor(rows))
             said.append(model(more, **passing(each)).logits)
             each.batch_repeat_interleave(2)

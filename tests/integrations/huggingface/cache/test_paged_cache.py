@@ -94,8 +94,8 @@ def test_copies_of_one_prompt_continue_apart(name: str, batch: str) -> None:
         results = []
         for seed in (1, 2, 1):
             step = longer(first, inputs["attention_mask"], more_ids(len(BATCHES[batch]), seed))
-            twin = copy.deepcopy(cache_of(first))
-            results.append(tokens(model, step, **passing(twin)))
+            copied = copy.deepcopy(cache_of(first))
+            results.append(tokens(model, step, **passing(copied)))
         step = longer(first, inputs["attention_mask"], more_ids(len(BATCHES[batch]), 3))
         results.append(tokens(model, step, **passing(cache_of(first))))
         return results
@@ -110,11 +110,11 @@ def test_a_copy_shares_every_block() -> None:
     with kvpager.patch(model) as patch:
         first = generate(model, tiny_models.prompts([40]))
         before = patch.stats()
-        twins = [copy.deepcopy(cache_of(first)) for _ in range(5)]
+        copies = [copy.deepcopy(cache_of(first)) for _ in range(5)]
         after = patch.stats()
         assert after.num_held_blocks == before.num_held_blocks == after.num_shared_blocks
         step = longer(first, torch.ones(1, 40, dtype=torch.long))
-        generate(model, step, **passing(twins[0]), max_new_tokens=1)
+        generate(model, step, **passing(copies[0]), max_new_tokens=1)
         assert patch.stats().num_held_blocks == before.num_held_blocks + 1
         assert patch.stats().copied_blocks == 1
 
@@ -127,12 +127,12 @@ def test_copies_of_copies_and_the_death_of_the_original() -> None:
     plain = tokens(model, step, **passing(cache_of(first)))
     with kvpager.patch(model) as patch:
         first = generate(model, inputs)
-        twin = copy.deepcopy(copy.deepcopy(cache_of(first)))
+        copied = copy.deepcopy(copy.deepcopy(cache_of(first)))
         del first
         gc.collect()
         generate(model, inputs)  # would overwrite blocks that were freed too early
-        assert torch.equal(tokens(model, step, **passing(twin)), plain)
-        del twin
+        assert torch.equal(tokens(model, step, **passing(copied)), plain)
+        del copied
         gc.collect()
         assert patch.stats().num_held_blocks == 0
 

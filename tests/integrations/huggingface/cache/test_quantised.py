@@ -126,10 +126,10 @@ def test_caches_in_eight_bits_are_continued_copied_and_cropped(
     def logits(cache: Any) -> list[Tensor]:
         with torch.no_grad():
             model(ids, **passing(cache))
-            twin = copy.deepcopy(cache)
+            copied = copy.deepcopy(cache)
             cache.crop(-7)
             found = [model(ids[:, :5], **passing(cache)).logits]
-            found.append(model(ids[:, :3], **passing(twin)).logits)
+            found.append(model(ids[:, :3], **passing(copied)).logits)
         return found
 
     with rounded_entries(monkeypatch, "int8"):
