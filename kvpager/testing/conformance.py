@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
+from kvpager.testing.adapter_harness import AdapterHarness
 from kvpager.testing.adapters import BlockManagerAdapter
 from kvpager.testing.histories import supported
-from kvpager.testing.properties import PROPERTIES, AdapterHarness, ManagerAdapter
+from kvpager.testing.properties import PROPERTIES, ManagerAdapter
 from kvpager.testing.results import MakeAdapter, PropertyResult, check_properties
 from kvpager.testing.rules import RULES
 from kvpager.testing.strategies import machine_of

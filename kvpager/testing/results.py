@@ -10,14 +10,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from kvpager.testing.adapter_harness import AdapterHarness
 from kvpager.testing.histories import Failure, History, describe, replay, shrink, supported
-from kvpager.testing.properties import (
-    PROPERTIES,
-    AdapterHarness,
-    ManagerAdapter,
-    check_adapter,
-    is_supported,
-)
+from kvpager.testing.properties import PROPERTIES, ManagerAdapter, check_adapter, is_supported
 from kvpager.testing.rules import RULES
 
 MakeAdapter = Callable[[int, int], ManagerAdapter]

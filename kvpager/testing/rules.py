@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvpager.testing.adapter_harness import AdapterHarness, Row
 from kvpager.testing.histories import Choice, Ended, Number, Pick, Table, Tokens, operation
 from kvpager.testing.memory import Content
-from kvpager.testing.properties import AdapterHarness, Row
 
 RULES: Table = {}
 
