@@ -192,8 +192,8 @@ class AdapterHarness:
             message = f"{free} free + {total - free} held is not {self.adapter.num_blocks}"
             self.report("blocks_add_up", message)
         check = getattr(self.adapter, "check", None)
-        if check is not None and "books_right" in self.watch:
-            self.call("books_right", check)
+        if check is not None and "check_passes" in self.watch:
+            self.call("check_passes", check)
 
     def _check_content(self, row: Row, table: list[int]) -> None:
         length = len(row.content)

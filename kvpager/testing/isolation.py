@@ -140,7 +140,7 @@ class _Probe:
             told = self.tell(owner, asker, prompt, hit)
             self.count("own" if asker == owner else "foreign", hit)
             if asker != owner and hit:
-                raise Violation("namespaces apart", told)
+                raise Violation("namespaces isolated", told)
             size = self.setup.block_size
             is_cached = asker == owner and evicted == self.committed[owner, prompt]
             if is_cached and hit < (len(prompt) - 1) // size * size:

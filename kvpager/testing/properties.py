@@ -11,22 +11,22 @@ PROPERTIES = {
     "blocks_add_up": "free and held blocks add up to the pool; none is lost",
     "handed_out_once": "no block is handed out twice",
     "nothing_before_commit": "nothing is reusable before it was committed",
-    "namespaces_apart": "what one namespace wrote, no other namespace reuses",
+    "namespaces_isolated": "what one namespace wrote, no other namespace reuses",
     "refusal_changes_nothing": "a refused call changes nothing",
     "full_pool_refused": "what cannot fit is refused with out_of_blocks",
     "served_when_it_fits": "a valid call that fits is served",
     "double_free_refused": "a second free is refused and changes nothing",
     "stale_handle_refused": "a freed handle is refused and the call changes nothing",
-    "fork_moves_nothing": "a fork takes no block",
-    "books_right": "the manager's own check finds nothing wrong",
+    "fork_takes_no_block": "a fork takes no block",
+    "check_passes": "the manager's own check finds nothing wrong",
 }
 
 # The method that an adapter needs for a property to be checked.
 REQUIRED_METHODS = {
     "nothing_before_commit": "commit",
-    "namespaces_apart": "allocate_in",
-    "fork_moves_nothing": "fork",
-    "books_right": "check",
+    "namespaces_isolated": "allocate_in",
+    "fork_takes_no_block": "fork",
+    "check_passes": "check",
 }
 
 

@@ -32,7 +32,7 @@ def _begin(harness: AdapterHarness, handle: Any, content: Content) -> None:
             harness.report("nothing_before_commit", f"{what}, which nobody committed")
         if last not in harness.written:
             message = f"{what}, which {content.namespace!r} never wrote"
-            harness.report("namespaces_apart", message)
+            harness.report("namespaces_isolated", message)
     row = Row(handle, content)
     harness.rows.append(row)
     if hasattr(adapter, "copies"):
@@ -115,7 +115,7 @@ def fork(harness: AdapterHarness, pick: int) -> None:
             harness.copy(harness.call("reads_back", lambda: list(adapter.copies(handle))))
         now = harness.num_free()
         if now != free:
-            harness.report("fork_moves_nothing", f"a fork took {free - now} blocks")
+            harness.report("fork_takes_no_block", f"a fork took {free - now} blocks")
 
 
 @operation(RULES, 2, pick=PICK)

@@ -148,9 +148,9 @@ class ForksIntoNewBlocks(NaiveManager):
         return child
 
 
-class BadBooks(NaiveManager):
+class FailsItsCheck(NaiveManager):
     def check(self) -> None:
-        assert not self.cached, "the books are wrong"
+        assert not self.cached, "blocks are cached"
 
 
 BROKEN = {
@@ -161,12 +161,12 @@ BROKEN = {
     FreesTwice: "double_free_refused",
     ChangesWhenRefused: "refusal_changes_nothing",
     ServesTheDead: "stale_handle_refused",
-    MixesTenants: "namespaces_apart",
+    MixesTenants: "namespaces_isolated",
     RefusesTooMuch: "served_when_it_fits",
     WrongError: "full_pool_refused",
     ForgetsTheCopy: "reads_back",
-    ForksIntoNewBlocks: "fork_moves_nothing",
-    BadBooks: "books_right",
+    ForksIntoNewBlocks: "fork_takes_no_block",
+    FailsItsCheck: "check_passes",
 }
 
 
@@ -227,8 +227,8 @@ def test_an_unsupported_property_is_not_checked() -> None:
     absent = {name for name, verdict in verdicts.items() if verdict == "unsupported"}
     assert absent == {
         "nothing_before_commit",
-        "namespaces_apart",
-        "fork_moves_nothing",
-        "books_right",
+        "namespaces_isolated",
+        "fork_takes_no_block",
+        "check_passes",
     }
     assert set(verdicts.values()) == {"holds", "unsupported"}

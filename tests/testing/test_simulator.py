@@ -190,7 +190,7 @@ def test_a_shared_index_is_noticed() -> None:
             return super().allocate(prompt)
 
     report = isolation(0, 300, make_manager=lambda setup: Mixed(setup.num_blocks, setup.block_size))
-    assert report.failure.startswith("namespaces apart: ")
+    assert report.failure.startswith("namespaces isolated: ")
     assert report.foreign_hits == 1
 
 
