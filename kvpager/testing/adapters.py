@@ -1,4 +1,4 @@
-"""kvpager's own managers behind the interface of the conformance suite."""
+"""The adapter of kvpager's own managers, an example for others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class BlockManagerAdapter:
         return self.manager.allocate(tokens)
 
     def allocate_in(self, tokens: list[int], namespace: str | None) -> Any:
-        """Begin a sequence of one tenant. O(tokens)."""
+        """Begin a sequence in a namespace. O(tokens)."""
         return self.manager.allocate(tokens, namespace=namespace)
 
     def num_cached_tokens(self, handle: Any) -> int:

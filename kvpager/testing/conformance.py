@@ -1,4 +1,4 @@
-"""The conformance suite: check any paged block manager against the properties of this kit.
+"""A pytest suite that checks the properties of any paged block manager.
 
     from kvpager.testing.conformance import ManagerConformance
 
@@ -6,8 +6,8 @@
         def make(self, num_blocks, block_size):
             return PeerAdapter(num_blocks, block_size)
 
-See `ManagerAdapter` for the methods of an adapter, and `BlockManagerAdapter` for an example. Needs
-pytest and Hypothesis; `kvpager.testing.results` returns the results as data and needs neither.
+`ManagerAdapter` lists the methods of an adapter, and `BlockManagerAdapter` is an example. The suite
+needs pytest and Hypothesis; `kvpager.testing.results` needs neither and returns data.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def conformance_machine(
 ) -> type[RuleBasedStateMachine]:
     """Return a state machine class that checks all properties of `make_adapter`'s managers.
 
-    `pools`: the least and the most blocks of a manager. O(everything) after each step.
+    `pools`: minimum and maximum blocks of a manager. Each step costs O(blocks + tokens).
     """
 
     def make_harness(num_blocks: int) -> AdapterHarness:
@@ -52,10 +52,13 @@ def conformance_machine(
 
 
 class ManagerConformance:
-    """Subclass it in a pytest file, define `make`, and each property is a test.
+    """A mixin for pytest classes: define `make`, and each property becomes a test.
 
-    Attributes: `block_size` of the managers and `pools`, their least and most blocks. `histories`
-    is the number for each property, `examples` the number for the state machine.
+    Attributes:
+        block_size: token slots of a block.
+        pools: minimum and maximum blocks of a manager.
+        histories: random histories for each property.
+        examples: examples that Hypothesis generates for the state machine.
     """
 
     block_size = 4

@@ -1,9 +1,9 @@
 """Histories of operations: drawn at random, replayed, and shrunk when they fail.
 
-An operation is a function and a description of its arguments. This module draws random arguments
-from the description; `kvpager.testing.strategies` makes Hypothesis strategies of it. Arguments are
-ints, lists and strings. A number modulo the live sequences selects a sequence, so any part of a
-history is a valid history, which makes shrinking simple.
+An operation is a function and a description of its arguments: ints, lists and strings. This module
+draws random arguments from it; `kvpager.testing.strategies` makes Hypothesis strategies from it. A
+number modulo the live sequences selects a sequence. Any part of a history is therefore a valid
+history, which makes shrinking simple.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Kind(Protocol):
 
 @dataclass(frozen=True)
 class Number:
-    """0 to `most`: a count, or a position modulo the number of positions."""
+    """An int from 0 to `most`: a count, or a position modulo the number of positions."""
 
     most: int = 255
 
@@ -56,9 +56,9 @@ class Number:
 
 @dataclass(frozen=True)
 class Pick:
-    """A live sequence, counted from the newest, modulo their number.
+    """The number of a live sequence, from the newest on, modulo the number of live sequences.
 
-    Counted from the newest, so that a history without its front does much the same.
+    A history that loses its first operations then still picks mostly the same sequences.
     """
 
     def draw(self, random: Random, scale: Scale) -> int:
@@ -79,7 +79,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, up to `longest`; None: up to the scale's `longest`."""
+    """A list of at most `longest` token ids; None takes the scale's `longest`."""
 
     longest: int | None = None
 
@@ -92,7 +92,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Many:
-    """A list of `least` to `most` of another kind."""
+    """A list of `least` to `most` values of another kind."""
 
     kind: Kind
     least: int = 1
@@ -108,7 +108,7 @@ class Many:
 class Operation:
     """An operation of a history: `run(harness, *arguments)`.
 
-    `needs`: methods that the manager or adapter must have, or the operation is never drawn.
+    `needs`: members that the manager or adapter must have. Without them it is never drawn.
     """
 
     name: str
@@ -138,7 +138,7 @@ def operation(
 
 
 def supported(table: Table, subject: object) -> Table:
-    """Return the operations whose needs `subject` has. O(operations)."""
+    """Return the operations for which `subject` has all members. O(operations)."""
     return {name: one for name, one in table.items() if all(hasattr(subject, n) for n in one.needs)}
 
 
@@ -152,7 +152,7 @@ class Violation(AssertionError):
 
 
 class Ended(Exception):
-    """The history cannot continue, for a reason other than the properties under test."""
+    """The history cannot continue, though no property under test is violated."""
 
 
 class Harness(Protocol):
@@ -214,8 +214,8 @@ def shrink(
 ) -> History:
     """Return a short history that still fails: drop operations, then simplify arguments.
 
-    Delta debugging (Zeller and Hildebrandt, 2002). Deterministic: the number of
-    replayed operations is the bound, not time. The returned history did fail.
+    Delta debugging (Zeller and Hildebrandt, 2002). Deterministic: `operations_max` bounds the
+    replayed operations, and there is no time limit. The returned history has failed in a replay.
     """
     search = _Search(fails, operations_max)
     size = 0

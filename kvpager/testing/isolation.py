@@ -137,14 +137,14 @@ class _Probe:
             evicted = self.manager.stats().total_evicted
             handle = self.allocate(self.setup.namespaces[asker], prompt)
             hit = handle.num_cached_tokens
-            told = self.tell(owner, asker, prompt, hit)
+            message = self.describe(owner, asker, prompt, hit)
             self.count("own" if asker == owner else "foreign", hit)
             if asker != owner and hit:
-                raise Violation("namespaces isolated", told)
+                raise Violation("namespaces isolated", message)
             size = self.setup.block_size
             is_cached = asker == owner and evicted == self.committed[owner, prompt]
             if is_cached and hit < (len(prompt) - 1) // size * size:
-                raise Violation("what is committed is reused", told)
+                raise Violation("a committed prefix is reused", message)
             self.write_and_read(handle, self.setup.namespaces[asker], prompt)
             self.manager.free(handle)
 
@@ -152,7 +152,7 @@ class _Probe:
         self.counts[whose] += 1
         self.counts[f"{whose} hits"] += hit > 0
 
-    def tell(self, owner: int, asker: int, prompt: tuple[int, ...], hit: int) -> str:
+    def describe(self, owner: int, asker: int, prompt: tuple[int, ...], hit: int) -> str:
         names = self.setup.namespaces
         return f"{names[asker]!r} hits {hit} tokens of {prompt}, committed by {names[owner]!r}"
 

@@ -4,7 +4,7 @@
 
     TestPagedMemory = PagedMemory.TestCase
 
-The rules are the simulator's operations, so a new operation is a new rule as well.
+Its rules are the simulator's operations, so a new operation becomes a new rule.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvpager.testing.strategies import machine_of
 
 
 def setups(block_size: int = 4) -> st.SearchStrategy[Setup]:
-    """Return small pools, in which prefixes collide, checked after every operation."""
+    """Return a strategy of small pools, in which prefixes collide, checked after every step."""
     return st.builds(
         Setup,
         num_blocks=st.integers(1, 14),
@@ -46,7 +46,8 @@ def manager_machine(
 ) -> type[RuleBasedStateMachine]:
     """Return a state machine class for the managers that `make_manager` makes from a `Setup`.
 
-    After every step it reads all sequences back and checks the state; at the end it frees all.
+    After every step the machine reads all sequences back and checks the state. At the end it frees
+    all sequences.
     """
 
     def make_harness(setup: Setup) -> ManagerHarness:

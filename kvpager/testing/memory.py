@@ -1,7 +1,7 @@
 """A miniature data plane: one integer for every token slot, on the device and on the host.
 
 A token's integer represents its key and value. Like them it depends on the namespace and on all
-tokens up to it, so a wrongly reused prefix is noticed.
+tokens up to it. A prefix that was reused wrongly therefore reads back as wrong numbers.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Content:
 
 
 def _start(namespace: str | None) -> int:
-    # None must differ from every string, the empty one included. Never `hash`, which changes
-    # from process to process: a seed is to give the same run everywhere.
+    # None differs from every string, also from the empty one. `hash` would differ between
+    # processes, and a seed must give the same run in all of them.
     return 0 if namespace is None else crc32(namespace.encode()) + 1
 
 
@@ -102,7 +102,7 @@ class TokenMemory:
         }
 
     def copy(self, pairs: ArrayLike) -> None:
-        """Copy device blocks, (source, destination) each; all are read before any is written.
+        """Copy device blocks, (source, destination) each. Reads all blocks before it writes any.
 
         O(pairs * block_size).
         """
@@ -112,7 +112,7 @@ class TokenMemory:
             device[moves[:, 1]] = device[moves[:, 0]]
 
     def apply(self, plan: Moves) -> None:
-        """Carry out a plan between tiers. O(pairs * block_size)."""
+        """Apply a plan between tiers. O(pairs * block_size)."""
         self.move(plan.copies, plan.source, plan.destination)
 
     def move(self, pairs: ArrayLike, source: str, destination: str) -> None:
@@ -135,7 +135,7 @@ class TokenMemory:
     def read(self, table: ArrayLike, length: int, start: int = 0) -> list[int]:
         """Return the values in the slots of tokens `start` to `length`. O(tokens).
 
-        Whole blocks before `start` are not looked at: their table entries may be -1.
+        Skips the whole blocks before `start`: their table entries may be -1.
         """
         first = start // self.block_size
         end = -(-length // self.block_size)
@@ -155,7 +155,7 @@ class TokenMemory:
         return start + next(at for at, value in enumerate(held) if value != expected[at])
 
     def resize(self, num_blocks: int) -> None:
-        """Raise or lower the device to `num_blocks` blocks. O(num_blocks * block_size)."""
+        """Resize the device tier to `num_blocks` blocks. O(num_blocks * block_size)."""
         device = self.tiers["device"]
         if num_blocks <= len(device):
             self.tiers["device"] = device[:num_blocks].copy()

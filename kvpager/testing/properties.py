@@ -21,7 +21,7 @@ PROPERTIES = {
     "check_passes": "the manager's own check finds nothing wrong",
 }
 
-# The method that an adapter needs for a property to be checked.
+# The method without which a property is not checked.
 REQUIRED_METHODS = {
     "nothing_before_commit": "commit",
     "namespaces_isolated": "allocate_in",
@@ -40,9 +40,9 @@ class ManagerAdapter(Protocol):
         copies(handle) -> [(src, dst)]    block copies that `allocate` or `fork` requires
         swap(handle, to) -> [(src, dst)]  to "host" or "device"; with `num_host_blocks: int`
         truncate(handle, length)          drop the tokens from `length` on
-        allocate_in(tokens, namespace)    `allocate` for one tenant
+        allocate_in(tokens, namespace)    `allocate` in a namespace
         check()                           raises if the manager's state is inconsistent
-        num_block_ids: int                ids are below it, if some are reserved
+        num_block_ids: int                bound of the block ids, if some ids are reserved
     """
 
     num_blocks: int

@@ -1,6 +1,6 @@
-"""Check each property of a manager in turn, with the results as data.
+"""Check the properties of a manager one by one, and return the results as data.
 
-Random histories from a seed, without Hypothesis: the same results on every machine.
+A seed determines the random histories, so every machine gives the same results.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from kvpager._text import counted
 from kvpager.testing.adapter_harness import AdapterHarness
 from kvpager.testing.histories import Failure, History, describe, replay, shrink, supported
 from kvpager.testing.properties import PROPERTIES, ManagerAdapter, check_adapter, is_supported
@@ -21,10 +22,11 @@ Verdict = Literal["holds", "violated", "unsupported"]
 
 @dataclass(frozen=True)
 class PropertyResult:
-    """One property of one manager.
+    """The result of checking one property.
 
-    `history` is the shortest failing one found, on a pool of `num_blocks` blocks of `block_size`;
-    `message` describes the failure. `num_operations` operations were run.
+    `num_operations`: operations that were run. If the property is violated, `history` is the
+    shortest failing history found, `num_blocks` and `block_size` are the sizes of its manager, and
+    `message` describes the failure.
     """
 
     name: str
@@ -39,7 +41,7 @@ class PropertyResult:
     def __str__(self) -> str:
         if self.verdict != "violated":
             return f"{self.name}: {self.verdict}"
-        pool = f"{self.num_blocks} blocks of {self.block_size} token slots"
+        pool = f"{counted(self.num_blocks, 'block')} of {counted(self.block_size, 'token slot')}"
         return "\n  ".join(
             [f"{self.name}: violated: {self.message}", f"on {pool}, after:", *self.history]
         )
@@ -49,7 +51,7 @@ class PropertyResult:
 class _Scale:
     alphabet: int
     longest: int
-    num_live: int = 6  # about as many as small pools have room for
+    num_live: int = 6  # small pools have room for about six sequences
 
 
 def check_properties(
@@ -68,13 +70,16 @@ def check_properties(
         make_adapter: returns a `ManagerAdapter` of a new manager.
         properties: names from `PROPERTIES`.
         block_size: token slots of a block.
-        pools: the least and the most blocks of a manager.
-        histories: the number for each property.
+        pools: minimum and maximum blocks of a manager.
+        histories: random histories for each property.
         length: operations of each history.
-        seed: the same seed, the same histories.
+        seed: equal seeds give equal histories.
 
-    Each property is checked separately, so a manager that breaks one is still checked for the
-    others. O(properties * histories * length).
+    Each property is checked separately, so one violation does not hide another.
+    O(properties * histories * length).
+
+    Raises: `ValueError` for an unknown property or an empty range; `TypeError` for an adapter that
+    lacks a required member.
     """
     wanted = list(properties)
     unknown = [name for name in wanted if name not in PROPERTIES]
@@ -85,7 +90,7 @@ def check_properties(
         )
     check_adapter(make_adapter(pools[1], block_size))
     plan = _Plan(make_adapter, block_size, pools, histories, length, seed)
-    return [_look(plan, name) for name in wanted]
+    return [_check(plan, name) for name in wanted]
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class _Plan:
     seed: int
 
 
-def _look(plan: _Plan, name: str) -> PropertyResult:
+def _check(plan: _Plan, name: str) -> PropertyResult:
     sample = plan.make_adapter(plan.pools[1], plan.block_size)
     if not is_supported(name, sample):
         return PropertyResult(name, PROPERTIES[name], "unsupported")
@@ -139,6 +144,6 @@ def _violated(
         num_operations=num_operations,
         num_blocks=num_blocks,
         block_size=plan.block_size,
-        message=failure.message if failure else "not every time",
+        message=failure.message if failure else "the failure does not repeat",
         history=tuple(describe(short, RULES)),
     )

@@ -1,6 +1,6 @@
-"""The rules of the conformance suite: one small function each.
+"""The operations of the conformance suite, one small function each.
 
-A rule uses the `AdapterHarness`, which makes the call, simulates memory and checks the properties.
+The `AdapterHarness` makes the call, simulates memory and checks the properties.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def _begin(harness: AdapterHarness, handle: Any, content: Content) -> None:
     adapter, tokens = harness.adapter, content.tokens
     num_cached = harness.call("reads_back", lambda: adapter.num_cached_tokens(handle))
     if not 0 <= num_cached <= len(tokens):
-        harness.report("reads_back", f"{num_cached} of {len(tokens)} tokens are cached, it says")
+        harness.report("reads_back", f"{num_cached} of {len(tokens)} tokens reported as cached")
         raise Ended
     if num_cached:
         last = content.values[num_cached - 1]
         what = f"{num_cached} tokens of {tokens} were reused"
         if last not in harness.committed:
-            harness.report("nothing_before_commit", f"{what}, which nobody committed")
+            harness.report("nothing_before_commit", f"{what}, which were never committed")
         if last not in harness.written:
-            message = f"{what}, which {content.namespace!r} never wrote"
+            message = f"{what}, which were never written in {content.namespace!r}"
             harness.report("namespaces_isolated", message)
     row = Row(handle, content)
     harness.rows.append(row)
@@ -57,7 +57,7 @@ def allocate(harness: AdapterHarness, tokens: list[int]) -> None:
 
 @operation(RULES, 2, needs=("allocate_in",), tokens=Tokens(), namespace=NAMES)
 def allocate_in(harness: AdapterHarness, tokens: list[int], namespace: str | None) -> None:
-    """Begin a sequence of one tenant."""
+    """Begin a sequence in a namespace."""
     adapter: Any = harness.adapter
     most = _blocks(harness, len(tokens))
     served, handle = harness.attempt(
@@ -188,7 +188,7 @@ def free_again(harness: AdapterHarness, pick: int) -> None:
 
 @operation(RULES, 1, pick=PICK, verb=VERBS)
 def use_freed(harness: AdapterHarness, pick: int, verb: str) -> None:
-    """Use a freed handle with any verb but free."""
+    """Use a freed handle with a verb other than free."""
     handle = _stale(harness, pick)
     function = getattr(harness.adapter, verb, None)
     if handle is None or function is None or "stale_handle_refused" not in harness.watch:

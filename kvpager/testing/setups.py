@@ -1,4 +1,4 @@
-"""What one simulated run is made of, drawn from its seed."""
+"""The settings of one simulated run, drawn from its seed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies import POLICIES
 
-# Names that a careless key would take for one another.
+# Names that a careless key function would confuse.
 NAMESPACES = (None, " ", "acme", "Acme", "None", "acme\0")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A manager's size, and how large the histories' arguments are."""
+    """The settings of a manager, and the sizes of the arguments of operations."""
 
     num_blocks: int
     num_host_blocks: int
@@ -28,7 +28,7 @@ class Setup:
     eviction: str | None
     check_every: int
     null_block: bool = False
-    fences: bool = False  # copies to the host are made later, when they are completed
+    fences: bool = False  # copies to the host may be completed later
     quotas: bool = False
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ MakeManager = Callable[[Setup], Any]
 
 
 def draw_setup(random: Random) -> Setup:
-    """Draw a setup: a small pool, in which prefixes collide, or a larger one. O(1)."""
+    """Draw a setup: in one of ten cases a small pool, which is checked completely. O(1)."""
     is_small = random.random() < 0.1
     num_blocks = random.randint(1, 8) if is_small else random.choice((10, 16, 24, 40, 64, 128, 300))
     block_size = random.choice((1, 2, 4, 4, 8, 16))

@@ -1,6 +1,6 @@
 """Hypothesis strategies and state machines of operations.
 
-Prompts come from a tiny alphabet, so that prefixes collide, and are a few blocks long.
+Prompts are a few blocks long, of a tiny alphabet, so that prefixes collide.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PICK_MAX = 31
 
 
 def strategy(kind: Kind, *, alphabet: int = 3, longest: int = 18) -> SearchStrategy[Any]:
-    """Return the strategy for an argument of an `Operation`.
+    """Return the strategy of an argument of an `Operation`.
 
     >>> strategy(Number(3))
     integers(min_value=0, max_value=3)
@@ -61,14 +61,14 @@ def machine_of(
         harness: Harness
 
         def teardown(self) -> None:
-            """Finish the harness, if there is one."""
+            """Finish the harness, if the machine has started."""
             if hasattr(self, "harness"):
                 self.harness.finish()
 
     def start(machine: Any, **drawn: Any) -> None:
         machine.harness = make_harness(**drawn)
 
-    begin: Any = initialize  # its overloads take no dictionary
+    begin: Any = initialize  # its overloads accept no dictionary
     rules = {operation.name: _rule_of(operation) for operation in table.values()}
     return type(name, (Machine,), {"start": begin(**drawn)(start), **rules})
 

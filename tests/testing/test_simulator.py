@@ -202,7 +202,7 @@ def test_a_lost_prefix_is_noticed() -> None:
     report = isolation(
         0, 300, make_manager=lambda setup: Forgetful(setup.num_blocks, setup.block_size)
     )
-    assert report.failure.startswith("what is committed is reused: ")
+    assert report.failure.startswith("a committed prefix is reused: ")
 
 
 # ------------------------------------------------------------------ mutants
