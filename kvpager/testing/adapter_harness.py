@@ -13,7 +13,7 @@ from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.properties import PROPERTIES, ManagerAdapter, is_supported
 
 
-class Row:
+class LiveSequence:
     """A live sequence: its handle and its expected content."""
 
     __slots__ = ("content", "handle", "is_swapped")
@@ -34,7 +34,7 @@ class AdapterHarness:
     def __init__(self, adapter: ManagerAdapter, watch: Iterable[str] = PROPERTIES) -> None:
         self.adapter = adapter
         self.watch = frozenset(name for name in watch if is_supported(name, adapter))
-        self.rows: list[Row] = []
+        self.rows: list[LiveSequence] = []
         self.freed: list[Any] = []
         self.written: set[int] = set()
         self.committed: set[int] = set()
@@ -64,16 +64,16 @@ class AdapterHarness:
         if name in self.watch:
             raise Violation(name, message)
 
-    def pick(self, number: int, *, resident: bool = True) -> Row | None:
+    def pick(self, number: int, *, resident: bool = True) -> LiveSequence | None:
         """Return a live sequence, counted from the newest, or None. O(sequences)."""
         rows = self.resident() if resident else self.rows
         return rows[-1 - number % len(rows)] if rows else None
 
-    def resident(self) -> list[Row]:
+    def resident(self) -> list[LiveSequence]:
         """Return the sequences on the device. O(sequences)."""
         return [row for row in self.rows if not row.is_swapped]
 
-    def table(self, row: Row) -> list[int]:
+    def table(self, row: LiveSequence) -> list[int]:
         """Return a sequence's blocks as ints. O(blocks)."""
         blocks = self.call("served_when_it_fits", lambda: self.adapter.block_table(row.handle))
         return [int(block) for block in blocks]
@@ -152,7 +152,7 @@ class AdapterHarness:
         self.report(name, f"{what} was accepted")
         raise Ended
 
-    def write(self, row: Row, first: int) -> None:
+    def write(self, row: LiveSequence, first: int) -> None:
         """Write the tokens from `first` on, as the model's forward pass would. O(tokens)."""
         values = row.content.values[first:]
         if not values:
@@ -195,7 +195,7 @@ class AdapterHarness:
         if check is not None and "check_passes" in self.watch:
             self.call("check_passes", check)
 
-    def _check_content(self, row: Row, table: list[int]) -> None:
+    def _check_content(self, row: LiveSequence, table: list[int]) -> None:
         length = len(row.content)
         num_ids = len(self.memory.tiers["device"])
         used = table[: -(-length // self.size)]
@@ -205,9 +205,9 @@ class AdapterHarness:
             where = f"token {wrong} of {row.content.tokens} in blocks {table}"
             self.report("reads_back", f"{where} is not what was written")
 
-    def _check_sharing(self, rows: list[Row], tables: list[list[int]]) -> None:
+    def _check_sharing(self, rows: list[LiveSequence], tables: list[list[int]]) -> None:
         """Check that blocks are shared only at equal positions and for equal tokens."""
-        holder: dict[int, tuple[Row, int]] = {}
+        holder: dict[int, tuple[LiveSequence, int]] = {}
         for row, table in zip(rows, tables, strict=True):
             if len(set(table)) != len(table):
                 self.report("handed_out_once", f"a block stands twice in the table {table}")

@@ -1,8 +1,8 @@
-"""A kvpager manager, and plain lists of all tokens written through it.
+"""A harness that drives a kvpager manager, with plain lists of all tokens written through it.
 
-operations ──▶ ManagerHarness ──▶ manager        every plan is applied to a `TokenMemory`, every new
-                 │                      token written, and what an operation touched is read
-                 └─────▶ TokenMemory    back through the block tables and compared
+operations ──▶ ManagerHarness ──▶ manager      applies every plan to a `TokenMemory`, writes every
+                     │                         new token, and reads the touched sequences back
+                     └──────▶ TokenMemory      through their block tables
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvpager.testing.setups import Setup
 _FREED_KEPT = 4
 
 
-class Live:
+class LiveSequence:
     """A live sequence: its handle and its expected state.
 
     `start`: the first token not dropped. `num_known`: leading tokens whose ids the manager knows.
@@ -49,9 +49,9 @@ class Live:
         self.num_speculative = 0
         self.is_plain = True
 
-    def child(self, handle: Any) -> Live:
+    def child(self, handle: Any) -> LiveSequence:
         """Return the expected state of a fork. O(tokens)."""
-        child = Live(handle, self.content.copy(), self.num_known, self.num_committed)
+        child = LiveSequence(handle, self.content.copy(), self.num_known, self.num_committed)
         child.start, child.is_plain = self.start, self.is_plain
         child.num_speculative = self.num_speculative
         return child
@@ -69,7 +69,7 @@ class ManagerHarness:
         self.size = setup.block_size
         self.check_every = setup.check_every if check_every is None else check_every
         self.memory = TokenMemory(setup.num_blocks, self.size, setup.num_host_blocks)
-        self.rows: list[Live] = []
+        self.rows: list[LiveSequence] = []
         self.num_swapped = 0
         self.num_speculating = 0
         self.pending: list[Any] = []  # plans of the manager not yet applied
@@ -77,7 +77,7 @@ class ManagerHarness:
         self.num_reserved = int(setup.null_block and isinstance(manager, BlockManager))
         self.freed: list[Any] = []
         self.published: set[int] = set()
-        self.touched: list[Live] = []
+        self.touched: list[LiveSequence] = []
         self.counts: Counter[str] = Counter()
         self._num_done = 0
         self._fresh_token = 1_000_000
@@ -100,7 +100,7 @@ class ManagerHarness:
     # ---------------------------------------------------------------- the Harness protocol
 
     def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
-        """Run an operation and read back what it touched; every k-th time, check everything."""
+        """Run an operation and check the sequences it touched; every k-th time check everything."""
         self.touched.clear()
         operation.run(self, *arguments)
         self._num_done += 1
@@ -140,18 +140,18 @@ class ManagerHarness:
         if not holds:
             raise Violation(property, message)
 
-    def pick(self, number: int) -> Live | None:
+    def pick(self, number: int) -> LiveSequence | None:
         """Return a live sequence, counted from the newest, or None. O(1)."""
         return self.rows[-1 - number % len(self.rows)] if self.rows else None
 
-    def pick_resident(self, number: int) -> Live | None:
+    def pick_resident(self, number: int) -> LiveSequence | None:
         """Pick a sequence on the device without speculative tokens. O(sequences)."""
         if not (self.num_swapped or self.num_speculating):
             return self.pick(number)
         rows = [row for row in self.rows if not (row.is_swapped or row.num_speculative)]
         return rows[-1 - number % len(rows)] if rows else None
 
-    def pick_speculating(self, number: int) -> Live | None:
+    def pick_speculating(self, number: int) -> LiveSequence | None:
         """Pick a sequence with speculative tokens. O(sequences)."""
         if not self.num_speculating:
             return None
@@ -186,42 +186,42 @@ class ManagerHarness:
             return None
 
     def state(self) -> object:
-        """Return the state that a refused call must keep: all of it in small pools.
+        """Return the state that a refused call must keep: all counts, or two in large pools.
 
-        O(1), O(everything) in small pools.
+        O(1), in small pools O(everything).
         """
         manager = self.manager
         if self.check_every == 1:
             return manager.stats()
         return manager.num_free_blocks, manager.num_held_blocks
 
-    def write(self, row: Live, first: int, slots: Any) -> None:
+    def write(self, row: LiveSequence, first: int, slots: Any) -> None:
         """Write the tokens from `first` on to `slots`. O(tokens)."""
         values = row.content.values[first:] if first else row.content.values
         if len(slots) != len(values):
             raise Violation("a slot for each token", f"{len(slots)} slots for {len(values)} tokens")
         self.memory.write(slots, values)
 
-    def forget(self, row: Live) -> None:
+    def forget(self, row: LiveSequence) -> None:
         """Remove a freed sequence. O(sequences)."""
         self.rows.remove(row)
         self.num_swapped -= row.is_swapped
         self.num_speculating -= row.num_speculative > 0
         self.freed = [row.handle, *self.freed[: _FREED_KEPT - 1]]
 
-    def publish(self, row: Live, num_committed: int) -> None:
+    def publish(self, row: LiveSequence, num_committed: int) -> None:
         """Record that the row's first tokens are committed. O(tokens)."""
         row.num_committed = max(row.num_committed, num_committed)
         self.published.update(row.content.values[: num_committed // self.size * self.size])
 
-    def copied(self, work: Any, later: bool = False) -> None:
-        """Complete the copies of a step or new sequence, now or later. O(copies)."""
+    def make_copies(self, work: Any) -> None:
+        """Make and complete the copies of a step or a new sequence. O(copies)."""
         self.memory.copy(work.copies)
         if getattr(work, "ticket", 0):
-            self._complete(work, later)
+            self.manager.copies.complete(work)
 
     def carry_out(self, plan: Any, later: bool = False) -> None:
-        """Make a plan's copies; with fences perhaps later. O(copies)."""
+        """Make a plan's copies. `later`: with fences, defer those to the host. O(copies)."""
         ticket = getattr(plan, "ticket", 0)
         if later and ticket and plan.destination == "host":
             self.pending.append(plan)
@@ -231,27 +231,20 @@ class ManagerHarness:
         if ticket:
             self.manager.copies.complete(plan)
 
-    def _complete(self, work: Any, later: bool) -> None:
-        if later:
-            self.pending.append(work)
-        else:
-            self.manager.copies.complete(work)
-
     def complete_all(self) -> None:
         """Make and complete the pending copies, in order. O(copies)."""
-        for work in self.pending:
-            if hasattr(work, "destination"):
-                self.memory.apply(work)
-            self.manager.copies.complete(work)
+        for plan in self.pending:
+            self.memory.apply(plan)
+            self.manager.copies.complete(plan)
         self.pending.clear()
 
     # ---------------------------------------------------------------- what must always hold
 
-    def check_row(self, row: Live) -> None:
+    def check_row(self, row: LiveSequence) -> None:
         """Check that a sequence reads back as written. O(its tokens)."""
-        length, told = len(row.content.values), len(row.handle)
-        if told != length:
-            raise Violation("length", f"{told} tokens, not {length}")
+        length, reported = len(row.content.values), len(row.handle)
+        if reported != length:
+            raise Violation("length", f"{reported} tokens, not {length}")
         if row.is_swapped:
             return
         table = self.manager.block_tables(row.handle)[0]
@@ -273,7 +266,7 @@ class ManagerHarness:
         self._check_sharing()
 
     def _check_sharing(self) -> None:
-        """Check that shared blocks have one position and content, and the counts."""
+        """Check the counts, and that a shared block has one position and one content."""
         stats = self.manager.stats()
         tables = [self.manager.block_tables(row.handle)[0] for row in self.rows]
         blocks = np.concatenate([*tables, np.empty(0, np.int32)])

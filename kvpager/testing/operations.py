@@ -21,7 +21,7 @@ from kvpager.testing.histories import (
     Violation,
     operation,
 )
-from kvpager.testing.manager_harness import Live, ManagerHarness
+from kvpager.testing.manager_harness import LiveSequence, ManagerHarness
 from kvpager.testing.memory import Content
 
 OPERATIONS: Table = {}
@@ -30,7 +30,7 @@ PICK = Pick()
 FLAG = Choice((False, True))
 
 
-def begin(harness: ManagerHarness, handle: Any, content: Content, num_known: int) -> Live:
+def begin(harness: ManagerHarness, handle: Any, content: Content, num_known: int) -> LiveSequence:
     """Add a new sequence, and write its tokens that were not cached. O(tokens)."""
     num_cached = handle.num_cached_tokens
     if not 0 <= num_cached <= max(len(content) - 1, 0):
@@ -43,10 +43,10 @@ def begin(harness: ManagerHarness, handle: Any, content: Content, num_known: int
                 f"full blocks under {content.namespace!r}",
             )
         harness.counts["hits"] += 1
-    row = Live(handle, content, num_known, num_cached)
+    row = LiveSequence(handle, content, num_known, num_cached)
     harness.rows.append(row)
     harness.touched.append(row)
-    harness.copied(handle)
+    harness.make_copies(handle)
     harness.write(row, num_cached, harness.manager.slots(handle, num_cached))
     return row
 
@@ -63,7 +63,7 @@ def allocate(harness: ManagerHarness, tokens: list[int], namespace: int) -> None
 
 
 def make_room(harness: ManagerHarness, count: int = 1) -> None:
-    """Free the oldest sequences if there are too many to read back each time."""
+    """Free the oldest sequences until there is room for `count` more."""
     while len(harness.rows) + count > harness.setup.num_sequences_max:
         row = harness.rows[0]
         harness.manager.free(row.handle)
@@ -74,7 +74,7 @@ def make_room(harness: ManagerHarness, count: int = 1) -> None:
 def allocate_unknown(harness: ManagerHarness, count: int) -> None:
     """Begin a sequence of `count` tokens of unknown ids."""
     make_room(harness)
-    prompt: Any = count or []  # no tokens is an empty prompt, not a count
+    prompt: Any = count or []  # 0 is no valid count, but [] is a valid prompt
     handle = harness.attempt(harness.blocks(count), harness.manager.allocate, prompt)
     if handle is not None:
         begin(harness, handle, Content(None, harness.fresh_tokens(count)), 0)
@@ -110,7 +110,7 @@ def append(
     harness.touched += rows
     if step is None:
         return
-    harness.copied(step)
+    harness.make_copies(step)
     start = 0
     for row, ids in zip(rows, tokens, strict=True):
         first = len(row.content)
@@ -128,11 +128,12 @@ def fork(harness: ManagerHarness, pick: int, count: int) -> None:
     row = harness.pick_resident(pick)
     if row is None or len(harness.rows) + count >= harness.setup.num_sequences_max:
         return
-    free = harness.manager.num_free_blocks
+    before = harness.manager.num_free_blocks
     children = [row.child(handle) for handle in harness.manager.fork(row.handle, count + 1)]
     harness.rows += children
     harness.touched += [row, *children]
-    harness.require("a fork takes no block", harness.manager.num_free_blocks == free, "it did")
+    after = harness.manager.num_free_blocks
+    harness.require("a fork takes no block", after == before, f"{before - after} were taken")
 
 
 @operation(OPERATIONS, 5, pick=PICK)
@@ -217,7 +218,7 @@ def clear_prefix_cache(harness: ManagerHarness) -> None:
     dropped = harness.manager.clear_prefix_cache()
     left = harness.manager.stats().num_cached
     harness.require(
-        "all cached are dropped", dropped == cached and not left, f"{dropped} of {cached}"
+        "clearing evicts all", dropped == cached and not left, f"{dropped} of {cached} evicted"
     )
 
 
@@ -243,7 +244,7 @@ def reuse(harness: ManagerHarness, pick: int) -> None:
     begin(harness, handle, Content(name, tokens), len(tokens))
     full = row.num_known // harness.size * harness.size
     harness.require(
-        "what is committed is reused",
+        "a committed prefix is reused",
         handle.num_cached_tokens >= full,
         f"{handle.num_cached_tokens} of {full} tokens in full blocks",
     )
@@ -283,11 +284,12 @@ def misuse(harness: ManagerHarness, pick: int, number: int) -> None:
 def refused(harness: ManagerHarness, expected: type[Exception], call: Callable[[], object]) -> None:
     """Make a call that must raise `expected` and change nothing."""
     before = harness.state()
+    outcome = "was served"
     try:
         call()
     except expected:
-        harness.require("refusal changes nothing", harness.state() == before, "it did")
+        harness.require("refusal changes nothing", harness.state() == before, "the state changed")
         return
     except (KVPagerError, ValueError, TypeError) as error:
-        harness.require("a refusal of its kind", False, f"{error!r}, not {expected.__name__}")
-    harness.require("a refusal of its kind", False, f"accepted, not {expected.__name__}")
+        outcome = f"raised {error!r}"
+    raise Violation("invalid call refused", f"the call {outcome}, expected {expected.__name__}")

@@ -1,4 +1,4 @@
-"""More operations of the simulator: speculative tokens, key parts, swaps, pool size."""
+"""More operations of the simulator: speculative tokens, key parts, swaps, pool size, pins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import StaleSequence
 from kvpager.testing.histories import Choice, Many, Number, Tokens, operation
-from kvpager.testing.manager_harness import Live, ManagerHarness
+from kvpager.testing.manager_harness import LiveSequence, ManagerHarness
 from kvpager.testing.memory import Content
 from kvpager.testing.operations import FLAG, OPERATIONS, PICK, begin, make_room, refused
 
@@ -31,7 +31,7 @@ def append_speculative(harness: ManagerHarness, pick: int, tokens: list[int], by
     harness.touched.append(row)
     if step is None:
         return
-    harness.copied(step)
+    harness.make_copies(step)
     row.content.extend(new)
     if by_ids and row.num_known == first:
         row.num_known += len(new)
@@ -42,14 +42,14 @@ def append_speculative(harness: ManagerHarness, pick: int, tokens: list[int], by
 
 @operation(OPERATIONS, 2, needs=("accept",), pick=PICK, number=Number())
 def accept(harness: ManagerHarness, pick: int, number: int) -> None:
-    """Commit, which publishes no speculative token, then keep some of them and drop the rest."""
+    """Commit, which publishes no speculative token; then accept some of them and drop others."""
     row = harness.pick_speculating(pick)
     if row is None:
         return
     settled = len(row.content) - row.num_speculative
     kept = number % (row.num_speculative + 1)
     if settled + kept < row.start // harness.size * harness.size:
-        kept = row.num_speculative  # the dropped blocks forbid fewer
+        kept = row.num_speculative  # fewer would end in the dropped blocks
     harness.publish(row, settled)
     harness.manager.commit(row.handle)
     refused(harness, ValueError, lambda: harness.manager.append(row.handle, 1))
@@ -77,10 +77,10 @@ def accept(harness: ManagerHarness, pick: int, number: int) -> None:
     lora=Choice((None, " ", "a", "acme")),
     shown=Many(Number(20), least=0, most=3),
 )
-def allocate_shown(
+def allocate_multimodal(
     harness: ManagerHarness, tokens: list[int], lora: str | None, shown: list[int]
 ) -> None:
-    """Begin a sequence under a LoRA, with images behind some of its tokens."""
+    """Begin a sequence under a LoRA, in which images replace some tokens."""
     mm_hashes, seen, start = [], list(tokens), 0
     for number in shown:
         stop = start + 1 + number % 5
@@ -91,13 +91,13 @@ def allocate_shown(
         seen[start:stop] = [token + 1000 * (1 + number % 2) for token in tokens[start:stop]]
         start = stop + number % 3
     make_room(harness)
-    options = {"namespace": "shown", "lora": lora, "mm_hashes": mm_hashes}
+    options = {"namespace": "multimodal", "lora": lora, "mm_hashes": mm_hashes}
     handle = harness.attempt(
         harness.blocks(len(tokens)), harness.manager.allocate, tokens, **options
     )
     if handle is not None:
-        # No setup has a namespace of that name.
-        content = Content(f"shown under {lora!r}", seen)
+        # No other operation uses this namespace.
+        content = Content(f"multimodal under {lora!r}", seen)
         begin(harness, handle, content, len(tokens)).is_plain = False
 
 
@@ -134,7 +134,7 @@ def replace_duplicate(harness: ManagerHarness, front: list[int], tails: list[lis
     most = 1 + harness.blocks(len(tails[2]))
     step = harness.attempt(most, harness.manager.append, duplicate.handle, tails[2])
     if step is not None:
-        harness.copied(step)
+        harness.make_copies(step)
         first = len(duplicate.content)
         duplicate.content.extend(tails[2])
         duplicate.num_known += len(tails[2])
@@ -143,7 +143,7 @@ def replace_duplicate(harness: ManagerHarness, front: list[int], tails: list[lis
         harness.manager.check()
 
 
-def _commit(harness: ManagerHarness, row: Live) -> None:
+def _commit(harness: ManagerHarness, row: LiveSequence) -> None:
     harness.publish(row, len(row.content))
     harness.manager.commit(row.handle)
 
@@ -176,14 +176,14 @@ def swap_some(harness: ManagerHarness, picks: list[int], number: int, later: boo
         kept = all(new == old for old, new in zip(table, now, strict=True) if old in staying - {-1})
         harness.require("shared blocks stay", kept, f"{table} became {now}, others hold {staying}")
     if at_most is not None:
-        harness.require("no more than asked", len(plan) <= at_most, f"{len(plan)} of {at_most}")
+        harness.require("at_most is respected", len(plan) <= at_most, f"{len(plan)} of {at_most}")
     harness.carry_out(plan, later)
     for row in rows:
         row.is_swapped = to == "host" or _is_away(harness, row)
     harness.num_swapped = sum(row.is_swapped for row in harness.rows)
 
 
-def _is_away(harness: ManagerHarness, row: Live) -> bool:
+def _is_away(harness: ManagerHarness, row: LiveSequence) -> bool:
     table = harness.manager.block_tables(row.handle)[0]
     return bool((table[row.start // harness.size :] < 0).any())
 
@@ -219,7 +219,7 @@ def shrink(harness: ManagerHarness, number: int) -> None:
     try:
         plan = harness.attempt(1 << 30, harness.manager.shrink, num_blocks)
     except ValueError:
-        return  # a higher block is pinned
+        return  # a block of the cut part is pinned
     if plan is not None:
         harness.carry_out(plan)
         harness.memory.resize(num_blocks)
@@ -228,14 +228,16 @@ def shrink(harness: ManagerHarness, number: int) -> None:
 
 @operation(OPERATIONS, 1, needs=("pins",), pick=PICK, number=Number())
 def pin(harness: ManagerHarness, pick: int, number: int) -> None:
-    """Pin a sequence's prefix, or end a pin."""
+    """Pin a sequence's prefix, or unpin one."""
     if len(harness.pins) < 3 and number % 2:
         row = harness.pick_resident(pick)
         if row is not None:
             try:
                 harness.pins.append(harness.manager.pins.pin(row.handle))
             except ValueError:  # floors need the blocks
-                harness.require("pins refused for floors", harness.setup.quotas, "no floor is set")
+                harness.require(
+                    "a pin is refused only for floors", harness.setup.quotas, "no floor is set"
+                )
     elif harness.pins:
         ticket = harness.pins.pop(number % len(harness.pins))
         harness.manager.pins.unpin(ticket)
@@ -266,7 +268,7 @@ def quota(harness: ManagerHarness, pick: int, floor: int, more: int) -> None:
 
 @operation(OPERATIONS, 0.5, needs=("pins",), pick=PICK, priority=Number(100), ends=FLAG)
 def retain(harness: ManagerHarness, pick: int, priority: int, ends: bool) -> None:
-    """Retain a sequence's prefix by priority, for ever or for no time."""
+    """Retain a sequence's prefix by priority, without a time to live or with 0 seconds."""
     row = harness.pick_resident(pick)
     if row is None:
         return
@@ -284,7 +286,7 @@ def retain(harness: ManagerHarness, pick: int, priority: int, ends: bool) -> Non
 
 @operation(OPERATIONS, 0.1, needs=("victims",), pick=PICK, verb=Choice(("append", "free", "fork")))
 def foreign(harness: ManagerHarness, pick: int, verb: str) -> None:
-    """Use an equal handle of another manager: it is refused."""
+    """Use a handle of another manager with the same row: it is refused."""
     row = harness.pick(pick)
     if row is not None:
         other = harness.setup.num_blocks, harness.setup.block_size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpager.testing.adapter_harness import AdapterHarness, Row
+from kvpager.testing.adapter_harness import AdapterHarness, LiveSequence
 from kvpager.testing.histories import Choice, Ended, Number, Pick, Table, Tokens, operation
 from kvpager.testing.memory import Content
 
@@ -33,7 +33,7 @@ def _begin(harness: AdapterHarness, handle: Any, content: Content) -> None:
         if last not in harness.written:
             message = f"{what}, which were never written in {content.namespace!r}"
             harness.report("namespaces_isolated", message)
-    row = Row(handle, content)
+    row = LiveSequence(handle, content)
     harness.rows.append(row)
     if hasattr(adapter, "copies"):
         harness.copy(harness.call("reads_back", lambda: list(adapter.copies(handle))))
@@ -110,7 +110,7 @@ def fork(harness: AdapterHarness, pick: int) -> None:
     # One block for managers that copy the partly filled block at once.
     served, handle = harness.attempt(lambda: adapter.fork(row.handle), 1)
     if served:
-        harness.rows.append(Row(handle, row.content.copy()))
+        harness.rows.append(LiveSequence(handle, row.content.copy()))
         if hasattr(adapter, "copies"):
             harness.copy(harness.call("reads_back", lambda: list(adapter.copies(handle))))
         now = harness.num_free()
