@@ -17,12 +17,12 @@ _MASK = 2**63 - 1
 Choice = tuple[int, int]  # row of the request, token
 
 
-class Wrong(AssertionError):
-    """The scheduler made an error."""
+class SchedulerError(AssertionError):
+    """An error of the scheduler."""
 
 
 def values(salt: int, tokens: list[int]) -> Int64:
-    """Return the values of these tokens, int64 [tokens]: by position, token and namespace."""
+    """Return the values of tokens, int64 [tokens], by `salt`, token and position. O(tokens)."""
     positions = np.arange(1, len(tokens) + 1, dtype=np.int64)
     mixed = (np.array(tokens, np.int64) + 1) * np.int64(_MIX) + positions * np.int64(
         0x5851F42D4C957F
@@ -37,15 +37,15 @@ def salt_of(request: Request) -> int:
 
 
 def has_beams(request: Request) -> bool:
-    """Return True if the request's rows are beams, which depends on its prompt. O(1)."""
+    """Return True if the request's samples are beams: if its prompt's length is even. O(1)."""
     return request.n > 1 and len(request.prompt) % 2 == 0
 
 
 def choose(request: Request, is_first: bool, seen: list[int]) -> list[Choice]:
-    """Return the next tokens of a request's rows, by the values that each row read.
+    """Return the next tokens of a request's rows, which depend on the values that each row read.
 
-    Beams compete: a row may continue several times or not at all. Other rows are independent; the
-    first one is split. Some stop early.
+    A beam continues several times, once or not at all. Other rows are independent: the first row is
+    split into `n` samples, and some samples stop early.
     """
     if has_beams(request):
         number = sum(seen) * 31 % _MASK
@@ -65,12 +65,12 @@ def _token(seen: int, at: int) -> int:
 
 
 def digest(read: Int64) -> int:
-    """Return a number that depends on all values that a row read."""
+    """Return a number that depends on all values that a row read. O(values)."""
     return int(np.bitwise_xor.reduce(read * np.int64(3)) & np.int64(_MASK))
 
 
 def reference(request: Request) -> list[list[int]]:
-    """Return the expected new tokens of each row, computed from the request alone."""
+    """Return the expected new tokens of each sample, computed from the request alone."""
     salt, prompt = salt_of(request), request.prompt.tolist()
     rows, done = [list[int]()], []
     is_first = True
@@ -86,8 +86,8 @@ def reference(request: Request) -> list[list[int]]:
     return done
 
 
-class Row:
-    """The model's state of a sample."""
+class SampleState:
+    """The request, new tokens and end of a sample."""
 
     def __init__(self, request: Request, new: list[int]) -> None:
         self.request = request
@@ -101,13 +101,13 @@ class Row:
 
 
 class Model:
-    """Memory, and the expected values of every sample."""
+    """A model that executes step plans: its memory, and the expected values of every sample."""
 
     def __init__(self, manager: CacheManager) -> None:
         self.size = manager.block_size
         self.windows = manager.windows
         self.memory = TokenMemory(manager.num_blocks, self.size, manager.num_host_blocks)
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, SampleState] = {}
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[list[int]]] = {}
         self.stopped: set[str] = set()
@@ -119,9 +119,9 @@ class Model:
         self.outputs[str(request.request_id)] = []
 
     def end(self, name: str) -> None:
-        """Record that a request ended: none of its samples may be left."""
+        """Record that a request ended. None of its samples may be live."""
         if any(row.request.request_id == name for row in self.rows.values()):
-            raise Wrong(f"{name} ended, and not all its samples were freed")
+            raise SchedulerError(f"{name} ended before all its samples were freed")
         del self.requests[name], self.outputs[name]
         self.has_begun.discard(name)
         self.stopped.discard(name)
@@ -130,10 +130,10 @@ class Model:
         """Record that samples ended."""
         for number in freed.tolist():
             if self.rows.pop(number, None) is None:
-                raise Wrong(f"sample {number} was freed twice, or never lived")
-        late = [number for number, row in self.rows.items() if row.has_ended]
-        if late:
-            raise Wrong(f"samples {late} ended, but no plan reported it")
+                raise SchedulerError(f"sample {number} was freed twice, or never existed")
+        unreported = [number for number, row in self.rows.items() if row.has_ended]
+        if unreported:
+            raise SchedulerError(f"samples {unreported} ended, but no plan freed them")
 
     # ---------------------------------------------------------------- a step
 
@@ -142,11 +142,11 @@ class Model:
         for swap in plan.swaps:
             self.memory.apply(swap)
         if len(np.unique(plan.copies[:, 1])) != len(plan.copies):
-            raise Wrong(f"two copies into one block: {plan.copies.tolist()}")
+            raise SchedulerError(f"two copies into one block: {plan.copies.tolist()}")
         self.memory.copy(plan.copies)
 
-    def spoil(self, plan: StepPlan, upto: int) -> None:
-        """Run a step up to stage `upto`: swaps, copies, writes; then it fails."""
+    def fail_step(self, plan: StepPlan, upto: int) -> None:
+        """Run a step up to stage `upto` (1 swaps, 2 copies, 3 writes) and leave it there."""
         self._check_rows(plan)
         if upto >= 1:
             for swap in plan.swaps:
@@ -158,7 +158,7 @@ class Model:
                 self.memory.write(group.slot_mapping, [-7] * len(group.slot_mapping))
 
     def step(self, plan: StepPlan) -> tuple[Int64, Int32]:
-        """Compute a step; return how its rows continue."""
+        """Compute a step. Return the continued rows and their next tokens."""
         self._check_rows(plan)
         self.apply(plan)
         # Check earlier values before any row of this step writes.
@@ -184,26 +184,26 @@ class Model:
         return [row for row, other in enumerate(plan.request_ids) if other == name]
 
     def _check_rows(self, plan: StepPlan) -> None:
-        """Check that each row is the right sample and continues where it was."""
+        """Check that each row is a sample of its request, and that all its samples take part."""
         if len(set(plan.seq_ids.tolist())) != len(plan):
-            raise Wrong(f"a sample is in the step twice: {plan.seq_ids.tolist()}")
+            raise SchedulerError(f"a sample is in the step twice: {plan.seq_ids.tolist()}")
         slots = np.concatenate([group.slot_mapping for group in plan.groups])
         if len(np.unique(slots)) != len(slots) or slots.min() < 0:
-            raise Wrong(f"a slot is written twice, or is none: {slots.tolist()}")
+            raise SchedulerError(f"a slot is written twice, or is negative: {slots.tolist()}")
         for number, name in zip(plan.seq_ids.tolist(), map(str, plan.request_ids), strict=True):
             if number not in self.rows:
                 if name in self.has_begun or name not in self.requests:
-                    raise Wrong(f"{name}: sample {number} comes from nowhere")
-                self.rows[number] = Row(self.requests[name], [])
+                    raise SchedulerError(f"{name}: sample {number} was never created")
+                self.rows[number] = SampleState(self.requests[name], [])
             if self.rows[number].request.request_id != name:
-                raise Wrong(f"sample {number} is not one of {name}")
+                raise SchedulerError(f"sample {number} is not one of {name}")
         for name in dict.fromkeys(map(str, plan.request_ids)):
             mine = [number for number, row in self.rows.items() if row.request.request_id == name]
             chooses = any(plan.needs_logits[self._rows_of(plan, name)])
             if chooses:
                 present = [int(plan.seq_ids[row]) for row in self._rows_of(plan, name)]
                 if sorted(mine) != sorted(present):
-                    raise Wrong(f"{name}: {present} of {mine} are in the step")
+                    raise SchedulerError(f"{name}: {present} of {mine} are in the step")
 
     def _write(self, plan: StepPlan) -> None:
         at = 0
@@ -212,50 +212,54 @@ class Model:
             start, count = int(plan.num_computed[row]), int(plan.num_scheduled[row])
             ids = plan.token_ids[at : at + count].tolist()
             if count < 1 or ids != known[start : start + count]:
-                raise Wrong(f"sample {number}: {ids} at {start}, its tokens are {known}")
+                raise SchedulerError(f"sample {number}: {ids} at {start}, its tokens are {known}")
             if bool(plan.needs_logits[row]) != (start + count == len(known)):
-                raise Wrong(f"sample {number}: wants logits at {start + count} of {len(known)}")
+                raise SchedulerError(
+                    f"sample {number}: needs logits at {start + count} of {len(known)}"
+                )
             if plan.seq_lens[row] != start + count:
-                raise Wrong(f"sample {number}: sees {plan.seq_lens[row]} of {start + count}")
+                raise SchedulerError(
+                    f"sample {number}: seq_lens is {plan.seq_lens[row]}, expected {start + count}"
+                )
             new = values(salt_of(self.rows[number].request), known[: start + count])[start:]
             for group in plan.groups:
                 self.memory.write(group.slot_mapping[at : at + count], new.tolist())
             at += count
         if at != len(plan.token_ids) or at != len(plan.slot_mapping):
-            raise Wrong(
+            raise SchedulerError(
                 f"{at} tokens in rows, {len(plan.token_ids)} ids, {len(plan.slot_mapping)} slots"
             )
 
     def _read(self, plan: StepPlan, row: int, length: int) -> int:
-        """Read the first `length` tokens of a row as each group of layers does."""
+        """Read a row's first `length` tokens as each group of layers does. Return their digest."""
         sample = self.rows[int(plan.seq_ids[row])]
         expected = values(salt_of(sample.request), sample.tokens[:length])
-        seen_from = int(plan.num_computed[row]) + 1  # by the first new token
+        num_seen = int(plan.num_computed[row]) + 1  # tokens up to the first new one
         for group, window in zip(plan.groups, self.windows, strict=True):
-            first = 0 if window is None else max(seen_from - window, 0) // self.size
+            first = 0 if window is None else max(num_seen - window, 0) // self.size
             table = group.block_tables[row, first : -(-length // self.size)]
             if np.any(table < 0):
-                raise Wrong(
-                    f"sample {plan.seq_ids[row]}: no block for a token that it sees: {table}"
+                raise SchedulerError(
+                    f"sample {plan.seq_ids[row]}: no block for a token in its window: {table}"
                 )
             found = self.memory.tiers["device"].take(table, axis=0).ravel()
             found, own = found[: length - first * self.size], expected[first * self.size :]
             if not np.array_equal(found, own):
                 place = first * self.size + int((found != own).argmax())
-                raise Wrong(
-                    f"{sample.request.request_id}: token {place} of {length} is not its own"
+                raise SchedulerError(
+                    f"{sample.request.request_id}: token {place} of {length} reads back wrong"
                 )
         return digest(expected)
 
-    def go_on(self, plan: StepPlan, parents: Int64, tokens: Int32, numbers: Int32) -> None:
-        """Record that a step completed with samples `numbers`."""
+    def complete(self, plan: StepPlan, parents: Int64, tokens: Int32, numbers: Int32) -> None:
+        """Record that the scheduler completed a step with samples `numbers`."""
         if len(numbers) != len(parents):
-            raise Wrong(f"{len(parents)} continuations, {len(numbers)} samples")
+            raise SchedulerError(f"{len(parents)} continuations, {len(numbers)} samples")
         before = {row: self.rows[number] for row, number in enumerate(plan.seq_ids.tolist())}
         named = set(parents.tolist())
         for row in plan.needs_logits.nonzero()[0].tolist():
             if row not in named:
-                self._done(before[row], before[row].new)
+                self._end(before[row], before[row].new)
         past = {row: one.new for row, one in before.items()}
         for row, token, number in zip(
             parents.tolist(), tokens.tolist(), numbers.tolist(), strict=True
@@ -264,15 +268,17 @@ class Model:
             name, new = str(parent.request.request_id), [*past[row], token]
             if name in self.stopped or len(new) == parent.request.max_new_tokens:
                 if number >= 0:
-                    raise Wrong(f"{name}: sample {number} should have ended with {new}")
-                self._done(parent, new)
+                    raise SchedulerError(f"{name}: sample {number} should have ended with {new}")
+                self._end(parent, new)
             elif number == plan.seq_ids[row]:
                 parent.new = new
             elif number < 0 or number in self.rows:
-                raise Wrong(f"{name}: a fork of {plan.seq_ids[row]} became sample {number}")
+                raise SchedulerError(
+                    f"{name}: a fork of {plan.seq_ids[row]} became sample {number}"
+                )
             else:
-                self.rows[number] = Row(parent.request, new)
+                self.rows[number] = SampleState(parent.request, new)
 
-    def _done(self, row: Row, new: list[int]) -> None:
+    def _end(self, row: SampleState, new: list[int]) -> None:
         row.has_ended = True
         self.outputs[str(row.request.request_id)].append(new)

@@ -1,15 +1,15 @@
 """Simulated serving: random traffic through a scheduler and a miniature model.
 
     report = simulate(seed=7, requests=40)
-    print(report)                                  # the scenario, what happened, what went wrong
+    print(report)                                  # the scenario, counts and the failure, if any
 
     python -m kvpager.testing.simulation --requests 1e5 --processes 2
 
-A seed decides everything: pool, host tier, policy, budgets, costs, and the traffic - arrivals,
-shared beginnings, namespaces, parallel samples, beams, deadlines, cancellations, steps that fail.
-The model's KV is one integer a slot. It reads all past tokens of a row through its block table, and
-the next token depends on all of them. So a lost, doubled or foreign token changes all later tokens.
-The expected tokens are computed from the request alone.
+A seed decides everything: pool, host tier, policy, budgets, costs and traffic. The traffic has
+arrivals, shared prefixes, namespaces, parallel samples, beams, deadlines, cancellations and steps
+that fail. The model's KV is one integer per slot. The model reads all past tokens of a row through
+its block table, and the next token depends on all of them. A lost, repeated or foreign token
+therefore changes all later tokens. The expected tokens are computed from the request alone.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from kvpager.errors import QueueFull
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
-from kvpager.testing.serving import Model, Wrong, has_beams, reference
+from kvpager.testing.serving import Model, SchedulerError, has_beams, reference
 from kvpager.testing.traffic import Arrival, Scenario, draw_arrivals, draw_scenario, make_scheduler
 
 MakeScheduler = Callable[[Scenario, Callable[[], float]], Scheduler]
 
 REQUESTS_PER_SEED = 40
-_STEPS_WITHOUT_END = 5_000  # steps without an end of a request: a standstill
+_STUCK_STEPS = 5_000  # steps in which no request ends: the scheduler is stuck
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a seed; `failure` is None if all was right."""
+    """The result of a seed; `failure` is None if the scheduler made no error."""
 
     seed: int
     scenario: Scenario
@@ -48,9 +48,9 @@ class Report:
     failure: str | None = None
 
     def __str__(self) -> str:
-        told = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items()))
-        wrong = self.failure or "nothing wrong"
-        return f"seed {self.seed}: {self.scenario}\n  {told}\n  {wrong}"
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items()))
+        failure = self.failure or "nothing wrong"
+        return f"seed {self.seed}: {self.scenario}\n  {counts}\n  {failure}"
 
 
 def simulate(
@@ -86,26 +86,28 @@ class Simulation:
         self.model = Model(self.scheduler.manager)
         self.counts: Counter[str] = Counter()
         self.live: dict[str, Arrival] = {}
-        self.asked: dict[str, set[Reason]] = {}  # further reasons for which it may end
+        self.reasons: dict[str, set[Reason]] = {}  # expected because of a call
         self._last_end = 0
 
     def run(self) -> None:
-        """Run until all requests ended."""
+        """Run until all requests have ended."""
         while self.arrivals or self.scheduler.has_work:
             self.num_steps += 1
             self._submit()
             self._stop_some()
             plan = self.scheduler.plan()
             if plan is not None:
-                self._told(plan)
-                self._play(plan)
+                self._check_ended(plan)
+                self._run_step(plan)
             if self.num_steps % 8 == 0 or self.scenario.num_blocks < 16:
                 self.scheduler.check()
-            if self.num_steps - self._last_end > _STEPS_WITHOUT_END:
-                raise Wrong(f"nothing ends any more; live: {self.scheduler.request_ids}")
+            if self.num_steps - self._last_end > _STUCK_STEPS:
+                raise SchedulerError(
+                    f"no request ends any more; live: {self.scheduler.request_ids}"
+                )
         self._finish()
 
-    # ---------------------------------------------------------------- requests come and go
+    # ---------------------------------------------------------------- requests
 
     def _submit(self) -> None:
         while self.arrivals and self.arrivals[-1].at <= self.num_steps:
@@ -124,9 +126,11 @@ class Simulation:
                 self.counts["refused"] += 1
             else:
                 if not self.scenario.can_serve(arrival.request):
-                    raise Wrong(f"{name} can never be served, and was accepted")
+                    raise SchedulerError(
+                        f"{name} was accepted, but exceeds the pool or the budgets"
+                    )
                 self.live[name] = arrival
-                self.asked[name] = set()
+                self.reasons[name] = set()
                 self.model.begin(arrival.request)
                 self._last_end = self.num_steps
             self.arrivals.pop()
@@ -140,30 +144,30 @@ class Simulation:
     def _stop(self, name: str, reason: Reason) -> None:
         stop = self.scheduler.cancel if reason is Reason.CANCELLED else self.scheduler.finish
         if stop(name):
-            self.asked[name] = {reason}
+            self.reasons[name] = {reason}
             self.model.stopped.add(name)
             self.counts["stopped"] += 1
         if stop(name):
-            raise Wrong(f"{name} was stopped twice")
+            raise SchedulerError(f"{name} was stopped twice")
 
     # ---------------------------------------------------------------- a step
 
-    def _told(self, plan: StepPlan) -> None:
-        """Check the requests that ended, and their reasons."""
+    def _check_ended(self, plan: StepPlan) -> None:
+        """Check which requests ended, and why."""
         self.model.forget(plan.freed)
         for name, reason in plan.ended:
             arrival = self.live.pop(str(name), None)
             if arrival is None:
-                raise Wrong(f"{name} ended twice, or was never live")
+                raise SchedulerError(f"{name} ended twice, or was never live")
             deadline = arrival.request.deadline
-            if self.asked[str(name)]:
-                allowed = self.asked[str(name)]
+            if self.reasons[str(name)]:
+                allowed = self.reasons[str(name)]
             elif deadline is not None and deadline <= self.num_steps:
                 allowed = {Reason.EXPIRED, Reason.FINISHED}
             else:
                 allowed = {Reason.FINISHED}
             if reason not in allowed:
-                raise Wrong(f"{name} ended as {reason.name}, expected {allowed}")
+                raise SchedulerError(f"{name} ended as {reason.name}, expected {allowed}")
             if reason is Reason.FINISHED and str(name) not in self.model.stopped:
                 self._compare(arrival.request)
             self.model.end(str(name))
@@ -175,9 +179,9 @@ class Simulation:
         if not has_beams(request):
             found, expected = sorted(found), sorted(expected)
         if found != expected:
-            raise Wrong(f"{request.request_id}: came to {found}, expected {expected}")
+            raise SchedulerError(f"{request.request_id}: generated {found}, expected {expected}")
 
-    def _play(self, plan: StepPlan) -> None:
+    def _run_step(self, plan: StepPlan) -> None:
         self.counts["swaps"] += len(plan.swaps)
         self.counts["copies"] += len(plan.copies)
         if not len(plan):
@@ -186,34 +190,34 @@ class Simulation:
         self.counts["steps"] += 1
         self.scenario.check_size(plan)
         stops = [name for name, one in self.live.items() if one.stops_within == self.num_steps % 7]
-        if stops and self.random.random() < 0.3:  # during the computation of the step
+        if stops and self.random.random() < 0.3:  # while the step is computed
             self._stop(stops[0], Reason.CANCELLED)
         if self.random.random() < self.scenario.failures:
             self._fail(plan)
             return
         parents, tokens = self.model.step(plan)
         numbers = self.scheduler.complete(plan, parents, tokens)
-        self.model.go_on(plan, parents, tokens, numbers)
+        self.model.complete(plan, parents, tokens, numbers)
 
     def _fail(self, plan: StepPlan) -> None:
-        """Let the step fail at a random point."""
+        """Run a part of the step, then abort it."""
         self.counts["aborts"] += 1
-        self.model.spoil(plan, self.random.randrange(4))
+        self.model.fail_step(plan, self.random.randrange(4))
         names = self.scheduler.abort(plan)
         if set(names) != set(plan.request_ids) or len(set(names)) != len(names):
-            raise Wrong(f"aborted a step of {plan.request_ids}, and {names} ended")
+            raise SchedulerError(f"aborting a step of {plan.request_ids} ended {names}")
         for name in names:
-            self.asked[str(name)] = {Reason.FAILED}
+            self.reasons[str(name)] = {Reason.FAILED}
 
     def _finish(self) -> None:
         scheduler = self.scheduler
         scheduler.check()
         if self.live or self.model.rows:
-            raise Wrong(f"never ended: {list(self.live)}, samples {list(self.model.rows)}")
+            raise SchedulerError(f"never ended: {list(self.live)}, samples {list(self.model.rows)}")
         if scheduler.plan() is not None or scheduler.request_ids:
-            raise Wrong("all has ended, and there is still something to do")
+            raise SchedulerError("every request has ended, but the scheduler has work")
         if scheduler.manager.num_held_blocks:
-            raise Wrong(f"{scheduler.manager.num_held_blocks} blocks are still held")
+            raise SchedulerError(f"{scheduler.manager.num_held_blocks} blocks are still held")
         stats = scheduler.stats()
         self.counts["swapped"] += stats.total_preempted_by_swap
         self.counts["recomputed"] += stats.total_preempted_by_recompute
@@ -233,15 +237,15 @@ class Summary:
     failures: list[Report] = field(default_factory=list)
 
     def __str__(self) -> str:
-        told = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
+        counts = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
         return (
             f"{self.num_requests:,} requests from {counted(self.num_seeds, 'seed')}, "
-            f"{len(self.failures)} failed: {told}"
+            f"{len(self.failures)} failed: {counts}"
         )
 
 
 def run(requests: int, seed: int = 0, processes: int = 1, failures_max: int = 3) -> Summary:
-    """Serve `requests` requests, a new scenario for every 40, from `seed` on.
+    """Serve `requests` requests, with a new seed and scenario every 40, from `seed` on.
 
     Prints every failure. O(requests).
     """
@@ -271,7 +275,7 @@ def _reports(requests: int, seed: int, processes: int) -> Iterator[Report]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0 if all was right."""
+    """Run the command line. Return 0 if no seed failed."""
     parser = argparse.ArgumentParser(
         prog="python -m kvpager.testing.simulation", description=__doc__
     )

@@ -33,7 +33,7 @@ from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_manager
 
 OPERATIONS_PER_SEED = 5_000
-_LINES_MAX = 60  # of a history that did not shrink
+_LINES_MAX = 60  # a history that did not shrink may be longer
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Report:
         num_left_out = max(len(lines) - _LINES_MAX, 0)
         shown = lines[-_LINES_MAX:]
         if num_left_out:
-            shown = [f"... {num_left_out} more, by the same seed", *shown]
+            shown = [f"... {num_left_out} earlier operations not shown", *shown]
         return "\n".join(
             [
                 head,
@@ -85,13 +85,13 @@ def simulate(
     table: Table = OPERATIONS,
     shrinking: bool = True,
 ) -> Report:
-    """Run `operations` operations drawn from `seed`. O(operations), more where it has to shrink.
+    """Run `operations` operations drawn from `seed`. O(operations), more if it shrinks.
 
     Args:
         seed: the same seed gives the same report, except `seconds`.
         operations: the number of operations.
         make_manager: makes the manager from a `Setup`; `BlockManager` by default.
-        table: the operations to draw from, if the manager has their methods.
+        table: the operations to draw from, except those that the manager does not support.
         shrinking: shrink a failing history.
     """
     make = make_manager or make_block_manager
@@ -146,7 +146,7 @@ def _shrunk(
         return found is not None and found.property == early.property
 
     if not fails(history):
-        return failure, history  # it does not fail again
+        return failure, history  # the failure does not repeat
     history = shrink(history, fails)
     return failure_of(history) or early, history
 
@@ -194,7 +194,7 @@ def run(
     make_manager: MakeManager | None = None,
     failures_max: int = 3,
 ) -> Summary:
-    """Simulate `operations` operations, a new seed every few thousand, from `seed` on.
+    """Simulate `operations` operations, a new seed every 5,000, from `seed` on.
 
     Args:
         operations: the total number.
@@ -229,7 +229,7 @@ def _reports(
     if processes <= 1:
         yield from map(_one, jobs)
         return
-    # Not forked: the caller may have threads, such as those of torch.
+    # A fork is unsafe if the caller has threads, such as those of torch.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         try:
             yield from pool.map(_one, jobs)

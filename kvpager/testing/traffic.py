@@ -16,7 +16,7 @@ from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
-from kvpager.testing.serving import VOCABULARY, Wrong
+from kvpager.testing.serving import VOCABULARY, SchedulerError
 
 COSTS = {
     "swap": PreemptionCosts(seconds_per_block=0.0),
@@ -44,13 +44,13 @@ class Scenario:
     costs: str
     max_model_len: int | None
     chunked: bool
-    rush: float  # mean steps between two arrivals
-    failures: float  # the share of steps that fail
+    arrival_gap: float  # mean steps between two arrivals
+    failures: float  # fraction of steps that fail
     windows: tuple[int | None, ...] = (None,)  # of each group of layers
 
     @property
     def max_chunk(self) -> int | None:
-        """Tokens for which groups with a window take blocks at a time."""
+        """Maximum tokens per step of a row, which bounds the blocks of groups with a window."""
         return self.max_batch_tokens if self.chunked else None
 
     def can_serve(self, request: Request) -> bool:
@@ -80,28 +80,30 @@ class Scenario:
         return total
 
     def check_size(self, plan: StepPlan) -> None:
-        """Raise `Wrong` unless a step is within its budgets."""
+        """Raise `SchedulerError` unless a step is within its budgets."""
         num_tokens = int(plan.num_scheduled.sum())
         if len(plan) > self.max_num_seqs:
-            raise Wrong(f"{len(plan)} rows in a step, at most {self.max_num_seqs} may be")
+            raise SchedulerError(f"{len(plan)} rows in a step, max_num_seqs={self.max_num_seqs}")
         is_alone = not self.chunked and len(plan) == 1
         if num_tokens > self.max_batch_tokens and not is_alone:
-            raise Wrong(f"{num_tokens} tokens in a step, at most {self.max_batch_tokens} may be")
+            raise SchedulerError(
+                f"{num_tokens} tokens in a step, max_batch_tokens={self.max_batch_tokens}"
+            )
 
 
 @dataclass
 class Arrival:
-    """A request, and the events of its life."""
+    """A request: when it arrives, and when it is stopped."""
 
     request: Request
     at: int  # the step
     stop_at: int | None = None
     reason: Reason = Reason.CANCELLED
-    stops_within: int | None = None  # of seven, the steps within which it may be cancelled
+    stops_within: int | None = None  # may be cancelled during steps of this number modulo 7
 
 
 def draw_scenario(random: Random) -> Scenario:
-    """Draw settings, tiny to large; half of them overload the pool. O(1)."""
+    """Draw settings, tiny to large. Half of them overload the pool. O(1)."""
     is_tight = random.random() < 0.5
     num_blocks = random.choice((7, 12, 24) if is_tight else (2, 4, 7, 12, 24, 64, 200))
     scenario = Scenario(
@@ -118,7 +120,7 @@ def draw_scenario(random: Random) -> Scenario:
         costs=random.choice(list(COSTS)),
         max_model_len=random.choice((None, None, None, 40)),
         chunked=random.random() < 0.7,
-        rush=random.choice((0.05, 0.2, 1.0)),
+        arrival_gap=random.choice((0.05, 0.2, 1.0)),
         failures=random.choice((0.0, 0.0, 0.01, 0.05)),
     )
     if random.random() < 0.7:
@@ -129,30 +131,32 @@ def draw_scenario(random: Random) -> Scenario:
 
 
 def draw_arrivals(random: Random, scenario: Scenario, count: int) -> list[Arrival]:
-    """Draw requests that mostly fit, many with shared beginnings. O(count)."""
+    """Draw requests that mostly fit, many with a shared prefix. O(count)."""
     room = scenario.num_blocks * scenario.block_size // len(scenario.windows)
-    stems = [_tokens(random, random.randint(1, max(room // 2, 1))) for _ in range(3)]
+    prefixes = [_tokens(random, random.randint(1, max(room // 2, 1))) for _ in range(3)]
     at, arrivals = 1.0, []
     for number in range(count):
-        at += random.expovariate(1 / scenario.rush)
-        arrival = _draw_arrival(random, f"r{number}", int(at), room, stems)
-        for _ in range(10):  # most can be served
+        at += random.expovariate(1 / scenario.arrival_gap)
+        arrival = _draw_arrival(random, f"r{number}", int(at), room, prefixes)
+        for _ in range(10):  # so that most can be served
             if scenario.can_serve(arrival.request):
                 break
-            arrival = _draw_arrival(random, f"r{number}", int(at), room, stems)
+            arrival = _draw_arrival(random, f"r{number}", int(at), room, prefixes)
         arrivals.append(arrival)
     return arrivals
 
 
-def _draw_arrival(random: Random, name: str, at: int, room: int, stems: list[list[int]]) -> Arrival:
+def _draw_arrival(
+    random: Random, name: str, at: int, room: int, prefixes: list[list[int]]
+) -> Arrival:
     num_samples = random.choice((1, 1, 1, 2, 3, 4))
     longest = max(min(room * random.choice((1, 2, 4)) // 8 // num_samples, 120), 1)
     prompt = _tokens(random, random.randint(1, longest))
     if random.random() < 0.6:
-        stem = random.choice(stems)
-        prompt = stem[: random.randint(1, min(len(stem), 2 * longest))] + prompt[:4]
+        prefix = random.choice(prefixes)
+        prompt = prefix[: random.randint(1, min(len(prefix), 2 * longest))] + prompt[:4]
     max_new_tokens = random.randint(1, min(4 * longest, 60))
-    if num_samples == 1 and random.random() < 0.15:  # one that may fill the pool
+    if num_samples == 1 and random.random() < 0.15:  # this one may fill the pool
         max_new_tokens = max(min(room - len(prompt), 100), 1)
     request = Request(
         request_id=name,
