@@ -1,4 +1,4 @@
-"""Prompts of one block each, and how they become cached or are evicted."""
+"""Prompts, and how they become cached or are evicted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.sequences import SequenceHandle
 
 A, B, C, D, E = ([first + i for i in range(4)] for first in range(10, 60, 10))  # a block each
+
+
+def prompt(length: int, first: int = 0) -> list[int]:
+    return list(range(first, first + length))
 
 
 def committed(
