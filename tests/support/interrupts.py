@@ -6,12 +6,13 @@ CPython runs handlers, and raises asynchronous exceptions, after a call and at a
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -149,3 +150,13 @@ def _are_alike(code: CodeType, one: int, other: int) -> bool:
         [entry.target for entry in table if entry.start <= at < entry.end] for at in (one, other)
     )
     return first == second
+
+
+@contextlib.contextmanager
+def handler(number: int, function: Callable[..., object]) -> Iterator[None]:
+    """Handle a signal by `function` within a `with` block."""
+    before = signal.signal(number, function)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
