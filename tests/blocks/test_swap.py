@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 
 from kvpager import BlockManager, OutOfBlocks
-from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import SequenceSwapped
-from kvpager.plans import Plan, Step
-from tests.support.clones import clone_of
-from tests.support.manager_state import handles_of, same_state, state_of
-
-NUM_STEPS = 5_000
-BLOCK_SIZE = 4
+from tests.support.manager_state import same_state, state_of
+from tests.support.swap_memory import BLOCK_SIZE, Memory, family
 
 
 @pytest.fixture
@@ -23,79 +16,9 @@ def manager() -> BlockManager:
     return BlockManager(num_blocks=16, block_size=BLOCK_SIZE, num_host_blocks=12)
 
 
-class Memory:
-    """The data plane in miniature: one integer for each slot of both tiers."""
-
-    def __init__(self, manager: BlockManager) -> None:
-        self.manager = manager
-        self.tiers = {
-            "device": np.full((manager.num_blocks, manager.block_size), -1, np.int64),
-            "host": np.full((manager.num_host_blocks, manager.block_size), -1, np.int64),
-        }
-        self.contents: dict[SequenceHandle, list[int]] = {}
-
-    def copy(self, copies: np.ndarray, source: str = "device", target: str = "device") -> None:
-        self.tiers[target][copies[:, 1]] = self.tiers[source][copies[:, 0]]
-
-    def apply(self, plan: Plan) -> Plan:
-        self.copy(plan.copies, plan.source, plan.destination)
-        return plan
-
-    def begin(self, sequence: SequenceHandle, ids: list[int]) -> SequenceHandle:
-        self.copy(sequence.copies)
-        new = ids[sequence.num_cached_tokens :]
-        slots = self.manager.slots(sequence, sequence.num_cached_tokens)
-        self.tiers["device"].reshape(-1)[slots] = new
-        self.contents[sequence] = list(ids)
-        return sequence
-
-    def write(self, sequences: list[SequenceHandle], step: Step, ids: list[list[int]]) -> None:
-        self.copy(step.copies)
-        self.tiers["device"].reshape(-1)[step.slots] = np.concatenate(ids)
-        for sequence, new in zip(sequences, ids, strict=True):
-            self.contents[sequence].extend(new)
-
-    def allocate(self, ids: list[int], namespace: str | None = None) -> SequenceHandle:
-        return self.begin(self.manager.allocate(ids, namespace=namespace), ids)
-
-    def append(self, sequences: list[SequenceHandle], ids: list[list[int]]) -> None:
-        self.write(sequences, self.manager.append(sequences, ids), ids)
-
-    def fork(self, parent: SequenceHandle) -> SequenceHandle:
-        child = self.manager.fork(parent)
-        self.contents[child] = list(self.contents[parent])
-        return child
-
-    def swap(self, sequences, to, at_most: int | None = None) -> Plan:
-        return self.apply(self.manager.swap(sequences, to, at_most=at_most))
-
-    def free(self, sequence: SequenceHandle) -> None:
-        self.manager.free(sequence)
-        del self.contents[sequence]
-
-    def check(self) -> None:
-        """Every token of every sequence stands where the tables say, on either tier."""
-        self.manager.check()
-        rows = self.manager._state.rows
-        for sequence, expected in self.contents.items():
-            found: list[int] = []
-            for block in rows.blocks(sequence._row).tolist():
-                tier = "device" if block >= 0 else "host"
-                found.extend(self.tiers[tier][block if block >= 0 else -2 - block].tolist())
-            assert found[: len(expected)] == expected, sequence
-
-
 @pytest.fixture
 def memory(manager: BlockManager) -> Memory:
     return Memory(manager)
-
-
-def family(memory: Memory) -> list[SequenceHandle]:
-    """Three forks: two blocks of all, then a block of each one's own."""
-    parent = memory.allocate(list(range(8)))
-    members = [parent, memory.fork(parent), memory.fork(parent)]
-    memory.append(members, [[n] * 3 for n in (100, 101, 102)])
-    return members
 
 
 # -------------------------------------------------------------------- families
@@ -394,126 +317,6 @@ def test_cached_blocks_make_room_for_the_way_back(memory: Memory) -> None:
     memory.swap(sequence, "device")
     assert manager.queries.num_evicted_blocks == 12
     memory.check()
-
-
-# -------------------------------------------------------------------- victims
-
-
-def test_victims_are_the_first_that_are_enough(memory: Memory) -> None:
-    members, manager = family(memory), memory.manager
-    alone = memory.allocate(list(range(50, 59)))
-    order = [members[2], alone, members[0], members[1]]
-
-    def names(need: int) -> list[str]:
-        return [one.name for one in manager.victims(order, need)]
-
-    expected = [one.name for one in order]
-    assert names(0) == []
-    assert names(1) == expected[:1]
-    assert names(4) == expected[:2]
-    assert names(5) == expected[:3]
-    assert names(6) == names(8) == expected  # all of the family, and what it shares
-
-
-def test_victims_free_what_they_promise(memory: Memory) -> None:
-    members, manager = family(memory), memory.manager
-    for need in range(1, 6):
-        chosen = manager.victims(members, need)
-        copy = clone_of(manager)
-        handles = handles_of(copy)
-        free = copy.num_free_blocks
-        copy.swap([handles[one.name] for one in chosen], "host")
-        assert copy.num_free_blocks - free >= need
-        copy.check()
-
-
-def test_too_few_victims_are_refused_with_numbers(memory: Memory) -> None:
-    members, manager = family(memory), memory.manager
-    before = state_of(manager)
-    with pytest.raises(OutOfBlocks, match="need 6 device blocks, 5 free") as caught:
-        manager.victims(members, 6)
-    assert caught.value.free == 5
-    with pytest.raises(OutOfBlocks):
-        manager.victims([], 1)
-    for bad in (-1, 1.0, True, "1", 2**70):
-        with pytest.raises((TypeError, ValueError)):
-            manager.victims(members, bad)
-    assert same_state(state_of(manager), before)
-
-
-# -------------------------------------------------------------------- random histories
-
-
-def act(memory: Memory, chance: random.Random) -> None:
-    """One random operation; a refusal must leave everything as it was."""
-    manager = memory.manager
-    live = list(memory.contents)
-    rows = manager._state.rows
-    here = [one for one in live if not rows.swapped[one._row]]
-    some = chance.sample(live, min(len(live), chance.randint(1, 4)))
-    resident = chance.sample(here, min(len(here), chance.randint(1, 3)))
-    at_most = chance.choice([None, None, 0, 1, 2, 5])
-    operation = chance.choices(
-        ["allocate", "fork", "append", "commit", "truncate", "out", "in", "free", "drop"],
-        [4, 3, 8, 5, 2, 4, 5, 3, 0.3],
-    )[0]
-    before = state_of(manager)
-    try:
-        if operation == "allocate" and len(live) < 7:
-            # Few different tokens, so that prompts agree often.
-            ids = [chance.randint(0, 1) for _ in range(chance.randint(0, 18))]
-            memory.allocate(ids, chance.choice([None, None, "a"]))
-        elif operation == "fork" and here and len(live) < 7:
-            memory.fork(resident[0])
-        elif operation == "append" and here:
-            ids = [[chance.randint(0, 1) for _ in range(chance.randint(0, 5))] for _ in resident]
-            memory.append(resident, ids)
-        elif operation == "commit" and here:
-            manager.commit(resident)
-        elif operation == "truncate" and here:
-            length = chance.randint(0, len(resident[0]))
-            manager.truncate(resident[0], length)
-            del memory.contents[resident[0]][length:]
-        elif operation == "out":
-            memory.swap(some, "host", at_most)
-        elif operation == "in":
-            memory.swap(some, "device", at_most)
-        elif operation == "free" and live:
-            memory.free(some[0])
-        elif operation == "drop":
-            manager.clear_prefix_cache()
-    except (OutOfBlocks, SequenceSwapped) as refusal:
-        after = state_of(manager)
-        if operation == "allocate":  # an idle row more is no change
-            assert after["device.refs"].tolist() == before["device.refs"].tolist()
-        else:
-            assert same_state(after, before), refusal  # noqa: PT017
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", ["lru", "priority", "lifetime"])
-def test_a_long_random_history_keeps_every_token(policy: str) -> None:
-    manager = BlockManager(20, BLOCK_SIZE, 14, eviction=policy)
-    memory, chance = Memory(manager), random.Random(f"swap {policy}")
-    for _ in range(NUM_STEPS // 3 + 1):
-        act(memory, chance)
-        memory.check()
-    stats = manager.stats()
-    assert min(stats.total_swapped_in, stats.total_swapped_out, stats.total_evicted) > 100
-
-
-@pytest.mark.mostly_slow(quick=16)
-@pytest.mark.parametrize("seed", range(20))
-def test_short_random_histories_in_a_tiny_pool(seed: int) -> None:
-    manager = BlockManager(6, BLOCK_SIZE, 4)
-    memory, chance = Memory(manager), random.Random(seed)
-    for _ in range(100):
-        act(memory, chance)
-        memory.check()
-    for one in list(memory.contents):
-        memory.free(one)
-    manager.clear_prefix_cache()
-    assert (manager.num_free_blocks, manager.stats().num_host_free) == (6, 4)
 
 
 # -------------------------------------------------------------------- room that is to be left

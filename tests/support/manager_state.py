@@ -10,9 +10,11 @@ are unread events.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from kvpager.blocks.eviction import Evictor
@@ -46,6 +48,17 @@ def state_of(manager: BlockManager) -> Arrays:
 def same_state(one: Arrays, other: Arrays) -> bool:
     """True if two states are equal to the bit. O(arrays)."""
     return not differences(one, other)
+
+
+def refused(
+    manager: BlockManager, error: Any, call: Callable[[], object], match: str = "."
+) -> None:
+    """Check that `call` raises `error` and leaves everything as it was."""
+    before = state_of(manager)
+    with pytest.raises(error, match=match):
+        call()
+    assert same_state(state_of(manager), before)
+    manager.check()
 
 
 def differences(one: Arrays, other: Arrays) -> list[str]:

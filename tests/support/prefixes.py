@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.sequences import SequenceHandle
@@ -15,15 +16,23 @@ def prompt(length: int, first: int = 0) -> list[int]:
 
 
 def committed(
-    manager: BlockManager, ids: list[int], namespace: str | None = None
+    manager: BlockManager, ids: list[int], namespace: str | None = None, **key: Any
 ) -> SequenceHandle:
-    sequence = manager.allocate(ids, namespace=namespace)
+    """Return a sequence whose tokens are committed. `key`: further parts of the prefix key."""
+    sequence = manager.allocate(ids, namespace=namespace, **key)
     manager.commit(sequence)
     return sequence
 
 
-def cache(manager: BlockManager, ids: list[int], namespace: str | None = None) -> None:
-    manager.free(committed(manager, ids, namespace))
+def cache(manager: BlockManager, ids: list[int], namespace: str | None = None, **key: Any) -> None:
+    """Cache a prompt that no sequence holds."""
+    manager.free(committed(manager, ids, namespace, **key))
+
+
+def evict(manager: BlockManager, num_blocks: int = 1) -> None:
+    """Evict `num_blocks` cached blocks."""
+    manager.free(manager.allocate((manager.num_free_blocks + num_blocks) * manager.block_size))
+    manager.check()
 
 
 def press(manager: BlockManager, namespace: str | None = None) -> None:
