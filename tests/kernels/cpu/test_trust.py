@@ -18,30 +18,26 @@ import torch
 from kvpager.kernels import backends
 from kvpager.kernels.cpu import cache, compiler
 from kvpager.kernels.cpu.library import Library
-from tests.kernels.cpu.test_build import (
+from tests.support.kernel_builds import (
     COMPLETE,
     OPERATIONS,
     PORTABLE,
     REAL,
+    ROOT,
     STRANGER,
-    copying,  # noqa: F401
     disown,
-    folder,  # noqa: F401
     kinds,
     make_compiler,
     needs_compiler,
-    prebuilt,  # noqa: F401
-    registry,  # noqa: F401
     served_by,
     use,
 )
 
-ROOT = Path(__file__).resolve().parents[3]
 AS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
 
 
 @pytest.fixture
-def library(folder: Path, copying: Any) -> Path:  # noqa: F811
+def library(folder: Path, copying: Any) -> Path:
     """A library in an empty cache."""
     return compiler.ensure(PORTABLE).path
 
@@ -267,7 +263,7 @@ def test_special_files_are_replaced_or_torch_runs(
 @needs_compiler
 @pytest.mark.usefixtures("registry")
 def test_a_library_without_the_functions_leaves_the_work_to_torch(
-    folder: Path,  # noqa: F811
+    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
