@@ -32,7 +32,6 @@ def expected(prefixes: Iterable[list[int]], prompt: list[int]) -> int:
 
 
 TREES = st.tuples(st.sampled_from([None, "a"]), st.sampled_from([None, "x"]))
-
 HISTORY = st.lists(
     st.tuples(
         st.sampled_from(["publish", "grow", "free", "fork", "look"]),

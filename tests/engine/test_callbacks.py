@@ -17,7 +17,6 @@ from kvpager.errors import (
 from tests.support.toy_runner import ToyEngine, expected
 
 KINDS = pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
-
 NEW = 16
 
 

@@ -19,7 +19,6 @@ from tests.support.gates import Gate
 from tests.support.toy_runner import BLOCK_SIZE, ToyEngine, expected
 
 KINDS = pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
-
 NEW = 16
 
 

@@ -14,7 +14,6 @@ from tests.support.storages import UNEQUAL, move, pairs
 # Bytes of the parts of a block of UNEQUAL in eight bits with block_size 4, each rounded up to 16:
 # key, value, key scales and value scales of each layer.
 QUANTISED_PARTS = [64, 32, 32, 32, 64, 64, 16, 16, 24, 72, 48, 48]
-
 QUANTISED_STARTS = [0, 64, 96, 128, 160, 224, 288, 304, 320, 352, 432, 480]
 
 

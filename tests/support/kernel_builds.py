@@ -21,7 +21,6 @@ except BuildError:
 OPERATIONS = {"append_kv", "copy_blocks", "gather_kv", "paged_attention"}
 DAY_SECONDS = 24 * 3600
 STRANGER = 54321  # a user that no machine has
-
 needs_compiler = pytest.mark.skipif(REAL is None, reason="there is no C++ compiler")
 
 

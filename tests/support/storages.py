@@ -11,7 +11,6 @@ from kvpager.plans import Plan, Tier
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 
 EQUAL = [LayerShape(2, 8, 8)] * 3
-
 UNEQUAL = [LayerShape(2, 8, 4), LayerShape(1, 16, 16), LayerShape(3, 2, 6)]
 
 

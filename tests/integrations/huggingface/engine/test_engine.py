@@ -1,78 +1,31 @@
 """Continuous batching gives every request the tokens it would have had alone."""
 
 import asyncio
-import copy
-import gc
-import random
-import re
-import weakref
-from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-import kvpager
-from kvpager.blocks.policies import LRU
-from kvpager.engine.config import EngineConfig
 from kvpager.errors import (
-    EngineClosed,
     KVPagerError,
-    RequestCancelled,
-    RequestExpired,
     RequestFailed,
 )
-from kvpager.integrations.huggingface import engine as engine_module
 from kvpager.integrations.huggingface.engine import Engine
-from kvpager.integrations.huggingface.runner.sampling import SamplingSettings
 from kvpager.scheduling.preemption import PreemptionCosts
 from tests.support import tiny_models
-from tests.support.gates import Gate
+from tests.support.engines import NEW, alone, assert_nothing_is_held, batched, some_prompts
 
 # What has no attention layers of its own, keeps its state elsewhere, or reads no text.
 REFUSED = {
     "deepseek_v32", "falcon_h1", "mamba", "mamba2", "minimax", "recurrent_gemma", "rwkv",
     "whisper", "zamba2",
 }  # fmt: skip
+
 SERVED = [
     name
     for name in tiny_models.ARCHITECTURES
     if tiny_models.is_known(name) and name not in REFUSED and "image" not in name
 ]
-NEW = 16
-
-
-def some_prompts(model, count=7, longest=40, seed=1):
-    source = random.Random(seed)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    return [
-        [source.randrange(3, vocabulary) for _ in range(source.randint(1, longest))]
-        for _ in range(count)
-    ]
-
-
-def alone(model, prompt, **settings):
-    """Return the new tokens of `generate` for one prompt."""
-    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | settings
-    tokens = model.generate(torch.tensor([prompt]), **settings)[0].tolist()
-    return tokens[1 if model.config.is_encoder_decoder else len(prompt) :]
-
-
-def batched(model, prompts, settings=None, **options):
-    settings = {"max_new_tokens": NEW, "do_sample": False} | (settings or {})
-    with Engine(model, **{"memory": "8MiB", "max_batch_tokens": 24} | options) as engine:
-        outputs = engine.generate(prompts, **settings)
-        assert_nothing_is_held(engine)
-    return [output.token_ids for output in outputs]
-
-
-def assert_nothing_is_held(engine):
-    engine.submit([5], max_new_tokens=1).result()  # its plan tells of the ends before
-    while engine.stats().scheduler.num_running:
-        pass
-    assert engine.stats().pool.num_held == 0
-    assert engine.stats().pool.num_sequences == 0
-    engine._core.scheduler.check()
 
 
 @pytest.fixture(scope="module")
@@ -269,31 +222,6 @@ def test_sampling_obeys_its_settings(llama):
         assert greedy.result().token_ids == cold.result().token_ids == narrow.result().token_ids
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_beams": 3}, "num_beams=3: beam search cannot be batched"),
-        ({"prompt_lookup_num_tokens": 2}, "prompt lookup"),
-        ({"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
-        ({"no_such_setting": 2}, "no_such_setting"),
-        ({"max_length": 2, "max_new_tokens": None}, "the prompt has 3 tokens"),
-        ({"max_new_tokens": 10**6}, "max_model_len"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_at_once(llama, settings, message):
-    with (
-        Engine(llama, memory="8MiB") as engine,
-        pytest.raises((ValueError, TypeError), match=message),
-    ):
-        engine.submit([5, 6, 7], **settings)
-
-
-@pytest.mark.parametrize("prompt", ["text", [], [[1, 2], [3, 4]], [1.5], [-1], None])
-def test_what_is_no_prompt_is_refused(llama, prompt):
-    with Engine(llama, memory="8MiB") as engine, pytest.raises((ValueError, TypeError)):
-        engine.submit(prompt)
-
-
 # -------------------------------------------------------------------- streams
 
 
@@ -314,75 +242,6 @@ def test_asyncio_reads_many_streams_at_once(llama):
         return found
 
     assert asyncio.run(main()) == [alone(llama, prompt) for prompt in prompts]
-
-
-# -------------------------------------------------------------------- ends
-
-
-def test_a_request_ends_at_its_deadline(llama):
-    with Engine(llama, memory="8MiB") as engine:
-        with pytest.raises(RequestExpired, match="deadline"):
-            engine.submit([5, 6], max_new_tokens=900, timeout=1e-9).result(timeout=60)
-        assert_nothing_is_held(engine)
-
-
-@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit])
-@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
-def test_a_processor_that_raises_ends_its_own_request(llama, where, kind):
-    def broken(ids, scores, **kwargs):
-        if ids.shape[1] > 6:
-            raise kind("of the processor")
-        return scores if where == "logits_processor" else torch.tensor([False])
-
-    with Engine(llama, memory="8MiB") as engine:
-        bad = engine.submit([5, 6, 7], max_new_tokens=30, **{where: [broken]})
-        good = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
-        with pytest.raises(RequestFailed, match=kind.__name__) as caught:
-            bad.result(timeout=60)
-        assert isinstance(caught.value.__cause__, kind)
-        assert good.result().token_ids == alone(llama, [5, 6, 7])
-        assert_nothing_is_held(engine)
-
-
-def test_closing_ends_what_is_left_and_restores_the_model(monkeypatch):
-    model = tiny_models.tiny_model("llama", attention="eager").train()
-    engine = Engine(model, memory="8MiB")
-    assert model.config._attn_implementation == "kvpager"
-    gate = Gate(model)
-    gate.open_after(monkeypatch, engine._core, "stop")
-    stream = engine.submit([5], max_new_tokens=1000)
-    gate.let(1)
-    gate.entered.acquire()
-    engine.close()
-    engine.close()
-    with pytest.raises(RequestCancelled):
-        stream.result(timeout=60)
-    with pytest.raises(EngineClosed, match="Make a new one"):
-        engine.submit([5])
-    assert model.config._attn_implementation == "eager"
-    assert model.training
-
-
-def test_generate_works_beside_an_open_engine(llama):
-    expected = alone(llama, [5, 6, 7])
-    with Engine(llama, memory="8MiB") as engine:
-        stream = engine.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False)
-        assert alone(llama, [5, 6, 7]) == expected
-        assert stream.result().token_ids == expected
-
-
-def test_a_pause_lets_weights_change():
-    model = tiny_models.tiny_model("llama")
-    prompt = list(range(3, 53))
-    with Engine(model, memory="8MiB") as engine:
-        before = engine.submit(prompt, max_new_tokens=NEW, do_sample=False).result().token_ids
-        with engine.pause():
-            waiting = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(-0.7)
-        after = waiting.result().token_ids
-    assert before != after == alone(model, prompt)
 
 
 # -------------------------------------------------------------------- models
@@ -435,50 +294,6 @@ def test_a_compiled_pass_has_the_tokens_of_an_eager_one(llama):
 # -------------------------------------------------------------------- several at once, and changes
 
 
-def test_a_pause_separates_the_prompts_before_and_after():
-    model = tiny_models.tiny_model("llama")
-    prompt = list(range(3, 67))
-    with Engine(model, memory="8MiB") as engine:
-        running = engine.submit(prompt, max_new_tokens=200)
-        for _ in zip(running, range(3), strict=False):
-            pass
-        with engine.pause():
-            waiting = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(-0.7)
-        later = engine.submit(prompt, max_new_tokens=NEW, do_sample=False)
-        expected = alone(model, prompt)
-        assert waiting.result().token_ids == later.result().token_ids == expected
-        running.cancel()
-
-
-def test_engines_of_one_model_do_not_disturb_each_other():
-    model = tiny_models.tiny_model("llama").train()
-    attention = model.config._attn_implementation
-    first, second = Engine(model, memory="4MiB"), Engine(model, memory="4MiB")
-    first.close()
-    found = second.submit([5, 6, 7], max_new_tokens=NEW, do_sample=False).result().token_ids
-    assert not model.training
-    second.close()
-    assert model.training
-    assert model.config._attn_implementation == attention
-    assert found == alone(model.eval(), [5, 6, 7])
-
-
-def test_a_dropped_engine_leaves_no_thread_and_restores_the_model():
-    model = tiny_models.tiny_model("llama")
-    attention = model.config._attn_implementation
-    engine = Engine(model, memory="4MiB")
-    engine.submit([5], max_new_tokens=2).result()
-    threads = [engine._core._thread, engine._core._dispatcher._thread]
-    del engine
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-    assert model.config._attn_implementation == attention
-
-
 def test_rows_of_unlike_settings_are_drawn_apart(llama):
     """In one step; whichever settings were taken for all, one of the two would show it."""
     with Engine(llama, memory="8MiB") as engine:
@@ -522,317 +337,3 @@ def test_costs_are_measured_for_every_kind_of_model(name, block_size):
     model = tiny_models.tiny_model(name)
     options = {"memory": "8MiB", "host_memory": "8MiB", "block_size": block_size}
     assert batched(model, [[5, 6, 7]], **options) == [alone(model, [5, 6, 7])]
-
-
-def test_the_engine_follows_changes_of_the_models_settings():
-    model = tiny_models.tiny_model("llama")
-    with Engine(model, memory="8MiB") as engine:
-        before = engine.submit([5, 6], max_new_tokens=NEW).result().token_ids
-        model.generation_config.suppress_tokens = before
-        after = engine.submit([5, 6], max_new_tokens=NEW).result().token_ids
-    assert not set(before) & set(after)
-
-
-@pytest.mark.parametrize("options", [{"logits_processor": [3]}, {"stopping_criteria": [None]}])
-def test_what_is_no_processor_is_refused(llama, options):
-    with Engine(llama, memory="8MiB") as engine, pytest.raises(TypeError, match="functions"):
-        engine.sampling_settings(**options)
-
-
-def test_lengths_of_many_kinds_leave_nothing_behind(llama):
-    """Neither of requests that may generate more, nor of longer prompts."""
-    kept = weakref.WeakSet()
-
-    class Kept(SamplingSettings):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            kept.add(self)
-
-    with pytest.MonkeyPatch.context() as patched, Engine(llama, memory="8MiB") as engine:
-        patched.setattr(engine_module, "SamplingSettings", Kept)
-        for number in range(200):
-            stream = engine.submit([5] * (number + 1), max_new_tokens=number + 1)
-            stream.cancel()
-        settings = engine.sampling_settings(max_new_tokens=1)
-        for number in range(600):
-            settings.resolve(number + 1, [5])
-        gc.collect()
-        assert len(kept) <= 70
-        assert len(settings._by_length) <= 256
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"model": "gpt2"}, TypeError),
-        ({"model": torch.nn.Linear(2, 2)}, TypeError),
-        ({"forward": "yes"}, ValueError),
-        ({"forward": 1}, TypeError),
-        ({"prefix_cache": "no"}, TypeError),
-        ({"costs": 3.0}, TypeError),
-        ({"on_step": 3}, TypeError),
-        ({"max_num_seqs": True}, TypeError),
-        ({"max_num_seqs": 0}, ValueError),
-        ({"max_batch_tokens": "24"}, TypeError),
-        ({"memory": True}, TypeError),
-        ({"max_model_len": True}, TypeError),
-        ({"compile": "yes"}, TypeError),
-        ({"compile": {"mode": "reduce-overhead"}}, ValueError),
-        ({"compile": {"mode": "max-autotune"}}, ValueError),
-        ({"compile": {"options": {"triton.cudagraphs": True}}}, ValueError),
-        ({"compile": {"backend": "cudagraphs"}}, ValueError),
-        ({"max_model_len": 10**9}, ValueError),
-        ({"max_queue_size": 0}, ValueError),
-        ({"policy": "none"}, ValueError),
-        ({"kv_cache_dtype": ["int8"]}, ValueError),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(llama, options, error):
-    attention = llama.config._attn_implementation
-    with pytest.raises(error):
-        Engine(**{"model": llama, "memory": "8MiB"} | options)
-    assert llama.config._attn_implementation == attention
-
-
-def test_generate_refuses_one_id_for_several_requests(llama) -> None:
-    refused = pytest.raises(TypeError, match="request_id: requests cannot share an id")
-    with Engine(llama, memory="8MiB") as engine, refused:
-        engine.generate([[5], [6]], request_id="mine", max_new_tokens=2)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"seed": "7"},
-        {"seed": 2**70},
-        {"seed": True},
-        {"timeout": 0},
-        {"timeout": -1.0},
-        {"timeout": float("nan")},
-        {"timeout": True},
-        {"timeout": "9"},
-        {"logprobs": 5},
-        {"logprobs": None},
-        {"num_return_sequences": 0},
-        {"num_return_sequences": -1},
-        {"num_return_sequences": True},
-        {"generation_config": GenerationConfig(num_return_sequences=0)},
-        {"do_sample": "no"},
-        {"max_new_tokens": True},
-        {"output_logits": True},
-        {"return_dict_in_generate": True},
-        {"sampling_settings": GenerationConfig()},
-        {"priority": 0.5},
-        {"tenant": 3},
-        {"namespace": ""},
-        {"request_id": ["a", "list"]},
-        {"timeout": float("inf")},
-        {"max_new_tokens": "9"},
-        {"generation_config": {"max_new_tokens": 3}},
-        {"prompt": {"ids": [5]}},
-        {"logits_processor": [3]},
-        {"request_id": 3},
-        {"request_id": True},
-        {"request_id": ""},
-        {"use_cache": "no"},
-        {"temperature": float("nan"), "do_sample": True},
-        {"temperature": True, "do_sample": True},
-        {"top_k": True, "do_sample": True},
-        {"top_p": float("nan"), "do_sample": True},
-        {"top_p": 1.5, "do_sample": True},
-        {"typical_p": float("nan"), "do_sample": True},
-        {"epsilon_cutoff": -1.0, "do_sample": True},
-        {"repetition_penalty": float("inf")},
-        {"min_new_tokens": -3},
-        {"min_new_tokens": True},
-        {"no_repeat_ngram_size": -1},
-        {"eos_token_id": -7},
-        {"eos_token_id": 2.5},
-        {"eos_token_id": [2, -7]},
-        {"pad_token_id": 2.5},
-        {"num_beams": 1.0},
-        {"suppress_tokens": 3},
-        {"max_time": -1.0},
-        {"max_time": float("nan")},
-        {"renormalize_logits": "yes"},
-        {"token_healing": True},
-        {"num_beam_groups": 2},
-        {"tokenizer": 3},
-        {"is_complete": "yes"},
-        {"generation_config": GenerationConfig(top_k=True)},
-        {"streamer": print},
-    ],
-)
-def test_wrong_settings_of_a_request_are_refused(llama, options):
-    with Engine(llama, memory="8MiB") as engine, pytest.raises((ValueError, TypeError)):
-        engine.submit(**{"prompt": [5]} | options)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"use_cache": False}, "use_cache=False: an engine keeps .* Leave use_cache out"),
-        ({"cache_implementation": "static"}, "cache_implementation='static': an engine keeps"),
-        ({"prefill_chunk_size": 4}, r"prefill_chunk_size=4: .* Engine\(max_batch_tokens=\)"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate=True: an engine gives"),
-    ],
-)
-def test_settings_without_effect_are_refused_wherever_they_stand(llama, settings, message):
-    with Engine(llama, memory="8MiB") as engine:
-        for given in (settings, {"generation_config": GenerationConfig(**settings)}):
-            with pytest.raises(ValueError, match=message):
-                engine.submit([5], **given)
-
-
-def test_settings_without_effect_may_stay_where_the_model_has_them():
-    model = tiny_models.tiny_model("llama")
-    model.generation_config.use_cache = False
-    with Engine(model, memory="8MiB") as engine:
-        for given in ({}, {"generation_config": copy.deepcopy(model.generation_config)}):
-            assert len(engine.submit([5], max_new_tokens=2, **given).result(60).token_ids) == 2
-
-
-def test_a_setting_off_or_for_no_token_is_no_error(llama):
-    off = {
-        "top_k": 0,
-        "eos_token_id": -1,
-        "use_cache": True,
-        "output_scores": False,
-        "num_beams": 1,
-    }
-    with Engine(llama, memory="8MiB") as engine:
-        assert len(engine.submit([5], max_new_tokens=2, **off).result(60).token_ids) == 2
-
-
-def test_cancel_takes_a_name(llama):
-    with Engine(llama, memory="8MiB") as engine:
-        stream = engine.submit([5], max_new_tokens=2)
-        with pytest.raises(TypeError, match=r"Pass stream\.request_id"):
-            engine.cancel(stream)
-        stream.result(60)
-        engine.cancel(stream.request_id)  # it has ended
-
-
-# -------------------------------------------------------------------- what it says of itself
-
-
-def test_the_log_tells_of_starts_preemptions_and_failed_steps(llama, caplog):
-    caplog.set_level("INFO", "kvpager")
-    with Engine(llama, memory="8MiB", prefix_cache=False) as engine:
-        block_bytes = engine.block_bytes
-    assert "engine started: <Engine of LlamaForCausalLM: open, packed, " in caplog.text
-    caplog.clear()
-    with Engine(llama, memory=8 * block_bytes) as engine:
-        engine.generate(some_prompts(llama, count=6), max_new_tokens=40)
-        assert engine.stats().scheduler.total_preempted_by_recompute > 1
-    told = [record for record in caplog.records if "KV cache is full" in record.message]
-    assert len(told) == 1  # in a while
-    caplog.clear()
-    with Engine(llama, memory="8MiB") as engine:
-        hook = llama.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(RequestFailed):
-            engine.submit([5], request_id="mine").result(timeout=60)
-        hook.remove()
-    (failed,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "step failed for requests 'mine'" in failed.message
-    assert failed.exc_info[0] is ZeroDivisionError
-
-
-def test_an_engine_and_its_streams_show_what_they_are(llama):
-    with Engine(llama, memory="8MiB", host_memory="1MiB") as engine:
-        with engine.pause():
-            stream = engine.submit([5, 6, 7], request_id="mine", max_new_tokens=4)
-            assert "0 running, 1 waiting>" in repr(engine)
-            assert repr(stream) == "<Stream of 'mine': waiting, 3 -> 0 tokens>"
-        stream.result()
-        assert repr(stream) == "<Stream of 'mine': done, 3 -> 4 tokens>"
-        pool = engine.stats().pool
-        assert f"open, packed, {pool.num_blocks} blocks of 16 tokens (8.0 MiB) and " in repr(engine)
-        with engine.pause():
-            stream = engine.submit([5], do_sample=True, num_return_sequences=2, max_new_tokens=900)
-        next(iter(stream))
-        assert "running, 1 -> " in repr(stream)
-        stream.cancel()
-        with pytest.raises(RequestCancelled):
-            stream.result()
-        assert ": RequestCancelled, 1 -> " in repr(stream)
-    assert "<Engine of LlamaForCausalLM: closed, " in repr(engine)
-
-
-def test_a_request_too_large_for_memory_says_what_to_raise() -> None:
-    model, prompt = tiny_models.tiny_model("llama"), list(range(1, 100))
-    with Engine(model, memory="64KiB") as engine:
-        with pytest.raises(
-            ValueError,
-            match=r"a prompt of 99 and 50 new tokens may need 10 blocks of KV cache \(80.0 KiB\), "
-            r"memory='64KiB' allows 8\. Raise memory to 80.0 KiB or lower max_new_tokens",
-        ):
-            engine.submit(prompt, max_new_tokens=50)
-        assert len(engine.generate([prompt], max_new_tokens=9)[0].token_ids) == 9
-    with Engine(model, memory="80KiB") as engine:
-        assert len(engine.generate([prompt], max_new_tokens=50)[0].token_ids) == 50
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"memory": "1KiB"}, {"memory": 1024}, {"memory": "1MiB", "host_memory": "1KiB"}],
-)
-def test_an_engine_refuses_bounds_below_one_block(options) -> None:
-    model = tiny_models.tiny_model("llama")
-    with pytest.raises(ValueError, match=r"takes 8.0 KiB in all layers. Raise .* 8.0 KiB") as told:
-        Engine(model, **options)
-    with pytest.raises(ValueError, match=re.escape(str(told.value))):
-        kvpager.patch(model, **options)
-    with pytest.raises(ValueError, match=r"^memory='1KiB'"):  # rows compute on the device alone
-        Engine(model, memory="1KiB", host_memory="1MiB")
-
-
-def test_settings_come_as_an_object_or_as_keywords() -> None:
-    model = tiny_models.tiny_model("llama")
-    config = EngineConfig(memory="1MiB", max_num_seqs=4, policy="fair")
-    with Engine(model, config, max_num_seqs=2) as engine:
-        assert (engine.config.max_num_seqs, engine.config.policy) == (2, "fair")
-        assert config.max_num_seqs == 4
-        assert len(engine.generate([[5, 6, 7]], max_new_tokens=3)) == 1
-
-
-def test_a_setting_that_does_not_exist_is_refused_by_name() -> None:
-    model = tiny_models.tiny_model("llama")
-    with pytest.raises(
-        TypeError, match=r"max_num: unknown engine setting\. Known settings: memory"
-    ):
-        Engine(model, max_num=3)
-    with pytest.raises(TypeError, match=r"expected an EngineConfig\. Pass single settings"):
-        Engine(model, {"memory": "1MiB"})
-
-
-def test_an_engine_evicts_by_the_policy_it_was_given() -> None:
-    model = tiny_models.tiny_model("llama")
-    made: list[int] = []
-    evicted: list[int] = []
-
-    class Noting(LRU):
-        def __init__(self, num_blocks: int) -> None:
-            super().__init__(num_blocks)
-            made.append(num_blocks)
-
-        def forget(self, blocks: Any) -> None:
-            evicted.extend(blocks)
-            super().forget(blocks)
-
-    with Engine(model, memory="48KiB", eviction=Noting) as engine:
-        assert made == [engine.stats().pool.num_blocks]
-        for first in range(8):
-            engine.generate([[first, *range(10, 50)]], max_new_tokens=2)
-        assert evicted
-    for name in ("lifetime", "priority"):
-        with Engine(model, memory="64KiB", eviction=name) as engine:
-            assert len(engine.generate([[5, 6, 7]], max_new_tokens=3)) == 1
-
-
-def test_an_unknown_eviction_is_refused() -> None:
-    model = tiny_models.tiny_model("llama")
-    with pytest.raises(ValueError, match="eviction='newest': expected one of"):
-        Engine(model, eviction="newest")
-    with pytest.raises(TypeError, match="eviction=3: expected a policy's name, or a function"):
-        Engine(model, eviction=3)
