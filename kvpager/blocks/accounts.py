@@ -49,7 +49,7 @@ class Account:
     guarded: int = 0  # evictable, but within the floor
     is_open: bool = False  # some evictable blocks are not guarded
 
-    def promised(self, need: int = 0, revived: int = 0) -> tuple[int, int]:
+    def floor_after(self, need: int = 0, revived: int = 0) -> tuple[int, int]:
         """Return `unmet` and `guarded` as they would be after taking `need` blocks. O(1).
 
         `revived`: evictable blocks that the same call is about to hold.
@@ -164,7 +164,7 @@ class Accounts:
     def _settle(self, number: int) -> None:
         """Update the sums after an account changed. O(1)."""
         account = self._accounts[number]
-        unmet, guarded = account.promised()
+        unmet, guarded = account.floor_after()
         self._unmet += unmet - account.unmet
         self._guarded += guarded - account.guarded
         account.unmet, account.guarded = unmet, guarded
@@ -183,7 +183,7 @@ class Accounts:
         unmet, guarded = self._unmet, self._guarded
         for number in need.keys() | revived.keys():
             account = self._accounts[number]
-            after = account.promised(need.get(number, 0), revived.get(number, 0))
+            after = account.floor_after(need.get(number, 0), revived.get(number, 0))
             unmet += after[0] - account.unmet
             guarded += after[1] - account.guarded
         total = sum(need.values())
@@ -221,7 +221,7 @@ class Accounts:
 
     def may_leave(self, number: int, need: int = 0) -> int:
         """Return how many cached blocks of an account are evictable when it takes `need`. O(1)."""
-        return self._accounts[number].evictable - self._accounts[number].promised(need)[1]
+        return self._accounts[number].evictable - self._accounts[number].floor_after(need)[1]
 
     def num_may_leave(self, pool: BlockPool) -> int:
         """Return how many cached blocks are evictable when no blocks are taken. O(1)."""
@@ -240,7 +240,7 @@ class Accounts:
             return 0
         return self._unmet - (pool.num_free + pool.num_evictable - fewer)
 
-    def promised(self, namespace: str | None, floor: int, held: int) -> int:
+    def unmet_if(self, namespace: str | None, floor: int, held: int) -> int:
         """Return the unmet blocks of all floors if this namespace had `floor`. O(1).
 
         `held`: blocks that the namespace's sequences hold.

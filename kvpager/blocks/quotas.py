@@ -76,10 +76,10 @@ class Quotas:
                 f"ceiling={quota.ceiling}: namespace {namespace!r} holds {held} blocks. "
                 "Free sequences first."
             )
-        promised = self._state.accounts.promised(namespace, quota.floor, held)
-        if promised > pool.num_free + pool.num_evictable:
+        unmet = self._state.accounts.unmet_if(namespace, quota.floor, held)
+        if unmet > pool.num_free + pool.num_evictable:
             raise ValueError(
-                f"floor={quota.floor}: all floors together lack {promised} blocks, but only "
+                f"floor={quota.floor}: all floors together lack {unmet} blocks, but only "
                 f"{pool.num_free + pool.num_evictable} are available"
             )
 

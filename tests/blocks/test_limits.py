@@ -166,7 +166,7 @@ def test_counts_of_nothing_or_of_too_much_are_refused(ask) -> None:
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the accounts and queues that are looked at."""
     looked = [0]
-    for owner, name in ((Account, "promised"), (Queue, "first")):
+    for owner, name in ((Account, "floor_after"), (Queue, "first")):
         method = getattr(owner, name)
 
         def counted(*args: object, method: Callable = method) -> object:

@@ -36,7 +36,7 @@ def test_victims_are_the_first_that_are_enough(memory: Memory) -> None:
     assert names(6) == names(8) == expected  # all of the family, and what it shares
 
 
-def test_victims_free_what_they_promise(memory: Memory) -> None:
+def test_victims_free_the_blocks_that_are_needed(memory: Memory) -> None:
     members, manager = family(memory), memory.manager
     for need in range(1, 6):
         chosen = manager.victims(members, need)
