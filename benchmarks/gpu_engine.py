@@ -49,7 +49,7 @@ def _check_prefill(pool: Pool, case: str, new: int) -> None:
 def engine(rig: Rig) -> None:
     """`Engine` beside transformers' own `generate_batch`: a Llama of random weights, greedy."""
     try:
-        from kvpager.bench.throughput import models, session
+        from kvpager.bench.throughput import comparison, models
         from kvpager.bench.throughput.systems import Options
         from kvpager.bench.throughput.workload import synthetic
     except ImportError as error:
@@ -63,7 +63,7 @@ def engine(rig: Rig) -> None:
         work = synthetic(count, prompts, new, vocabulary=models.vocabulary(model))
         runs = 1 if rig.dry else 3
         names = ["kvpager", "generate_batch"]
-        found = session.measure(names, model, work, Options(), repeats=runs)
+        found = comparison.measure(names, model, work, Options(), repeats=runs)
         rates = [[run.tokens_per_second for run in each.runs] for each in found]
         ours, theirs = map(statistics.median, rates)
         figures: dict[str, Any] = {"tokens_per_s": ours, "generate_batch_tokens_per_s": theirs}

@@ -41,7 +41,7 @@ from benchmarks import timing
 from benchmarks.memory import plot_file
 from benchmarks.throughput_rig import BLOCK, Bench, Sampler, Watched
 from kvpager.bench import plots
-from kvpager.bench.throughput import models, report, session
+from kvpager.bench.throughput import comparison, models, report
 from kvpager.bench.throughput.by_engine import EngineSystem
 from kvpager.bench.throughput.results import Figures, Run
 from kvpager.bench.throughput.workload import Workload
@@ -59,7 +59,7 @@ def systems(bench: Bench) -> None:
         names += ["vllm-eager", "vllm"]
     work = bench.usual()
     subset = {} if bench.given.all_generate_batch else {"generate_batch": 8}
-    figures = session.measure(
+    figures = comparison.measure(
         names, bench.model, work, bench.options,
         repeats=bench.given.repeats, subsets=subset, stage=bench.stage,
     )  # fmt: skip
@@ -197,7 +197,7 @@ def concurrency(bench: Bench) -> None:
     for rows in bench.sizes.concurrency:
         work = bench.requests(rows, bench.sizes.prompt, bench.sizes.new)
         options = replace(bench.options, max_num_seqs=rows)
-        figures = session.measure(
+        figures = comparison.measure(
             names, bench.model, work, options, repeats=bench.given.repeats, stage=bench.stage
         )
         for each in figures:
@@ -213,7 +213,7 @@ def draw(file: Path, rates: dict[str, list[tuple[int, float]]], bench: Bench) ->
     """Plot tokens per second over the number of concurrent requests, as .svg or .png."""
     low, high = bench.sizes.prompt
     work = bench.requests(1, bench.sizes.prompt, bench.sizes.new)
-    setting = report.setting(session.describe(bench.model, work, bench.options))
+    setting = report.setting(comparison.describe(bench.model, work, bench.options))
     with plots.saved(file, (7.5, 4.5)) as figure:
         axes = figure.subplots()
         for (name, points), look in zip(rates.items(), plots.looks(), strict=False):

@@ -161,7 +161,7 @@ class _Bench:
     given: SystemOptions
     model: Any
     workload: Workload
-    settings: dict[str, Any]  # further arguments of the session
+    settings: dict[str, Any]  # further arguments of `comparison.measure`
 
 
 def _prepare(options: Options) -> _Bench:
@@ -269,13 +269,13 @@ def _range(text: str) -> tuple[int, int]:
 
 def _run(bench: _Bench, *, quiet: bool) -> tuple[dict[str, Any], list[Figures]]:
     """Return what the figures depend on, and the figures."""
-    from kvpager.bench.throughput import session
+    from kvpager.bench.throughput import comparison
 
     given, settings = (bench.model, bench.workload, bench.given), bench.settings
     with contextlib.ExitStack() as stack:
         stage = _Bars(stack, settings["repeats"], quiet)
-        figures = session.measure(bench.systems, *given, stage=stage, **settings)
-    return session.describe(*given, **settings), figures
+        figures = comparison.measure(bench.systems, *given, stage=stage, **settings)
+    return comparison.describe(*given, **settings), figures
 
 
 class _Bars:

@@ -80,7 +80,7 @@ def demo(options: Options) -> None:
     json_file = options.json_file
     check_writable(json_file)
     settings.check()
-    from kvpager.demo.session import run
+    from kvpager.demo.runs import run
 
     results, console = run(settings, quiet=json_file == "-")
     write_json(json_file, results.as_json())

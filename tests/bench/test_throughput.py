@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from kvpager.bench.throughput import models, report, session, systems
+from kvpager.bench.throughput import comparison, models, report, systems
 from kvpager.bench.throughput.by_engine import EngineSystem, busiest
 from kvpager.bench.throughput.by_generate import PaddedBatches
 from kvpager.bench.throughput.results import (
@@ -39,7 +39,7 @@ from tests.support.throughput_cases import FIELDS, requests, silent, tiny
 def test_all_systems_give_the_same_tokens_and_every_figure() -> None:
     model, work = tiny(), requests()
     names = ["kvpager", "generate", "generate-rows", "generate_batch"]
-    figures = session.measure(names, model, work, Options(batch_size=4, threads=1), repeats=2)
+    figures = comparison.measure(names, model, work, Options(batch_size=4, threads=1), repeats=2)
     assert [each.system for each in figures] == names
     expected = [served.tokens for served in figures[0].last.served]
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
@@ -55,7 +55,7 @@ def test_all_systems_give_the_same_tokens_and_every_figure() -> None:
         assert len(found["tokens_per_s_of_each_repeat"]) == 2
         json.dumps(found)
     assert figures[0].over_kvpager == 1.0
-    told = session.describe(model, work, Options())
+    told = comparison.describe(model, work, Options())
     assert told["model"]["class"] == "LlamaForCausalLM"
     assert told["versions"]["transformers"]
     printed = report.lines(told, figures).splitlines()
@@ -121,12 +121,12 @@ def test_the_first_step_sees_all_requests_that_are_due(
 
 def test_prefixes_are_shared_within_a_run_and_forgotten_after_it() -> None:
     work = requests(5, prefix_len=32)
-    figures = session.measure(["kvpager"], tiny(), work, Options(), repeats=2)
+    figures = comparison.measure(["kvpager"], tiny(), work, Options(), repeats=2)
     first, second = (run.hit_tokens for run in figures[0].runs)
     assert first == second
     assert first is not None
     assert first >= 4 * 32
-    (without,) = session.measure(["kvpager"], tiny(), work, Options(prefix_cache=False))
+    (without,) = comparison.measure(["kvpager"], tiny(), work, Options(prefix_cache=False))
     assert without.last.hit_tokens == 0
 
 
@@ -207,7 +207,7 @@ def test_systems_warm_up_and_then_take_turns() -> None:
         return silent
 
     times = {"kvpager": [9.0, 1.0, 2.0, 4.0], "generate_batch": [9.0, 2.0, 1.0, 8.0]}
-    figures = session.measure(
+    figures = comparison.measure(
         list(times), tiny(), requests(6), Options(), repeats=3, subsets={"generate_batch": 3},
         stage=stage, open_system=scripted(calls, times),
     )  # fmt: skip
@@ -228,7 +228,7 @@ def test_systems_warm_up_and_then_take_turns() -> None:
 def test_replies_of_another_length_than_asked_for_are_no_figures() -> None:
     calls: list[str] = []
     with pytest.raises(ValueError, match="request 0 got 6 of 7 tokens"):
-        session.measure(
+        comparison.measure(
             ["generate"], tiny(), requests(), Options(),
             open_system=scripted(calls, {"generate": [1.0, 1.0]}, lost=1),
         )  # fmt: skip
@@ -252,7 +252,7 @@ def test_systems_and_options_that_make_no_sense_are_refused(
     names: list[str], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        session.measure(names, tiny(), requests(), Options(**options))
+        comparison.measure(names, tiny(), requests(), Options(**options))
 
 
 def test_a_system_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def vllm_python(tmp_path: Path) -> str:
 def test_vllm_serves_in_an_interpreter_of_its_own(vllm_python: str) -> None:
     model = tiny()
     options = Options(vllm_python=vllm_python, max_num_seqs=2)
-    (figures,) = session.measure(["vllm"], model, requests(3), options, repeats=2)
+    (figures,) = comparison.measure(["vllm"], model, requests(3), options, repeats=2)
     for number, each in enumerate(figures.last.served):
         total = sum(requests(3).items[number].prompt)
         assert each.tokens == [total + left for left in range(6, -1, -1)]
@@ -349,4 +349,4 @@ def test_vllm_serves_in_an_interpreter_of_its_own(vllm_python: str) -> None:
 def test_what_vllm_said_before_it_ended_is_shown(vllm_python: str) -> None:
     options = Options(vllm_python=vllm_python)
     with pytest.raises(KVPagerError, match=r"(?s)exit code 1.*no eager mode in this fake"):
-        session.measure(["vllm-eager"], tiny(), requests(), options)
+        comparison.measure(["vllm-eager"], tiny(), requests(), options)

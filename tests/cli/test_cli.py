@@ -24,7 +24,7 @@ from kvpager.bench import environment
 from kvpager.bench.environment import is_inside
 from kvpager.blocks.stats import BlockStatus
 from kvpager.cli.app import app
-from kvpager.demo import measuring, report, session
+from kvpager.demo import measuring, report, runs
 from kvpager.demo.measuring import HeldRow
 from kvpager.errors import KVPagerError
 from kvpager.testing import tiny_llama_path
@@ -118,7 +118,7 @@ def test_demo_as_ascii_and_prompts_of_ones_own() -> None:
 @pytest.fixture
 def one_other_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Change the fifth token of the second row of scenario (a), as kvpager tells it."""
-    genuine = session.generate_paged
+    genuine = runs.generate_paged
 
     def other(engine: Any, scenario: Any) -> Any:
         calls, paged = genuine(engine, scenario)
@@ -128,7 +128,7 @@ def one_other_token(monkeypatch: pytest.MonkeyPatch) -> None:
             calls[0] = dataclasses.replace(calls[0], rows=rows)
         return calls, paged
 
-    monkeypatch.setattr(session, "generate_paged", other)
+    monkeypatch.setattr(runs, "generate_paged", other)
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_a_near_tie_is_named_and_is_exit_code_0(monkeypatch: pytest.MonkeyPatch)
     def level(engine: Any, ids: list[int], num_last: int) -> torch.Tensor:
         return torch.ones(num_last, engine.model.config.vocab_size)
 
-    monkeypatch.setattr(session.Engine, "logits", level)
+    monkeypatch.setattr(runs.Engine, "logits", level)
     result = call(*QUICK)
     assert result.exit_code == 0
     assert "1 of 4 rows took the other side of a near-tie: row 2, new token 5" in result.output
