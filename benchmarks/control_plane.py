@@ -1,11 +1,11 @@
-"""What the control plane costs: one thread, 16-token blocks, medians, a JSON line each.
+"""Measure the control plane: one thread, 16-token blocks, medians, a JSON line per figure.
 
-    python benchmarks/control_plane.py                  # every figure, and the peers found
-    python benchmarks/control_plane.py --only decode    # those named so
+    python benchmarks/control_plane.py                  # every figure, and installed peers
+    python benchmarks/control_plane.py --only decode    # figures named so
     python benchmarks/control_plane.py --sizes          # at 1,000 to 1,000,000 blocks, and memory
 
-Peers that can be imported are measured in the same run, see `benchmarks/peers/`; those that have an
-environment of their own by --peer-python PATH.
+Peers that can be imported are measured in the same run, see `benchmarks/peers/`. --peer-python PATH
+measures those that are installed in another environment.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Figure = tuple[str, float, str]
 
 
 def median_s(work: Callable[[], object], repeats: int = 30, calls: int = 1) -> float:
-    """The median time of one call, in seconds."""
+    """Return the median time of one call, in seconds."""
     work()
     times = []
     for _ in range(repeats):
@@ -69,7 +69,7 @@ def alloc_free(num_blocks: int) -> Iterator[Figure]:
 
 def decode(num_blocks: int) -> Iterator[Figure]:
     batch_size = 256
-    # In a small pool there is room for shorter sequences only; the step does not read them.
+    # A small pool has room for short sequences only. The step does not read their tokens.
     length = 1024 if num_blocks >= 80 * batch_size else 16
     for name, with_ids in (("decode_step_256_us", False), ("decode_step_ids_commit_256_us", True)):
         manager = BlockManager(num_blocks, BLOCK_SIZE)
@@ -115,7 +115,7 @@ def prefix_hit(num_blocks: int) -> Iterator[Figure]:
 
 
 def cold_insert(num_blocks: int) -> Iterator[Figure]:
-    """Distinct prompts through a pool for half of them: each evicts what another one left."""
+    """Allocate distinct prompts in a pool for half of them: each prompt evicts an earlier one."""
     per_prompt = 2048 // BLOCK_SIZE
     num_prompts = 2 * (num_blocks // per_prompt)
     ids = random_ids(num_prompts * 2048).reshape(num_prompts, 2048)
@@ -143,7 +143,7 @@ def content_key(_: int) -> Iterator[Figure]:
 
 
 def memory(num_blocks: int) -> Iterator[Figure]:
-    """Everything a manager holds when all blocks are cached prompts of 2,048 tokens."""
+    """Measure the memory of a manager whose blocks all hold cached prompts of 2,048 tokens."""
     gc.collect()
     tracemalloc.start()
     manager = BlockManager(num_blocks, BLOCK_SIZE)
@@ -159,7 +159,7 @@ SUITES = (alloc_free, decode, fork_free, prefix_hit, cold_insert, content_key)
 
 
 def peers(pythons: list[str]) -> None:
-    """Measure each peer once, by the first of these interpreters that can import it."""
+    """Measure each peer once, with the first interpreter that can import it."""
     root = Path(__file__).resolve().parent.parent
     missing = dict.fromkeys(MODULES, "")
     for python in pythons:
@@ -187,7 +187,7 @@ def main() -> None:
         "--peer-python",
         action="append",
         metavar="PATH",
-        help="where peers are installed; repeatable",
+        help="interpreter that has peers; repeatable",
     )
     options = parser.parse_args()
     sizes = (1_000, 100_000, 1_000_000) if options.sizes else (100_000,)

@@ -1,19 +1,19 @@
-"""What the kernels do on a GPU: bandwidth, TFLOP/s, shared prefixes, copies, the allocator.
+"""Measure the kernels on a GPU: bandwidth, TFLOP/s, shared prefixes, copies, the allocator.
 
-    python benchmarks/gpu.py --minutes 6            # everything, the most telling parts first
+    python benchmarks/gpu.py --minutes 6            # everything, the most important parts first
     python benchmarks/gpu.py --only decode,shared   # some parts
     python benchmarks/gpu.py --dry-run              # the schedule; then tiny shapes on the CPU
 
-JSON lines on stdout. With --out (default: benchmarks/results/) they go to a file as well, and
-Markdown tables beside it; both are written after every part, so that a run that is cut short loses
-one part. A summary comes last.
+Prints JSON lines, and at the end a summary. --out FOLDER (default: benchmarks/results/) gets the
+lines as a file and as Markdown tables. Both files are written after every part, so a run that is
+cut short loses one part.
 
-Bandwidths are bytes of keys and values that have to be read, compared with a plain copy (bytes read
-and written) in the same run. Calls are replayed from CUDA graphs, over layers that together outrun
-the L2 cache. FlashInfer and flash-attn are measured beside it where they are installed. Ratios
-above 1: kvpager is quicker. Every result is compared with the plain torch reference before the
-clock starts. Kernels are compiled ahead, on tiny shapes, in a process for each part. Needs no
-network; ends well, with a message, where no GPU is.
+Bandwidths count the keys and values that must be read. They are compared with a plain copy (bytes
+read and written) in the same run. Calls are replayed from CUDA graphs, over layers that together
+exceed the L2 cache. Installed FlashInfer and flash-attn are measured as well. Ratios above 1:
+kvpager is faster. Every result is compared with the plain torch reference before it is timed.
+Kernels are compiled ahead on tiny shapes, in one process per part. Needs no network. Without a GPU
+it prints a message and exits with 0.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import gpu_attention, gpu_copies, gpu_engine, timing
 from benchmarks.gpu_rig import Rig
 
-# What runs, the most telling first, and which share of the minutes each has at most.
+# The parts, the most important first, and the maximum share of the minutes of each.
 PARTS: dict[str, tuple[Callable[[Rig], None], int]] = {
     "correctness": (gpu_engine.correctness, 4),
     "decode": (gpu_attention.decode, 20),
@@ -54,14 +54,14 @@ PARTS: dict[str, tuple[Callable[[Rig], None], int]] = {
     "soak": (gpu_copies.allocator_soak, 7),
     "decode_shapes": (gpu_attention.decode_shapes, 10),
 }
-_COPY_SHARE = 2  # of the plain copy, which comes before all parts
+_COPY_SHARE = 2  # the share of the plain copy, which comes before all parts
 _COMPILE_SECONDS_MAX = 60
 PEERS = ("flashinfer-python", "flash-attn", "flash-attn-3")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def copy_bandwidth(rig: Rig) -> None:
-    """Bytes per second that a plain copy reads and writes."""
+    """Measure the bytes per second that a plain copy reads and writes."""
     num_bytes = (1 << 20) if rig.dry else min(4 << 30, rig.room())
     source = torch.empty(num_bytes, dtype=torch.uint8, device=rig.device).random_()
     target = torch.empty_like(source)
@@ -71,21 +71,21 @@ def copy_bandwidth(rig: Rig) -> None:
 
 
 def schedule(chosen: list[str], seconds: float) -> dict[str, float]:
-    """Seconds for each part, at the most. What a part does not take, all that follow may use."""
+    """Return the maximum seconds of each part. Later parts may use the time that a part leaves."""
     shares = {"copy": _COPY_SHARE} | {name: PARTS[name][1] for name in chosen}
     return {name: seconds * share / sum(shares.values()) for name, share in shares.items()}
 
 
 def run(rig: Rig, planned: dict[str, float], write: Callable[[], None]) -> bool:
-    """The parts, each in its time, written after each; whether all went well."""
+    """Run the parts and write the files after each. Return True if no part failed."""
     fine = True
     for name, seconds in planned.items():
-        # A dry run is not measured: no part of it depends on the machine's speed.
+        # A dry run has no time limit: it must not depend on the speed of the machine.
         rig.begin(math.inf if rig.dry else seconds)
         timing.note(f"{name}: at most {seconds:.0f} s")
         try:
             (copy_bandwidth if name == "copy" else PARTS[name][0])(rig)
-        except Exception as error:  # the other parts' figures are worth having
+        except Exception as error:  # the other parts still run
             fine = False
             rig.remark(f"{name}: FAILED: {error!r}")
             timing.note(traceback.format_exc())
@@ -99,7 +99,7 @@ def run(rig: Rig, planned: dict[str, float], write: Callable[[], None]) -> bool:
 
 
 def markdown(rig: Rig, machine: dict[str, Any]) -> str:
-    """Everything as tables."""
+    """Return all figures as Markdown tables."""
     found = machine["machine"]
     facts = [f"{name} {found[name]}" for name in ("torch", "triton", *PEERS) if found.get(name)]
     text = [
@@ -125,7 +125,7 @@ def markdown(rig: Rig, machine: dict[str, Any]) -> str:
 
 
 def summary(rig: Rig) -> list[str]:
-    """A table of the range of each figure of each part."""
+    """Return a table of the range of each figure of each part."""
     found: dict[tuple[str, str], list[float]] = {}
     for part, rows in rig.rows.items():
         for _, figures in rows:
@@ -147,7 +147,7 @@ def _cell(figure: float | str | None) -> str:
 
 
 def write(rig: Rig, machine: dict[str, Any], folder: Path) -> None:
-    """The lines and the tables, as files named after the day."""
+    """Write the lines and the tables to files named after the day."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{machine['machine']['date']}-gpu"
     lines = [json.dumps(line) for line in (machine, *rig.lines.kept)]
@@ -156,9 +156,9 @@ def write(rig: Rig, machine: dict[str, Any], folder: Path) -> None:
 
 
 def compile_ahead(chosen: list[str]) -> None:
-    """Make every part's calls once, on tiny shapes, in a process per part: compiles in parallel.
+    """Compile in parallel: run every part once on tiny shapes, in one process per part.
 
-    Compiled kernels stay in Triton's cache on disk. What is not compiled in time is compiled later.
+    Compiled kernels stay in Triton's cache on disk. The parts compile what is then still missing.
     """
     command = [sys.executable, __file__, "--tiny"]
     processes = []
@@ -184,15 +184,15 @@ def compile_ahead(chosen: list[str]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="PART,..", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--only", metavar="PART,..", help=f"parts to run: {', '.join(PARTS)}")
     parser.add_argument(
-        "--minutes", type=float, default=9, help="for all of it, at the most (default: 9)"
+        "--minutes", type=float, default=9, help="maximum minutes of the run (default: 9)"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {RESULTS.name}/")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the schedule; tiny shapes, on the CPU"
     )
-    # Tiny shapes on the GPU, for what `compile_ahead` starts.
+    # Tiny shapes on the GPU, for the processes of `compile_ahead`.
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.parts = options.only.split(",") if options.only else list(PARTS)
@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     if not options.dry_run and not torch.cuda.is_available():
-        print(f"gpu: nothing measured, because torch {torch.__version__} finds no GPU here.")
+        print(f"gpu: nothing measured, because torch {torch.__version__} finds no GPU.")
         return 0
     device = torch.device("cpu" if options.dry_run else "cuda")
     tiny = options.dry_run or options.tiny
@@ -230,7 +230,7 @@ def main() -> int:
         cuda=torch.version.cuda,
         **versions,
     )
-    # Not inference mode: its tensors have no version, so that plans could not be kept.
+    # Not inference mode: its tensors have no version, which plans need to be kept.
     folder = options.out or (Path(tempfile.mkdtemp()) if tiny else RESULTS)
     with torch.no_grad():
         fine = run(rig, planned, lambda: write(rig, machine, folder))

@@ -19,7 +19,7 @@ from kvpager.ops import AttentionArgs, gather_kv
 
 
 class Shape(NamedTuple):
-    """One decode step."""
+    """The shape of a decode step."""
 
     rows: int
     length: int
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
     @property
     def kv_bytes(self) -> int:
-        """Of one layer, in bfloat16."""
+        """Bytes of keys and values of one layer, in bfloat16."""
         return self.rows * self.length * 2 * KV_HEADS * self.head_dim * 2
 
 
@@ -46,7 +46,7 @@ def short(tokens: int) -> str:
 
 
 def decode(rig: Rig) -> None:
-    """Contexts and batches, for heads of 128 in groups of 4."""
+    """Measure contexts and batches, for heads of 128 in groups of 4."""
     lengths = (64, 128) if rig.dry else (1024, 4096, 16_384, 65_536, 131_072)
     rows = (1, 2) if rig.dry else (1, 8, 32, 128, 256)
     blocks = (16, 64)
@@ -58,7 +58,7 @@ def decode(rig: Rig) -> None:
 
 
 def decode_shapes(rig: Rig) -> None:
-    """Head sizes and groups."""
+    """Measure head sizes and groups."""
     length = 64 if rig.dry else 8192
     rows = (2,) if rig.dry else (1, 16, 64)
     shapes = itertools.product(rows, (length,), (64, 128), (1, 4, 8), (16, 64))
@@ -96,7 +96,7 @@ def _decode(rig: Rig, part: str, shapes: list[Shape]) -> None:
 
 
 def _peers(rig: Rig, pool: Pool, shape: Shape) -> dict[str, list[Call]]:
-    """The same layers, by the peers that are installed and take this shape."""
+    """Return calls for the same layers of the installed peers that support this shape."""
     if rig.device.type != "cuda":
         return {}
     heads = KV_HEADS * shape.group
@@ -120,7 +120,7 @@ def _peers(rig: Rig, pool: Pool, shape: Shape) -> dict[str, list[Call]]:
             pool.check(f"{shape.name} {name}", calls[0])
         except peers.Unavailable as reason:
             rig.remark(f"{name}: not measured: {reason}")
-        except Exception as error:  # a peer that fails is left out, whatever the reason
+        except Exception as error:  # a peer may fail for any reason
             rig.remark(f"{name} {shape.name}: not measured: {error!r}")
         else:
             found[name] = calls
@@ -131,7 +131,7 @@ def _peers(rig: Rig, pool: Pool, shape: Shape) -> dict[str, list[Call]]:
 
 
 def shared_prefix(rig: Rig) -> None:
-    """Rows that share a long prefix, beside as many rows that share nothing."""
+    """Measure rows that share a long prefix beside as many rows that share nothing."""
     shared, own = (64, 32) if rig.dry else (8192, 128)
     for rows, block_size in itertools.product((4,) if rig.dry else (4, 16, 32, 64), (16, 64)):
         case = f"n{rows}_{short(shared)}_block{block_size}"
@@ -160,7 +160,7 @@ def shared_prefix(rig: Rig) -> None:
 
 
 def quantised(rig: Rig) -> None:
-    """int8 and fp8 caches beside bfloat16."""
+    """Measure int8 and fp8 caches beside bfloat16."""
     shapes = ((2, 64),) if rig.dry else ((1, 8192), (32, 8192), (64, 32_768))
     for (rows, length), block_size in itertools.product(shapes, (16, 64)):
         case = f"b{rows}_{short(length)}_block{block_size}"
@@ -197,7 +197,7 @@ def quantised(rig: Rig) -> None:
 
 
 def prefill(rig: Rig) -> None:
-    """Many queries per row, alone and behind a cached prefix."""
+    """Measure many queries per row, alone and after a cached prefix."""
     cases = ((1, 2048, 0), (1, 8192, 0), (1, 32_768, 0), (8, 2048, 0), (4, 512, 8192))
     if rig.dry:
         cases = ((1, 48, 0), (2, 16, 32))
@@ -213,7 +213,7 @@ def prefill(rig: Rig) -> None:
         works = {"kvpager": pool.calls(cu_seqlens_q=starts)}
         found = works["kvpager"][0]()
         if prefix:
-            # SDPA has no mask for this in one call.
+            # SDPA cannot mask this in one call.
             args = AttentionArgs(pool.block_tables, pool.seq_lens, starts)
             expected = reference.paged_attention(pool.query, *pool.storage.layer(0), args)
             require_close(case, found, expected)
@@ -233,7 +233,7 @@ def prefill(rig: Rig) -> None:
 
 
 def _sdpa(pool: Pool, rows: int, layer: int) -> Call:
-    """Causal SDPA over contiguous copies of the same keys and values: [rows, heads, new, dim]."""
+    """Return a causal SDPA over contiguous copies of the cache: [rows, heads, new, dim]."""
     length = int(pool.seq_lens[0])
 
     def dense(cache: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def _storage(rig: Rig, num_blocks: int, block_size: int) -> BlockStorage:
 
 
 def append(rig: Rig) -> None:
-    """Write new keys and values, beside `index_copy_` into flat tensors."""
+    """Measure writing keys and values beside `index_copy_` into flat tensors."""
     counts = (4,) if rig.dry else (1, 64, 256, 4096)
     for tokens, block_size in itertools.product(counts, (16, 64)):
         case = f"{tokens}_block{block_size}"
@@ -77,7 +77,7 @@ def _index_copies(flat: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> No
 
 
 def copies(rig: Rig) -> None:
-    """Copy-on-write of whole blocks, all layers, beside one plain copy of as many bytes."""
+    """Measure copy-on-write of blocks, all layers, beside one plain copy of as many bytes."""
     for pairs in (2,) if rig.dry else (1, 16, 64, 256, 512):
         case = f"{pairs}_blocks"
         if rig.over(f"copies {case}"):
@@ -112,7 +112,7 @@ def copies(rig: Rig) -> None:
 
 
 def allocator_steps(rig: Rig) -> None:
-    """One step of the device-side allocator, in a CUDA graph, while rows grow."""
+    """Measure a step of the device-side allocator, in a CUDA graph, while rows grow."""
     for rows in (4,) if rig.dry else (1, 64, 256, 1024):
         if rig.over(f"step_alloc b{rows}"):
             return
@@ -122,22 +122,25 @@ def allocator_steps(rig: Rig) -> None:
         times = rig.measure({"step": [partial(step_alloc, allocator, lanes)] * 32})
         allocator.check()
         if int(allocator.failures):
-            rig.remark(f"step_alloc b{rows}: the rows were full before the clock stopped")
+            rig.remark(f"step_alloc b{rows}: the rows were full before the measurement ended")
         rig.row("step_alloc", f"b{rows}", us=statistics.median(times["step"]) * 1e6)
 
 
 class Soak:
-    """Steps, forks and releases at random, with every token's number kept twice: in the blocks,
-    where copies have to carry it along, and by row and position. The host reads nothing between.
+    """Random steps, forks and releases, each token stored twice: in its block, and by row.
+
+    Copies must move the tokens in the blocks. The host reads nothing between checks.
     """
 
-    STEPS = 27  # per graph; no multiple of the block size, so that forks share open blocks
+    STEPS = (
+        27  # per graph; not a multiple of the block size, so that forks share partly filled blocks
+    )
 
     def __init__(self, rig: Rig, rows: int, columns: int, num_blocks: int) -> None:
         self.rig, self.rows, self.block_size = rig, rows, 16
         device = rig.device
         self.allocator = DeviceAllocator(num_blocks, self.block_size, rows, columns, device=device)
-        # One more block, row and column than there are, for what was refused.
+        # One extra block, row and column receive the tokens of refused rows.
         self.tokens = torch.zeros(num_blocks + 1, self.block_size, dtype=torch.int32, device=device)
         self.expected = torch.zeros(
             rows + 1, columns * self.block_size + 1, dtype=torch.int32, device=device
@@ -151,7 +154,7 @@ class Soak:
         self.used: set[int] = set()
 
     def step(self) -> None:
-        """One token for every row in `lanes`."""
+        """Append a token to every row in `lanes`."""
         slots, pairs = step_alloc(self.allocator, self.lanes)
         copy_blocks(self.tokens, pairs)
         self.clock += 1
@@ -171,7 +174,7 @@ class Soak:
         self.expected[targets.masked_fill(targets < 0, self.rows)] = copied
 
     def choose(self) -> None:
-        """Choose the rows to release, fork and run next, on the host; send them without a wait."""
+        """Choose the rows to release, fork and run next, and send them without waiting."""
         released = [row for row in self.used if self.random.random() < 0.15]
         self.used -= set(released)
         idle = sorted(set(range(self.rows)) - self.used)
@@ -202,7 +205,7 @@ class Soak:
 
 
 def allocator_soak(rig: Rig) -> None:
-    """100,000 captured steps among forks, releases and a pool that runs out, checked on the way."""
+    """Check 100,000 captured steps among forks and releases, in a pool that runs out."""
     total = 640 if rig.dry else 100_000
     soak = Soak(rig, 6, 8, 10) if rig.dry else Soak(rig, 256, 64, 2048)
     run, change = _runs(rig, soak)
@@ -226,11 +229,11 @@ def allocator_soak(rig: Rig) -> None:
 
 
 def _runs(rig: Rig, soak: Soak) -> tuple[Call, Call]:
-    """Many steps, and one change of rows: CUDA graphs where there is a GPU."""
+    """Return a run of steps and a change of rows, on a GPU as CUDA graphs."""
     steps = [soak.step] * Soak.STEPS
     if rig.device.type != "cuda":
         return partial(run_all, steps), soak.change
-    # No row is in use yet, so this compiles and changes nothing.
+    # No row is in use yet, so these calls only compile.
     soak.step()
     soak.change()
     torch.cuda.synchronize(rig.device)

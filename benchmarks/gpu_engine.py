@@ -1,4 +1,4 @@
-"""The parts of `gpu.py` that take a whole: are results right, and what does serving give."""
+"""The parts of `gpu.py` that check results and measure an engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvpager.ops import AttentionArgs
 
 
 def correctness(rig: Rig) -> None:
-    """Decode, shared prefixes and prefill beside plain torch, for every kind of cache."""
+    """Compare decode, shared prefixes and prefill with plain torch, for every kind of cache."""
     checked = 0
     sizes = itertools.product((None, "int8", "fp8_e4m3"), (16, 64))
     for kv_cache_dtype, block_size in sizes:
@@ -47,7 +47,7 @@ def _check_prefill(pool: Pool, case: str, new: int) -> None:
 
 
 def engine(rig: Rig) -> None:
-    """`Engine` beside transformers' own `generate_batch`: a Llama of random weights, greedy."""
+    """Measure `Engine` beside transformers' `generate_batch`: a Llama of random weights, greedy."""
     try:
         from kvpager.bench.throughput import comparison, models
         from kvpager.bench.throughput.systems import Options
@@ -73,7 +73,7 @@ def engine(rig: Rig) -> None:
 
 
 def _model(rig: Rig) -> Any:
-    """A Llama of 1.2 billion parameters in bfloat16; a tiny one where nothing is measured."""
+    """Return a Llama of 1.2 billion parameters in bfloat16; in a dry run, a tiny one."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     sizes = (64, 128, 2, 4, 2) if rig.dry else (2048, 8192, 16, 32, 8)

@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` share: the clock, the budget, pools of random blocks, the table."""
+"""Tools of the parts of `gpu.py`: the clock, the budget, pools of random blocks, the table."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from kvpager.ops import AttentionArgs, paged_attention
 Call = Callable[[], Any]
 
 KV_HEADS = 8
-# A pass over all layers reads more than any cache holds, so every layer comes from memory.
+# A pass over all layers reads more than the L2 cache holds, so every layer comes from memory.
 ROTATION_BYTES = 512 << 20
 LAYERS_MAX = 64
 KV_BYTES_MAX = 16 << 30
-# One timed run of a work takes about this long, so that events and launches do not count.
+# A timed run takes about this long, so that the time of events and launches is negligible.
 RUN_SECONDS = 0.01
 UNITS = {
     "us": "us",
@@ -39,12 +39,12 @@ UNITS = {
 
 
 class WrongResult(Exception):
-    """A kernel differs from its reference, so timing it is pointless."""
+    """A kernel differs from its reference, so it is not timed."""
 
 
 @dataclass
 class Rig:
-    """Where and how long to measure, and what was found."""
+    """The device, the time limits and the figures."""
 
     device: torch.device
     dry: bool
@@ -56,24 +56,24 @@ class Rig:
     part_deadline: float = 0.0
 
     def begin(self, seconds: float) -> None:
-        """A part begins that has this long, or what is left."""
+        """Begin a part, which has `seconds`, or the rest of the time if that is less."""
         self.part_deadline = min(self.deadline, time.monotonic() + seconds)
 
     def over(self, what: str) -> bool:
         """Return True, and note that `what` is skipped, if the part has no time left."""
         if time.monotonic() < self.part_deadline:
             return False
-        self.remark(f"{what} and what follows it in its part: skipped, the part's time is out")
+        self.remark(f"{what} and the rest of its part: skipped, its time is up")
         return True
 
     def remark(self, text: str) -> None:
-        """Something for the reader of the table; once each."""
+        """Add a remark to the tables, once."""
         if text not in self.remarks:
             self.remarks.append(text)
             timing.note(text)
 
     def row(self, part: str, case: str, **figures: float | str) -> None:
-        """The figures of a case: a JSON line for each number, a row of the part's table."""
+        """Add the figures of a case: a JSON line for each, and a row of the part's table."""
         for name, value in figures.items():
             if isinstance(value, int | float):
                 unit = UNITS.get(name) or UNITS.get(name.rpartition("_")[2], "ratio")
@@ -81,7 +81,7 @@ class Rig:
         self.rows.setdefault(part, []).append((case, figures))
 
     def room(self) -> int:
-        """Bytes that a pool may take."""
+        """Return the bytes that a pool may take."""
         if self.device.type != "cuda":
             return 64 << 20
         torch.cuda.empty_cache()
@@ -90,7 +90,7 @@ class Rig:
     # ---------------------------------------------------------------- the clock
 
     def measure(self, works: dict[str, list[Call]], *, graphs: bool = True) -> timing.Times:
-        """Seconds per call of each work, whose calls are made one after the other, in turns."""
+        """Return seconds per call of each work. The works take turns; their calls run in order."""
         runs, counts = {}, {}
         for name, calls in works.items():
             runs[name], counts[name] = self._prepare(name, calls, graphs)
@@ -99,7 +99,7 @@ class Rig:
         return {name: [each / counts[name] for each in times[name]] for name in works}
 
     def _prepare(self, name: str, calls: list[Call], graphs: bool) -> tuple[Call, int]:
-        """One function that makes all calls some number of times, and how many calls it makes."""
+        """Return a function that repeats all calls, and the number of calls it makes."""
         if self.device.type != "cuda":
             return partial(run_all, calls), len(calls)
         run_all(calls)  # compiles
@@ -128,13 +128,13 @@ class Rig:
 
 
 def run_all(calls: list[Call]) -> None:
-    """Make the calls, one after the other."""
+    """Make the calls in order."""
     for call in calls:
         call()
 
 
 def captured(calls: list[Call]) -> Call:
-    """The calls as one CUDA graph. Whatever they compile has to be compiled before."""
+    """Return the calls as one CUDA graph. Their kernels must be compiled before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run_all(calls)
@@ -146,7 +146,7 @@ def captured(calls: list[Call]) -> Call:
 
 
 class Pool:
-    """Rows of equal length in shuffled blocks, in as many layers as a rotation needs."""
+    """Rows of equal length in shuffled blocks, with as many layers as a rotation needs."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class Pool:
         shared: int = 0,
         layers_max: int = LAYERS_MAX,
     ) -> None:
-        """`shared`: tokens that all rows have in common, whole blocks of them."""
+        """`shared`: tokens that all rows have in common, in whole blocks."""
         columns, common = -(-length // block_size), shared // block_size
         own = columns - common
         num_blocks = common + rows * own
@@ -188,7 +188,7 @@ class Pool:
 
     @staticmethod
     def layers_for(kv_bytes: int, rig: Rig, layers_max: int = LAYERS_MAX) -> int:
-        """Layers of a rotation: enough to outrun the L2 cache, as far as there is room."""
+        """Return the layers of a rotation: enough to exceed the L2 cache, if there is room."""
         wanted = 2 if rig.dry else min(layers_max, -(-ROTATION_BYTES // kv_bytes))
         return max(1, min(wanted, rig.room() // kv_bytes))
 
@@ -206,11 +206,11 @@ class Pool:
                 scale.uniform_(0.02, 0.03)
 
     def calls(self, *, share: bool = True, cu_seqlens_q: Tensor | None = None) -> list[Call]:
-        """Attention in each layer, planned before the clock starts where the kernel has plans."""
+        """Return attention calls for each layer, planned ahead if the kernel has plans."""
         return [self.call(layer, share, cu_seqlens_q) for layer in range(self.num_layers)]
 
     def call(self, layer: int, share: bool = True, cu_seqlens_q: Tensor | None = None) -> Call:
-        """Attention in one layer."""
+        """Return an attention call for one layer, planned ahead if the kernel has plans."""
         caches, scales = self.storage.layer(layer), self.storage.scales(layer)
         tensors = (self.query, *caches, self.block_tables, self.seq_lens)
         if not planned(self.rig.device):
@@ -238,7 +238,7 @@ def planned(device: torch.device) -> bool:
 
 
 def require_close(name: str, found: Tensor, expected: Tensor, tolerance: float = 3e-2) -> None:
-    """Raises `WrongResult` unless the largest error is small beside the largest element."""
+    """Raise `WrongResult` if the largest error exceeds `tolerance` of the largest element."""
     error = float((found.float() - expected.float()).abs().max() / expected.abs().max())
     if not error <= tolerance:
-        raise WrongResult(f"{name}: wrong by {error:.2e} of the largest element")
+        raise WrongResult(f"{name}: the error is {error:.2e} of the largest element")

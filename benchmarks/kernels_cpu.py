@@ -1,13 +1,13 @@
-"""What the CPU kernels do, beside the best that torch, transformers and vLLM do with the same data.
+"""Measure the CPU kernels beside the fastest ways of torch, transformers and vLLM on equal data.
 
-    python benchmarks/kernels_cpu.py                        # everything, some 8 minutes
+    python benchmarks/kernels_cpu.py                        # everything, about 8 minutes
     python benchmarks/kernels_cpu.py --quick                # fewer cases and turns, under a minute
-    python benchmarks/kernels_cpu.py --only decode_bf16     # the cases named so
-    python benchmarks/kernels_cpu.py --vllm PATH            # and vLLM: an unpacked wheel
+    python benchmarks/kernels_cpu.py --only decode_bf16     # cases named so
+    python benchmarks/kernels_cpu.py --vllm PATH            # vLLM too: an unpacked wheel
 
-Decode turns through enough layers and batches that keys and values come from memory, as they do in
-a model, not from a cache. torch gets contiguous tensors, which a paged cache does not have. Every
-output is compared with SDPA in float32 before the clock starts. Ratios above 1: kvpager is quicker.
+Decode rotates through enough layers and batches that keys and values come from memory, as in a
+model, and not from a CPU cache. torch gets contiguous tensors, which a paged cache does not have.
+Every output is compared with SDPA in float32 before it is timed. Ratios above 1: kvpager is faster.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ from kvpager import BlockStorage
 from kvpager.ops import append_kv, copy_blocks
 
 COPY_LAYERS = 24
-CACHED_BYTES = 1 << 20  # per layer; measured out of the caches, too
+CACHED_BYTES = 1 << 20  # per layer; smaller cases are also measured from the CPU caches
 
-# Does the work of one item of a rotation.
+# Computes one item of a rotation.
 Form = Callable[[int], Any]
-# Beside BLOCK_SIZE: vLLM's operator, too, runs with the block size that suits it.
+# Measured beside BLOCK_SIZE, because vLLM's operator runs with its fastest block size, too.
 LARGE_BLOCK_SIZE = 128
 LARGE = f"kvpager_{LARGE_BLOCK_SIZE}"
 TORCH_FORMS = ("sdpa_enable_gqa", "sdpa_grouped", "matmul_softmax_matmul")
@@ -73,10 +73,10 @@ class Settings:
 
 
 def torch_forms(rotation: Rotation) -> dict[str, Form]:
-    """Decode over contiguous keys and values, in the ways that torch offers."""
+    """Return torch's ways to decode over contiguous keys and values."""
     case, pairs = rotation.case, rotation.pairs
     heads = rotation.query[:, :, None]
-    # The query heads of a kv head as rows of one small matrix: no key is read twice.
+    # The query heads of a kv head are the rows of one matrix, so each key is read once.
     grouped = rotation.query.view(case.rows, KV_HEADS, -1, case.head_dim)
     scaled = grouped * case.head_dim**-0.5
 
@@ -94,7 +94,7 @@ def torch_forms(rotation: Rotation) -> dict[str, Form]:
 
 
 def vllm_form(rotation: Rotation, settings: Settings) -> tuple[int, Form]:
-    """vLLM's operator with the block size it is quickest with here."""
+    """Return vLLM's operator with its fastest block size, and that size."""
     sizes = (32, 128) if settings.quick else vllm_attention.BLOCK_SIZES
     few = replace(settings, repeats=3, seconds=1)
     items = list(range(rotation.case.num_items))
@@ -107,7 +107,7 @@ def vllm_form(rotation: Rotation, settings: Settings) -> tuple[int, Form]:
 
 
 def vllm_items(rotation: Rotation, block_size: int) -> Form:
-    """Decode by vLLM's operator, over its own layout of the same keys and values."""
+    """Return a decode by vLLM's operator, over its own layout of the same keys and values."""
     case = rotation.case
     decode = vllm_attention.Decode(
         case.rows, case.length, QUERY_HEADS, KV_HEADS, case.head_dim, DTYPES[case.dtype], block_size
@@ -122,7 +122,7 @@ def vllm_items(rotation: Rotation, block_size: int) -> Form:
 def decode(
     case: Case, lines: timing.Lines, memory: timing.ReadBandwidth, settings: Settings
 ) -> None:
-    """One case: from memory, and for a small one from the caches too."""
+    """Measure one case from memory, and a small one from the CPU caches as well."""
     rotation = Rotation(case)
     forms: dict[str, Form] = {"kvpager": rotation.attend}
     forms[LARGE] = Rotation(case, block_size=LARGE_BLOCK_SIZE).attend
@@ -136,7 +136,7 @@ def decode(
         found = form(last).view_as(expected)
         require_close(f"{case.name} {name}", found, expected, TOLERANCES[case.dtype])
     every = list(range(case.num_items))
-    # The plain read takes turns with the rest, once in each, so that it meets the same machine.
+    # The plain read takes turns with the others, so that the machine is in the same state.
     plain = {"read": lambda item: memory.read() if item == last else None}
     times = _turns(forms | plain, every, settings)
     reads = [seconds * len(every) / memory.num_bytes for seconds in times.pop("read")]
@@ -152,7 +152,7 @@ def decode(
 
 
 def _turns(forms: Mapping[str, Form], items: list[int], settings: Settings) -> timing.Times:
-    """Seconds per call of every form, which goes through all items in a turn."""
+    """Return seconds per call of each form. A turn of a form goes through all items."""
 
     def one_pass(form: Form) -> None:
         for item in items:
@@ -187,7 +187,7 @@ def decode_cases(settings: Settings) -> list[Case]:
 
 
 def summary(lines: timing.Lines) -> None:
-    """The least ratio of all cases that read from memory, and the middle one."""
+    """Report the minimum and the mean ratio of all cases that read from memory."""
 
     def values(what: str) -> list[float]:
         names = ((line["name"], line["value"]) for line in lines.kept)
@@ -212,7 +212,7 @@ def summary(lines: timing.Lines) -> None:
 
 
 def growing(case: Case, name: str, lines: timing.Lines, settings: Settings) -> None:
-    """A decode step of a layer, write and attention, beside transformers' DynamicCache."""
+    """Measure a layer's decode step, write and attention, beside transformers' DynamicCache."""
     try:
         from transformers.cache_utils import DynamicLayer
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -224,7 +224,7 @@ def growing(case: Case, name: str, lines: timing.Lines, settings: Settings) -> N
     new = torch.randn(case.rows, KV_HEADS, 1, case.head_dim).to(DTYPES[case.dtype])
     module = SimpleNamespace(num_key_value_groups=QUERY_HEADS // KV_HEADS, is_causal=True)
     heads = rotation.query[:, :, None]
-    # The layers of a step share them.
+    # The layers of a step share the slots.
     newest = torch.tensor([case.length])
     slots = [token_slots(tables, newest).flatten() for tables in rotation.block_tables]
 
@@ -251,7 +251,7 @@ def growing(case: Case, name: str, lines: timing.Lines, settings: Settings) -> N
 
 
 def eight_bits(case: Case, name: str, lines: timing.Lines, settings: Settings) -> None:
-    """Decode from int8 beside bfloat16, the same keys and values."""
+    """Measure decode from int8 beside bfloat16, with the same keys and values."""
     plain, quantised = Rotation(case), Rotation(case, "int8")
     require_close(name, quantised.attend(0), plain.expected(0), TOLERANCES["int8"])
     forms = {"bf16": plain.attend, "int8": quantised.attend}
@@ -265,7 +265,7 @@ def eight_bits(case: Case, name: str, lines: timing.Lines, settings: Settings) -
 
 
 def appends(tokens: int, name: str, lines: timing.Lines, settings: Settings) -> None:
-    """Write keys and values of `tokens` tokens beside `index_copy_` into flat tensors."""
+    """Measure writing `tokens` tokens beside `index_copy_` into flat tensors."""
     dim, num_blocks = 128, 2048
     shape = (tokens, KV_HEADS, dim)
     storage = BlockStorage(
@@ -284,7 +284,7 @@ def appends(tokens: int, name: str, lines: timing.Lines, settings: Settings) -> 
         flat[layer, 1].index_copy_(0, slots, value)
 
     def contiguous(layer: int) -> None:
-        """As many bytes, one after the other: what writing alone costs."""
+        """Write as many contiguous bytes: the cost of writing alone."""
         flat[layer, 0, :tokens] = key
         flat[layer, 1, :tokens] = value
 
@@ -302,7 +302,7 @@ def appends(tokens: int, name: str, lines: timing.Lines, settings: Settings) -> 
 
 
 def block_copies(pairs: int, name: str, lines: timing.Lines, settings: Settings) -> None:
-    """Copy-on-write of `pairs` blocks, 24 layers each, beside plain copies of the same bytes."""
+    """Measure copy-on-write of `pairs` blocks of 24 layers beside plain copies of the bytes."""
     dim, num_blocks = 128, 512
     storage = BlockStorage(
         num_blocks, BLOCK_SIZE, [(KV_HEADS, dim, dim)] * COPY_LAYERS, dtype=torch.bfloat16
@@ -344,7 +344,7 @@ def block_copies(pairs: int, name: str, lines: timing.Lines, settings: Settings)
 def suites(
     settings: Settings, memory: timing.ReadBandwidth
 ) -> Iterator[tuple[str, Callable[..., None]]]:
-    """Name and work of every case; the work takes the lines."""
+    """Yield name and work of every case. The work adds its figures to the lines."""
     for case in decode_cases(settings):
         yield case.name, lambda lines, case=case: decode(case, lines, memory, settings)
     length = 2048 if settings.quick else 8192
@@ -370,7 +370,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="NAME", help="cases whose name contains this")
     parser.add_argument("--repeats", type=int, help="turns per case (default: 21, quick 7)")
     parser.add_argument("--seconds", type=float, help="end a case after this (default: 6, quick 1)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     parser.add_argument(
         "--vllm",
         type=Path,

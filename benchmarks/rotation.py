@@ -12,11 +12,11 @@ from kvpager import BlockStorage
 from kvpager.ops import append_kv, paged_attention
 
 KV_HEADS, QUERY_HEADS, BLOCK_SIZE = 4, 16, 16
-# Of the storage: a block holds this many layers, so a layer's parts lie as far apart as in a model.
+# Layers of the storage: the blocks of a layer lie as far apart as in a model.
 LAYERS = 16
 ROTATION_BYTES = 256 << 20
 
-# Of the largest element of the output, which has errors of its own where it is bfloat16.
+# As fractions of the largest output element. A bfloat16 output has rounding errors of its own.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
     @property
     def kv_bytes(self) -> int:
-        """Of one layer."""
+        """Bytes of keys and values of one layer."""
         elements = 2 * self.rows * self.length * KV_HEADS * self.head_dim
         return elements * DTYPES[self.dtype].itemsize
 
@@ -72,7 +72,7 @@ class Rotation:
             batches * case.rows * columns, block_size, [layer] * LAYERS, dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
         )  # fmt: skip
-        # A pool that has been in use for a while hands out blocks in no order.
+        # A pool that has been used for a while hands out blocks in random order.
         blocks = torch.randperm(self.storage.num_blocks, dtype=torch.int32)
         self.block_tables = blocks.view(batches, case.rows, columns)
         self.seq_lens = torch.full((case.rows,), case.length, dtype=torch.int32)
@@ -81,7 +81,7 @@ class Rotation:
             self._fill(item)
 
     def place(self, item: int) -> tuple[int, Tensor]:
-        """The layer and the block tables of an item."""
+        """Return the layer and the block tables of an item."""
         batch, layer = divmod(item, LAYERS)
         return layer * self.stride, self.block_tables[batch]
 
@@ -95,7 +95,7 @@ class Rotation:
         )
 
     def attend(self, item: int) -> Tensor:
-        """Attention in the blocks: [rows, query_heads, head_dim]."""
+        """Return attention over the blocks, [rows, query_heads, head_dim]."""
         layer, tables = self.place(item)
         return paged_attention(
             self.query, *self.storage.layer(layer), tables, self.seq_lens,
@@ -103,19 +103,19 @@ class Rotation:
         )  # fmt: skip
 
     def expected(self, item: int) -> Tensor:
-        """The same in float32, from the contiguous tensors."""
+        """Return the same in float32, from the contiguous tensors."""
         keys, values = (each.float() for each in self.pairs[item])
         query = self.query.float()[:, :, None]
         return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)[:, :, 0]
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """[rows, heads, length, dim] as [tokens, heads, dim]."""
+    """Return [rows, heads, length, dim] as [tokens, heads, dim]."""
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
 def token_slots(tables: Tensor, positions: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
-    """int64 [rows, positions]."""
+    """Return the slots of positions, int64 [rows, positions]."""
     return tables.long()[:, positions // block_size] * block_size + positions % block_size
 
 
