@@ -39,21 +39,21 @@ class LosesAToken(Scheduler):
         return super().complete(plan, parents, tokens)
 
 
-class ForgetsAnEnd(Scheduler):
+class OmitsAnEnd(Scheduler):
     """Does not report the end of the first request."""
 
-    has_told = False
+    has_omitted = False
 
     def plan(self):  # type: ignore[no-untyped-def]
         plan = super().plan()
-        if plan is not None and plan.ended and not self.has_told:
-            self.has_told = True
+        if plan is not None and plan.ended and not self.has_omitted:
+            self.has_omitted = True
             plan.ended.pop()
         return plan
 
 
-@pytest.mark.parametrize("broken", [LosesAToken, ForgetsAnEnd])
-def test_a_broken_scheduler_is_noticed(broken: type[Scheduler]) -> None:
+@pytest.mark.parametrize("broken", [LosesAToken, OmitsAnEnd])
+def test_a_broken_scheduler_is_detected(broken: type[Scheduler]) -> None:
     def make(scenario: Scenario, clock):  # type: ignore[no-untyped-def]
         scheduler = make_scheduler(scenario, clock)
         scheduler.__class__ = broken

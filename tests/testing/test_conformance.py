@@ -1,4 +1,4 @@
-"""The conformance suite passes what is right and names what is broken."""
+"""The suite passes correct managers, and names the property that a broken manager violates."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TestSmallestBlocks(ManagerConformance):
 
 
 class LosesABlock(NaiveManager):
-    """Every sequence freed takes its first block with it."""
+    """Loses the first block of each freed sequence."""
 
     def __init__(self, *args: int) -> None:
         super().__init__(*args)
@@ -110,12 +110,12 @@ class ChangesWhenRefused(NaiveManager):
             raise
 
 
-class ServesTheDead(NaiveManager):
+class AcceptsFreedHandles(NaiveManager):
     def named(self, sequences: Any) -> list[NaiveSequence]:
         return [sequences] if isinstance(sequences, NaiveSequence) else list(sequences)
 
 
-class MixesTenants(NaiveManager):
+class MixesNamespaces(NaiveManager):
     def match(self, namespace: str | None, tokens: Any) -> Any:
         return super().match(None, tokens)
 
@@ -133,7 +133,7 @@ class WrongError(NaiveManager):
             raise IndexError("list index out of range") from None
 
 
-class ForgetsTheCopy(NaiveManager):
+class OmitsCopies(NaiveManager):
     def append(self, *args: Any, **kwargs: Any) -> Step:
         step = super().append(*args, **kwargs)
         return Step(step.slots, step.copies[:0])
@@ -160,11 +160,11 @@ BROKEN = {
     HandsOutTwice: "handed_out_once",
     FreesTwice: "double_free_refused",
     ChangesWhenRefused: "refusal_changes_nothing",
-    ServesTheDead: "stale_handle_refused",
-    MixesTenants: "namespaces_isolated",
+    AcceptsFreedHandles: "stale_handle_refused",
+    MixesNamespaces: "namespaces_isolated",
     RefusesTooMuch: "served_when_it_fits",
     WrongError: "full_pool_refused",
-    ForgetsTheCopy: "reads_back",
+    OmitsCopies: "reads_back",
     ForksIntoNewBlocks: "fork_takes_no_block",
     FailsItsCheck: "check_passes",
 }
@@ -175,7 +175,7 @@ def adapter_of(broken: type[NaiveManager]) -> Any:
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
-def test_each_bug_violates_the_property_of_its_name(broken: type[NaiveManager]) -> None:
+def test_each_bug_violates_its_property(broken: type[NaiveManager]) -> None:
     [result] = check_properties(adapter_of(broken), properties=[BROKEN[broken]])
     assert result.verdict == "violated"
     assert 1 <= len(result.history) <= 6
@@ -186,7 +186,7 @@ def test_every_property_has_a_manager_that_violates_it() -> None:
     assert set(BROKEN.values()) == set(PROPERTIES)
 
 
-def test_a_result_reads_well() -> None:
+def test_a_result_prints_the_history_that_violates_it() -> None:
     [result] = check_properties(adapter_of(WritesShared), properties=["shared_not_written"])
     assert str(result).startswith("shared_not_written: violated: block ")
     assert any(line.startswith("append(pick=0, tokens=[") for line in result.history)
@@ -200,7 +200,7 @@ def test_results_are_the_same_for_the_same_seed() -> None:
     assert one == other
 
 
-def test_the_state_machine_finds_a_bug_too() -> None:
+def test_the_state_machine_detects_a_bug() -> None:
     machine = conformance_machine(adapter_of(WritesShared))
     few = settings(phases=[Phase.generate], derandomize=True, max_examples=1_000)
     with pytest.raises(Violation, match=r"shared_not_written|reads_back|handed_out_once"):
@@ -210,8 +210,8 @@ def test_the_state_machine_finds_a_bug_too() -> None:
 # ------------------------------------------------------------------ optional methods
 
 
-class Bare:
-    """The required part of an adapter alone."""
+class RequiredOnly:
+    """An adapter with the required members only."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         full = BlockManagerAdapter(NaiveManager(num_blocks, block_size))
@@ -222,7 +222,7 @@ class Bare:
 
 
 def test_an_unsupported_property_is_not_checked() -> None:
-    make: Any = Bare
+    make: Any = RequiredOnly
     verdicts = {result.name: result.verdict for result in check_properties(make, histories=5)}
     absent = {name for name, verdict in verdicts.items() if verdict == "unsupported"}
     assert absent == {

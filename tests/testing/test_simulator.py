@@ -1,4 +1,4 @@
-"""The simulator, the state machine, the isolation probes and the mutants notice bugs."""
+"""The simulator, the state machine, the isolation probes and the mutants detect bugs."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from kvpager.testing.simulator import replay_report, run, simulate
 GENERATE = settings(phases=[Phase.generate], derandomize=True, max_examples=500)
 
 
-class ForgetsTheCopy(BlockManager):
+class OmitsCopies(BlockManager):
     def append(self, *args: Any, **kwargs: Any) -> Step:
         step = super().append(*args, **kwargs)
         return Step(step.slots, step.copies[:0])
 
 
-def forgetful(setup: Setup) -> BlockManager:
-    # Without fences: a forgotten copy would keep its fence, and so hold its blocks for ever.
+def without_copies(setup: Setup) -> BlockManager:
+    # Without fences: an omitted copy would never complete, and its blocks would stay held.
     sizes = (setup.num_blocks, setup.block_size, setup.num_host_blocks)
-    return ForgetsTheCopy(*sizes, null_block=setup.null_block, eviction=setup.eviction)
+    return OmitsCopies(*sizes, null_block=setup.null_block, eviction=setup.eviction)
 
 
 def naive(setup: Setup) -> NaiveManager:
@@ -50,13 +50,13 @@ def naive(setup: Setup) -> NaiveManager:
 # ------------------------------------------------------------------ memory
 
 
-def test_a_value_says_all_that_comes_before_it() -> None:
+def test_a_value_depends_on_all_tokens_before_it() -> None:
     one, other = Content("acme", [1, 2, 3]), Content("acme", [0, 2, 3])
     assert one.values[2] != other.values[2]
     assert len({Content(name, [7]).values[0] for name in (None, "", "a", "a\0")}) == 4
 
 
-def test_memory_reads_through_a_table_what_was_written_and_copied() -> None:
+def test_memory_reads_back_written_and_copied_tokens() -> None:
     memory = TokenMemory(4, 2, 1)
     values = Content(None, [5, 6, 7]).values
     memory.write_at([3, 0], 0, values)
@@ -101,19 +101,19 @@ def test_a_seed_gives_the_same_run_in_another_process() -> None:
 
 
 def test_a_failing_history_is_shrunk_and_still_fails() -> None:
-    report = simulate(3, 3_000, make_manager=forgetful)
+    report = simulate(3, 3_000, make_manager=without_copies)
     assert report.failure is not None
     assert report.failure.property == "reads back"
     assert len(report.history) <= 4
-    again = replay_report(report, make_manager=forgetful)
+    again = replay_report(report, make_manager=without_copies)
     assert again == report.failure
     assert replay_report(report) is None  # the property holds for the correct manager
-    assert str(simulate(3, 3_000, make_manager=forgetful)) == str(report)
+    assert str(simulate(3, 3_000, make_manager=without_copies)) == str(report)
 
 
 def test_a_failure_is_printed_with_its_seed(capsys: pytest.CaptureFixture[str]) -> None:
     steps: list[int] = []
-    summary = run(3_000, 3, progress=steps.append, make_manager=forgetful)
+    summary = run(3_000, 3, progress=steps.append, make_manager=without_copies)
     printed = capsys.readouterr().out
     assert printed.startswith("seed 3: ")
     assert "are enough" in printed
@@ -123,14 +123,14 @@ def test_a_failure_is_printed_with_its_seed(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slow
-def test_processes_change_nothing() -> None:
+def test_the_number_of_processes_changes_no_result() -> None:
     alone, shared = run(12_000, 5, processes=1), run(12_000, 5, processes=2)
     assert alone.counts == shared.counts
     assert alone.num_seeds == 3
     assert not shared.failures
 
 
-def test_further_operations_can_be_entered() -> None:
+def test_operations_can_be_added() -> None:
     more: Table = dict(OPERATIONS)
 
     @operation(more, 2, needs=("num_blocks",), count=Number(3))
@@ -139,7 +139,7 @@ def test_further_operations_can_be_entered() -> None:
 
     @operation(more, 2, needs=("no_such_verb",))
     def never(harness: ManagerHarness) -> None:
-        raise AssertionError("the manager does not offer it")
+        raise AssertionError("the manager lacks the method")
 
     counts = [simulate(seed, 200, table=more).counts for seed in range(4)]
     assert any(count["look"] for count in counts)
@@ -147,8 +147,8 @@ def test_further_operations_can_be_entered() -> None:
 
 
 @pytest.mark.slow
-def test_the_machine_notices_a_bug_too() -> None:
-    machine = manager_machine(forgetful)
+def test_the_state_machine_detects_a_bug() -> None:
+    machine = manager_machine(without_copies)
     with pytest.raises(Exception, match="reads back"):
         run_state_machine_as_test(machine, settings=GENERATE)
 
@@ -156,7 +156,7 @@ def test_the_machine_notices_a_bug_too() -> None:
 # ------------------------------------------------------------------ shrinking
 
 
-def test_shrinking_keeps_what_is_needed() -> None:
+def test_shrinking_keeps_the_operations_that_fail() -> None:
     history = [("noise", (number,)) for number in range(50)]
     history[17], history[33] = ("first", ([4, 9, 4],)), ("second", (8,))
 
@@ -168,7 +168,7 @@ def test_shrinking_keeps_what_is_needed() -> None:
     assert shrink(history, fails) == [("first", ([9],)), ("second", (0,))]
 
 
-def test_simpler_values_come_to_an_end() -> None:
+def test_the_simplest_values_have_no_simpler_ones() -> None:
     assert list(simpler(0)) == list(simpler(None)) == list(simpler([])) == []
 
 
@@ -176,7 +176,7 @@ def test_simpler_values_come_to_an_end() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_namespaces_keep_apart(seed: int) -> None:
+def test_namespaces_are_isolated(seed: int) -> None:
     report = isolation(seed, 300)
     assert report.ok, report.failure
     assert report.foreign_hits == 0
@@ -184,23 +184,25 @@ def test_namespaces_keep_apart(seed: int) -> None:
     assert report.foreign_probes > 100
 
 
-def test_a_shared_index_is_noticed() -> None:
-    class Mixed(BlockManager):
+def test_an_index_shared_by_namespaces_is_detected() -> None:
+    class MixesNamespaces(BlockManager):
         def allocate(self, prompt: Any, *, namespace: str | None = None) -> Any:
             return super().allocate(prompt)
 
-    report = isolation(0, 300, make_manager=lambda setup: Mixed(setup.num_blocks, setup.block_size))
+    report = isolation(
+        0, 300, make_manager=lambda setup: MixesNamespaces(setup.num_blocks, setup.block_size)
+    )
     assert report.failure.startswith("namespaces isolated: ")
     assert report.foreign_hits == 1
 
 
-def test_a_lost_prefix_is_noticed() -> None:
-    class Forgetful(BlockManager):
+def test_a_lost_prefix_is_detected() -> None:
+    class NeverCommits(BlockManager):
         def commit(self, *args: Any) -> None:
             pass
 
     report = isolation(
-        0, 300, make_manager=lambda setup: Forgetful(setup.num_blocks, setup.block_size)
+        0, 300, make_manager=lambda setup: NeverCommits(setup.num_blocks, setup.block_size)
     )
     assert report.failure.startswith("a committed prefix is reused: ")
 
