@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.support.kernel_cases import (
-    strided_caches,
-)
+from tests.support.kernel_cases import strided_caches
 
 
 def attention_arguments() -> dict[str, Any]:
