@@ -22,9 +22,6 @@ KINDS = pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, Keyboard
 NEW = 16
 
 
-# -------------------------------------------------------------------- ends
-
-
 @pytest.mark.parametrize("steps", [1, 2, 5])  # prefilling, decoding
 def test_cancelling_a_request_affects_no_other_request(steps: int) -> None:
     with ToyEngine(max_batch_tokens=16) as engine:

@@ -373,9 +373,6 @@ def torch_computes_otherwise(model: Any) -> Iterator[None]:
     yield
 
 
-# ---------------------------------------------------------------- what cannot be told
-
-
 def opaque_hook(model: Any) -> None:
     factors = iter([1.0] * 10_000)
     mlp(model).register_forward_hook(lambda _module, _inputs, output: output * next(factors))
