@@ -1,11 +1,10 @@
-"""Run kvpager's conformance suite on the block managers found here.
+"""Run kvpager's conformance suite on the installed block managers.
 
     python -m examples.conformance                  # a table: which property holds
     python -m examples.conformance --json           # every result, with the shortest history
     python -m examples.conformance vllm_block_pool  # one of them
 
-A manager that is not installed is skipped, with the reason. What was found is in
-docs/conformance.md.
+A manager that is not installed is skipped, with the reason. docs/conformance.md has the results.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ SIGNS = {"holds": "holds", "violated": "VIOLATED", "unsupported": "-"}
 
 
 def kvpager(num_blocks: int, block_size: int) -> BlockManagerAdapter:
-    """The manager whose suite it is."""
+    """Return an adapter of kvpager's own manager."""
     from kvpager import BlockManager
 
     return BlockManagerAdapter(BlockManager(num_blocks, block_size))
 
 
-def look(make: object, histories: int) -> list[PropertyResult]:
-    # One block is too few for some of them to be made at all.
+def check(make: object, histories: int) -> list[PropertyResult]:
+    # Some managers cannot be made with one block.
     return check_properties(make, pools=(2, 14), histories=histories)  # type: ignore[arg-type]
 
 
@@ -44,16 +43,16 @@ def main() -> None:
     for name in options.adapters:
         if name not in ADAPTERS:
             parser.error(f"{name}: choose from {', '.join(ADAPTERS)}")
-    logging.disable(logging.WARNING)  # some managers log what the suite asks for on purpose
+    logging.disable(logging.WARNING)  # some managers log the calls that the suite makes on purpose
 
-    found: dict[str, list[PropertyResult]] = {"kvpager": look(kvpager, options.histories)}
+    found: dict[str, list[PropertyResult]] = {"kvpager": check(kvpager, options.histories)}
     for name in options.adapters or ADAPTERS:
         peer = import_module(f"examples.conformance.{name}")
         reason = peer.available()
         if reason is not None:
             print(f"{name}: skipped, {reason}")
             continue
-        found[name] = look(peer.make, options.histories)
+        found[name] = check(peer.make, options.histories)
     if options.json:
         for name, results in found.items():
             for result in results:

@@ -15,7 +15,7 @@ from typing import Any
 
 
 def _engine(name: str) -> ModuleType:
-    """A module of nanovllm.engine, even where the package's own import wants a GPU."""
+    """Return a module of nanovllm.engine, also if importing the package needs a GPU."""
     try:
         import_module("nanovllm")
     except ImportError:
@@ -29,7 +29,7 @@ def _engine(name: str) -> ModuleType:
 
 
 def available() -> str | None:
-    """None where the block manager can be driven, otherwise why not."""
+    """Return None if the block manager can be driven, or the reason why not."""
     try:
         manager = _engine("block_manager").BlockManager
         _engine("sequence")
@@ -41,7 +41,7 @@ def available() -> str | None:
 
 
 def make(num_blocks: int, block_size: int) -> NanoVllmAdapter:
-    """A BlockManager of `num_blocks` blocks."""
+    """Return an adapter of a BlockManager of `num_blocks` blocks."""
     return NanoVllmAdapter(num_blocks, block_size)
 
 
@@ -63,7 +63,7 @@ class NanoVllmAdapter:
         self._cached: dict[int, int] = {}
 
     def request(self, tokens: list[int]) -> Any:
-        """nano-vllm's sequence for the prompt."""
+        """Return nano-vllm's sequence for the prompt."""
         return self._sequence(list(tokens))
 
     def allocate(self, tokens: list[int]) -> Any:
@@ -80,7 +80,7 @@ class NanoVllmAdapter:
         return self._cached[handle.seq_id]
 
     def append(self, handle: Any, tokens: list[int]) -> list[tuple[int, int]]:
-        # can_append checks a single token. This checks all tokens before it adds the first.
+        # `can_append` checks one token. This checks all tokens before it adds the first.
         blocks = -(-(len(handle) + len(tokens)) // self.block_size) - handle.num_blocks
         if blocks > len(self.manager.free_block_ids):
             raise MemoryError("can_append would return False")

@@ -17,17 +17,17 @@ _MODULES = ("srt.mem_cache.unified_radix_cache", "srt.managers.schedule_batch")
 
 
 def available() -> str | None:
-    """None where SGLang can be driven, otherwise why not."""
+    """Return None if SGLang can be driven, or the reason why not."""
     try:
         for name in _MODULES:
             import_module(f"sglang.{name}")
-    except Exception as error:  # SGLang fails to import in many ways beside ImportError
+    except Exception as error:  # importing SGLang may raise more than ImportError
         return f"SGLang cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
     return None
 
 
 def _settings() -> None:
-    """SGLang's server settings, which releasing a request reads."""
+    """Set the SGLang server settings that the release of a request reads."""
     from sglang.srt.runtime_context import get_context, get_server_args
 
     try:
@@ -37,7 +37,7 @@ def _settings() -> None:
 
 
 def make(num_blocks: int, block_size: int) -> SglangAdapter:
-    """A pool of `num_blocks` usable pages, with a radix cache."""
+    """Return an adapter of a pool of `num_blocks` usable pages, with a radix cache."""
     return SglangAdapter(num_blocks, block_size)
 
 
@@ -77,7 +77,7 @@ class SglangAdapter:
         self._cached: dict[str, int] = {}
 
     def request(self, tokens: list[int]) -> Any:
-        """SGLang's request for the prompt."""
+        """Return SGLang's request for the prompt."""
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -85,7 +85,7 @@ class SglangAdapter:
         return Req(name, "", array("q", tokens), SamplingParams(max_new_tokens=1 << 30))
 
     def _slots(self, req: Any, start: int, stop: int, last: int) -> None:
-        """Slots for the tokens [start, stop) after slot `last`, written to the request's row."""
+        """Allocate slots for the tokens [start, stop) after slot `last`, in the request's row."""
         import torch
         from sglang.srt.mem_cache.common import evict_from_tree_cache
 
@@ -144,7 +144,7 @@ class SglangAdapter:
         release_kv_cache(handle, self.tree, checkpoint=False)
 
     def block_table(self, handle: Any) -> list[int]:
-        """Its pages, counted from 0; SGLang's page 0 takes the writes of padding."""
+        """Return its pages, counted from 0. SGLang's page 0 takes the writes of padding."""
         return (self._row(handle)[:: self.block_size] // self.block_size - 1).tolist()
 
     def num_free_blocks(self) -> int:

@@ -16,7 +16,7 @@ _PACKAGE = "transformers.generation.continuous_batching"
 
 
 def available() -> str | None:
-    """None where the cache can be driven, otherwise why not."""
+    """Return None if the cache can be driven, or the reason why not."""
     try:
         import_module(f"{_PACKAGE}.cache_allocators")
     except ImportError as error:
@@ -25,7 +25,7 @@ def available() -> str | None:
 
 
 def make(num_blocks: int, block_size: int) -> TransformersAdapter:
-    """A cache of `num_blocks` blocks on the CPU."""
+    """Return an adapter of a cache of `num_blocks` blocks on the CPU."""
     return TransformersAdapter(num_blocks, block_size)
 
 
@@ -54,14 +54,14 @@ class TransformersAdapter:
             model, batching, "cpu", helper, torch.float32
         )
         (self._allocator,) = self.cache.cache_allocators.values()
-        self._first = self.cache.pool.num_reserved_sectors  # never handed out
+        self._first = self.cache.pool.num_reserved_sectors  # these are never allocated
         self._names = itertools.count()
         self._cached: dict[str, int] = {}
         self._copies: dict[str, list[tuple[int, int]]] = {}
         self._complete: dict[str, int] = {}
 
     def _store(self, state: Any, count: int) -> None:
-        """Slots for `count` more tokens; under pressure every cached block goes first."""
+        """Allocate slots for `count` more tokens. If blocks are short, evict all cached blocks."""
         self.cache.pool.try_to_free_sectors()
         complete = self.cache.count_new_complete_blocks(state, count)
         fits = self.cache.can_store_request_tokens(state, count)
@@ -117,7 +117,7 @@ class TransformersAdapter:
         self.cache.free_blocks(handle.request_id)
 
     def block_table(self, handle: Any) -> list[int]:
-        """Its block ids, counted from the first that is handed out."""
+        """Return its block ids, counted from the first usable block."""
         table = self._allocator.block_table[handle.request_id]
         return [block - self._first for block in table]
 

@@ -15,17 +15,17 @@ _MODULES = ("vllm.v1.core.kv_cache_manager", "vllm.v1.kv_cache_interface", "vllm
 
 
 def available() -> str | None:
-    """None where vLLM can be driven, otherwise why not."""
+    """Return None if vLLM can be driven, or the reason why not."""
     try:
         for name in _MODULES:
             import_module(name)
-    except Exception as error:  # vLLM fails to import in many ways beside ImportError
+    except Exception as error:  # importing vLLM may raise more than ImportError
         return f"vLLM cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
     return None
 
 
 def make(num_blocks: int, block_size: int) -> VllmAdapter:
-    """A pool of `num_blocks` usable blocks."""
+    """Return an adapter of a pool of `num_blocks` usable blocks."""
     return VllmAdapter(num_blocks, block_size)
 
 
@@ -47,7 +47,7 @@ class VllmAdapter:
         spec = FullAttentionSpec(
             block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32
         )
-        # Block 0 is vLLM's null block: it never hands it out.
+        # Block 0 is vLLM's null block, which is never allocated.
         config = KVCacheConfig(num_blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)])
         self.manager = KVCacheManager(
             config,
@@ -59,7 +59,7 @@ class VllmAdapter:
         self._cached: dict[str, int] = {}
 
     def request(self, tokens: list[int]) -> Any:
-        """A vLLM request for the prompt; making it hashes the prompt's blocks."""
+        """Return a vLLM request for the prompt. Making it hashes the prompt's blocks."""
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
@@ -96,7 +96,7 @@ class VllmAdapter:
         self.manager.free(handle)
 
     def block_table(self, handle: Any) -> list[int]:
-        """vLLM's block ids, counted from its first usable block."""
+        """Return vLLM's block ids, counted from its first usable block."""
         return [block - 1 for block in self.manager.get_block_ids(handle.request_id)[0]]
 
     def num_free_blocks(self) -> int:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 
 def main() -> None:
-    """Run the command line; exits with 0, 1 (outputs differ) or 2 (bad input)."""
+    """Run the command line. Exits with 0, 1 (the work failed) or 2 (wrong usage)."""
     missing = [name for name in ("typer", "rich", "tqdm") if find_spec(name) is None]
     if missing:
         message = f"the command line needs {' and '.join(missing)}: pip install 'kvpager[cli]'"
