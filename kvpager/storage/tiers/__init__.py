@@ -5,8 +5,9 @@
                         ├─ host      blocks in memory
                         ├─ disk      blocks in preallocated files
                         └─ others    kvpager.integrations.valkey, .nixl; entry points
+    keyed                     which key is in which slot; host and disk stand on it
     frame ─▶ seals, layout    what stands before a block's bytes, checked at every read
 
-A store never serves a byte that it did not verify: a frame names the layout and the key of its
-block and holds a digest of its bytes. What fails the check is a miss.
+A store never serves bytes from outside the process that it did not verify: a frame names the layout
+and the key of its block and holds a digest of its bytes. What fails the check is a miss.
 """

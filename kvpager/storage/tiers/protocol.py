@@ -26,7 +26,7 @@ class Saved(IntEnum):
     """What became of a key in `BlockStore.save`."""
 
     SAVED = 0  # the store has the block now
-    KNOWN = 1  # the store had it before, and keeps the first bytes
+    KNOWN = 1  # the store had it before, or is getting it, and keeps the first bytes
     REFUSED = 2  # no room, not admitted, or the write failed
     LATE = 3  # the deadline passed first; the store does not offer the key
 
@@ -71,7 +71,7 @@ class BlockStore(Protocol):
     bytes, writable in `load`. A deadline is a time of `time.monotonic()`. All methods may be
     called from any thread. None raises for a block that is missing, damaged or late, nor for a
     store that fails: each key has an outcome instead. After `close`, `find` returns 0, `load`
-    misses and `save` refuses.
+    misses and `save` refuses. `kvpager.testing.stores` tests these promises.
     """
 
     @property
@@ -91,14 +91,18 @@ class BlockStore(Protocol):
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview], deadline: float) -> Outcomes:
         """Read the blocks of `keys`, in order, into buffers. O(bytes).
 
-        Returns a `Loaded` for each key. Only buffers of hits hold valid bytes.
+        Returns a `Loaded` for each key. Only buffers of hits hold valid bytes. Raises: `ValueError`
+        for keys or buffers of another length, and for buffers that cannot be written.
         """
         ...
 
     def save(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], deadline: float
     ) -> Outcomes:
-        """Keep the blocks of `keys`. Returns a `Saved` for each key. O(bytes)."""
+        """Keep the blocks of `keys`. Returns a `Saved` for each key. O(bytes).
+
+        Raises: `ValueError` for keys or buffers of another length.
+        """
         ...
 
     def drop(self, keys: Sequence[bytes]) -> None:

@@ -1,0 +1,412 @@
+"""Which key is in which slot of a tier: NumPy only, no bytes of blocks.
+
+    free ──reserve──▶ writing ──publish──▶ ready ──reserve──▶ writing (evicted for another key)
+     ▲                   │                   │ ▲
+     └─────abandon───────┘             pin,  │ │ unpin
+     ▲                                       ▼ │
+     └──unpin────── discarded ◀──discard── pinned
+
+Only a ready slot is offered. A pinned slot keeps its bytes, whatever happens to its key.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager import _validate as arguments
+from kvpager.errors import BrokenInvariant
+from kvpager.plans import Float64, Int32, Int64, UInt64
+
+KNOWN, NO_ROOM = -1, -2  # in the place of a slot
+_FREE, _WRITING, _READY, _DISCARDED = range(4)
+_OUTDATED_MAX = 64
+
+KeySlot = tuple[bytes, int]
+
+
+class SlotPolicy(Protocol):
+    """The part of an eviction policy that a tier calls. `kvpager.blocks.policies` has some.
+
+    The slots of a call are distinct, int32 [n].
+    """
+
+    needs_fingerprints: bool
+
+    def admit(self, blocks: Int32, fingerprints: UInt64, depths: Int64) -> None:
+        """Note that the slots are offered from now on. See `EvictionPolicy.admit`."""
+
+    def touch(self, blocks: Int32) -> None:
+        """Note that the slots are used again."""
+
+    def release(self, blocks: Int32) -> None:
+        """Note that no reader holds the slots any more."""
+
+    def rank(self, blocks: Int32) -> Float64 | Int64:
+        """Return the rank of each slot: the lowest leaves first."""
+
+    def forget(self, blocks: Int32) -> None:
+        """Note that the slots are not offered any more."""
+
+    def reranked(self, count: int) -> Int32:
+        """Return the slots whose rank changed although no call named them."""
+
+
+class Recency:
+    """Evict the slot whose last use is oldest. O(slots named)."""
+
+    needs_fingerprints = False
+
+    def __init__(self, num_slots: int) -> None:
+        self._now = 0
+        self._last_used: Int64 = np.zeros(num_slots, np.int64)
+
+    def admit(self, blocks: Int32, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
+        pass
+
+    def touch(self, blocks: Int32) -> None:  # noqa: D102
+        pass
+
+    def release(self, blocks: Int32) -> None:  # noqa: D102
+        self._now += 1
+        self._last_used[blocks] = self._now
+
+    def rank(self, blocks: Int32) -> Int64:  # noqa: D102
+        return self._last_used[blocks]
+
+    def forget(self, blocks: Int32) -> None:  # noqa: D102
+        pass
+
+    def reranked(self, count: int) -> Int32:  # noqa: D102
+        return _NO_SLOTS
+
+
+class Reservation(NamedTuple):
+    """What `reserve` did.
+
+    Attributes:
+        slots: for each key its slot to write, `KNOWN` or `NO_ROOM`, int32 [n].
+        evicted: the keys that left, each with its slot, which is one of `slots` now.
+    """
+
+    slots: Int32
+    evicted: list[KeySlot]
+
+
+class KeyedTier:
+    """Keys and slots of one tier. All methods may be called from any thread.
+
+    Pass the keys of a prefix in one call, from the front: of slots with equal rank, those of later
+    keys leave first. Calls that take slots skip negative ones.
+    """
+
+    def __init__(self, num_slots: int, policy: SlotPolicy | None = None) -> None:
+        """Make a tier of free slots. O(slots).
+
+        `policy` chooses who leaves, least recently used unless given. Raises: `ValueError`,
+        `TypeError` for a bad number.
+        """
+        self.num_slots = arguments.count("num_slots", num_slots, at_least=1)
+        self._policy: SlotPolicy = Recency(self.num_slots) if policy is None else policy
+        self._lock = threading.Lock()
+        self._slots: dict[bytes, int] = {}  # of writing and ready slots
+        self._keys: list[bytes] = [b""] * self.num_slots
+        self._states = bytearray(self.num_slots)
+        self._pins: list[int] = [0] * self.num_slots
+        self._depths: Int64 = np.zeros(self.num_slots, np.int64)
+        self._free = list(range(self.num_slots - 1, -1, -1))
+        self._idle = _Ranked()  # ready and not pinned
+        self._num_ready = 0
+        self._closed = False
+
+    @property
+    def num_ready(self) -> int:
+        """How many keys are offered. O(1)."""
+        return 0 if self._closed else self._num_ready
+
+    @property
+    def num_available(self) -> int:
+        """How many slots are free or may be evicted. O(1)."""
+        return len(self._free) + len(self._idle)
+
+    def find(self, keys: Sequence[bytes]) -> int:
+        """Return how many leading keys are offered. Changes nothing. O(keys)."""
+        with self._lock:
+            for count, key in enumerate(keys):
+                if not self._is_offered(key):
+                    return count
+        return len(keys)
+
+    def reserve(self, keys: Sequence[bytes], *, partly: bool = False) -> Reservation:
+        """Take a slot to write for each new key. Evicts if needed. O(keys log slots).
+
+        Keys that are offered or being written are `KNOWN`, and count as used. Without room for all
+        new keys none gets a slot; with `partly` the first do. End each slot by `publish` or
+        `abandon`.
+        """
+        slots: Int32 = np.full(len(keys), KNOWN, np.int32)
+        with self._lock:
+            first = {key: index for index, key in reversed([*enumerate(keys)])}
+            new = sorted(index for key, index in first.items() if key not in self._slots)
+            slots[new] = NO_ROOM
+            # A known key is in use: it makes no room for its neighbours.
+            known = self._idle_slots(keys)
+            self._touch(known)
+            room = 0 if self._closed else self.num_available
+            if len(new) > room:
+                new = new[:room] if partly else []
+            evicted = self._evict(len(new) - len(self._free))
+            for index in new:
+                slots[index] = self._take(keys[index], index)
+            self._rest(known)
+        return Reservation(slots, evicted)
+
+    def publish(self, slots: Iterable[int]) -> None:
+        """Offer the keys of slots that are written. O(slots log slots)."""
+        with self._lock:
+            written = self._written(slots)
+            for slot in written:
+                self._states[slot] = _READY
+            self._num_ready += len(written)
+            self._admit(written)
+            self._rest(written)
+
+    def abandon(self, slots: Iterable[int]) -> None:
+        """Free slots that were reserved; their keys are not offered. O(slots)."""
+        with self._lock:
+            for slot in self._written(slots):
+                del self._slots[self._keys[slot]]
+                self._release(slot)
+
+    def pin(self, keys: Sequence[bytes]) -> Int32:
+        """Keep the slots of keys as they are until `unpin`. O(keys).
+
+        Returns a slot for each key, or -1 for a key that is not offered, int32 [n].
+        """
+        slots: Int32 = np.full(len(keys), -1, np.int32)
+        with self._lock:
+            for index, key in enumerate(keys):
+                if self._is_offered(key):
+                    slots[index] = slot = self._slots[key]
+                    self._pins[slot] += 1
+            self._touch(_distinct(slots.tolist()))
+        return slots
+
+    def unpin(self, slots: Iterable[int]) -> None:
+        """Undo one `pin` of each slot. Frees discarded slots. O(slots log slots)."""
+        with self._lock:
+            rested = []
+            for slot, count in self._pinned(slots).items():
+                self._pins[slot] -= count
+                if not self._pins[slot] and self._states[slot] == _READY:
+                    rested.append(slot)
+                elif not self._pins[slot]:
+                    self._release(slot)
+            self._rest(rested)
+
+    def discard(self, slots: Iterable[int]) -> list[KeySlot]:
+        """Stop to offer the keys of pinned slots. O(slots).
+
+        Returns the keys that were offered until now, each with its slot. The slots stay pinned.
+        """
+        with self._lock:
+            gone = []
+            for slot in self._pinned(slots):
+                if self._states[slot] == _READY:
+                    self._states[slot] = _DISCARDED
+                    gone.append((self._keys[slot], slot))
+            self._forget(gone)
+            return gone
+
+    def restore(self, pairs: Iterable[KeySlot]) -> None:
+        """Offer blocks that the slots of an empty tier already hold, oldest first. O(slots).
+
+        Raises: `ValueError` if a slot or a key comes twice, no such slot exists, or the tier is not
+        empty.
+        """
+        with self._lock:
+            if len(self._free) < self.num_slots:
+                raise ValueError("restore: the tier is not empty")
+            held = dict(pairs := list(pairs))
+            slots = list(held.values())
+            if len(set(slots)) < len(pairs):
+                raise ValueError("restore: a key or a slot comes twice")
+            if not set(slots) <= set(self._free):
+                raise ValueError(f"restore: a slot is not in 0..{self.num_slots - 1}")
+            self._slots = held
+            for key, slot in pairs:
+                self._keys[slot] = key
+                self._states[slot] = _READY
+            self._free = [slot for slot in self._free if self._states[slot] == _FREE]
+            self._num_ready = len(slots)
+            self._admit(slots)
+            self._rest(slots[::-1])  # of equal ranks the last given leaves first
+
+    def pairs(self) -> list[KeySlot]:
+        """Return the offered keys and their slots, in the order they would leave. O(n log n).
+
+        Pinned slots come last.
+        """
+        with self._lock:
+            slots = self._idle.in_order()
+            held = [slot for slot in range(self.num_slots) if self._pins[slot]]
+            slots += [slot for slot in held if self._states[slot] == _READY]
+            return [(self._keys[slot], slot) for slot in slots]
+
+    def close(self) -> None:
+        """Offer and reserve nothing from now on. Slots in use may still be ended. O(1)."""
+        self._closed = True
+
+    def check(self) -> None:
+        """Raise `BrokenInvariant` unless keys, slots and queue agree. O(slots)."""
+        with self._lock:
+            free = sorted(self._free)
+            ready = [slot for slot, state in enumerate(self._states) if state == _READY]
+            idle = [slot for slot in ready if not self._pins[slot]]
+            offered = [slot for slot, state in enumerate(self._states) if state in _KEYED]
+            for what, good in (
+                ("free slots", free == [s for s, t in enumerate(self._states) if t == _FREE]),
+                ("number of ready slots", self._num_ready == len(ready)),
+                ("idle slots", sorted(self._idle.in_order()) == idle),
+                ("keys", sorted(self._slots.values()) == offered),
+                ("slots", all(self._slots[self._keys[slot]] == slot for slot in offered)),
+                ("pins", all(self._states[s] >= _READY for s, n in enumerate(self._pins) if n)),
+            ):
+                if not good:
+                    raise BrokenInvariant(f"keyed tier: {what}")
+
+    def _is_offered(self, key: bytes) -> bool:
+        slot = self._slots.get(key)
+        return slot is not None and self._states[slot] == _READY and not self._closed
+
+    def _idle_slots(self, keys: Iterable[bytes]) -> list[int]:
+        slots = _distinct(self._slots.get(key, -1) for key in keys)
+        return [slot for slot in slots if slot in self._idle]
+
+    def _admit(self, slots: list[int]) -> None:
+        keys = [self._keys[slot][:8] for slot in slots] if self._policy.needs_fingerprints else []
+        prints: UInt64 = np.frombuffer(b"".join(keys), "<u8").astype(np.uint64)
+        index = _array(slots)
+        if slots:
+            self._policy.admit(index, prints, self._depths[index][: len(prints)])
+
+    def _touch(self, slots: list[int]) -> None:
+        """Keep slots from leaving until `_rest`."""
+        self._idle.forget(slots)
+        if slots:
+            self._policy.touch(_array(slots))
+
+    def _rest(self, slots: list[int]) -> None:
+        """Let idle slots leave; of equal ranks the last given first."""
+        if slots:
+            self._policy.release(_array(slots))
+            self._queue(slots[::-1])
+
+    def _queue(self, slots: list[int]) -> None:
+        for slot, rank in zip(slots, self._policy.rank(_array(slots)).tolist(), strict=True):
+            self._idle.push(rank, slot)
+
+    def _evict(self, count: int) -> list[KeySlot]:
+        if count <= 0:
+            return []
+        self._queue([s for s in self._policy.reranked(count).tolist() if s in self._idle])
+        gone = [(self._keys[slot], slot) for slot in (self._idle.pop() for _ in range(count))]
+        self._forget(gone)
+        for _, slot in gone:
+            self._release(slot)
+        return gone
+
+    def _forget(self, gone: list[KeySlot]) -> None:
+        for key, _ in gone:
+            del self._slots[key]
+        self._num_ready -= len(gone)
+        if gone:
+            self._policy.forget(_array([slot for _, slot in gone]))
+
+    def _take(self, key: bytes, depth: int) -> int:
+        slot = self._free.pop()
+        self._slots[key], self._keys[slot] = slot, key
+        self._states[slot], self._depths[slot] = _WRITING, depth
+        return slot
+
+    def _release(self, slot: int) -> None:
+        self._states[slot] = _FREE
+        self._keys[slot] = b""
+        self._free.append(slot)
+
+    def _written(self, slots: Iterable[int]) -> list[int]:
+        given = _distinct(slots)
+        for slot in given:
+            if self._states[slot] != _WRITING:
+                raise ValueError(f"slot {slot}: it is not reserved")
+        return given
+
+    def _pinned(self, slots: Iterable[int]) -> Counter[int]:
+        counts = Counter(_given(slots))
+        for slot, count in counts.items():
+            if self._pins[slot] < count:
+                raise ValueError(f"slot {slot}: it is not pinned")
+        return counts
+
+
+class _Ranked:
+    """Slots by rank, lowest first; equal ranks in the order of pushes. All O(log n)."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, tuple[float, int]] = {}
+        self._heap: list[tuple[float, int, int]] = []  # with outdated entries
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._places
+
+    def push(self, rank: float, slot: int) -> None:
+        """Add a slot, or change its rank."""
+        self._count += 1
+        self._places[slot] = (rank, self._count)
+        heapq.heappush(self._heap, (rank, self._count, slot))
+        if len(self._heap) > 2 * len(self._places) + _OUTDATED_MAX:
+            self._heap = [(*place, slot) for slot, place in self._places.items()]
+            heapq.heapify(self._heap)
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """Remove slots, if they are queued."""
+        for slot in slots:
+            self._places.pop(slot, None)
+
+    def pop(self) -> int:
+        """Remove and return the first slot."""
+        while True:
+            rank, count, slot = heapq.heappop(self._heap)
+            if self._places.get(slot) == (rank, count):
+                del self._places[slot]
+                return slot
+
+    def in_order(self) -> list[int]:
+        """Return all slots, first to last. O(n log n)."""
+        return sorted(self._places, key=self._places.__getitem__)
+
+
+_KEYED = (_WRITING, _READY)
+_NO_SLOTS: Int32 = np.empty(0, np.int32)
+
+
+def _array(slots: Sequence[int]) -> NDArray[np.int32]:
+    return np.array(slots, np.int32)
+
+
+def _given(slots: Iterable[int]) -> list[int]:
+    return [int(slot) for slot in slots if slot >= 0]
+
+
+def _distinct(slots: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys(_given(slots)))
