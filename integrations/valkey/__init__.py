@@ -1,0 +1,5 @@
+"""A Valkey or Redis server as a store for cached blocks: `ValkeyStore`."""
+
+from kvpager.integrations.valkey.store import ValkeyStore
+
+__all__ = ["ValkeyStore"]
