@@ -20,6 +20,7 @@ from kvpager.integrations.valkey.pool import WirePool
 from kvpager.integrations.valkey.wire import ServerError, Value, Wire
 from kvpager.storage.keys import KEY_BYTES
 from kvpager.storage.tiers.breaker import CircuitBreaker
+from kvpager.storage.tiers.checks import check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
 from kvpager.storage.tiers.frame import FRAME_BYTES, Framing
 from kvpager.storage.tiers.layout import BlockLayout
@@ -247,16 +248,8 @@ class ValkeyStore:
     def _views(
         self, name: str, keys: Sequence[bytes], buffers: Sequence[memoryview]
     ) -> list[memoryview]:
-        if any(len(key) != KEY_BYTES for key in keys):
-            raise ValueError(f"keys: expected {KEY_BYTES} bytes each")
-        if len(buffers) != len(keys):
-            raise ValueError(f"{name}: expected a buffer for each of {len(keys)} keys")
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
-        if any(len(view) != self.block_bytes for view in views):
-            raise ValueError(f"{name}: expected contiguous buffers of {self.block_bytes} bytes")
-        if name == "into" and any(view.readonly for view in views):
-            raise ValueError(f"{name}: expected writable buffers")
-        return views
+        check_blocks(name, keys, buffers, self.block_bytes)
+        return [memoryview(buffer).cast("B") for buffer in buffers]
 
     def _check_server(self) -> None:
         deadline = time.monotonic() + self._timeout_s

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager._text import size
-from kvpager.storage.tiers.counts import StoreCounts, check_blocks
+from kvpager.storage.tiers.checks import check_blocks
+from kvpager.storage.tiers.counters import StoreCounters
 from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier, SlotPolicy
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import Loaded, Outcomes, Saved, StoreStats
@@ -50,7 +51,7 @@ class HostStore:
             )
         self._tier = KeyedTier(num_blocks, None if policy is None else policy(num_blocks))
         self._blocks = _allocated(num_blocks, self.block_bytes, capacity)
-        self._counts = StoreCounts(self.block_bytes)
+        self._counters = StoreCounters(self.block_bytes)
 
     def find(self, keys: Sequence[bytes]) -> int:
         """Return how many leading keys the store has. O(keys)."""
@@ -72,7 +73,7 @@ class HostStore:
                 outcomes[index] = Loaded.HIT
         finally:
             self._tier.unpin(slots)
-        self._counts.loaded(outcomes, time.monotonic() - begun)
+        self._counters.loaded(outcomes, time.monotonic() - begun)
         return outcomes
 
     def save(
@@ -85,7 +86,7 @@ class HostStore:
             outcomes: Outcomes = np.full(len(keys), Saved.LATE, np.uint8)
         else:
             outcomes = self._save(keys, blocks, deadline)
-        self._counts.saved(outcomes, time.monotonic() - begun)
+        self._counters.saved(outcomes, time.monotonic() - begun)
         return outcomes
 
     def _save(
@@ -93,7 +94,7 @@ class HostStore:
     ) -> Outcomes:
         memory = self._blocks
         slots, evicted = self._tier.reserve(keys, partly=True)
-        self._counts.evicted(len(evicted))
+        self._counters.evicted(len(evicted))
         outcomes: Outcomes = np.full(len(keys), Saved.LATE, np.uint8)
         outcomes[slots == KNOWN] = Saved.KNOWN
         outcomes[slots == NO_ROOM] = Saved.REFUSED
@@ -117,7 +118,7 @@ class HostStore:
 
     def stats(self) -> StoreStats:
         """Return what the store holds, and counts since it was made. O(1)."""
-        return self._counts.stats(self._tier.num_ready, self._tier.num_slots)
+        return self._counters.stats(self._tier.num_ready, self._tier.num_slots)
 
     def close(self) -> None:
         """Give the memory back when no call uses it any more. O(1)."""

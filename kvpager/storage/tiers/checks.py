@@ -1,0 +1,31 @@
+"""Check the arguments of a store, alike in all stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvpager.storage.keys import KEY_BYTES
+
+
+def check_keys(keys: Sequence[bytes]) -> None:
+    """Raise `ValueError` for a key of another length than `content_keys` makes. O(keys)."""
+    for key in keys:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"keys: expected {KEY_BYTES} bytes each, got {len(key)}")
+
+
+def check_blocks(
+    name: str, keys: Sequence[bytes], buffers: Sequence[memoryview], block_bytes: int
+) -> None:
+    """Check the keys and the buffers of `load` or `save`. O(keys).
+
+    `name` is the argument: the buffers of `into` must be writable. Raises: `ValueError`.
+    """
+    check_keys(keys)
+    if len(buffers) != len(keys):
+        raise ValueError(f"{name}: expected a buffer for each of {len(keys)} keys")
+    for buffer in buffers:
+        if buffer.nbytes != block_bytes or not buffer.c_contiguous:
+            raise ValueError(f"{name}: expected contiguous buffers of {block_bytes} bytes")
+        if name == "into" and buffer.readonly:
+            raise ValueError(f"{name}: expected writable buffers")
