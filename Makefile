@@ -10,7 +10,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types tests slow conformance docs diagrams matrix simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test test-all lint format types tests slow conformance docs diagrams matrix crash simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -60,6 +60,9 @@ conformance: $(STAMP) ## every architecture of transformers in every mode, patch
 
 matrix: ## the tests on the oldest and newest releases of Python, torch and transformers, in .venv-matrix
 	@python=$$(command -v $(PYTHON) | head -n 1); "$$python" tests/matrix.py $(ARGS)
+
+crash: $(STAMP) ## the disk store: 1,000 killed processes, flipped bits, damaged directories; ARGS='--kills 50' for fewer
+	@$(BIN)/python tests/crash.py $(ARGS)
 
 simulate: $(STAMP) ## 100,000 requests through the scheduler, at random; ARGS='--requests 1e6 --seed 7' for others
 	@$(BIN)/python -m kvpager.testing.simulation --requests 1e5 --processes 2 $(ARGS)

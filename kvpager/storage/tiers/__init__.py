@@ -5,7 +5,7 @@
                         ├─ host      blocks in memory
                         ├─ disk      blocks in preallocated files
                         └─ others    kvpager.integrations.valkey, .nixl; entry points
-    keyed                     which key is in which slot; host and disk stand on it
+    keyed                     which key is in which slot; host stands on it
     frame ─▶ seals, layout    what stands before a block's bytes, checked at every read
 
 A store never serves bytes from outside the process that it did not verify: a frame names the layout
