@@ -1,0 +1,346 @@
+"""Keys and slots of a tier: each method, and any history against a dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvpager.blocks.policies import POLICIES
+from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier, SlotPolicy
+from kvpager.testing.stores import key_of
+
+
+def keys(*numbers: int) -> list[bytes]:
+    return [key_of(number) for number in numbers]
+
+
+def fill(tier: KeyedTier, numbers: Iterable[int]) -> list[int]:
+    """Offer keys, all in one call; return their slots."""
+    slots = tier.reserve(keys(*numbers)).slots
+    tier.publish(slots)
+    return slots.tolist()
+
+
+def offered(tier: KeyedTier, numbers: Iterable[int]) -> set[int]:
+    return {number for number in numbers if tier.find(keys(number))}
+
+
+# ---------------------------------------------------------------- one key's way
+
+
+def test_a_key_is_offered_once_its_slot_is_published() -> None:
+    tier = KeyedTier(2)
+    slots = tier.reserve(keys(0)).slots
+    assert tier.find(keys(0)) == 0
+    assert tier.pin(keys(0)).tolist() == [-1]
+    tier.publish(slots)
+    assert tier.find(keys(0, 1)) == 1
+    assert tier.pin(keys(1, 0)).tolist() == [-1, *slots]
+
+
+def test_an_abandoned_slot_is_free_and_its_key_new() -> None:
+    tier = KeyedTier(1)
+    tier.abandon(tier.reserve(keys(0)).slots)
+    assert tier.find(keys(0)) == 0
+    assert tier.num_available == 1
+    assert tier.reserve(keys(0)).slots.tolist() == [0]
+
+
+def test_keys_that_are_offered_or_written_get_no_second_slot() -> None:
+    tier = KeyedTier(4)
+    fill(tier, [0])
+    tier.reserve(keys(1))
+    slots = tier.reserve(keys(0, 1, 2, 2)).slots.tolist()
+    assert (slots[0], slots[1], slots[3]) == (KNOWN, KNOWN, KNOWN)
+    assert slots[2] >= 0
+
+
+@pytest.mark.parametrize("end", ["publish", "abandon", "unpin", "discard"])
+def test_a_slot_that_is_free_cannot_be_ended(end: str) -> None:
+    tier = KeyedTier(2)
+    with pytest.raises(ValueError, match="slot 1: it is not"):
+        getattr(tier, end)([1])
+    tier.check()
+
+
+def test_negative_slots_are_skipped() -> None:
+    tier = KeyedTier(1)
+    for end in (tier.publish, tier.abandon, tier.unpin, tier.discard):
+        end([KNOWN, NO_ROOM])
+    tier.check()
+
+
+# ---------------------------------------------------------------- room
+
+
+def test_the_least_recently_used_key_leaves_and_is_reported() -> None:
+    tier = KeyedTier(3)
+    slots = {number: fill(tier, [number])[0] for number in range(3)}
+    tier.unpin(tier.pin(keys(0)))
+    taken, evicted = tier.reserve(keys(9))
+    assert evicted == [(key_of(1), slots[1])]
+    assert taken.tolist() == [slots[1]]
+
+
+def test_later_blocks_of_a_prefix_leave_first() -> None:
+    tier = KeyedTier(4)
+    fill(tier, range(4))
+    assert [key for key, _ in tier.reserve(keys(8, 9)).evicted] == keys(3, 2)
+
+
+def test_later_blocks_leave_first_after_a_hit() -> None:
+    tier = KeyedTier(4)
+    for number in (3, 1, 0, 2):
+        fill(tier, [number])
+    tier.unpin(tier.pin(keys(0, 1, 2, 3)))
+    assert [key for key, _ in tier.pairs()] == keys(3, 2, 1, 0)
+
+
+def test_without_room_for_all_none_is_reserved_and_none_leaves() -> None:
+    tier = KeyedTier(3)
+    fill(tier, [0, 1])
+    tier.pin(keys(0, 1))
+    taken, evicted = tier.reserve(keys(5, 0, 6))
+    assert taken.tolist() == [NO_ROOM, KNOWN, NO_ROOM]
+    assert evicted == []
+    assert tier.num_available == 1
+    assert tier.reserve(keys(5)).slots.tolist() == [2]
+
+
+def test_partly_reserves_the_first_keys_that_fit() -> None:
+    tier = KeyedTier(2)
+    taken, _ = tier.reserve(keys(5, 6, 7), partly=True)
+    assert sorted(taken.tolist()[:2]) == [0, 1]
+    assert taken[2] == NO_ROOM
+
+
+def test_a_known_key_makes_no_room_for_its_neighbours() -> None:
+    tier = KeyedTier(2)
+    fill(tier, [0])
+    fill(tier, [1])
+    _, evicted = tier.reserve(keys(0, 9))
+    assert [key for key, _ in evicted] == keys(1)
+    assert tier.find(keys(0)) == 1
+
+
+def test_slots_being_written_make_no_room() -> None:
+    tier = KeyedTier(2)
+    tier.reserve(keys(0, 1))
+    assert tier.reserve(keys(2)).slots.tolist() == [NO_ROOM]
+
+
+# ---------------------------------------------------------------- pins
+
+
+def test_a_pinned_key_makes_no_room_until_each_pin_ends() -> None:
+    tier = KeyedTier(1)
+    fill(tier, [0])
+    first, second = tier.pin(keys(0)), tier.pin(keys(0))
+    tier.unpin(first)
+    assert tier.reserve(keys(1)).slots.tolist() == [NO_ROOM]
+    tier.unpin(second)
+    assert tier.reserve(keys(1)).slots.tolist() == [0]
+
+
+def test_a_discarded_slot_is_not_reused_while_it_is_pinned() -> None:
+    tier = KeyedTier(1)
+    fill(tier, [0])
+    reader, slots = tier.pin(keys(0)), tier.pin(keys(0))
+    assert tier.discard(slots) == [(key_of(0), 0)]
+    assert tier.discard(slots) == []
+    assert tier.find(keys(0)) == 0
+    tier.unpin(slots)
+    assert tier.reserve(keys(1)).slots.tolist() == [NO_ROOM]
+    tier.unpin(reader)
+    assert tier.reserve(keys(1)).slots.tolist() == [0]
+
+
+def test_a_discarded_key_may_be_saved_elsewhere_at_once() -> None:
+    tier = KeyedTier(2)
+    [slot] = fill(tier, [0])
+    pinned = tier.pin(keys(0))
+    tier.discard(pinned)
+    [other] = fill(tier, [0])
+    assert other != slot
+    tier.unpin(pinned)
+    assert tier.find(keys(0)) == 1
+
+
+# ---------------------------------------------------------------- restore, pairs, close
+
+
+def test_restored_keys_are_offered_and_leave_oldest_first() -> None:
+    tier = KeyedTier(4)
+    tier.restore([(key_of(7), 2), (key_of(8), 0)])
+    assert tier.pin(keys(7, 8)).tolist() == [2, 0]
+    tier = KeyedTier(2)
+    tier.restore([(key_of(7), 1), (key_of(8), 0)])
+    assert tier.reserve(keys(9)).evicted == [(key_of(7), 1)]
+    tier.check()
+
+
+def test_pairs_restore_a_tier_with_its_order() -> None:
+    tier = KeyedTier(4)
+    for number in (3, 1, 0, 2):
+        fill(tier, [number])
+    tier.unpin(tier.pin(keys(1)))
+    again = KeyedTier(4)
+    again.restore(tier.pairs())
+    assert again.pairs() == tier.pairs()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([(0, 0), (0, 1)], "comes twice"),
+        ([(0, 0), (1, 0)], "comes twice"),
+        ([(0, 2)], "not in 0..1"),
+        ([(0, -1)], "not in 0..1"),
+    ],
+)
+def test_pairs_that_contradict_each_other_restore_nothing(
+    pairs: list[tuple[int, int]], message: str
+) -> None:
+    tier = KeyedTier(2)
+    with pytest.raises(ValueError, match=message):
+        tier.restore([(key_of(number), slot) for number, slot in pairs])
+    assert tier.num_ready == 0
+    tier.check()
+
+
+def test_a_used_tier_is_not_restored() -> None:
+    tier = KeyedTier(2)
+    tier.reserve(keys(0))
+    with pytest.raises(ValueError, match="not empty"):
+        tier.restore([(key_of(1), 1)])
+
+
+def test_a_closed_tier_offers_and_reserves_nothing_but_lets_calls_end() -> None:
+    tier = KeyedTier(3)
+    fill(tier, [0])
+    pinned, written = tier.pin(keys(0)), tier.reserve(keys(1)).slots
+    tier.close()
+    assert tier.find(keys(0)) == tier.num_ready == 0
+    assert tier.pin(keys(0)).tolist() == [-1]
+    assert tier.reserve(keys(2)).slots.tolist() == [NO_ROOM]
+    tier.unpin(pinned)
+    tier.publish(written)
+    tier.check()
+
+
+# ---------------------------------------------------------------- policies
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_each_eviction_policy_of_block_managers_serves_a_tier(name: str) -> None:
+    policy: SlotPolicy = POLICIES[name](8)
+    tier, chosen = KeyedTier(8, policy), np.random.default_rng(0)
+    for _ in range(400):
+        some = keys(*chosen.integers(0, 24, size=3).tolist())
+        tier.publish(tier.reserve(some).slots)
+        tier.unpin(tier.pin(some[:2]))
+        if chosen.random() < 0.1:
+            pinned = tier.pin(some[:1])
+            tier.discard(pinned)
+            tier.unpin(pinned)
+    tier.check()
+    assert tier.num_ready >= 7
+
+
+def test_a_policys_order_decides_who_leaves() -> None:
+    policy = POLICIES["priority"](3)
+    tier = KeyedTier(3, policy)
+    slots = fill(tier, [0, 1, 2])
+    policy.retain(np.array(slots[2:], np.int32), 90, None)
+    policy.retain(np.array(slots[:1], np.int32), 60, None)
+    for number in (0, 1, 2):  # a policy ranks anew at the next use
+        tier.unpin(tier.pin(keys(number)))
+    assert [key for key, _ in tier.pairs()] == keys(1, 0, 2)
+
+
+# ---------------------------------------------------------------- any history
+
+
+class Histories(RuleBasedStateMachine):
+    """Each slot has an owner in the model; the tier must agree with it after every call."""
+
+    numbers = st.lists(st.integers(0, 11), max_size=5)
+    picks = st.integers(0, 50)
+
+    @initialize(num_slots=st.integers(1, 6), name=st.sampled_from([None, *POLICIES]))
+    def make(self, num_slots: int, name: str | None) -> None:
+        self.tier = KeyedTier(num_slots, POLICIES[name](num_slots) if name else None)
+        self.num_slots = num_slots
+        self.offered: dict[bytes, int] = {}
+        self.writing: dict[int, bytes] = {}
+        self.pins: list[int] = []  # a slot for each pin
+
+    @rule(numbers=numbers, partly=st.booleans())
+    def reserve(self, numbers: list[int], partly: bool) -> None:
+        asked = keys(*numbers)
+        known = self.offered.keys() | set(self.writing.values())
+        new = list(dict.fromkeys(key for key in asked if key not in known))
+        kept = {slot for key, slot in self.offered.items() if key in asked} | set(self.pins)
+        room = self.num_slots - len(kept | self.writing.keys())
+        free = self.num_slots - len({*self.offered.values(), *self.writing, *self.pins})
+        slots, evicted = self.tier.reserve(asked, partly=partly)
+        taken = {asked[i]: slot for i, slot in enumerate(slots.tolist()) if slot >= 0}
+        fit = len(new) if len(new) <= room else room if partly else 0
+        assert list(taken) == new[:fit]
+        assert len(evicted) == max(fit - free, 0)
+        for key, slot in evicted:
+            assert self.offered.pop(key) == slot
+            assert slot not in kept
+            assert slot in taken.values()
+        held = {*self.offered.values(), *self.writing, *self.pins}
+        assert len(set(taken.values()) - held) == len(taken)
+        self.writing |= {slot: key for key, slot in taken.items()}
+        refused = [key for key, slot in zip(asked, slots, strict=True) if slot == NO_ROOM]
+        assert refused == new[fit:]
+
+    @rule(picks=st.sets(picks), publish=st.booleans())
+    def finish(self, picks: set[int], publish: bool) -> None:
+        slots = [slot for i, slot in enumerate(self.writing) if i in picks]
+        (self.tier.publish if publish else self.tier.abandon)(slots)
+        for slot in slots:
+            key = self.writing.pop(slot)
+            if publish:
+                self.offered[key] = slot
+
+    @rule(numbers=numbers)
+    def pin(self, numbers: list[int]) -> None:
+        slots = self.tier.pin(keys(*numbers)).tolist()
+        assert slots == [self.offered.get(key, -1) for key in keys(*numbers)]
+        self.pins += [slot for slot in slots if slot >= 0]
+
+    @rule(picks=st.sets(picks), discard=st.booleans())
+    def unpin(self, picks: set[int], discard: bool) -> None:
+        slots = [slot for i, slot in enumerate(self.pins) if i in picks]
+        if discard:
+            gone = self.tier.discard(slots)
+            assert dict(gone) == {k: s for k, s in self.offered.items() if s in slots}
+            for key, _ in gone:
+                del self.offered[key]
+        self.tier.unpin(slots)
+        self.pins = [slot for i, slot in enumerate(self.pins) if i not in picks]
+
+    @rule(numbers=numbers)
+    def find(self, numbers: list[int]) -> None:
+        asked = keys(*numbers)
+        leading = next((i for i, key in enumerate(asked) if key not in self.offered), len(asked))
+        assert self.tier.find(asked) == leading
+
+    @invariant()
+    def agrees(self) -> None:
+        self.tier.check()
+        assert dict(self.tier.pairs()) == self.offered
+        assert self.tier.num_ready == len(self.offered)
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
