@@ -63,7 +63,7 @@ class Framing:
         if block.nbytes != self.layout.block_bytes:
             raise ValueError(f"block: expected {self.layout.block_bytes} bytes, got {block.nbytes}")
         # The nonce authenticates itself, so the seal covers a head without it.
-        nonce, tag, payload = self.seal.seal(self._head(key), block)
+        nonce, tag, payload = self.seal.seal(self._head(key), block.cast("B"))
         checked = self._head(key, nonce) + tag
         return Framed(checked + _check(checked), payload)
 
@@ -88,7 +88,7 @@ class Framing:
             if not good:
                 return fault
         tag = frame[_HEAD.size : _CHECKED]
-        genuine = self.seal.unseal(self._head(key), nonce, tag, payload)
+        genuine = self.seal.unseal(self._head(key), nonce, tag, payload.cast("B"))
         return None if genuine else Fault.BYTES
 
     def _head(self, key: bytes, nonce: bytes = b"") -> bytes:

@@ -30,7 +30,10 @@ class Sealed(NamedTuple):
 
 
 class Seal(Protocol):
-    """How frames protect blocks. `number` stands in each frame, so seals are never mixed up."""
+    """How frames protect blocks. `number` stands in each frame, so seals are never mixed up.
+
+    Blocks and payloads are memoryviews of bytes.
+    """
 
     @property
     def number(self) -> int:
