@@ -38,18 +38,18 @@ def allocate(
     still takes no space, in steps of 2 MiB. Raises: errors of torch's allocation, `MemoryError`.
     """
     if pinned:
-        return _page_locked(num_blocks, run, dtype)
+        return host_pages(num_blocks, run, dtype, pinned=True)
     tensor = torch.empty(num_blocks, run, dtype=dtype, device=device)
     if tensor.device.type == "cpu":
         _advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
 
-def _page_locked(num_blocks: int, run: int, dtype: torch.dtype) -> Tensor:
-    """Return page-locked memory of exactly this size.
+def host_pages(num_blocks: int, run: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """Return uninitialised memory of exactly [num_blocks, run], which begins at a page.
 
-    torch's own allocator rounds up to a power of two: 9 GiB would take 16 GiB. The memory is
-    unlocked when its last tensor is freed.
+    O(1), O(bytes) if `pinned`: page-locked. torch's own page-locked memory rounds up to a power of
+    two: 9 GiB would take 16 GiB. The memory is unlocked when its last tensor is freed.
     """
     num_bytes = num_blocks * run * dtype.itemsize
     if not num_bytes:
@@ -59,9 +59,10 @@ def _page_locked(num_blocks: int, run: int, dtype: torch.dtype) -> Tensor:
     pages = memory[start : start + num_bytes]
     address = pages.ctypes.data
     _advise_huge_pages(address, num_bytes)
-    lock_pages(address, num_bytes)
-    # The tensor keeps `pages` alive, and a finalizer runs before its object is freed.
-    weakref.finalize(pages, unlock_pages, address).atexit = False
+    if pinned:
+        lock_pages(address, num_bytes)
+        # The tensor keeps `pages` alive, and a finalizer runs before its object is freed.
+        weakref.finalize(pages, unlock_pages, address).atexit = False
     return torch.from_numpy(pages).view(dtype).view(num_blocks, run)
 
 

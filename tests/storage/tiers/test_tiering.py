@@ -1,0 +1,411 @@
+"""Blocks leave for stores and come back: through staging, in order, each once."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvpager import BlockManager, BlockStorage
+from kvpager.storage.keys import KeyContext
+from kvpager.storage.staging import Staging
+from kvpager.storage.tiers.protocol import Loaded, Outcomes, Saved, StoreStats
+from kvpager.storage.tiers.tiering import Fetch, Tiering
+
+SIZE, SHAPE = 4, (1, 2, 2)
+
+
+class DictStore:
+    """A store in a dict. `lost` keys are found and then missing; `gate` holds loads back."""
+
+    name = "dict"
+
+    def __init__(self, block_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self.blocks: dict[bytes, bytes] = {}
+        self.lost: set[bytes] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.num_loads = self.num_saves = 0
+        self.fails = False
+        self.is_closed = False
+
+    def find(self, keys: Sequence[bytes]) -> int:
+        have = [key in self.blocks for key in keys]
+        return have.index(False) if False in have else len(have)
+
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview], deadline: float) -> Outcomes:
+        assert self.gate.wait(60)
+        if self.fails:
+            raise OSError("a broken store")
+        outcomes = []
+        for key, buffer in zip(keys, into, strict=True):
+            self.num_loads += 1
+            hit = key in self.blocks and key not in self.lost
+            if hit:
+                buffer[:] = self.blocks[key]
+            outcomes.append(Loaded.HIT if hit else Loaded.MISS)
+        return np.array(outcomes, np.uint8)
+
+    def save(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], deadline: float
+    ) -> Outcomes:
+        assert self.gate.wait(60)
+        if self.fails:
+            raise OSError("a broken store")
+        for key, block in zip(keys, blocks, strict=True):
+            self.num_saves += 1
+            self.blocks.setdefault(key, bytes(block))
+        return np.full(len(keys), Saved.SAVED, np.uint8)
+
+    def drop(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self.blocks.pop(key, None)
+
+    def stats(self) -> StoreStats:
+        return StoreStats(len(self.blocks), None, self.block_bytes)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Node:
+    """A process: a manager, a storage whose KV is a function of the tokens, and its tiering."""
+
+    def __init__(
+        self, stores: Sequence[Any] | None = None, *, num_blocks: int = 16, slots: int = 32,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.manager = BlockManager(num_blocks, SIZE)
+        self.storage = BlockStorage(num_blocks, SIZE, [SHAPE], dtype=torch.float32)
+        self.staging = Staging(self.storage, slots)
+        self.stores = [DictStore(self.storage.block_bytes)] if stores is None else list(stores)
+        self.tiering = Tiering(
+            self.manager, self.staging, self.stores,
+            lambda namespace, lora: KeyContext("layout", "model", (namespace or "").encode().ljust(
+                16 if namespace else 0), lora),
+            **options,
+        )  # fmt: skip
+
+    def compute(self, tokens: list[int], **key: Any) -> int:
+        """Prefill a prompt as a model would, and free it. Returns the tokens that were cached."""
+        manager, (keys, values) = self.manager, self.storage.layer(0)
+        sequence = manager.allocate(tokens, **key)
+        self.storage.copy(sequence.copies)
+        slots = manager.slots(sequence, 0, len(tokens))
+        expected = kv(tokens, key)
+        start = sequence.num_cached_tokens
+        for at in range(start, len(tokens)):
+            block, offset = divmod(int(slots[at]), SIZE)
+            keys[block, offset] = values[block, offset] = expected[at]
+        manager.commit(sequence)
+        for at in range(len(tokens)):
+            block, offset = divmod(int(slots[at]), SIZE)
+            assert (keys[block, offset] == expected[at]).all(), f"token {at} reads wrong"
+            assert (values[block, offset] == expected[at]).all()
+        manager.free(sequence)
+        return start
+
+    def fetch(self, tokens: list[int], **key: Any) -> int:
+        """Fetch and attach a prompt's blocks; return how many were added."""
+        fetch = self.tiering.begin(tokens, **key)
+        if fetch is None:
+            return 0
+        finished(fetch)
+        return self.tiering.attach(fetch)
+
+    def clean(self) -> int:
+        """Save all blocks that are idle."""
+        count = 0
+        while saved := self.tiering.clean(1000):
+            count += saved
+            self.settle()
+        return count
+
+    def settle(self) -> None:
+        """Wait until all saves have ended."""
+        self.tiering._saves.submit(lambda: None).result(60)
+
+    def end(self) -> None:
+        self.tiering.close()
+        assert self.staging.num_free == self.staging.num_slots
+        self.manager.check()
+        stats = self.manager.stats()
+        assert stats.num_free + stats.num_cached == stats.num_blocks
+        assert all(store.is_closed for store in self.stores)
+
+
+def kv(tokens: list[int], key: dict[str, Any]) -> list[int]:
+    """A number for each token that depends on all before it, and on namespace and LoRA."""
+    chain, values = hash(str(key)) % 1000, []
+    for token in tokens:
+        chain = (chain * 31 + token + 1) % 100_003
+        values.append(chain)
+    return values
+
+
+def finished(fetch: Fetch) -> None:
+    assert fetch.work is not None
+    fetch.work.exception(60)
+
+
+def prompt(seed: int, length: int = 21) -> list[int]:
+    return [random.Random(seed).randrange(50) for _ in range(length)]
+
+
+def test_another_process_finds_what_one_computed() -> None:
+    one = Node()
+    one.compute(prompt(1))
+    assert one.clean() == 5
+    assert one.clean() == 0
+    other = Node(one.stores)
+    assert other.fetch(prompt(1)) == 5
+    assert other.compute(prompt(1)) == 20
+    assert other.fetch(prompt(1)) == 0
+    assert other.clean() == 0  # a fetched block is clean
+    one.end()
+    other.end()
+
+
+def test_an_evicted_prefix_is_found_again() -> None:
+    node = Node(num_blocks=6)
+    for seed in range(5):
+        node.compute(prompt(seed))
+        node.clean()
+    for seed in range(5):
+        assert node.fetch(prompt(seed)) == (0 if seed == 4 else 5)
+        assert node.compute(prompt(seed)) == 20
+    node.end()
+
+
+def test_tenants_adapters_and_images_stay_apart() -> None:
+    node = Node(num_blocks=64)
+    image = [(2, 6, b"image of 16 byte")]
+    kinds: list[dict[str, Any]] = [
+        {}, {"namespace": "a"}, {"namespace": "b"}, {"lora": "a"}, {"mm_hashes": image},
+    ]  # fmt: skip
+    node.compute(prompt(1), **kinds[1])
+    node.clean()
+    other = Node(node.stores, num_blocks=64)
+    assert [other.fetch(prompt(1), **kind) for kind in kinds] == [0, 5, 0, 0, 0]
+    node.compute(prompt(1), **kinds[4])
+    node.clean()
+    assert other.fetch(prompt(1), **kinds[4]) == 5
+    assert other.compute(prompt(1), **kinds[4]) == 20
+    other.end()
+
+
+def test_what_is_loaded_in_order_is_used() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    (store,) = node.stores
+    other = Node(node.stores)
+    store.lost = {next(iter(store.blocks))}  # the last block of the prompt left first
+    assert other.fetch(prompt(1)) == 4
+    assert other.compute(prompt(1)) == 16
+    node.end()
+
+
+def test_an_image_may_end_behind_the_loaded_blocks() -> None:
+    image = [(6, 15, b"image of 16 byte")]
+    node = Node()
+    node.compute(prompt(1), mm_hashes=image)
+    node.clean()
+    (store,) = node.stores
+    other = Node(node.stores)
+    store.drop([list(store.blocks)[2]])  # of blocks 4 3 2 1 0
+    assert other.fetch(prompt(1), mm_hashes=image) == 2
+    assert other.compute(prompt(1), mm_hashes=image) == 8
+    other.end()
+
+
+def test_a_later_store_serves_what_an_earlier_one_lacks() -> None:
+    near, far = (DictStore(64 * SIZE) for _ in range(2))
+    node = Node()
+    near.block_bytes = far.block_bytes = node.storage.block_bytes
+    node.compute(prompt(1))
+    node.clean()
+    whole = list(node.stores[0].blocks.items())
+    near.blocks, far.blocks = dict(whole[3:]), dict(whole[:3])
+    other = Node([near, far])
+    assert other.fetch(prompt(1)) == 5
+    assert (near.num_loads, far.num_loads) == (2, 3)
+    assert other.compute(prompt(1)) == 20
+    other.end()
+
+
+def test_prompts_that_begin_alike_share_a_fetch() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    (store,) = node.stores
+    other = Node(node.stores)
+    store.gate.clear()
+    fetches = [other.tiering.begin(prompt(1)) for _ in range(64)]
+    store.gate.set()
+    assert len(set(map(id, fetches))) == 1
+    assert fetches[0] is not None
+    finished(fetches[0])
+    assert [other.tiering.attach(fetch) for fetch in fetches if fetch] == [5, *[0] * 63]
+    assert store.num_loads == 5
+    other.end()
+
+
+def test_one_that_gives_up_leaves_the_fetch_to_the_others() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    other = Node(node.stores)
+    node.stores[0].gate.clear()
+    first, second = (other.tiering.begin(prompt(1)) for _ in range(2))
+    assert first is second is not None
+    other.tiering.cancel(first)
+    node.stores[0].gate.set()
+    finished(second)
+    assert other.tiering.attach(second) == 5
+    other.end()
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_cancelled_fetch_gives_its_slots_back(is_done: bool) -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    other = Node(node.stores)
+    if not is_done:
+        node.stores[0].gate.clear()
+    fetch = other.tiering.begin(prompt(1))
+    assert fetch is not None
+    if is_done:
+        finished(fetch)
+        assert other.staging.num_free == 27
+    else:
+        with pytest.raises(ValueError, match="not done"):
+            other.tiering.attach(fetch)
+    other.tiering.cancel(fetch)
+    node.stores[0].gate.set()
+    assert other.fetch(prompt(2)) == 0
+    other.end()
+
+
+def test_a_full_staging_ends_loads_early_and_saves_nothing() -> None:
+    node = Node(slots=3)
+    node.compute(prompt(1))
+    assert node.tiering.clean() == 3
+    node.settle()
+    assert node.clean() == 2
+    taken = node.staging.take(2)
+    assert node.tiering.clean() == 0
+    other = Node(node.stores, slots=3)
+    assert other.fetch(prompt(1)) == 3
+    held = other.staging.take(3)
+    assert other.fetch(prompt(1)) == 0
+    node.staging.give(taken)
+    other.staging.give(held)
+    assert other.fetch(prompt(1)) == 2
+    node.end()
+    other.end()
+
+
+def test_no_room_in_the_pool_loses_only_the_fetch() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    other = Node(node.stores, num_blocks=6)
+    running = other.manager.allocate(5 * SIZE)
+    assert other.fetch(prompt(1)) == 0
+    other.manager.free(running)
+    assert other.fetch(prompt(1)) == 5
+    other.end()
+
+
+def test_blocks_cached_meanwhile_are_kept_and_not_written() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    other = Node(node.stores)
+    fetch = other.tiering.begin(prompt(1))
+    assert fetch is not None
+    finished(fetch)
+    assert other.compute(prompt(1)[:10]) == 0
+    assert other.tiering.attach(fetch) == 3
+    assert other.compute(prompt(1)) == 20
+    other.end()
+
+
+def test_blocks_that_left_meanwhile_make_the_fetch_useless() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    other = Node(node.stores)
+    other.compute(prompt(1)[:9])
+    fetch = other.tiering.begin(prompt(1))
+    assert fetch is not None
+    finished(fetch)
+    assert fetch.first == 2
+    other.manager.clear_prefix_cache()
+    assert other.tiering.attach(fetch) == 0
+    assert other.compute(prompt(1)) == 0
+    other.end()
+
+
+def test_a_store_that_raises_is_a_store_without_blocks() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    other = Node(node.stores)
+    node.stores[0].fails = True
+    assert other.fetch(prompt(1)) == 0
+    other.compute(prompt(2))
+    assert other.clean() == 5
+    other.end()
+
+
+def test_a_fetch_may_take_half_of_what_computing_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(recompute_s=lambda num_blocks: 0.2 * num_blocks, max_wait_s=0.3)
+    monkeypatch.setattr("kvpager.storage.tiers.tiering.time.monotonic", lambda: 100.0)
+    short, long = node.tiering.begin(prompt(1, 9)), node.tiering.begin(prompt(2, 41))
+    assert short is not None
+    assert long is not None
+    assert (short.deadline, long.deadline) == (100.2, 100.3)
+    node.end()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_traffic_at_random_reads_what_was_computed(seed: int) -> None:
+    chance = random.Random(seed)
+    stores = Node().stores
+    nodes = [Node(stores, num_blocks=chance.randrange(8, 20), slots=6) for _ in range(2)]
+    open_fetches: list[tuple[Node, Fetch]] = []
+    for _ in range(150):
+        node = chance.choice(nodes)
+        tokens = prompt(chance.randrange(6), chance.randrange(2, 26))
+        key = chance.choice([{}, {"namespace": "a"}, {"lora": "x"}])
+        action = chance.random()
+        if action < 0.4:
+            node.compute(tokens, **key)
+        elif action < 0.6:
+            node.tiering.clean(chance.randrange(1, 10))
+        elif action < 0.85:
+            fetch = node.tiering.begin(tokens, **key)
+            if fetch is not None:
+                open_fetches.append((node, fetch))
+        elif open_fetches:
+            node, fetch = open_fetches.pop(chance.randrange(len(open_fetches)))
+            if chance.random() < 0.3:
+                node.tiering.cancel(fetch)
+            else:
+                finished(fetch)
+                node.tiering.attach(fetch)
+        if chance.random() < 0.05:
+            stores[0].drop(chance.sample(list(stores[0].blocks), len(stores[0].blocks) // 2))
+    for node, fetch in open_fetches:
+        node.tiering.cancel(fetch)
+    for node in nodes:
+        node.end()
