@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager.storage.tiers.counts import StoreCounts, check_blocks
+from kvpager.storage.tiers.checks import check_blocks
+from kvpager.storage.tiers.counters import StoreCounters
 from kvpager.storage.tiers.disk.admission import Admission, Admit
 from kvpager.storage.tiers.disk.directory import TABLE, Directory
 from kvpager.storage.tiers.disk.segments import PAGE_BYTES, Segments
@@ -73,7 +74,7 @@ class DiskStore:
         self._slots, self._closed, self._grow_at = Slots(), False, -math.inf
         self._saved_ms, self._order = np.zeros((2, num_slots), np.int64)
         self._next_order, self._used = 1, set[int]()  # slots whose order is not on disk
-        self._num_slots, self._counts = num_slots, StoreCounts(layout.block_bytes)
+        self._num_slots, self._counters = num_slots, StoreCounters(layout.block_bytes)
         self._directory = Directory(path, self._framing, each)
         try:
             self._open()
@@ -111,7 +112,7 @@ class DiskStore:
                 break
             outcomes[n] = self._load(key, block.cast("B"))
         self._use(keys, self._orders(len(keys)))
-        self._counts.loaded(outcomes, time.monotonic() - start)
+        self._counters.loaded(outcomes, time.monotonic() - start)
         return outcomes
 
     def save(
@@ -129,7 +130,7 @@ class DiskStore:
                 break
             outcomes[n] = self._save(key, block.cast("B"), orders[n])
         self._use(keys, orders)
-        self._counts.saved(outcomes, time.monotonic() - start)
+        self._counters.saved(outcomes, time.monotonic() - start)
         return outcomes
 
     def drop(self, keys: Sequence[bytes]) -> None:
@@ -143,7 +144,7 @@ class DiskStore:
         """Return what the store holds, and counts since it was opened. O(1)."""
         with self._lock:
             num_blocks = 0 if self._closed else len(self._slots)
-        return self._counts.stats(num_blocks, self._num_slots)
+        return self._counters.stats(num_blocks, self._num_slots)
 
     def close(self) -> None:
         """Wait for transfers, then write what is known to the device. Twice is the same as once."""
@@ -297,7 +298,7 @@ class DiskStore:
         except OSError as error:
             logger.warning("%s: no block evicted: %s", self._directory.path, error)
             return False
-        self._counts.evicted(1)
+        self._counters.evicted(1)
         return True
 
     def _forget(self, key: bytes) -> None:
