@@ -10,7 +10,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types tests slow conformance docs diagrams matrix crash simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test test-all lint format types tests slow conformance setup-services docs diagrams matrix crash simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -57,6 +57,13 @@ diagrams: $(STAMP) ## draw the diagrams of the documentation
 
 conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/models.md
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.report $(ARGS)
+
+setup-services: ## install the servers that some tests start: Debian's redis-server, for TLS
+	@if command -v redis-server >/dev/null; then exit 0; fi; \
+	apt=(env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get); \
+	[ "$$(id -u)" = 0 ] || apt=(sudo -n "$${apt[@]}"); \
+	{ "$${apt[@]}" -qq update && "$${apt[@]}" -qqy install --no-install-recommends redis-server; } >/dev/null \
+	|| echo "make setup-services: cannot install redis-server here; tests of TLS are skipped."
 
 matrix: ## the tests on the oldest and newest releases of Python, torch and transformers, in .venv-matrix
 	@python=$$(command -v $(PYTHON) | head -n 1); "$$python" tests/matrix.py $(ARGS)
