@@ -3,10 +3,14 @@
 `tiny_llama` is a byte-level Llama of 1.14 million parameters trained on Python's own
 documentation by `examples/train_tiny_llama.py`; it loads without a network.
 
-For kvpager's block managers and for others:
+For any block manager behind a small adapter:
 
-    conformance    a pytest suite and a state machine for any manager behind a small adapter
-    results        the verdicts of the suite as data
+    properties     the properties, and the members of an adapter
+    conformance    a pytest suite and a state machine that check them
+    results        the same checks, with the results as data
+
+For kvpager's block managers and scheduler:
+
     reference      a manager in plain Python, the specification of the verbs
     memory         a miniature data plane, one integer for each token slot
     simulator      seeded random histories of kvpager's whole interface, shrunk when they fail

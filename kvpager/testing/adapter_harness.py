@@ -25,7 +25,7 @@ class LiveSequence:
 
 
 class AdapterHarness:
-    """A manager under test.
+    """Drives a manager through its adapter, and checks the properties in `watch`.
 
     A violated property in `watch` raises `Violation`. Any other violation after which the history
     cannot continue raises `Ended`.
@@ -51,7 +51,7 @@ class AdapterHarness:
         self.inspect()
 
     def finish(self) -> None:
-        """Free all sequences: then all blocks must be available. O(everything)."""
+        """Free all sequences, then check that all blocks are available. O(everything)."""
         while self.rows:
             handle = self.rows.pop().handle
             self.attempt(lambda handle=handle: self.adapter.free(handle), 0)  # type: ignore[misc]
@@ -60,7 +60,7 @@ class AdapterHarness:
     # ---------------------------------------------------------------- for operations
 
     def report(self, name: str, message: str) -> None:
-        """Raise `Violation` if the property is watched. O(1)."""
+        """Raise `Violation` if the violated property `name` is watched. O(1)."""
         if name in self.watch:
             raise Violation(name, message)
 
@@ -79,7 +79,7 @@ class AdapterHarness:
         return [int(block) for block in blocks]
 
     def call(self, name: str, function: Callable[[], Any]) -> Any:
-        """Return the result of a call; an error breaks `name`."""
+        """Return the result of a call. An error violates the property `name`."""
         try:
             return function()
         except Exception as error:
@@ -115,7 +115,7 @@ class AdapterHarness:
         if is_empty:
             return self._attempt_empty(function)
         free = self.num_free()
-        # A refusal despite enough free blocks always breaks a property.
+        # A refusal despite enough free blocks always violates a property.
         before = self.snapshot() if most > free else None
         try:
             return True, function()
@@ -141,7 +141,7 @@ class AdapterHarness:
             return False, None
 
     def must_refuse(self, name: str, what: str, function: Callable[[], Any]) -> None:
-        """Make a call that no manager may accept."""
+        """Make a call that every manager must refuse."""
         before = self.snapshot()
         try:
             function()
