@@ -15,7 +15,7 @@ def manager() -> BlockManager:
     return BlockManager(num_blocks=8, block_size=4, num_host_blocks=4)
 
 
-def test_check_names_the_broken_law(manager: BlockManager) -> None:
+def test_check_names_the_broken_invariant(manager: BlockManager) -> None:
     block = manager.block_tables(manager.allocate(4))[0][0]
     manager._state.pool.refs[block] = 2
     with pytest.raises(BrokenInvariant, match=f"block {block}: refcount 2, but 1 tables hold it"):
@@ -63,7 +63,7 @@ BREAK = {
 
 
 @pytest.mark.parametrize("damage", BREAK)
-def test_check_sees_every_kind_of_damage(damage: str) -> None:
+def test_check_detects_every_kind_of_damage(damage: str) -> None:
     manager = BlockManager(12, 4, num_host_blocks=4)
     others = [manager.allocate(4) for _ in range(3)]
     manager.free(committed(manager, prompt(4, first=60)))

@@ -67,7 +67,7 @@ def test_removed_is_logged_when_the_last_copy_leaves() -> None:
     manager = watched()
     sequence = committed(manager, A + B)
     manager.events.fetch()
-    manager.swap(sequence, "host")  # what the index offers stays behind
+    manager.swap(sequence, "host")  # published blocks stay cached
     manager.free(sequence)
     assert [event.kind for event in manager.events.fetch()] == ["copied"]
     manager.clear_prefix_cache()
@@ -169,7 +169,7 @@ class Router:
 @pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("policy", ["lru", "lifetime", "priority"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_router_knows_from_events_alone_what_is_offered(policy: str, seed: int) -> None:
+def test_a_router_knows_from_events_which_blocks_are_cached(policy: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     manager, router = watched(16, eviction=policy), Router()
     live, last = list[SequenceHandle](), 0

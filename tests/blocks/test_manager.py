@@ -182,7 +182,7 @@ def test_truncated_tokens_are_not_published_later(manager: BlockManager) -> None
     assert manager.allocate([0, 1, 50, 51, 1]).num_cached_tokens == 4
 
 
-def test_slide_gives_back_the_blocks_behind_a_window(manager: BlockManager) -> None:
+def test_drop_before_releases_the_blocks_behind_a_window(manager: BlockManager) -> None:
     sequence = manager.allocate(15)
     manager.drop_before(sequence, 9)
     assert manager.stats().num_free == 6
@@ -278,7 +278,7 @@ def test_the_control_plane_never_imports_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_slide_takes_a_start_for_each_sequence(manager: BlockManager) -> None:
+def test_drop_before_takes_a_start_for_each_sequence(manager: BlockManager) -> None:
     long, short = manager.allocate(16), manager.allocate(3)
     manager.drop_before([long, short], [8, 1])
     assert manager.block_tables(long)[0][:2].tolist() == [-1, -1]
@@ -311,7 +311,7 @@ def test_appending_nothing_copies_nothing(manager: BlockManager) -> None:
     assert len(manager.append([parent, child], counts=[0, 0]).slots) == 0
 
 
-def test_a_slid_sequence_swaps_what_it_still_has(manager: BlockManager) -> None:
+def test_a_sequence_without_its_front_swaps_its_other_blocks(manager: BlockManager) -> None:
     sequence = manager.allocate(12)
     manager.drop_before(sequence, 5)
     plan = manager.swap(sequence, "host")

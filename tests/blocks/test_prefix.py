@@ -62,7 +62,7 @@ def test_prompts_that_part_inside_a_block_share_its_first_tokens(manager: BlockM
     assert other.num_cached_tokens == 6
     manager.commit(other)
     manager.check()
-    # Both continuations are offered now, and each is found by its own tokens.
+    # Both continuations are published now, and each is found by its own tokens.
     assert manager.match_prefix([*A, B[0], B[1], 99]) == 7
     assert manager.match_prefix(A + B[:3]) == 7
 
@@ -181,7 +181,7 @@ def test_a_duplicate_whose_front_was_evicted_publishes_its_own_blocks() -> None:
     assert manager.match_prefix(A + B + C) == 12
 
 
-def test_forks_offer_their_different_continuations(manager: BlockManager) -> None:
+def test_forks_publish_their_different_continuations(manager: BlockManager) -> None:
     parent = committed(manager, A)
     children = manager.fork(parent, 3)
     manager.append(children, [B, C, D])

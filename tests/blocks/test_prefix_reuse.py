@@ -190,7 +190,7 @@ def test_a_published_block_keeps_its_tokens_when_its_sequence_changes(
     assert manager.allocate(prompt(9)).num_cached_tokens == 8
 
 
-def test_a_fork_of_a_slid_sequence_is_not_offered_either(manager: BlockManager) -> None:
+def test_a_fork_of_a_sequence_without_its_front_is_not_published(manager: BlockManager) -> None:
     sequence = manager.allocate(prompt(8))
     manager.drop_before(sequence, 4)
     child = manager.fork(sequence)

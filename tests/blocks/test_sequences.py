@@ -45,7 +45,7 @@ def test_a_fork_keeps_what_its_sibling_gave_back(manager: BlockManager) -> None:
     assert manager.num_free_blocks == 32
 
 
-def test_what_lost_its_front_is_not_offered(manager: BlockManager) -> None:
+def test_a_sequence_without_its_front_is_not_published(manager: BlockManager) -> None:
     sequence = manager.allocate(range(8))
     manager.drop_before(sequence, 8)
     manager.append(sequence, list(range(8, 16)))

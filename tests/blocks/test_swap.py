@@ -262,7 +262,7 @@ def test_the_way_back_stops_at_a_ceiling_and_changes_nothing() -> None:
 # -------------------------------------------------------------------- and the prefix index
 
 
-def test_what_is_offered_stays_behind_as_a_copy(memory: Memory) -> None:
+def test_published_blocks_stay_cached_after_a_swap(memory: Memory) -> None:
     manager, ids = memory.manager, list(range(12))
     sequence = memory.allocate(ids)
     manager.commit(sequence)
@@ -276,7 +276,7 @@ def test_what_is_offered_stays_behind_as_a_copy(memory: Memory) -> None:
     memory.check()
 
 
-def test_back_after_the_copies_were_evicted_it_offers_its_own(memory: Memory) -> None:
+def test_a_returned_sequence_publishes_again_after_an_eviction(memory: Memory) -> None:
     manager, ids = memory.manager, list(range(12))
     sequence = memory.allocate(ids)
     manager.commit(sequence)
@@ -291,7 +291,7 @@ def test_back_after_the_copies_were_evicted_it_offers_its_own(memory: Memory) ->
     memory.check()
 
 
-def test_back_while_the_copies_are_offered_still_both_live_on(memory: Memory) -> None:
+def test_a_returned_sequence_and_its_cached_copies_coexist(memory: Memory) -> None:
     manager, ids = memory.manager, list(range(8))
     sequence = memory.allocate(ids)
     manager.commit(sequence)

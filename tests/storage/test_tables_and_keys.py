@@ -63,11 +63,11 @@ def test_flashinfer_tables_take_a_handle_a_batch_or_a_generator(manager: BlockMa
 
 
 def test_flashinfer_tables_refuse_dropped_blocks(manager: BlockManager) -> None:
-    swapped, slid, whole = (manager.allocate(9) for _ in range(3))
+    swapped, dropped, whole = (manager.allocate(9) for _ in range(3))
     manager.swap(swapped, "host")
-    manager.drop_before(slid, 5)
+    manager.drop_before(dropped, 5)
     with pytest.raises(ValueError, match="the first blocks of one are gone"):
-        flashinfer(manager, [whole, slid])
+        flashinfer(manager, [whole, dropped])
     for make in (flashinfer, flash_attention):
         with pytest.raises(SequenceSwapped):
             make(manager, [whole, swapped])
