@@ -9,6 +9,10 @@ For any block manager behind a small adapter:
     conformance    a pytest suite and a state machine that check them
     results        the same checks, with the results as data
 
+For any store of cached blocks:
+
+    stores         a pytest suite of the properties of a `BlockStore`
+
 For kvpager's block managers and scheduler:
 
     reference      a manager in plain Python, the specification of the verbs
@@ -19,8 +23,8 @@ For kvpager's block managers and scheduler:
     isolation      paired probes of the isolation of namespaces
     mutants        mutation tests: known bugs that these tools must detect
 
-`conformance`, `machine` and `strategies` need Hypothesis, `conformance` and `machine` pytest too;
-nothing here needs torch.
+`conformance`, `machine` and `strategies` need Hypothesis; `conformance`, `machine` and `stores`
+need pytest. Nothing here needs torch.
 """
 
 from __future__ import annotations

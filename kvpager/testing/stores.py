@@ -1,4 +1,4 @@
-"""The conformance suite of stores: check any `BlockStore` against the promises of its protocol.
+"""A pytest suite that checks the properties of any `BlockStore`.
 
     from kvpager.testing.stores import StoreConformance
 
@@ -61,7 +61,7 @@ def _read(outcomes: Outcomes, count: int) -> list[int]:
 
 
 class StoreConformance:
-    """Subclass it in a pytest file, define `make_store`, and each promise is a test.
+    """A mixin for pytest classes: define `make_store`, and each property becomes a test.
 
     Attributes: `block_bytes` of the stores, `num_blocks` that must fit, `seeds` of the random
     histories.

@@ -71,7 +71,7 @@ class BlockStore(Protocol):
     bytes, writable in `load`. A deadline is a time of `time.monotonic()`. All methods may be
     called from any thread. None raises for a block that is missing, damaged or late, nor for a
     store that fails: each key has an outcome instead. After `close`, `find` returns 0, `load`
-    misses and `save` refuses. `kvpager.testing.stores` tests these promises.
+    misses and `save` refuses. `kvpager.testing.stores` tests these properties.
     """
 
     @property

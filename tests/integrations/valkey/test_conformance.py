@@ -1,4 +1,4 @@
-"""`ValkeyStore` keeps the promises of a `BlockStore`, over TCP and over a Unix socket."""
+"""`ValkeyStore` has the properties of a `BlockStore`, over TCP and over a Unix socket."""
 
 from __future__ import annotations
 
