@@ -72,9 +72,7 @@ class PagedMemory:
         self.paged: dict[PagedLayers, int] = {}  # -> the most layers of a model
         self.unpaged_layers: dict[str, int] = {}  # class or reason -> the most layers of a model
         self.session_doubts: set[str] = set()  # reasons why sessions share no prompts
-        self.fallbacks: dict[
-            str, int
-        ] = {}  # reasons why paging or prefix reuse was skipped -> calls
+        self.fallbacks: dict[str, int] = {}  # why paging or reuse was skipped -> calls
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of live caches
         self.lock: Any = new_lock() if device is None else device.lock
         self.calls = GenerateCalls(self.lock)
