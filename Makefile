@@ -10,7 +10,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types tests slow conformance setup-services docs diagrams matrix crash simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test test-all lint format types tests slow conformance setup-services docs diagrams matrix crash simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-tiers bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -88,6 +88,9 @@ bench-generate: $(STAMP) ## what a token costs in generate, paged and not
 
 bench-prompts: $(STAMP) ## what beams, shared beginnings and padding cost, paged and not
 	@$(BIN)/python benchmarks/prompts.py $(ARGS)
+
+bench-tiers: $(STAMP) ## stores of cached blocks beside the raw device
+	@$(BIN)/python benchmarks/tiers.py $(ARGS)
 
 bench-memory: $(STAMP) ## what keys and values take; draws it with ARGS='--plot FILE.svg'
 	@$(BIN)/python benchmarks/memory.py $(ARGS)

@@ -47,7 +47,7 @@ def main() -> int:
             _flips(Path(folder, "flips"), args.flips, args.seed),
             *(_damage(Path(folder), kind, args) for kind in DAMAGE),
         ]
-    print("All good." if all(good) else "FAILED")
+    print("All good." if all(good) else "FAILED", flush=True)
     return 0 if all(good) else 1
 
 
@@ -55,7 +55,10 @@ def _kills(folder: Path, kills: int, seed: int) -> bool:
     tally = Tally()
     for tally in tqdm(crashes(folder, kills, seed), total=kills, desc="kills", disable=None):  # noqa: B007
         pass
-    print(f"{tally.runs} kills: {_told(tally)}; at least {tally.least} of {NUM_SLOTS} offered")
+    print(
+        f"{tally.runs} kills: {_told(tally)}; at least {tally.least} of {NUM_SLOTS} offered",
+        flush=True,
+    )
     return not tally.wrong and tally.least >= LEAST * NUM_SLOTS
 
 
@@ -64,20 +67,20 @@ def _fault(folder: Path, name: str, args: argparse.Namespace) -> bool:
     tally = next((tally for tally in found if tally.wrong), None)
     found.close()
     outcome = "NOT FOUND" if tally is None else f"found after {tally.runs} kills"
-    print(f"planted, frames not checked: {name}: {outcome}")
+    print(f"planted, frames not checked: {name}: {outcome}", flush=True)
     return tally is not None
 
 
 def _flips(folder: Path, count: int, seed: int) -> bool:
     results = list(tqdm(flips(folder, count, seed), total=count, desc="flips", disable=None))
     refused = sum(refused for refused, _ in results)
-    print(f"{count} flipped bits: {refused} refused")
+    print(f"{count} flipped bits: {refused} refused", flush=True)
     return refused == count and all(back for _, back in results)
 
 
 def _damage(folder: Path, kind: str, args: argparse.Namespace) -> bool:
     tally = damaged(folder, kind, args.damage, args.seed)
-    print(f"{tally.runs} directories, {kind}: {_told(tally)}")
+    print(f"{tally.runs} directories, {kind}: {_told(tally)}", flush=True)
     return not tally.wrong
 
 

@@ -137,6 +137,16 @@ def test_planning_a_step_is_measured() -> None:
         assert found[f"{part}_4_complete_us"] > 0
 
 
+def test_the_disk_store_is_measured(tmp_path: Path) -> None:
+    options = ("--only", "disk", "--kib", "64", "--mib", "1", "--repeats", "1")
+    printed = run("tiers.py", *options, "--folder", str(tmp_path))
+    machine, *lines = map(json.loads, printed.splitlines())
+    assert machine["machine"]["numpy"]
+    found = {line["name"]: line["value"] for line in lines}
+    for figure in ("read_64KiB_wall_of_raw", "read_64KiB_kvpager_cpu", "write_64KiB_raw_wall"):
+        assert found[f"disk_{figure}"] > 0
+
+
 @pytest.mark.slow
 def test_generate_is_measured() -> None:
     pytest.importorskip("transformers")

@@ -1,0 +1,153 @@
+"""Measure the stores of tiers beside the raw device: turns, medians, a JSON line per figure.
+
+    python benchmarks/tiers.py                    # every part
+    python benchmarks/tiers.py --only disk --folder /var/cache/try
+
+`disk`: blocks in random order, saved and loaded by a `DiskStore`, and moved by plain `preadv` and
+`pwritev` with O_DIRECT at the same places. `cpu` figures are seconds of user and system time for a
+gigabyte. `of_raw` figures are ratios: for `wall` the share of raw bandwidth, for `cpu` the multiple
+of raw time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import mmap
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# As a file of its own, too: `python benchmarks/tiers.py`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kvpager.storage.tiers.disk import DiskStore
+from kvpager.storage.tiers.layout import BlockLayout
+
+PAGE_BYTES = 4096
+BATCH = 16  # blocks of a call
+NEVER = math.inf
+
+
+class Cost(NamedTuple):
+    """Seconds of a run: by the clock, and of user and system time."""
+
+    wall: float
+    cpu: float
+
+
+Costs = dict[str, list[Cost]]
+
+
+def turns(works: Mapping[str, Callable[[], object]], repeats: int) -> Costs:
+    """Run every work once per turn, after one turn that is not counted."""
+    costs: Costs = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            work()
+            cost = Cost(time.perf_counter() - wall, time.process_time() - cpu)
+            if turn:
+                costs[name].append(cost)
+    return costs
+
+
+def report(name: str, costs: Costs, num_bytes: int, ours: str, raw: str) -> None:
+    """Print the figures of all contenders, and those of `ours` relative to `raw`."""
+    for contender, each in costs.items():
+        wall, cpu = (statistics.median(seconds) for seconds in zip(*each, strict=True))
+        add(f"{name}_{contender}_wall", num_bytes / wall / 1e9, "GB/s")
+        add(f"{name}_{contender}_cpu", cpu / num_bytes * 1e9, "s/GB")
+    pairs = list(zip(costs[ours], costs[raw], strict=True))
+    add(f"{name}_wall_of_raw", statistics.median(b.wall / a.wall for a, b in pairs), "ratio")
+    add(f"{name}_cpu_of_raw", statistics.median(a.cpu / b.cpu for a, b in pairs), "ratio")
+
+
+def add(name: str, value: float, unit: str) -> None:
+    print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit}), flush=True)
+
+
+def batches(keys: list[bytes]) -> list[list[bytes]]:
+    return [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
+
+
+def disk(args: argparse.Namespace) -> None:
+    for kib in args.kib:
+        block_bytes = kib << 10
+        count = max(2, (args.mib << 20) // block_bytes)
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            _disk(Path(folder), f"{kib}KiB", block_bytes, count, args.repeats)
+
+
+def _disk(folder: Path, size: str, block_bytes: int, count: int, repeats: int) -> None:
+    slot_bytes = PAGE_BYTES + block_bytes
+    capacity = count * (slot_bytes + 64)
+    layout = BlockLayout("benchmark", block_bytes)
+    store = DiskStore(folder / "kv", capacity, layout=layout, admit="always")
+    keys = [blake2b(bytes([n % 256, n // 256]), digest_size=32).digest() for n in range(count)]
+    memory = memoryview(mmap.mmap(-1, BATCH * block_bytes))
+    memory[:] = np.random.default_rng(0).bytes(BATCH * block_bytes)
+    blocks = [memory[n * block_bytes : (n + 1) * block_bytes] for n in range(BATCH)]
+    chosen = random.Random(0)
+
+    def load() -> None:
+        for batch in batches(chosen.sample(keys, count)):
+            assert not store.load(batch, blocks[: len(batch)], NEVER).any()
+
+    def save() -> None:
+        store.drop(keys)
+        for batch in batches(keys):
+            assert not store.save(batch, blocks[: len(batch)], NEVER).any()
+
+    file = os.open(folder / "raw", os.O_RDWR | os.O_CREAT | getattr(os, "O_DIRECT", 0))
+    os.posix_fallocate(file, 0, count * slot_bytes)
+    places = [PAGE_BYTES + n * slot_bytes for n in range(count)]
+
+    def read() -> None:
+        for n, place in enumerate(chosen.sample(places, count)):
+            assert os.preadv(file, [blocks[n % BATCH]], place) == block_bytes
+
+    def write() -> None:
+        for n, place in enumerate(places):
+            assert os.pwritev(file, [blocks[n % BATCH]], place) == block_bytes
+
+    num_bytes = count * block_bytes
+    costs = turns({"kvpager": save, "raw": write}, repeats)
+    report(f"disk_write_{size}", costs, num_bytes, "kvpager", "raw")
+    costs = turns({"kvpager": load, "raw": read}, repeats)
+    report(f"disk_read_{size}", costs, num_bytes, "kvpager", "raw")
+    store.close()
+    os.close(file)
+
+
+PARTS = {"disk": disk}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--kib", type=int, nargs="+", default=[2048, 256], help="KiB of a block")
+    parser.add_argument("--mib", type=int, default=256, help="MiB moved in a run")
+    parser.add_argument("--repeats", type=int, default=7, help="turns")
+    parser.add_argument("--folder", type=Path, help="where files are made (default: the system's)")
+    args = parser.parse_args()
+    about = {"platform": platform.platform(), "python": platform.python_version()}
+    print(json.dumps({"machine": about | {"cpus": os.cpu_count(), "numpy": np.__version__}}))
+    for name, part in PARTS.items():
+        if args.only in (None, name):
+            part(args)
+
+
+if __name__ == "__main__":
+    main()
