@@ -136,7 +136,7 @@ class GroupedManager:
         """Begin a sequence of `prompt` tokens, as `BlockManager.allocate`. O(tokens * groups).
 
         Groups with a window take blocks for `max_chunk` tokens after the cached ones.
-        Raises: `OutOfBlocks` of the sum over all groups; `TypeError` / `ValueError` for an
+        Raises: `OutOfBlocks` of the sum over all groups; `TypeError` / `ValueError` for
         invalid arguments.
         """
         length, ids = arguments.prompt(prompt)
