@@ -237,9 +237,10 @@ def test_a_store_with_room_takes_all_and_a_full_one_the_second(open_store: Open)
     assert found(store, range(5)) == [1, 3]
 
 
-def test_refused_keys_are_remembered_up_to_the_capacity(open_store: Open) -> None:
+def test_refused_keys_are_remembered_for_four_times_the_capacity(open_store: Open) -> None:
     store = open_store(blocks=2, admit="second")
-    assert save(store, 1, 2, 3, 1, 3) == [Saved.REFUSED] * 4 + [Saved.SAVED]
+    assert save(store, *range(9)) == [Saved.REFUSED] * 9
+    assert save(store, 0, 8) == [Saved.REFUSED, Saved.SAVED]
 
 
 def test_blocks_are_served_until_they_are_too_old(open_store: Open) -> None:

@@ -68,7 +68,7 @@ class DiskStore:
         slot_bytes = PAGE_BYTES + -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
         num_slots = _slots_in(capacity, slot_bytes)
         each = max(_SEGMENT_BYTES_MIN // slot_bytes, -(-num_slots // _SEGMENTS), 1)
-        self._admission = Admission(admit, remembered=num_slots)
+        self._admission = Admission(admit, num_slots)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)  # a transfer has ended
         self._slots, self._closed, self._grow_at = Slots(), False, -math.inf
