@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -18,6 +18,14 @@ from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.plans import Tier
 from kvpager.storage.block_storage import BlockStorage, KVCacheDtype, LayerShape
+
+
+class LayerKind(NamedTuple):
+    """The shape, dtype and device of a layer. Layers of one kind share a storage."""
+
+    shape: LayerShape
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass

@@ -13,12 +13,12 @@ from kvpager._atomic import whole
 from kvpager.blocks.groups.windows import blocks_for
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks
+from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.columns import ColumnMismatch, Columns, Origin
 from kvpager.integrations.huggingface.cache.layer_places import LayerPlaces
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, Views, packed
 from kvpager.integrations.huggingface.cache.pools import (
-    LayerKind,
     PagedPool,
     Places,
     waiting_for_room,

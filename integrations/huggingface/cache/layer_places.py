@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 
-from kvpager.integrations.huggingface.cache.pools import LayerKind, Places
+from kvpager.integrations.huggingface.cache.budget import LayerKind
+from kvpager.integrations.huggingface.cache.pools import Places
 
 
 class LayerPlaces:

@@ -12,10 +12,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvpager.blocks.groups.windows import first_visible
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache import compiled
+from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_tensor import paged_tensors
 from kvpager.integrations.huggingface.cache.paged_view import PagedView
-from kvpager.integrations.huggingface.cache.pools import LayerKind
 from kvpager.storage.block_storage import LayerShape
 
 

@@ -18,10 +18,10 @@ from kvpager._text import size
 from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
-from kvpager.integrations.huggingface.cache.budget import Budget
+from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
 from kvpager.integrations.huggingface.cache.namespaces import Namespaces
-from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
+from kvpager.integrations.huggingface.cache.pools import PagedPool
 
 logger = logging.getLogger("kvpager")
 

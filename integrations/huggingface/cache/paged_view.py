@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpager.integrations.huggingface.cache.budget import Budget
-from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
+from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
+from kvpager.integrations.huggingface.cache.pools import Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, LayerCaches, gather_kv

@@ -26,11 +26,11 @@ from kvpager.blocks.policies import chosen_policy
 from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.integrations.huggingface.cache.budget import PoolOwner
+from kvpager.integrations.huggingface.cache.budget import LayerKind, PoolOwner
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.ops import append
 from kvpager.plans import Int32, Int64, Step
-from kvpager.storage.block_storage import BlockStorage, LayerShape
+from kvpager.storage.block_storage import BlockStorage
 from kvpager.storage.free_memory import free_bytes
 
 _T = TypeVar("_T")
@@ -62,14 +62,6 @@ def _if_there_is_room(operation: Callable[[], _T]) -> _T | None:
     with contextlib.suppress(OutOfBlocks):
         return operation()
     return None
-
-
-class LayerKind(NamedTuple):
-    """The shape, dtype and device of a layer. Layers of one kind share a storage."""
-
-    shape: LayerShape
-    dtype: torch.dtype
-    device: torch.device
 
 
 class Place(NamedTuple):

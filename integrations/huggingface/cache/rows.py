@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from kvpager._atomic import whole
 from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.errors import KVPagerError, OutOfBlocks, OutOfQuota
+from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.pools import (
-    LayerKind,
     PagedPool,
     Places,
     waiting_for_room,

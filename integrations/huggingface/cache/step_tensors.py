@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.columns import Columns
 from kvpager.integrations.huggingface.cache.paged_view import Part
-from kvpager.integrations.huggingface.cache.pools import LayerKind, Places
+from kvpager.integrations.huggingface.cache.pools import Places
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.integrations.huggingface.cache.rows import BatchRows, Partition
 from kvpager.kernels.host_rows import to_device

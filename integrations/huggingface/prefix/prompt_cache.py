@@ -20,9 +20,10 @@ from transformers import (
 
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks
+from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
-from kvpager.integrations.huggingface.cache.pools import LayerKind, PagedPool
+from kvpager.integrations.huggingface.cache.pools import PagedPool
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch

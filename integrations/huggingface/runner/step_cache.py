@@ -23,10 +23,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from kvpager.blocks.groups.windows import first_visible
 from kvpager.integrations.huggingface.attention import packed_compiled
 from kvpager.integrations.huggingface.attention.packed import PackedRows, PackedView
-from kvpager.integrations.huggingface.cache.budget import Budget
+from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.paged_tensor import PagedTensor
 from kvpager.integrations.huggingface.cache.paged_view import Blocks, PagedView, Part, packed
-from kvpager.integrations.huggingface.cache.pools import LayerKind, Place
+from kvpager.integrations.huggingface.cache.pools import Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, append

@@ -19,9 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import kvpager
-from kvpager.integrations.huggingface.cache.budget import Budget
+from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.cache.pools import LayerKind
 from kvpager.storage.block_storage import LayerShape
 from tests.support import tiny_models
 
