@@ -202,7 +202,7 @@ class NamespaceQuotas(MutableMapping[str, int | str]):
         try:
             quotas.set(namespace, ceiling=ceiling)
         except ValueError as error:
-            message = f"{error}, or raise quota {given!r}"
+            message = f"quota={given!r}: {error}"
             raise OutOfQuota(namespace, 1, 0, 0, ceiling, message=message) from None
 
 

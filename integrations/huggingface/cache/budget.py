@@ -161,6 +161,12 @@ class PoolOwner(Protocol):
     def room(self) -> int:
         """Return the bytes that the bound leaves."""
 
+    def call_bytes(self, kind: LayerKind) -> int:
+        """Return the memory that fits this thread's call beside all other blocks in use."""
+
+    def call_growth(self, pool: object) -> int:
+        """Return how many more blocks of `pool` this thread's call may take."""
+
     def claim(self, num_bytes: int, claimant: object) -> bool:
         """Return True if `num_bytes` more fit the bound. Other pools first give up idle blocks."""
 

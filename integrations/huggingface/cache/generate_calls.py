@@ -21,9 +21,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from kvpager._atomic import Deferral, Uninterrupted
+from kvpager.blocks.groups.windows import blocks_for
+from kvpager.plans import Int64
 
 _T = TypeVar("_T")
 
@@ -41,12 +45,36 @@ class GenerateCall:
     frame: int = 0  # id of the frame of the outermost `generate`
     num_rows: int = 0  # rows of the batch, and their most columns; 0 if unknown
     num_columns: int = 0
+    prompts: Prompts | None = None  # None if every row is computed and stored whole
     ticket: float = math.inf  # calls take turns in this order; infinite before `await_turn`
     claimed_bytes: int | None = None  # None before its turn
     waiting: int | None = None  # the number of ended calls at its last attempt; None if it runs
     moves: int = -1  # the number of steps and ended calls when it last waited
     waited_seconds: float = 0.0  # since `moves` last changed
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # made in this call
+
+    def num_blocks(self, size: int, window: int | None = None) -> int:
+        """Return the most blocks of `size` tokens that all rows take at full length. O(prompts).
+
+        Rows of one prompt share its full blocks, as long as no window leaves them behind.
+        """
+        columns = self.num_columns
+        # A row holds up to two blocks beyond its window.
+        most = blocks_for(columns, size, (window,), max_chunk=size + 1)
+        if self.prompts is None:
+            return self.num_rows * most
+        padding, prompt_columns, repeats = self.prompts
+        shared = (prompt_columns - padding) // size if repeats > 1 else np.zeros_like(padding)
+        own = -(-(max(columns, prompt_columns) - padding) // size) - shared
+        return int(np.minimum(shared + repeats * own, repeats * most).sum())
+
+
+class Prompts(NamedTuple):
+    """The distinct prompts of a call, left-padded to `columns`; each begins `repeats` rows."""
+
+    padding: Int64  # [prompts]
+    columns: int
+    repeats: int
 
 
 class GenerateCalls:
@@ -109,6 +137,12 @@ class GenerateCalls:
         call = self.current()
         if call is not None and call.depth == 1:
             call.num_rows, call.num_columns = num_rows, num_columns
+
+    def note_prompts(self, prompts: Prompts | None) -> None:
+        """Record what rows of this thread's call share, and the padding they omit. O(1)."""
+        call = self.current()
+        if call is not None and call.depth == 1:
+            call.prompts = prompts
 
     def note_step(self) -> None:
         """Record that a call has computed a step. O(1)."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kvpager._atomic import whole
-from kvpager.blocks.groups.windows import blocks_for
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.columns import ColumnMismatch, Columns, Origin
+from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall
 from kvpager.integrations.huggingface.cache.layer_places import LayerPlaces
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, Views, packed
@@ -88,13 +88,11 @@ class LayerGroup:
             columns = min(columns, self.window - 1)
         return self.num_rows * columns * self.members.column_bytes
 
-    def full_bytes(self, kind: LayerKind, num_rows: int, num_columns: int) -> int:
-        """Return the bytes of `num_rows` full rows, if all layers are of `kind`. O(layers)."""
-        size = self.budget.block_size
-        # A row holds up to two blocks beyond its window.
-        num_blocks = blocks_for(num_columns, size, (self.window,), max_chunk=size + 1)
+    def full_bytes(self, kind: LayerKind, call: GenerateCall) -> int:
+        """Return the bytes of all rows of `call`, if all layers are of `kind`. O(layers)."""
         shapes = [kind.shape] * (self.members.expected or max(self.members.count, 1))
-        return num_rows * num_blocks * self.budget.block_bytes(shapes, kind.dtype)
+        block_bytes = self.budget.block_bytes(shapes, kind.dtype)
+        return call.num_blocks(self.budget.block_size, self.window) * block_bytes
 
     # ---------------------------------------------------------------- a place in the pool
 
@@ -234,6 +232,10 @@ class LayerGroup:
         self.views.freeze()
         if self.tensors is not None:
             self.tensors.clear()
+
+    def num_device_blocks(self) -> int:
+        """Return the number of blocks that the rows hold on the device. O(blocks)."""
+        return sum(each.num_blocks for each in self.holdings() if not each.on_host)
 
     def holdings(self) -> list[Holding]:
         """Count the blocks that the rows hold, in each tier. O(blocks)."""

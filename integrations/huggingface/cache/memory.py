@@ -19,7 +19,7 @@ from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
-from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
+from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall, GenerateCalls
 from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.pools import PagedPool
 
@@ -36,9 +36,21 @@ class PagedLayers(NamedTuple):
 class Group(Protocol):
     """Layers of a cache that share block tables."""
 
+    window: int | None
+
     @property
     def dense_bytes(self) -> int:
         """Return the bytes that `DynamicCache` would hold for these layers."""
+
+    @property
+    def pool(self) -> PagedPool | None:
+        """Return the device's pool of the rows; None before the first token."""
+
+    def num_device_blocks(self) -> int:
+        """Return the number of blocks that the rows hold on the device."""
+
+    def full_bytes(self, kind: LayerKind, call: GenerateCall) -> int:
+        """Return the bytes of all rows of `call`, if all layers are of `kind`."""
 
 
 class PagedMemory:
@@ -138,7 +150,7 @@ class PagedMemory:
     def _ceilings(self) -> list[tuple[Ceilings, int]]:
         """Return the quotas of each pool, and the bytes of its blocks. O(pools + blocks freed)."""
         self.settle()  # blocks of dropped caches do not count
-        return [(pool.manager.quotas, pool.block_bytes) for pool in self.pools()]
+        return [(pool.quotas, pool.block_bytes) for pool in self.pools()]
 
     def await_turn(self, kind: LayerKind) -> None:
         """Wait until all rows of this thread's `generate` fit beside other calls. O(layers).
@@ -150,9 +162,37 @@ class PagedMemory:
             return
         if self.budget.bound is None or self.host is not None:
             return
-        groups = [group for cache in call.caches for group in cache.groups]
-        sizes = [group.full_bytes(kind, call.num_rows, call.num_columns) for group in groups]
-        self.calls.await_turn(call, sum(sizes), self.budget.bound)
+        num_bytes = sum(group.full_bytes(kind, call) for group in _groups(call))
+        self.calls.await_turn(call, num_bytes, self.budget.bound)
+
+    def call_bytes(self, kind: LayerKind) -> int:
+        """Return the memory that fits this thread's call beside all other blocks in use. O(blocks).
+
+        All its layers are assumed to be of `kind`. 0 outside of `generate`.
+        """
+        call = self.calls.current()
+        if call is None:
+            return 0
+        groups = _groups(call)
+        own_pools = {group.pool for group in groups}
+        others = sum(
+            pool.held_bytes if pool in own_pools else pool.reserved_bytes for pool in self.pools()
+        )
+        own = sum(
+            group.num_device_blocks() * group.pool.block_bytes for group in groups if group.pool
+        )
+        return max(others - own, 0) + sum(group.full_bytes(kind, call) for group in groups)
+
+    def call_growth(self, pool: object) -> int:
+        """Return how many more blocks of `pool` this thread's call may take. O(blocks)."""
+        call = self.calls.current()
+        if call is None:
+            return 0
+        return sum(
+            call.num_blocks(self.budget.block_size, group.window) - group.num_device_blocks()
+            for group in _groups(call)
+            if group.pool is pool
+        )
 
     def note_peak(self) -> None:
         """Update the peak of held bytes. O(pools)."""
@@ -261,6 +301,10 @@ class PagedMemory:
                 pool.settle()
                 pool.manager.clear_prefix_cache()
             self._kept.clear()
+
+
+def _groups(call: GenerateCall) -> list[Group]:
+    return [group for cache in call.caches for group in cache.groups]
 
 
 def _leave_behind() -> None:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from kvpager import _validate as arguments
 from kvpager._atomic import whole
-from kvpager._text import counted, size
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies import chosen_policy
 from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.budget import LayerKind, PoolOwner
+from kvpager.integrations.huggingface.cache.out_of_memory import out_of_memory
+from kvpager.integrations.huggingface.cache.pool_quotas import PoolQuotas
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.ops import append
 from kvpager.plans import Int32, Int64, Step
@@ -105,6 +106,16 @@ class PagedPool:
         self._held = self._most_held = 0  # held blocks after the last `append`, and their peak
 
     @property
+    def quotas(self) -> PoolQuotas:
+        """Return the ceilings of the namespaces in this pool."""
+        return PoolQuotas(self)  # made anew: a reference cycle would delay freeing the memory
+
+    @property
+    def has_host(self) -> bool:
+        """Return True if there is host memory for rows that do not fit."""
+        return self.host is not None
+
+    @property
     def block_bytes(self) -> int:
         """Return the bytes of a block over all storages. O(storages)."""
         return sum(segment.storage.block_bytes for segment in self._segments)
@@ -161,7 +172,7 @@ class PagedPool:
         # This layer is of another kind than the layers before: free the room reserved for it.
         for segment in self._segments:
             if segment.first_layer + segment.num_used <= layer:
-                self._reserve(partial(segment.storage.keep_layers, segment.num_used), 1)
+                self._reserve(partial(segment.storage.keep_layers, segment.num_used), 1, kind)
                 segment.num_layers = segment.num_used
         storage = self._new_storage(kind, num_layers - layer)
         self._segments.append(_Segment(kind, layer, num_layers - layer, 1, storage))
@@ -173,9 +184,9 @@ class PagedPool:
         fits = self.memory.claim(num_blocks * block_bytes, self)
         # If other pools fill the bound, rows live in host memory and still need one block here.
         if not fits and (self.host is None or num_blocks > 1):
-            raise self._out_of_blocks(num_blocks, self.block_bytes + block_bytes)
+            raise out_of_memory(self, num_blocks, kind, larger_bytes=self.block_bytes + block_bytes)
         make = partial(self.budget.new_storage, num_blocks, shapes, kind.dtype, kind.device)
-        return self._reserve(make, num_blocks)
+        return self._reserve(make, num_blocks, kind, self.block_bytes + block_bytes)
 
     @whole
     def allocate(self, prompt: ArrayLike, key: PrefixKey | None) -> SequenceHandle:
@@ -199,7 +210,7 @@ class PagedPool:
         """
         self.settle()  # blocks of dropped caches do not count
         namespace = None if key is None else key.namespace
-        self.memory.quotas.enforce(self.manager.quotas, namespace, self.block_bytes)
+        self.memory.quotas.enforce(self.quotas, namespace, self.block_bytes)
 
     def num_known(self, ids: Int32, key: PrefixKey | None) -> int:
         """Return the number of leading tokens that are cached in the pool. O(tokens)."""
@@ -297,8 +308,8 @@ class PagedPool:
                 self._resize(self.manager.num_blocks + min(more, room), 1)
         try:
             result = operation()
-        except OutOfQuota:
-            raise
+        except OutOfQuota as error:
+            raise self.quotas.out_of_quota(error) from None
         except OutOfBlocks as error:
             missing = error.need - error.free - error.evictable - self._await_copies()
             if missing > 0:
@@ -345,13 +356,13 @@ class PagedPool:
                 except OutOfBlocks:
                     if more == shortage:
                         raise
-        raise self._out_of_blocks(need) from None
+        raise out_of_memory(self, need, self._segments[0].kind) from None
 
     def _resize(self, num_blocks: int, need: int) -> None:
         # Storages first: if one fails, the manager must not have blocks without storage.
         for segment in self._segments:
             if segment.storage.num_blocks < num_blocks:
-                self._reserve(partial(segment.storage.grow, num_blocks), need)
+                self._reserve(partial(segment.storage.grow, num_blocks), need, segment.kind)
         self.manager.grow(num_blocks)
 
     @whole
@@ -379,43 +390,15 @@ class PagedPool:
                 with contextlib.suppress(RuntimeError, MemoryError):  # it keeps its size then
                     segment.storage.shrink(least)
 
-    def _reserve(self, make: Callable[[], _T], need: int) -> _T:
+    def _reserve(
+        self, make: Callable[[], _T], need: int, kind: LayerKind, larger_bytes: int = 0
+    ) -> _T:
         try:
             return make()
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            raise self._out_of_blocks(need) from error
-
-    def _out_of_blocks(self, need: int, block_bytes: int = 0) -> OutOfBlocks:
-        """Return the error for a need of `need` blocks, in terms of `patch`'s arguments."""
-        stats, budget = self.manager.stats(), self.budget
-        room = (stats.num_free, stats.num_cached, stats.num_blocks) if self._segments else (0, 0, 0)
-        missing, num_bytes = max(need - room[0] - room[1], 1), block_bytes or self.block_bytes
-        is_host = budget.tier == "host"
-        message = f"KV cache out of {'host ' if is_host else ''}memory: "
-        message += f"{counted(missing, 'more block')} ({size(missing * num_bytes)}) needed, "
-        if budget.bound is None:
-            message += "but the device is full. Drop a cache that is no longer needed"
-        else:
-            others = self.memory.reserved_bytes - self.reserved_bytes
-            blocks = max(stats.num_held + need, self._blocks_of_call())
-            allowed = budget.bound // num_bytes
-            needed = max(others + blocks * num_bytes, (allowed + 1) * num_bytes)
-            message += f"{budget.bound_as_given()} allows {allowed}"
-            if stats.num_held:
-                message += f", {stats.num_held} in use"
-            message += f". Raise {budget.name} to {size(needed, round_up=True)}"
-        if is_host:
-            message += " or use a smaller batch."
-        else:
-            message += "." if self.host is not None else " or set host_memory= to offload."
-        return OutOfBlocks(need, *room, tier=budget.tier, advice=message, message=message)
-
-    def _blocks_of_call(self) -> int:
-        """Return the number of blocks of this thread's call at full length; 0 if unknown. O(1)."""
-        call = self.memory.calls.current()
-        if call is None:
-            return 0
-        return call.num_rows * -(-call.num_columns // self.block_size)
+            raise out_of_memory(
+                self, need, kind, larger_bytes=larger_bytes, is_device_full=True
+            ) from error
 
     def _copy(self, copies: Int32) -> None:
         if len(copies):

@@ -185,10 +185,11 @@ def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _longest(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
-    """Return the most columns of a call, also in the encoder; 0 if unknown."""
+    """Return the most columns that a call stores, also in the encoder; 0 if unknown."""
     encoded = getattr(model_kwargs.get("encoder_outputs"), "last_hidden_state", None)
     columns = 0 if encoded is None else encoded.shape[1]
-    return max(generation_config.max_length or 0, columns)
+    # The last token is returned, but not computed further.
+    return max((generation_config.max_length or 1) - 1, columns)
 
 
 def _watched_masks(original: Callable[..., Any]) -> Callable[..., Any]:

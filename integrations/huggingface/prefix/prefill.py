@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.columns import ExpectedPrompt, UnexpectedColumns
+from kvpager.integrations.huggingface.cache.generate_calls import Prompts
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.prompt import Prompt
@@ -52,6 +53,7 @@ def prefill(
                 return _prefill_padded(original, prompts, padding, inputs, **kwargs)
             except UnexpectedColumns:
                 cache.reset()
+                cache.memory.calls.note_prompts(None)
                 reason = "a model that adds columns to its prompt, or drops some"
         if prompts is not None:
             cache.memory.note_not_kept(reason)
@@ -81,6 +83,7 @@ def _prefill_padded(
     if repeats > 1:
         inputs, padding = inputs.of_rows(slice(None, None, repeats)), padding[::repeats]
     rows, columns = inputs.ids.shape[:2]
+    cache.memory.calls.note_prompts(Prompts(padding, columns, repeats))
     per_pass = inputs.generation_config.prefill_chunk_size or columns
     announced = ExpectedPrompt(rows, columns, per_pass, is_binding=repeats > 1)
     for group in cache.groups:

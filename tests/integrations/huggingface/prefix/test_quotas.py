@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import re
 import threading
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_a_call_beyond_its_quota_raises_and_leaves_others_alone() -> None:
             expected = generate(1)
         with (
             patch.namespace("acme"),
-            pytest.raises(OutOfQuota, match="namespace 'acme' may have 6 blocks"),
+            pytest.raises(OutOfQuota, match=r"namespace 'acme' out of quota: .* allows 6 blocks"),
         ):
             generate(1)
         assert patch.stats().num_held_blocks == 0
@@ -119,12 +120,31 @@ def test_a_call_beyond_its_quota_raises_and_leaves_others_alone() -> None:
             assert torch.equal(generate(1), expected)
 
 
+@pytest.mark.parametrize(("quota", "unit"), [(3, ""), ("24KiB", "KiB")])
+def test_the_quota_named_in_an_error_suffices_and_is_tight(quota: int | str, unit: str) -> None:
+    options: dict[str, Any] = {"num_beams": 3}  # 6 shared blocks, and one of each beam
+    expected = generate(1, **options)
+    with kvpager.patch(llama(), prefix_cache=True) as patch, patch.namespace("acme"):
+        patch.quotas["acme"] = quota
+        with pytest.raises(OutOfQuota, match=r"or set host_memory= to offload\.$") as raised:
+            generate(1, **options)
+        asked = re.search(r"Raise quotas\['acme'\] to '?([\d.]+) ?(\w*)'? or", str(raised.value))
+        assert asked is not None
+        assert asked[2] == unit
+        patch.quotas["acme"] = f"{asked[1]} {unit}" if unit else int(asked[1])
+        assert torch.equal(generate(1, **options), expected)
+        blocks = patch.memory.pools()[0].manager.quotas.ceiling("acme")
+        patch.quotas["acme"] = blocks - 1
+        with pytest.raises(OutOfQuota):
+            generate(1, **options)
+
+
 @pytest.mark.parametrize("call", UNKEPT)
 def test_a_quota_bounds_calls_whose_prompts_are_not_kept(call: str) -> None:
     make, run = UNKEPT[call]
     with kvpager.patch(make(), prefix_cache=True) as patch:
         patch.quotas["acme"] = 2
-        with patch.namespace("acme"), pytest.raises(OutOfQuota, match="'acme' may have 2 blocks"):
+        with patch.namespace("acme"), pytest.raises(OutOfQuota, match="quota 2 allows 2 blocks"):
             run(make())
         assert patch.stats().num_held_blocks == 0
         with patch.namespace("umbrella"):
@@ -140,14 +160,14 @@ def test_a_quota_bounds_a_compiled_call() -> None:
         patch.quotas["acme"] = 2
         compiled = torch.compile(model.forward, backend="eager")
         inputs = tiny_models.prompts([LENGTH])
-        with patch.namespace("acme"), pytest.raises(OutOfQuota, match="'acme' may have 2 blocks"):
+        with patch.namespace("acme"), pytest.raises(OutOfQuota, match="quota 2 allows 2 blocks"):
             compiled(**inputs, **passing(transformers.DynamicCache(config=model.config)))
 
 
 def test_a_quota_of_the_namespace_that_patch_was_given_holds() -> None:
     with kvpager.patch(mistral(), prefix_cache=True, namespace="acme") as patch:
         patch.quotas["acme"] = 2
-        with pytest.raises(OutOfQuota, match="'acme' may have 2 blocks"):
+        with pytest.raises(OutOfQuota, match="quota 2 allows 2 blocks"):
             generate(1, mistral())
 
 
@@ -223,7 +243,9 @@ def test_a_quota_below_what_is_held_is_refused() -> None:
         patch.quotas["acme"] = 2 * CALL
         with patch.namespace("acme"):
             held = generate(1, return_dict_in_generate=True)
-            with pytest.raises(ValueError, match="namespace 'acme' holds 7 blocks"):
+            with pytest.raises(
+                ValueError, match=r"quota of 2 blocks \(16.0 KiB\) for namespace 'acme'"
+            ):
                 patch.quotas["acme"] = 2
         assert dict(patch.quotas) == {"acme": 2 * CALL}
         assert used(patch, "acme") == CALL
@@ -234,7 +256,7 @@ def test_a_dropped_cache_does_not_count_against_a_quota() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         with patch.namespace("acme"):
             output = generate(1, return_dict_in_generate=True)
-        with pytest.raises(ValueError, match="namespace 'acme' holds 7 blocks"):
+        with pytest.raises(ValueError, match="its calls and caches hold more"):
             patch.quotas["acme"] = 2
         del output
         gc.collect()
@@ -259,7 +281,10 @@ def generate_lazily() -> Any:
 def test_a_size_bounds_a_cache_with_lazy_layers() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         patch.quotas["acme"] = "48KiB"  # all blocks of one layer, or 6 blocks of both
-        with patch.namespace("acme"), pytest.raises(OutOfQuota, match="raise quota '48KiB'"):
+        with (
+            patch.namespace("acme"),
+            pytest.raises(OutOfQuota, match=r"quota='48KiB': .* raise the"),
+        ):
             generate_lazily()
         assert patch.stats().num_held_blocks == 0
         patch.quotas["acme"] = "56KiB"
