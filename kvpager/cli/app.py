@@ -14,7 +14,7 @@ from kvpager.cli.bench import throughput
 from kvpager.cli.check import check
 from kvpager.cli.demo import demo
 from kvpager.cli.env import env
-from kvpager.cli.errors import Command, Commands
+from kvpager.cli.errors import Command, Commands, Group, Program
 from kvpager.cli.mutants import mutants
 from kvpager.cli.run import PASS_THROUGH, run
 from kvpager.cli.simulate import simulate
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure throughput and latency.", no_args_is_help=True)
+bench = typer.Typer(cls=Group, help="Measure throughput and latency.", no_args_is_help=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -41,7 +41,11 @@ def kvpager_command(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+            metavar="",
         ),
     ] = False,
 ) -> None:
@@ -50,6 +54,6 @@ def kvpager_command(
 
 for command in (demo, env, simulate, check, mutants):
     app.command(cls=Command)(command)
-app.command(context_settings=PASS_THROUGH)(run)
+app.command(cls=Program, context_settings=PASS_THROUGH)(run)
 bench.command(cls=Command)(throughput)
 app.add_typer(bench, name="bench")

@@ -13,7 +13,7 @@ import typer
 
 from kvpager.cli.errors import wrong_usage
 from kvpager.cli.files import check_plot, check_writable, write_text
-from kvpager.cli.options import option, takes
+from kvpager.cli.options import flag, option, takes
 
 if TYPE_CHECKING:
     from kvpager.bench.throughput.results import Figures
@@ -42,9 +42,10 @@ class Options:
             show_default="random weights: a bfloat16 Llama of 28 million parameters",
         ),
     ] = None
-    device: Annotated[str, _model("Device, such as cpu or cuda:1.")] = "cpu"
+    device: Annotated[str, _model("Device, such as cpu or cuda:1.", metavar="DEVICE")] = "cpu"
     threads: Annotated[
-        int | None, _model("CPU threads per system.", show_default="torch's own choice")
+        int | None,
+        _model("CPU threads per system.", metavar="N", show_default="torch's own choice"),
     ] = None
     systems: Annotated[
         str | None,
@@ -55,10 +56,7 @@ class Options:
         ),
     ] = None
     compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile", help="Add kvpager-compiled: torch.compile.", rich_help_panel="Systems"
-        ),
+        bool, flag("Systems", "Add kvpager-compiled: torch.compile.", "--compile")
     ] = False
     batch_size: Annotated[
         int | None,
@@ -81,24 +79,34 @@ class Options:
     input_len: Annotated[
         str, _requests("Tokens per prompt, uniformly distributed.", metavar="LOW-HIGH")
     ] = "32-512"
-    output_len: Annotated[int, _requests("Generated tokens per request.")] = 128
+    output_len: Annotated[int, _requests("Generated tokens per request.", metavar="TOKENS")] = 128
     prefix_len: Annotated[
         int, _requests("Length of a prefix shared by all prompts.", metavar="TOKENS")
     ] = 0
     request_rate: Annotated[
         float | None,
-        _requests("Requests per second (Poisson arrivals).", show_default="all at once"),
+        _requests(
+            "Requests per second (Poisson arrivals).", metavar="RATE", show_default="all at once"
+        ),
     ] = None
-    seed: Annotated[int, _requests("Seed of lengths, token ids and arrival times.")] = 0
+    seed: Annotated[
+        int, _requests("Seed of lengths, token ids and arrival times.", metavar="N")
+    ] = 0
     trace: Annotated[
         str | None,
-        _trace("Replay a trace: .jsonl or .csv, see docs/benchmarks.md.", metavar="FILE"),
+        _trace(
+            "Replay a trace: .jsonl as for kvpager simulate, or .csv.",
+            metavar="FILE",
+            show_default="synthetic requests",
+        ),
     ] = None
     max_request_len: Annotated[
         int | None,
         _trace("Skip requests with more tokens, reply included.", metavar="TOKENS"),
     ] = None
-    speed: Annotated[float, _trace("Replay speed; 2 halves the time between arrivals.")] = 1.0
+    speed: Annotated[
+        float, _trace("Replay speed; 2 halves the time between arrivals.", metavar="FACTOR")
+    ] = 1.0
     memory: Annotated[
         str | None,
         _limit(
@@ -111,13 +119,17 @@ class Options:
         str | None,
         _limit("Host memory that kvpager swaps to.", metavar="SIZE", show_default="none"),
     ] = None
-    block_size: Annotated[int, _limit("Tokens per block of kvpager.")] = 16
-    max_num_seqs: Annotated[int, _limit("Maximum concurrent sequences.")] = 256
+    block_size: Annotated[
+        int, _limit("Tokens per block of kvpager, a power of two.", metavar="TOKENS")
+    ] = 16
+    max_num_seqs: Annotated[int, _limit("Maximum concurrent sequences.", metavar="N")] = 256
     max_batch_tokens: Annotated[
-        int, _limit("Maximum tokens per step of kvpager and generate_batch.")
+        int, _limit("Maximum tokens per step of kvpager and generate_batch.", metavar="TOKENS")
     ] = 1024
-    prefix_cache: Annotated[bool, _limit("Reuse the KV of shared prefixes.")] = True
-    repeats: Annotated[int, _output("Runs per system; figures are medians.")] = 1
+    prefix_cache: Annotated[
+        bool, flag("Memory and batching", "Reuse the KV of shared prefixes.")
+    ] = True
+    repeats: Annotated[int, _output("Runs per system; figures are medians.", metavar="N")] = 1
     plot: Annotated[
         str | None,
         _output("Plot kvpager's last run to a .png or .svg file.", metavar="FILE"),

@@ -29,6 +29,7 @@ class Options:
         option(
             "Model and hardware",
             "Device, such as cpu or cuda:1.",
+            metavar="DEVICE",
             show_default="cuda if torch finds one, else cpu",
         ),
     ] = None
@@ -37,6 +38,7 @@ class Options:
         option(
             "Model and hardware",
             "float32, bfloat16, float16, or auto for the checkpoint's dtype.",
+            metavar="DTYPE",
             show_default="float32 for the bundled model, else auto",
         ),
     ] = None
@@ -44,8 +46,12 @@ class Options:
         list[str] | None,
         option("Requests", "Prompt of scenario (a); repeatable.", metavar="TEXT"),
     ] = None
-    max_new_tokens: Annotated[int, option("Requests", "Generated tokens per row.")] = 32
-    block_size: Annotated[int, option("Memory", "Tokens per block, a power of two.")] = 16
+    max_new_tokens: Annotated[
+        int, option("Requests", "Generated tokens per row.", metavar="TOKENS")
+    ] = 32
+    block_size: Annotated[
+        int, option("Memory", "Tokens per block, a power of two.", metavar="TOKENS")
+    ] = 16
     memory: Annotated[
         str | None,
         option(

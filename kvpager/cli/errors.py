@@ -82,7 +82,22 @@ def _naming(message: str, options: Mapping[str, str]) -> str:
     return f"{options[match[1]]}={message[match.end() :]}"
 
 
-class Command(TyperCommand):
+def _as_flag(option: Any) -> Any:
+    """Return the option `--help` without the type of a value, which it does not take."""
+    if option is not None:
+        option.metavar = ""
+    return option
+
+
+class Program(TyperCommand):
+    """A command that runs another program, whose errors are its own."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`."""
+        return _as_flag(super().get_help_option(ctx))
+
+
+class Command(Program):
     """A command whose errors are one line."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -96,7 +111,15 @@ class Command(TyperCommand):
             return super().invoke(ctx)
 
 
-class Commands(TyperGroup):
+class Group(TyperGroup):
+    """A group of commands."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`."""
+        return _as_flag(super().get_help_option(ctx))
+
+
+class Commands(Group):
     """The command `kvpager`: usage errors are one line, too."""
 
     def main(self, *args: Any, **more: Any) -> Any:

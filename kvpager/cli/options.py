@@ -58,9 +58,14 @@ def _count(value: str | int) -> int:
     return int(number)
 
 
-def option(panel: str, help: str, **more: Any) -> Any:
+def option(panel: str, help: str, *names: str, **more: Any) -> Any:
     """Return a typer option that the help shows in `panel`. O(1)."""
-    return typer.Option(help=help, rich_help_panel=panel, **more)
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def flag(panel: str, help: str, *names: str) -> Any:
+    """Return a typer option without a value, that the help shows in `panel`. O(1)."""
+    return option(panel, help, *names, metavar="")  # typer would show <bool>
 
 
 JsonFile = Annotated[

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from kvpager.cli.errors import one_line_errors, wrong_usage
-from kvpager.cli.options import names_of, option, takes
+from kvpager.cli.options import flag, names_of, option, takes
 from kvpager.errors import BadInput
 
 # Options after COMMAND belong to it.
@@ -43,30 +43,30 @@ class Options:
     ] = None
     host_memory: Annotated[
         str | None,
-        option("Memory", "Host memory for rows that do not fit.", metavar="SIZE"),
+        option(
+            "Memory", "Host memory for rows that do not fit.", metavar="SIZE", show_default="none"
+        ),
     ] = None
-    block_size: Annotated[int, option("Memory", "Tokens per block, a power of two.")] = 16
+    block_size: Annotated[
+        int, option("Memory", "Tokens per block, a power of two.", metavar="TOKENS")
+    ] = 16
     kv_cache_dtype: Annotated[
-        str | None, option("Memory", "int8 or fp8_e4m3: quantise the KV cache to 8 bits.")
+        str | None,
+        option(
+            "Memory",
+            "Store keys and values in 8 bits.",
+            metavar="int8|fp8_e4m3",
+            show_default="the model's dtype",
+        ),
     ] = None
     prefix_cache: Annotated[
         bool,
-        typer.Option(
-            "--prefix-cache",
-            help="Reuse the KV of earlier prompts and replies.",
-            rich_help_panel="Reuse and reading",
-        ),
+        flag("Reuse and reading", "Reuse the KV of earlier prompts and replies.", "--prefix-cache"),
     ] = False
     in_place: Annotated[
-        bool,
-        option("Reuse and reading", "Read blocks in place, or gather them for every read."),
+        bool, flag("Reuse and reading", "Read blocks in place, or gather them for every read.")
     ] = True
-    report: Annotated[
-        bool,
-        typer.Option(
-            "--report", help="Print a report to stderr at exit.", rich_help_panel="Output"
-        ),
-    ] = False
+    report: Annotated[bool, flag("Output", "Print a report to stderr at exit.", "--report")] = False
 
 
 @takes(Options)

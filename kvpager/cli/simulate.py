@@ -11,7 +11,7 @@ import typer
 from kvpager._text import counted
 from kvpager.cli.errors import wrong_usage
 from kvpager.cli.files import check_plot, check_writable, write_json
-from kvpager.cli.options import JsonFile, PlotFile, option, takes
+from kvpager.cli.options import JsonFile, PlotFile, flag, option, takes
 from kvpager.errors import BadInput
 
 if TYPE_CHECKING:
@@ -29,24 +29,25 @@ class Options:
         str | None,
         typer.Argument(
             metavar="TRACE",
-            help="Requests as JSON lines (also .gz), see docs/guides/eviction.md.",
+            help="Requests as JSON lines (also .gz): timestamp, input_length, output_length and "
+            "hash_ids, one id per block of the prompt.",
             show_default="a generated trace",
         ),
     ] = None
     capacity: Annotated[
-        list[int] | None,
+        list[str] | None,
         option(
             "Cache",
-            "Pool size in blocks; repeatable.",
-            metavar="BLOCKS",
-            show_default="1000, 5859, 10000, 30000 and 50000",
+            "Pool sizes in blocks.",
+            metavar="BLOCKS,...",
+            show_default=",".join(map(str, CAPACITIES)),
         ),
     ] = None
     policy: Annotated[
         str | None,
         option(
             "Cache",
-            "Eviction policies; s3-fifo, arc and 2q are baselines.",
+            "Eviction policies: lru, priority, lifetime; baselines: s3-fifo, arc, 2q.",
             metavar="NAME,...",
             show_default="all",
         ),
@@ -64,12 +65,9 @@ class Options:
             show_default="mixed",
         ),
     ] = None
-    seed: Annotated[int, option("Requests", "Seed of the generated trace.")] = 0
+    seed: Annotated[int, option("Requests", "Seed of the generated trace.", metavar="N")] = 0
     skip_bad: Annotated[
-        bool,
-        typer.Option(
-            "--skip-bad", help="Skip lines that are not requests.", rich_help_panel="Requests"
-        ),
+        bool, flag("Requests", "Skip lines that are not requests.", "--skip-bad")
     ] = False
     plot: PlotFile = None
     json_file: JsonFile = None
@@ -102,10 +100,18 @@ def simulate(options: Options) -> None:
                 typer.echo(f"{name}: {file}")
 
 
-def _capacities(wanted: list[int] | None) -> list[int]:
+def _capacities(wanted: list[str] | None) -> list[int]:
     from kvpager import _validate as arguments
 
-    return sorted({arguments.count("capacity", n, at_least=1) for n in wanted or CAPACITIES})
+    sizes = CAPACITIES if wanted is None else map(_size, ",".join(wanted).split(","))
+    return sorted({arguments.count("capacity", size, at_least=1) for size in sizes})
+
+
+def _size(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise BadInput(f"--capacity={text}: expected blocks, such as 1000,5000.") from None
 
 
 def _policies(wanted: str | None) -> list[str]:

@@ -322,6 +322,7 @@ def test_too_much_for_the_model_or_memory(arguments: list[str], message: str) ->
         (["simulate", "nowhere.jsonl"], "nowhere.jsonl: No such file or directory."),
         (["simulate", "--policy", "x"], "--policy=x: expected one of lru, "),
         (["simulate", "--capacity", "0"], "--capacity=0: expected at least 1"),
+        (["simulate", "--capacity", "9,"], "--capacity=: expected blocks, such as 1000,5000."),
         (["simulate", "x", "--kind", "chat"], "--kind=chat: conflicts with TRACE."),
         (["env", "--json", "no/folder/x"], "--json=no/folder/x: expected a file in a folder"),
     ],
@@ -397,6 +398,13 @@ def test_help_shows_all_of_every_option_in_80_columns(command: str) -> None:
         assert option.opts[0] in result.stdout or option.param_type_name == "argument"
         for word in option.help.split():
             assert word in result.stdout, option.opts
+
+
+@pytest.mark.parametrize("command", ["", "bench", *COMMANDS])
+def test_help_shows_flags_without_a_value(command: str) -> None:
+    result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "80"})
+    assert "--help" in result.stdout
+    assert "bool" not in result.stdout.lower()
 
 
 @pytest.mark.parametrize("command", ["demo", "simulate", "run", "bench throughput"])

@@ -254,7 +254,7 @@ def call(*arguments: str) -> Any:
 
 def test_the_table_has_a_row_per_policy(tmp_path: Path) -> None:
     path = write(tmp_path, *(line([n, n + 1]) for n in (1, 1, 3, 5, 3)))
-    result = call(str(path), "--capacity", "4", "--capacity", "2", "--capacity", "4")
+    result = call(str(path), "--capacity", "4,2", "--capacity", "4")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     assert "trace.jsonl: 5 requests, 10 blocks, 6 of them distinct" in result.stdout
