@@ -1,4 +1,7 @@
-"""Quotas: the most and the least device blocks of a namespace: `manager.quotas`.
+"""Quotas: the most and the least device blocks of a namespace.
+
+`manager.quotas`, `engine.quotas` and `patch.quotas` are set alike: `quotas["acme"] = 512`. Engines
+and patches know the bytes of a block, so they also take sizes such as `"2GiB"`.
 
 A namespace owns the blocks that its sequences hold and the blocks cached for it. A block belongs to
 one namespace. `ceiling` bounds the number of its blocks. `floor` reserves blocks: while the
@@ -22,7 +25,10 @@ from kvpager.plans import NO_BLOCKS
 
 
 class Quotas:
-    """The quotas of a manager's namespaces. Thread-safe.
+    """The quotas of a manager's namespaces: `quotas["acme"] = 512` blocks. Thread-safe.
+
+    `quotas["acme"]` is the most blocks that "acme" may own, and `del quotas["acme"]` removes the
+    quota. `set` also reserves blocks.
 
     Writes the accounts, and moves the nodes of a namespace between queues of the evictor.
     """
@@ -68,6 +74,36 @@ class Quotas:
             else:
                 accounts.change(namespace, quota)
             state.evict_for(0, {accounts.owner(namespace): 0})
+
+    def __setitem__(self, namespace: str | None, blocks: int) -> None:
+        """Bound the device blocks of a namespace; what is reserved stays so. Raises: as `set`."""
+        if isinstance(blocks, str):
+            raise TypeError(
+                f"quota={blocks!r}: a manager counts blocks and knows no bytes. Pass a number of "
+                "blocks."
+            )
+        arguments.label("namespace", namespace)
+        blocks = arguments.count("quota", blocks, at_least=1)
+        with self._state.lock:
+            quota = self._state.accounts.limits.get(namespace)
+            self.set(namespace, floor=0 if quota is None else quota.floor, ceiling=blocks)
+
+    def __getitem__(self, namespace: str | None) -> int | None:
+        """Return the most blocks of a namespace; None: no bound. Raises: `KeyError`. O(1)."""
+        if namespace not in self:
+            raise KeyError(namespace)
+        return self.ceiling(namespace)
+
+    def __delitem__(self, namespace: str | None) -> None:
+        """Remove the quota of a namespace. O(blocks). Raises: `KeyError`."""
+        if namespace not in self:
+            raise KeyError(namespace)
+        self.drop(namespace)
+
+    def __contains__(self, namespace: object) -> bool:
+        """Return True if a namespace has a quota. O(1)."""
+        with self._state.lock:
+            return namespace in self._state.accounts.limits
 
     def _refuse(self, namespace: str | None, quota: Quota, held: int) -> None:
         pool = self._state.pool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,3 +319,39 @@ def test_quotas_hold_through_any_history(seed: int) -> None:
         assert manager.quotas.used(None) <= 10
         assert len(held["c"]) + len(held[None]) <= 24 - max(5, len(held["a"])) - 2
     assert room(manager, "a") >= 5 - len(held["a"])
+
+
+def test_a_manager_takes_quotas_as_engines_and_patches_do() -> None:
+    manager = BlockManager(8, 4)
+    manager.quotas["acme"] = 3
+    assert "acme" in manager.quotas
+    assert manager.quotas["acme"] == 3
+    with pytest.raises(OutOfQuota):
+        manager.allocate(16, namespace="acme")
+    manager.quotas.set("acme", floor=2, ceiling=3)
+    manager.quotas["acme"] = 4
+    assert manager.quotas.get("acme") == Quota(2, 4)
+    del manager.quotas["acme"]
+    assert "acme" not in manager.quotas
+    with pytest.raises(KeyError, match="acme"):
+        manager.quotas["acme"]
+    with pytest.raises(KeyError, match="acme"):
+        del manager.quotas["acme"]
+
+
+@pytest.mark.parametrize(
+    ("namespace", "quota", "error", "message"),
+    [
+        ("acme", "2GiB", TypeError, r"quota='2GiB': a manager counts blocks and knows no bytes\."),
+        ("acme", 0, ValueError, "quota=0: expected at least 1"),
+        ("acme", None, TypeError, "quota=None: expected an int"),
+        (3, 3, TypeError, "namespace=3: expected a str or None"),
+    ],
+)
+def test_a_quota_that_a_manager_cannot_take_is_refused(
+    namespace: Any, quota: Any, error: type[Exception], message: str
+) -> None:
+    manager = BlockManager(8, 4)
+    with pytest.raises(error, match=message):
+        manager.quotas[namespace] = quota
+    assert namespace not in manager.quotas
