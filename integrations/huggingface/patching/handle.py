@@ -40,6 +40,7 @@ class Patch:
         self.prompts = prompts
         self.managers: weakref.WeakSet[PagedBatchingManager] = weakref.WeakSet()
         self._covers_all = model is None
+        self._model = None if model is None else weakref.ref(model)
         self._served = "every model" if model is None else type(model).__name__
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._configs: list[Any] = []
@@ -55,6 +56,14 @@ class Patch:
     def covers(self, model: nn.Module) -> bool:
         """Return True if this patch serves `model`. O(1)."""
         return self._covers_all or model in self._models
+
+    def is_of(self, model: nn.Module | None) -> bool:
+        """Return True if `patch` was called with just this model; None is every model. O(1)."""
+        return (
+            self._covers_all
+            if model is None
+            else self._model is not None and self._model() is model
+        )
 
     def was_made_for(self, model: nn.Module | None) -> bool:
         """Return True if `patch` was called for this model, or for one inside it or around it.

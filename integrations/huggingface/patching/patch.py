@@ -76,7 +76,8 @@ def patch(
         eviction: which cached blocks leave first: a policy's name, such as `"lru"`, or a function.
 
     Raises: `TypeError`, `ValueError` for invalid arguments, such as a `memory` smaller than one
-    block. The model is then not patched.
+    block; `KVPagerError` if `patch` was called with the model before, and not undone. The model is
+    then as it was.
     """
     warn_if_untested()
     _check_model(model)
@@ -93,11 +94,15 @@ def patch(
         dtype_there = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
         budget.refuse_below(least_block_bytes(model.config, dtype_there, budget))
     prompts = PromptCache(paged.namespaces) if prefix_cache else None
-    return _activate(Patch(model, paged, prompts))
+    return _activate(Patch(model, paged, prompts), model)
 
 
-def _activate(made: Patch) -> Patch:
+def _activate(made: Patch, model: nn.Module | None) -> Patch:
     with lock, uninterrupted:
+        for other in active:
+            if other.is_of(model):
+                call = "unpatch()" if model is None else "unpatch(model)"
+                raise KVPagerError(f"patched already, by {other!r}. Call kvpager.{call} first.")
         if not active:
             install()
         active.append(made)

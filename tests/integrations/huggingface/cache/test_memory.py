@@ -243,7 +243,7 @@ def test_text_that_was_generated_is_not_taken_for_a_prompt() -> None:
 
 
 def test_namespaces_share_nothing() -> None:
-    with kvpager.patch(llama(), prefix_cache=True, namespace="acme") as outer:
+    with kvpager.patch(prefix_cache=True, namespace="acme") as outer:
         generate(llama(), long_prompt())
         with kvpager.patch(llama(), prefix_cache=True, namespace="umbrella") as inner:
             with COMPUTED[llama()] as computed:
@@ -294,7 +294,7 @@ def test_a_namespace_holds_for_its_own_thread_and_patch_alone() -> None:
         generate(llama(), long_prompt())
         assert found["inner"][0] == 1000
         assert found["inner"][1] < 100
-        other = kvpager.patch(llama(), prefix_cache=True)
+        other = kvpager.patch(prefix_cache=True)
         with other, patch.namespace("inner"), COMPUTED[llama()] as computed:
             generate(llama(), long_prompt())  # the patch made last serves it
         assert max(computed.columns) == 1000
