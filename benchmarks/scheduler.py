@@ -30,10 +30,11 @@ LENGTH = 1024
 NUMBERS = itertools.count()
 
 
-def request(length: int, new: int) -> Request:
+def request(length: int, new: int, policy: str = "fifo") -> Request:
     number = next(NUMBERS)
     prompt = np.random.default_rng(number).integers(0, 32_000, length, dtype=np.int32)
-    return Request(request_id=number, prompt=prompt, max_new_tokens=new, tenant=str(number % 8))
+    tenant = str(number % 8) if policy == "fair" else None
+    return Request(request_id=number, prompt=prompt, max_new_tokens=new, tenant=tenant)
 
 
 def go_on(scheduler: Scheduler, plan: StepPlan) -> None:
@@ -54,7 +55,8 @@ def decoding(rows: int, policy: str, *, prefix_cache: bool, steps: int, new: int
     )
     for row in range(rows):
         # With `new`, rows end one after the other.
-        scheduler.submit(request(LENGTH + row % 16, steps + 100 if not new else 40 + row))
+        new_tokens = steps + 100 if not new else 40 + row
+        scheduler.submit(request(LENGTH + row % 16, new_tokens, policy))
     while scheduler.num_waiting or scheduler.stats().total_steps < 2:
         advance(scheduler)
     for _ in range(20):
@@ -100,7 +102,7 @@ def figures(rows: int, steps: int) -> Iterator[tuple[str, float]]:
     for policy in ("fifo", "fair"):
         scheduler = decoding(rows, policy, prefix_cache=True, steps=steps)
         for _ in range(10_000):
-            scheduler.submit(request(64, 8))
+            scheduler.submit(request(64, 8, policy))
         for part, seconds in zip(("plan", "complete"), timed(scheduler, steps), strict=True):
             yield f"waiting_{policy}_{rows}_{part}_us", seconds * 1e6
 

@@ -195,8 +195,9 @@ class Engine:
             attention_mask: zeros for padding before or after the prompt, which is left out.
             request_id: unique among live requests; None makes one up.
             namespace: requests share cached prompts within it alone; `quotas` may bound its blocks.
-            tenant: `policy="fair"` serves the tenant with the fewest tokens so far first.
-            priority: `policy="priority"` serves lower numbers first.
+            tenant: `policy="fair"` serves the tenant with the fewest tokens so far first. Other
+                policies refuse one.
+            priority: `policy="priority"` serves lower numbers first; others refuse all but 0.
             timeout: seconds after which the request ends, finished or not.
             seed: of the request's own generator. Without it, samples depend on other requests.
             logprobs: report each token's log probability, after all processors.

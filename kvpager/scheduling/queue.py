@@ -18,9 +18,13 @@ from heapq import heapify, heappop, heapreplace
 from kvpager import _validate as arguments
 from kvpager._validate import SECONDS_MAX
 from kvpager.errors import BrokenInvariant
-from kvpager.scheduling.request import RequestState, Status
+from kvpager.scheduling.request import Request, RequestState, Status
 
 Rank = tuple[float, int]
+
+
+# Fields of a request that only some policies use -> the built-in policy that does, the default.
+_USED_BY: dict[str, tuple[str, object]] = {"tenant": ("fair", None), "priority": ("priority", 0)}
 
 
 class SchedulingPolicy(ABC):
@@ -28,7 +32,11 @@ class SchedulingPolicy(ABC):
 
     Attributes:
         num_waiting: how many requests wait.
+        ranks_by: which of a request's fields `tenant` and `priority` matter. A request with
+            another one is refused.
     """
+
+    ranks_by: frozenset[str] = frozenset(_USED_BY)
 
     def __init__(self) -> None:
         self._queues: dict[str | None, list[tuple[Rank, RequestState]]] = {}
@@ -37,6 +45,16 @@ class SchedulingPolicy(ABC):
     @abstractmethod
     def rank(self, state: RequestState) -> Rank:
         """Return the rank of a request. The lowest is served first; ranks are unique. O(1)."""
+
+    def refuse_ignored(self, request: Request) -> None:
+        """Raise `ValueError` for a field of `request` that changes nothing. O(1)."""
+        for name in _USED_BY.keys() - self.ranks_by:
+            value, (policy, default) = getattr(request, name), _USED_BY[name]
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r}: the scheduling policy ignores it. Leave it out, or make "
+                    f'the scheduler or engine with policy="{policy}".'
+                )
 
     def enter(self, state: RequestState) -> None:  # noqa: B027
         """Record that a request was submitted. O(1)."""
@@ -116,6 +134,8 @@ class SchedulingPolicy(ABC):
 class Fifo(SchedulingPolicy):
     """Ranks requests by arrival."""
 
+    ranks_by = frozenset()
+
     def rank(self, state: RequestState) -> Rank:  # noqa: D102
         return 0.0, state.arrival
 
@@ -128,6 +148,8 @@ class Priority(SchedulingPolicy):
 
     Raises: `TypeError`, `ValueError` for an `ageing` below 1e-6.
     """
+
+    ranks_by = frozenset({"priority"})
 
     def __init__(self, ageing: float = 30.0) -> None:
         super().__init__()
@@ -147,6 +169,8 @@ class Fair(SchedulingPolicy):
 
     Raises: `TypeError`, `ValueError` for arguments below 0.
     """
+
+    ranks_by = frozenset({"tenant"})
 
     def __init__(self, decode_weight: float = 2.0, ageing: float = 10.0) -> None:
         super().__init__()

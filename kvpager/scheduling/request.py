@@ -24,9 +24,10 @@ class Request:
         namespace: requests share prefixes, and a quota, only within a namespace.
         lora: a label of the LoRA adapter, or of other weights, with which the KV is computed.
             Requests share prefixes only if `lora` is equal. `Engine` sets none.
-        tenant: the policy `"fair"` serves the tenant with the fewest tokens so far first.
-            Independent of `namespace`.
-        priority: the policy `"priority"` serves lower numbers first.
+        tenant: the policy `"fair"` serves the tenant with the fewest tokens so far first. Other
+            built-in policies refuse one. Independent of `namespace`.
+        priority: the policy `"priority"` serves lower numbers first. Other built-in policies refuse
+            all but 0.
         deadline: time at which the request ends, on the scheduler's clock; None for no deadline.
     """
 

@@ -116,10 +116,12 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a request. O(prompt).
 
-        Raises: `QueueFull`; `TypeError`, `ValueError` for a request that could never run, or an id
-        that is in use. An id is free again after `StepPlan.ended` has listed it.
+        Raises: `QueueFull`; `TypeError`, `ValueError` for a request that could never run, a tenant
+        or priority that the policy ignores, or an id that is in use. An id is free again after
+        `StepPlan.ended` has listed it.
         """
         prompt = checked_prompt(request)
+        self._table.policy.refuse_ignored(request)
         with self._lock, self._change:
             if self._table.is_known(request.request_id):
                 raise ValueError(

@@ -14,6 +14,7 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.protocol import CacheManager
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.scheduling.queue import POLICIES
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.testing.serving import VOCABULARY, SchedulerError
@@ -142,6 +143,11 @@ def draw_arrivals(random: Random, scenario: Scenario, count: int) -> list[Arriva
             if scenario.can_serve(arrival.request):
                 break
             arrival = _draw_arrival(random, f"r{number}", int(at), room, prefixes)
+        ranks_by = POLICIES[scenario.policy].ranks_by
+        if "tenant" not in ranks_by:
+            arrival.request = replace(arrival.request, tenant=None)
+        if "priority" not in ranks_by:
+            arrival.request = replace(arrival.request, priority=0)
         arrivals.append(arrival)
     return arrivals
 

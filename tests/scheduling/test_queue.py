@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,9 +44,37 @@ def one_at_a_time(policy: str | SchedulingPolicy, **options: object) -> Schedule
 
 def test_fifo_serves_by_arrival() -> None:
     scheduler = one_at_a_time("fifo")
-    for name, priority in (("a", 2), ("b", 0), ("c", 1)):
-        scheduler.submit(request(name, priority=priority))
-    assert begun(scheduler) == ["a", "b", "c"]
+    for name in ("b", "a", "c"):
+        scheduler.submit(request(name))
+    assert begun(scheduler) == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "ignored", "fix"),
+    [
+        ("fifo", {"priority": 2}, 'policy="priority"'),
+        ("fifo", {"tenant": "x"}, 'policy="fair"'),
+        ("priority", {"tenant": "x"}, 'policy="fair"'),
+        ("fair", {"priority": -1}, 'policy="priority"'),
+    ],
+)
+def test_what_a_policy_ignores_is_refused(policy: str, ignored: dict[str, Any], fix: str) -> None:
+    scheduler = one_at_a_time(policy)
+    with pytest.raises(ValueError, match=rf"^{next(iter(ignored))}=.*ignores it\. .*{fix}\.$"):
+        scheduler.submit(request("a", **ignored))
+    assert not scheduler.has_work
+    scheduler.submit(request("a", priority=np.int64(0), tenant=None))
+
+
+def test_a_policy_of_ones_own_gets_tenants_and_priorities() -> None:
+    class Last(SchedulingPolicy):
+        def rank(self, state: RequestState) -> tuple[float, int]:
+            return float(state.request.tenant == "x") - state.request.priority, state.arrival
+
+    scheduler = one_at_a_time(Last())
+    for name, tenant, priority in (("a", "x", 0), ("b", None, 0), ("c", None, 3)):
+        scheduler.submit(request(name, tenant=tenant, priority=priority))
+    assert begun(scheduler) == ["c", "b", "a"]
 
 
 def test_fifo_lets_no_request_overtake_a_large_one() -> None:
@@ -192,13 +221,20 @@ def test_a_policy_serves_one_scheduler() -> None:
 # -------------------------------------------------------------------- starvation
 
 
+def ranked(policy: str, tenant: str, priority: int) -> dict[str, Any]:
+    """Return the field that the policy ranks by, as an argument of `request`."""
+    fields: dict[str, dict[str, Any]] = {
+        "fifo": {}, "fair": {"tenant": tenant}, "priority": {"priority": priority},
+    }  # fmt: skip
+    return fields[policy]
+
+
 def flood(policy: str) -> Iterator[Request]:
     """Yield requests without end that the policy prefers to all others."""
     number = 0
     while True:
         number += 1
-        tenant = f"new{number}" if policy == "fair" else None
-        yield request(f"f{number}", 5, new=6, priority=-5, tenant=tenant)
+        yield request(f"f{number}", 5, new=6, **ranked(policy, f"new{number}", -5))
 
 
 @pytest.mark.slow
@@ -234,7 +270,7 @@ def test_no_request_starves(
     )
     if policy == "fair":  # "me" has much service, and new tenants have none
         scheduler.submit(request("before", 20, new=8, tenant="me"))
-    scheduler.submit(request("mine", 17, new=12, priority=5, tenant="me"))
+    scheduler.submit(request("mine", 17, new=12, **ranked(policy, "me", 5)))
     others = flood(policy)
     for _ in range(1500):
         clock.now += 1.0
