@@ -363,7 +363,9 @@ class BlockManager:
     def block_tables(self, sequences: Target, *, padding: int = -1) -> Int32:
         """Return block tables, int32 [n, most blocks], with `padding` in place of missing blocks.
 
-        O(n * most blocks). Raises `StaleSequence`. Other forms: `kvpager.storage.table_formats`.
+        Blocks in host memory are missing, as are those behind a window. To compute, prefer
+        `tables_and_lengths`, which refuses swapped sequences. O(n * most blocks).
+        Raises `StaleSequence`. Other forms: `kvpager.storage.table_formats`.
         """
         return self.queries.block_tables(sequences, padding)
 

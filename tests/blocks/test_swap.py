@@ -219,6 +219,19 @@ def test_a_host_too_small_changes_nothing(memory: Memory) -> None:
     memory.check()
 
 
+def test_tables_lack_blocks_in_host_memory_where_computing_is_refused(memory: Memory) -> None:
+    manager = memory.manager
+    sequence = memory.allocate(list(range(12)))
+    memory.swap(sequence, "host", at_most=2)
+    (table,) = manager.block_tables(sequence, padding=-7)
+    assert (table == -7).sum() == 2
+    for compute in (manager.tables_and_lengths, manager.slots, manager.append):
+        with pytest.raises(SequenceSwapped):
+            compute(sequence)
+    memory.swap(sequence, "device")
+    assert (manager.block_tables(sequence, padding=-7) >= 0).all()
+
+
 def test_no_host_at_all_refuses(memory: Memory) -> None:
     manager = BlockManager(4, 4)
     sequence = manager.allocate(range(8))

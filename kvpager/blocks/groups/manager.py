@@ -364,7 +364,9 @@ class GroupedManager:
     def block_tables(self, sequences: Target, *, padding: int = -1) -> Int32:
         """Return block tables, int32 [groups, n, most blocks]. O(groups * n * most blocks).
 
-        `padding` replaces missing blocks, such as those behind a window. Raises `StaleSequence`.
+        `padding` replaces missing blocks: those behind a window, and those in host memory. To
+        compute, prefer `tables_and_lengths`, which refuses swapped sequences. Raises
+        `StaleSequence`.
         """
         return self.queries.block_tables(sequences, padding)
 
