@@ -114,7 +114,10 @@ class EngineClosed(KVPagerError):
 
 
 class RequestCancelled(KVPagerError):
-    """The request was cancelled, its stream was dropped, or its engine was closed first."""
+    """The request was cancelled, its stream was dropped, or its engine was closed first.
+
+    `Stream.result` and iteration also raise it after the caller's own `Stream.cancel`.
+    """
 
 
 class RequestExpired(KVPagerError):

@@ -301,7 +301,7 @@ class Engine:
         return SamplingSettings(self.model, generation_config, **options)
 
     def cancel(self, request_id: str) -> None:
-        """End a request; no effect if it has ended. O(1)."""
+        """End a request; its stream then raises `RequestCancelled`. No effect if it ended. O(1)."""
         if not isinstance(request_id, str):
             shown = arguments.shown(request_id)
             raise TypeError(f"cancel({shown}): expected a request id. Pass stream.request_id.")

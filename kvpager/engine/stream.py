@@ -270,15 +270,21 @@ class Stream:
         return self._channel.has_ended
 
     def cancel(self) -> None:
-        """Cancel the request, unless it has ended. Generated tokens stay readable. O(1)."""
+        """Cancel the request, unless it has ended. O(1).
+
+        Iteration then yields the tokens that have arrived and raises `RequestCancelled`, as does
+        `result`. `partial` still returns the output. To stop early without an error, leave the loop
+        and drop the stream.
+        """
         if not self._channel.is_done:
             self._cancel(self._channel)
 
     def result(self, timeout: float | None = None) -> Output:
         """Wait for the end and return the output.
 
-        Raises: `RequestCancelled`, `RequestExpired`, `RequestFailed`; `TimeoutError` after
-        `timeout` seconds. The request continues after a timeout.
+        Raises: `RequestCancelled`, also after the caller's own `cancel`; `RequestExpired`,
+        `RequestFailed`; `TimeoutError` after `timeout` seconds. The request continues after a
+        timeout.
         """
         if timeout is not None:
             timeout = arguments.seconds("timeout", timeout)

@@ -39,6 +39,22 @@ def test_cancelling_a_request_affects_no_other_request(steps: int) -> None:
         engine.check_idle()
 
 
+def test_a_cancelled_stream_yields_what_arrived_and_then_raises() -> None:
+    with ToyEngine(256) as engine:
+        gate = Gate(engine.runner)
+        stream = engine.ask([5, 6], 200)
+        gate.let(3)
+        gate.entered.acquire()
+        stream.cancel()
+        gate.open()
+        arrived: list[int] = []
+        with pytest.raises(RequestCancelled, match="was cancelled"):
+            arrived.extend(token.id for token in stream)
+        assert arrived == expected([5, 6], 200)[: len(arrived)]
+        assert stream.partial().token_ids[: len(arrived)] == arrived
+        assert 0 < len(arrived) < 200
+
+
 def test_garbage_collecting_a_stream_cancels_its_request() -> None:
     with ToyEngine(256) as engine:
         gate = Gate(engine.runner)
