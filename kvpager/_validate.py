@@ -69,12 +69,15 @@ def block_size(value: int) -> int:
     return size
 
 
-def number(name: str, value: float, *, at_least: float, at_most: float) -> float:
-    """Return `value` as a float within bounds, which NaN is not."""
+def number(
+    name: str, value: float, *, at_least: float, at_most: float, is_open: bool = False
+) -> float:
+    """Return `value` as a float within bounds, which NaN is not. `is_open` excludes the lower."""
     if not (is_int(value) or isinstance(value, float | np.floating)):
         raise TypeError(f"{name}={shown(value)}: expected a number, got {type(value).__name__}")
-    if not at_least <= value <= at_most:
-        raise ValueError(f"{name}={shown(value)}: expected {at_least:g} to {at_most:g}")
+    if not at_least <= value <= at_most or (is_open and value == at_least):
+        allowed = f"more than {at_least:g}, at most" if is_open else f"{at_least:g} to"
+        raise ValueError(f"{name}={shown(value)}: expected {allowed} {at_most:g}")
     return float(value)
 
 

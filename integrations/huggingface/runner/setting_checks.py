@@ -80,13 +80,21 @@ def check_config(config: Any, own: Any) -> None:
 
 
 def check_served(settings: Any) -> None:
-    """Refuse decoding strategies that cannot be batched continuously. Raises: `ValueError`."""
+    """Refuse decoding strategies that cannot be batched continuously, and sampling at 0.
+
+    Raises: `ValueError`.
+    """
     for name, (what, off) in _NOT_SERVED.items():
         value = getattr(settings, name, None)
         if value not in off:
             raise ValueError(
                 f"{name}={value!r}: {what} cannot be batched continuously. Use model.generate()."
             )
+    if settings.do_sample and settings.temperature == 0:
+        raise ValueError(
+            "temperature=0: expected more than 0 for sampling. Pass do_sample=False for the most "
+            "likely token."
+        )
 
 
 # -------------------------------------------------------------------- values
@@ -100,8 +108,18 @@ def _share(name: str, value: Any) -> None:
     arguments.number(name, value, at_least=0, at_most=1)
 
 
+def _share_above_0(name: str, value: Any) -> None:
+    arguments.number(name, value, at_least=0, at_most=1, is_open=True)
+
+
 def _factor(name: str, value: Any) -> None:
-    arguments.number(name, value, at_least=0, at_most=10**9)
+    arguments.number(name, value, at_least=0, at_most=10**9, is_open=True)
+
+
+def _temperature(name: str, value: Any) -> None:
+    # Greedy search takes 0, as servers do; `check_served` refuses it for sampling.
+    if isinstance(value, bool) or value != 0:
+        _factor(name, value)
 
 
 def _token(name: str, value: Any) -> None:
@@ -158,9 +176,9 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "repetition_penalty": _factor,
     "stop_strings": _texts,
     "suppress_tokens": _suppressed,
-    "temperature": _factor,
+    "temperature": _temperature,
     "top_k": _at_least(0),
     "top_p": _share,
-    "typical_p": _share,
+    "typical_p": _share_above_0,
     "use_cache": arguments.flag,
 }

@@ -206,6 +206,35 @@ def test_settings_without_effect_are_refused_wherever_they_stand(llama, settings
                 engine.submit([5], **given)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, r"^temperature=-1: expected more than 0, at most 1e\+09$"),
+        (
+            {"temperature": 0, "do_sample": True},
+            "^temperature=0: expected more than 0 for sampling",
+        ),
+        (
+            {"repetition_penalty": 0},
+            r"^repetition_penalty=0: expected more than 0, at most 1e\+09$",
+        ),
+        ({"typical_p": 0.0}, r"^typical_p=0\.0: expected more than 0, at most 1$"),
+        ({"top_p": -0.5}, r"^top_p=-0\.5: expected 0 to 1$"),
+    ],
+)
+def test_messages_name_the_range_that_is_allowed(llama, settings, message):
+    with Engine(llama, memory="8MiB") as engine, pytest.raises(ValueError, match=message):
+        engine.sampling_settings(**settings)
+
+
+def test_the_ends_of_the_ranges_are_allowed(llama):
+    ends = {"top_p": 0.0, "min_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 1.0}
+    with Engine(llama, memory="8MiB") as engine:
+        for name, value in ends.items():
+            engine.submit([5], max_new_tokens=1, do_sample=True, **{name: value}).result(60)
+        engine.submit([5], max_new_tokens=1, do_sample=False, temperature=0).result(60)
+
+
 def test_settings_without_effect_may_stay_where_the_model_has_them():
     model = tiny_models.tiny_model("llama")
     model.generation_config.use_cache = False
