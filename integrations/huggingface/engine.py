@@ -261,7 +261,7 @@ class Engine:
     ) -> list[Output]:
         """Serve `prompts` and wait for their outputs, in their order.
 
-        Prompts are a list, a padded tensor, or the output of a tokenizer with its mask:
+        Prompts are a list (of none for no outputs), a padded tensor, or a tokenizer's output:
         `generate(tokenizer(texts))` and `generate(**tokenizer(texts))` do the same. A padded tensor
         without `attention_mask` is read as by the model's `generate`. `progress` shows a progress
         bar. Other options are those of `submit`, except `request_id`. With a `seed`, prompts get

@@ -89,6 +89,7 @@ class SamplingSettings:
         self._has_default_minimum = overrides.get("min_length") is None and (
             generation_config is None or generation_config.min_length is None
         )
+        self._minimum = None if is_complete else _minimum(generation_config, overrides)
         settings = _merged(model, generation_config, is_complete, overrides)
         check_served(settings)
         self._tokenizer = text_tokenizer(tokenizer)
@@ -117,7 +118,8 @@ class SamplingSettings:
 
         `encoder_ids` are the encoder's token ids; without an encoder, the prompt.
 
-        Raises: `ValueError` if `max_length` leaves no room for a new token.
+        Raises: `ValueError` if `max_length` leaves no room for a new token, or the limits none for
+        the fewest tokens.
         """
         known = self._by_length.get(prompt_length)
         if known is not None:
@@ -150,6 +152,11 @@ class SamplingSettings:
             raise ValueError(
                 f"max_length={settings.max_length}: the prompt has {prompt_length} tokens already. "
                 "Shorten the prompt, raise max_length, or set max_new_tokens."
+            )
+        if self._minimum and settings.min_length > settings.max_length:
+            raise ValueError(
+                f"{self._minimum}: only {settings.max_length - prompt_length} new tokens are "
+                "allowed. Raise max_new_tokens or lower the minimum."
             )
         return settings
 
@@ -200,6 +207,15 @@ def _merged(
             f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig.{meant}"
         )
     return settings
+
+
+def _minimum(config: GenerationConfig | None, overrides: dict[str, Any]) -> str | None:
+    """Return the minimum length that a caller set, as an argument; None if there is none."""
+    for name in ("min_new_tokens", "min_length"):
+        value = overrides.get(name, getattr(config, name, None))
+        if value:
+            return f"{name}={value}"
+    return None
 
 
 def _callables(name: str, given: Iterable[Callable[..., Any]]) -> list[Callable[..., Any]]:

@@ -31,6 +31,7 @@ _NOT_SERVED: dict[str, tuple[str, tuple[Any, ...]]] = {
 _RETURNS = "an engine gives tokens and texts, and log probabilities with logprobs=True"
 _COMPILES = "an engine compiles its passes with Engine(compile=)"
 _KEEPS = "an engine keeps keys and values in its own pool"
+_SEARCHES = "it is for beams, and an engine has none"
 _WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "output_attentions": (_RETURNS, (None, False)),
     "output_hidden_states": (_RETURNS, (None, False)),
@@ -42,6 +43,10 @@ _WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cache_config": (_KEEPS, (None,)),
     "prefill_chunk_size": ("an engine divides prompts by Engine(max_batch_tokens=)", (None,)),
     "compile_config": (_COMPILES, (None,)),
+    "diversity_penalty": (_SEARCHES, (None, 0.0, 0)),
+    "early_stopping": (_SEARCHES, (None, False)),
+    "length_penalty": (_SEARCHES, (None, 1.0, 1)),
+    "low_memory": ("it is for contrastive search, which an engine does not have", (None, False)),
 }
 
 
@@ -58,7 +63,7 @@ def check_given(settings: Mapping[str, Any]) -> None:
         if name in _CHECKS:
             _CHECKS[name](name, value)
         why, off = _WITHOUT_EFFECT.get(name, ("", (value,)))
-        if not any(value is each for each in off):
+        if not any(type(value) is type(each) and value == each for each in off):
             raise ValueError(f"{name}={arguments.shown(value)}: {why}. Leave {name} out.")
 
 

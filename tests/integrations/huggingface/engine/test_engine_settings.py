@@ -197,6 +197,10 @@ def test_wrong_settings_of_a_request_are_refused(llama, options):
         ({"cache_implementation": "static"}, "cache_implementation='static': an engine keeps"),
         ({"prefill_chunk_size": 4}, r"prefill_chunk_size=4: .* Engine\(max_batch_tokens=\)"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate=True: an engine gives"),
+        ({"low_memory": True}, "low_memory=True: it is for contrastive search"),
+        ({"length_penalty": 0.7}, r"length_penalty=0\.7: it is for beams, and an engine has none"),
+        ({"early_stopping": True}, "early_stopping=True: it is for beams"),
+        ({"diversity_penalty": 0.5}, r"diversity_penalty=0\.5: it is for beams"),
     ],
 )
 def test_settings_without_effect_are_refused_wherever_they_stand(llama, settings, message):
@@ -204,6 +208,27 @@ def test_settings_without_effect_are_refused_wherever_they_stand(llama, settings
         for given in (settings, {"generation_config": GenerationConfig(**settings)}):
             with pytest.raises(ValueError, match=message):
                 engine.submit([5], **given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_new_tokens": 9, "max_new_tokens": 5}, "^min_new_tokens=9: only 5 new tokens are"),
+        ({"min_new_tokens": 90}, "^min_new_tokens=90: only 20 new tokens are allowed. Raise max_n"),
+        ({"min_length": 9, "max_length": 5}, "^min_length=9: only 2 new tokens are allowed"),
+    ],
+)
+def test_a_minimum_above_the_maximum_is_refused(llama, settings, message):
+    with Engine(llama, memory="8MiB") as engine:
+        for given in (settings, {"generation_config": GenerationConfig(**settings)}):
+            with pytest.raises(ValueError, match=message):
+                engine.submit([5, 6, 7], **given)
+        assert len(engine.submit([5], min_new_tokens=5, max_new_tokens=5).result(60).token_ids) == 5
+
+
+def test_no_prompts_give_no_outputs(llama):
+    with Engine(llama, memory="8MiB") as engine:
+        assert engine.generate([]) == []
 
 
 @pytest.mark.parametrize(
