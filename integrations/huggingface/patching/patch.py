@@ -39,6 +39,7 @@ from kvpager.integrations.huggingface.patching.handle import Patch, active, lock
 from kvpager.integrations.huggingface.patching.replacements import install
 from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import warn_if_untested
+from kvpager.integrations.huggingface.runner.unwrap import no_model
 from kvpager.storage.block_storage import KVCacheDtype
 
 
@@ -111,10 +112,7 @@ def _activate(made: Patch, model: nn.Module | None) -> Patch:
 
 def _check_model(model: object) -> None:
     if model is not None and not _generative(model):
-        raise TypeError(
-            f"model: expected a transformers model that can generate, got {type(model).__name__}. "
-            "Call patch() without a model to patch every model."
-        )
+        raise no_model(model)
 
 
 def _check_namespace(namespace: str | None, prefix_cache: bool) -> None:

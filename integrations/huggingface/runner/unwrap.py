@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os import PathLike, fspath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.model_state.offloaded import execution_device
@@ -46,26 +47,36 @@ _TRANSPARENT = (
 
 
 def _generative_inside(model: Any) -> Any:
-    name = type(model).__name__
-    expected = "model: expected a transformers model that can generate, got"
-    if not isinstance(model, nn.Module):
-        if isinstance(getattr(model, "model", None), GenerationMixin):
-            raise TypeError(f"{expected} a {name}; pass its .model")
-        if isinstance(model, str):
-            raise TypeError(
-                f"{expected} the text {model!r}; load it with AutoModelForCausalLM.from_pretrained"
-            )
-        raise TypeError(f"{expected} {name}")
-    found = dict(_outermost(model, ""))
+    found = dict(_outermost(model, "")) if isinstance(model, nn.Module) else {}
     if not found:
-        raise TypeError(
-            f"{expected} {name}; load the checkpoint with a class that has a language-model head, "
-            "such as AutoModelForCausalLM"
-        )
+        raise no_model(model)
     if len(found) > 1:
         paths = ", ".join(f"model.{path}" for path in found)
-        raise TypeError(f"{expected} {name}, which holds several; pass one of {paths}")
+        raise TypeError(
+            f"model: expected one model, got {type(model).__name__}, which holds several. Pass one "
+            f"of {paths}."
+        )
     return next(iter(found.values()))
+
+
+def no_model(model: object) -> TypeError:
+    """Return the error for an object that is no transformers model that can generate. O(1)."""
+    name = type(model).__name__
+    expected = "model: expected a transformers model that can generate, got"
+    if isinstance(model, str | PathLike):
+        load = f"AutoModelForCausalLM.from_pretrained({fspath(model)!r})"
+        return TypeError(f"{expected} the name {fspath(model)!r}. Load it: {load}.")
+    if isinstance(model, type):
+        load = f"{model.__name__}.from_pretrained(...)"
+        return TypeError(f"{expected} the class {model.__name__}. Load a model: {load}.")
+    if isinstance(getattr(model, "model", None), nn.Module) and not isinstance(model, nn.Module):
+        return TypeError(f"{expected} a {name}. Pass its .model.")
+    if isinstance(model, PreTrainedModel):
+        return TypeError(
+            f"{expected} {name}. Load the checkpoint with a class that has a language-model head, "
+            "such as AutoModelForCausalLM."
+        )
+    return TypeError(f"{expected} {name}. Load one with AutoModelForCausalLM.from_pretrained.")
 
 
 def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,12 @@ from tests.support.cache_name import cache_of, passing
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import GenerationMixin, PreTrainedModel, cache_utils  # noqa: E402
+from transformers import (  # noqa: E402
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    cache_utils,
+)
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # noqa: E402
 from transformers.generation import configuration_utils, utils  # noqa: E402
 from transformers.generation.continuous_batching import ContinuousMixin  # noqa: E402
@@ -475,6 +482,18 @@ def test_a_compiled_model_makes_and_uses_its_own_cache() -> None:
     [
         ({"model": 42}, TypeError, "got int"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "got Linear"),
+        (
+            {"model": "gpt2"},
+            TypeError,
+            r"Load it: AutoModelForCausalLM\.from_pretrained\('gpt2'\)\.",
+        ),
+        ({"model": Path("a/b")}, TypeError, r"AutoModelForCausalLM\.from_pretrained\('a/b'\)\."),
+        (
+            {"model": LlamaForCausalLM},
+            TypeError,
+            r"Load a model: LlamaForCausalLM\.from_pretrained",
+        ),
+        ({"model": SimpleNamespace(model=torch.nn.Linear(2, 2))}, TypeError, r"Pass its \.model\."),
         ({"memory": "4 bananas"}, ValueError, "4 bananas"),
         ({"memory": 0}, ValueError, "memory=0"),
         ({"memory": "0 GiB"}, ValueError, "memory"),

@@ -150,7 +150,7 @@ def test_a_wrapper_that_is_refused_keeps_its_mode() -> None:
     ("model", "message"),
     [
         (lambda llama: "some/model", "AutoModelForCausalLM.from_pretrained"),
-        (lambda llama: SimpleNamespace(model=llama), r"pass its \.model"),
+        (lambda llama: SimpleNamespace(model=llama), r"Pass its \.model\."),
         (lambda llama: llama.model, "language-model head"),
         (lambda llama: nn.ModuleList([llama, tiny_models.tiny_model("gpt2")]), r"model\.0, model"),
         (lambda llama: None, "got NoneType"),
