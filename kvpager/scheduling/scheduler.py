@@ -72,7 +72,7 @@ class Scheduler:
         self,
         manager: CacheManager,
         *,
-        max_batch_tokens: int = 2048,
+        max_batch_tokens: int = 1024,
         max_num_seqs: int = 256,
         max_queue_size: int | None = None,
         policy: str | SchedulingPolicy = "fifo",
