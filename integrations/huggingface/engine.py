@@ -190,7 +190,8 @@ class Engine:
             prompt: token ids, or what a tokenizer returned for one text; for an encoder-decoder
                 model, what its encoder reads.
             generation_config: generation settings; the model's own if None. `overrides` replace
-                single settings, such as `max_new_tokens=64`.
+                single settings, such as `max_new_tokens=64`. If neither they nor the model limit
+                the length, a request gets 20 new tokens, as in `generate` of transformers.
             input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
             attention_mask: zeros for padding before or after the prompt, which is left out.
             request_id: unique among live requests; None makes one up.

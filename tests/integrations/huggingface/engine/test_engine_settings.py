@@ -226,6 +226,13 @@ def test_a_minimum_above_the_maximum_is_refused(llama, settings, message):
         assert len(engine.submit([5], min_new_tokens=5, max_new_tokens=5).result(60).token_ids) == 5
 
 
+def test_a_request_without_a_length_gets_twenty_new_tokens(llama):
+    with Engine(llama, memory="8MiB") as engine:
+        (output,) = engine.generate([[5, 6, 7]], eos_token_id=-1)
+    assert len(output.token_ids) == 20
+    assert output.samples[0].finish_reason == "length"
+
+
 def test_no_prompts_give_no_outputs(llama):
     with Engine(llama, memory="8MiB") as engine:
         assert engine.generate([]) == []
