@@ -246,7 +246,7 @@ def token_ids(value: ArrayLike) -> Int32:
 def prompt(value: int | ArrayLike) -> tuple[int, Int32 | None]:
     """Return a prompt's length, and its ids or None."""
     if is_int(value):
-        return count("prompt", value, at_least=1), None  # type: ignore[arg-type]
+        return count("prompt", value), None  # type: ignore[arg-type]
     if isinstance(value, bool | float | str | bytes):
         raise TypeError(f"prompt={shown(value)}: expected token ids or a count of tokens")
     ids = token_ids(value)
@@ -265,7 +265,7 @@ def new_tokens(
             raise ValueError("tokens, counts: expected one of the two")
         return counts("counts", new_counts, num_sequences or 1), None
     if is_int(tokens):
-        return count("tokens", tokens, at_least=1), None
+        return count("tokens", tokens), None
     if isinstance(tokens, bool | float | str | bytes) or not isinstance(tokens, Iterable):
         raise TypeError(f"tokens={shown(tokens)}: expected a count or token ids")
     tokens = tokens if hasattr(tokens, "__len__") else list(tokens)

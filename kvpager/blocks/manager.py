@@ -117,7 +117,8 @@ class BlockManager:
         """Begin a sequence of `prompt` tokens. O(tokens).
 
         Args:
-            prompt: the token ids, or the number of tokens (then no prefix is reused).
+            prompt: the token ids, any 32-bit integers (negative ones may be placeholders), or the
+                number of tokens (then no prefix is reused). [] or 0 begins an empty sequence.
             namespace: only prefixes committed under the same namespace and `lora` are reused.
             lora: the name of the LoRA adapter, or of other weights, with which the KV is computed.
             mm_hashes: (start, stop, hash) of each image or other input behind the placeholder
@@ -219,8 +220,8 @@ class BlockManager:
 
         Args:
             sequences: one handle, several, or a `batch`; no sequence twice.
-            tokens: the number for each sequence; or their ids, so that committed blocks can be
-                reused: a list for one sequence, an id or a list of ids each for several.
+            tokens: the number for each sequence, 0 for none; or their ids, so that committed blocks
+                can be reused: a list for one sequence, an id or a list of ids each for several.
             counts: the number for each sequence, if numbers differ and ids are unknown.
             speculative: reserve look-ahead slots for speculative decoding. They stay unpublished
                 until `accept` keeps some and drops the rest.

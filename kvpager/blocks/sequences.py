@@ -84,7 +84,7 @@ class SequenceHandle:
             state = f"{len(self)} tokens"
         except StaleSequence:
             state = "freed"
-        return f"<{self.name}: {state}>"
+        return f"<SequenceHandle {self._row}.{self._generation}: {state}>"
 
     @property
     def name(self) -> str:

@@ -142,15 +142,15 @@ def test_handles_of_one_sequence_are_equal() -> None:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda manager, sequence: manager.allocate(0),
-        lambda manager, sequence: manager.append(sequence, 0),
+        lambda manager, sequence: manager.allocate(-1),
+        lambda manager, sequence: manager.append(sequence, -1),
         lambda manager, sequence: manager.append([sequence], -1),
         lambda manager, sequence: manager.fork(sequence, 0),
         lambda manager, sequence: manager.fork(sequence, 2**31 - 1),
         lambda manager, sequence: manager.append(sequence, 2**31),
     ],
 )
-def test_counts_of_nothing_or_of_too_much_are_refused(ask) -> None:
+def test_counts_of_too_little_or_too_much_are_refused(ask) -> None:
     manager = BlockManager(8, 4)
     sequence = manager.allocate(3)
     before = state_of(manager)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvpager import BlockManager, OutOfBlocks
+from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.blocks.sequences import Batch
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import SequenceSwapped, StaleSequence
@@ -34,11 +36,33 @@ def test_the_whole_pool_can_be_allocated(manager: BlockManager) -> None:
     assert table.dtype == np.int32
 
 
-def test_an_empty_sequence_holds_nothing_and_can_grow(manager: BlockManager) -> None:
-    sequence = manager.allocate([])
+@pytest.mark.parametrize("nothing", [[], 0, np.empty(0, np.int32)], ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_an_empty_sequence_holds_nothing_and_can_grow(nothing: Any, grouped: bool) -> None:
+    manager = GroupedManager((None, 8), 8, 4) if grouped else BlockManager(8, 4)
+    sequence = manager.allocate(nothing)
     assert len(sequence) == 0
     assert bool(sequence)
-    assert manager.append(sequence, 1).slots.shape == (1,)
+    assert manager.append(sequence, nothing).slots.size == 0
+    assert manager.num_held_blocks == 0
+    assert manager.append(sequence, 1).slots.size == (2 if grouped else 1)
+    assert manager.append([sequence], 0).slots.size == 0
+    assert len(sequence) == 1
+    manager.check()
+
+
+def test_negative_token_ids_are_reused_like_others(manager: BlockManager) -> None:
+    prompt = [-1, -100, 5, 6, -(2**31), 8]
+    manager.commit(manager.allocate(prompt))
+    assert manager.match_prefix(prompt) == 4
+    assert manager.match_prefix([1, 100, *prompt[2:]]) == 0
+
+
+def test_a_handle_is_shown_with_its_class_length_and_state(manager: BlockManager) -> None:
+    sequence = manager.allocate(3)
+    assert repr(sequence) == "<SequenceHandle 0.0: 3 tokens>"
+    manager.free(sequence)
+    assert repr(sequence) == "<SequenceHandle 0.0: freed>"
 
 
 def test_slots_are_block_times_block_size_plus_offset(manager: BlockManager) -> None:
