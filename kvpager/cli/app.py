@@ -45,7 +45,6 @@ def kvpager_command(
             callback=_print_version,
             is_eager=True,
             help="Print the version and exit.",
-            metavar="",
         ),
     ] = False,
 ) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from kvpager.cli.errors import wrong_usage
 from kvpager.cli.files import check_plot, check_writable, write_text
-from kvpager.cli.options import flag, option, takes
+from kvpager.cli.options import option, takes
 
 if TYPE_CHECKING:
     from kvpager.bench.throughput.results import Figures
@@ -56,7 +56,7 @@ class Options:
         ),
     ] = None
     compiled: Annotated[
-        bool, flag("Systems", "Add kvpager-compiled: torch.compile.", "--compile")
+        bool, option("Systems", "Add kvpager-compiled: torch.compile.", "--compile")
     ] = False
     batch_size: Annotated[
         int | None,
@@ -127,7 +127,7 @@ class Options:
         int, _limit("Maximum tokens per step of kvpager and generate_batch.", metavar="TOKENS")
     ] = 1024
     prefix_cache: Annotated[
-        bool, flag("Memory and batching", "Reuse the KV of shared prefixes.")
+        bool, option("Memory and batching", "Reuse the KV of shared prefixes.")
     ] = True
     repeats: Annotated[int, _output("Runs per system; figures are medians.", metavar="N")] = 1
     plot: Annotated[

@@ -82,19 +82,20 @@ def _naming(message: str, options: Mapping[str, str]) -> str:
     return f"{options[match[1]]}={message[match.end() :]}"
 
 
-def _as_flag(option: Any) -> Any:
-    """Return the option `--help` without the type of a value, which it does not take."""
-    if option is not None:
-        option.metavar = ""
-    return option
+def _flags_without_type(params: list[Any]) -> list[Any]:
+    """Return `params`; the help then shows flags without <bool>, since they take no value."""
+    for param in params:
+        if getattr(param, "is_bool_flag", False):
+            param.metavar = ""
+    return params
 
 
 class Program(TyperCommand):
     """A command that runs another program, whose errors are its own."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """Return the option `--help`."""
-        return _as_flag(super().get_help_option(ctx))
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the arguments and options."""
+        return _flags_without_type(super().get_params(ctx))
 
 
 class Command(Program):
@@ -114,9 +115,9 @@ class Command(Program):
 class Group(TyperGroup):
     """A group of commands."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """Return the option `--help`."""
-        return _as_flag(super().get_help_option(ctx))
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the arguments and options."""
+        return _flags_without_type(super().get_params(ctx))
 
 
 class Commands(Group):

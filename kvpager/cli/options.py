@@ -63,11 +63,6 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
-def flag(panel: str, help: str, *names: str) -> Any:
-    """Return a typer option without a value, that the help shows in `panel`. O(1)."""
-    return option(panel, help, *names, metavar="")  # typer would show <bool>
-
-
 JsonFile = Annotated[
     str | None,
     typer.Option(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from kvpager.cli.errors import one_line_errors, wrong_usage
-from kvpager.cli.options import flag, names_of, option, takes
+from kvpager.cli.options import names_of, option, takes
 from kvpager.errors import BadInput
 
 # Options after COMMAND belong to it.
@@ -61,12 +61,16 @@ class Options:
     ] = None
     prefix_cache: Annotated[
         bool,
-        flag("Reuse and reading", "Reuse the KV of earlier prompts and replies.", "--prefix-cache"),
+        option(
+            "Reuse and reading", "Reuse the KV of earlier prompts and replies.", "--prefix-cache"
+        ),
     ] = False
     in_place: Annotated[
-        bool, flag("Reuse and reading", "Read blocks in place, or gather them for every read.")
+        bool, option("Reuse and reading", "Read blocks in place, or gather them for every read.")
     ] = True
-    report: Annotated[bool, flag("Output", "Print a report to stderr at exit.", "--report")] = False
+    report: Annotated[bool, option("Output", "Print a report to stderr at exit.", "--report")] = (
+        False
+    )
 
 
 @takes(Options)

@@ -11,7 +11,7 @@ import typer
 from kvpager._text import counted
 from kvpager.cli.errors import wrong_usage
 from kvpager.cli.files import check_plot, check_writable, write_json
-from kvpager.cli.options import JsonFile, PlotFile, flag, option, takes
+from kvpager.cli.options import JsonFile, PlotFile, option, takes
 from kvpager.errors import BadInput
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Options:
     ] = None
     seed: Annotated[int, option("Requests", "Seed of the generated trace.", metavar="N")] = 0
     skip_bad: Annotated[
-        bool, flag("Requests", "Skip lines that are not requests.", "--skip-bad")
+        bool, option("Requests", "Skip lines that are not requests.", "--skip-bad")
     ] = False
     plot: PlotFile = None
     json_file: JsonFile = None
