@@ -38,13 +38,13 @@ def without_gradients(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def require_dims(name: str, tensor: Tensor, meaning: str, dims: int) -> None:
     """Raise `ValueError` unless `tensor` has `dims` dimensions, named by `meaning`. O(1)."""
     if tensor.dim() != dims:
-        raise ValueError(f"{name}.shape={list(tensor.shape)}: must be {meaning}")
+        raise ValueError(f"{name}.shape={list(tensor.shape)}: expected {meaning}")
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """Raise `ValueError` unless `tensor` has exactly `shape`. O(1)."""
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}.shape={list(tensor.shape)}: must be {meaning} = {list(shape)}")
+        raise ValueError(f"{name}.shape={list(tensor.shape)}: expected {meaning} = {list(shape)}")
 
 
 def require_contiguous_rows(**tensors: Tensor) -> None:
@@ -63,13 +63,13 @@ def require_contiguous_rows(**tensors: Tensor) -> None:
 def require_integers(name: str, tensor: Tensor) -> None:
     """Raise `TypeError` unless `tensor` is int32 or int64. O(1)."""
     if tensor.dtype not in INTEGERS:
-        raise TypeError(f"{name}.dtype={tensor.dtype}: must be torch.int32 or torch.int64")
+        raise TypeError(f"{name}.dtype={tensor.dtype}: expected torch.int32 or torch.int64")
 
 
 def require_floating(name: str, of: dtype) -> None:
     """Raise `TypeError` unless `of` is a floating dtype of at least 16 bits. O(1)."""
     if not of.is_floating_point or of.itemsize < 2:
-        raise TypeError(f"{name}={of}: must be a floating dtype of at least 16 bits")
+        raise TypeError(f"{name}={of}: expected a floating dtype of at least 16 bits")
 
 
 def require_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -86,7 +86,7 @@ def require_device(of: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != of.device:
             raise ValueError(
-                f"{name}.device={tensor.device}: must be {of.device}, the device of the cache. "
+                f"{name}.device={tensor.device}: expected {of.device}, the device of the cache. "
                 f"Move it with .to({str(of.device)!r})."
             )
 
@@ -103,7 +103,7 @@ def require_rows(block_tables: Tensor, seq_lens: Tensor) -> int:
 def wrong_length(row: int, length: int, room: int) -> ValueError:
     """Return the error for a length below 0 or above `room`, the tokens its table can hold."""
     if length < 0:
-        return ValueError(f"seq_lens[{row}]={length}: must be at least 0")
+        return ValueError(f"seq_lens[{row}]={length}: expected at least 0")
     return ValueError(
         f"seq_lens reaches {length} tokens, but block_tables has room for {room} per row; "
         "pass wider tables"
@@ -118,7 +118,7 @@ def require_tensors(**tensors: object) -> None:
         kind = type(value)
         shown = f"{kind.__module__}.{kind.__name__}".removeprefix("builtins.")
         raise TypeError(
-            f"{name}: must be a torch.Tensor, not {shown}. Use torch.from_numpy or torch.tensor."
+            f"{name}: expected a torch.Tensor, got {shown}. Use torch.from_numpy or torch.tensor."
         )
 
 
@@ -170,7 +170,7 @@ def require_caches(
     ):
         kind = type(scales).__name__
         raise TypeError(
-            f"scales: must be (key_scales, value_scales), not a {kind}. Pass storage.scales(i)."
+            f"scales: expected (key_scales, value_scales), got a {kind}. Pass storage.scales(i)."
         )
     key_scales, value_scales = (None, None) if scales is None else scales
     require_scales("key_cache", key_cache, "key_scales", key_scales)
@@ -200,7 +200,7 @@ def require_scales(cache_name: str, cache: Tensor, name: str, scales: Tensor | N
         require_floating(f"{cache_name}.dtype", cache.dtype)
         if scales is not None:
             raise ValueError(
-                f"{name}: must be None, because {cache_name}.dtype={cache.dtype} has no scales"
+                f"{name}: expected None, because {cache_name}.dtype={cache.dtype} has no scales"
             )
         return
     if scales is None:
@@ -209,10 +209,10 @@ def require_scales(cache_name: str, cache: Tensor, name: str, scales: Tensor | N
         )
     if not isinstance(scales, Tensor):
         raise TypeError(
-            f"{name}: must be the scales tensor of {cache_name}, not a {type(scales).__name__}"
+            f"{name}: expected the scales tensor of {cache_name}, got a {type(scales).__name__}"
         )
     require_shape(name, scales, tuple(cache.shape[:3]), "[blocks, block_size, kv_heads]")
     if scales.dtype != SCALE_DTYPE:
-        raise TypeError(f"{name}.dtype={scales.dtype}: must be {SCALE_DTYPE}")
+        raise TypeError(f"{name}.dtype={scales.dtype}: expected {SCALE_DTYPE}")
     require_contiguous_rows(**{name: scales})
     require_device(cache, **{name: scales})

@@ -78,7 +78,7 @@ class AttentionArgs:
             require_tensors(sinks=sinks)
             require_shape("sinks", sinks, (query_heads,), "[query_heads]")
             if not sinks.is_floating_point():
-                raise TypeError(f"sinks.dtype={sinks.dtype}: must be a floating dtype")
+                raise TypeError(f"sinks.dtype={sinks.dtype}: expected a floating dtype")
         mask = self.mask
         if mask is not None:
             if mask.shape[0] not in (1, rows) or mask.shape[1] not in (1, query_heads):
@@ -149,20 +149,20 @@ def _require_options(
 ) -> None:
     if softmax_scale is not None and not isinstance(softmax_scale, _NUMBERS):
         raise TypeError(
-            f"softmax_scale={softmax_scale!r}: must be a number, or None for head_dim ** -0.5"
+            f"softmax_scale={softmax_scale!r}: expected a number, or None for head_dim ** -0.5"
         )
     if not isinstance(causal, bool):
-        raise TypeError(f"causal={causal!r}: must be True or False")
+        raise TypeError(f"causal={causal!r}: expected True or False")
     if window is not None and (not isinstance(window, Integral) or isinstance(window, bool)):
-        raise TypeError(f"window={window!r}: must be a whole number of tokens, or None")
+        raise TypeError(f"window={window!r}: expected a whole number of tokens, or None")
     if softcap is not None and not isinstance(softcap, _NUMBERS):
-        raise TypeError(f"softcap={softcap!r}: must be a number, or None for no cap")
+        raise TypeError(f"softcap={softcap!r}: expected a number, or None for no cap")
     if window is not None and not 1 <= window <= _WINDOW_MAX:
-        raise ValueError(f"window={window}: must be at least 1 token, or None for no window")
+        raise ValueError(f"window={window}: expected at least 1 token, or None for no window")
     if softmax_scale is not None and not abs(softmax_scale) <= _FLOAT_MAX:
-        raise ValueError(f"softmax_scale={softmax_scale}: must be a finite 32-bit number")
+        raise ValueError(f"softmax_scale={softmax_scale}: expected a finite 32-bit number")
     if softcap is not None and not _FLOAT_MIN <= softcap <= _FLOAT_MAX:
-        raise ValueError(f"softcap={softcap}: must be more than 0, or None for no cap")
+        raise ValueError(f"softcap={softcap}: expected more than 0, or None for no cap")
 
 
 def _require_mask(mask: Tensor) -> None:
@@ -171,4 +171,4 @@ def _require_mask(mask: Tensor) -> None:
     if mask.shape[3] == 0:
         raise ValueError("mask has 0 columns, so it hides everything; pass at least one")
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"mask.dtype={mask.dtype}: must be torch.bool or a floating dtype")
+        raise TypeError(f"mask.dtype={mask.dtype}: expected torch.bool or a floating dtype")

@@ -110,4 +110,4 @@ def _active(operation: str, device_type: str) -> Active:
 
 def _require_operation(operation: str) -> None:
     if operation not in _REFERENCE:
-        raise ValueError(f"operation={operation!r}: must be one of {list(_REFERENCE)}")
+        raise ValueError(f"operation={operation!r}: expected one of {list(_REFERENCE)}")

@@ -32,7 +32,7 @@ def copy_blocks(storage: Tensor, copies: Tensor) -> None:
     """
     require_tensors(storage=storage, copies=copies)
     if storage.dim() < 2:
-        raise ValueError(f"storage.shape={list(storage.shape)}: must be [blocks, ...]")
+        raise ValueError(f"storage.shape={list(storage.shape)}: expected [blocks, ...]")
     if not storage[:1].is_contiguous():
         raise ValueError(
             f"storage has strides {list(storage.stride())}, but each block has to be one run of "
@@ -40,7 +40,7 @@ def copy_blocks(storage: Tensor, copies: Tensor) -> None:
         )
     require_dims("copies", copies, "[pairs, 2]", 2)
     if copies.shape[1] != 2:
-        raise ValueError(f"copies.shape={list(copies.shape)}: must be [pairs, 2]")
+        raise ValueError(f"copies.shape={list(copies.shape)}: expected [pairs, 2]")
     require_integers("copies", copies)
     require_device(storage, copies=copies)
     if debug.enabled():

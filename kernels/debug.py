@@ -101,7 +101,7 @@ def check_queries(query: Tensor, cu_seqlens_q: Tensor | None, mask: Tensor | Non
     bound = f"must rise from 0 to the {tokens} tokens of query"
     _refuse("cu_seqlens_q", cu_seqlens_q, wrong, bound)
     wrong[1:] = cu_seqlens_q.diff() < 0
-    _refuse("cu_seqlens_q", cu_seqlens_q, wrong, "must not fall from one row to the next")
+    _refuse("cu_seqlens_q", cu_seqlens_q, wrong, "expected at least that of the row before")
     longest = int(cu_seqlens_q.diff().max()) if len(cu_seqlens_q) > 1 else 0
     if mask is not None and mask.shape[2] < longest:
         raise ValueError(

@@ -52,7 +52,7 @@ def gather_kv(
     require_scales("cache", cache, "scales", scales)
     require_rows(block_tables, seq_lens)
     if length < 0:
-        raise ValueError(f"length={length}: must be at least 0")
+        raise ValueError(f"length={length}: expected at least 0")
     if dtype is not None:
         require_floating("dtype", dtype)
     elif scales is not None:

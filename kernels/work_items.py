@@ -128,7 +128,7 @@ class Planner:
     ) -> None:
         if chunk is not None and (chunk < 1 or chunk % tiling.align):
             raise ValueError(
-                f"chunk={chunk}: must be a positive multiple of {tiling.align} kv tokens"
+                f"chunk={chunk}: expected a positive multiple of {tiling.align} kv tokens"
             )
         self._tiling = tiling
         self._causal = causal

@@ -167,7 +167,7 @@ def integers(name: str, value: Any) -> NDArray[np.integer[Any]]:
     except _UNREADABLE as error:
         raise _unreadable(name, value, error) from None
     if array.size and array.dtype.kind not in "iu":
-        raise TypeError(f"{name} of dtype {array.dtype}: expected integers")
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
     return array if array.size else array.astype(np.int64)
 
 
@@ -184,23 +184,23 @@ _UNREADABLE = (
 
 def _unreadable(name: str, value: Any, error: Exception) -> Exception:
     if isinstance(error, _NotInteger):
-        return TypeError(f"{name} {error}")
+        return TypeError(f"{name}: expected integers, got {error}")
     if isinstance(error, np.ma.MaskError):
-        return ValueError(f"{name}: some are masked. Fill or drop them.")
+        return ValueError(f"{name}: expected integers, but some are masked. Fill or drop them.")
     if isinstance(error, OverflowError):
-        return ValueError(f"{name} of more than 64 bits: expected 32-bit integers")
+        return ValueError(f"{name}: expected 32-bit integers, got more than 64 bits")
     if isinstance(error, ValueError) and _is_list(value):
-        return ValueError(f"{name} of several lengths: expected one flat list of ids")
+        return ValueError(f"{name}: expected one flat list of ids, got several lengths")
     # Such as for a tensor on another device: keep its advice.
     kind, why = type(value).__name__, str(error).partition("\n")[0].rstrip(".")
-    return TypeError(f"{name} of type {kind}: {why}. Pass a list of ints or a NumPy array.")
+    return TypeError(f"{name}: {kind} cannot be read: {why}. Pass a list of ints or a NumPy array.")
 
 
 def _read(value: Any) -> NDArray[Any]:
     if type(value) is np.ndarray:
         return value
     if isinstance(value, str | bytes | Mapping | Set):
-        raise _NotInteger(f"{shown(value)}: expected integers, got {type(value).__name__}")
+        raise _NotInteger(f"a {type(value).__name__}: {shown(value)}")
     mask = getattr(value, "mask", None)
     if isinstance(mask, np.ndarray | np.bool_ | bool) and np.any(mask):
         raise np.ma.MaskError
@@ -214,7 +214,7 @@ def _read(value: Any) -> NDArray[Any]:
         return array if array.dtype.kind in "iu" else np.array([*map(int, items)], np.int64)
     for item in items:
         if not _is_list(item) and (array := _read(item)).size and array.dtype.kind not in "iu":
-            raise _NotInteger(f"of dtype {array.dtype}: expected integers")
+            raise _NotInteger(f"dtype {array.dtype}")
     return np.asarray(items)
 
 
@@ -233,13 +233,13 @@ def token_ids(value: ArrayLike) -> Int32:
     if type(value) is np.ndarray and value.dtype == np.int32 and value.ndim == 1:
         return value
     if value is None:
-        raise TypeError("token ids None: expected a list of ints")
+        raise TypeError("token ids: expected a list of ints, got None")
     ids = integers("token ids", value)
     if ids.ndim != 1:
-        raise ValueError(f"token ids of shape {ids.shape}: expected one dimension")
+        raise ValueError(f"token ids: expected one dimension, got shape {ids.shape}")
     if ids.size and (ids.max() > _INT32.max or ids.min() < _INT32.min):
         wrong = ids[(ids > _INT32.max) | (ids < _INT32.min)][0]
-        raise ValueError(f"token id {wrong}: expected 32-bit integers")
+        raise ValueError(f"token ids: expected 32-bit integers, got {wrong}")
     return ids.astype(np.int32)
 
 

@@ -42,7 +42,7 @@ def chosen() -> str:
     """
     name = os.environ.get("KVPAGER_GPU_ATTENTION", "auto")
     if name not in CHOICES:
-        raise ValueError(f"KVPAGER_GPU_ATTENTION={name!r}: must be one of {list(CHOICES)}")
+        raise ValueError(f"KVPAGER_GPU_ATTENTION={name!r}: expected one of {list(CHOICES)}")
     return name
 
 

@@ -205,7 +205,7 @@ class BlockStorage:
         memory have ended.
         """
         if tier not in ("device", "host"):
-            raise ValueError(f'tier={tier!r}: must be "device" or "host"')
+            raise ValueError(f'tier={tier!r}: expected "device" or "host"')
         if tier == "host":
             self._host_reads.wait()
             return self._host_tier
@@ -235,7 +235,7 @@ class BlockStorage:
         `grow` replaces it: call this again. Raises: `IndexError` for an unknown layer.
         """
         if not 0 <= index < len(self._layers):
-            raise IndexError(f"layer={index}: must be 0 to {len(self._layers) - 1}")
+            raise IndexError(f"layer={index}: expected 0 to {len(self._layers) - 1}")
         self._order.enter()
         return self._caches[index]
 
@@ -264,7 +264,7 @@ class BlockStorage:
         if not isinstance(plan, Plan):
             kind = type(plan).__name__
             raise TypeError(
-                f"plan: must be a Plan, not {kind}. For a step, call copy(step.copies)."
+                f"plan: expected a Plan, got {kind}. For a step, call copy(step.copies)."
             )
         source, destination = self.tier(plan.source), self.tier(plan.destination)
         if len(plan) == 0:
@@ -291,7 +291,7 @@ class BlockStorage:
             other.layers, other.dtype, other.kv_cache_dtype, other.block_size
         ):  # fmt: skip
             raise ValueError(
-                f"other={other!r}: must have the layers, dtypes and block size of {self!r}"
+                f"other={other!r}: expected the layers, dtypes and block size of {self!r}"
             )
         copies = _as_copies(copies)
         _check_copies(copies, other.num_blocks, self.num_blocks, lowest=0)
@@ -333,7 +333,7 @@ class BlockStorage:
         """
         if not 1 <= count <= len(self._layers):
             raise ValueError(
-                f"count={count}: must be 1 to {len(self._layers)}, the number of layers"
+                f"count={count}: expected 1 to {len(self._layers)}, the number of layers"
             )
         if count == len(self._layers):
             return
@@ -405,20 +405,20 @@ def _layout(
 def _as_copies(copies: Int32) -> Int32:
     array = np.asarray(copies)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"copies.dtype={array.dtype}: must be an integer dtype, such as int32")
+        raise TypeError(f"copies.dtype={array.dtype}: expected an integer dtype, such as int32")
     return array
 
 
 def _check_copies(copies: Int32, num_sources: int, num_destinations: int, lowest: int) -> None:
     """Raise `ValueError` unless `copies` is [n, 2] and names existing blocks. O(n)."""
     if copies.ndim != 2 or copies.shape[1] != 2:
-        raise ValueError(f"copies.shape={list(copies.shape)}: must be int32 [n, 2]")
+        raise ValueError(f"copies.shape={list(copies.shape)}: expected int32 [n, 2]")
     for column, name, bound in ((0, "source", num_sources), (1, "destination", num_destinations)):
         blocks = copies[:, column]
         wrong = blocks[(blocks < lowest) | (blocks >= bound)]
         if len(wrong):
             raise ValueError(
-                f"{name} block {wrong[0]}: must be {lowest} to {bound - 1}"
+                f"{name} block {wrong[0]}: expected {lowest} to {bound - 1}"
                 + (" (-1 skips the pair)" if lowest < 0 else "")
             )
 
@@ -428,16 +428,16 @@ def _dtypes(
 ) -> tuple[torch.dtype, KVCacheDtype | None]:
     """Return both dtypes after checking them."""
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype={dtype!r}: must be a torch.dtype, such as torch.float32")
+        raise TypeError(f"dtype={dtype!r}: expected a torch.dtype, such as torch.float32")
     if not dtype.is_floating_point:
-        raise TypeError(f"dtype={dtype}: must be a floating dtype, such as torch.bfloat16")
+        raise TypeError(f"dtype={dtype}: expected a floating dtype, such as torch.bfloat16")
     if dtype.itemsize < 2:
         raise TypeError(
-            f"dtype={dtype}: must have at least 16 bits. Set kv_cache_dtype to store eight bits."
+            f"dtype={dtype}: expected at least 16 bits. Set kv_cache_dtype to store eight bits."
         )
     if kv_cache_dtype is not None and kv_cache_dtype not in KV_CACHE_DTYPES:
         raise ValueError(
-            f"kv_cache_dtype={kv_cache_dtype!r}: must be None or one of {list(KV_CACHE_DTYPES)}"
+            f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {list(KV_CACHE_DTYPES)} or None"
         )
     return dtype, kv_cache_dtype
 
@@ -447,15 +447,15 @@ def _layer_shapes(layers: Sequence[LayerShape | tuple[int, int, int]]) -> tuple[
     for index, layer in enumerate(layers):
         if not isinstance(layer, Sized):
             raise TypeError(
-                f"layers[{index}]={layer!r}: must be a LayerShape. Pass a list with one per layer."
+                f"layers[{index}]={layer!r}: expected a LayerShape. Pass a list with one per layer."
             )
         if len(layer) != len(LayerShape._fields):
-            raise ValueError(f"layers[{index}]={layer!r}: must be {LayerShape._fields}")
+            raise ValueError(f"layers[{index}]={layer!r}: expected {LayerShape._fields}")
         sizes = (
             arguments.count(f"layers[{index}].{name}", size, at_least=1)
             for name, size in zip(LayerShape._fields, layer, strict=True)
         )
         shapes.append(LayerShape(*sizes))
     if not shapes:
-        raise ValueError("layers: must not be empty. Pass a LayerShape for every layer.")
+        raise ValueError("layers: expected at least one. Pass a LayerShape for every layer.")
     return tuple(shapes)

@@ -45,11 +45,11 @@ class KeyContext:
         """Check the fields. Raises: `TypeError` or `ValueError` for a bad field."""
         for name in ("layout", "model"):
             if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name}={getattr(self, name)!r}: must be a str")
+                raise TypeError(f"{name}={getattr(self, name)!r}: expected a str")
         arguments.label("lora", self.lora)
         secret = self.secret
         if not isinstance(secret, bytes) or (secret and not 16 <= len(secret) <= 64):
-            raise ValueError("secret: must be 16 to 64 bytes, or empty")
+            raise ValueError("secret: expected 16 to 64 bytes, or empty")
 
 
 def content_keys(

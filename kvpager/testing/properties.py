@@ -80,16 +80,16 @@ def check_adapter(adapter: Any) -> None:
     """
     for name in ("allocate", "num_cached_tokens", "append", "free", "block_table"):
         if not callable(getattr(adapter, name, None)):
-            raise TypeError(f"adapter: {name} must be a method")
+            raise TypeError(f"adapter.{name}: expected a method")
     for name in ("num_blocks", "block_size"):
         if not isinstance(getattr(adapter, name, None), int):
-            raise TypeError(f"adapter: {name} must be an int")
+            raise TypeError(f"adapter.{name}: expected an int")
     errors = getattr(adapter, "out_of_blocks", None)
     kinds = errors if isinstance(errors, tuple) else (errors,)
     if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
-        raise TypeError("adapter: out_of_blocks must be an exception class, or several")
+        raise TypeError("adapter.out_of_blocks: expected an exception class, or several")
     free = getattr(adapter, "num_free_blocks", None)
     if not callable(free) or not isinstance(free(), int):
-        raise TypeError("adapter: num_free_blocks must be a method that returns an int")
+        raise TypeError("adapter.num_free_blocks: expected a method that returns an int")
     if hasattr(adapter, "swap") and not hasattr(adapter, "num_host_blocks"):
-        raise TypeError("adapter: swap needs num_host_blocks")
+        raise TypeError("adapter.swap: needs num_host_blocks. Give the adapter both, or neither.")

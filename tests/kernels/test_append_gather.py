@@ -143,10 +143,10 @@ def test_no_gradient_flows_through_the_cache() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"key": torch.zeros(3, 1, 4)}, ValueError, r"key.shape=\[3, 1, 4\]: must be \[tokens"),
-        ({"value": torch.zeros(2, 1, 2)}, ValueError, r"value.shape=\[2, 1, 2\]: must be"),
-        ({"slots": torch.zeros(2).long()}, ValueError, r"slots.shape=\[2\]: must be"),
-        ({"slots": torch.zeros(3)}, TypeError, "slots.dtype=torch.float32: must be torch.int32"),
+        ({"key": torch.zeros(3, 1, 4)}, ValueError, r"key.shape=\[3, 1, 4\]: expected \[tokens"),
+        ({"value": torch.zeros(2, 1, 2)}, ValueError, r"value.shape=\[2, 1, 2\]: expected"),
+        ({"slots": torch.zeros(2).long()}, ValueError, r"slots.shape=\[2\]: expected"),
+        ({"slots": torch.zeros(3)}, TypeError, "slots.dtype=torch.float32: expected torch.int32"),
         (
             {"key": torch.zeros(3, 1, 2).double()},
             TypeError,
@@ -154,7 +154,11 @@ def test_no_gradient_flows_through_the_cache() -> None:
         ),
         ({"key": torch.zeros(3, 2, 4).mT[..., :1, :]}, ValueError, "pass key.contiguous"),
         ({"value": torch.zeros(3, 2, 4).mT[..., :1, :]}, ValueError, "pass value.contiguous"),
-        ({"slots": torch.zeros(3, device="meta").long()}, ValueError, "slots.device=meta: must be"),
+        (
+            {"slots": torch.zeros(3, device="meta").long()},
+            ValueError,
+            "slots.device=meta: expected",
+        ),
     ],
 )
 def test_append_refuses_mismatched_tensors(
@@ -169,7 +173,7 @@ def test_append_refuses_mismatched_tensors(
 
 def test_gather_refuses_a_negative_length() -> None:
     cache, _ = strided_caches(2, 4, 1, 2, 2, torch.float32)
-    with pytest.raises(ValueError, match="length=-1: must be at least 0"):
+    with pytest.raises(ValueError, match="length=-1: expected at least 0"):
         gather_kv(cache, torch.zeros(1, 1).int(), torch.ones(1).int(), -1)
 
 
@@ -179,7 +183,7 @@ def test_gather_in_another_dtype_rounds_once(implementation: Kernels) -> None:
     tables, lens = torch.tensor([[1]]).int(), torch.tensor([4])
     gathered = implementation.gather_kv(cache, tables, lens, 4, dtype=torch.bfloat16)
     assert torch.equal(gathered[0], cache[1].bfloat16())
-    with pytest.raises(TypeError, match=r"dtype=torch.int32: must be a floating dtype"):
+    with pytest.raises(TypeError, match=r"dtype=torch.int32: expected a floating dtype"):
         gather_kv(cache, tables, lens, 4, dtype=torch.int32)
 
 
@@ -253,7 +257,7 @@ def test_block_copies_may_be_none_at_all(implementation: Kernels) -> None:
 
 
 def test_block_copies_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"copies.shape=\[2, 3\]: must be \[pairs, 2\]"):
+    with pytest.raises(ValueError, match=r"copies.shape=\[2, 3\]: expected \[pairs, 2\]"):
         copy_blocks(torch.zeros(2, 2), torch.zeros(2, 3).int())
 
 

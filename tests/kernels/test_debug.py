@@ -84,9 +84,9 @@ BAD_ATTENTION = [
     ({"cu_seqlens_q": torch.tensor([0, 2, 5])}, r"cu_seqlens_q\[2\]=5: must rise"),
     (
         {"cu_seqlens_q": torch.tensor([0, 5, 4])},
-        r"cu_seqlens_q\[2\]=4: must not fall from one row to the next",
+        r"cu_seqlens_q\[2\]=4: expected at least that of the row before",
     ),
-    ({"cu_seqlens_q": torch.tensor([0, -1, 4])}, r"cu_seqlens_q\[1\]=-1: must not fall"),
+    ({"cu_seqlens_q": torch.tensor([0, -1, 4])}, r"cu_seqlens_q\[1\]=-1: expected at least"),
     (
         {"kv_starts": torch.tensor([0, -5])},
         r"kv_starts\[1\]=-5: the first token of a row is 0",

@@ -225,7 +225,7 @@ def test_no_queries_give_an_empty_result(implementation: Kernels) -> None:
         ({"query": torch.zeros(2, 3, 8)}, ValueError, "3 query heads are no multiple of 2"),
         ({"query": torch.zeros(2, 4, 6)}, ValueError, "head_dim 6, but key_cache has 8"),
         ({"query": torch.zeros(3, 4, 8)}, ValueError, "3 tokens for 2 rows; pass cu_seqlens_q"),
-        ({"query": torch.zeros(2, 32)}, ValueError, r"query.shape=\[2, 32\]: must be"),
+        ({"query": torch.zeros(2, 32)}, ValueError, r"query.shape=\[2, 32\]: expected"),
         (
             {"query": torch.zeros(2, 4, 8).half()},
             TypeError,
@@ -235,7 +235,7 @@ def test_no_queries_give_an_empty_result(implementation: Kernels) -> None:
         (
             {"query": torch.zeros(2, 4, 8).int()},
             TypeError,
-            "query.dtype=torch.int32: must be a floati",
+            "query.dtype=torch.int32: expected a floati",
         ),
         (
             {"key_cache": torch.zeros(4, 4, 8, 2).mT},
@@ -251,7 +251,7 @@ def test_no_queries_give_an_empty_result(implementation: Kernels) -> None:
         (
             {"seq_lens": torch.ones(2)},
             TypeError,
-            "seq_lens.dtype=torch.float32: must be torch.int32",
+            "seq_lens.dtype=torch.float32: expected torch.int32",
         ),
         ({"seq_lens": torch.ones(3).int()}, ValueError, r"seq_lens.shape=\[3\]"),
         (
@@ -259,40 +259,40 @@ def test_no_queries_give_an_empty_result(implementation: Kernels) -> None:
             ValueError,
             r"seq_lens.* 5.*, but block_tables has room",
         ),
-        ({"cu_seqlens_q": torch.ones(2).int()}, ValueError, r"must be \[rows \+ 1\] = \[3\]"),
-        ({"window": 0}, ValueError, "window=0: must be at least 1 token"),
-        ({"window": "3"}, TypeError, "window='3': must be a whole number of tokens, or None"),
-        ({"window": 2.5}, TypeError, "window=2.5: must be a whole number"),
-        ({"window": True}, TypeError, "window=True: must be a whole number"),
-        ({"window": [3]}, TypeError, r"window=\[3\]: must be a whole number"),
-        ({"causal": "no"}, TypeError, "causal='no': must be True or False"),
-        ({"softmax_scale": NAN}, ValueError, "softmax_scale=nan: must be a finite 32-bit number"),
+        ({"cu_seqlens_q": torch.ones(2).int()}, ValueError, r"expected \[rows \+ 1\] = \[3\]"),
+        ({"window": 0}, ValueError, "window=0: expected at least 1 token"),
+        ({"window": "3"}, TypeError, "window='3': expected a whole number of tokens, or None"),
+        ({"window": 2.5}, TypeError, "window=2.5: expected a whole number"),
+        ({"window": True}, TypeError, "window=True: expected a whole number"),
+        ({"window": [3]}, TypeError, r"window=\[3\]: expected a whole number"),
+        ({"causal": "no"}, TypeError, "causal='no': expected True or False"),
+        ({"softmax_scale": NAN}, ValueError, "softmax_scale=nan: expected a finite 32-bit number"),
         (
             {"softmax_scale": 1e39},
             ValueError,
-            r"softmax_scale=1e\+39: must be a finite 32-bit number",
+            r"softmax_scale=1e\+39: expected a finite 32-bit number",
         ),
-        ({"softcap": 1e-50}, ValueError, "softcap=1e-50: must be more than 0"),
-        ({"softcap": float("inf")}, ValueError, "softcap=inf: must be more than 0"),
-        ({"window": 1 << 63}, ValueError, "window=9223372036854775808: must be at least 1"),
-        ({"query": None}, TypeError, "query: must be a torch.Tensor, not NoneType"),
-        ({"seq_lens": None}, TypeError, "seq_lens: must be a torch.Tensor, not NoneType"),
-        ({"softcap": -1}, ValueError, "softcap=-1: must be more than 0"),
-        ({"softcap": NAN}, ValueError, "softcap=nan: must be more than 0"),
-        ({"softcap": "x"}, TypeError, "softcap='x': must be a number, or None for no cap"),
+        ({"softcap": 1e-50}, ValueError, "softcap=1e-50: expected more than 0"),
+        ({"softcap": float("inf")}, ValueError, "softcap=inf: expected more than 0"),
+        ({"window": 1 << 63}, ValueError, "window=9223372036854775808: expected at least 1"),
+        ({"query": None}, TypeError, "query: expected a torch.Tensor, got NoneType"),
+        ({"seq_lens": None}, TypeError, "seq_lens: expected a torch.Tensor, got NoneType"),
+        ({"softcap": -1}, ValueError, "softcap=-1: expected more than 0"),
+        ({"softcap": NAN}, ValueError, "softcap=nan: expected more than 0"),
+        ({"softcap": "x"}, TypeError, "softcap='x': expected a number, or None for no cap"),
         (
             {"softmax_scale": "x"},
             TypeError,
-            r"softmax_scale='x': must be a number, or None for head_dim \*\* -0.5",
+            r"softmax_scale='x': expected a number, or None for head_dim \*\* -0.5",
         ),
-        ({"softmax_scale": 1j}, TypeError, "softmax_scale=1j: must be a number"),
+        ({"softmax_scale": 1j}, TypeError, "softmax_scale=1j: expected a number"),
         (
             {"softmax_scale": torch.ones(())},
             TypeError,
-            r"softmax_scale=tensor\(1.\): must be a number",
+            r"softmax_scale=tensor\(1.\): expected a number",
         ),
-        ({"softcap": 0.0}, ValueError, "softcap=0.0: must be more than 0"),
-        ({"sinks": torch.zeros(2)}, ValueError, r"sinks.shape=\[2\]: must be"),
+        ({"softcap": 0.0}, ValueError, "softcap=0.0: expected more than 0"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks.shape=\[2\]: expected"),
         (
             {"mask": torch.zeros(3, 1, 1, 1)},
             ValueError,
@@ -301,7 +301,7 @@ def test_no_queries_give_an_empty_result(implementation: Kernels) -> None:
         (
             {"mask": torch.zeros(1, 1, 1, 1).int()},
             TypeError,
-            "mask.dtype=torch.int32: must be torch.bool",
+            "mask.dtype=torch.int32: expected torch.bool",
         ),
         ({"mask": torch.zeros(1, 1, 0, 1)}, ValueError, "mask has 0 query rows, but a row has 1"),
         (
@@ -313,7 +313,7 @@ def test_no_queries_give_an_empty_result(implementation: Kernels) -> None:
         (
             {"seq_lens": torch.ones(2, device="meta").int()},
             ValueError,
-            "seq_lens.device=meta: must be",
+            "seq_lens.device=meta: expected",
         ),
     ],
 )
@@ -328,7 +328,7 @@ def test_attention_refuses_mismatched_arguments(
 
 def test_an_invalid_option_equal_to_a_valid_one_is_refused() -> None:
     paged_attention(**attention_arguments(), window=3)
-    with pytest.raises(TypeError, match=r"window=3.0: must be a whole number"):
+    with pytest.raises(TypeError, match=r"window=3.0: expected a whole number"):
         paged_attention(**attention_arguments(), window=3.0)
 
 
@@ -351,7 +351,7 @@ def test_an_argument_that_is_no_tensor_is_reported(
     operation: Any, arguments: Any, name: str, wrong: Any, kind: str
 ) -> None:
     with pytest.raises(
-        TypeError, match=rf"^{name}: must be a torch.Tensor, not {kind}. Use torch.from_"
+        TypeError, match=rf"^{name}: expected a torch.Tensor, got {kind}. Use torch.from_"
     ):
         operation(**{**arguments(), name: wrong})
 
@@ -392,7 +392,7 @@ def test_a_registered_kernel_is_selected_on_its_device_only(
 
 
 def test_an_operation_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ValueError, match="operation='sort': must be one of"):
+    with pytest.raises(ValueError, match="operation='sort': expected one of"):
         backends.register("sort", "cpu", print, "a misspelling")
     with pytest.raises(ValueError, match="operation='sort'"):
         backends.select("sort", torch.device("cpu"))

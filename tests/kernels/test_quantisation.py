@@ -118,7 +118,7 @@ def test_a_nan_or_infinity_makes_only_its_vector_nan(kv_cache_dtype: str, fault:
 
 
 def test_an_unsupported_kv_cache_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dtype=torch.int16: must be one of \[torch.int8"):
+    with pytest.raises(ValueError, match=r"dtype=torch.int16: expected one of \[torch.int8"):
         quantise(torch.ones(2, 2), torch.int16)
 
 
@@ -384,7 +384,7 @@ FLOAT_CACHE = torch.zeros(4, 4, 2, 8)
         (
             {"key_cache": FLOAT_CACHE, "value_cache": FLOAT_CACHE},
             ValueError,
-            "key_scales: must be None, because key_cache.dtype=torch.float32 has no scales",
+            "key_scales: expected None, because key_cache.dtype=torch.float32 has no scales",
         ),
         (
             {"value_cache": FLOAT_CACHE},
@@ -394,37 +394,37 @@ FLOAT_CACHE = torch.zeros(4, 4, 2, 8)
         (
             {"scales": torch.ones(2, 4, 4, 2)},
             TypeError,
-            r"scales: must be \(key_scales, value_scales\), not a Tensor",
+            r"scales: expected \(key_scales, value_scales\), got a Tensor",
         ),
         (
             {"scales": (torch.ones(4, 4, 2),)},
             TypeError,
-            r"scales: must be \(key_scales, value_scales\), not a tuple",
+            r"scales: expected \(key_scales, value_scales\), got a tuple",
         ),
         (
             {"scales": (None, None)},
             TypeError,
-            r"scales: must be \(key_scales, value_scales\), not a tuple",
+            r"scales: expected \(key_scales, value_scales\), got a tuple",
         ),
         (
             {"scales": (torch.ones(4, 4, 2), None)},
             TypeError,
-            r"scales: must be \(key_scales, value_scales\), not a tuple",
+            r"scales: expected \(key_scales, value_scales\), got a tuple",
         ),
         (
             {"key_cache": FLOAT_CACHE, "value_cache": FLOAT_CACHE, "scales": (None, None)},
             TypeError,
-            r"scales: must be \(key_scales, value_scales\), not a tuple",
+            r"scales: expected \(key_scales, value_scales\), got a tuple",
         ),
         (
             {"scales": (torch.ones(4, 4), torch.ones(4, 4))},
             ValueError,
-            r"key_scales.shape=\[4, 4\]: must be .*kv_heads\] = \[4, 4, 2\]",
+            r"key_scales.shape=\[4, 4\]: expected .*kv_heads\] = \[4, 4, 2\]",
         ),
         (
             {"scales": (torch.ones(4, 4, 2), torch.ones(4, 4, 2).half())},
             TypeError,
-            "value_scales.dtype=torch.float16: must be torch.float32",
+            "value_scales.dtype=torch.float16: expected torch.float32",
         ),
         (
             {"scales": (torch.ones(4, 2, 4).mT, torch.ones(4, 4, 2))},
@@ -434,12 +434,12 @@ FLOAT_CACHE = torch.zeros(4, 4, 2, 8)
         (
             {"scales": (torch.ones(4, 4, 2), torch.ones(4, 4, 2, device="meta"))},
             ValueError,
-            "value_scales.device=meta: must be cpu, the device of the cache",
+            "value_scales.device=meta: expected cpu, the device of the cache",
         ),
         (
             {"key_cache": FLOAT_CACHE.int(), "value_cache": FLOAT_CACHE.int(), "scales": None},
             TypeError,
-            "key_cache.dtype=torch.int32: must be a floating dtype",
+            "key_cache.dtype=torch.int32: expected a floating dtype",
         ),
     ],
 )
@@ -457,7 +457,7 @@ def test_keys_and_queries_are_never_eight_bits_themselves() -> None:
     eight = torch.ones(1, 2, 8).to(torch.float8_e4m3fn)
     tables, lens = torch.zeros(1, 1).int(), torch.ones(1).int()
     with pytest.raises(
-        TypeError, match=r"key.dtype=torch.float8_e4m3fn: must be a floating dtype of"
+        TypeError, match=r"key.dtype=torch.float8_e4m3fn: expected a floating dtype of"
     ):
         append_kv(eight, eight, slots=torch.tensor([0]), **caches)
     with pytest.raises(
@@ -465,7 +465,7 @@ def test_keys_and_queries_are_never_eight_bits_themselves() -> None:
     ):
         append_kv(eight.float(), eight.bfloat16(), slots=torch.tensor([0]), **caches)
     with pytest.raises(
-        TypeError, match=r"query.dtype=torch.float8_e4m3fn: must be a floating dtype"
+        TypeError, match=r"query.dtype=torch.float8_e4m3fn: expected a floating dtype"
     ):
         paged_attention(eight, block_tables=tables, seq_lens=lens, **caches)
 
@@ -475,13 +475,13 @@ def test_keys_and_queries_are_never_eight_bits_themselves() -> None:
     [
         ({"scales": None}, ValueError, "cache.dtype=torch.int8: needs scales"),
         ({"dtype": None}, TypeError, "dtype=None: required with scales"),
-        ({"dtype": torch.int8}, TypeError, "dtype=torch.int8: must be a floating dtype"),
-        ({"scales": (1, 2)}, TypeError, "scales: must be the scales tensor of cache, not a tuple"),
+        ({"dtype": torch.int8}, TypeError, "dtype=torch.int8: expected a floating dtype"),
+        ({"scales": (1, 2)}, TypeError, "scales: expected the scales tensor of cache, got a tuple"),
         ({"scales": torch.ones(4, 4, 3)}, ValueError, r"scales.shape=\[4, 4, 3\]"),
         (
             {"cache": FLOAT_CACHE},
             ValueError,
-            "scales: must be None, because cache.dtype=torch.float32",
+            "scales: expected None, because cache.dtype=torch.float32",
         ),
     ],
 )

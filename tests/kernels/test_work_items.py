@@ -150,7 +150,7 @@ def test_a_fixed_chunk_stays_fixed_while_its_row_grows() -> None:
 
 
 def test_a_chunk_that_no_tile_fits_is_refused() -> None:
-    with pytest.raises(ValueError, match="chunk=6: must be a positive multiple of 4 kv tokens"):
+    with pytest.raises(ValueError, match="chunk=6: expected a positive multiple of 4 kv tokens"):
         Planner(TILING, chunk=6)
 
 

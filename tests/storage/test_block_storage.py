@@ -136,11 +136,11 @@ def test_unknown_blocks_and_other_shapes_are_not_copied() -> None:
         BlockStorage(6, 8, [(2, 8, 8)], dtype=torch.float32),
         BlockStorage(6, 4, [(2, 8, 8)], dtype=torch.bfloat16),
     ):
-        with pytest.raises(ValueError, match="must have the layers, dtypes and block size"):
+        with pytest.raises(ValueError, match="expected the layers, dtypes and block size"):
             here.copy_from(other, pairs)
     smaller = BlockStorage(2, 4, [(2, 8, 8)], dtype=torch.float32)
     for wrong in ([[2, 0]], [[0, 6]], [[-1, 0]], [[0, -1]]):
-        with pytest.raises(ValueError, match=r"block -?\d+: must be"):
+        with pytest.raises(ValueError, match=r"block -?\d+: expected"):
             here.copy_from(smaller, np.array(wrong, np.int32))
 
 
@@ -185,7 +185,7 @@ def test_a_pool_and_its_storage_shrink_together() -> None:
         ({"num_blocks": 0}, "num_blocks=0: expected at least 1"),
         ({"block_size": 12}, "block_size=12: expected a power of two"),
         ({"block_size": 0}, "block_size=0: expected at least 1"),
-        ({"layers": []}, "layers: must not be empty"),
+        ({"layers": []}, "layers: expected at least one"),
         ({"layers": [LayerShape(2, 0, 8)]}, r"layers\[0\].head_dim=0: expected at least 1"),
         ({"num_host_blocks": -1}, "num_host_blocks=-1: expected at least 0"),
     ],
@@ -199,12 +199,12 @@ def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
-        (torch.int8, r"dtype=torch.int8: must be a floating dtype"),
+        (torch.int8, r"dtype=torch.int8: expected a floating dtype"),
         (
             torch.float8_e4m3fn,
-            r"dtype=torch.float8_e4m3fn: must have at least 16 bits. Set kv_cache_dtype",
+            r"dtype=torch.float8_e4m3fn: expected at least 16 bits. Set kv_cache_dtype",
         ),
-        ("float32", "dtype='float32': must be a torch.dtype"),
+        ("float32", "dtype='float32': expected a torch.dtype"),
     ],
 )
 def test_a_dtype_without_arithmetic_is_refused(dtype: Any, message: str) -> None:
@@ -214,24 +214,24 @@ def test_a_dtype_without_arithmetic_is_refused(dtype: Any, message: str) -> None
 
 @pytest.mark.parametrize("kv_cache_dtype", ["int4", "fp8", torch.int8])
 def test_an_unknown_kv_cache_dtype_is_refused(kv_cache_dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be None or one of \['int8', 'fp8_e4m3'\]"):
+    with pytest.raises(ValueError, match=r"expected None or one of \['int8', 'fp8_e4m3'\]"):
         BlockStorage(4, 16, EQUAL, dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
 
 
 def test_unknown_blocks_are_refused_and_nothing_is_copied() -> None:
     storage = numbered(num_host_blocks=2)
     before = storage.tier().clone()
-    with pytest.raises(ValueError, match="destination block 6: must be -1 to 5"):
+    with pytest.raises(ValueError, match="destination block 6: expected -1 to 5"):
         storage.copy(pairs((0, 1), (0, 6)))
-    with pytest.raises(ValueError, match="source block 2: must be 0 to 1"):
+    with pytest.raises(ValueError, match="source block 2: expected 0 to 1"):
         storage.apply(move("host", "device", (0, 0), (2, 1)))
-    with pytest.raises(ValueError, match=r"copies.shape=\[2\]: must be int32 \[n, 2\]"):
+    with pytest.raises(ValueError, match=r"copies.shape=\[2\]: expected int32 \[n, 2\]"):
         storage.copy(np.array([0, 1], np.int32))
     assert torch.equal(storage.tier(), before)
 
 
 def test_a_layer_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(IndexError, match="layer=3: must be 0 to 2"):
+    with pytest.raises(IndexError, match="layer=3: expected 0 to 2"):
         numbered().layer(3)
 
 
@@ -301,5 +301,5 @@ def test_dropping_last_layers_frees_their_memory_and_keeps_the_first() -> None:
     assert storage.layer(1)[1].eq(11).all()
     assert storage.tier("host").eq(7).all()
     for count in (0, 3):
-        with pytest.raises(ValueError, match="must be 1 to 2"):
+        with pytest.raises(ValueError, match="expected 1 to 2"):
             storage.keep_layers(count)

@@ -82,7 +82,7 @@ def test_an_unquantised_storage_has_no_scales_or_gaps() -> None:
     assert [cache.storage_offset() for i in range(3) for cache in storage.layer(i)] == [
         *(0, 3, 4, 7, 8, 11)
     ]
-    with pytest.raises(IndexError, match="layer=3: must be 0 to 2"):
+    with pytest.raises(IndexError, match="layer=3: expected 0 to 2"):
         storage.scales(3)
 
 

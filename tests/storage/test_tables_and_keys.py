@@ -283,7 +283,7 @@ def test_a_key_stays_the_same_from_release_to_release() -> None:
 
 @pytest.mark.parametrize("secret", [b"short", b"s" * 15, b"s" * 65, "s" * 16, None, bytearray(16)])
 def test_a_secret_of_the_wrong_length_or_kind_is_refused(secret: object) -> None:
-    with pytest.raises(ValueError, match="secret: must be 16 to 64 bytes"):
+    with pytest.raises(ValueError, match="secret: expected 16 to 64 bytes"):
         content_keys(IDS, 4, replace(CONTEXT, secret=secret))  # type: ignore[arg-type]
 
 

@@ -79,10 +79,9 @@ class Budget:
         self.bound = parse_memory(memory, self.name)
         self._given = memory if isinstance(memory, str) else None
         self.block_size = arguments.block_size(block_size)
-        if kv_cache_dtype is not None and kv_cache_dtype not in list(KV_CACHE_DTYPES):
-            raise ValueError(
-                f"kv_cache_dtype={kv_cache_dtype!r}: must be None or one of {list(KV_CACHE_DTYPES)}"
-            )
+        known = list(KV_CACHE_DTYPES)
+        if kv_cache_dtype is not None and kv_cache_dtype not in known:
+            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {known} or None")
         self.kv_cache_dtype = kv_cache_dtype
         self.in_place = in_place
         self.counters = Counters()

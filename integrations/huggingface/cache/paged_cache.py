@@ -293,7 +293,7 @@ class PagedCache(DynamicCache):
             tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         if tokens_to_remove > 0:
             raise ValueError(
-                f"tokens_to_remove={tokens_to_remove}: must be negative. "
+                f"tokens_to_remove={tokens_to_remove}: expected a negative number. "
                 f"Pass {-tokens_to_remove} to remove that many tokens."
             )
         paged = self.paged_layers()

@@ -148,7 +148,7 @@ def _memory(
     share = config.max_memory_percent
     if share is not None:
         if not 0 < share <= 1:
-            raise ValueError(f"max_memory_percent={share}: must be above 0 and at most 1")
+            raise ValueError(f"max_memory_percent={share}: expected more than 0, at most 1")
         return int(free_bytes(info.device) * share)
     announced = _announced_blocks(hints, info, block_size, max_num_seqs)
     if announced is None:

@@ -266,5 +266,5 @@ def test_the_provider_registers_every_operation() -> None:
 
 
 def test_one_layer_shape_in_place_of_a_list_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"layers\[0\]=2: must be a LayerShape. Pass a list with"):
+    with pytest.raises(TypeError, match=r"layers\[0\]=2: expected a LayerShape. Pass a list with"):
         BlockStorage(8, 16, LayerShape(2, 8, 8), dtype=torch.float32)

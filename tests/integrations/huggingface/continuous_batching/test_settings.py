@@ -81,7 +81,7 @@ def test_a_share_of_the_memory(llama: PreTrainedModel, monkeypatch: pytest.Monke
     monkeypatch.setattr(options, "free_bytes", lambda device: 2 << 20)
     per_mebibyte = pool(made(llama)).num_blocks
     assert pool(made(llama, max_memory_percent=0.5)).num_blocks == per_mebibyte
-    with pytest.raises(ValueError, match="above 0 and at most 1"):
+    with pytest.raises(ValueError, match="expected more than 0, at most 1"):
         made(llama, max_memory_percent=90)
 
 
