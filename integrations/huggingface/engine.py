@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from kvpager import _validate as arguments
+from kvpager._atomic import Uninterrupted, new_lock
 from kvpager._text import counted, size
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.engine.config import EngineConfig
@@ -101,19 +102,23 @@ class Engine:
             functools.partial(_usual_settings, model, self._tokenizer)
         )
         self._defaults: dict[str, Any] = {}
-        switch = AttentionSwitch(model)
+        switch, lock = AttentionSwitch(model), new_lock()
         try:
             switch.acquire()
-            self._core = self._start(switch, on_step)
+            start = self._prepare(switch, on_step)
+            with lock, Uninterrupted(lock):  # an interrupt in between would lose the thread
+                self._core = start()
         except BaseException:
+            if hasattr(self, "_core"):
+                self._core.close()
             switch.release()
             raise
         logger.info("engine started: %r", self)
 
-    def _start(
+    def _prepare(
         self, switch: AttentionSwitch, on_step: Callable[[StepRecord], None] | None
-    ) -> EngineCore:
-        """Make the engine's parts for its model, and begin."""
+    ) -> Callable[[], EngineCore]:
+        """Make the parts for the model. Return the function that begins."""
         model, config = self.model, self.config
         self._budget = budget = Budget(
             config.memory,
@@ -137,7 +142,8 @@ class Engine:
         scheduler = make_scheduler(info, config, sizes, length, max_chunk, runner)
         if info.device.type in warming.COMPILING:
             warming.warm_up(runner, config.max_batch_tokens, config.max_num_seqs)
-        return EngineCore(
+        return functools.partial(
+            EngineCore,
             scheduler,
             runner,
             LogitsSampler(),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from kvpager._atomic import Uninterrupted
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.engine.loop import Loop
 from kvpager.engine.metrics import EngineStats, StepRecord
@@ -104,8 +105,13 @@ class EngineCore:
         quotas = LiveQuotas(scheduler.manager, self._loop.live_requests)
         self.quotas = NamespaceQuotas(lambda: [(quotas, runner.block_bytes)], self._locked)
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
-        _open.add(self)
-        self._thread.start()
+        try:
+            with self._lock, Uninterrupted(self._lock):
+                self._thread.start()
+                _open.add(self)
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def is_open(self) -> bool:

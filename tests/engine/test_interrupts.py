@@ -6,7 +6,9 @@ import contextlib
 import gc
 import os
 import random
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
@@ -52,6 +54,43 @@ def test_the_traceback_of_an_interrupted_call_keeps_no_lock() -> None:
             del kept
             gc.collect()
         assert is_free
+
+
+def test_an_interrupted_construction_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+
+    def make(moment: Moments) -> ToyEngine:
+        with moment:
+            return ToyEngine()
+
+    total = Moments(sys.maxsize, by_signal)
+    make(total).close()
+    found = range(1, sys.maxsize - total.left)
+    for number in random.Random(1).sample(found, min(NUM_MOMENTS, len(found))):
+        with contextlib.suppress(KeyboardInterrupt):
+            make(Moments(number, by_signal)).close()
+        gc.collect()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+def test_an_interrupt_as_the_thread_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ToyEngine()
+    monkeypatch.undo()
+    for thread in started:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("is_end", [False, True], ids=["begin", "end"])

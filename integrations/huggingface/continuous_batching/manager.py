@@ -139,6 +139,27 @@ class PagedBatchingManager(ContinuousBatchingManager):
         engine: Engine = self.batch_processor
         return engine
 
+    def _warm_with_quotas(self) -> Engine:
+        """Return the engine of the next session with the patch's quotas. The caller has the lock.
+
+        If this raises, it leaves no engine that was not there before.
+        """
+        was_warm = self.batch_processor is not None
+        try:
+            engine = self._warm()
+            engine.quotas.update(self._patched.quotas)
+        except BaseException:
+            if not was_warm:
+                self._cool()
+            raise
+        return engine
+
+    def _cool(self) -> None:
+        """Close an engine that no session uses. The caller holds `_control`."""
+        engine, self.batch_processor = self.batch_processor, None
+        if engine is not None:
+            engine.close()
+
     def is_running(self) -> bool:
         """Return True if a session is running in this process. O(1)."""
         return self._status.is_serving and self.process.is_current
@@ -156,8 +177,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
                 if self.is_running():
                     logger.warning("this manager is running already")
                     return
-                engine = self._warm()
-                engine.quotas.update(self._patched.quotas)
+                engine = self._warm_with_quotas()
                 has_begun = True
                 self._begin(engine)
             self._requests.queue_pending()
@@ -272,9 +292,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
             self.stop()
         with self._control:
             self._is_destroyed = True
-            engine, self.batch_processor = self.batch_processor, None
-            if engine is not None:  # warmed up, but never started
-                engine.close()
+            self._cool()
         self._requests.fail_pending()
 
     def pause(self) -> AbstractContextManager[None]:  # type: ignore[override]

@@ -23,6 +23,8 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.models.llama import LlamaConfig  # noqa: E402
 
 import kvpager  # noqa: E402
+from kvpager.engine.core import EngineCore  # noqa: E402
+from kvpager.integrations.huggingface import engine as engine_module  # noqa: E402
 from kvpager.integrations.huggingface.cache.memory import PagedMemory  # noqa: E402
 from kvpager.testing import tiny_llama_path  # noqa: E402
 from tests.support.interrupts import Moments, by_signal  # noqa: E402
@@ -327,6 +329,33 @@ def test_an_output_survives_an_interrupt_of_its_reader(model) -> None:
 
 
 # -------------------------------------------------------------------- engines
+
+
+def test_an_interrupt_at_the_end_of_construction_ends_the_thread(model, monkeypatch) -> None:
+    class Interrupted(EngineCore):
+        def __init__(self, *parts: Any, **options: Any) -> None:
+            super().__init__(*parts, **options)
+            signal.raise_signal(signal.SIGINT)
+
+    before = model.config._attn_implementation
+    monkeypatch.setattr(engine_module, "EngineCore", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kvpager.Engine(model, block_size=4, max_num_seqs=4)
+    check_threads()
+    assert model.config._attn_implementation == before
+
+
+def test_a_session_that_cannot_start_leaves_no_thread(model) -> None:
+    with kvpager.patch(model, memory="1MiB", block_size=4, prefix_cache=True) as paging:
+        paging.quotas["acme"] = "1B"  # less than a block
+        manager = model.init_continuous_batching(GREEDY, BATCHING)
+        with pytest.raises(ValueError, match="one block takes"):
+            manager.start()
+        check_threads()
+        del paging.quotas["acme"]
+        manager.start()
+        with bounded(paging.managers):
+            manager.stop()
 
 
 def test_an_interrupted_engine_serves_the_next_call(model) -> None:
