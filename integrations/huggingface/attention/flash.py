@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.integrations.flash_attention import flash_attention_forward
 
 from kvpager.integrations.huggingface.attention.functions import AttentionFunction, in_place
 from kvpager.integrations.huggingface.cache.paged_tensor import common_view
 from kvpager.integrations.huggingface.cache.paged_view import PagedView
+from kvpager.plans import Int64
 
 # Flash attention computes in these dtypes only; transformers casts others, which changes tokens.
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -111,10 +113,32 @@ def _is_packed(positions: Tensor | None, query: Tensor) -> bool:
 def _hides_padding_only(mask: Tensor | None, view: PagedView) -> bool:
     """Return True if `mask` hides exactly the padding, which no block holds.
 
-    Waits for a GPU, as transformers' own unpadding does. Without a mask, it does not wait.
+    All layers of a step get the same mask, which is compared once. Waits for a GPU then, as
+    transformers' own unpadding does. Without a mask, it does not wait.
     """
     if mask is None:
         return int(view.padding.max(initial=0)) <= view.start
+    if mask.is_inference():  # such a tensor does not tell whether it changed
+        return _is_padding(mask, view)
+    state = mask._version, view.start, view.stop
+    known: _Compared | None = _compared.get(mask)
+    if known is None or known.state != state or known.padding is not view.padding:
+        known = _compared[mask] = _Compared(state, view.padding, _is_padding(mask, view))
+    return known.is_padding
+
+
+class _Compared(NamedTuple):
+    """The result of comparing a mask with the padding of a view."""
+
+    state: tuple[int, int, int]  # the version of the mask, and the columns of the view
+    padding: Int64  # [rows]
+    is_padding: bool
+
+
+_compared: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask
+
+
+def _is_padding(mask: Tensor, view: PagedView) -> bool:
     columns = torch.arange(view.start, view.stop, device=mask.device)
     padding = torch.from_numpy(view.padding).to(mask.device)
     return torch.equal(mask.to(torch.bool), columns >= padding[:, None])

@@ -25,6 +25,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
 
 import kvpager  # noqa: E402
 from kvpager import PagedCache  # noqa: E402 - from here on the attention kvpager is known
+from kvpager.integrations.huggingface.attention import flash as flash_module  # noqa: E402
 from kvpager.integrations.huggingface.attention.flash import reading_flash_in_place  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 
@@ -217,6 +218,32 @@ def test_what_means_something_else_is_left_to_the_original(call: str) -> None:
     assert kwargs == given
     assert args == (MODULE, query, key, value, mask)
     assert batch.paged.memory.counters.in_place_reads == 0
+
+
+def test_a_mask_is_compared_once_for_all_layers_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    compare = flash_module._is_padding
+
+    def counted(mask: Tensor, view: Any) -> bool:
+        compared.append(view.stop)
+        return compare(mask, view)
+
+    monkeypatch.setattr(flash_module, "_is_padding", counted)
+    batch, original = Batch([0, 3], None, torch.bfloat16), Original()
+    flash = reading_flash_in_place(original)
+    for columns in (12, 1):
+        query, (key, value), _ = batch.step(columns)
+        mask = batch.mask(columns, key.shape[2])
+        for _ in range(3):
+            flash(MODULE, query, key, value, mask)
+    assert (compared, original.calls) == ([12, 13], [])
+    assert mask is not None
+    mask[0, 5] = False  # the same tensor hides another column
+    flash(MODULE, query, key, value, mask)
+    assert (compared, len(original.calls)) == ([12, 13, 13], 1)
+    with torch.inference_mode():
+        flash(MODULE, query, key, value, batch.mask(1, key.shape[2]))
+    assert len(original.calls) == 1
 
 
 def test_padding_without_a_mask_is_left_to_the_original() -> None:
