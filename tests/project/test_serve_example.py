@@ -82,7 +82,7 @@ def test_stop_strings_and_max_completion_tokens_are_served(client: Any) -> None:
 
 
 def test_a_setting_that_is_not_served_is_refused(client: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match="n: Extra inputs"):
+    with pytest.raises(openai.BadRequestError, match=r"\nn\n +Extra inputs"):
         client.completions.create(prompt=PROMPT, n=2, **GREEDY)
 
 
