@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 import threading
 
 import pytest
 
+from kvpager.engine.config import EngineConfig
 from kvpager.engine.request_state import RequestSettings
 from kvpager.errors import (
     RequestCancelled,
 )
 from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.scheduling.scheduler import Scheduler
 from tests.support.toy_runner import BLOCK_SIZE, ToyEngine, expected
 
 KINDS = pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
@@ -25,6 +28,13 @@ def some_prompts(count: int = 12, longest: int = 30, seed: int = 1) -> list[list
     return [
         [source.randrange(1000) for _ in range(source.randint(1, longest))] for _ in range(count)
     ]
+
+
+def test_scheduler_and_engine_have_the_same_defaults() -> None:
+    config = EngineConfig()
+    for name, parameter in inspect.signature(Scheduler).parameters.items():
+        if hasattr(config, name):
+            assert getattr(config, name) == parameter.default, name
 
 
 # -------------------------------------------------------------------- tokens
