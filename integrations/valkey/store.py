@@ -46,8 +46,8 @@ class ValkeyStore:
 
     A block is one value, `kvp1:` and the block's content key its name. The server evicts and
     expires blocks by itself. The first writer of a key stays. A server that fails or comes late
-    three times within 10 s is bypassed, see `CircuitBreaker`. Resolving a host name has no
-    deadline. Servers of a cluster are refused.
+    three times within 10 s is bypassed, see `CircuitBreaker`. A block whose save was late may still
+    arrive. Resolving a host name has no deadline. Servers of a cluster are refused.
     """
 
     def __init__(
@@ -154,8 +154,9 @@ class ValkeyStore:
 
     def _find(self, keys: Sequence[bytes], there: list[bool], deadline: float, wire: Wire) -> None:
         for part in self._parts(keys):
-            there += wire.exists([_PREFIX + key for key in part], deadline)
-            if not there[-1]:
+            found = wire.exists([_PREFIX + key for key in part], deadline)
+            there += found
+            if not all(found):
                 return
 
     def _load(
