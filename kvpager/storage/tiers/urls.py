@@ -1,0 +1,187 @@
+"""Stores by URL: `host:32GiB`, `disk:/path?capacity=200GiB`, `valkey://cache:6379`.
+
+Another package adds a scheme with an entry point, a `StoreFactory`:
+
+    [project.entry-points."kvpager.tiers"]
+    mine = "my_package:open_store"
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+from kvpager import _validate as arguments
+from kvpager.storage.tiers.disk import DiskStore
+from kvpager.storage.tiers.host import HostStore
+from kvpager.storage.tiers.layout import BlockLayout
+from kvpager.storage.tiers.protocol import BlockStore
+from kvpager.storage.tiers.seals import Seal
+
+GROUP = "kvpager.tiers"
+_EXAMPLES = '"host:32GiB", "disk:/path?capacity=200GiB" or "valkey://host:6379"'
+
+
+class StoreFactory(Protocol):
+    """Opens the store of a URL whose scheme is the name of the entry point."""
+
+    def __call__(self, url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockStore:
+        """Return the store. Raises: `ValueError` for a bad URL, `OSError` for a store out of reach.
+
+        `seal` protects blocks that leave the process, `Digest()` if None.
+        """
+        ...
+
+
+def open_store(url: str, *, layout: BlockLayout, seal: Seal | None = None) -> BlockStore:
+    """Open the store of `url` for blocks of `layout`.
+
+    | url | store | options |
+    |---|---|---|
+    | `host:32GiB` | `HostStore` | |
+    | `disk:/path?capacity=200GiB` | `DiskStore` | `capacity`, `admit`, `ttl_s` |
+    | `valkey://host:6379`, `redis://`, `unix://`; with TLS `valkeys://`, `rediss://` | `ValkeyStore` | `ttl_s`, `timeout_s`, and those of its `Address` |
+
+    `seal`: `Digest()` unless given. Other schemes are entry points of the group `kvpager.tiers`.
+    Raises: `ValueError`, `TypeError` for a bad URL; `ModuleNotFoundError` for a missing extra; and
+    what the store's constructor raises.
+    """  # noqa: E501
+    return _open("url", url, layout, seal)
+
+
+def open_stores(
+    tiers: str | BlockStore | Sequence[str | BlockStore],
+    *,
+    layout: BlockLayout,
+    seal: Seal | None = None,
+) -> list[BlockStore]:
+    """Return the stores of `tiers`, in order: URLs are opened, stores are taken as they are.
+
+    If one cannot be opened, those that this call opened are closed. Raises: as `open_store`, and
+    `ValueError` for a store of blocks of another size.
+    """
+    listed = [tiers] if isinstance(tiers, str) or _is_store(tiers) else tiers
+    if not isinstance(listed, Sequence):
+        raise TypeError(f"tiers={arguments.shown(tiers)}: expected URLs or stores")
+    stores, opened = list[BlockStore](), list[BlockStore]()
+    try:
+        for tier in listed:
+            if isinstance(tier, str):
+                opened.append(_open("tiers", tier, layout, seal))
+                stores.append(opened[-1])
+            else:
+                stores.append(_taken(tier, layout))
+    except BaseException:
+        for store in opened:
+            store.close()
+        raise
+    return stores
+
+
+def _is_store(value: object) -> bool:
+    return all(callable(getattr(value, name, None)) for name in ("find", "load", "save"))
+
+
+def _taken(store: Any, layout: BlockLayout) -> BlockStore:
+    if not _is_store(store):
+        raise TypeError(f"tiers={arguments.shown(store)}: expected a URL or a BlockStore")
+    if store.block_bytes != layout.block_bytes:
+        raise ValueError(
+            f"tiers: the store {store.name!r} has blocks of {store.block_bytes} bytes, expected "
+            f"{layout.block_bytes}. Open it with the layout of this cache."
+        )
+    taken: BlockStore = store
+    return taken
+
+
+def _open(argument: str, url: str, layout: BlockLayout, seal: Seal | None) -> BlockStore:
+    if not isinstance(url, str):
+        raise TypeError(f"{argument}={arguments.shown(url)}: expected a URL such as {_EXAMPLES}")
+    scheme, colon, _ = url.partition(":")
+    if not colon:
+        raise ValueError(f"{argument}={_shown(url)}: expected a store's URL, such as {_EXAMPLES}")
+    return _factory(argument, url, scheme)(url, layout=layout, seal=seal)
+
+
+def _factory(argument: str, url: str, scheme: str) -> StoreFactory:
+    if scheme in _FACTORIES:
+        return _FACTORIES[scheme]
+    # A package cannot take over a scheme of kvpager.
+    found = entry_points(group=GROUP)
+    if scheme in found.names:
+        factory: StoreFactory = found[scheme].load()
+        return factory
+    known = ", ".join([*_FACTORIES, *sorted(found.names)])
+    raise ValueError(f"{argument}={_shown(url)}: no store is called {scheme!r}. Use one of {known}")
+
+
+def _open_host(url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockStore:
+    capacity = url.partition(":")[2]
+    if not capacity:
+        raise ValueError(f"url={url!r}: expected a size after the colon, such as host:32GiB")
+    return HostStore(capacity, layout=layout)
+
+
+def _open_disk(url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockStore:
+    place, _, query = url.partition(":")[2].partition("?")
+    host, slashes, path = place.removeprefix("//").partition("/")
+    path = unquote(slashes + path if place.startswith("//") else place)
+    if not path or (place.startswith("//") and host):
+        raise ValueError(f"url={url!r}: expected a path, such as disk:/var/cache/kv")
+    options = _options(url, query, {"capacity": str, "admit": str, "ttl_s": float})
+    if "capacity" not in options:
+        raise ValueError(f"url={url!r}: add the size of the store, such as ?capacity=200GiB")
+    return DiskStore(os.path.expanduser(path), layout=layout, seal=seal, **options)
+
+
+def _open_valkey(url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockStore:
+    address, _, query = url.partition("?")
+    kinds: dict[str, Callable[[str], Any]] = {"ttl_s": int, "timeout_s": float}
+    ours, theirs = list[str](), list[str]()
+    for each in filter(None, query.split("&")):
+        (ours if each.partition("=")[0] in kinds else theirs).append(each)
+    options = _options(address, "&".join(ours), kinds)
+    url = f"{address}?{'&'.join(theirs)}" if theirs else address
+    try:
+        # By name: a store below knows no integration above it.
+        valkey = import_module("kvpager.integrations.valkey")
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise ModuleNotFoundError(
+            "redis is not installed. Run: pip install 'kvpager[valkey]'", name="redis"
+        ) from None
+    store: BlockStore = valkey.ValkeyStore(url, layout, seal=seal, **options)
+    return store
+
+
+_FACTORIES: dict[str, StoreFactory] = {"host": _open_host, "disk": _open_disk}
+_FACTORIES |= dict.fromkeys(("valkey", "valkeys", "redis", "rediss", "unix"), _open_valkey)
+
+
+def _options(url: str, query: str, kinds: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """Read `name=value&..`. Raises: `ValueError` for another name, or a name that comes twice."""
+    options: dict[str, Any] = {}
+    for part in query.split("&") if query else ():
+        name, _, text = part.partition("=")
+        if name not in kinds:
+            raise ValueError(f"url={_shown(url)}: unknown option {name!r}. Use {', '.join(kinds)}")
+        if name in options:
+            raise ValueError(f"url={_shown(url)}: the option {name} comes twice")
+        try:
+            options[name] = kinds[name](unquote(text))
+        except ValueError:
+            raise ValueError(
+                f"url={_shown(url)}: {name}={text!r}: expected a number of seconds"
+            ) from None
+    return options
+
+
+def _shown(url: str) -> str:
+    """Return a URL for a message, without the parts that may hold a password."""
+    return repr(re.sub(r"//.*@", "//...@", url.partition("?")[0]))
