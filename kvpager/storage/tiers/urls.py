@@ -41,16 +41,14 @@ class StoreFactory(Protocol):
 def open_store(url: str, *, layout: BlockLayout, seal: Seal | None = None) -> BlockStore:
     """Open the store of `url` for blocks of `layout`.
 
-    | url | store | options |
-    |---|---|---|
-    | `host:32GiB` | `HostStore` | |
-    | `disk:/path?capacity=200GiB` | `DiskStore` | `capacity`, `admit`, `ttl_s` |
-    | `valkey://host:6379`, `redis://`, `unix://`; with TLS `valkeys://`, `rediss://` | `ValkeyStore` | `ttl_s`, `timeout_s`, and those of its `Address` |
+    `host:32GiB` is a `HostStore`. `disk:/path?capacity=200GiB` is a `DiskStore`, with the options
+    `admit` and `ttl_s`. `valkey://host:6379`, `redis://`, `unix://`, and with TLS `valkeys://`,
+    `rediss://`, are a `ValkeyStore`, with the options `ttl_s`, `timeout_s` and redis-py's.
 
     `seal`: `Digest()` unless given. Other schemes are entry points of the group `kvpager.tiers`.
     Raises: `ValueError`, `TypeError` for a bad URL; `ModuleNotFoundError` for a missing extra; and
     what the store's constructor raises.
-    """  # noqa: E501
+    """
     return _open("url", url, layout, seal)
 
 
@@ -151,7 +149,7 @@ def _open_valkey(url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockSt
         # By name: a store below knows no integration above it.
         valkey = import_module("kvpager.integrations.valkey")
     except ModuleNotFoundError as error:
-        if error.name != "redis":
+        if (error.name or "").partition(".")[0] != "redis":
             raise
         raise ModuleNotFoundError(
             "redis is not installed. Run: pip install 'kvpager[valkey]'", name="redis"

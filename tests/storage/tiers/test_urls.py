@@ -37,16 +37,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     points = EntryPoints(
         EntryPoint(name, f"{__name__}:opened_by_a_package", urls.GROUP) for name in ("mine", "disk")
     )
-    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this())
     monkeypatch.setattr(urls, "entry_points", lambda group: points.select(group=group))
-
-
-def _this() -> Any:
-    from types import ModuleType
-
-    module = ModuleType(__name__)
-    module.__dict__.update(globals())
-    return module
 
 
 # ---------------------------------------------------------------- what opens
