@@ -16,10 +16,12 @@ import time
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from kvpager._atomic import Uninterrupted
 from kvpager.blocks.quotas import NamespaceQuotas
+from kvpager.engine.fetching import Fetching
 from kvpager.engine.loop import Loop
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.model_watch import ModelGuard, ModelWatch
@@ -34,6 +36,7 @@ from kvpager.engine.threads import end_idle_workers
 from kvpager.errors import EngineClosed
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
+from kvpager.storage.tiers.tiering import Tiering
 
 logger = logging.getLogger("kvpager")
 
@@ -66,6 +69,8 @@ class EngineCore:
         sampler: chooses tokens from logits.
         tokenizer: decodes replies; a result of `kvpager.engine.text.text_tokenizer`, or None.
         watch: reports changes of the model; None if requests share no prefixes.
+        tiering: moves cached blocks to tiers below the device and back; None without tiers. The
+            engine closes it.
         on_step: callback invoked after every step, on the engine's thread.
         on_begin: callback invoked at the start of the engine's thread.
         on_end: callback invoked at the end of the engine's thread.
@@ -83,6 +88,7 @@ class EngineCore:
         *,
         tokenizer: Any = None,
         watch: ModelWatch | None = None,
+        tiering: Tiering | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         on_begin: Callable[[], None] = _nothing,
         on_end: Callable[[], None] = _nothing,
@@ -100,8 +106,12 @@ class EngineCore:
         self._dispatcher = Dispatcher()
         self._pauses = Pauses(self.process, self.clear_prefix_cache, self._dispatcher.post)
         guard = None if watch is None else ModelGuard(watch, scheduler, self._lock)
+        self._fetching = None
+        if tiering is not None:
+            wake = partial(self._inbox.put, None)
+            self._fetching = Fetching(scheduler, tiering, self._lock, wake)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock
-        self._loop = Loop(*parts, guard, on_step)
+        self._loop = Loop(*parts, guard, self._fetching, on_step)
         quotas = LiveQuotas(scheduler.manager, self._loop.live_requests)
         self.quotas = NamespaceQuotas(lambda: [(quotas, runner.block_bytes)], self._locked)
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
@@ -241,6 +251,8 @@ class EngineCore:
         with self._lock:
             self._is_open = False
             self._loop.end_all(self.error)
+        if self._fetching is not None:
+            self._fetching.close()
         self._dispatcher.close()
         self._on_end()
 

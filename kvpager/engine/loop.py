@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvpager.engine.fetching import Fetching
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.model_watch import ModelGuard
 from kvpager.engine.request_state import TrackedRequest, TrackedSample
@@ -38,6 +39,7 @@ class Loop:
         dispatcher: delivers tokens to streams on its own thread.
         lock: a reentrant lock.
         guard: drops cached prefixes when the model changes; None if requests share no prefixes.
+        fetching: fetches the beginnings of requests from tiers; None without tiers.
         on_step: callback invoked after every step.
 
     Attributes:
@@ -54,6 +56,7 @@ class Loop:
         dispatcher: Dispatcher,
         lock: AbstractContextManager[Any],
         guard: ModelGuard | None,
+        fetching: Fetching | None,
         on_step: Callable[[StepRecord], None] | None,
     ) -> None:
         self.scheduler = scheduler
@@ -62,6 +65,9 @@ class Loop:
         self.between_steps: list[Callable[[], None]] = []
         if guard is not None:
             self.between_steps.append(guard.between_steps)
+        if fetching is not None:
+            self.between_steps.append(fetching.between_steps)
+        self._fetching = fetching
         self._sampler = sampler
         self._dispatcher = dispatcher
         self._lock = lock
@@ -90,6 +96,8 @@ class Loop:
             raise
         if self._guard is not None:
             self._guard.note_arrival()
+        if self._fetching is not None:
+            self._fetching.begin(request)
 
     def cancel(self, channel: Channel) -> None:
         """Cancel the request of a channel. Call under the lock. O(its blocks + waiting)."""
@@ -157,10 +165,13 @@ class Loop:
         for request_id, reason in plan.ended:
             self._end(request_id, reason)
         now = time.monotonic()
-        for request_id in plan.request_ids:
+        for row, request_id in enumerate(plan.request_ids):
             output = self.requests[request_id].channel.output
             if output.first_scheduled_time is None:
                 output.first_scheduled_time = now
+                output.num_cached_tokens = int(plan.num_computed[row])
+                if self._fetching is not None:
+                    output.cached_tokens_by_tier = self._fetching.take_tokens_by_store(request_id)
         self._log_preemptions()
         return plan
 
@@ -215,6 +226,8 @@ class Loop:
 
     def _end(self, request_id: Hashable, reason: Reason) -> None:
         tracked = self.requests.pop(request_id, None)
+        if self._fetching is not None:
+            self._fetching.note_end(request_id)
         if tracked is not None:
             self._dispatcher.post(tracked.ending(reason))
 

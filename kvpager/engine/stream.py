@@ -59,6 +59,9 @@ class Output:
     first_scheduled_time: float | None = None  # of its first step
     first_token_time: float | None = None
     finished_time: float | None = None
+    num_cached_tokens: int = 0  # of the prompt, whose keys and values were not computed again
+    # Of these, how many came from each store of `tiers`, by name. The others were in the pool.
+    cached_tokens_by_tier: dict[str, int] = field(default_factory=dict)
 
     @property
     def token_ids(self) -> list[int]:

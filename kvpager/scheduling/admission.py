@@ -162,14 +162,14 @@ class AdmissionPolicy:
     def _begin_waiting(self, builder: StepBuilder) -> Iterator[RequestState]:
         """Start waiting requests by rank until the next one finds no room.
 
-        Skips requests whose quota is full, and requests that wait for a prefix.
+        Skips requests that are held, whose quota is full, or that wait for a prefix.
         """
         table = self._table
         if not builder.budget or table.num_seqs_reserved == table.max_num_seqs:
             return
         num_passed = 0
         for state in table.policy.waiting():
-            if self._is_over_quota(state, builder):
+            if state.is_held or self._is_over_quota(state, builder):
                 continue
             if not table.has_room_for(state) or num_passed == _LOOK_PAST:
                 return

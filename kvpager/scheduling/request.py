@@ -62,6 +62,7 @@ class RequestState:
         "arrival",
         "ending",
         "generation",
+        "is_held",
         "is_ready",
         "num_shared",
         "prompt",
@@ -82,6 +83,7 @@ class RequestState:
         self.submitted = submitted
         self.status = Status.WAITING
         self.seq_ids: list[int] = []  # its sequences in `SequenceState`
+        self.is_held = False  # it may not start yet
         self.is_ready = False  # every sequence has finished prefill and may decode
         self.ending: Reason | None = None  # the reason to end it with after the current step
         self.waits_for: RequestState | None = None  # computes a prefix that this request will share

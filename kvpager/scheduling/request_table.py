@@ -113,6 +113,10 @@ class RequestTable:
         """Mark a request to end after the current step. O(1)."""
         state.ending = reason
 
+    def hold(self, state: RequestState, is_held: bool) -> None:
+        """Keep a waiting request from starting, or let it start. O(1)."""
+        state.is_held = is_held
+
     def take_expired(self, now: float) -> list[RequestState]:
         """Return the live requests whose deadline has passed. O(log requests) each."""
         expired = []

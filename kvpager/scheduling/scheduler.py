@@ -37,7 +37,7 @@ from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.prefill import Prefill
 from kvpager.scheduling.queue import SchedulingPolicy, make_policy
-from kvpager.scheduling.request import Request, Status, checked_prompt
+from kvpager.scheduling.request import Request, RequestState, Status, checked_prompt
 from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.stats import SchedulerStats
 from kvpager.scheduling.step import StepBuilder
@@ -133,6 +133,46 @@ class Scheduler:
             now = float(self.clock())
             self._change.begin()
             self._table.add(request, prompt, now)
+
+    def identity(self, request_id: Hashable) -> tuple[str | None, str | None]:
+        """Return the namespace and LoRA under which a live request's prefix is cached. O(1).
+
+        Raises: `KeyError` for a request that is not live.
+        """
+        with self._lock:
+            return self._live(request_id).identity
+
+    def hold(self, request_id: Hashable) -> None:
+        """Keep a waiting request from starting until `release`. Others overtake it. O(1).
+
+        A held request can be cancelled, and its deadline counts. Raises: `KeyError` for a request
+        that is not live; `ValueError` for one that started.
+        """
+        with self._lock, self._change:
+            state = self._live(request_id)
+            if state.status is not Status.WAITING:
+                raise ValueError(f"request_id={request_id!r}: the request started already.")
+            self._change.begin()
+            self._table.hold(state, True)
+
+    def is_held(self, request_id: Hashable) -> bool:
+        """Return True for a live request between `hold` and `release`. O(1)."""
+        with self._lock:
+            state = self._table.get(request_id)
+            return state is not None and state.is_held
+
+    def release(self, request_id: Hashable) -> None:
+        """Let a held request start. O(1). Raises: `KeyError` for a request that is not live."""
+        with self._lock, self._change:
+            state = self._live(request_id)
+            self._change.begin()
+            self._table.hold(state, False)
+
+    def _live(self, request_id: Hashable) -> RequestState:
+        state = self._table.get(request_id)
+        if state is None:
+            raise KeyError(f"request_id={request_id!r}: no live request has this id.")
+        return state
 
     def cancel(self, request_id: Hashable) -> bool:
         """End a request as `CANCELLED`; return True if it was live. O(its blocks + waiting).

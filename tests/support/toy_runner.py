@@ -18,6 +18,7 @@ from kvpager.engine.core import EngineCore
 from kvpager.engine.request_state import RequestSettings
 from kvpager.engine.runner import Draw, Row
 from kvpager.engine.stream import Stream
+from kvpager.storage.tiers.tiering import Tiering
 
 VOCABULARY = 1000
 BLOCK_SIZE = 4
@@ -147,8 +148,16 @@ class ToyEngine(EngineCore):
     ) -> None:
         manager = BlockManager(num_blocks, BLOCK_SIZE, num_host_blocks)
         scheduler = Scheduler(manager, **options)
-        super().__init__(scheduler, ToyRunner(manager), sampler or ToySampler(), **(core or {}))
+        runner = ToyRunner(manager)
+        tiering = self._make_tiering(scheduler, runner)
+        super().__init__(
+            scheduler, runner, sampler or ToySampler(), tiering=tiering, **(core or {})
+        )
         self._num_requests = 0
+
+    def _make_tiering(self, scheduler: Scheduler, runner: ToyRunner) -> Tiering | None:
+        """Return the tiering of an engine with tiers."""
+        return None
 
     def ask(
         self,

@@ -37,6 +37,8 @@ _BATCH = 16  # blocks of one call of a store
 class SlotMemory(Protocol):
     """The buffer between blocks and stores; `kvpager.storage.staging.Staging` is one."""
 
+    @property
+    def num_free(self) -> int: ...  # noqa: D102
     def take(self, count: int) -> list[int]: ...  # noqa: D102
     def give(self, slots: Iterable[int]) -> None: ...  # noqa: D102
     def slot(self, number: int) -> memoryview: ...  # noqa: D102
@@ -82,6 +84,10 @@ class Tiering:
     `max_wait_s` seconds.
 
     One thread, between steps, calls `begin`, `attach`, `cancel` and `clean`.
+
+    Attributes:
+        on_progress: called by the threads when a load or a save has ended.
+        is_clean: True if the last `clean` found no block to save.
     """
 
     def __init__(
@@ -105,6 +111,8 @@ class Tiering:
         self._saves = ThreadPoolExecutor(1, "kvpager-save")
         self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block
         self._closing = threading.Event()
+        self.on_progress: Callable[[], None] = lambda: None
+        self.is_clean = False
 
     # ---------------------------------------------------------------- fetch
 
@@ -149,6 +157,7 @@ class Tiering:
                     pass
             except Exception:
                 logger.exception("the store %s failed to load", store.name)
+        self.on_progress()
 
     def _load_batch(self, fetch: Fetch, number: int, store: BlockStore) -> bool:
         """Load the next blocks from one store. Return True if all of them came."""
@@ -169,22 +178,28 @@ class Tiering:
             self._staging.give(slots[num_hits:])
         return 0 < num_hits == len(slots)
 
-    def attach(self, fetch: Fetch) -> int:
+    @property
+    def has_room(self) -> bool:
+        """True if a block can be saved now. O(1)."""
+        return self._staging.num_free > 0
+
+    def attach(self, fetch: Fetch) -> dict[str, int]:
         """Put the loaded blocks of a finished fetch into the prefix cache. O(bytes).
 
-        Returns the number of blocks that it added: fewer than were loaded if the pool has no room,
-        or if cached blocks before them left meanwhile. A fetch that was attached already adds 0.
+        Returns the number of tokens that it added from each store, by name: fewer than were loaded
+        if the pool has no room, or if cached blocks before them left meanwhile. A fetch that was
+        attached already adds none.
         """
         if not fetch.is_done:
             raise ValueError("fetch: it is not done. Attach it later, or cancel it.")
         self._forget(fetch)
         slots, fetch.slots = fetch.slots, []
         try:
-            return self._attach(fetch, slots) if slots else 0
+            return self._attach(fetch, slots) if slots else {}
         finally:
             self._staging.give(slots)
 
-    def _attach(self, fetch: Fetch, slots: list[int]) -> int:
+    def _attach(self, fetch: Fetch, slots: list[int]) -> dict[str, int]:
         manager, size = self._manager, self._manager.block_size
         stop, identity = fetch.first + len(slots), fetch.identity
         # An image that begins in these blocks may end behind them.
@@ -194,13 +209,13 @@ class Tiering:
         try:
             sequence = manager.allocate(fetch.tokens[:length], **loader)
         except OutOfBlocks:
-            return 0
+            return {}
         try:
             if sequence.ticket:
                 manager.copies.complete(sequence)  # its copy would be overwritten
             start = sequence.num_cached_tokens // size
             if start < fetch.first:
-                return 0
+                return {}
             blocks = manager.block_tables([sequence])[0][start:stop]
             skipped = start - fetch.first
             written = slots[skipped:]
@@ -208,9 +223,13 @@ class Tiering:
             self._staging.write(written, blocks.tolist())
             manager.commit(sequence, stop * size)
             sources = np.array(fetch.sources[skipped:])
-            for store in np.unique(sources).tolist():
-                manager.cached.mark_clean(blocks[sources == store], store)
-            return len(blocks)
+            added = dict[str, int]()
+            for number in np.unique(sources).tolist():
+                theirs = blocks[sources == number]
+                manager.cached.mark_clean(theirs, number)
+                name = self.stores[number].name
+                added[name] = added.get(name, 0) + len(theirs) * size
+            return added
         finally:
             manager.free(sequence)
 
@@ -243,6 +262,7 @@ class Tiering:
         """
         cached = self._manager.cached
         blocks = cached.leaving(count)
+        self.is_clean = not len(blocks)
         slots = self._staging.take(len(blocks))
         blocks = blocks[: len(slots)]
         if not len(blocks) or self._closing.is_set():
@@ -275,6 +295,7 @@ class Tiering:
             logger.exception("a store failed to save")
         finally:
             self._staging.give(slots)
+            self.on_progress()
 
     # ---------------------------------------------------------------- end
 

@@ -1,0 +1,111 @@
+"""Requests whose beginning is fetched from tiers below the device."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from kvpager.scheduling.request import Request
+from kvpager.scheduling.scheduler import Scheduler
+from kvpager.storage.tiers.tiering import Fetch, Tiering
+
+logger = logging.getLogger("kvpager")
+
+_CLEANED_PER_STEP = 64  # blocks looked at, so that a step waits for microseconds
+_GRACE_S = 0.05  # for stores to end a load after its deadline
+
+
+class _Held(NamedTuple):
+    """A request that waits for a fetch."""
+
+    request_id: Hashable
+    fetch: Fetch
+
+
+class Fetching:
+    """Holds requests while their blocks are fetched, and saves blocks that leave next.
+
+    `begin` and `note_end` are called under the lock. `between_steps` is a callback of the engine's
+    thread: no store makes it wait.
+
+    Args:
+        scheduler: holds the requests.
+        tiering: moves the blocks. Its manager is the scheduler's.
+        lock: guards the scheduler; reentrant.
+        wake: makes the engine's thread take another step soon. Safe in any thread.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tiering: Tiering,
+        lock: AbstractContextManager[Any],
+        wake: Callable[[], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._tiering = tiering
+        self._lock = lock
+        self._wake = wake
+        self._held: list[_Held] = []
+        self._tokens_by_store: dict[Hashable, dict[str, int]] = {}
+        self._may_be_dirty = False
+        tiering.on_progress = wake
+
+    def begin(self, request: Request) -> None:
+        """Fetch the beginning of a request that was queued, and hold it meanwhile. O(tokens)."""
+        namespace, lora = self._scheduler.identity(request.request_id)
+        try:
+            fetch = self._tiering.begin(request.prompt, namespace=namespace, lora=lora)
+        except Exception:  # the request is queued already, and can be computed
+            logger.exception("request %r: its prefix is not fetched", request.request_id)
+            return
+        if fetch is not None:
+            self._scheduler.hold(request.request_id)
+            self._held.append(_Held(request.request_id, fetch))
+
+    def note_end(self, request_id: Hashable) -> None:
+        """Record that a request ended: its blocks may be saved. O(1)."""
+        self._may_be_dirty = True
+        self._tokens_by_store.pop(request_id, None)
+
+    def take_tokens_by_store(self, request_id: Hashable) -> dict[str, int]:
+        """Return how many tokens were fetched for a request from each store. O(stores)."""
+        return self._tokens_by_store.pop(request_id, {})
+
+    def between_steps(self) -> None:
+        """Let requests start whose fetch has ended, and save some blocks."""
+        if not (self._held or self._may_be_dirty):
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._held = [held for held in self._held if not self._end(held, now)]
+            if self._may_be_dirty:
+                self._tiering.clean(_CLEANED_PER_STEP)
+                self._may_be_dirty = not self._tiering.is_clean
+                if self._may_be_dirty and self._tiering.has_room:
+                    self._wake()
+
+    def _end(self, held: _Held, now: float) -> bool:
+        """Use the fetch of a request if it has ended; return False to wait on."""
+        request_id, fetch = held
+        if not self._scheduler.is_held(request_id):  # it was cancelled
+            self._tiering.cancel(fetch)
+            return True
+        if fetch.is_done:
+            self._tokens_by_store[request_id] = self._tiering.attach(fetch)
+        elif now < fetch.deadline + _GRACE_S:
+            return False
+        else:
+            self._tiering.cancel(fetch)
+        self._scheduler.release(request_id)
+        return True
+
+    def close(self) -> None:
+        """Give up all fetches, and close the stores after the saves under way."""
+        for held in self._held:
+            self._tiering.cancel(held.fetch)
+        self._held.clear()
+        self._tiering.close()

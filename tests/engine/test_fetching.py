@@ -1,0 +1,240 @@
+"""An engine finds prompts in stores again, and no store makes a step wait."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpager.engine.core import EngineCore
+from kvpager.engine.stream import Stream
+from kvpager.errors import RequestCancelled
+from kvpager.storage.keys import KeyContext
+from kvpager.storage.tiers.tiering import Tiering
+from tests.support.dict_store import DictStore
+from tests.support.toy_runner import BLOCK_SIZE, ToyEngine, ToyRunner, expected
+
+BLOCK_BYTES = 8 * BLOCK_SIZE
+PROMPT = list(range(40))
+
+
+class ToyStaging:
+    """The buffer between the blocks of a toy runner and stores."""
+
+    def __init__(self, runner: ToyRunner, num_slots: int) -> None:
+        self._blocks = runner._device
+        self._memory = np.zeros((num_slots, BLOCK_SIZE), np.int64)
+        self._free = list(range(num_slots))
+        self.num_slots = num_slots
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        return [self._free.pop() for _ in range(min(count, len(self._free)))]
+
+    def give(self, slots: Any) -> None:
+        self._free.extend(slots)
+
+    def slot(self, number: int) -> memoryview:
+        return self._memory[number].data.cast("B")
+
+    def read(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        self._memory[list(slots)] = self._blocks[list(blocks)]
+
+    def write(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        self._blocks[list(blocks)] = self._memory[list(slots)]
+        self.give(slots)
+
+
+class TieredEngine(ToyEngine):
+    """A toy engine over stores."""
+
+    def __init__(
+        self, stores: Sequence[DictStore], num_blocks: int = 64, *, slots: int = 64, **tiering: Any
+    ) -> None:
+        self.stores, self.slots, self.settings = stores, slots, tiering
+        super().__init__(num_blocks)
+
+    def _make_tiering(self, scheduler: Any, runner: ToyRunner) -> Tiering:
+        self.staging = ToyStaging(runner, self.slots)
+        return Tiering(
+            scheduler.manager, self.staging, self.stores,
+            lambda namespace, lora: KeyContext(
+                "toy", "toy", (namespace or "").encode().ljust(16 if namespace else 0), lora
+            ),
+            **self.settings,
+        )  # fmt: skip
+
+    def saved(self) -> None:
+        """Wait until every idle block is saved."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with self._lock:
+                fetching = self._fetching
+                assert fetching is not None
+                if not fetching._may_be_dirty and self.staging.num_free == self.slots:
+                    return
+        raise AssertionError("blocks stay dirty")
+
+
+def store() -> DictStore:
+    return DictStore(BLOCK_BYTES)
+
+
+def answers(streams: Sequence[Stream]) -> list[list[int]]:
+    return [stream.result(60).token_ids for stream in streams]
+
+
+def test_another_engine_finds_a_prompt_and_says_so() -> None:
+    shared = store()
+    with TieredEngine([shared]) as one:
+        output = one.ask(PROMPT).result(60)
+        assert (output.num_cached_tokens, output.cached_tokens_by_tier) == (0, {})
+        one.saved()
+    shared.is_closed = False
+    with TieredEngine([shared]) as other:
+        output = other.ask(PROMPT).result(60)
+        assert output.token_ids == expected(PROMPT, 8)
+        assert output.num_cached_tokens == 36
+        assert output.cached_tokens_by_tier == {"dict": 36}
+        again = other.ask(PROMPT).result(60)
+        assert again.num_cached_tokens == 39  # the last block, but for the last token
+        assert again.cached_tokens_by_tier == {}
+        other.saved()
+        assert other.staging.num_free == other.slots
+    assert shared.is_closed
+
+
+def test_an_evicted_prompt_is_found_again() -> None:
+    with TieredEngine([store()], 14) as engine:
+        prompts = [[seed, *PROMPT[:30]] for seed in range(5)]
+        for prompt in prompts:
+            assert engine.ask(prompt).result(60).token_ids == expected(prompt, 8)
+            engine.saved()
+        output = engine.ask(prompts[0]).result(60)
+        assert output.token_ids == expected(prompts[0], 8)
+        assert output.cached_tokens_by_tier == {"dict": 28}
+
+
+def test_tenants_do_not_find_each_others_prompts() -> None:
+    with TieredEngine([store()], 14) as engine:
+        engine.ask(PROMPT, namespace="a").result(60)
+        engine.saved()
+        engine.clear_prefix_cache()
+        outputs = [engine.ask(PROMPT, namespace=name).result(60) for name in ("b", None, "a")]
+        assert [output.num_cached_tokens for output in outputs] == [0, 0, 0]
+
+
+def test_others_run_while_a_prompt_is_fetched() -> None:
+    slow = store()
+    with TieredEngine([slow]) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+    slow.is_closed = False
+    with TieredEngine([slow], max_wait_s=60) as engine:
+        slow.gate.clear()
+        held = engine.ask(PROMPT)
+        other = [7] * 10
+        assert engine.ask(other).result(60).token_ids == expected(other, 8)
+        assert not held.done
+        slow.gate.set()
+        assert held.result(60).cached_tokens_by_tier == {"dict": 36}
+
+
+def test_a_late_store_costs_one_deadline() -> None:
+    slow = store()
+    with TieredEngine([slow]) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+    slow.is_closed = False
+    with TieredEngine([slow], max_wait_s=0.0) as engine:
+        slow.gate.clear()
+        output = engine.ask(PROMPT).result(60)
+        assert output.token_ids == expected(PROMPT, 8)
+        assert output.num_cached_tokens == 0
+        slow.gate.set()
+
+
+def test_a_cancelled_request_gives_its_fetch_up() -> None:
+    slow = store()
+    with TieredEngine([slow]) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+    slow.is_closed = False
+    with TieredEngine([slow], max_wait_s=60) as engine:
+        slow.gate.clear()
+        streams = [engine.ask(PROMPT) for _ in range(3)]
+        for stream in streams[:2]:
+            stream.cancel()
+            with pytest.raises(RequestCancelled):
+                stream.result(60)
+        slow.gate.set()
+        assert streams[2].result(60).token_ids == expected(PROMPT, 8)
+        engine.saved()
+        engine.check_idle()
+
+
+def test_an_engine_may_close_during_a_fetch() -> None:
+    slow = store()
+    with TieredEngine([slow]) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+    slow.is_closed = False
+    engine = TieredEngine([slow], max_wait_s=60)
+    slow.gate.clear()
+    stream = engine.ask(PROMPT)
+    engine.stop()
+    slow.gate.set()
+    engine.close()
+    with pytest.raises(RequestCancelled):
+        stream.result(60)
+    assert engine.staging.num_free == engine.slots
+    assert slow.is_closed
+
+
+def test_a_store_that_raises_changes_no_token() -> None:
+    broken = store()
+    with TieredEngine([broken]) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+        broken.fails = True
+        for seed in range(4):
+            prompt = [seed, *PROMPT]
+            assert engine.ask(prompt).result(60).token_ids == expected(prompt, 8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_traffic_at_random_gives_the_same_tokens(seed: int) -> None:
+    chance = random.Random(seed)
+    shared = store()
+    engines = [TieredEngine([shared], 24, slots=chance.randrange(2, 20)) for _ in range(2)]
+    fronts = [[chance.randrange(1000) for _ in range(24)] for _ in range(4)]
+    try:
+        for _ in range(4):
+            asked: list[tuple[list[int], Stream]] = []
+            for _ in range(15):
+                prompt = [*chance.choice(fronts)[: chance.randrange(1, 25)], chance.randrange(9)]
+                stream = chance.choice(engines).ask(
+                    prompt, 4, namespace=chance.choice([None, "a"]), n=chance.choice([1, 1, 2])
+                )
+                if chance.random() < 0.15:
+                    stream.cancel()
+                else:
+                    asked.append((prompt, stream))
+            for prompt, stream in asked:
+                for number, sample in enumerate(stream.result(60).samples):
+                    assert sample.token_ids == expected(prompt, 4, number)
+            for engine in engines:
+                engine.saved()
+                engine.check_idle()
+            shared.drop(chance.sample(sorted(shared.blocks), len(shared.blocks) // 4))
+    finally:
+        for engine in engines:
+            EngineCore.close(engine)
+    assert shared.num_loads > 0
