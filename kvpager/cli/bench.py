@@ -42,7 +42,14 @@ class Options:
             show_default="random weights: a bfloat16 Llama of 28 million parameters",
         ),
     ] = None
-    device: Annotated[str, _model("Device, such as cpu or cuda:1.", metavar="DEVICE")] = "cpu"
+    device: Annotated[
+        str | None,
+        _model(
+            "Device, such as cpu or cuda:1.",
+            metavar="DEVICE",
+            show_default="cuda if torch finds one, else cpu",
+        ),
+    ] = None
     threads: Annotated[
         int | None,
         _model("CPU threads per system.", metavar="N", show_default="torch's own choice"),

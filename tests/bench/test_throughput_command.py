@@ -40,7 +40,7 @@ def call(*arguments: str) -> Any:
     )
 
 
-QUICK = ("--num-prompts", "4", "--input-len", "5-20", "--output-len", "4", "--threads", "1")
+QUICK = tuple("--device cpu --num-prompts 4 --input-len 5-20 --output-len 4 --threads 1".split())
 
 
 @pytest.mark.slow
