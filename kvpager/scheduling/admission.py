@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from kvpager._text import counted
 from kvpager.blocks.protocol import CacheManager
 from kvpager.errors import OutOfBlocks, QueueFull
 from kvpager.scheduling.placement import Placement
@@ -73,17 +74,19 @@ class AdmissionPolicy:
                 "Shorten the prompt or lower max_new_tokens."
             )
         need = blocks_needed(request, num_prompt, self._manager)
+        samples = f"in {counted(request.n, 'sample')}"
         if need > self._num_usable:
             raise ValueError(
-                f"request {request_id!r}: {what}, n={request.n}, may need {need} blocks, but the "
-                f"pool has {self._num_usable}. Lower max_new_tokens or n, or enlarge the pool."
+                f"request {request_id!r}: {what} {samples} may need {need} blocks, but the pool "
+                f"has {self._num_usable}. Lower max_new_tokens or the number of samples, or "
+                "enlarge the pool."
             )
         ceiling = self._manager.quotas.ceiling(request.namespace)
         if ceiling is not None and need > ceiling:
             raise ValueError(
-                f"request {request_id!r}: {what}, n={request.n}, may need {need} blocks, but the "
-                f"quota of its namespace is {ceiling}. Lower max_new_tokens or n, or raise the "
-                "quota."
+                f"request {request_id!r}: {what} {samples} may need {need} blocks, but the quota "
+                f"of its namespace is {ceiling}. Lower max_new_tokens or the number of samples, or "
+                "raise the quota."
             )
 
     def refuse_overflow(self) -> None:
