@@ -50,9 +50,9 @@ def start(prompt: list[int]) -> SequenceHandle:
 
 def step(sequences: list[SequenceHandle], token_ids: list[int]) -> None:
     """Append one token to each sequence."""
-    plan = manager.append(sequences, token_ids)
-    storage.copy(plan.copies)
-    write(token_ids, torch.from_numpy(plan.slots))
+    appended = manager.append(sequences, token_ids)
+    storage.copy(appended.copies)
+    write(token_ids, torch.from_numpy(appended.slots))
     manager.commit(sequences)
 
 

@@ -17,14 +17,14 @@ questions = ["What does the method return? ", "And when the list is empty? ", "W
 
 print(f"system: {system}")
 history = system
-with kvpager.patch(model, prefix_cache=True) as paging:
+with kvpager.patch(model, prefix_cache=True) as patch:
     for question in questions:
         history += question
         inputs = tokenizer(history, add_special_tokens=False, return_tensors="pt")
-        before = paging.stats().prefix_hit_tokens
+        before = patch.stats().prefix_hit_tokens
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         length = inputs.input_ids.shape[1]
-        cached = paging.stats().prefix_hit_tokens - before
+        cached = patch.stats().prefix_hit_tokens - before
         reply = tokenizer.decode(output[0, length:], skip_special_tokens=True)
         print(f"user: {question}\nassistant: {reply}")
         print(f"        ({cached} of {length} prompt tokens were cached)")

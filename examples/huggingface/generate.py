@@ -17,9 +17,9 @@ inputs = tokenizer(prompts, padding=True, add_special_tokens=False, return_tenso
 
 expected = model.generate(**inputs, max_new_tokens=40, do_sample=False)
 
-with kvpager.patch(model) as paging:
+with kvpager.patch(model) as patch:
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-    print(paging.report())
+    print(patch.report())
 
 print()
 print("\n".join(tokenizer.batch_decode(output, skip_special_tokens=True)))

@@ -31,7 +31,7 @@ SAID = {
     "chat": ["user: What does", "assistant: if the sequence", "(288 of 318 prompt tokens were"],
     "beams": ["8 beams at their peak: ", "blocks were copied"],
     "eight_bits": ["bfloat16   96.0 KiB", "int8       54.0 KiB", "fp8_e4m3   54.0 KiB"],
-    "tenants": ["umbrella     0 of 243", "acme       240 of 243", "umbrella   240 of 243"],
+    "namespaces": ["umbrella     0 of 243", "acme       240 of 243", "umbrella   240 of 243"],
 }
 
 

@@ -90,7 +90,7 @@ class Patch:
     def namespace(self, name: str) -> AbstractContextManager[None]:
         """Let calls inside the `with` block share prompts with namespace `name` only. O(1).
 
-            with paging.namespace("acme"):
+            with patch.namespace("acme"):
                 model.generate(...)
 
         Applies to calls of this thread, or of this asyncio task. Raises: `KVPagerError` without
@@ -106,7 +106,7 @@ class Patch:
     def quotas(self) -> NamespaceQuotas:
         """Return the quotas: the most blocks of each namespace, for running calls and kept prompts.
 
-            paging.quotas["acme"] = "2GiB"      # or a number of blocks
+            patch.quotas["acme"] = "2GiB"      # or a number of blocks
 
         A call counts even if its prompts are not kept. A cache and its copies count in the
         namespace of the call that wrote its first token. A quota applies to each pool separately:

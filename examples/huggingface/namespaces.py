@@ -1,6 +1,6 @@
 """Namespaces: a prompt is reused within its namespace only.
 
-python examples/huggingface/tenants.py
+python examples/huggingface/namespaces.py
 """
 
 import torch
@@ -15,10 +15,10 @@ model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 system = "You are given a class with a method that opens a file and reads it line by line. " * 3
 inputs = tokenizer(system, add_special_tokens=False, return_tensors="pt")
 
-with kvpager.patch(model, prefix_cache=True, memory="64MiB") as paging:
-    for tenant in ("acme", "umbrella", "acme", "umbrella"):
-        before = paging.stats().prefix_hit_tokens
-        with paging.namespace(tenant):
+with kvpager.patch(model, prefix_cache=True, memory="64MiB") as patch:
+    for namespace in ("acme", "umbrella", "acme", "umbrella"):
+        before = patch.stats().prefix_hit_tokens
+        with patch.namespace(namespace):
             model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        cached = paging.stats().prefix_hit_tokens - before
-        print(f"{tenant:9} {cached:4} of {inputs.input_ids.shape[1]} prompt tokens were cached")
+        cached = patch.stats().prefix_hit_tokens - before
+        print(f"{namespace:9} {cached:4} of {inputs.input_ids.shape[1]} prompt tokens were cached")
