@@ -13,7 +13,7 @@ from kvpager.cli.options import NUM_CPUS, Operations, Processes
 def check(
     operations: Operations = 1_000_000,
     seed: Annotated[
-        int, typer.Option(min=0, help="First seed; the next seed follows after 5,000 operations.")
+        int, typer.Option(min=0, help="First seed; every 5,000 operations start a new seed.")
     ] = 0,
     processes: Processes = NUM_CPUS,
 ) -> None:

@@ -21,7 +21,7 @@ def mutants(
     ] = "",
     processes: Processes = NUM_CPUS,
 ) -> None:
-    """Change the block manager by one known bug at a time, and show which are detected.
+    """Change the block manager by one known bug at a time, and show which are killed.
 
     Each mutant runs for at most --operations operations, in its own interpreter.
 

@@ -61,12 +61,10 @@ class Options:
     ] = None
     prefix_cache: Annotated[
         bool,
-        option(
-            "Reuse and reading", "Reuse the KV of earlier prompts and replies.", "--prefix-cache"
-        ),
+        option("Behaviour", "Reuse the KV of earlier prompts and replies.", "--prefix-cache"),
     ] = False
     in_place: Annotated[
-        bool, option("Reuse and reading", "Read blocks in place, or gather them for every read.")
+        bool, option("Behaviour", "Read blocks in place, or gather them for every read.")
     ] = True
     report: Annotated[bool, option("Output", "Print a report to stderr at exit.", "--report")] = (
         False

@@ -77,7 +77,7 @@ class Options:
 def simulate(options: Options) -> None:
     """Replay a trace and compare the hit ratios of eviction policies.
 
-    Exit status: 0, 1 if the work fails, or 2 for wrong usage.
+    Exit status: 0, 1 if a result cannot be written, or 2 for wrong usage.
     """
     from kvpager.simulate.replay import summary
 
