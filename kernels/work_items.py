@@ -56,7 +56,7 @@ class WorkPlan:
 
     - `items` [n, 5]: first member, members, table row, kv start, kv stop. The first `num_large`
       items have up to `many` queries, the others up to `few`; long items come first in each part.
-    - `queries`, `slots` [members]: a member's packed query, and the slot of its partial result;
+    - `members`, `slots` [members]: a member's packed query, and the slot of its partial result;
       -1 if the query has a single part, which is its final result.
     - `merged` [m], `merge_starts` [m + 1]: queries with several parts, and their runs of slots.
     - `one_query`: every row has one query, so packed query and row have the same number.
@@ -64,7 +64,7 @@ class WorkPlan:
     """
 
     items: NDArray[np.int32]
-    queries: NDArray[np.int32]
+    members: NDArray[np.int32]
     slots: NDArray[np.int32]
     merged: NDArray[np.int32]
     merge_starts: NDArray[np.int32]
@@ -217,7 +217,7 @@ class Planner:
         shared[order] = depths
         last_starts = np.zeros_like(lens)
         open_items = plan.items[plan.items[:, 4] == OPEN]
-        last_starts[plan.queries[open_items[:, 0]]] = open_items[:, 3]
+        last_starts[plan.members[open_items[:, 0]]] = open_items[:, 3]
         # A last item may grow to twice its share before a new plan pays off. A fixed chunk may not.
         limits = last_starts + 2 * size
         if self._chunk is not None:
@@ -372,7 +372,7 @@ def _with_slots(
     merged = np.flatnonzero(several)
     return WorkPlan(
         items=items.astype(np.int32),
-        queries=queries.astype(np.int32),
+        members=queries.astype(np.int32),
         slots=slots,
         merged=merged.astype(np.int32),
         merge_starts=np.concatenate(([0], np.cumsum(parts[merged]))).astype(np.int32),

@@ -86,17 +86,17 @@ def plan_attention(
     tensors = (query, key_cache, value_cache)
     shapes = shapes_of(*tensors, args.causal, args.window, chunk, share=share)
     if args.host_rows is not None:
-        return args.host_rows.plan(shapes, lambda rows: _plans_for(shapes).of_host(rows))
-    return _plans_for(shapes).of(args.block_tables, args.seq_lens, args.cu_seqlens_q)
+        return args.host_rows.plan(shapes, lambda rows: _cache_for(shapes).of_host(rows))
+    return _cache_for(shapes).of(args.block_tables, args.seq_lens, args.cu_seqlens_q)
 
 
-def _plans_for(shapes: Shapes) -> Plans:
+def _cache_for(shapes: Shapes) -> PlanCache:
     with _lock:
-        plans = _plans.pop(shapes, None) or Plans(shapes)
-        _plans[shapes] = plans  # most recent last
-        while len(_plans) > _PLANNERS_MAX:
-            _plans.popitem(last=False)
-    return plans
+        cache = _caches.pop(shapes, None) or PlanCache(shapes)
+        _caches[shapes] = cache  # most recent last
+        while len(_caches) > _PLANNERS_MAX:
+            _caches.popitem(last=False)
+    return cache
 
 
 def shapes_of(
@@ -124,8 +124,8 @@ def shapes_of(
     )
 
 
-class Plans:
-    """Plans of one `Shapes`, for its device or for another `target`."""
+class PlanCache:
+    """The plans of one `Shapes`, for its device or for another `target`."""
 
     def __init__(self, shapes: Shapes, target: config.Target | None = None) -> None:
         target = target or config.target_of(shapes.device)
@@ -160,7 +160,7 @@ class Plans:
     def of(
         self, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None
     ) -> AttentionPlan:
-        """Plan as `plan_attention`. Locked, because a plan belongs to the tensors seen last."""
+        """Plan as `plan_attention`. The lock keeps the last plan and its tensors together."""
         with self._lock:
             return self._of(block_tables, seq_lens, cu_seqlens_q)
 
@@ -197,7 +197,7 @@ class Plans:
         for plan in self._uploaded:
             if plan.work is work:
                 return plan
-        arrays = (work.items.ravel(), work.queries, work.slots, work.merged, work.merge_starts)
+        arrays = (work.items.ravel(), work.members, work.slots, work.merged, work.merge_starts)
         # One transfer. Parts are aligned to 16 bytes, so that kernels are compiled once.
         ends = np.cumsum([-(-len(array) // 4) * 4 for array in arrays])
         packed = np.zeros(ends[-1], np.int32)
@@ -218,7 +218,8 @@ class _Same:
 
     def __init__(self, tensor: Tensor | None) -> None:
         self._tensor = None if tensor is None else ref(tensor)
-        # Inference-mode tensors have no version, so changes go unnoticed.
+        # Inference-mode tensors have no version, so a change would go unnoticed: such a plan is
+        # never reused.
         unversioned = tensor is not None and tensor.is_inference()
         self._version = -1 if unversioned else 0 if tensor is None else tensor._version
 
@@ -228,7 +229,7 @@ class _Same:
         return self._tensor() is tensor and self._version >= 0 and tensor._version == self._version
 
 
-_plans: OrderedDict[Shapes, Plans] = OrderedDict()
+_caches: OrderedDict[Shapes, PlanCache] = OrderedDict()
 _lock = threading.Lock()
 
 

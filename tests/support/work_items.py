@@ -48,7 +48,7 @@ def require_cover(
     slots: list[list[int]] = [[] for _ in rows]
     tokens_read = 0
     for first, count, table_row, start, stop in plan.items.tolist():
-        members = plan.queries[first : first + count].tolist()
+        members = plan.members[first : first + count].tolist()
         assert count >= 1
         if plan.one_query and count > 1:  # nothing past the end of any of them
             assert stop <= min(seq_lens[member] for member in members)

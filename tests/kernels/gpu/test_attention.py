@@ -54,9 +54,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(config, "_INTERPRETED", rows)
     monkeypatch.setattr(plan_module, "PARTIAL_COST_TOKENS", 2)
     monkeypatch.delenv("KVPAGER_GPU_ATTENTION", raising=False)
-    plans._plans.clear()
+    plans._caches.clear()
     yield
-    plans._plans.clear()
+    plans._caches.clear()
 
 
 @pytest.mark.mostly_slow(quick=6)

@@ -51,9 +51,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(config, "_INTERPRETED", rows)
     monkeypatch.setattr(plan_module, "PARTIAL_COST_TOKENS", 2)
     monkeypatch.delenv("KVPAGER_GPU_ATTENTION", raising=False)
-    plans._plans.clear()
+    plans._caches.clear()
     yield
-    plans._plans.clear()
+    plans._caches.clear()
 
 
 def forest(dtype: torch.dtype = torch.float32, dims: int = 16) -> Paged:
@@ -309,7 +309,7 @@ def interleaving(monkeypatch: pytest.MonkeyPatch) -> Interleaving:
         (plans._Same, "holds", True),
         (plans, "_on_host", False),
         (plan_module.Planner, "plan", False),
-        (plans.Plans, "_upload", False),
+        (plans.PlanCache, "_upload", False),
     ],
 )
 def test_plans_of_two_threads_never_mix(
@@ -319,7 +319,7 @@ def test_plans_of_two_threads_never_mix(
     query = torch.zeros(7, 4, 16)
     rows = [(blocks.block_tables[cut], blocks.seq_lens[cut]) for cut in (slice(4), slice(1, 6))]
     shapes = plans.shapes_of(query, *blocks.caches)
-    expected = [plans.Plans(shapes).of(*batch, None) for batch in rows]
+    expected = [plans.PlanCache(shapes).of(*batch, None) for batch in rows]
 
     def plan(batch: int) -> Any:
         return plan_for(query, *blocks.caches, *rows[batch])
@@ -340,7 +340,7 @@ def test_two_threads_that_begin_together_share_their_plans(interleaving: Interle
     def plan() -> Any:
         return plan_for(*tensors)
 
-    first, second = interleaving.run(plans.Plans, "__init__", plan, plan)
+    first, second = interleaving.run(plans.PlanCache, "__init__", plan, plan)
     assert first is second
 
 

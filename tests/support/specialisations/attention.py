@@ -20,7 +20,7 @@ from kvpager.kernels.gpu.attention import (
     merge_constants,
 )
 from kvpager.kernels.gpu.attention_kernels import attend_items, merge_parts
-from kvpager.kernels.gpu.plans import Plans, shapes_of
+from kvpager.kernels.gpu.plans import PlanCache, shapes_of
 from tests.support.specialisations import DIVISOR, Specialisation
 
 
@@ -98,7 +98,7 @@ def _compiled_for(
         scales=(scale, scale) if quantised else None,
     )
     shapes = shapes_of(*call[:3], window=window)._replace(device=torch.device("cpu"))
-    plans = Plans(shapes, config.Target(capability, 132))
+    plans = PlanCache(shapes, config.Target(capability, 132))
     tables = torch.arange(32, dtype=torch.int32).expand(4, -1)
     lens = torch.full((4,), 32 * block_size)
     decode = plans.of(tables, lens, None)
