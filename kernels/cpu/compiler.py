@@ -239,7 +239,8 @@ def _compile_to(path: Path, compiler: Compiler, variant: Variant) -> None:
             if not errors:
                 cache.publish(part, path)
                 return
-            # A killed build or a full disk must not leave kernels for one thread behind.
+            # Retry without OpenMP only if OpenMP is missing. After a killed build or a full disk it
+            # would leave kernels for one thread behind.
             if not _NO_OPENMP.search(errors):
                 break
         except OSError as error:

@@ -242,6 +242,7 @@ struct CopyArguments {
     int64_t* problem;
 };
 
+// Whole blocks, as bytes of any dtype.
 inline int copy(const CopyArguments& a) {
     std::vector<std::pair<int64_t, int64_t>> kept;
     for (int64_t i = 0; i < a.count; i++) {

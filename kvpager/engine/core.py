@@ -41,17 +41,17 @@ from kvpager.storage.tiers.tiering import Tiering
 logger = logging.getLogger("kvpager")
 
 # At exit Python stops daemon threads anywhere, and C++ code does not survive that.
-_open: weakref.WeakSet[EngineCore] = weakref.WeakSet()
+_open_engines: weakref.WeakSet[EngineCore] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    for core in list(_open):
+    for core in list(_open_engines):
         core.close()
 
 
 # Maximum sleep while requests live but nothing is computed: a deadline may pass.
-_PATIENCE_S = 0.05
+_WAIT_S_MAX = 0.05
 
 
 def _nothing() -> None:
@@ -118,7 +118,7 @@ class EngineCore:
         try:
             with self._lock, Uninterrupted(self._lock):
                 self._thread.start()
-                _open.add(self)
+                _open_engines.add(self)
         except BaseException:
             self.stop()
             raise
@@ -146,14 +146,14 @@ class EngineCore:
 
         Raises: `EngineClosed`; otherwise as `Scheduler.submit`.
         """
-        begins = request.prompt.tolist()
+        prompt_ids = request.prompt.tolist()
         output = Output(
             request.request_id,
-            begins if prompt is None else prompt,
+            prompt_ids if prompt is None else prompt,
             [],
             arrival_time=time.monotonic(),
         )
-        tracked = TrackedRequest(Channel(output), request, settings, begins, self._tokenizer)
+        tracked = TrackedRequest(Channel(output), request, settings, prompt_ids, self._tokenizer)
         # The stream exists before the request: if an interrupt drops it, it cancels the request.
         stream = Stream(
             tracked.channel,
@@ -165,7 +165,7 @@ class EngineCore:
             self.refuse_closed()
             self._loop.submit(request, tracked)
         self._inbox.put(None)
-        self._rest()
+        self._end_idle_workers()
         return stream
 
     def cancel(self, request_id: Hashable) -> None:
@@ -180,7 +180,8 @@ class EngineCore:
         if self.process.is_current:
             self._inbox.put(channel)
 
-    # Not a generator: the traceback of an interrupt would keep it alive, with the lock held.
+    # Not a generator: the traceback of an interrupt would keep the generator alive, with the lock
+    # held.
     def _locked(self) -> AbstractContextManager[Any]:
         """Return the lock. Raises: `EngineClosed` in a fork, where the lock may never be free."""
         self.process.refuse_fork()
@@ -264,9 +265,9 @@ class EngineCore:
         """Carry out cancellations. With `wait`, wait for the next request or cancellation."""
         while True:
             if wait:
-                self._rest()
+                self._end_idle_workers()
             try:
-                channel = self._inbox.get(wait, self._patience() if wait else None)
+                channel = self._inbox.get(wait, self._wait_s() if wait else None)
             except queue.Empty:
                 return
             wait = False
@@ -274,10 +275,10 @@ class EngineCore:
                 with self._lock:
                     self._loop.cancel(channel)
 
-    def _patience(self) -> float | None:
+    def _wait_s(self) -> float | None:
         with self._lock:
-            return _PATIENCE_S if self.scheduler.has_work else None
+            return _WAIT_S_MAX if self.scheduler.has_work else None
 
-    def _rest(self) -> None:
+    def _end_idle_workers(self) -> None:
         if self.runner.device_type == "cpu":
             end_idle_workers()

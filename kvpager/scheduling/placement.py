@@ -121,7 +121,8 @@ class Placement:
             builder.is_blocked = True
         last = max(running, key=self._table.policy.rank)
         if len(running) == 1:
-            # Without anything to reclaim, another user of the manager holds blocks: wait.
+            # With nothing to reclaim, another user of the manager holds blocks: drop this request,
+            # which then waits.
             if not self.reclaim(preempted):
                 self.drop(last)
         elif (plan := self.preempt(last)) is not None:
@@ -175,12 +176,12 @@ class Placement:
         """
         branches = [self._branch(state, at) for at in range(1, len(state.seq_ids))]
         try:
-            made = self._make(state, reserve, branches, by_index=self._prefix_cache)
+            made = self._make(state, reserve, branches, use_prefix_cache=self._prefix_cache)
         except OutOfBlocks:
             if not branches or not self._prefix_cache:
                 raise
             # A cached prefix may need one block more than sharing between sequences does.
-            made = self._make(state, reserve, branches, by_index=False)
+            made = self._make(state, reserve, branches, use_prefix_cache=False)
         sequences, seq_ids = self._sequences, state.seq_ids
         for seq_id, handle in zip(seq_ids, made, strict=True):
             sequences.assign(seq_id, handle)
@@ -191,13 +192,13 @@ class Placement:
         return np.concatenate([handle.copies for handle in made])
 
     def _make(
-        self, state: RequestState, reserve: int, branches: list[_Branch], *, by_index: bool
+        self, state: RequestState, reserve: int, branches: list[_Branch], *, use_prefix_cache: bool
     ) -> list[SequenceHandle]:
         more = sum(branch.num_blocks for branch in branches)
         made = [self._allocate(state.seq_ids[0], reserve + more)]
         try:
             for seq_id, branch in zip(state.seq_ids[1:], branches, strict=True):
-                if not branch.start or (by_index and self._is_cached(seq_id, branch.start)):
+                if not branch.start or (use_prefix_cache and self._is_cached(seq_id, branch.start)):
                     made.append(self._allocate(seq_id, 0))
                 else:
                     made.append(self._fork_at(seq_id, made[branch.parent], branch.start))

@@ -53,7 +53,17 @@ def manager_machine(
     def make_harness(setup: Setup) -> ManagerHarness:
         return ManagerHarness(setup, make_manager(setup))
 
-    smallest = Setup(1, 1, block_size, 1, 1, 1, (None,), "lru", 1)
+    smallest = Setup(
+        num_blocks=1,
+        num_host_blocks=1,
+        block_size=block_size,
+        alphabet=1,
+        longest=1,
+        num_sequences_max=1,
+        namespaces=(None,),
+        eviction="lru",
+        check_every=1,
+    )
     table = supported(table, make_manager(smallest))
     return machine_of("PagedMemory", table, make_harness, setup=setups(block_size))
 

@@ -30,7 +30,7 @@ class LayerKind(NamedTuple):
 
 @dataclass
 class Counters:
-    """Totals over all pools of one memory, dropped pools included.
+    """Totals over all pools of one `PagedMemory`, dropped pools included.
 
     `PatchStats` describes each counter.
     """
@@ -56,7 +56,8 @@ class Budget:
     Args:
         memory: the most bytes that all pools together may reserve; None for no bound.
         block_size: token slots of a block.
-        kv_cache_dtype: "int8" or "fp8_e4m3" to store them in eight bits; None as they are.
+        kv_cache_dtype: "int8" or "fp8_e4m3" to store keys and values in eight bits; None keeps
+            their dtype.
         in_place: let attention functions read blocks in place; otherwise every read gathers.
         host_memory: bytes of host memory for sequences that do not fit into the pools.
         tier: "host" for the budget of the host memory.
@@ -161,7 +162,7 @@ class PoolOwner(Protocol):
         """Return the bytes that the bound leaves."""
 
     def call_bytes(self, kind: LayerKind) -> int:
-        """Return the memory that fits this thread's call beside all other blocks in use."""
+        """Return the bytes of all blocks in use once this thread's call has all it may take."""
 
     def call_growth(self, pool: object) -> int:
         """Return how many more blocks of `pool` this thread's call may take."""

@@ -166,9 +166,9 @@ class PagedMemory:
         self.calls.await_turn(call, num_bytes, self.budget.bound)
 
     def call_bytes(self, kind: LayerKind) -> int:
-        """Return the memory that fits this thread's call beside all other blocks in use. O(blocks).
+        """Return the bytes of all blocks in use once this thread's call has all it may take.
 
-        All its layers are assumed to be of `kind`. 0 outside of `generate`.
+        O(blocks). All its layers are assumed to be of `kind`. 0 outside of `generate`.
         """
         call = self.calls.current()
         if call is None:

@@ -72,8 +72,9 @@ class StepTensors:
                 else:  # a layer that writes columns after other layers
                     flat = self._written(partition, start, stop)
                 tensor = to_device(flat, _CPU if partition.on_host else device)
-                slots.append(Slots(self._numbers(partition, device), tensor, partition.on_host))
+                slots.append(Slots(self._row_indices(partition, device), tensor, partition.on_host))
             if stop == self._columns.count:
+                # Slots of later columns, for tokens that `fill` appends without a table change.
                 ahead = to_device(self._rows.ahead(), device).unbind()
                 for column, tensor in enumerate(ahead, start=stop):
                     self._slots[device, column, column + 1] = [Slots(None, tensor, False)]
@@ -96,7 +97,7 @@ class StepTensors:
         slots = [slots_of(*each) for each in zip(partition.sequences, *ranges, strict=True)]
         return self._with_padding(np.concatenate(slots), partition, start, stop)
 
-    def _numbers(self, partition: Partition, device: torch.device) -> Tensor | None:
+    def _row_indices(self, partition: Partition, device: torch.device) -> Tensor | None:
         """Return the rows' indices, or None for all rows."""
         return None if len(partition.rows) == len(self._rows) else to_device(partition.rows, device)
 
@@ -132,7 +133,7 @@ class StepTensors:
                 on_host = partition.on_host
                 there = _CPU if on_host else device
                 tables, each = to_device(here, there), to_device(row_lengths, there).unbind()
-                rows = self._numbers(partition, device)
+                rows = self._row_indices(partition, device)
                 for column, lens, tensor in zip(steps, row_lengths, each, strict=True):
                     self._tables[device, column].append(
                         Tables(rows, RowTables(tables, tensor, HostRows(here, lens)), on_host)

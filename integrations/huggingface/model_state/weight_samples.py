@@ -26,19 +26,19 @@ class WeightSamples:
     """
 
     def __init__(self, tensors: list[Tensor], spreads: list[SampleSpread]) -> None:
-        self._near: list[int] = []  # positions of the tensors in CPU memory
+        self._on_cpu: list[int] = []  # positions of the tensors in CPU memory
         self._arrays: dict[int, list[NDArray[Any]]] = {}  # by bytes of an element
-        self._far: dict[tuple[torch.device, torch.dtype], list[tuple[int, SampleSpread]]] = {}
+        self._elsewhere: dict[tuple[torch.device, torch.dtype], list[tuple[int, SampleSpread]]] = {}
         for place, (tensor, spread) in enumerate(zip(tensors, spreads, strict=True)):
             if not spread.length:
                 continue
             if tensor.device.type == "cpu":
-                self._near.append(place)
+                self._on_cpu.append(place)
                 self._arrays.setdefault(tensor.itemsize, []).append(_array(tensor, spread))
             else:
                 kind = tensor.device, tensor.dtype
-                self._far.setdefault(kind, []).append((place, spread))
-        self._addresses = [tensors[place].untyped_storage().data_ptr() for place in self._near]
+                self._elsewhere.setdefault(kind, []).append((place, spread))
+        self._addresses = [tensors[place].untyped_storage().data_ptr() for place in self._on_cpu]
 
     def read(self, tensors: list[Tensor]) -> tuple[bytes, ...] | None:
         """Return the elements as bytes, since a NaN does not equal itself. O(tensors).
@@ -46,19 +46,22 @@ class WeightSamples:
         Returns None if a tensor has moved.
         """
         # These references keep other threads from freeing the memory during the read.
-        storages = [tensors[place].untyped_storage() for place in self._near]
+        storages = [tensors[place].untyped_storage() for place in self._on_cpu]
         if [storage.data_ptr() for storage in storages] != self._addresses:
             return None
-        near = [np.concatenate(arrays).tobytes() for arrays in self._arrays.values()]
-        return *near, *self._read_far(tensors)
+        on_cpu = [np.concatenate(arrays).tobytes() for arrays in self._arrays.values()]
+        return *on_cpu, *self._read_elsewhere(tensors)
 
-    def _read_far(self, tensors: list[Tensor]) -> list[bytes]:
+    def _read_elsewhere(self, tensors: list[Tensor]) -> list[bytes]:
         with torch.inference_mode():
             joined = [
                 torch.cat(
-                    [tensors[place].as_strided(spread[:1], spread[1:]) for place, spread in group]
+                    [
+                        tensors[place].as_strided((spread.length,), (spread.step,))
+                        for place, spread in group
+                    ]
                 )
-                for group in self._far.values()
+                for group in self._elsewhere.values()
             ]
             return [each.view(torch.uint8).cpu().numpy().tobytes() for each in joined]
 

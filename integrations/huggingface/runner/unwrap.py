@@ -20,7 +20,7 @@ def unwrapped(model: Any) -> Any:
     """Return `model`, or the transformers model that it wraps. O(modules).
 
     A wrapper of PEFT or of the user may compute other logits than the model inside it. A short
-    forward pass of both shows it.
+    forward pass of both compares them.
 
     Raises: `TypeError` without a transformers model that can generate; `KVPagerError` for a model
     that several processes share, or whose wrapper computes other logits than the model inside it.
