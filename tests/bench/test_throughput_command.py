@@ -40,7 +40,8 @@ def call(*arguments: str) -> Any:
     )
 
 
-QUICK = tuple("--device cpu --num-prompts 4 --input-len 5-20 --output-len 4 --threads 1".split())
+QUICK = ("--num-prompts", "4", "--input-len", "5-20", "--output-len", "4", "--threads", "1")
+QUICK += ("--device", "cpu")
 
 
 @pytest.mark.slow
