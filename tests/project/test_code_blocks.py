@@ -46,7 +46,11 @@ def test_a_block_prints_what_its_page_shows(block: Block, tmp_path: Path) -> Non
 
 
 def test_every_program_shows_its_output() -> None:
-    silent = [str(each) for each in BLOCKS if each.language == "python" and not each.output]
+    silent = [
+        str(block)
+        for block in BLOCKS
+        if block.language == "python" and block.obstacle is None and not block.output
+    ]
     assert silent == []
 
 
