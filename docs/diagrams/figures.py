@@ -127,7 +127,7 @@ def tiers() -> Canvas:
     canvas.box(24, 40, 330, 60, "device pool: memory=\nheld, cached and free blocks", fill=BLUE)
     canvas.box(24, 180, 330, 60, "host pool: host_memory=\nblocks of swapped sequences", fill=GREEN)
     canvas.box(
-        470, 180, 286, 60, "disk and remote stores\nnot there yet", fill="#ffffff", dashed=True
+        470, 180, 286, 60, "disk and remote stores\nnot offered yet", fill="#ffffff", dashed=True
     )
     canvas.arrow((120, 100), (120, 176))
     canvas.text(112, 144, "swap out", anchor="end", colour=MUTED)

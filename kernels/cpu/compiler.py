@@ -1,4 +1,4 @@
-"""Build the native CPU kernels with the system's C++ compiler, once per machine.
+"""Build the CPU kernels with the system's C++ compiler, once per user and after an upgrade.
 
     source + variant + compiler  ──▶  <cache>/kernels-<source>-<variant>-<compiler>.so
                                       (and its SHA-256 beside it)
