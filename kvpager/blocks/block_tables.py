@@ -1,4 +1,6 @@
-"""Rows of different lengths in one array, so that memory follows the entries in use.
+"""The block tables' storage, used by `SequenceTable`.
+
+Rows of different lengths share one array, so that memory follows the entries in use.
 
     starts   0  8  4        each row has its own span, a power of two of entries;
     spans    4  8  4        a row that outgrows its span moves to a longer one

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpager.blocks.event_log import EventLog
-from kvpager.blocks.policies.base import EvictionPolicy, Queue, Queues
+from kvpager.blocks.eviction_queues import Queue, Queues
+from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.policies.failsafe import FailSafe
 from kvpager.blocks.pool import Blocks
 from kvpager.blocks.radix import Forest, Node

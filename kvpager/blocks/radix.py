@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.blocks.eviction_queues import Queue
 from kvpager.blocks.fingerprints import moved
 from kvpager.blocks.mm_hashes import Tag
-from kvpager.blocks.policies.base import Queue
 from kvpager.blocks.pool import BlockPool, Blocks
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import NO_BLOCKS, Int32

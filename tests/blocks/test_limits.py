@@ -10,7 +10,7 @@ import pytest
 
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.accounts import Account
-from kvpager.blocks.policies.base import Queue
+from kvpager.blocks.eviction_queues import Queue
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.stats import BlockStatus
 from tests.support.clones import clone_of
