@@ -25,10 +25,10 @@ _PROVED = bytes(16)  # sealed into the format file, so that another secret is no
 class Directory:
     """A locked directory that holds blocks of one layout under one seal."""
 
-    def __init__(self, path: str | os.PathLike[str], framing: Framing, slots_each: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], framing: Framing, slots_per_file: int) -> None:
         """Lock the directory, and make it if there is none. Blocks of another layout are deleted.
 
-        `slots_each`: slots of a file, if the directory is new; `slots_each` of an old one stays.
+        `slots_per_file` is for a new directory; an old one keeps its own.
         Raises, before anything is changed: `OSError` if the directory cannot be used or another
         process uses it; `ValueError` if it holds other files or blocks under another secret.
         """
@@ -38,23 +38,23 @@ class Directory:
             found = self._read()
             self._check_secret(found, framing)
             wanted = _described(framing)
-            if {**found, "slots_each": 0, "proof": ""} != {**wanted, "slots_each": 0, "proof": ""}:
-                self._start_anew(wanted, framing, slots_each)
-                found = {"slots_each": slots_each}
-            self.slots_each = int(found["slots_each"])
+            if not _same_layout(found, wanted):
+                self._start_anew(wanted, framing, slots_per_file)
+                found = {"slots_per_file": slots_per_file}
+            self.slots_per_file = int(found["slots_per_file"])
         except BaseException:
             self.close()
             raise
 
     def discard(self) -> None:
         """Delete all blocks. Raises: `OSError`."""
-        # The table first: without it no slot is offered.
+        # The slot table and the segments; the table first: without it no slot is offered.
         for path in sorted(self.path.glob("s*"), key=lambda path: path.name != TABLE):
             if _OURS.fullmatch(path.name):
                 path.unlink()
 
     def sync(self) -> None:
-        """Wait until the device has the names of the files. Raises: `OSError`."""
+        """Sync the directory, so that new names survive a power cut. Raises: `OSError`."""
         folder = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -86,14 +86,15 @@ class Directory:
                 "Pass that secret, or choose another directory."
             )
 
-    def _start_anew(self, wanted: dict[str, Any], framing: Framing, slots_each: int) -> None:
+    def _start_anew(self, wanted: dict[str, Any], framing: Framing, slots_per_file: int) -> None:
         if (self.path / TABLE).exists():
             logger.warning("%s holds blocks of another layout or seal: deleting them", self.path)
         self.discard()
         os.chmod(self.path, 0o700)
         proof = framing.seal.seal(_FORMAT.encode(), memoryview(_PROVED))
         parts = [bytes(part).hex() for part in proof]
-        text = json.dumps({**wanted, "slots_each": slots_each, "proof": parts}, indent=1).encode()
+        described = {**wanted, "slots_per_file": slots_per_file, "proof": parts}
+        text = json.dumps(described, indent=1).encode()
         new = self.path / f"{_FORMAT}.tmp"
         file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(file, "wb") as stream:
@@ -111,6 +112,11 @@ def _described(framing: Framing) -> dict[str, Any]:
         "block_bytes": framing.layout.block_bytes,
         "seal": framing.seal.number,
     }
+
+
+def _same_layout(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    others = {"slots_per_file": 0, "proof": ""}  # parts that may differ
+    return {**found, **others} == {**wanted, **others}
 
 
 def _check(text: bytes) -> bytes:

@@ -35,13 +35,13 @@ class Page(NamedTuple):
 class Segments:
     """Slots in files. All methods but `grow` and `close` may run in several threads at once."""
 
-    def __init__(self, folder: Path, num_slots: int, slots_each: int, block_bytes: int) -> None:
+    def __init__(self, folder: Path, num_slots: int, slots_per_file: int, block_bytes: int) -> None:
         """Open the segments in `folder`; make none. Raises: `OSError`.
 
         `intact` are the slots that the files found hold whole. `num_slots` bounds `grow`.
         """
         self.slot_bytes = PAGE_BYTES + -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
-        self._folder, self._slots_each, self._block_bytes = folder, slots_each, block_bytes
+        self._folder, self._slots_per_file, self._block_bytes = folder, slots_per_file, block_bytes
         self._num_slots = num_slots
         self._files: list[int] = []
         self._direct = bool(_DIRECT)
@@ -60,8 +60,8 @@ class Segments:
         The range is empty once there are `num_slots`. Raises: `OSError` if the disk is full.
         """
         first = self.num_made
-        number = first // self._slots_each
-        stop = min((number + 1) * self._slots_each, self._num_slots)
+        number = first // self._slots_per_file
+        stop = min((number + 1) * self._slots_per_file, self._num_slots)
         if stop <= first:
             return range(0)
         if number == len(self._files):
@@ -69,7 +69,7 @@ class Segments:
         file = self._files[number]
         before = os.fstat(file).st_size
         try:
-            os.posix_fallocate(file, 0, (stop - number * self._slots_each) * self.slot_bytes)
+            os.posix_fallocate(file, 0, (stop - number * self._slots_per_file) * self.slot_bytes)
         except OSError:
             os.ftruncate(file, before)  # give back what was allocated
             raise
@@ -115,15 +115,15 @@ class Segments:
 
     def _open_found(self) -> None:
         found = {path.name for path in self._folder.glob("segment-*")}
-        needed = [_NAME.format(n) for n in range(-(-self._num_slots // self._slots_each))]
+        needed = [_NAME.format(n) for n in range(-(-self._num_slots // self._slots_per_file))]
         for name in found.difference(needed):  # of a larger capacity
             (self._folder / name).unlink()
         last = max((n for n, name in enumerate(needed) if name in found), default=-1)
         for number in range(last + 1):
             file = self._open(number)
             self._files.append(file)
-            first = number * self._slots_each
-            most = min(self._slots_each, self._num_slots - first)
+            first = number * self._slots_per_file
+            most = min(self._slots_per_file, self._num_slots - first)
             if os.fstat(file).st_size > most * self.slot_bytes:
                 os.ftruncate(file, most * self.slot_bytes)
             whole = os.fstat(file).st_size // self.slot_bytes
@@ -157,7 +157,7 @@ class Segments:
             raise OSError(errno.EIO, "a slot was transferred in part")
 
     def _place(self, slot: int) -> tuple[int, int]:
-        number, place = divmod(slot, self._slots_each)
+        number, place = divmod(slot, self._slots_per_file)
         return self._files[number], place * self.slot_bytes
 
     def _fits(self, block: memoryview) -> bool:

@@ -168,12 +168,12 @@ class DiskStore:
 
     def _open(self) -> None:
         directory, num_slots = self._directory, self._num_slots
-        if -(-num_slots // directory.slots_each) > _SEGMENTS_MAX:
+        if -(-num_slots // directory.slots_per_file) > _SEGMENTS_MAX:
             raise ValueError(
                 f"capacity: too large for the files in {directory.path}, which a smaller capacity "
                 "made. Delete the directory, or lower the capacity."
             )
-        segments = Segments(directory.path, num_slots, directory.slots_each, self.block_bytes)
+        segments = Segments(directory.path, num_slots, directory.slots_per_file, self.block_bytes)
         self._segments = segments
         try:
             self._table = SlotTable(directory.path / TABLE, num_slots)
