@@ -35,6 +35,8 @@ class GroupAllocation:
     ) -> SequenceHandle:
         """Begin a sequence with blocks for `rooms` tokens in each group. O(tokens * groups).
 
+        A group with a window may get fewer tokens than `length` now: the rest stay in `pending`.
+
         Raises: `OutOfBlocks` of the sum over all groups.
         """
         state, size = self._state, self._state.block_size
@@ -57,9 +59,9 @@ class GroupAllocation:
                 zip(who, rooms, firsts.tolist(), counts, strict=False)
             )
         ]
-        name = self._table.add(rows, length, hit.digests)
+        sequence = self._table.add(rows, length, hit.digests)
         if min(rooms) < length:
-            self._table.pending[name] = ids
+            self._table.pending[sequence] = ids
         if ids is not None:
             totals = state.totals
             totals["queries"] += 1
@@ -88,10 +90,10 @@ class GroupAllocation:
         if need > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
 
-    def fork(self, parent: int, times: int) -> list[SequenceHandle]:
-        """Begin `times` sequences that share every block of `parent`. O(blocks) each."""
+    def fork(self, sequence: int, times: int) -> list[SequenceHandle]:
+        """Begin `times` sequences that share every block of `sequence`. O(blocks) each."""
         state, rows = self._state, self._state.rows
-        members = self._table.rows[:, parent].tolist()
+        members = self._table.rows[:, sequence].tolist()
         self._table.reserve(times)
         state.reserve(max(map(rows.num_blocks, members)), times * len(members))
         children = self._table.handles(times, int(rows.committed[members].min()))
@@ -99,12 +101,12 @@ class GroupAllocation:
         for row in members:
             state.share(rows.device_blocks(row), times)
         for _ in range(times):
-            self._table.fork(parent, [rows.fork(row) for row in members])
+            self._table.fork(sequence, [rows.fork(row) for row in members])
         return children
 
-    def end(self, names: Int64) -> None:
+    def end(self, sequences: Int64) -> None:
         """Release the blocks of these sequences and end their handles. O(blocks)."""
         self._state.change.begin()
-        self._allocation.end(self._table.rows[:, names].ravel().tolist())
-        for name in names.tolist():
-            self._table.drop(name)
+        self._allocation.end(self._table.rows[:, sequences].ravel().tolist())
+        for sequence in sequences.tolist():
+            self._table.drop(sequence)
