@@ -5,23 +5,23 @@ documentation by `examples/train_tiny_llama.py`; it loads without a network.
 
 For any block manager behind a small adapter:
 
-    properties     the properties, and the members of an adapter
-    conformance    a pytest suite and a state machine that check them
-    results        the same checks, with the results as data
+    properties          the properties, and the members of an adapter
+    conformance         a pytest suite and a state machine that check them
+    results             the same checks, with the results as data
 
 For any store of cached blocks:
 
-    stores         a pytest suite of the properties of a `BlockStore`
+    stores              a pytest suite of the properties of a `BlockStore`
 
 For kvpager's block managers and scheduler:
 
-    reference      a manager in plain Python, the specification of the verbs
-    memory         a miniature data plane, one integer for each token slot
-    simulator      seeded random histories of kvpager's whole interface, shrunk when they fail
-    simulation     random traffic through a scheduler and a miniature model
-    machine        the same operations as a Hypothesis state machine
-    isolation      paired probes of the isolation of namespaces
-    mutants        mutation tests: known bugs that these tools must detect
+    reference           a manager in plain Python, the specification of the verbs
+    memory              a miniature data plane, one integer for each token slot
+    simulator           seeded random histories of kvpager's whole interface, shrunk when they fail
+    serving_simulation  random traffic through a scheduler and a miniature model
+    machine             the same operations as a Hypothesis state machine
+    isolation           paired probes of the isolation of namespaces
+    mutants             mutation tests: known bugs that these tools must detect
 
 `conformance`, `machine` and `strategies` need Hypothesis; `conformance`, `machine` and `stores`
 need pytest. Nothing here needs torch.

@@ -1,4 +1,4 @@
-"""Random scenarios and requests: see `kvpager.testing.simulation`."""
+"""Random scenarios and requests: see `kvpager.testing.serving_simulation`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvpager import Scheduler
-from kvpager.testing import simulation
+from kvpager.testing import serving_simulation
 from kvpager.testing.serving import reference
 from kvpager.testing.traffic import Scenario, make_scheduler
 from tests.support.scheduling import request
@@ -14,7 +14,7 @@ from tests.support.scheduling import request
 
 @pytest.mark.slow
 def test_every_request_ends_once_with_its_own_tokens() -> None:
-    summary = simulation.run(2_000, seed=0)
+    summary = serving_simulation.run(2_000, seed=0)
     assert not summary.failures, "\n".join(map(str, summary.failures))
     assert summary.num_requests == 2_000
     # The run must contain rare events.
@@ -23,7 +23,7 @@ def test_every_request_ends_once_with_its_own_tokens() -> None:
 
 
 def test_a_seed_determines_the_run() -> None:
-    assert str(simulation.simulate(11)) == str(simulation.simulate(11))
+    assert str(serving_simulation.simulate(11)) == str(serving_simulation.simulate(11))
 
 
 class LosesAToken(Scheduler):
@@ -59,12 +59,12 @@ def test_a_broken_scheduler_is_detected(broken: type[Scheduler]) -> None:
         scheduler.__class__ = broken
         return scheduler
 
-    reports = [simulation.simulate(seed, make=make) for seed in range(6)]
+    reports = [serving_simulation.simulate(seed, make=make) for seed in range(6)]
     assert any(report.failure for report in reports)
 
 
 def test_the_command_line_reports_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert simulation.main(["--requests", "80", "--seed", "3"]) == 0
+    assert serving_simulation.main(["--requests", "80", "--seed", "3"]) == 0
     assert "80 requests from 2 seeds, 0 failed" in capsys.readouterr().out
 
 

@@ -3,7 +3,7 @@
     report = simulate(seed=7, requests=40)
     print(report)                                  # the scenario, counts and the failure, if any
 
-    python -m kvpager.testing.simulation --requests 1e5 --processes 2
+    python -m kvpager.testing.serving_simulation --requests 1e5 --processes 2
 
 A seed decides everything: pool, host tier, policy, budgets, costs and traffic. The traffic has
 arrivals, shared prefixes, namespaces, parallel samples, beams, deadlines, cancellations and steps
@@ -277,7 +277,7 @@ def _reports(requests: int, seed: int, processes: int) -> Iterator[Report]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return 0 if no seed failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m kvpager.testing.simulation", description=__doc__
+        prog="python -m kvpager.testing.serving_simulation", description=__doc__
     )
     parser.add_argument("--requests", type=float, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
