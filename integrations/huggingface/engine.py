@@ -196,15 +196,14 @@ class Engine:
             prompt: token ids, or what a tokenizer returned for one text; for an encoder-decoder
                 model, what its encoder reads.
             generation_config: generation settings; the model's own if None. `overrides` replace
-                single settings, such as `max_new_tokens=64`. If neither they nor the model limit
-                the length, a request gets 20 new tokens, as in `generate` of transformers.
+                single settings, such as `max_new_tokens=64`. If nothing limits the length, a
+                request gets 20 new tokens, as in `generate` of transformers.
             input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
             attention_mask: zeros for padding before or after the prompt, which is left out.
             request_id: unique among live requests; None makes one up.
             namespace: requests share cached prompts within it alone; `quotas` may bound its blocks.
-            tenant: `policy="fair"` serves the tenant with the fewest tokens so far first. Other
-                policies refuse one.
-            priority: `policy="priority"` serves lower numbers first; others refuse all but 0.
+            tenant: `policy="fair"`, and no other, serves first who had the fewest tokens.
+            priority: `policy="priority"`, and no other, serves lower numbers first.
             timeout: seconds after which the request ends, finished or not.
             seed: of the request's own generator. Without it, samples depend on other requests.
             logprobs: report each token's log probability, after all processors.
@@ -214,7 +213,6 @@ class Engine:
         """
         self._core.refuse_closed()
         arguments.flag("logprobs", logprobs)
-        arguments.label("request_id", request_id)
         given = prompt_argument("prompt", prompt, input_ids)
         ids = self._reader(generation_config, overrides).one(given, attention_mask)
         sampling = self._chosen_settings(sampling_settings, generation_config, overrides)
@@ -236,6 +234,7 @@ class Engine:
         labels: dict[str, Any],
     ) -> Stream:
         """Queue a request whose prompt was read. `labels`: those that a `Request` has as well."""
+        arguments.label("request_id", labels["request_id"])
         deadline = _deadline(timeout)
         begins = ids if not self._info.is_encoder_decoder else [decoder_start(self.model)]
         resolved = sampling.resolve(len(begins), ids)

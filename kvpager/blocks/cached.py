@@ -1,4 +1,4 @@
-"""The cached blocks, for whoever keeps copies of them elsewhere: `manager.cached`.
+"""Cached blocks that are also kept elsewhere: `manager.cached`.
 
     leaving(count) ─▶ keys(blocks, keying) ─▶ hold(blocks) ─▶ copy the bytes ─▶ release(ticket)
                                                                     └─▶ mark_clean(blocks, store)
@@ -50,16 +50,16 @@ class CachedBlocks:
         self._keys: NDArray[np.uint8] = np.empty((0, KEY_BYTES), np.uint8)
 
     def leaving(self, count: int, store: int | None = None) -> Int32:
-        """Return, of the `count` blocks that would be evicted next, those not clean, in order.
+        """Look at the next `count` blocks to be evicted, and return the dirty ones, in order.
 
-        With `store`, those not clean in that store; otherwise those not clean in any. int32 [n].
+        A block is dirty if it is not clean in `store`, or, without `store`, in no store. int32 [n].
         O(count log blocks). Raises: `ValueError`, `TypeError` for a bad argument.
         """
         count = arguments.count("count", count)
         bits = _KEYED - 1 if store is None else self._bit(store)
         state = self._state
         with state.lock, state.change:
-            state.change.begin()  # the policy may rank blocks anew
+            state.change.begin()  # the policy may change ranks
             state.evictor.refresh(count)
             blocks = preview.leaving(state.evictor, count)
             dirty: Int32 = blocks[state.pool.marks[blocks] & bits == 0]

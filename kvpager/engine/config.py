@@ -10,7 +10,7 @@ from kvpager import _validate as arguments
 from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.engine.compiling import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
-from kvpager.storage.block_storage import KVCacheDtype
+from kvpager.storage.layout import KVCacheDtype
 
 Forward = Literal["auto", "packed", "per_sequence"]
 

@@ -21,9 +21,8 @@ tensor of bytes. Every part starts at a multiple of 16 bytes, after 0 to 15 unus
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence, Sized
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,18 +30,15 @@ from torch import Tensor
 
 from kvpager import _validate as arguments
 from kvpager._text import counted
-from kvpager.kernels.quantisation import KV_CACHE_DTYPES, SCALE_DTYPE
+from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.ops import LayerCaches, copy_blocks
 from kvpager.plans import Int32, Plan, Tier
 from kvpager.storage import streams
+from kvpager.storage.layout import KVCacheDtype, Part, block_layout
 from kvpager.storage.memory import allocate
 
 LayerCache = tuple[Tensor, Tensor]
 LayerScales = tuple[Tensor, Tensor]
-KVCacheDtype = Literal["int8", "fp8_e4m3"]
-
-# The widest loads of GPUs and CPUs. A multiple of the alignment of every dtype.
-PART_ALIGNMENT_BYTES = 16
 
 
 class LayerShape(NamedTuple):
@@ -56,19 +52,6 @@ class LayerShape(NamedTuple):
     def elements_per_token(self) -> int:
         """Elements per token: key and value of all heads. O(1)."""
         return self.num_kv_heads * (self.head_dim + self.value_head_dim)
-
-
-class _Part(NamedTuple):
-    """One tensor of a layer, with its range in a block in elements of the tier."""
-
-    start: int
-    end: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]  # of one block
-
-    def view(self, tier: Tensor) -> Tensor:
-        """Return the part of every block: [blocks, *shape]. O(1)."""
-        return tier[:, self.start : self.end].view(self.dtype).view(-1, *self.shape)
 
 
 class BlockStorage:
@@ -142,7 +125,7 @@ class BlockStorage:
     ) -> int:
         """Return `block_bytes` of a storage with these arguments. O(layers)."""
         dtype, kv_cache_dtype = _dtypes(dtype, kv_cache_dtype)
-        _, elements = _layout(
+        _, elements = block_layout(
             arguments.block_size(block_size), _layer_shapes(layers), dtype, kv_cache_dtype
         )
         return elements * (dtype if kv_cache_dtype is None else torch.uint8).itemsize
@@ -359,15 +342,11 @@ class BlockStorage:
         caches = self._layer_caches(layers, device)
         self._order.replace(device)
         # In one statement: an interrupt must not leave views of freed memory.
-        self._layers, self._device_tier, self._host_tier, self._caches = (
-            layers,
-            device,
-            host,
-            caches,
-        )
+        state = layers, device, host, caches
+        self._layers, self._device_tier, self._host_tier, self._caches = state
 
-    def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[_Part]], int]:
-        return _layout(self._block_size, layers, self._dtype, self._kv_cache_dtype)
+    def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[Part]], int]:
+        return block_layout(self._block_size, layers, self._dtype, self._kv_cache_dtype)
 
     def _layer_caches(self, layers: tuple[LayerShape, ...], device: Tensor) -> list[LayerCaches]:
         layout, _ = self._layout(layers)
@@ -376,30 +355,6 @@ class BlockStorage:
             LayerCaches(key, value, (scales[0], scales[1]) if scales else None)
             for key, value, *scales in views
         ]
-
-
-def _layout(
-    block_size: int,
-    layers: Sequence[LayerShape],
-    dtype: torch.dtype,
-    kv_cache_dtype: KVCacheDtype | None,
-) -> tuple[list[list[_Part]], int]:
-    """Return the parts of every layer, in order, and the elements of a block."""
-    stored = dtype if kv_cache_dtype is None else KV_CACHE_DTYPES[kv_cache_dtype]
-    # The tier of a quantised storage has aligned parts and elements of one byte.
-    unit, alignment = (dtype.itemsize, 1) if kv_cache_dtype is None else (1, PART_ALIGNMENT_BYTES)
-    layout, start = [], 0
-    for heads, key_dim, value_dim in layers:
-        kinds: list[tuple[torch.dtype, tuple[int, ...]]]
-        kinds = [(stored, (block_size, heads, key_dim)), (stored, (block_size, heads, value_dim))]
-        kinds += [] if kv_cache_dtype is None else [(SCALE_DTYPE, (block_size, heads))] * 2
-        parts = []
-        for part_dtype, shape in kinds:
-            end = start + math.prod(shape) * part_dtype.itemsize // unit
-            parts.append(_Part(start, end, part_dtype, shape))
-            start = -(-end // alignment) * alignment
-        layout.append(parts)
-    return layout, start
 
 
 def _as_copies(copies: Int32) -> Int32:

@@ -17,7 +17,7 @@ from kvpager.storage.memory import host_pages
 class Staging:
     """Slots of one block each, page-aligned; page-locked if the storage is on a GPU.
 
-    A slot belongs to whoever took it. Its memory is reused only after the copies that read it.
+    `take` gives a slot to one caller. Its memory is reused only after the copies that read it.
     Any thread may call `take`, `give` and `slot`.
     """
 
@@ -37,7 +37,7 @@ class Staging:
 
     @property
     def num_free(self) -> int:
-        """Slots that nobody has. O(1)."""
+        """Free slots. O(1)."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES, dequantise, quantise
 from kvpager.ops import append_kv, gather_kv, paged_attention
-from kvpager.storage.block_storage import BlockStorage, KVCacheDtype
+from kvpager.storage.block_storage import BlockStorage
+from kvpager.storage.layout import KVCacheDtype
 from tests.support.kernel_cases import (
     CASES,
     ENTRY,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvpager.kernels import reference
 from kvpager.ops import AttentionArgs, append_kv, copy_blocks, gather_kv, paged_attention
-from kvpager.storage.block_storage import BlockStorage, KVCacheDtype
+from kvpager.storage.block_storage import BlockStorage
+from kvpager.storage.layout import KVCacheDtype
 
 NAN = float("nan")
 

@@ -17,7 +17,8 @@ from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.plans import Tier
-from kvpager.storage.block_storage import BlockStorage, KVCacheDtype, LayerShape
+from kvpager.storage.block_storage import BlockStorage, LayerShape
+from kvpager.storage.layout import KVCacheDtype
 
 
 class LayerKind(NamedTuple):

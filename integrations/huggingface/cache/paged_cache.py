@@ -27,7 +27,8 @@ from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.stats import CacheStats
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.plans import Int64
-from kvpager.storage.block_storage import KVCacheDtype, LayerShape
+from kvpager.storage.block_storage import LayerShape
+from kvpager.storage.layout import KVCacheDtype
 
 # transformers' constructor, even if a patch replaces it later.
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__

@@ -40,7 +40,7 @@ from kvpager.integrations.huggingface.patching.replacements import install
 from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.runner.unwrap import no_model
-from kvpager.storage.block_storage import KVCacheDtype
+from kvpager.storage.layout import KVCacheDtype
 
 
 def patch(
@@ -70,30 +70,31 @@ def patch(
         dtype: the dtype that keys and values must have; None for the model's own.
         kv_cache_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, rounded.
         host_memory: bytes of host memory for rows that do not fit on the device or in `memory`.
-        prefix_cache: keep the blocks of prompts and replies for later calls, until
-            `Patch.clear_prefix_cache()`.
+        prefix_cache: keep prompts and replies for later calls, until `clear_prefix_cache()`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
         in_place: let `sdpa` and flash attention read blocks in place; False gathers them.
         eviction: which cached blocks leave first: a policy's name, such as `"lru"`, or a function.
 
     Raises: `TypeError`, `ValueError` for invalid arguments, such as a `memory` smaller than one
-    block; `KVPagerError` if `patch` was called with the model before, and not undone. The model is
-    then as it was.
+    block; `KVPagerError` if the model is patched already. The model is then as it was.
     """
     warn_if_untested()
     _check_model(model)
     _check_namespace(namespace, arguments.flag("prefix_cache", prefix_cache))
     in_place, dtype = arguments.flag("in_place", in_place), _checked_dtype(dtype, model)
     budget = Budget(
-        memory, block_size,
-        kv_cache_dtype=kv_cache_dtype, in_place=in_place, host_memory=host_memory,
-    )  # fmt: skip
+        memory,
+        block_size,
+        kv_cache_dtype=kv_cache_dtype,
+        in_place=in_place,
+        host_memory=host_memory,
+    )
     paged = PagedMemory(
         budget, keep_pools=prefix_cache, dtype=dtype, eviction=eviction, namespace=namespace
     )
     if isinstance(model, PreTrainedModel):
-        dtype_there = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
-        budget.refuse_below(least_block_bytes(model.config, dtype_there, budget))
+        wide = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
+        budget.refuse_below(least_block_bytes(model.config, wide, budget))
     prompts = PromptCache(paged.namespaces) if prefix_cache else None
     return _activate(Patch(model, paged, prompts), model)
 

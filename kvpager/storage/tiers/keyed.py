@@ -127,12 +127,12 @@ class KeyedTier:
 
     @property
     def num_ready(self) -> int:
-        """How many keys are offered. O(1)."""
+        """The number of keys that are offered. O(1)."""
         return 0 if self._closed else self._num_ready
 
     @property
     def num_available(self) -> int:
-        """How many slots are free or may be evicted. O(1)."""
+        """The number of slots that are free or may be evicted. O(1)."""
         return len(self._free) + len(self._idle)
 
     def find(self, keys: Sequence[bytes]) -> int:

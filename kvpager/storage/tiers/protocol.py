@@ -1,4 +1,4 @@
-"""The contract between tiers and whoever moves blocks into them and out of them."""
+"""The contract of a tier: `BlockStore`."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ class Tiering:
             manager.free(sequence)
 
     def cancel(self, fetch: Fetch) -> None:
-        """Stop to wait for a fetch. The last one who waits gives back its slots. O(1)."""
+        """Stop waiting for a fetch. Its slots are given back when no caller waits. O(1)."""
         fetch.num_waiting -= 1
         if fetch.num_waiting > 0:
             return
@@ -255,10 +255,10 @@ class Tiering:
     # ---------------------------------------------------------------- save
 
     def clean(self, count: int = 64) -> int:
-        """Save, of the next `count` blocks to be evicted, those that no store was offered.
+        """Look at the next `count` blocks to be evicted, and save those that no store was offered.
 
-        Copies at most as many as there are free slots, and returns how many. Threads save them
-        afterwards. Call it between steps. O(count log blocks + bytes copied).
+        Needs a free slot for each. Returns the number of blocks copied; threads save them then.
+        Call it between steps. O(count log blocks + bytes copied).
         """
         cached = self._manager.cached
         blocks = cached.leaving(count)
