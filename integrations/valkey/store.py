@@ -45,9 +45,10 @@ class ValkeyStore:
     """A Valkey or Redis server as a `BlockStore`. Any thread may call any method.
 
     A block is one value, `kvp1:` and the block's content key its name. The server evicts and
-    expires blocks by itself. The first writer of a key stays. A server that fails or comes late
-    three times within 10 s is bypassed, see `CircuitBreaker`. A block whose save was late may still
-    arrive. Resolving a host name has no deadline. Servers of a cluster are refused.
+    expires blocks by itself. The first writer of a key stays. A server that fails, or takes longer
+    than `timeout_s`, three times within 10 s is bypassed, see `CircuitBreaker`. A block whose save
+    was late may still arrive. Resolving a host name has no deadline. Servers of a cluster are
+    refused.
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class ValkeyStore:
             layout: the layout of the blocks.
             seal: what protects them, `Digest()` unless given.
             ttl_s: seconds that the server keeps a block; None for as long as it has room.
-            timeout_s: seconds that connecting, `find` and `drop` may take.
+            timeout_s: seconds that connecting, `find` and `drop` may take. A call that an earlier
+                deadline ends is no failure of the server.
             clock: the circuit breaker's, in seconds.
 
         Raises: `ValueError`, `TypeError` for a bad argument; `ConnectionError` for a server that
@@ -102,9 +104,9 @@ class ValkeyStore:
 
     def find(self, keys: Sequence[bytes]) -> int:
         keys = list(takewhile(lambda key: key not in self._unusable, keys))
-        deadline, there = time.monotonic() + self._timeout_s, list[bool]()
+        there = list[bool]()
         if keys:
-            self._attempt(partial(self._find, keys, there, deadline), deadline)
+            self._attempt(partial(self._find, keys, there))
         return there.index(False) if False in there else len(there)
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview], deadline: float) -> Outcomes:
@@ -114,7 +116,7 @@ class ValkeyStore:
         wanted, found = [(keys[index], views[index]) for index in asked], list[Loaded]()
         ending = _Ending.DONE
         if wanted:
-            ending = self._attempt(partial(self._load, wanted, found, deadline), deadline)
+            ending = self._attempt(partial(self._load, wanted, found), deadline)
         rest = Loaded.LATE if ending is _Ending.LATE else Loaded.MISS
         found += [rest] * (len(wanted) - len(found))
         bad = [key for (key, _), each in zip(wanted, found, strict=True) if each == Loaded.BAD]
@@ -131,7 +133,7 @@ class ValkeyStore:
         offered = list(zip(keys, self._views("blocks", keys, blocks), strict=True))
         kept, ending = list[Saved](), _Ending.SKIPPED
         if offered and not self._read_only:
-            ending = self._attempt(partial(self._save, offered, kept, deadline), deadline)
+            ending = self._attempt(partial(self._save, offered, kept), deadline)
         rest = Saved.LATE if ending is _Ending.LATE else Saved.REFUSED
         outcomes = np.array(kept + [rest] * (len(keys) - len(kept)), np.uint8)
         self._counters.saved(outcomes, time.perf_counter() - start)
@@ -139,9 +141,8 @@ class ValkeyStore:
 
     def drop(self, keys: Sequence[bytes]) -> None:
         """Delete blocks on the server, for everybody."""
-        deadline = time.monotonic() + self._timeout_s
         if keys:
-            self._attempt(partial(self._drop, keys, deadline), deadline)
+            self._attempt(partial(self._drop, keys))
 
     def stats(self) -> StoreStats:
         return self._counters.stats(num_blocks=None, capacity=None)
@@ -212,31 +213,41 @@ class ValkeyStore:
 
     # ------------------------------------------------------------- around it
 
-    def _attempt(self, work: Callable[[Wire], None], deadline: float) -> _Ending:
-        """Do `work` on a connection, unless the server is bypassed. Raises nothing of its own."""
+    def _attempt(
+        self, work: Callable[[float, Wire], None], deadline: float | None = None
+    ) -> _Ending:
+        """Do `work` on a connection, unless the server is bypassed. Raises nothing of its own.
+
+        The deadline is `timeout_s` from now, unless given.
+        """
         if self._closed:
             return _Ending.SKIPPED
-        if time.monotonic() >= deadline:
-            return _Ending.LATE  # no fault of the server
+        now = time.monotonic()
+        patience = now + self._timeout_s
+        deadline = patience if deadline is None else deadline
+        if now >= deadline:
+            return _Ending.LATE
         if not self._breaker.allows():
             return _Ending.SKIPPED
         ending = _Ending.FAILED
         try:
             with self._pool.wire(deadline) as wire:
-                work(wire)
+                work(deadline, wire)
             ending = _Ending.DONE
         except (TimeoutError, RedisTimeoutError):
             ending = _Ending.LATE
         except (OSError, RedisError, ServerError):
             pass
         finally:
-            done = ending is _Ending.DONE
-            (self._breaker.succeeded if done else self._breaker.failed)()
+            if ending is _Ending.DONE:
+                self._breaker.succeeded()
+            elif ending is not _Ending.LATE or deadline >= patience:
+                self._breaker.failed()  # a caller in a hurry is no fault of the server
         return ending
 
     def _discard(self, bad: Sequence[bytes], deadline: float) -> None:
         """Delete bad values. Remember those that cannot be deleted: they are never read again."""
-        if not bad or self._attempt(partial(self._drop, bad, deadline), deadline) is _Ending.DONE:
+        if not bad or self._attempt(partial(self._drop, bad), deadline) is _Ending.DONE:
             return
         with self._lock:
             self._unusable |= dict.fromkeys(bad)

@@ -29,7 +29,8 @@ class Clock:
 
 
 def shortly() -> float:
-    return time.monotonic() + 0.02
+    """Return a deadline just after a limit of 0.5 s."""
+    return time.monotonic() + 0.52
 
 
 def freeze(server: Server) -> None:
@@ -42,7 +43,7 @@ def thaw(server: Server) -> None:
 
 def test_a_stopped_server_is_late_and_then_bypassed(own_server: Server) -> None:
     clock, names, content = Clock(), keys(3), blocks(3)
-    store = open_store(own_server.url, clock=clock)
+    store = open_store(own_server.url, clock=clock, timeout_s=0.5)
     save(store, names[:2], content[:2])
     freeze(own_server)
     # The first call has a connection already, the others try to connect.
@@ -73,6 +74,23 @@ def test_a_deadline_that_has_passed_is_not_the_servers_fault(own_server: Server)
     assert not store.bypassed
     assert store.find(names) == 1
     assert store.find(names[1:]) == 0
+
+
+def test_a_deadline_before_the_limit_is_not_the_servers_fault(own_server: Server) -> None:
+    names = keys(2)
+    store = open_store(own_server.url)
+    freeze(own_server)
+    for _ in range(5):
+        assert load(store, names, time.monotonic() + 0.02)[0] == [LATE] * 2
+    assert not store.bypassed
+
+
+def test_finds_on_a_stopped_server_bypass_it(own_server: Server) -> None:
+    store = open_store(own_server.url, timeout_s=0.5)
+    freeze(own_server)
+    for _ in range(3):
+        assert store.find(keys(2)) == 0
+    assert store.bypassed
 
 
 def test_find_on_a_stopped_server_ends(own_server: Server) -> None:
