@@ -84,7 +84,7 @@ class ValkeyStore:
         self._breaker = CircuitBreaker(clock)
         self._counters = StoreCounters(layout.block_bytes)
         self._pool = WirePool(self._address.connect)
-        self._unusable: dict[bytes, None] = {}  # bad values that could not be deleted
+        self._unusable: dict[bytes, None] = {}  # bad values, until they are deleted
         self._lock = threading.Lock()
         self._read_only = self._closed = False
         self._check_server()
@@ -207,7 +207,12 @@ class ValkeyStore:
 
     def _drop(self, keys: Sequence[bytes], deadline: float, wire: Wire) -> None:
         for part in self._parts(keys):
-            wire.delete([_PREFIX + key for key in part], deadline)
+            try:
+                wire.delete([_PREFIX + key for key in part], deadline)
+            except ServerError as error:
+                if not str(error).startswith("NOPERM"):
+                    raise
+                return  # a reader, without the right to delete
             for key in part:
                 self._unusable.pop(key, None)
 
@@ -246,13 +251,14 @@ class ValkeyStore:
         return ending
 
     def _discard(self, bad: Sequence[bytes], deadline: float) -> None:
-        """Delete bad values. Remember those that cannot be deleted: they are never read again."""
-        if not bad or self._attempt(partial(self._drop, bad), deadline) is _Ending.DONE:
+        """Delete bad values. Those that cannot be deleted are never read again."""
+        if not bad:
             return
         with self._lock:
             self._unusable |= dict.fromkeys(bad)
             for key in list(self._unusable)[: max(0, len(self._unusable) - _UNUSABLE_MAX)]:
                 self._unusable.pop(key, None)
+        self._attempt(partial(self._drop, bad), deadline)
 
     def _parts(self, items: Sequence[_T]) -> Iterator[Sequence[_T]]:
         return (items[i : i + self._part] for i in range(0, len(items), self._part))

@@ -90,6 +90,20 @@ def test_a_reader_asks_for_a_bad_block_once(guarded: Server) -> None:
     assert reader.stats().bad == 3
 
 
+def test_a_reader_that_meets_bad_blocks_goes_on(guarded: Server) -> None:
+    names, content = keys(5, seed=9), blocks(5)
+    writer = open_store(
+        url_for(guarded, "writer:writes"), seal=Mac(b"another secret, of 32 bytes too.")
+    )
+    save(writer, names[:4], content[:4])
+    save(open_store(url_for(guarded, "writer:writes")), names[4:], content[4:])
+    reader = open_store(url_for(guarded, "reader:reads"))
+    for name in names[:4]:
+        assert load(reader, [name])[0] == [BAD]
+    assert not reader.bypassed
+    assert load(reader, names) == ([MISS] * 4 + [HIT], [memoryview(bytes(1000))] * 4 + content[4:])
+
+
 def test_numbered_databases_are_apart(server: Server) -> None:
     names, content = keys(1), blocks(1)
     save(open_store(f"{server.url}/3"), names, content)
