@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ from kvpager import _validate as arguments
 from kvpager.integrations.valkey.address import Address
 from kvpager.integrations.valkey.pool import WirePool
 from kvpager.integrations.valkey.wire import ServerError, Value, Wire
-from kvpager.storage.keys import KEY_BYTES
 from kvpager.storage.tiers.breaker import CircuitBreaker
 from kvpager.storage.tiers.checks import check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
@@ -272,8 +272,10 @@ class ValkeyStore:
     def _check_server(self) -> None:
         deadline = time.monotonic() + self._timeout_s
         wire = self._address.first_connection(self._timeout_s)
-        # Two names of different slots: a server of a cluster refuses them in one command.
-        names = [_PREFIX + bytes(KEY_BYTES), _PREFIX + b"\xff" * KEY_BYTES]
+        # No block has such names, and nobody can guess them. Their last byte puts them into
+        # different slots: a server of a cluster refuses them in one command.
+        probe = _PREFIX + secrets.token_hex(8).encode()
+        names = [probe + b"0", probe + b"1"]
         try:
             wire.exists(names, deadline)
             list(wire.mget(names, [(), ()], deadline))

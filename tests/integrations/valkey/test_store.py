@@ -243,3 +243,10 @@ def test_wrong_buffers_and_keys_are_refused_before_anything_is_sent(single: Valk
 def test_wrong_settings_are_refused(server: Server, options: dict[str, int], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         ValkeyStore(server.url, LAYOUT, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", [bytes(32), b"\xff" * 32])
+def test_a_store_opens_whatever_value_a_key_has(server: Server, key: bytes) -> None:
+    server.ask(b"SET", b"kvp1:" + key, b"x")
+    store = open_store(server.url)
+    assert load(store, [key])[0] == [Loaded.BAD]
