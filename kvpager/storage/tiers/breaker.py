@@ -26,7 +26,7 @@ class CircuitBreaker:
         self._failures: deque[float] = deque(maxlen=_FAILURES)
         self._wait_s = 0.0  # 0 while the store is in use
         self._probe_at = 0.0
-        self._probing = False
+        self._prober: int | None = None  # the thread whose call is the probe
 
     @property
     def open(self) -> bool:
@@ -34,7 +34,10 @@ class CircuitBreaker:
         return self._wait_s > 0
 
     def allows(self) -> bool:
-        """Return whether a call may use the store. It must then report its end. O(1)."""
+        """Return whether a call may use the store. O(1).
+
+        The thread of the call then reports its end, unless that says nothing about the store.
+        """
         with self._lock:
             if not self._wait_s:
                 return True
@@ -42,14 +45,14 @@ class CircuitBreaker:
             if now < self._probe_at:
                 return False
             # This call is the probe. The others wait for its end, or for as long again.
-            self._probing, self._probe_at = True, now + self._wait_s
+            self._prober, self._probe_at = threading.get_ident(), now + self._wait_s
             return True
 
     def succeeded(self) -> None:
         """Report a call that the store answered in time. O(1)."""
         with self._lock:
-            if self._wait_s:
-                self._wait_s, self._probing = 0.0, False
+            if self._is_probe():
+                self._wait_s, self._prober = 0.0, None
                 self._failures.clear()
 
     def failed(self) -> None:
@@ -61,8 +64,12 @@ class CircuitBreaker:
                 if len(self._failures) < _FAILURES or now - self._failures[0] > _WITHIN_S:
                     return
                 self._wait_s = _WAIT_MIN_S
-            elif self._probing:
+            elif self._is_probe():
                 self._wait_s = min(2 * self._wait_s, _WAIT_MAX_S)
             else:
                 return  # the call began before the store was bypassed
-            self._probing, self._probe_at = False, now + self._wait_s
+            self._prober, self._probe_at = None, now + self._wait_s
+
+    def _is_probe(self) -> bool:
+        """Return True unless the call of this thread began before the store was bypassed."""
+        return self._prober == threading.get_ident()

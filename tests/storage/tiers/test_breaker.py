@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from kvpager.storage.tiers.breaker import CircuitBreaker
@@ -87,6 +89,22 @@ def test_failures_of_calls_begun_before_are_no_probe(breaker: CircuitBreaker, cl
     breaker.failed()
     clock.now += 1
     assert breaker.allows()
+
+
+def test_successes_of_calls_begun_before_are_no_probe(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    fail(breaker, 3)
+    breaker.succeeded()
+    assert breaker.open
+    clock.now += 1
+    assert breaker.allows()
+    with ThreadPoolExecutor(1) as threads:  # their calls end while the probe is under way
+        threads.submit(breaker.succeeded).result()
+        assert breaker.open
+        threads.submit(breaker.failed).result()
+    breaker.succeeded()
+    assert not breaker.open
 
 
 def test_a_probe_without_an_end_makes_way_for_another(
