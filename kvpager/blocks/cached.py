@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from kvpager import _validate as arguments
 from kvpager.blocks import preview
 from kvpager.blocks.mm_hashes import Tag
+from kvpager.blocks.pool import KEYED
 from kvpager.blocks.radix import Node
 from kvpager.blocks.state import BlockState
 from kvpager.plans import Int32
 
-NUM_STORES_MAX = 7
+NUM_STORES_MAX = 7  # a bit each, below `KEYED` in the pool's marks
 KEY_BYTES = 32
-_KEYED = 1 << NUM_STORES_MAX  # in the pool's marks, above one bit for each store
+_LOOK_AT = 64  # blocks to look at for each dirty one
 
 
 class Keying(Protocol):
@@ -50,20 +51,22 @@ class CachedBlocks:
         self._keys: NDArray[np.uint8] = np.empty((0, KEY_BYTES), np.uint8)
 
     def leaving(self, count: int, store: int | None = None) -> Int32:
-        """Look at the next `count` blocks to be evicted, and return the dirty ones, in order.
+        """Return the first `count` dirty blocks that would be evicted, in order, int32 [n].
 
-        A block is dirty if it is not clean in `store`, or, without `store`, in no store. int32 [n].
-        O(count log blocks). Raises: `ValueError`, `TypeError` for a bad argument.
+        A block is dirty if it is not clean in `store`, or, without `store`, in no store. Looks at
+        no more than the next 64 * `count` blocks. O(blocks looked at * log blocks).
+        Raises: `ValueError`, `TypeError` for a bad argument.
         """
         count = arguments.count("count", count)
-        bits = _KEYED - 1 if store is None else self._bit(store)
+        bits = KEYED - 1 if store is None else self._bit(store)
         state = self._state
         with state.lock, state.change:
             state.change.begin()  # the policy may change ranks
-            state.evictor.refresh(count)
-            blocks = preview.leaving(state.evictor, count)
-            dirty: Int32 = blocks[state.pool.marks[blocks] & bits == 0]
-            return dirty
+            state.evictor.refresh(_LOOK_AT * count)
+            marks = state.pool.marks
+            return preview.leaving(
+                state.evictor, count, lambda blocks: marks[blocks] & bits == 0, _LOOK_AT * count
+            )
 
     def keys(self, blocks: Int32, keying: Keying) -> list[bytes]:
         """Return the content keys of published blocks. O(blocks + blocks before them, once).
@@ -83,7 +86,7 @@ class CachedBlocks:
     def _keep_keys_of(self, keying: Keying) -> None:
         pool = self._state.pool
         if self._keying is not keying or len(self._keys) != pool.num_blocks:
-            pool.marks &= ~np.uint8(_KEYED)
+            pool.marks &= ~np.uint8(KEYED)
             self._keying = keying
             self._keys = np.empty((pool.num_blocks, KEY_BYTES), np.uint8)
 
@@ -99,12 +102,12 @@ class CachedBlocks:
         key = keying.root(namespace, lora)
         for run in reversed(runs):
             for block in run.blocks.tolist():
-                if pool.marks[block] & _KEYED:
+                if pool.marks[block] & KEYED:
                     key = self._keys[block].tobytes()
                     continue
                 key = keying.block(namespace, key, pool.ids[block], run.tag)
                 self._keys[block] = np.frombuffer(key, np.uint8)
-                pool.marks[block] |= _KEYED
+                pool.marks[block] |= KEYED
 
     def mark_clean(self, blocks: Int32, store: int) -> None:
         """Record that store number `store`, 0 to 6, has copies of `blocks`. O(blocks).

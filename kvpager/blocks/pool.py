@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import Int32, Int64
 
+KEYED = 1 << 7  # in `marks`: the block's content key is known; the other bits are for stores
 Index = NDArray[np.intp]
 Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
 
@@ -276,6 +277,7 @@ class BlockPool:
             after[:kept] = before[:kept]
             after[new] = before[old]
             setattr(self, name, after)
+        self.marks &= np.uint8(KEYED - 1)  # the keys of blocks that move do not move along
         num_used_ever = max([min(self._num_used_ever, num_blocks), *(new + 1)])
         free = self._stack[: self._stack_size]
         free = free[(free < num_blocks) & ~np.isin(free, new)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvpager.blocks.eviction import Evictor
 from kvpager.blocks.radix import Node
@@ -22,28 +23,35 @@ class _Place(NamedTuple):
     num_left: int
 
 
-def leaving(evictor: Evictor, count: int) -> Int32:
-    """Return the blocks that evicting `count` blocks would evict, in order. O(count log n).
+def leaving(
+    evictor: Evictor,
+    count: int,
+    wanted: Callable[[Int32], NDArray[np.bool_]],
+    num_looked_at: int,
+) -> Int32:
+    """Return the first `count` wanted blocks in the order in which blocks would be evicted.
 
-    Fewer if idle leaves, and idle blocks before them, are fewer. Does not consider quotas.
+    Looks at the next `num_looked_at` blocks, or at fewer if idle leaves, and idle blocks before
+    them, are fewer. Does not consider quotas. O(blocks looked at * log blocks).
     """
-    order, found = _Order(evictor), list[Int32]()
+    order, found, num_found = _Order(evictor), list[Int32](), 0
     num_gone: dict[Node, int] = {}  # children that have left
-    while count > 0 and (place := order.pop()) is not None:
+    while num_found < count and num_looked_at > 0 and (place := order.pop()) is not None:
         node, end = place.node, place.num_left
-        tail = node.blocks[max(end - count, 0) : end][::-1]
+        tail = node.blocks[max(end - num_looked_at, 0) : end][::-1]
         leaves = (evictor.policy.rank(tail.astype(np.intp)) <= order.next_rank) & evictor.idle(tail)
         leaves[0] = True
         gone = tail if leaves.all() else tail[: int(leaves.argmin())]
-        found.append(gone)
-        count, end = count - len(gone), end - len(gone)
+        found.append(gone[wanted(gone)])
+        num_found += len(found[-1])
+        num_looked_at, end = num_looked_at - len(gone), end - len(gone)
         if end:
             order.push(node, end)
         elif (parent := node.parent) is not None and parent.parent is not None:
             num_gone[parent] = num_gone.get(parent, 0) + 1
             if num_gone[parent] == len(parent.children):
                 order.push(parent, len(parent.blocks))
-    return np.concatenate([NO_BLOCKS, *found]).astype(np.int32)
+    return np.concatenate([NO_BLOCKS, *found]).astype(np.int32)[:count]
 
 
 class _Order:

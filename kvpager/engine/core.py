@@ -109,7 +109,7 @@ class EngineCore:
         self._fetching = None
         if tiering is not None:
             wake = partial(self._inbox.put, None)
-            self._fetching = Fetching(scheduler, tiering, self._lock, wake)
+            self._fetching = Fetching(scheduler, tiering, self._lock, guard, wake)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock
         self._loop = Loop(*parts, guard, self._fetching, on_step)
         quotas = LiveQuotas(scheduler.manager, self._loop.live_requests)
@@ -253,7 +253,10 @@ class EngineCore:
             self._is_open = False
             self._loop.end_all(self.error)
         if self._fetching is not None:
-            self._fetching.close()
+            try:
+                self._fetching.close()
+            except Exception:
+                logger.exception("a tier failed to close")
         self._dispatcher.close()
         self._on_end()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+from kvpager.engine.model_watch import ModelGuard
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.tiers.tiering import Fetch, Tiering
@@ -29,12 +30,14 @@ class Fetching:
     """Holds requests while their blocks are fetched, and saves blocks that leave next.
 
     `begin` and `note_end` are called under the lock. `between_steps` is a callback of the engine's
-    thread: no store makes it wait.
+    thread: no store makes it wait. After the prefix cache was cleared, for example because the
+    model changed, and after a failure, nothing is fetched or saved any more.
 
     Args:
         scheduler: holds the requests.
         tiering: moves the blocks. Its manager is the scheduler's.
         lock: guards the scheduler; reentrant.
+        guard: notices changes of the model; None if it cannot change.
         wake: makes the engine's thread take another step soon. Safe in any thread.
     """
 
@@ -43,12 +46,16 @@ class Fetching:
         scheduler: Scheduler,
         tiering: Tiering,
         lock: AbstractContextManager[Any],
+        guard: ModelGuard | None,
         wake: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._tiering = tiering
         self._lock = lock
+        self._guard = guard
         self._wake = wake
+        self._generation = scheduler.generation
+        self._is_on = True
         self._held: list[_Held] = []
         self._tokens_by_store: dict[Hashable, dict[str, int]] = {}
         self._may_be_dirty = False
@@ -56,6 +63,8 @@ class Fetching:
 
     def begin(self, request: Request) -> None:
         """Fetch the beginning of a request that was queued, and hold it meanwhile. O(tokens)."""
+        if not self._check_on():
+            return
         namespace, lora = self._scheduler.identity(request.request_id)
         try:
             fetch = self._tiering.begin(request.prompt, namespace=namespace, lora=lora)
@@ -68,8 +77,11 @@ class Fetching:
 
     def note_end(self, request_id: Hashable) -> None:
         """Record that a request ended: its blocks may be saved. O(1)."""
-        self._may_be_dirty = True
+        self._may_be_dirty = self._is_on
         self._tokens_by_store.pop(request_id, None)
+        for held in [held for held in self._held if held.request_id == request_id]:
+            self._held.remove(held)
+            self._tiering.cancel(held.fetch)
 
     def take_tokens_by_store(self, request_id: Hashable) -> dict[str, int]:
         """Return how many tokens were fetched for a request from each store. O(stores)."""
@@ -79,14 +91,39 @@ class Fetching:
         """Let requests start whose fetch has ended, and save some blocks."""
         if not (self._held or self._may_be_dirty):
             return
+        if self._may_be_dirty and self._guard is not None:
+            self._guard.look()  # blocks that a changed model computed are not saved
         with self._lock:
-            now = time.monotonic()
-            self._held = [held for held in self._held if not self._end(held, now)]
-            if self._may_be_dirty:
-                self._tiering.clean(_CLEANED_PER_STEP)
-                self._may_be_dirty = not self._tiering.is_clean
-                if self._may_be_dirty and self._tiering.has_room:
-                    self._wake()
+            try:
+                self._check_on()
+                now = time.monotonic()
+                self._held = [held for held in self._held if not self._end(held, now)]
+                if self._may_be_dirty:
+                    self._clean()
+            except Exception:
+                logger.exception("tiers are not used any more")
+                self._turn_off()
+
+    def _clean(self) -> None:
+        self._tiering.clean(_CLEANED_PER_STEP)
+        self._may_be_dirty = not self._tiering.is_clean
+        if self._may_be_dirty and self._tiering.has_room:
+            self._wake()
+
+    def _check_on(self) -> bool:
+        """Turn off if cached prefixes were dropped; return False if nothing is fetched now."""
+        if self._is_on and self._scheduler.generation != self._generation:
+            logger.warning("tiers are not used any more, because the prefix cache was cleared")
+            self._turn_off()
+        return self._is_on
+
+    def _turn_off(self) -> None:
+        self._is_on = self._may_be_dirty = False
+        held, self._held = self._held, []
+        for request_id, fetch in held:
+            self._tiering.cancel(fetch)
+            if self._scheduler.is_held(request_id):
+                self._scheduler.release(request_id)
 
     def _end(self, held: _Held, now: float) -> bool:
         """Use the fetch of a request if it has ended; return False to wait on."""
@@ -105,7 +142,5 @@ class Fetching:
 
     def close(self) -> None:
         """Give up all fetches, and close the stores after the saves under way."""
-        for held in self._held:
-            self._tiering.cancel(held.fetch)
-        self._held.clear()
+        self._turn_off()
         self._tiering.close()

@@ -66,6 +66,10 @@ class ModelGuard:
         self._has_arrivals = False
         self._look()
 
+    def look(self) -> None:
+        """Check the whole model, and drop cached prefixes if it changed. Call without the lock."""
+        self._judge(self._watch.look())
+
     def note_arrival(self) -> None:
         """Record that the scheduler got a request. Call under the lock. O(1)."""
         self._has_arrivals = True
@@ -80,7 +84,9 @@ class ModelGuard:
         begins = scheduler.num_waiting + scheduler.num_preempted
         if not begins + scheduler.num_running:
             return
-        state = self._watch.look() if begins else self._watch.glance()
+        self._judge(self._watch.look() if begins else self._watch.glance())
+
+    def _judge(self, state: ModelState) -> None:
         before, self._state = self._state, state
         is_new = before is not None and before.version != state.version
         if state.doubt is not None and (before is None or before.doubt != state.doubt):
@@ -88,4 +94,4 @@ class ModelGuard:
         if is_new or state.doubt is not None:
             self.num_changes += is_new
             with self._lock:
-                scheduler.clear_prefix_cache()
+                self._scheduler.clear_prefix_cache()

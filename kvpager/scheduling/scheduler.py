@@ -134,6 +134,11 @@ class Scheduler:
             self._change.begin()
             self._table.add(request, prompt, now)
 
+    @property
+    def generation(self) -> int:
+        """How often the prefix cache was cleared. O(1)."""
+        return self._table.generation
+
     def identity(self, request_id: Hashable) -> tuple[str | None, str | None]:
         """Return the namespace and LoRA under which a live request's prefix is cached. O(1).
 

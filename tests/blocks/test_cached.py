@@ -91,7 +91,7 @@ def test_clean_blocks_are_left_out_per_store() -> None:
     manager.cached.mark_clean(np.array([second]), 6)
     assert manager.cached.leaving(4).tolist() == rest
     assert manager.cached.leaving(4, store=0).tolist() == [second, *rest]
-    assert manager.cached.leaving(1, store=0).tolist() == []
+    assert manager.cached.leaving(1, store=0).tolist() == [second]
     assert manager.cached.are_clean(np.array([first, second]), 6).tolist() == [False, True]
 
 
@@ -241,3 +241,23 @@ def test_holds_at_random_leave_the_manager_consistent(seed: int) -> None:
     manager.check()
     stats = manager.stats()
     assert stats.num_free + stats.num_cached == stats.num_blocks
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_keys_are_right_after_any_resize(seed: int) -> None:
+    chance, maker = random.Random(seed), keying()
+    manager = BlockManager(24, SIZE)
+    for _ in range(40):
+        prompt = [chance.randrange(3) for _ in range(SIZE * chance.randrange(1, 5))]
+        cached(manager, prompt)
+        action = chance.random()
+        if action < 0.2:
+            manager.shrink(chance.randrange(8, manager.num_blocks + 1))
+        elif action < 0.4:
+            manager.grow(24)
+        for event in manager.events.published():
+            if event.parent >= 0:
+                continue
+            tokens = event.tokens.ravel().tolist()
+            context = KeyContext("layout", "model")
+            assert manager.cached.keys(event.blocks, maker) == content_keys(tokens, SIZE, context)

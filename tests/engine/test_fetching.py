@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,11 @@ class TieredEngine(ToyEngine):
     """A toy engine over stores."""
 
     def __init__(
-        self, stores: Sequence[DictStore], num_blocks: int = 64, *, slots: int = 64, **tiering: Any
-    ) -> None:
+        self, stores: Sequence[DictStore], num_blocks: int = 64, *, slots: int = 64,
+        core: Mapping[str, Any] | None = None, **tiering: Any,
+    ) -> None:  # fmt: skip
         self.stores, self.slots, self.settings = stores, slots, tiering
-        super().__init__(num_blocks)
+        super().__init__(num_blocks, core=core)
 
     def _make_tiering(self, scheduler: Any, runner: ToyRunner) -> Tiering:
         self.staging = ToyStaging(runner, self.slots)
@@ -238,3 +239,92 @@ def test_traffic_at_random_gives_the_same_tokens(seed: int) -> None:
         for engine in engines:
             EngineCore.close(engine)
     assert shared.num_loads > 0
+
+
+# ------------------------------------------------------------------- when tiers are given up
+
+
+class Watch:
+    """A model watch that says what it is told."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.doubt = None
+
+    def look(self) -> Watch:
+        seen = Watch()
+        seen.version = self.version
+        return seen
+
+    glance = look
+
+
+def test_a_changed_model_saves_and_fetches_nothing_more() -> None:
+    shared, watch = store(), Watch()
+    with TieredEngine([shared], core={"watch": watch}) as engine:
+        watch.version = 1
+        engine.ask(PROMPT).result(60)
+        engine.ask([9, *PROMPT]).result(60)
+        engine.check_idle()
+        watch.version = 2
+        engine.ask([8, *PROMPT]).result(60)
+        engine.check_idle()
+    saved = len(shared.blocks)
+    shared.is_closed = False
+    with TieredEngine([shared], core={"watch": watch}) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+        engine.clear_prefix_cache()
+        before = shared.num_loads
+        assert engine.ask(PROMPT).result(60).token_ids == expected(PROMPT, 8)
+        assert shared.num_loads == before
+    assert len(shared.blocks) >= saved
+
+
+def test_a_model_that_changes_during_a_reply_saves_no_block_of_it() -> None:
+    shared, watch = store(), Watch()
+    with TieredEngine([shared], core={"watch": watch}) as engine:
+        stream = engine.ask(PROMPT, 60)
+        for number, _ in enumerate(stream):
+            if number == 30:
+                watch.version = 1
+        engine.check_idle()
+        assert not shared.blocks
+
+
+def test_floors_that_need_the_blocks_save_nothing_and_end_nothing() -> None:
+    with TieredEngine([store()], 20) as engine:
+        engine.scheduler.manager.quotas.set("a", floor=14)
+        for seed in range(3):
+            prompt = [seed, *PROMPT[:10]]
+            assert engine.ask(prompt).result(60).token_ids == expected(prompt, 8)
+        assert engine.is_open
+
+
+def test_an_id_that_is_used_again_waits_for_its_own_fetch() -> None:
+    slow = store()
+    with TieredEngine([slow]) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+    slow.is_closed = False
+    with TieredEngine([slow], max_wait_s=60) as engine:
+        slow.gate.clear()
+        engine.ask(PROMPT, request_id="a").cancel()
+        while "a" in engine.scheduler.request_ids:
+            engine.ask([5], 1).result(60)
+        stream = engine.ask([*PROMPT, 1], request_id="a")
+        slow.gate.set()
+        assert stream.result(60).cached_tokens_by_tier == {"dict": 40}
+        engine.saved()
+
+
+def test_a_store_that_fails_to_close_leaves_none_open() -> None:
+    class Stubborn(DictStore):
+        def close(self) -> None:
+            raise OSError("it does not close")
+
+    other = store()
+    with TieredEngine([Stubborn(BLOCK_BYTES), other]) as engine:
+        engine.ask(PROMPT).result(60)
+    assert other.is_closed
+    assert not engine._dispatcher._thread.is_alive()

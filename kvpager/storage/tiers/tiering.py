@@ -10,6 +10,7 @@ a store. Staging is the only buffer: when it is full, loads end early and nothin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -31,6 +32,7 @@ from kvpager.storage.tiers.protocol import BlockStore, Loaded
 
 logger = logging.getLogger(__name__)
 
+_FETCHES_MAX = 256  # under way at once
 _BATCH = 16  # blocks of one call of a store
 
 
@@ -126,8 +128,9 @@ class Tiering:
     ) -> Fetch | None:
         """Begin to load the blocks of `prompt` that are not cached. O(tokens).
 
-        Returns None if all are cached. Two prompts with the same first missing block share one
-        fetch: the second returns when the first does, and its other blocks are not loaded.
+        Returns None if all are cached, or if 256 fetches are under way. Two prompts with the same
+        first missing block share one fetch: the second returns when the first does, and its other
+        blocks are not loaded.
         """
         tokens, shown = arguments.token_ids(prompt), list(mm_hashes)
         manager, size = self._manager, self._manager.block_size
@@ -143,9 +146,12 @@ class Tiering:
             wait_s = self._max_wait_s
             if self._recompute_s is not None:
                 wait_s = min(wait_s, self._recompute_s(num_blocks - first) / 2)
+            if len(self._fetching) >= _FETCHES_MAX or self._closing.is_set():
+                return None
             fetch = Fetch(tokens, identity, first, keys, time.monotonic() + wait_s)
-            self._fetching[keys[first]] = fetch
             fetch.work = self._loads.submit(self._load, fetch)
+            fetch.work.add_done_callback(lambda _: self.on_progress())
+            self._fetching[keys[first]] = fetch
         fetch.num_waiting += 1
         return fetch
 
@@ -157,12 +163,13 @@ class Tiering:
                     pass
             except Exception:
                 logger.exception("the store %s failed to load", store.name)
-        self.on_progress()
 
     def _load_batch(self, fetch: Fetch, number: int, store: BlockStore) -> bool:
         """Load the next blocks from one store. Return True if all of them came."""
         wanted = fetch.keys[fetch.first + len(fetch.slots) :][:_BATCH]
-        if not wanted or self._closing.is_set() or not (count := store.find(wanted)):
+        if not wanted or self._closing.is_set() or time.monotonic() >= fetch.deadline:
+            return False
+        if not (count := store.find(wanted)):
             return False
         slots = self._staging.take(count)
         num_hits = 0
@@ -243,8 +250,10 @@ class Tiering:
         def give_back(work: Future[None]) -> None:
             slots, fetch.slots = fetch.slots, []
             self._staging.give(slots)
+            self.on_progress()
 
         assert fetch.work is not None
+        fetch.work.cancel()  # if no thread has begun it
         fetch.work.add_done_callback(give_back)
 
     def _forget(self, fetch: Fetch) -> None:
@@ -269,7 +278,13 @@ class Tiering:
             self._staging.give(slots)
             return 0
         try:
-            keys, ticket = cached.keys(blocks, self._keying), cached.hold(blocks)
+            keys = cached.keys(blocks, self._keying)
+            try:
+                ticket = cached.hold(blocks)
+            except ValueError:  # floors of namespaces need the blocks: try again later
+                self.is_clean = True
+                self._staging.give(slots)
+                return 0
             try:
                 self._staging.read(blocks.tolist(), slots)
                 for store in range(len(self.stores)):
@@ -279,7 +294,7 @@ class Tiering:
         except BaseException:
             self._staging.give(slots)
             raise
-        self._saves.submit(self._save, keys, slots)
+        self._saves.submit(self._save, keys, slots).add_done_callback(lambda _: self.on_progress())
         return len(blocks)
 
     def _save(self, keys: list[bytes], slots: list[int]) -> None:
@@ -287,15 +302,15 @@ class Tiering:
         deadline = time.monotonic() + self._max_wait_s
         try:
             for store in self.stores:
-                for start in range(0, len(keys), _BATCH):
-                    part = slice(start, start + _BATCH)
-                    blocks = [self._staging.slot(slot) for slot in slots[part]]
-                    store.save(keys[part], blocks, deadline)
-        except Exception:
-            logger.exception("a store failed to save")
+                try:
+                    for start in range(0, len(keys), _BATCH):
+                        part = slice(start, start + _BATCH)
+                        blocks = [self._staging.slot(slot) for slot in slots[part]]
+                        store.save(keys[part], blocks, deadline)
+                except Exception:
+                    logger.exception("the store %s failed to save", store.name)
         finally:
             self._staging.give(slots)
-            self.on_progress()
 
     # ---------------------------------------------------------------- end
 
@@ -305,6 +320,8 @@ class Tiering:
         self._loads.shutdown()
         self._saves.shutdown()
         for fetch in list(self._fetching.values()):
+            fetch.num_waiting = 1
             self.cancel(fetch)
-        for store in self.stores:
-            store.close()
+        with contextlib.ExitStack() as stores:  # closes all, whichever raises
+            for store in self.stores:
+                stores.callback(store.close)
