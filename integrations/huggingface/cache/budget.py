@@ -87,9 +87,11 @@ class Budget:
         self.kv_cache_dtype = kv_cache_dtype
         self.in_place = in_place
         self.counters = Counters()
+        self.device_bound = self.bound  # also for the host's budget
         self.host: Budget | None = None
         if host_memory is not None:
             self.host = Budget(host_memory, block_size, kv_cache_dtype=kv_cache_dtype, tier="host")
+            self.host.device_bound = self.bound
 
     def bound_as_given(self) -> str:
         """Return the bound as an argument, such as `memory='4GiB'`. O(1)."""

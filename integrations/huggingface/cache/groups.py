@@ -27,7 +27,7 @@ from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.cache.rows import BatchRows
 from kvpager.integrations.huggingface.cache.stats import Holding
 from kvpager.integrations.huggingface.cache.step_tensors import StepTensors
-from kvpager.plans import Int32, Int64
+from kvpager.plans import Int32, Int64, Tier
 
 _numbers = itertools.count()
 
@@ -69,6 +69,11 @@ class LayerGroup:
     def pool(self) -> PagedPool | None:
         """The device's pool of the rows; None before a layer is bound."""
         return None if self.rows is None else self.rows.pool
+
+    def pool_in(self, tier: Tier) -> PagedPool | None:
+        """Return the tier's pool of the rows; None before a layer is bound. O(1)."""
+        pool = self.pool
+        return pool.host if pool is not None and tier == "host" else pool
 
     @property
     def num_rows(self) -> int:
@@ -233,9 +238,10 @@ class LayerGroup:
         if self.tensors is not None:
             self.tensors.clear()
 
-    def num_device_blocks(self) -> int:
-        """Return the number of blocks that the rows hold on the device. O(blocks)."""
-        return sum(each.num_blocks for each in self.holdings() if not each.on_host)
+    def num_blocks_in(self, tier: Tier) -> int:
+        """Return the number of blocks that the rows hold in a tier. O(blocks)."""
+        on_host = tier == "host"
+        return sum(each.num_blocks for each in self.holdings() if each.on_host == on_host)
 
     def holdings(self) -> list[Holding]:
         """Count the blocks that the rows hold, in each tier. O(blocks)."""

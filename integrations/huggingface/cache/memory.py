@@ -22,6 +22,7 @@ from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall, GenerateCalls
 from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.pools import PagedPool
+from kvpager.plans import Tier
 
 logger = logging.getLogger("kvpager")
 
@@ -42,12 +43,11 @@ class Group(Protocol):
     def dense_bytes(self) -> int:
         """Return the bytes that `DynamicCache` would hold for these layers."""
 
-    @property
-    def pool(self) -> PagedPool | None:
-        """Return the device's pool of the rows; None before the first token."""
+    def pool_in(self, tier: Tier) -> PagedPool | None:
+        """Return the tier's pool of the rows; None before the first token."""
 
-    def num_device_blocks(self) -> int:
-        """Return the number of blocks that the rows hold on the device."""
+    def num_blocks_in(self, tier: Tier) -> int:
+        """Return the number of blocks that the rows hold in a tier."""
 
     def full_bytes(self, kind: LayerKind, call: GenerateCall) -> int:
         """Return the bytes of all rows of `call`, if all layers are of `kind`."""
@@ -87,7 +87,7 @@ class PagedMemory:
         self.fallbacks: dict[str, int] = {}  # why paging or reuse was skipped -> calls
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of live caches
         self.lock: Any = new_lock() if device is None else device.lock
-        self.calls = GenerateCalls(self.lock)
+        self.calls: GenerateCalls = GenerateCalls(self.lock) if device is None else device.calls
         _memories.add(self)
         self.uninterrupted = Uninterrupted(self.lock)
         self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
@@ -168,18 +168,21 @@ class PagedMemory:
     def call_bytes(self, kind: LayerKind) -> int:
         """Return the bytes of all blocks in use once this thread's call has all it may take.
 
-        O(blocks). All its layers are assumed to be of `kind`. 0 outside of `generate`.
+        In host memory, these are all its rows, because any of them may move there. All its layers
+        are assumed to be of `kind`. 0 outside of `generate`. O(blocks).
         """
         call = self.calls.current()
         if call is None:
             return 0
-        groups = _groups(call)
-        own_pools = {group.pool for group in groups}
+        groups, tier = _groups(call), self.budget.tier
+        own_pools = {group.pool_in(tier) for group in groups}
         others = sum(
             pool.held_bytes if pool in own_pools else pool.reserved_bytes for pool in self.pools()
         )
         own = sum(
-            group.num_device_blocks() * group.pool.block_bytes for group in groups if group.pool
+            group.num_blocks_in(tier) * pool.block_bytes
+            for group in groups
+            if (pool := group.pool_in(tier)) is not None
         )
         return max(others - own, 0) + sum(group.full_bytes(kind, call) for group in groups)
 
@@ -188,10 +191,11 @@ class PagedMemory:
         call = self.calls.current()
         if call is None:
             return 0
+        tier = self.budget.tier
         return sum(
-            call.num_blocks(self.budget.block_size, group.window) - group.num_device_blocks()
+            call.num_blocks(self.budget.block_size, group.window) - group.num_blocks_in(tier)
             for group in _groups(call)
-            if group.pool is pool
+            if group.pool_in(tier) is pool
         )
 
     def note_peak(self) -> None:

@@ -62,7 +62,17 @@ def out_of_memory(
             message += f", other layers take {size(others)}"
         message += f". Raise {budget.name} to {size(enough, round_up=True)}"
     if is_host:
-        message += " or use a smaller batch."
+        message += _other_ways(pool)
     else:
         message += "." if pool.has_host else " or set host_memory= to offload."
     return OutOfBlocks(need, *room, tier=budget.tier, advice=message, message=message)
+
+
+def _other_ways(pool: Pool) -> str:
+    """Return what helps besides host memory, as the end of a sentence."""
+    call, ways = pool.memory.calls.current(), []
+    if pool.memory.budget.device_bound is not None:
+        ways.append("raise memory")
+    if call is None or call.num_rows != 1:
+        ways.append("use a smaller batch")
+    return (f", {ways[0]}," if len(ways) > 1 else "") + (f" or {ways[-1]}." if ways else ".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import threading
 from typing import Any
 
@@ -105,6 +106,30 @@ def test_too_little_host_memory_names_itself_and_leaves_nothing_behind() -> None
         assert raised.value.tier == "host"
         del raised
         assert_everything_is_given_back(patch)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "way"),
+    [
+        ([30, 12, 40], {}, r", raise memory, or use a smaller batch\.$"),
+        ([12], {"num_beams": 3}, r", raise memory, or use a smaller batch\.$"),
+        ([40], {}, r" or raise memory\.$"),
+    ],
+)
+def test_the_host_memory_named_in_an_error_suffices(
+    lengths: list[int], options: dict[str, Any], way: str
+) -> None:
+    model = tiny_models.tiny_model("llama")
+    bound = needed(model, lengths, **options) // 4
+    with (
+        kvpager.patch(model, block_size=BLOCK, memory=bound, host_memory=bound),
+        pytest.raises(kvpager.OutOfBlocks, match=way) as raised,
+    ):
+        generate(model, lengths, **options)
+    asked = re.search(r"Raise host_memory to (.*?iB)", str(raised.value))
+    assert asked is not None
+    with kvpager.patch(model, block_size=BLOCK, memory=bound, host_memory=asked[1]):
+        generate(model, lengths, **options)
 
 
 def test_a_cache_that_outgrew_both_memories_keeps_what_it_held() -> None:
