@@ -7,10 +7,11 @@ leaves a traceback.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import typer
@@ -142,14 +143,26 @@ def _exit_for(error: Any) -> NoReturn:
         sys.exit(WRONG_USAGE)
     context = getattr(error, "ctx", None)
     command = "kvpager" if context is None else context.command_path
-    sys.exit(fail(f"{_usage(error)}. See `{command} --help`.").exit_code)
+    usage = _usage(error)
+    end = "" if usage.endswith("?") else "."
+    sys.exit(fail(f"{usage}{end} See `{command} --help`.").exit_code)
+
+
+def no_such_option(given: str, options: Iterable[str], command: str) -> str:
+    """Return the message on an option that `command` lacks. O(options)."""
+    known = difflib.get_close_matches(given, options, 1)
+    return f"{_unknown(given, known)}. See `{command} --help`."
+
+
+def _unknown(given: str, known: Iterable[str]) -> str:
+    meant = " or ".join(sorted(known))
+    return f"{given}: no such option" + (f" (meant: {meant}?)" if meant else "")
 
 
 def _usage(error: Any) -> str:
     """Return what is wrong with the command line, as `--option=value: constraint`."""
     if hasattr(error, "possibilities") and hasattr(error, "option_name"):
-        known = " or ".join(sorted(error.possibilities or ()))
-        return f"{error.option_name}: no such option" + (f" (meant: {known}?)" if known else "")
+        return _unknown(error.option_name, error.possibilities or ())
     message = str(error.message).rstrip(".")
     message = re.sub(r"^Input should be ([^,]*).*", r"expected \1", message)
     param = getattr(error, "param", None)

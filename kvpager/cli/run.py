@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from kvpager.cli.errors import one_line_errors, wrong_usage
+from kvpager.cli.errors import no_such_option, one_line_errors, wrong_usage
 from kvpager.cli.options import names_of, option, takes
 from kvpager.errors import BadInput
 
@@ -106,6 +106,9 @@ def run(options: Options) -> None:
 def _find(command: list[str]) -> tuple[Callable[[], Any], list[str]]:
     """Return the program as a function, and its `sys.argv`. Raises `BadInput` if not found."""
     name, *rest = command
+    if name.startswith("-") and name != "-m":  # click took it for the program
+        flag = name.split("=")[0]
+        raise BadInput(no_such_option(flag, [*names_of(Options).values(), "--help"], "kvpager run"))
     if name == "-m":
         if not rest:
             raise BadInput("-m: no module given. Name one: kvpager run -m package.module")

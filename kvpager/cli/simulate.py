@@ -125,7 +125,8 @@ def _policies(wanted: str | None) -> list[str]:
 
 
 def _find_trace(options: Options) -> Trace:
-    from kvpager.simulate.generate import generate_trace
+    from kvpager import _validate as arguments
+    from kvpager.simulate.generate import GENERATED_MAX, generate_trace
     from kvpager.simulate.replay import read_trace
 
     path, generate, kind = options.trace, options.generate, options.kind
@@ -135,6 +136,7 @@ def _find_trace(options: Options) -> Trace:
     if path is not None:
         return read_trace(path, options.skip_bad)
     count = GENERATED if generate is None else generate
+    arguments.count("generate", count, at_least=1, at_most=GENERATED_MAX)
     return generate_trace(count, options.seed, "mixed" if kind is None else kind)
 
 

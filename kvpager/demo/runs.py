@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -295,12 +296,18 @@ def _run(settings: Settings, console: Console) -> Results:
             try:
                 result = compare(engine, scenario)
             except OutOfBlocks as error:
-                raise BadInput(f"scenario ({scenario.key}): {error}") from None
+                raise BadInput(f"scenario ({scenario.key}): {_in_options(error)}") from None
         report.show_result(console, result, settings)
         done.append(result)
     results = Results(settings, engine.name, str(engine.device), engine.dtype, tuple(done))
     report.show_summary(console, results)
     return results
+
+
+def _in_options(error: OutOfBlocks) -> str:
+    """Return the message with the command's option in place of arguments of `patch`."""
+    message = str(error).replace(" or set host_memory= to offload", "")
+    return re.sub(r"\bmemory(?==| to )", "--memory", message)
 
 
 def _warm_up(engine: Engine, scenario: Scenario) -> None:

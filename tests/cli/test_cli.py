@@ -295,6 +295,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     ("arguments", "message"),
     [
         (["--memory", "96KiB"], "kvpager: scenario (a): KV cache out of memory: "),
+        (["--memory", "96KiB"], " needed, --memory='96KiB' allows "),
+        (["--memory", "96KiB"], ". Raise --memory to "),
         (["--memory", "1KiB"], "kvpager: --memory='1KiB': one block of 16 tokens takes "),
         (["--max-new-tokens", "4000"], "the model has 4096 positions"),
         (["--prompt", "x" * 4096], "tokens, the model has room for"),
@@ -304,6 +306,7 @@ def test_too_much_for_the_model_or_memory(arguments: list[str], message: str) ->
     result = run("demo", "--device", "cpu", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
+    assert "host_memory" not in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
 
@@ -312,6 +315,7 @@ def test_too_much_for_the_model_or_memory(arguments: list[str], message: str) ->
     ("arguments", "message"),
     [
         (["no-such-command"], "No such command 'no-such-command'. See `kvpager --help`."),
+        (["dmeo"], "No such command 'dmeo'. Did you mean 'demo'? See `kvpager --help`."),
         (["demo", "--no-such-option"], "--no-such-option: no such option. See `kvpager demo --"),
         (["demo", "--modle", "x"], "--modle: no such option (meant: --model?)"),
         (["demo", "--block-size", "x"], "--block-size"),
@@ -322,6 +326,7 @@ def test_too_much_for_the_model_or_memory(arguments: list[str], message: str) ->
         (["simulate", "nowhere.jsonl"], "nowhere.jsonl: No such file or directory."),
         (["simulate", "--policy", "x"], "--policy=x: expected one of lru, "),
         (["simulate", "--capacity", "0"], "--capacity=0: expected at least 1"),
+        (["simulate", "--generate", "0"], "--generate=0: expected at least 1"),
         (["simulate", "--capacity", "9,"], "--capacity=: expected blocks, such as 1000,5000."),
         (["simulate", "x", "--kind", "chat"], "--kind=chat: conflicts with TRACE."),
         (["env", "--json", "no/folder/x"], "--json=no/folder/x: expected a file in a folder"),
