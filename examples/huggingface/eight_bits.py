@@ -1,4 +1,4 @@
-"""Store keys and values in eight bits: a third to a half of the memory. Tokens may differ.
+"""Store keys and values in eight bits: about half of bfloat16's memory. Tokens may differ.
 
 python examples/huggingface/eight_bits.py
 """
