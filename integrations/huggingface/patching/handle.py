@@ -136,11 +136,11 @@ class Patch:
     def undo(self) -> None:
         """Restore transformers. Caches that were made under the patch keep working. O(managers).
 
-        Raises: `KVPagerError` if the patch was undone before.
+        Does nothing if the patch was undone before.
         """
         with lock, uninterrupted:
             if self not in active:
-                raise KVPagerError("this patch was undone already; make a new one with patch()")
+                return
             active.remove(self)
             if not active:
                 restore_all()
@@ -153,8 +153,7 @@ class Patch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self in active:
-            self.undo()
+        self.undo()
 
 
 def patch_for(model: Any, *, wanted: bool = False) -> Patch | None:
