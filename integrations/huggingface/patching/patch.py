@@ -19,8 +19,8 @@ Details of the arguments of `patch`:
   reuses nothing. Call `clear_prefix_cache()` after changes that cannot be noticed, such as writing
   single elements through `.data`.
 - `eviction`: a name in `kvpager.blocks.policies.POLICIES`, or a function that returns an
-  `EvictionPolicy` for a number of blocks. Every pool gets its own policy, also the pools of
-  continuous batching.
+  `EvictionPolicy` for a number of blocks. Every pool gets its own policy. Without `prefix_cache`,
+  only the pools of continuous batching cache prompts, so it ranks theirs alone.
 """
 
 from __future__ import annotations
