@@ -81,10 +81,13 @@ def number(
     return float(value)
 
 
-def seconds(name: str, value: float) -> float:
-    """Return a duration in seconds, from 0 to `SECONDS_MAX`."""
+def seconds(name: str, value: float, *, is_limit: bool = False) -> float:
+    """Return a duration in seconds, from 0 to `SECONDS_MAX`; above 0 for a limit."""
     if not (is_int(value) or isinstance(value, float | np.floating)):
         raise TypeError(f"{name}={shown(value)}: expected seconds, got {type(value).__name__}")
+    if is_limit and not 0 < value <= SECONDS_MAX:
+        limits = f"more than 0 seconds, at most {SECONDS_MAX:,}, or None"
+        raise ValueError(f"{name}={shown(value)}: expected {limits}")
     if not 0 <= value <= SECONDS_MAX:
         limits = f"at least 0 and at most {SECONDS_MAX:,}"
         raise ValueError(f"{name}={shown(value)}: expected seconds, {limits}")

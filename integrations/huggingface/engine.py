@@ -55,6 +55,7 @@ from kvpager.integrations.huggingface.runner.prompt_reader import (
     prompt_argument,
 )
 from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, SamplingSettings
+from kvpager.integrations.huggingface.runner.setting_checks import refuse_request_settings
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks, require_room
 from kvpager.integrations.huggingface.runner.unwrap import unwrapped
 from kvpager.scheduling.request import Request
@@ -90,6 +91,7 @@ class Engine:
         **overrides: Any,
     ) -> None:
         warn_if_untested()
+        refuse_request_settings(overrides)
         self.config = config = EngineConfig.of(config, overrides)
         if on_step is not None and not callable(on_step):
             shown = arguments.shown(on_step)
@@ -427,9 +429,7 @@ class Engine:
 def _deadline(timeout: float | None) -> float | None:
     if timeout is None:
         return None
-    if not arguments.seconds("timeout", timeout):
-        raise ValueError(f"timeout={timeout}: expected more than 0 seconds, or None for no timeout")
-    return time.monotonic() + timeout
+    return time.monotonic() + arguments.seconds("timeout", timeout, is_limit=True)
 
 
 def _usual_settings(model: Any, tokenizer: Any, max_new_tokens: int | None) -> SamplingSettings:

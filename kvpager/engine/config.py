@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from kvpager.engine.compiling import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
 
+_BESIDE = ("tokenizer", "on_step")  # arguments of `Engine` that are no settings
 Forward = Literal["auto", "packed", "per_sequence"]
 
 
@@ -94,8 +96,11 @@ class EngineConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in overrides:
             if name not in known:
+                names = [*known, *_BESIDE]
+                closest = difflib.get_close_matches(name, names, 1)
+                meant = f" Did you mean {closest[0]}?" if closest else ""
                 raise TypeError(
-                    f"{name}: unknown engine setting. Known settings: {', '.join(known)}."
+                    f"{name}: unknown engine setting. Known settings: {', '.join(names)}.{meant}"
                 )
         return dataclasses.replace(config or cls(), **overrides)
 

@@ -67,6 +67,8 @@ class PromptReader(NamedTuple):
         prompt, mask = self._parts(prompt, mask)
         if isinstance(prompt, str):
             raise TypeError("prompt: expected token ids, got a str. Tokenize it first.")
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], str):
+            raise TypeError("prompt: expected token ids, got a list of str. Tokenize it first.")
         array = _ids(prompt)
         if array.ndim == 2:
             if len(array) != 1:

@@ -49,6 +49,14 @@ _ROWWISE = (
     TypicalLogitsWarper,
 )
 
+# Settings of OpenAI's API -> those of transformers, if there are any.
+_OF_OTHERS = {
+    "stop": "stop_strings",
+    "n": "num_return_sequences",
+    "presence_penalty": None,
+    "frequency_penalty": None,
+}
+
 _MAX_LENGTHS = 256  # prompt lengths for which settings stay resolved
 
 
@@ -201,12 +209,20 @@ def _merged(
     else:
         settings, unknown = model._prepare_generation_config(config, **overrides)
     if unknown:
-        closest = difflib.get_close_matches(min(unknown), vars(GenerationConfig()), 1, 0.7)
-        meant = f" Did you mean {closest[0]}?" if closest else ""
         raise ValueError(
-            f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig.{meant}"
+            f"{', '.join(sorted(unknown))}: not among the settings of a GenerationConfig."
+            + _meant(min(unknown))
         )
     return settings
+
+
+def _meant(name: str) -> str:
+    """Return a question about the setting that a caller may have meant, or an empty text."""
+    if name in _OF_OTHERS:
+        known = _OF_OTHERS[name]
+    else:
+        known = next(iter(difflib.get_close_matches(name, vars(GenerationConfig()), 1, 0.7)), None)
+    return f" Did you mean {known}?" if known else ""
 
 
 def _minimum(config: GenerationConfig | None, overrides: dict[str, Any]) -> str | None:

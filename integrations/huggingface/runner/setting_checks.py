@@ -12,6 +12,8 @@ from transformers import GenerationConfig
 
 from kvpager import _validate as arguments
 
+_ANY_SETTINGS = GenerationConfig()
+
 # Decoding strategies that an engine does not serve, and the values that turn them off.
 _NOT_SERVED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "num_beams": ("beam search", (None, 1)),
@@ -48,6 +50,20 @@ _WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "length_penalty": (_SEARCHES, (None, 1.0, 1)),
     "low_memory": ("it is for contrastive search, which an engine does not have", (None, False)),
 }
+
+
+# Arguments of `submit` beside the generation settings.
+_OF_SUBMIT = {
+    "request_id", "namespace", "tenant", "priority", "timeout", "seed", "logprobs",
+    "logits_processor", "stopping_criteria",
+}  # fmt: skip
+
+
+def refuse_request_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of a request where an engine is made. O(settings). Raises: `TypeError`."""
+    for name in settings:
+        if name in _OF_SUBMIT or hasattr(_ANY_SETTINGS, name):
+            raise TypeError(f"{name}: a setting of requests. Pass it to submit or generate.")
 
 
 def check_given(settings: Mapping[str, Any]) -> None:

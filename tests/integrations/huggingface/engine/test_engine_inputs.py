@@ -246,8 +246,20 @@ def test_a_misspelt_setting_is_answered_with_the_closest_name(llama: PreTrainedM
     with Engine(llama, memory="4MiB") as engine:
         with pytest.raises(ValueError, match=r"max_tokens: .*Did you mean max_new_tokens\?"):
             engine.submit([1, 2], max_tokens=3)
-        with pytest.raises(ValueError, match=r"stop: not among the settings of a \w+\.$"):
+        with pytest.raises(ValueError, match=r"stop: .*Did you mean stop_strings\?$"):
             engine.submit([1, 2], stop=["e"])
+        with pytest.raises(ValueError, match=r"n: .*Did you mean num_return_sequences\?$"):
+            engine.submit([1, 2], n=2)
+        for name in ("presence_penalty", "frequency_penalty"):
+            with pytest.raises(ValueError, match=name + r": not among the settings of a \w+\.$"):
+                engine.submit([1, 2], **{name: 0.5})
+
+
+@pytest.mark.parametrize("prompt", ["The with", ["The with"], ("The", "with")])
+def test_a_prompt_of_text_is_to_be_tokenized_first(llama: PreTrainedModel, prompt: Any) -> None:
+    refused = pytest.raises(TypeError, match=r"expected token ids, got .*\. Tokenize it first\.$")
+    with Engine(llama, memory="4MiB") as engine, refused:
+        engine.submit(prompt)
 
 
 def test_submit_takes_one_prompt(llama: PreTrainedModel) -> None:

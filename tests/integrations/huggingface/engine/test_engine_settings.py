@@ -328,8 +328,28 @@ def test_a_setting_that_does_not_exist_is_refused_by_name() -> None:
         TypeError, match=r"max_num: unknown engine setting\. Known settings: memory"
     ):
         Engine(model, max_num=3)
+    with pytest.raises(TypeError, match=r", tokenizer, on_step\. Did you mean tokenizer\?$"):
+        Engine(model, tokeniser=None)
+    with pytest.raises(TypeError, match=r", on_step\.$"):
+        Engine(model, colour=3)
     with pytest.raises(TypeError, match=r"expected an EngineConfig\. Pass single settings"):
         Engine(model, {"memory": "1MiB"})
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "temperature", "seed", "stopping_criteria"])
+def test_a_setting_of_requests_is_refused_with_where_it_belongs(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}: .* Pass it to submit or generate\.$"):
+        Engine(tiny_models.tiny_model("llama"), **{name: 3})
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 1e10, float("nan")])
+def test_a_timeout_out_of_range_is_told_its_range(timeout: float) -> None:
+    message = r"expected more than 0 seconds, at most 1,000,000,000, or None$"
+    with (
+        Engine(tiny_models.tiny_model("llama"), memory="4MiB") as engine,
+        pytest.raises(ValueError, match=message),
+    ):
+        engine.submit([5], timeout=timeout)
 
 
 def test_an_engine_evicts_by_the_policy_it_was_given() -> None:
