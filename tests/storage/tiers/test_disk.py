@@ -378,6 +378,36 @@ def test_a_directory_with_other_files_is_refused(open_store: Open, tmp_path: Pat
     assert snapshot(tmp_path) == before
 
 
+def test_a_forked_child_does_not_keep_the_lock(open_store: Open) -> None:
+    store, (waits, may_end) = open_store(), os.pipe()
+    save(store, 1)
+    child = os.fork()
+    if not child:
+        os.close(may_end)
+        os.read(waits, 1)
+        os._exit(0)
+    try:
+        store.close()
+        assert load(open_store(), 1) == [Loaded.HIT]
+    finally:
+        os.close(may_end)
+        os.waitpid(child, 0)
+        os.close(waits)
+
+
+def test_a_forked_child_that_closes_leaves_the_lock(open_store: Open) -> None:
+    store = open_store()
+    child = os.fork()
+    if not child:
+        try:
+            store.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(BlockingIOError):
+        open_store()
+
+
 def test_another_secret_is_refused(open_store: Open, tmp_path: Path) -> None:
     for seal in (Mac, Encrypted):
         folder = tmp_path / seal.__name__

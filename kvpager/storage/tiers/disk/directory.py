@@ -33,7 +33,8 @@ class Directory:
         process uses it; `ValueError` if it holds other files or blocks under another secret.
         """
         self.path = _usable(Path(path))
-        self._lock = _locked(self.path)
+        self._lock: int | None = _locked(self.path)
+        self._process = os.getpid()
         try:
             found = self._read()
             self._check_secret(found, framing)
@@ -62,8 +63,13 @@ class Directory:
             os.close(folder)
 
     def close(self) -> None:
-        """Release the lock. Once only."""
-        os.close(self._lock)
+        """Release the lock. Twice is the same as once."""
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return
+        if self._process == os.getpid():
+            fcntl.flock(lock, fcntl.LOCK_UN)  # forked children have the descriptor too
+        os.close(lock)
 
     def _read(self) -> dict[str, Any]:
         """Return what the format file says; nothing if it is missing or damaged."""
