@@ -378,6 +378,24 @@ def test_a_directory_with_other_files_is_refused(open_store: Open, tmp_path: Pat
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["slots", "segment-00000", "segment-00700"])
+def test_files_named_like_ours_without_a_format_file_are_refused(
+    open_store: Open, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=f"holds files of another program, such as '{name}'"):
+        open_store(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_directory_whose_making_was_interrupted_is_used(open_store: Open, tmp_path: Path) -> None:
+    with mock.patch.object(Path, "rename", fail(errno.EIO)), pytest.raises(OSError, match="error"):
+        open_store()
+    assert sorted(os.listdir(tmp_path / "kv")) == ["kvpager-disk.json.tmp", "lock"]
+    assert save(open_store(), 1) == [Saved.SAVED]
+
+
 def test_a_forked_child_does_not_keep_the_lock(open_store: Open) -> None:
     store, (waits, may_end) = open_store(), os.pipe()
     save(store, 1)

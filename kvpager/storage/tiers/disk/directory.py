@@ -17,6 +17,7 @@ from kvpager.storage.tiers.frame import Framing
 logger = logging.getLogger("kvpager")
 
 _FORMAT, _LOCK, TABLE = "kvpager-disk.json", "lock", "slots"
+_NEW_FORMAT = f"{_FORMAT}.tmp"
 _OURS = re.compile(rf"{re.escape(_FORMAT)}(\.tmp)?|{_LOCK}|{TABLE}|segment-\d{{5}}")
 _VERSION = 1
 _PROVED = bytes(16)  # sealed into the format file, so that another secret is noticed
@@ -101,7 +102,7 @@ class Directory:
         parts = [bytes(part).hex() for part in proof]
         described = {**wanted, "slots_per_file": slots_per_file, "proof": parts}
         text = json.dumps(described, indent=1).encode()
-        new = self.path / f"{_FORMAT}.tmp"
+        new = self.path / _NEW_FORMAT
         file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(file, "wb") as stream:
             stream.write(_check(text) + b"\n" + text)
@@ -142,6 +143,8 @@ def _usable(path: Path) -> Path:
         reason = f"a disk store cannot use the directory ({error.strerror})"
         raise type(error)(error.errno, reason, str(path)) from None
     foreign = [name for name in names if not _OURS.fullmatch(name)]
+    if _FORMAT not in names:  # then a crash may have left no more than these
+        foreign = [name for name in names if name not in (_LOCK, _NEW_FORMAT)]
     if foreign:
         raise ValueError(
             f"path={str(path)!r}: holds files of another program, such as {foreign[0]!r}. "
