@@ -10,6 +10,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -199,6 +200,16 @@ def test_what_comes_after_the_deadline_is_late(open_store: Open) -> None:
     assert (store.stats().late, store.stats().late_saves) == (2, 1)
 
 
+@contextmanager
+def interrupted(call: str) -> Iterator[None]:
+    """Interrupt the next call of a function."""
+    with (
+        mock.patch(call, side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        yield
+
+
 def test_closing_waits_for_a_transfer(open_store: Open) -> None:
     store, real = open_store(), os.pwritev
     begun, may_end = threading.Event(), threading.Event()
@@ -218,6 +229,40 @@ def test_closing_waits_for_a_transfer(open_store: Open) -> None:
         may_end.set()
         saving.join()
         closing.join()
+    assert found(open_store(), range(3)) == [1]
+
+
+@pytest.mark.parametrize("step", ["pwrite", "fdatasync", "close"])
+def test_closing_again_finishes_an_interrupted_close(open_store: Open, step: str) -> None:
+    store = open_store()
+    save(store, 1)
+    load(store, 1)
+    with interrupted(f"os.{step}"):
+        store.close()
+    assert found(store, range(3)) == []
+    store.close()
+    assert found(open_store(), range(3)) == [1]
+
+
+def test_closing_again_waits_for_a_transfer(open_store: Open) -> None:
+    store, real = open_store(), os.pwritev
+    begun, may_end = threading.Event(), threading.Lock()
+    may_end.acquire()
+
+    def waiting(*arguments: Any) -> int:
+        begun.set()
+        with may_end:
+            return real(*arguments)
+
+    with mock.patch("os.pwritev", waiting):
+        saving = threading.Thread(target=save, args=(store, 1))
+        saving.start()
+        begun.wait()
+        with interrupted("threading.Condition.wait"):
+            store.close()
+        may_end.release()
+        store.close()
+        saving.join()
     assert found(open_store(), range(3)) == [1]
 
 

@@ -71,7 +71,9 @@ class DiskStore:
         self._admission = Admission(admit, num_slots)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)  # a transfer has ended
-        self._slots, self._closed, self._grow_at = Slots(), False, -math.inf
+        self._closing = threading.RLock()  # a signal handler may close too
+        self._closed = self._released = False  # no new transfers; no open files
+        self._slots, self._grow_at = Slots(), -math.inf
         self._saved_ms, self._order = np.zeros((2, num_slots), np.int64)
         self._next_order, self._used = 1, set[int]()  # slots whose order is not on disk
         self._num_slots, self._counters = num_slots, StoreCounters(layout.block_bytes)
@@ -147,22 +149,27 @@ class DiskStore:
         return self._counters.stats(num_blocks, self._num_slots)
 
     def close(self) -> None:
-        """Wait for transfers, then write what is known to the device. Twice is the same as once."""
-        with self._lock:
-            if self._closed:
+        """Wait for transfers, then write what is known to the device. Twice is the same as once.
+
+        A second call finishes what was interrupted, as by a `KeyboardInterrupt`.
+        """
+        with self._closing:
+            if self._released:
                 return
-            self._closed = True
-            while not self._slots.is_idle:
-                self._idle.wait()
-        try:
-            self._note_uses()
-            for each in (self._segments, self._table, self._directory):
-                each.sync()
-        except OSError as error:  # the bytes are verified when they are read
-            logger.warning("%s: not all was written: %s", self._directory.path, error)
-        finally:
-            for each in (self._segments, self._table, self._directory):
-                each.close()
+            with self._lock:
+                self._closed = True
+                while not self._slots.is_idle:
+                    self._idle.wait()
+            try:
+                self._note_uses()
+                for each in (self._segments, self._table, self._directory):
+                    each.sync()
+            except OSError as error:  # the bytes are verified when they are read
+                logger.warning("%s: not all was written: %s", self._directory.path, error)
+            finally:
+                for each in (self._segments, self._table, self._directory):
+                    each.close()
+            self._released = True
 
     # ------------------------------------------------------------------ opening
 

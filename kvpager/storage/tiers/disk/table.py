@@ -24,6 +24,7 @@ _CHECK_BYTES = 16
 _CHECKED = _RECORD.size - _CHECK_BYTES
 RECORD_BYTES = _RECORD.size
 _EMPTY = bytes(RECORD_BYTES)
+_CLOSED = -1  # no descriptor: system calls refuse it
 
 
 class Record(NamedTuple):
@@ -76,8 +77,10 @@ class SlotTable:
         os.fdatasync(self._file)
 
     def close(self) -> None:
-        """Close the file. Once only."""
-        os.close(self._file)
+        """Close the file. Twice is the same as once."""
+        file, self._file = self._file, _CLOSED
+        if file != _CLOSED:
+            os.close(file)
 
     def _write(self, slot: int, raw: bytes) -> None:
         if os.pwrite(self._file, raw, slot * RECORD_BYTES) != len(raw):
