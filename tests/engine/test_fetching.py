@@ -282,12 +282,14 @@ def test_a_changed_model_saves_and_fetches_nothing_more() -> None:
 
 
 def test_a_model_that_changes_during_a_reply_saves_no_block_of_it() -> None:
-    shared, watch = store(), Watch()
-    with TieredEngine([shared], core={"watch": watch}) as engine:
-        stream = engine.ask(PROMPT, 60)
-        for number, _ in enumerate(stream):
-            if number == 30:
-                watch.version = 1
+    shared, watch, steps = store(), Watch(), list[Any]()
+
+    def on_step(step: Any) -> None:
+        steps.append(step)
+        watch.version = int(len(steps) > 30)
+
+    with TieredEngine([shared], core={"watch": watch, "on_step": on_step}) as engine:
+        engine.ask(PROMPT, 60).result(60)
         engine.check_idle()
         assert not shared.blocks
 
