@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvpager._text import listed
 from kvpager.kernels import reference, reference_alloc
 
 Kernel = Callable[..., Any]
@@ -110,4 +111,4 @@ def _active(operation: str, device_type: str) -> Active:
 
 def _require_operation(operation: str) -> None:
     if operation not in _REFERENCE:
-        raise ValueError(f"operation={operation!r}: expected one of {list(_REFERENCE)}")
+        raise ValueError(f"operation={operation!r}: expected one of {listed(_REFERENCE)}")

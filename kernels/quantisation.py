@@ -38,7 +38,9 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     largest = _LARGEST.get(dtype)
     if largest is None:
-        raise ValueError(f"dtype={dtype}: expected one of {list(KV_CACHE_DTYPES.values())}")
+        raise ValueError(
+            f"dtype={dtype}: expected one of {', '.join(map(str, KV_CACHE_DTYPES.values()))}"
+        )
     exact = x.to(SCALE_DTYPE)
     scale = exact.abs().amax(-1) / largest
     ordinary = (scale > 0) & scale.isfinite()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 
 def counted(count: int, thing: str) -> str:
     """Return `1 layer`, or `2 layers`. O(1)."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return `'a', 'b'`, the names that an argument may have. O(names)."""
+    return ", ".join(map(repr, names))
 
 
 def size(num_bytes: float, *, round_up: bool = False) -> str:

@@ -27,6 +27,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from kvpager._text import listed
 from kvpager.kernels.cpu import cache
 from kvpager.kernels.cpu.cache import BuildError
 
@@ -131,7 +132,7 @@ def variant_named(name: str) -> Variant:
                 return variant
             missing = ", ".join(sorted(variant.needs - cpu_flags()))
             raise ValueError(f"variant {name!r} needs a CPU with {missing}")
-    raise ValueError(f"variant {name!r}: expected one of {[v.name for v in VARIANTS]}")
+    raise ValueError(f"variant {name!r}: expected one of {listed(v.name for v in VARIANTS)}")
 
 
 def find_compiler() -> Compiler:

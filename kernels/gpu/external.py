@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpager._text import listed
 from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.gpu.plans import AttentionPlan
 
@@ -42,7 +43,7 @@ def chosen() -> str:
     """
     name = os.environ.get("KVPAGER_GPU_ATTENTION", "auto")
     if name not in CHOICES:
-        raise ValueError(f"KVPAGER_GPU_ATTENTION={name!r}: expected one of {list(CHOICES)}")
+        raise ValueError(f"KVPAGER_GPU_ATTENTION={name!r}: expected one of {listed(CHOICES)}")
     return name
 
 

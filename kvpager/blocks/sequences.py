@@ -89,7 +89,7 @@ class SequenceHandle:
     @property
     def name(self) -> str:
         """The name of the sequence in errors. O(1), takes no lock."""
-        return f"Sequence {self._row}.{self._generation}"
+        return f"SequenceHandle {self._row}.{self._generation}"
 
 
 class Batch:

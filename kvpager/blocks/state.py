@@ -105,7 +105,7 @@ class BlockState:
                 stale = table.generations[target.rows] != target.generations
                 if np.any(stale):
                     row = int(target.rows[stale][0])
-                    name = f"Sequence {row}.{target.generations[stale][0]}"
+                    name = f"SequenceHandle {row}.{target.generations[stale][0]}"
                     raise StaleSequence(f"{name} of the batch was freed. Make a new batch.")
             return target.rows
         if isinstance(target, SequenceHandle):

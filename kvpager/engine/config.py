@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from kvpager import _validate as arguments
+from kvpager._text import listed
 from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.engine.compiling import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
@@ -71,8 +72,9 @@ class EngineConfig:
         check_eviction(self.eviction)
         if self.forward not in get_args(Forward):
             error = ValueError if isinstance(self.forward, str) else TypeError
-            modes = ", ".join(map(repr, get_args(Forward)))
-            raise error(f"forward={shown(self.forward)}: expected one of {modes}.")
+            raise error(
+                f"forward={shown(self.forward)}: expected one of {listed(get_args(Forward))}."
+            )
         if not isinstance(self.compile, bool | Mapping):
             raise TypeError(
                 f"compile={shown(self.compile)}: expected a bool, or a dict for torch.compile."

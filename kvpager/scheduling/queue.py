@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heapreplace
 
 from kvpager import _validate as arguments
+from kvpager._text import listed
 from kvpager._validate import SECONDS_MAX
 from kvpager.errors import BrokenInvariant
 from kvpager.scheduling.request import Request, RequestState, Status
@@ -245,6 +246,6 @@ def make_policy(policy: str | SchedulingPolicy) -> SchedulingPolicy:
         raise TypeError(f"policy={policy!r}: expected a name or a SchedulingPolicy.")
     if policy not in POLICIES:
         raise ValueError(
-            f"policy={policy!r}: expected one of {', '.join(POLICIES)}, or a SchedulingPolicy."
+            f"policy={policy!r}: expected one of {listed(POLICIES)}, or a SchedulingPolicy."
         )
     return POLICIES[policy]()

@@ -13,6 +13,7 @@ from itertools import islice
 import numpy as np
 
 from kvpager import _validate as arguments
+from kvpager._text import listed
 from kvpager.simulate.replay import Trace, number_prefixes
 
 Prompt = list[int]
@@ -179,7 +180,7 @@ def generate_trace(num_requests: int, seed: int = 0, kind: str = "mixed") -> Tra
     """Return a generated trace. O(blocks). Raises: `TypeError`, `ValueError`."""
     num_requests = arguments.count("num_requests", num_requests, at_least=1, at_most=GENERATED_MAX)
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}.")
+        raise ValueError(f"kind={kind!r}: expected one of {listed(KINDS)}.")
     traffic = Traffic(arguments.count("seed", seed))
     name = f"generated {kind}, {num_requests} requests, seed {seed}"
     return number_prefixes(name, islice(KINDS[kind](traffic), num_requests))

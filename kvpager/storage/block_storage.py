@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from kvpager import _validate as arguments
-from kvpager._text import counted
+from kvpager._text import counted, listed
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.ops import LayerCaches, copy_blocks
 from kvpager.plans import Int32, Plan, Tier
@@ -392,7 +392,7 @@ def _dtypes(
         )
     if kv_cache_dtype is not None and kv_cache_dtype not in KV_CACHE_DTYPES:
         raise ValueError(
-            f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {list(KV_CACHE_DTYPES)} or None"
+            f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {listed(KV_CACHE_DTYPES)} or None"
         )
     return dtype, kv_cache_dtype
 

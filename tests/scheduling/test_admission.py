@@ -79,7 +79,7 @@ def test_the_null_block_does_not_count_as_room() -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"policy": "random"}, "expected one of fifo, priority, fair"),
+        ({"policy": "random"}, "expected one of 'fifo', 'priority', 'fair'"),
         ({"watermark": 1.0}, "watermark"),
         ({"max_batch_tokens": 0}, "max_batch_tokens"),
         ({"max_num_seqs": 0}, "max_num_seqs"),

@@ -330,7 +330,7 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
         (["/dev/zero"], "/dev/zero: expected a regular file"),
         (["x", "--generate", "5"], "--generate=5: conflicts with TRACE"),
         (["x", "--kind", "chat"], "--kind=chat: conflicts with TRACE"),
-        (["--kind", "tea"], "kind='tea': expected one of mixed, chat"),
+        (["--kind", "tea"], "kind='tea': expected one of 'mixed', 'chat'"),
         (["--generate", "0"], "num_requests=0: expected at least 1"),
         (["--seed", "-1"], "seed=-1: expected at least 0"),
         (["--capacity", "0"], "capacity=0: expected at least 1"),

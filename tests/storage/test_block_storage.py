@@ -214,7 +214,7 @@ def test_a_dtype_without_arithmetic_is_refused(dtype: Any, message: str) -> None
 
 @pytest.mark.parametrize("kv_cache_dtype", ["int4", "fp8", torch.int8])
 def test_an_unknown_kv_cache_dtype_is_refused(kv_cache_dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected one of \['int8', 'fp8_e4m3'\] or None"):
+    with pytest.raises(ValueError, match=r"expected one of 'int8', 'fp8_e4m3' or None"):
         BlockStorage(4, 16, EQUAL, dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kvpager import _validate as arguments
 from kvpager._atomic import Uninterrupted
-from kvpager._text import counted, size
+from kvpager._text import counted, listed, size
 from kvpager._validate import parse_memory
 from kvpager.blocks.policies import Eviction
 from kvpager.blocks.quotas import NamespaceQuotas
@@ -83,7 +83,9 @@ class Budget:
         self.block_size = arguments.block_size(block_size)
         known = list(KV_CACHE_DTYPES)
         if kv_cache_dtype is not None and kv_cache_dtype not in known:
-            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {known} or None")
+            raise ValueError(
+                f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {listed(known)} or None"
+            )
         self.kv_cache_dtype = kv_cache_dtype
         self.in_place = in_place
         self.counters = Counters()

@@ -70,7 +70,8 @@ class GroupTable:
                 if stale.any():
                     row, generation = target.rows[stale][0], target.generations[stale][0]
                     raise StaleSequence(
-                        f"Sequence {row}.{generation} of the batch was freed. Make a new batch."
+                        f"SequenceHandle {row}.{generation} of the batch was freed. "
+                        "Make a new batch."
                     )
             return target.rows
         handles = [target] if isinstance(target, SequenceHandle) else target
@@ -112,7 +113,7 @@ class GroupTable:
 
     def _shown(self, sequence: int) -> str:
         """Return the name of a sequence, as `SequenceHandle.name`. O(1)."""
-        return f"Sequence {sequence}.{self.generations[sequence]}"
+        return f"SequenceHandle {sequence}.{self.generations[sequence]}"
 
     # ---------------------------------------------------------------- begin and end sequences
 

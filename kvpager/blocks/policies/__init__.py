@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvpager import _validate as arguments
+from kvpager._text import listed
 from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.policies.lifetime import Lifetime
 from kvpager.blocks.policies.lru import LRU
@@ -48,5 +49,5 @@ def chosen_policy(eviction: Eviction, num_blocks: int) -> EvictionPolicy:
 def make_policy(name: str, num_blocks: int) -> EvictionPolicy:
     """Make the policy called `name`. Raises `ValueError` for a name outside `POLICIES`."""
     if name not in POLICIES:
-        raise ValueError(f"eviction={name!r}: expected one of {', '.join(POLICIES)}")
+        raise ValueError(f"eviction={name!r}: expected one of {listed(POLICIES)}")
     return POLICIES[name](num_blocks)

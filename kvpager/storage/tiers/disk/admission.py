@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Literal, get_args
 
 from kvpager import _validate as arguments
+from kvpager._text import listed
 
 Admit = Literal["auto", "always", "second"]
 
@@ -26,7 +27,7 @@ class Admission:
     def __init__(self, admit: Admit, num_slots: int) -> None:
         """Decide for a store of `num_slots` blocks. Raises: `ValueError` for another `admit`."""
         if admit not in get_args(Admit):
-            names = ", ".join(get_args(Admit))
+            names = listed(get_args(Admit))
             raise ValueError(f"admit={arguments.shown(admit)}: expected one of {names}")
         self._admit = admit
         self._remembered = min(_REMEMBERED * num_slots, _REMEMBERED_MAX)

@@ -153,6 +153,8 @@ def test_a_layer_that_leaves_blocks_keeps_its_rounded_values() -> None:
 
 def test_an_unknown_kv_cache_dtype_leaves_the_model_unpatched() -> None:
     model, init = tiny_models.tiny_model("llama"), transformers.DynamicCache.__init__
-    with pytest.raises(ValueError, match=r"kv_cache_dtype='int4': expected one of \['int8'"):
+    with pytest.raises(
+        ValueError, match=r"kv_cache_dtype='int4': expected one of 'int8', 'fp8_e4m3' or None"
+    ):
         kvpager.patch(model, kv_cache_dtype="int4")
     assert transformers.DynamicCache.__init__ is init

@@ -71,7 +71,7 @@ def test_continuous_batching_runs_the_policy_of_the_patch() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match="eviction='newest': expected one of lru, "):
+    with pytest.raises(ValueError, match="eviction='newest': expected one of 'lru', "):
         kvpager.patch(eviction="newest")
     with pytest.raises(TypeError, match="eviction=3: expected a policy's name, or a function"):
         kvpager.patch(eviction=3)  # type: ignore[arg-type]
