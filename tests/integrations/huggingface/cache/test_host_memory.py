@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvpager  # noqa: E402
+from kvpager.integrations.huggingface.cache.out_of_memory import out_of_memory  # noqa: E402
 from kvpager.integrations.huggingface.cache.pools import PagedPool  # noqa: E402
 from kvpager.integrations.huggingface.patching.handle import Patch  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
@@ -276,7 +277,7 @@ def test_a_device_smaller_than_the_bound_can_be_full(
 
     def on_a_small_device(pool: PagedPool, num_blocks: int, need: int) -> None:
         if pool.budget.tier == "device" and num_blocks > 40:
-            raise pool._out_of_blocks(need)
+            raise out_of_memory(pool, need, pool._segments[0].kind)
         resize(pool, num_blocks, need)
 
     monkeypatch.setattr(PagedPool, "_resize", on_a_small_device)
