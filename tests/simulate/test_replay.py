@@ -331,7 +331,7 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
         (["x", "--generate", "5"], "--generate=5: conflicts with TRACE"),
         (["x", "--kind", "chat"], "--kind=chat: conflicts with TRACE"),
         (["--kind", "tea"], "kind='tea': expected one of 'mixed', 'chat'"),
-        (["--generate", "0"], "num_requests=0: expected at least 1"),
+        (["--generate", "0"], "--generate=0: expected at least 1"),
         (["--seed", "-1"], "seed=-1: expected at least 0"),
         (["--capacity", "0"], "capacity=0: expected at least 1"),
         (["--capacity", "3000000000"], "capacity=3000000000: expected at most"),
