@@ -136,11 +136,7 @@ class CachedBlocks:
         state = self._state
         with state.lock, state.change:
             index = self._published(blocks).astype(np.int32)
-            idle = int(np.count_nonzero(state.evictor.idle(index)))
-            if state.accounts.shortfall(state.pool, fewer=idle) > 0:
-                raise ValueError("blocks: holding them would leave too few for the floors")
-            state.change.begin()
-            ticket = state.fences.pin(index)
+            ticket = state.pin(index, "blocks: holding them would leave too few for the floors")
             if len(index):
                 state.evictor.enqueue(index)  # idle blocks before them are deferred now
             return ticket
@@ -149,9 +145,7 @@ class CachedBlocks:
         """End a hold. O(blocks). Raises: `ValueError` for a ticket that is no open hold."""
         state = self._state
         with state.lock, state.change:
-            state.fences.refuse_no_pin(ticket)
-            state.change.begin()
-            state.evictor.release(state.fences.unpin(ticket))
+            state.unpin(ticket)
 
     def _published(self, blocks: Int32) -> NDArray[np.intp]:
         index = self._known(blocks)

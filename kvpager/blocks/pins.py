@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from kvpager import _validate as arguments
 from kvpager.blocks.policies.priority import PRIORITY_MAX
 from kvpager.blocks.sequences import SequenceHandle
@@ -28,21 +26,16 @@ class Pins:
         """
         state = self._state
         with state.lock, state.change:
-            blocks = self._published(state.resident_row(sequence))
-            pool = state.pool
-            idle = (pool.refs[blocks] == 0) & (pool.holds[blocks] == 0)
-            if state.accounts.shortfall(pool, fewer=int(np.count_nonzero(idle))) > 0:
-                raise ValueError("sequence: pinning it would leave too few blocks for the floors")
-            state.change.begin()
-            return state.fences.pin(blocks)
+            return state.pin(
+                self._published(state.resident_row(sequence)),
+                "sequence: pinning it would leave too few blocks for the floors",
+            )
 
     def unpin(self, ticket: int) -> None:
         """End a pin. O(blocks). Raises: `ValueError` for a ticket that is no open pin."""
         state = self._state
         with state.lock, state.change:
-            state.fences.refuse_no_pin(ticket)
-            state.change.begin()
-            state.evictor.release(state.fences.unpin(ticket))
+            state.unpin(ticket)
 
     def retain(self, sequence: SequenceHandle, priority: int, ttl_s: float | None = None) -> None:
         """Rank the published blocks of this sequence by `priority`, 0 (evicted first) to 100.

@@ -306,6 +306,25 @@ class BlockState:
         self.index.resize(num_blocks, places)
         self.recount(self.accounts.limits)
 
+    # ---------------------------------------------------------------- pins
+
+    def pin(self, blocks: Int32, refusal: str) -> int:
+        """Pin published blocks, in a change of its own; return the ticket. O(blocks).
+
+        Raises: `ValueError(refusal)` if other namespaces' floors need the blocks.
+        """
+        idle = int(np.count_nonzero(self.evictor.idle(blocks)))
+        if self.accounts.shortfall(self.pool, fewer=idle) > 0:
+            raise ValueError(refusal)
+        self.change.begin()
+        return self.fences.pin(blocks)
+
+    def unpin(self, ticket: int) -> None:
+        """End a pin, in a change of its own. O(blocks). Raises: `ValueError` for no open pin."""
+        self.fences.refuse_no_pin(ticket)
+        self.change.begin()
+        self.evictor.release(self.fences.unpin(ticket))
+
     # ---------------------------------------------------------------- token ids
 
     def learn(self, rows: Int64, starts: Int64, ends: Int64, ids: Int32, slots: Int64) -> None:
