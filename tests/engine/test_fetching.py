@@ -88,8 +88,14 @@ def store() -> DictStore:
     return DictStore(BLOCK_BYTES)
 
 
-def answers(streams: Sequence[Stream]) -> list[list[int]]:
-    return [stream.result(60).token_ids for stream in streams]
+def store_with_the_prompt() -> DictStore:
+    """A store in which another engine saved the prompt."""
+    filled = store()
+    with TieredEngine([filled]) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+    filled.is_closed = False
+    return filled
 
 
 def test_another_engine_finds_a_prompt_and_says_so() -> None:
@@ -124,20 +130,17 @@ def test_an_evicted_prompt_is_found_again() -> None:
 
 
 def test_tenants_do_not_find_each_others_prompts() -> None:
-    with TieredEngine([store()], 14) as engine:
+    shared = store()
+    with TieredEngine([shared]) as engine:
         engine.ask(PROMPT, namespace="a").result(60)
         engine.saved()
-        engine.clear_prefix_cache()
+    with TieredEngine([shared]) as engine:
         outputs = [engine.ask(PROMPT, namespace=name).result(60) for name in ("b", None, "a")]
-        assert [output.num_cached_tokens for output in outputs] == [0, 0, 0]
+        assert [output.num_cached_tokens for output in outputs] == [0, 0, 36]
 
 
 def test_others_run_while_a_prompt_is_fetched() -> None:
-    slow = store()
-    with TieredEngine([slow]) as engine:
-        engine.ask(PROMPT).result(60)
-        engine.saved()
-    slow.is_closed = False
+    slow = store_with_the_prompt()
     with TieredEngine([slow], max_wait_s=60) as engine:
         slow.gate.clear()
         held = engine.ask(PROMPT)
@@ -149,11 +152,7 @@ def test_others_run_while_a_prompt_is_fetched() -> None:
 
 
 def test_a_late_store_costs_one_deadline() -> None:
-    slow = store()
-    with TieredEngine([slow]) as engine:
-        engine.ask(PROMPT).result(60)
-        engine.saved()
-    slow.is_closed = False
+    slow = store_with_the_prompt()
     with TieredEngine([slow], max_wait_s=0.0) as engine:
         slow.gate.clear()
         output = engine.ask(PROMPT).result(60)
@@ -163,11 +162,7 @@ def test_a_late_store_costs_one_deadline() -> None:
 
 
 def test_a_cancelled_request_gives_its_fetch_up() -> None:
-    slow = store()
-    with TieredEngine([slow]) as engine:
-        engine.ask(PROMPT).result(60)
-        engine.saved()
-    slow.is_closed = False
+    slow = store_with_the_prompt()
     with TieredEngine([slow], max_wait_s=60) as engine:
         slow.gate.clear()
         streams = [engine.ask(PROMPT) for _ in range(3)]
@@ -182,11 +177,7 @@ def test_a_cancelled_request_gives_its_fetch_up() -> None:
 
 
 def test_an_engine_may_close_during_a_fetch() -> None:
-    slow = store()
-    with TieredEngine([slow]) as engine:
-        engine.ask(PROMPT).result(60)
-        engine.saved()
-    slow.is_closed = False
+    slow = store_with_the_prompt()
     engine = TieredEngine([slow], max_wait_s=60)
     slow.gate.clear()
     stream = engine.ask(PROMPT)
@@ -262,23 +253,23 @@ class Watch:
 def test_a_changed_model_saves_and_fetches_nothing_more() -> None:
     shared, watch = store(), Watch()
     with TieredEngine([shared], core={"watch": watch}) as engine:
-        watch.version = 1
-        engine.ask(PROMPT).result(60)
-        engine.ask([9, *PROMPT]).result(60)
-        engine.check_idle()
-        watch.version = 2
-        engine.ask([8, *PROMPT]).result(60)
-        engine.check_idle()
-    saved = len(shared.blocks)
-    shared.is_closed = False
-    with TieredEngine([shared], core={"watch": watch}) as engine:
         engine.ask(PROMPT).result(60)
         engine.saved()
+        saved = len(shared.blocks)
+        watch.version = 1
+        assert engine.ask(PROMPT).result(60).num_cached_tokens == 0
+        engine.ask([8, *PROMPT]).result(60)
+        engine.check_idle()
+    assert (len(shared.blocks), shared.num_loads) == (saved, 0)
+
+
+def test_a_cleared_prefix_cache_is_not_filled_from_stores() -> None:
+    shared = store_with_the_prompt()
+    with TieredEngine([shared]) as engine:
         engine.clear_prefix_cache()
-        before = shared.num_loads
-        assert engine.ask(PROMPT).result(60).token_ids == expected(PROMPT, 8)
-        assert shared.num_loads == before
-    assert len(shared.blocks) >= saved
+        output = engine.ask(PROMPT).result(60)
+        assert (output.token_ids, output.num_cached_tokens) == (expected(PROMPT, 8), 0)
+    assert shared.num_loads == 0
 
 
 def test_a_model_that_changes_during_a_reply_saves_no_block_of_it() -> None:
@@ -304,11 +295,7 @@ def test_floors_that_need_the_blocks_save_nothing_and_end_nothing() -> None:
 
 
 def test_an_id_that_is_used_again_waits_for_its_own_fetch() -> None:
-    slow = store()
-    with TieredEngine([slow]) as engine:
-        engine.ask(PROMPT).result(60)
-        engine.saved()
-    slow.is_closed = False
+    slow = store_with_the_prompt()
     with TieredEngine([slow], max_wait_s=60) as engine:
         slow.gate.clear()
         engine.ask(PROMPT, request_id="a").cancel()
