@@ -13,8 +13,9 @@ import pytest
 from kvpager import BlockManager
 from kvpager.blocks.policies import LRU, POLICIES, Priority
 from kvpager.blocks.policies.base import EvictionPolicy
-from tests.support.block_histories import Clock, History
+from tests.support.block_histories import History
 from tests.support.block_scenarios import committed
+from tests.support.clock import Clock
 from tests.support.manager_state import handles_of, state_of
 
 NUM_BLOCKS = 24

@@ -28,8 +28,9 @@ from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.sequences import SequenceTable
 from kvpager.errors import BrokenInvariant
 from tests.support.block_changes import CHANGES, free_several
-from tests.support.block_histories import Clock, History, policy_of
+from tests.support.block_histories import History, policy_of
 from tests.support.block_scenarios import Operation, manager_with_rows
+from tests.support.clock import Clock
 from tests.support.interrupts import Interrupt, Moments, by_force, by_signal, handler
 from tests.support.manager_state import differences, state_of
 

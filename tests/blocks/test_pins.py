@@ -9,6 +9,7 @@ from kvpager.blocks.policies import Priority
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import SequenceSwapped, StaleSequence
 from kvpager.plans import Plan
+from tests.support.clock import Clock
 from tests.support.manager_state import handles_of
 from tests.support.prefixes import A, B, C, D, E, cache, committed, press
 
@@ -111,17 +112,9 @@ def test_only_a_live_sequence_on_the_device_can_be_pinned() -> None:
 # -------------------------------------------------------------------- retain
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from kvpager import Request, Scheduler, StepPlan
 from kvpager.plans import Reason
 from kvpager.scheduling.queue import Fair, Fifo, Priority, SchedulingPolicy
 from kvpager.scheduling.request import RequestState
+from tests.support.clock import Clock
 from tests.support.scheduling import (
     BLOCK_SIZE,
-    Clock,
     complete,
     ids,
     make,

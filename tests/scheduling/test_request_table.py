@@ -9,8 +9,8 @@ import pytest
 from kvpager import Request, Scheduler, StepPlan
 from kvpager.errors import BrokenInvariant, StaleSequence
 from kvpager.plans import Reason
+from tests.support.clock import Clock
 from tests.support.scheduling import (
-    Clock,
     complete,
     ids,
     make,

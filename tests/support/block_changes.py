@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvpager import BlockManager
-from tests.support.block_histories import Clock, policy_of
+from tests.support.block_histories import policy_of
 from tests.support.block_scenarios import (
     SCENARIOS,
     Operation,
@@ -14,6 +14,7 @@ from tests.support.block_scenarios import (
     manager_with_rows,
     name_all,
 )
+from tests.support.clock import Clock
 
 
 def free_several() -> tuple[BlockManager, Operation]:

@@ -12,17 +12,8 @@ from kvpager import BlockManager, KVPagerError
 from kvpager.blocks.policies import POLICIES, Priority
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.plans import Plan
+from tests.support.clock import Clock
 from tests.support.manager_state import handles_of
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class History:

@@ -14,16 +14,6 @@ from kvpager.plans import Reason
 BLOCK_SIZE = 4
 
 
-class Clock:
-    """A clock that tests set."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def make(
     num_blocks: int = 64, num_host_blocks: int = 0, block_size: int = BLOCK_SIZE, **options: Any
 ) -> Scheduler:

@@ -14,18 +14,12 @@ import pytest
 
 from kvpager.integrations.valkey import ValkeyStore
 from kvpager.storage.tiers.protocol import Loaded, Saved
+from tests.support.clock import Clock
 from tests.support.servers import free_port
 from tests.support.valkey_blocks import blocks, keys, load, open_store, save
 from tests.support.valkey_servers import Server, valkey
 
 HIT, MISS, LATE = Loaded.HIT, Loaded.MISS, Loaded.LATE
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def shortly() -> float:

@@ -7,18 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kvpager.storage.tiers.breaker import CircuitBreaker
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(100.0)
 
 
 @pytest.fixture
