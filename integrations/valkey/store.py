@@ -140,7 +140,7 @@ class ValkeyStore:
         return outcomes
 
     def drop(self, keys: Sequence[bytes]) -> None:
-        """Delete blocks on the server, for everybody."""
+        """Delete blocks on the server. Other clients lose them, too."""
         if keys:
             self._attempt(partial(self._drop, keys))
 
@@ -272,7 +272,7 @@ class ValkeyStore:
     def _check_server(self) -> None:
         deadline = time.monotonic() + self._timeout_s
         wire = self._address.first_connection(self._timeout_s)
-        # No block has such names, and nobody can guess them. Their last byte puts them into
+        # Random names, which no block has and no client can plant. Their last byte puts them into
         # different slots: a server of a cluster refuses them in one command.
         probe = _PREFIX + secrets.token_hex(8).encode()
         names = [probe + b"0", probe + b"1"]

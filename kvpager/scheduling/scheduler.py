@@ -136,7 +136,7 @@ class Scheduler:
 
     @property
     def generation(self) -> int:
-        """How often the prefix cache was cleared. O(1)."""
+        """The number of times that the prefix cache was cleared. O(1)."""
         return self._table.generation
 
     def identity(self, request_id: Hashable) -> tuple[str | None, str | None]:

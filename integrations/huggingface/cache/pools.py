@@ -108,7 +108,7 @@ class PagedPool:
     @property
     def quotas(self) -> PoolQuotas:
         """Return the ceilings of the namespaces in this pool."""
-        return PoolQuotas(self)  # made anew: a reference cycle would delay freeing the memory
+        return PoolQuotas(self)  # not kept: a reference cycle would delay freeing the memory
 
     @property
     def has_host(self) -> bool:

@@ -241,7 +241,7 @@ class Tiering:
             manager.free(sequence)
 
     def cancel(self, fetch: Fetch) -> None:
-        """Stop waiting for a fetch. Its slots are given back when no caller waits. O(1)."""
+        """Stop waiting for a fetch. If no other caller waits, its slots become free. O(1)."""
         fetch.num_waiting -= 1
         if fetch.num_waiting > 0:
             return

@@ -46,8 +46,8 @@ def open_store(url: str, *, layout: BlockLayout, seal: Seal | None = None) -> Bl
     `rediss://`, are a `ValkeyStore`, with the options `ttl_s`, `timeout_s` and redis-py's.
 
     `seal`: `Digest()` unless given. Other schemes are entry points of the group `kvpager.tiers`.
-    Raises: `ValueError`, `TypeError` for a bad URL; `ModuleNotFoundError` for a missing extra; and
-    what the store's constructor raises.
+    Raises: `ValueError`, `TypeError` for a bad URL; `ModuleNotFoundError` for a missing extra.
+    Errors of the store's constructor pass through.
     """
     return _open("url", url, layout, seal)
 

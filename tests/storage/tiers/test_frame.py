@@ -48,7 +48,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 def forged(frame: bytes, offset: int, data: bytes) -> bytes:
-    """Write `data` into a frame and compute its check anew, as anybody can."""
+    """Write `data` into a frame and recompute its check, which needs no secret."""
     checked = frame[:offset] + data + frame[offset + len(data) : -16]
     return checked + blake2b(checked, digest_size=16).digest()
 

@@ -258,7 +258,7 @@ def test_a_policys_order_decides_who_leaves() -> None:
     slots = fill(tier, [0, 1, 2])
     policy.retain(np.array(slots[2:], np.int32), 90, None)
     policy.retain(np.array(slots[:1], np.int32), 60, None)
-    for number in (0, 1, 2):  # a policy ranks anew at the next use
+    for number in (0, 1, 2):  # a policy updates ranks at the next use
         tier.unpin(tier.pin(keys(number)))
     assert [key for key, _ in tier.pairs()] == keys(1, 0, 2)
 

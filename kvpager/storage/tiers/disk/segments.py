@@ -71,7 +71,7 @@ class Segments:
         try:
             os.posix_fallocate(file, 0, (stop - number * self._slots_per_file) * self.slot_bytes)
         except OSError:
-            os.ftruncate(file, before)  # give back what was allocated
+            os.ftruncate(file, before)  # free the part that was allocated
             raise
         self.num_made = stop
         return range(first, stop)

@@ -215,7 +215,7 @@ class DiskStore:
         try:
             fault = self._read(slot, key, block)
             with self._lock:
-                if fault is not None and self._slots.slot(key) == slot:  # not saved anew since
+                if fault is not None and self._slots.slot(key) == slot:  # no other save since
                     self._forget(key)
         finally:
             with self._lock:
