@@ -15,18 +15,12 @@ from kvpager.ops import (
 )
 from tests.support.kernel_cases import (
     ENTRY,
-    IMPLEMENTATIONS,
     NAN,
     Kernels,
     slots_of,
     strided_caches,
     tables_for,
 )
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Kernels:
-    return IMPLEMENTATIONS[request.param]
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])

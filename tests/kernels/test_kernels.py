@@ -18,7 +18,6 @@ from kvpager.ops import (
 from tests.support.kernel_arguments import append_arguments, attention_arguments, gather_arguments
 from tests.support.kernel_cases import (
     CASES,
-    IMPLEMENTATIONS,
     NAN,
     REFERENCE,
     Call,
@@ -34,11 +33,6 @@ from tests.support.kernel_cases import (
     tables_for,
     with_mask_of,
 )
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Kernels:
-    return IMPLEMENTATIONS[request.param]
 
 
 @pytest.mark.parametrize("name", CASES)

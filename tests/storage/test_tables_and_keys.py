@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +13,7 @@ from kvpager import BlockManager
 from kvpager.errors import SequenceSwapped, StaleSequence
 from kvpager.storage.keys import KEY_BYTES, KeyContext, content_keys
 from kvpager.storage.table_formats import flash_attention, flashinfer
+from tests.support.programs import outputs_by_hash_seed
 
 
 @pytest.fixture
@@ -262,17 +260,7 @@ def test_keys_are_equal_in_every_process() -> None:
         "from kvpager.storage.keys import *;"
         f"print(b''.join(content_keys({IDS}, 4, {CONTEXT!r}, {SHOWN})).hex())"
     )
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
-    assert said == {b"".join(content_keys(IDS, 4, CONTEXT, SHOWN)).hex()}
+    assert outputs_by_hash_seed(code) == {b"".join(content_keys(IDS, 4, CONTEXT, SHOWN)).hex()}
 
 
 def test_a_key_stays_the_same_from_release_to_release() -> None:

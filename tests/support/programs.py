@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -53,3 +54,17 @@ def _run(argv: list[str], cwd: Path, environment: dict[str, str], files: list[Pa
     else:
         sys.path.insert(0, "")
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+
+
+def outputs_by_hash_seed(code: str) -> set[str]:
+    """Return what a program prints in processes with different PYTHONHASHSEEDs."""
+    return {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpager.kernels import work_items as plan_module
 from tests.support.kernel_cases import (
     CASES,
     NAN,
@@ -31,8 +29,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are interpreted only under TRITON_INTERPRET=1", allow_module_level=True)
 
-from kvpager.kernels.gpu import config, external, plans
-from kvpager.kernels.gpu.config import Target, Tile
+from kvpager.kernels.gpu import config, external
+from kvpager.kernels.gpu.config import Target
 from tests.support.triton_attention import (
     FLOATS,
     KV,
@@ -47,16 +45,7 @@ from tests.support.triton_attention import (
 SHORT = [name for name, case in CASES.items() if sum(length for _, length in case.rows) <= 140]
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use small tiles, so that short rows have several, and drop plans of other tests."""
-    rows = ((4, 512, Tile(16, 16, 1, 1), Tile(32, 32, 1, 1)),)
-    monkeypatch.setattr(config, "_INTERPRETED", rows)
-    monkeypatch.setattr(plan_module, "PARTIAL_COST_TOKENS", 2)
-    monkeypatch.delenv("KVPAGER_GPU_ATTENTION", raising=False)
-    plans._caches.clear()
-    yield
-    plans._caches.clear()
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 @pytest.mark.mostly_slow(quick=6)

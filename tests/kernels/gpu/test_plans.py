@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -31,8 +30,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are interpreted only under TRITON_INTERPRET=1", allow_module_level=True)
 
-from kvpager.kernels.gpu import config, plans
-from kvpager.kernels.gpu.config import Tile
+from kvpager.kernels.gpu import plans
 from tests.support.triton_attention import (
     FLOATS,
     by_plan,
@@ -43,17 +41,7 @@ from tests.support.triton_attention import (
     planned,
 )
 
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use small tiles, so that short rows have several, and drop plans of other tests."""
-    rows = ((4, 512, Tile(16, 16, 1, 1), Tile(32, 32, 1, 1)),)
-    monkeypatch.setattr(config, "_INTERPRETED", rows)
-    monkeypatch.setattr(plan_module, "PARTIAL_COST_TOKENS", 2)
-    monkeypatch.delenv("KVPAGER_GPU_ATTENTION", raising=False)
-    plans._caches.clear()
-    yield
-    plans._caches.clear()
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def forest(dtype: torch.dtype = torch.float32, dims: int = 16) -> Paged:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from hashlib import blake2b
@@ -15,6 +13,7 @@ import pytest
 from kvpager.storage.tiers.frame import FRAME_BYTES, Fault, Framing
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.seals import Digest, Encrypted, Mac, Seal, namespace_secret
+from tests.support.programs import outputs_by_hash_seed
 
 SECRET, OTHER_SECRET = b"s" * 32, b"t" * 32
 LAYOUT = BlockLayout("a layout", 64)
@@ -293,14 +292,4 @@ def test_frames_are_equal_in_every_process() -> None:
         f"framing = Framing({LAYOUT!r}, Mac({SECRET!r}));"
         f"print(framing.frame({KEY!r}, memoryview({BLOCK!r})).frame.hex())"
     )
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
-    assert said == {GOLDEN["mac"]}
+    assert outputs_by_hash_seed(code) == {GOLDEN["mac"]}
