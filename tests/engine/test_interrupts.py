@@ -9,7 +9,6 @@ import random
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
@@ -17,6 +16,7 @@ from types import FrameType
 import pytest
 
 from tests.support.interrupts import Moments, by_signal
+from tests.support.threads import join_all
 from tests.support.toy_runner import ToyEngine, expected
 
 PATIENCE = 60.0
@@ -71,12 +71,7 @@ def test_an_interrupted_construction_leaves_no_thread() -> None:
         with contextlib.suppress(KeyboardInterrupt):
             make(Moments(number, by_signal)).close()
         gc.collect()
-        deadline = time.monotonic() + PATIENCE
-        while left := set(threading.enumerate()) - before:
-            assert time.monotonic() < deadline, left
-            for thread in left:
-                with contextlib.suppress(RuntimeError):  # the engine's thread is starting it
-                    thread.join(PATIENCE)
+        join_all(lambda thread: thread not in before)
 
 
 def test_an_interrupt_as_the_thread_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:

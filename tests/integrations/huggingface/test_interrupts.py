@@ -28,6 +28,7 @@ from kvpager.integrations.huggingface import engine as engine_module  # noqa: E4
 from kvpager.integrations.huggingface.cache.memory import PagedMemory  # noqa: E402
 from kvpager.testing import tiny_llama_path  # noqa: E402
 from tests.support.interrupts import Moments, by_signal  # noqa: E402
+from tests.support.threads import join_all  # noqa: E402
 
 # How many moments of an operation, and of a call of `generate`, to interrupt.
 NUM_MOMENTS = int(os.environ.get("KVPAGER_INTERRUPTS", "0")) // 20 or 12
@@ -228,10 +229,7 @@ def check_sessions(managers: Iterable[Any]) -> None:
 
 
 def check_threads() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("kvpager"):
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+    join_all(lambda thread: thread.name.startswith("kvpager"))
 
 
 @pytest.mark.slow
