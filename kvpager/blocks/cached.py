@@ -1,14 +1,17 @@
 """Cached blocks that are also kept elsewhere: `manager.cached`.
 
     leaving(count) ─▶ keys(blocks, keying) ─▶ hold(blocks) ─▶ copy the bytes ─▶ release(ticket)
-                                                                    └─▶ mark_clean(blocks, store)
+                                └─▶ mark_offered(blocks)           └─▶ a store answers
+                                                                        └─▶ mark_clean(keys, store)
 
-A block is *clean* in a store that has a copy of it: its eviction loses nothing. Publishing a block
-again, with other tokens, makes it dirty.
+A block is *clean* in a store that has a copy of it: its eviction loses nothing. A block that is in
+no store is *dirty*. It is offered once each time it becomes idle, whatever the stores answer.
+Publishing a block again, with other tokens, makes it dirty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -17,14 +20,13 @@ from numpy.typing import NDArray
 from kvpager import _validate as arguments
 from kvpager.blocks import preview
 from kvpager.blocks.mm_hashes import Tag
-from kvpager.blocks.pool import KEYED
+from kvpager.blocks.pool import KEYED, OFFERED, STORES
 from kvpager.blocks.radix import Node
 from kvpager.blocks.state import BlockState
 from kvpager.plans import Int32
 
-NUM_STORES_MAX = 7  # a bit each, below `KEYED` in the pool's marks
-KEY_BYTES = 32
-_LOOK_AT = 64  # blocks to look at for each dirty one
+NUM_STORES_MAX = STORES.bit_length()
+_LOOK_AT = 64  # blocks to look at for each one wanted
 
 
 class Keying(Protocol):
@@ -48,24 +50,30 @@ class CachedBlocks:
     def __init__(self, state: BlockState) -> None:
         self._state = state
         self._keying: Keying | None = None
-        self._keys: NDArray[np.uint8] = np.empty((0, KEY_BYTES), np.uint8)
+        # Entries of blocks that left stay until the block gets another key.
+        self._key_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
 
-    def leaving(self, count: int, store: int | None = None) -> Int32:
-        """Return the first `count` dirty blocks that would be evicted, in order, int32 [n].
+    @property
+    def num_dropped_dirty(self) -> int:
+        """Dirty blocks that were evicted since `keys` was first called. O(1)."""
+        return self._state.pool.num_dropped_dirty
 
-        A block is dirty if it is not clean in `store`, or, without `store`, in no store. Looks at
-        no more than the next 64 * `count` blocks. O(blocks looked at * log blocks).
+    def leaving(self, count: int) -> Int32:
+        """Return the first `count` blocks that would be evicted and are to be offered, int32 [n].
+
+        Those are dirty blocks that were not offered since they became idle, in order. Looks at no
+        more than the next 64 * `count` blocks. O(blocks looked at * log blocks).
         Raises: `ValueError`, `TypeError` for a bad argument.
         """
         count = arguments.count("count", count)
-        bits = KEYED - 1 if store is None else self._bit(store)
         state = self._state
         with state.lock, state.change:
             state.change.begin()  # the policy may change ranks
             state.evictor.refresh(_LOOK_AT * count)
-            marks = state.pool.marks
+            marks, done = state.pool.marks, STORES | OFFERED
             return preview.leaving(
-                state.evictor, count, lambda blocks: marks[blocks] & bits == 0, _LOOK_AT * count
+                state.evictor, count, lambda blocks: marks[blocks] & done == 0, _LOOK_AT * count
             )
 
     def keys(self, blocks: Int32, keying: Keying) -> list[bytes]:
@@ -78,47 +86,64 @@ class CachedBlocks:
         with state.lock, state.change:
             index = self._published(blocks)
             state.change.begin()
-            self._keep_keys_of(keying)
+            state.pool.counts_dirty = True
+            if self._keying is not keying:
+                state.pool.marks &= ~np.uint16(KEYED)
+                self._keying = keying
             for number in dict.fromkeys(state.forest.node_of[index].tolist()):
-                self._key_run(state.forest.nodes[number])
-            return [self._keys[block].tobytes() for block in index.tolist()]
+                self._key_run(state.forest.nodes[number], keying)
+            return [self._key_of[block] for block in index.tolist()]
 
-    def _keep_keys_of(self, keying: Keying) -> None:
-        pool = self._state.pool
-        if self._keying is not keying or len(self._keys) != pool.num_blocks:
-            pool.marks &= ~np.uint8(KEYED)
-            self._keying = keying
-            self._keys = np.empty((pool.num_blocks, KEY_BYTES), np.uint8)
-
-    def _key_run(self, node: Node | None) -> None:
+    def _key_run(self, node: Node | None, keying: Keying) -> None:
         """Make the missing keys of a run and of the runs before it."""
         runs = []
         while node is not None and node.parent is not None:
             runs.append(node)
             node = node.parent
-        keying, pool = self._keying, self._state.pool
-        assert keying is not None
+        pool = self._state.pool
         namespace, lora = runs[-1].tree[:2]
         key = keying.root(namespace, lora)
         for run in reversed(runs):
             for block in run.blocks.tolist():
                 if pool.marks[block] & KEYED:
-                    key = self._keys[block].tobytes()
+                    key = self._key_of[block]
                     continue
                 key = keying.block(namespace, key, pool.ids[block], run.tag)
-                self._keys[block] = np.frombuffer(key, np.uint8)
-                pool.marks[block] |= KEYED
+                self._set_key(block, key)
 
-    def mark_clean(self, blocks: Int32, store: int) -> None:
-        """Record that store number `store`, 0 to 6, has copies of `blocks`. O(blocks).
+    def _set_key(self, block: int, key: bytes) -> None:
+        before = self._key_of.get(block)
+        if before is not None and self._block_of.get(before) == block:
+            del self._block_of[before]
+        self._key_of[block], self._block_of[key] = key, block
+        self._state.pool.marks[block] |= KEYED
 
-        Blocks that are no longer published are skipped.
-        """
-        bit, state = self._bit(store), self._state
+    def mark_offered(self, blocks: Int32) -> None:
+        """Offer `blocks` no more until they were used again. O(blocks)."""
+        state = self._state
         with state.lock, state.change:
             index = self._known(blocks)
             state.change.begin()
-            state.pool.marks[index[state.pool.cached[index]]] |= np.uint8(bit)
+            state.pool.marks[index] |= np.uint16(OFFERED)
+
+    def mark_clean(self, keys: Iterable[bytes], store: int) -> None:
+        """Record that store number `store`, 0 to 6, has the blocks of `keys`. O(keys).
+
+        Keys that `keys` did not return, or whose block has other content now, are skipped.
+        """
+        bit = self._bit(store)
+        with self._state.lock, self._state.change:
+            index = self._blocks_of(keys)
+            self._state.change.begin()
+            self._state.pool.marks[index] |= bit
+
+    def mark_dirty(self, keys: Iterable[bytes], store: int) -> None:
+        """Record that store number `store` lost the blocks of `keys`. O(keys)."""
+        bit = self._bit(store)
+        with self._state.lock, self._state.change:
+            index = self._blocks_of(keys)
+            self._state.change.begin()
+            self._state.pool.marks[index] &= ~bit
 
     def are_clean(self, blocks: Int32, store: int) -> NDArray[np.bool_]:
         """Return which of `blocks` are clean in a store, bool [n]. O(blocks)."""
@@ -147,6 +172,13 @@ class CachedBlocks:
         with state.lock, state.change:
             state.unpin(ticket)
 
+    def _blocks_of(self, keys: Iterable[bytes]) -> NDArray[np.intp]:
+        """Return the blocks that are published with these keys now."""
+        pool = self._state.pool
+        found = [self._block_of.get(key, pool.num_blocks) for key in keys]
+        index = np.array([block for block in found if block < pool.num_blocks], np.intp)
+        return index[pool.cached[index] & (pool.marks[index] & KEYED > 0)]
+
     def _published(self, blocks: Int32) -> NDArray[np.intp]:
         index = self._known(blocks)
         unpublished = index[~self._state.pool.cached[index]]
@@ -166,5 +198,5 @@ class CachedBlocks:
         return index.astype(np.intp)
 
     @staticmethod
-    def _bit(store: int) -> int:
-        return 1 << arguments.count("store", store, at_most=NUM_STORES_MAX - 1)
+    def _bit(store: int) -> np.uint16:
+        return np.uint16(1 << arguments.count("store", store, at_most=NUM_STORES_MAX - 1))

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import Int32, Int64
 
-KEYED = 1 << 7  # in `marks`: the block's content key is known; the other bits are for stores
+# Bits of `marks`, see `kvpager.blocks.cached`: stores, offered to stores, the content key is known.
+STORES, OFFERED, KEYED = (1 << 7) - 1, 1 << 7, 1 << 8
 Index = NDArray[np.intp]
 Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
 
@@ -53,7 +54,9 @@ class BlockPool:
         self.cached: NDArray[np.bool_] = np.zeros(num_blocks, np.bool_)
         self.holds: Int32 = np.zeros(num_blocks, np.int32)
         self.ids: Int32 = np.zeros((num_blocks, block_size), np.int32)
-        self.marks: NDArray[np.uint8] = np.zeros(num_blocks, np.uint8)
+        self.marks: NDArray[np.uint16] = np.zeros(num_blocks, np.uint16)
+        self.counts_dirty = False
+        self.num_dropped_dirty = 0  # evicted blocks that no store had
         self.num_evictable = 0
         self.num_kept = 0  # in no table, but held
         self.num_holds = 0
@@ -130,6 +133,7 @@ class BlockPool:
         refs = self.refs[index]
         if np.count_nonzero(refs) < len(refs):
             idle = index[refs == 0]
+            self.marks[idle] &= ~np.uint16(OFFERED)
             if self.num_holds:
                 kept = self.holds[idle] > 0
                 self.num_kept -= int(np.count_nonzero(kept))
@@ -175,6 +179,8 @@ class BlockPool:
         """Mark `blocks` as not published; free those without references and holds. O(blocks)."""
         index = blocks.astype(np.intp, copy=False)
         self.cached[index] = False
+        if self.counts_dirty:
+            self.num_dropped_dirty += int(np.count_nonzero(self.marks[index] & STORES == 0))
         refs = self.refs[index]
         idle = index[refs == 0] if np.count_nonzero(refs) else index
         if self.num_holds:
@@ -277,7 +283,7 @@ class BlockPool:
             after[:kept] = before[:kept]
             after[new] = before[old]
             setattr(self, name, after)
-        self.marks &= np.uint8(KEYED - 1)  # the keys of blocks that move do not move along
+        self.marks &= np.uint16(STORES)  # the keys of blocks that move do not move along
         num_used_ever = max([min(self._num_used_ever, num_blocks), *(new + 1)])
         free = self._stack[: self._stack_size]
         free = free[(free < num_blocks) & ~np.isin(free, new)]

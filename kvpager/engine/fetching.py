@@ -89,7 +89,8 @@ class Fetching:
 
     def between_steps(self) -> None:
         """Let requests start whose fetch has ended, and save some blocks."""
-        if not (self._held or self._may_be_dirty):
+        is_cleaning = self._is_on and (self._may_be_dirty or self._tiering.has_news)
+        if not (self._held or is_cleaning):
             return
         if self._may_be_dirty and self._guard is not None:
             self._guard.look()  # blocks that a changed model computed are not saved
@@ -98,7 +99,7 @@ class Fetching:
                 self._check_on()
                 now = time.monotonic()
                 self._held = [held for held in self._held if not self._end(held, now)]
-                if self._may_be_dirty:
+                if is_cleaning and self._is_on:
                     self._clean()
             except Exception:
                 logger.exception("tiers are not used any more")

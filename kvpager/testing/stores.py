@@ -222,6 +222,19 @@ class StoreConformance:
         left = before + outcomes.count(Saved.SAVED) - self._num_blocks(store)
         assert store.stats().evicted - evicted == left
 
+    def test_lost_keys_are_reported(self, store: BlockStore) -> None:
+        losses = getattr(store, "losses", None)
+        if losses is None:
+            pytest.skip("the store does not know which keys it loses")
+        lost, capacity = losses.follow(), self._capacity(store)
+        keys = [key_of(number) for number in range(2 * capacity)]
+        for key in keys:
+            save(store, [key])
+        store.drop([keys[-1], key_of(10**6)])
+        gone = [key for key in keys if not store.find([key])]
+        assert set(lost) <= set(gone)
+        assert len(lost) == store.stats().evicted + 1
+
     def test_more_blocks_than_fit_break_nothing(self, store: BlockStore) -> None:
         capacity = self._capacity(store)
         keys = [key_of(number) for number in range(2 * capacity + 1)]

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvpager.storage.tiers.losses import Losses
 from kvpager.storage.tiers.protocol import Loaded, Outcomes, Saved, StoreStats
 
 
 class DictStore:
-    """A store in a dict. `lost` keys are found and then missing; `gate` holds loads back."""
+    """A store in a dict. `lost` keys are found and then missing; `gate` holds loads back.
+
+    `answer` is the outcome of each save, which keeps nothing unless that is `SAVED`. More than
+    `capacity` blocks push the oldest out.
+    """
 
     name = "dict"
 
@@ -19,6 +24,9 @@ class DictStore:
         self.block_bytes = block_bytes
         self.blocks: dict[bytes, bytes] = {}
         self.lost: set[bytes] = set()
+        self.losses = Losses()
+        self.answer = Saved.SAVED
+        self.capacity: int | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.num_loads = self.num_saves = 0
@@ -50,15 +58,19 @@ class DictStore:
             raise OSError("a broken store")
         for key, block in zip(keys, blocks, strict=True):
             self.num_saves += 1
-            self.blocks.setdefault(key, bytes(block))
-        return np.full(len(keys), Saved.SAVED, np.uint8)
+            if self.answer == Saved.SAVED:
+                self.blocks.setdefault(key, bytes(block))
+        if self.capacity is not None:
+            self.drop(list(self.blocks)[: -self.capacity])
+        return np.full(len(keys), self.answer, np.uint8)
 
     def drop(self, keys: Sequence[bytes]) -> None:
         for key in keys:
-            self.blocks.pop(key, None)
+            if self.blocks.pop(key, None) is not None:
+                self.losses.add([key])
 
     def stats(self) -> StoreStats:
-        return StoreStats(len(self.blocks), None, self.block_bytes)
+        return StoreStats(len(self.blocks), self.capacity, self.block_bytes)
 
     def close(self) -> None:
         self.is_closed = True

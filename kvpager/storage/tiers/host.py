@@ -15,6 +15,7 @@ from kvpager.storage.tiers.checks import check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
 from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier, SlotPolicy
 from kvpager.storage.tiers.layout import BlockLayout
+from kvpager.storage.tiers.losses import Losses
 from kvpager.storage.tiers.protocol import Loaded, Outcomes, Saved, StoreStats
 
 
@@ -22,6 +23,9 @@ class HostStore:
     """Blocks in one buffer that is allocated at once. A hit costs one copy of the block.
 
     The bytes never leave the process, so they need no frame: a slot that is read is not reused.
+
+    Attributes:
+        losses: the keys that were evicted or dropped.
     """
 
     name = "host"
@@ -52,6 +56,7 @@ class HostStore:
         self._tier = KeyedTier(num_blocks, None if policy is None else policy(num_blocks))
         self._blocks = _allocated(num_blocks, self.block_bytes, capacity)
         self._counters = StoreCounters(self.block_bytes)
+        self.losses = Losses()
 
     def find(self, keys: Sequence[bytes]) -> int:
         """Return how many leading keys the store has. O(keys)."""
@@ -95,6 +100,7 @@ class HostStore:
         memory = self._blocks
         slots, evicted = self._tier.reserve(keys, partly=True)
         self._counters.evicted(len(evicted))
+        self.losses.add(key for key, _ in evicted)
         outcomes: Outcomes = np.full(len(keys), Saved.LATE, np.uint8)
         outcomes[slots == KNOWN] = Saved.KNOWN
         outcomes[slots == NO_ROOM] = Saved.REFUSED
@@ -113,7 +119,7 @@ class HostStore:
     def drop(self, keys: Sequence[bytes]) -> None:
         """Forget the blocks of `keys`. O(keys)."""
         slots = self._tier.pin(keys)
-        self._tier.discard(slots)
+        self.losses.add(key for key, _ in self._tier.discard(slots))
         self._tier.unpin(slots)
 
     def stats(self) -> StoreStats:

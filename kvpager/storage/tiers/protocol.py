@@ -72,6 +72,9 @@ class BlockStore(Protocol):
     called from any thread. None raises for a block that is missing, damaged or late, nor for a
     store that fails: each key has an outcome instead. After `close`, `find` returns 0, `load`
     misses and `save` refuses. `kvpager.testing.stores` tests these properties.
+
+    A store that knows which keys it stops to offer reports them in an attribute `losses`, a
+    `kvpager.storage.tiers.losses.Losses`. One that chooses blocks itself has an attribute `admit`.
     """
 
     @property

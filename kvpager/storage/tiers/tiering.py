@@ -17,9 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
@@ -29,23 +27,13 @@ from kvpager.errors import OutOfBlocks
 from kvpager.plans import Int32
 from kvpager.storage.keys import ContentKeying, KeyContext, content_keys
 from kvpager.storage.tiers.protocol import BlockStore, Loaded
+from kvpager.storage.tiers.saving import Saver
+from kvpager.storage.tiers.slot_memory import SlotMemory
 
 logger = logging.getLogger(__name__)
 
 _FETCHES_MAX = 256  # under way at once
 _BATCH = 16  # blocks of one call of a store
-
-
-class SlotMemory(Protocol):
-    """The buffer between blocks and stores; `kvpager.storage.staging.Staging` is one."""
-
-    @property
-    def num_free(self) -> int: ...  # noqa: D102
-    def take(self, count: int) -> list[int]: ...  # noqa: D102
-    def give(self, slots: Iterable[int]) -> None: ...  # noqa: D102
-    def slot(self, number: int) -> memoryview: ...  # noqa: D102
-    def read(self, blocks: Sequence[int], slots: Sequence[int]) -> None: ...  # noqa: D102
-    def write(self, slots: Sequence[int], blocks: Sequence[int]) -> None: ...  # noqa: D102
 
 
 @dataclass(eq=False)
@@ -90,6 +78,8 @@ class Tiering:
     Attributes:
         on_progress: called by the threads when a load or a save has ended.
         is_clean: True if the last `clean` found no block to save.
+
+    A block that was offered counts as saved when a store has said so: see `manager.cached`.
     """
 
     def __init__(
@@ -110,7 +100,9 @@ class Tiering:
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._recompute_s = recompute_s
         self._loads = ThreadPoolExecutor(2, "kvpager-load")
-        self._saves = ThreadPoolExecutor(1, "kvpager-save")
+        self._saver = Saver(
+            self.stores, staging, self._max_wait_s, on_end=lambda: self.on_progress()
+        )
         self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block
         self._closing = threading.Event()
         self.on_progress: Callable[[], None] = lambda: None
@@ -229,16 +221,22 @@ class Tiering:
             del slots[skipped:]  # `write` gives them back when they were read
             self._staging.write(written, blocks.tolist())
             manager.commit(sequence, stop * size)
-            sources = np.array(fetch.sources[skipped:])
-            added = dict[str, int]()
-            for number in np.unique(sources).tolist():
-                theirs = blocks[sources == number]
-                manager.cached.mark_clean(theirs, number)
-                name = self.stores[number].name
-                added[name] = added.get(name, 0) + len(theirs) * size
-            return added
+            found = manager.match_prefix(fetch.tokens[: length + 1], blocks=True, **loader)
+            keys = manager.cached.keys(found.blocks[start:stop], self._keying)
+            return self._mark_loaded(keys, fetch.sources[skipped:])
         finally:
             manager.free(sequence)
+
+    def _mark_loaded(self, keys: list[bytes], sources: list[int]) -> dict[str, int]:
+        """Mark blocks clean in the stores they came from. Return the tokens of each store."""
+        added = dict[str, int]()
+        for number, store in enumerate(self.stores):
+            theirs = [key for key, source in zip(keys, sources, strict=True) if source == number]
+            if theirs:
+                self._manager.cached.mark_clean(theirs, number)
+                tokens = len(theirs) * self._manager.block_size
+                added[store.name] = added.get(store.name, 0) + tokens
+        return added
 
     def cancel(self, fetch: Fetch) -> None:
         """Stop waiting for a fetch. If no other caller waits, its slots become free. O(1)."""
@@ -263,13 +261,20 @@ class Tiering:
 
     # ---------------------------------------------------------------- save
 
-    def clean(self, count: int = 64) -> int:
-        """Look at the next `count` blocks to be evicted, and save those that no store was offered.
+    @property
+    def has_news(self) -> bool:
+        """True if stores have answered since the last `clean`. O(1)."""
+        return self._saver.has_news
 
-        Needs a free slot for each. Returns the number of blocks copied; threads save them then.
-        Call it between steps. O(count log blocks + bytes copied).
+    def clean(self, count: int = 64) -> int:
+        """Offer the next blocks to be evicted, at most `count`, to the stores that lack them.
+
+        A block is offered once each time it becomes idle, and needs a free slot. Returns the number
+        of blocks copied; a thread saves them then. Call it between steps.
+        O(count log blocks + bytes copied).
         """
         cached = self._manager.cached
+        self._read_news()
         blocks = cached.leaving(count)
         self.is_clean = not len(blocks)
         slots = self._staging.take(len(blocks))
@@ -287,30 +292,19 @@ class Tiering:
                 return 0
             try:
                 self._staging.read(blocks.tolist(), slots)
-                for store in range(len(self.stores)):
-                    cached.mark_clean(blocks, store)
+                cached.mark_offered(blocks)
             finally:
                 cached.release(ticket)
         except BaseException:
             self._staging.give(slots)
             raise
-        self._saves.submit(self._save, keys, slots).add_done_callback(lambda _: self.on_progress())
+        self._saver.submit(keys, slots)
         return len(blocks)
 
-    def _save(self, keys: list[bytes], slots: list[int]) -> None:
-        """Offer staged blocks to all stores. Runs in a thread."""
-        deadline = time.monotonic() + self._max_wait_s
-        try:
-            for store in self.stores:
-                try:
-                    for start in range(0, len(keys), _BATCH):
-                        part = slice(start, start + _BATCH)
-                        blocks = [self._staging.slot(slot) for slot in slots[part]]
-                        store.save(keys[part], blocks, deadline)
-                except Exception:
-                    logger.exception("the store %s failed to save", store.name)
-        finally:
-            self._staging.give(slots)
+    def _read_news(self) -> None:
+        cached = self._manager.cached
+        for store, keys, is_kept in self._saver.take_news():
+            (cached.mark_clean if is_kept else cached.mark_dirty)(keys, store)
 
     # ---------------------------------------------------------------- end
 
@@ -318,7 +312,7 @@ class Tiering:
         """Wait for the threads, and close the stores. Twice is the same as once."""
         self._closing.set()
         self._loads.shutdown()
-        self._saves.shutdown()
+        self._saver.close()
         for fetch in list(self._fetching.values()):
             fetch.num_waiting = 1
             self.cancel(fetch)

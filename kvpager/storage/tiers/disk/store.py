@@ -21,6 +21,7 @@ from kvpager.storage.tiers.disk.slots import Slots
 from kvpager.storage.tiers.disk.table import RECORD_BYTES, Record, SlotTable
 from kvpager.storage.tiers.frame import FRAME_BYTES, Fault, Framing
 from kvpager.storage.tiers.layout import BlockLayout
+from kvpager.storage.tiers.losses import Losses
 from kvpager.storage.tiers.protocol import Loaded, Outcomes, Saved, StoreStats
 from kvpager.storage.tiers.seals import Seal
 
@@ -39,6 +40,9 @@ class DiskStore:
     arrive. If the disk is full before that, the store keeps to the files that it has. All methods
     may be called from any thread; transfers of several threads run at once. A deadline is looked at
     before each block: a transfer that has begun is finished.
+
+    Attributes:
+        losses: the keys that were evicted, dropped, damaged or too old.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class DiskStore:
         """
         self._framing = Framing(layout, seal)
         self.name, self._clock = name, clock
+        self.losses = Losses()
         self._ttl_ms = _milliseconds(ttl_s)
         slot_bytes = PAGE_BYTES + -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
         num_slots = _slots_in(capacity, slot_bytes)
@@ -305,10 +310,13 @@ class DiskStore:
         except OSError as error:
             logger.warning("%s: no block evicted: %s", self._directory.path, error)
             return False
+        finally:
+            self.losses.add([key])
         self._counters.evicted(1)
         return True
 
     def _forget(self, key: bytes) -> None:
+        self.losses.add([key])
         slot = self._slots.forget(key)
         try:
             self._table.erase(slot)

@@ -1,0 +1,18 @@
+"""The protocol of the buffer between blocks and stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+
+class SlotMemory(Protocol):
+    """Slots of one block each; `kvpager.storage.staging.Staging` is one."""
+
+    @property
+    def num_free(self) -> int: ...  # noqa: D102
+    def take(self, count: int) -> list[int]: ...  # noqa: D102
+    def give(self, slots: Iterable[int]) -> None: ...  # noqa: D102
+    def slot(self, number: int) -> memoryview: ...  # noqa: D102
+    def read(self, blocks: Sequence[int], slots: Sequence[int]) -> None: ...  # noqa: D102
+    def write(self, slots: Sequence[int], blocks: Sequence[int]) -> None: ...  # noqa: D102
