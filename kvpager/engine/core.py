@@ -254,7 +254,7 @@ class EngineCore:
             self._loop.end_all(self.error)
         if self._fetching is not None:
             try:
-                self._fetching.close()
+                self._fetching.close(saving=self.error is None)
             except Exception:
                 logger.exception("a tier failed to close")
         self._dispatcher.close()

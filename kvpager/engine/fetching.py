@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from kvpager.storage.tiers.tiering import Fetch, Tiering
 logger = logging.getLogger("kvpager")
 
 _CLEANED_PER_STEP = 64  # blocks looked at, so that a step waits for microseconds
+_LAST_SAVES_S = 5.0
 _GRACE_S = 0.05  # for stores to end a load after its deadline
 
 
@@ -54,6 +56,8 @@ class Fetching:
         self._lock = lock
         self._guard = guard
         self._wake = wake
+        if guard is not None:
+            guard.look()  # each later change is noticed
         self._generation = scheduler.generation
         self._is_on = True
         self._held: list[_Held] = []
@@ -141,7 +145,31 @@ class Fetching:
         self._scheduler.release(request_id)
         return True
 
-    def close(self) -> None:
-        """Give up all fetches, and close the stores after the saves under way."""
+    def close(self, *, saving: bool) -> None:
+        """Give up all fetches, and close the stores after the saves under way.
+
+        With `saving`, first saves the idle blocks that are dirty, for at most 5 seconds.
+        """
+        try:
+            if saving:
+                self._save_all()
+        except Exception:
+            logger.exception("the last blocks are not saved")
         self._turn_off()
         self._tiering.close()
+
+    def _save_all(self) -> None:
+        if self._guard is not None:
+            self._guard.look()
+        progress = threading.Event()
+        self._tiering.on_progress = progress.set
+        ends = time.monotonic() + _LAST_SAVES_S
+        while self._check_on() and (left_s := ends - time.monotonic()) > 0:
+            progress.clear()
+            if not self._tiering.has_room:
+                progress.wait(left_s)
+                continue
+            with self._lock:
+                self._tiering.clean(_CLEANED_PER_STEP)
+            if self._tiering.is_clean:
+                break

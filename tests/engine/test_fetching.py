@@ -190,6 +190,25 @@ def test_an_engine_may_close_during_a_fetch() -> None:
     assert slow.is_closed
 
 
+@pytest.mark.parametrize("slots", [64, 2])
+def test_the_end_of_an_engine_saves_the_idle_blocks(slots: int) -> None:
+    shared = store()
+    with TieredEngine([shared], slots=slots) as engine:
+        for seed in range(3):
+            engine.ask([seed, *PROMPT]).result(60)
+    assert len(shared.blocks) == 3 * 12  # 41 tokens and 7 of the reply are computed
+
+
+def test_an_engine_that_ends_after_a_change_saves_nothing() -> None:
+    shared, watch = store(), Watch()
+    shared.gate.clear()  # nothing is saved before the change
+    with TieredEngine([shared], core={"watch": watch}, max_wait_s=60, slots=1) as engine:
+        engine.ask(PROMPT).result(60)
+        watch.version = 1
+        shared.gate.set()
+    assert len(shared.blocks) <= 1
+
+
 def test_a_store_that_raises_changes_no_token() -> None:
     broken = store()
     with TieredEngine([broken]) as engine:
