@@ -126,20 +126,19 @@ def tiers() -> Canvas:
     canvas = Canvas(780, 290, "Tiers")
     canvas.box(24, 40, 330, 60, "device pool: memory=\nheld, cached and free blocks", fill=BLUE)
     canvas.box(24, 180, 330, 60, "host pool: host_memory=\nblocks of swapped sequences", fill=GREEN)
-    canvas.box(
-        470, 180, 286, 60, "disk and remote stores\nnot offered yet", fill="#ffffff", dashed=True
-    )
+    canvas.box(470, 180, 286, 60, "host, disk, remote stores\nEngine(tiers=...)", fill=GREEN)
     canvas.arrow((120, 100), (120, 176))
     canvas.text(112, 144, "swap out", anchor="end", colour=MUTED)
     canvas.arrow((260, 176), (260, 104))
     canvas.text(268, 144, "swap in", colour=MUTED)
     canvas.arrow((354, 70), (466, 70))
     canvas.text(410, 62, "evict", anchor="middle", colour=MUTED)
+    canvas.arrow((354, 90), (466, 190))
+    canvas.text(424, 140, "save, fetch", colour=MUTED)
     canvas.box(470, 40, 286, 60, "gone: computed again\nwhen a prompt needs it", fill=RED)
-    canvas.arrow((354, 210), (466, 210), dashed=True)
     canvas.text(
-        24, 272, "A block is in exactly one tier. An evicted prefix is lost today: "
-        "only sequences go to host memory.", colour=MUTED,
+        24, 272, "A sequence's block is in exactly one tier. A store has a copy of a cached block.",
+        colour=MUTED,
     )  # fmt: skip
     return canvas
 

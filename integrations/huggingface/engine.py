@@ -42,6 +42,7 @@ from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.runner import warm_up as warming
 from kvpager.integrations.huggingface.runner.build import (
     compiled_forward,
+    costs_of,
     make_scheduler,
     max_length_of,
 )
@@ -57,12 +58,11 @@ from kvpager.integrations.huggingface.runner.prompt_reader import (
 from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, SamplingSettings
 from kvpager.integrations.huggingface.runner.setting_checks import refuse_request_settings
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks, require_room
+from kvpager.integrations.huggingface.runner.tiers import begun_over, open_tiers, refuse_tiers
 from kvpager.integrations.huggingface.runner.unwrap import unwrapped
 from kvpager.scheduling.request import Request
 
 logger = logging.getLogger("kvpager")
-
-_MAX_SETTINGS = 64  # of different `max_new_tokens`, kept for further requests
 
 
 class Engine:
@@ -99,9 +99,9 @@ class Engine:
         self.model = model = unwrapped(model)
         self._tokenizer = text_tokenizer(tokenizer)
         self._numbers = itertools.count()
-        # A function without a reference to the engine, so that a dropped engine ends.
-        self._usual = functools.lru_cache(maxsize=_MAX_SETTINGS, typed=True)(
-            functools.partial(_usual_settings, model, self._tokenizer)
+        # Refers to no method of the engine, so that a dropped engine ends.
+        self._usual = functools.lru_cache(maxsize=64, typed=True)(
+            functools.partial(SamplingSettings, model, tokenizer=self._tokenizer)
         )
         self._defaults: dict[str, Any] = {}
         switch, lock = AttentionSwitch(model), new_lock()
@@ -129,6 +129,8 @@ class Engine:
             host_memory=config.host_memory,
         )
         self._info = info = inspect_model(model)
+        if config.tiers:
+            refuse_tiers(model, info)
         self.is_packed = choose_forward(model, info, budget, switch, config.forward)
         length = max_length_of(info, config)
         # Not every recurrent layer can continue with several tokens at once.
@@ -141,21 +143,25 @@ class Engine:
         runner = ModelRunner(
             model, info, storage, budget, is_packed=self.is_packed, forward=forward
         )
-        scheduler = make_scheduler(info, config, sizes, length, max_chunk, runner)
+        costs = costs_of(config, sizes, runner)
+        scheduler = make_scheduler(info, config, sizes, length, max_chunk, costs)
         if info.device.type in warming.COMPILING:
             warming.warm_up(runner, config.max_batch_tokens, config.max_num_seqs)
-        return functools.partial(
+        watch = ModelWatch(model, has_parts=True) if scheduler.prefix_cache else None
+        tiers = open_tiers(model, watch, config, storage, scheduler.manager, costs)
+        begin = functools.partial(
             EngineCore,
             scheduler,
             runner,
             LogitsSampler(),
             tokenizer=self._tokenizer,
-            watch=ModelWatch(model, has_parts=True) if scheduler.prefix_cache else None,
+            watch=watch,
             on_step=on_step,
             # A new thread begins with a number of its own.
             on_begin=functools.partial(torch.set_num_threads, torch.get_num_threads()),
             on_end=switch.release,
         )
+        return functools.partial(begun_over, tiers, begin)
 
     def __repr__(self) -> str:
         # Without locks: a debugger may ask while another thread has them.
@@ -423,18 +429,13 @@ class Engine:
         if defaults != self._defaults:
             self._defaults = copy.deepcopy(defaults)
             self._usual.cache_clear()
-        return self._usual(overrides.get("max_new_tokens"))
+        return self._usual(**{k: v for k, v in overrides.items() if v is not None})
 
 
 def _deadline(timeout: float | None) -> float | None:
     if timeout is None:
         return None
     return time.monotonic() + arguments.seconds("timeout", timeout, is_limit=True)
-
-
-def _usual_settings(model: Any, tokenizer: Any, max_new_tokens: int | None) -> SamplingSettings:
-    options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    return SamplingSettings(model, tokenizer=tokenizer, **options)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from kvpager import _validate as arguments
@@ -13,6 +13,8 @@ from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.engine.compiling import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
+from kvpager.storage.tiers.protocol import BlockStore
+from kvpager.storage.tiers.seals import Seal
 
 _BESIDE = ("tokenizer", "on_step")  # arguments of `Engine` that are no settings
 Forward = Literal["auto", "packed", "per_sequence"]
@@ -46,6 +48,12 @@ class EngineConfig:
         compile: True compiles the packed forward pass with `torch.compile`. A dict passes
             arguments to it, such as `{"options": {"freezing": True}}` for constant weights. Modes
             that record CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
+        tiers: stores for cached blocks that leave the device, asked in order: URLs as in
+            `kvpager.storage.tiers.urls.open_store`, or stores, which the engine closes.
+        seal: what protects blocks in tiers outside of the process, such as `Encrypted(secret)`. Its
+            secret also keeps namespaces apart. Processes share blocks if their seals are equal.
+        model_id: the name of the weights and their revision, for tiers, the same in all processes.
+            None takes a digest of the model.
 
     Raises: `TypeError`, `ValueError` for settings of a wrong type or value.
     """
@@ -64,6 +72,9 @@ class EngineConfig:
     costs: PreemptionCosts | None = None
     forward: Forward = "auto"
     compile: bool | Mapping[str, Any] = False
+    tiers: str | BlockStore | Sequence[str | BlockStore] = ()
+    seal: Seal | None = None
+    model_id: str | None = None
 
     def __post_init__(self) -> None:
         shown = arguments.shown
@@ -83,6 +94,17 @@ class EngineConfig:
             require_no_cuda_graphs(self.compile_arguments)
         if self.costs is not None and not isinstance(self.costs, PreemptionCosts):
             raise TypeError(f"costs={shown(self.costs)}: expected PreemptionCosts or None.")
+        self._check_tiers()
+
+    def _check_tiers(self) -> None:
+        arguments.label("model_id", self.model_id)
+        if self.seal is not None and not callable(getattr(self.seal, "unseal", None)):
+            raise TypeError(f"seal={arguments.shown(self.seal)}: expected a Seal or None.")
+        if self.tiers and not self.prefix_cache:
+            raise ValueError("tiers: they keep cached prefixes. Leave out prefix_cache=False.")
+        for name in ("seal", "model_id"):
+            if not self.tiers and getattr(self, name) is not None:
+                raise ValueError(f"{name}: of use with tiers only. Pass tiers=, or leave it out.")
 
     @classmethod
     def of(cls, config: EngineConfig | None, overrides: Mapping[str, Any]) -> EngineConfig:

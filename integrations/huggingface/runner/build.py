@@ -16,6 +16,7 @@ from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
 from kvpager.integrations.huggingface.runner.sizing import PoolSizes, measured_costs
+from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.scheduler import Scheduler
 
 
@@ -39,18 +40,22 @@ def compiled_forward(model: Any, config: EngineConfig, is_packed: bool) -> Any:
     return torch.compile(model, **{"dynamic": True} | config.compile_arguments)
 
 
+def costs_of(config: EngineConfig, sizes: PoolSizes, runner: ModelRunner) -> PreemptionCosts | None:
+    """Return the costs to choose by, measured unless given; None if there is no choice."""
+    if config.costs is None and (sizes.host or config.tiers):
+        return measured_costs(runner)
+    return config.costs
+
+
 def make_scheduler(
     info: ModelInfo,
     config: EngineConfig,
     sizes: PoolSizes,
     max_model_len: int | None,
     max_chunk: int | None,
-    runner: ModelRunner,
+    costs: PreemptionCosts | None,
 ) -> Scheduler:
-    """Make the scheduler and the block manager. Measures preemption costs if none are given."""
-    costs = config.costs
-    if costs is None and sizes.host:
-        costs = measured_costs(runner)
+    """Make the scheduler and the block manager."""
     return Scheduler(
         make_manager(info, config, sizes, max_chunk),
         max_batch_tokens=config.max_batch_tokens,

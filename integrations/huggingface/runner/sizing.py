@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from statistics import median
 from typing import NamedTuple
@@ -97,7 +98,8 @@ def require_room(
 def measured_costs(runner: ModelRunner) -> PreemptionCosts:
     """Measure the time to compute a token and to move a block: medians of a few runs.
 
-    Overwrites the first blocks of both tiers. Call it before the first request.
+    Overwrites the first blocks of both tiers. Call it before the first request. Without host
+    blocks, moving one takes infinitely long.
     """
     storage, longest = runner.storage, runner.info.max_length or _TRIAL_TOKENS
     tokens = min(_TRIAL_TOKENS, longest, storage.num_blocks * storage.block_size)
@@ -122,5 +124,6 @@ def measured_costs(runner: ModelRunner) -> PreemptionCosts:
         move.append(time.perf_counter() - computed)
     runner.forget(np.zeros(1, np.int32))
     return PreemptionCosts(
-        seconds_per_token=median(compute) / tokens, seconds_per_block=median(move) / num_blocks
+        seconds_per_token=median(compute) / tokens,
+        seconds_per_block=median(move) / num_blocks if num_blocks else math.inf,
     )

@@ -40,6 +40,11 @@ class Seal(Protocol):
         """The seal's number in a frame."""
         ...
 
+    @property
+    def master(self) -> bytes:
+        """The master of `namespace_secret`; public if the seal has no secret."""
+        ...
+
     def seal(self, head: bytes, block: memoryview) -> Sealed:
         """Protect `block`, and `head` along with it. O(bytes)."""
         ...
@@ -53,6 +58,7 @@ class Digest:
     """A digest without a secret: xxh3-128 (Collet)."""
 
     number = 1
+    master = b"kvpager: blocks without a secret"
 
     def __init__(self) -> None:
         """Load xxhash. Raises: `ModuleNotFoundError` without it."""
@@ -76,6 +82,7 @@ class Mac:
         """Load blake3. Raises: `ModuleNotFoundError` without it; `ValueError` for a bad secret."""
         self._blake3: Any = _module("blake3", "sealed").blake3
         self._key = _derived(secret, b"kvpager mac")
+        self.master = _derived(secret, b"kvpager mac keys")
 
     def seal(self, head: bytes, block: memoryview) -> Sealed:
         """Authenticate head and block."""
@@ -104,6 +111,7 @@ class Encrypted:
         aead = _module("cryptography.hazmat.primitives.ciphers.aead", "sealed")
         invalid = _module("cryptography.exceptions", "sealed").InvalidTag
         self._cipher: Any = aead.AESGCM(_derived(secret, b"kvpager aes"))
+        self.master = _derived(secret, b"kvpager aes keys")
         self._invalid: type[Exception] = invalid
 
     def seal(self, head: bytes, block: memoryview) -> Sealed:

@@ -1,0 +1,121 @@
+"""Open the tiers of an engine: stores for the blocks of one model in one layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvpager.blocks.manager import BlockManager
+from kvpager.blocks.protocol import CacheManager
+from kvpager.engine.config import EngineConfig
+from kvpager.engine.core import EngineCore
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
+from kvpager.integrations.huggingface.model_state.model_id import model_id
+from kvpager.integrations.huggingface.runner.model_info import ModelInfo
+from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.storage.block_storage import BlockStorage
+from kvpager.storage.keys import KeyContext
+from kvpager.storage.staging import Staging
+from kvpager.storage.tiers.layout import BlockLayout
+from kvpager.storage.tiers.seals import Digest, namespace_secret
+from kvpager.storage.tiers.tiering import Tiering
+from kvpager.storage.tiers.urls import open_stores
+
+_STAGING_BYTES, _STAGING_MIN = 1 << 30, 16
+
+
+def refuse_tiers(model: Any, info: ModelInfo) -> None:
+    """Raise `KVPagerError` for a model whose prefixes cannot continue from blocks alone. O(1)."""
+    reason = None
+    if info.has_state:
+        reason = "it has recurrent layers, and blocks do not hold their state"
+    elif info.is_encoder_decoder:
+        reason = "its blocks depend on the encoder's input, which their keys do not cover"
+    elif any(info.windows):
+        reason = "it has layers with sliding windows, whose blocks are freed behind the window"
+    if reason is not None:
+        raise KVPagerError(f"tiers: {type(model).__name__} has none: {reason}. Leave tiers out.")
+
+
+class ModelTiers(NamedTuple):
+    """The tiers of an engine, and the model as it was when they were opened."""
+
+    tiering: Tiering
+    watch: ModelWatch
+    version: int
+
+    def refuse_change(self) -> None:
+        """Raise `KVPagerError` if the model changed since it was named. O(weights)."""
+        if self.watch.look().version != self.version:
+            raise KVPagerError("tiers: the model changed while its engine was made. Make it again.")
+
+
+def open_tiers(
+    model: Any,
+    watch: ModelWatch | None,
+    config: EngineConfig,
+    storage: BlockStorage,
+    manager: CacheManager,
+    costs: PreemptionCosts | None,
+) -> ModelTiers | None:
+    """Open the tiers of an engine; return None if it has none. O(bytes of the weights).
+
+    Raises: `KVPagerError` for a model that cannot be named or watched; otherwise as `open_stores`.
+    """
+    if not config.tiers:
+        return None
+    # As `refuse_tiers` and `costs_of` made sure.
+    assert isinstance(manager, BlockManager)
+    assert watch is not None
+    assert costs is not None
+    state = watch.look()
+    if state.doubt is not None:
+        raise KVPagerError(f"tiers: {type(model).__name__} shares no prefixes: {state.doubt}.")
+    name = model_id(model) if config.model_id is None else config.model_id
+    layout = layout_of(storage)
+    master = Digest.master if config.seal is None else config.seal.master
+
+    def context_of(namespace: str | None, lora: str | None) -> KeyContext:
+        return KeyContext(layout.text, name, namespace_secret(master, namespace), lora)
+
+    def recompute_s(num_blocks: int) -> float:
+        num_tokens = num_blocks * storage.block_size
+        return costs.recompute_s(num_tokens, num_tokens)
+
+    num_slots = max(_STAGING_BYTES // storage.block_bytes, _STAGING_MIN)
+    staging = Staging(storage, min(num_slots, storage.num_blocks))
+    stores = open_stores(config.tiers, layout=layout, seal=config.seal)
+    tiering = Tiering(manager, staging, stores, context_of, recompute_s=recompute_s)
+    return ModelTiers(tiering, watch, state.version)
+
+
+def begun_over(tiers: ModelTiers | None, begin: Callable[..., EngineCore]) -> EngineCore:
+    """Return the engine that `begin` makes over `tiers`; close them if it fails.
+
+    Raises: `KVPagerError` if the model changed meanwhile.
+    """
+    if tiers is None:
+        return begin()
+    try:
+        core = begin(tiering=tiers.tiering)
+    except BaseException:
+        tiers.tiering.close()
+        raise
+    try:
+        tiers.refuse_change()  # the engine notices each change from now on
+    except BaseException:
+        core.close()
+        raise
+    return core
+
+
+def layout_of(storage: BlockStorage) -> BlockLayout:
+    """Return the layout of the blocks of `storage`. O(layers)."""
+    return BlockLayout.of(
+        block_size=storage.block_size,
+        layers=storage.layers,
+        dtype=str(storage.dtype).removeprefix("torch."),
+        kv_cache_dtype=storage.kv_cache_dtype,
+        block_bytes=storage.block_bytes,
+    )

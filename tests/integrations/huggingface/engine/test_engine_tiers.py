@@ -1,0 +1,299 @@
+"""An engine saves prompts in tiers, and another engine finds them there, or computes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("xxhash")
+
+from kvpager import Engine, EngineConfig  # noqa: E402
+from kvpager.errors import KVPagerError  # noqa: E402
+from kvpager.storage.tiers.seals import Encrypted, Mac  # noqa: E402
+from tests.support.tiered_engines import (  # noqa: E402
+    NUM_CACHED,
+    ask,
+    bundled,
+    engine_over,
+    in_a_process,
+    keys_of,
+    tiering_of,
+    without_tiers,
+)
+from tests.support.tiny_models import tiny_model  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(  # of PEFT's
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)
+SECRET, OTHER = b"s" * 32, b"t" * 32
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> str:
+    return f"disk:{tmp_path}/kv?capacity=32MiB"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return bundled()
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Any) -> list[int]:
+    return without_tiers(model)
+
+
+def saved_by(model: Any, tiers: Any, **options: Any) -> None:
+    labels = {"namespace": options.pop("namespace", None)}
+    with engine_over(model, tiers, **options) as engine:
+        assert ask(engine, **labels).num_cached_tokens == 0
+
+
+# -------------------------------------------------------------------------------------- hits
+
+
+def test_a_new_engine_finds_a_prompt_on_disk(model: Any, tokens: list[int], disk: str) -> None:
+    saved_by(model, disk)
+    with engine_over(bundled(), disk) as engine:
+        output = ask(engine)
+        assert output.token_ids == tokens
+        assert output.num_cached_tokens == NUM_CACHED
+        assert output.cached_tokens_by_tier == {"disk": NUM_CACHED}
+        assert ask(engine).cached_tokens_by_tier == {}  # it is on the device now
+
+
+def test_an_evicted_prompt_is_found_in_the_host_tier(model: Any, tokens: list[int]) -> None:
+    with engine_over(model, ["host:16MiB"], memory="512KiB") as engine:  # room for 10 blocks
+        for number in range(3):
+            ask(engine, number)
+        output = ask(engine)
+    assert output.token_ids == tokens
+    assert output.cached_tokens_by_tier["host"] == output.num_cached_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "fp8_e4m3"}]
+)
+def test_blocks_are_stored_as_the_pool_holds_them(
+    model: Any, disk: str, options: dict[str, Any]
+) -> None:
+    saved_by(model, disk, **options)
+    with engine_over(model, disk, **options) as engine:
+        output = ask(engine)
+    assert output.num_cached_tokens == NUM_CACHED
+    assert output.token_ids == without_tiers(model, **options)
+
+
+def test_latent_attention_is_found_again(disk: str) -> None:
+    model = tiny_model("deepseek_v3")
+    prompt = [3 + place % 60 for place in range(40)]
+    with Engine(model, memory="4MiB") as engine:
+        [expected] = engine.generate([prompt], max_new_tokens=6, do_sample=False)
+    for num_cached in (0, 32):
+        with engine_over(model, disk) as engine:
+            [output] = engine.generate([prompt], max_new_tokens=6, do_sample=False)
+        assert (output.token_ids, output.num_cached_tokens) == (
+            expected.token_ids, num_cached
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Mac, Encrypted])
+def test_a_seal_reads_what_an_equal_one_wrote(
+    model: Any, tokens: list[int], disk: str, kind: type[Any]
+) -> None:
+    pytest.importorskip("blake3")
+    pytest.importorskip("cryptography")
+    saved_by(model, disk, seal=kind(SECRET))
+    with pytest.raises(ValueError, match="written with another secret"):
+        Engine(model, memory="4MiB", tiers=disk, seal=kind(OTHER))
+    with engine_over(model, disk, seal=kind(SECRET)) as engine:
+        output = ask(engine)
+    assert (output.token_ids, output.num_cached_tokens) == (tokens, NUM_CACHED)
+
+
+def test_a_named_model_is_found_by_its_name(model: Any, disk: str) -> None:
+    saved_by(model, disk, model_id="tiny@1")
+    for name, num_cached in (("tiny@2", 0), ("tiny@1", NUM_CACHED)):
+        with engine_over(model, disk, model_id=name) as engine:
+            assert ask(engine).num_cached_tokens == num_cached
+
+
+# ------------------------------------------------------------------------------------ misses
+
+
+def edited() -> Any:
+    model = bundled()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[0, 0] += 0.5
+    return model
+
+
+def adapted(seed: int = 0) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(seed)
+    return peft.get_peft_model(bundled(), config)
+
+
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "weights": (edited, {}),
+    "adapter": (adapted, {}),
+    "dtype": (lambda: bundled(dtype=torch.bfloat16), {}),
+    "block size": (bundled, {"block_size": 32}),
+    "format": (bundled, {"kv_cache_dtype": "int8"}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_model_or_layout_finds_nothing(model: Any, disk: str, other: str) -> None:
+    saved_by(model, disk)
+    make, options = OTHERS[other]
+    changed = make()
+    with engine_over(changed, disk, **options) as engine:
+        output = ask(engine)
+    assert output.num_cached_tokens == 0
+    assert output.token_ids == without_tiers(changed, **options)
+
+
+def test_an_adapter_finds_its_own_prompts_only(disk: str) -> None:
+    saved_by(adapted(1), disk)
+    for seed, num_cached in ((2, 0), (1, NUM_CACHED)):
+        model = adapted(seed)
+        with engine_over(model, disk) as engine:
+            output = ask(engine)
+        assert output.num_cached_tokens == num_cached
+        assert output.token_ids == without_tiers(model)
+
+
+def test_a_tenant_finds_its_own_prompts_only(model: Any, tokens: list[int], disk: str) -> None:
+    saved_by(model, disk, namespace="acme")
+    with engine_over(model, disk) as engine:
+        for namespace, num_cached in (("other", 0), (None, 0), ("acme", NUM_CACHED)):
+            output = ask(engine, namespace=namespace)
+            assert (output.token_ids, output.num_cached_tokens) == (tokens, num_cached)
+
+
+def test_a_flipped_bit_is_not_served(
+    model: Any, tokens: list[int], tmp_path: Path, disk: str
+) -> None:
+    saved_by(model, disk)
+    for segment in (tmp_path / "kv").glob("*"):
+        content = bytearray(segment.read_bytes())
+        if len(content) > 1 << 20:
+            content[12_000::4096] = bytes(byte ^ 4 for byte in content[12_000::4096])
+            segment.write_bytes(content)
+    with engine_over(model, disk) as engine:
+        output = ask(engine)
+        assert tiering_of(engine).stores[0].stats().bad > 0
+    assert (output.token_ids, output.num_cached_tokens) == (tokens, 0)
+
+
+def test_a_block_that_leaves_after_it_was_found_is_computed(
+    model: Any, tokens: list[int], disk: str
+) -> None:
+    saved_by(model, disk)
+    with engine_over(model, disk) as engine:
+        [store] = tiering_of(engine).stores
+        keys, find = keys_of(engine), store.find
+
+        def find_and_evict(wanted: Any) -> int:
+            found = find(wanted)
+            store.drop(keys[3:])
+            return found
+
+        store.find = find_and_evict  # type: ignore[method-assign]
+        output = ask(engine)
+    assert (output.token_ids, output.num_cached_tokens) == (tokens, 3 * 16)
+
+
+def test_a_model_that_changes_uses_no_tier_any_more(disk: str) -> None:
+    model = bundled()
+    saved_by(model, disk)
+    with engine_over(model, disk) as engine:
+        assert ask(engine).num_cached_tokens == NUM_CACHED
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+        outputs = [ask(engine, number) for number in (0, 1)]
+        [store] = tiering_of(engine).stores
+        assert store.stats().saved == 0
+    assert [output.cached_tokens_by_tier for output in outputs] == [{}, {}]
+    assert outputs[0].token_ids == without_tiers(model)
+
+
+# ------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gemma2", "sliding windows"),
+        ("qwen3_next", "recurrent layers"),
+        ("t5", "the encoder's input"),
+    ],
+)
+def test_models_without_tiers_are_refused(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(KVPagerError, match=rf"tiers: .* has none: .*{reason}.*Leave tiers out"):
+        Engine(tiny_model(name), memory="4MiB", tiers=f"disk:{tmp_path}/kv?capacity=32MiB")
+    assert not (tmp_path / "kv").exists()
+
+
+def test_a_model_with_a_hook_needs_a_name(tmp_path: Path) -> None:
+    model, url = bundled(), f"disk:{tmp_path}/kv?capacity=32MiB"
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(KVPagerError, match="Pass model_id='name@revision'"):
+        Engine(model, memory="4MiB", tiers=url)
+    assert not (tmp_path / "kv").exists()
+    with Engine(model, memory="4MiB", tiers=url, model_id="mine@1"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"seal": object(), "tiers": "host:1MiB"}, TypeError, "seal=.*expected a Seal"),
+        ({"model_id": "a@1"}, ValueError, "model_id: of use with tiers only"),
+        ({"model_id": "", "tiers": "host:1MiB"}, ValueError, "model_id"),
+        ({"tiers": "host:1MiB", "prefix_cache": False}, ValueError, "Leave out prefix_cache=False"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        EngineConfig(**settings)
+
+
+def test_a_tier_that_cannot_be_opened_leaves_none_open(model: Any, disk: str) -> None:
+    with pytest.raises(ValueError, match="no store is called 'floppy'"):
+        Engine(model, memory="4MiB", tiers=[disk, "floppy:a"])
+    with Engine(model, memory="4MiB", tiers=[disk]):
+        pass
+
+
+# --------------------------------------------------------------------------------- processes
+
+
+def save_in_a_process(disk: str) -> list[int]:
+    with engine_over(bundled(), disk) as engine:
+        return ask(engine).token_ids
+
+
+def read_in_a_process(disk: str) -> dict[str, Any]:
+    with engine_over(bundled(), disk) as engine:
+        output = ask(engine)
+        foreign = ask(engine, namespace="other")
+    return {
+        "tokens": [output.token_ids, foreign.token_ids],
+        "cached": [output.num_cached_tokens, foreign.num_cached_tokens],
+    }
+
+
+@pytest.mark.slow
+def test_another_process_finds_a_prompt_on_disk(tokens: list[int], disk: str) -> None:
+    assert in_a_process(f"{__name__}:save_in_a_process", disk) == tokens
+    read = in_a_process(f"{__name__}:read_in_a_process", disk)
+    assert read == {"tokens": [tokens, tokens], "cached": [NUM_CACHED, 0]}

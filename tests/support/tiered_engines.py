@@ -1,0 +1,90 @@
+"""Engines over tiers, for tests and for processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kvpager import Engine
+from kvpager.engine.stream import Output
+from kvpager.integrations.huggingface.runner import tiers as opening
+from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.storage.keys import content_keys
+from kvpager.storage.tiers.tiering import Tiering
+from kvpager.testing import tiny_llama_path
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_BLOCKS, NUM_CACHED = 6, 96  # of a prompt of 100 tokens, in blocks of 16
+_DEAR = PreemptionCosts(seconds_per_token=100.0)  # every fetch is worth it
+
+
+def prompt(number: int = 0) -> list[int]:
+    return [3 + (101 * number + 7 * place) % 250 for place in range(100)]
+
+
+def bundled(**options: Any) -> Any:
+    options = {"dtype": torch.float32} | options
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_path(), **options).eval()
+
+
+@contextlib.contextmanager
+def engine_over(model: Any, tiers: Any, **options: Any) -> Iterator[Engine]:
+    """An engine whose fetches take as long as a busy machine needs."""
+    patient = functools.partial(Tiering, max_wait_s=60.0)
+    opening.Tiering, before = patient, opening.Tiering  # type: ignore[misc]
+    try:
+        engine = Engine(model, **{"memory": "4MiB", "tiers": tiers, "costs": _DEAR} | options)
+    finally:
+        opening.Tiering = before  # type: ignore[misc]
+    with engine:
+        yield engine
+
+
+def ask(engine: Engine, number: int = 0, **labels: Any) -> Output:
+    stream = engine.submit(prompt(number), max_new_tokens=8, do_sample=False, **labels)
+    return stream.result(120)
+
+
+def tiering_of(engine: Engine) -> Tiering:
+    fetching = engine._core._fetching
+    assert fetching is not None
+    return fetching._tiering
+
+
+def keys_of(engine: Engine, number: int = 0) -> list[bytes]:
+    """Return the content keys of a prompt without a namespace."""
+    context = tiering_of(engine)._context_of(None, None)
+    return content_keys(prompt(number), engine.config.block_size, context)
+
+
+def without_tiers(model: Any, number: int = 0, **options: Any) -> list[int]:
+    options.pop("model_id", None)
+    with Engine(model, memory="4MiB", **options) as engine:
+        return ask(engine, number).token_ids
+
+
+def in_a_process(function: str, *arguments: Any) -> Any:
+    """Call a function "module:name" in a process of its own, whose hashes are random."""
+    module, _, name = function.partition(":")
+    code = f"import json; from {module} import {name}; print(json.dumps({name}(*{arguments!r})))"
+    environment = {"PYTHONHASHSEED": "random", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
