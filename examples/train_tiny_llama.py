@@ -183,7 +183,10 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     )
     model.bfloat16()
     model.save_pretrained(folder)
-    ByT5Tokenizer(extra_ids=0, model_max_length=4096).save_pretrained(folder)
+    # The messages of a chat are joined: the model was trained on text without roles.
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer = ByT5Tokenizer(extra_ids=0, model_max_length=4096, chat_template=template)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
 def main() -> None:

@@ -69,6 +69,11 @@ class Output:
         return self.samples[0].token_ids
 
     @property
+    def finish_reason(self) -> FinishReason | None:
+        """Return why the first sample ended, None before that. O(1)."""
+        return self.samples[0].finish_reason
+
+    @property
     def text(self) -> str:
         """Return the text of the first sample. Raises: `ValueError` without a tokenizer."""
         text = self.samples[0].text

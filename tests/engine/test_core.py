@@ -67,7 +67,7 @@ def test_a_stream_yields_tokens_and_then_the_result() -> None:
         <= output.first_token_time
         <= output.finished_time
     )
-    assert output.samples[0].finish_reason == "length"
+    assert output.finish_reason == "length"
 
 
 def test_asyncio_reads_many_streams_at_once() -> None:

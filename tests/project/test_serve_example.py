@@ -23,7 +23,12 @@ from tests.support.servers import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "The with statement "
-GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": 22, "temperature": 0}
+GREEDY: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": PROMPT}],
+    "max_tokens": 22,
+    "temperature": 0,
+}
 
 pytestmark = pytest.mark.slow
 
@@ -31,10 +36,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    program = ROOT / "examples" / "huggingface" / "serve.py"
+    folder = ROOT / "examples" / "huggingface"
+    command = ["-m", "uvicorn", "--app-dir", str(folder), "serve:app", "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, str(program), "--port", str(port)],
+            [sys.executable, *command],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=output, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
@@ -60,54 +66,49 @@ def expected() -> str:
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 
 
-def test_a_completion_is_transformers_own(client: Any, expected: str) -> None:
-    reply = client.completions.create(prompt=PROMPT, **GREEDY)
-    assert reply.choices[0].text == expected
+def test_a_reply_is_transformers_own(client: Any, expected: str) -> None:
+    reply = client.chat.completions.create(**GREEDY)
+    message = reply.choices[0].message
+    assert (message.role, message.content) == ("assistant", expected)
     assert reply.choices[0].finish_reason == "length"
     assert reply.usage.prompt_tokens == len(PROMPT)
     assert reply.usage.completion_tokens == 22
 
 
+def test_messages_are_joined_by_the_models_template(client: Any, expected: str) -> None:
+    messages = [{"role": "system", "content": PROMPT[:9]}, {"role": "user", "content": PROMPT[9:]}]
+    reply = client.chat.completions.create(**GREEDY | {"messages": messages})
+    assert reply.choices[0].message.content == expected
+
+
 def test_stop_strings_and_max_completion_tokens_are_served(client: Any) -> None:
-    stopped = client.completions.create(prompt=PROMPT, stop=["e"], **GREEDY)
+    stopped = client.chat.completions.create(stop=["e"], **GREEDY)
     assert stopped.choices[0].finish_reason == "stop"
-    assert stopped.choices[0].text.endswith("e")
-    chat = client.chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": PROMPT}],
-        max_completion_tokens=3,
-        temperature=0,
-    )
-    assert chat.usage.completion_tokens == 3
+    assert stopped.choices[0].message.content.endswith("e")
+    short = {name: GREEDY[name] for name in ("model", "messages", "temperature")}
+    reply = client.chat.completions.create(max_completion_tokens=3, **short)
+    assert reply.usage.completion_tokens == 3
+
+
+def test_a_seed_repeats_a_sampled_reply(client: Any) -> None:
+    options = GREEDY | {"temperature": 1, "seed": 7}
+    replies = [client.chat.completions.create(**options) for _ in range(2)]
+    first, second = (reply.choices[0].message.content for reply in replies)
+    assert first == second
 
 
 def test_a_setting_that_is_not_served_is_refused(client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match=r"\nn\n +Extra inputs"):
-        client.completions.create(prompt=PROMPT, n=2, **GREEDY)
+        client.chat.completions.create(n=2, **GREEDY)
 
 
-def test_a_streamed_completion_has_the_same_text(client: Any, expected: str) -> None:
-    chunks = list(client.completions.create(prompt=PROMPT, stream=True, **GREEDY))
-    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+def test_a_streamed_reply_has_the_same_text(client: Any, expected: str) -> None:
+    chunks = list(client.chat.completions.create(stream=True, **GREEDY))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
     assert len(chunks) > 2
     assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "length"]
 
 
-def test_a_chat_is_answered_by_the_assistant(client: Any, expected: str) -> None:
-    messages = [{"role": "user", "content": PROMPT}]
-    reply = client.chat.completions.create(messages=messages, **GREEDY)
-    assert (reply.choices[0].message.role, reply.choices[0].message.content) == (
-        "assistant",
-        expected,
-    )
-
-
-def test_a_streamed_chat_has_the_same_text(client: Any, expected: str) -> None:
-    messages = [{"role": "user", "content": PROMPT}]
-    chunks = list(client.chat.completions.create(messages=messages, stream=True, **GREEDY))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
-
-
 def test_what_cannot_be_served_is_a_client_error(client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="max_new_tokens"):
-        client.completions.create(prompt=PROMPT, **GREEDY | {"max_tokens": 0})
+        client.chat.completions.create(**GREEDY | {"max_tokens": 0})
