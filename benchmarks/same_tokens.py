@@ -12,7 +12,7 @@ time, unpatched (`DynamicCache`). The same prompts are then continued in three o
   transformers differs from itself.
 
 A reply is a near-tie if the log-probabilities of the two tokens at its first difference are equal
-within the rounding of the dtype (`kvpager.demo.comparing`), and wrong otherwise.
+within the rounding of the dtype (`kvpager.demo.comparison`), and wrong otherwise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kvpager
 from benchmarks import timing
-from kvpager.demo.comparing import differences
+from kvpager.demo.comparison import differences
 from kvpager.testing import tiny_llama_path
 
 PROMPT_TOKENS = (8, 20, 64, 150, 300)

@@ -33,9 +33,9 @@ from kvpager._text import counted, size
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.engine.config import EngineConfig
 from kvpager.engine.core import EngineCore
+from kvpager.engine.detokenizer import text_tokenizer
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.stream import Output, Stream
-from kvpager.engine.text import text_tokenizer
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
 from kvpager.integrations.huggingface.releases import warn_if_untested
@@ -59,7 +59,7 @@ from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, Samp
 from kvpager.integrations.huggingface.runner.setting_checks import refuse_request_settings
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks, require_room
 from kvpager.integrations.huggingface.runner.tiers import begun_over, open_tiers, refuse_tiers
-from kvpager.integrations.huggingface.runner.unwrap import unwrapped
+from kvpager.integrations.huggingface.runner.wrappers import unwrapped
 from kvpager.scheduling.request import Request
 
 logger = logging.getLogger("kvpager")

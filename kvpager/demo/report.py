@@ -12,7 +12,7 @@ from rich.text import Text
 import kvpager
 from kvpager._text import change, size
 from kvpager.blocks.stats import BlockStatus
-from kvpager.demo.measuring import States
+from kvpager.demo.measurement import States
 from kvpager.demo.results import Result, Results
 from kvpager.demo.settings import Settings
 

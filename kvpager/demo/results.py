@@ -10,7 +10,7 @@ import numpy as np
 
 import kvpager
 from kvpager.blocks.stats import BlockStatus
-from kvpager.demo.measuring import States
+from kvpager.demo.measurement import States
 from kvpager.demo.scenarios import Scenario
 from kvpager.demo.settings import Settings
 from kvpager.integrations.huggingface.patching.report import PatchStats

@@ -16,8 +16,8 @@ from rich.console import Console
 
 import kvpager
 from kvpager._text import counted
-from kvpager.demo import measuring, report
-from kvpager.demo.comparing import differences
+from kvpager.demo import measurement, report
+from kvpager.demo.comparison import differences
 from kvpager.demo.results import CallFigures, Paged, Plain, Result, Results, RowText
 from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import Settings
@@ -85,14 +85,14 @@ class Engine:
         ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in prompts])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
         ids, mask = ids.to(self.device), mask.to(self.device)
-        measuring.synchronize(self.device)
+        measurement.synchronize(self.device)
         start = time.perf_counter()
         output = self.model.generate(
             ids,
             attention_mask=mask,
             generation_config=self._config(scenario, num_tokens),
         )
-        measuring.synchronize(self.device)
+        measurement.synchronize(self.device)
         seconds = time.perf_counter() - start
         new = output.sequences[:, width:].tolist()
         return Generated(prompts, new, cache_of(output), seconds)
@@ -163,31 +163,31 @@ def generate_plain(engine: Engine, scenario: Scenario) -> tuple[list[Generated],
             done[-1] = _without_cache(done[-1])
         done.append(engine.generate(prompts, scenario, engine.settings.max_new_tokens))
     alive = [call for call in done if call.cache is not None]
-    layers = measuring.layer_bytes(alive[-1].cache)
+    layers = measurement.layer_bytes(alive[-1].cache)
     longest = max(len(row) for call in alive for row in call.prompts)
     num_rows, known = scenario.rows_alive, longest + engine.settings.max_new_tokens
     limit = engine.max_positions
     held = known - 1
     plain = Plain(
-        reserved_bytes=sum(measuring.reserved_bytes(call.cache) for call in alive),
-        needed_bytes=measuring.needed_bytes(layers, _held_rows(scenario, alive)),
+        reserved_bytes=sum(measurement.reserved_bytes(call.cache) for call in alive),
+        needed_bytes=measurement.needed_bytes(layers, _held_rows(scenario, alive)),
         seconds=sum(call.seconds for call in done),
         limit_tokens=limit,
         known_length_tokens=known,
-        known_length_bytes=measuring.contiguous_bytes(layers, num_rows, known, held),
-        limit_bytes=limit and measuring.contiguous_bytes(layers, num_rows, limit, held),
+        known_length_bytes=measurement.contiguous_bytes(layers, num_rows, known, held),
+        limit_bytes=limit and measurement.contiguous_bytes(layers, num_rows, limit, held),
     )
     return [_without_cache(call) for call in done], plain
 
 
-def _held_rows(scenario: Scenario, alive: Sequence[Generated]) -> list[measuring.HeldRow]:
+def _held_rows(scenario: Scenario, alive: Sequence[Generated]) -> list[measurement.HeldRow]:
     # The last token's key and value are never computed: nothing follows it.
     if scenario.num_beams > 1:
         (call,) = alive
         (prompt,) = call.prompts
         length = len(prompt) + len(call.rows[0]) - 1
-        return measuring.rows_by_keys(call.cache, len(prompt), length)
-    return measuring.rows_by_ids(
+        return measurement.rows_by_keys(call.cache, len(prompt), length)
+    return measurement.rows_by_ids(
         [
             prompt + row[:-1]
             for call in alive
@@ -217,7 +217,7 @@ def generate_paged(engine: Engine, scenario: Scenario) -> tuple[list[Generated],
             stats=stats,
             block_bytes=stats.reserved_bytes // max(stats.num_blocks, 1),
             calls=tuple(figures),
-            states=tuple(measuring.block_states([call.cache for call in done])),
+            states=tuple(measurement.block_states([call.cache for call in done])),
             seconds=sum(call.seconds for call in done),
         )
         return [_without_cache(call) for call in done], paged

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from kvpager import _validate as arguments
 from kvpager._text import listed
 from kvpager.blocks.policies import Eviction, check_eviction
-from kvpager.engine.compiling import require_no_cuda_graphs
+from kvpager.engine.compile_arguments import require_no_cuda_graphs
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
 from kvpager.storage.tiers.protocol import BlockStore

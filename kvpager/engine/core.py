@@ -21,6 +21,7 @@ from typing import Any
 
 from kvpager._atomic import Uninterrupted
 from kvpager.blocks.quotas import NamespaceQuotas
+from kvpager.engine.detokenizer import Detokenizer
 from kvpager.engine.fetching import Fetching
 from kvpager.engine.loop import Loop
 from kvpager.engine.metrics import EngineStats, StepRecord
@@ -31,7 +32,6 @@ from kvpager.engine.quotas import LiveQuotas
 from kvpager.engine.request_state import RequestSettings, TrackedRequest
 from kvpager.engine.runner import Runner, Sampler
 from kvpager.engine.stream import Channel, Dispatcher, Output, Stream
-from kvpager.engine.text import Detokenizer
 from kvpager.engine.threads import end_idle_workers
 from kvpager.errors import EngineClosed
 from kvpager.scheduling.request import Request
@@ -67,7 +67,8 @@ class EngineCore:
         scheduler: no other code may call it.
         runner: computes the plans of the scheduler.
         sampler: chooses tokens from logits.
-        tokenizer: decodes replies; a result of `kvpager.engine.text.text_tokenizer`, or None.
+        tokenizer: decodes replies; a result of `text_tokenizer` in `kvpager.engine.detokenizer`,
+            or None.
         watch: reports changes of the model; None if requests share no prefixes.
         tiering: moves cached blocks to tiers below the device and back; None without tiers. The
             engine closes it.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from kvpager.engine.detokenizer import decode
 from kvpager.engine.runner import Draw, Row
 from kvpager.engine.stream import Channel, Sample, Token
-from kvpager.engine.text import decode
 from kvpager.errors import KVPagerError, RequestCancelled, RequestExpired, RequestFailed
 from kvpager.plans import Reason
 from kvpager.scheduling.request import Request

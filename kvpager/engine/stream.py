@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 from kvpager import _validate as arguments
 from kvpager._atomic import Condition
 from kvpager._text import counted
+from kvpager.engine.detokenizer import Detokenizer
 from kvpager.engine.processes import Process
-from kvpager.engine.text import Detokenizer
 from kvpager.errors import KVPagerError
 
 logger = logging.getLogger("kvpager")

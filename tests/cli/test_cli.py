@@ -24,8 +24,8 @@ from kvpager.bench import environment
 from kvpager.bench.environment import is_inside
 from kvpager.blocks.stats import BlockStatus
 from kvpager.cli.app import app
-from kvpager.demo import measuring, report, runs
-from kvpager.demo.measuring import HeldRow
+from kvpager.demo import measurement, report, runs
+from kvpager.demo.measurement import HeldRow
 from kvpager.errors import KVPagerError
 from kvpager.testing import tiny_llama_path
 from tests.support.programs import run_program
@@ -246,10 +246,10 @@ def test_second_call_allocates_blocks_for_its_new_tokens_only(figures: dict[str,
 
 
 def test_shared_tokens_count_once() -> None:
-    rows = measuring.rows_by_ids([[1, 2, 3], [1, 2, 4, 5], [1, 2, 4]])
+    rows = measurement.rows_by_ids([[1, 2, 3], [1, 2, 4, 5], [1, 2, 4]])
     assert rows == [HeldRow(3, 0), HeldRow(4, 2), HeldRow(3, 3)]
-    layers = [measuring.LayerBytes(10, 4), measuring.LayerBytes(10, 1)]
-    assert measuring.needed_bytes(layers, rows) == 10 * (3 + 2 + 0) + 10 * (1 + 1 + 0)
+    layers = [measurement.LayerBytes(10, 4), measurement.LayerBytes(10, 1)]
+    assert measurement.needed_bytes(layers, rows) == 10 * (3 + 2 + 0) + 10 * (1 + 1 + 0)
 
 
 def test_block_map_is_bounded() -> None:

@@ -27,7 +27,7 @@ import numpy as np
 
 from kvpager.storage.tiers.disk import DiskStore
 from kvpager.storage.tiers.disk.segments import PAGE_BYTES
-from kvpager.storage.tiers.disk.table import RECORD_BYTES
+from kvpager.storage.tiers.disk.slot_table import RECORD_BYTES
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import Loaded
 from tests.support.disk_faults import planted

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kvpager.storage.tiers.disk.segments import PAGE_BYTES
-from kvpager.storage.tiers.disk.table import RECORD_BYTES
+from kvpager.storage.tiers.disk.slot_table import RECORD_BYTES
 from kvpager.storage.tiers.frame import FRAME_BYTES
 from kvpager.storage.tiers.protocol import Loaded, Saved
 from tests.support.disk_campaign import (

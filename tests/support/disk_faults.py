@@ -11,8 +11,8 @@ from unittest import mock
 
 from kvpager.storage.tiers.disk import DiskStore
 from kvpager.storage.tiers.disk.segments import Segments
+from kvpager.storage.tiers.disk.slot_table import Record, SlotTable
 from kvpager.storage.tiers.disk.slots import Slots
-from kvpager.storage.tiers.disk.table import Record, SlotTable
 from kvpager.storage.tiers.frame import Framing
 
 

@@ -18,7 +18,6 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.plans import Step
 from kvpager.testing.histories import Number, Table, operation, shrink, simpler
 from kvpager.testing.isolation import isolation
-from kvpager.testing.machine import manager_machine
 from kvpager.testing.manager_harness import ManagerHarness
 from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.mutant_list import MUTANTS
@@ -27,6 +26,7 @@ from kvpager.testing.operations import OPERATIONS
 from kvpager.testing.reference import NaiveManager
 from kvpager.testing.setups import Setup
 from kvpager.testing.simulator import replay_report, run, simulate
+from kvpager.testing.state_machine import manager_machine
 
 GENERATE = settings(phases=[Phase.generate], derandomize=True, max_examples=500)
 

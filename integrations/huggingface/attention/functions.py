@@ -24,9 +24,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from kvpager.integrations.huggingface.attention import packed_compiled
+from kvpager.integrations.huggingface.attention import packed_custom_ops
 from kvpager.integrations.huggingface.attention.packed import PackedView
-from kvpager.integrations.huggingface.cache import compiled, view_attention
+from kvpager.integrations.huggingface.cache import custom_ops, view_attention
 from kvpager.integrations.huggingface.cache.paged_tensor import common_view
 
 NAME = "kvpager"
@@ -111,14 +111,14 @@ def in_place(
     if query.requires_grad:
         return None
     if torch.compiler.is_compiling():
-        step = packed_compiled.common_mark(key, value)
+        step = packed_custom_ops.common_mark(key, value)
         if step is not None:
-            return packed_compiled.attend(step, query, key, value, **kwargs)
-        mark = compiled.common_mark(key, value)
+            return packed_custom_ops.attend(step, query, key, value, **kwargs)
+        mark = custom_ops.common_mark(key, value)
         if mark is None or not mark.layer.group.budget.in_place:
             return None
         shown = Shown(key.shape[0], key.shape[2], key.dtype)
-        attend = functools.partial(compiled.attend, mark, value_dim=value.shape[3])
+        attend = functools.partial(custom_ops.attend, mark, value_dim=value.shape[3])
     else:
         view = common_view(key, value)
         if isinstance(view, PackedView):

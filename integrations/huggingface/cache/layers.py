@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvpager.blocks.groups.windows import first_visible
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.cache import compiled
+from kvpager.integrations.huggingface.cache import custom_ops
 from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_tensor import paged_tensors
@@ -46,8 +46,8 @@ class PagedLayer(DynamicLayer):
         self.number = number  # index in the group
         self.num_columns = 0
         self.kind: LayerKind | None = None
-        compiled.enter(self)
-        self._traced: compiled.Shape | None = None  # of the last write in a trace
+        custom_ops.enter(self)
+        self._traced: custom_ops.Shape | None = None  # of the last write in a trace
         super().__init__()  # type: ignore[no-untyped-call]
 
     # `keys` and `values` are made at each read, so that they are never out of date.
@@ -107,11 +107,11 @@ class PagedLayer(DynamicLayer):
 
     def _trace_update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         start, first = self.num_columns, self._first_visible_column()
-        compiled.write(key, value, self.group.place, self.number, start)
+        custom_ops.write(key, value, self.group.place, self.number, start)
         self.num_columns = start + key.shape[2]
         rows, heads, _, dim = key.shape
-        self._traced = compiled.Shape(rows, heads, dim, value.shape[3], key.dtype, key.device)
-        return compiled.read(self, self._traced, first, self.num_columns)
+        self._traced = custom_ops.Shape(rows, heads, dim, value.shape[3], key.dtype, key.device)
+        return custom_ops.read(self, self._traced, first, self.num_columns)
 
     def store(self, key: Tensor, value: Tensor, start: int, keep_from: int = 0) -> None:
         """Write columns from `start` on to the blocks. O(tokens).
@@ -136,13 +136,13 @@ class PagedLayer(DynamicLayer):
         self.group, self.number = group, self.group.move(self.number, group)
         if not self.num_columns:
             self.kind = None
-        compiled.enter(self)
+        custom_ops.enter(self)
 
     def _obstacle(self, key: Tensor, value: Tensor) -> str | None:
         """Return why these keys and values cannot be kept in blocks; None if they can."""
         if key.requires_grad or value.requires_grad:
             return "keys and values that need gradients"
-        if compiled.is_exporting():
+        if custom_ops.is_exporting():
             return "a program under torch.export"
         if key.dtype != value.dtype:
             return "keys and values of two dtypes, as under autocast"
@@ -155,16 +155,16 @@ class PagedLayer(DynamicLayer):
 
     def _handles(self, start: int) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return compiled.read(self, self._shape(), start, self.num_columns)
+            return custom_ops.read(self, self._shape(), start, self.num_columns)
         return paged_tensors(self.view(start, self.num_columns))
 
-    def _shape(self) -> compiled.Shape:
+    def _shape(self) -> custom_ops.Shape:
         rows = self.group.num_rows
         if self.kind is None or not rows:
             # Nothing was stored before this trace, so all columns were written in it.
             assert self._traced is not None
             return self._traced
-        return compiled.Shape(rows, *self.kind.shape, self.kind.dtype, self.kind.device)
+        return custom_ops.Shape(rows, *self.kind.shape, self.kind.dtype, self.kind.device)
 
     def view(self, start: int, stop: int) -> PagedView:
         """Return a view of columns `start` to `stop`."""
@@ -195,7 +195,7 @@ class PagedLayer(DynamicLayer):
         """Return a copy of this layer over a fork of its group. O(1)."""
         layer = copy.copy(self)
         layer.group = group
-        compiled.enter(layer)
+        custom_ops.enter(layer)
         return layer
 
     crop = _on_the_cache("crop")

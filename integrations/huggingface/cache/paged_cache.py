@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvpager import _validate as arguments
 from kvpager._text import counted
 from kvpager.errors import OutOfBlocks
-from kvpager.integrations.huggingface.cache import compiled
+from kvpager.integrations.huggingface.cache import custom_ops
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.columns import ColumnMismatch
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
@@ -141,7 +141,7 @@ class PagedCache(DynamicCache):
         self.groups = [group]
         layers = self.layers  # not self: a reference cycle would delay freeing the blocks
         make: Any = lambda: PagedLayer(group, len(layers))  # noqa: E731
-        self.layer_class_to_replicate = compiled.on_the_host(make)
+        self.layer_class_to_replicate = custom_ops.on_the_host(make)
 
     # ---------------------------------------------------------------- operations on the batch
 
@@ -198,21 +198,21 @@ class PagedCache(DynamicCache):
         """False: transformers' compiled steps need a static cache."""
         return False
 
-    @compiled.on_the_host
+    @custom_ops.on_the_host
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i what row `beam_idx[i]` was. O(rows + blocks); no bytes move."""
         self._select(beam_idx.tolist())
         for layer in self._plain_layers():
             layer.reorder_cache(beam_idx)
 
-    @compiled.on_the_host
+    @custom_ops.on_the_host
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times. O(rows + blocks); no bytes move."""
         self._select([row for row in range(self._num_rows()) for _ in range(repeats)])
         for layer in self._plain_layers():
             layer.batch_repeat_interleave(repeats)
 
-    @compiled.on_the_host
+    @custom_ops.on_the_host
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows in `indices`, which are integers or booleans. O(rows + blocks)."""
         if self._num_rows():
@@ -286,7 +286,7 @@ class PagedCache(DynamicCache):
     def _num_rows(self) -> int:
         return max((group.num_rows for group in self.groups), default=0)
 
-    @compiled.on_the_host
+    @custom_ops.on_the_host
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` columns of every row. O(rows + blocks)."""
         tokens_to_remove = int(tokens_to_remove)  # some callers pass a tensor
@@ -332,7 +332,7 @@ class PagedCache(DynamicCache):
             layer.bind(other.kind)
             layer.num_columns = layer.group.num_columns
 
-    @compiled.on_the_host
+    @custom_ops.on_the_host
     def reset(self) -> None:
         """Remove all tokens and free the blocks. O(rows + blocks)."""
         for group in self.groups:
@@ -356,7 +356,7 @@ class PagedCache(DynamicCache):
         fork.__dict__.update(self.__dict__)
         return fork
 
-    @compiled.on_the_host
+    @custom_ops.on_the_host
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """Return a fork that shares every block, copy-on-write. O(rows + blocks)."""
         fork: PagedCache = object.__new__(type(self))

@@ -25,7 +25,7 @@ from kvpager.integrations.huggingface.continuous_batching.sampling import (
 )
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner.model_info import inspect_model
-from kvpager.integrations.huggingface.runner.unwrap import refuse_sharded
+from kvpager.integrations.huggingface.runner.wrappers import refuse_sharded
 
 logger = logging.getLogger("kvpager")
 

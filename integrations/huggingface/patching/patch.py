@@ -39,7 +39,7 @@ from kvpager.integrations.huggingface.patching.handle import Patch, active, lock
 from kvpager.integrations.huggingface.patching.replacements import install
 from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import warn_if_untested
-from kvpager.integrations.huggingface.runner.unwrap import no_model
+from kvpager.integrations.huggingface.runner.wrappers import no_model
 from kvpager.storage.layout import KVCacheDtype
 
 

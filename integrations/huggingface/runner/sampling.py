@@ -28,9 +28,9 @@ from transformers.generation.stopping_criteria import (
 )
 
 from kvpager import _validate as arguments
+from kvpager.engine.detokenizer import text_tokenizer
 from kvpager.engine.request_state import RequestSettings
 from kvpager.engine.runner import Draw, Row
-from kvpager.engine.text import text_tokenizer
 from kvpager.integrations.huggingface.model_state.offloaded import execution_device
 from kvpager.integrations.huggingface.runner.setting_checks import (
     check_config,

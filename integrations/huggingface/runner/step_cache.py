@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvpager.blocks.groups.windows import first_visible
-from kvpager.integrations.huggingface.attention import packed_compiled
+from kvpager.integrations.huggingface.attention import packed_custom_ops
 from kvpager.integrations.huggingface.attention.packed import PackedRows, PackedView
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.paged_tensor import PagedTensor
@@ -153,7 +153,7 @@ class StepCache(DynamicCache):
         super().__init__()
         self.layer_class_to_replicate = None
         self.budget = budget
-        self.place = packed_compiled.enter(self)
+        self.place = packed_custom_ops.enter(self)
         self.rows: StepRows | None = None
         self.is_packed = False
         kept = {plan.number: StepLayer(self, Place(storage, plan.place), plan) for plan in layers}
@@ -211,7 +211,9 @@ class StepLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Write the new tokens [1, kv_heads, tokens, dim]; return paged tensors of the row."""
         if torch.compiler.is_compiling():
-            return packed_compiled.marked(key_states, value_states, self._cache.place, self.number)
+            return packed_custom_ops.marked(
+                key_states, value_states, self._cache.place, self.number
+            )
         self.write(key_states, value_states)
         if self._cache.is_packed:
             view: Any = PackedView(self, self.rows.ids.shape[1])

@@ -3,7 +3,7 @@
     store  DiskStore: find, load, save, drop
       ├─ directory   the lock, the format file, who may use the directory
       ├─ segments    the files that hold blocks, O_DIRECT where it works
-      ├─ table       one checked record for each slot: its key and times
+      ├─ slot_table  one checked record for each slot: its key and times
       ├─ slots       key -> slot in memory, and which key leaves first
       └─ admission   which blocks a full store takes
 

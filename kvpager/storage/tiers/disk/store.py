@@ -17,8 +17,8 @@ from kvpager.storage.tiers.counters import StoreCounters
 from kvpager.storage.tiers.disk.admission import Admission, Admit
 from kvpager.storage.tiers.disk.directory import TABLE, Directory
 from kvpager.storage.tiers.disk.segments import PAGE_BYTES, Segments
+from kvpager.storage.tiers.disk.slot_table import RECORD_BYTES, Record, SlotTable
 from kvpager.storage.tiers.disk.slots import Slots
-from kvpager.storage.tiers.disk.table import RECORD_BYTES, Record, SlotTable
 from kvpager.storage.tiers.frame import FRAME_BYTES, Fault, Framing
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.losses import Losses

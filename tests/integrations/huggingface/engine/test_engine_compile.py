@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from torch._inductor import config
 
-from kvpager.engine.compiling import (
+from kvpager.engine.compile_arguments import (
     require_no_cuda_graphs,
 )
 

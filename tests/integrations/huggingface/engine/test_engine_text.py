@@ -20,7 +20,7 @@ from transformers import (  # noqa: E402
 )
 
 from kvpager import Engine  # noqa: E402
-from kvpager.engine.text import Detokenizer  # noqa: E402
+from kvpager.engine.detokenizer import Detokenizer  # noqa: E402
 from kvpager.errors import RequestCancelled, RequestFailed  # noqa: E402
 from kvpager.testing import tiny_llama_path  # noqa: E402
 

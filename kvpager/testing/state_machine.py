@@ -1,6 +1,6 @@
 """A Hypothesis state machine for the whole interface of a kvpager manager.
 
-    from kvpager.testing.machine import PagedMemory
+    from kvpager.testing.state_machine import PagedMemory
 
     TestPagedMemory = PagedMemory.TestCase
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from kvpager.demo.comparing import differences
+from kvpager.demo.comparison import differences
 from kvpager.demo.results import Difference
 
 PROMPT = [0, 1]
