@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -35,6 +36,30 @@ def prompt(number: int = 0) -> list[int]:
 def bundled(**options: Any) -> Any:
     options = {"dtype": torch.float32} | options
     return transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_path(), **options).eval()
+
+
+def edited() -> Any:
+    model = bundled()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[0, 0] += 0.5
+    return model
+
+
+def adapted(seed: int = 0) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(seed)
+    return peft.get_peft_model(bundled(), config)
+
+
+# Models and settings whose blocks are not those of `bundled`.
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "weights": (edited, {}),
+    "adapter": (adapted, {}),
+    "dtype": (lambda: bundled(dtype=torch.bfloat16), {}),
+    "block size": (bundled, {"block_size": 32}),
+    "format": (bundled, {"kv_cache_dtype": "int8"}),
+}
 
 
 @contextlib.contextmanager
@@ -65,6 +90,19 @@ def keys_of(engine: Engine, number: int = 0) -> list[bytes]:
     """Return the content keys of a prompt without a namespace."""
     context = tiering_of(engine)._context_of(None, None)
     return content_keys(prompt(number), engine.config.block_size, context)
+
+
+def evict_found_blocks(engine: Engine, number: int = 0, *, first: int) -> None:
+    """Let blocks of a prompt, from block `first` on, leave the store between find and load."""
+    [store] = tiering_of(engine).stores
+    keys, find = keys_of(engine, number), store.find
+
+    def find_and_evict(wanted: Any) -> int:
+        found = find(wanted)
+        store.drop(keys[first:])
+        return found
+
+    store.find = find_and_evict  # type: ignore[method-assign]
 
 
 def without_tiers(model: Any, number: int = 0, **options: Any) -> list[int]:

@@ -16,11 +16,13 @@ from kvpager.errors import KVPagerError  # noqa: E402
 from kvpager.storage.tiers.seals import Encrypted, Mac  # noqa: E402
 from tests.support.tiered_engines import (  # noqa: E402
     NUM_CACHED,
+    OTHERS,
+    adapted,
     ask,
     bundled,
     engine_over,
+    evict_found_blocks,
     in_a_process,
-    keys_of,
     tiering_of,
     without_tiers,
 )
@@ -125,29 +127,6 @@ def test_a_named_model_is_found_by_its_name(model: Any, disk: str) -> None:
 # ------------------------------------------------------------------------------------ misses
 
 
-def edited() -> Any:
-    model = bundled()
-    with torch.no_grad():
-        model.model.layers[0].self_attn.k_proj.weight[0, 0] += 0.5
-    return model
-
-
-def adapted(seed: int = 0) -> Any:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
-    torch.manual_seed(seed)
-    return peft.get_peft_model(bundled(), config)
-
-
-OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "weights": (edited, {}),
-    "adapter": (adapted, {}),
-    "dtype": (lambda: bundled(dtype=torch.bfloat16), {}),
-    "block size": (bundled, {"block_size": 32}),
-    "format": (bundled, {"kv_cache_dtype": "int8"}),
-}
-
-
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_model_or_layout_finds_nothing(model: Any, disk: str, other: str) -> None:
     saved_by(model, disk)
@@ -197,15 +176,7 @@ def test_a_block_that_leaves_after_it_was_found_is_computed(
 ) -> None:
     saved_by(model, disk)
     with engine_over(model, disk) as engine:
-        [store] = tiering_of(engine).stores
-        keys, find = keys_of(engine), store.find
-
-        def find_and_evict(wanted: Any) -> int:
-            found = find(wanted)
-            store.drop(keys[3:])
-            return found
-
-        store.find = find_and_evict  # type: ignore[method-assign]
+        evict_found_blocks(engine, first=3)
         output = ask(engine)
     assert (output.token_ids, output.num_cached_tokens) == (tokens, 3 * 16)
 
