@@ -109,6 +109,12 @@ class BrokenInvariant(KVPagerError):
     """The manager's state is inconsistent. The message names the broken invariant."""
 
 
+def require(holds: bool, invariant: str) -> None:
+    """Raise `BrokenInvariant` with the message `invariant` unless it `holds`. O(1)."""
+    if not holds:
+        raise BrokenInvariant(invariant)
+
+
 class EngineClosed(KVPagerError):
     """The engine is closed."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvpager.blocks.stats import Stats
-from kvpager.scheduling.stats import SchedulerStats
+from kvpager.scheduling.scheduler import SchedulerStats
 
 
 class EngineStats(NamedTuple):

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from kvpager._text import counted
-from kvpager.blocks.protocol import CacheManager
 from kvpager.errors import OutOfBlocks, QueueFull
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.request import Request, RequestState, Status, blocks_needed
-from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.sequence_state import num_common
 from kvpager.scheduling.step import StepBuilder
 
@@ -21,33 +19,22 @@ _LOOK_PAST = 32  # maximum waiting requests that one plan skips because they wai
 class AdmissionPolicy:
     """Decides which requests the scheduler accepts, and which start or resume in a step.
 
-    The keyword arguments are those of `Scheduler`.
-
-    Args:
-        manager: owns the blocks.
-        table: the live requests.
-        placement: allocates the blocks of a request.
+    The arguments after `placement` are those of `Scheduler`.
     """
 
     def __init__(
         self,
-        manager: CacheManager,
-        table: RequestTable,
         placement: Placement,
-        *,
         max_queue_size: int | None,
         max_model_len: int | None,
         watermark: float,
-        prefix_cache: bool,
     ) -> None:
-        self._manager = manager
-        self._table = table
         self._placement = placement
-        self.max_queue_size = max_queue_size
-        self.max_model_len = max_model_len
-        self.watermark = watermark
-        self._prefix_cache = prefix_cache
-        stats = manager.stats()
+        self._manager, self._table = placement.manager, placement.table
+        self._max_queue_size = max_queue_size
+        self._max_model_len = max_model_len
+        self._watermark = watermark
+        stats = self._manager.stats()
         usable = stats.num_held + stats.num_cached + stats.num_kept + stats.num_free
         self._num_reserved = stats.num_blocks - usable  # 1 if the manager has a null block, else 0
         self.num_reused_tokens = 0  # prompt tokens found in the prefix cache
@@ -60,40 +47,33 @@ class AdmissionPolicy:
 
     def refuse_impossible(self, request: Request, num_prompt: int) -> None:
         """Raise `ValueError` if the request could not run even alone. O(1)."""
-        request_id, length = request.request_id, num_prompt + request.max_new_tokens
-        max_num_seqs = self._table.max_num_seqs
+        what, max_num_seqs = f"request {request.request_id!r}:", self._table.max_num_seqs
         if request.n > max_num_seqs:
             raise ValueError(
-                f"request {request_id!r}: n={request.n} is more than max_num_seqs={max_num_seqs}. "
+                f"{what} n={request.n} is more than max_num_seqs={max_num_seqs}. "
                 "Lower n or raise max_num_seqs."
             )
-        what = f"{num_prompt} prompt tokens and {request.max_new_tokens} new tokens"
-        if self.max_model_len is not None and length > self.max_model_len:
+        what += f" {num_prompt} prompt tokens and {request.max_new_tokens} new tokens"
+        most = self._max_model_len
+        if most is not None and num_prompt + request.max_new_tokens > most:
             raise ValueError(
-                f"request {request_id!r}: {what} exceed max_model_len={self.max_model_len}. "
-                "Shorten the prompt or lower max_new_tokens."
+                f"{what} exceed max_model_len={most}. Shorten the prompt or lower max_new_tokens."
             )
         need = blocks_needed(request, num_prompt, self._manager)
-        samples = f"in {counted(request.n, 'sample')}"
+        what += f" in {counted(request.n, 'sample')} may need {need} blocks, but"
+        fix = "Lower max_new_tokens or the number of samples, or"
         if need > self._num_usable:
-            raise ValueError(
-                f"request {request_id!r}: {what} {samples} may need {need} blocks, but the pool "
-                f"has {self._num_usable}. Lower max_new_tokens or the number of samples, or "
-                "enlarge the pool."
-            )
+            raise ValueError(f"{what} the pool has {self._num_usable}. {fix} enlarge the pool.")
         ceiling = self._manager.quotas.ceiling(request.namespace)
         if ceiling is not None and need > ceiling:
-            raise ValueError(
-                f"request {request_id!r}: {what} {samples} may need {need} blocks, but the quota "
-                f"of its namespace is {ceiling}. Lower max_new_tokens or the number of samples, or "
-                "raise the quota."
-            )
+            quota = f"the quota of its namespace is {ceiling}"
+            raise ValueError(f"{what} {quota}. {fix} raise the quota.")
 
     def refuse_overflow(self) -> None:
         """Raise `QueueFull` if the queue is full. O(1)."""
         num_waiting = self._table.policy.num_waiting
-        if self.max_queue_size is not None and num_waiting >= self.max_queue_size:
-            raise QueueFull(num_waiting, self.max_queue_size)
+        if self._max_queue_size is not None and num_waiting >= self._max_queue_size:
+            raise QueueFull(num_waiting, self._max_queue_size)
 
     # ---------------------------------------------------------------- start and resume
 
@@ -126,7 +106,6 @@ class AdmissionPolicy:
                 return
 
     def _is_over_quota(self, state: RequestState, builder: StepBuilder) -> bool:
-        """Return True if this step found the quota of the request's namespace full."""
         return state.request.namespace in builder.over_quota
 
     def _reclaim_for(self, state: RequestState, builder: StepBuilder) -> bool:
@@ -176,7 +155,7 @@ class AdmissionPolicy:
                 continue
             if not table.has_room_for(state) or num_passed == _LOOK_PAST:
                 return
-            if self._prefix_cache and self._must_wait_for_prefix(state):
+            if self._placement.prefix_cache and self._must_wait_for_prefix(state):
                 num_passed += 1
             elif self._begin(state, builder):
                 yield state
@@ -211,7 +190,7 @@ class AdmissionPolicy:
         """
         if not self._table.running:
             return 0
-        reserve = int(np.ceil(self.watermark * self._num_usable))
+        reserve = int(np.ceil(self._watermark * self._num_usable))
         if state.status is Status.WAITING:
             return reserve
         return max(reserve, self._table.count_seqs()) + len(state.seq_ids)
@@ -220,12 +199,11 @@ class AdmissionPolicy:
 
     def _num_cached(self, state: RequestState, length: int) -> int:
         """Return how many leading tokens of the request's first sequence are cached. O(tokens)."""
-        if not self._prefix_cache:
+        if not self._placement.prefix_cache:
             return 0
+        ids = state.prompt[: length - 1]
         if state.seq_ids:
             ids = self._table.sequences.tokens(state.seq_ids[0], 0, length - 1)
-        else:
-            ids = state.prompt[: length - 1]
         namespace, lora = state.identity
         return self._manager.match_prefix(ids, namespace=namespace, lora=lora)
 
@@ -242,12 +220,8 @@ class AdmissionPolicy:
         return bool(other.seq_ids) and self._num_computed(other) < state.num_shared
 
     def _find_prefill(self, state: RequestState) -> None:
-        identity = state.identity
-        begun = [
-            other
-            for other in self._table.running
-            if not other.is_ready and other.identity == identity
-        ]
+        identity, running = state.identity, self._table.running
+        begun = [each for each in running if not each.is_ready and each.identity == identity]
         if not begun:
             return
         size = self._manager.block_size

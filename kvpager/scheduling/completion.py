@@ -6,30 +6,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
-from kvpager.blocks.protocol import CacheManager
 from kvpager.plans import Int32, Int64, StepPlan
 from kvpager.scheduling.placement import Placement
-from kvpager.scheduling.request_table import RequestTable
 from kvpager.scheduling.step import StepBuilder
 
 
 class Completion:
     """Commits the tokens of a computed step, then continues, forks or ends its sequences."""
 
-    def __init__(
-        self,
-        manager: CacheManager,
-        table: RequestTable,
-        placement: Placement,
-        *,
-        prefix_cache: bool,
-    ) -> None:
-        self._manager = manager
-        self._table = table
-        self._sequences = table.sequences
+    def __init__(self, placement: Placement) -> None:
         self._placement = placement
+        self._manager, self._table = placement.manager, placement.table
+        self._sequences = placement.table.sequences
         # Blocks behind a window are freed when tokens are committed.
-        self._commits = prefix_cache or any(manager.windows)
+        self._commits = placement.prefix_cache or any(placement.manager.windows)
 
     def refuse_bad_parents(self, plan: StepPlan, parents: Int64) -> None:
         """Raise `ValueError` unless each parent may continue as often as it is listed. O(rows)."""
@@ -39,11 +29,11 @@ class Completion:
             raise ValueError(
                 f"parents={parents}: expected ascending rows of the plan, 0 to {len(plan) - 1}."
             )
-        if not plan.needs_logits[parents].all():
-            row = parents[~plan.needs_logits[parents]][0]
+        wrong = parents[~plan.needs_logits[parents]]
+        if len(wrong):
             raise ValueError(
-                f"parents: row {row} does not need logits, because its prompt is not complete. "
-                "Continue only rows with needs_logits."
+                f"parents: row {wrong[0]} does not need logits, because its prompt is not "
+                "complete. Continue only rows with needs_logits."
             )
         counts = np.bincount(parents, minlength=len(plan))
         for row in (counts > 1).nonzero()[0].tolist():
@@ -59,15 +49,13 @@ class Completion:
         """Record that the KV of the step's tokens is written. O(rows)."""
         sequences = self._sequences
         sequences.mark_computed(plan.seq_ids, plan.seq_lens)
-        num_decoding = 0
-        if builder.decode_batch is not None:
-            num_decoding = len(builder.decode_batch.seq_ids)
-            if self._commits:
-                self._manager.commit(builder.decode_batch.batch)
+        decode_batch = builder.decode_batch
+        num_decoding = 0 if decode_batch is None else len(decode_batch.seq_ids)
+        if self._commits and decode_batch is not None:
+            self._manager.commit(decode_batch.batch)
         for seq_id in plan.seq_ids[num_decoding:].tolist():
             if self._commits:
-                computed = int(sequences.computed[seq_id])
-                self._manager.commit(sequences.handle(seq_id), computed)
+                self._manager.commit(sequences.handle(seq_id), int(sequences.computed[seq_id]))
             state = sequences.owner(seq_id)
             if not state.is_ready:
                 self._table.let_decode(state)
@@ -77,11 +65,8 @@ class Completion:
 
         Returns the sequence id of each continuation, -1 if it ended at once.
         """
-        sequences = self._sequences
-        if np.array_equal(rows, parents):
-            seq_ids = plan.seq_ids[rows]
-        else:
-            seq_ids = self._branch(plan, rows, parents)
+        sequences, is_plain = self._sequences, np.array_equal(rows, parents)
+        seq_ids = plan.seq_ids[rows] if is_plain else self._branch(plan, rows, parents)
         going = seq_ids >= 0
         sequences.extend(seq_ids[going], tokens[going])
         full = going & (sequences.generated[seq_ids] >= sequences.limits[seq_ids])

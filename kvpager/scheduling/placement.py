@@ -9,6 +9,7 @@ when every sequence releases them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -27,27 +28,18 @@ class Placement:
     """Allocates, moves and frees the blocks of requests, and updates the request table.
 
     With `prefix_cache`, the manager gets token ids and can share prefixes. Without it, the manager
-    gets lengths.
-
-    Attributes:
-        num_swapped: preemptions of requests by swap.
-        num_dropped: preemptions of requests by recompute.
+    gets lengths. `num_swapped` and `num_dropped` count preemptions by swap and by recompute.
     """
 
     def __init__(
-        self,
-        manager: CacheManager,
-        table: RequestTable,
-        costs: PreemptionCosts,
-        *,
-        prefix_cache: bool,
+        self, manager: CacheManager, table: RequestTable, costs: PreemptionCosts, prefix_cache: bool
     ) -> None:
-        self._manager = manager
-        self._table = table
+        self.manager = manager
+        self.table = table
+        self.prefix_cache = prefix_cache
+        self.num_swapped = self.num_dropped = 0
         self._sequences = table.sequences
         self._costs = costs
-        self._prefix_cache = prefix_cache
-        self.num_swapped = self.num_dropped = 0
 
     def handles(self, state: RequestState) -> list[SequenceHandle]:
         """Return the handles of a request that has blocks. O(sequences)."""
@@ -55,26 +47,20 @@ class Placement:
 
     # ---------------------------------------------------------------- preemption
 
-    def preempt(self, state: RequestState) -> Plan | None:
-        """Preempt a running request in the cheaper way. O(blocks).
-
-        Returns the blocks to move, or None if they were freed. Computed tokens are committed.
-        """
+    def _preempt(self, state: RequestState, builder: StepBuilder) -> None:
+        """Preempt a running request in the cheaper way. O(blocks)."""
         if self._is_swap_cheaper(state):
-            try:
-                plan = self._manager.swap(self.handles(state), "host")
-            except OutOfBlocks:
-                pass  # the host pool is full
-            else:
-                self._table.preempt(state, Status.SWAPPED)
+            with suppress(OutOfBlocks):  # the host pool is full
+                builder.swaps.append(self.manager.swap(self.handles(state), "host"))
+                builder.swapped.append(state)
+                self.table.preempt(state, Status.SWAPPED)
                 self.num_swapped += 1
-                return plan
+                return
         self.drop(state)
         self.num_dropped += 1
-        return None
 
     def _is_swap_cheaper(self, state: RequestState) -> bool:
-        manager = self._manager
+        manager = self.manager
         if not manager.num_host_blocks:
             return False
         tables = manager.block_tables(self.handles(state))
@@ -88,10 +74,10 @@ class Placement:
 
     def drop(self, state: RequestState) -> None:
         """Free all blocks of a request, on both tiers; its sequences stay live. O(blocks)."""
-        self._manager.free(self.handles(state))
+        self.manager.free(self.handles(state))
         for seq_id in state.seq_ids:
             self._sequences.unassign(seq_id)
-        self._table.preempt(state, Status.DROPPED)
+        self.table.preempt(state, Status.DROPPED)
 
     def reclaim(self, among: Iterable[RequestState]) -> bool:
         """Drop the swapped request that ranks last among those with device blocks. O(blocks).
@@ -100,8 +86,8 @@ class Placement:
         Returns False if there is none.
         """
         swapped = [state for state in among if state.status is Status.SWAPPED]
-        for state in sorted(swapped, key=self._table.policy.rank, reverse=True):
-            if (self._manager.block_tables(self.handles(state)) >= 0).any():
+        for state in sorted(swapped, key=self.table.policy.rank, reverse=True):
+            if (self.manager.block_tables(self.handles(state)) >= 0).any():
                 self.drop(state)
                 return True
         return False
@@ -112,29 +98,28 @@ class Placement:
         The first request is never preempted by another, so it always ends. If a quota is full, only
         requests of its namespace are preempted. No row of the preempted request is in the step.
         """
-        running, preempted = self._table.running, self._table.preempted
+        running, preempted = self.table.running, self.table.preempted
         if isinstance(error, OutOfQuota):
             builder.note_refusal(error)
             running = [each for each in running if each.request.namespace == error.namespace]
             preempted = [each for each in preempted if each.request.namespace == error.namespace]
         else:
             builder.is_blocked = True
-        last = max(running, key=self._table.policy.rank)
+        last = max(running, key=self.table.policy.rank)
         if len(running) == 1:
             # With nothing to reclaim, another user of the manager holds blocks: drop this request,
             # which then waits.
             if not self.reclaim(preempted):
                 self.drop(last)
-        elif (plan := self.preempt(last)) is not None:
-            builder.swaps.append(plan)
-            builder.swapped.append(last)
+        else:
+            self._preempt(last, builder)
 
     # ---------------------------------------------------------------- end
 
     def end(self, state: RequestState, reason: Reason) -> None:
         """End a request and free its blocks. O(blocks + waiting)."""
         self._free(state.seq_ids)
-        self._table.end(state, reason)
+        self.table.end(state, reason)
 
     def end_sequence(self, seq_id: int) -> None:
         """End a sequence, and the request with its last sequence. O(blocks)."""
@@ -143,25 +128,25 @@ class Placement:
             self.end(state, Reason.FINISHED)
             return
         self._free([seq_id])
-        self._table.end_sequence(seq_id)
+        self.table.end_sequence(seq_id)
 
     def _free(self, seq_ids: Iterable[int]) -> None:
         handles = [self._sequences.handles[seq_id] for seq_id in seq_ids]
         held = [handle for handle in handles if handle is not None]
         if held:
-            self._manager.free(held)
+            self.manager.free(held)
 
     # ---------------------------------------------------------------- allocation
 
     def fork(self, parent: int, times: int) -> list[int]:
         """Add `times` sequences that share the blocks of `parent`. O(tokens)."""
-        handles = self._manager.fork(self._sequences.handle(parent), times)
-        return self._table.fork(parent, handles)
+        handles = self.manager.fork(self._sequences.handle(parent), times)
+        return self.table.fork(parent, handles)
 
     def swap_in(self, state: RequestState, reserve: int) -> Plan:
         """Swap a request in; leave `reserve` blocks. O(blocks). Raises `OutOfBlocks`."""
-        plan = self._manager.swap(self.handles(state), "device", reserve=reserve)
-        self._table.enter(state)
+        plan = self.manager.swap(self.handles(state), "device", reserve=reserve)
+        self.table.enter(state)
         return plan
 
     def begin(self, state: RequestState, reserve: int) -> Int32:
@@ -176,9 +161,9 @@ class Placement:
         """
         branches = [self._branch(state, at) for at in range(1, len(state.seq_ids))]
         try:
-            made = self._make(state, reserve, branches, use_prefix_cache=self._prefix_cache)
+            made = self._make(state, reserve, branches, use_prefix_cache=self.prefix_cache)
         except OutOfBlocks:
-            if not branches or not self._prefix_cache:
+            if not branches or not self.prefix_cache:
                 raise
             # A cached prefix may need one block more than sharing between sequences does.
             made = self._make(state, reserve, branches, use_prefix_cache=False)
@@ -188,7 +173,7 @@ class Placement:
         for seq_id, branch in zip(seq_ids[1:], branches, strict=True):
             if sequences.computed[seq_id] == branch.start > 0:
                 sequences.wait_for(seq_id, seq_ids[branch.parent])
-        self._table.enter(state)
+        self.table.enter(state)
         return np.concatenate([handle.copies for handle in made])
 
     def _make(
@@ -203,12 +188,12 @@ class Placement:
                 else:
                     made.append(self._fork_at(seq_id, made[branch.parent], branch.start))
         except OutOfBlocks:
-            self._manager.free(made)
+            self.manager.free(made)
             raise
         return made
 
     def _branch(self, state: RequestState, at: int) -> _Branch:
-        sequences, manager, size = self._sequences, self._manager, self._manager.block_size
+        sequences, manager, size = self._sequences, self.manager, self.manager.block_size
         seq_id = state.seq_ids[at]
         if any(manager.windows):
             # Blocks behind a window are freed, so another sequence cannot continue from them.
@@ -216,35 +201,33 @@ class Placement:
         common = [sequences.num_common(seq_id, other) for other in state.seq_ids[:at]]
         parent = int(np.argmax(common))
         start = common[parent] // size * size
-        own = manager.queries.blocks_for(sequences.num_known(seq_id)) - manager.queries.blocks_for(
-            start
-        )
+        blocks_for = manager.queries.blocks_for
+        own = blocks_for(sequences.num_known(seq_id)) - blocks_for(start)
         return _Branch(parent, start, own)
 
     def _is_cached(self, seq_id: int, start: int) -> bool:
         """Return True if more than the first `start` tokens of this sequence are cached."""
         namespace, lora = self._sequences.owner(seq_id).identity
         ids = self._sequences.tokens(seq_id, 0, self._sequences.num_known(seq_id) - 1)
-        cached = self._manager.match_prefix(ids, namespace=namespace, lora=lora)
-        return cached > start
+        return self.manager.match_prefix(ids, namespace=namespace, lora=lora) > start
 
     def _allocate(self, seq_id: int, reserve: int) -> SequenceHandle:
         namespace, lora = self._sequences.owner(seq_id).identity
         length = self._sequences.num_known(seq_id)
-        prompt = self._sequences.tokens(seq_id, 0, length) if self._prefix_cache else length
-        return self._manager.allocate(prompt, namespace=namespace, lora=lora, reserve=reserve)
+        prompt = self._sequences.tokens(seq_id, 0, length) if self.prefix_cache else length
+        return self.manager.allocate(prompt, namespace=namespace, lora=lora, reserve=reserve)
 
     def _fork_at(self, seq_id: int, parent: SequenceHandle, start: int) -> SequenceHandle:
         """Return a sequence that shares the first `start` tokens of `parent`. O(tokens)."""
         stop = self._sequences.num_known(seq_id)
-        child = self._manager.fork(parent)
+        child = self.manager.fork(parent)
         try:
-            self._manager.truncate(child, start)
+            self.manager.truncate(child, start)
             if start < stop:
                 ids = self._sequences.tokens(seq_id, start, stop)
-                self._manager.append(child, ids if self._prefix_cache else stop - start)
+                self.manager.append(child, ids if self.prefix_cache else stop - start)
         except OutOfBlocks:
-            self._manager.free(child)
+            self.manager.free(child)
             raise
         child.num_cached_tokens = start  # computed by the parent
         return child

@@ -18,11 +18,10 @@ from heapq import heapify, heappop, heapreplace
 from kvpager import _validate as arguments
 from kvpager._text import listed
 from kvpager._validate import SECONDS_MAX
-from kvpager.errors import BrokenInvariant
+from kvpager.errors import require
 from kvpager.scheduling.request import Request, RequestState, Status
 
 Rank = tuple[float, int]
-
 
 # Fields of a request that only some policies use -> the built-in policy that does, the default.
 _USED_BY: dict[str, tuple[str, object]] = {"tenant": ("fair", None), "priority": ("priority", 0)}
@@ -93,19 +92,14 @@ class SchedulingPolicy(ABC):
 
     def check(self) -> None:
         """Raise `BrokenInvariant` unless the queues are in order. O(waiting)."""
-        queues = self._queues.values()
-        if sum(map(len, queues)) != self.num_waiting or not all(queues):
-            raise BrokenInvariant(
-                f"policy: num_waiting is {self.num_waiting}, but the queues differ"
-            )
+        queues, count = self._queues.values(), self.num_waiting
+        is_right = sum(map(len, queues)) == count and all(queues)
+        require(is_right, f"policy: num_waiting is {count}, but the queues differ")
         for queue in queues:
             places = [self.place(state) for _, state in queue]
-            if places != sorted(places) or any(
-                state.status is not Status.WAITING for _, state in queue
-            ):
-                raise BrokenInvariant(
-                    "policy: a queue is out of order, or holds a request that is not waiting"
-                )
+            require(places == sorted(places), "policy: a queue is out of order")
+            is_right = all(state.status is Status.WAITING for _, state in queue)
+            require(is_right, "policy: a queue holds a request that is not waiting")
 
     def waiting(self) -> Iterator[RequestState]:
         """Yield the waiting requests by rank. O(queues), then O(log queues) each.
@@ -175,10 +169,9 @@ class Fair(SchedulingPolicy):
 
     def __init__(self, decode_weight: float = 2.0, ageing: float = 10.0) -> None:
         super().__init__()
-        self.decode_weight = arguments.number(
-            "decode_weight", decode_weight, at_least=0, at_most=1e6
-        )
-        self.ageing = arguments.number("ageing", ageing, at_least=0, at_most=1e9)
+        number = arguments.number
+        self.decode_weight = number("decode_weight", decode_weight, at_least=0, at_most=1e6)
+        self.ageing = number("ageing", ageing, at_least=0, at_most=1e9)
         self.service: dict[str | None, float] = {}
         self._active = Counter[str | None]()
         self._last = 0.0  # the most service of any tenant that became idle
@@ -224,11 +217,8 @@ class Fair(SchedulingPolicy):
         self.service[state.request.tenant] += prompt + self.decode_weight * decoded
 
 
-POLICIES: dict[str, type[Fifo] | type[Priority] | type[Fair]] = {
-    "fifo": Fifo,
-    "priority": Priority,
-    "fair": Fair,
-}
+POLICIES: dict[str, type[Fifo | Priority | Fair]]
+POLICIES = {"fifo": Fifo, "priority": Priority, "fair": Fair}
 
 
 def make_policy(policy: str | SchedulingPolicy) -> SchedulingPolicy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from kvpager import _validate as arguments
@@ -51,47 +51,30 @@ class Status(Enum):
     DROPPED = auto()  # preempted by recompute; it has no blocks
 
 
+@dataclass(slots=True, eq=False)
 class RequestState:
     """A live request.
 
-    `RequestTable` writes every field except `waits_for` and `num_shared`, which
-    `AdmissionPolicy` writes.
+    `RequestTable` writes its fields. `Scheduler` writes `is_held` and `ending`, and
+    `AdmissionPolicy` writes `waits_for` and `num_shared`.
     """
 
-    __slots__ = (
-        "arrival",
-        "ending",
-        "generation",
-        "is_held",
-        "is_ready",
-        "num_shared",
-        "prompt",
-        "request",
-        "seq_ids",
-        "status",
-        "submitted",
-        "waits_for",
-    )
-
-    def __init__(
-        self, request: Request, prompt: Int32, arrival: int, submitted: float, generation: int = 0
-    ) -> None:
-        self.request = request
-        self.prompt = prompt
-        self.arrival = arrival
-        self.generation = generation  # the generation of cached prefixes it may share
-        self.submitted = submitted
-        self.status = Status.WAITING
-        self.seq_ids: list[int] = []  # its sequences in `SequenceState`
-        self.is_held = False  # it may not start yet
-        self.is_ready = False  # every sequence has finished prefill and may decode
-        self.ending: Reason | None = None  # the reason to end it with after the current step
-        self.waits_for: RequestState | None = None  # computes a prefix that this request will share
-        self.num_shared = 0  # tokens of that prefix
+    request: Request
+    prompt: Int32
+    arrival: int
+    submitted: float
+    generation: int = 0  # of the cached prefixes that it may share
+    status: Status = Status.WAITING
+    seq_ids: list[int] = field(default_factory=list)  # its sequences in `SequenceState`
+    is_held: bool = False  # it may not start yet
+    is_ready: bool = False  # every sequence has finished prefill and may decode
+    ending: Reason | None = None  # the reason to end it with after the current step
+    waits_for: RequestState | None = None  # computes a prefix that this request will share
+    num_shared: int = 0  # tokens of that prefix
 
     @property
     def request_id(self) -> Hashable:
-        """Return the caller's id of the request."""
+        """The caller's id of the request."""
         return self.request.request_id
 
     @property

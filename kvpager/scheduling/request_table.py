@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from heapq import heapify, heappop, heappush
 
 from kvpager.blocks.sequences import SequenceHandle
-from kvpager.errors import BrokenInvariant
+from kvpager.errors import require
 from kvpager.plans import Int32, Reason
 from kvpager.scheduling.queue import SchedulingPolicy
 from kvpager.scheduling.request import Request, RequestState, Status
@@ -16,12 +16,10 @@ from kvpager.scheduling.sequence_state import SequenceState
 class RequestTable:
     """The requests of one scheduler. It knows no blocks: callers free them first.
 
-    Only this class writes its lists and the fields of a `RequestState`, except `waits_for` and
-    `num_shared`.
-
     Attributes:
         policy: ranks the live requests, and keeps the waiting ones.
         sequences: the sequences of all requests.
+        live: all live requests, by id and in order of arrival.
         running: requests on the device, in the order in which they started or resumed.
         preempted: requests that were swapped or dropped and will resume.
         num_seqs_reserved: the sum of `n` over the running requests.
@@ -32,13 +30,13 @@ class RequestTable:
     def __init__(self, policy: SchedulingPolicy, max_num_seqs: int) -> None:
         self.policy = policy
         self.sequences = SequenceState()
+        self.live: dict[Hashable, RequestState] = {}
         self.running: list[RequestState] = []
         self.preempted: list[RequestState] = []
         self.num_seqs_reserved = 0
         self.max_num_seqs = max_num_seqs
         self.generation = 0
         self.version = 0
-        self._live: dict[Hashable, RequestState] = {}
         self._deadlines: list[tuple[float, int, Hashable]] = []
         self._ended: list[tuple[Hashable, Reason]] = []
         self._unreported: set[Hashable] = set()  # ids in `_ended`
@@ -46,28 +44,13 @@ class RequestTable:
 
     # ---------------------------------------------------------------- reading
 
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def __iter__(self) -> Iterator[Hashable]:
-        return iter(self._live)
-
-    def get(self, request_id: Hashable) -> RequestState | None:
-        """Return the live request with this id. O(1)."""
-        return self._live.get(request_id)
-
     def is_known(self, request_id: Hashable) -> bool:
         """Return True if a request with this id is live or its end is not reported yet. O(1)."""
-        return request_id in self._live or request_id in self._unreported
+        return request_id in self.live or request_id in self._unreported
 
     def has_room_for(self, state: RequestState) -> bool:
         """Return True if all `n` sequences of a request may run now. O(1)."""
         return self.num_seqs_reserved + state.request.n <= self.max_num_seqs
-
-    @property
-    def has_deadlines(self) -> bool:
-        """True if a live request has a deadline. O(1)."""
-        return bool(self._deadlines)
 
     @property
     def has_ended(self) -> bool:
@@ -84,7 +67,7 @@ class RequestTable:
         """Add a waiting request. O(waiting) memory moved."""
         state = RequestState(request, prompt, self._num_submitted, now, self.generation)
         self._num_submitted += 1
-        self._live[request.request_id] = state
+        self.live[request.request_id] = state
         self.policy.enter(state)
         self.policy.push(state)
         if request.deadline is not None:
@@ -102,27 +85,19 @@ class RequestTable:
         else:
             self.preempted.remove(state)
         self.policy.leave(state)
-        del self._live[state.request_id]
-        if len(self._deadlines) > 2 * len(self._live) + 64:  # most are of ended requests
-            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._live]
+        del self.live[state.request_id]
+        if len(self._deadlines) > 2 * len(self.live) + 64:  # most are of ended requests
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self.live]
             heapify(self._deadlines)
         self._ended.append((state.request_id, reason))
         self._unreported.add(state.request_id)
-
-    def end_later(self, state: RequestState, reason: Reason) -> None:
-        """Mark a request to end after the current step. O(1)."""
-        state.ending = reason
-
-    def hold(self, state: RequestState, is_held: bool) -> None:
-        """Keep a waiting request from starting, or let it start. O(1)."""
-        state.is_held = is_held
 
     def take_expired(self, now: float) -> list[RequestState]:
         """Return the live requests whose deadline has passed. O(log requests) each."""
         expired = []
         while self._deadlines and self._deadlines[0][0] <= now:
             _, arrival, request_id = heappop(self._deadlines)
-            state = self._live.get(request_id)
+            state = self.live.get(request_id)
             if state is not None and state.arrival == arrival:
                 expired.append(state)
         return expired
@@ -186,7 +161,7 @@ class RequestTable:
     def new_generation(self) -> None:
         """Make waiting and new requests ignore every prefix cached so far. O(requests)."""
         self.generation += 1
-        for state in self._live.values():
+        for state in self.live.values():
             if state.status is Status.WAITING:
                 state.generation = self.generation
 
@@ -215,40 +190,33 @@ class RequestTable:
         Raises: `BrokenInvariant`, which names the broken invariant.
         """
         self.policy.check()
-        places = [(state, {Status.RUNNING}) for state in self.running]
-        places += [(state, {Status.SWAPPED, Status.DROPPED}) for state in self.preempted]
-        for state, allowed in places:
-            if state.status not in allowed:
-                raise BrokenInvariant(
-                    f"scheduler: {state.request_id!r} is {state.status.name}, but in another list"
-                )
+        running, preempted = (Status.RUNNING,), (Status.SWAPPED, Status.DROPPED)
+        for states, allowed in ((self.running, running), (self.preempted, preempted)):
+            for state in states:
+                require(state.status in allowed, f"{_shown(state)}, but in another list")
         listed = self.policy.num_waiting + len(self.running) + len(self.preempted)
-        if listed != len(self._live):
-            raise BrokenInvariant(
-                f"scheduler: {len(self._live)} requests live, but lists hold {listed}"
-            )
+        num_live = len(self.live)
+        require(listed == num_live, f"scheduler: {num_live} requests live, but lists hold {listed}")
         reserved = sum(state.request.n for state in self.running)
-        if reserved != self.num_seqs_reserved or reserved > self.max_num_seqs:
-            raise BrokenInvariant(
-                f"scheduler: num_seqs_reserved is {self.num_seqs_reserved} of at most "
-                f"{self.max_num_seqs}, but running requests reserve {reserved}"
-            )
-        for state in self._live.values():
-            self._check_seqs(state)
-        self.sequences.check(self._live.values())
+        require(
+            reserved == self.num_seqs_reserved and reserved <= self.max_num_seqs,
+            f"scheduler: num_seqs_reserved is {self.num_seqs_reserved} of at most "
+            f"{self.max_num_seqs}, but running requests reserve {reserved}",
+        )
+        for state in self.live.values():
+            self._check_state(state)
+        self.sequences.check(self.live.values())
 
-    def _check_seqs(self, state: RequestState) -> None:
-        request_id, seq_ids = state.request_id, state.seq_ids
-        if (state.status is Status.WAITING) != (not seq_ids):
-            raise BrokenInvariant(
-                f"scheduler: {request_id!r} is {state.status.name} with sequences {seq_ids}"
-            )
-        if len(seq_ids) > state.request.n:
-            raise BrokenInvariant(
-                f"scheduler: {request_id!r} has {len(seq_ids)} sequences, but n={state.request.n}"
-            )
-        has_blocks = state.status in (Status.RUNNING, Status.SWAPPED)
-        if any((self.sequences.handles[seq_id] is not None) != has_blocks for seq_id in seq_ids):
-            raise BrokenInvariant(
-                f"scheduler: {request_id!r} is {state.status.name}, contrary to its blocks"
-            )
+    def _check_state(self, state: RequestState) -> None:
+        status, seq_ids, n = state.status, state.seq_ids, state.request.n
+        what = _shown(state)
+        require((status is Status.WAITING) == (not seq_ids), f"{what} with sequences {seq_ids}")
+        require(len(seq_ids) <= n, f"{what} with {len(seq_ids)} sequences, but n={n}")
+        has_blocks = status in (Status.RUNNING, Status.SWAPPED)
+        handles = [self.sequences.handles[seq_id] for seq_id in seq_ids]
+        is_right = all((handle is not None) == has_blocks for handle in handles)
+        require(is_right, f"{what}, contrary to its blocks")
+
+
+def _shown(state: RequestState) -> str:
+    return f"scheduler: {state.request_id!r} is {state.status.name}"

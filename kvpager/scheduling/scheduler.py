@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,15 +32,30 @@ from kvpager.blocks.protocol import MEMBERS, CacheManager
 from kvpager.plans import Int32, Reason, StepPlan
 from kvpager.scheduling.admission import AdmissionPolicy
 from kvpager.scheduling.completion import Completion, read_continuations
-from kvpager.scheduling.decoding import Decoding
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.preemption import PreemptionCosts
-from kvpager.scheduling.prefill import Prefill
 from kvpager.scheduling.queue import SchedulingPolicy, make_policy
 from kvpager.scheduling.request import Request, RequestState, Status, checked_prompt
 from kvpager.scheduling.request_table import RequestTable
-from kvpager.scheduling.stats import SchedulerStats
+from kvpager.scheduling.rows import Rows
 from kvpager.scheduling.step import StepBuilder
+
+
+class SchedulerStats(NamedTuple):
+    """Counts at one moment, in requests unless the name says otherwise.
+
+    Names that begin with `total_` count since the scheduler was made.
+    """
+
+    num_waiting: int
+    num_running: int
+    num_running_seqs: int
+    num_preempted: int
+    total_steps: int
+    total_tokens: int  # of prompts and of decoding; recomputed tokens count again
+    total_reused_tokens: int  # of prompts, found in the prefix cache
+    total_preempted_by_swap: int
+    total_preempted_by_recompute: int
 
 
 class Scheduler:
@@ -84,30 +99,27 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _refuse_bad_manager(manager)
-        _refuse_bad_watermark(watermark)
         self.manager = manager
         self.max_batch_tokens = arguments.count("max_batch_tokens", max_batch_tokens, at_least=1)
         num_seqs = arguments.count("max_num_seqs", max_num_seqs, at_least=1)
+        self.max_num_seqs = min(num_seqs, self.max_batch_tokens)
+        self.max_queue_size = _count_or_none("max_queue_size", max_queue_size)
+        self.max_model_len = _count_or_none("max_model_len", max_model_len)
+        self.watermark = arguments.number("watermark", watermark, at_least=0, at_most=1)
+        if watermark == 1:
+            raise ValueError(f"watermark={watermark}: expected 0 <= watermark < 1.")
         self.prefix_cache = arguments.flag("prefix_cache", prefix_cache)
         self.chunked = arguments.flag("chunked", chunked)
         self.clock = clock
         self._lock: AbstractContextManager[Any] = threading.RLock()
         self._change = Change(self)
-        self._table = RequestTable(make_policy(policy), min(num_seqs, self.max_batch_tokens))
-        parts = manager, self._table
-        placement = Placement(*parts, costs or PreemptionCosts(), prefix_cache=prefix_cache)
+        self._table = RequestTable(make_policy(policy), self.max_num_seqs)
+        placement = Placement(manager, self._table, costs or PreemptionCosts(), prefix_cache)
+        limits = self.max_queue_size, self.max_model_len, self.watermark
         self._placement = placement
-        self._admission = AdmissionPolicy(
-            *parts,
-            placement,
-            max_queue_size=_count_or_none("max_queue_size", max_queue_size),
-            max_model_len=_count_or_none("max_model_len", max_model_len),
-            watermark=watermark,
-            prefix_cache=prefix_cache,
-        )
-        self._decoding = Decoding(*parts, placement, prefix_cache=prefix_cache)
-        self._prefill = Prefill(*parts, placement)
-        self._completion = Completion(*parts, placement, prefix_cache=prefix_cache)
+        self._admission = AdmissionPolicy(placement, *limits)
+        self._rows = Rows(placement)
+        self._completion = Completion(placement)
         self._step: tuple[StepPlan, StepBuilder] | None = None
         self._num_steps = self._num_tokens = 0
 
@@ -158,12 +170,12 @@ class Scheduler:
             if state.status is not Status.WAITING:
                 raise ValueError(f"request_id={request_id!r}: the request started already.")
             self._change.begin()
-            self._table.hold(state, True)
+            state.is_held = True
 
     def is_held(self, request_id: Hashable) -> bool:
         """Return True for a live request between `hold` and `release`. O(1)."""
         with self._lock:
-            state = self._table.get(request_id)
+            state = self._table.live.get(request_id)
             return state is not None and state.is_held
 
     def release(self, request_id: Hashable) -> None:
@@ -171,10 +183,10 @@ class Scheduler:
         with self._lock, self._change:
             state = self._live(request_id)
             self._change.begin()
-            self._table.hold(state, False)
+            state.is_held = False
 
     def _live(self, request_id: Hashable) -> RequestState:
-        state = self._table.get(request_id)
+        state = self._table.live.get(request_id)
         if state is None:
             raise KeyError(f"request_id={request_id!r}: no live request has this id.")
         return state
@@ -192,12 +204,12 @@ class Scheduler:
 
     def _stop(self, request_id: Hashable, reason: Reason) -> bool:
         with self._lock, self._change:
-            state = self._table.get(request_id)
+            state = self._table.live.get(request_id)
             if state is None or state.ending is not None:
                 return False
             self._change.begin()
             if self._step is not None and state.status is Status.RUNNING:
-                self._table.end_later(state, reason)
+                state.ending = reason
             else:
                 self._placement.end(state, reason)
             return True
@@ -224,7 +236,7 @@ class Scheduler:
         with self._lock, self._change:
             if self._step is not None:
                 raise ValueError("plan: a step is under way. Complete or abort its plan first.")
-            now = float(self.clock()) if self._table.has_deadlines else 0.0
+            now = float(self.clock())
             self._change.begin()
             self._table.sequences.recycle()
             for state in self._table.take_expired(now):
@@ -232,16 +244,12 @@ class Scheduler:
             return self._plan()
 
     def _plan(self) -> StepPlan | None:
-        builder = StepBuilder(
-            self.max_batch_tokens, self.manager.block_size if self.chunked else None
-        )
-        self._decoding.extend(builder)
-        self._prefill.extend(builder)
+        min_chunk = self.manager.block_size if self.chunked else None
+        builder = StepBuilder(self.max_batch_tokens, min_chunk)
+        self._rows.decode(builder)
+        self._rows.prefill(builder)
         for state in self._admission.admit(builder):
-            if state.is_ready:
-                self._decoding.add(state, builder)
-            else:
-                self._prefill.add(state, builder)
+            self._rows.add(state, builder)
         if not (builder.parts or builder.swaps or self._table.has_ended):
             return None
         plan = builder.finish(self.manager, self._table)
@@ -284,10 +292,9 @@ class Scheduler:
             self._change.begin()
             self._step = None
             self._completion.commit(plan, builder)
-            keeps = plan.needs_logits
-            for state in [state for state in self._table.running if state.ending is not None]:
-                keeps = keeps & ~np.isin(plan.seq_ids, state.seq_ids)
-                self._placement.end(state, state.ending or Reason.CANCELLED)
+            keeps, stopped = plan.needs_logits, self._end_stopped()
+            if stopped:
+                keeps = keeps & ~np.isin(plan.seq_ids, stopped)
             return self._completion.advance(plan, keeps.nonzero()[0], parents, tokens)
 
     def abort(self, plan: StepPlan) -> list[Hashable]:
@@ -303,16 +310,24 @@ class Scheduler:
             self._change.begin()
             self._step = None
             request_ids = list(dict.fromkeys(plan.request_ids))
-            for state in map(self._table.get, request_ids):
+            for state in map(self._table.live.get, request_ids):
                 if state is not None:
                     self._placement.end(state, Reason.FAILED)
             for state in builder.swapped:
-                is_live = self._table.get(state.request_id) is state
+                is_live = self._table.live.get(state.request_id) is state
                 if is_live and state.status is not Status.DROPPED:
                     self._placement.drop(state)
-            for state in [state for state in self._table.running if state.ending is not None]:
-                self._placement.end(state, state.ending or Reason.CANCELLED)
+            self._end_stopped()
             return request_ids
+
+    def _end_stopped(self) -> list[int]:
+        """End the requests that were stopped during the step; return their sequences."""
+        seq_ids = []
+        for state in [*self._table.running]:
+            if state.ending is not None:
+                seq_ids += state.seq_ids
+                self._placement.end(state, state.ending)
+        return seq_ids
 
     def _under_way(self, plan: StepPlan) -> StepBuilder:
         if self._step is None or self._step[0] is not plan:
@@ -339,32 +354,12 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """True if a request is live, or an end is not reported yet. O(1)."""
-        return len(self._table) > 0 or self._table.has_ended
+        return len(self._table.live) > 0 or self._table.has_ended
 
     @property
     def request_ids(self) -> list[Hashable]:
         """The ids of the live requests, by arrival. O(requests)."""
-        return list(self._table)
-
-    @property
-    def max_num_seqs(self) -> int:
-        """The maximum number of sequences on the device. O(1)."""
-        return self._table.max_num_seqs
-
-    @property
-    def max_queue_size(self) -> int | None:
-        """The maximum number of waiting requests, or None. O(1)."""
-        return self._admission.max_queue_size
-
-    @property
-    def max_model_len(self) -> int | None:
-        """The maximum tokens of a sequence, or None. O(1)."""
-        return self._admission.max_model_len
-
-    @property
-    def watermark(self) -> float:
-        """The share of blocks that stays available when a request starts. O(1)."""
-        return self._admission.watermark
+        return list(self._table.live)
 
     def stats(self) -> SchedulerStats:
         """Return current counts, and totals since the start. O(running)."""
@@ -401,12 +396,6 @@ def _refuse_bad_manager(manager: CacheManager) -> None:
         raise ValueError(
             "manager: a scheduler applies plans in order. Make the manager without fences."
         )
-
-
-def _refuse_bad_watermark(watermark: float) -> None:
-    arguments.number("watermark", watermark, at_least=0, at_most=1)
-    if watermark == 1:
-        raise ValueError(f"watermark={watermark}: expected 0 <= watermark < 1.")
 
 
 def _count_or_none(name: str, value: int | None) -> int | None:

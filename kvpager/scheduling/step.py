@@ -78,17 +78,11 @@ class StepBuilder:
         self.budget -= len(seq_ids)
 
     def compute(
-        self, seq_id: int, token_ids: Int32, slot_mapping: Int64, *, needs_logits: bool
+        self, seq_id: int, token_ids: Int32, slot_mapping: Int64, needs_logits: bool
     ) -> None:
         """Add a row that computes a chunk of its tokens. O(tokens)."""
-        part = Part(
-            np.array([seq_id], np.int32),
-            np.array([len(token_ids)], np.int32),
-            token_ids,
-            slot_mapping,
-            np.array([needs_logits], np.bool_),
-        )
-        self.parts.append(part)
+        row = np.array([seq_id], np.int32), np.array([len(token_ids)], np.int32)
+        self.parts.append(Part(*row, token_ids, slot_mapping, np.array([needs_logits], np.bool_)))
         self.budget = max(self.budget - len(token_ids), 0)
 
     def copy(self, copies: Int32) -> None:
@@ -101,10 +95,8 @@ class StepBuilder:
         part, sequences, decode_batch = self._joined(), table.sequences, self.decode_batch
         seq_ids = part.seq_ids
         if decode_batch is not None and len(decode_batch.seq_ids) == len(seq_ids):
-            request_ids, tables = (
-                decode_batch.request_ids[:],
-                manager.block_tables(decode_batch.batch),
-            )
+            request_ids = decode_batch.request_ids[:]
+            tables = manager.block_tables(decode_batch.batch)
         else:
             listed = seq_ids.tolist()
             request_ids = [sequences.owner(seq_id).request_id for seq_id in listed]
@@ -113,7 +105,7 @@ class StepBuilder:
         first, others = _by_group(part.slot_mapping, tables)
         return StepPlan(
             swaps=self.swaps,
-            copies=_only(self.copies, NO_COPIES),
+            copies=np.concatenate(self.copies) if self.copies else NO_COPIES,
             request_ids=request_ids,
             seq_ids=seq_ids,
             num_computed=num_computed,
@@ -144,9 +136,3 @@ def _by_group(slot_mapping: Int64, block_tables: Int32) -> tuple[GroupStep, tupl
     # A step without rows has no slots; reshape gives each group an empty array.
     first, *others = map(GroupStep, slot_mapping.reshape(len(block_tables), -1), block_tables)
     return first, tuple(others)
-
-
-def _only(arrays: list[Int32], otherwise: Int32) -> Int32:
-    if not arrays:
-        return otherwise
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

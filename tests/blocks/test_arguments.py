@@ -364,7 +364,7 @@ def test_lora_names_stay_distinct_after_the_model_changed() -> None:
             live = Request(request_id=len(names), prompt=PROMPT, max_new_tokens=1, lora=lora)
             scheduler._table.generation = generation
             scheduler.submit(live)
-            names.append(scheduler._table.get(len(names)).identity)
+            names.append(scheduler._table.live[len(names)].identity)
     assert len(set(names)) == len(names)
 
 

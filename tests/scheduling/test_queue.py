@@ -310,8 +310,8 @@ def test_a_started_request_drops_its_reference_to_another() -> None:
     for name in "ab":
         scheduler.submit(Request(request_id=name, prompt=ids(17), max_new_tokens=3))
     step(scheduler)
-    waits = scheduler._table.get("b")
-    assert waits.waits_for is scheduler._table.get("a")
+    waits = scheduler._table.live["b"]
+    assert waits.waits_for is scheduler._table.live["a"]
     step(scheduler)
     assert waits.waits_for is None  # otherwise requests would keep each other alive in a chain
 

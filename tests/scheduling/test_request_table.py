@@ -167,7 +167,7 @@ def corrupt_place(scheduler: Scheduler) -> None:
 
 
 def corrupt_names(scheduler: Scheduler) -> None:
-    del scheduler._table._live["b"]
+    del scheduler._table.live["b"]
 
 
 def corrupt_numbers(scheduler: Scheduler) -> None:
