@@ -113,7 +113,7 @@ class EngineCore:
             self._fetching = Fetching(scheduler, tiering, self._lock, guard, wake)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock
         self._loop = Loop(*parts, guard, self._fetching, on_step)
-        quotas = LiveQuotas(scheduler.manager, self._loop.live_requests)
+        quotas = LiveQuotas(scheduler.manager, self._loop.requests)
         self.quotas = NamespaceQuotas(lambda: [(quotas, runner.block_bytes)], self._locked)
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
         try:
@@ -147,21 +147,13 @@ class EngineCore:
 
         Raises: `EngineClosed`; otherwise as `Scheduler.submit`.
         """
-        prompt_ids = request.prompt.tolist()
-        output = Output(
-            request.request_id,
-            prompt_ids if prompt is None else prompt,
-            [],
-            arrival_time=time.monotonic(),
-        )
-        tracked = TrackedRequest(Channel(output), request, settings, prompt_ids, self._tokenizer)
+        ids, tokenizer = request.prompt.tolist(), self._tokenizer
+        shown = ids if prompt is None else prompt
+        output = Output(request.request_id, shown, [], arrival_time=time.monotonic())
+        tracked = TrackedRequest(Channel(output), request, settings, ids, tokenizer)
+        detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         # The stream exists before the request: if an interrupt drops it, it cancels the request.
-        stream = Stream(
-            tracked.channel,
-            self._cancel,
-            n=request.n,
-            detokenizer=None if self._tokenizer is None else Detokenizer(self._tokenizer),
-        )
+        stream = Stream(tracked.channel, self._cancel, n=request.n, detokenizer=detokenizer)
         with self._locked():
             self.refuse_closed()
             self._loop.submit(request, tracked)

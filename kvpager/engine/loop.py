@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from kvpager.engine.fetching import Fetching
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.model_watch import ModelGuard
 from kvpager.engine.request_state import TrackedRequest, TrackedSample
-from kvpager.engine.runner import Draw, Row, Runner, Sampler
+from kvpager.engine.runner import Draw, Runner, Sampler
 from kvpager.engine.stream import Channel, Dispatcher, Token, listener_errors_logged
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.request import Request
@@ -107,10 +107,6 @@ class Loop:
         if tracked is not None and tracked.channel is channel:
             self.scheduler.cancel(request_id)
 
-    def live_requests(self) -> Iterator[Request]:
-        """Yield the live requests. Call under the lock."""
-        return (tracked.request for tracked in self.requests.values())
-
     def stats(self) -> EngineStats:
         """Return current counts. Call under the lock. O(blocks + sequences)."""
         num_changes, doubt = 0, None
@@ -131,8 +127,7 @@ class Loop:
             return False
         began = time.perf_counter()
         try:
-            logits = self.runner.run(plan, self._prompts(plan))
-            draws = self._choose(plan, logits)
+            draws = self._compute(plan)
         except BaseException as error:  # a hook of the caller may raise anything, even SystemExit
             self._give_up(plan, error)
             return True
@@ -142,13 +137,13 @@ class Loop:
         return True
 
     def end_all(self, error: BaseException | None) -> None:
-        """End all requests, with `error` if a defect stopped the engine. Call under the lock.
+        """End all requests, with `error` if a defect stopped the engine. O(requests).
 
-        O(requests).
+        Call under the lock.
         """
+        how = "was not done when the engine was closed"
         for request_id, tracked in self.requests.items():
             tracked.error = error
-            how = "was not done when the engine was closed"
             self._dispatcher.post(tracked.ending(Reason.CANCELLED, how))
             if error is None:
                 self.scheduler.cancel(request_id)
@@ -175,41 +170,34 @@ class Loop:
         self._log_preemptions()
         return plan
 
-    def _prompts(self, plan: StepPlan) -> dict[int, list[int]]:
-        prompts = (
-            self.requests[request_id].channel.output.prompt_token_ids
-            for request_id in plan.request_ids
-        )
-        return dict(zip(plan.seq_ids.tolist(), prompts, strict=True))
-
-    def _choose(self, plan: StepPlan, logits: Any) -> list[Draw]:
-        chosen = np.flatnonzero(plan.needs_logits).tolist()
-        rows = [self._row(plan.request_ids[i], int(plan.seq_ids[i])) for i in chosen]
+    def _compute(self, plan: StepPlan) -> list[Draw]:
+        """Run the plan; return a draw for each row that needs logits."""
+        tracked = [self.requests[request_id] for request_id in plan.request_ids]
+        prompts = (each.channel.output.prompt_token_ids for each in tracked)
+        logits = self.runner.run(plan, dict(zip(plan.seq_ids.tolist(), prompts, strict=True)))
+        rows = []
+        for row in np.flatnonzero(plan.needs_logits).tolist():
+            sample = self._samples.get(int(plan.seq_ids[row]))
+            rows.append(tracked[row].first_row() if sample is None else sample.row())
         return self._sampler.choose(logits, rows) if rows else []
-
-    def _row(self, request_id: Hashable, seq_id: int) -> Row:
-        sample = self._samples.get(seq_id)
-        return self.requests[request_id].first_row() if sample is None else sample.row()
 
     def _advance(self, plan: StepPlan, draws: list[Draw]) -> None:
         """Deliver the chosen tokens, and complete the plan with the continuations."""
         parents: list[int] = []
-        tokens: list[int] = []
         successors: list[TrackedSample] = []
         failed: list[Hashable] = []
         news: list[tuple[Channel, list[Token]]] = []
         now = time.monotonic()
         for row, draw in zip(np.flatnonzero(plan.needs_logits).tolist(), draws, strict=True):
-            request_id, seq_id = plan.request_ids[row], int(plan.seq_ids[row])
-            tracked = self.requests[request_id]
-            arrived, continuing = tracked.extend(self._samples.get(seq_id), draw, now)
+            tracked = self.requests[plan.request_ids[row]]
+            sample = self._samples.get(int(plan.seq_ids[row]))
+            arrived, continuing = tracked.extend(sample, draw, now)
             news.append((tracked.channel, arrived))
-            for sample, token in continuing:
-                parents.append(row)
-                tokens.append(token)
-                successors.append(sample)
+            parents += [row] * len(continuing)
+            successors += continuing
             if tracked.error is not None:
-                failed.append(request_id)
+                failed.append(plan.request_ids[row])
+        tokens = [successor.sample.token_ids[-1] for successor in successors]
         self._dispatcher.post(partial(_hand_out, news))
         with self._lock:
             seq_ids = self.scheduler.complete(
@@ -217,12 +205,12 @@ class Loop:
             )
             for request_id in failed:
                 self.scheduler.cancel(request_id)
-        for row, seq_id, sample in zip(parents, seq_ids.tolist(), successors, strict=True):
+        for row, seq_id, successor in zip(parents, seq_ids.tolist(), successors, strict=True):
             if seq_id < 0:  # the sequence has max_new_tokens
                 continue
             if seq_id != plan.seq_ids[row]:
                 self.runner.fork(int(plan.seq_ids[row]), seq_id)
-            self._samples[seq_id] = sample
+            self._samples[seq_id] = successor
 
     def _end(self, request_id: Hashable, reason: Reason) -> None:
         tracked = self.requests.pop(request_id, None)
@@ -263,18 +251,15 @@ class Loop:
         if swaps + recomputes == self._num_preempted:
             return
         self._num_preempted = swaps + recomputes
-        now = time.monotonic()
-        is_due = self._logged is None or now - self._logged >= _LOG_EVERY_S
+        now, level = time.monotonic(), logging.DEBUG
+        if self._logged is None or now - self._logged >= _LOG_EVERY_S:
+            self._logged, level = now, logging.INFO
         logger.log(
-            logging.INFO if is_due else logging.DEBUG,
+            level,
             "KV cache is full: %d preemptions by swap and %d by recompute so far; %d requests "
             "run, %d wait. Raise memory= to avoid preemption.",
-            swaps,
-            recomputes,
-            counts.num_running,
-            counts.num_waiting + counts.num_preempted,
+            *(swaps, recomputes, counts.num_running, counts.num_waiting + counts.num_preempted),
         )
-        self._logged = now if is_due else self._logged
 
 
 def _hand_out(news: list[tuple[Channel, list[Token]]]) -> None:

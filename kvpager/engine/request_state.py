@@ -69,14 +69,14 @@ class TrackedRequest:
 
     def extend(
         self, parent: TrackedSample | None, draw: Draw, now: float
-    ) -> tuple[list[Token], list[tuple[TrackedSample, int]]]:
+    ) -> tuple[list[Token], list[TrackedSample]]:
         """Append the tokens drawn for a row. O(drawn tokens).
 
         `parent` is None for the row that ends the prompt, from which all samples start.
-        Returns the tokens to deliver, and the samples that continue, each with its token.
+        Returns the tokens to deliver, and the samples that continue.
         """
         arrived: list[Token] = []
-        continuing: list[tuple[TrackedSample, int]] = []
+        continuing: list[TrackedSample] = []
         if draw.error is not None:
             self.error = draw.error
             return arrived, continuing
@@ -86,13 +86,12 @@ class TrackedRequest:
             arrived.append(self._note(each, token, logprob))
             try:
                 self._finish(each, token)
-            except (
-                BaseException
-            ) as error:  # a criterion of the caller may raise anything, even SystemExit
+            # A criterion of the caller may raise anything, even SystemExit.
+            except BaseException as error:
                 self.error = error
                 break
             if each.sample.finish_reason is None:
-                continuing.append((each, token))
+                continuing.append(each)
         return arrived, continuing
 
     def _begin(self, count: int, now: float) -> list[TrackedSample]:

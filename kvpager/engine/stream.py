@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from kvpager import _validate as arguments
@@ -92,7 +91,7 @@ class Channel:
         self.output = output
         self._arrived: deque[Token] = deque()
         self._changed = Condition()
-        self._listeners: list[Callable[[], None]] = []
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._reader: Callable[[list[Token], bool], None] | None = None
         self._process = Process("engine")
         self.is_done = False
@@ -111,13 +110,13 @@ class Channel:
         return contextlib.nullcontext()
 
     def put(self, tokens: list[Token]) -> None:
-        """Deliver the tokens of one step. O(tokens + listeners)."""
+        """Deliver the tokens of one step. O(tokens + readers)."""
         with self._changed:
             self._arrived.extend(tokens)
             self._wake()
 
     def close(self, error: KVPagerError | None) -> None:
-        """End the channel, with `error` if the request has no result. O(listeners)."""
+        """End the channel, with `error` if the request has no result. O(readers)."""
         with self._changed:
             self.error = error
             self.is_done = True  # set last: a fork reads it without the lock
@@ -131,15 +130,14 @@ class Channel:
             self._wake()
 
     def _wake(self) -> None:
-        arrived = list(self._arrived) if self._reader is not None else []
-        if self._reader is not None:
-            self._arrived.clear()
         self._changed.notify_all()
-        listeners, self._listeners = self._listeners, []
-        for listener in listeners:
-            listener()
-        if self._reader is not None:  # called last, because it may raise
-            self._reader(arrived, self.is_done)
+        waiting, self._waiting = self._waiting, []
+        for loop, woken in waiting:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and its tasks with it
+                loop.call_soon_threadsafe(_resolve, woken)
+        if self._reader is not None:
+            arrived, self._arrived = self._arrived, deque()
+            self._reader(list(arrived), self.is_done)  # last, because it may raise
 
     def take(self, timeout: float | None = None) -> Token | None:
         """Return the next token, or None after the last one.
@@ -155,9 +153,8 @@ class Channel:
         """Wait for the end. Raises: `TimeoutError`, `EngineClosed`."""
         with self._locked():
             if not self._changed.wait_for(lambda: self.is_done, timeout):
-                raise TimeoutError(
-                    f"request {self.output.request_id!r} is not done after {timeout} s"
-                )
+                request_id = self.output.request_id
+                raise TimeoutError(f"request {request_id!r} is not done after {timeout} s")
 
     async def changed(self, is_enough: Callable[[], bool]) -> None:
         """Wait until `is_enough()`, without blocking the event loop."""
@@ -167,7 +164,7 @@ class Channel:
             with self._locked():
                 if is_enough():
                     return
-                self._listeners.append(partial(_resolve, loop, woken))
+                self._waiting.append((loop, woken))
             await woken
 
     @property
@@ -181,13 +178,9 @@ class Channel:
         return bool(self._arrived) or self.is_done
 
 
-def _resolve(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> None:
-    def resolve() -> None:
-        if not woken.done():
-            woken.set_result(None)
-
-    with contextlib.suppress(RuntimeError):  # the loop is closed, and its tasks with it
-        loop.call_soon_threadsafe(resolve)
+def _resolve(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
 
 
 class Dispatcher:

@@ -10,9 +10,7 @@ pytest.importorskip("transformers")
 
 from torch._inductor import config
 
-from kvpager.engine.compile_arguments import (
-    require_no_cuda_graphs,
-)
+from kvpager.engine.config import require_no_cuda_graphs
 
 
 @pytest.mark.parametrize(
