@@ -33,6 +33,7 @@ from kvpager.engine.request_state import RequestSettings
 from kvpager.engine.runner import Draw, Row
 from kvpager.integrations.huggingface.model_state.offloaded import execution_device
 from kvpager.integrations.huggingface.runner.setting_checks import (
+    OF_SUBMIT,
     check_config,
     check_given,
     check_served,
@@ -217,11 +218,14 @@ def _merged(
 
 
 def _meant(name: str) -> str:
-    """Return a question about the setting that a caller may have meant, or an empty text."""
+    """Return advice to a caller who may have meant another name, or an empty text."""
+    if name in OF_SUBMIT:
+        return f" Pass {name} to submit or generate."
     if name in _OF_OTHERS:
         known = _OF_OTHERS[name]
     else:
-        known = next(iter(difflib.get_close_matches(name, vars(GenerationConfig()), 1, 0.7)), None)
+        names = OF_SUBMIT.union(vars(GenerationConfig()))
+        known = next(iter(difflib.get_close_matches(name, names, 1, 0.7)), None)
     return f" Did you mean {known}?" if known else ""
 
 

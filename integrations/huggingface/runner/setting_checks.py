@@ -53,16 +53,16 @@ _WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 
 # Arguments of `submit` beside the generation settings.
-_OF_SUBMIT = {
-    "request_id", "namespace", "tenant", "priority", "timeout", "seed", "logprobs",
-    "logits_processor", "stopping_criteria",
+OF_SUBMIT = {
+    "input_ids", "attention_mask", "request_id", "namespace", "tenant", "priority", "timeout",
+    "seed", "logprobs", "sampling_settings", "logits_processor", "stopping_criteria",
 }  # fmt: skip
 
 
 def refuse_request_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings of a request where an engine is made. O(settings). Raises: `TypeError`."""
     for name in settings:
-        if name in _OF_SUBMIT or hasattr(_ANY_SETTINGS, name):
+        if name in OF_SUBMIT or hasattr(_ANY_SETTINGS, name):
             raise TypeError(f"{name}: a setting of requests. Pass it to submit or generate.")
 
 

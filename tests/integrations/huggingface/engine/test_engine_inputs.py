@@ -255,6 +255,30 @@ def test_a_misspelt_setting_is_answered_with_the_closest_name(llama: PreTrainedM
                 engine.submit([1, 2], **{name: 0.5})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("max_new_token", "max_new_tokens"),
+        ("priorty", "priority"),
+        ("namspace", "namespace"),
+        ("atention_mask", "attention_mask"),
+        ("time_out", "timeout"),
+    ],
+)
+def test_a_misspelt_argument_of_submit_is_answered_with_its_name(
+    llama: PreTrainedModel, wrong: str, meant: str
+) -> None:
+    expected = pytest.raises(ValueError, match=rf"^{wrong}: .*Did you mean {meant}\?$")
+    with Engine(llama, memory="4MiB") as engine, expected:
+        engine.submit([1, 2], **{wrong: 1})
+
+
+def test_an_argument_of_submit_is_no_sampling_setting(llama: PreTrainedModel) -> None:
+    expected = pytest.raises(ValueError, match=r"^seed: .* Pass seed to submit or generate\.$")
+    with Engine(llama, memory="4MiB") as engine, expected:
+        engine.sampling_settings(seed=1)
+
+
 @pytest.mark.parametrize("prompt", ["The with", ["The with"], ("The", "with")])
 def test_a_prompt_of_text_is_to_be_tokenized_first(llama: PreTrainedModel, prompt: Any) -> None:
     refused = pytest.raises(TypeError, match=r"expected token ids, got .*\. Tokenize it first\.$")
