@@ -7,153 +7,76 @@ import functools
 import re
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from kvpager._options import option
+from kvpager.bench.throughput.systems import Options as SystemOptions
+from kvpager.bench.throughput.systems import check_names, usual
 from kvpager.cli.errors import wrong_usage
-from kvpager.cli.files import check_plot, check_writable, write_text
-from kvpager.cli.options import option, takes
+from kvpager.cli.files import check_plot, check_writable, name_files, write_text
+from kvpager.cli.options import takes_options
 
 if TYPE_CHECKING:
     from kvpager.bench.throughput.results import Figures
-    from kvpager.bench.throughput.systems import Options as SystemOptions
     from kvpager.bench.throughput.systems import Progress
     from kvpager.bench.throughput.workload import Workload
-
 
 _model = functools.partial(option, "Model and hardware")
 _systems_option = functools.partial(option, "Systems")
 _requests = functools.partial(option, "Requests")
 _trace = functools.partial(option, "Recorded requests")
-_limit = functools.partial(option, "Memory and batching")
 _output = functools.partial(option, "Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of the command."""
+    """The options of the command, except those of the systems."""
 
-    model: Annotated[
-        str | None,
-        _model(
-            "Folder written by save_pretrained.",
-            metavar="PATH",
-            show_default="random weights: a bfloat16 Llama of 28 million parameters",
-        ),
-    ] = None
-    device: Annotated[
-        str | None,
-        _model(
-            "Device, such as cpu or cuda:1.",
-            metavar="DEVICE",
-            show_default="cuda if torch finds one, else cpu",
-        ),
-    ] = None
-    threads: Annotated[
-        int | None,
-        _model("CPU threads per system.", metavar="N", show_default="torch's own choice"),
-    ] = None
-    systems: Annotated[
-        str | None,
-        _systems_option(
-            "kvpager, kvpager-compiled, generate, generate-rows, generate_batch, vllm, vllm-eager.",
-            metavar="NAME,...",
-            show_default="those installed",
-        ),
-    ] = None
-    compiled: Annotated[
-        bool, option("Systems", "Add kvpager-compiled: torch.compile.", "--compile")
-    ] = False
-    batch_size: Annotated[
-        int | None,
-        _systems_option("Add generate-rows: padded batches of this many requests.", metavar="ROWS"),
-    ] = None
-    vllm_python: Annotated[
-        str | None,
-        _systems_option("Python interpreter or environment with vLLM.", metavar="PATH"),
-    ] = None
-    generate_batch_limit: Annotated[
-        int | None,
-        _systems_option(
-            "Requests for generate_batch: the first N.", metavar="N", show_default="all"
-        ),
-    ] = None
-    num_prompts: Annotated[
-        int | None,
-        _requests("Number of requests.", metavar="N", show_default="64, or all of the trace"),
-    ] = None
-    input_len: Annotated[
-        str, _requests("Tokens per prompt, uniformly distributed.", metavar="LOW-HIGH")
-    ] = "32-512"
-    output_len: Annotated[int, _requests("Generated tokens per request.", metavar="TOKENS")] = 128
-    prefix_len: Annotated[
-        int, _requests("Length of a prefix shared by all prompts.", metavar="TOKENS")
-    ] = 0
-    request_rate: Annotated[
-        float | None,
-        _requests(
-            "Requests per second (Poisson arrivals).", metavar="RATE", show_default="all at once"
-        ),
-    ] = None
-    seed: Annotated[
-        int, _requests("Seed of lengths, token ids and arrival times.", metavar="N")
-    ] = 0
-    trace: Annotated[
-        str | None,
-        _trace(
-            "Replay a trace: .jsonl as for kvpager simulate, or .csv.",
-            metavar="FILE",
-            show_default="synthetic requests",
-        ),
-    ] = None
-    max_request_len: Annotated[
-        int | None,
-        _trace("Skip requests with more tokens, reply included.", metavar="TOKENS"),
-    ] = None
-    speed: Annotated[
-        float, _trace("Replay speed; 2 halves the time between arrivals.", metavar="FACTOR")
-    ] = 1.0
-    memory: Annotated[
-        str | None,
-        _limit(
-            "KV cache of kvpager and vLLM, such as 64MiB.",
-            metavar="SIZE",
-            show_default="room for all requests at once",
-        ),
-    ] = None
-    host_memory: Annotated[
-        str | None,
-        _limit("Host memory that kvpager swaps to.", metavar="SIZE", show_default="none"),
-    ] = None
-    block_size: Annotated[
-        int, _limit("Tokens per block of kvpager, a power of two.", metavar="TOKENS")
-    ] = 16
-    max_num_seqs: Annotated[int, _limit("Maximum concurrent sequences.", metavar="N")] = 256
-    max_batch_tokens: Annotated[
-        int, _limit("Maximum tokens per step of kvpager and generate_batch.", metavar="TOKENS")
-    ] = 1024
-    prefix_cache: Annotated[
-        bool, option("Memory and batching", "Reuse the KV of shared prefixes.")
-    ] = True
-    repeats: Annotated[int, _output("Runs per system; figures are medians.", metavar="N")] = 1
-    plot: Annotated[
-        str | None,
-        _output("Plot kvpager's last run to a .png or .svg file.", metavar="FILE"),
-    ] = None
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE|-",
-            help="Write JSON lines; - prints only them.",
-            rich_help_panel="Output",
-        ),
-    ] = None
+    model: str | None = _model(
+        "Folder written by save_pretrained.",
+        "PATH",
+        shown="random weights: a bfloat16 Llama of 28 million parameters",
+    )
+    device: str | None = _model(
+        "Device, such as cpu or cuda:1.", "DEVICE", shown="cuda if torch finds one, else cpu"
+    )
+    systems: str | None = _systems_option(
+        "kvpager, kvpager-compiled, generate, generate-rows, generate_batch, vllm, vllm-eager.",
+        "NAME,...",
+        shown="those installed",
+    )
+    compiled: bool = _systems_option(
+        "Add kvpager-compiled: torch.compile.", default=False, name="--compile"
+    )
+    generate_batch_limit: int | None = _systems_option(
+        "Requests for generate_batch: the first N.", "N", shown="all"
+    )
+    num_prompts: int | None = _requests("Number of requests.", "N", shown="64, or all of the trace")
+    input_len: str = _requests("Tokens per prompt, uniformly distributed.", "LOW-HIGH", "32-512")
+    output_len: int = _requests("Generated tokens per request.", "TOKENS", 128)
+    prefix_len: int = _requests("Length of a prefix shared by all prompts.", "TOKENS", 0)
+    request_rate: float | None = _requests(
+        "Requests per second (Poisson arrivals).", "RATE", shown="all at once"
+    )
+    seed: int = _requests("Seed of lengths, token ids and arrival times.", "N", 0)
+    trace: str | None = _trace(
+        "Replay a trace: .jsonl as for kvpager simulate, or .csv.",
+        "FILE",
+        shown="synthetic requests",
+    )
+    max_request_len: int | None = _trace(
+        "Skip requests with more tokens, reply included.", "TOKENS"
+    )
+    speed: float = _trace("Replay speed; 2 halves the time between arrivals.", "FACTOR", 1.0)
+    repeats: int = _output("Runs per system; figures are medians.", "N", 1)
+    plot: str | None = _output("Plot kvpager's last run to a .png or .svg file.", "FILE")
+    json_file: str | None = _output(
+        "Write JSON lines; - prints only them.", "FILE|-", name="--json"
+    )
 
 
-@takes(Options)
-def throughput(options: Options) -> None:
+@takes_options
+def throughput(given: SystemOptions, options: Options) -> None:
     """Measure throughput and latency of kvpager, transformers and vLLM on the same requests.
 
     Every system warms up on a few other requests. Then the systems take turns,
@@ -164,7 +87,7 @@ def throughput(options: Options) -> None:
     check_writable(options.json_file)
     check_plot(options.plot)
     with wrong_usage():
-        bench = _prepare(options)
+        bench = _prepare(given, options)
     machine, figures = _run(bench, quiet=options.json_file == "-")
     _report(machine, figures, bench.workload, options)
 
@@ -183,17 +106,16 @@ class _Bench:
     settings: dict[str, Any]  # further arguments of `comparison.measure`
 
 
-def _prepare(options: Options) -> _Bench:
+def _prepare(given: SystemOptions, options: Options) -> _Bench:
     from kvpager import _validate as arguments
 
-    given = _system_options(options)
-    systems = _systems(options, given)
-    settings = {
-        "model_path": options.model,
-        "repeats": options.repeats,
-        "subsets": _subsets(options.generate_batch_limit),
-    }
+    given.check()
+    systems = _systems(given, options)
     arguments.count("repeats", options.repeats, at_least=1)
+    subsets, limit = {}, options.generate_batch_limit
+    if limit is not None:
+        subsets["generate_batch"] = arguments.count("generate_batch_limit", limit, at_least=1)
+    settings = {"model_path": options.model, "repeats": options.repeats, "subsets": subsets}
 
     # Here, for torch and transformers take seconds to load, and options are looked at before.
     from kvpager.bench.throughput import models
@@ -206,27 +128,7 @@ def _prepare(options: Options) -> _Bench:
     return _Bench(systems=systems, given=given, model=model, workload=workload, settings=settings)
 
 
-def _system_options(options: Options) -> SystemOptions:
-    from kvpager.bench.throughput.systems import Options as SystemOptions
-
-    given = SystemOptions(
-        memory=options.memory,
-        host_memory=options.host_memory,
-        block_size=options.block_size,
-        max_num_seqs=options.max_num_seqs,
-        max_batch_tokens=options.max_batch_tokens,
-        prefix_cache=options.prefix_cache,
-        batch_size=options.batch_size,
-        threads=options.threads,
-        vllm_python=options.vllm_python,
-    )
-    given.check()
-    return given
-
-
-def _systems(options: Options, given: SystemOptions) -> list[str]:
-    from kvpager.bench.throughput.systems import check_names, usual
-
+def _systems(given: SystemOptions, options: Options) -> list[str]:
     if options.systems is None:
         return usual(given, compiled=options.compiled)
     names = [name.strip() for name in options.systems.split(",")]
@@ -242,25 +144,16 @@ def _is_drawn(system: str) -> bool:
     return system.startswith("kvpager")
 
 
-def _subsets(count: int | None) -> dict[str, int]:
-    from kvpager import _validate as arguments
-
-    if count is None:
-        return {}
-    return {"generate_batch": arguments.count("generate_batch_limit", count, at_least=1)}
-
-
 def _workload(options: Options, vocabulary: int, max_length: int | None) -> Workload:
     from kvpager.bench.throughput.workload import from_trace, synthetic
 
     if options.trace is not None:
+        limit = options.max_request_len
         return from_trace(
             options.trace,
             vocabulary=vocabulary,
             num_prompts=options.num_prompts,
-            max_request_len=max_length
-            if options.max_request_len is None
-            else options.max_request_len,
+            max_request_len=max_length if limit is None else limit,
             speed=options.speed,
             seed=options.seed,
         )
@@ -302,7 +195,7 @@ class _Bars:
 
     def __init__(self, stack: contextlib.ExitStack, repeats: int, quiet: bool) -> None:
         self._repeats = repeats
-        self._disable = True if quiet else None  # tqdm's None: on a terminal only
+        self._disable = quiet or None  # tqdm's None: on a terminal only
         self._bar: Any = None
         stack.callback(self._close)
 
@@ -344,6 +237,4 @@ def _report(
     if json_file == "-":
         return
     report.show(machine, figures, workload)
-    for name, file in (("figures", json_file), ("plot", plot)):
-        if file is not None:
-            typer.echo(f"{name}: {file}")
+    name_files(figures=json_file, plot=plot)

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from kvpager.errors import BadInput
 
 
@@ -45,3 +47,10 @@ def write_text(file: str, text: str) -> None:
         sys.stdout.write(text)
     else:
         Path(file).write_text(text, encoding="utf-8")
+
+
+def name_files(**files: str | None) -> None:
+    """Print the files that a command has written. O(files)."""
+    for name, file in files.items():
+        if file is not None:
+            typer.echo(f"{name}: {file}")

@@ -1,50 +1,62 @@
-"""The options of a command as a dataclass, and options that several commands share."""
+"""Commands that take dataclasses of options, and options that several commands share."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import os
-from collections.abc import Callable
-from dataclasses import MISSING, fields
-from typing import Annotated, Any, TypeVar, get_type_hints
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-_Options = TypeVar("_Options")
 NUM_CPUS = os.cpu_count() or 1
 
 
-def takes(
-    options: type[_Options],
-) -> Callable[[Callable[[_Options], None]], Callable[..., None]]:
-    """Return a decorator: the command gets one option for each field of the dataclass."""
-    hints = get_type_hints(options, include_extras=True)
-    parameters = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(options)  # type: ignore[arg-type]  # a dataclass
-    ]
+def takes_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with an option for each field of the dataclasses that `function` takes."""
+    hints = get_type_hints(function, include_extras=True)
+    kinds: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in kinds:
+            parameters += _parameters(kinds[name])
+        else:
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(kind=keyword, annotation=hints[name]))
 
-    def decorate(function: Callable[[_Options], None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def command(**given: Any) -> None:
-            function(options(**given))
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        for name, kind in kinds.items():
+            own = {each: given.pop(each) for each in names_of(kind)}
+            given[name] = kind(**own)
+        function(**given)
 
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = hints
-        return command
-
-    return decorate
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
 
 
-def names_of(options: type[Any]) -> dict[str, str]:
+def _parameters(options: Any) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(options)
+    for each in fields(options):
+        told = dict(each.metadata)
+        if told:  # the field is an option
+            hint = hints[each.name]
+            hint = str | None if hint == int | str | None else hint  # typer takes no such union
+            yield inspect.Parameter(
+                each.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=each.default,
+                annotation=Annotated[hint, typer.Option(*told.pop("names"), **told)],
+            )
+
+
+def names_of(options: Any) -> dict[str, str]:
     """Return the options of a dataclass: parameter name -> `--parameter-name`. O(options)."""
-    return {each.name: f"--{each.name.replace('_', '-')}" for each in fields(options)}
+    named = [each.name for each in fields(options) if each.metadata]
+    return {name: f"--{name.replace('_', '-')}" for name in named}
 
 
 def _count(value: str | int) -> int:
@@ -58,11 +70,6 @@ def _count(value: str | int) -> int:
     return int(number)
 
 
-def option(panel: str, help: str, *names: str, **more: Any) -> Any:
-    """Return a typer option that the help shows in `panel`. O(1)."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
 JsonFile = Annotated[
     str | None,
     typer.Option(
@@ -74,7 +81,9 @@ JsonFile = Annotated[
 ]
 PlotFile = Annotated[
     str | None,
-    option("Output", "Write a plot to a .png or .svg file.", metavar="FILE"),
+    typer.Option(
+        metavar="FILE", help="Write a plot to a .png or .svg file.", rich_help_panel="Output"
+    ),
 ]
 Operations = Annotated[
     int, typer.Option(metavar="N", parser=_count, help="Number of operations, such as 1e7.")

@@ -12,8 +12,9 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from kvpager._options import option
 from kvpager.cli.errors import no_such_option, one_line_errors, wrong_usage
-from kvpager.cli.options import names_of, option, takes
+from kvpager.cli.options import names_of, takes_options
 from kvpager.errors import BadInput
 
 # Options after COMMAND belong to it.
@@ -22,57 +23,44 @@ PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of the command."""
+    """The arguments of `patch`, and an option of the command."""
 
-    command: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="COMMAND ...",
-            help="A console script such as `transformers serve MODEL`, a .py file or `-m MODULE`, "
-            "and its arguments.",
-        ),
-    ]
-    memory: Annotated[
-        str | None,
-        option(
-            "Memory",
-            "Maximum KV cache memory of all pools, such as 4GiB.",
-            metavar="SIZE",
-            show_default="no bound",
-        ),
-    ] = None
-    host_memory: Annotated[
-        str | None,
-        option(
-            "Memory", "Host memory for rows that do not fit.", metavar="SIZE", show_default="none"
-        ),
-    ] = None
-    block_size: Annotated[
-        int, option("Memory", "Tokens per block, a power of two.", metavar="TOKENS")
-    ] = 16
-    kv_cache_dtype: Annotated[
-        str | None,
-        option(
-            "Memory",
-            "Store keys and values in 8 bits.",
-            metavar="int8|fp8_e4m3",
-            show_default="the model's dtype",
-        ),
-    ] = None
-    prefix_cache: Annotated[
-        bool,
-        option("Behaviour", "Reuse the KV of earlier prompts and replies.", "--prefix-cache"),
-    ] = False
-    in_place: Annotated[
-        bool, option("Behaviour", "Read blocks in place, or gather them for every read.")
-    ] = True
-    report: Annotated[bool, option("Output", "Print a report to stderr at exit.", "--report")] = (
-        False
+    memory: str | None = option(
+        "Memory", "Maximum KV cache memory of all pools, such as 4GiB.", "SIZE", shown="no bound"
+    )
+    host_memory: str | None = option(
+        "Memory", "Host memory for rows that do not fit.", "SIZE", shown="none"
+    )
+    block_size: int = option("Memory", "Tokens per block, a power of two.", "TOKENS", 16)
+    kv_cache_dtype: str | None = option(
+        "Memory", "Store keys and values in 8 bits.", "int8|fp8_e4m3", shown="the model's dtype"
+    )
+    prefix_cache: bool = option(
+        "Behaviour",
+        "Reuse the KV of earlier prompts and replies.",
+        default=False,
+        name="--prefix-cache",
+    )
+    in_place: bool = option(
+        "Behaviour", "Read blocks in place, or gather them for every read.", default=True
+    )
+    report: bool = option(
+        "Output", "Print a report to stderr at exit.", default=False, name="--report"
     )
 
 
-@takes(Options)
-def run(options: Options) -> None:
+_Command = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="COMMAND ...",
+        help="A console script such as `transformers serve MODEL`, a .py file or `-m MODULE`, "
+        "and its arguments.",
+    ),
+]
+
+
+@takes_options
+def run(command: _Command, options: Options) -> None:
     """Run a Python program with `kvpager.patch()` active for every model in its process.
 
     Example: kvpager run --memory 4GiB transformers serve MODEL --continuous-batching
@@ -83,7 +71,7 @@ def run(options: Options) -> None:
     Exit status: the program's; 2 for wrong usage of kvpager.
     """
     with one_line_errors(names_of(Options)), wrong_usage():  # not around the program itself
-        program, arguments = _find(options.command)
+        program, arguments = _find(command)
         from kvpager.integrations.huggingface.patching.patch import patch
 
         paging = patch(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpager._options import option
 from kvpager._text import counted
 from kvpager.cli.errors import wrong_usage
-from kvpager.cli.files import check_plot, check_writable, write_json
-from kvpager.cli.options import JsonFile, PlotFile, option, takes
+from kvpager.cli.files import check_plot, check_writable, name_files, write_json
+from kvpager.cli.options import JsonFile, PlotFile, takes_options
 from kvpager.errors import BadInput
 
 if TYPE_CHECKING:
@@ -23,81 +24,67 @@ GENERATED = 4000  # requests
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of the command."""
+    """The options of the command, except those of its output."""
 
-    trace: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="TRACE",
-            help="Requests as JSON lines (also .gz): timestamp, input_length, output_length and "
-            "hash_ids, one id per block of the prompt.",
-            show_default="a generated trace",
-        ),
-    ] = None
-    capacity: Annotated[
-        list[str] | None,
-        option(
-            "Cache",
-            "Pool sizes in blocks.",
-            metavar="BLOCKS,...",
-            show_default=",".join(map(str, CAPACITIES)),
-        ),
-    ] = None
-    policy: Annotated[
-        str | None,
-        option(
-            "Cache",
-            "Eviction policies: lru, priority, lifetime; baselines: s3-fifo, arc, 2q.",
-            metavar="NAME,...",
-            show_default="all",
-        ),
-    ] = None
-    generate: Annotated[
-        int | None,
-        option("Requests", "Generate a trace of N requests.", metavar="N", show_default="4000"),
-    ] = None
-    kind: Annotated[
-        str | None,
-        option(
-            "Requests",
-            "Generated traffic: mixed, chat, agents, evaluation, one-shot or shifting.",
-            metavar="KIND",
-            show_default="mixed",
-        ),
-    ] = None
-    seed: Annotated[int, option("Requests", "Seed of the generated trace.", metavar="N")] = 0
-    skip_bad: Annotated[
-        bool, option("Requests", "Skip lines that are not requests.", "--skip-bad")
-    ] = False
-    plot: PlotFile = None
-    json_file: JsonFile = None
+    capacity: list[str] | None = option(
+        "Cache", "Pool sizes in blocks.", "BLOCKS,...", shown=",".join(map(str, CAPACITIES))
+    )
+    policy: str | None = option(
+        "Cache",
+        "Eviction policies: lru, priority, lifetime; baselines: s3-fifo, arc, 2q.",
+        "NAME,...",
+        shown="all",
+    )
+    generate: int | None = option(
+        "Requests", "Generate a trace of N requests.", "N", shown=str(GENERATED)
+    )
+    kind: str | None = option(
+        "Requests",
+        "Generated traffic: mixed, chat, agents, evaluation, one-shot or shifting.",
+        "KIND",
+        shown="mixed",
+    )
+    seed: int = option("Requests", "Seed of the generated trace.", "N", 0)
+    skip_bad: bool = option(
+        "Requests", "Skip lines that are not requests.", default=False, name="--skip-bad"
+    )
 
 
-@takes(Options)
-def simulate(options: Options) -> None:
+_Trace = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="TRACE",
+        help="Requests as JSON lines (also .gz): timestamp, input_length, output_length and "
+        "hash_ids, one id per block of the prompt.",
+        show_default="a generated trace",
+    ),
+]
+
+
+@takes_options
+def simulate(
+    options: Options, trace: _Trace = None, plot: PlotFile = None, json_file: JsonFile = None
+) -> None:
     """Replay a trace and compare the hit ratios of eviction policies.
 
     Exit status: 0, 1 if a result cannot be written, or 2 for wrong usage.
     """
     from kvpager.simulate.replay import summary
 
-    json_file, plot = options.json_file, options.plot
     check_writable(json_file)
     check_plot(plot)
     with wrong_usage():
         capacities, policies = _capacities(options.capacity), _policies(options.policy)
-        trace = _find_trace(options)
-    results = _replay_all(trace, capacities, policies, quiet=json_file == "-")
+        replayed = _find_trace(trace, options)
+    results = _replay_all(replayed, capacities, policies, quiet=json_file == "-")
     if plot is not None:
-        _draw(plot, trace, results)
-    write_json(json_file, summary(trace, results))
+        _draw(plot, replayed, results)
+    write_json(json_file, summary(replayed, results))
     if json_file != "-":
-        if all(given is None for given in (options.trace, options.generate, options.kind)):
+        if trace is options.generate is options.kind is None:
             typer.echo("No TRACE given: generating one.")
-        _show_hit_ratios(trace, results)
-        for name, file in (("figures", json_file), ("plot", plot)):
-            if file is not None:
-                typer.echo(f"{name}: {file}")
+        _show_hit_ratios(replayed, results)
+        name_files(figures=json_file, plot=plot)
 
 
 def _capacities(wanted: list[str] | None) -> list[int]:
@@ -124,20 +111,19 @@ def _policies(wanted: str | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _find_trace(options: Options) -> Trace:
+def _find_trace(path: str | None, options: Options) -> Trace:
     from kvpager import _validate as arguments
     from kvpager.simulate.generate import GENERATED_MAX, generate_trace
     from kvpager.simulate.replay import read_trace
 
-    path, generate, kind = options.trace, options.generate, options.kind
-    for name, value in (("generate", generate), ("kind", kind)):
-        if path is not None and value is not None:
+    if path is None:
+        count = GENERATED if options.generate is None else options.generate
+        arguments.count("generate", count, at_least=1, at_most=GENERATED_MAX)
+        return generate_trace(count, options.seed, options.kind or "mixed")
+    for name in ("generate", "kind"):
+        if (value := getattr(options, name)) is not None:
             raise BadInput(f"--{name}={value}: conflicts with TRACE. Give one of the two.")
-    if path is not None:
-        return read_trace(path, options.skip_bad)
-    count = GENERATED if generate is None else generate
-    arguments.count("generate", count, at_least=1, at_most=GENERATED_MAX)
-    return generate_trace(count, options.seed, "mixed" if kind is None else kind)
+    return read_trace(path, options.skip_bad)
 
 
 def _replay_all(
@@ -149,8 +135,8 @@ def _replay_all(
 
     results = []
     total = len(trace.prompts) * len(capacities) * len(policies)
-    shown = None if not quiet else True  # tqdm's None: on a terminal only
-    with tqdm(total=total, leave=False, disable=shown, file=sys.stderr, unit=" requests") as bar:
+    hidden = quiet or None  # tqdm's None: on a terminal only
+    with tqdm(total=total, leave=False, disable=hidden, file=sys.stderr, unit=" requests") as bar:
         for capacity in capacities:
             for policy in policies:
                 bar.set_description(f"{policy}, {capacity} blocks")

@@ -77,7 +77,7 @@ def _room(settings: Settings, max_positions: int | None) -> int:
 
 
 def _batch(settings: Settings, tokenize: Tokenize, room: int) -> Scenario:
-    texts = settings.prompts or PROMPTS
+    texts = settings.prompt or PROMPTS
     rows = tuple(map(tokenize, texts))
     for text, row in zip(texts, rows, strict=True):
         if not row:

@@ -169,7 +169,7 @@ def describe(model: Any, workload: Workload, options: Options, **more: Any) -> d
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
         },
-        "options": {name: getattr(options, name) for name in options.__slots__} | more,
+        "options": vars(options) | more,
         "machine": {
             "platform": platform.platform(),
             "processor": _processor(),

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from kvpager import _validate as arguments
-from kvpager.bench.throughput.results import Run
-from kvpager.bench.throughput.workload import Workload
+from kvpager._options import option
+
+if TYPE_CHECKING:
+    from kvpager.bench.throughput.results import Run
+    from kvpager.bench.throughput.workload import Workload
 
 Progress = Callable[[int], object]  # called with the number of newly finished requests
 
@@ -36,36 +38,43 @@ class System(Protocol):
         """Release all memory and processes. Idempotent."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+_HARDWARE, _MEMORY = "Model and hardware", "Memory and batching"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of all systems. A system ignores options that it lacks.
+    """The options of all systems. A system ignores options that it lacks."""
 
-    Args:
-        memory: bytes of the KV cache; None: room for all requests at once.
-        host_memory: bytes of host memory to swap to.
-        block_size: tokens per block of kvpager; other systems have their own default.
-        max_num_seqs: maximum concurrent sequences.
-        max_batch_tokens: maximum tokens per step of kvpager and `generate_batch`.
-        prefix_cache: reuse the KV of shared prefixes.
-        batch_size: requests per padded batch of `generate-rows`.
-        threads: CPU threads per system; None leaves torch's setting.
-        vllm_python: an interpreter that can import vLLM, or the folder of its environment.
-        engine: further arguments of `Engine`.
-    """
-
-    memory: int | str | None = None
-    host_memory: int | str | None = None
-    block_size: int = 16
-    max_num_seqs: int = 256
-    max_batch_tokens: int = 1024
-    prefix_cache: bool = True
-    batch_size: int | None = None
-    threads: int | None = None
-    vllm_python: str | None = None
-    engine: dict[str, Any] = field(default_factory=dict)
+    threads: int | None = option(
+        _HARDWARE, "CPU threads per system.", "N", shown="torch's own choice"
+    )
+    batch_size: int | None = option(
+        "Systems", "Add generate-rows: padded batches of this many requests.", "ROWS"
+    )
+    vllm_python: str | None = option(
+        "Systems", "Python interpreter or environment with vLLM.", "PATH"
+    )
+    memory: int | str | None = option(
+        _MEMORY,
+        "KV cache of kvpager and vLLM, such as 64MiB.",
+        "SIZE",
+        shown="room for all requests at once",
+    )
+    host_memory: int | str | None = option(
+        _MEMORY, "Host memory that kvpager swaps to.", "SIZE", shown="none"
+    )
+    block_size: int = option(_MEMORY, "Tokens per block of kvpager, a power of two.", "TOKENS", 16)
+    max_num_seqs: int = option(_MEMORY, "Maximum concurrent sequences.", "N", 256)
+    max_batch_tokens: int = option(
+        _MEMORY, "Maximum tokens per step of kvpager and generate_batch.", "TOKENS", 1024
+    )
+    prefix_cache: bool = option(_MEMORY, "Reuse the KV of shared prefixes.", default=True)
+    engine: dict[str, Any] = field(default_factory=dict)  # further arguments of `Engine`
 
     def check(self) -> None:
         """Check every option. Raises `ValueError`, `TypeError`."""
+        from kvpager import _validate as arguments
+
         arguments.parse_memory(self.memory)
         arguments.parse_memory(self.host_memory, "host_memory")
         arguments.block_size(self.block_size)
