@@ -33,7 +33,6 @@ _BAD_LINES_MAX = 1000  # reading stops after this many bad lines
 _SKIPPED_MAX = 100_000  # maximum bad lines to skip
 _BLOCKS_MAX = 20_000_000  # of a trace; a distinct block takes about 200 bytes
 _MILLISECONDS_MAX = 10**15
-_PROGRESS_EVERY = 64  # requests
 _NEVER = 2**62
 OFFLINE = "offline optimum"
 
@@ -98,19 +97,15 @@ def read_trace(path: str | Path, skip_bad: bool = False) -> Trace:
     names the first ones. With `skip_bad`, `ValueError` only if too many lines or all are bad.
     """
     path = Path(path)
-    records, bad = _read(path, skip_bad)
-    return number_prefixes(path.name, [record.hash_ids for record in records], tuple(bad))
+    records, bad = read_records(path, skip_bad)
+    return number_prefixes(path.name, (record.hash_ids for record in records), tuple(bad))
 
 
-def read_records(path: str | Path) -> list[Recorded]:
-    """Return the requests of a trace, with times and lengths. O(blocks).
+def read_records(path: Path, skip_bad: bool = False) -> tuple[list[Recorded], list[str]]:
+    """Return the requests of a trace, and the errors of skipped lines. O(blocks).
 
     Raises: as `read_trace`.
     """
-    return _read(Path(path), skip_bad=False)[0]
-
-
-def _read(path: Path, skip_bad: bool) -> tuple[list[Recorded], list[str]]:
     records: list[Recorded] = []
     bad: list[str] = []
     num_blocks, most_bad = 0, _SKIPPED_MAX if skip_bad else _BAD_LINES_MAX
@@ -150,21 +145,17 @@ def _request(line: bytes) -> Recorded:
         value: Any = fields.get(name)
         most = _MILLISECONDS_MAX if name == "timestamp" else arguments.COUNT_MAX
         if type(value) not in (int, float) or not 0 <= value <= most:
-            limits = f"at least 0 and at most {most:,}"
-            raise ValueError(f"{name} {_short(value)}: expected a number, {limits}")
+            got = f"{name} {arguments.shown(value)}"
+            raise ValueError(f"{got}: expected a number, at least 0 and at most {most:,}")
     ids = fields.get("hash_ids")
     if not isinstance(ids, list):
-        raise ValueError(f"hash_ids {_short(ids)}: expected a list")
+        raise ValueError(f"hash_ids {arguments.shown(ids)}: expected a list")
     for value in ids:
         if type(value) is not int or not 0 <= value < _ID_END:
-            raise ValueError(f"hash_ids holds {_short(value)}: expected ints from 0 to 2**31 - 1")
+            got = f"hash_ids holds {arguments.shown(value)}"
+            raise ValueError(f"{got}: expected ints from 0 to 2**31 - 1")
     lengths = int(fields["input_length"]), int(fields["output_length"])
     return Recorded(fields["timestamp"] / 1000, *lengths, ids)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 30 else text[:27] + "..."
 
 
 def number_prefixes(
@@ -191,12 +182,12 @@ def replay(
     trace: Trace,
     capacity: int,
     policy: str,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> Result:
     """Replay `trace` with `policy` in a pool of `capacity` blocks. O(blocks * log capacity).
 
-    A prompt longer than the pool counts its hits, but is not cached. `progress` is called now and
-    then with the number of requests since its last call. Raises: `TypeError`, `ValueError`.
+    A prompt longer than the pool counts its hits, but is not cached. `progress` is called with 1
+    after each request. Raises: `TypeError`, `ValueError`.
     """
     capacity = arguments.count("capacity", capacity, at_least=1)
     # `allocate` never reuses the last token. So each prompt gets one more token, which is never
@@ -204,10 +195,9 @@ def replay(
     # exactly `capacity` of them can be cached. More blocks than prefixes would only cost memory.
     num_blocks = min(capacity, trace.num_prefixes) + 1
     manager = BlockManager(num_blocks, 1, eviction=COMPARED[policy](num_blocks))
-    hits = blocks = too_long = 0
+    hits = too_long = 0
     start = time.perf_counter()
-    for number, prompt in enumerate(trace.prompts, 1):
-        blocks += len(prompt)
+    for prompt in trace.prompts:
         if len(prompt) > capacity:
             hits += manager.match_prefix(prompt)
             too_long += 1
@@ -216,14 +206,10 @@ def replay(
             hits += sequence.num_cached_tokens
             manager.commit(sequence, len(prompt))
             manager.free(sequence)
-        if progress is not None and number % _PROGRESS_EVERY == 0:
-            progress(_PROGRESS_EVERY)
-    if progress is not None:
-        progress(len(trace.prompts) % _PROGRESS_EVERY)
+        progress(1)
     seconds = time.perf_counter() - start
-    return Result(
-        policy, capacity, hits, blocks, manager.queries.num_evicted_blocks, too_long, seconds
-    )
+    evicted = manager.queries.num_evicted_blocks
+    return Result(policy, capacity, hits, trace.num_blocks, evicted, too_long, seconds)
 
 
 def offline_optimum(trace: Trace, capacity: int) -> Result:
@@ -248,15 +234,15 @@ def offline_optimum(trace: Trace, capacity: int) -> Result:
             found += 1
         hits += found
         num_cached += len(numbers) - found
+        entries = []
         for number, use in zip(numbers, uses, strict=True):
             is_cached[number] = True
             next_use[number] = use
-        entries = [(-use, -number) for number, use in zip(numbers, uses, strict=True)]
+            entries.append((-use, -number))
         if len(numbers) > capacity:
             too_long += 1
-            for entry in entries:
-                heapq.heappush(furthest, entry)
-            entries = []
+            while entries:
+                heapq.heappush(furthest, entries.pop())
         while num_cached > capacity:
             use, number = heapq.heappop(furthest)
             if is_cached[-number] and next_use[-number] == -use:

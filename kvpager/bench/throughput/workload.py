@@ -186,7 +186,7 @@ def from_trace(
     if num_prompts is not None:
         num_prompts = arguments.count("num_prompts", num_prompts, at_least=1)
     prompts = _Prompts(vocabulary, seed)
-    records = list(_csv_records(path)) if path.suffix == ".csv" else read_records(path)
+    records = list(_csv_records(path)) if path.suffix == ".csv" else read_records(path)[0]
     chosen = _chosen(records, path, num_prompts, max_request_len)
     begin = chosen[0].seconds
     items = tuple(
