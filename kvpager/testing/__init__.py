@@ -20,7 +20,6 @@ For kvpager's block managers and scheduler:
     simulator           seeded random histories of kvpager's whole interface, shrunk when they fail
     serving_simulation  random traffic through a scheduler and a miniature model
     machine             the same operations as a Hypothesis state machine
-    isolation           paired probes of the isolation of namespaces
     mutants             mutation tests: known bugs that these tools must detect
 
 `conformance`, `machine` and `strategies` need Hypothesis; `conformance`, `machine` and `stores`

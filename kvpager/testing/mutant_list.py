@@ -1,430 +1,212 @@
-"""The mutants. Each original fragment occurs exactly once in the source of its module."""
+"""The mutants: modules, and known bugs of each with the fragment that they replace.
+
+An original fragment occurs exactly once in the source of its module.
+"""
 
 from __future__ import annotations
 
 from kvpager.testing.mutants import Mutant
 
-_READS_BACK = "a sequence reads back what was written"
-_SHARED = "a block that another sequence holds is never written"
-_RELEASED = "every reference is released exactly once"
-_COUNTS = "the counts add up"
-_COMMITTED = "nothing is reusable before it was committed"
-_EQUAL = "a reused prefix is equal token by token"
-_REFUSED = "an invalid call is refused"
-_ATOMIC = "a refused call changes nothing"
-_IN_FLIGHT = "a block with a copy in flight stays where it is"
-_RECLAIMED = "blocks that only the index keeps can be evicted"
+_BUGS = {
+    "kvpager.blocks.pool": {
+        "hand out a new block twice": (
+            "self._num_used_ever += count - from_stack",
+            "self._num_used_ever += count - from_stack - 1",
+        ),
+        "read the free list one too high": (
+            "self._stack[base : base + from_stack]",
+            "self._stack[base - 1 : base - 1 + from_stack]",
+        ),
+        "leave the block on the free list": (
+            "            self._stack_size = size\n            block: int",
+            "            block: int",
+        ),
+        "share without a reference": ("self.refs[index] = refs + times", "self.refs[index] = refs"),
+        "keep the reference of a released block": (
+            "refs = self.refs[index] - times",
+            "refs = self.refs[index] - 0",
+        ),
+        "free a block at its first release": (
+            "if view[block] != 1 or self._is_watched",
+            "if self._is_watched",
+        ),
+        "lose freed blocks": (
+            "self._stack_size += len(blocks)",
+            "self._stack_size += len(blocks) // 2",
+        ),
+        "hold a block without counting it": ("self.holds[index] += 1", "pass"),
+        "free blocks with a copy in flight": (
+            "self.num_kept += int(np.count_nonzero(kept))\n            idle = idle[~kept]",
+            "self.num_kept += int(np.count_nonzero(kept))",
+        ),
+        "forget the ids of a partly filled block": ("if num_full * size < len(ids):", "if False:"),
+        "evict and leave the block marked as cached": ("self.cached[index] = False", "pass"),
+        "move a block without its ids": ("self.ids[blocks] = ids", "pass"),
+        "move a block and keep one reference": ("self.refs[blocks] = holders", "pass"),
+    },
+    "kvpager.blocks.sequences": {
+        "accept a freed handle": ("self.generations[row] += 1", "pass"),
+        "leave a freed row's table": ("self.tables.release(row)", "pass"),
+        "give all new tokens the first new slot": (
+            "positions = starts[owners] + ranks(counts)",
+            "positions = starts[owners]",
+        ),
+        "reuse a batch after a free": (
+            "        self.free_rows.append(row)\n        self.epoch += 1",
+            "        self.free_rows.append(row)",
+        ),
+        "reuse prefixes of another LoRA": (
+            "        return self.namespace, self.lora\n",
+            "        return self.namespace, None\n",
+        ),
+    },
+    "kvpager.blocks.state": {
+        "accept another manager's handle": ("if handle._owner is not self:", "if False:"),
+        "accept a sequence twice in a batch": (
+            "if len(rows) > 1 and len(np.unique(rows)) != len(rows):",
+            "if False:",
+        ),
+        "use a swapped sequence": ("if self.rows.swapped[row]:", "if False:"),
+        "accept a call that lacks one block": (
+            "if count > pool.num_free + evictable:",
+            "if count > pool.num_free + evictable + 1:",
+        ),
+        "count a reused prefix as evictable": (
+            "evictable = pool.num_evictable - len(revived)",
+            "evictable = pool.num_evictable",
+        ),
+        "evict the prefix that was just matched": ("self.pool.hold(revived)", "pass"),
+        "take ids after unknown tokens as known": (
+            "whole = table.known[rows] == starts",
+            "whole = table.known[rows] >= 0",
+        ),
+    },
+    "kvpager.blocks.allocation": {
+        "reuse the last token of a prompt": ("ids[: max(length - 1, 0)]", "ids"),
+        "copy a partial match into the wrong block": (
+            "copies[0, 1] = fresh[0]",
+            "copies[0, 1] = fresh[-1]",
+        ),
+        "fork without a reference": (
+            "state.share(rows.device_blocks(parent), times)",
+            "state.share(rows.device_blocks(parent), max(times - 1, 0))",
+        ),
+        "keep the host blocks of a freed sequence": (
+            "state.release_host(table.host_blocks(row))",
+            "pass",
+        ),
+    },
+    "kvpager.blocks.extension": {
+        "write into a shared tail": (
+            'shared = pool.refs.take(index, mode="clip") > 1',
+            'shared = pool.refs.take(index, mode="clip") > 2',
+        ),
+        "write into a cached tail": (
+            'shared |= pool.cached.take(index, mode="clip")',
+            "shared |= False",
+        ),
+        "let every holder write a shared tail": (
+            "leaves[last[keeps]] = False",
+            "leaves[:] = False",
+        ),
+        "swap source and destination of copies": (
+            "step.copies[:, 0], step.copies[:, 1] = tails, taken[: len(tails)]",
+            "step.copies[:, 1], step.copies[:, 0] = tails, taken[: len(tails)]",
+        ),
+        "copy a block without its ids": ("state.copy_ids(step.copies)", "pass"),
+        "keep the reference to the copied tail": (
+            "state.release(blocks, times.astype(np.int32))",
+            "pass",
+        ),
+    },
+    "kvpager.blocks.publication": {
+        "publish before commit": (
+            "full = min(int(table.committed[row]), int(table.known[row])) >> state.shift",
+            "full = int(table.known[row]) >> state.shift",
+        ),
+        "publish speculative tokens": (
+            "settled = int(table.lengths[row]) - int(table.speculative[row])",
+            "settled = int(table.lengths[row])",
+        ),
+        "forget that a block has a duplicate": ("table.duplicates[row] |= is_duplicate", "pass"),
+    },
+    "kvpager.blocks.truncation": {
+        "truncate and keep the ids": ("column[row] = min(int(column[row]), length)", "pass"),
+        "truncate and keep the published length": (
+            "rows.published[row] = min(int(rows.published[row]), length // state.block_size)",
+            "pass",
+        ),
+        "release one block too few at the front": (
+            "blocks = tables.data[behind]",
+            "blocks = tables.data[behind][:-1]",
+        ),
+        "publish a sequence that lost its front": (
+            "table.known[row] = table.published[row] = 0",
+            "table.published[row] = 0",
+        ),
+    },
+    "kvpager.blocks.swap": {
+        "forget duplicates after a swap": (
+            "table.duplicates[everyone] |= table.published[everyone] > 0",
+            "pass",
+        ),
+        "swap out and release one reference only": (
+            "state.release(leaving.blocks, leaving.holders)",
+            "state.release(leaving.blocks)",
+        ),
+        "swap in and keep the host blocks": (
+            "state.release_host(leaving.blocks, leaving.holders)",
+            "pass",
+        ),
+        "swap out blocks that other sequences hold": (
+            "alone = holders == device.refs[blocks]",
+            "alone = holders >= 1",
+        ),
+    },
+    "kvpager.blocks.fences": {
+        "release a block with an unfinished copy": ('self._device.hold(kept["device"])', "pass"),
+        "never release the host side of a copy": ("self._host.unhold(host)", "pass"),
+    },
+    "kvpager.blocks.accounts": {
+        "let a namespace exceed its ceiling": ("over > ceiling:", "over > ceiling + 1:"),
+        "keep freed blocks in the namespace's count": (
+            "self._accounts[number].used -= count",
+            "pass",
+        ),
+    },
+    "kvpager.blocks.radix": {
+        "reuse a run of another image": (
+            "return tokens.tobytes() if tag is None else (tokens.tobytes(), tag)",
+            "return tokens.tobytes()",
+        ),
+        "use a position that was evicted": (
+            "return node if node is not None and position <= node.end else None",
+            "return node",
+        ),
+    },
+    "kvpager.blocks.prefix": {
+        "reuse the first block that differs": (
+            "agreed = int(same.argmin()) // self.block_size",
+            "agreed = -(-int(same.argmin()) // self.block_size)",
+        ),
+    },
+    "kvpager.blocks.eviction": {
+        "extend a run that lost its tail": ("node.end, node.sealed = end, True", "node.end = end"),
+        "evict pinned blocks": (
+            "return not (self._pool.refs[block] or self._pool.holds[block])",
+            "return not self._pool.refs[block]",
+        ),
+        "evict blocks that a sequence holds": ("leave &= self.idle(tail)", "pass"),
+        "evict without telling the pool": ("self._pool.uncache(blocks)", "pass"),
+        "forget idle blocks that precede held ones": (
+            "            node.queue.defer(node)\n        else:",
+            "            pass\n        else:",
+        ),
+    },
+}
 
-MUTANTS = (
-    # ---------------------------------------------------------------- pool
-    Mutant(
-        "hand out a new block twice",
-        "no block is handed out twice",
-        "kvpager.blocks.pool",
-        "self._num_used_ever += count - from_stack",
-        "self._num_used_ever += count - from_stack - 1",
-    ),
-    Mutant(
-        "read the free list one too high",
-        "no block is handed out twice",
-        "kvpager.blocks.pool",
-        "self._stack[base : base + from_stack]",
-        "self._stack[base - 1 : base - 1 + from_stack]",
-    ),
-    Mutant(
-        "leave the block on the free list",
-        "no block is handed out twice",
-        "kvpager.blocks.pool",
-        "            self._stack_size = size\n            block: int",
-        "            block: int",
-    ),
-    Mutant(
-        "share without a reference",
-        _COUNTS,
-        "kvpager.blocks.pool",
-        "self.refs[index] = refs + times",
-        "self.refs[index] = refs",
-    ),
-    Mutant(
-        "keep the reference of a released block",
-        _RELEASED,
-        "kvpager.blocks.pool",
-        "refs = self.refs[index] - times",
-        "refs = self.refs[index] - 0",
-    ),
-    Mutant(
-        "free a block at its first release",
-        _SHARED,
-        "kvpager.blocks.pool",
-        "if view[block] != 1 or self._is_watched",
-        "if self._is_watched",
-    ),
-    Mutant(
-        "lose freed blocks",
-        _RELEASED,
-        "kvpager.blocks.pool",
-        "self._stack_size += len(blocks)",
-        "self._stack_size += len(blocks) // 2",
-    ),
-    Mutant(
-        "hold a block without counting it",
-        _IN_FLIGHT,
-        "kvpager.blocks.pool",
-        "self.holds[index] += 1",
-        "pass",
-    ),
-    Mutant(
-        "free blocks with a copy in flight",
-        _IN_FLIGHT,
-        "kvpager.blocks.pool",
-        "self.num_kept += int(np.count_nonzero(kept))\n            idle = idle[~kept]",
-        "self.num_kept += int(np.count_nonzero(kept))",
-    ),
-    Mutant(
-        "forget the ids of a partly filled block",
-        _EQUAL,
-        "kvpager.blocks.pool",
-        "if num_full * size < len(ids):",
-        "if False:",
-    ),
-    Mutant(
-        "evict and leave the block marked as cached",
-        _COUNTS,
-        "kvpager.blocks.pool",
-        "self.cached[index] = False",
-        "pass",
-    ),
-    # ---------------------------------------------------------------- sequences, state
-    Mutant(
-        "accept a freed handle",
-        _REFUSED,
-        "kvpager.blocks.sequences",
-        "self.generations[row] += 1",
-        "pass",
-    ),
-    Mutant(
-        "leave a freed row's table",
-        _COUNTS,
-        "kvpager.blocks.sequences",
-        "self.tables.release(row)",
-        "pass",
-    ),
-    Mutant(
-        "give all new tokens the first new slot",
-        _READS_BACK,
-        "kvpager.blocks.sequences",
-        "positions = starts[owners] + ranks(counts)",
-        "positions = starts[owners]",
-    ),
-    Mutant(
-        "reuse a batch after a free",
-        _REFUSED,
-        "kvpager.blocks.sequences",
-        "        self.free_rows.append(row)\n        self.epoch += 1",
-        "        self.free_rows.append(row)",
-    ),
-    Mutant(
-        "accept another manager's handle",
-        _REFUSED,
-        "kvpager.blocks.state",
-        "if handle._owner is not self:",
-        "if False:",
-    ),
-    Mutant(
-        "accept a sequence twice in a batch",
-        _REFUSED,
-        "kvpager.blocks.state",
-        "if len(rows) > 1 and len(np.unique(rows)) != len(rows):",
-        "if False:",
-    ),
-    Mutant(
-        "use a swapped sequence",
-        _REFUSED,
-        "kvpager.blocks.state",
-        "if self.rows.swapped[row]:",
-        "if False:",
-    ),
-    Mutant(
-        "accept a call that lacks one block",
-        _ATOMIC,
-        "kvpager.blocks.state",
-        "if count > pool.num_free + evictable:",
-        "if count > pool.num_free + evictable + 1:",
-    ),
-    Mutant(
-        "count a reused prefix as evictable",
-        _ATOMIC,
-        "kvpager.blocks.state",
-        "evictable = pool.num_evictable - len(revived)",
-        "evictable = pool.num_evictable",
-    ),
-    Mutant(
-        "evict the prefix that was just matched",
-        _EQUAL,
-        "kvpager.blocks.state",
-        "self.pool.hold(revived)",
-        "pass",
-    ),
-    # ---------------------------------------------------------------- verbs
-    Mutant(
-        "reuse the last token of a prompt",
-        "one token is left to compute",
-        "kvpager.blocks.allocation",
-        "ids[: max(length - 1, 0)]",
-        "ids",
-    ),
-    Mutant(
-        "copy a partial match into the wrong block",
-        _READS_BACK,
-        "kvpager.blocks.allocation",
-        "copies[0, 1] = fresh[0]",
-        "copies[0, 1] = fresh[-1]",
-    ),
-    Mutant(
-        "fork without a reference",
-        _COUNTS,
-        "kvpager.blocks.allocation",
-        "state.share(rows.device_blocks(parent), times)",
-        "state.share(rows.device_blocks(parent), max(times - 1, 0))",
-    ),
-    Mutant(
-        "keep the host blocks of a freed sequence",
-        _RELEASED,
-        "kvpager.blocks.allocation",
-        "state.release_host(table.host_blocks(row))",
-        "pass",
-    ),
-    Mutant(
-        "write into a shared tail",
-        _SHARED,
-        "kvpager.blocks.extension",
-        'shared = pool.refs.take(index, mode="clip") > 1',
-        'shared = pool.refs.take(index, mode="clip") > 2',
-    ),
-    Mutant(
-        "write into a cached tail",
-        _SHARED,
-        "kvpager.blocks.extension",
-        'shared |= pool.cached.take(index, mode="clip")',
-        "shared |= False",
-    ),
-    Mutant(
-        "let every holder write a shared tail",
-        _SHARED,
-        "kvpager.blocks.extension",
-        "leaves[last[keeps]] = False",
-        "leaves[:] = False",
-    ),
-    Mutant(
-        "swap source and destination of copies",
-        _READS_BACK,
-        "kvpager.blocks.extension",
-        "step.copies[:, 0], step.copies[:, 1] = tails, taken[: len(tails)]",
-        "step.copies[:, 1], step.copies[:, 0] = tails, taken[: len(tails)]",
-    ),
-    Mutant(
-        "copy a block without its ids",
-        _EQUAL,
-        "kvpager.blocks.extension",
-        "state.copy_ids(step.copies)",
-        "pass",
-    ),
-    Mutant(
-        "keep the reference to the copied tail",
-        _RELEASED,
-        "kvpager.blocks.extension",
-        "state.release(blocks, times.astype(np.int32))",
-        "pass",
-    ),
-    Mutant(
-        "take ids after unknown tokens as known",
-        _EQUAL,
-        "kvpager.blocks.state",
-        "whole = table.known[rows] == starts",
-        "whole = table.known[rows] >= 0",
-    ),
-    Mutant(
-        "publish before commit",
-        _COMMITTED,
-        "kvpager.blocks.publication",
-        "full = min(int(table.committed[row]), int(table.known[row])) >> state.shift",
-        "full = int(table.known[row]) >> state.shift",
-    ),
-    Mutant(
-        "publish speculative tokens",
-        _COMMITTED,
-        "kvpager.blocks.publication",
-        "settled = int(table.lengths[row]) - int(table.speculative[row])",
-        "settled = int(table.lengths[row])",
-    ),
-    Mutant(
-        "truncate and keep the ids",
-        _EQUAL,
-        "kvpager.blocks.truncation",
-        "column[row] = min(int(column[row]), length)",
-        "pass",
-    ),
-    Mutant(
-        "truncate and keep the published length",
-        _EQUAL,
-        "kvpager.blocks.truncation",
-        "rows.published[row] = min(int(rows.published[row]), length // state.block_size)",
-        "pass",
-    ),
-    Mutant(
-        "release one block too few at the front",
-        _READS_BACK,
-        "kvpager.blocks.truncation",
-        "blocks = tables.data[behind]",
-        "blocks = tables.data[behind][:-1]",
-    ),
-    Mutant(
-        "publish a sequence that lost its front",
-        _EQUAL,
-        "kvpager.blocks.truncation",
-        "table.known[row] = table.published[row] = 0",
-        "table.published[row] = 0",
-    ),
-    Mutant(
-        "forget that a block has a duplicate",
-        _EQUAL,
-        "kvpager.blocks.publication",
-        "table.duplicates[row] |= is_duplicate",
-        "pass",
-    ),
-    Mutant(
-        "forget duplicates after a swap",
-        _EQUAL,
-        "kvpager.blocks.swap",
-        "table.duplicates[everyone] |= table.published[everyone] > 0",
-        "pass",
-    ),
-    Mutant(
-        "swap out and release one reference only",
-        _RELEASED,
-        "kvpager.blocks.swap",
-        "state.release(leaving.blocks, leaving.holders)",
-        "state.release(leaving.blocks)",
-    ),
-    Mutant(
-        "swap in and keep the host blocks",
-        _RELEASED,
-        "kvpager.blocks.swap",
-        "state.release_host(leaving.blocks, leaving.holders)",
-        "pass",
-    ),
-    # ---------------------------------------------------------------- swap, fences, accounts
-    Mutant(
-        "swap out blocks that other sequences hold",
-        _READS_BACK,
-        "kvpager.blocks.swap",
-        "alone = holders == device.refs[blocks]",
-        "alone = holders >= 1",
-    ),
-    Mutant(
-        "move a block without its ids",
-        _EQUAL,
-        "kvpager.blocks.pool",
-        "self.ids[blocks] = ids",
-        "pass",
-    ),
-    Mutant(
-        "move a block and keep one reference",
-        _COUNTS,
-        "kvpager.blocks.pool",
-        "self.refs[blocks] = holders",
-        "pass",
-    ),
-    Mutant(
-        "release a block with an unfinished copy",
-        _IN_FLIGHT,
-        "kvpager.blocks.fences",
-        'self._device.hold(kept["device"])',
-        "pass",
-    ),
-    Mutant(
-        "never release the host side of a copy",
-        _RELEASED,
-        "kvpager.blocks.fences",
-        "self._host.unhold(host)",
-        "pass",
-    ),
-    Mutant(
-        "let a namespace exceed its ceiling",
-        "quotas hold",
-        "kvpager.blocks.accounts",
-        "over > ceiling:",
-        "over > ceiling + 1:",
-    ),
-    Mutant(
-        "keep freed blocks in the namespace's count",
-        "quotas hold",
-        "kvpager.blocks.accounts",
-        "self._accounts[number].used -= count",
-        "pass",
-    ),
-    # ---------------------------------------------------------------- prefix index
-    Mutant(
-        "reuse a run of another image",
-        _EQUAL,
-        "kvpager.blocks.radix",
-        "return tokens.tobytes() if tag is None else (tokens.tobytes(), tag)",
-        "return tokens.tobytes()",
-    ),
-    Mutant(
-        "reuse prefixes of another LoRA",
-        _EQUAL,
-        "kvpager.blocks.sequences",
-        "        return self.namespace, self.lora\n",
-        "        return self.namespace, None\n",
-    ),
-    Mutant(
-        "reuse the first block that differs",
-        _EQUAL,
-        "kvpager.blocks.prefix",
-        "agreed = int(same.argmin()) // self.block_size",
-        "agreed = -(-int(same.argmin()) // self.block_size)",
-    ),
-    Mutant(
-        "use a position that was evicted",
-        _EQUAL,
-        "kvpager.blocks.radix",
-        "return node if node is not None and position <= node.end else None",
-        "return node",
-    ),
-    Mutant(
-        "extend a run that lost its tail",
-        _EQUAL,
-        "kvpager.blocks.eviction",
-        "node.end, node.sealed = end, True",
-        "node.end = end",
-    ),
-    Mutant(
-        "evict pinned blocks",
-        _IN_FLIGHT,
-        "kvpager.blocks.eviction",
-        "return not (self._pool.refs[block] or self._pool.holds[block])",
-        "return not self._pool.refs[block]",
-    ),
-    Mutant(
-        "evict blocks that a sequence holds",
-        _SHARED,
-        "kvpager.blocks.eviction",
-        "leave &= self.idle(tail)",
-        "pass",
-    ),
-    Mutant(
-        "evict without telling the pool",
-        _COUNTS,
-        "kvpager.blocks.eviction",
-        "self._pool.uncache(blocks)",
-        "pass",
-    ),
-    Mutant(
-        "forget idle blocks that precede held ones",
-        _RECLAIMED,
-        "kvpager.blocks.eviction",
-        "            node.queue.defer(node)\n        else:",
-        "            pass\n        else:",
-    ),
+MUTANTS = tuple(
+    Mutant(name, module, original, replacement)
+    for module, bugs in _BUGS.items()
+    for name, (original, replacement) in bugs.items()
 )

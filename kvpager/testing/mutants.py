@@ -1,8 +1,8 @@
 """Mutation tests of the kit: known bugs, each of which the kit must detect.
 
-A mutant replaces one exact fragment of a module's source. A new interpreter imports the module with
-the replacement; no file changes. Then it runs a bounded simulation, the properties of the
-conformance suite and the isolation probes. The first check that fails kills the mutant.
+A mutant replaces one exact fragment of a module's source. A new interpreter, which runs this module
+as a program, imports the changed source; no file changes. Then it runs a bounded simulation and
+checks the properties of the conformance suite. The first check that fails kills the mutant.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from time import perf_counter
 
 import kvpager
 
@@ -25,11 +24,10 @@ import kvpager
 class Mutant:
     """A known bug, and the fragment of source to replace for it.
 
-    `property`: the property it violates. `original` must be in the source of `module` exactly once.
+    `original` must be in the source of `module` exactly once.
     """
 
     name: str
-    property: str
     module: str
     original: str
     replacement: str
@@ -37,20 +35,19 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one mutant: killed or survived.
-
-    `by`: the check that failed, and its message. `operations`: the number that was simulated.
-    """
+    """The result of one mutant. `by`: the check that failed; "" if the mutant survived."""
 
     mutant: Mutant
-    killed: bool
     by: str
-    operations: int
-    seconds: float
+
+    @property
+    def killed(self) -> bool:
+        """True if a check failed."""
+        return bool(self.by)
 
 
 # The unchanged source: if the kit kills it, the kit or the manager is wrong.
-UNCHANGED = Mutant("unchanged", "none", "kvpager.blocks.manager", "", "")
+UNCHANGED = Mutant("unchanged", "kvpager.blocks.manager", "", "")
 
 
 def mutated_source(mutant: Mutant) -> str:
@@ -77,17 +74,15 @@ def kill(
     mutants: Sequence[Mutant],
     *,
     operations: int = 20_000,
-    seeds: Iterable[int] = (0,),
     processes: int = 2,
     timeout_seconds: float = 120.0,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> list[Outcome]:
     """Run the kit on each mutant; return outcomes in order. O(mutants * operations).
 
     Args:
-        mutants: the bugs, with different names.
-        operations: maximum operations to simulate for each mutant and seed.
-        seeds: one simulation each.
+        mutants: the bugs.
+        operations: maximum operations to simulate for each mutant.
         processes: mutants to run at a time.
         timeout_seconds: a mutant that runs longer counts as killed.
         progress: called with 1 after each mutant, such as `tqdm(...).update`.
@@ -95,24 +90,17 @@ def kill(
     Raises: `LookupError` if a fragment does not occur exactly once; `RuntimeError` if the unchanged
     source fails, or a mutant cannot be imported.
     """
-    names = [mutant.name for mutant in mutants]
-    if len(set(names)) != len(names):
-        raise ValueError("two mutants have the same name")
     for mutant in mutants:
         mutated_source(mutant)
-    limits = {"operations": operations, "seeds": list(seeds)}
-    unchanged = _try(UNCHANGED, limits, timeout_seconds)
+    unchanged = _try(UNCHANGED, operations, timeout_seconds)
     if unchanged.killed:
         raise RuntimeError(f"the unchanged source fails, so mutants prove nothing: {unchanged.by}")
-    outcomes: dict[str, Outcome] = {}
     with ThreadPoolExecutor(processes) as pool:
-        futures = [pool.submit(_try, mutant, limits, timeout_seconds) for mutant in mutants]
+        futures = [pool.submit(_try, mutant, operations, timeout_seconds) for mutant in mutants]
         for future in as_completed(futures):
-            outcome = future.result()
-            outcomes[outcome.mutant.name] = outcome
-            if progress is not None:
-                progress(1)
-    return [outcomes[name] for name in names]
+            future.result()
+            progress(1)
+    return [future.result() for future in futures]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -126,14 +114,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join([*lines, f"{killed} of {len(outcomes)} killed"])
 
 
-def _try(mutant: Mutant, limits: dict[str, object], timeout_seconds: float) -> Outcome:
+def _try(mutant: Mutant, operations: int, timeout_seconds: float) -> Outcome:
     """Run the kit against one mutant in a new interpreter."""
     root = str(Path(kvpager.__file__).resolve().parent.parent)
-    begin = perf_counter()
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "kvpager.testing.mutant_child"],
-            input=json.dumps({"mutant": asdict(mutant), **limits}),
+            [sys.executable, "-m", "kvpager.testing.mutants"],
+            input=json.dumps({"mutant": asdict(mutant), "operations": operations}),
             # Import the same kvpager, whatever the current folder is.
             cwd=root,
             env={**os.environ, "PYTHONPATH": root},
@@ -142,10 +129,56 @@ def _try(mutant: Mutant, limits: dict[str, object], timeout_seconds: float) -> O
             timeout=timeout_seconds,
         )
     except subprocess.TimeoutExpired:
-        by = f"timeout after {timeout_seconds:g} s"
-        return Outcome(mutant, True, by, 0, perf_counter() - begin)
+        return Outcome(mutant, f"timeout after {timeout_seconds:g} s")
     if done.returncode:
         raise RuntimeError(f"mutant {mutant.name!r} did not run:\n{done.stderr}")
-    result = json.loads(done.stdout.splitlines()[-1])
-    seconds = perf_counter() - begin
-    return Outcome(mutant, bool(result["by"]), result["by"], result["operations"], seconds)
+    return Outcome(mutant, json.loads(done.stdout.splitlines()[-1]))
+
+
+# -------------------------------------------------------------------- the new interpreter
+
+
+def install(mutant: Mutant) -> None:
+    """Import the mutated source as `mutant.module`. Raises `RuntimeError` if it is imported."""
+    spec = find_spec(mutant.module)
+    if spec is None or mutant.module in sys.modules:
+        raise RuntimeError(f"{mutant.module} is imported already. Install the mutant before.")
+    module = sys.modules[mutant.module] = module_from_spec(spec)
+    exec(compile(mutated_source(mutant), str(spec.origin), "exec"), module.__dict__)
+
+
+def detect(operations: int) -> str:
+    """Return the first check that fails, or ""."""
+    # Imported here: the mutant must be installed first.
+    from kvpager.blocks.manager import BlockManager
+    from kvpager.testing.adapters import BlockManagerAdapter
+    from kvpager.testing.properties import PROPERTIES
+    from kvpager.testing.results import check_properties
+    from kvpager.testing.simulator import OPERATIONS_PER_SEED, simulate
+
+    # Many short runs: most bugs show early, but each in other setups.
+    length = OPERATIONS_PER_SEED // 5
+    for seed in range(max(operations // length, 1)):
+        failure = simulate(seed, length, shrinking=False).failure
+        if failure is not None:
+            return f"simulator, seed {seed}: {failure.property}: {failure.message}"
+
+    def adapter(num_blocks: int, block_size: int) -> BlockManagerAdapter:
+        return BlockManagerAdapter(BlockManager(num_blocks, block_size, 6))
+
+    for name in PROPERTIES:
+        [result] = check_properties(adapter, properties=[name], histories=20)
+        if result.verdict == "violated":
+            return f"property {name}: {result.message}"
+    return ""
+
+
+def main() -> None:
+    """Read a mutant from stdin, install it, and print the check that failed."""
+    job = json.load(sys.stdin)
+    install(Mutant(**job["mutant"]))
+    print(json.dumps(detect(job["operations"])))
+
+
+if __name__ == "__main__":
+    main()
