@@ -72,7 +72,7 @@ crash: $(STAMP) ## the disk store: 1,000 killed processes, flipped bits, damaged
 	@$(BIN)/python tests/crash.py $(ARGS)
 
 simulate: $(STAMP) ## 100,000 requests through the scheduler, at random; ARGS='--requests 1e6 --seed 7' for others
-	@$(BIN)/python -m kvpager.testing.serving_simulation --requests 1e5 --processes 2 $(ARGS)
+	@$(BIN)/python -m tests.support.serving_simulation --requests 1e5 --processes 2 $(ARGS)
 
 bench: $(STAMP) ## what the control plane costs, a JSON line for each figure
 	@$(BIN)/python benchmarks/control_plane.py $(ARGS)

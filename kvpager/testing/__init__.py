@@ -13,17 +13,14 @@ For any store of cached blocks:
 
     stores              a pytest suite of the properties of a `BlockStore`
 
-For kvpager's block managers and scheduler:
+For kvpager's block managers:
 
-    reference           a manager in plain Python, the specification of the verbs
-    memory              a miniature data plane, one integer for each token slot
     simulator           seeded random histories of kvpager's whole interface, shrunk when they fail
-    serving_simulation  random traffic through a scheduler and a miniature model
-    machine             the same operations as a Hypothesis state machine
+    memory              a miniature data plane, one integer for each token slot
     mutants             mutation tests: known bugs that these tools must detect
 
-`conformance`, `machine` and `strategies` need Hypothesis; `conformance`, `machine` and `stores`
-need pytest. Nothing here needs torch.
+`conformance` and `strategies` need Hypothesis; `conformance` and `stores` need pytest. Nothing here
+needs torch.
 """
 
 from __future__ import annotations

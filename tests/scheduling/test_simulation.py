@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from kvpager import Scheduler
-from kvpager.testing import serving_simulation
-from kvpager.testing.serving import reference
-from kvpager.testing.traffic import Scenario, make_scheduler
+from tests.support import serving_simulation
 from tests.support.scheduling import request
+from tests.support.serving_model import reference
+from tests.support.serving_traffic import Scenario, make_scheduler
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from kvpager.testing.conformance import (
 )
 from kvpager.testing.histories import Violation
 from kvpager.testing.properties import ManagerAdapter
-from kvpager.testing.reference import NaiveManager, NaiveSequence
+from tests.support.naive_manager import NaiveManager, NaiveSequence
 
 
 @pytest.mark.slow

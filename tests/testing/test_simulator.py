@@ -22,10 +22,10 @@ from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.mutant_list import MUTANTS
 from kvpager.testing.mutants import Mutant, kill, mutated_source, table
 from kvpager.testing.operations import OPERATIONS
-from kvpager.testing.reference import NaiveManager
 from kvpager.testing.setups import Setup
 from kvpager.testing.simulator import replay_report, run, simulate
-from kvpager.testing.state_machine import manager_machine
+from tests.support.manager_machine import manager_machine
+from tests.support.naive_manager import NaiveManager
 
 GENERATE = settings(phases=[Phase.generate], derandomize=True, max_examples=500)
 
@@ -202,7 +202,7 @@ def test_a_fragment_that_does_not_occur_once_is_refused(fragment: str) -> None:
 
 
 def test_the_kit_needs_neither_torch_nor_hypothesis() -> None:
-    modules = "memory, mutants, mutant_list, reference, results, simulator"
+    modules = "memory, mutants, mutant_list, results, simulator"
     code = (
         f"import sys\nfrom kvpager.testing import {modules}\n"
         "print([name for name in ('torch', 'transformers', 'hypothesis', 'pytest')"

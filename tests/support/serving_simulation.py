@@ -3,7 +3,7 @@
     report = simulate(seed=7, requests=40)
     print(report)                                  # the scenario, counts and the failure, if any
 
-    python -m kvpager.testing.serving_simulation --requests 1e5 --processes 2
+    python -m tests.support.serving_simulation --requests 1e5 --processes 2
 
 A seed decides everything: pool, host tier, policy, budgets, costs and traffic. The traffic has
 arrivals, shared prefixes, namespaces, parallel samples, beams, deadlines, cancellations and steps
@@ -28,8 +28,14 @@ from kvpager.errors import QueueFull
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
-from kvpager.testing.serving import Model, SchedulerError, has_beams, reference
-from kvpager.testing.traffic import Arrival, Scenario, draw_arrivals, draw_scenario, make_scheduler
+from tests.support.serving_model import Model, SchedulerError, has_beams, reference
+from tests.support.serving_traffic import (
+    Arrival,
+    Scenario,
+    draw_arrivals,
+    draw_scenario,
+    make_scheduler,
+)
 
 MakeScheduler = Callable[[Scenario, Callable[[], float]], Scheduler]
 
@@ -277,7 +283,7 @@ def _reports(requests: int, seed: int, processes: int) -> Iterator[Report]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return 0 if no seed failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m kvpager.testing.serving_simulation", description=__doc__
+        prog="python -m tests.support.serving_simulation", description=__doc__
     )
     parser.add_argument("--requests", type=float, default=100_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""A miniature language model that executes step plans: see `kvpager.testing.serving_simulation`."""
+"""A miniature language model that executes step plans: see `tests.support.serving_simulation`."""
 
 from __future__ import annotations
 

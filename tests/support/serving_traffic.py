@@ -1,4 +1,4 @@
-"""Random scenarios and requests: see `kvpager.testing.serving_simulation`."""
+"""Random scenarios and requests: see `tests.support.serving_simulation`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.queue import POLICIES
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
-from kvpager.testing.serving import VOCABULARY, SchedulerError
+from tests.support.serving_model import VOCABULARY, SchedulerError
 
 COSTS = {
     "swap": PreemptionCosts(seconds_per_block=0.0),
