@@ -81,7 +81,7 @@ def simulate(
         _draw(plot, replayed, results)
     write_json(json_file, summary(replayed, results))
     if json_file != "-":
-        if trace is options.generate is options.kind is None:
+        if trace is None and options.generate is None and options.kind is None:
             typer.echo("No TRACE given: generating one.")
         _show_hit_ratios(replayed, results)
         name_files(figures=json_file, plot=plot)

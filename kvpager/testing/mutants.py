@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from typing import Any
 
 import kvpager
 
@@ -163,7 +164,7 @@ def detect(operations: int) -> str:
         if failure is not None:
             return f"simulator, seed {seed}: {failure.property}: {failure.message}"
 
-    def adapter(num_blocks: int, block_size: int) -> BlockManagerAdapter:
+    def adapter(num_blocks: int, block_size: int) -> Any:
         return BlockManagerAdapter(BlockManager(num_blocks, block_size, 6))
 
     for name in PROPERTIES:
