@@ -47,7 +47,7 @@ class AdapterHarness:
 
     def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
         """Run one operation, then check everything. O(everything)."""
-        operation.run(self, *arguments)
+        operation.run(self, arguments)
         self.inspect()
 
     def finish(self) -> None:
@@ -64,9 +64,9 @@ class AdapterHarness:
         if name in self.watch:
             raise Violation(name, message)
 
-    def pick(self, number: int, *, resident: bool = True) -> LiveSequence | None:
-        """Return a live sequence, counted from the newest, or None. O(sequences)."""
-        rows = self.resident() if resident else self.rows
+    def pick(self, number: int, kind: str) -> LiveSequence | None:
+        """Return a "live" or "resident" sequence, counted from the newest. O(sequences)."""
+        rows = self.resident() if kind == "resident" else self.rows
         return rows[-1 - number % len(rows)] if rows else None
 
     def resident(self) -> list[LiveSequence]:

@@ -9,6 +9,7 @@ history, which makes shrinking simple.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Protocol, TypeVar
@@ -20,93 +21,110 @@ History = list[Call]
 Run = TypeVar("Run", bound=Callable[..., None])
 
 
-class Scale(Protocol):
-    """The sizes of drawn arguments."""
+@dataclass
+class Scale:
+    """The sizes of drawn arguments.
 
-    @property
-    def alphabet(self) -> int:
-        """The number of different token ids; few ids make prefixes collide."""
+    `alphabet`: the number of different token ids; few ids make prefixes collide. `longest`: tokens
+    of the longest prompt. `num_live`: the approximate number of live sequences.
+    """
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-
-    @property
-    def num_live(self) -> int:
-        """The approximate number of live sequences."""
+    alphabet: int
+    longest: int
+    num_live: int = 6  # small pools have room for about six sequences
 
 
-class Kind(Protocol):
-    """A kind of argument."""
+class NoSequence(Exception):
+    """No live sequence is of the kind that an operation needs."""
+
+
+class Kind:
+    """A kind of argument: what a history holds, and what the operation gets for it."""
 
     def draw(self, random: Random, scale: Scale) -> Any:
-        """Draw a value."""
+        """Draw a value for a history. O(1), or O(items)."""
+        raise NotImplementedError
+
+    def find(self, harness: Any, value: Any) -> Any:
+        """Return the operation's argument for a value of a history. Raises `NoSequence`."""
+        return value
 
 
 @dataclass(frozen=True)
-class Number:
+class Number(Kind):
     """An int from 0 to `most`: a count, or a position modulo the number of positions."""
 
     most: int = 255
 
-    def draw(self, random: Random, scale: Scale) -> int:
-        """Draw a value. O(1)."""
+    def draw(self, random: Random, scale: Scale) -> int:  # noqa: D102
         return int(random.random() * (self.most + 1))
 
 
 @dataclass(frozen=True)
-class Pick:
+class Pick(Kind):
     """The number of a live sequence, from the newest on, modulo the number of live sequences.
 
-    A history that loses its first operations then still picks mostly the same sequences.
+    A history that loses its first operations then still picks mostly the same sequences. The
+    operation gets a sequence of the first kind in `among` that exists; without kinds, the number.
     """
 
-    def draw(self, random: Random, scale: Scale) -> int:
-        """Draw a value. O(1)."""
+    among: tuple[str, ...] = ()
+
+    def draw(self, random: Random, scale: Scale) -> int:  # noqa: D102
         return int(random.random() * max(scale.num_live, 1))
+
+    def find(self, harness: Any, value: int) -> Any:  # noqa: D102
+        if not self.among:
+            return value
+        for kind in self.among:
+            if (row := harness.pick(value, kind)) is not None:
+                return row
+        raise NoSequence
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Kind):
     """One of a few values."""
 
     options: tuple[Any, ...]
 
-    def draw(self, random: Random, scale: Scale) -> Any:
-        """Draw a value. O(1)."""
+    def draw(self, random: Random, scale: Scale) -> Any:  # noqa: D102
         return random.choice(self.options)
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(Kind):
     """A list of at most `longest` token ids; None takes the scale's `longest`."""
 
     longest: int | None = None
 
-    def draw(self, random: Random, scale: Scale) -> list[int]:
-        """Draw token ids. O(tokens)."""
+    def draw(self, random: Random, scale: Scale) -> list[int]:  # noqa: D102
         longest = scale.longest if self.longest is None else self.longest
         count = int(random.random() * (longest + 1))
         return random.choices(range(scale.alphabet), k=count)
 
 
 @dataclass(frozen=True)
-class Many:
-    """A list of `least` to `most` values of another kind."""
+class Many(Kind):
+    """A list of `least` to `most` values of another kind. Sequences that are found are distinct."""
 
     kind: Kind
     least: int = 1
     most: int = 4
 
-    def draw(self, random: Random, scale: Scale) -> list[Any]:
-        """Draw a list. O(items)."""
+    def draw(self, random: Random, scale: Scale) -> list[Any]:  # noqa: D102
         count = self.least + int(random.random() * (self.most + 1 - self.least))
         return [self.kind.draw(random, scale) for _ in range(count)]
+
+    def find(self, harness: Any, value: list[Any]) -> list[Any]:  # noqa: D102
+        if not isinstance(self.kind, Pick):
+            return value
+        return list(dict.fromkeys(self.kind.find(harness, one) for one in value))
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation of a history: `run(harness, *arguments)`.
+    """An operation of a history: `function(harness, *arguments)`.
 
     `needs`: members that the manager or adapter must have. Without them it is never drawn.
     """
@@ -115,18 +133,25 @@ class Operation:
     weight: float
     needs: tuple[str, ...]
     arguments: dict[str, Kind]
-    run: Callable[..., None]
+    function: Callable[..., None]
 
     def draw(self, random: Random, scale: Scale) -> tuple[Any, ...]:
         """Draw arguments. O(arguments)."""
         return tuple([kind.draw(random, scale) for kind in self.arguments.values()])
+
+    def run(self, harness: Any, arguments: tuple[Any, ...]) -> None:
+        """Run the operation, unless an argument picks a sequence and there is none."""
+        kinds = self.arguments.values()
+        with suppress(NoSequence):
+            found = [kind.find(harness, one) for kind, one in zip(kinds, arguments, strict=True)]
+            self.function(harness, *found)
 
 
 Table = dict[str, Operation]
 
 
 def operation(
-    table: Table, weight: float = 1.0, *, needs: tuple[str, ...] = (), **arguments: Kind
+    table: Table, weight: float, *, needs: tuple[str, ...] = (), **arguments: Kind
 ) -> Callable[[Run], Run]:
     """Return a decorator that adds a function to `table` as the operation of its name."""
 

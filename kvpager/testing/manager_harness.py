@@ -8,6 +8,7 @@ operations ──▶ ManagerHarness ──▶ manager      applies every plan to
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,40 +22,31 @@ from kvpager.testing.setups import Setup
 _FREED_KEPT = 4
 
 
+@dataclass(eq=False, slots=True)
 class LiveSequence:
     """A live sequence: its handle and its expected state.
 
-    `start`: the first token not dropped. `num_known`: leading tokens whose ids the manager knows.
-    `num_committed`: leading committed tokens. `is_plain`: it has no LoRA and no mm_hashes.
+    `num_known`: leading tokens whose ids the manager knows. `start`: the first token not dropped.
+    `is_plain`: it has no LoRA and no mm_hashes.
     """
 
-    __slots__ = (
-        "content",
-        "handle",
-        "is_plain",
-        "is_swapped",
-        "num_committed",
-        "num_known",
-        "num_speculative",
-        "start",
-    )
-
-    def __init__(self, handle: Any, content: Content, num_known: int, num_committed: int) -> None:
-        self.handle = handle
-        self.content = content
-        self.num_known = num_known
-        self.num_committed = num_committed
-        self.start = 0
-        self.is_swapped = False
-        self.num_speculative = 0
-        self.is_plain = True
+    handle: Any
+    content: Content
+    num_known: int
+    start: int = 0
+    num_speculative: int = 0
+    is_swapped: bool = False
+    is_plain: bool = True
 
     def child(self, handle: Any) -> LiveSequence:
         """Return the expected state of a fork. O(tokens)."""
-        child = LiveSequence(handle, self.content.copy(), self.num_known, self.num_committed)
-        child.start, child.is_plain = self.start, self.is_plain
-        child.num_speculative = self.num_speculative
-        return child
+        return replace(self, handle=handle, content=self.content.copy())
+
+    def truncate(self, length: int) -> None:
+        """Expect the first `length` tokens alone. O(dropped tokens)."""
+        self.content.truncate(length)
+        self.num_known = min(self.num_known, length)
+        self.start = min(self.start, length)
 
 
 class ManagerHarness:
@@ -70,8 +62,6 @@ class ManagerHarness:
         self.check_every = setup.check_every if check_every is None else check_every
         self.memory = TokenMemory(setup.num_blocks, self.size, setup.num_host_blocks)
         self.rows: list[LiveSequence] = []
-        self.num_swapped = 0
-        self.num_speculating = 0
         self.pending: list[Any] = []  # plans of the manager not yet applied
         self.pins: list[int] = []
         self.num_reserved = int(setup.null_block and isinstance(manager, BlockManager))
@@ -82,27 +72,12 @@ class ManagerHarness:
         self._num_done = 0
         self._fresh_token = 1_000_000
 
-    @property
-    def alphabet(self) -> int:
-        """The number of different token ids in prompts."""
-        return self.setup.alphabet
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return self.setup.longest
-
-    @property
-    def num_live(self) -> int:
-        """The number of live sequences."""
-        return len(self.rows)
-
     # ---------------------------------------------------------------- the Harness protocol
 
     def apply(self, operation: Operation, arguments: tuple[Any, ...]) -> None:
         """Run an operation and check the sequences it touched; every k-th time check everything."""
         self.touched.clear()
-        operation.run(self, *arguments)
+        operation.run(self, arguments)
         self._num_done += 1
         self.counts[operation.name] += 1
         if self._num_done % self.check_every == 0:
@@ -118,7 +93,7 @@ class ManagerHarness:
         self.manager.free([row.handle for row in self.rows])
         while self.pins:
             self.manager.pins.unpin(self.pins.pop())
-        self.rows, self.num_swapped, self.num_speculating = [], 0, 0
+        self.rows = []
         stats = self.manager.stats()
         num_blocks = stats.num_blocks - self.num_reserved
         self.require(
@@ -140,23 +115,22 @@ class ManagerHarness:
         if not holds:
             raise Violation(property, message)
 
-    def pick(self, number: int) -> LiveSequence | None:
-        """Return a live sequence, counted from the newest, or None. O(1)."""
-        return self.rows[-1 - number % len(self.rows)] if self.rows else None
+    def pick(self, number: int, kind: str) -> LiveSequence | None:
+        """Return a sequence of a kind, counted from the newest, or None. O(sequences).
 
-    def pick_resident(self, number: int) -> LiveSequence | None:
-        """Pick a sequence on the device without speculative tokens. O(sequences)."""
-        if not (self.num_swapped or self.num_speculating):
-            return self.pick(number)
-        rows = [row for row in self.rows if not (row.is_swapped or row.num_speculative)]
-        return rows[-1 - number % len(rows)] if rows else None
-
-    def pick_speculating(self, number: int) -> LiveSequence | None:
-        """Pick a sequence with speculative tokens. O(sequences)."""
-        if not self.num_speculating:
+        `kind`: "live", or of those on the device, "speculating" or "settled" (without speculative
+        tokens). The sequence is checked after the operation.
+        """
+        rows = self.rows
+        if kind != "live":
+            speculates = kind == "speculating"
+            on_device = [row for row in rows if not row.is_swapped]
+            rows = [row for row in on_device if (row.num_speculative > 0) == speculates]
+        if not rows:
             return None
-        rows = [row for row in self.rows if row.num_speculative and not row.is_swapped]
-        return rows[-1 - number % len(rows)] if rows else None
+        row = rows[-1 - number % len(rows)]
+        self.touched.append(row)
+        return row
 
     def fresh_tokens(self, count: int) -> list[int]:
         """Return unused ids, for tokens whose ids the manager does not know. O(count)."""
@@ -197,21 +171,34 @@ class ManagerHarness:
 
     def write(self, row: LiveSequence, first: int, slots: Any) -> None:
         """Write the tokens from `first` on to `slots`. O(tokens)."""
-        values = row.content.values[first:] if first else row.content.values
+        values = row.content.values[first:]
         if len(slots) != len(values):
             raise Violation("a slot for each token", f"{len(slots)} slots for {len(values)} tokens")
         self.memory.write(slots, values)
 
+    def free(self, row: LiveSequence) -> None:
+        """Free a sequence. O(blocks + sequences)."""
+        self.manager.free(row.handle)
+        self.forget(row)
+
+    def commit(self, row: LiveSequence, length: int | None = None) -> None:
+        """Commit a sequence's first tokens; None: all. O(tokens)."""
+        self.publish(row, len(row.content) if length is None else length)
+        self.manager.commit(row.handle, length)
+
+    def table(self, row: LiveSequence) -> list[int]:
+        """Return a sequence's blocks; -1: none on the device. O(blocks)."""
+        blocks: list[int] = self.manager.block_tables(row.handle)[0].tolist()
+        return blocks
+
     def forget(self, row: LiveSequence) -> None:
         """Remove a freed sequence. O(sequences)."""
         self.rows.remove(row)
-        self.num_swapped -= row.is_swapped
-        self.num_speculating -= row.num_speculative > 0
+        self.touched = [other for other in self.touched if other is not row]
         self.freed = [row.handle, *self.freed[: _FREED_KEPT - 1]]
 
     def publish(self, row: LiveSequence, num_committed: int) -> None:
         """Record that the row's first tokens are committed. O(tokens)."""
-        row.num_committed = max(row.num_committed, num_committed)
         self.published.update(row.content.values[: num_committed // self.size * self.size])
 
     def make_copies(self, work: Any) -> None:

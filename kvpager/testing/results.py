@@ -12,7 +12,7 @@ from typing import Literal
 
 from kvpager._text import counted
 from kvpager.testing.adapter_harness import AdapterHarness
-from kvpager.testing.histories import Failure, History, describe, replay, shrink, supported
+from kvpager.testing.histories import Failure, History, Scale, describe, replay, shrink, supported
 from kvpager.testing.properties import PROPERTIES, ManagerAdapter, check_adapter, is_supported
 from kvpager.testing.rules import RULES
 
@@ -45,13 +45,6 @@ class PropertyResult:
         return "\n  ".join(
             [f"{self.name}: violated: {self.message}", f"on {pool}, after:", *self.history]
         )
-
-
-@dataclass(frozen=True)
-class _Scale:
-    alphabet: int
-    longest: int
-    num_live: int = 6  # small pools have room for about six sequences
 
 
 def check_properties(
@@ -111,7 +104,7 @@ def _check(plan: _Plan, name: str) -> PropertyResult:
     random = Random(plan.seed)
     for number in range(plan.histories):
         num_blocks = random.randint(*plan.pools)
-        scale = _Scale(alphabet=2 + number % 2, longest=4 * plan.block_size + 2)
+        scale = Scale(alphabet=2 + number % 2, longest=4 * plan.block_size + 2)
         names = random.choices(list(table), [one.weight for one in table.values()], k=plan.length)
         history: History = [(name, table[name].draw(random, scale)) for name in names]
         failure = _failure_of(plan, name, num_blocks, history)

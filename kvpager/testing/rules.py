@@ -14,6 +14,8 @@ from kvpager.testing.memory import Content
 RULES: Table = {}
 
 PICK = Pick()
+LIVE = Pick(("live",))
+RESIDENT = Pick(("resident",))
 VERBS = Choice(("append", "block_table", "commit", "fork", "truncate"))
 NAMES = Choice((None, "acme", "umbrella"))
 
@@ -79,12 +81,9 @@ def overfill(harness: AdapterHarness, extra: int) -> None:
         raise Ended
 
 
-@operation(RULES, 5, pick=PICK, tokens=Tokens(5))
-def append(harness: AdapterHarness, pick: int, tokens: list[int]) -> None:
+@operation(RULES, 5, pick=RESIDENT, tokens=Tokens(5))
+def append(harness: AdapterHarness, row: LiveSequence, tokens: list[int]) -> None:
     """Append to a sequence."""
-    row = harness.pick(pick)
-    if row is None:
-        return
     first = len(row.content)
     # One block more than the tokens fill, for the copy of a shared one.
     most = _blocks(harness, first + len(tokens)) - first // harness.size
@@ -99,12 +98,9 @@ def append(harness: AdapterHarness, pick: int, tokens: list[int]) -> None:
         harness.write(row, first)
 
 
-@operation(RULES, 2, needs=("fork",), pick=PICK)
-def fork(harness: AdapterHarness, pick: int) -> None:
+@operation(RULES, 2, needs=("fork",), pick=RESIDENT)
+def fork(harness: AdapterHarness, row: LiveSequence) -> None:
     """Fork a sequence."""
-    row = harness.pick(pick)
-    if row is None:
-        return
     adapter: Any = harness.adapter
     free = harness.num_free()
     # One block for managers that copy the partly filled block at once.
@@ -118,47 +114,35 @@ def fork(harness: AdapterHarness, pick: int) -> None:
             harness.report("fork_takes_no_block", f"a fork took {free - now} blocks")
 
 
-@operation(RULES, 2, pick=PICK)
-def free(harness: AdapterHarness, pick: int) -> None:
+@operation(RULES, 2, pick=LIVE)
+def free(harness: AdapterHarness, row: LiveSequence) -> None:
     """End a sequence."""
-    row = harness.pick(pick, resident=False)
-    if row is None:
-        return
     harness.attempt(lambda: harness.adapter.free(row.handle), 0)
     harness.rows.remove(row)
     harness.freed.append(row.handle)
 
 
-@operation(RULES, 2, needs=("commit",), pick=PICK)
-def commit(harness: AdapterHarness, pick: int) -> None:
+@operation(RULES, 2, needs=("commit",), pick=RESIDENT)
+def commit(harness: AdapterHarness, row: LiveSequence) -> None:
     """Commit a sequence."""
-    row = harness.pick(pick)
-    if row is None:
-        return
     adapter: Any = harness.adapter
     # Note the tokens first: the manager may publish them at any moment from here on.
     harness.committed.update(row.content.values)
     harness.attempt(lambda: adapter.commit(row.handle), 0)
 
 
-@operation(RULES, 1, needs=("truncate",), pick=PICK, length=Number())
-def truncate(harness: AdapterHarness, pick: int, length: int) -> None:
+@operation(RULES, 1, needs=("truncate",), pick=RESIDENT, length=Number())
+def truncate(harness: AdapterHarness, row: LiveSequence, length: int) -> None:
     """Truncate a sequence."""
-    row = harness.pick(pick)
-    if row is None:
-        return
     adapter: Any = harness.adapter
     length %= len(row.content) + 1
     harness.attempt(lambda: adapter.truncate(row.handle, length), 0)
     row.content.truncate(length)
 
 
-@operation(RULES, 1, needs=("swap", "num_host_blocks"), pick=PICK)
-def swap(harness: AdapterHarness, pick: int) -> None:
+@operation(RULES, 1, needs=("swap", "num_host_blocks"), pick=LIVE)
+def swap(harness: AdapterHarness, row: LiveSequence) -> None:
     """Move a sequence to the host, or back."""
-    row = harness.pick(pick, resident=False)
-    if row is None:
-        return
     adapter: Any = harness.adapter
     to, other = ("device", "host") if row.is_swapped else ("host", "device")
     # The adapter does not show the host's free blocks, so the host may always refuse.

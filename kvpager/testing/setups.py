@@ -25,20 +25,19 @@ class Setup:
     longest: int
     num_sequences_max: int
     namespaces: tuple[str | None, ...]
-    eviction: str | None
+    eviction: str
     check_every: int
     null_block: bool = False
     fences: bool = False  # copies to the host may be completed later
     quotas: bool = False
 
     def __str__(self) -> str:
-        eviction = "" if self.eviction is None else f", eviction {self.eviction!r}"
-        flags = ("null_block", "fences", "quotas")
-        eviction += "".join(f", {flag}" for flag in flags if getattr(self, flag))
+        flags = [flag for flag in ("null_block", "fences", "quotas") if getattr(self, flag)]
         return (
             f"{self.num_blocks} device and {self.num_host_blocks} host blocks of "
             f"{self.block_size}, {self.alphabet} token ids, prompts up to {self.longest}, "
-            f"namespaces {list(self.namespaces)}{eviction}"
+            f"namespaces {list(self.namespaces)}, "
+            + ", ".join([f"eviction {self.eviction!r}", *flags])
         )
 
 
@@ -59,7 +58,7 @@ def draw_setup(random: Random) -> Setup:
         longest=longest,
         num_sequences_max=5 if is_small else random.choice((4, 8, 16, 32)),
         namespaces=NAMESPACES[: random.randint(1, len(NAMESPACES))],
-        eviction=random.choice(eviction_policies()),
+        eviction=random.choice(sorted(POLICIES)),
         # Small pools are checked completely after every operation.
         check_every=1 if is_small else 250,
         null_block=num_blocks > 1 and random.random() < 0.2,
@@ -68,18 +67,13 @@ def draw_setup(random: Random) -> Setup:
     )
 
 
-def eviction_policies() -> tuple[str, ...]:
-    """Return the names that `BlockManager(eviction=)` takes. O(1)."""
-    return tuple(sorted(POLICIES))
-
-
 def make_block_manager(setup: Setup) -> BlockManager:
     """Make the manager of a setup. O(blocks)."""
     return BlockManager(
         setup.num_blocks,
         setup.block_size,
         setup.num_host_blocks,
-        eviction=setup.eviction or "lru",
+        eviction=setup.eviction,
         null_block=setup.null_block,
         fences=setup.fences,
     )

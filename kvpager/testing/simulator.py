@@ -10,18 +10,20 @@ each operation comes, and the operations. In this it follows TigerBeetle's simul
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from random import Random
 from time import perf_counter
+from typing import Any
 
 from kvpager._text import counted
 from kvpager.testing.histories import (
     Failure,
     History,
-    Table,
+    Scale,
     describe,
     property_of,
     replay,
@@ -29,10 +31,13 @@ from kvpager.testing.histories import (
     supported,
 )
 from kvpager.testing.manager_harness import ManagerHarness
-from kvpager.testing.operations_more import OPERATIONS
+from kvpager.testing.operations import SEQUENCE_OPERATIONS
+from kvpager.testing.pool_operations import POOL_OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_manager
 
+OPERATIONS = SEQUENCE_OPERATIONS | POOL_OPERATIONS
 OPERATIONS_PER_SEED = 5_000
+_FAILURES_MAX = 3
 _LINES_MAX = 60  # a history that did not shrink may be longer
 
 
@@ -51,7 +56,6 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     failure: Failure | None = None
     history: History = field(default_factory=list)
-    table: Table = field(default_factory=lambda: OPERATIONS, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -62,7 +66,7 @@ class Report:
         head = f"seed {self.seed}: {self.setup}"
         if self.failure is None:
             return f"{head}\n  {self.num_operations} operations, no property violated"
-        lines = describe(self.history, self.table)
+        lines = describe(self.history, OPERATIONS)
         num_left_out = max(len(lines) - _LINES_MAX, 0)
         shown = lines[-_LINES_MAX:]
         if num_left_out:
@@ -81,8 +85,7 @@ def simulate(
     seed: int,
     operations: int,
     *,
-    make_manager: MakeManager | None = None,
-    table: Table = OPERATIONS,
+    make_manager: MakeManager = make_block_manager,
     shrinking: bool = True,
 ) -> Report:
     """Run `operations` operations drawn from `seed`. O(operations), more if it shrinks.
@@ -91,29 +94,29 @@ def simulate(
         seed: the same seed gives the same report, except `seconds`.
         operations: the number of operations.
         make_manager: makes the manager from a `Setup`; `BlockManager` by default.
-        table: the operations to draw from, except those that the manager does not support.
         shrinking: shrink a failing history.
     """
-    make = make_manager or make_block_manager
     random = Random(seed)
     setup = draw_setup(random)
-    harness = ManagerHarness(setup, make(setup))
+    harness = ManagerHarness(setup, make_manager(setup))
     history: History = []
     begin = perf_counter()
-    failure = _drive(random, harness, supported(table, harness.manager), operations, history)
+    failure = _drive(random, harness, operations, history)
     seconds = perf_counter() - begin
     num_done = len(history)
     if failure is None:
         history = []
     elif shrinking:
-        failure, history = _shrunk(failure, history, setup, make, table)
-    return Report(seed, setup, num_done, seconds, harness.counts, failure, history, table)
+        failure, history = _shrunk(failure, history, setup, make_manager)
+    return Report(seed, setup, num_done, seconds, harness.counts, failure, history)
 
 
 def _drive(
-    random: Random, harness: ManagerHarness, table: Table, operations: int, history: History
+    random: Random, harness: ManagerHarness, operations: int, history: History
 ) -> Failure | None:
     """Draw and run operations, recorded in `history`; return the failure or None."""
+    table = supported(OPERATIONS, harness.manager)
+    scale = Scale(harness.setup.alphabet, harness.setup.longest)
     names = list(table)
     # Weights differ by run: some never free, others hardly commit.
     weights = [one.weight * random.choice((0, 0.3, 1, 1, 3)) for one in table.values()]
@@ -121,7 +124,8 @@ def _drive(
     try:
         for name in random.choices(names, weights, k=operations):
             operation = table[name]
-            arguments = operation.draw(random, harness)
+            scale.num_live = len(harness.rows)
+            arguments = operation.draw(random, scale)
             history.append((name, arguments))
             harness.apply(operation, arguments)
         harness.finish()
@@ -132,11 +136,13 @@ def _drive(
 
 
 def _shrunk(
-    failure: Failure, history: History, setup: Setup, make: MakeManager, table: Table
+    failure: Failure, history: History, setup: Setup, make_manager: MakeManager
 ) -> tuple[Failure, History]:
     def failure_of(history: History) -> Failure | None:
         # Check everything after every operation, to find the earliest failure.
-        return replay(history, table, ManagerHarness(setup, make(setup), check_every=1))
+        return replay(
+            history, OPERATIONS, ManagerHarness(setup, make_manager(setup), check_every=1)
+        )
 
     early = failure_of(history) or failure
     history = history[: early.at + 1]
@@ -149,13 +155,6 @@ def _shrunk(
         return failure, history  # the failure does not repeat
     history = shrink(history, fails)
     return failure_of(history) or early, history
-
-
-def replay_report(report: Report, *, make_manager: MakeManager | None = None) -> Failure | None:
-    """Replay a report's history on a new manager. O(history)."""
-    make = make_manager or make_block_manager
-    harness = ManagerHarness(report.setup, make(report.setup), check_every=1)
-    return replay(report.history, report.table, harness)
 
 
 @dataclass
@@ -189,10 +188,9 @@ def run(
     operations: int,
     seed: int,
     processes: int = 1,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda count: None,
     *,
-    make_manager: MakeManager | None = None,
-    failures_max: int = 3,
+    make_manager: MakeManager = make_block_manager,
 ) -> Summary:
     """Simulate `operations` operations, a new seed every 5,000, from `seed` on.
 
@@ -202,41 +200,40 @@ def run(
         processes: the result does not depend on their number.
         progress: called with the number of operations just done, such as `tqdm(...).update`.
         make_manager: makes the manager from a `Setup`; a module-level function if processes > 1.
-        failures_max: stop after this many failing seeds.
 
-    Prints every failure, with its seed and a shrunk history. O(operations).
+    Prints every failure, with its seed and a shrunk history, up to three. O(operations).
     """
     summary = Summary()
     for report in _reports(operations, seed, processes, make_manager):
         summary.add(report)
-        if progress is not None:
-            progress(report.num_operations)
+        progress(report.num_operations)
         if not report.ok:
             print(report, flush=True)
-            if len(summary.failures) >= failures_max:
+            if len(summary.failures) == _FAILURES_MAX:
                 break
     return summary
 
 
 def _reports(
-    operations: int, seed: int, processes: int, make_manager: MakeManager | None
+    operations: int, seed: int, processes: int, make_manager: MakeManager
 ) -> Iterator[Report]:
     starts = range(0, operations, OPERATIONS_PER_SEED)
-    jobs = [
-        (seed + number, min(OPERATIONS_PER_SEED, operations - start), make_manager)
-        for number, start in enumerate(starts)
-    ]
+    lengths = [min(OPERATIONS_PER_SEED, operations - start) for start in starts]
+    seeds = range(seed, seed + len(lengths))
+    one = partial(simulate, make_manager=make_manager)
+    return in_processes(processes, one, seeds, lengths)
+
+
+def in_processes(
+    processes: int, function: Callable[..., Any], *jobs: Iterable[Any]
+) -> Iterator[Any]:
+    """Yield what `function` returns for the arguments in `jobs`, as `map` does, in order."""
     if processes <= 1:
-        yield from map(_one, jobs)
+        yield from map(function, *jobs)
         return
     # A fork is unsafe if the caller has threads, such as those of torch.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         try:
-            yield from pool.map(_one, jobs)
+            yield from pool.map(function, *jobs)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _one(job: tuple[int, int, MakeManager | None]) -> Report:
-    seed, operations, make_manager = job
-    return simulate(seed, operations, make_manager=make_manager)

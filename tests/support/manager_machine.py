@@ -15,37 +15,33 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
 
-from kvpager.testing.histories import Table, supported
+from kvpager.blocks.policies import POLICIES
+from kvpager.testing.histories import supported
 from kvpager.testing.manager_harness import ManagerHarness
-from kvpager.testing.operations_more import OPERATIONS
-from kvpager.testing.setups import MakeManager, Setup, eviction_policies, make_block_manager
+from kvpager.testing.setups import MakeManager, Setup, make_block_manager
+from kvpager.testing.simulator import OPERATIONS
 from kvpager.testing.strategies import machine_of
 
-
-def setups(block_size: int = 4) -> st.SearchStrategy[Setup]:
-    """Return a strategy of small pools, in which prefixes collide, checked after every step."""
-    return st.builds(
-        Setup,
-        num_blocks=st.integers(1, 14),
-        num_host_blocks=st.integers(0, 6),
-        block_size=st.just(block_size),
-        alphabet=st.just(3),
-        longest=st.just(4 * block_size + 2),
-        num_sequences_max=st.just(40),
-        namespaces=st.just((None, "acme")),
-        eviction=st.sampled_from(eviction_policies()),
-        check_every=st.just(1),
-        null_block=st.just(False),
-        fences=st.booleans(),
-        quotas=st.booleans(),
-    )
+# Small pools, in which prefixes collide, checked after every step.
+SETUPS = st.builds(
+    Setup,
+    num_blocks=st.integers(1, 14),
+    num_host_blocks=st.integers(0, 6),
+    block_size=st.just(4),
+    alphabet=st.just(3),
+    longest=st.just(18),
+    num_sequences_max=st.just(40),
+    namespaces=st.just((None, "acme")),
+    eviction=st.sampled_from(sorted(POLICIES)),
+    check_every=st.just(1),
+    null_block=st.just(False),
+    fences=st.booleans(),
+    quotas=st.booleans(),
+)
 
 
 def manager_machine(
     make_manager: MakeManager = make_block_manager,
-    *,
-    table: Table = OPERATIONS,
-    block_size: int = 4,
 ) -> type[RuleBasedStateMachine]:
     """Return a state machine class for the managers that `make_manager` makes from a `Setup`.
 
@@ -56,19 +52,9 @@ def manager_machine(
     def make_harness(setup: Setup) -> ManagerHarness:
         return ManagerHarness(setup, make_manager(setup))
 
-    smallest = Setup(
-        num_blocks=1,
-        num_host_blocks=1,
-        block_size=block_size,
-        alphabet=1,
-        longest=1,
-        num_sequences_max=1,
-        namespaces=(None,),
-        eviction="lru",
-        check_every=1,
-    )
-    table = supported(table, make_manager(smallest))
-    return machine_of("PagedMemory", table, make_harness, setup=setups(block_size))
+    smallest = Setup(1, 1, 4, 1, 1, 1, namespaces=(None,), eviction="lru", check_every=1)
+    table = supported(OPERATIONS, make_manager(smallest))
+    return machine_of("PagedMemory", table, make_harness, setup=SETUPS)
 
 
 PagedMemory = manager_machine()

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from random import Random
 from time import perf_counter
 
@@ -28,6 +26,7 @@ from kvpager.errors import QueueFull
 from kvpager.plans import Reason, StepPlan
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
+from kvpager.testing.simulator import in_processes
 from tests.support.serving_model import Model, SchedulerError, has_beams, reference
 from tests.support.serving_traffic import (
     Arrival,
@@ -256,7 +255,8 @@ def run(requests: int, seed: int = 0, processes: int = 1, failures_max: int = 3)
     Prints every failure. O(requests).
     """
     summary = Summary()
-    for report in _reports(requests, seed, processes):
+    seeds = range(seed, seed + -(-requests // REQUESTS_PER_SEED))
+    for report in in_processes(processes, simulate, seeds):
         summary.num_requests += report.num_requests
         summary.num_seeds += 1
         summary.counts += report.counts
@@ -266,18 +266,6 @@ def run(requests: int, seed: int = 0, processes: int = 1, failures_max: int = 3)
             if len(summary.failures) >= failures_max:
                 break
     return summary
-
-
-def _reports(requests: int, seed: int, processes: int) -> Iterator[Report]:
-    seeds = range(seed, seed + -(-requests // REQUESTS_PER_SEED))
-    if processes <= 1:
-        yield from map(simulate, seeds)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        try:
-            yield from pool.map(simulate, seeds, chunksize=8)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

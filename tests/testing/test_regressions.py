@@ -9,8 +9,8 @@ import pytest
 
 from kvpager.testing.histories import replay
 from kvpager.testing.manager_harness import ManagerHarness
-from kvpager.testing.operations_more import OPERATIONS
 from kvpager.testing.setups import Setup, make_block_manager
+from kvpager.testing.simulator import OPERATIONS
 
 REGRESSIONS = json.loads((Path(__file__).parent / "regressions" / "histories.json").read_text())
 

@@ -16,14 +16,13 @@ from hypothesis.stateful import run_state_machine_as_test
 import kvpager
 from kvpager.blocks.manager import BlockManager
 from kvpager.plans import Step
-from kvpager.testing.histories import Number, Table, operation, shrink, simpler
+from kvpager.testing.histories import Failure, replay, shrink, simpler
 from kvpager.testing.manager_harness import ManagerHarness
 from kvpager.testing.memory import Content, TokenMemory
 from kvpager.testing.mutant_list import MUTANTS
 from kvpager.testing.mutants import Mutant, kill, mutated_source, table
-from kvpager.testing.operations import OPERATIONS
-from kvpager.testing.setups import Setup
-from kvpager.testing.simulator import replay_report, run, simulate
+from kvpager.testing.setups import Setup, make_block_manager
+from kvpager.testing.simulator import OPERATIONS, Report, run, simulate
 from tests.support.manager_machine import manager_machine
 from tests.support.naive_manager import NaiveManager
 
@@ -99,22 +98,26 @@ def test_a_seed_gives_the_same_run_in_another_process() -> None:
     assert done.stdout.strip() == str(simulate(3, 800).counts)
 
 
+def replay_on(report: Report, make_manager: Any) -> Failure | None:
+    harness = ManagerHarness(report.setup, make_manager(report.setup), check_every=1)
+    return replay(report.history, OPERATIONS, harness)
+
+
 def test_a_failing_history_is_shrunk_and_still_fails() -> None:
-    report = simulate(3, 3_000, make_manager=without_copies)
+    report = simulate(5, 3_000, make_manager=without_copies)
     assert report.failure is not None
     assert report.failure.property == "reads back"
     assert len(report.history) <= 4
-    again = replay_report(report, make_manager=without_copies)
-    assert again == report.failure
-    assert replay_report(report) is None  # the property holds for the correct manager
-    assert str(simulate(3, 3_000, make_manager=without_copies)) == str(report)
+    assert replay_on(report, without_copies) == report.failure
+    assert replay_on(report, make_block_manager) is None  # the property holds for it
+    assert str(simulate(5, 3_000, make_manager=without_copies)) == str(report)
 
 
 def test_a_failure_is_printed_with_its_seed(capsys: pytest.CaptureFixture[str]) -> None:
     steps: list[int] = []
-    summary = run(3_000, 3, progress=steps.append, make_manager=without_copies)
+    summary = run(3_000, 5, progress=steps.append, make_manager=without_copies)
     printed = capsys.readouterr().out
-    assert printed.startswith("seed 3: ")
+    assert printed.startswith("seed 5: ")
     assert "are enough" in printed
     assert "append(picks=" in printed
     assert len(summary.failures) == 1
@@ -127,22 +130,6 @@ def test_the_number_of_processes_changes_no_result() -> None:
     assert alone.counts == shared.counts
     assert alone.num_seeds == 3
     assert not shared.failures
-
-
-def test_operations_can_be_added() -> None:
-    more: Table = dict(OPERATIONS)
-
-    @operation(more, 2, needs=("num_blocks",), count=Number(3))
-    def look(harness: ManagerHarness, count: int) -> None:
-        harness.require("as many blocks", harness.manager.num_blocks >= count - 3, "too few")
-
-    @operation(more, 2, needs=("no_such_verb",))
-    def never(harness: ManagerHarness) -> None:
-        raise AssertionError("the manager lacks the method")
-
-    counts = [simulate(seed, 200, table=more).counts for seed in range(4)]
-    assert any(count["look"] for count in counts)
-    assert not any(count["never"] for count in counts)
 
 
 @pytest.mark.slow
