@@ -6,22 +6,21 @@ It keeps lists of the written tokens and simulates memory with one integer per t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from kvpager.testing.histories import Ended, Operation, Violation
-from kvpager.testing.memory import Content, TokenMemory
+from kvpager.testing.memory import Content, TokenMemory, misplaced
 from kvpager.testing.properties import PROPERTIES, ManagerAdapter, is_supported
 
 
+@dataclass(eq=False)
 class LiveSequence:
     """A live sequence: its handle and its expected content."""
 
-    __slots__ = ("content", "handle", "is_swapped")
-
-    def __init__(self, handle: Any, content: Content) -> None:
-        self.handle = handle
-        self.content = content
-        self.is_swapped = False
+    handle: Any
+    content: Content
+    is_swapped: bool = False
 
 
 class AdapterHarness:
@@ -103,7 +102,7 @@ class AdapterHarness:
             if not (0 <= one < len(tiers[source]) and 0 <= other < len(tiers[to])):
                 self.report("reads_back", f"a copy from {one} to {other}: no such block")
                 raise Ended
-        self.memory.move(pairs, source, to)
+        self.memory.copy(pairs, source, to)
 
     def attempt(
         self, function: Callable[[], Any], most: int, *, is_empty: bool = False
@@ -207,15 +206,10 @@ class AdapterHarness:
 
     def _check_sharing(self, rows: list[LiveSequence], tables: list[list[int]]) -> None:
         """Check that blocks are shared only at equal positions and for equal tokens."""
-        holder: dict[int, tuple[LiveSequence, int]] = {}
-        for row, table in zip(rows, tables, strict=True):
+        for table in tables:
             if len(set(table)) != len(table):
                 self.report("handed_out_once", f"a block stands twice in the table {table}")
-            for column, block in enumerate(table):
-                other, place = holder.setdefault(block, (row, column))
-                start, end = column * self.size, (column + 1) * self.size
-                mine, theirs = row.content.values[start:end], other.content.values[start:end]
-                common = min(len(mine), len(theirs))
-                if place != column or mine[:common] != theirs[:common]:
-                    message = f"two tables hold block {block} for different tokens"
-                    self.report("handed_out_once", message)
+        block = misplaced((row.content for row in rows), tables, self.size)
+        if block is not None:
+            message = f"two tables hold block {block} for different tokens"
+            self.report("handed_out_once", message)

@@ -11,12 +11,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from kvpager.blocks.manager import BlockManager
 from kvpager.errors import OutOfBlocks
 from kvpager.testing.histories import Operation, Violation
-from kvpager.testing.memory import Content, TokenMemory
+from kvpager.testing.memory import Content, TokenMemory, misplaced
 from kvpager.testing.setups import Setup
 
 _FREED_KEPT = 4
@@ -255,9 +253,8 @@ class ManagerHarness:
     def _check_sharing(self) -> None:
         """Check the counts, and that a shared block has one position and one content."""
         stats = self.manager.stats()
-        tables = [self.manager.block_tables(row.handle)[0] for row in self.rows]
-        blocks = np.concatenate([*tables, np.empty(0, np.int32)])
-        held = len(np.unique(blocks[blocks >= 0]))
+        tables = [self.table(row) for row in self.rows]
+        held = len({block for table in tables for block in table} - {-1})
         self.require(
             "blocks add up",
             held == stats.num_held
@@ -266,17 +263,6 @@ class ManagerHarness:
             and stats.num_sequences == len(self.rows),
             f"{held} blocks in {len(self.rows)} tables, but {stats}",
         )
-        # A token's value depends on all tokens before it, so equal values are equal prefixes.
-        holder: dict[int, tuple[int, list[int]]] = {}
-        for row, table in zip(self.rows, tables, strict=True):
-            for column, block in enumerate(table.tolist()):
-                if block < 0:
-                    continue
-                values = row.content.values[column * self.size : (column + 1) * self.size]
-                place, others = holder.setdefault(block, (column, values))
-                common = min(len(values), len(others))
-                self.require(
-                    "handed out once",
-                    place == column and values[:common] == others[:common],
-                    f"two tables hold block {block} for different tokens",
-                )
+        block = misplaced((row.content for row in self.rows), tables, self.size)
+        message = f"two tables hold block {block} for different tokens"
+        self.require("handed out once", block is None, message)

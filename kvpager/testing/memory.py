@@ -7,33 +7,16 @@ tokens up to it. A prefix that was reused wrongly therefore reads back as wrong 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kvpager.plans import Int32
+from kvpager.plans import Plan
 
 UNWRITTEN = -9
 _MULTIPLIER = 6364136223846793005  # Knuth's, for a 64-bit linear congruential step
 _MASK = (1 << 62) - 1
-
-
-class Moves(Protocol):
-    """The members of a `kvpager.plans.Plan` that memory needs."""
-
-    @property
-    def copies(self) -> Int32:
-        """Pairs (source block, destination block), [n, 2]."""
-
-    @property
-    def source(self) -> str:
-        """The tier the blocks come from."""
-
-    @property
-    def destination(self) -> str:
-        """The tier the blocks go to."""
 
 
 class Content:
@@ -101,24 +84,18 @@ class TokenMemory:
             "host": np.full((num_host_blocks, block_size), UNWRITTEN, np.int64),
         }
 
-    def copy(self, pairs: ArrayLike) -> None:
-        """Copy device blocks, (source, destination) each. Reads all blocks before it writes any.
+    def copy(self, pairs: ArrayLike, source: str = "device", destination: str = "device") -> None:
+        """Copy blocks, (source, destination) each. Reads all blocks before it writes any.
 
         O(pairs * block_size).
         """
         if len(pairs):  # type: ignore[arg-type]
             moves = np.asarray(pairs)
-            device = self.tiers["device"]
-            device[moves[:, 1]] = device[moves[:, 0]]
+            self.tiers[destination][moves[:, 1]] = self.tiers[source][moves[:, 0]]
 
-    def apply(self, plan: Moves) -> None:
+    def apply(self, plan: Plan) -> None:
         """Apply a plan between tiers. O(pairs * block_size)."""
-        self.move(plan.copies, plan.source, plan.destination)
-
-    def move(self, pairs: ArrayLike, source: str, destination: str) -> None:
-        """Copy blocks of one tier into blocks of another. O(pairs * block_size)."""
-        moves = np.asarray(pairs, np.int64).reshape(-1, 2)
-        self.tiers[destination][moves[:, 1]] = self.tiers[source][moves[:, 0]]
+        self.copy(plan.copies, plan.source, plan.destination)
 
     def write(self, slots: ArrayLike, values: list[int]) -> None:
         """Write into flat device slots, `block * block_size + offset` each. O(slots)."""
@@ -156,9 +133,20 @@ class TokenMemory:
 
     def resize(self, num_blocks: int) -> None:
         """Resize the device tier to `num_blocks` blocks. O(num_blocks * block_size)."""
-        device = self.tiers["device"]
-        if num_blocks <= len(device):
-            self.tiers["device"] = device[:num_blocks].copy()
-            return
-        room = np.full((num_blocks - len(device), self.block_size), UNWRITTEN, np.int64)
-        self.tiers["device"] = np.concatenate([device, room])
+        before = self.tiers["device"][:num_blocks]
+        self.tiers["device"] = np.full((num_blocks, self.block_size), UNWRITTEN, np.int64)
+        self.tiers["device"][: len(before)] = before
+
+
+def misplaced(contents: Iterable[Content], tables: Iterable[list[int]], size: int) -> int | None:
+    """Return a block that two tables hold at unequal positions or for other tokens. O(tokens)."""
+    # A token's value depends on all tokens before it, so equal values are equal prefixes.
+    holder: dict[int, tuple[int, list[int]]] = {}
+    for content, table in zip(contents, tables, strict=True):
+        for column, block in enumerate(table):
+            values = content.values[column * size : (column + 1) * size]
+            place, others = holder.setdefault(block, (column, values))
+            common = min(len(values), len(others))
+            if block >= 0 and (place != column or values[:common] != others[:common]):
+                return block
+    return None

@@ -62,8 +62,8 @@ def test_memory_reads_back_written_and_copied_tokens() -> None:
     assert memory.read([3, 1], 3) == values
     assert memory.mismatch([3, 2], values) == 2
     assert memory.mismatch([3], values) == 2
-    memory.move([(3, 0)], "device", "host")
-    memory.move([(0, 2)], "host", "device")
+    memory.copy([(3, 0)], "device", "host")
+    memory.copy([(0, 2)], "host", "device")
     assert memory.mismatch([2, 1], values) is None
     assert memory.mismatch([-1, 1], values, start=2) is None
 
