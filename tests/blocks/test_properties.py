@@ -1,4 +1,4 @@
-"""Any history of operations, checked against plain lists: see `tests.support.manager_machine`.
+"""Any history of operations, checked against plain lists: `tests.support.manager_state_machine`.
 
 Hypothesis first tries the examples in tests/testing/regressions/hypothesis. They failed once, under
 a mutant or a real bug. The folder is only read: new examples are saved in .hypothesis.
@@ -15,7 +15,7 @@ from hypothesis.database import (
     ReadOnlyDatabase,
 )
 
-from tests.support.manager_machine import PagedMemory
+from tests.support.manager_state_machine import PagedMemory
 
 ROOT = Path(__file__).resolve().parents[2]
 REGRESSIONS = DirectoryBasedExampleDatabase(

@@ -1,4 +1,4 @@
-"""The simulator, the state machine, the isolation probes and the mutants detect bugs."""
+"""The simulator, the state machine and the mutants detect bugs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvpager.testing.mutant_list import MUTANTS
 from kvpager.testing.mutants import Mutant, kill, mutated_source, table
 from kvpager.testing.setups import Setup, make_block_manager
 from kvpager.testing.simulator import OPERATIONS, Report, run, simulate
-from tests.support.manager_machine import manager_machine
+from tests.support.manager_state_machine import manager_machine
 from tests.support.naive_manager import NaiveManager
 
 GENERATE = settings(phases=[Phase.generate], derandomize=True, max_examples=500)

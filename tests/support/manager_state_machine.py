@@ -1,12 +1,5 @@
 """A Hypothesis state machine for the whole interface of a kvpager manager.
 
-<<<<<<<< HEAD:kvpager/testing/state_machine.py
-    from kvpager.testing.state_machine import PagedMemory
-
-    TestPagedMemory = PagedMemory.TestCase
-
-========
->>>>>>>> dc82587 (Move to the tests what tests this project alone):tests/support/manager_machine.py
 Its rules are the simulator's operations, so a new operation becomes a new rule.
 """
 
