@@ -16,7 +16,7 @@ from kvpager.storage.tiers.tiering import Fetch, Tiering
 
 logger = logging.getLogger("kvpager")
 
-_CLEANED_PER_STEP = 64  # blocks looked at, so that a step waits for microseconds
+_CLEANED_PER_STEP = 64  # blocks looked at, at most
 _LAST_SAVES_S = 5.0
 _GRACE_S = 0.05  # for stores to end a load after its deadline
 
@@ -101,17 +101,48 @@ class Fetching:
         with self._lock:
             try:
                 self._check_on()
-                now = time.monotonic()
-                self._held = [held for held in self._held if not self._end(held, now)]
+                room = self._end_fetches(self._tiering.step_blocks_max)
                 if is_cleaning and self._is_on:
-                    self._clean()
+                    self._clean(room)
             except Exception:
                 logger.exception("tiers are not used any more")
                 self._turn_off()
 
-    def _clean(self) -> None:
-        self._tiering.clean(_CLEANED_PER_STEP)
-        self._may_be_dirty = not self._tiering.is_clean
+    def _end_fetches(self, room: int) -> int:
+        """End fetches that are done or late. Copies up to `room` blocks; returns the rest."""
+        now, waiting = time.monotonic(), list[_Held]()
+        for request_id, fetch in self._held:
+            if not self._scheduler.is_held(request_id):  # it was cancelled
+                self._tiering.cancel(fetch)
+                continue
+            if fetch.is_done:
+                room -= self._attach(request_id, fetch, room)
+                is_waiting = bool(fetch.slots)
+                if is_waiting:
+                    self._wake()  # the next step copies more
+            else:
+                is_waiting = now < fetch.deadline + _GRACE_S
+                if not is_waiting:
+                    self._tiering.cancel(fetch)
+            if is_waiting:
+                waiting.append(_Held(request_id, fetch))
+            else:
+                self._scheduler.release(request_id)
+        self._held = waiting
+        return room
+
+    def _attach(self, request_id: Hashable, fetch: Fetch, room: int) -> int:
+        """Attach up to `room` blocks for a request; return how many left staging."""
+        before = len(fetch.slots)
+        tokens = self._tokens_by_store.setdefault(request_id, {})
+        for store, count in self._tiering.attach(fetch, room).items():
+            tokens[store] = tokens.get(store, 0) + count
+        return before - len(fetch.slots)
+
+    def _clean(self, room: int) -> None:
+        if room:
+            self._tiering.clean(min(room, _CLEANED_PER_STEP))
+        self._may_be_dirty = not (room and self._tiering.is_clean)
         if self._may_be_dirty and self._tiering.has_room:
             self._wake()
 
@@ -129,21 +160,6 @@ class Fetching:
             self._tiering.cancel(fetch)
             if self._scheduler.is_held(request_id):
                 self._scheduler.release(request_id)
-
-    def _end(self, held: _Held, now: float) -> bool:
-        """Use the fetch of a request if it has ended; return False to wait on."""
-        request_id, fetch = held
-        if not self._scheduler.is_held(request_id):  # it was cancelled
-            self._tiering.cancel(fetch)
-            return True
-        if fetch.is_done:
-            self._tokens_by_store[request_id] = self._tiering.attach(fetch)
-        elif now < fetch.deadline + _GRACE_S:
-            return False
-        else:
-            self._tiering.cancel(fetch)
-        self._scheduler.release(request_id)
-        return True
 
     def close(self, *, saving: bool) -> None:
         """Give up all fetches, and close the stores after the saves under way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -17,8 +18,9 @@ from kvpager.storage.memory import host_pages
 class Staging:
     """Slots of one block each, page-aligned; page-locked if the storage is on a GPU.
 
-    `take` gives a slot to one caller. Its memory is reused only after the copies that read it.
-    Any thread may call `take`, `give` and `slot`.
+    `take` gives a slot to one caller, and `share` to one more: the last one gives it back. Its
+    memory is reused only after the copies that read it. Any thread may call `take`, `share`, `give`
+    and `slot`.
     """
 
     def __init__(self, storage: BlockStorage, num_slots: int) -> None:
@@ -32,6 +34,7 @@ class Staging:
         )
         self._bytes = self._memory.view(torch.uint8).numpy().data.cast("B")
         self._free = list(range(self.num_slots - 1, -1, -1))
+        self._num_sharers = Counter[int]()  # besides the first
         self._reads: list[tuple[torch.cuda.Event, list[int]]] = []
         self._lock = threading.Lock()
 
@@ -46,10 +49,24 @@ class Staging:
             self._reclaim()
             return [self._free.pop() for _ in range(min(count, len(self._free)))]
 
+    def share(self, slots: Iterable[int]) -> None:
+        """Keep slots from being reused until one more `give`. O(slots)."""
+        with self._lock:
+            self._num_sharers.update(slots)
+
     def give(self, slots: Iterable[int]) -> None:
         """Give slots back. O(slots)."""
         with self._lock:
-            self._free.extend(slots)
+            self._give(slots)
+
+    def _give(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            if slot not in self._num_sharers:
+                self._free.append(slot)
+            elif self._num_sharers[slot] == 1:
+                del self._num_sharers[slot]
+            else:
+                self._num_sharers[slot] -= 1
 
     def slot(self, number: int) -> memoryview:
         """Return the bytes of a slot. O(1)."""
@@ -72,4 +89,4 @@ class Staging:
 
     def _reclaim(self) -> None:
         while self._reads and self._reads[0][0].query():
-            self._free.extend(self._reads.pop(0)[1])
+            self._give(self._reads.pop(0)[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,25 +30,42 @@ class ToyStaging:
         self._blocks = runner._device
         self._memory = np.zeros((num_slots, BLOCK_SIZE), np.int64)
         self._free = list(range(num_slots))
-        self.num_slots = num_slots
+        self._num_holders = [0] * num_slots
+        self._lock = threading.Lock()
+        self.num_slots, self.block_bytes = num_slots, BLOCK_BYTES
+        self.copied: list[int] = []  # blocks of each copy
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        return [self._free.pop() for _ in range(min(count, len(self._free)))]
+        slots = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        self.share(slots)
+        return slots
+
+    def share(self, slots: Any) -> None:
+        with self._lock:
+            for slot in slots:
+                self._num_holders[slot] += 1
 
     def give(self, slots: Any) -> None:
-        self._free.extend(slots)
+        with self._lock:
+            for slot in slots:
+                self._num_holders[slot] -= 1
+                assert self._num_holders[slot] >= 0
+                if not self._num_holders[slot]:
+                    self._free.append(slot)
 
     def slot(self, number: int) -> memoryview:
         return self._memory[number].data.cast("B")
 
     def read(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        self.copied.append(len(slots))
         self._memory[list(slots)] = self._blocks[list(blocks)]
 
     def write(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        self.copied.append(len(slots))
         self._blocks[list(blocks)] = self._memory[list(slots)]
         self.give(slots)
 
@@ -249,6 +267,45 @@ def test_traffic_at_random_gives_the_same_tokens(seed: int) -> None:
         for engine in engines:
             EngineCore.close(engine)
     assert shared.num_loads > 0
+
+
+def test_a_step_copies_no_more_than_its_bytes() -> None:
+    filled = store_with_the_prompt()
+    with TieredEngine([filled], step_bytes_max=2 * BLOCK_BYTES) as engine:
+        copied, steps = engine.staging.copied, list[int]()
+        assert engine._fetching is not None
+        with engine._lock:  # the engine's thread waits
+            between_steps = engine._fetching.between_steps
+
+            def counted() -> None:
+                before = sum(copied)
+                between_steps()
+                steps.append(sum(copied) - before)
+
+            engine.between_steps[-1] = counted
+        streams = [engine.ask(PROMPT), engine.ask([7, *PROMPT])]
+        outputs = [stream.result(60) for stream in streams]
+        assert [output.token_ids for output in outputs] == [
+            expected(PROMPT, 8), expected([7, *PROMPT], 8)
+        ]  # fmt: skip
+        assert outputs[0].cached_tokens_by_tier == {"dict": 36}
+        engine.saved()
+        assert max(steps) == 2
+        assert sum(steps) >= 9 + 12  # loaded and saved
+
+
+def test_requests_with_one_cold_prompt_fetch_each_block_once() -> None:
+    slow = store_with_the_prompt()
+    with TieredEngine([slow], max_wait_s=60, step_bytes_max=BLOCK_BYTES) as engine:
+        slow.gate.clear()
+        streams = [engine.ask(PROMPT) for _ in range(48)]
+        slow.gate.set()
+        streams += [engine.ask(PROMPT) for _ in range(16)]  # while blocks are attached
+        outputs = [stream.result(60) for stream in streams]
+        assert all(output.token_ids == expected(PROMPT, 8) for output in outputs)
+        assert slow.num_loads == 9
+        engine.saved()
+        engine.check_idle()
 
 
 # ------------------------------------------------------------------- when tiers are given up

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from kvpager.storage.tiers.protocol import BlockStore, Saved
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 16  # blocks of one call of a store
 _KEPT = (Saved.SAVED, Saved.KNOWN)
+
+Wanted = Mapping[int, Sequence[int]]  # by the number of a store, which blocks it is offered
 
 
 class News(NamedTuple):
@@ -55,22 +57,22 @@ class Saver:
         """Return what became of keys since the last call, in order. O(calls of stores)."""
         return [self._news.popleft() for _ in range(len(self._news))]
 
-    def submit(self, keys: list[bytes], slots: list[int]) -> Future[None]:
-        """Offer staged blocks to all stores soon; then give the slots back. O(1)."""
-        work = self._thread.submit(self._save, keys, slots)
+    def submit(self, keys: list[bytes], slots: list[int], wanted: Wanted) -> None:
+        """Offer staged blocks to stores soon; then give the slots back. O(1)."""
+        work = self._thread.submit(self._save, keys, slots, wanted)
         work.add_done_callback(lambda _: self._on_end())
-        return work
 
-    def _save(self, keys: list[bytes], slots: list[int]) -> None:
+    def _save(self, keys: list[bytes], slots: list[int], wanted: Wanted) -> None:
         deadline = time.monotonic() + self._max_wait_s
         try:
-            for number, store in enumerate(self._stores):
+            for number, indices in wanted.items():
                 try:
-                    for start in range(0, len(keys), _BATCH):
-                        part = slice(start, start + _BATCH)
-                        self._save_batch(number, keys[part], slots[part], deadline)
+                    for start in range(0, len(indices), _BATCH):
+                        part = indices[start : start + _BATCH]
+                        theirs = [keys[index] for index in part]
+                        self._save_batch(number, theirs, [slots[index] for index in part], deadline)
                 except Exception:
-                    logger.exception("the store %s failed to save", store.name)
+                    logger.exception("the store %s failed to save", self._stores[number].name)
         finally:
             self._staging.give(slots)
 

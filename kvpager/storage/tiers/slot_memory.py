@@ -9,9 +9,13 @@ from typing import Protocol
 class SlotMemory(Protocol):
     """Slots of one block each; `kvpager.storage.staging.Staging` is one."""
 
+    num_slots: int
+    block_bytes: int
+
     @property
     def num_free(self) -> int: ...  # noqa: D102
     def take(self, count: int) -> list[int]: ...  # noqa: D102
+    def share(self, slots: Iterable[int]) -> None: ...  # noqa: D102
     def give(self, slots: Iterable[int]) -> None: ...  # noqa: D102
     def slot(self, number: int) -> memoryview: ...  # noqa: D102
     def read(self, blocks: Sequence[int], slots: Sequence[int]) -> None: ...  # noqa: D102

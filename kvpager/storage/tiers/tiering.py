@@ -2,6 +2,7 @@
 
     begin(prompt) ─▶ Fetch ─▶ a thread finds and loads blocks into staging, in order
     attach(fetch)             between steps: staging ─▶ blocks ─▶ the prefix cache
+                                                └─▶ the stores above the one they came from
     clean(count)              between steps: the blocks that leave next ─▶ staging ─▶ stores
 
 A request then begins as any other: `allocate` finds the prefix. `attach` and `clean` never wait for
@@ -11,12 +12,8 @@ a store. Staging is the only buffer: when it is full, loads end early and nothin
 from __future__ import annotations
 
 import contextlib
-import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 from numpy.typing import ArrayLike
 
@@ -24,62 +21,32 @@ from kvpager import _validate as arguments
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import KeyParts
 from kvpager.errors import OutOfBlocks
-from kvpager.plans import Int32
 from kvpager.storage.keys import ContentKeying, KeyContext, content_keys
-from kvpager.storage.tiers.protocol import BlockStore, Loaded
+from kvpager.storage.tiers.loading import Fetch, Loader
+from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.saving import Saver
 from kvpager.storage.tiers.slot_memory import SlotMemory
 
-logger = logging.getLogger(__name__)
-
 _FETCHES_MAX = 256  # under way at once
-_BATCH = 16  # blocks of one call of a store
-
-
-@dataclass(eq=False)
-class Fetch:
-    """Blocks of one prompt on their way from stores. `Tiering.begin` makes it.
-
-    Attributes:
-        first: leading blocks of the prompt that were cached when it began.
-        keys: the content keys of the prompt's full blocks.
-        deadline: the time of `time.monotonic()` at which loading ends.
-        num_waiting: how many callers of `begin` share it.
-        slots: the staging slots of blocks loaded, in order from block `first` on.
-        sources: the number of the store that each of them came from.
-    """
-
-    tokens: Int32
-    identity: KeyParts
-    first: int
-    keys: list[bytes]
-    deadline: float
-    num_waiting: int = 0
-    slots: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    work: Future[None] | None = None
-
-    @property
-    def is_done(self) -> bool:
-        """True if no thread works on it any more."""
-        return self.work is None or self.work.done()
 
 
 class Tiering:
     """Fetches prompts' blocks from stores, and saves the blocks that leave next.
 
     `context_of(namespace, lora)` returns what keys cover besides tokens; it must always return the
-    same. Stores are asked in order. `recompute_s(num_blocks)` estimates how long the model takes
-    to compute blocks: a fetch gives up after half of that. Without it, a fetch takes at most
-    `max_wait_s` seconds.
+    same. Stores are asked in order, the fastest first. `recompute_s(num_blocks)` estimates how long
+    the model takes to compute blocks: a fetch gives up after half of that. Without it, a fetch
+    takes at most `max_wait_s` seconds. A step should copy at most `step_bytes_max` bytes.
+
+    A block that was offered counts as saved when a store has said so: see `manager.cached`. Blocks
+    that came from a store are also saved in the stores before it, while as many slots are free.
 
     One thread, between steps, calls `begin`, `attach`, `cancel` and `clean`.
 
     Attributes:
         on_progress: called by the threads when a load or a save has ended.
         is_clean: True if the last `clean` found no block to save.
-
-    A block that was offered counts as saved when a store has said so: see `manager.cached`.
+        step_blocks_max: how many blocks `attach` and `clean` should copy in one step together.
     """
 
     def __init__(
@@ -91,7 +58,9 @@ class Tiering:
         *,
         max_wait_s: float = 2.0,
         recompute_s: Callable[[int], float] | None = None,
+        step_bytes_max: int = 64 << 20,
     ) -> None:
+        """Use `stores` from now on; `close` closes them. Raises: `ValueError`, `TypeError`."""
         self.stores = tuple(stores)
         self._manager = manager
         self._staging = staging
@@ -99,13 +68,15 @@ class Tiering:
         self._keying = ContentKeying(manager.block_size, context_of)
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._recompute_s = recompute_s
-        self._loads = ThreadPoolExecutor(2, "kvpager-load")
+        step_bytes_max = arguments.count("step_bytes_max", step_bytes_max, at_least=1)
+        self.step_blocks_max = max(1, step_bytes_max // staging.block_bytes)
+        self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block
+        self.on_progress: Callable[[], None] = lambda: None
+        self._loader = Loader(self.stores, staging, on_end=lambda: self.on_progress())
         self._saver = Saver(
             self.stores, staging, self._max_wait_s, on_end=lambda: self.on_progress()
         )
-        self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block
-        self._closing = threading.Event()
-        self.on_progress: Callable[[], None] = lambda: None
+        self._is_open = True
         self.is_clean = False
 
     # ---------------------------------------------------------------- fetch
@@ -135,72 +106,49 @@ class Tiering:
         keys = content_keys(tokens, size, self._context_of(namespace, lora), shown)[:num_blocks]
         fetch = self._fetching.get(keys[first])
         if fetch is None:
+            if len(self._fetching) >= _FETCHES_MAX or not self._is_open:
+                return None
             wait_s = self._max_wait_s
             if self._recompute_s is not None:
                 wait_s = min(wait_s, self._recompute_s(num_blocks - first) / 2)
-            if len(self._fetching) >= _FETCHES_MAX or self._closing.is_set():
-                return None
             fetch = Fetch(tokens, identity, first, keys, time.monotonic() + wait_s)
-            fetch.work = self._loads.submit(self._load, fetch)
-            fetch.work.add_done_callback(lambda _: self.on_progress())
+            self._loader.start(fetch)
             self._fetching[keys[first]] = fetch
         fetch.num_waiting += 1
         return fetch
-
-    def _load(self, fetch: Fetch) -> None:
-        """Load blocks in order until one is missing, late, or has no slot. Runs in a thread."""
-        for number, store in enumerate(self.stores):
-            try:
-                while self._load_batch(fetch, number, store):
-                    pass
-            except Exception:
-                logger.exception("the store %s failed to load", store.name)
-
-    def _load_batch(self, fetch: Fetch, number: int, store: BlockStore) -> bool:
-        """Load the next blocks from one store. Return True if all of them came."""
-        wanted = fetch.keys[fetch.first + len(fetch.slots) :][:_BATCH]
-        if not wanted or self._closing.is_set() or time.monotonic() >= fetch.deadline:
-            return False
-        if not (count := store.find(wanted)):
-            return False
-        slots = self._staging.take(count)
-        num_hits = 0
-        try:
-            if slots:
-                into = [self._staging.slot(slot) for slot in slots]
-                outcomes = store.load(wanted[: len(slots)], into, fetch.deadline)
-                hits = outcomes == Loaded.HIT
-                num_hits = len(hits) if hits.all() else int(hits.argmin())
-        finally:
-            fetch.slots += slots[:num_hits]
-            fetch.sources += [number] * num_hits
-            self._staging.give(slots[num_hits:])
-        return 0 < num_hits == len(slots)
 
     @property
     def has_room(self) -> bool:
         """True if a block can be saved now. O(1)."""
         return self._staging.num_free > 0
 
-    def attach(self, fetch: Fetch) -> dict[str, int]:
-        """Put the loaded blocks of a finished fetch into the prefix cache. O(bytes).
+    def attach(self, fetch: Fetch, most: int | None = None) -> dict[str, int]:
+        """Put loaded blocks of a finished fetch into the prefix cache, at most `most`. O(bytes).
 
-        Returns the number of tokens that it added from each store, by name: fewer than were loaded
-        if the pool has no room, or if cached blocks before them left meanwhile. A fetch that was
-        attached already adds none.
+        `fetch.slots` are those that are left for another call. Returns the number of tokens that
+        it added from each store, by name. If the pool has no room, or cached blocks before them
+        left meanwhile, the fetch has no blocks left, and adds none.
         """
         if not fetch.is_done:
             raise ValueError("fetch: it is not done. Attach it later, or cancel it.")
+        if most == 0 and fetch.slots:
+            return {}
         self._forget(fetch)
-        slots, fetch.slots = fetch.slots, []
+        added = None
         try:
-            return self._attach(fetch, slots) if slots else {}
+            if fetch.slots:
+                added = self._attach(fetch, len(fetch.slots) if most is None else most)
         finally:
-            self._staging.give(slots)
+            if added is None:
+                self._staging.give(fetch.take(len(fetch.slots))[0])
+        if fetch.slots:
+            self._fetching[fetch.keys[fetch.first]] = fetch
+        return added or {}
 
-    def _attach(self, fetch: Fetch, slots: list[int]) -> dict[str, int]:
-        manager, size = self._manager, self._manager.block_size
-        stop, identity = fetch.first + len(slots), fetch.identity
+    def _attach(self, fetch: Fetch, count: int) -> dict[str, int] | None:
+        """Attach the first `count` blocks. Returns None if the fetch is of no use any more."""
+        manager, size, first = self._manager, self._manager.block_size, fetch.first
+        stop, identity = first + min(count, len(fetch.slots)), fetch.identity
         # An image that begins in these blocks may end behind them.
         shown = [each for each in identity["mm_hashes"] if each[0] < stop * size]
         length = max([stop * size, *(end for _, end, _ in shown)])
@@ -208,24 +156,37 @@ class Tiering:
         try:
             sequence = manager.allocate(fetch.tokens[:length], **loader)
         except OutOfBlocks:
-            return {}
+            return None
         try:
             if sequence.ticket:
                 manager.copies.complete(sequence)  # its copy would be overwritten
             start = sequence.num_cached_tokens // size
-            if start < fetch.first:
+            if start < first:
+                return None
+            slots, sources = fetch.take(stop - first)
+            skipped = min(start - first, len(slots))
+            self._staging.give(slots[:skipped])
+            slots, sources = slots[skipped:], sources[skipped:]
+            if not slots:
                 return {}
-            blocks = manager.block_tables([sequence])[0][start:stop]
-            skipped = start - fetch.first
-            written = slots[skipped:]
-            del slots[skipped:]  # `write` gives them back when they were read
-            self._staging.write(written, blocks.tolist())
+            self._promote(fetch.keys[start:stop], slots, sources)
+            self._staging.write(slots, manager.block_tables([sequence])[0][start:stop].tolist())
             manager.commit(sequence, stop * size)
             found = manager.match_prefix(fetch.tokens[: length + 1], blocks=True, **loader)
             keys = manager.cached.keys(found.blocks[start:stop], self._keying)
-            return self._mark_loaded(keys, fetch.sources[skipped:])
+            return self._mark_loaded(keys, sources)
         finally:
             manager.free(sequence)
+
+    def _promote(self, keys: list[bytes], slots: list[int], sources: list[int]) -> None:
+        """Save blocks in the stores before the one each came from."""
+        wanted = {
+            store: [index for index, source in enumerate(sources) if source > store]
+            for store in range(max(sources))
+        }
+        if wanted and self._staging.num_free >= len(slots):
+            self._staging.share(slots)
+            self._saver.submit(keys, slots, wanted)
 
     def _mark_loaded(self, keys: list[bytes], sources: list[int]) -> dict[str, int]:
         """Mark blocks clean in the stores they came from. Return the tokens of each store."""
@@ -239,23 +200,14 @@ class Tiering:
         return added
 
     def cancel(self, fetch: Fetch) -> None:
-        """Stop waiting for a fetch. If no other caller waits, its slots become free. O(1)."""
+        """Stop waiting for a fetch. If no other caller waits, its slots become free. O(slots)."""
         fetch.num_waiting -= 1
-        if fetch.num_waiting > 0:
-            return
-        self._forget(fetch)
-
-        def give_back(work: Future[None]) -> None:
-            slots, fetch.slots = fetch.slots, []
-            self._staging.give(slots)
-            self.on_progress()
-
-        assert fetch.work is not None
-        fetch.work.cancel()  # if no thread has begun it
-        fetch.work.add_done_callback(give_back)
+        if fetch.num_waiting <= 0:
+            self._forget(fetch)
+            self._loader.cancel(fetch)
 
     def _forget(self, fetch: Fetch) -> None:
-        first = fetch.keys[fetch.first]
+        first = fetch.keys[fetch.first] if fetch.first < len(fetch.keys) else b""
         if self._fetching.get(first) is fetch:
             del self._fetching[first]
 
@@ -267,11 +219,11 @@ class Tiering:
         return self._saver.has_news
 
     def clean(self, count: int = 64) -> int:
-        """Offer the next blocks to be evicted, at most `count`, to the stores that lack them.
+        """Offer the next blocks to be evicted, at most `count`, to the stores.
 
-        A block is offered once each time it becomes idle, and needs a free slot. Returns the number
-        of blocks copied; a thread saves them then. Call it between steps.
-        O(count log blocks + bytes copied).
+        Blocks that a store has are left out. A block is offered once each time it becomes idle, and
+        needs a free slot. Returns the number of blocks copied; a thread saves them then. Call it
+        between steps. O(count log blocks + bytes copied).
         """
         cached = self._manager.cached
         self._read_news()
@@ -279,7 +231,7 @@ class Tiering:
         self.is_clean = not len(blocks)
         slots = self._staging.take(len(blocks))
         blocks = blocks[: len(slots)]
-        if not len(blocks) or self._closing.is_set():
+        if not len(blocks) or not self._is_open:
             self._staging.give(slots)
             return 0
         try:
@@ -298,7 +250,7 @@ class Tiering:
         except BaseException:
             self._staging.give(slots)
             raise
-        self._saver.submit(keys, slots)
+        self._saver.submit(keys, slots, dict.fromkeys(range(len(self.stores)), range(len(keys))))
         return len(blocks)
 
     def _read_news(self) -> None:
@@ -310,8 +262,8 @@ class Tiering:
 
     def close(self) -> None:
         """Wait for the threads, and close the stores. Twice is the same as once."""
-        self._closing.set()
-        self._loads.shutdown()
+        self._is_open = False
+        self._loader.close()
         self._saver.close()
         for fetch in list(self._fetching.values()):
             fetch.num_waiting = 1

@@ -488,3 +488,103 @@ def test_a_refusing_store_does_not_hide_that_another_has_the_block() -> None:
     node.manager.clear_prefix_cache()
     assert node.manager.cached.num_dropped_dirty == 0
     node.end()
+
+
+# ------------------------------------------------------------------- faster stores
+
+
+def test_a_block_of_a_lower_store_goes_to_the_stores_above() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    (low,) = node.stores
+    stores = [DictStore(0), DictStore(0), low]
+    whole = list(low.blocks.items())
+    stores[1].blocks = dict(whole[3:])
+    low.blocks = dict(whole[:3])
+    other = Node(stores)
+    assert other.fetch(prompt(1)) == 5
+    other.settle()
+    assert [len(store.blocks) for store in stores] == [5, 5, 3]
+    assert (stores[1].num_saves, low.num_saves) == (3, 5)
+    assert all(stores[0].blocks[key] == block for key, block in whole)
+    assert other.staging.num_free == other.staging.num_slots
+    assert other.compute(prompt(1)) == 20
+    assert other.clean() == 0
+    other.end()
+
+
+def test_a_block_is_not_promoted_while_slots_are_short() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    stores = [DictStore(0), *node.stores]
+    other = Node(stores, slots=6)
+    assert other.fetch(prompt(1)) == 5
+    other.settle()
+    assert stores[0].num_saves == 0
+    other.end()
+
+
+def test_a_slot_that_is_promoted_is_not_reused_before_that() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    above = DictStore(0)
+    other = Node([above, *node.stores], slots=10)
+    fetch = other.tiering.begin(prompt(1))
+    assert fetch is not None
+    finished(fetch)
+    above.gate.clear()
+    assert other.tiering.attach(fetch) == {"dict": 20}
+    taken = other.staging.take(10)
+    assert len(taken) == 5
+    for slot in taken:
+        other.staging.slot(slot)[:] = bytes(other.staging.block_bytes)
+    above.gate.set()
+    other.settle()
+    assert above.blocks == node.stores[0].blocks
+    other.staging.give(taken)
+    other.end()
+
+
+# ------------------------------------------------------------------- parts of a fetch
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 9])
+def test_a_fetch_may_be_attached_in_parts(most: int) -> None:
+    node = Node()
+    image = [(6, 15, b"image of 16 byte")]
+    node.compute(prompt(1), mm_hashes=image)
+    node.clean()
+    other = Node(node.stores)
+    fetch = other.tiering.begin(prompt(1), mm_hashes=image)
+    assert fetch is not None
+    finished(fetch)
+    assert other.tiering.attach(fetch, 0) == {}
+    parts = []
+    while fetch.slots:
+        assert other.tiering.begin(prompt(1), mm_hashes=image) is fetch  # shares what is left
+        parts.append(sum(other.tiering.attach(fetch, most).values()) // SIZE)
+    assert sum(parts) == 5
+    assert max(parts) == min(most, 5)
+    assert other.tiering.begin(prompt(1), mm_hashes=image) is None
+    assert other.compute(prompt(1), mm_hashes=image) == 20
+    other.end()
+
+
+def test_a_part_that_left_meanwhile_ends_the_fetch() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    other = Node(node.stores)
+    fetch = other.tiering.begin(prompt(1))
+    assert fetch is not None
+    finished(fetch)
+    assert other.tiering.attach(fetch, 2) == {"dict": 8}
+    other.manager.clear_prefix_cache()
+    assert other.tiering.attach(fetch, 2) == {}
+    assert not fetch.slots
+    assert other.staging.num_free == other.staging.num_slots
+    assert other.fetch(prompt(1)) == 5
+    other.end()
