@@ -4,8 +4,7 @@
       ├─ directory   the lock, the format file, who may use the directory
       ├─ segments    the files that hold blocks, O_DIRECT where it works
       ├─ slot_table  one checked record for each slot: its key and times
-      ├─ slots       key -> slot in memory, and which key leaves first
-      └─ admission   which blocks a full store takes
+      └─ slots       key -> slot in memory, and which key leaves first
 
     slot   a page with the frame of a block, then the block, padded to whole pages
 

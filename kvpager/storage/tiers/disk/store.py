@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvpager import _validate as arguments
+from kvpager.storage.tiers.admission import Admission, Admit
 from kvpager.storage.tiers.checks import check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
-from kvpager.storage.tiers.disk.admission import Admission, Admit
 from kvpager.storage.tiers.disk.directory import TABLE, Directory
 from kvpager.storage.tiers.disk.segments import PAGE_BYTES, Segments
 from kvpager.storage.tiers.disk.slot_table import RECORD_BYTES, Record, SlotTable
